@@ -1,0 +1,312 @@
+"""The shell: what the methods need of PyTorch Lightning. The only module of the core that imports it."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, TypedDict
+
+from pytorch_lightning import Callback, LightningModule
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparse_callbacks import distributed, optimizers, state
+from sparse_callbacks.calendar import Time, check_times, resolve
+from sparse_callbacks.distributions import Distribution
+from sparse_callbacks.distributions import resolve as share_out
+from sparse_callbacks.engine import Engine
+from sparse_callbacks.host import gradients_are_read, refuse_host, warnings_for
+from sparse_callbacks.ops import zeros_for
+from sparse_callbacks.plan import Plan, plan_rows
+from sparse_callbacks.selection import Entry, KeepDense, patterns, select
+
+# lightning.pytorch's Trainer serves as well, and type checkers do not see what a Trainer's connectors set on it
+Trainer = Any
+
+
+class Options(TypedDict, total=False):
+    """Arguments that every method takes besides its own.
+
+    ``keep_dense``: ``"first"``, ``"last"`` or ``"both"`` weights stay dense. ``print_plan``: print the plan at the start of fit
+    (rank 0). ``fresh_start``: ignore the sparsity state of a resumed checkpoint, or its absence, and make new masks.
+    """
+
+    keep_dense: KeepDense | None
+    print_plan: bool
+    fresh_start: bool
+
+
+class SparsityCallback(Engine, Callback):
+    """Trains an ordinary LightningModule sparse.
+
+    Between optimizer steps every sparse parameter holds ``mask * dense``. Nothing is added to the model: masks, step count and
+    method state live here, and in the checkpoint under this callback's key (loadable with ``weights_only=True``), so a plain
+    model loads every checkpoint strictly. Subclasses are the methods; see :class:`~sparse_callbacks.engine.Engine` for what
+    they override.
+
+    Args:
+        sparsity: target fraction of zeros over the selected weights, in [0, 1).
+        distribution: how layers share the target: ``"uniform"``, ``"erdos_renyi"``, ``"erdos_renyi_kernel"``, a mapping
+            ``{glob: sparsity or name}`` (first match wins), or a callable ``(shapes, sparsity) -> {layer: sparsity}``.
+        include: globs on parameter names; default: the weights of all supported layers except embeddings.
+        exclude: globs on the names of parameters that stay dense.
+        seed: of everything random here; draws derive from (seed, step, parameter name).
+        **options: see :class:`Options`.
+
+    Raises:
+        ValueError: an argument, model, optimizer, strategy or checkpoint that cannot work, before the first batch.
+    """
+
+    schedulable: ClassVar[str | None] = None
+    """Name of the argument that may be a schedule."""
+    rising: ClassVar[bool] = False
+    """A bare number for it is where the curve ends; otherwise where it begins."""
+    published_every: ClassVar[int] = 100
+    arrives_at_stop: ClassVar[bool] = False
+    """The last update is at ``stop`` whatever the interval, and the target is reached only then."""
+
+    def __init__(
+        self,
+        sparsity: float,
+        *,
+        distribution: Distribution,
+        include: str | Sequence[str] | None,
+        exclude: str | Sequence[str] | None,
+        seed: int,
+        keep_dense: KeepDense | None = None,
+        print_plan: bool = True,
+        fresh_start: bool = False,
+    ) -> None:
+        check_sparsity(sparsity)
+        if keep_dense not in (None, "first", "last", "both"):
+            raise ValueError(f"keep_dense={keep_dense!r} is not known. Give 'first', 'last', 'both' or None.")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise ValueError(f"seed={seed!r} is no whole number. Give for example seed=0.")
+        Engine.__init__(self, seed)
+        self.sparsity: Any = sparsity
+        self.distribution = dict(distribution) if isinstance(distribution, Mapping) else distribution
+        self.include, self.exclude = patterns(include, "include"), patterns(exclude, "exclude")
+        self.keep_dense, self.print_plan, self.fresh_start = keep_dense, print_plan, fresh_start
+        self.every: Time | None = None
+        self.start: Time | None = None
+        self.stop: Time = 0
+        self._all_entries: list[Entry] = []
+        self._model_size = 0
+        self._restored: dict[str, Any] | None = None
+        self._held_gradients: dict[str, Tensor] = {}
+        self._window_open = False
+        self._logged_at = -1
+
+    def set_times(self, every: Time | None, start: Time, stop: Time) -> None:
+        """Keep the time arguments, once they were found possible."""
+        check_times(start, stop, every)
+        self.every, self.start, self.stop = every, start, stop
+
+    # ------------------------------------------------------------------ what a user reads
+
+    @property
+    def target_sparsity(self) -> float:
+        """Where the sparsity ends; :meth:`plan` tells what it comes to in whole weights."""
+        return float(self.sparsity)
+
+    @property
+    def at_target(self) -> bool:
+        """False while the network is still on its way to the target sparsity."""
+        return not self.arrives_at_stop or (self.calendar is not None and self.step >= self.calendar.stop)
+
+    def measured_sparsity(self) -> dict[str, float]:
+        """Fraction of zeros by the masks: ``sparsity/total`` over the selected weights, ``sparsity/model`` over all parameters and
+        ``sparsity/<parameter>`` for each. (Counting zeros would miss grown weights, which are exactly zero at first.)
+
+        Raises:
+            RuntimeError: before the first ``fit``, when there are no masks yet.
+        """
+        if not self.masks:
+            raise RuntimeError(f"{type(self).__name__} has no masks yet: they are made at the start of fit. Before that, see plan(model).")
+        return joint_sparsity([self]) | self._layer_sparsity()
+
+    def _layer_sparsity(self) -> dict[str, float]:
+        return {f"sparsity/{n}": (m.numel() - self.store.active[n]) / m.numel() for n, m in self.masks.items()}
+
+    def plan(self, model: nn.Module | None = None) -> Plan:
+        """The table of every parameter, its shape, its target and, where it stays dense, why.
+
+        Args:
+            model: any module, at any time; by default the one of the latest ``fit``.
+
+        Raises:
+            ValueError: no model is known yet, or the arguments do not fit it.
+        """
+        if model is not None:
+            entries = select(model, self.include, self.exclude, self.keep_dense)
+            zeros = self.parameter_zeros(entries, self.share_out(entries))
+        elif self._all_entries:
+            entries, zeros = self._all_entries, self.parameter_zeros(self._all_entries, self._targets)
+        else:
+            raise ValueError("plan() knows no model yet. Give one, plan(model), or call it after fit has started.")
+        return Plan(f"{type(self).__name__}: sparsity {self.target_sparsity:g}", plan_rows(entries, zeros), frozenset(zeros))
+
+    def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
+        """Target sparsity of every layer."""
+        chosen = [e for e in entries if not e.reason]
+        shapes = {layer: e.shape for e in chosen for layer in e.layers}
+        distribution = self.distribution
+        if isinstance(distribution, Mapping):  # a glob on a parameter's name also means the layers stacked in it
+            distribution = {g: v for glob, v in distribution.items() for g in _stacked(glob, chosen)}
+        return share_out(distribution, shapes, self.target_sparsity)
+
+    def parameter_zeros(self, entries: Sequence[Entry], targets: Mapping[str, float]) -> dict[str, int]:
+        """Planned zeros of every sparse parameter."""
+        return {e.name: sum(zeros_for(targets[x], e.size // e.parts) for x in e.layers) for e in entries if not e.reason}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in self._arguments().items())})"
+
+    def _arguments(self) -> dict[str, str]:
+        """Constructor arguments as text; each is kept under its own name."""
+        own = [p.name for p in inspect.signature(type(self).__init__).parameters.values() if p.kind is not p.VAR_KEYWORD][1:]
+        return {name: state.shown(getattr(self, name)) for name in [*own, *(o for o in Options.__annotations__ if o not in own)]}
+
+    # ------------------------------------------------------------------ Lightning's hooks, in their order
+
+    @property
+    def state_key(self) -> str:
+        """Two callbacks on different layers have two keys in a checkpoint."""
+        return self._generate_state_key(include=self.include, exclude=self.exclude)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            refuse_host(trainer)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        optimizers.refuse(trainer.optimizers, getattr(trainer.precision_plugin, "scaler", None) is not None)
+        trained = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+        entries = select(pl_module, self.include, self.exclude, self.keep_dense, trained)
+        self._refuse_shared(trainer, [e.name for e in entries if not e.reason])
+        saved = self._checked_state(trainer)
+        if self.start is not None:
+            self.calendar = resolve(
+                self.every, self.start, self.stop, self.published_every, lambda: run_length(trainer),
+                final=self.arrives_at_stop, lenient=bool(trainer.fast_dev_run), tell=rank_zero_info,
+            )  # fmt: skip
+        manual = not pl_module.automatic_optimization
+        reads = [not manual and gradients_are_read(trainer, pl_module, o) for o in trainer.optimizers]
+        self._all_entries = entries
+        self._model_size = sum(p.numel() for p in pl_module.parameters())
+        self.begin(pl_module, entries, self.share_out(entries), trainer.optimizers, reads, saved)
+        self._held_gradients = dict(saved.get("grads", {})) if saved else {}
+        self._restored = None
+        self.attach(pl_module)
+        if self.print_plan and trainer.is_global_zero:
+            print(self.plan(), flush=True)
+        for warning in warnings_for(trainer, dense_at_first=not self.at_target):
+            rank_zero_warn(warning)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        parameters = dict(pl_module.named_parameters())
+        for name, gradient in self._held_gradients.items():
+            parameters[name].grad = gradient.to(parameters[name].device)
+        self._window_open = bool(self._held_gradients)
+        self._held_gradients = {}
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._window_open = True
+        if not pl_module.automatic_optimization:
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            self.after_backward(1.0 if scaler is None else scaler.get_scale())
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self._window_open = False
+        self.before_optimizer_step(optimizer, trainer.global_step)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.release()
+        step, peers = trainer.global_step, [c for c in trainer.callbacks if isinstance(c, SparsityCallback)]
+        leads = peers[0] is self  # one callback speaks for the whole network
+        news = bool(self.events)
+        if leads and (batch_idx == 0 or any(c.events for c in peers) or self._logged_at < 0):
+            pl_module.log("sparsity/total", joint_sparsity(peers)["sparsity/total"], prog_bar=True, logger=False)
+        often = trainer.log_every_n_steps
+        if news or (often and step != self._logged_at and step % often == 0):
+            figures = (joint_sparsity(peers) if leads else {}) | self._layer_sparsity() | self.events
+            for logger in trainer.loggers:
+                logger.log_metrics(figures, step=step)
+            self.events = {}
+            self._logged_at = step
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.at_target and not trainer.fast_dev_run:
+            rank_zero_warn(self.shortfall())
+
+    def shortfall(self) -> str:
+        """Target and reached, for a run that ends before its target."""
+        reached = self.measured_sparsity()["sparsity/total"]
+        return (
+            f"{type(self).__name__} ended at sparsity {reached:.4f}, before its target of {self.plan().total:.4f}: {self.step} steps were "
+            f"taken and the target is due at step {self.times.stop}. Train longer, or give an earlier stop=."
+        )
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._handles:  # it may have come between the optimizer's step and ours
+            self.apply_masks()
+            self.release()
+
+    def state_dict(self) -> dict[str, Any]:
+        if not self.masks:
+            return self._restored or {}
+        current = {"version": state.VERSION, "arguments": self._arguments(), **self.engine_state()}
+        model = self._model()
+        if self._window_open and model is not None:  # accumulated gradients are in no checkpoint of Lightning's
+            held = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+            current["grads"] = dict(zip(held, distributed.mean(held.values()), strict=True))
+        return current
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.end()
+        self._restored = None
+
+    # ------------------------------------------------------------------ refusals
+
+    def _refuse_shared(self, trainer: Trainer, names: Sequence[str]) -> None:
+        for other in trainer.callbacks:
+            begun = isinstance(other, SparsityCallback) and other is not self and other._handles
+            if begun and (both := sorted(set(names) & set(other.params))):
+                raise ValueError(
+                    f"{type(other).__name__} and {type(self).__name__} both claim {', '.join(both)}. Give each callback its own layers "
+                    "with include= or exclude=."
+                )
+
+    def _checked_state(self, trainer: Trainer) -> Mapping[str, Any] | None:
+        """The state to resume from, found to be ours and of the same arguments; None for a start with new masks."""
+        if self.fresh_start or not trainer.ckpt_path:
+            if trainer.ckpt_path and self._restored is not None:
+                rank_zero_info(f"{type(self).__name__}: fresh_start=True, so the masks in the checkpoint are ignored.")
+            return None
+        return state.check(self._restored, self._arguments(), type(self).__name__, trainer.ckpt_path)
+
+
+def check_sparsity(sparsity: object) -> None:
+    """Refuse what is no fraction of zeros in [0, 1)."""
+    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0.0 <= sparsity < 1.0:
+        raise ValueError(f"sparsity={sparsity!r} is not in [0, 1): it is the fraction of zeros. For 90 % zeros write 0.9.")
+
+
+def joint_sparsity(callbacks: Sequence[SparsityCallback]) -> dict[str, float]:
+    """``sparsity/total`` and ``sparsity/model`` over the weights of all ``callbacks`` of one model."""
+    size = sum(c.store.total for c in callbacks)
+    zeros = size - sum(sum(c.store.active.values()) for c in callbacks)
+    return {"sparsity/total": zeros / size, "sparsity/model": zeros / callbacks[0]._model_size}
+
+
+def run_length(trainer: Trainer) -> float:
+    """Optimizer steps of the run, accumulation and devices counted; infinite where it has no end that is known."""
+    steps = float(trainer.estimated_stepping_batches)
+    return steps if steps > 0 else float("inf")
+
+
+def _stacked(glob: str, entries: Sequence[Entry]) -> list[str]:
+    stacked = any(e.parts > 1 and fnmatchcase(e.name, glob) and not fnmatchcase(e.layers[0], glob) for e in entries)
+    return [glob, f"{glob}[[]*]"] if stacked else [glob]

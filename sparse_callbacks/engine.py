@@ -1,0 +1,337 @@
+"""The engine that every method is made of: masks, calendar, counters. It knows torch, and nothing of a Trainer."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from sparse_callbacks import distributed, optimizers
+from sparse_callbacks.calendar import Calendar, Progress
+from sparse_callbacks.gradients import DenseGradients
+from sparse_callbacks.masks import MaskStore
+from sparse_callbacks.ops import random_mask, zeros_for
+from sparse_callbacks.selection import Entry
+
+
+class Engine:
+    """Keeps the one invariant: between optimizer steps every sparse parameter holds ``mask * dense``.
+
+    A method overrides at most :meth:`attach`, :meth:`initial_masks`, :meth:`before_step`, :meth:`after_step` and
+    :meth:`new_masks`, and reads ``params``, ``masks``, ``names``, ``step``. The host calls :meth:`begin`,
+    :meth:`before_optimizer_step` at every optimizer step once its gradients are complete, and :meth:`end`.
+    """
+
+    counts_before: ClassVar[bool] = False
+    """True: the calendar is asked before a step with the steps taken so far; False: after it, with this step counted."""
+    explores: ClassVar[bool] = False
+    """True where connections come and go, so that the share of weights that were ever active is worth knowing."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.aux: dict[str, Tensor] = {}
+        """Tensors of the method that must survive a resume."""
+        self.updates = 0
+        """Topology updates done."""
+        self.calendar: Calendar | None = None
+        self.events: dict[str, float] = {}
+        """Figures of the latest update, until the host logs them."""
+        self.store = MaskStore({}, {}, {})
+        self._targets: dict[str, float] = {}
+        self.progress = Progress(self.counts_before)
+        self._model: Callable[[], nn.Module | None] = lambda: None
+        self._unbind()
+
+    def _unbind(self) -> None:
+        self._optimizers: list[Optimizer] = []
+        self._owned: list[list[str]] = []
+        self._enforced: list[list[str]] = []
+        self._owners: dict[str, list[Optimizer]] = {}
+        self._handles: list[RemovableHandle] = []
+        self._ticks: dict[int, int] = {}
+        self._at: int | None = None
+        self._tick = -1
+        self._moving = False
+        self._finite: Tensor | None = None
+        self._gradients = DenseGradients({})
+        self._gradients_read: list[bool] = []
+
+    # ------------------------------------------------------------------ what a method overrides
+
+    def attach(self, model: nn.Module) -> None:
+        """Look at the model once, when masks exist and before the first batch."""
+
+    def initial_masks(self) -> dict[str, Tensor]:
+        """Masks at the start of training: by default random positions, exactly the planned count in each layer."""
+        return {name: self.store.by_layer(name, self._random_mask, p.detach()) for name, p in self.params.items()}
+
+    def before_step(self) -> None:
+        """Gradients are dense, reduced and unscaled, and not yet clipped. Edit them, or :meth:`skip_step`; keep no memory here."""
+        self.mask_gradients()
+
+    def after_step(self) -> None:
+        """A step was really taken and counted. Whatever has memory moves here."""
+
+    def wants_dense_gradients(self) -> bool:
+        """The coming step needs gradients of pruned weights (asked in manual optimization, where they are masked early)."""
+        return False
+
+    def update(self) -> None:
+        """Move the masks: :meth:`move_masks` with the figures worth logging."""
+        self.move_masks()
+
+    def new_masks(self) -> dict[str, Tensor]:
+        """Masks of ``self.names`` after an update."""
+        return {name: self.store.bools[name] for name in self.names}
+
+    # ------------------------------------------------------------------ what a method reads
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Bool mask by parameter name, True where a connection is active; shape of the parameter."""
+        return dict(self.store.bools)
+
+    @property
+    def params(self) -> dict[str, nn.Parameter]:
+        """The sparse parameters by name."""
+        return self.store.params
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Sparse parameters of the optimizer at hand; outside a step, all of them."""
+        return list(self.params) if self._at is None else self._owned[self._at]
+
+    @property
+    def step(self) -> int:
+        """Gradient steps taken by the optimizer at hand; outside a step, the most of any. A replaced step does not count."""
+        return self.progress.most() if self._at is None else self.progress.counts[self._at].read()
+
+    @property
+    def times(self) -> Calendar:
+        """The calendar of this run, in optimizer steps."""
+        if self.calendar is None:
+            raise RuntimeError(f"{type(self).__name__} has no calendar: it is made when fit starts.")
+        return self.calendar
+
+    def due(self) -> bool:
+        """An update is due now, and the gradient at hand is finite."""
+        assert self._at is not None
+        return self.progress.due(self._at, self.times) and self.finite
+
+    def may_be_due(self) -> bool:
+        """False where no update can be due at the optimizer at hand, found without asking its device."""
+        return self._at is not None and self.progress.may_be_due(self._at)
+
+    @property
+    def finite(self) -> bool:
+        """No gradient of a sparse weight holds inf or NaN in this step. Waits for the device."""
+        return self._finite is None or bool(self._finite)
+
+    def gradient(self, name: str) -> Tensor | None:
+        """Dense gradient of a sparse parameter in this step, also where an update has taken it away from the optimizer."""
+        assert self._at is not None
+        return self._gradients.of(name, self._optimizers[self._at], self._tick)
+
+    # ------------------------------------------------------------------ what a method calls
+
+    def mask_gradients(self) -> None:
+        """Zero the gradients of pruned weights, unless nobody reads them before the step: then masking the weights suffices."""
+        if self._at is None or self._gradients_read[self._at]:
+            for name in self.names:
+                self.store.mask_gradient(name)
+
+    def skip_step(self) -> None:
+        """Replace this step by an update of the masks: no parameter of the optimizer moves, nor does its state."""
+        assert self._at is not None
+        self._gradients.take_away(self._optimizers[self._at], self._tick)
+        self._moving = True
+
+    def move_masks(self, **events: float) -> None:
+        """Take :meth:`new_masks`, clear the optimizer state of grown weights, and keep ``events`` for the log."""
+        new = self.new_masks()
+        distributed.agree(new.values())
+        changed = total = 0
+        for name, mask in new.items():
+            before, grown = self.store.active[name], mask & ~self.store.bools[name]
+            self.store.set(name, mask)
+            born, active = int(grown.sum()), self.store.active[name]
+            if born:
+                for optimizer in self._owners[name]:
+                    optimizers.clear_state(optimizer, self.params[name], grown)
+            changed += before + 2 * born - active
+            total += before + active
+        assert self._at is not None
+        self.progress.mark_done(self._at)
+        self.updates += 1
+        self.events |= {f"update/{k}": v for k, v in events.items()} | {"update/changed": changed / max(1, total)}
+        if self.explores:
+            self._note_active(new)
+            ever = sum(int(self.aux[f"ever_active/{n}"].sum()) for n in self.params)
+            self.events["update/ever_active"] = ever / self.store.total
+
+    def _note_active(self, names: Iterable[str]) -> None:
+        for name in names:
+            mask = self.store.bools[name]
+            ever = self.aux.get(f"ever_active/{name}", mask).to(mask.device)
+            self.aux[f"ever_active/{name}"] = ever | mask
+
+    def generator(self, name: str, step: int) -> torch.Generator:
+        """Random numbers that derive from (seed, step, name): the same on every rank, device and resume."""
+        digest = hashlib.blake2b(f"{self.seed}/{step}/{name}".encode(), digest_size=8).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+    def planned_zeros(self, layer: str, size: int) -> int:
+        """Zeros of a layer of ``size`` weights at the target."""
+        return zeros_for(self._targets[layer], size)
+
+    def _random_mask(self, layer: str, weight: Tensor) -> Tensor:
+        active = weight.numel() - self.planned_zeros(layer, weight.numel())
+        return random_mask(weight.shape, active, self.generator(layer, 0)).to(weight.device)
+
+    # ------------------------------------------------------------------ what the host calls
+
+    def begin(
+        self,
+        model: nn.Module,
+        entries: Sequence[Entry],
+        targets: Mapping[str, float],
+        optimizers: Sequence[Optimizer],
+        gradients_read: Sequence[bool],
+        state: Mapping[str, Any] | None,
+    ) -> None:
+        """Take hold of the sparse parameters (``entries`` without a reason) and apply masks: those of ``state``, those of the
+        last run with the same model, or initial ones. ``gradients_read`` says for each optimizer whether anybody reads gradients
+        between backward and its step."""
+        parameters = dict(model.named_parameters())
+        sparse = {e.name: e for e in entries if not e.reason}
+        params = {name: parameters[name] for name in sparse}
+        known = self._model() is model and set(self.masks) == set(sparse)
+        masks: Mapping[str, Tensor] = self.masks
+        self._targets = dict(targets)
+        self._model = ref(model)
+        self.store = MaskStore(params, sparse, {})  # initial masks are made from the parameters
+        self._bind(optimizers)
+        self._gradients_read = list(gradients_read)
+        if state is not None:
+            masks = self._load(state)
+        elif not known:
+            self.aux, self.updates, self.progress = {}, 0, Progress(self.counts_before)
+            masks = self.initial_masks()
+        self.progress.begin(len(optimizers))
+        self.store = MaskStore(params, sparse, masks)
+        if self.explores:
+            self._note_active(params)
+        self.apply_masks()
+
+    def _bind(self, found: Sequence[Optimizer]) -> None:
+        self.end()
+        self._optimizers = list(found)
+        self._gradients = DenseGradients(self.params)
+        members = [{id(p) for group in o.param_groups for p in group["params"]} for o in found]
+        self._enforced = [[n for n, p in self.params.items() if id(p) in ids] for ids in members]
+        first = {n: i for i in reversed(range(len(found))) for n in self._enforced[i]}
+        self._owned = [[n for n in names if first[n] == i] for i, names in enumerate(self._enforced)]
+        self._owners = {n: [o for o, names in zip(found, self._enforced, strict=True) if n in names] for n in self.params}
+        self._handles = [o.register_step_post_hook(self._after_optimizer_step) for o in found]
+
+    def _index(self, optimizer: Optimizer) -> int:
+        return next(i for i, o in enumerate(self._optimizers) if o is optimizer)
+
+    @contextmanager
+    def _step_of(self, optimizer: Optimizer, tick: int) -> Iterator[int]:
+        self._at, self._tick = self._index(optimizer), tick
+        try:
+            yield self._at
+        finally:
+            self._at = None
+
+    def before_optimizer_step(self, optimizer: Optimizer, tick: int) -> None:
+        """Gradients are ready. ``tick`` numbers the optimizer steps of the run, replaced and skipped ones included."""
+        with self._step_of(optimizer, tick) as index:
+            if self._ticks.get(index) == tick:
+                raise ValueError(optimizers.several_closures(type(optimizer).__name__))
+            self._ticks[index] = tick
+            self._moving = False
+            if self._owned[index]:
+                self._finite = optimizers.all_finite(g for n in self.names if (g := self.gradient(n)) is not None)
+                self.before_step()
+
+    def after_backward(self, scale: float = 1.0) -> None:
+        """Manual optimization: mask the gradients now, before the user clips them, and keep dense ones where a step needs them.
+
+        Args:
+            scale: by which a GradScaler has multiplied the gradients.
+        """
+        for index in range(len(self._optimizers)):
+            self._at = index
+            dense_wanted = self.wants_dense_gradients()
+            self._at = None
+            for name in self._owned[index]:
+                if dense_wanted:
+                    self._gradients.keep(name, self.store, scale)
+                self.store.mask_gradient(name)
+
+    def _after_optimizer_step(self, optimizer: Optimizer, *_: object) -> None:
+        """The optimizer's own post hook: it fires when a step was really taken, and not where a GradScaler skipped it."""
+        index = self._index(optimizer)
+        if index not in self._ticks:
+            raise RuntimeError(
+                f"{type(optimizer).__name__}.step() was called past the host, so {type(self).__name__} saw no gradients. In manual "
+                "optimization step through self.optimizers(), not through the raw torch optimizer."
+            )
+        with self._step_of(optimizer, self._ticks[index]):
+            if self._owned[index]:
+                if self._moving:
+                    self.update()
+                elif not self._gradients.withheld(optimizer, self._tick):  # else another callback replaced the step
+                    self.progress.counts[index].add(self._finite)
+                    self.after_step()
+                self._moving = False
+                self._gradients.forget(self._owned[index])
+            self.apply_masks(index)
+
+    def apply_masks(self, index: int | None = None) -> None:
+        """Restore the invariant in all sparse parameters, or in those that the optimizer ``index`` steps."""
+        self.store.apply(self.params if index is None else self._enforced[index])
+
+    def release(self) -> None:
+        """Forget the gradients of a replaced step."""
+        self._gradients.release(self._optimizers)
+
+    def end(self) -> None:
+        """Take all hooks away; masks and counters stay."""
+        for handle in self._handles:
+            handle.remove()
+        self._unbind()
+
+    # ------------------------------------------------------------------ state
+
+    def engine_state(self) -> dict[str, Any]:
+        """Everything that a resume needs: tensors, numbers and strings only."""
+        return {
+            **self.progress.state(),
+            "updates": self.updates,
+            "masks": {n: m.clone() for n, m in self.masks.items()},
+            "aux": {n: t.clone() for n, t in self.aux.items()},
+        }
+
+    def _load(self, state: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """Take over counters and method state; gives the masks."""
+        saved: Mapping[str, Tensor] = state["masks"]
+        wrong = [n for n in {**self.params, **saved} if n not in saved or n not in self.params or saved[n].shape != self.params[n].shape]
+        if wrong:
+            raise ValueError(
+                f"the checkpoint's masks do not fit the model: {', '.join(wrong)} differ in name or shape. Resume with the model and the "
+                "include=, exclude=, keep_dense= of the interrupted run, or give fresh_start=True to make new masks."
+            )
+        self.progress = Progress(self.counts_before)
+        self.progress.load({"steps": state["steps"], "done": state["done"]})
+        self.updates = state["updates"]
+        devices = {n: p.device for n, p in self.params.items()}
+        self.aux = {k: t.to(devices.get(k.split("/", 1)[-1], t.device)) for k, t in state["aux"].items()}
+        return saved

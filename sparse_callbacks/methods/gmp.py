@@ -1,0 +1,104 @@
+"""Gradual magnitude pruning."""
+
+from collections.abc import Sequence
+from typing import ClassVar, Unpack
+
+import torch
+from torch import Tensor
+
+from sparse_callbacks.calendar import Time
+from sparse_callbacks.callback import Options, SparsityCallback, check_sparsity
+from sparse_callbacks.distributions import Distribution
+from sparse_callbacks.ops import keep_largest, zeros_for
+from sparse_callbacks.schedules import Schedule, as_schedule
+
+
+class GMP(SparsityCallback):
+    """GMP, gradual magnitude pruning: from dense to the target along a cubic (Zhu and Gupta, 2017).
+
+    Every ``every`` steps, and at ``stop``, layer by layer::
+
+        s_t  = s_f + (s_0 - s_f) * (1 - (t - start) / (stop - start))^3
+        keep  the active weights with the largest |w|, all but floor(s_t * size)
+
+    A pruned weight does not come back. With a distribution other than uniform each layer rises to its own target in the same
+    proportion. The mask for step t is made from the weights after step t - 1.
+
+    Differs from the paper: the default distribution leaves no layer dense by itself (``keep_dense="both"`` does); pruned weights
+    hold zero at once and receive no update.
+
+    Args:
+        sparsity: a number is the target, reached along the cubic; a schedule or its text (``"linear(0, 0.9)"``) is taken as it is,
+            and only ``"constant(0.9)"`` prunes at once.
+        every: optimizer steps (int) or fraction of the run (float) between updates; None: 100, shortened with a word in short runs.
+        start, stop: when the curve begins and ends, in the same units.
+        distribution, include, exclude, seed, **options: see :class:`SparsityCallback`.
+
+    Raises:
+        ValueError: arguments out of range, or a model, optimizer or checkpoint that does not fit; before the first batch.
+
+    Example:
+        >>> from sparse_callbacks import GMP
+        >>> GMP(sparsity="linear(0.5, 0.9)").target_sparsity
+        0.9
+
+    Reference: Zhu, Gupta: To prune, or not to prune: exploring the efficacy of pruning for model compression.
+    arXiv 1710.01878, 2017, equation 1.
+    """
+
+    schedulable: ClassVar[str] = "sparsity"
+    rising: ClassVar[bool] = True
+    arrives_at_stop: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        sparsity: float | str | Schedule = 0.9,
+        *,
+        distribution: Distribution = "uniform",
+        every: Time | None = None,
+        start: Time = 0,
+        stop: Time = 0.75,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        seed: int = 0,
+        **options: Unpack[Options],
+    ) -> None:
+        if not isinstance(sparsity, str | Schedule):
+            check_sparsity(sparsity)
+        self._curve = as_schedule(sparsity, "cubic", rising=True)
+        check_sparsity(self._curve.initial)
+        super().__init__(self._curve.final, distribution=distribution, include=include, exclude=exclude, seed=seed, **options)
+        if self._curve.initial > self._curve.final:
+            raise ValueError(f"sparsity={sparsity!r} falls, and pruned weights do not come back. Give a curve that rises.")
+        self.sparsity = sparsity
+        self.set_times(every, start, stop)
+
+    @property
+    def target_sparsity(self) -> float:
+        return self._curve.final
+
+    def sparsity_at(self, step: int) -> float:
+        """s_t, over all selected weights."""
+        return self._curve(step, self.times.start, self.times.stop)
+
+    def initial_masks(self) -> dict[str, Tensor]:
+        everything = {n: torch.ones_like(p, dtype=torch.bool) for n, p in self.params.items()}
+        return self._pruned(everything, self.sparsity_at(0))
+
+    def after_step(self) -> None:
+        if self.due():
+            self.update()
+
+    def new_masks(self) -> dict[str, Tensor]:
+        return self._pruned(super().new_masks(), self.sparsity_at(self.step))
+
+    def _pruned(self, masks: dict[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+        """``masks`` with the smallest weights taken out, layer by layer, until the target's share of ``sparsity`` is reached."""
+        share = sparsity / self.target_sparsity if self.target_sparsity else 0.0
+
+        def prune(layer: str, mask: Tensor, weight: Tensor) -> Tensor:
+            target = self._targets[layer]
+            zeros = zeros_for(target if share == 1.0 else target * share, weight.numel())
+            return keep_largest(weight, min(int(mask.sum()), weight.numel() - zeros), among=mask)
+
+        return {n: self.store.by_layer(n, prune, mask, self.params[n].detach()) for n, mask in masks.items()}

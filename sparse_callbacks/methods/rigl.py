@@ -1,0 +1,72 @@
+"""RigL."""
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from sparse_callbacks.methods.drop_and_grow import DropAndGrow
+from sparse_callbacks.ops import drop_count
+
+
+class RigL(DropAndGrow):
+    """RigL: drop small weights, grow where the dense gradient is large (Evci et al., ICML 2020).
+
+    Every ``every`` steps, layer by layer, with k = int(drop_fraction(t) * active)::
+
+        keep  the active weights with the largest |w|, all but k
+        grow  the k positions with the largest |dL/dw| among all others, those just dropped included
+
+    An update replaces the gradient step of its optimizer: no parameter moves, biases, norms, momentum and Adam's counter
+    included, while the LR schedule and ``trainer.global_step`` go on; ``self.step`` does not. Grown weights start at zero with
+    zero optimizer state; a weight dropped and grown again in one update keeps both. The gradient is taken after reduction over
+    ranks and accumulation, and before clipping.
+
+    Differs from the paper: an update whose count is 0 in every layer (at the end of the cosine) is an ordinary gradient step.
+    Differs from the released code: the cosine runs over (t - start) / (stop - start), where the code does not shift t; ties go to
+    the lower index instead of to noise; and pruned weights hold zero, where the code hides their last value.
+
+    Args:
+        sparsity: fraction of zeros over the selected weights, in [0, 1).
+        distribution: name, ``{glob: sparsity or name}`` or callable; see :class:`SparsityCallback`.
+        every: optimizer steps (int) or fraction of the run (float) between updates; None: the published 100, shortened with a word
+            in runs that would see fewer than ten updates.
+        start, stop: first and last time of an update, in the same units.
+        drop_fraction: fraction of a layer's active weights that an update replaces; a number falls by a cosine to 0 at ``stop``; a
+            schedule or its text (``"constant(0.3)"``) is taken as it is.
+        include, exclude, seed, **options: see :class:`SparsityCallback`.
+
+    Raises:
+        ValueError: arguments out of range, or a model, optimizer or checkpoint that does not fit; before the first batch.
+
+    Example:
+        >>> from sparse_callbacks import RigL
+        >>> RigL(sparsity=0.9).target_sparsity
+        0.9
+
+    Reference: Evci, Gale, Menick, Castro, Elsen: Rigging the Lottery: Making All Tickets Winners. ICML 2020, algorithm 1.
+    """
+
+    counts_before: ClassVar[bool] = True
+
+    def before_step(self) -> None:
+        if self.due() and any(self._counts_now()):
+            self.skip_step()  # this step moves the masks instead of the weights
+        else:
+            super().before_step()
+
+    def after_step(self) -> None:
+        """The update, where one is due, took the place of the step."""
+
+    def wants_dense_gradients(self) -> bool:
+        return self.may_be_due()
+
+    def grow_scores(self, name: str) -> Tensor | None:
+        return self.gradient(name)
+
+    def _counts_now(self) -> list[int]:
+        fraction = self.fraction
+        return [
+            drop_count(part.numel() - self.planned_zeros(layer, part.numel()), fraction)
+            for name in self.names
+            for layer, (part,) in self.store.layers(name, self.store.bools[name])
+        ]

@@ -1,0 +1,91 @@
+"""SNFS."""
+
+from collections.abc import Sequence
+from typing import Unpack
+
+from torch import Tensor
+
+from sparse_callbacks.calendar import Time
+from sparse_callbacks.callback import Options
+from sparse_callbacks.distributions import Distribution
+from sparse_callbacks.methods.drop_and_grow import DropAndGrow
+from sparse_callbacks.schedules import Schedule
+
+
+class SNFS(DropAndGrow):
+    """SNFS, sparse networks from scratch: grow where the smoothed dense gradient is large (Dettmers and Zettlemoyer, 2019).
+
+    Every step smooths the dense gradient; every ``every`` steps an update follows the gradient step, layer by layer::
+
+        m    = smoothing * m + (1 - smoothing) * dL/dw
+        keep  the active weights with the largest |w|, all but k = int(drop_fraction(t) * active)
+        grow  the k positions with the largest |m| among all others, those just dropped included
+
+    Costs one dense copy of the sparse weights and two passes over it in every step.
+
+    Differs from the paper: a layer keeps its planned count, without the redistribution between layers by mean momentum; the
+    smoothed gradient is kept here for every optimizer, where the paper uses the momentum buffer of SGD; the fraction falls by a
+    cosine, as in RigL's comparison.
+
+    Args:
+        smoothing: weight of the past in the smoothed gradient, in [0, 1).
+        sparsity, distribution, every, start, stop, drop_fraction, include, exclude, seed, **options: as in
+            :class:`~sparse_callbacks.RigL`.
+
+    Raises:
+        ValueError: arguments out of range, or a model, optimizer or checkpoint that does not fit; before the first batch.
+
+    Example:
+        >>> from sparse_callbacks import SNFS
+        >>> SNFS(sparsity=0.8, smoothing=0.95).smoothing
+        0.95
+
+    Reference: Dettmers, Zettlemoyer: Sparse Networks from Scratch: Faster Training without Losing Performance.
+    arXiv 1907.04840, 2019, section 3.
+    """
+
+    def __init__(
+        self,
+        sparsity: float = 0.9,
+        *,
+        distribution: Distribution = "erdos_renyi_kernel",
+        every: Time | None = None,
+        start: Time = 0,
+        stop: Time = 0.75,
+        drop_fraction: float | str | Schedule = 0.3,
+        smoothing: float = 0.9,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        seed: int = 0,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(
+            sparsity, distribution=distribution, every=every, start=start, stop=stop, drop_fraction=drop_fraction,
+            include=include, exclude=exclude, seed=seed, **options,
+        )  # fmt: skip
+        if isinstance(smoothing, bool) or not isinstance(smoothing, int | float) or not 0.0 <= smoothing < 1.0:
+            raise ValueError(f"smoothing={smoothing!r} is not in [0, 1): it is the weight of the past. The published value is 0.9.")
+        self.smoothing = smoothing
+        self._smoothed: dict[str, Tensor] = {}
+
+    def wants_dense_gradients(self) -> bool:
+        return True
+
+    def before_step(self) -> None:
+        # not aux yet: the step may still be skipped
+        self._smoothed = {}
+        for name in self.names:
+            if (gradient := self.gradient(name)) is not None:
+                past = self.aux.get(f"smoothed/{name}")
+                share = gradient * (1 - self.smoothing)
+                self._smoothed[name] = share if past is None else share.add_(past, alpha=self.smoothing)
+        super().before_step()
+
+    def after_step(self) -> None:
+        if self.finite:
+            self.aux |= {f"smoothed/{name}": value for name, value in self._smoothed.items()}
+        self._smoothed = {}
+        super().after_step()
+
+    def grow_scores(self, name: str) -> Tensor | None:
+        return self.aux.get(f"smoothed/{name}")

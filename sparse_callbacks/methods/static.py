@@ -1,0 +1,105 @@
+"""A mask that stays."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from sparse_callbacks.callback import Options, SparsityCallback
+from sparse_callbacks.distributions import Distribution
+from sparse_callbacks.selection import Entry
+
+
+class Static(SparsityCallback):
+    """Static sparse training: one mask, drawn at random or taken from a checkpoint, held from the first step to the last.
+
+    The baseline of every sparse-to-sparse method; and, with ``from_checkpoint``, fine-tuning that keeps a pruned network pruned.
+
+    Args:
+        sparsity: fraction of zeros over the selected weights, in [0, 1); None: 0.9, or what ``from_checkpoint`` holds.
+        distribution: name, ``{glob: sparsity or name}`` or callable; see :class:`SparsityCallback`.
+        from_checkpoint: path of a checkpoint, or a state dict, whose zeros are the mask. A checkpoint written beside a callback of
+            this package gives its exact masks (a freshly grown weight is zero and yet active). Only the mask is taken: load the
+            weights yourself. Weights with no zeros in it stay dense.
+        include, exclude, seed, **options: see :class:`SparsityCallback`.
+
+    Raises:
+        ValueError: arguments out of range; ``sparsity`` beside ``from_checkpoint``; a checkpoint without zeros or of another model.
+
+    Example:
+        >>> from sparse_callbacks import Static
+        >>> Static(sparsity=0.5, distribution="uniform").target_sparsity
+        0.5
+    """
+
+    def __init__(
+        self,
+        sparsity: float | None = None,
+        *,
+        distribution: Distribution = "erdos_renyi_kernel",
+        from_checkpoint: str | Path | Mapping[str, Any] | None = None,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        seed: int = 0,
+        **options: Unpack[Options],
+    ) -> None:
+        if sparsity is not None and from_checkpoint is not None:
+            raise ValueError(f"sparsity={sparsity!r} and from_checkpoint= are both given, and both decide the mask. Give one of them.")
+        start = 0.0 if from_checkpoint is not None else 0.9
+        super().__init__(
+            start if sparsity is None else sparsity, distribution=distribution, include=include, exclude=exclude, seed=seed, **options
+        )
+        self.sparsity = sparsity
+        self.from_checkpoint = from_checkpoint
+        self._given: dict[str, Tensor] = {}
+
+    @property
+    def target_sparsity(self) -> float:
+        if self.from_checkpoint is None:
+            return 0.9 if self.sparsity is None else float(self.sparsity)
+        sizes = sum(m.numel() for m in self._given.values())
+        return 1 - sum(int(m.sum()) for m in self._given.values()) / sizes if sizes else 0.0
+
+    def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
+        if self.from_checkpoint is None:
+            return super().share_out(entries)
+        chosen = [e for e in entries if not e.reason]
+        self._given = _masks_in(self.from_checkpoint, chosen)
+        parts = {layer: part for e in chosen for layer, part in zip(e.layers, e.split(self._given[e.name]), strict=True)}
+        return {layer: 1 - int(part.sum()) / part.numel() for layer, part in parts.items()}
+
+    def parameter_zeros(self, entries: Sequence[Entry], targets: Mapping[str, float]) -> dict[str, int]:
+        if self.from_checkpoint is None:
+            return super().parameter_zeros(entries, targets)
+        return {n: m.numel() - int(m.sum()) for n, m in self._given.items()}
+
+    def initial_masks(self) -> dict[str, Tensor]:
+        return super().initial_masks() if self.from_checkpoint is None else self._given
+
+
+def _masks_in(source: str | Path | Mapping[str, Any], entries: Sequence[Entry]) -> dict[str, Tensor]:
+    """Masks of ``entries`` from a checkpoint: those saved by a callback of this package, otherwise the non-zeros."""
+    if isinstance(source, Mapping):
+        found = source
+    elif Path(source).is_file():
+        found = torch.load(source, map_location="cpu", weights_only=True)
+    else:
+        raise ValueError(f"from_checkpoint={str(source)!r} is no file. Give the path of a checkpoint or a state dict.")
+    weights: Mapping[str, Any] = found.get("state_dict", found)
+    saved: dict[str, Tensor] = {}
+    for state in found.get("callbacks", {}).values():
+        if isinstance(state, Mapping) and isinstance(state.get("masks"), Mapping):
+            saved |= state["masks"]
+    missing = [e.name for e in entries if e.name not in weights or tuple(weights[e.name].shape) != e.full_shape]
+    if missing:
+        known = ", ".join(k for k, v in weights.items() if isinstance(v, Tensor) and v.ndim > 1)
+        raise ValueError(
+            f"from_checkpoint= does not fit the model: {', '.join(missing)} not found with the same shape. The checkpoint has: {known}. "
+            "Names must be those of the LightningModule; rename the keys, or leave layers out with include= or exclude=."
+        )
+    masks = {e.name: saved[e.name] if e.name in saved else weights[e.name] != 0 for e in entries}
+    if all(bool(m.all()) for m in masks.values()):
+        raise ValueError("from_checkpoint= holds no zeros in the selected weights, so there is no mask to keep. Give sparsity= instead.")
+    return masks

@@ -1,0 +1,72 @@
+"""What a sparse method needs to know about torch optimizers."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+# Each weight's update depends on that weight's own gradient and state alone, so masking the weights after the step is enough.
+_ELEMENTWISE = (
+    torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam,
+    torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.RMSprop, torch.optim.ASGD, torch.optim.Rprop,
+)  # fmt: skip
+
+
+def is_elementwise(optimizer: Optimizer) -> bool:
+    """True where a pruned weight's gradient cannot change another weight's update (a subclass may do anything: False)."""
+    return type(optimizer) in _ELEMENTWISE
+
+
+def refuse(optimizers: Iterable[Optimizer], scaler: bool) -> None:
+    """Refuse optimizers under which a mask cannot be kept.
+
+    Args:
+        optimizers: of the run.
+        scaler: True under fp16 with a GradScaler.
+
+    Raises:
+        ValueError: LBFGS (several closure calls a step), or a fused optimizer under a GradScaler.
+    """
+    for optimizer in optimizers:
+        name = type(optimizer).__name__
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(several_closures(name))
+        if scaler and getattr(optimizer, "_step_supports_amp_scaling", False):
+            raise ValueError(
+                f"{name}(fused=True) under precision='16-mixed' unscales the gradients inside its step and steps even when they are "
+                "infinite, so a mask update could be lost. Use precision='bf16-mixed', or fused=False."
+            )
+
+
+def several_closures(name: str) -> str:
+    return (
+        f"{name} calls its closure several times in one step, so there is no single gradient that a mask update could use. "
+        "Use an optimizer with one gradient a step, such as SGD or AdamW."
+    )
+
+
+@torch.no_grad()
+def clear_state(optimizer: Optimizer, parameter: Tensor, where: Tensor) -> None:
+    """Zero every per-element state tensor (momentum, exp_avg, exp_avg_sq, ...) of ``parameter`` at ``where`` (bool, its shape).
+
+    Scalars such as Adam's ``step`` stay; a parameter without state yet is left alone.
+    """
+    for value in optimizer.state.get(parameter, {}).values():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            value.masked_fill_(where, 0)
+
+
+def all_finite(gradients: Iterable[Tensor]) -> Tensor | None:
+    """A 0-d bool on the gradients' device: no element is inf or NaN. None without gradients."""
+    found = [_is_finite(g) for g in gradients]
+    if not found:
+        return None
+    return found[0] if len(found) == 1 else torch.stack([f.to(found[0].device) for f in found]).all()
+
+
+def _is_finite(gradient: Tensor) -> Tensor:
+    if gradient.device.type != "cpu":
+        return gradient.abs().amax().isfinite()
+    finite = gradient.sum().isfinite()  # a sum reads the memory once; finite values can overflow it, so a 'no' is looked at again
+    return finite if finite else gradient.isfinite().all()

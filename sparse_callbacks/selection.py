@@ -1,0 +1,189 @@
+"""Which parameters become sparse, which stay dense, and why."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import UninitializedParameter
+
+KeepDense = Literal["first", "last", "both"]
+
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+_GATES = {"LSTM": 4, "GRU": 3, "RNN": 1, "LSTMCell": 4, "GRUCell": 3, "RNNCell": 1}
+_EMBEDDING = "embedding: sparse only where include= names it"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter of a model: what it is, and why it stays dense if it does.
+
+    ``parts`` equal matrices are stacked along dimension 0 (three in the in-projection of an attention, one per gate in an
+    LSTM); each is a layer of its own for distributions and for updates. ``shape`` is the shape of one of them in the order
+    (outputs, inputs of one output, *kernel*), also for transposed convolutions.
+    """
+
+    name: str
+    size: int
+    full_shape: tuple[int, ...]
+    shape: tuple[int, ...] = ()
+    parts: int = 1
+    reason: str = ""
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers in this parameter: its own, or with an index where it stacks several."""
+        return [self.name] if self.parts == 1 else [f"{self.name}[{i}]" for i in range(self.parts)]
+
+    def split(self, tensor: Tensor) -> Sequence[Tensor]:
+        """Views of ``tensor`` (of the parameter's shape), one for each layer."""
+        return (tensor,) if self.parts == 1 else tensor.chunk(self.parts)
+
+
+def _kernels(module: nn.Module) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+    """Local name, number of stacked matrices and (out, in, *kernel) shape of every weight of ``module`` that may be sparse."""
+    own = {name: p for name, p in module._parameters.items() if p is not None}
+    if isinstance(module, nn.Linear | _ConvNd | nn.Embedding | nn.EmbeddingBag):
+        if (weight := own.get("weight")) is not None:
+            yield "weight", 1, _forward_shape(module, tuple(weight.shape))
+    elif isinstance(module, nn.MultiheadAttention):
+        for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+            if name in own:
+                rows, columns = own[name].shape
+                parts = 3 if name == "in_proj_weight" else 1
+                yield name, parts, (rows // parts, columns)
+    elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        gates = next(_GATES[c.__name__] for c in type(module).__mro__ if c.__name__ in _GATES)
+        for name, p in own.items():
+            if name.startswith("weight"):
+                parts = 1 if name.startswith("weight_hr") else gates
+                yield name, parts, (p.shape[0] // parts, p.shape[1])
+
+
+def _forward_shape(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if isinstance(module, _ConvTransposeNd):  # stored as (in, out / groups, *kernel)
+        return (module.out_channels, module.in_channels // module.groups, *shape[2:])
+    return shape
+
+
+def _why_not(module: nn.Module, local: str) -> str:
+    """Why the parameter ``local`` of ``module`` is never sparse."""
+    if isinstance(module, _NORMS) or "Norm" in type(module).__name__:
+        return "norm"
+    if "bias" in local:
+        return "bias"
+    if local in ("weight_orig", "weight_g", "weight_v") or local.startswith("original"):
+        return "reparametrised: not a plain weight"
+    return f"no weight of a supported layer ({type(module).__name__})"
+
+
+def entries(model: nn.Module) -> list[Entry]:
+    """Every parameter of ``model`` once, in the order of ``named_parameters``; ``reason`` is empty where it may be sparse."""
+    roles: dict[int, Entry] = {}
+    embeddings: set[int] = set()
+    for module_name, module in model.named_modules():
+        for local, p in module._parameters.items():
+            if isinstance(p, UninitializedParameter):
+                raise ValueError(
+                    f"{module_name}.{local} has no shape yet (a lazy module): masks cannot be made. Run one batch through the "
+                    "model, for example in configure_model, before fit starts."
+                )
+            if p is not None and id(p) not in roles:
+                name = f"{module_name}.{local}" if module_name else local
+                roles[id(p)] = Entry(name, p.numel(), tuple(p.shape), reason=_why_not(module, local))
+        for local, parts, shape in _kernels(module):
+            p = module._parameters[local]
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+                embeddings.add(id(p))
+            if p is not None and roles[id(p)].shape == ():
+                roles[id(p)] = replace(roles[id(p)], parts=parts, shape=shape, reason="")
+    found = []
+    for name, p in model.named_parameters():
+        entry = replace(roles[id(p)], name=name)
+        found.append(replace(entry, reason=_EMBEDDING) if id(p) in embeddings else entry)
+    return found
+
+
+def patterns(value: str | Iterable[str] | None, argument: str) -> tuple[str, ...] | None:
+    """``include`` or ``exclude`` as a tuple of globs; one string is one glob."""
+    if value is None:
+        return None
+    globs = (value,) if isinstance(value, str) else tuple(value)
+    if not globs or not all(isinstance(g, str) and g for g in globs):
+        raise ValueError(f"{argument}={value!r} is no glob and no list of globs. Give for example {argument}=['conv*', 'fc.weight'].")
+    return globs
+
+
+def select(
+    model: nn.Module,
+    include: tuple[str, ...] | None = None,
+    exclude: tuple[str, ...] | None = None,
+    keep_dense: KeepDense | None = None,
+    trained: set[int] | None = None,
+) -> list[Entry]:
+    """Every parameter of ``model``, with the reason why it stays dense or an empty one where it becomes sparse.
+
+    Args:
+        model: names are those of ``model.named_parameters()``; a tied weight counts once, and its other names match too.
+        include: globs; only weights that match one become sparse. An embedding needs a glob other than ``"*"``.
+        exclude: globs; weights that match one stay dense.
+        keep_dense: keep the first, the last or both weights (in the order of registration) dense.
+        trained: ``id`` of every parameter that some optimizer steps; the others stay dense. None: all count as trained.
+
+    Raises:
+        ValueError: a glob matches nothing, or nothing is left to make sparse; the message lists the candidates.
+    """
+    aliases: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(p), []).append(name)
+    found = entries(model)
+    objects = dict(model.named_parameters())
+    candidates = [e for e in found if e.reason in ("", _EMBEDDING) and e.size > 0]
+    names = {e.name: aliases[id(objects[e.name])] for e in found}
+    for glob in include or ():
+        if not any(fnmatchcase(n, glob) for e in candidates for n in names[e.name]):
+            raise ValueError(_nothing("include", glob, candidates))
+    for glob in exclude or ():
+        if not any(fnmatchcase(n, glob) for some in names.values() for n in some):
+            raise ValueError(_nothing("exclude", glob, candidates))
+    kernels = [e.name for e in candidates if not e.reason]
+    ends = {"first": kernels[:1], "last": kernels[-1:], "both": kernels[:1] + kernels[-1:]}.get(keep_dense or "", [])
+
+    def decide(entry: Entry) -> str:
+        if entry not in candidates:
+            return entry.reason or "empty"
+
+        def matches(globs: Iterable[str]) -> bool:
+            return any(fnmatchcase(n, g) for g in globs for n in names[entry.name])
+
+        if entry.reason and not (include and matches(g for g in include if g != "*")):
+            return entry.reason
+        if include is not None and not matches(include):
+            return "not matched by include="
+        if exclude is not None and matches(exclude):
+            return "matched by exclude="
+        if entry.name in ends:
+            return f"{'first' if entry.name == ends[0] and keep_dense != 'last' else 'last'} layer, kept dense on request"
+        if not objects[entry.name].requires_grad:
+            return "frozen (requires_grad=False)"
+        if trained is not None and id(objects[entry.name]) not in trained:
+            return "in no optimizer"
+        return ""
+
+    chosen = [replace(e, reason=decide(e)) for e in found]
+    if all(e.reason for e in chosen):
+        raise ValueError(
+            "no parameter is left to make sparse. Candidates, and why each stays dense: "
+            + (", ".join(f"{e.name} ({e.reason})" for e in chosen if e.shape) or "none: the model has no supported layer")
+            + ". Change include=, exclude= or keep_dense=."
+        )
+    return chosen
+
+
+def _nothing(argument: str, glob: str, candidates: Sequence[Entry]) -> str:
+    listed = ", ".join(e.name for e in candidates) or "none: the model has no supported layer"
+    advice = "Use include=['*'] for every matrix and kernel." if argument == "include" else f"Drop it from {argument}=."
+    return f"{argument}=[{glob!r}] matches no parameter that can be sparse. Candidates: {listed}. {advice}"
