@@ -94,8 +94,12 @@ class SparsityCallback(Engine, Callback):
         self._model_size = 0
         self._restored: dict[str, Any] | None = None
         self._held_gradients: dict[str, Tensor] = {}
+        self._saved_times: list[int] = []
         self._window_open = False
         self._logged_at = -1
+
+    def _times(self) -> list[int]:
+        return [] if self.calendar is None else [self.calendar.every, self.calendar.start, self.calendar.stop]
 
     def set_times(self, every: Time | None, start: Time, stop: Time) -> None:
         """Keep the time arguments, once they were found possible."""
@@ -187,25 +191,33 @@ class SparsityCallback(Engine, Callback):
         entries = select(pl_module, self.include, self.exclude, self.keep_dense, trained)
         self._refuse_shared(trainer, [e.name for e in entries if not e.reason])
         saved = self._checked_state(trainer)
-        if self.start is not None:
-            self.calendar = resolve(
-                self.every, self.start, self.stop, self.published_every, lambda: run_length(trainer),
-                final=self.arrives_at_stop, lenient=bool(trainer.fast_dev_run), tell=rank_zero_info,
-            )  # fmt: skip
         manual = not pl_module.automatic_optimization
         reads = [not manual and gradients_are_read(trainer, pl_module, o) for o in trainer.optimizers]
         self._all_entries = entries
         self._model_size = sum(p.numel() for p in pl_module.parameters())
         self.begin(pl_module, entries, self.share_out(entries), trainer.optimizers, reads, saved)
         self._held_gradients = dict(saved.get("grads", {})) if saved else {}
+        self._saved_times = list(saved["times"]) if saved else []
         self._restored = None
         self.attach(pl_module)
         if self.print_plan and trainer.is_global_zero:
             print(self.plan(), flush=True)
-        for warning in warnings_for(trainer, dense_at_first=not self.at_target):
+        for warning in warnings_for(trainer, self.arrives_at_stop):
             rank_zero_warn(warning)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.start is not None:
+            # not in on_fit_start: asked there for the run's length, Lightning makes its loader and forgets to resume it
+            self.calendar = resolve(
+                self.every, self.start, self.stop, self.published_every, lambda: run_length(trainer),
+                final=self.arrives_at_stop, lenient=bool(trainer.fast_dev_run), tell=rank_zero_info,
+            )  # fmt: skip
+            if self._saved_times and (now := self._times()) != self._saved_times:
+                rank_zero_warn(
+                    f"{type(self).__name__} goes on with other times than it was saved with, because the run's length differs: (every, start, "
+                    f"stop) were {self._saved_times} steps and are {now}."
+                )
+            self._saved_times = []
         parameters = dict(pl_module.named_parameters())
         for name, gradient in self._held_gradients.items():
             parameters[name].grad = gradient.to(parameters[name].device)
@@ -257,7 +269,7 @@ class SparsityCallback(Engine, Callback):
     def state_dict(self) -> dict[str, Any]:
         if not self.masks:
             return self._restored or {}
-        current = {"version": state.VERSION, "arguments": self._arguments(), **self.engine_state()}
+        current = {"version": state.VERSION, "arguments": self._arguments(), "times": self._times(), **self.engine_state()}
         model = self._model()
         if self._window_open and model is not None:  # accumulated gradients are in no checkpoint of Lightning's
             held = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}

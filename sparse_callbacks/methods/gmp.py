@@ -83,7 +83,7 @@ class GMP(SparsityCallback):
 
     def initial_masks(self) -> dict[str, Tensor]:
         everything = {n: torch.ones_like(p, dtype=torch.bool) for n, p in self.params.items()}
-        return self._pruned(everything, self.sparsity_at(0))
+        return self._pruned(everything, self._curve.initial)
 
     def after_step(self) -> None:
         if self.due():
