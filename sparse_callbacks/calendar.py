@@ -118,9 +118,11 @@ class StepCount:
     taken: int = 0
     failed: Tensor | None = field(default=None, repr=False)
 
-    def add(self, finite: Tensor | None) -> None:
-        self.taken += 1
-        if finite is not None:
+    def add(self, finite: Tensor | bool) -> None:
+        if isinstance(finite, bool):
+            self.taken += finite
+        else:
+            self.taken += 1
             missed = torch.logical_not(finite).long()
             self.failed = missed if self.failed is None else self.failed + missed
 

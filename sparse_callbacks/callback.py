@@ -86,6 +86,7 @@ class SparsityCallback(Engine, Callback):
         self.sparsity: Any = sparsity
         self.distribution = dict(distribution) if isinstance(distribution, Mapping) else distribution
         self.include, self.exclude = patterns(include, "include"), patterns(exclude, "exclude")
+        self._key = self._generate_state_key(include=self.include, exclude=self.exclude)
         self.keep_dense, self.print_plan, self.fresh_start = keep_dense, print_plan, fresh_start
         self.every: Time | None = None
         self.start: Time | None = None
@@ -176,7 +177,7 @@ class SparsityCallback(Engine, Callback):
     @property
     def state_key(self) -> str:
         """Two callbacks on different layers have two keys in a checkpoint."""
-        return self._generate_state_key(include=self.include, exclude=self.exclude)
+        return self._key
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":

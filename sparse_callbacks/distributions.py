@@ -133,18 +133,18 @@ def _by_name(name: str, shapes: Shapes, sparsity: float) -> dict[str, float]:
 
 
 def _by_glob(rules: Mapping[str, float | str], shapes: Shapes, sparsity: float) -> dict[str, float]:
-    rule = {name: next((glob for glob in rules if fnmatchcase(name, glob)), None) for name in shapes}
+    followed = {name: next((glob for glob in rules if fnmatchcase(name, glob)), None) for name in shapes}
     for glob in rules:
-        if glob != "*" and glob not in rule.values():
+        if glob != "*" and glob not in followed.values():
             _refuse_idle(glob, shapes)
     found: dict[str, float] = {}
     groups: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, glob in rule.items():
-        value = "uniform" if glob is None else rules[glob]
+    for name, match in followed.items():
+        value = "uniform" if match is None else rules[match]
         if isinstance(value, str):
             groups.setdefault(value, {})[name] = shapes[name]
         else:
-            found[name] = _fraction(value, f"distribution: the sparsity {value!r} behind {glob!r}")
+            found[name] = _fraction(value, f"distribution: the sparsity {value!r} behind {match!r}")
     for value, members in groups.items():
         found |= _by_name(value, members, sparsity)
     return {name: found[name] for name in shapes}
@@ -179,7 +179,7 @@ def _checked_result(result: Any, shapes: Shapes) -> dict[str, float]:
 
 
 def _fraction(value: Any, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= value < 1.0:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= float(value) < 1.0:
         raise ValueError(f"{what} is not in [0, 1): it is the fraction of zeros. For 90 % zeros write 0.9.")
     return float(value)
 

@@ -57,7 +57,7 @@ class Engine:
         self._at: int | None = None
         self._tick = -1
         self._moving = False
-        self._finite: Tensor | None = None
+        self._finite: Tensor | bool = True
         self._gradients = DenseGradients({})
         self._gradients_read: list[bool] = []
 
@@ -130,7 +130,7 @@ class Engine:
     @property
     def finite(self) -> bool:
         """No gradient of a sparse weight holds inf or NaN in this step. Waits for the device."""
-        return self._finite is None or bool(self._finite)
+        return bool(self._finite)
 
     def gradient(self, name: str) -> Tensor | None:
         """Dense gradient of a sparse parameter in this step, also where an update has taken it away from the optimizer."""
@@ -165,6 +165,7 @@ class Engine:
                     optimizers.clear_state(optimizer, self.params[name], grown)
             changed += before + 2 * born - active
             total += before + active
+        self.store.apply(new)
         assert self._at is not None
         self.progress.mark_done(self._at)
         self.updates += 1
@@ -240,7 +241,7 @@ class Engine:
         self._handles = [o.register_step_post_hook(self._after_optimizer_step) for o in found]
 
     def _index(self, optimizer: Optimizer) -> int:
-        return next(i for i, o in enumerate(self._optimizers) if o is optimizer)
+        return self._optimizers.index(optimizer)
 
     @contextmanager
     def _step_of(self, optimizer: Optimizer, tick: int) -> Iterator[int]:
@@ -258,7 +259,7 @@ class Engine:
             self._ticks[index] = tick
             self._moving = False
             if self._owned[index]:
-                self._finite = optimizers.all_finite(g for n in self.names if (g := self.gradient(n)) is not None)
+                self._finite = optimizers.all_finite([g for n in self.names if (g := self.gradient(n)) is not None])
                 self.before_step()
 
     def after_backward(self, scale: float = 1.0) -> None:
@@ -285,6 +286,7 @@ class Engine:
                 "optimization step through self.optimizers(), not through the raw torch optimizer."
             )
         with self._step_of(optimizer, self._ticks[index]):
+            self.apply_masks(index)  # before an update too: a weight that it grows must start at zero
             if self._owned[index]:
                 if self._moving:
                     self.update()
@@ -293,7 +295,6 @@ class Engine:
                     self.after_step()
                 self._moving = False
                 self._gradients.forget(self._owned[index])
-            self.apply_masks(index)
 
     def apply_masks(self, index: int | None = None) -> None:
         """Restore the invariant in all sparse parameters, or in those that the optimizer ``index`` steps."""

@@ -1,6 +1,7 @@
 """What a sparse method needs to know about torch optimizers."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -57,16 +58,9 @@ def clear_state(optimizer: Optimizer, parameter: Tensor, where: Tensor) -> None:
             value.masked_fill_(where, 0)
 
 
-def all_finite(gradients: Iterable[Tensor]) -> Tensor | None:
-    """A 0-d bool on the gradients' device: no element is inf or NaN. None without gradients."""
-    found = [_is_finite(g) for g in gradients]
-    if not found:
-        return None
-    return found[0] if len(found) == 1 else torch.stack([f.to(found[0].device) for f in found]).all()
-
-
-def _is_finite(gradient: Tensor) -> Tensor:
-    if gradient.device.type != "cpu":
-        return gradient.abs().amax().isfinite()
-    finite = gradient.sum().isfinite()  # a sum reads the memory once; finite values can overflow it, so a 'no' is looked at again
-    return finite if finite else gradient.isfinite().all()
+def all_finite(gradients: Sequence[Tensor]) -> Tensor | bool:
+    """No element is inf or NaN: a bool for gradients on the CPU, elsewhere a 0-d bool tensor that nobody has waited for yet."""
+    if all(g.device.type == "cpu" for g in gradients):
+        # a sum reads the memory once; finite values can overflow it, so a 'no' is looked at again
+        return all(math.isfinite(g.sum().item()) or bool(g.isfinite().all()) for g in gradients)
+    return torch.stack([g.abs().amax().to(gradients[0].device) for g in gradients]).isfinite().all()
