@@ -96,6 +96,7 @@ class SparsityCallback(Engine, Callback):
         self._restored: dict[str, Any] | None = None
         self._held_gradients: dict[str, Tensor] = {}
         self._saved_times: list[int] = []
+        self._training = False
         self._window_open = False
         self._logged_at = -1
 
@@ -219,6 +220,8 @@ class SparsityCallback(Engine, Callback):
                     f"stop) were {self._saved_times} steps and are {now}."
                 )
             self._saved_times = []
+        self.apply_masks()  # not earlier: a fit that is refused leaves the weights as they were
+        self._training = True
         parameters = dict(pl_module.named_parameters())
         for name, gradient in self._held_gradients.items():
             parameters[name].grad = gradient.to(parameters[name].device)
@@ -243,7 +246,7 @@ class SparsityCallback(Engine, Callback):
         if leads and (batch_idx == 0 or any(c.events for c in peers) or self._logged_at < 0):
             pl_module.log("sparsity/total", joint_sparsity(peers)["sparsity/total"], prog_bar=True, logger=False)
         often = trainer.log_every_n_steps
-        if news or (often and step != self._logged_at and step % often == 0):
+        if news or (often and step not in (0, self._logged_at) and step % often == 0):
             figures = (joint_sparsity(peers) if leads else {}) | self._layer_sparsity() | self.events
             for logger in trainer.loggers:
                 logger.log_metrics(figures, step=step)
@@ -263,7 +266,7 @@ class SparsityCallback(Engine, Callback):
         )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._handles:  # it may have come between the optimizer's step and ours
+        if self._training:  # it may have come between the optimizer's step and ours
             self.apply_masks()
             self.release()
 
@@ -279,6 +282,7 @@ class SparsityCallback(Engine, Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.end()
+        self._training = False
         self._restored = None
 
     # ------------------------------------------------------------------ refusals

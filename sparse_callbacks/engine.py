@@ -54,6 +54,7 @@ class Engine:
         self._owners: dict[str, list[Optimizer]] = {}
         self._handles: list[RemovableHandle] = []
         self._ticks: dict[int, int] = {}
+        self._concluded: dict[int, int] = {}
         self._at: int | None = None
         self._tick = -1
         self._moving = False
@@ -205,9 +206,16 @@ class Engine:
         gradients_read: Sequence[bool],
         state: Mapping[str, Any] | None,
     ) -> None:
-        """Take hold of the sparse parameters (``entries`` without a reason) and apply masks: those of ``state``, those of the
-        last run with the same model, or initial ones. ``gradients_read`` says for each optimizer whether anybody reads gradients
-        between backward and its step."""
+        """Take hold of the sparse parameters. No value changes before :meth:`apply_masks`.
+
+        Args:
+            model: whose ``named_parameters`` the masks go by.
+            entries: all parameters; those without a reason become sparse.
+            targets: planned sparsity of every layer.
+            optimizers: of the run.
+            gradients_read: for each optimizer, whether anybody reads gradients between backward and its step.
+            state: of a checkpoint; without one, masks of the last run with the same model go on, and otherwise initial ones are made.
+        """
         parameters = dict(model.named_parameters())
         sparse = {e.name: e for e in entries if not e.reason}
         params = {name: parameters[name] for name in sparse}
@@ -216,8 +224,6 @@ class Engine:
         self._targets = dict(targets)
         self._model = ref(model)
         self.store = MaskStore(params, sparse, {})  # initial masks are made from the parameters
-        self._bind(optimizers)
-        self._gradients_read = list(gradients_read)
         if state is not None:
             masks = self._load(state)
         elif not known:
@@ -227,7 +233,8 @@ class Engine:
         self.store = MaskStore(params, sparse, masks)
         if self.explores:
             self._note_active(params)
-        self.apply_masks()
+        self._bind(optimizers)
+        self._gradients_read = list(gradients_read)
 
     def _bind(self, found: Sequence[Optimizer]) -> None:
         self.end()
@@ -285,9 +292,12 @@ class Engine:
                 f"{type(optimizer).__name__}.step() was called past the host, so {type(self).__name__} saw no gradients. In manual "
                 "optimization step through self.optimizers(), not through the raw torch optimizer."
             )
-        with self._step_of(optimizer, self._ticks[index]):
+        tick = self._ticks[index]
+        with self._step_of(optimizer, tick):
             self.apply_masks(index)  # before an update too: a weight that it grows must start at zero
-            if self._owned[index]:
+            # a subclass that calls its parent's step fires the hooks of both
+            if self._owned[index] and self._concluded.get(index) != tick:
+                self._concluded[index] = tick
                 if self._moving:
                     self.update()
                 elif not self._gradients.withheld(optimizer, self._tick):  # else another callback replaced the step

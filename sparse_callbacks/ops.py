@@ -12,7 +12,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from sparse_callbacks.threshold import Part, select
+from sparse_callbacks.threshold import Part, select, smallest_selected
 
 
 def zeros_for(sparsity: float, size: int) -> int:
@@ -55,7 +55,7 @@ def keep_largest(values: Tensor, count: int, among: Tensor | None = None) -> Ten
     tensor([ True,  True, False, False])
     """
     part = Part.of(values, among)
-    return part.shaped(select([part], count)[0][0])
+    return part.shaped(select([part], count)[0])
 
 
 def keep_largest_jointly(values: Sequence[Tensor], count: int) -> list[Tensor]:
@@ -68,7 +68,7 @@ def keep_largest_jointly(values: Sequence[Tensor], count: int) -> list[Tensor]:
         torch.promote_types, (tensor.dtype for tensor in values), torch.float16 if not values else values[0].dtype
     )
     parts = [Part.of(tensor.to(common), None) for tensor in values]
-    return [part.shaped(mask) for part, mask in zip(parts, select(parts, count)[0], strict=True)]
+    return [part.shaped(mask) for part, mask in zip(parts, select(parts, count), strict=True)]
 
 
 def kth_largest(values: Tensor, count: int) -> Tensor:
@@ -79,7 +79,7 @@ def kth_largest(values: Tensor, count: int) -> Tensor:
     """
     if count < 1:
         raise ValueError(f"count={count} has no magnitude: ranks start at 1, the largest. Give 1 to {values.numel()}.")
-    return values.new_tensor(select([Part.of(values, None)], count)[1])
+    return values.new_tensor(smallest_selected([Part.of(values, None)], count))
 
 
 def drop_and_grow(mask: Tensor, drop: Tensor, grow: Tensor, count: int) -> Tensor:

@@ -1,0 +1,313 @@
+"""What the contract stands on: the methods found by their yaml, tiny models, a loader that resumes, exact comparison."""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparse_callbacks import SparsityCallback
+
+_FOUND = {path.stem: OmegaConf.load(path) for path in Path(__file__).parents[1].glob("conf/method/*.yaml")}
+CONFIGS: dict[str, dict[str, Any]] = {
+    name: OmegaConf.to_container(config) for name, config in sorted(_FOUND.items()) if "_target_" in config
+}
+METHODS = list(CONFIGS)
+
+# several updates in 16 steps, which move enough weights for some to come straight back
+SHORT = {"sparsity": 0.8, "every": 3, "stop": 14, "drop_fraction": 0.5, "print_plan": False}
+STEPS = 16
+
+
+def method(name: str, **changes: Any) -> SparsityCallback:
+    """The callback of ``conf/method/<name>.yaml`` for a short run; ``changes`` that this method does not take are left out."""
+    config = CONFIGS[name]
+    return instantiate(config | {k: v for k, v in (SHORT | changes).items() if k in config}, _convert_="all")
+
+
+def moves(name: str) -> bool:
+    """The method has updates: its yaml says how often."""
+    return "every" in CONFIGS[name]
+
+
+def explores(name: str) -> bool:
+    """The method grows connections: its yaml says how many leave for them."""
+    return "drop_fraction" in CONFIGS[name]
+
+
+# ---------------------------------------------------------------------- models
+
+Configure = Callable[[Iterable[nn.Parameter]], Any]
+
+OPTIMIZERS: dict[str, Configure] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-2),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-2),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
+    "amsgrad": lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=1e-2, amsgrad=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=3e-3, momentum=0.9, centered=True, weight_decay=1e-2),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=3e-2, lr_decay=1e-2, weight_decay=1e-2),
+}
+
+
+def conv_net(seed: int = 0) -> nn.Module:
+    """Convolution, batch norm and two matrices, for inputs [n, 2, 5, 5] and 4 classes."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(72, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 4)
+    )  # fmt: skip
+
+
+def mlp(seed: int = 0) -> nn.Module:
+    """Two matrices in float64 and no batch statistics, for the same inputs."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(50, 24), nn.Tanh(), nn.Linear(24, 4)).double()
+
+
+class Classifier(pl.LightningModule):
+    """Cross entropy of ``net``, with a learning rate that changes every step."""
+
+    def __init__(self, net: nn.Module | None = None, optimizer: str = "sgd") -> None:
+        super().__init__()
+        self.net = conv_net() if net is None else net
+        self.optimizer = optimizer
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        return nn.functional.cross_entropy(self.net(x.to(next(self.parameters()).dtype)), y)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(batch)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch))
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test_loss", self.loss(batch))
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.net(batch[0].to(next(self.parameters()).dtype))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = OPTIMIZERS[self.optimizer](self.parameters())
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.97**step)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class ByHand(Classifier):
+    """The same training under manual optimization: ``window`` micro-batches a step, and the user's own clipping."""
+
+    def __init__(self, net: nn.Module | None = None, optimizer: str = "sgd", window: int = 1, clip: float | None = None) -> None:
+        super().__init__(net, optimizer)
+        self.automatic_optimization = False
+        self.window, self.clip = window, clip
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        self.manual_backward(self.loss(batch) / self.window)
+        if (batch_idx + 1) % self.window == 0:
+            if self.clip is not None:
+                nn.utils.clip_grad_norm_(self.parameters(), self.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            self.lr_schedulers().step()
+
+
+class Rivals(pl.LightningModule):
+    """A critic that steps twice and a maker that steps once a batch, as in a GAN; the maker's loss runs through the critic."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        torch.manual_seed(0)
+        self.maker = nn.Sequential(nn.Flatten(), nn.Linear(50, 16), nn.Tanh(), nn.Linear(16, 16))
+        self.critic = nn.Sequential(nn.Linear(16, 20), nn.Tanh(), nn.Linear(20, 4))
+        self.before_clip: Callable[[int], None] = lambda index: None
+        self.after_step: Callable[[int], None] = lambda index: None
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        maker, critic = self.optimizers()
+        for _ in range(2):
+            self.step_with(1, critic, self.critic, nn.functional.cross_entropy(self.critic(self.maker(x).detach()), y))
+        self.step_with(0, maker, self.maker, nn.functional.cross_entropy(self.critic(self.maker(x)), y))
+
+    def step_with(self, index: int, optimizer: Any, net: nn.Module, loss: Tensor) -> None:
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        self.before_clip(index)
+        nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+        optimizer.step()
+        self.after_step(index)
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        return [OPTIMIZERS["sgd"](self.maker.parameters()), OPTIMIZERS["adamw"](self.critic.parameters())]
+
+
+# ---------------------------------------------------------------------- data
+
+
+class Batches:
+    """Random images [size, 2, 5, 5] and labels; the order derives from (seed, epoch, index), so the position is all its state.
+
+    Rank r of ``world`` gets every ``world``-th sample of each batch.
+    """
+
+    batch_sampler = None  # Lightning asks every loader with a sampler for it
+
+    def __init__(self, batches: int = 8, size: int = 6, seed: int = 0, rank: int = 0, world: int = 1) -> None:
+        self.batches, self.size, self.seed, self.rank, self.world = batches, size, seed, rank, world
+        source = torch.Generator().manual_seed(seed)
+        self.x = torch.randn(batches * size, 2, 5, 5, generator=source)
+        self.y = torch.randint(0, 4, (batches * size,), generator=source)
+        self.epoch = self.next = 0
+        self.resumed: dict[str, int] | None = None
+
+    @property
+    def sampler(self) -> "Batches":
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "next": self.next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.resumed = state
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def order(self, epoch: int) -> Tensor:
+        return torch.randperm(len(self.x), generator=torch.Generator().manual_seed(1000 * self.seed + epoch))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        resumed, self.resumed = self.resumed, None
+        self.next = resumed["next"] if resumed is not None and resumed["epoch"] == self.epoch else 0
+        order = self.order(self.epoch)
+        while self.next < self.batches:
+            chosen = order[self.next * self.size : (self.next + 1) * self.size][self.rank :: self.world]
+            self.next += 1
+            yield self.x[chosen], self.y[chosen]
+
+    def all(self, epochs: int) -> list[tuple[Tensor, Tensor]]:
+        """Every batch of the first ``epochs`` epochs, in order."""
+        loader, found = Batches(self.batches, self.size, self.seed, self.rank, self.world), []
+        for epoch in range(epochs):
+            loader.set_epoch(epoch)
+            found += list(loader)
+        return found
+
+
+# ---------------------------------------------------------------------- runs
+
+Watcher = Callable[[pl.Trainer, Any, int], None]
+
+
+def watch(on_batch_end: Watcher) -> pl.Callback:
+    """Calls ``on_batch_end(trainer, module, batches done before)`` after every batch; put it behind the sparsity callbacks."""
+    count = itertools.count()
+    return pl.callbacks.LambdaCallback(on_train_batch_end=lambda trainer, module, *_: on_batch_end(trainer, module, next(count)))
+
+
+def trainer_for(callbacks: Sequence[pl.Callback], **options: Any) -> pl.Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    return pl.Trainer(**{"accelerator": "cpu", "devices": 1, "max_epochs": 2, **quiet, **options, "callbacks": list(callbacks)})
+
+
+def fit(module: pl.LightningModule, *callbacks: pl.Callback, loader: Any = None, ckpt_path: Any = None, **options: Any) -> pl.Trainer:
+    """Fit for two epochs of eight batches, unless told otherwise."""
+    trainer = trainer_for(callbacks, **options)
+    trainer.fit(module, Batches() if loader is None else loader, ckpt_path=ckpt_path)
+    return trainer
+
+
+def sparse_weights(module: nn.Module, *callbacks: SparsityCallback) -> dict[str, tuple[Tensor, Tensor]]:
+    """(weight, mask) by name."""
+    weights = {n: p.detach() for n, p in module.named_parameters()}
+    return {n: (weights[n], m) for c in callbacks for n, m in c.masks.items()}
+
+
+def assert_effective(module: nn.Module, *callbacks: SparsityCallback) -> None:
+    """Every sparse weight is what its mask leaves of it."""
+    found = sparse_weights(module, *callbacks)
+    assert found
+    for name, (weight, mask) in found.items():
+        assert mask.dtype == torch.bool, name
+        assert mask.shape == weight.shape, name
+        assert not weight[~mask].any(), f"{name}: {int(weight[~mask].count_nonzero())} pruned weights are not zero"
+
+
+def assert_counts(callback: SparsityCallback) -> None:
+    """Exactly the zeros that ``plan()`` announces, in every parameter."""
+    plan = callback.plan()
+    assert {n: int((~m).sum()) for n, m in callback.masks.items()} == {r.name: r.zeros for r in plan if r.name in plan.selected}
+
+
+def snapshot(trainer: pl.Trainer, module: nn.Module, *callbacks: SparsityCallback) -> dict[str, Any]:
+    """Copies of everything that a resumed run must share with one that never stopped."""
+    return copy.deepcopy(
+        {
+            "weights": module.state_dict(),
+            "masks": [c.masks for c in callbacks],
+            "callbacks": [c.state_dict() for c in callbacks],
+            "aux": [c.aux for c in callbacks],
+            "counts": [(c.step, c.updates, c.at_target) for c in callbacks],
+            "optimizers": [o.state_dict() for o in trainer.optimizers],
+            "rates": [[group["lr"] for group in o.param_groups] for o in trainer.optimizers],
+            "global_step": trainer.global_step,
+        }
+    )
+
+
+def differences(first: Any, second: Any, where: str = "", bitwise: bool = True) -> list[str]:
+    """Where two nests of dicts, sequences, numbers and tensors differ; tensors bit by bit, or else by value (-0.0 equals 0.0)."""
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        if set(first) != set(second):
+            return [f"{where}: keys {sorted(map(str, set(first) ^ set(second)))}"]
+        return [d for key in first for d in differences(first[key], second[key], f"{where}/{key}", bitwise)]
+    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
+        if len(first) != len(second):
+            return [f"{where}: lengths {len(first)} and {len(second)}"]
+        pairs = enumerate(zip(first, second, strict=True))
+        return [d for i, (a, b) in pairs for d in differences(a, b, f"{where}/{i}", bitwise)]
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        alike = first.dtype == second.dtype and first.shape == second.shape
+        return [] if alike and (_bits(first) == _bits(second) if bitwise else torch.equal(first, second)) else [where]
+    return [] if type(first) is type(second) and first == second else [f"{where}: {first!r} and {second!r}"]
+
+
+def _bits(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def per_element_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """The optimizer's state tensors that have one element for each weight."""
+    return {k: v for k, v in optimizer.state[parameter].items() if isinstance(v, Tensor) and v.shape == parameter.shape}
+
+
+def structure(module: nn.Module) -> dict[str, Any]:
+    """Everything that is in a model besides the values of its tensors: keys, buffers, types, attributes and hooks."""
+    hooks = {
+        f"{name}.{kind}": len(value)
+        for name, child in module.named_modules()
+        for kind, value in vars(child).items()
+        if kind.endswith("_hooks") and isinstance(value, dict)
+    }
+    return {
+        "keys": list(module.state_dict()),
+        "buffers": [n for n, _ in module.named_buffers()],
+        "parameters": {n: (type(p).__name__, id(p), p.requires_grad, tuple(p.shape)) for n, p in module.named_parameters()},
+        "types": {n: type(m).__name__ for n, m in module.named_modules()},
+        "attributes": {n: sorted(vars(m)) for n, m in module.named_modules() if n},
+        "hooks": hooks,
+        "gradient hooks": [n for n, p in module.named_parameters() if p._backward_hooks or p._post_accumulate_grad_hooks],
+        "on the tensors": {n: sorted(vars(p)) for n, p in module.named_parameters()},
+    }
