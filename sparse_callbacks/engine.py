@@ -18,6 +18,8 @@ from sparse_callbacks.masks import MaskStore
 from sparse_callbacks.ops import random_mask, zeros_for
 from sparse_callbacks.selection import Entry
 
+ROOTS_EVERY = 100  # steps between two calls of optimizers.lift_roots: what it writes decays
+
 
 class Engine:
     """Keeps the one invariant: between optimizer steps every sparse parameter holds ``mask * dense``.
@@ -61,6 +63,7 @@ class Engine:
         self._finite: Tensor | bool = True
         self._gradients = DenseGradients({})
         self._gradients_read: list[bool] = []
+        self._gradients_masked = False
 
     # ------------------------------------------------------------------ what a method overrides
 
@@ -143,6 +146,7 @@ class Engine:
     def mask_gradients(self) -> None:
         """Zero the gradients of pruned weights, unless nobody reads them before the step: then masking the weights suffices."""
         if self._at is None or self._gradients_read[self._at]:
+            self._gradients_masked = True
             for name in self.names:
                 self.store.mask_gradient(name)
 
@@ -264,7 +268,7 @@ class Engine:
             if self._ticks.get(index) == tick:
                 raise ValueError(optimizers.several_closures(type(optimizer).__name__))
             self._ticks[index] = tick
-            self._moving = False
+            self._moving = self._gradients_masked = False
             if self._owned[index]:
                 self._finite = optimizers.all_finite([g for n in self.names if (g := self.gradient(n)) is not None])
                 self.before_step()
@@ -303,6 +307,9 @@ class Engine:
                 elif not self._gradients.withheld(optimizer, self._tick):  # else another callback replaced the step
                     self.progress.counts[index].add(self._finite)
                     self.after_step()
+                    if self._gradients_masked and self.progress.counts[index].at_most() % ROOTS_EVERY == 1:
+                        for name in self._owned[index]:
+                            optimizers.lift_roots(optimizer, self.params[name], ~self.store.bools[name])
                 self._moving = False
                 self._gradients.forget(self._owned[index])
 

@@ -14,6 +14,14 @@ _ELEMENTWISE = (
 )  # fmt: skip
 
 
+# State of which these take square roots.
+_ROOTED = {
+    torch.optim.Adam: "exp_avg_sq", torch.optim.AdamW: "exp_avg_sq", torch.optim.NAdam: "exp_avg_sq", torch.optim.RAdam: "exp_avg_sq",
+    torch.optim.RMSprop: "square_avg", torch.optim.Adagrad: "sum",
+}  # fmt: skip
+_SMALL = 2.0**-40  # a hundred decays by 0.6 a step leave it a normal number
+
+
 def is_elementwise(optimizer: Optimizer) -> bool:
     """True where a pruned weight's gradient cannot change another weight's update (a subclass may do anything: False)."""
     return type(optimizer) in _ELEMENTWISE
@@ -56,6 +64,22 @@ def clear_state(optimizer: Optimizer, parameter: Tensor, where: Tensor) -> None:
     for value in optimizer.state.get(parameter, {}).values():
         if isinstance(value, Tensor) and value.shape == parameter.shape:
             value.masked_fill_(where, 0)
+
+
+@torch.no_grad()
+def lift_roots(optimizer: Optimizer, parameter: Tensor, pruned: Tensor) -> None:
+    """Give the mean squared gradient of ``pruned`` weights (bool, shape of ``parameter``) a small normal value, and clear the rest
+    of their state. Only where their gradients are always zero.
+
+    Mean squares fade to zero there, and torch's CPU square root is some six times slower on zeros and denormals than on normal
+    numbers. Nobody reads a pruned weight's state: its value is masked, and growing clears the state again. The state of active
+    weights is not touched. Fused optimizers and other devices have no such slow root.
+    """
+    key = _ROOTED.get(type(optimizer))
+    if key is None or parameter.device.type != "cpu" or optimizer.defaults.get("fused") or key not in optimizer.state.get(parameter, {}):
+        return
+    clear_state(optimizer, parameter, pruned)  # what is left of a first moment must not be divided by a small root
+    optimizer.state[parameter][key].masked_fill_(pruned, _SMALL)
 
 
 def all_finite(gradients: Sequence[Tensor]) -> Tensor | bool:
