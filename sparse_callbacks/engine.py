@@ -50,10 +50,7 @@ class Engine:
         self._unbind()
 
     def _unbind(self) -> None:
-        self._optimizers: list[Optimizer] = []
-        self._owned: list[list[str]] = []
-        self._enforced: list[list[str]] = []
-        self._owners: dict[str, list[Optimizer]] = {}
+        self._ownership = optimizers.Ownership([], {})
         self._handles: list[RemovableHandle] = []
         self._ticks: dict[int, int] = {}
         self._concluded: dict[int, int] = {}
@@ -108,7 +105,7 @@ class Engine:
     @property
     def names(self) -> Sequence[str]:
         """Sparse parameters of the optimizer at hand; outside a step, all of them."""
-        return list(self.params) if self._at is None else self._owned[self._at]
+        return list(self.params) if self._at is None else self._ownership.owns[self._at]
 
     @property
     def step(self) -> int:
@@ -139,7 +136,7 @@ class Engine:
     def gradient(self, name: str) -> Tensor | None:
         """Dense gradient of a sparse parameter in this step, also where an update has taken it away from the optimizer."""
         assert self._at is not None
-        return self._gradients.of(name, self._optimizers[self._at], self._tick)
+        return self._gradients.of(name, self._ownership.optimizers[self._at], self._tick)
 
     # ------------------------------------------------------------------ what a method calls
 
@@ -153,7 +150,7 @@ class Engine:
     def skip_step(self) -> None:
         """Replace this step by an update of the masks: no parameter of the optimizer moves, nor does its state."""
         assert self._at is not None
-        self._gradients.take_away(self._optimizers[self._at], self._tick)
+        self._gradients.take_away(self._ownership.optimizers[self._at], self._tick)
         self._moving = True
 
     def move_masks(self, **events: float) -> None:
@@ -166,8 +163,7 @@ class Engine:
             self.store.set(name, mask)
             born, active = int(grown.sum()), self.store.active[name]
             if born:
-                for optimizer in self._owners[name]:
-                    optimizers.clear_state(optimizer, self.params[name], grown)
+                self._ownership.clear(name, grown)
             changed += before + 2 * born - active
             total += before + active
         self.store.apply(new)
@@ -242,21 +238,13 @@ class Engine:
 
     def _bind(self, found: Sequence[Optimizer]) -> None:
         self.end()
-        self._optimizers = list(found)
         self._gradients = DenseGradients(self.params)
-        members = [{id(p) for group in o.param_groups for p in group["params"]} for o in found]
-        self._enforced = [[n for n, p in self.params.items() if id(p) in ids] for ids in members]
-        first = {n: i for i in reversed(range(len(found))) for n in self._enforced[i]}
-        self._owned = [[n for n in names if first[n] == i] for i, names in enumerate(self._enforced)]
-        self._owners = {n: [o for o, names in zip(found, self._enforced, strict=True) if n in names] for n in self.params}
+        self._ownership = optimizers.Ownership(found, self.params)
         self._handles = [o.register_step_post_hook(self._after_optimizer_step) for o in found]
-
-    def _index(self, optimizer: Optimizer) -> int:
-        return self._optimizers.index(optimizer)
 
     @contextmanager
     def _step_of(self, optimizer: Optimizer, tick: int) -> Iterator[int]:
-        self._at, self._tick = self._index(optimizer), tick
+        self._at, self._tick = self._ownership.index(optimizer), tick
         try:
             yield self._at
         finally:
@@ -269,7 +257,7 @@ class Engine:
                 raise ValueError(optimizers.several_closures(type(optimizer).__name__))
             self._ticks[index] = tick
             self._moving = self._gradients_masked = False
-            if self._owned[index]:
+            if self._ownership.owns[index]:
                 self._finite = optimizers.all_finite([g for n in self.names if (g := self.gradient(n)) is not None])
                 self.before_step()
 
@@ -279,18 +267,18 @@ class Engine:
         Args:
             scale: by which a GradScaler has multiplied the gradients.
         """
-        for index in range(len(self._optimizers)):
+        for index in range(len(self._ownership.optimizers)):
             self._at = index
             dense_wanted = self.wants_dense_gradients()
             self._at = None
-            for name in self._owned[index]:
+            for name in self._ownership.owns[index]:
                 if dense_wanted:
                     self._gradients.keep(name, self.store, scale)
                 self.store.mask_gradient(name)
 
     def _after_optimizer_step(self, optimizer: Optimizer, *_: object) -> None:
         """The optimizer's own post hook: it fires when a step was really taken, and not where a GradScaler skipped it."""
-        index = self._index(optimizer)
+        index = self._ownership.index(optimizer)
         if index not in self._ticks:
             raise RuntimeError(
                 f"{type(optimizer).__name__}.step() was called past the host, so {type(self).__name__} saw no gradients. In manual "
@@ -300,7 +288,7 @@ class Engine:
         with self._step_of(optimizer, tick):
             self.apply_masks(index)  # before an update too: a weight that it grows must start at zero
             # a subclass that calls its parent's step fires the hooks of both
-            if self._owned[index] and self._concluded.get(index) != tick:
+            if self._ownership.owns[index] and self._concluded.get(index) != tick:
                 self._concluded[index] = tick
                 if self._moving:
                     self.update()
@@ -308,18 +296,18 @@ class Engine:
                     self.progress.counts[index].add(self._finite)
                     self.after_step()
                     if self._gradients_masked and self.progress.counts[index].at_most() % ROOTS_EVERY == 1:
-                        for name in self._owned[index]:
+                        for name in self._ownership.owns[index]:
                             optimizers.lift_roots(optimizer, self.params[name], ~self.store.bools[name])
                 self._moving = False
-                self._gradients.forget(self._owned[index])
+                self._gradients.forget(self._ownership.owns[index])
 
     def apply_masks(self, index: int | None = None) -> None:
         """Restore the invariant in all sparse parameters, or in those that the optimizer ``index`` steps."""
-        self.store.apply(self.params if index is None else self._enforced[index])
+        self.store.apply(self.params if index is None else self._ownership.steps[index])
 
     def release(self) -> None:
         """Forget the gradients of a replaced step."""
-        self._gradients.release(self._optimizers)
+        self._gradients.release(self._ownership.optimizers)
 
     def end(self) -> None:
         """Take all hooks away; masks and counters stay."""

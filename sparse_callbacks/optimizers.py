@@ -1,7 +1,7 @@
 """What a sparse method needs to know about torch optimizers."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,32 @@ _ROOTED = {
     torch.optim.RMSprop: "square_avg", torch.optim.Adagrad: "sum",
 }  # fmt: skip
 _SMALL = 2.0**-40  # a hundred decays by 0.6 a step leave it a normal number
+
+
+class Ownership:
+    """Which optimizer (by index) steps which sparse parameter.
+
+    A parameter in several optimizers belongs to the first: its masks move on that one's calendar, and all of them keep it masked.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], params: Mapping[str, Tensor]) -> None:
+        self.optimizers = list(optimizers)
+        members = [{id(p) for group in o.param_groups for p in group["params"]} for o in optimizers]
+        self.steps = [[n for n, p in params.items() if id(p) in ids] for ids in members]
+        """Names of the parameters that each optimizer steps."""
+        first = {n: i for i in reversed(range(len(optimizers))) for n in self.steps[i]}
+        self.owns = [[n for n in names if first[n] == i] for i, names in enumerate(self.steps)]
+        """Names of the parameters whose calendar each optimizer keeps."""
+        self._params = params
+
+    def index(self, optimizer: Optimizer) -> int:
+        return self.optimizers.index(optimizer)
+
+    def clear(self, name: str, where: Tensor) -> None:
+        """:func:`clear_state` in every optimizer that steps the parameter."""
+        for optimizer, names in zip(self.optimizers, self.steps, strict=True):
+            if name in names:
+                clear_state(optimizer, self._params[name], where)
 
 
 def is_elementwise(optimizer: Optimizer) -> bool:

@@ -59,6 +59,11 @@ def test_rows_tell_shape_size_target_and_reason() -> None:
     assert plan.model == 37 / 90
 
 
+@pytest.mark.parametrize(("sparsity", "zeros"), [(0.59, 59), (0.599, 59), (0.6, 60)])
+def test_counts_are_rounded_down(sparsity: float, zeros: int) -> None:
+    assert Static(sparsity, distribution="uniform").plan(mlp(10, 10))["0.weight"].zeros == zeros
+
+
 def test_an_unknown_row_is_refused_with_the_known_ones() -> None:
     with pytest.raises(KeyError, match=r"'fc' is no parameter of the model\. Known: 0\.weight, 0\.bias"):
         Static(0.5).plan(mlp(3, 4))["fc"]

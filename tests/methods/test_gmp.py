@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from core_rig import Regression, fit, mlp, record_updates, snapshot
+from core_rig import FixedGradient, Regression, fit, mlp, record_updates, snapshot
 from pytorch_lightning import Callback
 
 from sparse_callbacks import GMP, schedules
@@ -141,3 +141,13 @@ def test_pruned_weights_are_zero_and_do_not_come_back(tmp_path: Path) -> None:
 def test_an_impossible_curve_is_refused(sparsity: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GMP(sparsity)
+
+
+def test_a_pruned_weight_does_not_come_back_where_active_ones_are_zero_too(tmp_path: Path) -> None:
+    weight, still = torch.tensor([[0.1, 0.1, 5.0, 5.0]]), torch.zeros(1, 4)
+    to_zero = torch.tensor([[0.0, 0.0, 5.0, 5.0]])  # a step of length 1 along it makes the active weights exactly 0
+    module = FixedGradient(weight, [still, to_zero], lambda p: torch.optim.SGD(p, lr=1.0))
+    callback = GMP("linear(0.5, 0.75)", every=1, stop=2)
+    fit(tmp_path, callback, module, 2)
+    assert not module.net.weight.any()
+    assert callback.masks["net.weight"].tolist() == [[False, False, True, False]]
