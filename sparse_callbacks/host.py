@@ -50,7 +50,8 @@ def warnings_for(trainer: Any, dense_at_first: bool) -> Iterator[str]:
             )
     if dense_at_first:
         for callback in trainer.callbacks:
-            if _is_a(callback, ("ModelCheckpoint", "EarlyStopping")) and getattr(callback, "monitor", None):
+            judges = _is_a(callback, ("ModelCheckpoint", "EarlyStopping")) and getattr(callback, "monitor", None)
+            if judges and not getattr(callback, "only_at_target", False):
                 yield (
                     f"{type(callback).__name__}(monitor={callback.monitor!r}) also counts epochs before the target sparsity is reached, "
                     "and the best of them is usually a dense one. Save the last checkpoint, or monitor a metric that you log only "
