@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,13 @@ def sgd(parameters: Iterable[nn.Parameter], lr: float = 0.1) -> Optimizer:
 def mlp(*widths: int, seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(widths, widths[1:], strict=False):
+    for inputs, outputs in pairwise(widths):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
 class Regression(LightningModule):
-    """Squared error of ``net`` on (x, y); with ``no_data`` the loss of :class:`FixedGradient` and the like."""
+    """Squared error of ``net`` on (x, y)."""
 
     def __init__(self, net: nn.Module | None = None, configure: Configure = sgd) -> None:
         super().__init__()

@@ -806,4 +806,6 @@ def test_repr_shows_the_arguments(name: str) -> None:
     assert "include=('*.weight',)" in text
     assert "seed=3" in text
     assert "distribution={'*conv*': 0.5, '*': 'uniform'}" in text
-    assert repr(eval(text, vars(sparse_callbacks) | vars(sparse_callbacks.schedules))) == text
+    names = vars(sparse_callbacks) | vars(sparse_callbacks.schedules)
+    for one in (callback, method(name), method(name, drop_fraction="linear(0.4)", every=0.1, stop=0.5, keep_dense="both")):
+        assert repr(eval(repr(one), names)) == repr(one)

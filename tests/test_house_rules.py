@@ -82,7 +82,8 @@ def test_the_version_is_the_one_of_the_distribution() -> None:
 
 
 def test_the_public_names_are_there() -> None:
-    assert {"RigL", "SET", "SNFS", "Static", "GMP", "SparsityCallback", "distributions", "schedules", "ops"} <= set(sparse_callbacks.__all__)
+    promised = {"RigL", "SET", "SNFS", "Static", "GMP", "SparsityCallback", "distributions", "schedules", "ops"}
+    assert promised <= set(sparse_callbacks.__all__)
 
 
 # ---------------------------------------------------------------------- who writes to parameters
@@ -102,7 +103,7 @@ def writes(path: Path) -> Iterator[tuple[str, str]]:
 
 def test_parameter_values_are_written_in_one_known_function() -> None:
     found = {(shown(p), function, receiver) for p in CORE for function, receiver in writes(p)}
-    about_parameters = {f for f in found if re.search(r"param|\bp\b|\.data\b|weight", f[2])}
+    about_parameters = {f for f in found if re.search(r"param|\bp\b|\.data\b|weight", f[2]) and ".state[" not in f[2]}
     assert about_parameters == {("masks.py", "apply", "self.params[name]")}
 
 

@@ -303,9 +303,7 @@ def test_a_model_without_a_supported_layer_is_refused() -> None:
             select(nn.Sequential(nn.BatchNorm1d(3)), **options)
 
 
-@pytest.mark.parametrize(
-    ("argument", "value"), [("include", []), ("exclude", ()), ("include", [""]), ("include", [3]), ("exclude", "")]
-)
+@pytest.mark.parametrize(("argument", "value"), [("include", []), ("exclude", ()), ("include", [""]), ("include", [3]), ("exclude", "")])
 def test_what_is_no_glob_is_refused(argument: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"{argument}=.* is no glob and no list of globs\. Give for example {argument}=\['conv\*'"):
         Static(0.5, **{argument: value})

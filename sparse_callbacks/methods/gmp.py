@@ -77,6 +77,10 @@ class GMP(SparsityCallback):
     def target_sparsity(self) -> float:
         return self._curve.final
 
+    @property
+    def at_target(self) -> bool:
+        return self._curve.initial == self._curve.final or super().at_target
+
     def sparsity_at(self, step: int) -> float:
         """s_t, over all selected weights."""
         return self._curve(step, self.times.start, self.times.stop)
@@ -97,8 +101,7 @@ class GMP(SparsityCallback):
         share = sparsity / self.target_sparsity if self.target_sparsity else 0.0
 
         def prune(layer: str, mask: Tensor, weight: Tensor) -> Tensor:
-            target = self._targets[layer]
-            zeros = zeros_for(target if share == 1.0 else target * share, weight.numel())
+            zeros = zeros_for(self._targets[layer] * share, weight.numel())
             return keep_largest(weight, min(int(mask.sum()), weight.numel() - zeros), among=mask)
 
         return {n: self.store.by_layer(n, prune, mask, self.params[n].detach()) for n, mask in masks.items()}

@@ -151,3 +151,8 @@ def test_a_pruned_weight_does_not_come_back_where_active_ones_are_zero_too(tmp_p
     fit(tmp_path, callback, module, 2)
     assert not module.net.weight.any()
     assert callback.masks["net.weight"].tolist() == [[False, False, True, False]]
+
+
+def test_a_constant_curve_is_at_its_target_from_the_start():
+    assert GMP("constant(0.9)").at_target
+    assert not GMP(0.9).at_target

@@ -1,0 +1,163 @@
+"""From configuration to method, optimizer and trainer; every refusal comes before the first batch."""
+
+import inspect
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from hydra.errors import MissingConfigException
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+
+import sparse_callbacks
+from sparse_callbacks import schedules
+from sparse_callbacks.tasks import build
+from sparse_callbacks.tasks.module import Optim, gradient_norm
+
+Compose = Callable[..., DictConfig]
+Run = Callable[..., dict[str, float]]
+CONF = Path(__file__).parents[2] / "conf"
+METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+CURVES = sorted(path.stem for path in (CONF / "schedule").glob("*.yaml") if path.stem != "default")
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "none"])
+def test_the_yaml_spells_out_every_argument_with_its_default(name: str) -> None:
+    cfg = OmegaConf.load(CONF / f"method/{name}.yaml")
+    parameters = inspect.signature(get_class(cfg.pop("_target_"))).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
+    options = {"keep_dense": None, "print_plan": True, "fresh_start": False}
+    assert OmegaConf.to_container(cfg) == defaults | options
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "none"])
+def test_root_keys_reach_the_method(composed: Compose, name: str) -> None:
+    method = build.build_method(composed(f"method={name}", "sparsity=0.7", "seed=5"))
+    assert method is not None
+    assert method.target_sparsity == 0.7
+    assert method.seed == 5
+    assert build.build_method(composed(f"method={name}")).target_sparsity == 0.9  # type: ignore[union-attr]
+
+
+def test_method_keys_reach_the_method(composed: Compose) -> None:
+    rigl = build.build_method(composed("method=rigl", "method.drop_fraction=0.2", "method.every=7", "method.seed=9", "seed=1"))
+    assert isinstance(rigl, sparse_callbacks.RigL)
+    assert (rigl.drop_fraction, rigl.every, rigl.seed) == (0.2, 7, 9)
+    assert build.build_method(composed("method=none")) is None
+
+
+@pytest.mark.parametrize("curve", CURVES)
+def test_a_schedule_changes_the_curve_and_keeps_the_number(composed: Compose, curve: str) -> None:
+    rigl = build.build_method(composed("method=rigl", "method.drop_fraction=0.2", f"schedule={curve}"))
+    assert rigl.drop_fraction == schedules.with_curve(curve, 0.2)  # type: ignore[union-attr]
+    gmp = build.build_method(composed("method=gmp", "sparsity=0.7", f"schedule={curve}"))
+    assert gmp.sparsity == schedules.with_curve(curve, 0.7, rising=True)  # type: ignore[union-attr]
+    plain = build.build_method(composed("method=set", f"schedule={curve}"))
+    assert plain.drop_fraction == schedules.with_curve(curve, 0.3)  # type: ignore[union-attr]
+
+
+def test_no_schedule_is_the_methods_own(composed: Compose) -> None:
+    cfg = composed("method=rigl", "schedule=default")
+    assert build.build_method(cfg).drop_fraction == 0.3  # type: ignore[union-attr]
+    cfg.schedule = None
+    assert build.build_method(cfg).drop_fraction == 0.3  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("method=none", "sparsity=0.9"), "sparsity=0.9, but method=none trains dense.*Choose a method"),
+        (("method=none", "schedule=cosine"), "schedule=cosine, but method=none trains dense"),
+        (("method=static", "schedule=linear"), "schedule=linear: Static has no number that moves"),
+        (("method=rigl", "schedule=linear", "method.drop_fraction='cosine(0.2)'"), "both choose a curve"),
+        (("method=rigl", "sparsity=0.9", "method.sparsity=0.8"), "sparsity=0.9 and method.sparsity=0.8 both set the target of RigL"),
+        (("method=rigl", "sparsity=1.0"), r"sparsity=1.0 is not in \[0, 1\)"),
+        (("method=rigl", "method.every=1000"), "every"),
+        (("method=rigl", "method.start=0.8", "method.stop=0.2"), "stop"),
+        (("method=rigl", "method.include=[nothing*]"), "matches no parameter"),
+        (("optim.name=lbfgs",), "optim.name='lbfgs' is not known. Choose one of sgd, adam, adamw"),
+        (("optim.lr_schedule=plateau",), "optim.lr_schedule='plateau' is not known"),
+        (("optim.lr=0",), "optim.lr=0 is not positive"),
+        (("trainer.max_epochs=-1",), "needs the length of the run, and this run has no end"),
+        (("early_stopping=0",), "early_stopping=0 is no number of epochs"),
+        (("test=first",), "test='first' names no network"),
+    ],
+)
+def test_refusals_before_the_first_batch(run: Run, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], message: str) -> None:
+    def never(*args: object) -> None:
+        raise AssertionError("a batch was trained")
+
+    monkeypatch.setattr("sparse_callbacks.tasks.module.Classifier.training_step", never)
+    with pytest.raises(ValueError, match=message):
+        run(*overrides)
+
+
+@pytest.mark.parametrize(("group", "known"), [("method", METHODS), ("schedule", CURVES)])
+def test_an_unknown_choice_lists_the_known_ones(composed: Compose, group: str, known: list[str]) -> None:
+    with pytest.raises(MissingConfigException) as caught:
+        composed(f"{group}=riggel")
+    assert all(name in str(caught.value) for name in known)
+
+
+def test_a_missing_checkpoint(run: Run) -> None:
+    with pytest.raises(FileNotFoundError, match=r"ckpt_path=nowhere.ckpt is not there.*checkpoints/last.ckpt"):
+        run("ckpt_path=nowhere.ckpt")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_no_gpu(run: Run) -> None:
+    with pytest.raises(ValueError, match=r"torch sees no GPU. Use trainer=cpu"):
+        run("trainer=gpu")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
+def test_experiments_compose_and_their_method_fits_the_model(composed: Compose, name: str) -> None:
+    cfg = composed(f"experiment={name}")
+    method = build.build_method(cfg)
+    shape = (1, 8, 8) if "digits" in cfg.data._target_ else (3, 32, 32) if cfg.data.name == "cifar10" else (1, 28, 28)
+    module = build.build_module(cfg, SimpleNamespace(input_shape=shape, num_classes=10))  # type: ignore[arg-type]
+    plan = method.plan(module)  # type: ignore[union-attr]
+    assert 0.5 < plan.total < 1
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_optimizers(composed: Compose, name: str) -> None:
+    cfg = composed(f"optim={name}", "optim.lr=0.03")
+    optim = build.build_module(cfg, build.instantiate(cfg.data)).optim
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = optim.optimizer([weight])
+    assert type(optimizer).__name__.lower() == name
+    assert optimizer.defaults["lr"] == 0.03
+    assert optimizer.defaults["fused"] is True
+
+
+def test_learning_rate_curves() -> None:
+    def total() -> float:
+        return 100.0
+
+    assert [Optim(lr_schedule="cosine").factor(s, total) for s in (0, 50, 100)] == pytest.approx([1.0, 0.5, 0.0])
+    steps = Optim(lr_schedule="steps", milestones=(0.5, 75), gamma=0.1)
+    assert [steps.factor(s, total) for s in (0, 49, 50, 74, 75)] == pytest.approx([1.0, 1.0, 0.1, 0.1, 0.01])
+    warm = Optim(lr_schedule="constant", warmup=3)
+    assert [warm.factor(s, total) for s in (0, 1, 2, 3, 90)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_gradient_norm_by_hand() -> None:
+    a, b, frozen = (torch.nn.Parameter(torch.zeros(1)) for _ in range(3))
+    a.grad, b.grad = torch.tensor([3.0]), torch.tensor([4.0])
+    norm = gradient_norm([a, b, frozen])
+    assert norm is not None
+    assert math.isclose(float(norm), 5.0)
+    assert gradient_norm([frozen]) is None
+
+
+@pytest.mark.parametrize("name", ["cpu", "ddp"])
+def test_trainer_groups_build(composed: Compose, name: str, tmp_path: Path) -> None:
+    cfg = composed(f"trainer={name}", "trainer.accelerator=cpu", "trainer.devices=1", f"output_dir={tmp_path}")
+    trainer = build.build_trainer(cfg, [], [])
+    assert isinstance(trainer, pl.Trainer)
+    assert trainer.max_epochs == 30
