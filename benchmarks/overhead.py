@@ -1,0 +1,192 @@
+"""What a training step costs with our callbacks, against the same Lightning run without one and against peers.
+
+    pip install -e ".[dev]"
+    python benchmarks/overhead.py --rounds 15 --steps 20
+
+All runs of a case live in one process, each Trainer in its own thread, and take turns: in every round each run makes the same
+number of steps, in an order that rotates from round to round. A ratio is the median, over rounds, of one run's time in the
+round over that of its baseline. With one thread the clock is the CPU time of the process, so that other jobs on the machine
+disturb little; with several it is wall time. Steps with a topology update are timed apart and charged as one in a hundred.
+The table goes to the screen and to benchmarks/results/overhead.md, which says more.
+"""
+
+import argparse
+import logging
+import os
+import platform
+import statistics
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from paced import SPARSITY, Net, PeerNet, Run, Step, Workload, lightning_run, parametrized, pruned, raw_run
+from torch import nn
+
+from sparse_callbacks import RigL, SparsityCallback, Static
+from sparse_callbacks.tasks.models import mlp, resnet20
+
+EVERY, WARM_UP = 100, 10
+RESULTS = Path(__file__).parent / "results" / "overhead.md"
+
+
+def _sgd(parameters: Any, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9, **options)
+
+
+def _adamw(parameters: Any, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-3, **options)
+
+
+def _large_mlp() -> nn.Module:
+    return mlp((1, 28, 28), 10, hidden=(1000, 1000, 1000))
+
+
+def _tiny_mlp() -> nn.Module:
+    return mlp((32,), 10, hidden=(32,))
+
+
+def _resnet20() -> nn.Module:
+    return resnet20((3, 32, 32), 10)
+
+
+WORKLOADS = {
+    "mlp-sgd": Workload(
+        "MLP 784-1000-1000-1000-10, batch 100, SGD momentum 0.9 (default, not fused)", _large_mlp, (100, 784), _sgd, peers=True
+    ),
+    "mlp-sgd-fused": Workload("the same MLP, SGD(fused=True) momentum 0.9", _large_mlp, (100, 784), lambda p: _sgd(p, fused=True)),
+    "mlp-adamw-fused": Workload(
+        "the same MLP, AdamW(fused=True), clipping to norm 1.0", _large_mlp, (100, 784), lambda p: _adamw(p, fused=True), clip=1.0
+    ),
+    "mlp-adamw": Workload("the same MLP, AdamW (default), clipping to norm 1.0", _large_mlp, (100, 784), _adamw, clip=1.0),
+    "resnet20-sgd": Workload(
+        "ResNet-20, 3x32x32, batch 128, SGD momentum 0.9 (default, not fused)", _resnet20, (128, 3, 32, 32), _sgd, peers=True, share=0.2
+    ),
+    "tiny-sgd": Workload("MLP 32-32-10, batch 16, SGD momentum 0.9 (default, not fused)", _tiny_mlp, (16, 32), _sgd, share=10),
+}
+
+
+BASE, RAW, OURS = "Lightning, no callback", "raw loop", "ours: RigL"
+
+
+def runs_of(workload: Workload, rounds: Sequence[int]) -> dict[str, tuple[str, Run]]:
+    """Label -> (label of the baseline, run)."""
+    every = max(2, min(EVERY, sum(rounds) // 5))  # several updates to time, however short the run
+
+    def lightning(callback: SparsityCallback | None = None, module: Net | None = None) -> Run:
+        return lightning_run(workload, rounds, module or Net(workload), callback)
+
+    found = {
+        BASE: (BASE, lightning()),
+        "ours: Static": (BASE, lightning(Static(SPARSITY, print_plan=False))),
+        OURS: (BASE, lightning(RigL(SPARSITY, every=every, stop=1.0, print_plan=False))),
+    }
+    if workload.peers:
+        found |= {
+            "torch.nn.utils.prune": (BASE, lightning(module=pruned(Net(workload)))),
+            "parametrization w * mask": (BASE, lightning(module=parametrized(Net(workload)))),
+            "rigl-torch 0.5.2 under Lightning": (BASE, lightning(module=PeerNet(workload, every))),
+            RAW: (RAW, raw_run(workload, rounds)),
+            "rigl-torch 0.5.2 in a raw loop": (RAW, raw_run(workload, rounds, every)),
+        }
+    return found
+
+
+@dataclass
+class Timing:
+    """Seconds of one run: the mean ordinary step of each round, and every update step."""
+
+    ordinary: list[float] = field(default_factory=list)
+    updates: list[float] = field(default_factory=list)
+
+    def add(self, steps: Sequence[Step]) -> None:
+        self.ordinary.append(statistics.mean(t for t, updated in steps if not updated))
+        self.updates += [t for t, updated in steps if updated]
+
+    def amortised(self) -> list[float]:
+        """Seconds a step in each round, with one update in ``EVERY`` steps."""
+        if not self.updates:
+            return self.ordinary
+        return [(t * (EVERY - 1) + statistics.median(self.updates)) / EVERY for t in self.ordinary]
+
+
+def measure(workload: Workload, count: int, steps: int) -> dict[str, tuple[str, Timing]]:
+    length = max(1, round(steps * workload.share))
+    runs = runs_of(workload, [max(2, round(WARM_UP * workload.share)), *[length] * count])
+    timings = {label: (base, Timing()) for label, (base, _) in runs.items()}
+    for run in runs.values():
+        next(run[1])
+    labels = list(runs)
+    for turn in range(count):
+        for label in labels[turn % len(labels) :] + labels[: turn % len(labels)]:
+            timings[label][1].add(next(runs[label][1]))
+    return timings
+
+
+def ratios(timing: Timing, base: Timing) -> list[float]:
+    return [a / b for a, b in zip(timing.amortised(), base.amortised(), strict=True)]
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def table(workload: Workload, timings: dict[str, tuple[str, Timing]]) -> str:
+    peers = [label for label in timings if label.startswith("rigl-torch")]
+    head = ["run", "ms a step", "ratio to its baseline (quartiles)", "ms added a step", "update step, ms", *(f"of {p}" for p in peers)]
+    lines = [f"### {workload.title}", "", " | ".join(["", *head, ""]).strip(), "|" + " --- |" * len(head)]
+    for label, (base, timing) in timings.items():
+        own, against = timing.amortised(), timings[base][1].amortised()
+        cells = [label, f"{1e3 * statistics.median(own):.3g}"]
+        if label == base:
+            cells += ["1", ""]
+        else:
+            cells += [spread(ratios(timing, timings[base][1]), 3), spread([1e3 * (a - b) for a, b in zip(own, against, strict=True)], 3)]
+        cells += [f"{1e3 * statistics.median(timing.updates):.3g} (n={len(timing.updates)})" if timing.updates else ""]
+        cells += [spread(ratios(timing, timings[p][1]), 3) if label.startswith("ours") else "" for p in peers]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def preface(rounds: int, threads: int) -> str:
+    what = "CPU time of the process" if threads == 1 else "wall time"
+    return f"""# Time of a training step
+
+Sparsity {SPARSITY}, {threads} thread{"s"[: threads != 1]}, {what}; {rounds} rounds, interleaved. Python {platform.python_version()},
+torch {torch.__version__}, pytorch-lightning {pl.__version__}, {platform.machine()}, {os.cpu_count()} cores. Random data made beforehand.
+Written by `python benchmarks/overhead.py`.
+
+- A ratio is the median over rounds of the run's time over its baseline's in the same round, with the quartiles in brackets. The
+  baseline of everything under Lightning is the same Trainer, module and data without a callback; that of a raw loop is a raw loop.
+- "ms a step" holds one update in {EVERY} steps; the "update step" stands alone in the next column (median; n of them were timed).
+  RigL's update takes the place of the optimizer's step in all of these.
+- Our masks are drawn by Erdos-Renyi-kernel over all layers; rigl-torch leaves the first layer dense, so it masks fewer weights.
+- rigl-torch's `step` takes no closure, so under Lightning it needs an `optimizer_step` override that calls the closure by hand.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=20, help="of the large MLP in a round; the other networks make a fixed multiple")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cases", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    parts = [preface(arguments.rounds, arguments.threads)]
+    for name in arguments.cases:
+        parts.append(table(WORKLOADS[name], measure(WORKLOADS[name], arguments.rounds, arguments.steps)))
+        print(parts[-1], flush=True)
+    arguments.out.parent.mkdir(exist_ok=True)
+    arguments.out.write_text("\n".join(parts))
+
+
+if __name__ == "__main__":
+    main()
