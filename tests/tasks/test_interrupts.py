@@ -88,13 +88,33 @@ def content(path: Path) -> dict[str, Any]:
     return kept
 
 
+@contextmanager
+def counted_hooks() -> Iterator[dict[str, int]]:
+    """How often each validation and each epoch came to its end."""
+    counts = {"on_validation_end": 0, "on_train_epoch_end": 0}
+
+    def counting(name: str) -> Callable[[Classifier], None]:
+        def hook(self: Classifier) -> None:
+            counts[name] += 1
+
+        return hook
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in counts:
+            patch.setattr(Classifier, name, counting(name))
+        yield counts
+
+
 def stop_and_resume(run: Run, tmp_path: Path, hook: str, call: int, signum: int, *overrides: str) -> RunStopped:
-    with signal_in(hook, call, signum), pytest.raises(RunStopped) as caught:
-        run(*overrides, folder="stopped")
-    assert caught.value.exit_code == 128 + signum
-    with other_randomness():
-        resumed = run(*overrides, f"ckpt_path={caught.value.checkpoint}", folder="stopped")
-    whole = run(*overrides, folder="whole")
+    with counted_hooks() as in_parts:
+        with signal_in(hook, call, signum), pytest.raises(RunStopped) as caught:
+            run(*overrides, folder="stopped")
+        assert caught.value.exit_code == 128 + signum
+        with other_randomness():
+            resumed = run(*overrides, f"ckpt_path={caught.value.checkpoint}", folder="stopped")
+    with counted_hooks() as at_once:
+        whole = run(*overrides, folder="whole")
+    assert in_parts == at_once
     for key in ("test/acc", "test/loss", "sparsity/total", "updates", "steps"):
         assert resumed[key] == whole[key]
     same(content(tmp_path / "stopped/checkpoints/last.ckpt"), content(tmp_path / "whole/checkpoints/last.ckpt"))

@@ -343,6 +343,7 @@ def test_two_processes_train_one_network(tmp_path: Path) -> None:
         "hydra.run.dir=both",
         "method=rigl",
         "trainer.max_epochs=15",
+        "sparsity=0.5",
     )
     out, err = process.communicate()
     assert process.returncode == 0, err

@@ -1,0 +1,174 @@
+"""From the composed configuration to the parts of a run. Every refusal here comes before the first batch."""
+
+import inspect
+import logging
+import warnings
+from collections.abc import Mapping
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import Callback, LearningRateMonitor
+from pytorch_lightning.loggers import Logger
+
+from sparse_callbacks.callback import SparsityCallback
+from sparse_callbacks.schedules import with_curve
+from sparse_callbacks.tasks.data import ImageData
+from sparse_callbacks.tasks.interrupts import SafeStop
+from sparse_callbacks.tasks.module import Classifier, Optim
+from sparse_callbacks.tasks.resume import RunState
+from sparse_callbacks.tasks.target import BestAtTarget, EarlyStoppingAtTarget
+
+TESTED = ("last", "best")
+
+
+def check_choices(cfg: DictConfig) -> None:
+    """Refuse root keys that name nothing.
+
+    Raises:
+        ValueError: `test` is neither last nor best.
+    """
+    if cfg.test not in TESTED:
+        raise ValueError(f"test={cfg.test!r} names no network. Use test=last, or test=best for the best epoch by validation accuracy.")
+
+
+def method_arguments(
+    method: Mapping[str, Any], defaults: Mapping[str, Any], schedulable: str | None, sparsity: Any, curve: str | None
+) -> dict[str, Any]:
+    """Arguments of the method after the root key `sparsity` and the group `schedule` have had their say.
+
+    Args:
+        method: the group `method`, with its `_target_`.
+        defaults: constructor defaults of the class by argument name.
+        schedulable: its argument that may be a schedule; None for none.
+        sparsity: the root key; None keeps the method's own.
+        curve: of the group `schedule`; None keeps the method's own.
+
+    Raises:
+        ValueError: a value that the method has no argument for, or two values for one argument.
+    """
+    name = str(method["_target_"]).rpartition(".")[2]
+    arguments = dict(method)
+    if sparsity is not None:
+        own = arguments.get("sparsity")
+        if own is not None and own not in (defaults.get("sparsity"), sparsity):
+            raise ValueError(f"sparsity={sparsity} and method.sparsity={own} both set the target of {name}. Give one of them.")
+        arguments["sparsity"] = sparsity
+    if curve is not None:
+        if schedulable is None:
+            raise ValueError(
+                f"schedule={curve}: {name} has no number that moves over the run. "
+                "Use schedule=default, or a method that has one (method=rigl, set, snfs, gmp)."
+            )
+        number = arguments.get(schedulable)
+        number = defaults.get(schedulable) if number is None else number
+        if isinstance(number, bool) or not isinstance(number, Real):
+            raise ValueError(
+                f"schedule={curve} and {schedulable}={number!r} both choose a curve. "
+                f"Use schedule=default, or give {schedulable} as a number."
+            )
+        arguments[schedulable] = with_curve(curve, float(number), rising=schedulable == "sparsity")
+    return arguments
+
+
+def build_method(cfg: DictConfig) -> SparsityCallback | None:
+    """The sparsity callback of the group `method`; None for `method=none`.
+
+    Raises:
+        ValueError: sparsity or schedule for a dense run, and whatever `method_arguments` or the method refuses.
+    """
+    method = OmegaConf.to_container(cfg.method, resolve=True) or {}
+    assert isinstance(method, dict)
+    curve = None if cfg.get("schedule") is None else cfg.schedule.get("curve")
+    if "_target_" not in method:
+        if cfg.sparsity is not None:
+            raise ValueError(
+                f"sparsity={cfg.sparsity}, but method=none trains dense and has no sparsity. "
+                "Choose a method, e.g. method=rigl, or leave sparsity out."
+            )
+        if curve is not None:
+            raise ValueError(
+                f"schedule={curve}, but method=none trains dense and schedules nothing. "
+                "Choose a method, e.g. method=rigl, or leave schedule out."
+            )
+        return None
+    cls: Any = get_class(str(method["_target_"]))
+    parameters = inspect.signature(cls).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    arguments = method_arguments({str(k): v for k, v in method.items()}, defaults, cls.schedulable, cfg.sparsity, curve)
+    del arguments["_target_"]
+    callback: SparsityCallback = cls(**arguments)
+    return callback
+
+
+def build_module(cfg: DictConfig, data: ImageData) -> Classifier:
+    """The network for the data's shape and classes, with its optimizer."""
+    model = instantiate(cfg.model, input_shape=data.input_shape, num_classes=data.num_classes)
+    options = {str(key): value for key, value in dict(cfg.optim).items()}
+    options["milestones"] = tuple(options["milestones"])
+    return Classifier(model, data.num_classes, Optim(**options))
+
+
+def build_loggers(cfg: DictConfig) -> list[Logger]:
+    """One logger for each entry of the group `logger`, each with the whole configuration."""
+    loggers: list[Logger] = [instantiate(entry) for entry in (cfg.get("logger") or {}).values() if entry is not None]
+    return loggers
+
+
+def build_callbacks(cfg: DictConfig, method: SparsityCallback | None, folder: Path, logged: bool) -> list[Callback]:
+    """The method first, then the housekeeping; `logged` says whether there is a logger for the learning rate."""
+    callbacks: list[Callback] = [] if method is None else [method]
+    callbacks.append(RunState(gradients=method is None))
+    if logged:
+        callbacks.append(LearningRateMonitor(logging_interval="step"))
+    if cfg.early_stopping is not None:
+        callbacks.append(EarlyStoppingAtTarget(cfg.early_stopping))
+    callbacks.append(BestAtTarget(str(folder)))
+    callbacks.append(SafeStop(folder / "last.ckpt", cfg.checkpoint_every))
+    return callbacks
+
+
+def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logger]) -> pl.Trainer:
+    """The Trainer of the group `trainer`.
+
+    Raises:
+        ValueError: a GPU is asked for and torch sees none.
+    """
+    if cfg.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"trainer.accelerator={cfg.trainer.accelerator}, but torch sees no GPU. Use trainer=cpu, or install a torch build for your GPU."
+        )
+    quiet()
+    trainer: pl.Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, default_root_dir=cfg.output_dir)
+    return trainer
+
+
+def quiet() -> None:
+    """Keep Lightning's advertising, and its own use of a deprecated torch function, out of the terminal."""
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_no_tip)
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+
+
+def _no_tip(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
+
+
+def checkpoint_to_resume(cfg: DictConfig) -> str | None:
+    """The file that `ckpt_path` names; None for a new run.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    if cfg.ckpt_path is None:
+        return None
+    path = Path(cfg.ckpt_path).absolute()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"ckpt_path={cfg.ckpt_path} is not there (looked at {path}). Give the file that the stopped run printed; "
+            "a run keeps it as checkpoints/last.ckpt in its folder."
+        )
+    return str(path)
