@@ -647,7 +647,10 @@ def test_two_callbacks_equal_one_over_both_layers(name: str, tmp_path: Path) -> 
     apart = [method(name, distribution="uniform", **{k: ["net.0.*"]}) for k in ("include", "exclude")]
     assert apart[0].state_key != apart[1].state_key
     whole, halves, stops = Classifier(), Classifier(), Stops(tmp_path, (6,))
-    first = fit(whole, together, gradient_clip_val=0.5)
+    initial: list[dict[str, Tensor]] = []
+    begin = pl.callbacks.LambdaCallback(on_train_start=lambda *_: initial.append(together.masks))
+    first = fit(whole, together, begin, gradient_clip_val=0.5)
+    assert (len(differences(initial[0], together.masks)) == 3) == moves(name)
     second = fit(halves, *apart, stops, gradient_clip_val=0.5)
     assert differences(together.masks, apart[0].masks | apart[1].masks) == []
     assert differences(snapshot(first, whole)["weights"], snapshot(second, halves)["weights"]) == []
