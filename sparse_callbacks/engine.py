@@ -161,7 +161,7 @@ class Engine:
         for name, mask in new.items():
             before, grown = self.store.active[name], mask & ~self.store.bools[name]
             self.store.set(name, mask)
-            born, active = int(grown.sum()), self.store.active[name]
+            born, active = int(grown.count_nonzero()), self.store.active[name]
             if born:
                 self._ownership.clear(name, grown)
             changed += before + 2 * born - active
@@ -173,7 +173,7 @@ class Engine:
         self.events |= {f"update/{k}": v for k, v in events.items()} | {"update/changed": changed / max(1, total)}
         if self.explores:
             self._note_active(new)
-            ever = sum(int(self.aux[f"ever_active/{n}"].sum()) for n in self.params)
+            ever = sum(int(self.aux[f"ever_active/{n}"].count_nonzero()) for n in self.params)
             self.events["update/ever_active"] = ever / self.store.total
 
     def _note_active(self, names: Iterable[str]) -> None:

@@ -48,6 +48,12 @@ def warnings_for(trainer: Any, dense_at_first: bool) -> Iterator[str]:
                 "ReduceLROnPlateau does not resume exactly under Lightning: a run resumed from a checkpoint may miss one of its updates. "
                 "Use a schedule over steps or epochs where exact resume matters."
             )
+    if trainer.ckpt_path and getattr(trainer.fit_loop, "_combined_loader", None) is not None:
+        yield (
+            "the train loader was made before its saved position arrived (somebody read trainer.estimated_stepping_batches in "
+            "configure_optimizers or earlier), so Lightning will not restore it: a checkpoint from inside an epoch starts its data over. "
+            "Read it later, for example inside the function of a LambdaLR."
+        )
     if dense_at_first:
         for callback in trainer.callbacks:
             judges = _is_a(callback, ("ModelCheckpoint", "EarlyStopping")) and getattr(callback, "monitor", None)

@@ -32,7 +32,7 @@ class MaskStore:
     def set(self, name: str, mask: Tensor) -> None:
         """Take ``mask`` (bool, shape of the parameter); :meth:`apply` writes it into the values."""
         self.bools[name] = mask
-        self.active[name] = int(mask.sum())
+        self.active[name] = int(mask.count_nonzero())
         if name not in self._factors:
             self._factors[name] = torch.empty_like(self.params[name], requires_grad=False)
         self._factors[name].copy_(mask)  # a float factor multiplies twice as fast as a bool one

@@ -1,71 +1,88 @@
 """Exact selection of the largest magnitudes in linear time: what `ops` does its choosing with.
 
-An evenly spaced sample brackets the threshold. Two comparisons then settle every position outside the bracket, and
-histograms of 16 bits of the float at a time find the exact threshold among the few inside. A bracket beside the
-threshold is noticed, and the histograms then run over everything: the sample decides the speed, never the result.
+An evenly spaced sample brackets the threshold. One pass in pieces that stay in cache counts what is above the bracket
+and collects the few magnitudes inside it; the exact threshold is found among these. A bracket beside the threshold is
+noticed, and everything is then collected: the sample decides the speed, never the result.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Self
 
 import torch
 from torch import Tensor
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integer type by bytes of the float type
-_SMALL = 32768  # positions below which a sample costs more than it saves
-_SIGMAS = 3.5  # half width of the bracket in standard deviations of the sampled rank: 1 in 2000 misses
+_SMALL = 8192  # positions below which a sample costs more than it saves
+_SIGMAS = 3.0  # half width of the bracket in standard deviations of the sampled rank: 1 in 400 misses
+_CACHED = 1 << 18  # positions of a piece: three float buffers of it fit a core's cache
+_COUNTABLE = 1 << 24  # positions of a piece elsewhere: float32 counts exactly up to here
+_FEW = 1 << 16  # numbers up to which a selection beats histograms
+_ROW = 16  # positions that are skipped together where none of them is inside the bracket
 
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of a selection. `flat` and `allowed` are 1-d views in memory order, so no stride is ever copied."""
+    """One tensor of a selection. `flat` and `allowed` are 1-d views in memory order, of the layout `like`."""
 
-    magnitude: Tensor
     flat: Tensor
     allowed: Tensor | None
+    like: Tensor
 
     @classmethod
     def of(cls, values: Tensor, among: Tensor | None) -> Self:
         if not values.is_floating_point() or values.dtype.itemsize not in _BITS:
-            raise TypeError(
-                f"scores of type {values.dtype} cannot be ranked. Give float16, bfloat16, float32 or float64."
-            )
-        magnitude = torch.empty_like(values, requires_grad=False)
-        torch.abs(values.detach(), out=magnitude)
-        if among is not None and among.stride() != magnitude.stride():
-            among = torch.empty_like(magnitude, dtype=torch.bool).copy_(among)
-        return cls(magnitude, _in_memory_order(magnitude), None if among is None else _in_memory_order(among))
+            raise TypeError(f"scores of type {values.dtype} cannot be ranked. Give float16, bfloat16, float32 or float64.")
+        like = torch.empty_like(values, dtype=torch.bool, requires_grad=False, device="meta")
+        dense = _in_layout(values.detach(), like)
+        allowed = None if among is None else _in_memory_order(_in_layout(among, like))
+        return cls(_in_memory_order(dense), allowed, like)
 
     def size(self) -> int:
         return self.flat.numel() if self.allowed is None else int(self.allowed.count_nonzero())
 
-    def at_least(self, bound: float) -> Tensor:
-        """Allowed positions with a magnitude of `bound` or more; never a NaN."""
-        found = self.flat >= bound
+    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        """Each piece and its magnitudes, which are overwritten by those of the next."""
+        length = _piece(self.flat)
+        buffer = self.flat.new_empty(min(length, self.flat.numel()) + _ROW)
+        for start in range(0, self.flat.numel(), length):
+            piece = slice(start, min(start + length, self.flat.numel()))
+            torch.abs(self.flat[piece], out=buffer[: piece.stop - start])
+            yield piece, buffer
+
+    def compare(self, relation: Callable[..., Tensor], bound: float) -> Tensor:
+        """Allowed positions whose magnitude is in `relation` (torch.ge, torch.eq, ...) to `bound`."""
+        found = torch.empty_like(self.flat, dtype=torch.bool)
+        for piece, magnitude in self.pieces():
+            relation(magnitude[: piece.stop - piece.start], bound, out=found[piece])
         return found if self.allowed is None else found.logical_and_(self.allowed)
 
     def sample(self, stride: int) -> Tensor:
-        drawn = self.flat[::stride]
+        """Every `stride`-th allowed magnitude; NaN as -1, since it ranks below zero."""
+        drawn = self.flat[::stride].abs().nan_to_num_(-1.0, math.inf)
         return drawn if self.allowed is None else drawn[self.allowed[::stride]]
 
     def first(self, index: Tensor, count: int) -> Tensor:
         """The `count` entries of `index` (ascending, in memory order) that come first in row-major order."""
         if count <= 0 or count >= index.numel():
             return index[: max(count, 0)]
-        if self.magnitude.is_contiguous():
+        if self.like.is_contiguous():
             return index[:count]
         row_major = torch.zeros_like(index)
-        for size, stride, step in zip(
-            self.magnitude.shape, self.magnitude.stride(), _row_major_strides(self.magnitude.shape), strict=True
-        ):
+        for size, stride, step in zip(self.like.shape, self.like.stride(), _row_major_strides(self.like.shape), strict=True):
             row_major += index.div(stride, rounding_mode="floor").remainder_(size).mul_(step)
         return index[row_major <= row_major.kthvalue(count).values]
 
     def shaped(self, flat_mask: Tensor) -> Tensor:
-        return flat_mask.as_strided(self.magnitude.shape, self.magnitude.stride())
+        return flat_mask.as_strided(self.like.shape, self.like.stride())
+
+
+def _in_layout(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor` itself where it has the strides of `like`, else a copy that has them."""
+    if tensor.stride() == like.stride():
+        return tensor
+    return torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def _row_major_strides(shape: Sequence[int]) -> list[int]:
@@ -75,6 +92,10 @@ def _row_major_strides(shape: Sequence[int]) -> list[int]:
 def _in_memory_order(tensor: Tensor) -> Tensor:
     """1-d view of a tensor without gaps or overlaps, whatever the order of its dimensions in memory."""
     return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _piece(tensor: Tensor) -> int:
+    return _CACHED if tensor.device.type == "cpu" else _COUNTABLE
 
 
 def select(parts: list[Part], count: int) -> list[Tensor]:
@@ -89,12 +110,15 @@ def select(parts: list[Part], count: int) -> list[Tensor]:
     place = _locate(parts, count, available)
     if place is None:
         return _fill_with_nan(parts, count)
-    need = place.need - sum(int((key > place.threshold).count_nonzero()) for key in place.keys)
-    for part, mask, index, key in zip(parts, place.chosen, place.candidates, place.keys, strict=True):
-        ties = part.first(index[key == place.threshold], need)
-        mask.index_fill_(0, index[key > place.threshold], True).index_fill_(0, ties, True)
-        need -= ties.numel()
-    return place.chosen
+    masks = [part.compare(torch.ge, place.threshold) for part in parts]
+    if place.surplus:
+        ties = [part.compare(torch.eq, place.threshold).nonzero().squeeze(1) for part in parts]
+        need = sum(index.numel() for index in ties) - place.surplus
+        for part, mask, index in zip(parts, masks, ties, strict=True):
+            kept = part.first(index, need)
+            mask.index_fill_(0, index, False).index_fill_(0, kept, True)
+            need -= kept.numel()
+    return masks
 
 
 def smallest_selected(parts: list[Part], count: int) -> float:
@@ -105,13 +129,10 @@ def smallest_selected(parts: list[Part], count: int) -> float:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where the threshold lies: `chosen` is surely above it, and `need` more come from the `candidates`."""
+    """The exact threshold, and by how much the positions at or above it exceed the count: that many ties must go."""
 
-    chosen: list[Tensor]
-    candidates: list[Tensor]
-    keys: list[Tensor]
-    need: int
     threshold: float
+    surplus: int
 
 
 def _available(parts: list[Part], count: int) -> int:
@@ -123,78 +144,94 @@ def _available(parts: list[Part], count: int) -> int:
 
 def _locate(parts: list[Part], count: int, available: int) -> _Place | None:
     """The threshold for `count` (at least 1) positions; None if there are fewer than that without the NaNs."""
-    bracket = _bracket(parts, count, available)
-    found = _split(parts, *bracket) if bracket else None
-    if found is None or not 0 < count - _total(found[0]) <= sum(index.numel() for index in found[1]):
-        # no bracket, or one that the sample put beside the threshold: everything but NaN is a candidate
-        found = _split(parts, 0.0, None)
-    chosen, candidates = found
-    need = count - _total(chosen)
-    if need > sum(index.numel() for index in candidates):
+    low, high = _bracket(parts, count, available)
+    above, inside = _scan(parts, low, high)
+    if not 0 < count - above <= inside.numel():
+        # the sample put the bracket beside the threshold: look at everything on that side
+        above, inside = _scan(parts, high, math.inf) if count <= above else _scan(parts, 0.0, low)
+    need = count - above
+    if need > inside.numel():
         return None
-    keys = [part.flat.take(index) for part, index in zip(parts, candidates, strict=True)]
-    return _Place(chosen, candidates, keys, need, _radix_threshold(keys, need))
+    threshold = _kth_largest(inside, need)
+    return _Place(threshold, int((inside >= threshold).count_nonzero()) - need)
 
 
-def _indices(mask: Tensor) -> Tensor:
-    """Indices of the True positions of a 1-d mask, ascending; quick where they are few."""
-    if mask.numel() % 8:
-        return mask.nonzero().squeeze(1)
-    # eight bools are read as one integer: most of these words are 0, and only the others are looked into
-    words = mask.view(torch.int64).nonzero().squeeze(1)
-    inside = mask.view(-1, 8).index_select(0, words).view(-1).nonzero().squeeze(1)
-    return words.index_select(0, inside >> 3).mul_(8).add_(inside & 7)
-
-
-def _total(masks: list[Tensor]) -> int:
-    return sum(int(mask.count_nonzero()) for mask in masks)
-
-
-def _bracket(parts: list[Part], count: int, available: int) -> tuple[float, float] | None:
-    """Bounds that very likely enclose the threshold, from an evenly spaced sample; None where the parts are small."""
+def _bracket(parts: list[Part], count: int, available: int) -> tuple[float, float]:
+    """Bounds that very likely enclose the threshold, from an evenly spaced sample; (0, inf) where the parts are small."""
     total = sum(part.flat.numel() for part in parts)
     if total < _SMALL:
-        return None
-    # a sample of total^(2/3) balances its own cost with the width of the bracket, total / sqrt(sample);
+        return 0.0, math.inf
+    # a sample in proportion to total^(2/3) balances its own cost with the width of the bracket, total / sqrt(sample);
     # the stride is odd, so that it does not stay in one column of a matrix whose width is a power of 2
-    sample = torch.cat([part.sample(round(total ** (1 / 3)) | 1) for part in parts])
+    sample = torch.cat([part.sample(round(total ** (1 / 3) / 2) | 1) for part in parts])
     size = sample.numel()
     rank = count / available * size
     spread = _SIGMAS * math.sqrt(rank * max(1 - rank / max(size, 1), 0.0)) + 1
     above, below = math.floor(rank - spread), math.ceil(rank + spread)
-    high = float(sample.kthvalue(size - above + 1).values) if above >= 1 else math.inf
-    low = float(sample.kthvalue(size - below + 1).values) if below <= size else 0.0
-    return low, high
+    largest = sample.topk(min(below, size), sorted=False).values
+    high = float(largest.kthvalue(largest.numel() - above + 1).values) if above >= 1 else math.inf
+    return float(largest.min()) if below <= size else 0.0, high
 
 
-def _split(parts: list[Part], low: float, high: float | None) -> tuple[list[Tensor], list[Tensor]]:
-    """Masks of the positions at or above `high` (None: no position), indices of those from `low` up to `high`."""
-    reached = [part.at_least(low) for part in parts]
-    if high is None:
-        return [torch.zeros_like(mask) for mask in reached], [_indices(mask) for mask in reached]
-    chosen = [part.at_least(high) for part in parts]
-    return chosen, [_indices(low_mask.logical_xor_(mask)) for low_mask, mask in zip(reached, chosen, strict=True)]
+def _scan(parts: list[Part], low: float, high: float) -> tuple[int, Tensor]:
+    """How many allowed magnitudes are above `high`, and those from `low` to `high`, both included, as one tensor."""
+    above, inside = 0, [parts[0].flat.new_empty(0)]
+    for part in parts:
+        length = min(_piece(part.flat), part.flat.numel()) + _ROW
+        reached, beyond, allowed = (part.flat.new_empty(length, dtype=_flags(part.flat)) for _ in range(3))
+        ones = reached.new_ones(_ROW)
+        for piece, magnitude in part.pieces():
+            size = piece.stop - piece.start
+            # comparisons that write floats are several times as fast as those that write bools
+            torch.ge(magnitude[:size], low, out=reached[:size])
+            torch.gt(magnitude[:size], high, out=beyond[:size])
+            reached[:size].sub_(beyond[:size])
+            if part.allowed is not None:
+                beyond[:size].mul_(allowed[:size].copy_(part.allowed[piece]))
+            above += int(beyond[:size].sum(dtype=torch.float32))
+            # only rows with a magnitude inside are looked into; the last one is filled up with zeros
+            flags, values, factors = (_rows(buffer, size) for buffer in (reached, magnitude, allowed))
+            rows = flags.mv(ones).nonzero().squeeze(1)
+            found = flags.index_select(0, rows)
+            if part.allowed is not None:
+                found.mul_(factors.index_select(0, rows))
+            inside.append(values.index_select(0, rows)[found.bool()])
+    return above, torch.cat(inside)
 
 
-def _radix_threshold(keys: list[Tensor], rank: int) -> float:
-    """The `rank`-th largest (from 1) of non-negative `keys`, by histograms of 16 bits at a time, the highest first.
+def _rows(buffer: Tensor, size: int) -> Tensor:
+    """The first `size` positions in rows, after them zeros."""
+    filled = -(-size // _ROW) * _ROW
+    buffer[size:filled] = 0
+    return buffer[:filled].view(-1, _ROW)
+
+
+def _kth_largest(keys: Tensor, rank: int) -> float:
+    """The `rank`-th largest (from 1) of non-negative `keys`."""
+    if keys.numel() <= _FEW:
+        return float(keys.kthvalue(keys.numel() - rank + 1).values)
+    return _radix_kth_largest(keys, rank)
+
+
+def _radix_kth_largest(keys: Tensor, rank: int) -> float:
+    """The same, by histograms of 16 bits at a time, the highest first.
 
     The bits of non-negative floats, read as integers, are in the order of the floats.
     """
-    bytes_per_key = keys[0].dtype.itemsize
-    bits = [key.view(_BITS[bytes_per_key]) for key in keys]
+    width = 8 * keys.dtype.itemsize
+    bits = keys.view(_BITS[keys.dtype.itemsize])
     found = 0
-    for shift in range(8 * bytes_per_key - 16, -1, -16):
+    for shift in range(width - 16, -1, -16):
         # the sign bit is 0, so the highest digit needs no mask (which int16 could not hold)
-        digits = [b >> shift if found == 0 and shift == 8 * bytes_per_key - 16 else (b >> shift) & 0xFFFF for b in bits]
-        histogram = reduce(Tensor.add_, (torch.bincount(digit, minlength=1 << 16) for digit in digits))
+        digits = bits >> shift if shift == width - 16 else (bits >> shift) & 0xFFFF
+        histogram = torch.bincount(digits, minlength=1 << 16)
         # first the high 8 bits of the digit, then the low ones: two short running sums in place of a long one
         high, rank = _bucket(histogram.view(256, 256).sum(1), rank)
         low, rank = _bucket(histogram[256 * high : 256 * (high + 1)], rank)
-        digit_found = 256 * high + low
-        bits = [b[digit == digit_found] for b, digit in zip(bits, digits, strict=True)]
-        found = found << 16 | digit_found
-    return float(torch.tensor(found, dtype=_BITS[bytes_per_key]).view(keys[0].dtype))
+        digit = 256 * high + low
+        bits = bits[digits == digit]
+        found = found << 16 | digit
+    return float(torch.tensor(found, dtype=bits.dtype).view(keys.dtype))
 
 
 def _bucket(histogram: Tensor, rank: int) -> tuple[int, int]:
@@ -206,11 +243,11 @@ def _bucket(histogram: Tensor, rank: int) -> tuple[int, int]:
 
 def _fill_with_nan(parts: list[Part], count: int) -> list[Tensor]:
     """Flat masks of everything but NaN, and of the first NaNs up to `count`."""
-    chosen = [part.at_least(0.0) for part in parts]
-    need = count - _total(chosen)
-    for part, mask in zip(parts, chosen, strict=True):
+    masks = [part.compare(torch.ge, 0.0) for part in parts]
+    need = count - sum(int(mask.count_nonzero()) for mask in masks)
+    for part, mask in zip(parts, masks, strict=True):
         left = mask.logical_not() if part.allowed is None else part.allowed & ~mask
         index = part.first(left.nonzero().squeeze(1), need)
         mask.index_fill_(0, index, True)
         need -= index.numel()
-    return chosen
+    return masks

@@ -407,6 +407,30 @@ def test_choosing_the_best_epoch_while_pruning_is_warned_about(kind: str, tmp_pa
         assert not [w for w in caught if "target sparsity" in str(w.message)]
 
 
+def test_a_checkpoint_callback_that_waits_for_the_target_is_not_warned_about(tmp_path: Path) -> None:
+    best = lightning_callbacks.ModelCheckpoint(tmp_path, monitor="sparsity/total")
+    best.only_at_target = True
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(tmp_path, [GMP(0.5, every=2, stop=4), best], Regression(), 6, enable_checkpointing=True)
+    assert not [w for w in caught if "target sparsity" in str(w.message)]
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_loader_that_lightning_will_not_resume_is_warned_about(early: bool, tmp_path: Path) -> None:
+    def configure(parameters: Any) -> Any:
+        if early:
+            assert module.trainer.estimated_stepping_batches
+        return sgd(parameters)
+
+    module = Regression(configure=configure)
+    fit(tmp_path, Static(0.5), module, 6).save_checkpoint(tmp_path / "middle.ckpt")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(tmp_path, Static(0.5), max_epochs=2).fit(module, loader(6), ckpt_path=tmp_path / "middle.ckpt")
+    assert bool([w for w in caught if "Lightning will not restore it" in str(w.message)]) == early
+
+
 def test_a_run_that_ends_before_its_target_says_target_and_reached(tmp_path: Path) -> None:
     callback = GMP(0.8, every=5, stop=100)
     message = (

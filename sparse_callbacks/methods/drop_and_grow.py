@@ -69,7 +69,7 @@ class DropAndGrow(SparsityCallback):
             if (scores := self.grow_scores(name)) is not None:
                 new[name] = self.store.by_layer(
                     name,
-                    lambda _, mask, drop, grow: drop_and_grow(mask, drop, grow, drop_count(int(mask.sum()), fraction)),
+                    lambda _, mask, drop, grow: drop_and_grow(mask, drop, grow, drop_count(int(mask.count_nonzero()), fraction)),
                     self.store.bools[name], self.params[name].detach(), scores,
                 )  # fmt: skip
         return new

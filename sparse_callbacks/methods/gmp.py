@@ -102,6 +102,6 @@ class GMP(SparsityCallback):
 
         def prune(layer: str, mask: Tensor, weight: Tensor) -> Tensor:
             zeros = zeros_for(self._targets[layer] * share, weight.numel())
-            return keep_largest(weight, min(int(mask.sum()), weight.numel() - zeros), among=mask)
+            return keep_largest(weight, min(int(mask.count_nonzero()), weight.numel() - zeros), among=mask)
 
         return {n: self.store.by_layer(n, prune, mask, self.params[n].detach()) for n, mask in masks.items()}

@@ -60,7 +60,7 @@ class Static(SparsityCallback):
         if self.from_checkpoint is None:
             return 0.9 if self.sparsity is None else float(self.sparsity)
         sizes = sum(m.numel() for m in self._given.values())
-        return 1 - sum(int(m.sum()) for m in self._given.values()) / sizes if sizes else 0.0
+        return 1 - sum(int(m.count_nonzero()) for m in self._given.values()) / sizes if sizes else 0.0
 
     def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
         if self.from_checkpoint is None:
@@ -68,12 +68,12 @@ class Static(SparsityCallback):
         chosen = [e for e in entries if not e.reason]
         self._given = _masks_in(self.from_checkpoint, chosen)
         parts = {layer: part for e in chosen for layer, part in zip(e.layers, e.split(self._given[e.name]), strict=True)}
-        return {layer: 1 - int(part.sum()) / part.numel() for layer, part in parts.items()}
+        return {layer: 1 - int(part.count_nonzero()) / part.numel() for layer, part in parts.items()}
 
     def parameter_zeros(self, entries: Sequence[Entry], targets: Mapping[str, float]) -> dict[str, int]:
         if self.from_checkpoint is None:
             return super().parameter_zeros(entries, targets)
-        return {n: m.numel() - int(m.sum()) for n, m in self._given.items()}
+        return {n: m.numel() - int(m.count_nonzero()) for n, m in self._given.items()}
 
     def initial_masks(self) -> dict[str, Tensor]:
         return super().initial_masks() if self.from_checkpoint is None else self._given
