@@ -54,7 +54,10 @@ def keep_largest(values: Tensor, count: int, among: Tensor | None = None) -> Ten
     >>> keep_largest(torch.tensor([0.5, -2.0, 0.5, 0.0]), 2)
     tensor([ True,  True, False, False])
     """
-    part = Part.of(values, among)
+    return _keep(Part.of(values, among), count)
+
+
+def _keep(part: Part, count: int) -> Tensor:
     return part.shaped(select([part], count)[0])
 
 
@@ -64,9 +67,7 @@ def keep_largest_jointly(values: Sequence[Tensor], count: int) -> list[Tensor]:
     Of equal magnitudes the earlier tensor, then the lower row-major index wins. Errors as in `keep_largest`.
     """
     # bits compare only within one type; widening is exact
-    common = reduce(
-        torch.promote_types, (tensor.dtype for tensor in values), torch.float16 if not values else values[0].dtype
-    )
+    common = reduce(torch.promote_types, (tensor.dtype for tensor in values), torch.float16 if not values else values[0].dtype)
     parts = [Part.of(tensor.to(common), None) for tensor in values]
     return [part.shaped(mask) for part, mask in zip(parts, select(parts, count), strict=True)]
 
@@ -100,8 +101,8 @@ def drop_and_grow(mask: Tensor, drop: Tensor, grow: Tensor, count: int) -> Tenso
     active = int(mask.count_nonzero())
     if not 0 <= count <= active:
         raise ValueError(f"count={count} connections cannot move: the mask has {active} active. Give 0 to {active}.")
-    kept = keep_largest(drop, active - count, among=mask)
-    return kept.logical_or_(keep_largest(grow, count, among=~kept))
+    kept = _keep(Part.of(drop, mask, available=active), active - count)
+    return kept.logical_or_(_keep(Part.of(grow, ~kept, available=mask.numel() - (active - count)), count))
 
 
 def random_mask(shape: Sequence[int], count: int, generator: torch.Generator | None = None) -> Tensor:

@@ -6,14 +6,14 @@ noticed, and everything is then collected: the sample decides the speed, never t
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integer type by bytes of the float type
+_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 _SMALL = 8192  # positions below which a sample costs more than it saves
 _SIGMAS = 3.0  # half width of the bracket in standard deviations of the sampled rank: 1 in 400 misses
 _CACHED = 1 << 18  # positions of a piece: three float buffers of it fit a core's cache
@@ -28,39 +28,44 @@ class Part:
 
     flat: Tensor
     allowed: Tensor | None
+    size: int
     like: Tensor
 
     @classmethod
-    def of(cls, values: Tensor, among: Tensor | None) -> Self:
-        if not values.is_floating_point() or values.dtype.itemsize not in _BITS:
+    def of(cls, values: Tensor, among: Tensor | None, available: int | None = None) -> Self:
+        """`available`: the True positions in `among`, where they are known."""
+        if not values.is_floating_point() or values.dtype.itemsize < 2:
             raise TypeError(f"scores of type {values.dtype} cannot be ranked. Give float16, bfloat16, float32 or float64.")
         like = torch.empty_like(values, dtype=torch.bool, requires_grad=False, device="meta")
-        dense = _in_layout(values.detach(), like)
-        allowed = None if among is None else _in_memory_order(_in_layout(among, like))
-        return cls(_in_memory_order(dense), allowed, like)
+        flat = _in_memory_order(values.detach(), like)
+        if among is None:
+            return cls(flat, None, flat.numel(), like)
+        return cls(flat, _in_memory_order(among, like), int(among.count_nonzero()) if available is None else available, like)
 
-    def size(self) -> int:
-        return self.flat.numel() if self.allowed is None else int(self.allowed.count_nonzero())
+    def buffer(self) -> Tensor:
+        """Room for a piece and a row, in the type of the magnitudes."""
+        return self.flat.new_empty(min(_piece(self.flat), self.flat.numel()) + _ROW, dtype=_wide(self.flat))
 
-    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
-        """Each piece and its magnitudes, which are overwritten by those of the next."""
-        length = _piece(self.flat)
-        buffer = self.flat.new_empty(min(length, self.flat.numel()) + _ROW)
-        for start in range(0, self.flat.numel(), length):
-            piece = slice(start, min(start + length, self.flat.numel()))
-            torch.abs(self.flat[piece], out=buffer[: piece.stop - start])
-            yield piece, buffer
+    def pieces(self) -> Iterator[tuple[slice, int, Tensor]]:
+        """Each piece, its size, and a buffer that begins with its magnitudes until the next piece."""
+        buffer = self.buffer()
+        for start in range(0, self.flat.numel(), _piece(self.flat)):
+            values = self.flat[start : start + _piece(self.flat)].to(buffer.dtype)
+            torch.abs(values, out=buffer[: values.numel()])
+            yield slice(start, start + values.numel()), values.numel(), buffer
 
     def compare(self, relation: Callable[..., Tensor], bound: float) -> Tensor:
-        """Allowed positions whose magnitude is in `relation` (torch.ge, torch.eq, ...) to `bound`."""
+        """Allowed positions whose magnitude is in `relation` (torch.ge, torch.eq) to `bound`."""
         found = torch.empty_like(self.flat, dtype=torch.bool)
-        for piece, magnitude in self.pieces():
-            relation(magnitude[: piece.stop - piece.start], bound, out=found[piece])
+        flags = self.buffer()
+        for piece, size, magnitude in self.pieces():
+            # a comparison that writes floats, turned to bools, is twice as fast as one that writes bools
+            found[piece] = relation(magnitude[:size], bound, out=flags[:size])
         return found if self.allowed is None else found.logical_and_(self.allowed)
 
     def sample(self, stride: int) -> Tensor:
         """Every `stride`-th allowed magnitude; NaN as -1, since it ranks below zero."""
-        drawn = self.flat[::stride].abs().nan_to_num_(-1.0, math.inf)
+        drawn = self.flat[::stride].abs().to(_wide(self.flat)).nan_to_num_(-1.0, math.inf)
         return drawn if self.allowed is None else drawn[self.allowed[::stride]]
 
     def first(self, index: Tensor, count: int) -> Tensor:
@@ -70,28 +75,24 @@ class Part:
         if self.like.is_contiguous():
             return index[:count]
         row_major = torch.zeros_like(index)
-        for size, stride, step in zip(self.like.shape, self.like.stride(), _row_major_strides(self.like.shape), strict=True):
-            row_major += index.div(stride, rounding_mode="floor").remainder_(size).mul_(step)
-        return index[row_major <= row_major.kthvalue(count).values]
+        for dim, (size, stride) in enumerate(zip(self.like.shape, self.like.stride(), strict=True)):
+            row_major += index.div(stride, rounding_mode="floor").remainder_(size).mul_(math.prod(self.like.shape[dim + 1 :]))
+        return index[row_major <= row_major.topk(count, largest=False, sorted=False).values.max()]
 
     def shaped(self, flat_mask: Tensor) -> Tensor:
         return flat_mask.as_strided(self.like.shape, self.like.stride())
 
 
-def _in_layout(tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor` itself where it has the strides of `like`, else a copy that has them."""
-    if tensor.stride() == like.stride():
-        return tensor
-    return torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-
-
-def _row_major_strides(shape: Sequence[int]) -> list[int]:
-    return [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-
-
-def _in_memory_order(tensor: Tensor) -> Tensor:
-    """1-d view of a tensor without gaps or overlaps, whatever the order of its dimensions in memory."""
+def _in_memory_order(tensor: Tensor, like: Tensor) -> Tensor:
+    """1-d view of `tensor` in the order of `like`, whose memory has no gaps; of a copy where the strides differ."""
+    if tensor.stride() != like.stride():
+        tensor = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
     return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """float32 or float64: types of 16 bits, which float32 holds exactly, are slower."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _piece(tensor: Tensor) -> int:
@@ -136,7 +137,7 @@ class _Place:
 
 
 def _available(parts: list[Part], count: int) -> int:
-    available = sum(part.size() for part in parts)
+    available = sum(part.size for part in parts)
     if not 0 <= count <= available:
         raise ValueError(f"count={count} positions cannot be kept: {available} are available. Give 0 to {available}.")
     return available
@@ -169,28 +170,26 @@ def _bracket(parts: list[Part], count: int, available: int) -> tuple[float, floa
     spread = _SIGMAS * math.sqrt(rank * max(1 - rank / max(size, 1), 0.0)) + 1
     above, below = math.floor(rank - spread), math.ceil(rank + spread)
     largest = sample.topk(min(below, size), sorted=False).values
-    high = float(largest.kthvalue(largest.numel() - above + 1).values) if above >= 1 else math.inf
+    high = float(largest.topk(above, sorted=False).values.min()) if above >= 1 else math.inf
     return float(largest.min()) if below <= size else 0.0, high
 
 
 def _scan(parts: list[Part], low: float, high: float) -> tuple[int, Tensor]:
     """How many allowed magnitudes are above `high`, and those from `low` to `high`, both included, as one tensor."""
-    above, inside = 0, [parts[0].flat.new_empty(0)]
+    above, inside = 0, [parts[0].buffer()[:0]]
     for part in parts:
-        length = min(_piece(part.flat), part.flat.numel()) + _ROW
-        reached, beyond, allowed = (part.flat.new_empty(length, dtype=_flags(part.flat)) for _ in range(3))
+        reached, beyond, factor = part.buffer(), part.buffer(), part.buffer()
         ones = reached.new_ones(_ROW)
-        for piece, magnitude in part.pieces():
-            size = piece.stop - piece.start
-            # comparisons that write floats are several times as fast as those that write bools
+        for piece, size, magnitude in part.pieces():
             torch.ge(magnitude[:size], low, out=reached[:size])
             torch.gt(magnitude[:size], high, out=beyond[:size])
             reached[:size].sub_(beyond[:size])
             if part.allowed is not None:
-                beyond[:size].mul_(allowed[:size].copy_(part.allowed[piece]))
-            above += int(beyond[:size].sum(dtype=torch.float32))
+                # bytes turn to floats seven times as fast as bools do
+                beyond[:size].mul_(factor[:size].copy_(part.allowed[piece].view(torch.uint8)))
+            above += int(beyond[:size].sum())
             # only rows with a magnitude inside are looked into; the last one is filled up with zeros
-            flags, values, factors = (_rows(buffer, size) for buffer in (reached, magnitude, allowed))
+            flags, values, factors = (_rows(buffer, size) for buffer in (reached, magnitude, factor))
             rows = flags.mv(ones).nonzero().squeeze(1)
             found = flags.index_select(0, rows)
             if part.allowed is not None:
@@ -209,20 +208,17 @@ def _rows(buffer: Tensor, size: int) -> Tensor:
 def _kth_largest(keys: Tensor, rank: int) -> float:
     """The `rank`-th largest (from 1) of non-negative `keys`."""
     if keys.numel() <= _FEW:
-        return float(keys.kthvalue(keys.numel() - rank + 1).values)
+        return float(keys.topk(rank, sorted=False).values.min())  # kthvalue refuses to be deterministic on a GPU
     return _radix_kth_largest(keys, rank)
 
 
 def _radix_kth_largest(keys: Tensor, rank: int) -> float:
-    """The same, by histograms of 16 bits at a time, the highest first.
-
-    The bits of non-negative floats, read as integers, are in the order of the floats.
-    """
+    """The same, by histograms of 16 bits at a time from the highest: the bits of such floats, as integers, are in their order."""
     width = 8 * keys.dtype.itemsize
-    bits = keys.view(_BITS[keys.dtype.itemsize])
+    bits = keys.view(_BITS[keys.dtype])
     found = 0
     for shift in range(width - 16, -1, -16):
-        # the sign bit is 0, so the highest digit needs no mask (which int16 could not hold)
+        # the sign bit is 0, so the highest digit needs no mask
         digits = bits >> shift if shift == width - 16 else (bits >> shift) & 0xFFFF
         histogram = torch.bincount(digits, minlength=1 << 16)
         # first the high 8 bits of the digit, then the low ones: two short running sums in place of a long one
