@@ -69,7 +69,10 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)  # the same sums, in the same order, on every machine of one kind
-    head = "# Accuracy on scikit-learn's digits\n\n1,797 images, one fixed split (450 test images, so 0.22 points an image). Written by `python benchmarks/accuracy.py`."
+    head = (
+        "# Accuracy on scikit-learn's digits\n\n1,797 images, one fixed split (450 test images, so 0.22 points an image). "
+        "Written by `python benchmarks/accuracy.py`."
+    )
     tables = [table(title, overrides, arguments.seeds) for title, overrides in SETTINGS.items()]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text("\n\n".join([head, *tables]) + "\n")

@@ -216,8 +216,8 @@ class SparsityCallback(Engine, Callback):
             )  # fmt: skip
             if self._saved_times and (now := self._times()) != self._saved_times:
                 rank_zero_warn(
-                    f"{type(self).__name__} goes on with other times than it was saved with, because the run's length differs: (every, start, "
-                    f"stop) were {self._saved_times} steps and are {now}."
+                    f"{type(self).__name__} goes on with other times than it was saved with, because the run's length differs: (every, "
+                    f"start, stop) were {self._saved_times} steps and are {now}."
                 )
             self._saved_times = []
         self.apply_masks()  # not earlier: a fit that is refused leaves the weights as they were

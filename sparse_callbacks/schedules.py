@@ -45,10 +45,7 @@ class Schedule:
         if self.curve == "constant":
             return self.initial
         left = 1.0 - _elapsed(step, start, stop)
-        if self.curve == "cosine":
-            left = (1.0 + math.cos(math.pi * (1.0 - left))) / 2.0
-        else:
-            left = left**self.power
+        left = (1.0 + math.cos(math.pi * (1.0 - left))) / 2.0 if self.curve == "cosine" else left ** self.power
         # in this form both ends are exact: initial + (final - initial) is not always final
         return self.initial * left + self.final * (1.0 - left)
 

@@ -25,8 +25,10 @@ def test_erdos_renyi_as_in_the_reference(case: str) -> None:
     assert list(found.values()) == pytest.approx(expected["layer_sparsity"], abs=1e-10)  # 10 digits are given
     sizes = [math.prod(shape) for shape in shapes.values()]
     active = [size - zeros_for(sparsity, size) for size, sparsity in zip(sizes, found.values(), strict=True)]
-    assert active == expected["n_active_after_floor"] and sizes == expected["n_params"]
-    assert sum(active) == expected["total_active"] and sum(sizes) == expected["total_params"]
+    assert active == expected["n_active_after_floor"]
+    assert sizes == expected["n_params"]
+    assert sum(active) == expected["total_active"]
+    assert sum(sizes) == expected["total_params"]
 
 
 LAYERS = {name: (tuple(shape), side) for name, shape, side in ERK_RESNET50["model"]["layers"]}
@@ -69,7 +71,7 @@ def test_training_flops_as_in_the_reference(case: dict[str, float]) -> None:
 
 
 def test_training_flops_need_an_interval() -> None:
-    with pytest.raises(ValueError, match="every=0 is no interval"):
+    with pytest.raises(ValueError, match=r"every=0 is no interval"):
         training_flops(0.2, 1.0, 0)
 
 
@@ -118,7 +120,7 @@ def test_sparsities_outside_the_range_are_refused(sparsity: Any) -> None:
 
 
 def test_custom_names_must_be_layers() -> None:
-    with pytest.raises(ValueError, match="custom: tail is no layer. Layers: body.0, body.1, head"):
+    with pytest.raises(ValueError, match=r"custom: tail is no layer. Layers: body.0, body.1, head"):
         erdos_renyi_kernel(SHAPES, 0.5, custom={"tail": 0.5})
 
 
@@ -135,7 +137,7 @@ def test_resolve_by_name(name: str) -> None:
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
     for distribution in ("erk", {"*": "erk"}):
         with pytest.raises(
-            ValueError, match="'erk' is not known. Use uniform, erdos_renyi, erdos_renyi_kernel, a mapping"
+            ValueError, match=r"'erk' is not known. Use uniform, erdos_renyi, erdos_renyi_kernel, a mapping"
         ):
             resolve(distribution, SHAPES, 0.8)  # type: ignore[arg-type]
 
@@ -157,7 +159,7 @@ def test_the_rest_of_a_mapping_shares_the_target() -> None:
 def test_globs_without_a_layer_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'tail\*' matches no sparse layer. Candidates: body.0, body.1, head"):
         resolve({"tail*": 0.5}, SHAPES, 0.8)
-    with pytest.raises(ValueError, match="'head' decides no layer, because earlier patterns take all its matches"):
+    with pytest.raises(ValueError, match=r"'head' decides no layer, because earlier patterns take all its matches"):
         resolve({"*": "uniform", "head": 0.5}, SHAPES, 0.8)
 
 
@@ -169,10 +171,11 @@ def test_sparsities_behind_globs_are_checked(value: Any) -> None:
 
 def test_resolve_by_callable() -> None:
     def half(shapes: dict[str, tuple[int, ...]], sparsity: float) -> dict[str, float]:
-        return {name: sparsity / 2 for name in reversed(shapes)}
+        return dict.fromkeys(reversed(shapes), sparsity / 2)
 
     found = resolve(half, SHAPES, 0.8)
-    assert found == dict.fromkeys(SHAPES, 0.4) and list(found) == list(SHAPES)
+    assert found == dict.fromkeys(SHAPES, 0.4)
+    assert list(found) == list(SHAPES)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +193,7 @@ def test_what_a_callable_returns_is_checked(result: Any, message: str) -> None:
 
 
 def test_other_types_are_refused() -> None:
-    with pytest.raises(TypeError, match="distribution=0.5 is neither a name"):
+    with pytest.raises(TypeError, match=r"distribution=0.5 is neither a name"):
         resolve(0.5, SHAPES, 0.8)  # type: ignore[arg-type]
 
 
@@ -200,6 +203,6 @@ def test_a_target_out_of_reach_is_refused_with_the_highest_one(name: str) -> Non
     for distribution in (name, {"*": name}, getattr(distributions, name)):
         assert resolve(distribution, shapes, 0.9) == pytest.approx({"a": 0.9, "b": 0.9})
         with pytest.raises(
-            ValueError, match="sparsity=0.95 cannot be reached: each of the 2 layers .* sparsity is 0.9:"
+            ValueError, match=r"sparsity=0.95 cannot be reached: each of the 2 layers .* sparsity is 0.9:"
         ):
             resolve(distribution, shapes, 0.95)

@@ -60,7 +60,8 @@ def test_keep_largest_equals_a_stable_full_sort(shape: tuple[int, ...], kind: st
     among = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.4
     for count in counts(values.numel()):
         mask = ops.keep_largest(values, count)
-        assert mask.dtype == torch.bool and mask.shape == values.shape
+        assert mask.dtype == torch.bool
+        assert mask.shape == values.shape
         assert torch.equal(mask, by_full_sort(values, count)), count
     for count in counts(int(among.sum())):
         assert torch.equal(ops.keep_largest(values, count, among=among), by_full_sort(values, count, among)), count
@@ -110,7 +111,9 @@ def test_nan_ranks_below_zero_and_infinity_above_all() -> None:
 def test_values_are_left_as_they_are_and_need_no_gradient() -> None:
     values = torch.nn.Parameter(torch.tensor([-3.0, 1.0, 2.0]))
     mask = ops.keep_largest(values, 1)
-    assert values.tolist() == [-3.0, 1.0, 2.0] and not mask.requires_grad and mask.tolist() == [True, False, False]
+    assert values.tolist() == [-3.0, 1.0, 2.0]
+    assert not mask.requires_grad
+    assert mask.tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize("count", [-1, 4])
@@ -122,7 +125,7 @@ def test_a_count_that_cannot_be_kept_is_refused(count: int) -> None:
 
 
 def test_integers_are_refused() -> None:
-    with pytest.raises(TypeError, match="scores of type torch.int64 cannot be ranked. Give float16"):
+    with pytest.raises(TypeError, match=r"scores of type torch.int64 cannot be ranked. Give float16"):
         ops.keep_largest(torch.arange(3), 1)
 
 
@@ -153,7 +156,8 @@ def test_kth_largest_is_exact(kind: str, dtype: torch.dtype) -> None:
     expected = torch.where(magnitude.isnan(), -1.0, magnitude).reshape(-1).sort(descending=True).values
     for count in (1, 100, 9000, 45000, 90000):
         found = ops.kth_largest(values, count)
-        assert found.shape == () and found.dtype == dtype
+        assert found.shape == ()
+        assert found.dtype == dtype
         assert found.isnan() if expected[count - 1] < 0 else found.double() == expected[count - 1]
 
 
@@ -216,8 +220,10 @@ def test_random_masks_have_the_count_and_no_favourites() -> None:
 
 def test_random_masks_follow_the_generator() -> None:
     first, again, other = (ops.random_mask((30, 30), 90, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    assert ops.random_mask((), 1).tolist() is True and ops.random_mask((3,), 3).all()
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert ops.random_mask((), 1).tolist() is True
+    assert ops.random_mask((3,), 3).all()
 
 
 @pytest.mark.parametrize("count", [-1, 7])

@@ -67,7 +67,8 @@ def test_ends_are_exact_and_hold_outside(schedule: Schedule) -> None:
         assert schedule(step, 100, 200) == schedule.initial
     for step in (200, 201, 10**9):
         assert schedule(step, 100, 200) == schedule.final
-    assert schedule(99, 100, 100) == schedule.initial and schedule(100, 100, 100) == schedule.final
+    assert schedule(99, 100, 100) == schedule.initial
+    assert schedule(100, 100, 100) == schedule.final
 
 
 @pytest.mark.parametrize("schedule", ALL, ids=repr)
@@ -78,7 +79,7 @@ def test_repr_is_what_parse_reads(schedule: Schedule) -> None:
 
 def test_schedules_are_plain_values() -> None:
     assert schedules.cosine(0.3) == schedules.cosine(0.3, 0.0) != schedules.linear(0.3)
-    with pytest.raises(AttributeError, match="cannot assign"):
+    with pytest.raises(AttributeError, match=r"cannot assign"):
         schedules.cosine(0.3).initial = 0.5  # type: ignore[misc]
     assert repr(schedules.linear(0.3)) == "linear(0.3, 0.0)"
 
@@ -101,7 +102,7 @@ def test_parse(text: str, schedule: Schedule) -> None:
     "text", ["linear", "0.3", "", "linear(0.3", "a.b(1)", "linear(x)", "linear(*[1])", "linear(0.3)(2)", "lambda: 1"]
 )
 def test_what_is_no_schedule_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is not a schedule. Write a curve with its numbers"):
+    with pytest.raises(ValueError, match=r"is not a schedule. Write a curve with its numbers"):
         parse(text)
 
 
@@ -130,7 +131,7 @@ def test_unknown_curves_are_refused_with_the_known_ones() -> None:
     ],
 )
 def test_numbers_that_a_curve_does_not_take_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="does not take these numbers: .* Example: '"):
+    with pytest.raises(ValueError, match=r"does not take these numbers: .* Example: '"):
         parse(text)
 
 
@@ -141,18 +142,18 @@ def test_a_curve_that_one_number_does_not_determine_is_refused() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, True, "0.3", None])
 def test_numbers_must_be_finite(value: Any) -> None:
-    with pytest.raises(ValueError, match="cosine: initial=.* is not a finite number"):
+    with pytest.raises(ValueError, match=r"cosine: initial=.* is not a finite number"):
         schedules.cosine(value)
 
 
 @pytest.mark.parametrize("power", [0, -1])
 def test_powers_must_be_positive(power: float) -> None:
-    with pytest.raises(ValueError, match="exponential: power=.* is not positive"):
+    with pytest.raises(ValueError, match=r"exponential: power=.* is not positive"):
         schedules.exponential(0.3, power=power)
 
 
 def test_stop_before_start_is_refused() -> None:
-    with pytest.raises(ValueError, match="stop=100 lies before start=200"):
+    with pytest.raises(ValueError, match=r"stop=100 lies before start=200"):
         schedules.cosine(0.3)(150, 200, 100)
 
 
@@ -199,17 +200,18 @@ def test_with_curve_keeps_the_number(curve: str, rising: bool) -> None:
 )
 def test_to_steps(when: float, total: float, steps: int) -> None:
     found = to_steps(when, total, "stop")
-    assert found == steps and type(found) is int
+    assert found == steps
+    assert type(found) is int
 
 
 @pytest.mark.parametrize("when", [True, False, "0.5", None])
 def test_what_is_no_time_is_refused(when: Any) -> None:
-    with pytest.raises(ValueError, match="stop=.* is no time: an int counts optimizer steps"):
+    with pytest.raises(ValueError, match=r"stop=.* is no time: an int counts optimizer steps"):
         to_steps(when, 100, "stop")
 
 
 def test_times_outside_the_run_are_refused() -> None:
-    with pytest.raises(ValueError, match="start=-1 lies before the run"):
+    with pytest.raises(ValueError, match=r"start=-1 lies before the run"):
         to_steps(-1, 100, "start")
     for when in (1.5, -0.1, math.nan):
         with pytest.raises(ValueError, match=r"every=.* is outside \[0, 1\]: .* write an int, e.g. every=1000"):
