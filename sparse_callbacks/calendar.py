@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -40,10 +41,12 @@ def check_times(start: Time, stop: Time, every: Time | None) -> None:
     Raises:
         ValueError: a value that is no time, ``stop`` before ``start``, or an interval longer than ``stop - start``.
     """
-    for name, value in (("start", start), ("stop", stop), *((("every", every),) if every is not None else ())):
+    for name, value in (("start", start), ("stop", stop)):
         to_steps(value, 1, name)
-    if every is not None and every <= 0:
+    if every is not None and not isinstance(every, bool) and isinstance(every, Real) and every <= 0:
         raise ValueError(f"every={every!r} is no interval between updates. Give optimizer steps (1 or more) or a fraction of the run.")
+    if every is not None:
+        to_steps(every, 1, "every")
     if type(start) is type(stop) and stop < start:
         raise ValueError(f"stop={stop!r} lies before start={start!r}. Give a stop at or after the start.")
     if every is not None and type(start) is type(stop) is type(every) and every > stop - start:
@@ -85,6 +88,11 @@ def resolve(
                 f"stop={stop!r} ({last} steps) lies before start={start!r} ({first} steps). Give a stop at or after the start."
             )
         last = first
+    if last == first and not final and not lenient:
+        raise ValueError(
+            f"start={start!r} and stop={stop!r} are the same step ({first}): no update would move a mask. Give a later stop=, or use "
+            "Static to hold one mask."
+        )
     if every is None:
         interval = max(1, min(published_every, (last - first) // UPDATES_WORTH_HAVING))
         if interval < published_every:
@@ -169,6 +177,12 @@ class Progress:
         upcoming = calendar.next(step, max(calendar.start, self._anchor), self.done.get(index))
         self._due_from[index] = calendar.stop + 1 if upcoming is None else upcoming
         return upcoming == step
+
+    def upcoming(self, calendar: Calendar) -> int | None:
+        """The first update that is still to come for any optimizer; None if there is none."""
+        anchor = max(calendar.start, self._anchor)
+        found = [calendar.next(c.read(), anchor, self.done.get(i)) for i, c in self.counts.items()]
+        return min((f for f in found if f is not None), default=None)
 
     def mark_done(self, index: int) -> None:
         """The update at the present count needs no repetition."""

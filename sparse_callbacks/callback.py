@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from numbers import Integral, Real
 from typing import Any, ClassVar, TypedDict
 
 from pytorch_lightning import Callback, LightningModule
@@ -15,7 +16,7 @@ from sparse_callbacks.calendar import Time, check_times, resolve
 from sparse_callbacks.distributions import Distribution
 from sparse_callbacks.distributions import resolve as share_out
 from sparse_callbacks.engine import Engine
-from sparse_callbacks.host import gradients_are_read, refuse_host, warnings_for
+from sparse_callbacks.host import gradients_are_read, is_tuners, refuse_host, warnings_for
 from sparse_callbacks.ops import zeros_for
 from sparse_callbacks.plan import Plan, plan_rows
 from sparse_callbacks.selection import Entry, KeepDense, patterns, select
@@ -80,10 +81,9 @@ class SparsityCallback(Engine, Callback):
         check_sparsity(sparsity)
         if keep_dense not in (None, "first", "last", "both"):
             raise ValueError(f"keep_dense={keep_dense!r} is not known. Give 'first', 'last', 'both' or None.")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise ValueError(f"seed={seed!r} is no whole number. Give for example seed=0.")
-        Engine.__init__(self, seed)
-        self.sparsity: Any = sparsity
+        check_seed(seed)
+        Engine.__init__(self, int(seed))
+        self.sparsity: Any = sparsity if isinstance(sparsity, int) else float(sparsity)
         self.distribution = dict(distribution) if isinstance(distribution, Mapping) else distribution
         self.include, self.exclude = patterns(include, "include"), patterns(exclude, "exclude")
         self._key = self._generate_state_key(include=self.include, exclude=self.exclude)
@@ -95,6 +95,8 @@ class SparsityCallback(Engine, Callback):
         self._model_size = 0
         self._restored: dict[str, Any] | None = None
         self._held_gradients: dict[str, Tensor] = {}
+        self.saved_masks: dict[str, Tensor] = {}
+        """Masks of the checkpoint that fit resumes from."""
         self._saved_times: list[int] = []
         self._training = False
         self._window_open = False
@@ -118,7 +120,10 @@ class SparsityCallback(Engine, Callback):
     @property
     def at_target(self) -> bool:
         """False while the network is still on its way to the target sparsity."""
-        return not self.arrives_at_stop or (self.calendar is not None and self.step >= self.calendar.stop)
+        if not self.arrives_at_stop:
+            return True
+        planned = sum(self.parameter_zeros(self._all_entries, self._targets).values())
+        return bool(self.masks) and self.store.total - sum(self.store.active.values()) >= planned
 
     def measured_sparsity(self) -> dict[str, float]:
         """Fraction of zeros by the masks: ``sparsity/total`` over the selected weights, ``sparsity/model`` over all parameters and
@@ -144,6 +149,7 @@ class SparsityCallback(Engine, Callback):
             ValueError: no model is known yet, or the arguments do not fit it.
         """
         if model is not None:
+            model = getattr(model, "_orig_mod", model)  # of torch.compile
             entries = select(model, self.include, self.exclude, self.keep_dense)
             zeros = self.parameter_zeros(entries, self.share_out(entries))
         elif self._all_entries:
@@ -183,6 +189,8 @@ class SparsityCallback(Engine, Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             refuse_host(trainer)
+            if self._model() is not pl_module or self.fresh_start:
+                self.forget()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict
@@ -194,9 +202,11 @@ class SparsityCallback(Engine, Callback):
         self._refuse_shared(trainer, [e.name for e in entries if not e.reason])
         saved = self._checked_state(trainer)
         manual = not pl_module.automatic_optimization
+        self.steps_are_announced = not manual
         reads = [not manual and gradients_are_read(trainer, pl_module, o) for o in trainer.optimizers]
         self._all_entries = entries
         self._model_size = sum(p.numel() for p in pl_module.parameters())
+        self.saved_masks = dict(saved["masks"]) if saved else {}
         self.begin(pl_module, entries, self.share_out(entries), trainer.optimizers, reads, saved)
         self._held_gradients = dict(saved.get("grads", {})) if saved else {}
         self._saved_times = list(saved["times"]) if saved else []
@@ -220,6 +230,8 @@ class SparsityCallback(Engine, Callback):
                     f"start, stop) were {self._saved_times} steps and are {now}."
                 )
             self._saved_times = []
+            if trainer.global_step == 0 and (idle := self._idleness(run_length(trainer))) and not trainer.fast_dev_run:
+                rank_zero_warn(idle)
         self.apply_masks()  # not earlier: a fit that is refused leaves the weights as they were
         self._training = True
         parameters = dict(pl_module.named_parameters())
@@ -227,6 +239,19 @@ class SparsityCallback(Engine, Callback):
             parameters[name].grad = gradient.to(parameters[name].device)
         self._window_open = bool(self._held_gradients)
         self._held_gradients = {}
+
+    def _idleness(self, length: float) -> str:
+        """A warning for a new run in which no update can fall; empty where there is one."""
+        upcoming = self.progress.upcoming(self.times)
+        if upcoming is not None and upcoming - self.step < length:
+            return ""
+        when = f"the first would be at step {upcoming}, after the run's {length:g}" if upcoming is not None else (
+            f"{self.step} steps were counted before, in an earlier fit, and the last update was due at step {self.times.stop}"
+        )  # fmt: skip
+        return (
+            f"{type(self).__name__} will not move a mask in this run: {when}. Give other start= and stop= times, or a new callback or "
+            "fresh_start=True for a new start."
+        )
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._window_open = True
@@ -237,6 +262,19 @@ class SparsityCallback(Engine, Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._window_open = False
         self.before_optimizer_step(optimizer, trainer.global_step)
+        if self.replacing and pl_module.automatic_optimization:
+            self._withhold_instead_of_clipping(pl_module, optimizer)
+        elif self.replacing:
+            self.withhold(optimizer)
+
+    def _withhold_instead_of_clipping(self, module: LightningModule, optimizer: Optimizer) -> None:
+        """Take the gradients away in the place of clipping: Lightning's last call before the step, after all hooks that read them."""
+
+        def withhold(*_: object, **__: object) -> None:
+            vars(module).pop("configure_gradient_clipping", None)
+            self.withhold(optimizer)
+
+        vars(module)["configure_gradient_clipping"] = withhold
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.release()
@@ -269,6 +307,7 @@ class SparsityCallback(Engine, Callback):
         if self._training:  # it may have come between the optimizer's step and ours
             self.apply_masks()
             self.release()
+        self._leave(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         if not self.masks:
@@ -281,9 +320,17 @@ class SparsityCallback(Engine, Callback):
         return current
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._leave(pl_module)
+        self._restored = None
+
+    def _leave(self, module: LightningModule) -> None:
+        vars(module).pop("configure_gradient_clipping", None)
         self.end()
         self._training = False
-        self._restored = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        bound_by_lightning = ("log", "log_dict")
+        return {k: v for k, v in super().__getstate__().items() if k not in bound_by_lightning}
 
     # ------------------------------------------------------------------ refusals
 
@@ -298,7 +345,7 @@ class SparsityCallback(Engine, Callback):
 
     def _checked_state(self, trainer: Trainer) -> Mapping[str, Any] | None:
         """The state to resume from, found to be ours and of the same arguments; None for a start with new masks."""
-        if self.fresh_start or not trainer.ckpt_path:
+        if self.fresh_start or not trainer.ckpt_path or (self._restored is None and is_tuners(trainer.ckpt_path)):
             if trainer.ckpt_path and self._restored is not None:
                 rank_zero_info(f"{type(self).__name__}: fresh_start=True, so the masks in the checkpoint are ignored.")
             return None
@@ -307,8 +354,16 @@ class SparsityCallback(Engine, Callback):
 
 def check_sparsity(sparsity: object) -> None:
     """Refuse what is no fraction of zeros in [0, 1)."""
-    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0.0 <= sparsity < 1.0:
+    if isinstance(sparsity, bool) or not isinstance(sparsity, Real):
+        raise ValueError(f"sparsity={sparsity!r} is no number. It is the fraction of zeros: for 90 % zeros write 0.9.")
+    if not 0.0 <= float(sparsity) < 1.0:
         raise ValueError(f"sparsity={sparsity!r} is not in [0, 1): it is the fraction of zeros. For 90 % zeros write 0.9.")
+
+
+def check_seed(seed: object) -> None:
+    """Refuse what is no whole number."""
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise ValueError(f"seed={seed!r} is no whole number. Give for example seed=0.")
 
 
 def joint_sparsity(callbacks: Sequence[SparsityCallback]) -> dict[str, float]:
@@ -325,5 +380,8 @@ def run_length(trainer: Trainer) -> float:
 
 
 def _stacked(glob: str, entries: Sequence[Entry]) -> list[str]:
-    stacked = any(e.parts > 1 and fnmatchcase(e.name, glob) and not fnmatchcase(e.layers[0], glob) for e in entries)
-    return [glob, f"{glob}[[]*]"] if stacked else [glob]
+    """The globs that mean for layers what ``glob`` means for parameters."""
+    matching = [e for e in entries if fnmatchcase(e.name, glob)]
+    missed = any(not fnmatchcase(e.layers[0], glob) for e in matching)
+    hit = any(fnmatchcase(e.layers[0], glob) for e in matching) or not matching
+    return [g for g, used in ((glob, hit), (f"{glob}[[]*]", missed)) if used]

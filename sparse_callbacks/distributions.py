@@ -133,7 +133,7 @@ def _by_name(name: str, shapes: Shapes, sparsity: float) -> dict[str, float]:
 
 
 def _by_glob(rules: Mapping[str, float | str], shapes: Shapes, sparsity: float) -> dict[str, float]:
-    followed = {name: next((glob for glob in rules if fnmatchcase(name, glob)), None) for name in shapes}
+    followed = {name: next((glob for glob in rules if glob == name or fnmatchcase(name, glob)), None) for name in shapes}
     for glob in rules:
         if glob != "*" and glob not in followed.values():
             _refuse_idle(glob, shapes)

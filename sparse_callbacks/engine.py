@@ -21,6 +21,10 @@ from sparse_callbacks.selection import Entry
 ROOTS_EVERY = 100  # steps between two calls of optimizers.lift_roots: what it writes decays
 
 
+def _no_model() -> None:
+    return None
+
+
 class Engine:
     """Keeps the one invariant: between optimizer steps every sparse parameter holds ``mask * dense``.
 
@@ -31,6 +35,8 @@ class Engine:
 
     counts_before: ClassVar[bool] = False
     """True: the calendar is asked before a step with the steps taken so far; False: after it, with this step counted."""
+    steps_are_announced: bool = True
+    """The host announces every step that it knows of; others, such as a tuner's, are only kept masked. False: it must."""
     explores: ClassVar[bool] = False
     """True where connections come and go, so that the share of weights that were ever active is worth knowing."""
 
@@ -46,7 +52,7 @@ class Engine:
         self.store = MaskStore({}, {}, {})
         self._targets: dict[str, float] = {}
         self.progress = Progress(self.counts_before)
-        self._model: Callable[[], nn.Module | None] = lambda: None
+        self._model: Callable[[], nn.Module | None] = _no_model
         self._unbind()
 
     def _unbind(self) -> None:
@@ -56,7 +62,8 @@ class Engine:
         self._concluded: dict[int, int] = {}
         self._at: int | None = None
         self._tick = -1
-        self._moving = False
+        self.replacing = False
+        """The step at hand is replaced by an update."""
         self._finite: Tensor | bool = True
         self._gradients = DenseGradients({})
         self._gradients_read: list[bool] = []
@@ -142,16 +149,18 @@ class Engine:
 
     def mask_gradients(self) -> None:
         """Zero the gradients of pruned weights, unless nobody reads them before the step: then masking the weights suffices."""
-        if self._at is None or self._gradients_read[self._at]:
+        finite = self._finite is True
+        if self._at is None or self._gradients_read[self._at] or self._finite is False:  # momentum would keep an inf
             self._gradients_masked = True
             for name in self.names:
-                self.store.mask_gradient(name)
+                self.store.mask_gradient(name, finite)
 
     def skip_step(self) -> None:
-        """Replace this step by an update of the masks: no parameter of the optimizer moves, nor does its state."""
-        assert self._at is not None
-        self._gradients.take_away(self._ownership.optimizers[self._at], self._tick)
-        self._moving = True
+        """Replace this step by an update of the masks: no parameter of the optimizer moves, nor does its state.
+
+        The host calls :meth:`withhold` as late as it can, so that others who read gradients before the step still find them.
+        """
+        self.replacing = True
 
     def move_masks(self, **events: float) -> None:
         """Take :meth:`new_masks`, clear the optimizer state of grown weights, and keep ``events`` for the log."""
@@ -219,22 +228,32 @@ class Engine:
         parameters = dict(model.named_parameters())
         sparse = {e.name: e for e in entries if not e.reason}
         params = {name: parameters[name] for name in sparse}
-        known = self._model() is model and set(self.masks) == set(sparse)
-        masks: Mapping[str, Tensor] = self.masks
+        kept = {n: m for n, m in self.masks.items() if n in params and m.shape == params[n].shape} if self._model() is model else {}
+        if state is None:
+            refuse_foreign_weights(kept, params)
         self._targets = dict(targets)
-        self._model = ref(model)
         self.store = MaskStore(params, sparse, {})  # initial masks are made from the parameters
         if state is not None:
-            masks = self._load(state)
-        elif not known:
-            self.aux, self.updates, self.progress = {}, 0, Progress(self.counts_before)
+            masks: Mapping[str, Tensor] = self._load(state)
+        elif kept:  # layers that were added since the last run start like in a first one
+            self.aux = {k: t for k, t in self.aux.items() if k.partition("/")[2] in kept}
+            masks = kept if len(kept) == len(params) else {**self.initial_masks(), **kept}
+        else:
+            self.forget()
             masks = self.initial_masks()
         self.progress.begin(len(optimizers))
         self.store = MaskStore(params, sparse, masks)
         if self.explores:
             self._note_active(params)
+        self._model = ref(model)
         self._bind(optimizers)
         self._gradients_read = list(gradients_read)
+
+    def forget(self) -> None:
+        """Start anew: no masks, no counters, no state of the method."""
+        self.aux, self.updates, self.progress, self.events = {}, 0, Progress(self.counts_before), {}
+        self.store = MaskStore(self.params, self.store.entries, {})
+        self._model = _no_model
 
     def _bind(self, found: Sequence[Optimizer]) -> None:
         self.end()
@@ -256,7 +275,7 @@ class Engine:
             if self._ticks.get(index) == tick:
                 raise ValueError(optimizers.several_closures(type(optimizer).__name__))
             self._ticks[index] = tick
-            self._moving = self._gradients_masked = False
+            self.replacing = self._gradients_masked = False
             if self._ownership.owns[index]:
                 self._finite = optimizers.all_finite([g for n in self.names if (g := self.gradient(n)) is not None])
                 self.before_step()
@@ -273,24 +292,25 @@ class Engine:
             self._at = None
             for name in self._ownership.owns[index]:
                 if dense_wanted:
-                    self._gradients.keep(name, self.store, scale)
-                self.store.mask_gradient(name)
+                    self._gradients.keep_and_mask(name, self.store, scale)
+                else:
+                    self.store.mask_gradient(name)
 
     def _after_optimizer_step(self, optimizer: Optimizer, *_: object) -> None:
         """The optimizer's own post hook: it fires when a step was really taken, and not where a GradScaler skipped it."""
         index = self._ownership.index(optimizer)
-        if index not in self._ticks:
+        if index not in self._ticks and not self.steps_are_announced:
             raise RuntimeError(
                 f"{type(optimizer).__name__}.step() was called past the host, so {type(self).__name__} saw no gradients. In manual "
                 "optimization step through self.optimizers(), not through the raw torch optimizer."
             )
-        tick = self._ticks[index]
+        tick = self._ticks.get(index, -1)
         with self._step_of(optimizer, tick):
             self.apply_masks(index)  # before an update too: a weight that it grows must start at zero
             # a subclass that calls its parent's step fires the hooks of both
-            if self._ownership.owns[index] and self._concluded.get(index) != tick:
+            if self._ownership.owns[index] and self._concluded.get(index, -1) != tick:
                 self._concluded[index] = tick
-                if self._moving:
+                if self.replacing:
                     self.update()
                 elif not self._gradients.withheld(optimizer, self._tick):  # else another callback replaced the step
                     self.progress.counts[index].add(self._finite)
@@ -298,12 +318,16 @@ class Engine:
                     if self._gradients_masked and self.progress.counts[index].at_most() % ROOTS_EVERY == 1:
                         for name in self._ownership.owns[index]:
                             optimizers.lift_roots(optimizer, self.params[name], ~self.store.bools[name])
-                self._moving = False
+                self.replacing = False
                 self._gradients.forget(self._ownership.owns[index])
 
     def apply_masks(self, index: int | None = None) -> None:
         """Restore the invariant in all sparse parameters, or in those that the optimizer ``index`` steps."""
-        self.store.apply(self.params if index is None else self._ownership.steps[index])
+        self.store.apply(self.params if index is None else self._ownership.steps[index], self._finite is True)
+
+    def withhold(self, optimizer: Optimizer) -> None:
+        """Leave ``optimizer`` without gradients for the step that an update replaces."""
+        self._gradients.take_away(optimizer, self._ticks[self._ownership.index(optimizer)])
 
     def release(self) -> None:
         """Forget the gradients of a replaced step."""
@@ -316,6 +340,12 @@ class Engine:
         self._unbind()
 
     # ------------------------------------------------------------------ state
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: hooks and the hold on a model stay behind."""
+        idle = object.__new__(type(self))
+        idle._unbind()
+        return {**vars(self), **vars(idle), "_model": _no_model}
 
     def engine_state(self) -> dict[str, Any]:
         """Everything that a resume needs: tensors, numbers and strings only."""
@@ -341,3 +371,18 @@ class Engine:
         devices = {n: p.device for n, p in self.params.items()}
         self.aux = {k: t.to(devices.get(k.split("/", 1)[-1], t.device)) for k, t in state["aux"].items()}
         return saved
+
+
+def refuse_foreign_weights(masks: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
+    """Refuse to put the masks of the last run on weights that came from elsewhere since.
+
+    Raises:
+        ValueError: a weight is not zero where its mask is.
+    """
+    foreign = [n for n, mask in masks.items() if bool(params[n].detach()[~mask.to(params[n].device)].any())]
+    if foreign:
+        raise ValueError(
+            f"{', '.join(foreign)} hold weights that the masks of the last fit would cut: other weights were loaded since (for example by "
+            "test(ckpt_path='best')). Resume with ckpt_path= to get the masks that belong to them, or use a new callback or "
+            "fresh_start=True for new masks."
+        )

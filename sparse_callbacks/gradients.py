@@ -17,12 +17,12 @@ class DenseGradients:
 
     def __init__(self, params: Mapping[str, nn.Parameter]) -> None:
         self._params = params
-        self._kept: dict[str, tuple[Tensor, Tensor]] = {}
+        self._kept: dict[str, tuple[Tensor, int, Tensor]] = {}
 
     def of(self, name: str, optimizer: Optimizer, tick: int) -> Tensor | None:
         """Dense gradient of a sparse parameter in step ``tick`` of its optimizer; None if it took no part."""
         if name in self._kept:
-            return self._kept[name][1]
+            return self._kept[name][2]
         p = self._params[name]
         return p.grad if p.grad is not None else self.withheld(optimizer, tick).get(id(p))
 
@@ -41,13 +41,16 @@ class DenseGradients:
                 p.grad = None  # zeros would not do: momentum and decay would still move the weight
         _withheld[optimizer] = (tick, taken)
 
-    def keep(self, name: str, store: MaskStore, scale: float) -> None:
+    def keep_and_mask(self, name: str, store: MaskStore, scale: float) -> None:
         """Copy a gradient before it is masked; over several backwards, what was masked before is added."""
         if (gradient := self._params[name].grad) is None:
             return
-        seen, dense = self._kept.get(name, (None, gradient))
-        added = store.outside(name, dense) if seen is gradient else 0.0  # otherwise zero_grad came between
-        self._kept[name] = (gradient, gradient / scale + added)
+        seen, version, dense = self._kept.get(name, (None, 0, gradient))
+        # one write since the copy: a backward that added to it; zero_grad in between is another tensor or two writes
+        added = store.outside(name, dense) if seen is gradient and gradient._version == version + 1 else 0.0
+        dense = gradient / scale + added
+        store.mask_gradient(name)
+        self._kept[name] = (gradient, gradient._version, dense)
 
     def forget(self, names: Iterable[str]) -> None:
         """The step that the copies were made for is over."""

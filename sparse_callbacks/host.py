@@ -1,6 +1,7 @@
 """What about a Trainer stands in the way of sparse training. Classes are known by name, so no Lightning is imported."""
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,14 @@ from sparse_callbacks.optimizers import is_elementwise
 
 _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "FSDP2Strategy")
 _AVERAGING = ("WeightAveraging", "StochasticWeightAveraging", "EMAWeightAveraging")
+
+
+_TUNER = (".lr_find_", ".scale_batch_size_")
+
+
+def is_tuners(path: object) -> bool:
+    """A checkpoint that Lightning's tuner writes and restores by itself, before there is anything of ours to save."""
+    return Path(str(path)).name.startswith(_TUNER)
 
 
 def _is_a(thing: object, names: Iterable[str]) -> bool:

@@ -46,16 +46,23 @@ class MaskStore:
         return sum(m.numel() for m in self.bools.values())
 
     @torch.no_grad()
-    def apply(self, names: Iterable[str]) -> None:
-        """Write ``mask * dense`` into the parameters."""
+    def apply(self, names: Iterable[str], finite: bool = True) -> None:
+        """Write ``mask * dense`` into the parameters; where values may not be ``finite``, by filling (inf * 0 is NaN)."""
         for name in names:
-            self.params[name].mul_(self._factors[name])
+            if finite:
+                self.params[name].mul_(self._factors[name])
+            else:
+                self.params[name].masked_fill_(~self.bools[name], 0)
 
     @torch.no_grad()
-    def mask_gradient(self, name: str) -> None:
-        """Zero the gradient of a parameter's pruned weights, if it has one."""
-        if (gradient := self.params[name].grad) is not None:
+    def mask_gradient(self, name: str, finite: bool = True) -> None:
+        """Zero the gradient of a parameter's pruned weights, if it has one; ``finite`` as in :meth:`apply`."""
+        if (gradient := self.params[name].grad) is None:
+            return
+        if finite:
             gradient.mul_(self._factors[name])
+        else:
+            gradient.masked_fill_(~self.bools[name], 0)
 
     def outside(self, name: str, tensor: Tensor) -> Tensor:
         """``tensor`` at pruned positions, zero at active ones."""

@@ -158,11 +158,12 @@ def with_curve(curve_name: str, number: float, rising: bool = False) -> Schedule
     return _make(curve_name, [0.0, number] if rising and curve_name != "constant" else [number], {})
 
 
-def as_schedule(value: float | str | Schedule, default_curve: str, rising: bool = False) -> Schedule:
+def as_schedule(value: float | str | Schedule, default_curve: str, rising: bool = False, name: str = "") -> Schedule:
     """What a schedulable argument means.
 
     A number keeps the method's own curve (`default_curve`), a `Schedule` is taken as it is, and so is a text, except
     that a text with a single number follows `rising` like a bare number does: `"linear(0.9)"` rises from 0 to 0.9.
+    `name` is that of the argument, for the errors.
 
     Raises:
         ValueError: no number, no schedule, or a text that `parse` refuses.
@@ -172,12 +173,15 @@ def as_schedule(value: float | str | Schedule, default_curve: str, rising: bool 
     """
     if isinstance(value, Schedule):
         return value
-    if isinstance(value, str):
-        name, numbers, named = _read(value)
-        if rising and name != "constant" and len(numbers) == 1 and "final" not in named:
+    try:
+        if not isinstance(value, str):
+            return with_curve(default_curve, value, rising)
+        curve, numbers, named = _read(value)
+        if rising and curve != "constant" and len(numbers) == 1 and "final" not in named:
             numbers = [0.0, *numbers]
-        return _make(name, numbers, named)
-    return with_curve(default_curve, value, rising)
+        return _make(curve, numbers, named)
+    except ValueError as error:
+        raise ValueError(f"{name}={value!r}: {error}" if name else str(error)) from None
 
 
 def to_steps(when: float, total: float, name: str) -> int:

@@ -111,7 +111,7 @@ def patterns(value: str | Iterable[str] | None, argument: str) -> tuple[str, ...
     """``include`` or ``exclude`` as a tuple of globs; one string is one glob."""
     if value is None:
         return None
-    globs = (value,) if isinstance(value, str) else tuple(value)
+    globs = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
     if not globs or not all(isinstance(g, str) and g for g in globs):
         raise ValueError(f"{argument}={value!r} is no glob and no list of globs. Give for example {argument}=['conv*', 'fc.weight'].")
     return globs
@@ -174,6 +174,12 @@ def select(
         return ""
 
     chosen = [replace(e, reason=decide(e)) for e in found]
+    for name, module in model.named_modules():
+        if getattr(module, "sparse", False) and any(e.name == f"{name}.weight" and not e.reason for e in chosen):
+            raise ValueError(
+                f"{name} is an embedding with sparse=True, whose gradients are sparse tensors and cannot be masked. Use sparse=False, or "
+                "leave it out of include=."
+            )
     if all(e.reason for e in chosen):
         raise ValueError(
             "no parameter is left to make sparse. Candidates, and why each stays dense: "

@@ -8,7 +8,7 @@ from torch import Tensor
 from sparse_callbacks.schedules import Schedule
 
 VERSION = 1
-_MAY_DIFFER = ("print_plan", "fresh_start")
+_MAY_DIFFER = ("print_plan", "fresh_start", "from_checkpoint")  # of the last, the checkpoint has the masks
 
 
 def shown(value: object) -> str:

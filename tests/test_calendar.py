@@ -99,7 +99,7 @@ def test_whole_steps_do_not_ask_how_long_the_run_is() -> None:
     assert resolve(None, 0, 5000, 100, unknown) == Calendar(100, 0, 5000)
 
 
-@pytest.mark.parametrize(("stop", "expected"), [(1000, 100), (999, 99), (500, 50), (15, 1), (10, 1), (3, 1), (0, 1)])
+@pytest.mark.parametrize(("stop", "expected"), [(1000, 100), (999, 99), (500, 50), (15, 1), (10, 1), (3, 1)])
 def test_the_default_interval_is_shortened_with_a_word(stop: int, expected: int) -> None:
     calendar, told = made(None, 0, stop)
     assert calendar.every == expected
@@ -110,6 +110,15 @@ def test_the_default_interval_is_shortened_with_a_word(stop: int, expected: int)
             f"every={expected}: the published interval of 100 steps would leave fewer than 10 updates between step 0 and step {stop}. "
             "Give every= to choose another."
         ]
+
+
+def test_a_window_of_no_steps_is_refused_unless_the_method_arrives_there() -> None:
+    with pytest.raises(ValueError, match=r"start=7 and stop=7 are the same step \(7\): no update would move a mask\. Give a later stop="):
+        made(None, 7, 7)
+    with pytest.raises(ValueError, match=r"start=0\.5 and stop=20 are the same step \(20\)"):
+        resolve(None, 0.5, 20, 100, lambda: 40)
+    assert resolve(None, 7, 7, 100, lambda: 40, final=True).stop == 7
+    assert resolve(None, 7, 7, 100, lambda: 40, lenient=True).stop == 7
 
 
 def test_the_shortened_interval_leaves_at_least_ten_updates_where_there_are_ten_steps() -> None:
@@ -123,7 +132,7 @@ def test_the_shortened_interval_leaves_at_least_ten_updates_where_there_are_ten_
     [
         (0, 0, 10, r"every=0 is no interval between updates\. Give optimizer steps \(1 or more\)"),
         (0.0, 0, 1.0, r"every=0\.0 is no interval"),
-        (-5, 0, 10, r"every=-5 lies before the run"),
+        (-5, 0, 10, r"every=-5 is no interval between updates\. Give optimizer steps \(1 or more\)"),
         (True, 0, 10, r"every=True is no time"),
         (None, "later", 10, r"start='later' is no time"),
         (None, 0, 1.5, r"stop=1\.5 is outside \[0, 1\].*write an int"),

@@ -7,7 +7,7 @@ import torch
 from oracles_rigl import ACTIVE_ZEROS, DROP_COUNTS, MASK_COUNTS, SINGLE_UPDATE
 from torch import Tensor
 
-from sparse_callbacks import ops
+from sparse_callbacks import ops, threshold
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -80,9 +80,7 @@ def strided(name: str) -> Tensor:
     }[name]
 
 
-@pytest.mark.parametrize(
-    "name", ["channels_last", "transposed", "every second", "expanded", "permuted", "offset", "size one"]
-)
+@pytest.mark.parametrize("name", ["channels_last", "transposed", "every second", "expanded", "permuted", "offset", "size one"])
 def test_strides_change_neither_the_choice_nor_the_layout(name: str) -> None:
     values = strided(name)
     among = torch.rand(values.shape, generator=torch.Generator().manual_seed(1)) < 0.4
@@ -92,6 +90,26 @@ def test_strides_change_neither_the_choice_nor_the_layout(name: str) -> None:
         assert mask.stride() == torch.empty_like(values).stride()
     for count in counts(int(among.sum())):
         assert torch.equal(ops.keep_largest(values, count, among), by_full_sort(values, count, among)), count
+
+
+BRACKETS = [(0.0, math.inf), (0.5, 1.0), (1.0, 1.0), (1.2, 1.3), (3.5, math.inf), (0.0, 0.25), (-1.0, -1.0), (math.nan, math.nan)]
+
+
+@pytest.mark.parametrize(("low", "high"), BRACKETS)
+@pytest.mark.parametrize("kind", ["ties", "normal", "not finite"])
+def test_neither_a_missed_bracket_nor_the_pieces_change_the_choice(
+    low: float, high: float, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threshold, "_bracket", lambda *_: (low, high))
+    monkeypatch.setattr(threshold, "_CACHED", 48)
+    values = values_of(kind, (33, 29), torch.float32)
+    among = torch.rand(values.shape, generator=torch.Generator().manual_seed(1)) < 0.4
+    for allowed in (torch.ones_like(among), among):
+        # ranks at the edges of the bracket, and next to them
+        edges = [int((allowed & relation).sum()) for relation in (values.abs() > high, values.abs() >= low)]
+        for count in {*counts(int(allowed.sum())), *(min(max(e + d, 0), int(allowed.sum())) for e in edges for d in (-1, 0, 1))}:
+            mask = ops.keep_largest(values, count, None if allowed.all() else allowed)
+            assert torch.equal(mask, by_full_sort(values, count, allowed)), count
 
 
 def test_an_active_zero_beats_every_inactive_position() -> None:

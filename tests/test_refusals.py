@@ -46,7 +46,8 @@ def refused(path: Path, callbacks: Any, message: str, module: Regression | None 
 @pytest.mark.parametrize("method", METHODS, ids=names)
 @pytest.mark.parametrize("sparsity", [1.0, 1, -0.1, 90, True, float("nan")])
 def test_a_sparsity_outside_its_range(method: Any, sparsity: Any) -> None:
-    with pytest.raises(ValueError, match=r"sparsity=.* is not in \[0, 1\): it is the fraction of zeros\. For 90 % zeros write 0\.9"):
+    message = r"sparsity=.* is (not in \[0, 1\)|no number).* is the fraction of zeros[.:] [Ff]or 90 % zeros write 0\.9"
+    with pytest.raises(ValueError, match=message):
         method(sparsity=sparsity)
 
 

@@ -39,7 +39,7 @@ class DropAndGrow(SparsityCallback):
         super().__init__(sparsity, distribution=distribution, include=include, exclude=exclude, seed=seed, **options)
         self.set_times(every, start, stop)
         self.drop_fraction = drop_fraction
-        self._fraction = as_schedule(drop_fraction, "cosine")
+        self._fraction = as_schedule(drop_fraction, "cosine", name="drop_fraction")
         for value in (self._fraction.initial, self._fraction.final):
             if not 0.0 <= value <= 1.0:
                 raise ValueError(

@@ -65,7 +65,7 @@ class GMP(SparsityCallback):
     ) -> None:
         if not isinstance(sparsity, str | Schedule):
             check_sparsity(sparsity)
-        self._curve = as_schedule(sparsity, "cubic", rising=True)
+        self._curve = as_schedule(sparsity, "cubic", rising=True, name="sparsity")
         check_sparsity(self._curve.initial)
         super().__init__(self._curve.final, distribution=distribution, include=include, exclude=exclude, seed=seed, **options)
         if self._curve.initial > self._curve.final:
@@ -76,10 +76,6 @@ class GMP(SparsityCallback):
     @property
     def target_sparsity(self) -> float:
         return self._curve.final
-
-    @property
-    def at_target(self) -> bool:
-        return self._curve.initial == self._curve.final or super().at_target
 
     def sparsity_at(self, step: int) -> float:
         """s_t, over all selected weights."""

@@ -66,7 +66,10 @@ class Static(SparsityCallback):
         if self.from_checkpoint is None:
             return super().share_out(entries)
         chosen = [e for e in entries if not e.reason]
-        self._given = _masks_in(self.from_checkpoint, chosen)
+        if all(e.name in self.saved_masks for e in chosen):  # a resumed run needs the other checkpoint no more
+            self._given = {e.name: self.saved_masks[e.name] for e in chosen}
+        else:
+            self._given = _masks_in(self.from_checkpoint, chosen)
         parts = {layer: part for e in chosen for layer, part in zip(e.layers, e.split(self._given[e.name]), strict=True)}
         return {layer: 1 - int(part.count_nonzero()) / part.numel() for layer, part in parts.items()}
 

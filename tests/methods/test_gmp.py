@@ -132,7 +132,7 @@ def test_pruned_weights_are_zero_and_do_not_come_back(tmp_path: Path) -> None:
     [
         (1.0, r"sparsity=1\.0 is not in \[0, 1\)"),
         (-0.1, r"sparsity=-0\.1 is not in \[0, 1\)"),
-        (None, r"sparsity=None is not in \[0, 1\)"),
+        (None, r"sparsity=None is no number\. It is the fraction of zeros"),
         ("linear(0.5, 1.0)", r"sparsity=1\.0 is not in \[0, 1\)"),
         ("linear(-0.5, 0.9)", r"sparsity=-0\.5 is not in \[0, 1\)"),
         ("linear(0.9, 0.5)", r"sparsity='linear\(0\.9, 0\.5\)' falls, and pruned weights do not come back\. Give a curve that rises"),
@@ -153,6 +153,9 @@ def test_a_pruned_weight_does_not_come_back_where_active_ones_are_zero_too(tmp_p
     assert callback.masks["net.weight"].tolist() == [[False, False, True, False]]
 
 
-def test_a_constant_curve_is_at_its_target_from_the_start():
-    assert GMP("constant(0.9)").at_target
-    assert not GMP(0.9).at_target
+def test_a_constant_curve_is_at_its_target_from_the_start(tmp_path: Path) -> None:
+    held, rising = GMP("constant(0.5)", every=2, stop=9), GMP(0.5, every=2, stop=9)
+    for callback in (held, rising):
+        fit(tmp_path, callback, Regression(), 4)
+    assert held.at_target
+    assert not rising.at_target
