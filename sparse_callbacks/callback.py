@@ -19,7 +19,7 @@ from sparse_callbacks.engine import Engine
 from sparse_callbacks.host import gradients_are_read, is_tuners, refuse_host, warnings_for
 from sparse_callbacks.ops import zeros_for
 from sparse_callbacks.plan import Plan, plan_rows
-from sparse_callbacks.selection import Entry, KeepDense, patterns, select
+from sparse_callbacks.selection import NOT_TRAINED, Entry, KeepDense, patterns, select
 
 # lightning.pytorch's Trainer serves as well, and type checkers do not see what a Trainer's connectors set on it
 Trainer = Any
@@ -97,6 +97,7 @@ class SparsityCallback(Engine, Callback):
         self._held_gradients: dict[str, Tensor] = {}
         self.saved_masks: dict[str, Tensor] = {}
         """Masks of the checkpoint that fit resumes from."""
+        self._left_out: list[str] = []
         self._saved_times: list[int] = []
         self._training = False
         self._window_open = False
@@ -205,6 +206,7 @@ class SparsityCallback(Engine, Callback):
         self.steps_are_announced = not manual
         reads = [not manual and gradients_are_read(trainer, pl_module, o) for o in trainer.optimizers]
         self._all_entries = entries
+        self._left_out = [e.name for e in entries if e.reason in NOT_TRAINED]
         self._model_size = sum(p.numel() for p in pl_module.parameters())
         self.saved_masks = dict(saved["masks"]) if saved else {}
         self.begin(pl_module, entries, self.share_out(entries), trainer.optimizers, reads, saved)
@@ -239,6 +241,19 @@ class SparsityCallback(Engine, Callback):
             parameters[name].grad = gradient.to(parameters[name].device)
         self._window_open = bool(self._held_gradients)
         self._held_gradients = {}
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._left_out:
+            return
+        trained = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+        parameters = dict(pl_module.named_parameters())
+        late = [n for n in self._left_out if parameters[n].requires_grad and id(parameters[n]) in trained]
+        self._left_out = [n for n in self._left_out if n not in late]
+        if late:
+            rank_zero_warn(
+                f"{type(self).__name__} leaves {', '.join(late)} dense: they were frozen or in no optimizer when fit started and are "
+                "trained only now. To make them sparse, train them from the start of a fit."
+            )
 
     def _idleness(self, length: float) -> str:
         """A warning for a new run in which no update can fall; empty where there is one."""

@@ -14,6 +14,7 @@ KeepDense = Literal["first", "last", "both"]
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1, "LSTMCell": 4, "GRUCell": 3, "RNNCell": 1}
+NOT_TRAINED = ("frozen (requires_grad=False)", "in no optimizer")
 _EMBEDDING = "embedding: sparse only where include= names it"
 
 
@@ -168,9 +169,9 @@ def select(
         if entry.name in ends:
             return f"{'first' if entry.name == ends[0] and keep_dense != 'last' else 'last'} layer, kept dense on request"
         if not objects[entry.name].requires_grad:
-            return "frozen (requires_grad=False)"
+            return NOT_TRAINED[0]
         if trained is not None and id(objects[entry.name]) not in trained:
-            return "in no optimizer"
+            return NOT_TRAINED[1]
         return ""
 
     chosen = [replace(e, reason=decide(e)) for e in found]
