@@ -5,6 +5,6 @@ import os
 # the networks are tiny: two threads gain nothing, and on a busy machine they wait for each other most of the time
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402  the variable is read at import
+import torch
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
