@@ -53,6 +53,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     build.check_choices(cfg)
     method = build.build_method(cfg)
     resumed = build.checkpoint_to_resume(cfg)
+    build.refuse_sparse_checkpoint(resumed, method)
     data = hydra.utils.instantiate(cfg.data)
     module = build.build_module(cfg, data)
     callbacks = build.build_callbacks(cfg, method, folder / "checkpoints", logged=bool(cfg.get("logger")))
@@ -62,7 +63,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
         trainer = build.build_trainer(cfg, callbacks, loggers)
         metrics = _fit_and_test(trainer, module, data, method, cfg, resumed)
         if trainer.is_global_zero:
-            _leave(metrics, method, trainer, folder)
+            _leave(metrics, method, trainer, folder, resumed is not None)
         failed = False
     finally:
         tracking.finish(loggers, failed)
@@ -104,18 +105,13 @@ def best_checkpoint(trainer: pl.Trainer) -> str:
     return next(c for c in trainer.checkpoint_callbacks if isinstance(c, BestAtTarget)).best_model_path
 
 
-def _leave(metrics: dict[str, float], method: SparsityCallback | None, trainer: pl.Trainer, folder: Path) -> None:
+def _leave(metrics: dict[str, float], method: SparsityCallback | None, trainer: pl.Trainer, folder: Path, resumed: bool) -> None:
     """metrics.json and the table."""
     summary.write_metrics(folder / "metrics.json", metrics)
-    places = {"checkpoint": str(folder / "checkpoints" / "last.ckpt"), "metrics": str(folder / "metrics.json")}
-    if best := best_checkpoint(trainer):
-        places["best checkpoint"] = best
-    if (folder / ".hydra" / "config.yaml").exists():
-        places["config"] = str(folder / ".hydra" / "config.yaml")
-    logs = [str(logger.log_dir or logger.save_dir) for logger in trainer.loggers]
-    if logs:
-        places["logs"] = "\n".join(logs)
-    summary.show(metrics, method, places)
+    inside = ["checkpoints/last.ckpt", "checkpoints/best.ckpt", "metrics.json", ".hydra/config.yaml"]
+    places = {"folder": summary.relative(folder), "in it": ", ".join(p for p in inside if (folder / p).exists())}
+    places |= dict(tracking.place(logger) for logger in trainer.loggers)
+    summary.show(metrics, method, places, resumed)
 
 
 @hydra.main(version_base=None, config_path=str(Path(__file__).parent.resolve() / "conf"), config_name="train")

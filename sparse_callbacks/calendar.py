@@ -9,7 +9,8 @@ from torch import Tensor
 
 from sparse_callbacks.schedules import to_steps
 
-UPDATES_WORTH_HAVING = 10  # a default interval leaves at least this many in the window, however short the run
+UPDATES_WORTH_HAVING = 10  # a default interval leaves this many in the window where it can
+STEPS_BETWEEN = 10  # and this many steps for grown weights to grow in
 
 Time = int | float
 
@@ -67,8 +68,8 @@ def resolve(
     """The calendar of a run.
 
     Args:
-        every, start, stop: as in :func:`check_times`; ``every=None`` is ``published_every``, shortened where a short run leaves
-            fewer than ten updates (``tell`` says so).
+        every, start, stop: as in :func:`check_times`; ``every=None`` is ``published_every``, shortened down to ten where a short
+            run leaves fewer than ten updates (``tell`` says so).
         total: gives the optimizer steps of the run; called only if an argument needs it; infinite when unknown.
         final: see :class:`Calendar`.
         lenient: a trial run (``fast_dev_run``): whatever does not fit is cut instead of refused.
@@ -94,7 +95,8 @@ def resolve(
             "Static to hold one mask."
         )
     if every is None:
-        interval = max(1, min(published_every, (last - first) // UPDATES_WORTH_HAVING))
+        fitting = max(STEPS_BETWEEN, (last - first) // UPDATES_WORTH_HAVING)
+        interval = max(1, min(published_every, fitting, last - first))
         if interval < published_every:
             tell(
                 f"every={interval}: the published interval of {published_every} steps would leave fewer than {UPDATES_WORTH_HAVING} "

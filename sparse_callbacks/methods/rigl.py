@@ -29,11 +29,14 @@ class RigL(DropAndGrow):
         sparsity: fraction of zeros over the selected weights, in [0, 1).
         distribution: name, ``{glob: sparsity or name}`` or callable; see :class:`SparsityCallback`.
         every: optimizer steps (int) or fraction of the run (float) between updates; None: the published 100, shortened with a word
-            in runs that would see fewer than ten updates.
+            (down to 10) in runs that would see fewer than ten updates.
         start, stop: first and last time of an update, in the same units.
         drop_fraction: fraction of a layer's active weights that an update replaces; a number falls by a cosine to 0 at ``stop``; a
             schedule or its text (``"constant(0.3)"``) is taken as it is.
-        include, exclude, seed, **options: see :class:`SparsityCallback`.
+        include, exclude: globs on the names of parameters that become sparse or stay dense.
+        seed: of the initial mask and everything random.
+        **options: ``keep_dense`` ("first", "last" or "both"; default None), ``print_plan`` (default True) and ``fresh_start`` (default
+            False: a resumed checkpoint must hold the masks of a callback with the same arguments).
 
     Raises:
         ValueError: arguments out of range, or a model, optimizer or checkpoint that does not fit; before the first batch.

@@ -20,6 +20,7 @@ from sparse_callbacks.schedules import with_curve
 from sparse_callbacks.tasks.data import ImageData
 from sparse_callbacks.tasks.interrupts import SafeStop
 from sparse_callbacks.tasks.module import Classifier, Optim
+from sparse_callbacks.tasks.progress import Bar
 from sparse_callbacks.tasks.resume import RunState
 from sparse_callbacks.tasks.target import BestAtTarget, EarlyStoppingAtTarget
 
@@ -123,6 +124,8 @@ def build_callbacks(cfg: DictConfig, method: SparsityCallback | None, folder: Pa
     """The method first, then the housekeeping; `logged` says whether there is a logger for the learning rate."""
     callbacks: list[Callback] = [] if method is None else [method]
     callbacks.append(RunState(gradients=method is None))
+    if cfg.trainer.enable_progress_bar:
+        callbacks.append(Bar())
     if logged:
         callbacks.append(LearningRateMonitor(logging_interval="step"))
     if cfg.early_stopping is not None:
@@ -172,3 +175,20 @@ def checkpoint_to_resume(cfg: DictConfig) -> str | None:
             "a run keeps it as checkpoints/last.ckpt in its folder."
         )
     return str(path)
+
+
+def refuse_sparse_checkpoint(path: str | None, method: SparsityCallback | None) -> None:
+    """A dense run does not go on from a sparse one unnoticed: its zeros would fill up.
+
+    Raises:
+        ValueError: the checkpoint holds masks and the method is none.
+    """
+    if path is None or method is not None:
+        return
+    states = torch.load(path, map_location="cpu", weights_only=True).get("callbacks", {})
+    sparse = [key for key, state in states.items() if isinstance(state, Mapping) and "masks" in state]
+    if sparse:
+        raise ValueError(
+            f"ckpt_path={path} is of a sparse run ({sparse[0]}), and method=none would train its zeros away. Give the method and the "
+            "arguments of that run, or method=static method.from_checkpoint=FILE to hold its mask in a new run."
+        )

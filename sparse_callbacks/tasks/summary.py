@@ -35,7 +35,12 @@ def target_note(method: SparsityCallback | None) -> str | None:
     )
 
 
-def table(metrics: Mapping[str, float], method: SparsityCallback | None, places: Mapping[str, str]) -> Table:
+def relative(path: Path) -> str:
+    """A path as short as it can be written from here."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def table(metrics: Mapping[str, float], method: SparsityCallback | None, places: Mapping[str, str], resumed: bool = False) -> Table:
     """Accuracy, exact sparsity overall and per layer, updates done, and where everything lies."""
     out = Table(title="dense run" if method is None else type(method).__name__, title_justify="left", show_header=False)
     out.add_column(style="bold")
@@ -43,7 +48,8 @@ def table(metrics: Mapping[str, float], method: SparsityCallback | None, places:
     for key in ("test/acc", "val/acc"):
         if key in metrics:
             out.add_row(f"{key.replace('/acc', '')} accuracy", f"{100 * metrics[key]:.2f} %")
-    out.add_row("epochs, steps", f"{metrics['epochs']:g}, {metrics['steps']:g} in {metrics['seconds']:.1f} s")
+    since = " since the resume" if resumed else ""
+    out.add_row("epochs, steps", f"{metrics['epochs']:g}, {metrics['steps']:g} in {metrics['seconds']:.1f} s{since}")
     if method is not None:
         out.add_section()
         masks = method.masks
@@ -62,10 +68,10 @@ def table(metrics: Mapping[str, float], method: SparsityCallback | None, places:
     return out
 
 
-def show(metrics: Mapping[str, float], method: SparsityCallback | None, places: Mapping[str, str]) -> None:
+def show(metrics: Mapping[str, float], method: SparsityCallback | None, places: Mapping[str, str], resumed: bool = False) -> None:
     """Print the table; paths are folded, never cut, also where the output is no terminal."""
     console = Console()
-    console.print(table(metrics, method, places))
+    console.print(table(metrics, method, places, resumed))
 
 
 def resume_command(script: str, overrides: Sequence[str], checkpoint: Path, folder: Path) -> str:

@@ -9,6 +9,8 @@ from urllib.parse import urlsplit
 
 from pytorch_lightning.loggers import Logger, WandbLogger
 
+from sparse_callbacks.tasks.summary import relative
+
 
 def wandb_mode(environment: dict[str, str]) -> str:
     """WANDB_MODE where it is set, "online" with a login (key in the environment or in the netrc file), else "offline".
@@ -50,6 +52,16 @@ def wandb_logger(save_dir: str, project: str, name: str | None = None, **options
     # Lightning passes it on, and wandb warns of it in every run
     logger._wandb_init.pop("anonymous", None)
     return logger
+
+
+def place(logger: Logger) -> tuple[str, str]:
+    """Name of a logger and where its curves lie; for an offline W&B run the command that uploads it."""
+    if isinstance(logger, WandbLogger):
+        mode = str(logger.experiment.settings.mode)
+        if mode == "offline":
+            return "wandb", f"offline; to upload it: wandb sync {relative(Path(logger.experiment.dir).parent)}"
+        return "wandb", str(logger.experiment.url) if mode == "online" else mode
+    return type(logger).__name__.removesuffix("Logger").lower(), relative(Path(logger.log_dir or logger.save_dir or "."))
 
 
 def finish(loggers: Iterable[Logger], failed: bool) -> None:

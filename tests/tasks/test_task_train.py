@@ -372,3 +372,10 @@ def test_accuracies_on_digits(composed: Callable[..., DictConfig], tmp_path: Pat
 
 def test_run_stopped_names_signal_and_place() -> None:
     assert str(RunStopped(signal.SIGTERM, Path("a.ckpt"))) == "stopped by SIGTERM; state saved in a.ckpt"
+
+
+def test_a_dense_run_does_not_go_on_from_a_sparse_one(run: Run, tmp_path: Path) -> None:
+    run("method=static", "trainer.max_epochs=1")
+    checkpoint = next(tmp_path.rglob("last.ckpt"))
+    with pytest.raises(ValueError, match=r"is of a sparse run \(Static.*method=none would train its zeros away.*method=static"):
+        run("method=none", f"ckpt_path={checkpoint}")

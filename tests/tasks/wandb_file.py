@@ -23,8 +23,8 @@ def frames(data: bytes) -> Iterator[bytes]:
             position += left
             continue
         _, length, kind = struct.unpack("<IHB", data[position : position + HEADER])
-        if kind not in (FULL, FIRST, MIDDLE, LAST):
-            return
+        if kind not in (FULL, FIRST, MIDDLE, LAST) or position + HEADER + length > len(data):
+            return  # the rest is still being written
         pieces.append(data[position + HEADER : position + HEADER + length])
         position += HEADER + length
         if kind in (FULL, LAST):
