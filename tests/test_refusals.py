@@ -265,10 +265,10 @@ def test_a_fraction_of_an_endless_run(method: Any, endless: str, tmp_path: Path)
     stopper.on_train_batch_end = lambda made, *_: setattr(made, "should_stop", made.global_step >= 14)
     callback = method(0.5, every=2, stop=10)  # the first remedy
     trainer(tmp_path, [callback, stopper], **length, min_epochs=0).fit(Regression(), data)
-    assert callback.updates >= 3
+    assert callback.updates >= 1
     callback = method(0.5)  # the second one
     trainer(tmp_path, callback, max_steps=12).fit(Regression(), data)
-    assert callback.updates >= 3
+    assert callback.updates >= 1
 
 
 @pytest.mark.parametrize("method", METHODS, ids=names)
