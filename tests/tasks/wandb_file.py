@@ -15,6 +15,8 @@ FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 def frames(data: bytes) -> Iterator[bytes]:
     """Payloads of the log: each is cut into pieces (crc 4, length 2, type 1, then bytes) that never cross a block."""
+    if len(data) < FILE_HEADER:
+        return  # not even begun
     assert data[:4] == b":W&B"
     position, pieces = FILE_HEADER, []
     while position + HEADER <= len(data):
