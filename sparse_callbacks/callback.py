@@ -198,7 +198,7 @@ class SparsityCallback(Engine, Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         optimizers.refuse(trainer.optimizers, getattr(trainer.precision_plugin, "scaler", None) is not None)
-        trained = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+        trained = optimizers.stepped(*trainer.optimizers)
         entries = select(pl_module, self.include, self.exclude, self.keep_dense, trained)
         self._refuse_shared(trainer, [e.name for e in entries if not e.reason])
         saved = self._checked_state(trainer)
@@ -245,7 +245,7 @@ class SparsityCallback(Engine, Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._left_out:
             return
-        trained = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+        trained = optimizers.stepped(*trainer.optimizers)
         parameters = dict(pl_module.named_parameters())
         late = [n for n in self._left_out if parameters[n].requires_grad and id(parameters[n]) in trained]
         self._left_out = [n for n in self._left_out if n not in late]

@@ -22,6 +22,11 @@ _ROOTED = {
 _SMALL = 2.0**-40  # a hundred decays by 0.6 a step leave it a normal number
 
 
+def stepped(*optimizers: Optimizer) -> set[int]:
+    """``id`` of every parameter that one of ``optimizers`` steps."""
+    return {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+
+
 class Ownership:
     """Which optimizer (by index) steps which sparse parameter.
 
@@ -30,8 +35,7 @@ class Ownership:
 
     def __init__(self, optimizers: Sequence[Optimizer], params: Mapping[str, Tensor]) -> None:
         self.optimizers = list(optimizers)
-        members = [{id(p) for group in o.param_groups for p in group["params"]} for o in optimizers]
-        self.steps = [[n for n, p in params.items() if id(p) in ids] for ids in members]
+        self.steps = [[n for n, p in params.items() if id(p) in ids] for ids in map(stepped, optimizers)]
         """Names of the parameters that each optimizer steps."""
         first = {n: i for i in reversed(range(len(optimizers))) for n in self.steps[i]}
         self.owns = [[n for n in names if first[n] == i] for i, names in enumerate(self.steps)]
