@@ -19,21 +19,31 @@ Time = int | float
 class Calendar:
     """Updates at ``start``, ``start + every``, ... up to ``stop`` (included), in optimizer steps.
 
-    With ``final`` there is one at ``stop`` too, also off the grid (a method that must arrive at its target).
+    With ``final`` there is one at ``stop`` too, also off the grid (a method that must arrive at its target). With ``until`` the
+    grid goes on behind ``stop`` (where the method's curve ends) up to a last update at ``until``.
     """
 
     every: int
     start: int
     stop: int
     final: bool = False
+    until: int | None = None
+
+    @property
+    def last(self) -> int:
+        """No update comes after this step."""
+        return self.stop if self.until is None else self.until
+
+    def times(self) -> list[int]:
+        """In whole numbers, for a checkpoint."""
+        return [self.every, self.start, self.stop, *([] if self.until is None else [self.until])]
 
     def next(self, step: int, anchor: int, done: int | None) -> int | None:
         """First update at or after ``step`` that is not the one already ``done``; None when there is none left."""
         first = max(step if done is None else max(step, done + 1), anchor)
         on_grid = anchor + -(-(first - anchor) // self.every) * self.every
-        if on_grid <= self.stop:
-            return on_grid
-        return self.stop if self.final and first <= self.stop else None
+        found = [on_grid, *([self.stop] if self.final else []), *([] if self.until is None else [self.until])]
+        return min((f for f in found if first <= f <= self.last), default=None)
 
 
 def check_times(start: Time, stop: Time, every: Time | None) -> None:
@@ -151,12 +161,11 @@ class Progress:
     """How far each optimizer (by index) has come on a calendar: steps counted, updates done.
 
     Args:
-        counts_before: the calendar is asked before a step with the steps taken so far (an update replaces the step, and the first
-            is at ``start``); otherwise after a step, with that one counted, so the first is at step 1 at the earliest.
+        anchor: the earliest step of an update; the grid of a calendar that starts before begins there.
     """
 
-    def __init__(self, counts_before: bool) -> None:
-        self._anchor = 0 if counts_before else 1
+    def __init__(self, anchor: int) -> None:
+        self._anchor = anchor
         self.counts: dict[int, StepCount] = {}
         self.done: dict[int, int] = {}
         self._due_from: dict[int, int] = {}
@@ -177,7 +186,7 @@ class Progress:
             return False
         step = self.counts[index].read()
         upcoming = calendar.next(step, max(calendar.start, self._anchor), self.done.get(index))
-        self._due_from[index] = calendar.stop + 1 if upcoming is None else upcoming
+        self._due_from[index] = calendar.last + 1 if upcoming is None else upcoming
         return upcoming == step
 
     def upcoming(self, calendar: Calendar) -> int | None:

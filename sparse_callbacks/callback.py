@@ -1,7 +1,8 @@
 """The shell: what the methods need of PyTorch Lightning. The only module of the core that imports it."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from numbers import Integral, Real
 from typing import Any, ClassVar, TypedDict
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparse_callbacks import distributed, optimizers, state
-from sparse_callbacks.calendar import Time, check_times, resolve
+from sparse_callbacks.calendar import Calendar, Time, check_times, resolve
 from sparse_callbacks.distributions import Distribution
 from sparse_callbacks.distributions import resolve as share_out
 from sparse_callbacks.engine import Engine
@@ -65,6 +66,8 @@ class SparsityCallback(Engine, Callback):
     published_every: ClassVar[int] = 100
     arrives_at_stop: ClassVar[bool] = False
     """The last update is at ``stop`` whatever the interval, and the target is reached only then."""
+    horizon: float | None = None
+    """Optimizer steps that the optimizers at hand will live, where that is less than the run."""
 
     def __init__(
         self,
@@ -99,12 +102,13 @@ class SparsityCallback(Engine, Callback):
         """Masks of the checkpoint that fit resumes from."""
         self._left_out: list[str] = []
         self._saved_times: list[int] = []
+        self._host: tuple[Trainer, LightningModule] | None = None
         self._training = False
         self._window_open = False
         self._logged_at = -1
 
     def _times(self) -> list[int]:
-        return [] if self.calendar is None else [self.calendar.every, self.calendar.start, self.calendar.stop]
+        return [] if self.calendar is None else self.calendar.times()
 
     def set_times(self, every: Time | None, start: Time, stop: Time) -> None:
         """Keep the time arguments, once they were found possible."""
@@ -202,9 +206,8 @@ class SparsityCallback(Engine, Callback):
         entries = select(pl_module, self.include, self.exclude, self.keep_dense, trained)
         self._refuse_shared(trainer, [e.name for e in entries if not e.reason])
         saved = self._checked_state(trainer)
-        manual = not pl_module.automatic_optimization
-        self.steps_are_announced = not manual
-        reads = [not manual and gradients_are_read(trainer, pl_module, o) for o in trainer.optimizers]
+        self.steps_are_announced = pl_module.automatic_optimization
+        reads = self._reads(trainer, pl_module)
         self._all_entries = entries
         self._left_out = [e.name for e in entries if e.reason in NOT_TRAINED]
         self._model_size = sum(p.numel() for p in pl_module.parameters())
@@ -222,10 +225,7 @@ class SparsityCallback(Engine, Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.start is not None:
             # not in on_fit_start: asked there for the run's length, Lightning makes its loader and forgets to resume it
-            self.calendar = resolve(
-                self.every, self.start, self.stop, self.published_every, lambda: run_length(trainer),
-                final=self.arrives_at_stop, lenient=bool(trainer.fast_dev_run), tell=rank_zero_info,
-            )  # fmt: skip
+            self.calendar = self.make_calendar(lambda: run_length(trainer), lambda: epoch_length(trainer), bool(trainer.fast_dev_run))
             if self._saved_times and (now := self._times()) != self._saved_times:
                 rank_zero_warn(
                     f"{type(self).__name__} goes on with other times than it was saved with, because the run's length differs: (every, "
@@ -234,15 +234,38 @@ class SparsityCallback(Engine, Callback):
             self._saved_times = []
             if trainer.global_step == 0 and (idle := self._idleness(run_length(trainer))) and not trainer.fast_dev_run:
                 rank_zero_warn(idle)
+        if self.horizon is not None:
+            from sparse_callbacks import phases
+
+            phases.check_horizons(trainer, self.horizon, epoch_length(trainer))
         self.apply_masks()  # not earlier: a fit that is refused leaves the weights as they were
         self._training = True
+        self._host = trainer, pl_module
         parameters = dict(pl_module.named_parameters())
         for name, gradient in self._held_gradients.items():
             parameters[name].grad = gradient.to(parameters[name].device)
         self._window_open = bool(self._held_gradients)
         self._held_gradients = {}
 
+    def make_calendar(self, total: Callable[[], float], epoch: Callable[[], float], lenient: bool) -> Calendar:
+        """The calendar of the run that begins.
+
+        Args:
+            total: gives the optimizer steps of the run, infinite where it has no end that is known.
+            epoch: gives the optimizer steps of an epoch, infinite where the loader has no length.
+            lenient: a trial run (``fast_dev_run``): whatever does not fit is cut instead of refused.
+
+        Raises:
+            ValueError: times that the run cannot have.
+        """
+        assert self.start is not None
+        return resolve(
+            self.every, self.start, self.stop, self.published_every, total, final=self.arrives_at_stop, lenient=lenient,
+            tell=rank_zero_info,
+        )  # fmt: skip
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.epoch_start(trainer.current_epoch)
         if not self._left_out:
             return
         trained = optimizers.stepped(*trainer.optimizers)
@@ -267,6 +290,45 @@ class SparsityCallback(Engine, Callback):
             f"{type(self).__name__} will not move a mask in this run: {when}. Give other start= and stop= times, or a new callback or "
             "fresh_start=True for a new start."
         )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._window_open:
+            return
+        if self.restart_wanted:
+            self._restart_optimizers(trainer, pl_module)
+        self.before_batch()
+
+    def _restart_optimizers(self, trainer: Trainer, module: LightningModule) -> None:
+        """New optimizers and schedules, as the module configures them; all callbacks of the kind move their hooks to them."""
+        from sparse_callbacks import phases
+
+        phases.restart(trainer)
+        optimizers.refuse(trainer.optimizers, getattr(trainer.precision_plugin, "scaler", None) is not None)
+        reads = self._reads(trainer, module)
+        for peer in (c for c in trainer.callbacks if isinstance(c, SparsityCallback)):
+            peer.rebind(trainer.optimizers, reads)
+            peer.restart_wanted = False
+        if self.horizon is not None:
+            phases.check_horizons(trainer, self.horizon, epoch_length(trainer))
+
+    @staticmethod
+    def _reads(trainer: Trainer, module: LightningModule) -> list[bool]:
+        return [module.automatic_optimization and gradients_are_read(trainer, module, o) for o in trainer.optimizers]
+
+    def data_pass(self, fraction: float = 1.0) -> Iterator[Any]:
+        """The network's output for each batch of one pass over the training data, in eval mode and without gradients.
+
+        Args:
+            fraction: share of the batches, from the first on.
+        """
+        assert self._host is not None, "there is data in training only"
+        from sparse_callbacks import passes
+
+        trainer, module = self._host
+        yield from passes.outputs(
+            trainer, module, getattr(self, "forward", None), getattr(self, "statistics_dataloader", None), fraction,
+            distributed.world_size(), distributed.rank(),
+        )  # fmt: skip
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._window_open = True
@@ -293,6 +355,7 @@ class SparsityCallback(Engine, Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.release()
+        self.after_batch()
         step, peers = trainer.global_step, [c for c in trainer.callbacks if isinstance(c, SparsityCallback)]
         leads = peers[0] is self  # one callback speaks for the whole network
         news = bool(self.events)
@@ -305,6 +368,16 @@ class SparsityCallback(Engine, Callback):
                 logger.log_metrics(figures, step=step)
             self.events = {}
             self._logged_at = step
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics = logged_metrics(trainer)
+        if trainer.sanity_checking:
+            self.sanity_end(metrics)
+        elif self._training:
+            self.validation_end(metrics, trainer.current_epoch)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.epoch_end(logged_metrics(trainer), trainer.current_epoch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.at_target and not trainer.fast_dev_run:
@@ -342,10 +415,11 @@ class SparsityCallback(Engine, Callback):
         vars(module).pop("configure_gradient_clipping", None)
         self.end()
         self._training = False
+        self._host = None
 
     def __getstate__(self) -> dict[str, Any]:
         bound_by_lightning = ("log", "log_dict")
-        return {k: v for k, v in super().__getstate__().items() if k not in bound_by_lightning}
+        return {k: v for k, v in super().__getstate__().items() if k not in bound_by_lightning} | {"_host": None}
 
     # ------------------------------------------------------------------ refusals
 
@@ -392,6 +466,17 @@ def run_length(trainer: Trainer) -> float:
     """Optimizer steps of the run, accumulation and devices counted; infinite where it has no end that is known."""
     steps = float(trainer.estimated_stepping_batches)
     return steps if steps > 0 else float("inf")
+
+
+def epoch_length(trainer: Trainer) -> float:
+    """Optimizer steps of an epoch; infinite where the loader has no length."""
+    batches = float(trainer.num_training_batches)
+    return math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else batches
+
+
+def logged_metrics(trainer: Trainer) -> dict[str, float]:
+    """The latest of everything that the module logged."""
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
 def _stacked(glob: str, entries: Sequence[Entry]) -> list[str]:

@@ -12,6 +12,18 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def total(tensors: Iterable[Tensor]) -> None:
+    """Give every rank the sum over ranks of each tensor, in place."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
 def agree(masks: Iterable[Tensor]) -> None:
     """Give every rank the masks of rank 0, in place, in one message."""
     tensors = list(masks)

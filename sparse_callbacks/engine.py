@@ -33,8 +33,12 @@ class Engine:
     :meth:`before_optimizer_step` at every optimizer step once its gradients are complete, and :meth:`end`.
     """
 
-    counts_before: ClassVar[bool] = False
-    """True: the calendar is asked before a step with the steps taken so far; False: after it, with this step counted."""
+    anchor: ClassVar[int] = 1
+    """The earliest step of an update: 0 where the calendar is asked before a step, with the steps taken so far."""
+    keeps_dense: ClassVar[bool] = False
+    """Pruned weights go on to learn: a dense copy takes the steps, with gradients that are not masked."""
+    reads_dense_gradients: ClassVar[bool] = True
+    """False: the gradients of pruned weights may be anything, also NaN."""
     steps_are_announced: bool = True
     """The host announces every step that it knows of; others, such as a tuner's, are only kept masked. False: it must."""
     explores: ClassVar[bool] = False
@@ -50,8 +54,10 @@ class Engine:
         self.events: dict[str, float] = {}
         """Figures of the latest update, until the host logs them."""
         self.store = MaskStore({}, {}, {})
+        self.restart_wanted = False
+        """The optimizers and their schedules shall be configured anew before the next batch that opens a window."""
         self._targets: dict[str, float] = {}
-        self.progress = Progress(self.counts_before)
+        self.progress = Progress(self.anchor)
         self._model: Callable[[], nn.Module | None] = _no_model
         self._unbind()
 
@@ -84,6 +90,24 @@ class Engine:
 
     def after_step(self) -> None:
         """A step was really taken and counted. Whatever has memory moves here."""
+
+    def before_batch(self) -> None:
+        """A batch begins that opens an accumulation window: the weights are those of the coming step."""
+
+    def after_batch(self) -> None:
+        """A batch is over, and with it the update that it may have brought."""
+
+    def epoch_start(self, epoch: int) -> None:
+        """Epoch ``epoch`` (from 0) of the fit begins, before its first batch is drawn."""
+
+    def sanity_end(self, metrics: Mapping[str, float]) -> None:
+        """The host has tried its validation before training, with these ``metrics``."""
+
+    def validation_end(self, metrics: Mapping[str, float], epoch: int) -> None:
+        """A validation in ``epoch`` is over; checkpoints may be written next."""
+
+    def epoch_end(self, metrics: Mapping[str, float], epoch: int) -> None:
+        """``epoch`` is over, its validation included; ``metrics`` are the latest of everything logged."""
 
     def wants_dense_gradients(self) -> bool:
         """The coming step needs gradients of pruned weights (asked in manual optimization, where they are masked early)."""
@@ -148,11 +172,14 @@ class Engine:
     # ------------------------------------------------------------------ what a method calls
 
     def mask_gradients(self) -> None:
-        """Zero the gradients of pruned weights, unless nobody reads them before the step: then masking the weights suffices."""
+        """Zero the gradients of pruned weights, unless nobody reads them before the step: then masking the weights suffices.
+
+        Parameters with a dense copy keep theirs.
+        """
         finite = self._finite is True
         if self._at is None or self._gradients_read[self._at] or self._finite is False:  # momentum would keep an inf
-            self._gradients_masked = True
-            for name in self.names:
+            for name in (n for n in self.names if n not in self.store.hidden):
+                self._gradients_masked = True
                 self.store.mask_gradient(name, finite)
 
     def skip_step(self) -> None:
@@ -171,7 +198,7 @@ class Engine:
             before, grown = self.store.active[name], mask & ~self.store.bools[name]
             self.store.set(name, mask)
             born, active = int(grown.count_nonzero()), self.store.active[name]
-            if born:
+            if born and name not in self.store.hidden:
                 self._ownership.clear(name, grown)
             changed += before + 2 * born - active
             total += before + active
@@ -184,6 +211,10 @@ class Engine:
             self._note_active(new)
             ever = sum(int(self.aux[f"ever_active/{n}"].count_nonzero()) for n in self.params)
             self.events["update/ever_active"] = ever / self.store.total
+
+    def note(self, **figures: float) -> None:
+        """Keep figures of the method for the log, as ``<method>/<figure>``."""
+        self.events |= {f"{type(self).__name__.lower()}/{k}": v for k, v in figures.items()}
 
     def _note_active(self, names: Iterable[str]) -> None:
         for name in names:
@@ -229,8 +260,11 @@ class Engine:
         sparse = {e.name: e for e in entries if not e.reason}
         params = {name: parameters[name] for name in sparse}
         kept = {n: m for n, m in self.masks.items() if n in params and m.shape == params[n].shape} if self._model() is model else {}
+        dense = {n: self.store.dense(n) for n in self.store.hidden if n in kept}
         if state is None:
             refuse_foreign_weights(kept, params)
+        else:
+            dense = state.get("dense", {})
         self._targets = dict(targets)
         self.store = MaskStore(params, sparse, {})  # initial masks are made from the parameters
         if state is not None:
@@ -243,15 +277,17 @@ class Engine:
             masks = self.initial_masks()
         self.progress.begin(len(optimizers))
         self.store = MaskStore(params, sparse, masks)
+        if self.keeps_dense:
+            fresh = params if state is None and not kept else {}
+            self.store.keep_dense({n: dense.get(n, p.detach()) for n, p in params.items() if n in dense or n in fresh})
         if self.explores:
             self._note_active(params)
         self._model = ref(model)
-        self._bind(optimizers)
-        self._gradients_read = list(gradients_read)
+        self.rebind(optimizers, gradients_read)
 
     def forget(self) -> None:
         """Start anew: no masks, no counters, no state of the method."""
-        self.aux, self.updates, self.progress, self.events = {}, 0, Progress(self.counts_before), {}
+        self.aux, self.updates, self.progress, self.events = {}, 0, Progress(self.anchor), {}
         self.store = MaskStore(self.params, self.store.entries, {})
         self._model = _no_model
 
@@ -277,8 +313,17 @@ class Engine:
             self._ticks[index] = tick
             self.replacing = self._gradients_masked = False
             if self._ownership.owns[index]:
-                self._finite = optimizers.all_finite([g for n in self.names if (g := self.gradient(n)) is not None])
+                self._finite = self._all_finite()
+                if self._finite is not True and not self.reads_dense_gradients:
+                    for name in self.names:
+                        self.store.mask_gradient(name, finite=False)
+                    self._finite = self._all_finite()
                 self.before_step()
+            if not self.replacing:
+                self.store.bring(self._ownership.steps[index])
+
+    def _all_finite(self) -> Tensor | bool:
+        return optimizers.all_finite([g for n in self.names if (g := self.gradient(n)) is not None])
 
     def after_backward(self, scale: float = 1.0) -> None:
         """Manual optimization: mask the gradients now, before the user clips them, and keep dense ones where a step needs them.
@@ -290,7 +335,7 @@ class Engine:
             self._at = index
             dense_wanted = self.wants_dense_gradients()
             self._at = None
-            for name in self._ownership.owns[index]:
+            for name in (n for n in self._ownership.owns[index] if n not in self.store.hidden):
                 if dense_wanted:
                     self._gradients.keep_and_mask(name, self.store, scale)
                 else:
@@ -306,6 +351,7 @@ class Engine:
             )
         tick = self._ticks.get(index, -1)
         with self._step_of(optimizer, tick):
+            self.store.absorb(self._ownership.steps[index])  # of a step that nobody announced
             self.apply_masks(index)  # before an update too: a weight that it grows must start at zero
             # a subclass that calls its parent's step fires the hooks of both
             if self._ownership.owns[index] and self._concluded.get(index, -1) != tick:
@@ -330,8 +376,14 @@ class Engine:
         self._gradients.take_away(optimizer, self._ticks[self._ownership.index(optimizer)])
 
     def release(self) -> None:
-        """Forget the gradients of a replaced step."""
+        """Forget the gradients of a replaced step, and what a step that was not taken had prepared."""
+        self.store.put_back(self.params)
         self._gradients.release(self._ownership.optimizers)
+
+    def rebind(self, optimizers: Sequence[Optimizer], gradients_read: Sequence[bool]) -> None:
+        """Go on with other optimizers for the same parameters, in the same order."""
+        self._bind(optimizers)
+        self._gradients_read = list(gradients_read)
 
     def end(self) -> None:
         """Take all hooks away; masks and counters stay."""
@@ -354,6 +406,7 @@ class Engine:
             "updates": self.updates,
             "masks": {n: m.clone() for n, m in self.masks.items()},
             "aux": {n: t.clone() for n, t in self.aux.items()},
+            "dense": {n: self.store.dense(n).clone() for n in self.store.hidden},
         }
 
     def _load(self, state: Mapping[str, Any]) -> Mapping[str, Tensor]:
@@ -365,7 +418,7 @@ class Engine:
                 f"the checkpoint's masks do not fit the model: {', '.join(wrong)} differ in name or shape. Resume with the model and the "
                 "include=, exclude=, keep_dense= of the interrupted run, or give fresh_start=True to make new masks."
             )
-        self.progress = Progress(self.counts_before)
+        self.progress = Progress(self.anchor)
         self.progress.load({"steps": state["steps"], "done": state["done"]})
         self.updates = state["updates"]
         devices = {n: p.device for n, p in self.params.items()}

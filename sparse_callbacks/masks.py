@@ -12,6 +12,9 @@ from sparse_callbacks.selection import Entry
 class MaskStore:
     """Bool masks by parameter name, and what is derived from them: float factors and counts.
 
+    With a dense copy (:meth:`keep_dense`) there are two buffers for each parameter: one that holds ``mask * dense``, and one that
+    holds the dense values. The dense one is the parameter's for the length of an optimizer step only.
+
     Args:
         params: the sparse parameters by name.
         entries: what each of them is.
@@ -24,6 +27,9 @@ class MaskStore:
         self.bools: dict[str, Tensor] = {}
         self.active: dict[str, int] = {}
         self._factors: dict[str, Tensor] = {}
+        self._spare: dict[str, Tensor] = {}
+        self._stepping: set[str] = set()
+        self._versions: dict[str, int] = {}
         placed = {n: masks[n].to(p.device, torch.bool) for n, p in params.items()} if masks else {}
         distributed.agree(placed.values())
         for name, mask in placed.items():
@@ -49,10 +55,75 @@ class MaskStore:
     def apply(self, names: Iterable[str], finite: bool = True) -> None:
         """Write ``mask * dense`` into the parameters; where values may not be ``finite``, by filling (inf * 0 is NaN)."""
         for name in names:
-            if finite:
-                self.params[name].mul_(self._factors[name])
+            p = self.params[name]
+            if name in self._spare:
+                self.put_back([name])
+                if finite:
+                    torch.mul(self._spare[name], self._factors[name], out=p.data)
+                else:
+                    p.copy_(self._spare[name]).masked_fill_(~self.bools[name], 0)
+                self._versions[name] = p._version
+            elif finite:
+                p.mul_(self._factors[name])
             else:
-                self.params[name].masked_fill_(~self.bools[name], 0)
+                p.masked_fill_(~self.bools[name], 0)
+
+    @torch.no_grad()
+    def fill(self, name: str, where: Tensor, values: Tensor) -> None:
+        """Give the weights at ``where`` (bool) their ``values`` (all of the parameter's shape)."""
+        self.params[name].masked_scatter_(where, values[where].to(self.params[name]))
+
+    # ------------------------------------------------------------------ the dense copy
+
+    @property
+    def hidden(self) -> list[str]:
+        """Names of the parameters with a dense copy."""
+        return list(self._spare)
+
+    def keep_dense(self, values: Mapping[str, Tensor]) -> None:
+        """Keep dense values from here on: ``values`` at pruned positions, the parameters' own at active ones."""
+        for name, value in values.items():
+            p = self.params[name].detach()
+            self._spare[name] = torch.empty_like(p).copy_(torch.where(self.bools[name], p, value.to(p)))
+
+    def drop_dense(self, names: Iterable[str]) -> None:
+        """Keep no dense values of these parameters any more."""
+        self.put_back(names)
+        for name in names:
+            self._spare.pop(name, None)
+
+    def dense(self, name: str) -> Tensor:
+        """Dense values of a parameter, wherever they are; its own where no copy is kept."""
+        p = self.params[name].detach()
+        return p if name in self._stepping else self._spare.get(name, p)
+
+    def bring(self, names: Iterable[str]) -> None:
+        """Exchange the buffers for an optimizer step: the parameters hold their dense values until :meth:`apply` or
+        :meth:`put_back`. At any forward pass a parameter has the same address."""
+        for name in names:
+            if name in self._spare and name not in self._stepping:
+                if self.params[name]._version != self._versions.get(name):  # the user clamped weights, say
+                    self.absorb([name])
+                self._exchange(name)
+                self._stepping.add(name)
+
+    def put_back(self, names: Iterable[str]) -> None:
+        """Undo :meth:`bring`; what the step did stays in the dense values."""
+        for name in names:
+            if name in self._stepping:
+                self._exchange(name)
+                self._stepping.remove(name)
+
+    def _exchange(self, name: str) -> None:
+        p = self.params[name]
+        p.data, self._spare[name] = self._spare[name], p.data
+
+    @torch.no_grad()
+    def absorb(self, names: Iterable[str]) -> None:
+        """Take into the dense values what somebody else wrote into the parameters' active weights."""
+        for name in names:
+            if name in self._spare and name not in self._stepping:
+                self._spare[name].copy_(torch.where(self.bools[name], self.params[name], self._spare[name]))
 
     @torch.no_grad()
     def mask_gradient(self, name: str, finite: bool = True) -> None:

@@ -8,18 +8,21 @@ from sparse_callbacks.selection import Entry
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter: ``zeros`` of its ``size`` weights will be pruned at the target; ``reason`` says why it stays dense."""
+    """One parameter: ``zeros`` of its ``size`` weights will be pruned at the target; ``reason`` says why it stays dense.
+
+    ``zeros`` and ``sparsity`` are None where one threshold over all layers decides during training.
+    """
 
     name: str
     shape: tuple[int, ...]
     size: int
-    zeros: int
+    zeros: int | None
     reason: str
 
     @property
-    def sparsity(self) -> float:
+    def sparsity(self) -> float | None:
         """Target fraction of zeros, after rounding down to whole weights."""
-        return self.zeros / self.size if self.size else 0.0
+        return None if self.zeros is None else self.zeros / self.size if self.size else 0.0
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,14 @@ class Plan:
     """Every parameter with its target. ``str(plan)`` is the table; iterate for the rows.
 
     ``total`` is the sparsity over the selected weights (those without a reason, or dense by the distribution's choice),
-    ``model`` over all parameters.
+    ``model`` over all parameters. ``joint`` is the number of zeros that all selected weights share under one threshold; None where
+    each row has its own.
     """
 
     title: str
     rows: tuple[Row, ...]
     selected: frozenset[str]
+    joint: int | None = None
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -47,13 +52,22 @@ class Plan:
         raise KeyError(f"{name!r} is no parameter of the model. Known: {', '.join(r.name for r in self.rows)}.")
 
     @property
+    def weights(self) -> int:
+        """Number of selected weights."""
+        return sum(r.size for r in self.rows if r.name in self.selected)
+
+    @property
+    def zeros(self) -> int:
+        """Planned zeros of all selected weights."""
+        return sum(r.zeros or 0 for r in self.rows) if self.joint is None else self.joint
+
+    @property
     def total(self) -> float:
-        chosen = [r for r in self.rows if r.name in self.selected]
-        return sum(r.zeros for r in chosen) / max(1, sum(r.size for r in chosen))
+        return self.zeros / max(1, self.weights)
 
     @property
     def model(self) -> float:
-        return sum(r.zeros for r in self.rows) / max(1, sum(r.size for r in self.rows))
+        return self.zeros / max(1, sum(r.size for r in self.rows))
 
     def __str__(self) -> str:
         head = ("parameter", "shape", "weights", "sparsity", "zeros", "why dense")
@@ -62,15 +76,14 @@ class Plan:
                 r.name,
                 "x".join(map(str, r.shape)) or "scalar",
                 f"{r.size:,}",
-                f"{r.sparsity:.4f}" if r.name in self.selected else "dense",
-                f"{r.zeros:,}" if r.name in self.selected else "",
+                "dense" if r.name not in self.selected else "joint" if r.sparsity is None else f"{r.sparsity:.4f}",
+                "" if r.name not in self.selected or r.zeros is None else f"{r.zeros:,}",
                 r.reason,
             )
             for r in self.rows
         ]
-        chosen = [r for r in self.rows if r.name in self.selected]
         foot = [
-            ("sparsity/total", "", f"{sum(r.size for r in chosen):,}", f"{self.total:.4f}", f"{sum(r.zeros for r in chosen):,}", ""),
+            ("sparsity/total", "", f"{self.weights:,}", f"{self.total:.4f}", f"{self.zeros:,}", ""),
             ("sparsity/model", "", f"{sum(r.size for r in self.rows):,}", f"{self.model:.4f}", "", ""),
         ]
         return "\n".join([self.title, *_aligned([head, *body, *foot], rules=(1, 1 + len(body)))])

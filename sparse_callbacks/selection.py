@@ -24,7 +24,7 @@ class Entry:
 
     ``parts`` equal matrices are stacked along dimension 0 (three in the in-projection of an attention, one per gate in an
     LSTM); each is a layer of its own for distributions and for updates. ``shape`` is the shape of one of them in the order
-    (outputs, inputs of one output, *kernel*), also for transposed convolutions.
+    (outputs, inputs of one output, *kernel*), also for ``transposed`` convolutions, which are stored with the inputs first.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Entry:
     shape: tuple[int, ...] = ()
     parts: int = 1
     reason: str = ""
+    transposed: bool = False
 
     @property
     def layers(self) -> list[str]:
@@ -100,7 +101,7 @@ def entries(model: nn.Module) -> list[Entry]:
             if isinstance(module, nn.Embedding | nn.EmbeddingBag):
                 embeddings.add(id(p))
             if p is not None and roles[id(p)].shape == ():
-                roles[id(p)] = replace(roles[id(p)], parts=parts, shape=shape, reason="")
+                roles[id(p)] = replace(roles[id(p)], parts=parts, shape=shape, reason="", transposed=isinstance(module, _ConvTransposeNd))
     found = []
     for name, p in model.named_parameters():
         entry = replace(roles[id(p)], name=name)

@@ -15,7 +15,7 @@ from sparse_callbacks.schedules import Schedule, as_schedule
 class DropAndGrow(SparsityCallback):
     """Sparse from the first step to the last; the number of active weights in a layer never changes.
 
-    A subclass says when (``counts_before``) and what to grow (:meth:`grow_scores`). The update comes after a gradient step unless
+    A subclass says when (``anchor``) and what to grow (:meth:`grow_scores`). The update comes after a gradient step unless
     the subclass replaces one.
     """
 

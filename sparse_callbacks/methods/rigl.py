@@ -49,7 +49,7 @@ class RigL(DropAndGrow):
     Reference: Evci, Gale, Menick, Castro, Elsen: Rigging the Lottery: Making All Tickets Winners. ICML 2020, algorithm 1.
     """
 
-    counts_before: ClassVar[bool] = True
+    anchor: ClassVar[int] = 0
 
     def before_step(self) -> None:
         if self.due() and any(self._counts_now()):
