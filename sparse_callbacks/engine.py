@@ -15,6 +15,7 @@ from sparse_callbacks import distributed, optimizers
 from sparse_callbacks.calendar import Calendar, Progress
 from sparse_callbacks.gradients import DenseGradients
 from sparse_callbacks.masks import MaskStore
+from sparse_callbacks.optimizers import Ownership
 from sparse_callbacks.ops import random_mask, zeros_for
 from sparse_callbacks.selection import Entry
 
@@ -62,7 +63,7 @@ class Engine:
         self._unbind()
 
     def _unbind(self) -> None:
-        self._ownership = optimizers.Ownership([], {})
+        self._ownership = Ownership([], {})
         self._handles: list[RemovableHandle] = []
         self._ticks: dict[int, int] = {}
         self._concluded: dict[int, int] = {}
@@ -266,11 +267,14 @@ class Engine:
         else:
             dense = state.get("dense", {})
         self._targets = dict(targets)
+        old = set(self.params)
+        self._ownership = Ownership(optimizers, params)
         self.store = MaskStore(params, sparse, {})  # initial masks are made from the parameters
         if state is not None:
             masks: Mapping[str, Tensor] = self._load(state)
         elif kept:  # layers that were added since the last run start like in a first one
-            self.aux = {k: t for k, t in self.aux.items() if k.partition("/")[2] in kept}
+            gone = (self.params.keys() | old) - kept.keys()
+            self.aux = {k: t for k, t in self.aux.items() if k.partition("/")[2] not in gone}
             masks = kept if len(kept) == len(params) else {**self.initial_masks(), **kept}
         else:
             self.forget()
@@ -294,7 +298,7 @@ class Engine:
     def _bind(self, found: Sequence[Optimizer]) -> None:
         self.end()
         self._gradients = DenseGradients(self.params)
-        self._ownership = optimizers.Ownership(found, self.params)
+        self._ownership = Ownership(found, self.params)
         self._handles = [o.register_step_post_hook(self._after_optimizer_step) for o in found]
 
     @contextmanager

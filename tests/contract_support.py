@@ -253,8 +253,12 @@ def assert_effective(module: nn.Module, *callbacks: SparsityCallback) -> None:
 
 
 def assert_counts(callback: SparsityCallback) -> None:
-    """Exactly the zeros that ``plan()`` announces, in every parameter."""
+    """Exactly the zeros that ``plan()`` announces, in every parameter, or over all where they share a threshold."""
     plan = callback.plan()
+    assert sum(int((~m).sum()) for m in callback.masks.values()) == plan.zeros
+    if plan.joint is not None:
+        assert set(callback.masks) == plan.selected
+        return
     assert {n: int((~m).sum()) for n, m in callback.masks.items()} == {r.name: r.zeros for r in plan if r.name in plan.selected}
 
 

@@ -42,13 +42,15 @@ class DPF(SparsityCallback):
     Args:
         sparsity: a number is the target, reached along the cubic; a schedule or its text (``"linear(0, 0.9)"``) is taken as it is,
             and ``"constant(0.9)"`` prunes from the start.
-        distribution: ``"global"``: one threshold over all selected weights; otherwise one for each layer, which rises to its own
-            target in the same proportion (name, ``{glob: sparsity or name}`` or callable; see :class:`SparsityCallback`).
+        distribution: ``"global"``: one threshold over all selected weights (of each optimizer, where there are several); otherwise
+            one for each layer, which rises to its own target in the same proportion (name, ``{glob: sparsity or name}`` or callable;
+            see :class:`SparsityCallback`).
         every: optimizer steps (int) or fraction of the run (float) between refreshes; None: 16, shortened with a word in short runs.
         start, stop: when the curve begins and ends, in the same units.
         finetune: when the masks freeze, in the same units, at ``stop`` or later; None: never.
         unit: ``"weight"``, or ``"filter"``: output channels are pruned as a whole, those with the smallest L2 norm first, as many as
-            fit the target (floor(s * filters) of a layer; with ``"global"`` no more than floor(s * size) weights).
+            fit the target (floor(s * filters) of a layer; with ``"global"`` no more than floor(s * size) weights). The network's
+            outputs are channels too: leave them alone with ``keep_dense="last"``.
         include, exclude, seed, **options: see :class:`SparsityCallback`. Nothing here is random.
 
     Raises:
@@ -98,6 +100,8 @@ class DPF(SparsityCallback):
             if type(finetune) is type(stop) and finetune < stop:
                 raise ValueError(_too_early(finetune, stop))
         self.finetune = finetune
+        self._shared: list[int] = []
+        """Weights under one threshold: those of one optimizer."""
 
     @property
     def target_sparsity(self) -> float:
@@ -136,7 +140,11 @@ class DPF(SparsityCallback):
         if not self._is_global:
             return plan
         rows = [replace(r, zeros=None) if r.name in plan.selected else r for r in plan]
-        return replace(plan, rows=tuple(rows), joint=zeros_for(self.target_sparsity, plan.weights))
+        sizes = [plan.weights] if model is not None else self._shared
+        return replace(plan, rows=tuple(rows), joint=sum(zeros_for(self.target_sparsity, size) for size in sizes))
+
+    def attach(self, model: nn.Module) -> None:
+        self._shared = [sum(self.store.size(n) for n in names) for names in self._ownership.owns]
 
     def make_calendar(self, total: Callable[[], float], epoch: Callable[[], float], lenient: bool) -> Calendar:
         calendar = super().make_calendar(total, epoch, lenient)
@@ -155,7 +163,8 @@ class DPF(SparsityCallback):
     # ------------------------------------------------------------------ the method
 
     def initial_masks(self) -> dict[str, Tensor]:
-        return self._largest(list(self.params), self._curve.initial)
+        groups = [names for names in self._ownership.owns if names]
+        return {n: mask for names in groups for n, mask in self._largest(names, self._curve.initial).items()}
 
     def after_step(self) -> None:
         if not self.due():
@@ -165,7 +174,7 @@ class DPF(SparsityCallback):
             self.store.drop_dense(self.names)
 
     def update(self) -> None:
-        before = dict(self.store.bools)
+        before = {n: self.store.bools[n] for n in self.names}
         super().update()
         back = sum(int((self.store.bools[n] & ~mask).sum()) for n, mask in before.items())
         total = self.aux.setdefault("reactivated/total", torch.zeros((), dtype=torch.int64))
@@ -174,8 +183,6 @@ class DPF(SparsityCallback):
         self.note(reactivated=back, reactivated_total=int(total), pruned_dense_norm=float(torch.linalg.vector_norm(hidden)))
 
     def new_masks(self) -> dict[str, Tensor]:
-        if self._is_global:  # over all optimizers: the threshold is one
-            return self._largest(self.store.hidden, self.sparsity_at(self.progress.most()))
         return self._largest(self.names, self.sparsity_at(self.step))
 
     def _largest(self, names: Sequence[str], sparsity: float) -> dict[str, Tensor]:
@@ -197,9 +204,7 @@ class DPF(SparsityCallback):
 
     def _jointly(self, layers: Mapping[str, Tensor], entries: Mapping[str, Entry], sparsity: float) -> dict[str, Tensor]:
         size = sum(t.numel() for t in layers.values())
-        frozen = [n for n in self.store.bools if n not in self.store.hidden]  # their optimizer fine-tunes already
-        there = sum(self.store.size(n) for n in frozen)
-        zeros = zeros_for(sparsity, size + there) - (there - sum(self.store.active[n] for n in frozen))
+        zeros = zeros_for(sparsity, size)
         if self.unit == "weight":
             return dict(zip(layers, keep_largest_jointly(list(layers.values()), size - zeros, least=1), strict=True))
         scores = [filters.norms(t, entries[x].shape[0], entries[x].transposed) for x, t in layers.items()]
