@@ -15,8 +15,8 @@ from sparse_callbacks import distributed, optimizers
 from sparse_callbacks.calendar import Calendar, Progress
 from sparse_callbacks.gradients import DenseGradients
 from sparse_callbacks.masks import MaskStore
-from sparse_callbacks.optimizers import Ownership
 from sparse_callbacks.ops import random_mask, zeros_for
+from sparse_callbacks.optimizers import Ownership
 from sparse_callbacks.selection import Entry
 
 ROOTS_EVERY = 100  # steps between two calls of optimizers.lift_roots: what it writes decays
