@@ -17,7 +17,7 @@ from pytorch_lightning.loggers import Logger
 
 from sparse_callbacks.callback import SparsityCallback
 from sparse_callbacks.schedules import with_curve
-from sparse_callbacks.tasks.data import ImageData
+from sparse_callbacks.tasks.data import MemoryData
 from sparse_callbacks.tasks.interrupts import SafeStop
 from sparse_callbacks.tasks.module import Classifier, Optim
 from sparse_callbacks.tasks.progress import Bar
@@ -106,7 +106,7 @@ def build_method(cfg: DictConfig) -> SparsityCallback | None:
     return callback
 
 
-def build_module(cfg: DictConfig, data: ImageData) -> Classifier:
+def build_module(cfg: DictConfig, data: MemoryData) -> Classifier:
     """The network for the data's shape and classes, with its optimizer."""
     model = instantiate(cfg.model, input_shape=data.input_shape, num_classes=data.num_classes)
     options = {str(key): value for key, value in dict(cfg.optim).items()}

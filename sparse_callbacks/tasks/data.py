@@ -1,4 +1,4 @@
-"""Image classification sets held in memory: scikit-learn's digits, MNIST, Fashion-MNIST and CIFAR-10."""
+"""Classification sets held in memory, and those of images: scikit-learn's digits, MNIST, Fashion-MNIST and CIFAR-10."""
 
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,22 @@ SETS: dict[str, tuple[str, tuple[float, ...], tuple[float, ...]]] = {
 }
 
 
-class ImageData(pl.LightningDataModule):
-    """Three sets of images with their loaders; `seed` moves order and augmentation, never the split.
+class MemoryData(pl.LightningDataModule):
+    """Three sets of samples with their loaders; `seed` moves the order, never the split.
 
     Args:
         train, val, test: the samples.
         num_classes: labels are 0..num_classes - 1.
-        mean, std: per channel, in units of images in 0..1.
+        mean, std: per channel or feature, or one for all; in units of images scaled to 0..1.
         batch_size: per process and step.
         seed: of order and augmentation.
-        augment: crop and flip the training images.
+        shuffle: a new order of the training samples each epoch; without it the order of the training set, in every epoch.
+
+    Raises:
+        ValueError: a batch of nothing.
     """
+
+    augment = False
 
     def __init__(
         self,
@@ -37,39 +42,55 @@ class ImageData(pl.LightningDataModule):
         test: Samples,
         *,
         num_classes: int,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        mean: tuple[float, ...] = (0.0,),
+        std: tuple[float, ...] = (1.0,),
         batch_size: int,
         seed: int = 0,
-        augment: bool = False,
+        shuffle: bool = True,
     ) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"data.batch_size={batch_size} is no batch. Give 1 or more, e.g. data.batch_size=100.")
         self.train, self.val, self.test = train, val, test
-        self.num_classes, self.batch_size, self.seed, self.augment = num_classes, batch_size, seed, augment
+        self.num_classes, self.batch_size, self.seed, self.shuffle = num_classes, batch_size, seed, shuffle
         self.mean, self.std = torch.tensor(mean), torch.tensor(std)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """(channels, height, width)."""
-        return tuple(self.train.images.shape[1:])
+        """Of one sample: (channels, height, width) or (features,)."""
+        return tuple(self.train.inputs.shape[1:])
 
     def train_dataloader(self) -> Loader:
-        return self._loader(self.train, shuffle=True, augment=self.augment)
+        return self._loader(self.train, self.batch_size, shuffle=self.shuffle, even=True, augment=self.augment)
 
     def val_dataloader(self) -> Loader:
-        return self._loader(self.val)
+        return self._loader(self.val, self._evaluated_at_once)
 
     def test_dataloader(self) -> Loader:
-        return self._loader(self.test)
+        return self._loader(self.test, self._evaluated_at_once)
 
-    def _loader(self, samples: Samples, **options: Any) -> Loader:
-        if self.trainer is not None:
-            options |= {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+    @property
+    def _evaluated_at_once(self) -> int:
         # evaluation keeps no graph, so larger batches cost nothing there
-        size = self.batch_size if options.get("shuffle") else max(self.batch_size, 500)
-        return Loader(samples, size, mean=self.mean, std=self.std, seed=self.seed, **options)
+        return max(self.batch_size, 500)
+
+    def _loader(self, samples: Samples, size: int, **options: Any) -> Loader:
+        return Loader(samples, size, mean=self.mean, std=self.std, seed=self.seed, **options, **_share(self.trainer))
+
+
+def _share(trainer: Any) -> dict[str, Any]:
+    """`rank` and `world_size` of a loader: each process has all the data where the trainer distributes none."""
+    if trainer is None or not trainer._accelerator_connector.use_distributed_sampler:
+        return {"rank": 0, "world_size": 1}
+    return {"rank": trainer.global_rank, "world_size": trainer.world_size}
+
+
+class ImageData(MemoryData):
+    """Images; `augment` crops and flips those of the training set."""
+
+    def __init__(self, train: Samples, val: Samples, test: Samples, *, augment: bool = False, **options: Any) -> None:
+        super().__init__(train, val, test, **options)
+        self.augment = augment
 
 
 def digits(batch_size: int = 32, seed: int = 0, val_fraction: float = 0.15, test_fraction: float = 0.25) -> ImageData:

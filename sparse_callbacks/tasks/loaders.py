@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,16 +14,16 @@ ORDER, AUGMENTATION = 0, 1  # streams of random numbers
 
 @dataclass(frozen=True)
 class Samples:
-    """Images [n, channels, height, width] (uint8 in 0..255 or float in 0..1) in memory with labels [n] (int64)."""
+    """Images [n, channels, height, width] (uint8 in 0..255 or float in 0..1) or features [n, d] (float), with labels [n] (int64)."""
 
-    images: Tensor
+    inputs: Tensor
     labels: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, indices: Tensor) -> "Samples":
-        return Samples(self.images[indices], self.labels[indices])
+        return Samples(self.inputs[indices], self.labels[indices])
 
 
 Augmentation = Callable[[Tensor, Tensor], Tensor]
@@ -73,7 +74,7 @@ def crop_numbers(count: int, seed: int, epoch: int, padding: int = 4) -> Tensor:
 
 
 class Loader:
-    """Batches (images float32 [batch, channels, height, width], labels [batch]) of samples that lie in memory.
+    """Batches (inputs float32 [batch, ...], labels [batch]) of samples that lie in memory.
 
     Lightning restores a loader that has `state_dict` and `load_state_dict`: the position is all there is to save, since
     order and augmentation derive from (seed, epoch, index). Each rank takes every `world_size`-th sample.
@@ -81,11 +82,15 @@ class Loader:
     Args:
         samples: the set.
         batch_size: per process.
-        mean, std: per channel, in units of the images scaled to 0..1.
+        mean, std: per channel or feature, or one for all; in units of images scaled to 0..1.
         seed: of order and augmentation.
-        shuffle: a new order each epoch; all ranks then have equally many samples (up to world_size - 1 are left out).
+        shuffle: a new order each epoch; without it the order of the samples, in every epoch.
+        even: equally many samples on all ranks, which training in step needs (up to world_size - 1 are left out).
         augment: crop and flip the images.
         rank, world_size: of this process.
+
+    Raises:
+        ValueError: augmentation of features.
     """
 
     batch_sampler = None  # Lightning asks every loader with a sampler for it
@@ -99,16 +104,24 @@ class Loader:
         std: Tensor,
         seed: int = 0,
         shuffle: bool = False,
+        even: bool = False,
         augment: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        if augment and samples.inputs.dim() != 4:
+            raise ValueError(
+                f"data.augment=True crops and flips images, and inputs of shape {tuple(samples.inputs.shape[1:])} are no images. "
+                "Leave augment off."
+            )
         self.samples, self.batch_size, self.seed = samples, batch_size, seed
-        self.shuffle, self.augment = shuffle, augment
+        self.shuffle, self.even, self.augment = shuffle, even, augment
         self.rank, self.world_size = rank, world_size
-        scale = 255.0 if samples.images.dtype == torch.uint8 else 1.0
-        self._shift = (mean * scale).view(1, -1, 1, 1)
-        self._factor = (1.0 / (std * scale)).view(1, -1, 1, 1)
+        self.mean, self.std = mean, std
+        scale = 255.0 if samples.inputs.dtype == torch.uint8 else 1.0
+        shape = (1, -1, *[1] * (samples.inputs.dim() - 2))
+        self._shift = (mean * scale).view(shape)
+        self._factor = (1.0 / (std * scale)).view(shape)
         self._epoch = self._next = 0
         self._resumed: tuple[int, int] | None = None
 
@@ -120,6 +133,14 @@ class Loader:
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
 
+    def in_order(self) -> "Loader":
+        """The set for a pass that learns nothing: file order, not augmented, each sample on exactly one rank.
+
+        A loader of its own, so the position of this one stays.
+        """
+        share: dict[str, Any] = {"rank": self.rank, "world_size": self.world_size}
+        return Loader(self.samples, self.batch_size, mean=self.mean, std=self.std, seed=self.seed, **share)
+
     def state_dict(self) -> dict[str, int]:
         """Epoch and the number of batches handed out in it."""
         return {"epoch": self._epoch, "batch": self._next}
@@ -128,8 +149,8 @@ class Loader:
         self._resumed = (state["epoch"], state["batch"])
 
     def __len__(self) -> int:
-        mine = len(self.samples) // self.world_size if self.shuffle else len(self._indices())
-        return -(-mine // self.batch_size)
+        left_over = 0 if self.even else self.rank < len(self.samples) % self.world_size
+        return -(-(len(self.samples) // self.world_size + left_over) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         # runs at the first batch, after Lightning announced the epoch
@@ -145,13 +166,12 @@ class Loader:
 
     def _indices(self) -> Tensor:
         count = len(self.samples)
-        if not self.shuffle:
-            return torch.arange(self.rank, count, self.world_size)
-        order = epoch_order(count, self.seed, self._epoch)
-        return order[: count // self.world_size * self.world_size][self.rank :: self.world_size]
+        order = epoch_order(count, self.seed, self._epoch) if self.shuffle else torch.arange(count)
+        used = count // self.world_size * self.world_size if self.even else count
+        return order[self.rank : used : self.world_size]
 
     def _batch(self, chosen: Tensor, numbers: Tensor | None) -> tuple[Tensor, Tensor]:
-        images = self.samples.images[chosen]
+        inputs = self.samples.inputs[chosen]
         if numbers is not None:
-            images = crop_and_flip(images, numbers[chosen])
-        return images.float().sub_(self._shift).mul_(self._factor), self.samples.labels[chosen]
+            inputs = crop_and_flip(inputs, numbers[chosen])
+        return inputs.float().sub_(self._shift).mul_(self._factor), self.samples.labels[chosen]

@@ -1,7 +1,7 @@
 """Networks of the sparse-training papers; each adapts to the shape of the images and the number of classes.
 
 Every builder takes `input_shape` (channels, height, width) and `num_classes` and returns a module from images
-[batch, channels, height, width] to logits [batch, num_classes].
+[batch, channels, height, width] to logits [batch, num_classes]. The fully connected ones also take features [batch, d].
 """
 
 import difflib
@@ -16,13 +16,26 @@ from torch.nn import functional
 Shape = Sequence[int]
 
 
-def mlp(input_shape: Shape, num_classes: int, hidden: Sequence[int] = (256, 256)) -> nn.Module:
-    """Fully connected layers with ReLU between them; `hidden` lists the widths."""
+def mlp(input_shape: Shape, num_classes: int, hidden: Sequence[int] = (256, 256), init: str | None = None) -> nn.Module:
+    """Fully connected layers with ReLU between them.
+
+    Args:
+        input_shape: of one sample, images or (features,).
+        num_classes: outputs.
+        hidden: widths of the hidden layers.
+        init: None is torch's own; "xavier_uniform" draws the weights so (Glorot and Bengio 2010) and zeroes the biases.
+
+    Raises:
+        ValueError: an unknown init.
+    """
+    if init not in (None, "xavier_uniform"):
+        raise ValueError(f"model.init={init!r} is not known. Use model.init=xavier_uniform, or null for torch's own.")
     sizes = [_flat(input_shape), *hidden]
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs, outputs in itertools.pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(sizes[-1], num_classes))
+    model = nn.Sequential(*layers, nn.Linear(sizes[-1], num_classes))
+    return model if init is None else _xavier(model)
 
 
 def lenet_300_100(input_shape: Shape, num_classes: int) -> nn.Module:
@@ -192,6 +205,14 @@ def _kaiming(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return model
+
+
+def _xavier(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
     return model
 
 

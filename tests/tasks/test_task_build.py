@@ -118,7 +118,8 @@ def test_no_gpu(run: Run) -> None:
 def test_experiments_compose_and_their_method_fits_the_model(composed: Compose, name: str) -> None:
     cfg = composed(f"experiment={name}")
     method = build.build_method(cfg)
-    shape = (1, 8, 8) if "digits" in cfg.data._target_ else (3, 32, 32) if cfg.data.name == "cifar10" else (1, 28, 28)
+    shapes = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32), "madelon": (500,)}
+    shape = shapes[cfg.data.get("name") or cfg.data._target_.rpartition(".")[2]]
     module = build.build_module(cfg, SimpleNamespace(input_shape=shape, num_classes=10))  # type: ignore[arg-type]
     plan = method.plan(module)  # type: ignore[union-attr]
     assert 0.5 < plan.total < 1

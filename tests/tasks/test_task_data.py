@@ -2,9 +2,11 @@
 
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torchvision import datasets
@@ -16,6 +18,7 @@ from sparse_callbacks.tasks.loaders import Loader, Samples, crop_and_flip, crop_
 def numbered(count: int = 10, **options: object) -> Loader:
     """Images of one pixel that holds its index; labels are the index."""
     samples = Samples(torch.arange(count, dtype=torch.float32).view(-1, 1, 1, 1), torch.arange(count))
+    options.setdefault("even", options.get("shuffle", False))
     return Loader(samples, 4, mean=torch.zeros(1), std=torch.ones(1), **options)  # type: ignore[arg-type]
 
 
@@ -59,6 +62,27 @@ def test_goes_on_at_the_batch_where_it_was_saved(done: int) -> None:
     assert sorted(labels(resumed)) == list(range(10))
 
 
+@pytest.mark.parametrize("epoch", [2**62, 2**62 - 1, 12345678901])
+def test_goes_on_in_an_epoch_of_any_number_however_often_it_is_announced(epoch: int) -> None:
+    whole = numbered(shuffle=True)
+    whole.set_epoch(epoch)
+    expected = labels(whole)
+    assert expected != labels(numbered(shuffle=True))
+    stopped = numbered(shuffle=True)
+    stopped.set_epoch(epoch)
+    seen = [int(label) for _, batch in islice(stopped, 2) for label in batch]
+    resumed = numbered(shuffle=True)
+    resumed.load_state_dict(stopped.state_dict())
+    iterator = iter(resumed)
+    resumed.set_epoch(3)
+    resumed.set_epoch(epoch)
+    assert seen + [int(label) for _, batch in iterator for label in batch] == expected
+    resumed.set_epoch(1)  # no successor of the one before
+    again = numbered(shuffle=True)
+    again.set_epoch(1)
+    assert labels(resumed) == labels(again)
+
+
 def test_a_position_of_the_epoch_before_is_its_end() -> None:
     loader = numbered(shuffle=True)
     loader.load_state_dict({"epoch": 0, "batch": 3})
@@ -72,6 +96,74 @@ def test_ranks_share_the_samples() -> None:
     assert [len(share) for share in shares] == [5, 5]
     assert len(set(shares[0]) | set(shares[1])) == 10
     assert sorted(labels(numbered(11, rank=0, world_size=2)) + labels(numbered(11, rank=1, world_size=2))) == list(range(11))
+
+
+def test_without_shuffling_every_epoch_has_the_order_of_the_samples_and_ranks_stay_in_step() -> None:
+    loader = numbered(11, even=True)
+    assert labels(loader) == list(range(11))
+    loader.set_epoch(1)
+    assert labels(loader) == list(range(11))
+    ranks = [numbered(11, even=True, rank=rank, world_size=2) for rank in (0, 1)]
+    assert [labels(rank) for rank in ranks] == [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]
+
+
+@pytest.mark.parametrize(
+    ("count", "even", "batches"),
+    [(16, True, [1, 1, 1, 1]), (18, True, [1, 1, 1, 1]), (18, False, [2, 2, 1, 1]), (20, True, [2, 2, 2, 2]), (2, False, [1, 1, 0, 0])],
+)
+def test_the_batches_of_each_rank(count: int, even: bool, batches: list[int]) -> None:
+    ranks = [numbered(count, even=even, rank=rank, world_size=4) for rank in range(4)]
+    assert [len(rank) for rank in ranks] == [len(list(rank)) for rank in ranks] == batches
+    seen = sorted(label for rank in ranks for label in labels(rank))
+    assert seen == list(range(count // 4 * 4 if even else count))
+
+
+def test_in_order_has_each_sample_once_over_the_ranks_and_leaves_the_position_alone() -> None:
+    images = torch.rand(11, 1, 8, 8)
+    samples = Samples(images, torch.arange(11))
+    options = {"mean": torch.tensor([0.5]), "std": torch.tensor([0.25]), "shuffle": True, "even": True, "augment": True, "world_size": 2}
+    ranks = [Loader(samples, 2, rank=rank, **options) for rank in (0, 1)]  # type: ignore[arg-type]
+    ranks[0].set_epoch(4)
+    iterator = iter(ranks[0])
+    next(iterator)
+    before = ranks[0].state_dict()
+    assert labels(ranks[0].in_order()) == [0, 2, 4, 6, 8, 10]
+    assert labels(ranks[1].in_order()) == [1, 3, 5, 7, 9]
+    assert ranks[0].state_dict() == before == {"epoch": 4, "batch": 1}
+    assert len(list(iterator)) == 2
+    plain = torch.cat([batch for batch, _ in ranks[1].in_order()])
+    assert torch.equal(plain, (images[1::2] - 0.5) * 4)
+
+
+@pytest.mark.parametrize(("distributed", "expected"), [(True, (1, 2)), (False, (0, 1))])
+def test_ranks_have_all_the_data_where_the_trainer_distributes_none(distributed: bool, expected: tuple[int, int]) -> None:
+    found = data.digits()
+    connector = SimpleNamespace(use_distributed_sampler=distributed)
+    found.trainer = SimpleNamespace(global_rank=1, world_size=2, _accelerator_connector=connector)  # type: ignore[assignment]
+    for loader in (found.train_dataloader(), found.val_dataloader(), found.test_dataloader()):
+        assert (loader.rank, loader.world_size) == expected
+    assert found.train_dataloader().even
+    assert not found.val_dataloader().even
+
+
+@pytest.mark.parametrize("use", [True, False])
+def test_the_trainers_choice_of_distribution_is_where_it_is_looked_for(use: bool) -> None:
+    assert pl.Trainer(use_distributed_sampler=use, logger=False, accelerator="cpu")._accelerator_connector.use_distributed_sampler is use
+
+
+def test_features_are_batched_with_one_scale_or_one_for_each() -> None:
+    features = torch.rand(5, 3)
+    samples = Samples(features, torch.arange(5))
+    plain, _ = next(iter(Loader(samples, 5, mean=torch.zeros(1), std=torch.ones(1))))
+    assert torch.equal(plain, features)
+    mean, std = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([1.0, 2.0, 4.0])
+    scaled, _ = next(iter(Loader(samples, 5, mean=mean, std=std)))
+    torch.testing.assert_close(scaled, (features - mean) / std)
+
+
+def test_features_are_not_augmented() -> None:
+    with pytest.raises(ValueError, match=r"data.augment=True crops and flips images, and inputs of shape \(3,\) are no images"):
+        Loader(Samples(torch.rand(5, 3), torch.arange(5)), 5, mean=torch.zeros(1), std=torch.ones(1), augment=True)
 
 
 def reference_crop(image: Tensor, down: int, right: int, flip: int) -> Tensor:
@@ -114,13 +206,13 @@ def test_images_are_normalised() -> None:
 
 def test_digits_are_split_once_and_stratified() -> None:
     a, b = data.digits(seed=0), data.digits(seed=7)
-    assert torch.equal(a.test.images, b.test.images)
+    assert torch.equal(a.test.inputs, b.test.inputs)
     assert torch.equal(a.train.labels, b.train.labels)
     assert [len(part) for part in (a.train, a.val, a.test)] == [1077, 270, 450]
     for part in (a.train, a.val, a.test):
         share = torch.bincount(part.labels, minlength=10) / len(part)
         assert share.min() > 0.08
-    rows = [tuple(image.flatten().tolist()) for part in (a.train, a.val, a.test) for image in part.images]
+    rows = [tuple(image.flatten().tolist()) for part in (a.train, a.val, a.test) for image in part.inputs]
     assert len(rows) == 1797
     assert a.input_shape == (1, 8, 8)
     batch = torch.cat([images for images, _ in a.train_dataloader()])
@@ -146,11 +238,11 @@ def mnist_folder(tmp_path: Path) -> Path:
 def test_torchvision_files_validate_on_training_images_and_test_on_the_official_set(mnist_folder: Path) -> None:
     found = data.torchvision_set("mnist", root=str(mnist_folder), val_count=20)
     official = datasets.MNIST(str(mnist_folder), train=False)
-    assert torch.equal(found.test.images[:, 0], official.data)
+    assert torch.equal(found.test.inputs[:, 0], official.data)
     assert [len(part) for part in (found.train, found.val, found.test)] == [100, 20, 20]
     again = data.torchvision_set("mnist", root=str(mnist_folder), val_count=20, seed=5)
-    assert torch.equal(found.val.images, again.val.images)
-    everything = torch.cat([found.train.images, found.val.images])[:, 0].flatten(1).float().sum(1).sort().values
+    assert torch.equal(found.val.inputs, again.val.inputs)
+    everything = torch.cat([found.train.inputs, found.val.inputs])[:, 0].flatten(1).float().sum(1).sort().values
     assert torch.equal(everything, datasets.MNIST(str(mnist_folder)).data.flatten(1).float().sum(1).sort().values)
 
 
