@@ -1,8 +1,7 @@
 """The shell: what the methods need of PyTorch Lightning. The only module of the core that imports it."""
 
 import inspect
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from numbers import Integral, Real
 from typing import Any, ClassVar, TypedDict
@@ -12,15 +11,18 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparse_callbacks import distributed, optimizers, state
+from sparse_callbacks import distributed, optimizers, passes, phases, state, workers
 from sparse_callbacks.calendar import Calendar, Time, check_times, resolve
-from sparse_callbacks.distributions import Distribution
+from sparse_callbacks.distributions import Distribution, clipped, is_epsilon
 from sparse_callbacks.distributions import resolve as share_out
 from sparse_callbacks.engine import Engine
 from sparse_callbacks.host import gradients_are_read, is_tuners, refuse_host, warnings_for
 from sparse_callbacks.ops import zeros_for
+from sparse_callbacks.phases import epoch_length, run_length
 from sparse_callbacks.plan import Plan, plan_rows
 from sparse_callbacks.selection import NOT_TRAINED, Entry, KeepDense, patterns, select
+
+DEFAULT_SPARSITY = 0.9
 
 # lightning.pytorch's Trainer serves as well, and type checkers do not see what a Trainer's connectors set on it
 Trainer = Any
@@ -66,8 +68,6 @@ class SparsityCallback(Engine, Callback):
     published_every: ClassVar[int] = 100
     arrives_at_stop: ClassVar[bool] = False
     """The last update is at ``stop`` whatever the interval, and the target is reached only then."""
-    horizon: float | None = None
-    """Optimizer steps that the optimizers at hand will live, where that is less than the run."""
 
     def __init__(
         self,
@@ -82,6 +82,11 @@ class SparsityCallback(Engine, Callback):
         fresh_start: bool = False,
     ) -> None:
         check_sparsity(sparsity)
+        if is_epsilon(distribution) and float(sparsity) != DEFAULT_SPARSITY:
+            raise ValueError(
+                f"sparsity={sparsity} and distribution={distribution!r} both say how many weights there are. Leave sparsity= out, or "
+                "choose a distribution that shares out a target."
+            )
         if keep_dense not in (None, "first", "last", "both"):
             raise ValueError(f"keep_dense={keep_dense!r} is not known. Give 'first', 'last', 'both' or None.")
         check_seed(seed)
@@ -161,7 +166,8 @@ class SparsityCallback(Engine, Callback):
             entries, zeros = self._all_entries, self.parameter_zeros(self._all_entries, self._targets)
         else:
             raise ValueError("plan() knows no model yet. Give one, plan(model), or call it after fit has started.")
-        return Plan(f"{type(self).__name__}: sparsity {self.target_sparsity:g}", plan_rows(entries, zeros), frozenset(zeros))
+        target = self.distribution if is_epsilon(self.distribution) else f"sparsity {self.target_sparsity:g}"
+        return Plan(f"{type(self).__name__}: {target}", plan_rows(entries, zeros), frozenset(zeros))
 
     def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
         """Target sparsity of every layer."""
@@ -206,6 +212,9 @@ class SparsityCallback(Engine, Callback):
         entries = select(pl_module, self.include, self.exclude, self.keep_dense, trained)
         self._refuse_shared(trainer, [e.name for e in entries if not e.reason])
         saved = self._checked_state(trainer)
+        if self.takes_turns:
+            workers.refuse_ranks(trainer, pl_module, distributed.world_size(), self.workers)
+            saved = None if saved is None else self.own_state(saved)
         self.steps_are_announced = pl_module.automatic_optimization
         reads = self._reads(trainer, pl_module)
         self._all_entries = entries
@@ -219,13 +228,17 @@ class SparsityCallback(Engine, Callback):
         self.attach(pl_module)
         if self.print_plan and trainer.is_global_zero:
             print(self.plan(), flush=True)
+        shapes = {layer: e.shape for e in entries if not e.reason for layer in e.layers}
+        if full := clipped(self.distribution, shapes):
+            rank_zero_info(f"{self.distribution} would make {', '.join(full)} denser than dense: all their weights are active.")
         for warning in warnings_for(trainer, self.arrives_at_stop):
             rank_zero_warn(warning)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.start is not None:
             # not in on_fit_start: asked there for the run's length, Lightning makes its loader and forgets to resume it
-            self.calendar = self.make_calendar(lambda: run_length(trainer), lambda: epoch_length(trainer), bool(trainer.fast_dev_run))
+            lengths = (lambda: run_length(trainer)), (lambda: epoch_length(trainer))
+            self.calendar = self.make_calendar(*lengths, bool(trainer.fast_dev_run))
             if self._saved_times and (now := self._times()) != self._saved_times:
                 rank_zero_warn(
                     f"{type(self).__name__} goes on with other times than it was saved with, because the run's length differs: (every, "
@@ -234,18 +247,19 @@ class SparsityCallback(Engine, Callback):
             self._saved_times = []
             if trainer.global_step == 0 and (idle := self._idleness(run_length(trainer))) and not trainer.fast_dev_run:
                 rank_zero_warn(idle)
-        if self.horizon is not None:
-            from sparse_callbacks import phases
-
-            phases.check_horizons(trainer, self.horizon, epoch_length(trainer))
+        self._check_horizons(trainer)
+        self._host = trainer, pl_module
+        self.rehearse()
         self.apply_masks()  # not earlier: a fit that is refused leaves the weights as they were
         self._training = True
-        self._host = trainer, pl_module
         parameters = dict(pl_module.named_parameters())
         for name, gradient in self._held_gradients.items():
             parameters[name].grad = gradient.to(parameters[name].device)
         self._window_open = bool(self._held_gradients)
         self._held_gradients = {}
+        self.begin_training(trainer.current_epoch)
+        if self.takes_turns:
+            workers.translate_epochs(trainer, self.data_epoch)
 
     def make_calendar(self, total: Callable[[], float], epoch: Callable[[], float], lenient: bool) -> Calendar:
         """The calendar of the run that begins.
@@ -266,6 +280,10 @@ class SparsityCallback(Engine, Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.epoch_start(trainer.current_epoch)
+        if self.takes_turns:
+            workers.translate_epochs(trainer, self.data_epoch)  # of loaders that are made anew for the epoch
+            if trainer.current_epoch == 0 or trainer.fit_loop.restarting:  # Lightning has made the iterator before
+                workers.draw_anew(trainer)
         if not self._left_out:
             return
         trained = optimizers.stepped(*trainer.optimizers)
@@ -287,11 +305,12 @@ class SparsityCallback(Engine, Callback):
             f"{self.step} steps were counted before, in an earlier fit, and the last update was due at step {self.times.stop}"
         )  # fmt: skip
         return (
-            f"{type(self).__name__} will not move a mask in this run: {when}. Give other start= and stop= times, or a new callback or "
-            "fresh_start=True for a new start."
+            f"{type(self).__name__} will not move a mask in this run: {when}. Give other times, or a new callback or fresh_start=True "
+            "for a new start."
         )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.batch = batch_idx
         if self._window_open:
             return
         if self.restart_wanted:
@@ -300,35 +319,69 @@ class SparsityCallback(Engine, Callback):
 
     def _restart_optimizers(self, trainer: Trainer, module: LightningModule) -> None:
         """New optimizers and schedules, as the module configures them; all callbacks of the kind move their hooks to them."""
-        from sparse_callbacks import phases
-
         phases.restart(trainer)
         optimizers.refuse(trainer.optimizers, getattr(trainer.precision_plugin, "scaler", None) is not None)
         reads = self._reads(trainer, module)
         for peer in (c for c in trainer.callbacks if isinstance(c, SparsityCallback)):
             peer.rebind(trainer.optimizers, reads)
             peer.restart_wanted = False
-        if self.horizon is not None:
+        self._check_horizons(trainer)
+
+    def _check_horizons(self, trainer: Trainer) -> None:
+        if self.horizon is not None and not trainer.fast_dev_run:
             phases.check_horizons(trainer, self.horizon, epoch_length(trainer))
 
     @staticmethod
     def _reads(trainer: Trainer, module: LightningModule) -> list[bool]:
         return [module.automatic_optimization and gradients_are_read(trainer, module, o) for o in trainer.optimizers]
 
-    def data_pass(self, fraction: float = 1.0) -> Iterator[Any]:
+    @property
+    def horizon(self) -> float | None:
+        """Optimizer steps that the optimizers at hand live, where they are configured anew before the run is over; otherwise None."""
+        return None
+
+    def data_pass(self, fraction: float = 1.0, train: Sequence[nn.Module] = ()) -> Generator[Any, None, None]:
         """The network's output for each batch of one pass over the training data, in eval mode and without gradients.
+
+        Each rank passes over its share of the data; where networks take turns, over all of it.
 
         Args:
             fraction: share of the batches, from the first on.
+            train: modules that stay in train mode.
         """
         assert self._host is not None, "there is data in training only"
-        from sparse_callbacks import passes
-
         trainer, module = self._host
-        yield from passes.outputs(
-            trainer, module, getattr(self, "forward", None), getattr(self, "statistics_dataloader", None), fraction,
-            distributed.world_size(), distributed.rank(),
-        )  # fmt: skip
+        world, rank = (1, 0) if self.takes_turns else (distributed.world_size(), distributed.rank())
+        given = getattr(self, "forward", None), getattr(self, "statistics_dataloader", None)
+        yield from passes.outputs(trainer, module, *given, fraction, world, rank, train)
+
+    @property
+    def workers(self) -> int:
+        """Networks that take turns."""
+        return 1
+
+    def data_epoch(self, epoch: int) -> int:
+        """The number that samplers are told in place of ``epoch``, where networks take turns."""
+        return epoch
+
+    def own_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What this rank resumes from, of a checkpoint in which several networks take turns."""
+        return state
+
+    def data_states(self) -> list[Any]:
+        """What the training loaders of this rank resume from."""
+        assert self._host is not None
+        return workers.loader_states(self._host[0])
+
+    def load_data_states(self, states: Sequence[Any]) -> None:
+        """Put back what :meth:`data_states` found."""
+        assert self._host is not None
+        workers.load_loader_states(self._host[0], states)
+
+    def average_gradients(self, on: bool) -> None:
+        """Whether backward averages gradients over ranks from here on."""
+        assert self._host is not None
+        workers.average_gradients(self._host[0], on)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._window_open = True
@@ -355,6 +408,7 @@ class SparsityCallback(Engine, Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.release()
+        self.epoch_over = bool(trainer.is_last_batch)
         self.after_batch()
         step, peers = trainer.global_step, [c for c in trainer.callbacks if isinstance(c, SparsityCallback)]
         leads = peers[0] is self  # one callback speaks for the whole network
@@ -404,7 +458,7 @@ class SparsityCallback(Engine, Callback):
         model = self._model()
         if self._window_open and model is not None:  # accumulated gradients are in no checkpoint of Lightning's
             held = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-            current["grads"] = dict(zip(held, distributed.mean(held.values()), strict=True))
+            current["grads"] = held if self.takes_turns else dict(zip(held, distributed.mean(held.values()), strict=True))
         return current
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -414,6 +468,8 @@ class SparsityCallback(Engine, Callback):
     def _leave(self, module: LightningModule) -> None:
         vars(module).pop("configure_gradient_clipping", None)
         self.end()
+        if self._host is not None and self.takes_turns:
+            workers.stop_translating(self._host[0])
         self._training = False
         self._host = None
 
@@ -460,18 +516,6 @@ def joint_sparsity(callbacks: Sequence[SparsityCallback]) -> dict[str, float]:
     size = sum(c.store.total for c in callbacks)
     zeros = size - sum(sum(c.store.active.values()) for c in callbacks)
     return {"sparsity/total": zeros / size, "sparsity/model": zeros / callbacks[0]._model_size}
-
-
-def run_length(trainer: Trainer) -> float:
-    """Optimizer steps of the run, accumulation and devices counted; infinite where it has no end that is known."""
-    steps = float(trainer.estimated_stepping_batches)
-    return steps if steps > 0 else float("inf")
-
-
-def epoch_length(trainer: Trainer) -> float:
-    """Optimizer steps of an epoch; infinite where the loader has no length."""
-    batches = float(trainer.num_training_batches)
-    return math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else batches
 
 
 def logged_metrics(trainer: Trainer) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Ranks of one run: every rank holds the same masks."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,3 +45,18 @@ def mean(tensors: Iterable[Tensor]) -> list[Tensor]:
             dist.all_reduce(copy)
             copy /= ranks
     return copies
+
+
+def from_owners(tensors: Mapping[str, Tensor], owner: Mapping[str, int]) -> dict[str, Tensor]:
+    """Copies of the tensors of the ranks that own them, the same on every rank."""
+    copies = {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
+    for key, copy in copies.items():
+        dist.broadcast(copy, src=owner[key])
+    return copies
+
+
+def gather(mine: Any) -> list[Any]:
+    """What every rank has, in their order, on rank 0; nothing on the others."""
+    everybody: list[Any] = [None] * world_size()
+    dist.gather_object(mine, everybody if rank() == 0 else None)
+    return everybody if rank() == 0 else []

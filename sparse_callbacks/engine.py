@@ -42,6 +42,8 @@ class Engine:
     """False: the gradients of pruned weights may be anything, also NaN."""
     steps_are_announced: bool = True
     """The host announces every step that it knows of; others, such as a tuner's, are only kept masked. False: it must."""
+    takes_turns: ClassVar[bool] = False
+    """Several networks train in turn, or one on each rank, and become one now and then."""
     explores: ClassVar[bool] = False
     """True where connections come and go, so that the share of weights that were ever active is worth knowing."""
 
@@ -55,6 +57,12 @@ class Engine:
         self.events: dict[str, float] = {}
         """Figures of the latest update, until the host logs them."""
         self.store = MaskStore({}, {}, {})
+        self.batch = 0
+        """Number of the batch at hand in its epoch."""
+        self.epoch_over = False
+        """It is the last."""
+        self.resumed = False
+        """This fit goes on from a checkpoint."""
         self.restart_wanted = False
         """The optimizers and their schedules shall be configured anew before the next batch that opens a window."""
         self._targets: dict[str, float] = {}
@@ -91,6 +99,12 @@ class Engine:
 
     def after_step(self) -> None:
         """A step was really taken and counted. Whatever has memory moves here."""
+
+    def rehearse(self) -> None:
+        """Fail now where the run would fail later: nothing was written yet."""
+
+    def begin_training(self, epoch: int) -> None:
+        """Everything is restored and the masks are written; ``epoch`` (from 0) of the fit begins, or goes on."""
 
     def before_batch(self) -> None:
         """A batch begins that opens an accumulation window: the weights are those of the coming step."""
@@ -257,6 +271,7 @@ class Engine:
             gradients_read: for each optimizer, whether anybody reads gradients between backward and its step.
             state: of a checkpoint; without one, masks of the last run with the same model go on, and otherwise initial ones are made.
         """
+        self.resumed = state is not None
         parameters = dict(model.named_parameters())
         sparse = {e.name: e for e in entries if not e.reason}
         params = {name: parameters[name] for name in sparse}

@@ -2,6 +2,10 @@
 
 import copy
 import itertools
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,6 +92,9 @@ class Classifier(pl.LightningModule):
     def loss(self, batch: Any) -> Tensor:
         x, y = batch
         return nn.functional.cross_entropy(self.net(x.to(next(self.parameters()).dtype)), y)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.to(next(self.parameters()).dtype))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self.loss(batch)
@@ -204,6 +211,11 @@ class Batches:
             self.next += 1
             yield self.x[chosen], self.y[chosen]
 
+    def in_order(self) -> "list[tuple[Tensor, Tensor]]":
+        """This rank's samples, each once."""
+        mine = torch.arange(len(self.x))[self.rank :: self.world]
+        return [(self.x[chosen], self.y[chosen]) for chosen in mine.split(self.size)]
+
     def all(self, epochs: int) -> list[tuple[Tensor, Tensor]]:
         """Every batch of the first ``epochs`` epochs, in order."""
         loader, found = Batches(self.batches, self.size, self.seed, self.rank, self.world), []
@@ -297,6 +309,28 @@ def differences(first: Any, second: Any, where: str = "", bitwise: bool = True) 
 
 def _bits(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def run_two_processes(script: str, folder: Path) -> None:
+    """Run ``script`` of this folder with ``folder`` as its argument, as the two ranks of one run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
+    }  # fmt: skip
+    command = [sys.executable, str(Path(__file__).with_name(script)), str(folder)]
+    processes = [
+        subprocess.Popen(command, env=os.environ | shared | {"LOCAL_RANK": rank}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for rank in ("0", "1")
+    ]
+    try:
+        outputs = [p.communicate(timeout=240)[0].decode() for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    assert [p.returncode for p in processes] == [0, 0], "\n".join(outputs)[-4000:]
 
 
 def per_element_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:

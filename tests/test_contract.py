@@ -1,10 +1,6 @@
 """The contract: every promise of the shell, for every method that has a yaml in conf/method/."""
 
 import copy
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +28,7 @@ from contract_support import (
     mlp,
     moves,
     per_element_state,
+    run_two_processes,
     snapshot,
     sparse_weights,
     structure,
@@ -771,24 +768,7 @@ def test_fast_dev_run_never_trips_a_refusal(name: str, steps: int) -> None:
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two DDP processes found, over every method; one launch for all."""
     folder = tmp_path_factory.mktemp("ddp")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
-    }  # fmt: skip
-    command = [sys.executable, str(Path(__file__).with_name("helpers_ddp.py")), str(folder)]
-    processes = [
-        subprocess.Popen(command, env=os.environ | shared | {"LOCAL_RANK": rank}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        for rank in ("0", "1")
-    ]
-    try:
-        outputs = [p.communicate(timeout=240)[0].decode() for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    assert [p.returncode for p in processes] == [0, 0], "\n".join(outputs)[-4000:]
+    run_two_processes("helpers_ddp.py", folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 

@@ -1,10 +1,12 @@
 """The methods, one file each."""
 
 from sparse_callbacks.methods.dpf import DPF
+from sparse_callbacks.methods.gap import GaP
 from sparse_callbacks.methods.gmp import GMP
+from sparse_callbacks.methods.parallel_gap import ParallelGaP
 from sparse_callbacks.methods.rigl import RigL
 from sparse_callbacks.methods.set import SET
 from sparse_callbacks.methods.snfs import SNFS
 from sparse_callbacks.methods.static import Static
 
-__all__ = ["DPF", "GMP", "SET", "SNFS", "RigL", "Static"]
+__all__ = ["DPF", "GMP", "SET", "SNFS", "GaP", "ParallelGaP", "RigL", "Static"]

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchmetrics.classification import MulticlassAccuracy
 
+from sparse_callbacks.phases import horizon
+
 OPTIMIZERS = ("sgd", "adam", "adamw")
 LR_SCHEDULES = ("constant", "cosine", "steps")
 
@@ -19,6 +21,8 @@ LR_SCHEDULES = ("constant", "cosine", "steps")
 @dataclass(frozen=True)
 class Optim:
     """Optimizer and learning rate over the run, all scalars, so that each fits a sweep.
+
+    Under a method that restarts the optimizer (GaP), "the run" is one of its phases, or fine-tuning: the curve begins anew with each.
 
     Args:
         name: sgd, adam or adamw.
@@ -158,7 +162,7 @@ class Classifier(pl.LightningModule):
 
         # asked for the run's length here, Lightning would make its loader now and forget to resume it
         def factor(step: int) -> float:
-            return self.optim.factor(step, lambda: float(trainer.estimated_stepping_batches))
+            return self.optim.factor(step, lambda: horizon(trainer))
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
