@@ -480,6 +480,12 @@ class SparsityCallback(Engine, Callback):
     # ------------------------------------------------------------------ refusals
 
     def _refuse_shared(self, trainer: Trainer, names: Sequence[str]) -> None:
+        peers = [c for c in trainer.callbacks if isinstance(c, SparsityCallback)]
+        if len(peers) > 1 and (whole := [c for c in peers if c.takes_turns]):
+            raise ValueError(
+                f"{type(whole[0]).__name__} trains several copies of the whole network, and {len(peers)} sparsity callbacks are in "
+                "callbacks=. Leave it alone there, or use GaP."
+            )
         for other in trainer.callbacks:
             begun = isinstance(other, SparsityCallback) and other is not self and other._handles
             if begun and (both := sorted(set(names) & set(other.params))):

@@ -136,6 +136,10 @@ class Engine:
         """Masks of ``self.names`` after an update."""
         return {name: self.store.bools[name] for name in self.names}
 
+    def new_weights(self, name: str) -> Tensor | None:
+        """Values for grown weights of a parameter, of its shape; None: they start from zero."""
+        return None
+
     # ------------------------------------------------------------------ what a method reads
 
     @property
@@ -209,15 +213,20 @@ class Engine:
         new = self.new_masks()
         distributed.agree(new.values())
         changed = total = 0
+        born_in: dict[str, Tensor] = {}
         for name, mask in new.items():
             before, grown = self.store.active[name], mask & ~self.store.bools[name]
             self.store.set(name, mask)
             born, active = int(grown.count_nonzero()), self.store.active[name]
             if born and name not in self.store.hidden:
                 self._ownership.clear(name, grown)
+                born_in[name] = grown
             changed += before + 2 * born - active
             total += before + active
         self.store.apply(new)
+        for name, grown in born_in.items():
+            if (values := self.new_weights(name)) is not None:
+                self.store.fill(name, grown, values)
         assert self._at is not None
         self.progress.mark_done(self._at)
         self.updates += 1

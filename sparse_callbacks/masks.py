@@ -84,7 +84,8 @@ class MaskStore:
         """Keep dense values from here on: ``values`` at pruned positions, the parameters' own at active ones."""
         for name, value in values.items():
             p = self.params[name].detach()
-            self._spare[name] = torch.empty_like(p).copy_(torch.where(self.bools[name], p, value.to(p)))
+            spare = torch.empty_like(p)  # of the same memory format
+            self._spare[name] = spare.copy_(torch.where(self.bools[name], p, value.to(p)))
 
     def drop_dense(self, names: Iterable[str]) -> None:
         """Keep no dense values of these parameters any more."""

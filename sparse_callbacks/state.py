@@ -8,7 +8,8 @@ from torch import Tensor
 from sparse_callbacks.schedules import Schedule
 
 VERSION = 1
-_MAY_DIFFER = ("print_plan", "fresh_start", "from_checkpoint")  # of the last, the checkpoint has the masks
+# of from_checkpoint the checkpoint has the masks; a loader's text holds its address in memory
+_MAY_DIFFER = ("print_plan", "fresh_start", "from_checkpoint", "statistics_dataloader")
 
 
 def shown(value: object) -> str:

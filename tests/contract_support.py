@@ -12,7 +12,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -26,24 +26,44 @@ CONFIGS: dict[str, dict[str, Any]] = {
 METHODS = list(CONFIGS)
 
 # several updates in 16 steps, which move enough weights for some to come straight back
-SHORT = {"sparsity": 0.8, "every": 3, "stop": 14, "drop_fraction": 0.5, "print_plan": False}
+SHORT = {"sparsity": 0.8, "every": 3, "stop": 14, "drop_fraction": 0.5, "partitions": 2, "rounds": 2, "print_plan": False}
 STEPS = 16
 
 
 def method(name: str, **changes: Any) -> SparsityCallback:
     """The callback of ``conf/method/<name>.yaml`` for a short run; ``changes`` that this method does not take are left out."""
     config = CONFIGS[name]
-    return instantiate(config | {k: v for k, v in (SHORT | changes).items() if k in config}, _convert_="all")
+    short = SHORT | ({"rounds": 1} if kind(name).takes_turns else {})  # its phases are whole epochs, and there are two
+    return instantiate(config | {k: v for k, v in (short | changes).items() if k in config}, _convert_="all")
+
+
+def kind(name: str) -> type[SparsityCallback]:
+    """The class of the method."""
+    return get_class(CONFIGS[name]["_target_"])
+
+
+# methods that train one network from the first step to the last
+STEADY = [name for name in METHODS if not kind(name).takes_turns]
 
 
 def moves(name: str) -> bool:
-    """The method has updates: its yaml says how often."""
+    """The method has several updates in a short run: its yaml says how often."""
     return "every" in CONFIGS[name]
 
 
+def draws_new_weights(name: str) -> bool:
+    """Grown weights start from values of their own."""
+    return kind(name).new_weights is not SparsityCallback.new_weights
+
+
+def looks_at_activations(name: str) -> bool:
+    """The method passes over data for the activations of linear layers and convolutions: its yaml says over how much."""
+    return "data_fraction" in CONFIGS[name]
+
+
 def explores(name: str) -> bool:
-    """The method grows connections: its yaml says how many leave for them."""
-    return "drop_fraction" in CONFIGS[name]
+    """The method grows connections."""
+    return kind(name).explores
 
 
 # ---------------------------------------------------------------------- models
@@ -140,10 +160,13 @@ class Rivals(pl.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         torch.manual_seed(0)
-        self.maker = nn.Sequential(nn.Flatten(), nn.Linear(50, 16), nn.Tanh(), nn.Linear(16, 16))
+        self.maker = nn.Sequential(nn.Flatten(), nn.Linear(50, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh())
         self.critic = nn.Sequential(nn.Linear(16, 20), nn.Tanh(), nn.Linear(20, 4))
         self.before_clip: Callable[[int], None] = lambda index: None
         self.after_step: Callable[[int], None] = lambda index: None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.critic(self.maker(x))
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         x, y = batch
@@ -272,6 +295,13 @@ def assert_counts(callback: SparsityCallback) -> None:
         assert set(callback.masks) == plan.selected
         return
     assert {n: int((~m).sum()) for n, m in callback.masks.items()} == {r.name: r.zeros for r in plan if r.name in plan.selected}
+
+
+def lasting(state: Any) -> Any:
+    """A state without what belongs to one run: when its phases and epochs began."""
+    if not isinstance(state, Mapping):
+        return state
+    return {k: lasting(v) for k, v in state.items() if not str(k).startswith(("phase/", "workers/offset"))}
 
 
 def snapshot(trainer: pl.Trainer, module: nn.Module, *callbacks: SparsityCallback) -> dict[str, Any]:

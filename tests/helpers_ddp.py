@@ -8,7 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from contract_support import METHODS, Batches, Classifier, fit, method, mlp, snapshot, watch
+from contract_support import STEADY, Batches, Classifier, fit, method, mlp, snapshot, watch
 
 WINDOW = 2
 STOP = 7  # inside a window
@@ -39,7 +39,7 @@ class Halts(pl.Callback):
 def train(name: str, rank: int, world: int, *more: pl.Callback, ckpt_path: Path | None = None, noise: float = 0.0) -> dict[str, Any]:
     """Masks after every batch and all state at the end; ``rank`` and ``world`` say which part of the data is this process's."""
     torch.manual_seed(rank)
-    module, callback = Classifier(mlp(seed=rank)), method(name, every=2, stop=6)
+    module, callback = Classifier(mlp(seed=rank)), method(name, every=2, stop=8)
     masks: list[dict[str, torch.Tensor]] = []
     see = watch(lambda *_: masks.append({n: m.clone() for n, m in callback.masks.items()}))
     trainer = fit(
@@ -52,7 +52,7 @@ def train(name: str, rank: int, world: int, *more: pl.Callback, ckpt_path: Path 
 def main(folder: Path) -> None:
     rank, world = int(os.environ["LOCAL_RANK"]), 2
     results = {}
-    for name in METHODS:
+    for name in STEADY:
         path = folder / f"{name}.ckpt"
         whole = train(name, rank, world, Halts(path))
         torch.distributed.barrier()

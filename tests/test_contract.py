@@ -13,6 +13,7 @@ from contract_support import (
     CONFIGS,
     METHODS,
     OPTIMIZERS,
+    STEADY,
     STEPS,
     Batches,
     ByHand,
@@ -22,8 +23,12 @@ from contract_support import (
     assert_effective,
     conv_net,
     differences,
+    draws_new_weights,
     explores,
     fit,
+    kind,
+    lasting,
+    looks_at_activations,
     method,
     mlp,
     moves,
@@ -42,6 +47,7 @@ import sparse_callbacks
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 every_method = pytest.mark.parametrize("name", METHODS)
+every_steady_method = pytest.mark.parametrize("name", STEADY)
 
 
 def test_methods_are_found() -> None:
@@ -72,7 +78,7 @@ def test_weights_are_effective_after_every_batch(name: str, optimizer: str) -> N
     assert (callback.updates > 2) == moves(name)
 
 
-@every_method
+@every_steady_method
 @pytest.mark.parametrize("clip", [None, 0.3])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_training_equals_a_hand_written_loop(name: str, optimizer: str, clip: float | None) -> None:
@@ -80,13 +86,15 @@ def test_training_equals_a_hand_written_loop(name: str, optimizer: str, clip: fl
 
     With a dense copy: gradients are not masked, and the dense weights take the step.
     """
-    callback, module = method(name), Classifier(optimizer=optimizer)
+    callback, module = method(name, restart=False), Classifier(optimizer=optimizer)
     by_hand = copy.deepcopy(module)
     masks: list[dict[str, Tensor]] = []
     steps = [0]
+    weights_after: list[dict[str, Tensor]] = []
 
     def record(trainer: pl.Trainer, *_: Any) -> None:
         masks.append({n: m.clone() for n, m in callback.masks.items()})
+        weights_after.append({n: module.get_parameter(n).detach().clone() for n in callback.masks})
         steps.append(callback.step)
 
     started = pl.callbacks.LambdaCallback(on_train_start=lambda trainer, module: masks.append(callback.masks))
@@ -116,6 +124,9 @@ def test_training_equals_a_hand_written_loop(name: str, optimizer: str, clip: fl
                 for value in per_element_state(plain, weights[key]).values():
                     value.masked_fill_(masks[index + 1][key] & ~mask, 0)
                 weights[key].mul_(mask & masks[index + 1][key])
+                if draws_new_weights(name):
+                    born = masks[index + 1][key] & ~mask
+                    weights[key][born] = weights_after[index][key][born]
         rates.step()
     assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), by_hand.state_dict().values(), strict=True))
     theirs = dict(module.named_parameters())
@@ -151,10 +162,10 @@ def test_state_dict_keys_stay_and_a_plain_model_loads_strictly(name: str, tmp_pa
     module, callback = Classifier(optimizer="adamw"), method(name)
     keys = list(module.state_dict())
     seen: list[list[str]] = []
-    trainer = fit(module, callback, watch(lambda trainer, module, _: seen.append(list(module.state_dict()))), max_epochs=1)
+    trainer = fit(module, callback, watch(lambda trainer, module, _: seen.append(list(module.state_dict()))))
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     assert all(k == keys for k in seen)
-    assert len(seen) == 8
+    assert len(seen) == STEPS
     saved = torch.load(tmp_path / "run.ckpt", weights_only=True)
     plain = Classifier(conv_net(seed=5))
     plain.load_state_dict(saved["state_dict"], strict=True)
@@ -268,14 +279,14 @@ def test_micro_batches_equal_one_large_batch(name: str, optimizer: str, clip: fl
     assert all(torch.allclose(a, b, rtol=1e-7, atol=1e-10) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
 
 
-@every_method
+@every_steady_method
 def test_a_skipped_fp16_step_changes_nothing(name: str) -> None:
     class Overflows(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             # every other batch, so that steps with and without an update due are hit
             return self.loss(batch) * (float("inf") if batch_idx % 2 == 0 else 1.0)
 
-    callback, module = method(name), Overflows(optimizer="adamw")
+    callback, module = method(name, restart=False), Overflows(optimizer="adamw")
     stepped: list[int] = []
     skipped: list[list[str]] = []
     state: dict[str, Any] = {}
@@ -290,7 +301,8 @@ def test_a_skipped_fp16_step_changes_nothing(name: str) -> None:
         return {
             "weights": {n: p.detach().clone() for n, p in module.named_parameters()},
             "optimizers": [o["state"] for o in found["optimizers"]],
-            **{k: found[k] for k in ("masks", "callbacks", "counts")},
+            **{k: found[k] for k in ("masks", "counts")},
+            "callbacks": [lasting(c) for c in found["callbacks"]],
         }
 
     def check(trainer: pl.Trainer, module: pl.LightningModule, index: int) -> None:
@@ -312,7 +324,7 @@ def test_a_skipped_fp16_step_changes_nothing(name: str) -> None:
     assert (callback.updates > 2) == moves(name)
 
 
-@every_method
+@every_steady_method
 @pytest.mark.parametrize("bad", range(6))
 def test_a_gradient_that_is_not_finite_moves_no_mask(name: str, bad: int) -> None:
     class Breaks(Classifier):
@@ -320,12 +332,12 @@ def test_a_gradient_that_is_not_finite_moves_no_mask(name: str, bad: int) -> Non
             if self.trainer.global_step == bad:
                 self.net[-1].weight.grad[0, 0] = float("nan" if bad % 2 else "inf")
 
-    callback = method(name, sparsity=0.3)
+    callback = method(name, sparsity=0.3, partitions=1, rounds=1, every=1, restart=False)
     states: list[Any] = []
 
     def keep(trainer: pl.Trainer, *_: Any) -> None:
         # dense weights are weights, and take the step as weights do
-        states.append(copy.deepcopy((callback.masks, {k: v for k, v in callback.state_dict().items() if k != "dense"})))
+        states.append(copy.deepcopy((callback.masks, lasting({k: v for k, v in callback.state_dict().items() if k != "dense"}))))
 
     begin = pl.callbacks.LambdaCallback(on_train_start=lambda trainer, module: keep(trainer))
     fit(Breaks(), callback, begin, watch(keep), limit_train_batches=bad + 1, max_epochs=1)
@@ -363,29 +375,30 @@ def test_a_model_made_in_configure_model(name: str, tmp_path: Path) -> None:
 
 @every_method
 def test_a_second_fit_goes_on_and_a_fresh_model_starts_anew(name: str) -> None:
-    module, callback = Classifier(), method(name)
+    small = {"rounds": 1, "partitions": 1 if kind(name).takes_turns else 2}  # for phases that end within eight steps
+    module, callback = Classifier(), method(name, **small)
     fit(module, callback, max_epochs=1)
-    state = copy.deepcopy((callback.masks, callback.state_dict()))
+    state = copy.deepcopy((callback.masks, lasting(callback.state_dict())))
     starts: list[Any] = []
 
     def start(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert_effective(module, callback)
-        starts.append(copy.deepcopy((callback.masks, callback.state_dict())))
+        starts.append(copy.deepcopy((callback.masks, lasting(callback.state_dict()))))
 
     begin = pl.callbacks.LambdaCallback(on_train_start=start)
     steps, updates = callback.step, callback.updates
     fit(module, callback, begin, max_epochs=1)
     assert differences(state, starts[0]) == []
     assert callback.step > steps
-    assert (callback.updates > updates) == moves(name)
+    assert (callback.updates > updates) == (moves(name) and "partitions" not in CONFIGS[name])  # all phases are over
     assert_counts(callback) if callback.at_target else None
 
-    fresh, again, first_time = Classifier(conv_net(3)), Classifier(conv_net(3)), method(name)
+    fresh, again, first_time = Classifier(conv_net(3)), Classifier(conv_net(3)), method(name, **small)
     reused = fit(fresh, callback)
     assert differences(snapshot(reused, fresh, callback), snapshot(fit(again, first_time), again, first_time)) == []
 
 
-@every_method
+@every_steady_method
 @pytest.mark.parametrize("window", [1, 2])
 @pytest.mark.parametrize("clip", [None, 0.3])
 def test_manual_optimization_equals_automatic(name: str, window: int, clip: float | None) -> None:
@@ -393,7 +406,9 @@ def test_manual_optimization_equals_automatic(name: str, window: int, clip: floa
     usual, by_hand = Classifier(), ByHand(window=window, clip=clip)
     one = fit(usual, automatic, accumulate_grad_batches=window, gradient_clip_val=clip)
     other = fit(by_hand, manual)
-    first, second = snapshot(one, usual, automatic), snapshot(other, by_hand, manual)
+    first, second = (lasting(snapshot(*run)) for run in ((one, usual, automatic), (other, by_hand, manual)))
+    for found in (first, second):
+        found["callbacks"], found["aux"] = [list(map(lasting, found[k])) for k in ("callbacks", "aux")]
     if clip is None:  # then nobody reads automatic gradients, and pruned weights keep a momentum that is never used
         first.pop("optimizers"), second.pop("optimizers")
     # the sign of a masked zero depends on when it was masked
@@ -465,7 +480,10 @@ def test_frozen_unused_and_tied_parameters(name: str, optimizer: str) -> None:
 
         def loss(self, batch: Any) -> Tensor:
             x, y = batch
-            return nn.functional.cross_entropy(self.second(torch.tanh(self.first(self.frozen(self.net(x))))), y)
+            return nn.functional.cross_entropy(self(x), y)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.tanh(self.first(self.frozen(self.net(x)))))
 
     callback, module = method(name), Odd()
     frozen, unused = module.frozen.weight.clone(), module.unused.weight.detach().clone()
@@ -483,7 +501,7 @@ def test_frozen_unused_and_tied_parameters(name: str, optimizer: str) -> None:
     assert "frozen.weight" not in callback.masks
     assert "second.weight" not in callback.masks
     assert module.second.weight is module.first.weight
-    assert any(not torch.equal(seen[0], m) for m in seen) == moves(name)
+    assert any(not torch.equal(seen[0], m) for m in seen) == (moves(name) or kind(name).takes_turns)
     assert always.any()
     assert torch.equal(module.unused.weight[always], unused[always])
     assert_counts(callback)
@@ -507,13 +525,19 @@ def test_counts_are_exactly_the_planned_ones(name: str, distribution: Any, keep_
             self.attention, self.rnn = nn.MultiheadAttention(12, 2, batch_first=True), nn.GRU(12, 12, batch_first=True)
 
         def loss(self, batch: Any) -> Tensor:
-            x, y = batch
-            x = torch.relu(self.parts["up"](x))[:, :, 1:6, 1:6].flatten(2)
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+        def forward(self, images: Tensor) -> Tensor:
+            x = torch.relu(self.parts["up"](images))[:, :, 1:6, 1:6].flatten(2)
             x, _ = self.rnn(torch.relu(self.parts["fc1"](x)))
             x, _ = self.attention(x, x, x, need_weights=False)
-            return nn.functional.cross_entropy(self.parts["fc2"](x.mean(1)) + self.net(batch[0]), y)
+            return self.parts["fc2"](x.mean(1)) + self.net(images)
 
-    callback, module = method(name, distribution=distribution, keep_dense=keep_dense, sparsity=0.77), Mixed()
+    others = {}
+    if looks_at_activations(name):  # those of attention and recurrent layers are not known
+        others = {"exclude": ["attention.*", "rnn.*", "parts.*"]}
+        distribution = {"*": distribution["*"]} if isinstance(distribution, dict) else distribution
+    callback, module = method(name, distribution=distribution, keep_dense=keep_dense, sparsity=0.77, **others), Mixed()
     announced = callback.plan(module)
     reached: list[int] = []
 
@@ -548,11 +572,11 @@ def test_counts_are_exactly_the_planned_ones(name: str, distribution: Any, keep_
 # ---------------------------------------------------------------------- updates
 
 
-@every_method
+@every_steady_method
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_updates_move_masks_and_nothing_else(name: str, optimizer: str) -> None:
     """Grown weights start from nothing; a step that an update replaces moves no weight, no momentum and no counter."""
-    callback, module = method(name), Classifier(optimizer=optimizer)
+    callback, module = method(name, restart=False), Classifier(optimizer=optimizer)
     last: dict[str, Any] = {}
     grown, regrown, replaced = [0], [0], [0]
 
@@ -576,6 +600,8 @@ def test_updates_move_masks_and_nothing_else(name: str, optimizer: str) -> None:
             grown[0] += int(born.sum())
             if callback.keeps_dense:
                 assert torch.equal(weight[born], callback.store.dense(key)[born])
+                assert weight[born].all()
+            elif draws_new_weights(name):
                 assert weight[born].all()
             else:
                 assert not weight[born].any()
@@ -654,11 +680,12 @@ def test_one_compiled_graph_equal_to_eager(name: str, optimizer: str) -> None:
     assert (other.updates > 2) == moves(name)
 
 
-@every_method
+@every_steady_method
 def test_two_callbacks_equal_one_over_both_layers(name: str, tmp_path: Path) -> None:
     """Also where updates of both are due at the same step, and one of them takes its gradients away."""
-    together = method(name, distribution="uniform")
-    apart = [method(name, distribution="uniform", **{k: ["net.0.*"]}) for k in ("include", "exclude")]
+    common = {"distribution": "uniform", "partitions": 1, "rounds": 1}
+    together = method(name, **common)
+    apart = [method(name, **common, **{k: ["net.0.*"]}) for k in ("include", "exclude")]
     assert apart[0].state_key != apart[1].state_key
     whole, halves, stops = Classifier(), Classifier(), Stops(tmp_path, (6,))
     initial: list[dict[str, Tensor]] = []
@@ -670,17 +697,18 @@ def test_two_callbacks_equal_one_over_both_layers(name: str, tmp_path: Path) -> 
     assert differences(snapshot(first, whole)["weights"], snapshot(second, halves)["weights"]) == []
     assert {(c.step, c.updates) for c in apart} == {(together.step, together.updates)}
     expected = snapshot(second, halves, *apart)
-    module, again = Classifier(conv_net(9)), [method(name, distribution="uniform", **{k: ["net.0.*"]}) for k in ("include", "exclude")]
+    module, again = Classifier(conv_net(9)), [method(name, **common, **{k: ["net.0.*"]}) for k in ("include", "exclude")]
     resumed = fit(module, *again, ckpt_path=stops.path(6), gradient_clip_val=0.5)
     assert differences(expected, snapshot(resumed, module, *again)) == []
 
 
-@every_method
-@pytest.mark.parametrize("other", METHODS)
+@every_steady_method
+@pytest.mark.parametrize("other", STEADY)
 @pytest.mark.parametrize("clip", [None, 0.5])
 def test_two_callbacks_on_disjoint_layers(name: str, other: str, clip: float | None, tmp_path: Path) -> None:
     def make() -> list[Any]:
-        return [method(name, include=["net.0.*"], every=2, stop=12), method(other, exclude=["net.0.*", "net.7.*"], every=3, stop=12)]
+        one = {"stop": 12, "partitions": 1, "rounds": 1}  # each has one layer
+        return [method(name, include=["net.0.*"], every=2, **one), method(other, exclude=["net.0.*", "net.7.*"], every=3, **one)]
 
     module, pair, stops = Classifier(), make(), Stops(tmp_path, (7,))
     biases: list[Tensor] = [module.net[7].bias.detach().clone()]
@@ -696,8 +724,9 @@ def test_two_callbacks_on_disjoint_layers(name: str, other: str, clip: float | N
     expected = snapshot(fit(module, *pair, watch(check), stops, gradient_clip_val=clip), module, *pair)
     assert set(pair[0].masks) == {"net.0.weight"}
     assert set(pair[1].masks) == {"net.4.weight"}
-    for callback, kind in zip(pair, (name, other), strict=True):
-        assert (callback.updates > 2) == moves(kind)
+    for callback, chosen in zip(pair, (name, other), strict=True):
+        least = 1 if "partitions" in CONFIGS[chosen] else 3
+        assert (callback.updates >= least) == moves(chosen)
         assert_counts(callback) if callback.at_target else None
     fresh, again = Classifier(conv_net(9)), make()
     assert differences(expected, snapshot(fit(fresh, *again, ckpt_path=stops.path(7), gradient_clip_val=clip), fresh, *again)) == []
@@ -772,7 +801,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, An
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
-@every_method
+@every_steady_method
 def test_ranks_hold_the_same_masks(name: str, two_processes: list[dict[str, Any]]) -> None:
     one, other = (results[name] for results in two_processes)
     for run in ("whole", "resumed"):
@@ -782,7 +811,7 @@ def test_ranks_hold_the_same_masks(name: str, two_processes: list[dict[str, Any]
     assert differences(one["noisy"]["end"]["weights"], other["noisy"]["end"]["weights"]) != []
 
 
-@every_method
+@every_steady_method
 def test_two_processes_equal_one_on_the_joined_batch(name: str, two_processes: list[dict[str, Any]]) -> None:
     alone = helpers_ddp.train(name, 0, 1)
     found = two_processes[0][name]

@@ -4,10 +4,11 @@ import math
 from typing import Any
 
 import pytest
+from oracles_ctre import ER_DENSITY
 from oracles_rigl import ERK, ERK_RESNET50, TRAINING_FLOPS
 
 from sparse_callbacks import distributions
-from sparse_callbacks.distributions import erdos_renyi, erdos_renyi_kernel, resolve, uniform
+from sparse_callbacks.distributions import clipped, epsilon_sparsity, erdos_renyi, erdos_renyi_kernel, is_epsilon, resolve, uniform
 from sparse_callbacks.ops import zeros_for
 from sparse_callbacks.report import training_flops
 
@@ -206,3 +207,82 @@ def test_a_target_out_of_reach_is_refused_with_the_highest_one(name: str) -> Non
             ValueError, match=r"sparsity=0.95 cannot be reached: each of the 2 layers .* sparsity is 0.9:"
         ):
             resolve(distribution, shapes, 0.95)
+
+
+# ---------------------------------------------------------------------- epsilon
+
+
+def layered(case: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden = case["n_hidden"]
+    widths = [case["dim"], hidden, hidden, hidden, case["n_classes"]]
+    return {f"fc{i}": (widths[i + 1], widths[i]) for i in range(4)}
+
+
+@pytest.mark.parametrize("case", ER_DENSITY, ids=lambda c: f"{c['dim']}-{c['n_hidden']}-{c['n_classes']}-{c['epsilon']}")
+def test_epsilon_as_in_the_reference(case: dict[str, Any]) -> None:
+    shapes = layered(case)
+    found = epsilon_sparsity(shapes, case["epsilon"])
+    assert list(found.values()) == pytest.approx(case["layer_sparsity"], abs=1e-10)  # 10 digits are given
+    active = [math.prod(s) - zeros_for(found[n], math.prod(s)) for n, s in shapes.items()]
+    assert active == case["n_active"]
+    assert sum(active) == case["total_active"]
+    text = f"epsilon({case['epsilon']})"
+    assert resolve(text, shapes, 0.9) == resolve(text, shapes, 0.1) == found  # the target has nothing to say
+    assert clipped(text, shapes) == [n for n in shapes if n == "fc3" and case["uncapped_last"] < 0]
+
+
+def test_every_layer_denser_than_dense_is_dense() -> None:
+    shapes = {"a": (100, 100), "b": (4, 100), "c": (2, 2)}
+    assert epsilon_sparsity(shapes, 10) == pytest.approx({"a": 0.8, "b": 0.0, "c": 0.0})
+    assert clipped("epsilon(10)", shapes) == ["b", "c"]
+    assert clipped({"c": 0.5, "*": "epsilon(10)"}, shapes) == ["b"]
+    assert clipped({"b": "uniform", "a": "epsilon(60)"}, shapes) == ["a"]
+    assert clipped("uniform", shapes) == clipped(uniform, shapes) == []
+
+
+def test_a_kernel_counts_its_positions_as_inputs() -> None:
+    assert epsilon_sparsity({"conv": (32, 16, 3, 3)}, 2) == epsilon_sparsity({"conv": (32, 144)}, 2)
+
+
+def test_epsilon_wherever_a_name_is_allowed() -> None:
+    own = epsilon_sparsity(SHAPES, 5.5)
+    assert resolve(" epsilon( 5.5 ) ", SHAPES, 0.9) == resolve("epsilon(.55e1)", SHAPES, 0.9) == own
+    assert resolve({"head": 0.25, "*": "epsilon(5.5)"}, SHAPES, 0.9) == {**own, "head": 0.25}
+    mixed = resolve({"head": "epsilon(5.5)", "*": "uniform"}, SHAPES, 0.9)
+    assert mixed == {"body.0": 0.9, "body.1": 0.9, "head": own["head"]}
+
+
+@pytest.mark.parametrize(
+    ("distribution", "expected"),
+    [
+        ("epsilon(1)", True),
+        (" epsilon(5.5)", True),
+        ("uniform", False),
+        (uniform, False),
+        ({"*": "epsilon(1)"}, True),
+        ({"head": 0.5, "*": "epsilon(1)"}, True),
+        ({"head": "epsilon(1)"}, False),  # the other layers follow the target
+        ({"head": "uniform", "*": "epsilon(1)"}, False),
+        ({"*": 0.5}, False),
+    ],
+)
+def test_where_epsilon_leaves_nothing_to_a_target(distribution: Any, expected: bool) -> None:
+    assert is_epsilon(distribution) == expected
+
+
+@pytest.mark.parametrize("epsilon", [0, -1, math.inf, math.nan, True, "1", None])
+def test_an_epsilon_that_is_no_positive_number_is_refused(epsilon: Any) -> None:
+    with pytest.raises(ValueError, match=r"epsilon=.* is no positive number.*distribution=\"epsilon\(1\)\""):
+        epsilon_sparsity(SHAPES, epsilon)
+
+
+@pytest.mark.parametrize("text", ["epsilon", *(f"epsilon({inside}" for inside in (")", "x)", "0)", "-1)", "1", "1)(2)", "1.2.3)"))])
+def test_a_text_without_a_positive_number_is_refused(text: str) -> None:
+    for distribution in (text, {"*": text}):
+        with pytest.raises(ValueError, match=r"is no positive number"):
+            resolve(distribution, SHAPES, 0.9)
+
+
+def test_less_than_one_connection_is_refused_with_the_smallest_epsilon() -> None:
+    with pytest.raises(ValueError, match=r"epsilon=0\.01 leaves b with shape \(2, 3\) less than one connection\. Give at least 0\.2"):
+        epsilon_sparsity({"a": (100, 100), "b": (2, 3)}, 0.01)

@@ -1,5 +1,6 @@
 """The methods, one file each."""
 
+from sparse_callbacks.methods.ctre import CTRE
 from sparse_callbacks.methods.dpf import DPF
 from sparse_callbacks.methods.gap import GaP
 from sparse_callbacks.methods.gmp import GMP
@@ -9,4 +10,4 @@ from sparse_callbacks.methods.set import SET
 from sparse_callbacks.methods.snfs import SNFS
 from sparse_callbacks.methods.static import Static
 
-__all__ = ["DPF", "GMP", "SET", "SNFS", "GaP", "ParallelGaP", "RigL", "Static"]
+__all__ = ["CTRE", "DPF", "GMP", "SET", "SNFS", "GaP", "ParallelGaP", "RigL", "Static"]
