@@ -6,7 +6,8 @@
 All runs of a case live in one process, each Trainer in its own thread, and take turns: in every round each run makes the same
 number of steps, in an order that rotates from round to round. A ratio is the median, over rounds, of one run's time in the
 round over that of its baseline. With one thread the clock is the CPU time of the process, so that other jobs on the machine
-disturb little; with several it is wall time. Steps with a topology update are timed apart and charged as one in a hundred.
+disturb little; with several it is wall time. Steps with a topology update are timed apart and charged as one in a hundred, those
+of DPF as one in sixteen.
 The table goes to the screen and to benchmarks/results/overhead.md, which says more.
 """
 
@@ -26,7 +27,7 @@ import torch
 from paced import SPARSITY, Net, PeerNet, Run, Step, Workload, lightning_run, parametrized, pruned, raw_run
 from torch import nn
 
-from sparse_callbacks import RigL, SparsityCallback, Static
+from sparse_callbacks import DPF, RigL, SparsityCallback, Static
 from sparse_callbacks.tasks.models import mlp, resnet20
 
 EVERY, WARM_UP = 100, 10
@@ -69,7 +70,8 @@ WORKLOADS = {
 }
 
 
-BASE, RAW, OURS = "Lightning, no callback", "raw loop", "ours: RigL"
+BASE, RAW, OURS, FEEDBACK = "Lightning, no callback", "raw loop", "ours: RigL", "ours: DPF"
+REFRESH = 16  # steps between two masks of DPF
 
 
 def runs_of(workload: Workload, rounds: Sequence[int]) -> dict[str, tuple[str, Run]]:
@@ -83,6 +85,7 @@ def runs_of(workload: Workload, rounds: Sequence[int]) -> dict[str, tuple[str, R
         BASE: (BASE, lightning()),
         "ours: Static": (BASE, lightning(Static(SPARSITY, print_plan=False))),
         OURS: (BASE, lightning(RigL(SPARSITY, every=every, stop=1.0, print_plan=False))),
+        FEEDBACK: (BASE, lightning(DPF(f"constant({SPARSITY})", every=min(every, REFRESH), stop=1.0, print_plan=False))),
     }
     if workload.peers:
         found |= {
@@ -99,6 +102,7 @@ def runs_of(workload: Workload, rounds: Sequence[int]) -> dict[str, tuple[str, R
 class Timing:
     """Seconds of one run: the mean ordinary step of each round, and every update step."""
 
+    every: int = EVERY
     ordinary: list[float] = field(default_factory=list)
     updates: list[float] = field(default_factory=list)
 
@@ -107,16 +111,16 @@ class Timing:
         self.updates += [t for t, updated in steps if updated]
 
     def amortised(self) -> list[float]:
-        """Seconds a step in each round, with one update in ``EVERY`` steps."""
+        """Seconds a step in each round, with one update in ``every`` steps."""
         if not self.updates:
             return self.ordinary
-        return [(t * (EVERY - 1) + statistics.median(self.updates)) / EVERY for t in self.ordinary]
+        return [(t * (self.every - 1) + statistics.median(self.updates)) / self.every for t in self.ordinary]
 
 
 def measure(workload: Workload, count: int, steps: int) -> dict[str, tuple[str, Timing]]:
     length = max(1, round(steps * workload.share))
     runs = runs_of(workload, [max(2, round(WARM_UP * workload.share)), *[length] * count])
-    timings = {label: (base, Timing()) for label, (base, _) in runs.items()}
+    timings = {label: (base, Timing(REFRESH if label == FEEDBACK else EVERY)) for label, (base, _) in runs.items()}
     for run in runs.values():
         next(run[1])
     labels = list(runs)
@@ -137,15 +141,18 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 def table(workload: Workload, timings: dict[str, tuple[str, Timing]]) -> str:
     peers = [label for label in timings if label.startswith("rigl-torch")]
-    head = ["run", "ms a step", "ratio to its baseline (quartiles)", "ms added a step", "update step, ms", *(f"of {p}" for p in peers)]
+    head = ["run", "ms a step", "ratio to its baseline (quartiles)", "without updates", "ms added a step", "update step, ms"]
+    head += [f"of {p}" for p in peers]
     lines = [f"### {workload.title}", "", " | ".join(["", *head, ""]).strip(), "|" + " --- |" * len(head)]
     for label, (base, timing) in timings.items():
         own, against = timing.amortised(), timings[base][1].amortised()
         cells = [label, f"{1e3 * statistics.median(own):.3g}"]
         if label == base:
-            cells += ["1", ""]
+            cells += ["1", "", ""]
         else:
-            cells += [spread(ratios(timing, timings[base][1]), 3), spread([1e3 * (a - b) for a, b in zip(own, against, strict=True)], 3)]
+            plain = [a / b for a, b in zip(timing.ordinary, timings[base][1].ordinary, strict=True)]
+            cells += [spread(ratios(timing, timings[base][1]), 3), spread(plain, 3) if timing.updates else ""]
+            cells += [spread([1e3 * (a - b) for a, b in zip(own, against, strict=True)], 3)]
         cells += [f"{1e3 * statistics.median(timing.updates):.3g} (n={len(timing.updates)})" if timing.updates else ""]
         cells += [spread(ratios(timing, timings[p][1]), 3) if label.startswith("ours") else "" for p in peers]
         lines.append(f"| {' | '.join(cells)} |")
@@ -162,8 +169,9 @@ Written by `python benchmarks/overhead.py`.
 
 - A ratio is the median over rounds of the run's time over its baseline's in the same round, with the quartiles in brackets. The
   baseline of everything under Lightning is the same Trainer, module and data without a callback; that of a raw loop is a raw loop.
-- "ms a step" holds one update in {EVERY} steps; the "update step" stands alone in the next column (median; n of them were timed).
-  RigL's update takes the place of the optimizer's step in all of these.
+- "ms a step" and its ratio hold one update in {EVERY} steps, for DPF one in {REFRESH}; the ratio "without updates" leaves them out, and
+  the "update step" stands alone (median; n of them were timed). RigL's update takes the place of the optimizer's step; DPF's, a
+  global mask from the dense weights, comes on top of it.
 - Our masks are drawn by Erdos-Renyi-kernel over all layers; rigl-torch leaves the first layer dense, so it masks fewer weights.
 - rigl-torch's `step` takes no closure, so under Lightning it needs an `optimizer_step` override that calls the closure by hand.
 """

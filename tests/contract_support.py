@@ -33,17 +33,17 @@ STEPS = 16
 def method(name: str, **changes: Any) -> SparsityCallback:
     """The callback of ``conf/method/<name>.yaml`` for a short run; ``changes`` that this method does not take are left out."""
     config = CONFIGS[name]
-    short = SHORT | ({"rounds": 1} if kind(name).takes_turns else {})  # its phases are whole epochs, and there are two
+    short = SHORT | ({"rounds": 1} if class_of(name).takes_turns else {})  # its phases are whole epochs, and there are two
     return instantiate(config | {k: v for k, v in (short | changes).items() if k in config}, _convert_="all")
 
 
-def kind(name: str) -> type[SparsityCallback]:
+def class_of(name: str) -> type[SparsityCallback]:
     """The class of the method."""
     return get_class(CONFIGS[name]["_target_"])
 
 
 # methods that train one network from the first step to the last
-STEADY = [name for name in METHODS if not kind(name).takes_turns]
+STEADY = [name for name in METHODS if not class_of(name).takes_turns]
 
 
 def moves(name: str) -> bool:
@@ -53,7 +53,7 @@ def moves(name: str) -> bool:
 
 def draws_new_weights(name: str) -> bool:
     """Grown weights start from values of their own."""
-    return kind(name).new_weights is not SparsityCallback.new_weights
+    return class_of(name).new_weights is not SparsityCallback.new_weights
 
 
 def looks_at_activations(name: str) -> bool:
@@ -63,7 +63,7 @@ def looks_at_activations(name: str) -> bool:
 
 def explores(name: str) -> bool:
     """The method grows connections."""
-    return kind(name).explores
+    return class_of(name).explores
 
 
 # ---------------------------------------------------------------------- models

@@ -21,12 +21,12 @@ from contract_support import (
     Rivals,
     assert_counts,
     assert_effective,
+    class_of,
     conv_net,
     differences,
     draws_new_weights,
     explores,
     fit,
-    kind,
     lasting,
     looks_at_activations,
     method,
@@ -375,7 +375,7 @@ def test_a_model_made_in_configure_model(name: str, tmp_path: Path) -> None:
 
 @every_method
 def test_a_second_fit_goes_on_and_a_fresh_model_starts_anew(name: str) -> None:
-    small = {"rounds": 1, "partitions": 1 if kind(name).takes_turns else 2}  # for phases that end within eight steps
+    small = {"rounds": 1, "partitions": 1 if class_of(name).takes_turns else 2}  # for phases that end within eight steps
     module, callback = Classifier(), method(name, **small)
     fit(module, callback, max_epochs=1)
     state = copy.deepcopy((callback.masks, lasting(callback.state_dict())))
@@ -501,7 +501,7 @@ def test_frozen_unused_and_tied_parameters(name: str, optimizer: str) -> None:
     assert "frozen.weight" not in callback.masks
     assert "second.weight" not in callback.masks
     assert module.second.weight is module.first.weight
-    assert any(not torch.equal(seen[0], m) for m in seen) == (moves(name) or kind(name).takes_turns)
+    assert any(not torch.equal(seen[0], m) for m in seen) == (moves(name) or class_of(name).takes_turns)
     assert always.any()
     assert torch.equal(module.unused.weight[always], unused[always])
     assert_counts(callback)

@@ -300,7 +300,7 @@ def test_epochs_are_whole() -> None:
 
 
 def test_a_run_that_is_too_short() -> None:
-    with pytest.raises(ValueError, match="4 phases .* do not fit a run of 24 steps"):
+    with pytest.raises(ValueError, match=r"4 phases .* do not fit a run of 24 steps"):
         fit(Classifier(), ParallelGaP(partitions=2, rounds=2, print_plan=False), max_epochs=3)
 
 
