@@ -311,11 +311,11 @@ class SparsityCallback(Engine, Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.batch = batch_idx
-        if self._window_open:
-            return
-        if self.restart_wanted:
-            self._restart_optimizers(trainer, pl_module)
-        self.before_batch()
+        if not self._window_open:
+            if self.restart_wanted:
+                self._restart_optimizers(trainer, pl_module)
+            self.before_batch()
+        self.batch_start()
 
     def _restart_optimizers(self, trainer: Trainer, module: LightningModule) -> None:
         """New optimizers and schedules, as the module configures them; all callbacks of the kind move their hooks to them."""

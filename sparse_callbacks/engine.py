@@ -42,6 +42,8 @@ class Engine:
     """False: the gradients of pruned weights may be anything, also NaN."""
     steps_are_announced: bool = True
     """The host announces every step that it knows of; others, such as a tuner's, are only kept masked. False: it must."""
+    curves: ClassVar[str] = ""
+    """What the method's own figures are logged under; by default its name."""
     takes_turns: ClassVar[bool] = False
     """Several networks train in turn, or one on each rank, and become one now and then."""
     explores: ClassVar[bool] = False
@@ -105,6 +107,9 @@ class Engine:
 
     def begin_training(self, epoch: int) -> None:
         """Everything is restored and the masks are written; ``epoch`` (from 0) of the fit begins, or goes on."""
+
+    def batch_start(self) -> None:
+        """Any batch begins, also inside an accumulation window; after :meth:`before_batch` where there is one."""
 
     def before_batch(self) -> None:
         """A batch begins that opens an accumulation window: the weights are those of the coming step."""
@@ -238,7 +243,7 @@ class Engine:
 
     def note(self, **figures: float) -> None:
         """Keep figures of the method for the log, as ``<method>/<figure>``."""
-        self.events |= {f"{type(self).__name__.lower()}/{k}": v for k, v in figures.items()}
+        self.events |= {f"{self.curves or type(self).__name__.lower()}/{k}": v for k, v in figures.items()}
 
     def _note_active(self, names: Iterable[str]) -> None:
         for name in names:

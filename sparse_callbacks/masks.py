@@ -43,6 +43,16 @@ class MaskStore:
             self._factors[name] = torch.empty_like(self.params[name], requires_grad=False)
         self._factors[name].copy_(mask)  # a float factor multiplies twice as fast as a bool one
 
+    def gate(self, name: str, factor: Tensor) -> None:
+        """Take a float ``factor`` that broadcasts against the parameter in place of a mask; active is where it is not zero."""
+        self.bools[name] = (factor != 0).expand(self.params[name].shape)
+        self.active[name] = int(self.bools[name].count_nonzero())
+        self._factors[name] = factor
+
+    def scale(self, name: str, factor: Tensor) -> None:
+        """Take another ``factor`` for a while, such as a sample of gates; what is active stays as :meth:`gate` said."""
+        self._factors[name] = factor
+
     def size(self, name: str) -> int:
         return self.bools[name].numel()
 

@@ -75,7 +75,7 @@ class GaP(SparsityCallback):
         self,
         sparsity: float = 0.9,
         *,
-        partitions: Partitions = 4,
+        partitions: Partitions = 3,
         rounds: int = 1,
         epochs: float | None = None,
         every: Time | None = None,

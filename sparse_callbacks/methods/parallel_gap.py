@@ -61,6 +61,7 @@ class ParallelGaP(GaP):
     methods. ICLR 2022, arXiv 2106.09857.
     """
 
+    curves: ClassVar[str] = "gap"
     takes_turns: ClassVar[bool] = True
     explores: ClassVar[bool] = False
 
@@ -68,7 +69,7 @@ class ParallelGaP(GaP):
         self,
         sparsity: float = 0.9,
         *,
-        partitions: Partitions = 4,
+        partitions: Partitions = 3,
         rounds: int = 1,
         epochs: int = 1,
         distribution: Distribution = "uniform",
