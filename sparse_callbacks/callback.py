@@ -108,6 +108,8 @@ class SparsityCallback(Engine, Callback):
         self._left_out: list[str] = []
         self._saved_times: list[int] = []
         self._host: tuple[Trainer, LightningModule] | None = None
+        self.horizon_asked = False
+        """The module has read :attr:`horizon`, so its schedules are not of one fixed length."""
         self._training = False
         self._window_open = False
         self._logged_at = -1
@@ -248,6 +250,8 @@ class SparsityCallback(Engine, Callback):
             if trainer.global_step == 0 and (idle := self._idleness(run_length(trainer))) and not trainer.fast_dev_run:
                 rank_zero_warn(idle)
         self._check_horizons(trainer)
+        if self.takes_turns and distributed.world_size() > 1:
+            workers.refuse_split_data(trainer)
         self._host = trainer, pl_module
         self.rehearse()
         self.apply_masks()  # not earlier: a fit that is refused leaves the weights as they were
@@ -282,6 +286,7 @@ class SparsityCallback(Engine, Callback):
         self.epoch_start(trainer.current_epoch)
         if self.takes_turns:
             workers.translate_epochs(trainer, self.data_epoch)  # of loaders that are made anew for the epoch
+            workers.reseed(trainer, self.data_epoch(trainer.current_epoch))
             if trainer.current_epoch == 0 or trainer.fit_loop.restarting:  # Lightning has made the iterator before
                 workers.draw_anew(trainer)
         if not self._left_out:
@@ -328,8 +333,16 @@ class SparsityCallback(Engine, Callback):
         self._check_horizons(trainer)
 
     def _check_horizons(self, trainer: Trainer) -> None:
-        if self.horizon is not None and not trainer.fast_dev_run:
-            phases.check_horizons(trainer, self.horizon, epoch_length(trainer))
+        """Refuse a schedule that would be cut off before the first batch; later, when a restart brings one, say so and train on."""
+        life = self.horizon if self.horizon_asked or self._training else self.shortest_life
+        if life is None or trainer.fast_dev_run:
+            return
+        try:
+            phases.check_horizons(trainer, life, epoch_length(trainer))
+        except ValueError as error:
+            if not self._training:
+                raise
+            rank_zero_warn(str(error))
 
     @staticmethod
     def _reads(trainer: Trainer, module: LightningModule) -> list[bool]:
@@ -338,6 +351,11 @@ class SparsityCallback(Engine, Callback):
     @property
     def horizon(self) -> float | None:
         """Optimizer steps that the optimizers at hand live, where they are configured anew before the run is over; otherwise None."""
+        return None
+
+    @property
+    def shortest_life(self) -> float | None:
+        """Optimizer steps of the shortest :attr:`horizon` of the run."""
         return None
 
     def data_pass(self, fraction: float = 1.0, train: Sequence[nn.Module] = ()) -> Generator[Any, None, None]:
@@ -409,6 +427,7 @@ class SparsityCallback(Engine, Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.release()
         self.epoch_over = bool(trainer.is_last_batch)
+        self.run_over = ends_run(trainer)
         self.after_batch()
         step, peers = trainer.global_step, [c for c in trainer.callbacks if isinstance(c, SparsityCallback)]
         leads = peers[0] is self  # one callback speaks for the whole network
@@ -522,6 +541,12 @@ def joint_sparsity(callbacks: Sequence[SparsityCallback]) -> dict[str, float]:
     size = sum(c.store.total for c in callbacks)
     zeros = size - sum(sum(c.store.active.values()) for c in callbacks)
     return {"sparsity/total": zeros / size, "sparsity/model": zeros / callbacks[0]._model_size}
+
+
+def ends_run(trainer: Trainer) -> bool:
+    """Whether the batch that is over was the last of the run, as far as that is known beforehand."""
+    last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs
+    return bool(trainer.is_last_batch and last_epoch) or 0 <= trainer.max_steps <= trainer.global_step
 
 
 def logged_metrics(trainer: Trainer) -> dict[str, float]:

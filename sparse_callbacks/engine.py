@@ -63,6 +63,10 @@ class Engine:
         """Number of the batch at hand in its epoch."""
         self.epoch_over = False
         """It is the last."""
+        self.run_over = False
+        """It is the last of the run."""
+        self.skipped = 0
+        """Announced steps of this fit that were not taken, by a GradScaler's choice."""
         self.resumed = False
         """This fit goes on from a checkpoint."""
         self.restart_wanted = False
@@ -77,6 +81,7 @@ class Engine:
         self._handles: list[RemovableHandle] = []
         self._ticks: dict[int, int] = {}
         self._concluded: dict[int, int] = {}
+        self._missed: set[tuple[int, int]] = set()
         self._at: int | None = None
         self._tick = -1
         self.replacing = False
@@ -285,7 +290,7 @@ class Engine:
             gradients_read: for each optimizer, whether anybody reads gradients between backward and its step.
             state: of a checkpoint; without one, masks of the last run with the same model go on, and otherwise initial ones are made.
         """
-        self.resumed = state is not None
+        self.resumed, self.skipped = state is not None, 0
         parameters = dict(model.named_parameters())
         sparse = {e.name: e for e in entries if not e.reason}
         params = {name: parameters[name] for name in sparse}
@@ -311,7 +316,7 @@ class Engine:
         self.progress.begin(len(optimizers))
         self.store = MaskStore(params, sparse, masks)
         if self.keeps_dense:
-            fresh = params if state is None and not kept else {}
+            fresh = params.keys() - kept.keys() if state is None else set()
             self.store.keep_dense({n: dense.get(n, p.detach()) for n, p in params.items() if n in dense or n in fresh})
         if self.explores:
             self._note_active(params)
@@ -320,7 +325,7 @@ class Engine:
 
     def forget(self) -> None:
         """Start anew: no masks, no counters, no state of the method."""
-        self.aux, self.updates, self.progress, self.events = {}, 0, Progress(self.anchor), {}
+        self.aux, self.updates, self.progress, self.events, self.calendar = {}, 0, Progress(self.anchor), {}, None
         self.store = MaskStore(self.params, self.store.entries, {})
         self._model = _no_model
 
@@ -410,6 +415,9 @@ class Engine:
 
     def release(self) -> None:
         """Forget the gradients of a replaced step, and what a step that was not taken had prepared."""
+        missed = {(i, tick) for i, tick in self._ticks.items() if self._ownership.owns[i] and self._concluded.get(i) != tick}
+        self.skipped += len(missed - self._missed)
+        self._missed = missed
         self.store.put_back(self.params)
         self._gradients.release(self._ownership.optimizers)
 

@@ -61,7 +61,7 @@ def warnings_for(trainer: Any, dense_at_first: bool) -> Iterator[str]:
         yield (
             "the train loader was made before its saved position arrived (somebody read trainer.estimated_stepping_batches in "
             "configure_optimizers or earlier), so Lightning will not restore it: a checkpoint from inside an epoch starts its data over. "
-            "Read it later, for example inside the function of a LambdaLR."
+            "Read it later, for example inside the function of a LambdaLR, but not at step 0, which its constructor calls."
         )
     if dense_at_first:
         for callback in trainer.callbacks:

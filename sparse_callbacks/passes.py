@@ -42,7 +42,8 @@ def outputs(
         module: of the run.
         forward: function of ``module`` and a batch; None: see :func:`call`.
         loader_given: iterated as it is, ranks taking its batches in turn; None: see :func:`in_order`.
-        fraction: share of the batches, from the first on, in (0, 1]; at least one batch.
+        fraction: share of the batches, from the first on, in (0, 1]; at least one batch. Of those that an epoch of training takes,
+            where the host limits them.
         world: processes in the run.
         rank: of this one.
         train: modules that stay in train mode, such as norms whose running statistics are taken.
@@ -54,14 +55,15 @@ def outputs(
         raise ValueError(f"data_fraction={fraction!r} is no share of the batches in (0, 1]. For all of them give 1.0.")
     with undisturbed(module):
         if loader_given is None:
-            batches = in_order(trainer.train_dataloader, world, rank)
+            batches = in_order(trainer.train_dataloader, world, rank, whole=bool(train))
             _warn_if_random(trainer, batches, rank)
         else:
             batches = _Dealt(loader_given, world, rank)
         module.eval()
         for part in train:
             part.train()
-        for batch in islice(iter(batches), _count(batches, fraction)):
+        limit = None if loader_given is not None else _limit(trainer)
+        for batch in islice(iter(batches), _count(batches, fraction, limit)):
             with torch.no_grad(), trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
                 moved = _moved(trainer, module, batch)
                 found = call(module, moved) if forward is None else forward(module, moved)
@@ -93,11 +95,16 @@ def call(module: nn.Module, batch: Any) -> Any:
     )
 
 
-def in_order(loader: Any, world: int = 1, rank: int = 0) -> Any:
-    """A loader of the same batches in the order of the data set, without shuffling, dropping or worker processes.
+def in_order(loader: Any, world: int = 1, rank: int = 0, whole: bool = False) -> Any:
+    """A loader of the same batches in the order of the data set, without shuffling or dropping.
 
     Each rank sees every ``world``-th sample, and each sample is seen once. Of a sampler that holds ``indices`` (such as
     ``SubsetRandomSampler``) only those are seen. A loader with a method ``in_order()`` says itself what the order is.
+
+    Args:
+        loader: of the training data.
+        world, rank: processes in the run, and this one.
+        whole: leave out a last batch that the loader itself drops, or that is a single sample, of which norms take no statistics.
 
     Raises:
         ValueError: no such order is known.
@@ -117,7 +124,12 @@ def in_order(loader: Any, world: int = 1, rank: int = 0) -> Any:
             "statistics_dataloader=, a loader with the batches that the statistics are taken from."
         )
     indices = _indices(loader)[rank::world]
-    return DataLoader(loader.dataset, batch_size=size, sampler=indices, collate_fn=loader.collate_fn)
+    if whole and size is not None and (loader.drop_last or len(indices) % size == 1) and len(indices) > size:
+        indices = indices[: len(indices) // size * size]
+    return DataLoader(
+        loader.dataset, batch_size=size, sampler=indices, collate_fn=loader.collate_fn, num_workers=loader.num_workers,
+        worker_init_fn=loader.worker_init_fn, multiprocessing_context=loader.multiprocessing_context, pin_memory=loader.pin_memory,
+    )  # fmt: skip
 
 
 def _indices(loader: DataLoader[Any]) -> Sequence[int]:
@@ -142,7 +154,17 @@ class _Dealt:
         return len(range(self._rank, len(self._loader), self._world))
 
 
-def _count(batches: Any, fraction: float) -> int | None:
+def _limit(trainer: Any) -> int | None:
+    """Batches of an epoch where the host takes fewer than there are (``limit_train_batches``, ``overfit_batches``)."""
+    try:
+        return trainer.num_training_batches if trainer.num_training_batches < len(trainer.train_dataloader) else None
+    except TypeError:  # no length
+        return None
+
+
+def _count(batches: Any, fraction: float, limit: int | None) -> int | None:
+    if limit is not None:
+        return max(1, round(fraction * limit))
     if fraction == 1.0:
         return None
     try:

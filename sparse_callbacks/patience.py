@@ -95,14 +95,12 @@ class Patience:
 
 
 def check_patience(patient: str, variant: str, monitor: object, mode: object, patience: object) -> None:
-    """Refuse arguments of which the ``patient`` variant makes no phases, and a metric for a variant that has none."""
+    """Refuse arguments of which the ``patient`` variant makes no phases."""
     if variant == patient and not (isinstance(monitor, str) and monitor):
         raise ValueError(
             f"variant={variant!r} grows at random once a metric has stopped improving, and monitor= names none. Give monitor= with the "
             "name of a metric logged in validation, or another variant=."
         )
-    if variant != patient and monitor is not None:
-        raise ValueError(f"monitor={monitor!r} is for variant={patient!r} only: {variant!r} never changes its phase. Drop monitor=.")
     if mode not in ("max", "min"):
         raise ValueError(f"mode={mode!r} is not known. Give 'max' where a larger value of monitor= is better, otherwise 'min'.")
     if isinstance(patience, bool) or not isinstance(patience, Integral) or patience < 1:

@@ -34,7 +34,8 @@ def horizon(trainer: Trainer) -> float:
     for example in the function of a ``LambdaLR``. An int, or inf for a run that has no end that is known.
 
     Without a callback that restarts optimizers, and in ``configure_optimizers`` of a resumed run, Lightning makes the train loader
-    for the answer, and does not restore its position; the function of a ``LambdaLR`` may ask without harm.
+    for the answer, and does not restore its position. The function of a ``LambdaLR`` asks too early at step 0, which its
+    constructor calls; later it may ask: ``lambda step: 1.0 if step == 0 else 1 - step / horizon(self.trainer)``.
 
     Raises:
         RuntimeError: the trainer runs no fit, so there is no phase yet.

@@ -152,15 +152,14 @@ def layers_of(model: nn.Module, params: Mapping[str, nn.Parameter]) -> Iterator[
         ValueError: a parameter of a module that is neither linear nor a convolution.
     """
     names = {id(p): name for name, p in params.items()}
-    for module in model.modules():
-        for p in module._parameters.values():
-            if p is not None and (name := names.get(id(p))) is not None:
-                if not isinstance(module, nn.Linear | _ConvNd) or isinstance(module, NonDynamicallyQuantizableLinear):
-                    raise ValueError(
-                        f"{name} belongs to {_kind(module)}, whose activations on both sides are not known: similarity is "
-                        f"defined for linear layers and convolutions. Leave it out, e.g. by exclude=[{name!r}]."
-                    )
-                yield name, module
+    held = [(names[id(p)], m) for m in model.modules() for p in m._parameters.values() if p is not None and id(p) in names]
+    unknown = {n: m for n, m in held if not isinstance(m, nn.Linear | _ConvNd) or isinstance(m, NonDynamicallyQuantizableLinear)}
+    if unknown:
+        raise ValueError(
+            f"{', '.join(f'{n} ({_kind(m)})' for n, m in unknown.items())}: the activations on both sides are not known, as similarity "
+            f"is defined for linear layers and convolutions. Leave them out: exclude={sorted(unknown)}, or a glob that matches them."
+        )
+    yield from held
 
 
 def _kind(module: nn.Module) -> str:

@@ -52,6 +52,20 @@ def refuse_ranks(trainer: Trainer, module: nn.Module, ranks: int, workers: int) 
         )
 
 
+def refuse_split_data(trainer: Trainer) -> None:
+    """Refuse a sampler of the user's that gives each process a part of the data.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for sampler in _all_samplers(trainer):
+        if getattr(sampler, "num_replicas", 1) > 1:
+            raise ValueError(
+                f"each worker sees all the data, and {type(sampler).__name__}(num_replicas={sampler.num_replicas}) gives this process a "
+                "part of it. Give num_replicas=1, rank=0, or a loader without it."
+            )
+
+
 def average_gradients(trainer: Trainer, on: bool) -> None:
     """Whether DistributedDataParallel averages gradients over ranks, and copies buffers from rank 0, from here on."""
     model = trainer.strategy.model
@@ -70,14 +84,23 @@ def seed_everything(seed: int) -> None:
 # ---------------------------------------------------------------------- data order
 
 
-def _samplers(trainer: Trainer) -> Iterator[Any]:
-    """Samplers of the training loaders to which Lightning announces the epoch."""
+def _all_samplers(trainer: Trainer) -> Iterator[Any]:
     combined = getattr(trainer.fit_loop, "_combined_loader", None)
     for loader in [] if combined is None else combined.flattened:
         batches = getattr(loader, "batch_sampler", None)
-        for sampler in (getattr(loader, "sampler", None), getattr(batches, "sampler", None), batches):
-            if callable(getattr(sampler, "set_epoch", None)):
-                yield sampler
+        yield from (getattr(loader, "sampler", None), getattr(batches, "sampler", None), batches, loader)
+
+
+def _samplers(trainer: Trainer) -> Iterator[Any]:
+    """Samplers of the training loaders to which Lightning announces the epoch."""
+    return (s for s in _all_samplers(trainer) if callable(getattr(s, "set_epoch", None)))
+
+
+def reseed(trainer: Trainer, seed: int) -> None:
+    """Seed the generators that loaders and samplers have of their own."""
+    for holder in _all_samplers(trainer):
+        if isinstance(generator := getattr(holder, "generator", None), torch.Generator):
+            generator.manual_seed(seed)
 
 
 def translate_epochs(trainer: Trainer, translate: Callable[[int], int]) -> None:

@@ -1,5 +1,6 @@
 """One pass over the training data: the right samples in the right mode, and no trace of it afterwards."""
 
+import math
 import random
 import warnings
 from collections.abc import Iterator
@@ -47,6 +48,7 @@ class Host:
 
     def __init__(self, loader: Any) -> None:
         self.train_dataloader = loader
+        self.num_training_batches = math.inf
         self.precision_plugin = Precision()
         self.strategy = SimpleNamespace(batch_to_device=lambda batch, dataloader_idx: batch)
 
@@ -368,3 +370,23 @@ def test_random_augmentation_is_told_once(key: str) -> None:
 def test_data_that_stays_is_no_reason_to_warn() -> None:
     assert looked_at(DataLoader(Items(), collate_fn=list)) == []
     assert looked_at(DataLoader(data(), batch_size=4, shuffle=True)) == []
+
+
+@pytest.mark.parametrize(("limit", "fraction", "seen"), [(2, 1.0, 2), (4, 0.5, 2), (2, 0.1, 1), (99, 1.0, 5)])
+def test_no_more_batches_are_seen_than_an_epoch_takes(limit: int, fraction: float, seen: int) -> None:
+    host = Host(DataLoader(TensorDataset(torch.arange(10.0)[:, None]), batch_size=2))
+    host.num_training_batches = limit
+    assert len(list(outputs(host, Seen(), None, None, fraction, 1, 0))) == seen
+
+
+def test_worker_processes_are_those_of_the_loader() -> None:
+    loader = in_order(DataLoader(TensorDataset(torch.arange(6.0)), batch_size=4, shuffle=True, num_workers=2))
+    assert loader.num_workers == 2
+    assert [b[0].tolist() for b in loader] == [[0, 1, 2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize(("count", "drop_last", "sizes"), [(9, False, [4, 4]), (10, False, [4, 4, 2]), (10, True, [4, 4]), (1, False, [1])])
+def test_batches_of_which_norms_take_statistics_are_whole(count: int, drop_last: bool, sizes: list[int]) -> None:
+    data = DataLoader(TensorDataset(torch.arange(float(count))), batch_size=4, drop_last=drop_last)
+    assert [len(b[0]) for b in in_order(data, whole=True)] == sizes
+    assert sum(len(b[0]) for b in in_order(data)) == count

@@ -436,8 +436,15 @@ def test_a_bottleneck_without_activation_counts_with_its_own_output() -> None:
     ],
 )
 def test_layers_without_two_known_sides_are_refused(module: nn.Module, name: str, kind: str) -> None:
-    with pytest.raises(ValueError, match=rf"{name} belongs to {kind}, whose activations .* exclude="):
+    with pytest.raises(ValueError, match=rf"{name} \({kind}\): the activations .* exclude="):
         list(layers_of(module, {name: module.get_parameter(name)}))
+
+
+def test_all_that_is_refused_is_named_at_once() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 5), nn.GRU(4, 3))
+    params = {n: p for n, p in net.named_parameters() if p.ndim == 2}
+    with pytest.raises(ValueError, match=r"exclude=\['1.weight_hh_l0', '1.weight_ih_l0', '2.weight_hh_l0', '2.weight_ih_l0'\]"):
+        list(layers_of(net, params))
 
 
 class Attention(nn.Module):

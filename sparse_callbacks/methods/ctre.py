@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from itertools import islice
 from typing import Any, ClassVar, Literal, Unpack
 
@@ -55,8 +56,8 @@ class CTRE(DropAndGrow):
         every: optimizer steps (int) or fraction of the run (float) between updates; None: an epoch.
         start, stop: the first update is at ``start`` (or one interval after step 1, if that is later); none comes after ``stop``.
         drop_fraction: share of active weights that an update replaces; constant, or a curve such as ``"cosine(0.3)"``.
-        monitor, mode, patience: of ``"seq"`` only, and ``monitor`` required there: a metric logged in validation, which way it improves
-            (``"max"`` or ``"min"``), and validated epochs without strict improvement after which growth is random.
+        monitor, mode, patience: read by ``"seq"`` only, and ``monitor`` required there: a metric logged in validation, which way it
+            improves (``"max"`` or ``"min"``), and validated epochs without strict improvement after which growth is random.
         data_fraction: share of the batches that the pass looks at, from the first on, in (0, 1].
         forward: function of module and batch that gives the network's output; default: see :func:`~sparse_callbacks.passes.call`.
         statistics_dataloader: the data of the pass; default: the training data, not shuffled.
@@ -162,9 +163,10 @@ class CTRE(DropAndGrow):
 
     def _measure(self, fraction: float) -> dict[str, CosineSums]:
         """Sums over a pass for every sparse layer that the network used; with fraction 0 over one batch."""
-        model, outputs = self._model(), self.data_pass(fraction or 1.0)
+        model = self._model()
         assert model is not None
-        return measure(model, self.params, outputs if fraction else islice(outputs, 1))
+        with closing(self.data_pass(fraction or 1.0)) as outputs:  # where measuring fails, flags and random states are put back now
+            return measure(model, self.params, outputs if fraction else islice(outputs, 1))
 
     # ------------------------------------------------------------------ how
 
@@ -211,7 +213,7 @@ class CTRE(DropAndGrow):
 
     @property
     def _patience(self) -> Patience | None:
-        if self.monitor is None:
+        if self.monitor is None or self.variant != "seq":
             return None
         return Patience(self.aux, self.monitor, self.mode, self.patience, next(iter(self.params.values())).device)
 

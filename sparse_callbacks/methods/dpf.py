@@ -33,7 +33,10 @@ class DPF(SparsityCallback):
     The gradient is not masked, so a pruned weight goes on to learn, and comes back once it is among the largest. Between optimizer
     steps the model holds ``m * w``: validation, checkpoints and export see the pruned network. The dense weights live in this
     callback: one copy, beside a bool and a float mask. With ``finetune`` the masks freeze at that time, the dense weights are
-    dropped, and gradients are masked from then on.
+    dropped, and gradients are masked from then on, also where a longer run would have it start later.
+
+    What you write into the weights between steps is kept if torch sees it (``with torch.no_grad(): p.clamp_(...)``); a write past
+    autograd, ``p.data.clamp_(...)``, is undone by the next step.
 
     Differs from the paper: no code was published. Every default is a reading of the paper and of a third-party port; that port
     prunes one weight more than asked. Biases and norms are never pruned; each layer keeps at least one weight. Refreshes go on
@@ -167,7 +170,8 @@ class DPF(SparsityCallback):
         return {n: mask for names in groups for n, mask in self._largest(names, self._curve.initial).items()}
 
     def after_step(self) -> None:
-        if not self.due():
+        # a longer run may put the end of the refreshes behind the start of a fine-tuning that has begun: it goes on
+        if not self.store.hidden or not self.due() or self.names[0] not in self.store.hidden:
             return
         self.update()
         if self.step >= self.times.last:

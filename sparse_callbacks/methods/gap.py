@@ -32,6 +32,8 @@ class GaP(SparsityCallback):
     Optimizers and learning rate schedules start anew with each phase and with fine-tuning: ``configure_optimizers`` is called
     again at the next batch, and ``sparse_callbacks.horizon(self.trainer)`` gives it the optimizer steps of the phase. (Where
     several optimizers take different numbers of steps, each moves the masks of its parameters, and the fastest restarts all.)
+    Phases that have begun keep their length in steps, also in a run that goes on longer. Steps that a GradScaler skips do not
+    count, so they lengthen a phase: a schedule that refuses to go beyond its end (``OneCycleLR``) needs some steps to spare.
 
     Differs from the paper and its code: exactly floor(s * size) weights of a layer are pruned, where the released percentile rule
     keeps too few among equal weights; gradients of pruned weights are masked, not only the weights after the step; masks are
@@ -145,10 +147,13 @@ class GaP(SparsityCallback):
 
     def update(self) -> None:
         self.move_masks()
+        self._note_phase()
+        self.restart_wanted = self.restart_wanted or self.restart
+
+    def _note_phase(self) -> None:
         phase = self.phase_at(self.step)
         turn, partition = divmod(phase, number_of(self.partitions))
         self.note(phase=phase, round=turn, dense_partition=partition if phase < self.phases else -1)
-        self.restart_wanted = self.restart_wanted or self.restart
 
     def new_masks(self) -> dict[str, Tensor]:
         blocks, phase = self.blocks(), self.phase_at(self.step)
@@ -169,11 +174,36 @@ class GaP(SparsityCallback):
         return phase % number_of(self.partitions) if phase < self.phases else None
 
     def make_calendar(self, total: Callable[[], float], epoch: Callable[[], float], lenient: bool) -> Calendar:
-        calendar, steps = self._calendar(total, epoch, lenient), total()
-        self.aux["phase/length"] = torch.tensor(steps, dtype=torch.float64)
+        calendar = self._begun_calendar() or self._calendar(total, epoch, lenient)
+        ends = int(self.aux["phase/run"]) + total()
+        if calendar.stop > ends and not lenient:
+            raise ValueError(
+                f"the phases of this run were laid out up to step {calendar.stop}, and it ends at step {ends:g}. Train longer, or give "
+                "fresh_start=True for new masks and phases."
+            )
+        self.aux["phase/length"] = torch.tensor(total(), dtype=torch.float64)
         at, configured = (min(s // calendar.every, self.phases) for s in (self.step, int(self.aux["phase/optimizers"])))
         self.restart_wanted = self.restart and at != configured  # a run that was saved between the two
         return calendar
+
+    def _begun_calendar(self) -> Calendar | None:
+        """Phases that have begun stay as they are, also where the run's length has changed since."""
+        times = self._saved_times or ([] if self.calendar is None or not self.step else self.calendar.times())
+        return Calendar(*times[:3]) if times else None
+
+    def begin_training(self, epoch: int) -> None:
+        if not self.resumed:
+            self._note_phase()
+
+    def after_batch(self) -> None:
+        if self.run_over and not self.at_target and self.phase_at(self.step + self.skipped) == self.phases:
+            self._close()
+
+    def _close(self) -> None:
+        """Prune what is still dense: steps that a GradScaler skipped have delayed the end of the last phase behind that of the run."""
+        for name, mask in self.pruned(self.params).items():
+            self.store.set(name, mask)
+        self.store.apply(self.params)
 
     def _calendar(self, total: Callable[[], float], epoch: Callable[[], float], lenient: bool) -> Calendar:
         every = phase_steps(self.phases, self.epochs, self.every, self.finetune, total, epoch, lenient, self.step)
@@ -190,15 +220,24 @@ class GaP(SparsityCallback):
         Args:
             total, epoch, lenient: as in :meth:`make_calendar`; not called where a checkpoint that the run resumes from has the answer.
         """
+        self.horizon_asked = True
         if self._training or not self.restart:
             return self.horizon
         restored = {} if self.fresh_start else self._restored or {}
         if saved := restored.get("times") or self._saved_times:
-            every, start, stop = saved
-            return self._life(Calendar(every, start, stop), restored.get("aux", self.aux))
+            return self._life(Calendar(*saved[:3]), restored.get("aux", self.aux))
         begun = torch.tensor(self.step)
         times = {"phase/run": begun, "phase/optimizers": begun, "phase/length": torch.tensor(total(), dtype=torch.float64)}
-        return self._life(self._calendar(total, epoch, lenient), times)
+        return self._life(self._begun_calendar() or self._calendar(total, epoch, lenient), times)
+
+    @property
+    def shortest_life(self) -> float | None:
+        """Optimizer steps of a phase or of fine-tuning, whichever is shorter: what a schedule of fixed length must fit."""
+        if not self.restart:
+            return None
+        finetuning = float(self.aux["phase/run"]) + float(self.aux["phase/length"]) - self.times.stop
+        lives = [finetuning] * (finetuning > 0) + [self.times.every] * (int(self.aux["phase/optimizers"]) < self.times.stop)
+        return min(lives, default=None)
 
     def _life(self, times: Calendar, aux: Mapping[str, Tensor]) -> float:
         begun = int(aux["phase/optimizers"])
@@ -212,7 +251,7 @@ class GaP(SparsityCallback):
 
     def shortfall(self) -> str:
         return (
-            f"GaP ended after {self.step} steps, in phase {self.phase_at(self.step)} of {self.phases} (from 0), with partition "
+            f"{type(self).__name__} ended after {self.step} steps, in phase {self.phase_at(self.step)} of {self.phases} (from 0), with partition "
             f"{self.dense_partition} still dense: sparsity {self.measured_sparsity()['sparsity/total']:.4f} instead of "
             f"{self.plan().total:.4f}. The last phase ends at step {self.times.stop}: train longer, or give shorter phases."
         )

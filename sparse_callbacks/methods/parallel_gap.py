@@ -1,7 +1,9 @@
 """P-GaP, parallel grow-and-prune."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from numbers import Real
 from typing import Any, ClassVar, Unpack
 
 import torch
@@ -35,7 +37,8 @@ class ParallelGaP(GaP):
     ``rounds * epochs`` epochs; gradients are not averaged until fine-tuning. Both give the same network: random numbers and the
     order of the data derive from (seed, round, worker, epoch of the worker), the latter through the sampler's ``set_epoch`` (or
     torch's global generator, which plain ``shuffle=True`` draws from). A checkpoint within a round holds what resume needs of
-    every worker. Logged values and validations within a round are those of one worker (of rank 0).
+    every worker. Logged values and validations within a round are those of one worker (of rank 0), at its end of the combined
+    network; norms in eval mode keep their running statistics.
 
     Differs from the paper and its code: the released script copies hard-coded layers and leaves the rest as in the file that was
     loaded first; here every tensor has one owner (a tensor that no partition holds comes from worker 0; a module without sparse
@@ -85,7 +88,7 @@ class ParallelGaP(GaP):
             sparsity, partitions=partitions, rounds=rounds, epochs=epochs, distribution=distribution, init=init, include=include,
             exclude=exclude, seed=seed, **options,
         )  # fmt: skip
-        if int(epochs) != epochs:
+        if not isinstance(epochs, Real) or int(epochs) != epochs:
             raise ValueError(f"epochs={epochs!r} is no whole number of epochs: a worker's data order begins with an epoch. Give epochs=1.")
         self.epochs = self._epochs = int(epochs)
         self.forward, self.statistics_dataloader = forward, statistics_dataloader
@@ -152,6 +155,8 @@ class ParallelGaP(GaP):
         workers.seed_everything(self._seed(epoch))  # for what draws the data
 
     def before_batch(self) -> None:
+        if self.batch == 0 and self.phase < self.phases and self._begun != self.phase:
+            self._begin_worker()  # not at once: the validation between is that of the worker before, or of the combined network
         if self.batch == 0:  # for the network; resumed at the end of an epoch, Lightning does not announce the next one
             workers.seed_everything(self._seed(int(self.aux["workers/epochs"] - self.aux["workers/offset"])))
 
@@ -161,6 +166,10 @@ class ParallelGaP(GaP):
         return self.pruned(self.params) if self.init == "magnitude" else SparsityCallback.initial_masks(self)
 
     def make_calendar(self, total: Callable[[], float], epoch: Callable[[], float], lenient: bool) -> Calendar:
+        if math.isinf(epoch()):
+            raise ValueError(
+                "ParallelGaP counts whole epochs, and the train loader has no length. Give one that has, or Trainer(limit_train_batches=N)."
+            )
         calendar = super().make_calendar(total, epoch, lenient)
         self.restart_wanted = self.restart_wanted_for(self.phase)
         return calendar
@@ -181,6 +190,7 @@ class ParallelGaP(GaP):
             if not self.together:
                 self._keep("start", self._tensors())
             self._begin_worker()
+        super().begin_training(epoch)
         if not self.resumed:
             self.aux["workers/offset"] = self.aux["workers/epochs"] - epoch
         if self._mine:
@@ -214,15 +224,16 @@ class ParallelGaP(GaP):
             self._keep("gathered", {k: t for k, t in self._tensors().items() if owner[k] == worker})
         if self.together or worker == self.workers - 1:
             self._combine(owner)
-        if self.phase < self.phases:
-            self._begin_worker()
-        else:
+        if self.phase == self.phases:
             self._drop("sparse")
             self._drop("start")
             self.aux["workers/finetune"] = torch.tensor(self.step)
             self.average_gradients(True)
         self.updates += 1
         self.restart_wanted = True
+        self._note_phase()
+
+    def _note_phase(self) -> None:
         turn, worker = self._turn(self.phase)
         self.note(phase=self.phase, round=turn, dense_partition=worker)
 
@@ -232,6 +243,12 @@ class ParallelGaP(GaP):
             self._take_over(self._kept("start"))
         dense = self.full(self.blocks()[self._turn(self.phase)[1]])
         self._take({**self._kept("sparse"), **dense})
+        self.aux["workers/begun"] = torch.tensor(self.phase)
+
+    @property
+    def _begun(self) -> int:
+        """The phase whose worker was the last to begin."""
+        return int(self.aux.get("workers/begun", torch.tensor(-1)))
 
     def _combine(self, owner: Mapping[str, int]) -> None:
         """One network out of all workers, pruned, with its own running statistics."""
@@ -253,7 +270,7 @@ class ParallelGaP(GaP):
     def _estimate_statistics(self) -> None:
         model = self._model()
         assert model is not None
-        norms = _with_statistics(model)
+        norms = [m for m in _with_statistics(model) if m.training]  # those in eval mode are frozen
         momenta = [m.momentum for m in norms]
         for norm in norms:
             norm.reset_running_stats()
@@ -327,7 +344,8 @@ class ParallelGaP(GaP):
                 "checkpoint that was written in training (ckpt_path=), or give fresh_start=True."
             )
         self._take_over(self._mine["weights"])
-        self._take({**self._kept("sparse"), **self.full(self.blocks()[distributed.rank()])})
+        dense = self.full(self.blocks()[distributed.rank()]) if self._begun == self.phase else {}
+        self._take({**self._kept("sparse"), **dense})
 
 
 def _with_statistics(model: nn.Module) -> list[_NormBase]:

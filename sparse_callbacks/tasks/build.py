@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor
 from pytorch_lightning.loggers import Logger
 
+from sparse_callbacks import methods
 from sparse_callbacks.callback import SparsityCallback
 from sparse_callbacks.schedules import with_curve
 from sparse_callbacks.tasks.data import MemoryData
@@ -63,7 +64,7 @@ def method_arguments(
         if schedulable is None:
             raise ValueError(
                 f"schedule={curve}: {name} has no number that moves over the run. "
-                "Use schedule=default, or a method that has one (method=rigl, set, snfs, gmp)."
+                f"Use schedule=default, or a method that has one ({', '.join(sorted(m.__name__ for m in _scheduled()))})."
             )
         number = arguments.get(schedulable)
         number = defaults.get(schedulable) if number is None else number
@@ -74,6 +75,11 @@ def method_arguments(
             )
         arguments[schedulable] = with_curve(curve, float(number), rising=schedulable == "sparsity")
     return arguments
+
+
+def _scheduled() -> list[type[SparsityCallback]]:
+    """Methods with a number that may be a schedule."""
+    return [m for n in methods.__all__ if (m := getattr(methods, n)).schedulable is not None]
 
 
 def build_method(cfg: DictConfig) -> SparsityCallback | None:

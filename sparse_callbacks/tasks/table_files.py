@@ -15,11 +15,12 @@ Array = npt.NDArray[Any]
 
 def read(file: Path, features: str, labels: str | int | None, header: bool) -> tuple[Array, Array]:
     """Finite features [n, d] and labels [n] of a file; arguments and errors as in `tabular`."""
-    if file.suffix == ".csv":
+    suffix = file.suffix.lower()
+    if suffix == ".csv":
         return checked(*_read_csv(file, -1 if labels is None else labels, header), file)
-    if file.suffix not in (".mat", ".npz"):
+    if suffix not in (".mat", ".npz"):
         raise ValueError(f"data.path={file} is of no known kind. Give a file that ends in .mat, .npz or .csv.")
-    arrays = _mat_arrays(file) if file.suffix == ".mat" else _npz_arrays(file)
+    arrays = _mat_arrays(file) if suffix == ".mat" else _npz_arrays(file)
     table = _chosen(arrays, features, "features", file)
     return checked(table, _chosen(arrays, "Y" if labels is None else labels, "labels", file), file)
 
@@ -111,9 +112,11 @@ def _read_csv(file: Path, labels: str | int, header: bool) -> tuple[Array, Array
     rows = _rows(file)
     _, head = next(rows, (0, []))
     names = [name.strip() for name in head] if header else None
-    if names and _number(names) is not None:
-        raise ValueError(f"{file}: the first line has numbers and no names of columns. Give data.header=false, or it would be lost.")
+    if not head:
+        raise ValueError(f"{file} is empty. Give a file with a line for each sample.")
     position, numbers, words = _position(labels, names, len(head), file), array("d"), []
+    if names and _number([n for i, n in enumerate(names) if i != position % len(head)]) is not None:
+        raise ValueError(f"{file}: the first line has numbers and no names of columns. Give data.header=false, or it would be lost.")
     for line, row in rows if header else _rows(file):
         words.append(row.pop(position))
         try:
@@ -132,13 +135,17 @@ def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
     with file.open(newline="", encoding="utf-8-sig") as lines:
         reader = csv.reader(lines)
         width = 0
-        for row in filter(None, reader):
-            width = width or len(row)
-            if len(row) != width:
-                raise ValueError(
-                    f"{file}, line {reader.line_num}: {len(row)} values, and the first line has {width}. Give every line the same columns."
-                )
-            yield reader.line_num, row
+        try:
+            for row in filter(None, reader):
+                width = width or len(row)
+                if len(row) != width:
+                    raise ValueError(
+                        f"{file}, line {reader.line_num}: {len(row)} values, and the first line has {width}. Give every line the same "
+                        "columns."
+                    )
+                yield reader.line_num, row
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is no UTF-8 text ({error}). Save it as UTF-8.") from None
 
 
 def _number(words: list[str]) -> Array | None:
@@ -158,5 +165,5 @@ def _position(labels: str | int, names: list[str] | None, width: int, file: Path
     columns = ", ".join(names) if names else f"{width}, counted from 0"
     raise ValueError(
         f"data.labels={labels!r} names no single column beside features in {file}. Its columns, separated by commas: {columns}. "
-        "Give an index, or with data.header=true a name."
+        "Give an index, or with data.header=true a name; columns are separated by commas, not by semicolons or tabs."
     )

@@ -38,7 +38,7 @@ def madelon(root: str = "data", batch_size: int = 100, seed: int = 0, shuffle: b
 
 def tabular(
     path: str | None = None,
-    root: str = "data",
+    root: str = ".",
     features: str = "X",
     labels: str | int | None = None,
     header: bool = True,
@@ -87,7 +87,10 @@ def _checked_file(path: str | None, root: str, scaler: str, val_fraction: float,
         )
     file = Path(root) / path
     if not file.is_file():
-        raise FileNotFoundError(f"data.path={path} is not there (looked at {file.absolute()}). Say where it lies with data.path=FILE.")
+        what = "is a folder" if file.is_dir() else "is not there"
+        raise FileNotFoundError(
+            f"data.path={path} {what} (looked at {file.absolute()}). Give data.path=FILE, absolute or within data.root=FOLDER."
+        )
     return file
 
 

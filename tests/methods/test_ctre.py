@@ -572,7 +572,6 @@ def test_a_run_resumed_inside_a_window_has_the_similarity_of_its_start(tmp_path:
         ({"variant": "random"}, r"variant='random' is not known\. Give 'sim', 'seq' or 'pure'"),
         ({"variant": "seq"}, r"variant='seq' .* monitor= names none\. Give monitor="),
         ({"variant": "seq", "monitor": ""}, r"monitor= names none"),
-        ({"monitor": "score"}, r"monitor='score' is for variant='seq' only"),
         ({"mode": "up"}, r"mode='up' is not known\. Give 'max'"),
         ({"patience": 0}, r"patience=0 is no number of epochs"),
         ({"patience": 2.5}, r"patience=2\.5 is no number of epochs"),
@@ -617,7 +616,7 @@ def test_an_epoch_without_a_length_needs_an_interval(tmp_path: Path) -> None:
     ("net", "message"),
     [
         (nn.Sequential(nn.Linear(12, 5), nn.Linear(5, 6)), r"there is no activation between the layers: .*net\.0\.weight"),
-        (nn.Sequential(nn.Unflatten(1, (3, 4)), nn.LSTM(4, 6)), r"net\.1\.weight_ih_l0 belongs to LSTM.*exclude="),
+        (nn.Sequential(nn.Unflatten(1, (3, 4)), nn.LSTM(4, 6)), r"net\.1\.weight_ih_l0 \(LSTM\).*exclude="),
     ],
 )
 def test_networks_without_activations_to_compare_are_refused_before_the_first_step(net: nn.Module, message: str, tmp_path: Path) -> None:
@@ -642,3 +641,37 @@ def test_the_best_epoch_is_kept_like_in_any_run(tmp_path: Path) -> None:
     masks = saved["callbacks"][callback.state_key]["masks"]
     for name, mask in masks.items():
         assert not saved["state_dict"][name][~mask].any()
+
+
+def test_a_monitor_may_be_given_to_every_variant_so_that_variants_fit_one_sweep() -> None:
+    assert not CTRE(variant="sim", monitor="score").at_random
+    assert CTRE(variant="sim", monitor="score")._patience is None
+
+
+def test_a_refused_fit_leaves_flags_and_random_states_as_they_were(tmp_path: Path) -> None:
+    """Also while the exception, and with it the frames of the pass, is kept."""
+
+    class Odd(Regression):
+        """Its last weight is used past its module, so its activations are not known."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) @ self.last.weight
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return nn.functional.mse_loss(self(batch[0]), batch[1])
+
+    module, kept = Odd(), list[BaseException]()
+    with pytest.raises(ValueError, match="exclude=") as caught:
+        fit(tmp_path, CTRE(print_plan=False), module, 4)
+    kept.append(caught.value)
+    assert all(m.training for m in module.modules())
+    torch.manual_seed(5)
+    expected = torch.rand(())
+    torch.manual_seed(5)
+    kept.clear()
+    del caught
+    assert torch.equal(torch.rand(()), expected)

@@ -318,6 +318,28 @@ def test_the_masks_of_a_run_serve_static_fine_tuning(tmp_path: Path) -> None:
     assert differences(callback.masks, static.masks) == []
 
 
+@pytest.mark.parametrize("resumed", [True, False])
+def test_fine_tuning_that_has_begun_goes_on_in_a_longer_run(resumed: bool, tmp_path: Path) -> None:
+    callback, module = DPF(0.8, every=2, stop=0.5, finetune=0.75, print_plan=False), Classifier()
+    fit(module, callback).save_checkpoint(tmp_path / "run.ckpt")
+    masks = {n: m.clone() for n, m in callback.masks.items()}
+    if resumed:
+        callback, module = DPF(0.8, every=2, stop=0.5, finetune=0.75, print_plan=False), Classifier()
+    fit(module, callback, max_epochs=8, ckpt_path=tmp_path / "run.ckpt" if resumed else None)
+    assert callback.store.hidden == []
+    assert differences(masks, callback.masks) == []
+
+
+def test_a_layer_that_is_thawed_for_a_second_fit_has_feedback_too() -> None:
+    callback, module = DPF(0.8, every=2, stop=6, print_plan=False), Classifier()
+    module.net[4].weight.requires_grad_(False)
+    fit(module, callback)
+    assert "net.4.weight" not in callback.masks
+    module.net[4].weight.requires_grad_(True)
+    fit(module, callback)
+    assert set(callback.store.hidden) == set(callback.masks) == {"net.0.weight", "net.4.weight", "net.7.weight"}
+
+
 # ---------------------------------------------------------------------- filters
 
 

@@ -1,6 +1,7 @@
 """Parallel grow-and-prune: an independent loop, two processes against one, resume within rounds, refusals."""
 
 import copy
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 from contract_support import Batches, Classifier, assert_effective, conv_net, differences, fit, mlp, run_two_processes, snapshot, watch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from sparse_callbacks import ParallelGaP, combine, horizon
+from sparse_callbacks import ParallelGaP, Static, combine, horizon
 from sparse_callbacks.partitions import holdings, owners
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -294,9 +296,100 @@ def test_processes_that_cannot_be_workers() -> None:
         refuse_ranks(Fake(), manual, 4, 4)
 
 
-def test_epochs_are_whole() -> None:
-    with pytest.raises(ValueError, match=r"epochs=1.5 is no whole number of epochs"):
-        ParallelGaP(epochs=1.5)  # type: ignore[arg-type]
+@pytest.mark.parametrize("epochs", [1.5, None, "2"])
+def test_epochs_are_whole(epochs: Any) -> None:
+    with pytest.raises(ValueError, match=rf"epochs={epochs!r} is no"):
+        ParallelGaP(epochs=epochs)
+
+
+def test_epochs_of_no_known_length() -> None:
+    class Endless(Batches):
+        def __len__(self) -> int:
+            raise TypeError
+
+    with pytest.raises(ValueError, match=r"ParallelGaP counts whole epochs.*limit_train_batches=N"):
+        fit(Classifier(mlp()), ParallelGaP(partitions=2, print_plan=False), loader=Endless(), max_epochs=4)
+
+
+def test_a_sampler_that_splits_the_data_is_refused() -> None:
+    from sparse_callbacks.workers import refuse_split_data
+
+    data = TensorDataset(torch.zeros(8))
+    for replicas in (1, 2):
+        loader = DataLoader(data, sampler=DistributedSampler(data, num_replicas=replicas, rank=0))
+        trainer = type("T", (), {"fit_loop": type("L", (), {"_combined_loader": type("C", (), {"flattened": [loader]})()})()})()
+        if replicas == 1:
+            refuse_split_data(trainer)
+        else:
+            with pytest.raises(ValueError, match=r"DistributedSampler\(num_replicas=2\)"):
+                refuse_split_data(trainer)
+
+
+def test_another_sparsity_callback_beside_it_is_refused() -> None:
+    pair = [ParallelGaP(partitions=1, include=["net.0.*"]), Static(exclude=["net.0.*"])]
+    with pytest.raises(ValueError, match="ParallelGaP trains several copies of the whole network, and 2 sparsity callbacks"):
+        fit(Classifier(), *pair, max_epochs=4)
+
+
+# ---------------------------------------------------------------------- validation, norms, loaders
+
+
+def test_a_validation_at_a_worker_s_end_sees_that_worker_and_at_a_round_s_end_the_combined_network() -> None:
+    seen: list[tuple[float, dict[str, Tensor]]] = []
+
+    class Validated(Classifier):
+        def on_validation_epoch_end(self) -> None:
+            seen.append((callback.measured_sparsity()["sparsity/total"], {k: v.clone() for k, v in self.state_dict().items()}))
+
+    callback = ParallelGaP(SIZE, partitions=2, rounds=2, print_plan=False)
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=5, callbacks=[callback], logger=False, enable_progress_bar=False, enable_model_summary=False,
+        num_sanity_val_steps=0, enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.fit(Validated(), Batches(), Batches(batches=2, seed=1))
+    dense = callback.plan()["net.0.weight"].size / callback.plan().weights
+    assert [s for s, _ in seen] == pytest.approx([SIZE * (1 - dense), SIZE] * 2 + [SIZE], abs=1e-2)
+    assert all(differences(a, b) != [] for (_, a), (_, b) in itertools.pairwise(seen))
+
+
+def test_norms_in_eval_mode_keep_their_statistics() -> None:
+    class Frozen(Classifier):
+        def on_train_epoch_start(self) -> None:
+            self.net[1].eval()
+
+    module = Frozen()
+    module.net[1].running_mean.fill_(0.3)
+    fit(module, ParallelGaP(partitions=2, print_plan=False), max_epochs=2)
+    assert torch.equal(module.net[1].running_mean, torch.full((8,), 0.3))
+
+
+def test_a_last_batch_of_one_sample_is_left_out_of_the_statistics() -> None:
+    class Flat(Classifier):
+        def __init__(self) -> None:
+            super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(50, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)))
+
+    x = torch.randn(17, 2, 5, 5)
+    loader = DataLoader(TensorDataset(x, torch.zeros(17).long()), batch_size=8, drop_last=True)
+    callback = ParallelGaP(partitions=2, print_plan=False)
+    fit(Flat(), callback, loader=loader, max_epochs=3)
+    assert callback.at_target
+
+
+def test_generators_of_loaders_are_seeded_too() -> None:
+    class Orders(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            order.append(int(batch[1][0]))
+            return self.net(batch[0]).sum() * 0.0
+
+    orders: list[list[int]] = []
+    source = torch.Generator().manual_seed(3)
+    loader = DataLoader(TensorDataset(torch.zeros(12, 2, 5, 5), torch.arange(12)), shuffle=True, generator=source)
+    for _ in range(2):
+        order: list[int] = []
+        fit(Orders(mlp().float()), ParallelGaP(partitions=2, print_plan=False), loader=loader, max_epochs=3)
+        orders.append(order)
+    assert orders[0] == orders[1]
+    assert orders[0][:12] != orders[0][12:24]
 
 
 def test_a_run_that_is_too_short() -> None:

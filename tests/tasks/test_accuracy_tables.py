@@ -72,6 +72,14 @@ def test_a_finished_run_is_not_repeated_and_the_others_are_made(accuracy: Module
     assert dict(accuracy.results([old, new], None, tmp_path, 1)).keys() == {old, new}
 
 
+def test_a_path_with_any_character_reaches_the_run(accuracy: ModuleType, tmp_path: Path) -> None:
+    folder = tmp_path / "it's = a, folder"
+    words = accuracy.overrides("data=fashion_mnist sparsity=0.5", "method=static", 0)
+    with pytest.raises(RuntimeError, match=r"(?s)train\.py method=static .*failed.*cannot read the set from .*it's = a, folder/none,"):
+        accuracy.run(words, str(folder / "none"), folder)
+    assert (folder / ".hydra" / "config.yaml").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [(["--table", "lenet5"], "needs --root FOLDER"), (["--root", "here"], "takes no --root FOLDER")],
