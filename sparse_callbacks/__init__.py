@@ -2,13 +2,16 @@
 
 from sparse_callbacks import distributions, ops, schedules
 from sparse_callbacks.callback import SparsityCallback
+from sparse_callbacks.channels import channel_groups
+from sparse_callbacks.export import export_onnx, load_compact, save_compact
 from sparse_callbacks.methods import CTRE, DPF, GMP, SET, SNFS, GaP, ParallelGaP, RigL, Static
 from sparse_callbacks.partitions import combine
 from sparse_callbacks.phases import horizon
 from sparse_callbacks.plan import Plan
+from sparse_callbacks.slimming import slim
 
 __version__ = "0.1.0"
 __all__ = [
-    "CTRE", "DPF", "GMP", "SET", "SNFS", "GaP", "ParallelGaP", "Plan", "RigL", "SparsityCallback", "Static", "combine", "distributions",
-    "horizon", "ops", "schedules",
+    "CTRE", "DPF", "GMP", "SET", "SNFS", "GaP", "ParallelGaP", "Plan", "RigL", "SparsityCallback", "Static", "channel_groups", "combine",
+    "distributions", "export_onnx", "horizon", "load_compact", "ops", "save_compact", "schedules", "slim",
 ]  # fmt: skip

@@ -57,7 +57,8 @@ def test_the_core_imports_torch_and_the_standard_library_only(path: Path) -> Non
 def test_the_package_imports_with_its_core_dependencies_alone() -> None:
     program = """
 import sys, torch, pytorch_lightning
-optional = ("hydra", "omegaconf", "wandb", "torchvision", "sklearn", "matplotlib", "rich", "lightning", "rigl_torch", "tensorboard")
+optional = ("hydra", "omegaconf", "wandb", "torchvision", "sklearn", "matplotlib", "rich", "lightning", "rigl_torch", "tensorboard",
+    "torch_pruning", "safetensors", "onnx", "onnxscript", "onnxruntime")
 for name in [n for n in sys.modules if n.split(".")[0] in optional]:
     del sys.modules[name]
 class Blocked:

@@ -1,0 +1,102 @@
+"""Channels that hold a constant: what arrives at the layers that read them, and what that adds to their biases."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from sparse_callbacks.channels import Group, Member
+from sparse_callbacks.probing import run
+from sparse_callbacks.surgery import Cuts, Surgery
+
+STILL = 1e3  # times the precision of its numbers, relative to the layer's largest input: rounding is no information
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """Smallest and largest value that arrived at each input channel of a layer ([channels], of the layer's original ones)."""
+
+    low: Tensor
+    high: Tensor
+
+    @property
+    def constant(self) -> Tensor:
+        return self.high - self.low <= self._rounding
+
+    @property
+    def zero(self) -> Tensor:
+        return self.constant & (self.high.abs() <= self._rounding)
+
+    @property
+    def _rounding(self) -> Tensor:
+        return torch.maximum(self.low.abs().max(), self.high.abs().max()) * STILL * torch.finfo(self.low.dtype).eps
+
+
+def arrivals(group: Group, surgery: Surgery, cuts: Cuts, samples: Sequence[Any]) -> dict[str, Arrival]:
+    """What arrives at the consumers of ``group`` when the model, as ``cuts`` leave it, runs on ``samples``; by module name."""
+    seen: dict[str, list[Tensor]] = {c.module: [] for c in group.consumers}
+
+    def watch(name: str) -> Any:
+        module = surgery.model.get_submodule(name)
+        axis = -1 - (len(module.kernel_size) if isinstance(module, _ConvNd) else 0)
+        return module.register_forward_pre_hook(lambda _, args: seen[name].append(args[0].detach().movedim(axis, 0).flatten(1)))
+
+    handles = [watch(name) for name in seen]
+    try:
+        for sample in samples:
+            run(surgery.model, sample)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {c.module: _arrival(torch.cat(seen[c.module], 1).cpu(), c, surgery.model, cuts) for c in group.consumers}
+
+
+def _arrival(values: Tensor, member: Member, model: nn.Module, cuts: Cuts) -> Arrival:
+    """Extremes of ``values`` [channels that are left, samples], put where the channels were at first; channels that are gone count
+    as zeros."""
+    times = _times(model.get_submodule(member.module), member)
+    stays = cuts.kept.get(member.key, torch.ones(len(member.units), dtype=torch.bool)).repeat(times)
+    low, high = torch.zeros(len(stays), dtype=values.dtype), torch.zeros(len(stays), dtype=values.dtype)
+    low[stays], high[stays] = values.amin(1), values.amax(1)
+    return Arrival(low, high)
+
+
+def foldable(group: Group, arriving: Mapping[str, Arrival], model: nn.Module) -> Tensor:
+    """Bool [units]: a constant at every consumer, zero or one that a bias can stand for."""
+    found = torch.ones(group.size, dtype=torch.bool)
+    for member in group.consumers:
+        module, arrival = model.get_submodule(member.module), arriving[member.module]
+        fits = arrival.constant if _is_uniform(module) else arrival.zero
+        units = member.units.repeat(_times(module, member))
+        found[units[(units >= 0) & ~fits]] = False
+    return found
+
+
+def shifts(group: Group, gone: Tensor, arriving: Mapping[str, Arrival], surgery: Surgery) -> dict[str, Tensor]:
+    """What the constants of the units in ``gone`` (bool [units]) add to each output of the consumers, where that is not zero."""
+    found = {}
+    for member in group.consumers if gone.any() else ():
+        module, weight = surgery.model.get_submodule(member.module), surgery.tensors[member.parameter].detach()
+        times = _times(module, member)
+        units = member.units.repeat(times)
+        value = torch.where((units >= 0) & gone[units.clamp(min=0)], arriving[member.module].high, 0.0).to(weight)
+        if _is_uniform(module) and value.any():
+            summed = weight.flatten(2).sum(2) if weight.ndim > 2 else weight
+            found[member.module] = torch.einsum("goi,gi->go", summed.view(times, -1, summed.shape[1]), value.view(times, -1)).flatten()
+    return found
+
+
+def _times(module: nn.Module, member: Member) -> int:
+    """How often the slices of a consumer's weight repeat in its inputs: once for each group of a convolution that is not transposed."""
+    return int(module.groups) if isinstance(module, _ConvNd) and member.dim == 1 else 1
+
+
+def _is_uniform(module: nn.Module) -> bool:
+    """A constant input gives a constant output."""
+    if not isinstance(module, _ConvNd):
+        return True
+    padded = module.padding != "valid" and any(p != 0 for p in module.padding)
+    return not isinstance(module, _ConvTransposeNd) and (not padded or module.padding_mode != "zeros")
