@@ -189,7 +189,7 @@ class GaP(SparsityCallback):
     def _begun_calendar(self) -> Calendar | None:
         """Phases that have begun stay as they are, also where the run's length has changed since."""
         times = self._saved_times or ([] if self.calendar is None or not self.step else self.calendar.times())
-        return Calendar(*times[:3]) if times else None
+        return Calendar(times[0], times[1], times[2]) if times else None
 
     def begin_training(self, epoch: int) -> None:
         if not self.resumed:
@@ -225,7 +225,7 @@ class GaP(SparsityCallback):
             return self.horizon
         restored = {} if self.fresh_start else self._restored or {}
         if saved := restored.get("times") or self._saved_times:
-            return self._life(Calendar(*saved[:3]), restored.get("aux", self.aux))
+            return self._life(Calendar(saved[0], saved[1], saved[2]), restored.get("aux", self.aux))
         begun = torch.tensor(self.step)
         times = {"phase/run": begun, "phase/optimizers": begun, "phase/length": torch.tensor(total(), dtype=torch.float64)}
         return self._life(self._begun_calendar() or self._calendar(total, epoch, lenient), times)
@@ -251,7 +251,7 @@ class GaP(SparsityCallback):
 
     def shortfall(self) -> str:
         return (
-            f"{type(self).__name__} ended after {self.step} steps, in phase {self.phase_at(self.step)} of {self.phases} (from 0), with partition "
-            f"{self.dense_partition} still dense: sparsity {self.measured_sparsity()['sparsity/total']:.4f} instead of "
+            f"{type(self).__name__} ended after {self.step} steps, in phase {self.phase_at(self.step)} of {self.phases} (from 0), with "
+            f"partition {self.dense_partition} still dense: sparsity {self.measured_sparsity()['sparsity/total']:.4f} instead of "
             f"{self.plan().total:.4f}. The last phase ends at step {self.times.stop}: train longer, or give shorter phases."
         )

@@ -90,7 +90,8 @@ class ParallelGaP(GaP):
         )  # fmt: skip
         if not isinstance(epochs, Real) or int(epochs) != epochs:
             raise ValueError(f"epochs={epochs!r} is no whole number of epochs: a worker's data order begins with an epoch. Give epochs=1.")
-        self.epochs = self._epochs = int(epochs)
+        self._epochs: int = int(epochs)
+        self.epochs = self._epochs
         self.forward, self.statistics_dataloader = forward, statistics_dataloader
         self._mine: Mapping[str, Any] = {}
 
