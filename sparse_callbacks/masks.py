@@ -46,7 +46,7 @@ class MaskStore:
     def gate(self, name: str, factor: Tensor) -> None:
         """Take a float ``factor`` that broadcasts against the parameter in place of a mask; active is where it is not zero."""
         self.bools[name] = (factor != 0).expand(self.params[name].shape)
-        self.active[name] = int(self.bools[name].count_nonzero())
+        self.active[name] = int(factor.count_nonzero()) * (self.params[name].numel() // factor.numel())
         self._factors[name] = factor
 
     def scale(self, name: str, factor: Tensor) -> None:
@@ -71,7 +71,7 @@ class MaskStore:
                 if finite:
                     torch.mul(self._spare[name], self._factors[name], out=p.data)
                 else:
-                    p.copy_(self._spare[name]).masked_fill_(~self.bools[name], 0)
+                    p.copy_(self._spare[name]).mul_(self._factors[name]).masked_fill_(~self.bools[name], 0)
                 self._versions[name] = p._version
             elif finite:
                 p.mul_(self._factors[name])

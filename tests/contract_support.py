@@ -44,6 +44,8 @@ def class_of(name: str) -> type[SparsityCallback]:
 
 # methods that train one network from the first step to the last
 STEADY = [name for name in METHODS if not class_of(name).takes_turns]
+# of these, methods with masks of a planned count; the others scale weights by gates
+MASKED = [name for name in STEADY if not class_of(name).fractional]
 
 
 def moves(name: str) -> bool:

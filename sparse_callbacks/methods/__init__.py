@@ -4,10 +4,11 @@ from sparse_callbacks.methods.ctre import CTRE
 from sparse_callbacks.methods.dpf import DPF
 from sparse_callbacks.methods.gap import GaP
 from sparse_callbacks.methods.gmp import GMP
+from sparse_callbacks.methods.l0 import ConstrainedL0
 from sparse_callbacks.methods.parallel_gap import ParallelGaP
 from sparse_callbacks.methods.rigl import RigL
 from sparse_callbacks.methods.set import SET
 from sparse_callbacks.methods.snfs import SNFS
 from sparse_callbacks.methods.static import Static
 
-__all__ = ["CTRE", "DPF", "GMP", "SET", "SNFS", "GaP", "ParallelGaP", "RigL", "Static"]
+__all__ = ["CTRE", "DPF", "GMP", "SET", "SNFS", "ConstrainedL0", "GaP", "ParallelGaP", "RigL", "Static"]

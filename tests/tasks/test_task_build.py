@@ -22,6 +22,8 @@ Compose = Callable[..., DictConfig]
 Run = Callable[..., dict[str, float]]
 CONF = Path(__file__).parents[2] / "conf"
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+# methods whose target is no sparsity
+GATED = [name for name in METHODS if "density" in OmegaConf.load(CONF / "method" / f"{name}.yaml")]
 CURVES = sorted(path.stem for path in (CONF / "schedule").glob("*.yaml") if path.stem != "default")
 
 
@@ -34,13 +36,20 @@ def test_the_yaml_spells_out_every_argument_with_its_default(name: str) -> None:
     assert OmegaConf.to_container(cfg) == defaults | options
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "none"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("none", *GATED)])
 def test_root_keys_reach_the_method(composed: Compose, name: str) -> None:
     method = build.build_method(composed(f"method={name}", "sparsity=0.7", "seed=5"))
     assert method is not None
     assert method.target_sparsity == 0.7
     assert method.seed == 5
     assert build.build_method(composed(f"method={name}")).target_sparsity == 0.9  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_a_sparsity_for_a_method_with_another_target_is_refused(composed: Compose, name: str) -> None:
+    assert build.build_method(composed(f"method={name}", "seed=5")).seed == 5  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="Give density="):
+        build.build_method(composed(f"method={name}", "sparsity=0.7"))
 
 
 def test_method_keys_reach_the_method(composed: Compose) -> None:
