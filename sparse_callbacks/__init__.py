@@ -4,7 +4,7 @@ from sparse_callbacks import distributions, ops, schedules
 from sparse_callbacks.callback import SparsityCallback
 from sparse_callbacks.channels import channel_groups
 from sparse_callbacks.export import export_onnx, load_compact, save_compact
-from sparse_callbacks.methods import CTRE, DPF, GMP, SET, SNFS, ConstrainedL0, GaP, ParallelGaP, RigL, Static
+from sparse_callbacks.methods import CTRE, DPF, GMP, SET, SMCP, SNFS, ConstrainedL0, GaP, ParallelGaP, RigL, Static
 from sparse_callbacks.partitions import combine
 from sparse_callbacks.phases import horizon
 from sparse_callbacks.plan import Plan
@@ -12,6 +12,6 @@ from sparse_callbacks.slimming import slim
 
 __version__ = "0.1.0"
 __all__ = [
-    "CTRE", "DPF", "GMP", "SET", "SNFS", "ConstrainedL0", "GaP", "ParallelGaP", "Plan", "RigL", "SparsityCallback", "Static",
+    "CTRE", "DPF", "GMP", "SET", "SMCP", "SNFS", "ConstrainedL0", "GaP", "ParallelGaP", "Plan", "RigL", "SparsityCallback", "Static",
     "channel_groups", "combine", "distributions", "export_onnx", "horizon", "load_compact", "ops", "save_compact", "schedules", "slim",
 ]  # fmt: skip

@@ -42,8 +42,8 @@ class Engine:
     """False: the gradients of pruned weights may be anything, also NaN."""
     steps_are_announced: bool = True
     """The host announces every step that it knows of; others, such as a tuner's, are only kept masked. False: it must."""
-    fractional: ClassVar[bool] = False
-    """Weights are scaled by gates between 0 and 1, which close one by one; not by masks of a planned count."""
+    plans_counts: ClassVar[bool] = True
+    """At the end there are as many zeros as planned; False: gates or a budget decide."""
     curves: ClassVar[str] = ""
     """What the method's own figures are logged under; by default its name."""
     takes_turns: ClassVar[bool] = False

@@ -34,6 +34,8 @@ def method(name: str, **changes: Any) -> SparsityCallback:
     """The callback of ``conf/method/<name>.yaml`` for a short run; ``changes`` that this method does not take are left out."""
     config = CONFIGS[name]
     short = SHORT | ({"rounds": 1} if class_of(name).takes_turns else {})  # its phases are whole epochs, and there are two
+    if "budget" in config:  # the networks here have few channels
+        short |= {"budget": 0.6, "round_to": 1, "start": 1, "keep_dense": None}
     return instantiate(config | {k: v for k, v in (short | changes).items() if k in config}, _convert_="all")
 
 
@@ -44,8 +46,8 @@ def class_of(name: str) -> type[SparsityCallback]:
 
 # methods that train one network from the first step to the last
 STEADY = [name for name in METHODS if not class_of(name).takes_turns]
-# of these, methods with masks of a planned count; the others scale weights by gates
-MASKED = [name for name in STEADY if not class_of(name).fractional]
+# of these, methods with as many zeros as planned; in the others gates or a budget decide
+MASKED = [name for name in STEADY if class_of(name).plans_counts]
 
 
 def moves(name: str) -> bool:

@@ -8,10 +8,17 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from contract_support import STEADY, Batches, Classifier, fit, method, mlp, snapshot, watch
+from contract_support import STEADY, Batches, Classifier, fit, method, snapshot, watch
+from torch import nn
 
 WINDOW = 2
 STOP = 7  # inside a window
+
+
+def matrices(seed: int) -> nn.Module:
+    """Three matrices in float64."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(50, 24), nn.Tanh(), nn.Linear(24, 12), nn.Tanh(), nn.Linear(12, 4)).double()
 
 
 class Noise(pl.Callback):
@@ -39,7 +46,7 @@ class Halts(pl.Callback):
 def train(name: str, rank: int, world: int, *more: pl.Callback, ckpt_path: Path | None = None, noise: float = 0.0) -> dict[str, Any]:
     """Masks after every batch and all state at the end; ``rank`` and ``world`` say which part of the data is this process's."""
     torch.manual_seed(rank)
-    module, callback = Classifier(mlp(seed=rank)), method(name, every=2, stop=8)
+    module, callback = Classifier(matrices(rank)), method(name, every=2, stop=8)
     masks: list[dict[str, torch.Tensor]] = []
     see = watch(lambda *_: masks.append({n: m.clone() for n, m in callback.masks.items()}))
     trainer = fit(

@@ -8,7 +8,8 @@ from sparse_callbacks.methods.l0 import ConstrainedL0
 from sparse_callbacks.methods.parallel_gap import ParallelGaP
 from sparse_callbacks.methods.rigl import RigL
 from sparse_callbacks.methods.set import SET
+from sparse_callbacks.methods.smcp import SMCP
 from sparse_callbacks.methods.snfs import SNFS
 from sparse_callbacks.methods.static import Static
 
-__all__ = ["CTRE", "DPF", "GMP", "SET", "SNFS", "ConstrainedL0", "GaP", "ParallelGaP", "RigL", "Static"]
+__all__ = ["CTRE", "DPF", "GMP", "SET", "SMCP", "SNFS", "ConstrainedL0", "GaP", "ParallelGaP", "RigL", "Static"]

@@ -67,7 +67,7 @@ class ConstrainedL0(SparsityCallback):
     """
 
     keeps_dense: ClassVar[bool] = True
-    fractional: ClassVar[bool] = True
+    plans_counts: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -23,7 +23,7 @@ Run = Callable[..., dict[str, float]]
 CONF = Path(__file__).parents[2] / "conf"
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 # methods whose target is no sparsity
-GATED = [name for name in METHODS if "density" in OmegaConf.load(CONF / "method" / f"{name}.yaml")]
+GATED = [name for name in METHODS if {"density", "budget"} & set(OmegaConf.load(CONF / "method" / f"{name}.yaml"))]
 CURVES = sorted(path.stem for path in (CONF / "schedule").glob("*.yaml") if path.stem != "default")
 
 
@@ -48,7 +48,7 @@ def test_root_keys_reach_the_method(composed: Compose, name: str) -> None:
 @pytest.mark.parametrize("name", GATED)
 def test_a_sparsity_for_a_method_with_another_target_is_refused(composed: Compose, name: str) -> None:
     assert build.build_method(composed(f"method={name}", "seed=5")).seed == 5  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match="Give density="):
+    with pytest.raises(ValueError, match=r"Give (density|budget)="):
         build.build_method(composed(f"method={name}", "sparsity=0.7"))
 
 
@@ -131,7 +131,7 @@ def test_experiments_compose_and_their_method_fits_the_model(composed: Compose, 
     shape = shapes[cfg.data.get("name") or cfg.data._target_.rpartition(".")[2]]
     module = build.build_module(cfg, SimpleNamespace(input_shape=shape, num_classes=10))  # type: ignore[arg-type]
     plan = method.plan(module)  # type: ignore[union-attr]
-    assert 0.5 < plan.total < 1
+    assert 0.5 < plan.total < 1 or not method.plans_counts  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])

@@ -1,0 +1,251 @@
+"""SMCP: channels chosen by a knapsack under a budget of weights, multiply-adds or measured time."""
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from numbers import Integral, Real
+from typing import ClassVar, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from sparse_callbacks import allocation, costs, grouping
+from sparse_callbacks.calendar import Time
+from sparse_callbacks.callback import Options, SparsityCallback
+from sparse_callbacks.channels import Group
+from sparse_callbacks.latency_table import Table
+from sparse_callbacks.plan import Plan
+
+COSTS: dict[str, costs.Cost] = {"parameters": costs.parameters, "flops": costs.flops}
+IMPORTANCE = ("taylor", "magnitude")
+START, STOP = 10 / 90, 65 / 90  # published for ImageNet: 10 epochs of warm-up, 55 of ramp, 25 of cool-down
+
+
+class SMCP(SparsityCallback):
+    """SMCP, soft masking for cost-constrained channel pruning (Humble et al., 2022): the network becomes really smaller.
+
+    With dense weights w, a mask m over the input channels of each group, and optimizer step t::
+
+        every step      score[c] += | sum of -w * (gradient of the loss at m * w) over the group's layers, active outputs and kernel |
+                        w = w - optimizer(that gradient, not masked, + decay * (1 - m) * w)
+        every ``every`` r = (1 - budget) * (1 - e^(-2.8 x)) / (1 - e^-2.8),   x = (t - start + every) / (stop - start + every)
+                        m = the channels with the largest mean score; how many of each group a knapsack decides:
+                            the largest total score whose network costs at most (1 - r) * the dense cost
+
+    A group is the channels that can only go together, through sums, concatenations, depthwise layers and flattening. The stem's
+    inputs and the network's outputs stay. Pruned channels go on to learn and may come back. After ``stop`` masks stay and the dense
+    weights are dropped; :func:`~sparse_callbacks.slimming.slim` then removes the channels. Groups are found with the LightningModule's
+    ``example_input_array``, or else the inputs of the first training batch.
+
+    Differs from the paper: the last solve has the full budget (the released schedule stops one short). A solve is repeated with the
+    outputs that it leaves, so that the network really fits the budget; the paper counts the outputs of the solve before. Scores are
+    means over the steps since the last solve, the released code takes the latest batch. Batch norms are not scaled by the share of
+    channels that is left (the released default). In manual optimization gradients are clipped before their decay is added.
+
+    Args:
+        budget: cost of the pruned network as a share of the dense one's, in (0, 1).
+        cost: ``"parameters"``, ``"flops"`` (multiply-adds) or the path of a latency table (``.json``), measured by
+            ``python -m sparse_callbacks.latency``. Biases and norms cost nothing.
+        importance: ``"taylor"``, or ``"magnitude"``: the sum of \\|w\\| at the solve.
+        round_to: groups keep a multiple of so many channels where their number is one.
+        chunk: so many neighbouring channels are kept or pruned together.
+        curve: of the ramp: ``"exp"``, ``"linear"`` or ``"exp2"``.
+        every: optimizer steps (int) or fraction of the run (float) between solves; None: 80, shortened with a word in short runs.
+        start, stop: when the ramp begins and ends, in the same units.
+        decay: added to the gradient of a pruned weight, times the weight.
+        include, exclude, seed, **options: see :class:`SparsityCallback`; inputs and outputs of layers that ``exclude`` or ``keep_dense``
+            name stay (``keep_dense="first"``: the stem). Nothing here is random.
+
+    Raises:
+        ValueError: arguments out of range, a model without channels to remove, a budget that cannot be met; before the first batch.
+        ImportError: torch-pruning (extra ``channels``) is missing.
+
+    Example:
+        >>> from sparse_callbacks.methods.smcp import SMCP
+        >>> SMCP(budget=0.5, cost="flops").budget
+        0.5
+
+    Reference: Humble, Shen, Albericio Latorre, Darve, Alvarez: Soft Masking for Cost-Constrained Channel Pruning. ECCV 2022.
+    """
+
+    arrives_at_stop: ClassVar[bool] = True
+    published_every: ClassVar[int] = 80
+    keeps_dense: ClassVar[bool] = True
+    plans_counts: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        budget: float = 0.5,
+        *,
+        cost: str = "flops",
+        importance: str = "taylor",
+        round_to: int = 8,
+        chunk: int = 1,
+        curve: str = "exp",
+        every: Time | None = None,
+        start: Time = START,
+        stop: Time = STOP,
+        decay: float = 2e-4,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        seed: int = 0,
+        **options: Unpack[Options],
+    ) -> None:
+        if "sparsity" in options:
+            name = type(self).__name__
+            raise ValueError(f"sparsity= is no argument of {name}. Give budget=, what is left of the network's cost: 0.5 for half of it.")
+        super().__init__(0.0, distribution="uniform", include=include, exclude=exclude, seed=seed, **options)
+        self.budget, self.cost, self.importance, self.curve = budget, cost, importance, curve
+        self.round_to, self.chunk, self.decay = round_to, chunk, decay
+        self._refuse_arguments()
+        self.set_times(every, start, stop)
+        self.groups: list[Group] = []  # whose channels may go; known once training starts
+        self.left_out: dict[str, str] = {}  # why the channels of the others stay, by the group's name
+        self._active: dict[str, Tensor] = {}
+        self._fresh: dict[str, Tensor] = {}
+        self._owners: list[int] = []  # the optimizer that steps the layers of each group
+
+    def _refuse_arguments(self) -> None:
+        for name, value, low, high in (("budget", self.budget, 0.0, 1.0), ("decay", self.decay, 0.0, math.inf)):
+            if isinstance(value, bool) or not isinstance(value, Real) or not low <= float(value) < high or self.budget == 0:
+                raise ValueError(f"{name}={value!r} is out of range. Give a number above {low:g} and below {high:g}.")
+        for name, value in (("round_to", self.round_to), ("chunk", self.chunk)):
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name}={value!r} is no number of channels. Give a whole number from 1 on.")
+        for name, word, known in (("importance", self.importance, IMPORTANCE), ("curve", self.curve, allocation.CURVES)):
+            if word not in known:
+                raise ValueError(f"{name}={word!r} is not known. Give {' or '.join(map(repr, known))}.")
+        if self.cost not in COSTS and not str(self.cost).endswith(".json"):
+            raise ValueError(f"cost={self.cost!r} is not known. Give 'parameters', 'flops' or the path of a latency table (.json).")
+
+    # ------------------------------------------------------------------ what can go
+
+    def initial_masks(self) -> dict[str, Tensor]:
+        return {n: torch.ones_like(p, dtype=torch.bool) for n, p in self.params.items()}
+
+    def plan(self, model: nn.Module | None = None) -> Plan:
+        plan = super().plan(model)
+        rows = tuple(replace(r, zeros=None, reason="") if r.name in plan.selected else r for r in plan)
+        return replace(plan, title=f"{type(self).__name__}: {self.budget:g} of the {self._unit}", rows=rows, joint=0)
+
+    @property
+    def _unit(self) -> str:
+        return self.cost if self.cost in COSTS else f"latency in {self.cost}"
+
+    def rehearse(self) -> None:
+        model = self._model()
+        assert model is not None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the data is augmented does not matter here
+            example = grouping.example_inputs(model, self.data_pass())
+        stay = [*(self.exclude or ()), *(e.name for e in self._all_entries if e.reason.endswith("kept dense on request"))]
+        self.groups, self.left_out = grouping.prunable(model, example, stay, self._ownership.owns)
+        cost = COSTS[self.cost] if self.cost in COSTS else Table.load(self.cost)
+        self.network = costs.Network(costs.layers(model, example), self.groups, cost)
+        self._options = [allocation.options_of(g.size, self.round_to, self.chunk) for g in self.groups]
+        dense, least = self.network.dense, allocation.smallest(self.network, self._options)
+        if least > self.budget * dense:
+            raise ValueError(
+                f"budget={self.budget:g} of the {self._unit} cannot be met: with the fewest channels that may stay the network costs "
+                f"{least:.6g} of {dense:.6g}. Give budget={math.ceil(1e4 * least / dense) / 1e4:g} or more, or a smaller round_to=."
+            )
+        consumers = {c.parameter for g in self.groups for c in g.consumers}
+        self.store.drop_dense([n for n in self.store.hidden if n not in consumers])
+        self._owners = [next(i for i, names in enumerate(self._ownership.owns) if _key(g) in names) for g in self.groups]
+        self._note_kept()
+        for group in self.groups if self.importance == "taylor" else ():
+            device = self.params[_key(group)].device
+            self.aux.setdefault(f"scores/{_key(group)}", torch.zeros(group.size, device=device))
+            self.aux.setdefault(f"steps/{_key(group)}", torch.zeros((), dtype=torch.int64, device=device))
+
+    def _note_kept(self) -> None:
+        """Keep in mind how many units of each group there are, and which outputs of its layers are active."""
+        keeps = [grouping.kept_units(g, self.store.bools) for g in self.groups]
+        self.kept = [int(keep.sum()) for keep in keeps]
+        self._active = grouping.active_outputs(self.groups, keeps)
+
+    # ------------------------------------------------------------------ the step
+
+    def before_step(self) -> None:
+        super().before_step()
+        self._fresh = {}
+        hidden = [n for n in self.names if n in self.store.hidden]
+        if self.importance == "taylor" and hidden:
+            gradients = {n: g for n in hidden if (g := self.gradient(n)) is not None}
+            found = {_key(g): grouping.group_scores(g, self._dense(gradients), gradients, self._active) for g in self.groups}
+            self._fresh = {name: scores for name, scores in found.items() if scores is not None}
+        for name in hidden if self.decay else ():
+            if (gradient := self.params[name].grad) is not None:
+                gradient.add_(self.store.outside(name, self.store.dense(name)), alpha=self.decay)
+
+    def after_step(self) -> None:
+        self._accumulate()
+        if self._at in self._owners and self.due():
+            self.update()
+            if self.step >= self.times.last:
+                self.store.drop_dense(self.names)
+
+    def _accumulate(self) -> None:
+        """Add the step's scores to those of the window; a step with an inf counts for nothing."""
+        for name, scores in self._fresh.items():
+            finite = torch.as_tensor(self._finite, device=scores.device)
+            self.aux[f"scores/{name}"] = self.aux[f"scores/{name}"] + torch.where(finite, scores, 0)
+            self.aux[f"steps/{name}"] = self.aux[f"steps/{name}"] + finite
+
+    def share_at(self, step: int) -> float:
+        """The share of the dense cost that the network may have at a solve."""
+        times = self.times
+        progress = (step - times.start + times.every) / (times.stop - times.start + times.every)
+        return 1.0 - allocation.reduction(self.curve, 1.0 - self.budget, progress)
+
+    def _share(self) -> float:
+        return self.network.realised(self.kept) / self.network.dense
+
+    def update(self) -> None:
+        super().update()
+        self._note_kept()
+        self.aux |= {k: torch.zeros_like(t) for k, t in self.aux.items() if k.partition("/")[2] in self.names}  # a new window
+        self.note(cost=self._share(), share=self.share_at(self.step), gap=self._gap)
+        self.note(**{f"kept/{g.name}": float(k) for g, k in zip(self.groups, self.kept, strict=True)})
+
+    def _window(self, group: Group) -> Tensor:
+        """Mean score of each unit over the steps since the last solve."""
+        if self.importance == "taylor":
+            return self.aux[f"scores/{_key(group)}"] / self.aux[f"steps/{_key(group)}"].clamp(min=1)
+        found = grouping.group_scores(group, self._dense(self.params), None, self._active)
+        assert found is not None
+        return found
+
+    def new_masks(self) -> dict[str, Tensor]:
+        scores = [self._window(g) for g in self.groups]
+        over = [self.progress.done.get(o, 0) >= self.times.stop for o in self._owners]  # of optimizers that had their last solve
+        options = [torch.tensor([k]) if d else o for o, k, d in zip(self._options, self.kept, over, strict=True)]
+        values = [allocation.values_of(s, o, self.chunk) for s, o in zip(scores, options, strict=True)]
+        found = allocation.allocate(self.network, options, values, self.share_at(self.step) * self.network.dense, self.kept)
+        self._gap = found.gap
+        own = [g for g, owner in enumerate(self._owners) if owner == self._at]
+        keeps = [allocation.best_units(scores[g], found.kept[g], self.chunk) for g in own]
+        return grouping.consumer_masks([self.groups[g] for g in own], keeps, self.params)
+
+    def _dense(self, names: Iterable[str]) -> dict[str, Tensor]:
+        return {n: self.store.dense(n) for n in names}
+
+    # ------------------------------------------------------------------ where it stands
+
+    @property
+    def at_target(self) -> bool:
+        stop = math.inf if self.calendar is None else self.calendar.stop
+        return bool(self._owners) and all(self.progress.done.get(o, 0) >= stop for o in self._owners)
+
+    def shortfall(self) -> str:
+        return (
+            f"{type(self).__name__} ended at {self._share():.4f} of the dense {self._unit}, before the solve for its budget of "
+            f"{self.budget:g}: {self.step} steps were taken and that solve is due at step {self.times.stop}. Train longer, or give an "
+            "earlier stop=."
+        )
+
+
+def _key(group: Group) -> str:
+    """Name of a parameter on whose device the group's scores are."""
+    return group.consumers[0].parameter
