@@ -20,7 +20,8 @@ from sparse_callbacks.host import gradients_are_read, is_tuners, refuse_host, wa
 from sparse_callbacks.ops import zeros_for
 from sparse_callbacks.phases import epoch_length, run_length
 from sparse_callbacks.plan import Plan, plan_rows
-from sparse_callbacks.selection import NOT_TRAINED, Entry, KeepDense, patterns, select
+from sparse_callbacks.schedules import Schedule, as_schedule
+from sparse_callbacks.selection import NOT_TRAINED, Entry, KeepDense, layer_shapes, patterns, select
 
 DEFAULT_SPARSITY = 0.9
 
@@ -174,11 +175,10 @@ class SparsityCallback(Engine, Callback):
     def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
         """Target sparsity of every layer."""
         chosen = [e for e in entries if not e.reason]
-        shapes = {layer: e.shape for e in chosen for layer in e.layers}
         distribution = self.distribution
         if isinstance(distribution, Mapping):  # a glob on a parameter's name also means the layers stacked in it
             distribution = {g: v for glob, v in distribution.items() for g in _stacked(glob, chosen)}
-        return share_out(distribution, shapes, self.target_sparsity)
+        return share_out(distribution, layer_shapes(entries), self.target_sparsity)
 
     def parameter_zeros(self, entries: Sequence[Entry], targets: Mapping[str, float]) -> dict[str, int]:
         """Planned zeros of every sparse parameter."""
@@ -230,8 +230,7 @@ class SparsityCallback(Engine, Callback):
         self.attach(pl_module)
         if self.print_plan and trainer.is_global_zero:
             print(self.plan(), flush=True)
-        shapes = {layer: e.shape for e in entries if not e.reason for layer in e.layers}
-        if full := clipped(self.distribution, shapes):
+        if full := clipped(self.distribution, layer_shapes(entries)):
             rank_zero_info(f"{self.distribution} would make {', '.join(full)} denser than dense: all their weights are active.")
         for warning in warnings_for(trainer, self.arrives_at_stop):
             rank_zero_warn(warning)
@@ -528,6 +527,15 @@ def check_sparsity(sparsity: object) -> None:
         raise ValueError(f"sparsity={sparsity!r} is no number. It is the fraction of zeros: for 90 % zeros write 0.9.")
     if not 0.0 <= float(sparsity) < 1.0:
         raise ValueError(f"sparsity={sparsity!r} is not in [0, 1): it is the fraction of zeros. For 90 % zeros write 0.9.")
+
+
+def pruning_curve(sparsity: float | str | Schedule) -> Schedule:
+    """A number as a cubic up to it, a schedule or its text as it is; refuses one that does not run through fractions of zeros."""
+    if not isinstance(sparsity, str | Schedule):
+        check_sparsity(sparsity)
+    curve = as_schedule(sparsity, "cubic", rising=True, name="sparsity")
+    check_sparsity(curve.initial)
+    return curve
 
 
 def check_seed(seed: object) -> None:

@@ -209,7 +209,7 @@ class Engine:
         """
         finite = self._finite is True
         if self._at is None or self._gradients_read[self._at] or self._finite is False:  # momentum would keep an inf
-            for name in (n for n in self.names if n not in self.store.hidden):
+            for name in (n for n in self.names if not self.store.hides(n)):
                 self._gradients_masked = True
                 self.store.mask_gradient(name, finite)
 
@@ -230,7 +230,7 @@ class Engine:
             before, grown = self.store.active[name], mask & ~self.store.bools[name]
             self.store.set(name, mask)
             born, active = int(grown.count_nonzero()), self.store.active[name]
-            if born and name not in self.store.hidden:
+            if born and not self.store.hides(name):
                 self._ownership.clear(name, grown)
                 born_in[name] = grown
             changed += before + 2 * born - active
@@ -257,6 +257,10 @@ class Engine:
             mask = self.store.bools[name]
             ever = self.aux.get(f"ever_active/{name}", mask).to(mask.device)
             self.aux[f"ever_active/{name}"] = ever | mask
+
+    def full(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Masks of ``names`` that leave every weight active."""
+        return {n: torch.ones_like(self.params[n], dtype=torch.bool) for n in names}
 
     def generator(self, name: str, step: int) -> torch.Generator:
         """Random numbers that derive from (seed, step, name): the same on every rank, device and resume."""
@@ -375,7 +379,7 @@ class Engine:
             self._at = index
             dense_wanted = self.wants_dense_gradients()
             self._at = None
-            for name in (n for n in self._ownership.owns[index] if n not in self.store.hidden):
+            for name in (n for n in self._ownership.owns[index] if not self.store.hides(n)):
                 if dense_wanted:
                     self._gradients.keep_and_mask(name, self.store, scale)
                 else:

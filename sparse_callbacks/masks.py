@@ -43,6 +43,12 @@ class MaskStore:
             self._factors[name] = torch.empty_like(self.params[name], requires_grad=False)
         self._factors[name].copy_(mask)  # a float factor multiplies twice as fast as a bool one
 
+    def take(self, masks: Mapping[str, Tensor]) -> None:
+        """:meth:`set` all of ``masks``, and write them into the values."""
+        for name, mask in masks.items():
+            self.set(name, mask)
+        self.apply(masks)
+
     def gate(self, name: str, factor: Tensor) -> None:
         """Take a float ``factor`` that broadcasts against the parameter in place of a mask; active is where it is not zero."""
         self.bools[name] = (factor != 0).expand(self.params[name].shape)
@@ -89,6 +95,10 @@ class MaskStore:
     def hidden(self) -> list[str]:
         """Names of the parameters with a dense copy."""
         return list(self._spare)
+
+    def hides(self, name: str) -> bool:
+        """The parameter has a dense copy."""
+        return name in self._spare
 
     def keep_dense(self, values: Mapping[str, Tensor]) -> None:
         """Keep dense values from here on: ``values`` at pruned positions, the parameters' own at active ones."""

@@ -45,6 +45,11 @@ class Entry:
         return (tensor,) if self.parts == 1 else tensor.chunk(self.parts)
 
 
+def layer_shapes(entries: Iterable[Entry]) -> dict[str, tuple[int, ...]]:
+    """(outputs, inputs of one output, *kernel*) of every layer that is sparse."""
+    return {layer: e.shape for e in entries if not e.reason for layer in e.layers}
+
+
 def _kernels(module: nn.Module) -> Iterator[tuple[str, int, tuple[int, ...]]]:
     """Local name, number of stacked matrices and (out, in, *kernel) shape of every weight of ``module`` that may be sparse."""
     own = {name: p for name, p in module._parameters.items() if p is not None}

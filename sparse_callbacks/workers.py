@@ -84,9 +84,15 @@ def seed_everything(seed: int) -> None:
 # ---------------------------------------------------------------------- data order
 
 
-def _all_samplers(trainer: Trainer) -> Iterator[Any]:
+def _loaders(trainer: Trainer) -> Sequence[Any]:
+    """The training loaders, as far as they are made."""
     combined = getattr(trainer.fit_loop, "_combined_loader", None)
-    for loader in [] if combined is None else combined.flattened:
+    found: Sequence[Any] = [] if combined is None else combined.flattened
+    return found
+
+
+def _all_samplers(trainer: Trainer) -> Iterator[Any]:
+    for loader in _loaders(trainer):
         batches = getattr(loader, "batch_sampler", None)
         yield from (getattr(loader, "sampler", None), getattr(batches, "sampler", None), batches, loader)
 
@@ -123,14 +129,12 @@ def stop_translating(trainer: Trainer) -> None:
 
 def loader_states(trainer: Trainer) -> list[Any]:
     """What the training loaders of this rank resume from, None for those that cannot. Lightning saves those of rank 0 alone."""
-    combined = getattr(trainer.fit_loop, "_combined_loader", None)
-    loaders = [] if combined is None else combined.flattened
-    return [loader.state_dict() if _has_state(loader) else None for loader in loaders]
+    return [loader.state_dict() if _has_state(loader) else None for loader in _loaders(trainer)]
 
 
 def load_loader_states(trainer: Trainer, states: Sequence[Any]) -> None:
     """Give the training loaders of this rank what :func:`loader_states` found, before the first batch is drawn."""
-    for loader, state in zip(trainer.fit_loop._combined_loader.flattened, states, strict=True):
+    for loader, state in zip(_loaders(trainer), states, strict=True):
         if state is not None:
             loader.load_state_dict(state)
     draw_anew(trainer)

@@ -345,6 +345,21 @@ def _bits(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
+class Stops(pl.Callback):
+    """Writes a checkpoint after each of these batches (counted from 1)."""
+
+    def __init__(self, folder: Path, after: tuple[int, ...]) -> None:
+        self.folder, self.after, self.batches = folder, after, 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.batches += 1
+        if self.batches in self.after:
+            trainer.save_checkpoint(self.path(self.batches))
+
+    def path(self, batch: int) -> Path:
+        return self.folder / f"{batch}.ckpt"
+
+
 def run_two_processes(script: str, folder: Path) -> None:
     """Run ``script`` of this folder with ``folder`` as its argument, as the two ranks of one run."""
     with socket.socket() as free:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from contract_support import Batches, Classifier, fit, snapshot, watch
+from contract_support import Batches, Classifier, Stops, fit, snapshot, watch
 from torch import nn
 
 from sparse_callbacks import ParallelGaP
@@ -24,16 +24,6 @@ def network(seed: int = 0) -> nn.Module:
         nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(54, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.2),
         nn.Linear(12, 4),
     ).double()  # fmt: skip
-
-
-class Saves(pl.Callback):
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.batches = folder, 0
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.batches += 1
-        if self.batches in STOPS:
-            trainer.save_checkpoint(self.folder / f"{self.batches}.ckpt")
 
 
 def train(world: int, *more: pl.Callback, seed: int = 0, ckpt_path: Path | None = None) -> dict[str, Any]:
@@ -68,7 +58,7 @@ class RandomStates(pl.Callback):
 
 def main(folder: Path) -> None:
     rank = int(os.environ["LOCAL_RANK"])
-    results = {"whole": train(2, Saves(folder), RandomStates(), seed=rank)}
+    results = {"whole": train(2, Stops(folder, STOPS), RandomStates(), seed=rank)}
     torch.distributed.barrier()
     for stop in STOPS:
         results[f"resumed {stop}"] = train(2, RandomStates(), seed=7 + rank, ckpt_path=folder / f"{stop}.ckpt")

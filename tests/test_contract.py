@@ -20,6 +20,7 @@ from contract_support import (
     ByHand,
     Classifier,
     Rivals,
+    Stops,
     assert_counts,
     assert_effective,
     class_of,
@@ -174,21 +175,6 @@ def test_state_dict_keys_stay_and_a_plain_model_loads_strictly(name: str, tmp_pa
     x = Batches().x
     assert torch.equal(plain.eval().net(x), module.eval().net(x))
     assert_effective(plain, callback)
-
-
-class Stops(pl.Callback):
-    """Writes a checkpoint after each of these batches (counted from 1)."""
-
-    def __init__(self, folder: Path, after: tuple[int, ...]) -> None:
-        self.folder, self.after, self.batches = folder, after, 0
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.batches += 1
-        if self.batches in self.after:
-            trainer.save_checkpoint(self.path(self.batches))
-
-    def path(self, batch: int) -> Path:
-        return self.folder / f"{batch}.ckpt"
 
 
 def resumed_differently(

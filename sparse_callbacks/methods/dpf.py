@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from sparse_callbacks import filters
 from sparse_callbacks.calendar import Calendar, Time
-from sparse_callbacks.callback import Options, SparsityCallback, check_sparsity
+from sparse_callbacks.callback import Options, SparsityCallback, pruning_curve
 from sparse_callbacks.distributions import Distribution, resolve
 from sparse_callbacks.ops import keep_largest, keep_largest_jointly, zeros_for
 from sparse_callbacks.plan import Plan
-from sparse_callbacks.schedules import Schedule, as_schedule, to_steps
-from sparse_callbacks.selection import Entry
+from sparse_callbacks.schedules import Schedule, to_steps
+from sparse_callbacks.selection import Entry, layer_shapes
 
 GLOBAL = "global"
 UNITS = ("weight", "filter")
@@ -89,10 +89,7 @@ class DPF(SparsityCallback):
         seed: int = 0,
         **options: Unpack[Options],
     ) -> None:
-        if not isinstance(sparsity, str | Schedule):
-            check_sparsity(sparsity)
-        self._curve = as_schedule(sparsity, "cubic", rising=True, name="sparsity")
-        check_sparsity(self._curve.initial)
+        self._curve = pruning_curve(sparsity)
         super().__init__(self._curve.final, distribution=distribution, include=include, exclude=exclude, seed=seed, **options)
         if unit not in UNITS:
             raise ValueError(f"unit={unit!r} is not known. Give 'weight', or 'filter' to prune whole output channels.")
@@ -125,8 +122,7 @@ class DPF(SparsityCallback):
     # ------------------------------------------------------------------ plan and calendar
 
     def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
-        shapes = {layer: e.shape for e in entries if not e.reason for layer in e.layers}
-        return resolve("uniform", shapes, self.target_sparsity) if self._is_global else super().share_out(entries)
+        return resolve("uniform", layer_shapes(entries), self.target_sparsity) if self._is_global else super().share_out(entries)
 
     @property
     def _is_global(self) -> bool:
@@ -171,7 +167,7 @@ class DPF(SparsityCallback):
 
     def after_step(self) -> None:
         # a longer run may put the end of the refreshes behind the start of a fine-tuning that has begun: it goes on
-        if not self.store.hidden or not self.due() or self.names[0] not in self.store.hidden:
+        if not self.store.hidden or not self.due() or not self.store.hides(self.names[0]):
             return
         self.update()
         if self.step >= self.times.last:

@@ -120,10 +120,6 @@ class GaP(SparsityCallback):
 
         return {n: self.store.by_layer(n, prune, self.params[n].detach()) for n in names}
 
-    def full(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Masks of ``names`` that leave every weight active."""
-        return {n: torch.ones_like(self.params[n], dtype=torch.bool) for n in names}
-
     def plan(self, model: nn.Module | None = None) -> Plan:
         made = super().plan(model)
         blocks = self.blocks({r.name: r.size for r in made if r.name in made.selected})
@@ -197,13 +193,8 @@ class GaP(SparsityCallback):
 
     def after_batch(self) -> None:
         if self.run_over and not self.at_target and self.phase_at(self.step + self.skipped) == self.phases:
-            self._close()
-
-    def _close(self) -> None:
-        """Prune what is still dense: steps that a GradScaler skipped have delayed the end of the last phase behind that of the run."""
-        for name, mask in self.pruned(self.params).items():
-            self.store.set(name, mask)
-        self.store.apply(self.params)
+            # steps that a GradScaler skipped have delayed the end of the last phase behind that of the run
+            self.store.take(self.pruned(self.params))
 
     def _calendar(self, total: Callable[[], float], epoch: Callable[[], float], lenient: bool) -> Calendar:
         every = phase_steps(self.phases, self.epochs, self.every, self.finetune, total, epoch, lenient, self.step)

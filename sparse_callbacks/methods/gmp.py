@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from typing import ClassVar, Unpack
 
-import torch
 from torch import Tensor
 
 from sparse_callbacks.calendar import Time
-from sparse_callbacks.callback import Options, SparsityCallback, check_sparsity
+from sparse_callbacks.callback import Options, SparsityCallback, pruning_curve
 from sparse_callbacks.distributions import Distribution
 from sparse_callbacks.ops import keep_largest, zeros_for
-from sparse_callbacks.schedules import Schedule, as_schedule
+from sparse_callbacks.schedules import Schedule
 
 
 class GMP(SparsityCallback):
@@ -63,10 +62,7 @@ class GMP(SparsityCallback):
         seed: int = 0,
         **options: Unpack[Options],
     ) -> None:
-        if not isinstance(sparsity, str | Schedule):
-            check_sparsity(sparsity)
-        self._curve = as_schedule(sparsity, "cubic", rising=True, name="sparsity")
-        check_sparsity(self._curve.initial)
+        self._curve = pruning_curve(sparsity)
         super().__init__(self._curve.final, distribution=distribution, include=include, exclude=exclude, seed=seed, **options)
         if self._curve.initial > self._curve.final:
             raise ValueError(f"sparsity={sparsity!r} falls, and pruned weights do not come back. Give a curve that rises.")
@@ -82,8 +78,7 @@ class GMP(SparsityCallback):
         return self._curve(step, self.times.start, self.times.stop)
 
     def initial_masks(self) -> dict[str, Tensor]:
-        everything = {n: torch.ones_like(p, dtype=torch.bool) for n, p in self.params.items()}
-        return self._pruned(everything, self._curve.initial)
+        return self._pruned(self.full(self.params), self._curve.initial)
 
     def after_step(self) -> None:
         if self.due():

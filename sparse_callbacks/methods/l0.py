@@ -181,7 +181,7 @@ class ConstrainedL0(SparsityCallback):
         self._begin_gates(rates, held if state is None else state["dense"])
 
     def initial_masks(self) -> dict[str, Tensor]:
-        return {n: torch.ones_like(p, dtype=torch.bool) for n, p in self.params.items()}
+        return self.full(self.params)
 
     def _begin_gates(self, rates: Mapping[str, float], held: Mapping[str, Tensor]) -> None:
         """New gates where there are none yet, medians everywhere, and the dense weights that belong to them."""

@@ -172,12 +172,9 @@ class ParallelGaP(GaP):
                 "ParallelGaP counts whole epochs, and the train loader has no length. Give one that has, or Trainer(limit_train_batches=N)."
             )
         calendar = super().make_calendar(total, epoch, lenient)
-        self.restart_wanted = self.restart_wanted_for(self.phase)
+        configured = int(self.aux.get("workers/configured", torch.tensor(0)))
+        self.restart_wanted = configured != self.phase  # a run that was saved between the two
         return calendar
-
-    def restart_wanted_for(self, phase: int) -> bool:
-        """The optimizers at hand were configured for another phase."""
-        return int(self.aux.get("workers/configured", torch.tensor(0))) != phase
 
     def begin_optimizer_life(self) -> None:
         super().begin_optimizer_life()
@@ -243,7 +240,7 @@ class ParallelGaP(GaP):
         if not self.together:
             self._take_over(self._kept("start"))
         dense = self.full(self.blocks()[self._turn(self.phase)[1]])
-        self._take({**self._kept("sparse"), **dense})
+        self.store.take({**self._kept("sparse"), **dense})
         self.aux["workers/begun"] = torch.tensor(self.phase)
 
     @property
@@ -256,17 +253,12 @@ class ParallelGaP(GaP):
         tensors = self._tensors()
         gathered = distributed.from_owners(tensors, owner) if self.together else self._kept("gathered")
         self._take_over(gathered)
-        self._take(self.pruned(self.params))
+        self.store.take(self.pruned(self.params))
         self._estimate_statistics()
         self._keep("sparse", self.masks)
         if not self.together:
             self._drop("gathered")
             self._keep("start", self._tensors())
-
-    def _take(self, masks: Mapping[str, Tensor]) -> None:
-        for name, mask in masks.items():
-            self.store.set(name, mask)
-        self.store.apply(masks)
 
     def _estimate_statistics(self) -> None:
         model = self._model()
@@ -346,7 +338,7 @@ class ParallelGaP(GaP):
             )
         self._take_over(self._mine["weights"])
         dense = self.full(self.blocks()[distributed.rank()]) if self._begun == self.phase else {}
-        self._take({**self._kept("sparse"), **dense})
+        self.store.take({**self._kept("sparse"), **dense})
 
 
 def _with_statistics(model: nn.Module) -> list[_NormBase]:

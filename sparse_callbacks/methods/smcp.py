@@ -122,7 +122,7 @@ class SMCP(SparsityCallback):
     # ------------------------------------------------------------------ what can go
 
     def initial_masks(self) -> dict[str, Tensor]:
-        return {n: torch.ones_like(p, dtype=torch.bool) for n, p in self.params.items()}
+        return self.full(self.params)
 
     def plan(self, model: nn.Module | None = None) -> Plan:
         plan = super().plan(model)
@@ -170,7 +170,7 @@ class SMCP(SparsityCallback):
     def before_step(self) -> None:
         super().before_step()
         self._fresh = {}
-        hidden = [n for n in self.names if n in self.store.hidden]
+        hidden = [n for n in self.names if self.store.hides(n)]
         if self.importance == "taylor" and hidden:
             gradients = {n: g for n in hidden if (g := self.gradient(n)) is not None}
             found = {_key(g): grouping.group_scores(g, self._dense(gradients), gradients, self._active) for g in self.groups}

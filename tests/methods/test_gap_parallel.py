@@ -10,7 +10,19 @@ import helpers_gap
 import pytest
 import pytorch_lightning as pl
 import torch
-from contract_support import Batches, Classifier, assert_effective, conv_net, differences, fit, mlp, run_two_processes, snapshot, watch
+from contract_support import (
+    Batches,
+    Classifier,
+    Stops,
+    assert_effective,
+    conv_net,
+    differences,
+    fit,
+    mlp,
+    run_two_processes,
+    snapshot,
+    watch,
+)
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -185,21 +197,13 @@ def test_optimizers_and_schedules_start_anew_for_each_worker_and_for_fine_tuning
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_resume_within_a_round_is_bitwise(optimizer: str, tmp_path: Path) -> None:
-    class Saves(pl.Callback):
-        batches = 0
-
-        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-            self.batches += 1
-            if self.batches in stops:
-                trainer.save_checkpoint(tmp_path / f"{self.batches}.ckpt")
-
     def make() -> ParallelGaP:
         return ParallelGaP(SIZE, partitions=2, rounds=2, epochs=1, print_plan=False)
 
     stops = (1, 4, 9, 12, 17, 23, 28, 33)
     options: dict[str, Any] = {"max_epochs": 5, "accumulate_grad_batches": 3}
     module, callback = Classifier(optimizer=optimizer), make()
-    expected = snapshot(fit(module, callback, Saves(), **options), module, callback)
+    expected = snapshot(fit(module, callback, Stops(tmp_path, stops), **options), module, callback)
     for stop in stops:
         again, other = Classifier(conv_net(stop), optimizer), make()
         trainer = fit(again, other, ckpt_path=tmp_path / f"{stop}.ckpt", **options)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from contract_support import Batches, ByHand, Classifier, Rivals, assert_effective, conv_net, differences, fit, mlp, snapshot, watch
+from contract_support import Batches, ByHand, Classifier, Rivals, Stops, assert_effective, conv_net, differences, fit, mlp, snapshot, watch
 from oracles_l0 import LAYERS_TARGET, LENET_ALL, LENET_SIZES, MLP_DENSITIES, MLP_DENSITY, STEP
 from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor, nn
@@ -558,21 +558,6 @@ def test_each_optimizer_has_its_own_constraint() -> None:
 
 
 # ---------------------------------------------------------------------- checkpoints and later runs
-
-
-class Stops(pl.Callback):
-    """Writes a checkpoint after each of these batches (counted from 1)."""
-
-    def __init__(self, folder: Path, after: tuple[int, ...]) -> None:
-        self.folder, self.after, self.batches = folder, after, 0
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.batches += 1
-        if self.batches in self.after:
-            trainer.save_checkpoint(self.path(self.batches))
-
-    def path(self, batch: int) -> Path:
-        return self.folder / f"{batch}.ckpt"
 
 
 def resumed(make: Any, folder: Path, after: tuple[int, ...], **options: Any) -> dict[int, list[str]]:
