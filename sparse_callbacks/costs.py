@@ -89,6 +89,12 @@ def layers(model: nn.Module, example_input: Any) -> dict[str, Layer]:
     return {n: found[n] for n, _ in model.named_modules() if n in found}
 
 
+def stem(layers: Mapping[str, Layer]) -> str | None:
+    """Name of the first of :func:`layers`, if it is a convolution."""
+    name = next(iter(layers), None)
+    return name if name is not None and layers[name].kernel else None
+
+
 def _recorder(name: str, found: dict[str, Layer], samples: int) -> Callable[..., None]:
     def record(module: nn.Module, arguments: Any, named: Any, output: Tensor) -> None:
         use = layer_of(name, module, tensors_in((arguments, named))[0].shape, output.shape, samples)

@@ -14,13 +14,14 @@ from sparse_callbacks.slimming import slimmable_groups
 
 
 def prunable(
-    model: nn.Module, example_input: Any, exclude: Sequence[str] | None, owned: Iterable[Sequence[str]]
+    model: nn.Module, example_input: Any, exclude: Sequence[str] | None, owned: Iterable[Sequence[str]], stem: str | None = None
 ) -> tuple[list[Group], dict[str, str]]:
     """Groups whose channels may go, and by name of the others why theirs stay.
 
     Args:
         model, example_input, exclude: see :func:`~sparse_callbacks.slimming.slimmable_groups`.
         owned: for each optimizer the names of its parameters that may be masked; all consumers of a group must be in one of them.
+        stem: name of a layer whose outputs stay.
 
     Raises:
         ValueError: there are none.
@@ -29,7 +30,9 @@ def prunable(
     stay = {g.name: g.reason for g in found if g.reason}
     for group in (g for g in found if not g.reason):
         readers = {c.parameter: None for c in group.consumers}
-        if dense := [name for name in readers if not any(name in names for names in sets)]:
+        if any(p.module == stem for p in group.producers):
+            stay[group.name] = f"{stem} is the stem"
+        elif dense := [name for name in readers if not any(name in names for names in sets)]:
             stay[group.name] = f"{', '.join(dense)} stay dense (see plan())"
         elif not any(names.issuperset(readers) for names in sets):
             stay[group.name] = f"{', '.join(readers)} are in several optimizers"
@@ -37,7 +40,7 @@ def prunable(
         raise ValueError(
             "no channels can be removed from this model: "
             + "; ".join(f"outputs of {name}: {why}" for name, why in stay.items())
-            + ". Change include=, exclude= or keep_dense=, or use a method that prunes single weights."
+            + ". Change include=, exclude=, keep_dense= or prune_stem=, or use a method that prunes single weights."
         )
     return [g for g in found if g.name not in stay], stay
 
@@ -92,6 +95,13 @@ def consumer_masks(groups: Sequence[Group], keeps: Sequence[Tensor], params: Map
             mask = reader.mask(keep.to(like.device), like.ndim)
             masks[reader.parameter] = mask & masks.get(reader.parameter, torch.ones_like(like, dtype=torch.bool))
     return masks
+
+
+def kept_importance(reader: str, groups: Sequence[Group], scores: Sequence[Tensor], masks: Mapping[str, Tensor]) -> float:
+    """Share of what is kept in the importance of all units that the weight ``reader`` takes in; 1 where nothing is important."""
+    mine = [(s, kept_units(g, masks)) for g, s in zip(groups, scores, strict=True) if reader in {c.parameter for c in g.consumers}]
+    total = sum(float(s.sum()) for s, _ in mine)
+    return sum(float(s[keep].sum()) for s, keep in mine) / total if total else 1.0
 
 
 def active_outputs(groups: Sequence[Group], keeps: Sequence[Tensor]) -> dict[str, Tensor]:

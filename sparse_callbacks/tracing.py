@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from sparse_callbacks.padding import channel_padding, map_through
 from sparse_callbacks.probing import extra, map_tensors, run, tensors_in
 
 KEEPS_CHANNELS = frozenset({
-    "Abs", "Add", "Addcmul", "AdaptiveAvgPool2D", "AdaptiveMaxPool2D", "AvgPool2D", "AvgPool3D", "Celu", "Clamp", "ClampMax", "ClampMin",
+    "Abs", "Add", "Addcmul", "AdaptiveAvgPool2D", "AdaptiveMaxPool2D", "Alias", "AvgPool2D", "AvgPool3D", "Celu", "Clamp", "ClampMax",
+    "ClampMin",
     "Clone", "ConstantPadNd", "Contiguous", "Copy", "Div", "Elu", "Erf", "Exp", "Flatten", "Gelu", "Hardsigmoid", "Hardswish",
     "Hardtanh", "LeakyRelu", "Log", "MaxPool2DWithIndices", "MaxPool3DWithIndices", "Maximum", "Mean", "Minimum", "Mish",
     "MkldnnAdaptiveAvgPool2D", "Mul", "Neg", "NativeDropout", "Permute", "Pow", "ReflectionPad2D", "Relu", "ReplicationPad2D", "Rsqrt",
@@ -119,6 +121,15 @@ class Trace:
                     if hasattr(node.grad_fn, "_saved_self_sym_sizes"):
                         node.grad_fn = _Sized(node.grad_fn)
                 super()._build_dependency(module2node)
+                map_through(module2node.values())
+
+            def get_out_channels(self, module_or_node: Any) -> Any:
+                padding = channel_padding(module_or_node) if hasattr(module_or_node, "grad_fn") else None
+                return super().get_out_channels(module_or_node) if padding is None else padding.channels
+
+            def get_in_channels(self, module_or_node: Any) -> Any:
+                padding = channel_padding(module_or_node) if hasattr(module_or_node, "grad_fn") else None
+                return super().get_in_channels(module_or_node) if padding is None else padding.inside
 
         return Graph()
 
@@ -160,7 +171,7 @@ class Trace:
     def _described(self, seen: Mapping[tuple[Any, Any], set[tuple[int, int]]]) -> Walk:
         walk = Walk([])
         for (node, handler), pairs in seen.items():
-            walk.obstacle = walk.obstacle or _obstacle(node, self._name_of(node))
+            walk.obstacle = walk.obstacle or _obstacle(node, self._name_of(node)) or _constants(node, pairs)
             if node.type.name == "SPLIT" and (sizes := node.module.split_sizes):
                 walk.places.append(_parts(pairs, sizes[0]))  # chunk() makes equal parts again, so they must lose equally many
             if node.type.name not in LAYERS + FOLLOWERS:
@@ -205,6 +216,15 @@ def _obstacle(node: Any, name: str) -> str:
     if kind in PASSED or kind in LAYERS or kind in FOLLOWERS:
         return ""
     return f"runs into {name or type(node.module).__name__} ({type(node.module).__name__}), of which no single channels can be removed"
+
+
+def _constants(node: Any, pairs: set[tuple[int, int]]) -> str:
+    """Why channels that arrive at ``node`` with these local indices cannot be removed where it pads or crops channels."""
+    if (padding := channel_padding(node)) is None:
+        return ""
+    if padding.crops:
+        return "runs into a crop of channels"
+    return "meets a padding of channels, whose width the model fixes" if any(padding.holds(local) for local, _ in pairs) else ""
 
 
 def _marked(tensor: Tensor) -> Tensor:

@@ -24,6 +24,30 @@ class Residual(nn.Module):
         return self.head(x.relu().mean((2, 3)))
 
 
+class Padded(nn.Module):
+    """A residual sum whose shortcut grows from 6 to 9 channels by zeros, two of them in front, and every other row alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.inner, self.outer = nn.Conv2d(6, 4, 3, 2, padding=1), nn.Conv2d(4, 9, 3, padding=1)
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(36, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x)).relu()
+        shortcut = functional.pad(x[..., ::2, ::2], (0, 0, 0, 0, 2, 1))
+        return self.head((shortcut + self.outer(self.inner(x).relu())).relu())
+
+
+class Cropped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(functional.pad(self.first(x), (0, 0, 0, 0, 1, -1)))
+
+
 class Concat(nn.Module):
     def __init__(self, turned: bool = False) -> None:
         super().__init__()
@@ -149,9 +173,9 @@ def one_dimensional() -> nn.Module:
 
 
 NETS: dict[str, Callable[[], nn.Module]] = {
-    "residual": Residual, "concat": Concat, "squeeze_excite": SqueezeExcite, "scaled": Scaled, "reused": Reused, "flattened": flattened,
-    "grouped": grouped, "transposed": transposed, "one_dimensional": one_dimensional, "chunked": Chunked, "split": Split,
-    "subclass": lambda: nn.Sequential(Kernel(3, 8, 3), nn.ReLU(), Kernel(8, 4, 3)),
+    "residual": Residual, "padded": Padded, "concat": Concat, "squeeze_excite": SqueezeExcite, "scaled": Scaled, "reused": Reused,
+    "flattened": flattened, "grouped": grouped, "transposed": transposed, "one_dimensional": one_dimensional, "chunked": Chunked,
+    "split": Split, "subclass": lambda: nn.Sequential(Kernel(3, 8, 3), nn.ReLU(), Kernel(8, 4, 3)),
 }  # fmt: skip
 
 

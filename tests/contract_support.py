@@ -35,7 +35,7 @@ def method(name: str, **changes: Any) -> SparsityCallback:
     config = CONFIGS[name]
     short = SHORT | ({"rounds": 1} if class_of(name).takes_turns else {})  # its phases are whole epochs, and there are two
     if "budget" in config:  # the networks here have few channels
-        short |= {"budget": 0.6, "round_to": 1, "start": 1, "keep_dense": None}
+        short |= {"budget": 0.6, "round_to": 1, "start": 1, "prune_stem": True}
     return instantiate(config | {k: v for k, v in (short | changes).items() if k in config}, _convert_="all")
 
 

@@ -34,6 +34,20 @@ def test_a_residual_sum_makes_one_group() -> None:
     assert all(m.units.tolist() == list(range(8)) for m in found["stem"].members)
 
 
+def test_channels_move_through_a_padding_and_what_it_adds_has_to_stay() -> None:
+    found = groups_of(made(nets.Padded))
+    assert {n: (g.size, g.reason) for n, g in found.items()} == {
+        "stem": (6, ""), "inner": (4, ""), "outer": (3, "meets a padding of channels, whose width the model fixes"), "head.2": (5, OUTPUTS)
+    }  # fmt: skip
+    stem = found["stem"]
+    assert parts(stem) == (["outer.weight", "stem.weight"], ["head.2.weight", "inner.weight"], ["norm.weight"])
+    units = {m.parameter: m.units.tolist() for m in stem.members}
+    assert units["outer.weight"] == [-1, -1, 0, 1, 2, 3, 4, 5, -1]
+    assert units["head.2.weight"] == [u for u in units["outer.weight"] for _ in range(4)]
+    assert units["stem.weight"] == units["inner.weight"] == units["norm.weight"] == [0, 1, 2, 3, 4, 5]
+    assert groups_of(made(nets.Cropped))["first"].reason == "runs into a crop of channels"
+
+
 def test_a_concatenation_gives_offsets() -> None:
     found = groups_of(made(nets.Concat))
     (head,), (norm,) = found["b"].consumers, found["b"].followers

@@ -10,7 +10,7 @@ from typing import ClassVar, Unpack
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks import allocation, costs, grouping
+from sparse_callbacks import allocation, costs, grouping, norms
 from sparse_callbacks.calendar import Time
 from sparse_callbacks.callback import Options, SparsityCallback
 from sparse_callbacks.channels import Group
@@ -18,7 +18,7 @@ from sparse_callbacks.latency_table import Table
 from sparse_callbacks.plan import Plan
 
 COSTS: dict[str, costs.Cost] = {"parameters": costs.parameters, "flops": costs.flops}
-IMPORTANCE = ("taylor", "magnitude")
+WORDS = {"importance": ("taylor", "magnitude"), "curve": allocation.CURVES, "norm_scaling": (None, "kept", "importance")}
 START, STOP = 10 / 90, 65 / 90  # published for ImageNet: 10 epochs of warm-up, 55 of ramp, 25 of cool-down
 
 
@@ -33,15 +33,16 @@ class SMCP(SparsityCallback):
                         m = the channels with the largest mean score; how many of each group a knapsack decides:
                             the largest total score whose network costs at most (1 - r) * the dense cost
 
-    A group is the channels that can only go together, through sums, concatenations, depthwise layers and flattening. The stem's
-    inputs and the network's outputs stay. Pruned channels go on to learn and may come back. After ``stop`` masks stay and the dense
-    weights are dropped; :func:`~sparse_callbacks.slimming.slim` then removes the channels. Groups are found with the LightningModule's
-    ``example_input_array``, or else the inputs of the first training batch.
+    A group is the channels that can only go together, through sums, concatenations, depthwise layers and flattening. The stem, a
+    convolution that comes first, and the network's outputs stay. Pruned channels go on to learn and may come back. After ``stop``
+    masks stay and the dense weights are dropped; :func:`~sparse_callbacks.slimming.slim` then removes the channels. Groups are found
+    with the LightningModule's ``example_input_array``, or else the inputs of the first training batch.
 
     Differs from the paper: the last solve has the full budget (the released schedule stops one short). A solve is repeated with the
     outputs that it leaves, so that the network really fits the budget; the paper counts the outputs of the solve before. Scores are
-    means over the steps since the last solve, the released code takes the latest batch. Batch norms are not scaled by the share of
-    channels that is left (the released default). In manual optimization gradients are clipped before their decay is added.
+    means over the steps since the last solve, the released code takes the latest batch. No group loses all its channels. Gains under
+    ``norm_scaling`` are multiplied once for every new factor, which for SGD is the paper's gradient rule; Adam's steps are larger than
+    there. In manual optimization gradients are clipped before their decay is added.
 
     Args:
         budget: cost of the pruned network as a share of the dense one's, in (0, 1).
@@ -54,8 +55,11 @@ class SMCP(SparsityCallback):
         every: optimizer steps (int) or fraction of the run (float) between solves; None: 80, shortened with a word in short runs.
         start, stop: when the ramp begins and ends, in the same units.
         decay: added to the gradient of a pruned weight, times the weight.
+        norm_scaling: the gain of a batch norm that takes the output of a pruned layer shrinks with the inputs of that layer: to the
+            share ``"kept"``, or to their share in ``"importance"``; None (the released default): it does not.
+        prune_stem: the stem's outputs may go too.
         include, exclude, seed, **options: see :class:`SparsityCallback`; inputs and outputs of layers that ``exclude`` or ``keep_dense``
-            name stay (``keep_dense="first"``: the stem). Nothing here is random.
+            name stay. Nothing here is random.
 
     Raises:
         ValueError: arguments out of range, a model without channels to remove, a budget that cannot be met; before the first batch.
@@ -87,6 +91,8 @@ class SMCP(SparsityCallback):
         start: Time = START,
         stop: Time = STOP,
         decay: float = 2e-4,
+        norm_scaling: str | None = None,
+        prune_stem: bool = False,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         seed: int = 0,
@@ -98,6 +104,7 @@ class SMCP(SparsityCallback):
         super().__init__(0.0, distribution="uniform", include=include, exclude=exclude, seed=seed, **options)
         self.budget, self.cost, self.importance, self.curve = budget, cost, importance, curve
         self.round_to, self.chunk, self.decay = round_to, chunk, decay
+        self.norm_scaling, self.prune_stem = norm_scaling, prune_stem
         self._refuse_arguments()
         self.set_times(every, start, stop)
         self.groups: list[Group] = []  # whose channels may go; known once training starts
@@ -105,6 +112,8 @@ class SMCP(SparsityCallback):
         self._active: dict[str, Tensor] = {}
         self._fresh: dict[str, Tensor] = {}
         self._owners: list[int] = []  # the optimizer that steps the layers of each group
+        self._norms: dict[str, str] = {}  # the batch norm behind each layer
+        self._scores: list[Tensor] = []  # of the latest solve
 
     def _refuse_arguments(self) -> None:
         for name, value, low, high in (("budget", self.budget, 0.0, 1.0), ("decay", self.decay, 0.0, math.inf)):
@@ -113,8 +122,8 @@ class SMCP(SparsityCallback):
         for name, value in (("round_to", self.round_to), ("chunk", self.chunk)):
             if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"{name}={value!r} is no number of channels. Give a whole number from 1 on.")
-        for name, word, known in (("importance", self.importance, IMPORTANCE), ("curve", self.curve, allocation.CURVES)):
-            if word not in known:
+        for name, known in WORDS.items():
+            if (word := getattr(self, name)) not in known:
                 raise ValueError(f"{name}={word!r} is not known. Give {' or '.join(map(repr, known))}.")
         if self.cost not in COSTS and not str(self.cost).endswith(".json"):
             raise ValueError(f"cost={self.cost!r} is not known. Give 'parameters', 'flops' or the path of a latency table (.json).")
@@ -140,9 +149,12 @@ class SMCP(SparsityCallback):
             warnings.simplefilter("ignore")  # that the data is augmented does not matter here
             example = grouping.example_inputs(model, self.data_pass())
         stay = [*(self.exclude or ()), *(e.name for e in self._all_entries if e.reason.endswith("kept dense on request"))]
-        self.groups, self.left_out = grouping.prunable(model, example, stay, self._ownership.owns)
+        layers = costs.layers(model, example)
+        stem = None if self.prune_stem else costs.stem(layers)
+        self.groups, self.left_out = grouping.prunable(model, example, stay, self._ownership.owns, stem)
+        self._norms = norms.norms_behind(model, example) if self.norm_scaling else {}
         cost = COSTS[self.cost] if self.cost in COSTS else Table.load(self.cost)
-        self.network = costs.Network(costs.layers(model, example), self.groups, cost)
+        self.network = costs.Network(layers, self.groups, cost)
         self._options = [allocation.options_of(g.size, self.round_to, self.chunk) for g in self.groups]
         dense, least = self.network.dense, allocation.smallest(self.network, self._options)
         if least > self.budget * dense:
@@ -205,9 +217,24 @@ class SMCP(SparsityCallback):
     def update(self) -> None:
         super().update()
         self._note_kept()
-        self.aux |= {k: torch.zeros_like(t) for k, t in self.aux.items() if k.partition("/")[2] in self.names}  # a new window
+        self._scale_norms()
+        windows = [f"{kind}/{n}" for kind in ("scores", "steps") for n in self.names]
+        self.aux |= {k: torch.zeros_like(self.aux[k]) for k in windows if k in self.aux}
         self.note(cost=self._share(), share=self.share_at(self.step), gap=self._gap)
         self.note(**{f"kept/{g.name}": float(k) for g, k in zip(self.groups, self.kept, strict=True)})
+
+    def _scale_norms(self) -> None:
+        """Shrink, or let grow again, the gains of the norms behind the layers at hand."""
+        model, readers = self._model(), [n for n in self.names if self.store.hides(n) and n.rpartition(".")[0] in self._norms]
+        assert model is not None
+        for name in readers:
+            share = self.store.active[name] / self.store.size(name)
+            if self.norm_scaling == "importance":
+                share = grouping.kept_importance(name, self.groups, self._scores, self.store.bools)
+            before = self.aux.get(f"norm/{name}", torch.ones((), dtype=torch.float64))
+            self.aux[f"norm/{name}"] = torch.full_like(before, share)
+            gain = model.get_parameter(f"{self._norms[name.rpartition('.')[0]]}.weight")
+            norms.rescale(gain, share / float(before), self._ownership.optimizers)
 
     def _window(self, group: Group) -> Tensor:
         """Mean score of each unit over the steps since the last solve."""
@@ -218,7 +245,7 @@ class SMCP(SparsityCallback):
         return found
 
     def new_masks(self) -> dict[str, Tensor]:
-        scores = [self._window(g) for g in self.groups]
+        self._scores = scores = [self._window(g) for g in self.groups]
         over = [self.progress.done.get(o, 0) >= self.times.stop for o in self._owners]  # of optimizers that had their last solve
         options = [torch.tensor([k]) if d else o for o, k, d in zip(self._options, self.kept, over, strict=True)]
         values = [allocation.values_of(s, o, self.chunk) for s, o in zip(scores, options, strict=True)]

@@ -7,10 +7,10 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from contract_support import Batches, Classifier, Layers, assert_effective, differences, fit, snapshot, watch
-from oracles_smcp import PRUNED_DECAY, SCHEDULES, SOFT_MASK
+from oracles_smcp import NORM_SCALING, PRUNED_DECAY, SCHEDULES, SOFT_MASK
 from torch import Tensor, nn
 
-from sparse_callbacks import allocation, costs
+from sparse_callbacks import allocation, costs, norms
 from sparse_callbacks.calendar import Calendar
 from sparse_callbacks.channels import Group, Member
 from sparse_callbacks.grouping import group_scores
@@ -49,7 +49,7 @@ def mlp(seed: int = 0) -> nn.Module:
 
 def method(budget: float = 0.5, **options: Any) -> SMCP:
     """With several solves in a run of 16 steps."""
-    short = {"every": 3, "start": 2, "stop": 14, "round_to": 4, "print_plan": False}
+    short = {"every": 3, "start": 2, "stop": 14, "round_to": 4, "prune_stem": True, "print_plan": False}
     return SMCP(budget, **(short | options))
 
 
@@ -173,6 +173,17 @@ def test_layers_that_exclude_names_keep_their_channels() -> None:
     part = method(0.9, include=["net.0*", "net.3*", "net.6*"])
     fit(Classifier(conv_net()), part)
     assert part.left_out["net.6"] == "net.10.weight stay dense (see plan())"
+
+
+def test_the_stem_stays_unless_it_is_named() -> None:
+    callback, module = method(0.6, prune_stem=False), Classifier(conv_net())
+    fit(module, callback)
+    assert callback.left_out["net.0"] == "net.0 is the stem"
+    assert {g.name for g in callback.groups} == {"net.3.one", "net.6"}
+    assert all(callback.masks[n].all() for n in ("net.0.weight", "net.3.one.weight", "net.6.weight"))
+    no_stem = method(0.6, prune_stem=False)  # hidden units of a perceptron are channels like any others
+    fit(Classifier(mlp()), no_stem)
+    assert {g.name for g in no_stem.groups} == {"net.1", "net.3"}
 
 
 def test_the_last_solve_has_the_full_budget_and_masks_stay_afterwards() -> None:
@@ -325,17 +336,68 @@ def test_a_step_with_an_inf_counts_for_nothing() -> None:
     assert all(bool(t.isfinite().all()) for t in callback.aux.values())
 
 
+# ---------------------------------------------------------------------- norms
+
+
+def normed() -> nn.Module:
+    """Channels that are read by a convolution with a batch norm behind it; in between two others that must not be taken for it."""
+    torch.manual_seed(0)
+    net = Layers(
+        nn.Conv2d(2, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.BatchNorm2d(12),
+        nn.Flatten(), nn.Linear(108, 4),
+    ).double()  # fmt: skip
+    for index in (1, 4, 6):
+        nn.init.uniform_(net[index].weight, 0.5, 1.5)
+    return net
+
+
+@pytest.mark.parametrize("scaling", ["kept", "importance"])
+def test_gains_take_the_steps_of_the_papers_gradient_rule(scaling: str) -> None:
+    """Beside the run the paper's form of it: v with the gain s * v, whose gradient is that of the gain over s."""
+    gamma, factors, upstream, effective, gradient = NORM_SCALING
+    assert [g * s for g, s in zip(gamma, factors, strict=True)] == effective
+    assert [u / s if s else 0.0 for u, s in zip(upstream, factors, strict=True)] == gradient
+    net, rate, friction, decay = normed(), 0.1, 0.9, 0.01
+    v, momentum, s = net[4].weight.detach().clone(), torch.zeros(12, dtype=torch.float64), 1.0
+    seen: list[float] = []
+
+    class Beside(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+            nonlocal v, momentum, s
+            momentum = friction * momentum + module.net[4].weight.grad / s + decay * v
+            v = v - rate * momentum
+            s = float(callback.aux.get("norm/net.3.weight", 1.0))
+            seen.append(s)
+            torch.testing.assert_close(module.net[4].weight.detach(), s * v, rtol=1e-10, atol=0)
+
+    callback = method(0.5, norm_scaling=scaling, round_to=1)
+    module = Classifier(net)
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), rate, friction, weight_decay=decay)
+    fit(module, callback, Beside())
+    assert len(set(seen)) > 3
+    kept = float(callback.masks["net.3.weight"].double().mean())
+    assert seen[0] == 1.0 > seen[-1]
+    assert seen[-1] == pytest.approx(kept) if scaling == "kept" else seen[-1] > kept  # the important ones are kept
+
+
+def test_norms_behind_layers_are_found_by_what_flows() -> None:
+    net = conv_net()
+    assert norms.norms_behind(net, torch.zeros(1, 2, 5, 5)) == {"0": "1", "3.one": "3.norms.0", "3.two": "3.norms.1", "6": "7"}
+    assert norms.norms_behind(normed(), torch.zeros(1, 2, 5, 5).double()) == {"0": "1", "3": "4"}
+    assert all(not m._forward_hooks for m in net.modules())
+
+
 # ---------------------------------------------------------------------- runs
 
 
-@pytest.mark.parametrize("after", [1, 6, 8, 14, 15])
-def test_resume_is_bitwise(after: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("after", "scaling"), [(1, None), (6, None), (8, "kept"), (14, "importance"), (15, None)])
+def test_resume_is_bitwise(after: int, scaling: str | None, tmp_path: Path) -> None:
     class Save(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
             if trainer.global_step == after:
                 trainer.save_checkpoint(tmp_path / "run.ckpt")
 
-    one, other = method(0.4), method(0.4)
+    one, other = method(0.4, norm_scaling=scaling), method(0.4, norm_scaling=scaling)
     module, resumed = Classifier(conv_net(), "adamw"), Classifier(conv_net(7), "adamw")
     expected = snapshot(fit(module, one, Save()), module, one)
     assert differences(expected, snapshot(fit(resumed, other, ckpt_path=tmp_path / "run.ckpt"), resumed, other)) == []

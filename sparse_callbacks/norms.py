@@ -1,0 +1,57 @@
+"""Batch norms behind pruned layers: which they are, and their gains under a factor."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.optim import Optimizer
+
+from sparse_callbacks.probing import quiet, run
+
+
+def norms_behind(model: nn.Module, example_input: Any) -> dict[str, str]:
+    """The batch norm with a gain that takes the output of a convolution or linear layer as it is, by the layer's name.
+
+    The model runs once, in eval mode; modes and random generators stay as they are.
+
+    Args:
+        model: to be looked at.
+        example_input: a tensor, a tuple of positional or a mapping of named arguments.
+    """
+    made: dict[int, tuple[str, Tensor]] = {}  # the tensors too, as an id is of what is alive
+    found: dict[str, str] = {}
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            if isinstance(module, nn.Linear | _ConvNd):
+                made[id(output)] = name, output
+            elif inputs and (source := made.get(id(inputs[0]))) is not None:
+                found[source[0]] = name
+
+        return hook
+
+    watched = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | _ConvNd) or (isinstance(m, _BatchNorm) and m.affine)]
+    handles = [m.register_forward_hook(note(n)) for n, m in watched]
+    try:
+        with quiet(model):
+            run(model, example_input)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+@torch.no_grad()
+def rescale(gain: nn.Parameter, factor: float, optimizers: Iterable[Optimizer]) -> None:
+    """Multiply ``gain`` and its momentum in SGD.
+
+    With w = s * v, steps of SGD on v along (d loss / d w) / s are the steps on w along d loss / d w: another s is a factor on w and its
+    momentum, once, and between two of them nothing is special.
+    """
+    gain.mul_(factor)
+    for optimizer in optimizers:
+        if isinstance(momentum := optimizer.state.get(gain, {}).get("momentum_buffer"), Tensor):
+            momentum.mul_(factor)
