@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from sparse_callbacks.callback import SparsityCallback
-from sparse_callbacks.tasks import build, summary, tracking
+from sparse_callbacks.tasks import build, slim, summary, tracking
 from sparse_callbacks.tasks.interrupts import RunStopped
 from sparse_callbacks.tasks.target import BestAtTarget
 
@@ -39,8 +39,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
         cfg: composed from conf/train.yaml.
 
     Returns:
-        test/acc, val/acc (last epoch), sparsity/total, sparsity/model, sparsity/<parameter>, updates, epochs, steps
-        and seconds. The tested network is the last one, with `test=best` the best epoch at target sparsity by val/acc.
+        test/acc, val/acc (last epoch), sparsity/total, sparsity/model, sparsity/<parameter>, the method's own figures, updates,
+        epochs, steps and seconds; with `slim=true` those of `tasks.slim.slimmed`. The tested network is the last one, with `test=best`
+        the best epoch at target sparsity by val/acc.
 
     Raises:
         ValueError, FileNotFoundError: input that cannot work, before the first batch.
@@ -52,6 +53,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     build.check_choices(cfg)
     method = build.build_method(cfg)
+    if cfg.slim:
+        slim.check(method)
     resumed = build.checkpoint_to_resume(cfg)
     build.refuse_sparse_checkpoint(resumed, method)
     data = hydra.utils.instantiate(cfg.data)
@@ -63,6 +66,10 @@ def train(cfg: DictConfig) -> dict[str, float]:
         trainer = build.build_trainer(cfg, callbacks, loggers)
         metrics = _fit_and_test(trainer, module, data, method, cfg, resumed)
         if trainer.is_global_zero:
+            if cfg.slim and method is not None:
+                found, proof = slim.slimmed(trainer, module, data, method, folder)
+                metrics |= found
+                print(proof, flush=True)
             _leave(metrics, method, trainer, folder, resumed is not None)
         failed = False
     finally:
@@ -89,7 +96,7 @@ def _fit_and_test(
     if trainer.limit_test_batches != 0:
         tested = trainer.test(module, data, verbose=False, **_tested_checkpoint(cfg, trainer))
         metrics |= {key: float(value) for result in tested for key, value in result.items()}
-    metrics |= summary.sparsities(method)
+    metrics |= summary.sparsities(method) | ({} if method is None else method.figures())
     updates = 0 if method is None else method.updates
     return metrics | {"updates": float(updates), "epochs": float(epochs), "steps": float(steps), "seconds": seconds}
 
@@ -108,7 +115,7 @@ def best_checkpoint(trainer: pl.Trainer) -> str:
 def _leave(metrics: dict[str, float], method: SparsityCallback | None, trainer: pl.Trainer, folder: Path, resumed: bool) -> None:
     """metrics.json and the table."""
     summary.write_metrics(folder / "metrics.json", metrics)
-    inside = ["checkpoints/last.ckpt", "checkpoints/best.ckpt", "metrics.json", ".hydra/config.yaml"]
+    inside = ["checkpoints/last.ckpt", "checkpoints/best.ckpt", "metrics.json", slim.FILE, ".hydra/config.yaml"]
     places = {"folder": summary.relative(folder), "in it": ", ".join(p for p in inside if (folder / p).exists())}
     places |= dict(tracking.place(logger) for logger in trainer.loggers)
     summary.show(metrics, method, places, resumed)

@@ -149,6 +149,14 @@ class SparsityCallback(Engine, Callback):
             raise RuntimeError(f"{type(self).__name__} has no masks yet: they are made at the start of fit. Before that, see plan(model).")
         return joint_sparsity([self]) | self._layer_sparsity()
 
+    def figures(self) -> dict[str, float]:
+        """Figures of the method's own, as they are logged, for the network as it is."""
+        return {}
+
+    def outcome(self) -> dict[str, str]:
+        """What a summary of the run should tell besides the sparsity: what was reached beside what was asked for."""
+        return {}
+
     def _layer_sparsity(self) -> dict[str, float]:
         return {f"sparsity/{n}": (m.numel() - self.store.active[n]) / m.numel() for n, m in self.masks.items()}
 

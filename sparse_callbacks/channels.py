@@ -80,10 +80,10 @@ def channel_groups(model: nn.Module, example_input: Any, exclude: str | Sequence
     """Groups of channels of every convolution and linear layer, in the model's order; those that have to stay carry the reason.
 
     The model runs once, in eval mode, with autograd; values, modes, ``requires_grad`` flags and random generators stay as they are.
-    Followed are residual sums, concatenations, padding with constant channels, depthwise and grouped convolutions, squeeze-excite, flattening into linear layers,
-    and the operations in :data:`sparse_callbacks.tracing.KEEPS_CHANNELS`. Anything else gives the group a ``reason``, also a
-    LayerNorm, GroupNorm or attention over the channels, the network's input and its outputs. A trace cannot see everything (a
-    channel shuffle looks like a flattening): whether removal changes the outputs is for
+    Followed are residual sums, concatenations, paddings of channels, depthwise and grouped convolutions, squeeze-excite, flattening
+    into linear layers, and the operations in :data:`sparse_callbacks.tracing.KEEPS_CHANNELS`. Anything else gives the group a
+    ``reason``, also a LayerNorm, GroupNorm or attention over the channels, the network's input and its outputs. A trace cannot see
+    everything (a channel shuffle looks like a flattening): whether removal changes the outputs is for
     :func:`sparse_callbacks.slimming.slimmable_groups` and :func:`sparse_callbacks.slimming.slim` to find.
 
     Args:

@@ -31,13 +31,15 @@ class Plan:
 
     ``total`` is the sparsity over the selected weights (those without a reason, or dense by the distribution's choice),
     ``model`` over all parameters. ``joint`` is the number of zeros that all selected weights share under one threshold; None where
-    each row has its own.
+    each row has its own. ``decided_by`` names what else decides during training how many zeros there are, such as a budget; ``total``
+    and ``model`` are 0 then.
     """
 
     title: str
     rows: tuple[Row, ...]
     selected: frozenset[str]
     joint: int | None = None
+    decided_by: str = ""
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -76,15 +78,17 @@ class Plan:
                 r.name,
                 "x".join(map(str, r.shape)) or "scalar",
                 f"{r.size:,}",
-                "dense" if r.name not in self.selected else "joint" if r.sparsity is None else f"{r.sparsity:.4f}",
+                "dense" if r.name not in self.selected else self.decided_by or "joint" if r.sparsity is None else f"{r.sparsity:.4f}",
                 "" if r.name not in self.selected or r.zeros is None else f"{r.zeros:,}",
                 r.reason,
             )
             for r in self.rows
         ]
+        known = f"{self.total:.4f}", f"{self.model:.4f}", f"{self.zeros:,}"
+        total, model, zeros = (self.decided_by, self.decided_by, "") if self.decided_by else known
         foot = [
-            ("sparsity/total", "", f"{self.weights:,}", f"{self.total:.4f}", f"{self.zeros:,}", ""),
-            ("sparsity/model", "", f"{sum(r.size for r in self.rows):,}", f"{self.model:.4f}", "", ""),
+            ("sparsity/total", "", f"{self.weights:,}", total, zeros, ""),
+            ("sparsity/model", "", f"{sum(r.size for r in self.rows):,}", model, "", ""),
         ]
         return "\n".join([self.title, *_aligned([head, *body, *foot], rules=(1, 1 + len(body)))])
 

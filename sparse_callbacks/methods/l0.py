@@ -366,6 +366,12 @@ class ConstrainedL0(SparsityCallback):
             f"{self._target(worst):.4f}: the multipliers had too little time. Train longer, or raise dual_lr= (now {self.dual_lr:g})."
         )
 
+    def outcome(self) -> dict[str, str]:
+        found = [(names[0], float(self._density(names)), self._target(names)) for names in self._groups]
+        each = [f"{density:.4f} (target {target:g})" for _, density, target in found]
+        several = len(found) > 1
+        return {"expected density": "\n".join(f"{n} {text}" for (n, _, _), text in zip(found, each, strict=True)) if several else each[0]}
+
     def figures(self) -> dict[str, float]:
         """Multipliers (of the model: ``total``, with an index for each further optimizer), and for each layer and in all the share of
         parameters that is expected behind open gates, and the share that is left when those with a closed median are purged."""

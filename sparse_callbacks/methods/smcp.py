@@ -136,7 +136,7 @@ class SMCP(SparsityCallback):
     def plan(self, model: nn.Module | None = None) -> Plan:
         plan = super().plan(model)
         rows = tuple(replace(r, zeros=None, reason="") if r.name in plan.selected else r for r in plan)
-        return replace(plan, title=f"{type(self).__name__}: {self.budget:g} of the {self._unit}", rows=rows, joint=0)
+        return replace(plan, title=f"{type(self).__name__}: {self.budget:g} of the {self._unit}", rows=rows, joint=0, decided_by="budget")
 
     @property
     def _unit(self) -> str:
@@ -158,9 +158,11 @@ class SMCP(SparsityCallback):
         self._options = [allocation.options_of(g.size, self.round_to, self.chunk) for g in self.groups]
         dense, least = self.network.dense, allocation.smallest(self.network, self._options)
         if least > self.budget * dense:
+            stays = any(why.endswith("is the stem") for why in self.left_out.values())
+            more = f", or prune_stem=True: the outputs of {stem} stay now" if stays else ""
             raise ValueError(
                 f"budget={self.budget:g} of the {self._unit} cannot be met: with the fewest channels that may stay the network costs "
-                f"{least:.6g} of {dense:.6g}. Give budget={math.ceil(1e4 * least / dense) / 1e4:g} or more, or a smaller round_to=."
+                f"{least:.6g} of {dense:.6g}. Give budget={math.ceil(1e4 * least / dense) / 1e4:g} or more, or a smaller round_to={more}."
             )
         consumers = {c.parameter for g in self.groups for c in g.consumers}
         self.store.drop_dense([n for n in self.store.hidden if n not in consumers])
@@ -220,8 +222,8 @@ class SMCP(SparsityCallback):
         self._scale_norms()
         windows = [f"{kind}/{n}" for kind in ("scores", "steps") for n in self.names]
         self.aux |= {k: torch.zeros_like(self.aux[k]) for k in windows if k in self.aux}
-        self.note(cost=self._share(), share=self.share_at(self.step), gap=self._gap)
-        self.note(**{f"kept/{g.name}": float(k) for g, k in zip(self.groups, self.kept, strict=True)})
+        self.note(share=self.share_at(self.step), gap=self._gap)
+        self.events |= self.figures()
 
     def _scale_norms(self) -> None:
         """Shrink, or let grow again, the gains of the norms behind the layers at hand."""
@@ -264,6 +266,13 @@ class SMCP(SparsityCallback):
     def at_target(self) -> bool:
         stop = math.inf if self.calendar is None else self.calendar.stop
         return bool(self._owners) and all(self.progress.done.get(o, 0) >= stop for o in self._owners)
+
+    def figures(self) -> dict[str, float]:
+        """Cost of the pruned network as a share of the dense one's, and the units that each group keeps."""
+        return {"smcp/cost": self._share()} | {f"smcp/kept/{g.name}": float(k) for g, k in zip(self.groups, self.kept, strict=True)}
+
+    def outcome(self) -> dict[str, str]:
+        return {self._unit: f"{self._share():.4f} of the dense network's (budget {self.budget:g})"}
 
     def shortfall(self) -> str:
         return (

@@ -28,6 +28,8 @@ def target_note(method: SparsityCallback | None) -> str | None:
     """A warning where the run ended before its target sparsity; None where it is reached."""
     if method is None or method.at_target:
         return None
+    if not method.plans_counts:
+        return method.shortfall()
     reached = method.measured_sparsity()["sparsity/total"]
     return (
         f"The run ended before its target: target sparsity {method.plan().total:.4f}, reached {reached:.4f}. "
@@ -45,9 +47,9 @@ def table(metrics: Mapping[str, float], method: SparsityCallback | None, places:
     out = Table(title="dense run" if method is None else type(method).__name__, title_justify="left", show_header=False)
     out.add_column(style="bold")
     out.add_column(overflow="fold")
-    for key in ("test/acc", "val/acc"):
+    for key, what in (("test/acc", "test accuracy"), ("slim/test/acc", "test accuracy, slim"), ("val/acc", "val accuracy")):
         if key in metrics:
-            out.add_row(f"{key.replace('/acc', '')} accuracy", f"{100 * metrics[key]:.2f} %")
+            out.add_row(what, f"{100 * metrics[key]:.2f} %")
     since = " since the resume" if resumed else ""
     out.add_row("epochs, steps", f"{metrics['epochs']:g}, {metrics['steps']:g} in {metrics['seconds']:.1f} s{since}")
     if method is not None:
@@ -59,6 +61,8 @@ def table(metrics: Mapping[str, float], method: SparsityCallback | None, places:
         for name, mask in masks.items():
             out.add_row(f"  {name}", f"{metrics[f'sparsity/{name}']:.6f}  ({int(mask.sum()):,} of {mask.numel():,})")
         out.add_row("topology updates", str(method.updates))
+        for what, reached in method.outcome().items():
+            out.add_row(what, reached)
         note = target_note(method)
         if note is not None:
             out.add_row("target", note, style="yellow")
