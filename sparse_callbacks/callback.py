@@ -150,7 +150,7 @@ class SparsityCallback(Engine, Callback):
         return joint_sparsity([self]) | self._layer_sparsity()
 
     def figures(self) -> dict[str, float]:
-        """Figures of the method's own, as they are logged, for the network as it is."""
+        """Figures of the method's own for the network as it is; they are logged with the sparsity."""
         return {}
 
     def outcome(self) -> dict[str, str]:
@@ -443,11 +443,15 @@ class SparsityCallback(Engine, Callback):
             pl_module.log("sparsity/total", joint_sparsity(peers)["sparsity/total"], prog_bar=True, logger=False)
         often = trainer.log_every_n_steps
         if news or (often and step not in (0, self._logged_at) and step % often == 0):
-            figures = (joint_sparsity(peers) if leads else {}) | self._layer_sparsity() | self.events
-            for logger in trainer.loggers:
-                logger.log_metrics(figures, step=step)
-            self.events = {}
-            self._logged_at = step
+            self._log(trainer, peers)
+
+    def _log(self, trainer: Trainer, peers: Sequence["SparsityCallback"]) -> None:
+        """A row of curves, of the network as it is and of the latest update."""
+        figures = (joint_sparsity(peers) if peers[0] is self else {}) | self._layer_sparsity() | self.figures() | self.events
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=trainer.global_step)
+        self.events = {}
+        self._logged_at = trainer.global_step
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = logged_metrics(trainer)
@@ -460,6 +464,8 @@ class SparsityCallback(Engine, Callback):
         self.epoch_end(logged_metrics(trainer), trainer.current_epoch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.figures() and trainer.global_step not in (0, self._logged_at):  # which go on between updates
+            self._log(trainer, [c for c in trainer.callbacks if isinstance(c, SparsityCallback)])
         if not self.at_target and not trainer.fast_dev_run:
             rank_zero_warn(self.shortfall())
 

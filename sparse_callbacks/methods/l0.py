@@ -20,7 +20,6 @@ Densities = float | Mapping[str, float]
 CHOICES = {"constraint": ("model", "layer"), "unit": ("channel", "weight"), "gate_optimizer": ("sgd", "adam")}
 TOLERANCE = 0.03  # expected densities hover about their targets
 LEAST = float(gates.p_open(torch.tensor(-gates.LIMIT)))
-NOTED_EVERY = 50  # steps between two rows of curves
 
 
 class ConstrainedL0(SparsityCallback):
@@ -313,8 +312,6 @@ class ConstrainedL0(SparsityCallback):
             for kernel in kernels:
                 self._take_medians(kernel)
                 self._samples.pop(kernel, None)
-            if self.step % NOTED_EVERY == 0:
-                self.events |= self.figures()
         self._settle([n for k in kernels for n in (k, *self._tied[k].members)], self.finite)
 
     def _shares(self, names: Sequence[str]) -> dict[str, float]:

@@ -223,7 +223,6 @@ class SMCP(SparsityCallback):
         windows = [f"{kind}/{n}" for kind in ("scores", "steps") for n in self.names]
         self.aux |= {k: torch.zeros_like(self.aux[k]) for k in windows if k in self.aux}
         self.note(share=self.share_at(self.step), gap=self._gap)
-        self.events |= self.figures()
 
     def _scale_norms(self) -> None:
         """Shrink, or let grow again, the gains of the norms behind the layers at hand."""
@@ -269,6 +268,8 @@ class SMCP(SparsityCallback):
 
     def figures(self) -> dict[str, float]:
         """Cost of the pruned network as a share of the dense one's, and the units that each group keeps."""
+        if not self.groups:
+            return {}
         return {"smcp/cost": self._share()} | {f"smcp/kept/{g.name}": float(k) for g, k in zip(self.groups, self.kept, strict=True)}
 
     def outcome(self) -> dict[str, str]:
