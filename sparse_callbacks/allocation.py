@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sparse_callbacks import exchange
 from sparse_callbacks.channels import Member
 from sparse_callbacks.costs import Network
 from sparse_callbacks.knapsack import InfeasibleError, solve
@@ -15,44 +16,54 @@ CURVES = ("exp", "linear", "exp2")
 RATE = 2.8  # published: 0.05 an epoch over a ramp of 55 epochs and one more
 ROUNDS = 8  # solves, each with the outputs that the last one left
 HALVINGS = 12
-FILLS = 64  # steps that spend what is left
 ROUNDING = 1e-12  # relative, of sums in another order
 
 
 def taylor(weight: Tensor, gradient: Tensor) -> Tensor:
-    """What the loss loses in first order with each weight: -weight * gradient, in float32 at least."""
-    return -_wide(weight) * _wide(gradient)
+    """What the loss loses in first order with each pair of input and output: the sum of -weight * gradient over the kernel.
+
+    Gives a matrix of the weight's first two dimensions, in float32 at least.
+    """
+    if weight.ndim == 2:
+        return -_wide(weight) * _wide(gradient)
+    return torch.einsum("abk,abk->ab", _wide(weight).flatten(2), _wide(gradient).flatten(2)).neg_()
 
 
-def magnitude(weight: Tensor, gradient: Tensor | None = None) -> Tensor:
-    """|weight|, whatever its gradient."""
-    return _wide(weight).abs()
+def magnitude(weight: Tensor) -> Tensor:
+    """The sum of absolute weights over the kernel, as in :func:`taylor`."""
+    size = _wide(weight).abs()
+    return size if size.ndim == 2 else size.flatten(2).sum(2)
 
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype.itemsize < 4 else tensor
 
 
-def unit_scores(importance: Tensor, member: Member, size: int, active: Tensor | None = None) -> Tensor:
-    """Importance of each unit of a group in one of its consumers, summed over active outputs and kernel; [size], signed.
+def input_scores(scores: Tensor, dim: int, active: Tensor | None = None) -> Tensor:
+    """Importance of each slice of inputs, summed over the outputs, signed.
+
+    Args:
+        scores: a matrix as of :func:`taylor`.
+        dim: its dimension of the inputs.
+        active: bool [outputs], those that are kept; None: all.
+    """
+    by_input = scores.movedim(dim, 0)
+    return by_input.sum(1) if active is None else by_input @ active.to(by_input)
+
+
+def unit_scores(inputs: Tensor, member: Member, size: int) -> Tensor:
+    """Importance of each unit of a group in one of its consumers, [size], signed.
 
     The importance of the group is the sum over its consumers, and its absolute value comes last.
 
     Args:
-        importance: of the consumer's weight, of its shape.
+        inputs: see :func:`input_scores`.
         member: the consumer.
         size: units of the group.
-        active: bool [outputs], the outputs that are kept; None: all.
     """
-    slices = importance.movedim(member.dim, 0)
-    if active is not None:
-        outputs = [1] * slices.ndim
-        outputs[1] = -1
-        slices = slices * active.view(outputs)
-    units = member.units.to(importance.device)
+    units = member.units.to(inputs.device)
     owned = units >= 0
-    scores = torch.zeros(size, dtype=importance.dtype, device=importance.device)
-    return scores.index_add(0, units[owned], slices.flatten(1).sum(1)[owned])
+    return torch.zeros(size, dtype=inputs.dtype, device=inputs.device).index_add(0, units[owned], inputs[owned])
 
 
 def ranked(scores: Tensor, chunk: int = 1) -> Tensor:
@@ -149,7 +160,7 @@ def allocate(network: Network, options: Sequence[Tensor], values: Sequence[Tenso
     SMCP's solve counts a layer with the outputs that it has at present. Where its choice brings channels back, the network costs more
     than solved; where it removes some, less, and budget is left. So the solve is repeated with outputs half way to those that it
     leaves, and of the choices whose network fits, the most valuable is taken. If none fits, the capacity of the solve is lowered.
-    What is left of the budget then buys single options.
+    What is left of the budget then buys single options, and groups exchange options while that pays (:mod:`~sparse_callbacks.exchange`).
 
     Args:
         network: to be paid for.
@@ -179,25 +190,8 @@ def allocate(network: Network, options: Sequence[Tensor], values: Sequence[Tenso
             break
     fitting = [a for a in found if a.cost <= capacity * (1 + 2 * ROUNDING)]
     best = max(fitting, key=lambda a: a.value) if fitting else _lowered(network, options, values, capacity, now)
-    return _filled(network, options, values, capacity, best)
-
-
-def _filled(network: Network, options: Sequence[Tensor], values: Sequence[Tensor], capacity: float, found: Allocation) -> Allocation:
-    """``found`` with more units where budget is left: some group takes its next option, the one with the best value for its cost."""
-    sizes, worth = [o.tolist() for o in options], [v.tolist() for v in values]
-    at = [sizes[g].index(k) for g, k in enumerate(found.kept)]
-    for _ in range(FILLS):
-        offers = []
-        for g in (g for g in range(len(at)) if at[g] + 1 < len(sizes[g])):
-            kept = (*found.kept[:g], sizes[g][at[g] + 1], *found.kept[g + 1 :])
-            gain, cost = worth[g][at[g] + 1] - worth[g][at[g]], network.realised(kept)
-            if cost <= capacity * (1 + 2 * ROUNDING) and gain > 0:
-                offers.append((gain / max(cost - found.cost, 1e-300), g, replace(found, kept=kept, value=found.value + gain, cost=cost)))
-        if not offers:
-            break
-        _, g, found = max(offers, key=lambda offer: offer[:2])
-        at[g] += 1
-    return found
+    kept, value, cost = exchange.improved(network, options, values, capacity * (1 + 2 * ROUNDING), best.kept, best.value)
+    return replace(best, kept=kept, value=value, cost=cost)
 
 
 def _lowered(network: Network, options: Sequence[Tensor], values: Sequence[Tensor], capacity: float, now: Sequence[int]) -> Allocation:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_callbacks.channels import Group, Member
 from sparse_callbacks.probing import quiet, run, tensors_in
@@ -89,6 +90,54 @@ def layers(model: nn.Module, example_input: Any) -> dict[str, Layer]:
     return {n: found[n] for n, _ in model.named_modules() if n in found}
 
 
+@dataclass(frozen=True)
+class Rest:
+    """What a forward pass needs beside its convolutions and linear layers: weights (of two and more dimensions) of attention, recurrent
+    layers, embeddings and modules of other kinds, and multiply-adds of one sample."""
+
+    parameters: float
+    flops: float
+
+
+def rest(model: nn.Module, example_input: Any, found: Mapping[str, Layer]) -> Rest:
+    """What ``found``, the :func:`layers` of the model, leaves out.
+
+    Multiply-adds are what torch counts of matrix products and convolutions, and of recurrent layers that it does not count their weights
+    at each step.
+    """
+    called: dict[str, nn.Module] = {}
+    steps: dict[str, int] = {}
+    samples = tensors_in(example_input)[0].shape[0]
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            called[name] = module
+            if isinstance(module, nn.RNNBase):
+                steps[name] = steps.get(name, 0) + math.prod(tensors_in(output)[0].shape[:-1])
+
+        return hook
+
+    handles = [m.register_forward_hook(note(n)) for n, m in model.named_modules()]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)  # one operation, in which no product is seen
+        with quiet(model), FlopCounterMode(display=False) as counter:
+            run(model, example_input)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for handle in handles:
+            handle.remove()
+    inside = [c for m in called.values() if isinstance(m, nn.MultiheadAttention) for c in m.modules()]  # whose layer is never called
+    counted = {id(p) for n in found for p in model.get_submodule(n).parameters(recurse=False)}
+    others = {id(p): p for m in (*called.values(), *inside) for p in m.parameters(recurse=False) if p.ndim > 1 and id(p) not in counted}
+    by_module, root = counter.get_flop_counts(), type(model).__name__
+    unseen = [n for n in steps if not sum(by_module.get(f"{root}.{n}" if n else root, {}).values())]
+    recurrent = sum(steps[n] * sum(p.numel() for p in called[n].parameters() if p.ndim > 1) for n in unseen)
+    total = (counter.get_total_flops() / 2 + recurrent) / samples
+    in_layers = sum(flops(layer, layer.inputs, layer.outputs) for layer in found.values())
+    return Rest(float(sum(p.numel() for p in others.values())), max(0.0, total - in_layers))
+
+
 def stem(layers: Mapping[str, Layer]) -> str | None:
     """Name of the first of :func:`layers`, if it is a convolution."""
     name = next(iter(layers), None)
@@ -153,15 +202,18 @@ class Network:
         layers: see :func:`layers`; those in no group cost what they do.
         groups: whose units can go.
         cost: of a layer.
+        constant: cost of everything else.
     """
 
-    def __init__(self, layers: Mapping[str, Layer], groups: Sequence[Group], cost: Cost) -> None:
-        self.layers, self.cost = dict(layers), cost
+    def __init__(self, layers: Mapping[str, Layer], groups: Sequence[Group], cost: Cost, constant: float = 0.0) -> None:
+        self.layers, self.cost, self.constant = dict(layers), cost, constant
         self.sizes = [g.size for g in groups]
         members = [(g, m) for g, group in enumerate(groups) for m in group.members if m.module in layers]
         self._inputs = {n: _side(n, layer.inputs, [(g, m) for g, m in members if m.side != "out"]) for n, layer in layers.items()}
         self._readers = [[n for n, side in self._inputs.items() if g in side.owned] for g in range(len(groups))]
         self._outputs = {n: _side(n, layer.outputs, [(g, m) for g, m in members if m.side != "in"]) for n, layer in layers.items()}
+        both = [(self._inputs[n].owned, self._outputs[n].owned, n) for n in layers]
+        self._parts = [[n for ins, outs, n in both if g in ins or g in outs] for g in range(len(groups))]
 
     @property
     def dense(self) -> float:
@@ -170,7 +222,16 @@ class Network:
 
     def realised(self, kept: Sequence[int]) -> float:
         """Cost of the network with so many units of each group left, in inputs and outputs."""
-        return math.fsum(self._cost(n, self._inputs[n].total(kept, self.sizes), kept) for n in self.layers)
+        return self.total(self.by_layer(kept))
+
+    def by_layer(self, kept: Sequence[int], group: int | None = None) -> dict[str, float]:
+        """Cost of each layer with so many units of each group left; of those alone that a ``group`` has a part in."""
+        names = self.layers if group is None else self._parts[group]
+        return {n: self._cost(n, self._inputs[n].total(kept, self.sizes), kept) for n in names}
+
+    def total(self, costs: Mapping[str, float]) -> float:
+        """Cost of the network whose layers cost so much."""
+        return self.constant + math.fsum(costs.values())
 
     def _cost(self, name: str, inputs: float, kept: Sequence[int]) -> float:
         layer = self.layers[name]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.allocation import magnitude, taylor, unit_scores
+from sparse_callbacks.allocation import input_scores, magnitude, taylor, unit_scores
 from sparse_callbacks.channels import Group
 from sparse_callbacks.probing import map_tensors
 from sparse_callbacks.slimming import slimmable_groups
@@ -66,8 +66,9 @@ def example_inputs(model: nn.Module, batches: Generator[Any, None, None]) -> Any
             next(batches)
     except ValueError as error:
         raise ValueError(
-            f"channels are found by looking at the model with one sample, and there is none ({error}). Set example_input_array of the "
-            "LightningModule to what its forward takes."
+            "channels are found by looking at the model with one sample, and there is none: the module has no example_input_array, and the "
+            "training batches are not what its forward takes, or it has no forward. Set example_input_array to what the forward takes of "
+            "one sample; the forward must run the network that is to be pruned."
         ) from error
     finally:
         batches.close()
@@ -115,22 +116,30 @@ def active_outputs(groups: Sequence[Group], keeps: Sequence[Tensor]) -> dict[str
     return active
 
 
-def group_scores(
-    group: Group, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None, active: Mapping[str, Tensor]
-) -> Tensor | None:
-    """|importance summed over a group's consumers| of each unit, [size]; None where none of them is there.
+def reader_scores(
+    groups: Sequence[Group], weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None, active: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Importance of each input of every consumer in ``weights``, summed over active outputs and kernel, signed; by parameter name.
 
     Args:
-        group: whose units.
+        groups: whose consumers.
         weights: dense weights by parameter name.
         gradients: with them Taylor importance of the consumers that have one; without, magnitude.
         active: see :func:`active_outputs`.
     """
-    found = []
-    for reader in (c for c in group.consumers if c.parameter in weights):
-        name = reader.parameter
-        if gradients is not None and name not in gradients:
-            continue
-        each = magnitude(weights[name]) if gradients is None else taylor(weights[name], gradients[name])
-        found.append(unit_scores(each, reader, group.size, active.get(name)))
+    dims = {c.parameter: c.dim for g in groups for c in g.consumers}
+    if gradients is None:
+        return {n: input_scores(magnitude(weights[n]), dim, active.get(n)) for n, dim in dims.items() if n in weights}
+    at_hand = {n: dim for n, dim in dims.items() if n in weights and n in gradients}
+    return {n: input_scores(taylor(weights[n], gradients[n]), dim, active.get(n)) for n, dim in at_hand.items()}
+
+
+def group_scores(group: Group, inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """|importance summed over a group's consumers| of each unit, [size]; None where none of them is there.
+
+    Args:
+        group: whose units.
+        inputs: see :func:`reader_scores`.
+    """
+    found = [unit_scores(inputs[c.parameter], c, group.size) for c in group.consumers if c.parameter in inputs]
     return torch.stack([f.to(found[0]) for f in found]).sum(0).abs() if found else None

@@ -29,6 +29,7 @@ from sparse_callbacks.allocation import (
     allocate,
     best_units,
     estimated,
+    input_scores,
     magnitude,
     options_of,
     ranked,
@@ -39,7 +40,7 @@ from sparse_callbacks.allocation import (
     values_of,
 )  # fmt: skip
 from sparse_callbacks.channels import Group, Member, channel_groups
-from sparse_callbacks.costs import Layer, Network, flops, layers, parameters
+from sparse_callbacks.costs import Layer, Network, Rest, flops, layers, parameters, rest
 from sparse_callbacks.knapsack import InfeasibleError
 
 # ---------------------------------------------------------------------- layers
@@ -104,6 +105,38 @@ def test_looking_at_a_model_leaves_it_as_it_is() -> None:
     assert not net[0]._forward_hooks
 
 
+class Attends(nn.Module):
+    """Tokens [n, 5]: an embedding, attention, an MLP, two recurrent layers, a product with a parameter; a head that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.attend = nn.Embedding(7, 6), nn.MultiheadAttention(6, 2, batch_first=True)
+        self.up, self.down = nn.Linear(6, 10), nn.Linear(10, 6)
+        self.recur, self.again = nn.GRU(6, 4, batch_first=True), nn.LSTM(4, 4, batch_first=True)
+        self.table, self.idle = nn.Parameter(torch.randn(4, 3)), nn.Linear(50, 50)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        x = x + self.attend(x, x, x, need_weights=False)[0]
+        return self.again(self.recur(self.down(self.up(x).relu()))[0])[0] @ self.table
+
+
+def test_what_is_no_convolution_and_no_linear_layer_is_counted_as_it_is() -> None:
+    net, tokens = Attends(), torch.zeros(3, 5, dtype=torch.int64)
+    found = layers(net, tokens)
+    assert list(found) == ["up", "down"]
+    other = rest(net, tokens, found)
+    recurrent = 3 * 4 * (6 + 4) + 4 * 4 * (4 + 4)
+    assert other.parameters == 7 * 6 + 4 * 6 * 6 + recurrent + 4 * 3
+    # of one sample: projections of attention, scores and sums over 5 tokens, the recurrent layers' 5 steps, the last product
+    assert other.flops == 5 * 4 * 6 * 6 + 2 * 5 * 5 * 6 + 5 * recurrent + 5 * 4 * 3
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert all(not m._forward_hooks for m in net.modules())
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2))
+    assert rest(plain, torch.zeros(2, 3, 8, 8), layers(plain, torch.zeros(2, 3, 8, 8))) == Rest(0.0, 0.0)
+    assert Network(found, [], parameters, other.parameters).dense == other.parameters + 2 * 60
+
+
 # ---------------------------------------------------------------------- networks
 
 
@@ -146,11 +179,12 @@ def test_the_reference_network(seed: int) -> None:
     assert [g.consumers[0].module for g in groups] == ["conv2", "conv3", "fc"]
     options, values = priced(found, seed)
     for budget, (kept, estimate, realised) in TINY_SOLVED.items():
-        for solver in (estimated, allocate):
-            got = solver(found, options, values, budget * TINY_TOTAL, found.sizes)
-            assert dict(zip(kept, got.kept, strict=True)) == kept
-            assert (got.cost, got.gap) == (realised, 0.0)
-            assert got.estimate == (estimate if solver is estimated else got.estimate)
+        got = estimated(found, options, values, budget * TINY_TOTAL, found.sizes)
+        assert dict(zip(kept, got.kept, strict=True)) == kept
+        assert (got.cost, got.estimate, got.gap) == (realised, estimate, 0.0)
+        more = allocate(found, options, values, budget * TINY_TOTAL, found.sizes)  # which may use what the estimate left
+        assert more.value >= got.value
+        assert more.cost <= budget * TINY_TOTAL
     for budget, minimum in TINY_INFEASIBLE.items():
         with pytest.raises(InfeasibleError, match=rf"at most 3065.6: the cheapest costs {minimum}"):
             estimated(found, options, values, budget * TINY_TOTAL, found.sizes)
@@ -251,8 +285,8 @@ def test_the_choice_is_about_as_valuable_as_any_that_fits(cost: object) -> None:
         assert got.value == pytest.approx(worth)
         reached.append(got.value / max(fitting))
     assert max(reached) <= 1 + 1e-9
-    assert sum(reached) / len(reached) > 0.98
-    assert min(reached) > 0.9
+    assert sum(reached) / len(reached) > 0.99
+    assert min(reached) > 0.97
 
 
 def test_one_solve_may_overspend_where_channels_come_back_and_the_repeated_one_does_not() -> None:
@@ -304,19 +338,19 @@ def member(inputs: int) -> Member:
 @pytest.mark.parametrize(("active", "expected"), TAYLOR)
 def test_taylor_importance(active: list[int], expected: list[float]) -> None:
     scores = taylor(torch.tensor(WEIGHT), torch.tensor(GRADIENT))
-    assert torch.allclose(scores.sum(2), torch.tensor(TAYLOR_OUT_IN))
-    found = unit_scores(scores, member(3), 3, torch.tensor(active).bool()).abs()
+    assert torch.allclose(scores, torch.tensor(TAYLOR_OUT_IN))
+    found = unit_scores(input_scores(scores, 1, torch.tensor(active).bool()), member(3), 3).abs()
     assert found.tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_absolute_value_comes_after_the_sum_over_layers() -> None:
-    scores = taylor(torch.tensor(WEIGHT), torch.tensor(GRADIENT))
+    scores = input_scores(taylor(torch.tensor(WEIGHT), torch.tensor(GRADIENT)), 1)
     both = unit_scores(scores, member(3), 3) + unit_scores(-scores, member(3), 3)
     assert both.abs().tolist() == [0.0, 0.0, 0.0]
 
 
 def test_magnitude_importance() -> None:
-    assert unit_scores(magnitude(torch.tensor(WEIGHT)), member(3), 3).tolist() == MAGNITUDE
+    assert unit_scores(input_scores(magnitude(torch.tensor(WEIGHT)), 1), member(3), 3).tolist() == MAGNITUDE
 
 
 def test_half_precision_is_summed_in_float32() -> None:
@@ -329,9 +363,9 @@ def test_half_precision_is_summed_in_float32() -> None:
 def test_slices_of_other_groups_count_for_none_and_several_of_one_unit_for_it() -> None:
     scores = torch.tensor([[1.0, 2.0, 4.0, 8.0, 16.0], [100.0] * 5])
     flattened = Member("layer", "layer.weight", 1, "in", torch.tensor([0, 0, -1, 1, 1]))
-    assert unit_scores(scores, flattened, 2, torch.tensor([True, False])).tolist() == [3.0, 24.0]
+    assert unit_scores(input_scores(scores, 1, torch.tensor([True, False])), flattened, 2).tolist() == [3.0, 24.0]
     transposed = Member("layer", "layer.weight", 0, "in", torch.tensor([1, 0]))
-    assert unit_scores(scores, transposed, 2, torch.tensor([1, 0, 0, 0, 1]).bool()).tolist() == [200.0, 17.0]
+    assert unit_scores(input_scores(scores, 0, torch.tensor([1, 0, 0, 0, 1]).bool()), transposed, 2).tolist() == [200.0, 17.0]
 
 
 def test_ranking_and_options() -> None:

@@ -10,14 +10,12 @@ from typing import ClassVar, Unpack
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks import allocation, costs, grouping, norms
+from sparse_callbacks import allocation, budgets, costs, distributed, grouping, norms
 from sparse_callbacks.calendar import Time
 from sparse_callbacks.callback import Options, SparsityCallback
 from sparse_callbacks.channels import Group
-from sparse_callbacks.latency_table import Table
 from sparse_callbacks.plan import Plan
 
-COSTS: dict[str, costs.Cost] = {"parameters": costs.parameters, "flops": costs.flops}
 WORDS = {"importance": ("taylor", "magnitude"), "curve": allocation.CURVES, "norm_scaling": (None, "kept", "importance")}
 START, STOP = 10 / 90, 65 / 90  # published for ImageNet: 10 epochs of warm-up, 55 of ramp, 25 of cool-down
 
@@ -40,7 +38,7 @@ class SMCP(SparsityCallback):
 
     Differs from the paper: the last solve has the full budget (the released schedule stops one short). A solve is repeated with the
     outputs that it leaves, so that the network really fits the budget; the paper counts the outputs of the solve before. Scores are
-    means over the steps since the last solve, the released code takes the latest batch. No group loses all its channels. Gains under
+    means, over the steps since the last solve, of each step's absolute value; the released code takes the latest batch. No group loses all its channels. Gains under
     ``norm_scaling`` are multiplied once for every new factor, which for SGD is the paper's gradient rule; Adam's steps are larger than
     there. In manual optimization gradients are clipped before their decay is added.
 
@@ -116,16 +114,18 @@ class SMCP(SparsityCallback):
         self._scores: list[Tensor] = []  # of the latest solve
 
     def _refuse_arguments(self) -> None:
-        for name, value, low, high in (("budget", self.budget, 0.0, 1.0), ("decay", self.decay, 0.0, math.inf)):
-            if isinstance(value, bool) or not isinstance(value, Real) or not low <= float(value) < high or self.budget == 0:
-                raise ValueError(f"{name}={value!r} is out of range. Give a number above {low:g} and below {high:g}.")
+        ranges = {"budget": (0.0, 1.0, "above 0 and below 1"), "decay": (-1e-300, math.inf, "that is at least 0")}
+        for name, (low, high, words) in ranges.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real) or not low < float(value) < high:
+                raise ValueError(f"{name}={value!r} is out of range. Give a number {words}.")
         for name, value in (("round_to", self.round_to), ("chunk", self.chunk)):
             if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"{name}={value!r} is no number of channels. Give a whole number from 1 on.")
         for name, known in WORDS.items():
             if (word := getattr(self, name)) not in known:
                 raise ValueError(f"{name}={word!r} is not known. Give {' or '.join(map(repr, known))}.")
-        if self.cost not in COSTS and not str(self.cost).endswith(".json"):
+        if self.cost not in budgets.COSTS and not str(self.cost).endswith(".json"):
             raise ValueError(f"cost={self.cost!r} is not known. Give 'parameters', 'flops' or the path of a latency table (.json).")
 
     # ------------------------------------------------------------------ what can go
@@ -136,11 +136,13 @@ class SMCP(SparsityCallback):
     def plan(self, model: nn.Module | None = None) -> Plan:
         plan = super().plan(model)
         rows = tuple(replace(r, zeros=None, reason="") if r.name in plan.selected else r for r in plan)
-        return replace(plan, title=f"{type(self).__name__}: {self.budget:g} of the {self._unit}", rows=rows, joint=0, decided_by="budget")
+        title = f"{type(self).__name__}: {self.budget:g} of the {budgets.unit(self.cost)}"
+        return replace(plan, title=title, rows=rows, joint=0, decided_by="budget")
 
-    @property
-    def _unit(self) -> str:
-        return self.cost if self.cost in COSTS else f"latency in {self.cost}"
+    @staticmethod
+    def _warn(text: str) -> None:
+        if distributed.rank() == 0:
+            warnings.warn(text, stacklevel=2)
 
     def rehearse(self) -> None:
         model = self._model()
@@ -153,25 +155,20 @@ class SMCP(SparsityCallback):
         stem = None if self.prune_stem else costs.stem(layers)
         self.groups, self.left_out = grouping.prunable(model, example, stay, self._ownership.owns, stem)
         self._norms = norms.norms_behind(model, example) if self.norm_scaling else {}
-        cost = COSTS[self.cost] if self.cost in COSTS else Table.load(self.cost)
-        self.network = costs.Network(layers, self.groups, cost)
+        self.network = budgets.priced(model, example, layers, self.groups, self.cost, self._warn)
         self._options = [allocation.options_of(g.size, self.round_to, self.chunk) for g in self.groups]
-        dense, least = self.network.dense, allocation.smallest(self.network, self._options)
-        if least > self.budget * dense:
-            stays = any(why.endswith("is the stem") for why in self.left_out.values())
-            more = f", or prune_stem=True: the outputs of {stem} stay now" if stays else ""
-            raise ValueError(
-                f"budget={self.budget:g} of the {self._unit} cannot be met: with the fewest channels that may stay the network costs "
-                f"{least:.6g} of {dense:.6g}. Give budget={math.ceil(1e4 * least / dense) / 1e4:g} or more, or a smaller round_to={more}."
-            )
+        stays = stem if any(why.endswith("is the stem") for why in self.left_out.values()) else None
+        budgets.refuse(self.budget, self.cost, self.network, self.groups, self._options, self.chunk, stays)
+        if self.print_plan and distributed.rank() == 0:
+            print(budgets.overview(self.groups, self._options, self.left_out, self.network, self.cost), flush=True)
         consumers = {c.parameter for g in self.groups for c in g.consumers}
         self.store.drop_dense([n for n in self.store.hidden if n not in consumers])
         self._owners = [next(i for i, names in enumerate(self._ownership.owns) if _key(g) in names) for g in self.groups]
         self._note_kept()
-        for group in self.groups if self.importance == "taylor" else ():
-            device = self.params[_key(group)].device
-            self.aux.setdefault(f"scores/{_key(group)}", torch.zeros(group.size, device=device))
-            self.aux.setdefault(f"steps/{_key(group)}", torch.zeros((), dtype=torch.int64, device=device))
+        for index, group in enumerate(self.groups) if self.importance == "taylor" else ():
+            device, window = self.params[_key(group)].device, self._window_of(index)
+            self.aux.setdefault(f"scores.{window}", torch.zeros(group.size, device=device))
+            self.aux.setdefault(f"steps.{window}", torch.zeros((), dtype=torch.int64, device=device))
 
     def _note_kept(self) -> None:
         """Keep in mind how many units of each group there are, and which outputs of its layers are active."""
@@ -187,10 +184,11 @@ class SMCP(SparsityCallback):
         hidden = [n for n in self.names if self.store.hides(n)]
         if self.importance == "taylor" and hidden:
             gradients = {n: g for n in hidden if (g := self.gradient(n)) is not None}
-            found = {_key(g): grouping.group_scores(g, self._dense(gradients), gradients, self._active) for g in self.groups}
-            self._fresh = {name: scores for name, scores in found.items() if scores is not None}
+            inputs = grouping.reader_scores(self.groups, self._dense(gradients), gradients, self._active)
+            found = {self._window_of(i): grouping.group_scores(g, inputs) for i, g in enumerate(self.groups)}
+            self._fresh = {window: scores for window, scores in found.items() if scores is not None}
         for name in hidden if self.decay else ():
-            if (gradient := self.params[name].grad) is not None:
+            if (gradient := self.params[name].grad) is not None and self.store.active[name] < self.store.size(name):
                 gradient.add_(self.store.outside(name, self.store.dense(name)), alpha=self.decay)
 
     def after_step(self) -> None:
@@ -202,10 +200,10 @@ class SMCP(SparsityCallback):
 
     def _accumulate(self) -> None:
         """Add the step's scores to those of the window; a step with an inf counts for nothing."""
-        for name, scores in self._fresh.items():
+        for window, scores in self._fresh.items():
             finite = torch.as_tensor(self._finite, device=scores.device)
-            self.aux[f"scores/{name}"] = self.aux[f"scores/{name}"] + torch.where(finite, scores, 0)
-            self.aux[f"steps/{name}"] = self.aux[f"steps/{name}"] + finite
+            self.aux[f"scores.{window}"] = self.aux[f"scores.{window}"] + torch.where(finite, scores, 0)
+            self.aux[f"steps.{window}"] = self.aux[f"steps.{window}"] + finite
 
     def share_at(self, step: int) -> float:
         """The share of the dense cost that the network may have at a solve."""
@@ -220,7 +218,8 @@ class SMCP(SparsityCallback):
         super().update()
         self._note_kept()
         self._scale_norms()
-        windows = [f"{kind}/{n}" for kind in ("scores", "steps") for n in self.names]
+        own = [self._window_of(g) for g, owner in enumerate(self._owners) if owner == self._at]
+        windows = [f"{kind}.{window}" for window in own for kind in ("scores", "steps")]
         self.aux |= {k: torch.zeros_like(self.aux[k]) for k in windows if k in self.aux}
         self.note(share=self.share_at(self.step), gap=self._gap)
 
@@ -237,16 +236,20 @@ class SMCP(SparsityCallback):
             gain = model.get_parameter(f"{self._norms[name.rpartition('.')[0]]}.weight")
             norms.rescale(gain, share / float(before), self._ownership.optimizers)
 
-    def _window(self, group: Group) -> Tensor:
-        """Mean score of each unit over the steps since the last solve."""
+    def _window_of(self, group: int) -> str:
+        """What the score of a group is kept under; the name of a parameter on its device comes last, as in every key of ``aux``."""
+        return f"{group}/{_key(self.groups[group])}"
+
+    def scores(self) -> list[Tensor]:
+        """Score of each unit of each group: the mean over the steps since the last solve; with magnitudes, as they are now."""
+        windows = [self._window_of(g) for g in range(len(self.groups))]
         if self.importance == "taylor":
-            return self.aux[f"scores/{_key(group)}"] / self.aux[f"steps/{_key(group)}"].clamp(min=1)
-        found = grouping.group_scores(group, self._dense(self.params), None, self._active)
-        assert found is not None
-        return found
+            return [self.aux[f"scores.{w}"] / self.aux[f"steps.{w}"].clamp(min=1) for w in windows]
+        inputs = grouping.reader_scores(self.groups, self._dense(self.params), None, self._active)
+        return [found for g in self.groups if (found := grouping.group_scores(g, inputs)) is not None]
 
     def new_masks(self) -> dict[str, Tensor]:
-        self._scores = scores = [self._window(g) for g in self.groups]
+        self._scores = scores = self.scores()
         over = [self.progress.done.get(o, 0) >= self.times.stop for o in self._owners]  # of optimizers that had their last solve
         options = [torch.tensor([k]) if d else o for o, k, d in zip(self._options, self.kept, over, strict=True)]
         values = [allocation.values_of(s, o, self.chunk) for s, o in zip(scores, options, strict=True)]
@@ -273,12 +276,12 @@ class SMCP(SparsityCallback):
         return {"smcp/cost": self._share()} | {f"smcp/kept/{g.name}": float(k) for g, k in zip(self.groups, self.kept, strict=True)}
 
     def outcome(self) -> dict[str, str]:
-        return {self._unit: f"{self._share():.4f} of the dense network's (budget {self.budget:g})"}
+        return {budgets.unit(self.cost): f"{self._share():.4f} of the dense network's (budget {self.budget:g})"}
 
     def shortfall(self) -> str:
         return (
-            f"{type(self).__name__} ended at {self._share():.4f} of the dense {self._unit}, before the solve for its budget of "
-            f"{self.budget:g}: {self.step} steps were taken and that solve is due at step {self.times.stop}. Train longer, or give an "
+            f"{type(self).__name__} ended at {self._share():.4f} of the dense {budgets.unit(self.cost)}, before the solve for its budget "
+            f"of {self.budget:g}: {self.step} steps were taken and that solve is due at step {self.times.stop}. Train longer, or give an "
             "earlier stop=."
         )
 
