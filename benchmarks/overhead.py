@@ -7,7 +7,7 @@ All runs of a case live in one process, each Trainer in its own thread, and take
 number of steps, in an order that rotates from round to round. A ratio is the median, over rounds, of one run's time in the
 round over that of its baseline. With one thread the clock is the CPU time of the process, so that other jobs on the machine
 disturb little; with several it is wall time. Steps with a topology update are timed apart and charged as one in a hundred, those
-of DPF as one in sixteen.
+of DPF as one in sixteen, those of SMCP as one in eighty.
 The table goes to the screen and to benchmarks/results/overhead.md, which says more.
 """
 
@@ -24,10 +24,10 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from paced import SPARSITY, Net, PeerNet, Run, Step, Workload, lightning_run, parametrized, pruned, raw_run
+from paced import SPARSITY, Net, PeerNet, Run, Step, Workload, gated, lightning_run, parametrized, pruned, raw_run
 from torch import nn
 
-from sparse_callbacks import DPF, RigL, SparsityCallback, Static
+from sparse_callbacks import DPF, SMCP, ConstrainedL0, RigL, SparsityCallback, Static
 from sparse_callbacks.tasks.models import mlp, resnet20
 
 EVERY, WARM_UP = 100, 10
@@ -56,7 +56,7 @@ def _resnet20() -> nn.Module:
 
 WORKLOADS = {
     "mlp-sgd": Workload(
-        "MLP 784-1000-1000-1000-10, batch 100, SGD momentum 0.9 (default, not fused)", _large_mlp, (100, 784), _sgd, peers=True
+        "MLP 784-1000-1000-1000-10, batch 100, SGD momentum 0.9 (default, not fused)", _large_mlp, (100, 784), _sgd, peers=True, gates=True
     ),
     "mlp-sgd-fused": Workload("the same MLP, SGD(fused=True) momentum 0.9", _large_mlp, (100, 784), lambda p: _sgd(p, fused=True)),
     "mlp-adamw-fused": Workload(
@@ -64,14 +64,20 @@ WORKLOADS = {
     ),
     "mlp-adamw": Workload("the same MLP, AdamW (default), clipping to norm 1.0", _large_mlp, (100, 784), _adamw, clip=1.0),
     "resnet20-sgd": Workload(
-        "ResNet-20, 3x32x32, batch 128, SGD momentum 0.9 (default, not fused)", _resnet20, (128, 3, 32, 32), _sgd, peers=True, share=0.2
+        "ResNet-20, 3x32x32, batch 128, SGD momentum 0.9 (default, not fused)",
+        _resnet20,
+        (128, 3, 32, 32),
+        _sgd,
+        peers=True,
+        gates=True,
+        share=0.2,
     ),
     "tiny-sgd": Workload("MLP 32-32-10, batch 16, SGD momentum 0.9 (default, not fused)", _tiny_mlp, (16, 32), _sgd, share=10),
 }
 
 
-BASE, RAW, OURS, FEEDBACK = "Lightning, no callback", "raw loop", "ours: RigL", "ours: DPF"
-REFRESH = 16  # steps between two masks of DPF
+BASE, RAW, OURS, FEEDBACK, CHANNELS = "Lightning, no callback", "raw loop", "ours: RigL", "ours: DPF", "ours: SMCP"
+CHARGED = {FEEDBACK: 16, CHANNELS: 80}  # published steps between two updates
 
 
 def runs_of(workload: Workload, rounds: Sequence[int]) -> dict[str, tuple[str, Run]]:
@@ -85,8 +91,18 @@ def runs_of(workload: Workload, rounds: Sequence[int]) -> dict[str, tuple[str, R
         BASE: (BASE, lightning()),
         "ours: Static": (BASE, lightning(Static(SPARSITY, print_plan=False))),
         OURS: (BASE, lightning(RigL(SPARSITY, every=every, stop=1.0, print_plan=False))),
-        FEEDBACK: (BASE, lightning(DPF(f"constant({SPARSITY})", every=min(every, REFRESH), stop=1.0, print_plan=False))),
+        FEEDBACK: (BASE, lightning(DPF(f"constant({SPARSITY})", every=min(every, CHARGED[FEEDBACK]), stop=1.0, print_plan=False))),
     }
+    if workload.gates:
+        units, weights = (ConstrainedL0(0.5, unit=unit, print_plan=False) for unit in ("channel", "weight"))
+        channels = SMCP(0.5, round_to=4, every=every, start=1, stop=sum(rounds), print_plan=False)
+        found |= {
+            CHANNELS: (BASE, lightning(channels)),
+            "ours: ConstrainedL0, units": (BASE, lightning(units)),
+            "ours: ConstrainedL0, weights": (BASE, lightning(weights)),
+            "gates by autograd, units": (BASE, lightning(module=gated(Net(workload), units=True))),
+            "gates by autograd, weights": (BASE, lightning(module=gated(Net(workload), units=False))),
+        }
     if workload.peers:
         found |= {
             "torch.nn.utils.prune": (BASE, lightning(module=pruned(Net(workload)))),
@@ -120,7 +136,7 @@ class Timing:
 def measure(workload: Workload, count: int, steps: int) -> dict[str, tuple[str, Timing]]:
     length = max(1, round(steps * workload.share))
     runs = runs_of(workload, [max(2, round(WARM_UP * workload.share)), *[length] * count])
-    timings = {label: (base, Timing(REFRESH if label == FEEDBACK else EVERY)) for label, (base, _) in runs.items()}
+    timings = {label: (base, Timing(CHARGED.get(label, EVERY))) for label, (base, _) in runs.items()}
     for run in runs.values():
         next(run[1])
     labels = list(runs)
@@ -169,9 +185,11 @@ Written by `python benchmarks/overhead.py`.
 
 - A ratio is the median over rounds of the run's time over its baseline's in the same round, with the quartiles in brackets. The
   baseline of everything under Lightning is the same Trainer, module and data without a callback; that of a raw loop is a raw loop.
-- "ms a step" and its ratio hold one update in {EVERY} steps, for DPF one in {REFRESH}; the ratio "without updates" leaves them out, and
-  the "update step" stands alone (median; n of them were timed). RigL's update takes the place of the optimizer's step; DPF's, a
+- "ms a step" and its ratio hold one update in {EVERY} steps, for DPF one in {CHARGED[FEEDBACK]}, for SMCP in {CHARGED[CHANNELS]}; the
+  ratio "without updates" leaves them out, and the "update step" stands alone (median; n of them were timed). RigL's update takes the place of the optimizer's step; DPF's, a
   global mask from the dense weights, comes on top of it.
+- The gates of ConstrainedL0 have no updates: every step samples them, and steps gates and multiplier. "Gates by autograd" is the
+  parametrization w * z as it is usually written, without a constraint.
 - Our masks are drawn by Erdos-Renyi-kernel over all layers; rigl-torch leaves the first layer dense, so it masks fewer weights.
 - rigl-torch's `step` takes no closure, so under Lightning it needs an `optimizer_step` override that calls the closure by hand.
 """

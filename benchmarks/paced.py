@@ -38,6 +38,7 @@ class Workload:
     optimizer: Callable[[Any], torch.optim.Optimizer]
     clip: float | None = None
     peers: bool = False
+    gates: bool = False
     share: float = 1.0
 
     def data(self) -> list[tuple[Tensor, Tensor]]:
@@ -97,6 +98,10 @@ class Net(pl.LightningModule):
         super().__init__()
         self.workload = workload
         self.net = workload.network()
+        self.example_input_array = workload.data()[0][0][:1]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
         return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
@@ -202,6 +207,26 @@ class Masked(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight * self.mask
+
+
+class Gated(nn.Module):
+    """Hard-concrete gates as everybody writes them, left to autograd: one for each weight, or for each of its units."""
+
+    def __init__(self, weight: Tensor, units: bool) -> None:
+        super().__init__()
+        shape = weight.shape if not units else (1, weight.shape[1]) if weight.ndim == 2 else (len(weight), 1, 1, 1)
+        self.log_alpha = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        u = torch.rand_like(self.log_alpha).clamp(1e-6, 1 - 1e-6)
+        s = torch.sigmoid((torch.log(u) - torch.log(1 - u) + self.log_alpha) * 1.5)
+        return weight * (s * 1.2 - 0.1).clamp(0, 1)
+
+
+def gated(module: Net, units: bool) -> Net:
+    for layer in [m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)]:
+        parametrize.register_parametrization(layer, "weight", Gated(layer.weight.detach(), units))
+    return module
 
 
 def parametrized(module: Net) -> Net:

@@ -1,0 +1,241 @@
+"""SMCP on ResNet-20 and Fashion-MNIST: accuracy under budgets of FLOPs with soft and hard masks, and what the slim networks take.
+
+    python benchmarks/channels.py --root FOLDER --jobs 2 --runs KEPT
+
+FOLDER holds torchvision's files. Each run is `python train.py` with the overrides of its row; with `--runs KEPT` finished runs are
+kept and not repeated. Then the slim network of every budget is timed beside the dense one, as it is, in channels_last, and in
+onnxruntime, and a budget of measured latency is put to the test: a table is measured, a network trained under it and slimmed, and its
+time compared. The times mean something on an idle machine only. Writes benchmarks/results/channels.md.
+"""
+
+import argparse
+import copy
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import onnxruntime
+import pytorch_lightning as pl
+import torch
+from accuracy import Metrics, results
+from torch import Tensor, nn
+
+from sparse_callbacks import export_onnx, load_compact, slim
+from sparse_callbacks.latency import measure
+from sparse_callbacks.methods.smcp import SMCP
+from sparse_callbacks.tasks.models import resnet20
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPE, BUDGETS = (1, 28, 28), (0.5, 0.3)
+SHARED = (
+    "model=resnet20", "data=fashion_mnist", "data.batch_size=128", "optim.lr=0.1", "trainer.max_epochs=4", "trainer.limit_train_batches=0.5"
+)  # fmt: skip
+ROWS = {"dense": ("method=none",)} | {
+    f"{kind} masks, {budget:g}": ("method=smcp", "method.round_to=4", f"method.budget={budget:g}", "slim=true", *target)
+    for budget in BUDGETS
+    for kind, target in (("soft", ()), ("hard", ("method._target_=hard_masks.HardSMCP",)))
+}  # fmt: skip
+LATENCY_BUDGETS = (0.75, 0.6, 0.5)
+READINGS = 41
+
+
+def words(name: str, seed: int) -> tuple[str, ...]:
+    return (*ROWS[name], *SHARED, f"seed={seed}")
+
+
+def accuracy_table(found: Mapping[tuple[str, ...], Metrics], seeds: int) -> str:
+    lines = [
+        "| network | test accuracy, mean | spread | each seed | slim, mean | FLOPs left | parameters left | largest difference |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in ROWS:
+        runs = [found[words(name, s)] for s in range(seeds) if words(name, s) in found]
+        if not runs:
+            continue
+        tested = [100 * m["test/acc"] for m in runs]
+        spread = f"{statistics.stdev(tested):.2f}" if len(tested) > 1 else ""
+        row = f"| {name} | {statistics.mean(tested):.2f} % | {spread} | {', '.join(f'{t:.2f}' for t in tested)} |"
+        if "slim/flops_share" in runs[0]:
+            row += f" {100 * statistics.mean(m['slim/test/acc'] for m in runs):.2f} %"
+            for key in ("slim/flops_share", "slim/parameters_share"):
+                row += " | " + ", ".join(f"{m[key]:.4f}" for m in runs)
+            row += f" | {max(m['slim/difference'] for m in runs):.1e} |"
+        else:
+            row += " | 1 | 1 | |"
+        lines.append(row)
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------- times
+
+
+def interleaved(calls: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Milliseconds of each call, taken in turn so that a slow moment of the machine hits all of them."""
+    for call in calls.values():
+        call()
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(READINGS):
+        order = [*calls][turn % len(calls) :] + [*calls][: turn % len(calls)]
+        for name in order:
+            begun = time.perf_counter()
+            calls[name]()
+            found[name].append(1e3 * (time.perf_counter() - begun))
+    return found
+
+
+def forms(model: nn.Module, x: Tensor, folder: Path, name: str) -> dict[str, Callable[[], object]]:
+    """The network as it is, in channels_last, and in onnxruntime."""
+    model = model.eval()
+    last, x_last = copy.deepcopy(model).to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    export_onnx(model, folder / f"{name}.onnx", x)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(folder / f"{name}.onnx", options, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: x.numpy()}
+    return {"eager": lambda: model(x), "channels_last": lambda: last(x_last), "onnxruntime": lambda: session.run(None, feed)}
+
+
+@torch.inference_mode()
+def latency_table(models: Mapping[str, nn.Module], folder: Path) -> str:
+    """Times of dense and slim networks in three forms."""
+    head = "| batch | network | eager, ms | of dense | channels_last, ms | of dense | onnxruntime, ms | of dense |"
+    lines = [head, "| --- |" + " --- |" * 7]
+    for batch in (1, 32):
+        x = torch.randn(batch, *SHAPE)
+        each = {name: forms(model, x, folder, f"m{i}-{batch}") for i, (name, model) in enumerate(models.items())}
+        cells: dict[str, list[str]] = {name: [] for name in models}
+        for form in ("eager", "channels_last", "onnxruntime"):
+            times = interleaved({name: calls[form] for name, calls in each.items()})
+            for name in models:
+                ratios = [a / b for a, b in zip(times[name], times["dense"], strict=True)]
+                low, middle, high = statistics.quantiles(ratios)
+                share = "1" if name == "dense" else f"{middle:.2f} ({low:.2f} to {high:.2f})"
+                cells[name] += [f"{statistics.median(times[name]):.2f}", share]
+        lines += [f"| {batch} | {name} | {' | '.join(row)} |" for name, row in cells.items()]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------- a budget of measured time
+
+
+class Noise(pl.LightningModule):
+    """ResNet-20 on random images: which channels stay does not matter for the time, how many does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = resnet20(SHAPE, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def budget_table(folder: Path, batch: int = 32) -> str:
+    """Budgets of latency, what the table makes of the networks that were solved for, and what they take when measured."""
+    said: list[str] = []
+    table = measure(resnet20(SHAPE, 10), "resnet20", batch, SHAPE, tell=said.append)
+    table.save(folder / "table.json")
+    lines = ["| budget | by the table | measured (quartiles) | off by |", "| --- | --- | --- | --- |"]
+    data = torch.utils.data.TensorDataset(torch.randn(320, *SHAPE), torch.randint(10, (320,)))
+    for budget in LATENCY_BUDGETS:
+        torch.manual_seed(0)
+        module, method = Noise(), SMCP(budget, cost=str(folder / "table.json"), round_to=4, every=1, start=1, stop=8, print_plan=False)
+        trainer = pl.Trainer(
+            max_steps=10, callbacks=[method], accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+            enable_checkpointing=False,
+        )  # fmt: skip
+        trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=32))
+        x = torch.randn(batch, *SHAPE)
+        small, _ = slim(module.net, {n.removeprefix("net."): m for n, m in method.masks.items()}, x[:2])
+        dense, small = resnet20(SHAPE, 10).eval(), small.eval()
+        with torch.inference_mode():
+            times = interleaved({"dense": partial(dense, x), "slim": partial(small, x)})
+        ratios = [a / b for a, b in zip(times["slim"], times["dense"], strict=True)]
+        low, middle, high = statistics.quantiles(ratios)
+        by_table = method.network.realised(method.kept) / method.network.dense
+        lines.append(f"| {budget:g} | {by_table:.3f} | {middle:.3f} ({low:.3f} to {high:.3f}) | {100 * (middle / by_table - 1):+.1f} % |")
+    fit = next(line for line in reversed(said) if line.startswith("the model as"))
+    return "\n".join([f"Batch {batch}; {fit}.", "", *lines])
+
+
+# ---------------------------------------------------------------------- the file
+
+
+def slim_models(kept: Path) -> dict[str, nn.Module]:
+    """The dense network and those of the first seed's runs with soft masks."""
+    models: dict[str, nn.Module] = {"dense": resnet20(SHAPE, 10).eval()}
+    for budget in BUDGETS:
+        path = kept / ",".join(words(f"soft masks, {budget:g}", 0)) / "slim.safetensors"
+        if path.exists():
+            models[f"budget {budget:g}"] = load_compact(resnet20(SHAPE, 10), path).eval()
+    return models
+
+
+def text(accuracies: str, times: str, budgets: str) -> str:
+    """The whole file."""
+    return f"""# Channels of ResNet-20 under a budget
+
+Written by `python benchmarks/channels.py --root FOLDER`. Python {platform.python_version()}, torch {torch.__version__}, onnxruntime
+{onnxruntime.__version__}, {platform.machine()}, one thread.
+
+## Accuracy on Fashion-MNIST
+
+`python train.py {" ".join(SHARED)}`
+with the overrides below and seeds from 0; the last network is tested. 55,000 training images, of which an epoch sees half; 5,000
+validate. Spread is the standard deviation over seeds, in points. Budgets are shares of the dense FLOPs, met by the masked network as
+solved; the slim network has the dead channels removed. Hard masks: what is pruned learns nothing and never comes back
+(`benchmarks/hard_masks.py`).
+
+{accuracies}
+
+{chr(10).join(f"- {name}: `{' '.join(row)}`" for name, row in ROWS.items())}
+
+## Time of the slim networks
+
+Seed 0, soft masks. A forward pass, median of {READINGS} readings; ratios are taken reading by reading against the dense network in the
+same form, with quartiles.
+
+{times}
+
+## A budget of measured latency
+
+The network is trained for ten steps on random images under a table that was measured just before, slimmed and timed (eager).
+
+{budgets}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", required=True, help="folder of torchvision's files")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--runs", type=Path, help="keeps the folders of the runs, and gives those that are finished")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "channels.md")
+    given = parser.parse_args()
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])  # for hard_masks
+    torch.set_num_threads(1)
+    found: dict[tuple[str, ...], Metrics] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        kept = (given.runs or Path(temporary)).absolute()
+        todo = [words(name, seed) for seed in range(given.seeds) for name in ROWS]
+        for one, metrics in results(todo, str(Path(given.root).absolute()), kept, given.jobs):
+            found[one] = metrics
+            print(f"{len(found)} of {len(todo)}: {100 * metrics['test/acc']:.2f} % {' '.join(one)}", flush=True)
+        folder = Path(temporary)
+        times, budgets = latency_table(slim_models(kept), folder), budget_table(folder)
+    given.out.write_text(text(accuracy_table(found, given.seeds), times, budgets))
+
+
+if __name__ == "__main__":
+    main()
