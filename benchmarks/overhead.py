@@ -186,8 +186,8 @@ Written by `python benchmarks/overhead.py`.
 - A ratio is the median over rounds of the run's time over its baseline's in the same round, with the quartiles in brackets. The
   baseline of everything under Lightning is the same Trainer, module and data without a callback; that of a raw loop is a raw loop.
 - "ms a step" and its ratio hold one update in {EVERY} steps, for DPF one in {CHARGED[FEEDBACK]}, for SMCP in {CHARGED[CHANNELS]}; the
-  ratio "without updates" leaves them out, and the "update step" stands alone (median; n of them were timed). RigL's update takes the place of the optimizer's step; DPF's, a
-  global mask from the dense weights, comes on top of it.
+  ratio "without updates" leaves them out, and the "update step" stands alone (median; n of them were timed). RigL's update takes the
+  place of the optimizer's step; DPF's, a global mask from the dense weights, comes on top of it, and so does SMCP's, a knapsack.
 - The gates of ConstrainedL0 have no updates: every step samples them, and steps gates and multiplier. "Gates by autograd" is the
   parametrization w * z as it is usually written, without a constraint.
 - Our masks are drawn by Erdos-Renyi-kernel over all layers; rigl-torch leaves the first layer dense, so it masks fewer weights.
