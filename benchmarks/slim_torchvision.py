@@ -42,15 +42,27 @@ small, proof = slim(model, callback.masks, torch.randn(1, 3, 224, 224))
 print(proof)
 ```
 
-After each group of channels the outputs of a float64 copy are compared with those of the masked model, on the given and on random
-inputs; a group that changes them is put back and named. It needs torch-pruning: `pip install 'sparse-callbacks[channels]'`.
+After each group of channels the outputs of a float64 copy are compared with those of the masked model, on one random sample, and at
+the end on all given and random inputs; a group that changes them is put back and named. Every output has the tolerance of its own
+type; integers and bools must be the same. Where layers run in train mode only, such as auxiliary heads, outputs in that mode are
+compared too, norms and dropouts being in eval mode, if the model takes the example in it.
+
+Channels that hold a constant go into the bias behind them. What is a constant is judged on the inputs given and on two random ones:
+normal numbers of standard deviation 1 and 10, random bools, integers in another order. A switch that none of them throws is taken
+for a constant, so give `inputs=` of real data where there are any. Below float32 only exact constants count.
+
+Hooks of the model run in every pass, and stay on the slim model, which is made by `copy.deepcopy`: call `prune.remove` and
+`remove_weight_norm` first. `save_compact` writes `slim.safetensors` and, beside it, `slim.json`; `load_compact` puts them into an
+instance of the original class, and refuses another class, kernel, stride or size. It needs torch-pruning:
+`pip install 'sparse-callbacks[channels]'`.
 
 ## Half of all channels, over torchvision's classifiers
 
 Every group of channels that the graph offers is masked at random: half of its units, in multiples of 8 where its size allows.
 Differences are the largest over outputs, relative to the largest output; parameters and FLOPs are shares of the dense model's;
-latency is the median of nine passes of one image on one thread, and no more than a hint where other programs run beside; time is
-that of `slim` with its checks. googlenet and inception_v3 count their auxiliary heads, which stay dense. Written by
+latency is the median of nine passes of one image on one thread (fewer if they take more than two seconds), and no more than a hint
+where other programs run beside; time is that of `slim` with its checks. googlenet and inception_v3 count their auxiliary heads:
+googlenet's lose channels as the rest does, inception_v3's takes no images of this size and stays dense. Written by
 `python benchmarks/slim_torchvision.py` on {where}.
 
 | model | image | groups cut | channels removed of masked | parameters | FLOPs | latency | float32 | float64 | time |

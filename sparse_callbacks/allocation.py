@@ -26,7 +26,7 @@ def taylor(weight: Tensor, gradient: Tensor) -> Tensor:
     """
     if weight.ndim == 2:
         return -_wide(weight) * _wide(gradient)
-    return torch.einsum("abk,abk->ab", _wide(weight).flatten(2), _wide(gradient).flatten(2)).neg_()
+    return -torch.einsum("abk,abk->ab", _wide(weight).flatten(2), _wide(gradient).flatten(2))
 
 
 def magnitude(weight: Tensor) -> Tensor:

@@ -80,7 +80,11 @@ def overview(groups: Sequence[Group], options: Sequence[Tensor], left_out: Mappi
     head = f"{'channels of':30}{'units':>7}  may keep"
     rows = [f"{g.name:30}{g.size:7}  {_range(o)}" for g, o in zip(groups, options, strict=True)]
     rows += [f"{name:30}{'stay':>7}  {why}" for name, why in left_out.items()]
-    return "\n".join([head, *rows, f"With the fewest channels {least:.4f} of the {unit(cost)} are left."])
+    rows.append(f"With the fewest channels {least:.4f} of the {unit(cost)} are left.")
+    if isinstance(network.cost, Table):
+        network.tables(options, network.sizes)
+        rows.append(f"{network.cost.told()}.")
+    return "\n".join([head, *rows])
 
 
 def _range(options: Tensor) -> str:

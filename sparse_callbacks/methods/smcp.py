@@ -34,18 +34,20 @@ class SMCP(SparsityCallback):
     A group is the channels that can only go together, through sums, concatenations, depthwise layers and flattening. The stem, a
     convolution that comes first, and the network's outputs stay. Pruned channels go on to learn and may come back. After ``stop``
     masks stay and the dense weights are dropped; :func:`~sparse_callbacks.slimming.slim` then removes the channels. Groups are found
-    with the LightningModule's ``example_input_array``, or else the inputs of the first training batch.
+    with the LightningModule's ``example_input_array``, or else the inputs of the first training batch; ``groups`` and ``left_out`` hold
+    them, and why others stay.
 
     Differs from the paper: the last solve has the full budget (the released schedule stops one short). A solve is repeated with the
     outputs that it leaves, so that the network really fits the budget; the paper counts the outputs of the solve before. Scores are
-    means, over the steps since the last solve, of each step's absolute value; the released code takes the latest batch. No group loses all its channels. Gains under
-    ``norm_scaling`` are multiplied once for every new factor, which for SGD is the paper's gradient rule; Adam's steps are larger than
-    there. In manual optimization gradients are clipped before their decay is added.
+    means, over the steps since the last solve, of each step's absolute value; the released code takes the latest batch. No group
+    loses all its channels. Gains under ``norm_scaling`` are multiplied once for every new factor, which for SGD is the paper's
+    gradient rule; Adam's steps are larger than there. In manual optimization gradients are clipped before their decay is added.
 
     Args:
         budget: cost of the pruned network as a share of the dense one's, in (0, 1).
         cost: ``"parameters"``, ``"flops"`` (multiply-adds) or the path of a latency table (``.json``), measured by
-            ``python -m sparse_callbacks.latency``. Biases and norms cost nothing.
+            ``python -m sparse_callbacks.latency``. Counted is what the forward pass of one sample calls: attention, recurrent layers
+            and embeddings as they are, biases and norms not.
         importance: ``"taylor"``, or ``"magnitude"``: the sum of \\|w\\| at the solve.
         round_to: groups keep a multiple of so many channels where their number is one.
         chunk: so many neighbouring channels are kept or pruned together.

@@ -218,18 +218,23 @@ def test_solves_at_the_published_times_have_the_published_budgets(case: tuple[st
             assert 1 - callback.share_at(epoch) == pytest.approx(expected, abs=6e-7)
 
 
-def test_a_latency_budget_is_met_by_the_table(tmp_path: Path) -> None:
+def test_a_latency_budget_is_met_by_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     net = conv_net()
     grids = {}
     for layer in costs.layers(net, torch.zeros(1, 2, 5, 5)).values():
         ins, outs = [1, layer.inputs], [1, layer.outputs]
         cells = [[1.0 + costs.flops(layer, i, o) / 1e3 for o in outs] for i in ins]
         grids[signature(layer, layer.maps[0])] = Grid(ins, outs, [[c[-1]] for c in cells] if layer.depthwise else cells)
-    Table({"model": "net"}, grids).save(tmp_path / "t.json")
-    callback = method(0.6, cost=str(tmp_path / "t.json"))
-    fit(Classifier(net), callback)
+    about = {"model": "net", "input": [2, 5, 5], "torch": "1.0"}
+    Table(about, grids, constant=3.0, factor=2.0).save(tmp_path / "t.json")
+    callback = method(0.6, cost=str(tmp_path / "t.json"), print_plan=True)
+    with pytest.warns(UserWarning, match=r"the latency table of net was measured with torch 1\.0, and here it is"):
+        fit(Classifier(net), callback)
     assert 0.4 < callback.network.realised(callback.kept) / callback.network.dense <= 0.6
-    assert callback.network.dense > 6  # milliseconds of six layers
+    alone = sum(1.0 + costs.flops(layer, layer.inputs, layer.outputs) / 1e3 for layer in callback.network.layers.values())
+    assert callback.network.dense == pytest.approx(3 + 2 * alone)
+    told = r"of \d+ sizes of layers looked up in the latency table: \d+ measured, \d+ rounded up, \d+ interpolated\."
+    assert re.search(told, capsys.readouterr().out)
 
 
 def test_chunks_of_channels_stay_together() -> None:
@@ -559,7 +564,8 @@ def test_a_chunk_that_divides_no_group_is_refused() -> None:
 def test_what_can_go_and_why_the_rest_stays_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     fit(Classifier(conv_net()), method(0.8, prune_stem=False, print_plan=True), max_steps=1)
     shown = " ".join(capsys.readouterr().out.split())
-    assert "net.3.one 16 4, 8, ... 16 net.6 24 4, 8, ... 24 net.10 stay these are outputs of the network net.0 stay net.0 is the stem" in shown
+    assert "net.3.one 16 4, 8, ... 16 net.6 24 4, 8, ... 24 net.10 stay these are outputs of the network" in shown
+    assert "net.0 stay net.0 is the stem" in shown
     assert re.search(r"With the fewest channels 0\.\d{4} of the flops are left\.", shown)
     assert "net.0.weight 16x2x3x3 288 budget" in shown
 
