@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks import distributed
+from sparse_callbacks.gates import undone
 from sparse_callbacks.selection import Entry
 
 
@@ -25,7 +26,8 @@ class MaskStore:
         self.params = dict(params)
         self.entries = dict(entries)
         self.bools: dict[str, Tensor] = {}
-        self.active: dict[str, int] = {}
+        self._active: dict[str, int] = {}
+        self._uncounted: dict[str, Tensor] = {}
         self._factors: dict[str, Tensor] = {}
         self._spare: dict[str, Tensor] = {}
         self._stepping: set[str] = set()
@@ -38,7 +40,7 @@ class MaskStore:
     def set(self, name: str, mask: Tensor) -> None:
         """Take ``mask`` (bool, shape of the parameter); :meth:`apply` writes it into the values."""
         self.bools[name] = mask
-        self.active[name] = int(mask.count_nonzero())
+        self._active[name] = int(mask.count_nonzero())
         if name not in self._factors:
             self._factors[name] = torch.empty_like(self.params[name], requires_grad=False)
         self._factors[name].copy_(mask)  # a float factor multiplies twice as fast as a bool one
@@ -52,12 +54,23 @@ class MaskStore:
     def gate(self, name: str, factor: Tensor) -> None:
         """Take a float ``factor`` that broadcasts against the parameter in place of a mask; active is where it is not zero."""
         self.bools[name] = (factor != 0).expand(self.params[name].shape)
-        self.active[name] = int(factor.count_nonzero()) * (self.params[name].numel() // factor.numel())
+        self._uncounted[name] = factor
         self._factors[name] = factor
 
     def scale(self, name: str, factor: Tensor) -> None:
         """Take another ``factor`` for a while, such as a sample of gates; what is active stays as :meth:`gate` said."""
         self._factors[name] = factor
+
+    @property
+    def active(self) -> Mapping[str, int]:
+        """Active weights by parameter name. Those under gates are counted when somebody asks, all at once: gates move in every step."""
+        if self._uncounted:
+            first = next(iter(self._uncounted.values())).device
+            counts = torch.stack([f.count_nonzero().to(first) for f in self._uncounted.values()]).tolist()
+            for (name, factor), count in zip(self._uncounted.items(), counts, strict=True):
+                self._active[name] = count * (self.params[name].numel() // factor.numel())
+            self._uncounted = {}
+        return self._active
 
     def size(self, name: str) -> int:
         return self.bools[name].numel()
@@ -121,10 +134,10 @@ class MaskStore:
     def bring(self, names: Iterable[str]) -> None:
         """Exchange the buffers for an optimizer step: the parameters hold their dense values until :meth:`apply` or
         :meth:`put_back`. At any forward pass a parameter has the same address."""
+        names = list(names)
+        self.catch_up(names)
         for name in names:
             if name in self._spare and name not in self._stepping:
-                if self.params[name]._version != self._versions.get(name):  # the user clamped weights, say
-                    self.absorb([name])
                 self._exchange(name)
                 self._stepping.add(name)
 
@@ -139,12 +152,17 @@ class MaskStore:
         p = self.params[name]
         p.data, self._spare[name] = self._spare[name], p.data
 
+    def catch_up(self, names: Iterable[str]) -> None:
+        """:meth:`absorb` what was written since :meth:`apply`, if torch saw it: the user clamped weights, say."""
+        self.absorb(n for n in names if n in self._spare and self.params[n]._version != self._versions.get(n))
+
     @torch.no_grad()
     def absorb(self, names: Iterable[str]) -> None:
-        """Take into the dense values what somebody else wrote into the parameters' active weights."""
+        """Take into the dense values what somebody else wrote into the parameters, by the mask or factor that is in force."""
         for name in names:
             if name in self._spare and name not in self._stepping:
-                self._spare[name].copy_(torch.where(self.bools[name], self.params[name], self._spare[name]))
+                dense = self._spare[name]
+                dense.copy_(undone(self.params[name].detach(), self._factors[name], dense))
 
     @torch.no_grad()
     def mask_gradient(self, name: str, finite: bool = True) -> None:

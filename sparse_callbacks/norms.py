@@ -15,25 +15,36 @@ from sparse_callbacks.probing import quiet, run
 def norms_behind(model: nn.Module, example_input: Any) -> dict[str, str]:
     """The batch norm with a gain that takes the output of a convolution or linear layer as it is, by the layer's name.
 
+    Args:
+        model, example_input: see :func:`norm_inputs`.
+    """
+    gains = {n for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.affine}
+    return {layer: n for n, layers in norm_inputs(model, example_input).items() if n in gains for layer in layers if layer}
+
+
+def norm_inputs(model: nn.Module, example_input: Any) -> dict[str, list[str]]:
+    """By name of a batch norm, for each of its calls the convolution or linear layer whose output it takes as it is; "" for none.
+
     The model runs once, in eval mode; modes and random generators stay as they are.
 
     Args:
         model: to be looked at.
         example_input: a tensor, a tuple of positional or a mapping of named arguments.
     """
-    made: dict[int, tuple[str, Tensor]] = {}  # the tensors too, as an id is of what is alive
-    found: dict[str, str] = {}
+    made: dict[int, tuple[str, Tensor, int]] = {}  # the tensors too, as an id is of what is alive
+    found: dict[str, list[str]] = {}
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             if isinstance(module, nn.Linear | _ConvNd):
-                made[id(output)] = name, output
-            elif inputs and (source := made.get(id(inputs[0]))) is not None:
-                found[source[0]] = name
+                made[id(output)] = name, output, output._version
+            elif inputs:
+                layer, _, version = made.get(id(inputs[0]), ("", None, -1))
+                found.setdefault(name, []).append(layer if version == inputs[0]._version else "")  # else something was added in place
 
         return hook
 
-    watched = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | _ConvNd) or (isinstance(m, _BatchNorm) and m.affine)]
+    watched = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | _ConvNd | _BatchNorm)]
     handles = [m.register_forward_hook(note(n)) for n, m in watched]
     try:
         with quiet(model):

@@ -1,12 +1,14 @@
 """What goes with the output channels of a convolution, and values by layer for methods that gate whole channels."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
+from numbers import Real
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
@@ -28,6 +30,17 @@ class Tied:
     def members(self) -> tuple[str, ...]:
         """Names of all parameters that go with the channels."""
         return (*self.biases, *self.affine)
+
+    def factors(self, kernel: str, z: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What each parameter is multiplied by when the gates of ``kernel`` are ``z``; norms by 0 and 1 only, of what is closed and open.
+
+        Args:
+            kernel: its name.
+            z: broadcasts against it.
+            params: parameters by name; a bias that is longer than ``z`` has its outputs in groups, each with all gates.
+        """
+        per_channel = {n: z.flatten().repeat(params[n].numel() // z.numel()) for n in self.members}
+        return {kernel: z} | {n: (f != 0).to(f) if n in self.affine else f for n, f in per_channel.items()}
 
 
 def find_tied(model: nn.Module, kernels: Iterable[str]) -> dict[str, Tied]:
@@ -70,14 +83,15 @@ def find_tied(model: nn.Module, kernels: Iterable[str]) -> dict[str, Tied]:
 
 
 def _convolutions(model: nn.Module) -> Iterator[tuple[_ConvNd, str, nn.Module | None]]:
-    """Every convolution, with the path of the module registered right behind it, and that module."""
+    """Every convolution, with the path of the module registered right behind it, and that module; what is shared has its first path."""
     if isinstance(model, _ConvNd):
         yield model, "", None
-    for parent_path, parent in model.named_modules():
-        children = list(parent.named_children())
-        for (_, child), (name, follower) in pairwise([*children, ("", None)]):
+    paths = {id(m): path for path, m in model.named_modules()}
+    for parent in model.modules():
+        children = [c for c in parent._modules.values() if c is not None]  # children() leaves out what was there before
+        for child, follower in pairwise([*children, None]):
             if isinstance(child, _ConvNd):
-                yield child, f"{parent_path}.{name}" if parent_path else name, follower
+                yield child, paths.get(id(follower), ""), follower
 
 
 def by_glob(values: float | Mapping[str, float], names: Iterable[str], argument: str) -> dict[str, float]:
@@ -100,6 +114,26 @@ def by_glob(values: float | Mapping[str, float], names: Iterable[str], argument:
     if missed := [n for n in names if not any(fnmatchcase(n, glob) for glob in values)]:
         raise ValueError(f"{argument}= has no value for {', '.join(missed)}. Add a glob that matches, or '*' for all others.")
     return {n: float(next(v for glob, v in values.items() if fnmatchcase(n, glob))) for n in names}
+
+
+def refuse_outside(given: Any, argument: str, low: float, high: float, too_low: str = "") -> None:
+    """Refuse a number, or one of several by glob, that is not finite and in [``low``, ``high``].
+
+    Args:
+        given: the number, or numbers by glob.
+        argument: what it is called, for the error.
+        low, high: the bounds; ``high`` may be infinite.
+        too_low: why numbers from 0 to ``low`` cannot be, for the error.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for value in given.values() if isinstance(given, Mapping) else [given]:
+        number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or not low <= float(value) <= high:
+            most = f" and at most {high:g}" if math.isfinite(high) else ""
+            why = f": {too_low}" if too_low and number and 0 <= float(value) < low else ""
+            raise ValueError(f"{argument}={given!r}: {value!r} is out of range. Give a number that is at least {low:.4g}{most}{why}.")
 
 
 def refuse_decay(optimizers: Iterable[Optimizer], gated: Mapping[int, str], l2: float) -> None:

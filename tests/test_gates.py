@@ -1,7 +1,10 @@
 """Hard-concrete gates: the reference tables, autograd and Monte Carlo; what goes with a convolution's channels."""
 
+import copy
 import doctest
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +43,7 @@ from oracles_l0 import (
 )
 from torch import Tensor, nn
 
-from sparse_callbacks import gates, tied
+from sparse_callbacks import behind, constraint, gates, tied
 
 
 def double(values: object) -> Tensor:
@@ -52,7 +55,7 @@ def close(found: Tensor | float, expected: object) -> None:
 
 
 def test_the_examples() -> None:
-    assert doctest.testmod(gates).failed == 0
+    assert doctest.testmod(gates).failed == doctest.testmod(constraint).failed == 0
 
 
 # ---------------------------------------------------------------------- one gate
@@ -143,7 +146,21 @@ def test_noise_is_uniform_inside_0_and_1(size: int, dtype: torch.dtype) -> None:
 
 def test_the_likeliest_gate_stays() -> None:
     log_alpha = double([[-4.0], [-2.0], [-2.0]])
-    assert gates.likeliest(log_alpha).flatten().tolist() == [0, pytest.approx(GATES[-2.0][0], abs=1e-9), 0]
+    assert gates.trained(log_alpha).flatten().tolist() == [0, pytest.approx(GATES[-2.0][0], abs=1e-9), 0]
+    twice = gates.trained(log_alpha.T.expand(2, 3).contiguous())
+    assert twice.flatten().tolist() == [0, pytest.approx(GATES[-2.0][0], abs=1e-9), 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("shape", [(1, 40), (40, 1, 1, 1), (1, 40, 1), (8, 5), (3, 4, 5, 2)])
+def test_medians_stay_where_one_is_open(shape: tuple[int, ...]) -> None:
+    source = torch.Generator().manual_seed(0)
+    for lowered in (0.0, 3.0, 9.0):
+        log_alpha = torch.randn(shape, generator=source, dtype=torch.float64) - lowered
+        median = gates.median(log_alpha)
+        best = torch.zeros_like(median)
+        best.view(-1)[log_alpha.argmax()] = gates.p_open(log_alpha.max())
+        assert torch.equal(gates.trained(log_alpha), median if median.any() else best)
+    assert not median.any()
 
 
 # ---------------------------------------------------------------------- layers
@@ -311,6 +328,124 @@ def test_a_norm_without_parameters_is_refused() -> None:
     net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, affine=False))
     with pytest.raises(ValueError, match=r"1 stands behind 0\.weight and has no weight and bias \(affine=False\).*exclude="):
         tied.find_tied(net, ["0.weight"])
+
+
+def test_a_norm_of_two_convolutions_is_refused() -> None:
+    net = nn.ModuleDict({"one": nn.Conv2d(3, 3, 1), "norm": nn.BatchNorm2d(3), "two": nn.Conv2d(3, 3, 1)})
+    net["again"] = net["norm"]
+    elsewhere = nn.ModuleDict({"first": nn.Sequential(net["one"], net["norm"]), "second": nn.Sequential(net["two"], net["norm"])})
+    for model, names in ((net, ("norm", "one", "two")), (elsewhere, ("first.1", "first.0", "second.0"))):
+        norm, *kernels = names
+        message = rf"{norm} goes with the output channels of both {kernels[0]}\.weight and {kernels[1]}\.weight"
+        with pytest.raises(ValueError, match=message):
+            tied.find_tied(model, [f"{k}.weight" for k in kernels])
+
+
+# ---------------------------------------------------------------------- what flows into norms
+
+
+class Flow(nn.Module):
+    """``one``, its norm ``bn1``, ``two`` and its norm ``bn2``, registered in an ``order`` and run by ``forward``, for [n, 4, 5, 5]."""
+
+    def __init__(self, forward: Callable[[Any, Tensor], Tensor], order: str = "one bn1 two bn2", seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        super().__init__()
+        made = {
+            "one": lambda: nn.Conv2d(4, 4, 3, padding=1), "two": lambda: nn.Conv2d(4, 4, 3, padding=1, bias=False),
+            "bn1": lambda: nn.BatchNorm2d(4), "bn2": lambda: nn.BatchNorm2d(4), "plain": lambda: nn.BatchNorm2d(4, affine=False),
+            "up": lambda: nn.ConvTranspose2d(4, 4, 2), "pool": lambda: nn.MaxPool2d(2), "relu": nn.ReLU,
+            "inplace": lambda: nn.ReLU(inplace=True),
+        }  # fmt: skip
+        for name in order.split():
+            self.add_module(name, made[name]())
+        self.run = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+    def check(self, *kernels: str) -> list[str]:
+        state = copy.deepcopy(self.state_dict())
+        example = torch.randn(1, 4, 5, 5)
+        kept = example.clone()
+        found = tied.find_tied(self, [f"{k}.weight" for k in kernels or ("one", "two")])
+        try:
+            return behind.check(self, found, example)
+        finally:
+            assert torch.equal(example, kept)
+            assert self.training
+            assert not any(m._forward_hooks for m in self.modules())
+            assert all(torch.equal(v, state[k]) for k, v in self.state_dict().items())
+
+
+def test_a_norm_that_takes_its_convolution_is_right() -> None:
+    one = {"order": "one bn1 relu inplace pool"}
+    for run, options in (
+        (lambda m, x: m.bn2(m.two(m.bn1(m.one(x)))), {}),
+        (lambda m, x: m.bn1(m.relu(m.one(x))), one),  # activations between do not matter
+        (lambda m, x: m.bn1(m.inplace(m.one(x))), one),
+        (lambda m, x: m.bn1(m.pool(nn.functional.hardswish(m.one(x)))), one),
+        (lambda m, x: m.bn1(torch.sigmoid(m.one(x)) * 2 - 3), one),
+        (lambda m, x: m.bn1(m.one(m.one(x))), one),  # twice, of which the norm sees one
+        (lambda m, x: x + m.bn1(m.up(x))[:, :, :5, :5], {"order": "up bn1"}),
+        (lambda m, x: m.relu(x), one),  # they do not run in eval mode: nothing is known of them
+    ):
+        net = Flow(run, **options)
+        assert net.check(*[n for n in ("one", "two", "up") if hasattr(net, n)]) == []
+
+
+@pytest.mark.parametrize(
+    ("run", "order", "norm", "kernel", "what"),
+    [
+        (lambda m, x: m.bn2(m.two(m.bn1(m.one(x)))), "one two bn1 bn2", "bn1", "two", "the output of one"),
+        (lambda m, x: m.bn1(m.two(m.one(x))), "one bn1 two", "bn1", "one", "the output of two"),
+        (lambda m, x: m.bn1(m.two(m.bn1(m.one(x)))), "one bn1 two", "bn1", "one", "the output of two"),
+        (lambda m, x: m.bn1(m.one(x) + x), "one bn1 two", "bn1", "one", "more than"),
+        (lambda m, x: m.bn1(m.one(x).add_(x)), "one bn1 two", "bn1", "one", "more than"),
+        (lambda m, x: m.bn1(m.one(x) + m.two(x)), "one bn1 two", "bn1", "one", "more than"),
+        (lambda m, x: m.bn1(m.one(x) + m.two(torch.zeros_like(x))), "one bn1 two", "bn1", "one", "more than"),
+        (lambda m, x: m.bn1(m.one(x).flip(1)), "one bn1 two", "bn1", "one", "more than"),
+        (lambda m, x: m.bn1(x) + m.one(x), "one bn1 two", "bn1", "one", "more than"),
+        (lambda m, x: m.bn1(m.one(x)) + m.bn1(x), "one bn1 two", "bn1", "one", "more than"),
+        (lambda m, x: m.bn1(x) + m.bn1(torch.relu(m.one(x))), "one bn1 two", "bn1", "one", "more than"),
+        (lambda m, x: m.bn1(torch.ones_like(x)) + m.one(x), "one bn1 two", "bn1", "one", "more than"),
+        (lambda m, x: m.bn1(torch.relu(m.two(m.one(x)))), "one bn1 two", "bn1", "one", "more than"),
+    ],
+)
+def test_a_norm_that_takes_something_else_is_refused(run: Any, order: str, norm: str, kernel: str, what: str) -> None:
+    message = rf"^{norm} is registered right behind the convolution of {kernel}\.weight.*but it takes {what}.*Register every.*exclude="
+    with pytest.raises(ValueError, match=message):
+        Flow(run, order).check(kernel)
+
+
+def test_norms_that_are_not_tied_are_told() -> None:
+    for run, order, kernels, norms in (
+        (lambda m, x: m.bn2(m.two(m.bn1(m.one(x)))), "one relu two bn1 bn2 ", ["one"], ["bn1"]),
+        (lambda m, x: m.bn1(m.relu(m.one(x))), "one relu bn1", ["one"], ["bn1"]),
+        (lambda m, x: m.plain(m.relu(m.one(x))), "one relu plain", ["one"], ["plain"]),
+        (lambda m, x: m.bn1(m.one(y := m.two(x))) + m.bn2(y), "one bn1 two relu bn2", ["two"], ["bn2"]),
+        (lambda m, x: m.bn1(y := m.one(x)) + m.bn2(y), "one bn1 two relu bn2", ["one"], ["bn2"]),
+        (lambda m, x: m.bn1(y := m.one(x)) + m.bn2(y), "one relu bn1 bn2", ["one"], ["bn1 and bn2"]),
+        (lambda m, x: m.bn1(m.one(x) + x), "one relu bn1", ["one"], []),  # the sum has channels that are open
+        (lambda m, x: m.one(m.relu(m.bn1(x))), "bn1 relu one", ["one"], []),
+    ):
+        found = Flow(run, order).check(*kernels)
+        assert len(found) == len(norms)
+        for text, name in zip(found, norms, strict=True):
+            assert text.startswith(f"{kernels[0]}.weight has gates, and its output goes into {name}, which")
+
+
+def test_the_check_runs_as_often_as_it_must() -> None:
+    class Counted(Flow):
+        runs = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.runs += 1
+            return super().forward(x)
+
+    for run, runs in ((lambda m, x: m.bn2(m.two(m.bn1(m.one(x)))), 1), (lambda m, x: m.bn2(torch.relu(m.two(m.bn1(m.one(x))))), 2)):
+        net = Counted(run)
+        net.check()
+        assert net.runs == runs
 
 
 def test_values_by_glob() -> None:

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from contract_support import Batches, ByHand, Classifier, Rivals, Stops, assert_
 from oracles_l0 import LAYERS_TARGET, LENET_ALL, LENET_SIZES, MLP_DENSITIES, MLP_DENSITY, STEP
 from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparse_callbacks import gates
+from sparse_callbacks import gates, optimizers
+from sparse_callbacks.masks import MaskStore
 from sparse_callbacks.methods.l0 import LEAST, ConstrainedL0
 from sparse_callbacks.tasks.models import lenet5_caffe, lenet_300_100
 
@@ -39,6 +42,8 @@ def close_some(callback: ConstrainedL0, log_alpha: float = -4.0, every: int = 3)
         if key.startswith("log_alpha/"):
             value.copy_(torch.linspace(-1.0, 3.0, value.numel()).view_as(value))
             value.view(-1)[::every] = log_alpha
+    for kernel in callback._tied:
+        callback.gated.take_medians(kernel, callback.aux[f"log_alpha/{kernel}"])
 
 
 # ---------------------------------------------------------------------- one step by the book
@@ -174,7 +179,7 @@ def test_density_comes_down_to_the_target_and_the_multiplier_goes_back_to_zero(c
     multipliers: list[list[float]] = []
 
     def see(*_: Any) -> None:
-        density.append([float(callback._density(names)) for names in callback._groups])
+        density.append([found for _, found in callback._densities()])
         multipliers.append([float(v) for k, v in callback.aux.items() if k.startswith("multiplier/")])
 
     fit(module, callback, watch(see), max_epochs=60)
@@ -234,9 +239,9 @@ def test_parameters_behind_gates_are_those_of_kernels_with_their_biases_and_of_m
             return self.net(torch.zeros(2, 1, 28, 28)).square().mean()
 
     fit(Images(net), callback, max_steps=1)
-    (names,) = callback._groups
-    total = sum(LENET_SIZES)
-    assert [round(s * total) for s in callback._shares(names).values()] == LENET_SIZES
+    (constraint,) = callback._constraints
+    names, total = constraint.names, sum(LENET_SIZES)
+    assert [round(s * total) for s in constraint.shares.values()] == LENET_SIZES
     assert sum(p.numel() for p in net.parameters()) == LENET_ALL
     assert len(callback.params) == 6
     shapes = [tuple(callback.aux[f"log_alpha/{n}"].shape) for n in names]
@@ -268,9 +273,9 @@ def test_samples_in_a_batch_and_medians_at_any_other_time(unit: str) -> None:
     between: list[bool] = []
 
     def medians() -> bool:
-        found = {n: callback._medians[n] * callback.store.dense(n) for n in callback.params}
+        found = {n: callback.gated.medians[n] * callback.store.dense(n) for n in callback.params}
         for kernel in callback._tied:
-            assert torch.equal(callback._medians[kernel], gates.median(callback.aux[f"log_alpha/{kernel}"]))
+            assert torch.equal(callback.gated.medians[kernel], gates.median(callback.aux[f"log_alpha/{kernel}"]))
         return all(torch.equal(module.get_parameter(n), v) for n, v in found.items())
 
     class Watched(Classifier):
@@ -283,7 +288,7 @@ def test_samples_in_a_batch_and_medians_at_any_other_time(unit: str) -> None:
 
     module = Watched()
     begin = pl.callbacks.LambdaCallback(
-        on_train_start=lambda *_: (close_some(callback), [callback._take_medians(k) for k in callback._tied])
+        on_train_start=lambda *_: close_some(callback)
     )
     trainer = pl.Trainer(
         max_epochs=2, accumulate_grad_batches=4, val_check_interval=2, logger=False, enable_progress_bar=False, enable_model_summary=False,
@@ -324,8 +329,52 @@ def test_what_the_user_writes_into_the_weights_is_kept() -> None:
     callback, module = l0(gate_lr=0.0), Clamps(mlp())
     fit(module, callback)
     for name in callback.masks:
-        assert float((callback._medians[name] * callback.store.dense(name)).abs().max()) < 0.1
+        assert float((callback.gated.medians[name] * callback.store.dense(name)).abs().max()) < 0.1
         assert float(module.get_parameter(name).abs().max()) <= 0.02
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_before_optimizer_step"])
+@pytest.mark.parametrize("unit", ["channel", "weight"])
+def test_a_write_in_a_batch_is_taken_by_the_sample_in_force(unit: str, hook: str) -> None:
+    """One that changes no value leaves the dense weights as they are, also where the sample is closed and the median is open."""
+
+    class Clamps(Classifier):
+        def clamp(self, *_: Any) -> None:
+            with torch.no_grad():
+                for p in self.net.parameters():
+                    p.clamp_(-100, 100)
+
+    runs = []
+    for writes in (False, True):
+        callback, module = l0(unit=unit), Clamps(mlp())
+        if writes:
+            setattr(module, hook, module.clamp)
+        fit(module, callback)
+        runs.append((callback.state_dict(), dict(module.state_dict())))
+    assert differences(*runs, bitwise=False) == []
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_a_write_in_a_batch_becomes_the_value_over_the_sample(window: int) -> None:
+    class Writes(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if batch_idx == 2:
+                with torch.no_grad():
+                    self.net[1].weight[1] = 0.25
+            return super().training_step(batch, batch_idx)
+
+    callback, module = l0(gate_lr=0.0), Writes(mlp())
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)  # type: ignore[method-assign]
+    held, samples = [], []
+    see = pl.callbacks.LambdaCallback(
+        on_train_batch_start=lambda *_: samples.append(callback.gated.samples["net.1.weight"].flatten().clone()),
+        on_train_batch_end=lambda *_: held.append(callback.store.dense("net.1.weight").clone()),
+    )
+    fit(module, callback, see, max_epochs=1, limit_train_batches=4, accumulate_grad_batches=window)
+    before, after, z = held[1], held[2], samples[2]
+    assert torch.equal(before[[0, *range(2, 24)]], after[[0, *range(2, 24)]])
+    assert torch.equal(after[1], torch.where(z == 0, before[1], 0.25 / z))
+    assert bool((z == 0).any())
 
 
 def test_an_exception_in_a_batch_leaves_medians() -> None:
@@ -339,7 +388,61 @@ def test_an_exception_in_a_batch_leaves_medians() -> None:
     with pytest.raises(KeyError, match="data"):
         fit(module, callback)
     for name in callback.masks:
-        assert torch.equal(module.get_parameter(name), callback._medians[name] * callback.store.dense(name))
+        assert torch.equal(module.get_parameter(name), callback.gated.medians[name] * callback.store.dense(name))
+
+
+@pytest.mark.parametrize("constraint", ["model", "layer"])
+def test_the_host_reads_a_constant_number_of_times_in_a_step(constraint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU each read waits for the device: as many for eight layers as for two."""
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            Reads.count += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    to_list = Tensor.tolist
+
+    def tolist(tensor: Tensor) -> Any:
+        Reads.count += 1
+        return to_list(tensor)
+
+    def all_finite(gradients: Any) -> Tensor:
+        """As on a GPU."""
+        return torch.stack([g.abs().amax() for g in gradients]).isfinite().all()
+
+    monkeypatch.setattr(Tensor, "tolist", tolist)
+    monkeypatch.setattr(optimizers, "all_finite", all_finite)
+    found = []
+    for layers in (2, 8):
+        torch.manual_seed(0)
+        hidden = [m for _ in range(layers) for m in (nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3))]
+        net = nn.Sequential(nn.Conv2d(2, 3, 1), *hidden, nn.Flatten(), nn.Linear(75, 4))
+        callback, module, mode, counts = l0(0.05, gate_lr=0.5, constraint=constraint), Classifier(net), Reads(), []
+        begin = at_start(lambda mode=mode: mode.__enter__())
+        try:
+            fit(module, callback, begin, watch(lambda *_, to=counts: to.append(Reads.count)), max_epochs=1)
+        finally:
+            mode.__exit__(None, None, None)
+        assert len(callback._tied) == layers + 2
+        found.append([after - before for before, after in pairwise(counts)])
+    assert found[0] == found[1]
+    assert 0 < max(found[0]) <= 4
+
+
+def test_what_is_active_behind_gates_is_counted_when_somebody_asks() -> None:
+    layer = nn.Linear(3, 2)
+    params = dict(layer.named_parameters())
+    store = MaskStore(params, {}, {n: torch.ones_like(p) for n, p in params.items()})
+    store.gate("weight", torch.tensor([[0.0, 0.5, 1.0]]))
+    store.gate("bias", torch.tensor([0.0, 0.1]))
+    store.scale("bias", torch.zeros(2))  # a sample changes nothing
+    assert store.active == {"weight": 4, "bias": 1}
+    store.gate("weight", torch.tensor([[0.0, 0.0, 1.0]]))
+    assert store.active == {"weight": 2, "bias": 1}
+    store.gate("bias", torch.zeros(2))
+    assert store.active == {"weight": 2, "bias": 0}
 
 
 # ---------------------------------------------------------------------- channels that are really gone
@@ -379,7 +482,7 @@ def purged(net: Convolutions) -> nn.Module:
 
 def test_the_purged_network_equals_the_gated_one() -> None:
     callback, module = l0(0.9, gate_lr=0.0), Classifier(Convolutions())
-    begin = at_start(lambda: (close_some(callback), [callback._take_medians(k) for k in callback._tied]))
+    begin = at_start(lambda: close_some(callback))
     fit(module, callback, begin)
     net = module.net.eval()
     small = purged(net)
@@ -402,7 +505,7 @@ def test_a_closed_channel_is_zero_behind_its_norm_in_training_too_and_tells_it_n
     class Watched(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             x = batch[0].double()
-            gate = callback._samples["net.0.weight"].flatten()
+            gate = callback.gated.samples["net.0.weight"].flatten()
             held.append(self.net[1].running_var.clone())
             closed.append(gate == 0)
             conv, norm = copy.deepcopy((self.net[0], self.net[1]))
@@ -411,12 +514,100 @@ def test_a_closed_channel_is_zero_behind_its_norm_in_training_too_and_tells_it_n
             return super().training_step(batch, batch_idx)
 
     module = Watched(Convolutions())
-    begin = at_start(lambda: (close_some(callback, -1.7), [callback._take_medians(k) for k in callback._tied]))
+    begin = at_start(lambda: close_some(callback, -1.7))
     fit(module, callback, begin)
     assert any(bool(c.any()) for c in closed)
     for which, before, after in zip(closed, held, [*held[1:], module.net[1].running_var], strict=True):
         assert torch.equal(before[which], after[which])
         assert (before[~which] != after[~which]).all()
+
+
+def test_an_exception_in_a_batch_leaves_norms_with_what_they_knew_of_closed_channels() -> None:
+    class Fails(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            held.append(self.net[1].running_var.clone())
+            loss = super().training_step(batch, batch_idx)
+            if batch_idx == 2:
+                closed.append(callback.gated.samples["net.0.weight"].flatten() == 0)
+                raise KeyError("data")
+            return loss
+
+    held: list[Tensor] = []
+    closed: list[Tensor] = []
+    callback, module = l0(gate_lr=0.0), Fails(Convolutions())
+    with pytest.raises(KeyError, match="data"):
+        fit(module, callback, at_start(lambda: close_some(callback, -1.7)))
+    after = module.net[1].running_var
+    assert bool(closed[0].any())
+    assert torch.equal(after[closed[0]], held[-1][closed[0]])
+    assert (after != held[-1])[~closed[0]].all()
+
+
+class Stream:
+    """Batches without an order."""
+
+    def __iter__(self) -> Any:
+        return iter(Batches().in_order())
+
+    def __len__(self) -> int:
+        return 8
+
+
+class Late(nn.Module):
+    """Both norms registered behind both convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(2, 8, 3), nn.Conv2d(8, 8, 3)
+        self.bn1, self.bn2 = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn1(self.conv1(x)))
+        return self.fc(torch.relu(self.bn2(self.conv2(x))).flatten(1))
+
+
+def test_a_norm_of_another_convolution_is_refused_before_anything_is_written() -> None:
+    callback, module = l0(include="*conv2.weight"), Classifier(Late())
+    before = copy.deepcopy(module.state_dict())
+    stands = r"net\.bn1 is registered right behind the convolution of net\.conv2\.weight.*takes the output of net\.conv1\..*exclude="
+    with pytest.raises(ValueError, match=stands):
+        fit(module, callback)
+    assert differences(before, dict(module.state_dict())) == []
+    module.example_input_array = torch.zeros(2, 2, 5, 5)
+    with pytest.raises(ValueError, match=stands):  # it is found by this too, where the data has no order
+        fit(module, l0(), loader=Stream())
+    fit(module, l0(unit="weight"), max_steps=1)  # which closes no channels
+
+
+def test_a_norm_that_is_not_tied_is_told() -> None:
+    net = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(72, 4))
+    text = r"net\.0\.weight has gates, and its output goes into net\.2, which is not registered right behind.*shifted.*slim\(\) may keep"
+    with pytest.warns(UserWarning, match=text):
+        fit(Classifier(net), l0(), max_steps=1)
+    for quiet, callback in ((Classifier(), l0()), (Classifier(net), l0(unit="weight")), (Classifier(net), l0(exclude="net.0.weight"))):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            fit(quiet, callback, max_steps=1)
+        assert not [w for w in said if "has gates" in str(w.message)]
+
+
+def test_where_the_model_cannot_be_run_norms_go_unchecked_and_that_is_said() -> None:
+    class Unusual(Classifier):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            raise AssertionError("is called by nobody")
+
+    callback, module = l0(), Unusual()
+    with pytest.warns(UserWarning, match=r"net\.1, net\.5 are closed with the convolutions .* Set example_input_array"):
+        assert fit(module, callback, loader=Stream()).global_step == 16
+    with pytest.warns(UserWarning, match=r"Set example_input_array"):
+        assert fit(Unusual(), l0()).global_step == 16
+    assert callback._tied["net.0.weight"].norms == ("net.1",)
+
+
+def test_matrices_need_no_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ConstrainedL0, "data_pass", lambda *_: pytest.fail("was asked for data"), raising=False)
+    fit(Classifier(mlp()), l0(), max_steps=1)
 
 
 def test_kernel_and_bias_pull_on_a_gate_and_the_norm_does_not() -> None:
@@ -429,7 +620,7 @@ def test_kernel_and_bias_pull_on_a_gate_and_the_norm_does_not() -> None:
         gradients.update({n: module.get_parameter(n).grad.clone() for n in names})
 
     def after(*_: Any) -> None:
-        z = callback._samples[names[0]]
+        z = callback.gated.samples[names[0]]
         kernel, bias = (gates.pull(gradients[n], callback.store.dense(n), z) for n in names[:2])
         compared.append(torch.allclose(callback._pulls[names[0]], kernel + bias, rtol=0, atol=1e-12) and bool(bias.any()))
         for name in names:
@@ -442,6 +633,7 @@ def test_kernel_and_bias_pull_on_a_gate_and_the_norm_does_not() -> None:
     first, last = (pl.callbacks.LambdaCallback(on_before_optimizer_step=act) for act in (before, after))
     fit(module, first, callback, last, begin)
     assert compared == [True] * 5 * 16
+    assert callback._pulls == {}  # they are as large as the gates
     for name, value in dense.items():
         grown = 1 if name.startswith(("net.1", "net.4")) else 2
         assert torch.equal(value, original[name] * grown), name
@@ -460,15 +652,16 @@ def test_the_plan_lists_what_goes_with_channels() -> None:
         f"net.{n}" for n in ("0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias", "4.weight", "4.bias", "7.weight")
     }
     assert all(row.zeros is None and not row.reason for row in announced if row.name in announced.selected)
-    kernels = 12 * 18 + 9 * 48 + 576
-    assert announced.joint == 0.75 * kernels
     assert announced["net.7.bias"].reason == "bias"
     assert "expected density 0.25 of the model" in str(announced)
+    table = {line.split()[0]: line.split() for line in str(announced).splitlines()[1:]}
+    assert [table[n][3:] for n in ("net.3.weight", "net.4.bias")] == [["gates"], ["gates"]]  # no zeros, nor why it would be dense
+    assert table["sparsity/total"][2:] == table["sparsity/model"][2:] == ["gates"]
     fit(module, callback, max_steps=1)
     assert callback.plan() == announced
-    (names,) = callback._groups
+    (constraint,) = callback._constraints
     sizes = [12 * 18 + 12, 9 * 48 + 9, 576]  # norms do not count
-    assert list(callback._shares(names).values()) == pytest.approx([size / sum(sizes) for size in sizes])
+    assert list(constraint.shares.values()) == pytest.approx([size / sum(sizes) for size in sizes])
 
 
 # ---------------------------------------------------------------------- steps that are not what they seem
@@ -547,25 +740,99 @@ def test_the_same_under_manual_optimization() -> None:
     assert first.global_step == second.global_step == 8
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_every_forward_pass_of_a_batch_by_hand_sees_a_sample_of_its_own(steps: int) -> None:
+    class Several(Classifier):
+        automatic_optimization = False
+
+        def __init__(self) -> None:
+            super().__init__(Convolutions())
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            for _ in range(steps):
+                see()
+                self.step(batch)
+            see()
+
+        def step(self, batch: Any) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            found = {n: callback.gated.medians[n] * callback.store.dense(n) for n in callback.params}
+            medians.append(all(torch.equal(self.get_parameter(n), v) for n, v in found.items()))
+
+        def on_train_epoch_end(self) -> None:
+            self.step(Batches().in_order()[0])
+            self.on_train_batch_end()
+
+    def see() -> None:
+        for name in callback.params:  # what the network computes with is the sample
+            kernel = next(k for k, t in callback._tied.items() if name in (k, *t.members))
+            factor = callback.gated.factors(kernel, callback.gated.samples[kernel])[name]
+            assert torch.equal(module.get_parameter(name), factor * callback.store.dense(name))
+        seen.append(torch.cat([callback.gated.samples[k].flatten() for k in callback._tied]).clone())
+
+    seen: list[Tensor] = []
+    medians: list[bool] = []
+    callback, module = l0(0.9, gate_lr=1e-6), Several()
+    fit(module, callback, max_epochs=1)
+    assert medians == [True] * 9  # also after a step between two batches
+    drawn = [z for i, z in enumerate(seen) if i % (steps + 1) < steps]
+    assert all(not torch.equal(a, b) for a, b in pairwise(drawn))
+    assert float(torch.stack(drawn).std(0).mean()) > 0.2
+    last = [z for i, z in enumerate(seen) if i % (steps + 1) == steps]
+    assert all(torch.equal(a, b) for a, b in zip(last, drawn[steps::steps], strict=False))  # the next batch begins with it
+
+
+def test_several_steps_in_a_batch_by_hand_tell_norms_nothing_of_closed_channels() -> None:
+    class Several(Classifier):
+        def __init__(self) -> None:
+            super().__init__(Convolutions())
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            for _ in range(2):
+                closed = callback.gated.samples["net.0.weight"].flatten() == 0
+                before = norm.running_var.clone()
+                optimizer.zero_grad()
+                self.manual_backward(self.loss(batch))
+                optimizer.step()
+                passes.append((closed, before, norm.running_var.clone()))
+
+    passes: list[tuple[Tensor, Tensor, Tensor]] = []
+    callback, module = l0(0.9, gate_lr=1e-6), Several()
+    norm = module.net[1]
+    fit(module, callback, at_start(lambda: close_some(callback, -1.7)), max_epochs=1)
+    assert any(bool(closed.any()) for closed, _, _ in passes)
+    for closed, before, after in passes:
+        assert torch.equal(before[closed], after[closed])
+        assert (before[~closed] != after[~closed]).all()
+
+
 def test_each_optimizer_has_its_own_constraint() -> None:
     callback, module = l0(), Rivals()
     fit(module, callback)
-    assert [{n.split(".")[0] for n in names} for names in callback._groups] == [{"maker"}, {"critic"}]
+    assert [{n.split(".")[0] for n in c.names} for c in callback._constraints] == [{"maker"}, {"critic"}]
     assert sum(k.startswith("multiplier/") for k in callback.aux) == 2
     assert {"l0/multiplier/total", "l0/multiplier/total_1"} <= set(callback.figures())
-    steps = [float(callback.aux[f"gate_steps/{names[0]}"]) for names in callback._groups]
+    steps = [float(callback.aux[f"gate_steps/{c.names[0]}"]) for c in callback._constraints]
     assert steps == [16, 32]
 
 
 # ---------------------------------------------------------------------- checkpoints and later runs
 
 
-def resumed(make: Any, folder: Path, after: tuple[int, ...], **options: Any) -> dict[int, list[str]]:
-    module, callback, stops = Classifier(), make(), Stops(folder, after)
+def resumed(make: Any, folder: Path, after: tuple[int, ...], net: Any = conv_net, **options: Any) -> dict[int, list[str]]:
+    module, callback, stops = Classifier(net()), make(), Stops(folder, after)
     expected = snapshot(fit(module, callback, stops, **options), module, callback)
     found = {}
     for batch in after:
-        module, callback = Classifier(conv_net(seed=100 + batch)), make()
+        module, callback = Classifier(net(seed=100 + batch)), make()
         torch.manual_seed(batch)
         trainer = fit(module, callback, ckpt_path=stops.path(batch), **options)
         found[batch] = differences(expected, snapshot(trainer, module, callback))
@@ -577,6 +844,23 @@ def resumed(make: Any, folder: Path, after: tuple[int, ...], **options: Any) -> 
 def test_resume_is_bitwise(gate_optimizer: str, unit: str, tmp_path: Path) -> None:
     after = (1, 3, 8, 13)
     assert resumed(lambda: l0(gate_optimizer=gate_optimizer, unit=unit), tmp_path, after) == {b: [] for b in after}
+
+
+@pytest.mark.parametrize("unit", ["channel", "weight"])
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_resume_is_bitwise_in_low_precision(precision: str, unit: str, tmp_path: Path) -> None:
+    after, make = (1, 3, 8), lambda: l0(unit=unit)
+    assert resumed(make, tmp_path, after, net=lambda seed=0: mlp(seed).float(), precision=precision) == {b: [] for b in after}
+
+
+def test_a_second_fit_in_low_precision_goes_on_from_the_same_dense_weights() -> None:
+    callback, module = l0(), Classifier(mlp().bfloat16())
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.05)  # type: ignore[method-assign]
+    fit(module, callback, max_epochs=1)
+    before = {n: callback.store.dense(n).clone() for n in callback.params}
+    again: dict[str, Tensor] = {}
+    fit(module, callback, at_start(lambda: again.update({n: callback.store.dense(n).clone() for n in callback.params})), max_epochs=1)
+    assert differences(before, again) == []
 
 
 def test_resume_inside_a_window_is_bitwise(tmp_path: Path) -> None:
@@ -593,7 +877,7 @@ def test_a_checkpoint_holds_the_network_with_median_gates(tmp_path: Path) -> Non
     state = saved["callbacks"][callback.state_key]
     for name, weight in saved["state_dict"].items():
         if name in callback.masks:
-            assert torch.equal(weight, callback._medians[name] * state["dense"][name])
+            assert torch.equal(weight, callback.gated.medians[name] * state["dense"][name])
             assert torch.equal(weight != 0, state["masks"][name])
     assert 0.1 < callback.measured_sparsity()["sparsity/net.0.weight"] < 0.5
 
@@ -618,7 +902,7 @@ def test_low_precision_weights_have_gates_in_float32(unit: str) -> None:
     for name in callback.masks:
         assert callback.aux[f"log_alpha/{name}"].dtype == torch.float32
         assert callback.store.dense(name).dtype == module.get_parameter(name).dtype == torch.bfloat16
-        assert torch.equal(module.get_parameter(name), (callback._medians[name] * callback.store.dense(name)).bfloat16())
+        assert torch.equal(module.get_parameter(name), (callback.gated.medians[name] * callback.store.dense(name)).bfloat16())
 
 
 def test_copies_and_pickles() -> None:
@@ -650,6 +934,17 @@ def test_curves(tmp_path: Path) -> None:
     assert all(figures[f"l0/purged/{n}"] == pytest.approx(1 - measured[f"sparsity/{n}"]) for n in kernels)
 
 
+def test_before_fit_there_are_no_figures() -> None:
+    for callback in (l0(), l0(constraint="layer")):
+        assert callback.figures() == callback.outcome() == {}
+        fit(Classifier(mlp()), callback, max_steps=1)
+        assert callback.figures()
+        assert callback.outcome()
+        callback.forget()
+        assert callback.figures() == callback.outcome() == {}
+        assert not callback.at_target
+
+
 def test_a_run_that_ends_above_its_target_says_so() -> None:
     callback = l0(0.1, gate_lr=1e-6)
     with pytest.warns(UserWarning, match=r"ended at an expected density of 0\.83\d+ in the model, above its target of 0\.1000.*dual_lr="):
@@ -669,7 +964,7 @@ def test_a_run_that_ends_above_its_target_says_so() -> None:
     ("arguments", "error"),
     [
         ({"sparsity": 0.9}, r"sparsity= is no argument of ConstrainedL0.*Give density="),
-        ({"density": 0.0}, r"density=0\.0: 0\.0 is out of range\. Give a number that is at least 0\.04713 and at most 1\."),
+        ({"density": 0.0}, r"density=0\.0: 0\.0 is out of range\. Give a number that is at least 0\.04713 and at most 1: log_alpha is"),
         ({"density": 0.04}, r"density=0\.04.*at least 0\.04713"),
         ({"density": 1.1}, r"density=1\.1.*at most 1"),
         ({"density": True}, r"density=True.*out of range"),
@@ -682,6 +977,9 @@ def test_a_run_that_ends_above_its_target_says_so() -> None:
         ({"droprate": 0.0}, r"droprate=0\.0.*at least 0\.01 and at most 0\.99"),
         ({"droprate": {"*": 1}}, r"1 is out of range.*at most 0\.99"),
         ({"gate_lr": -1}, r"gate_lr=-1.*at least 0\.$"),
+        ({"gate_lr": math.inf}, r"gate_lr=inf: inf is out of range.*at least 0\.$"),
+        ({"dual_lr": math.inf}, r"dual_lr=inf.*out of range"),
+        ({"l2": math.inf}, r"l2=inf.*out of range"),
         ({"dual_lr": math.nan}, r"dual_lr=nan.*out of range"),
         ({"l2": -0.1}, r"l2=-0\.1.*out of range"),
     ],
