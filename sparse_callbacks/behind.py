@@ -34,8 +34,8 @@ def rehearse(model: nn.Module, tied: Mapping[str, Tied], batches: Generator[Any,
     except ValueError:  # nothing to look with, and training needs none
         if distributed.rank() == 0 and (unseen := [n for t in tied.values() for n in t.norms]):
             warnings.warn(
-                f"{', '.join(unseen)} are closed with the convolutions that they are registered right behind, and nothing shows whether they "
-                "take their outputs. Set example_input_array of the LightningModule to have that checked.",
+                f"Batch norms ({', '.join(unseen)}) are closed with the convolutions that they are registered right behind, and nothing "
+                "shows whether they take their outputs. Set example_input_array of the LightningModule to have that checked.",
                 stacklevel=3,
             )
         return
