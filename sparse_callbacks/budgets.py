@@ -10,6 +10,7 @@ from sparse_callbacks import allocation, costs
 from sparse_callbacks.channels import Group
 from sparse_callbacks.latency_table import Table
 from sparse_callbacks.probing import tensors_in
+from sparse_callbacks.rest import rest
 
 COSTS: dict[str, costs.Cost] = {"parameters": costs.parameters, "flops": costs.flops}
 
@@ -35,7 +36,7 @@ def priced(
         ValueError: no table, or one of another model or input.
     """
     if cost in COSTS:
-        return costs.Network(layers, groups, COSTS[cost], getattr(costs.rest(model, example, layers), cost))
+        return costs.Network(layers, groups, COSTS[cost], getattr(rest(model, example, layers), cost))
     table = Table.load(cost)
     for warning in table.check(tuple(tensors_in(example)[0].shape[1:])):
         tell(warning)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_callbacks.channels import Group, Member
 from sparse_callbacks.probing import quiet, run, tensors_in
@@ -88,54 +87,6 @@ def layers(model: nn.Module, example_input: Any) -> dict[str, Layer]:
         for handle in handles:
             handle.remove()
     return {n: found[n] for n, _ in model.named_modules() if n in found}
-
-
-@dataclass(frozen=True)
-class Rest:
-    """What a forward pass needs beside its convolutions and linear layers: weights (of two and more dimensions) of attention, recurrent
-    layers, embeddings and modules of other kinds, and multiply-adds of one sample."""
-
-    parameters: float
-    flops: float
-
-
-def rest(model: nn.Module, example_input: Any, found: Mapping[str, Layer]) -> Rest:
-    """What ``found``, the :func:`layers` of the model, leaves out.
-
-    Multiply-adds are what torch counts of matrix products and convolutions, and of recurrent layers that it does not count their weights
-    at each step.
-    """
-    called: dict[str, nn.Module] = {}
-    steps: dict[str, int] = {}
-    samples = tensors_in(example_input)[0].shape[0]
-
-    def note(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            called[name] = module
-            if isinstance(module, nn.RNNBase):
-                steps[name] = steps.get(name, 0) + math.prod(tensors_in(output)[0].shape[:-1])
-
-        return hook
-
-    handles = [m.register_forward_hook(note(n)) for n, m in model.named_modules()]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)  # one operation, in which no product is seen
-        with quiet(model), FlopCounterMode(display=False) as counter:
-            run(model, example_input)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for handle in handles:
-            handle.remove()
-    inside = [c for m in called.values() if isinstance(m, nn.MultiheadAttention) for c in m.modules()]  # whose layer is never called
-    counted = {id(p) for n in found for p in model.get_submodule(n).parameters(recurse=False)}
-    others = {id(p): p for m in (*called.values(), *inside) for p in m.parameters(recurse=False) if p.ndim > 1 and id(p) not in counted}
-    by_module, root = counter.get_flop_counts(), type(model).__name__
-    unseen = [n for n in steps if not sum(by_module.get(f"{root}.{n}" if n else root, {}).values())]
-    recurrent = sum(steps[n] * sum(p.numel() for p in called[n].parameters() if p.ndim > 1) for n in unseen)
-    total = (counter.get_total_flops() / 2 + recurrent) / samples
-    in_layers = sum(flops(layer, layer.inputs, layer.outputs) for layer in found.values())
-    return Rest(float(sum(p.numel() for p in others.values())), max(0.0, total - in_layers))
 
 
 def stem(layers: Mapping[str, Layer]) -> str | None:

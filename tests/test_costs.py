@@ -40,8 +40,9 @@ from sparse_callbacks.allocation import (
     values_of,
 )  # fmt: skip
 from sparse_callbacks.channels import Group, Member, channel_groups
-from sparse_callbacks.costs import Layer, Network, Rest, flops, layers, parameters, rest
+from sparse_callbacks.costs import Layer, Network, flops, layers, parameters
 from sparse_callbacks.knapsack import InfeasibleError
+from sparse_callbacks.rest import Rest, rest
 
 # ---------------------------------------------------------------------- layers
 
