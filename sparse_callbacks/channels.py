@@ -2,15 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.utils import parametrize
 
-from sparse_callbacks.probing import traceable
+from sparse_callbacks.obstacles import check_globs, forbidden
+from sparse_callbacks.probing import copied, traceable, training_branches
 from sparse_callbacks.tracing import Place, Trace
 
 
@@ -79,9 +78,10 @@ class Group:
 def channel_groups(model: nn.Module, example_input: Any, exclude: str | Sequence[str] | None = None, seconds: float = 60.0) -> list[Group]:
     """Groups of channels of every convolution and linear layer, in the model's order; those that have to stay carry the reason.
 
-    The model runs once, in eval mode, with autograd; values, modes, ``requires_grad`` flags and random generators stay as they are.
+    A copy of the model runs in eval mode, with autograd; the model and random generators stay as they are. Where layers run in train
+    mode only, such as auxiliary heads, a pass in that mode is traced too.
     Followed are residual sums, concatenations, paddings of channels, depthwise and grouped convolutions, squeeze-excite, flattening
-    into linear layers, and the operations in :data:`sparse_callbacks.tracing.KEEPS_CHANNELS`. Anything else gives the group a
+    into linear layers, and the operations in :data:`sparse_callbacks.obstacles.KEEPS_CHANNELS`. Anything else gives the group a
     ``reason``, also a LayerNorm, GroupNorm or attention over the channels, the network's input and its outputs. A trace cannot see
     everything (a channel shuffle looks like a flattening): whether removal changes the outputs is for
     :func:`sparse_callbacks.slimming.slimmable_groups` and :func:`sparse_callbacks.slimming.slim` to find.
@@ -95,7 +95,7 @@ def channel_groups(model: nn.Module, example_input: Any, exclude: str | Sequence
     Raises:
         ImportError: torch-pruning (extra ``channels``) is missing.
         TimeoutError: the limit is exceeded.
-        ValueError: the model cannot be traced, or a glob matches nothing.
+        ValueError: the model cannot be copied or traced, or a glob matches nothing.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
@@ -103,11 +103,12 @@ def channel_groups(model: nn.Module, example_input: Any, exclude: str | Sequence
         [('0', 8, ''), ('3', 4, 'these are outputs of the network')]
     """
     globs = [exclude] if isinstance(exclude, str) else list(exclude or ())
-    _check_globs(globs, model)
-    forbidden = _forbidden(model, globs)
+    check_globs(globs, model)
+    model = copied(model)  # a trace leaves hooks where it fails, and its graph where a forward pass stores tensors
+    untouchable = forbidden(model, globs)
     groups = []
     with traceable(model):
-        trace = Trace(model, example_input, seconds)
+        trace = _traced(model, example_input, seconds)
         covered: set[tuple[str, int]] = set()
         for layer in trace.layers():
             channels = [c for c in range(trace.outputs_of(layer)) if (layer, c) not in covered]
@@ -116,8 +117,20 @@ def channel_groups(model: nn.Module, example_input: Any, exclude: str | Sequence
             walk = trace.walk(layer, channels)
             covered |= {(p.name, c) for p in walk.places if p.side == "out" for c in p.roots} | {(layer, c) for c in channels}
             group = _group(layer, channels, walk.places, model)
-            groups.append(_judged(replace(group, reason=walk.obstacle or _misfit(group, model)), forbidden))
+            groups.append(_judged(replace(group, reason=walk.obstacle or _misfit(group, model)), untouchable))
     return groups + _untraced(model, trace, groups)
+
+
+def _traced(model: nn.Module, example_input: Any, seconds: float) -> Trace:
+    """A trace, with the branches of train mode where there are any and they can be traced."""
+    trace = Trace(model, example_input, seconds)
+    if all(n in trace.nodes for n, m in model.named_modules() if isinstance(m, nn.Linear | _ConvNd)):
+        return trace
+    try:
+        branches = training_branches(model, example_input)
+        return Trace(model, example_input, seconds, branches, trace.begin) if branches else trace
+    except ValueError:  # slimming will compare the outputs in train mode
+        return trace
 
 
 def _group(name: str, channels: Sequence[int], places: Sequence[Place], model: nn.Module) -> Group:
@@ -206,31 +219,6 @@ def _misfit(group: Group, model: nn.Module) -> str:
         if weight is not None and weight.shape[member.dim] != len(member.units):
             return f"{member.parameter} has {weight.shape[member.dim]} slices, and the trace finds {len(member.units)}"
     return ""
-
-
-def _forbidden(model: nn.Module, globs: Sequence[str]) -> dict[str, str]:
-    """Names of modules and parameters that no cut may touch, with the reason."""
-    found: dict[str, str] = {}
-    owners: dict[nn.Parameter, str] = {}
-    for name, module in model.named_modules():
-        if parametrize.is_parametrized(module) or any(k.endswith(("_orig", "_g")) for k in module._parameters):
-            found[name] = f"{name} is parametrized: its weight is computed from others"
-        for local, p in module._parameters.items():
-            full = f"{name}.{local}" if name else local
-            if p is not None and (other := owners.setdefault(p, full)) != full:
-                found[name] = found[other.rpartition(".")[0]] = f"{full} and {other} are one parameter"
-            if any(fnmatchcase(full, g) or fnmatchcase(name, g) for g in globs):
-                found[name] = found[full] = f"{name or full} is excluded"
-    return found
-
-
-def _check_globs(globs: Sequence[str], model: nn.Module) -> None:
-    names = [n for n, _ in model.named_modules()] + [n for n, _ in model.named_parameters()]
-    for glob in globs:
-        if not any(fnmatchcase(n, glob) for n in names):
-            raise ValueError(
-                f"exclude={glob!r} matches no module and no parameter. There are for example {', '.join(filter(None, names[:6]))}."
-            )
 
 
 def _untraced(model: nn.Module, trace: Trace, groups: Sequence[Group]) -> list[Group]:

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from sparse_callbacks.channels import Group, Member
-from sparse_callbacks.probing import run
+from sparse_callbacks.probing import run, tensors_in
 from sparse_callbacks.surgery import Cuts, Surgery
 
-STILL = 1e3  # times the precision of its numbers, relative to the layer's largest input: rounding is no information
+STILL = 1e3
+"""Times the precision of its numbers, relative to the layer's largest input, a constant may vary by rounding. Of numbers below float32
+that would be as much as the numbers themselves, so there only exact constants count."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Arrival:
 
     @property
     def _rounding(self) -> Tensor:
+        if torch.finfo(self.low.dtype).eps > torch.finfo(torch.float32).eps:
+            return torch.zeros((), dtype=self.low.dtype)
         return torch.maximum(self.low.abs().max(), self.high.abs().max()) * STILL * torch.finfo(self.low.dtype).eps
 
 
@@ -42,7 +46,12 @@ def arrivals(group: Group, surgery: Surgery, cuts: Cuts, samples: Sequence[Any])
     def watch(name: str) -> Any:
         module = surgery.model.get_submodule(name)
         axis = -1 - (len(module.kernel_size) if isinstance(module, _ConvNd) else 0)
-        return module.register_forward_pre_hook(lambda _, args: seen[name].append(args[0].detach().movedim(axis, 0).flatten(1)))
+
+        def look(_: nn.Module, args: Any, named: Any) -> None:
+            values = tensors_in((args, named))[0].detach().movedim(axis, 0)
+            seen[name].append(values.reshape(len(values), -1))  # which may be a single one
+
+        return module.register_forward_pre_hook(look, with_kwargs=True)
 
     handles = [watch(name) for name in seen]
     try:

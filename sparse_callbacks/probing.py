@@ -1,12 +1,15 @@
 """Running a model once, to look at it: any kind of inputs and outputs, no traces left, and optional libraries."""
 
+import copy
+import dataclasses
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from sparse_callbacks.passes import undisturbed
 
@@ -34,20 +37,52 @@ def run(model: nn.Module, example_input: Any) -> Any:
 
 
 def tensors_in(nest: Any) -> list[Tensor]:
-    """Tensors in nested sequences and mappings, in order."""
+    """Tensors in nested sequences, mappings and dataclasses, in order."""
     if isinstance(nest, Tensor):
         return [nest]
-    parts = nest.values() if isinstance(nest, Mapping) else nest if isinstance(nest, tuple | list) else ()
+    parts: Iterable[Any] = ()
+    if isinstance(nest, Mapping):
+        parts = nest.values()
+    elif isinstance(nest, tuple | list):
+        parts = nest
+    elif _is_record(nest):
+        parts = (getattr(nest, f.name) for f in dataclasses.fields(nest))
     return [t for part in parts for t in tensors_in(part)]
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], nest: Any) -> Any:
-    """``nest`` with every tensor in its mappings, tuples and lists changed."""
+    """``nest`` with every tensor in its mappings, tuples, lists and dataclasses changed."""
     if isinstance(nest, Tensor):
         return change(nest)
     if isinstance(nest, Mapping):
         return {k: map_tensors(change, v) for k, v in nest.items()}
+    if _is_record(nest):
+        parts = {f.name: map_tensors(change, getattr(nest, f.name)) for f in dataclasses.fields(nest) if f.init}
+        return dataclasses.replace(nest, **parts)
     return type(nest)(map_tensors(change, v) for v in nest) if type(nest) in (tuple, list) else nest
+
+
+def _is_record(nest: Any) -> bool:
+    return dataclasses.is_dataclass(nest) and not isinstance(nest, type)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, of ordinary tensors also in inference mode.
+
+    Raises:
+        ValueError: there is none; says what to do about it.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("This is a ScriptModule, whose layers cannot be replaced. Give the module that it was scripted from.")
+    try:
+        with torch.inference_mode(False):
+            return copy.deepcopy(model)
+    except Exception as error:
+        names = [n for n, _ in model.named_parameters() if n.endswith(("_orig", "_g"))]
+        advice = "Detach, or delete, the tensors that its forward pass or its hooks store in attributes."
+        if names:
+            advice = f"{names[0]} is of torch.nn.utils.prune or weight_norm: call prune.remove or remove_weight_norm on its module first."
+        raise ValueError(f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). {advice}") from error
 
 
 @contextmanager
@@ -72,3 +107,49 @@ def traceable(model: nn.Module) -> Iterator[None]:
         finally:
             for p, flag in flags.items():
                 p.requires_grad = flag
+
+
+@contextmanager
+def training(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Train mode for these modules, and not for those inside them."""
+    modes = [(m, m.training) for m in modules]
+    try:
+        for module, _ in modes:
+            module.training = True
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def training_branches(model: nn.Module, example_input: Any) -> list[str]:
+    """Names of the modules that have to be in train mode for layers to run that no pass in eval mode runs, such as auxiliary heads.
+
+    Norms and dropouts are none of them. Empty where there are no such layers, or where the pass in train mode fails.
+
+    Args:
+        model: in eval mode; runs up to twice.
+    """
+    layers = {m for m in model.modules() if isinstance(m, nn.Linear | _ConvNd)}
+    idle = layers - _called(layers, model, example_input)
+    if not idle:
+        return []
+    holders = {n: m for n, m in model.named_modules() if not idle.isdisjoint(m.modules()) and m not in idle}
+    try:
+        with training(holders.values()):
+            woken = idle & _called(idle, model, example_input)
+    except Exception:  # whatever a forward pass does in train mode that this input is too small for
+        return []
+    return [n for n, m in holders.items() if not woken.isdisjoint(m.modules())]
+
+
+def _called(layers: Iterable[nn.Module], model: nn.Module, example_input: Any) -> set[nn.Module]:
+    """Those of ``layers`` that one pass runs."""
+    found: set[nn.Module] = set()
+    handles = [layer.register_forward_pre_hook(lambda m, _: found.add(m)) for layer in layers]
+    try:
+        run(model, example_input)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

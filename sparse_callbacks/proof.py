@@ -1,5 +1,6 @@
 """What slimming changed, measured: outputs, parameters, FLOPs, latency."""
 
+import copy
 import statistics
 import time
 from collections.abc import Sequence
@@ -12,12 +13,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_callbacks.probing import quiet, run, tensors_in
 
-RUNS = 9
+RUNS, SHORT, PATIENCE = 9, 3, 2.0
+"""How often a forward pass is timed; and less often, but this often, where it takes longer than this many seconds altogether."""
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
+"""Largest relative difference of outputs that counts as equal; integers and bools must be the same."""
+COARSE = 5e-2  # half precision: a wrong cut differs by more
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Largest absolute difference of outputs, and that divided by the largest absolute output of the same tensor."""
+    """Largest absolute difference of outputs, and that divided by the largest absolute finite output of the same tensor."""
 
     absolute: float
     relative: float
@@ -96,18 +101,46 @@ def outputs(model: nn.Module, samples: Sequence[Any]) -> list[Tensor]:
 
 
 def compare(expected: Sequence[Tensor], found: Sequence[Tensor]) -> Difference:
-    """Largest difference of two lists of tensors; infinite where shapes, numbers of tensors or non-finite values differ."""
+    """Largest difference of two lists of tensors; infinite where shapes, numbers of tensors or values that are not finite differ."""
     if [t.shape for t in expected] != [t.shape for t in found]:
         return Difference(float("inf"), float("inf"))
     absolute = relative = 0.0
     for a, b in zip(expected, found, strict=True):
         if a.numel() == 0 or torch.equal(a, b):
             continue
-        gap = float((a.double() - b.double()).abs().max())
-        gap = gap if gap == gap else float("inf")
+        gap, scale = _gap(_real(a), _real(b))
         absolute = max(absolute, gap)
-        relative = max(relative, gap / max(float(a.double().abs().max()), torch.finfo(torch.float64).tiny))
+        relative = max(relative, gap / max(scale, torch.finfo(torch.float64).tiny))
     return Difference(absolute, relative)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).double()
+
+
+def _gap(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Largest absolute difference of two tensors, and largest absolute value of the first; of finite ones, where all others agree."""
+    finite = a.isfinite() & b.isfinite()
+    if not torch.allclose(a[~finite], b[~finite], rtol=0, atol=0, equal_nan=True):
+        return float("inf"), 1.0
+    a, b = a[finite], b[finite]
+    return (float((a - b).abs().max()), float(a.abs().max())) if a.numel() else (0.0, 1.0)
+
+
+def mismatch(expected: Sequence[Tensor], found: Sequence[Tensor], tolerance: float | None = None) -> str:
+    """How two lists of tensors differ by more than their types allow, tensor by tensor; empty where they do not.
+
+    Args:
+        tolerance: largest relative difference of floating-point tensors; None: :data:`TOLERANCE` by their type.
+    """
+    if len(expected) != len(found):
+        return f"outputs are {len(found)} in the place of {len(expected)}"
+    for a, b in zip(expected, found, strict=True):
+        limit = TOLERANCE.get(a.dtype, COARSE) if tolerance is None else tolerance
+        gap = compare([a], [b]).relative
+        if gap > (limit if a.is_floating_point() or a.is_complex() else 0.0):
+            return f"outputs differ by {gap:.1e} (relative)"
+    return ""
 
 
 def prove(
@@ -119,6 +152,7 @@ def prove(
     drawn: Sequence[Any],
 ) -> Proof:
     """Measure both models, ``given`` and ``drawn`` being inputs of which the first of ``given`` is timed."""
+    masked, small = copy.deepcopy(masked), copy.deepcopy(small)  # forward passes may write to their modules
     with quiet(masked), quiet(small):
         differences = [compare(outputs(masked, x), outputs(small, x)) for x in (drawn, given)]
         before, after = (_cost(model, given[0]) for model in (masked, small))
@@ -133,8 +167,8 @@ def _cost(model: nn.Module, sample: Any) -> Cost:
 
 def _milliseconds(model: nn.Module, sample: Any) -> float:
     """Median time of a forward pass."""
-    times = []
-    for _ in range(RUNS + 1):
+    times: list[float] = []
+    while len(times) <= SHORT or (len(times) <= RUNS and sum(times) < 1e3 * PATIENCE):
         start = time.perf_counter()
         run(model, sample)
         if torch.cuda.is_available():

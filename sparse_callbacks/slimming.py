@@ -1,6 +1,5 @@
 """From masks to a smaller network: channels that nothing reads, or that hold a constant, are removed, and the outputs compared."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,16 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.channels import Group, Member, channel_groups
+from sparse_callbacks.checks import Check, drawn, one, precise, telling
 from sparse_callbacks.folding import arrivals, foldable, shifts
-from sparse_callbacks.probing import map_tensors, quiet, tensors_in
-from sparse_callbacks.proof import Difference, Proof, Row, compare, outputs, prove
-from sparse_callbacks.surgery import Cuts, Surgery, zeroed
-
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
-"""Largest relative difference of outputs that counts as equal."""
-COARSE = 5e-2  # half precision: a wrong cut differs by more
+from sparse_callbacks.probing import copied, quiet, training_branches
+from sparse_callbacks.proof import Difference, Proof, Row, prove
+from sparse_callbacks.surgery import Cuts, Surgery, masked_copy
 
 
+@torch.inference_mode(False)
 def slim(
     model: nn.Module,
     masks: Mapping[str, Tensor],
@@ -33,15 +30,26 @@ def slim(
 
     A channel is dead where every layer that reads it has a mask that is zero for it, or where every layer that makes it has a mask
     that is zero for it and what arrives at its readers is a constant: zero, or else the constant goes into the bias of the reader
-    (not through zero padding, which would make it another value at the border). Groups are cut one after the other, from the
-    outputs to the inputs. After each the outputs of a copy in eval mode, in float64 where the model runs in it, are compared with
-    those of the masked model, on ``example_input``, ``inputs`` and random ones; a group that changes them, or fails, is put back.
-    One unit stays in every group.
+    (not through zero padding, which would make it another value at the border). One unit stays in every group.
+
+    Groups are cut one after the other, from the outputs to the inputs, in a copy in eval mode, in float64 where the model runs in
+    it. After each the outputs are compared with those of the masked model, on one random sample, and at the end on all of
+    ``example_input``, ``inputs`` and the random ones (then, if they differ, after each group on all); a group that changes them, or
+    fails, is put back. Where layers run in train mode only, such as auxiliary heads, outputs in train mode are compared too, on
+    ``example_input``, norms and dropouts being in eval mode; of branches whose pass fails on it nothing is known.
+
+    What is a constant is judged on the same inputs: ``example_input``, ``inputs``, and two random ones with normal numbers of standard
+    deviation 1 and 10, random bools, and integers in another order. Give ``inputs`` on which masks and switches take other values than
+    there. Below float32 only what is exactly constant counts.
+
+    Hooks of the model run in every pass, on copies, and stay on the slim model. The model is copied, so it must be one that
+    ``copy.deepcopy`` takes; modules with ``torch.nn.utils.prune`` or the old ``weight_norm`` are none before ``prune.remove`` and
+    ``remove_weight_norm``.
 
     Args:
         model: trained; it is left as it is.
         masks: bool masks by parameter name, as a callback's ``masks``: of the parameter's shape, broadcasting against it
-            ([1, C, 1, 1]), or [C]: the inputs of a weight, the entries of a vector.
+            ([1, C, 1, 1]), or [C]: the inputs of a weight (of a transposed convolution: its dimension 0), the entries of a vector.
         example_input: a tensor, a tuple of positional or a mapping of named arguments, on the model's device.
         exclude: globs of module or parameter names whose channels stay.
         inputs: further inputs to compare on, such as batches of real data.
@@ -54,7 +62,7 @@ def slim(
     Raises:
         ImportError: torch-pruning (extra ``channels``) is missing.
         TimeoutError: the search takes too long.
-        ValueError: masks that do not fit, or a model that cannot be traced, or whose outputs would show no error.
+        ValueError: masks that do not fit, or a model that cannot be copied or traced, or whose outputs would show no error.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
@@ -63,17 +71,13 @@ def slim(
         >>> small[0].out_features, proof.removed
         (3, 3)
     """
-    full = {name: _fitted(name, mask, model) for name, mask in masks.items()}
-    masked = copy.deepcopy(model)
-    for name, mask in full.items():
-        owner, _, local = name.rpartition(".")
-        masked.get_submodule(owner).register_parameter(local, zeroed(masked.get_parameter(name), ~mask))
+    masked, full = masked_copy(model, masks)
     groups = channel_groups(masked, example_input, exclude, seconds)
-    given, drawn = [example_input, *inputs], _random(example_input, seed)
-    cuts, rows, checked = _cut_all(masked, groups, full, [*given, *drawn])
-    small = copy.deepcopy(masked)
+    given, random = [example_input, *inputs], drawn(masked, example_input, seed)
+    cuts, rows, checked = _cut_all(masked, groups, full, [*given, *random])
+    small = copied(masked)
     Surgery(small).cut(cuts, [m for g in groups for m in g.members])
-    return small, prove(masked, small, rows, checked, given, drawn)
+    return small, prove(masked, small, rows, checked, given, random)
 
 
 def slimmable_groups(
@@ -81,17 +85,19 @@ def slimmable_groups(
 ) -> list[Group]:
     """:func:`~sparse_callbacks.channels.channel_groups`, each tried out: those whose removal changes the outputs get that as reason.
 
-    Every other unit of a group is masked at its consumers, then removed, and the outputs are compared in the model's own precision.
-    The model is put back as it was.
+    Every other unit of a group is masked at its consumers, then removed, and the outputs are compared in the model's own precision,
+    as in :func:`slim` also in train mode where layers run in it alone. The model is left as it is.
 
     Args: see :func:`~sparse_callbacks.channels.channel_groups`.
     """
     groups = channel_groups(model, example_input, exclude, seconds)
-    with quiet(model):
-        return [g if g.reason else replace(g, reason=_trial(model, g, example_input)) for g in groups]
+    trial = copied(model)
+    with quiet(trial):
+        branches = training_branches(trial, example_input)
+        return [g if g.reason else replace(g, reason=_trial(trial, g, example_input, branches)) for g in groups]
 
 
-def _trial(model: nn.Module, group: Group, example_input: Any) -> str:
+def _trial(model: nn.Module, group: Group, example_input: Any, branches: Sequence[str]) -> str:
     """Why removing every other unit of ``group`` does not leave the outputs as they are; empty where it does."""
     keep = torch.arange(group.size) % 2 == 0
     surgery = Surgery(model)
@@ -99,9 +105,9 @@ def _trial(model: nn.Module, group: Group, example_input: Any) -> str:
         for member in group.consumers:
             surgery.mask(member, keep)
         surgery.cut(Cuts(), group.consumers)
-        expected = outputs(model, [example_input])
+        check = Check(model, [example_input], branches)
         surgery.cut(Cuts().with_group(group, keep), group.members)
-        return _verdict(model, [example_input], expected)
+        return check.problem()
     finally:
         surgery.restore()
 
@@ -113,21 +119,36 @@ def _cut_all(
     masked: nn.Module, groups: Sequence[Group], masks: Mapping[str, Tensor], samples: Sequence[Any]
 ) -> tuple[Cuts, list[Row], tuple[Difference, torch.dtype]]:
     """Cut every group that can be cut into a copy: the cuts, what became of each group, and the difference at the end."""
-    check, samples = _precise(masked, samples)
-    surgery, cuts, rows = Surgery(check), Cuts(), []
-    with quiet(check):
-        expected = _telling(outputs(check, samples), samples)
-        for group in reversed(groups):
-            row = Row(group.name, group.size, note=group.reason)
-            if not group.reason:
-                row, trial = _tried(group, surgery, cuts, masks, samples)
-                surgery.cut(trial, group.members)
-                if row.units and (problem := _verdict(check, samples, expected)):
-                    surgery.cut(cuts, [*group.members])
-                    row, trial = replace(row, units=0, channels=0, note=problem), cuts
-                cuts = trial
-            rows.append(row)
-        return cuts, rows[::-1], (compare(expected, outputs(check, samples)), expected[0].dtype)
+    model, samples = precise(masked, samples)
+    with quiet(model):
+        branches = training_branches(model, samples[0])
+        whole, surgery = Check(model, samples, branches), Surgery(model)
+        telling(whole.expected, samples)
+        single = one(model, samples[-2])  # random, of standard deviation 1
+        quick = Check(model, [single], training_branches(model, single) if branches else ())
+        cuts, rows = _cut(groups, surgery, masks, samples, quick)
+        if whole.problem():  # some input shows what the single sample did not
+            surgery.restore()
+            cuts, rows = _cut(groups, surgery, masks, samples, whole)
+        return cuts, rows, whole.difference()
+
+
+def _cut(
+    groups: Sequence[Group], surgery: Surgery, masks: Mapping[str, Tensor], samples: Sequence[Any], check: Check
+) -> tuple[Cuts, list[Row]]:
+    """Cut one group after the other, the last first; the cuts that pass the check, and what became of each group."""
+    cuts, rows = Cuts(), []
+    for group in reversed(groups):
+        row = Row(group.name, group.size, note=group.reason)
+        if not group.reason:
+            row, trial = _tried(group, surgery, cuts, masks, samples)
+            surgery.cut(trial, group.members)
+            if row.units and (problem := check.problem()):
+                surgery.cut(cuts, group.members)
+                row, trial = replace(row, units=0, channels=0, note=problem), cuts
+            cuts = trial
+        rows.append(row)
+    return cuts, rows[::-1]
 
 
 def _tried(group: Group, surgery: Surgery, cuts: Cuts, masks: Mapping[str, Tensor], samples: Sequence[Any]) -> tuple[Row, Cuts]:
@@ -159,78 +180,3 @@ def _alive(members: Sequence[Member], size: int, masks: Mapping[str, Tensor], cu
         active = cuts.rest(member.parameter, mask.cpu()).movedim(member.dim, 0).flatten(1).any(1)
         alive[member.units[(member.units >= 0) & active]] = True
     return alive
-
-
-# ---------------------------------------------------------------------- what is compared
-
-
-def _verdict(model: nn.Module, samples: Sequence[Any], expected: Sequence[Tensor]) -> str:
-    """Why the outputs are not the ``expected`` ones; empty where they are."""
-    try:
-        found = outputs(model, samples)
-    except Exception as error:  # whatever the user's forward does with sizes that it does not expect
-        return f"without them the network fails ({type(error).__name__}: {str(error)[:120]})"
-    difference = compare(expected, found)
-    limit = TOLERANCE.get(expected[0].dtype, COARSE)
-    return "" if difference.relative <= limit else f"without them the outputs differ by {difference.relative:.1e} (relative)"
-
-
-def _precise(masked: nn.Module, samples: Sequence[Any]) -> tuple[nn.Module, list[Any]]:
-    """A copy of the model and the samples in float64; in their own precision where the model makes tensors of another by itself."""
-    check, doubled = copy.deepcopy(masked).double(), [map_tensors(_double, x) for x in samples]
-    try:
-        with quiet(check):
-            outputs(check, doubled[:1])
-    except RuntimeError:
-        return copy.deepcopy(masked), list(samples)
-    return check, doubled
-
-
-def _telling(tensors: list[Tensor], samples: Sequence[Any]) -> list[Tensor]:
-    """``tensors``, the outputs on ``samples``, found to be such that an error would show in them."""
-    if not tensors or not all(bool(t.isfinite().all()) for t in tensors):
-        raise ValueError(
-            "The masked model gives no finite outputs in eval mode, so nothing can be compared. Look for inf or NaN in its weights and in "
-            "example_input, and for a forward pass that returns no tensors."
-        )
-    each = len(tensors) // len(samples)
-    alike = all(torch.equal(a, b) for a, b in zip(tensors[-each:], tensors[-2 * each : -each], strict=True))
-    if alike and any(t.is_floating_point() for t in tensors_in(samples[-1])):
-        raise ValueError(
-            "The masked model gives the same outputs for different random inputs, so a comparison would show no error. Look for a layer "
-            "without any active weight, such as a head that is all zeros."
-        )
-    return tensors
-
-
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
-
-
-def _random(example_input: Any, seed: int) -> list[Any]:
-    """Two inputs of standard normal numbers; what is no floating-point tensor stays as it is."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(tensor: Tensor) -> Tensor:
-        return torch.randn(tensor.shape, generator=generator).to(tensor) if tensor.is_floating_point() else tensor
-
-    return [map_tensors(draw, example_input) for _ in range(2)]
-
-
-def _fitted(name: str, mask: Tensor, model: nn.Module) -> Tensor:
-    """``mask`` in the shape of its parameter."""
-    parameters = dict(model.named_parameters())
-    if name not in parameters:
-        known = ", ".join([*parameters][:6])
-        raise ValueError(f"masks names {name!r}, and the model has no such parameter. There are for example {known}.")
-    shape = parameters[name].shape
-    mask = mask.to(parameters[name].device, torch.bool)
-    if mask.ndim == 1 and len(shape) > 2:
-        mask = mask.view(1, -1, *[1] * (len(shape) - 2))
-    try:
-        return mask.expand(shape)
-    except RuntimeError as error:
-        raise ValueError(
-            f"The mask of {name} has shape {list(mask.shape)} and the parameter {list(shape)}. Give a mask of that shape, or one that "
-            "broadcasts against it."
-        ) from error

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from sparse_callbacks.channels import Group, Member
+from sparse_callbacks.probing import copied
 
 Key = tuple[str, int]
 
@@ -47,7 +48,10 @@ class Surgery:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self.tensors: dict[str, Tensor] = {  # under every name that they have
+            **dict(model.named_parameters(remove_duplicate=False)),
+            **dict(model.named_buffers(remove_duplicate=False)),
+        }
         self.depthwise = depthwise(model)
         self._first = dict(self.tensors)
         self._touched: set[str] = set()
@@ -83,17 +87,18 @@ class Surgery:
             return _put(module, local, None)
         new = old.detach()
         for dim in range(new.ndim):
-            if (stays := cuts.kept.get(_key(module, prefix, local, dim))) is not None:
+            if (stays := cuts.kept.get(self._key(module, prefix, local, dim))) is not None:
                 stays = stays.repeat(old.shape[dim] // len(stays)).to(new.device)  # a grouped transposed convolution's bias
                 new = new if stays.all() else new.index_select(dim, stays.nonzero()[:, 0])
         return _put(module, local, old if new.shape == old.shape else _like(new, old))
 
-
-def _key(module: nn.Module, prefix: str, local: str, dim: int) -> Key:
-    """What cuts of dimension ``dim`` of a tensor go by: biases and statistics by the channels of the weight beside them."""
-    if isinstance(module, NORMS):
-        return f"{prefix}weight", 0
-    return (f"{prefix}weight", output_dim(module)) if local == "bias" and is_layer(module) else (prefix + local, dim)
+    def _key(self, module: nn.Module, prefix: str, local: str, dim: int) -> Key:
+        """What cuts of dimension ``dim`` of a tensor go by: biases and statistics by the channels of the weight beside them."""
+        if isinstance(module, NORMS):
+            return f"{prefix}weight", 0
+        if local == "bias" and is_layer(module):
+            return f"{prefix}weight", 0 if prefix[:-1] in self.depthwise else output_dim(module)
+        return prefix + local, dim
 
 
 NORMS = (nn.modules.batchnorm._BatchNorm,)
@@ -115,7 +120,7 @@ def depthwise(model: nn.Module) -> frozenset[str]:
 
 
 def refit(module: nn.Module, is_depthwise: bool) -> None:
-    """Set the sizes that ``module`` states of itself to those of its tensors."""
+    """Set the sizes that ``module`` states of itself to those of its tensors; ``is_depthwise``: it was at first."""
     weight = next((t for t in (getattr(module, "weight", None), getattr(module, "running_mean", None)) if isinstance(t, Tensor)), None)
     if weight is None:
         return
@@ -139,6 +144,49 @@ def zeroed(old: Tensor, gone: Tensor) -> nn.Parameter:
     """A parameter like ``old`` with zeros where ``gone`` (bool, broadcasts) is true."""
     new = old.detach().clone()  # which keeps the memory format, where masked_fill does not
     return nn.Parameter(new.masked_fill_(gone.to(new.device), 0), requires_grad=old.requires_grad)
+
+
+def masked_copy(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A copy of ``model`` with zeros where the masks say so, and the masks in the shapes of the parameters.
+
+    A parameter that several modules share stays one, and goes by its first name; masks of several of its names hold together.
+
+    Raises:
+        ValueError: a mask of no parameter, or of another shape; a model that cannot be copied.
+    """
+    masked = copied(model)
+    every = dict(masked.named_parameters(remove_duplicate=False))
+    first = {p: n for n, p in masked.named_parameters()}
+    full: dict[str, Tensor] = {}
+    for given, mask in masks.items():
+        fitted = _fitted(given, mask, masked, every)
+        name = first[every[given]]
+        full[name] = full[name] & fitted if name in full else fitted
+    for name, mask in full.items():
+        new = zeroed(every[name], ~mask)
+        for module in masked.modules():
+            for local in [n for n, p in module._parameters.items() if p is every[name]]:
+                module.register_parameter(local, new)
+    return masked, full
+
+
+def _fitted(name: str, mask: Tensor, model: nn.Module, parameters: Mapping[str, Tensor]) -> Tensor:
+    """``mask`` in the shape of its parameter."""
+    if name not in parameters:
+        known = ", ".join([*parameters][:6])
+        raise ValueError(f"masks names {name!r}, and the model has no such parameter. There are for example {known}.")
+    shape = parameters[name].shape
+    mask = mask.to(parameters[name].device, torch.bool)
+    if mask.ndim == 1 and len(shape) > 2:
+        inputs = 1 - output_dim(model.get_submodule(name.rpartition(".")[0]))
+        mask = mask.view([-1 if d == inputs else 1 for d in range(len(shape))])
+    try:
+        return mask.expand(shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"The mask of {name} has shape {list(mask.shape)} and the parameter {list(shape)}. Give a mask of that shape, or one that "
+            "broadcasts against it."
+        ) from error
 
 
 def _like(new: Tensor, old: Tensor) -> Tensor:

@@ -14,23 +14,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from sparse_callbacks.obstacles import FOLLOWERS, LAYERS, constants, obstacle
 from sparse_callbacks.padding import channel_padding, map_through
-from sparse_callbacks.probing import extra, map_tensors, run, tensors_in
-
-KEEPS_CHANNELS = frozenset({
-    "Abs", "Add", "Addcmul", "AdaptiveAvgPool2D", "AdaptiveMaxPool2D", "Alias", "AvgPool2D", "AvgPool3D", "Celu", "Clamp", "ClampMax",
-    "ClampMin",
-    "Clone", "ConstantPadNd", "Contiguous", "Copy", "Div", "Elu", "Erf", "Exp", "Flatten", "Gelu", "Hardsigmoid", "Hardswish",
-    "Hardtanh", "LeakyRelu", "Log", "MaxPool2DWithIndices", "MaxPool3DWithIndices", "Maximum", "Mean", "Minimum", "Mish",
-    "MkldnnAdaptiveAvgPool2D", "Mul", "Neg", "NativeDropout", "Permute", "Pow", "ReflectionPad2D", "Relu", "ReplicationPad2D", "Rsqrt",
-    "Selu", "Sigmoid", "Silu", "Softplus", "Sqrt", "Squeeze", "Sub", "Sum", "T", "Tanh", "Threshold", "ToCopy", "Transpose", "Unsqueeze",
-    "UpsampleBicubic2D", "UpsampleBilinear2D", "UpsampleNearest2D", "UpsampleNearestExact2D", "UpsampleNearest1D", "UpsampleNearest3D",
-})  # fmt: skip
-"""Names of backward nodes that leave each channel to itself; whether a mean or a sum does is for the comparison of outputs to find."""
-PASSED = ("CONCAT", "SPLIT", "RESHAPE", "SLICE", "UNBIND", "EXPAND")
-"""Kinds of nodes with an index mapping."""
-LAYERS = ("CONV", "LINEAR")
-FOLLOWERS = ("BN", "DEPTHWISE_CONV", "PRELU", "PARAMETER")
+from sparse_callbacks.probing import extra, map_tensors, run, tensors_in, training
 
 
 @dataclass
@@ -80,6 +66,8 @@ class Trace:
         model: in the state of :func:`~sparse_callbacks.probing.traceable`.
         example_input: see :func:`~sparse_callbacks.probing.run`.
         seconds: time limit of tracing and of all walks together.
+        branches: names of modules that are in train mode in a second pass, whose operations are traced with those of the first.
+        begin: what the monotonic clock told when the time began to run; None: now.
 
     Raises:
         ImportError: torch-pruning is not installed.
@@ -87,16 +75,28 @@ class Trace:
         ValueError: the model cannot be traced.
     """
 
-    def __init__(self, model: nn.Module, example_input: Any, seconds: float) -> None:
+    def __init__(
+        self, model: nn.Module, example_input: Any, seconds: float, branches: Sequence[str] = (), begin: float | None = None
+    ) -> None:
         pruning = extra("torch_pruning", "channels")
-        self.seconds, self._deadline = seconds, time.monotonic() + seconds
+        self.begin = time.monotonic() if begin is None else begin
+        self.seconds, self._deadline = seconds, self.begin + seconds
         self.graph = self._watched(pruning.DependencyGraph)
         self._names: dict[Any, str] = {m: n for n, m in model.named_modules()} | {p: n for n, p in model.named_parameters()}
+        in_training = [model.get_submodule(n) for n in branches]
+
+        def passes(module: nn.Module, example: Any) -> list[Any]:
+            found = [run(module, example)]
+            if in_training:
+                with training(in_training):
+                    found.append(run(module, example))
+            return found
+
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self.graph.build_dependency(
-                    model, map_tensors(_marked, example_input), forward_fn=run, output_transform=_outputs, verbose=False
+                    model, map_tensors(_marked, example_input), forward_fn=passes, output_transform=_outputs, verbose=False
                 )
         except TimeoutError:
             raise
@@ -158,12 +158,27 @@ class Trace:
         while queue:
             self.check_time()
             node, handler, arrivals = queue.popleft()
-            known = seen.setdefault((node, handler), set())
+            known = seen.get((node, handler), set())
             fresh = [i for i in arrivals if (i.idx, i.root_idx) not in known]
-            known |= {(i.idx, i.root_idx) for i in fresh}
-            if fresh and not _obstacle(node, self._name_of(node)):
+            if not fresh:  # also where a concatenation hands on none of the channels
+                continue
+            fresh += self._tied(node, handler, fresh, known)
+            seen.setdefault((node, handler), set()).update((i.idx, i.root_idx) for i in fresh)
+            if not obstacle(node, self._name_of(node)):
                 queue.extend((d.target, d.handler, _moved(d, fresh)) for d in node.dependencies if d.is_triggered_by(handler))
         return self._described(seen)
+
+    def _tied(self, node: Any, handler: Any, fresh: Sequence[Any], known: set[tuple[int, int]]) -> list[Any]:
+        """Channels that have the same places as ``fresh`` ones in other groups of a convolution, and have not been reached: they go
+        together, whatever layers they are from."""
+        groups = getattr(node.module, "groups", 1) if node.type.name == "CONV" else 1
+        if groups == 1 or not fresh:
+            return []
+        module = node.module
+        size = module.out_channels if self.graph.is_out_channel_pruning_fn(handler) else module.in_channels
+        reached = {idx for idx, _ in known} | {i.idx for i in fresh}
+        places = {i.idx % (size // groups): i.root_idx for i in fresh}
+        return [_Channel(i, root) for place, root in places.items() for i in range(place, size, size // groups) if i not in reached]
 
     def _name_of(self, node: Any) -> str:
         return self._names.get(node.module, "")
@@ -171,7 +186,7 @@ class Trace:
     def _described(self, seen: Mapping[tuple[Any, Any], set[tuple[int, int]]]) -> Walk:
         walk = Walk([])
         for (node, handler), pairs in seen.items():
-            walk.obstacle = walk.obstacle or _obstacle(node, self._name_of(node)) or _constants(node, pairs)
+            walk.obstacle = walk.obstacle or obstacle(node, self._name_of(node)) or constants(node, pairs)
             if node.type.name == "SPLIT" and (sizes := node.module.split_sizes):
                 walk.places.append(_parts(pairs, sizes[0]))  # chunk() makes equal parts again, so they must lose equally many
             if node.type.name not in LAYERS + FOLLOWERS:
@@ -197,34 +212,6 @@ def _moved(dependency: Any, indices: list[Any]) -> list[Any]:
     for mapping in dependency.index_mapping:
         indices = indices if mapping is None else mapping(indices)
     return indices
-
-
-def _obstacle(node: Any, name: str) -> str:
-    """Why channels that arrive at ``node`` cannot be removed; empty where they can."""
-    kind = node.type.name
-    if kind == "OUTPUT":
-        return "these are outputs of the network"
-    if kind == "ELEMENTWISE":
-        operation = node.grad_fn.name().partition("Backward")[0].lstrip("_")
-        if operation == "Clone" and not node.inputs:  # what _marked leaves
-            return "shares channels with the network's input"
-        if operation in ("Addmm", "Mm") and all(n.type.name == "LINEAR" for n in node.outputs):
-            return ""  # the product inside a linear layer over more than one leading dimension
-        return "" if operation in KEEPS_CHANNELS else f"runs into {operation}, which is not known to keep channels apart"
-    if kind == "DEPTHWISE_CONV" and node.module.in_channels != node.module.groups:
-        return f"{name}: a grouped convolution with several inputs and one output in each group"
-    if kind in PASSED or kind in LAYERS or kind in FOLLOWERS:
-        return ""
-    return f"runs into {name or type(node.module).__name__} ({type(node.module).__name__}), of which no single channels can be removed"
-
-
-def _constants(node: Any, pairs: set[tuple[int, int]]) -> str:
-    """Why channels that arrive at ``node`` with these local indices cannot be removed where it pads or crops channels."""
-    if (padding := channel_padding(node)) is None:
-        return ""
-    if padding.crops:
-        return "runs into a crop of channels"
-    return "meets a padding of channels, whose width the model fixes" if any(padding.holds(local) for local, _ in pairs) else ""
 
 
 def _marked(tensor: Tensor) -> Tensor:

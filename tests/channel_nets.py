@@ -61,6 +61,37 @@ class Concat(nn.Module):
         return self.head(self.norm(torch.cat(parts, 1)).relu())
 
 
+class Joined(nn.Module):
+    """A concatenation before a grouped convolution, whose groups tie the branches; its outputs are 3 channels for each group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 2, 1), nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 6, 1)
+        self.norm, self.groups = nn.BatchNorm2d(12), nn.Conv2d(12, 6, 3, groups=2)
+        self.head = nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.groups(self.norm(torch.cat([self.a(x), self.b(x), self.c(x)], 1)).relu()).relu())
+
+
+class Auxiliary(nn.Module):
+    """A second head that runs in train mode only, with a convolution of its own; ``noise``: that never gives the same twice."""
+
+    def __init__(self, noise: float = 0.0) -> None:
+        super().__init__()
+        self.noise = noise
+        self.first, self.norm, self.second, self.head = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 6, 1), nn.Linear(6, 3)
+        self.aside = nn.ModuleDict({"conv": nn.Conv2d(8, 4, 1), "drop": nn.Dropout(), "head": nn.Linear(4, 3)})
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.norm(self.first(x)).relu()
+        found = self.head(self.second(x).relu().mean((2, 3)))
+        if not self.training:
+            return found
+        other = self.aside["drop"](self.aside["conv"](x).relu()).mean((2, 3))
+        return found, self.aside["head"](other) + self.noise * torch.randn(())
+
+
 class SqueezeExcite(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -168,6 +199,11 @@ def transposed() -> nn.Module:
     return nn.Sequential(*layers)
 
 
+def transposed_depthwise() -> nn.Module:
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 8, 4, 2, 1, groups=8), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)]
+    return nn.Sequential(*layers)
+
+
 def one_dimensional() -> nn.Module:
     return nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 4, 3))
 
@@ -175,7 +211,8 @@ def one_dimensional() -> nn.Module:
 NETS: dict[str, Callable[[], nn.Module]] = {
     "residual": Residual, "padded": Padded, "concat": Concat, "squeeze_excite": SqueezeExcite, "scaled": Scaled, "reused": Reused,
     "flattened": flattened, "grouped": grouped, "transposed": transposed, "one_dimensional": one_dimensional, "chunked": Chunked,
-    "split": Split, "subclass": lambda: nn.Sequential(Kernel(3, 8, 3), nn.ReLU(), Kernel(8, 4, 3)),
+    "split": Split, "joined": Joined, "transposed_depthwise": transposed_depthwise,
+    "subclass": lambda: nn.Sequential(Kernel(3, 8, 3), nn.ReLU(), Kernel(8, 4, 3)),
 }  # fmt: skip
 
 

@@ -85,6 +85,53 @@ def test_a_grouped_convolution_ties_the_channels_with_the_same_place_in_its_grou
     assert second.producers[0].units.tolist() == second.consumers[0].units.tolist() == [0, 1, 2, 3] * 2
 
 
+def test_a_grouped_convolution_ties_the_branches_of_a_concatenation() -> None:
+    found = groups_of(made(nets.Joined))
+    assert {n: (g.size, g.reason) for n, g in found.items()} == {"a": (2, ""), "b": (4, ""), "groups": (3, ""), "head": (4, OUTPUTS)}
+    assert {m.parameter: m.units.tolist() for m in found["a"].members} == {  # channels 0, 1 of the concatenation, and 6, 7
+        "a.weight": [0, 1], "c.weight": [0, 1] + [-1] * 4, "norm.weight": [0, 1, -1, -1, -1, -1] * 2, "groups.weight": [0, 1] + [-1] * 4
+    }  # fmt: skip
+    assert [p.units.tolist() for p in found["b"].producers if p.module == "c"] == [[-1, -1, 0, 1, 2, 3]]
+
+
+def test_what_runs_in_train_mode_only_is_followed() -> None:
+    net = made(nets.Auxiliary).train()
+    found = groups_of(net)
+    assert parts(found["first"]) == (["first.weight"], ["aside.conv.weight", "second.weight"], ["norm.weight"])
+    assert parts(found["aside.conv"]) == (["aside.conv.weight"], ["aside.head.weight"], [])
+    assert {n for n, g in found.items() if g.reason == OUTPUTS} == {"head", "aside.head"}
+    assert all(m.training for m in net.modules())
+    assert groups_of(made(nets.Auxiliary), exclude="aside.conv")["first"].reason == "aside.conv is excluded"
+
+
+class Picky(nets.Auxiliary):
+    """In train mode it takes no small images, as an auxiliary head behind a large kernel."""
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if self.training and x.shape[-1] < 9:
+            raise RuntimeError("too small")
+        return super().forward(x)
+
+
+def test_branches_that_fail_in_train_mode_stay_unknown() -> None:
+    assert groups_of(made(Picky), (1, 3, 8, 8))["aside.conv"].reason.startswith("not found in the trace")
+    assert not groups_of(made(Picky), (1, 3, 9, 9))["aside.conv"].reason
+
+
+def test_time_runs_on_in_the_second_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    begins: list[float | None] = []
+    original = Trace.__init__
+
+    def counted(self: Trace, model: nn.Module, x: object, seconds: float, branches: object = (), begin: float | None = None) -> None:
+        begins.append(begin)
+        original(self, model, x, seconds, branches, begin)
+
+    monkeypatch.setattr(Trace, "__init__", counted)
+    groups_of(made(nets.Auxiliary))
+    assert begins[0] is None
+    assert isinstance(begins[1], float)
+
+
 def test_transposed_convolutions_store_their_inputs_first() -> None:
     found = groups_of(made(nets.transposed))
     assert [(c.dim, c.units.tolist()) for c in found["0"].consumers] == [(0, [0, 1, 2, 3] * 2)]
@@ -246,6 +293,70 @@ def test_the_model_is_left_as_it_was() -> None:
         channel_groups(net, torch.zeros(2, 5, 8, 8))
     assert [m.training for m in net.modules()] == modes
     assert not net.stem.weight.requires_grad
+
+
+class Stored(nn.Module):
+    """It keeps a tensor of every pass, and counts them in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        self.middle = self.first(x).relu()
+        return self.last(self.middle)
+
+
+def test_what_a_pass_writes_is_written_to_a_copy() -> None:
+    net = Stored()
+    assert not groups_of(net, (2, 4))["first"].reason
+    assert net.passes == 0
+    assert not hasattr(net, "middle")
+    copy.deepcopy(net)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
+def test_a_failed_search_leaves_no_hooks(seconds: float) -> None:
+    net = made(nets.Residual)
+    with pytest.raises((ValueError, TimeoutError)):
+        channel_groups(net, torch.zeros(2, 5, 8, 8), seconds=seconds)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+def pruned() -> nn.Module:
+    net = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
+    torch.nn.utils.prune.l1_unstructured(net[0], "weight", 0.5)
+    return net
+
+
+def stored() -> nn.Module:
+    net = Stored()
+    net(torch.zeros(2, 4))
+    return net
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (pruned, r"Sequential cannot be copied \(RuntimeError: .*0.weight_orig is of torch.nn.utils.prune or weight_norm: call prune.r"),
+        (stored, r"Stored cannot be copied \(RuntimeError: .*Detach, or delete, the tensors that its forward pass or its hooks store"),
+        (lambda: torch.jit.script(nn.Linear(4, 2)), "This is a ScriptModule, whose layers cannot be replaced. Give the module that it"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_models_that_cannot_be_copied_are_refused(build: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        groups_of(build(), (2, 4))
+
+
+def test_inference_mode_is_left_alone() -> None:
+    net = made(nets.Residual)
+    with torch.inference_mode():
+        assert not groups_of(net)["stem"].reason
+        assert torch.is_inference_mode_enabled()
+    assert not net.stem.weight.is_inference()
 
 
 class Named(nn.Module):
