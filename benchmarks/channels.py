@@ -38,9 +38,11 @@ SHARED = (
 ROWS = {"dense": ("method=none",)} | {
     f"{kind} masks, {budget:g}": ("method=smcp", "method.round_to=4", f"method.budget={budget:g}", "slim=true", *target)
     for budget in BUDGETS
-    for kind, target in (("soft", ()), ("hard", ("method._target_=hard_masks.HardSMCP",)))
+    for kind, target in (
+        ("soft", ()), ("soft (magnitude)", ("method.importance=magnitude",)), ("hard", ("method._target_=hard_masks.HardSMCP",))
+    )
 }  # fmt: skip
-LATENCY_BUDGETS = (0.75, 0.6, 0.5)
+LATENCY_BUDGETS = (0.8, 0.65, 0.5)
 READINGS = 41
 
 
@@ -149,7 +151,8 @@ def budget_table(folder: Path, batch: int = 32) -> str:
     data = torch.utils.data.TensorDataset(torch.randn(320, *SHAPE), torch.randint(10, (320,)))
     for budget in LATENCY_BUDGETS:
         torch.manual_seed(0)
-        module, method = Noise(), SMCP(budget, cost=str(folder / "table.json"), round_to=4, every=1, start=1, stop=8, print_plan=False)
+        options = {"round_to": 4, "every": 1, "start": 1, "stop": 8, "prune_stem": True, "print_plan": False}
+        module, method = Noise(), SMCP(budget, cost=str(folder / "table.json"), **options)
         trainer = pl.Trainer(
             max_steps=10, callbacks=[method], accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
             enable_checkpointing=False,
@@ -194,7 +197,7 @@ Written by `python benchmarks/channels.py --root FOLDER`. Python {platform.pytho
 with the overrides below and seeds from 0; the last network is tested. 55,000 training images, of which an epoch sees half; 5,000
 validate. Spread is the standard deviation over seeds, in points. Budgets are shares of the dense FLOPs, met by the masked network as
 solved; the slim network has the dead channels removed. Hard masks: what is pruned learns nothing and never comes back
-(`benchmarks/hard_masks.py`).
+(`benchmarks/hard_masks.py`). Importance is Taylor's, except where magnitudes are said.
 
 {accuracies}
 
