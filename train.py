@@ -66,11 +66,17 @@ def train(cfg: DictConfig) -> dict[str, float]:
         trainer = build.build_trainer(cfg, callbacks, loggers)
         metrics = _fit_and_test(trainer, module, data, method, cfg, resumed)
         if trainer.is_global_zero:
+            problem = None
             if cfg.slim and method is not None:
-                found, proof = slim.slimmed(trainer, module, data, method, folder)
-                metrics |= found
-                print(proof, flush=True)
-            _leave(metrics, method, trainer, folder, resumed is not None)
+                try:
+                    found, proof = slim.slimmed(trainer, module, data, method, folder)
+                    metrics |= found
+                    print(proof, flush=True)
+                except Exception as error:  # the run's results are kept whatever comes
+                    problem = error
+            _leave(metrics, method, trainer, folder, resumed is not None, problem)
+            if problem is not None:
+                raise problem
         failed = False
     finally:
         tracking.finish(loggers, failed)
@@ -112,11 +118,19 @@ def best_checkpoint(trainer: pl.Trainer) -> str:
     return next(c for c in trainer.checkpoint_callbacks if isinstance(c, BestAtTarget)).best_model_path
 
 
-def _leave(metrics: dict[str, float], method: SparsityCallback | None, trainer: pl.Trainer, folder: Path, resumed: bool) -> None:
-    """metrics.json and the table."""
+def _leave(
+    metrics: dict[str, float],
+    method: SparsityCallback | None,
+    trainer: pl.Trainer,
+    folder: Path,
+    resumed: bool,
+    problem: Exception | None = None,
+) -> None:
+    """metrics.json and the table, which names a `problem` of slimming."""
     summary.write_metrics(folder / "metrics.json", metrics)
     inside = ["checkpoints/last.ckpt", "checkpoints/best.ckpt", "metrics.json", slim.FILE, ".hydra/config.yaml"]
     places = {"folder": summary.relative(folder), "in it": ", ".join(p for p in inside if (folder / p).exists())}
+    places |= {} if problem is None else {"slim": f"failed: {problem}"}
     places |= dict(tracking.place(logger) for logger in trainer.loggers)
     summary.show(metrics, method, places, resumed)
 

@@ -12,6 +12,7 @@ from sparse_callbacks.latency_table import Table
 from sparse_callbacks.probing import tensors_in
 from sparse_callbacks.rest import rest
 
+SAME = 0.01  # relative, below which two sums of times are of one model
 COSTS: dict[str, costs.Cost] = {"parameters": costs.parameters, "flops": costs.flops}
 
 
@@ -40,7 +41,14 @@ def priced(
     table = Table.load(cost)
     for warning in table.check(tuple(tensors_in(example)[0].shape[1:])):
         tell(warning)
-    return costs.Network(layers, groups, table, table.constant)
+    network = costs.Network(layers, groups, table, table.constant)
+    measured = float(table.about.get("model_ms_by_table", network.dense))
+    if abs(network.dense / measured - 1) > SAME:
+        raise ValueError(
+            f"cost={cost} is the table of another model: {table.about.get('model')} comes to {measured:.4g} ms by it, and this one to "
+            f"{network.dense:.4g} ms. Measure this model: python -m sparse_callbacks.latency MODEL --batch N --input C H W --out FILE."
+        )
+    return network
 
 
 def refuse(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from sparse_callbacks.channels import Group, Member
-from sparse_callbacks.probing import run, tensors_in
+from sparse_callbacks.probing import run, tensors_in, training, training_branches
 from sparse_callbacks.surgery import Cuts, Surgery
 
 STILL = 1e3
@@ -40,7 +40,10 @@ class Arrival:
 
 
 def arrivals(group: Group, surgery: Surgery, cuts: Cuts, samples: Sequence[Any]) -> dict[str, Arrival]:
-    """What arrives at the consumers of ``group`` when the model, as ``cuts`` leave it, runs on ``samples``; by module name."""
+    """What arrives at the consumers of ``group`` when the model, as ``cuts`` leave it, runs on ``samples``; by module name.
+
+    At those that run in train mode only, what arrives in such a pass over the first sample; NaN, which is no constant, where nothing does.
+    """
     seen: dict[str, list[Tensor]] = {c.module: [] for c in group.consumers}
 
     def watch(name: str) -> Any:
@@ -57,17 +60,24 @@ def arrivals(group: Group, surgery: Surgery, cuts: Cuts, samples: Sequence[Any])
     try:
         for sample in samples:
             run(surgery.model, sample)
+        if not all(seen.values()):
+            with training(surgery.model.get_submodule(n) for n in training_branches(surgery.model, samples[0])):
+                run(surgery.model, samples[0])
     finally:
         for handle in handles:
             handle.remove()
-    return {c.module: _arrival(torch.cat(seen[c.module], 1).cpu(), c, surgery.model, cuts) for c in group.consumers}
+    return {c.module: _arrival(seen[c.module], c, surgery.model, cuts) for c in group.consumers}
 
 
-def _arrival(values: Tensor, member: Member, model: nn.Module, cuts: Cuts) -> Arrival:
-    """Extremes of ``values`` [channels that are left, samples], put where the channels were at first; channels that are gone count
-    as zeros."""
+def _arrival(seen: Sequence[Tensor], member: Member, model: nn.Module, cuts: Cuts) -> Arrival:
+    """Extremes of what was ``seen`` ([channels that are left, samples] each), put where the channels were at first; channels that are gone
+    count as zeros."""
     times = _times(model.get_submodule(member.module), member)
     stays = cuts.kept.get(member.key, torch.ones(len(member.units), dtype=torch.bool)).repeat(times)
+    if not seen:
+        nothing = torch.full((len(stays),), torch.nan)
+        return Arrival(nothing, nothing)
+    values = torch.cat([*seen], 1).cpu()
     low, high = torch.zeros(len(stays), dtype=values.dtype), torch.zeros(len(stays), dtype=values.dtype)
     low[stays], high[stays] = values.amin(1), values.amax(1)
     return Arrival(low, high)

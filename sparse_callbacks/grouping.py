@@ -66,15 +66,19 @@ def example_inputs(model: nn.Module, batches: Generator[Any, None, None]) -> Any
             next(batches)
     except ValueError as error:
         raise ValueError(
-            "channels are found by looking at the model with one sample, and there is none: the module has no example_input_array, and the "
-            "training batches are not what its forward takes, or it has no forward. Set example_input_array to what the forward takes of "
-            "one sample; the forward must run the network that is to be pruned."
+            "the model is looked at with one sample, and there is none: the module has no example_input_array, and "
+            f"{str(error).partition('. ')[0]}. Set example_input_array to what its forward takes of one sample; the forward must run the "
+            "network that is to be pruned."
         ) from error
     finally:
         batches.close()
         handle.remove()
-    device = next(model.parameters()).device
-    return map_tensors(lambda t: t.detach()[:1].to(device), seen[0])
+    like = next((p for p in model.parameters() if p.is_floating_point()), next(model.parameters()))
+
+    def one(tensor: Tensor) -> Tensor:
+        return tensor.detach()[:1].to(like if tensor.is_floating_point() else like.device)
+
+    return map_tensors(one, seen[0])
 
 
 def kept_units(group: Group, masks: Mapping[str, Tensor]) -> Tensor:

@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--arguments", type=_named, default={}, help='of the callable, as JSON, e.g. \'{"num_classes": 10}\'')
     parser.add_argument("--batch", type=_count, default=1, help="samples of a batch; as many as the model will be given")
     parser.add_argument("--input", type=_count, nargs="+", required=True, help="size of one sample, a float tensor, e.g. 3 32 32")
-    out = "JSON, saved after each kind of layer; what it holds of the same settings is not measured again"
+    out = "JSON, saved after each kind of layer; layers in it of the same settings are not measured again"
     parser.add_argument("--out", type=Path, required=True, help=out)
     parser.add_argument("--overwrite", action="store_true", help="measure everything anew, whatever --out holds")
     parser.add_argument("--points", type=_count, default=4, help="numbers of channels on each side of a layer, beside the smallest")

@@ -1,4 +1,4 @@
-"""The time of a whole model as a line over that of its layers, fitted to the model with all channels and with half of them."""
+"""The time of a whole model as a line over that of its layers, fitted to the model with all channels, with half and with a quarter."""
 
 import copy
 import math
@@ -39,41 +39,51 @@ class Fit:
         return self.constant + self.factor * total
 
     @property
+    def off(self) -> float:
+        """The largest error of the line at the models that were measured, relative to their times."""
+        return max(abs(self.at(total) / time - 1) for total, time in zip(self.sums, self.times, strict=True))
+
+    @property
     def about(self) -> dict[str, float]:
         """What was measured, to be kept in a table."""
         found = dict(zip(("model_ms", "half_ms", "quarter_ms"), self.times, strict=False))
-        return found | ({"quarter_ms_by_table": self.at(self.sums[-1])} if len(self.times) > 1 else {})
+        return found | {"model_ms_by_table": self.at(self.sums[0]), "off": self.off}
 
     def __str__(self) -> str:
-        parts = [f"{name} {ms:.4g} ms" for name, ms in zip(("all channels", *SHARES), self.times, strict=False)]
+        names, pairs = ("all channels", *SHARES), zip(self.times, self.sums, strict=True)
+        parts = [f"{name} {ms:.4g} ms (by the table {self.at(total):.4g})" for name, (ms, total) in zip(names, pairs, strict=False)]
         line = f"the model as {self.constant:.4g} ms + {self.factor:.4g} x its layers: {', '.join(parts)}"
-        if len(self.times) > 1:
-            guess = self.at(self.sums[-1])
-            line += f" (by the table {guess:.4g} ms, {100 * (guess / self.times[-1] - 1):+.0f} %)"
         return f"{line}; not fitted: {self.why}" if self.why else line
 
 
 def fitted(times: Sequence[float], sums: Sequence[float], why: str = "") -> Fit:
-    """The line through the first two of ``times`` over ``sums``.
+    """The line through ``times`` over ``sums`` with the smallest relative errors (squared) among those that start at 0 or above.
 
-    Without a sensible one (layers that take longer in a faster model, or a time below zero for the last of ``sums``) the first time
-    alone decides: what the layers do not take is constant; if they take more than the model, it is a share of theirs.
+    Where the layers take longer in a faster model there is none, and the first time alone decides: what the layers do not take is
+    constant; if they take more than the model, it is a share of theirs.
 
     Args:
         times, sums: see :class:`Fit`.
         why: there is only one of each.
     """
     if not why:
-        rise = sums[0] - sums[1]
-        factor = (times[0] - times[1]) / rise if rise else math.nan
-        constant = times[0] - factor * sums[0]
-        if factor > 0 and constant + factor * sums[-1] > 0:
+        if (times[0] - times[-1]) * (sums[0] - sums[-1]) > 0:
+            constant, factor = _line(times, sums)
             return Fit(constant, factor, tuple(times), tuple(sums))
-        why = f"half of the channels take {times[1]:.4g} of {times[0]:.4g} ms, their layers {sums[1]:.4g} of {sums[0]:.4g} ms"
+        why = f"a quarter of the channels takes {times[-1]:.4g} of {times[0]:.4g} ms, its layers {sums[-1]:.4g} of {sums[0]:.4g} ms"
     constant, factor = times[0] - sums[0], 1.0
     if constant < 0:
         constant, factor = 0.0, times[0] / sums[0]
     return Fit(constant, factor, tuple(times), tuple(sums), why)
+
+
+def _line(times: Sequence[float], sums: Sequence[float]) -> tuple[float, float]:
+    """Constant and factor that make the sum of ``((constant + factor * total) / time - 1) ** 2`` smallest, neither of them below 0."""
+    rows = torch.tensor([[1 / t, s / t] for t, s in zip(times, sums, strict=True)], dtype=torch.float64)
+    constant, factor = torch.linalg.lstsq(rows, torch.ones(len(rows), 1, dtype=torch.float64)).solution[:, 0].tolist()
+    if constant < 0:
+        constant, factor = 0.0, float(rows[:, 1].sum() / rows[:, 1].square().sum())
+    return (constant, factor) if factor > 0 else (float(rows[:, 0].sum() / rows[:, 0].square().sum()), 0.0)
 
 
 def smaller(model: nn.Module, example: Tensor) -> tuple[list[nn.Module], str]:

@@ -16,6 +16,7 @@ import torch
 from sparse_callbacks.costs import Layer
 
 VERSION = 2
+DOUBTFUL = 0.1  # relative error of the fit that is worth a word
 ROUND_UP = 8  # devices compute in blocks: 61 channels take as long as 64
 WAYS = ("measured", "rounded up", "interpolated")
 COMMAND = "python -m sparse_callbacks.latency MODEL --batch N --input C H W --out FILE"
@@ -154,7 +155,7 @@ class Table:
         return f"of {len(self._seen)} sizes of layers looked up in the latency table: {parts}"
 
     def check(self, size: Sequence[int]) -> list[str]:
-        """What makes the table doubtful here: sentences about another machine, device, number of threads or version of torch.
+        """What makes the table doubtful here: sentences about its fit, another machine, device, number of threads or version of torch.
 
         Args:
             size: of one sample that the model is given, without the batch.
@@ -170,8 +171,14 @@ class Table:
         device = str(about.get("device", "cpu")).partition(" ")[0]
         now, after = here(device), "Times may differ: measure where the model is to be fast."
         words = {"machine": "on {}", "device": "on {}", "threads": "with {} threads", "torch": "with torch {}"}
+        doubts = []
+        if (off := float(about.get("off", 0.0))) > DOUBTFUL:
+            most = f"{name} is off by up to {100 * off:.0f} % at the models that it was fitted to"
+            doubts = [f"{most}. Measure anew on a quiet machine: {COMMAND}."]
         differs = {k for k in words if about.get(k, now[k]) != now[k]} - ({"threads"} if device.startswith("cuda") else set())
-        return [f"{name} was measured {w.format(about[k])}, and here it is {now[k]}. {after}" for k, w in words.items() if k in differs]
+        return doubts + [
+            f"{name} was measured {w.format(about[k])}, and here it is {now[k]}. {after}" for k, w in words.items() if k in differs
+        ]
 
     def save(self, path: str | Path) -> None:
         """Write JSON; the file is whole at any time, the old one or the new one."""

@@ -13,6 +13,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from sparse_callbacks.passes import undisturbed
 
+COMPILED = ("forward", "training_step", "validation_step", "test_step", "predict_step", "_compiler_ctx")
+
 
 def extra(module: str, name: str) -> Any:
     """Import an optional dependency.
@@ -76,13 +78,16 @@ def copied(model: nn.Module) -> nn.Module:
         raise ValueError("This is a ScriptModule, whose layers cannot be replaced. Give the module that it was scripted from.")
     try:
         with torch.inference_mode(False):
-            return copy.deepcopy(model)
+            made = copy.deepcopy(model)
     except Exception as error:
         names = [n for n, _ in model.named_parameters() if n.endswith(("_orig", "_g"))]
         advice = "Detach, or delete, the tensors that its forward pass or its hooks store in attributes."
         if names:
             advice = f"{names[0]} is of torch.nn.utils.prune or weight_norm: call prune.remove or remove_weight_norm on its module first."
         raise ValueError(f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). {advice}") from error
+    for name in COMPILED if "_compiler_ctx" in vars(made) else ():  # what Lightning binds to a compiled module calls the original
+        vars(made).pop(name, None)
+    return made
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import pytest
 import torch
 from channel_nets import IMAGE, NETS, Auxiliary, Concat, Residual, Shuffled, Transformer, grouped, half, made
 from contract_support import Classifier, conv_net, differences, fit, structure
+from pytorch_lightning.utilities.compile import from_compiled
 from torch import Tensor, nn
 
 from sparse_callbacks import DPF, export
@@ -881,3 +882,51 @@ def test_without_the_extra_the_error_names_it(module: str, name: str, tmp_path: 
     write = export.save_compact if name == "channels" else lambda net, path: export.export_onnx(net, path, torch.zeros(1, 2))
     with pytest.raises(ImportError, match=rf"pip install 'sparse-callbacks\[{name}\]'"):
         write(nn.Linear(2, 2), tmp_path / "x")
+
+
+class Woken(nn.Module):
+    """Dead outputs of one layer are read by a branch of training, those of another are made in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.f, self.g, self.h = nn.Linear(8, 8), nn.Linear(8, 3), nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.a(x).relu()
+        return (self.f(x), self.h(self.g(x).relu())) if self.training else self.f(x)
+
+
+@pytest.mark.parametrize("name", ["a", "g"])
+def test_dead_outputs_that_a_branch_of_training_reads_go(name: str) -> None:
+    torch.manual_seed(0)
+    net, x = Woken(), torch.randn(2, 8)
+    mask = torch.ones_like(net.get_parameter(f"{name}.weight"), dtype=torch.bool)
+    mask[0] = False
+    small, proof = slim(net, {f"{name}.weight": mask}, x)
+    assert proof.removed == 1
+    full = masked(net, {f"{name}.weight": mask}).train()
+    torch.testing.assert_close(small.train()(x), full(x))
+
+
+def test_dead_outputs_that_nothing_is_seen_to_read_stay() -> None:
+    class Sometimes(Woken):
+        def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            if self.training and len(x) == 1:
+                raise ValueError("one is not enough to train on")
+            return super().forward(x)
+
+    mask = torch.ones(6, 8, dtype=torch.bool)
+    mask[0] = False
+    _, proof = slim(Sometimes(), {"g.weight": mask}, torch.randn(1, 8))
+    assert proof.removed == 0
+
+
+def test_a_module_that_lightning_has_compiled_is_slimmed_itself() -> None:
+    net = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3)))
+    found = from_compiled(torch.compile(net, backend="eager"))
+    mask = torch.arange(8) < 5
+    small, proof = slim(found, {"net.3.weight": mask}, torch.randn(2, 12))
+    assert proof.removed == 3
+    assert small.net[1].out_features == 5
+    assert small(torch.randn(2, 12)).shape == (2, 3)
+    assert "forward" not in vars(small)

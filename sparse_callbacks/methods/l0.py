@@ -309,8 +309,14 @@ class ConstrainedL0(SparsityCallback):
             f"{worst.target:.4f}: the multipliers had too little time. Train longer, or raise dual_lr= (now {self.dual_lr:g})."
         )
 
+    @property
+    def _labels(self) -> list[str]:
+        """What the constraints are called in figures."""
+        totals = ["total", *(f"total_{i}" for i in range(1, len(self._constraints)))]
+        return [c.names[0] for c in self._constraints] if self.constraint == "layer" else totals
+
     def outcome(self) -> dict[str, str]:
-        found = {c.names[0]: f"{d:.4f} (target {c.target:g})" for c, d in self._densities()}
+        found = {label: f"{d:.4f} (target {c.target:g})" for label, (c, d) in zip(self._labels, self._densities(), strict=True)}
         lines = [f"{name} {text}" if len(found) > 1 else text for name, text in found.items()]
         return {"expected density": "\n".join(lines)} if lines else {}
 
@@ -322,9 +328,7 @@ class ConstrainedL0(SparsityCallback):
         expected = {n: float(gates.mean_open(self._log_alpha(n))) for n in self._tied}
         purged = {n: self.store.active[n] / self.store.size(n) for n in self._tied}
         shares = self._shares(list(self._tied))
-        totals = ["total", *(f"total_{i}" for i in range(1, len(self._constraints)))]
-        labels = [c.names[0] for c in self._constraints] if self.constraint == "layer" else totals
-        found = {f"l0/multiplier/{k}": float(self.aux[c.key]) for k, c in zip(labels, self._constraints, strict=True)}
+        found = {f"l0/multiplier/{k}": float(self.aux[c.key]) for k, c in zip(self._labels, self._constraints, strict=True)}
         for kind, of in (("expected", expected), ("purged", purged)):
             found |= {f"l0/{kind}/{n}": v for n, v in of.items()} | {f"l0/{kind}/total": sum(v * shares[n] for n, v in of.items())}
         return found

@@ -510,6 +510,28 @@ def test_the_example_comes_from_the_module_or_from_its_data() -> None:
     assert differences(ours.masks, given.masks) == []
 
 
+def test_an_example_of_another_precision_is_converted() -> None:
+    module, callback = Classifier(conv_net()), method(0.5)
+    module.example_input_array = torch.zeros(2, 2, 5, 5)
+    fit(module, callback, precision="64-true", loader=None, enable_model_summary=False)
+    assert module.net[0].weight.dtype == torch.float64
+    assert callback.at_target
+
+
+@pytest.mark.parametrize("compiled", ["module", "net"])
+def test_compiled_modules_are_looked_at_too(compiled: str) -> None:
+    module, callback = Classifier(conv_net()), method(0.5)
+    if compiled == "net":
+        module.net.compile(backend="eager")
+        fit(module, callback)
+    else:
+        fit(torch.compile(module, backend="eager"), callback)
+    assert {g.name for g in callback.groups} == {"net.0", "net.3.one", "net.6"}
+    small, proof = slim(module, callback.masks, torch.randn(3, 2, 5, 5))
+    assert proof.removed == sum(g.size for g in callback.groups) - sum(callback.kept)
+    assert small(torch.randn(3, 2, 5, 5)).shape == (3, 4)
+
+
 def test_a_run_that_ends_before_its_last_solve_says_so() -> None:
     callback = method(0.4)
     with pytest.warns(UserWarning, match=r"SMCP ended at 0\.\d+ of the dense flops, before the solve for its budget of 0\.4: 8 steps"):
@@ -581,10 +603,23 @@ def test_a_table_of_another_model_is_refused(tmp_path: Path) -> None:
         fit(Classifier(conv_net()), method(cost=str(tmp_path / "t.json")))
 
 
+def test_a_table_of_another_network_of_the_same_layers_is_refused(tmp_path: Path) -> None:
+    net = mlp()
+    grids = {"linear map 1": Grid([1, 12, 16, 50], [1, 12, 16, 50], [[1.0 + i for _ in range(4)] for i in range(4)])}
+    for layer_sum, fits in ((6.0, False), (4.0 + 3.0 + 2.0, True)):  # of inputs 50, 16 and 12
+        Table({"model": "m:net", "model_ms_by_table": layer_sum}, grids).save(tmp_path / "t.json")
+        callback = method(0.8, cost=str(tmp_path / "t.json"), round_to=1)
+        if fits:
+            fit(Classifier(net), callback)
+        else:
+            with pytest.raises(ValueError, match=r"is the table of another model: m:net comes to 6 ms by it, and this one to 9 ms"):
+                fit(Classifier(net), callback)
+
+
 def test_data_that_gives_no_example_is_refused() -> None:
     class Stream(torch.utils.data.IterableDataset[Any]):
         def __iter__(self) -> Any:
             return iter(Batches().all(1))
 
-    with pytest.raises(ValueError, match=r"channels are found by looking at the model with one sample.*Set example_input_array"):
+    with pytest.raises(ValueError, match=r"with one sample.*this is a DataLoader over an IterableDataset\. Set example_input_array"):
         fit(Classifier(conv_net()), method(), loader=torch.utils.data.DataLoader(Stream(), batch_size=None))

@@ -62,6 +62,25 @@ def test_a_run_tells_of_gates_and_of_targets_in_their_own_words(run: Run, capsys
     assert "target ConstrainedL0 ended at an expected density of" in shown
 
 
+def test_what_slimming_cannot_do_loses_nothing_of_the_run(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import train
+
+    def late(*_: Any) -> Any:
+        raise TimeoutError("the search took too long")
+
+    monkeypatch.setattr(train.slim, "slimmed", late)
+    with pytest.raises(TimeoutError, match="the search took too long"):
+        run(*SMCP)
+    written = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert written["test/acc"] > 0
+    assert not any(key.startswith("slim/") for key in written)
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "slim failed: the search took too long" in shown
+    assert "test accuracy" in shown
+
+
 def test_what_cannot_become_slim_is_refused_before_the_first_batch(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "fit", lambda *_, **__: pytest.fail("it trained"))
     with pytest.raises(ValueError, match=r"slim=true, but method=none has no masks.*method=smcp"):
