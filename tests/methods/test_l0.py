@@ -820,6 +820,7 @@ def test_each_optimizer_has_its_own_constraint() -> None:
     assert [{n.split(".")[0] for n in c.names} for c in callback._constraints] == [{"maker"}, {"critic"}]
     assert sum(k.startswith("multiplier/") for k in callback.aux) == 2
     assert {"l0/multiplier/total", "l0/multiplier/total_1"} <= set(callback.figures())
+    assert callback.outcome()["expected density"].splitlines()[1].startswith("total_1 ")
     steps = [float(callback.aux[f"gate_steps/{c.names[0]}"]) for c in callback._constraints]
     assert steps == [16, 32]
 
