@@ -34,8 +34,8 @@ class SMCP(SparsityCallback):
     A group is the channels that can only go together, through sums, concatenations, depthwise layers and flattening. The stem, a
     convolution that comes first, and the network's outputs stay. Pruned channels go on to learn and may come back. After ``stop``
     masks stay and the dense weights are dropped; :func:`~sparse_callbacks.slimming.slim` then removes the channels. Groups are found
-    with the LightningModule's ``example_input_array``, or else the inputs of the first training batch; ``groups`` and ``left_out`` hold
-    them, and why others stay.
+    with the LightningModule's ``example_input_array``, or else the first training batch of a torch DataLoader over an indexed set;
+    ``groups`` and ``left_out`` hold them, and why others stay.
 
     Differs from the paper: the last solve has the full budget (the released schedule stops one short). A solve is repeated with the
     outputs that it leaves, so that the network really fits the budget; the paper counts the outputs of the solve before. Scores are
