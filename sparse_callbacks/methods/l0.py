@@ -312,8 +312,7 @@ class ConstrainedL0(SparsityCallback):
     @property
     def _labels(self) -> list[str]:
         """What the constraints are called in figures."""
-        totals = ["total", *(f"total_{i}" for i in range(1, len(self._constraints)))]
-        return [c.names[0] for c in self._constraints] if self.constraint == "layer" else totals
+        return [c.names[0] if self.constraint == "layer" else f"total_{i}" if i else "total" for i, c in enumerate(self._constraints)]
 
     def outcome(self) -> dict[str, str]:
         found = {label: f"{d:.4f} (target {c.target:g})" for label, (c, d) in zip(self._labels, self._densities(), strict=True)}
