@@ -315,7 +315,8 @@ class ConstrainedL0(SparsityCallback):
         return [c.names[0] if self.constraint == "layer" else f"total_{i}" if i else "total" for i, c in enumerate(self._constraints)]
 
     def outcome(self) -> dict[str, str]:
-        found = {label: f"{d:.4f} (target {c.target:g})" for label, (c, d) in zip(self._labels, self._densities(), strict=True)}
+        densities = list(self._densities())  # none before the first fit
+        found = {label: f"{d:.4f} (target {c.target:g})" for label, (c, d) in zip(self._labels, densities, strict=False)}
         lines = [f"{name} {text}" if len(found) > 1 else text for name, text in found.items()]
         return {"expected density": "\n".join(lines)} if lines else {}
 
