@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparse_callbacks.probing import quiet, run, tensors_in
+from sparse_callbacks.probing import products_shown, quiet, run, tensors_in
 
 RUNS, SHORT, PATIENCE = 9, 3, 2.0
 """How often a forward pass is timed; and less often, but this often, where it takes longer than this many seconds altogether."""
@@ -160,7 +160,7 @@ def prove(
 
 
 def _cost(model: nn.Module, sample: Any) -> Cost:
-    with FlopCounterMode(display=False) as counter:
+    with products_shown(), FlopCounterMode(display=False) as counter:
         run(model, sample)
     return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops(), _milliseconds(model, sample))
 

@@ -5,12 +5,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_callbacks.costs import Layer, flops
-from sparse_callbacks.probing import quiet, run, tensors_in
+from sparse_callbacks.probing import products_shown, quiet, run, tensors_in
 
 
 @dataclass(frozen=True)
@@ -41,13 +40,10 @@ def rest(model: nn.Module, example_input: Any, found: Mapping[str, Layer]) -> Re
         return hook
 
     handles = [m.register_forward_hook(note(n)) for n, m in model.named_modules()]
-    fast = torch.backends.mha.get_fastpath_enabled()
     try:
-        torch.backends.mha.set_fastpath_enabled(False)  # one operation, in which no product is seen
-        with quiet(model), FlopCounterMode(display=False) as counter:
+        with quiet(model), products_shown(), FlopCounterMode(display=False) as counter:
             run(model, example_input)
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         for handle in handles:
             handle.remove()
     inside = [c for m in called.values() if isinstance(m, nn.MultiheadAttention) for c in m.modules()]  # whose layer is never called

@@ -930,3 +930,13 @@ def test_a_module_that_lightning_has_compiled_is_slimmed_itself() -> None:
     assert small.net[1].out_features == 5
     assert small(torch.randn(2, 12)).shape == (2, 3)
     assert "forward" not in vars(small)
+
+
+def test_the_products_of_attention_count() -> None:
+    net, x = made(Transformer), torch.randn(2, 4, 6)
+    _, proof = slim(net, {"down.weight": torch.arange(12) < 6}, x)
+    # projections 4 x 6 x 6 and two products of 4 x 4 for each of 4 tokens and of 2 samples; MLP and head; two for each multiply-add
+    tokens, rest = 2 * 4, 2 * 4 * (4 * 6 * 6 + 2 * 4 * 6) + 2 * 6 * 3
+    assert proof.before.flops == 2 * (rest + tokens * 2 * 6 * 12)
+    assert proof.after.flops == 2 * (rest + tokens * 2 * 6 * 6)
+    assert torch.backends.mha.get_fastpath_enabled()
