@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -114,14 +115,11 @@ def norms_of(model: nn.Module, example_input: Any, layers: Iterable[str]) -> set
 
         return hook
 
-    handles = [m.register_forward_hook(note(n)) for n, m in model.named_modules() if n in chosen or any(True for _ in m.parameters(False))]
-    handles += [m.register_forward_hook(note(n)) for n, m in model.named_modules() if isinstance(m, _BatchNorm) and not m.affine]
-    try:
-        with quiet(model):
-            run(model, map_tensors(_nans, example_input))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, quiet(model):
+        for name, module in model.named_modules():
+            if name in chosen or isinstance(module, _BatchNorm) or any(True for _ in module.parameters(False)):
+                hooks.enter_context(module.register_forward_hook(note(name)))
+        run(model, map_tensors(_nans, example_input))
     return {n for n, only in found.items() if only}
 
 

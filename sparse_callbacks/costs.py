@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,16 +77,11 @@ def layers(model: nn.Module, example_input: Any) -> dict[str, Layer]:
     """
     found: dict[str, Layer] = {}
     samples = tensors_in(example_input)[0].shape[0]
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | _ConvNd):
-            handles.append(module.register_forward_hook(_recorder(name, found, samples), with_kwargs=True))
-    try:
-        with quiet(model):
-            run(model, example_input)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, quiet(model):
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear | _ConvNd):
+                hooks.enter_context(module.register_forward_hook(_recorder(name, found, samples), with_kwargs=True))
+        run(model, example_input)
     return {n: found[n] for n, _ in model.named_modules() if n in found}
 
 

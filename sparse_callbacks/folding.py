@@ -1,6 +1,7 @@
 """Channels that hold a constant: what arrives at the layers that read them, and what that adds to their biases."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,16 +57,14 @@ def arrivals(group: Group, surgery: Surgery, cuts: Cuts, samples: Sequence[Any])
 
         return module.register_forward_pre_hook(look, with_kwargs=True)
 
-    handles = [watch(name) for name in seen]
-    try:
+    with ExitStack() as hooks:
+        for name in seen:
+            hooks.enter_context(watch(name))
         for sample in samples:
             run(surgery.model, sample)
         if not all(seen.values()):
             with training(surgery.model.get_submodule(n) for n in training_branches(surgery.model, samples[0])):
                 run(surgery.model, samples[0])
-    finally:
-        for handle in handles:
-            handle.remove()
     return {c.module: _arrival(seen[c.module], c, surgery.model, cuts) for c in group.consumers}
 
 

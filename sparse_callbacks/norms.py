@@ -1,6 +1,7 @@
 """Batch norms behind pruned layers: which they are, and their gains under a factor."""
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -44,14 +45,11 @@ def norm_inputs(model: nn.Module, example_input: Any) -> dict[str, list[str]]:
 
         return hook
 
-    watched = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | _ConvNd | _BatchNorm)]
-    handles = [m.register_forward_hook(note(n)) for n, m in watched]
-    try:
-        with quiet(model):
-            run(model, example_input)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, quiet(model):
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear | _ConvNd | _BatchNorm):
+                hooks.enter_context(module.register_forward_hook(note(name)))
+        run(model, example_input)
     return found
 
 

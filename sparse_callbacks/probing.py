@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -162,10 +162,8 @@ def training_branches(model: nn.Module, example_input: Any) -> list[str]:
 def _called(layers: Iterable[nn.Module], model: nn.Module, example_input: Any) -> set[nn.Module]:
     """Those of ``layers`` that one pass runs."""
     found: set[nn.Module] = set()
-    handles = [layer.register_forward_pre_hook(lambda m, _: found.add(m)) for layer in layers]
-    try:
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(lambda m, _: found.add(m)))
         run(model, example_input)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,13 +40,10 @@ def rest(model: nn.Module, example_input: Any, found: Mapping[str, Layer]) -> Re
 
         return hook
 
-    handles = [m.register_forward_hook(note(n)) for n, m in model.named_modules()]
-    try:
-        with quiet(model), products_shown(), FlopCounterMode(display=False) as counter:
-            run(model, example_input)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, quiet(model), products_shown(), FlopCounterMode(display=False) as counter:
+        for name, module in model.named_modules():
+            hooks.enter_context(module.register_forward_hook(note(name)))
+        run(model, example_input)
     inside = [c for m in called.values() if isinstance(m, nn.MultiheadAttention) for c in m.modules()]  # whose layer is never called
     counted = {id(p) for n in found for p in model.get_submodule(n).parameters(recurse=False)}
     others = {id(p): p for m in (*called.values(), *inside) for p in m.parameters(recurse=False) if p.ndim > 1 and id(p) not in counted}

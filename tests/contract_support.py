@@ -252,6 +252,17 @@ class Batches:
         return found
 
 
+class Thirds(Batches):
+    """The same samples in micro-batches, three for each batch."""
+
+    def __len__(self) -> int:
+        return 3 * self.batches
+
+    def __iter__(self) -> Any:
+        for x, y in super().__iter__():
+            yield from zip(x.chunk(3), y.chunk(3), strict=True)
+
+
 # ---------------------------------------------------------------------- runs
 
 Watcher = Callable[[pl.Trainer, Any, int], None]

@@ -21,6 +21,7 @@ from contract_support import (
     Classifier,
     Rivals,
     Stops,
+    Thirds,
     assert_counts,
     assert_effective,
     class_of,
@@ -249,15 +250,7 @@ def test_micro_batches_equal_one_large_batch(name: str, optimizer: str, clip: fl
     whole, parts = Classifier(mlp(), optimizer), Classifier(mlp(), optimizer)
     masks: dict[int, list[dict[str, Tensor]]] = {1: [], 3: []}
 
-    class Micro(Batches):
-        def __len__(self) -> int:
-            return 3 * self.batches
-
-        def __iter__(self) -> Any:
-            for x, y in super().__iter__():
-                yield from zip(x.chunk(3), y.chunk(3), strict=True)
-
-    for window, module, callback, loader in ((1, whole, large, Batches()), (3, parts, small, Micro())):
+    for window, module, callback, loader in ((1, whole, large, Batches()), (3, parts, small, Thirds())):
         recorded = masks[window]
         see = watch(lambda *_, c=callback, r=recorded: r.append({n: m.clone() for n, m in c.masks.items()}))
         fit(module, callback, see, loader=loader, accumulate_grad_batches=window, gradient_clip_val=clip)

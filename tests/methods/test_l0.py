@@ -11,7 +11,21 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from contract_support import Batches, ByHand, Classifier, Rivals, Stops, assert_effective, conv_net, differences, fit, mlp, snapshot, watch
+from contract_support import (
+    Batches,
+    ByHand,
+    Classifier,
+    Rivals,
+    Stops,
+    Thirds,
+    assert_effective,
+    conv_net,
+    differences,
+    fit,
+    mlp,
+    snapshot,
+    watch,
+)
 from oracles_l0 import LAYERS_TARGET, LENET_ALL, LENET_SIZES, MLP_DENSITIES, MLP_DENSITY, STEP
 from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor, nn
@@ -670,16 +684,8 @@ def test_the_plan_lists_what_goes_with_channels() -> None:
 @pytest.mark.parametrize("unit", ["channel", "weight"])
 @pytest.mark.parametrize("clip", [None, 0.3])
 def test_micro_batches_equal_one_large_batch(unit: str, clip: float | None) -> None:
-    class Micro(Batches):
-        def __len__(self) -> int:
-            return 3 * self.batches
-
-        def __iter__(self) -> Any:
-            for x, y in super().__iter__():
-                yield from zip(x.chunk(3), y.chunk(3), strict=True)
-
     runs = []
-    for window, loader in ((1, Batches()), (3, Micro())):
+    for window, loader in ((1, Batches()), (3, Thirds())):
         callback, module = l0(unit=unit), Classifier(mlp())
         fit(module, callback, loader=loader, accumulate_grad_batches=window, gradient_clip_val=clip)
         runs.append((callback, module))
