@@ -14,10 +14,10 @@ import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from sparse_callbacks.callback import SparsityCallback
-from sparse_callbacks.tasks import build, slim, summary, tracking
-from sparse_callbacks.tasks.interrupts import RunStopped
-from sparse_callbacks.tasks.target import BestAtTarget
+from sparse_callbacks.lightning.callback import SparsityCallback
+from sparse_callbacks.tasks import build, loggers, slim, summary
+from sparse_callbacks.tasks.at_target import BestAtTarget
+from sparse_callbacks.tasks.safe_stop import RunStopped
 
 
 def run_folder(cfg: DictConfig) -> Path:
@@ -79,7 +79,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
                 raise problem
         failed = False
     finally:
-        tracking.finish(loggers, failed)
+        loggers.finish(loggers, failed)
     return metrics
 
 
@@ -131,7 +131,7 @@ def _leave(
     inside = ["checkpoints/last.ckpt", "checkpoints/best.ckpt", "metrics.json", slim.FILE, ".hydra/config.yaml"]
     places = {"folder": summary.relative(folder), "in it": ", ".join(p for p in inside if (folder / p).exists())}
     places |= {} if problem is None else {"slim": f"failed: {problem}"}
-    places |= dict(tracking.place(logger) for logger in trainer.loggers)
+    places |= dict(loggers.place(logger) for logger in trainer.loggers)
     summary.show(metrics, method, places, resumed)
 
 

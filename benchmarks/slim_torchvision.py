@@ -4,7 +4,7 @@ Run ``python benchmarks/slim_torchvision.py``; it writes ``docs/slimming.md``, a
 measure only those and print the rows. Needs the extras ``train`` and ``channels``.
 
 Weights are random, and norms and layer scales get random values, so that a wrong cut shows in the outputs. Masks are drawn for every
-group of :func:`sparse_callbacks.channels.channel_groups`, half of its units in multiples of 8 where the group's size allows.
+group of :func:`sparse_callbacks.channels.groups.channel_groups`, half of its units in multiples of 8 where the group's size allows.
 """
 
 import argparse
@@ -18,9 +18,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from sparse_callbacks.channels import Group, channel_groups
-from sparse_callbacks.proof import Proof
-from sparse_callbacks.slimming import slim
+from sparse_callbacks.channels.groups import Group, channel_groups
+from sparse_callbacks.channels.proof import Proof
+from sparse_callbacks.channels.slim import slim
 
 MODELS = {
     "resnet18": 64, "resnet50": 64, "wide_resnet50_2": 64, "resnext50_32x4d": 64, "vgg16_bn": 64, "mobilenet_v2": 64,
@@ -36,7 +36,7 @@ HEAD = """# Slimming: what can be removed, and what cannot
 `slim(model, masks, example_input)` removes the channels that masks leave unread and returns an ordinary module with a proof:
 
 ```python
-from sparse_callbacks.slimming import slim
+from sparse_callbacks.channels.slim import slim
 
 small, proof = slim(model, callback.masks, torch.randn(1, 3, 224, 224))
 print(proof)

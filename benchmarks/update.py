@@ -23,8 +23,8 @@ from torch.nn.utils import prune
 from torchvision.models import resnet50
 
 from sparse_callbacks import RigL, ops
-from sparse_callbacks.calendar import Calendar
-from sparse_callbacks.selection import select
+from sparse_callbacks.core.calendar import Calendar
+from sparse_callbacks.core.selection import select
 
 SPARSITY, DROP_FRACTION = 0.9, 0.3
 ENDLESS = 10**9  # steps; the drop fraction has not begun to fall

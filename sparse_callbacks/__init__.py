@@ -1,14 +1,14 @@
 """Sparse training for PyTorch Lightning: one callback makes an ordinary LightningModule train sparse."""
 
 from sparse_callbacks import distributions, ops, schedules
-from sparse_callbacks.callback import SparsityCallback
-from sparse_callbacks.channels import channel_groups
-from sparse_callbacks.export import export_onnx, load_compact, save_compact
+from sparse_callbacks.channels.compact import export_onnx, load_compact, save_compact
+from sparse_callbacks.channels.groups import channel_groups
+from sparse_callbacks.channels.slim import slim
+from sparse_callbacks.core.plan import Plan
+from sparse_callbacks.lightning.callback import SparsityCallback
+from sparse_callbacks.lightning.optimizer_lives import horizon
 from sparse_callbacks.methods import CTRE, DPF, GMP, SET, SMCP, SNFS, ConstrainedL0, GaP, ParallelGaP, RigL, Static
-from sparse_callbacks.partitions import combine
-from sparse_callbacks.phases import horizon
-from sparse_callbacks.plan import Plan
-from sparse_callbacks.slimming import slim
+from sparse_callbacks.methods.gap.partitions import combine
 
 __version__ = "0.1.0"
 __all__ = [

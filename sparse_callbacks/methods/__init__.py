@@ -1,11 +1,10 @@
-"""The methods, one file each."""
+"""The methods: one file each, or one folder where a method needs modules of its own."""
 
 from sparse_callbacks.methods.ctre import CTRE
 from sparse_callbacks.methods.dpf import DPF
-from sparse_callbacks.methods.gap import GaP
+from sparse_callbacks.methods.gap import GaP, ParallelGaP
 from sparse_callbacks.methods.gmp import GMP
 from sparse_callbacks.methods.l0 import ConstrainedL0
-from sparse_callbacks.methods.parallel_gap import ParallelGaP
 from sparse_callbacks.methods.rigl import RigL
 from sparse_callbacks.methods.set import SET
 from sparse_callbacks.methods.smcp import SMCP

@@ -5,11 +5,11 @@ from typing import ClassVar, Unpack
 
 from torch import Tensor
 
-from sparse_callbacks.calendar import Time
-from sparse_callbacks.callback import Options, SparsityCallback
-from sparse_callbacks.distributions import Distribution
-from sparse_callbacks.ops import drop_and_grow, drop_count
-from sparse_callbacks.schedules import Schedule, as_schedule
+from sparse_callbacks.core.calendar import Time
+from sparse_callbacks.core.distributions import Distribution
+from sparse_callbacks.core.ops import drop_and_grow, drop_count
+from sparse_callbacks.core.schedules import Schedule, as_schedule
+from sparse_callbacks.lightning.callback import Options, SparsityCallback
 
 
 class DropAndGrow(SparsityCallback):

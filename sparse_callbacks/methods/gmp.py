@@ -5,11 +5,11 @@ from typing import ClassVar, Unpack
 
 from torch import Tensor
 
-from sparse_callbacks.calendar import Time
-from sparse_callbacks.callback import Options, SparsityCallback, pruning_curve
-from sparse_callbacks.distributions import Distribution
-from sparse_callbacks.ops import keep_largest, zeros_for
-from sparse_callbacks.schedules import Schedule
+from sparse_callbacks.core.calendar import Time
+from sparse_callbacks.core.distributions import Distribution
+from sparse_callbacks.core.ops import keep_largest, zeros_for
+from sparse_callbacks.core.schedules import Schedule
+from sparse_callbacks.lightning.callback import Options, SparsityCallback, pruning_curve
 
 
 class GMP(SparsityCallback):

@@ -4,8 +4,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from sparse_callbacks.core.ops import drop_count
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
-from sparse_callbacks.ops import drop_count
 
 
 class RigL(DropAndGrow):

@@ -5,11 +5,11 @@ from typing import Unpack
 
 from torch import Tensor
 
-from sparse_callbacks.calendar import Time
-from sparse_callbacks.callback import Options
-from sparse_callbacks.distributions import Distribution
+from sparse_callbacks.core.calendar import Time
+from sparse_callbacks.core.distributions import Distribution
+from sparse_callbacks.core.schedules import Schedule
+from sparse_callbacks.lightning.callback import Options
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
-from sparse_callbacks.schedules import Schedule
 
 
 class SNFS(DropAndGrow):

@@ -7,9 +7,9 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from sparse_callbacks.callback import Options, SparsityCallback
-from sparse_callbacks.distributions import Distribution
-from sparse_callbacks.selection import Entry
+from sparse_callbacks.core.distributions import Distribution
+from sparse_callbacks.core.selection import Entry
+from sparse_callbacks.lightning.callback import Options, SparsityCallback
 
 
 class Static(SparsityCallback):

@@ -16,14 +16,14 @@ from pytorch_lightning.callbacks import Callback, LearningRateMonitor
 from pytorch_lightning.loggers import Logger
 
 from sparse_callbacks import methods
-from sparse_callbacks.callback import SparsityCallback
-from sparse_callbacks.schedules import with_curve
-from sparse_callbacks.tasks.data import MemoryData
-from sparse_callbacks.tasks.interrupts import SafeStop
-from sparse_callbacks.tasks.module import Classifier, Optim
-from sparse_callbacks.tasks.progress import Bar
-from sparse_callbacks.tasks.resume import RunState
-from sparse_callbacks.tasks.target import BestAtTarget, EarlyStoppingAtTarget
+from sparse_callbacks.core.schedules import with_curve
+from sparse_callbacks.lightning.callback import SparsityCallback
+from sparse_callbacks.tasks.at_target import BestAtTarget, EarlyStoppingAtTarget
+from sparse_callbacks.tasks.classifier import Classifier, Optim
+from sparse_callbacks.tasks.data.module import MemoryData
+from sparse_callbacks.tasks.progress_bar import Bar
+from sparse_callbacks.tasks.run_state import RunState
+from sparse_callbacks.tasks.safe_stop import SafeStop
 
 TESTED = ("last", "best")
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytorch_lightning as pl
 from torchmetrics.classification import MulticlassAccuracy
 
-from sparse_callbacks.callback import SparsityCallback
-from sparse_callbacks.export import save_compact
-from sparse_callbacks.probing import extra, quiet
-from sparse_callbacks.proof import Proof
-from sparse_callbacks.slimming import slim
-from sparse_callbacks.tasks.data import MemoryData
-from sparse_callbacks.tasks.module import Classifier
+from sparse_callbacks.channels.compact import save_compact
+from sparse_callbacks.channels.proof import Proof
+from sparse_callbacks.channels.slim import slim
+from sparse_callbacks.core.inspection import extra, quiet
+from sparse_callbacks.lightning.callback import SparsityCallback
+from sparse_callbacks.tasks.classifier import Classifier
+from sparse_callbacks.tasks.data.module import MemoryData
 
 FILE = "slim.safetensors"
 BATCH = 8  # images that outputs are compared on and that are timed; the whole test set is compared by its accuracy

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from sparse_callbacks.callback import SparsityCallback
+from sparse_callbacks.lightning.callback import SparsityCallback
 
 
 def sparsities(method: SparsityCallback | None) -> dict[str, float]:

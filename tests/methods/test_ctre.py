@@ -7,19 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from core_rig import Regression, fit, loader, mlp, sgd, snapshot, trainer
-from oracles_ctre import ER_DENSITY, GROWTH_INIT, SEQ_SWITCH, UPDATE_SCHEDULE
+from oracles.ctre import ER_DENSITY, GROWTH_INIT, SEQ_SWITCH, UPDATE_SCHEDULE
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins import MixedPrecision
+from support.core_rig import Regression, fit, loader, mlp, sgd, snapshot, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from sparse_callbacks import CTRE, distributions
-from sparse_callbacks.activations import measure
-from sparse_callbacks.ops import drop_count, keep_largest
-from sparse_callbacks.patience import Patience, judged
-from sparse_callbacks.similarity import cosine, explore, propose
+from sparse_callbacks.core.ops import drop_count, keep_largest
+from sparse_callbacks.methods.ctre.activations import measure
+from sparse_callbacks.methods.ctre.patience import Patience, judged
+from sparse_callbacks.methods.ctre.similarity import cosine, explore, propose
 
 FIRST, SECOND = "net.0.weight", "net.2.weight"
 

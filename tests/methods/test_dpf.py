@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from contract_support import Batches, Classifier, assert_effective, conv_net, differences, fit, mlp, snapshot, watch
-from oracles_dpf import CUBIC, GLOBAL_LAYERS, GLOBAL_MASKS, GOAL, HARD, START, TRAJECTORIES
+from oracles.dpf import CUBIC, GLOBAL_LAYERS, GLOBAL_MASKS, GOAL, HARD, START, TRAJECTORIES
+from support.contract_support import Batches, Classifier, assert_effective, conv_net, differences, fit, mlp, snapshot, watch
 from torch import Tensor, nn
 
-from sparse_callbacks import DPF, GMP, Static, filters
-from sparse_callbacks.calendar import Calendar
-from sparse_callbacks.ops import keep_largest_jointly, zeros_for
+from sparse_callbacks import DPF, GMP, Static
+from sparse_callbacks.core.calendar import Calendar
+from sparse_callbacks.core.ops import keep_largest_jointly, zeros_for
+from sparse_callbacks.methods.dpf import filters
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -4,20 +4,20 @@ import math
 from pathlib import Path
 from typing import Any
 
-import oracles_gap as oracle
+import oracles.gap as oracle
 import pytest
 import pytorch_lightning as pl
 import torch
-from contract_support import OPTIMIZERS, Batches, Classifier, assert_effective, differences, watch
-from contract_support import fit as fit_batches
-from contract_support import mlp as matrices
-from contract_support import snapshot as everything
-from core_rig import FixedGradient, Regression, fit, mlp, snapshot
 from pytorch_lightning.loggers import CSVLogger
+from support.contract_support import OPTIMIZERS, Batches, Classifier, assert_effective, differences, watch
+from support.contract_support import fit as fit_batches
+from support.contract_support import mlp as matrices
+from support.contract_support import snapshot as everything
+from support.core_rig import FixedGradient, Regression, fit, mlp, snapshot
 from torch import Tensor, nn
 
-from sparse_callbacks.methods.gap import GaP
-from sparse_callbacks.phases import horizon
+from sparse_callbacks.lightning.optimizer_lives import horizon
+from sparse_callbacks.methods.gap.gap import GaP
 
 WIDTHS = (12, 10, 8, 6, 4, 5)
 

@@ -6,11 +6,11 @@ import random
 from pathlib import Path
 from typing import Any
 
-import helpers_gap
 import pytest
 import pytorch_lightning as pl
 import torch
-from contract_support import (
+from support import helpers_gap
+from support.contract_support import (
     Batches,
     Classifier,
     Stops,
@@ -28,7 +28,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from sparse_callbacks import ParallelGaP, Static, combine, horizon
-from sparse_callbacks.partitions import holdings, owners
+from sparse_callbacks.methods.gap.partitions import holdings, owners
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 SIZE = 0.8
@@ -282,7 +282,7 @@ class Fake:
 
 
 def test_processes_that_cannot_be_workers() -> None:
-    from sparse_callbacks.workers import refuse_ranks
+    from sparse_callbacks.lightning.turns import refuse_ranks
 
     refuse_ranks(Fake(split=True), mlp(), 1, 4)
     refuse_ranks(Fake(), mlp(), 4, 4)
@@ -316,7 +316,7 @@ def test_epochs_of_no_known_length() -> None:
 
 
 def test_a_sampler_that_splits_the_data_is_refused() -> None:
-    from sparse_callbacks.workers import refuse_split_data
+    from sparse_callbacks.lightning.turns import refuse_split_data
 
     data = TensorDataset(torch.zeros(8))
     for replicas in (1, 2):

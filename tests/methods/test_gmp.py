@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from core_rig import FixedGradient, Regression, fit, mlp, record_updates, snapshot
 from pytorch_lightning import Callback
+from support.core_rig import FixedGradient, Regression, fit, mlp, record_updates, snapshot
 
 from sparse_callbacks import GMP, schedules
-from sparse_callbacks.ops import keep_largest
+from sparse_callbacks.core.ops import keep_largest
 
 
 class Watch(Callback):

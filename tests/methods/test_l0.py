@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from contract_support import (
+from oracles.l0 import LAYERS_TARGET, LENET_ALL, LENET_SIZES, MLP_DENSITIES, MLP_DENSITY, STEP
+from pytorch_lightning.plugins.precision import MixedPrecision
+from support.contract_support import (
     Batches,
     ByHand,
     Classifier,
@@ -26,14 +28,12 @@ from contract_support import (
     snapshot,
     watch,
 )
-from oracles_l0 import LAYERS_TARGET, LENET_ALL, LENET_SIZES, MLP_DENSITIES, MLP_DENSITY, STEP
-from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparse_callbacks import gates, optimizers
-from sparse_callbacks.masks import MaskStore
-from sparse_callbacks.methods.l0 import LEAST, ConstrainedL0
+from sparse_callbacks.core import optimizers
+from sparse_callbacks.core.weights import MaskStore
+from sparse_callbacks.methods.l0.l0 import LEAST, ConstrainedL0, gates
 from sparse_callbacks.tasks.models import lenet5_caffe, lenet_300_100
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

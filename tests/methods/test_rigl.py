@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from core_rig import FixedGradient, Regression, fit, loader, mlp, record_updates, sgd, snapshot, trainer
-from oracles_rigl import ACTIVE_ZEROS, COSINE, DROP_COUNTS, EXPONENTIAL, SINGLE_UPDATE
+from oracles.rigl import ACTIVE_ZEROS, COSINE, DROP_COUNTS, EXPONENTIAL, SINGLE_UPDATE
 from pytorch_lightning import Callback
+from support.core_rig import FixedGradient, Regression, fit, loader, mlp, record_updates, sgd, snapshot, trainer
 from torch import Tensor
 
 from sparse_callbacks import RigL, schedules

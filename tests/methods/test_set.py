@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from core_rig import Regression, fit, mlp, record_updates, snapshot
 from pytorch_lightning import Callback
+from support.core_rig import Regression, fit, mlp, record_updates, snapshot
 
 from sparse_callbacks import SET
-from sparse_callbacks.ops import keep_largest
+from sparse_callbacks.core.ops import keep_largest
 
 # begin, end, every, iterations, updates after these iterations (the reference code)
 CALENDARS = [(1, 4, 2, 5, [1, 3]), (0, 300, 100, 450, [1, 101, 201]), (0, 10, 5, 12, [1, 6])]

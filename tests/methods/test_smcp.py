@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from contract_support import Batches, Classifier, Layers, assert_effective, differences, fit, snapshot, watch
-from oracles_smcp import NORM_SCALING, PRUNED_DECAY, SCHEDULES, SOFT_MASK
+from oracles.smcp import NORM_SCALING, PRUNED_DECAY, SCHEDULES, SOFT_MASK
+from support.contract_support import Batches, Classifier, Layers, assert_effective, differences, fit, snapshot, watch
 from torch import Tensor, nn
 
-from sparse_callbacks import allocation, costs, norms
-from sparse_callbacks.calendar import Calendar
-from sparse_callbacks.channels import Group, Member
-from sparse_callbacks.grouping import group_scores, reader_scores
-from sparse_callbacks.latency_table import Grid, Table, signature
-from sparse_callbacks.methods.smcp import SMCP
-from sparse_callbacks.slimming import slim
+from sparse_callbacks.channels import costs, norms
+from sparse_callbacks.channels.groups import Group, Member
+from sparse_callbacks.channels.latency.table import Grid, Table, signature
+from sparse_callbacks.channels.slim import slim
+from sparse_callbacks.core.calendar import Calendar
+from sparse_callbacks.methods.smcp import SMCP, allocation
+from sparse_callbacks.methods.smcp.scores import group_scores, reader_scores
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

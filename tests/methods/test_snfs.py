@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from core_rig import FixedGradient, Regression, fit, mlp, record_updates, snapshot
+from support.core_rig import FixedGradient, Regression, fit, mlp, record_updates, snapshot
 from torch import Tensor
 
 from sparse_callbacks import SNFS

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from core_rig import Regression, fit, loader, mlp, snapshot, trainer
 from pytorch_lightning import Callback
+from support.core_rig import Regression, fit, loader, mlp, snapshot, trainer
 from torch import Tensor
 
 from sparse_callbacks import GMP, RigL, Static

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 import sparse_callbacks
 from sparse_callbacks import schedules
 from sparse_callbacks.tasks import build
-from sparse_callbacks.tasks.module import Optim, gradient_norm
+from sparse_callbacks.tasks.classifier import Optim, gradient_norm
 
 Compose = Callable[..., DictConfig]
 Run = Callable[..., dict[str, float]]
@@ -100,7 +100,7 @@ def test_refusals_before_the_first_batch(run: Run, monkeypatch: pytest.MonkeyPat
     def never(*args: object) -> None:
         raise AssertionError("a batch was trained")
 
-    monkeypatch.setattr("sparse_callbacks.tasks.module.Classifier.training_step", never)
+    monkeypatch.setattr("sparse_callbacks.tasks.classifier.Classifier.training_step", never)
     with pytest.raises(ValueError, match=message):
         run(*overrides)
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torchvision import datasets
 
-from sparse_callbacks.tasks import data
-from sparse_callbacks.tasks.loaders import Loader, Samples, crop_and_flip, crop_numbers, epoch_order, generator
+from sparse_callbacks.tasks.data import module as data
+from sparse_callbacks.tasks.data.loaders import Loader, Samples, crop_and_flip, crop_numbers, epoch_order, generator
 
 
 def numbered(count: int = 10, **options: object) -> Loader:

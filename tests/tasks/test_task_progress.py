@@ -4,7 +4,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from sparse_callbacks.tasks.progress import Bar
+from sparse_callbacks.tasks.progress_bar import Bar
 
 
 class Module(pl.LightningModule):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pytorch_lightning import Trainer
 
-from sparse_callbacks.export import load_compact
+from sparse_callbacks.channels.compact import load_compact
 from sparse_callbacks.tasks import data, models
 
 Run = Callable[..., dict[str, float]]

@@ -14,10 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 from scipy import io, sparse
 from torch import nn
 
-from sparse_callbacks.tasks import build, models, tabular
-from sparse_callbacks.tasks.data import MemoryData
-from sparse_callbacks.tasks.interrupts import RunStopped
-from sparse_callbacks.tasks.module import Classifier
+from sparse_callbacks.tasks import build, models
+from sparse_callbacks.tasks.classifier import Classifier
+from sparse_callbacks.tasks.data import tabular
+from sparse_callbacks.tasks.data.module import MemoryData
+from sparse_callbacks.tasks.safe_stop import RunStopped
 
 CONF = Path(__file__).parents[2] / "conf"
 Compose = Callable[..., DictConfig]

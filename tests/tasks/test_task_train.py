@@ -22,9 +22,9 @@ from conftest import ROOT, SHORT
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from sparse_callbacks.tasks import summary, tracking
-from sparse_callbacks.tasks.interrupts import RunStopped
-from sparse_callbacks.tasks.module import Classifier
+from sparse_callbacks.tasks import loggers, summary
+from sparse_callbacks.tasks.classifier import Classifier
+from sparse_callbacks.tasks.safe_stop import RunStopped
 
 Run = Callable[..., dict[str, float]]
 
@@ -186,22 +186,22 @@ def test_the_gradient_norm_is_of_the_masked_gradient(run: Run, monkeypatch: pyte
     ],
 )
 def test_wandb_mode(environment: dict[str, str], mode: str, tmp_path: Path) -> None:
-    assert tracking.wandb_mode({"HOME": str(tmp_path), **environment}) == mode
+    assert loggers.wandb_mode({"HOME": str(tmp_path), **environment}) == mode
 
 
 def test_a_login_in_the_netrc_file_is_used(tmp_path: Path) -> None:
     (tmp_path / ".netrc").write_text("machine api.wandb.ai\n  login user\n  password 0123\n")
     home = {"HOME": str(tmp_path)}
-    assert tracking.wandb_mode(home) == "online"
-    assert tracking.wandb_mode({**home, "WANDB_BASE_URL": "https://wandb.example.org"}) == "offline"
+    assert loggers.wandb_mode(home) == "online"
+    assert loggers.wandb_mode({**home, "WANDB_BASE_URL": "https://wandb.example.org"}) == "offline"
     (tmp_path / ".netrc").write_text("no netrc at all")
-    assert tracking.wandb_mode(home) == "offline"
+    assert loggers.wandb_mode(home) == "offline"
 
 
 def test_without_wandb_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match=r"pip install 'sparse-callbacks\[train\]', or choose logger=csv"):
-        tracking.wandb_logger(str(tmp_path), "project")
+        loggers.wandb_logger(str(tmp_path), "project")
 
 
 def test_multirun_makes_one_folder_and_one_wandb_run_a_job(command: Callable[..., None], tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ LONG = ("logger=[]", "trainer.enable_progress_bar=false", "trainer.max_epochs=40
 def test_a_second_ctrl_c_exits_at_once(tmp_path: Path) -> None:
     # every batch waits a minute, so only the second Ctrl-C can end it
     program = (
-        "import sys, time, train; from sparse_callbacks.tasks.module import Classifier\n"
+        "import sys, time, train; from sparse_callbacks.tasks.classifier import Classifier\n"
         "def step(self, batch, i):\n    open('started', 'w').close(); end = time.time() + 60\n"
         "    while time.time() < end: time.sleep(0.05)\n"
         "Classifier.training_step = step\n"

@@ -1,0 +1,169 @@
+"""Running a model once, to look at it: any kind of inputs and outputs, no traces left, and optional libraries."""
+
+import copy
+import dataclasses
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from sparse_callbacks.core.randomness import undisturbed
+
+COMPILED = ("forward", "training_step", "validation_step", "test_step", "predict_step", "_compiler_ctx")
+
+
+def extra(module: str, name: str) -> Any:
+    """Import an optional dependency.
+
+    Raises:
+        ImportError: it is not installed; says which extra brings it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"{module.replace('_', '-')} is needed here and cannot be imported ({error}). Install it with "
+            f"pip install 'sparse-callbacks[{name}]'."
+        ) from error
+
+
+def run(model: nn.Module, example_input: Any) -> Any:
+    """``model(x)`` for a tensor, ``model(*x)`` for a tuple or list, ``model(**x)`` for a mapping."""
+    if isinstance(example_input, Mapping):
+        return model(**example_input)
+    return model(*example_input) if isinstance(example_input, tuple | list) else model(example_input)
+
+
+def tensors_in(nest: Any) -> list[Tensor]:
+    """Tensors in nested sequences, mappings and dataclasses, in order."""
+    if isinstance(nest, Tensor):
+        return [nest]
+    parts: Iterable[Any] = ()
+    if isinstance(nest, Mapping):
+        parts = nest.values()
+    elif isinstance(nest, tuple | list):
+        parts = nest
+    elif _is_record(nest):
+        parts = (getattr(nest, f.name) for f in dataclasses.fields(nest))
+    return [t for part in parts for t in tensors_in(part)]
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], nest: Any) -> Any:
+    """``nest`` with every tensor in its mappings, tuples, lists and dataclasses changed."""
+    if isinstance(nest, Tensor):
+        return change(nest)
+    if isinstance(nest, Mapping):
+        return {k: map_tensors(change, v) for k, v in nest.items()}
+    if _is_record(nest):
+        parts = {f.name: map_tensors(change, getattr(nest, f.name)) for f in dataclasses.fields(nest) if f.init}
+        return dataclasses.replace(nest, **parts)
+    return type(nest)(map_tensors(change, v) for v in nest) if type(nest) in (tuple, list) else nest
+
+
+def _is_record(nest: Any) -> bool:
+    return dataclasses.is_dataclass(nest) and not isinstance(nest, type)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, of ordinary tensors also in inference mode.
+
+    Raises:
+        ValueError: there is none; says what to do about it.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("This is a ScriptModule, whose layers cannot be replaced. Give the module that it was scripted from.")
+    try:
+        with torch.inference_mode(False):
+            made = copy.deepcopy(model)
+    except Exception as error:
+        names = [n for n, _ in model.named_parameters() if n.endswith(("_orig", "_g"))]
+        advice = "Detach, or delete, the tensors that its forward pass or its hooks store in attributes."
+        if names:
+            advice = f"{names[0]} is of torch.nn.utils.prune or weight_norm: call prune.remove or remove_weight_norm on its module first."
+        raise ValueError(f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). {advice}") from error
+    for name in COMPILED if "_compiler_ctx" in vars(made) else ():  # what Lightning binds to a compiled module calls the original
+        vars(made).pop(name, None)
+    return made
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, nothing compiled; afterwards modes and random generators are as before."""
+    with undisturbed(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        model.eval()
+        yield
+
+
+@contextmanager
+def products_shown() -> Iterator[None]:
+    """Attention in products that a counter of FLOPs sees, and not as one operation as torch runs it in eval mode."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def traceable(model: nn.Module) -> Iterator[None]:
+    """As in :func:`quiet`, but with every floating-point parameter in autograd's graph; flags too are put back."""
+    flags = {p: p.requires_grad for p in model.parameters()}
+    with quiet(model):
+        try:
+            for p in flags:
+                if p.is_floating_point():
+                    p.requires_grad = True
+            with torch.inference_mode(False), torch.enable_grad():
+                yield
+        finally:
+            for p, flag in flags.items():
+                p.requires_grad = flag
+
+
+@contextmanager
+def training(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Train mode for these modules, and not for those inside them."""
+    modes = [(m, m.training) for m in modules]
+    try:
+        for module, _ in modes:
+            module.training = True
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def training_branches(model: nn.Module, example_input: Any) -> list[str]:
+    """Names of the modules that have to be in train mode for layers to run that no pass in eval mode runs, such as auxiliary heads.
+
+    Norms and dropouts are none of them. Empty where there are no such layers, or where the pass in train mode fails.
+
+    Args:
+        model: in eval mode; runs up to twice.
+    """
+    layers = {m for m in model.modules() if isinstance(m, nn.Linear | _ConvNd)}
+    idle = layers - _called(layers, model, example_input)
+    if not idle:
+        return []
+    holders = {n: m for n, m in model.named_modules() if not idle.isdisjoint(m.modules()) and m not in idle}
+    try:
+        with training(holders.values()):
+            woken = idle & _called(idle, model, example_input)
+    except Exception:  # whatever a forward pass does in train mode that this input is too small for
+        return []
+    return [n for n, m in holders.items() if not woken.isdisjoint(m.modules())]
+
+
+def _called(layers: Iterable[nn.Module], model: nn.Module, example_input: Any) -> set[nn.Module]:
+    """Those of ``layers`` that one pass runs."""
+    found: set[nn.Module] = set()
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(lambda m, _: found.add(m)))
+        run(model, example_input)
+    return found

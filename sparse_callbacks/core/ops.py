@@ -1,0 +1,136 @@
+"""Pure tensor functions behind the masks: exact selection of the largest magnitudes, drop and grow, counts.
+
+Masks are bool tensors of the shape and memory format of the values they were chosen from. Selection orders positions by
+magnitude, then by tensor and row-major index (the earlier wins); NaN ranks below zero, and -0.0 equals 0.0.
+"""
+
+import math
+import struct
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from sparse_callbacks.core.largest import Part, select, smallest_selected
+
+__all__ = ["drop_and_grow", "drop_count", "keep_largest", "keep_largest_jointly", "kth_largest", "random_mask", "zeros_for"]
+
+
+def zeros_for(sparsity: float, size: int) -> int:
+    """Zeros in a tensor of `size` weights at `sparsity`: floor(sparsity * size) in double arithmetic.
+
+    >>> zeros_for(0.9, 10), zeros_for(1 - 0.9, 10)
+    (9, 0)
+    """
+    return math.floor(sparsity * size)
+
+
+def _as_float32(value: float) -> float:
+    return float(struct.unpack("f", struct.pack("f", value))[0])
+
+
+def drop_count(active: int, fraction: float) -> int:
+    """Connections to drop out of `active`: the product in float32, truncated (RigL's reference code).
+
+    >>> drop_count(100, 0.29)  # 28 in double arithmetic
+    29
+    """
+    return int(_as_float32(_as_float32(active) * _as_float32(fraction)))
+
+
+def keep_largest(values: Tensor, count: int, among: Tensor | None = None) -> Tensor:
+    """Mask of exactly `count` positions with the largest magnitude.
+
+    Of equal magnitudes the lower row-major index wins, whatever the strides. Linear in the size, never a sort.
+
+    Args:
+        values: scores of any shape, strides and float type; their sign does not matter.
+        count: positions to keep.
+        among: bool, of the shape of `values`; only its True positions can be kept, also where their value is 0.
+
+    Raises:
+        ValueError: `count` is negative or exceeds the positions available.
+        TypeError: `values` are no floats.
+
+    >>> keep_largest(torch.tensor([0.5, -2.0, 0.5, 0.0]), 2)
+    tensor([ True,  True, False, False])
+    """
+    return _keep(Part.of(values, among), count)
+
+
+def _keep(part: Part, count: int) -> Tensor:
+    return part.shaped(select([part], count)[0])
+
+
+def keep_largest_jointly(values: Sequence[Tensor], count: int, least: int = 0) -> list[Tensor]:
+    """Masks of together exactly `count` positions, under one threshold over all tensors and without joining them.
+
+    Of equal magnitudes the earlier tensor, then the lower row-major index wins. Each tensor keeps its `least` largest whatever
+    the threshold. Errors as in `keep_largest`.
+
+    >>> keep_largest_jointly([torch.tensor([3.0, 2.0]), torch.tensor([0.1, 0.2])], 2, least=1)
+    [tensor([ True, False]), tensor([False,  True])]
+    """
+    masks = _jointly(values, count)
+    short = {i for i, mask in enumerate(masks) if least and int(mask.count_nonzero()) < least}
+    if not short:
+        return masks
+    own = {i: keep_largest(values[i], least) for i in short}
+    rest = iter(keep_largest_jointly([v for i, v in enumerate(values) if i not in short], count - least * len(short), least))
+    return [own[i] if i in short else next(rest) for i in range(len(values))]
+
+
+def _jointly(values: Sequence[Tensor], count: int) -> list[Tensor]:
+    # bits compare only within one type; widening is exact
+    common = reduce(torch.promote_types, (tensor.dtype for tensor in values), torch.float16 if not values else values[0].dtype)
+    parts = [Part.of(tensor.to(common), None) for tensor in values]
+    return [part.shaped(mask) for part, mask in zip(parts, select(parts, count), strict=True)]
+
+
+def kth_largest(values: Tensor, count: int) -> Tensor:
+    """The `count`-th largest magnitude (from 1), exact, 0-d; NaN where only NaN is left at that rank.
+
+    Raises:
+        ValueError: `count` is not between 1 and the size of `values`.
+    """
+    if count < 1:
+        raise ValueError(f"count={count} has no magnitude: ranks start at 1, the largest. Give 1 to {values.numel()}.")
+    return values.new_tensor(smallest_selected([Part.of(values, None)], count))
+
+
+def drop_and_grow(mask: Tensor, drop: Tensor, grow: Tensor, count: int) -> Tensor:
+    """New mask with as many active positions: `count` of them leave and `count` come (RigL, Evci et al. 2020, alg. 1).
+
+    Kept are the active positions with the largest |drop|; grown those with the largest |grow| among all that were not
+    kept, so what was just dropped can come straight back.
+
+    Args:
+        mask: bool, the active positions.
+        drop: score to stay, of the shape of `mask`, e.g. the weight. The result has its memory format.
+        grow: score to come, of the shape of `mask`, e.g. the dense gradient.
+        count: positions to move, at most the active ones.
+
+    Raises:
+        ValueError: `count` is negative or exceeds the active positions.
+    """
+    active = int(mask.count_nonzero())
+    if not 0 <= count <= active:
+        raise ValueError(f"count={count} connections cannot move: the mask has {active} active. Give 0 to {active}.")
+    kept = _keep(Part.of(drop, mask, available=active), active - count)
+    return kept.logical_or_(_keep(Part.of(grow, ~kept, available=mask.numel() - (active - count)), count))
+
+
+def random_mask(shape: Sequence[int], count: int, generator: torch.Generator | None = None) -> Tensor:
+    """Mask of `shape` with exactly `count` True, every choice equally likely; on the generator's device.
+
+    Raises:
+        ValueError: `count` is negative or exceeds the size.
+    """
+    size = math.prod(shape)
+    if not 0 <= count <= size:
+        raise ValueError(f"count={count} positions cannot be drawn from {size}. Give 0 to {size}.")
+    device = "cpu" if generator is None else generator.device
+    mask = torch.zeros(size, dtype=torch.bool, device=device)
+    mask[torch.randperm(size, generator=generator, device=device)[:count]] = True
+    return mask.reshape(tuple(shape))

@@ -1,0 +1,114 @@
+"""What a callback is going to do, parameter by parameter, as a table to read before training."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from sparse_callbacks.core.selection import Entry
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter: ``zeros`` of its ``size`` weights will be pruned at the target; ``reason`` says why it stays dense.
+
+    ``zeros`` and ``sparsity`` are None where one threshold over all layers decides during training.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    size: int
+    zeros: int | None
+    reason: str
+
+    @property
+    def sparsity(self) -> float | None:
+        """Target fraction of zeros, after rounding down to whole weights."""
+        return None if self.zeros is None else self.zeros / self.size if self.size else 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every parameter with its target. ``str(plan)`` is the table; iterate for the rows.
+
+    ``total`` is the sparsity over the selected weights (those without a reason, or dense by the distribution's choice),
+    ``model`` over all parameters. ``joint`` is the number of zeros that all selected weights share under one threshold; None where
+    each row has its own. ``decided_by`` names what else decides during training how many zeros there are, such as a budget; ``total``
+    and ``model`` are 0 then.
+    """
+
+    title: str
+    rows: tuple[Row, ...]
+    selected: frozenset[str]
+    joint: int | None = None
+    decided_by: str = ""
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, name: str) -> Row:
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(f"{name!r} is no parameter of the model. Known: {', '.join(r.name for r in self.rows)}.")
+
+    @property
+    def weights(self) -> int:
+        """Number of selected weights."""
+        return sum(r.size for r in self.rows if r.name in self.selected)
+
+    @property
+    def zeros(self) -> int:
+        """Planned zeros of all selected weights."""
+        return sum(r.zeros or 0 for r in self.rows) if self.joint is None else self.joint
+
+    @property
+    def total(self) -> float:
+        return self.zeros / max(1, self.weights)
+
+    @property
+    def model(self) -> float:
+        return self.zeros / max(1, sum(r.size for r in self.rows))
+
+    def __str__(self) -> str:
+        head = ("parameter", "shape", "weights", "sparsity", "zeros", "why dense")
+        body = [
+            (
+                r.name,
+                "x".join(map(str, r.shape)) or "scalar",
+                f"{r.size:,}",
+                "dense" if r.name not in self.selected else self.decided_by or "joint" if r.sparsity is None else f"{r.sparsity:.4f}",
+                "" if r.name not in self.selected or r.zeros is None else f"{r.zeros:,}",
+                r.reason,
+            )
+            for r in self.rows
+        ]
+        known = f"{self.total:.4f}", f"{self.model:.4f}", f"{self.zeros:,}"
+        total, model, zeros = (self.decided_by, self.decided_by, "") if self.decided_by else known
+        foot = [
+            ("sparsity/total", "", f"{self.weights:,}", total, zeros, ""),
+            ("sparsity/model", "", f"{sum(r.size for r in self.rows):,}", model, "", ""),
+        ]
+        return "\n".join([self.title, *_aligned([head, *body, *foot], rules=(1, 1 + len(body)))])
+
+
+def _aligned(rows: Sequence[tuple[str, ...]], rules: tuple[int, ...]) -> list[str]:
+    """Text columns: numbers to the right, words to the left, a rule before each row index in ``rules``."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    right = {2, 3, 4}
+    lines = []
+    for index, row in enumerate(rows):
+        if index in rules:
+            lines.append("  ".join("-" * w for w in widths))
+        cells = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def plan_rows(entries: Sequence[Entry], zeros: dict[str, int]) -> tuple[Row, ...]:
+    """Rows for all ``entries``; ``zeros`` holds the planned zeros of the selected parameters by name."""
+    return tuple(
+        Row(e.name, e.full_shape, e.size, zeros.get(e.name, 0), e.reason or ("" if zeros.get(e.name) else "dense by the distribution"))
+        for e in entries
+    )

@@ -1,0 +1,253 @@
+"""CTRE."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from itertools import islice
+from typing import Any, ClassVar, Literal, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from sparse_callbacks.core.calendar import Calendar, Time, resolve
+from sparse_callbacks.core.distributions import Distribution, clipped, epsilon_sparsity, is_epsilon
+from sparse_callbacks.core.ops import drop_and_grow, drop_count
+from sparse_callbacks.core.schedules import Schedule, as_schedule
+from sparse_callbacks.lightning.callback import Options
+from sparse_callbacks.lightning.data_pass import Forward
+from sparse_callbacks.methods.ctre.activations import measure
+from sparse_callbacks.methods.ctre.patience import Mode, Patience, check_patience
+from sparse_callbacks.methods.ctre.similarity import CosineSums, Grown, cosine, explore, growth_bound, layers_of, propose
+from sparse_callbacks.methods.drop_and_grow import DropAndGrow
+
+Variant = Literal["sim", "seq", "pure"]
+PUBLISHED = "erdos_renyi"
+
+
+class CTRE(DropAndGrow):
+    """CTRE: drop small weights, grow between neurons that fire alike (Atashgahi et al., 2022).
+
+    Once an epoch, before its first step, a pass over the training data (eval mode, in order, without gradients) gives for every
+    possible connection of every layer::
+
+        S_pq = |<a_p, b_q>| / (|a_p| |b_q|)     a_p, b_q: activations of an input and an output neuron over all samples
+
+    After that step, layer by layer, with k = int(drop_fraction * active)::
+
+        keep  the active weights with the largest |w|, all but k
+        grow  "seq", "pure": the k most similar of all others, those just dropped included
+              "sim": the same k candidates, but each that was just dropped makes way for a position drawn at random from
+              those neither kept nor grown
+
+    ``"seq"`` draws uniformly (as SET does) for the rest of the run once ``monitor`` has not improved for ``patience``
+    validated epochs. New weights are drawn from U(-b, b), b = sqrt(6 / n_in) with the dense fan-in n_in, with zero optimizer
+    state; a weight dropped and grown again keeps both. No gradient of a pruned weight is ever read. What the activations of a
+    layer are, in any network: see :class:`~sparse_callbacks.methods.ctre.activations.Flow`; of the last they are the softmax of the output.
+
+    Differs from the paper: convolutions count positions as samples (our extension). From the released code: ``"sim"`` draws from
+    what it has not grown already (the code can draw such a position again and loses one); no update after the very first step,
+    when no similarity exists; ties go to the lower index, without noise; every layer that epsilon makes too dense is dense.
+
+    Args:
+        sparsity: target fraction of zeros, by default 0.9; not together with ``epsilon``.
+        epsilon: density epsilon (n_in + n_out) / (n_in n_out) of each layer, as published; same as ``distribution="epsilon(1)"``.
+        distribution, include, exclude, seed, **options: see :class:`SparsityCallback`.
+        variant: ``"sim"``, ``"seq"`` or ``"pure"`` (similarity only).
+        every: optimizer steps (int) or fraction of the run (float) between updates; None: an epoch.
+        start, stop: the first update is at ``start`` (or one interval after step 1, if that is later); none comes after ``stop``.
+        drop_fraction: share of active weights that an update replaces; constant, or a curve such as ``"cosine(0.3)"``.
+        monitor, mode, patience: read by ``"seq"`` only, and ``monitor`` required there: a metric logged in validation, which way it
+            improves (``"max"`` or ``"min"``), and validated epochs without strict improvement after which growth is random.
+        data_fraction: share of the batches that the pass looks at, from the first on, in (0, 1].
+        forward: function of module and batch that gives the network's output; default: see
+            :func:`~sparse_callbacks.lightning.data_pass.call`.
+        statistics_dataloader: the data of the pass; default: the training data, not shuffled.
+
+    Raises:
+        ValueError: arguments out of range, or a model, optimizer, data or checkpoint that does not fit; before the first step.
+
+    Example:
+        >>> from sparse_callbacks import CTRE
+        >>> CTRE(epsilon=1, variant="seq", monitor="val_acc").variant
+        'seq'
+
+    Reference: Atashgahi, Pieterse, Liu, Mocanu, Veldhuis, Pechenizkiy: A brain-inspired algorithm for training highly sparse neural
+    networks. Machine Learning 111, 2022, algorithms 1 and 2.
+    """
+
+    reads_dense_gradients: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        sparsity: float | None = None,
+        *,
+        epsilon: float | None = None,
+        distribution: Distribution = PUBLISHED,
+        variant: Variant = "sim",
+        every: Time | None = None,
+        start: Time = 0,
+        stop: Time = 1.0,
+        drop_fraction: float | str | Schedule = 0.2,
+        monitor: str | None = None,
+        mode: Mode = "max",
+        patience: int = 40,
+        data_fraction: float = 1.0,
+        forward: Forward | None = None,
+        statistics_dataloader: Any | None = None,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        seed: int = 0,
+        **options: Unpack[Options],
+    ) -> None:
+        if variant not in ("sim", "seq", "pure"):
+            raise ValueError(f"variant={variant!r} is not known. Give 'sim', 'seq' or 'pure'.")
+        check_patience("seq", variant, monitor, mode, patience)
+        if not 0.0 < data_fraction <= 1.0:
+            raise ValueError(f"data_fraction={data_fraction!r} is no share of the training data in (0, 1]. For all of it give 1.0.")
+        distribution = _with_epsilon(sparsity, epsilon, distribution)
+        super().__init__(
+            0.9 if sparsity is None else sparsity, distribution=distribution, every=every, start=start, stop=stop,
+            drop_fraction=drop_fraction, include=include, exclude=exclude, seed=seed, **options,
+        )  # fmt: skip
+        self._fraction = as_schedule(drop_fraction, "constant", name="drop_fraction")
+        self.epsilon, self.variant = epsilon, variant
+        self.monitor, self.mode, self.patience = monitor, mode, patience
+        self.data_fraction, self.forward, self.statistics_dataloader = data_fraction, forward, statistics_dataloader
+        self._began, self._grown = dict[int, int](), Grown()
+
+    # ------------------------------------------------------------------ when
+
+    def make_calendar(self, total: Callable[[], float], epoch: Callable[[], float], lenient: bool) -> Calendar:
+        assert self.start is not None
+        made = resolve(self.every, self.start, self.stop, 1, total, lenient=lenient)
+        interval = made.every
+        if self.every is None:
+            if math.isinf(length := epoch()):
+                raise ValueError("every=None is one update an epoch, and the training loader has no length. Give every= in steps.")
+            interval = max(1, int(length))
+        first = made.start if made.start > 1 else 1 + interval  # after the first step there is no similarity yet
+        return Calendar(interval, first, max(first, made.stop))
+
+    def attach(self, model: nn.Module) -> None:
+        self._began = {}
+        list(layers_of(model, self.params))  # refuses what has no similarity before there is a batch
+
+    def rehearse(self) -> None:
+        if not self.at_random:  # a batch shows whether the activations of every layer can be found
+            self._measure(0.0)
+
+    def before_batch(self) -> None:
+        if self.at_random:
+            return
+        if self._update_follows():
+            sums = self._measure(self.data_fraction)
+            self.aux |= {f"similarity/{name}": cosine(s) for name, s in sums.items()}
+
+    def after_batch(self) -> None:
+        if not self._window_open:  # a step that was skipped comes again, with a pass of its own
+            self.aux = {key: t for key, t in self.aux.items() if not key.startswith("similarity/")}
+
+    def _update_follows(self) -> bool:
+        """A step of the coming batch, if it is taken, brings an update."""
+        anchor, found = max(self.times.start, self.anchor), False
+        for index, count in self.progress.counts.items():
+            most = count.at_most()
+            span = max(1, most - self._began.get(index, most))  # in manual optimization a batch may have several steps
+            self._began[index] = most
+            done = self.progress.done.get(index)
+            due = self.times.next(0, anchor, done)
+            if due is not None and most + span >= due:
+                step = count.read() + 1  # may wait for the device
+                due = self.times.next(step, anchor, done)
+                found |= due is not None and due < step + span
+        return found
+
+    def _measure(self, fraction: float) -> dict[str, CosineSums]:
+        """Sums over a pass for every sparse layer that the network used; with fraction 0 over one batch."""
+        model = self._model()
+        assert model is not None
+        with closing(self.data_pass(fraction or 1.0)) as outputs:  # where measuring fails, flags and random states are put back now
+            return measure(model, self.params, outputs if fraction else islice(outputs, 1))
+
+    # ------------------------------------------------------------------ how
+
+    def after_step(self) -> None:
+        if self.due() and (self.at_random or any(f"similarity/{name}" in self.aux for name in self.names)):
+            self.update()
+
+    def update(self) -> None:
+        self._grown = Grown()
+        self.move_masks(drop_fraction=self.fraction)
+        self.events |= {f"update/{figure}": value for figure, value in self._grown.figures().items()}
+        self.note(phase=float(self.at_random))
+        for name in self.names:
+            self.aux.pop(f"similarity/{name}", None)
+
+    def new_masks(self) -> dict[str, Tensor]:
+        return {n: self._new_mask(n) for n in self.names if self.at_random or f"similarity/{n}" in self.aux}
+
+    def _new_mask(self, name: str) -> Tensor:
+        mask, weight = self.store.bools[name], self.params[name].detach()
+        count = drop_count(self.store.active[name], self.fraction)
+        if self.at_random:
+            self._grown.drawn += count
+            return drop_and_grow(mask, weight, self._draw(name), count)
+        similarity = self.aux[f"similarity/{name}"].to(weight.device)
+        kept, proposed = propose(mask, weight, similarity, count)
+        if self.variant != "sim":
+            self._grown.add(similarity, proposed)
+            return kept | proposed
+        accepted, drawn = explore(mask, kept, proposed, self._draw(name))
+        self._grown.add(similarity, accepted)
+        self._grown.drawn += int(drawn.count_nonzero())
+        return kept | accepted | drawn
+
+    def _draw(self, name: str, purpose: str = "") -> Tensor:
+        """Uniform numbers in [0, 1) of the parameter's shape; in float64, since float32 ties in large layers."""
+        p = self.params[name]
+        return torch.rand(p.shape, dtype=torch.float64, generator=self.generator(name + purpose, self.step)).to(p.device)
+
+    def new_weights(self, name: str) -> Tensor:
+        return (2 * self._draw(name, "/new weights") - 1) * growth_bound(self.store.entries[name].shape)
+
+    # ------------------------------------------------------------------ patience
+
+    @property
+    def _patience(self) -> Patience | None:
+        if self.monitor is None or self.variant != "seq":
+            return None
+        return Patience(self.aux, self.monitor, self.mode, self.patience, next(iter(self.params.values())).device)
+
+    @property
+    def at_random(self) -> bool:
+        """Growth is random from here on, because the monitored metric has stopped improving."""
+        return self._patience is not None and self._patience.over
+
+    def sanity_end(self, metrics: Mapping[str, float]) -> None:
+        if self._patience is not None:
+            self._patience.sanity(metrics)
+
+    def validation_end(self, metrics: Mapping[str, float], epoch: int) -> None:
+        if self._patience is not None:
+            self._patience.validated(metrics, epoch)
+
+    def epoch_start(self, epoch: int) -> None:
+        if self._patience is not None:
+            self._patience.epoch_started(epoch)
+
+    def epoch_end(self, metrics: Mapping[str, float], epoch: int) -> None:
+        if self._patience is not None:
+            self._patience.epoch_ended(metrics, epoch)
+
+
+def _with_epsilon(sparsity: float | None, epsilon: float | None, distribution: Distribution) -> Distribution:
+    """The distribution that the three arguments mean together."""
+    if epsilon is not None:
+        epsilon_sparsity({}, epsilon)
+        if distribution not in (PUBLISHED, f"epsilon({epsilon})"):
+            raise ValueError(f"epsilon={epsilon} and distribution={distribution!r} both share out the weights. Give one of them.")
+        distribution = f"epsilon({epsilon})"
+    if is_epsilon(distribution) and sparsity is not None:
+        raise ValueError(f"sparsity={sparsity} and {distribution} both say how many weights there are. Give sparsity= or epsilon=.")
+    clipped(distribution, {})  # refuses what is no number
+    return distribution

@@ -1,0 +1,107 @@
+"""How long a metric has not improved."""
+
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sparse_callbacks.core import distributed
+
+Mode = Literal["max", "min"]
+
+
+def judged(best: float, count: int, value: float, mode: Mode) -> tuple[float, int]:
+    """(best value, values since it) after one more ``value``; only a strict improvement counts, and NaN is none.
+
+    >>> judged(0.6, 1, 0.6, "max"), judged(0.6, 1, 0.5, "min")
+    ((0.6, 2), (0.5, 0))
+    """
+    improved = value > best if mode == "max" else value < best
+    return (value, 0) if improved else (best, count + 1)
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Runs out, for good, after ``limit`` judged epochs in a row without strict improvement of a metric.
+
+    All state is in ``aux`` under ``patience/...``, and an epoch is judged once, by its last validation: a checkpoint written at the
+    end of a validation resumes to the same count, whether or not the epoch's end was reached before.
+
+    Args:
+        aux: tensors that survive a resume.
+        monitor: name of the metric.
+        mode: which way it improves.
+        limit: epochs.
+        device: by way of which ranks agree on the mean of the metric.
+    """
+
+    aux: MutableMapping[str, Tensor]
+    monitor: str
+    mode: Mode
+    limit: int
+    device: torch.device
+
+    @property
+    def over(self) -> bool:
+        return self._count >= self.limit
+
+    @property
+    def _count(self) -> int:
+        return int(self.aux.get("patience/count", 0))
+
+    def sanity(self, metrics: Mapping[str, float]) -> None:
+        """Validation was tried: the metric must be there."""
+        self._read(metrics, "logged in validation")
+        self.aux["patience/validated"] = torch.ones((), dtype=torch.bool)
+
+    def validated(self, metrics: Mapping[str, float], epoch: int) -> None:
+        """A validation in ``epoch`` is over."""
+        self.sanity(metrics)
+        value = torch.tensor(metrics[self.monitor], dtype=torch.float64, device=self.device)
+        self.aux["patience/pending"] = torch.tensor([float(distributed.mean([value])[0]), epoch], dtype=torch.float64)
+
+    def epoch_started(self, epoch: int) -> None:
+        """Judge what an earlier epoch has left unjudged because it was cut at its end."""
+        pending = self.aux.get("patience/pending")
+        if pending is not None and int(pending[1]) < epoch:
+            self._judge()
+
+    def epoch_ended(self, metrics: Mapping[str, float], epoch: int) -> None:
+        """Judge the epoch, if it has a validation, or the metric is one of training."""
+        if "patience/validated" not in self.aux:
+            self._read(metrics, "logged in the first epoch")
+            self.validated(metrics, epoch)
+            del self.aux["patience/validated"]
+        if "patience/pending" in self.aux:
+            self._judge()
+
+    def _judge(self) -> None:
+        value = float(self.aux.pop("patience/pending")[0])
+        if not self.over:
+            worst = torch.tensor(float("-inf" if self.mode == "max" else "inf"))
+            best, count = judged(float(self.aux.get("patience/best", worst)), self._count, value, self.mode)
+            self.aux["patience/best"] = torch.tensor(best, dtype=torch.float64)
+            self.aux["patience/count"] = torch.tensor(count)
+
+    def _read(self, metrics: Mapping[str, float], where: str) -> None:
+        if self.monitor not in metrics:
+            raise ValueError(
+                f"monitor={self.monitor!r} is not {where}. Metrics that are: {', '.join(metrics) or 'none'}. Give one of them, or log it "
+                "in validation_step (where it is logged in training only, use Trainer(num_sanity_val_steps=0))."
+            )
+
+
+def check_patience(patient: str, variant: str, monitor: object, mode: object, patience: object) -> None:
+    """Refuse arguments of which the ``patient`` variant makes no phases."""
+    if variant == patient and not (isinstance(monitor, str) and monitor):
+        raise ValueError(
+            f"variant={variant!r} grows at random once a metric has stopped improving, and monitor= names none. Give monitor= with the "
+            "name of a metric logged in validation, or another variant=."
+        )
+    if mode not in ("max", "min"):
+        raise ValueError(f"mode={mode!r} is not known. Give 'max' where a larger value of monitor= is better, otherwise 'min'.")
+    if isinstance(patience, bool) or not isinstance(patience, Integral) or patience < 1:
+        raise ValueError(f"patience={patience!r} is no number of epochs. Give 1 or more; the published value is 40.")

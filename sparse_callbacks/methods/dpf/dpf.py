@@ -1,0 +1,224 @@
+"""DPF: dynamic pruning with feedback."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import ClassVar, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from sparse_callbacks.core.calendar import Calendar, Time
+from sparse_callbacks.core.distributions import Distribution, resolve
+from sparse_callbacks.core.ops import keep_largest, keep_largest_jointly, zeros_for
+from sparse_callbacks.core.plan import Plan
+from sparse_callbacks.core.schedules import Schedule, to_steps
+from sparse_callbacks.core.selection import Entry, layer_shapes
+from sparse_callbacks.lightning.callback import Options, SparsityCallback, pruning_curve
+from sparse_callbacks.methods.dpf import filters
+
+GLOBAL = "global"
+UNITS = ("weight", "filter")
+NEVER = 2**62
+
+
+class DPF(SparsityCallback):
+    """DPF, dynamic pruning with feedback: the pruned network computes the gradient, the dense one takes the step (Lin et al., 2020).
+
+    With dense weights w, mask m and optimizer step t::
+
+        every 16 steps   s_t = s_f + (s_0 - s_f) * (1 - (t - start) / (stop - start))^3
+                         m   = the weights with the largest |w|, all but floor(s_t * size), jointly over all layers
+        every step       w   = w - optimizer(gradient of the loss at m * w)
+
+    The gradient is not masked, so a pruned weight goes on to learn, and comes back once it is among the largest. Between optimizer
+    steps the model holds ``m * w``: validation, checkpoints and export see the pruned network. The dense weights live in this
+    callback: one copy, beside a bool and a float mask. With ``finetune`` the masks freeze at that time, the dense weights are
+    dropped, and gradients are masked from then on, also where a longer run would have it start later.
+
+    What you write into the weights between steps is kept if torch sees it (``with torch.no_grad(): p.clamp_(...)``); a write past
+    autograd, ``p.data.clamp_(...)``, is undone by the next step.
+
+    Differs from the paper: no code was published. Every default is a reading of the paper and of a third-party port; that port
+    prunes one weight more than asked. Biases and norms are never pruned; each layer keeps at least one weight. Refreshes go on
+    every 16 steps until fine-tuning starts, or to the end, where the port stops with the curve.
+
+    Args:
+        sparsity: a number is the target, reached along the cubic; a schedule or its text (``"linear(0, 0.9)"``) is taken as it is,
+            and ``"constant(0.9)"`` prunes from the start.
+        distribution: ``"global"``: one threshold over all selected weights (of each optimizer, where there are several); otherwise
+            one for each layer, which rises to its own target in the same proportion (name, ``{glob: sparsity or name}`` or callable;
+            see :class:`SparsityCallback`).
+        every: optimizer steps (int) or fraction of the run (float) between refreshes; None: 16, shortened with a word in short runs.
+        start, stop: when the curve begins and ends, in the same units.
+        finetune: when the masks freeze, in the same units, at ``stop`` or later; None: never.
+        unit: ``"weight"``, or ``"filter"``: output channels are pruned as a whole, those with the smallest L2 norm first, as many as
+            fit the target (floor(s * filters) of a layer; with ``"global"`` no more than floor(s * size) weights). The network's
+            outputs are channels too: leave them alone with ``keep_dense="last"``.
+        include, exclude, seed, **options: see :class:`SparsityCallback`. Nothing here is random.
+
+    Raises:
+        ValueError: arguments out of range, or a model, optimizer or checkpoint that does not fit; before the first batch.
+
+    Example:
+        >>> from sparse_callbacks import DPF
+        >>> DPF(sparsity=0.95, finetune=0.9).target_sparsity
+        0.95
+
+    Reference: Lin, Stich, Barba, Dmitriev, Jaggi: Dynamic Model Pruning with Feedback. ICLR 2020, algorithm 1.
+    """
+
+    schedulable: ClassVar[str] = "sparsity"
+    rising: ClassVar[bool] = True
+    arrives_at_stop: ClassVar[bool] = True
+    published_every: ClassVar[int] = 16
+    anchor: ClassVar[int] = 0  # the refresh of step 0 is the initial mask
+    keeps_dense: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        sparsity: float | str | Schedule = 0.9,
+        *,
+        distribution: Distribution = GLOBAL,
+        every: Time | None = None,
+        start: Time = 0,
+        stop: Time = 0.75,
+        finetune: Time | None = None,
+        unit: str = "weight",
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        seed: int = 0,
+        **options: Unpack[Options],
+    ) -> None:
+        self._curve = pruning_curve(sparsity)
+        super().__init__(self._curve.final, distribution=distribution, include=include, exclude=exclude, seed=seed, **options)
+        if unit not in UNITS:
+            raise ValueError(f"unit={unit!r} is not known. Give 'weight', or 'filter' to prune whole output channels.")
+        self.sparsity, self.unit = sparsity, unit
+        self.set_times(every, start, stop)
+        if finetune is not None:
+            to_steps(finetune, 1, "finetune")
+            if type(finetune) is type(stop) and finetune < stop:
+                raise ValueError(_too_early(finetune, stop))
+        self.finetune = finetune
+        self._shared: list[int] = []
+        """Weights under one threshold: those of one optimizer."""
+
+    @property
+    def target_sparsity(self) -> float:
+        return self._curve.final
+
+    @property
+    def at_target(self) -> bool:
+        if not self.masks or self.calendar is None:
+            return False
+        owners = [i for i, names in enumerate(self._ownership.owns) if names] or list(self.progress.counts)
+        arrived = all(self.progress.done.get(i, 0) >= self.calendar.stop for i in owners)
+        return arrived or self._curve.initial == self._curve.final
+
+    def sparsity_at(self, step: int) -> float:
+        """s_t, over all selected weights."""
+        return self._curve(step, self.times.start, self.times.stop)
+
+    # ------------------------------------------------------------------ plan and calendar
+
+    def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
+        return resolve("uniform", layer_shapes(entries), self.target_sparsity) if self._is_global else super().share_out(entries)
+
+    @property
+    def _is_global(self) -> bool:
+        return isinstance(self.distribution, str) and self.distribution == GLOBAL
+
+    def parameter_zeros(self, entries: Sequence[Entry], targets: Mapping[str, float]) -> dict[str, int]:
+        if self.unit == "weight":
+            return super().parameter_zeros(entries, targets)
+        chosen = [e for e in entries if not e.reason]
+        return {e.name: sum(_filters_gone(targets[x], e) * (e.size // e.parts // e.shape[0]) for x in e.layers) for e in chosen}
+
+    def plan(self, model: nn.Module | None = None) -> Plan:
+        plan = super().plan(model)
+        if not self._is_global:
+            return plan
+        rows = [replace(r, zeros=None) if r.name in plan.selected else r for r in plan]
+        sizes = [plan.weights] if model is not None else self._shared
+        return replace(plan, rows=tuple(rows), joint=sum(zeros_for(self.target_sparsity, size) for size in sizes))
+
+    def attach(self, model: nn.Module) -> None:
+        self._shared = [sum(self.store.size(n) for n in names) for names in self._ownership.owns]
+
+    def make_calendar(self, total: Callable[[], float], epoch: Callable[[], float], lenient: bool) -> Calendar:
+        calendar = super().make_calendar(total, epoch, lenient)
+        if self.finetune is None:
+            return replace(calendar, until=NEVER)
+        begin = self.finetune if isinstance(self.finetune, int) else to_steps(self.finetune, total(), "finetune")
+        if not lenient and begin < calendar.stop:
+            raise ValueError(_too_early(self.finetune, self.stop, f" ({begin} steps against {calendar.stop})"))
+        if not lenient and begin > total():
+            raise ValueError(
+                f"finetune={self.finetune!r} lies behind the run's {total():g} steps, so fine-tuning would never start. Give an earlier "
+                "time, or finetune=None."
+            )
+        return replace(calendar, until=max(begin, calendar.stop))
+
+    # ------------------------------------------------------------------ the method
+
+    def initial_masks(self) -> dict[str, Tensor]:
+        groups = [names for names in self._ownership.owns if names]
+        return {n: mask for names in groups for n, mask in self._largest(names, self._curve.initial).items()}
+
+    def after_step(self) -> None:
+        # a longer run may put the end of the refreshes behind the start of a fine-tuning that has begun: it goes on
+        if not self.store.hidden or not self.due() or not self.store.hides(self.names[0]):
+            return
+        self.update()
+        if self.step >= self.times.last:
+            self.store.drop_dense(self.names)
+
+    def update(self) -> None:
+        before = {n: self.store.bools[n] for n in self.names}
+        super().update()
+        back = sum(int((self.store.bools[n] & ~mask).sum()) for n, mask in before.items())
+        total = self.aux.setdefault("reactivated/total", torch.zeros((), dtype=torch.int64))
+        total += back
+        hidden = torch.stack([torch.linalg.vector_norm(self.store.outside(n, self.store.dense(n)).float()) for n in self.store.hidden])
+        self.note(reactivated=back, reactivated_total=int(total), pruned_dense_norm=float(torch.linalg.vector_norm(hidden)))
+
+    def new_masks(self) -> dict[str, Tensor]:
+        return self._largest(self.names, self.sparsity_at(self.step))
+
+    def _largest(self, names: Sequence[str], sparsity: float) -> dict[str, Tensor]:
+        """Masks of the weights or filters of ``names`` with the largest dense magnitude."""
+        layers = {x: t for n in names for x, (t,) in self.store.layers(n, self.store.dense(n))}
+        entries = {x: self.store.entries[n] for n in names for x in self.store.entries[n].layers}
+        if self._is_global:
+            chosen = self._jointly(layers, entries, sparsity)
+        else:
+            share = sparsity / self.target_sparsity if self.target_sparsity else 0.0
+            chosen = {x: self._in_layer(t, entries[x], self._targets[x] * share) for x, t in layers.items()}
+        return {n: self.store.by_layer(n, lambda layer, _: chosen[layer], self.store.dense(n)) for n in names}
+
+    def _in_layer(self, weight: Tensor, entry: Entry, sparsity: float) -> Tensor:
+        if self.unit == "weight":
+            return keep_largest(weight, weight.numel() - zeros_for(sparsity, weight.numel()))
+        scores = filters.norms(weight, entry.shape[0], entry.transposed)
+        return filters.spread(keep_largest(scores, entry.shape[0] - _filters_gone(sparsity, entry)), weight, entry.transposed)
+
+    def _jointly(self, layers: Mapping[str, Tensor], entries: Mapping[str, Entry], sparsity: float) -> dict[str, Tensor]:
+        size = sum(t.numel() for t in layers.values())
+        zeros = zeros_for(sparsity, size)
+        if self.unit == "weight":
+            return dict(zip(layers, keep_largest_jointly(list(layers.values()), size - zeros, least=1), strict=True))
+        scores = [filters.norms(t, entries[x].shape[0], entries[x].transposed) for x, t in layers.items()]
+        kept = filters.keep_filters_jointly(scores, [t.numel() // s.numel() for t, s in zip(layers.values(), scores, strict=True)], zeros)
+        return {x: filters.spread(k, t, entries[x].transposed) for (x, t), k in zip(layers.items(), kept, strict=True)}
+
+
+def _filters_gone(sparsity: float, entry: Entry) -> int:
+    """Output channels of a layer that go: floor(sparsity * channels), one is left at least."""
+    return min(zeros_for(sparsity, entry.shape[0]), entry.shape[0] - 1)
+
+
+def _too_early(finetune: Time, stop: Time, steps: str = "") -> str:
+    return (
+        f"finetune={finetune!r} comes before stop={stop!r}{steps}: the masks would freeze before the target is reached. Give a time at "
+        "or after stop=."
+    )

@@ -1,0 +1,248 @@
+"""GaP, scheduled grow-and-prune."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import ClassVar, Literal, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from sparse_callbacks.core.calendar import Calendar, Time
+from sparse_callbacks.core.distributions import Distribution
+from sparse_callbacks.core.ops import keep_largest
+from sparse_callbacks.core.plan import Plan
+from sparse_callbacks.lightning.callback import Options, SparsityCallback
+from sparse_callbacks.lightning.optimizer_lives import check_phases, phase_steps
+from sparse_callbacks.methods.gap.partitions import Partitions, check_partitions, number_of, split
+
+Init = Literal["random", "magnitude"]
+
+
+class GaP(SparsityCallback):
+    """GaP, cyclic (C-GaP): one part of the network after another trains dense and is pruned (Ma et al., 2022).
+
+    The layers form ``kappa`` partitions. In phase j = 0, 1, ... partition j mod kappa is dense and all others keep their masks.
+    After the last step of the phase, layer by layer::
+
+        prune  the dense partition to the largest |w|, all but floor(s * size)
+        grow   every weight of the next partition, those that were pruned from zero
+
+    After ``rounds * kappa`` phases all partitions are pruned, and fine-tuning goes on with these masks. So every weight is trained
+    once a round, and the whole network is never dense: during a phase (N_d + (1 - s)(N - N_d)) / N of its weights are active.
+    Optimizers and learning rate schedules start anew with each phase and with fine-tuning: ``configure_optimizers`` is called
+    again at the next batch, and ``sparse_callbacks.horizon(self.trainer)`` gives it the optimizer steps of the phase. (Where
+    several optimizers take different numbers of steps, each moves the masks of its parameters, and the fastest restarts all.)
+    Phases that have begun keep their length in steps, also in a run that goes on longer. Steps that a GradScaler skips do not
+    count, so they lengthen a phase: a schedule that refuses to go beyond its end (``OneCycleLR``) needs some steps to spare.
+
+    Differs from the paper and its code: exactly floor(s * size) weights of a layer are pruned, where the released percentile rule
+    keeps too few among equal weights; gradients of pruned weights are masked, not only the weights after the step; masks are
+    saved and not read from the zeros of a checkpoint; a layer of low sparsity is masked like any other. The released driver
+    trains partition 0 once and then grows 1, 2, 0 a round, so it ends with one phase of partition 0 more than the paper's order
+    0, 1, 2 a round, which is the one here. The paper's phases last 30 epochs and its fine-tuning 150 (ResNet-50).
+
+    Args:
+        sparsity: fraction of zeros over the selected weights at the end, in [0, 1).
+        partitions: their number (contiguous in the order of the model, the largest as small as possible), the layers at which new
+            ones begin (``"2-5"``), ``"random(4)"`` (layers shuffled by ``seed``), or for each partition a glob or a list of globs
+            on parameter names. One partition, with one round, is pruning at once after dense training.
+        rounds: how often each partition becomes dense.
+        epochs: length of a phase in epochs.
+        every: length of a phase in optimizer steps (int) or as a fraction of the run (float). With neither, the phases share the
+            time before ``finetune`` equally, rounded down to whole steps.
+        finetune: when fine-tuning begins, in optimizer steps or as a fraction of the run; None: at 0.75 of the run, or with
+            ``epochs`` or ``every`` after the last phase.
+        init: masks of the sparse partitions at the start: ``"random"``, or by the ``"magnitude"`` of the initial weights.
+        restart: optimizers and schedules start anew with each phase; False keeps them (the state of grown weights is cleared).
+        distribution, include, exclude, seed, **options: see :class:`SparsityCallback`.
+
+    Raises:
+        ValueError: arguments out of range, fewer layers than partitions, phases longer than the run, a schedule longer than a
+            phase, or a model, optimizer or checkpoint that does not fit; before the first batch.
+
+    Example:
+        >>> from sparse_callbacks import GaP
+        >>> GaP(sparsity=0.9, partitions=4, rounds=2, epochs=3).phases
+        8
+
+    Reference: Ma, Qin, Sun, Hou, Yuan, Xu, Wang, Chen, Jin, Xie: Effective model sparsification by scheduled grow-and-prune
+    methods. ICLR 2022, arXiv 2106.09857.
+    """
+
+    anchor: ClassVar[int] = 0  # the first update comes after a whole phase
+    explores: ClassVar[bool] = True
+    arrives_at_stop: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        sparsity: float = 0.9,
+        *,
+        partitions: Partitions = 3,
+        rounds: int = 1,
+        epochs: float | None = None,
+        every: Time | None = None,
+        finetune: Time | None = None,
+        distribution: Distribution = "uniform",
+        init: Init = "random",
+        restart: bool = True,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        seed: int = 0,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(sparsity, distribution=distribution, include=include, exclude=exclude, seed=seed, **options)
+        self.partitions = check_partitions(partitions)
+        check_phases(rounds, epochs, every, finetune, number_of(self.partitions))
+        if init not in ("random", "magnitude"):
+            raise ValueError(f"init={init!r} is not known. Give 'random' or 'magnitude' for the masks that training starts with.")
+        if not isinstance(restart, bool):
+            raise ValueError(f"restart={restart!r} is neither True nor False: it says whether optimizers start anew with each phase.")
+        self.rounds, self.epochs, self.finetune, self.init, self.restart = rounds, epochs, finetune, init, restart
+        self.every, self.start = every, 0
+
+    # ------------------------------------------------------------------ partitions
+
+    @property
+    def phases(self) -> int:
+        """Phases before fine-tuning."""
+        return self.rounds * number_of(self.partitions)
+
+    def blocks(self, sizes: Mapping[str, int] | None = None) -> list[list[str]]:
+        """Names of the sparse parameters in each partition, by default of the model at hand."""
+        sizes = {n: p.numel() for n, p in self.params.items()} if sizes is None else sizes
+        return split(self.partitions, sizes, self.generator("partitions", 0))
+
+    def pruned(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Masks of ``names`` that keep the largest weights, exactly the planned number in each layer."""
+
+        def prune(layer: str, weight: Tensor) -> Tensor:
+            return keep_largest(weight, weight.numel() - self.planned_zeros(layer, weight.numel()))
+
+        return {n: self.store.by_layer(n, prune, self.params[n].detach()) for n in names}
+
+    def plan(self, model: nn.Module | None = None) -> Plan:
+        made = super().plan(model)
+        blocks = self.blocks({r.name: r.size for r in made if r.name in made.selected})
+        listed = [f"partition {i}: {', '.join(block)} ({sum(made[n].size for n in block):,} weights)" for i, block in enumerate(blocks)]
+        return replace(made, title="\n".join([made.title, *listed]))
+
+    # ------------------------------------------------------------------ masks
+
+    def attach(self, model: nn.Module) -> None:
+        if not self._saved_times:  # not resumed: a run and its optimizers begin
+            self.aux["phase/run"] = self.aux["phase/optimizers"] = torch.tensor(self.step)
+
+    def initial_masks(self) -> dict[str, Tensor]:
+        dense = self.blocks()[0]
+        sparse = super().initial_masks() if self.init == "random" else self.pruned(self.params)
+        return {**sparse, **self.full(dense)}
+
+    def after_step(self) -> None:
+        if self.due():
+            self.update()
+
+    def update(self) -> None:
+        self.move_masks()
+        self._note_phase()
+        self.restart_wanted = self.restart_wanted or self.restart
+
+    def _note_phase(self) -> None:
+        phase = self.phase_at(self.step)
+        turn, partition = divmod(phase, number_of(self.partitions))
+        self.note(phase=phase, round=turn, dense_partition=partition if phase < self.phases else -1)
+
+    def new_masks(self) -> dict[str, Tensor]:
+        blocks, phase = self.blocks(), self.phase_at(self.step)
+        ended, begun = blocks[(phase - 1) % len(blocks)], blocks[phase % len(blocks)] if phase < self.phases else []
+        mine = set(self.names)
+        return self.pruned(n for n in ended if n in mine) | self.full(n for n in begun if n in mine)
+
+    # ------------------------------------------------------------------ phases
+
+    def phase_at(self, step: int) -> int:
+        """Phase after so many steps, from 0; ``phases`` while fine-tuning."""
+        return min(step // self.times.every, self.phases)
+
+    @property
+    def dense_partition(self) -> int | None:
+        """The partition that is dense now; None while fine-tuning."""
+        phase = self.phase_at(self.step)
+        return phase % number_of(self.partitions) if phase < self.phases else None
+
+    def make_calendar(self, total: Callable[[], float], epoch: Callable[[], float], lenient: bool) -> Calendar:
+        calendar = self._begun_calendar() or self._calendar(total, epoch, lenient)
+        ends = int(self.aux["phase/run"]) + total()
+        if calendar.stop > ends and not lenient:
+            raise ValueError(
+                f"the phases of this run were laid out up to step {calendar.stop}, and it ends at step {ends:g}. Train longer, or give "
+                "fresh_start=True for new masks and phases."
+            )
+        self.aux["phase/length"] = torch.tensor(total(), dtype=torch.float64)
+        at, configured = (min(s // calendar.every, self.phases) for s in (self.step, int(self.aux["phase/optimizers"])))
+        self.restart_wanted = self.restart and at != configured  # a run that was saved between the two
+        return calendar
+
+    def _begun_calendar(self) -> Calendar | None:
+        """Phases that have begun stay as they are, also where the run's length has changed since."""
+        times = self._saved_times or ([] if self.calendar is None or not self.step else self.calendar.times())
+        return Calendar(times[0], times[1], times[2]) if times else None
+
+    def begin_training(self, epoch: int) -> None:
+        if not self.resumed:
+            self._note_phase()
+
+    def after_batch(self) -> None:
+        if self.run_over and not self.at_target and self.phase_at(self.step + self.skipped) == self.phases:
+            # steps that a GradScaler skipped have delayed the end of the last phase behind that of the run
+            self.store.take(self.pruned(self.params))
+
+    def _calendar(self, total: Callable[[], float], epoch: Callable[[], float], lenient: bool) -> Calendar:
+        every = phase_steps(self.phases, self.epochs, self.every, self.finetune, total, epoch, lenient, self.step)
+        return Calendar(every, 0, every * self.phases)
+
+    @property
+    def horizon(self) -> float | None:
+        """Optimizer steps that the optimizers at hand live, from their phase's begin to its end; None with ``restart=False``."""
+        return self._life(self.times, self.aux) if self.restart else None
+
+    def optimizer_life(self, total: Callable[[], float], epoch: Callable[[], float], lenient: bool) -> float | None:
+        """:attr:`horizon`, also before the run has begun; see :func:`sparse_callbacks.horizon`.
+
+        Args:
+            total, epoch, lenient: as in :meth:`make_calendar`; not called where a checkpoint that the run resumes from has the answer.
+        """
+        self.horizon_asked = True
+        if self._training or not self.restart:
+            return self.horizon
+        restored = {} if self.fresh_start else self._restored or {}
+        if saved := restored.get("times") or self._saved_times:
+            return self._life(Calendar(saved[0], saved[1], saved[2]), restored.get("aux", self.aux))
+        begun = torch.tensor(self.step)
+        times = {"phase/run": begun, "phase/optimizers": begun, "phase/length": torch.tensor(total(), dtype=torch.float64)}
+        return self._life(self._begun_calendar() or self._calendar(total, epoch, lenient), times)
+
+    @property
+    def shortest_life(self) -> float | None:
+        """Optimizer steps of a phase or of fine-tuning, whichever is shorter: what a schedule of fixed length must fit."""
+        if not self.restart:
+            return None
+        finetuning = float(self.aux["phase/run"]) + float(self.aux["phase/length"]) - self.times.stop
+        lives = [finetuning] * (finetuning > 0) + [self.times.every] * (int(self.aux["phase/optimizers"]) < self.times.stop)
+        return min(lives, default=None)
+
+    def _life(self, times: Calendar, aux: Mapping[str, Tensor]) -> float:
+        begun = int(aux["phase/optimizers"])
+        if begun < times.stop:
+            return (begun // times.every + 1) * times.every - begun
+        return float(aux["phase/run"]) + float(aux["phase/length"]) - begun
+
+    def begin_optimizer_life(self) -> None:
+        """The host is about to configure new optimizers."""
+        self.aux["phase/optimizers"] = torch.tensor(self.step)
+
+    def shortfall(self) -> str:
+        return (
+            f"{type(self).__name__} ended after {self.step} steps, in phase {self.phase_at(self.step)} of {self.phases} (from 0), with "
+            f"partition {self.dense_partition} still dense: sparsity {self.measured_sparsity()['sparsity/total']:.4f} instead of "
+            f"{self.plan().total:.4f}. The last phase ends at step {self.times.stop}: train longer, or give shorter phases."
+        )

@@ -1,0 +1,347 @@
+"""P-GaP, parallel grow-and-prune."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from numbers import Real
+from typing import Any, ClassVar, Unpack
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from sparse_callbacks.core import distributed
+from sparse_callbacks.core.calendar import Calendar
+from sparse_callbacks.core.distributions import Distribution
+from sparse_callbacks.lightning import turns
+from sparse_callbacks.lightning.callback import Options, SparsityCallback
+from sparse_callbacks.lightning.data_pass import Forward
+from sparse_callbacks.methods.gap.gap import GaP, Init
+from sparse_callbacks.methods.gap.partitions import Partitions, holdings, number_of, owners
+
+
+class ParallelGaP(GaP):
+    """P-GaP, parallel grow-and-prune: a worker for each partition trains it dense, and the best of all is put together (Ma et al., 2022).
+
+    The layers form ``kappa`` partitions. In each round ``kappa`` workers start from the same sparse network; in worker i partition
+    i is dense, its pruned weights growing from zero, and the others keep their masks. After ``epochs`` epochs each::
+
+        combine  every tensor (weights, biases, norms, buffers) from the worker whose partition holds it
+        prune    all partitions to the largest |w| of each layer, all but floor(s * size)
+        estimate the running statistics of norms anew, in a pass over the training data
+
+    After ``rounds`` rounds fine-tuning goes on with these masks. Optimizers and schedules start anew for each worker and for
+    fine-tuning, as in :class:`~sparse_callbacks.GaP`; ``sparse_callbacks.horizon(self.trainer)`` gives their optimizer steps.
+
+    In one process the workers train one after another: the first ``rounds * kappa * epochs`` epochs of the run. With
+    ``Trainer(devices=kappa, strategy="ddp", use_distributed_sampler=False)`` there is one in each process, and it is the first
+    ``rounds * epochs`` epochs; gradients are not averaged until fine-tuning. Both give the same network: random numbers and the
+    order of the data derive from (seed, round, worker, epoch of the worker), the latter through the sampler's ``set_epoch`` (or
+    torch's global generator, which plain ``shuffle=True`` draws from). A checkpoint within a round holds what resume needs of
+    every worker. Logged values and validations within a round are those of one worker (of rank 0), at its end of the combined
+    network; norms in eval mode keep their running statistics.
+
+    Differs from the paper and its code: the released script copies hard-coded layers and leaves the rest as in the file that was
+    loaded first; here every tensor has one owner (a tensor that no partition holds comes from worker 0; a module without sparse
+    weights, such as a norm, belongs to the partition of the last sparse layer before it). Exactly floor(s * size) weights are pruned.
+
+    Args:
+        sparsity, partitions, rounds, init, distribution, include, exclude, seed, **options: as in :class:`~sparse_callbacks.GaP`.
+        epochs: whole epochs that each worker trains in a round.
+        forward: function of the module and a batch for the pass over the data; None: ``module(batch)``, ``module(batch[0])`` or
+            ``module(**batch)`` by the batch's type. Not asked for in a model without running statistics.
+        statistics_dataloader: batches for that pass; None: the training data in order.
+
+    Raises:
+        ValueError: as in :class:`~sparse_callbacks.GaP`; more processes than one that are not one for each partition, or that split
+            the data, or whose gradients or batch statistics cannot be kept apart.
+
+    Example:
+        >>> from sparse_callbacks import ParallelGaP
+        >>> ParallelGaP(sparsity=0.9, partitions=2, rounds=3).phases
+        6
+
+    Reference: Ma, Qin, Sun, Hou, Yuan, Xu, Wang, Chen, Jin, Xie: Effective model sparsification by scheduled grow-and-prune
+    methods. ICLR 2022, arXiv 2106.09857.
+    """
+
+    curves: ClassVar[str] = "gap"
+    takes_turns: ClassVar[bool] = True
+    explores: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        sparsity: float = 0.9,
+        *,
+        partitions: Partitions = 3,
+        rounds: int = 1,
+        epochs: int = 1,
+        distribution: Distribution = "uniform",
+        init: Init = "random",
+        forward: Forward | None = None,
+        statistics_dataloader: Any | None = None,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        seed: int = 0,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(
+            sparsity, partitions=partitions, rounds=rounds, epochs=epochs, distribution=distribution, init=init, include=include,
+            exclude=exclude, seed=seed, **options,
+        )  # fmt: skip
+        if not isinstance(epochs, Real) or int(epochs) != epochs:
+            raise ValueError(f"epochs={epochs!r} is no whole number of epochs: a worker's data order begins with an epoch. Give epochs=1.")
+        self._epochs: int = int(epochs)
+        self.epochs = self._epochs
+        self.forward, self.statistics_dataloader = forward, statistics_dataloader
+        self._mine: Mapping[str, Any] = {}
+
+    # ------------------------------------------------------------------ who trains when
+
+    @property
+    def workers(self) -> int:
+        return number_of(self.partitions)
+
+    @property
+    def together(self) -> bool:
+        """The workers train at once, one on each rank."""
+        return distributed.world_size() > 1
+
+    @property
+    def phases(self) -> int:
+        """Phases before fine-tuning, each of ``epochs`` epochs of the run."""
+        return self.rounds if self.together else self.rounds * self.workers
+
+    def _turn(self, phase: int) -> tuple[int, int]:
+        """Round and worker of a phase; in fine-tuning the round after the last and no worker (-1)."""
+        if phase >= self.phases:
+            return self.rounds, -1
+        return (phase, distributed.rank()) if self.together else divmod(phase, self.workers)
+
+    @property
+    def phase(self) -> int:
+        """Phase now, from 0; ``phases`` while fine-tuning."""
+        return min(int(self.aux.get("workers/epochs", torch.tensor(0))) // self._epochs, self.phases)
+
+    def phase_at(self, step: int) -> int:
+        return self.phase
+
+    @property
+    def dense_partition(self) -> int | None:
+        worker = self._turn(self.phase)[1]
+        return None if worker < 0 else worker
+
+    @property
+    def at_target(self) -> bool:
+        return bool(self.masks) and self.phase == self.phases
+
+    def _life(self, times: Calendar, aux: Mapping[str, Tensor]) -> float:
+        done = int(aux["workers/epochs"]) if "workers/epochs" in aux else 0
+        if done // self._epochs < self.phases:
+            return times.every
+        return super()._life(times, {**aux, "phase/optimizers": aux["workers/finetune"]})
+
+    # ------------------------------------------------------------------ random numbers and data order
+
+    def _seed(self, epoch: int) -> int:
+        """Of the run's epoch ``epoch``, by round, worker and the epoch within the worker's."""
+        epoch += int(self.aux["workers/offset"])
+        turn, worker = self._turn(epoch // self._epochs)
+        within = epoch % self._epochs if worker >= 0 else epoch - self.phases * self._epochs
+        return self.generator(f"data/{turn}/{worker}", within).initial_seed()
+
+    def data_epoch(self, epoch: int) -> int:
+        return self._seed(epoch) % 2**31
+
+    def epoch_start(self, epoch: int) -> None:
+        turns.seed_everything(self._seed(epoch))  # for what draws the data
+
+    def before_batch(self) -> None:
+        if self.batch == 0 and self.phase < self.phases and self._begun != self.phase:
+            self._begin_worker()  # not at once: the validation between is that of the worker before, or of the combined network
+        if self.batch == 0:  # for the network; resumed at the end of an epoch, Lightning does not announce the next one
+            turns.seed_everything(self._seed(int(self.aux["workers/epochs"] - self.aux["workers/offset"])))
+
+    # ------------------------------------------------------------------ the run
+
+    def initial_masks(self) -> dict[str, Tensor]:
+        return self.pruned(self.params) if self.init == "magnitude" else SparsityCallback.initial_masks(self)
+
+    def make_calendar(self, total: Callable[[], float], epoch: Callable[[], float], lenient: bool) -> Calendar:
+        if math.isinf(epoch()):
+            raise ValueError(
+                "ParallelGaP counts whole epochs, and the train loader has no length. Give one that has, or Trainer(limit_train_batches=N)."
+            )
+        calendar = super().make_calendar(total, epoch, lenient)
+        configured = int(self.aux.get("workers/configured", torch.tensor(0)))
+        self.restart_wanted = configured != self.phase  # a run that was saved between the two
+        return calendar
+
+    def begin_optimizer_life(self) -> None:
+        super().begin_optimizer_life()
+        self.aux["workers/configured"] = torch.tensor(self.phase)
+
+    def begin_training(self, epoch: int) -> None:
+        if "workers/epochs" not in self.aux:
+            self.aux["workers/epochs"] = torch.tensor(0)
+            self.aux["workers/ranks"] = torch.tensor(distributed.world_size())
+            self._keep("sparse", self.masks)
+            if not self.together:
+                self._keep("start", self._tensors())
+            self._begin_worker()
+        super().begin_training(epoch)
+        if not self.resumed:
+            self.aux["workers/offset"] = self.aux["workers/epochs"] - epoch
+        if self._mine:
+            for optimizer, state in zip(self._ownership.optimizers, self._mine["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            self.load_data_states(self._mine["loaders"])
+            self._mine = {}
+        self.average_gradients(self.phase == self.phases)
+
+    def rehearse(self) -> None:
+        model = self._model()
+        if model is not None and self.phase < self.phases and _with_statistics(model):
+            with closing(self.data_pass()) as outputs:
+                next(outputs, None)
+
+    def after_step(self) -> None:
+        """Phases end with epochs, not with steps."""
+
+    def after_batch(self) -> None:
+        if not self.epoch_over:
+            return
+        ended = self.phase
+        self.aux["workers/epochs"] = self.aux["workers/epochs"] + 1
+        if self.phase > ended:
+            self._end_phase(ended)
+
+    def _end_phase(self, ended: int) -> None:
+        worker = self._turn(ended)[1]
+        owner = self._owners()
+        if not self.together:
+            self._keep("gathered", {k: t for k, t in self._tensors().items() if owner[k] == worker})
+        if self.together or worker == self.workers - 1:
+            self._combine(owner)
+        if self.phase == self.phases:
+            self._drop("sparse")
+            self._drop("start")
+            self.aux["workers/finetune"] = torch.tensor(self.step)
+            self.average_gradients(True)
+        self.updates += 1
+        self.restart_wanted = True
+        self._note_phase()
+
+    def _note_phase(self) -> None:
+        turn, worker = self._turn(self.phase)
+        self.note(phase=self.phase, round=turn, dense_partition=worker)
+
+    def _begin_worker(self) -> None:
+        """The start of the round, with this worker's partition dense."""
+        if not self.together:
+            self._take_over(self._kept("start"))
+        dense = self.full(self.blocks()[self._turn(self.phase)[1]])
+        self.store.take({**self._kept("sparse"), **dense})
+        self.aux["workers/begun"] = torch.tensor(self.phase)
+
+    @property
+    def _begun(self) -> int:
+        """The phase whose worker was the last to begin."""
+        return int(self.aux.get("workers/begun", torch.tensor(-1)))
+
+    def _combine(self, owner: Mapping[str, int]) -> None:
+        """One network out of all workers, pruned, with its own running statistics."""
+        tensors = self._tensors()
+        gathered = distributed.from_owners(tensors, owner) if self.together else self._kept("gathered")
+        self._take_over(gathered)
+        self.store.take(self.pruned(self.params))
+        self._estimate_statistics()
+        self._keep("sparse", self.masks)
+        if not self.together:
+            self._drop("gathered")
+            self._keep("start", self._tensors())
+
+    def _estimate_statistics(self) -> None:
+        model = self._model()
+        assert model is not None
+        norms = [m for m in _with_statistics(model) if m.training]  # those in eval mode are frozen
+        momenta = [m.momentum for m in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a cumulative mean, batch by batch
+        try:
+            for _ in self.data_pass(train=norms) if norms else ():
+                pass  # the forward passes are all that is wanted
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+
+    # ------------------------------------------------------------------ tensors that wait
+
+    def _tensors(self) -> dict[str, Tensor]:
+        model = self._model()
+        assert model is not None
+        return {k: t.detach() for k, t in model.state_dict().items() if isinstance(t, Tensor)}
+
+    def _owners(self) -> dict[str, int]:
+        tensors = self._tensors()
+        return owners(tensors, holdings(tensors, self.blocks()))
+
+    def _take_over(self, tensors: Mapping[str, Tensor]) -> None:
+        model = self._model()
+        assert model is not None
+        model.load_state_dict({**model.state_dict(), **tensors})
+
+    def _keep(self, kind: str, tensors: Mapping[str, Tensor]) -> None:
+        self.aux |= {f"{kind}/{k}": t.detach().clone() for k, t in tensors.items()}
+
+    def _kept(self, kind: str) -> dict[str, Tensor]:
+        return {k.removeprefix(f"{kind}/"): t for k, t in self.aux.items() if k.startswith(f"{kind}/")}
+
+    def _drop(self, kind: str) -> None:
+        self.aux = {k: t for k, t in self.aux.items() if not k.startswith(f"{kind}/")}
+
+    # ------------------------------------------------------------------ checkpoints
+
+    @property
+    def _apart(self) -> bool:
+        """Every rank has a network of its own."""
+        return self.together and "workers/epochs" in self.aux and self.phase < self.phases
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if self._training and self._apart:
+            optimizers = [o.state_dict() for o in self._ownership.optimizers]
+            mine = {"weights": self._tensors(), "optimizers": optimizers, "loaders": self.data_states(), "grads": state.pop("grads", {})}
+            state["workers"] = distributed.gather(mine)
+        return state
+
+    def own_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        ranks = int(state["aux"].get("workers/ranks", distributed.world_size()))
+        if ranks != distributed.world_size() and int(state["aux"]["workers/epochs"]) < self._epochs * self.rounds * self.workers // ranks:
+            raise ValueError(
+                f"the checkpoint was written within a round by {ranks} processes, and this run has {distributed.world_size()}: the "
+                f"workers would not be the same. Resume with devices={ranks}."
+            )
+        if "workers" not in state:
+            return state
+        self._mine = state["workers"][distributed.rank()]
+        return {**state, "grads": self._mine["grads"]}
+
+    def attach(self, model: nn.Module) -> None:
+        super().attach(model)
+        if not self._apart:
+            return
+        if not self._mine:
+            raise ValueError(
+                "the last fit ended within a round, and the processes have lost the networks of their workers since. Resume it from a "
+                "checkpoint that was written in training (ckpt_path=), or give fresh_start=True."
+            )
+        self._take_over(self._mine["weights"])
+        dense = self.full(self.blocks()[distributed.rank()]) if self._begun == self.phase else {}
+        self.store.take({**self._kept("sparse"), **dense})
+
+
+def _with_statistics(model: nn.Module) -> list[_NormBase]:
+    """Norms that keep running statistics."""
+    return [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]

@@ -1,0 +1,5 @@
+"""Constrained L0 and its gates."""
+
+from sparse_callbacks.methods.l0.l0 import ConstrainedL0
+
+__all__ = ["ConstrainedL0"]

@@ -1,0 +1,340 @@
+"""Constrained L0: gates that learn to close until no more than a wanted share of the parameters is expected behind open ones."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar, Unpack
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparse_callbacks.core.ops import zeros_for
+from sparse_callbacks.core.plan import Plan
+from sparse_callbacks.core.selection import Entry
+from sparse_callbacks.core.weights import undone
+from sparse_callbacks.lightning.callback import Options, SparsityCallback
+from sparse_callbacks.methods.l0 import gates, norm_check
+from sparse_callbacks.methods.l0.channel_members import Tied, by_glob, find_tied, refuse_decay, refuse_outside
+from sparse_callbacks.methods.l0.constraint import Constraint, Rates, shares_of
+from sparse_callbacks.methods.l0.gated_weights import Gated
+
+Densities = float | Mapping[str, float]
+CHOICES = {"constraint": ("model", "layer"), "unit": ("channel", "weight"), "gate_optimizer": ("sgd", "adam")}
+TOLERANCE = 0.03  # expected densities hover about their targets
+LEAST = float(gates.p_open(torch.tensor(-gates.LIMIT)))
+WHY_LEAST = (
+    "log_alpha is kept within +-log 100, where a gate is still open in 4.7 % of its samples. The trained network can be smaller than "
+    "its expected density, as its median gates are closed wherever samples are open at most half of the time"
+)
+
+
+class ConstrainedL0(SparsityCallback):
+    """Constrained L0: hard-concrete gates close under a Lagrangian until E[L0] meets its target (Gallego-Posada et al., 2022).
+
+    With dense weights w, a sample z of the gates (see :mod:`~sparse_callbacks.methods.l0.gates`) and multipliers m >= 0, in each
+    optimizer step::
+
+        defect    = E[share of parameters behind open gates] - density          for the model, or for each layer
+        w         = w - optimizer(z * gradient of the loss at z * w + l2 * P(open) * w)
+        log_alpha = clip(log_alpha - gate_optimizer(gradient of loss + m * defect), -log 100, log 100)
+        m         = 0 if defect < 0, else m + dual_lr * defect
+
+    The weights hold ``median gate * w`` whenever a batch is over, and the sample from a batch's start to its end: one sample for all
+    examples, the same through an accumulation window and on every rank; manual optimization goes on with another after each step. Put
+    callbacks that look at weights behind this one: those before it still find samples when a batch ends that took no step.
+
+    Dense weights, gates and multipliers live in this callback. Memory, in copies of the gated parameters: for channels one, 1.25 in a
+    checkpoint; for weights 5.25 with Adam for the gates and 3.25 with SGD, one more in a batch, and in a checkpoint 4.25 and 2.25.
+
+    What you write into the weights is kept if torch sees it (``with torch.no_grad(): p.clamp_(...)``), as gate * w: w becomes what was
+    written over the gate at that time. A write past autograd, ``p.data.clamp_(...)``, is undone at the next batch.
+
+    A convolution's gate closes an output channel whole: its bias has the same gate, and a batch norm registered right behind the
+    convolution gives 0 there, in training too, and takes no statistics from it. Before the first batch one example shows whether each
+    of these norms takes that output alone. A layer whose gates would all close keeps the likeliest one, with its P(open) as its value.
+
+    Differs from the paper: single biases get no gates with ``unit="weight"``; parameters without gates have the optimizer's own weight
+    decay in place of expected L2; the norm is a plain batch norm whose gain and shift are closed with the channel.
+
+    Args:
+        density: target share of parameters behind open gates, at least 0.0472 (gates cannot close further), or ``{glob: share}``,
+            the first match for each layer (``constraint="layer"``).
+        constraint: ``"model"``: one for all gated parameters (of each optimizer); ``"layer"``: one for each.
+        unit: ``"channel"``: a gate for each input unit of a matrix and for each output channel of a convolution; ``"weight"``.
+        droprate: of new gates, in [0.01, 0.99], or ``{glob: droprate}``; weights grow by 1 / (1 - droprate) to make up for it.
+        gate_lr, dual_lr: learning rates of gates and multipliers; they are not scheduled.
+        gate_optimizer: ``"sgd"`` or ``"adam"``.
+        l2: coefficient of the expected squared norm over 2; the optimizer's own weight decay of gated parameters must be 0 then.
+        include, exclude, seed, **options: see :class:`SparsityCallback`.
+
+    Raises:
+        ValueError: arguments out of range, or a model, optimizer or checkpoint that does not fit; before the first batch.
+
+    Example:
+        >>> from sparse_callbacks import ConstrainedL0
+        >>> ConstrainedL0(density=0.25, constraint="layer").target_sparsity
+        0.75
+
+    Reference: Gallego-Posada, Ramirez, Erraqabi, Bengio, Lacoste-Julien: Controlled Sparsity via Constrained Optimization. NeurIPS 2022.
+    """
+
+    keeps_dense: ClassVar[bool] = True
+    plans_counts: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        density: Densities = 0.5,
+        *,
+        constraint: str = "model",
+        unit: str = "channel",
+        droprate: Densities = 0.5,
+        gate_lr: float = 7e-4,
+        dual_lr: float = 1e-4,
+        gate_optimizer: str = "adam",
+        l2: float = 0.0,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        seed: int = 0,
+        **options: Unpack[Options],
+    ) -> None:
+        if "sparsity" in options:
+            raise ValueError(
+                f"sparsity= is no argument of {type(self).__name__}, whose gates meet a target in expectation. Give "
+                "density=, the share of parameters that stay: 0.1 for 90 % zeros."
+            )
+        super().__init__(0.0, distribution="uniform", include=include, exclude=exclude, seed=seed, **options)
+        self.density, self.droprate = _plain(density), _plain(droprate)
+        self.constraint, self.unit, self.gate_optimizer = constraint, unit, gate_optimizer
+        self.gate_lr, self.dual_lr, self.l2 = gate_lr, dual_lr, l2
+        self._refuse_arguments()
+        self.gated = Gated(self.store, {})
+        self._constraints: list[Constraint] = []
+        self._owner: dict[str, int] = {}
+        self._pulls: dict[str, Tensor] = {}
+        self._in_batch = False
+
+    def _refuse_arguments(self) -> None:
+        for name, known in CHOICES.items():
+            if (given := getattr(self, name)) not in known:
+                raise ValueError(f"{name}={given!r} is not known. Give {' or '.join(map(repr, known))}.")
+        refuse_outside(self.density, "density", LEAST, 1.0, WHY_LEAST)
+        refuse_outside(self.droprate, "droprate", 0.01, 0.99)
+        for name in ("gate_lr", "dual_lr", "l2"):
+            refuse_outside(getattr(self, name), name, 0.0, math.inf)
+        if isinstance(self.density, Mapping) and self.constraint == "model":
+            raise ValueError(f"density={self.density!r} has a target for each layer. Use constraint='layer', or one number for the model.")
+
+    # ------------------------------------------------------------------ what is gated
+
+    @property
+    def target_sparsity(self) -> float:
+        if not isinstance(self.density, Mapping):
+            return 1.0 - self.density
+        if not self._constraints:  # the layers are not known yet
+            return 1.0 - max(self.density.values())
+        shares = self._shares(list(self._tied))
+        return 1.0 - sum(c.target * shares[c.names[0]] for c in self._constraints)
+
+    def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
+        chosen = [e for e in entries if not e.reason]
+        targets = by_glob(self.density, [e.name for e in chosen], "density")
+        return {layer: 1 - targets[e.name] for e in chosen for layer in e.layers}
+
+    def parameter_zeros(self, entries: Sequence[Entry], targets: Mapping[str, float]) -> dict[str, int]:
+        return {e.name: zeros_for(targets.get(e.layers[0], 0.0), e.size) for e in entries if not e.reason}
+
+    def plan(self, model: nn.Module | None = None) -> Plan:
+        plan = super().plan(model)
+        tied = {} if model is None else self._tied_in(getattr(model, "_orig_mod", model), plan.selected)
+        selected = plan.selected | {n for t in tied.values() for n in t.members}
+        rows = tuple(replace(r, zeros=None, reason="") if r.name in selected else r for r in plan)
+        title = f"{type(self).__name__}: expected density {self.density} of the {self.constraint}"
+        return replace(plan, title=title, rows=rows, selected=selected, joint=0, decided_by="gates")
+
+    def _tied_in(self, model: nn.Module, kernels: Iterable[str]) -> dict[str, Tied]:
+        return find_tied(model, kernels) if self.unit == "channel" else {}
+
+    def begin(
+        self,
+        model: nn.Module,
+        entries: Sequence[Entry],
+        targets: Mapping[str, float],
+        optimizers: Sequence[Optimizer],
+        gradients_read: Sequence[bool],
+        state: Mapping[str, Any] | None,
+    ) -> None:
+        kernels = [e.name for e in entries if not e.reason]
+        together = dict.fromkeys(kernels, Tied()) | self._tied_in(model, kernels)
+        targets_of, rates = (by_glob(getattr(self, a), kernels, a) for a in ("density", "droprate"))
+        members = {n for t in together.values() for n in t.members}
+        found = [replace(e, reason="", shape=e.full_shape) if e.name in members else e for e in entries]
+        decaying = {*together, *(n for t in together.values() for n in t.biases)}
+        refuse_decay(optimizers, {id(p): n for n, p in model.named_parameters() if n in decaying}, self.l2)
+        held = {n: self.store.dense(n) for n in self.store.hidden}
+        super().begin(model, found, targets, optimizers, gradients_read, state)
+        self._all_entries, self.gated, self._in_batch = found, Gated(self.store, together), False
+        owned = [[n for n in names if n in together] for names in self._ownership.owns]
+        groups = [[n] for names in owned for n in names] if self.constraint == "layer" else [names for names in owned if names]
+        self._constraints = [Constraint(self._shares(names), targets_of[names[0]]) for names in groups]
+        self._owner = {n: index for index, names in enumerate(owned) for n in names}
+        self._begin_gates(rates, held if state is None else state["dense"])
+
+    def initial_masks(self) -> dict[str, Tensor]:
+        return self.full(self.params)
+
+    def _begin_gates(self, rates: Mapping[str, float], held: Mapping[str, Tensor]) -> None:
+        """New gates where there are none yet, medians everywhere, and the dense weights that belong to them."""
+        for kernel, tied in self._tied.items():
+            new = f"log_alpha/{kernel}" not in self.aux
+            if new:
+                self.aux[f"log_alpha/{kernel}"] = self._new_gates(kernel, rates[kernel])
+            self.gated.take_medians(kernel, self._log_alpha(kernel))
+            for name in (kernel, *tied.members):
+                dense = self.store.dense(name)
+                if name in held and not new:
+                    dense.copy_(undone(self.params[name].detach(), self.gated.medians[name], held[name].to(dense)))
+                elif new and name not in tied.affine:
+                    dense.div_(1 - rates[kernel])
+        for constraint in self._constraints:
+            constraint.begin(self.aux)
+
+    def _new_gates(self, kernel: str, droprate: float) -> Tensor:
+        weight, entry = self.params[kernel], self.store.entries[kernel]
+        shape = weight.shape if self.unit == "weight" else gates.channel_shape(weight.shape, entry.transposed)
+        found = gates.initial(shape, droprate, self.generator(f"log_alpha/{kernel}", 0))
+        return found.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+
+    def _shares(self, names: Sequence[str]) -> dict[str, float]:
+        """Share of each kernel, with its biases, in the parameters of all ``names``."""
+        return shares_of({n: sum(self.params[m].numel() for m in (n, *self._tied[n].biases)) for n in names})
+
+    def rehearse(self) -> None:
+        model = self._model()
+        if model is not None and self.unit == "channel" and any(self.params[n].ndim > 2 for n in self._tied):
+            norm_check.rehearse(model, self._tied, self.data_pass())
+
+    # ------------------------------------------------------------------ what the parameters hold
+
+    @property
+    def _tied(self) -> dict[str, Tied]:
+        return self.gated.tied
+
+    def _log_alpha(self, kernel: str) -> Tensor:
+        return self.aux[f"log_alpha/{kernel}"]
+
+    def _sample(self, kernels: Iterable[str], finite: bool = True) -> None:
+        """The parameters of ``kernels`` hold the sample of their gates for the coming step."""
+        model = self._model()
+        assert model is not None
+        for kernel in kernels:
+            self.gated.sample(kernel, partial(self._draw, kernel), model.get_submodule, finite)
+
+    def _draw(self, kernel: str) -> Tensor:
+        return gates.sample(self._log_alpha(kernel), self.noise(kernel))
+
+    def apply_masks(self, index: int | None = None) -> None:
+        """Medians everywhere, or, when a step of the optimizer ``index`` is over, nothing yet: :meth:`after_step` writes them anyway."""
+        if index is None:
+            self.gated.abort()
+        else:
+            self.gated.step_over(self._ownership.steps[index])
+
+    def noise(self, kernel: str) -> Tensor:
+        """Uniform numbers in (0, 1) for the gates of the coming step: the same through a window, on every rank and after a resume."""
+        like = self._log_alpha(kernel)
+        source = self.generator(f"gates/{kernel}", self.progress.counts[self._owner[kernel]].read())
+        if like.device.type != "cpu":  # numbers for single weights would take longer to carry over than to draw
+            source = torch.Generator(like.device).manual_seed(source.initial_seed())
+        return gates.noise(like, source)
+
+    def batch_start(self) -> None:
+        self._in_batch = True
+        self.store.catch_up(self.params)
+        self._sample(self._tied)
+
+    def after_batch(self) -> None:
+        self._in_batch = False
+        self.gated.batch_over()
+
+    # ------------------------------------------------------------------ the step
+
+    def before_step(self) -> None:
+        for kernel in self._at_hand():
+            z, affine = self.gated.samples.get(kernel, self.gated.medians[kernel]), self._tied[kernel].affine
+            pulls = []
+            for name, factor in self.gated.factors(kernel, z).items():
+                gradient, dense = self.params[name].grad, self.store.dense(name)
+                if gradient is None:
+                    continue
+                if name not in affine:
+                    pulls.append(gates.pull(gradient, dense, z))
+                gradient.mul_(factor)
+                if self.l2 and name not in affine:
+                    gradient.addcmul_(dense, self.gated.factors(kernel, gates.p_open(self._log_alpha(kernel)))[name], value=self.l2)
+            self._pulls[kernel] = torch.stack(pulls).sum(0) if len(pulls) > 1 else pulls[0] if pulls else torch.zeros_like(z)
+
+    def _at_hand(self) -> list[str]:
+        return [n for n in self.names if n in self._tied]
+
+    def after_step(self) -> None:
+        kernels, rates = self._at_hand(), Rates(self.gate_lr, self.dual_lr, self.gate_optimizer == "adam")
+        finite = self.finite  # waits for the device, once
+        if finite:
+            for constraint in (c for c in self._constraints if c.names[0] in kernels):
+                constraint.step(self.aux, self._pulls, rates)
+            self._pulls = {}
+            for kernel in kernels:
+                self.gated.take_medians(kernel, self._log_alpha(kernel))
+        if self._in_batch and not self.steps_are_announced:  # in manual optimization the batch may go on, with other steps
+            self._sample(kernels, finite)
+        else:
+            self.gated.settle(self.gated.parameters(kernels), finite)
+
+    # ------------------------------------------------------------------ where it stands
+
+    def _densities(self) -> list[tuple[Constraint, float]]:
+        """Each constraint with its expected density; empty before the first fit."""
+        return [(c, float(c.density(self.aux))) for c in self._constraints] if self.aux else []
+
+    @property
+    def at_target(self) -> bool:
+        found = self._densities()
+        return bool(found) and all(density <= c.target + TOLERANCE for c, density in found)
+
+    def shortfall(self) -> str:
+        worst, density = max(self._densities(), key=lambda pair: pair[1] - pair[0].target)
+        where = worst.names[0] if self.constraint == "layer" else "the model"
+        return (
+            f"{type(self).__name__} ended at an expected density of {density:.4f} in {where}, above its target of "
+            f"{worst.target:.4f}: the multipliers had too little time. Train longer, or raise dual_lr= (now {self.dual_lr:g})."
+        )
+
+    @property
+    def _labels(self) -> list[str]:
+        """What the constraints are called in figures."""
+        return [c.names[0] if self.constraint == "layer" else f"total_{i}" if i else "total" for i, c in enumerate(self._constraints)]
+
+    def outcome(self) -> dict[str, str]:
+        densities = list(self._densities())  # none before the first fit
+        found = {label: f"{d:.4f} (target {c.target:g})" for label, (c, d) in zip(self._labels, densities, strict=False)}
+        lines = [f"{name} {text}" if len(found) > 1 else text for name, text in found.items()]
+        return {"expected density": "\n".join(lines)} if lines else {}
+
+    def figures(self) -> dict[str, float]:
+        """Multipliers (of the model: ``total``, with an index for each further optimizer), and for each layer and in all the share of
+        parameters that is expected behind open gates, and the share that is left when those with a closed median are purged."""
+        if not self.aux:
+            return {}
+        expected = {n: float(gates.mean_open(self._log_alpha(n))) for n in self._tied}
+        purged = {n: self.store.active[n] / self.store.size(n) for n in self._tied}
+        shares = self._shares(list(self._tied))
+        found = {f"l0/multiplier/{k}": float(self.aux[c.key]) for k, c in zip(self._labels, self._constraints, strict=True)}
+        for kind, of in (("expected", expected), ("purged", purged)):
+            found |= {f"l0/{kind}/{n}": v for n, v in of.items()} | {f"l0/{kind}/total": sum(v * shares[n] for n, v in of.items())}
+        return found
+
+
+def _plain(value: Densities) -> Densities:
+    return dict(value) if isinstance(value, Mapping) else value

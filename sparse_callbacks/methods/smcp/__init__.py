@@ -1,0 +1,5 @@
+"""SMCP and the knapsack that shares out its budget."""
+
+from sparse_callbacks.methods.smcp.smcp import SMCP
+
+__all__ = ["SMCP"]

@@ -1,0 +1,53 @@
+"""Best checkpoint and early stopping that count only epochs at target sparsity."""
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+
+from sparse_callbacks.lightning.callback import SparsityCallback
+
+
+def sparsity_callbacks(trainer: pl.Trainer) -> list[SparsityCallback]:
+    """The trainer's sparsity callbacks; a dense run has none."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by one of its connectors
+    return [callback for callback in callbacks if isinstance(callback, SparsityCallback)]
+
+
+def at_target(trainer: pl.Trainer) -> bool:
+    """Whether every sparsity callback has reached its target; a dense run has none to reach."""
+    return all(callback.at_target for callback in sparsity_callbacks(trainer))
+
+
+class BestAtTarget(ModelCheckpoint):
+    """Keeps the checkpoint of the best epoch at target: with gradual pruning the best of all is a dense one."""
+
+    only_at_target = True
+
+    def __init__(self, dirpath: str, monitor: str = "val/acc", mode: str = "max") -> None:
+        super().__init__(
+            dirpath,
+            filename="best",
+            monitor=monitor,
+            mode=mode,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # without validation in this epoch there is nothing to compare
+        if at_target(trainer) and self.monitor in trainer.callback_metrics:
+            super().on_train_epoch_end(trainer, pl_module)
+
+
+class EarlyStoppingAtTarget(EarlyStopping):
+    """Stops after `patience` validated epochs at target without a better value."""
+
+    only_at_target = True
+
+    def __init__(self, patience: int, monitor: str = "val/acc", mode: str = "max") -> None:
+        if patience < 1:
+            raise ValueError(f"early_stopping={patience} is no number of epochs to wait. Give 1 or more, or null for none.")
+        super().__init__(monitor, patience=patience, mode=mode, check_on_train_epoch_end=True)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if at_target(trainer):
+            super().on_train_epoch_end(trainer, pl_module)

@@ -1,0 +1,156 @@
+"""Classification sets held in memory, and those of images: scikit-learn's digits, MNIST, Fashion-MNIST and CIFAR-10."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from sparse_callbacks.tasks.data.loaders import Loader, Samples
+
+# torchvision's class, mean and standard deviation per channel of the training set, in units of images in 0..1
+SETS: dict[str, tuple[str, tuple[float, ...], tuple[float, ...]]] = {
+    "mnist": ("MNIST", (0.1307,), (0.3081,)),
+    "fashion_mnist": ("FashionMNIST", (0.2860,), (0.3530,)),
+    "cifar10": ("CIFAR10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+}
+
+
+class MemoryData(pl.LightningDataModule):
+    """Three sets of samples with their loaders; `seed` moves the order, never the split.
+
+    Args:
+        train, val, test: the samples.
+        num_classes: labels are 0..num_classes - 1.
+        mean, std: per channel or feature, or one for all; in units of images scaled to 0..1.
+        batch_size: per process and step.
+        seed: of order and augmentation.
+        shuffle: a new order of the training samples each epoch; without it the order of the training set, in every epoch.
+
+    Raises:
+        ValueError: a batch of nothing.
+    """
+
+    augment = False
+
+    def __init__(
+        self,
+        train: Samples,
+        val: Samples,
+        test: Samples,
+        *,
+        num_classes: int,
+        mean: tuple[float, ...] = (0.0,),
+        std: tuple[float, ...] = (1.0,),
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"data.batch_size={batch_size} is no batch. Give 1 or more, e.g. data.batch_size=100.")
+        self.train, self.val, self.test = train, val, test
+        self.num_classes, self.batch_size, self.seed, self.shuffle = num_classes, batch_size, seed, shuffle
+        self.mean, self.std = torch.tensor(mean), torch.tensor(std)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of one sample: (channels, height, width) or (features,)."""
+        return tuple(self.train.inputs.shape[1:])
+
+    def train_dataloader(self) -> Loader:
+        return self._loader(self.train, self.batch_size, shuffle=self.shuffle, even=True, augment=self.augment)
+
+    def val_dataloader(self) -> Loader:
+        return self._loader(self.val, self._evaluated_at_once)
+
+    def test_dataloader(self) -> Loader:
+        return self._loader(self.test, self._evaluated_at_once)
+
+    @property
+    def _evaluated_at_once(self) -> int:
+        # evaluation keeps no graph, so larger batches cost nothing there
+        return max(self.batch_size, 500)
+
+    def _loader(self, samples: Samples, size: int, **options: Any) -> Loader:
+        return Loader(samples, size, mean=self.mean, std=self.std, seed=self.seed, **options, **_share(self.trainer))
+
+
+def _share(trainer: Any) -> dict[str, Any]:
+    """`rank` and `world_size` of a loader: each process has all the data where the trainer distributes none."""
+    if trainer is None or not trainer._accelerator_connector.use_distributed_sampler:
+        return {"rank": 0, "world_size": 1}
+    return {"rank": trainer.global_rank, "world_size": trainer.world_size}
+
+
+class ImageData(MemoryData):
+    """Images; `augment` crops and flips those of the training set."""
+
+    def __init__(self, train: Samples, val: Samples, test: Samples, *, augment: bool = False, **options: Any) -> None:
+        super().__init__(train, val, test, **options)
+        self.augment = augment
+
+
+def digits(batch_size: int = 32, seed: int = 0, val_fraction: float = 0.15, test_fraction: float = 0.25) -> ImageData:
+    """scikit-learn's 1,797 real handwritten digits, 1 x 8 x 8: nothing to download; one fixed stratified split."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    source = load_digits()
+    everything = Samples(torch.tensor(source.images / 16.0, dtype=torch.float32)[:, None], torch.tensor(source.target))
+    rest, test = train_test_split(np.arange(len(everything)), test_size=test_fraction, stratify=source.target, random_state=0)
+    share = val_fraction / (1.0 - test_fraction)
+    train, val = train_test_split(rest, test_size=share, stratify=source.target[rest], random_state=0)
+    parts = (everything.take(torch.as_tensor(np.sort(part))) for part in (train, val, test))
+    return ImageData(*parts, num_classes=10, mean=(0.305,), std=(0.376,), batch_size=batch_size, seed=seed)
+
+
+def torchvision_set(
+    name: str,
+    root: str = "data",
+    download: bool = False,
+    batch_size: int = 100,
+    seed: int = 0,
+    val_count: int = 5000,
+    augment: bool = False,
+) -> ImageData:
+    """MNIST, Fashion-MNIST or CIFAR-10 from torchvision's files; `val_count` training images, always the same, validate.
+
+    Raises:
+        FileNotFoundError: the files are not there, or the download failed.
+        ValueError: an unknown name, or a `val_count` that leaves no training images.
+    """
+    if name not in SETS:
+        raise ValueError(f"data.name={name!r} is not known. Known sets: {', '.join(SETS)}.")
+    _, mean, std = SETS[name]
+    everything, test = (_read(name, root, download, train) for train in (True, False))
+    if not 0 < val_count < len(everything):
+        raise ValueError(
+            f"data.val_count={val_count} does not leave both training and validation images of {len(everything)}. "
+            "Give e.g. data.val_count=5000."
+        )
+    order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))
+    val, train = (everything.take(part.sort().values) for part in (order[:val_count], order[val_count:]))
+    return ImageData(train, val, test, num_classes=10, mean=mean, std=std, batch_size=batch_size, seed=seed, augment=augment)
+
+
+def _read(name: str, root: str, download: bool, train: bool) -> Samples:
+    from torchvision import datasets
+
+    try:
+        source = getattr(datasets, SETS[name][0])(root, train=train, download=download)
+    except (RuntimeError, OSError) as error:
+        reason = f"the download failed ({error})" if download else "its files are not there"
+        raise FileNotFoundError(
+            f"data={name}: cannot read the set from {Path(root).resolve()}, because {reason}. "
+            "Say where it lies with data.root=FOLDER, or let torchvision fetch it with data.download=true; "
+            "data=digits needs no files."
+        ) from None
+    return Samples(_channels_first(torch.as_tensor(source.data)), torch.as_tensor(source.targets))
+
+
+def _channels_first(images: Tensor) -> Tensor:
+    """uint8 [n, height, width] or [n, height, width, channels] as [n, channels, height, width]."""
+    return images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,396 @@
+"""Channel groups: what shares a channel, what has to stay and why, and a model that is left as it was."""
+
+import copy
+import sys
+
+import pytest
+import support.channel_nets as nets
+import torch
+from support.channel_nets import IMAGE, made
+from support.contract_support import differences, structure
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sparse_callbacks.channels.groups import Group, channel_groups
+from sparse_callbacks.channels.trace import Trace
+
+OUTPUTS = "these are outputs of the network"
+
+
+def groups_of(net: nn.Module, shape: tuple[int, ...] = IMAGE, **options: object) -> dict[str, Group]:
+    return {g.name: g for g in channel_groups(net, torch.zeros(shape), **options)}
+
+
+def parts(group: Group) -> tuple[list[str], list[str], list[str]]:
+    """Parameters of producers, consumers and followers."""
+    return tuple(sorted(m.parameter for m in side) for side in (group.producers, group.consumers, group.followers))
+
+
+def test_a_residual_sum_makes_one_group() -> None:
+    found = groups_of(made(nets.Residual))
+    assert {n: (g.size, g.reason) for n, g in found.items()} == {"stem": (8, ""), "inner": (6, ""), "head": (5, OUTPUTS)}
+    assert parts(found["stem"]) == (["outer.weight", "stem.weight"], ["head.weight", "inner.weight"], ["norm.weight"])
+    assert parts(found["inner"]) == (["inner.weight"], ["outer.weight"], [])
+    assert all(m.units.tolist() == list(range(8)) for m in found["stem"].members)
+
+
+def test_channels_move_through_a_padding_and_what_it_adds_has_to_stay() -> None:
+    found = groups_of(made(nets.Padded))
+    assert {n: (g.size, g.reason) for n, g in found.items()} == {
+        "stem": (6, ""), "inner": (4, ""), "outer": (3, "meets a padding of channels, whose width the model fixes"), "head.2": (5, OUTPUTS)
+    }  # fmt: skip
+    stem = found["stem"]
+    assert parts(stem) == (["outer.weight", "stem.weight"], ["head.2.weight", "inner.weight"], ["norm.weight"])
+    units = {m.parameter: m.units.tolist() for m in stem.members}
+    assert units["outer.weight"] == [-1, -1, 0, 1, 2, 3, 4, 5, -1]
+    assert units["head.2.weight"] == [u for u in units["outer.weight"] for _ in range(4)]
+    assert units["stem.weight"] == units["inner.weight"] == units["norm.weight"] == [0, 1, 2, 3, 4, 5]
+    assert groups_of(made(nets.Cropped))["first"].reason == "runs into a crop of channels"
+
+
+def test_a_concatenation_gives_offsets() -> None:
+    found = groups_of(made(nets.Concat))
+    (head,), (norm,) = found["b"].consumers, found["b"].followers
+    assert (head.parameter, head.dim) == ("head.weight", 1)
+    assert head.units.tolist() == norm.units.tolist() == [-1] * 4 + [0, 1, 2, 3, 4, 5]
+    assert found["a"].consumers[0].units.tolist() == [0, 1, 2, 3] + [-1] * 6
+    keep = torch.tensor([1, 0, 1, 1, 0, 1]).bool()
+    assert found["b"].masks(made(nets.Concat), keep)["head.weight"].shape == (1, 10, 1, 1)
+    assert head.kept(keep).int().tolist() == [1, 1, 1, 1, 1, 0, 1, 1, 0, 1]
+
+
+def test_squeeze_excite_reads_and_scales_the_channels_of_a_depthwise_convolution() -> None:
+    found = groups_of(made(nets.SqueezeExcite))
+    assert parts(found["expand.0"]) == (
+        ["expand.0.weight", "up.weight"], ["down.weight", "project.weight"], ["depthwise.0.weight", "depthwise.1.weight", "expand.1.weight"]
+    )  # fmt: skip
+    assert parts(found["down"]) == (["down.weight"], ["up.weight"], [])
+
+
+def test_flattening_gives_every_channel_several_inputs() -> None:
+    found = groups_of(made(nets.flattened))
+    assert found["0"].consumers[0].units.tolist() == [c for c in range(6) for _ in range(4)]
+    mask = found["0"].masks(made(nets.flattened), torch.arange(6) > 1)["4.weight"]
+    assert mask.shape == (1, 24)
+    assert mask[0].int().tolist() == [0] * 8 + [1] * 16
+
+
+def test_a_grouped_convolution_ties_the_channels_with_the_same_place_in_its_groups() -> None:
+    found = groups_of(made(nets.grouped))
+    first, second = found["0"], found["3"]
+    assert first.size == 6
+    assert first.producers[0].units.tolist() == first.followers[0].units.tolist() == [0, 1, 2, 3, 4, 5] * 2
+    assert first.consumers[0].units.tolist() == [0, 1, 2, 3, 4, 5]  # the weight is [8, 6, 3, 3]
+    assert second.size == 4
+    assert second.producers[0].units.tolist() == second.consumers[0].units.tolist() == [0, 1, 2, 3] * 2
+
+
+def test_a_grouped_convolution_ties_the_branches_of_a_concatenation() -> None:
+    found = groups_of(made(nets.Joined))
+    assert {n: (g.size, g.reason) for n, g in found.items()} == {"a": (2, ""), "b": (4, ""), "groups": (3, ""), "head": (4, OUTPUTS)}
+    assert {m.parameter: m.units.tolist() for m in found["a"].members} == {  # channels 0, 1 of the concatenation, and 6, 7
+        "a.weight": [0, 1], "c.weight": [0, 1] + [-1] * 4, "norm.weight": [0, 1, -1, -1, -1, -1] * 2, "groups.weight": [0, 1] + [-1] * 4
+    }  # fmt: skip
+    assert [p.units.tolist() for p in found["b"].producers if p.module == "c"] == [[-1, -1, 0, 1, 2, 3]]
+
+
+def test_what_runs_in_train_mode_only_is_followed() -> None:
+    net = made(nets.Auxiliary).train()
+    found = groups_of(net)
+    assert parts(found["first"]) == (["first.weight"], ["aside.conv.weight", "second.weight"], ["norm.weight"])
+    assert parts(found["aside.conv"]) == (["aside.conv.weight"], ["aside.head.weight"], [])
+    assert {n for n, g in found.items() if g.reason == OUTPUTS} == {"head", "aside.head"}
+    assert all(m.training for m in net.modules())
+    assert groups_of(made(nets.Auxiliary), exclude="aside.conv")["first"].reason == "aside.conv is excluded"
+
+
+class Picky(nets.Auxiliary):
+    """In train mode it takes no small images, as an auxiliary head behind a large kernel."""
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if self.training and x.shape[-1] < 9:
+            raise RuntimeError("too small")
+        return super().forward(x)
+
+
+def test_branches_that_fail_in_train_mode_stay_unknown() -> None:
+    assert groups_of(made(Picky), (1, 3, 8, 8))["aside.conv"].reason.startswith("not found in the trace")
+    assert not groups_of(made(Picky), (1, 3, 9, 9))["aside.conv"].reason
+
+
+def test_time_runs_on_in_the_second_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    begins: list[float | None] = []
+    original = Trace.__init__
+
+    def counted(self: Trace, model: nn.Module, x: object, seconds: float, branches: object = (), begin: float | None = None) -> None:
+        begins.append(begin)
+        original(self, model, x, seconds, branches, begin)
+
+    monkeypatch.setattr(Trace, "__init__", counted)
+    groups_of(made(nets.Auxiliary))
+    assert begins[0] is None
+    assert isinstance(begins[1], float)
+
+
+def test_transposed_convolutions_store_their_inputs_first() -> None:
+    found = groups_of(made(nets.transposed))
+    assert [(c.dim, c.units.tolist()) for c in found["0"].consumers] == [(0, [0, 1, 2, 3] * 2)]
+    assert [(p.dim, p.units.tolist()) for p in found["2"].producers] == [(1, [0, 1, 2, 3, 4, 5])]
+    assert [(c.dim, c.units.tolist()) for c in found["2"].consumers] == [(0, [0, 1, 2, 3, 4, 5] * 2)]
+
+
+def test_parameters_with_an_entry_for_each_channel_follow_and_shared_ones_do_not() -> None:
+    assert parts(groups_of(made(nets.Scaled))["first"]) == (["first.weight"], ["last.weight"], ["scale", "slopes.weight"])
+
+
+def test_reused_layers_and_layers_of_another_class_are_fine() -> None:
+    found = groups_of(made(nets.Reused))
+    assert parts(found["first"]) == (["first.weight", "twice.weight"], ["head.weight", "twice.weight"], [])
+    assert [g.reason for g in channel_groups(nn.Sequential(nets.Kernel(3, 4, 1), nets.Kernel(4, 2, 1)), torch.zeros(IMAGE))] == [
+        "",
+        OUTPUTS,
+    ]
+
+
+def test_the_halves_of_a_chunk_that_meet_are_one_unit() -> None:
+    found = groups_of(made(nets.Chunked))
+    assert found["both"].size == 8
+    assert found["both"].producers[0].units.tolist() == list(range(8)) * 2
+
+
+def test_the_parts_of_a_chunk_stay_equally_large() -> None:
+    found = groups_of(made(nets.Split))
+    assert found["both"].size == 8
+    assert {m.parameter: m.units.tolist() for m in found["both"].members} == {
+        "both.weight": list(range(8)) * 2, "branch.weight": list(range(8)), "head.weight": list(range(8)) + [-1] * 6
+    }  # fmt: skip
+
+
+def test_the_units_of_a_transformers_mlp_are_channels() -> None:
+    found = groups_of(made(nets.Transformer), (2, 4, 6))
+    assert {n for n, g in found.items() if not g.reason} == {"up"}
+    assert parts(found["up"]) == (["up.weight"], ["down.weight"], [])
+    assert found["down"].reason == "shares channels with the network's input"
+    assert found["attention.out_proj"].reason.startswith("not found in the trace")
+
+
+# ---------------------------------------------------------------------- what has to stay
+
+
+class Lonely(nn.Module):
+    """Layers around an operation of the user's."""
+
+    def __init__(self, operation: object) -> None:
+        super().__init__()
+        self.first, self.operation, self.last = nn.Conv2d(3, 4, 1), operation, nn.Conv2d(4, 2, 1)
+        self.unused = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.operation(self.first(x)))
+
+
+class OwnKernel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(4, 4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.conv2d(x, self.kernel)
+
+
+@pytest.mark.parametrize(
+    ("operation", "reason"),
+    [
+        (nn.GroupNorm(2, 4), "runs into operation (GroupNorm), of which no single channels can be removed"),
+        (nn.Softmax(1), "runs into Softmax, which is not known to keep channels apart"),
+        (OwnKernel(), "runs into Convolution, which is not known to keep channels apart"),
+        (nn.Conv2d(4, 2, 1, groups=2), "operation: a grouped convolution with several inputs and one output in each group"),
+        (nn.Conv2d(4, 8, 1, groups=4), "a single unit: grouped convolutions or chunks tie all the channels"),
+        (nn.InstanceNorm2d(4), "runs into NativeBatchNorm, which is not known to keep channels apart"),
+        (nn.LayerNorm([4, 8, 8]), "runs into operation (LayerNorm), of which no single channels can be removed"),
+    ],
+    ids=str,
+)
+def test_what_ties_channels_is_named(operation: object, reason: str) -> None:
+    net = Lonely(operation)
+    if isinstance(operation, nn.Conv2d):
+        net.last = nn.Conv2d(operation.out_channels, 2, 1)
+    found = groups_of(net)
+    assert found["first"].reason == reason
+    assert found["unused"].reason == "not found in the trace: never called there, or without gradients"
+
+
+def test_channels_that_no_layer_reads_stay() -> None:
+    class Side(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.side, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x)) * self.side(x).mean(1, keepdim=True)
+
+    assert groups_of(Side())["side"].reason == "these are outputs of the network"
+
+
+class FromInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x + self.first(x))
+
+
+def test_the_input_of_the_network_is_never_cut() -> None:
+    assert groups_of(FromInput())["first"].reason == "shares channels with the network's input"
+
+
+def test_frozen_layers_and_parameters_are_seen() -> None:
+    net = made(nets.Scaled).requires_grad_(False)
+    assert parts(groups_of(net)["first"]) == (["first.weight"], ["last.weight"], ["scale", "slopes.weight"])
+    assert not any(p.requires_grad for p in net.parameters())
+
+
+@pytest.mark.parametrize("exclude", ["inner", "inner.weight", ["inn*"]])
+def test_excluded_layers_keep_their_inputs_and_outputs(exclude: object) -> None:
+    found = groups_of(made(nets.Residual), exclude=exclude)
+    assert found["stem"].reason == found["inner"].reason == "inner is excluded"
+
+
+def test_a_glob_that_matches_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"exclude='foo\*' matches no module and no parameter. There are for example stem"):
+        groups_of(made(nets.Residual), exclude="foo*")
+
+
+def test_tied_and_computed_weights_stay() -> None:
+    tied = made(nets.Reused)
+    tied.head = nn.Conv2d(8, 8, 1)
+    tied.head.weight = tied.twice.weight
+    assert groups_of(tied)["first"].reason == "head.weight and twice.weight are one parameter"
+    computed = made(nets.Residual)
+    nn.utils.parametrizations.weight_norm(computed.inner)
+    assert {g.reason for g in channel_groups(computed, torch.zeros(IMAGE)) if "parametrized" in g.reason}
+
+
+# ---------------------------------------------------------------------- how it looks
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    net = made(nets.Residual)
+    net.train()
+    net.inner.eval()
+    net.stem.weight.requires_grad = False
+    before, values, random = structure(net), copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    modes = [m.training for m in net.modules()]
+    with torch.no_grad():
+        assert not groups_of(net)["stem"].reason
+    assert differences(before, structure(net)) == []
+    assert differences(values, net.state_dict()) == []
+    assert [m.training for m in net.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(p.grad is None for p in net.parameters())
+    with pytest.raises(ValueError, match="Residual cannot be traced"):
+        channel_groups(net, torch.zeros(2, 5, 8, 8))
+    assert [m.training for m in net.modules()] == modes
+    assert not net.stem.weight.requires_grad
+
+
+class Stored(nn.Module):
+    """It keeps a tensor of every pass, and counts them in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        self.middle = self.first(x).relu()
+        return self.last(self.middle)
+
+
+def test_what_a_pass_writes_is_written_to_a_copy() -> None:
+    net = Stored()
+    assert not groups_of(net, (2, 4))["first"].reason
+    assert net.passes == 0
+    assert not hasattr(net, "middle")
+    copy.deepcopy(net)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
+def test_a_failed_search_leaves_no_hooks(seconds: float) -> None:
+    net = made(nets.Residual)
+    with pytest.raises((ValueError, TimeoutError)):
+        channel_groups(net, torch.zeros(2, 5, 8, 8), seconds=seconds)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+def pruned() -> nn.Module:
+    net = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
+    torch.nn.utils.prune.l1_unstructured(net[0], "weight", 0.5)
+    return net
+
+
+def stored() -> nn.Module:
+    net = Stored()
+    net(torch.zeros(2, 4))
+    return net
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (pruned, r"Sequential cannot be copied \(RuntimeError: .*0.weight_orig is of torch.nn.utils.prune or weight_norm: call prune.r"),
+        (stored, r"Stored cannot be copied \(RuntimeError: .*Detach, or delete, the tensors that its forward pass or its hooks store"),
+        (lambda: torch.jit.script(nn.Linear(4, 2)), "This is a ScriptModule, whose layers cannot be replaced. Give the module that it"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_models_that_cannot_be_copied_are_refused(build: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        groups_of(build(), (2, 4))
+
+
+def test_inference_mode_is_left_alone() -> None:
+    net = made(nets.Residual)
+    with torch.inference_mode():
+        assert not groups_of(net)["stem"].reason
+        assert torch.is_inference_mode_enabled()
+    assert not net.stem.weight.is_inference()
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        return {"y": self.last(self.first(x) * scale)}
+
+
+@pytest.mark.parametrize("given", [(torch.zeros(1, 4), torch.ones(1)), {"scale": torch.ones(1), "x": torch.zeros(1, 4)}], ids=type)
+def test_inputs_may_be_several_and_outputs_a_dictionary(given: object) -> None:
+    first, last = channel_groups(Named(), given)
+    assert (first.name, last.reason) == ("first", OUTPUTS)
+
+
+@pytest.mark.parametrize("during", ["tracing", "walking"])
+def test_a_search_that_takes_too_long_is_given_up(during: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = made(nets.Residual)
+    layers = Trace.layers
+
+    def late(trace: Trace) -> list[str]:
+        assert during == "walking", "the limit holds while the graph is built"
+        trace._deadline = 0.0
+        return layers(trace)
+
+    monkeypatch.setattr(Trace, "layers", late)
+    with pytest.raises(TimeoutError, match=r"took more than \S+ s. Give a smaller example_input, a longer seconds="):
+        groups_of(net, seconds=0.0 if during == "tracing" else 60.0)
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_without_torch_pruning_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    with pytest.raises(ImportError, match=r"torch-pruning is needed here .* pip install 'sparse-callbacks\[channels\]'"):
+        groups_of(made(nets.Residual))

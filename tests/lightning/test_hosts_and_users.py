@@ -1,0 +1,262 @@
+"""What users and Lightning's own helpers do around a callback: clipping by value, hooks that read gradients, tuners, pickle."""
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import Callback
+from pytorch_lightning import callbacks as lightning_callbacks
+from support.core_rig import Regression, fit, loader, mlp, sgd, snapshot, trainer
+from torch import nn
+
+from sparse_callbacks import GMP, SET, SNFS, RigL, Static
+from sparse_callbacks.core.weights import MaskStore
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+METHODS = [RigL, SET, SNFS, GMP, Static]
+
+
+def made(make: Any, **options: Any) -> Any:
+    return make(0.5, print_plan=False, **({} if make is Static else {"every": 2, "stop": 8}), **options)
+
+
+class ReadsGradients(Regression):
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.norms = [p.grad.norm() for p in self.parameters()]
+
+    def configure_gradient_clipping(self, optimizer: Any, **options: Any) -> None:
+        assert all(p.grad is not None for p in self.parameters())
+        self.clip_gradients(optimizer, **options)
+
+
+class Reads(Callback):
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        assert all(p.grad is not None for p in module.parameters())
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_an_update_leaves_gradients_to_whoever_reads_them(algorithm: str, tmp_path: Path) -> None:
+    callback, plain = made(RigL), made(RigL)
+    module = ReadsGradients()
+    fit(tmp_path, [callback, Reads()], module, 8, gradient_clip_val=0.5, gradient_clip_algorithm=algorithm)
+    other = Regression()
+    fit(tmp_path, plain, other, 8, gradient_clip_val=0.5, gradient_clip_algorithm=algorithm)
+    assert callback.updates == plain.updates > 1
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True))
+    assert "configure_gradient_clipping" not in vars(module)
+
+
+def test_a_hook_that_raises_at_an_update_leaves_nothing_in_the_module(tmp_path: Path) -> None:
+    class Raises(Regression):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            raise RuntimeError("theirs")
+
+    callback, module = made(RigL), Raises()
+    with pytest.raises(RuntimeError, match="theirs"):
+        fit(tmp_path, callback, module, 4)
+    assert "configure_gradient_clipping" not in vars(module)
+    assert not callback._handles
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("make", METHODS, ids=lambda m: m.__name__)
+def test_an_inf_at_a_pruned_weight_harms_nobody(make: Any, clip: float | None, tmp_path: Path) -> None:
+    callback = made(make)
+
+    class Poison(Callback):
+        def on_after_backward(self, trainer: Any, module: Any) -> None:
+            if trainer.global_step == 3:
+                for name, mask in callback.masks.items():
+                    callback.params[name].grad[~mask] = torch.inf
+
+    module = Regression()
+    fit(tmp_path, [callback, Poison()], module, 6, gradient_clip_val=clip)
+    for name, p in module.named_parameters():
+        assert p.isfinite().all(), name
+    assert all((callback.params[n][~m] == 0).all() for n, m in callback.masks.items())
+
+
+@pytest.mark.parametrize("make", METHODS, ids=lambda m: m.__name__)
+def test_a_callback_can_be_pickled_and_copied(make: Any, tmp_path: Path) -> None:
+    callback = made(make)
+    assert repr(pickle.loads(pickle.dumps(callback))) == repr(callback)
+    fit(tmp_path, callback, Regression(), 4)
+    for twin in (pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback)):
+        assert all(torch.equal(m, twin.masks[n]) for n, m in callback.masks.items())
+        assert twin.step == callback.step
+        fit(tmp_path, twin, Regression(), 4)
+
+
+def test_a_layer_frozen_between_two_fits_leaves_the_masks_of_the_others(tmp_path: Path) -> None:
+    callback, module = made(Static), Regression()
+    fit(tmp_path, callback, module, 4)
+    before = snapshot(callback)
+    names = list(before)
+    dict(module.named_parameters())[names[0]].requires_grad_(False)
+    fit(tmp_path, callback, module, 4)
+    assert list(callback.masks) == names[1:]
+    assert all(torch.equal(callback.masks[n], before[n]) for n in names[1:])
+
+
+def test_a_layer_of_another_shape_gets_a_new_mask(tmp_path: Path) -> None:
+    callback, module = made(RigL), Regression()
+    fit(tmp_path, callback, module, 4)
+    before = snapshot(callback)
+    last = list(before)[-1]
+    owner = module.get_submodule(last.rpartition(".")[0])
+    owner.weight = nn.Parameter(torch.randn(owner.weight.shape[0], owner.weight.shape[1] * 2))
+    with pytest.raises(RuntimeError):  # the network itself no longer fits together: only the masks are looked at
+        fit(tmp_path, callback, module, 4)
+    assert callback.masks[last].shape == owner.weight.shape
+    assert all(torch.equal(callback.masks[n], before[n]) for n in before if n != last)
+
+
+def test_weights_from_elsewhere_are_not_cut_by_old_masks(tmp_path: Path) -> None:
+    callback, module = made(RigL), Regression()
+    fit(tmp_path, callback, module, 4)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(1.0)
+    weights = {n: p.clone() for n, p in module.named_parameters()}
+    message = r"hold weights that the masks of the last fit would cut.*Resume with ckpt_path=.*fresh_start=True"
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, callback, module, 4)
+    assert all(torch.equal(p, weights[n]) for n, p in module.named_parameters())
+    anew = made(RigL, fresh_start=True)
+    fit(tmp_path, anew, module, 4)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(1.0)
+    fit(tmp_path, anew, module, 4)
+    assert anew.step < 4 == anew.step + anew.updates
+
+
+def test_the_same_callback_and_module_resume_from_an_earlier_checkpoint(tmp_path: Path) -> None:
+    callback, module = made(RigL), Regression()
+    fit(tmp_path, callback, module, 4).save_checkpoint(tmp_path / "early.ckpt")
+    early = snapshot(callback)
+    fit(tmp_path, callback, module, 6)
+    assert any(not torch.equal(m, early[n]) for n, m in callback.masks.items())
+    starts = []
+    watch = lightning_callbacks.LambdaCallback(on_train_start=lambda *_: starts.append(snapshot(callback)))
+    trainer(tmp_path, [callback, watch], max_steps=8).fit(module, loader(8), ckpt_path=tmp_path / "early.ckpt")
+    assert all(torch.equal(m, starts[0][n]) for n, m in early.items())
+
+
+def test_a_second_run_past_the_calendar_is_warned_about(tmp_path: Path) -> None:
+    callback, module = made(RigL), Regression()
+    fit(tmp_path, callback, module, 20)
+    with pytest.warns(UserWarning, match=r"RigL will not move a mask in this run: \d+ steps were counted before.*fresh_start=True"):
+        fit(tmp_path, callback, module, 6)
+
+
+def test_a_run_that_ends_before_its_first_update_is_warned_about(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"RigL will not move a mask in this run: the first would be at step 50, after the run's 6"):
+        fit(tmp_path, RigL(0.5, every=2, start=50, stop=60), Regression(), 6)
+
+
+def test_the_learning_rate_finder_runs_beside_a_callback(tmp_path: Path) -> None:
+    class Rated(Regression):
+        lr = 0.01
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+    for callback in (made(RigL), made(Static)):
+        finder = lightning_callbacks.LearningRateFinder(num_training_steps=6)
+        trainer(tmp_path, [callback, finder], max_epochs=2).fit(Rated(), loader(8))
+        assert all((callback.params[n][~m] == 0).all() for n, m in callback.masks.items())
+
+
+def test_a_layer_that_is_thawed_during_the_run_is_spoken_of(tmp_path: Path) -> None:
+    class Thaws(Callback):
+        def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+            if trainer.current_epoch == 1:
+                module.net[0].requires_grad_(True)
+
+    module = Regression()
+    module.net[0].requires_grad_(False)
+    callback = made(Static)
+    with pytest.warns(UserWarning, match=r"Static leaves net\.0\.weight dense: they were frozen or in no optimizer when fit started"):
+        trainer(tmp_path, [Thaws(), callback], max_epochs=3).fit(module, loader(2))
+    assert "net.0.weight" not in callback.masks
+
+
+def test_sparse_embedding_gradients_are_refused(tmp_path: Path) -> None:
+    class Words(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(5, 4, sparse=True)
+
+    with pytest.raises(ValueError, match=r"words is an embedding with sparse=True.*Use sparse=False, or leave it out of include="):
+        fit(tmp_path, made(Static, include=["words.weight"]), Words(), 2)
+
+
+@pytest.mark.parametrize("glob", ["attention.in_proj_weight", "*in_proj_weight", "attention.in_proj*"])
+def test_a_distribution_names_stacked_weights_like_others(glob: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.head = nn.MultiheadAttention(8, 2), nn.Linear(8, 8)
+
+    plan = Static(0.75, distribution={glob: 0.5}).plan(Net())
+    assert plan["attention.in_proj_weight"].sparsity == 0.5
+    assert plan["head.weight"].sparsity == 0.75
+    one = Static(0.75, distribution={"attention.in_proj_weight[0]": 0.5}).plan(Net())
+    assert one["attention.in_proj_weight"].zeros == 32 + 48 + 48
+
+
+def test_a_compiled_module_has_the_plan_of_the_plain_one() -> None:
+    module = mlp(4, 8, 2)
+    assert str(Static(0.5).plan(torch.compile(module))) == str(Static(0.5).plan(module))
+
+
+def test_a_resumed_run_needs_the_checkpoint_of_its_mask_no_more(tmp_path: Path) -> None:
+    source = tmp_path / "source.pt"
+    pruned = Regression()
+    with torch.no_grad():
+        for p in pruned.parameters():
+            p.mul_(torch.rand(p.shape) > 0.5)
+    torch.save(pruned.state_dict(), source)
+    module = Regression()
+    module.load_state_dict(pruned.state_dict())
+    callback = Static(from_checkpoint=source, print_plan=False)
+    fit(tmp_path, callback, module, 4).save_checkpoint(tmp_path / "middle.ckpt")
+    source.unlink()
+    resumed = Static(from_checkpoint=tmp_path / "moved.pt", print_plan=False)
+    trainer(tmp_path, resumed, max_steps=8).fit(Regression(), loader(8), ckpt_path=tmp_path / "middle.ckpt")
+    assert all(torch.equal(m, resumed.masks[n]) for n, m in callback.masks.items())
+
+
+def test_clearing_gradients_in_place_between_backwards_is_no_accumulation(tmp_path: Path) -> None:
+    """A GAN whose other loss leaks into these parameters: what zero_grad clears must not come back at an update."""
+
+    class Leaks(Regression):
+        def __init__(self, set_to_none: bool) -> None:
+            super().__init__(configure=sgd)
+            self.automatic_optimization, self.set_to_none = False, set_to_none
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            self.manual_backward(3 * super().training_step(batch, batch_idx))
+            optimizer.zero_grad(set_to_none=self.set_to_none)
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=self.set_to_none)
+
+    found = []
+    for set_to_none in (True, False):
+        callback = made(RigL)
+        fit(tmp_path, callback, Leaks(set_to_none), 8)
+        found.append(callback.masks)
+    assert all(torch.equal(m, found[1][n]) for n, m in found[0].items())
+
+
+def test_masks_fill_where_a_product_would_not_be_zero() -> None:
+    p = nn.Parameter(torch.tensor([1.0, torch.inf, torch.nan]))
+    store = MaskStore({"p": p}, {}, {"p": torch.tensor([True, False, False])})
+    store.apply(["p"], finite=False)
+    assert p.tolist() == [1.0, 0.0, 0.0]

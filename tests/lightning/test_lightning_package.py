@@ -1,0 +1,68 @@
+"""The callbacks under ``lightning.pytorch``, whose Trainer, module and Callback classes are others than ``pytorch_lightning``'s."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.core_rig import loader, mlp, snapshot
+
+from sparse_callbacks import GMP, SET, SNFS, RigL, SparsityCallback, Static
+
+lightning = pytest.importorskip("lightning.pytorch")
+
+
+class Task(lightning.LightningModule):  # type: ignore[misc, name-defined]
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp(12, 20, 6)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        return torch.nn.functional.mse_loss(self.net(x), y)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+def made(path: Path, callbacks: list[Any], epochs: int, **options: Any) -> Any:
+    return lightning.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        default_root_dir=path, max_epochs=epochs, callbacks=callbacks, **options,
+    )  # fmt: skip
+
+
+def callback(method: Any) -> SparsityCallback:
+    times = {} if method is Static else {"every": 2, "stop": 12}
+    return method(0.6, print_plan=False, **times)
+
+
+@pytest.mark.parametrize("method", [RigL, SET, SNFS, Static, GMP], ids=lambda m: m.__name__)
+def test_fit_and_resume(method: Any, tmp_path: Path) -> None:
+    data = loader(4)
+    whole, module = callback(method), Task()
+    trainer = made(tmp_path, [whole], 3, gradient_clip_val=1.0)
+    trainer.fit(module, data)
+    assert whole.updates > 0 or method is Static
+    assert whole.at_target
+    assert float(trainer.callback_metrics["sparsity/total"]) == pytest.approx(whole.measured_sparsity()["sparsity/total"])
+    for name, mask in whole.masks.items():
+        assert not module.get_parameter(name)[~mask].any()
+
+    first = made(tmp_path, [callback(method)], 2, gradient_clip_val=1.0)
+    first.fit(Task(), data)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    assert any(method.__name__ in key for key in torch.load(tmp_path / "half.ckpt", weights_only=True)["callbacks"])
+    resumed, again = callback(method), Task()
+    torch.manual_seed(99)
+    made(tmp_path, [resumed], 3, gradient_clip_val=1.0).fit(again, data, ckpt_path=tmp_path / "half.ckpt")
+    assert all(torch.equal(m, resumed.masks[n]) for n, m in snapshot(whole).items())
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), again.parameters(), strict=True))
+    assert (resumed.step, resumed.updates) == (whole.step, whole.updates)
+
+
+def test_refusals_know_its_classes(tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    with pytest.raises(ValueError, match="EMAWeightAveraging averages weights over moving masks"):
+        made(tmp_path, [callback(RigL), EMAWeightAveraging()], 1).fit(Task(), loader(4))

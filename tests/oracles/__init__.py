@@ -1,0 +1,1 @@
+"""Tables that were worked by hand or computed by independent code, by method."""
