@@ -5,18 +5,40 @@ comes out with the same bits as on the machine that wrote the checkpoint, the re
 is reported as skipped. Masks, counters and everything else that is whole are compared exactly in either case.
 """
 
+import importlib
+import inspect
+import runpy
+import sys
 import tempfile
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fixtures.runs import FOLDER, RUNS, close, differences, end_of, fingerprint, functions, same_bits, unpacked
+from fixtures.runs import CONFIGS, FOLDER, RUNS, close, differences, end_of, fingerprint, functions, same_bits, unpacked
+from hydra.utils import get_object, instantiate
+from omegaconf import OmegaConf
 
+import sparse_callbacks
 from sparse_callbacks import Static, methods
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+CONFIGURATIONS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+# names that version 0.1.0 gave: __all__ of the package, and what its three public modules define without an underscore
+NAMES = {
+    "sparse_callbacks": """
+        CTRE DPF GMP SET SMCP SNFS ConstrainedL0 GaP ParallelGaP Plan RigL SparsityCallback Static channel_groups combine distributions
+        export_onnx horizon load_compact ops save_compact schedules slim __version__ methods""",
+    "sparse_callbacks.methods": "CTRE DPF GMP SET SMCP SNFS ConstrainedL0 GaP ParallelGaP RigL Static",
+    "sparse_callbacks.ops": """
+        zeros_for drop_count keep_largest keep_largest_jointly kth_largest drop_and_grow random_mask""",
+    "sparse_callbacks.schedules": """
+        CURVES Schedule constant cosine linear exponential cubic polynomial parse with_curve as_schedule to_steps""",
+    "sparse_callbacks.distributions": """
+        Distribution Shapes uniform erdos_renyi erdos_renyi_kernel epsilon_sparsity clipped is_epsilon resolve""",
+}
 every_run = pytest.mark.parametrize("name", RUNS)
 
 
@@ -66,3 +88,47 @@ def test_masks_are_taken_from_a_kept_checkpoint(tmp_path: Path) -> None:
     callback = Static(from_checkpoint=str(checkpoint), print_plan=False)
     RUNS["static"].fit([callback])
     assert not differences(state["masks"], callback.masks, same_bits)
+
+
+# ---------------------------------------------------------------------- saved configurations
+
+
+def parts(config: Any) -> Iterator[dict[str, Any]]:
+    """Every part of a configuration that names a class or function."""
+    if isinstance(config, Mapping):
+        if "_target_" in config:
+            yield dict(config)
+        for value in config.values():
+            yield from parts(value)
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_a_saved_configuration_is_understood(name: str) -> None:
+    config = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"), resolve=True)
+    for part in parts(config):
+        target = get_object(part.pop("_target_"))
+        inspect.signature(target).bind_partial(**part)  # raises where an argument is not known any more
+    if name != "dense":
+        assert isinstance(instantiate(config["method"]), sparse_callbacks.SparsityCallback)
+
+
+def test_every_method_has_a_saved_configuration() -> None:
+    saved = [OmegaConf.load(CONFIGS / f"{name}.yaml").method.get("_target_", "") for name in CONFIGURATIONS]
+    assert {target.rpartition(".")[2] for target in saved} >= set(methods.__all__)
+
+
+# ---------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize("module", NAMES)
+def test_public_names_are_importable(module: str) -> None:
+    found = importlib.import_module(module)
+    assert [name for name in NAMES[module].split() if not hasattr(found, name)] == []
+
+
+def test_latency_tables_are_measured_by_the_same_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["latency", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("sparse_callbacks.latency", run_name="__main__")  # python -m sparse_callbacks.latency --help
+    assert ended.value.code == 0
+    assert "--input" in capsys.readouterr().out
