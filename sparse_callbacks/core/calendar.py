@@ -1,11 +1,8 @@
-"""When the masks move: the time arguments of a method, resolved against a run, and the count of its steps."""
+"""When the masks move: the time arguments of a method, resolved against the length of a run."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Real
-
-import torch
-from torch import Tensor
 
 from sparse_callbacks.core.schedules import to_steps
 
@@ -13,6 +10,22 @@ UPDATES_WORTH_HAVING = 10  # a default interval leaves this many in the window w
 STEPS_BETWEEN = 10  # and this many steps for grown weights to grow in
 
 Time = int | float
+"""Optimizer steps (int) or a fraction of the run (float)."""
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """How long a run is, asked for only where an argument needs it: some hosts make their loaders for the answer.
+
+    Attributes:
+        total: gives the optimizer steps of the run, infinite where it has no known end.
+        epoch: gives the optimizer steps of an epoch, infinite where the loader has no length.
+        lenient: a trial run (``fast_dev_run``): whatever does not fit is cut instead of refused.
+    """
+
+    total: Callable[[], float]
+    epoch: Callable[[], float]
+    lenient: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,10 +51,16 @@ class Calendar:
         """In whole numbers, for a checkpoint."""
         return [self.every, self.start, self.stop, *([] if self.until is None else [self.until])]
 
-    def next(self, step: int, anchor: int, done: int | None) -> int | None:
-        """First update at or after ``step`` that is not the one already ``done``; None when there is none left."""
-        first = max(step if done is None else max(step, done + 1), anchor)
-        on_grid = anchor + -(-(first - anchor) // self.every) * self.every
+    def next(self, step: int, first_update: int, done: int | None) -> int | None:
+        """The first update at or after ``step`` that is not the one already ``done``; None when there is none left.
+
+        Args:
+            step: gradient steps.
+            first_update: where the grid of updates begins.
+            done: the step of the latest update that has happened; None where there was none.
+        """
+        first = max(step if done is None else max(step, done + 1), first_update)
+        on_grid = first_update + -(-(first - first_update) // self.every) * self.every  # rounded up
         found = [on_grid, *([self.stop] if self.final else []), *([] if self.until is None else [self.until])]
         return min((f for f in found if first <= f <= self.last), default=None)
 
@@ -64,42 +83,41 @@ def check_times(start: Time, stop: Time, every: Time | None) -> None:
         raise ValueError(_too_long(every, start, stop))
 
 
-def resolve(
+def resolve_times(
     every: Time | None,
     start: Time,
     stop: Time,
     published_every: int,
-    total: Callable[[], float],
+    run: RunLength,
     *,
     final: bool = False,
-    lenient: bool = False,
-    tell: Callable[[str], None] = lambda _: None,
+    inform: Callable[[str], None] = lambda _: None,
 ) -> Calendar:
     """The calendar of a run.
 
     Args:
         every, start, stop: as in :func:`check_times`; ``every=None`` is ``published_every``, shortened down to ten where a short
-            run leaves fewer than ten updates (``tell`` says so).
-        total: gives the optimizer steps of the run; called only if an argument needs it; infinite when unknown.
+            run leaves fewer than ten updates (``inform`` is called with a sentence that says so).
+        published_every: the interval of the paper, in optimizer steps.
+        run: the length of the run.
         final: see :class:`Calendar`.
-        lenient: a trial run (``fast_dev_run``): whatever does not fit is cut instead of refused.
-        tell: takes a sentence for the user.
+        inform: takes a sentence for the user.
 
     Raises:
         ValueError: a fraction of an endless run, ``stop`` before ``start``, an interval longer than ``stop - start``.
     """
 
     def steps(value: Time, name: str) -> int:
-        return value if isinstance(value, int) else to_steps(value, total(), name)
+        return value if isinstance(value, int) else to_steps(value, run.total(), name)
 
     first, last = steps(start, "start"), steps(stop, "stop")
     if last < first:
-        if not lenient:
+        if not run.lenient:
             raise ValueError(
                 f"stop={stop!r} ({last} steps) lies before start={start!r} ({first} steps). Give a stop at or after the start."
             )
         last = first
-    if last == first and not final and not lenient:
+    if last == first and not final and not run.lenient:
         raise ValueError(
             f"start={start!r} and stop={stop!r} are the same step ({first}): no update would move a mask. Give a later stop=, or use "
             "Static to hold one mask."
@@ -108,14 +126,14 @@ def resolve(
         fitting = max(STEPS_BETWEEN, (last - first) // UPDATES_WORTH_HAVING)
         interval = max(1, min(published_every, fitting, last - first))
         if interval < published_every:
-            tell(
+            inform(
                 f"every={interval}: the published interval of {published_every} steps would leave fewer than {UPDATES_WORTH_HAVING} "
                 f"updates between step {first} and step {last}. Give every= to choose another."
             )
     else:
         interval = max(1, steps(every, "every"))
         if interval > last - first:
-            if not lenient:
+            if not run.lenient:
                 raise ValueError(_too_long(every, start, stop, f" ({interval} steps against {last - first})"))
             interval = max(1, last - first)
     return Calendar(interval, first, last, final)
@@ -126,89 +144,3 @@ def _too_long(every: Time, start: Time, stop: Time, steps: str = "") -> str:
         f"every={every!r} is longer than stop - start with start={start!r}, stop={stop!r}{steps}: the masks would hardly ever move. "
         "Give a smaller every=, a later stop= or a longer run."
     )
-
-
-@dataclass
-class StepCount:
-    """Gradient steps taken by one optimizer, those with a non-finite gradient left out.
-
-    Whether a gradient was finite is kept on its device until somebody needs the number, so that counting never makes a GPU wait.
-    """
-
-    taken: int = 0
-    failed: Tensor | None = field(default=None, repr=False)
-
-    def add(self, finite: Tensor | bool) -> None:
-        if isinstance(finite, bool):
-            self.taken += finite
-        else:
-            self.taken += 1
-            missed = torch.logical_not(finite).long()
-            self.failed = missed if self.failed is None else self.failed + missed
-
-    def at_most(self) -> int:
-        """An upper bound that asks no device."""
-        return self.taken
-
-    def read(self) -> int:
-        if self.failed is not None:
-            self.taken -= int(self.failed)
-            self.failed = None
-        return self.taken
-
-
-class Progress:
-    """How far each optimizer (by index) has come on a calendar: steps counted, updates done.
-
-    Args:
-        anchor: the earliest step of an update; the grid of a calendar that starts before begins there.
-    """
-
-    def __init__(self, anchor: int) -> None:
-        self._anchor = anchor
-        self.counts: dict[int, StepCount] = {}
-        self.done: dict[int, int] = {}
-        self._due_from: dict[int, int] = {}
-
-    def begin(self, optimizers: int) -> None:
-        """A run with so many optimizers starts or goes on."""
-        self._due_from = {}
-        for index in range(optimizers):
-            self.counts.setdefault(index, StepCount())
-
-    def may_be_due(self, index: int) -> bool:
-        """False where no update can be due, found from an upper bound and without asking a device."""
-        return self.counts[index].at_most() >= self._due_from.get(index, 0)
-
-    def due(self, index: int, calendar: Calendar) -> bool:
-        """An update is due at the present count of steps."""
-        if not self.may_be_due(index):
-            return False
-        step = self.counts[index].read()
-        upcoming = calendar.next(step, max(calendar.start, self._anchor), self.done.get(index))
-        self._due_from[index] = calendar.last + 1 if upcoming is None else upcoming
-        return upcoming == step
-
-    def upcoming(self, calendar: Calendar) -> int | None:
-        """The first update that is still to come for any optimizer; None if there is none."""
-        anchor = max(calendar.start, self._anchor)
-        found = [calendar.next(c.read(), anchor, self.done.get(i)) for i, c in self.counts.items()]
-        return min((f for f in found if f is not None), default=None)
-
-    def mark_done(self, index: int) -> None:
-        """The update at the present count needs no repetition."""
-        self.done[index] = self.counts[index].read()
-
-    def most(self) -> int:
-        """The largest count of any optimizer."""
-        return max((count.read() for count in self.counts.values()), default=0)
-
-    def state(self) -> dict[str, dict[str, int]]:
-        return {
-            "steps": {str(i): c.read() for i, c in self.counts.items()},
-            "done": {str(i): s for i, s in self.done.items()},
-        }
-
-    def load(self, state: dict[str, dict[str, int]]) -> None:
-        self.counts = {int(i): StepCount(s) for i, s in state["steps"].items()}
-        self.done = {int(i): s for i, s in state["done"].items()}

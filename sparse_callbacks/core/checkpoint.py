@@ -1,15 +1,50 @@
-"""What a checkpoint holds of a callback, and whether a callback may resume from it."""
+"""What a checkpoint holds of a method, and whether a method may go on from it."""
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 from torch import Tensor
 
 from sparse_callbacks.core.schedules import Schedule
 
 VERSION = 1
-# of from_checkpoint the checkpoint has the masks; a loader's text holds its address in memory
+# Arguments in which a resumed run may differ from the saved one: the masks of `from_checkpoint` are in the checkpoint, and a
+# loader's text holds its address in memory.
 _MAY_DIFFER = ("print_plan", "fresh_start", "from_checkpoint", "statistics_dataloader")
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """The run that a method goes on from.
+
+    Attributes:
+        masks: bool masks by parameter name.
+        aux: the method's own tensors by key.
+        dense: dense values of parameters whose pruned weights learn on.
+        times: the calendar in optimizer steps, empty for a method without one.
+        grads: gradients of an accumulation window that was open when the checkpoint was written, by parameter name.
+        progress: counted steps and updates, see :meth:`~sparse_callbacks.core.progress.Progress.state`.
+    """
+
+    masks: Mapping[str, Tensor]
+    aux: Mapping[str, Tensor]
+    dense: Mapping[str, Tensor]
+    times: tuple[int, ...]
+    grads: Mapping[str, Tensor]
+    progress: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Self:
+        """The run in what :func:`saved_state` gave."""
+        return cls(
+            masks=state.get("masks", {}),
+            aux=state.get("aux", {}),
+            dense=state.get("dense", {}),  # checkpoints of the first weeks had none
+            times=tuple(state.get("times", ())),
+            grads=state.get("grads", {}),
+            progress={k: state.get(k, {}) for k in ("steps", "done", "updates")},
+        )
 
 
 def shown(value: object) -> str:
@@ -21,14 +56,16 @@ def shown(value: object) -> str:
     return repr(value)
 
 
-def check(state: Mapping[str, Any] | None, arguments: Mapping[str, str], name: str, path: object) -> Mapping[str, Any]:
-    """The state in a checkpoint, if a callback with these arguments may resume from it.
+def check_state(
+    state: Mapping[str, Any] | None, arguments: Mapping[str, str], name: str, path: object
+) -> Mapping[str, Any]:
+    """The state in a checkpoint, if a method with these arguments may resume from it.
 
     Args:
-        state: found in the checkpoint under the callback's key, or None.
-        arguments: of the callback, as text by name.
-        name: of the callback.
-        path: of the checkpoint, for the errors.
+        state: what was found in the checkpoint under the callback's key, or None.
+        arguments: the method's constructor arguments, as text by name.
+        name: the method's name.
+        path: the checkpoint's path, for the errors.
 
     Raises:
         ValueError: no state, one of a later version, or one of other arguments.
@@ -52,3 +89,32 @@ def check(state: Mapping[str, Any] | None, arguments: Mapping[str, str], name: s
             "new masks."
         )
     return state
+
+
+def refuse_other_model(masks: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
+    """Refuse saved masks that do not fit the sparse parameters of a model.
+
+    Raises:
+        ValueError: a name or a shape differs.
+    """
+    wrong = [n for n in {**params, **masks} if n not in masks or n not in params or masks[n].shape != params[n].shape]
+    if wrong:
+        raise ValueError(
+            f"the checkpoint's masks do not fit the model: {', '.join(wrong)} differ in name or shape. Resume with the model and the "
+            "include=, exclude=, keep_dense= of the interrupted run, or give fresh_start=True to make new masks."
+        )
+
+
+def refuse_foreign_weights(masks: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
+    """Refuse to put the masks of the last run on weights that came from elsewhere since.
+
+    Raises:
+        ValueError: a weight is not zero where its mask is.
+    """
+    foreign = [n for n, mask in masks.items() if bool(params[n].detach()[~mask.to(params[n].device)].any())]
+    if foreign:
+        raise ValueError(
+            f"{', '.join(foreign)} hold weights that the masks of the last fit would cut: other weights were loaded since (for example by "
+            "test(ckpt_path='best')). Resume with ckpt_path= to get the masks that belong to them, or use a new callback or "
+            "fresh_start=True for new masks."
+        )

@@ -1,4 +1,4 @@
-"""Dense gradients of the step at hand, wherever they are by then."""
+"""Dense gradients of the current step, wherever they are by then."""
 
 from collections.abc import Iterable, Mapping
 from weakref import WeakKeyDictionary
@@ -6,7 +6,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparse_callbacks.core.weights import MaskStore
+from sparse_callbacks.core.weights import SparseWeights
 
 # Gradients that an update took away in a step (its number, gradients by id), for all callbacks on the same optimizer.
 _withheld: WeakKeyDictionary[Optimizer, tuple[int, dict[int, Tensor]]] = WeakKeyDictionary()
@@ -41,15 +41,15 @@ class DenseGradients:
                 p.grad = None  # zeros would not do: momentum and decay would still move the weight
         _withheld[optimizer] = (tick, taken)
 
-    def keep_and_mask(self, name: str, store: MaskStore, scale: float) -> None:
+    def keep_and_mask(self, name: str, weights: SparseWeights, scale: float) -> None:
         """Copy a gradient before it is masked; over several backwards, what was masked before is added."""
         if (gradient := self._params[name].grad) is None:
             return
         seen, version, dense = self._kept.get(name, (None, 0, gradient))
         # one write since the copy: a backward that added to it; zero_grad in between is another tensor or two writes
-        added = store.outside(name, dense) if seen is gradient and gradient._version == version + 1 else 0.0
+        added = weights.at_pruned(name, dense) if seen is gradient and gradient._version == version + 1 else 0.0
         dense = gradient / scale + added
-        store.mask_gradient(name)
+        weights.mask_gradient(name)
         self._kept[name] = (gradient, gradient._version, dense)
 
     def forget(self, names: Iterable[str]) -> None:
@@ -58,7 +58,7 @@ class DenseGradients:
             self._kept.pop(name, None)
 
     @staticmethod
-    def release(optimizers: Iterable[Optimizer]) -> None:
+    def free(optimizers: Iterable[Optimizer]) -> None:
         """Free what was taken away."""
         for optimizer in optimizers:
             _withheld.pop(optimizer, None)

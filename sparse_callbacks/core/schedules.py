@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
 
+from sparse_callbacks.core.arguments import check_sparsity
+
 __all__ = [
     "CURVES", "Schedule", "as_schedule", "constant", "cosine", "cubic", "exponential",
-    "linear", "parse", "polynomial", "to_steps", "with_curve",
+    "linear", "parse", "polynomial", "pruning_curve", "to_steps", "with_curve",
 ]  # fmt: skip
 
 CURVES = ("constant", "cosine", "linear", "exponential", "cubic", "polynomial")
@@ -187,6 +189,19 @@ def as_schedule(value: float | str | Schedule, default_curve: str, rising: bool 
         return _make(curve, numbers, named)
     except ValueError as error:
         raise ValueError(f"{name}={value!r}: {error}" if name else str(error)) from None
+
+
+def pruning_curve(sparsity: float | str | Schedule) -> Schedule:
+    """A number as a cubic up to it, a schedule or its text as it is.
+
+    Raises:
+        ValueError: it does not run through fractions of zeros.
+    """
+    if not isinstance(sparsity, str | Schedule):
+        check_sparsity(sparsity)
+    curve = as_schedule(sparsity, "cubic", rising=True, name="sparsity")
+    check_sparsity(curve.initial)
+    return curve
 
 
 def to_steps(when: float, total: float, name: str) -> int:

@@ -4,7 +4,7 @@ The host is a Trainer known by its attributes (``train_dataloader``, ``precision
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 from weakref import WeakSet
@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from sparse_callbacks.core.host import Forward
 from sparse_callbacks.core.randomness import undisturbed
-
-Forward = Callable[[nn.Module, Any], Any]
 
 ITEMS_COMPARED = 8  # a flip with probability one half is missed once in 256 times
 _compared: WeakSet[Any] = WeakSet()  # trainers whose data was fetched twice to see whether it differs

@@ -1,18 +1,16 @@
-"""Optimizers and learning rate schedules that live for one phase of a run. A Trainer is used by its attributes, not imported."""
+"""Optimizers and learning rate schedules that live for a phase of the run, and are then configured anew."""
 
 import math
-from collections.abc import Callable, Iterator
-from numbers import Integral, Real
+from collections.abc import Iterator
 from typing import Any
 
 from torch.optim import Optimizer, lr_scheduler
 
-from sparse_callbacks.core.calendar import Time
+from sparse_callbacks.core.calendar import RunLength
+from sparse_callbacks.core.optimizer_life import RestartsOptimizers
 from sparse_callbacks.core.optimizers import stepped
-from sparse_callbacks.core.schedules import to_steps
 
 Trainer = Any
-FINETUNE = 0.75  # share of the run at which fine-tuning begins by default
 
 # the argument of each schedule that says after how many of its own steps it has come to its end
 _HORIZONS: dict[type, str] = {
@@ -27,7 +25,7 @@ _HORIZONS: dict[type, str] = {
 
 
 def horizon(trainer: Trainer) -> float:
-    """Optimizer steps that the optimizers at hand live, or in ``configure_optimizers`` those that it makes: the length of a phase
+    """Optimizer steps that the current optimizers live, or in ``configure_optimizers`` those that it makes: the length of a phase
     where a callback such as :class:`~sparse_callbacks.GaP` restarts them (fine-tuning has its own), otherwise of the run.
 
     The LightningModule calls it as ``sparse_callbacks.horizon(self.trainer)``, in ``configure_optimizers`` or at any time later,
@@ -45,11 +43,15 @@ def horizon(trainer: Trainer) -> float:
             "horizon() needs a trainer that fits: the length of a phase follows from the data and max_epochs= or max_steps=. Call it as "
             "horizon(self.trainer) in configure_optimizers or later."
         )
-    asked = [c.optimizer_life for c in trainer.callbacks if hasattr(c, "optimizer_life")]
-    lives = [life(lambda: run_length(trainer), lambda: epoch_length(trainer), bool(trainer.fast_dev_run)) for life in asked]
+    lives = [c.optimizer_life(length_of(trainer)) for c in trainer.callbacks if isinstance(c, RestartsOptimizers)]
     steps = min((life for life in lives if life is not None), default=None)
     found = run_length(trainer) if steps is None else steps
     return int(found) if math.isfinite(found) else found
+
+
+def length_of(trainer: Trainer) -> RunLength:
+    """The length of the Trainer's run, for a method that asks."""
+    return RunLength(lambda: run_length(trainer), lambda: epoch_length(trainer), bool(trainer.fast_dev_run))
 
 
 def run_length(trainer: Trainer) -> float:
@@ -76,7 +78,7 @@ def restart(trainer: Trainer) -> None:
         ValueError: ``configure_optimizers`` now gives optimizers in another number, or leaves trained parameters out.
     """
     for callback in trainer.callbacks:
-        if hasattr(callback, "begin_optimizer_life"):
+        if isinstance(callback, RestartsOptimizers):
             callback.begin_optimizer_life()  # before: configure_optimizers may ask for the horizon
     before: list[Optimizer] = list(trainer.optimizers)
     trainer.strategy.setup_optimizers(trainer)
@@ -136,83 +138,3 @@ def _known(scheduler: Any, begins: float = 0) -> Iterator[tuple[float, str]]:
             value = getattr(scheduler, name)
             listed = sorted(value) if name == "milestones" else [value]
             yield begins + max(listed, default=0), f"{type(scheduler).__name__}({name}={listed if name == 'milestones' else value}){after}"
-
-
-# ---------------------------------------------------------------------- how long a phase lasts
-
-
-def check_phases(rounds: int, epochs: float | None, every: Time | None, finetune: Time | None, partitions: int) -> None:
-    """Refuse times and numbers of phases that no run can make right.
-
-    Raises:
-        ValueError: a value out of its range, several that say the same, or one partition in several rounds.
-    """
-    if isinstance(rounds, bool) or not isinstance(rounds, Integral) or rounds < 1:
-        raise ValueError(f"rounds={rounds!r} is no number of rounds. Give 1 or more: in each, every partition is dense once.")
-    if partitions == 1 and rounds > 1:
-        raise ValueError(
-            f"rounds={rounds} of one partition would grow at once what was just pruned. Give partitions=2 or more, or rounds=1."
-        )
-    for name, value in (("epochs", epochs), ("every", every), ("finetune", finetune)):
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
-            raise ValueError(f"{name}={value!r} is no length of time above 0. Give a number, for example {name}=1.")
-        if name != "epochs":
-            to_steps(value, 1, name)
-    given = [n for n, v in (("epochs", epochs), ("every", every), ("finetune", finetune)) if v is not None]
-    if len(given) > 1:
-        raise ValueError(
-            f"{'= and '.join(given)}= are given together: epochs= or every= is the length of a phase, and fine-tuning begins after the "
-            "last; finetune= alone says when it begins, and the phases share the time before. Give one of them."
-        )
-
-
-def phase_steps(
-    phases: int,
-    epochs: float | None,
-    every: Time | None,
-    finetune: Time | None,
-    total: Callable[[], float],
-    epoch: Callable[[], float],
-    lenient: bool = False,
-    taken: int = 0,
-) -> int:
-    """Optimizer steps of each of ``phases`` equal phases, all of which end within the run.
-
-    Args:
-        phases: their number.
-        epochs, every: length of a phase, in epochs, or in steps (int) or as a fraction of the run (float).
-        finetune: with neither, when the last phase ends at the latest; None: 0.75 of the run.
-        total, epoch: give the optimizer steps of the run and of an epoch, infinite where unknown.
-        lenient: a trial run (``fast_dev_run``): nothing is refused, and a phase has a step at least.
-        taken: steps of earlier fits.
-
-    Raises:
-        ValueError: epochs of unknown length, a fraction of an endless run, or phases that the run is too short for.
-    """
-    begins = math.inf
-    if epochs is not None:
-        if not math.isfinite(steps := epoch()):
-            raise ValueError(
-                f"epochs={epochs} cannot be counted in steps: the train loader has no length. Give the length of a phase in optimizer "
-                "steps, every=1000."
-            )
-        length = round(epochs * steps)
-    elif every is not None:
-        length = to_steps(every, total(), "every")
-    else:
-        begins = to_steps(FINETUNE if finetune is None else finetune, total(), "finetune")
-        length = int(begins) // phases
-    if lenient:
-        return max(1, length)
-    ends = length * phases if begins == math.inf else begins
-    if length < 1 or ends > taken + total():
-        given = {"epochs": epochs, "every": every, "finetune": finetune}
-        shown = ", ".join(f"{k}={v}" for k, v in given.items() if v is not None) or f"finetune={FINETUNE}"
-        raise ValueError(
-            f"{phases} phases (rounds= times partitions=) of {length} optimizer steps each do not fit a run of {total():g} steps, with "
-            f"{shown}: each needs a step at least, and fine-tuning begins within the run. Give shorter phases, fewer rounds= or "
-            "partitions=, or a longer run."
-        )
-    return length

@@ -1,14 +1,18 @@
-"""What about a Trainer stands in the way of sparse training. Classes are known by name, so no Lightning is imported."""
+"""Trainers, and callbacks beside ours, under which sparse training cannot work."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from pytorch_lightning.utilities import rank_zero_info
 from torch.optim import Optimizer
 
+from sparse_callbacks.core.checkpoint import check_state
+from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizers import is_elementwise
 
+# Classes are known by name: those of both Lightning packages, and of versions that do not have all of them.
 _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "FSDP2Strategy")
 _AVERAGING = ("WeightAveraging", "StochasticWeightAveraging", "EMAWeightAveraging")
 
@@ -80,9 +84,55 @@ def gradients_are_read(trainer: Any, module: Any, optimizer: Optimizer) -> bool:
         return True
     if _overrides(module, "on_before_optimizer_step") or _overrides(module, "configure_gradient_clipping"):
         return True
-    return any(_overrides(c, "on_before_optimizer_step") and not hasattr(c, "measured_sparsity") for c in trainer.callbacks)
+    return any(_overrides(c, "on_before_optimizer_step") and not isinstance(c, Method) for c in trainer.callbacks)
 
 
 def _overrides(thing: object, hook: str) -> bool:
     """The hook is the user's: neither missing nor one of Lightning's own classes."""
     return not getattr(type(thing), hook).__module__.startswith(("pytorch_lightning.", "lightning."))
+
+
+def refuse_shared(mine: Method, names: Sequence[str], others: Iterable[Method]) -> None:
+    """Refuse two methods that claim the same parameter.
+
+    Args:
+        mine: the method that is about to take hold of ``names``.
+        names: names of the parameters that it will make sparse.
+        others: methods that have taken hold of theirs.
+
+    Raises:
+        ValueError: a parameter that another method has.
+    """
+    for other in others:
+        if both := sorted(set(names) & set(other.params)):
+            raise ValueError(
+                f"{type(other).__name__} and {type(mine).__name__} both claim {', '.join(both)}. Give each callback its own layers "
+                "with include= or exclude=."
+            )
+
+
+def state_to_resume(method: Method, restored: Mapping[str, Any] | None, path: object) -> Mapping[str, Any] | None:
+    """The saved state that a fit goes on from, found to be the method's and of the same arguments.
+
+    Args:
+        method: which resumes.
+        restored: what the checkpoint held for it, or None.
+        path: the checkpoint's path; empty without one.
+
+    Returns:
+        The state; None for a start with new masks.
+
+    Raises:
+        ValueError: a checkpoint without state, or one of other arguments.
+    """
+    if method.fresh_start or not path or (restored is None and is_tuners(path)):
+        if path and restored is not None:
+            rank_zero_info(f"{type(method).__name__}: fresh_start=True, so the masks in the checkpoint are ignored.")
+        return None
+    return check_state(restored, method.arguments, type(method).__name__, path)
+
+
+def ends_run(trainer: Any) -> bool:
+    """Whether the batch that is over was the last of the run, as far as that is known beforehand."""
+    last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs
+    return bool(trainer.is_last_batch and last_epoch) or 0 <= trainer.max_steps <= trainer.global_step

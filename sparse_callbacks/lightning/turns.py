@@ -1,24 +1,121 @@
-"""Several networks that train in turn, or one on each rank. A Trainer is used by its attributes, not imported."""
+"""Callbacks of several networks that train in turn, or one on each rank."""
 
-import random
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
 
-Trainer = Any
+from sparse_callbacks.core import distributed
+from sparse_callbacks.lightning.callback import SparsityCallback, peers_of
+from sparse_callbacks.lightning.trainer_host import Trainer, TrainerHost
+
+
+class TurnsTrainerHost(TrainerHost):
+    """The :class:`~sparse_callbacks.core.host.TurnsHost` of a callback."""
+
+    def _share_of_data(self) -> tuple[int, int]:
+        return 1, 0  # each network passes over all the data
+
+    def average_gradients(self, on: bool) -> None:
+        """See :meth:`~sparse_callbacks.core.host.TurnsHost.average_gradients`."""
+        average_gradients(self.trainer, on)
+
+    def loader_states(self) -> list[Any]:
+        """See :meth:`~sparse_callbacks.core.host.TurnsHost.loader_states`."""
+        return loader_states(self.trainer)
+
+    def load_loader_states(self, states: Sequence[Any]) -> None:
+        """See :meth:`~sparse_callbacks.core.host.TurnsHost.load_loader_states`."""
+        load_loader_states(self.trainer, states)
+
+
+class TurnTaking(SparsityCallback):
+    """A callback whose networks train in turn, or one on each rank, and become one network now and then."""
+
+    @property
+    @abstractmethod
+    def workers(self) -> int:
+        """Networks that take turns."""
+
+    @property
+    @abstractmethod
+    def trains_apart(self) -> bool:
+        """Every rank has a network of its own now."""
+
+    @abstractmethod
+    def data_epoch(self, epoch: int) -> int:
+        """The number that samplers are given in place of ``epoch``."""
+
+    @abstractmethod
+    def own_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What this rank resumes from, of a checkpoint that holds the networks of all ranks."""
+
+    @property
+    def turns_host(self) -> TurnsTrainerHost:
+        """The host of the run, with what networks that take turns need of it."""
+        assert isinstance(self.host, TurnsTrainerHost)
+        return self.host
+
+    def _host_of(self, trainer: Trainer, module: LightningModule) -> TurnsTrainerHost:
+        return TurnsTrainerHost(trainer, module, self.engine)
+
+    def _refuse_neighbours(self, trainer: Trainer, names: Sequence[str]) -> None:
+        peers = peers_of(trainer)
+        if len(peers) > 1:
+            raise ValueError(
+                f"{type(self).__name__} trains several copies of the whole network, and {len(peers)} sparsity callbacks are in "
+                "callbacks=. Leave it alone there, or use GaP."
+            )
+        super()._refuse_neighbours(trainer, names)
+
+    def _state_to_resume(self, trainer: Trainer, module: LightningModule) -> Mapping[str, Any] | None:
+        state = super()._state_to_resume(trainer, module)
+        refuse_ranks(trainer, module, distributed.world_size(), self.workers)
+        return None if state is None else self.own_state(state)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if distributed.world_size() > 1:
+            refuse_split_data(trainer)
+        super().on_train_start(trainer, pl_module)
+        translate_epochs(trainer, self.data_epoch)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
+        translate_epochs(trainer, self.data_epoch)  # of loaders that are made anew for the epoch
+        reseed(trainer, self.data_epoch(trainer.current_epoch))
+        if trainer.current_epoch == 0 or trainer.fit_loop.restarting:  # Lightning has made the iterator before
+            draw_anew(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if self.in_training and self.trains_apart:
+            # Lightning writes rank 0's checkpoint alone, so it carries the networks of all ranks
+            weights = {k: t.detach() for k, t in self.model.state_dict().items() if isinstance(t, Tensor)}
+            optimizers = [o.state_dict() for o in self.owners.optimizers]
+            mine = {"weights": weights, "optimizers": optimizers, "loaders": self.turns_host.loader_states()}
+            state["workers"] = distributed.gather({**mine, "grads": state.pop("grads", {})})
+        return state
+
+    def _gradients_to_save(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(held)  # each network has its own
+
+    def _leave(self, module: LightningModule) -> None:
+        if self.is_in_run:
+            stop_translating(self.turns_host.trainer)
+        super()._leave(module)
 
 
 def refuse_ranks(trainer: Trainer, module: nn.Module, ranks: int, workers: int) -> None:
     """Refuse a run of several processes in which the workers would not be independent of each other, or not see all the data.
 
     Args:
-        trainer: with its strategy set up.
-        module: of the run.
-        ranks: processes in the run.
-        workers: networks that train at once or in turn.
+        trainer: a Trainer with its strategy set up.
+        module: the LightningModule of the run.
+        ranks: the number of processes in the run.
+        workers: the number of networks that train at once or in turn.
 
     Raises:
         ValueError: another number of processes than one or one for each worker, data split over ranks, gradients or batch statistics
@@ -71,14 +168,6 @@ def average_gradients(trainer: Trainer, on: bool) -> None:
     model = trainer.strategy.model
     if hasattr(model, "require_backward_grad_sync"):
         model.require_backward_grad_sync = model.require_forward_param_sync = on
-
-
-def seed_everything(seed: int) -> None:
-    """Seed torch on all devices, Python and, where it is imported, numpy."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    if (numpy := sys.modules.get("numpy")) is not None:
-        numpy.random.seed(seed % 2**32)
 
 
 # ---------------------------------------------------------------------- data order

@@ -7,16 +7,19 @@ from torch import Tensor
 
 from sparse_callbacks.core.calendar import Time
 from sparse_callbacks.core.distributions import Distribution
+from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.ops import drop_and_grow, drop_count
 from sparse_callbacks.core.schedules import Schedule, as_schedule
-from sparse_callbacks.lightning.callback import Options, SparsityCallback
+from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.topology import Update
+from sparse_callbacks.lightning.callback import SparsityCallback
 
 
 class DropAndGrow(SparsityCallback):
     """Sparse from the first step to the last; the number of active weights in a layer never changes.
 
-    A subclass says when (``anchor``) and what to grow (:meth:`grow_scores`). The update comes after a gradient step unless
-    the subclass replaces one.
+    A subclass says what to grow (:meth:`grow_scores`). The update comes after a gradient step unless the subclass replaces
+    one (:class:`~sparse_callbacks.RigL`).
     """
 
     schedulable: ClassVar[str] = "drop_fraction"
@@ -47,29 +50,25 @@ class DropAndGrow(SparsityCallback):
                     "replaces. The published value is 0.3."
                 )
 
-    @property
-    def fraction(self) -> float:
-        """Drop fraction now."""
-        return self._fraction(self.step, self.times.start, self.times.stop)
+    def fraction(self, step: Step) -> float:
+        """The share of active weights that an update at ``step`` replaces."""
+        return self._fraction(step.number, step.calendar.start, step.calendar.stop)
 
-    def after_step(self) -> None:
-        if self.due():
-            self.update()
+    def after_step(self, step: Step) -> Update | None:
+        return self.new_masks(step) if step.due else None
 
-    def update(self) -> None:
-        self.move_masks(drop_fraction=self.fraction)
-
-    def grow_scores(self, name: str) -> Tensor | None:
+    def grow_scores(self, step: Step, name: str) -> Tensor | None:
         """Score of every position of a parameter, by magnitude; None: leave its mask alone in this update."""
         raise NotImplementedError
 
-    def new_masks(self) -> dict[str, Tensor]:
-        fraction, new = self.fraction, {}
-        for name in self.names:
-            if (scores := self.grow_scores(name)) is not None:
-                new[name] = self.store.by_layer(
-                    name,
-                    lambda _, mask, drop, grow: drop_and_grow(mask, drop, grow, drop_count(int(mask.count_nonzero()), fraction)),
-                    self.store.bools[name], self.params[name].detach(), scores,
-                )  # fmt: skip
-        return new
+    def new_masks(self, step: Step) -> Update:
+        fraction, new = self.fraction(step), {}
+
+        def moved(_: str, mask: Tensor, drop: Tensor, grow: Tensor) -> Tensor:
+            return drop_and_grow(mask, drop, grow, drop_count(int(mask.count_nonzero()), fraction))
+
+        for name in step.names:
+            scores = self.grow_scores(step, name)
+            if scores is not None:  # the parameter took part in this step
+                new[name] = self.weights.by_layer(name, moved, self.weights.masks[name], self.params[name].detach(), scores)
+        return Update(new, {"update/drop_fraction": fraction})

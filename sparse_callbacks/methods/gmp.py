@@ -1,15 +1,18 @@
-"""Gradual magnitude pruning."""
+"""GMP: gradual magnitude pruning, from dense to the target along a cubic."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Unpack
 
 from torch import Tensor
 
 from sparse_callbacks.core.calendar import Time
 from sparse_callbacks.core.distributions import Distribution
+from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.ops import keep_largest, zeros_for
-from sparse_callbacks.core.schedules import Schedule
-from sparse_callbacks.lightning.callback import Options, SparsityCallback, pruning_curve
+from sparse_callbacks.core.schedules import Schedule, pruning_curve
+from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.topology import Update
+from sparse_callbacks.lightning.callback import SparsityCallback
 
 
 class GMP(SparsityCallback):
@@ -73,26 +76,26 @@ class GMP(SparsityCallback):
     def target_sparsity(self) -> float:
         return self._curve.final
 
-    def sparsity_at(self, step: int) -> float:
+    def sparsity_at(self, step: Step) -> float:
         """s_t, over all selected weights."""
-        return self._curve(step, self.times.start, self.times.stop)
+        return self._curve(step.number, step.calendar.start, step.calendar.stop)
 
     def initial_masks(self) -> dict[str, Tensor]:
-        return self._pruned(self.full(self.params), self._curve.initial)
+        return self._pruned(self.weights.all_active(self.params), self._curve.initial)
 
-    def after_step(self) -> None:
-        if self.due():
-            self.update()
+    def after_step(self, step: Step) -> Update | None:
+        return self.new_masks(step) if step.due else None
 
-    def new_masks(self) -> dict[str, Tensor]:
-        return self._pruned(super().new_masks(), self.sparsity_at(self.step))
+    def new_masks(self, step: Step) -> Update:
+        current = {name: self.weights.masks[name] for name in step.names}
+        return Update(self._pruned(current, self.sparsity_at(step)))
 
-    def _pruned(self, masks: dict[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+    def _pruned(self, masks: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
         """``masks`` with the smallest weights taken out, layer by layer, until the target's share of ``sparsity`` is reached."""
         share = sparsity / self.target_sparsity if self.target_sparsity else 0.0
 
         def prune(layer: str, mask: Tensor, weight: Tensor) -> Tensor:
-            zeros = zeros_for(self._targets[layer] * share, weight.numel())
+            zeros = zeros_for(self.targets[layer] * share, weight.numel())
             return keep_largest(weight, min(int(mask.count_nonzero()), weight.numel() - zeros), among=mask)
 
-        return {n: self.store.by_layer(n, prune, mask, self.params[n].detach()) for n, mask in masks.items()}
+        return {n: self.weights.by_layer(n, prune, mask, self.params[n].detach()) for n, mask in masks.items()}

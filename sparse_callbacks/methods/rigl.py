@@ -1,10 +1,12 @@
-"""RigL."""
+"""RigL: drop small weights, grow where the dense gradient is large."""
 
 from typing import ClassVar
 
 from torch import Tensor
 
 from sparse_callbacks.core.ops import drop_count
+from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
 
 
@@ -49,27 +51,28 @@ class RigL(DropAndGrow):
     Reference: Evci, Gale, Menick, Castro, Elsen: Rigging the Lottery: Making All Tickets Winners. ICML 2020, algorithm 1.
     """
 
-    anchor: ClassVar[int] = 0
+    first_update: ClassVar[int] = 0  # the calendar is asked before a step, with the steps taken so far
 
-    def before_step(self) -> None:
-        if self.due() and any(self._counts_now()):
-            self.skip_step()  # this step moves the masks instead of the weights
+    def before_step(self, step: Step) -> None:
+        if step.due and any(self._counts(step)):
+            step.replace()  # this step moves the masks instead of the weights
         else:
-            super().before_step()
+            super().before_step(step)
 
-    def after_step(self) -> None:
-        """The update, where one is due, took the place of the step."""
+    def after_step(self, step: Step) -> Update | None:
+        return None  # the update, where one is due, took the place of the step
 
-    def wants_dense_gradients(self) -> bool:
-        return self.may_be_due()
+    def wants_dense_gradients(self, step: Step) -> bool:
+        return step.may_be_due
 
-    def grow_scores(self, name: str) -> Tensor | None:
-        return self.gradient(name)
+    def grow_scores(self, step: Step, name: str) -> Tensor | None:
+        return step.gradient(name)
 
-    def _counts_now(self) -> list[int]:
-        fraction = self.fraction
+    def _counts(self, step: Step) -> list[int]:
+        """The number of weights that an update would replace in each layer."""
+        fraction = self.fraction(step)
         return [
             drop_count(part.numel() - self.planned_zeros(layer, part.numel()), fraction)
-            for name in self.names
-            for layer, (part,) in self.store.layers(name, self.store.bools[name])
+            for name in step.names
+            for layer, (part,) in self.weights.layers(name, self.weights.masks[name])
         ]

@@ -1,8 +1,9 @@
-"""SET."""
+"""SET: drop small weights, grow at random."""
 
-import torch
 from torch import Tensor
 
+from sparse_callbacks.core.randomness import uniform_like
+from sparse_callbacks.core.step import Step
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
 
 
@@ -37,7 +38,5 @@ class SET(DropAndGrow):
     sparse connectivity inspired by network science. Nature Communications 9, 2018, algorithm 1.
     """
 
-    def grow_scores(self, name: str) -> Tensor:
-        p = self.params[name]
-        # double: float32 draws tie in large layers, and ties would favour low indices
-        return torch.rand(p.shape, dtype=torch.float64, generator=self.generator(name, self.step)).to(p.device)
+    def grow_scores(self, step: Step, name: str) -> Tensor:
+        return uniform_like(self.params[name], self.generator(name, step.number))

@@ -1,4 +1,4 @@
-"""SNFS."""
+"""SNFS: drop small weights, grow where the smoothed dense gradient is large."""
 
 from collections.abc import Sequence
 from typing import Unpack
@@ -7,8 +7,10 @@ from torch import Tensor
 
 from sparse_callbacks.core.calendar import Time
 from sparse_callbacks.core.distributions import Distribution
+from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.schedules import Schedule
-from sparse_callbacks.lightning.callback import Options
+from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
 
 
@@ -68,24 +70,24 @@ class SNFS(DropAndGrow):
         self.smoothing = smoothing
         self._smoothed: dict[str, Tensor] = {}
 
-    def wants_dense_gradients(self) -> bool:
+    def wants_dense_gradients(self, step: Step) -> bool:
         return True
 
-    def before_step(self) -> None:
-        # not aux yet: the step may still be skipped
+    def before_step(self, step: Step) -> None:
+        # not in aux yet: the step may still be skipped
         self._smoothed = {}
-        for name in self.names:
-            if (gradient := self.gradient(name)) is not None:
+        for name in step.names:
+            if (gradient := step.gradient(name)) is not None:
                 past = self.aux.get(f"smoothed/{name}")
                 share = gradient * (1 - self.smoothing)
                 self._smoothed[name] = share if past is None else share.add_(past, alpha=self.smoothing)
-        super().before_step()
+        super().before_step(step)
 
-    def after_step(self) -> None:
-        if self.finite:
+    def after_step(self, step: Step) -> Update | None:
+        if step.finite:
             self.aux |= {f"smoothed/{name}": value for name, value in self._smoothed.items()}
         self._smoothed = {}
-        super().after_step()
+        return super().after_step(step)
 
-    def grow_scores(self, name: str) -> Tensor | None:
+    def grow_scores(self, step: Step, name: str) -> Tensor | None:
         return self.aux.get(f"smoothed/{name}")

@@ -1,4 +1,4 @@
-"""A mask that stays."""
+"""Static: one mask, held from the first step to the last."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from sparse_callbacks.core.distributions import Distribution
+from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.selection import Entry
-from sparse_callbacks.lightning.callback import Options, SparsityCallback
+from sparse_callbacks.lightning.callback import SparsityCallback
 
 
 class Static(SparsityCallback):
@@ -54,6 +55,7 @@ class Static(SparsityCallback):
         self.sparsity = sparsity
         self.from_checkpoint = from_checkpoint
         self._given: dict[str, Tensor] = {}
+        self._resumed: dict[str, Tensor] = {}
 
     @property
     def target_sparsity(self) -> float:
@@ -66,8 +68,10 @@ class Static(SparsityCallback):
         if self.from_checkpoint is None:
             return super().share_out(entries)
         chosen = [e for e in entries if not e.reason]
-        if all(e.name in self.saved_masks for e in chosen):  # a resumed run needs the other checkpoint no more
-            self._given = {e.name: self.saved_masks[e.name] for e in chosen}
+        if self.saved is not None:
+            self._resumed = dict(self.saved.masks)
+        if all(e.name in self._resumed for e in chosen):  # a resumed run does not need the other checkpoint any more
+            self._given = {e.name: self._resumed[e.name] for e in chosen}
         else:
             self._given = _masks_in(self.from_checkpoint, chosen)
         parts = {layer: part for e in chosen for layer, part in zip(e.layers, e.split(self._given[e.name]), strict=True)}

@@ -1,20 +1,22 @@
-"""CTRE."""
+"""CTRE: drop small weights, grow between neurons that fire alike."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from itertools import islice
 from typing import Any, ClassVar, Literal, Unpack
 
-import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.core.calendar import Calendar, Time, resolve
+from sparse_callbacks.core.calendar import Calendar, RunLength, Time, resolve_times
 from sparse_callbacks.core.distributions import Distribution, clipped, epsilon_sparsity, is_epsilon
+from sparse_callbacks.core.host import Forward
+from sparse_callbacks.core.method import BatchEnd, Figures, Options
 from sparse_callbacks.core.ops import drop_and_grow, drop_count
+from sparse_callbacks.core.randomness import uniform_like
 from sparse_callbacks.core.schedules import Schedule, as_schedule
-from sparse_callbacks.lightning.callback import Options
-from sparse_callbacks.lightning.data_pass import Forward
+from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.ctre.activations import measure
 from sparse_callbacks.methods.ctre.patience import Mode, Patience, check_patience
 from sparse_callbacks.methods.ctre.similarity import CosineSums, Grown, cosine, explore, growth_bound, layers_of, propose
@@ -59,8 +61,8 @@ class CTRE(DropAndGrow):
         monitor, mode, patience: read by ``"seq"`` only, and ``monitor`` required there: a metric logged in validation, which way it
             improves (``"max"`` or ``"min"``), and validated epochs without strict improvement after which growth is random.
         data_fraction: share of the batches that the pass looks at, from the first on, in (0, 1].
-        forward: function of module and batch that gives the network's output; default: see
-            :func:`~sparse_callbacks.lightning.data_pass.call`.
+        forward: function of module and batch that gives the network's output; default: by the
+            batch's type, ``module(batch)``, ``module(batch[0])`` or ``module(**batch)``.
         statistics_dataloader: the data of the pass; default: the training data, not shuffled.
 
     Raises:
@@ -113,16 +115,16 @@ class CTRE(DropAndGrow):
         self.epsilon, self.variant = epsilon, variant
         self.monitor, self.mode, self.patience = monitor, mode, patience
         self.data_fraction, self.forward, self.statistics_dataloader = data_fraction, forward, statistics_dataloader
-        self._began, self._grown = dict[int, int](), Grown()
+        self._began: dict[int, int] = {}  # steps of each optimizer when the latest window began
 
     # ------------------------------------------------------------------ when
 
-    def make_calendar(self, total: Callable[[], float], epoch: Callable[[], float], lenient: bool) -> Calendar:
+    def make_calendar(self, run: RunLength) -> Calendar:
         assert self.start is not None
-        made = resolve(self.every, self.start, self.stop, 1, total, lenient=lenient)
+        made = resolve_times(self.every, self.start, self.stop, 1, run)
         interval = made.every
         if self.every is None:
-            if math.isinf(length := epoch()):
+            if math.isinf(length := run.epoch()):
                 raise ValueError("every=None is one update an epoch, and the training loader has no length. Give every= in steps.")
             interval = max(1, int(length))
         first = made.start if made.start > 1 else 1 + interval  # after the first step there is no similarity yet
@@ -136,79 +138,78 @@ class CTRE(DropAndGrow):
         if not self.at_random:  # a batch shows whether the activations of every layer can be found
             self._measure(0.0)
 
-    def before_batch(self) -> None:
+    def window_start(self, batch: int) -> None:
         if self.at_random:
             return
         if self._update_follows():
             sums = self._measure(self.data_fraction)
             self.aux |= {f"similarity/{name}": cosine(s) for name, s in sums.items()}
 
-    def after_batch(self) -> None:
-        if not self._window_open:  # a step that was skipped comes again, with a pass of its own
+    def batch_end(self, end: BatchEnd) -> Figures:
+        if not end.window_open:  # a step that was skipped comes again, with a pass of its own
             self.aux = {key: t for key, t in self.aux.items() if not key.startswith("similarity/")}
+        return {}
 
     def _update_follows(self) -> bool:
         """A step of the coming batch, if it is taken, brings an update."""
-        anchor, found = max(self.times.start, self.anchor), False
+        begin, found = self.progress.grid_start(self.times), False
         for index, count in self.progress.counts.items():
             most = count.at_most()
             span = max(1, most - self._began.get(index, most))  # in manual optimization a batch may have several steps
             self._began[index] = most
             done = self.progress.done.get(index)
-            due = self.times.next(0, anchor, done)
+            due = self.times.next(0, begin, done)
             if due is not None and most + span >= due:
                 step = count.read() + 1  # may wait for the device
-                due = self.times.next(step, anchor, done)
+                due = self.times.next(step, begin, done)
                 found |= due is not None and due < step + span
         return found
 
     def _measure(self, fraction: float) -> dict[str, CosineSums]:
         """Sums over a pass for every sparse layer that the network used; with fraction 0 over one batch."""
-        model = self._model()
-        assert model is not None
-        with closing(self.data_pass(fraction or 1.0)) as outputs:  # where measuring fails, flags and random states are put back now
-            return measure(model, self.params, outputs if fraction else islice(outputs, 1))
+        made = self.host.data_pass(fraction or 1.0, forward=self.forward, loader=self.statistics_dataloader)
+        with closing(made) as outputs:  # where measuring fails, flags and random states are put back now
+            return measure(self.model, self.params, outputs if fraction else islice(outputs, 1))
 
     # ------------------------------------------------------------------ how
 
-    def after_step(self) -> None:
-        if self.due() and (self.at_random or any(f"similarity/{name}" in self.aux for name in self.names)):
-            self.update()
+    def after_step(self, step: Step) -> Update | None:
+        measured = any(f"similarity/{name}" in self.aux for name in step.names)
+        return self.new_masks(step) if step.due and (self.at_random or measured) else None
 
-    def update(self) -> None:
-        self._grown = Grown()
-        self.move_masks(drop_fraction=self.fraction)
-        self.events |= {f"update/{figure}": value for figure, value in self._grown.figures().items()}
-        self.note(phase=float(self.at_random))
-        for name in self.names:
+    def new_masks(self, step: Step) -> Update:
+        grown = Grown()
+        measured = [n for n in step.names if self.at_random or f"similarity/{n}" in self.aux]
+        masks = {n: self._new_mask(step, n, grown) for n in measured}
+        figures = {"update/drop_fraction": self.fraction(step)} | {f"update/{k}": v for k, v in grown.figures().items()}
+        return Update(masks, figures | self.own_figures(phase=float(self.at_random)))
+
+    def after_update(self, step: Step) -> None:
+        for name in step.names:
             self.aux.pop(f"similarity/{name}", None)
 
-    def new_masks(self) -> dict[str, Tensor]:
-        return {n: self._new_mask(n) for n in self.names if self.at_random or f"similarity/{n}" in self.aux}
-
-    def _new_mask(self, name: str) -> Tensor:
-        mask, weight = self.store.bools[name], self.params[name].detach()
-        count = drop_count(self.store.active[name], self.fraction)
+    def _new_mask(self, step: Step, name: str, grown: Grown) -> Tensor:
+        mask, weight = self.weights.masks[name], self.params[name].detach()
+        count = drop_count(self.weights.active_counts[name], self.fraction(step))
         if self.at_random:
-            self._grown.drawn += count
-            return drop_and_grow(mask, weight, self._draw(name), count)
+            grown.drawn += count
+            return drop_and_grow(mask, weight, self._draw(step, name), count)
         similarity = self.aux[f"similarity/{name}"].to(weight.device)
         kept, proposed = propose(mask, weight, similarity, count)
         if self.variant != "sim":
-            self._grown.add(similarity, proposed)
+            grown.add(similarity, proposed)
             return kept | proposed
-        accepted, drawn = explore(mask, kept, proposed, self._draw(name))
-        self._grown.add(similarity, accepted)
-        self._grown.drawn += int(drawn.count_nonzero())
+        accepted, drawn = explore(mask, kept, proposed, self._draw(step, name))
+        grown.add(similarity, accepted)
+        grown.drawn += int(drawn.count_nonzero())
         return kept | accepted | drawn
 
-    def _draw(self, name: str, purpose: str = "") -> Tensor:
-        """Uniform numbers in [0, 1) of the parameter's shape; in float64, since float32 ties in large layers."""
-        p = self.params[name]
-        return torch.rand(p.shape, dtype=torch.float64, generator=self.generator(name + purpose, self.step)).to(p.device)
+    def _draw(self, step: Step, name: str, purpose: str = "") -> Tensor:
+        """Uniform numbers in [0, 1) of the parameter's shape."""
+        return uniform_like(self.params[name], self.generator(name + purpose, step.number))
 
-    def new_weights(self, name: str) -> Tensor:
-        return (2 * self._draw(name, "/new weights") - 1) * growth_bound(self.store.entries[name].shape)
+    def new_weights(self, step: Step, name: str) -> Tensor:
+        return (2 * self._draw(step, name, "/new weights") - 1) * growth_bound(self.weights.entries[name].shape)
 
     # ------------------------------------------------------------------ patience
 

@@ -1,19 +1,22 @@
 """DPF: dynamic pruning with feedback."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.core.calendar import Calendar, Time
+from sparse_callbacks.core.calendar import Calendar, RunLength, Time
 from sparse_callbacks.core.distributions import Distribution, resolve
+from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.ops import keep_largest, keep_largest_jointly, zeros_for
 from sparse_callbacks.core.plan import Plan
-from sparse_callbacks.core.schedules import Schedule, to_steps
+from sparse_callbacks.core.schedules import Schedule, pruning_curve, to_steps
 from sparse_callbacks.core.selection import Entry, layer_shapes
-from sparse_callbacks.lightning.callback import Options, SparsityCallback, pruning_curve
+from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.topology import Update
+from sparse_callbacks.lightning.callback import SparsityCallback
 from sparse_callbacks.methods.dpf import filters
 
 GLOBAL = "global"
@@ -71,7 +74,7 @@ class DPF(SparsityCallback):
     rising: ClassVar[bool] = True
     arrives_at_stop: ClassVar[bool] = True
     published_every: ClassVar[int] = 16
-    anchor: ClassVar[int] = 0  # the refresh of step 0 is the initial mask
+    first_update: ClassVar[int] = 0  # the refresh of step 0 is the initial mask
     keeps_dense: ClassVar[bool] = True
 
     def __init__(
@@ -111,13 +114,13 @@ class DPF(SparsityCallback):
     def at_target(self) -> bool:
         if not self.masks or self.calendar is None:
             return False
-        owners = [i for i, names in enumerate(self._ownership.owns) if names] or list(self.progress.counts)
+        owners = [i for i, names in enumerate(self.owners.owns) if names] or list(self.progress.counts)
         arrived = all(self.progress.done.get(i, 0) >= self.calendar.stop for i in owners)
         return arrived or self._curve.initial == self._curve.final
 
-    def sparsity_at(self, step: int) -> float:
+    def sparsity_at(self, step: Step) -> float:
         """s_t, over all selected weights."""
-        return self._curve(step, self.times.start, self.times.stop)
+        return self._curve(step.number, step.calendar.start, step.calendar.stop)
 
     # ------------------------------------------------------------------ plan and calendar
 
@@ -143,58 +146,64 @@ class DPF(SparsityCallback):
         return replace(plan, rows=tuple(rows), joint=sum(zeros_for(self.target_sparsity, size) for size in sizes))
 
     def attach(self, model: nn.Module) -> None:
-        self._shared = [sum(self.store.size(n) for n in names) for names in self._ownership.owns]
+        self._shared = [sum(self.weights.size(n) for n in names) for names in self.owners.owns]
 
-    def make_calendar(self, total: Callable[[], float], epoch: Callable[[], float], lenient: bool) -> Calendar:
-        calendar = super().make_calendar(total, epoch, lenient)
+    def make_calendar(self, run: RunLength) -> Calendar:
+        calendar = super().make_calendar(run)
         if self.finetune is None:
             return replace(calendar, until=NEVER)
-        begin = self.finetune if isinstance(self.finetune, int) else to_steps(self.finetune, total(), "finetune")
-        if not lenient and begin < calendar.stop:
+        begin = self.finetune if isinstance(self.finetune, int) else to_steps(self.finetune, run.total(), "finetune")
+        if not run.lenient and begin < calendar.stop:
             raise ValueError(_too_early(self.finetune, self.stop, f" ({begin} steps against {calendar.stop})"))
-        if not lenient and begin > total():
+        if not run.lenient and begin > run.total():
             raise ValueError(
-                f"finetune={self.finetune!r} lies behind the run's {total():g} steps, so fine-tuning would never start. Give an earlier "
-                "time, or finetune=None."
+                f"finetune={self.finetune!r} lies behind the run's {run.total():g} steps, so fine-tuning would never start. Give an "
+                "earlier time, or finetune=None."
             )
         return replace(calendar, until=max(begin, calendar.stop))
 
     # ------------------------------------------------------------------ the method
 
     def initial_masks(self) -> dict[str, Tensor]:
-        groups = [names for names in self._ownership.owns if names]
+        groups = [names for names in self.owners.owns if names]
         return {n: mask for names in groups for n, mask in self._largest(names, self._curve.initial).items()}
 
-    def after_step(self) -> None:
+    def after_step(self, step: Step) -> Update | None:
         # a longer run may put the end of the refreshes behind the start of a fine-tuning that has begun: it goes on
-        if not self.store.hidden or not self.due() or not self.store.hides(self.names[0]):
-            return
-        self.update()
-        if self.step >= self.times.last:
-            self.store.drop_dense(self.names)
+        if not self.weights.copied or not step.due or not self.weights.has_copy(step.names[0]):
+            return None
+        return self.new_masks(step)
 
-    def update(self) -> None:
-        before = {n: self.store.bools[n] for n in self.names}
-        super().update()
-        back = sum(int((self.store.bools[n] & ~mask).sum()) for n, mask in before.items())
+    def new_masks(self, step: Step) -> Update:
+        masks = self._largest(step.names, self.sparsity_at(step))
+        back = sum(int((mask & ~self.weights.masks[n]).sum()) for n, mask in masks.items())
         total = self.aux.setdefault("reactivated/total", torch.zeros((), dtype=torch.int64))
         total += back
-        hidden = torch.stack([torch.linalg.vector_norm(self.store.outside(n, self.store.dense(n)).float()) for n in self.store.hidden])
-        self.note(reactivated=back, reactivated_total=int(total), pruned_dense_norm=float(torch.linalg.vector_norm(hidden)))
+        norm = self._norm_of_pruned({**self.weights.masks, **masks})
+        return Update(masks, self.own_figures(reactivated=back, reactivated_total=int(total), pruned_dense_norm=norm))
 
-    def new_masks(self) -> dict[str, Tensor]:
-        return self._largest(self.names, self.sparsity_at(self.step))
+    def after_update(self, step: Step) -> None:
+        if step.number >= step.calendar.last:  # fine-tuning begins: pruned weights learn no more
+            self.weights.end_copy(step.names)
+
+    def _norm_of_pruned(self, masks: Mapping[str, Tensor]) -> float:
+        """L2 norm of the dense values of all weights that ``masks`` prune."""
+        norms = []
+        for name in self.weights.copied:
+            dense = self.weights.dense_values(name)
+            norms.append(torch.linalg.vector_norm((dense * (1 - masks[name].to(dense))).float()))
+        return float(torch.linalg.vector_norm(torch.stack(norms)))
 
     def _largest(self, names: Sequence[str], sparsity: float) -> dict[str, Tensor]:
         """Masks of the weights or filters of ``names`` with the largest dense magnitude."""
-        layers = {x: t for n in names for x, (t,) in self.store.layers(n, self.store.dense(n))}
-        entries = {x: self.store.entries[n] for n in names for x in self.store.entries[n].layers}
+        layers = {x: t for n in names for x, (t,) in self.weights.layers(n, self.weights.dense_values(n))}
+        entries = {x: self.weights.entries[n] for n in names for x in self.weights.entries[n].layers}
         if self._is_global:
             chosen = self._jointly(layers, entries, sparsity)
         else:
             share = sparsity / self.target_sparsity if self.target_sparsity else 0.0
-            chosen = {x: self._in_layer(t, entries[x], self._targets[x] * share) for x, t in layers.items()}
-        return {n: self.store.by_layer(n, lambda layer, _: chosen[layer], self.store.dense(n)) for n in names}
+            chosen = {x: self._in_layer(t, entries[x], self.targets[x] * share) for x, t in layers.items()}
+        return {n: self.weights.by_layer(n, lambda layer, _: chosen[layer], self.weights.dense_values(n)) for n in names}
 
     def _in_layer(self, weight: Tensor, entry: Entry, sparsity: float) -> Tensor:
         if self.unit == "weight":

@@ -1,24 +1,28 @@
-"""GaP, scheduled grow-and-prune."""
+"""GaP: scheduled grow-and-prune, one part of the network after another trains dense."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.core.calendar import Calendar, Time
+from sparse_callbacks.core.calendar import Calendar, RunLength, Time
 from sparse_callbacks.core.distributions import Distribution
+from sparse_callbacks.core.method import BatchEnd, Figures, Options
 from sparse_callbacks.core.ops import keep_largest
+from sparse_callbacks.core.optimizer_life import RestartsOptimizers
 from sparse_callbacks.core.plan import Plan
-from sparse_callbacks.lightning.callback import Options, SparsityCallback
-from sparse_callbacks.lightning.optimizer_lives import check_phases, phase_steps
+from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.topology import Update
+from sparse_callbacks.lightning.callback import SparsityCallback
 from sparse_callbacks.methods.gap.partitions import Partitions, check_partitions, number_of, split
+from sparse_callbacks.methods.gap.phases import check_phases, phase_steps
 
 Init = Literal["random", "magnitude"]
 
 
-class GaP(SparsityCallback):
+class GaP(RestartsOptimizers, SparsityCallback):
     """GaP, cyclic (C-GaP): one part of the network after another trains dense and is pruned (Ma et al., 2022).
 
     The layers form ``kappa`` partitions. In phase j = 0, 1, ... partition j mod kappa is dense and all others keep their masks.
@@ -69,7 +73,7 @@ class GaP(SparsityCallback):
     methods. ICLR 2022, arXiv 2106.09857.
     """
 
-    anchor: ClassVar[int] = 0  # the first update comes after a whole phase
+    first_update: ClassVar[int] = 0  # the first update comes after a whole phase
     explores: ClassVar[bool] = True
     arrives_at_stop: ClassVar[bool] = True
 
@@ -108,7 +112,7 @@ class GaP(SparsityCallback):
         return self.rounds * number_of(self.partitions)
 
     def blocks(self, sizes: Mapping[str, int] | None = None) -> list[list[str]]:
-        """Names of the sparse parameters in each partition, by default of the model at hand."""
+        """Names of the sparse parameters in each partition, by default of the model of the run."""
         sizes = {n: p.numel() for n, p in self.params.items()} if sizes is None else sizes
         return split(self.partitions, sizes, self.generator("partitions", 0))
 
@@ -118,7 +122,7 @@ class GaP(SparsityCallback):
         def prune(layer: str, weight: Tensor) -> Tensor:
             return keep_largest(weight, weight.numel() - self.planned_zeros(layer, weight.numel()))
 
-        return {n: self.store.by_layer(n, prune, self.params[n].detach()) for n in names}
+        return {n: self.weights.by_layer(n, prune, self.params[n].detach()) for n in names}
 
     def plan(self, model: nn.Module | None = None) -> Plan:
         made = super().plan(model)
@@ -129,33 +133,31 @@ class GaP(SparsityCallback):
     # ------------------------------------------------------------------ masks
 
     def attach(self, model: nn.Module) -> None:
-        if not self._saved_times:  # not resumed: a run and its optimizers begin
+        if self.saved is None or not self.saved.times:  # a run and its optimizers begin
             self.aux["phase/run"] = self.aux["phase/optimizers"] = torch.tensor(self.step)
 
     def initial_masks(self) -> dict[str, Tensor]:
         dense = self.blocks()[0]
         sparse = super().initial_masks() if self.init == "random" else self.pruned(self.params)
-        return {**sparse, **self.full(dense)}
+        return {**sparse, **self.weights.all_active(dense)}
 
-    def after_step(self) -> None:
-        if self.due():
-            self.update()
+    def after_step(self, step: Step) -> Update | None:
+        return self.new_masks(step) if step.due else None
 
-    def update(self) -> None:
-        self.move_masks()
-        self._note_phase()
-        self.restart_wanted = self.restart_wanted or self.restart
-
-    def _note_phase(self) -> None:
-        phase = self.phase_at(self.step)
-        turn, partition = divmod(phase, number_of(self.partitions))
-        self.note(phase=phase, round=turn, dense_partition=partition if phase < self.phases else -1)
-
-    def new_masks(self) -> dict[str, Tensor]:
-        blocks, phase = self.blocks(), self.phase_at(self.step)
+    def new_masks(self, step: Step) -> Update:
+        blocks, phase = self.blocks(), self.phase_at(step.number)
         ended, begun = blocks[(phase - 1) % len(blocks)], blocks[phase % len(blocks)] if phase < self.phases else []
-        mine = set(self.names)
-        return self.pruned(n for n in ended if n in mine) | self.full(n for n in begun if n in mine)
+        mine = set(step.names)
+        masks = self.pruned(n for n in ended if n in mine) | self.weights.all_active(n for n in begun if n in mine)
+        return Update(masks, self._phase_figures(phase))
+
+    def after_update(self, step: Step) -> None:
+        if self.restart:
+            self.host.request_restart()
+
+    def _phase_figures(self, phase: int) -> dict[str, float]:
+        turn, partition = divmod(phase, number_of(self.partitions))
+        return self.own_figures(phase=phase, round=turn, dense_partition=partition if phase < self.phases else -1)
 
     # ------------------------------------------------------------------ phases
 
@@ -169,65 +171,81 @@ class GaP(SparsityCallback):
         phase = self.phase_at(self.step)
         return phase % number_of(self.partitions) if phase < self.phases else None
 
-    def make_calendar(self, total: Callable[[], float], epoch: Callable[[], float], lenient: bool) -> Calendar:
-        calendar = self._begun_calendar() or self._calendar(total, epoch, lenient)
-        ends = int(self.aux["phase/run"]) + total()
-        if calendar.stop > ends and not lenient:
+    def make_calendar(self, run: RunLength) -> Calendar:
+        calendar = self._begun_calendar() or self._calendar(run)
+        ends = int(self.aux["phase/run"]) + run.total()
+        if calendar.stop > ends and not run.lenient:
             raise ValueError(
                 f"the phases of this run were laid out up to step {calendar.stop}, and it ends at step {ends:g}. Train longer, or give "
                 "fresh_start=True for new masks and phases."
             )
-        self.aux["phase/length"] = torch.tensor(total(), dtype=torch.float64)
+        self.aux["phase/length"] = torch.tensor(run.total(), dtype=torch.float64)
         at, configured = (min(s // calendar.every, self.phases) for s in (self.step, int(self.aux["phase/optimizers"])))
-        self.restart_wanted = self.restart and at != configured  # a run that was saved between the two
+        if self._optimizers_are_old(at, configured):  # a run that was saved between a phase's end and the next batch
+            self.host.request_restart()
         return calendar
+
+    def _optimizers_are_old(self, phase: int, configured: int) -> bool:
+        """The optimizers were configured for another phase than the current one.
+
+        Args:
+            phase: the current phase.
+            configured: the phase in which the optimizers were configured.
+        """
+        return self.restart and phase != configured
 
     def _begun_calendar(self) -> Calendar | None:
         """Phases that have begun stay as they are, also where the run's length has changed since."""
-        times = self._saved_times or ([] if self.calendar is None or not self.step else self.calendar.times())
+        times: Sequence[int] = () if self.saved is None else self.saved.times
+        if not times and self.calendar is not None and self.step:
+            times = self.calendar.times()
         return Calendar(times[0], times[1], times[2]) if times else None
 
-    def begin_training(self, epoch: int) -> None:
-        if not self.resumed:
-            self._note_phase()
+    def begin_training(self, epoch: int) -> Figures:
+        return self._phase_figures(self.phase_at(self.step)) if self.saved is None else {}
 
-    def after_batch(self) -> None:
-        if self.run_over and not self.at_target and self.phase_at(self.step + self.skipped) == self.phases:
+    def batch_end(self, end: BatchEnd) -> Figures:
+        if end.run_over and not self.at_target and self.phase_at(self.step + end.skipped) == self.phases:
             # steps that a GradScaler skipped have delayed the end of the last phase behind that of the run
-            self.store.take(self.pruned(self.params))
+            self.weights.set_masks(self.pruned(self.params))
+        return {}
 
-    def _calendar(self, total: Callable[[], float], epoch: Callable[[], float], lenient: bool) -> Calendar:
-        every = phase_steps(self.phases, self.epochs, self.every, self.finetune, total, epoch, lenient, self.step)
+    def _calendar(self, run: RunLength) -> Calendar:
+        every = phase_steps(self.phases, self.epochs, self.every, self.finetune, run, self.step)
         return Calendar(every, 0, every * self.phases)
 
     @property
     def horizon(self) -> float | None:
-        """Optimizer steps that the optimizers at hand live, from their phase's begin to its end; None with ``restart=False``."""
+        """Optimizer steps that the current optimizers live, from their phase's begin to its end; None with ``restart=False``."""
         return self._life(self.times, self.aux) if self.restart else None
 
-    def optimizer_life(self, total: Callable[[], float], epoch: Callable[[], float], lenient: bool) -> float | None:
+    def optimizer_life(self, run: RunLength) -> float | None:
         """:attr:`horizon`, also before the run has begun; see :func:`sparse_callbacks.horizon`.
 
         Args:
-            total, epoch, lenient: as in :meth:`make_calendar`; not called where a checkpoint that the run resumes from has the answer.
+            run: the length of the run; not asked where a checkpoint that the run resumes from has the answer.
         """
         self.horizon_asked = True
-        if self._training or not self.restart:
+        if self.in_training or not self.restart:
             return self.horizon
-        restored = {} if self.fresh_start else self._restored or {}
-        if saved := restored.get("times") or self._saved_times:
-            return self._life(Calendar(saved[0], saved[1], saved[2]), restored.get("aux", self.aux))
+        if self.saved is not None and self.saved.times:
+            times = self.saved.times
+            return self._life(Calendar(times[0], times[1], times[2]), self.saved.aux)
         begun = torch.tensor(self.step)
-        times = {"phase/run": begun, "phase/optimizers": begun, "phase/length": torch.tensor(total(), dtype=torch.float64)}
-        return self._life(self._begun_calendar() or self._calendar(total, epoch, lenient), times)
+        aux = {"phase/run": begun, "phase/optimizers": begun, "phase/length": torch.tensor(run.total(), dtype=torch.float64)}
+        return self._life(self._begun_calendar() or self._calendar(run), aux)
 
     @property
     def shortest_life(self) -> float | None:
         """Optimizer steps of a phase or of fine-tuning, whichever is shorter: what a schedule of fixed length must fit."""
         if not self.restart:
             return None
+        lives: list[float] = []
         finetuning = float(self.aux["phase/run"]) + float(self.aux["phase/length"]) - self.times.stop
-        lives = [finetuning] * (finetuning > 0) + [self.times.every] * (int(self.aux["phase/optimizers"]) < self.times.stop)
+        if finetuning > 0:
+            lives.append(finetuning)
+        if int(self.aux["phase/optimizers"]) < self.times.stop:  # a phase is still to come
+            lives.append(self.times.every)
         return min(lives, default=None)
 
     def _life(self, times: Calendar, aux: Mapping[str, Tensor]) -> float:

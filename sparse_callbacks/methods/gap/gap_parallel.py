@@ -1,7 +1,7 @@
-"""P-GaP, parallel grow-and-prune."""
+"""P-GaP: parallel grow-and-prune, with a worker for each part of the network."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from numbers import Real
 from typing import Any, ClassVar, Unpack
@@ -11,16 +11,19 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from sparse_callbacks.core import distributed
-from sparse_callbacks.core.calendar import Calendar
+from sparse_callbacks.core.calendar import Calendar, RunLength
 from sparse_callbacks.core.distributions import Distribution
-from sparse_callbacks.lightning import turns
-from sparse_callbacks.lightning.callback import Options, SparsityCallback
-from sparse_callbacks.lightning.data_pass import Forward
+from sparse_callbacks.core.host import Forward
+from sparse_callbacks.core.method import BatchEnd, Figures, Method, Options
+from sparse_callbacks.core.randomness import seed_everything
+from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.topology import Update
+from sparse_callbacks.lightning.turns import TurnTaking
 from sparse_callbacks.methods.gap.gap import GaP, Init
 from sparse_callbacks.methods.gap.partitions import Partitions, holdings, number_of, owners
 
 
-class ParallelGaP(GaP):
+class ParallelGaP(GaP, TurnTaking):
     """P-GaP, parallel grow-and-prune: a worker for each partition trains it dense, and the best of all is put together (Ma et al., 2022).
 
     The layers form ``kappa`` partitions. In each round ``kappa`` workers start from the same sparse network; in worker i partition
@@ -65,8 +68,7 @@ class ParallelGaP(GaP):
     methods. ICLR 2022, arXiv 2106.09857.
     """
 
-    curves: ClassVar[str] = "gap"
-    takes_turns: ClassVar[bool] = True
+    figure_prefix: ClassVar[str] = "gap"
     explores: ClassVar[bool] = False
 
     def __init__(
@@ -93,7 +95,8 @@ class ParallelGaP(GaP):
             raise ValueError(f"epochs={epochs!r} is no whole number of epochs: a worker's data order begins with an epoch. Give epochs=1.")
         self._epochs: int = int(epochs)
         self.epochs = self._epochs
-        self.forward, self.statistics_dataloader = forward, statistics_dataloader
+        self.forward: Forward | None = forward
+        self.statistics_dataloader: Any | None = statistics_dataloader
         self._mine: Mapping[str, Any] = {}
 
     # ------------------------------------------------------------------ who trains when
@@ -154,34 +157,35 @@ class ParallelGaP(GaP):
         return self._seed(epoch) % 2**31
 
     def epoch_start(self, epoch: int) -> None:
-        turns.seed_everything(self._seed(epoch))  # for what draws the data
+        seed_everything(self._seed(epoch))  # for what draws the data
 
-    def before_batch(self) -> None:
-        if self.batch == 0 and self.phase < self.phases and self._begun != self.phase:
+    def window_start(self, batch: int) -> None:
+        if batch == 0 and self.phase < self.phases and self._begun != self.phase:
             self._begin_worker()  # not at once: the validation between is that of the worker before, or of the combined network
-        if self.batch == 0:  # for the network; resumed at the end of an epoch, Lightning does not announce the next one
-            turns.seed_everything(self._seed(int(self.aux["workers/epochs"] - self.aux["workers/offset"])))
+        if batch == 0:  # for the network; resumed at the end of an epoch, Lightning does not announce the next one
+            seed_everything(self._seed(int(self.aux["workers/epochs"] - self.aux["workers/offset"])))
 
     # ------------------------------------------------------------------ the run
 
     def initial_masks(self) -> dict[str, Tensor]:
-        return self.pruned(self.params) if self.init == "magnitude" else SparsityCallback.initial_masks(self)
+        return self.pruned(self.params) if self.init == "magnitude" else Method.initial_masks(self)
 
-    def make_calendar(self, total: Callable[[], float], epoch: Callable[[], float], lenient: bool) -> Calendar:
-        if math.isinf(epoch()):
+    def make_calendar(self, run: RunLength) -> Calendar:
+        if math.isinf(run.epoch()):
             raise ValueError(
                 "ParallelGaP counts whole epochs, and the train loader has no length. Give one that has, or Trainer(limit_train_batches=N)."
             )
-        calendar = super().make_calendar(total, epoch, lenient)
-        configured = int(self.aux.get("workers/configured", torch.tensor(0)))
-        self.restart_wanted = configured != self.phase  # a run that was saved between the two
-        return calendar
+        return super().make_calendar(run)
+
+    def _optimizers_are_old(self, phase: int, configured: int) -> bool:
+        # phases end with epochs here, so the epochs decide and not the steps of the calendar
+        return int(self.aux.get("workers/configured", torch.tensor(0))) != self.phase
 
     def begin_optimizer_life(self) -> None:
         super().begin_optimizer_life()
         self.aux["workers/configured"] = torch.tensor(self.phase)
 
-    def begin_training(self, epoch: int) -> None:
+    def begin_training(self, epoch: int) -> Figures:
         if "workers/epochs" not in self.aux:
             self.aux["workers/epochs"] = torch.tensor(0)
             self.aux["workers/ranks"] = torch.tensor(distributed.world_size())
@@ -189,34 +193,36 @@ class ParallelGaP(GaP):
             if not self.together:
                 self._keep("start", self._tensors())
             self._begin_worker()
-        super().begin_training(epoch)
-        if not self.resumed:
+        figures = super().begin_training(epoch)
+        if self.saved is None:
             self.aux["workers/offset"] = self.aux["workers/epochs"] - epoch
         if self._mine:
-            for optimizer, state in zip(self._ownership.optimizers, self._mine["optimizers"], strict=True):
+            for optimizer, state in zip(self.owners.optimizers, self._mine["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-            self.load_data_states(self._mine["loaders"])
+            self.turns_host.load_loader_states(self._mine["loaders"])
             self._mine = {}
-        self.average_gradients(self.phase == self.phases)
+        self.turns_host.average_gradients(self.phase == self.phases)
+        return figures
 
     def rehearse(self) -> None:
-        model = self._model()
-        if model is not None and self.phase < self.phases and _with_statistics(model):
-            with closing(self.data_pass()) as outputs:
+        if self.phase < self.phases and _with_statistics(self.model):
+            with closing(self._pass()) as outputs:
                 next(outputs, None)
 
-    def after_step(self) -> None:
-        """Phases end with epochs, not with steps."""
+    def _pass(self, train: Sequence[nn.Module] = ()) -> Generator[Any, None, None]:
+        return self.host.data_pass(forward=self.forward, loader=self.statistics_dataloader, train=train)
 
-    def after_batch(self) -> None:
-        if not self.epoch_over:
-            return
+    def after_step(self, step: Step) -> Update | None:
+        return None  # phases end with epochs, not with steps
+
+    def batch_end(self, end: BatchEnd) -> Figures:
+        if not end.epoch_over:
+            return {}
         ended = self.phase
         self.aux["workers/epochs"] = self.aux["workers/epochs"] + 1
-        if self.phase > ended:
-            self._end_phase(ended)
+        return self._end_phase(ended) if self.phase > ended else {}
 
-    def _end_phase(self, ended: int) -> None:
+    def _end_phase(self, ended: int) -> Figures:
         worker = self._turn(ended)[1]
         owner = self._owners()
         if not self.together:
@@ -227,21 +233,21 @@ class ParallelGaP(GaP):
             self._drop("sparse")
             self._drop("start")
             self.aux["workers/finetune"] = torch.tensor(self.step)
-            self.average_gradients(True)
-        self.updates += 1
-        self.restart_wanted = True
-        self._note_phase()
+            self.turns_host.average_gradients(True)
+        self.progress.updates += 1
+        self.host.request_restart()
+        return self._phase_figures(self.phase)
 
-    def _note_phase(self) -> None:
-        turn, worker = self._turn(self.phase)
-        self.note(phase=self.phase, round=turn, dense_partition=worker)
+    def _phase_figures(self, phase: int) -> dict[str, float]:
+        turn, worker = self._turn(phase)
+        return self.own_figures(phase=phase, round=turn, dense_partition=worker)
 
     def _begin_worker(self) -> None:
         """The start of the round, with this worker's partition dense."""
         if not self.together:
             self._take_over(self._kept("start"))
-        dense = self.full(self.blocks()[self._turn(self.phase)[1]])
-        self.store.take({**self._kept("sparse"), **dense})
+        dense = self.weights.all_active(self.blocks()[self._turn(self.phase)[1]])
+        self.weights.set_masks({**self._kept("sparse"), **dense})
         self.aux["workers/begun"] = torch.tensor(self.phase)
 
     @property
@@ -254,7 +260,7 @@ class ParallelGaP(GaP):
         tensors = self._tensors()
         gathered = distributed.from_owners(tensors, owner) if self.together else self._kept("gathered")
         self._take_over(gathered)
-        self.store.take(self.pruned(self.params))
+        self.weights.set_masks(self.pruned(self.params))
         self._estimate_statistics()
         self._keep("sparse", self.masks)
         if not self.together:
@@ -262,15 +268,13 @@ class ParallelGaP(GaP):
             self._keep("start", self._tensors())
 
     def _estimate_statistics(self) -> None:
-        model = self._model()
-        assert model is not None
-        norms = [m for m in _with_statistics(model) if m.training]  # those in eval mode are frozen
+        norms = [m for m in _with_statistics(self.model) if m.training]  # those in eval mode are frozen
         momenta = [m.momentum for m in norms]
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # a cumulative mean, batch by batch
         try:
-            for _ in self.data_pass(train=norms) if norms else ():
+            for _ in self._pass(train=norms) if norms else ():
                 pass  # the forward passes are all that is wanted
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
@@ -279,18 +283,14 @@ class ParallelGaP(GaP):
     # ------------------------------------------------------------------ tensors that wait
 
     def _tensors(self) -> dict[str, Tensor]:
-        model = self._model()
-        assert model is not None
-        return {k: t.detach() for k, t in model.state_dict().items() if isinstance(t, Tensor)}
+        return {k: t.detach() for k, t in self.model.state_dict().items() if isinstance(t, Tensor)}
 
     def _owners(self) -> dict[str, int]:
         tensors = self._tensors()
         return owners(tensors, holdings(tensors, self.blocks()))
 
     def _take_over(self, tensors: Mapping[str, Tensor]) -> None:
-        model = self._model()
-        assert model is not None
-        model.load_state_dict({**model.state_dict(), **tensors})
+        self.model.load_state_dict({**self.model.state_dict(), **tensors})
 
     def _keep(self, kind: str, tensors: Mapping[str, Tensor]) -> None:
         self.aux |= {f"{kind}/{k}": t.detach().clone() for k, t in tensors.items()}
@@ -304,17 +304,8 @@ class ParallelGaP(GaP):
     # ------------------------------------------------------------------ checkpoints
 
     @property
-    def _apart(self) -> bool:
-        """Every rank has a network of its own."""
+    def trains_apart(self) -> bool:
         return self.together and "workers/epochs" in self.aux and self.phase < self.phases
-
-    def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
-        if self._training and self._apart:
-            optimizers = [o.state_dict() for o in self._ownership.optimizers]
-            mine = {"weights": self._tensors(), "optimizers": optimizers, "loaders": self.data_states(), "grads": state.pop("grads", {})}
-            state["workers"] = distributed.gather(mine)
-        return state
 
     def own_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
         ranks = int(state["aux"].get("workers/ranks", distributed.world_size()))
@@ -330,7 +321,7 @@ class ParallelGaP(GaP):
 
     def attach(self, model: nn.Module) -> None:
         super().attach(model)
-        if not self._apart:
+        if not self.trains_apart:
             return
         if not self._mine:
             raise ValueError(
@@ -338,8 +329,8 @@ class ParallelGaP(GaP):
                 "checkpoint that was written in training (ckpt_path=), or give fresh_start=True."
             )
         self._take_over(self._mine["weights"])
-        dense = self.full(self.blocks()[distributed.rank()]) if self._begun == self.phase else {}
-        self.store.take({**self._kept("sparse"), **dense})
+        dense = self.weights.all_active(self.blocks()[distributed.rank()]) if self._begun == self.phase else {}
+        self.weights.set_masks({**self._kept("sparse"), **dense})
 
 
 def _with_statistics(model: nn.Module) -> list[_NormBase]:

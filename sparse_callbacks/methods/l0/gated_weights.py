@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.core.weights import MaskStore
+from sparse_callbacks.core.weights import SparseWeights
 from sparse_callbacks.methods.l0 import gates
 from sparse_callbacks.methods.l0.channel_members import Tied
 
@@ -14,12 +14,12 @@ class Gated:
     """Writes gates times dense weights into the parameters of a store, and knows which of them hold a sample.
 
     Args:
-        store: keeps the dense weights.
+        weights: the weights, with their dense copies.
         tied: what goes with the output channels of each gated kernel, by name.
     """
 
-    def __init__(self, store: MaskStore, tied: Mapping[str, Tied]) -> None:
-        self._store, self.tied = store, dict(tied)
+    def __init__(self, weights: SparseWeights, tied: Mapping[str, Tied]) -> None:
+        self._weights, self.tied = weights, dict(tied)
         self.medians: dict[str, Tensor] = {}
         """What each parameter is multiplied by between batches."""
         self.samples: dict[str, Tensor] = {}
@@ -34,13 +34,13 @@ class Gated:
 
     def factors(self, kernel: str, z: Tensor) -> dict[str, Tensor]:
         """What each parameter of a kernel's channels is multiplied by when its gates are ``z``."""
-        return self.tied[kernel].factors(kernel, z, self._store.params)
+        return self.tied[kernel].factors(kernel, z, self._weights.params)
 
     def take_medians(self, kernel: str, log_alpha: Tensor) -> None:
         """Its masks and values shall be those of its median gates, and its sample is used up; :meth:`settle` writes them."""
         for name, factor in self.factors(kernel, gates.trained(log_alpha)).items():
             self.medians[name] = factor
-            self._store.gate(name, factor)
+            self._weights.set_factor(name, factor)
             self._astray.add(name)
         self.samples.pop(kernel, None)
 
@@ -57,8 +57,8 @@ class Gated:
             self.samples[kernel] = draw()
         z, norms = self.samples[kernel], self.tied[kernel].norms
         for name, factor in self.factors(kernel, z).items():
-            self._store.scale(name, factor)
-            self._store.apply([name], finite)
+            self._weights.set_passing_factor(name, factor)
+            self._weights.write_masked([name], finite)
             self._astray.add(name)
         self._statistics.restore(norms)
         for path in norms:
@@ -67,25 +67,25 @@ class Gated:
     def settle(self, names: Iterable[str], finite: bool = True) -> None:
         """Parameters hold their median gates."""
         for name in names:
-            self._store.scale(name, self.medians[name])
-            self._store.apply([name], finite)
+            self._weights.set_passing_factor(name, self.medians[name])
+            self._weights.write_masked([name], finite)
             self._astray.discard(name)
 
     def step_over(self, names: Iterable[str]) -> None:
         """An optimizer has stepped ``names``: their dense weights are back in the store, and nothing is written yet."""
         names = list(names)
-        self._store.put_back(names)
+        self._weights.swap_out(names)
         self._astray.update(names)
 
     def batch_over(self) -> None:
         """Median gates everywhere; what others wrote beside the sample is kept."""
-        self._store.catch_up(self._astray)
+        self._weights.absorb_if_written(self._astray)
         self.settle(list(self._astray))
         self._statistics.restore()
 
     def abort(self) -> None:
         """Median gates everywhere, wherever the batch was."""
-        self.settle(self._store.params)
+        self.settle(self._weights.params)
         self._statistics.restore()
 
 

@@ -1,20 +1,22 @@
-"""Constrained L0: gates that learn to close until no more than a wanted share of the parameters is expected behind open ones."""
+"""Constrained L0: gates that close until the expected density of the network meets its target."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, Unpack
+from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
+from sparse_callbacks.core.dense_copy import undone
+from sparse_callbacks.core.method import BatchEnd, Figures, Options
 from sparse_callbacks.core.ops import zeros_for
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.selection import Entry
-from sparse_callbacks.core.weights import undone
-from sparse_callbacks.lightning.callback import Options, SparsityCallback
+from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.topology import Update
+from sparse_callbacks.lightning.callback import SparsityCallback
 from sparse_callbacks.methods.l0 import gates, norm_check
 from sparse_callbacks.methods.l0.channel_members import Tied, by_glob, find_tied, refuse_decay, refuse_outside
 from sparse_callbacks.methods.l0.constraint import Constraint, Rates, shares_of
@@ -109,7 +111,9 @@ class ConstrainedL0(SparsityCallback):
         self.constraint, self.unit, self.gate_optimizer = constraint, unit, gate_optimizer
         self.gate_lr, self.dual_lr, self.l2 = gate_lr, dual_lr, l2
         self._refuse_arguments()
-        self.gated = Gated(self.store, {})
+        self.gated = Gated(self.weights, {})
+        self._together: dict[str, Tied] = {}  # what goes with the output channels of each kernel, by the kernel's name
+        self._held: dict[str, Tensor] = {}
         self._constraints: list[Constraint] = []
         self._owner: dict[str, int] = {}
         self._pulls: dict[str, Tensor] = {}
@@ -156,33 +160,33 @@ class ConstrainedL0(SparsityCallback):
     def _tied_in(self, model: nn.Module, kernels: Iterable[str]) -> dict[str, Tied]:
         return find_tied(model, kernels) if self.unit == "channel" else {}
 
-    def begin(
-        self,
-        model: nn.Module,
-        entries: Sequence[Entry],
-        targets: Mapping[str, float],
-        optimizers: Sequence[Optimizer],
-        gradients_read: Sequence[bool],
-        state: Mapping[str, Any] | None,
-    ) -> None:
+    def further_members(self, model: nn.Module, entries: Sequence[Entry]) -> Sequence[Entry]:
+        """Biases and norms whose channels have gates become members beside the kernels."""
         kernels = [e.name for e in entries if not e.reason]
-        together = dict.fromkeys(kernels, Tied()) | self._tied_in(model, kernels)
+        self._together = dict.fromkeys(kernels, Tied()) | self._tied_in(model, kernels)
+        members = {n for t in self._together.values() for n in t.members}
+        return [replace(e, reason="", shape=e.full_shape) if e.name in members else e for e in entries]
+
+    def start_copies(self, dense: Mapping[str, Tensor], new: Iterable[str]) -> None:
+        self._held = dict(dense)  # what they were before gates that have moved since; attach undoes the gates
+        super().start_copies(dense, new)
+
+    def attach(self, model: nn.Module) -> None:
+        together = self._together
+        kernels = list(together)
         targets_of, rates = (by_glob(getattr(self, a), kernels, a) for a in ("density", "droprate"))
-        members = {n for t in together.values() for n in t.members}
-        found = [replace(e, reason="", shape=e.full_shape) if e.name in members else e for e in entries]
         decaying = {*together, *(n for t in together.values() for n in t.biases)}
-        refuse_decay(optimizers, {id(p): n for n, p in model.named_parameters() if n in decaying}, self.l2)
-        held = {n: self.store.dense(n) for n in self.store.hidden}
-        super().begin(model, found, targets, optimizers, gradients_read, state)
-        self._all_entries, self.gated, self._in_batch = found, Gated(self.store, together), False
-        owned = [[n for n in names if n in together] for names in self._ownership.owns]
+        refuse_decay(self.owners.optimizers, {id(p): n for n, p in model.named_parameters() if n in decaying}, self.l2)
+        self.gated, self._in_batch = Gated(self.weights, together), False
+        owned = [[n for n in names if n in together] for names in self.owners.owns]
         groups = [[n] for names in owned for n in names] if self.constraint == "layer" else [names for names in owned if names]
         self._constraints = [Constraint(self._shares(names), targets_of[names[0]]) for names in groups]
         self._owner = {n: index for index, names in enumerate(owned) for n in names}
-        self._begin_gates(rates, held if state is None else state["dense"])
+        self._begin_gates(rates, self._held)
+        self._held = {}
 
     def initial_masks(self) -> dict[str, Tensor]:
-        return self.full(self.params)
+        return self.weights.all_active(self.params)
 
     def _begin_gates(self, rates: Mapping[str, float], held: Mapping[str, Tensor]) -> None:
         """New gates where there are none yet, medians everywhere, and the dense weights that belong to them."""
@@ -192,7 +196,7 @@ class ConstrainedL0(SparsityCallback):
                 self.aux[f"log_alpha/{kernel}"] = self._new_gates(kernel, rates[kernel])
             self.gated.take_medians(kernel, self._log_alpha(kernel))
             for name in (kernel, *tied.members):
-                dense = self.store.dense(name)
+                dense = self.weights.dense_values(name)
                 if name in held and not new:
                     dense.copy_(undone(self.params[name].detach(), self.gated.medians[name], held[name].to(dense)))
                 elif new and name not in tied.affine:
@@ -201,7 +205,7 @@ class ConstrainedL0(SparsityCallback):
             constraint.begin(self.aux)
 
     def _new_gates(self, kernel: str, droprate: float) -> Tensor:
-        weight, entry = self.params[kernel], self.store.entries[kernel]
+        weight, entry = self.params[kernel], self.weights.entries[kernel]
         shape = weight.shape if self.unit == "weight" else gates.channel_shape(weight.shape, entry.transposed)
         found = gates.initial(shape, droprate, self.generator(f"log_alpha/{kernel}", 0))
         return found.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
@@ -211,9 +215,8 @@ class ConstrainedL0(SparsityCallback):
         return shares_of({n: sum(self.params[m].numel() for m in (n, *self._tied[n].biases)) for n in names})
 
     def rehearse(self) -> None:
-        model = self._model()
-        if model is not None and self.unit == "channel" and any(self.params[n].ndim > 2 for n in self._tied):
-            norm_check.rehearse(model, self._tied, self.data_pass())
+        if self.unit == "channel" and any(self.params[n].ndim > 2 for n in self._tied):
+            norm_check.rehearse(self.model, self._tied, self.host.data_pass())
 
     # ------------------------------------------------------------------ what the parameters hold
 
@@ -226,20 +229,18 @@ class ConstrainedL0(SparsityCallback):
 
     def _sample(self, kernels: Iterable[str], finite: bool = True) -> None:
         """The parameters of ``kernels`` hold the sample of their gates for the coming step."""
-        model = self._model()
-        assert model is not None
         for kernel in kernels:
-            self.gated.sample(kernel, partial(self._draw, kernel), model.get_submodule, finite)
+            self.gated.sample(kernel, partial(self._draw, kernel), self.model.get_submodule, finite)
 
     def _draw(self, kernel: str) -> Tensor:
         return gates.sample(self._log_alpha(kernel), self.noise(kernel))
 
-    def apply_masks(self, index: int | None = None) -> None:
-        """Medians everywhere, or, when a step of the optimizer ``index`` is over, nothing yet: :meth:`after_step` writes them anyway."""
-        if index is None:
+    def write(self, names: Sequence[str] | None, finite: bool) -> None:
+        """Medians everywhere, or, when an optimizer has stepped ``names``, nothing yet: :meth:`after_step` writes them anyway."""
+        if names is None:
             self.gated.abort()
         else:
-            self.gated.step_over(self._ownership.steps[index])
+            self.gated.step_over(names)
 
     def noise(self, kernel: str) -> Tensor:
         """Uniform numbers in (0, 1) for the gates of the coming step: the same through a window, on every rank and after a resume."""
@@ -249,48 +250,52 @@ class ConstrainedL0(SparsityCallback):
             source = torch.Generator(like.device).manual_seed(source.initial_seed())
         return gates.noise(like, source)
 
-    def batch_start(self) -> None:
+    def batch_start(self, batch: int) -> None:
         self._in_batch = True
-        self.store.catch_up(self.params)
+        self.weights.absorb_if_written(self.params)
         self._sample(self._tied)
 
-    def after_batch(self) -> None:
+    def batch_end(self, end: BatchEnd) -> Figures:
         self._in_batch = False
         self.gated.batch_over()
+        return {}
 
     # ------------------------------------------------------------------ the step
 
-    def before_step(self) -> None:
-        for kernel in self._at_hand():
+    def before_step(self, step: Step) -> None:
+        for kernel in self._gated_in(step):
             z, affine = self.gated.samples.get(kernel, self.gated.medians[kernel]), self._tied[kernel].affine
             pulls = []
             for name, factor in self.gated.factors(kernel, z).items():
-                gradient, dense = self.params[name].grad, self.store.dense(name)
+                gradient, dense = self.params[name].grad, self.weights.dense_values(name)
                 if gradient is None:
                     continue
                 if name not in affine:
                     pulls.append(gates.pull(gradient, dense, z))
                 gradient.mul_(factor)
                 if self.l2 and name not in affine:
-                    gradient.addcmul_(dense, self.gated.factors(kernel, gates.p_open(self._log_alpha(kernel)))[name], value=self.l2)
-            self._pulls[kernel] = torch.stack(pulls).sum(0) if len(pulls) > 1 else pulls[0] if pulls else torch.zeros_like(z)
+                    open_share = self.gated.factors(kernel, gates.p_open(self._log_alpha(kernel)))[name]
+                    gradient.addcmul_(dense, open_share, value=self.l2)
+            self._pulls[kernel] = _summed(pulls, z)
 
-    def _at_hand(self) -> list[str]:
-        return [n for n in self.names if n in self._tied]
+    def _gated_in(self, step: Step) -> list[str]:
+        """Names of the gated kernels that the step's optimizer owns."""
+        return [n for n in step.names if n in self._tied]
 
-    def after_step(self) -> None:
-        kernels, rates = self._at_hand(), Rates(self.gate_lr, self.dual_lr, self.gate_optimizer == "adam")
-        finite = self.finite  # waits for the device, once
+    def after_step(self, step: Step) -> Update | None:
+        kernels, rates = self._gated_in(step), Rates(self.gate_lr, self.dual_lr, self.gate_optimizer == "adam")
+        finite = step.finite  # waits for the device, once
         if finite:
             for constraint in (c for c in self._constraints if c.names[0] in kernels):
                 constraint.step(self.aux, self._pulls, rates)
             self._pulls = {}
             for kernel in kernels:
                 self.gated.take_medians(kernel, self._log_alpha(kernel))
-        if self._in_batch and not self.steps_are_announced:  # in manual optimization the batch may go on, with other steps
+        if self._in_batch and not self.host.announces_steps:  # in manual optimization the batch may go on, with other steps
             self._sample(kernels, finite)
         else:
             self.gated.settle(self.gated.parameters(kernels), finite)
+        return None
 
     # ------------------------------------------------------------------ where it stands
 
@@ -328,12 +333,19 @@ class ConstrainedL0(SparsityCallback):
         if not self.aux:
             return {}
         expected = {n: float(gates.mean_open(self._log_alpha(n))) for n in self._tied}
-        purged = {n: self.store.active[n] / self.store.size(n) for n in self._tied}
+        purged = {n: self.weights.active_counts[n] / self.weights.size(n) for n in self._tied}
         shares = self._shares(list(self._tied))
         found = {f"l0/multiplier/{k}": float(self.aux[c.key]) for k, c in zip(self._labels, self._constraints, strict=True)}
         for kind, of in (("expected", expected), ("purged", purged)):
             found |= {f"l0/{kind}/{n}": v for n, v in of.items()} | {f"l0/{kind}/total": sum(v * shares[n] for n, v in of.items())}
         return found
+
+
+def _summed(pulls: Sequence[Tensor], gates_of: Tensor) -> Tensor:
+    """The sum of gradients of the same gates; zeros where no parameter behind them took part in the step."""
+    if not pulls:
+        return torch.zeros_like(gates_of)
+    return pulls[0] if len(pulls) == 1 else torch.stack(list(pulls)).sum(0)
 
 
 def _plain(value: Densities) -> Densities:

@@ -1,4 +1,4 @@
-"""SMCP: channels chosen by a knapsack under a budget of weights, multiply-adds or measured time."""
+"""SMCP: channels chosen by a knapsack under a budget of weights, FLOPs or measured time."""
 
 import math
 import warnings
@@ -14,8 +14,11 @@ from sparse_callbacks.channels import costs, norms, prunable
 from sparse_callbacks.channels.groups import Group
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core.calendar import Time
+from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.plan import Plan
-from sparse_callbacks.lightning.callback import Options, SparsityCallback
+from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.topology import Update
+from sparse_callbacks.lightning.callback import SparsityCallback
 from sparse_callbacks.methods.smcp import allocation, budget
 from sparse_callbacks.methods.smcp.scores import active_outputs, group_scores, kept_importance, reader_scores
 
@@ -119,11 +122,10 @@ class SMCP(SparsityCallback):
         self._scores: list[Tensor] = []  # of the latest solve
 
     def _refuse_arguments(self) -> None:
-        ranges = {"budget": (0.0, 1.0, "above 0 and below 1"), "decay": (-1e-300, math.inf, "that is at least 0")}
-        for name, (low, high, words) in ranges.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Real) or not low < float(value) < high:
-                raise ValueError(f"{name}={value!r} is out of range. Give a number {words}.")
+        if not _is_number(self.budget) or not 0.0 < self.budget < 1.0:
+            raise ValueError(f"budget={self.budget!r} is out of range. Give a number above 0 and below 1.")
+        if not _is_number(self.decay) or not 0.0 <= self.decay < math.inf:
+            raise ValueError(f"decay={self.decay!r} is out of range. Give a number that is at least 0.")
         for name, value in (("round_to", self.round_to), ("chunk", self.chunk)):
             if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"{name}={value!r} is no number of channels. Give a whole number from 1 on.")
@@ -136,7 +138,7 @@ class SMCP(SparsityCallback):
     # ------------------------------------------------------------------ what can go
 
     def initial_masks(self) -> dict[str, Tensor]:
-        return self.full(self.params)
+        return self.weights.all_active(self.params)
 
     def plan(self, model: nn.Module | None = None) -> Plan:
         plan = super().plan(model)
@@ -150,15 +152,14 @@ class SMCP(SparsityCallback):
             warnings.warn(text, stacklevel=2)
 
     def rehearse(self) -> None:
-        model = self._model()
-        assert model is not None
+        model = self.model
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the data is augmented does not matter here
-            example = prunable.example_inputs(model, self.data_pass())
-        stay = [*(self.exclude or ()), *(e.name for e in self._all_entries if e.reason.endswith("kept dense on request"))]
+            example = prunable.example_inputs(model, self.host.data_pass())
+        stay = [*(self.exclude or ()), *(e.name for e in self.entries if e.reason.endswith("kept dense on request"))]
         layers = costs.layers(model, example)
         stem = None if self.prune_stem else costs.stem(layers)
-        self.groups, self.left_out = prunable.prunable(model, example, stay, self._ownership.owns, stem)
+        self.groups, self.left_out = prunable.prunable(model, example, stay, self.owners.owns, stem)
         self._norms = norms.norms_behind(model, example) if self.norm_scaling else {}
         self.network = budget.priced(model, example, layers, self.groups, self.cost, self._warn)
         self._options = [allocation.options_of(g.size, self.round_to, self.chunk) for g in self.groups]
@@ -167,8 +168,8 @@ class SMCP(SparsityCallback):
         if self.print_plan and distributed.rank() == 0:
             print(budget.overview(self.groups, self._options, self.left_out, self.network, self.cost), flush=True)
         consumers = {c.parameter for g in self.groups for c in g.consumers}
-        self.store.drop_dense([n for n in self.store.hidden if n not in consumers])
-        self._owners = [next(i for i, names in enumerate(self._ownership.owns) if _key(g) in names) for g in self.groups]
+        self.weights.end_copy([n for n in self.weights.copied if n not in consumers])
+        self._owners = [next(i for i, names in enumerate(self.owners.owns) if _key(g) in names) for g in self.groups]
         self._note_kept()
         for index, group in enumerate(self.groups) if self.importance == "taylor" else ():
             device, window = self.params[_key(group)].device, self._window_of(index)
@@ -177,69 +178,67 @@ class SMCP(SparsityCallback):
 
     def _note_kept(self) -> None:
         """Keep in mind how many units of each group there are, and which outputs of its layers are active."""
-        keeps = [prunable.kept_units(g, self.store.bools) for g in self.groups]
+        keeps = [prunable.kept_units(g, self.weights.masks) for g in self.groups]
         self.kept = [int(keep.sum()) for keep in keeps]
         self._active = active_outputs(self.groups, keeps)
 
     # ------------------------------------------------------------------ the step
 
-    def before_step(self) -> None:
-        super().before_step()
+    def before_step(self, step: Step) -> None:
+        super().before_step(step)
         self._fresh = {}
-        hidden = [n for n in self.names if self.store.hides(n)]
-        if self.importance == "taylor" and hidden:
-            gradients = {n: g for n in hidden if (g := self.gradient(n)) is not None}
+        copied = [n for n in step.names if self.weights.has_copy(n)]
+        if self.importance == "taylor" and copied:
+            gradients = {n: g for n in copied if (g := step.gradient(n)) is not None}
             inputs = reader_scores(self.groups, self._dense(gradients), gradients, self._active)
             found = {self._window_of(i): group_scores(g, inputs) for i, g in enumerate(self.groups)}
             self._fresh = {window: scores for window, scores in found.items() if scores is not None}
-        for name in hidden if self.decay else ():
-            if (gradient := self.params[name].grad) is not None and self.store.active[name] < self.store.size(name):
-                gradient.add_(self.store.outside(name, self.store.dense(name)), alpha=self.decay)
+        for name in copied if self.decay else ():
+            gradient = self.params[name].grad
+            if gradient is not None and self.weights.active_counts[name] < self.weights.size(name):
+                gradient.add_(self.weights.at_pruned(name, self.weights.dense_values(name)), alpha=self.decay)
 
-    def after_step(self) -> None:
-        self._accumulate()
-        if self._at in self._owners and self.due():
-            self.update()
-            if self.step >= self.times.last:
-                self.store.drop_dense(self.names)
+    def after_step(self, step: Step) -> Update | None:
+        self._accumulate(step)
+        return self.new_masks(step) if step.index in self._owners and step.due else None
 
-    def _accumulate(self) -> None:
+    def _accumulate(self, step: Step) -> None:
         """Add the step's scores to those of the window; a step with an inf counts for nothing."""
         for window, scores in self._fresh.items():
-            finite = torch.as_tensor(self._finite, device=scores.device)
+            finite = torch.as_tensor(step.finite_flag, device=scores.device)
             self.aux[f"scores.{window}"] = self.aux[f"scores.{window}"] + torch.where(finite, scores, 0)
             self.aux[f"steps.{window}"] = self.aux[f"steps.{window}"] + finite
 
-    def share_at(self, step: int) -> float:
+    def share_at(self, step: Step) -> float:
         """The share of the dense cost that the network may have at a solve."""
-        times = self.times
-        progress = (step - times.start + times.every) / (times.stop - times.start + times.every)
+        times = step.calendar
+        progress = (step.number - times.start + times.every) / (times.stop - times.start + times.every)
         return 1.0 - allocation.reduction(self.curve, 1.0 - self.budget, progress)
 
     def _share(self) -> float:
         return self.network.realised(self.kept) / self.network.dense
 
-    def update(self) -> None:
-        super().update()
+    def after_update(self, step: Step) -> None:
         self._note_kept()
-        self._scale_norms()
-        own = [self._window_of(g) for g, owner in enumerate(self._owners) if owner == self._at]
+        self._scale_norms(step)
+        own = [self._window_of(g) for g, owner in enumerate(self._owners) if owner == step.index]
         windows = [f"{kind}.{window}" for window in own for kind in ("scores", "steps")]
         self.aux |= {k: torch.zeros_like(self.aux[k]) for k in windows if k in self.aux}
-        self.note(share=self.share_at(self.step), gap=self._gap)
+        if step.number >= step.calendar.last:
+            self.weights.end_copy(step.names)  # masks stay from here on, and pruned channels learn no more
 
-    def _scale_norms(self) -> None:
-        """Shrink, or let grow again, the gains of the norms behind the layers at hand."""
-        model, readers = self._model(), [n for n in self.names if self.store.hides(n) and n.rpartition(".")[0] in self._norms]
-        assert model is not None
-        for name in readers:
-            share = self.store.active[name] / self.store.size(name)
+    def _scale_norms(self, step: Step) -> None:
+        """Shrink, or let grow again, the gains of the norms behind the layers of the step's optimizer."""
+        for name in step.names:
+            norm = self._norms.get(name.rpartition(".")[0])
+            if norm is None or not self.weights.has_copy(name):
+                continue
+            share = self.weights.active_counts[name] / self.weights.size(name)
             if self.norm_scaling == "importance":
-                share = kept_importance(name, self.groups, self._scores, self.store.bools)
+                share = kept_importance(name, self.groups, self._scores, self.weights.masks)
             before = self.aux.get(f"norm/{name}", torch.ones((), dtype=torch.float64))
             self.aux[f"norm/{name}"] = torch.full_like(before, share)
-            gain = model.get_parameter(f"{self._norms[name.rpartition('.')[0]]}.weight")
-            norms.rescale(gain, share / float(before), self._ownership.optimizers)
+            norms.rescale(self.model.get_parameter(f"{norm}.weight"), share / float(before), self.owners.optimizers)
 
     def _window_of(self, group: int) -> str:
         """What the score of a group is kept under; the name of a parameter on its device comes last, as in every key of ``aux``."""
@@ -253,19 +252,20 @@ class SMCP(SparsityCallback):
         inputs = reader_scores(self.groups, self._dense(self.params), None, self._active)
         return [found for g in self.groups if (found := group_scores(g, inputs)) is not None]
 
-    def new_masks(self) -> dict[str, Tensor]:
+    def new_masks(self, step: Step) -> Update:
         self._scores = scores = self.scores()
         over = [self.progress.done.get(o, 0) >= self.times.stop for o in self._owners]  # of optimizers that had their last solve
         options = [torch.tensor([k]) if d else o for o, k, d in zip(self._options, self.kept, over, strict=True)]
         values = [allocation.values_of(s, o, self.chunk) for s, o in zip(scores, options, strict=True)]
-        found = allocation.allocate(self.network, options, values, self.share_at(self.step) * self.network.dense, self.kept)
-        self._gap = found.gap
-        own = [g for g, owner in enumerate(self._owners) if owner == self._at]
+        share = self.share_at(step)
+        found = allocation.allocate(self.network, options, values, share * self.network.dense, self.kept)
+        own = [g for g, owner in enumerate(self._owners) if owner == step.index]
         keeps = [allocation.best_units(scores[g], found.kept[g], self.chunk) for g in own]
-        return prunable.consumer_masks([self.groups[g] for g in own], keeps, self.params)
+        masks = prunable.consumer_masks([self.groups[g] for g in own], keeps, self.params)
+        return Update(masks, self.own_figures(share=share, gap=found.gap))
 
     def _dense(self, names: Iterable[str]) -> dict[str, Tensor]:
-        return {n: self.store.dense(n) for n in names}
+        return {n: self.weights.dense_values(n) for n in names}
 
     # ------------------------------------------------------------------ where it stands
 
@@ -289,6 +289,10 @@ class SMCP(SparsityCallback):
             f"of {self.budget:g}: {self.step} steps were taken and that solve is due at step {self.times.stop}. Train longer, or give an "
             "earlier stop=."
         )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _key(group: Group) -> str:

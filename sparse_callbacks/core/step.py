@@ -1,0 +1,120 @@
+"""One optimizer step: what a method may know of it, and do to it."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sparse_callbacks.core.calendar import Calendar
+from sparse_callbacks.core.gradients import DenseGradients
+from sparse_callbacks.core.optimizers import Ownership
+from sparse_callbacks.core.progress import Progress
+from sparse_callbacks.core.weights import SparseWeights
+
+
+class Step:
+    """One optimizer step: what a method may know of it, and do to it.
+
+    The engine makes one when gradients are ready and keeps it until the optimizer has stepped (or a GradScaler has skipped the
+    step). Every hook that has to do with a step gets it as an argument, so nobody can ask for a step outside of one.
+
+    Args:
+        index: number of the optimizer in the run.
+        tick: number of the optimizer step in the run, replaced and skipped steps included.
+        owners: the optimizers and the parameters that each of them owns.
+        weights: masks and parameters.
+        progress: steps counted and updates done.
+        calendar: when updates fall; None for a method that has none.
+        gradients: dense gradients of the current step.
+        gradients_are_read: whether anybody reads gradients between backward and the optimizer's step.
+    """
+
+    __slots__ = (
+        "_calendar", "_gradients", "_gradients_are_read", "_owners", "_progress", "_weights", "concluded", "finite_flag",
+        "index", "masked_gradients", "names", "optimizer", "replaced", "skipped", "tick",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        index: int,
+        tick: int,
+        owners: Ownership,
+        weights: SparseWeights,
+        progress: Progress,
+        calendar: Calendar | None,
+        gradients: DenseGradients,
+        gradients_are_read: bool,
+    ) -> None:
+        self.index = index
+        """Number of the optimizer in the run."""
+        self.tick = tick
+        """Number of this optimizer step in the run, replaced and skipped ones included."""
+        self.optimizer: Optimizer = owners.optimizers[index]
+        self.names: Sequence[str] = owners.owns[index]
+        """Names of the sparse parameters whose masks move on this optimizer's calendar."""
+        self.finite_flag: Tensor | bool = True
+        """:attr:`finite`, as a tensor that nobody has waited for yet where gradients are on another device than the CPU."""
+        self.replaced = False
+        """An update of the masks takes the place of this step."""
+        self.masked_gradients = False
+        """Gradients of pruned weights were zeroed."""
+        self.concluded = False
+        """The optimizer has stepped."""
+        self.skipped = False
+        """The optimizer has not stepped: a GradScaler skipped it."""
+        self._owners, self._weights, self._progress = owners, weights, progress
+        self._calendar, self._gradients, self._gradients_are_read = calendar, gradients, gradients_are_read
+
+    @property
+    def number(self) -> int:
+        """Gradient steps that this optimizer has taken, this one included once it was taken. Replaced steps do not count."""
+        return self._progress.counts[self.index].read()
+
+    @property
+    def calendar(self) -> Calendar:
+        """When updates fall, in optimizer steps."""
+        if self._calendar is None:
+            raise RuntimeError("this method has no calendar: it keeps no time arguments (see Method.set_times).")
+        return self._calendar
+
+    @property
+    def due(self) -> bool:
+        """An update falls now, and the gradient is finite."""
+        return self._progress.due(self.index, self.calendar) and self.finite
+
+    @property
+    def may_be_due(self) -> bool:
+        """False where no update can fall now, found without asking the device."""
+        return self._progress.may_be_due(self.index)
+
+    @property
+    def finite(self) -> bool:
+        """No gradient of a sparse weight holds inf or NaN. Waits for the device; :attr:`finite_flag` does not."""
+        return bool(self.finite_flag)
+
+    def gradient(self, name: str) -> Tensor | None:
+        """Dense gradient of a sparse parameter, also where an update has taken it away from the optimizer; None if it has none."""
+        return self._gradients.of(name, self.optimizer, self.tick)
+
+    def mask_gradients(self) -> None:
+        """Zero the gradients of pruned weights, unless nobody reads them before the step: then masking the weights suffices.
+
+        Parameters with a dense copy keep theirs.
+        """
+        # momentum would keep an inf for ever, so a gradient that is known to hold one is always masked
+        if self._gradients_are_read or self.finite_flag is False:
+            for name in self.names:
+                if not self._weights.has_copy(name):
+                    self.masked_gradients = True
+                    self._weights.mask_gradient(name, self.finite_flag is True)
+
+    def replace(self) -> None:
+        """Let an update of the masks take the place of this step: no parameter of the optimizer moves, nor does its state.
+
+        The host takes the gradients away as late as it can, so that others who read them before the step still find them.
+        """
+        self.replaced = True
+
+    def clear_state(self, name: str, where: Tensor) -> None:
+        """Zero the optimizer state (momentum, mean squares) of a parameter at ``where`` (bool, of its shape)."""
+        self._owners.clear(name, where)

@@ -1,0 +1,85 @@
+"""Taking new masks: which weights are born, which are dropped, and which were ever active."""
+
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from sparse_callbacks.core import distributed
+from sparse_callbacks.core.optimizers import Ownership
+from sparse_callbacks.core.weights import SparseWeights
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a method wants of a topology update.
+
+    Attributes:
+        masks: new bool masks by parameter name, each of its parameter's shape. Parameters that are missing keep theirs.
+        figures: figures of the update for the log, by their full names (``"update/drop_fraction"``).
+    """
+
+    masks: Mapping[str, Tensor]
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+def take(
+    weights: SparseWeights,
+    owners: Ownership,
+    masks: Mapping[str, Tensor],
+    new_weights: Callable[[str], Tensor | None],
+) -> float:
+    """Make ``masks`` those of the network: every rank takes those of rank 0.
+
+    Born weights start with zero optimizer state, and from zero or from what ``new_weights`` gives.
+
+    Args:
+        weights: the masks and parameters to change.
+        owners: the optimizers whose state is cleared where weights are born.
+        masks: new masks by parameter name.
+        new_weights: gives values for the born weights of a parameter, of its shape; None where they start from zero.
+
+    Returns:
+        The share of connections that the update replaced: dropped and born ones over those active before and after.
+    """
+    distributed.agree(masks.values())
+    changed = total = 0
+    born_in: dict[str, Tensor] = {}
+    for name, mask in masks.items():
+        before, grown = weights.active_counts[name], mask & ~weights.masks[name]
+        weights.set_mask(name, mask)
+        born, after = int(grown.count_nonzero()), weights.active_counts[name]
+        if born and not weights.has_copy(name):  # with a dense copy a weight comes back with what it has learnt, state included
+            owners.clear(name, grown)
+            born_in[name] = grown
+        changed += before + 2 * born - after  # dropped = before + born - after
+        total += before + after
+    weights.write_masked(masks)
+    for name, grown in born_in.items():  # only now: the line above would multiply new values by the mask for nothing
+        if (values := new_weights(name)) is not None:
+            weights.write_grown(name, grown, values)
+    return changed / max(1, total)
+
+
+class EverActive:
+    """Which weights were ever active in a run: kept among the tensors that a checkpoint saves.
+
+    Args:
+        aux: the method's saved tensors by key.
+        weights: the current masks.
+    """
+
+    def __init__(self, aux: MutableMapping[str, Tensor], weights: SparseWeights) -> None:
+        self._aux, self._weights = aux, weights
+
+    def add(self, names: Iterable[str]) -> None:
+        """Count the current masks of ``names`` in."""
+        for name in names:
+            mask = self._weights.masks[name]
+            ever = self._aux.get(f"ever_active/{name}", mask).to(mask.device)
+            self._aux[f"ever_active/{name}"] = ever | mask
+
+    def share(self) -> float:
+        """Share of all sparse weights that were ever active."""
+        ever = sum(int(self._aux[f"ever_active/{n}"].count_nonzero()) for n in self._weights.params)
+        return ever / self._weights.size_of_all

@@ -1,0 +1,19 @@
+"""The ``Callback`` classes of every installed Lightning: a callback of ours is one of each."""
+
+import importlib
+from contextlib import suppress
+from typing import Any
+
+from pytorch_lightning import Callback
+
+# `pytorch_lightning` and `lightning.pytorch` are two copies of one library with two `Callback` classes, and a Trainer or a
+# LightningCLI of either asks `isinstance` of its own.
+_OTHER = "lightning.pytorch"
+
+
+def callback_classes() -> tuple[type[Any], ...]:
+    """``pytorch_lightning.Callback``, and ``lightning.pytorch.Callback`` where that package is installed."""
+    found: list[type[Any]] = [Callback]
+    with suppress(ImportError):  # where it is not installed, nobody can run a Trainer of it
+        found.append(importlib.import_module(_OTHER).Callback)
+    return tuple(found)

@@ -1,0 +1,57 @@
+"""A Trainer as the host of a method: what methods may use of it, and nothing else."""
+
+from collections.abc import Generator, Sequence
+from typing import Any
+
+from pytorch_lightning.utilities import rank_zero_info
+from torch import nn
+
+from sparse_callbacks.core import distributed
+from sparse_callbacks.core.engine import Engine
+from sparse_callbacks.core.host import Forward
+from sparse_callbacks.lightning import data_pass
+
+# lightning.pytorch's Trainer serves as well, and type checkers do not see what a Trainer's connectors set on it
+Trainer = Any
+
+
+class TrainerHost:
+    """The :class:`~sparse_callbacks.core.host.Host` of a callback.
+
+    Args:
+        trainer: the Trainer of the run.
+        module: the LightningModule of the run.
+        engine: whose request for new optimizers the callback carries out at the next batch.
+    """
+
+    def __init__(self, trainer: Trainer, module: nn.Module, engine: Engine) -> None:
+        self.trainer, self.module, self._engine = trainer, module, engine
+
+    @property
+    def announces_steps(self) -> bool:
+        """In automatic optimization Lightning announces every step; a tuner's own steps it does not know are not ours."""
+        return bool(self.module.automatic_optimization)
+
+    def data_pass(
+        self,
+        fraction: float = 1.0,
+        *,
+        forward: Forward | None = None,
+        loader: Any | None = None,
+        train: Sequence[nn.Module] = (),
+    ) -> Generator[Any, None, None]:
+        """See :meth:`~sparse_callbacks.core.host.Host.data_pass`."""
+        world, rank = self._share_of_data()
+        yield from data_pass.outputs(self.trainer, self.module, forward, loader, fraction, world, rank, train)
+
+    def _share_of_data(self) -> tuple[int, int]:
+        """Into how many shares a pass divides the data, and which of them is this rank's."""
+        return distributed.world_size(), distributed.rank()
+
+    def request_restart(self) -> None:
+        """See :meth:`~sparse_callbacks.core.host.Host.request_restart`."""
+        self._engine.restart_wanted = True
+
+    def inform(self, text: str) -> None:
+        """See :meth:`~sparse_callbacks.core.host.Host.inform`."""
+        rank_zero_info(text)
