@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from sparse_callbacks.core.inspection import products_shown, quiet, run, tensors_in
+from sparse_callbacks.channels.forward_flops import forward_flops
+from sparse_callbacks.core.inspection import quiet, run, tensors_in
 
 RUNS, SHORT, PATIENCE = 9, 3, 2.0
 """How often a forward pass is timed; and less often, but this often, where it takes longer than this many seconds altogether."""
@@ -160,9 +160,7 @@ def prove(
 
 
 def _cost(model: nn.Module, sample: Any) -> Cost:
-    with products_shown(), FlopCounterMode(display=False) as counter:
-        run(model, sample)
-    return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops(), _milliseconds(model, sample))
+    return Cost(sum(p.numel() for p in model.parameters()), forward_flops(model, sample), _milliseconds(model, sample))
 
 
 def _milliseconds(model: nn.Module, sample: Any) -> float:

@@ -99,17 +99,6 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def products_shown() -> Iterator[None]:
-    """Attention in products that a counter of FLOPs sees, and not as one operation as torch runs it in eval mode."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-@contextmanager
 def traceable(model: nn.Module) -> Iterator[None]:
     """As in :func:`quiet`, but with every floating-point parameter in autograd's graph; flags too are put back."""
     flags = {p: p.requires_grad for p in model.parameters()}

@@ -289,6 +289,15 @@ def test_the_line_has_the_smallest_relative_errors() -> None:
     assert str(fit) == f"the model as {fit.constant:.4g} ms + {fit.factor:.4g} x its layers: {', '.join(parts)}"
 
 
+def test_the_line_through_times_that_lie_on_one_is_that_line() -> None:
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(500):
+        sums = sorted((torch.randperm(3000, generator=draw)[:3] + 1.0).tolist(), reverse=True)
+        for constant, factor in ((0.0, 1.0), (0.0, 0.75), (2.0, 1.5)):
+            fit = fitted([constant + factor * s for s in sums], sums)
+            assert (fit.constant, fit.factor) == (constant, factor)  # sums and times are floats without rounding, and so is the line
+
+
 @pytest.mark.parametrize(
     ("times", "sums", "line"),
     [

@@ -941,3 +941,18 @@ def test_the_products_of_attention_count() -> None:
     assert proof.before.flops == 2 * (rest + tokens * 2 * 6 * 12)
     assert proof.after.flops == 2 * (rest + tokens * 2 * 6 * 6)
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_recurrent_layers_count() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down, self.recur = nn.Linear(6, 8), nn.Linear(8, 4), nn.LSTM(4, 3, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.recur(self.down(self.up(x).relu()))[0]
+
+    _, proof = slim(Recurrent(), {"down.weight": torch.arange(8) < 5}, torch.randn(2, 4, 6))
+    recurrent = 4 * 3 * (4 + 3)
+    assert proof.before.flops == 2 * 2 * 4 * (8 * (6 + 4) + recurrent)
+    assert proof.after.flops == 2 * 2 * 4 * (5 * (6 + 4) + recurrent)

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -79,11 +80,18 @@ def fitted(times: Sequence[float], sums: Sequence[float], why: str = "") -> Fit:
 
 def _line(times: Sequence[float], sums: Sequence[float]) -> tuple[float, float]:
     """Constant and factor that make the sum of ``((constant + factor * total) / time - 1) ** 2`` smallest, neither of them below 0."""
-    rows = torch.tensor([[1 / t, s / t] for t, s in zip(times, sums, strict=True)], dtype=torch.float64)
-    constant, factor = torch.linalg.lstsq(rows, torch.ones(len(rows), 1, dtype=torch.float64)).solution[:, 0].tolist()
+    # in exact arithmetic: a LAPACK routine rounds as the processor and the alignment of memory have it, and a constant of 0 to below 0
+    ones = [1 / Fraction(t) for t in times]
+    shares = [s * Fraction(total) for s, total in zip(ones, sums, strict=True)]
+    a, b, c = _dot(ones, ones), _dot(ones, shares), _dot(shares, shares)
+    constant, factor = (c * sum(ones) - b * sum(shares)) / (a * c - b * b), (a * sum(shares) - b * sum(ones)) / (a * c - b * b)
     if constant < 0:
-        constant, factor = 0.0, float(rows[:, 1].sum() / rows[:, 1].square().sum())
-    return (constant, factor) if factor > 0 else (float(rows[:, 0].sum() / rows[:, 0].square().sum()), 0.0)
+        constant, factor = Fraction(0), sum(shares) / c
+    return (float(constant), float(factor)) if factor > 0 else (float(sum(ones) / a), 0.0)
+
+
+def _dot(a: Sequence[Fraction], b: Sequence[Fraction]) -> Fraction:
+    return sum((x * y for x, y in zip(a, b, strict=True)), Fraction(0))
 
 
 def smaller(model: nn.Module, example: Tensor) -> tuple[list[nn.Module], str]:
