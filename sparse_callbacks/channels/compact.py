@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.channels.compact_format import beside, check, described, read, sizes
+from sparse_callbacks.channels.comparison import Difference
 from sparse_callbacks.channels.onnx import larger, written
-from sparse_callbacks.channels.proof import Difference
 from sparse_callbacks.core.inspection import extra, quiet
 
 

@@ -32,7 +32,7 @@ class Cuts:
             total[name] = total[name] + shift if name in total else shift
         return Cuts(kept, total)
 
-    def rest(self, parameter: str, tensor: Tensor) -> Tensor:
+    def without_cut(self, parameter: str, tensor: Tensor) -> Tensor:
         """``tensor`` (of the parameter's original shape) with zeros, or False, in every slice that goes."""
         for dim in range(tensor.ndim):
             if (stays := self.kept.get((parameter, dim))) is not None:

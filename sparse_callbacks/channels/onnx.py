@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.channels.proof import Difference, compare, mismatch, outputs
+from sparse_callbacks.channels.comparison import Difference, compare, outputs_on, why_not_equal
 from sparse_callbacks.core.inspection import extra, map_tensors, tensors_in
 
 
@@ -17,7 +17,7 @@ def written(model: nn.Module, path: Path, samples: Sequence[Any], tolerance: flo
     Args:
         samples: inputs; if there are several, of different batch sizes, the last is traced with a dynamic batch, otherwise the only one
             with the sizes that it has.
-        tolerance: see :func:`~sparse_callbacks.channels.proof.mismatch`.
+        tolerance: see :func:`~sparse_callbacks.channels.comparison.why_not_equal`.
 
     Returns:
         the largest difference.
@@ -25,7 +25,7 @@ def written(model: nn.Module, path: Path, samples: Sequence[Any], tolerance: flo
     Raises:
         ValueError: onnxruntime computes something else, or cannot run the file.
     """
-    expected = [t.cpu() for t in outputs(model, samples)]  # before the exporter, whose errors are longer
+    expected = [t.cpu() for t in outputs_on(model, samples)]  # before the exporter, whose errors are longer
     traced = samples[-1]
     named = dict(traced) if isinstance(traced, Mapping) else None
     positional = () if named is not None else tuple(traced) if isinstance(traced, tuple | list) else (traced,)
@@ -41,7 +41,7 @@ def written(model: nn.Module, path: Path, samples: Sequence[Any], tolerance: flo
             "convolutions in float64 and bfloat16: give the model and example_input in float32."
         ) from error
     difference = compare(expected, found)
-    if mismatch(expected, found, tolerance):
+    if why_not_equal(expected, found, tolerance):
         allowed = "the default of each type" if tolerance is None else f"tolerance={tolerance:g}"
         raise ValueError(
             f"onnxruntime computes something else from {path}: {difference}, and {allowed} is allowed. Compare on inputs of real data, or "

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from sparse_callbacks import DPF
 from sparse_callbacks.channels import compact
+from sparse_callbacks.channels.comparison import Difference, compare, why_not_equal
 from sparse_callbacks.channels.groups import channel_groups
-from sparse_callbacks.channels.proof import Difference, _milliseconds, compare, mismatch
 from sparse_callbacks.channels.slim import slim, slimmable_groups
 from sparse_callbacks.core.inspection import tensors_in
 
@@ -118,7 +118,7 @@ def test_one_unit_stays_where_all_are_dead() -> None:
     net, x = made(Residual), torch.randn(IMAGE)
     small, proof = slim(net, {"outer.weight": torch.zeros(6).bool()}, x)
     assert small.inner.out_channels == 1
-    assert proof.rows[1].note == "all units are dead; one stays"
+    assert proof.rows[1].reason == "all units are dead; one stays"
     torch.testing.assert_close(outputs(small, x), outputs(masked(net, {"outer.weight": torch.zeros(1)}), x))
 
 
@@ -311,7 +311,7 @@ def test_zero_padding_lets_only_zeros_pass() -> None:
         net[0].bias.zero_()
     small, proof = slim(net, {"0.weight": rows(4, 8)}, torch.randn(IMAGE))
     assert small[0].out_channels == 5
-    assert proof.rows[0].note == "1 units stay: what they hold is no constant, or one that zero padding would change"
+    assert proof.rows[0].reason == "1 units stay: what they hold is not a constant, or one that zero padding would change"
 
 
 def test_a_dead_output_that_is_added_to_a_living_one_stays() -> None:
@@ -362,7 +362,7 @@ def test_constants_that_hang_on_another_input_are_none(kind: str) -> None:
     given, other = GATES[kind]
     small, proof = slim(net, {"first.weight": (torch.arange(8) % 2 == 0)[:, None]}, (x, given))
     assert proof.removed == 0
-    assert proof.rows[0].note.startswith("4 units stay")
+    assert proof.rows[0].reason.startswith("4 units stay")
     assert small(x, other).shape == (2, 3)
 
 
@@ -543,16 +543,16 @@ def test_every_output_is_compared_with_the_limit_of_its_own_type(kind: str) -> N
 
 def test_mismatches_are_judged_tensor_by_tensor() -> None:
     one, whole = torch.tensor([1.0, 2.0]), torch.tensor([100, 1])
-    assert mismatch([one], [one + 1e-5]) == ""
-    assert mismatch([one.half()], [one.half() + 0.01]) == ""
-    assert mismatch([one], [one + 1e-3]) == "outputs differ by 5.0e-04 (relative)"
-    assert mismatch([one.double()], [one.double() + 1e-5]).startswith("outputs differ by 5")
-    assert mismatch([one.half(), whole], [one.half(), whole + 1]) == "outputs differ by 1.0e-02 (relative)"
-    assert mismatch([one.half(), one], [one.half(), one + 0.01]) == "outputs differ by 5.0e-03 (relative)"
-    assert mismatch([one], [one, one]) == "outputs are 2 in the place of 1"
-    assert mismatch([one], [one + 1e-3], tolerance=1e-2) == ""
-    assert mismatch([whole], [whole + 1], tolerance=1.0) != ""
-    assert mismatch([one * 1j], [one * 1j + 1]) == "outputs differ by 5.0e-01 (relative)"
+    assert why_not_equal([one], [one + 1e-5]) == ""
+    assert why_not_equal([one.half()], [one.half() + 0.01]) == ""
+    assert why_not_equal([one], [one + 1e-3]) == "outputs differ by 5.0e-04 (relative)"
+    assert why_not_equal([one.double()], [one.double() + 1e-5]).startswith("outputs differ by 5")
+    assert why_not_equal([one.half(), whole], [one.half(), whole + 1]) == "outputs differ by 1.0e-02 (relative)"
+    assert why_not_equal([one.half(), one], [one.half(), one + 0.01]) == "outputs differ by 5.0e-03 (relative)"
+    assert why_not_equal([one], [one, one]) == "outputs are 2 in the place of 1"
+    assert why_not_equal([one], [one + 1e-3], tolerance=1e-2) == ""
+    assert why_not_equal([whole], [whole + 1], tolerance=1.0) != ""
+    assert why_not_equal([one * 1j], [one * 1j + 1]) == "outputs differ by 5.0e-01 (relative)"
 
 
 class Barred(nn.Module):
@@ -587,19 +587,6 @@ def test_a_batch_is_compared_by_its_first_entry_and_at_the_end_as_a_whole(monkey
     assert slim(net, masks, x)[1].removed == 5
     assert sizes.count(1) == 4  # whether one is taken, what it gives, and a look after each of two groups
     assert sizes.count(5) == 11  # whether float64 is taken, which layers run; three samples at first, at the end, and for the proof
-
-
-def test_slow_networks_are_timed_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-    net = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
-    net[0].register_forward_hook(lambda *_: calls.append(1))
-    counts = []
-    for patience in (100.0, 0.0):
-        monkeypatch.setattr("sparse_callbacks.channels.proof.PATIENCE", patience)
-        calls.clear()
-        _milliseconds(net, torch.zeros(1, 4))
-        counts.append(len(calls))
-    assert counts == [10, 4]
 
 
 def test_given_inputs_are_compared_too() -> None:
