@@ -20,6 +20,7 @@ from sparse_callbacks import DPF
 from sparse_callbacks.channels import compact
 from sparse_callbacks.channels.comparison import Difference, compare, why_not_equal
 from sparse_callbacks.channels.groups import channel_groups
+from sparse_callbacks.channels.onnx import export_onnx
 from sparse_callbacks.channels.slim import slim, slimmable_groups
 from sparse_callbacks.core.inspection import tensors_in
 
@@ -737,7 +738,7 @@ def test_a_description_that_is_none_is_refused(text: str, tmp_path: Path) -> Non
     path = tmp_path / "small.safetensors"
     compact.save_compact(nn.Linear(4, 4), path)
     path.with_suffix(".json").write_text(text)
-    with pytest.raises(ValueError, match=r"small.safetensors and small.json are no compact checkpoint .* Write them anew"):
+    with pytest.raises(ValueError, match=r"small.safetensors and small.json are not a compact checkpoint .* Write them anew"):
         compact.load_compact(nn.Linear(4, 4), path)
 
 
@@ -747,7 +748,7 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
         compact.load_compact(nn.Linear(4, 4), path)
     compact.save_compact(nn.Linear(4, 4), path)
     path.write_bytes(path.read_bytes()[:9])
-    with pytest.raises(ValueError, match="are no compact checkpoint of this library"):
+    with pytest.raises(ValueError, match="are not a compact checkpoint of this library"):
         compact.load_compact(nn.Linear(4, 4), path)
     path.with_suffix(".json").write_text('{"version": 9}')
     compact.save_compact(nn.Linear(4, 4), tmp_path / "whole")
@@ -776,7 +777,7 @@ class Talkative(nn.Linear):
 
 
 def test_what_is_no_tensor_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"_extra_state in the state dict is no tensor, and a compact checkpoint holds tensors only"):
+    with pytest.raises(ValueError, match=r"_extra_state in the state dict is not a tensor, and a compact checkpoint holds tensors only"):
         compact.save_compact(Talkative(2, 2), tmp_path / "x.safetensors")
 
 
@@ -784,12 +785,12 @@ def test_what_is_no_tensor_is_refused(tmp_path: Path) -> None:
 def test_onnxruntime_computes_the_same(name: str, tmp_path: Path) -> None:
     net, x = made(NETS[name]).train(), torch.randn(IMAGE)
     small, _ = slim(net, half(net, [g for g in channel_groups(net, x) if not g.reason]), x)
-    difference = compact.export_onnx(small, tmp_path / "small.onnx", x)
+    difference = export_onnx(small, tmp_path / "small.onnx", x)
     assert difference.relative < 1e-5
     assert small.training
     assert [p.name for p in tmp_path.iterdir()] == ["small.onnx"]
     with pytest.raises(ValueError, match=r"onnxruntime computes something else from .*tolerance=-1 is allowed"):
-        compact.export_onnx(small, tmp_path / "small.onnx", {"input" if name == "grouped" else "x": x}, tolerance=-1)
+        export_onnx(small, tmp_path / "small.onnx", {"input" if name == "grouped" else "x": x}, tolerance=-1)
 
 
 def shapes(path: Path) -> list[object]:
@@ -814,13 +815,13 @@ class Mapped(nn.Module):
 ], ids=type)  # fmt: skip
 def test_onnx_files_take_any_batch(example: Any, tmp_path: Path) -> None:
     net, path = Mapped(), tmp_path / "x.onnx"
-    assert compact.export_onnx(net, path, example).relative < 1e-5
+    assert export_onnx(net, path, example).relative < 1e-5
     assert all(isinstance(shape[0], str) for shape in shapes(path))
     session, x, z = onnxruntime().InferenceSession(str(path)), torch.randn(7, 4), torch.randn(7, 6)
     fed = {slot.name: (x if slot.shape[1] == 4 else z).numpy() for slot in session.get_inputs()}
     expected = net(x, {"z": z}, *([2.0] if isinstance(example, dict) else []))["y"]
     torch.testing.assert_close(torch.from_numpy(session.run(None, fed)[0]), expected.detach(), rtol=1e-4, atol=1e-5)
-    compact.export_onnx(net, path, example, dynamic_batch=False)
+    export_onnx(net, path, example, dynamic_batch=False)
     assert shapes(path)[0][0] in (1, 3)
 
 
@@ -841,7 +842,7 @@ class Fixed(nn.Module):
 def test_onnx_files_of_one_batch_size_come_with_a_warning(net: nn.Module, example: Any, reason: str, tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert compact.export_onnx(net, tmp_path / "x.onnx", example).relative < 1e-5
+        assert export_onnx(net, tmp_path / "x.onnx", example).relative < 1e-5
     told = [str(w.message) for w in caught if "takes batches of the size of example_input only" in str(w.message)]
     assert bool(told) == bool(reason)
     if reason:
@@ -854,20 +855,20 @@ def test_onnx_files_of_one_batch_size_come_with_a_warning(net: nn.Module, exampl
 def test_types_that_onnxruntime_lacks_are_named(dtype: torch.dtype, tmp_path: Path) -> None:
     net = nn.Conv2d(3, 4, 3).to(dtype)
     with pytest.raises(ValueError, match=r"onnxruntime cannot run .*x.onnx .* give the model and example_input in float32"):
-        compact.export_onnx(net, tmp_path / "x.onnx", torch.randn(IMAGE, dtype=dtype))
+        export_onnx(net, tmp_path / "x.onnx", torch.randn(IMAGE, dtype=dtype))
 
 
 def test_half_precision_has_a_tolerance_of_its_own(tmp_path: Path) -> None:
     net, x = made(Residual).half(), torch.randn(IMAGE).half()
-    assert 1e-4 < compact.export_onnx(net, tmp_path / "x.onnx", x).relative < 5e-2
+    assert 1e-4 < export_onnx(net, tmp_path / "x.onnx", x).relative < 5e-2
     with pytest.raises(ValueError, match="tolerance=1e-06 is allowed"):
-        compact.export_onnx(net, tmp_path / "x.onnx", x, tolerance=1e-6)
+        export_onnx(net, tmp_path / "x.onnx", x, tolerance=1e-6)
 
 
 @pytest.mark.parametrize(("module", "name"), [("safetensors.torch", "channels"), ("onnxscript", "onnx"), ("onnxruntime", "onnx")])
 def test_without_the_extra_the_error_names_it(module: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    write = compact.save_compact if name == "channels" else lambda net, path: compact.export_onnx(net, path, torch.zeros(1, 2))
+    write = compact.save_compact if name == "channels" else lambda net, path: export_onnx(net, path, torch.zeros(1, 2))
     with pytest.raises(ImportError, match=rf"pip install 'sparse-callbacks\[{name}\]'"):
         write(nn.Linear(2, 2), tmp_path / "x")
 
