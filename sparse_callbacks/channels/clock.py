@@ -25,7 +25,7 @@ def milliseconds(
         calls: functions that are called without arguments, in the grad mode that is set outside.
         readings: number of readings of which the median is taken, of 0.5 ms or more each. One more warms up.
         devices: devices that work for the calls; a reading ends when the GPUs among them are idle.
-        patience: seconds after which only so many readings are taken as there must be (:data:`FEWEST`).
+        patience: seconds after which no reading beyond the :data:`FEWEST` is taken.
     """
     gpus = [d for d in {*devices} if d.type == "cuda"]
 

@@ -19,10 +19,10 @@ from sparse_callbacks.core.inspection import extra
 
 
 def save_compact(model: nn.Module, path: str | Path) -> None:
-    """Write the tensors of ``model`` to ``path`` (safetensors), and the classes, sizes and forms of its layers beside it.
+    """Write the tensors of ``model`` to ``path`` (safetensors), and a description of its layers beside it.
 
-    The second file is JSON: ``slim.json`` beside ``slim.safetensors``. To a name that does not end in ``.safetensors``,
-    ``.json`` is appended. Reload with :func:`load_compact`.
+    The description is JSON with the classes, sizes and forms of layers: ``slim.json`` beside ``slim.safetensors``. To a
+    name that does not end in ``.safetensors``, ``.json`` is appended. Reload with :func:`load_compact`.
 
     Args:
         model: the model; hooks and modes are not saved.
@@ -64,8 +64,8 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
 def load_compact(model: nn.Module, path: str | Path) -> nn.Module:
     """Turn ``model`` into the model that :func:`save_compact` wrote.
 
-    Layers take the sizes of the checkpoint, and parameters and buffers its tensors, on the devices that they are on (from
-    the meta device: on the CPU). Nothing is unpickled.
+    Layers take the sizes of the checkpoint, and parameters and buffers its tensors, on the devices that they are on
+    (from the meta device: on the CPU). Nothing is unpickled.
 
     Args:
         model: an instance of the original class in the original size.
@@ -78,7 +78,8 @@ def load_compact(model: nn.Module, path: str | Path) -> nn.Module:
         FileNotFoundError: one of the two files is missing.
         ImportError: safetensors (extra ``channels``) is missing.
         ValueError: the files are not a compact checkpoint, or one of another version or another model. Compared are the
-            model's class, the classes of its modules, kernels, strides, paddings, dilations, names and shapes of tensors.
+            model's class, the classes of its modules, kernels, strides, paddings, dilations, names and shapes of
+            tensors.
     """
     path = Path(path)
     tensors, description = read(path)

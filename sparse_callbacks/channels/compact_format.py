@@ -1,4 +1,4 @@
-"""What a compact checkpoint says of its model beside the tensors, and whether another model is the one it describes."""
+"""What a compact checkpoint says of its model, and whether another model is the one it describes."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from sparse_callbacks.channels.cuts import BATCH_NORMS
+from sparse_callbacks.channels.module_sizes import BATCH_NORMS
 from sparse_callbacks.core.inspection import extra
 
 COMPACT_VERSION = 1

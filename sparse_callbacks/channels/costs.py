@@ -1,4 +1,4 @@
-"""What each layer of a network costs, as a function of its inputs and outputs, and what everything else costs."""
+"""What each layer of a network costs by its inputs and outputs, and what everything else costs."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,8 @@ class Layer:
         name: name of the module.
         inputs, outputs: number of input and output channels (or features) of the whole layer.
         kernel: size of the kernel; empty for a linear layer.
-        groups: groups of the convolution. A depthwise convolution has one for each input, and loses one with each input.
+        groups: groups of the convolution. A depthwise convolution has one for each input, and loses one with each
+            input.
         settings: stride, padding, dilation and output padding as text, since layers with different settings take
             different times.
         maps: for each use of the layer in one forward pass, the number of rows that one sample of the network has
@@ -128,7 +129,8 @@ def layer_in_use(
     rows = math.prod(input_shape[: -dimensions - 1]) // samples
     input_size, output_size = tuple(input_shape[-dimensions:]), tuple(output_shape[-dimensions:])
     transposed = isinstance(module, _ConvTransposeNd)
-    settings = f"stride {size_text(module.stride)} padding {size_text(module.padding)} dilation {size_text(module.dilation)}"
+    stride, padding, dilation = (size_text(s) for s in (module.stride, module.padding, module.dilation))
+    settings = f"stride {stride} padding {padding} dilation {dilation}"
     settings += f" transposed {size_text(module.output_padding)}" if transposed else ""
     # a transposed convolution applies its kernel at every place of its input, any other at every place of its output
     places = rows * math.prod(input_size if transposed else output_size)

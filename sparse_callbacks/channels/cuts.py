@@ -5,13 +5,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from sparse_callbacks.channels.groups import Group, Member
+from sparse_callbacks.channels.module_sizes import BATCH_NORMS, depthwise_names, is_layer, output_dim, update_sizes
 from sparse_callbacks.core.inspection import copied
-
-BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
-"""Norms that can lose channels, as they treat each by itself."""
 
 Key = tuple[str, int]
 """Name and dimension of a parameter."""
@@ -23,8 +20,8 @@ class Cuts:
 
     Attributes:
         kept: for a parameter and a dimension, the slices that stay: bool, of the original size.
-        added: for a layer by its name, what is added to its bias for inputs that were constants: of the original number of
-            outputs.
+        added: for a layer by its name, what is added to its bias for inputs that were constants: of the original number
+            of outputs.
     """
 
     kept: dict[Key, Tensor] = field(default_factory=dict)
@@ -86,7 +83,7 @@ class Surgery:
         self._touched: set[str] = set()
 
     def mask(self, member: Member, keep: Tensor) -> None:
-        """From here on, cut from a weight with zeros for the units of ``member`` that are not in ``keep`` (bool [units])."""
+        """Cut from here on from a weight that is zero for the units of ``member`` that are not in ``keep`` (bool)."""
         old = self.tensors[member.parameter]
         self.tensors[member.parameter] = zeroed(old, ~member.mask(keep, old.ndim))
 
@@ -142,50 +139,21 @@ class Surgery:
         return prefix + local, dim
 
 
-# ---------------------------------------------------------------------- modules and their sizes
+def _like(new: Tensor, old: Tensor) -> Tensor:
+    """``new`` as a parameter if ``old`` is one, otherwise as a buffer, in the memory format of ``old``."""
+    if old.ndim == 4 and not old.is_contiguous() and old.is_contiguous(memory_format=torch.channels_last):
+        new = new.contiguous(memory_format=torch.channels_last)
+    return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
 
 
-def is_layer(module: nn.Module) -> bool:
-    """Whether a module is a convolution or a linear layer."""
-    return isinstance(module, nn.Linear | _ConvNd)
-
-
-def output_dim(module: nn.Module) -> int:
-    """Dimension of the outputs in a layer's weight: 1 for transposed convolutions, which store their inputs first."""
-    return int(isinstance(module, _ConvTransposeNd))
-
-
-def depthwise_names(model: nn.Module) -> frozenset[str]:
-    """Names of the convolutions with one input and one output in every group."""
-    convolutions = [(n, m) for n, m in model.named_modules() if isinstance(m, _ConvNd)]
-    return frozenset(n for n, m in convolutions if m.groups == m.in_channels == m.out_channels > 1)
-
-
-def update_sizes(module: nn.Module, is_depthwise: bool) -> None:
-    """Set the sizes that ``module`` states of itself to those of its tensors.
-
-    Args:
-        module: any module.
-        is_depthwise: whether it was a depthwise convolution at first.
-    """
-    candidates = (getattr(module, "weight", None), getattr(module, "running_mean", None))
-    weight = next((t for t in candidates if isinstance(t, Tensor)), None)
-    if weight is None:
-        return
-    if isinstance(module, _ConvNd):
-        first, second = weight.shape[:2]
-        if is_depthwise:
-            module.in_channels = module.out_channels = module.groups = first
-        elif isinstance(module, _ConvTransposeNd):
-            module.in_channels, module.out_channels = first, second * module.groups
-        else:
-            module.out_channels, module.in_channels = first, second * module.groups
-    elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = weight.shape
-    elif isinstance(module, BATCH_NORMS):
-        module.num_features = len(weight)
-    elif isinstance(module, nn.PReLU):
-        module.num_parameters = len(weight)
+def _put(module: nn.Module, local: str, tensor: Tensor | None) -> None:
+    """Replace a parameter or buffer of ``module``."""
+    if local not in module._parameters:
+        module._buffers[local] = tensor
+    elif tensor is None or isinstance(tensor, nn.Parameter):
+        module.register_parameter(local, tensor)
+    else:
+        module.register_parameter(local, nn.Parameter(tensor))
 
 
 # ---------------------------------------------------------------------- masked models
@@ -200,8 +168,8 @@ def zeroed(old: Tensor, gone: Tensor) -> nn.Parameter:
 def masked_copy(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
     """A copy of ``model`` with zeros where the masks say so, and the masks in the shapes of the parameters.
 
-    A parameter that several modules share stays one, under its first name. If there are masks for several of its names, a
-    weight is active where all of them keep it.
+    A parameter that several modules share stays one, under its first name. If there are masks for several of its names,
+    a weight is active where all of them keep it.
 
     Args:
         model: the model; it is left as it is.
@@ -211,6 +179,7 @@ def masked_copy(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[nn.Modul
         ValueError: a mask belongs to no parameter or has another shape, or the model cannot be copied.
     """
     masked = copied(model)
+    # masks may be given under any name of a shared parameter
     every = dict(masked.named_parameters(remove_duplicate=False))
     first = {p: n for n, p in masked.named_parameters()}
     full: dict[str, Tensor] = {}
@@ -220,6 +189,7 @@ def masked_copy(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[nn.Modul
         full[name] = full[name] & fitted if name in full else fitted
     for name, mask in full.items():
         new = zeroed(every[name], ~mask)
+        # in all modules that share it, or it would be two parameters from here on
         for module in masked.modules():
             for local in [n for n, p in module._parameters.items() if p is every[name]]:
                 module.register_parameter(local, new)
@@ -242,23 +212,6 @@ def _fitted(name: str, mask: Tensor, model: nn.Module, parameters: Mapping[str, 
         return mask.expand(shape)
     except RuntimeError as error:
         raise ValueError(
-            f"The mask of {name} has shape {list(mask.shape)} and the parameter {list(shape)}. Give a mask of that shape, "
-            "or one that broadcasts against it."
+            f"The mask of {name} has shape {list(mask.shape)} and the parameter {list(shape)}. Give a mask of that "
+            "shape, or one that broadcasts against it."
         ) from error
-
-
-def _like(new: Tensor, old: Tensor) -> Tensor:
-    """``new`` as a parameter if ``old`` is one, otherwise as a buffer, in the memory format of ``old``."""
-    if old.ndim == 4 and not old.is_contiguous() and old.is_contiguous(memory_format=torch.channels_last):
-        new = new.contiguous(memory_format=torch.channels_last)
-    return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
-
-
-def _put(module: nn.Module, local: str, tensor: Tensor | None) -> None:
-    """Replace a parameter or buffer of ``module``."""
-    if local not in module._parameters:
-        module._buffers[local] = tensor
-    elif tensor is None or isinstance(tensor, nn.Parameter):
-        module.register_parameter(local, tensor)
-    else:
-        module.register_parameter(local, nn.Parameter(tensor))

@@ -1,4 +1,4 @@
-"""FLOPs of one forward pass, the same whatever torch's version and the kernels that it chooses."""
+"""FLOPs of one forward pass, the same for every version and every kernel of torch."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -19,20 +19,20 @@ ATTENTION = (
     "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_fused_attention_overrideable",
 )
-"""Operations of torch that compute attention as a whole; where it takes none of them, its counter sees two matrix products."""
+"""Operations of torch that compute attention as a whole. Without them it computes two matrix products."""
 
 
 def forward_flops(model: nn.Module, example_input: Any) -> int:
-    """FLOPs of the matrix products, convolutions, attention and recurrent layers of one pass, two for a multiplication and an addition.
+    """FLOPs of the matrix products, convolutions, attention and recurrent layers of one pass; a multiply-add is two.
 
-    Attention counts in full under any mask, and with every head of the queries where they share keys and values. Some kernels for GPUs in
-    half precision pad the width of heads to a multiple of 8; the padding counts.
+    Attention counts in full under any mask, and with every head of the queries where they share keys and values. Some
+    kernels for GPUs in half precision pad the width of heads to a multiple of 8; the padding counts.
 
     Args:
-        model: runs once, in the mode that it is in.
-        example_input: a tensor, a tuple of positional or a mapping of named arguments.
+        model: the model; it runs once, in the mode that it is in.
+        example_input: a tensor, a tuple of positional arguments or a mapping of named arguments.
     """
-    # torch's own formulas leave out the kernel for CPUs, and in some versions refuse heads that share keys and values
+    # torch's own formulas leave out the kernel for CPUs, and some versions refuse heads that share keys and values
     formulas = {getattr(torch.ops.aten, name): attention for name in ATTENTION if hasattr(torch.ops.aten, name)}
     before: dict[nn.Module, int] = {}
     recurrent: list[int] = []
@@ -44,7 +44,8 @@ def forward_flops(model: nn.Module, example_input: Any) -> int:
             before[module] = counter.get_total_flops()
 
         def end(module: nn.Module, inputs: Any, output: Any) -> None:
-            # some recurrent layers run as one operation that the counter does not know, others as products that it has counted by now
+            # some recurrent layers run as one operation that the counter does not know, others as products that it has
+            # counted by now; the first kind multiplies each of its weights once at each step
             if counter.get_total_flops() == before.pop(module):
                 steps = math.prod(tensors_in(output)[0].shape[:-1])
                 recurrent.append(2 * steps * sum(p.numel() for p in module.parameters() if p.ndim > 1))
@@ -59,10 +60,11 @@ def forward_flops(model: nn.Module, example_input: Any) -> int:
 
 
 def attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
-    """FLOPs of the two products of attention, of queries with keys and of their softmax with values.
+    """FLOPs of the two products of attention: queries with keys, and the softmax of that with values.
 
     Args:
-        query, key, value: shapes [..., heads, length, width]; keys and values may have fewer heads.
+        query, key, value: shapes [..., heads, length, width] of the three tensors; keys and values may have fewer
+            heads. Further arguments of the operation do not change the count.
 
     >>> attention((1, 2, 5, 4), (1, 2, 3, 4), (1, 2, 3, 6))
     600
@@ -73,8 +75,10 @@ def attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_
 
 @contextmanager
 def _slow_path() -> Iterator[None]:
-    """Attention and transformer layers as several operations, and not as one that the counter does not know, as torch runs them in
-    eval mode."""
+    """Attention and transformer layers run as several operations.
+
+    In eval mode torch runs them as one operation, which its counter does not know.
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

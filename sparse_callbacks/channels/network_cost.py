@@ -1,4 +1,4 @@
-"""The cost of a whole network, as a function of the number of units that each of its channel groups keeps."""
+"""The cost of a whole network, by the number of units that each of its channel groups keeps."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -72,7 +72,7 @@ class Network:
         return self.realised(self.sizes)
 
     def realised(self, kept: Sequence[int]) -> float:
-        """Cost of the network that keeps ``kept[g]`` units of every group, in the layers that make and that read them."""
+        """Cost of the network that keeps ``kept[g]`` units of every group, as outputs and as inputs of its layers."""
         return self.total(self.by_layer(kept))
 
     def by_layer(self, kept: Sequence[int], group: int | None = None) -> dict[str, float]:

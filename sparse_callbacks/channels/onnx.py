@@ -36,8 +36,8 @@ def export_onnx(
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime (extra ``onnx``) is missing.
-        ValueError: onnxruntime computes something else, or cannot run the file, for example as it has no convolutions of
-            the model's type.
+        ValueError: onnxruntime computes something else, or cannot run the file, for example as it has no convolutions
+            of the model's type.
     """
     for module in ("onnx", "onnxscript", "onnxruntime"):
         extra(module, "onnx")
@@ -61,8 +61,8 @@ def _written(model: nn.Module, path: Path, samples: Sequence[Any], tolerance: fl
     Args:
         model: in the state of :func:`~sparse_callbacks.core.inspection.quiet`.
         path: the file to write.
-        samples: inputs. If there are several, of different batch sizes, the last one is traced with a batch of any size;
-            a single one is traced with the sizes that it has.
+        samples: inputs. If there are several, of different batch sizes, the last one is traced with a batch of any
+            size; a single one is traced with the sizes that it has.
         tolerance: see :func:`~sparse_callbacks.channels.comparison.why_not_equal`.
 
     Returns:
@@ -85,8 +85,8 @@ def _written(model: nn.Module, path: Path, samples: Sequence[Any], tolerance: fl
     if why_not_equal(expected, found, tolerance):
         allowed = "the default of each type" if tolerance is None else f"tolerance={tolerance:g}"
         raise ValueError(
-            f"onnxruntime computes something else from {path}: {difference}, and {allowed} is allowed. Compare on inputs "
-            "of real data, or give a larger tolerance=."
+            f"onnxruntime computes something else from {path}: {difference}, and {allowed} is allowed. Compare on "
+            "inputs of real data, or give a larger tolerance=."
         )
     return difference
 

@@ -1,4 +1,4 @@
-"""What slimming changed, as a table: outputs, parameters, FLOPs, latency, and what became of each group."""
+"""What slimming changed, as a table: outputs, parameters, FLOPs, latency, and every group."""
 
 import copy
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ PATIENCE = 2.0
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Parameters of a model, FLOPs of one forward pass (a multiply-add is two), and its median latency in milliseconds."""
+    """Parameters of a model, FLOPs of a forward pass (a multiply-add is two), and its median time in milliseconds."""
 
     parameters: int
     flops: int
@@ -57,8 +57,8 @@ class Proof:
     """The evidence that a slim model computes what the masked model did, and what each of them costs.
 
     Attributes:
-        random, given: differences of outputs on random inputs and on given inputs, in the model's own precision, in eval
-            mode.
+        random, given: differences of outputs on random inputs and on given inputs, in the model's own precision, in
+            eval mode.
         checked: difference of outputs on all of these inputs, in ``precision``.
         precision: float64, or the model's own precision where it does not run in float64.
         before, after: costs of the masked and the slim model, on the example input.
@@ -87,6 +87,7 @@ class Proof:
         before, after = self.before, self.after
         costs = [
             ("parameters", f"{before.parameters:,}", f"{after.parameters:,}", after.parameters / before.parameters),
+            # a model without matrix products has no FLOPs
             ("FLOPs", f"{before.flops:,}", f"{after.flops:,}", after.flops / max(1, before.flops)),
             ("latency", f"{before.latency:.2f} ms", f"{after.latency:.2f} ms", after.latency / before.latency),
         ]
@@ -126,6 +127,7 @@ def prove(
     masked, small = copy.deepcopy(masked), copy.deepcopy(small)  # forward passes may write to their modules
     with quiet(masked), quiet(small):
         on_drawn, on_given = (compare(outputs_on(masked, x), outputs_on(small, x)) for x in (drawn, given))
+        # on the user's own input, as the time of a pass depends on its size
         before, after = (_cost(model, given[0]) for model in (masked, small))
     return Proof(on_drawn, on_given, *checked, before, after, tuple(rows))
 

@@ -7,15 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.channels.comparison import (
-    Difference,
-    Reference,
-    first_entry,
-    precise,
-    random_samples,
-    refuse_telling_nothing,
-)
-from sparse_callbacks.channels.constants import arrivals, foldable, shifts
+from sparse_callbacks.channels.comparison import Difference, Reference
+from sparse_callbacks.channels.comparison_inputs import first_entry, precise, random_samples, refuse_telling_nothing
+from sparse_callbacks.channels.constants import ArrivingRange, arriving_ranges, bias_shifts, foldable
 from sparse_callbacks.channels.cuts import Cuts, Surgery, masked_copy
 from sparse_callbacks.channels.groups import Group, Member, channel_groups
 from sparse_callbacks.channels.proof import GroupChange, Proof, prove
@@ -37,23 +31,23 @@ def slim(
 
     A channel is dead in two cases. Either no layer reads it: the masks of all its readers are zero for it. Or no layer
     makes it: the masks of all its makers are zero for it, and what its readers get is a constant. A constant of zero is
-    left out; any other goes into the bias of the reader, but not through zero padding, which would make it another value
-    at the border. One unit stays in every group.
+    left out; any other goes into the bias of the reader, but not through zero padding, which would make it another
+    value at the border. One unit stays in every group.
 
-    Groups are cut one after the other, from the outputs to the inputs, in a copy in eval mode, in float64 where the model
-    runs in it. After each group the outputs are compared with those of the masked model on one random sample, and at the
-    end on all of ``example_input``, ``inputs`` and the random inputs. If they differ at the end, everything is cut again
-    and compared on all inputs after each group. A group that changes the outputs, or makes the model fail, is put back.
-    Where layers run in train mode only, such as auxiliary heads, outputs in train mode are compared too, on
+    Groups are cut one after the other, from the outputs to the inputs, in a copy in eval mode, in float64 where the
+    model runs in it. After each group the outputs are compared with those of the masked model on one random sample, and
+    at the end on all of ``example_input``, ``inputs`` and the random inputs. If they differ at the end, everything is
+    cut again and compared on all inputs after each group. A group that changes the outputs, or makes the model fail, is
+    put back. Where layers run in train mode only, such as auxiliary heads, outputs in train mode are compared too, on
     ``example_input``, with norms and dropouts in eval mode. Nothing is known of branches that fail on it.
 
-    What is a constant is judged on the same inputs: ``example_input``, ``inputs``, and two random ones with normal numbers
-    of standard deviation 1 and 10, random bools, and integers in another order. Give ``inputs`` on which masks and
-    switches take other values than there. Below float32 only what is exactly constant counts.
+    What is a constant is judged on the same inputs: ``example_input``, ``inputs``, and two random ones with normal
+    numbers of standard deviation 1 and 10, random bools, and integers in another order. Give ``inputs`` on which masks
+    and switches take other values than there. Below float32 only what is exactly constant counts.
 
     Hooks of the model run in every pass, on copies, and stay on the slim model. The model must be one that
-    ``copy.deepcopy`` copies; for modules with ``torch.nn.utils.prune`` or the old ``weight_norm``, call ``prune.remove``
-    or ``remove_weight_norm`` first.
+    ``copy.deepcopy`` copies; for modules with ``torch.nn.utils.prune`` or the old ``weight_norm``, call
+    ``prune.remove`` or ``remove_weight_norm`` first.
 
     Args:
         model: the trained model; it is left as it is.
@@ -95,9 +89,9 @@ def slimmable_groups(
 ) -> list[Group]:
     """:func:`~sparse_callbacks.channels.groups.channel_groups`, with every group tried out.
 
-    Every other unit of a group is masked in its consumers, then removed, and the outputs are compared in the model's own
-    precision; as in :func:`slim`, also in train mode where layers run in that mode alone. A group whose removal changes
-    the outputs gets that as its reason. The model is left as it is.
+    Every other unit of a group is masked in its consumers, then removed, and the outputs are compared in the model's
+    own precision; as in :func:`slim`, also in train mode where layers run in that mode alone. A group whose removal
+    changes the outputs gets that as its reason. The model is left as it is.
 
     Args: see :func:`~sparse_callbacks.channels.groups.channel_groups`.
     """
@@ -180,9 +174,10 @@ def _with_dead_units(
     """What is dead in ``group``, and the cuts with it."""
     unread = ~_alive(group.consumers, group.size, masks, cuts)
     silent = ~_alive(group.producers, group.size, masks, cuts) & ~unread
-    arriving, reason = {}, ""
+    arriving: dict[str, ArrivingRange] = {}
+    reason = ""
     if silent.any():
-        arriving = arrivals(group, surgery, cuts, samples)
+        arriving = arriving_ranges(group, surgery, cuts, samples)
         constant = foldable(group, arriving, surgery.model)
         stuck = int((silent & ~constant).sum())
         if stuck:
@@ -191,7 +186,7 @@ def _with_dead_units(
     keep = ~(unread | silent)
     if not keep.any():  # a layer needs a channel at least
         keep[0], reason = True, "all units are dead; one stays"
-    added = shifts(group, silent & ~keep, arriving, surgery)
+    added = bias_shifts(group, silent & ~keep, arriving, surgery)
     units = group.producers[0].units
     channels = int((~keep[units[units >= 0]]).sum())
     row = GroupChange(group.name, group.size, int((~keep).sum()), channels, reason)

@@ -1,1 +1,1 @@
-"""Latency tables: how long the layers of a network take on one machine, measured once and looked up in training."""
+"""Latency tables: how long the layers of a network take on one machine."""

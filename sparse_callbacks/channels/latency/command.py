@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     problem = _why_not_written(given.out) or _why_not_measured_on(given.device)
     if problem:
         parser.error(problem)
+    # the arguments are part of the name: tables of two widths of one class are two tables
     name = given.model + (f" {json.dumps(given.arguments, sort_keys=True)}" if given.arguments else "")
     options = (given.points, given.repeats, given.device, given.channels_last)
     try:
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         refuse_size(model, given.input)
     except ValueError as error:
         parser.error(str(error))
+    # saved after every kind of layer, so that an interrupted command goes on where it stopped
     table = measure(
         model,
         name,
@@ -165,17 +167,21 @@ def built(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     try:
         model = getattr(importlib.import_module(module), attribute)(**arguments)
     except ImportError as error:
-        advice = f"Install {module}, or run the command in the folder that it is in."
-        raise ValueError(f"model {name!r}: {error}. {advice}") from error
+        raise ValueError(
+            f"model {name!r}: {error}. Install {module}, or run the command in the folder that it is in."
+        ) from error
     except AttributeError as error:
-        advice = f"Give a function or class of {module} that makes the model."
-        raise ValueError(f"model {name!r}: {error}. {advice}") from error
+        raise ValueError(
+            f"model {name!r}: {error}. Give a function or class of {module} that makes the model."
+        ) from error
     except TypeError as error:
-        advice = "Give its arguments with --arguments."
-        raise ValueError(f"model {name!r} does not take {dict(arguments)}: {error}. {advice}") from error
+        raise ValueError(
+            f"model {name!r} does not take {dict(arguments)}: {error}. Give its arguments with --arguments."
+        ) from error
     if not isinstance(model, nn.Module):
-        given = type(model).__name__
-        raise ValueError(f"model {name!r} gives a {given}, not a torch.nn.Module. Name what makes the model.")
+        raise ValueError(
+            f"model {name!r} gives a {type(model).__name__}, not a torch.nn.Module. Name what makes the model."
+        )
     return model
 
 
@@ -189,6 +195,7 @@ def refuse_size(model: nn.Module, size: Sequence[int]) -> None:
         layers(model.float(), torch.zeros(1, *size))
     except Exception as error:  # whatever the model's forward does with inputs that it does not expect
         raise ValueError(
-            f"the model fails with a float tensor of size {[1, *size]} ({type(error).__name__}: {error}). Give --input, "
-            "the size of one sample without the batch; models that take anything but one float tensor cannot be measured."
+            f"the model fails with a float tensor of size {[1, *size]} ({type(error).__name__}: {error}). Give "
+            "--input, the size of one sample without the batch; models that take anything but one float tensor cannot "
+            "be measured."
         ) from error

@@ -27,8 +27,8 @@ class Fit:
     Attributes:
         constant: milliseconds that do not depend on the layers.
         factor: time of a layer in the model, relative to its time alone.
-        times: measured milliseconds of the model with all channels, then, if channels can be removed, with half and with a
-            quarter of those that can.
+        times: measured milliseconds of the model with all channels, then, if channels can be removed, with half and
+            with a quarter of those that can.
         sums: milliseconds of the layers of these models, each measured alone, added up.
         reason: why there is no line through the measured models; empty where there is.
     """
@@ -65,9 +65,9 @@ class Fit:
 def fitted(times: Sequence[float], sums: Sequence[float], reason: str = "") -> Fit:
     """The line through ``times`` over ``sums`` with the smallest squared relative errors.
 
-    Neither its constant nor its factor is below 0. Where the layers take longer in a faster model there is no such line,
-    and the time with all channels alone decides: what the layers do not take is constant, and if they take more than the
-    model, it takes a fixed share of their time.
+    Neither its constant nor its factor is below 0. Where the layers take longer in a faster model there is no such
+    line, and the time with all channels alone decides: what the layers do not take is constant, and if they take more
+    than the model, it takes a fixed share of their time.
 
     Args:
         times, sums: see :class:`Fit`.
@@ -86,9 +86,11 @@ def fitted(times: Sequence[float], sums: Sequence[float], reason: str = "") -> F
 
 
 def _line(times: Sequence[float], sums: Sequence[float]) -> tuple[float, float]:
-    """Constant and factor, both at least 0, that make the sum of ``((constant + factor * sum) / time - 1) ** 2`` smallest."""
-    # Least squares with the rows (1 / time, sum / time), solved in exact fractions. A LAPACK routine rounds as the processor
-    # and the alignment of memory have it, and rounds a constant of 0 to below 0.
+    """Constant and factor, both at least 0, that minimize the sum of ``((constant + factor * sum) / time - 1) ** 2``.
+
+    This is least squares with the rows (1 / time, sum / time), solved in exact fractions. A LAPACK routine rounds as
+    the processor and the alignment of memory have it, and rounds a constant of 0 to below 0.
+    """
     ones = [1 / Fraction(t) for t in times]
     shares = [s * Fraction(total) for s, total in zip(ones, sums, strict=True)]
     a, b, c = _dot(ones, ones), _dot(ones, shares), _dot(shares, shares)
@@ -127,7 +129,7 @@ def smaller(model: nn.Module, example: Tensor) -> tuple[list[nn.Module], str]:
         for small in copies:  # a forward pass of the user's may not take fewer channels
             layers(small, example)
         return copies, ""
-    except Exception as error:  # a missing extra, a model that cannot be traced, a forward that fails with fewer channels
+    except Exception as error:  # an extra is missing, or a forward pass cannot be traced, or takes no fewer channels
         return [], f"its channels cannot be removed ({type(error).__name__}: {error})"
 
 

@@ -1,4 +1,4 @@
-"""Measures the latency table of a model: every kind of layer alone, and the whole model in three sizes."""
+"""Measures the latency table of a model: each kind of layer alone, and the whole model."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparse_callbacks.channels.clock import milliseconds
-from sparse_callbacks.channels.costs import layers
+from sparse_callbacks.channels.costs import Layer, layers
 from sparse_callbacks.channels.latency.fit import fitted, layer_sum, smaller
 from sparse_callbacks.channels.latency.probes import kinds_of, probe, random_input
 from sparse_callbacks.channels.latency.table import Grid, Table, environment
@@ -50,6 +50,7 @@ def measure(
         save: takes the unfinished table after each kind of layer, so that measuring can be interrupted.
     """
     place, model = torch.device(device), copy.deepcopy(model).float().cpu().eval()
+    # a network with batch norms has one after nearly every convolution, so they are measured together
     norm = any(isinstance(m, _BatchNorm) for m in model.modules())
     example = torch.randn(batch, *size)
 
@@ -65,21 +66,26 @@ def measure(
         if kind in grids:
             continue
         module = model.get_submodule(layer.name)
-        cells = [[(i, o) for o in outs] for i in ins]
-        if layer.depthwise:  # inputs and outputs go together, so there is one column
-            cells = [[(i, o)] for i, o in zip(ins, outs, strict=True)]
-        ms: list[list[float]] = [[] for _ in cells]
-        for row, times in zip(cells, ms, strict=True):
-            for i, o in row:
-                times += timed([(probe(module, i, o, norm), random_input(layer, map_size, i, batch))])
-        grids[kind] = Grid(ins, outs, ms)
+        grids[kind] = Grid(ins, outs, [])
+        for row in _pairs(layer, ins, outs):
+            times = [timed([(probe(module, i, o, norm), random_input(layer, map_size, i, batch))]) for i, o in row]
+            grids[kind].ms.append([ms for [ms] in times])
         save(Table(about, grids))
-        report(f"{kind}: {len(ins)} x {len(cells[0])} sizes, {ms[-1][-1]:.4g} ms with all channels")
+        ms = grids[kind].ms
+        report(f"{kind}: {len(ins)} x {len(ms[0])} sizes, {ms[-1][-1]:.4g} ms with all channels")
+    # layers alone leave out everything else, and may be faster than in the model, which a fitted line corrects
     others, reason = smaller(model, example[:1])
     sums = [layer_sum(Table(about, grids), found, m, example[:1]) for m in (model, *others)]
     fit = fitted(timed([(m, example) for m in (model, *others)]), sums, reason)
     report(str(fit))
     return Table(about | fit.about | {"finished": True}, grids, fit.constant, fit.factor)
+
+
+def _pairs(layer: Layer, inputs: Sequence[int], outputs: Sequence[int]) -> list[list[tuple[int, int]]]:
+    """The pairs of numbers of inputs and outputs to measure, in the rows of a grid."""
+    if layer.depthwise:  # inputs and outputs go together, so there is one column
+        return [[pair] for pair in zip(inputs, outputs, strict=True)]
+    return [[(i, o) for o in outputs] for i in inputs]
 
 
 def _ready(module: nn.Module, x: Tensor, place: torch.device, channels_last: bool) -> Callable[[], Any]:

@@ -21,8 +21,8 @@ def kinds_of(found: Iterable[Layer], points: int) -> dict[str, tuple[Layer, tupl
         points: numbers of channels on each side of a layer, beside the smallest.
 
     Returns:
-        for each kind one of its layers, the size of the map that it is used with, and the numbers of inputs and outputs to
-        measure.
+        for each kind one of its layers, the size of the map that it is used with, and the numbers of inputs and of
+        outputs to measure.
     """
     uses: dict[str, list[tuple[Layer, tuple[int, ...]]]] = {}
     for layer in found:

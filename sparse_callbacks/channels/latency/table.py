@@ -39,7 +39,7 @@ def signature(layer: Layer, map_size: Sequence[int]) -> str:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What decides beside the layer how long it takes: the machine, the device and its chip, threads, torch's version."""
+    """What else decides how long a layer takes: the machine, the device and its chip, threads, torch's version."""
     return {
         "machine": f"{platform.system()} {platform.machine()}",
         "device": f"{device} {_chip(device)}",
@@ -69,8 +69,8 @@ class Grid:
 
     Attributes:
         inputs, outputs: numbers of channels that were measured, ascending.
-        ms: ``ms[i][j]`` is the time with ``inputs[i]`` and ``outputs[j]``. A depthwise layer has one column: ``ms[i][0]``
-            is its time with ``inputs[i]`` and ``outputs[i]``.
+        ms: ``ms[i][j]`` is the time with ``inputs[i]`` and ``outputs[j]``. A depthwise layer has one column:
+            ``ms[i][0]`` is its time with ``inputs[i]`` and ``outputs[i]``.
     """
 
     inputs: list[int]
@@ -85,9 +85,9 @@ class Grid:
     def look_up(self, inputs: int, outputs: int) -> tuple[float, str]:
         """Milliseconds, and how they were found: one of :data:`WAYS`.
 
-        A number that was not measured is rounded up to the next multiple of 8 if that was measured, and no measured number
-        lies between. Any other is interpolated between its measured neighbours. So more channels never take less time
-        unless they did so when measured.
+        A number that was not measured is rounded up to the next multiple of 8 if that was measured, and no measured
+        number lies between. Any other is interpolated between its measured neighbours. So more channels never take less
+        time unless they did so when measured.
 
         Raises:
             LookupError: a number lies outside of what was measured.
@@ -135,8 +135,8 @@ class Table:
     everything that is not a layer.
 
     Attributes:
-        about: machine, device, threads, torch, model, batch, input, model_ms (time of the whole dense model), and how the
-            table was measured.
+        about: machine, device, threads, torch, model, batch, input, model_ms (time of the whole dense model), and how
+            the table was measured.
         grids: the grid of each kind of layer, by :func:`signature`.
         constant, factor: the whole model takes ``constant + factor * sum`` milliseconds, where the sum is that of its
             layers measured alone.
@@ -203,7 +203,8 @@ class Table:
         about, name = self.about, f"the latency table of {self.about.get('model')}"
         if list(about.get("input", size)) != list(size):
             raise ValueError(
-                f"{name} is of inputs of size {about['input']}, and here they are {list(size)}. Measure anew: {COMMAND}."
+                f"{name} is of inputs of size {about['input']}, and here they are {list(size)}. Measure anew: "
+                f"{COMMAND}."
             )
         if not about.get("finished", True):
             raise ValueError(
