@@ -43,6 +43,7 @@ from oracles.l0 import (
 )
 from torch import Tensor, nn
 
+from sparse_callbacks.core.weights import undone
 from sparse_callbacks.methods.l0 import channel_members, constraint, gates, norm_check
 
 
@@ -278,10 +279,10 @@ def test_adam_is_torchs() -> None:
 
 def test_what_others_wrote_is_found_behind_the_gate() -> None:
     gate, dense = double([0.0, 0.25, 1.0, 1 / 3]), double([5.0, 2.0, 3.0, 0.7])
-    assert torch.equal(gates.undone(gate * dense, gate, dense), dense)
+    assert torch.equal(undone(gate * dense, gate, dense), dense)
     written = gate * dense
     written[:2] = torch.tensor([9.0, -1.0])  # what was written behind a closed gate is lost
-    assert gates.undone(written, gate, dense).tolist() == [5.0, -4.0, 3.0, 0.7]
+    assert undone(written, gate, dense).tolist() == [5.0, -4.0, 3.0, 0.7]
 
 
 # ---------------------------------------------------------------------- what goes with channels

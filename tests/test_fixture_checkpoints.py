@@ -1,0 +1,198 @@
+"""Checkpoints that version 0.1.0 wrote resume to the end that it reached, saved configurations are read, and public names stay.
+
+Floating-point results differ between processors and versions of torch. So each run is repeated without this package first: where that
+comes out with the same bits as on the machine that wrote the checkpoint, the resumed run must too, and where not, ``test_..._bitwise``
+is reported as skipped. Masks, counters and everything else that is whole are compared exactly in either case.
+"""
+
+import importlib
+import inspect
+import runpy
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fixtures.runs import (
+    CHANNELS,
+    CONFIGS,
+    FILES,
+    FOLDER,
+    RUNS,
+    TRAIN,
+    channel_net,
+    close,
+    differences,
+    end_of,
+    fingerprint,
+    functions,
+    masked,
+    same_bits,
+    scattered,
+    trained_end,
+    unpack,
+    unpacked,
+)
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_object, instantiate
+from omegaconf import OmegaConf
+
+import sparse_callbacks
+from sparse_callbacks import SMCP, Static, load_compact, methods
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+CONFIGURATIONS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+# names that version 0.1.0 gave: __all__ of the package, and what its three public modules define without an underscore
+NAMES = {
+    "sparse_callbacks": """
+        CTRE DPF GMP SET SMCP SNFS ConstrainedL0 GaP ParallelGaP Plan RigL SparsityCallback Static channel_groups combine distributions
+        export_onnx horizon load_compact ops save_compact schedules slim __version__ methods""",
+    "sparse_callbacks.methods": "CTRE DPF GMP SET SMCP SNFS ConstrainedL0 GaP ParallelGaP RigL Static",
+    "sparse_callbacks.ops": """
+        zeros_for drop_count keep_largest keep_largest_jointly kth_largest drop_and_grow random_mask""",
+    "sparse_callbacks.schedules": """
+        CURVES Schedule constant cosine linear exponential cubic polynomial parse with_curve as_schedule to_steps""",
+    "sparse_callbacks.distributions": """
+        Distribution Shapes uniform erdos_renyi erdos_renyi_kernel epsilon_sparsity clipped is_epsilon resolve""",
+}
+every_run = pytest.mark.parametrize("name", RUNS)
+
+
+@cache
+def resumed(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is kept of the run ``name``, and what the run ends with that goes on from its checkpoint, begun with other weights."""
+    with tempfile.TemporaryDirectory() as temporary:
+        checkpoint, kept = unpacked(name, Path(temporary))
+        callbacks = RUNS[name].callbacks()
+        trainer, module = RUNS[name].fit(callbacks, ckpt_path=checkpoint, salt=1)
+        end = end_of(trainer, Path(temporary) / "end.ckpt")
+    for callback in callbacks:  # what the user reads is what is saved
+        assert not differences(callback.state_dict(), end["callbacks"][callback.state_key], same_bits)
+        assert not differences(callback.masks, end["callbacks"][callback.state_key]["masks"], same_bits)
+        assert not any(module.get_parameter(n).detach()[~m].any() for n, m in callback.masks.items())
+    return kept, end
+
+
+@every_run
+def test_a_kept_checkpoint_resumes_to_the_same_end(name: str) -> None:
+    kept, end = resumed(name)
+    assert kept["writer"]["sparse_callbacks"] == "0.1.0"
+    assert differences(kept["end"], end, close) == []
+
+
+@every_run
+def test_the_same_run_begun_anew_has_the_same_end(name: str, tmp_path: Path) -> None:
+    """First masks, random numbers and calendars are those of version 0.1.0 too."""
+    kept, _ = resumed(name)
+    trainer, _ = RUNS[name].fit(RUNS[name].callbacks())
+    near = same_bits if computes_as_the_writer(name) else close
+    assert differences(kept["end"], end_of(trainer, tmp_path / "end.ckpt"), near) == []
+
+
+@cache
+def computes_as_the_writer(name: str) -> bool:
+    """A run without this package comes out with the same bits as on the machine that wrote the checkpoint."""
+    kept, _ = resumed(name)
+    plain = fingerprint(RUNS[name].fit([])[1].state_dict().values())
+    return (plain, fingerprint(functions())) == (kept["plain"], kept["functions"])
+
+
+@every_run
+def test_a_kept_checkpoint_resumes_bitwise(name: str, record_property: Any) -> None:
+    kept, end = resumed(name)
+    record_property("bitwise", computes_as_the_writer(name))
+    if not computes_as_the_writer(name):
+        here = f"torch {torch.__version__} with {torch.backends.cpu.get_cpu_capability()}"
+        pytest.skip(f"a run without this package has other bits with {here} than with {kept['writer']}")
+    assert differences(kept["end"], end, same_bits) == []
+
+
+def test_every_method_has_a_kept_checkpoint() -> None:
+    kept = {type(callback).__name__ for run in RUNS.values() for callback in run.callbacks()}
+    assert kept >= set(methods.__all__)
+    assert {p.name for p in FOLDER.iterdir()} == {f"{name}.{kind}.gz" for name in RUNS for kind in ("ckpt", "end")}
+
+
+def test_masks_are_taken_from_a_kept_checkpoint(tmp_path: Path) -> None:
+    checkpoint, _ = unpacked("snfs", tmp_path)
+    (state,) = torch.load(checkpoint, weights_only=True)["callbacks"].values()
+    callback = Static(from_checkpoint=str(checkpoint), print_plan=False)
+    RUNS["static"].fit([callback])
+    assert not differences(state["masks"], callback.masks, same_bits)
+
+
+# ---------------------------------------------------------------------- other files
+
+
+def test_a_kept_compact_checkpoint_loads(tmp_path: Path) -> None:
+    full, _ = masked(unpacked("smcp", tmp_path)[1]["end"])
+    small = load_compact(channel_net(salt=1), FILES / "slim.safetensors").eval()
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in full.parameters())
+    x = scattered(5, 2, 3, 3, salt=9)
+    assert torch.allclose(small(x), full(x), rtol=1e-12, atol=1e-12)  # sums with fewer zeros in them
+
+
+def test_a_kept_latency_table_is_a_cost() -> None:
+    callback = SMCP(0.6, cost=str(FILES / "latency.json"), **CHANNELS)
+    RUNS["smcp"].fit([callback])
+    assert list(callback.outcome().values()) == ["0.5813 of the dense network's (budget 0.6)"]
+
+
+def test_a_kept_checkpoint_of_the_training_script_resumes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    monkeypatch.syspath_prepend(str(root))
+    train = importlib.import_module("train").train
+    last = unpack(FILES / "train.ckpt.gz", tmp_path)
+    with initialize_config_dir(str(root / "conf"), version_base=None):
+        train(compose("train", [*TRAIN, f"output_dir={tmp_path}", "trainer.max_epochs=3", f"ckpt_path={last}"]))
+    kept = torch.load(unpack(FILES / "train.end.gz", tmp_path), weights_only=True)
+    # nine steps in float32, whose sums have an order of their own on each processor
+    assert differences(kept, trained_end(tmp_path), lambda a, b: torch.allclose(a, b, rtol=1e-3, atol=1e-4)) == []
+
+
+# ---------------------------------------------------------------------- saved configurations
+
+
+def parts(config: Any) -> Iterator[dict[str, Any]]:
+    """Every part of a configuration that names a class or function."""
+    if isinstance(config, Mapping):
+        if "_target_" in config:
+            yield dict(config)
+        for value in config.values():
+            yield from parts(value)
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_a_saved_configuration_is_understood(name: str) -> None:
+    config = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"), resolve=True)
+    for part in parts(config):
+        target = get_object(part.pop("_target_"))
+        inspect.signature(target).bind_partial(**part)  # raises where an argument is not known any more
+    if name != "dense":
+        assert isinstance(instantiate(config["method"]), sparse_callbacks.SparsityCallback)
+
+
+def test_every_method_has_a_saved_configuration() -> None:
+    saved = [OmegaConf.load(CONFIGS / f"{name}.yaml").method.get("_target_", "") for name in CONFIGURATIONS]
+    assert {target.rpartition(".")[2] for target in saved} >= set(methods.__all__)
+
+
+# ---------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize("module", NAMES)
+def test_public_names_are_importable(module: str) -> None:
+    found = importlib.import_module(module)
+    assert [name for name in NAMES[module].split() if not hasattr(found, name)] == []
+
+
+def test_latency_tables_are_measured_by_the_same_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["latency", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("sparse_callbacks.latency", run_name="__main__")  # python -m sparse_callbacks.latency --help
+    assert ended.value.code == 0
+    assert "--input" in capsys.readouterr().out
