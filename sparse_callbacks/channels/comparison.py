@@ -109,6 +109,7 @@ class Reference:
         self.model, self.samples, self.branches = model, list(samples), list(branches)
         self.expected = outputs_on(model, samples)
         self.expected_in_training = self._outputs_in_training()
+        # a branch may draw random numbers, and then no difference between its outputs means anything
         self.is_random = bool(branches) and bool(why_not_equal(self.expected_in_training, self._outputs_in_training()))
 
     def why_changed(self) -> str:

@@ -153,14 +153,14 @@ def _cut(
 ) -> tuple[Cuts, list[GroupChange]]:
     """Cut one group after the other; the cuts that leave the outputs as they are, and what became of each group."""
     cuts, rows = Cuts(), []
-    # the last group first: once its channels are gone, weights that fed them read nothing any more
+    # the last group first: once its channels are gone, the weights that made them no longer read earlier channels
     for group in reversed(groups):
         row = GroupChange(group.name, group.size, reason=group.reason)
         if not group.reason:
             row, trial = _with_dead_units(group, surgery, cuts, masks, samples)
             surgery.cut(trial, group.members)
             problem = reference.why_changed() if row.units else ""
-            if problem:
+            if problem:  # cut the group's modules as they were before
                 surgery.cut(cuts, group.members)
                 row, trial = replace(row, units=0, channels=0, reason=problem), cuts
             cuts = trial
@@ -172,6 +172,8 @@ def _with_dead_units(
     group: Group, surgery: Surgery, cuts: Cuts, masks: Mapping[str, Tensor], samples: Sequence[Any]
 ) -> tuple[GroupChange, Cuts]:
     """What is dead in ``group``, and the cuts with it."""
+    # unread: masked at all consumers. silent: masked at all producers, so a constant may arrive at the consumers, and
+    # the unit can go only if their biases can stand for it.
     unread = ~_alive(group.consumers, group.size, masks, cuts)
     silent = ~_alive(group.producers, group.size, masks, cuts) & ~unread
     arriving: dict[str, ArrivingRange] = {}
