@@ -26,7 +26,7 @@ from accuracy import Metrics, results
 from torch import Tensor, nn
 
 from sparse_callbacks import export_onnx, load_compact, slim
-from sparse_callbacks.channels.latency.command import measure
+from sparse_callbacks.channels.latency.measure import measure
 from sparse_callbacks.methods.smcp.smcp import SMCP
 from sparse_callbacks.tasks.models import resnet20
 
@@ -145,7 +145,7 @@ class Noise(pl.LightningModule):
 def budget_table(folder: Path, batch: int = 32) -> str:
     """Budgets of latency, what the table makes of the networks that were solved for, and what they take when measured."""
     said: list[str] = []
-    table = measure(resnet20(SHAPE, 10), "resnet20", batch, SHAPE, tell=said.append)
+    table = measure(resnet20(SHAPE, 10), "resnet20", batch, SHAPE, report=said.append)
     table.save(folder / "table.json")
     lines = ["| budget | by the table | measured (quartiles) | off by |", "| --- | --- | --- | --- |"]
     data = torch.utils.data.TensorDataset(torch.randn(320, *SHAPE), torch.randint(10, (320,)))

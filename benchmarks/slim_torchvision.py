@@ -36,7 +36,7 @@ HEAD = """# Slimming: what can be removed, and what cannot
 `slim(model, masks, example_input)` removes the channels that masks leave unread and returns an ordinary module with a proof:
 
 ```python
-from sparse_callbacks.channels.slim import slim
+from sparse_callbacks import slim
 
 small, proof = slim(model, callback.masks, torch.randn(1, 3, 224, 224))
 print(proof)

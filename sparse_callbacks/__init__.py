@@ -1,8 +1,9 @@
 """Sparse training for PyTorch Lightning: one callback makes an ordinary LightningModule train sparse."""
 
 from sparse_callbacks import distributions, ops, schedules
-from sparse_callbacks.channels.compact import export_onnx, load_compact, save_compact
+from sparse_callbacks.channels.compact import load_compact, save_compact
 from sparse_callbacks.channels.groups import channel_groups
+from sparse_callbacks.channels.onnx import export_onnx
 from sparse_callbacks.channels.slim import slim
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.lightning.callback import SparsityCallback

@@ -1,4 +1,4 @@
-"""What a compact checkpoint says of its model beside the tensors: classes, sizes and shapes of layers; read, and compared."""
+"""What a compact checkpoint says of its model, and whether another model is the one it describes."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -8,30 +8,49 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from sparse_callbacks.channels.cuts import NORMS
+from sparse_callbacks.channels.module_sizes import BATCH_NORMS
 from sparse_callbacks.core.inspection import extra
 
-VERSION = 1
-SIZES = ("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_parameters")
+COMPACT_VERSION = 1
+SIZES = (
+    "in_channels",
+    "out_channels",
+    "groups",
+    "in_features",
+    "out_features",
+    "num_features",
+    "num_parameters",
+)
 """Attributes in which a module states its size, which slimming changes."""
-_FIXED = tuple(f"torch.nn.modules.{name}" for name in ("normalization", "sparse", "activation", "rnn", "instancenorm", "transformer"))
 FORMS = ("kernel_size", "stride", "padding", "dilation", "output_padding", "padding_mode")
-"""Those in which a convolution states what slimming leaves."""
+"""Attributes of a convolution that slimming leaves as they are."""
+_NEVER_CUT = tuple(
+    f"torch.nn.modules.{name}"
+    for name in ("normalization", "sparse", "activation", "rnn", "instancenorm", "transformer")
+)
+"""Modules of torch whose tensors slimming leaves as they are, unless they have :data:`SIZES`."""
 
 
 def described(model: nn.Module, shared: Mapping[str, str]) -> dict[str, Any]:
-    """The description of ``model``: plain values for JSON. ``shared`` names tensors that are stored under another name."""
+    """The description of ``model``, in plain values for JSON.
+
+    Args:
+        model: the model.
+        shared: for each tensor that is stored under another name, that name.
+    """
     layers = {n: {"class": type(m).__name__, **sizes(m), **_form(m)} for n, m in model.named_modules()}
-    return {"version": VERSION, "class": type(model).__qualname__, "layers": layers, "shared": dict(shared)}
+    return {"version": COMPACT_VERSION, "class": type(model).__qualname__, "layers": layers, "shared": dict(shared)}
 
 
 def sizes(module: nn.Module) -> dict[str, int]:
-    """Attributes that state the size of a layer or norm, and their values; empty for other modules."""
-    sized = isinstance(module, (nn.Linear, nn.PReLU, _ConvNd, *NORMS))
-    return {a: int(getattr(module, a)) for a in SIZES if hasattr(module, a)} if sized else {}
+    """Attributes in which a layer or norm states its size, and their values; empty for other modules."""
+    if not isinstance(module, (nn.Linear, nn.PReLU, _ConvNd, *BATCH_NORMS)):
+        return {}
+    return {a: int(getattr(module, a)) for a in SIZES if hasattr(module, a)}
 
 
 def _form(module: nn.Module) -> dict[str, Any]:
+    """:data:`FORMS` of a convolution, as JSON gives them back: lists in the place of tuples."""
     found = {a: getattr(module, a) for a in FORMS} if isinstance(module, _ConvNd) else {}
     return {a: list(v) if isinstance(v, tuple) else v for a, v in found.items()}
 
@@ -39,14 +58,17 @@ def _form(module: nn.Module) -> dict[str, Any]:
 # ---------------------------------------------------------------------- files
 
 
-def beside(path: Path) -> Path:
-    """Where the description of the tensors in ``path`` lies: ``x.json`` for ``x.safetensors``, otherwise the name and ``.json``.
+def description_path(path: Path) -> Path:
+    """The file that describes the tensors in ``path``: ``x.json`` for ``x.safetensors``, else ``path`` with ``.json``.
 
     Raises:
         ValueError: ``path`` itself ends in ``.json``.
     """
     if path.suffix == ".json":
-        raise ValueError(f"{path} would hold the tensors, and .json is for the description. Give a name like slim.safetensors.")
+        raise ValueError(
+            f"{path} would hold the tensors, and .json is for the description. Give a name like slim.safetensors."
+        )
+    # only this ending is replaced: net-0.5 and net-0.3 would otherwise have one description
     return path.with_suffix(".json") if path.suffix == ".safetensors" else path.with_name(path.name + ".json")
 
 
@@ -55,53 +77,71 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        ValueError: they are no such checkpoint, or one of another version.
+        ValueError: they are not such a checkpoint, or one of another version.
     """
     load = extra("safetensors.torch", "channels").load_file
-    for file in (path, beside(path)):
+    words = description_path(path)
+    for file in (path, words):
         if not file.is_file():
-            raise FileNotFoundError(f"There is no file {file}. A compact checkpoint is two files, {path.name} and {beside(path).name}.")
+            raise FileNotFoundError(
+                f"There is no file {file}. A compact checkpoint is two files, {path.name} and {words.name}."
+            )
     try:
         tensors: dict[str, Tensor] = load(path)
-        description = dict(json.loads(beside(path).read_text()))
-        if (version := description["version"]) == VERSION:
+        description = dict(json.loads(words.read_text()))
+        version = description["version"]
+        if version == COMPACT_VERSION:  # another version may have other keys, and gets the error about versions
             tensors |= {n: tensors[other] for n, other in description["shared"].items()}
-            description["class"], [layer["class"] for layer in description["layers"].values()]  # they are there
+            _ = description["class"]  # a KeyError here is better than one in the middle of loading
+            _ = [layer["class"] for layer in description["layers"].values()]
     except Exception as error:  # whatever safetensors and json find in a file that was cut off, or is another
         raise ValueError(
-            f"{path} and {beside(path).name} are no compact checkpoint of this library ({type(error).__name__}: {error}). Write them anew "
-            "with save_compact, and copy both files."
+            f"{path} and {words.name} are not a compact checkpoint of this library ({type(error).__name__}: {error}). "
+            "Write them anew with save_compact, and copy both files."
         ) from error
-    if version != VERSION:
-        raise ValueError(f"{path} is of version {version}, and this release reads version {VERSION}. Save it anew.")
+    if version != COMPACT_VERSION:
+        raise ValueError(
+            f"{path} is of version {version}, and this release reads version {COMPACT_VERSION}. Save it anew."
+        )
     return tensors, description
 
 
 # ---------------------------------------------------------------------- whether a model is the one described
 
 
-def check(model: nn.Module, tensors: Mapping[str, Tensor], description: Mapping[str, Any], path: Path) -> None:
-    """Refuse a checkpoint that is not of ``model``'s class and arguments, or whose tensors are not what it says of them.
+def refuse_other_model(
+    model: nn.Module, tensors: Mapping[str, Tensor], description: Mapping[str, Any], path: Path
+) -> None:
+    """Refuse a checkpoint of another class or other arguments than ``model``'s, or one that contradicts itself.
+
+    Args:
+        model: the model that would take the tensors.
+        tensors, description: content of the checkpoint.
+        path: file of the tensors, for the error.
 
     Raises:
         ValueError: says where they differ.
     """
-    if difference := (
-        _classes(model, description)
-        or _names(model, tensors)
-        or _ties(model, tensors)
-        or _forms(model, description["layers"])
-        or _limits(model, tensors)
-        or _shapes(model, tensors, description["layers"])
-    ):
+    # classes come first: the other comparisons look layers up by the names of the model's modules
+    difference = (
+        _why_other_classes(model, description)
+        or _why_other_names(model, tensors)
+        or _why_other_ties(model, tensors)
+        or _why_other_forms(model, description["layers"])
+        or _why_other_limits(model, tensors)
+        or _why_contradictory(model, tensors, description["layers"])
+    )
+    if difference:
         raise ValueError(
-            f"{path} is of another model: {difference}. Give an instance of {description['class']}, made with the arguments of the model "
-            "that was slimmed."
+            f"{path} is of another model: {difference}. Give an instance of {description['class']}, made with the "
+            "arguments of the model that was slimmed."
         )
 
 
-def _classes(model: nn.Module, description: Mapping[str, Any]) -> str:
-    if (own := type(model).__qualname__) != description["class"]:
+def _why_other_classes(model: nn.Module, description: Mapping[str, Any]) -> str:
+    """Where the classes of the model and its modules differ from those described; empty where they do not."""
+    own = type(model).__qualname__
+    if own != description["class"]:
         return f"it is {own} here and {description['class']} there"
     found = {n: type(m).__name__ for n, m in model.named_modules()}
     expected = {n: layer["class"] for n, layer in description["layers"].items()}
@@ -111,63 +151,86 @@ def _classes(model: nn.Module, description: Mapping[str, Any]) -> str:
     return ""
 
 
-def _names(model: nn.Module, tensors: Iterable[str]) -> str:
-    """Of other tensors than ``model`` has, but for biases that slimming has added."""
+def _why_other_names(model: nn.Module, tensors: Iterable[str]) -> str:
+    """A tensor that only one of model and checkpoint has; empty if none. Slimming may add biases."""
     own, there = set(model.state_dict()), set(tensors)
     added = {n for n in there - own if n.rpartition(".")[2] == "bias" and f"{n.rpartition('.')[0]}.weight" in own}
     differing = sorted((own ^ there) - added)
-    return f"{differing[0]} is {'missing' if differing[0] in own else 'too many'} there" if differing else ""
+    if not differing:
+        return ""
+    return f"{differing[0]} is {'missing' if differing[0] in own else 'too many'} there"
 
 
-def _ties(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
-    """Of parameters that are one in only one of the two."""
-    here: dict[Tensor, str] = {}
-    there: dict[int, str] = {}
+def _why_other_ties(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
+    """Two parameters that are tied in only one of model and checkpoint; empty if none."""
+    first_here: dict[Tensor, str] = {}
+    first_there: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        one, other = here.setdefault(parameter, name), there.setdefault(id(tensors[name]), name)
-        if one != other and parameter.numel():
-            few, many = ("here", "there") if one != name else ("there", "here")
-            return f"{name} and {one if one != name else other} are one parameter {few} and two {many}"
+        here = first_here.setdefault(parameter, name)
+        there = first_there.setdefault(id(tensors[name]), name)
+        if here == there or not parameter.numel():
+            continue
+        if here != name:
+            return f"{name} and {here} are one parameter here and two there"
+        return f"{name} and {there} are one parameter there and two here"
     return ""
 
 
-def _forms(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> str:
+def _why_other_forms(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> str:
+    """A convolution of another form, or a layer without a size in the description; empty if none."""
     for name, module in model.named_modules():
         for attribute, value in _form(module).items():
-            if value != (there := layers[name].get(attribute)):
+            there = layers[name].get(attribute)
+            if value != there:
                 return f"{attribute} of {name!r} is {value} here and {there} there"
         for attribute in sizes(module):
-            if not isinstance(there := layers[name].get(attribute), int) or there < 1:
+            there = layers[name].get(attribute)
+            if not isinstance(there, int) or there < 1:
                 return f"{attribute} of {name!r} is {there} there"
     return ""
 
 
-def _limits(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
-    """Of tensors that are larger than the model's, or smaller where slimming never cuts."""
+def _why_other_limits(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
+    """A tensor that is larger than the model's, or smaller where slimming never cuts; empty if none."""
     buffers = {n: b for n, b in model.named_buffers(remove_duplicate=False) if n in tensors}
     for name, own in [*model.named_parameters(remove_duplicate=False), *buffers.items()]:
         module, there = model.get_submodule(name.rpartition(".")[0]), tensors[name].shape
-        fixed = type(module).__module__ in _FIXED and not sizes(module)
+        fixed = type(module).__module__ in _NEVER_CUT and not sizes(module)
         if len(there) != own.ndim or any(a > b or (fixed and a != b) for a, b in zip(there, own.shape, strict=True)):
             return f"{name} has shape {list(own.shape)} here and {list(there)} there"
     return ""
 
 
-def _shapes(model: nn.Module, tensors: Mapping[str, Tensor], layers: Mapping[str, Mapping[str, Any]]) -> str:
-    """Of tensors that have not the sizes that are stated for their layers."""
+def _why_contradictory(
+    model: nn.Module, tensors: Mapping[str, Tensor], layers: Mapping[str, Mapping[str, Any]]
+) -> str:
+    """A tensor whose shape is not the one that the described sizes of its layer give; empty if none."""
     for name, module in model.named_modules():
+        if not sizes(module):
+            continue
         prefix = f"{name}." if name else ""
-        for local in ("weight", "bias", "running_mean", "running_var") if sizes(module) else ():
+        for local in ("weight", "bias", "running_mean", "running_var"):
             there = tensors.get(prefix + local)
-            if there is not None and (expected := _expected(module, local, layers[name])) != list(there.shape):
-                return f"{prefix}{local} has shape {list(there.shape)} there, where the sizes beside it mean {expected}"
+            if there is None:
+                continue
+            expected = _shape(module, local, layers[name])
+            if expected != list(there.shape):
+                shape = list(there.shape)
+                return f"{prefix}{local} has shape {shape} there, where the sizes beside it mean {expected}"
     return ""
 
 
-def _expected(module: nn.Module, local: str, stated: Mapping[str, Any]) -> list[Any]:
-    """Shape of a tensor of a layer with the ``stated`` sizes."""
+def _shape(module: nn.Module, local: str, stated: Mapping[str, Any]) -> list[Any]:
+    """Shape of a layer's tensor.
+
+    Args:
+        module: the layer.
+        local: name of the tensor in the layer, such as ``weight``.
+        stated: the sizes that the layer is described with.
+    """
     if isinstance(module, _ConvNd):
         out, into, groups = (stated[a] for a in ("out_channels", "in_channels", "groups"))
+        # transposed convolutions store their inputs first
         first, second = (into, out) if isinstance(module, _ConvTransposeNd) else (out, into)
         return [out] if local == "bias" else [first, second // groups, *module.kernel_size]
     if isinstance(module, nn.Linear):

@@ -1,4 +1,4 @@
-"""Channels that hold a constant: what arrives at the layers that read them, and what that adds to their biases."""
+"""Channels that hold a constant, and how a constant goes into the biases of the layers that read it."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -13,47 +13,61 @@ from sparse_callbacks.channels.cuts import Cuts, Surgery
 from sparse_callbacks.channels.groups import Group, Member
 from sparse_callbacks.core.inspection import run, tensors_in, training, training_branches
 
-STILL = 1e3
-"""Times the precision of its numbers, relative to the layer's largest input, a constant may vary by rounding. Of numbers below float32
-that would be as much as the numbers themselves, so there only exact constants count."""
+ROUNDING_STEPS = 1e3
+"""How far a constant may vary by rounding, in steps of its precision at the layer's largest input.
+
+Below float32 that would be as much as the numbers themselves, so there only exact constants count.
+"""
 
 
 @dataclass(frozen=True)
-class Arrival:
-    """Smallest and largest value that arrived at each input channel of a layer ([channels], of the layer's original ones)."""
+class ArrivingRange:
+    """Smallest and largest value that arrived at each input channel of a layer, [channels] of the original layer."""
 
     low: Tensor
     high: Tensor
 
     @property
     def constant(self) -> Tensor:
+        """Bool [channels]: where a single value arrived."""
         return self.high - self.low <= self._rounding
 
     @property
     def zero(self) -> Tensor:
+        """Bool [channels]: where that value is 0."""
         return self.constant & (self.high.abs() <= self._rounding)
 
     @property
     def _rounding(self) -> Tensor:
-        if torch.finfo(self.low.dtype).eps > torch.finfo(torch.float32).eps:
+        precision = torch.finfo(self.low.dtype).eps
+        if precision > torch.finfo(torch.float32).eps:
             return torch.zeros((), dtype=self.low.dtype)
-        return torch.maximum(self.low.abs().max(), self.high.abs().max()) * STILL * torch.finfo(self.low.dtype).eps
+        largest = torch.maximum(self.low.abs().max(), self.high.abs().max())
+        return largest * ROUNDING_STEPS * precision
 
 
-def arrivals(group: Group, surgery: Surgery, cuts: Cuts, samples: Sequence[Any]) -> dict[str, Arrival]:
-    """What arrives at the consumers of ``group`` when the model, as ``cuts`` leave it, runs on ``samples``; by module name.
+def arriving_ranges(group: Group, surgery: Surgery, cuts: Cuts, samples: Sequence[Any]) -> dict[str, ArrivingRange]:
+    """What arrives at the consumers of ``group``, by the name of the module.
 
-    At those that run in train mode only, what arrives in such a pass over the first sample; NaN, which is no constant, where nothing does.
+    Consumers that run in train mode only are seen in a pass over the first sample in that mode. What arrives at a
+    consumer that never runs is NaN, which is not a constant.
+
+    Args:
+        group: the group whose units may be constants.
+        surgery: holds the model, as ``cuts`` leave it.
+        cuts: what was cut before.
+        samples: inputs that the model runs on.
     """
     seen: dict[str, list[Tensor]] = {c.module: [] for c in group.consumers}
 
     def watch(name: str) -> Any:
         module = surgery.model.get_submodule(name)
+        # counted from the end, as an input may have no batch
         axis = -1 - (len(module.kernel_size) if isinstance(module, _ConvNd) else 0)
 
         def look(_: nn.Module, args: Any, named: Any) -> None:
             values = tensors_in((args, named))[0].detach().movedim(axis, 0)
-            seen[name].append(values.reshape(len(values), -1))  # which may be a single one
+            seen[name].append(values.reshape(len(values), -1))  # a vector becomes one column
 
         return module.register_forward_pre_hook(look, with_kwargs=True)
 
@@ -63,57 +77,83 @@ def arrivals(group: Group, surgery: Surgery, cuts: Cuts, samples: Sequence[Any])
         for sample in samples:
             run(surgery.model, sample)
         if not all(seen.values()):
-            with training(surgery.model.get_submodule(n) for n in training_branches(surgery.model, samples[0])):
+            branches = training_branches(surgery.model, samples[0])
+            with training(surgery.model.get_submodule(n) for n in branches):
                 run(surgery.model, samples[0])
-    return {c.module: _arrival(seen[c.module], c, surgery.model, cuts) for c in group.consumers}
+    return {c.module: _range(seen[c.module], c, surgery.model, cuts) for c in group.consumers}
 
 
-def _arrival(seen: Sequence[Tensor], member: Member, model: nn.Module, cuts: Cuts) -> Arrival:
-    """Extremes of what was ``seen`` ([channels that are left, samples] each), put where the channels were at first; channels that are gone
-    count as zeros."""
-    times = _times(model.get_submodule(member.module), member)
-    stays = cuts.kept.get(member.key, torch.ones(len(member.units), dtype=torch.bool)).repeat(times)
+def _range(seen: Sequence[Tensor], member: Member, model: nn.Module, cuts: Cuts) -> ArrivingRange:
+    """Extremes of what was seen, at the positions that the channels have in the original layer.
+
+    Args:
+        seen: inputs of the layer, [channels that are left, values] each.
+        member: the layer's member of the group.
+        model: the model.
+        cuts: what was cut before; channels that are gone count as zeros.
+    """
+    times = _repetitions(model.get_submodule(member.module), member)
+    everything = torch.ones(len(member.units), dtype=torch.bool)
+    stays = cuts.kept.get(member.key, everything).repeat(times)
     if not seen:
         nothing = torch.full((len(stays),), torch.nan)
-        return Arrival(nothing, nothing)
+        return ArrivingRange(nothing, nothing)
     values = torch.cat([*seen], 1).cpu()
     low, high = torch.zeros(len(stays), dtype=values.dtype), torch.zeros(len(stays), dtype=values.dtype)
     low[stays], high[stays] = values.amin(1), values.amax(1)
-    return Arrival(low, high)
+    return ArrivingRange(low, high)
 
 
-def foldable(group: Group, arriving: Mapping[str, Arrival], model: nn.Module) -> Tensor:
-    """Bool [units]: a constant at every consumer, zero or one that a bias can stand for."""
+def foldable(group: Group, arriving: Mapping[str, ArrivingRange], model: nn.Module) -> Tensor:
+    """Bool [units]: where a constant arrives at every consumer that a bias can stand for, or that is 0."""
     found = torch.ones(group.size, dtype=torch.bool)
+    # a unit with several slices, as behind a flattening, must be constant in each of them
     for member in group.consumers:
-        module, arrival = model.get_submodule(member.module), arriving[member.module]
-        fits = arrival.constant if _is_uniform(module) else arrival.zero
-        units = member.units.repeat(_times(module, member))
+        module, values = model.get_submodule(member.module), arriving[member.module]
+        fits = values.constant if _keeps_constants(module) else values.zero
+        units = member.units.repeat(_repetitions(module, member))
         found[units[(units >= 0) & ~fits]] = False
     return found
 
 
-def shifts(group: Group, gone: Tensor, arriving: Mapping[str, Arrival], surgery: Surgery) -> dict[str, Tensor]:
-    """What the constants of the units in ``gone`` (bool [units]) add to each output of the consumers, where that is not zero."""
-    found = {}
-    for member in group.consumers if gone.any() else ():
+def bias_shifts(
+    group: Group, gone: Tensor, arriving: Mapping[str, ArrivingRange], surgery: Surgery
+) -> dict[str, Tensor]:
+    """What the constants of removed units add to each output of the consumers, by the name of the module.
+
+    Args:
+        group: the group that is cut.
+        gone: the units that are removed as constants, bool [units].
+        arriving: from :func:`arriving_ranges`.
+        surgery: holds the model.
+
+    Returns:
+        shifts of the outputs; none for layers where they are 0.
+    """
+    found: dict[str, Tensor] = {}
+    if not gone.any():
+        return found
+    for member in group.consumers:
         module, weight = surgery.model.get_submodule(member.module), surgery.tensors[member.parameter].detach()
-        times = _times(module, member)
+        times = _repetitions(module, member)
         units = member.units.repeat(times)
-        value = torch.where((units >= 0) & gone[units.clamp(min=0)], arriving[member.module].high, 0.0).to(weight)
-        if _is_uniform(module) and value.any():
+        is_gone = (units >= 0) & gone[units.clamp(min=0)]
+        value = torch.where(is_gone, arriving[member.module].high, 0.0).to(weight)
+        if _keeps_constants(module) and value.any():
+            # a constant image times a kernel is the constant times the kernel's sum, for each group of the convolution
             summed = weight.flatten(2).sum(2) if weight.ndim > 2 else weight
-            found[member.module] = torch.einsum("goi,gi->go", summed.view(times, -1, summed.shape[1]), value.view(times, -1)).flatten()
+            by_group = summed.view(times, -1, summed.shape[1]), value.view(times, -1)
+            found[member.module] = torch.einsum("goi,gi->go", *by_group).flatten()
     return found
 
 
-def _times(module: nn.Module, member: Member) -> int:
-    """How often the slices of a consumer's weight repeat in its inputs: once for each group of a convolution that is not transposed."""
+def _repetitions(module: nn.Module, member: Member) -> int:
+    """How many inputs share a slice of a consumer's weight: one for each group of an ordinary convolution."""
     return int(module.groups) if isinstance(module, _ConvNd) and member.dim == 1 else 1
 
 
-def _is_uniform(module: nn.Module) -> bool:
-    """A constant input gives a constant output."""
+def _keeps_constants(module: nn.Module) -> bool:
+    """Whether a constant input gives a constant output: not through padding with zeros, nor between strides."""
     if not isinstance(module, _ConvNd):
         return True
     padded = module.padding != "valid" and any(p != 0 for p in module.padding)

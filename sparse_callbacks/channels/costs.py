@@ -1,4 +1,4 @@
-"""What layers cost, as a function of their inputs and outputs, and what it costs to keep so many channels of a group."""
+"""What each layer of a network costs by its inputs and outputs, and what everything else costs."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -6,27 +6,28 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from sparse_callbacks.channels.groups import Group, Member
+from sparse_callbacks.channels.forward_flops import forward_flops
 from sparse_callbacks.core.inspection import quiet, run, tensors_in
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution or linear layer, by what its cost depends on.
+    """A convolution or linear layer, described by everything that its cost depends on.
 
     Attributes:
-        name: of the module.
-        inputs, outputs: channels or features, all of them.
+        name: name of the module.
+        inputs, outputs: number of input and output channels (or features) of the whole layer.
         kernel: size of the kernel; empty for a linear layer.
-        groups: of the convolution; with ``depthwise`` they are as many as there are inputs, and go with them.
-        settings: stride, padding, dilation and output padding, as text that tells one layer's latency from another's.
-        maps: for each use in one forward pass the rows that one sample of the network has become, and the size of each without
-            channels; of a linear layer all its rows.
-        positions: for each use the places of a sample at which every weight is multiplied.
+        groups: groups of the convolution. A depthwise convolution has one for each input, and loses one with each
+            input.
+        settings: stride, padding, dilation and output padding as text, since layers with different settings take
+            different times.
+        maps: for each use of the layer in one forward pass, the number of rows that one sample of the network has
+            become, followed by the size of its input without channels; for a linear layer the number of rows alone.
+        positions: for each use, the number of places in one sample at which every weight is multiplied.
     """
 
     name: str
@@ -40,20 +41,21 @@ class Layer:
 
     @property
     def depthwise(self) -> bool:
+        """Whether every group of the convolution has a single input."""
         return self.groups == self.inputs > 1
 
     def weights(self, inputs: int, outputs: int) -> float:
-        """Number of weights with so many inputs and outputs."""
-        each = 1 if self.depthwise else inputs / self.groups
-        return each * outputs * math.prod(self.kernel)
+        """Number of weights of the layer with ``inputs`` inputs and ``outputs`` outputs."""
+        inputs_of_a_group = 1 if self.depthwise else inputs / self.groups
+        return inputs_of_a_group * outputs * math.prod(self.kernel)
 
 
-Cost = Callable[[Layer, int, int], float]
-"""``(layer, inputs, outputs)`` to the cost of the layer with so many of each."""
+LayerCost = Callable[[Layer, int, int], float]
+"""A function ``(layer, inputs, outputs)`` that gives the cost of the layer with these numbers of inputs and outputs."""
 
 
 def parameters(layer: Layer, inputs: int, outputs: int) -> float:
-    """Weights, without biases.
+    """Number of weights, without biases.
 
     >>> parameters(Layer("conv", 64, 128, (3, 3)), 32, 128)
     36864.0
@@ -61,19 +63,22 @@ def parameters(layer: Layer, inputs: int, outputs: int) -> float:
     return float(layer.weights(inputs, outputs))
 
 
-def flops(layer: Layer, inputs: int, outputs: int) -> float:
-    """Multiply-adds of one sample, without biases."""
+def multiply_adds(layer: Layer, inputs: int, outputs: int) -> float:
+    """Multiply-adds for one sample, without biases. One multiply-add is two FLOPs."""
     return float(layer.weights(inputs, outputs) * sum(layer.positions))
+
+
+# ---------------------------------------------------------------------- the layers of a model
 
 
 def layers(model: nn.Module, example_input: Any) -> dict[str, Layer]:
     """Every convolution and linear layer that a forward pass uses, by module name.
 
-    The model runs once, in eval mode; modes and random generators stay as they are.
+    The model runs once, in eval mode; modes and random generators are left as they are.
 
     Args:
-        model: to be looked at.
-        example_input: a tensor, a tuple of positional or a mapping of named arguments.
+        model: the network.
+        example_input: a tensor, a tuple of positional arguments or a mapping of named arguments.
     """
     found: dict[str, Layer] = {}
     samples = tensors_in(example_input)[0].shape[0]
@@ -82,7 +87,8 @@ def layers(model: nn.Module, example_input: Any) -> dict[str, Layer]:
             if isinstance(module, nn.Linear | _ConvNd):
                 hooks.enter_context(module.register_forward_hook(_recorder(name, found, samples), with_kwargs=True))
         run(model, example_input)
-    return {n: found[n] for n, _ in model.named_modules() if n in found}
+    # in the order of registration, so that tables and error messages do not depend on the order of calls
+    return {name: found[name] for name, _ in model.named_modules() if name in found}
 
 
 def stem(layers: Mapping[str, Layer]) -> str | None:
@@ -92,125 +98,98 @@ def stem(layers: Mapping[str, Layer]) -> str | None:
 
 
 def _recorder(name: str, found: dict[str, Layer], samples: int) -> Callable[..., None]:
+    """A forward hook that puts a layer into ``found``, or adds one more use to a layer that is there already."""
+
     def record(module: nn.Module, arguments: Any, named: Any, output: Tensor) -> None:
-        use = layer_of(name, module, tensors_in((arguments, named))[0].shape, output.shape, samples)
-        if (seen := found.get(name)) is not None:
+        use = layer_in_use(name, module, tensors_in((arguments, named))[0].shape, output.shape, samples)
+        seen = found.get(name)
+        if seen is not None:
             use = replace(seen, maps=seen.maps + use.maps, positions=seen.positions + use.positions)
         found[name] = use
 
     return record
 
 
-def layer_of(name: str, module: nn.Module, given: Sequence[int], gives: Sequence[int], samples: int) -> Layer:
-    """One use of ``module`` with an input and an output of these shapes, for so many samples of the network."""
+def layer_in_use(
+    name: str, module: nn.Module, input_shape: Sequence[int], output_shape: Sequence[int], samples: int
+) -> Layer:
+    """The layer ``module``, used once.
+
+    Args:
+        name: name of the module.
+        module: a convolution or linear layer.
+        input_shape, output_shape: shapes of the tensors that it takes and gives.
+        samples: number of samples that the network ran on.
+    """
     if not isinstance(module, _ConvNd):
-        rows = math.prod(given[:-1]) // samples
-        return Layer(name, given[-1], gives[-1], maps=((rows,),), positions=(rows,))
-    space = len(module.kernel_size)
-    rows = math.prod(given[: -space - 1]) // samples
-    inner, outer = tuple(given[-space:]), tuple(gives[-space:])
+        rows = math.prod(input_shape[:-1]) // samples
+        return Layer(name, input_shape[-1], output_shape[-1], maps=((rows,),), positions=(rows,))
+    dimensions = len(module.kernel_size)
+    # more rows than samples: a model may put parts of an image, or the time steps of a video, into the batch
+    rows = math.prod(input_shape[: -dimensions - 1]) // samples
+    input_size, output_size = tuple(input_shape[-dimensions:]), tuple(output_shape[-dimensions:])
     transposed = isinstance(module, _ConvTransposeNd)
-    settings = f"stride {_by(module.stride)} padding {_by(module.padding)} dilation {_by(module.dilation)}"
-    settings += f" transposed {_by(module.output_padding)}" if transposed else ""
-    places = rows * math.prod(inner if transposed else outer)
-    kernel = tuple(module.kernel_size)
-    return Layer(name, module.in_channels, module.out_channels, kernel, module.groups, settings, ((rows, *inner),), (places,))
+    stride, padding, dilation = (size_text(s) for s in (module.stride, module.padding, module.dilation))
+    settings = f"stride {stride} padding {padding} dilation {dilation}"
+    settings += f" transposed {size_text(module.output_padding)}" if transposed else ""
+    # a transposed convolution applies its kernel at every place of its input, any other at every place of its output
+    places = rows * math.prod(input_size if transposed else output_size)
+    return Layer(
+        name,
+        module.in_channels,
+        module.out_channels,
+        tuple(module.kernel_size),
+        module.groups,
+        settings,
+        maps=((rows, *input_size),),
+        positions=(places,),
+    )
 
 
-def _by(numbers: str | Sequence[int]) -> str:
+def size_text(numbers: str | Sequence[int]) -> str:
+    """Sizes as text, such as ``3x3``. A padding that is stated in words stays as it is.
+
+    >>> size_text((3, 3)), size_text("same")
+    ('3x3', 'same')
+    """
     return numbers if isinstance(numbers, str) else "x".join(map(str, numbers))
 
 
-# ---------------------------------------------------------------------- channels of groups
+# ---------------------------------------------------------------------- everything but layers
 
 
 @dataclass(frozen=True)
-class _Side:
-    """Inputs or outputs of a layer: ``channels`` for each of ``slices``, of which some belong to groups (index: slices)."""
+class OtherCosts:
+    """What a forward pass needs outside its convolutions and linear layers.
 
-    channels: float
-    slices: int
-    owned: Mapping[int, int]
-
-    def of_group(self, group: int, kept: int, size: int) -> float:
-        """Channels of the group when so many of its units are kept."""
-        return self.channels * self.owned[group] * kept / size
-
-    def total(self, kept: Sequence[int], sizes: Sequence[int]) -> float:
-        """Channels that remain when so many units of every group are kept."""
-        rest = self.slices - sum(self.owned.values())
-        return self.channels * rest + sum(self.of_group(g, kept[g], sizes[g]) for g in self.owned)
-
-
-class Network:
-    """The cost of a network as a function of the units that are kept in each of its groups.
-
-    Args:
-        layers: see :func:`layers`; those in no group cost what they do.
-        groups: whose units can go.
-        cost: of a layer.
-        constant: cost of everything else.
+    Attributes:
+        parameters: weights (with two or more dimensions) of attention, recurrent layers, embeddings and other modules.
+        multiply_adds: multiply-adds for one sample; one of them is two FLOPs.
     """
 
-    def __init__(self, layers: Mapping[str, Layer], groups: Sequence[Group], cost: Cost, constant: float = 0.0) -> None:
-        self.layers, self.cost, self.constant = dict(layers), cost, constant
-        self.sizes = [g.size for g in groups]
-        members = [(g, m) for g, group in enumerate(groups) for m in group.members if m.module in layers]
-        self._inputs = {n: _side(n, layer.inputs, [(g, m) for g, m in members if m.side != "out"]) for n, layer in layers.items()}
-        self._readers = [[n for n, side in self._inputs.items() if g in side.owned] for g in range(len(groups))]
-        self._outputs = {n: _side(n, layer.outputs, [(g, m) for g, m in members if m.side != "in"]) for n, layer in layers.items()}
-        both = [(self._inputs[n].owned, self._outputs[n].owned, n) for n in layers]
-        self._parts = [[n for ins, outs, n in both if g in ins or g in outs] for g in range(len(groups))]
-
-    @property
-    def dense(self) -> float:
-        """Cost with everything kept."""
-        return self.realised(self.sizes)
-
-    def realised(self, kept: Sequence[int]) -> float:
-        """Cost of the network with so many units of each group left, in inputs and outputs."""
-        return self.total(self.by_layer(kept))
-
-    def by_layer(self, kept: Sequence[int], group: int | None = None) -> dict[str, float]:
-        """Cost of each layer with so many units of each group left; of those alone that a ``group`` has a part in."""
-        names = self.layers if group is None else self._parts[group]
-        return {n: self._cost(n, self._inputs[n].total(kept, self.sizes), kept) for n in names}
-
-    def total(self, costs: Mapping[str, float]) -> float:
-        """Cost of the network whose layers cost so much."""
-        return self.constant + math.fsum(costs.values())
-
-    def _cost(self, name: str, inputs: float, kept: Sequence[int]) -> float:
-        layer = self.layers[name]
-        outputs = inputs * layer.outputs / layer.inputs if layer.depthwise else self._outputs[name].total(kept, self.sizes)
-        return self.cost(layer, round(inputs), round(outputs))
-
-    def tables(self, options: Sequence[Tensor], kept: Sequence[int]) -> tuple[list[Tensor], float]:
-        """Cost of each option of each group, and what the rest of the network costs.
-
-        The cost of an option is that of the layers that read the group's channels with so many inputs, and of its depthwise
-        convolutions, while all outputs, and the inputs that layers have from other groups, are those of ``kept`` (SMCP's model).
-        Of a layer that reads several groups each has its share.
-
-        Args:
-            options: units to keep, int [n] for each group.
-            kept: units at present.
-        """
-        tables = [torch.tensor([self._of_group(g, int(j), kept) for j in o], dtype=torch.float64) for g, o in enumerate(options)]
-        rest = self.realised(kept) - math.fsum(self._of_group(g, j, kept) for g, j in enumerate(kept))
-        return tables, rest
-
-    def _of_group(self, group: int, count: int, kept: Sequence[int]) -> float:
-        found = []
-        changed = [count if g == group else j for g, j in enumerate(kept)]
-        for name in self._readers[group]:
-            side = self._inputs[name]
-            inputs = side.total(changed, self.sizes)
-            found.append(self._cost(name, inputs, kept) * side.of_group(group, count, self.sizes[group]) / inputs)
-        return math.fsum(found)
+    parameters: float
+    multiply_adds: float
 
 
-def _side(name: str, channels: int, members: Sequence[tuple[int, Member]]) -> _Side:
-    mine = [(g, m.units) for g, m in members if m.module == name]
-    slices = max([len(units) for _, units in mine], default=1)
-    return _Side(channels / slices, slices, {g: int((units >= 0).sum()) for g, units in mine})
+def cost_outside_layers(model: nn.Module, example_input: Any, found: Mapping[str, Layer]) -> OtherCosts:
+    """What a forward pass costs outside ``found``, the :func:`layers` of the model.
+
+    Multiply-adds are half of what :func:`~sparse_callbacks.channels.forward_flops.forward_flops` counts.
+    """
+    called: set[nn.Module] = set()
+    samples = tensors_in(example_input)[0].shape[0]
+    with ExitStack() as hooks, quiet(model):
+        for module in model.modules():
+            hooks.enter_context(module.register_forward_hook(lambda called_module, *_: called.add(called_module)))
+        total = forward_flops(model, example_input) / 2 / samples
+    # torch's attention reads the weight of its output projection without ever calling that layer
+    inside_attention = {m for a in called if isinstance(a, nn.MultiheadAttention) for m in a.modules()}
+    counted = {id(p) for name in found for p in model.get_submodule(name).parameters(recurse=False)}
+    others = {
+        id(p): p.numel()
+        for module in called | inside_attention
+        for p in module.parameters(recurse=False)
+        if p.ndim > 1 and id(p) not in counted
+    }
+    in_layers = sum(multiply_adds(layer, layer.inputs, layer.outputs) for layer in found.values())
+    return OtherCosts(float(sum(others.values())), max(0.0, total - in_layers))

@@ -1,63 +1,89 @@
-"""Cutting slices out of the layers of a model, and putting them back."""
+"""Cuts slices out of the layers of a model, and puts them back."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from sparse_callbacks.channels.groups import Group, Member
+from sparse_callbacks.channels.module_sizes import BATCH_NORMS, depthwise_names, is_layer, output_dim, update_sizes
 from sparse_callbacks.core.inspection import copied
 
 Key = tuple[str, int]
+"""Name and dimension of a parameter."""
 
 
 @dataclass
 class Cuts:
-    """What is left of a model: for each parameter and dimension the slices that stay (bool, of the original size), and what is added
-    to the biases of layers (of the original outputs) for inputs that were constants."""
+    """What is left of a model.
+
+    Attributes:
+        kept: for a parameter and a dimension, the slices that stay: bool, of the original size.
+        added: for a layer by its name, what is added to its bias for inputs that were constants: of the original number
+            of outputs.
+    """
 
     kept: dict[Key, Tensor] = field(default_factory=dict)
     added: dict[str, Tensor] = field(default_factory=dict)
 
     def with_group(self, group: Group, keep: Tensor, added: Mapping[str, Tensor] | None = None) -> "Cuts":
-        """These cuts and those of ``group``, of which the units in ``keep`` (bool [size]) stay."""
+        """These cuts, and those of one more group.
+
+        Args:
+            group: the group that is cut.
+            keep: the units that stay, bool [size].
+            added: what is added to the biases of layers for the units that go, by the name of the layer.
+        """
         kept = dict(self.kept)
         for member in group.members:
             stays = member.kept(keep)
+            # a layer that reads several groups has slices of each in one dimension
             kept[member.key] = kept[member.key] & stays if member.key in kept else stays
         total = dict(self.added)
         for name, shift in (added or {}).items():
             total[name] = total[name] + shift if name in total else shift
         return Cuts(kept, total)
 
-    def rest(self, parameter: str, tensor: Tensor) -> Tensor:
-        """``tensor`` (of the parameter's original shape) with zeros, or False, in every slice that goes."""
+    def without_cut(self, parameter: str, tensor: Tensor) -> Tensor:
+        """``tensor`` with zeros, or False, in every slice that is cut.
+
+        Args:
+            parameter: name of a parameter.
+            tensor: a tensor of the parameter's original shape, such as its mask.
+        """
         for dim in range(tensor.ndim):
-            if (stays := self.kept.get((parameter, dim))) is not None:
+            stays = self.kept.get((parameter, dim))
+            if stays is not None:
                 tensor = tensor * stays.to(tensor.device).view([-1 if d == dim else 1 for d in range(tensor.ndim)])
         return tensor
 
 
 class Surgery:
-    """Makes a model what :class:`Cuts` leave of it; every cut is made from the tensors that the model had at first, and can be undone.
+    """Makes of a model what :class:`Cuts` leave of it.
 
-    Parameters are replaced by others, never written to; without any cut the model holds its original ones again.
+    Every cut starts from the tensors that the model had at first, so cuts are never applied to cut tensors, and any of
+    them can be undone. Parameters are replaced by others and never written to; without any cut the model holds its
+    original parameters again.
+
+    Args:
+        model: the model; its modules are changed in place.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.tensors: dict[str, Tensor] = {  # under every name that they have
+        # under every name that they have, as a cut looks them up by the name of the module
+        self.tensors: dict[str, Tensor] = {
             **dict(model.named_parameters(remove_duplicate=False)),
             **dict(model.named_buffers(remove_duplicate=False)),
         }
-        self.depthwise = depthwise(model)
+        # asked once: a convolution whose channels are cut may look depthwise, or no longer so
+        self.depthwise = depthwise_names(model)
         self._first = dict(self.tensors)
         self._touched: set[str] = set()
 
     def mask(self, member: Member, keep: Tensor) -> None:
-        """Cut from here on from a weight that is zero for the units of ``member`` that are not in ``keep`` (bool [units])."""
+        """Cut from here on from a weight that is zero for the units of ``member`` that are not in ``keep`` (bool)."""
         old = self.tensors[member.parameter]
         self.tensors[member.parameter] = zeroed(old, ~member.mask(keep, old.ndim))
 
@@ -66,95 +92,94 @@ class Surgery:
         self._refresh({m.module for m in members} | set(cuts.added), cuts)
 
     def restore(self) -> None:
-        """The model holds the very parameters that it held at first."""
+        """Give the model back the very parameters that it had at first."""
         self.tensors = dict(self._first)
         self._refresh(self._touched, Cuts())
 
     def _refresh(self, modules: Iterable[str], cuts: Cuts) -> None:
+        """Give every tensor of these modules, and the sizes that they state, what ``cuts`` leave of them."""
         for name in modules:
             self._touched = self._touched | {name}
             module, prefix = self.model.get_submodule(name), f"{name}." if name else ""
             for local in (*module._parameters, *module._buffers):
-                self._replace(module, prefix, local, cuts)
-            refit(module, name in self.depthwise)
+                _put(module, local, self._cut_tensor(module, prefix, local, cuts))
+            update_sizes(module, name in self.depthwise)
 
-    def _replace(self, module: nn.Module, prefix: str, local: str, cuts: Cuts) -> None:
+    def _cut_tensor(self, module: nn.Module, prefix: str, local: str, cuts: Cuts) -> Tensor | None:
+        """What ``cuts`` leave of the tensor ``local`` of a module; None where the module has none of that name."""
         old = self.tensors.get(prefix + local)
-        if local == "bias" and (shift := cuts.added.get(prefix[:-1])) is not None:
+        shift = cuts.added.get(prefix[:-1]) if local == "bias" else None
+        if shift is not None:
             weight = self.tensors[f"{prefix}weight"]
-            old = nn.Parameter(shift.to(weight) if old is None else old.detach() + shift.to(old), requires_grad=weight.requires_grad)
+            bias = shift.to(weight) if old is None else old.detach() + shift.to(old)
+            old = nn.Parameter(bias, requires_grad=weight.requires_grad)
         if old is None:
-            return _put(module, local, None)
+            return None
         new = old.detach()
         for dim in range(new.ndim):
-            if (stays := cuts.kept.get(self._key(module, prefix, local, dim))) is not None:
-                stays = stays.repeat(old.shape[dim] // len(stays)).to(new.device)  # a grouped transposed convolution's bias
-                new = new if stays.all() else new.index_select(dim, stays.nonzero()[:, 0])
-        return _put(module, local, old if new.shape == old.shape else _like(new, old))
+            stays = cuts.kept.get(self._key(module, prefix, local, dim))
+            if stays is None:
+                continue
+            # the bias of a grouped transposed convolution is as long as all groups, its weight only as one
+            stays = stays.repeat(old.shape[dim] // len(stays)).to(new.device)
+            if not stays.all():
+                new = new.index_select(dim, stays.nonzero()[:, 0])
+        # the very same parameter where nothing was cut, so that tied parameters stay tied
+        return old if new.shape == old.shape else _like(new, old)
 
     def _key(self, module: nn.Module, prefix: str, local: str, dim: int) -> Key:
-        """What cuts of dimension ``dim`` of a tensor go by: biases and statistics by the channels of the weight beside them."""
-        if isinstance(module, NORMS):
+        """The entry of :attr:`Cuts.kept` for one dimension of a tensor.
+
+        A bias, and the statistics of a norm, go by the channels of the weight beside them.
+        """
+        if isinstance(module, BATCH_NORMS):
             return f"{prefix}weight", 0
         if local == "bias" and is_layer(module):
             return f"{prefix}weight", 0 if prefix[:-1] in self.depthwise else output_dim(module)
         return prefix + local, dim
 
 
-NORMS = (nn.modules.batchnorm._BatchNorm,)
+def _like(new: Tensor, old: Tensor) -> Tensor:
+    """``new`` as a parameter if ``old`` is one, otherwise as a buffer, in the memory format of ``old``."""
+    if old.ndim == 4 and not old.is_contiguous() and old.is_contiguous(memory_format=torch.channels_last):
+        new = new.contiguous(memory_format=torch.channels_last)
+    return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
 
 
-def is_layer(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | _ConvNd)
+def _put(module: nn.Module, local: str, tensor: Tensor | None) -> None:
+    """Replace a parameter or buffer of ``module``."""
+    if local not in module._parameters:
+        module._buffers[local] = tensor
+    elif tensor is None or isinstance(tensor, nn.Parameter):
+        module.register_parameter(local, tensor)
+    else:
+        module.register_parameter(local, nn.Parameter(tensor))
 
 
-def output_dim(module: nn.Module) -> int:
-    """Dimension of the outputs in a layer's weight. Transposed convolutions store their inputs first."""
-    return int(isinstance(module, _ConvTransposeNd))
-
-
-def depthwise(model: nn.Module) -> frozenset[str]:
-    """Names of the convolutions with one input and one output in every group."""
-    convs = [(n, m) for n, m in model.named_modules() if isinstance(m, _ConvNd)]
-    return frozenset(n for n, m in convs if m.groups == m.in_channels == m.out_channels > 1)
-
-
-def refit(module: nn.Module, is_depthwise: bool) -> None:
-    """Set the sizes that ``module`` states of itself to those of its tensors; ``is_depthwise``: it was at first."""
-    weight = next((t for t in (getattr(module, "weight", None), getattr(module, "running_mean", None)) if isinstance(t, Tensor)), None)
-    if weight is None:
-        return
-    if isinstance(module, _ConvNd):
-        first, second = weight.shape[:2]
-        if is_depthwise:
-            module.in_channels = module.out_channels = module.groups = first
-        elif isinstance(module, _ConvTransposeNd):
-            module.in_channels, module.out_channels = first, second * module.groups
-        else:
-            module.out_channels, module.in_channels = first, second * module.groups
-    elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = weight.shape
-    elif isinstance(module, NORMS):
-        module.num_features = len(weight)
-    elif isinstance(module, nn.PReLU):
-        module.num_parameters = len(weight)
+# ---------------------------------------------------------------------- masked models
 
 
 def zeroed(old: Tensor, gone: Tensor) -> nn.Parameter:
-    """A parameter like ``old`` with zeros where ``gone`` (bool, broadcasts) is true."""
-    new = old.detach().clone()  # which keeps the memory format, where masked_fill does not
+    """A parameter like ``old`` with zeros where ``gone`` is true (bool, broadcasts)."""
+    new = old.detach().clone()  # clone() keeps the memory format, the masked_fill that is not in place does not
     return nn.Parameter(new.masked_fill_(gone.to(new.device), 0), requires_grad=old.requires_grad)
 
 
 def masked_copy(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
     """A copy of ``model`` with zeros where the masks say so, and the masks in the shapes of the parameters.
 
-    A parameter that several modules share stays one, and goes by its first name; masks of several of its names hold together.
+    A parameter that several modules share stays one, under its first name. If there are masks for several of its names,
+    a weight is active where all of them keep it.
+
+    Args:
+        model: the model; it is left as it is.
+        masks: see :func:`~sparse_callbacks.channels.slim.slim`.
 
     Raises:
-        ValueError: a mask of no parameter, or of another shape; a model that cannot be copied.
+        ValueError: a mask belongs to no parameter or has another shape, or the model cannot be copied.
     """
     masked = copied(model)
+    # masks may be given under any name of a shared parameter
     every = dict(masked.named_parameters(remove_duplicate=False))
     first = {p: n for n, p in masked.named_parameters()}
     full: dict[str, Tensor] = {}
@@ -164,6 +189,7 @@ def masked_copy(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[nn.Modul
         full[name] = full[name] & fitted if name in full else fitted
     for name, mask in full.items():
         new = zeroed(every[name], ~mask)
+        # in all modules that share it, or it would be two parameters from here on
         for module in masked.modules():
             for local in [n for n, p in module._parameters.items() if p is every[name]]:
                 module.register_parameter(local, new)
@@ -174,30 +200,18 @@ def _fitted(name: str, mask: Tensor, model: nn.Module, parameters: Mapping[str, 
     """``mask`` in the shape of its parameter."""
     if name not in parameters:
         known = ", ".join([*parameters][:6])
-        raise ValueError(f"masks names {name!r}, and the model has no such parameter. There are for example {known}.")
+        raise ValueError(
+            f"masks names {name!r}, and the model has no such parameter. There are for example {known}."
+        )
     shape = parameters[name].shape
     mask = mask.to(parameters[name].device, torch.bool)
-    if mask.ndim == 1 and len(shape) > 2:
+    if mask.ndim == 1 and len(shape) > 2:  # a mask of input channels
         inputs = 1 - output_dim(model.get_submodule(name.rpartition(".")[0]))
         mask = mask.view([-1 if d == inputs else 1 for d in range(len(shape))])
     try:
         return mask.expand(shape)
     except RuntimeError as error:
         raise ValueError(
-            f"The mask of {name} has shape {list(mask.shape)} and the parameter {list(shape)}. Give a mask of that shape, or one that "
-            "broadcasts against it."
+            f"The mask of {name} has shape {list(mask.shape)} and the parameter {list(shape)}. Give a mask of that "
+            "shape, or one that broadcasts against it."
         ) from error
-
-
-def _like(new: Tensor, old: Tensor) -> Tensor:
-    """``new`` as a parameter or buffer as ``old`` is one, in the same memory format."""
-    if old.ndim == 4 and not old.is_contiguous() and old.is_contiguous(memory_format=torch.channels_last):
-        new = new.contiguous(memory_format=torch.channels_last)
-    return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
-
-
-def _put(module: nn.Module, local: str, tensor: Tensor | None) -> None:
-    if local in module._parameters:
-        module.register_parameter(local, tensor if tensor is None or isinstance(tensor, nn.Parameter) else nn.Parameter(tensor))
-    else:
-        module._buffers[local] = tensor

@@ -1,4 +1,4 @@
-"""Channel groups: which weights, norms and depthwise layers share a channel, so that it can only be removed from all of them at once."""
+"""Channel groups: weights, norms and depthwise layers that can only lose channels together."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,54 +8,62 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from sparse_callbacks.channels.obstacles import check_globs, forbidden
+from sparse_callbacks.channels.obstacles import refuse_unmatched_globs, why_layers_stay
 from sparse_callbacks.channels.trace import Place, Trace
 from sparse_callbacks.core.inspection import copied, traceable, training_branches
 
 
 @dataclass(frozen=True)
 class Member:
-    """What a group holds of one module: the slices of dimension ``dim`` of ``parameter`` that belong to its units.
+    """The part of a group that lies in one module: the slices of a parameter that belong to its units.
 
-    ``units[i]`` is the unit of slice ``i``, -1 where the slice belongs to no unit of the group. A linear layer behind a flattened
-    image has several slices of one unit, one behind a concatenation has slices of other groups.
+    Attributes:
+        module: name of the module.
+        parameter: name of the parameter.
+        dim: dimension of the parameter that the slices lie along.
+        side: ``"out"`` of a producer, ``"in"`` of a consumer, ``"both"`` of a follower.
+        units: the unit of each slice, int [slices]; -1 where a slice belongs to no unit of the group. A linear layer
+            that reads a flattened image has several slices of one unit, one that reads a concatenation has slices of
+            other groups.
     """
 
     module: str
     parameter: str
     dim: int
     side: str
-    """``"out"`` of a producer, ``"in"`` of a consumer, ``"both"`` of a follower."""
     units: Tensor
 
     @property
     def key(self) -> tuple[str, int]:
-        """What a cut goes by: parameter and dimension. A norm without a weight goes by the name that its weight would have."""
+        """Parameter and dimension, which a cut goes by; the name of the weight also for a norm that has none."""
         return self.parameter, self.dim
 
     def kept(self, keep: Tensor) -> Tensor:
-        """Bool [slices]: what remains of the member when the units in ``keep`` (bool [units]) do; slices of other groups all do."""
+        """Bool [slices]: what stays of the member when the units in ``keep`` (bool [units]) stay.
+
+        Slices of other groups all stay.
+        """
         units = self.units.to(keep.device)
         return torch.where(units < 0, torch.ones_like(units, dtype=torch.bool), keep[units.clamp(min=0)])
 
     def mask(self, keep: Tensor, ndim: int) -> Tensor:
-        """Mask that broadcasts against a weight of ``ndim`` dimensions, such as bool [1, C, 1, 1] for the inputs of a convolution."""
+        """:meth:`kept` as a mask for a weight of ``ndim`` dimensions: [1, C, 1, 1] for the inputs of a convolution."""
         return self.kept(keep).view([-1 if d == self.dim else 1 for d in range(ndim)])
 
 
 @dataclass(frozen=True)
 class Group:
-    """Channels that can only be removed together, as ``size`` units.
+    """Channels that layers share, in units that can be removed one by one.
 
-    A unit is one channel, or several where a grouped convolution ties them: of each of its groups the same input must go. Likewise
-    the parts of a ``chunk`` lose the same channels.
+    A unit is one channel, or several that have to go together: a grouped convolution must lose the same inputs in each
+    of its groups, and the parts of a ``chunk`` the same channels.
 
     Attributes:
-        name: of the first producer.
+        name: name of the first producer.
         size: number of units.
-        producers: layers whose outputs the channels are.
-        consumers: layers whose inputs they are.
-        followers: norms, depthwise convolutions and parameters of their own that have one entry for each channel.
+        producers: layers that have the channels as outputs.
+        consumers: layers that have them as inputs.
+        followers: norms, depthwise convolutions and single parameters that have one entry for each channel.
         reason: why the channels have to stay; empty where they can go.
     """
 
@@ -68,6 +76,7 @@ class Group:
 
     @property
     def members(self) -> tuple[Member, ...]:
+        """Every member: producers, consumers and followers."""
         return self.producers + self.consumers + self.followers
 
     def masks(self, model: nn.Module, keep: Tensor) -> dict[str, Tensor]:
@@ -75,26 +84,31 @@ class Group:
         return {c.parameter: c.mask(keep, model.get_parameter(c.parameter).ndim) for c in self.consumers}
 
 
-def channel_groups(model: nn.Module, example_input: Any, exclude: str | Sequence[str] | None = None, seconds: float = 60.0) -> list[Group]:
-    """Groups of channels of every convolution and linear layer, in the model's order; those that have to stay carry the reason.
+def channel_groups(
+    model: nn.Module, example_input: Any, exclude: str | Sequence[str] | None = None, seconds: float = 60.0
+) -> list[Group]:
+    """Groups of channels of every convolution and linear layer, in the model's order.
 
-    A copy of the model runs in eval mode, with autograd; the model and random generators stay as they are. Where layers run in train
-    mode only, such as auxiliary heads, a pass in that mode is traced too.
-    Followed are residual sums, concatenations, paddings of channels, depthwise and grouped convolutions, squeeze-excite, flattening
-    into linear layers, and the operations in :data:`sparse_callbacks.channels.obstacles.KEEPS_CHANNELS`. Anything else gives the group a
-    ``reason``, also a LayerNorm, GroupNorm or attention over the channels, the network's input and its outputs. A trace cannot see
-    everything (a channel shuffle looks like a flattening): whether removal changes the outputs is for
-    :func:`sparse_callbacks.channels.slim.slimmable_groups` and :func:`sparse_callbacks.channels.slim.slim` to find.
+    A copy of the model runs in eval mode, with autograd; the model and random generators are left as they are. Where
+    layers run in train mode only, such as auxiliary heads, a pass in that mode is traced too.
+
+    Channels are followed through residual sums, concatenations, paddings of channels, depthwise and grouped
+    convolutions, squeeze-excite, flattening into linear layers, and the operations in
+    :data:`sparse_callbacks.channels.obstacles.KEEPS_CHANNELS`. Anything else gives the group a ``reason``: a LayerNorm,
+    GroupNorm or attention over the channels, the network's input, its outputs. A trace cannot see everything; a channel
+    shuffle looks like a flattening. Whether removal changes the outputs is found by
+    :func:`sparse_callbacks.channels.slim.slimmable_groups` and :func:`sparse_callbacks.channels.slim.slim`.
 
     Args:
-        model: to be looked at.
-        example_input: a tensor, a tuple of positional or a mapping of named arguments; one sample of any size that the model takes.
+        model: the network.
+        example_input: a tensor, a tuple of positional arguments or a mapping of named arguments: one sample of any size
+            that the model takes.
         exclude: globs of module or parameter names; the groups of these layers' inputs and outputs stay.
         seconds: time limit.
 
     Raises:
         ImportError: torch-pruning (extra ``channels``) is missing.
-        TimeoutError: the limit is exceeded.
+        TimeoutError: the time limit is exceeded.
         ValueError: the model cannot be copied or traced, or a glob matches nothing.
 
     Example:
@@ -103,27 +117,31 @@ def channel_groups(model: nn.Module, example_input: Any, exclude: str | Sequence
         [('0', 8, ''), ('3', 4, 'these are outputs of the network')]
     """
     globs = [exclude] if isinstance(exclude, str) else list(exclude or ())
-    check_globs(globs, model)
+    refuse_unmatched_globs(globs, model)
     model = copied(model)  # a trace leaves hooks where it fails, and its graph where a forward pass stores tensors
-    untouchable = forbidden(model, globs)
+    reasons = why_layers_stay(model, globs)
     groups = []
     with traceable(model):
         trace = _traced(model, example_input, seconds)
         covered: set[tuple[str, int]] = set()
         for layer in trace.layers():
+            # a layer's outputs may belong to several groups, and a walk from another layer may have found them all
             channels = [c for c in range(trace.outputs_of(layer)) if (layer, c) not in covered]
             if not channels:
                 continue
             walk = trace.walk(layer, channels)
-            covered |= {(p.name, c) for p in walk.places if p.side == "out" for c in p.roots} | {(layer, c) for c in channels}
+            covered |= {(layer, c) for c in channels}
+            covered |= {(p.name, c) for p in walk.places if p.side == "out" for c in p.roots}
             group = _group(layer, channels, walk.places, model)
-            groups.append(_judged(replace(group, reason=walk.obstacle or _misfit(group, model)), untouchable))
+            reason = walk.reason or _why_misread(group, model) or _why_stays(group, reasons)
+            groups.append(replace(group, reason=reason))
     return groups + _untraced(model, trace, groups)
 
 
 def _traced(model: nn.Module, example_input: Any, seconds: float) -> Trace:
-    """A trace, with the branches of train mode where there are any and they can be traced."""
+    """A trace, together with the branches of train mode if there are any and they can be traced."""
     trace = Trace(model, example_input, seconds)
+    # a second trace takes as long again, so it is made only if the first one lacks layers
     if all(n in trace.nodes for n, m in model.named_modules() if isinstance(m, nn.Linear | _ConvNd)):
         return trace
     try:
@@ -134,12 +152,19 @@ def _traced(model: nn.Module, example_input: Any, seconds: float) -> Trace:
 
 
 def _group(name: str, channels: Sequence[int], places: Sequence[Place], model: nn.Module) -> Group:
-    """The group of ``channels`` of layer ``name``: roots that meet anywhere become one unit."""
-    leader = {c: c for c in channels}
+    """The group of ``channels`` of layer ``name``: channels that meet anywhere become one unit.
+
+    Args:
+        name: name of the layer.
+        channels: its outputs in the group.
+        places: where a walk from them arrived.
+        model: the model.
+    """
+    leader = {c: c for c in channels}  # union-find: channels with the same last leader are one unit
 
     def find(c: int) -> int:
         while leader[c] != c:
-            leader[c] = c = leader[leader[c]]
+            leader[c] = c = leader[leader[c]]  # and shorten the way for the next search
         return c
 
     folded = [(p, _by_slice(p, model)) for p in places if not _is_shared(p, model)]
@@ -147,7 +172,7 @@ def _group(name: str, channels: Sequence[int], places: Sequence[Place], model: n
         for first, *others in slices.values():
             for other in others:
                 leader[find(other)] = find(first)
-    numbers: dict[int, int] = {}
+    numbers: dict[int, int] = {}  # units are numbered in the order of their first channels
     unit = {c: numbers.setdefault(find(c), len(numbers)) for c in channels}
     members = [_member(p, slices, unit, model) for p, slices in folded if p.name]
     sides = {side: tuple(m for m in members if m.side == side) for side in ("out", "in", "both")}
@@ -155,13 +180,16 @@ def _group(name: str, channels: Sequence[int], places: Sequence[Place], model: n
 
 
 def _is_shared(place: Place, model: nn.Module) -> bool:
-    """A PReLU with one slope for all channels."""
+    """Whether a place is a PReLU with one slope for all channels, of which nothing is cut."""
     return place.kind == "PRELU" and getattr(model.get_submodule(place.name), "num_parameters", 0) == 1
 
 
 def _by_slice(place: Place, model: nn.Module) -> dict[int, list[int]]:
-    """Roots by the slice of the weight that they arrive at: a grouped convolution stores one group's inputs, and must keep its groups
-    of outputs equally large, so what has the same place in any of its groups goes together."""
+    """The roots that arrive at each slice of a weight.
+
+    A grouped convolution stores the inputs of one group only, and its groups of outputs must stay equally large. So
+    what has the same place in any of its groups goes together.
+    """
     module = model.get_submodule(place.name) if place.kind == "CONV" else None
     span = 0
     if isinstance(module, _ConvNd) and module.groups > 1:
@@ -173,19 +201,31 @@ def _by_slice(place: Place, model: nn.Module) -> dict[int, list[int]]:
 
 
 def _member(place: Place, slices: Mapping[int, Sequence[int]], unit: Mapping[int, int], model: nn.Module) -> Member:
+    """The member of a group at one place.
+
+    Args:
+        place: the place.
+        slices: the roots that arrive at each slice of the weight.
+        unit: the unit of each root.
+        model: the model.
+    """
     if place.kind == "PARAMETER":
         shape = model.get_parameter(place.name).shape
         dim = max((d for d, size in enumerate(shape) if size > 1), default=0)  # the dimension that torch-pruning takes
         return Member(place.name.rpartition(".")[0], place.name, dim, place.side, _units(slices, unit, shape[dim]))
     module = model.get_submodule(place.name)
-    dim = int((place.side == "in") != isinstance(module, _ConvTransposeNd)) if place.side != "both" else 0
+    # layers store outputs in dimension 0 and inputs in 1, transposed convolutions the other way round
+    is_input, is_transposed = place.side == "in", isinstance(module, _ConvTransposeNd)
+    dim = 1 if place.side != "both" and is_input != is_transposed else 0
     units = _units(slices, unit, _slices(module, dim))
-    if place.kind == "CONV" and isinstance(module, _ConvNd) and dim == 0:  # which holds the slices of every conv group
+    if place.kind == "CONV" and isinstance(module, _ConvNd) and dim == 0:
+        # slices were folded onto one group of the convolution, and dimension 0 holds those of every group
         units = units[: len(units) // module.groups].repeat(module.groups)
     return Member(place.name, f"{place.name}.weight", dim, place.side, units)
 
 
 def _units(slices: Mapping[int, Sequence[int]], unit: Mapping[int, int], size: int) -> Tensor:
+    """The unit of each of ``size`` slices, -1 for none; longer where the trace finds more slices than there are."""
     units = torch.full((max([size, *(s + 1 for s in slices)]),), -1, dtype=torch.int64)
     for position, roots in slices.items():
         units[position] = unit[roots[0]]
@@ -193,7 +233,7 @@ def _units(slices: Mapping[int, Sequence[int]], unit: Mapping[int, int], size: i
 
 
 def _slices(module: nn.Module, dim: int) -> int:
-    """Slices along ``dim`` of a layer's weight; of a norm its channels."""
+    """Number of slices along ``dim`` of a layer's weight; the number of channels of a norm without a weight."""
     weight = getattr(module, "weight", None)
     return weight.shape[dim] if isinstance(weight, Tensor) else int(module.num_features)  # type: ignore[arg-type]
 
@@ -201,30 +241,38 @@ def _slices(module: nn.Module, dim: int) -> int:
 # ---------------------------------------------------------------------- what has to stay
 
 
-def _judged(group: Group, forbidden: Mapping[str, str]) -> Group:
-    """``group`` with the reason why it has to stay, if there is one besides its own."""
-    reasons = [forbidden[m.module] for m in group.members if m.module in forbidden]
-    reasons += [forbidden[m.parameter] for m in group.followers if m.parameter in forbidden]
+def _why_stays(group: Group, reasons: Mapping[str, str]) -> str:
+    """Why a group that the walk may cut has to stay; empty where it can go.
+
+    Args:
+        group: the group.
+        reasons: modules and parameters that must not be cut.
+    """
+    for name in [m.module for m in group.members] + [f.parameter for f in group.followers]:
+        if name in reasons:
+            return reasons[name]
     if not group.consumers:
-        reasons.append("no layer takes these channels as its inputs")
+        return "no layer takes these channels as its inputs"
     if group.size < 2:
-        reasons.append("a single unit: grouped convolutions or chunks tie all the channels")
-    return group if group.reason else replace(group, reason=next(iter(reasons), ""))
+        return "a single unit: grouped convolutions or chunks tie all the channels"
+    return ""
 
 
-def _misfit(group: Group, model: nn.Module) -> str:
-    """Whether more channels arrive somewhere than there are; a shape that the trace misread."""
+def _why_misread(group: Group, model: nn.Module) -> str:
+    """Where the trace finds another number of channels than there are; empty where it misread no shape."""
+    parameters = dict(model.named_parameters())
     for member in group.members:
-        weight = dict(model.named_parameters()).get(member.parameter)
+        weight = parameters.get(member.parameter)
         if weight is not None and weight.shape[member.dim] != len(member.units):
-            return f"{member.parameter} has {weight.shape[member.dim]} slices, and the trace finds {len(member.units)}"
+            slices = weight.shape[member.dim]
+            return f"{member.parameter} has {slices} slices, and the trace finds {len(member.units)}"
     return ""
 
 
 def _untraced(model: nn.Module, trace: Trace, groups: Sequence[Group]) -> list[Group]:
-    """Layers that the outputs do not depend on in the trace, as groups that have to stay."""
-    why = "not found in the trace: never called there, or without gradients"
+    """The layers that the trace's outputs do not depend on, as groups that have to stay."""
+    reason = "not found in the trace: never called there, or without gradients"
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | _ConvNd)]
-    known = {p.module for g in groups for p in g.producers} | {f.module for g in groups for f in g.followers} | set(trace.nodes)
+    known = {m.module for g in groups for m in (*g.producers, *g.followers)} | set(trace.nodes)
     sizes = {n: int(m.out_features if isinstance(m, nn.Linear) else m.out_channels) for n, m in layers}
-    return [Group(n, sizes[n], (), (), (), why) for n, _ in layers if n not in known]
+    return [Group(n, sizes[n], (), (), (), reason) for n, _ in layers if n not in known]

@@ -1,5 +1,6 @@
-"""Writing one ONNX file, and running it beside the model that it was made of."""
+"""Exports a model to ONNX, runs the file in onnxruntime and compares the outputs."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,17 +8,62 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.channels.proof import Difference, compare, mismatch, outputs
-from sparse_callbacks.core.inspection import extra, map_tensors, tensors_in
+from sparse_callbacks.channels.comparison import Difference, compare, outputs_on, why_not_equal
+from sparse_callbacks.core.inspection import extra, map_tensors, quiet, tensors_in
 
 
-def written(model: nn.Module, path: Path, samples: Sequence[Any], tolerance: float | None) -> Difference:
-    """Export ``model``, in the state of :func:`~sparse_callbacks.core.inspection.quiet`, and compare on every one of ``samples``.
+def export_onnx(
+    model: nn.Module,
+    path: str | Path,
+    example_input: Any,
+    tolerance: float | None = None,
+    dynamic_batch: bool = True,
+) -> Difference:
+    """Write ``model`` in eval mode to ``path`` as ONNX, run it in onnxruntime and compare outputs on ``example_input``.
 
     Args:
-        samples: inputs; if there are several, of different batch sizes, the last is traced with a dynamic batch, otherwise the only one
-            with the sizes that it has.
-        tolerance: see :func:`~sparse_callbacks.channels.proof.mismatch`.
+        model: a model, such as :func:`~sparse_callbacks.channels.slim.slim` returns; its modes stay as they are.
+        path: the file to write.
+        example_input: a tensor, a tuple of positional arguments or a mapping of named arguments.
+        tolerance: largest relative difference that counts as equal. None: by the type of each output, 1e-8 for float64,
+            1e-4 for float32, 5e-2 below. Integers and bools must be the same.
+        dynamic_batch: whether the file takes batches of any size, where dimension 0 of every input is the batch. If the
+            model cannot be exported like that, or computes something else, the file takes batches of the size of
+            ``example_input``, and a warning says so.
+
+    Returns:
+        the largest difference of the outputs.
+
+    Raises:
+        ImportError: onnx, onnxscript or onnxruntime (extra ``onnx``) is missing.
+        ValueError: onnxruntime computes something else, or cannot run the file, for example as it has no convolutions
+            of the model's type.
+    """
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        extra(module, "onnx")
+    path = Path(path)
+    with quiet(model):
+        if dynamic_batch:
+            try:
+                return _written(model, path, [example_input, _larger(example_input)], tolerance)
+            except Exception as error:  # whatever the exporter makes of a model that is not made for other sizes
+                reason = f"{type(error).__name__}: {str(error)[:200]}"
+        found = _written(model, path, [example_input], tolerance)
+    if dynamic_batch:
+        message = f"{path} takes batches of the size of example_input only. With another size: {reason}"
+        warnings.warn(message, stacklevel=2)
+    return found
+
+
+def _written(model: nn.Module, path: Path, samples: Sequence[Any], tolerance: float | None) -> Difference:
+    """Export ``model`` and compare outputs on every sample.
+
+    Args:
+        model: in the state of :func:`~sparse_callbacks.core.inspection.quiet`.
+        path: the file to write.
+        samples: inputs. If there are several, of different batch sizes, the last one is traced with a batch of any
+            size; a single one is traced with the sizes that it has.
+        tolerance: see :func:`~sparse_callbacks.channels.comparison.why_not_equal`.
 
     Returns:
         the largest difference.
@@ -25,32 +71,48 @@ def written(model: nn.Module, path: Path, samples: Sequence[Any], tolerance: flo
     Raises:
         ValueError: onnxruntime computes something else, or cannot run the file.
     """
-    expected = [t.cpu() for t in outputs(model, samples)]  # before the exporter, whose errors are longer
-    traced = samples[-1]
-    named = dict(traced) if isinstance(traced, Mapping) else None
-    positional = () if named is not None else tuple(traced) if isinstance(traced, tuple | list) else (traced,)
-    shapes = None if len(samples) == 1 else _dynamic(positional if named is None else named)
-    if positional and isinstance(positional[-1], dict):
-        positional += ({},)  # torch.onnx.export takes a last mapping for named arguments
-    torch.onnx.export(model, positional, str(path), kwargs=named, dynamo=True, external_data=False, verbose=False, dynamic_shapes=shapes)
+    # before the export: if the model fails on a sample, its own error is shorter than the exporter's
+    expected = [t.cpu() for t in outputs_on(model, samples)]
+    _export(model, path, samples[-1], dynamic=len(samples) > 1)
     try:
         found = _run(path, samples)
     except Exception as error:  # onnxruntime has classes of its own
         raise ValueError(
-            f"onnxruntime cannot run {path} ({type(error).__name__}: {error}). On the CPU it lacks operations for some types, such as "
-            "convolutions in float64 and bfloat16: give the model and example_input in float32."
+            f"onnxruntime cannot run {path} ({type(error).__name__}: {error}). On the CPU it lacks operations for some "
+            "types, such as convolutions in float64 and bfloat16: give the model and example_input in float32."
         ) from error
     difference = compare(expected, found)
-    if mismatch(expected, found, tolerance):
+    if why_not_equal(expected, found, tolerance):
         allowed = "the default of each type" if tolerance is None else f"tolerance={tolerance:g}"
         raise ValueError(
-            f"onnxruntime computes something else from {path}: {difference}, and {allowed} is allowed. Compare on inputs of real data, or "
-            "give a larger tolerance=."
+            f"onnxruntime computes something else from {path}: {difference}, and {allowed} is allowed. Compare on "
+            "inputs of real data, or give a larger tolerance=."
         )
     return difference
 
 
-def larger(example_input: Any) -> Any:
+def _export(model: nn.Module, path: Path, sample: Any, dynamic: bool) -> None:
+    """Write the file, traced on ``sample``; ``dynamic``: it takes batches of any size."""
+    named = dict(sample) if isinstance(sample, Mapping) else None
+    positional: tuple[Any, ...] = ()
+    if named is None:
+        positional = tuple(sample) if isinstance(sample, tuple | list) else (sample,)
+    shapes = _dynamic_shapes(positional if named is None else named) if dynamic else None
+    if positional and isinstance(positional[-1], dict):
+        positional += ({},)  # torch.onnx.export takes a last mapping for named arguments
+    torch.onnx.export(
+        model,
+        positional,
+        str(path),
+        kwargs=named,
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+        dynamic_shapes=shapes,
+    )
+
+
+def _larger(example_input: Any) -> Any:
     """``example_input`` with one more entry in the batch, the first one again.
 
     Raises:
@@ -63,6 +125,7 @@ def larger(example_input: Any) -> Any:
 
 
 def _run(path: Path, samples: Sequence[Any]) -> list[Tensor]:
+    """Outputs of the file on every sample, in one list."""
     session = extra("onnxruntime", "onnx").InferenceSession(str(path), providers=["CPUExecutionProvider"])
     found = []
     for sample in samples:
@@ -71,10 +134,10 @@ def _run(path: Path, samples: Sequence[Any]) -> list[Tensor]:
     return [torch.from_numpy(array) for array in found]
 
 
-def _dynamic(nest: Any) -> Any:
-    """What torch.export is told of the sizes of inputs: dimension 0 of every tensor may be another."""
+def _dynamic_shapes(nest: Any) -> Any:
+    """What torch.export needs to know of the sizes of inputs: dimension 0 of every tensor may be another one."""
     if isinstance(nest, Tensor):
         return {0: torch.export.Dim.AUTO} if nest.ndim else None
     if isinstance(nest, Mapping):
-        return {k: _dynamic(v) for k, v in nest.items()}
-    return type(nest)(_dynamic(v) for v in nest) if type(nest) in (tuple, list) else None
+        return {k: _dynamic_shapes(v) for k, v in nest.items()}
+    return type(nest)(_dynamic_shapes(v) for v in nest) if type(nest) in (tuple, list) else None

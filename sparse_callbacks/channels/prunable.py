@@ -1,4 +1,4 @@
-"""Channel groups under masks: which of them can be pruned, what is kept of each, and the inputs that a model is traced with."""
+"""The channel groups that a method may prune, their masks, and the inputs that a model is traced with."""
 
 import inspect
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -12,72 +12,87 @@ from sparse_callbacks.channels.slim import slimmable_groups
 from sparse_callbacks.core.inspection import map_tensors
 
 
-def prunable(
-    model: nn.Module, example_input: Any, exclude: Sequence[str] | None, owned: Iterable[Sequence[str]], stem: str | None = None
+def prunable_groups(
+    model: nn.Module,
+    example_input: Any,
+    exclude: Sequence[str] | None,
+    owned: Iterable[Sequence[str]],
+    stem: str | None = None,
 ) -> tuple[list[Group], dict[str, str]]:
-    """Groups whose channels may go, and by name of the others why theirs stay.
+    """The groups whose channels a method may remove, and the reason of every other group by its name.
 
     Args:
         model, example_input, exclude: see :func:`~sparse_callbacks.channels.slim.slimmable_groups`.
-        owned: for each optimizer the names of its parameters that may be masked; all consumers of a group must be in one of them.
+        owned: for each optimizer the names of its parameters that may be masked. All consumers of a group must belong
+            to one optimizer, which then decides when the group is pruned.
         stem: name of a layer whose outputs stay.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there is no such group.
     """
-    found, sets = slimmable_groups(model, example_input, exclude), [set(names) for names in owned]
-    stay = {g.name: g.reason for g in found if g.reason}
-    for group in (g for g in found if not g.reason):
-        readers = {c.parameter: None for c in group.consumers}
-        if any(p.module == stem for p in group.producers):
-            stay[group.name] = f"{stem} is the stem"
-        elif dense := [name for name in readers if not any(name in names for names in sets)]:
-            stay[group.name] = f"{', '.join(dense)} stay dense (see plan())"
-        elif not any(names.issuperset(readers) for names in sets):
-            stay[group.name] = f"{', '.join(readers)} are in several optimizers"
-    if len(stay) == len(found):
+    found, optimizers = slimmable_groups(model, example_input, exclude), [set(names) for names in owned]
+    # what the network itself forbids is listed first, then what the user's choices leave
+    reasons = {g.name: g.reason for g in found if g.reason}
+    reasons |= {g.name: reason for g in found if not g.reason and (reason := _why_not_chosen(g, optimizers, stem))}
+    if len(reasons) == len(found):
         raise ValueError(
             "no channels can be removed from this model: "
-            + "; ".join(f"outputs of {name}: {why}" for name, why in stay.items())
+            + "; ".join(f"outputs of {name}: {reason}" for name, reason in reasons.items())
             + ". Change include=, exclude=, keep_dense= or prune_stem=, or use a method that prunes single weights."
         )
-    return [g for g in found if g.name not in stay], stay
+    return [g for g in found if g.name not in reasons], reasons
+
+
+def _why_not_chosen(group: Group, optimizers: Sequence[set[str]], stem: str | None) -> str:
+    """Why the channels of a group that could be cut stay; empty where they may be pruned."""
+    if any(p.module == stem for p in group.producers):
+        return f"{stem} is the stem"
+    readers = list(dict.fromkeys(c.parameter for c in group.consumers))  # each once, in order
+    dense = [name for name in readers if not any(name in names for names in optimizers)]
+    if dense:
+        return f"{', '.join(dense)} stay dense (see plan())"
+    if not any(names.issuperset(readers) for names in optimizers):
+        return f"{', '.join(readers)} are in several optimizers"
+    return ""
 
 
 def example_inputs(model: nn.Module, batches: Generator[Any, None, None]) -> Any:
-    """Inputs of one sample, as the model's forward takes them: its ``example_input_array``, or of the first of ``batches``.
+    """Inputs of one sample, as the model's forward takes them.
+
+    They are the model's ``example_input_array``, or else what its forward gets from the first of ``batches``.
 
     Args:
-        model: of the run.
-        batches: passes over data, calling the model; closed at the end.
+        model: the model that is trained.
+        batches: passes over data that call the model, one batch at a time; closed at the end.
 
     Raises:
         ValueError: neither gives any.
     """
-    seen: list[Any] = [example] if (example := getattr(model, "example_input_array", None)) is not None else []
+    example = getattr(model, "example_input_array", None)
+    seen: list[Any] = [] if example is None else [example]
 
-    def note(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def record(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         seen.append(dict(inspect.signature(module.forward).bind(*inputs, **named).arguments) if named else inputs)
 
-    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    handle = model.register_forward_pre_hook(record, with_kwargs=True)
     try:
         if not seen:
             next(batches)
     except ValueError as error:
         raise ValueError(
             "the model is looked at with one sample, and there is none: the module has no example_input_array, and "
-            f"{str(error).partition('. ')[0]}. Set example_input_array to what its forward takes of one sample; the forward must run the "
-            "network that is to be pruned."
+            f"{str(error).partition('. ')[0]}. Set example_input_array to what its forward takes of one sample; the "
+            "forward must run the network that is to be pruned."
         ) from error
     finally:
         batches.close()
         handle.remove()
     like = next((p for p in model.parameters() if p.is_floating_point()), next(model.parameters()))
 
-    def one(tensor: Tensor) -> Tensor:
+    def one_sample(tensor: Tensor) -> Tensor:
         return tensor.detach()[:1].to(like if tensor.is_floating_point() else like.device)
 
-    return map_tensors(one, seen[0])
+    return map_tensors(one_sample, seen[0])
 
 
 def kept_units(group: Group, masks: Mapping[str, Tensor]) -> Tensor:
@@ -90,12 +105,23 @@ def kept_units(group: Group, masks: Mapping[str, Tensor]) -> Tensor:
     return keep
 
 
-def consumer_masks(groups: Sequence[Group], keeps: Sequence[Tensor], params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Bool masks of all consumers, of their shapes, for the units that are kept of each group; what reads several groups has all masks."""
+def consumer_masks(
+    groups: Sequence[Group], keeps: Sequence[Tensor], params: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Masks of all consumers of the groups, bool, of the shapes of their weights.
+
+    A layer that reads several groups has the masks of all of them.
+
+    Args:
+        groups: the groups.
+        keeps: for each group the units that it keeps, bool [size].
+        params: the weights, by name.
+    """
     masks: dict[str, Tensor] = {}
     for group, keep in zip(groups, keeps, strict=True):
         for reader in group.consumers:
             like = params[reader.parameter]
             mask = reader.mask(keep.to(like.device), like.ndim)
-            masks[reader.parameter] = mask & masks.get(reader.parameter, torch.ones_like(like, dtype=torch.bool))
+            everything = torch.ones_like(like, dtype=torch.bool)
+            masks[reader.parameter] = mask & masks.get(reader.parameter, everything)
     return masks

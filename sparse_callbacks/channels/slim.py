@@ -1,4 +1,4 @@
-"""From masks to a smaller network: channels that nothing reads, or that hold a constant, are removed, and the outputs compared."""
+"""From masks to a smaller network: dead channels are removed, and the outputs compared."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.channels.comparison import Check, drawn, one, precise, telling
-from sparse_callbacks.channels.constants import arrivals, foldable, shifts
+from sparse_callbacks.channels.comparison import Difference, Reference
+from sparse_callbacks.channels.comparison_inputs import first_entry, precise, random_samples, refuse_telling_nothing
+from sparse_callbacks.channels.constants import ArrivingRange, arriving_ranges, bias_shifts, foldable
 from sparse_callbacks.channels.cuts import Cuts, Surgery, masked_copy
 from sparse_callbacks.channels.groups import Group, Member, channel_groups
-from sparse_callbacks.channels.proof import Difference, Proof, Row, prove
+from sparse_callbacks.channels.proof import GroupChange, Proof, prove
 from sparse_callbacks.core.inspection import copied, quiet, training_branches
 
 
@@ -26,43 +27,46 @@ def slim(
     seconds: float = 60.0,
     seed: int = 0,
 ) -> tuple[nn.Module, Proof]:
-    """A copy of ``model`` without its dead channels, an ordinary module, and a proof that it computes the same as the masked model.
+    """A copy of ``model`` without its dead channels, and a proof that it computes the same as the masked model.
 
-    A channel is dead where every layer that reads it has a mask that is zero for it, or where every layer that makes it has a mask
-    that is zero for it and what arrives at its readers is a constant: zero, or else the constant goes into the bias of the reader
-    (not through zero padding, which would make it another value at the border). One unit stays in every group.
+    A channel is dead in two cases. Either no layer reads it: the masks of all its readers are zero for it. Or no layer
+    makes it: the masks of all its makers are zero for it, and what its readers get is a constant. A constant of zero is
+    left out; any other goes into the bias of the reader, but not through zero padding, which would make it another
+    value at the border. One unit stays in every group.
 
-    Groups are cut one after the other, from the outputs to the inputs, in a copy in eval mode, in float64 where the model runs in
-    it. After each the outputs are compared with those of the masked model, on one random sample, and at the end on all of
-    ``example_input``, ``inputs`` and the random ones (then, if they differ, after each group on all); a group that changes them, or
-    fails, is put back. Where layers run in train mode only, such as auxiliary heads, outputs in train mode are compared too, on
-    ``example_input``, norms and dropouts being in eval mode; of branches whose pass fails on it nothing is known.
+    Groups are cut one after the other, from the outputs to the inputs, in a copy in eval mode, in float64 where the
+    model runs in it. After each group the outputs are compared with those of the masked model on one random sample, and
+    at the end on all of ``example_input``, ``inputs`` and the random inputs. If they differ at the end, everything is
+    cut again and compared on all inputs after each group. A group that changes the outputs, or makes the model fail, is
+    put back. Where layers run in train mode only, such as auxiliary heads, outputs in train mode are compared too, on
+    ``example_input``, with norms and dropouts in eval mode. Nothing is known of branches that fail on it.
 
-    What is a constant is judged on the same inputs: ``example_input``, ``inputs``, and two random ones with normal numbers of standard
-    deviation 1 and 10, random bools, and integers in another order. Give ``inputs`` on which masks and switches take other values than
-    there. Below float32 only what is exactly constant counts.
+    What is a constant is judged on the same inputs: ``example_input``, ``inputs``, and two random ones with normal
+    numbers of standard deviation 1 and 10, random bools, and integers in another order. Give ``inputs`` on which masks
+    and switches take other values than there. Below float32 only what is exactly constant counts.
 
-    Hooks of the model run in every pass, on copies, and stay on the slim model. The model is copied, so it must be one that
-    ``copy.deepcopy`` takes; modules with ``torch.nn.utils.prune`` or the old ``weight_norm`` are none before ``prune.remove`` and
-    ``remove_weight_norm``.
+    Hooks of the model run in every pass, on copies, and stay on the slim model. The model must be one that
+    ``copy.deepcopy`` copies; for modules with ``torch.nn.utils.prune`` or the old ``weight_norm``, call
+    ``prune.remove`` or ``remove_weight_norm`` first.
 
     Args:
-        model: trained; it is left as it is.
-        masks: bool masks by parameter name, as a callback's ``masks``: of the parameter's shape, broadcasting against it
-            ([1, C, 1, 1]), or [C]: the inputs of a weight (of a transposed convolution: its dimension 0), the entries of a vector.
-        example_input: a tensor, a tuple of positional or a mapping of named arguments, on the model's device.
+        model: the trained model; it is left as it is.
+        masks: bool masks by parameter name, such as a callback's ``masks``. A mask has the parameter's shape, or
+            broadcasts against it ([1, C, 1, 1]), or is [C]: for the inputs of a weight (dimension 0 of a transposed
+            convolution), or for the entries of a vector.
+        example_input: a tensor, a tuple of positional arguments or a mapping of named arguments, on the model's device.
         exclude: globs of module or parameter names whose channels stay.
         inputs: further inputs to compare on, such as batches of real data.
-        seconds: time limit of the search for groups.
-        seed: of the random inputs.
+        seconds: time limit for the search for groups.
+        seed: seed of the random inputs.
 
     Returns:
-        the slim model, in the modes of ``model``, and the proof; ``print(proof)`` shows it.
+        the slim model, an ordinary module in the modes of ``model``, and the proof; ``print(proof)`` shows it.
 
     Raises:
         ImportError: torch-pruning (extra ``channels``) is missing.
         TimeoutError: the search takes too long.
-        ValueError: masks that do not fit, or a model that cannot be copied or traced, or whose outputs would show no error.
+        ValueError: a mask does not fit, the model cannot be copied or traced, or its outputs would show no error.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
@@ -71,10 +75,10 @@ def slim(
         >>> small[0].out_features, proof.removed
         (3, 3)
     """
-    masked, full = masked_copy(model, masks)
+    masked, full_masks = masked_copy(model, masks)
     groups = channel_groups(masked, example_input, exclude, seconds)
-    given, random = [example_input, *inputs], drawn(masked, example_input, seed)
-    cuts, rows, checked = _cut_all(masked, groups, full, [*given, *random])
+    given, random = [example_input, *inputs], random_samples(masked, example_input, seed)
+    cuts, rows, checked = _cut_all(masked, groups, full_masks, [*given, *random])
     small = copied(masked)
     Surgery(small).cut(cuts, [m for g in groups for m in g.members])
     return small, prove(masked, small, rows, checked, given, random)
@@ -83,10 +87,11 @@ def slim(
 def slimmable_groups(
     model: nn.Module, example_input: Any, exclude: str | Sequence[str] | None = None, seconds: float = 60.0
 ) -> list[Group]:
-    """:func:`~sparse_callbacks.channels.groups.channel_groups`, each tried out: those whose removal changes the outputs get that as reason.
+    """:func:`~sparse_callbacks.channels.groups.channel_groups`, with every group tried out.
 
-    Every other unit of a group is masked at its consumers, then removed, and the outputs are compared in the model's own precision,
-    as in :func:`slim` also in train mode where layers run in it alone. The model is left as it is.
+    Every other unit of a group is masked in its consumers, then removed, and the outputs are compared in the model's
+    own precision; as in :func:`slim`, also in train mode where layers run in that mode alone. A group whose removal
+    changes the outputs gets that as its reason. The model is left as it is.
 
     Args: see :func:`~sparse_callbacks.channels.groups.channel_groups`.
     """
@@ -94,89 +99,109 @@ def slimmable_groups(
     trial = copied(model)
     with quiet(trial):
         branches = training_branches(trial, example_input)
-        return [g if g.reason else replace(g, reason=_trial(trial, g, example_input, branches)) for g in groups]
+        return [g if g.reason else replace(g, reason=_why_stays(trial, g, example_input, branches)) for g in groups]
 
 
-def _trial(model: nn.Module, group: Group, example_input: Any, branches: Sequence[str]) -> str:
-    """Why removing every other unit of ``group`` does not leave the outputs as they are; empty where it does."""
+def _why_stays(model: nn.Module, group: Group, example_input: Any, branches: Sequence[str]) -> str:
+    """How the outputs change when every other unit of ``group`` is removed; empty where they do not."""
     keep = torch.arange(group.size) % 2 == 0
     surgery = Surgery(model)
     try:
+        # first masked only, since removing channels must change nothing in a model that does not read them
         for member in group.consumers:
             surgery.mask(member, keep)
         surgery.cut(Cuts(), group.consumers)
-        check = Check(model, [example_input], branches)
+        reference = Reference(model, [example_input], branches)
         surgery.cut(Cuts().with_group(group, keep), group.members)
-        return check.problem()
+        return reference.why_changed()
     finally:
         surgery.restore()
 
 
-# ---------------------------------------------------------------------- what goes
+# ---------------------------------------------------------------------- what is removed
 
 
 def _cut_all(
     masked: nn.Module, groups: Sequence[Group], masks: Mapping[str, Tensor], samples: Sequence[Any]
-) -> tuple[Cuts, list[Row], tuple[Difference, torch.dtype]]:
-    """Cut every group that can be cut into a copy: the cuts, what became of each group, and the difference at the end."""
+) -> tuple[Cuts, list[GroupChange], tuple[Difference, torch.dtype]]:
+    """Cut every group that can be cut, in a copy.
+
+    Returns:
+        the cuts, what became of each group, and the difference of outputs at the end with its precision.
+    """
     model, samples = precise(masked, samples)
     with quiet(model):
         branches = training_branches(model, samples[0])
-        whole, surgery = Check(model, samples, branches), Surgery(model)
-        telling(whole.expected, samples)
-        single = one(model, samples[-2])  # random, of standard deviation 1
-        quick = Check(model, [single], training_branches(model, single) if branches else ())
-        cuts, rows = _cut(groups, surgery, masks, samples, quick)
-        if whole.problem():  # some input shows what the single sample did not
+        on_all, surgery = Reference(model, samples, branches), Surgery(model)
+        refuse_telling_nothing(on_all.expected, samples)
+        # one entry of the random sample of standard deviation 1: comparing on everything after each group takes long
+        single = first_entry(model, samples[-2])
+        on_one = Reference(model, [single], training_branches(model, single) if branches else ())
+        cuts, rows = _cut(groups, surgery, masks, samples, on_one)
+        if on_all.why_changed():  # some input shows what the single entry did not
             surgery.restore()
-            cuts, rows = _cut(groups, surgery, masks, samples, whole)
-        return cuts, rows, whole.difference()
+            cuts, rows = _cut(groups, surgery, masks, samples, on_all)
+        return cuts, rows, on_all.difference()
 
 
 def _cut(
-    groups: Sequence[Group], surgery: Surgery, masks: Mapping[str, Tensor], samples: Sequence[Any], check: Check
-) -> tuple[Cuts, list[Row]]:
-    """Cut one group after the other, the last first; the cuts that pass the check, and what became of each group."""
+    groups: Sequence[Group],
+    surgery: Surgery,
+    masks: Mapping[str, Tensor],
+    samples: Sequence[Any],
+    reference: Reference,
+) -> tuple[Cuts, list[GroupChange]]:
+    """Cut one group after the other; the cuts that leave the outputs as they are, and what became of each group."""
     cuts, rows = Cuts(), []
+    # the last group first: once its channels are gone, the weights that made them no longer read earlier channels
     for group in reversed(groups):
-        row = Row(group.name, group.size, note=group.reason)
+        row = GroupChange(group.name, group.size, reason=group.reason)
         if not group.reason:
-            row, trial = _tried(group, surgery, cuts, masks, samples)
+            row, trial = _with_dead_units(group, surgery, cuts, masks, samples)
             surgery.cut(trial, group.members)
-            if row.units and (problem := check.problem()):
+            problem = reference.why_changed() if row.units else ""
+            if problem:  # cut the group's modules as they were before
                 surgery.cut(cuts, group.members)
-                row, trial = replace(row, units=0, channels=0, note=problem), cuts
+                row, trial = replace(row, units=0, channels=0, reason=problem), cuts
             cuts = trial
         rows.append(row)
     return cuts, rows[::-1]
 
 
-def _tried(group: Group, surgery: Surgery, cuts: Cuts, masks: Mapping[str, Tensor], samples: Sequence[Any]) -> tuple[Row, Cuts]:
-    """What should go of ``group``, and the cuts with it."""
+def _with_dead_units(
+    group: Group, surgery: Surgery, cuts: Cuts, masks: Mapping[str, Tensor], samples: Sequence[Any]
+) -> tuple[GroupChange, Cuts]:
+    """What is dead in ``group``, and the cuts with it."""
+    # unread: masked at all consumers. silent: masked at all producers, so a constant may arrive at the consumers, and
+    # the unit can go only if their biases can stand for it.
     unread = ~_alive(group.consumers, group.size, masks, cuts)
     silent = ~_alive(group.producers, group.size, masks, cuts) & ~unread
-    arriving, note = {}, ""
+    arriving: dict[str, ArrivingRange] = {}
+    reason = ""
     if silent.any():
-        arriving = arrivals(group, surgery, cuts, samples)
+        arriving = arriving_ranges(group, surgery, cuts, samples)
         constant = foldable(group, arriving, surgery.model)
-        if stuck := int((silent & ~constant).sum()):
-            note = f"{stuck} units stay: what they hold is no constant, or one that zero padding would change"
+        stuck = int((silent & ~constant).sum())
+        if stuck:
+            reason = f"{stuck} units stay: what they hold is not a constant, or one that zero padding would change"
         silent &= constant
     keep = ~(unread | silent)
-    if not keep.any():  # a layer without channels is none
-        keep[0], note = True, "all units are dead; one stays"
-    added = shifts(group, silent & ~keep, arriving, surgery)
+    if not keep.any():  # a layer needs a channel at least
+        keep[0], reason = True, "all units are dead; one stays"
+    added = bias_shifts(group, silent & ~keep, arriving, surgery)
     units = group.producers[0].units
-    row = Row(group.name, group.size, int((~keep).sum()), int((~keep[units[units >= 0]]).sum()), note)
+    channels = int((~keep[units[units >= 0]]).sum())
+    row = GroupChange(group.name, group.size, int((~keep).sum()), channels, reason)
     return row, cuts.with_group(group, keep, added)
 
 
 def _alive(members: Sequence[Member], size: int, masks: Mapping[str, Tensor], cuts: Cuts) -> Tensor:
-    """Bool [units]: some weight of some member is active for it, among those that the cuts leave."""
+    """Bool [units]: whether some weight of some member is active for the unit, among those that the cuts leave."""
     alive = torch.zeros(size, dtype=torch.bool)
     for member in members:
-        if (mask := masks.get(member.parameter)) is None:
+        mask = masks.get(member.parameter)
+        if mask is None:  # a dense layer
             return torch.ones(size, dtype=torch.bool)
-        active = cuts.rest(member.parameter, mask.cpu()).movedim(member.dim, 0).flatten(1).any(1)
+        active = cuts.without_cut(member.parameter, mask.cpu()).movedim(member.dim, 0).flatten(1).any(1)
         alive[member.units[(member.units >= 0) & active]] = True
     return alive

@@ -1,4 +1,4 @@
-"""Running a model once, to look at it: any kind of inputs and outputs, no traces left, and optional libraries."""
+"""Runs a model once in order to look at it, on any kind of inputs, and leaves it as it was."""
 
 import copy
 import dataclasses
@@ -13,21 +13,26 @@ from torch.nn.modules.conv import _ConvNd
 
 from sparse_callbacks.core.randomness import undisturbed
 
-COMPILED = ("forward", "training_step", "validation_step", "test_step", "predict_step", "_compiler_ctx")
+BOUND_BY_LIGHTNING = ("forward", "training_step", "validation_step", "test_step", "predict_step", "_compiler_ctx")
+"""Attributes that Lightning stores in a module when it compiles it; a copy's would call the original module."""
 
 
 def extra(module: str, name: str) -> Any:
     """Import an optional dependency.
 
+    Args:
+        module: the module to import.
+        name: the extra of this package that installs it.
+
     Raises:
-        ImportError: it is not installed; says which extra brings it.
+        ImportError: it is not installed; the message names the extra.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"{module.replace('_', '-')} is needed here and cannot be imported ({error}). Install it with "
-            f"pip install 'sparse-callbacks[{name}]'."
+            f"{module.replace('_', '-')} is needed here and cannot be imported ({error}). Install it with pip install "
+            f"'sparse-callbacks[{name}]'."
         ) from error
 
 
@@ -39,7 +44,7 @@ def run(model: nn.Module, example_input: Any) -> Any:
 
 
 def tensors_in(nest: Any) -> list[Tensor]:
-    """Tensors in nested sequences, mappings and dataclasses, in order."""
+    """All tensors in nested tuples, lists, mappings and dataclasses, in order."""
     if isinstance(nest, Tensor):
         return [nest]
     parts: Iterable[Any] = ()
@@ -53,7 +58,7 @@ def tensors_in(nest: Any) -> list[Tensor]:
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], nest: Any) -> Any:
-    """``nest`` with every tensor in its mappings, tuples, lists and dataclasses changed."""
+    """A copy of ``nest`` with ``change`` applied to every tensor in its mappings, tuples, lists and dataclasses."""
     if isinstance(nest, Tensor):
         return change(nest)
     if isinstance(nest, Mapping):
@@ -61,21 +66,25 @@ def map_tensors(change: Callable[[Tensor], Tensor], nest: Any) -> Any:
     if _is_record(nest):
         parts = {f.name: map_tensors(change, getattr(nest, f.name)) for f in dataclasses.fields(nest) if f.init}
         return dataclasses.replace(nest, **parts)
+    # exactly these types: a class derived from tuple, such as a named one, may not take a single argument
     return type(nest)(map_tensors(change, v) for v in nest) if type(nest) in (tuple, list) else nest
 
 
 def _is_record(nest: Any) -> bool:
+    """Whether ``nest`` is an instance of a dataclass."""
     return dataclasses.is_dataclass(nest) and not isinstance(nest, type)
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy, of ordinary tensors also in inference mode.
+    """A deep copy, with ordinary tensors also when it is made in inference mode.
 
     Raises:
-        ValueError: there is none; says what to do about it.
+        ValueError: the model cannot be copied; the message says what to do about it.
     """
     if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError("This is a ScriptModule, whose layers cannot be replaced. Give the module that it was scripted from.")
+        raise ValueError(
+            "This is a ScriptModule, whose layers cannot be replaced. Give the module that it was scripted from."
+        )
     try:
         with torch.inference_mode(False):
             made = copy.deepcopy(model)
@@ -83,35 +92,32 @@ def copied(model: nn.Module) -> nn.Module:
         names = [n for n, _ in model.named_parameters() if n.endswith(("_orig", "_g"))]
         advice = "Detach, or delete, the tensors that its forward pass or its hooks store in attributes."
         if names:
-            advice = f"{names[0]} is of torch.nn.utils.prune or weight_norm: call prune.remove or remove_weight_norm on its module first."
-        raise ValueError(f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). {advice}") from error
-    for name in COMPILED if "_compiler_ctx" in vars(made) else ():  # what Lightning binds to a compiled module calls the original
-        vars(made).pop(name, None)
+            source = f"{names[0]} is of torch.nn.utils.prune or weight_norm"
+            advice = f"{source}: call prune.remove or remove_weight_norm on its module first."
+        raise ValueError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). {advice}"
+        ) from error
+    if "_compiler_ctx" in vars(made):
+        for name in BOUND_BY_LIGHTNING:
+            vars(made).pop(name, None)
     return made
 
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, nothing compiled; afterwards modes and random generators are as before."""
+    # eager: hooks must run in each pass, and a single pass is not worth a compilation
     with undisturbed(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         model.eval()
         yield
 
 
 @contextmanager
-def products_shown() -> Iterator[None]:
-    """Attention in products that a counter of FLOPs sees, and not as one operation as torch runs it in eval mode."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-@contextmanager
 def traceable(model: nn.Module) -> Iterator[None]:
-    """As in :func:`quiet`, but with every floating-point parameter in autograd's graph; flags too are put back."""
+    """As :func:`quiet`, but with every floating-point parameter in autograd's graph.
+
+    Afterwards ``requires_grad`` of every parameter is as before.
+    """
     flags = {p: p.requires_grad for p in model.parameters()}
     with quiet(model):
         try:
@@ -127,7 +133,7 @@ def traceable(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def training(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Train mode for these modules, and not for those inside them."""
+    """Train mode for these modules alone; modules inside them keep their modes."""
     modes = [(m, m.training) for m in modules]
     try:
         for module, _ in modes:
@@ -139,12 +145,14 @@ def training(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def training_branches(model: nn.Module, example_input: Any) -> list[str]:
-    """Names of the modules that have to be in train mode for layers to run that no pass in eval mode runs, such as auxiliary heads.
+    """Names of the modules that must be in train mode for layers to run that never run in eval mode.
 
-    Norms and dropouts are none of them. Empty where there are no such layers, or where the pass in train mode fails.
+    Auxiliary heads are such layers. Only modules that hold them are named, so norms and dropouts stay in eval mode.
+    Empty where there are no such layers, or where the pass in train mode fails.
 
     Args:
-        model: in eval mode; runs up to twice.
+        model: the model, in eval mode; it runs up to twice.
+        example_input: see :func:`run`.
     """
     layers = {m for m in model.modules() if isinstance(m, nn.Linear | _ConvNd)}
     idle = layers - _called(layers, model, example_input)
@@ -152,6 +160,7 @@ def training_branches(model: nn.Module, example_input: Any) -> list[str]:
         return []
     holders = {n: m for n, m in model.named_modules() if not idle.isdisjoint(m.modules()) and m not in idle}
     try:
+        # all of them at first: which of their forwards looks at the mode is not known
         with training(holders.values()):
             woken = idle & _called(idle, model, example_input)
     except Exception:  # whatever a forward pass does in train mode that this input is too small for
@@ -160,7 +169,7 @@ def training_branches(model: nn.Module, example_input: Any) -> list[str]:
 
 
 def _called(layers: Iterable[nn.Module], model: nn.Module, example_input: Any) -> set[nn.Module]:
-    """Those of ``layers`` that one pass runs."""
+    """The ``layers`` that one pass runs."""
     found: set[nn.Module] = set()
     with ExitStack() as hooks:
         for layer in layers:

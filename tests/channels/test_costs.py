@@ -25,9 +25,9 @@ from oracles.smcp import (
 )  # fmt: skip
 from torch import Tensor, nn
 
-from sparse_callbacks.channels.costs import Layer, Network, flops, layers, parameters
+from sparse_callbacks.channels.costs import Layer, OtherCosts, cost_outside_layers, layers, multiply_adds, parameters
 from sparse_callbacks.channels.groups import Group, Member, channel_groups
-from sparse_callbacks.channels.rest import Rest, rest
+from sparse_callbacks.channels.network_cost import Network
 from sparse_callbacks.methods.smcp.allocation import (
     allocate,
     best_units,
@@ -49,7 +49,7 @@ def test_the_reference_convolution(inputs: int) -> None:
     millions, billions = CONVOLUTION[inputs]
     layer = layers(nn.Sequential(nn.Conv2d(64, 128, 3, stride=2, padding=1)), torch.zeros(2, 64, 56, 56))["0"]
     assert parameters(layer, inputs, 128) == 1e6 * millions
-    assert flops(layer, inputs, 128) == 1e9 * billions
+    assert multiply_adds(layer, inputs, 128) == 1e9 * billions
 
 
 def counted(net: nn.Module, x: Tensor) -> float:
@@ -87,7 +87,7 @@ def test_dense_costs_are_those_of_torch(name: str) -> None:
     net, shape = NETS[name]
     x = torch.randn(shape)
     found = layers(net, x)
-    assert sum(flops(layer, layer.inputs, layer.outputs) for layer in found.values()) * shape[0] == counted(net, x)
+    assert sum(multiply_adds(layer, layer.inputs, layer.outputs) for layer in found.values()) * shape[0] == counted(net, x)
     weights = sum(m.weight.numel() for m in net.modules() if hasattr(m, "weight"))
     assert sum(parameters(layer, layer.inputs, layer.outputs) for layer in found.values()) == weights
 
@@ -123,15 +123,15 @@ def test_what_is_no_convolution_and_no_linear_layer_is_counted_as_it_is() -> Non
     net, tokens = Attends(), torch.zeros(3, 5, dtype=torch.int64)
     found = layers(net, tokens)
     assert list(found) == ["up", "down"]
-    other = rest(net, tokens, found)
+    other = cost_outside_layers(net, tokens, found)
     recurrent = 3 * 4 * (6 + 4) + 4 * 4 * (4 + 4)
     assert other.parameters == 7 * 6 + 4 * 6 * 6 + recurrent + 4 * 3
     # of one sample: projections of attention, scores and sums over 5 tokens, the recurrent layers' 5 steps, the last product
-    assert other.flops == 5 * 4 * 6 * 6 + 2 * 5 * 5 * 6 + 5 * recurrent + 5 * 4 * 3
+    assert other.multiply_adds == 5 * 4 * 6 * 6 + 2 * 5 * 5 * 6 + 5 * recurrent + 5 * 4 * 3
     assert torch.backends.mha.get_fastpath_enabled()
     assert all(not m._forward_hooks for m in net.modules())
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2))
-    assert rest(plain, torch.zeros(2, 3, 8, 8), layers(plain, torch.zeros(2, 3, 8, 8))) == Rest(0.0, 0.0)
+    assert cost_outside_layers(plain, torch.zeros(2, 3, 8, 8), layers(plain, torch.zeros(2, 3, 8, 8))) == OtherCosts(0.0, 0.0)
     assert Network(found, [], parameters, other.parameters).dense == other.parameters + 2 * 60
 
 
@@ -237,7 +237,7 @@ def small_cost(net: nn.Module, groups: list[Group], kept: list[int], cost: str) 
 @pytest.mark.parametrize("cost", ["parameters", "flops"])
 def test_costs_follow_the_channels_through_sums_concatenations_and_grouped_layers(cost: str) -> None:
     net, x = Block(), torch.zeros(2, 3, 4, 4)
-    found, groups = network(net, x, {"parameters": parameters, "flops": flops}[cost])
+    found, groups = network(net, x, {"parameters": parameters, "flops": multiply_adds}[cost])
     assert {"stem", "inner", "wide"} <= {g.name for g in groups}
     assert found.dense == small_cost(net, groups, found.sizes, cost)
     for seed in range(10):
@@ -249,7 +249,7 @@ def test_costs_follow_the_channels_through_sums_concatenations_and_grouped_layer
         assert all(t[0] <= t[1] <= t[2] for t in tables)
 
 
-@pytest.mark.parametrize("cost", [parameters, flops])
+@pytest.mark.parametrize("cost", [parameters, multiply_adds])
 @pytest.mark.parametrize("round_to", [1, 4])
 def test_the_choice_costs_what_the_budget_allows_from_wherever_it_starts(cost: object, round_to: int) -> None:
     found, _ = network(Block(), torch.zeros(2, 3, 4, 4), cost)
@@ -268,7 +268,7 @@ def test_the_choice_costs_what_the_budget_allows_from_wherever_it_starts(cost: o
                 assert list(got.kept) == found.sizes
 
 
-@pytest.mark.parametrize("cost", [parameters, flops])
+@pytest.mark.parametrize("cost", [parameters, multiply_adds])
 def test_the_choice_is_about_as_valuable_as_any_that_fits(cost: object) -> None:
     """Against all choices; a single solve reaches 0.85 of the best value on average."""
     found, _ = network(Block(), torch.zeros(1, 3, 4, 4), cost)
@@ -321,7 +321,7 @@ def test_an_option_costs_its_share_of_what_reads_it_and_its_depthwise_layer() ->
 
 def test_a_depthwise_convolution_goes_with_its_channels() -> None:
     layer = Layer("depth", 8, 8, (3, 3), groups=8, positions=(16,))
-    assert [flops(layer, j, j) for j in (8, 4)] == [8 * 9 * 16, 4 * 9 * 16]
+    assert [multiply_adds(layer, j, j) for j in (8, 4)] == [8 * 9 * 16, 4 * 9 * 16]
     multiplied = Layer("depth", 8, 16, (3, 3), groups=8)
     assert parameters(multiplied, 4, 8) == 8 * 9
 

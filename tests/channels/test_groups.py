@@ -6,15 +6,13 @@ import sys
 import pytest
 import support.channel_nets as nets
 import torch
-from support.channel_nets import IMAGE, made
+from support.channel_nets import IMAGE, OUTPUTS, made
 from support.contract_support import differences, structure
 from torch import Tensor, nn
 from torch.nn import functional
 
 from sparse_callbacks.channels.groups import Group, channel_groups
 from sparse_callbacks.channels.trace import Trace
-
-OUTPUTS = "these are outputs of the network"
 
 
 def groups_of(net: nn.Module, shape: tuple[int, ...] = IMAGE, **options: object) -> dict[str, Group]:

@@ -142,7 +142,7 @@ def test_the_slimmed_network_meets_the_budget_and_equals_the_masked_one(cost: st
     assert torch.allclose(small(x), module(x), atol=1e-5)
     assert proof.removed == sum(g.size for g in callback.groups) - sum(callback.kept)
     found = costs.layers(small, x)
-    each = {"parameters": costs.parameters, "flops": costs.flops}[cost]
+    each = {"parameters": costs.parameters, "flops": costs.multiply_adds}[cost]
     assert sum(each(layer, layer.inputs, layer.outputs) for layer in found.values()) == callback.network.realised(callback.kept)
 
 
@@ -223,7 +223,7 @@ def test_a_latency_budget_is_met_by_the_table(tmp_path: Path, capsys: pytest.Cap
     grids = {}
     for layer in costs.layers(net, torch.zeros(1, 2, 5, 5)).values():
         ins, outs = [1, layer.inputs], [1, layer.outputs]
-        cells = [[1.0 + costs.flops(layer, i, o) / 1e3 for o in outs] for i in ins]
+        cells = [[1.0 + costs.multiply_adds(layer, i, o) / 1e3 for o in outs] for i in ins]
         grids[signature(layer, layer.maps[0])] = Grid(ins, outs, [[c[-1]] for c in cells] if layer.depthwise else cells)
     about = {"model": "net", "input": [2, 5, 5], "torch": "1.0"}
     Table(about, grids, constant=3.0, factor=2.0).save(tmp_path / "t.json")
@@ -231,7 +231,7 @@ def test_a_latency_budget_is_met_by_the_table(tmp_path: Path, capsys: pytest.Cap
     with pytest.warns(UserWarning, match=r"the latency table of net was measured with torch 1\.0, and here it is"):
         fit(Classifier(net), callback)
     assert 0.4 < callback.network.realised(callback.kept) / callback.network.dense <= 0.6
-    alone = sum(1.0 + costs.flops(layer, layer.inputs, layer.outputs) / 1e3 for layer in callback.network.layers.values())
+    alone = sum(1.0 + costs.multiply_adds(layer, layer.inputs, layer.outputs) / 1e3 for layer in callback.network.layers.values())
     assert callback.network.dense == pytest.approx(3 + 2 * alone)
     told = r"of \d+ sizes of layers looked up in the latency table: \d+ measured, \d+ rounded up, \d+ interpolated\."
     assert re.search(told, capsys.readouterr().out)
@@ -420,8 +420,8 @@ def test_gains_take_the_steps_of_the_papers_gradient_rule(scaling: str) -> None:
 
 def test_norms_behind_layers_are_found_by_what_flows() -> None:
     net = conv_net()
-    assert norms.norms_behind(net, torch.zeros(1, 2, 5, 5)) == {"0": "1", "3.one": "3.norms.0", "3.two": "3.norms.1", "6": "7"}
-    assert norms.norms_behind(normed(), torch.zeros(1, 2, 5, 5).double()) == {"0": "1", "3": "4"}
+    assert norms.norm_of_layer(net, torch.zeros(1, 2, 5, 5)) == {"0": "1", "3.one": "3.norms.0", "3.two": "3.norms.1", "6": "7"}
+    assert norms.norm_of_layer(normed(), torch.zeros(1, 2, 5, 5).double()) == {"0": "1", "3": "4"}
     assert all(not m._forward_hooks for m in net.modules())
 
 

@@ -1,5 +1,6 @@
 """Small networks, one for each way in which channels are shared, and masks of half of their channels."""
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch.nn import functional
 from sparse_callbacks.channels.groups import Group
 
 IMAGE = (2, 3, 8, 8)
+OUTPUTS = "these are outputs of the network"
 
 
 class Residual(nn.Module):
@@ -240,3 +242,23 @@ def half(model: nn.Module, groups: Sequence[Group]) -> dict[str, Tensor]:
         for name, mask in group.masks(model, keep).items():
             masks[name] = masks[name] & mask if name in masks else mask
     return masks
+
+
+def masked(net: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
+    """A copy with zeros where the masks say so."""
+    found = copy.deepcopy(net)
+    with torch.no_grad():
+        for name, mask in masks.items():
+            found.get_parameter(name).mul_(mask)
+    return found
+
+
+def outputs(net: nn.Module, x: Tensor) -> Tensor:
+    """Outputs in eval mode; the network is left as it is."""
+    with torch.no_grad():
+        return copy.deepcopy(net).eval()(x)
+
+
+def dead_rows(gone: int, channels: int) -> Tensor:
+    """A mask of a convolution whose first outputs are dead."""
+    return (torch.arange(channels) >= gone).view(-1, 1, 1, 1)

@@ -1,1 +1,1 @@
-"""Measured latency tables: how long the layers of a network take on one machine."""
+"""Latency tables: how long the layers of a network take on one machine."""

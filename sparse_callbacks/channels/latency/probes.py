@@ -1,10 +1,6 @@
-"""Layers alone, before a clock: which kinds a model has, with which numbers of channels, and how long a call takes."""
+"""The layers that are measured alone: which kinds a model has, and with which numbers of channels."""
 
-import math
-import statistics
-import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,80 +9,81 @@ from torch.nn.modules.conv import _ConvNd
 from sparse_callbacks.channels.costs import Layer
 from sparse_callbacks.channels.latency.table import signature
 
-SHORTEST = 5e-4  # seconds that one reading lasts at least
-NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+BATCH_NORM_OF = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+"""The batch norm for convolutions by their number of spatial dimensions."""
 
 
-@torch.inference_mode()
-def milliseconds(calls: Sequence[Callable[[], Any]], repeats: int, device: torch.device) -> list[float]:
-    """Median time of one call of each of ``calls`` over ``repeats`` readings, which last 0.5 ms or more and take turns.
+def kinds_of(found: Iterable[Layer], points: int) -> dict[str, tuple[Layer, tuple[int, ...], list[int], list[int]]]:
+    """The kinds of layers that are measured, by their signature.
 
-    What slows the machine down for a while so slows all of them down. One reading of each warms up.
+    Args:
+        found: the layers of a model.
+        points: numbers of channels on each side of a layer, beside the smallest.
+
+    Returns:
+        for each kind one of its layers, the size of the map that it is used with, and the numbers of inputs and of
+        outputs to measure.
     """
-    wait: Callable[[], Any] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    uses: dict[str, list[tuple[Layer, tuple[int, ...]]]] = {}
+    for layer in found:
+        for map_size in layer.maps:
+            uses.setdefault(signature(layer, map_size), []).append((layer, map_size))
+    return {kind: (*of[0], *_sizes([layer for layer, _ in of], points)) for kind, of in uses.items()}
 
-    def reading(call: Callable[[], Any], times: int) -> float:
-        wait()
-        begun = time.perf_counter()
-        for _ in range(times):
-            call()
-        wait()
-        return time.perf_counter() - begun
 
-    def enough(call: Callable[[], Any]) -> int:
-        times = 1
-        while (took := reading(call, times)) < SHORTEST and times < 1 << 14:
-            times = max(2 * times, math.ceil(times * SHORTEST / max(took, 1e-9)))
-        return times
-
-    times = [enough(call) for call in calls]
-    rounds = [[reading(call, n) / n for call, n in zip(calls, times, strict=True)] for _ in range(repeats)]
-    return [1e3 * statistics.median(column) for column in zip(*rounds, strict=True)]
+def _sizes(same_kind: Sequence[Layer], points: int) -> tuple[list[int], list[int]]:
+    """Numbers of inputs and outputs to measure for layers of one kind."""
+    first = same_kind[0]
+    # a grouped convolution exists only with channels that its groups divide
+    multiple = 1 if first.depthwise else first.groups
+    ins = sorted({n for layer in same_kind for n in axis(layer.inputs, points, multiple)})
+    if first.depthwise:
+        return ins, [n * (first.outputs // first.inputs) for n in ins]
+    return ins, sorted({n for layer in same_kind for n in axis(layer.outputs, points, multiple)})
 
 
 def axis(size: int, points: int, multiple: int) -> list[int]:
-    """Channels to measure: ``multiple`` (the fewest there can be), and ``points`` even shares of ``size``, rounded to it.
+    """Numbers of channels to measure: ``multiple``, the fewest there can be, and ``points`` even shares of ``size``.
+
+    All are multiples of ``multiple``.
 
     >>> axis(64, 4, 1)
     [1, 16, 32, 48, 64]
     """
-    return sorted({multiple, *(max(1, round(size * p / points / multiple)) * multiple for p in range(1, points + 1))})
-
-
-def _sizes(uses: Sequence[Layer], points: int) -> tuple[list[int], list[int]]:
-    """Inputs and outputs to measure for layers of one kind; what belongs to a grouped convolution is divisible by its groups."""
-    first = uses[0]
-    many = 1 if first.depthwise else first.groups
-    ins = sorted({n for layer in uses for n in axis(layer.inputs, points, many)})
-    if first.depthwise:
-        return ins, [n * (first.outputs // first.inputs) for n in ins]
-    return ins, sorted({n for layer in uses for n in axis(layer.outputs, points, many)})
+    shares = (max(1, round(size * p / points / multiple)) * multiple for p in range(1, points + 1))
+    return sorted({multiple, *shares})
 
 
 def probe(module: nn.Module, inputs: int, outputs: int, norm: bool) -> nn.Module:
-    """A fresh layer like ``module`` with so many channels; a convolution with ``norm`` has its batch norm and ReLU behind it."""
+    """A fresh layer like ``module`` with other numbers of channels.
+
+    Args:
+        module: a convolution or linear layer.
+        inputs, outputs: numbers of channels of the fresh layer.
+        norm: whether a convolution is followed by a batch norm and ReLU, whose time then counts with it.
+    """
     bias = module.bias is not None
     if not isinstance(module, _ConvNd):
         return nn.Linear(inputs, outputs, bias)
+    # torch's own class, as a class derived from it may take other arguments
     kind = next(c for c in type(module).__mro__ if c.__module__ == "torch.nn.modules.conv")
-    groups = inputs if module.groups == module.in_channels > 1 else module.groups
-    named = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation, "padding_mode": module.padding_mode}
+    depthwise = module.groups == module.in_channels > 1
+    options = {
+        "stride": module.stride,
+        "padding": module.padding,
+        "dilation": module.dilation,
+        "padding_mode": module.padding_mode,
+    }
     if module.transposed:
-        named["output_padding"] = module.output_padding
-    made: nn.Module = kind(inputs, outputs, module.kernel_size, groups=groups, bias=bias, **named)
-    return nn.Sequential(made, NORMS[len(module.kernel_size)](outputs), nn.ReLU()) if norm else made
+        options["output_padding"] = module.output_padding
+    groups = inputs if depthwise else module.groups
+    made: nn.Module = kind(inputs, outputs, module.kernel_size, groups=groups, bias=bias, **options)
+    if not norm:
+        return made
+    return nn.Sequential(made, BATCH_NORM_OF[len(module.kernel_size)](outputs), nn.ReLU())
 
 
-def sample(layer: Layer, inner: Sequence[int], inputs: int, batch: int) -> Tensor:
-    """Random inputs of a layer."""
-    rows = batch * inner[0]
-    return torch.randn(rows, inputs, *inner[1:]) if layer.kernel else torch.randn(rows, inputs)
-
-
-def kinds_of(found: Iterable[Layer], points: int) -> dict[str, tuple[Layer, tuple[int, ...], list[int], list[int]]]:
-    """For each kind of layer one that is of it, the size that it is used with, and the inputs and outputs to measure."""
-    uses: dict[str, list[tuple[Layer, tuple[int, ...]]]] = {}
-    for layer in found:
-        for inner in layer.maps:
-            uses.setdefault(signature(layer, inner), []).append((layer, inner))
-    return {kind: (*of[0], *_sizes([layer for layer, _ in of], points)) for kind, of in uses.items()}
+def random_input(layer: Layer, map_size: Sequence[int], inputs: int, batch: int) -> Tensor:
+    """A random input of ``layer`` with ``inputs`` channels, as it has in a model that runs on ``batch`` samples."""
+    rows = batch * map_size[0]
+    return torch.randn(rows, inputs, *map_size[1:]) if layer.kernel else torch.randn(rows, inputs)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sparse_callbacks.channels.costs import Network
+from sparse_callbacks.channels.network_cost import Network
 from sparse_callbacks.methods.smcp import exchange
 from sparse_callbacks.methods.smcp.knapsack import InfeasibleError, solve
 

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from sparse_callbacks.channels import costs
 from sparse_callbacks.channels.groups import Group
 from sparse_callbacks.channels.latency.table import Table
-from sparse_callbacks.channels.rest import rest
+from sparse_callbacks.channels.network_cost import Network
 from sparse_callbacks.core.inspection import tensors_in
 from sparse_callbacks.methods.smcp import allocation
 
 SAME = 0.01  # relative, below which two sums of times are of one model
-COSTS: dict[str, costs.Cost] = {"parameters": costs.parameters, "flops": costs.flops}
+COSTS: dict[str, costs.LayerCost] = {"parameters": costs.parameters, "flops": costs.multiply_adds}
 
 
 def unit(cost: str) -> str:
@@ -24,7 +24,7 @@ def unit(cost: str) -> str:
 
 def priced(
     model: nn.Module, example: Any, layers: Mapping[str, costs.Layer], groups: Sequence[Group], cost: str, tell: Callable[[str], None]
-) -> costs.Network:
+) -> Network:
     """The cost of the network by the units of its groups, with everything in it that no group makes cheaper.
 
     Args:
@@ -38,11 +38,13 @@ def priced(
         ValueError: no table, or one of another model or input.
     """
     if cost in COSTS:
-        return costs.Network(layers, groups, COSTS[cost], getattr(rest(model, example, layers), cost))
+        other = costs.cost_outside_layers(model, example, layers)
+        constant = other.parameters if cost == "parameters" else other.multiply_adds
+        return Network(layers, groups, COSTS[cost], constant)
     table = Table.load(cost)
-    for warning in table.check(tuple(tensors_in(example)[0].shape[1:])):
+    for warning in table.doubts(tuple(tensors_in(example)[0].shape[1:])):
         tell(warning)
-    network = costs.Network(layers, groups, table, table.constant)
+    network = Network(layers, groups, table, table.constant)
     measured = float(table.about.get("model_ms_by_table", network.dense))
     if abs(network.dense / measured - 1) > SAME:
         raise ValueError(
@@ -53,7 +55,7 @@ def priced(
 
 
 def refuse(
-    budget: float, cost: str, network: costs.Network, groups: Sequence[Group], options: Sequence[Tensor], chunk: int, stem: str | None
+    budget: float, cost: str, network: Network, groups: Sequence[Group], options: Sequence[Tensor], chunk: int, stem: str | None
 ) -> None:
     """Refuse a budget that no choice of options meets, and chunks that divide no group.
 
@@ -84,7 +86,7 @@ def refuse(
         )
 
 
-def overview(groups: Sequence[Group], options: Sequence[Tensor], left_out: Mapping[str, str], network: costs.Network, cost: str) -> str:
+def overview(groups: Sequence[Group], options: Sequence[Tensor], left_out: Mapping[str, str], network: Network, cost: str) -> str:
     """A table of what can be removed, and why the rest stays, to read before training."""
     least = allocation.smallest(network, options) / network.dense
     head = f"{'channels of':30}{'units':>7}  may keep"
@@ -93,7 +95,7 @@ def overview(groups: Sequence[Group], options: Sequence[Tensor], left_out: Mappi
     rows.append(f"With the fewest channels {least:.4f} of the {unit(cost)} are left.")
     if isinstance(network.cost, Table):
         network.tables(options, network.sizes)
-        rows.append(f"{network.cost.told()}.")
+        rows.append(f"{network.cost.lookup_report()}.")
     return "\n".join([head, *rows])
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sparse_callbacks.channels.costs import Network
+from sparse_callbacks.channels.network_cost import Network
 
 TRIALS = 6000  # costs of networks that one search looks at: a fraction of a second
 GAIN = 1e-9  # relative, below which a gain is rounding

@@ -159,8 +159,8 @@ class SMCP(SparsityCallback):
         stay = [*(self.exclude or ()), *(e.name for e in self.entries if e.reason.endswith("kept dense on request"))]
         layers = costs.layers(model, example)
         stem = None if self.prune_stem else costs.stem(layers)
-        self.groups, self.left_out = prunable.prunable(model, example, stay, self.owners.owns, stem)
-        self._norms = norms.norms_behind(model, example) if self.norm_scaling else {}
+        self.groups, self.left_out = prunable.prunable_groups(model, example, stay, self.owners.owns, stem)
+        self._norms = norms.norm_of_layer(model, example) if self.norm_scaling else {}
         self.network = budget.priced(model, example, layers, self.groups, self.cost, self._warn)
         self._options = [allocation.options_of(g.size, self.round_to, self.chunk) for g in self.groups]
         stays = stem if any(why.endswith("is the stem") for why in self.left_out.values()) else None
@@ -238,7 +238,7 @@ class SMCP(SparsityCallback):
                 share = kept_importance(name, self.groups, self._scores, self.weights.masks)
             before = self.aux.get(f"norm/{name}", torch.ones((), dtype=torch.float64))
             self.aux[f"norm/{name}"] = torch.full_like(before, share)
-            norms.rescale(self.model.get_parameter(f"{norm}.weight"), share / float(before), self.owners.optimizers)
+            norms.rescale_gain(self.model.get_parameter(f"{norm}.weight"), share / float(before), self.owners.optimizers)
 
     def _window_of(self, group: int) -> str:
         """What the score of a group is kept under; the name of a parameter on its device comes last, as in every key of ``aux``."""

@@ -1,0 +1,62 @@
+"""The time of a call: the one clock, for layers that are measured alone and for whole models."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+SHORTEST = 5e-4
+"""Seconds that a reading lasts at least. Shorter ones would measure the clock itself, so fast calls are repeated."""
+MOST_CALLS = 1 << 14
+"""Calls in one reading at most, so that a clock that stands still cannot hold a reading up for ever."""
+FEWEST = 3
+"""Readings that are taken of every call, however slow it is."""
+
+
+def milliseconds(
+    calls: Sequence[Callable[[], Any]], readings: int, devices: Iterable[torch.device] = (), patience: float = math.inf
+) -> list[float]:
+    """Median time of one call of each of ``calls``.
+
+    Args:
+        calls: functions that are called without arguments, in the grad mode that is set outside.
+        readings: number of readings of which the median is taken, of 0.5 ms or more each. One more warms up.
+        devices: devices that work for the calls; a reading ends when the GPUs among them are idle.
+        patience: seconds after which no reading beyond the :data:`FEWEST` is taken.
+    """
+    gpus = [d for d in {*devices} if d.type == "cuda"]
+
+    def wait() -> None:
+        for gpu in gpus:  # each by itself: synchronize() alone would wait for the current GPU, which may be another
+            torch.cuda.synchronize(gpu)
+
+    def reading(call: Callable[[], Any], repeats: int) -> float:
+        wait()
+        begun = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        wait()
+        return time.perf_counter() - begun
+
+    def repeats_of(call: Callable[[], Any]) -> tuple[int, float]:
+        """How often a call must be repeated to last long enough, and the seconds that finding it took."""
+        repeats, spent = 1, 0.0
+        while True:
+            seconds = reading(call, repeats)
+            spent += seconds
+            if seconds >= SHORTEST or repeats >= MOST_CALLS:
+                return repeats, spent
+            repeats = max(2 * repeats, math.ceil(repeats * SHORTEST / max(seconds, 1e-9)))
+
+    warmed_up = [repeats_of(call) for call in calls]
+    spent = sum(seconds for _, seconds in warmed_up)
+    rounds: list[list[float]] = []
+    while len(rounds) < readings and (len(rounds) < FEWEST or spent < patience):
+        # the calls take turns, so that what slows the machine down for a while slows all of them down
+        seconds = [reading(call, repeats) for call, (repeats, _) in zip(calls, warmed_up, strict=True)]
+        rounds.append([s / repeats for s, (repeats, _) in zip(seconds, warmed_up, strict=True)])
+        spent += sum(seconds)
+    return [1e3 * statistics.median(times) for times in zip(*rounds, strict=True)]

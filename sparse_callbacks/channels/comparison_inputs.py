@@ -1,0 +1,121 @@
+"""The inputs on which outputs are compared: random ones, single entries, and in which precision."""
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_callbacks.channels.comparison import outputs_on
+from sparse_callbacks.core.inspection import map_tensors, quiet, run, tensors_in
+
+
+def precise(masked: nn.Module, samples: Sequence[Any]) -> tuple[nn.Module, list[Any]]:
+    """A copy of the model and the samples in float64, where rounding hides no error.
+
+    Where the model fails in float64, for example since it makes tensors of another type itself, both stay as they are.
+    """
+    doubled, samples_in_double = copy.deepcopy(masked).double(), [map_tensors(_double, x) for x in samples]
+    try:
+        with quiet(doubled):
+            run(doubled, samples_in_double[0])
+    except Exception:  # a forward pass may well assert its types
+        return copy.deepcopy(masked), list(samples)
+    return doubled, samples_in_double
+
+
+def refuse_telling_nothing(outputs: Sequence[Tensor], samples: Sequence[Any]) -> None:
+    """Refuse outputs in which an error would not show.
+
+    Args:
+        outputs: the outputs on ``samples``, in one list.
+        samples: inputs, of which the last two are random.
+
+    Raises:
+        ValueError: the outputs are NaN, none of them is finite, or they are the same on both random inputs.
+    """
+    if not any(bool(t.isfinite().any()) for t in outputs) or any(bool(t.isnan().any()) for t in outputs):
+        raise ValueError(
+            "The masked model gives NaN, or no finite outputs, in eval mode, so nothing can be compared. Look for inf "
+            "or NaN in its weights and in example_input, and for a forward pass that returns no tensors."
+        )
+    each = len(outputs) // len(samples)
+    last, before_last = outputs[-each:], outputs[-2 * each : -each]
+    alike = all(torch.equal(a, b) for a, b in zip(last, before_last, strict=True))
+    # integers of the random inputs may be those of the example, on which equal outputs are right
+    if alike and any(t.is_floating_point() for t in tensors_in(samples[-1])):
+        raise ValueError(
+            "The masked model gives the same outputs for different random inputs, so a comparison would show no error. "
+            "Look for a layer without any active weight, such as a head that is all zeros."
+        )
+
+
+def random_samples(model: nn.Module, example_input: Any, seed: int) -> list[Any]:
+    """Two random inputs like ``example_input``.
+
+    They hold normal numbers of standard deviation 1 and 10, bools that are true half of the time, and in the second one
+    integers in another order. Where the model fails on such an input, or gives values that are not finite where it
+    gives finite ones otherwise, the numbers have standard deviation 1, and bools and integers are those of
+    ``example_input``.
+
+    Args:
+        model: runs three times, in eval mode, as a copy.
+        example_input: a tensor, a tuple of positional arguments or a mapping of named arguments.
+        seed: seed of the random numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    model = copy.deepcopy(model)
+    with quiet(model):
+        usual = [t.isfinite() for t in outputs_on(model, [example_input])]
+        found = []
+        for scale, reorder in ((1.0, False), (10.0, True)):
+            plain = map_tensors(partial(_normal, generator=generator), example_input)
+            varied = map_tensors(partial(_varied, generator=generator, scale=scale, reorder=reorder), example_input)
+            found.append(varied if _is_taken(model, varied, usual) else plain)
+        return found
+
+
+def first_entry(model: nn.Module, sample: Any) -> Any:
+    """The first entry of a batch, on which a comparison is fast; the whole batch if the model does not take it."""
+    sizes = {t.shape[:1] for t in tensors_in(sample)}
+    if len(sizes) != 1 or sizes <= {torch.Size([]), torch.Size([1])}:
+        return sample
+    first = map_tensors(lambda t: t[:1], sample)
+    try:
+        with quiet(model):
+            good = all(bool(t.isfinite().all()) and t.numel() > 0 for t in outputs_on(model, [first]))
+    except Exception:  # whatever the user's forward does with a batch of one
+        return sample
+    return first if good else sample
+
+
+def _is_taken(model: nn.Module, sample: Any, usual: Sequence[Tensor]) -> bool:
+    """Whether the outputs on ``sample`` are finite where they are ``usual``."""
+    try:
+        found = [t.isfinite() for t in outputs_on(model, [sample])]
+    except Exception:  # such as a mask that leaves nothing, or lengths that have to be sorted
+        return False
+    return len(found) == len(usual) and all(torch.equal(a, b) for a, b in zip(found, usual, strict=True))
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _normal(tensor: Tensor, generator: torch.Generator, scale: float = 1.0) -> Tensor:
+    """Normal numbers in the place of floating-point ones; other tensors as they are."""
+    if not tensor.is_floating_point():
+        return tensor
+    return (scale * torch.randn(tensor.shape, generator=generator)).to(tensor)
+
+
+def _varied(tensor: Tensor, generator: torch.Generator, scale: float, reorder: bool) -> Tensor:
+    """Normal numbers, random bools, and integers in another order: so they stay in the range that the model takes."""
+    if tensor.dtype == torch.bool:
+        return (torch.rand(tensor.shape, generator=generator) < 0.5).to(tensor.device)
+    if tensor.is_floating_point() or tensor.is_complex() or not reorder:
+        return _normal(tensor, generator, scale)
+    order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
+    return tensor.flatten()[order].view(tensor.shape)

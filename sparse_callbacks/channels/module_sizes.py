@@ -1,0 +1,50 @@
+"""Modules and their sizes: which can be cut, along which dimension, and the sizes that they state."""
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+"""Norms that can lose channels, as they treat each by itself."""
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is a convolution or a linear layer."""
+    return isinstance(module, nn.Linear | _ConvNd)
+
+
+def output_dim(module: nn.Module) -> int:
+    """Dimension of the outputs in a layer's weight: 1 for transposed convolutions, which store their inputs first."""
+    return int(isinstance(module, _ConvTransposeNd))
+
+
+def depthwise_names(model: nn.Module) -> frozenset[str]:
+    """Names of the convolutions with one input and one output in every group."""
+    convolutions = [(n, m) for n, m in model.named_modules() if isinstance(m, _ConvNd)]
+    return frozenset(n for n, m in convolutions if m.groups == m.in_channels == m.out_channels > 1)
+
+
+def update_sizes(module: nn.Module, is_depthwise: bool) -> None:
+    """Set the sizes that ``module`` states of itself to those of its tensors.
+
+    Args:
+        module: any module.
+        is_depthwise: whether it was a depthwise convolution at first.
+    """
+    candidates = (getattr(module, "weight", None), getattr(module, "running_mean", None))
+    weight = next((t for t in candidates if isinstance(t, Tensor)), None)
+    if weight is None:
+        return
+    if isinstance(module, _ConvNd):
+        first, second = weight.shape[:2]
+        if is_depthwise:
+            module.in_channels = module.out_channels = module.groups = first
+        elif isinstance(module, _ConvTransposeNd):
+            module.in_channels, module.out_channels = first, second * module.groups
+        else:
+            module.out_channels, module.in_channels = first, second * module.groups
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, BATCH_NORMS):
+        module.num_features = len(weight)
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(weight)
