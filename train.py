@@ -60,10 +60,10 @@ def train(cfg: DictConfig) -> dict[str, float]:
     data = hydra.utils.instantiate(cfg.data)
     module = build.build_module(cfg, data)
     callbacks = build.build_callbacks(cfg, method, folder / "checkpoints", logged=bool(cfg.get("logger")))
-    loggers = build.build_loggers(cfg)
+    used_loggers = build.build_loggers(cfg)
     failed = True
     try:
-        trainer = build.build_trainer(cfg, callbacks, loggers)
+        trainer = build.build_trainer(cfg, callbacks, used_loggers)
         metrics = _fit_and_test(trainer, module, data, method, cfg, resumed)
         if trainer.is_global_zero:
             problem = None
@@ -79,7 +79,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
                 raise problem
         failed = False
     finally:
-        loggers.finish(loggers, failed)
+        loggers.finish(used_loggers, failed)
     return metrics
 
 
