@@ -1,6 +1,6 @@
 """What a checkpoint of `train.py` holds beyond Lightning's: random states, and gradients inside an accumulation window."""
 
-import random
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,38 +8,48 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, distributed, nn
 
+from sparse_callbacks.core.randomness import random_states, restore_random_states
+
 KEY = "run_state"
 
 
-def random_states() -> dict[str, Any]:
-    """States of the generators of torch (CPU and the current CUDA device), numpy and Python, as tensors and numbers."""
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    version, numbers, gauss = random.getstate()
-    states = {
-        "torch": torch.get_rng_state(),
+def states_to_save() -> dict[str, Any]:
+    """The states of `random_states` in tensors, numbers and words, which a checkpoint may hold under ``weights_only=True``."""
+    if torch.cuda.is_available():
+        # a run on the CPU has not used CUDA so far, and its checkpoint holds the device's state all the same
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    states = random_states()
+    name, keys, position, has_gauss, cached = states["numpy"]
+    version, numbers, gauss = states["python"]
+    saved = {
+        "torch": states["torch"],
         "numpy": {
             "name": str(name),
+            # torch has no tensors of numpy's uint32 that can be saved everywhere, so the words are widened
             "keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
             "rest": [int(position), int(has_gauss), float(cached)],
         },
         "python": {"version": version, "numbers": torch.tensor(numbers, dtype=torch.int64), "gauss": gauss},
     }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
+    if states["cuda"]:
+        saved["cuda"] = states["cuda"][torch.cuda.current_device()]
+    return saved
 
 
-def set_random_states(states: dict[str, Any]) -> None:
-    """Put back what `random_states` took; a CUDA state needs a CUDA device and is left where there is none."""
-    torch.set_rng_state(states["torch"].cpu())
-    saved = states["numpy"]
-    position, has_gauss, cached = saved["rest"]
-    keys = saved["keys"].cpu().numpy().astype(np.uint32)
-    np.random.set_state((saved["name"], keys, int(position), int(has_gauss), cached))
-    saved = states["python"]
-    random.setstate((saved["version"], tuple(saved["numbers"].tolist()), saved["gauss"]))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"].cpu())
+def restore_saved_states(saved: Mapping[str, Any]) -> None:
+    """Put back what `states_to_save` took; a CUDA state needs a CUDA device and is left where there is none."""
+    position, has_gauss, cached = saved["numpy"]["rest"]
+    keys = saved["numpy"]["keys"].cpu().numpy().astype(np.uint32)
+    python = saved["python"]
+    states: dict[str, Any] = {
+        "torch": saved["torch"].cpu(),
+        "numpy": (saved["numpy"]["name"], keys, int(position), int(has_gauss), cached),
+        "python": (python["version"], tuple(python["numbers"].tolist()), python["gauss"]),
+        "cuda": {},
+    }
+    if "cuda" in saved and torch.cuda.is_available():
+        states["cuda"][torch.cuda.current_device()] = saved["cuda"].cpu()
+    restore_random_states(states)
 
 
 def accumulated_gradients(module: nn.Module) -> dict[str, Tensor]:
@@ -65,10 +75,10 @@ class RunState(pl.Callback):
         self._restored: dict[str, Any] | None = None
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        states: list[Any] = [random_states()]
+        states: list[Any] = [states_to_save()]
         if trainer.world_size > 1:
             states = [None] * trainer.world_size
-            distributed.all_gather_object(states, random_states())
+            distributed.all_gather_object(states, states_to_save())
         checkpoint[KEY] = {"random": states}
         if self.gradients and inside_window(trainer):
             checkpoint[KEY]["gradients"] = accumulated_gradients(pl_module)
@@ -91,4 +101,4 @@ class RunState(pl.Callback):
         for name, parameter in pl_module.named_parameters():
             if name in restored.get("gradients", {}):
                 parameter.grad = restored["gradients"][name].to(parameter.device)
-        set_random_states(restored["random"][trainer.global_rank])
+        restore_saved_states(restored["random"][trainer.global_rank])
