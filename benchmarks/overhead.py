@@ -24,7 +24,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from paced import SPARSITY, Net, PeerNet, Run, Step, Workload, gated, lightning_run, parametrized, pruned, raw_run
+from interleaved_runs import SPARSITY, Net, PeerNet, Run, Step, Workload, gated, lightning_run, parametrized, pruned, raw_run
 from torch import nn
 
 from sparse_callbacks import DPF, SMCP, ConstrainedL0, RigL, SparsityCallback, Static
