@@ -1,4 +1,4 @@
-"""What a checkpoint of `train.py` holds beyond Lightning's: random states, and gradients inside an accumulation window."""
+"""Random states and unfinished gradients in a checkpoint, so that a run resumes bitwise."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,13 +10,16 @@ from torch import Tensor, distributed, nn
 
 from sparse_callbacks.core.randomness import random_states, restore_random_states
 
-KEY = "run_state"
+KEY = "run_state"  # the entry of the checkpoint
 
 
 def states_to_save() -> dict[str, Any]:
-    """The states of `random_states` in tensors, numbers and words, which a checkpoint may hold under ``weights_only=True``."""
+    """The current states of `random_states` as tensors, numbers and strings.
+
+    A checkpoint may hold nothing else if it is to be loaded with ``weights_only=True``.
+    """
     if torch.cuda.is_available():
-        # a run on the CPU has not used CUDA so far, and its checkpoint holds the device's state all the same
+        # the format holds the state of the current device also where the run has not used CUDA so far
         torch.cuda.init()  # type: ignore[no-untyped-call]
     states = random_states()
     name, keys, position, has_gauss, cached = states["numpy"]
@@ -25,7 +28,7 @@ def states_to_save() -> dict[str, Any]:
         "torch": states["torch"],
         "numpy": {
             "name": str(name),
-            # torch has no tensors of numpy's uint32 that can be saved everywhere, so the words are widened
+            # numpy's keys are uint32, which few functions of torch know; int64 holds them all
             "keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
             "rest": [int(position), int(has_gauss), float(cached)],
         },
@@ -53,21 +56,27 @@ def restore_saved_states(saved: Mapping[str, Any]) -> None:
 
 
 def accumulated_gradients(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of the gradients by parameter name; parameters without one are absent."""
+    """Copies of the gradients by parameter name; parameters without a gradient are absent."""
     return {name: p.grad.detach().clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
 def inside_window(trainer: pl.Trainer) -> bool:
-    """Whether the batch just done was no optimizer step but part of an accumulation window."""
+    """Whether the last micro-batch was not followed by an optimizer step, so that its window is unfinished."""
     return trainer.training and trainer.fit_loop._should_accumulate()
 
 
 class RunState(pl.Callback):
-    """Saves and restores what a bitwise resume needs and neither Lightning nor the sparsity callback saves.
+    """Saves and restores what a bitwise resume needs and what neither Lightning nor a sparsity callback saves.
 
-    Random states of every process, taken at the checkpoint and put back in `on_train_start`, after everything that
-    draws numbers while the run is set up; with `gradients`, also every `.grad` of an unfinished accumulation window
-    (the sparsity callbacks save them themselves).
+    These are the random states of every process, put back in `on_train_start`, after everything that draws numbers
+    while the run is set up.
+
+    Args:
+        gradients: whether every `.grad` of an unfinished accumulation window is saved too. Sparsity callbacks save
+            them themselves, so this is for dense runs.
+
+    Raises:
+        ValueError: in `on_train_start`, a checkpoint of a run with another number of processes.
     """
 
     def __init__(self, gradients: bool) -> None:
@@ -97,7 +106,7 @@ class RunState(pl.Callback):
                 f"{trainer.world_size}, so data order and random states would differ. "
                 f"Resume with trainer.devices={processes}."
             )
-        # earlier the Trainer would zero the gradients again
+        # not when the checkpoint is loaded: between then and now Lightning sets the gradients to zero
         for name, parameter in pl_module.named_parameters():
             if name in restored.get("gradients", {}):
                 parameter.grad = restored["gradients"][name].to(parameter.device)
