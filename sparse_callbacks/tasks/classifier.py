@@ -22,7 +22,8 @@ LR_SCHEDULES = ("constant", "cosine", "steps")
 class Optim:
     """The optimizer and the course of its learning rate, in scalars, so that each of them fits a sweep.
 
-    Under a method that restarts the optimizer (GaP), "the run" is one phase, or fine-tuning: each begins the course anew.
+    Under a method that restarts the optimizer (GaP), "the run" is one phase, or fine-tuning, and each of them begins
+    the course anew.
 
     Args:
         name: sgd, adam or adamw.

@@ -25,8 +25,8 @@ def mlp(input_shape: Shape, num_classes: int, hidden: Sequence[int] = (256, 256)
         input_shape: the shape of one sample, (channels, height, width) or (features,).
         num_classes: the number of outputs.
         hidden: the widths of the hidden layers.
-        init: "xavier_uniform" draws the weights as Glorot and Bengio (2010) did and sets the biases to zero; None leaves
-            torch's own initial values.
+        init: "xavier_uniform" draws the weights as Glorot and Bengio (2010) did and sets the biases to zero; None
+            leaves torch's own initial values.
 
     Raises:
         ValueError: an unknown init.

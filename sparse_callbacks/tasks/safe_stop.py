@@ -94,7 +94,7 @@ class SafeStop(Checkpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._save(trainer)
-        # not in teardown: Lightning has then put back the handlers from before the run, and this would set its own again
+        # not in teardown: by then Lightning has put back the handlers from before the run, and this would undo it
         self._restore_handlers()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -29,7 +29,9 @@ def check(method: SparsityCallback | None) -> None:
         ImportError: the extra `channels` is missing.
     """
     if method is None:
-        raise ValueError("slim=true, but method=none has no masks to remove channels by. Choose a method, e.g. method=smcp.")
+        raise ValueError(
+            "slim=true, but method=none has no masks to remove channels by. Choose a method, e.g. method=smcp."
+        )
     for module in ("torch_pruning", "safetensors.torch"):
         extra(module, "channels")
 
@@ -47,11 +49,11 @@ def slimmed(
         folder: the folder of the run, which the files are written into.
 
     Returns:
-        The metrics and the proof. The metrics are slim/parameters, slim/flops and slim/latency (milliseconds for a batch
-        of 8), each also as a share of the masked network's (slim/parameters_share, ...), slim/removed (channels),
-        slim/difference (of the outputs, relative) and slim/test/acc.
+        The metrics and the proof. The metrics are slim/parameters, slim/flops and slim/latency (milliseconds for a
+        batch of 8), each also as a share of the masked network's (slim/parameters_share, ...), slim/removed
+        (channels), slim/difference (of the outputs, relative) and slim/test/acc.
     """
-    # from the weights and not from the method's masks: after `test=best` the weights are of another epoch than the masks
+    # from the weights and not from the method's masks: after `test=best` the weights are of an earlier epoch
     parameters = dict(module.named_parameters())
     masks = {name.removeprefix("model."): parameters[name].detach() != 0 for name in method.masks}
     images, _ = next(iter(data.test_dataloader()))

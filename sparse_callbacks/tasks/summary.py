@@ -21,7 +21,7 @@ def sparsities(method: SparsityCallback | None) -> dict[str, float]:
 
 
 def write_metrics(path: Path, metrics: Mapping[str, float]) -> None:
-    """Write the metrics as JSON with sorted keys; a number that is not finite becomes null, as JSON has no other word."""
+    """Write the metrics as JSON with sorted keys; a number that is not finite becomes null, as JSON lacks it."""
     finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
     path.write_text(json.dumps(dict(sorted(finite.items())), indent=2) + "\n")
 
@@ -94,7 +94,7 @@ def _add_sparsity(out: Table, metrics: Mapping[str, float], method: SparsityCall
 def show(
     metrics: Mapping[str, float], method: SparsityCallback | None, places: Mapping[str, str], resumed: bool = False
 ) -> None:
-    """Print the table of `summary_table`; long paths are folded and never cut, also where the output is not a terminal."""
+    """Print the table of `summary_table`; long paths are folded and never cut, also in a log file."""
     Console().print(summary_table(metrics, method, places, resumed))
 
 

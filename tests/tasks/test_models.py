@@ -1,4 +1,4 @@
-"""The published networks have the published sizes, and every network takes the images of every data set."""
+"""Published networks have their published sizes, and every network takes the images of every set."""
 
 import inspect
 from collections.abc import Callable

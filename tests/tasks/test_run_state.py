@@ -1,4 +1,4 @@
-"""Random states in a checkpoint: their format, which older checkpoints share, and that they come back exactly."""
+"""Random states in a checkpoint keep the format of older checkpoints and come back exactly."""
 
 import random
 import subprocess

@@ -1,4 +1,4 @@
-"""Tables of numbers from files: what is read, how it is split and scaled, and what is refused before the first batch."""
+"""Tables of numbers from files: what is read and refused, and how it is split and scaled."""
 
 import inspect
 import os

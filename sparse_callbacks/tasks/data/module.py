@@ -115,10 +115,13 @@ def digits(batch_size: int = 32, seed: int = 0, val_fraction: float = 0.15, test
 
     source = load_digits()
     everything = Samples(torch.tensor(source.images / 16.0, dtype=torch.float32)[:, None], torch.tensor(source.target))
-    rest, test = train_test_split(np.arange(len(everything)), test_size=test_fraction, stratify=source.target, random_state=0)
+    classes = source.target
+    remaining, test = train_test_split(
+        np.arange(len(everything)), test_size=test_fraction, stratify=classes, random_state=0
+    )
     # the second split is of what the first has left, while the fractions are of all images
     share = val_fraction / (1.0 - test_fraction)
-    train, val = train_test_split(rest, test_size=share, stratify=source.target[rest], random_state=0)
+    train, val = train_test_split(remaining, test_size=share, stratify=classes[remaining], random_state=0)
     parts = [everything.take(torch.as_tensor(np.sort(part))) for part in (train, val, test)]
     return ImageData(*parts, num_classes=10, mean=(0.305,), std=(0.376,), batch_size=batch_size, seed=seed)
 

@@ -121,7 +121,8 @@ def _mat_arrays(file: Path) -> dict[str, Array]:
         found = loadmat(file)
     except (NotImplementedError, ValueError, TypeError, OSError, matlab.MatReadError) as error:
         raise ValueError(
-            f"{file} cannot be read as a MATLAB file ({error}). A file of version 7.3 is HDF5: save it with -v7, or as .npz."
+            f"{file} cannot be read as a MATLAB file ({error}). "
+            "A file of version 7.3 is HDF5: save it with -v7, or as .npz."
         ) from None
     # sparse matrices are made dense; strings and lists that describe the file are left out
     dense = {key: value.toarray() if hasattr(value, "toarray") else value for key, value in found.items()}

@@ -90,14 +90,15 @@ def _checked_file(path: str | None, root: str, scaler: str, val_fraction: float,
         raise ValueError(f"data.scaler={scaler!r} is not known. Choose one of {', '.join(SCALERS)}.")
     if not (val_fraction > 0 and test_fraction > 0 and val_fraction + test_fraction < 1):
         raise ValueError(
-            f"data.val_fraction={val_fraction} and data.test_fraction={test_fraction} leave one of the three parts empty. "
-            "Give shares above 0 with a sum below 1, e.g. 0.1 and 0.2."
+            f"data.val_fraction={val_fraction} and data.test_fraction={test_fraction} leave one of the three parts "
+            "empty. Give shares above 0 with a sum below 1, e.g. 0.1 and 0.2."
         )
     file = Path(root) / path
     if not file.is_file():
         reason = "is a folder" if file.is_dir() else "is not there"
         raise FileNotFoundError(
-            f"data.path={path} {reason} (looked at {file.absolute()}). Give data.path=FILE, absolute or within data.root=FOLDER."
+            f"data.path={path} {reason} (looked at {file.absolute()}). "
+            "Give data.path=FILE, absolute or within data.root=FOLDER."
         )
     return file
 
@@ -151,8 +152,8 @@ def class_numbers(labels: Array, file: Path) -> tuple[Array, int]:
         raise ValueError(f"{file}: all labels are {classes[0]!s}, and one class needs no network. Check data.labels.")
     if counts.min() < LEAST_SAMPLES_OF_A_CLASS:
         raise ValueError(
-            f"{file}: class {classes[counts.argmin()]!s} of {len(classes)} has {counts.min()} samples, too few to train, "
-            f"validate and test with: {LEAST_SAMPLES_OF_A_CLASS} are needed. "
+            f"{file}: class {classes[counts.argmin()]!s} of {len(classes)} has {counts.min()} samples, too few to "
+            f"train, validate and test with: {LEAST_SAMPLES_OF_A_CLASS} are needed. "
             "Remove the class, merge it with another, or check data.labels."
         )
     return numbers, len(classes)
