@@ -1,4 +1,4 @@
-"""Train a network sparse (or dense) on real data: `python train.py method=rigl sparsity=0.9`.
+"""Trains a network, sparse or dense, on real data: `python train.py method=rigl sparsity=0.9`.
 
 Every choice is an override: `python train.py --help` lists the groups. The folder of the run, printed at its end, holds
 metrics.json, the configuration, the checkpoints and the logs.
@@ -21,7 +21,10 @@ from sparse_callbacks.tasks.safe_stop import RunStopped
 
 
 def run_folder(cfg: DictConfig) -> Path:
-    """`output_dir` where it is given, else Hydra's folder of the job, else a new one under outputs/."""
+    """The absolute path of the run's folder, which is created where it is absent.
+
+    It is `output_dir` where that is given, else Hydra's folder of the job, else a new folder under outputs/.
+    """
     if cfg.output_dir is not None:
         folder = Path(cfg.output_dir)
     elif HydraConfig.initialized():
@@ -33,24 +36,27 @@ def run_folder(cfg: DictConfig) -> Path:
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
-    """One run: fit, test, and what it leaves in its folder.
+    """One run: training, test, and the results in its folder.
 
     Args:
-        cfg: composed from conf/train.yaml.
+        cfg: the configuration, composed from conf/train.yaml.
 
     Returns:
-        test/acc, val/acc (last epoch), sparsity/total, sparsity/model, sparsity/<parameter>, the method's own figures, updates,
-        epochs, steps and seconds; with `slim=true` those of `tasks.slim.slimmed`. The tested network is the last one, with `test=best`
-        the best epoch at target sparsity by val/acc.
+        The metrics by key: test/acc, val/acc (of the last epoch), sparsity/total, sparsity/model,
+        sparsity/<parameter>, the method's own figures, updates, epochs, steps and seconds; with `slim=true` also those
+        of `tasks.slim.slimmed`. The tested network is the last one, or with `test=best` that of the best epoch at
+        target sparsity by val/acc.
 
     Raises:
         ValueError, FileNotFoundError: input that cannot work, before the first batch.
         RunStopped: Ctrl-C or SIGTERM; its checkpoint resumes the run.
     """
+    # the caller's configuration stays as it was, since several runs of a process may share it
     cfg = cfg.copy()
     folder = run_folder(cfg)
     cfg.output_dir = str(folder)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    # everything cheap that can be refused comes first, before data is read and loggers are started
     build.check_choices(cfg)
     method = build.build_method(cfg)
     if cfg.slim:
@@ -60,26 +66,28 @@ def train(cfg: DictConfig) -> dict[str, float]:
     data = hydra.utils.instantiate(cfg.data)
     module = build.build_module(cfg, data)
     callbacks = build.build_callbacks(cfg, method, folder / "checkpoints", logged=bool(cfg.get("logger")))
-    made = build.build_loggers(cfg)
+    # not named `loggers`, which is the module that ends them
+    used_loggers = build.build_loggers(cfg)
     failed = True
     try:
-        trainer = build.build_trainer(cfg, callbacks, made)
+        trainer = build.build_trainer(cfg, callbacks, used_loggers)
         metrics = _fit_and_test(trainer, module, data, method, cfg, resumed)
         if trainer.is_global_zero:
-            problem = None
+            slim_error = None
             if cfg.slim and method is not None:
                 try:
-                    found, proof = slim.slimmed(trainer, module, data, method, folder)
-                    metrics |= found
+                    slim_metrics, proof = slim.slimmed(trainer, module, data, method, folder)
+                    metrics |= slim_metrics
                     print(proof, flush=True)
-                except Exception as error:  # the run's results are kept whatever comes
-                    problem = error
-            _leave(metrics, method, trainer, folder, resumed is not None, problem)
-            if problem is not None:
-                raise problem
+                except Exception as error:
+                    # raised again below: a failure of slimming must not lose the results of the training
+                    slim_error = error
+            _report(metrics, method, trainer, folder, resumed is not None, slim_error)
+            if slim_error is not None:
+                raise slim_error
         failed = False
     finally:
-        loggers.finish(made, failed)
+        loggers.finish(used_loggers, failed)
     return metrics
 
 
@@ -91,52 +99,63 @@ def _fit_and_test(
     cfg: DictConfig,
     resumed: str | None,
 ) -> dict[str, float]:
-    plain = OmegaConf.to_container(cfg, resolve=True)
+    """Train and test; the metrics of the run, without those of slimming."""
+    settings = OmegaConf.to_container(cfg, resolve=True)
     for logger in trainer.loggers:
-        logger.log_hyperparams(plain)  # type: ignore[arg-type]
+        logger.log_hyperparams(settings)  # type: ignore[arg-type]
     began = time.perf_counter()
     trainer.fit(module, data, ckpt_path=resumed, weights_only=True if resumed else None)
     seconds = time.perf_counter() - began
+    # read before the test, which replaces the metrics of the validation
     steps, epochs = trainer.global_step, trainer.current_epoch
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
     if trainer.limit_test_batches != 0:
         tested = trainer.test(module, data, verbose=False, **_tested_checkpoint(cfg, trainer))
         metrics |= {key: float(value) for result in tested for key, value in result.items()}
-    metrics |= summary.sparsities(method) | ({} if method is None else method.figures())
-    updates = 0 if method is None else method.updates
-    return metrics | {"updates": float(updates), "epochs": float(epochs), "steps": float(steps), "seconds": seconds}
+    metrics |= summary.sparsities(method)
+    metrics["updates"] = 0.0
+    if method is not None:
+        metrics |= method.figures()
+        metrics["updates"] = float(method.updates)
+    return metrics | {"epochs": float(epochs), "steps": float(steps), "seconds": seconds}
 
 
 def _tested_checkpoint(cfg: DictConfig, trainer: pl.Trainer) -> dict[str, object]:
     """Arguments of `Trainer.test` that choose the network: none for the last one, which is in memory."""
     best = best_checkpoint(trainer)
-    return {"ckpt_path": best, "weights_only": True} if cfg.test == "best" and best else {}
+    if cfg.test == "best" and best:
+        return {"ckpt_path": best, "weights_only": True}
+    return {}
 
 
 def best_checkpoint(trainer: pl.Trainer) -> str:
-    """Path of the best checkpoint at target sparsity; empty where there was no such epoch."""
-    return next(c for c in trainer.checkpoint_callbacks if isinstance(c, BestAtTarget)).best_model_path
+    """The path of the best checkpoint at target sparsity; empty where no epoch was at target."""
+    keepers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, BestAtTarget)]
+    return keepers[0].best_model_path
 
 
-def _leave(
+def _report(
     metrics: dict[str, float],
     method: SparsityCallback | None,
     trainer: pl.Trainer,
     folder: Path,
     resumed: bool,
-    problem: Exception | None = None,
+    slim_error: Exception | None,
 ) -> None:
-    """metrics.json and the table, which names a `problem` of slimming."""
+    """Write metrics.json and print the table, which also says why slimming failed."""
     summary.write_metrics(folder / "metrics.json", metrics)
-    inside = ["checkpoints/last.ckpt", "checkpoints/best.ckpt", "metrics.json", slim.FILE, ".hydra/config.yaml"]
-    places = {"folder": summary.relative(folder), "in it": ", ".join(p for p in inside if (folder / p).exists())}
-    places |= {} if problem is None else {"slim": f"failed: {problem}"}
+    possible = ["checkpoints/last.ckpt", "checkpoints/best.ckpt", "metrics.json", slim.FILE, ".hydra/config.yaml"]
+    written = [name for name in possible if (folder / name).exists()]
+    places = {"folder": summary.relative(folder), "in it": ", ".join(written)}
+    if slim_error is not None:
+        places["slim"] = f"failed: {slim_error}"
     places |= dict(loggers.place(logger) for logger in trainer.loggers)
     summary.show(metrics, method, places, resumed)
 
 
 @hydra.main(version_base=None, config_path=str(Path(__file__).parent.resolve() / "conf"), config_name="train")
 def main(cfg: DictConfig) -> None:
+    """Run `train`; a stopped run prints the command that resumes it, and its exit status is that of the signal."""
     try:
         train(cfg)
     except RunStopped as stopped:

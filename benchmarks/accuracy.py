@@ -1,11 +1,12 @@
-"""Test accuracy of every method over several seeds: one table a setting, with mean, spread and range.
+"""Measures the test accuracy of every method over several seeds; one table for each setting.
 
     python benchmarks/accuracy.py                                  # scikit-learn's digits, seconds a run
     python benchmarks/accuracy.py --table lenet5 --root FOLDER     # LeNet-5 on Fashion-MNIST, about a minute a run
 
-FOLDER holds torchvision's files (see data.root in conf/data/fashion_mnist.yaml). Each run is `python train.py` with the overrides
-of its row, those above its table and a seed. The file is written anew after each run; with `--runs KEPT` the folders of the runs stay
-there and finished ones are not repeated, so a stopped script goes on where it was. Delete KEPT after a change to the code.
+FOLDER holds torchvision's files (see data.root in conf/data/fashion_mnist.yaml). Each run is `python train.py` with the
+overrides of its row, the overrides above its table and a seed. The file is written again after each run. With `--runs KEPT`
+the folders of the runs stay in KEPT and finished runs are not repeated, so a stopped script can go on. Delete KEPT after a
+change to the code.
 """
 
 import argparse
@@ -39,9 +40,10 @@ class Group:
 
     Args:
         title: the heading.
-        shared: overrides of `train.py` that all rows have, parted by blanks.
-        rows: name of a row to its own overrides. One override `sparsity=...` in `shared` does not reach `method=none`.
-        search: a line of validation accuracies of the first seed in place of a table: how the settings of a row were chosen.
+        shared: the overrides of `train.py` that all rows have, separated by blanks.
+        rows: the overrides of each row by its name. An override `sparsity=...` in `shared` is left out for `method=none`.
+        search: whether the group shows how the settings of a row were chosen: a line of validation accuracies of the
+            first seed instead of a table.
     """
 
     title: str
@@ -52,7 +54,16 @@ class Group:
 
 @dataclass(frozen=True)
 class Report:
-    """A file of results: `about` says what it is of, `command` what writes it; `needs_root`: its data set lies in files."""
+    """A file of results.
+
+    Args:
+        title: the heading of the file.
+        about: what the runs have in common.
+        command: the command that writes the file.
+        out: the name of the file in benchmarks/results.
+        groups: the groups of runs, in their order.
+        needs_root: whether the data set is read from a folder.
+    """
 
     title: str
     about: str
@@ -108,61 +119,94 @@ REPORTS = {
 
 
 def overrides(shared: str, row: str, seed: int) -> tuple[str, ...]:
-    """What `train.py` is given for one run, without where its data lies; the same for two settings whose dense run is one."""
+    """The overrides of `train.py` for one run, without the folder of its data.
+
+    Dense runs of two sparsities have the same overrides, so that they are made only once.
+    """
     words = [*row.split(), *shared.split()]
     if "method=none" in words:
-        words = [w for w in words if not w.startswith("sparsity=")]
-        words += ["sparsity=null"] if any(w.startswith("experiment=") for w in words) else []  # that of the experiment
+        words = [word for word in words if not word.startswith("sparsity=")]
+        if any(word.startswith("experiment=") for word in words):
+            # the experiment has a sparsity too, which a dense run refuses
+            words.append("sparsity=null")
     return (*words, f"seed={seed}")
 
 
 def quoted(path: str) -> str:
-    """A path as the value of an override, whatever is in it."""
+    """A path as the value of an override, whatever characters it has."""
     return "'" + path.replace("'", "\\'") + "'"
 
 
 def run(words: Sequence[str], root: str | None, folder: Path) -> Metrics:
-    """Metrics of one run in a process with one thread, so that the same sums come in the same order on every machine of one kind.
+    """The metrics of one run, which is made in a process of its own.
+
+    Args:
+        words: the overrides of `train.py`.
+        root: the folder of the data set; None where the data set needs no files.
+        folder: the folder of the run.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: the run failed.
     """
     places = [f"hydra.run.dir={quoted(str(folder))}"] + ([] if root is None else [f"data.root={quoted(root)}"])
     command = [sys.executable, str(ROOT / "train.py"), *words, "logger=[]", "trainer.enable_progress_bar=false", *places]
+    # with one thread sums have the same order on all machines of one kind
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if ended.returncode != 0:
-        raise RuntimeError(f"{shlex.join(command)} failed, so the table has a gap; run it by hand. It says: {ended.stderr[-2000:].strip()}")
+        raise RuntimeError(
+            f"{shlex.join(command)} failed, so the table has a gap; run it by hand. "
+            f"Its error: {ended.stderr[-2000:].strip()}"
+        )
     return json.loads((folder / "metrics.json").read_text())
 
 
 def runs(report: Report, seeds: int) -> list[tuple[str, ...]]:
-    """All runs, each once: the search, then all rows with the first seed, then with the next."""
-    searches = [(g.shared, row, 0) for g in report.groups if g.search for row in g.rows.values()]
-    rows = [(g.shared, row, seed) for seed in range(seeds) for g in report.groups if not g.search for row in g.rows.values()]
-    return list(dict.fromkeys(overrides(*one) for one in [*searches, *rows]))
+    """The overrides of all runs, each once: the searches, then all rows with the first seed, then with the next one."""
+    found = []
+    for group in report.groups:
+        if group.search:
+            found += [overrides(group.shared, row, 0) for row in group.rows.values()]
+    for seed in range(seeds):
+        for group in report.groups:
+            if not group.search:
+                found += [overrides(group.shared, row, seed) for row in group.rows.values()]
+    return list(dict.fromkeys(found))
 
 
 def results(todo: Sequence[tuple[str, ...]], root: str | None, kept: Path, jobs: int) -> Iterator[tuple[tuple[str, ...], Metrics]]:
-    """Overrides and metrics of each run as it ends; those whose metrics.json `kept` already has come first."""
+    """Overrides and metrics of each run as it ends; finished runs of an earlier call come first.
+
+    Args:
+        todo: the overrides of the runs.
+        root: the folder of the data set; None where the data set needs no files.
+        kept: the folder of the folders of the runs.
+        jobs: the number of runs at a time.
+    """
     folders = {words: kept / ",".join(words) for words in todo}
     done = {words: folder / "metrics.json" for words, folder in folders.items() if (folder / "metrics.json").exists()}
     yield from ((words, json.loads(path.read_text())) for words, path in done.items())
-    with ThreadPoolExecutor(jobs) as pool:  # a thread waits for its process
+    # threads are enough, since each of them only waits for the process of its run
+    with ThreadPoolExecutor(jobs) as pool:
         futures = {pool.submit(run, words, root, folders[words]): words for words in todo if words not in done}
         try:
             yield from ((futures[future], future.result()) for future in as_completed(futures))
         finally:
-            pool.shutdown(cancel_futures=True)  # after a failure or Ctrl-C nothing new starts
+            # after a failure or Ctrl-C no further run starts
+            pool.shutdown(cancel_futures=True)
 
 
 def line(name: str, row: str, found: Sequence[Metrics]) -> str:
-    """One row of a table; the accuracies in percent, the spread is the standard deviation of a sample."""
+    """One row of a table, with accuracies in percent; the spread is the standard deviation of a sample."""
     if not found:
         return f"| {name} | not run yet | | | | | | | `{row}` |"
-    tested, validated = ([100 * metrics[f"{stage}/acc"] for metrics in found] for stage in ("test", "val"))
+    tested = [100 * metrics["test/acc"] for metrics in found]
+    validated = [100 * metrics["val/acc"] for metrics in found]
     spread = f"{statistics.stdev(tested):.2f}" if len(tested) > 1 else ""
-    zeros = " to ".join(dict.fromkeys(f"{100 * of(m['sparsity/total'] for m in found):.2f}" for of in (min, max)))
+    sparsities = [100 * metrics["sparsity/total"] for metrics in found]
+    zeros, most_zeros = f"{min(sparsities):.2f}", f"{max(sparsities):.2f}"
+    if most_zeros != zeros:
+        zeros = f"{zeros} to {most_zeros}"
     seconds = statistics.mean(metrics["seconds"] for metrics in found)
     return (
         f"| {name} | {statistics.mean(tested):.2f} % | {spread} | {min(tested):.2f} to {max(tested):.2f} % "
@@ -171,11 +215,15 @@ def line(name: str, row: str, found: Sequence[Metrics]) -> str:
 
 
 def section(group: Group, found: Mapping[tuple[str, ...], Metrics], seeds: int) -> str:
-    """A group as Markdown, from the runs that are there."""
+    """A group as Markdown, from the runs that have ended so far."""
     if group.search:
-        tried = {name: found.get(overrides(group.shared, row, 0)) for name, row in group.rows.items()}
-        best = sorted(((m["val/acc"], name) for name, m in tried.items() if m is not None), reverse=True)
-        return f"{group.title}, by validation accuracy: " + "; ".join(f"{name} {100 * value:.2f} %" for value, name in best) + "."
+        tried = []
+        for name, row in group.rows.items():
+            metrics = found.get(overrides(group.shared, row, 0))
+            if metrics is not None:
+                tried.append((metrics["val/acc"], name))
+        best_first = "; ".join(f"{name} {100 * value:.2f} %" for value, name in sorted(tried, reverse=True))
+        return f"{group.title}, by validation accuracy: {best_first}."
     lines = [
         f"## {group.title}",
         "",
@@ -185,13 +233,13 @@ def section(group: Group, found: Mapping[tuple[str, ...], Metrics], seeds: int) 
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in group.rows.items():
-        every = (overrides(group.shared, row, seed) for seed in range(seeds))
-        lines.append(line(name, row, [found[one] for one in every if one in found]))
+        of_row = [overrides(group.shared, row, seed) for seed in range(seeds)]
+        lines.append(line(name, row, [found[words] for words in of_row if words in found]))
     return "\n".join(lines)
 
 
 def text(report: Report, found: Mapping[tuple[str, ...], Metrics], seeds: int) -> str:
-    """The whole file."""
+    """The whole file as Markdown."""
     head = (
         f"# {report.title}\n\n{report.about}\n\nWritten by `{report.command}`. The spread is the standard deviation over seeds, in "
         f"points; a seed moves weights, masks and the order of the data. Seconds are wall time of training and validation, one thread of "
@@ -206,13 +254,15 @@ def main() -> None:
     parser.add_argument("--table", choices=list(REPORTS), default="digits")
     parser.add_argument("--root", help="folder of torchvision's files, for --table lenet5")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--runs", type=Path, help="keeps the folders of the runs, and gives those that are finished")
-    parser.add_argument("--out", type=Path, help="the file, by default in benchmarks/results")
+    parser.add_argument("--jobs", type=int, default=1, help="number of runs at a time, with one thread each")
+    parser.add_argument("--runs", type=Path, help="folder that keeps the runs; finished runs in it are not repeated")
+    parser.add_argument("--out", type=Path, help="file of the table, by default in benchmarks/results")
     arguments = parser.parse_args()
     report = REPORTS[arguments.table]
-    if report.needs_root != (arguments.root is not None):
-        parser.error(f"--table {arguments.table} {'needs' if report.needs_root else 'reads no files, so it takes no'} --root FOLDER")
+    if report.needs_root and arguments.root is None:
+        parser.error(f"--table {arguments.table} needs --root FOLDER")
+    if not report.needs_root and arguments.root is not None:
+        parser.error(f"--table {arguments.table} reads no files, so it takes no --root FOLDER")
     out = arguments.out or ROOT / "benchmarks" / "results" / report.out
     out.parent.mkdir(parents=True, exist_ok=True)
     root = None if arguments.root is None else str(Path(arguments.root).absolute())

@@ -1,14 +1,14 @@
-"""What a training step costs with our callbacks, against the same Lightning run without one and against peers.
+"""Measures the time of a training step with our callbacks, without them and with other packages.
 
     pip install -e ".[dev]"
     python benchmarks/overhead.py --rounds 15 --steps 20
 
-All runs of a case live in one process, each Trainer in its own thread, and take turns: in every round each run makes the same
-number of steps, in an order that rotates from round to round. A ratio is the median, over rounds, of one run's time in the
-round over that of its baseline. With one thread the clock is the CPU time of the process, so that other jobs on the machine
-disturb little; with several it is wall time. Steps with a topology update are timed apart and charged as one in a hundred, those
-of DPF as one in sixteen, those of SMCP as one in eighty.
-The table goes to the screen and to benchmarks/results/overhead.md, which says more.
+All runs of a case are in one process, each Trainer in its own thread, and take turns: in every round each run makes the same
+number of steps, in an order that rotates from round to round. A ratio is the median over rounds of the run's time divided by
+its baseline's time in the same round. With one thread the clock is the CPU time of the process, so that other jobs on the
+machine disturb little; with several threads it is wall time. Steps with a topology update are timed separately and counted as
+one in a hundred, those of DPF as one in sixteen, those of SMCP as one in eighty. The table is printed and written to
+benchmarks/results/overhead.md, which says more.
 """
 
 import argparse
@@ -24,13 +24,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from paced import SPARSITY, Net, PeerNet, Run, Step, Workload, gated, lightning_run, parametrized, pruned, raw_run
+from interleaved_runs import SPARSITY, Net, PeerNet, Run, StepTime, Workload, gated, lightning_run, parametrized, pruned, raw_run
 from torch import nn
 
 from sparse_callbacks import DPF, SMCP, ConstrainedL0, RigL, SparsityCallback, Static
 from sparse_callbacks.tasks.models import mlp, resnet20
 
-EVERY, WARM_UP = 100, 10
+EVERY = 100  # steps between two updates that "ms a step" stands for
+WARM_UP = 10  # steps before the first round, at a share of 1
 RESULTS = Path(__file__).parent / "results" / "overhead.md"
 
 
@@ -76,13 +77,17 @@ WORKLOADS = {
 }
 
 
-BASE, RAW, OURS, FEEDBACK, CHANNELS = "Lightning, no callback", "raw loop", "ours: RigL", "ours: DPF", "ours: SMCP"
-CHARGED = {FEEDBACK: 16, CHANNELS: 80}  # published steps between two updates
+BASE, RAW, RIGL, DPF_LABEL, SMCP_LABEL = "Lightning, no callback", "raw loop", "ours: RigL", "ours: DPF", "ours: SMCP"
+# the published numbers of steps between two updates where they are not EVERY
+PUBLISHED_EVERY = {DPF_LABEL: 16, SMCP_LABEL: 80}
 
 
 def runs_of(workload: Workload, rounds: Sequence[int]) -> dict[str, tuple[str, Run]]:
-    """Label -> (label of the baseline, run)."""
-    every = max(2, min(EVERY, sum(rounds) // 5))  # several updates to time, however short the run
+    """The runs of a table: the label of its baseline and the run itself, by the label of the run."""
+    # a short run too has several updates to time
+    every = max(2, min(EVERY, sum(rounds) // 5))
+
+    dpf_every = min(every, PUBLISHED_EVERY[DPF_LABEL])
 
     def lightning(callback: SparsityCallback | None = None, module: Net | None = None) -> Run:
         return lightning_run(workload, rounds, module or Net(workload), callback)
@@ -90,14 +95,15 @@ def runs_of(workload: Workload, rounds: Sequence[int]) -> dict[str, tuple[str, R
     found = {
         BASE: (BASE, lightning()),
         "ours: Static": (BASE, lightning(Static(SPARSITY, print_plan=False))),
-        OURS: (BASE, lightning(RigL(SPARSITY, every=every, stop=1.0, print_plan=False))),
-        FEEDBACK: (BASE, lightning(DPF(f"constant({SPARSITY})", every=min(every, CHARGED[FEEDBACK]), stop=1.0, print_plan=False))),
+        RIGL: (BASE, lightning(RigL(SPARSITY, every=every, stop=1.0, print_plan=False))),
+        DPF_LABEL: (BASE, lightning(DPF(f"constant({SPARSITY})", every=dpf_every, stop=1.0, print_plan=False))),
     }
     if workload.gates:
-        units, weights = (ConstrainedL0(0.5, unit=unit, print_plan=False) for unit in ("channel", "weight"))
+        units = ConstrainedL0(0.5, unit="channel", print_plan=False)
+        weights = ConstrainedL0(0.5, unit="weight", print_plan=False)
         channels = SMCP(0.5, round_to=4, every=every, start=1, stop=sum(rounds), print_plan=False)
         found |= {
-            CHANNELS: (BASE, lightning(channels)),
+            SMCP_LABEL: (BASE, lightning(channels)),
             "ours: ConstrainedL0, units": (BASE, lightning(units)),
             "ours: ConstrainedL0, weights": (BASE, lightning(weights)),
             "gates by autograd, units": (BASE, lightning(module=gated(Net(workload), units=True))),
@@ -116,29 +122,38 @@ def runs_of(workload: Workload, rounds: Sequence[int]) -> dict[str, tuple[str, R
 
 @dataclass
 class Timing:
-    """Seconds of one run: the mean ordinary step of each round, and every update step."""
+    """Times of one run in seconds.
+
+    Attributes:
+        every: the number of steps between two updates that `amortised` stands for.
+        ordinary: the mean step without an update, of each round.
+        updates: every step with an update.
+    """
 
     every: int = EVERY
     ordinary: list[float] = field(default_factory=list)
     updates: list[float] = field(default_factory=list)
 
-    def add(self, steps: Sequence[Step]) -> None:
+    def add(self, steps: Sequence[StepTime]) -> None:
+        """Take in the steps of one round."""
         self.ordinary.append(statistics.mean(t for t, updated in steps if not updated))
         self.updates += [t for t, updated in steps if updated]
 
     def amortised(self) -> list[float]:
-        """Seconds a step in each round, with one update in ``every`` steps."""
+        """The mean step of each round if one in ``every`` steps had an update."""
         if not self.updates:
             return self.ordinary
         return [(t * (self.every - 1) + statistics.median(self.updates)) / self.every for t in self.ordinary]
 
 
 def measure(workload: Workload, count: int, steps: int) -> dict[str, tuple[str, Timing]]:
+    """The label of its baseline and the times of each run, by label, over ``count`` rounds."""
     length = max(1, round(steps * workload.share))
     runs = runs_of(workload, [max(2, round(WARM_UP * workload.share)), *[length] * count])
-    timings = {label: (base, Timing(CHARGED.get(label, EVERY))) for label, (base, _) in runs.items()}
-    for run in runs.values():
-        next(run[1])
+    timings = {label: (base, Timing(PUBLISHED_EVERY.get(label, EVERY))) for label, (base, _) in runs.items()}
+    # the first round warms up and is not counted
+    for _, run in runs.values():
+        next(run)
     labels = list(runs)
     for turn in range(count):
         for label in labels[turn % len(labels) :] + labels[: turn % len(labels)]:
@@ -147,15 +162,18 @@ def measure(workload: Workload, count: int, steps: int) -> dict[str, tuple[str, 
 
 
 def ratios(timing: Timing, base: Timing) -> list[float]:
+    """The run's mean step over the baseline's, in each round."""
     return [a / b for a, b in zip(timing.amortised(), base.amortised(), strict=True)]
 
 
 def spread(values: Sequence[float], digits: int) -> str:
+    """Median and quartiles as text."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def table(workload: Workload, timings: dict[str, tuple[str, Timing]]) -> str:
+    """The table of a workload as Markdown."""
     peers = [label for label in timings if label.startswith("rigl-torch")]
     head = ["run", "ms a step", "ratio to its baseline (quartiles)", "without updates", "ms added a step", "update step, ms"]
     head += [f"of {p}" for p in peers]
@@ -176,29 +194,36 @@ def table(workload: Workload, timings: dict[str, tuple[str, Timing]]) -> str:
 
 
 def preface(rounds: int, threads: int) -> str:
-    what = "CPU time of the process" if threads == 1 else "wall time"
+    """What comes before the tables."""
+    dpf_every, smcp_every = PUBLISHED_EVERY[DPF_LABEL], PUBLISHED_EVERY[SMCP_LABEL]
+    measured = "1 thread, CPU time of the process" if threads == 1 else f"{threads} threads, wall time"
     return f"""# Time of a training step
 
-Sparsity {SPARSITY}, {threads} thread{"s"[: threads != 1]}, {what}; {rounds} rounds, interleaved. Python {platform.python_version()},
-torch {torch.__version__}, pytorch-lightning {pl.__version__}, {platform.machine()}, {os.cpu_count()} cores. Random data made beforehand.
-Written by `python benchmarks/overhead.py`.
+Sparsity {SPARSITY}, {measured}; {rounds} rounds, interleaved. Python {platform.python_version()},
+torch {torch.__version__}, pytorch-lightning {pl.__version__}, {platform.machine()}, {os.cpu_count()} cores.
+The data is random and made before the clock starts. Written by `python benchmarks/overhead.py`.
 
-- A ratio is the median over rounds of the run's time over its baseline's in the same round, with the quartiles in brackets. The
-  baseline of everything under Lightning is the same Trainer, module and data without a callback; that of a raw loop is a raw loop.
-- "ms a step" and its ratio hold one update in {EVERY} steps, for DPF one in {CHARGED[FEEDBACK]}, for SMCP in {CHARGED[CHANNELS]}; the
-  ratio "without updates" leaves them out, and the "update step" stands alone (median; n of them were timed). RigL's update takes the
-  place of the optimizer's step; DPF's, a global mask from the dense weights, comes on top of it, and so does SMCP's, a knapsack.
-- The gates of ConstrainedL0 have no updates: every step samples them, and steps gates and multiplier. "Gates by autograd" is the
-  parametrization w * z as it is usually written, without a constraint.
-- Our masks are drawn by Erdos-Renyi-kernel over all layers; rigl-torch leaves the first layer dense, so it masks fewer weights.
-- rigl-torch's `step` takes no closure, so under Lightning it needs an `optimizer_step` override that calls the closure by hand.
+- A ratio is the median over rounds of the run's time divided by its baseline's time in the same round, with the quartiles
+  in brackets. The baseline of everything under Lightning is the same Trainer, module and data without a callback; that of
+  a raw loop is a raw loop.
+- "ms a step" and its ratio hold one update in {EVERY} steps, for DPF one in {dpf_every}, for SMCP one in {smcp_every}.
+  The ratio "without updates" leaves the updates out, and the "update step" stands alone (median; n of them were timed).
+  RigL's update replaces the optimizer's step; DPF's, a global mask from the dense weights, comes on top of it, and so does
+  SMCP's, a knapsack.
+- The gates of ConstrainedL0 have no updates: every step samples them, and steps gates and multiplier. "Gates by autograd"
+  is the parametrization w * z as it is usually written, without a constraint.
+- Our masks are drawn by Erdos-Renyi-kernel over all layers; rigl-torch leaves the first layer dense, so it masks fewer
+  weights.
+- rigl-torch's `step` takes no closure, so under Lightning it needs an override of `optimizer_step` that calls the closure
+  by hand.
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=20, help="of the large MLP in a round; the other networks make a fixed multiple")
+    steps_help = "steps of the large MLP in a round; the other networks make a fixed multiple"
+    parser.add_argument("--steps", type=int, default=20, help=steps_help)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cases", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--out", type=Path, default=RESULTS)

@@ -1,11 +1,11 @@
-"""Time of a topology update and of threshold selection over ResNet-50's conv and linear weights, against peers.
+"""Measures a topology update and threshold selection on ResNet-50, against other packages.
 
     pip install -e ".[all]"
     python benchmarks/update.py --rounds 5 --threads 1
 
-All candidates run in one process, interleaved, in an order that rotates from round to round, from the same state each
-time, and their results are compared. With one thread the clock is the CPU time of the process, with more it is wall time.
-The table goes to the screen and to benchmarks/results/update.md.
+All candidates run in one process, take turns in an order that rotates from round to round, and begin from the same state
+each time; their results are compared. With one thread the clock is the CPU time of the process, with more it is wall time.
+The table is printed and written to benchmarks/results/update.md.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from sparse_callbacks.core.calendar import Calendar
 from sparse_callbacks.core.selection import select
 
 SPARSITY, DROP_FRACTION = 0.9, 0.3
-ENDLESS = 10**9  # steps; the drop fraction has not begun to fall
+ENDLESS = 10**9  # steps of a run so long that the drop fraction has not begun to fall
 RESULTS = Path(__file__).parent / "results" / "update.md"
 
 Rows = dict[str, Callable[[], object]]
@@ -36,9 +36,10 @@ Rows = dict[str, Callable[[], object]]
 class Update:
     """One RigL update from the same state by rigl-torch and by our callback, driven as Lightning drives it.
 
-    Ours is the whole optimizer step that the update replaces: gradients checked and taken away, masks chosen, grown weights and
-    momentum cleared, masks applied, connections counted. rigl-torch's is its ``_rigl_step``. It leaves the first convolution dense
-    (9408 of 25.5 M weights), so both update the other 53 layers.
+    The time of ours is that of the whole optimizer step that the update replaces: gradients are checked and taken away,
+    masks chosen, grown weights and their momentum cleared, masks applied and connections counted. The time of
+    rigl-torch is that of its ``_rigl_step``. It leaves the first convolution dense (9408 of 25.5 M weights), so both
+    update the other 53 layers.
     """
 
     title = f"One RigL update (sparsity {SPARSITY}, {DROP_FRACTION} dropped)"
@@ -70,7 +71,7 @@ class Update:
             self.optimizer.state[self.own[name]]["momentum_buffer"] = momentum.clone()
 
     def reset(self) -> None:
-        """Both back to the state before the update (not timed)."""
+        """Put both back into the state before the update; this is not timed."""
         for name, i in self.layers.items():
             self.peer.W[i].data.copy_(self.weights[name])
             self.peer.backward_masks[i].data.copy_(self.masks[name])
@@ -102,7 +103,7 @@ class Update:
             raise RuntimeError(f"the callback made {self.callback.updates} updates where it had to make one; do not trust the times")
         for name, i in self.layers.items():
             mask, momentum = self.callback.masks[name], self.optimizer.state[self.own[name]]["momentum_buffer"]
-            # rigl-torch clears the momentum of dropped weights at once, we when they grow again
+            # rigl-torch clears the momentum of dropped weights at once, we do when they grow again
             pairs = (
                 (mask, self.peer.backward_masks[i]),
                 (self.own[name], self.peer.W[i]),
@@ -116,7 +117,7 @@ class Update:
 
 
 class GlobalMask:
-    """A magnitude mask over all layers together, the first time (`global_unstructured` is quicker on pruned models)."""
+    """A magnitude mask over all layers together on a dense model (`global_unstructured` is quicker on a pruned one)."""
 
     title = f"One global magnitude mask (sparsity {SPARSITY})"
     reference, of, goal, at_most = "sparse_callbacks", "torch.nn.utils.prune.global_unstructured", 30, False
@@ -141,7 +142,7 @@ class GlobalMask:
     def check(self) -> None:
         smallest = min(w[mask].abs().min() for w, mask in zip(self.weights, self.masks, strict=True) if mask.any())
         for holder, weight, mask in zip(self.holders, self.weights, self.masks, strict=True):
-            # of equal magnitudes at the threshold topk takes any
+            # among equal magnitudes at the threshold topk takes any
             if ((holder.weight_mask.bool() != mask) & (weight.abs() != smallest)).any():
                 raise RuntimeError("our global mask differs from global_unstructured's; do not trust the times")
 
@@ -150,7 +151,7 @@ class GlobalMask:
 
 
 class Threshold:
-    """The exact magnitude of rank 10 % in each layer; the floor is one pass that writes the magnitudes."""
+    """The exact threshold of the 10 % largest magnitudes of each layer, against one pass that writes all magnitudes."""
 
     title = f"Exact threshold of each layer (the {1 - SPARSITY:.0%} largest kept)"
     reference, of, goal, at_most = "torch.abs(w, out=own buffer of w)", "sparse_callbacks", 12, True
@@ -193,7 +194,7 @@ Case = Update | GlobalMask | Threshold
 
 
 def timed(case: Case, rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds by row and round; the first round warms up and is left out."""
+    """Seconds of each row in each round; the first round warms up and is left out."""
     rows = case.rows()
     seconds: dict[str, list[float]] = {name: [] for name in rows}
     for turn in range(rounds + 1):
@@ -209,29 +210,32 @@ def timed(case: Case, rounds: int, clock: Callable[[], float]) -> dict[str, list
 
 
 def ratios(seconds: dict[str, list[float]], name: str, reference: str) -> tuple[float, float, float]:
-    """Median, smallest and largest, over rounds, of a row's time over that of `reference` in the same round."""
+    """Median, smallest and largest ratio, over rounds, of a row's time and the time of `reference` in the same round."""
     each = [a / b for a, b in zip(seconds[name], seconds[reference], strict=True)]
     return statistics.median(each), min(each), max(each)
 
 
 def table(case: Case, seconds: dict[str, list[float]]) -> str:
-    """Markdown: times and ratios to the case's reference, then its goal beside what was reached."""
+    """Times and ratios to the case's reference as Markdown, then the goal of the case and what was reached."""
     lines = [f"| | median (range), ms | over {case.reference} (range) |", "| --- | --- | --- |"]
     for name, times in seconds.items():
         middle, low, high = (1e3 * f(times) for f in (statistics.median, min, max))
         ratio = "{:.1f} ({:.1f} - {:.1f})".format(*ratios(seconds, name, case.reference))
         lines.append(f"| {name} | {middle:.0f} ({low:.0f} - {high:.0f}) | {ratio} |")
     reached = ratios(seconds, case.of, case.reference)[0]
-    met = reached <= case.goal if case.at_most else reached >= case.goal
-    goal = f"Goal: {case.of} takes at {'most' if case.at_most else 'least'} {case.goal} times as long as {case.reference}."
+    if case.at_most:
+        met, bound = reached <= case.goal, "most"
+    else:
+        met, bound = reached >= case.goal, "least"
+    goal = f"Goal: {case.of} takes at {bound} {case.goal} times as long as {case.reference}."
     return "\n".join([*lines, "", f"{goal} Reached: {reached:.1f}, {'met' if met else 'missed'}."])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="measured rounds after one that warms up")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="torch threads; each number makes its own tables")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, masks and gradients")
+    parser.add_argument("--rounds", type=int, default=5, help="number of measured rounds, after one that warms up")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="numbers of torch threads, with tables for each")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, masks and gradients")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
@@ -244,16 +248,16 @@ def main() -> None:
     print(text)
     for threads in arguments.threads:
         torch.set_num_threads(threads)
-        clock, what = (
-            (time.process_time, "1 thread, CPU time of the process")
-            if threads == 1
-            else (time.perf_counter, f"{threads} threads, wall time")
-        )
-        text += f"\n## {what}\n"
+        if threads == 1:
+            clock, measured = time.process_time, "1 thread, CPU time of the process"
+        else:
+            # threads that wait for each other consume CPU time too
+            clock, measured = time.perf_counter, f"{threads} threads, wall time"
+        text += f"\n## {measured}\n"
         for case in (Update(arguments.seed), GlobalMask(weights), Threshold(weights)):
             with torch.no_grad():
                 part = f"\n### {case.title}\n\n{table(case, timed(case, arguments.rounds, clock))}\n"
-            print(what, part, flush=True)
+            print(measured, part, flush=True)
             text += part
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(text)

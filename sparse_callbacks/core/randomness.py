@@ -3,8 +3,9 @@
 import hashlib
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,22 +36,40 @@ def seed_everything(seed: int) -> None:
         numpy.random.seed(seed % 2**32)
 
 
+def random_states() -> dict[str, Any]:
+    """State of every random generator: torch's, Python's, numpy's where it is imported, and one for each CUDA device in use.
+
+    Returns:
+        "torch", "python" and "numpy" as the generators give them, and "cuda" as states by device index.
+    """
+    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate(), "cuda": {}}
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        states["numpy"] = numpy.random.get_state()
+    # asking an unused CUDA for a state would initialize it, which must not happen before worker processes are forked
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        states["cuda"] = {device: torch.cuda.get_rng_state(device) for device in range(torch.cuda.device_count())}
+    return states
+
+
+def restore_random_states(states: Mapping[str, Any]) -> None:
+    """Put back what `random_states` took; a generator that was not there then is left alone."""
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    if "numpy" in states:
+        sys.modules["numpy"].random.set_state(states["numpy"])
+    for device, state in states["cuda"].items():
+        torch.cuda.set_rng_state(state, device)
+
+
 @contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Put every random generator (torch's, Python's and, where it is imported, numpy's) and ``training`` flag back at the end."""
+    """Put the states of all random generators and every ``training`` flag back at the end."""
     flags = [(m, m.training) for m in module.modules()]
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    states = torch.get_rng_state(), random.getstate()
-    numpy = sys.modules.get("numpy")
-    drawn = numpy.random.get_state() if numpy is not None else None
+    states = random_states()
     try:
         yield
     finally:
         for m, training in flags:
             m.training = training
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        if numpy is not None:
-            numpy.random.set_state(drawn)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
+        restore_random_states(states)

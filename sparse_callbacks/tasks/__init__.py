@@ -1,1 +1,4 @@
-"""What `train.py` needs and a library user does not: models, data, the LightningModule and the run's housekeeping."""
+"""The parts of `train.py` that a user of the library does not need: models, data, checkpoints.
+
+Nothing in the other packages imports from here.
+"""

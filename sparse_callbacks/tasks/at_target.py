@@ -1,4 +1,4 @@
-"""Best checkpoint and early stopping that count only epochs at target sparsity."""
+"""The best checkpoint and early stopping, which count only epochs at target sparsity."""
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
@@ -8,18 +8,23 @@ from sparse_callbacks.lightning.callback import SparsityCallback
 
 def sparsity_callbacks(trainer: pl.Trainer) -> list[SparsityCallback]:
     """The trainer's sparsity callbacks; a dense run has none."""
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by one of its connectors
+    # the attribute is set by one of the Trainer's connectors, so the type checker does not see it
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, SparsityCallback)]
 
 
 def at_target(trainer: pl.Trainer) -> bool:
-    """Whether every sparsity callback has reached its target; a dense run has none to reach."""
+    """Whether every sparsity callback has reached its target; always true in a dense run, which has no target."""
     return all(callback.at_target for callback in sparsity_callbacks(trainer))
 
 
 class BestAtTarget(ModelCheckpoint):
-    """Keeps the checkpoint of the best epoch at target: with gradual pruning the best of all is a dense one."""
+    """Keeps the checkpoint of the best epoch at target sparsity.
 
+    Under gradual pruning the best epoch of all would be an early one, with an almost dense network.
+    """
+
+    # by this attribute sparsity callbacks know that no early dense network can win here, so they do not warn
     only_at_target = True
 
     def __init__(self, dirpath: str, monitor: str = "val/acc", mode: str = "max") -> None:
@@ -33,19 +38,22 @@ class BestAtTarget(ModelCheckpoint):
         )
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # without validation in this epoch there is nothing to compare
+        # without a validation in this epoch there is no value to compare
         if at_target(trainer) and self.monitor in trainer.callback_metrics:
             super().on_train_epoch_end(trainer, pl_module)
 
 
 class EarlyStoppingAtTarget(EarlyStopping):
-    """Stops after `patience` validated epochs at target without a better value."""
+    """Stops after `patience` validated epochs at target sparsity without a better value."""
 
+    # as in `BestAtTarget`
     only_at_target = True
 
     def __init__(self, patience: int, monitor: str = "val/acc", mode: str = "max") -> None:
         if patience < 1:
-            raise ValueError(f"early_stopping={patience} is no number of epochs to wait. Give 1 or more, or null for none.")
+            raise ValueError(
+                f"early_stopping={patience} is not a number of epochs to wait. Give 1 or more, or null for none."
+            )
         super().__init__(monitor, patience=patience, mode=mode, check_on_train_epoch_end=True)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -1,4 +1,7 @@
-"""From the composed configuration to the parts of a run. Every refusal here comes before the first batch."""
+"""Builds the parts of a run from its composed configuration.
+
+Whatever is refused here is refused before the first batch.
+"""
 
 import inspect
 import logging
@@ -21,53 +24,64 @@ from sparse_callbacks.lightning.callback import SparsityCallback
 from sparse_callbacks.tasks.at_target import BestAtTarget, EarlyStoppingAtTarget
 from sparse_callbacks.tasks.classifier import Classifier, Optim
 from sparse_callbacks.tasks.data.module import MemoryData
-from sparse_callbacks.tasks.progress_bar import Bar
+from sparse_callbacks.tasks.progress_bar import ShortProgressBar
 from sparse_callbacks.tasks.run_state import RunState
 from sparse_callbacks.tasks.safe_stop import SafeStop
 
-TESTED = ("last", "best")
+TESTED = ("last", "best")  # values of the root key `test`
 
 
 def check_choices(cfg: DictConfig) -> None:
-    """Refuse root keys that name nothing.
+    """Refuse values of root keys that are not among the known ones.
 
     Raises:
         ValueError: `test` is neither last nor best.
     """
     if cfg.test not in TESTED:
-        raise ValueError(f"test={cfg.test!r} names no network. Use test=last, or test=best for the best epoch by validation accuracy.")
+        raise ValueError(
+            f"test={cfg.test!r} does not name a network. "
+            "Use test=last, or test=best for the best epoch by validation accuracy."
+        )
 
 
 def method_arguments(
     method: Mapping[str, Any], defaults: Mapping[str, Any], schedulable: str | None, sparsity: Any, curve: str | None
 ) -> dict[str, Any]:
-    """Arguments of the method after the root key `sparsity` and the group `schedule` have had their say.
+    """Constructor arguments of the method, with the root key `sparsity` and the group `schedule` applied.
 
     Args:
-        method: the group `method`, with its `_target_`.
-        defaults: constructor defaults of the class by argument name.
-        schedulable: its argument that may be a schedule; None for none.
-        sparsity: the root key; None keeps the method's own.
-        curve: of the group `schedule`; None keeps the method's own.
+        method: the group `method` of the configuration, with its `_target_`.
+        defaults: default values of the constructor by argument name.
+        schedulable: the name of the constructor argument that may be a schedule; None if there is no such argument.
+        sparsity: the root key `sparsity`; None keeps the method's own value.
+        curve: the name of the curve in the group `schedule`; None keeps the method's own curve.
+
+    Returns:
+        Values by argument name, still with `_target_`.
 
     Raises:
-        ValueError: a value that the method has no argument for, or two values for one argument.
+        ValueError: a value that the method does not have an argument for, or two values for one argument.
     """
     name = str(method["_target_"]).rpartition(".")[2]
     arguments = dict(method)
     if sparsity is not None:
         own = arguments.get("sparsity")
+        # the group spells out the default, so only another value was really asked for
         if own is not None and own not in (defaults.get("sparsity"), sparsity):
-            raise ValueError(f"sparsity={sparsity} and method.sparsity={own} both set the target of {name}. Give one of them.")
+            raise ValueError(
+                f"sparsity={sparsity} and method.sparsity={own} both set the target of {name}. Give one of them."
+            )
         arguments["sparsity"] = sparsity
     if curve is not None:
         if schedulable is None:
             raise ValueError(
                 f"schedule={curve}: {name} has no number that moves over the run. "
-                f"Use schedule=default, or a method that has one ({', '.join(sorted(m.__name__ for m in _scheduled()))})."
+                f"Use schedule=default, or a method that has one ({', '.join(_scheduled_methods())})."
             )
         number = arguments.get(schedulable)
-        number = defaults.get(schedulable) if number is None else number
+        if number is None:
+            number = defaults.get(schedulable)
+        # a bool is a Real for Python, and a schedule written out ("cosine(0.2)") has chosen its curve already
         if isinstance(number, bool) or not isinstance(number, Real):
             raise ValueError(
                 f"schedule={curve} and {schedulable}={number!r} both choose a curve. "
@@ -77,9 +91,9 @@ def method_arguments(
     return arguments
 
 
-def _scheduled() -> list[type[SparsityCallback]]:
-    """Methods with a number that may be a schedule."""
-    return [m for n in methods.__all__ if (m := getattr(methods, n)).schedulable is not None]
+def _scheduled_methods() -> list[str]:
+    """Sorted names of the methods with a number that may be a schedule."""
+    return sorted(name for name in methods.__all__ if getattr(methods, name).schedulable is not None)
 
 
 def build_method(cfg: DictConfig) -> SparsityCallback | None:
@@ -106,7 +120,8 @@ def build_method(cfg: DictConfig) -> SparsityCallback | None:
     cls: Any = get_class(str(method["_target_"]))
     parameters = inspect.signature(cls).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    arguments = method_arguments({str(k): v for k, v in method.items()}, defaults, cls.schedulable, cfg.sparsity, curve)
+    group = {str(key): value for key, value in method.items()}
+    arguments = method_arguments(group, defaults, cls.schedulable, cfg.sparsity, curve)
     del arguments["_target_"]
     callback: SparsityCallback = cls(**arguments)
     return callback
@@ -121,17 +136,27 @@ def build_module(cfg: DictConfig, data: MemoryData) -> Classifier:
 
 
 def build_loggers(cfg: DictConfig) -> list[Logger]:
-    """One logger for each entry of the group `logger`, each with the whole configuration."""
-    loggers: list[Logger] = [instantiate(entry) for entry in (cfg.get("logger") or {}).values() if entry is not None]
-    return loggers
+    """One logger for each entry of the group `logger`."""
+    entries = (cfg.get("logger") or {}).values()
+    # `logger.wandb=null` on the command line takes a logger out of the group
+    return [instantiate(entry) for entry in entries if entry is not None]
 
 
 def build_callbacks(cfg: DictConfig, method: SparsityCallback | None, folder: Path, logged: bool) -> list[Callback]:
-    """The method first, then the housekeeping; `logged` says whether there is a logger for the learning rate."""
+    """All callbacks of a run, in the order in which Lightning calls them.
+
+    Args:
+        cfg: the whole configuration.
+        method: the sparsity callback; None for a dense run.
+        folder: the folder of the checkpoints.
+        logged: whether the run has a logger, which the monitor of the learning rate needs.
+    """
+    # the method comes first, so that what follows sees the masks and weights that it leaves
     callbacks: list[Callback] = [] if method is None else [method]
+    # sparsity callbacks save the gradients of an unfinished accumulation window themselves
     callbacks.append(RunState(gradients=method is None))
     if cfg.trainer.enable_progress_bar:
-        callbacks.append(Bar())
+        callbacks.append(ShortProgressBar())
     if logged:
         callbacks.append(LearningRateMonitor(logging_interval="step"))
     if cfg.early_stopping is not None:
@@ -149,28 +174,33 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
     """
     if cfg.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ValueError(
-            f"trainer.accelerator={cfg.trainer.accelerator}, but torch sees no GPU. Use trainer=cpu, or install a torch build for your GPU."
+            f"trainer.accelerator={cfg.trainer.accelerator}, but torch sees no GPU. "
+            "Use trainer=cpu, or install a torch build for your GPU."
         )
-    quiet()
-    trainer: pl.Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, default_root_dir=cfg.output_dir)
+    hide_lightning_notices()
+    # an empty list of loggers would make Lightning choose one itself
+    trainer: pl.Trainer = instantiate(
+        cfg.trainer, callbacks=callbacks, logger=loggers or False, default_root_dir=cfg.output_dir
+    )
     return trainer
 
 
-def quiet() -> None:
-    """Keep Lightning's advertising, and its own use of a deprecated torch function, out of the terminal."""
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_no_tip)
+def hide_lightning_notices() -> None:
+    """Keep Lightning's tips, and a warning of its own use of a deprecated torch function, out of the terminal."""
+    # filters of a logger are compared by identity, so the second run of a process adds nothing
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_not_a_tip)
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
 
 
-def _no_tip(record: logging.LogRecord) -> bool:
+def _is_not_a_tip(record: logging.LogRecord) -> bool:
     return "Tip:" not in record.getMessage()
 
 
 def checkpoint_to_resume(cfg: DictConfig) -> str | None:
-    """The file that `ckpt_path` names; None for a new run.
+    """The absolute path of the file that `ckpt_path` names; None for a new run.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: the file is not there.
     """
     if cfg.ckpt_path is None:
         return None
@@ -184,10 +214,10 @@ def checkpoint_to_resume(cfg: DictConfig) -> str | None:
 
 
 def refuse_sparse_checkpoint(path: str | None, method: SparsityCallback | None) -> None:
-    """A dense run does not go on from a sparse one unnoticed: its zeros would fill up.
+    """Refuse to go on from a sparse run with a dense one: without masks its zeros would train away unnoticed.
 
     Raises:
-        ValueError: the checkpoint holds masks and the method is none.
+        ValueError: the checkpoint holds masks, and there is no method.
     """
     if path is None or method is not None:
         return
@@ -195,6 +225,6 @@ def refuse_sparse_checkpoint(path: str | None, method: SparsityCallback | None) 
     sparse = [key for key, state in states.items() if isinstance(state, Mapping) and "masks" in state]
     if sparse:
         raise ValueError(
-            f"ckpt_path={path} is of a sparse run ({sparse[0]}), and method=none would train its zeros away. Give the method and the "
-            "arguments of that run, or method=static method.from_checkpoint=FILE to hold its mask in a new run."
+            f"ckpt_path={path} is of a sparse run ({sparse[0]}), and method=none would train its zeros away. "
+            "Give the method and the arguments of that run, or method=static method.from_checkpoint=FILE to hold its mask in a new run."
         )

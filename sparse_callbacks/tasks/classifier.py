@@ -1,4 +1,4 @@
-"""The LightningModule of `train.py`: a classifier, its optimizer and the curves it logs."""
+"""The LightningModule of `train.py`: a classifier, its optimizer and the metrics that it logs."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -20,19 +20,24 @@ LR_SCHEDULES = ("constant", "cosine", "steps")
 
 @dataclass(frozen=True)
 class Optim:
-    """Optimizer and learning rate over the run, all scalars, so that each fits a sweep.
+    """The optimizer and the course of its learning rate, in scalars, so that each of them fits a sweep.
 
-    Under a method that restarts the optimizer (GaP), "the run" is one of its phases, or fine-tuning: the curve begins anew with each.
+    Under a method that restarts the optimizer (GaP), "the run" is one phase, or fine-tuning, and each of them begins
+    the course anew.
 
     Args:
         name: sgd, adam or adamw.
-        lr: peak learning rate.
-        weight_decay: of every parameter (L2 for sgd and adam, decoupled for adamw).
-        momentum, nesterov: of sgd.
-        fused: torch's fused kernel (adamw with masked gradients is far faster with it on CPU).
+        lr: the peak learning rate.
+        weight_decay: the decay of every parameter (L2 for sgd and adam, decoupled for adamw).
+        momentum, nesterov: the momentum of sgd, and whether it is Nesterov's.
+        fused: whether to use torch's fused kernel (adamw with masked gradients is far faster with it on a CPU).
         lr_schedule: constant, cosine (to 0 at the end of the run) or steps.
-        milestones, gamma: `steps` multiplies by gamma at each of these optimizer steps (int) or shares of the run (float).
-        warmup: optimizer steps of a linear rise from 0.
+        milestones, gamma: `steps` multiplies the rate by gamma at each milestone, which is a number of optimizer steps
+            (int) or a share of the run (float).
+        warmup: the number of optimizer steps in which the rate first rises, linearly from 0.
+
+    Raises:
+        ValueError: an unknown name or schedule, or a learning rate that is not positive.
     """
 
     name: str = "sgd"
@@ -47,23 +52,31 @@ class Optim:
     warmup: int = 0
 
     def __post_init__(self) -> None:
-        for key, value, known in (("name", self.name, OPTIMIZERS), ("lr_schedule", self.lr_schedule, LR_SCHEDULES)):
-            if value not in known:
-                raise ValueError(f"optim.{key}={value!r} is not known. Choose one of {', '.join(known)}.")
+        if self.name not in OPTIMIZERS:
+            raise ValueError(f"optim.name={self.name!r} is not known. Choose one of {', '.join(OPTIMIZERS)}.")
+        if self.lr_schedule not in LR_SCHEDULES:
+            raise ValueError(
+                f"optim.lr_schedule={self.lr_schedule!r} is not known. Choose one of {', '.join(LR_SCHEDULES)}."
+            )
         if not self.lr > 0:
             raise ValueError(f"optim.lr={self.lr} is not positive, so nothing would train. Give e.g. optim.lr=0.1.")
 
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """A new optimizer of the parameters, all in one group."""
         options: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay, "fused": self.fused}
-        if self.name == "sgd":
-            return torch.optim.SGD(parameters, momentum=self.momentum, nesterov=self.nesterov and self.momentum > 0, **options)
-        return (torch.optim.Adam if self.name == "adam" else torch.optim.AdamW)(parameters, **options)
+        if self.name == "adam":
+            return torch.optim.Adam(parameters, **options)
+        if self.name == "adamw":
+            return torch.optim.AdamW(parameters, **options)
+        # torch refuses Nesterov's momentum without any, so `optim.momentum=0` alone would not start
+        nesterov = self.nesterov and self.momentum > 0
+        return torch.optim.SGD(parameters, momentum=self.momentum, nesterov=nesterov, **options)
 
     def refuse_endless(self) -> None:
-        """For a run without an end.
+        """Refuse a run without an end where the learning rate depends on the length of the run.
 
         Raises:
-            ValueError: the curve of the learning rate needs the length of the run.
+            ValueError: the schedule is a cosine, or has a milestone that is a share of the run.
         """
         shares = self.lr_schedule == "steps" and any(isinstance(when, float) for when in self.milestones)
         if self.lr_schedule == "cosine" or shares:
@@ -73,7 +86,12 @@ class Optim:
             )
 
     def factor(self, step: int, total: Callable[[], float]) -> float:
-        """Share of `lr` at an optimizer step of a run of `total()` optimizer steps (not asked at step 0)."""
+        """The learning rate at an optimizer step, as a share of `lr`.
+
+        Args:
+            step: the number of optimizer steps before this one.
+            total: gives the length of the run in optimizer steps; it is not called for step 0.
+        """
         if step < self.warmup:
             return (step + 1) / (self.warmup + 1)
         if step == 0 or self.lr_schedule == "constant":
@@ -81,12 +99,20 @@ class Optim:
         if self.lr_schedule == "cosine":
             done = (step - self.warmup) / max(1.0, total() - self.warmup)
             return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
-        passed = sum(step >= (when * total() if isinstance(when, float) else when) for when in self.milestones)
+        passed = 0
+        for milestone in self.milestones:
+            # a float is a share of the run, an int is a step already
+            milestone_step = milestone * total() if isinstance(milestone, float) else milestone
+            if step >= milestone_step:
+                passed += 1
         return float(self.gamma**passed)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor | None:
-    """Euclidean norm over all gradients, a scalar; None where no parameter has one (an update that replaces the step)."""
+    """Euclidean norm over all gradients, a scalar; None where no parameter has a gradient.
+
+    A method whose update replaces the optimizer step takes the gradients away.
+    """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return None
@@ -94,17 +120,20 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor | None:
 
 
 class Classifier(pl.LightningModule):
-    """Cross-entropy training of `model`; logs train/loss, train/acc, val/loss, val/acc, test/loss, test/acc, grad_norm.
+    """Trains a classifier by cross-entropy.
+
+    Logs train/loss, train/acc, val/loss, val/acc, test/loss, test/acc and grad_norm.
 
     Args:
-        model: images [batch, channels, height, width] to logits [batch, num_classes].
-        num_classes: labels are 0..num_classes - 1.
-        optim: optimizer and learning rate.
+        model: the network, from images [batch, channels, height, width] to logits [batch, num_classes].
+        num_classes: the number of classes; labels are 0..num_classes - 1.
+        optim: the optimizer and its learning rate.
     """
 
     def __init__(self, model: nn.Module, num_classes: int, optim: Optim) -> None:
         super().__init__()
         self.model, self.optim = model, optim
+        # keys of a ModuleDict must not be names of module attributes, as "train" is
         self.accuracy = nn.ModuleDict(
             {
                 f"{stage}_accuracy": MulticlassAccuracy(num_classes, average="micro", validate_args=False)
@@ -147,7 +176,7 @@ class Classifier(pl.LightningModule):
         self.log(f"{stage}/acc", metric, prog_bar=True, batch_size=len(labels))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        # called after the callbacks, so the gradients are masked, and before clipping
+        # Lightning calls this after the hooks of the callbacks, so the gradients are masked, and before it clips them
         trainer: Any = self.trainer
         if trainer.log_every_n_steps and (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
             norm = gradient_norm(self.parameters())
@@ -160,7 +189,8 @@ class Classifier(pl.LightningModule):
             self.optim.refuse_endless()
         optimizer = self.optim.optimizer(self.parameters())
 
-        # asked for the run's length here, Lightning would make its loader now and forget to resume it
+        # the length of the run is asked for in the first step: here Lightning would make its loader too early, and
+        # a resumed run would begin its epoch anew
         def factor(step: int) -> float:
             return self.optim.factor(step, lambda: horizon(trainer))
 

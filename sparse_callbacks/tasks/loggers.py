@@ -1,4 +1,4 @@
-"""Loggers: W&B without an account, and the closing of a job's run."""
+"""Loggers of a run: W&B that also works without an account, where the curves lie, how runs end."""
 
 import netrc
 import os
@@ -13,32 +13,48 @@ from sparse_callbacks.tasks.summary import relative
 
 
 def wandb_mode(environment: dict[str, str]) -> str:
-    """WANDB_MODE where it is set, "online" with a login (key in the environment or in the netrc file), else "offline".
+    """The mode of W&B: WANDB_MODE where it is set, else "online" with a login and "offline" without one.
 
-    W&B itself would ask on the terminal where neither is there.
+    A login is a key in the environment or in the netrc file. W&B itself would ask for one on the terminal, so a run on
+    a machine without an account would hang.
     """
     if environment.get("WANDB_MODE"):
         return environment["WANDB_MODE"]
-    if environment.get("WANDB_API_KEY") or environment.get("WANDB_IDENTITY_TOKEN_FILE") or _in_netrc(environment):
-        return "online"
-    return "offline"
+    has_key = environment.get("WANDB_API_KEY") or environment.get("WANDB_IDENTITY_TOKEN_FILE")
+    return "online" if has_key or _has_login_in_netrc(environment) else "offline"
 
 
-def _in_netrc(environment: dict[str, str]) -> bool:
-    home = Path(environment.get("HOME", "~")).expanduser()
-    named = environment.get("NETRC")
+def _has_login_in_netrc(environment: dict[str, str]) -> bool:
+    """Whether the netrc file that W&B would read has an entry for its host."""
     host = urlsplit(environment.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
-    for path in [Path(named)] if named else [home / ".netrc", home / "_netrc"]:
+    named = environment.get("NETRC")
+    if named:
+        paths = [Path(named)]
+    else:
+        home = Path(environment.get("HOME", "~")).expanduser()
+        paths = [home / ".netrc", home / "_netrc"]
+    for path in paths:
         try:
             if netrc.netrc(path).authenticators(host):
                 return True
         except (OSError, netrc.NetrcParseError):
+            # an absent or broken file is not a login
             continue
     return False
 
 
 def wandb_logger(save_dir: str, project: str, name: str | None = None, **options: Any) -> WandbLogger:
-    """W&B run in `save_dir`, in the mode of `wandb_mode`; its curves have trainer/global_step (optimizer steps) as x axis."""
+    """A W&B run in the mode of `wandb_mode`, whose x axis is trainer/global_step, the number of optimizer steps.
+
+    Args:
+        save_dir: the folder that W&B writes into.
+        project: the name of the W&B project.
+        name: the name of the run; None lets W&B choose one.
+        options: further arguments of Lightning's `WandbLogger`.
+
+    Raises:
+        ImportError: the package wandb is not installed.
+    """
     try:
         import wandb
     except ImportError:
@@ -49,24 +65,32 @@ def wandb_logger(save_dir: str, project: str, name: str | None = None, **options
     mode = wandb_mode(dict(os.environ))
     settings = wandb.Settings(silent=mode != "online", console="off")
     logger = WandbLogger(project=project, name=name, save_dir=save_dir, mode=mode, settings=settings, **options)
-    # Lightning passes it on, and wandb warns of it in every run
+    # Lightning passes this argument on, and wandb warns in every run that it is deprecated
     logger._wandb_init.pop("anonymous", None)
     return logger
 
 
 def place(logger: Logger) -> tuple[str, str]:
-    """Name of a logger and where its curves lie; for an offline W&B run the command that uploads it."""
+    """The name of a logger and the folder or address of its curves; for an offline W&B run, how to upload it."""
     if isinstance(logger, WandbLogger):
         mode = str(logger.experiment.settings.mode)
         if mode == "offline":
             return "wandb", f"offline; to upload it: wandb sync {relative(Path(logger.experiment.dir).parent)}"
-        return "wandb", str(logger.experiment.url) if mode == "online" else mode
-    return type(logger).__name__.removesuffix("Logger").lower(), relative(Path(logger.log_dir or logger.save_dir or "."))
+        if mode == "online":
+            return "wandb", str(logger.experiment.url)
+        return "wandb", mode
+    name = type(logger).__name__.removesuffix("Logger").lower()
+    return name, relative(Path(logger.log_dir or logger.save_dir or "."))
 
 
 def finish(loggers: Iterable[Logger], failed: bool) -> None:
-    """End the W&B runs of a job, so that the next job of the process starts its own."""
+    """End the W&B runs of a job, so that the next job of the same process starts a run of its own.
+
+    Args:
+        loggers: all loggers of the job.
+        failed: whether the job ended with an error, which the runs then show.
+    """
     for logger in loggers:
-        # an experiment that was never started must not be started to be ended
+        # the private attribute, since `experiment` would start a run that was never used
         if isinstance(logger, WandbLogger) and logger._experiment is not None:
             logger._experiment.finish(exit_code=int(failed))

@@ -1,11 +1,13 @@
-"""Networks of the sparse-training papers; each adapts to the shape of the images and the number of classes.
+"""Networks of the papers on sparse training, for images of any shape and any number of classes.
 
 Every builder takes `input_shape` (channels, height, width) and `num_classes` and returns a module from images
-[batch, channels, height, width] to logits [batch, num_classes]. The fully connected ones also take features [batch, d].
+[batch, channels, height, width] to logits [batch, num_classes]. The fully connected networks also take features
+[batch, d] where `input_shape` is (d,).
 """
 
 import difflib
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,22 +22,25 @@ def mlp(input_shape: Shape, num_classes: int, hidden: Sequence[int] = (256, 256)
     """Fully connected layers with ReLU between them.
 
     Args:
-        input_shape: of one sample, images or (features,).
-        num_classes: outputs.
-        hidden: widths of the hidden layers.
-        init: None is torch's own; "xavier_uniform" draws the weights so (Glorot and Bengio 2010) and zeroes the biases.
+        input_shape: the shape of one sample, (channels, height, width) or (features,).
+        num_classes: the number of outputs.
+        hidden: the widths of the hidden layers.
+        init: "xavier_uniform" draws the weights as Glorot and Bengio (2010) did and sets the biases to zero; None
+            leaves torch's own initial values.
 
     Raises:
         ValueError: an unknown init.
     """
     if init not in (None, "xavier_uniform"):
         raise ValueError(f"model.init={init!r} is not known. Use model.init=xavier_uniform, or null for torch's own.")
-    sizes = [_flat(input_shape), *hidden]
+    sizes = [math.prod(input_shape), *hidden]
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs, outputs in itertools.pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     model = nn.Sequential(*layers, nn.Linear(sizes[-1], num_classes))
-    return model if init is None else _xavier(model)
+    if init is not None:
+        _init_xavier(model)
+    return model
 
 
 def lenet_300_100(input_shape: Shape, num_classes: int) -> nn.Module:
@@ -46,7 +51,8 @@ def lenet_300_100(input_shape: Shape, num_classes: int) -> nn.Module:
 def lenet5(input_shape: Shape, num_classes: int) -> nn.Module:
     """LeNet-5 (LeCun et al. 1998), 6-16-120-84 with ReLU and max pooling: 61,706 parameters on MNIST.
 
-    The first convolution is padded, as the original was fed 32 x 32. Images below 28 x 28 are enlarged (`Enlarge`).
+    The first convolution pads its input, because the original network took images of 32 x 32. Images below 28 x 28 are
+    enlarged (`Enlarge`).
     """
     features = nn.Sequential(
         Enlarge(28),
@@ -58,7 +64,7 @@ def lenet5(input_shape: Shape, num_classes: int) -> nn.Module:
         nn.MaxPool2d(2),
         nn.Flatten(),
     )
-    head = [nn.Linear(_width(features, input_shape), 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU()]
+    head = [nn.Linear(_feature_count(features, input_shape), 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU()]
     return nn.Sequential(*features, *head, nn.Linear(84, num_classes))
 
 
@@ -75,7 +81,7 @@ def lenet5_caffe(input_shape: Shape, num_classes: int) -> nn.Module:
         nn.MaxPool2d(2),
         nn.Flatten(),
     )
-    head = [nn.Linear(_width(features, input_shape), 500), nn.ReLU()]
+    head = [nn.Linear(_feature_count(features, input_shape), 500), nn.ReLU()]
     return nn.Sequential(*features, *head, nn.Linear(500, num_classes))
 
 
@@ -85,32 +91,43 @@ def resnet20(input_shape: Shape, num_classes: int) -> nn.Module:
     inputs = 16
     for stage, width in enumerate((16, 32, 64)):
         for block in range(3):
-            blocks.append(ResidualBlock(inputs, width, stride=2 if stage > 0 and block == 0 else 1))
+            # the first block of the second and third stage halves height and width
+            stride = 2 if stage > 0 and block == 0 else 1
+            blocks.append(ResidualBlock(inputs, width, stride))
             inputs = width
     stem = [nn.Conv2d(input_shape[0], 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
     model = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes))
-    return _kaiming(model)
+    _init_kaiming(model)
+    return model
 
 
 def wrn_22_2(input_shape: Shape, num_classes: int, dropout: float = 0.3) -> nn.Module:
-    """WRN-22-2 of the RigL paper's CIFAR-10 code (Zagoruyko and Komodakis 2016; pre-activation, depth 22, width 2).
+    """WRN-22-2 as in the CIFAR-10 code of the RigL paper (Zagoruyko and Komodakis 2016; depth 22, width 2).
 
-    Three groups of three blocks of width 32, 64 and 128; a 1 x 1 convolution of the activated input is the shortcut
-    where the width changes; `dropout` sits between the two convolutions of a block.
+    Three groups of three pre-activation blocks of width 32, 64 and 128. Where the width changes, the shortcut is a
+    1 x 1 convolution of the activated input. Dropout of rate `dropout` lies between the two convolutions of a block.
     """
     blocks: list[nn.Module] = []
     inputs = 16
     for stage, width in enumerate((32, 64, 128)):
         for block in range(3):
-            blocks.append(PreActivationBlock(inputs, width, 2 if stage > 0 and block == 0 else 1, dropout))
+            stride = 2 if stage > 0 and block == 0 else 1
+            blocks.append(PreActivationBlock(inputs, width, stride, dropout))
             inputs = width
     stem = nn.Conv2d(input_shape[0], 16, 3, padding=1, bias=False)
     tail = [nn.BatchNorm2d(128), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, num_classes)]
-    return _kaiming(nn.Sequential(stem, *blocks, *tail))
+    model = nn.Sequential(stem, *blocks, *tail)
+    _init_kaiming(model)
+    return model
 
 
 def torchvision_classifier(input_shape: Shape, num_classes: int, name: str = "resnet18") -> nn.Module:
-    """Any classifier of torchvision by name, untrained; its first convolution takes the channels of the data.
+    """Any untrained classifier of torchvision, with a first convolution that takes the channels of the data.
+
+    Args:
+        input_shape: (channels, height, width) of the images.
+        num_classes: the number of outputs.
+        name: the name of the network in `torchvision.models`.
 
     Raises:
         ValueError: an unknown name, or images that the network cannot take.
@@ -121,13 +138,14 @@ def torchvision_classifier(input_shape: Shape, num_classes: int, name: str = "re
     if name not in known:
         close = difflib.get_close_matches(name, known, n=5, cutoff=0.4) or known[:5]
         raise ValueError(
-            f"model.name={name!r} is no torchvision classifier. Did you mean {', '.join(close)}? "
+            f"model.name={name!r} is not a torchvision classifier. Did you mean {', '.join(close)}? "
             "torchvision.models.list_models(module=torchvision.models) lists all."
         )
-    # the auxiliary heads of these two would return tuples, and would count as layers that nobody evaluates
-    options: dict[str, Any] = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
-    if options:
-        options["init_weights"] = True
+    options: dict[str, Any] = {}
+    if name in ("googlenet", "inception_v3"):
+        # with auxiliary heads these two return tuples in training, and the heads count as layers that nobody evaluates;
+        # without `init_weights` they warn that its default will change
+        options = {"aux_logits": False, "init_weights": True}
     model: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **options)
     if input_shape[0] != 3:
         _take_channels(model, input_shape[0])
@@ -136,7 +154,11 @@ def torchvision_classifier(input_shape: Shape, num_classes: int, name: str = "re
 
 
 class Enlarge(nn.Module):
-    """Bilinear enlargement of images whose height or width is below `least` pixels; others pass unchanged."""
+    """Bilinear enlargement of small images; images of at least the given size pass unchanged.
+
+    Args:
+        least: the smallest height and width, in pixels, that comes out.
+    """
 
     def __init__(self, least: int) -> None:
         super().__init__()
@@ -151,7 +173,10 @@ class Enlarge(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """relu(shortcut(x) + BN(conv(relu(BN(conv(x)))))); the shortcut subsamples and pads with zero channels (option A)."""
+    """relu(shortcut(x) + BN(conv(relu(BN(conv(x)))))), with the parameter-free shortcut "A" of He et al. (2016).
+
+    It takes every `stride`-th row and column and pads the new channels with zeros.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -159,18 +184,24 @@ class ResidualBlock(nn.Module):
         self.norm1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(outputs)
-        self.stride, self.extra = stride, outputs - inputs
+        self.stride = stride
+        self.new_channels = outputs - inputs
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.norm2(self.conv2(functional.relu(self.norm1(self.conv1(x)))))
         shortcut = x[..., :: self.stride, :: self.stride]
-        if self.extra:
-            shortcut = functional.pad(shortcut, (0, 0, 0, 0, self.extra // 2, self.extra - self.extra // 2))
+        if self.new_channels:
+            # half of the zero channels before the old ones, half of them after
+            before = self.new_channels // 2
+            shortcut = functional.pad(shortcut, (0, 0, 0, 0, before, self.new_channels - before))
         return functional.relu(out + shortcut)
 
 
 class PreActivationBlock(nn.Module):
-    """shortcut + conv(dropout(relu(BN(conv(a))))) with a = relu(BN(x)); the shortcut is x, or a 1 x 1 convolution of a."""
+    """shortcut + conv(dropout(relu(BN(conv(a))))) with a = relu(BN(x)).
+
+    The shortcut is x, or a 1 x 1 convolution of a where the number of channels changes.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int, dropout: float) -> None:
         super().__init__()
@@ -188,36 +219,27 @@ class PreActivationBlock(nn.Module):
         return out + shortcut
 
 
-def _flat(input_shape: Shape) -> int:
-    size = 1
-    for length in input_shape:
-        size *= length
-    return size
-
-
-def _width(features: nn.Module, input_shape: Shape) -> int:
-    """Length of the flat features of one image."""
+def _feature_count(features: nn.Module, input_shape: Shape) -> int:
+    """Number of features that a module with flat outputs makes of one image."""
     with torch.no_grad():
         return int(features(torch.zeros(1, *input_shape)).shape[1])
 
 
-def _kaiming(model: nn.Module) -> nn.Module:
+def _init_kaiming(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return model
 
 
-def _xavier(model: nn.Module) -> nn.Module:
+def _init_xavier(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
-    return model
 
 
 def _take_channels(model: nn.Module, channels: int) -> None:
-    """Put a new first convolution for that many channels in the place of the old one."""
+    """Replace the first convolution by one that takes `channels` channels."""
     name, old = next((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
     parent, _, leaf = name.rpartition(".")
     new = nn.Conv2d(
@@ -232,8 +254,10 @@ def _take_channels(model: nn.Module, channels: int) -> None:
 
 
 def _check_fits(model: nn.Module, name: str, input_shape: Shape) -> None:
+    """Run the network once, so that images that are too small for its strides are refused before training."""
     try:
         with torch.no_grad():
+            # in evaluation, since a batch norm in training refuses a single value for each channel
             model.eval()(torch.zeros(1, *input_shape))
     except (RuntimeError, AssertionError) as error:
         raise ValueError(

@@ -1,6 +1,6 @@
-"""What a checkpoint of `train.py` holds beyond Lightning's: random states, and gradients inside an accumulation window."""
+"""Random states and unfinished gradients in a checkpoint, so that a run resumes bitwise."""
 
-import random
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,56 +8,75 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, distributed, nn
 
-KEY = "run_state"
+from sparse_callbacks.core.randomness import random_states, restore_random_states
+
+KEY = "run_state"  # the entry of the checkpoint
 
 
-def random_states() -> dict[str, Any]:
-    """States of the generators of torch (CPU and the current CUDA device), numpy and Python, as tensors and numbers."""
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    version, numbers, gauss = random.getstate()
-    states = {
-        "torch": torch.get_rng_state(),
+def states_to_save() -> dict[str, Any]:
+    """The current states of `random_states` as tensors, numbers and strings.
+
+    A checkpoint may hold nothing else if it is to be loaded with ``weights_only=True``.
+    """
+    if torch.cuda.is_available():
+        # the format holds the state of the current device also where the run has not used CUDA so far
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    states = random_states()
+    name, keys, position, has_gauss, cached = states["numpy"]
+    version, numbers, gauss = states["python"]
+    saved = {
+        "torch": states["torch"],
         "numpy": {
             "name": str(name),
+            # numpy's keys are uint32, which few functions of torch know; int64 holds them all
             "keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
             "rest": [int(position), int(has_gauss), float(cached)],
         },
         "python": {"version": version, "numbers": torch.tensor(numbers, dtype=torch.int64), "gauss": gauss},
     }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
+    if states["cuda"]:
+        saved["cuda"] = states["cuda"][torch.cuda.current_device()]
+    return saved
 
 
-def set_random_states(states: dict[str, Any]) -> None:
-    """Put back what `random_states` took; a CUDA state needs a CUDA device and is left where there is none."""
-    torch.set_rng_state(states["torch"].cpu())
-    saved = states["numpy"]
-    position, has_gauss, cached = saved["rest"]
-    keys = saved["keys"].cpu().numpy().astype(np.uint32)
-    np.random.set_state((saved["name"], keys, int(position), int(has_gauss), cached))
-    saved = states["python"]
-    random.setstate((saved["version"], tuple(saved["numbers"].tolist()), saved["gauss"]))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"].cpu())
+def restore_saved_states(saved: Mapping[str, Any]) -> None:
+    """Put back what `states_to_save` took; a CUDA state needs a CUDA device and is left where there is none."""
+    position, has_gauss, cached = saved["numpy"]["rest"]
+    keys = saved["numpy"]["keys"].cpu().numpy().astype(np.uint32)
+    python = saved["python"]
+    states: dict[str, Any] = {
+        "torch": saved["torch"].cpu(),
+        "numpy": (saved["numpy"]["name"], keys, int(position), int(has_gauss), cached),
+        "python": (python["version"], tuple(python["numbers"].tolist()), python["gauss"]),
+        "cuda": {},
+    }
+    if "cuda" in saved and torch.cuda.is_available():
+        states["cuda"][torch.cuda.current_device()] = saved["cuda"].cpu()
+    restore_random_states(states)
 
 
 def accumulated_gradients(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of the gradients by parameter name; parameters without one are absent."""
+    """Copies of the gradients by parameter name; parameters without a gradient are absent."""
     return {name: p.grad.detach().clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
 def inside_window(trainer: pl.Trainer) -> bool:
-    """Whether the batch just done was no optimizer step but part of an accumulation window."""
+    """Whether the last micro-batch was not followed by an optimizer step, so that its window is unfinished."""
     return trainer.training and trainer.fit_loop._should_accumulate()
 
 
 class RunState(pl.Callback):
-    """Saves and restores what a bitwise resume needs and neither Lightning nor the sparsity callback saves.
+    """Saves and restores what a bitwise resume needs and what neither Lightning nor a sparsity callback saves.
 
-    Random states of every process, taken at the checkpoint and put back in `on_train_start`, after everything that
-    draws numbers while the run is set up; with `gradients`, also every `.grad` of an unfinished accumulation window
-    (the sparsity callbacks save them themselves).
+    These are the random states of every process, put back in `on_train_start`, after everything that draws numbers
+    while the run is set up.
+
+    Args:
+        gradients: whether every `.grad` of an unfinished accumulation window is saved too. Sparsity callbacks save
+            them themselves, so this is for dense runs.
+
+    Raises:
+        ValueError: in `on_train_start`, a checkpoint of a run with another number of processes.
     """
 
     def __init__(self, gradients: bool) -> None:
@@ -65,10 +84,10 @@ class RunState(pl.Callback):
         self._restored: dict[str, Any] | None = None
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        states: list[Any] = [random_states()]
+        states: list[Any] = [states_to_save()]
         if trainer.world_size > 1:
             states = [None] * trainer.world_size
-            distributed.all_gather_object(states, random_states())
+            distributed.all_gather_object(states, states_to_save())
         checkpoint[KEY] = {"random": states}
         if self.gradients and inside_window(trainer):
             checkpoint[KEY]["gradients"] = accumulated_gradients(pl_module)
@@ -87,8 +106,8 @@ class RunState(pl.Callback):
                 f"{trainer.world_size}, so data order and random states would differ. "
                 f"Resume with trainer.devices={processes}."
             )
-        # earlier the Trainer would zero the gradients again
+        # not when the checkpoint is loaded: between then and now Lightning sets the gradients to zero
         for name, parameter in pl_module.named_parameters():
             if name in restored.get("gradients", {}):
                 parameter.grad = restored["gradients"][name].to(parameter.device)
-        set_random_states(restored["random"][trainer.global_rank])
+        restore_saved_states(restored["random"][trainer.global_rank])

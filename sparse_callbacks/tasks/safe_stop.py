@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and periodic checkpoints: taken only where Lightning resumes bitwise."""
+"""Checkpoints at Ctrl-C, at SIGTERM and every few steps, only where Lightning resumes them bitwise."""
 
 import os
 import signal
@@ -15,12 +15,12 @@ from sparse_callbacks.tasks.run_state import inside_window
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class RunStopped(Exception):  # noqa: N818  not an error: somebody asked for it
-    """A signal ended the run; `checkpoint` (None before the first batch) resumes it.
+class RunStopped(Exception):  # noqa: N818  it is not an error: somebody asked for it
+    """Raised where a signal has ended the run.
 
     Attributes:
-        signum: the signal.
-        checkpoint: where the state lies.
+        signum: the number of the signal.
+        checkpoint: the path of the checkpoint that resumes the run; None before the first batch.
     """
 
     def __init__(self, signum: int, checkpoint: Path | None) -> None:
@@ -30,44 +30,56 @@ class RunStopped(Exception):  # noqa: N818  not an error: somebody asked for it
 
     @property
     def exit_code(self) -> int:
-        """128 + signal, as a shell reports it."""
+        """128 + the number of the signal, as a shell reports it."""
         return 128 + self.signum
 
 
 class SafeStop(Checkpoint):
-    """Checkpoints that resume to bitwise the same end: every `every` steps, at a signal, and at the end of training.
+    """Writes checkpoints that resume to bitwise the same end: every `every` steps, at a signal, and after training.
 
-    Signals are deferred to a batch boundary, as Lightning counts a batch only after its step. A checkpoint that falls
-    on an epoch's last batch, or on one with a validation behind it, waits for the next batch boundary without: Lightning
-    would resume it without the validation, its metrics and the epoch-end hooks. (If an epoch has no such boundary, it is
-    taken at the end of the following epoch's hooks.) With several processes it also waits for the end of an accumulation
-    window, whose gradients differ by rank. A second Ctrl-C ends the process at once.
+    A signal is acted on at the end of a batch, because Lightning counts a batch only after its step. A checkpoint that
+    is due at the last batch of an epoch, or at a batch that a validation follows, waits for the end of a later batch:
+    Lightning would resume it without the validation, its metrics and the hooks at the end of the epoch. If a whole
+    epoch has no suitable batch, the checkpoint is written in the hooks at the end of that epoch. With several
+    processes it also waits for the end of an accumulation window, since gradients inside it differ by rank. A second
+    Ctrl-C ends the process at once.
 
     It is a `Checkpoint` so that Lightning calls it after all other callbacks.
 
     Args:
-        path: the one file, replaced atomically, so that a kill while writing leaves the one before.
-        every: optimizer steps between periodic checkpoints; None for none.
+        path: the one file, replaced atomically: if the process is killed while it writes, the old file is still there.
+        every: the number of optimizer steps between periodic checkpoints; None for no periodic checkpoints.
+
+    Raises:
+        ValueError: `every` is below 1.
+        RunStopped: from its hooks, after a signal.
     """
 
     def __init__(self, path: Path, every: int | None = None) -> None:
         if every is not None and every < 1:
-            raise ValueError(f"checkpoint_every={every} is no number of optimizer steps. Give 1 or more, or null for none.")
+            raise ValueError(
+                f"checkpoint_every={every} is not a number of optimizer steps. Give 1 or more, or null for none."
+            )
         self.path, self.every = path, every
         self._signal: int | None = None
-        self._due = self._waited = False
+        self._due = False
+        # a checkpoint was pending at the end of the last epoch already
+        self._waited_an_epoch = False
         self._saved_at = -1
-        self._previous: dict[int, Any] = {}
+        self._previous_handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.received_sigterm:  # Lightning's own handler took it while the run was set up
+        # while the run was set up, Lightning's own handler was in place, and it only remembers the signal
+        if trainer.received_sigterm:
             raise RunStopped(signal.SIGTERM, None)
         self._saved_at = trainer.global_step
+        # Python lets only the main thread set handlers
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._remember) for number in SIGNALS}
+            self._previous_handlers = {number: signal.signal(number, self._remember) for number in SIGNALS}
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
+        # inside an accumulation window several batches end at the same step, and one checkpoint of it is enough
         if self.every is not None and step % self.every == 0 and step != self._saved_at:
             self._due = True
         if (self._due or self._stopping(trainer)) and resumes_exactly(trainer, batch_idx):
@@ -75,13 +87,14 @@ class SafeStop(Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         pending = self._due or self._stopping(trainer)
-        if pending and self._waited:
+        if pending and self._waited_an_epoch:
+            # no batch of a whole epoch was suitable, and none of the next one will be
             self._save(trainer)
-        self._waited = pending and not self._waited
+        self._waited_an_epoch = pending
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._save(trainer)
-        # here, not in teardown: by then Lightning has put back the handlers of before the run
+        # not in teardown: by then Lightning has put back the handlers from before the run, and this would undo it
         self._restore_handlers()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -89,7 +102,7 @@ class SafeStop(Checkpoint):
 
     def _save(self, trainer: Any) -> None:
         """Write the checkpoint, and end the run if a signal asked for it."""
-        self._due = self._waited = False
+        self._due = self._waited_an_epoch = False
         self._saved_at = trainer.global_step
         if not trainer.fast_dev_run:
             save_atomically(trainer, self.path)
@@ -98,33 +111,37 @@ class SafeStop(Checkpoint):
             raise RunStopped(self._signal or signal.SIGTERM, self.path)
 
     def _stopping(self, trainer: pl.Trainer) -> bool:
-        """Whether any process was signalled; all must stop at the same batch."""
+        """Whether any process got a signal."""
         stopping = self._signal is not None
         if trainer.world_size == 1:
             return stopping
+        # all must stop at the same batch, or those that go on would wait for the others forever
         return bool(trainer.strategy.reduce_boolean_decision(stopping, all=False))
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
+        # at the second Ctrl-C somebody does not want to wait: the default handler ends the process
         if self._signal == signal.SIGINT and signum == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
         self._signal = signum
-        # os.write, since a signal may arrive in the middle of a print
+        # not `print`: a signal may arrive in the middle of another one, which cannot be entered twice
         again = " Press Ctrl-C again to exit at once." if signum == signal.SIGINT else ""
         os.write(2, f"\n{signal.Signals(signum).name}: saving at the next batch boundary.{again}\n".encode())
 
     def _restore_handlers(self) -> None:
-        for number, handler in self._previous.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
-        self._previous = {}
+        self._previous_handlers = {}
 
 
 def resumes_exactly(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Whether a checkpoint at the end of this batch resumes bitwise: nothing but the next batch may follow."""
+    """Whether a checkpoint at the end of this batch resumes bitwise: nothing but the next batch may follow it."""
     ends_epoch = trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
+    # max_steps is -1 for a run that only its epochs end
     ends_run = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
-    window = trainer.world_size > 1 and inside_window(trainer)
-    return not (ends_epoch or ends_run or window or validates_after(trainer, batch_idx))
+    # inside a window each rank has gradients of its own, and one file holds those of rank 0 only
+    splits_window = trainer.world_size > 1 and inside_window(trainer)
+    return not (ends_epoch or ends_run or splits_window or validates_after(trainer, batch_idx))
 
 
 def validates_after(trainer: pl.Trainer, batch_idx: int) -> bool:
@@ -134,12 +151,13 @@ def validates_after(trainer: pl.Trainer, batch_idx: int) -> bool:
         return False
     if epochs is not None and (trainer.current_epoch + 1) % epochs:
         return False
-    done = batch_idx if epochs is not None else trainer.fit_loop.total_batch_idx
-    return bool((done + 1) % batches == 0)
+    # with check_val_every_n_epoch=None Lightning counts batches over all epochs
+    last = batch_idx if epochs is not None else trainer.fit_loop.total_batch_idx
+    return bool((last + 1) % batches == 0)
 
 
 def save_atomically(trainer: pl.Trainer, path: Path) -> None:
-    """Write a checkpoint beside `path`, then put it in its place in one move. Called on every process."""
+    """Write a checkpoint beside `path`, then move it there in one operation; every process has to call this."""
     beside = path.with_suffix(".partial")
     trainer.save_checkpoint(beside, weights_only=False)
     if trainer.is_global_zero:

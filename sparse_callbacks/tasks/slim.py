@@ -1,9 +1,11 @@
-"""`slim=true`: the trained network without its dead channels, compared with the masked one, tested and saved."""
+"""The option `slim=true`: removes dead channels of the trained network, compares, tests and saves it."""
 
 from itertools import islice
 from pathlib import Path
 
 import pytorch_lightning as pl
+import torch
+from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from sparse_callbacks.channels.compact import save_compact
@@ -15,18 +17,21 @@ from sparse_callbacks.tasks.classifier import Classifier
 from sparse_callbacks.tasks.data.module import MemoryData
 
 FILE = "slim.safetensors"
-BATCH = 8  # images that outputs are compared on and that are timed; the whole test set is compared by its accuracy
+# outputs are compared, and forward passes timed, on a batch of this size; the whole test set is compared by accuracy
+BATCH = 8
 
 
 def check(method: SparsityCallback | None) -> None:
-    """Refuse what cannot end in a slim network.
+    """Refuse a run that cannot end in a slim network, before it is trained.
 
     Raises:
         ValueError: a dense run.
         ImportError: the extra `channels` is missing.
     """
     if method is None:
-        raise ValueError("slim=true, but method=none has no masks to remove channels by. Choose a method, e.g. method=smcp.")
+        raise ValueError(
+            "slim=true, but method=none has no masks to remove channels by. Choose a method, e.g. method=smcp."
+        )
     for module in ("torch_pruning", "safetensors.torch"):
         extra(module, "channels")
 
@@ -36,26 +41,41 @@ def slimmed(
 ) -> tuple[dict[str, float], Proof]:
     """Slim the network that was tested, save it as slim.safetensors and slim.json, and test it again.
 
-    A channel is dead where weights are zero, which after `test=best` are those of another epoch than the method's masks.
+    Args:
+        trainer: the trainer that has tested `module`.
+        module: the trained network; it is not changed.
+        data: the data set; its test images are used.
+        method: the sparsity callback, whose masks name the sparse parameters.
+        folder: the folder of the run, which the files are written into.
 
     Returns:
-        slim/parameters, slim/flops and slim/latency (milliseconds for a batch of 8), each also as a share of the masked network's
-        (slim/parameters_share), slim/removed (channels), slim/difference (of outputs, relative) and slim/test/acc; and the proof.
+        The metrics and the proof. The metrics are slim/parameters, slim/flops and slim/latency (milliseconds for a
+        batch of 8), each also as a share of the masked network's (slim/parameters_share, ...), slim/removed
+        (channels), slim/difference (of the outputs, relative) and slim/test/acc.
     """
+    # from the weights and not from the method's masks: after `test=best` the weights are of an earlier epoch
     parameters = dict(module.named_parameters())
-    masks = {n.removeprefix("model."): parameters[n].detach() != 0 for n in method.masks}
+    masks = {name.removeprefix("model."): parameters[name].detach() != 0 for name in method.masks}
     images, _ = next(iter(data.test_dataloader()))
     small, proof = slim(module.model, masks, images[:BATCH].to(module.device))
     save_compact(small, folder / FILE)
-    found = {"slim/removed": float(proof.removed), "slim/difference": max(proof.given.relative, proof.random.relative)}
-    for what in ("parameters", "flops", "latency"):
-        before, after = (float(getattr(cost, what)) for cost in (proof.before, proof.after))
-        found |= {f"slim/{what}": after, f"slim/{what}_share": after / before}
+    metrics = {
+        "slim/removed": float(proof.removed),
+        "slim/difference": max(proof.given.relative, proof.random.relative),
+    }
+    for cost in ("parameters", "flops", "latency"):
+        before, after = float(getattr(proof.before, cost)), float(getattr(proof.after, cost))
+        metrics |= {f"slim/{cost}": after, f"slim/{cost}_share": after / before}
     if trainer.limit_test_batches != 0:
-        accuracy = MulticlassAccuracy(data.num_classes, average="micro").to(module.device)
-        batches = int(sum(trainer.num_test_batches)) * trainer.world_size
-        with quiet(small):
-            for images, labels in islice(data.test_dataloader(), batches):
-                accuracy.update(small(images.to(module.device)), labels.to(module.device))
-        found["slim/test/acc"] = float(accuracy.compute())
-    return found, proof
+        metrics["slim/test/acc"] = _test_accuracy(small, trainer, data, module.device)
+    return metrics, proof
+
+
+def _test_accuracy(small: nn.Module, trainer: pl.Trainer, data: MemoryData, device: torch.device) -> float:
+    """Accuracy of a network over as many test images as `trainer` has tested with all its processes together."""
+    accuracy = MulticlassAccuracy(data.num_classes, average="micro").to(device)
+    batches = int(sum(trainer.num_test_batches)) * trainer.world_size
+    with quiet(small):
+        for images, labels in islice(data.test_dataloader(), batches):
+            accuracy.update(small(images.to(device)), labels.to(device))
+    return float(accuracy.compute())

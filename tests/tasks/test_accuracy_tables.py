@@ -1,4 +1,4 @@
-"""The accuracy tables: which runs they make, what they keep, and that every row is a run that can begin."""
+"""The accuracy tables: which runs they make and keep, and that every row is a run that can begin."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A stopped run, resumed, ends bitwise like one that was never stopped."""
+"""A stopped run that is resumed ends bitwise like one that was never stopped."""
 
 import os
 import shutil
@@ -232,7 +232,7 @@ def test_a_kill_while_writing_leaves_the_checkpoint_before(run: Run, tmp_path: P
 
 
 def test_a_checkpoint_interval_below_one_is_refused(run: Run) -> None:
-    with pytest.raises(ValueError, match="checkpoint_every=0 is no number of optimizer steps"):
+    with pytest.raises(ValueError, match="checkpoint_every=0 is not a number of optimizer steps"):
         run("checkpoint_every=0")
 
 

@@ -1,20 +1,29 @@
-"""Batches whose order and augmentation derive from (seed, epoch, index) alone, so that a run resumes mid-epoch exactly."""
+"""Batches of samples in memory, whose order and augmentation derive from (seed, epoch, index).
 
-from collections.abc import Callable, Iterator
+Nothing else is needed to make a batch again, so a run resumes exactly in the middle of an epoch.
+"""
+
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-ORDER, AUGMENTATION = 0, 1  # streams of random numbers
+# random numbers of one epoch come from separate streams, so that augmentation does not change the order
+ORDER, AUGMENTATION = 0, 1
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Images [n, channels, height, width] (uint8 in 0..255 or float in 0..1) or features [n, d] (float), with labels [n] (int64)."""
+    """Samples with their labels.
+
+    Attributes:
+        inputs: images [n, channels, height, width] (uint8 in 0..255, or float in 0..1) or features [n, d] (float).
+        labels: numbers of the classes [n] (int64).
+    """
 
     inputs: Tensor
     labels: Tensor
@@ -23,15 +32,15 @@ class Samples:
         return len(self.labels)
 
     def take(self, indices: Tensor) -> "Samples":
+        """The samples at these indices, in their order."""
         return Samples(self.inputs[indices], self.labels[indices])
 
 
-Augmentation = Callable[[Tensor, Tensor], Tensor]
-
-
 def generator(seed: int, epoch: int, stream: int) -> torch.Generator:
-    """Random numbers of one epoch; different seeds, epochs and streams are independent (numpy's SeedSequence)."""
+    """A generator for one stream of random numbers of one epoch, independent of all other seeds, epochs and streams."""
+    # a SeedSequence mixes the three numbers; a sum would give neighbouring seeds and epochs the same numbers
     mixed = np.random.SeedSequence([seed, epoch, stream]).generate_state(1, np.uint64)[0]
+    # torch takes seeds as signed 64-bit numbers, so the highest bit goes
     return torch.Generator().manual_seed(int(mixed) & (2**63 - 1))
 
 
@@ -44,15 +53,17 @@ def crop_and_flip(images: Tensor, numbers: Tensor, padding: int = 4) -> Tensor:
     """Random crop of the zero-padded image and horizontal flip, the usual augmentation of CIFAR-10.
 
     Args:
-        images: [batch, channels, height, width].
-        numbers: [batch, 3] int64: offset down and to the right in 0..2*padding, and 1 for a mirrored image.
-        padding: pixels added on each side.
+        images: the images [batch, channels, height, width].
+        numbers: the random numbers [batch, 3] (int64) of the images: the offsets of the crop from the top and from the
+            left in 0..2*padding, and 1 for a mirrored image.
+        padding: the number of pixels that are added on each side.
 
     Returns:
-        [batch, channels, height, width] of the images' dtype.
+        New images [batch, channels, height, width] of the same dtype.
     """
     count, channels, height, width = images.shape
     padded = functional.pad(images, (padding,) * 4)
+    # one gather by index arrays for the whole batch: a loop over images would take most of the time of a small network
     rows = numbers[:, 0:1] + torch.arange(height)
     columns = torch.arange(width).expand(count, width)
     columns = torch.where(numbers[:, 2:3] == 1, width - 1 - columns, columns) + numbers[:, 1:2]
@@ -66,7 +77,10 @@ def crop_and_flip(images: Tensor, numbers: Tensor, padding: int = 4) -> Tensor:
 
 
 def crop_numbers(count: int, seed: int, epoch: int, padding: int = 4) -> Tensor:
-    """Numbers [count, 3] for `crop_and_flip`, one row a sample of the set, whatever batch it comes in."""
+    """Random numbers [count, 3] for `crop_and_flip`, one row for each sample of the set.
+
+    A row belongs to its sample, so the batch size and the number of processes do not change the augmentation.
+    """
     source = generator(seed, epoch, AUGMENTATION)
     offsets = torch.randint(0, 2 * padding + 1, (count, 2), generator=source)
     flips = torch.randint(0, 2, (count, 1), generator=source)
@@ -74,26 +88,29 @@ def crop_numbers(count: int, seed: int, epoch: int, padding: int = 4) -> Tensor:
 
 
 class Loader:
-    """Batches (inputs float32 [batch, ...], labels [batch]) of samples that lie in memory.
+    """Batches (inputs float32 [batch, ...], labels [batch]) of samples in memory.
 
-    Lightning restores a loader that has `state_dict` and `load_state_dict`: the position is all there is to save, since
-    order and augmentation derive from (seed, epoch, index). Each rank takes every `world_size`-th sample.
+    Lightning restores a loader that has `state_dict` and `load_state_dict`. Only the position is saved, since order and
+    augmentation derive from (seed, epoch, index). Each rank takes every `world_size`-th sample.
 
     Args:
-        samples: the set.
-        batch_size: per process.
-        mean, std: per channel or feature, or one for all; in units of images scaled to 0..1.
-        seed: of order and augmentation.
-        shuffle: a new order each epoch; without it the order of the samples, in every epoch.
-        even: equally many samples on all ranks, which training in step needs (up to world_size - 1 are left out).
-        augment: crop and flip the images.
-        rank, world_size: of this process.
+        samples: the samples.
+        batch_size: the number of samples in a batch of one process.
+        mean, std: the values that normalise the inputs, one for each channel or feature, or one for all; in units of
+            images scaled to 0..1.
+        seed: the seed of order and augmentation.
+        shuffle: whether each epoch has a new order; else every epoch has the order of the samples.
+        even: whether all ranks get the same number of samples, without which ranks that train together would wait for
+            each other forever; up to world_size - 1 samples are left out for it.
+        augment: whether images are cropped and flipped at random.
+        rank, world_size: the rank of this process and the number of processes.
 
     Raises:
         ValueError: augmentation of features.
     """
 
-    batch_sampler = None  # Lightning asks every loader with a sampler for it
+    # Lightning reads this attribute of every loader that has a sampler
+    batch_sampler = None
 
     def __init__(
         self,
@@ -111,13 +128,14 @@ class Loader:
     ) -> None:
         if augment and samples.inputs.dim() != 4:
             raise ValueError(
-                f"data.augment=True crops and flips images, and inputs of shape {tuple(samples.inputs.shape[1:])} are no images. "
-                "Leave augment off."
+                f"data.augment=True crops and flips images, and inputs of shape {tuple(samples.inputs.shape[1:])} "
+                "are not images. Leave augment off."
             )
         self.samples, self.batch_size, self.seed = samples, batch_size, seed
         self.shuffle, self.even, self.augment = shuffle, even, augment
         self.rank, self.world_size = rank, world_size
         self.mean, self.std = mean, std
+        # bytes are normalised in one step, (x - 255 * mean) / (255 * std), without a pass that scales them to 0..1
         scale = 255.0 if samples.inputs.dtype == torch.uint8 else 1.0
         shape = (1, -1, *[1] * (samples.inputs.dim() - 2))
         self._shift = (mean * scale).view(shape)
@@ -127,48 +145,65 @@ class Loader:
 
     @property
     def sampler(self) -> "Loader":
-        """Lightning announces the epoch to `loader.sampler`."""
+        """The loader itself: Lightning calls `loader.sampler.set_epoch`."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
+        """Choose the order and the augmentation of the iterations that begin from now on."""
         self._epoch = epoch
 
     def in_order(self) -> "Loader":
-        """The set for a pass that learns nothing: file order, not augmented, each sample on exactly one rank.
+        """A new loader of the same samples, unshuffled and not augmented, with each sample on exactly one rank.
 
-        A loader of its own, so the position of this one stays.
+        It is for a pass over the data between training steps: the position of this loader does not change.
         """
-        share: dict[str, Any] = {"rank": self.rank, "world_size": self.world_size}
-        return Loader(self.samples, self.batch_size, mean=self.mean, std=self.std, seed=self.seed, **share)
+        return Loader(
+            self.samples,
+            self.batch_size,
+            mean=self.mean,
+            std=self.std,
+            seed=self.seed,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch and the number of batches handed out in it."""
+        """The current epoch and the number of batches that were taken in it."""
         return {"epoch": self._epoch, "batch": self._next}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Begin the next iteration where `state` was saved, if it is of the same epoch."""
+        # kept until an iteration begins, because the epoch is announced only after this call
         self._resumed = (state["epoch"], state["batch"])
 
     def __len__(self) -> int:
-        left_over = 0 if self.even else self.rank < len(self.samples) % self.world_size
-        return -(-(len(self.samples) // self.world_size + left_over) // self.batch_size)
+        count = len(self.samples) // self.world_size
+        # samples that are left over go to the first ranks
+        if not self.even and self.rank < len(self.samples) % self.world_size:
+            count += 1
+        return math.ceil(count / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        # runs at the first batch, after Lightning announced the epoch
+        # the body of a generator runs at the first batch: Lightning makes the iterator before it announces the epoch
         resumed, self._resumed = self._resumed, None
-        # a position saved in another epoch is its end
-        self._next = resumed[1] if resumed is not None and resumed[0] == self._epoch else 0
+        self._next = 0
+        if resumed is not None and resumed[0] == self._epoch:
+            self._next = resumed[1]
+        # else the position was the end of an earlier epoch, and this epoch begins at its first batch
         indices = self._indices()
         numbers = crop_numbers(len(self.samples), self.seed, self._epoch) if self.augment else None
         while self._next < len(self):
             chosen = indices[self._next * self.batch_size : (self._next + 1) * self.batch_size]
+            # before the batch is used: a checkpoint after its step must not repeat it
             self._next += 1
             yield self._batch(chosen, numbers)
 
     def _indices(self) -> Tensor:
         count = len(self.samples)
         order = epoch_order(count, self.seed, self._epoch) if self.shuffle else torch.arange(count)
-        used = count // self.world_size * self.world_size if self.even else count
-        return order[self.rank : used : self.world_size]
+        if self.even:
+            count -= count % self.world_size
+        return order[self.rank : count : self.world_size]
 
     def _batch(self, chosen: Tensor, numbers: Tensor | None) -> tuple[Tensor, Tensor]:
         inputs = self.samples.inputs[chosen]

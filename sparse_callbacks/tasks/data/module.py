@@ -1,4 +1,4 @@
-"""Classification sets held in memory, and those of images: scikit-learn's digits, MNIST, Fashion-MNIST and CIFAR-10."""
+"""Data modules in memory: scikit-learn's digits, MNIST, Fashion-MNIST and CIFAR-10."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_callbacks.tasks.data.loaders import Loader, Samples
 
-# torchvision's class, mean and standard deviation per channel of the training set, in units of images in 0..1
+# the class of torchvision, and mean and standard deviation of each channel of the training set, for images in 0..1
 SETS: dict[str, tuple[str, tuple[float, ...], tuple[float, ...]]] = {
     "mnist": ("MNIST", (0.1307,), (0.3081,)),
     "fashion_mnist": ("FashionMNIST", (0.2860,), (0.3530,)),
@@ -19,18 +19,19 @@ SETS: dict[str, tuple[str, tuple[float, ...], tuple[float, ...]]] = {
 
 
 class MemoryData(pl.LightningDataModule):
-    """Three sets of samples with their loaders; `seed` moves the order, never the split.
+    """Training, validation and test samples with their loaders.
 
     Args:
-        train, val, test: the samples.
-        num_classes: labels are 0..num_classes - 1.
-        mean, std: per channel or feature, or one for all; in units of images scaled to 0..1.
-        batch_size: per process and step.
-        seed: of order and augmentation.
-        shuffle: a new order of the training samples each epoch; without it the order of the training set, in every epoch.
+        train, val, test: the samples of the three parts.
+        num_classes: the number of classes; labels are 0..num_classes - 1.
+        mean, std: the values that normalise the inputs, one for each channel or feature, or one for all; in units of
+            images scaled to 0..1.
+        batch_size: the number of training samples in a micro-batch of one process.
+        seed: the seed of order and augmentation; the split into parts does not depend on it.
+        shuffle: whether each epoch has a new order of the training samples; else every epoch has that of `train`.
 
     Raises:
-        ValueError: a batch of nothing.
+        ValueError: a batch size below 1.
     """
 
     augment = False
@@ -50,28 +51,30 @@ class MemoryData(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         if batch_size < 1:
-            raise ValueError(f"data.batch_size={batch_size} is no batch. Give 1 or more, e.g. data.batch_size=100.")
+            raise ValueError(
+                f"data.batch_size={batch_size} is not a number of samples. Give 1 or more, e.g. data.batch_size=100."
+            )
         self.train, self.val, self.test = train, val, test
         self.num_classes, self.batch_size, self.seed, self.shuffle = num_classes, batch_size, seed, shuffle
         self.mean, self.std = torch.tensor(mean), torch.tensor(std)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Of one sample: (channels, height, width) or (features,)."""
+        """The shape of one sample: (channels, height, width) or (features,)."""
         return tuple(self.train.inputs.shape[1:])
 
     def train_dataloader(self) -> Loader:
         return self._loader(self.train, self.batch_size, shuffle=self.shuffle, even=True, augment=self.augment)
 
     def val_dataloader(self) -> Loader:
-        return self._loader(self.val, self._evaluated_at_once)
+        return self._loader(self.val, self._evaluation_batch_size)
 
     def test_dataloader(self) -> Loader:
-        return self._loader(self.test, self._evaluated_at_once)
+        return self._loader(self.test, self._evaluation_batch_size)
 
     @property
-    def _evaluated_at_once(self) -> int:
-        # evaluation keeps no graph, so larger batches cost nothing there
+    def _evaluation_batch_size(self) -> int:
+        # an evaluation keeps no activations for a backward pass, so larger batches fit into memory
         return max(self.batch_size, 500)
 
     def _loader(self, samples: Samples, size: int, **options: Any) -> Loader:
@@ -79,14 +82,21 @@ class MemoryData(pl.LightningDataModule):
 
 
 def _share(trainer: Any) -> dict[str, Any]:
-    """`rank` and `world_size` of a loader: each process has all the data where the trainer distributes none."""
+    """The arguments `rank` and `world_size` of a loader; without a distributed sampler each process has all samples."""
+    # Lightning keeps the Trainer's argument use_distributed_sampler nowhere else
     if trainer is None or not trainer._accelerator_connector.use_distributed_sampler:
         return {"rank": 0, "world_size": 1}
     return {"rank": trainer.global_rank, "world_size": trainer.world_size}
 
 
 class ImageData(MemoryData):
-    """Images; `augment` crops and flips those of the training set."""
+    """Training, validation and test images.
+
+    Args:
+        train, val, test: the samples of the three parts.
+        augment: whether training images are cropped and flipped at random.
+        options: further arguments of `MemoryData`.
+    """
 
     def __init__(self, train: Samples, val: Samples, test: Samples, *, augment: bool = False, **options: Any) -> None:
         super().__init__(train, val, test, **options)
@@ -94,16 +104,25 @@ class ImageData(MemoryData):
 
 
 def digits(batch_size: int = 32, seed: int = 0, val_fraction: float = 0.15, test_fraction: float = 0.25) -> ImageData:
-    """scikit-learn's 1,797 real handwritten digits, 1 x 8 x 8: nothing to download; one fixed stratified split."""
+    """The 1,797 handwritten digits of scikit-learn, 1 x 8 x 8, in one fixed stratified split; no download is needed.
+
+    Args:
+        batch_size, seed: as in `MemoryData`.
+        val_fraction, test_fraction: shares of all images that validate and test.
+    """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     source = load_digits()
     everything = Samples(torch.tensor(source.images / 16.0, dtype=torch.float32)[:, None], torch.tensor(source.target))
-    rest, test = train_test_split(np.arange(len(everything)), test_size=test_fraction, stratify=source.target, random_state=0)
+    classes = source.target
+    remaining, test = train_test_split(
+        np.arange(len(everything)), test_size=test_fraction, stratify=classes, random_state=0
+    )
+    # the second split is of what the first has left, while the fractions are of all images
     share = val_fraction / (1.0 - test_fraction)
-    train, val = train_test_split(rest, test_size=share, stratify=source.target[rest], random_state=0)
-    parts = (everything.take(torch.as_tensor(np.sort(part))) for part in (train, val, test))
+    train, val = train_test_split(remaining, test_size=share, stratify=classes[remaining], random_state=0)
+    parts = [everything.take(torch.as_tensor(np.sort(part))) for part in (train, val, test)]
     return ImageData(*parts, num_classes=10, mean=(0.305,), std=(0.376,), batch_size=batch_size, seed=seed)
 
 
@@ -116,7 +135,15 @@ def torchvision_set(
     val_count: int = 5000,
     augment: bool = False,
 ) -> ImageData:
-    """MNIST, Fashion-MNIST or CIFAR-10 from torchvision's files; `val_count` training images, always the same, validate.
+    """MNIST, Fashion-MNIST or CIFAR-10 from torchvision's files.
+
+    Args:
+        name: mnist, fashion_mnist or cifar10.
+        root: the folder of torchvision's files.
+        download: whether torchvision may download absent files.
+        batch_size, seed: as in `MemoryData`.
+        val_count: the number of training images, always the same ones, that validate.
+        augment: whether training images are cropped and flipped at random.
 
     Raises:
         FileNotFoundError: the files are not there, or the download failed.
@@ -125,14 +152,17 @@ def torchvision_set(
     if name not in SETS:
         raise ValueError(f"data.name={name!r} is not known. Known sets: {', '.join(SETS)}.")
     _, mean, std = SETS[name]
-    everything, test = (_read(name, root, download, train) for train in (True, False))
+    everything = _read(name, root, download, train=True)
+    test = _read(name, root, download, train=False)
     if not 0 < val_count < len(everything):
         raise ValueError(
             f"data.val_count={val_count} does not leave both training and validation images of {len(everything)}. "
             "Give e.g. data.val_count=5000."
         )
+    # always the same images, whatever the seed of the run, so that runs with different seeds can be compared
     order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))
-    val, train = (everything.take(part.sort().values) for part in (order[:val_count], order[val_count:]))
+    val = everything.take(order[:val_count].sort().values)
+    train = everything.take(order[val_count:].sort().values)
     return ImageData(train, val, test, num_classes=10, mean=mean, std=std, batch_size=batch_size, seed=seed, augment=augment)
 
 
@@ -152,5 +182,7 @@ def _read(name: str, root: str, download: bool, train: bool) -> Samples:
 
 
 def _channels_first(images: Tensor) -> Tensor:
-    """uint8 [n, height, width] or [n, height, width, channels] as [n, channels, height, width]."""
-    return images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
+    """Images [n, height, width] or [n, height, width, channels] as [n, channels, height, width]."""
+    if images.dim() == 3:
+        return images[:, None]
+    return images.permute(0, 3, 1, 2).contiguous()

@@ -1,4 +1,4 @@
-"""The published networks have the published sizes, and every network takes every set's images."""
+"""Published networks have their published sizes, and every network takes the images of every set."""
 
 import inspect
 from collections.abc import Callable
@@ -95,7 +95,7 @@ def test_torchvision_takes_one_channel_and_keeps_the_rest() -> None:
 
 
 def test_unknown_torchvision_name() -> None:
-    with pytest.raises(ValueError, match=r"model.name='resnet19' is no torchvision classifier. Did you mean resnet"):
+    with pytest.raises(ValueError, match=r"model.name='resnet19' is not a torchvision classifier. Did you mean resnet"):
         models.torchvision_classifier(CIFAR, 10, name="resnet19")
 
 

@@ -1,4 +1,4 @@
-"""Tables of numbers from files: what is read, how it is split and scaled, and what is refused before the first batch."""
+"""Tables of numbers from files: what is read and refused, and how it is split and scaled."""
 
 import inspect
 import os
@@ -177,7 +177,7 @@ def test_csv_labels_that_are_numbers_are_compared_as_numbers(tmp_path: Path) -> 
     assert torch.bincount(numbers).tolist() == [40, 20]
 
 
-def test_a_byte_order_mark_and_empty_lines_are_no_data(tmp_path: Path) -> None:
+def test_a_byte_order_mark_and_empty_lines_are_not_data(tmp_path: Path) -> None:
     features, labels = table()
     file = write_csv(tmp_path / "a.csv", features, labels, "y,a,b,c,d", 0)
     file.write_text("\ufeff" + file.read_text().replace("\n", "\n\n"))
@@ -255,7 +255,7 @@ def test_fractions_that_leave_fewer_samples_than_classes(tmp_path: Path) -> None
 
 def test_an_unknown_kind_of_file(tmp_path: Path) -> None:
     (tmp_path / "a.xlsx").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"a.xlsx is of no known kind. Give a file that ends in .mat, .npz or .csv"):
+    with pytest.raises(ValueError, match=r"a.xlsx is not of a known kind. Give a file that ends in .mat, .npz or .csv"):
         tabular.tabular("a.xlsx", root=str(tmp_path))
 
 
@@ -264,21 +264,21 @@ def test_an_absent_array_lists_those_there(tmp_path: Path, argument: str) -> Non
     listed = r"Arrays there: X \[60, 4\], Y \[60\]. Give data." + argument
     features, labels = table()
     np.savez(tmp_path / "a.npz", X=features, Y=labels)
-    with pytest.raises(ValueError, match=rf"data.{argument}='Z' is no array of \S*a.npz. {listed}"):
+    with pytest.raises(ValueError, match=rf"data.{argument}='Z' is not an array of \S*a.npz. {listed}"):
         tabular.tabular("a.npz", root=str(tmp_path), **{argument: "Z"})
     io.savemat(tmp_path / "b.mat", {"fea": np.ones((3, 2))})
-    with pytest.raises(ValueError, match=r"data.features='X' is no array of \S*b.mat. Arrays there: fea \[3, 2\]"):
+    with pytest.raises(ValueError, match=r"data.features='X' is not an array of \S*b.mat. Arrays there: fea \[3, 2\]"):
         tabular.tabular("b.mat", root=str(tmp_path))
 
 
 @pytest.mark.parametrize("content", [b"", b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + b"\x89HDF", b"nonsense " * 40])
-def test_a_file_that_is_no_matlab_file(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_a_matlab_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.mat").write_bytes(content)
     with pytest.raises(ValueError, match=r"a.mat cannot be read as a MATLAB file .*save it with -v7, or as .npz"):
         tabular.tabular("a.mat", root=str(tmp_path))
 
 
-def test_a_file_that_is_no_npz_file(tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_npz_file(tmp_path: Path) -> None:
     features, _ = table()
     np.save(tmp_path / "array.npy", features)
     np.savez(tmp_path / "objects.npz", X=features, Y=np.array([{}] * 60, dtype=object))
@@ -293,11 +293,11 @@ def test_a_file_that_is_no_npz_file(tmp_path: Path) -> None:
 def test_features_that_are_not_finite(tmp_path: Path, value: float) -> None:
     features, _ = table()
     features[[3, 8], 1] = value
-    refused(tmp_path, r"2 samples have features that are no finite numbers .*the first is row 4. Fill them in", features)
+    refused(tmp_path, r"2 samples have features that are not finite numbers .*the first is row 4. Fill them in", features)
 
 
 @pytest.mark.parametrize("features", [np.full((60, 4), "red"), np.ones((60, 4), dtype=complex)])
-def test_features_that_are_no_numbers(tmp_path: Path, features: np.ndarray) -> None:
+def test_features_that_are_not_numbers(tmp_path: Path, features: np.ndarray) -> None:
     refused(tmp_path, rf"the features are of type {features.dtype}, not real numbers", features)
 
 
@@ -311,7 +311,7 @@ def test_samples_without_a_label(tmp_path: Path, labels: list[Any]) -> None:
     refused(tmp_path, r"2 samples have no label, the first is row 1. Remove these rows", labels=np.array(labels))
 
 
-def test_an_empty_cell_is_no_label(tmp_path: Path) -> None:
+def test_an_empty_cell_is_not_a_label(tmp_path: Path) -> None:
     features, _ = table()
     cells = np.empty((60, 1), dtype=object)
     cells[:, 0] = ["a", "b"] * 30
@@ -336,21 +336,21 @@ def test_a_class_too_small(tmp_path: Path) -> None:
     ("text", "options", "message"),
     [
         ("a,b\n1,x\n2,y,3\n", {}, r"a.csv, line 3: 3 values, and the first line has 2"),
-        ("a,b\n1,x\nred,y\n", {}, r"a.csv, line 3: a feature is no number \(.*'red'\)"),
-        ("a,b\n1,x\n,y\n", {}, r"a.csv, line 3: a feature is no number"),
-        ("a,b\n1,x\n", {"header": False}, r"a.csv, line 1: a feature is no number \(.*'a'\).*data.header=true"),
+        ("a,b\n1,x\nred,y\n", {}, r"a.csv, line 3: a feature is not a number \(.*'red'\)"),
+        ("a,b\n1,x\n,y\n", {}, r"a.csv, line 3: a feature is not a number"),
+        ("a,b\n1,x\n", {"header": False}, r"a.csv, line 1: a feature is not a number \(.*'a'\).*data.header=true"),
         ("1,2\n3,4\n", {}, r"the first line has numbers and no names of columns. Give data.header=false"),
         ("0.1,0.2,x\n0.3,0.4,y\n", {}, r"the first line has numbers and no names of columns. Give data.header=false"),
-        ("a,b\n1,x\n", {"labels": "c"}, r"data.labels='c' names no single column beside features in \S*a.csv. .*: a, b. Give"),
-        ("a,a,b\n1,1,x\n", {"labels": "a"}, r"data.labels='a' names no single column"),
-        ("a,b\n1,x\n", {"labels": 2}, r"data.labels=2 names no single column"),
-        ("1,x\n", {"labels": "c", "header": False}, r"data.labels='c' names no single column .*: 2, counted from 0"),
-        ("a;b\n1;x\n", {}, r"names no single column beside features .*separated by commas: a;b"),
+        ("a,b\n1,x\n", {"labels": "c"}, r"data.labels='c' does not name a single column beside features in \S*a.csv. .*: a, b. Give"),
+        ("a,a,b\n1,1,x\n", {"labels": "a"}, r"data.labels='a' does not name a single column"),
+        ("a,b\n1,x\n", {"labels": 2}, r"data.labels=2 does not name a single column"),
+        ("1,x\n", {"labels": "c", "header": False}, r"data.labels='c' does not name a single column .*: 2, counted from 0"),
+        ("a;b\n1;x\n", {}, r"does not name a single column beside features .*separated by commas: a;b"),
         ("", {}, r"a.csv is empty"),
         ("a,b\n", {}, r"features of shape \(0, 1\) do not fit 0 labels"),
     ],
 )
-def test_csv_files_that_are_no_table(tmp_path: Path, text: str, options: dict[str, Any], message: str) -> None:
+def test_csv_files_that_are_not_a_table(tmp_path: Path, text: str, options: dict[str, Any], message: str) -> None:
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
         tabular.tabular("a.csv", root=str(tmp_path), **options)

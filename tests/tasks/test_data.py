@@ -162,7 +162,7 @@ def test_features_are_batched_with_one_scale_or_one_for_each() -> None:
 
 
 def test_features_are_not_augmented() -> None:
-    with pytest.raises(ValueError, match=r"data.augment=True crops and flips images, and inputs of shape \(3,\) are no images"):
+    with pytest.raises(ValueError, match=r"data.augment=True crops and flips images, and inputs of shape \(3,\) are not images"):
         Loader(Samples(torch.rand(5, 3), torch.arange(5)), 5, mean=torch.zeros(1), std=torch.ones(1), augment=True)
 
 
@@ -273,5 +273,5 @@ def test_a_validation_set_that_takes_all_or_nothing(mnist_folder: Path, count: i
 
 
 def test_a_batch_of_nothing() -> None:
-    with pytest.raises(ValueError, match=r"data.batch_size=0 is no batch"):
+    with pytest.raises(ValueError, match=r"data.batch_size=0 is not a number of samples"):
         data.digits(batch_size=0)

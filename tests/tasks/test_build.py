@@ -1,4 +1,4 @@
-"""From configuration to method, optimizer and trainer; every refusal comes before the first batch."""
+"""Method, optimizer and Trainer from a configuration; every refusal comes before the first batch."""
 
 import inspect
 import math
@@ -92,8 +92,8 @@ def test_no_schedule_is_the_methods_own(composed: Compose) -> None:
         (("optim.lr_schedule=plateau",), "optim.lr_schedule='plateau' is not known"),
         (("optim.lr=0",), "optim.lr=0 is not positive"),
         (("trainer.max_epochs=-1",), "needs the length of the run, and this run has no end"),
-        (("early_stopping=0",), "early_stopping=0 is no number of epochs"),
-        (("test=first",), "test='first' names no network"),
+        (("early_stopping=0",), "early_stopping=0 is not a number of epochs"),
+        (("test=first",), "test='first' does not name a network"),
     ],
 )
 def test_refusals_before_the_first_batch(run: Run, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], message: str) -> None:

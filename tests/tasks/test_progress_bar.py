@@ -4,7 +4,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from sparse_callbacks.tasks.progress_bar import Bar
+from sparse_callbacks.tasks.progress_bar import ShortProgressBar
 
 
 class Module(pl.LightningModule):
@@ -26,7 +26,7 @@ class Module(pl.LightningModule):
 @pytest.mark.parametrize("terminal", [True, False])
 def test_loss_and_sparsity_on_one_line(terminal: bool, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
-    bar = Bar()
+    bar = ShortProgressBar()
     trainer = pl.Trainer(
         max_epochs=2, callbacks=[bar], accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False,
         default_root_dir=tmp_path,

@@ -1,6 +1,7 @@
-"""Training runs that advance round by round, so that several of them can take turns in one process and be compared.
+"""Training runs that advance round by round, so that several runs take turns in one process.
 
-Every run is a generator; each item holds the times of the steps of one round.
+Whatever slows the machine down for a while then slows all of them down, and their times can be compared. Every run is a
+generator; each item holds the times of the steps of one round.
 """
 
 import threading
@@ -19,18 +20,32 @@ from sparse_callbacks import SparsityCallback
 
 SPARSITY = 0.9
 
-Step = tuple[float, bool]  # seconds, and whether a topology update fell in
-Run = Iterator[list[Step]]
+StepTime = tuple[float, bool]  # seconds, and whether the step had a topology update
+Run = Iterator[list[StepTime]]
 
 
 def clock() -> float:
-    """Seconds: CPU time of the process with one thread, wall time with several (a waiting thread spins)."""
+    """The current time in seconds: CPU time of the process with one thread, wall time with several.
+
+    CPU time does not depend on other jobs, but threads of torch that wait for each other consume it too.
+    """
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One table: a network, its batch shape, its optimizer, and how many steps a round has (times ``--steps`` / 20)."""
+    """What is trained for one table.
+
+    Args:
+        title: the heading of the table.
+        network: makes the network.
+        batch: the shape of the inputs of a batch.
+        optimizer: makes the optimizer of some parameters.
+        clip: the norm that gradients are clipped to; None for no clipping.
+        peers: whether other packages are measured too.
+        gates: whether methods with gates, and SMCP, are measured too.
+        share: the number of steps in a round as a share of ``--steps``.
+    """
 
     title: str
     network: Callable[[], nn.Module]
@@ -42,51 +57,57 @@ class Workload:
     share: float = 1.0
 
     def data(self) -> list[tuple[Tensor, Tensor]]:
-        """Batches that are made beforehand, so that no loader is measured."""
+        """Batches of random data, made before the clock starts, so that no loader is measured."""
         generator = torch.Generator().manual_seed(0)
         labels = [torch.randint(10, self.batch[:1], generator=generator) for _ in range(16)]
         return [(torch.randn(self.batch, generator=generator), y) for y in labels]
 
 
 @dataclass
-class Pace(pl.Callback):
-    """Holds a Trainer, in its thread, at the start of a batch until another round is asked for, and times every step."""
+class RoundByRound(pl.Callback):
+    """Stops a Trainer, in its thread, at the end of each round until the next round is asked for, and times every step.
+
+    Args:
+        rounds: the number of steps of each round.
+        updates: gives the number of topology updates so far.
+    """
 
     rounds: Sequence[int]
     updates: Callable[[], int]
     go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     done: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    steps: list[Step] = field(default_factory=list)
+    steps: list[StepTime] = field(default_factory=list)
     error: Exception | None = None
-    begun: float = 0.0
-    seen: int = 0
+    step_began: float = 0.0
+    updates_seen: int = 0
 
     def __hash__(self) -> int:
+        # a dataclass that compares its fields has no hash, and Lightning keeps callbacks in sets
         return id(self)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.left = list(self.rounds)
-        self._rest()
+        self.rounds_left = list(self.rounds)
+        self._wait_for_next_round()
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step == 0:
-            self.begun = clock()  # what came before is set-up
-            return
-        self._step_ended()
-        if len(self.steps) == self.left[0]:
-            self.left.pop(0)
-            self._rest()
-            self.steps = []
-        self.begun = clock()
+        # a step lasts from the start of its batch to the start of the next one, so that all hooks belong to it;
+        # what comes before the first batch is set-up
+        if trainer.global_step > 0:
+            self._step_ended()
+            if len(self.steps) == self.rounds_left[0]:
+                self.rounds_left.pop(0)
+                self._wait_for_next_round()
+                self.steps = []
+        self.step_began = clock()
 
     def on_train_end(self, *_: Any) -> None:
         self._step_ended()
 
     def _step_ended(self) -> None:
-        self.steps.append((clock() - self.begun, self.updates() != self.seen))
-        self.seen = self.updates()
+        self.steps.append((clock() - self.step_began, self.updates() != self.updates_seen))
+        self.updates_seen = self.updates()
 
-    def _rest(self) -> None:
+    def _wait_for_next_round(self) -> None:
         self.done.release()
         self.go.acquire()
 
@@ -111,7 +132,7 @@ class Net(pl.LightningModule):
 
 
 class PeerNet(Net):
-    """rigl-torch under Lightning: its wrapped ``step`` takes no closure, so the closure is called by hand."""
+    """rigl-torch under Lightning."""
 
     def __init__(self, workload: Workload, every: int) -> None:
         super().__init__(workload)
@@ -123,13 +144,14 @@ class PeerNet(Net):
         return optimizer
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        # rigl-torch wraps the optimizer's `step` in a function without a closure, so the closure is called by hand
         optimizer_closure()
         if self.scheduler():
             optimizer.optimizer.step()
 
 
 class Cycled:
-    """``total`` batches that repeat the given ones, as one epoch."""
+    """One epoch of ``total`` batches, which are the given ones over and over."""
 
     def __init__(self, batches: Sequence[Any], total: int) -> None:
         self.batches, self.total = batches, total
@@ -142,44 +164,68 @@ class Cycled:
 
 
 def rigl_torch_scheduler(net: nn.Module, optimizer: torch.optim.Optimizer, every: int) -> RigLScheduler:
-    return RigLScheduler(net, optimizer, dense_allocation=1 - SPARSITY, T_end=10**9, delta=every, alpha=0.3, ignore_linear_layers=False)
+    """RigL of rigl-torch with an update every ``every`` steps; the drop fraction practically does not fall."""
+    return RigLScheduler(
+        net, optimizer, dense_allocation=1 - SPARSITY, T_end=10**9, delta=every, alpha=0.3, ignore_linear_layers=False
+    )
 
 
 def lightning_run(workload: Workload, rounds: Sequence[int], module: Net, callback: SparsityCallback | None = None) -> Run:
-    """A Trainer that makes the given numbers of steps, one number at a time."""
-    peer = module if isinstance(module, PeerNet) else None
-    pace = Pace(rounds, lambda: callback.updates if callback else peer.scheduler.rigl_steps if peer else 0)
-    quiet: dict[str, Any] = {f"enable_{x}": False for x in ("progress_bar", "model_summary", "checkpointing")}
+    """A Trainer in a thread of its own that makes the steps of one round at a time.
+
+    Args:
+        workload: the network, its data and its optimizer.
+        rounds: the number of steps of each round.
+        module: the module that is trained.
+        callback: the sparsity callback; None for none.
+    """
+
+    def updates() -> int:
+        if callback is not None:
+            return callback.updates
+        return module.scheduler.rigl_steps if isinstance(module, PeerNet) else 0
+
+    turns = RoundByRound(rounds, updates)
     trainer = pl.Trainer(
         accelerator="cpu",
         logger=False,
         max_epochs=1,
         gradient_clip_val=workload.clip,
-        callbacks=[pace, *([callback] if callback else [])],
-        **quiet,
+        callbacks=[turns] if callback is None else [turns, callback],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
     )
     threads = torch.get_num_threads()
 
     def fit() -> None:
+        # the number of threads is a setting of each Python thread
         torch.set_num_threads(threads)
         try:
             trainer.fit(module, Cycled(workload.data(), sum(rounds)))
         except Exception as error:
-            pace.error = error
-        pace.done.release()
+            # raised again in the thread that waits for the round
+            turns.error = error
+        turns.done.release()
 
     threading.Thread(target=fit, daemon=True).start()
-    pace.done.acquire()
+    turns.done.acquire()
     for _ in rounds:
-        pace.go.release()
-        pace.done.acquire()
-        if pace.error is not None:
-            raise pace.error
-        yield pace.steps
+        turns.go.release()
+        turns.done.acquire()
+        if turns.error is not None:
+            raise turns.error
+        yield turns.steps
 
 
 def raw_run(workload: Workload, rounds: Sequence[int], peer_every: int | None = None) -> Run:
-    """The same training as a hand-written loop, with rigl-torch (and an update in so many steps) or without."""
+    """The same training as a hand-written loop.
+
+    Args:
+        workload: the network, its data and its optimizer.
+        rounds: the number of steps of each round.
+        peer_every: the number of steps between updates of rigl-torch; None for dense training.
+    """
     net = workload.network()
     optimizer = workload.optimizer(net.parameters())
     scheduler = None if peer_every is None else rigl_torch_scheduler(net, optimizer, peer_every)
@@ -187,14 +233,15 @@ def raw_run(workload: Workload, rounds: Sequence[int], peer_every: int | None = 
     for length in rounds:
         steps = []
         for _ in range(length):
-            begun = clock()
+            began = clock()
             images, labels = next(batches)
             optimizer.zero_grad()
             nn.functional.cross_entropy(net(images), labels).backward()
             took_step = scheduler is None or scheduler()
             if took_step:
                 optimizer.step()
-            steps.append((clock() - begun, not took_step))
+            # an update of rigl-torch replaces the step
+            steps.append((clock() - began, not took_step))
         yield steps
 
 
@@ -210,11 +257,19 @@ class Masked(nn.Module):
 
 
 class Gated(nn.Module):
-    """Hard-concrete gates as everybody writes them, left to autograd: one for each weight, or for each of its units."""
+    """Hard-concrete gates as they are usually written, differentiated by autograd.
+
+    Args:
+        weight: the weight that is gated.
+        units: whether inputs of a linear layer, or output channels of a convolution, have one gate each; else each
+            weight has a gate.
+    """
 
     def __init__(self, weight: Tensor, units: bool) -> None:
         super().__init__()
-        shape = weight.shape if not units else (1, weight.shape[1]) if weight.ndim == 2 else (len(weight), 1, 1, 1)
+        shape: Sequence[int] = weight.shape
+        if units:
+            shape = (1, weight.shape[1]) if weight.ndim == 2 else (len(weight), 1, 1, 1)
         self.log_alpha = nn.Parameter(torch.zeros(shape))
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -223,19 +278,27 @@ class Gated(nn.Module):
         return weight * (s * 1.2 - 0.1).clamp(0, 1)
 
 
+def layers(module: Net) -> list[nn.Linear | nn.Conv2d]:
+    """All linear and convolutional layers; a list, as parametrizations add modules while it is walked through."""
+    return [layer for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+
+
 def gated(module: Net, units: bool) -> Net:
-    for layer in [m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)]:
+    """The module with gates on all its layers."""
+    for layer in layers(module):
         parametrize.register_parametrization(layer, "weight", Gated(layer.weight.detach(), units))
     return module
 
 
 def parametrized(module: Net) -> Net:
-    for layer in [m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)]:
+    """The module with the parametrization ``w * mask`` on all its layers."""
+    for layer in layers(module):
         parametrize.register_parametrization(layer, "weight", Masked(layer.weight.detach()))
     return module
 
 
 def pruned(module: Net) -> Net:
-    for layer in [m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)]:
+    """The module with all its layers pruned at random by ``torch.nn.utils.prune``."""
+    for layer in layers(module):
         prune.random_unstructured(layer, "weight", SPARSITY)
     return module
