@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparse_callbacks.core.arguments import by_glob, refuse_outside
 from sparse_callbacks.core.ops import zeros_for
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.weights import undone
 from sparse_callbacks.lightning.callback import Options, SparsityCallback
 from sparse_callbacks.methods.l0 import gates, norm_check
-from sparse_callbacks.methods.l0.channel_members import Tied, by_glob, find_tied, refuse_decay, refuse_outside
+from sparse_callbacks.methods.l0.channel_members import ChannelMembers, find_members, refuse_decay
 from sparse_callbacks.methods.l0.constraint import Constraint, Rates, shares_of
-from sparse_callbacks.methods.l0.gated_weights import Gated
+from sparse_callbacks.methods.l0.gated_weights import GatedWeights
 
 Densities = float | Mapping[str, float]
 CHOICES = {"constraint": ("model", "layer"), "unit": ("channel", "weight"), "gate_optimizer": ("sgd", "adam")}
@@ -109,7 +110,7 @@ class ConstrainedL0(SparsityCallback):
         self.constraint, self.unit, self.gate_optimizer = constraint, unit, gate_optimizer
         self.gate_lr, self.dual_lr, self.l2 = gate_lr, dual_lr, l2
         self._refuse_arguments()
-        self.gated = Gated(self.store, {})
+        self.gated = GatedWeights(self.store, {})
         self._constraints: list[Constraint] = []
         self._owner: dict[str, int] = {}
         self._pulls: dict[str, Tensor] = {}
@@ -148,13 +149,13 @@ class ConstrainedL0(SparsityCallback):
     def plan(self, model: nn.Module | None = None) -> Plan:
         plan = super().plan(model)
         tied = {} if model is None else self._tied_in(getattr(model, "_orig_mod", model), plan.selected)
-        selected = plan.selected | {n for t in tied.values() for n in t.members}
+        selected = plan.selected | {n for t in tied.values() for n in t.names}
         rows = tuple(replace(r, zeros=None, reason="") if r.name in selected else r for r in plan)
         title = f"{type(self).__name__}: expected density {self.density} of the {self.constraint}"
         return replace(plan, title=title, rows=rows, selected=selected, joint=0, decided_by="gates")
 
-    def _tied_in(self, model: nn.Module, kernels: Iterable[str]) -> dict[str, Tied]:
-        return find_tied(model, kernels) if self.unit == "channel" else {}
+    def _tied_in(self, model: nn.Module, kernels: Iterable[str]) -> dict[str, ChannelMembers]:
+        return find_members(model, kernels) if self.unit == "channel" else {}
 
     def begin(
         self,
@@ -166,15 +167,15 @@ class ConstrainedL0(SparsityCallback):
         state: Mapping[str, Any] | None,
     ) -> None:
         kernels = [e.name for e in entries if not e.reason]
-        together = dict.fromkeys(kernels, Tied()) | self._tied_in(model, kernels)
+        together = dict.fromkeys(kernels, ChannelMembers()) | self._tied_in(model, kernels)
         targets_of, rates = (by_glob(getattr(self, a), kernels, a) for a in ("density", "droprate"))
-        members = {n for t in together.values() for n in t.members}
+        members = {n for t in together.values() for n in t.names}
         found = [replace(e, reason="", shape=e.full_shape) if e.name in members else e for e in entries]
         decaying = {*together, *(n for t in together.values() for n in t.biases)}
         refuse_decay(optimizers, {id(p): n for n, p in model.named_parameters() if n in decaying}, self.l2)
         held = {n: self.store.dense(n) for n in self.store.hidden}
         super().begin(model, found, targets, optimizers, gradients_read, state)
-        self._all_entries, self.gated, self._in_batch = found, Gated(self.store, together), False
+        self._all_entries, self.gated, self._in_batch = found, GatedWeights(self.store, together), False
         owned = [[n for n in names if n in together] for names in self._ownership.owns]
         groups = [[n] for names in owned for n in names] if self.constraint == "layer" else [names for names in owned if names]
         self._constraints = [Constraint(self._shares(names), targets_of[names[0]]) for names in groups]
@@ -191,7 +192,7 @@ class ConstrainedL0(SparsityCallback):
             if new:
                 self.aux[f"log_alpha/{kernel}"] = self._new_gates(kernel, rates[kernel])
             self.gated.take_medians(kernel, self._log_alpha(kernel))
-            for name in (kernel, *tied.members):
+            for name in (kernel, *tied.names):
                 dense = self.store.dense(name)
                 if name in held and not new:
                     dense.copy_(undone(self.params[name].detach(), self.gated.medians[name], held[name].to(dense)))
@@ -213,13 +214,13 @@ class ConstrainedL0(SparsityCallback):
     def rehearse(self) -> None:
         model = self._model()
         if model is not None and self.unit == "channel" and any(self.params[n].ndim > 2 for n in self._tied):
-            norm_check.rehearse(model, self._tied, self.data_pass())
+            norm_check.check_on_example(model, self._tied, self.data_pass())
 
     # ------------------------------------------------------------------ what the parameters hold
 
     @property
-    def _tied(self) -> dict[str, Tied]:
-        return self.gated.tied
+    def _tied(self) -> dict[str, ChannelMembers]:
+        return self.gated.members
 
     def _log_alpha(self, kernel: str) -> Tensor:
         return self.aux[f"log_alpha/{kernel}"]
@@ -229,7 +230,7 @@ class ConstrainedL0(SparsityCallback):
         model = self._model()
         assert model is not None
         for kernel in kernels:
-            self.gated.sample(kernel, partial(self._draw, kernel), model.get_submodule, finite)
+            self.gated.write_sample(kernel, partial(self._draw, kernel), model.get_submodule, finite)
 
     def _draw(self, kernel: str) -> Tensor:
         return gates.sample(self._log_alpha(kernel), self.noise(kernel))
@@ -237,9 +238,9 @@ class ConstrainedL0(SparsityCallback):
     def apply_masks(self, index: int | None = None) -> None:
         """Medians everywhere, or, when a step of the optimizer ``index`` is over, nothing yet: :meth:`after_step` writes them anyway."""
         if index is None:
-            self.gated.abort()
+            self.gated.write_all_medians()
         else:
-            self.gated.step_over(self._ownership.steps[index])
+            self.gated.after_step(self._ownership.steps[index])
 
     def noise(self, kernel: str) -> Tensor:
         """Uniform numbers in (0, 1) for the gates of the coming step: the same through a window, on every rank and after a resume."""
@@ -256,7 +257,7 @@ class ConstrainedL0(SparsityCallback):
 
     def after_batch(self) -> None:
         self._in_batch = False
-        self.gated.batch_over()
+        self.gated.after_batch()
 
     # ------------------------------------------------------------------ the step
 
@@ -269,7 +270,7 @@ class ConstrainedL0(SparsityCallback):
                 if gradient is None:
                     continue
                 if name not in affine:
-                    pulls.append(gates.pull(gradient, dense, z))
+                    pulls.append(gates.log_alpha_gradient(gradient, dense, z))
                 gradient.mul_(factor)
                 if self.l2 and name not in affine:
                     gradient.addcmul_(dense, self.gated.factors(kernel, gates.p_open(self._log_alpha(kernel)))[name], value=self.l2)
@@ -290,7 +291,7 @@ class ConstrainedL0(SparsityCallback):
         if self._in_batch and not self.steps_are_announced:  # in manual optimization the batch may go on, with other steps
             self._sample(kernels, finite)
         else:
-            self.gated.settle(self.gated.parameters(kernels), finite)
+            self.gated.write_medians(self.gated.parameters(kernels), finite)
 
     # ------------------------------------------------------------------ where it stands
 
