@@ -15,9 +15,17 @@ from sparse_callbacks.core.ops import drop_and_grow, drop_count
 from sparse_callbacks.core.schedules import Schedule, as_schedule
 from sparse_callbacks.lightning.callback import Options
 from sparse_callbacks.lightning.data_pass import Forward
-from sparse_callbacks.methods.ctre.activations import measure
+from sparse_callbacks.methods.ctre.activations import measure_similarity
 from sparse_callbacks.methods.ctre.patience import Mode, Patience, check_patience
-from sparse_callbacks.methods.ctre.similarity import CosineSums, Grown, cosine, explore, growth_bound, layers_of, propose
+from sparse_callbacks.methods.ctre.similarity import (
+    CosineSums,
+    GrowthFigures,
+    cosine_similarity,
+    growth_bound,
+    layers_of,
+    propose_growth,
+    replace_regrown,
+)
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
 
 Variant = Literal["sim", "seq", "pure"]
@@ -42,7 +50,8 @@ class CTRE(DropAndGrow):
     ``"seq"`` draws uniformly (as SET does) for the rest of the run once ``monitor`` has not improved for ``patience``
     validated epochs. New weights are drawn from U(-b, b), b = sqrt(6 / n_in) with the dense fan-in n_in, with zero optimizer
     state; a weight dropped and grown again keeps both. No gradient of a pruned weight is ever read. What the activations of a
-    layer are, in any network: see :class:`~sparse_callbacks.methods.ctre.activations.Flow`; of the last they are the softmax of the output.
+    layer are, in any network: see :class:`~sparse_callbacks.methods.ctre.activations.ActivationTracer`; of the last they are
+    the softmax of the output.
 
     Differs from the paper: convolutions count positions as samples (our extension). From the released code: ``"sim"`` draws from
     what it has not grown already (the code can draw such a position again and loses one); no update after the very first step,
@@ -113,7 +122,7 @@ class CTRE(DropAndGrow):
         self.epsilon, self.variant = epsilon, variant
         self.monitor, self.mode, self.patience = monitor, mode, patience
         self.data_fraction, self.forward, self.statistics_dataloader = data_fraction, forward, statistics_dataloader
-        self._began, self._grown = dict[int, int](), Grown()
+        self._began, self._grown = dict[int, int](), GrowthFigures()
 
     # ------------------------------------------------------------------ when
 
@@ -141,7 +150,7 @@ class CTRE(DropAndGrow):
             return
         if self._update_follows():
             sums = self._measure(self.data_fraction)
-            self.aux |= {f"similarity/{name}": cosine(s) for name, s in sums.items()}
+            self.aux |= {f"similarity/{name}": cosine_similarity(s) for name, s in sums.items()}
 
     def after_batch(self) -> None:
         if not self._window_open:  # a step that was skipped comes again, with a pass of its own
@@ -167,7 +176,7 @@ class CTRE(DropAndGrow):
         model = self._model()
         assert model is not None
         with closing(self.data_pass(fraction or 1.0)) as outputs:  # where measuring fails, flags and random states are put back now
-            return measure(model, self.params, outputs if fraction else islice(outputs, 1))
+            return measure_similarity(model, self.params, outputs if fraction else islice(outputs, 1))
 
     # ------------------------------------------------------------------ how
 
@@ -176,7 +185,7 @@ class CTRE(DropAndGrow):
             self.update()
 
     def update(self) -> None:
-        self._grown = Grown()
+        self._grown = GrowthFigures()
         self.move_masks(drop_fraction=self.fraction)
         self.events |= {f"update/{figure}": value for figure, value in self._grown.figures().items()}
         self.note(phase=float(self.at_random))
@@ -193,11 +202,11 @@ class CTRE(DropAndGrow):
             self._grown.drawn += count
             return drop_and_grow(mask, weight, self._draw(name), count)
         similarity = self.aux[f"similarity/{name}"].to(weight.device)
-        kept, proposed = propose(mask, weight, similarity, count)
+        kept, proposed = propose_growth(mask, weight, similarity, count)
         if self.variant != "sim":
             self._grown.add(similarity, proposed)
             return kept | proposed
-        accepted, drawn = explore(mask, kept, proposed, self._draw(name))
+        accepted, drawn = replace_regrown(mask, kept, proposed, self._draw(name))
         self._grown.add(similarity, accepted)
         self._grown.drawn += int(drawn.count_nonzero())
         return kept | accepted | drawn

@@ -1,4 +1,4 @@
-"""Biases and batch norms that belong to the output channels of a convolution, and that its gates close together with it."""
+"""Biases and batch norms that belong to the output channels of a convolution."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Constraint on the expected density of gated parameters: gates descend on the loss, the multiplier ascends."""
+"""Constraint on the expected density of gated parameters: gates descend, the multiplier ascends."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
