@@ -17,7 +17,7 @@ from sparse_callbacks.lightning import turns
 from sparse_callbacks.lightning.callback import Options, SparsityCallback
 from sparse_callbacks.lightning.data_pass import Forward
 from sparse_callbacks.methods.gap.gap import GaP, Init
-from sparse_callbacks.methods.gap.partitions import Partitions, holdings, number_of, owners
+from sparse_callbacks.methods.gap.partitions import Partitions, names_by_partition, number_of, tensor_owners
 
 
 class ParallelGaP(GaP):
@@ -285,7 +285,7 @@ class ParallelGaP(GaP):
 
     def _owners(self) -> dict[str, int]:
         tensors = self._tensors()
-        return owners(tensors, holdings(tensors, self.blocks()))
+        return tensor_owners(tensors, names_by_partition(tensors, self.blocks()))
 
     def _take_over(self, tensors: Mapping[str, Tensor]) -> None:
         model = self._model()
