@@ -26,7 +26,10 @@ def refuse_outside(given: Any, argument: str, low: float, high: float, too_low: 
             continue
         at_most = f" and at most {high:g}" if math.isfinite(high) else ""
         reason = f": {too_low}" if too_low and number and 0 <= float(value) < low else ""
-        raise ValueError(f"{argument}={given!r}: {value!r} is out of range. Give a number that is at least {low:.4g}{at_most}{reason}.")
+        raise ValueError(
+            f"{argument}={given!r}: {value!r} is out of range. Give a number that is at least "
+            f"{low:.4g}{at_most}{reason}."
+        )
 
 
 def by_glob(values: float | Mapping[str, float], names: Iterable[str], argument: str) -> dict[str, float]:
@@ -45,7 +48,10 @@ def by_glob(values: float | Mapping[str, float], names: Iterable[str], argument:
         return dict.fromkeys(names, float(values))
     for glob in values:
         if not any(fnmatchcase(name, glob) for name in names):
-            raise ValueError(f"{argument}= has a value for {glob!r}, which matches no gated parameter. Gated are: {', '.join(names)}.")
+            raise ValueError(
+                f"{argument}= has a value for {glob!r}, which matches no gated parameter. Gated are: "
+                f"{', '.join(names)}."
+            )
     found: dict[str, float] = {}
     for glob, value in values.items():
         for name in names:
@@ -53,5 +59,7 @@ def by_glob(values: float | Mapping[str, float], names: Iterable[str], argument:
                 found[name] = float(value)
     missed = [name for name in names if name not in found]
     if missed:
-        raise ValueError(f"{argument}= has no value for {', '.join(missed)}. Add a glob that matches, or '*' for all others.")
+        raise ValueError(
+            f"{argument}= has no value for {', '.join(missed)}. Add a glob that matches, or '*' for all others."
+        )
     return {name: found[name] for name in names}

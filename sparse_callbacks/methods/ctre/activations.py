@@ -35,12 +35,12 @@ from sparse_callbacks.methods.ctre.tensor_history import (
 class ActivationTracer(TorchDispatchMode):
     """Follows what becomes of the output of each sparse layer, up to the next layer or the network's output.
 
-    The activations of a layer are what the next linear layer or convolution takes, or the latest tensor before that with
-    the shape of the layer's output (so before a flattening or a pooling). Where a pooling comes before the activation
-    function, each position counts with the value of the cell that it was pooled into. A layer whose output the next one
-    takes as it is has the identity for an activation function. For the last layer the activations are the network's
-    output: softmax of logits, anything else as it is. Layers are known by their ``forward``; functional ones cannot be
-    followed.
+    The activations of a layer are what the next linear layer or convolution takes, or the latest tensor before that
+    with the shape of the layer's output (so before a flattening or a pooling). Where a pooling comes before the
+    activation function, each position counts with the value of the cell that it was pooled into. A layer whose output
+    the next one takes as it is has the identity for an activation function. For the last layer the activations are the
+    network's output: softmax of logits, anything else as it is. Layers are known by their ``forward``; functional ones
+    cannot be followed.
 
     Args:
         model: the network.
@@ -132,7 +132,8 @@ class ActivationTracer(TorchDispatchMode):
         """The calls of one forward pass that returned ``output``, each with its activations; the tracer forgets them.
 
         Raises:
-            ValueError: activations that are not known, and a network without any activation function between its layers.
+            ValueError: activations that are not known, and a network without any activation function between its
+                layers.
         """
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor):
@@ -143,9 +144,9 @@ class ActivationTracer(TorchDispatchMode):
         unactivated = [c for c in calls if c.activations is None and c.unactivated is not None]
         if unactivated and not has_activations:
             raise ValueError(
-                "there is no activation between the layers: the next layer takes the output of "
-                f"{_listed(unactivated)} as it is, so the network is linear and similarity says nothing about it. Put an "
-                "activation function between them."
+                f"there is no activation between the layers: the next layer takes the output of {_listed(unactivated)} "
+                "as it is, so the network is linear and similarity says nothing about it. Put an activation function "
+                "between them."
             )
         for call in unactivated:
             call.activations = call.unactivated
@@ -155,8 +156,8 @@ class ActivationTracer(TorchDispatchMode):
             if lost[0].mixed_by:
                 reason = f"they go through {lost[0].mixed_by}"
             raise ValueError(
-                f"the activations of {_listed(lost)} are not known ({reason}). Leave them out with include= or exclude=, "
-                "or give forward=, a function of module and batch that returns the network's output."
+                f"the activations of {_listed(lost)} are not known ({reason}). Leave them out with include= or "
+                "exclude=, or give forward=, a function of module and batch that returns the network's output."
             )
         for call in calls:
             _check_unwritten(call)
@@ -182,8 +183,8 @@ def _check_unwritten(call: LayerCall) -> None:
     for tensor, version in (call.inputs, call.activations):
         if _versioned(tensor)[1] != version:
             raise ValueError(
-                f"the network writes into the activations around {call.name} after a layer has used them, so they cannot "
-                "be read. Use operations that are not in place there (such as inplace=False), or "
+                f"the network writes into the activations around {call.name} after a layer has used them, so they "
+                "cannot be read. Use operations that are not in place there (such as inplace=False), or "
                 f"exclude=[{call.name!r}]."
             )
 
@@ -207,7 +208,8 @@ def _end_at_output(call: LayerCall, history: TensorHistory, output: Tensor) -> N
 def _are_logarithms(outputs: Tensor, dimension: int) -> bool:
     """Whether these are outputs of a log-softmax: their exponentials sum up to 1."""
     sums = outputs.float().exp().sum(dimension)
-    return bool((outputs <= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-2)  # bfloat16 has 3 digits
+    # bfloat16 has 3 digits
+    return bool((outputs <= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-2)
 
 
 def measure_similarity(

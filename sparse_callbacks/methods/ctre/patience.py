@@ -14,7 +14,7 @@ Mode = Literal["max", "min"]
 
 
 def judged(best: float, count: int, value: float, mode: Mode) -> tuple[float, int]:
-    """(best value, number of values since) after one more ``value``; only a strict improvement counts, and NaN never does.
+    """(best value, number of values since) after one more ``value``; only a strict improvement counts, NaN never does.
 
     >>> judged(0.6, 1, 0.6, "max"), judged(0.6, 1, 0.5, "min")
     ((0.6, 2), (0.5, 0))
@@ -28,8 +28,8 @@ def judged(best: float, count: int, value: float, mode: Mode) -> tuple[float, in
 class Patience:
     """Runs out, for good, after ``limit`` judged epochs in a row without strict improvement of a metric.
 
-    All state is in ``aux`` under ``patience/...``, and an epoch is judged once, by its last validation: a checkpoint written at the
-    end of a validation resumes to the same count, whether or not the epoch's end was reached before.
+    All state is in ``aux`` under ``patience/...``, and an epoch is judged once, by its last validation: a checkpoint
+    written at the end of a validation resumes to the same count, whether or not the epoch's end was reached before.
 
     Args:
         aux: tensors that survive a resume; the state is kept here.
@@ -93,8 +93,8 @@ class Patience:
     def _read(self, metrics: Mapping[str, float], where: str) -> None:
         if self.monitor not in metrics:
             raise ValueError(
-                f"monitor={self.monitor!r} is not {where}. Metrics that are: {', '.join(metrics) or 'none'}. Give one of "
-                "them, or log it in validation_step (where it is logged in training only, use "
+                f"monitor={self.monitor!r} is not {where}. Metrics that are: {', '.join(metrics) or 'none'}. Give one "
+                "of them, or log it in validation_step (where it is logged in training only, use "
                 "Trainer(num_sanity_val_steps=0))."
             )
 

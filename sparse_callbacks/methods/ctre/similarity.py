@@ -29,8 +29,8 @@ class CosineSums:
     extension: the paper has matrices only).
 
     Attributes:
-        dots: dot products, [out, in / groups, *kernel], the weight's shape (of a transposed convolution [in, out / groups,
-            *kernel]).
+        dots: dot products, [out, in / groups, *kernel], the weight's shape (of a transposed convolution [in, out /
+            groups, *kernel]).
         rows: squared norms of the neurons along dimension 0 of the weight, [out], float64.
         columns: squared norms of the neurons along its other dimensions, [groups, in / groups, *kernel], float64.
         batches: number of batches added, 0-dimensional float64.
@@ -80,10 +80,10 @@ def add_batch(sums: CosineSums, module: nn.Module, inputs: Tensor, outputs: Tens
     space = len(module.kernel_size)
     x, a = (t if t.dim() == space + 2 else t.unsqueeze(0) for t in (x, a))
     geometry: dict[str, Any] = {"stride": module.stride, "dilation": module.dilation, "groups": module.groups}
-    if isinstance(module, _ConvTransposeNd):  # it is a convolution from its outputs to its inputs: the two change places
-        x, a = a, x
+    if isinstance(module, _ConvTransposeNd):
+        x, a = a, x  # it is a convolution from its outputs to its inputs
     if isinstance(module.padding, str) or module.padding_mode != "zeros":
-        # the gradient below knows padding with zeros only, by equal amounts on both sides: any other padding is done here
+        # the gradient below knows padding with zeros only, and as much on both sides: any other padding is done here
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         x = functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
         geometry["padding"] = (0,) * space
@@ -92,12 +92,13 @@ def add_batch(sums: CosineSums, module: nn.Module, inputs: Tensor, outputs: Tens
     # a dot product over positions, for every weight of a kernel, is what autograd computes as the kernel's gradient
     sums.dots += _kernel_gradient(x, a, sums.dots.shape, **geometry)
     sums.rows += _square_sum(a, 1)
-    # squared norms of inputs: the same sums with x^2 in place of x and ones in place of a, each channel by itself. They are
-    # summed over the batch first, as this needs only one convolution's work whatever the size of the batch
+    # squared norms of inputs: the same sums with x^2 in place of x and ones in place of a, each channel by itself. They
+    # are summed over the batch first, as this needs only one convolution's work whatever the size of the batch
     squares = x.double().square().sum(0, keepdim=True)
     ones = torch.ones_like(a[:1, :1], dtype=torch.float64).expand(1, squares.shape[1], *a.shape[2:])
     geometry["groups"] = squares.shape[1]
-    sums.columns += _kernel_gradient(squares, ones, (squares.shape[1], 1, *sums.dots.shape[2:]), **geometry).view_as(sums.columns)
+    shape = (squares.shape[1], 1, *sums.dots.shape[2:])
+    sums.columns += _kernel_gradient(squares, ones, shape, **geometry).view_as(sums.columns)
 
 
 def _square_sum(t: Tensor, keep: int) -> Tensor:
@@ -106,7 +107,9 @@ def _square_sum(t: Tensor, keep: int) -> Tensor:
     return t.square().sum(others).double()
 
 
-def _kernel_gradient(x: Tensor, grad: Tensor, shape: Any, stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
+def _kernel_gradient(
+    x: Tensor, grad: Tensor, shape: Any, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Tensor:
     """sum over n, p of grad[n, o, p] x[n, i, stride p + dilation k - padding], of ``shape`` [o, i / groups, *k]."""
     kernel = x.new_empty(1).expand(tuple(shape))  # only its shape is read
     zeros = [0] * (x.dim() - 2)
@@ -152,7 +155,7 @@ def feature_dimension(module: nn.Module, outputs: Tensor) -> int:
 
 
 def layers_of(model: nn.Module, params: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, nn.Module]]:
-    """(parameter's name, module) for every module that has one of ``params`` as its weight; shared weights have several.
+    """(parameter's name, module) for every module that has one of ``params`` as its weight, several where it is shared.
 
     Raises:
         ValueError: a parameter of a module that is neither linear nor a convolution.
@@ -184,8 +187,8 @@ def _kind(module: nn.Module) -> str:
 def propose_growth(mask: Tensor, weight: Tensor, similarity: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Positions that stay, and the ``count`` most similar of all others (bool, of the weight's shape).
 
-    All active weights but the ``count`` with the smallest magnitude stay. Those that do not may be proposed again. Of equal
-    scores the lower index counts as the larger (Atashgahi et al. 2022, algorithm 1).
+    All active weights but the ``count`` with the smallest magnitude stay. Those that do not may be proposed again. Of
+    equal scores the lower index counts as the larger (Atashgahi et al. 2022, algorithm 1).
 
     Raises:
         ValueError: ``count`` exceeds the active positions.
@@ -197,8 +200,8 @@ def propose_growth(mask: Tensor, weight: Tensor, similarity: Tensor, count: int)
 def replace_regrown(mask: Tensor, kept: Tensor, proposed: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
     """Proposals that were inactive, and in place of each other proposal a random position (CTRE_sim).
 
-    A proposal that was active has only just been dropped; growing it again would explore nothing. The random positions are
-    neither kept nor accepted proposals (Atashgahi et al. 2022, algorithm 2).
+    A proposal that was active has only just been dropped; growing it again would explore nothing. The random positions
+    are neither kept nor accepted proposals (Atashgahi et al. 2022, algorithm 2).
 
     Args:
         mask: the mask before the update.

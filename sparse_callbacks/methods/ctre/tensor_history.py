@@ -13,21 +13,22 @@ from sparse_callbacks.methods.ctre.similarity import feature_dimension
 # what happened to a layer's output, from least to most: copied or reshaped, scaled and shifted, anything else
 UNCHANGED, AFFINE, ACTIVATED = 0, 1, 2
 
-# names of aten operations, without a trailing underscore. What is in none of these sets counts as an activation function
+# names of aten operations without a trailing underscore; what is in none of the sets counts as an activation function
 _RESHAPES = {
     "view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "expand", "slice", "select", "split",
     "split_with_sizes", "unbind", "cat", "stack", "as_strided",
-}  # fmt: skip
+}
 _COPIES = {"alias", "detach", "clone", "_to_copy", "copy", "lift_fresh", "native_dropout"}
 _TRANSPOSES = {"t", "transpose", "permute"}
 _AFFINE = {
     "add", "sub", "rsub", "mul", "div", "neg", "mean", "sum", "lerp", "native_batch_norm", "cudnn_batch_norm",
     "miopen_batch_norm", "_native_batch_norm_legit_no_training", "_batch_norm_no_update",
-}  # fmt: skip
+}
 # operations that mix neurons, by the beginning of their name, and by a part of it
 _PRODUCTS = (
-    "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "linear", "_trilinear", "_scaled_dot_product", "_transformer",
-)  # fmt: skip
+    "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "linear", "_trilinear", "_scaled_dot_product",
+    "_transformer",
+)
 _RECURRENT = ("rnn", "lstm", "gru", "convolution")
 
 VersionedTensor = tuple[Tensor, int]
@@ -145,7 +146,7 @@ def _history_after(
 
 
 def in_output_shape(call: LayerCall, history: TensorHistory, x: Tensor) -> tuple[Tensor | None, int]:
-    """``x`` in the shape of the layer's output, with what happened up to it; else the latest tensor that had this shape.
+    """``x`` in the shape of the layer's output, or the latest tensor that had it, and the most that happened up to it.
 
     Args:
         call: the call that ``x`` was made of.

@@ -46,7 +46,7 @@ def _channels(weight: Tensor, outputs: int, transposed: bool) -> Tensor:
 
 
 def keep_filters_jointly(scores: Sequence[Tensor], sizes: Sequence[int], zeros: int) -> list[Tensor]:
-    """Masks of the filters that stay when the weakest of all layers go one by one, as long as no more than ``zeros`` weights go.
+    """Masks of the filters that stay when the weakest of all layers go one by one, at most ``zeros`` weights in all.
 
     Of equal scores the later filter goes first. The strongest filter of each layer stays.
 
@@ -62,7 +62,7 @@ def keep_filters_jointly(scores: Sequence[Tensor], sizes: Sequence[int], zeros: 
     strongest = [keep_largest(s, 1) for s in scores]
     joint = torch.cat([s.float().masked_fill(best, float("inf")) for s, best in zip(scores, strongest, strict=True)])
     weights = torch.cat([torch.full(s.shape, size, device=s.device) for s, size in zip(scores, sizes, strict=True)])
-    # The weakest first, and of equals the later first: a stable sort of the reversed scores, with its indices turned back
+    # the weakest first, and of equals the later first: a stable sort of the reversed scores, its indices reversed too
     order = joint.flip(0).argsort(stable=True).neg().add(joint.numel() - 1)
     # sums of sizes along the order show how far the budget of zeros reaches
     gone = (weights[order].cumsum(0) <= zeros) & joint[order].isfinite()

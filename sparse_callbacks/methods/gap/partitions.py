@@ -17,8 +17,8 @@ Partitions = int | str | Sequence[str | Sequence[str]]
 _RANDOM = re.compile(r"random\((\d+)\)")
 _CUTS = re.compile(r"\d+(-\d+)*")
 _WAYS = (
-    "Give their number (4), the layers at which new ones begin ('2-5'), 'random(4)', or for each partition a glob or a list of globs "
-    "(['conv*', ['fc1*', 'fc2*']])."
+    "Give their number (4), the layers at which new ones begin ('2-5'), 'random(4)', or for each partition a glob or "
+    "a list of globs (['conv*', ['fc1*', 'fc2*']])."
 )
 
 
@@ -68,13 +68,14 @@ def split_layers(partitions: Partitions, sizes: Mapping[str, int], generator: to
     A layer is a module: its masked parameters (several in an LSTM) stay together, except where globs part them.
 
     Args:
-        partitions: see :data:`Partitions`. A count cuts the layers, in their order, where the largest partition has as few weights
-            as possible (then the second largest, and so on); ``"random(k)"`` does so after shuffling them.
+        partitions: see :data:`Partitions`. A count cuts the layers, in their order, where the largest partition has as
+            few weights as possible (then the second largest, and so on); ``"random(k)"`` does so after shuffling them.
         sizes: number of weights of every masked parameter by name, in the order of the model.
         generator: a generator on the CPU, for ``"random(k)"``.
 
     Raises:
-        ValueError: fewer layers than partitions, cuts outside the layers, or globs that match a parameter twice or not at all.
+        ValueError: fewer layers than partitions, cuts outside the layers, or globs that match a parameter twice or not
+            at all.
     """
     if not isinstance(partitions, int | str):
         return parts_by_globs([[p] if isinstance(p, str) else p for p in partitions], list(sizes))
@@ -100,13 +101,16 @@ def split_layers(partitions: Partitions, sizes: Mapping[str, int], generator: to
 
 
 def balanced_parts(sizes: Sequence[int], count: int) -> list[list[int]]:
-    """Indices of ``sizes`` in ``count`` contiguous parts, none empty, whose sums from the largest down are the smallest possible.
+    """Indices of ``sizes`` in ``count`` contiguous parts, none of them empty.
+
+    The sums of the parts, compared from the largest down, are the smallest possible.
 
     >>> balanced_parts([4, 1, 1, 4, 2], 3)
     [[0, 1], [2, 3], [4]]
     """
-    # Dynamic programming over the number of parts. best[i]: sums (from the largest down) and ends of the best parts of the first
-    # i sizes. It is enough to keep the best of each i: one more sum, put into two sorted lists, leaves their order as it is
+    # Dynamic programming over the number of parts. best[i]: sums (from the largest down) and ends of the best parts of
+    # the first i sizes. It is enough to keep the best of each i: one more sum, put into two sorted lists, leaves their
+    # order as it is
     best: dict[int, tuple[list[int], list[int]]] = {0: ([], [0])}
     total_before = [0, *accumulate(sizes)]
     for _ in range(count):
@@ -135,8 +139,8 @@ def parts_between_cuts(cuts: str, layers: int) -> list[list[int]]:
     bounds = [0, *map(int, cuts.split("-")), layers]
     if any(begin >= end for begin, end in pairwise(bounds)):
         raise ValueError(
-            f"partitions={cuts!r} leaves a partition empty: a new one begins at each of these layers, of {layers} counted from 0. Give "
-            f"rising numbers from 1 to {layers - 1}."
+            f"partitions={cuts!r} leaves a partition empty: a new one begins at each of these layers, of {layers} "
+            f"counted from 0. Give rising numbers from 1 to {layers - 1}."
         )
     return [list(range(begin, end)) for begin, end in pairwise(bounds)]
 
@@ -158,8 +162,8 @@ def parts_by_globs(globs: Sequence[Sequence[str]], names: Sequence[str]) -> list
     ):
         if wrong:
             raise ValueError(
-                f"partitions=: {', '.join(wrong)} {what}, and every sparse parameter belongs to exactly one. The sparse "
-                f"parameters: {', '.join(names)}."
+                f"partitions=: {', '.join(wrong)} {what}, and every sparse parameter belongs to exactly one. The "
+                f"sparse parameters: {', '.join(names)}."
             )
     return [[name for name in names if found[name] == [i]] for i in range(len(globs))]
 
@@ -168,11 +172,11 @@ def parts_by_globs(globs: Sequence[Sequence[str]], names: Sequence[str]) -> list
 
 
 def names_by_partition(keys: Iterable[str], partitions: Sequence[Sequence[str]]) -> list[list[str]]:
-    """The names that each partition owns in a model: its masked parameters, and whole modules for :func:`tensor_owners`.
+    """The names that each partition owns in a model, for :func:`tensor_owners`: masked parameters and whole modules.
 
-    A module with masked parameters belongs to the partition of the first of them. One without (a norm, an embedding) belongs to
-    that of the last masked layer before it, in the order of ``keys``; before the first, and for tensors of the outermost module
-    itself, to partition 0.
+    A module with masked parameters belongs to the partition of the first of them. One without (a norm, an embedding)
+    belongs to that of the last masked layer before it, in the order of ``keys``; before the first, and for tensors of
+    the outermost module itself, to partition 0.
 
     Args:
         keys: keys of the model's state dict, in its order.
@@ -195,10 +199,11 @@ def names_by_partition(keys: Iterable[str], partitions: Sequence[Sequence[str]])
 
 
 def tensor_owners(state: Mapping[str, Any], owned: Sequence[Sequence[str]]) -> dict[str, int]:
-    """The one partition, by index, that owns each tensor of a state dict: the one that owns its key, or the innermost module around it.
+    """The one partition, by index, that owns each tensor of a state dict.
 
-    What no partition owns belongs to partition 0. Tensors that share their memory (tied weights) have one owner: that of the
-    one owned by its own name, otherwise of the first.
+    It is the partition that owns the tensor's key, or else the innermost module around it.
+    What no partition owns belongs to partition 0. Tensors that share their memory (tied weights) have one owner: that
+    of the one owned by its own name, otherwise of the first.
 
     Args:
         state: tensors by key; of a value that is not a tensor only the key counts.
@@ -212,11 +217,12 @@ def tensor_owners(state: Mapping[str, Any], owned: Sequence[Sequence[str]]) -> d
         for name in names:
             if partition_of.setdefault(name, index) != index:
                 raise ValueError(
-                    f"{name} is held by partitions {partition_of[name]} and {index}, and a tensor has one owner. Keep one of them."
+                    f"{name} is held by partitions {partition_of[name]} and {index}, and a tensor has one owner. Keep "
+                    "one of them."
                 )
     owner = {key: next((partition_of[path] for path in _paths(key) if path in partition_of), 0) for key in state}
     owner_of_memory: dict[int, int] = {}
-    # keys that a partition owns by name come first, so that they decide for tensors with the same memory; the sort is stable
+    # keys that a partition owns by name come first (the sort is stable), so that they decide for shared memory
     for key in sorted(state, key=lambda k: k not in partition_of):
         value = state[key]
         if isinstance(value, Tensor) and value.data_ptr():  # empty tensors have the address 0 and share nothing
@@ -240,19 +246,22 @@ def combine(workers: Sequence[Mapping[str, Any]], owner: Mapping[str, int]) -> d
     Raises:
         ValueError: keys that a worker or ``owner`` lacks or has beyond the others, or an owner that is not a worker.
 
-    >>> combine([{"a": torch.tensor(1), "b": torch.tensor(2)}, {"a": torch.tensor(3), "b": torch.tensor(4)}], {"a": 0, "b": 1})
+    >>> first = {"a": torch.tensor(1), "b": torch.tensor(2)}
+    >>> second = {"a": torch.tensor(3), "b": torch.tensor(4)}
+    >>> combine([first, second], {"a": 0, "b": 1})
     {'a': tensor(1), 'b': tensor(4)}
     """
     for index, worker in enumerate(workers):
         if worker.keys() != owner.keys():
             raise ValueError(
-                f"worker {index} and owner= differ in {', '.join(sorted(worker.keys() ^ owner.keys()))}: every tensor needs exactly one "
-                "owner. Make owner= from the state dict that the workers share."
+                f"worker {index} and owner= differ in {', '.join(sorted(worker.keys() ^ owner.keys()))}: every tensor "
+                "needs exactly one owner. Make owner= from the state dict that the workers share."
             )
     wrong = [key for key, index in owner.items() if not 0 <= index < len(workers)]
     if wrong:
         raise ValueError(
-            f"{', '.join(wrong)} have an owner outside the {len(workers)} workers. Give one worker for each partition, in their order."
+            f"{', '.join(wrong)} have an owner outside the {len(workers)} workers. Give one worker for each partition, "
+            "in their order."
         )
     chosen = {key: workers[index][key] for key, index in owner.items()}
     # copies, so that the combined network shares no memory with a worker that trains on

@@ -51,7 +51,7 @@ class ChannelMembers:
 
 
 def find_members(model: nn.Module, kernels: Iterable[str]) -> dict[str, ChannelMembers]:
-    """By kernel, what belongs to its output channels: its convolution's bias, and a batch norm registered right behind it.
+    """Members of the output channels of each kernel: its convolution's bias, and a batch norm registered right behind.
 
     Args:
         model: the model whose ``named_parameters`` have the kernels' names.
@@ -68,8 +68,8 @@ def find_members(model: nn.Module, kernels: Iterable[str]) -> dict[str, ChannelM
         """Whether ``member`` is a new one of ``kernel``; refuses the member of another kernel."""
         if kernel_of.setdefault(member, kernel) != kernel:
             raise ValueError(
-                f"{member} goes with the output channels of both {kernel_of[member]} and {kernel}, which have gates of their own. Leave "
-                "one of them out with exclude=."
+                f"{member} goes with the output channels of both {kernel_of[member]} and {kernel}, which have gates of "
+                "their own. Leave one of them out with exclude=."
             )
         # two convolutions with one kernel may share a bias or a norm too, which is listed once
         return member not in (*found[kernel].biases, *found[kernel].norms)
@@ -85,20 +85,23 @@ def find_members(model: nn.Module, kernels: Iterable[str]) -> dict[str, ChannelM
         if isinstance(follower, _BatchNorm) and follower.num_features == conv.out_channels and claim(path, kernel):
             if not follower.affine:
                 raise ValueError(
-                    f"{path} stands behind {kernel} and has no weight and bias (affine=False), so the channel of a closed gate would not "
-                    f"be 0 behind it. Use affine=True, or leave {kernel} out with exclude=."
+                    f"{path} stands behind {kernel} and has no weight and bias (affine=False), so the channel of a "
+                    f"closed gate would not be 0 behind it. Use affine=True, or leave {kernel} out with exclude=."
                 )
             found[kernel] = ChannelMembers(found[kernel].biases, (*found[kernel].norms, path))
     return found
 
 
 def _convolutions(model: nn.Module) -> Iterator[tuple[_ConvNd, str, nn.Module | None]]:
-    """Every convolution, with the path of the module registered right behind it, and that module; a shared module has its first path."""
+    """Every convolution, with the path of the module registered right behind it, and that module.
+
+    A shared module has the first of its paths.
+    """
     if isinstance(model, _ConvNd):
         yield model, "", None
     paths = {id(m): path for path, m in model.named_modules()}
     for parent in model.modules():
-        # not children(): it skips a module that the parent holds a second time, which would bring wrong neighbours together
+        # not children(), which skips a module that the parent holds a second time: neighbours would be wrong
         children = [c for c in parent._modules.values() if c is not None]
         for child, follower in pairwise([*children, None]):
             if isinstance(child, _ConvNd):
@@ -120,8 +123,9 @@ def refuse_decay(optimizers: Iterable[Optimizer], gated: Mapping[int, str], l2: 
     decayed = [(name, group["weight_decay"]) for group in groups for name in _named(group, gated)]
     if l2 and decayed:
         raise ValueError(
-            f"l2={l2:g} already decays gated parameters by their expected L2, and the optimizer has weight_decay={decayed[0][1]:g} for "
-            f"{', '.join(name for name, _ in decayed)}. Put them into a parameter group with weight_decay=0, or give l2=0."
+            f"l2={l2:g} already decays gated parameters by their expected L2, and the optimizer has "
+            f"weight_decay={decayed[0][1]:g} for {', '.join(name for name, _ in decayed)}. Put them into a parameter "
+            "group with weight_decay=0, or give l2=0."
         )
 
 

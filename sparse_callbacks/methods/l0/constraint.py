@@ -26,7 +26,8 @@ class Constraint:
     """``expected density of some kernels <= target``.
 
     Args:
-        shares: the share of each kernel in the parameters of all kernels of the constraint, by name; the shares sum to 1.
+        shares: the share of each kernel in the parameters of all kernels of the constraint, by name; the shares sum to
+            1.
         target: the largest expected density that is allowed.
     """
 
@@ -60,13 +61,16 @@ class Constraint:
             gradients: gradient of the loss by the log_alpha of each kernel.
             rates: learning rates of the step.
         """
-        # both are read before anything is written: the density must be that of the gates that the loss was computed with
+        # both are read before anything is written: the density must be that of the gates that the loss was computed
+        # with
         multiplier = state[self.key]
         defect = self.density(state) - self.target
         for name, share in self.shares.items():
             log_alpha = state[f"log_alpha/{name}"]
-            # gradient of multiplier * density, where a gate counts with its part of the kernel's share, plus that of the loss
-            gradient = gates.p_open_slope(log_alpha).mul_(multiplier * (share / log_alpha.numel())).add_(gradients[name])
+            # gradient of multiplier * density, where a gate counts with its part of the kernel's share, plus that of
+            # the loss
+            gradient = gates.p_open_slope(log_alpha).mul_(multiplier * (share / log_alpha.numel()))
+            gradient.add_(gradients[name])
             direction = _adam_step(state, name, gradient) if rates.adam else gradient
             state[f"log_alpha/{name}"] = direction.mul_(-rates.gates).add_(log_alpha).clamp_(-gates.LIMIT, gates.LIMIT)
         state[self.key] = gates.ascend(multiplier, defect, rates.multipliers)

@@ -15,11 +15,11 @@ class GatedWeights:
 
     What a gated parameter holds, and what changes it::
 
-        median * dense   -- a batch starts: write_sample ----------------------------->  sample * dense
-        sample * dense   -- before an optimizer step: the store swaps its buffers ---->  dense
-        dense            -- after_step swaps back ------------------------------------>  sample * dense of before the step
-                         -- write_medians (write_sample in manual optimization) ------>  median (or next sample) * dense
-        sample * dense   -- the batch ends: after_batch ------------------------------>  median * dense
+        median * dense   -- a batch starts: write_sample ------------------------->  sample * dense
+        sample * dense   -- before an optimizer step: the store swaps buffers ---->  dense
+        dense            -- after_step swaps back -------------------------------->  sample * dense before the step
+                         -- write_medians (manual optimization: write_sample) ---->  median (next sample) * dense
+        sample * dense   -- the batch ends: after_batch -------------------------->  median * dense
 
     Args:
         store: keeps the dense weights.
@@ -45,14 +45,19 @@ class GatedWeights:
         return self.members[kernel].factors(kernel, z, self._store.params)
 
     def take_medians(self, kernel: str, log_alpha: Tensor) -> None:
-        """Take the median gates of a kernel from its new ``log_alpha``, and drop its sample; :meth:`write_medians` writes them."""
+        """Take the median gates of a kernel from its new ``log_alpha``, and drop its sample.
+
+        :meth:`write_medians` writes them into the parameters.
+        """
         for name, factor in self.factors(kernel, gates.trained(log_alpha)).items():
             self.medians[name] = factor
             self._store.gate(name, factor)
             self._not_at_median.add(name)
         self.samples.pop(kernel, None)
 
-    def write_sample(self, kernel: str, draw: Callable[[], Tensor], find: Callable[[str], nn.Module], finite: bool = True) -> None:
+    def write_sample(
+        self, kernel: str, draw: Callable[[], Tensor], find: Callable[[str], nn.Module], finite: bool = True
+    ) -> None:
         """Write a sample of a kernel's gates into the parameters of its channels.
 
         Args:
@@ -68,7 +73,7 @@ class GatedWeights:
             self._store.scale(name, factor)
             self._store.apply([name], finite)
             self._not_at_median.add(name)
-        # in manual optimization a batch has several samples: what the last one closed goes back before the next one is noted
+        # in manual optimization a batch has several samples: what the last one closed is put back before the next one
         self._statistics.restore(norms)
         for path in norms:
             self._statistics.keep(path, find(path), z.flatten() != 0)
@@ -81,14 +86,14 @@ class GatedWeights:
             self._not_at_median.discard(name)
 
     def after_step(self, names: Iterable[str]) -> None:
-        """An optimizer has stepped ``names``: put their dense weights back into the store. Nothing is written into them yet."""
+        """An optimizer has stepped ``names``: put their dense weights back into the store, and write nothing yet."""
         names = list(names)
         self._store.put_back(names)
         self._not_at_median.update(names)
 
     def after_batch(self) -> None:
         """Write median gates wherever a parameter holds something else; what others wrote over the sample is kept."""
-        # first the store takes in what was written, by the factor of the sample; with the medians' factor it would be misread
+        # first the store takes in what was written, which it divides by the factor in force: that of the sample
         self._store.catch_up(self._not_at_median)
         self.write_medians(list(self._not_at_median))
         self._statistics.restore()
@@ -100,7 +105,7 @@ class GatedWeights:
 
 
 class NormStatistics:
-    """Running statistics of batch norms, which a batch may not change for channels that the sample closes: these are all zero."""
+    """Running statistics of batch norms, which must not change for closed channels: these hold only zeros."""
 
     def __init__(self) -> None:
         self._kept: dict[str, tuple[Tensor, list[tuple[Tensor, Tensor]]]] = {}

@@ -4,8 +4,9 @@ A gate z in [0, 1] has one learned number, log_alpha. With u uniform in (0, 1)::
 
     z = clip(1.2 * sigmoid((logit(u) + log_alpha) / BETA) - 0.1, 0, 1)
 
-so it is exactly 0 with a probability of its own, and exactly 1 with another (Louizos, Welling, Kingma 2018). The gate of the trained
-network is its median (Gallego-Posada et al. 2022), which is 0 exactly where the gate is open at most half of the time.
+so it is exactly 0 with a probability of its own, and exactly 1 with another (Louizos, Welling, Kingma 2018). The gate
+of the trained network is its median (Gallego-Posada et al. 2022), which is 0 exactly where the gate is open at most
+half of the time.
 """
 
 import math
@@ -14,12 +15,12 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-# temperature of the sigmoid, and the interval that it is stretched to before it is clipped to [0, 1] (Louizos et al. 2018)
+# temperature of the sigmoid, and the interval that it is stretched to before it is clipped to [0, 1], as published
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 EPS = 1e-6  # u is clipped to [EPS, 1 - EPS], where its logit is finite
 # P(z != 0) is sigmoid(log_alpha + SHIFT). The median is 0 up to log_alpha = -SHIFT, and 1 from +SHIFT on
 SHIFT = -BETA * math.log(-GAMMA / ZETA)
-# largest |log_alpha|: beyond it the sigmoid is so flat that a closed gate would not open again (clamp of the released code)
+# largest |log_alpha|, the clamp of the released code: beyond it the sigmoid is so flat that gates hardly move
 LIMIT = math.log(100.0)
 BETAS = (0.9, 0.999)  # of Adam for gates: torch's defaults
 
@@ -58,8 +59,8 @@ def median(log_alpha: Tensor) -> Tensor:
 def trained(log_alpha: Tensor) -> Tensor:
     """Gates of the trained network: the median of each, so that at least one gate of the layer is open.
 
-    Where all medians of a layer are 0, the gate with the largest log_alpha (of equals the first) gets its P(z != 0) as its value.
-    Nothing here waits for the device.
+    Where all medians of a layer are 0, the gate with the largest log_alpha (of equals the first) gets its P(z != 0) as
+    its value. Nothing here waits for the device.
 
     >>> trained(torch.tensor([-1.6, 0.0, 1.6])), trained(torch.tensor([-4.0, -2.0, -3.0]))
     (tensor([0.0000, 0.5000, 1.0000]), tensor([0.0000, 0.4010, 0.0000]))
@@ -125,7 +126,8 @@ def adam_direction(mean: Tensor, square: Tensor, step: Tensor) -> Tensor:
     """The direction along which Adam takes a step (eps 1e-8).
 
     Args:
-        mean, square: running means of the gradient and of its square, with :data:`BETAS`, the current gradient included.
+        mean, square: running means of the gradient and of its square, with :data:`BETAS`, the current gradient
+            included.
         step: number of this step, counted from 1, 0-d.
     """
     root = (square / (1 - BETAS[1] ** step)).sqrt_().add_(1e-8)
@@ -135,15 +137,19 @@ def adam_direction(mean: Tensor, square: Tensor, step: Tensor) -> Tensor:
 def noise(like: Tensor, generator: torch.Generator) -> Tensor:
     """Uniform numbers in (0, 1) of the shape, dtype and device of ``like``, in steps of 2^-16, symmetric about 0.5.
 
-    With sixteen bits the probability of an open gate is wrong by less than 1e-5, in a third of the time that ``torch.rand`` takes.
+    With sixteen bits the probability of an open gate is wrong by less than 1e-5, in a third of the time that
+    ``torch.rand`` takes.
     """
     # each random int64 is read as four int16; 2^15 makes them positive, and 0.5 keeps them away from 0 and 1
-    bits = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device).random_(-(2**63), None, generator=generator)
+    bits = torch.empty(math.ceil(like.numel() / 4), dtype=torch.int64, device=like.device)
+    bits.random_(-(2**63), None, generator=generator)
     return bits.view(torch.int16)[: like.numel()].to(like.dtype).add_(2**15 + 0.5).mul_(2**-16).view(like.shape)
 
 
 def channel_shape(shape: Sequence[int], transposed: bool = False) -> tuple[int, ...]:
-    """Shape of a weight's gates, which broadcasts against it: one gate an input unit of a matrix or an output channel of a kernel.
+    """Shape of a weight's gates, which broadcasts against it.
+
+    A matrix has one gate for each of its inputs, a kernel one for each of its output channels.
 
     >>> channel_shape((20, 30)), channel_shape((8, 3, 5, 5)), channel_shape((3, 8, 5, 5), transposed=True)
     ((1, 30), (8, 1, 1, 1), (1, 8, 1, 1))

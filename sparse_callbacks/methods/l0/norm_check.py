@@ -35,7 +35,7 @@ def check_on_example(
             warnings.simplefilter("ignore")  # that the data is augmented does not matter here
             example = example_inputs(model, batches)
     except ValueError:
-        # there is neither an example nor a batch; training goes on, as the order of registration is right in most networks
+        # there is neither an example nor a batch, and training needs none: the order of registration is mostly right
         unchecked = [norm for belonging in members.values() for norm in belonging.norms]
         if unchecked and distributed.rank() == 0:
             warnings.warn(
@@ -102,15 +102,15 @@ def _takes_something_else(norm: str, kernel: str, layers: list[str]) -> str:
 def _registered_elsewhere(kernel: str, norms: list[str]) -> str:
     verb = "is" if len(norms) == 1 else "are"
     return (
-        f"{kernel} has gates, and its output goes into {' and '.join(norms)}, which {verb} not registered right behind its "
-        "convolution: a closed channel is shifted there, so it is not zero behind the norm, slim() may keep it, and "
-        "running statistics are taken of it. If the norm is that convolution's own, register it right behind, and it is "
-        "closed there too."
+        f"{kernel} has gates, and its output goes into {' and '.join(norms)}, which {verb} not registered right behind "
+        "its convolution: a closed channel is shifted there, so it is not zero behind the norm, slim() may keep it, "
+        "and running statistics are taken of it. If the norm is that convolution's own, register it right behind, and "
+        "it is closed there too."
     )
 
 
 def norms_behind_alone(model: nn.Module, example_input: Any, layers: Iterable[str]) -> set[str]:
-    """Names of batch norms that take the output channels of ``layers`` and nothing else, also through activation functions.
+    """Names of batch norms that take the output channels of ``layers`` alone, also through activation functions.
 
     The model runs with NaN for its input and for the output of every layer with parameters. Only the outputs of
     ``layers`` have zeros in their even channels. So a norm takes these outputs alone if its even channels are free of

@@ -33,13 +33,17 @@ def ranking(scores: Tensor, chunk: int = 1) -> Tensor:
         ValueError: the units are not a whole number of chunks.
     """
     if chunk < 1 or len(scores) % chunk:
-        raise ValueError(f"{len(scores)} units cannot be ranked in chunks of {chunk}. Give a chunk that divides them, such as 1.")
+        raise ValueError(
+            f"{len(scores)} units cannot be ranked in chunks of {chunk}. Give a chunk that divides them, such as 1."
+        )
     order = scores.view(-1, chunk).sum(1).argsort(descending=True, stable=True)
     return (order[:, None] * chunk + torch.arange(chunk, device=scores.device)).flatten()
 
 
 def options_of(size: int, round_to: int, chunk: int = 1) -> Tensor:
-    """Numbers of units that a group of ``size`` may keep: multiples of ``round_to`` where ``size`` is one, otherwise any from 1 on.
+    """Numbers of units that a group of ``size`` may keep.
+
+    They are multiples of ``round_to`` where ``size`` is one, otherwise any number from 1 on; always whole chunks.
 
     >>> options_of(16, 8).tolist(), options_of(3, 8).tolist()
     ([8, 16], [1, 2, 3])
@@ -66,7 +70,9 @@ def best_units(scores: Tensor, count: int, chunk: int = 1) -> Tensor:
 def cost_reduction(curve: str, final: float, progress: float, rate: float = RAMP_RATE) -> float:
     """Share of the cost that has to be saved at ``progress`` (0 to 1) of the ramp.
 
-    ``"exp"``: final (1 - e^(-rate progress)) / (1 - e^-rate); ``"linear"``: final progress; ``"exp2"``: 1 - (1 - final)^progress.
+    ``"exp"``: final (1 - e^(-rate progress)) / (1 - e^-rate)
+    ``"linear"``: final progress
+    ``"exp2"``: 1 - (1 - final)^progress
 
     Raises:
         ValueError: another curve.
@@ -108,7 +114,7 @@ def smallest_cost(network: Network, options: Sequence[Tensor]) -> float:
 def solve_once(
     network: Network, options: Sequence[Tensor], values: Sequence[Tensor], capacity: float, kept: Sequence[int]
 ) -> Allocation:
-    """One solve as SMCP has it: the most valuable choice whose cost, with the outputs of ``kept``, is at most ``capacity``.
+    """One solve as SMCP has it: the most valuable choice that costs at most ``capacity`` with the outputs of ``kept``.
 
     Args:
         network, options, values, capacity: as in :func:`allocate`.
@@ -132,11 +138,11 @@ def allocate(
 ) -> Allocation:
     """The most valuable choice found whose network really costs at most ``capacity``.
 
-    SMCP's solve counts a layer with the outputs that it has at present. Where its choice brings channels back, the network
-    costs more than the solve has counted; where it removes some, less, and budget is left. So the solve is repeated with
-    outputs half way to those that it leaves, and of the choices whose network fits, the most valuable is taken. If none
-    fits, the capacity of the solve is lowered. What is left of the budget then buys single options, and groups exchange
-    options while that pays (:mod:`~sparse_callbacks.methods.smcp.exchange`).
+    SMCP's solve counts a layer with the outputs that it has at present. Where its choice brings channels back, the
+    network costs more than the solve has counted; where it removes some, less, and budget is left. So the solve is
+    repeated with outputs half way to those that it leaves, and of the choices whose network fits, the most valuable is
+    taken. If none fits, the capacity of the solve is lowered. What is left of the budget then buys single options, and
+    groups exchange options while that pays (:mod:`~sparse_callbacks.methods.smcp.exchange`).
 
     Args:
         network: the network to be paid for.
@@ -162,8 +168,8 @@ def allocate(
             counted = [(now + few) // 2 for now, few in zip(counted, fewest, strict=True)]
             continue
         last = counted
-        # half way and not all the way, or solves may swing between two choices: fewer outputs make inputs cheaper, so that
-        # the next solve buys more of them
+        # half way and not all the way, or solves may swing between two choices: fewer outputs make inputs cheaper, so
+        # that the next solve buys more of them
         counted = [(now + chosen + 1) // 2 for now, chosen in zip(counted, found[-1].kept, strict=True)]
         if counted == last:
             break

@@ -49,13 +49,13 @@ def priced_network(
     for warning in table.check(tuple(tensors_in(example)[0].shape[1:])):
         warn(warning)
     network = costs.Network(layers, groups, table, table.constant)
-    # the table holds the sum of its own entries over the model that it was made for: this model must come to the same sum
+    # the table says what the model that it was made for comes to by its entries; this model must come to the same
     measured = float(table.about.get("model_ms_by_table", network.dense))
     if abs(network.dense / measured - 1) > TABLE_TOLERANCE:
         raise ValueError(
-            f"cost={cost} is the table of another model: {table.about.get('model')} comes to {measured:.4g} ms by it, and "
-            f"this one to {network.dense:.4g} ms. Measure this model: python -m sparse_callbacks.latency MODEL --batch N "
-            "--input C H W --out FILE."
+            f"cost={cost} is the table of another model: {table.about.get('model')} comes to {measured:.4g} ms by it, "
+            f"and this one to {network.dense:.4g} ms. Measure this model: python -m sparse_callbacks.latency MODEL "
+            "--batch N --input C H W --out FILE."
         )
     return network
 
@@ -86,8 +86,8 @@ def refuse_budget(
     undivided = [f"{g.name} ({g.size})" for g in groups if g.size % chunk]
     if undivided:
         raise ValueError(
-            f"chunk={chunk} does not divide the units of {', '.join(undivided)}. Give a chunk that divides all of them, such "
-            "as 1, or leave these layers out with exclude=."
+            f"chunk={chunk} does not divide the units of {', '.join(undivided)}. Give a chunk that divides all of "
+            "them, such as 1, or leave these layers out with exclude=."
         )
     dense, least = network.dense, allocation.smallest_cost(network, options)
     if least > budget * dense:
@@ -99,8 +99,8 @@ def refuse_budget(
         if stem is not None:
             advice.append(f"prune_stem=True (the outputs of {stem} stay now)")
         raise ValueError(
-            f"budget={budget:g} of the {cost_name(cost)} cannot be met: with the fewest channels that may stay the network "
-            f"costs {least:.6g} of {dense:.6g}. Give {', or '.join(advice)}."
+            f"budget={budget:g} of the {cost_name(cost)} cannot be met: with the fewest channels that may stay the "
+            f"network costs {least:.6g} of {dense:.6g}. Give {', or '.join(advice)}."
         )
 
 

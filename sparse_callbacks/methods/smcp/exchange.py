@@ -1,4 +1,4 @@
-"""Exchange of options after a solve: what is left of a budget buys some, and groups trade them while that pays."""
+"""Exchange of options after a solve: what is left of a budget buys some, and groups trade others."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,8 @@ from sparse_callbacks.channels.costs import Network
 
 TRIALS = 6000  # networks whose cost one search computes: a fraction of a second
 GAIN = 1e-9  # relative; a smaller gain in value is rounding
-ALMOST_FREE = 1e-300  # stands for the price of a step that costs nothing, so that it is taken first and nothing is divided by 0
+# stands for the price of a step that costs nothing or less, so that it is taken first and nothing is divided by 0
+ALMOST_FREE = 1e-300
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,9 @@ class _Search:
             choice = max(offers, key=lambda c: (c.value - last.value) / max(c.cost - last.cost, ALMOST_FREE))
 
     def made_to_fit(self, choice: _Choice, fixed: int) -> _Choice | None:
-        """``choice`` with smaller options of the groups but the ``fixed`` one, the least value for its cost first, until it fits.
+        """``choice`` with smaller options of the groups but the ``fixed`` one, the least value for its cost first.
+
+        The steps end as soon as the choice fits.
 
         None where the other groups have nothing left to give.
         """
@@ -90,7 +93,10 @@ class _Search:
         return choice
 
     def exchanges(self, choice: _Choice) -> Iterator[_Choice]:
-        """What comes of every other option of every group, the near options first; others pay for it, or use what it frees."""
+        """What comes of every other option of every group, the near options first.
+
+        The other groups pay for the option, or use what it frees.
+        """
         most_options = max(len(sizes) for sizes in self.sizes)
         for distance in range(1, most_options):
             for group, option in enumerate(choice.at):

@@ -10,8 +10,8 @@ from torch import Tensor
 
 ROUNDING = 1e-12  # relative; sums of the same costs in another order differ by less
 CLOSE = 1e-9  # a relative gap that is not worth another search
-# Largest number of states kept in a search, and in a second one where the first had to leave some out: the first mostly finds
-# the optimum, and its value lets the second drop more states as hopeless
+# Largest number of states kept in a search, and in a second one where the first had to leave some out: the first mostly
+# finds the optimum, and its value lets the second drop more states as hopeless
 BEAMS = (1 << 8, 1 << 10)
 TINY = 1e-300  # keeps a tolerance above 0 where all values are 0
 
@@ -21,8 +21,8 @@ class InfeasibleError(ValueError):
 
     def __init__(self, capacity: float, minimum: float) -> None:
         super().__init__(
-            f"no choice of one option in every group costs at most {capacity:.10g}: the cheapest costs {minimum:.10g}. Give a larger "
-            "budget, or allow smaller options."
+            f"no choice of one option in every group costs at most {capacity:.10g}: the cheapest costs {minimum:.10g}. "
+            "Give a larger budget, or allow smaller options."
         )
         self.capacity, self.minimum = capacity, minimum
 
@@ -72,7 +72,9 @@ class _States:
 
 
 def undominated(values: Tensor, costs: Tensor, capacity: float = math.inf) -> Tensor:
-    """Indices of the options (1-d tensors) for which no other is as good and as cheap, ascending in cost; those above capacity go.
+    """Indices of the options (1-d tensors) within the capacity for which no other is as good and as cheap.
+
+    Their costs and their values ascend.
 
     >>> undominated(torch.tensor([0.0, 3, 5, 5]), torch.tensor([0.0, 2, 3, 4]), 10).tolist()
     [0, 1, 2]
@@ -91,20 +93,23 @@ def undominated(values: Tensor, costs: Tensor, capacity: float = math.inf) -> Te
 def solve(values: Sequence[Tensor], costs: Sequence[Tensor], capacity: float) -> Solution:
     """The choice of one option in every group with the largest total value whose total cost is at most ``capacity``.
 
-    Exact: a linear relaxation leaves of every group the options that may belong to an optimum; the choices of two halves of the groups
-    are merged pairwise, keeping only undominated ones that can still beat the best choice known, and meet in the middle (the scheme of
-    SMCP's released solver, with bounds). Where costs are so contrived that more than 1024 partial choices remain, the best choice
-    found is returned with its ``gap``.
+    Exact: a linear relaxation leaves of every group the options that may belong to an optimum; the choices of two
+    halves of the groups are merged pairwise, keeping only undominated ones that can still beat the best choice known,
+    and meet in the middle (the scheme of SMCP's released solver, with bounds). Where costs are so contrived that more
+    than 1024 partial choices remain, the best choice found is returned with its ``gap``.
 
     Args:
-        values, costs: one 1-d tensor for each group, of the same length; computed in float64. The result does not depend on devices.
+        values, costs: one 1-d tensor for each group, of the same length; computed in float64. The result does not
+            depend on devices.
         capacity: largest total cost, in the unit of the costs; it is kept up to a relative rounding of 1e-12.
 
     Raises:
         ValueError: no groups, an empty one, lengths that differ, or a number that is not finite.
         InfeasibleError: no choice fits; the error carries the smallest total cost of any choice.
 
-    >>> solve([torch.tensor([3.0, 5, 6]), torch.tensor([2.0, 7, 8])], [torch.tensor([1.0, 2, 3]), torch.tensor([1.0, 3, 4])], 5).choice
+    >>> values = [torch.tensor([3.0, 5, 6]), torch.tensor([2.0, 7, 8])]
+    >>> costs = [torch.tensor([1.0, 2, 3]), torch.tensor([1.0, 3, 4])]
+    >>> solve(values, costs, 5).choice
     (1, 1)
     """
     vs, cs = ([t.detach().to("cpu", torch.float64) for t in side] for side in (values, costs))
@@ -134,20 +139,26 @@ def solve(values: Sequence[Tensor], costs: Sequence[Tensor], capacity: float) ->
 
 
 def _check(values: Sequence[Tensor], costs: Sequence[Tensor], capacity: float) -> None:
-    if not values or [v.shape for v in values] != [c.shape for c in costs] or any(v.dim() != 1 or not len(v) for v in values):
+    same_shapes = [v.shape for v in values] == [c.shape for c in costs]
+    if not values or not same_shapes or any(v.dim() != 1 or not len(v) for v in values):
         raise ValueError(
-            f"values of shapes {[tuple(v.shape) for v in values]} and costs of shapes {[tuple(c.shape) for c in costs]} are "
-            "not groups of options. Give one 1-d tensor of each for every group, equally long and not empty."
+            f"values of shapes {[tuple(v.shape) for v in values]} and costs of shapes "
+            f"{[tuple(c.shape) for c in costs]} are not groups of options. Give one 1-d tensor of each for every "
+            "group, equally long and not empty."
         )
     if not math.isfinite(capacity) or not all(bool(t.isfinite().all()) for t in (*values, *costs)):
-        raise ValueError("a value, a cost or the capacity is inf or NaN. Give finite numbers, and leave impossible options out.")
+        raise ValueError(
+            "a value, a cost or the capacity is inf or NaN. Give finite numbers, and leave impossible options out."
+        )
 
 
 def _total(numbers: Sequence[Tensor], choice: Sequence[int]) -> float:
     return math.fsum(float(n[i]) for n, i in zip(numbers, choice, strict=True))
 
 
-def _solution(kept: Sequence[Tensor], values: Sequence[Tensor], costs: Sequence[Tensor], choice: Sequence[int], gap: float) -> Solution:
+def _solution(
+    kept: Sequence[Tensor], values: Sequence[Tensor], costs: Sequence[Tensor], choice: Sequence[int], gap: float
+) -> Solution:
     chosen = tuple(int(k[i]) for k, i in zip(kept, choice, strict=True))
     return Solution(chosen, _total(values, choice), _total(costs, choice), gap)
 
@@ -193,9 +204,12 @@ def _relaxed(values: Sequence[Tensor], costs: Sequence[Tensor], limit: float) ->
 def _search(
     values: Sequence[Tensor], costs: Sequence[Tensor], limit: float, price: float, gap: float, width: int
 ) -> tuple[list[int] | None, bool]:
-    """The best choice that loses at most ``gap`` against the relaxation, and whether states above ``width`` were cut."""
-    # with cost paid at its price, an option loses against the best of its group; one that loses more than ``gap`` alone can
-    # be in no choice that beats the best one known
+    """The best choice that loses at most ``gap`` against the relaxation, and whether states above ``width`` were cut.
+
+    The choice is None where none fits.
+    """
+    # with cost paid at its price, an option loses against the best of its group; one that loses more than ``gap`` alone
+    # can be in no choice that beats the best one known
     profits = [v - price * c for v, c in zip(values, costs, strict=True)]
     alive = [(p >= p.max() - gap).nonzero()[:, 0] for p in profits]
     # groups with few options first, and in turn to either half, so that both halves have about as many states
@@ -210,7 +224,7 @@ def _search(
     is_cut = left.is_cut or right.is_cut
     if not len(left.costs) or not len(right.costs):
         return None, is_cut
-    # values ascend with costs, so the best partner of a state on the left is the dearest one on the right that still fits
+    # values ascend with costs, so the best partner of a state on the left is the dearest on the right that still fits
     partner = torch.searchsorted(right.costs, limit - left.costs, right=True) - 1
     total = torch.where(partner >= 0, left.values + right.values[partner.clamp(min=0)], -math.inf)
     best = int(total.argmax())
@@ -221,9 +235,16 @@ def _search(
 
 
 def _merge(
-    half: Sequence[int], values: Sequence[Tensor], costs: Sequence[Tensor], alive: Sequence[Tensor], least: Sequence[float], limit: float,
-    price: float, gap: float, width: int,
-) -> _States:  # fmt: skip
+    half: Sequence[int],
+    values: Sequence[Tensor],
+    costs: Sequence[Tensor],
+    alive: Sequence[Tensor],
+    least: Sequence[float],
+    limit: float,
+    price: float,
+    gap: float,
+    width: int,
+) -> _States:
     """All undominated choices of a half of the groups that cost at most ``limit`` and lose at most ``gap``."""
     states = _States(torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
     rest = math.fsum(least[g] for g in half)
@@ -237,7 +258,7 @@ def _merge(
         keep = fits[undominated(value[fits], cost[fits])]
         is_cut = len(keep) > width
         if is_cut:
-            # half of the states are those that lose least, the other half is spread over all costs: losses may all be equal
+            # half of the states are those that lose least; the others are spread over all costs, as losses may be equal
             losses = (best - value + price * cost)[keep]
             grid = torch.linspace(float(cost[keep[0]]), float(cost[keep[-1]]), width // 2, dtype=torch.float64)
             spread = torch.searchsorted(cost[keep], grid).clamp(max=len(keep) - 1)

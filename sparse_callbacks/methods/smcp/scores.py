@@ -23,15 +23,16 @@ def input_scores(scores: Tensor, dim: int, active: Tensor | None = None) -> Tens
 
 
 def magnitude(weight: Tensor) -> Tensor:
-    """The sum of absolute weights over the kernel for each pair of input and output, in the shape and dtype of :func:`taylor`."""
+    """The sum of absolute weights over the kernel for each pair of input and output; shaped as :func:`taylor`."""
     size = weight.to(widened(weight.dtype)).abs()
     return size if size.ndim == 2 else size.flatten(2).sum(2)
 
 
 def taylor(weight: Tensor, gradient: Tensor) -> Tensor:
-    """First-order change of the loss without each pair of input and output: the sum of -weight * gradient over the kernel.
+    """First-order change of the loss when a pair of input and output is removed, for each pair.
 
-    Gives a matrix of the weight's first two dimensions, in float32 at least.
+    It is the sum of -weight * gradient over the kernel. The result is a matrix of the weight's first two dimensions, in
+    float32 at least.
     """
     wide, wide_gradient = weight.to(widened(weight.dtype)), gradient.to(widened(gradient.dtype))
     if weight.ndim == 2:
@@ -55,7 +56,9 @@ def unit_scores(inputs: Tensor, member: Member, size: int) -> Tensor:
     return torch.zeros(size, dtype=inputs.dtype, device=inputs.device).index_add(0, units[owned], inputs[owned])
 
 
-def kept_importance(reader: str, groups: Sequence[Group], scores: Sequence[Tensor], masks: Mapping[str, Tensor]) -> float:
+def kept_importance(
+    reader: str, groups: Sequence[Group], scores: Sequence[Tensor], masks: Mapping[str, Tensor]
+) -> float:
     """Share of the kept units in the importance of all units that a weight takes in; 1 where nothing is important.
 
     Args:
@@ -76,7 +79,7 @@ def kept_importance(reader: str, groups: Sequence[Group], scores: Sequence[Tenso
 
 
 def active_outputs(groups: Sequence[Group], keeps: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The outputs that are kept (bool [outputs]) of every consumer whose own outputs are channels of some group, by parameter name.
+    """Outputs that are kept (bool [outputs]) by consumer's parameter name, where outputs are channels of some group.
 
     Args:
         groups: all groups.
@@ -87,20 +90,26 @@ def active_outputs(groups: Sequence[Group], keeps: Sequence[Tensor]) -> dict[str
     for group, keep in zip(groups, keeps, strict=True):
         for producer in (p for p in group.producers if p.module in readers):
             name, kept = readers[producer.module], producer.kept(keep)
-            # outputs may be channels of several groups (behind a concatenation), each of which leaves those of others alone
+            # outputs may be channels of several groups (before a split); each group leaves those of the others alone
             active[name] = kept & active.get(name, torch.ones_like(kept))
     return active
 
 
 def reader_scores(
-    groups: Sequence[Group], weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None, active: Mapping[str, Tensor]
+    groups: Sequence[Group],
+    weights: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor] | None,
+    active: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Importance of each input of every consumer in ``weights``, summed over active outputs and kernel, signed; by parameter name.
+    """Importance of each input of every consumer in ``weights``, by parameter name.
+
+    It is summed over active outputs and the kernel, and has a sign.
 
     Args:
         groups: the groups whose consumers are scored.
         weights: dense weights by parameter name.
-        gradients: gradients by parameter name, for the Taylor importance of the consumers that have one; None: magnitude.
+        gradients: gradients by parameter name, for Taylor importance; consumers without a gradient are left out. None:
+            importance by magnitude.
         active: outputs that are kept, see :func:`active_outputs`.
     """
     dims = {c.parameter: c.dim for g in groups for c in g.consumers}
