@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from sparse_callbacks import CTRE, distributions
 from sparse_callbacks.core.ops import drop_count, keep_largest
 from sparse_callbacks.methods.ctre.activations import measure_similarity
+from sparse_callbacks.methods.ctre.growth import propose_growth, replace_regrown
 from sparse_callbacks.methods.ctre.patience import Patience, judged
-from sparse_callbacks.methods.ctre.similarity import cosine_similarity, propose_growth, replace_regrown
+from sparse_callbacks.methods.ctre.similarity import cosine_similarity
 
 FIRST, SECOND = "net.0.weight", "net.2.weight"
 

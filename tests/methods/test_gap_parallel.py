@@ -28,7 +28,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from sparse_callbacks import ParallelGaP, Static, combine, horizon
-from sparse_callbacks.methods.gap.partitions import names_by_partition, tensor_owners
+from sparse_callbacks.methods.gap.combination import names_by_partition, tensor_owners
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 SIZE = 0.8

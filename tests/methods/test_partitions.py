@@ -8,15 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sparse_callbacks.methods.gap.combination import combine, names_by_partition, tensor_owners
 from sparse_callbacks.methods.gap.partitions import (
     balanced_parts,
     check_partitions,
-    combine,
-    names_by_partition,
     number_of,
     parts_between_cuts,
     split_layers,
-    tensor_owners,
 )
 
 SIZES = {"a.weight": 40, "b.weight": 10, "b.more": 5, "c.weight": 10, "d.weight": 40, "e.weight": 20}

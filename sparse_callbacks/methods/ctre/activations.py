@@ -67,6 +67,7 @@ class ActivationTracer(TorchDispatchMode):
         return found
 
     def __enter__(self) -> "ActivationTracer":
+        # hooks tell where one layer ends and the next begins, the dispatch mode sees every operation between them
         for module in self._modules:
             self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._after, with_kwargs=True))
@@ -122,7 +123,7 @@ class ActivationTracer(TorchDispatchMode):
         if sources:
             operation = Operation.of(func.overloadpacket.__name__, args)
             for out in tensors_in(result):
-                if out.is_floating_point():
+                if out.is_floating_point():  # comparisons and indices carry no activations
                     self._histories[out] = histories_after(sources, operation, out)
         return result
 
@@ -148,6 +149,7 @@ class ActivationTracer(TorchDispatchMode):
                 "as it is, so the network is linear and similarity says nothing about it. Put an activation function "
                 "between them."
             )
+        # elsewhere in the network there are activation functions: these layers have the identity, as bottlenecks do
         for call in unactivated:
             call.activations = call.unactivated
         lost = [c for c in calls if c.activations is None]

@@ -16,16 +16,9 @@ from sparse_callbacks.core.schedules import Schedule, as_schedule
 from sparse_callbacks.lightning.callback import Options
 from sparse_callbacks.lightning.data_pass import Forward
 from sparse_callbacks.methods.ctre.activations import measure_similarity
+from sparse_callbacks.methods.ctre.growth import GrowthFigures, growth_bound, propose_growth, replace_regrown
 from sparse_callbacks.methods.ctre.patience import Mode, Patience, check_patience
-from sparse_callbacks.methods.ctre.similarity import (
-    CosineSums,
-    GrowthFigures,
-    cosine_similarity,
-    growth_bound,
-    layers_of,
-    propose_growth,
-    replace_regrown,
-)
+from sparse_callbacks.methods.ctre.similarity import CosineSums, cosine_similarity, layers_of
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
 
 Variant = Literal["sim", "seq", "pure"]

@@ -16,8 +16,9 @@ from sparse_callbacks.core.distributions import Distribution
 from sparse_callbacks.lightning import turns
 from sparse_callbacks.lightning.callback import Options, SparsityCallback
 from sparse_callbacks.lightning.data_pass import Forward
+from sparse_callbacks.methods.gap.combination import names_by_partition, tensor_owners
 from sparse_callbacks.methods.gap.gap import GaP, Init
-from sparse_callbacks.methods.gap.partitions import Partitions, names_by_partition, number_of, tensor_owners
+from sparse_callbacks.methods.gap.partitions import Partitions, number_of
 
 
 class ParallelGaP(GaP):

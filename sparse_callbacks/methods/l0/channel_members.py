@@ -45,6 +45,7 @@ class ChannelMembers:
         """
         found = {kernel: z}
         for name in self.names:
+            # ``repeat`` and not ``repeat_interleave``: the outputs of a group lie together, and each group has all gates
             factor = z.flatten().repeat(params[name].numel() // z.numel())
             found[name] = (factor != 0).to(factor) if name in self.affine else factor
         return found
@@ -82,6 +83,7 @@ def find_members(model: nn.Module, kernels: Iterable[str]) -> dict[str, ChannelM
             bias = names[id(conv.bias)]
             if claim(bias, kernel):
                 found[kernel] = ChannelMembers((*found[kernel].biases, bias), found[kernel].norms)
+        # the order of registration is a guess, which norm_check tests on an example; equal sizes are the least
         if isinstance(follower, _BatchNorm) and follower.num_features == conv.out_channels and claim(path, kernel):
             if not follower.affine:
                 raise ValueError(

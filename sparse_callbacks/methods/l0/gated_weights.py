@@ -53,6 +53,7 @@ class GatedWeights:
             self.medians[name] = factor
             self._store.gate(name, factor)
             self._not_at_median.add(name)
+        # the next batch draws anew: this sample belonged to the gates before
         self.samples.pop(kernel, None)
 
     def write_sample(
@@ -118,6 +119,7 @@ class NormStatistics:
             norm: the norm.
             is_open: bool [channels], channels whose statistics may change until :meth:`restore`.
         """
+        # both are None in a norm with track_running_stats=False; the count of batches may go on for all channels
         buffers = [b for b in (norm.running_mean, norm.running_var) if isinstance(b, Tensor)]
         self._kept[path] = is_open, [(b, b.clone()) for b in buffers]
 
@@ -128,4 +130,5 @@ class NormStatistics:
                 continue
             is_open, buffers = self._kept.pop(path)
             for buffer, kept in buffers:
+                # in place: the norm, and whoever averages or sends its buffers, keeps the same tensor
                 buffer.copy_(torch.where(is_open, buffer, kept))

@@ -60,6 +60,7 @@ class _Search:
         at = (*choice.at[:group], option, *choice.at[group + 1 :])
         costs = choice.costs | self.network.by_layer(self.kept(at), group)
         value = choice.value + self.values[group][option] - self.values[group][choice.at[group]]
+        # unlike the value, the cost is summed anew over all layers: it decides whether the network fits the budget
         return _Choice(at, value, costs, self.network.total(costs))
 
     def steps(self, choice: _Choice, by: int, fixed: int = -1) -> Iterator[_Choice]:
@@ -97,6 +98,7 @@ class _Search:
 
         The other groups pay for the option, or use what it frees.
         """
+        # near options first: most gains are there, and the trials may run out
         most_options = max(len(sizes) for sizes in self.sizes)
         for distance in range(1, most_options):
             for group, option in enumerate(choice.at):
