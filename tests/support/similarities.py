@@ -21,7 +21,8 @@ def passes(net: nn.Module, *batches: Any) -> Iterator[Any]:
 
 
 def similarities(net: nn.Module, *batches: Any) -> dict[str, Tensor]:
-    return {n: cosine_similarity(s) for n, s in measure_similarity(net.eval(), weights(net), passes(net, *batches)).items()}
+    sums = measure_similarity(net.eval(), weights(net), passes(net, *batches))
+    return {name: cosine_similarity(s) for name, s in sums.items()}
 
 
 def direct(x: Tensor, a: Tensor) -> Tensor:

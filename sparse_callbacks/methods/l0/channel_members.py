@@ -45,7 +45,7 @@ class ChannelMembers:
         """
         found = {kernel: z}
         for name in self.names:
-            # ``repeat`` and not ``repeat_interleave``: the outputs of a group lie together, and each group has all gates
+            # not ``repeat_interleave``: the outputs of a group lie together, and each group has all gates
             factor = z.flatten().repeat(params[name].numel() // z.numel())
             found[name] = (factor != 0).to(factor) if name in self.affine else factor
         return found
