@@ -9,7 +9,7 @@ from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.lightning.callback import SparsityCallback
 from sparse_callbacks.lightning.optimizer_lives import horizon
 from sparse_callbacks.methods import CTRE, DPF, GMP, SET, SMCP, SNFS, ConstrainedL0, GaP, ParallelGaP, RigL, Static
-from sparse_callbacks.methods.gap.partitions import combine
+from sparse_callbacks.methods.gap.combination import combine
 
 __version__ = "0.1.0"
 __all__ = [

@@ -31,11 +31,11 @@ from sparse_callbacks.channels.network_cost import Network
 from sparse_callbacks.methods.smcp.allocation import (
     allocate,
     best_units,
-    estimated,
+    cost_reduction,
     options_of,
-    ranked,
-    reduction,
-    smallest,
+    ranking,
+    smallest_cost,
+    solve_once,
     values_of,
 )  # fmt: skip
 from sparse_callbacks.methods.smcp.knapsack import InfeasibleError
@@ -177,7 +177,7 @@ def test_the_reference_network(seed: int) -> None:
     assert [g.consumers[0].module for g in groups] == ["conv2", "conv3", "fc"]
     options, values = priced(found, seed)
     for budget, (kept, estimate, realised) in TINY_SOLVED.items():
-        got = estimated(found, options, values, budget * TINY_TOTAL, found.sizes)
+        got = solve_once(found, options, values, budget * TINY_TOTAL, found.sizes)
         assert dict(zip(kept, got.kept, strict=True)) == kept
         assert (got.cost, got.estimate, got.gap) == (realised, estimate, 0.0)
         more = allocate(found, options, values, budget * TINY_TOTAL, found.sizes)  # which may use what the estimate left
@@ -185,7 +185,7 @@ def test_the_reference_network(seed: int) -> None:
         assert more.cost <= budget * TINY_TOTAL
     for budget, minimum in TINY_INFEASIBLE.items():
         with pytest.raises(InfeasibleError, match=rf"at most 3065.6: the cheapest costs {minimum}"):
-            estimated(found, options, values, budget * TINY_TOTAL, found.sizes)
+            solve_once(found, options, values, budget * TINY_TOTAL, found.sizes)
         # the producers shrink with their consumers, so a network of that budget exists
         assert allocate(found, options, values, budget * TINY_TOTAL, found.sizes).cost <= budget * TINY_TOTAL
 
@@ -193,7 +193,7 @@ def test_the_reference_network(seed: int) -> None:
 def test_a_budget_that_no_network_meets_tells_the_smallest_one() -> None:
     found, _ = network(Tiny(), IMAGE)
     options, values = priced(found, 0)
-    assert smallest(found, options) == 3 * 8 * 9 + 2 * 8 * 8 * 9 + 80
+    assert smallest_cost(found, options) == 3 * 8 * 9 + 2 * 8 * 8 * 9 + 80
     with pytest.raises(InfeasibleError, match=r"the cheapest costs 1448\. Give a larger budget"):
         allocate(found, options, values, 1447, found.sizes)
     assert allocate(found, options, values, 1448, found.sizes).kept == (8, 8, 8)
@@ -255,7 +255,7 @@ def test_the_choice_costs_what_the_budget_allows_from_wherever_it_starts(cost: o
     found, _ = network(Block(), torch.zeros(2, 3, 4, 4), cost)
     for seed, share in itertools.product(range(4), (0.15, 0.3, 0.5, 0.8, 1.0)):
         options, values = priced(found, seed, round_to)
-        capacity = max(share * found.dense, smallest(found, options))
+        capacity = max(share * found.dense, smallest_cost(found, options))
         for start in (found.sizes, [int(o.min()) for o in options], [int(o[seed % len(o)]) for o in options]):
             got = allocate(found, options, values, capacity, start)
             assert got.cost <= capacity * (1 + 1e-9)
@@ -276,7 +276,7 @@ def test_the_choice_is_about_as_valuable_as_any_that_fits(cost: object) -> None:
     for seed, budget in itertools.product(range(4), (0.3, 0.5, 0.7)):
         options, values = priced(found, seed, 4)
         every = itertools.product(*[list(zip(o.tolist(), v.tolist(), strict=True)) for o, v in zip(options, values, strict=True)])
-        capacity = max(budget * found.dense, smallest(found, options))
+        capacity = max(budget * found.dense, smallest_cost(found, options))
         fitting = [sum(v for _, v in choice) for choice in every if found.realised([j for j, _ in choice]) <= capacity]
         got = allocate(found, options, values, capacity, found.sizes)
         worth = sum(float(v[o.tolist().index(j)]) for o, v, j in zip(options, values, got.kept, strict=True))
@@ -293,7 +293,7 @@ def test_one_solve_may_overspend_where_channels_come_back_and_the_repeated_one_d
     found, _ = network(net, torch.zeros(1, 16, 4, 4))
     options, values = priced(found, 3, 1)
     now, capacity = [4] * 5, 0.4 * found.dense
-    assert estimated(found, options, values, capacity, now).cost > 1.1 * capacity
+    assert solve_once(found, options, values, capacity, now).cost > 1.1 * capacity
     got = allocate(found, options, values, capacity, now)
     assert 0.9 * capacity < got.cost <= capacity
 
@@ -368,7 +368,7 @@ def test_slices_of_other_groups_count_for_none_and_several_of_one_unit_for_it() 
 
 def test_ranking_and_options() -> None:
     scores = torch.tensor(SCORES)
-    assert ranked(scores).tolist() == ORDER
+    assert ranking(scores).tolist() == ORDER
     assert values_of(scores, torch.arange(1, 17)).tolist() == pytest.approx(CUMULATIVE, abs=1e-6)
     units, values, mask = BY_8
     assert options_of(16, 8).tolist() == units
@@ -381,7 +381,7 @@ def test_ranking_in_chunks() -> None:
     scores = torch.tensor(SCORES)
     sums, order, values, kept = BY_4
     assert scores.view(4, 4).sum(1).tolist() == pytest.approx(sums, abs=1e-6)
-    assert ranked(scores, 4)[::4].tolist() == [4 * i for i in order]
+    assert ranking(scores, 4)[::4].tolist() == [4 * i for i in order]
     assert options_of(16, 8, 4).tolist() == [8, 16]
     assert values_of(scores, options_of(16, 8, 4), 4).tolist() == pytest.approx(values, abs=1e-6)
     assert best_units(scores, 8, 4).nonzero()[:, 0].tolist() == kept
@@ -394,7 +394,7 @@ def test_of_equal_units_the_first_is_kept() -> None:
 
 def test_chunks_that_do_not_divide_a_group_are_refused() -> None:
     with pytest.raises(ValueError, match=r"10 units cannot be ranked in chunks of 4\. Give a chunk that divides"):
-        ranked(torch.rand(10), 4)
+        ranking(torch.rand(10), 4)
 
 
 # ---------------------------------------------------------------------- the ramp
@@ -405,15 +405,15 @@ def test_the_ramp(case: tuple[str, float, int, int, int]) -> None:
     curve, final, epochs, warmup, full = case
     last = epochs - warmup - full + 1  # points - 1
     for epoch, expected in SCHEDULES[case].items():
-        found = reduction(curve, final, (epoch - warmup + 1) / last if epoch >= warmup else 0.0, 0.05 * last)
+        found = cost_reduction(curve, final, (epoch - warmup + 1) / last if epoch >= warmup else 0.0, 0.05 * last)
         assert found == pytest.approx(expected, abs=6e-7)  # the reference is rounded to 7 digits and comes from float32
 
 
 @pytest.mark.parametrize("curve", ["exp", "linear", "exp2"])
 def test_the_ramp_ends_exactly_at_its_target(curve: str) -> None:
-    assert (reduction(curve, 0.3, 0.0), reduction(curve, 0.3, 1.0), reduction(curve, 0.3, 2.0)) == (0.0, 0.3, 0.3)
+    assert (cost_reduction(curve, 0.3, 0.0), cost_reduction(curve, 0.3, 1.0), cost_reduction(curve, 0.3, 2.0)) == (0.0, 0.3, 0.3)
 
 
 def test_a_curve_that_is_not_known_is_refused() -> None:
     with pytest.raises(ValueError, match=r"curve='cubic' is not known\. Give 'exp', 'linear' or 'exp2'"):
-        reduction("cubic", 0.5, 0.5)
+        cost_reduction("cubic", 0.5, 0.5)

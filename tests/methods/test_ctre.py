@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from sparse_callbacks import CTRE, distributions
 from sparse_callbacks.core.ops import drop_count, keep_largest
-from sparse_callbacks.methods.ctre.activations import measure
+from sparse_callbacks.methods.ctre.activations import measure_similarity
+from sparse_callbacks.methods.ctre.growth import propose_growth, replace_regrown
 from sparse_callbacks.methods.ctre.patience import Patience, judged
-from sparse_callbacks.methods.ctre.similarity import cosine, explore, propose
+from sparse_callbacks.methods.ctre.similarity import cosine_similarity
 
 FIRST, SECOND = "net.0.weight", "net.2.weight"
 
@@ -168,10 +169,10 @@ def test_an_update_is_the_paper_s(variant: str, tmp_path: Path) -> None:
             after, weights, similarity = (update[k][name] for k in ("after", "weights", "similarity"))
             active = int(before.sum())
             assert active == before.numel() // 2 == int(after.sum())
-            kept, proposed = propose(before, weights, similarity, drop_count(active, 0.4))
+            kept, proposed = propose_growth(before, weights, similarity, drop_count(active, 0.4))
             assert torch.equal(kept, keep_largest(weights, active - drop_count(active, 0.4), among=before))
             if variant == "sim":
-                accepted, drawn = explore(before, kept, proposed, torch.rand(before.shape))
+                accepted, drawn = replace_regrown(before, kept, proposed, torch.rand(before.shape))
                 assert (after & (kept | accepted)).sum() == (kept | accepted).sum()
                 assert (after & ~kept & ~accepted).sum() == drawn.sum() > 0
             else:
@@ -187,8 +188,8 @@ def test_the_similarity_is_that_of_the_whole_training_set_at_that_moment(tmp_pat
             if found:
                 x = torch.cat([x for x, _ in loader(5)])
                 with torch.no_grad():
-                    sums = measure(module, callback.params, (module.net(x) for _ in range(1)))
-                seen.append((found, {n: cosine(s) for n, s in sums.items()}))
+                    sums = measure_similarity(module, callback.params, (module.net(x) for _ in range(1)))
+                seen.append((found, {n: cosine_similarity(s) for n, s in sums.items()}))
 
     callback = ctre()
     run(tmp_path, callback, more=[Compares()])
@@ -573,8 +574,8 @@ def test_a_run_resumed_inside_a_window_has_the_similarity_of_its_start(tmp_path:
         ({"variant": "seq"}, r"variant='seq' .* monitor= names none\. Give monitor="),
         ({"variant": "seq", "monitor": ""}, r"monitor= names none"),
         ({"mode": "up"}, r"mode='up' is not known\. Give 'max'"),
-        ({"patience": 0}, r"patience=0 is no number of epochs"),
-        ({"patience": 2.5}, r"patience=2\.5 is no number of epochs"),
+        ({"patience": 0}, r"patience=0 is not a number of epochs"),
+        ({"patience": 2.5}, r"patience=2\.5 is not a number of epochs"),
         ({"data_fraction": 0}, r"data_fraction=0 is no share"),
         ({"data_fraction": 1.5}, r"data_fraction=1\.5 is no share"),
         ({"epsilon": 1}, r"sparsity=0\.5 and epsilon\(1\) both say how many weights there are"),

@@ -376,7 +376,7 @@ def test_filters_of_a_transposed_convolution_are_its_outputs(groups: int) -> Non
     torch.manual_seed(0)
     layer = nn.ConvTranspose2d(4, 6, 3, groups=groups, bias=False)
     kept = filters.norms(layer.weight.detach(), 6, transposed=True) > filters.norms(layer.weight.detach(), 6, transposed=True).median()
-    mask = filters.spread(kept, layer.weight, transposed=True)
+    mask = filters.mask_of(kept, layer.weight, transposed=True)
     assert mask.shape == layer.weight.shape
     with torch.no_grad():
         layer.weight.mul_(mask)

@@ -28,7 +28,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from sparse_callbacks import ParallelGaP, Static, combine, horizon
-from sparse_callbacks.methods.gap.partitions import holdings, owners
+from sparse_callbacks.methods.gap.combination import names_by_partition, tensor_owners
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 SIZE = 0.8
@@ -102,7 +102,7 @@ def test_workers_equal_a_hand_written_loop() -> None:
             model.load_state_dict(common)
             epoch(2 * turn + worker, masks | {n: torch.ones_like(masks[n]) for n in parts[worker]})
             trained.append(copy.deepcopy(model.state_dict()))
-        model.load_state_dict(combine(trained, owners(common, holdings(common, parts))))
+        model.load_state_dict(combine(trained, tensor_owners(common, names_by_partition(common, parts))))
         masks = {n: prune(weights[n].detach()) for n in masks}
         apply(masks)
         model.eval()

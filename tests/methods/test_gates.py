@@ -41,10 +41,13 @@ from oracles.l0 import (
     SHIFT,
     SLOPES,
 )
+from support.hard_concrete import expected_l2, log_alpha_for, p_one
 from torch import Tensor, nn
 
-from sparse_callbacks.core.weights import undone
-from sparse_callbacks.methods.l0 import channel_members, constraint, gates, norm_check
+from sparse_callbacks.core.dense_copy import undone
+from sparse_callbacks.methods.l0 import constraint, gates
+from sparse_callbacks.methods.l0.channel_members import ChannelMembers, find_members, refuse_decay
+from sparse_callbacks.methods.l0.norm_check import check_norms
 
 
 def double(values: object) -> Tensor:
@@ -66,9 +69,9 @@ def test_the_table_of_gates() -> None:
     log_alpha = double(list(GATES))
     opened, one, median, louizos, slope = zip(*GATES.values(), strict=True)
     close(gates.p_open(log_alpha), opened)
-    close(gates.p_one(log_alpha), one)
+    close(p_one(log_alpha), one)
     close(gates.median(log_alpha), median)
-    close(gates.p_slope(log_alpha), slope)
+    close(gates.p_open_slope(log_alpha), slope)
     other = (torch.sigmoid(log_alpha) * 1.2 - 0.1).clamp(0, 1)  # without the temperature: an easy mistake
     close(other, louizos)
     assert (other - gates.median(log_alpha)).abs().max() > 0.08
@@ -83,7 +86,7 @@ def test_a_sample_is_a_quantile_of_its_noise(log_alpha: float) -> None:
 def test_the_slope_of_p_open_is_that_of_autograd() -> None:
     log_alpha = double(list(GATES)).requires_grad_()
     (expected,) = torch.autograd.grad(torch.sigmoid(log_alpha + gates.SHIFT).sum(), log_alpha)
-    close(gates.p_slope(log_alpha.detach()), expected.tolist())
+    close(gates.p_open_slope(log_alpha.detach()), expected.tolist())
 
 
 def test_medians_are_clipped_at_the_thresholds() -> None:
@@ -127,7 +130,7 @@ def test_means_of_samples(log_alpha: float) -> None:
     z = gates.sample(like, gates.noise(like, torch.Generator().manual_seed(3)))
     assert float(z.mean()) == pytest.approx(MEANS[log_alpha], abs=0.002)
     assert float((z > 0).float().mean()) == pytest.approx(float(gates.p_open(double(log_alpha))), abs=0.001)
-    assert float((z == 1).float().mean()) == pytest.approx(float(gates.p_one(double(log_alpha))), abs=0.001)
+    assert float((z == 1).float().mean()) == pytest.approx(float(p_one(double(log_alpha))), abs=0.001)
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 1001])
@@ -177,8 +180,8 @@ def test_initial_gates(droprate: float) -> None:
 
 @pytest.mark.parametrize("density", LOG_ALPHA_FOR)
 def test_log_alpha_for_a_density(density: float) -> None:
-    assert gates.log_alpha_for(density) == pytest.approx(LOG_ALPHA_FOR[density], abs=1e-9)
-    close(gates.p_open(double(gates.log_alpha_for(density))), density)
+    assert log_alpha_for(density) == pytest.approx(LOG_ALPHA_FOR[density], abs=1e-9)
+    close(gates.p_open(double(log_alpha_for(density))), density)
 
 
 def test_expected_densities_of_a_network() -> None:
@@ -195,7 +198,7 @@ def test_expected_density_of_single_weights() -> None:
 
 
 def test_one_constraint_or_one_for_each_layer() -> None:
-    log_alphas = [double([gates.log_alpha_for(d)]) for d in LAYERS_DENSITY]
+    log_alphas = [double([log_alpha_for(d)]) for d in LAYERS_DENSITY]
     for log_alpha, defect in zip(log_alphas, LAYERS_DEFECTS, strict=True):
         close(gates.expected_density([log_alpha], [1.0]) - LAYERS_TARGET, defect)
     joint = gates.expected_density(log_alphas, [s / sum(LAYERS_SIZES) for s in LAYERS_SIZES])
@@ -217,7 +220,7 @@ def test_a_linear_layer_with_its_median_gates() -> None:
 def test_expected_l2_of_a_convolution() -> None:
     weight = (torch.arange(12, dtype=torch.float64) / 10).view(3, 2, 2, 1).requires_grad_()
     log_alpha = double(CONV_LOG_ALPHA).view(3, 1, 1, 1).requires_grad_()
-    penalty = gates.expected_l2(weight, log_alpha)
+    penalty = expected_l2(weight, log_alpha)
     close(penalty.detach(), CONV_L2)
     penalty.backward()
     assert weight.grad is not None
@@ -227,7 +230,7 @@ def test_expected_l2_of_a_convolution() -> None:
 
 
 def test_expected_l2_of_a_matrix_is_weighed_by_inputs() -> None:
-    found = gates.expected_l2(double(LINEAR_L2_WEIGHT), double([LINEAR_L2_LOG_ALPHA]))
+    found = expected_l2(double(LINEAR_L2_WEIGHT), double([LINEAR_L2_LOG_ALPHA]))
     close(found + 0.5 * double(LINEAR_L2_BIAS).square().sum(), LINEAR_L2)
 
 
@@ -235,7 +238,7 @@ def test_expected_l2_of_a_matrix_is_weighed_by_inputs() -> None:
     ("parameter", "gate"),
     [((5, 4), (1, 4)), ((5, 4), (5, 4)), ((6, 3, 2, 2), (6, 1, 1, 1)), ((3, 6, 2), (1, 6, 1)), ((6,), (6, 1, 1)), ((12,), (1, 6, 1))],
 )
-def test_the_pull_on_gates_is_that_of_autograd(parameter: tuple[int, ...], gate: tuple[int, ...]) -> None:
+def test_the_gradient_of_gates_is_that_of_autograd(parameter: tuple[int, ...], gate: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     dense, gradient = torch.randn(parameter, dtype=torch.float64), torch.randn(parameter, dtype=torch.float64)
     log_alpha = torch.randn(gate, dtype=torch.float64).requires_grad_()
@@ -243,7 +246,7 @@ def test_the_pull_on_gates_is_that_of_autograd(parameter: tuple[int, ...], gate:
     z = (torch.sigmoid((torch.logit(u) + log_alpha) * 1.5) * 1.2 - 0.1).clamp(0, 1)
     factor = z if len(gate) == len(parameter) else z.flatten().repeat(parameter[0] // z.numel())
     (expected,) = torch.autograd.grad((factor * dense * gradient).sum(), log_alpha)
-    assert torch.allclose(gates.pull(gradient, dense, gates.sample(log_alpha.detach(), u)), expected, atol=1e-9)
+    assert torch.allclose(gates.log_alpha_gradient(gradient, dense, gates.sample(log_alpha.detach(), u)), expected, atol=1e-9)
 
 
 # ---------------------------------------------------------------------- multipliers and steps
@@ -272,7 +275,7 @@ def test_adam_is_torchs() -> None:
         p.grad = torch.randn(7, dtype=torch.float64)
         mean.lerp_(p.grad, 1 - gates.BETAS[0])
         square.mul_(gates.BETAS[1]).addcmul_(p.grad, p.grad, value=1 - gates.BETAS[1])
-        mine -= 0.1 * gates.adam(mean, square, double(step))
+        mine -= 0.1 * gates.adam_direction(mean, square, double(step))
         optimizer.step()
         assert torch.allclose(mine, p.detach(), rtol=0, atol=1e-12)
 
@@ -301,34 +304,34 @@ class Block(nn.Module):
 
 def test_biases_and_the_norms_right_behind() -> None:
     kernels = ["conv1.weight", "conv2.weight", "inner.0.weight", "inner.2.weight", "head.weight", "side.0.weight"]
-    found = channel_members.find_tied(Block(), kernels)
-    assert found["conv1.weight"] == channel_members.Tied(("conv1.bias",), ("bn1",))
-    assert found["conv1.weight"].members == ("conv1.bias", "bn1.weight", "bn1.bias")
-    assert found["conv2.weight"] == channel_members.Tied((), ("bn2",))
-    assert found["inner.0.weight"] == channel_members.Tied(("inner.0.bias",), ("inner.1",))
-    assert found["inner.2.weight"] == channel_members.Tied(("inner.2.bias",))
-    assert found["head.weight"] == found["side.0.weight"] == channel_members.Tied()
-    assert set(channel_members.find_tied(Block(), kernels[:1])) == {"conv1.weight"}
-    assert channel_members.find_tied(nn.Conv2d(2, 3, 1), ["weight"])["weight"] == channel_members.Tied(("bias",))
+    found = find_members(Block(), kernels)
+    assert found["conv1.weight"] == ChannelMembers(("conv1.bias",), ("bn1",))
+    assert found["conv1.weight"].names == ("conv1.bias", "bn1.weight", "bn1.bias")
+    assert found["conv2.weight"] == ChannelMembers((), ("bn2",))
+    assert found["inner.0.weight"] == ChannelMembers(("inner.0.bias",), ("inner.1",))
+    assert found["inner.2.weight"] == ChannelMembers(("inner.2.bias",))
+    assert found["head.weight"] == found["side.0.weight"] == ChannelMembers()
+    assert set(find_members(Block(), kernels[:1])) == {"conv1.weight"}
+    assert find_members(nn.Conv2d(2, 3, 1), ["weight"])["weight"] == ChannelMembers(("bias",))
 
 
-def test_a_tied_kernel_takes_the_biases_of_both_convolutions() -> None:
+def test_a_shared_kernel_takes_the_biases_of_both_convolutions() -> None:
     net = nn.ModuleList([nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)])
     net[1].weight = net[0].weight
-    assert channel_members.find_tied(net, ["0.weight"])["0.weight"].biases == ("0.bias", "1.bias")
+    assert find_members(net, ["0.weight"])["0.weight"].biases == ("0.bias", "1.bias")
 
 
 def test_a_bias_of_two_kernels_is_refused() -> None:
     net = nn.ModuleList([nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)])
     net[1].bias = net[0].bias
     with pytest.raises(ValueError, match=r"0\.bias goes with the output channels of both 0\.weight and 1\.weight.*exclude="):
-        channel_members.find_tied(net, ["0.weight", "1.weight"])
+        find_members(net, ["0.weight", "1.weight"])
 
 
 def test_a_norm_without_parameters_is_refused() -> None:
     net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, affine=False))
     with pytest.raises(ValueError, match=r"1 stands behind 0\.weight and has no weight and bias \(affine=False\).*exclude="):
-        channel_members.find_tied(net, ["0.weight"])
+        find_members(net, ["0.weight"])
 
 
 def test_a_norm_of_two_convolutions_is_refused() -> None:
@@ -339,7 +342,7 @@ def test_a_norm_of_two_convolutions_is_refused() -> None:
         norm, *kernels = names
         message = rf"{norm} goes with the output channels of both {kernels[0]}\.weight and {kernels[1]}\.weight"
         with pytest.raises(ValueError, match=message):
-            channel_members.find_tied(model, [f"{k}.weight" for k in kernels])
+            find_members(model, [f"{k}.weight" for k in kernels])
 
 
 # ---------------------------------------------------------------------- what flows into norms
@@ -368,9 +371,9 @@ class Flow(nn.Module):
         state = copy.deepcopy(self.state_dict())
         example = torch.randn(1, 4, 5, 5)
         kept = example.clone()
-        found = channel_members.find_tied(self, [f"{k}.weight" for k in kernels or ("one", "two")])
+        found = find_members(self, [f"{k}.weight" for k in kernels or ("one", "two")])
         try:
-            return norm_check.check(self, found, example)
+            return check_norms(self, found, example)
         finally:
             assert torch.equal(example, kept)
             assert self.training
@@ -418,7 +421,7 @@ def test_a_norm_that_takes_something_else_is_refused(run: Any, order: str, norm:
         Flow(run, order).check(kernel)
 
 
-def test_norms_that_are_not_tied_are_told() -> None:
+def test_norms_that_are_registered_elsewhere_are_reported() -> None:
     for run, order, kernels, norms in (
         (lambda m, x: m.bn2(m.two(m.bn1(m.one(x)))), "one relu two bn1 bn2 ", ["one"], ["bn1"]),
         (lambda m, x: m.bn1(m.relu(m.one(x))), "one relu bn1", ["one"], ["bn1"]),
@@ -449,24 +452,13 @@ def test_the_check_runs_as_often_as_it_must() -> None:
         assert net.runs == runs
 
 
-def test_values_by_glob() -> None:
-    names = ["conv1.weight", "conv2.weight", "fc.weight"]
-    assert channel_members.by_glob(0.5, names, "density") == dict.fromkeys(names, 0.5)
-    found = channel_members.by_glob({"conv1*": 0.1, "conv*": 0.2, "*": 1}, names, "density")
-    assert found == dict(zip(names, (0.1, 0.2, 1.0), strict=True))
-    with pytest.raises(ValueError, match=r"density= has a value for 'norm\*', which matches no gated parameter.*conv1\.weight"):
-        channel_members.by_glob({"norm*": 0.1, "*": 0.5}, names, "density")
-    with pytest.raises(ValueError, match=r"droprate= has no value for fc\.weight. Add a glob"):
-        channel_members.by_glob({"conv*": 0.1}, names, "droprate")
-
-
 def test_decay_beside_expected_l2_is_refused() -> None:
     layer = nn.Linear(2, 2)
     optimizer = torch.optim.SGD([{"params": [layer.weight], "weight_decay": 0.1}, {"params": [layer.bias]}], lr=0.1)
     with pytest.raises(ValueError, match=r"l2=0\.01 already decays.*weight_decay=0\.1 for weight\. Put them into a parameter group"):
-        channel_members.refuse_decay([optimizer], {id(layer.weight): "weight"}, 0.01)
-    channel_members.refuse_decay([optimizer], {id(layer.weight): "weight"}, 0.0)
-    channel_members.refuse_decay([optimizer], {id(layer.bias): "bias"}, 0.01)
+        refuse_decay([optimizer], {id(layer.weight): "weight"}, 0.01)
+    refuse_decay([optimizer], {id(layer.weight): "weight"}, 0.0)
+    refuse_decay([optimizer], {id(layer.bias): "bias"}, 0.01)
 
 
 def test_the_least_density_is_that_of_the_clamp() -> None:

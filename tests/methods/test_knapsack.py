@@ -99,7 +99,7 @@ def test_fifty_groups_of_64_options_are_solved_exactly_in_less_than_a_second(kin
     assert found.gap == 0.0
 
 
-def test_a_choice_that_is_not_proved_best_tells_its_gap() -> None:
+def test_a_choice_that_is_not_proved_best_reports_its_gap() -> None:
     """Values equal to costs that no two sums share: every partial choice is as good as any other."""
     values, _ = instance("value is cost", 0, groups=24, options=24)
     capacity = 0.6 * sum(float(v.max()) for v in values)
@@ -116,7 +116,7 @@ def test_the_choice_does_not_depend_on_the_type_of_numbers() -> None:
 # ---------------------------------------------------------------------- refusals
 
 
-def test_an_infeasible_capacity_tells_the_smallest_feasible_cost() -> None:
+def test_an_infeasible_capacity_reports_the_smallest_feasible_cost() -> None:
     with pytest.raises(InfeasibleError, match=r"at most 8: the cheapest costs 10. Give a larger budget") as caught:
         solve([torch.ones(1)] * 2, [torch.full((1,), 5.0)] * 2, 8)
     assert (caught.value.capacity, caught.value.minimum) == (8, 10)
@@ -127,8 +127,8 @@ def test_an_infeasible_capacity_tells_the_smallest_feasible_cost() -> None:
 @pytest.mark.parametrize(
     ("values", "costs"), [([], []), ([[1.0]], [[1.0, 2.0]]), ([[]], [[]]), ([[1.0], [1.0]], [[1.0]]), ([[[1.0]]], [[[1.0]]])]
 )
-def test_what_is_no_group_of_options_is_refused(values: list[list[float]], costs: list[list[float]]) -> None:
-    with pytest.raises(ValueError, match=r"no groups of options. Give one 1-d tensor of each"):
+def test_what_is_not_a_group_of_options_is_refused(values: list[list[float]], costs: list[list[float]]) -> None:
+    with pytest.raises(ValueError, match=r"not groups of options. Give one 1-d tensor of each"):
         solve(tensors(values), tensors(costs), 3)
 
 

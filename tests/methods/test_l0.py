@@ -28,6 +28,7 @@ from support.contract_support import (
     snapshot,
     watch,
 )
+from support.hard_concrete import expected_l2
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -97,7 +98,7 @@ def test_one_step_of_the_whole_game() -> None:
     def in_batch() -> None:
         dense = callback.store.dense(name)
         seen["z"] = (module.layer.weight.detach() / dense.where(dense != 0, torch.ones_like(dense)))[0].tolist()
-        seen["l2"] = STEP["weight_decay"] * float(gates.expected_l2(dense, callback.aux[f"log_alpha/{name}"]))
+        seen["l2"] = STEP["weight_decay"] * float(expected_l2(dense, callback.aux[f"log_alpha/{name}"]))
 
     begin = pl.callbacks.LambdaCallback(on_train_start=lambda *_: set_up(), on_train_batch_start=lambda *_: in_batch())
     module.log = lambda *_, **__: None  # type: ignore[method-assign]
@@ -635,7 +636,7 @@ def test_kernel_and_bias_pull_on_a_gate_and_the_norm_does_not() -> None:
 
     def after(*_: Any) -> None:
         z = callback.gated.samples[names[0]]
-        kernel, bias = (gates.pull(gradients[n], callback.store.dense(n), z) for n in names[:2])
+        kernel, bias = (gates.log_alpha_gradient(gradients[n], callback.store.dense(n), z) for n in names[:2])
         compared.append(torch.allclose(callback._pulls[names[0]], kernel + bias, rtol=0, atol=1e-12) and bool(bias.any()))
         for name in names:
             factor = (z != 0).flatten() if name in names[2:] else z if name == names[0] else z.flatten()
@@ -777,7 +778,7 @@ def test_every_forward_pass_of_a_batch_by_hand_sees_a_sample_of_its_own(steps: i
 
     def see() -> None:
         for name in callback.params:  # what the network computes with is the sample
-            kernel = next(k for k, t in callback._tied.items() if name in (k, *t.members))
+            kernel = next(k for k, t in callback._tied.items() if name in (k, *t.names))
             factor = callback.gated.factors(kernel, callback.gated.samples[kernel])[name]
             assert torch.equal(module.get_parameter(name), factor * callback.store.dense(name))
         seen.append(torch.cat([callback.gated.samples[k].flatten() for k in callback._tied]).clone())

@@ -8,18 +8,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.methods.gap.partitions import balanced, by_indices, check_partitions, combine, holdings, number_of, owners, split
+from sparse_callbacks.methods.gap.combination import combine, names_by_partition, tensor_owners
+from sparse_callbacks.methods.gap.partitions import (
+    balanced_parts,
+    check_partitions,
+    number_of,
+    parts_between_cuts,
+    split_layers,
+)
 
 SIZES = {"a.weight": 40, "b.weight": 10, "b.more": 5, "c.weight": 10, "d.weight": 40, "e.weight": 20}
 
 
 def parts(partitions: Any, sizes: dict[str, int] = SIZES, seed: int = 0) -> list[list[str]]:
-    return split(partitions, sizes, torch.Generator().manual_seed(seed))
+    return split_layers(partitions, sizes, torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize(("cuts", "layers", "expected"), oracle.INDICES)
 def test_cuts_begin_new_partitions(cuts: str, layers: int, expected: list[list[int]]) -> None:
-    assert by_indices(cuts, layers) == expected
+    assert parts_between_cuts(cuts, layers) == expected
     names = {f"net.{i}.weight": 7 for i in range(layers)}
     assert parts(cuts, names) == [[f"net.{i}.weight" for i in part] for part in expected]
     assert number_of(cuts) == len(expected)
@@ -36,14 +43,14 @@ def test_a_count_makes_the_largest_partition_as_small_as_possible(count: int) ->
     generator = torch.Generator().manual_seed(count)
     for _ in range(20):
         sizes = torch.randint(1, 30, (7,), generator=generator).tolist()
-        found = balanced(sizes, count)
+        found = balanced_parts(sizes, count)
         assert [i for part in found for i in part] == list(range(7))
         assert all(found)
         assert sorted((sum(sizes[i] for i in part) for part in found), reverse=True) == best(sizes, count)
 
 
 def test_a_huge_layer_does_not_leave_the_others_unbalanced() -> None:
-    assert balanced([10, 10, 10, 10, 1000], 3) == [[0, 1], [2, 3], [4]]
+    assert balanced_parts([10, 10, 10, 10, 1000], 3) == [[0, 1], [2, 3], [4]]
 
 
 def test_parameters_of_one_module_stay_together_in_model_order() -> None:
@@ -93,7 +100,7 @@ def test_partitions_that_do_not_fit_the_model_are_refused() -> None:
 @pytest.mark.parametrize("cuts", ["0-2", "2-2", "3-2", "2-5", "1-9"])
 def test_cuts_that_leave_a_partition_empty_are_refused(cuts: str) -> None:
     with pytest.raises(ValueError, match="Give rising numbers from 1 to 4"):
-        by_indices(cuts, 5)
+        parts_between_cuts(cuts, 5)
 
 
 # ---------------------------------------------------------------------- owners
@@ -105,7 +112,7 @@ def tensors(values: dict[str, Any]) -> dict[str, Tensor]:
 
 def test_the_table_of_owners_and_its_combination() -> None:
     workers = [tensors(w) for w in oracle.WORKERS]
-    owner = owners(workers[0], oracle.HELD)
+    owner = tensor_owners(workers[0], oracle.HELD)
     assert owner == oracle.OWNERS
     combined = combine(workers, owner)
     assert list(combined) == list(oracle.COMBINED)
@@ -126,7 +133,7 @@ def network() -> nn.Module:
 def test_what_has_no_mask_goes_with_the_last_masked_layer_before_it() -> None:
     state = network().state_dict()
     masked = [["net.1.weight"], ["net.4.weight"], ["net.6.weight_ih_l0", "net.6.weight_hh_l0", "net.7.weight"]]
-    owner = owners(state, holdings(state, masked))
+    owner = tensor_owners(state, names_by_partition(state, masked))
     expected = {"steps": 0, "net.temperature": 0, "net.0": 0, "net.1": 0, "net.2": 0, "net.4": 1, "net.5": 1, "net.6": 2, "net.7": 2}
     assert set(owner) == set(state)
     for key, index in owner.items():
@@ -137,14 +144,14 @@ def test_what_has_no_mask_goes_with_the_last_masked_layer_before_it() -> None:
 def test_random_partitions_take_their_norms_with_them() -> None:
     state = network().state_dict()
     masked = [["net.4.weight", "net.7.weight"], ["net.1.weight", "net.6.weight_ih_l0", "net.6.weight_hh_l0"]]
-    owner = owners(state, holdings(state, masked))
+    owner = tensor_owners(state, names_by_partition(state, masked))
     assert [owner[k] for k in ("net.0.weight", "net.1.bias", "net.2.running_var", "net.4.bias", "net.5.weight")] == [0, 1, 1, 0, 0]
     assert {owner[k] for k in state if k.startswith("net.6.")} == {1}
 
 
 def test_a_module_parted_by_globs_keeps_each_weight_with_its_partition() -> None:
     state = nn.ModuleDict({"rnn": nn.LSTM(3, 2), "norm": nn.LayerNorm(2)}).state_dict()
-    owner = owners(state, holdings(state, [["rnn.weight_hh_l0"], ["rnn.weight_ih_l0"]]))
+    owner = tensor_owners(state, names_by_partition(state, [["rnn.weight_hh_l0"], ["rnn.weight_ih_l0"]]))
     assert owner["rnn.weight_hh_l0"] == 0
     assert {owner[k] for k in state if k != "rnn.weight_hh_l0"} == {1}  # the first masked one in the model
 
@@ -153,14 +160,14 @@ def test_tied_weights_have_one_owner() -> None:
     model = nn.ModuleDict({"embedding": nn.Embedding(5, 3), "body": nn.Linear(3, 3), "head": nn.Linear(3, 5, bias=False)})
     model["embedding"].weight = model["head"].weight
     state = model.state_dict()
-    owner = owners(state, holdings(state, [["body.weight"], ["head.weight"]]))
+    owner = tensor_owners(state, names_by_partition(state, [["body.weight"], ["head.weight"]]))
     assert owner["embedding.weight"] == owner["head.weight"] == 1
-    assert owners(state, [["embedding", "body"], ["head"]])["head.weight"] == 0  # by modules: the first
+    assert tensor_owners(state, [["embedding", "body"], ["head"]])["head.weight"] == 0  # by modules: the first
 
 
 def test_a_name_held_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="body is held by partitions 0 and 1"):
-        owners({"body.weight": torch.ones(1)}, [["body"], ["body"]])
+        tensor_owners({"body.weight": torch.ones(1)}, [["body"], ["body"]])
 
 
 def test_a_combination_shares_no_memory_with_the_workers() -> None:

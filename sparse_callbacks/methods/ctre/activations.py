@@ -1,7 +1,6 @@
-"""Which activations stand on the two sides of a layer, in any network: followed through a forward pass, operation by operation."""
+"""Activations on the two sides of each sparse layer, found by following a forward pass."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,50 +11,64 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparse_callbacks.core import distributed
-from sparse_callbacks.methods.ctre.similarity import CosineSums, add_batch, as_probabilities, empty_sums, feature_dimension, layers_of
-from sparse_callbacks.methods.ctre.tensor_history import ACTIVATED, SAME, Held, Step, Trail, Use, aligned, joined, tensors_in
+from sparse_callbacks.core.inspection import tensors_in
+from sparse_callbacks.methods.ctre.similarity import (
+    CosineSums,
+    add_batch,
+    as_probabilities,
+    empty_sums,
+    feature_dimension,
+    layers_of,
+)
+from sparse_callbacks.methods.ctre.tensor_history import (
+    ACTIVATED,
+    UNCHANGED,
+    LayerCall,
+    Operation,
+    TensorHistory,
+    VersionedTensor,
+    histories_after,
+    in_output_shape,
+)
 
 
-@dataclass(eq=False)
-class _Tensors:
-    """Trails by tensor, for as long as the tensor lives."""
-
-    trails: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
-
-    def of(self, tensor: Tensor) -> dict[Use, Trail]:
-        found: dict[Use, Trail] = self.trails.get(tensor, {})  # type: ignore[no-untyped-call]
-        return found
-
-
-class Flow(TorchDispatchMode):
+class ActivationTracer(TorchDispatchMode):
     """Follows what becomes of the output of each sparse layer, up to the next layer or the network's output.
 
-    The activations of a layer are what the next linear layer or convolution takes, or the latest tensor before that with the
-    shape of the layer's output (so before a flattening or a pooling). Where a pooling comes before the activation function, each
-    position counts with the value of the cell that it was pooled into. A layer whose output the next one takes as it is has the
-    identity for an activation function. For the last layer they are the network's output: softmax of logits, anything else as
-    it is. Layers are known by their ``forward``; functional ones cannot be followed.
+    The activations of a layer are what the next linear layer or convolution takes, or the latest tensor before that
+    with the shape of the layer's output (so before a flattening or a pooling). Where a pooling comes before the
+    activation function, each position counts with the value of the cell that it was pooled into. A layer whose output
+    the next one takes as it is has the identity for an activation function. For the last layer the activations are the
+    network's output: softmax of logits, anything else as it is. Layers are known by their ``forward``; functional ones
+    cannot be followed.
 
     Args:
         model: the network.
-        layers: (parameter's name, module) of the sparse ones; see ``similarity.layers_of``.
+        layers: (parameter's name, module) of the sparse layers; see ``similarity.layers_of``.
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[tuple[str, nn.Module]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._names = {id(module): name for name, module in layers}
-        self._modules = {id(m): (n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | _ConvNd)}
+        self._modules = [m for m in model.modules() if isinstance(m, nn.Linear | _ConvNd)]
         self._handles: list[Any] = []
-        self._clear()
+        self._forget()
 
-    def _clear(self) -> None:
-        self._uses: list[Use] = []
-        self._tensors = _Tensors()
-        self._inside = 0
-        self._activated = False
+    def _forget(self) -> None:
+        """Start anew, for another forward pass."""
+        self._calls: list[LayerCall] = []
+        # weak keys: a history goes as soon as its tensor does, and the ids of dead tensors cannot be mistaken
+        self._histories = WeakTensorKeyDictionary()
+        self._layers_entered = 0
+        self._has_activations = False
 
-    def __enter__(self) -> "Flow":
-        for _, module in self._modules.values():
+    def _histories_of(self, tensor: Tensor) -> dict[LayerCall, TensorHistory]:
+        found: dict[LayerCall, TensorHistory] = self._histories.get(tensor, {})  # type: ignore[no-untyped-call]
+        return found
+
+    def __enter__(self) -> "ActivationTracer":
+        # hooks tell where one layer ends and the next begins, the dispatch mode sees every operation between them
+        for module in self._modules:
             self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._after, with_kwargs=True))
         super().__enter__()  # type: ignore[no-untyped-call]
@@ -69,80 +82,92 @@ class Flow(TorchDispatchMode):
     # ------------------------------------------------------------------ during the forward pass
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self._inside += 1
+        """A layer is called: its input ends the way of the outputs that the input was made of."""
+        self._layers_entered += 1
         x = _input(args, kwargs)
-        for use, trail in self._tensors.of(x).items():
-            self._consume(use, trail, x)
+        for call, history in self._histories_of(x).items():
+            self._end_at_layer(call, history, x)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
-        self._inside -= 1
-        if (name := self._names.get(id(module))) is not None:
-            use = Use(name, module, _held(_input(args, kwargs)), output.shape)
-            self._uses.append(use)
-            self._tensors.trails[output] = {use: Trail(SAME, tuple(range(output.dim())))}
+        """A layer has run: its output is followed from here on, if the layer is sparse."""
+        self._layers_entered -= 1
+        name = self._names.get(id(module))
+        if name is not None:
+            call = LayerCall(name, module, _versioned(_input(args, kwargs)), output.shape)
+            self._calls.append(call)
+            self._histories[output] = {call: TensorHistory(UNCHANGED, tuple(range(output.dim())))}
 
-    def _consume(self, use: Use, trail: Trail, x: Tensor) -> None:
-        """A layer takes ``x``, which comes from ``use``."""
-        if use.activations is not None:
+    def _end_at_layer(self, call: LayerCall, history: TensorHistory, x: Tensor) -> None:
+        """A layer takes ``x``, which was made of the output of ``call``."""
+        if call.activations is not None:
             return
-        if trail.product:
-            use.product = trail.product
+        if history.mixed_by:
+            call.mixed_by = history.mixed_by
             return
-        found, level = aligned(use, trail, x)
+        found, level = in_output_shape(call, history, x)
         if found is None:
-            use.product = "an operation that moves its neurons"
-        elif level == SAME and trail.level == SAME:
-            use.bare = _held(found)
+            call.mixed_by = "an operation that moves its neurons"
+        elif level == UNCHANGED and history.level == UNCHANGED:
+            # no verdict yet: another layer may take the same output behind an activation function
+            call.unactivated = _versioned(found)
         else:
-            use.activations = _held(found)
-            self._activated = True
+            call.activations = _versioned(found)
+            self._has_activations = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not self._inside:
-            sources = [(t, trails) for t in tensors_in(args) if (trails := self._tensors.of(t))]
-            if sources:
-                step = Step.of(func.overloadpacket.__name__, args)
-                for out in tensors_in((result,)):
-                    if out.is_floating_point():
-                        self._tensors.trails[out] = joined(sources, step, out)
+        if self._layers_entered:  # operations inside a layer are the layer's own; its hooks know what goes in and out
+            return result
+        sources = [(t, self._histories_of(t)) for t in tensors_in(args)]
+        sources = [(t, histories) for t, histories in sources if histories]
+        if sources:
+            operation = Operation.of(func.overloadpacket.__name__, args)
+            for out in tensors_in(result):
+                if out.is_floating_point():  # comparisons and indices carry no activations
+                    self._histories[out] = histories_after(sources, operation, out)
         return result
 
-    # ------------------------------------------------------------------ after it
+    # ------------------------------------------------------------------ after the forward pass
 
-    def collect(self, output: Any) -> list[Use]:
-        """The uses of one forward pass with that ``output``, each with its activations; forgets them here.
+    def collect(self, output: Any) -> list[LayerCall]:
+        """The calls of one forward pass that returned ``output``, each with its activations; the tracer forgets them.
 
         Raises:
-            ValueError: activations that are not known, and a network without any activation function between its layers.
+            ValueError: activations that are not known, and a network without any activation function between its
+                layers.
         """
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor):
-                for use, trail in self._tensors.of(leaf).items():
-                    _conclude(use, trail, leaf)
-        uses, activated = self._uses, self._activated
-        self._clear()
-        bare = [u for u in uses if u.activations is None and u.bare is not None]
-        if bare and not activated:
+                for call, history in self._histories_of(leaf).items():
+                    _end_at_output(call, history, leaf)
+        calls, has_activations = self._calls, self._has_activations
+        self._forget()
+        unactivated = [c for c in calls if c.activations is None and c.unactivated is not None]
+        if unactivated and not has_activations:
             raise ValueError(
-                f"there is no activation between the layers: the next layer takes the output of {_listed(bare)} as it is, so the network "
-                "is linear and similarity says nothing about it. Put an activation function between them."
+                f"there is no activation between the layers: the next layer takes the output of {_listed(unactivated)} "
+                "as it is, so the network is linear and similarity says nothing about it. Put an activation function "
+                "between them."
             )
-        for use in bare:
-            use.activations = use.bare
-        if lost := [u for u in uses if u.activations is None]:
-            why = f" (they go through {lost[0].product})" if lost[0].product else " (they reach neither a layer nor the output)"
+        # elsewhere in the network there are activation functions: these layers have the identity, as bottlenecks do
+        for call in unactivated:
+            call.activations = call.unactivated
+        lost = [c for c in calls if c.activations is None]
+        if lost:
+            reason = "they reach neither a layer nor the output"
+            if lost[0].mixed_by:
+                reason = f"they go through {lost[0].mixed_by}"
             raise ValueError(
-                f"the activations of {_listed(lost)} are not known{why}. Leave them out with include= or exclude=, or give forward=, a "
-                "function of module and batch that returns the network's output."
+                f"the activations of {_listed(lost)} are not known ({reason}). Leave them out with include= or "
+                "exclude=, or give forward=, a function of module and batch that returns the network's output."
             )
-        for use in uses:
-            _check_untouched(use)
-        return uses
+        for call in calls:
+            _check_unwritten(call)
+        return calls
 
 
-def _listed(uses: Iterable[Use]) -> str:
-    return ", ".join(dict.fromkeys(u.name for u in uses))
+def _listed(calls: Iterable[LayerCall]) -> str:
+    return ", ".join(dict.fromkeys(call.name for call in calls))
 
 
 def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -150,58 +175,65 @@ def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     return found
 
 
-def _held(tensor: Tensor) -> Held:
-    return tensor, -1 if tensor.is_inference() else tensor._version
+def _versioned(tensor: Tensor) -> VersionedTensor:
+    return tensor, -1 if tensor.is_inference() else tensor._version  # inference tensors have no version counter
 
 
-def _check_untouched(use: Use) -> None:
-    assert use.activations is not None
-    for held in (use.inputs, use.activations):
-        if held != _held(held[0]):
+def _check_unwritten(call: LayerCall) -> None:
+    """Refuse activations that the network wrote into after a layer took them: they are read only now."""
+    assert call.activations is not None
+    for tensor, version in (call.inputs, call.activations):
+        if _versioned(tensor)[1] != version:
             raise ValueError(
-                f"the network writes into the activations around {use.name} after a layer has used them, so they cannot be read. Use "
-                f"operations that are not in place there (such as inplace=False), or exclude=[{use.name!r}]."
+                f"the network writes into the activations around {call.name} after a layer has used them, so they "
+                "cannot be read. Use operations that are not in place there (such as inplace=False), or "
+                f"exclude=[{call.name!r}]."
             )
 
 
-def _conclude(use: Use, trail: Trail, output: Tensor) -> None:
-    """The network returns ``output``, which comes from ``use``."""
-    if use.activations is not None or trail.product:
-        use.product = use.product or trail.product
+def _end_at_output(call: LayerCall, history: TensorHistory, output: Tensor) -> None:
+    """The network returns ``output``, which was made of the output of ``call``."""
+    if call.activations is not None or history.mixed_by:
+        call.mixed_by = call.mixed_by or history.mixed_by
         return
-    found, level = aligned(use, trail, output)
+    found, level = in_output_shape(call, history, output)
     if found is None:
-        use.product = "an operation that moves its neurons"
+        call.mixed_by = "an operation that moves its neurons"
         return
-    dimension = feature_dimension(use.module, found)
+    dimension = feature_dimension(call.module, found)
+    # logits become probabilities, also those under a log-softmax, whose softmax is the probabilities again
     if level < ACTIVATED or _are_logarithms(found, dimension):
         found = as_probabilities(found, dimension)
-    use.activations = _held(found)
+    call.activations = _versioned(found)
 
 
 def _are_logarithms(outputs: Tensor, dimension: int) -> bool:
-    """Outputs of a log-softmax: exponentials with sum 1."""
+    """Whether these are outputs of a log-softmax: their exponentials sum up to 1."""
     sums = outputs.float().exp().sum(dimension)
-    return bool((outputs <= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-2)  # bfloat16 has 3 digits
+    # bfloat16 has 3 digits
+    return bool((outputs <= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-2)
 
 
-def measure(model: nn.Module, params: Mapping[str, nn.Parameter], outputs: Iterable[Any]) -> dict[str, CosineSums]:
-    """Sums over a pass and over all ranks for each of ``params`` that the network used; tied weights count all their uses.
+def measure_similarity(
+    model: nn.Module, params: Mapping[str, nn.Parameter], outputs: Iterable[Any]
+) -> dict[str, CosineSums]:
+    """Sums over a pass and over all ranks for each of ``params`` that the network used; shared weights count all calls.
 
     Args:
         model: the network.
-        params: its sparse parameters.
-        outputs: runs the network batch by batch as it is iterated, and gives what it returns.
+        params: the network's sparse parameters by name.
+        outputs: runs the network batch by batch as it is iterated, and gives what the network returns.
 
     Raises:
-        ValueError: see :meth:`Flow.collect` and ``similarity.layers_of``.
+        ValueError: see :meth:`ActivationTracer.collect` and ``similarity.layers_of``.
     """
     layers = list(layers_of(model, params))
     sums = {name: empty_sums(module, params[name]) for name, module in layers}
-    with Flow(model, layers) as flow:
+    with ActivationTracer(model, layers) as tracer:
         for output in outputs:
-            for use in flow.collect(output):
-                assert use.activations is not None
-                add_batch(sums[use.name], use.module, use.inputs[0], use.activations[0])
+            for call in tracer.collect(output):
+                assert call.activations is not None
+                add_batch(sums[call.name], call.module, call.inputs[0], call.activations[0])
+    # every rank takes part, also with a layer that its own batches did not use
     distributed.total(t for s in sums.values() for t in s.tensors())
     return {name: s for name, s in sums.items() if bool(s.batches)}

@@ -17,9 +17,10 @@ from sparse_callbacks.core.randomness import uniform_like
 from sparse_callbacks.core.schedules import Schedule, as_schedule
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.topology import Update
-from sparse_callbacks.methods.ctre.activations import measure
+from sparse_callbacks.methods.ctre.activations import measure_similarity
+from sparse_callbacks.methods.ctre.growth import GrowthFigures, growth_bound, propose_growth, replace_regrown
 from sparse_callbacks.methods.ctre.patience import Mode, Patience, check_patience
-from sparse_callbacks.methods.ctre.similarity import CosineSums, Grown, cosine, explore, growth_bound, layers_of, propose
+from sparse_callbacks.methods.ctre.similarity import CosineSums, cosine_similarity, layers_of
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
 
 Variant = Literal["sim", "seq", "pure"]
@@ -44,7 +45,8 @@ class CTRE(DropAndGrow):
     ``"seq"`` draws uniformly (as SET does) for the rest of the run once ``monitor`` has not improved for ``patience``
     validated epochs. New weights are drawn from U(-b, b), b = sqrt(6 / n_in) with the dense fan-in n_in, with zero optimizer
     state; a weight dropped and grown again keeps both. No gradient of a pruned weight is ever read. What the activations of a
-    layer are, in any network: see :class:`~sparse_callbacks.methods.ctre.activations.Flow`; of the last they are the softmax of the output.
+    layer are, in any network: see :class:`~sparse_callbacks.methods.ctre.activations.ActivationTracer`; of the last they are
+    the softmax of the output.
 
     Differs from the paper: convolutions count positions as samples (our extension). From the released code: ``"sim"`` draws from
     what it has not grown already (the code can draw such a position again and loses one); no update after the very first step,
@@ -143,7 +145,7 @@ class CTRE(DropAndGrow):
             return
         if self._update_follows():
             sums = self._measure(self.data_fraction)
-            self.aux |= {f"similarity/{name}": cosine(s) for name, s in sums.items()}
+            self.aux |= {f"similarity/{name}": cosine_similarity(s) for name, s in sums.items()}
 
     def batch_end(self, end: BatchEnd) -> Figures:
         if not end.window_open:  # a step that was skipped comes again, with a pass of its own
@@ -169,7 +171,7 @@ class CTRE(DropAndGrow):
         """Sums over a pass for every sparse layer that the network used; with fraction 0 over one batch."""
         made = self.host.data_pass(fraction or 1.0, forward=self.forward, loader=self.statistics_dataloader)
         with closing(made) as outputs:  # where measuring fails, flags and random states are put back now
-            return measure(self.model, self.params, outputs if fraction else islice(outputs, 1))
+            return measure_similarity(self.model, self.params, outputs if fraction else islice(outputs, 1))
 
     # ------------------------------------------------------------------ how
 
@@ -178,7 +180,7 @@ class CTRE(DropAndGrow):
         return self.new_masks(step) if step.due and (self.at_random or measured) else None
 
     def new_masks(self, step: Step) -> Update:
-        grown = Grown()
+        grown = GrowthFigures()
         measured = [n for n in step.names if self.at_random or f"similarity/{n}" in self.aux]
         masks = {n: self._new_mask(step, n, grown) for n in measured}
         figures = {"update/drop_fraction": self.fraction(step)} | {f"update/{k}": v for k, v in grown.figures().items()}
@@ -188,18 +190,18 @@ class CTRE(DropAndGrow):
         for name in step.names:
             self.aux.pop(f"similarity/{name}", None)
 
-    def _new_mask(self, step: Step, name: str, grown: Grown) -> Tensor:
+    def _new_mask(self, step: Step, name: str, grown: GrowthFigures) -> Tensor:
         mask, weight = self.weights.masks[name], self.params[name].detach()
         count = drop_count(self.weights.active_counts[name], self.fraction(step))
         if self.at_random:
             grown.drawn += count
             return drop_and_grow(mask, weight, self._draw(step, name), count)
         similarity = self.aux[f"similarity/{name}"].to(weight.device)
-        kept, proposed = propose(mask, weight, similarity, count)
+        kept, proposed = propose_growth(mask, weight, similarity, count)
         if self.variant != "sim":
             grown.add(similarity, proposed)
             return kept | proposed
-        accepted, drawn = explore(mask, kept, proposed, self._draw(step, name))
+        accepted, drawn = replace_regrown(mask, kept, proposed, self._draw(step, name))
         grown.add(similarity, accepted)
         grown.drawn += int(drawn.count_nonzero())
         return kept | accepted | drawn

@@ -1,10 +1,10 @@
-"""How alike the two neurons of every possible connection fire: cosine similarity of activations over samples.
+"""Cosine similarity of the activations of the two neurons of every possible connection.
 
-Sums first, cosines last: dot products and squared norms add up over batches and ranks, cosines do not.
+Dot products and squared norms are summed first, and cosines are taken last: sums add up over batches and ranks, cosines
+do not.
 """
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from sparse_callbacks.core.largest import widened
-from sparse_callbacks.core.ops import keep_largest
 
-SMALLEST = 1e-12  # squared norms below count as this (Atashgahi et al. 2022, the code's l2_normalize)
+SMALLEST = 1e-12  # smaller squared norms count as this one (l2_normalize in the code of Atashgahi et al. 2022)
 
 
 @dataclass
@@ -28,10 +27,11 @@ class CosineSums:
     extension: the paper has matrices only).
 
     Attributes:
-        dots: [out, in / groups, *kernel], the weight's shape (a transposed convolution's: [in, out / groups, *kernel]).
-        rows: [out], float64; squared norms of what dimension 0 of the weight stands for.
-        columns: [groups, in / groups, *kernel], float64.
-        batches: how many were added, 0-dimensional float64.
+        dots: dot products, [out, in / groups, *kernel], the weight's shape (of a transposed convolution [in, out /
+            groups, *kernel]).
+        rows: squared norms of the neurons along dimension 0 of the weight, [out], float64.
+        columns: squared norms of the neurons along its other dimensions, [groups, in / groups, *kernel], float64.
+        batches: number of batches added, 0-dimensional float64.
     """
 
     dots: Tensor
@@ -40,12 +40,12 @@ class CosineSums:
     batches: Tensor
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What adds up over ranks."""
+        """The tensors that add up over ranks."""
         return self.dots, self.rows, self.columns, self.batches
 
 
 def empty_sums(module: nn.Module, weight: Tensor) -> CosineSums:
-    """Sums over no sample, in at least float32, on the device of ``weight``."""
+    """Sums over no sample, on the device of ``weight``; dot products in float32 or wider."""
     groups = module.groups if isinstance(module, _ConvNd) else 1
     double = {"dtype": torch.float64, "device": weight.device}
     return CosineSums(
@@ -61,10 +61,11 @@ def add_batch(sums: CosineSums, module: nn.Module, inputs: Tensor, outputs: Tens
     """Add a batch to ``sums``, in place.
 
     Args:
-        sums: of the layer.
-        module: an ``nn.Linear`` or a convolution.
-        inputs: [*, in] or [batch, in, *space], as they enter the layer.
-        outputs: [*, out] or [batch, out, *space], after the activation, in the shape that the layer's output has.
+        sums: the sums of the layer.
+        module: the layer, an ``nn.Linear`` or a convolution.
+        inputs: activations as they enter the layer, [*, in] or [batch, in, *space].
+        outputs: activations after the layer's activation function, in the shape of its output, [*, out] or
+            [batch, out, *space].
     """
     x, a = inputs.to(sums.dots.dtype), outputs.to(sums.dots.dtype)
     sums.batches += 1
@@ -77,33 +78,40 @@ def add_batch(sums: CosineSums, module: nn.Module, inputs: Tensor, outputs: Tens
     space = len(module.kernel_size)
     x, a = (t if t.dim() == space + 2 else t.unsqueeze(0) for t in (x, a))
     geometry: dict[str, Any] = {"stride": module.stride, "dilation": module.dilation, "groups": module.groups}
-    if isinstance(module, _ConvTransposeNd):  # it scatters what a convolution gathers: the two sides change places
-        x, a = a, x
+    if isinstance(module, _ConvTransposeNd):
+        x, a = a, x  # it is a convolution from its outputs to its inputs
     if isinstance(module.padding, str) or module.padding_mode != "zeros":
+        # the gradient below knows padding with zeros only, and as much on both sides: any other padding is done here
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         x = functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
         geometry["padding"] = (0,) * space
     else:
         geometry["padding"] = module.padding
-    # the dot products over positions are what the gradient of a kernel is made of
+    # a dot product over positions, for every weight of a kernel, is what autograd computes as the kernel's gradient
     sums.dots += _kernel_gradient(x, a, sums.dots.shape, **geometry)
     sums.rows += _square_sum(a, 1)
+    # squared norms of inputs: the same sums with x^2 in place of x and ones in place of a, each channel by itself. They
+    # are summed over the batch first, as this needs only one convolution's work whatever the size of the batch
     squares = x.double().square().sum(0, keepdim=True)
     ones = torch.ones_like(a[:1, :1], dtype=torch.float64).expand(1, squares.shape[1], *a.shape[2:])
     geometry["groups"] = squares.shape[1]
-    sums.columns += _kernel_gradient(squares, ones, (squares.shape[1], 1, *sums.dots.shape[2:]), **geometry).view_as(sums.columns)
+    shape = (squares.shape[1], 1, *sums.dots.shape[2:])
+    sums.columns += _kernel_gradient(squares, ones, shape, **geometry).view_as(sums.columns)
 
 
 def _square_sum(t: Tensor, keep: int) -> Tensor:
-    """Squared norms [size of dimension ``keep``] in float64; a batch's share is summed in the type that it has."""
+    """Squared norms in float64, [size of dimension ``keep``]; summed over one batch in the dtype of ``t``."""
     others = [d for d in range(t.dim()) if d != keep]
     return t.square().sum(others).double()
 
 
-def _kernel_gradient(x: Tensor, grad: Tensor, shape: Any, stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
+def _kernel_gradient(
+    x: Tensor, grad: Tensor, shape: Any, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Tensor:
     """sum over n, p of grad[n, o, p] x[n, i, stride p + dilation k - padding], of ``shape`` [o, i / groups, *k]."""
-    kernel = x.new_empty(1).expand(tuple(shape))
+    kernel = x.new_empty(1).expand(tuple(shape))  # only its shape is read
     zeros = [0] * (x.dim() - 2)
+    # the dispatcher's own function: it takes the output mask, so that the gradient of the input is not computed too
     found: Tensor = torch.ops.aten.convolution_backward(
         grad.contiguous(), x, kernel, None, stride, padding, dilation, False, zeros, groups, (False, True, False)
     )[1]
@@ -111,8 +119,8 @@ def _kernel_gradient(x: Tensor, grad: Tensor, shape: Any, stride: Any, padding: 
 
 
 @torch.no_grad()
-def cosine(sums: CosineSums) -> Tensor:
-    """|<a_p, b_q>| / (|a_p| |b_q|) of the weight's shape, in [0, 1]; a neuron that never fires is like no other (0, never NaN).
+def cosine_similarity(sums: CosineSums) -> Tensor:
+    """|<a_p, b_q>| / (|a_p| |b_q|) in [0, 1], of the weight's shape; 0, never NaN, for a neuron that never fires.
 
     The result takes the place of ``sums.dots``, so that one layer's similarity needs no second buffer.
     """
@@ -121,13 +129,14 @@ def cosine(sums: CosineSums) -> Tensor:
     grouped = result.view(groups, -1, *result.shape[1:])
     grouped /= rows.clamp(min=SMALLEST).sqrt_().to(result.dtype).view(groups, -1, 1, *space)
     grouped /= columns.clamp(min=SMALLEST).sqrt_().to(result.dtype).unsqueeze(1)
+    # rounding may give slightly more than 1; inf and NaN come from activations that are not finite
     return result.abs_().nan_to_num_(0.0, 0.0, 0.0).clamp_(max=1.0)
 
 
 def as_probabilities(outputs: Tensor, dimension: int) -> Tensor:
     """Activations of an output layer from the network's ``outputs``: softmax of logits along ``dimension``.
 
-    Probabilities stay as they are (nonnegative, with sum 1), and so does a single output, of which softmax would make a constant.
+    Probabilities (nonnegative, with sum 1) stay as they are, and so does a single output, whose softmax is constant.
     """
     if outputs.shape[dimension] == 1:
         return outputs
@@ -138,82 +147,36 @@ def as_probabilities(outputs: Tensor, dimension: int) -> Tensor:
 
 
 def feature_dimension(module: nn.Module, outputs: Tensor) -> int:
-    """Which dimension of a layer's output counts its neurons."""
-    return outputs.dim() - 1 - len(module.kernel_size) if isinstance(module, _ConvNd) else outputs.dim() - 1
+    """The dimension of a layer's output along which its neurons lie."""
+    space = len(module.kernel_size) if isinstance(module, _ConvNd) else 0
+    return outputs.dim() - 1 - space
 
 
 def layers_of(model: nn.Module, params: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, nn.Module]]:
-    """(parameter's name, module) for every module that holds one of ``params`` as its weight; tied weights have several.
+    """(parameter's name, module) for every module that has one of ``params`` as its weight, several where it is shared.
 
     Raises:
         ValueError: a parameter of a module that is neither linear nor a convolution.
     """
     names = {id(p): name for name, p in params.items()}
-    held = [(names[id(p)], m) for m in model.modules() for p in m._parameters.values() if p is not None and id(p) in names]
-    unknown = {n: m for n, m in held if not isinstance(m, nn.Linear | _ConvNd) or isinstance(m, NonDynamicallyQuantizableLinear)}
+    weights = [(p, module) for module in model.modules() for p in module._parameters.values() if p is not None]
+    found = [(names[id(p)], module) for p, module in weights if id(p) in names]
+    unknown = {name: m for name, m in found if not isinstance(m, nn.Linear | _ConvNd) or _is_never_called(m)}
     if unknown:
+        kinds = ", ".join(f"{name} ({_kind(m)})" for name, m in unknown.items())
         raise ValueError(
-            f"{', '.join(f'{n} ({_kind(m)})' for n, m in unknown.items())}: the activations on both sides are not known, as similarity "
-            f"is defined for linear layers and convolutions. Leave them out: exclude={sorted(unknown)}, or a glob that matches them."
+            f"{kinds}: the activations on both sides are not known, as similarity is defined for linear layers and "
+            f"convolutions. Leave them out: exclude={sorted(unknown)}, or a glob that matches them."
         )
-    yield from held
+    yield from found
+
+
+def _is_never_called(module: nn.Module) -> bool:
+    # torch's attention keeps its output projection in a layer of this class, and uses the weight without the layer
+    return isinstance(module, NonDynamicallyQuantizableLinear)
 
 
 def _kind(module: nn.Module) -> str:
-    # torch's attention holds its output projection in such a layer and never calls it
-    return "an attention" if isinstance(module, NonDynamicallyQuantizableLinear | nn.MultiheadAttention) else type(module).__name__
-
-
-def propose(mask: Tensor, weight: Tensor, similarity: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Positions that stay, and the ``count`` most similar of all others (bool, of the weight's shape).
-
-    The active weights with the largest magnitude stay, all but ``count``. Proposals may have been dropped just now. Of equal
-    scores the lower index counts as the larger (Atashgahi et al. 2022, algorithm 1).
-
-    Raises:
-        ValueError: ``count`` exceeds the active positions.
-    """
-    kept = keep_largest(weight, int(mask.count_nonzero()) - count, among=mask)
-    return kept, keep_largest(similarity, count, among=~kept)
-
-
-def explore(mask: Tensor, kept: Tensor, proposed: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
-    """Proposals that were inactive, and as many others as were just dropped, drawn from neither kept nor accepted ones.
-
-    Args:
-        mask: before the update.
-        kept, proposed: of :func:`propose`.
-        draw: random numbers in [0, 1) of the weight's shape; the largest win.
-
-    Returns:
-        Accepted and drawn positions (Atashgahi et al. 2022, algorithm 2, CTRE_sim); with ``kept`` as many as ``mask`` has.
-    """
-    accepted = proposed & ~mask
-    return accepted, keep_largest(draw, int((proposed & mask).count_nonzero()), among=~(kept | accepted))
-
-
-@dataclass
-class Grown:
-    """What an update grew: counts by origin, and the sum of the similarities."""
-
-    similar: int = 0
-    drawn: int = 0
-    similarity: float = 0.0
-
-    def add(self, similarity: Tensor, grown: Tensor) -> None:
-        self.similar += int(grown.count_nonzero())
-        self.similarity += float(similarity[grown].sum())
-
-    def figures(self) -> dict[str, float]:
-        every = max(1, self.similar + self.drawn)
-        mean = {"mean_similarity": self.similarity / self.similar} if self.similar else {}
-        return {"by_similarity": self.similar / every, "at_random": self.drawn / every, **mean}
-
-
-def growth_bound(shape: Sequence[int]) -> float:
-    """b of U(-b, b) for new weights of a layer (out, in, *kernel): sqrt(6 / n_in), n_in counting kernel positions.
-
-    >>> round(growth_bound((10, 600)), 6)
-    0.1
-    """
-    return math.sqrt(6 / math.prod(shape[1:]))
+    if _is_never_called(module) or isinstance(module, nn.MultiheadAttention):
+        return "an attention"
+    return type(module).__name__

@@ -209,7 +209,7 @@ class DPF(SparsityCallback):
         if self.unit == "weight":
             return keep_largest(weight, weight.numel() - zeros_for(sparsity, weight.numel()))
         scores = filters.norms(weight, entry.shape[0], entry.transposed)
-        return filters.spread(keep_largest(scores, entry.shape[0] - _filters_gone(sparsity, entry)), weight, entry.transposed)
+        return filters.mask_of(keep_largest(scores, entry.shape[0] - _filters_gone(sparsity, entry)), weight, entry.transposed)
 
     def _jointly(self, layers: Mapping[str, Tensor], entries: Mapping[str, Entry], sparsity: float) -> dict[str, Tensor]:
         size = sum(t.numel() for t in layers.values())
@@ -218,7 +218,7 @@ class DPF(SparsityCallback):
             return dict(zip(layers, keep_largest_jointly(list(layers.values()), size - zeros, least=1), strict=True))
         scores = [filters.norms(t, entries[x].shape[0], entries[x].transposed) for x, t in layers.items()]
         kept = filters.keep_filters_jointly(scores, [t.numel() // s.numel() for t, s in zip(layers.values(), scores, strict=True)], zeros)
-        return {x: filters.spread(k, t, entries[x].transposed) for (x, t), k in zip(layers.items(), kept, strict=True)}
+        return {x: filters.mask_of(k, t, entries[x].transposed) for (x, t), k in zip(layers.items(), kept, strict=True)}
 
 
 def _filters_gone(sparsity: float, entry: Entry) -> int:

@@ -16,7 +16,7 @@ from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.lightning.callback import SparsityCallback
-from sparse_callbacks.methods.gap.partitions import Partitions, check_partitions, number_of, split
+from sparse_callbacks.methods.gap.partitions import Partitions, check_partitions, number_of, split_layers
 from sparse_callbacks.methods.gap.phases import check_phases, phase_steps
 
 Init = Literal["random", "magnitude"]
@@ -114,7 +114,7 @@ class GaP(RestartsOptimizers, SparsityCallback):
     def blocks(self, sizes: Mapping[str, int] | None = None) -> list[list[str]]:
         """Names of the sparse parameters in each partition, by default of the model of the run."""
         sizes = {n: p.numel() for n, p in self.params.items()} if sizes is None else sizes
-        return split(self.partitions, sizes, self.generator("partitions", 0))
+        return split_layers(self.partitions, sizes, self.generator("partitions", 0))
 
     def pruned(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Masks of ``names`` that keep the largest weights, exactly the planned number in each layer."""

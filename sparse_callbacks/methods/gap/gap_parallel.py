@@ -19,8 +19,9 @@ from sparse_callbacks.core.randomness import seed_everything
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.lightning.turns import TurnTaking
+from sparse_callbacks.methods.gap.combination import names_by_partition, tensor_owners
 from sparse_callbacks.methods.gap.gap import GaP, Init
-from sparse_callbacks.methods.gap.partitions import Partitions, holdings, number_of, owners
+from sparse_callbacks.methods.gap.partitions import Partitions, number_of
 
 
 class ParallelGaP(GaP, TurnTaking):
@@ -287,7 +288,7 @@ class ParallelGaP(GaP, TurnTaking):
 
     def _owners(self) -> dict[str, int]:
         tensors = self._tensors()
-        return owners(tensors, holdings(tensors, self.blocks()))
+        return tensor_owners(tensors, names_by_partition(tensors, self.blocks()))
 
     def _take_over(self, tensors: Mapping[str, Tensor]) -> None:
         self.model.load_state_dict({**self.model.state_dict(), **tensors})

@@ -1,11 +1,8 @@
-"""What goes with the output channels of a convolution, and values by layer for methods that gate whole channels."""
+"""Biases and batch norms that belong to the output channels of a convolution."""
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from itertools import pairwise
-from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,138 +12,122 @@ from torch.optim import Optimizer
 
 
 @dataclass(frozen=True)
-class Tied:
-    """What goes with the output channels of a convolution: names of biases, and paths of the batch norms behind it."""
+class ChannelMembers:
+    """What belongs to the output channels of a convolution beside its kernel.
+
+    Args:
+        biases: parameter names of the biases.
+        norms: module paths of the batch norms that take the convolution's output.
+    """
 
     biases: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
 
     @property
     def affine(self) -> tuple[str, ...]:
-        """Names of the norms' parameters."""
+        """Names of the norms' gains and shifts."""
         return tuple(f"{path}.{local}" for path in self.norms for local in ("weight", "bias"))
 
     @property
-    def members(self) -> tuple[str, ...]:
-        """Names of all parameters that go with the channels."""
+    def names(self) -> tuple[str, ...]:
+        """Names of all parameters that belong to the channels, without the kernel."""
         return (*self.biases, *self.affine)
 
     def factors(self, kernel: str, z: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What each parameter is multiplied by when the gates of ``kernel`` are ``z``; norms by 0 and 1 only, of what is closed and open.
+        """The factor of each parameter, by name, when the gates of ``kernel`` are ``z``.
+
+        Gains and shifts of norms get 0 (closed) or 1 (open): they only keep a closed channel at zero behind the norm.
 
         Args:
-            kernel: its name.
-            z: broadcasts against it.
+            kernel: name of the kernel.
+            z: gates that broadcast against the kernel.
             params: parameters by name; a bias that is longer than ``z`` has its outputs in groups, each with all gates.
         """
-        per_channel = {n: z.flatten().repeat(params[n].numel() // z.numel()) for n in self.members}
-        return {kernel: z} | {n: (f != 0).to(f) if n in self.affine else f for n, f in per_channel.items()}
+        found = {kernel: z}
+        for name in self.names:
+            # not ``repeat_interleave``: the outputs of a group lie together, and each group has all gates
+            factor = z.flatten().repeat(params[name].numel() // z.numel())
+            found[name] = (factor != 0).to(factor) if name in self.affine else factor
+        return found
 
 
-def find_tied(model: nn.Module, kernels: Iterable[str]) -> dict[str, Tied]:
-    """By kernel, what goes with its output channels: its convolution's bias, and a batch norm registered right behind it.
+def find_members(model: nn.Module, kernels: Iterable[str]) -> dict[str, ChannelMembers]:
+    """Members of the output channels of each kernel: its convolution's bias, and a batch norm registered right behind.
 
     Args:
-        model: whose ``named_parameters`` the kernels go by.
-        kernels: names of gated weights; those that are no convolution's have nothing tied.
+        model: the model whose ``named_parameters`` have the kernels' names.
+        kernels: names of gated weights; a weight that is not a convolution's has no members.
 
     Raises:
-        ValueError: a bias or norm that goes with two kernels, or a norm that has nothing to close a channel with.
+        ValueError: a bias or norm that belongs to two kernels, or a norm without parameters that could close a channel.
     """
-    names = {id(p): n for n, p in model.named_parameters()}
-    found: dict[str, Tied] = {kernel: Tied() for kernel in kernels}
-    owners: dict[str, str] = {}
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {kernel: ChannelMembers() for kernel in kernels}
+    kernel_of: dict[str, str] = {}
 
-    def claim(thing: str, kernel: str) -> bool:
-        """``thing`` is new to ``kernel``."""
-        if owners.setdefault(thing, kernel) != kernel:
+    def claim(member: str, kernel: str) -> bool:
+        """Whether ``member`` is a new one of ``kernel``; refuses the member of another kernel."""
+        if kernel_of.setdefault(member, kernel) != kernel:
             raise ValueError(
-                f"{thing} goes with the output channels of both {owners[thing]} and {kernel}, which have gates of their own. Leave one of "
-                "them out with exclude=."
+                f"{member} goes with the output channels of both {kernel_of[member]} and {kernel}, which have gates of "
+                "their own. Leave one of them out with exclude=."
             )
-        return thing not in (*found[kernel].biases, *found[kernel].norms)
+        # two convolutions with one kernel may share a bias or a norm too, which is listed once
+        return member not in (*found[kernel].biases, *found[kernel].norms)
 
     for conv, path, follower in _convolutions(model):
         kernel = names.get(id(conv.weight), "")
         if kernel not in found:
             continue
-        if conv.bias is not None and claim(bias := names[id(conv.bias)], kernel):
-            found[kernel] = Tied((*found[kernel].biases, bias), found[kernel].norms)
+        if conv.bias is not None:
+            bias = names[id(conv.bias)]
+            if claim(bias, kernel):
+                found[kernel] = ChannelMembers((*found[kernel].biases, bias), found[kernel].norms)
+        # the order of registration is a guess, which norm_check tests on an example; equal sizes are the least
         if isinstance(follower, _BatchNorm) and follower.num_features == conv.out_channels and claim(path, kernel):
             if not follower.affine:
                 raise ValueError(
-                    f"{path} stands behind {kernel} and has no weight and bias (affine=False), so the channel of a closed gate would not "
-                    f"be 0 behind it. Use affine=True, or leave {kernel} out with exclude=."
+                    f"{path} stands behind {kernel} and has no weight and bias (affine=False), so the channel of a "
+                    f"closed gate would not be 0 behind it. Use affine=True, or leave {kernel} out with exclude=."
                 )
-            found[kernel] = Tied(found[kernel].biases, (*found[kernel].norms, path))
+            found[kernel] = ChannelMembers(found[kernel].biases, (*found[kernel].norms, path))
     return found
 
 
 def _convolutions(model: nn.Module) -> Iterator[tuple[_ConvNd, str, nn.Module | None]]:
-    """Every convolution, with the path of the module registered right behind it, and that module; what is shared has its first path."""
+    """Every convolution, with the path of the module registered right behind it, and that module.
+
+    A shared module has the first of its paths.
+    """
     if isinstance(model, _ConvNd):
         yield model, "", None
     paths = {id(m): path for path, m in model.named_modules()}
     for parent in model.modules():
-        children = [c for c in parent._modules.values() if c is not None]  # children() leaves out what was there before
+        # not children(), which skips a module that the parent holds a second time: neighbours would be wrong
+        children = [c for c in parent._modules.values() if c is not None]
         for child, follower in pairwise([*children, None]):
             if isinstance(child, _ConvNd):
                 yield child, paths.get(id(follower), ""), follower
 
 
-def by_glob(values: float | Mapping[str, float], names: Iterable[str], argument: str) -> dict[str, float]:
-    """One value for each of ``names``: the number itself, or that of the first glob in ``values`` which matches.
-
-    Args:
-        values: a number, or numbers by glob.
-        names: of parameters.
-        argument: what the values are called, for the error.
-
-    Raises:
-        ValueError: a name without a value, or a glob without a name.
-    """
-    names = list(names)
-    if not isinstance(values, Mapping):
-        return dict.fromkeys(names, float(values))
-    for glob in values:
-        if not any(fnmatchcase(n, glob) for n in names):
-            raise ValueError(f"{argument}= has a value for {glob!r}, which matches no gated parameter. Gated are: {', '.join(names)}.")
-    if missed := [n for n in names if not any(fnmatchcase(n, glob) for glob in values)]:
-        raise ValueError(f"{argument}= has no value for {', '.join(missed)}. Add a glob that matches, or '*' for all others.")
-    return {n: float(next(v for glob, v in values.items() if fnmatchcase(n, glob))) for n in names}
-
-
-def refuse_outside(given: Any, argument: str, low: float, high: float, too_low: str = "") -> None:
-    """Refuse a number, or one of several by glob, that is not finite and in [``low``, ``high``].
-
-    Args:
-        given: the number, or numbers by glob.
-        argument: what it is called, for the error.
-        low, high: the bounds; ``high`` may be infinite.
-        too_low: why numbers from 0 to ``low`` cannot be, for the error.
-
-    Raises:
-        ValueError: there is one.
-    """
-    for value in given.values() if isinstance(given, Mapping) else [given]:
-        number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or not low <= float(value) <= high:
-            most = f" and at most {high:g}" if math.isfinite(high) else ""
-            why = f": {too_low}" if too_low and number and 0 <= float(value) < low else ""
-            raise ValueError(f"{argument}={given!r}: {value!r} is out of range. Give a number that is at least {low:.4g}{most}{why}.")
-
-
 def refuse_decay(optimizers: Iterable[Optimizer], gated: Mapping[int, str], l2: float) -> None:
-    """Refuse weight decay of an optimizer beside expected L2: gated parameters (name by ``id``) would decay twice.
+    """Refuse weight decay of an optimizer beside expected L2: gated parameters would decay twice.
+
+    Args:
+        optimizers: the optimizers of the run.
+        gated: names of the gated parameters by their ``id``.
+        l2: coefficient of the expected L2 norm; nothing is refused where it is 0.
 
     Raises:
-        ValueError: one would.
+        ValueError: a gated parameter would decay twice.
     """
-    decayed = [(n, g["weight_decay"]) for o in optimizers for g in o.param_groups if g.get("weight_decay") for n in _named(g, gated)]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups if group.get("weight_decay")]
+    decayed = [(name, group["weight_decay"]) for group in groups for name in _named(group, gated)]
     if l2 and decayed:
         raise ValueError(
-            f"l2={l2:g} already decays gated parameters by their expected L2, and the optimizer has weight_decay={decayed[0][1]:g} for "
-            f"{', '.join(n for n, _ in decayed)}. Put them into a parameter group with weight_decay=0, or give l2=0."
+            f"l2={l2:g} already decays gated parameters by their expected L2, and the optimizer has "
+            f"weight_decay={decayed[0][1]:g} for {', '.join(name for name, _ in decayed)}. Put them into a parameter "
+            "group with weight_decay=0, or give l2=0."
         )
 
 

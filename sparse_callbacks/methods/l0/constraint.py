@@ -1,4 +1,4 @@
-"""A target for the expected density of gated parameters: its gates descend, and its multiplier ascends."""
+"""Constraint on the expected density of gated parameters: gates descend, the multiplier ascends."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 from sparse_callbacks.methods.l0 import gates
 
 State = dict[str, Tensor]
-"""Gates, multipliers and moments by ``<kind>/<kernel>``."""
+"""Gates, multipliers and Adam's moments by ``<kind>/<kernel>``."""
 
 
 class Rates(NamedTuple):
@@ -26,8 +26,9 @@ class Constraint:
     """``expected density of some kernels <= target``.
 
     Args:
-        shares: of each kernel in the parameters of all of them, by name; they sum to 1.
-        target: of their density.
+        shares: the share of each kernel in the parameters of all kernels of the constraint, by name; the shares sum to
+            1.
+        target: the largest expected density that is allowed.
     """
 
     shares: Mapping[str, float]
@@ -35,11 +36,12 @@ class Constraint:
 
     @property
     def names(self) -> list[str]:
+        """Names of the kernels."""
         return list(self.shares)
 
     @property
     def key(self) -> str:
-        """The multiplier's, in the state."""
+        """Key of the multiplier in the state."""
         return f"multiplier/{self.names[0]}"
 
     def density(self, state: State) -> Tensor:
@@ -47,37 +49,46 @@ class Constraint:
         return gates.expected_density([state[f"log_alpha/{n}"] for n in self.names], self.shares.values())
 
     def begin(self, state: State) -> None:
-        """A multiplier of 0, where there is none yet."""
+        """Add a multiplier of 0 to the state, unless there is a multiplier already."""
+        # made from a gate, so that it has the dtype and the device of the numbers that it is added to
         state.setdefault(self.key, torch.zeros_like(state[f"log_alpha/{self.names[0]}"].flatten()[0]))
 
-    def step(self, state: State, pulls: Mapping[str, Tensor], rates: Rates) -> None:
-        """Gates and multiplier step at once, each from the other's old value.
+    def step(self, state: State, gradients: Mapping[str, Tensor], rates: Rates) -> None:
+        """Take one step of gates and multiplier at the same time, each computed from the other's old value.
 
         Args:
-            state: gets the new values.
-            pulls: gradient of the loss by the gates of each kernel.
-            rates: of the step.
+            state: gates, multiplier and moments; gets the new values.
+            gradients: gradient of the loss by the log_alpha of each kernel.
+            rates: learning rates of the step.
         """
-        multiplier, defect = state[self.key], self.density(state) - self.target
+        # both are read before anything is written: the density must be that of the gates that the loss was computed
+        # with
+        multiplier = state[self.key]
+        defect = self.density(state) - self.target
         for name, share in self.shares.items():
             log_alpha = state[f"log_alpha/{name}"]
-            gradient = gates.p_slope(log_alpha).mul_(multiplier * (share / log_alpha.numel())).add_(pulls[name])
-            along = _adam(state, name, gradient) if rates.adam else gradient
-            state[f"log_alpha/{name}"] = along.mul_(-rates.gates).add_(log_alpha).clamp_(-gates.LIMIT, gates.LIMIT)
+            # gradient of multiplier * density, where a gate counts with its part of the kernel's share, plus that of
+            # the loss
+            gradient = gates.p_open_slope(log_alpha).mul_(multiplier * (share / log_alpha.numel()))
+            gradient.add_(gradients[name])
+            direction = _adam_step(state, name, gradient) if rates.adam else gradient
+            state[f"log_alpha/{name}"] = direction.mul_(-rates.gates).add_(log_alpha).clamp_(-gates.LIMIT, gates.LIMIT)
         state[self.key] = gates.ascend(multiplier, defect, rates.multipliers)
 
 
-def _adam(state: State, name: str, gradient: Tensor) -> Tensor:
-    keys = [f"{kind}/{name}" for kind in ("exp_avg", "exp_avg_sq", "gate_steps")]
-    mean, square = (state.setdefault(k, torch.zeros_like(gradient)) for k in keys[:2])
-    step = state.setdefault(keys[2], torch.zeros_like(gradient.flatten()[0])).add_(1)
+def _adam_step(state: State, name: str, gradient: Tensor) -> Tensor:
+    """Adam's direction for the gates of a kernel; its moments in ``state`` are moved, or made at its first step."""
+    mean = state.setdefault(f"exp_avg/{name}", torch.zeros_like(gradient))
+    square = state.setdefault(f"exp_avg_sq/{name}", torch.zeros_like(gradient))
+    # a tensor in place of an int, so that it is saved and moved between devices with the moments
+    step = state.setdefault(f"gate_steps/{name}", torch.zeros_like(gradient.flatten()[0])).add_(1)
     mean.lerp_(gradient, 1 - gates.BETAS[0])
     square.mul_(gates.BETAS[1]).addcmul_(gradient, gradient, value=1 - gates.BETAS[1])
-    return gates.adam(mean, square, step)
+    return gates.adam_direction(mean, square, step)
 
 
 def shares_of(sizes: Mapping[str, int]) -> dict[str, float]:
-    """Each size as a share of all.
+    """The share of each size in the sum of all.
 
     >>> shares_of({"a": 30, "b": 10})
     {'a': 0.75, 'b': 0.25}

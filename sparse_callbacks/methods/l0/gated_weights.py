@@ -1,4 +1,4 @@
-"""What gated parameters hold: their dense weights times median gates, or, within a batch, times a sample of the gates."""
+"""Gated parameters: dense weights times median gates, or, within a batch, times a sample of the gates."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -7,108 +7,128 @@ from torch import Tensor, nn
 
 from sparse_callbacks.core.weights import SparseWeights
 from sparse_callbacks.methods.l0 import gates
-from sparse_callbacks.methods.l0.channel_members import Tied
+from sparse_callbacks.methods.l0.channel_members import ChannelMembers
 
 
-class Gated:
-    """Writes gates times dense weights into the parameters of a store, and knows which of them hold a sample.
+class GatedWeights:
+    """Writes gates times dense weights into the parameters of a store, and keeps track of what each parameter holds.
+
+    What a gated parameter holds, and what changes it::
+
+        median * dense   -- a batch starts: write_sample ------------------------->  sample * dense
+        sample * dense   -- before an optimizer step: the store swaps buffers ---->  dense
+        dense            -- after_step swaps back -------------------------------->  sample * dense before the step
+                         -- write_medians (manual optimization: write_sample) ---->  median (next sample) * dense
+        sample * dense   -- the batch ends: after_batch -------------------------->  median * dense
 
     Args:
-        weights: the weights, with their dense copies.
-        tied: what goes with the output channels of each gated kernel, by name.
+        store: keeps the dense weights.
+        members: what belongs to the output channels of each gated kernel, by the kernel's name.
     """
 
-    def __init__(self, weights: SparseWeights, tied: Mapping[str, Tied]) -> None:
-        self._weights, self.tied = weights, dict(tied)
+    def __init__(self, store: SparseWeights, members: Mapping[str, ChannelMembers]) -> None:
+        self._weights, self.members = store, dict(members)
         self.medians: dict[str, Tensor] = {}
-        """What each parameter is multiplied by between batches."""
+        """The factor of each parameter between batches."""
         self.samples: dict[str, Tensor] = {}
-        """Of the gates of each kernel, for its coming step."""
-        self._astray: set[str] = set()
+        """Samples of the gates of each kernel for its next step; missing where the last one is used up."""
+        self._not_at_median: set[str] = set()
         """Parameters that do not hold their median gates now."""
-        self._statistics = Statistics()
+        self._statistics = NormStatistics()
 
     def parameters(self, kernels: Iterable[str]) -> list[str]:
-        """Names of ``kernels`` and of all that goes with them."""
-        return [name for kernel in kernels for name in (kernel, *self.tied[kernel].members)]
+        """Names of ``kernels`` and of all parameters that belong to their channels."""
+        return [name for kernel in kernels for name in (kernel, *self.members[kernel].names)]
 
     def factors(self, kernel: str, z: Tensor) -> dict[str, Tensor]:
-        """What each parameter of a kernel's channels is multiplied by when its gates are ``z``."""
-        return self.tied[kernel].factors(kernel, z, self._weights.params)
+        """The factor of each parameter of a kernel's channels when the gates of the kernel are ``z``."""
+        return self.members[kernel].factors(kernel, z, self._weights.params)
 
     def take_medians(self, kernel: str, log_alpha: Tensor) -> None:
-        """Its masks and values shall be those of its median gates, and its sample is used up; :meth:`settle` writes them."""
+        """Take the median gates of a kernel from its new ``log_alpha``, and drop its sample.
+
+        :meth:`write_medians` writes them into the parameters.
+        """
         for name, factor in self.factors(kernel, gates.trained(log_alpha)).items():
             self.medians[name] = factor
             self._weights.set_factor(name, factor)
-            self._astray.add(name)
+            self._not_at_median.add(name)
+        # the next batch draws anew: this sample belonged to the gates before
         self.samples.pop(kernel, None)
 
-    def sample(self, kernel: str, draw: Callable[[], Tensor], find: Callable[[str], nn.Module], finite: bool = True) -> None:
-        """Its parameters hold a sample of its gates.
+    def write_sample(
+        self, kernel: str, draw: Callable[[], Tensor], find: Callable[[str], nn.Module], finite: bool = True
+    ) -> None:
+        """Write a sample of a kernel's gates into the parameters of its channels.
 
         Args:
-            kernel: its name.
-            draw: makes the sample, unless there is one.
-            find: gives a batch norm by its path; from here on zeros of closed channels do not count there.
-            finite: the dense weights are.
+            kernel: name of the kernel.
+            draw: makes the sample, unless the kernel has one already: all micro-batches of a window share a sample.
+            find: gives a batch norm by its path; from now on the norm learns no statistics from closed channels.
+            finite: whether the dense weights are finite.
         """
         if kernel not in self.samples:
             self.samples[kernel] = draw()
-        z, norms = self.samples[kernel], self.tied[kernel].norms
+        z, norms = self.samples[kernel], self.members[kernel].norms
         for name, factor in self.factors(kernel, z).items():
             self._weights.set_passing_factor(name, factor)
             self._weights.write_masked([name], finite)
-            self._astray.add(name)
+            self._not_at_median.add(name)
+        # in manual optimization a batch has several samples: what the last one closed is put back before the next one
         self._statistics.restore(norms)
         for path in norms:
             self._statistics.keep(path, find(path), z.flatten() != 0)
 
-    def settle(self, names: Iterable[str], finite: bool = True) -> None:
-        """Parameters hold their median gates."""
+    def write_medians(self, names: Iterable[str], finite: bool = True) -> None:
+        """Write the median gates into the parameters ``names``."""
         for name in names:
             self._weights.set_passing_factor(name, self.medians[name])
             self._weights.write_masked([name], finite)
-            self._astray.discard(name)
+            self._not_at_median.discard(name)
 
-    def step_over(self, names: Iterable[str]) -> None:
-        """An optimizer has stepped ``names``: their dense weights are back in the store, and nothing is written yet."""
+    def after_step(self, names: Iterable[str]) -> None:
+        """An optimizer has stepped ``names``: put their dense weights back into the store, and write nothing yet."""
         names = list(names)
         self._weights.swap_out(names)
-        self._astray.update(names)
+        self._not_at_median.update(names)
 
-    def batch_over(self) -> None:
-        """Median gates everywhere; what others wrote beside the sample is kept."""
-        self._weights.absorb_if_written(self._astray)
-        self.settle(list(self._astray))
+    def after_batch(self) -> None:
+        """Write median gates wherever a parameter holds something else; what others wrote over the sample is kept."""
+        # first the store takes in what was written, which it divides by the factor in force: that of the sample
+        self._weights.absorb_if_written(self._not_at_median)
+        self.write_medians(list(self._not_at_median))
         self._statistics.restore()
 
-    def abort(self) -> None:
-        """Median gates everywhere, wherever the batch was."""
-        self.settle(self._weights.params)
+    def write_all_medians(self) -> None:
+        """Write median gates into every parameter, at whatever point of a batch this is."""
+        self.write_medians(self._weights.params)
         self._statistics.restore()
 
 
-class Statistics:
-    """Running statistics of batch norms, which shall take none of channels that a sample of the gates closes: they are zeros there."""
+class NormStatistics:
+    """Running statistics of batch norms, which must not change for closed channels: these hold only zeros."""
 
     def __init__(self) -> None:
         self._kept: dict[str, tuple[Tensor, list[tuple[Tensor, Tensor]]]] = {}
 
     def keep(self, path: str, norm: nn.Module, is_open: Tensor) -> None:
-        """Remember what a batch norm knows.
+        """Copy the statistics of a batch norm before it runs.
 
         Args:
-            path: of the norm.
-            norm: itself.
-            is_open: bool [channels], those that may learn until :meth:`restore`.
+            path: path of the norm.
+            norm: the norm.
+            is_open: bool [channels], channels whose statistics may change until :meth:`restore`.
         """
+        # both are None in a norm with track_running_stats=False; the count of batches may go on for all channels
         buffers = [b for b in (norm.running_mean, norm.running_var) if isinstance(b, Tensor)]
         self._kept[path] = is_open, [(b, b.clone()) for b in buffers]
 
     def restore(self, paths: Iterable[str] | None = None) -> None:
-        """Put back what was known of closed channels, in the norms at ``paths`` or in all."""
-        for path in [p for p in (list(self._kept) if paths is None else paths) if p in self._kept]:
+        """Put back the statistics of closed channels, in the norms at ``paths``, or in all norms for None."""
+        for path in list(self._kept) if paths is None else paths:
+            if path not in self._kept:
+                continue
             is_open, buffers = self._kept.pop(path)
             for buffer, kept in buffers:
+                # in place: the norm, and whoever averages or sends its buffers, keeps the same tensor
                 buffer.copy_(torch.where(is_open, buffer, kept))

@@ -9,6 +9,7 @@ from typing import ClassVar, Unpack
 import torch
 from torch import Tensor, nn
 
+from sparse_callbacks.core.arguments import by_glob, refuse_outside
 from sparse_callbacks.core.dense_copy import undone
 from sparse_callbacks.core.method import BatchEnd, Figures, Options
 from sparse_callbacks.core.ops import zeros_for
@@ -18,9 +19,9 @@ from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.lightning.callback import SparsityCallback
 from sparse_callbacks.methods.l0 import gates, norm_check
-from sparse_callbacks.methods.l0.channel_members import Tied, by_glob, find_tied, refuse_decay, refuse_outside
+from sparse_callbacks.methods.l0.channel_members import ChannelMembers, find_members, refuse_decay
 from sparse_callbacks.methods.l0.constraint import Constraint, Rates, shares_of
-from sparse_callbacks.methods.l0.gated_weights import Gated
+from sparse_callbacks.methods.l0.gated_weights import GatedWeights
 
 Densities = float | Mapping[str, float]
 CHOICES = {"constraint": ("model", "layer"), "unit": ("channel", "weight"), "gate_optimizer": ("sgd", "adam")}
@@ -111,8 +112,8 @@ class ConstrainedL0(SparsityCallback):
         self.constraint, self.unit, self.gate_optimizer = constraint, unit, gate_optimizer
         self.gate_lr, self.dual_lr, self.l2 = gate_lr, dual_lr, l2
         self._refuse_arguments()
-        self.gated = Gated(self.weights, {})
-        self._together: dict[str, Tied] = {}  # what goes with the output channels of each kernel, by the kernel's name
+        self.gated = GatedWeights(self.weights, {})
+        self._together: dict[str, ChannelMembers] = {}  # what goes with the output channels of each kernel, by the kernel's name
         self._held: dict[str, Tensor] = {}
         self._constraints: list[Constraint] = []
         self._owner: dict[str, int] = {}
@@ -152,19 +153,19 @@ class ConstrainedL0(SparsityCallback):
     def plan(self, model: nn.Module | None = None) -> Plan:
         plan = super().plan(model)
         tied = {} if model is None else self._tied_in(getattr(model, "_orig_mod", model), plan.selected)
-        selected = plan.selected | {n for t in tied.values() for n in t.members}
+        selected = plan.selected | {n for t in tied.values() for n in t.names}
         rows = tuple(replace(r, zeros=None, reason="") if r.name in selected else r for r in plan)
         title = f"{type(self).__name__}: expected density {self.density} of the {self.constraint}"
         return replace(plan, title=title, rows=rows, selected=selected, joint=0, decided_by="gates")
 
-    def _tied_in(self, model: nn.Module, kernels: Iterable[str]) -> dict[str, Tied]:
-        return find_tied(model, kernels) if self.unit == "channel" else {}
+    def _tied_in(self, model: nn.Module, kernels: Iterable[str]) -> dict[str, ChannelMembers]:
+        return find_members(model, kernels) if self.unit == "channel" else {}
 
     def further_members(self, model: nn.Module, entries: Sequence[Entry]) -> Sequence[Entry]:
         """Biases and norms whose channels have gates become members beside the kernels."""
         kernels = [e.name for e in entries if not e.reason]
-        self._together = dict.fromkeys(kernels, Tied()) | self._tied_in(model, kernels)
-        members = {n for t in self._together.values() for n in t.members}
+        self._together = dict.fromkeys(kernels, ChannelMembers()) | self._tied_in(model, kernels)
+        members = {n for t in self._together.values() for n in t.names}
         return [replace(e, reason="", shape=e.full_shape) if e.name in members else e for e in entries]
 
     def start_copies(self, dense: Mapping[str, Tensor], new: Iterable[str]) -> None:
@@ -177,7 +178,7 @@ class ConstrainedL0(SparsityCallback):
         targets_of, rates = (by_glob(getattr(self, a), kernels, a) for a in ("density", "droprate"))
         decaying = {*together, *(n for t in together.values() for n in t.biases)}
         refuse_decay(self.owners.optimizers, {id(p): n for n, p in model.named_parameters() if n in decaying}, self.l2)
-        self.gated, self._in_batch = Gated(self.weights, together), False
+        self.gated, self._in_batch = GatedWeights(self.weights, together), False
         owned = [[n for n in names if n in together] for names in self.owners.owns]
         groups = [[n] for names in owned for n in names] if self.constraint == "layer" else [names for names in owned if names]
         self._constraints = [Constraint(self._shares(names), targets_of[names[0]]) for names in groups]
@@ -195,7 +196,7 @@ class ConstrainedL0(SparsityCallback):
             if new:
                 self.aux[f"log_alpha/{kernel}"] = self._new_gates(kernel, rates[kernel])
             self.gated.take_medians(kernel, self._log_alpha(kernel))
-            for name in (kernel, *tied.members):
+            for name in (kernel, *tied.names):
                 dense = self.weights.dense_values(name)
                 if name in held and not new:
                     dense.copy_(undone(self.params[name].detach(), self.gated.medians[name], held[name].to(dense)))
@@ -216,13 +217,13 @@ class ConstrainedL0(SparsityCallback):
 
     def rehearse(self) -> None:
         if self.unit == "channel" and any(self.params[n].ndim > 2 for n in self._tied):
-            norm_check.rehearse(self.model, self._tied, self.host.data_pass())
+            norm_check.check_on_example(self.model, self._tied, self.host.data_pass())
 
     # ------------------------------------------------------------------ what the parameters hold
 
     @property
-    def _tied(self) -> dict[str, Tied]:
-        return self.gated.tied
+    def _tied(self) -> dict[str, ChannelMembers]:
+        return self.gated.members
 
     def _log_alpha(self, kernel: str) -> Tensor:
         return self.aux[f"log_alpha/{kernel}"]
@@ -230,7 +231,7 @@ class ConstrainedL0(SparsityCallback):
     def _sample(self, kernels: Iterable[str], finite: bool = True) -> None:
         """The parameters of ``kernels`` hold the sample of their gates for the coming step."""
         for kernel in kernels:
-            self.gated.sample(kernel, partial(self._draw, kernel), self.model.get_submodule, finite)
+            self.gated.write_sample(kernel, partial(self._draw, kernel), self.model.get_submodule, finite)
 
     def _draw(self, kernel: str) -> Tensor:
         return gates.sample(self._log_alpha(kernel), self.noise(kernel))
@@ -238,9 +239,9 @@ class ConstrainedL0(SparsityCallback):
     def write(self, names: Sequence[str] | None, finite: bool) -> None:
         """Medians everywhere, or, when an optimizer has stepped ``names``, nothing yet: :meth:`after_step` writes them anyway."""
         if names is None:
-            self.gated.abort()
+            self.gated.write_all_medians()
         else:
-            self.gated.step_over(names)
+            self.gated.after_step(names)
 
     def noise(self, kernel: str) -> Tensor:
         """Uniform numbers in (0, 1) for the gates of the coming step: the same through a window, on every rank and after a resume."""
@@ -257,7 +258,7 @@ class ConstrainedL0(SparsityCallback):
 
     def batch_end(self, end: BatchEnd) -> Figures:
         self._in_batch = False
-        self.gated.batch_over()
+        self.gated.after_batch()
         return {}
 
     # ------------------------------------------------------------------ the step
@@ -271,7 +272,7 @@ class ConstrainedL0(SparsityCallback):
                 if gradient is None:
                     continue
                 if name not in affine:
-                    pulls.append(gates.pull(gradient, dense, z))
+                    pulls.append(gates.log_alpha_gradient(gradient, dense, z))
                 gradient.mul_(factor)
                 if self.l2 and name not in affine:
                     open_share = self.gated.factors(kernel, gates.p_open(self._log_alpha(kernel)))[name]
@@ -294,7 +295,7 @@ class ConstrainedL0(SparsityCallback):
         if self._in_batch and not self.host.announces_steps:  # in manual optimization the batch may go on, with other steps
             self._sample(kernels, finite)
         else:
-            self.gated.settle(self.gated.parameters(kernels), finite)
+            self.gated.write_medians(self.gated.parameters(kernels), finite)
         return None
 
     # ------------------------------------------------------------------ where it stands

@@ -1,4 +1,4 @@
-"""Budgets of channel methods: which cost they count, whether they can be met, and what is up for removal."""
+"""Budget of a channel method: the cost that it counts, whether it can be met, and what may be removed."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,29 +13,35 @@ from sparse_callbacks.channels.network_cost import Network
 from sparse_callbacks.core.inspection import tensors_in
 from sparse_callbacks.methods.smcp import allocation
 
-SAME = 0.01  # relative, below which two sums of times are of one model
+TABLE_TOLERANCE = 0.01  # relative; larger differences between two sums of times are taken for two models
 COSTS: dict[str, costs.LayerCost] = {"parameters": costs.parameters, "flops": costs.multiply_adds}
 
 
-def unit(cost: str) -> str:
-    """What a budget is a share of, in words."""
+def cost_name(cost: str) -> str:
+    """The cost that a budget is a share of, in words."""
     return cost if cost in COSTS else f"latency in {cost}"
 
 
-def priced(
-    model: nn.Module, example: Any, layers: Mapping[str, costs.Layer], groups: Sequence[Group], cost: str, tell: Callable[[str], None]
+def priced_network(
+    model: nn.Module,
+    example: Any,
+    layers: Mapping[str, costs.Layer],
+    groups: Sequence[Group],
+    cost: str,
+    warn: Callable[[str], None],
 ) -> Network:
     """The cost of the network by the units of its groups, with everything in it that no group makes cheaper.
 
     Args:
-        model, example: one sample, and the model that takes it.
-        layers: of the model.
-        groups: whose units can go.
+        model: the model.
+        example: inputs of one sample, as the model's forward takes them.
+        layers: layers of the model by name.
+        groups: the groups whose units can go.
         cost: ``"parameters"``, ``"flops"`` or the path of a latency table.
-        tell: takes what a user should know of the table.
+        warn: called with each warning about the table.
 
     Raises:
-        ValueError: no table, or one of another model or input.
+        ValueError: there is no table, or the table is that of another model or input.
     """
     if cost in COSTS:
         other = costs.cost_outside_layers(model, example, layers)
@@ -43,57 +49,82 @@ def priced(
         return Network(layers, groups, COSTS[cost], constant)
     table = Table.load(cost)
     for warning in table.doubts(tuple(tensors_in(example)[0].shape[1:])):
-        tell(warning)
+        warn(warning)
     network = Network(layers, groups, table, table.constant)
+    # the table says what the model that it was made for comes to by its entries; this model must come to the same
     measured = float(table.about.get("model_ms_by_table", network.dense))
-    if abs(network.dense / measured - 1) > SAME:
+    if abs(network.dense / measured - 1) > TABLE_TOLERANCE:
         raise ValueError(
-            f"cost={cost} is the table of another model: {table.about.get('model')} comes to {measured:.4g} ms by it, and this one to "
-            f"{network.dense:.4g} ms. Measure this model: python -m sparse_callbacks.latency MODEL --batch N --input C H W --out FILE."
+            f"cost={cost} is the table of another model: {table.about.get('model')} comes to {measured:.4g} ms by it, "
+            f"and this one to {network.dense:.4g} ms. Measure this model: python -m sparse_callbacks.latency MODEL "
+            "--batch N --input C H W --out FILE."
         )
     return network
 
 
-def refuse(
-    budget: float, cost: str, network: Network, groups: Sequence[Group], options: Sequence[Tensor], chunk: int, stem: str | None
+def refuse_budget(
+    budget: float,
+    cost: str,
+    network: Network,
+    groups: Sequence[Group],
+    options: Sequence[Tensor],
+    chunk: int,
+    stem: str | None,
 ) -> None:
-    """Refuse a budget that no choice of options meets, and chunks that divide no group.
+    """Refuse a budget that no choice of options meets, and a chunk that does not divide every group.
 
     Args:
         budget: share of the dense cost.
-        cost: its name.
-        network, groups, options: what can be chosen.
-        chunk: neighbours that go together.
-        stem: name of a layer whose outputs stay, and need not.
+        cost: name of the cost, as the user gave it.
+        network: the network with its cost.
+        groups: the groups whose units can go.
+        options: numbers of units that each group may keep.
+        chunk: number of neighbours that go together.
+        stem: name of the first convolution if its outputs stay, and need not; None otherwise.
 
     Raises:
-        ValueError: with the smallest cost that can be met.
+        ValueError: says the smallest cost that can be met.
     """
-    if bad := [f"{g.name} ({g.size})" for g in groups if g.size % chunk]:
+    undivided = [f"{g.name} ({g.size})" for g in groups if g.size % chunk]
+    if undivided:
         raise ValueError(
-            f"chunk={chunk} does not divide the units of {', '.join(bad)}. Give a chunk that divides all of them, such as 1, or leave "
-            "these layers out with exclude=."
+            f"chunk={chunk} does not divide the units of {', '.join(undivided)}. Give a chunk that divides all of "
+            "them, such as 1, or leave these layers out with exclude=."
         )
-    dense, least = network.dense, allocation.smallest(network, options)
+    dense, least = network.dense, allocation.smallest_cost(network, options)
     if least > budget * dense:
-        share = math.ceil(1e4 * least / dense) / 1e4
-        advice = [f"budget={share:g} or more"] if share < 1 else []
+        advice = []
+        share = math.ceil(1e4 * least / dense) / 1e4  # rounded up, so that the budget that is advised can be met
+        if share < 1:
+            advice.append(f"budget={share:g} or more")
         advice.append("a smaller round_to= or chunk=" if chunk > 1 else "a smaller round_to=")
-        advice += [f"prune_stem=True (the outputs of {stem} stay now)"] if stem is not None else []
+        if stem is not None:
+            advice.append(f"prune_stem=True (the outputs of {stem} stay now)")
         raise ValueError(
-            f"budget={budget:g} of the {unit(cost)} cannot be met: with the fewest channels that may stay the network costs {least:.6g} of "
-            f"{dense:.6g}. Give {', or '.join(advice)}."
+            f"budget={budget:g} of the {cost_name(cost)} cannot be met: with the fewest channels that may stay the "
+            f"network costs {least:.6g} of {dense:.6g}. Give {', or '.join(advice)}."
         )
 
 
-def overview(groups: Sequence[Group], options: Sequence[Tensor], left_out: Mapping[str, str], network: Network, cost: str) -> str:
-    """A table of what can be removed, and why the rest stays, to read before training."""
-    least = allocation.smallest(network, options) / network.dense
+def overview(
+    groups: Sequence[Group], options: Sequence[Tensor], reasons: Mapping[str, str], network: Network, cost: str
+) -> str:
+    """A table of what can be removed, and of the reasons why the rest stays, to read before training.
+
+    Args:
+        groups: the groups whose units can go.
+        options: numbers of units that each group may keep.
+        reasons: why the channels of other groups stay, by the group's name.
+        network: the network with its cost.
+        cost: name of the cost, as the user gave it.
+    """
+    least = allocation.smallest_cost(network, options) / network.dense
     head = f"{'channels of':30}{'units':>7}  may keep"
     rows = [f"{g.name:30}{g.size:7}  {_range(o)}" for g, o in zip(groups, options, strict=True)]
-    rows += [f"{name:30}{'stay':>7}  {why}" for name, why in left_out.items()]
-    rows.append(f"With the fewest channels {least:.4f} of the {unit(cost)} are left.")
+    rows += [f"{name:30}{'stay':>7}  {reason}" for name, reason in reasons.items()]
+    rows.append(f"With the fewest channels {least:.4f} of the {cost_name(cost)} are left.")
     if isinstance(network.cost, Table):
+        # computed for its effect: the table counts how each time that a solve will ask for was found
         network.tables(options, network.sizes)
         rows.append(f"{network.cost.lookup_report()}.")
     return "\n".join([head, *rows])

@@ -1,4 +1,4 @@
-"""After a solve: what is left of a budget buys options, and groups exchange them while the total value grows."""
+"""Exchange of options after a solve: what is left of a budget buys some, and groups trade others."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,13 +7,27 @@ from torch import Tensor
 
 from sparse_callbacks.channels.network_cost import Network
 
-TRIALS = 6000  # costs of networks that one search looks at: a fraction of a second
-GAIN = 1e-9  # relative, below which a gain is rounding
+TRIALS = 6000  # networks whose cost one search computes: a fraction of a second
+GAIN = 1e-9  # relative; a smaller gain in value is rounding
+# stands for the price of a step that costs nothing or less, so that it is taken first and nothing is divided by 0
+ALMOST_FREE = 1e-300
+
+
+@dataclass(frozen=True)
+class Improved:
+    """Number of units that each group keeps, their total value, and the cost of the network."""
+
+    kept: tuple[int, ...]
+    value: float
+    cost: float
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """One option of each group, its total value, and the cost of every layer of the network that results."""
+    """One option of each group, by its index, with its total value and the costs of the network that results.
+
+    Costs are kept by layer: when one group changes, the layers that it has no part in are not computed again.
+    """
 
     at: tuple[int, ...]
     value: float
@@ -22,79 +36,106 @@ class _Choice:
 
 
 class _Search:
+    """Local search over choices within a capacity, for a bounded number of trials."""
+
     def __init__(self, network: Network, options: Sequence[Tensor], values: Sequence[Tensor], capacity: float) -> None:
-        self.network, self.capacity, self.left = network, capacity, TRIALS
-        self.sizes, self.worth = [o.tolist() for o in options], [v.tolist() for v in values]
+        self.network, self.capacity = network, capacity
+        self.trials_left = TRIALS
+        self.sizes = [o.tolist() for o in options]
+        self.values = [v.tolist() for v in values]
 
     def kept(self, at: Sequence[int]) -> tuple[int, ...]:
+        """Number of units that each group keeps with the options ``at``."""
         return tuple(sizes[i] for sizes, i in zip(self.sizes, at, strict=True))
 
-    def start(self, at: tuple[int, ...], value: float) -> _Choice:
+    def start(self, kept: Sequence[int], value: float) -> _Choice:
+        """The choice that keeps so many units of each group, and has this ``value``."""
+        at = tuple(sizes.index(k) for sizes, k in zip(self.sizes, kept, strict=True))
         costs = self.network.by_layer(self.kept(at))
         return _Choice(at, value, costs, self.network.total(costs))
 
-    def moved(self, choice: _Choice, group: int, option: int) -> _Choice:
+    def with_option(self, choice: _Choice, group: int, option: int) -> _Choice:
         """``choice`` with another option of one group."""
-        self.left -= 1
+        self.trials_left -= 1
         at = (*choice.at[:group], option, *choice.at[group + 1 :])
         costs = choice.costs | self.network.by_layer(self.kept(at), group)
-        value = choice.value + self.worth[group][option] - self.worth[group][choice.at[group]]
+        value = choice.value + self.values[group][option] - self.values[group][choice.at[group]]
+        # unlike the value, the cost is summed anew over all layers: it decides whether the network fits the budget
         return _Choice(at, value, costs, self.network.total(costs))
 
-    def steps(self, choice: _Choice, by: int, but: int = -1) -> Iterator[_Choice]:
-        """``choice`` with the next larger or smaller option of each group but one."""
+    def steps(self, choice: _Choice, by: int, fixed: int = -1) -> Iterator[_Choice]:
+        """``choice`` with the next larger (``by`` = 1) or smaller (-1) option of each group but the ``fixed`` one."""
         for group, option in enumerate(choice.at):
-            if group != but and 0 <= option + by < len(self.sizes[group]) and self.left > 0:
-                yield self.moved(choice, group, option + by)
+            if group != fixed and 0 <= option + by < len(self.sizes[group]) and self.trials_left > 0:
+                yield self.with_option(choice, group, option + by)
 
-    def filled(self, choice: _Choice) -> _Choice:
-        """What is left of the capacity spent on steps, the one with the most value for its cost first."""
-        while offers := [c for c in self.steps(choice, 1) if c.cost <= self.capacity and c.value > choice.value]:
+    def spend(self, choice: _Choice) -> _Choice:
+        """``choice`` with what is left of the capacity spent on larger options, the most value for its cost first."""
+        while True:
+            offers = [c for c in self.steps(choice, 1) if c.cost <= self.capacity and c.value > choice.value]
+            if not offers:
+                return choice
             last = choice
-            choice = max(offers, key=lambda c: (c.value - last.value) / max(c.cost - last.cost, 1e-300))
-        return choice
+            choice = max(offers, key=lambda c: (c.value - last.value) / max(c.cost - last.cost, ALMOST_FREE))
 
-    def paid(self, choice: _Choice, but: int) -> _Choice | None:
-        """``choice`` made to fit by steps of the other groups, the one that loses the least value for its cost first."""
+    def made_to_fit(self, choice: _Choice, fixed: int) -> _Choice | None:
+        """``choice`` with smaller options of the groups but the ``fixed`` one, the least value for its cost first.
+
+        The steps end as soon as the choice fits.
+
+        None where the other groups have nothing left to give.
+        """
         while choice.cost > self.capacity:
-            last, offers = choice, [c for c in self.steps(choice, -1, but) if c.cost < choice.cost]
+            last = choice
+            offers = [c for c in self.steps(choice, -1, fixed) if c.cost < choice.cost]
             if not offers:
                 return None
             choice = min(offers, key=lambda c: (last.value - c.value) / (last.cost - c.cost))
         return choice
 
     def exchanges(self, choice: _Choice) -> Iterator[_Choice]:
-        """What comes of every other option of every group, the near ones first; others pay for it, or use what it frees."""
-        far = max(len(sizes) for sizes in self.sizes)
-        for distance in range(1, far):
+        """What comes of every other option of every group, the near options first.
+
+        The other groups pay for the option, or use what it frees.
+        """
+        # near options first: most gains are there, and the trials may run out
+        most_options = max(len(sizes) for sizes in self.sizes)
+        for distance in range(1, most_options):
             for group, option in enumerate(choice.at):
                 for other in (option - distance, option + distance):
                     if not 0 <= other < len(self.sizes[group]):
                         continue
-                    if self.left <= 0:
+                    if self.trials_left <= 0:
                         return
-                    if (fitting := self.paid(self.moved(choice, group, other), group)) is not None:
-                        yield self.filled(fitting)
+                    fitting = self.made_to_fit(self.with_option(choice, group, other), group)
+                    if fitting is not None:
+                        yield self.spend(fitting)
 
 
-def improved(
-    network: Network, options: Sequence[Tensor], values: Sequence[Tensor], capacity: float, kept: Sequence[int], value: float
-) -> tuple[tuple[int, ...], float, float]:
+def improve(
+    network: Network,
+    options: Sequence[Tensor],
+    values: Sequence[Tensor],
+    capacity: float,
+    kept: Sequence[int],
+    value: float,
+) -> Improved:
     """A choice of options at least as valuable as a given one, found by exchanges in a bounded time.
 
     Args:
-        network: to be paid for.
-        options: units that each group may keep, ascending int [n] each.
-        values: of the options, [n] each.
-        capacity: that the network may cost.
-        kept: units of each group, which fit.
-        value: of them.
-
-    Returns:
-        units of each group, their value, and the cost of the network.
+        network: the network to be paid for.
+        options: numbers of units that each group may keep, ascending int [n] each.
+        values: values of these options, [n] each.
+        capacity: the largest cost of the network.
+        kept: number of units of each group in the given choice, which fits.
+        value: total value of the given choice.
     """
     search = _Search(network, options, values, capacity)
-    best = search.filled(search.start(tuple(sizes.index(k) for sizes, k in zip(search.sizes, kept, strict=True)), value))
-    while better := next((c for c in search.exchanges(best) if c.value > best.value + GAIN * abs(best.value)), None):
+    best = search.spend(search.start(kept, value))
+    while True:
+        # the first gain is taken, not the largest: a new round of exchanges starts from there
+        least = best.value + GAIN * abs(best.value)
+        better = next((c for c in search.exchanges(best) if c.value > least), None)
+        if better is None:
+            return Improved(search.kept(best.at), best.value, best.cost)
         best = better
-    return search.kept(best.at), best.value, best.cost

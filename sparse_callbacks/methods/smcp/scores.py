@@ -15,86 +15,119 @@ def input_scores(scores: Tensor, dim: int, active: Tensor | None = None) -> Tens
 
     Args:
         scores: a matrix as of :func:`taylor`.
-        dim: its dimension of the inputs.
-        active: bool [outputs], those that are kept; None: all.
+        dim: the dimension of ``scores`` along which the inputs lie.
+        active: bool [outputs], the outputs that are kept; None: all.
     """
     by_input = scores.movedim(dim, 0)
     return by_input.sum(1) if active is None else by_input @ active.to(by_input)
 
 
 def magnitude(weight: Tensor) -> Tensor:
-    """The sum of absolute weights over the kernel, as in :func:`taylor`."""
+    """The sum of absolute weights over the kernel for each pair of input and output; shaped as :func:`taylor`."""
     size = weight.to(widened(weight.dtype)).abs()
     return size if size.ndim == 2 else size.flatten(2).sum(2)
 
 
 def taylor(weight: Tensor, gradient: Tensor) -> Tensor:
-    """What the loss loses in first order with each pair of input and output: the sum of -weight * gradient over the kernel.
+    """First-order change of the loss when a pair of input and output is removed, for each pair.
 
-    Gives a matrix of the weight's first two dimensions, in float32 at least.
+    It is the sum of -weight * gradient over the kernel. The result is a matrix of the weight's first two dimensions, in
+    float32 at least.
     """
+    wide, wide_gradient = weight.to(widened(weight.dtype)), gradient.to(widened(gradient.dtype))
     if weight.ndim == 2:
-        return -weight.to(widened(weight.dtype)) * gradient.to(widened(gradient.dtype))
-    return -torch.einsum("abk,abk->ab", weight.to(widened(weight.dtype)).flatten(2), gradient.to(widened(gradient.dtype)).flatten(2))
+        return -wide * wide_gradient
+    # einsum makes no tensor of all products, which would be as large as the weight
+    return -torch.einsum("abk,abk->ab", wide.flatten(2), wide_gradient.flatten(2))
 
 
 def unit_scores(inputs: Tensor, member: Member, size: int) -> Tensor:
     """Importance of each unit of a group in one of its consumers, [size], signed.
 
-    The importance of the group is the sum over its consumers, and its absolute value comes last.
+    The importance of the group is the sum over its consumers, and the absolute value is taken last.
 
     Args:
-        inputs: see :func:`input_scores`.
+        inputs: scores of the consumer's inputs, see :func:`input_scores`.
         member: the consumer.
-        size: units of the group.
+        size: number of units of the group.
     """
     units = member.units.to(inputs.device)
-    owned = units >= 0
+    owned = units >= 0  # -1 marks inputs that are channels of another group, or of none
     return torch.zeros(size, dtype=inputs.dtype, device=inputs.device).index_add(0, units[owned], inputs[owned])
 
 
-def kept_importance(reader: str, groups: Sequence[Group], scores: Sequence[Tensor], masks: Mapping[str, Tensor]) -> float:
-    """Share of what is kept in the importance of all units that the weight ``reader`` takes in; 1 where nothing is important."""
-    mine = [(s, kept_units(g, masks)) for g, s in zip(groups, scores, strict=True) if reader in {c.parameter for c in g.consumers}]
-    total = sum(float(s.sum()) for s, _ in mine)
-    return sum(float(s[keep].sum()) for s, keep in mine) / total if total else 1.0
+def kept_importance(
+    reader: str, groups: Sequence[Group], scores: Sequence[Tensor], masks: Mapping[str, Tensor]
+) -> float:
+    """Share of the kept units in the importance of all units that a weight takes in; 1 where nothing is important.
+
+    Args:
+        reader: parameter name of the weight.
+        groups: all groups.
+        scores: score of each unit of each group.
+        masks: masks by parameter name.
+    """
+    read = [
+        (own, kept_units(group, masks))
+        for group, own in zip(groups, scores, strict=True)
+        if reader in {consumer.parameter for consumer in group.consumers}
+    ]
+    total = sum(float(own.sum()) for own, _ in read)
+    if not total:
+        return 1.0
+    return sum(float(own[keep].sum()) for own, keep in read) / total
 
 
 def active_outputs(groups: Sequence[Group], keeps: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Bool [outputs] of every consumer whose own outputs are channels of some group: those that are kept."""
+    """Outputs that are kept (bool [outputs]) by consumer's parameter name, where outputs are channels of some group.
+
+    Args:
+        groups: all groups.
+        keeps: bool [size], the units that each group keeps.
+    """
     readers = {c.module: c.parameter for g in groups for c in g.consumers}
     active: dict[str, Tensor] = {}
     for group, keep in zip(groups, keeps, strict=True):
         for producer in (p for p in group.producers if p.module in readers):
             name, kept = readers[producer.module], producer.kept(keep)
+            # outputs may be channels of several groups (before a split); each group leaves those of the others alone
             active[name] = kept & active.get(name, torch.ones_like(kept))
     return active
 
 
 def reader_scores(
-    groups: Sequence[Group], weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None, active: Mapping[str, Tensor]
+    groups: Sequence[Group],
+    weights: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor] | None,
+    active: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Importance of each input of every consumer in ``weights``, summed over active outputs and kernel, signed; by parameter name.
+    """Importance of each input of every consumer in ``weights``, by parameter name.
+
+    It is summed over active outputs and the kernel, and has a sign.
 
     Args:
-        groups: whose consumers.
+        groups: the groups whose consumers are scored.
         weights: dense weights by parameter name.
-        gradients: with them Taylor importance of the consumers that have one; without, magnitude.
-        active: see :func:`active_outputs`.
+        gradients: gradients by parameter name, for Taylor importance; consumers without a gradient are left out. None:
+            importance by magnitude.
+        active: outputs that are kept, see :func:`active_outputs`.
     """
     dims = {c.parameter: c.dim for g in groups for c in g.consumers}
     if gradients is None:
         return {n: input_scores(magnitude(weights[n]), dim, active.get(n)) for n, dim in dims.items() if n in weights}
-    at_hand = {n: dim for n, dim in dims.items() if n in weights and n in gradients}
-    return {n: input_scores(taylor(weights[n], gradients[n]), dim, active.get(n)) for n, dim in at_hand.items()}
+    with_gradient = {n: dim for n, dim in dims.items() if n in weights and n in gradients}
+    return {n: input_scores(taylor(weights[n], gradients[n]), dim, active.get(n)) for n, dim in with_gradient.items()}
 
 
 def group_scores(group: Group, inputs: Mapping[str, Tensor]) -> Tensor | None:
-    """|importance summed over a group's consumers| of each unit, [size]; None where none of them is there.
+    """|importance summed over a group's consumers| of each unit, [size]; None where no consumer has scores.
 
     Args:
-        group: whose units.
-        inputs: see :func:`reader_scores`.
+        group: the group of the units.
+        inputs: scores of the inputs of consumers, see :func:`reader_scores`.
     """
     found = [unit_scores(inputs[c.parameter], c, group.size) for c in group.consumers if c.parameter in inputs]
-    return torch.stack([f.to(found[0]) for f in found]).sum(0).abs() if found else None
+    if not found:
+        return None
+    # signs are kept up to here: what helps one consumer and harms another cancels out
+    return torch.stack([f.to(found[0]) for f in found]).sum(0).abs()

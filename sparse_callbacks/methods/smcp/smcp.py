@@ -143,7 +143,7 @@ class SMCP(SparsityCallback):
     def plan(self, model: nn.Module | None = None) -> Plan:
         plan = super().plan(model)
         rows = tuple(replace(r, zeros=None, reason="") if r.name in plan.selected else r for r in plan)
-        title = f"{type(self).__name__}: {self.budget:g} of the {budget.unit(self.cost)}"
+        title = f"{type(self).__name__}: {self.budget:g} of the {budget.cost_name(self.cost)}"
         return replace(plan, title=title, rows=rows, joint=0, decided_by="budget")
 
     @staticmethod
@@ -161,10 +161,10 @@ class SMCP(SparsityCallback):
         stem = None if self.prune_stem else costs.stem(layers)
         self.groups, self.left_out = prunable.prunable_groups(model, example, stay, self.owners.owns, stem)
         self._norms = norms.norm_of_layer(model, example) if self.norm_scaling else {}
-        self.network = budget.priced(model, example, layers, self.groups, self.cost, self._warn)
+        self.network = budget.priced_network(model, example, layers, self.groups, self.cost, self._warn)
         self._options = [allocation.options_of(g.size, self.round_to, self.chunk) for g in self.groups]
         stays = stem if any(why.endswith("is the stem") for why in self.left_out.values()) else None
-        budget.refuse(self.budget, self.cost, self.network, self.groups, self._options, self.chunk, stays)
+        budget.refuse_budget(self.budget, self.cost, self.network, self.groups, self._options, self.chunk, stays)
         if self.print_plan and distributed.rank() == 0:
             print(budget.overview(self.groups, self._options, self.left_out, self.network, self.cost), flush=True)
         consumers = {c.parameter for g in self.groups for c in g.consumers}
@@ -213,7 +213,7 @@ class SMCP(SparsityCallback):
         """The share of the dense cost that the network may have at a solve."""
         times = step.calendar
         progress = (step.number - times.start + times.every) / (times.stop - times.start + times.every)
-        return 1.0 - allocation.reduction(self.curve, 1.0 - self.budget, progress)
+        return 1.0 - allocation.cost_reduction(self.curve, 1.0 - self.budget, progress)
 
     def _share(self) -> float:
         return self.network.realised(self.kept) / self.network.dense
@@ -281,13 +281,13 @@ class SMCP(SparsityCallback):
         return {"smcp/cost": self._share()} | {f"smcp/kept/{g.name}": float(k) for g, k in zip(self.groups, self.kept, strict=True)}
 
     def outcome(self) -> dict[str, str]:
-        return {budget.unit(self.cost): f"{self._share():.4f} of the dense network's (budget {self.budget:g})"}
+        return {budget.cost_name(self.cost): f"{self._share():.4f} of the dense network's (budget {self.budget:g})"}
 
     def shortfall(self) -> str:
         return (
-            f"{type(self).__name__} ended at {self._share():.4f} of the dense {budget.unit(self.cost)}, before the solve for its budget "
-            f"of {self.budget:g}: {self.step} steps were taken and that solve is due at step {self.times.stop}. Train longer, or give an "
-            "earlier stop=."
+            f"{type(self).__name__} ended at {self._share():.4f} of the dense {budget.cost_name(self.cost)}, before the solve "
+            f"for its budget of {self.budget:g}: {self.step} steps were taken and that solve is due at step {self.times.stop}. Train "
+            "longer, or give an earlier stop=."
         )
 
 
