@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.core_rig import Regression, fit
+from support.nets import Regression
+from support.rig import fit_steps
 
 import sparse_callbacks
 from sparse_callbacks import GMP, SET, SNFS, GaP, RigL, Static
@@ -137,7 +138,7 @@ def test_nobody_else_writes_to_a_parameter_in_training(make: Any, tmp_path: Path
 
     monkeypatch.setattr(MaskStore, "apply", counted)
     at_first = {n: p._version for n, p in module.named_parameters()}
-    fit(tmp_path, callback, module, 8)
+    fit_steps(tmp_path, callback, module, 8)
     assert {n: p._version - at_first[n] for n, p in module.named_parameters()} == known
     assert known["net.0.weight"] >= 8
     assert known["net.0.bias"] == 0

@@ -9,35 +9,31 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.precision import MixedPrecision
-from support import helpers_ddp
-from support.contract_support import (
+from support import processes
+from support.data import Batches, Thirds
+from support.methods import (
     CONFIGS,
     MASKED,
     METHODS,
-    OPTIMIZERS,
     STEADY,
     STEPS,
-    Batches,
-    ByHand,
-    Classifier,
-    Rivals,
-    Stops,
-    Thirds,
-    assert_counts,
-    assert_effective,
     class_of,
-    conv_net,
-    differences,
     draws_new_weights,
     explores,
-    fit,
-    lasting,
     looks_at_activations,
     method,
-    mlp,
     moves,
+)
+from support.nets import OPTIMIZERS, ByHand, Classifier, Rivals, conv_net, double_mlp
+from support.processes import run_two_processes
+from support.rig import (
+    Stops,
+    assert_counts,
+    assert_effective,
+    differences,
+    fit,
+    lasting,
     per_element_state,
-    run_two_processes,
     snapshot,
     sparse_weights,
     structure,
@@ -247,7 +243,7 @@ def test_callback_state_loads_as_weights_only(name: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("clip", [None, 0.3])
 def test_micro_batches_equal_one_large_batch(name: str, optimizer: str, clip: float | None) -> None:
     large, small = method(name), method(name)
-    whole, parts = Classifier(mlp(), optimizer), Classifier(mlp(), optimizer)
+    whole, parts = Classifier(double_mlp(), optimizer), Classifier(double_mlp(), optimizer)
     masks: dict[int, list[dict[str, Tensor]]] = {1: [], 3: []}
 
     for window, module, callback, loader in ((1, whole, large, Batches()), (3, parts, small, Thirds())):
@@ -778,7 +774,7 @@ def test_fast_dev_run_never_trips_a_refusal(name: str, steps: int) -> None:
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two DDP processes found, over every method; one launch for all."""
     folder = tmp_path_factory.mktemp("ddp")
-    run_two_processes("helpers_ddp.py", folder)
+    run_two_processes("replicas", folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
@@ -794,10 +790,10 @@ def test_ranks_hold_the_same_masks(name: str, two_processes: list[dict[str, Any]
 
 @every_steady_method
 def test_two_processes_equal_one_on_the_joined_batch(name: str, two_processes: list[dict[str, Any]]) -> None:
-    alone = helpers_ddp.train(name, 0, 1)
+    alone = processes.train_replica(name, 0, 1)
     found = two_processes[0][name]
     assert differences(alone["masks"], found["whole"]["masks"]) == []
-    assert differences(alone["masks"][helpers_ddp.STOP :], found["resumed"]["masks"]) == []
+    assert differences(alone["masks"][processes.REPLICA_STOP :], found["resumed"]["masks"]) == []
     assert (alone["end"]["counts"][0][1] > 2) == moves(name)
     for run in ("whole", "resumed"):
         end = found[run]["end"]

@@ -9,7 +9,9 @@ import pytest
 import torch
 from pytorch_lightning import Callback
 from pytorch_lightning import callbacks as lightning_callbacks
-from support.core_rig import Regression, fit, loader, mlp, sgd, snapshot, trainer
+from support.data import loader
+from support.nets import Regression, mlp, sgd
+from support.rig import copied_masks, fit_steps, trainer_for
 from torch import nn
 
 from sparse_callbacks import GMP, SET, SNFS, RigL, Static
@@ -41,9 +43,9 @@ class Reads(Callback):
 def test_an_update_leaves_gradients_to_whoever_reads_them(algorithm: str, tmp_path: Path) -> None:
     callback, plain = made(RigL), made(RigL)
     module = ReadsGradients()
-    fit(tmp_path, [callback, Reads()], module, 8, gradient_clip_val=0.5, gradient_clip_algorithm=algorithm)
+    fit_steps(tmp_path, [callback, Reads()], module, 8, gradient_clip_val=0.5, gradient_clip_algorithm=algorithm)
     other = Regression()
-    fit(tmp_path, plain, other, 8, gradient_clip_val=0.5, gradient_clip_algorithm=algorithm)
+    fit_steps(tmp_path, plain, other, 8, gradient_clip_val=0.5, gradient_clip_algorithm=algorithm)
     assert callback.updates == plain.updates > 1
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True))
     assert "configure_gradient_clipping" not in vars(module)
@@ -56,7 +58,7 @@ def test_a_hook_that_raises_at_an_update_leaves_nothing_in_the_module(tmp_path: 
 
     callback, module = made(RigL), Raises()
     with pytest.raises(RuntimeError, match="theirs"):
-        fit(tmp_path, callback, module, 4)
+        fit_steps(tmp_path, callback, module, 4)
     assert "configure_gradient_clipping" not in vars(module)
     assert not callback._handles
 
@@ -73,7 +75,7 @@ def test_an_inf_at_a_pruned_weight_harms_nobody(make: Any, clip: float | None, t
                     callback.params[name].grad[~mask] = torch.inf
 
     module = Regression()
-    fit(tmp_path, [callback, Poison()], module, 6, gradient_clip_val=clip)
+    fit_steps(tmp_path, [callback, Poison()], module, 6, gradient_clip_val=clip)
     for name, p in module.named_parameters():
         assert p.isfinite().all(), name
     assert all((callback.params[n][~m] == 0).all() for n, m in callback.masks.items())
@@ -83,79 +85,79 @@ def test_an_inf_at_a_pruned_weight_harms_nobody(make: Any, clip: float | None, t
 def test_a_callback_can_be_pickled_and_copied(make: Any, tmp_path: Path) -> None:
     callback = made(make)
     assert repr(pickle.loads(pickle.dumps(callback))) == repr(callback)
-    fit(tmp_path, callback, Regression(), 4)
+    fit_steps(tmp_path, callback, Regression(), 4)
     for twin in (pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback)):
         assert all(torch.equal(m, twin.masks[n]) for n, m in callback.masks.items())
         assert twin.step == callback.step
-        fit(tmp_path, twin, Regression(), 4)
+        fit_steps(tmp_path, twin, Regression(), 4)
 
 
 def test_a_layer_frozen_between_two_fits_leaves_the_masks_of_the_others(tmp_path: Path) -> None:
     callback, module = made(Static), Regression()
-    fit(tmp_path, callback, module, 4)
-    before = snapshot(callback)
+    fit_steps(tmp_path, callback, module, 4)
+    before = copied_masks(callback)
     names = list(before)
     dict(module.named_parameters())[names[0]].requires_grad_(False)
-    fit(tmp_path, callback, module, 4)
+    fit_steps(tmp_path, callback, module, 4)
     assert list(callback.masks) == names[1:]
     assert all(torch.equal(callback.masks[n], before[n]) for n in names[1:])
 
 
 def test_a_layer_of_another_shape_gets_a_new_mask(tmp_path: Path) -> None:
     callback, module = made(RigL), Regression()
-    fit(tmp_path, callback, module, 4)
-    before = snapshot(callback)
+    fit_steps(tmp_path, callback, module, 4)
+    before = copied_masks(callback)
     last = list(before)[-1]
     owner = module.get_submodule(last.rpartition(".")[0])
     owner.weight = nn.Parameter(torch.randn(owner.weight.shape[0], owner.weight.shape[1] * 2))
     with pytest.raises(RuntimeError):  # the network itself no longer fits together: only the masks are looked at
-        fit(tmp_path, callback, module, 4)
+        fit_steps(tmp_path, callback, module, 4)
     assert callback.masks[last].shape == owner.weight.shape
     assert all(torch.equal(callback.masks[n], before[n]) for n in before if n != last)
 
 
 def test_weights_from_elsewhere_are_not_cut_by_old_masks(tmp_path: Path) -> None:
     callback, module = made(RigL), Regression()
-    fit(tmp_path, callback, module, 4)
+    fit_steps(tmp_path, callback, module, 4)
     with torch.no_grad():
         for p in module.parameters():
             p.add_(1.0)
     weights = {n: p.clone() for n, p in module.named_parameters()}
     message = r"hold weights that the masks of the last fit would cut.*Resume with ckpt_path=.*fresh_start=True"
     with pytest.raises(ValueError, match=message):
-        fit(tmp_path, callback, module, 4)
+        fit_steps(tmp_path, callback, module, 4)
     assert all(torch.equal(p, weights[n]) for n, p in module.named_parameters())
     anew = made(RigL, fresh_start=True)
-    fit(tmp_path, anew, module, 4)
+    fit_steps(tmp_path, anew, module, 4)
     with torch.no_grad():
         for p in module.parameters():
             p.add_(1.0)
-    fit(tmp_path, anew, module, 4)
+    fit_steps(tmp_path, anew, module, 4)
     assert anew.step < 4 == anew.step + anew.updates
 
 
 def test_the_same_callback_and_module_resume_from_an_earlier_checkpoint(tmp_path: Path) -> None:
     callback, module = made(RigL), Regression()
-    fit(tmp_path, callback, module, 4).save_checkpoint(tmp_path / "early.ckpt")
-    early = snapshot(callback)
-    fit(tmp_path, callback, module, 6)
+    fit_steps(tmp_path, callback, module, 4).save_checkpoint(tmp_path / "early.ckpt")
+    early = copied_masks(callback)
+    fit_steps(tmp_path, callback, module, 6)
     assert any(not torch.equal(m, early[n]) for n, m in callback.masks.items())
     starts = []
-    watch = lightning_callbacks.LambdaCallback(on_train_start=lambda *_: starts.append(snapshot(callback)))
-    trainer(tmp_path, [callback, watch], max_steps=8).fit(module, loader(8), ckpt_path=tmp_path / "early.ckpt")
+    watch = lightning_callbacks.LambdaCallback(on_train_start=lambda *_: starts.append(copied_masks(callback)))
+    trainer_for([callback, watch], tmp_path, max_steps=8).fit(module, loader(8), ckpt_path=tmp_path / "early.ckpt")
     assert all(torch.equal(m, starts[0][n]) for n, m in early.items())
 
 
 def test_a_second_run_past_the_calendar_is_warned_about(tmp_path: Path) -> None:
     callback, module = made(RigL), Regression()
-    fit(tmp_path, callback, module, 20)
+    fit_steps(tmp_path, callback, module, 20)
     with pytest.warns(UserWarning, match=r"RigL will not move a mask in this run: \d+ steps were counted before.*fresh_start=True"):
-        fit(tmp_path, callback, module, 6)
+        fit_steps(tmp_path, callback, module, 6)
 
 
 def test_a_run_that_ends_before_its_first_update_is_warned_about(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"RigL will not move a mask in this run: the first would be at step 50, after the run's 6"):
-        fit(tmp_path, RigL(0.5, every=2, start=50, stop=60), Regression(), 6)
+        fit_steps(tmp_path, RigL(0.5, every=2, start=50, stop=60), Regression(), 6)
 
 
 def test_the_learning_rate_finder_runs_beside_a_callback(tmp_path: Path) -> None:
@@ -167,7 +169,7 @@ def test_the_learning_rate_finder_runs_beside_a_callback(tmp_path: Path) -> None
 
     for callback in (made(RigL), made(Static)):
         finder = lightning_callbacks.LearningRateFinder(num_training_steps=6)
-        trainer(tmp_path, [callback, finder], max_epochs=2).fit(Rated(), loader(8))
+        trainer_for([callback, finder], tmp_path, max_epochs=2).fit(Rated(), loader(8))
         assert all((callback.params[n][~m] == 0).all() for n, m in callback.masks.items())
 
 
@@ -181,7 +183,7 @@ def test_a_layer_that_is_thawed_during_the_run_is_spoken_of(tmp_path: Path) -> N
     module.net[0].requires_grad_(False)
     callback = made(Static)
     with pytest.warns(UserWarning, match=r"Static leaves net\.0\.weight dense: they were frozen or in no optimizer when fit started"):
-        trainer(tmp_path, [Thaws(), callback], max_epochs=3).fit(module, loader(2))
+        trainer_for([Thaws(), callback], tmp_path, max_epochs=3).fit(module, loader(2))
     assert "net.0.weight" not in callback.masks
 
 
@@ -192,7 +194,7 @@ def test_sparse_embedding_gradients_are_refused(tmp_path: Path) -> None:
             self.words = nn.Embedding(5, 4, sparse=True)
 
     with pytest.raises(ValueError, match=r"words is an embedding with sparse=True.*Use sparse=False, or leave it out of include="):
-        fit(tmp_path, made(Static, include=["words.weight"]), Words(), 2)
+        fit_steps(tmp_path, made(Static, include=["words.weight"]), Words(), 2)
 
 
 @pytest.mark.parametrize("glob", ["attention.in_proj_weight", "*in_proj_weight", "attention.in_proj*"])
@@ -224,10 +226,10 @@ def test_a_resumed_run_needs_the_checkpoint_of_its_mask_no_more(tmp_path: Path) 
     module = Regression()
     module.load_state_dict(pruned.state_dict())
     callback = Static(from_checkpoint=source, print_plan=False)
-    fit(tmp_path, callback, module, 4).save_checkpoint(tmp_path / "middle.ckpt")
+    fit_steps(tmp_path, callback, module, 4).save_checkpoint(tmp_path / "middle.ckpt")
     source.unlink()
     resumed = Static(from_checkpoint=tmp_path / "moved.pt", print_plan=False)
-    trainer(tmp_path, resumed, max_steps=8).fit(Regression(), loader(8), ckpt_path=tmp_path / "middle.ckpt")
+    trainer_for(resumed, tmp_path, max_steps=8).fit(Regression(), loader(8), ckpt_path=tmp_path / "middle.ckpt")
     assert all(torch.equal(m, resumed.masks[n]) for n, m in callback.masks.items())
 
 
@@ -250,7 +252,7 @@ def test_clearing_gradients_in_place_between_backwards_is_no_accumulation(tmp_pa
     found = []
     for set_to_none in (True, False):
         callback = made(RigL)
-        fit(tmp_path, callback, Leaks(set_to_none), 8)
+        fit_steps(tmp_path, callback, Leaks(set_to_none), 8)
         found.append(callback.masks)
     assert all(torch.equal(m, found[1][n]) for n, m in found[0].items())
 

@@ -11,7 +11,9 @@ from oracles.ctre import ER_DENSITY, GROWTH_INIT, SEQ_SWITCH, UPDATE_SCHEDULE
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins import MixedPrecision
-from support.core_rig import Regression, fit, loader, mlp, sgd, snapshot, trainer
+from support.data import loader
+from support.nets import Regression, mlp, sgd
+from support.rig import copied_masks, fit_steps, trainer_for
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -51,11 +53,11 @@ class Watch(Callback):
         def watched() -> None:
             weights = {n: callback.params[n].detach().clone() for n in callback.names}
             similarity = {n: t.clone() for n, t in callback.aux.items() if n.startswith("similarity/")}
-            before = snapshot(callback)
+            before = copied_masks(callback)
             update()
             after = {n: callback.params[n].detach().clone() for n in callback.names}
             self.updates.append({
-                "step": callback.step, "weights": weights, "new_weights": after, "before": before, "after": snapshot(callback),
+                "step": callback.step, "weights": weights, "new_weights": after, "before": before, "after": copied_masks(callback),
                 "similarity": {n.partition("/")[2]: t for n, t in similarity.items()}, "events": dict(callback.events),
             })  # fmt: skip
 
@@ -80,7 +82,7 @@ def run(
     path: Path, callback: CTRE, module: LightningModule | None = None, epochs: int = 3, batches: int = 5, **options: Any
 ) -> tuple[Watch, LightningModule, Trainer]:
     watch, module = Watch(callback), module or Net()
-    made = trainer(path, [callback, watch, *options.pop("more", [])], max_epochs=epochs, **options)
+    made = trainer_for([callback, watch, *options.pop("more", [])], path, max_epochs=epochs, **options)
     made.fit(module, loader(batches), loader(1) if getattr(module, "script", None) is not None else None)
     return watch, module, made
 
@@ -203,7 +205,7 @@ def test_new_weights_are_uniform_in_their_bound_and_others_stay(variant: str, tm
     callback = ctre(variant=variant, drop_fraction=0.5)
     module = Net(mlp(500, 100, 6))
     watch, drawn = Watch(callback), []
-    made = trainer(tmp_path, [callback, watch], max_epochs=4)
+    made = trainer_for([callback, watch], tmp_path, max_epochs=4)
     made.fit(module, loader(3, inputs=500))
     bound = GROWTH_INIT["bounds"]["500"]
     for update in watch.updates:
@@ -241,7 +243,7 @@ def test_new_weights_have_no_momentum_and_those_that_come_back_keep_theirs(tmp_p
 
     callback, momenta = ctre(drop_fraction=0.5, variant="pure"), Momenta()
     watch = Watch(callback)
-    trainer(tmp_path, [callback, watch, momenta], max_epochs=4).fit(Net(), loader(5))
+    trainer_for([callback, watch, momenta], tmp_path, max_epochs=4).fit(Net(), loader(5))
     assert len(momenta.seen) == 3
     assert all(len(grown) > 0 and not grown.any() for grown, _ in momenta.seen)
     assert any(len(back) > 0 for _, back in momenta.seen)
@@ -266,7 +268,7 @@ def test_one_seed_gives_one_topology_whatever_the_global_generator(tmp_path: Pat
         callback, module = ctre(seed=seed), Net()
         torch.manual_seed(noise)
         run(tmp_path, callback, module)
-        runs.append((snapshot(callback), {n: p.detach().clone() for n, p in module.named_parameters()}))
+        runs.append((copied_masks(callback), {n: p.detach().clone() for n, p in module.named_parameters()}))
     assert all(torch.equal(runs[0][0][n], runs[1][0][n]) for n in runs[0][0])
     assert all(torch.equal(runs[0][1][n], runs[1][1][n]) for n in runs[0][1])
     assert not any(torch.equal(runs[0][0][n], runs[2][0][n]) for n in runs[0][0])
@@ -309,7 +311,7 @@ def test_training_is_the_same_with_and_without_a_pass(tmp_path: Path) -> None:
         torch.manual_seed(1)
         source = DataLoader(loader(5).dataset, batch_size=4, shuffle=True)
         watch = Watch(callback)
-        trainer(tmp_path, [callback, watch], max_epochs=3).fit(module, source)
+        trainer_for([callback, watch], tmp_path, max_epochs=3).fit(module, source)
         assert watch.passes == ([13, 14] if start == 14 else [])
         ends.append(module.state_dict())
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
@@ -499,7 +501,7 @@ def test_a_resumed_run_goes_on_in_its_phase(hook: str, when: int, tmp_path: Path
     assert [u["events"]["ctre/phase"] for u in seen.updates] == [0, 0, 0, 1, 1, 1]
     again, resumed = ctre(**options), Net(mlp(12, 20, 6, seed=5), script)
     watch = Watch(again)
-    made = trainer(tmp_path, [again, watch], max_epochs=7)
+    made = trainer_for([again, watch], tmp_path, max_epochs=7)
     made.fit(resumed, loader(5), loader(1), ckpt_path=tmp_path / "mid.ckpt")
     assert watch.steps == seen.steps[-len(watch.steps):]
     assert [u["events"] for u in watch.updates] == [u["events"] for u in seen.updates[-len(watch.updates):]]
@@ -553,10 +555,10 @@ def test_a_run_resumed_inside_a_window_has_the_similarity_of_its_start(tmp_path:
 
     whole, module = ctre(), Net()
     seen = Watch(whole)
-    trainer(tmp_path, [whole, seen, Saves()], **options).fit(module, source())
+    trainer_for([whole, seen, Saves()], tmp_path, **options).fit(module, source())
     again, resumed = ctre(), Net(mlp(12, 20, 6, seed=5))
     watch = Watch(again)
-    trainer(tmp_path, [again, watch], **options).fit(resumed, source(), ckpt_path=tmp_path / "mid.ckpt")
+    trainer_for([again, watch], tmp_path, **options).fit(resumed, source(), ckpt_path=tmp_path / "mid.ckpt")
     assert seen.steps == watch.steps == [3]
     assert watch.passes == []
     assert all(torch.equal(again.masks[n], whole.masks[n]) for n in whole.masks)
@@ -607,9 +609,9 @@ class Endless(IterableDataset):
 def test_an_epoch_without_a_length_needs_an_interval(tmp_path: Path) -> None:
     source = DataLoader(Endless(), batch_size=4)
     with pytest.raises(ValueError, match=r"every=None is one update an epoch, and the training loader has no length\. Give every="):
-        trainer(tmp_path, ctre(), max_steps=4).fit(Net(), source)
+        trainer_for(ctre(), tmp_path, max_steps=4).fit(Net(), source)
     with pytest.raises(ValueError, match=r"DataLoader over an IterableDataset\. Give statistics_dataloader="):
-        trainer(tmp_path, ctre(every=2), max_steps=4).fit(Net(), source)
+        trainer_for(ctre(every=2), tmp_path, max_steps=4).fit(Net(), source)
 
 
 @pytest.mark.parametrize(
@@ -622,14 +624,14 @@ def test_an_epoch_without_a_length_needs_an_interval(tmp_path: Path) -> None:
 def test_networks_without_activations_to_compare_are_refused_before_the_first_step(net: nn.Module, message: str, tmp_path: Path) -> None:
     module = Net(net)
     with pytest.raises(ValueError, match=message):
-        fit(tmp_path, ctre(), module, 3)
+        fit_steps(tmp_path, ctre(), module, 3)
     assert module.batches == 0
 
 
 def test_a_module_without_a_forward_is_told_of_the_argument(tmp_path: Path) -> None:
     module = Regression()
     with pytest.raises(ValueError, match=r"Regression\.forward failed .*NotImplementedError.*forward=lambda module, batch"):
-        fit(tmp_path, ctre(), module, 3)
+        fit_steps(tmp_path, ctre(), module, 3)
     assert module.batches == 0
 
 
@@ -666,7 +668,7 @@ def test_a_refused_fit_leaves_flags_and_random_states_as_they_were(tmp_path: Pat
 
     module, kept = Odd(), list[BaseException]()
     with pytest.raises(ValueError, match="exclude=") as caught:
-        fit(tmp_path, CTRE(print_plan=False), module, 4)
+        fit_steps(tmp_path, CTRE(print_plan=False), module, 4)
     kept.append(caught.value)
     assert all(m.training for m in module.modules())
     torch.manual_seed(5)

@@ -7,7 +7,9 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from oracles.dpf import CUBIC, GLOBAL_LAYERS, GLOBAL_MASKS, GOAL, HARD, START, TRAJECTORIES
-from support.contract_support import Batches, Classifier, assert_effective, conv_net, differences, fit, mlp, snapshot, watch
+from support.data import Batches
+from support.nets import Classifier, conv_net, double_mlp
+from support.rig import assert_effective, differences, fit, snapshot, watch
 from torch import Tensor, nn
 
 from sparse_callbacks import DPF, GMP, Static
@@ -241,7 +243,7 @@ def test_one_threshold_for_all_layers_or_one_for_each() -> None:
 
 
 def test_a_layer_is_never_emptied() -> None:
-    net = mlp()
+    net = double_mlp()
     net[3].weight.data.mul_(1e-6)
     callback = DPF("constant(0.95)", print_plan=False)
     fit(Classifier(net), callback, fast_dev_run=1)
@@ -250,13 +252,13 @@ def test_a_layer_is_never_emptied() -> None:
 
 
 def test_the_plan_of_a_global_threshold_gives_the_total() -> None:
-    plan = DPF(0.9).plan(mlp())
+    plan = DPF(0.9).plan(double_mlp())
     assert plan.joint == plan.zeros == int(0.9 * 1296)
     assert {r.zeros for r in plan if r.name in plan.selected} == {None}
     assert plan["1.weight"].sparsity is None
     assert "joint" in str(plan)
     assert plan.total == int(0.9 * 1296) / 1296
-    assert DPF(0.9, distribution="uniform").plan(mlp()).joint is None
+    assert DPF(0.9, distribution="uniform").plan(double_mlp()).joint is None
 
 
 # ---------------------------------------------------------------------- fine-tuning

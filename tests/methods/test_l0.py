@@ -13,21 +13,9 @@ import pytorch_lightning as pl
 import torch
 from oracles.l0 import LAYERS_TARGET, LENET_ALL, LENET_SIZES, MLP_DENSITIES, MLP_DENSITY, STEP
 from pytorch_lightning.plugins.precision import MixedPrecision
-from support.contract_support import (
-    Batches,
-    ByHand,
-    Classifier,
-    Rivals,
-    Stops,
-    Thirds,
-    assert_effective,
-    conv_net,
-    differences,
-    fit,
-    mlp,
-    snapshot,
-    watch,
-)
+from support.data import Batches, Thirds
+from support.nets import ByHand, Classifier, Rivals, conv_net, double_mlp
+from support.rig import Stops, assert_effective, differences, fit, snapshot, watch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -123,7 +111,7 @@ def test_one_step_of_the_whole_game() -> None:
 def test_training_equals_a_loop_with_autograd(gate_optimizer: str, unit: str, l2: float, constraint: str) -> None:
     """Gates as parameters of a graph that holds the whole Lagrangian, each descended by a torch optimizer."""
     options = {"gate_optimizer": gate_optimizer, "unit": unit, "l2": l2, "constraint": constraint}
-    callback, module = l0(0.4, **options), Classifier(mlp())
+    callback, module = l0(0.4, **options), Classifier(double_mlp())
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9)  # type: ignore[method-assign]
     start: dict[str, Tensor] = {}
     noise: list[dict[str, Tensor]] = []
@@ -133,7 +121,7 @@ def test_training_equals_a_loop_with_autograd(gate_optimizer: str, unit: str, l2
     )
     fit(module, callback, begin)
 
-    net = mlp()
+    net = double_mlp()
     names = {"net.1.weight": net[1], "net.3.weight": net[3]}
     log_alpha = {n: start[f"log_alpha/{n}"].clone().requires_grad_() for n in names}
     groups = (
@@ -188,7 +176,7 @@ class Flat(Classifier):
 @pytest.mark.parametrize("gate_optimizer", ["sgd", "adam"])
 def test_density_comes_down_to_the_target_and_the_multiplier_goes_back_to_zero(constraint: str, gate_optimizer: str) -> None:
     rates = {"gate_lr": 10.0, "dual_lr": 0.1} if gate_optimizer == "sgd" else {"gate_lr": 0.02, "dual_lr": 0.01}
-    callback, module = l0(0.5, constraint=constraint, gate_optimizer=gate_optimizer, **rates), Flat(mlp())
+    callback, module = l0(0.5, constraint=constraint, gate_optimizer=gate_optimizer, **rates), Flat(double_mlp())
     density: list[list[float]] = []
     multipliers: list[list[float]] = []
 
@@ -213,7 +201,7 @@ def test_density_comes_down_to_the_target_and_the_multiplier_goes_back_to_zero(c
 def test_a_constraint_for_each_layer_with_its_own_target() -> None:
     targets = {"net.1.*": 0.3, "*": 0.7}
     callback = l0(targets, constraint="layer", gate_lr=0.02, dual_lr=0.01, gate_optimizer="adam")
-    fit(Flat(mlp()), callback, max_epochs=60)
+    fit(Flat(double_mlp()), callback, max_epochs=60)
     figures = callback.figures()
     assert figures["l0/expected/net.1.weight"] == pytest.approx(0.3, abs=0.1)
     assert figures["l0/expected/net.3.weight"] == pytest.approx(0.7, abs=0.1)
@@ -264,7 +252,7 @@ def test_parameters_behind_gates_are_those_of_kernels_with_their_biases_and_of_m
 
 @pytest.mark.parametrize("unit", ["channel", "weight"])
 def test_a_layer_keeps_its_likeliest_gate(unit: str) -> None:
-    callback, module = l0(LEAST, unit=unit, gate_lr=0.5, dual_lr=10.0), Flat(mlp())
+    callback, module = l0(LEAST, unit=unit, gate_lr=0.5, dual_lr=10.0), Flat(double_mlp())
     fit(module, callback, watch(lambda *_: assert_effective(module, callback)), max_epochs=20)
     active = {n: int(m.sum()) for n, m in callback.masks.items()}
     assert active == ({"net.1.weight": 24, "net.3.weight": 4} if unit == "channel" else {"net.1.weight": 1, "net.3.weight": 1})
@@ -324,7 +312,7 @@ def test_noise_derives_from_seed_step_and_name() -> None:
         callback = l0(seed=seed)
         found: dict[str, Tensor] = {}
         see = pl.callbacks.LambdaCallback(on_train_batch_start=lambda *_: found.update({n: callback.noise(n) for n in callback._tied}))
-        fit(Classifier(mlp()), callback, see, max_steps=steps)
+        fit(Classifier(double_mlp()), callback, see, max_steps=steps)
         return found
 
     first, again, later, other = drawn(0, 1), drawn(0, 1), drawn(0, 2), drawn(1, 1)
@@ -340,7 +328,7 @@ def test_what_the_user_writes_into_the_weights_is_kept() -> None:
                 for p in self.net.parameters():
                     p.clamp_(-0.02, 0.02)
 
-    callback, module = l0(gate_lr=0.0), Clamps(mlp())
+    callback, module = l0(gate_lr=0.0), Clamps(double_mlp())
     fit(module, callback)
     for name in callback.masks:
         assert float((callback.gated.medians[name] * callback.store.dense(name)).abs().max()) < 0.1
@@ -360,7 +348,7 @@ def test_a_write_in_a_batch_is_taken_by_the_sample_in_force(unit: str, hook: str
 
     runs = []
     for writes in (False, True):
-        callback, module = l0(unit=unit), Clamps(mlp())
+        callback, module = l0(unit=unit), Clamps(double_mlp())
         if writes:
             setattr(module, hook, module.clamp)
         fit(module, callback)
@@ -377,7 +365,7 @@ def test_a_write_in_a_batch_becomes_the_value_over_the_sample(window: int) -> No
                     self.net[1].weight[1] = 0.25
             return super().training_step(batch, batch_idx)
 
-    callback, module = l0(gate_lr=0.0), Writes(mlp())
+    callback, module = l0(gate_lr=0.0), Writes(double_mlp())
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)  # type: ignore[method-assign]
     held, samples = [], []
     see = pl.callbacks.LambdaCallback(
@@ -398,7 +386,7 @@ def test_an_exception_in_a_batch_leaves_medians() -> None:
                 raise KeyError("data")
             return super().training_step(batch, batch_idx)
 
-    callback, module = l0(), Fails(mlp())
+    callback, module = l0(), Fails(double_mlp())
     with pytest.raises(KeyError, match="data"):
         fit(module, callback)
     for name in callback.masks:
@@ -621,7 +609,7 @@ def test_where_the_model_cannot_be_run_norms_go_unchecked_and_that_is_said() -> 
 
 def test_matrices_need_no_example(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ConstrainedL0, "data_pass", lambda *_: pytest.fail("was asked for data"), raising=False)
-    fit(Classifier(mlp()), l0(), max_steps=1)
+    fit(Classifier(double_mlp()), l0(), max_steps=1)
 
 
 def test_kernel_and_bias_pull_on_a_gate_and_the_norm_does_not() -> None:
@@ -686,7 +674,7 @@ def test_the_plan_lists_what_goes_with_channels() -> None:
 def test_micro_batches_equal_one_large_batch(unit: str, clip: float | None) -> None:
     runs = []
     for window, loader in ((1, Batches()), (3, Thirds())):
-        callback, module = l0(unit=unit), Classifier(mlp())
+        callback, module = l0(unit=unit), Classifier(double_mlp())
         fit(module, callback, loader=loader, accumulate_grad_batches=window, gradient_clip_val=clip)
         runs.append((callback, module))
     (large, whole), (small, parts) = runs
@@ -728,7 +716,7 @@ def test_a_gradient_that_is_not_finite_moves_no_gate(bad: float) -> None:
             if self.trainer.global_step == 3:
                 self.net[3].weight.grad[0, 0] = bad
 
-    callback, module = l0(), Breaks(mlp())
+    callback, module = l0(), Breaks(double_mlp())
     states: list[Any] = []
     keep = watch(lambda *_: states.append(copy.deepcopy((callback.aux, callback.masks, callback.step))))
     fit(module, callback, keep, limit_train_batches=4, max_epochs=1)
@@ -738,7 +726,7 @@ def test_a_gradient_that_is_not_finite_moves_no_gate(bad: float) -> None:
 
 def test_the_same_under_manual_optimization() -> None:
     automatic, manual = l0(), l0()
-    usual, by_hand = Classifier(mlp()), ByHand(mlp(), window=2)
+    usual, by_hand = Classifier(double_mlp()), ByHand(double_mlp(), window=2)
     first = fit(usual, automatic, accumulate_grad_batches=2)
     second = fit(by_hand, manual)
     assert differences(automatic.state_dict(), manual.state_dict(), bitwise=False) == []
@@ -857,11 +845,11 @@ def test_resume_is_bitwise(gate_optimizer: str, unit: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
 def test_resume_is_bitwise_in_low_precision(precision: str, unit: str, tmp_path: Path) -> None:
     after, make = (1, 3, 8), lambda: l0(unit=unit)
-    assert resumed(make, tmp_path, after, net=lambda seed=0: mlp(seed).float(), precision=precision) == {b: [] for b in after}
+    assert resumed(make, tmp_path, after, net=lambda seed=0: double_mlp(seed).float(), precision=precision) == {b: [] for b in after}
 
 
 def test_a_second_fit_in_low_precision_goes_on_from_the_same_dense_weights() -> None:
-    callback, module = l0(), Classifier(mlp().bfloat16())
+    callback, module = l0(), Classifier(double_mlp().bfloat16())
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.05)  # type: ignore[method-assign]
     fit(module, callback, max_epochs=1)
     before = {n: callback.store.dense(n).clone() for n in callback.params}
@@ -903,7 +891,7 @@ def test_a_second_fit_goes_on_from_the_same_dense_weights_and_gates() -> None:
 
 @pytest.mark.parametrize("unit", ["channel", "weight"])
 def test_low_precision_weights_have_gates_in_float32(unit: str) -> None:
-    callback, module = l0(unit=unit, l2=0.01), Classifier(mlp().bfloat16())
+    callback, module = l0(unit=unit, l2=0.01), Classifier(double_mlp().bfloat16())
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.05)  # type: ignore[method-assign]
     fit(module, callback)
     for name in callback.masks:
@@ -913,7 +901,7 @@ def test_low_precision_weights_have_gates_in_float32(unit: str) -> None:
 
 
 def test_copies_and_pickles() -> None:
-    callback, module = l0(), Classifier(mlp())
+    callback, module = l0(), Classifier(double_mlp())
     fit(module, callback, max_steps=3)
     for twin in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
         assert differences(callback.state_dict(), twin.state_dict()) == []
@@ -944,7 +932,7 @@ def test_curves(tmp_path: Path) -> None:
 def test_before_fit_there_are_no_figures() -> None:
     for callback in (l0(), l0(constraint="layer")):
         assert callback.figures() == callback.outcome() == {}
-        fit(Classifier(mlp()), callback, max_steps=1)
+        fit(Classifier(double_mlp()), callback, max_steps=1)
         assert callback.figures()
         assert callback.outcome()
         callback.forget()
@@ -955,15 +943,15 @@ def test_before_fit_there_are_no_figures() -> None:
 def test_a_run_that_ends_above_its_target_says_so() -> None:
     callback = l0(0.1, gate_lr=1e-6)
     with pytest.warns(UserWarning, match=r"ended at an expected density of 0\.83\d+ in the model, above its target of 0\.1000.*dual_lr="):
-        fit(Classifier(mlp()), callback, max_steps=2)
+        fit(Classifier(double_mlp()), callback, max_steps=2)
     assert not callback.at_target
     other = l0({"net.1.*": 0.9, "*": 0.2}, constraint="layer", gate_lr=1e-6)
     with pytest.warns(UserWarning, match=r"0\.83\d+ in net\.3\.weight, above its target of 0\.2000"):
-        fit(Classifier(mlp()), other, max_steps=2)
+        fit(Classifier(double_mlp()), other, max_steps=2)
     assert not l0().at_target
     for density, near in ((0.81, True), (0.8, False)):  # three points are near enough
         still = l0(density, gate_lr=0.0)
-        fit(Classifier(mlp()), still, max_steps=1)
+        fit(Classifier(double_mlp()), still, max_steps=1)
         assert still.at_target == near
 
 
@@ -999,10 +987,10 @@ def test_arguments_that_cannot_be(arguments: dict[str, Any], error: str) -> None
 
 def test_models_and_optimizers_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"l2=0\.001 already decays gated parameters.*weight_decay=0\.01 for net\.1\.weight"):
-        fit(Classifier(mlp()), l0(l2=0.001))
+        fit(Classifier(double_mlp()), l0(l2=0.001))
     with pytest.raises(ValueError, match=r"density= has no value for net\.3\.weight"):
-        fit(Classifier(mlp()), l0({"net.1.*": 0.5}, constraint="layer"))
-    net = mlp()
+        fit(Classifier(double_mlp()), l0({"net.1.*": 0.5}, constraint="layer"))
+    net = double_mlp()
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(ValueError, match=r"droprate= has a value for 'conv\*'"):
         fit(Classifier(net), l0(droprate={"conv*": 0.5, "*": 0.2}))
@@ -1010,9 +998,9 @@ def test_models_and_optimizers_that_do_not_fit() -> None:
 
 
 def test_other_arguments_do_not_resume(tmp_path: Path) -> None:
-    fit(Classifier(mlp()), l0(0.5), max_steps=2).save_checkpoint(tmp_path / "run.ckpt")
+    fit(Classifier(double_mlp()), l0(0.5), max_steps=2).save_checkpoint(tmp_path / "run.ckpt")
     with pytest.raises(ValueError, match=r"density=0\.5 there and density=0\.4 here"):
-        fit(Classifier(mlp()), l0(0.4), ckpt_path=tmp_path / "run.ckpt")
+        fit(Classifier(double_mlp()), l0(0.4), ckpt_path=tmp_path / "run.ckpt")
 
 
 def test_the_target_of_the_tables() -> None:

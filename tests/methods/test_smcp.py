@@ -8,7 +8,9 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from oracles.smcp import NORM_SCALING, PRUNED_DECAY, SCHEDULES, SOFT_MASK
-from support.contract_support import Batches, Classifier, Layers, assert_effective, differences, fit, snapshot, watch
+from support.data import Batches
+from support.nets import Classifier, Layers
+from support.rig import assert_effective, differences, fit, snapshot, watch
 from torch import Tensor, nn
 
 from sparse_callbacks.channels import costs, norms
