@@ -10,6 +10,7 @@ import torch
 from pytorch_lightning import Callback
 from pytorch_lightning import callbacks as lightning_callbacks
 from support.data import loader
+from support.inside import parameters_of, planted_hooks
 from support.nets import Regression, mlp, sgd
 from support.rig import copied_masks, fit_steps, trainer_for
 from torch import nn
@@ -60,7 +61,7 @@ def test_a_hook_that_raises_at_an_update_leaves_nothing_in_the_module(tmp_path: 
     with pytest.raises(RuntimeError, match="theirs"):
         fit_steps(tmp_path, callback, module, 4)
     assert "configure_gradient_clipping" not in vars(module)
-    assert not callback._handles
+    assert not planted_hooks(callback)
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])
@@ -72,13 +73,13 @@ def test_an_inf_at_a_pruned_weight_harms_nobody(make: Any, clip: float | None, t
         def on_after_backward(self, trainer: Any, module: Any) -> None:
             if trainer.global_step == 3:
                 for name, mask in callback.masks.items():
-                    callback.params[name].grad[~mask] = torch.inf
+                    parameters_of(callback)[name].grad[~mask] = torch.inf
 
     module = Regression()
     fit_steps(tmp_path, [callback, Poison()], module, 6, gradient_clip_val=clip)
     for name, p in module.named_parameters():
         assert p.isfinite().all(), name
-    assert all((callback.params[n][~m] == 0).all() for n, m in callback.masks.items())
+    assert all((parameters_of(callback)[n][~m] == 0).all() for n, m in callback.masks.items())
 
 
 @pytest.mark.parametrize("make", METHODS, ids=lambda m: m.__name__)
@@ -170,7 +171,7 @@ def test_the_learning_rate_finder_runs_beside_a_callback(tmp_path: Path) -> None
     for callback in (made(RigL), made(Static)):
         finder = lightning_callbacks.LearningRateFinder(num_training_steps=6)
         trainer_for([callback, finder], tmp_path, max_epochs=2).fit(Rated(), loader(8))
-        assert all((callback.params[n][~m] == 0).all() for n, m in callback.masks.items())
+        assert all((parameters_of(callback)[n][~m] == 0).all() for n, m in callback.masks.items())
 
 
 def test_a_layer_that_is_thawed_during_the_run_is_spoken_of(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins import MixedPrecision
 from support.data import loader
+from support.inside import Moment, around_updates, before_measuring, parameters_of, waits_for
 from support.nets import Regression, mlp, sgd
 from support.rig import copied_masks, fit_steps, trainer_for
 from torch import Tensor, nn
@@ -48,25 +49,23 @@ class Watch(Callback):
     def __init__(self, callback: CTRE) -> None:
         self.updates: list[dict[str, Any]] = []
         self.passes: list[int] = []
-        update, measured = callback.update, callback._measure
+        self.callback = callback
+        around_updates(callback, self.before, self.after)
+        before_measuring(callback, lambda: self.passes.append(callback.step))
 
-        def watched() -> None:
-            weights = {n: callback.params[n].detach().clone() for n in callback.names}
-            similarity = {n: t.clone() for n, t in callback.aux.items() if n.startswith("similarity/")}
-            before = copied_masks(callback)
-            update()
-            after = {n: callback.params[n].detach().clone() for n in callback.names}
-            self.updates.append({
-                "step": callback.step, "weights": weights, "new_weights": after, "before": before, "after": copied_masks(callback),
-                "similarity": {n.partition("/")[2]: t for n, t in similarity.items()}, "events": dict(callback.events),
-            })  # fmt: skip
+    def weights(self, names: list[str]) -> dict[str, Tensor]:
+        return {n: parameters_of(self.callback)[n].detach().clone() for n in names}
 
-        def measure_too(fraction: float) -> Any:
-            if fraction:
-                self.passes.append(callback.step)
-            return measured(fraction)
+    def before(self, moment: Moment) -> None:
+        similarity = {n: t.clone() for n, t in self.callback.aux.items() if n.startswith("similarity/")}
+        self.last = {
+            "step": moment.step, "weights": self.weights(moment.names), "before": copied_masks(self.callback),
+            "similarity": {n.partition("/")[2]: t for n, t in similarity.items()},
+        }  # fmt: skip
 
-        callback.update, callback._measure = watched, measure_too
+    def after(self, moment: Moment) -> None:
+        self.last |= {"new_weights": self.weights(moment.names), "after": copied_masks(self.callback), "events": moment.figures}
+        self.updates.append(self.last)
 
     @property
     def steps(self) -> list[int]:
@@ -124,7 +123,7 @@ def test_a_step_that_is_skipped_is_followed_by_another_pass(tmp_path: Path) -> N
     class Overflows(Callback):
         def on_after_backward(self, trainer: Trainer, module: LightningModule) -> None:
             if trainer.global_step == 3:
-                callback.params[FIRST].grad[callback.masks[FIRST]] = math.inf
+                parameters_of(callback)[FIRST].grad[callback.masks[FIRST]] = math.inf
 
         def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
             if trainer.global_step == 4:
@@ -189,7 +188,7 @@ def test_the_similarity_is_that_of_the_whole_training_set_at_that_moment(tmp_pat
             if found:
                 x = torch.cat([x for x, _ in loader(5)])
                 with torch.no_grad():
-                    sums = measure(module, callback.params, (module.net(x) for _ in range(1)))
+                    sums = measure(module, parameters_of(callback), (module.net(x) for _ in range(1)))
                 seen.append((found, {n: cosine(s) for n, s in sums.items()}))
 
     callback = ctre()
@@ -237,7 +236,7 @@ def test_new_weights_have_no_momentum_and_those_that_come_back_keep_theirs(tmp_p
                 grown = last["after"][FIRST] & ~last["before"][FIRST]
                 kept = keep_largest(last["weights"][FIRST], int(last["before"][FIRST].sum()) // 2, among=last["before"][FIRST])
                 back = last["after"][FIRST] & last["before"][FIRST] & ~kept
-                momentum = trainer.optimizers[0].state[callback.params[FIRST]]["momentum_buffer"]
+                momentum = trainer.optimizers[0].state[parameters_of(callback)[FIRST]]["momentum_buffer"]
                 self.seen.append((momentum[grown], momentum[back]))
                 assert torch.equal(last["new_weights"][FIRST][back], last["weights"][FIRST][back])
 
@@ -282,7 +281,7 @@ def test_gradients_of_pruned_weights_are_never_read(options: dict[str, Any], tmp
 
         def on_after_backward(self, trainer: Trainer, module: LightningModule) -> None:
             for name, mask in callback.masks.items() if self.poisonous else ():
-                callback.params[name].grad[~mask] = math.nan
+                parameters_of(callback)[name].grad[~mask] = math.nan
 
     ends = []
     for poisonous in (False, True):
@@ -647,7 +646,7 @@ def test_the_best_epoch_is_kept_like_in_any_run(tmp_path: Path) -> None:
 
 def test_a_monitor_may_be_given_to_every_variant_so_that_variants_fit_one_sweep() -> None:
     assert not CTRE(variant="sim", monitor="score").at_random
-    assert CTRE(variant="sim", monitor="score")._patience is None
+    assert waits_for(CTRE(variant="sim", monitor="score")) is None
 
 
 def test_a_refused_fit_leaves_flags_and_random_states_as_they_were(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import CSVLogger
 from support.data import Batches
+from support.inside import Moment, around_updates, parameters_of, when_attached
 from support.nets import OPTIMIZERS, Classifier, FixedGradient, Regression, double_mlp, mlp
 from support.rig import assert_effective, copied_masks, differences, fit, fit_steps, snapshot, watch
 from torch import Tensor, nn
@@ -92,8 +93,7 @@ def test_the_numeric_cycle(tmp_path: Path) -> None:
     def state() -> tuple[list[Any], list[Any]]:
         return [m.int().tolist()[0] for m in callback.masks.values()], [row.weight.detach()[0].clone() for row in module.rows]
 
-    move = callback.move_masks
-    callback.move_masks = lambda **events: (seen.append(state()), move(**events))
+    around_updates(callback, before=lambda _: seen.append(state()))
     fit_steps(tmp_path, callback, module, 3)
     seen.append(state())
     assert [masks for masks, _ in seen] == [masks for masks, _ in oracle.CYCLE_STEPS]
@@ -105,8 +105,7 @@ def first_masks(path: Path, **options: Any) -> tuple[dict[str, Tensor], dict[str
     """Masks and weights before the first step."""
     module, callback, found = Regression(deep(3)), gap(**options), {}
     weights = {n: p.detach().clone() for n, p in module.named_parameters()}
-    attach = callback.attach
-    callback.attach = lambda model: (found.update(copied_masks(callback)), attach(model))
+    when_attached(callback, lambda: found.update(copied_masks(callback)))
     fit_steps(path, callback, module, 8)
     return found, weights
 
@@ -135,11 +134,9 @@ def test_partitions_become_dense_in_turn(shape: tuple[int, int], expected: list[
     callback, every = gap(count, rounds=rounds, every=3), 3
     phases: list[dict[str, Any]] = [{"masks": None, "weights": None}]
     seen: list[list[int]] = []
-    move = callback.move_masks
 
-    def move_masks(**events: float) -> None:
-        phases.append({"masks": copied_masks(callback), "weights": {n: p.detach().clone() for n, p in callback.params.items()}})
-        move(**events)
+    def keep(_: Moment) -> None:
+        phases.append({"masks": copied_masks(callback), "weights": {n: p.detach().clone() for n, p in parameters_of(callback).items()}})
 
     def look(trainer: Any, module: Any, done: int) -> None:
         assert_effective(module, callback)
@@ -154,7 +151,7 @@ def test_partitions_become_dense_in_turn(shape: tuple[int, int], expected: list[
             assert active < total
             assert callback.at_target is (not dense)
 
-    callback.move_masks = move_masks
+    around_updates(callback, before=keep)
     steps = every * (len(expected) - 1) + 2
     fit_steps(tmp_path, [callback, Look(), watch(look)], Regression(deep(count)), steps)
     assert seen == [expected[min(step // every, len(expected) - 1)][2] for step in range(steps)]
@@ -207,8 +204,7 @@ def test_each_step_is_that_of_a_plain_loop(tmp_path: Path) -> None:
     for mine, theirs in zip(net.parameters(), module.net.parameters(), strict=True):
         mine.data.copy_(theirs.data)
     start: dict[str, Tensor] = {}
-    begin = callback.attach
-    callback.attach = lambda model: (start.update(copied_masks(callback)), begin(model))
+    when_attached(callback, lambda: start.update(copied_masks(callback)))
     fit(module, callback, loader=data, max_epochs=1)
     masks = {n.removeprefix("net."): m.clone() for n, m in start.items()}
     weights = dict(net.named_parameters())

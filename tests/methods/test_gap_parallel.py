@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from support import processes
 from support.data import Batches
+from support.inside import kept_of_the_round
 from support.nets import Classifier, conv_net, double_mlp
 from support.processes import run_two_processes
 from support.rig import Stops, assert_effective, differences, fit, snapshot, watch
@@ -164,7 +165,7 @@ def test_every_weight_is_active_once_a_round_and_sparse_after_it() -> None:
     fit(module, callback, watch(check), max_epochs=5)
     assert dense[-1] is None
     assert callback.updates == 4
-    assert set(callback._kept("start")) == set(callback._kept("gathered")) == set()
+    assert kept_of_the_round(callback) == set()
 
 
 def test_optimizers_and_schedules_start_anew_for_each_worker_and_for_fine_tuning() -> None:

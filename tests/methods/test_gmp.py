@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning import Callback
+from support.inside import Moment, around_updates, parameters_of
 from support.nets import FixedGradient, Regression, mlp
 from support.rig import copied_masks, fit_steps, record_updates
 
@@ -18,15 +19,14 @@ class Watch(Callback):
 
     def __init__(self, callback: GMP) -> None:
         self.callback, self.masks, self.moves, self.targets = callback, [], [], []
-        move = callback.move_masks
+        around_updates(callback, self.before, self.after)
 
-        def move_masks(**events: float) -> None:
-            weights = {n: callback.params[n].detach().clone() for n in callback.names}
-            before = copied_masks(callback)
-            move(**events)
-            self.moves.append((weights, before, copied_masks(callback)))
+    def before(self, moment: Moment) -> None:
+        weights = {n: parameters_of(self.callback)[n].detach().clone() for n in moment.names}
+        self.last = weights, copied_masks(self.callback)
 
-        callback.move_masks = move_masks
+    def after(self, moment: Moment) -> None:
+        self.moves.append((*self.last, copied_masks(self.callback)))
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step == 0:

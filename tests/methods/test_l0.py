@@ -14,6 +14,20 @@ import torch
 from oracles.l0 import LAYERS_TARGET, LENET_ALL, LENET_SIZES, MLP_DENSITIES, MLP_DENSITY, STEP
 from pytorch_lightning.plugins.precision import MixedPrecision
 from support.data import Batches, Thirds
+from support.inside import dense_values, parameters_of
+from support.l0 import (
+    at_start,
+    close_some,
+    constraints_of,
+    expected_densities,
+    l0,
+    median_gates,
+    pulls_on_gates,
+    sampled_factor,
+    sampled_gates,
+    shares_of_parameters,
+    tied_kernels,
+)
 from support.nets import ByHand, Classifier, Rivals, conv_net, double_mlp
 from support.rig import Stops, assert_effective, differences, fit, snapshot, watch
 from torch import Tensor, nn
@@ -25,27 +39,6 @@ from sparse_callbacks.methods.l0.l0 import LEAST, ConstrainedL0, gates
 from sparse_callbacks.tasks.models import lenet5_caffe, lenet_300_100
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-
-def l0(density: Any = 0.5, **options: Any) -> ConstrainedL0:
-    """Gates that move within a short run."""
-    quick = {"gate_lr": 0.1, "dual_lr": 0.1, "print_plan": False}
-    return ConstrainedL0(density, **(quick | options))
-
-
-def at_start(act: Any) -> pl.Callback:
-    """Calls ``act()`` when training starts, behind the sparsity callbacks."""
-    return pl.callbacks.LambdaCallback(on_train_start=lambda *_: act())
-
-
-def close_some(callback: ConstrainedL0, log_alpha: float = -4.0, every: int = 3) -> None:
-    """Every third gate of each layer is almost always closed, the others have fractions."""
-    for key, value in callback.aux.items():
-        if key.startswith("log_alpha/"):
-            value.copy_(torch.linspace(-1.0, 3.0, value.numel()).view_as(value))
-            value.view(-1)[::every] = log_alpha
-    for kernel in callback._tied:
-        callback.gated.take_medians(kernel, callback.aux[f"log_alpha/{kernel}"])
 
 
 # ---------------------------------------------------------------------- one step by the book
@@ -78,12 +71,12 @@ def test_one_step_of_the_whole_game() -> None:
     def set_up() -> None:
         callback.aux[f"log_alpha/{name}"].copy_(torch.tensor([STEP["log_alpha_per_input"]]))
         callback.aux[f"multiplier/{name}"].fill_(STEP["lambda"])
-        assert callback.store.dense(name).tolist() == STEP["weight_out_in"]
+        assert dense_values(callback, name).tolist() == STEP["weight_out_in"]
 
     seen: dict[str, Any] = {}
 
     def in_batch() -> None:
-        dense = callback.store.dense(name)
+        dense = dense_values(callback, name)
         seen["z"] = (module.layer.weight.detach() / dense.where(dense != 0, torch.ones_like(dense)))[0].tolist()
         seen["l2"] = STEP["weight_decay"] * float(gates.expected_l2(dense, callback.aux[f"log_alpha/{name}"]))
 
@@ -96,11 +89,11 @@ def test_one_step_of_the_whole_game() -> None:
     total = seen["loss"] + seen["l2"] + STEP["lambda"] * STEP["defect"]
     assert seen["l2"] / STEP["weight_decay"] == pytest.approx(STEP["expected_l2"], **close)
     assert STEP["loss"] in (pytest.approx(seen["loss"], **close), pytest.approx(total, **close))
-    for row, expected in zip(callback.store.dense(name).tolist(), STEP["weight_after"], strict=True):
+    for row, expected in zip(dense_values(callback, name).tolist(), STEP["weight_after"], strict=True):
         assert row == pytest.approx(expected, **close)
     assert callback.aux[f"log_alpha/{name}"][0].tolist() == pytest.approx(STEP["log_alpha_after"], **close)
     assert float(callback.aux[f"multiplier/{name}"]) == pytest.approx(STEP["lambda_after"], **close)
-    assert torch.equal(module.layer.weight, gates.median(callback.aux[f"log_alpha/{name}"]) * callback.store.dense(name))
+    assert torch.equal(module.layer.weight, gates.median(callback.aux[f"log_alpha/{name}"]) * dense_values(callback, name))
 
 
 @pytest.mark.parametrize("gate_optimizer", ["sgd", "adam"])
@@ -155,7 +148,7 @@ def test_training_equals_a_loop_with_autograd(gate_optimizer: str, unit: str, l2
         multiplier = {g: max(0.0, multiplier[g] + 0.1 * float(d)) if float(d) >= 0 else 0.0 for g, d in defects.items()}
     for n, layer in names.items():
         assert torch.allclose(callback.aux[f"log_alpha/{n}"], log_alpha[n].detach(), rtol=0, atol=1e-8)
-        assert torch.allclose(callback.store.dense(n), layer.weight.detach(), rtol=0, atol=1e-8)
+        assert torch.allclose(dense_values(callback, n), layer.weight.detach(), rtol=0, atol=1e-8)
         assert not torch.allclose(callback.aux[f"log_alpha/{n}"], start[f"log_alpha/{n}"], atol=1e-4)
     assert {k: float(v) for k, v in callback.aux.items() if k.startswith("multiplier/")} == {
         f"multiplier/{g}": pytest.approx(m, abs=1e-9) for g, m in multiplier.items()
@@ -181,7 +174,7 @@ def test_density_comes_down_to_the_target_and_the_multiplier_goes_back_to_zero(c
     multipliers: list[list[float]] = []
 
     def see(*_: Any) -> None:
-        density.append([found for _, found in callback._densities()])
+        density.append([found for _, found in expected_densities(callback)])
         multipliers.append([float(v) for k, v in callback.aux.items() if k.startswith("multiplier/")])
 
     fit(module, callback, watch(see), max_epochs=60)
@@ -223,7 +216,7 @@ def test_the_published_network_at_its_start() -> None:
     figures: dict[str, float] = {}
     begin = at_start(lambda: figures.update(callback.figures()))
     dense: dict[str, Tensor] = {}
-    keep = at_start(lambda: dense.update({n: callback.store.dense(n).clone() for n in callback.params}))
+    keep = at_start(lambda: dense.update({n: dense_values(callback, n).clone() for n in parameters_of(callback)}))
     fit(module, callback, begin, keep, max_steps=1)
     expected = [v for k, v in figures.items() if k.startswith("l0/expected/") and not k.endswith("total")]
     assert expected == pytest.approx(MLP_DENSITIES, abs=2e-3)  # log_alpha starts with a spread of 0.01
@@ -241,11 +234,11 @@ def test_parameters_behind_gates_are_those_of_kernels_with_their_biases_and_of_m
             return self.net(torch.zeros(2, 1, 28, 28)).square().mean()
 
     fit(Images(net), callback, max_steps=1)
-    (constraint,) = callback._constraints
+    (constraint,) = constraints_of(callback)
     names, total = constraint.names, sum(LENET_SIZES)
     assert [round(s * total) for s in constraint.shares.values()] == LENET_SIZES
     assert sum(p.numel() for p in net.parameters()) == LENET_ALL
-    assert len(callback.params) == 6
+    assert len(parameters_of(callback)) == 6
     shapes = [tuple(callback.aux[f"log_alpha/{n}"].shape) for n in names]
     assert shapes == [(20, 1, 1, 1), (50, 1, 1, 1), (1, 800), (1, 500)]
 
@@ -258,7 +251,7 @@ def test_a_layer_keeps_its_likeliest_gate(unit: str) -> None:
     assert active == ({"net.1.weight": 24, "net.3.weight": 4} if unit == "channel" else {"net.1.weight": 1, "net.3.weight": 1})
     for name, mask in callback.masks.items():
         log_alpha = callback.aux[f"log_alpha/{name}"]
-        value = (module.get_parameter(name) / callback.store.dense(name))[mask]
+        value = (module.get_parameter(name) / dense_values(callback, name))[mask]
         assert torch.allclose(value, gates.p_open(log_alpha.max()), rtol=1e-6)
         assert 0 < float(value[0]) <= 0.5
         assert float(log_alpha.min()) == pytest.approx(-gates.LIMIT)
@@ -275,14 +268,14 @@ def test_samples_in_a_batch_and_medians_at_any_other_time(unit: str) -> None:
     between: list[bool] = []
 
     def medians() -> bool:
-        found = {n: callback.gated.medians[n] * callback.store.dense(n) for n in callback.params}
-        for kernel in callback._tied:
-            assert torch.equal(callback.gated.medians[kernel], gates.median(callback.aux[f"log_alpha/{kernel}"]))
+        found = {n: median_gates(callback, n) * dense_values(callback, n) for n in parameters_of(callback)}
+        for kernel in tied_kernels(callback):
+            assert torch.equal(median_gates(callback, kernel), gates.median(callback.aux[f"log_alpha/{kernel}"]))
         return all(torch.equal(module.get_parameter(n), v) for n, v in found.items())
 
     class Watched(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            during.append({n: self.get_parameter(n).detach().clone() for n in callback.params})
+            during.append({n: self.get_parameter(n).detach().clone() for n in parameters_of(callback)})
             return super().training_step(batch, batch_idx)
 
         def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -311,7 +304,11 @@ def test_noise_derives_from_seed_step_and_name() -> None:
     def drawn(seed: int, steps: int) -> dict[str, Tensor]:
         callback = l0(seed=seed)
         found: dict[str, Tensor] = {}
-        see = pl.callbacks.LambdaCallback(on_train_batch_start=lambda *_: found.update({n: callback.noise(n) for n in callback._tied}))
+
+        def take(*_: Any) -> None:
+            found.update({n: callback.noise(n) for n in tied_kernels(callback)})
+
+        see = pl.callbacks.LambdaCallback(on_train_batch_start=take)
         fit(Classifier(double_mlp()), callback, see, max_steps=steps)
         return found
 
@@ -331,7 +328,7 @@ def test_what_the_user_writes_into_the_weights_is_kept() -> None:
     callback, module = l0(gate_lr=0.0), Clamps(double_mlp())
     fit(module, callback)
     for name in callback.masks:
-        assert float((callback.gated.medians[name] * callback.store.dense(name)).abs().max()) < 0.1
+        assert float((median_gates(callback, name) * dense_values(callback, name)).abs().max()) < 0.1
         assert float(module.get_parameter(name).abs().max()) <= 0.02
 
 
@@ -369,8 +366,8 @@ def test_a_write_in_a_batch_becomes_the_value_over_the_sample(window: int) -> No
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)  # type: ignore[method-assign]
     held, samples = [], []
     see = pl.callbacks.LambdaCallback(
-        on_train_batch_start=lambda *_: samples.append(callback.gated.samples["net.1.weight"].flatten().clone()),
-        on_train_batch_end=lambda *_: held.append(callback.store.dense("net.1.weight").clone()),
+        on_train_batch_start=lambda *_: samples.append(sampled_gates(callback, "net.1.weight").flatten().clone()),
+        on_train_batch_end=lambda *_: held.append(dense_values(callback, "net.1.weight").clone()),
     )
     fit(module, callback, see, max_epochs=1, limit_train_batches=4, accumulate_grad_batches=window)
     before, after, z = held[1], held[2], samples[2]
@@ -390,7 +387,7 @@ def test_an_exception_in_a_batch_leaves_medians() -> None:
     with pytest.raises(KeyError, match="data"):
         fit(module, callback)
     for name in callback.masks:
-        assert torch.equal(module.get_parameter(name), callback.gated.medians[name] * callback.store.dense(name))
+        assert torch.equal(module.get_parameter(name), median_gates(callback, name) * dense_values(callback, name))
 
 
 @pytest.mark.parametrize("constraint", ["model", "layer"])
@@ -427,7 +424,7 @@ def test_the_host_reads_a_constant_number_of_times_in_a_step(constraint: str, mo
             fit(module, callback, begin, watch(lambda *_, to=counts: to.append(Reads.count)), max_epochs=1)
         finally:
             mode.__exit__(None, None, None)
-        assert len(callback._tied) == layers + 2
+        assert len(tied_kernels(callback)) == layers + 2
         found.append([after - before for before, after in pairwise(counts)])
     assert found[0] == found[1]
     assert 0 < max(found[0]) <= 4
@@ -507,7 +504,7 @@ def test_a_closed_channel_is_zero_behind_its_norm_in_training_too_and_tells_it_n
     class Watched(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             x = batch[0].double()
-            gate = callback.gated.samples["net.0.weight"].flatten()
+            gate = sampled_gates(callback, "net.0.weight").flatten()
             held.append(self.net[1].running_var.clone())
             closed.append(gate == 0)
             conv, norm = copy.deepcopy((self.net[0], self.net[1]))
@@ -530,7 +527,7 @@ def test_an_exception_in_a_batch_leaves_norms_with_what_they_knew_of_closed_chan
             held.append(self.net[1].running_var.clone())
             loss = super().training_step(batch, batch_idx)
             if batch_idx == 2:
-                closed.append(callback.gated.samples["net.0.weight"].flatten() == 0)
+                closed.append(sampled_gates(callback, "net.0.weight").flatten() == 0)
                 raise KeyError("data")
             return loss
 
@@ -604,7 +601,7 @@ def test_where_the_model_cannot_be_run_norms_go_unchecked_and_that_is_said() -> 
         assert fit(module, callback, loader=Stream()).global_step == 16
     with pytest.warns(UserWarning, match=r"Set example_input_array"):
         assert fit(Unusual(), l0()).global_step == 16
-    assert callback._tied["net.0.weight"].norms == ("net.1",)
+    assert tied_kernels(callback)["net.0.weight"].norms == ("net.1",)
 
 
 def test_matrices_need_no_example(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -622,20 +619,20 @@ def test_kernel_and_bias_pull_on_a_gate_and_the_norm_does_not() -> None:
         gradients.update({n: module.get_parameter(n).grad.clone() for n in names})
 
     def after(*_: Any) -> None:
-        z = callback.gated.samples[names[0]]
-        kernel, bias = (gates.pull(gradients[n], callback.store.dense(n), z) for n in names[:2])
-        compared.append(torch.allclose(callback._pulls[names[0]], kernel + bias, rtol=0, atol=1e-12) and bool(bias.any()))
+        z = sampled_gates(callback, names[0])
+        kernel, bias = (gates.pull(gradients[n], dense_values(callback, n), z) for n in names[:2])
+        compared.append(torch.allclose(pulls_on_gates(callback)[names[0]], kernel + bias, rtol=0, atol=1e-12) and bool(bias.any()))
         for name in names:
             factor = (z != 0).flatten() if name in names[2:] else z if name == names[0] else z.flatten()
             compared.append(torch.equal(module.get_parameter(name).grad, gradients[name] * factor))
 
     original = copy.deepcopy(module.state_dict())
     dense: dict[str, Tensor] = {}
-    begin = at_start(lambda: dense.update({n: callback.store.dense(n).clone() for n in callback.params}))
+    begin = at_start(lambda: dense.update({n: dense_values(callback, n).clone() for n in parameters_of(callback)}))
     first, last = (pl.callbacks.LambdaCallback(on_before_optimizer_step=act) for act in (before, after))
     fit(module, first, callback, last, begin)
     assert compared == [True] * 5 * 16
-    assert callback._pulls == {}  # they are as large as the gates
+    assert pulls_on_gates(callback) == {}  # they are as large as the gates
     for name, value in dense.items():
         grown = 1 if name.startswith(("net.1", "net.4")) else 2
         assert torch.equal(value, original[name] * grown), name
@@ -644,7 +641,7 @@ def test_kernel_and_bias_pull_on_a_gate_and_the_norm_does_not() -> None:
 def test_single_weights_leave_biases_and_norms_alone() -> None:
     callback, module = l0(unit="weight"), Classifier(Convolutions())
     fit(module, callback, max_steps=1)
-    assert set(callback.params) == {"net.0.weight", "net.3.weight", "net.7.weight"}
+    assert set(parameters_of(callback)) == {"net.0.weight", "net.3.weight", "net.7.weight"}
 
 
 def test_the_plan_lists_what_goes_with_channels() -> None:
@@ -661,7 +658,7 @@ def test_the_plan_lists_what_goes_with_channels() -> None:
     assert table["sparsity/total"][2:] == table["sparsity/model"][2:] == ["gates"]
     fit(module, callback, max_steps=1)
     assert callback.plan() == announced
-    (constraint,) = callback._constraints
+    (constraint,) = constraints_of(callback)
     sizes = [12 * 18 + 12, 9 * 48 + 9, 576]  # norms do not count
     assert list(constraint.shares.values()) == pytest.approx([size / sum(sizes) for size in sizes])
 
@@ -756,7 +753,7 @@ def test_every_forward_pass_of_a_batch_by_hand_sees_a_sample_of_its_own(steps: i
             optimizer.step()
 
         def on_train_batch_end(self, *_: Any) -> None:
-            found = {n: callback.gated.medians[n] * callback.store.dense(n) for n in callback.params}
+            found = {n: median_gates(callback, n) * dense_values(callback, n) for n in parameters_of(callback)}
             medians.append(all(torch.equal(self.get_parameter(n), v) for n, v in found.items()))
 
         def on_train_epoch_end(self) -> None:
@@ -764,11 +761,11 @@ def test_every_forward_pass_of_a_batch_by_hand_sees_a_sample_of_its_own(steps: i
             self.on_train_batch_end()
 
     def see() -> None:
-        for name in callback.params:  # what the network computes with is the sample
-            kernel = next(k for k, t in callback._tied.items() if name in (k, *t.members))
-            factor = callback.gated.factors(kernel, callback.gated.samples[kernel])[name]
-            assert torch.equal(module.get_parameter(name), factor * callback.store.dense(name))
-        seen.append(torch.cat([callback.gated.samples[k].flatten() for k in callback._tied]).clone())
+        for name in parameters_of(callback):  # what the network computes with is the sample
+            kernel = next(k for k, t in tied_kernels(callback).items() if name in (k, *t.members))
+            factor = sampled_factor(callback, kernel, name)
+            assert torch.equal(module.get_parameter(name), factor * dense_values(callback, name))
+        seen.append(torch.cat([sampled_gates(callback, k).flatten() for k in tied_kernels(callback)]).clone())
 
     seen: list[Tensor] = []
     medians: list[bool] = []
@@ -791,7 +788,7 @@ def test_several_steps_in_a_batch_by_hand_tell_norms_nothing_of_closed_channels(
         def training_step(self, batch: Any, batch_idx: int) -> None:
             optimizer = self.optimizers()
             for _ in range(2):
-                closed = callback.gated.samples["net.0.weight"].flatten() == 0
+                closed = sampled_gates(callback, "net.0.weight").flatten() == 0
                 before = norm.running_var.clone()
                 optimizer.zero_grad()
                 self.manual_backward(self.loss(batch))
@@ -811,11 +808,11 @@ def test_several_steps_in_a_batch_by_hand_tell_norms_nothing_of_closed_channels(
 def test_each_optimizer_has_its_own_constraint() -> None:
     callback, module = l0(), Rivals()
     fit(module, callback)
-    assert [{n.split(".")[0] for n in c.names} for c in callback._constraints] == [{"maker"}, {"critic"}]
+    assert [{n.split(".")[0] for n in c.names} for c in constraints_of(callback)] == [{"maker"}, {"critic"}]
     assert sum(k.startswith("multiplier/") for k in callback.aux) == 2
     assert {"l0/multiplier/total", "l0/multiplier/total_1"} <= set(callback.figures())
     assert callback.outcome()["expected density"].splitlines()[1].startswith("total_1 ")
-    steps = [float(callback.aux[f"gate_steps/{c.names[0]}"]) for c in callback._constraints]
+    steps = [float(callback.aux[f"gate_steps/{c.names[0]}"]) for c in constraints_of(callback)]
     assert steps == [16, 32]
 
 
@@ -852,9 +849,10 @@ def test_a_second_fit_in_low_precision_goes_on_from_the_same_dense_weights() -> 
     callback, module = l0(), Classifier(double_mlp().bfloat16())
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.05)  # type: ignore[method-assign]
     fit(module, callback, max_epochs=1)
-    before = {n: callback.store.dense(n).clone() for n in callback.params}
+    before = {n: dense_values(callback, n).clone() for n in parameters_of(callback)}
     again: dict[str, Tensor] = {}
-    fit(module, callback, at_start(lambda: again.update({n: callback.store.dense(n).clone() for n in callback.params})), max_epochs=1)
+    look = at_start(lambda: again.update({n: dense_values(callback, n).clone() for n in parameters_of(callback)}))
+    fit(module, callback, look, max_epochs=1)
     assert differences(before, again) == []
 
 
@@ -872,7 +870,7 @@ def test_a_checkpoint_holds_the_network_with_median_gates(tmp_path: Path) -> Non
     state = saved["callbacks"][callback.state_key]
     for name, weight in saved["state_dict"].items():
         if name in callback.masks:
-            assert torch.equal(weight, callback.gated.medians[name] * state["dense"][name])
+            assert torch.equal(weight, median_gates(callback, name) * state["dense"][name])
             assert torch.equal(weight != 0, state["masks"][name])
     assert 0.1 < callback.measured_sparsity()["sparsity/net.0.weight"] < 0.5
 
@@ -896,8 +894,8 @@ def test_low_precision_weights_have_gates_in_float32(unit: str) -> None:
     fit(module, callback)
     for name in callback.masks:
         assert callback.aux[f"log_alpha/{name}"].dtype == torch.float32
-        assert callback.store.dense(name).dtype == module.get_parameter(name).dtype == torch.bfloat16
-        assert torch.equal(module.get_parameter(name), (callback.gated.medians[name] * callback.store.dense(name)).bfloat16())
+        assert dense_values(callback, name).dtype == module.get_parameter(name).dtype == torch.bfloat16
+        assert torch.equal(module.get_parameter(name), (median_gates(callback, name) * dense_values(callback, name)).bfloat16())
 
 
 def test_copies_and_pickles() -> None:
@@ -922,7 +920,7 @@ def test_curves(tmp_path: Path) -> None:
     kernels = ("net.0.weight", "net.4.weight", "net.7.weight")
     assert {f"l0/{kind}/{n}" for kind in ("multiplier", "expected", "purged") for n in kernels} <= set(table[0])
     figures = callback.figures()
-    shares = callback._shares(kernels)
+    shares = shares_of_parameters(callback, kernels)
     for kind in ("expected", "purged"):
         assert figures[f"l0/{kind}/total"] == pytest.approx(sum(shares[n] * figures[f"l0/{kind}/{n}"] for n in kernels))
     measured = callback.measured_sparsity()

@@ -9,6 +9,7 @@ import torch
 from oracles.rigl import ACTIVE_ZEROS, COSINE, DROP_COUNTS, EXPONENTIAL, SINGLE_UPDATE
 from pytorch_lightning import Callback
 from support.data import loader
+from support.inside import around_updates
 from support.nets import FixedGradient, Regression, mlp, sgd
 from support.rig import copied_masks, fit_steps, record_updates, trainer_for
 from torch import Tensor
@@ -189,8 +190,7 @@ def test_the_drop_fraction_follows_the_reference(
 )
 def test_the_drop_fraction_runs_from_start_to_stop(given: Any, expected: list[float], tmp_path: Path) -> None:
     callback, seen = RigL(0.5, drop_fraction=given, start=10, stop=50, every=10, distribution="uniform"), []
-    move = callback.move_masks
-    callback.move_masks = lambda **events: (seen.append(events["drop_fraction"]), move(**events))
+    around_updates(callback, after=lambda update: seen.append(update.figures["update/drop_fraction"]))
     fit_steps(tmp_path, callback, Regression(), 60)
     assert seen == pytest.approx(expected, abs=1e-9)
 
@@ -252,8 +252,7 @@ def test_every_optimizer_has_a_calendar_of_its_own(tmp_path: Path) -> None:
                     optimizer.step()
 
     callback, seen = RigL(0.5, distribution="uniform", every=4, stop=8, drop_fraction="constant(0.5)"), []
-    move = callback.move_masks
-    callback.move_masks = lambda **events: (seen.append((callback.step, *callback.names)), move(**events))
+    around_updates(callback, before=lambda update: seen.append((update.step, *update.names)))
     trainer_for(callback, tmp_path, max_epochs=1).fit(Two(), loader(12))
     first, second = ([step for step, name in seen if name == f"net.{i}.weight"] for i in (0, 2))
     assert first == [0, 4, 8]

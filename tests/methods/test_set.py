@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning import Callback
+from support.inside import Moment, around_updates, parameters_of
 from support.nets import Regression, mlp
 from support.rig import copied_masks, fit_steps, record_updates
 
@@ -20,16 +21,16 @@ class Watch(Callback):
     """Masks and weights before each update, and masks after it."""
 
     def __init__(self, callback: SET) -> None:
+        self.callback = callback
         self.updates: list[dict[str, Any]] = []
-        move = callback.move_masks
+        around_updates(callback, self.before, self.after)
 
-        def move_masks(**events: float) -> None:
-            weights = {n: callback.params[n].detach().clone() for n in callback.names}
-            before = copied_masks(callback)
-            move(**events)
-            self.updates.append({"step": callback.step, "weights": weights, "before": before, "after": copied_masks(callback), **events})
+    def before(self, moment: Moment) -> None:
+        weights = {n: parameters_of(self.callback)[n].detach().clone() for n in moment.names}
+        self.updates.append({"step": moment.step, "weights": weights, "before": copied_masks(self.callback)})
 
-        callback.move_masks = move_masks
+    def after(self, moment: Moment) -> None:
+        self.updates[-1] |= {"after": copied_masks(self.callback), "drop_fraction": moment.figures["update/drop_fraction"]}
 
 
 def grown(update: dict[str, Any], name: str) -> torch.Tensor:

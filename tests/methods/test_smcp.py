@@ -9,6 +9,17 @@ import pytorch_lightning as pl
 import torch
 from oracles.smcp import NORM_SCALING, PRUNED_DECAY, SCHEDULES, SOFT_MASK
 from support.data import Batches
+from support.inside import (
+    Moment,
+    around_updates,
+    copied_names,
+    count_kept_channels,
+    dense_values,
+    give_calendar,
+    owners_of_groups,
+    parameters_of,
+    set_mask,
+)
 from support.nets import Classifier, Layers
 from support.rig import assert_effective, differences, fit, snapshot, watch
 from torch import Tensor, nn
@@ -17,7 +28,6 @@ from sparse_callbacks.channels import costs, norms
 from sparse_callbacks.channels.groups import Group, Member
 from sparse_callbacks.channels.latency.table import Grid, Table, signature
 from sparse_callbacks.channels.slim import slim
-from sparse_callbacks.core.calendar import Calendar
 from sparse_callbacks.methods.smcp import SMCP, allocation
 from sparse_callbacks.methods.smcp.scores import group_scores, reader_scores
 
@@ -87,9 +97,8 @@ def mask_by_hand(callback: SMCP, name: str, keep: list[int]) -> pl.Callback:
     """Before the first batch the inputs of ``name`` are masked."""
 
     def cut(*_: Any) -> None:
-        mask = torch.tensor(keep).bool().expand(callback.params[name].shape).contiguous()
-        callback.store.set(name, mask)
-        callback.store.apply([name])
+        mask = torch.tensor(keep).bool().expand(parameters_of(callback)[name].shape).contiguous()
+        set_mask(callback, name, mask)
 
     return pl.callbacks.LambdaCallback(on_train_start=cut)
 
@@ -103,7 +112,7 @@ def test_the_gradient_passes_the_mask_and_pruned_weights_decay(decay: float) -> 
     fit(module, callback, mask_by_hand(callback, "last.weight", mask), max_steps=1)
     assert module.losses == [forward]
     expected = [w - g - a for w, g, a in zip(weight, gradient, added, strict=True)]
-    assert callback.store.dense("last.weight")[0].tolist() == pytest.approx(expected, abs=1e-6)
+    assert dense_values(callback, "last.weight")[0].tolist() == pytest.approx(expected, abs=1e-6)
     assert module.last.weight[0].tolist() == pytest.approx([e * m for e, m in zip(expected, mask, strict=True)], abs=1e-6)
 
 
@@ -113,9 +122,9 @@ def test_weights_are_effective_after_every_batch_and_pruned_ones_learn() -> None
 
     def check(trainer: pl.Trainer, module: Classifier, index: int) -> None:
         assert_effective(module, callback)
-        assert bool(callback.store.hidden) == (index < 13)
-        for name in callback.store.hidden:
-            dense = callback.store.dense(name)
+        assert bool(copied_names(callback)) == (index < 13)
+        for name in copied_names(callback):
+            dense = dense_values(callback, name)
             assert torch.equal(dense[callback.masks[name]], module.get_parameter(name)[callback.masks[name]])
             if name in last:
                 moved[0] += int((dense != last[name])[~callback.masks[name]].sum())
@@ -193,14 +202,12 @@ def test_the_last_solve_has_the_full_budget_and_masks_stay_afterwards() -> None:
     callback, module = method(0.5, every=5, start=1, stop=13), Classifier(conv_net())
     masks: list[dict[str, Tensor]] = []
     shares: dict[int, float] = {}
-    update = callback.update
 
-    def record() -> None:
-        update()
+    def record(_: Moment) -> None:
         shares[callback.step] = callback.share_at(callback.step)
         assert callback.network.realised(callback.kept) <= shares[callback.step] * callback.network.dense
 
-    callback.update = record  # type: ignore[method-assign]
+    around_updates(callback, after=record)
     fit(module, callback, watch(lambda *_: masks.append(callback.masks)))
     assert list(shares) == [1, 6, 11, 13]
     assert shares[13] == 0.5
@@ -214,7 +221,7 @@ def test_solves_at_the_published_times_have_the_published_budgets(case: tuple[st
     """A step for an epoch; the published rate of 0.05 an epoch belongs to a ramp of 55."""
     curve, final, epochs, warmup, full = case
     callback = SMCP(1 - final, curve=curve)
-    callback.calendar = Calendar(1, warmup, epochs - full)
+    give_calendar(callback, 1, warmup, epochs - full)
     for epoch, expected in SCHEDULES[case].items():
         if epoch >= warmup and (epochs == 90 or epoch >= epochs - full):
             assert 1 - callback.share_at(epoch) == pytest.approx(expected, abs=6e-7)
@@ -258,7 +265,7 @@ def test_scores_are_the_mean_over_the_window_of_what_each_step_says() -> None:
     def look(*_: Any) -> None:
         if len(by_hand) < 6:
             name = "net.3.weight"
-            by_hand.append((-callback.store.dense(name) * module.get_parameter(name).grad).sum(0).abs())
+            by_hand.append((-dense_values(callback, name) * module.get_parameter(name).grad).sum(0).abs())
 
     seen: list[Tensor] = []
     scores = callback.scores
@@ -288,14 +295,14 @@ def test_groups_that_one_layer_reads_have_scores_of_their_own(second: int, impor
     by_hand: list[Tensor] = []
 
     def look(*_: Any) -> None:
-        dense = callback.store.dense("net.c.weight")
+        dense = dense_values(callback, "net.c.weight")
         by_hand.append((-dense * module.net.c.weight.grad).sum(0).abs())
 
     seen: list[Tensor] = []
     scores = callback.scores
     callback.scores = lambda: seen.extend(scores()) or seen[-2:]  # type: ignore[method-assign, func-returns-value]
     fit(module, pl.callbacks.LambdaCallback(on_before_optimizer_step=look), callback, max_steps=6)
-    expected = torch.stack(by_hand).mean(0) if importance == "taylor" else callback.store.dense("net.c.weight").abs().sum(0)
+    expected = torch.stack(by_hand).mean(0) if importance == "taylor" else dense_values(callback, "net.c.weight").abs().sum(0)
     assert [g.name for g in callback.groups] == ["net.a", "net.b"]
     torch.testing.assert_close(seen, [expected[:8], expected[8:]])
 
@@ -303,9 +310,9 @@ def test_groups_that_one_layer_reads_have_scores_of_their_own(second: int, impor
 def test_outputs_that_are_pruned_do_not_count() -> None:
     callback, module = method(start=50, stop=60, round_to=1, importance="magnitude"), Classifier(mlp())
     fit(module, callback, mask_by_hand(callback, "net.5.weight", [1] * 6 + [0] * 6), max_steps=1)
-    callback._note_kept()
+    count_kept_channels(callback)
     first = [g.name for g in callback.groups].index("net.1")
-    assert torch.allclose(callback.scores()[first], callback.store.dense("net.3.weight")[:6].abs().sum(0))
+    assert torch.allclose(callback.scores()[first], dense_values(callback, "net.3.weight")[:6].abs().sum(0))
 
 
 def test_the_absolute_value_comes_after_the_sum_over_a_groups_layers() -> None:
@@ -328,7 +335,7 @@ def test_a_pruned_channel_whose_importance_is_raised_returns_at_the_next_solve(i
         mask = callback.masks[name].any(0)
         if index == 9:  # ten steps taken, a solve has just been
             pruned = int((~mask).nonzero()[0])
-            callback.store.dense(name)[:, pruned] = 1e3
+            dense_values(callback, name)[:, pruned] = 1e3
             found.append(pruned)
         if index == 12:
             assert not mask[found[0]]
@@ -474,7 +481,7 @@ def test_several_optimizers_share_one_budget(monkeypatch: pytest.MonkeyPatch) ->
     callback, module = method(0.4), Two()
     fit(module, callback, watch(lambda *_: assert_effective(module, callback)))
     assert callback.at_target
-    assert callback._owners == [0, 1]  # the first group is read by layers of both
+    assert owners_of_groups(callback) == [0, 1]  # the first group is read by layers of both
     assert callback.left_out["net.0"] == "net.3.one.weight, net.6.weight are in several optimizers"
     assert callback.network.realised(callback.kept) <= 0.4 * callback.network.dense
     assert solves[0] == solves[-2] == [4, 6]

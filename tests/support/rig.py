@@ -54,20 +54,23 @@ def watch(on_batch_end: Watcher) -> pl.Callback:
 
 
 def record_updates(callback: Any) -> list[tuple[int, int]]:
-    """(the callback's own step, batches seen by the trainer before this one) at each update of ``callback``."""
+    """(the callback's own step, batches seen by the trainer before this one) at each update of ``callback``, by its count of updates."""
     seen: list[tuple[int, int]] = []
-    move, begin = callback.move_masks, callback.on_train_batch_start
-    batch = [-1]
+    begin, end = callback.on_train_batch_start, callback.on_train_batch_end
+    batch, before = itertools.count(), [0]
 
     def on_train_batch_start(*arguments: Any) -> None:
-        batch[0] += 1
+        before[0] = callback.updates
         begin(*arguments)
 
-    def move_masks(**events: float) -> None:
-        seen.append((callback.step, batch[0]))
-        move(**events)
+    def on_train_batch_end(*arguments: Any) -> None:
+        end(*arguments)
+        index = next(batch)
+        assert callback.updates - before[0] in (0, 1)
+        if callback.updates > before[0]:
+            seen.append((callback.step, index))
 
-    callback.on_train_batch_start, callback.move_masks = on_train_batch_start, move_masks
+    callback.on_train_batch_start, callback.on_train_batch_end = on_train_batch_start, on_train_batch_end
     return seen
 
 
