@@ -11,19 +11,8 @@ import torch
 from pytorch_lightning.plugins.precision import MixedPrecision
 from support import processes
 from support.data import Batches, Thirds
-from support.methods import (
-    CONFIGS,
-    MASKED,
-    METHODS,
-    STEADY,
-    STEPS,
-    class_of,
-    draws_new_weights,
-    explores,
-    looks_at_activations,
-    method,
-    moves,
-)
+from support.inside import dense_values, forget_compiled_code
+from support.methods import CONFIGS, MASKED, METHODS, PROMISES, SETTINGS, STEADY, STEPS, masks_gradients, method, moves, promises
 from support.nets import OPTIMIZERS, ByHand, Classifier, Rivals, conv_net, double_mlp
 from support.processes import run_two_processes
 from support.rig import (
@@ -52,6 +41,7 @@ every_masked_method = pytest.mark.parametrize("name", MASKED)
 
 def test_methods_are_found() -> None:
     assert len(METHODS) >= 5
+    assert all(set(SETTINGS[name].promises_not_made) <= set(PROMISES) for name in METHODS)
     assert all(isinstance(method(name), sparse_callbacks.SparsityCallback) for name in METHODS)
 
 
@@ -102,7 +92,7 @@ def test_training_equals_a_hand_written_loop(name: str, optimizer: str, clip: fl
     configured = by_hand.configure_optimizers()
     plain, rates = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     weights = dict(by_hand.named_parameters())
-    dense = {key: weights[key].detach().clone() for key in masks[0]} if callback.keeps_dense else {}
+    dense = {key: weights[key].detach().clone() for key in masks[0]} if not promises(name, "pruned weights rest") else {}
     with torch.no_grad():
         for key, mask in masks[0].items():
             weights[key].mul_(mask)
@@ -111,7 +101,7 @@ def test_training_equals_a_hand_written_loop(name: str, optimizer: str, clip: fl
         by_hand.loss(batch).backward()
         if steps[index + 1] > steps[index]:  # otherwise an update took this step's place
             for key, mask in masks[index].items():
-                weights[key].grad.mul_(1 if dense else mask)
+                weights[key].grad.copy_(SETTINGS[name].gradient_rule(mask, weights[key].grad))
                 weights[key].data.copy_(dense.get(key, weights[key]))
             if clip is not None:
                 nn.utils.clip_grad_norm_(by_hand.parameters(), clip)
@@ -124,7 +114,7 @@ def test_training_equals_a_hand_written_loop(name: str, optimizer: str, clip: fl
                 for value in per_element_state(plain, weights[key]).values():
                     value.masked_fill_(masks[index + 1][key] & ~mask, 0)
                 weights[key].mul_(mask & masks[index + 1][key])
-                if draws_new_weights(name):
+                if not promises(name, "grown weights start from zero"):
                     born = masks[index + 1][key] & ~mask
                     weights[key][born] = weights_after[index][key][born]
         rates.step()
@@ -143,7 +133,7 @@ def test_gradients_are_masked_before_they_are_clipped(name: str) -> None:
             for key, (_, mask) in sparse_weights(self, callback).items():
                 gradient = self.get_parameter(key).grad
                 if gradient is not None and not mask.all():
-                    assert bool(gradient[~mask].any()) == callback.keeps_dense, f"{key}: gradients of pruned weights at the clip"
+                    assert bool(gradient[~mask].any()) != masks_gradients(name), f"{key}: gradients of pruned weights at the clip"
                 seen.append(gradient)
             self.clip_gradients(optimizer, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
 
@@ -352,7 +342,7 @@ def test_a_model_made_in_configure_model(name: str, tmp_path: Path) -> None:
 
 @every_method
 def test_a_second_fit_goes_on_and_a_fresh_model_starts_anew(name: str) -> None:
-    small = {"rounds": 1, "partitions": 1 if class_of(name).takes_turns else 2}  # for phases that end within eight steps
+    small = {"rounds": 1, "partitions": 2 if promises(name, "one network") else 1}  # for phases that end within eight steps
     module, callback = Classifier(), method(name, **small)
     fit(module, callback, max_epochs=1)
     state = copy.deepcopy((callback.masks, lasting(callback.state_dict())))
@@ -367,8 +357,8 @@ def test_a_second_fit_goes_on_and_a_fresh_model_starts_anew(name: str) -> None:
     fit(module, callback, begin, max_epochs=1)
     assert differences(state, starts[0]) == []
     assert callback.step > steps
-    assert (callback.updates > updates) == (moves(name) and "partitions" not in CONFIGS[name])  # all phases are over
-    assert_counts(callback) if callback.at_target and callback.plans_counts else None
+    assert (callback.updates > updates) == promises(name, "updates at an interval")
+    assert_counts(callback) if callback.at_target and promises(name, "planned counts") else None
 
     fresh, again, first_time = Classifier(conv_net(3)), Classifier(conv_net(3)), method(name, **small)
     reused = fit(fresh, callback)
@@ -416,7 +406,7 @@ def test_several_optimizers(name: str) -> None:
                 gradient = module.get_parameter(key).grad
                 assert gradient is not None
                 if not mask.all():
-                    assert bool(gradient[~mask].any()) == callback.keeps_dense, f"{key}: gradients of pruned weights at the user's clip"
+                    assert bool(gradient[~mask].any()) != masks_gradients(name), f"{key}: gradients of pruned weights at the user's clip"
                 checked[0] += 1
         last.update(see())
 
@@ -478,7 +468,7 @@ def test_frozen_unused_and_tied_parameters(name: str, optimizer: str) -> None:
     assert "frozen.weight" not in callback.masks
     assert "second.weight" not in callback.masks
     assert module.second.weight is module.first.weight
-    assert any(not torch.equal(seen[0], m) for m in seen) == (moves(name) or class_of(name).takes_turns)
+    assert any(not torch.equal(seen[0], m) for m in seen) == (moves(name) or not promises(name, "one network"))
     assert always.any()
     assert torch.equal(module.unused.weight[always], unused[always])
     assert_counts(callback)
@@ -511,7 +501,7 @@ def test_counts_are_exactly_the_planned_ones(name: str, distribution: Any, keep_
             return self.parts["fc2"](x.mean(1)) + self.net(images)
 
     others = {}
-    if looks_at_activations(name):  # those of attention and recurrent layers are not known
+    if not promises(name, "any layer"):  # those of attention and recurrent layers are not known
         others = {"exclude": ["attention.*", "rnn.*", "parts.*"]}
         distribution = {"*": distribution["*"]} if isinstance(distribution, dict) else distribution
     callback, module = method(name, distribution=distribution, keep_dense=keep_dense, sparsity=0.77, **others), Mixed()
@@ -556,6 +546,7 @@ def test_updates_move_masks_and_nothing_else(name: str, optimizer: str) -> None:
     callback, module = method(name, restart=False), Classifier(optimizer=optimizer)
     last: dict[str, Any] = {}
     grown, regrown, replaced = [0], [0], [0]
+    copied = not promises(name, "pruned weights rest")
 
     def keep(trainer: pl.Trainer, module: Classifier, *_: Any) -> None:
         optimizer = trainer.optimizers[0]
@@ -575,16 +566,16 @@ def test_updates_move_masks_and_nothing_else(name: str, optimizer: str) -> None:
         for key, (weight, mask) in sparse_weights(module, callback).items():
             born = mask & ~before["masks"][key]
             grown[0] += int(born.sum())
-            if callback.keeps_dense:
-                assert torch.equal(weight[born], callback.store.dense(key)[born])
+            if copied:
+                assert torch.equal(weight[born], dense_values(callback, key)[born])
                 assert weight[born].all()
-            elif draws_new_weights(name):
+            elif not promises(name, "grown weights start from zero"):
                 assert weight[born].all()
             else:
                 assert not weight[born].any()
             parameter = module.get_parameter(key)
             for kind, value in per_element_state(optimizer, parameter).items():
-                assert bool(value[born].any()) == (callback.keeps_dense and bool(born.any())), f"{key}: {kind} of grown weights is not zero"
+                assert bool(value[born].any()) == (copied and bool(born.any())), f"{key}: {kind} of grown weights is not zero"
                 if index:
                     stayed = mask & before["masks"][key]
                     assert value[stayed].any(), f"{key}: {kind} of old weights is lost"
@@ -614,7 +605,7 @@ def test_updates_move_masks_and_nothing_else(name: str, optimizer: str) -> None:
 
     begin = pl.callbacks.LambdaCallback(on_train_start=keep)
     fit(module, callback, begin, watch(check))
-    assert bool(grown[0]) == (explores(name) or callback.keeps_dense)
+    assert bool(grown[0]) == (promises(name, "growth") or copied)
     if replaced[0]:
         assert min(grown[0], regrown[0]) > 0
     assert replaced[0] in (0, callback.updates)
@@ -649,7 +640,7 @@ def test_one_compiled_graph_equal_to_eager(name: str, optimizer: str) -> None:
         return graph.forward
 
     usual, compiled, one, other = Classifier(optimizer=optimizer), Classifier(optimizer=optimizer), method(name), method(name)
-    torch._dynamo.reset()
+    forget_compiled_code()
     compiled.net.compile(backend=counting)
     expected = snapshot(fit(usual, one), usual, one)
     assert differences(expected, snapshot(fit(compiled, other), compiled, other)) == []
@@ -702,7 +693,7 @@ def test_two_callbacks_on_disjoint_layers(name: str, other: str, clip: float | N
     assert set(pair[0].masks) == {"net.0.weight"}
     assert set(pair[1].masks) == {"net.4.weight"}
     for callback, chosen in zip(pair, (name, other), strict=True):
-        least = 1 if "partitions" in CONFIGS[chosen] else 3
+        least = 3 if promises(chosen, "updates at an interval") else 1
         assert (callback.updates >= least) == moves(chosen)
         assert_counts(callback) if callback.at_target else None
     fresh, again = Classifier(conv_net(9)), make()

@@ -1,9 +1,12 @@
 """The methods, found by their yaml in conf/method/, and what each promises."""
 
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from hydra.utils import get_class, instantiate
+import torch
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from sparse_callbacks import SparsityCallback
@@ -13,47 +16,56 @@ CONFIGS: dict[str, dict[str, Any]] = {
     name: OmegaConf.to_container(config) for name, config in sorted(_FOUND.items()) if "_target_" in config
 }
 METHODS = list(CONFIGS)
+STEPS = 16  # of a short run: two epochs of eight batches
 
-# several updates in 16 steps, which move enough weights for some to come straight back
-SHORT = {"sparsity": 0.8, "every": 3, "stop": 14, "drop_fraction": 0.5, "partitions": 2, "rounds": 2, "print_plan": False}
-STEPS = 16
+PROMISES = {
+    "one network": "one network trains from the first step to the last, the same in every process",
+    "planned counts": "masks have as many zeros as plan() announces",
+    "several updates": "masks move several times in a short run",
+    "updates at an interval": "updates go on at their interval until stop, also in a second fit",
+    "growth": "updates grow connections",
+    "grown weights start from zero": "a grown weight is zero until its first step",
+    "pruned weights rest": "a pruned weight has no value besides zero, and no step moves it",
+    "any layer": "weights of every supported layer can be sparse",
+}
+
+
+def _settings(name: str) -> ModuleType:
+    try:
+        return import_module(f"contract.settings.{name}")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"conf/method/{name}.yaml has no tests/contract/settings/{name}.py. Write one with short_run(), gradient_rule() and "
+            "promises_not_made, like the others there."
+        ) from error
+
+
+SETTINGS = {name: _settings(name) for name in METHODS}
 
 
 def method(name: str, **changes: Any) -> SparsityCallback:
     """The callback of ``conf/method/<name>.yaml`` for a short run; ``changes`` that this method does not take are left out."""
     config = CONFIGS[name]
-    short = SHORT | ({"rounds": 1} if class_of(name).takes_turns else {})  # its phases are whole epochs, and there are two
-    if "budget" in config:  # the networks here have few channels
-        short |= {"budget": 0.6, "round_to": 1, "start": 1, "prune_stem": True}
-    return instantiate(config | {k: v for k, v in (short | changes).items() if k in config}, _convert_="all")
+    short = SETTINGS[name].short_run(**{k: changes.pop(k) for k in ("sparsity",) if k in changes})
+    return instantiate(config | short | {k: v for k, v in changes.items() if k in config}, _convert_="all")
 
 
-def class_of(name: str) -> type[SparsityCallback]:
-    """The class of the method."""
-    return get_class(CONFIGS[name]["_target_"])
+def promises(name: str, promise: str) -> bool:
+    """Whether the method makes the promise."""
+    assert promise in PROMISES
+    return promise not in SETTINGS[name].promises_not_made
 
 
-# methods that train one network from the first step to the last
-STEADY = [name for name in METHODS if not class_of(name).takes_turns]
-# of these, methods with as many zeros as planned; in the others gates or a budget decide
-MASKED = [name for name in STEADY if class_of(name).plans_counts]
+def masks_gradients(name: str) -> bool:
+    """Gradients of pruned weights are zero when somebody reads them."""
+    mask = torch.tensor([True, False])
+    return not SETTINGS[name].gradient_rule(mask, torch.ones(2))[~mask].any()
+
+
+STEADY = [name for name in METHODS if promises(name, "one network")]
+MASKED = [name for name in STEADY if promises(name, "planned counts")]
 
 
 def moves(name: str) -> bool:
-    """The method has several updates in a short run: its yaml says how often."""
-    return "every" in CONFIGS[name]
-
-
-def draws_new_weights(name: str) -> bool:
-    """Grown weights start from values of their own."""
-    return class_of(name).new_weights is not SparsityCallback.new_weights
-
-
-def looks_at_activations(name: str) -> bool:
-    """The method passes over data for the activations of linear layers and convolutions: its yaml says over how much."""
-    return "data_fraction" in CONFIGS[name]
-
-
-def explores(name: str) -> bool:
-    """The method grows connections."""
-    return class_of(name).explores
+    """The method has several updates in a short run."""
+    return promises(name, "several updates")
