@@ -5,9 +5,10 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_callbacks import ConstrainedL0
+from support.nets import Classifier
 
 
 def l0(density: Any = 0.5, **options: Any) -> ConstrainedL0:
@@ -74,3 +75,42 @@ def expected_densities(callback: Any) -> list[tuple[Any, float]]:
 def shares_of_parameters(callback: Any, kernels: Iterable[str]) -> dict[str, float]:
     """Share of each kernel, with its biases, in the parameters of all ``kernels``."""
     return callback._shares(list(kernels))
+
+
+class Flat(Classifier):
+    """A loss that no weight changes."""
+
+    def loss(self, batch: Any) -> Tensor:
+        return 0 * super().loss(batch)
+
+
+class Convolutions(nn.Sequential):
+    """Two convolutions with norms and a classifier, in float64."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(
+            nn.Conv2d(2, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 9, 2, padding=1), nn.BatchNorm2d(9), nn.ReLU(), nn.Flatten(),
+            nn.Linear(144, 4),
+        )  # fmt: skip
+        self.double()
+        for norm in (self[1], self[4]):
+            nn.init.normal_(norm.bias, 0.5)
+
+
+def purged(net: Convolutions) -> nn.Module:
+    """The same network without channels and inputs that are zero, made smaller by hand."""
+    first, second = (net[i].weight.detach().flatten(1).abs().sum(1) > 0 for i in (0, 3))
+    small = nn.Sequential(
+        nn.Conv2d(2, int(first.sum()), 3), nn.BatchNorm2d(int(first.sum())), nn.ReLU(),
+        nn.Conv2d(int(first.sum()), int(second.sum()), 2, padding=1), nn.BatchNorm2d(int(second.sum())), nn.ReLU(), nn.Flatten(),
+        nn.Linear(16 * int(second.sum()), 4),
+    ).double()  # fmt: skip
+    state = net.state_dict()
+    kept = {"0": first, "1": first, "3": second, "4": second}
+    for key, value in state.items():
+        value = value[kept[key[0]]] if key[0] in kept and value.ndim else value
+        value = value[:, first] if key == "3.weight" else value
+        state[key] = value[:, second.repeat_interleave(16)] if key == "7.weight" else value
+    small.load_state_dict(state)
+    return small.eval()

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -69,3 +70,8 @@ MASKED = [name for name in STEADY if promises(name, "planned counts")]
 def moves(name: str) -> bool:
     """The method has several updates in a short run."""
     return promises(name, "several updates")
+
+
+every_method = pytest.mark.parametrize("name", METHODS)
+every_steady_method = pytest.mark.parametrize("name", STEADY)
+every_masked_method = pytest.mark.parametrize("name", MASKED)
