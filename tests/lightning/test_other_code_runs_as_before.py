@@ -14,7 +14,6 @@ from support.rig import fit_steps, trainer_for
 from torch import nn
 
 from sparse_callbacks import GMP, SET, SNFS, RigL, Static
-from sparse_callbacks.core.weights import MaskStore
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -160,10 +159,3 @@ def test_clearing_gradients_in_place_between_backwards_is_no_accumulation(tmp_pa
         fit_steps(tmp_path, callback, Leaks(set_to_none), 8)
         found.append(callback.masks)
     assert all(torch.equal(m, found[1][n]) for n, m in found[0].items())
-
-
-def test_masks_fill_where_a_product_would_not_be_zero() -> None:
-    p = nn.Parameter(torch.tensor([1.0, torch.inf, torch.nan]))
-    store = MaskStore({"p": p}, {}, {"p": torch.tensor([True, False, False])})
-    store.apply(["p"], finite=False)
-    assert p.tolist() == [1.0, 0.0, 0.0]

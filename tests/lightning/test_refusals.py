@@ -13,6 +13,7 @@ from pytorch_lightning import callbacks as lightning_callbacks
 from pytorch_lightning import strategies
 from pytorch_lightning.plugins.precision import MixedPrecision
 from support.data import loader
+from support.inside import when_masks_are_made
 from support.nets import Regression, mlp, sgd
 from support.rig import copied_masks, fit_steps, trainer_for
 from torch.utils.data import DataLoader, IterableDataset
@@ -345,8 +346,7 @@ def test_a_fresh_start_makes_new_masks_and_counts_from_zero(tmp_path: Path) -> N
     first = rigl(seed=1)
     checkpoint = saved(tmp_path, first)
     callback, seen = rigl(seed=1, fresh_start=True), []
-    initial = callback.initial_masks
-    callback.initial_masks = lambda: (seen.append(1), initial())[1]
+    when_masks_are_made(callback, lambda: seen.append(1))
     resumed(tmp_path, callback, checkpoint)
     assert seen == [1]
     assert callback.step + callback.updates == 8 - 3

@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from support import processes
 from support.data import Batches
-from support.inside import kept_of_the_round
+from support.inside import after_epoch_starts, kept_of_the_round
 from support.nets import Classifier, conv_net, double_mlp
 from support.processes import run_two_processes
 from support.rig import Stops, assert_effective, differences, fit, snapshot, watch
@@ -51,13 +51,7 @@ def test_workers_equal_a_hand_written_loop() -> None:
     callback, module, loader = ParallelGaP(SIZE, partitions=2, rounds=2, print_plan=False), Classifier(processes.network()), Recorded()
     model = copy.deepcopy(module)
     seeds: list[int] = []
-    start_epoch = callback.epoch_start
-
-    def note_seed(epoch: int) -> None:
-        start_epoch(epoch)
-        seeds.append(torch.initial_seed())
-
-    callback.epoch_start = note_seed  # type: ignore[method-assign]
+    after_epoch_starts(callback, lambda: seeds.append(torch.initial_seed()))
     initial: dict[str, Tensor] = {}
     begin = pl.callbacks.LambdaCallback(on_fit_start=lambda *_: initial.update(callback.masks))
     fit(module, callback, begin, loader=loader, max_epochs=5)

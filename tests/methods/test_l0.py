@@ -12,7 +12,7 @@ import torch
 from oracles.l0 import LAYERS_TARGET, LENET_ALL, LENET_SIZES, MLP_DENSITIES, MLP_DENSITY, STEP
 from support.data import Batches
 from support.inside import dense_values, parameters_of
-from support.l0 import Flat, at_start, constraints_of, expected_densities, l0, shares_of_parameters
+from support.l0 import Flat, at_start, constraints_of, expected_densities, l0, noise_of, shares_of_parameters
 from support.nets import Classifier, double_mlp
 from support.rig import assert_effective, differences, fit, watch
 from torch import Tensor, nn
@@ -92,7 +92,7 @@ def test_training_equals_a_loop_with_autograd(gate_optimizer: str, unit: str, l2
     noise: list[dict[str, Tensor]] = []
     begin = pl.callbacks.LambdaCallback(
         on_train_start=lambda *_: start.update({k: v.clone() for k, v in callback.aux.items()}),
-        on_train_batch_start=lambda *_: noise.append({n: callback.noise(n) for n in ("net.1.weight", "net.3.weight")}),
+        on_train_batch_start=lambda *_: noise.append({n: noise_of(callback, n) for n in ("net.1.weight", "net.3.weight")}),
     )
     fit(module, callback, begin)
 

@@ -8,14 +8,13 @@ import pytorch_lightning as pl
 import torch
 from support.data import Batches
 from support.inside import dense_values, parameters_of
-from support.l0 import at_start, close_some, l0, median_gates, sampled_gates, tied_kernels
+from support.l0 import at_start, close_some, l0, median_gates, noise_of, sampled_gates, tied_kernels
 from support.nets import Classifier, double_mlp
 from support.rig import differences, fit, watch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_callbacks.core import optimizers
-from sparse_callbacks.core.weights import MaskStore
 from sparse_callbacks.methods.l0.l0 import gates
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -67,7 +66,7 @@ def test_noise_derives_from_seed_step_and_name() -> None:
         found: dict[str, Tensor] = {}
 
         def take(*_: Any) -> None:
-            found.update({n: callback.noise(n) for n in tied_kernels(callback)})
+            found.update({n: noise_of(callback, n) for n in tied_kernels(callback)})
 
         see = pl.callbacks.LambdaCallback(on_train_batch_start=take)
         fit(Classifier(double_mlp()), callback, see, max_steps=steps)
@@ -189,17 +188,3 @@ def test_the_host_reads_a_constant_number_of_times_in_a_step(constraint: str, mo
         found.append([after - before for before, after in pairwise(counts)])
     assert found[0] == found[1]
     assert 0 < max(found[0]) <= 4
-
-
-def test_what_is_active_behind_gates_is_counted_when_somebody_asks() -> None:
-    layer = nn.Linear(3, 2)
-    params = dict(layer.named_parameters())
-    store = MaskStore(params, {}, {n: torch.ones_like(p) for n, p in params.items()})
-    store.gate("weight", torch.tensor([[0.0, 0.5, 1.0]]))
-    store.gate("bias", torch.tensor([0.0, 0.1]))
-    store.scale("bias", torch.zeros(2))  # a sample changes nothing
-    assert store.active == {"weight": 4, "bias": 1}
-    store.gate("weight", torch.tensor([[0.0, 0.0, 1.0]]))
-    assert store.active == {"weight": 2, "bias": 1}
-    store.gate("bias", torch.zeros(2))
-    assert store.active == {"weight": 2, "bias": 0}

@@ -9,7 +9,7 @@ import torch
 from oracles.rigl import ACTIVE_ZEROS, COSINE, DROP_COUNTS, EXPONENTIAL, SINGLE_UPDATE
 from pytorch_lightning import Callback
 from support.data import loader
-from support.inside import around_updates
+from support.inside import around_updates, start_from
 from support.nets import FixedGradient, Regression, mlp, sgd
 from support.rig import copied_masks, fit_steps, record_updates, trainer_for
 from torch import Tensor
@@ -26,18 +26,12 @@ CALENDARS = [
 ]
 
 
-class Given(RigL):
+def rigl_from(mask: Tensor, **options: Any) -> RigL:
     """RigL from a given mask."""
-
-    def __init__(self, mask: Tensor, **options: Any) -> None:
-        super().__init__(**{"sparsity": 1 - float(mask.float().mean()), "distribution": "uniform", "print_plan": False, **options})
-        self.given = mask.bool()
-
-    def _arguments(self) -> dict[str, str]:
-        return {}
-
-    def initial_masks(self) -> dict[str, Tensor]:
-        return {"net.weight": self.given.clone()}
+    given = {"sparsity": 1 - float(mask.float().mean()), "distribution": "uniform", "print_plan": False}
+    callback = RigL(**(given | options))
+    start_from(callback, {"net.weight": mask.bool()})
+    return callback
 
 
 def row(numbers: list[float]) -> Tensor:
@@ -77,7 +71,7 @@ def test_the_score_is_the_gradient_of_the_whole_window(accumulate: int, tmp_path
     mask, gradient = row([1, 0, 0, 0]), row([0.0, 0.5, 0.9, 0.8])
     # by the sum of both micro-batches position 1 wins; by the last one, or by the sum of magnitudes, it does not
     parts = [gradient] if accumulate == 1 else [row([0.0, 0.5, 2.0, 0.0]), row([0.0, 0.6, -1.9, 0.9])]
-    callback = Given(mask, every=1, stop=5, drop_fraction="constant(1.0)")
+    callback = rigl_from(mask, every=1, stop=5, drop_fraction="constant(1.0)")
     fit_steps(tmp_path, callback, FixedGradient(row([0.1, 0, 0, 0]), parts), 1, accumulate_grad_batches=accumulate)
     assert callback.masks["net.weight"].tolist() == [[False, accumulate == 2, accumulate == 1, False]]
 
@@ -86,7 +80,7 @@ def test_the_score_is_the_gradient_of_the_whole_window(accumulate: int, tmp_path
 @pytest.mark.parametrize("case", [SINGLE_UPDATE, ACTIVE_ZEROS], ids=["single update", "active zeros"])
 def test_one_update_of_the_reference(case: Any, clip: float | None, tmp_path: Path) -> None:
     given, expected = case["inputs"], case["expected"]
-    callback = Given(row(given["mask"]), every=1, stop=5, drop_fraction=f"constant({given['drop_fraction']})")
+    callback = rigl_from(row(given["mask"]), every=1, stop=5, drop_fraction=f"constant({given['drop_fraction']})")
     module = FixedGradient(row(given["weights"]), [row(given["dense_grad"])])
 
     def configure(parameters: Any) -> Any:
@@ -108,7 +102,7 @@ def test_one_update_of_the_reference(case: Any, clip: float | None, tmp_path: Pa
 def test_growth_takes_the_largest_gradient_outside_the_mask(tmp_path: Path) -> None:
     weights, mask = row([3, 2, 1, 5, 5, 5]), row([1, 1, 1, 0, 0, 0])
     gradient = row([9, 9, 0.1, 0.2, -0.7, 0.3])  # the largest ones are of weights that stay
-    callback = Given(mask, every=1, stop=5, drop_fraction="constant(0.34)")
+    callback = rigl_from(mask, every=1, stop=5, drop_fraction="constant(0.34)")
     fit_steps(tmp_path, callback, FixedGradient(weights, [gradient]), 1)
     assert callback.masks["net.weight"].int().tolist() == [[1, 1, 0, 0, 1, 0]]
 
@@ -151,7 +145,7 @@ def test_the_count_of_an_update_is_the_references(case: Any, tmp_path: Path) -> 
     assert fraction == pytest.approx(case["drop_fraction"], abs=5e-13)
     mask = torch.arange(2 * case["n_ones"])[None] < case["n_ones"]
     gradient = 1.0 - mask.float()
-    callback = Given(mask, every=1, stop=5, drop_fraction=schedules.constant(fraction))
+    callback = rigl_from(mask, every=1, stop=5, drop_fraction=schedules.constant(fraction))
     fit_steps(tmp_path, callback, FixedGradient(mask.float(), [gradient]), 1)
     new = callback.masks["net.weight"]
     assert int((new & ~mask).sum()) == int((mask & ~new).sum()) == case["n_prune"]
@@ -216,7 +210,7 @@ def test_no_step_is_lost_where_every_count_is_zero(tmp_path: Path) -> None:
 def test_a_gradient_that_is_not_finite_puts_the_update_off(bad: float, tmp_path: Path) -> None:
     mask, good = row([1, 1, 0, 0]), row([0.1, 0.1, 0.2, 0.9])
     broken = row([0.1, bad, 0.2, 0.9])
-    callback = Given(mask, every=3, stop=9, drop_fraction="constant(0.5)")
+    callback = rigl_from(mask, every=3, stop=9, drop_fraction="constant(0.5)")
     seen = record_updates(callback)
 
     module = FixedGradient(row([1, 2, 0, 0]), [good, good, good, good, broken, broken, good])

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from oracles.smcp import NORM_SCALING, PRUNED_DECAY, SCHEDULES, SOFT_MASK
 from support.data import Batches
-from support.inside import Moment, around_updates, copied_names, count_kept_channels, dense_values, give_calendar
+from support.inside import Moment, around_updates, copied_names, count_kept_channels, dense_values, give_calendar, record_scores, scores_of
 from support.nets import Classifier
 from support.rig import assert_effective, differences, fit, watch
 from support.smcp import Joined, conv_net, mask_by_hand, method, mlp, normed
@@ -216,9 +216,7 @@ def test_scores_are_the_mean_over_the_window_of_what_each_step_says() -> None:
             name = "net.3.weight"
             by_hand.append((-dense_values(callback, name) * module.get_parameter(name).grad).sum(0).abs())
 
-    seen: list[Tensor] = []
-    scores = callback.scores
-    callback.scores = lambda: seen.extend(scores()) or seen  # type: ignore[method-assign, func-returns-value]
+    seen = record_scores(callback)
     fit(module, pl.callbacks.LambdaCallback(on_before_optimizer_step=look), callback, max_steps=6)
     assert torch.allclose(seen[0], torch.stack(by_hand).mean(0))
     assert all(not t.any() for t in callback.aux.values())  # the next window begins
@@ -234,9 +232,7 @@ def test_groups_that_one_layer_reads_have_scores_of_their_own(second: int, impor
         dense = dense_values(callback, "net.c.weight")
         by_hand.append((-dense * module.net.c.weight.grad).sum(0).abs())
 
-    seen: list[Tensor] = []
-    scores = callback.scores
-    callback.scores = lambda: seen.extend(scores()) or seen[-2:]  # type: ignore[method-assign, func-returns-value]
+    seen = record_scores(callback)
     fit(module, pl.callbacks.LambdaCallback(on_before_optimizer_step=look), callback, max_steps=6)
     expected = torch.stack(by_hand).mean(0) if importance == "taylor" else dense_values(callback, "net.c.weight").abs().sum(0)
     assert [g.name for g in callback.groups] == ["net.a", "net.b"]
@@ -248,7 +244,7 @@ def test_outputs_that_are_pruned_do_not_count() -> None:
     fit(module, callback, mask_by_hand(callback, "net.5.weight", [1] * 6 + [0] * 6), max_steps=1)
     count_kept_channels(callback)
     first = [g.name for g in callback.groups].index("net.1")
-    assert torch.allclose(callback.scores()[first], dense_values(callback, "net.3.weight")[:6].abs().sum(0))
+    assert torch.allclose(scores_of(callback)[first], dense_values(callback, "net.3.weight")[:6].abs().sum(0))
 
 
 def test_the_absolute_value_comes_after_the_sum_over_a_groups_layers() -> None:

@@ -21,7 +21,7 @@ def gap(partitions: Any = 3, **options: Any) -> GaP:
 
 
 class Restarting(Classifier):
-    """A cosine over each phase, told its length in ``configure_optimizers`` or later in the function of a LambdaLR."""
+    """A cosine over each phase, given its length in ``configure_optimizers`` or later in the function of a LambdaLR."""
 
     def __init__(self, net: nn.Module | None = None, optimizer: str = "sgd", lazy: bool = False) -> None:
         super().__init__(net, optimizer)

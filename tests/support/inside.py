@@ -1,6 +1,6 @@
 """What tests read of a running callback beyond its public surface: one function for each thing, all of them here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,27 @@ def when_attached(callback: Any, act: Callable[[], Any]) -> None:
         attach(model)
 
     callback.attach = attached
+
+
+def when_masks_are_made(callback: Any, act: Callable[[], Any]) -> None:
+    """Call ``act()`` before initial masks are made."""
+    initial = callback.initial_masks
+
+    def made() -> dict[str, Tensor]:
+        act()
+        return initial()
+
+    callback.initial_masks = made
+
+
+def start_from(callback: Any, masks: Mapping[str, Tensor]) -> None:
+    """Let the first fit start from copies of ``masks``."""
+    callback.initial_masks = lambda: {n: m.clone() for n, m in masks.items()}
+
+
+def skipped_steps(callback: Any) -> int:
+    """Steps that the GradScaler has skipped in this run."""
+    return int(callback.skipped)
 
 
 def parameters_of(callback: Any) -> dict[str, nn.Parameter]:
@@ -157,3 +178,33 @@ def owners_of_groups(callback: Any) -> list[int]:
 def kept_of_the_round(callback: Any) -> set[str]:
     """ParallelGaP: names of what it keeps of the round's start and of the workers that are done."""
     return {*callback._kept("start"), *callback._kept("gathered")}
+
+
+def record_scores(callback: Any) -> list[Tensor]:
+    """SMCP: the scores of each group of channels, at one solve after another."""
+    seen: list[Tensor] = []
+    scores = callback.scores
+
+    def recorded() -> list[Tensor]:
+        found = list(scores())
+        seen.extend(found)
+        return found
+
+    callback.scores = recorded
+    return seen
+
+
+def scores_of(callback: Any) -> list[Tensor]:
+    """SMCP: current scores of the channels of each group."""
+    return list(callback.scores())
+
+
+def after_epoch_starts(callback: Any, act: Callable[[], Any]) -> None:
+    """ParallelGaP: call ``act()`` once an epoch's random numbers and data order are set."""
+    start = callback.epoch_start
+
+    def started(epoch: int) -> None:
+        start(epoch)
+        act()
+
+    callback.epoch_start = started

@@ -62,6 +62,11 @@ def take_medians(callback: Any, kernel: str) -> None:
     callback.gated.take_medians(kernel, callback.aux[f"log_alpha/{kernel}"])
 
 
+def noise_of(callback: Any, kernel: str) -> Tensor:
+    """Noise of the gates in the current batch."""
+    return callback.noise(kernel)
+
+
 def pulls_on_gates(callback: Any) -> Mapping[str, Tensor]:
     """Gradients of the loss by the gates, between the look at the gradients and the step of the gates."""
     return callback._pulls

@@ -41,14 +41,14 @@ def fit_steps(folder: Path, callbacks: Any, module: pl.LightningModule, steps: i
 
 
 def fit(module: pl.LightningModule, *callbacks: pl.Callback, loader: Any = None, ckpt_path: Any = None, **options: Any) -> pl.Trainer:
-    """Fit for two epochs of eight batches, unless told otherwise."""
+    """Fit for two epochs of eight batches, unless options say otherwise."""
     trainer = trainer_for(callbacks, **options)
     trainer.fit(module, Batches() if loader is None else loader, ckpt_path=ckpt_path)
     return trainer
 
 
 def watch(on_batch_end: Watcher) -> pl.Callback:
-    """Calls ``on_batch_end(trainer, module, batches done before)`` after every batch; put it behind the sparsity callbacks."""
+    """Calls ``on_batch_end(trainer, module, batches done before)`` after every batch; list it after the sparsity callbacks."""
     count = itertools.count()
     return pl.callbacks.LambdaCallback(on_train_batch_end=lambda trainer, module, *_: on_batch_end(trainer, module, next(count)))
 
