@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.core_rig import Regression, fit
+from support.inside import count_writes, versions
+from support.nets import Regression
+from support.rig import fit_steps
 
 import sparse_callbacks
 from sparse_callbacks import GMP, SET, SNFS, GaP, RigL, Static
-from sparse_callbacks.core.weights import MaskStore
 
 PACKAGE = Path(sparse_callbacks.__file__).parent
 ROOT = Path(__file__).parent.parent
@@ -126,19 +127,14 @@ def test_nobody_else_writes_to_a_parameter_in_training(make: Any, tmp_path: Path
     times = {Static: {}, GaP: {"partitions": 2, "every": 2}}.get(make, {"every": 2, "stop": 8})
     callback, module = make(0.5, print_plan=False, **times), Regression(configure=lambda p: Still(p, lr=0.1))
     known = dict.fromkeys(dict(module.named_parameters()), 0)
-    apply = MaskStore.apply
 
-    def counted(store: MaskStore, names: Any, finite: bool = True) -> None:
-        listed = list(names)
-        before = {n: store.params[n]._version for n in listed}
-        apply(store, listed, finite)
-        for name in listed:
-            known[name] += store.params[name]._version - before[name]
+    def wrote(name: str, writes: int) -> None:
+        known[name] += writes
 
-    monkeypatch.setattr(MaskStore, "apply", counted)
-    at_first = {n: p._version for n, p in module.named_parameters()}
-    fit(tmp_path, callback, module, 8)
-    assert {n: p._version - at_first[n] for n, p in module.named_parameters()} == known
+    count_writes(monkeypatch, wrote)
+    at_first = {n: versions(p) for n, p in module.named_parameters()}
+    fit_steps(tmp_path, callback, module, 8)
+    assert {n: versions(p) - at_first[n] for n, p in module.named_parameters()} == known
     assert known["net.0.weight"] >= 8
     assert known["net.0.bias"] == 0
 

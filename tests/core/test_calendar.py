@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from sparse_callbacks.core.calendar import Calendar, StepCount, check_times, resolve
+from sparse_callbacks.core.calendar import Calendar, check_times
+from sparse_callbacks.core.progress import StepCount
 
 # begin, end, every, gradient steps, updates at these steps (the reference code of RigL)
 OFFICIAL_RIGL = [
@@ -19,10 +20,10 @@ OFFICIAL_RIGL = [
 OFFICIAL_SET = [(1, 4, 2, 5, [1, 3]), (0, 300, 100, 450, [1, 101, 201]), (0, 10, 5, 12, [1, 6])]
 
 
-def walk(calendar: Calendar, steps: range, anchor: int) -> list[int]:
+def walk(calendar: Calendar, steps: range, first_update: int) -> list[int]:
     done, updates = None, []
     for step in steps:
-        if calendar.next(step, anchor, done) == step:
+        if calendar.next(step, first_update, done) == step:
             updates.append(step)
             done = step
     return updates
@@ -70,7 +71,8 @@ def test_an_update_that_could_not_happen_is_still_due_at_the_same_step() -> None
 
 def made(every: Any, start: Any, stop: Any, total: float = 1000, **options: Any) -> tuple[Calendar, list[str]]:
     told: list[str] = []
-    return resolve(every, start, stop, 100, lambda: total, tell=told.append, **options), told
+    run = RunLength(lambda: total, lambda: total, options.pop("lenient", False))
+    return resolve_times(every, start, stop, 100, run, inform=told.append, **options), told
 
 
 @pytest.mark.parametrize(
@@ -95,8 +97,9 @@ def test_whole_steps_do_not_ask_how_long_the_run_is() -> None:
     def unknown() -> float:
         raise AssertionError("asked")
 
-    assert resolve(10, 0, 100, 100, unknown) == Calendar(10, 0, 100)
-    assert resolve(None, 0, 5000, 100, unknown) == Calendar(100, 0, 5000)
+    run = RunLength(unknown, unknown)
+    assert resolve_times(10, 0, 100, 100, run) == Calendar(10, 0, 100)
+    assert resolve_times(None, 0, 5000, 100, run) == Calendar(100, 0, 5000)
 
 
 @pytest.mark.parametrize(("stop", "expected"), [(1000, 100), (999, 99), (500, 50), (15, 10), (10, 10), (3, 3)])
@@ -116,9 +119,9 @@ def test_a_window_of_no_steps_is_refused_unless_the_method_arrives_there() -> No
     with pytest.raises(ValueError, match=r"start=7 and stop=7 are the same step \(7\): no update would move a mask\. Give a later stop="):
         made(None, 7, 7)
     with pytest.raises(ValueError, match=r"start=0\.5 and stop=20 are the same step \(20\)"):
-        resolve(None, 0.5, 20, 100, lambda: 40)
-    assert resolve(None, 7, 7, 100, lambda: 40, final=True).stop == 7
-    assert resolve(None, 7, 7, 100, lambda: 40, lenient=True).stop == 7
+        resolve_times(None, 0.5, 20, 100, RunLength(lambda: 40, lambda: 40))
+    assert resolve_times(None, 7, 7, 100, RunLength(lambda: 40, lambda: 40), final=True).stop == 7
+    assert resolve_times(None, 7, 7, 100, RunLength(lambda: 40, lambda: 40, lenient=True)).stop == 7
 
 
 def test_the_shortened_interval_leaves_at_least_ten_updates_where_there_are_a_hundred_steps() -> None:

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.core_rig import Regression, fit, loader, mlp, trainer
+from support.data import loader
+from support.nets import Regression, mlp
+from support.rig import fit_steps, trainer_for
 from torch import nn
 
 from sparse_callbacks import GMP, SET, SNFS, RigL, Static
@@ -85,7 +87,7 @@ def test_a_plan_needs_a_model() -> None:
 def test_asking_for_the_plan_of_another_model_leaves_the_callback_as_it_was(tmp_path: Path) -> None:
     callback = RigL(0.5, every=2, stop=6)
     callback.plan(mlp(3, 4, 5))
-    fit(tmp_path, callback, Regression(), 8)
+    fit_steps(tmp_path, callback, Regression(), 8)
     before = str(callback.plan())
     callback.plan(mlp(3, 4, 5))
     assert str(callback.plan()) == before
@@ -102,7 +104,7 @@ def test_training_ends_with_exactly_the_planned_zeros(make: Any, distribution: A
     callback = make(0.7, distribution=distribution, print_plan=False, **times)
     module = Regression(mlp(12, 9, 7, 6))
     announced = callback.plan(module)
-    fit(tmp_path, callback, module, 13)
+    fit_steps(tmp_path, callback, module, 13)
     plan = callback.plan()
     assert plan.rows == announced.rows
     measured = callback.measured_sparsity()
@@ -119,7 +121,7 @@ def test_training_ends_with_exactly_the_planned_zeros(make: Any, distribution: A
 def test_measured_sparsity_counts_grown_weights_that_are_still_zero(tmp_path: Path) -> None:
     callback = RigL(0.5, distribution="uniform", every=1, stop=10, drop_fraction="constant(0.9)")
     module = Regression()
-    fit(tmp_path, callback, module, 1)  # the very first step is an update
+    fit_steps(tmp_path, callback, module, 1)  # the very first step is an update
     assert callback.updates == 1
     assert callback.measured_sparsity()["sparsity/total"] == 0.5
     zeros = sum(int((module.get_parameter(n) == 0).sum()) for n in callback.masks)
@@ -131,10 +133,10 @@ def test_the_plan_is_printed_once_at_the_start_of_fit(entry: str, tmp_path: Path
     callback = Static(0.5)
     module = Regression()
     if entry == "fit":
-        fit(tmp_path, callback, module, 6)
+        fit_steps(tmp_path, callback, module, 6)
     else:
         module.validation_step = lambda batch, batch_idx: None
-        trainer(tmp_path, callback).validate(module, loader(2), verbose=False)
+        trainer_for(callback, tmp_path).validate(module, loader(2), verbose=False)
     printed = capsys.readouterr().out
     assert printed.count("Static: sparsity 0.5") == printed.count("sparsity/total") == (entry == "fit")
     if entry == "fit":
@@ -142,12 +144,12 @@ def test_the_plan_is_printed_once_at_the_start_of_fit(entry: str, tmp_path: Path
 
 
 def test_the_plan_can_be_switched_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fit(tmp_path, Static(0.5, print_plan=False), Regression(), 2)
+    fit_steps(tmp_path, Static(0.5, print_plan=False), Regression(), 2)
     assert "sparsity" not in capsys.readouterr().out
 
 
 def test_only_the_first_rank_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    made = trainer(tmp_path, Static(0.5), max_steps=1)
+    made = trainer_for(Static(0.5), tmp_path, max_steps=1)
     monkeypatch.setattr(type(made), "is_global_zero", property(lambda _: False))
     made.fit(Regression(), loader(1))
     assert "sparsity/total" not in capsys.readouterr().out

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.core_rig import Regression, fit
+from support.nets import Regression
+from support.rig import fit_steps
 from torch import nn
 
 from sparse_callbacks import RigL, Static
@@ -84,7 +85,7 @@ class Attend(nn.Module):
 def test_each_stacked_matrix_holds_its_count_before_and_after_updates(tmp_path: Any) -> None:
     callback = RigL(0.7, distribution={"*in_proj_weight[[]1]": 0.5, "*": "uniform"}, every=1, stop=10, drop_fraction="constant(0.5)")
     module = Regression(Attend())
-    fit(tmp_path, callback, module, 8)
+    fit_steps(tmp_path, callback, module, 8)
     assert callback.updates == 8 - callback.step >= 3
     parts = callback.masks["net.attention.in_proj_weight"].chunk(3)
     assert [int((~p).sum()) for p in parts] == [100, 72, 100]
@@ -198,7 +199,7 @@ def test_two_layers_that_share_a_matrix_have_one_mask(tmp_path: Any) -> None:
     assert set(chosen(net, include=("second*",))) == {"first.weight"}
     assert set(chosen(net, exclude=("second*",))) == {"head.weight"}
     callback = RigL(0.5, distribution="uniform", every=2, stop=6)
-    fit(tmp_path, callback, Regression(net), 8)
+    fit_steps(tmp_path, callback, Regression(net), 8)
     assert set(callback.masks) == {"net.first.weight", "net.head.weight"}
     assert callback.updates == 3
     assert torch.equal(net.second.weight, net.second.weight * callback.masks["net.first.weight"])
@@ -209,7 +210,7 @@ def test_a_frozen_weight_stays_dense_with_a_word(tmp_path: Any) -> None:
     module = Regression()
     module.net[0].weight.requires_grad_(False)
     callback = Static(0.5)
-    fit(tmp_path, callback, module, 2)
+    fit_steps(tmp_path, callback, module, 2)
     assert callback.plan()["net.0.weight"].reason == "frozen (requires_grad=False)"
     assert set(callback.masks) == {"net.2.weight"}
     assert module.net[0].weight.count_nonzero() == module.net[0].weight.numel()
@@ -219,7 +220,7 @@ def test_a_weight_that_no_optimizer_steps_stays_dense_with_a_word(tmp_path: Any)
     module = Regression()
     module.configure = lambda _: torch.optim.SGD(module.net[2].parameters(), lr=0.1)
     callback = Static(0.5)
-    fit(tmp_path, callback, module, 2)
+    fit_steps(tmp_path, callback, module, 2)
     assert callback.plan()["net.0.weight"].reason == "in no optimizer"
     assert set(callback.masks) == {"net.2.weight"}
 

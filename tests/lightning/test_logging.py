@@ -9,7 +9,10 @@ import torch
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger
-from support.core_rig import Regression, loader, mlp, trainer
+from support.data import loader
+from support.inside import figures_to_log
+from support.nets import Regression, mlp
+from support.rig import trainer_for
 
 from sparse_callbacks import GMP, SET, SNFS, RigL, SparsityCallback, Static
 
@@ -22,7 +25,7 @@ def logged(path: Path, callbacks: Any, steps: int = 12, **options: Any) -> dict[
     """Figures by step as they stand in the CSV file, NaN and empty cells left out."""
     logger = CSVLogger(path, name="log", version="0", flush_logs_every_n_steps=1)
     given = {"log_every_n_steps": 5, "max_steps": steps, "logger": logger} | options
-    trainer(path, callbacks, **given).fit(Regression(), loader(steps * given.get("accumulate_grad_batches", 1)))
+    trainer_for(callbacks, path, **given).fit(Regression(), loader(steps * given.get("accumulate_grad_batches", 1)))
     found: dict[int, dict[str, float]] = {}
     with (path / "log" / "0" / "metrics.csv").open() as lines:
         for line in csv.DictReader(lines):
@@ -116,14 +119,14 @@ def test_accumulation_logs_each_step_once(tmp_path: Path) -> None:
             super().log_metrics(metrics, step)
 
     logger = Counting(tmp_path)
-    logged_steps = trainer(tmp_path, Static(0.5), logger=logger, log_every_n_steps=2, max_steps=6, accumulate_grad_batches=3)
+    logged_steps = trainer_for(Static(0.5), tmp_path, logger=logger, log_every_n_steps=2, max_steps=6, accumulate_grad_batches=3)
     logged_steps.fit(Regression(), loader(18))
     assert lines == [2, 4, 6]
 
 
 def test_every_logger_gets_the_figures(tmp_path: Path) -> None:
     loggers = [CSVLogger(tmp_path / name) for name in "ab"]
-    trainer(tmp_path, Static(0.5), logger=loggers, log_every_n_steps=2, max_steps=4).fit(Regression(), loader(4))
+    trainer_for(Static(0.5), tmp_path, logger=loggers, log_every_n_steps=2, max_steps=4).fit(Regression(), loader(4))
     for logger in loggers:
         logger.save()
         assert "sparsity/total" in (Path(logger.log_dir) / "metrics.csv").read_text()
@@ -152,7 +155,7 @@ def test_the_trainers_metrics_and_the_progress_bar_have_the_total(tmp_path: Path
             shown.append(self.get_metrics(made, module).get("sparsity/total"))
 
     callback = GMP(0.8, every=5, stop=11)
-    made = trainer(tmp_path, [callback, Bar()], max_steps=15, enable_progress_bar=True)
+    made = trainer_for([callback, Bar()], tmp_path, max_steps=15, enable_progress_bar=True)
     made.fit(Regression(mlp(12, 20, 6)), loader(15))
     assert float(made.callback_metrics["sparsity/total"]) == pytest.approx(0.8)
     assert shown[0] is not None
@@ -163,7 +166,7 @@ def test_the_trainers_metrics_and_the_progress_bar_have_the_total(tmp_path: Path
 def test_a_checkpoint_callback_may_monitor_the_total(batches: int, tmp_path: Path) -> None:
     best = ModelCheckpoint(tmp_path, monitor="sparsity/total", mode="max", filename="{step}", save_on_train_epoch_end=True)
     callback = GMP(0.8, every=2, stop=batches * 2)
-    made = trainer(tmp_path, [callback, best], max_epochs=3, enable_checkpointing=True)
+    made = trainer_for([callback, best], tmp_path, max_epochs=3, enable_checkpointing=True)
     made.fit(Regression(), loader(batches))
     assert float(best.best_model_score) == pytest.approx(0.8)
     assert torch.load(best.best_model_path, weights_only=True)["global_step"] == batches * 2  # the first epoch at the target
@@ -171,7 +174,7 @@ def test_a_checkpoint_callback_may_monitor_the_total(batches: int, tmp_path: Pat
 
 def test_without_loggers_nothing_is_missed(tmp_path: Path) -> None:
     callback = SET(0.5, every=2, stop=8)
-    made = trainer(tmp_path, callback, max_steps=6, log_every_n_steps=0)
+    made = trainer_for(callback, tmp_path, max_steps=6, log_every_n_steps=0)
     made.fit(Regression(), loader(6))
     assert callback.updates == 3
-    assert not callback.events
+    assert not figures_to_log(callback)

@@ -10,13 +10,16 @@ import torch
 from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.precision import MixedPrecision
-from support.contract_support import OPTIMIZERS, Batches, ByHand, Classifier, assert_effective, fit, mlp, trainer_for, watch
+from support.data import Batches
+from support.nets import OPTIMIZERS, ByHand, Classifier, double_mlp
+from support.rig import assert_effective, fit, trainer_for, watch
 from torch import nn
 from torch.optim import lr_scheduler as lrs
 
 from sparse_callbacks import SET
-from sparse_callbacks.lightning.optimizer_lives import check_horizons, check_phases, horizon, phase_steps, restart
+from sparse_callbacks.lightning.optimizer_lives import check_horizons, horizon, restart
 from sparse_callbacks.methods.gap.gap import GaP
+from sparse_callbacks.methods.gap.phases import check_phases, phase_steps
 
 
 def gap(**options: Any) -> GaP:
@@ -30,7 +33,7 @@ class Asks(Classifier):
     """Notes the horizon each time that optimizers are configured."""
 
     def __init__(self, net: nn.Module | None = None) -> None:
-        super().__init__(mlp() if net is None else net)
+        super().__init__(double_mlp() if net is None else net)
         self.told: list[float] = []
 
     def configure_optimizers(self) -> Any:
@@ -155,7 +158,7 @@ def test_new_optimizers_are_what_everybody_finds(tmp_path: Any) -> None:
             return {"optimizer": chosen, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     look, logger = Look(), CSVLogger(tmp_path)
-    fit(Schedule(mlp()), gap(), look, LearningRateMonitor("step"), logger=logger, log_every_n_steps=1, max_epochs=1)
+    fit(Schedule(double_mlp()), gap(), look, LearningRateMonitor("step"), logger=logger, log_every_n_steps=1, max_epochs=1)
     assert all(len(set(seen)) == 1 for seen in look.found)
     assert [i for i in range(1, 8) if look.found[i] != look.found[i - 1]] == [3, 6]
     with open(f"{logger.log_dir}/metrics.csv") as file:
@@ -187,7 +190,7 @@ def test_a_grad_scaler_keeps_its_scale(skip: bool) -> None:
 
 
 def test_manual_optimization_restarts_too() -> None:
-    module, callback, states = ByHand(mlp()), gap(), []
+    module, callback, states = ByHand(double_mlp()), gap(), []
 
     class Look(pl.Callback):
         def on_before_backward(self, trainer: Any, module: Any, loss: Any) -> None:
@@ -212,7 +215,7 @@ def test_optimizers_in_another_number_are_refused() -> None:
             return [first, OPTIMIZERS["sgd"](self.net[3].parameters())] if self.calls > 1 else [OPTIMIZERS["sgd"](self.parameters())]
 
     with pytest.raises(ValueError, match=r"gave 1 optimizers at the start and 2 at the restart of a phase\. .* restart=False"):
-        fit(More(mlp()), gap())
+        fit(More(double_mlp()), gap())
 
 
 def test_parameters_that_a_restart_would_leave_out_are_refused() -> None:
@@ -224,7 +227,7 @@ def test_parameters_that_a_restart_would_leave_out_are_refused() -> None:
             self.optimizers().optimizer.add_param_group({"params": [self.net[3].bias]})
 
     with pytest.raises(ValueError, match=r"^net\.3\.bias were in an optimizer and are in none after configure_optimizers was called anew"):
-        fit(Thaws(mlp()), gap())
+        fit(Thaws(double_mlp()), gap())
 
 
 def test_a_frozen_parameter_may_be_left_out() -> None:
@@ -235,7 +238,7 @@ def test_a_frozen_parameter_may_be_left_out() -> None:
         def on_train_batch_end(self, *_: Any) -> None:
             self.net[3].bias.requires_grad_(False)
 
-    fit(Freezes(mlp()), gap(), max_epochs=1)
+    fit(Freezes(double_mlp()), gap(), max_epochs=1)
 
 
 def test_restart_by_hand_gives_fresh_optimizers() -> None:
@@ -306,7 +309,7 @@ def test_the_classifier_of_train_py_follows_the_phase() -> None:
             return nn.functional.cross_entropy(self(x.double()), y)
 
     rates: list[float] = []
-    module = Flat(mlp(), 4, Optim(name="sgd", lr=0.1, fused=False))
+    module = Flat(double_mlp(), 4, Optim(name="sgd", lr=0.1, fused=False))
     trainer = trainer_for([gap(), watch(lambda t, *_: rates.append(t.optimizers[0].param_groups[0]["lr"]))], max_epochs=1)
     trainer.fit(module, Batches())
     falling = [0.1 * (1 + math.cos(math.pi * t / 3)) / 2 for t in (1, 2, 3)]

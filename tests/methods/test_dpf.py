@@ -7,11 +7,13 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from oracles.dpf import CUBIC, GLOBAL_LAYERS, GLOBAL_MASKS, GOAL, HARD, START, TRAJECTORIES
-from support.contract_support import Batches, Classifier, assert_effective, conv_net, differences, fit, mlp, snapshot, watch
+from support.data import Batches
+from support.inside import around_updates, copied_names, dense_values, give_calendar, held_tensors
+from support.nets import Classifier, conv_net, double_mlp
+from support.rig import assert_effective, differences, fit, snapshot, watch
 from torch import Tensor, nn
 
 from sparse_callbacks import DPF, GMP, Static
-from sparse_callbacks.core.calendar import Calendar
 from sparse_callbacks.core.ops import keep_largest_jointly, zeros_for
 from sparse_callbacks.methods.dpf import filters
 
@@ -25,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_curve(curve: tuple[float, float, int, int]) -> None:
     initial, final, start, stop = curve
     callback = DPF(f"cubic({initial}, {final})" if initial else final)
-    callback.calendar = Calendar(16, start, stop)
+    give_calendar(callback, 16, start, stop)
     for step, expected in CUBIC[curve].items():
         assert callback.sparsity_at(step) == pytest.approx(expected, abs=1e-11)
 
@@ -67,7 +69,7 @@ def test_the_trajectory(case: tuple[float, float, int], distribution: str) -> No
         seen.update(mask=callback.masks["layer.weight"].int()[0].tolist(), masked=module.layer.weight.detach()[0].tolist())
 
     begin = pl.callbacks.LambdaCallback(on_train_batch_start=before)
-    after = watch(lambda *_: found.append((seen["mask"], seen["masked"], callback.store.dense("layer.weight")[0].tolist())))
+    after = watch(lambda *_: found.append((seen["mask"], seen["masked"], dense_values(callback, "layer.weight")[0].tolist())))
     fit(module, callback, begin, after, max_steps=4)
     for (mask, masked, dense), (expected_mask, expected_masked, expected_dense) in zip(found, TRAJECTORIES[case], strict=True):
         assert mask == expected_mask
@@ -94,13 +96,7 @@ def test_masked_gradients_would_not_bring_the_weight_back() -> None:
 def refreshes(callback: DPF) -> list[int]:
     """Steps at which the masks are made anew, filled while the callback runs."""
     steps: list[int] = []
-    update = callback.update
-
-    def record() -> None:
-        steps.append(callback.step)
-        update()
-
-    callback.update = record  # type: ignore[method-assign]
+    around_updates(callback, before=lambda update: steps.append(update.step))
     return steps
 
 
@@ -125,7 +121,7 @@ def test_pruned_weights_learn_between_refreshes_and_come_back() -> None:
 
     def check(trainer: pl.Trainer, module: Classifier, index: int) -> None:
         assert_effective(module, callback)
-        dense = {n: callback.store.dense(n).clone() for n in callback.masks}
+        dense = {n: dense_values(callback, n).clone() for n in callback.masks}
         for name, mask in callback.masks.items():
             weight = module.get_parameter(name)
             assert torch.equal(weight[mask], dense[name][mask])
@@ -152,7 +148,7 @@ def test_the_figures_of_a_refresh(tmp_path: Path) -> None:
     rows = [r for r in (Path(logger.log_dir) / "metrics.csv").read_text().splitlines() if r]
     assert {"dpf/reactivated", "dpf/reactivated_total", "dpf/pruned_dense_norm"} <= set(rows[0].split(","))
     final = dict(zip(rows[0].split(","), rows[-1].split(","), strict=True))
-    hidden = sum(float((callback.store.dense(n) * ~m).square().sum()) for n, m in callback.masks.items()) ** 0.5
+    hidden = sum(float((dense_values(callback, n) * ~m).square().sum()) for n, m in callback.masks.items()) ** 0.5
     assert float(final["dpf/pruned_dense_norm"]) == pytest.approx(hidden, rel=1e-5)
     assert float(final["dpf/reactivated_total"]) == int(callback.aux["reactivated/total"])
 
@@ -193,8 +189,7 @@ def test_memory_is_one_dense_copy_and_the_address_of_a_weight_never_changes() ->
     see = pl.callbacks.LambdaCallback(on_train_batch_start=lambda *_: addresses.append(module.net[4].weight.data_ptr()))
     fit(module, callback, see, watch(lambda *_: addresses.append(module.net[4].weight.data_ptr())))
     assert len(set(addresses)) == 1
-    kept = [t for field in vars(callback.store).values() if isinstance(field, dict) for t in field.values() if isinstance(t, Tensor)]
-    own = {t.data_ptr(): t.numel() * t.element_size() for t in kept if not isinstance(t, nn.Parameter)}
+    own = {t.data_ptr(): t.numel() * t.element_size() for t in held_tensors(callback)}
     size = sum(m.numel() for m in callback.masks.values())
     assert sum(own.values()) == size * (4 + 4 + 1)
 
@@ -209,7 +204,7 @@ def test_what_the_user_writes_into_the_weights_is_kept() -> None:
     callback, module = DPF(0.5, every=4, stop=8, print_plan=False), Clamps()
     fit(module, callback)
     for name, mask in callback.masks.items():
-        assert callback.store.dense(name)[mask].abs().max() < 0.2
+        assert dense_values(callback, name)[mask].abs().max() < 0.2
 
 
 def test_a_step_that_nobody_announced_moves_the_active_dense_weights() -> None:
@@ -221,7 +216,7 @@ def test_a_step_that_nobody_announced_moves_the_active_dense_weights() -> None:
     callback, module = DPF("constant(0.5)", every=100, stop=200, print_plan=False), Twice()
     fit(module, callback, watch(lambda *_: assert_effective(module, callback)))
     for name, mask in callback.masks.items():
-        assert torch.equal(callback.store.dense(name)[mask], module.get_parameter(name)[mask])
+        assert torch.equal(dense_values(callback, name)[mask], module.get_parameter(name)[mask])
 
 
 # ---------------------------------------------------------------------- thresholds
@@ -241,7 +236,7 @@ def test_one_threshold_for_all_layers_or_one_for_each() -> None:
 
 
 def test_a_layer_is_never_emptied() -> None:
-    net = mlp()
+    net = double_mlp()
     net[3].weight.data.mul_(1e-6)
     callback = DPF("constant(0.95)", print_plan=False)
     fit(Classifier(net), callback, fast_dev_run=1)
@@ -250,13 +245,13 @@ def test_a_layer_is_never_emptied() -> None:
 
 
 def test_the_plan_of_a_global_threshold_gives_the_total() -> None:
-    plan = DPF(0.9).plan(mlp())
+    plan = DPF(0.9).plan(double_mlp())
     assert plan.joint == plan.zeros == int(0.9 * 1296)
     assert {r.zeros for r in plan if r.name in plan.selected} == {None}
     assert plan["1.weight"].sparsity is None
     assert "joint" in str(plan)
     assert plan.total == int(0.9 * 1296) / 1296
-    assert DPF(0.9, distribution="uniform").plan(mlp()).joint is None
+    assert DPF(0.9, distribution="uniform").plan(double_mlp()).joint is None
 
 
 # ---------------------------------------------------------------------- fine-tuning
@@ -270,7 +265,7 @@ def test_fine_tuning_freezes_the_masks_and_trains_like_a_static_mask() -> None:
 
     def check(trainer: pl.Trainer, module: Classifier, index: int) -> None:
         masks.append({n: m.clone() for n, m in callback.masks.items()})
-        held.append(len(callback.store.hidden))
+        held.append(len(copied_names(callback)))
         if index == 8:
             handover.update(snapshot(trainer, module, callback))
 
@@ -327,7 +322,7 @@ def test_fine_tuning_that_has_begun_goes_on_in_a_longer_run(resumed: bool, tmp_p
     if resumed:
         callback, module = DPF(0.8, every=2, stop=0.5, finetune=0.75, print_plan=False), Classifier()
     fit(module, callback, max_epochs=8, ckpt_path=tmp_path / "run.ckpt" if resumed else None)
-    assert callback.store.hidden == []
+    assert copied_names(callback) == []
     assert differences(masks, callback.masks) == []
 
 
@@ -338,7 +333,7 @@ def test_a_layer_that_is_thawed_for_a_second_fit_has_feedback_too() -> None:
     assert "net.4.weight" not in callback.masks
     module.net[4].weight.requires_grad_(True)
     fit(module, callback)
-    assert set(callback.store.hidden) == set(callback.masks) == {"net.0.weight", "net.4.weight", "net.7.weight"}
+    assert set(copied_names(callback)) == set(callback.masks) == {"net.0.weight", "net.4.weight", "net.7.weight"}
 
 
 # ---------------------------------------------------------------------- filters

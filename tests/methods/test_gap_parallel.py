@@ -9,20 +9,12 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from support import helpers_gap
-from support.contract_support import (
-    Batches,
-    Classifier,
-    Stops,
-    assert_effective,
-    conv_net,
-    differences,
-    fit,
-    mlp,
-    run_two_processes,
-    snapshot,
-    watch,
-)
+from support import processes
+from support.data import Batches
+from support.inside import after_epoch_starts, kept_of_the_round
+from support.nets import Classifier, conv_net, double_mlp
+from support.processes import run_two_processes
+from support.rig import Stops, assert_effective, differences, fit, snapshot, watch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -56,16 +48,10 @@ def prune(weight: Tensor) -> Tensor:
 
 def test_workers_equal_a_hand_written_loop() -> None:
     """Two rounds of two workers and fine-tuning, bit by bit, with random numbers and data order taken from the callback's seeds."""
-    callback, module, loader = ParallelGaP(SIZE, partitions=2, rounds=2, print_plan=False), Classifier(helpers_gap.network()), Recorded()
+    callback, module, loader = ParallelGaP(SIZE, partitions=2, rounds=2, print_plan=False), Classifier(processes.network()), Recorded()
     model = copy.deepcopy(module)
     seeds: list[int] = []
-    start_epoch = callback.epoch_start
-
-    def note_seed(epoch: int) -> None:
-        start_epoch(epoch)
-        seeds.append(torch.initial_seed())
-
-    callback.epoch_start = note_seed  # type: ignore[method-assign]
+    after_epoch_starts(callback, lambda: seeds.append(torch.initial_seed()))
     initial: dict[str, Tensor] = {}
     begin = pl.callbacks.LambdaCallback(on_fit_start=lambda *_: initial.update(callback.masks))
     fit(module, callback, begin, loader=loader, max_epochs=5)
@@ -173,7 +159,7 @@ def test_every_weight_is_active_once_a_round_and_sparse_after_it() -> None:
     fit(module, callback, watch(check), max_epochs=5)
     assert dense[-1] is None
     assert callback.updates == 4
-    assert set(callback._kept("start")) == set(callback._kept("gathered")) == set()
+    assert kept_of_the_round(callback) == set()
 
 
 def test_optimizers_and_schedules_start_anew_for_each_worker_and_for_fine_tuning() -> None:
@@ -244,18 +230,18 @@ def test_magnitude_masks_at_the_start() -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("gap")
-    run_two_processes("helpers_gap.py", folder)
+    run_two_processes("workers", folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
 def test_two_processes_equal_one_bit_by_bit(two_processes: list[dict[str, Any]]) -> None:
-    alone = helpers_gap.train(1)
-    length = 8 * helpers_gap.EPOCHS
+    alone = processes.train_worker(1)
+    length = 8 * processes.EPOCHS
     for rank, found in enumerate(two_processes):
         assert differences(alone["end"]["weights"], found["whole"]["end"]["weights"]) == []
         assert differences(alone["end"]["masks"], found["whole"]["end"]["masks"]) == []
         assert differences(alone["end"]["optimizers"], found["whole"]["end"]["optimizers"]) == []
-        for turn in range(helpers_gap.ROUNDS):  # each worker's path, up to the batch that ends its phase
+        for turn in range(processes.ROUNDS):  # each worker's path, up to the batch that ends its phase
             begin = (2 * turn + rank) * length
             mine = found["whole"]["seen"][turn * length : (turn + 1) * length - 1]
             assert differences(alone["seen"][begin : begin + length - 1], mine) == []
@@ -265,7 +251,7 @@ def test_two_processes_equal_one_bit_by_bit(two_processes: list[dict[str, Any]])
 
 def test_two_processes_resume_within_a_round(two_processes: list[dict[str, Any]]) -> None:
     for found in two_processes:
-        for stop in helpers_gap.STOPS:
+        for stop in processes.STOPS:
             assert differences(found["whole"]["end"], found[f"resumed {stop}"]["end"]) == [], stop
 
 
@@ -284,17 +270,17 @@ class Fake:
 def test_processes_that_cannot_be_workers() -> None:
     from sparse_callbacks.lightning.turns import refuse_ranks
 
-    refuse_ranks(Fake(split=True), mlp(), 1, 4)
-    refuse_ranks(Fake(), mlp(), 4, 4)
+    refuse_ranks(Fake(split=True), double_mlp(), 1, 4)
+    refuse_ranks(Fake(), double_mlp(), 4, 4)
     for trainer, module, ranks, words in (
-        (Fake(), mlp(), 3, r"3 processes and partitions= makes 4 workers"),
-        (Fake(split=True), mlp(), 4, "use_distributed_sampler=False"),
-        (Fake(wraps=False, strategy="HorovodStrategy"), mlp(), 4, "HorovodStrategy does not let"),
+        (Fake(), double_mlp(), 3, r"3 processes and partitions= makes 4 workers"),
+        (Fake(split=True), double_mlp(), 4, "use_distributed_sampler=False"),
+        (Fake(wraps=False, strategy="HorovodStrategy"), double_mlp(), 4, "HorovodStrategy does not let"),
         (Fake(), nn.Sequential(nn.SyncBatchNorm(3)), 4, "0 average batch statistics over processes"),
     ):
         with pytest.raises(ValueError, match=words):
             refuse_ranks(trainer, module, ranks, 4)
-    manual = mlp()
+    manual = double_mlp()
     manual.automatic_optimization = False  # type: ignore[assignment]
     with pytest.raises(ValueError, match="in manual optimization"):
         refuse_ranks(Fake(), manual, 4, 4)
@@ -312,7 +298,7 @@ def test_epochs_of_no_known_length() -> None:
             raise TypeError
 
     with pytest.raises(ValueError, match=r"ParallelGaP counts whole epochs.*limit_train_batches=N"):
-        fit(Classifier(mlp()), ParallelGaP(partitions=2, print_plan=False), loader=Endless(), max_epochs=4)
+        fit(Classifier(double_mlp()), ParallelGaP(partitions=2, print_plan=False), loader=Endless(), max_epochs=4)
 
 
 def test_a_sampler_that_splits_the_data_is_refused() -> None:
@@ -390,7 +376,7 @@ def test_generators_of_loaders_are_seeded_too() -> None:
     loader = DataLoader(TensorDataset(torch.zeros(12, 2, 5, 5), torch.arange(12)), shuffle=True, generator=source)
     for _ in range(2):
         order: list[int] = []
-        fit(Orders(mlp().float()), ParallelGaP(partitions=2, print_plan=False), loader=loader, max_epochs=3)
+        fit(Orders(double_mlp().float()), ParallelGaP(partitions=2, print_plan=False), loader=loader, max_epochs=3)
         orders.append(order)
     assert orders[0] == orders[1]
     assert orders[0][:12] != orders[0][12:24]
@@ -410,4 +396,4 @@ def test_data_that_cannot_be_passed_over_is_refused_before_the_first_batch() -> 
     with pytest.raises(ValueError, match="statistics_dataloader="):
         fit(module, ParallelGaP(partitions=2, print_plan=False), loader=Endless(), max_epochs=4)
     assert differences(before, dict(module.state_dict())) == []
-    fit(Classifier(mlp()), ParallelGaP(partitions=2, print_plan=False), loader=Endless(), max_epochs=4)  # no statistics, no pass
+    fit(Classifier(double_mlp()), ParallelGaP(partitions=2, print_plan=False), loader=Endless(), max_epochs=4)  # no statistics, no pass

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning import Callback
-from support.core_rig import FixedGradient, Regression, fit, mlp, record_updates, snapshot
+from support.inside import Moment, around_updates, parameters_of
+from support.nets import FixedGradient, Regression, mlp
+from support.rig import copied_masks, fit_steps, record_updates
 
 from sparse_callbacks import GMP, schedules
 from sparse_callbacks.core.ops import keep_largest
@@ -17,29 +19,28 @@ class Watch(Callback):
 
     def __init__(self, callback: GMP) -> None:
         self.callback, self.masks, self.moves, self.targets = callback, [], [], []
-        move = callback.move_masks
+        around_updates(callback, self.before, self.after)
 
-        def move_masks(**events: float) -> None:
-            weights = {n: callback.params[n].detach().clone() for n in callback.names}
-            before = snapshot(callback)
-            move(**events)
-            self.moves.append((weights, before, snapshot(callback)))
+    def before(self, moment: Moment) -> None:
+        weights = {n: parameters_of(self.callback)[n].detach().clone() for n in moment.names}
+        self.last = weights, copied_masks(self.callback)
 
-        callback.move_masks = move_masks
+    def after(self, moment: Moment) -> None:
+        self.moves.append((*self.last, copied_masks(self.callback)))
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step == 0:
-            self.masks.append(snapshot(self.callback))
+            self.masks.append(copied_masks(self.callback))
 
     def on_train_batch_end(self, *_: Any) -> None:
-        self.masks.append(snapshot(self.callback))
+        self.masks.append(copied_masks(self.callback))
         self.targets.append(self.callback.at_target)
 
 
 def run(path: Path, steps: int, sparsity: Any = 0.8, **options: Any) -> tuple[GMP, Watch]:
     callback = GMP(sparsity, print_plan=False, **options)
     watch = Watch(callback)
-    fit(path, [callback, watch], Regression(mlp(12, 20, 10, 6)), steps)
+    fit_steps(path, [callback, watch], Regression(mlp(12, 20, 10, 6)), steps)
     return callback, watch
 
 
@@ -114,7 +115,7 @@ def test_every_layer_rises_to_its_own_target_in_the_same_proportion(tmp_path: Pa
 def test_updates_after_start_every_and_at_stop(tmp_path: Path) -> None:
     callback = GMP(0.8, every=10, start=5, stop=32)
     seen = record_updates(callback)
-    fit(tmp_path, callback, Regression(), 40)
+    fit_steps(tmp_path, callback, Regression(), 40)
     assert [step for step, _ in seen] == [5, 15, 25, 32]
     assert callback.step == 40
 
@@ -122,7 +123,7 @@ def test_updates_after_start_every_and_at_stop(tmp_path: Path) -> None:
 def test_pruned_weights_are_zero_and_do_not_come_back(tmp_path: Path) -> None:
     callback = GMP(0.8, every=5, stop=20)
     module = Regression()
-    fit(tmp_path, callback, module, 30)
+    fit_steps(tmp_path, callback, module, 30)
     for name, mask in callback.masks.items():
         assert torch.equal(module.get_parameter(name) != 0, mask)
 
@@ -132,7 +133,7 @@ def test_pruned_weights_are_zero_and_do_not_come_back(tmp_path: Path) -> None:
     [
         (1.0, r"sparsity=1\.0 is not in \[0, 1\)"),
         (-0.1, r"sparsity=-0\.1 is not in \[0, 1\)"),
-        (None, r"sparsity=None is no number\. It is the fraction of zeros"),
+        (None, r"sparsity=None is not a number\. It is the fraction of zeros"),
         ("linear(0.5, 1.0)", r"sparsity=1\.0 is not in \[0, 1\)"),
         ("linear(-0.5, 0.9)", r"sparsity=-0\.5 is not in \[0, 1\)"),
         ("linear(0.9, 0.5)", r"sparsity='linear\(0\.9, 0\.5\)' falls, and pruned weights do not come back\. Give a curve that rises"),
@@ -148,7 +149,7 @@ def test_a_pruned_weight_does_not_come_back_where_active_ones_are_zero_too(tmp_p
     to_zero = torch.tensor([[0.0, 0.0, 5.0, 5.0]])  # a step of length 1 along it makes the active weights exactly 0
     module = FixedGradient(weight, [still, to_zero], lambda p: torch.optim.SGD(p, lr=1.0))
     callback = GMP("linear(0.5, 0.75)", every=1, stop=2)
-    fit(tmp_path, callback, module, 2)
+    fit_steps(tmp_path, callback, module, 2)
     assert not module.net.weight.any()
     assert callback.masks["net.weight"].tolist() == [[False, False, True, False]]
 
@@ -156,6 +157,6 @@ def test_a_pruned_weight_does_not_come_back_where_active_ones_are_zero_too(tmp_p
 def test_a_constant_curve_is_at_its_target_from_the_start(tmp_path: Path) -> None:
     held, rising = GMP("constant(0.5)", every=2, stop=9), GMP(0.5, every=2, stop=9)
     for callback in (held, rising):
-        fit(tmp_path, callback, Regression(), 4)
+        fit_steps(tmp_path, callback, Regression(), 4)
     assert held.at_target
     assert not rising.at_target

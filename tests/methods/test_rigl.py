@@ -8,7 +8,10 @@ import pytest
 import torch
 from oracles.rigl import ACTIVE_ZEROS, COSINE, DROP_COUNTS, EXPONENTIAL, SINGLE_UPDATE
 from pytorch_lightning import Callback
-from support.core_rig import FixedGradient, Regression, fit, loader, mlp, record_updates, sgd, snapshot, trainer
+from support.data import loader
+from support.inside import around_updates, start_from
+from support.nets import FixedGradient, Regression, mlp, sgd
+from support.rig import copied_masks, fit_steps, record_updates, trainer_for
 from torch import Tensor
 
 from sparse_callbacks import RigL, schedules
@@ -23,18 +26,12 @@ CALENDARS = [
 ]
 
 
-class Given(RigL):
+def rigl_from(mask: Tensor, **options: Any) -> RigL:
     """RigL from a given mask."""
-
-    def __init__(self, mask: Tensor, **options: Any) -> None:
-        super().__init__(**{"sparsity": 1 - float(mask.float().mean()), "distribution": "uniform", "print_plan": False, **options})
-        self.given = mask.bool()
-
-    def _arguments(self) -> dict[str, str]:
-        return {}
-
-    def initial_masks(self) -> dict[str, Tensor]:
-        return {"net.weight": self.given.clone()}
+    given = {"sparsity": 1 - float(mask.float().mean()), "distribution": "uniform", "print_plan": False}
+    callback = RigL(**(given | options))
+    start_from(callback, {"net.weight": mask.bool()})
+    return callback
 
 
 def row(numbers: list[float]) -> Tensor:
@@ -47,7 +44,7 @@ def test_updates_fall_where_the_reference_has_them(
 ) -> None:
     callback = RigL(0.5, distribution="uniform", every=every, start=begin, stop=end, drop_fraction="constant(0.3)")
     seen, module = record_updates(callback), Regression(mlp(12, 6))
-    made = fit(tmp_path, callback, module, total)
+    made = fit_steps(tmp_path, callback, module, total)
     assert seen == list(zip(own, batches, strict=True))
     assert (callback.step, callback.updates) == (steps, len(own))
     assert made.global_step == module.batches == total == steps + len(own)
@@ -56,7 +53,7 @@ def test_updates_fall_where_the_reference_has_them(
 def test_under_the_cosine_the_update_at_stop_is_an_ordinary_step(tmp_path: Path) -> None:
     callback = RigL(0.5, distribution="uniform", every=100, stop=300)
     seen = record_updates(callback)
-    fit(tmp_path, callback, Regression(mlp(12, 6)), 453)
+    fit_steps(tmp_path, callback, Regression(mlp(12, 6)), 453)
     assert [step for step, _ in seen] == [0, 100, 200]
     assert (callback.step, callback.updates) == (450, 3)
 
@@ -64,7 +61,7 @@ def test_under_the_cosine_the_update_at_stop_is_an_ordinary_step(tmp_path: Path)
 def test_accumulation_counts_optimizer_steps_and_not_micro_batches(tmp_path: Path) -> None:
     callback = RigL(0.5, distribution="uniform", every=5, stop=10, drop_fraction="constant(0.3)")
     seen = record_updates(callback)
-    fit(tmp_path, callback, Regression(), 15, accumulate_grad_batches=3)
+    fit_steps(tmp_path, callback, Regression(), 15, accumulate_grad_batches=3)
     assert seen == [(0, 2), (5, 20), (10, 38)]
     assert callback.step == 12
 
@@ -74,8 +71,8 @@ def test_the_score_is_the_gradient_of_the_whole_window(accumulate: int, tmp_path
     mask, gradient = row([1, 0, 0, 0]), row([0.0, 0.5, 0.9, 0.8])
     # by the sum of both micro-batches position 1 wins; by the last one, or by the sum of magnitudes, it does not
     parts = [gradient] if accumulate == 1 else [row([0.0, 0.5, 2.0, 0.0]), row([0.0, 0.6, -1.9, 0.9])]
-    callback = Given(mask, every=1, stop=5, drop_fraction="constant(1.0)")
-    fit(tmp_path, callback, FixedGradient(row([0.1, 0, 0, 0]), parts), 1, accumulate_grad_batches=accumulate)
+    callback = rigl_from(mask, every=1, stop=5, drop_fraction="constant(1.0)")
+    fit_steps(tmp_path, callback, FixedGradient(row([0.1, 0, 0, 0]), parts), 1, accumulate_grad_batches=accumulate)
     assert callback.masks["net.weight"].tolist() == [[False, accumulate == 2, accumulate == 1, False]]
 
 
@@ -83,7 +80,7 @@ def test_the_score_is_the_gradient_of_the_whole_window(accumulate: int, tmp_path
 @pytest.mark.parametrize("case", [SINGLE_UPDATE, ACTIVE_ZEROS], ids=["single update", "active zeros"])
 def test_one_update_of_the_reference(case: Any, clip: float | None, tmp_path: Path) -> None:
     given, expected = case["inputs"], case["expected"]
-    callback = Given(row(given["mask"]), every=1, stop=5, drop_fraction=f"constant({given['drop_fraction']})")
+    callback = rigl_from(row(given["mask"]), every=1, stop=5, drop_fraction=f"constant({given['drop_fraction']})")
     module = FixedGradient(row(given["weights"]), [row(given["dense_grad"])])
 
     def configure(parameters: Any) -> Any:
@@ -93,7 +90,7 @@ def test_one_update_of_the_reference(case: Any, clip: float | None, tmp_path: Pa
         return optimizer
 
     module.configure = configure
-    made = fit(tmp_path, callback, module, 1, gradient_clip_val=clip)
+    made = fit_steps(tmp_path, callback, module, 1, gradient_clip_val=clip)
     assert callback.updates == 1
     assert callback.masks["net.weight"].int().tolist() == [expected["mask_after"]]
     if "momentum" in given:
@@ -105,8 +102,8 @@ def test_one_update_of_the_reference(case: Any, clip: float | None, tmp_path: Pa
 def test_growth_takes_the_largest_gradient_outside_the_mask(tmp_path: Path) -> None:
     weights, mask = row([3, 2, 1, 5, 5, 5]), row([1, 1, 1, 0, 0, 0])
     gradient = row([9, 9, 0.1, 0.2, -0.7, 0.3])  # the largest ones are of weights that stay
-    callback = Given(mask, every=1, stop=5, drop_fraction="constant(0.34)")
-    fit(tmp_path, callback, FixedGradient(weights, [gradient]), 1)
+    callback = rigl_from(mask, every=1, stop=5, drop_fraction="constant(0.34)")
+    fit_steps(tmp_path, callback, FixedGradient(weights, [gradient]), 1)
     assert callback.masks["net.weight"].int().tolist() == [[1, 1, 0, 0, 1, 0]]
 
 
@@ -118,7 +115,7 @@ def test_an_update_moves_no_survivor_no_bias_and_no_state(make: Any, tmp_path: P
 
     class Watch(Callback):
         def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
-            kept.update(values=[p.detach().clone() for p in module.parameters()], masks=snapshot(callback), updates=callback.updates)
+            kept.update(values=[p.detach().clone() for p in module.parameters()], masks=copied_masks(callback), updates=callback.updates)
             states = trainer.optimizers[0].state
             kept["state"] = [{k: torch.as_tensor(v).clone() for k, v in states[p].items()} for p in module.parameters()]
 
@@ -138,7 +135,7 @@ def test_an_update_moves_no_survivor_no_bias_and_no_state(make: Any, tmp_path: P
                 assert grown.any() == (name in callback.masks)
 
     module = Regression(configure=lambda parameters: make(parameters, **options))
-    fit(tmp_path, [callback, Watch()], module, 18)
+    fit_steps(tmp_path, [callback, Watch()], module, 18)
     assert callback.updates == 3
 
 
@@ -148,8 +145,8 @@ def test_the_count_of_an_update_is_the_references(case: Any, tmp_path: Path) -> 
     assert fraction == pytest.approx(case["drop_fraction"], abs=5e-13)
     mask = torch.arange(2 * case["n_ones"])[None] < case["n_ones"]
     gradient = 1.0 - mask.float()
-    callback = Given(mask, every=1, stop=5, drop_fraction=schedules.constant(fraction))
-    fit(tmp_path, callback, FixedGradient(mask.float(), [gradient]), 1)
+    callback = rigl_from(mask, every=1, stop=5, drop_fraction=schedules.constant(fraction))
+    fit_steps(tmp_path, callback, FixedGradient(mask.float(), [gradient]), 1)
     new = callback.masks["net.weight"]
     assert int((new & ~mask).sum()) == int((mask & ~new).sum()) == case["n_prune"]
     assert callback.updates == (case["n_prune"] > 0)
@@ -168,7 +165,7 @@ def test_the_drop_fraction_follows_the_reference(
     given: Any, stop: int, table: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     callback = RigL(0.5, drop_fraction=given, stop=stop, every=100)
-    fit(tmp_path, callback, Regression(), 1)
+    fit_steps(tmp_path, callback, Regression(), 1)
     for step, expected in table.items():
         monkeypatch.setattr(RigL, "step", int(step))
         assert callback.fraction == pytest.approx(expected, abs=5e-13)
@@ -187,9 +184,8 @@ def test_the_drop_fraction_follows_the_reference(
 )
 def test_the_drop_fraction_runs_from_start_to_stop(given: Any, expected: list[float], tmp_path: Path) -> None:
     callback, seen = RigL(0.5, drop_fraction=given, start=10, stop=50, every=10, distribution="uniform"), []
-    move = callback.move_masks
-    callback.move_masks = lambda **events: (seen.append(events["drop_fraction"]), move(**events))
-    fit(tmp_path, callback, Regression(), 60)
+    around_updates(callback, after=lambda update: seen.append(update.figures["update/drop_fraction"]))
+    fit_steps(tmp_path, callback, Regression(), 60)
     assert seen == pytest.approx(expected, abs=1e-9)
 
 
@@ -197,8 +193,8 @@ def test_a_dense_layer_stays_dense_and_the_others_move(tmp_path: Path) -> None:
     callback = RigL(0.5, distribution={"net.0*": 0.0, "*": 0.5}, every=2, stop=10, drop_fraction="constant(0.5)")
     module, masks = Regression(), []
     watch = Callback()
-    watch.on_train_batch_end = lambda *_: masks.append(snapshot(callback))
-    fit(tmp_path, [callback, watch], module, 12)
+    watch.on_train_batch_end = lambda *_: masks.append(copied_masks(callback))
+    fit_steps(tmp_path, [callback, watch], module, 12)
     assert callback.updates == 4
     assert all(m["net.0.weight"].all() for m in masks)
     assert any(not torch.equal(a["net.2.weight"], b["net.2.weight"]) for a, b in pairwise(masks))
@@ -206,7 +202,7 @@ def test_a_dense_layer_stays_dense_and_the_others_move(tmp_path: Path) -> None:
 
 def test_no_step_is_lost_where_every_count_is_zero(tmp_path: Path) -> None:
     callback = RigL(0.8, distribution="uniform", every=2, stop=10, drop_fraction=0.01)  # int(0.01 * active) is 0 everywhere
-    fit(tmp_path, callback, Regression(), 12)
+    fit_steps(tmp_path, callback, Regression(), 12)
     assert (callback.updates, callback.step) == (0, 12)
 
 
@@ -214,11 +210,11 @@ def test_no_step_is_lost_where_every_count_is_zero(tmp_path: Path) -> None:
 def test_a_gradient_that_is_not_finite_puts_the_update_off(bad: float, tmp_path: Path) -> None:
     mask, good = row([1, 1, 0, 0]), row([0.1, 0.1, 0.2, 0.9])
     broken = row([0.1, bad, 0.2, 0.9])
-    callback = Given(mask, every=3, stop=9, drop_fraction="constant(0.5)")
+    callback = rigl_from(mask, every=3, stop=9, drop_fraction="constant(0.5)")
     seen = record_updates(callback)
 
     module = FixedGradient(row([1, 2, 0, 0]), [good, good, good, good, broken, broken, good])
-    fit(tmp_path, callback, module, 8)
+    fit_steps(tmp_path, callback, module, 8)
     assert seen == [(0, 0), (3, 6)]  # due from the batch 4 on, whose gradient is broken like the next one's
     assert callback.step == 4
 
@@ -227,8 +223,8 @@ def test_a_frozen_calendar_leaves_the_mask_alone_after_stop(tmp_path: Path) -> N
     callback = RigL(0.5, distribution="uniform", every=2, stop=4, drop_fraction="constant(0.5)")
     masks: list[Any] = []
     watch = Callback()
-    watch.on_train_batch_end = lambda *_: masks.append(snapshot(callback)["net.0.weight"])
-    fit(tmp_path, [callback, watch], Regression(), 20)
+    watch.on_train_batch_end = lambda *_: masks.append(copied_masks(callback)["net.0.weight"])
+    fit_steps(tmp_path, [callback, watch], Regression(), 20)
     assert callback.updates == 3
     assert all(torch.equal(masks[6], m) for m in masks[6:])
 
@@ -250,9 +246,8 @@ def test_every_optimizer_has_a_calendar_of_its_own(tmp_path: Path) -> None:
                     optimizer.step()
 
     callback, seen = RigL(0.5, distribution="uniform", every=4, stop=8, drop_fraction="constant(0.5)"), []
-    move = callback.move_masks
-    callback.move_masks = lambda **events: (seen.append((callback.step, *callback.names)), move(**events))
-    trainer(tmp_path, callback, max_epochs=1).fit(Two(), loader(12))
+    around_updates(callback, before=lambda update: seen.append((update.step, *update.names)))
+    trainer_for(callback, tmp_path, max_epochs=1).fit(Two(), loader(12))
     first, second = ([step for step, name in seen if name == f"net.{i}.weight"] for i in (0, 2))
     assert first == [0, 4, 8]
     assert second == [0, 4]
@@ -267,6 +262,6 @@ def test_an_optimizer_that_calls_its_parents_step_is_counted_once(tmp_path: Path
     torch.optim.SGD([torch.zeros(1)])  # from now on torch calls the hooks in the parent's step as well
     callback = RigL(0.5, distribution="uniform", every=4, stop=20, drop_fraction="constant(0.5)")
     seen = record_updates(callback)
-    fit(tmp_path, callback, Regression(configure=lambda p: Own(p, lr=0.01)), 12)
+    fit_steps(tmp_path, callback, Regression(configure=lambda p: Own(p, lr=0.01)), 12)
     assert [step for step, _ in seen] == [0, 4, 8]
     assert callback.step == 9

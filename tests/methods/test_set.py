@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning import Callback
-from support.core_rig import Regression, fit, mlp, record_updates, snapshot
+from support.inside import Moment, around_updates, parameters_of
+from support.nets import Regression, mlp
+from support.rig import copied_masks, fit_steps, record_updates
 
 from sparse_callbacks import SET
 from sparse_callbacks.core.ops import keep_largest
@@ -19,16 +21,16 @@ class Watch(Callback):
     """Masks and weights before each update, and masks after it."""
 
     def __init__(self, callback: SET) -> None:
+        self.callback = callback
         self.updates: list[dict[str, Any]] = []
-        move = callback.move_masks
+        around_updates(callback, self.before, self.after)
 
-        def move_masks(**events: float) -> None:
-            weights = {n: callback.params[n].detach().clone() for n in callback.names}
-            before = snapshot(callback)
-            move(**events)
-            self.updates.append({"step": callback.step, "weights": weights, "before": before, "after": snapshot(callback), **events})
+    def before(self, moment: Moment) -> None:
+        weights = {n: parameters_of(self.callback)[n].detach().clone() for n in moment.names}
+        self.updates.append({"step": moment.step, "weights": weights, "before": copied_masks(self.callback)})
 
-        callback.move_masks = move_masks
+    def after(self, moment: Moment) -> None:
+        self.updates[-1] |= {"after": copied_masks(self.callback), "drop_fraction": moment.figures["update/drop_fraction"]}
 
 
 def grown(update: dict[str, Any], name: str) -> torch.Tensor:
@@ -39,7 +41,7 @@ def run(path: Path, seed: int = 0, steps: int = 12, width: int = 20, **options: 
     given = {"distribution": "uniform", "every": 3, "stop": 30, "drop_fraction": "constant(0.5)"} | options
     callback = SET(0.5, seed=seed, print_plan=False, **given)
     watch = Watch(callback)
-    fit(path, [callback, watch], Regression(mlp(12, width, 6)), steps)
+    fit_steps(path, [callback, watch], Regression(mlp(12, width, 6)), steps)
     return watch.updates
 
 
@@ -49,7 +51,7 @@ def test_updates_come_after_the_iterations_of_the_reference(
 ) -> None:
     callback = SET(0.5, every=every, start=begin, stop=end)
     seen, module = record_updates(callback), Regression(mlp(12, 6))
-    made = fit(tmp_path, callback, module, steps)
+    made = fit_steps(tmp_path, callback, module, steps)
     assert seen == [(iteration, iteration - 1) for iteration in expected]  # the update follows the step of its batch
     assert callback.step == made.global_step == module.batches == steps
 
@@ -76,7 +78,7 @@ def test_the_fraction_falls_by_a_cosine_over_the_steps(tmp_path: Path) -> None:
 def test_grown_weights_start_at_zero_with_zero_momentum(tmp_path: Path) -> None:
     callback = SET(0.5, distribution="uniform", every=5, stop=30, drop_fraction="constant(0.5)")
     watch, module = Watch(callback), Regression()
-    made = fit(tmp_path, [callback, watch], module, 6)
+    made = fit_steps(tmp_path, [callback, watch], module, 6)
     assert watch.updates[-1]["step"] == 6
     for name in callback.masks:
         new = grown(watch.updates[-1], name)
@@ -91,15 +93,15 @@ def test_one_seed_gives_one_topology_whatever_the_global_generator(tmp_path: Pat
         callback = SET(0.5, distribution="uniform", every=3, stop=30, seed=seed)
         module = Regression()
         torch.manual_seed(noise)
-        fit(tmp_path, callback, module, 10)
-        runs.append(snapshot(callback))
+        fit_steps(tmp_path, callback, module, 10)
+        runs.append(copied_masks(callback))
     assert all(torch.equal(runs[0][n], runs[1][n]) for n in runs[0])
     assert not any(torch.equal(runs[0][n], runs[2][n]) for n in runs[0])
 
 
 def test_draws_differ_between_steps_and_between_layers(tmp_path: Path) -> None:
     callback = SET(0.5, distribution="uniform", every=2, stop=30)
-    fit(tmp_path, callback, Regression(mlp(12, 12, 12, 6)), 1)
+    fit_steps(tmp_path, callback, Regression(mlp(12, 12, 12, 6)), 1)
     draws = {}
     for step in (1, 3):
         for name in ("net.0.weight", "net.2.weight"):
@@ -115,7 +117,7 @@ def test_growth_is_uniform_over_all_that_was_not_kept(tmp_path: Path) -> None:
     for seed in range(3):
         callback = SET(0.5, distribution="uniform", every=1, stop=10**6, drop_fraction="constant(0.5)", seed=seed, print_plan=False)
         watch = Watch(callback)
-        fit(tmp_path, [callback, watch], Regression(mlp(12, 6)), 150)
+        fit_steps(tmp_path, [callback, watch], Regression(mlp(12, 6)), 150)
         for update in watch.updates:
             (name,) = update["before"]
             kept = keep_largest(update["weights"][name], 18, among=update["before"][name])

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning import Callback
-from support.core_rig import Regression, fit, loader, mlp, snapshot, trainer
+from support.data import loader
+from support.nets import Regression, mlp
+from support.rig import copied_masks, fit_steps, trainer_for
 from torch import Tensor
 
 from sparse_callbacks import GMP, RigL, Static
@@ -17,9 +19,9 @@ NAMES = ["net.0.weight", "net.2.weight"]
 def masks_over(path: Path, callback: Static, module: Regression, steps: int = 8) -> list[dict[str, Tensor]]:
     seen: list[dict[str, Tensor]] = []
     watch = Callback()
-    watch.on_train_batch_start = lambda *_: seen.append(snapshot(callback))
-    watch.on_train_batch_end = lambda *_: seen.append(snapshot(callback))
-    fit(path, [callback, watch], module, steps)
+    watch.on_train_batch_start = lambda *_: seen.append(copied_masks(callback))
+    watch.on_train_batch_end = lambda *_: seen.append(copied_masks(callback))
+    fit_steps(path, [callback, watch], module, steps)
     return seen
 
 
@@ -49,7 +51,7 @@ def test_the_seed_decides_the_mask_and_the_global_generator_does_not(tmp_path: P
     for seed, noise in ((0, 1), (0, 2), (1, 1)):
         callback, module = Static(0.5, seed=seed), Regression()
         torch.manual_seed(noise)
-        fit(tmp_path, callback, module, 1)
+        fit_steps(tmp_path, callback, module, 1)
         found.append(callback.masks["net.0.weight"])
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
@@ -68,11 +70,11 @@ def pruned(tmp_path: Path) -> tuple[Path, dict[str, Tensor], dict[str, Tensor]]:
     """A Lightning checkpoint of a RigL run whose last step grew weights; its masks and its state dict."""
     callback = RigL(0.6, distribution="uniform", every=1, stop=10, drop_fraction="constant(0.5)", print_plan=False)
     module = Regression()
-    made = fit(tmp_path, callback, module, 3)
+    made = fit_steps(tmp_path, callback, module, 3)
     assert callback.updates
     path = tmp_path / "pruned.ckpt"
     made.save_checkpoint(path)
-    return path, snapshot(callback), {k: v.clone() for k, v in module.state_dict().items()}
+    return path, copied_masks(callback), {k: v.clone() for k, v in module.state_dict().items()}
 
 
 def test_a_lightning_checkpoint_gives_its_exact_masks(pruned: Any, tmp_path: Path) -> None:
@@ -95,7 +97,7 @@ def test_a_plain_state_dict_gives_its_zeros(pruned: Any, tmp_path: Path) -> None
     for source in (weights, path):
         callback = Static(from_checkpoint=source, print_plan=False)
         announced = callback.plan(Regression())
-        fit(tmp_path, callback, Regression(), 2)
+        fit_steps(tmp_path, callback, Regression(), 2)
         assert all(torch.equal(callback.masks[n], weights[n] != 0) for n in NAMES)
         assert [announced[n].zeros for n in NAMES] == [int((weights[n] == 0).sum()) for n in NAMES]
 
@@ -104,7 +106,7 @@ def test_only_the_mask_is_taken(pruned: Any, tmp_path: Path) -> None:
     path, masks, _ = pruned
     module = Regression(mlp(12, 20, 6, seed=5), configure=lambda p: torch.optim.SGD(p, lr=0.0))
     own = {n: module.get_parameter(n).detach().clone() for n in NAMES}
-    fit(tmp_path, Static(from_checkpoint=path), module, 1)
+    fit_steps(tmp_path, Static(from_checkpoint=path), module, 1)
     assert all(torch.equal(module.get_parameter(n), own[n] * masks[n]) for n in NAMES)
 
 
@@ -112,7 +114,7 @@ def test_a_layer_without_zeros_stays_dense(tmp_path: Path) -> None:
     weights = Regression().state_dict()
     weights["net.0.weight"][:, ::3] = 0
     callback = Static(from_checkpoint=weights)
-    fit(tmp_path, callback, Regression(), 2)
+    fit_steps(tmp_path, callback, Regression(), 2)
     assert callback.masks["net.2.weight"].all()
     assert callback.plan()["net.2.weight"].zeros == 0
     assert callback.plan()["net.0.weight"].zeros == 80
@@ -120,9 +122,9 @@ def test_a_layer_without_zeros_stays_dense(tmp_path: Path) -> None:
 
 def test_the_mask_of_a_finished_pruning_run_holds_in_fine_tuning(tmp_path: Path) -> None:
     module, gmp = Regression(), GMP(0.75, every=2, stop=6, print_plan=False)
-    fit(tmp_path, gmp, module, 8)
+    fit_steps(tmp_path, gmp, module, 8)
     tuned = Static(from_checkpoint={**module.state_dict()})
-    fit(tmp_path, tuned, module, 8)
+    fit_steps(tmp_path, tuned, module, 8)
     assert all(torch.equal(tuned.masks[n], gmp.masks[n]) for n in NAMES)
     assert tuned.at_target
 
@@ -146,7 +148,7 @@ def test_a_checkpoint_that_gives_no_mask_is_refused_before_training(change: Any,
     before = {k: v.clone() for k, v in module.state_dict().items()}
     source = options or {"from_checkpoint": change(before)}
     with pytest.raises(ValueError, match=message):
-        trainer(tmp_path, Static(**source), max_steps=2).fit(module, loader(2))
+        trainer_for(Static(**source), tmp_path, max_steps=2).fit(module, loader(2))
     assert module.batches == 0
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
 

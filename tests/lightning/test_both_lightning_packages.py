@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.core_rig import loader, mlp, snapshot
+from support.data import loader
+from support.nets import mlp
+from support.rig import copied_masks
 
 from sparse_callbacks import GMP, SET, SNFS, RigL, SparsityCallback, Static
 
@@ -56,7 +58,7 @@ def test_fit_and_resume(method: Any, tmp_path: Path) -> None:
     resumed, again = callback(method), Task()
     torch.manual_seed(99)
     made(tmp_path, [resumed], 3, gradient_clip_val=1.0).fit(again, data, ckpt_path=tmp_path / "half.ckpt")
-    assert all(torch.equal(m, resumed.masks[n]) for n, m in snapshot(whole).items())
+    assert all(torch.equal(m, resumed.masks[n]) for n, m in copied_masks(whole).items())
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), again.parameters(), strict=True))
     assert (resumed.step, resumed.updates) == (whole.step, whole.updates)
 

@@ -1,0 +1,20 @@
+"""CTRE under the contract."""
+
+from typing import Any
+
+from torch import Tensor
+
+promises_not_made = {
+    "grown weights start from zero": "they are drawn anew from the uniform distribution of the first ones",
+    "any layer": "activations of attention and recurrent layers are not known",
+}
+
+
+def short_run(sparsity: float = 0.8) -> dict[str, Any]:
+    """Several updates in 16 steps, which move enough weights for some to come straight back."""
+    return {"sparsity": sparsity, "every": 3, "stop": 14, "drop_fraction": 0.5, "print_plan": False}
+
+
+def gradient_rule(mask: Tensor, dense_gradient: Tensor) -> Tensor:
+    """Gradients of pruned weights are zero before anybody reads them."""
+    return dense_gradient * mask

@@ -1,0 +1,236 @@
+"""The contract for steps and runs of every kind: windows, skipped steps, manual loops, evaluation."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins.precision import MixedPrecision
+from support.data import Batches, Thirds
+from support.methods import CONFIGS, every_masked_method, every_method, every_steady_method, method, moves, promises
+from support.nets import ByHand, Classifier, conv_net, double_mlp
+from support.rig import Stops, assert_counts, assert_effective, differences, fit, lasting, snapshot, trainer_for, watch
+from torch import Tensor, nn
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+# ---------------------------------------------------------------------- steps that are not what they seem
+
+
+@every_method
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("clip", [None, 0.3])
+def test_micro_batches_equal_one_large_batch(name: str, optimizer: str, clip: float | None) -> None:
+    large, small = method(name), method(name)
+    whole, parts = Classifier(double_mlp(), optimizer), Classifier(double_mlp(), optimizer)
+    masks: dict[int, list[dict[str, Tensor]]] = {1: [], 3: []}
+
+    for window, module, callback, loader in ((1, whole, large, Batches()), (3, parts, small, Thirds())):
+        recorded = masks[window]
+        see = watch(lambda *_, c=callback, r=recorded: r.append({n: m.clone() for n, m in c.masks.items()}))
+        fit(module, callback, see, loader=loader, accumulate_grad_batches=window, gradient_clip_val=clip)
+    assert differences(masks[1], masks[3][2::3]) == []
+    assert (large.step, large.updates) == (small.step, small.updates)
+    # sums of three parts round otherwise
+    assert all(torch.allclose(a, b, rtol=1e-7, atol=1e-10) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
+
+
+@every_steady_method
+def test_a_skipped_fp16_step_changes_nothing(name: str) -> None:
+    class Overflows(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            # every other batch, so that steps with and without an update due are hit
+            return self.loss(batch) * (float("inf") if batch_idx % 2 == 0 else 1.0)
+
+    callback, module = method(name, restart=False), Overflows(optimizer="adamw")
+    stepped: list[int] = []
+    skipped: list[list[str]] = []
+    state: dict[str, Any] = {}
+
+    def start(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        trainer.optimizers[0].register_step_post_hook(lambda *_: stepped.append(trainer.global_step))
+        state["last"] = relevant(trainer, module)
+
+    def relevant(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
+        found = snapshot(trainer, module, callback)
+        # batch statistics belong to the forward pass, the scheduler and the global step to the Trainer
+        return {
+            "weights": {n: p.detach().clone() for n, p in module.named_parameters()},
+            "optimizers": [o["state"] for o in found["optimizers"]],
+            **{k: found[k] for k in ("masks", "counts")},
+            "callbacks": [lasting(c) for c in found["callbacks"]],
+        }
+
+    def check(trainer: pl.Trainer, module: pl.LightningModule, index: int) -> None:
+        now = relevant(trainer, module)
+        if len(stepped) == state.get("steps", 0):
+            skipped.append(differences(state["last"], now))
+        state.update(last=now, steps=len(stepped))
+        assert_effective(module, callback)
+
+    precision = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=256.0))
+    begin = pl.callbacks.LambdaCallback(on_train_start=start)
+    trainer = fit(module, callback, begin, watch(check), plugins=[precision], max_epochs=4)
+    assert len(skipped) == 16
+    assert len(stepped) == 16
+    assert skipped == [[]] * 16
+    assert trainer.global_step == 32
+    replaced = 16 - callback.step
+    assert replaced == (callback.updates if replaced else 0)
+    assert (callback.updates > 2) == moves(name)
+
+
+@every_steady_method
+@pytest.mark.parametrize("bad", range(6))
+def test_a_gradient_that_is_not_finite_moves_no_mask(name: str, bad: int) -> None:
+    class Breaks(Classifier):
+        def on_after_backward(self) -> None:
+            if self.trainer.global_step == bad:
+                self.net[-1].weight.grad[0, 0] = float("nan" if bad % 2 else "inf")
+
+    callback = method(name, sparsity=0.3, partitions=1, rounds=1, every=1, restart=False)
+    states: list[Any] = []
+
+    def keep(trainer: pl.Trainer, *_: Any) -> None:
+        # dense weights are weights, and take the step as weights do
+        states.append(copy.deepcopy((callback.masks, lasting({k: v for k, v in callback.state_dict().items() if k != "dense"}))))
+
+    begin = pl.callbacks.LambdaCallback(on_train_start=lambda trainer, module: keep(trainer))
+    fit(Breaks(), callback, begin, watch(keep), limit_train_batches=bad + 1, max_epochs=1)
+    assert len(states) == bad + 2
+    assert differences(states[-2], states[-1]) == []
+    assert bad == 0 or differences(states[0], states[-1]) != []
+
+
+# ---------------------------------------------------------------------- models and runs of every kind
+
+
+class Late(Classifier):
+    """A model that exists from configure_model on."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(nn.Identity())
+        self.net = None  # type: ignore[assignment]
+        self.seed = seed
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = conv_net(self.seed)
+
+
+@every_method
+def test_a_model_made_in_configure_model(name: str, tmp_path: Path) -> None:
+    late, usual, stops = Late(), Classifier(), Stops(tmp_path, (5,))
+    mine, theirs = method(name), method(name)
+    trainer = fit(late, mine, stops)
+    expected = snapshot(trainer, late, mine)
+    assert differences(expected, snapshot(fit(usual, theirs), usual, theirs)) == []
+    other, callback = Late(seed=9), method(name)
+    assert differences(expected, snapshot(fit(other, callback, ckpt_path=stops.path(5)), other, callback)) == []
+
+
+@every_method
+def test_a_second_fit_goes_on_and_a_fresh_model_starts_anew(name: str) -> None:
+    small = {"rounds": 1, "partitions": 2 if promises(name, "one network") else 1}  # for phases that end within eight steps
+    module, callback = Classifier(), method(name, **small)
+    fit(module, callback, max_epochs=1)
+    state = copy.deepcopy((callback.masks, lasting(callback.state_dict())))
+    starts: list[Any] = []
+
+    def start(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert_effective(module, callback)
+        starts.append(copy.deepcopy((callback.masks, lasting(callback.state_dict()))))
+
+    begin = pl.callbacks.LambdaCallback(on_train_start=start)
+    steps, updates = callback.step, callback.updates
+    fit(module, callback, begin, max_epochs=1)
+    assert differences(state, starts[0]) == []
+    assert callback.step > steps
+    assert (callback.updates > updates) == promises(name, "updates at an interval")
+    assert_counts(callback) if callback.at_target and promises(name, "planned counts") else None
+
+    fresh, again, first_time = Classifier(conv_net(3)), Classifier(conv_net(3)), method(name, **small)
+    reused = fit(fresh, callback)
+    assert differences(snapshot(reused, fresh, callback), snapshot(fit(again, first_time), again, first_time)) == []
+
+
+@every_masked_method
+@pytest.mark.parametrize("window", [1, 2])
+@pytest.mark.parametrize("clip", [None, 0.3])
+def test_manual_optimization_equals_automatic(name: str, window: int, clip: float | None) -> None:
+    automatic, manual = method(name, every=2, stop=7), method(name, every=2, stop=7)
+    usual, by_hand = Classifier(), ByHand(window=window, clip=clip)
+    one = fit(usual, automatic, accumulate_grad_batches=window, gradient_clip_val=clip)
+    other = fit(by_hand, manual)
+    first, second = (lasting(snapshot(*run)) for run in ((one, usual, automatic), (other, by_hand, manual)))
+    for found in (first, second):
+        found["callbacks"], found["aux"] = [list(map(lasting, found[k])) for k in ("callbacks", "aux")]
+    if clip is None:  # then nobody reads automatic gradients, and pruned weights keep a momentum that is never used
+        first.pop("optimizers"), second.pop("optimizers")
+    # the sign of a masked zero depends on when it was masked
+    assert differences(first, second, bitwise=False) == []
+    assert (automatic.updates > 2) == moves(name)
+
+
+# ---------------------------------------------------------------------- evaluation and trial runs
+
+
+@every_method
+def test_evaluation_never_trips_a_refusal_and_changes_nothing(name: str, tmp_path: Path) -> None:
+    refused = [
+        method(name, include=["nothing.*"]), method(name, every=1000, stop=2000), method(name, every=0.5, stop=1.0), method(name, seed=8)
+    ]  # fmt: skip
+    trained, callback = Classifier(), method(name)
+    fit(trained, callback).save_checkpoint(tmp_path / "sparse.ckpt")
+    dense = Classifier(conv_net(4), optimizer="adagrad")
+    fit(dense).save_checkpoint(tmp_path / "dense.ckpt")
+    data = Batches(batches=1)
+    for module, guest, path in [
+        *((m, c, None) for m in (trained, dense) for c in (*refused, callback)),
+        *((trained, c, tmp_path / file) for c in (*refused, callback) for file in ("dense.ckpt", "sparse.ckpt")),
+    ]:
+        # a host that fit refuses; resuming from a checkpoint needs ModelPruning's own keys
+        hosts = [] if path else [pl.callbacks.ModelPruning("l1_unstructured", amount=0.5, apply_pruning=False)]
+        trainer = trainer_for([guest, *hosts], max_epochs=-1)
+        before = copy.deepcopy((guest.masks, guest.step, guest.updates))
+        keep = copy.deepcopy(module.state_dict())
+        trainer.validate(module, data, ckpt_path=path, verbose=False)
+        trainer.test(module, data, ckpt_path=path, verbose=False)
+        trainer.predict(module, data, ckpt_path=path)
+        assert differences(before, (guest.masks, guest.step, guest.updates)) == []
+        weights = torch.load(path, weights_only=True)["state_dict"] if path else keep
+        assert differences(weights, dict(module.state_dict())) == []
+
+
+@every_method
+def test_sanity_check_and_validation_change_nothing(name: str) -> None:
+    seen: list[str] = []
+    kept: list[dict[str, Any]] = []
+
+    def start(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        kept.append(snapshot(trainer, module, callback))
+
+    def end(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        seen.extend([str(trainer.sanity_checking), *differences(kept.pop(), snapshot(trainer, module, callback))])
+
+    callback, without = method(name), method(name)
+    module, plain = Classifier(), Classifier()
+    trainer = trainer_for([callback, pl.callbacks.LambdaCallback(on_validation_start=start, on_validation_end=end)], val_check_interval=4)
+    trainer.fit(module, Batches(), Batches(batches=2, seed=1))
+    assert seen == ["True", "False", "False", "False", "False"]
+    assert differences(snapshot(trainer, module, callback), snapshot(fit(plain, without), plain, without)) == []
+
+
+@every_method
+@pytest.mark.parametrize("steps", [True, 3])
+def test_fast_dev_run_never_trips_a_refusal(name: str, steps: int) -> None:
+    long = {k: v for k, v in CONFIGS[name].items() if k in ("every", "stop")}
+    for changes in ({}, long, {"every": 1000, "start": 500, "stop": 2000}, {"every": 1000, "stop": 0.75}, {"every": 0.2, "stop": 0.75}):
+        callback, module = method(name, **changes), Classifier()
+        trainer = trainer_for([callback], fast_dev_run=steps)
+        trainer.fit(module, Batches(), Batches(batches=2))
+        assert trainer.global_step == int(steps)
+        assert_effective(module, callback)

@@ -1,0 +1,105 @@
+"""The contract for several optimizers, and for parameters that are frozen, unused or tied."""
+
+import copy
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from support.methods import every_masked_method, masks_gradients, method, moves, promises
+from support.nets import Classifier, Rivals, conv_net
+from support.rig import assert_counts, assert_effective, differences, fit, sparse_weights, watch
+from torch import Tensor, nn
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+@every_masked_method
+def test_several_optimizers(name: str) -> None:
+    callback, module = method(name), Rivals()
+    nets, calls, replaced, checked = [module.maker, module.critic], [0, 0], [0, 0], [0]
+    last: dict[str, Any] = {}
+
+    def see() -> dict[str, Any]:
+        steps = callback.state_dict()["steps"]
+        return copy.deepcopy(
+            {
+                "weights": [{n: p.detach() for n, p in net.named_parameters()} for net in nets],
+                "states": [o.state_dict()["state"] for o in module.trainer.optimizers],
+                "masks": [{n: m for n, m in callback.masks.items() if n.startswith(part)} for part in ("maker", "critic")],
+                "steps": [steps["0"], steps["1"]],
+            }
+        )
+
+    def before_clip(index: int) -> None:
+        for key, (_, mask) in sparse_weights(module, callback).items():
+            if key.startswith(("maker", "critic")[index]):
+                gradient = module.get_parameter(key).grad
+                assert gradient is not None
+                if not mask.all():
+                    assert bool(gradient[~mask].any()) != masks_gradients(name), f"{key}: gradients of pruned weights at the user's clip"
+                checked[0] += 1
+        last.update(see())
+
+    def after_step(index: int) -> None:
+        calls[index] += 1
+        now, other = see(), 1 - index
+        for kind in ("weights", "states", "masks", "steps"):
+            assert differences(last[kind][other], now[kind][other]) == [], f"a step of optimizer {index} touched the other's {kind}"
+        biases = [{k: v for k, v in w["weights"][index].items() if "bias" in k} for w in (last, now)]
+        if now["steps"][index] == last["steps"][index]:
+            replaced[index] += 1
+            assert differences(*biases) == []
+        else:
+            assert now["steps"][index] == last["steps"][index] + 1
+            assert len(differences(*biases)) == 2
+        assert_effective(module, callback)
+
+    module.before_clip, module.after_step = before_clip, after_step
+    trainer = fit(module, callback)
+    assert calls == [16, 32]
+    assert trainer.global_step == 48
+    assert checked == [2 * 48]
+    assert [now + r for now, r in zip(see()["steps"], replaced, strict=True)] == calls
+    assert replaced in ([0, 0], [4, 5])  # at the steps 0, 3, 6, 9 and 12 of each optimizer, as far as they come, or never
+    assert (callback.updates > 2) == moves(name)
+    assert_counts(callback)
+
+
+@every_masked_method
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_frozen_unused_and_tied_parameters(name: str, optimizer: str) -> None:
+    class Odd(Classifier):
+        def __init__(self) -> None:
+            super().__init__(conv_net(), optimizer)
+            self.frozen, self.unused = nn.Linear(4, 12).requires_grad_(False), nn.Linear(12, 12)
+            self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 12)
+            self.second.weight = self.first.weight
+
+        def loss(self, batch: Any) -> Tensor:
+            x, y = batch
+            return nn.functional.cross_entropy(self(x), y)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.tanh(self.first(self.frozen(self.net(x)))))
+
+    callback, module = method(name), Odd()
+    frozen, unused = module.frozen.weight.clone(), module.unused.weight.detach().clone()
+    seen: list[Tensor] = []
+    always = torch.ones(12, 12, dtype=torch.bool)
+
+    def check(trainer: pl.Trainer, module: Odd, index: int) -> None:
+        assert_effective(module, callback)
+        seen.append(callback.masks["first.weight"].clone())
+        always.logical_and_(callback.masks["unused.weight"])
+
+    fit(module, callback, watch(check))
+    assert torch.equal(module.frozen.weight, frozen)
+    assert "frozen" in callback.plan()["frozen.weight"].reason
+    assert "frozen.weight" not in callback.masks
+    assert "second.weight" not in callback.masks
+    assert module.second.weight is module.first.weight
+    assert any(not torch.equal(seen[0], m) for m in seen) == (moves(name) or not promises(name, "one network"))
+    assert always.any()
+    assert torch.equal(module.unused.weight[always], unused[always])
+    assert_counts(callback)

@@ -1,0 +1,92 @@
+"""The contract for checkpoints: plain models load them, and a resumed run is bitwise the same."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.data import Batches
+from support.methods import STEPS, every_method, method
+from support.nets import Classifier, conv_net
+from support.rig import Stops, assert_effective, differences, fit, snapshot, watch
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+@every_method
+def test_state_dict_keys_stay_and_a_plain_model_loads_strictly(name: str, tmp_path: Path) -> None:
+    module, callback = Classifier(optimizer="adamw"), method(name)
+    keys = list(module.state_dict())
+    seen: list[list[str]] = []
+    trainer = fit(module, callback, watch(lambda trainer, module, _: seen.append(list(module.state_dict()))))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    assert all(k == keys for k in seen)
+    assert len(seen) == STEPS
+    saved = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    plain = Classifier(conv_net(seed=5))
+    plain.load_state_dict(saved["state_dict"], strict=True)
+    x = Batches().x
+    assert torch.equal(plain.eval().net(x), module.eval().net(x))
+    assert_effective(plain, callback)
+
+
+def resumed_differently(
+    make: Callable[[], list[Any]], folder: Path, after: tuple[int, ...], optimizer: str, **options: Any
+) -> dict[int, list[str]]:
+    """What differs at the end of a run between never stopping and resuming after each of these batches, with other initial
+    weights and another RNG state."""
+    torch.manual_seed(1)
+    module, callbacks, stops = Classifier(optimizer=optimizer), make(), Stops(folder, after)
+    expected = snapshot(fit(module, *callbacks, stops, **options), module, *callbacks)
+    found = {}
+    for batch in after:
+        assert torch.load(stops.path(batch), weights_only=True)["callbacks"]
+        module, callbacks = Classifier(conv_net(seed=100 + batch), optimizer), make()
+        torch.manual_seed(1000 + batch)
+        trainer = fit(module, *callbacks, ckpt_path=stops.path(batch), **options)
+        found[batch] = differences(expected, snapshot(trainer, module, *callbacks))
+    return found
+
+
+@every_method
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_resume_is_bitwise(name: str, optimizer: str, tmp_path: Path) -> None:
+    # updates come with batches 1, 5, 9, ... where they replace a step, and after 1, 4, 7, ... where they follow one
+    after = (1, 2, 3, 4, 5, 8, 9, 13, 14)
+    options = {"gradient_clip_val": 0.5} if optimizer == "sgd" else {}
+    assert resumed_differently(lambda: [method(name)], tmp_path, after, optimizer, **options) == {b: [] for b in after}
+
+
+@every_method
+def test_resume_is_bitwise_with_times_in_fractions_of_the_run(name: str, tmp_path: Path) -> None:
+    after = (5, 11)
+
+    def make() -> list[Any]:
+        return [method(name, every=0.2, start=0.1, stop=0.8)]
+
+    assert resumed_differently(make, tmp_path, after, "adamw") == {b: [] for b in after}
+
+
+@every_method
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_resume_inside_an_accumulation_window_is_bitwise(name: str, optimizer: str, tmp_path: Path) -> None:
+    after = (1, 2, 4, 5, 12, 14, 15, 18)  # windows end after 3, 6, 9, 12, 15, ...
+    options: dict[str, Any] = {"accumulate_grad_batches": 3, "loader": Batches(batches=12)}
+
+    def make() -> list[Any]:
+        return [method(name, every=2, stop=6)]
+
+    assert resumed_differently(make, tmp_path, after, optimizer, **options) == {b: [] for b in after}
+    saved = torch.load(tmp_path / "4.ckpt", weights_only=True)["callbacks"]
+    assert "grads" in next(iter(saved.values()))
+
+
+@every_method
+def test_callback_state_loads_as_weights_only(name: str, tmp_path: Path) -> None:
+    callback = method(name)
+    trainer = fit(Classifier(), callback)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    saved = torch.load(tmp_path / "run.ckpt", weights_only=True)["callbacks"][callback.state_key]
+    assert differences(callback.state_dict(), saved) == []
+    assert differences(callback.masks, saved["masks"]) == []

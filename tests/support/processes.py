@@ -1,0 +1,154 @@
+"""Runs of two processes: equal replicas under DDP, and the workers of parallel grow-and-prune."""
+
+import os
+import socket
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from sparse_callbacks import ParallelGaP
+from support.data import Batches
+from support.methods import STEADY, method
+from support.nets import Classifier
+from support.rig import Stops, fit, snapshot, watch
+
+
+def run_two_processes(program: str, folder: Path) -> None:
+    """Run this module as the two ranks of one run: ``program`` is ``replicas`` or ``workers``, and each rank writes FOLDER/<rank>.pt."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
+    }  # fmt: skip
+    command = [sys.executable, __file__, program, str(folder)]
+    processes = [
+        subprocess.Popen(command, env=os.environ | shared | {"LOCAL_RANK": rank}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for rank in ("0", "1")
+    ]
+    try:
+        outputs = [p.communicate(timeout=240)[0].decode() for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    assert [p.returncode for p in processes] == [0, 0], "\n".join(outputs)[-4000:]
+
+
+# ---------------------------------------------------------------------- equal replicas, for every method
+
+REPLICA_WINDOW = 2
+REPLICA_STOP = 7  # inside a window
+
+
+def matrices(seed: int) -> nn.Module:
+    """Three matrices in float64."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(50, 24), nn.Tanh(), nn.Linear(24, 12), nn.Tanh(), nn.Linear(12, 4)).double()
+
+
+class Noise(pl.Callback):
+    """Makes the reduced gradients of one rank differ a little, as other hardware may."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Any) -> None:
+        for p in module.parameters():
+            if p.grad is not None:
+                p.grad.mul_(1 + self.scale * torch.rand_like(p.grad))
+
+
+def train_replica(
+    name: str, rank: int, world: int, *more: pl.Callback, ckpt_path: Path | None = None, noise: float = 0.0
+) -> dict[str, Any]:
+    """Masks after every batch and all state at the end; ``rank`` and ``world`` say which part of the data is this process's."""
+    torch.manual_seed(rank)
+    module, callback = Classifier(matrices(rank)), method(name, every=2, stop=8)
+    masks: list[dict[str, torch.Tensor]] = []
+    see = watch(lambda *_: masks.append({n: m.clone() for n, m in callback.masks.items()}))
+    trainer = fit(
+        module, Noise(noise), callback, see, *more, loader=Batches(rank=rank, world=world), ckpt_path=ckpt_path,
+        accumulate_grad_batches=REPLICA_WINDOW, gradient_clip_val=0.5, devices=world, strategy="ddp" if world > 1 else "auto",
+    )  # fmt: skip
+    return {"masks": masks, "end": snapshot(trainer, module, callback)}
+
+
+def run_replicas(folder: Path) -> None:
+    rank, world = int(os.environ["LOCAL_RANK"]), 2
+    results = {}
+    for name in STEADY:
+        stops = Stops(folder / name, (REPLICA_STOP,))
+        whole = train_replica(name, rank, world, stops)
+        torch.distributed.barrier()
+        results[name] = {
+            "whole": whole,
+            "resumed": train_replica(name, rank, world, ckpt_path=stops.path(REPLICA_STOP)),
+            "noisy": train_replica(name, rank, world, noise=0.2 * rank),
+        }
+    torch.save(results, folder / f"{rank}.pt")
+
+
+# ---------------------------------------------------------------------- workers of parallel grow-and-prune
+
+ROUNDS, EPOCHS, FINETUNE, WINDOW = 2, 2, 2, 3
+STOPS = (3, 10, 16, 17, 30, 34)  # batches: inside a window, in each epoch of a round, at its end, in fine-tuning
+
+
+def network(seed: int = 0) -> nn.Module:
+    """With dropout and batch norms, in float64."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(54, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.2),
+        nn.Linear(12, 4),
+    ).double()  # fmt: skip
+
+
+def train_worker(world: int, *more: pl.Callback, seed: int = 0, ckpt_path: Path | None = None) -> dict[str, Any]:
+    """All state at the end, and weights and masks after each batch."""
+    callback = ParallelGaP(0.8, partitions=2, rounds=ROUNDS, epochs=EPOCHS, print_plan=False)
+    module = Classifier(network(seed), optimizer="adamw")
+    seen: list[Any] = []
+    see = watch(lambda *_: seen.append({n: (p.detach().clone(), callback.masks.get(n)) for n, p in module.named_parameters()}))
+    epochs = ROUNDS * EPOCHS * (1 if world > 1 else 2) + FINETUNE
+    trainer = fit(
+        module, callback, see, *more, loader=Batches(), max_epochs=epochs, accumulate_grad_batches=WINDOW, ckpt_path=ckpt_path,
+        devices=world, strategy="ddp" if world > 1 else "auto", use_distributed_sampler=False,
+    )  # fmt: skip
+    return {"seen": seen, "end": snapshot(trainer, module, callback)}
+
+
+class RandomStates(pl.Callback):
+    """Random states of every rank, which Lightning does not save."""
+
+    def state_dict(self) -> dict[str, Any]:
+        states: list[Any] = [None, None]
+        torch.distributed.all_gather_object(states, torch.get_rng_state())
+        return {"states": states}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.states = state["states"]
+
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.ckpt_path:
+            torch.set_rng_state(self.states[trainer.global_rank])
+
+
+def run_workers(folder: Path) -> None:
+    rank = int(os.environ["LOCAL_RANK"])
+    results = {"whole": train_worker(2, Stops(folder, STOPS), RandomStates(), seed=rank)}
+    torch.distributed.barrier()
+    for stop in STOPS:
+        results[f"resumed {stop}"] = train_worker(2, RandomStates(), seed=7 + rank, ckpt_path=folder / f"{stop}.ckpt")
+    torch.save(results, folder / f"{rank}.pt")
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    {"replicas": run_replicas, "workers": run_workers}[sys.argv[1]](Path(sys.argv[2]))
