@@ -105,11 +105,11 @@ def writes(path: Path) -> Iterator[tuple[str, str]]:
                 yield function.name, ast.unparse(node)
 
 
-def test_parameter_values_are_written_by_the_mask_store_alone() -> None:
+def test_parameter_values_are_written_by_sparse_weights_alone() -> None:
     found = {(shown(p), function, receiver) for p in CORE for function, receiver in writes(p)}
     about_parameters = {f for f in found if re.search(r"param|\bp\b|\.data\b|weight", f[2]) and ".state[" not in f[2]}
     assert {(file, function) for file, function, _ in about_parameters} == {
-        ("core/weights.py", "apply"), ("core/weights.py", "fill"), ("core/weights.py", "_exchange")
+        ("core/weights.py", "write_masked"), ("core/weights.py", "write_grown"), ("core/dense_copy.py", "_exchange")
     }  # fmt: skip
 
 

@@ -154,7 +154,7 @@ class Method:
         self.targets: dict[str, float] = {}
         """Planned sparsity of every sparse layer."""
         self.saved: SavedRun | None = None
-        """The run that this fit goes on from; None for a new one."""
+        """The run that this fit goes on from, until training has begun; None for a new one."""
         self.in_training = False
         """A run is going on: everything is restored and the masks are written."""
         self._host: Host | None = None

@@ -122,6 +122,7 @@ class SparsityCallback(Method, AnyCallback):
         self.in_training = True
         self._put_gradients_back(pl_module)
         self.engine.events |= self.begin_training(trainer.current_epoch)
+        self.saved = None  # from here on the run speaks for itself
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.epoch_start(trainer.current_epoch)

@@ -50,9 +50,14 @@ class DropAndGrow(SparsityCallback):
                     "replaces. The published value is 0.3."
                 )
 
-    def fraction(self, step: Step) -> float:
-        """The share of active weights that an update at ``step`` replaces."""
-        return self._fraction(step.number, step.calendar.start, step.calendar.stop)
+    def fraction_at(self, step: int) -> float:
+        """The share of active weights that an update replaces after ``step`` gradient steps."""
+        return self._fraction(step, self.times.start, self.times.stop)
+
+    @property
+    def fraction(self) -> float:
+        """The share of active weights that an update would replace now."""
+        return self.fraction_at(self.step)
 
     def after_step(self, step: Step) -> Update | None:
         return self.new_masks(step) if step.due else None
@@ -62,7 +67,7 @@ class DropAndGrow(SparsityCallback):
         raise NotImplementedError
 
     def new_masks(self, step: Step) -> Update:
-        fraction, new = self.fraction(step), {}
+        fraction, new = self.fraction_at(step.number), {}
 
         def moved(_: str, mask: Tensor, drop: Tensor, grow: Tensor) -> Tensor:
             return drop_and_grow(mask, drop, grow, drop_count(int(mask.count_nonzero()), fraction))

@@ -76,9 +76,9 @@ class GMP(SparsityCallback):
     def target_sparsity(self) -> float:
         return self._curve.final
 
-    def sparsity_at(self, step: Step) -> float:
-        """s_t, over all selected weights."""
-        return self._curve(step.number, step.calendar.start, step.calendar.stop)
+    def sparsity_at(self, step: int) -> float:
+        """s_t after ``step`` gradient steps, over all selected weights."""
+        return self._curve(step, self.times.start, self.times.stop)
 
     def initial_masks(self) -> dict[str, Tensor]:
         return self._pruned(self.weights.all_active(self.params), self._curve.initial)
@@ -88,7 +88,7 @@ class GMP(SparsityCallback):
 
     def new_masks(self, step: Step) -> Update:
         current = {name: self.weights.masks[name] for name in step.names}
-        return Update(self._pruned(current, self.sparsity_at(step)))
+        return Update(self._pruned(current, self.sparsity_at(step.number)))
 
     def _pruned(self, masks: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
         """``masks`` with the smallest weights taken out, layer by layer, until the target's share of ``sparsity`` is reached."""

@@ -70,7 +70,7 @@ class RigL(DropAndGrow):
 
     def _counts(self, step: Step) -> list[int]:
         """The number of weights that an update would replace in each layer."""
-        fraction = self.fraction(step)
+        fraction = self.fraction_at(step.number)
         return [
             drop_count(part.numel() - self.planned_zeros(layer, part.numel()), fraction)
             for name in step.names

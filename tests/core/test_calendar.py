@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparse_callbacks.core.calendar import Calendar, check_times
+from sparse_callbacks.core.calendar import Calendar, RunLength, check_times, resolve_times
 from sparse_callbacks.core.progress import StepCount
 
 # begin, end, every, gradient steps, updates at these steps (the reference code of RigL)

@@ -20,8 +20,8 @@ def test_what_is_active_behind_gates_is_counted_when_somebody_asks() -> None:
     store.set_factor("weight", torch.tensor([[0.0, 0.5, 1.0]]))
     store.set_factor("bias", torch.tensor([0.0, 0.1]))
     store.set_passing_factor("bias", torch.zeros(2))  # a sample changes nothing
-    assert store.active == {"weight": 4, "bias": 1}
+    assert store.active_counts == {"weight": 4, "bias": 1}
     store.set_factor("weight", torch.tensor([[0.0, 0.0, 1.0]]))
-    assert store.active == {"weight": 2, "bias": 1}
+    assert store.active_counts == {"weight": 2, "bias": 1}
     store.set_factor("bias", torch.zeros(2))
-    assert store.active == {"weight": 2, "bias": 0}
+    assert store.active_counts == {"weight": 2, "bias": 0}

@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim import lr_scheduler as lrs
 
 from sparse_callbacks import SET
+from sparse_callbacks.core.calendar import RunLength
 from sparse_callbacks.lightning.optimizer_lives import check_horizons, horizon, restart
 from sparse_callbacks.methods.gap.gap import GaP
 from sparse_callbacks.methods.gap.phases import check_phases, phase_steps
@@ -272,20 +273,20 @@ def never() -> float:
     ],
 )  # fmt: skip
 def test_the_length_of_a_phase(given: tuple[Any, Any, Any], expected: int) -> None:
-    assert phase_steps(4, *given, lambda: 100, (lambda: 7) if given[0] else never) == expected
+    assert phase_steps(4, *given, RunLength(lambda: 100, (lambda: 7) if given[0] else never)) == expected
     check_phases(1, *given, partitions=4)
 
 
 def test_no_phases_in_too_short_a_run() -> None:
     with pytest.raises(ValueError, match=r"4 phases .* of 26 optimizer steps each do not fit a run of 100 steps, with every=26"):
-        phase_steps(4, None, 26, None, lambda: 100, never)
-    assert phase_steps(4, None, 26, None, lambda: 100, never, lenient=True) == 26
-    assert phase_steps(4, None, 26, None, lambda: math.inf, never) == 26
-    assert phase_steps(4, None, None, None, lambda: 1, never, lenient=True) == 1
+        phase_steps(4, None, 26, None, RunLength(lambda: 100, never))
+    assert phase_steps(4, None, 26, None, RunLength(lambda: 100, never, lenient=True)) == 26
+    assert phase_steps(4, None, 26, None, RunLength(lambda: math.inf, never)) == 26
+    assert phase_steps(4, None, None, None, RunLength(lambda: 1, never, lenient=True)) == 1
     with pytest.raises(ValueError, match="of 0 optimizer steps each do not fit a run of 4 steps"):
-        phase_steps(4, None, None, None, lambda: 4, never)
+        phase_steps(4, None, None, None, RunLength(lambda: 4, never))
     with pytest.raises(ValueError, match="epochs=1 cannot be counted in steps"):
-        phase_steps(4, 1, None, None, lambda: 5, lambda: math.inf)
+        phase_steps(4, 1, None, None, RunLength(lambda: 5, lambda: math.inf))
 
 
 def test_two_lengths_of_a_phase_are_refused() -> None:

@@ -124,7 +124,7 @@ def test_what_needs_a_fit_says_so() -> None:
 
 def test_a_method_without_scores_to_grow_by(tmp_path: Path) -> None:
     with pytest.raises(NotImplementedError):
-        DropAndGrow(0.5, print_plan=False).grow_scores("net.0.weight")
+        DropAndGrow(0.5, print_plan=False).grow_scores(None, "net.0.weight")  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------- optimizers

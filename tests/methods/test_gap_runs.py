@@ -40,7 +40,7 @@ def test_optimizers_and_rates_start_anew_or_go_on(restart: bool, tmp_path: Path)
     assert fresh == ([0, 3, 6] if restart else [0])
     assert [i for i, (_, rate, _) in enumerate(found) if rate == 0.05] == fresh
     assert module.horizons == ([3, 3, 2] if restart else [8])
-    assert callback.restart_wanted is False
+    assert callback.engine.restart_wanted is False
 
 
 def test_the_horizon_is_the_phase_s_at_any_time(tmp_path: Path) -> None:

@@ -260,7 +260,7 @@ def test_before_fit_there_are_no_figures() -> None:
         fit(Classifier(double_mlp()), callback, max_steps=1)
         assert callback.figures()
         assert callback.outcome()
-        callback.forget()
+        callback.engine.forget()
         assert callback.figures() == callback.outcome() == {}
         assert not callback.at_target
 

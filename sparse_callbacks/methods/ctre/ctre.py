@@ -183,7 +183,7 @@ class CTRE(DropAndGrow):
         grown = GrowthFigures()
         measured = [n for n in step.names if self.at_random or f"similarity/{n}" in self.aux]
         masks = {n: self._new_mask(step, n, grown) for n in measured}
-        figures = {"update/drop_fraction": self.fraction(step)} | {f"update/{k}": v for k, v in grown.figures().items()}
+        figures = {"update/drop_fraction": self.fraction_at(step.number)} | {f"update/{k}": v for k, v in grown.figures().items()}
         return Update(masks, figures | self.own_figures(phase=float(self.at_random)))
 
     def after_update(self, step: Step) -> None:
@@ -192,7 +192,7 @@ class CTRE(DropAndGrow):
 
     def _new_mask(self, step: Step, name: str, grown: GrowthFigures) -> Tensor:
         mask, weight = self.weights.masks[name], self.params[name].detach()
-        count = drop_count(self.weights.active_counts[name], self.fraction(step))
+        count = drop_count(self.weights.active_counts[name], self.fraction_at(step.number))
         if self.at_random:
             grown.drawn += count
             return drop_and_grow(mask, weight, self._draw(step, name), count)

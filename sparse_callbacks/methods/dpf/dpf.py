@@ -118,9 +118,9 @@ class DPF(SparsityCallback):
         arrived = all(self.progress.done.get(i, 0) >= self.calendar.stop for i in owners)
         return arrived or self._curve.initial == self._curve.final
 
-    def sparsity_at(self, step: Step) -> float:
-        """s_t, over all selected weights."""
-        return self._curve(step.number, step.calendar.start, step.calendar.stop)
+    def sparsity_at(self, step: int) -> float:
+        """s_t after ``step`` gradient steps, over all selected weights."""
+        return self._curve(step, self.times.start, self.times.stop)
 
     # ------------------------------------------------------------------ plan and calendar
 
@@ -175,7 +175,7 @@ class DPF(SparsityCallback):
         return self.new_masks(step)
 
     def new_masks(self, step: Step) -> Update:
-        masks = self._largest(step.names, self.sparsity_at(step))
+        masks = self._largest(step.names, self.sparsity_at(step.number))
         back = sum(int((mask & ~self.weights.masks[n]).sum()) for n, mask in masks.items())
         total = self.aux.setdefault("reactivated/total", torch.zeros((), dtype=torch.int64))
         total += back

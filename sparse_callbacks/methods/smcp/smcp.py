@@ -209,10 +209,10 @@ class SMCP(SparsityCallback):
             self.aux[f"scores.{window}"] = self.aux[f"scores.{window}"] + torch.where(finite, scores, 0)
             self.aux[f"steps.{window}"] = self.aux[f"steps.{window}"] + finite
 
-    def share_at(self, step: Step) -> float:
-        """The share of the dense cost that the network may have at a solve."""
-        times = step.calendar
-        progress = (step.number - times.start + times.every) / (times.stop - times.start + times.every)
+    def share_at(self, step: int) -> float:
+        """The share of the dense cost that the network may have at a solve after ``step`` gradient steps."""
+        times = self.times
+        progress = (step - times.start + times.every) / (times.stop - times.start + times.every)
         return 1.0 - allocation.cost_reduction(self.curve, 1.0 - self.budget, progress)
 
     def _share(self) -> float:
@@ -257,7 +257,7 @@ class SMCP(SparsityCallback):
         over = [self.progress.done.get(o, 0) >= self.times.stop for o in self._owners]  # of optimizers that had their last solve
         options = [torch.tensor([k]) if d else o for o, k, d in zip(self._options, self.kept, over, strict=True)]
         values = [allocation.values_of(s, o, self.chunk) for s, o in zip(scores, options, strict=True)]
-        share = self.share_at(step)
+        share = self.share_at(step.number)
         found = allocation.allocate(self.network, options, values, share * self.network.dense, self.kept)
         own = [g for g, owner in enumerate(self._owners) if owner == step.index]
         keeps = [allocation.best_units(scores[g], found.kept[g], self.chunk) for g in own]
