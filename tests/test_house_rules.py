@@ -34,6 +34,8 @@ def imported(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "sparse_callbacks":
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}  # packages, imported from the root by name
         elif isinstance(node, ast.ImportFrom):
             found.add(node.module or "")
     return found
@@ -88,6 +90,106 @@ def test_the_public_names_are_there() -> None:
     promised = {"RigL", "SET", "SNFS", "Static", "GMP", "DPF", "GaP", "ParallelGaP", "CTRE", "SparsityCallback"}
     promised |= {"distributions", "schedules", "ops", "combine", "horizon"}
     assert promised <= set(sparse_callbacks.__all__)
+
+
+# ---------------------------------------------------------------------- where things are
+
+ORDER = ["core", "channels", "lightning", "methods", "tasks"]  # a method still is a callback, so lightning comes before methods
+ROOT_MODULES = {
+    "__init__.py", "latency.py",  # the face, and the command
+    "distributions.py", "ops.py", "schedules.py",  # one-line modules for import paths that users have
+}  # fmt: skip
+OLD_PATHS_IN_TASKS = {"tasks/tabular.py", "tasks/tracking.py"}  # named by configurations that users have saved
+
+
+def package_of(module: str) -> str:
+    """The package of ours that a module belongs to; empty for the root."""
+    parts = module.removeprefix("sparse_callbacks").strip(".").split(".")
+    return parts[0] if parts[0] in ORDER else ""
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parent != PACKAGE], ids=shown)
+def test_imports_follow_the_order_of_the_packages(path: Path) -> None:
+    mine = ORDER.index(path.relative_to(PACKAGE).parts[0])
+    for module in (m for m in imported(path) if m.startswith("sparse_callbacks")):
+        package = package_of(module)
+        assert package, f"{module} is the face, which imports everything"
+        assert ORDER.index(package) <= mine, f"{shown(path)} imports {module} upwards"
+
+
+def test_the_root_holds_the_face_the_command_and_old_import_paths() -> None:
+    assert {p.name for p in PACKAGE.glob("*.py")} == ROOT_MODULES
+    assert {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name != "__pycache__"} == set(ORDER)
+    for path in [PACKAGE / name for name in ROOT_MODULES - {"__init__.py"}] + [PACKAGE / name for name in OLD_PATHS_IN_TASKS]:
+        statements = ast.parse(path.read_text()).body
+        assert all(isinstance(s, ast.Expr | ast.Import | ast.ImportFrom | ast.If) for s in statements), shown(path)
+
+
+# private attributes of Lightning's Trainer, loops and modules that this package uses
+LIGHTNING_PRIVATE = re.compile(
+    r"\b(_combined_loader|_data_fetcher|_accelerator_connector|_on_before_batch_transfer|_generate_state_key|_compiler_ctx)\b"
+)
+# a compiled LightningModule must be recognised, also where Lightning is not imported, before it is copied
+KNOWN_PRIVATE = {("core/inspection.py", "_compiler_ctx")}
+
+
+def test_private_names_of_lightning_are_used_in_its_package_alone() -> None:
+    outside = [p for p in FILES if p.relative_to(PACKAGE).parts[0] not in ("lightning", "tasks")]
+    found = {(shown(p), name) for p in outside for name in LIGHTNING_PRIVATE.findall(p.read_text())}
+    assert found <= KNOWN_PRIVATE
+    assert not [p for p in outside if re.search(r"\btrainer\._|fit_loop\b", p.read_text())]
+
+
+def private_names(path: Path) -> set[str]:
+    """Attributes ``self._x`` that the classes of a file set or define."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("_") and not node.name.startswith("__"):
+            found.add(node.name)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            found.add(node.attr)
+    return {name for name in found if name.startswith("_")}
+
+
+BASES = [
+    "core/method.py", "core/engine.py", "lightning/callback.py", "lightning/turns.py", "methods/drop_and_grow.py", "methods/gap/gap.py"
+]  # fmt: skip
+METHOD_FILES = sorted(
+    p for p in PACKAGE.glob("methods/**/*.py") if re.search(r"^class \w+\(.*(DropAndGrow|SparsityCallback|TurnTaking)\)", p.read_text(), re.M)
+)
+
+
+@pytest.mark.parametrize("path", METHOD_FILES, ids=shown)
+def test_no_method_uses_a_private_name_of_a_base(path: Path) -> None:
+    bases = {name for base in BASES if base != shown(path) for name in private_names(PACKAGE / base)}
+    used = {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "self"}
+    if shown(path) == "methods/gap/gap.py":  # its own subclass is no base of it
+        bases -= private_names(path)
+    assert not used & bases
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_no_public_name_is_defined_twice_in_a_package(package: str) -> None:
+    where: dict[str, list[str]] = {}
+    for path in sorted((PACKAGE / package).rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            names = [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
+            if isinstance(node, ast.Assign):
+                names = [t.id for t in node.targets if isinstance(t, ast.Name)]
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                names = [node.target.id]
+            for name in names:
+                if not name.startswith("_"):
+                    where.setdefault(name, []).append(shown(path))
+    assert {name: paths for name, paths in where.items() if len(paths) > 1} == {}
+
+
+@pytest.mark.parametrize("path", FILES, ids=shown)
+def test_a_module_begins_with_a_plain_sentence(path: Path) -> None:
+    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    first = text.splitlines()[0]
+    assert first.endswith("."), first
+    assert len(first) <= 100, first
 
 
 # ---------------------------------------------------------------------- who writes to parameters

@@ -1,4 +1,4 @@
-"""Exact selection of the largest magnitudes in linear time: what `ops` does its choosing with.
+"""Exact selection of the largest magnitudes in linear time.
 
 An evenly spaced sample brackets the threshold. One pass in pieces that stay in cache counts what is above the bracket
 and collects the few magnitudes inside it; the exact threshold is found among these. A bracket beside the threshold is
@@ -12,6 +12,8 @@ from typing import Self
 
 import torch
 from torch import Tensor
+
+from sparse_callbacks.core.shards import Layout, layout_of
 
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 _SMALL = 8192  # positions below which a sample costs more than it saves
@@ -30,6 +32,7 @@ class Part:
     allowed: Tensor | None
     size: int
     like: Tensor
+    layout: Layout
 
     @classmethod
     def of(cls, values: Tensor, among: Tensor | None, available: int | None = None) -> Self:
@@ -39,8 +42,9 @@ class Part:
         like = torch.empty_like(values, dtype=torch.bool, requires_grad=False, device="meta")
         flat = _in_memory_order(values.detach(), like)
         if among is None:
-            return cls(flat, None, flat.numel(), like)
-        return cls(flat, _in_memory_order(among, like), int(among.count_nonzero()) if available is None else available, like)
+            return cls(flat, None, flat.numel(), like, layout_of(values))
+        size = int(among.count_nonzero()) if available is None else available
+        return cls(flat, _in_memory_order(among, like), size, like, layout_of(values))
 
     def buffer(self) -> Tensor:
         """Room for a piece and a row, in the type of the magnitudes."""
@@ -99,7 +103,7 @@ def _piece(tensor: Tensor) -> int:
     return _CACHED if tensor.device.type == "cpu" else _COUNTABLE
 
 
-def select(parts: list[Part], count: int) -> list[Tensor]:
+def select_largest(parts: list[Part], count: int) -> list[Tensor]:
     """Flat masks in memory order with together `count` True positions, those with the largest magnitudes.
 
     Raises:
@@ -123,7 +127,7 @@ def select(parts: list[Part], count: int) -> list[Tensor]:
 
 
 def smallest_selected(parts: list[Part], count: int) -> float:
-    """The smallest magnitude that `select` takes, NaN if it takes one; `count` is at least 1. Errors as in `select`."""
+    """The smallest magnitude that `select_largest` takes, NaN if it takes one; `count` is at least 1. Errors as in `select_largest`."""
     place = _locate(parts, count, _available(parts, count))
     return math.nan if place is None else place.threshold
 
@@ -137,24 +141,28 @@ class _Place:
 
 
 def _available(parts: list[Part], count: int) -> int:
-    available = sum(part.size for part in parts)
+    available = sum(part.layout.total(part.size) for part in parts)
     if not 0 <= count <= available:
         raise ValueError(f"count={count} positions cannot be kept: {available} are available. Give 0 to {available}.")
     return available
 
 
 def _locate(parts: list[Part], count: int, available: int) -> _Place | None:
-    """The threshold for `count` (at least 1) positions; None if there are fewer than that without the NaNs."""
+    """The threshold for `count` (at least 1) positions; None if there are fewer than that without the NaNs.
+
+    Every count is one over all processes that hold a part of the tensors: what `Layout.total` gives.
+    """
+    total = parts[0].layout.total  # one threshold is over tensors that lie alike
     low, high = _bracket(parts, count, available)
     above, inside = _scan(parts, low, high)
-    if not 0 < count - above <= inside.numel():
+    if not 0 < count - above <= total(inside.numel()):
         # the sample put the bracket beside the threshold: look at everything on that side
         above, inside = _scan(parts, high, math.inf) if count <= above else _scan(parts, 0.0, low)
     need = count - above
-    if need > inside.numel():
+    if need > total(inside.numel()):
         return None
     threshold = _kth_largest(inside, need)
-    return _Place(threshold, int((inside >= threshold).count_nonzero()) - need)
+    return _Place(threshold, total(int((inside >= threshold).count_nonzero())) - need)
 
 
 def _bracket(parts: list[Part], count: int, available: int) -> tuple[float, float]:
@@ -187,7 +195,7 @@ def _scan(parts: list[Part], low: float, high: float) -> tuple[int, Tensor]:
             if part.allowed is not None:
                 # bytes turn to floats seven times as fast as bools do
                 beyond[:size].mul_(factor[:size].copy_(part.allowed[piece].view(torch.uint8)))
-            above += int(beyond[:size].sum())
+            above += part.layout.total(int(beyond[:size].sum()))
             # only rows with a magnitude inside are looked into; the last one is filled up with zeros
             flags, values, factors = (_rows(buffer, size) for buffer in (reached, magnitude, factor))
             rows = flags.mv(ones).nonzero().squeeze(1)

@@ -1,4 +1,4 @@
-"""Pure tensor functions behind the masks: exact selection of the largest magnitudes, drop and grow, counts.
+"""Pure tensor functions behind the masks: the largest magnitudes, drop and grow, counts.
 
 Masks are bool tensors of the shape and memory format of the values they were chosen from. Selection orders positions by
 magnitude, then by tensor and row-major index (the earlier wins); NaN ranks below zero, and -0.0 equals 0.0.
@@ -12,7 +12,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from sparse_callbacks.core.largest import Part, select, smallest_selected
+from sparse_callbacks.core.largest import Part, select_largest, smallest_selected
 
 __all__ = ["drop_and_grow", "drop_count", "keep_largest", "keep_largest_jointly", "kth_largest", "random_mask", "zeros_for"]
 
@@ -60,7 +60,7 @@ def keep_largest(values: Tensor, count: int, among: Tensor | None = None) -> Ten
 
 
 def _keep(part: Part, count: int) -> Tensor:
-    return part.shaped(select([part], count)[0])
+    return part.shaped(select_largest([part], count)[0])
 
 
 def keep_largest_jointly(values: Sequence[Tensor], count: int, least: int = 0) -> list[Tensor]:
@@ -85,7 +85,7 @@ def _jointly(values: Sequence[Tensor], count: int) -> list[Tensor]:
     # bits compare only within one type; widening is exact
     common = reduce(torch.promote_types, (tensor.dtype for tensor in values), torch.float16 if not values else values[0].dtype)
     parts = [Part.of(tensor.to(common), None) for tensor in values]
-    return [part.shaped(mask) for part, mask in zip(parts, select(parts, count), strict=True)]
+    return [part.shaped(mask) for part, mask in zip(parts, select_largest(parts, count), strict=True)]
 
 
 def kth_largest(values: Tensor, count: int) -> Tensor:

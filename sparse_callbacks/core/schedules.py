@@ -1,4 +1,4 @@
-"""Numbers over the run: plain values that are called with (step, start, stop), and times in steps or fractions."""
+"""Schedules: numbers that change over the run, and times in steps or fractions of it."""
 
 import ast
 import math

@@ -1,1 +1,4 @@
-"""The Trainer's side: the only package, besides ``tasks``, that imports Lightning and uses its private names."""
+"""The Trainer's side of sparse training.
+
+Besides ``tasks`` this is the only package that imports Lightning or uses its private names.
+"""

@@ -19,7 +19,7 @@ from sparse_callbacks.core.method import BatchEnd, Method, joint_sparsity
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
 from sparse_callbacks.core.selection import NOT_TRAINED, layer_shapes, select
 from sparse_callbacks.lightning import curves, optimizer_lives
-from sparse_callbacks.lightning.namespaces import callback_classes
+from sparse_callbacks.lightning.namespaces import Trainer, callback_classes
 from sparse_callbacks.lightning.refusals import (
     ends_run,
     gradients_are_read,
@@ -28,7 +28,7 @@ from sparse_callbacks.lightning.refusals import (
     state_to_resume,
     warnings_for,
 )
-from sparse_callbacks.lightning.trainer_host import Trainer, TrainerHost
+from sparse_callbacks.lightning.trainer_host import TrainerHost
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback as AnyCallback

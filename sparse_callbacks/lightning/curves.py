@@ -1,11 +1,9 @@
 """Curves of a run: rows for the loggers, and the sparsity in the progress bar."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from sparse_callbacks.core.method import Method, joint_sparsity
-
-Trainer = Any
+from sparse_callbacks.lightning.namespaces import Trainer
 
 
 def row(method: Method, events: dict[str, float], methods: Sequence[Method]) -> dict[str, float]:

@@ -1,7 +1,4 @@
-"""One forward pass over the training data that leaves no trace: what methods that look at activations need of a host.
-
-The host is a Trainer known by its attributes (``train_dataloader``, ``precision_plugin``, ``strategy``), so no Lightning is imported.
-"""
+"""One forward pass over the training data that leaves no trace, for methods that look at activations."""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence

@@ -10,6 +10,9 @@ from pytorch_lightning import Callback
 # LightningCLI of either asks `isinstance` of its own.
 _OTHER = "lightning.pytorch"
 
+# A Trainer of either, whose connectors set attributes on it that type checkers do not see.
+Trainer = Any
+
 
 def callback_classes() -> tuple[type[Any], ...]:
     """``pytorch_lightning.Callback``, and ``lightning.pytorch.Callback`` where that package is installed."""

@@ -1,4 +1,4 @@
-"""Optimizers and learning rate schedules that live for a phase of the run, and are then configured anew."""
+"""Optimizers and schedules that live for a phase of the run, and are then configured anew."""
 
 import math
 from collections.abc import Iterator
@@ -9,8 +9,7 @@ from torch.optim import Optimizer, lr_scheduler
 from sparse_callbacks.core.calendar import RunLength
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
 from sparse_callbacks.core.optimizers import stepped
-
-Trainer = Any
+from sparse_callbacks.lightning.namespaces import Trainer
 
 # the argument of each schedule that says after how many of its own steps it has come to its end
 _HORIZONS: dict[type, str] = {

@@ -10,9 +10,7 @@ from sparse_callbacks.core import distributed
 from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.host import Forward
 from sparse_callbacks.lightning import data_pass
-
-# lightning.pytorch's Trainer serves as well, and type checkers do not see what a Trainer's connectors set on it
-Trainer = Any
+from sparse_callbacks.lightning.namespaces import Trainer
 
 
 class TrainerHost:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from sparse_callbacks.core import distributed
 from sparse_callbacks.lightning.callback import SparsityCallback, peers_of
-from sparse_callbacks.lightning.trainer_host import Trainer, TrainerHost
+from sparse_callbacks.lightning.namespaces import Trainer
+from sparse_callbacks.lightning.trainer_host import TrainerHost
 
 
 class TurnsTrainerHost(TrainerHost):

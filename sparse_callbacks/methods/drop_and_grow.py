@@ -42,8 +42,8 @@ class DropAndGrow(SparsityCallback):
         super().__init__(sparsity, distribution=distribution, include=include, exclude=exclude, seed=seed, **options)
         self.set_times(every, start, stop)
         self.drop_fraction = drop_fraction
-        self._fraction = as_schedule(drop_fraction, "cosine", name="drop_fraction")
-        for value in (self._fraction.initial, self._fraction.final):
+        self.fraction_curve = as_schedule(drop_fraction, "cosine", name="drop_fraction")
+        for value in (self.fraction_curve.initial, self.fraction_curve.final):
             if not 0.0 <= value <= 1.0:
                 raise ValueError(
                     f"drop_fraction={drop_fraction!r} leaves [0, 1]: it is the fraction of a layer's active weights that an update "
@@ -52,7 +52,7 @@ class DropAndGrow(SparsityCallback):
 
     def fraction_at(self, step: int) -> float:
         """The share of active weights that an update replaces after ``step`` gradient steps."""
-        return self._fraction(step, self.times.start, self.times.stop)
+        return self.fraction_curve(step, self.times.start, self.times.stop)
 
     @property
     def fraction(self) -> float:

@@ -113,7 +113,7 @@ class CTRE(DropAndGrow):
             0.9 if sparsity is None else sparsity, distribution=distribution, every=every, start=start, stop=stop,
             drop_fraction=drop_fraction, include=include, exclude=exclude, seed=seed, **options,
         )  # fmt: skip
-        self._fraction = as_schedule(drop_fraction, "constant", name="drop_fraction")
+        self.fraction_curve = as_schedule(drop_fraction, "constant", name="drop_fraction")
         self.epsilon, self.variant = epsilon, variant
         self.monitor, self.mode, self.patience = monitor, mode, patience
         self.data_fraction, self.forward, self.statistics_dataloader = data_fraction, forward, statistics_dataloader

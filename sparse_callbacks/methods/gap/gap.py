@@ -149,13 +149,13 @@ class GaP(RestartsOptimizers, SparsityCallback):
         ended, begun = blocks[(phase - 1) % len(blocks)], blocks[phase % len(blocks)] if phase < self.phases else []
         mine = set(step.names)
         masks = self.pruned(n for n in ended if n in mine) | self.weights.all_active(n for n in begun if n in mine)
-        return Update(masks, self._phase_figures(phase))
+        return Update(masks, self.phase_figures(phase))
 
     def after_update(self, step: Step) -> None:
         if self.restart:
             self.host.request_restart()
 
-    def _phase_figures(self, phase: int) -> dict[str, float]:
+    def phase_figures(self, phase: int) -> dict[str, float]:
         turn, partition = divmod(phase, number_of(self.partitions))
         return self.own_figures(phase=phase, round=turn, dense_partition=partition if phase < self.phases else -1)
 
@@ -181,11 +181,11 @@ class GaP(RestartsOptimizers, SparsityCallback):
             )
         self.aux["phase/length"] = torch.tensor(run.total(), dtype=torch.float64)
         at, configured = (min(s // calendar.every, self.phases) for s in (self.step, int(self.aux["phase/optimizers"])))
-        if self._optimizers_are_old(at, configured):  # a run that was saved between a phase's end and the next batch
+        if self.optimizers_are_old(at, configured):  # a run that was saved between a phase's end and the next batch
             self.host.request_restart()
         return calendar
 
-    def _optimizers_are_old(self, phase: int, configured: int) -> bool:
+    def optimizers_are_old(self, phase: int, configured: int) -> bool:
         """The optimizers were configured for another phase than the current one.
 
         Args:
@@ -202,7 +202,7 @@ class GaP(RestartsOptimizers, SparsityCallback):
         return Calendar(times[0], times[1], times[2]) if times else None
 
     def begin_training(self, epoch: int) -> Figures:
-        return self._phase_figures(self.phase_at(self.step)) if self.saved is None else {}
+        return self.phase_figures(self.phase_at(self.step)) if self.saved is None else {}
 
     def batch_end(self, end: BatchEnd) -> Figures:
         if end.run_over and not self.at_target and self.phase_at(self.step + end.skipped) == self.phases:
@@ -217,7 +217,7 @@ class GaP(RestartsOptimizers, SparsityCallback):
     @property
     def horizon(self) -> float | None:
         """Optimizer steps that the current optimizers live, from their phase's begin to its end; None with ``restart=False``."""
-        return self._life(self.times, self.aux) if self.restart else None
+        return self.life(self.times, self.aux) if self.restart else None
 
     def optimizer_life(self, run: RunLength) -> float | None:
         """:attr:`horizon`, also before the run has begun; see :func:`sparse_callbacks.horizon`.
@@ -230,10 +230,10 @@ class GaP(RestartsOptimizers, SparsityCallback):
             return self.horizon
         if self.saved is not None and self.saved.times:
             times = self.saved.times
-            return self._life(Calendar(times[0], times[1], times[2]), self.saved.aux)
+            return self.life(Calendar(times[0], times[1], times[2]), self.saved.aux)
         begun = torch.tensor(self.step)
         aux = {"phase/run": begun, "phase/optimizers": begun, "phase/length": torch.tensor(run.total(), dtype=torch.float64)}
-        return self._life(self._begun_calendar() or self._calendar(run), aux)
+        return self.life(self._begun_calendar() or self._calendar(run), aux)
 
     @property
     def shortest_life(self) -> float | None:
@@ -248,7 +248,7 @@ class GaP(RestartsOptimizers, SparsityCallback):
             lives.append(self.times.every)
         return min(lives, default=None)
 
-    def _life(self, times: Calendar, aux: Mapping[str, Tensor]) -> float:
+    def life(self, times: Calendar, aux: Mapping[str, Tensor]) -> float:
         begun = int(aux["phase/optimizers"])
         if begun < times.stop:
             return (begun // times.every + 1) * times.every - begun

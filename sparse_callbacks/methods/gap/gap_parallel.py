@@ -139,11 +139,11 @@ class ParallelGaP(GaP, TurnTaking):
     def at_target(self) -> bool:
         return bool(self.masks) and self.phase == self.phases
 
-    def _life(self, times: Calendar, aux: Mapping[str, Tensor]) -> float:
+    def life(self, times: Calendar, aux: Mapping[str, Tensor]) -> float:
         done = int(aux["workers/epochs"]) if "workers/epochs" in aux else 0
         if done // self._epochs < self.phases:
             return times.every
-        return super()._life(times, {**aux, "phase/optimizers": aux["workers/finetune"]})
+        return super().life(times, {**aux, "phase/optimizers": aux["workers/finetune"]})
 
     # ------------------------------------------------------------------ random numbers and data order
 
@@ -178,7 +178,7 @@ class ParallelGaP(GaP, TurnTaking):
             )
         return super().make_calendar(run)
 
-    def _optimizers_are_old(self, phase: int, configured: int) -> bool:
+    def optimizers_are_old(self, phase: int, configured: int) -> bool:
         # phases end with epochs here, so the epochs decide and not the steps of the calendar
         return int(self.aux.get("workers/configured", torch.tensor(0))) != self.phase
 
@@ -237,9 +237,9 @@ class ParallelGaP(GaP, TurnTaking):
             self.turns_host.average_gradients(True)
         self.progress.updates += 1
         self.host.request_restart()
-        return self._phase_figures(self.phase)
+        return self.phase_figures(self.phase)
 
-    def _phase_figures(self, phase: int) -> dict[str, float]:
+    def phase_figures(self, phase: int) -> dict[str, float]:
         turn, worker = self._turn(phase)
         return self.own_figures(phase=phase, round=turn, dense_partition=worker)
 
