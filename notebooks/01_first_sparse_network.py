@@ -43,7 +43,9 @@ warnings.filterwarnings("ignore", module="pytorch_lightning|torch")
 
 # %%
 images, labels = load_digits(return_X_y=True)
-split = train_test_split(torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels), stratify=labels, random_state=0)
+split = train_test_split(
+    torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels), stratify=labels, random_state=0
+)
 train_x, test_x, train_y, test_y = split
 
 
@@ -139,7 +141,12 @@ for mask in masks.masks:
     explored.append(100 * ever.float().mean().item())
 right.plot([100 - 100 * masks.sparsity[0]["sparsity/net.0.weight"]] * len(explored), "k--", label="active at any time")
 right.plot(explored, label="ever active so far")
-right.set(xlabel="epoch", ylabel="weights of the first layer (%)", ylim=(0, None), title="RigL explores, its count never changes")
+right.set(
+    xlabel="epoch",
+    ylabel="weights of the first layer (%)",
+    ylim=(0, None),
+    title="RigL explores, its count never changes",
+)
 right.legend(loc="center right")
 plt.show()
 

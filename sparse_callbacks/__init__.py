@@ -13,6 +13,27 @@ from sparse_callbacks.methods.gap.combination import combine
 
 __version__ = "0.1.0"
 __all__ = [
-    "CTRE", "DPF", "GMP", "SET", "SMCP", "SNFS", "ConstrainedL0", "GaP", "ParallelGaP", "Plan", "RigL", "SparsityCallback", "Static",
-    "channel_groups", "combine", "distributions", "export_onnx", "horizon", "load_compact", "ops", "save_compact", "schedules", "slim",
-]  # fmt: skip
+    "CTRE",
+    "DPF",
+    "GMP",
+    "SET",
+    "SMCP",
+    "SNFS",
+    "ConstrainedL0",
+    "GaP",
+    "ParallelGaP",
+    "Plan",
+    "RigL",
+    "SparsityCallback",
+    "Static",
+    "channel_groups",
+    "combine",
+    "distributions",
+    "export_onnx",
+    "horizon",
+    "load_compact",
+    "ops",
+    "save_compact",
+    "schedules",
+    "slim",
+]

@@ -1,4 +1,5 @@
-"""Puts this folder on the import path, so that tests in subfolders find the helper modules; one thread for everything."""
+"""Puts this folder on the import path, so that tests in subfolders find the helper modules; one thread for
+everything."""
 
 import os
 

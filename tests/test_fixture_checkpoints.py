@@ -1,8 +1,10 @@
-"""Checkpoints that version 0.1.0 wrote resume to the end that it reached, saved configurations are read, and public names stay.
+"""Checkpoints that version 0.1.0 wrote resume to the end that it reached, saved configurations are read, and public
+names stay.
 
-Floating-point results differ between processors and versions of torch. So each run is repeated without this package first: where that
-comes out with the same bits as on the machine that wrote the checkpoint, the resumed run must too, and where not, ``test_..._bitwise``
-is reported as skipped. Masks, counters and everything else that is whole are compared exactly in either case.
+Floating-point results differ between processors and versions of torch. So each run is repeated without this package
+first: where that comes out with the same bits as on the machine that wrote the checkpoint, the resumed run must too,
+and where not, ``test_..._bitwise`` is reported as skipped. Masks, counters and everything else that is whole are
+compared exactly in either case.
 """
 
 import importlib
@@ -64,7 +66,8 @@ every_run = pytest.mark.parametrize("name", RUNS)
 
 @cache
 def resumed(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is kept of the run ``name``, and what the run ends with that goes on from its checkpoint, begun with other weights."""
+    """What is kept of the run ``name``, and what the run ends with that goes on from its checkpoint, begun with other
+    weights."""
     with tempfile.TemporaryDirectory() as temporary:
         checkpoint, kept = unpacked(name, Path(temporary))
         callbacks = RUNS[name].callbacks()
@@ -189,7 +192,9 @@ def test_public_names_are_importable(module: str) -> None:
     assert [name for name in NAMES[module].split() if not hasattr(found, name)] == []
 
 
-def test_latency_tables_are_measured_by_the_same_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_latency_tables_are_measured_by_the_same_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", ["latency", "--help"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("sparse_callbacks.latency", run_name="__main__")  # python -m sparse_callbacks.latency --help

@@ -94,11 +94,20 @@ def test_the_public_names_are_there() -> None:
 
 # ---------------------------------------------------------------------- where things are
 
-ORDER = ["core", "channels", "lightning", "methods", "tasks"]  # a method still is a callback, so lightning comes before methods
+ORDER = [
+    "core",
+    "channels",
+    "lightning",
+    "methods",
+    "tasks",
+]  # a method still is a callback, so lightning comes before methods
 ROOT_MODULES = {
-    "__init__.py", "latency.py",  # the face, and the command
-    "distributions.py", "ops.py", "schedules.py",  # one-line modules for import paths that users have
-}  # fmt: skip
+    "__init__.py",
+    "latency.py",  # the face, and the command
+    "distributions.py",
+    "ops.py",
+    "schedules.py",  # one-line modules for import paths that users have
+}
 OLD_PATHS_IN_TASKS = {"tasks/tabular.py", "tasks/tracking.py"}  # named by configurations that users have saved
 
 
@@ -120,7 +129,9 @@ def test_imports_follow_the_order_of_the_packages(path: Path) -> None:
 def test_the_root_holds_the_face_the_command_and_old_import_paths() -> None:
     assert {p.name for p in PACKAGE.glob("*.py")} == ROOT_MODULES
     assert {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name != "__pycache__"} == set(ORDER)
-    for path in [PACKAGE / name for name in ROOT_MODULES - {"__init__.py"}] + [PACKAGE / name for name in OLD_PATHS_IN_TASKS]:
+    for path in [PACKAGE / name for name in ROOT_MODULES - {"__init__.py"}] + [
+        PACKAGE / name for name in OLD_PATHS_IN_TASKS
+    ]:
         statements = ast.parse(path.read_text()).body
         assert all(isinstance(s, ast.Expr | ast.Import | ast.ImportFrom | ast.If) for s in statements), shown(path)
 
@@ -152,17 +163,28 @@ def private_names(path: Path) -> set[str]:
 
 
 BASES = [
-    "core/method.py", "core/engine.py", "lightning/callback.py", "lightning/turns.py", "methods/drop_and_grow.py", "methods/gap/gap.py"
-]  # fmt: skip
+    "core/method.py",
+    "core/engine.py",
+    "lightning/callback.py",
+    "lightning/turns.py",
+    "methods/drop_and_grow.py",
+    "methods/gap/gap.py",
+]
 METHOD_FILES = sorted(
-    p for p in PACKAGE.glob("methods/**/*.py") if re.search(r"^class \w+\(.*(DropAndGrow|SparsityCallback|TurnTaking)\)", p.read_text(), re.M)
+    p
+    for p in PACKAGE.glob("methods/**/*.py")
+    if re.search(r"^class \w+\(.*(DropAndGrow|SparsityCallback|TurnTaking)\)", p.read_text(), re.M)
 )
 
 
 @pytest.mark.parametrize("path", METHOD_FILES, ids=shown)
 def test_no_method_uses_a_private_name_of_a_base(path: Path) -> None:
     bases = {name for base in BASES if base != shown(path) for name in private_names(PACKAGE / base)}
-    used = {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "self"}
+    used = {
+        n.attr
+        for n in ast.walk(ast.parse(path.read_text()))
+        if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "self"
+    }
     if shown(path) == "methods/gap/gap.py":  # its own subclass is no base of it
         bases -= private_names(path)
     assert not used & bases
@@ -196,7 +218,8 @@ def test_a_module_begins_with_a_plain_sentence(path: Path) -> None:
 
 
 def writes(path: Path) -> Iterator[tuple[str, str]]:
-    """(function, receiver) of everything in a file that changes a tensor in place: ``x.mul_()``, ``x.data``, ``x[...] = y``."""
+    """(function, receiver) of everything in a file that changes a tensor in place: ``x.mul_()``, ``x.data``, ``x[...] =
+    y``."""
     tree = ast.parse(path.read_text())
     for function in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)):
         for node in ast.walk(function):
@@ -211,8 +234,10 @@ def test_parameter_values_are_written_by_sparse_weights_alone() -> None:
     found = {(shown(p), function, receiver) for p in CORE for function, receiver in writes(p)}
     about_parameters = {f for f in found if re.search(r"param|\bp\b|\.data\b|weight", f[2]) and ".state[" not in f[2]}
     assert {(file, function) for file, function, _ in about_parameters} == {
-        ("core/weights.py", "write_masked"), ("core/weights.py", "write_grown"), ("core/dense_copy.py", "_exchange")
-    }  # fmt: skip
+        ("core/weights.py", "write_masked"),
+        ("core/weights.py", "write_grown"),
+        ("core/dense_copy.py", "_exchange"),
+    }
 
 
 class Still(torch.optim.SGD):
@@ -224,7 +249,9 @@ class Still(torch.optim.SGD):
 
 
 @pytest.mark.parametrize("make", [RigL, SET, SNFS, Static, GMP, GaP], ids=lambda m: m.__name__)
-def test_nobody_else_writes_to_a_parameter_in_training(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_else_writes_to_a_parameter_in_training(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """torch counts the writes to a tensor: beside those of the known function there is none."""
     times = {Static: {}, GaP: {"partitions": 2, "every": 2}}.get(make, {"every": 2, "stop": 8})
     callback, module = make(0.5, print_plan=False, **times), Regression(configure=lambda p: Still(p, lr=0.1))

@@ -28,7 +28,9 @@ def test_it_runs_and_shows_its_pictures(text, tmp_path, monkeypatch):
     notebook = jupytext.read(text)
     monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel's own shows pictures in the notebook
     monkeypatch.setenv("PYTHONPATH", str(text.parent.parent))
-    client.NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    client.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
     pictures = [o for c in notebook.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
     shown = sum("plt.show()" in c.source for c in notebook.cells)
     assert len(pictures) == shown > 0

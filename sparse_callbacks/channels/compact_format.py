@@ -201,9 +201,7 @@ def _why_other_limits(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
     return ""
 
 
-def _why_contradictory(
-    model: nn.Module, tensors: Mapping[str, Tensor], layers: Mapping[str, Mapping[str, Any]]
-) -> str:
+def _why_contradictory(model: nn.Module, tensors: Mapping[str, Tensor], layers: Mapping[str, Mapping[str, Any]]) -> str:
     """A tensor whose shape is not the one that the described sizes of its layer give; empty if none."""
     for name, module in model.named_modules():
         if not sizes(module):

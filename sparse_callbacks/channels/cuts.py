@@ -200,9 +200,7 @@ def _fitted(name: str, mask: Tensor, model: nn.Module, parameters: Mapping[str, 
     """``mask`` in the shape of its parameter."""
     if name not in parameters:
         known = ", ".join([*parameters][:6])
-        raise ValueError(
-            f"masks names {name!r}, and the model has no such parameter. There are for example {known}."
-        )
+        raise ValueError(f"masks names {name!r}, and the model has no such parameter. There are for example {known}.")
     shape = parameters[name].shape
     mask = mask.to(parameters[name].device, torch.bool)
     if mask.ndim == 1 and len(shape) > 2:  # a mask of input channels

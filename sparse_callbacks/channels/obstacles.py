@@ -9,20 +9,22 @@ from torch.nn.utils import parametrize
 
 from sparse_callbacks.channels.channel_padding import channel_padding
 
-KEEPS_CHANNELS = frozenset({
-    *("Abs", "Add", "Addcmul", "Clamp", "ClampMax", "ClampMin", "Div", "Erf", "Exp", "Log", "Maximum", "Minimum"),
-    *("Mul", "Neg", "Pow", "Rsqrt", "Sqrt", "Sub"),
-    *("Mean", "Sum"),
-    *("Celu", "Elu", "Gelu", "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyRelu", "Mish", "Relu", "Selu"),
-    *("Sigmoid", "Silu", "Softplus", "Tanh", "Threshold"),
-    *("AdaptiveAvgPool2D", "AdaptiveMaxPool2D", "AvgPool2D", "AvgPool3D", "MaxPool2DWithIndices"),
-    *("MaxPool3DWithIndices", "MkldnnAdaptiveAvgPool2D"),
-    *("ConstantPadNd", "ReflectionPad2D", "ReplicationPad2D"),
-    *("UpsampleBicubic2D", "UpsampleBilinear2D", "UpsampleNearest1D", "UpsampleNearest2D", "UpsampleNearest3D"),
-    *("UpsampleNearestExact2D",),
-    *("Flatten", "Permute", "Squeeze", "T", "Transpose", "Unsqueeze"),
-    *("Alias", "Clone", "Contiguous", "Copy", "NativeDropout", "ToCopy"),
-})
+KEEPS_CHANNELS = frozenset(
+    {
+        *("Abs", "Add", "Addcmul", "Clamp", "ClampMax", "ClampMin", "Div", "Erf", "Exp", "Log", "Maximum", "Minimum"),
+        *("Mul", "Neg", "Pow", "Rsqrt", "Sqrt", "Sub"),
+        *("Mean", "Sum"),
+        *("Celu", "Elu", "Gelu", "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyRelu", "Mish", "Relu", "Selu"),
+        *("Sigmoid", "Silu", "Softplus", "Tanh", "Threshold"),
+        *("AdaptiveAvgPool2D", "AdaptiveMaxPool2D", "AvgPool2D", "AvgPool3D", "MaxPool2DWithIndices"),
+        *("MaxPool3DWithIndices", "MkldnnAdaptiveAvgPool2D"),
+        *("ConstantPadNd", "ReflectionPad2D", "ReplicationPad2D"),
+        *("UpsampleBicubic2D", "UpsampleBilinear2D", "UpsampleNearest1D", "UpsampleNearest2D", "UpsampleNearest3D"),
+        *("UpsampleNearestExact2D",),
+        *("Flatten", "Permute", "Squeeze", "T", "Transpose", "Unsqueeze"),
+        *("Alias", "Clone", "Contiguous", "Copy", "NativeDropout", "ToCopy"),
+    }
+)
 """Names of backward nodes that treat each channel by itself.
 
 A mean or a sum does so only over other dimensions than that of the channels, which a trace does not tell; the
@@ -119,6 +121,4 @@ def refuse_unmatched_globs(globs: Sequence[str], model: nn.Module) -> None:
     for glob in globs:
         if not any(fnmatchcase(n, glob) for n in names):
             examples = ", ".join(filter(None, names[:6]))
-            raise ValueError(
-                f"exclude={glob!r} matches no module and no parameter. There are for example {examples}."
-            )
+            raise ValueError(f"exclude={glob!r} matches no module and no parameter. There are for example {examples}.")

@@ -105,9 +105,7 @@ def kept_units(group: Group, masks: Mapping[str, Tensor]) -> Tensor:
     return keep
 
 
-def consumer_masks(
-    groups: Sequence[Group], keeps: Sequence[Tensor], params: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def consumer_masks(groups: Sequence[Group], keeps: Sequence[Tensor], params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Masks of all consumers of the groups, bool, of the shapes of their weights.
 
     A layer that reads several groups has the masks of all of them.

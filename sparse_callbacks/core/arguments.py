@@ -68,9 +68,13 @@ def by_glob(values: float | Mapping[str, float], names: Iterable[str], argument:
 def check_sparsity(sparsity: object) -> None:
     """Refuse what is not a fraction of zeros in [0, 1)."""
     if isinstance(sparsity, bool) or not isinstance(sparsity, Real):
-        raise ValueError(f"sparsity={sparsity!r} is not a number. It is the fraction of zeros: for 90 % zeros write 0.9.")
+        raise ValueError(
+            f"sparsity={sparsity!r} is not a number. It is the fraction of zeros: for 90 % zeros write 0.9."
+        )
     if not 0.0 <= float(sparsity) < 1.0:
-        raise ValueError(f"sparsity={sparsity!r} is not in [0, 1): it is the fraction of zeros. For 90 % zeros write 0.9.")
+        raise ValueError(
+            f"sparsity={sparsity!r} is not in [0, 1): it is the fraction of zeros. For 90 % zeros write 0.9."
+        )
 
 
 def check_seed(seed: object) -> None:

@@ -32,8 +32,8 @@ class RunLength:
 class Calendar:
     """Updates at ``start``, ``start + every``, ... up to ``stop`` (included), in optimizer steps.
 
-    With ``final`` there is one at ``stop`` too, also off the grid (a method that must arrive at its target). With ``until`` the
-    grid goes on behind ``stop`` (where the method's curve ends) up to a last update at ``until``.
+    With ``final`` there is one at ``stop`` too, also off the grid (a method that must arrive at its target). With
+    ``until`` the grid goes on behind ``stop`` (where the method's curve ends) up to a last update at ``until``.
     """
 
     every: int
@@ -74,7 +74,10 @@ def check_times(start: Time, stop: Time, every: Time | None) -> None:
     for name, value in (("start", start), ("stop", stop)):
         to_steps(value, 1, name)
     if every is not None and not isinstance(every, bool) and isinstance(every, Real) and every <= 0:
-        raise ValueError(f"every={every!r} is no interval between updates. Give optimizer steps (1 or more) or a fraction of the run.")
+        raise ValueError(
+            f"every={every!r} is no interval between updates. Give optimizer steps (1 or more) or a fraction of the "
+            "run."
+        )
     if every is not None:
         to_steps(every, 1, "every")
     if type(start) is type(stop) and stop < start:
@@ -96,8 +99,8 @@ def resolve_times(
     """The calendar of a run.
 
     Args:
-        every, start, stop: as in :func:`check_times`; ``every=None`` is ``published_every``, shortened down to ten where a short
-            run leaves fewer than ten updates (``inform`` is called with a sentence that says so).
+        every, start, stop: as in :func:`check_times`; ``every=None`` is ``published_every``, shortened down to ten
+            where a short run leaves fewer than ten updates (``inform`` is called with a sentence that says so).
         published_every: the interval of the paper, in optimizer steps.
         run: the length of the run.
         final: see :class:`Calendar`.
@@ -114,12 +117,14 @@ def resolve_times(
     if last < first:
         if not run.lenient:
             raise ValueError(
-                f"stop={stop!r} ({last} steps) lies before start={start!r} ({first} steps). Give a stop at or after the start."
+                f"stop={stop!r} ({last} steps) lies before start={start!r} ({first} steps). Give a stop at or after "
+                "the start."
             )
         last = first
     if last == first and not final and not run.lenient:
         raise ValueError(
-            f"start={start!r} and stop={stop!r} are the same step ({first}): no update would move a mask. Give a later stop=, or use "
+            f"start={start!r} and stop={stop!r} are the same step ({first}): no update would move a mask. Give a later "
+            "stop=, or use "
             "Static to hold one mask."
         )
     if every is None:
@@ -127,7 +132,8 @@ def resolve_times(
         interval = max(1, min(published_every, fitting, last - first))
         if interval < published_every:
             inform(
-                f"every={interval}: the published interval of {published_every} steps would leave fewer than {UPDATES_WORTH_HAVING} "
+                f"every={interval}: the published interval of {published_every} steps would leave fewer than "
+                f"{UPDATES_WORTH_HAVING} "
                 f"updates between step {first} and step {last}. Give every= to choose another."
             )
     else:
@@ -141,6 +147,7 @@ def resolve_times(
 
 def _too_long(every: Time, start: Time, stop: Time, steps: str = "") -> str:
     return (
-        f"every={every!r} is longer than stop - start with start={start!r}, stop={stop!r}{steps}: the masks would hardly ever move. "
+        f"every={every!r} is longer than stop - start with start={start!r}, stop={stop!r}{steps}: the masks would "
+        "hardly ever move. "
         "Give a smaller every=, a later stop= or a longer run."
     )

@@ -9,8 +9,8 @@ from torch import Tensor
 from sparse_callbacks.core.schedules import Schedule
 
 VERSION = 1
-# Arguments in which a resumed run may differ from the saved one: the masks of `from_checkpoint` are in the checkpoint, and a
-# loader's text holds its address in memory.
+# Arguments in which a resumed run may differ from the saved one: the masks of `from_checkpoint` are in the checkpoint,
+# and a loader's text holds its address in memory.
 _MAY_DIFFER = ("print_plan", "fresh_start", "from_checkpoint", "statistics_dataloader")
 
 
@@ -72,12 +72,14 @@ def check_state(
     """
     if state is None:
         raise ValueError(
-            f"the checkpoint {path} holds no state of {name}: its weights come without masks. Resume with the callback of the "
+            f"the checkpoint {path} holds no state of {name}: its weights come without masks. Resume with the callback "
+            "of the "
             "interrupted run (same method, include= and exclude=), or give fresh_start=True to make new masks."
         )
     if state["version"] > VERSION:
         raise ValueError(
-            f"the checkpoint {path} has sparsity state of version {state['version']}, and this package reads up to {VERSION}. Upgrade "
+            f"the checkpoint {path} has sparsity state of version {state['version']}, and this package reads up to "
+            f"{VERSION}. Upgrade "
             "sparse-callbacks."
         )
     saved = state["arguments"]
@@ -85,7 +87,8 @@ def check_state(
     if differ:
         changes = ", ".join(f"{k}={saved[k]} there and {k}={arguments[k]} here" for k in differ)
         raise ValueError(
-            f"the checkpoint {path} was written by a {name} with other arguments: {changes}. Give the same, or fresh_start=True to make "
+            f"the checkpoint {path} was written by a {name} with other arguments: {changes}. Give the same, or "
+            "fresh_start=True to make "
             "new masks."
         )
     return state
@@ -100,7 +103,8 @@ def refuse_other_model(masks: Mapping[str, Tensor], params: Mapping[str, Tensor]
     wrong = [n for n in {**params, **masks} if n not in masks or n not in params or masks[n].shape != params[n].shape]
     if wrong:
         raise ValueError(
-            f"the checkpoint's masks do not fit the model: {', '.join(wrong)} differ in name or shape. Resume with the model and the "
+            f"the checkpoint's masks do not fit the model: {', '.join(wrong)} differ in name or shape. Resume with the "
+            "model and the "
             "include=, exclude=, keep_dense= of the interrupted run, or give fresh_start=True to make new masks."
         )
 
@@ -114,7 +118,9 @@ def refuse_foreign_weights(masks: Mapping[str, Tensor], params: Mapping[str, Ten
     foreign = [n for n, mask in masks.items() if bool(params[n].detach()[~mask.to(params[n].device)].any())]
     if foreign:
         raise ValueError(
-            f"{', '.join(foreign)} hold weights that the masks of the last fit would cut: other weights were loaded since (for example by "
-            "test(ckpt_path='best')). Resume with ckpt_path= to get the masks that belong to them, or use a new callback or "
+            f"{', '.join(foreign)} hold weights that the masks of the last fit would cut: other weights were loaded "
+            "since (for example by "
+            "test(ckpt_path='best')). Resume with ckpt_path= to get the masks that belong to them, or use a new "
+            "callback or "
             "fresh_start=True for new masks."
         )

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 class DenseCopy:
     """A second buffer for each parameter whose pruned weights go on to learn.
 
-    One buffer holds ``mask * dense`` and one the dense values. Between optimizer steps the first is the parameter's, during a
-    step the second. They are exchanged and never copied, so at any forward pass a parameter has the same address.
+    One buffer holds ``mask * dense`` and one the dense values. Between optimizer steps the first is the parameter's,
+    during a step the second. They are exchanged and never copied, so at any forward pass a parameter has the same
+    address.
 
     Args:
         params: the sparse parameters by name.
@@ -72,7 +73,8 @@ class DenseCopy:
         p.data, self._buffers[name] = self._buffers[name], p.data
 
     def mark_written(self, name: str) -> None:
-        """The parameter now holds what belongs there; torch's version counter shows whether somebody writes to it later."""
+        """The parameter now holds what belongs there; torch's version counter shows whether somebody writes to it
+        later."""
         self._versions[name] = self._params[name]._version
 
     def was_written(self, name: str) -> bool:
@@ -83,7 +85,7 @@ class DenseCopy:
 def undone(weight: Tensor, gate: Tensor, dense: Tensor) -> Tensor:
     """Dense values of a ``weight`` that should be ``gate * dense`` and may have been written to since.
 
-    ``dense`` wherever the weight is what it should be, rounded to its dtype, and where the gate is closed; elsewhere the
-    weight over its gate.
+    ``dense`` wherever the weight is what it should be, rounded to its dtype, and where the gate is closed; elsewhere
+    the weight over its gate.
     """
     return torch.where((weight == (gate * dense).to(weight)) | (gate == 0), dense, weight / gate)

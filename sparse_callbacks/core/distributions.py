@@ -13,8 +13,16 @@ from typing import Any
 from sparse_callbacks.core.ops import zeros_for
 
 __all__ = [
-    "Distribution", "Shapes", "clipped", "epsilon_sparsity", "erdos_renyi", "erdos_renyi_kernel", "is_epsilon", "resolve", "uniform",
-]  # fmt: skip
+    "Distribution",
+    "Shapes",
+    "clipped",
+    "epsilon_sparsity",
+    "erdos_renyi",
+    "erdos_renyi_kernel",
+    "is_epsilon",
+    "resolve",
+    "uniform",
+]
 
 Shapes = Mapping[str, tuple[int, ...]]
 Distribution = str | Mapping[str, float | str] | Callable[[dict[str, tuple[int, ...]], float], Mapping[str, float]]
@@ -33,12 +41,16 @@ def uniform(shapes: Shapes, sparsity: float, custom: Mapping[str, float] | None 
     return {name: own.get(name, float(sparsity)) for name in shapes}
 
 
-def erdos_renyi(shapes: Shapes, sparsity: float, custom: Mapping[str, float] | None = None, power: float = 1.0) -> dict[str, float]:
+def erdos_renyi(
+    shapes: Shapes, sparsity: float, custom: Mapping[str, float] | None = None, power: float = 1.0
+) -> dict[str, float]:
     """Density in proportion to (in + out) / (in * out) (Mocanu et al. 2018); otherwise as `erdos_renyi_kernel`."""
     return _in_proportion({name: tuple(shape[:2]) for name, shape in shapes.items()}, shapes, sparsity, custom, power)
 
 
-def erdos_renyi_kernel(shapes: Shapes, sparsity: float, custom: Mapping[str, float] | None = None, power: float = 1.0) -> dict[str, float]:
+def erdos_renyi_kernel(
+    shapes: Shapes, sparsity: float, custom: Mapping[str, float] | None = None, power: float = 1.0
+) -> dict[str, float]:
     """Density in proportion to sum(shape) / prod(shape) (Evci et al. 2020, section 3), the reference code's rule.
 
     The factor is such that the layers together have the target's number of weights. While some layer would need a
@@ -60,7 +72,9 @@ def erdos_renyi_kernel(shapes: Shapes, sparsity: float, custom: Mapping[str, flo
     return _in_proportion(shapes, shapes, sparsity, custom, power)
 
 
-def _in_proportion(counted: Shapes, shapes: Shapes, sparsity: float, custom: Mapping[str, float] | None, power: float) -> dict[str, float]:
+def _in_proportion(
+    counted: Shapes, shapes: Shapes, sparsity: float, custom: Mapping[str, float] | None, power: float
+) -> dict[str, float]:
     """Densities factor * (sum / product of the `counted` dimensions) ** power, capped at 1."""
     own = _checked(shapes, sparsity, custom)
     size = {name: math.prod(shape) for name, shape in shapes.items()}
@@ -70,7 +84,9 @@ def _in_proportion(counted: Shapes, shapes: Shapes, sparsity: float, custom: Map
     factor = 0.0
     while rest := [name for name in shared if name not in dense]:
         # the reference floors each layer's zeros before it sums, so the budget is not floor(sparsity * total)
-        budget = sum(size[n] - zeros_for(sparsity, size[n]) for n in rest) - sum(zeros_for(sparsity, size[n]) for n in dense)
+        budget = sum(size[n] - zeros_for(sparsity, size[n]) for n in rest) - sum(
+            zeros_for(sparsity, size[n]) for n in dense
+        )
         factor = budget / sum(raw[n] * size[n] for n in rest)
         largest = max(raw[n] for n in rest)
         if factor * largest <= 1.0:
@@ -107,8 +123,8 @@ def clipped(distribution: Any, shapes: Shapes) -> list[str]:
 
 
 def is_epsilon(distribution: Any) -> bool:
-    """Whether an epsilon decides, so that a target sparsity has nothing to say: "epsilon(1)", or a mapping that sends all
-    layers without a sparsity of their own ("*" included) to one."""
+    """Whether an epsilon decides, so that a target sparsity has nothing to say: "epsilon(1)", or a mapping that sends
+    all layers without a sparsity of their own ("*" included) to one."""
     if isinstance(distribution, Mapping):
         named = [v for v in distribution.values() if isinstance(v, str)]
         return is_epsilon(distribution.get("*")) and all(map(is_epsilon, named))
@@ -125,13 +141,17 @@ def _unclipped(shapes: Shapes, epsilon: float | str) -> dict[str, float]:
     _checked(shapes, 0.0, None)
     if isinstance(epsilon, bool | str) or not isinstance(epsilon, Real) or not 0.0 < float(epsilon) < math.inf:
         scaled = "It scales the density (n_in + n_out) / (n_in * n_out)"
-        raise ValueError(f'epsilon={epsilon!r} is no positive number. {scaled}: give epsilon=1, or distribution="epsilon(1)".')
+        raise ValueError(
+            f'epsilon={epsilon!r} is no positive number. {scaled}: give epsilon=1, or distribution="epsilon(1)".'
+        )
     found = {}
     for name, (n_out, *rest) in shapes.items():
         n_in = math.prod(rest)
         if epsilon * (n_in + n_out) < 1:
             least = f"Give at least {1 / (n_in + n_out):.3g}."
-            raise ValueError(f"epsilon={epsilon!r} leaves {name} with shape {tuple(shapes[name])} less than one connection. {least}")
+            raise ValueError(
+                f"epsilon={epsilon!r} leaves {name} with shape {tuple(shapes[name])} less than one connection. {least}"
+            )
         found[name] = 1 - epsilon * (n_in + n_out) / (n_in * n_out)
     return found
 
@@ -147,9 +167,10 @@ def resolve(distribution: Distribution, shapes: Shapes, sparsity: float) -> dict
     """Sparsity by layer name for what a `distribution` argument may be.
 
     Args:
-        distribution: a name; "epsilon(1)" (`epsilon_sparsity`: `sparsity` does not count); a mapping {glob: sparsity or name}, where a
-            layer follows its first matching glob, layers with a sparsity leave the budget, layers that follow one name share the
-            target among themselves, and layers without a match are uniform; or a callable(shapes, sparsity) -> {name: sparsity}.
+        distribution: a name; "epsilon(1)" (`epsilon_sparsity`: `sparsity` does not count); a mapping {glob: sparsity or
+            name}, where a layer follows its first matching glob, layers with a sparsity leave the budget, layers that
+            follow one name share the target among themselves, and layers without a match are uniform; or a
+            callable(shapes, sparsity) -> {name: sparsity}.
         shapes: (out, in, *kernel) by layer name.
         sparsity: target, in [0, 1).
 
@@ -170,7 +191,8 @@ def resolve(distribution: Distribution, shapes: Shapes, sparsity: float) -> dict
         _check_reachable(shapes, sparsity)
         return _checked_result(distribution(dict(shapes), sparsity), shapes)
     raise TypeError(
-        f"distribution={distribution!r} is neither a name ({', '.join(_NAMED)}), a mapping from globs to sparsities or names, nor a "
+        f"distribution={distribution!r} is neither a name ({', '.join(_NAMED)}), a mapping from globs to sparsities or "
+        "names, nor a "
         "callable(shapes, sparsity). Give one of these."
     )
 
@@ -180,7 +202,8 @@ def _by_name(name: str, shapes: Shapes, sparsity: float) -> dict[str, float]:
         return epsilon_sparsity(shapes, _epsilon(name))
     if name not in _NAMED:
         raise ValueError(
-            f"distribution={name!r} is not known. Use {', '.join(_NAMED)}, a mapping from globs to sparsities, epsilon(1), or a "
+            f"distribution={name!r} is not known. Use {', '.join(_NAMED)}, a mapping from globs to sparsities, "
+            "epsilon(1), or a "
             "callable(shapes, sparsity)."
         )
     _check_reachable(shapes, sparsity)
@@ -188,7 +211,9 @@ def _by_name(name: str, shapes: Shapes, sparsity: float) -> dict[str, float]:
 
 
 def _by_glob(rules: Mapping[str, float | str], shapes: Shapes, sparsity: float) -> dict[str, float]:
-    followed = {name: next((glob for glob in rules if glob == name or fnmatchcase(name, glob)), None) for name in shapes}
+    followed = {
+        name: next((glob for glob in rules if glob == name or fnmatchcase(name, glob)), None) for name in shapes
+    }
     for glob in rules:
         if glob != "*" and glob not in followed.values():
             _refuse_idle(glob, shapes)
@@ -208,22 +233,31 @@ def _by_glob(rules: Mapping[str, float | str], shapes: Shapes, sparsity: float) 
 def _refuse_idle(glob: str, shapes: Shapes) -> None:
     if any(fnmatchcase(name, glob) for name in shapes):
         raise ValueError(
-            f"distribution: {glob!r} decides no layer, because earlier patterns take all its matches and the first match wins. Put it "
+            f"distribution: {glob!r} decides no layer, because earlier patterns take all its matches and the first "
+            "match wins. Put it "
             "before them, or remove it."
         )
-    raise ValueError(f"distribution: {glob!r} matches no sparse layer. Candidates: {', '.join(shapes)}. Use '*' for all the others.")
+    raise ValueError(
+        f"distribution: {glob!r} matches no sparse layer. Candidates: {', '.join(shapes)}. Use '*' for all the others."
+    )
 
 
 def _checked_result(result: Any, shapes: Shapes) -> dict[str, float]:
     if not isinstance(result, Mapping):
-        raise ValueError(f"distribution: the callable returned {result!r}. It must return a dict {{layer name: sparsity}}.")
+        raise ValueError(
+            f"distribution: the callable returned {result!r}. It must return a dict {{layer name: sparsity}}."
+        )
     if set(result) != set(shapes):
         missing, unknown = sorted(set(shapes) - set(result)), sorted(map(str, set(result) - set(shapes)))
         raise ValueError(
-            f"distribution: the callable's result does not fit the layers: missing {missing}, unknown {unknown}. Return a sparsity for "
+            f"distribution: the callable's result does not fit the layers: missing {missing}, unknown {unknown}. "
+            "Return a sparsity for "
             "each name that it was given and for no other."
         )
-    return {name: _fraction(result[name], f"distribution: the callable's sparsity {result[name]!r} of {name}") for name in shapes}
+    return {
+        name: _fraction(result[name], f"distribution: the callable's sparsity {result[name]!r} of {name}")
+        for name in shapes
+    }
 
 
 def _fraction(value: Any, what: str) -> float:
@@ -237,7 +271,9 @@ def _checked(shapes: Shapes, sparsity: float, custom: Mapping[str, float] | None
     _fraction(sparsity, f"sparsity={sparsity!r}")
     for name, shape in shapes.items():
         if math.prod(shape) < 1:
-            raise ValueError(f"{name} with shape {tuple(shape)} has no weight to prune. Leave it out, e.g. by exclude=[{name!r}].")
+            raise ValueError(
+                f"{name} with shape {tuple(shape)} has no weight to prune. Leave it out, e.g. by exclude=[{name!r}]."
+            )
     own = dict(custom or {})
     if unknown := [name for name in own if name not in shapes]:
         raise ValueError(f"custom: {', '.join(unknown)} is no layer. Layers: {', '.join(shapes)}.")
@@ -249,6 +285,7 @@ def _check_reachable(shapes: Shapes, sparsity: float) -> None:
     if zeros_for(sparsity, total) > total - len(shapes):
         highest = (total - len(shapes)) / total
         raise ValueError(
-            f"sparsity={sparsity!r} cannot be reached: each of the {len(shapes)} layers keeps at least one of their {total} weights. "
+            f"sparsity={sparsity!r} cannot be reached: each of the {len(shapes)} layers keeps at least one of their "
+            f"{total} weights. "
             f"The highest reachable sparsity is {highest:.6g}: lower the target, or exclude small layers."
         )

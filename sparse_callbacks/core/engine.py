@@ -26,8 +26,9 @@ ROOTS_EVERY = 100  # steps between two calls of optimizers.lift_roots: what it w
 class Engine:
     """Drives one method over one model, so that between optimizer steps every sparse parameter holds ``mask * dense``.
 
-    The host calls :meth:`bind` when a run begins, :meth:`before` at every optimizer step once its gradients are complete,
-    :meth:`conclude_skipped` where a batch ends, and :meth:`unbind`. The optimizers themselves call :meth:`after`.
+    The host calls :meth:`bind` when a run begins, :meth:`before` at every optimizer step once its gradients are
+    complete, :meth:`conclude_skipped` where a batch ends, and :meth:`unbind`. The optimizers themselves call
+    :meth:`after`.
 
     Args:
         method: whose masks these are. The engine asks it, and never the other way round.
@@ -63,8 +64,8 @@ class Engine:
     ) -> None:
         """Take hold of the sparse parameters of a run. No value changes before :meth:`write`.
 
-        With ``method.saved`` its masks go on; otherwise those of the last run with the same model, and otherwise initial ones
-        are made.
+        With ``method.saved`` its masks go on; otherwise those of the last run with the same model, and otherwise
+        initial ones are made.
 
         Args:
             model: the module whose ``named_parameters`` the masks go by.
@@ -108,10 +109,9 @@ class Engine:
             return {}
         return {n: m for n, m in self.method.masks.items() if n in params and m.shape == params[n].shape}
 
-    def _begin_masks(
-        self, saved: SavedRun | None, kept: Mapping[str, Tensor], earlier: Any
-    ) -> Mapping[str, Tensor]:
-        """The masks that the run begins with; counters and method state are restored, go on or are made anew with them."""
+    def _begin_masks(self, saved: SavedRun | None, kept: Mapping[str, Tensor], earlier: Any) -> Mapping[str, Tensor]:
+        """The masks that the run begins with; counters and method state are restored, go on or are made anew with
+        them."""
         method = self.method
         params = method.params
         if saved is not None:
@@ -190,14 +190,22 @@ class Engine:
     def _step(self, index: int, tick: int) -> Step:
         method = self.method
         return Step(
-            index, tick, method.owners, method.weights, method.progress, method.calendar, self._gradients, self._gradients_read[index]
-        )  # fmt: skip
+            index,
+            tick,
+            method.owners,
+            method.weights,
+            method.progress,
+            method.calendar,
+            self._gradients,
+            self._gradients_read[index],
+        )
 
     def _all_finite(self, step: Step) -> Tensor | bool:
         return torch_optimizers.all_finite([g for n in step.names if (g := step.gradient(n)) is not None])
 
     def after_backward(self, scale: float = 1.0) -> None:
-        """Manual optimization: mask the gradients now, before the user clips them, and keep dense ones where a step needs them.
+        """Manual optimization: mask the gradients now, before the user clips them, and keep dense ones where a step
+        needs them.
 
         Args:
             scale: the factor by which a GradScaler has multiplied the gradients.
@@ -219,13 +227,15 @@ class Engine:
         self._gradients.take_away(optimizer, self._steps[self.method.owners.index(optimizer)].tick)
 
     def after(self, optimizer: Optimizer, *_: object) -> None:
-        """The optimizer's own post hook: it fires when a step was really taken, and not where a GradScaler skipped it."""
+        """The optimizer's own post hook: it fires when a step was really taken, and not where a GradScaler skipped
+        it."""
         method = self.method
         index = method.owners.index(optimizer)
         step = self._steps.get(index)
         if step is None and not method.host.announces_steps:
             raise RuntimeError(
-                f"{type(optimizer).__name__}.step() was called past the host, so {type(method).__name__} saw no gradients. In manual "
+                f"{type(optimizer).__name__}.step() was called past the host, so {type(method).__name__} saw no "
+                "gradients. In manual "
                 "optimization step through self.optimizers(), not through the raw torch optimizer."
             )
         stepped = method.owners.steps[index]
@@ -258,7 +268,9 @@ class Engine:
     def _take(self, step: Step, update: Update) -> None:
         """Make the masks of an update those of the network, and keep its figures for the log."""
         method = self.method
-        changed = topology.take(method.weights, method.owners, update.masks, lambda name: method.new_weights(step, name))
+        changed = topology.take(
+            method.weights, method.owners, update.masks, lambda name: method.new_weights(step, name)
+        )
         method.progress.mark_done(step.index)
         self.events |= {**update.figures, "update/changed": changed}
         if method.explores:

@@ -13,7 +13,8 @@ _withheld: WeakKeyDictionary[Optimizer, tuple[int, dict[int, Tensor]]] = WeakKey
 
 
 class DenseGradients:
-    """They are in ``p.grad``; or, in manual optimization, copies made before masking; or taken away by a mask update."""
+    """They are in ``p.grad``; or, in manual optimization, copies made before masking; or taken away by a mask
+    update."""
 
     def __init__(self, params: Mapping[str, nn.Parameter]) -> None:
         self._params = params

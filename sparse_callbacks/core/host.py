@@ -14,7 +14,8 @@ class Host(Protocol):
 
     @property
     def announces_steps(self) -> bool:
-        """Every step that the host knows of is announced, so others (a tuner's) are only kept masked. False: all must be."""
+        """Every step that the host knows of is announced, so others (a tuner's) are only kept masked. False: all must
+        be."""
 
     def data_pass(
         self,

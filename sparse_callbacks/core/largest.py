@@ -38,7 +38,9 @@ class Part:
     def of(cls, values: Tensor, among: Tensor | None, available: int | None = None) -> Self:
         """`available`: the True positions in `among`, where they are known."""
         if not values.is_floating_point() or values.dtype.itemsize < 2:
-            raise TypeError(f"scores of type {values.dtype} cannot be ranked. Give float16, bfloat16, float32 or float64.")
+            raise TypeError(
+                f"scores of type {values.dtype} cannot be ranked. Give float16, bfloat16, float32 or float64."
+            )
         like = torch.empty_like(values, dtype=torch.bool, requires_grad=False, device="meta")
         flat = _in_memory_order(values.detach(), like)
         if among is None:
@@ -80,7 +82,9 @@ class Part:
             return index[:count]
         row_major = torch.zeros_like(index)
         for dim, (size, stride) in enumerate(zip(self.like.shape, self.like.stride(), strict=True)):
-            row_major += index.div(stride, rounding_mode="floor").remainder_(size).mul_(math.prod(self.like.shape[dim + 1 :]))
+            row_major += (
+                index.div(stride, rounding_mode="floor").remainder_(size).mul_(math.prod(self.like.shape[dim + 1 :]))
+            )
         return index[row_major <= row_major.topk(count, largest=False, sorted=False).values.max()]
 
     def shaped(self, flat_mask: Tensor) -> Tensor:
@@ -95,7 +99,8 @@ def _in_memory_order(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def widened(dtype: torch.dtype) -> torch.dtype:
-    """float32 or float64 for a floating-point type: types of 16 bits, which float32 holds exactly, are slower and too coarse for sums."""
+    """float32 or float64 for a floating-point type: types of 16 bits, which float32 holds exactly, are slower and too
+    coarse for sums."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -127,7 +132,8 @@ def select_largest(parts: list[Part], count: int) -> list[Tensor]:
 
 
 def smallest_selected(parts: list[Part], count: int) -> float:
-    """The smallest magnitude that `select_largest` takes, NaN if it takes one; `count` is at least 1. Errors as in `select_largest`."""
+    """The smallest magnitude that `select_largest` takes, NaN if it takes one; `count` is at least 1. Errors as in
+    `select_largest`."""
     place = _locate(parts, count, _available(parts, count))
     return math.nan if place is None else place.threshold
 
@@ -166,7 +172,8 @@ def _locate(parts: list[Part], count: int, available: int) -> _Place | None:
 
 
 def _bracket(parts: list[Part], count: int, available: int) -> tuple[float, float]:
-    """Bounds that very likely enclose the threshold, from an evenly spaced sample; (0, inf) where the parts are small."""
+    """Bounds that very likely enclose the threshold, from an evenly spaced sample; (0, inf) where the parts are
+    small."""
     total = sum(part.flat.numel() for part in parts)
     if total < _SMALL:
         return 0.0, math.inf
@@ -221,7 +228,8 @@ def _kth_largest(keys: Tensor, rank: int) -> float:
 
 
 def _radix_kth_largest(keys: Tensor, rank: int) -> float:
-    """The same, by histograms of 16 bits at a time from the highest: the bits of such floats, as integers, are in their order."""
+    """The same, by histograms of 16 bits at a time from the highest: the bits of such floats, as integers, are in their
+    order."""
     width = 8 * keys.dtype.itemsize
     bits = keys.view(_BITS[keys.dtype])
     found = 0

@@ -36,7 +36,8 @@ Figures = Mapping[str, float]
 class Options(TypedDict, total=False):
     """Arguments that every method takes besides its own.
 
-    ``keep_dense``: ``"first"``, ``"last"`` or ``"both"`` weights stay dense. ``print_plan``: print the plan at the start of fit
+    ``keep_dense``: ``"first"``, ``"last"`` or ``"both"`` weights stay dense. ``print_plan``: print the plan at the
+        start of fit
     (rank 0). ``fresh_start``: ignore the sparsity state of a resumed checkpoint, or its absence, and make new masks.
     """
 
@@ -66,9 +67,10 @@ class Method:
     """Arguments and rules of one method: which weights are pruned, when, and which come instead.
 
     A subclass overrides at most the hooks below and reads ``weights`` (masks and parameters), ``aux``, ``targets``,
-    ``owners`` and ``progress``. What concerns one optimizer step arrives as a :class:`~sparse_callbacks.core.step.Step`;
-    what concerns the training loop is asked of ``host``. The :class:`~sparse_callbacks.core.engine.Engine` calls the hooks,
-    takes the masks that a method makes and keeps the invariant.
+    ``owners`` and ``progress``. What concerns one optimizer step arrives as a
+    :class:`~sparse_callbacks.core.step.Step`; what concerns the training loop is asked of ``host``. The
+    :class:`~sparse_callbacks.core.engine.Engine` calls the hooks, takes the masks that a method makes and keeps the
+    invariant.
 
     Args:
         sparsity: target fraction of zeros over the selected weights, in [0, 1).
@@ -125,7 +127,8 @@ class Method:
         check_sparsity(sparsity)
         if is_epsilon(distribution) and float(sparsity) != DEFAULT_SPARSITY:
             raise ValueError(
-                f"sparsity={sparsity} and distribution={distribution!r} both say how many weights there are. Leave sparsity= out, or "
+                f"sparsity={sparsity} and distribution={distribution!r} both say how many weights there are. Leave "
+                "sparsity= out, or "
                 "choose a distribution that shares out a target."
             )
         if keep_dense not in (None, "first", "last", "both"):
@@ -140,7 +143,8 @@ class Method:
         self.start: Time | None = None
         self.stop: Time = 0
         self.aux: dict[str, Tensor] = {}
-        """Tensors of the method that must survive a resume. A key ends in the name of a parameter on whose device it lies."""
+        """Tensors of the method that must survive a resume. A key ends in the name of a parameter on whose device it
+        lies."""
         self.weights = SparseWeights({}, {}, {})
         """Masks and parameters."""
         self.owners = Ownership([], {})
@@ -166,7 +170,8 @@ class Method:
         """Look at the model once, when masks exist and before the first batch."""
 
     def further_members(self, model: nn.Module, entries: Sequence[Entry]) -> Sequence[Entry]:
-        """``entries`` with further parameters that this method masks (an empty ``reason``), such as biases of gated channels."""
+        """``entries`` with further parameters that this method masks (an empty ``reason``), such as biases of gated
+        channels."""
         return entries
 
     def initial_masks(self) -> dict[str, Tensor]:
@@ -174,19 +179,23 @@ class Method:
         return {name: self.weights.by_layer(name, self._random_mask, p.detach()) for name, p in self.params.items()}
 
     def wants_dense_gradients(self, step: Step) -> bool:
-        """The coming ``step`` needs gradients of pruned weights (asked in manual optimization, where they are masked early)."""
+        """The coming ``step`` needs gradients of pruned weights (asked in manual optimization, where they are masked
+        early)."""
         return False
 
     def before_step(self, step: Step) -> None:
-        """Gradients are dense, reduced over ranks and unscaled, and not yet clipped. Edit or replace them; keep no memory here."""
+        """Gradients are dense, reduced over ranks and unscaled, and not yet clipped. Edit or replace them; keep no
+        memory here."""
         step.mask_gradients()
 
     def after_step(self, step: Step) -> Update | None:
-        """The step was really taken and counted. Whatever has memory moves here; gives the update that falls now, or None."""
+        """The step was really taken and counted. Whatever has memory moves here; gives the update that falls now, or
+        None."""
         return None
 
     def new_masks(self, step: Step) -> Update:
-        """The update that takes the place of a step (:meth:`~sparse_callbacks.core.step.Step.replace`), or follows one."""
+        """The update that takes the place of a step (:meth:`~sparse_callbacks.core.step.Step.replace`), or follows
+        one."""
         return Update({name: self.weights.masks[name] for name in step.names})
 
     def new_weights(self, step: Step, name: str) -> Tensor | None:
@@ -197,7 +206,8 @@ class Method:
         """The engine has taken the masks of this step's update."""
 
     def write(self, names: Sequence[str] | None, finite: bool) -> None:
-        """Restore the invariant in ``names``, whose optimizer has just stepped, or, with None, in all sparse parameters.
+        """Restore the invariant in ``names``, whose optimizer has just stepped, or, with None, in all sparse
+        parameters.
 
         Args:
             names: names of sparse parameters, or None.
@@ -224,7 +234,8 @@ class Method:
         return {}
 
     def window_start(self, batch: int) -> None:
-        """The batch with this number in its epoch begins, and opens an accumulation window: the weights are those of the coming step."""
+        """The batch with this number in its epoch begins, and opens an accumulation window: the weights are those of
+        the coming step."""
 
     def batch_start(self, batch: int) -> None:
         """Any batch begins, also inside an accumulation window; after :meth:`window_start` where there is one."""
@@ -253,8 +264,14 @@ class Method:
         """
         assert self.start is not None
         return resolve_times(
-            self.every, self.start, self.stop, self.published_every, run, final=self.arrives_at_stop, inform=self.host.inform
-        )  # fmt: skip
+            self.every,
+            self.start,
+            self.stop,
+            self.published_every,
+            run,
+            final=self.arrives_at_stop,
+            inform=self.host.inform,
+        )
 
     # ------------------------------------------------------------------ what a method reads
 
@@ -289,7 +306,9 @@ class Method:
     def host(self) -> Host:
         """The training loop, as far as a method may use it; only during a run."""
         if self._host is None:
-            raise RuntimeError(f"{type(self).__name__} is not in a run: data and optimizers are there in training only.")
+            raise RuntimeError(
+                f"{type(self).__name__} is not in a run: data and optimizers are there in training only."
+            )
         return self._host
 
     @property
@@ -365,14 +384,18 @@ class Method:
         return bool(self.masks) and self.weights.size_of_all - sum(self.weights.active_counts.values()) >= planned
 
     def measured_sparsity(self) -> dict[str, float]:
-        """Fraction of zeros by the masks: ``sparsity/total`` over the selected weights, ``sparsity/model`` over all parameters and
-        ``sparsity/<parameter>`` for each. (Counting zeros would miss grown weights, which are exactly zero at first.)
+        """Fraction of zeros by the masks: ``sparsity/total`` over the selected weights, ``sparsity/model`` over all
+        parameters and ``sparsity/<parameter>`` for each. (Counting zeros would miss grown weights, which are exactly
+        zero at first.)
 
         Raises:
             RuntimeError: before the first ``fit``, when there are no masks yet.
         """
         if not self.masks:
-            raise RuntimeError(f"{type(self).__name__} has no masks yet: they are made at the start of fit. Before that, see plan(model).")
+            raise RuntimeError(
+                f"{type(self).__name__} has no masks yet: they are made at the start of fit. Before that, see "
+                "plan(model)."
+            )
         return joint_sparsity([self]) | self.layer_sparsity()
 
     def layer_sparsity(self) -> dict[str, float]:
@@ -392,7 +415,8 @@ class Method:
         """Target and reached sparsity, for a run that ends before its target."""
         reached = self.measured_sparsity()["sparsity/total"]
         return (
-            f"{type(self).__name__} ended at sparsity {reached:.4f}, before its target of {self.plan().total:.4f}: {self.step} steps were "
+            f"{type(self).__name__} ended at sparsity {reached:.4f}, before its target of {self.plan().total:.4f}: "
+            f"{self.step} steps were "
             f"taken and the target is due at step {self.times.stop}. Train longer, or give an earlier stop=."
         )
 
@@ -426,7 +450,9 @@ class Method:
 
     def parameter_zeros(self, entries: Sequence[Entry], targets: Mapping[str, float]) -> dict[str, int]:
         """Planned zeros of every sparse parameter."""
-        return {e.name: sum(zeros_for(targets[x], e.size // e.parts) for x in e.layers) for e in entries if not e.reason}
+        return {
+            e.name: sum(zeros_for(targets[x], e.size // e.parts) for x in e.layers) for e in entries if not e.reason
+        }
 
     def why_idle(self, length: float) -> str:
         """Why no update can fall in a new run of ``length`` optimizer steps; empty where one can."""
@@ -438,14 +464,17 @@ class Method:
         else:
             when = f"{self.step} steps were counted before, in an earlier fit, and the last update was due at step {self.times.stop}"
         return (
-            f"{type(self).__name__} will not move a mask in this run: {when}. Give other times, or a new callback or fresh_start=True "
+            f"{type(self).__name__} will not move a mask in this run: {when}. Give other times, or a new callback or "
+            "fresh_start=True "
             "for a new start."
         )
 
     @property
     def arguments(self) -> dict[str, str]:
         """Constructor arguments as text; each is kept under its own name."""
-        own = [p.name for p in inspect.signature(type(self).__init__).parameters.values() if p.kind is not p.VAR_KEYWORD][1:]
+        own = [
+            p.name for p in inspect.signature(type(self).__init__).parameters.values() if p.kind is not p.VAR_KEYWORD
+        ][1:]
         names = [*own, *(o for o in Options.__annotations__ if o not in own)]
         return {name: checkpoint.shown(getattr(self, name)) for name in names}
 

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from sparse_callbacks.core.largest import Part, select_largest, smallest_selected
 
-__all__ = ["drop_and_grow", "drop_count", "keep_largest", "keep_largest_jointly", "kth_largest", "random_mask", "zeros_for"]
+__all__ = [
+    "drop_and_grow",
+    "drop_count",
+    "keep_largest",
+    "keep_largest_jointly",
+    "kth_largest",
+    "random_mask",
+    "zeros_for",
+]
 
 
 def zeros_for(sparsity: float, size: int) -> int:
@@ -66,8 +74,8 @@ def _keep(part: Part, count: int) -> Tensor:
 def keep_largest_jointly(values: Sequence[Tensor], count: int, least: int = 0) -> list[Tensor]:
     """Masks of together exactly `count` positions, under one threshold over all tensors and without joining them.
 
-    Of equal magnitudes the earlier tensor, then the lower row-major index wins. Each tensor keeps its `least` largest whatever
-    the threshold. Errors as in `keep_largest`.
+    Of equal magnitudes the earlier tensor, then the lower row-major index wins. Each tensor keeps its `least` largest
+    whatever the threshold. Errors as in `keep_largest`.
 
     >>> keep_largest_jointly([torch.tensor([3.0, 2.0]), torch.tensor([0.1, 0.2])], 2, least=1)
     [tensor([ True, False]), tensor([False,  True])]
@@ -77,13 +85,17 @@ def keep_largest_jointly(values: Sequence[Tensor], count: int, least: int = 0) -
     if not short:
         return masks
     own = {i: keep_largest(values[i], least) for i in short}
-    rest = iter(keep_largest_jointly([v for i, v in enumerate(values) if i not in short], count - least * len(short), least))
+    rest = iter(
+        keep_largest_jointly([v for i, v in enumerate(values) if i not in short], count - least * len(short), least)
+    )
     return [own[i] if i in short else next(rest) for i in range(len(values))]
 
 
 def _jointly(values: Sequence[Tensor], count: int) -> list[Tensor]:
     # bits compare only within one type; widening is exact
-    common = reduce(torch.promote_types, (tensor.dtype for tensor in values), torch.float16 if not values else values[0].dtype)
+    common = reduce(
+        torch.promote_types, (tensor.dtype for tensor in values), torch.float16 if not values else values[0].dtype
+    )
     parts = [Part.of(tensor.to(common), None) for tensor in values]
     return [part.shaped(mask) for part, mask in zip(parts, select_largest(parts, count), strict=True)]
 

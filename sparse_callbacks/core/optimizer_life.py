@@ -7,8 +7,8 @@ class RestartsOptimizers:
     """A method whose optimizers and schedules live for a phase of the run and not for all of it.
 
     It asks for new ones with :meth:`~sparse_callbacks.core.host.Host.request_restart`; the host calls
-    :meth:`begin_optimizer_life` right before it configures them, and :meth:`optimizer_life` where the user's code asks how
-    long they will live (:func:`sparse_callbacks.horizon`).
+    :meth:`begin_optimizer_life` right before it configures them, and :meth:`optimizer_life` where the user's code asks
+    how long they will live (:func:`sparse_callbacks.horizon`).
     """
 
     horizon_asked: bool = False
@@ -21,7 +21,8 @@ class RestartsOptimizers:
 
     @property
     def shortest_life(self) -> float | None:
-        """Optimizer steps of the shortest :attr:`horizon` of the run; None where optimizers are never configured anew."""
+        """Optimizer steps of the shortest :attr:`horizon` of the run; None where optimizers are never configured
+        anew."""
         raise NotImplementedError
 
     def optimizer_life(self, run: RunLength) -> float | None:

@@ -7,18 +7,32 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-# Each weight's update depends on that weight's own gradient and state alone, so masking the weights after the step is enough.
+# Each weight's update depends on that weight's own gradient and state alone, so masking the weights after the step is
+# enough.
 _ELEMENTWISE = (
-    torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam,
-    torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.RMSprop, torch.optim.ASGD, torch.optim.Rprop,
-)  # fmt: skip
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.RMSprop,
+    torch.optim.ASGD,
+    torch.optim.Rprop,
+)
 
 
 # State of which these take square roots.
 _ROOTED = {
-    torch.optim.Adam: "exp_avg_sq", torch.optim.AdamW: "exp_avg_sq", torch.optim.NAdam: "exp_avg_sq", torch.optim.RAdam: "exp_avg_sq",
-    torch.optim.RMSprop: "square_avg", torch.optim.Adagrad: "sum",
-}  # fmt: skip
+    torch.optim.Adam: "exp_avg_sq",
+    torch.optim.AdamW: "exp_avg_sq",
+    torch.optim.NAdam: "exp_avg_sq",
+    torch.optim.RAdam: "exp_avg_sq",
+    torch.optim.RMSprop: "square_avg",
+    torch.optim.Adagrad: "sum",
+}
 _SMALL = 2.0**-40  # a hundred decays by 0.6 a step leave it a normal number
 
 
@@ -30,7 +44,8 @@ def stepped(*optimizers: Optimizer) -> set[int]:
 class Ownership:
     """Which optimizer (by index) steps which sparse parameter.
 
-    A parameter in several optimizers belongs to the first: its masks move on that one's calendar, and all of them keep it masked.
+    A parameter in several optimizers belongs to the first: its masks move on that one's calendar, and all of them keep
+    it masked.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], params: Mapping[str, Tensor]) -> None:
@@ -53,7 +68,8 @@ class Ownership:
 
 
 def is_elementwise(optimizer: Optimizer) -> bool:
-    """True where a pruned weight's gradient cannot change another weight's update (a subclass may do anything: False)."""
+    """True where a pruned weight's gradient cannot change another weight's update (a subclass may do anything:
+    False)."""
     return type(optimizer) in _ELEMENTWISE
 
 
@@ -73,21 +89,24 @@ def refuse(optimizers: Iterable[Optimizer], scaler: bool) -> None:
             raise ValueError(several_closures(name))
         if scaler and getattr(optimizer, "_step_supports_amp_scaling", False):
             raise ValueError(
-                f"{name}(fused=True) under precision='16-mixed' unscales the gradients inside its step and steps even when they are "
+                f"{name}(fused=True) under precision='16-mixed' unscales the gradients inside its step and steps even "
+                "when they are "
                 "infinite, so a mask update could be lost. Use precision='bf16-mixed', or fused=False."
             )
 
 
 def several_closures(name: str) -> str:
     return (
-        f"{name} calls its closure several times in one step, so there is no single gradient that a mask update could use. "
+        f"{name} calls its closure several times in one step, so there is no single gradient that a mask update could "
+        "use. "
         "Use an optimizer with one gradient a step, such as SGD or AdamW."
     )
 
 
 @torch.no_grad()
 def clear_state(optimizer: Optimizer, parameter: Tensor, where: Tensor) -> None:
-    """Zero every per-element state tensor (momentum, exp_avg, exp_avg_sq, ...) of ``parameter`` at ``where`` (bool, its shape).
+    """Zero every per-element state tensor (momentum, exp_avg, exp_avg_sq, ...) of ``parameter`` at ``where`` (bool, its
+    shape).
 
     Scalars such as Adam's ``step`` stay; a parameter without state yet is left alone.
     """
@@ -98,22 +117,28 @@ def clear_state(optimizer: Optimizer, parameter: Tensor, where: Tensor) -> None:
 
 @torch.no_grad()
 def lift_roots(optimizer: Optimizer, parameter: Tensor, pruned: Tensor) -> None:
-    """Give the mean squared gradient of ``pruned`` weights (bool, shape of ``parameter``) a small normal value, and clear the rest
-    of their state. Only where their gradients are always zero.
+    """Give the mean squared gradient of ``pruned`` weights (bool, shape of ``parameter``) a small normal value, and
+    clear the rest of their state. Only where their gradients are always zero.
 
-    Mean squares fade to zero there, and torch's CPU square root is some six times slower on zeros and denormals than on normal
-    numbers. Nobody reads a pruned weight's state: its value is masked, and growing clears the state again. The state of active
-    weights is not touched. Fused optimizers and other devices have no such slow root.
+    Mean squares fade to zero there, and torch's CPU square root is some six times slower on zeros and denormals than on
+    normal numbers. Nobody reads a pruned weight's state: its value is masked, and growing clears the state again. The
+    state of active weights is not touched. Fused optimizers and other devices have no such slow root.
     """
     key = _ROOTED.get(type(optimizer))
-    if key is None or parameter.device.type != "cpu" or optimizer.defaults.get("fused") or key not in optimizer.state.get(parameter, {}):
+    if (
+        key is None
+        or parameter.device.type != "cpu"
+        or optimizer.defaults.get("fused")
+        or key not in optimizer.state.get(parameter, {})
+    ):
         return
     clear_state(optimizer, parameter, pruned)  # what is left of a first moment must not be divided by a small root
     optimizer.state[parameter][key].masked_fill_(pruned, _SMALL)
 
 
 def all_finite(gradients: Sequence[Tensor]) -> Tensor | bool:
-    """No element is inf or NaN: a bool for gradients on the CPU, elsewhere a 0-d bool tensor that nobody has waited for yet."""
+    """No element is inf or NaN: a bool for gradients on the CPU, elsewhere a 0-d bool tensor that nobody has waited for
+    yet."""
     if all(g.device.type == "cpu" for g in gradients):
         # a sum reads the memory once; finite values can overflow it, so a 'no' is looked at again
         return all(math.isfinite(g.sum().item()) or bool(g.isfinite().all()) for g in gradients)

@@ -8,7 +8,8 @@ from sparse_callbacks.core.selection import Entry
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter: ``zeros`` of its ``size`` weights will be pruned at the target; ``reason`` says why it stays dense.
+    """One parameter: ``zeros`` of its ``size`` weights will be pruned at the target; ``reason`` says why it stays
+    dense.
 
     ``zeros`` and ``sparsity`` are None where one threshold over all layers decides during training.
     """
@@ -30,9 +31,9 @@ class Plan:
     """Every parameter with its target. ``str(plan)`` is the table; iterate for the rows.
 
     ``total`` is the sparsity over the selected weights (those without a reason, or dense by the distribution's choice),
-    ``model`` over all parameters. ``joint`` is the number of zeros that all selected weights share under one threshold; None where
-    each row has its own. ``decided_by`` names what else decides during training how many zeros there are, such as a budget; ``total``
-    and ``model`` are 0 then.
+    ``model`` over all parameters. ``joint`` is the number of zeros that all selected weights share under one threshold;
+    None where each row has its own. ``decided_by`` names what else decides during training how many zeros there are,
+    such as a budget; ``total`` and ``model`` are 0 then.
     """
 
     title: str
@@ -78,7 +79,11 @@ class Plan:
                 r.name,
                 "x".join(map(str, r.shape)) or "scalar",
                 f"{r.size:,}",
-                "dense" if r.name not in self.selected else self.decided_by or "joint" if r.sparsity is None else f"{r.sparsity:.4f}",
+                "dense"
+                if r.name not in self.selected
+                else self.decided_by or "joint"
+                if r.sparsity is None
+                else f"{r.sparsity:.4f}",
                 "" if r.name not in self.selected or r.zeros is None else f"{r.zeros:,}",
                 r.reason,
             )
@@ -109,6 +114,12 @@ def _aligned(rows: Sequence[tuple[str, ...]], rules: tuple[int, ...]) -> list[st
 def plan_rows(entries: Sequence[Entry], zeros: dict[str, int]) -> tuple[Row, ...]:
     """Rows for all ``entries``; ``zeros`` holds the planned zeros of the selected parameters by name."""
     return tuple(
-        Row(e.name, e.full_shape, e.size, zeros.get(e.name, 0), e.reason or ("" if zeros.get(e.name) else "dense by the distribution"))
+        Row(
+            e.name,
+            e.full_shape,
+            e.size,
+            zeros.get(e.name, 0),
+            e.reason or ("" if zeros.get(e.name) else "dense by the distribution"),
+        )
         for e in entries
     )

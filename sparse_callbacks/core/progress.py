@@ -14,7 +14,8 @@ from sparse_callbacks.core.calendar import Calendar
 class StepCount:
     """Gradient steps taken by one optimizer, those with a non-finite gradient left out.
 
-    Whether a gradient was finite is kept on its device until somebody needs the number, so that counting never makes a GPU wait.
+    Whether a gradient was finite is kept on its device until somebody needs the number, so that counting never makes a
+    GPU wait.
     """
 
     taken: int = 0

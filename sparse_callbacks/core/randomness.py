@@ -37,7 +37,8 @@ def seed_everything(seed: int) -> None:
 
 
 def random_states() -> dict[str, Any]:
-    """State of every random generator: torch's, Python's, numpy's where it is imported, and one for each CUDA device in use.
+    """State of every random generator: torch's, Python's, numpy's where it is imported, and one for each CUDA device in
+    use.
 
     Returns:
         "torch", "python" and "numpy" as the generators give them, and "cuda" as states by device index.

@@ -9,9 +9,20 @@ from numbers import Integral, Real
 from sparse_callbacks.core.arguments import check_sparsity
 
 __all__ = [
-    "CURVES", "Schedule", "as_schedule", "constant", "cosine", "cubic", "exponential",
-    "linear", "parse", "polynomial", "pruning_curve", "to_steps", "with_curve",
-]  # fmt: skip
+    "CURVES",
+    "Schedule",
+    "as_schedule",
+    "constant",
+    "cosine",
+    "cubic",
+    "exponential",
+    "linear",
+    "parse",
+    "polynomial",
+    "pruning_curve",
+    "to_steps",
+    "with_curve",
+]
 
 CURVES = ("constant", "cosine", "linear", "exponential", "cubic", "polynomial")
 
@@ -52,7 +63,7 @@ class Schedule:
         if self.curve == "constant":
             return self.initial
         left = 1.0 - _elapsed(step, start, stop)
-        left = (1.0 + math.cos(math.pi * (1.0 - left))) / 2.0 if self.curve == "cosine" else left ** self.power
+        left = (1.0 + math.cos(math.pi * (1.0 - left))) / 2.0 if self.curve == "cosine" else left**self.power
         # in this form both ends are exact: initial + (final - initial) is not always final
         return self.initial * left + self.final * (1.0 - left)
 

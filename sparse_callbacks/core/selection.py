@@ -22,9 +22,10 @@ _EMBEDDING = "embedding: sparse only where include= names it"
 class Entry:
     """One parameter of a model: what it is, and why it stays dense if it does.
 
-    ``parts`` equal matrices are stacked along dimension 0 (three in the in-projection of an attention, one per gate in an
-    LSTM); each is a layer of its own for distributions and for updates. ``shape`` is the shape of one of them in the order
-    (outputs, inputs of one output, *kernel*), also for ``transposed`` convolutions, which are stored with the inputs first.
+    ``parts`` equal matrices are stacked along dimension 0 (three in the in-projection of an attention, one per gate in
+    an LSTM); each is a layer of its own for distributions and for updates. ``shape`` is the shape of one of them in the
+    order (outputs, inputs of one output, *kernel*), also for ``transposed`` convolutions, which are stored with the
+    inputs first.
     """
 
     name: str
@@ -51,7 +52,8 @@ def layer_shapes(entries: Iterable[Entry]) -> dict[str, tuple[int, ...]]:
 
 
 def _kernels(module: nn.Module) -> Iterator[tuple[str, int, tuple[int, ...]]]:
-    """Local name, number of stacked matrices and (out, in, *kernel) shape of every weight of ``module`` that may be sparse."""
+    """Local name, number of stacked matrices and (out, in, *kernel) shape of every weight of ``module`` that may be
+    sparse."""
     own = {name: p for name, p in module._parameters.items() if p is not None}
     if isinstance(module, nn.Linear | _ConvNd | nn.Embedding | nn.EmbeddingBag):
         if (weight := own.get("weight")) is not None:
@@ -88,14 +90,16 @@ def _why_not(module: nn.Module, local: str) -> str:
 
 
 def entries(model: nn.Module) -> list[Entry]:
-    """Every parameter of ``model`` once, in the order of ``named_parameters``; ``reason`` is empty where it may be sparse."""
+    """Every parameter of ``model`` once, in the order of ``named_parameters``; ``reason`` is empty where it may be
+    sparse."""
     roles: dict[int, Entry] = {}
     embeddings: set[int] = set()
     for module_name, module in model.named_modules():
         for local, p in module._parameters.items():
             if isinstance(p, UninitializedParameter):
                 raise ValueError(
-                    f"{module_name}.{local} has no shape yet (a lazy module): masks cannot be made. Run one batch through the "
+                    f"{module_name}.{local} has no shape yet (a lazy module): masks cannot be made. Run one batch "
+                    "through the "
                     "model, for example in configure_model, before fit starts."
                 )
             if p is not None and id(p) not in roles:
@@ -106,7 +110,9 @@ def entries(model: nn.Module) -> list[Entry]:
             if isinstance(module, nn.Embedding | nn.EmbeddingBag):
                 embeddings.add(id(p))
             if p is not None and roles[id(p)].shape == ():
-                roles[id(p)] = replace(roles[id(p)], parts=parts, shape=shape, reason="", transposed=isinstance(module, _ConvTransposeNd))
+                roles[id(p)] = replace(
+                    roles[id(p)], parts=parts, shape=shape, reason="", transposed=isinstance(module, _ConvTransposeNd)
+                )
     found = []
     for name, p in model.named_parameters():
         entry = replace(roles[id(p)], name=name)
@@ -120,7 +126,9 @@ def patterns(value: str | Iterable[str] | None, argument: str) -> tuple[str, ...
         return None
     globs = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
     if not globs or not all(isinstance(g, str) and g for g in globs):
-        raise ValueError(f"{argument}={value!r} is no glob and no list of globs. Give for example {argument}=['conv*', 'fc.weight'].")
+        raise ValueError(
+            f"{argument}={value!r} is no glob and no list of globs. Give for example {argument}=['conv*', 'fc.weight']."
+        )
     return globs
 
 
@@ -134,7 +142,8 @@ def select(
     """Every parameter of ``model``, with the reason why it stays dense or an empty one where it becomes sparse.
 
     Args:
-        model: names are those of ``model.named_parameters()``; a tied weight counts once, and its other names match too.
+        model: names are those of ``model.named_parameters()``; a tied weight counts once, and its other names match
+            too.
         include: globs; only weights that match one become sparse. An embedding needs a glob other than ``"*"``.
         exclude: globs; weights that match one stay dense.
         keep_dense: keep the first, the last or both weights (in the order of registration) dense.
@@ -173,7 +182,9 @@ def select(
         if exclude is not None and matches(exclude):
             return "matched by exclude="
         if entry.name in ends:
-            return f"{'first' if entry.name == ends[0] and keep_dense != 'last' else 'last'} layer, kept dense on request"
+            return (
+                f"{'first' if entry.name == ends[0] and keep_dense != 'last' else 'last'} layer, kept dense on request"
+            )
         if not objects[entry.name].requires_grad:
             return NOT_TRAINED[0]
         if trained is not None and id(objects[entry.name]) not in trained:
@@ -184,13 +195,17 @@ def select(
     for name, module in model.named_modules():
         if getattr(module, "sparse", False) and any(e.name == f"{name}.weight" and not e.reason for e in chosen):
             raise ValueError(
-                f"{name} is an embedding with sparse=True, whose gradients are sparse tensors and cannot be masked. Use sparse=False, or "
+                f"{name} is an embedding with sparse=True, whose gradients are sparse tensors and cannot be masked. "
+                "Use sparse=False, or "
                 "leave it out of include=."
             )
     if all(e.reason for e in chosen):
         raise ValueError(
             "no parameter is left to make sparse. Candidates, and why each stays dense: "
-            + (", ".join(f"{e.name} ({e.reason})" for e in chosen if e.shape) or "none: the model has no supported layer")
+            + (
+                ", ".join(f"{e.name} ({e.reason})" for e in chosen if e.shape)
+                or "none: the model has no supported layer"
+            )
             + ". Change include=, exclude= or keep_dense=."
         )
     return chosen

@@ -15,8 +15,9 @@ from sparse_callbacks.core.weights import SparseWeights
 class Step:
     """One optimizer step: what a method may know of it, and do to it.
 
-    The engine makes one when gradients are ready and keeps it until the optimizer has stepped (or a GradScaler has skipped the
-    step). Every hook that has to do with a step gets it as an argument, so nobody can ask for a step outside of one.
+    The engine makes one when gradients are ready and keeps it until the optimizer has stepped (or a GradScaler has
+    skipped the step). Every hook that has to do with a step gets it as an argument, so nobody can ask for a step
+    outside of one.
 
     Args:
         index: number of the optimizer in the run.
@@ -30,9 +31,22 @@ class Step:
     """
 
     __slots__ = (
-        "_calendar", "_gradients", "_gradients_are_read", "_owners", "_progress", "_weights", "concluded", "finite_flag",
-        "index", "masked_gradients", "names", "optimizer", "replaced", "skipped", "tick",
-    )  # fmt: skip
+        "_calendar",
+        "_gradients",
+        "_gradients_are_read",
+        "_owners",
+        "_progress",
+        "_weights",
+        "concluded",
+        "finite_flag",
+        "index",
+        "masked_gradients",
+        "names",
+        "optimizer",
+        "replaced",
+        "skipped",
+        "tick",
+    )
 
     def __init__(
         self,
@@ -53,7 +67,8 @@ class Step:
         self.names: Sequence[str] = owners.owns[index]
         """Names of the sparse parameters whose masks move on this optimizer's calendar."""
         self.finite_flag: Tensor | bool = True
-        """:attr:`finite`, as a tensor that nobody has waited for yet where gradients are on another device than the CPU."""
+        """:attr:`finite`, as a tensor that nobody has waited for yet where gradients are on another device than the
+        CPU."""
         self.replaced = False
         """An update of the masks takes the place of this step."""
         self.masked_gradients = False
@@ -67,7 +82,8 @@ class Step:
 
     @property
     def number(self) -> int:
-        """Gradient steps that this optimizer has taken, this one included once it was taken. Replaced steps do not count."""
+        """Gradient steps that this optimizer has taken, this one included once it was taken. Replaced steps do not
+        count."""
         return self._progress.counts[self.index].read()
 
     @property
@@ -93,11 +109,13 @@ class Step:
         return bool(self.finite_flag)
 
     def gradient(self, name: str) -> Tensor | None:
-        """Dense gradient of a sparse parameter, also where an update has taken it away from the optimizer; None if it has none."""
+        """Dense gradient of a sparse parameter, also where an update has taken it away from the optimizer; None if it
+        has none."""
         return self._gradients.of(name, self.optimizer, self.tick)
 
     def mask_gradients(self) -> None:
-        """Zero the gradients of pruned weights, unless nobody reads them before the step: then masking the weights suffices.
+        """Zero the gradients of pruned weights, unless nobody reads them before the step: then masking the weights
+        suffices.
 
         Parameters with a dense copy keep theirs.
         """
@@ -109,9 +127,11 @@ class Step:
                     self._weights.mask_gradient(name, self.finite_flag is True)
 
     def replace(self) -> None:
-        """Let an update of the masks take the place of this step: no parameter of the optimizer moves, nor does its state.
+        """Let an update of the masks take the place of this step: no parameter of the optimizer moves, nor does its
+        state.
 
-        The host takes the gradients away as late as it can, so that others who read them before the step still find them.
+        The host takes the gradients away as late as it can, so that others who read them before the step still find
+        them.
         """
         self.replaced = True
 

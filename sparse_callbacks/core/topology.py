@@ -49,7 +49,9 @@ def take(
         before, grown = weights.active_counts[name], mask & ~weights.masks[name]
         weights.set_mask(name, mask)
         born, after = int(grown.count_nonzero()), weights.active_counts[name]
-        if born and not weights.has_copy(name):  # with a dense copy a weight comes back with what it has learnt, state included
+        if born and not weights.has_copy(
+            name
+        ):  # with a dense copy a weight comes back with what it has learnt, state included
             owners.clear(name, grown)
             born_in[name] = grown
         changed += before + 2 * born - after  # dropped = before + born - after

@@ -14,8 +14,8 @@ from sparse_callbacks.core.shards import layout_of
 class SparseWeights:
     """Bool masks by parameter name, what is derived from them, and the parameters under them.
 
-    Keeps the invariant of this package: between optimizer steps every sparse parameter holds ``mask * dense``. It is the only
-    writer of parameter values (:meth:`write_masked`, :meth:`write_grown`, and the exchange of buffers in
+    Keeps the invariant of this package: between optimizer steps every sparse parameter holds ``mask * dense``. It is
+    the only writer of parameter values (:meth:`write_masked`, :meth:`write_grown`, and the exchange of buffers in
     :class:`~sparse_callbacks.core.dense_copy.DenseCopy`).
 
     Args:
@@ -56,20 +56,23 @@ class SparseWeights:
         self.write_masked(masks)
 
     def set_factor(self, name: str, factor: Tensor) -> None:
-        """Take a float ``factor`` that broadcasts against the parameter in place of a mask; active is where it is not zero."""
+        """Take a float ``factor`` that broadcasts against the parameter in place of a mask; active is where it is not
+        zero."""
         self.masks[name] = (factor != 0).expand(self.params[name].shape)
         self._uncounted[name] = factor
         self._factors[name] = factor
 
     def set_passing_factor(self, name: str, factor: Tensor) -> None:
-        """Take another ``factor`` for a while, such as a sample of gates; what is active stays as :meth:`set_factor` said."""
+        """Take another ``factor`` for a while, such as a sample of gates; what is active stays as :meth:`set_factor`
+        said."""
         self._factors[name] = factor
 
     @property
     def active_counts(self) -> Mapping[str, int]:
         """Active weights by parameter name.
 
-        Gates move in every step, so those under gates are counted when somebody asks, all at once: one wait for the device.
+        Gates move in every step, so those under gates are counted when somebody asks, all at once: one wait for the
+        device.
         """
         if self._uncounted:
             first = next(iter(self._uncounted.values())).device
@@ -93,7 +96,8 @@ class SparseWeights:
         return {n: torch.ones_like(self.params[n], dtype=torch.bool) for n in names}
 
     def layers(self, name: str, *tensors: Tensor) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
-        """Name of each layer in a parameter, with that layer's view of each of ``tensors`` (of the parameter's shape)."""
+        """Name of each layer in a parameter, with that layer's view of each of ``tensors`` (of the parameter's
+        shape)."""
         entry = self.entries[name]
         parts = [entry.split(t) for t in tensors]
         for index, layer in enumerate(entry.layers):
@@ -112,8 +116,8 @@ class SparseWeights:
 
         Args:
             names: names of sparse parameters.
-            finite: whether all values are known to be finite. Otherwise pruned weights are filled with zeros, which costs
-                more than a multiplication and is needed because inf * 0 is NaN.
+            finite: whether all values are known to be finite. Otherwise pruned weights are filled with zeros, which
+                costs more than a multiplication and is needed because inf * 0 is NaN.
         """
         for name in names:
             p = self.params[name]
@@ -175,7 +179,8 @@ class SparseWeights:
         return self._copy.values(name)
 
     def swap_in(self, names: Iterable[str]) -> None:
-        """The parameters hold their dense values until :meth:`write_masked` or :meth:`swap_out`: for an optimizer step."""
+        """The parameters hold their dense values until :meth:`write_masked` or :meth:`swap_out`: for an optimizer
+        step."""
         names = list(names)
         self.absorb_if_written(names)
         self._copy.swap_in(names)
@@ -185,12 +190,14 @@ class SparseWeights:
         self._copy.swap_out(names)
 
     def absorb_if_written(self, names: Iterable[str]) -> None:
-        """:meth:`absorb` what was written since :meth:`write_masked`, if torch saw it: the user clamped weights, say."""
+        """:meth:`absorb` what was written since :meth:`write_masked`, if torch saw it: the user clamped weights,
+        say."""
         self.absorb(n for n in names if self._copy.was_written(n))
 
     @torch.no_grad()
     def absorb(self, names: Iterable[str]) -> None:
-        """Take into the dense values what somebody else wrote into the parameters, by the mask or factor that is in force."""
+        """Take into the dense values what somebody else wrote into the parameters, by the mask or factor that is in
+        force."""
         for name in names:
             dense = self._copy.waiting(name)
             if dense is not None:

@@ -55,10 +55,10 @@ class FitState:
 class SparsityCallback(Method, AnyCallback):
     """Trains an ordinary LightningModule sparse.
 
-    Between optimizer steps every sparse parameter holds ``mask * dense``. Nothing is added to the model: masks, step count and
-    method state live here, and in the checkpoint under this callback's key (loadable with ``weights_only=True``), so a plain
-    model loads every checkpoint strictly. Subclasses are the methods; see :class:`~sparse_callbacks.core.method.Method` for the
-    arguments and for what they override.
+    Between optimizer steps every sparse parameter holds ``mask * dense``. Nothing is added to the model: masks, step
+    count and method state live here, and in the checkpoint under this callback's key (loadable with
+    ``weights_only=True``), so a plain model loads every checkpoint strictly. Subclasses are the methods; see
+    :class:`~sparse_callbacks.core.method.Method` for the arguments and for what they override.
 
     Raises:
         ValueError: an argument, model, optimizer, strategy or checkpoint that cannot work, before the first batch.
@@ -108,7 +108,9 @@ class SparsityCallback(Method, AnyCallback):
         if self.print_plan and trainer.is_global_zero:
             print(self.plan(), flush=True)
         if full := clipped(self.distribution, layer_shapes(entries)):
-            rank_zero_info(f"{self.distribution} would make {', '.join(full)} denser than dense: all their weights are active.")
+            rank_zero_info(
+                f"{self.distribution} would make {', '.join(full)} denser than dense: all their weights are active."
+            )
         for warning in warnings_for(trainer, self.arrives_at_stop):
             rank_zero_warn(warning)
 
@@ -222,7 +224,8 @@ class SparsityCallback(Method, AnyCallback):
         saved = [] if self.saved is None else list(self.saved.times)
         if saved and (now := self.calendar.times()) != saved:
             rank_zero_warn(
-                f"{type(self).__name__} goes on with other times than it was saved with, because the run's length differs: (every, "
+                f"{type(self).__name__} goes on with other times than it was saved with, because the run's length "
+                "differs: (every, "
                 f"start, stop) were {saved} steps and are {now}."
             )
         new_run = trainer.global_step == 0 and not trainer.fast_dev_run
@@ -252,12 +255,14 @@ class SparsityCallback(Method, AnyCallback):
         fit.left_out = [n for n in fit.left_out if n not in late]
         if late:
             rank_zero_warn(
-                f"{type(self).__name__} leaves {', '.join(late)} dense: they were frozen or in no optimizer when fit started and are "
+                f"{type(self).__name__} leaves {', '.join(late)} dense: they were frozen or in no optimizer when fit "
+                "started and are "
                 "trained only now. To make them sparse, train them from the start of a fit."
             )
 
     def _restart_optimizers(self, trainer: Trainer, module: LightningModule) -> None:
-        """New optimizers and schedules, as the module configures them; all callbacks of the kind move their hooks to them."""
+        """New optimizers and schedules, as the module configures them; all callbacks of the kind move their hooks to
+        them."""
         optimizer_lives.restart(trainer)
         torch_optimizers.refuse(trainer.optimizers, scaler_of(trainer) is not None)
         reads = self._reads(trainer, module)
@@ -267,7 +272,8 @@ class SparsityCallback(Method, AnyCallback):
         self._check_horizons(trainer)
 
     def _check_horizons(self, trainer: Trainer) -> None:
-        """Refuse a schedule that would be cut off before the first batch; later, when a restart brings one, say so and train on."""
+        """Refuse a schedule that would be cut off before the first batch; later, when a restart brings one, say so and
+        train on."""
         if not isinstance(self, RestartsOptimizers) or trainer.fast_dev_run:
             return
         life = self.horizon if self.horizon_asked or self.in_training else self.shortest_life
@@ -281,10 +287,11 @@ class SparsityCallback(Method, AnyCallback):
             rank_zero_warn(str(error))
 
     def _withhold_instead_of_clipping(self, module: LightningModule, optimizer: Optimizer) -> None:
-        """Take the gradients away in the place of clipping: Lightning's last call before the step, after all hooks that read them.
+        """Take the gradients away in the place of clipping: Lightning's last call before the step, after all hooks that
+        read them.
 
-        Taken away earlier, clipping by value and every hook that reads ``p.grad`` would fail. The instance's attribute hides the
-        class's hook for this one step.
+        Taken away earlier, clipping by value and every hook that reads ``p.grad`` would fail. The instance's attribute
+        hides the class's hook for this one step.
         """
 
         def withhold(*_: object, **__: object) -> None:

@@ -29,16 +29,17 @@ def outputs(
 ) -> Iterator[Any]:
     """What the network gives for each batch of one pass: eval mode, no gradients, precision and device as in training.
 
-    Afterwards, also after an exception and where the iterator is closed early, every random generator and every module's
-    ``training`` flag is as before; the training loader keeps its position. Compiled modules run eagerly, so their hooks fire.
+    Afterwards, also after an exception and where the iterator is closed early, every random generator and every
+    module's ``training`` flag is as before; the training loader keeps its position. Compiled modules run eagerly, so
+    their hooks fire.
 
     Args:
         trainer: the host.
         module: of the run.
         forward: function of ``module`` and a batch; None: see :func:`call`.
         loader_given: iterated as it is, ranks taking its batches in turn; None: see :func:`in_order`.
-        fraction: share of the batches, from the first on, in (0, 1]; at least one batch. Of those that an epoch of training takes,
-            where the host limits them.
+        fraction: share of the batches, from the first on, in (0, 1]; at least one batch. Of those that an epoch of
+            training takes, where the host limits them.
         world: processes in the run.
         rank: of this one.
         train: modules that stay in train mode, such as norms whose running statistics are taken.
@@ -80,12 +81,15 @@ def call(module: nn.Module, batch: Any) -> Any:
             return module(batch[0])
     except Exception as error:
         raise ValueError(
-            f"{type(module).__name__}.forward failed on a batch of the training data ({type(error).__name__}: {error}). A pass over the "
-            "data calls module(batch), module(batch[0]) or module(**batch), by the batch's type. Give forward=, a function of module "
+            f"{type(module).__name__}.forward failed on a batch of the training data ({type(error).__name__}: "
+            f"{error}). A pass over the "
+            "data calls module(batch), module(batch[0]) or module(**batch), by the batch's type. Give forward=, a "
+            "function of module "
             "and batch that returns the network's output, e.g. forward=lambda module, batch: module.net(batch[0])."
         ) from error
     raise ValueError(
-        f"a batch of the training data is a {type(batch).__name__}, and there is no general way to put it through a network. Give "
+        f"a batch of the training data is a {type(batch).__name__}, and there is no general way to put it through a "
+        "network. Give "
         "forward=, a function of module and batch that returns the network's output."
     )
 
@@ -99,7 +103,8 @@ def in_order(loader: Any, world: int = 1, rank: int = 0, whole: bool = False) ->
     Args:
         loader: of the training data.
         world, rank: processes in the run, and this one.
-        whole: leave out a last batch that the loader itself drops, or that is a single sample, of which norms take no statistics.
+        whole: leave out a last batch that the loader itself drops, or that is a single sample, of which norms take no
+            statistics.
 
     Raises:
         ValueError: no such order is known.
@@ -109,27 +114,37 @@ def in_order(loader: Any, world: int = 1, rank: int = 0, whole: bool = False) ->
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         kind = f"{type(loader).__name__}{' over an IterableDataset' if isinstance(loader, DataLoader) else ''}"
         raise ValueError(
-            f"a pass over the training data needs a torch DataLoader over a data set with indices, and this is a {kind}. Give "
+            "a pass over the training data needs a torch DataLoader over a data set with indices, and this is a "
+            f"{kind}. Give "
             "statistics_dataloader=, a loader with the batches that the statistics are taken from."
         )
     size = loader.batch_size if loader.batch_sampler is None else getattr(loader.batch_sampler, "batch_size", None)
     if loader.batch_sampler is not None and not isinstance(size, int):
         raise ValueError(
-            f"{type(loader.batch_sampler).__name__} makes the batches and has no batch_size, so they cannot be made in order. Give "
+            f"{type(loader.batch_sampler).__name__} makes the batches and has no batch_size, so they cannot be made in "
+            "order. Give "
             "statistics_dataloader=, a loader with the batches that the statistics are taken from."
         )
     indices = _indices(loader)[rank::world]
     if whole and size is not None and (loader.drop_last or len(indices) % size == 1) and len(indices) > size:
         indices = indices[: len(indices) // size * size]
     return DataLoader(
-        loader.dataset, batch_size=size, sampler=indices, collate_fn=loader.collate_fn, num_workers=loader.num_workers,
-        worker_init_fn=loader.worker_init_fn, multiprocessing_context=loader.multiprocessing_context, pin_memory=loader.pin_memory,
-    )  # fmt: skip
+        loader.dataset,
+        batch_size=size,
+        sampler=indices,
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        pin_memory=loader.pin_memory,
+    )
 
 
 def _indices(loader: DataLoader[Any]) -> Sequence[int]:
     """Indices that the loader draws from, whichever samplers Lightning has wrapped around the user's."""
-    sampler: Any = loader.sampler if loader.batch_sampler is None else getattr(loader.batch_sampler, "sampler", loader.sampler)
+    sampler: Any = (
+        loader.sampler if loader.batch_sampler is None else getattr(loader.batch_sampler, "sampler", loader.sampler)
+    )
     while (inner := getattr(getattr(sampler, "dataset", None), "_sampler", None)) is not None:
         sampler = inner
     listed = sampler if isinstance(sampler, Sequence) else getattr(sampler, "indices", None)
@@ -166,7 +181,8 @@ def _count(batches: Any, fraction: float, limit: int | None) -> int | None:
         return max(1, round(fraction * len(batches)))
     except TypeError as error:
         raise ValueError(
-            f"data_fraction={fraction:g} of a loader without a length is no number of batches. Give data_fraction=1.0, or a loader with "
+            f"data_fraction={fraction:g} of a loader without a length is no number of batches. Give data_fraction=1.0, "
+            "or a loader with "
             "__len__."
         ) from error
 
@@ -184,9 +200,14 @@ def _warn_if_random(trainer: Any, loader: Any, rank: int) -> None:
     if trainer in _compared:
         return
     _compared.add(trainer)
-    if rank == 0 and isinstance(loader, DataLoader) and any(not _same(loader.dataset[i], loader.dataset[i]) for i in _first(loader)):
+    if (
+        rank == 0
+        and isinstance(loader, DataLoader)
+        and any(not _same(loader.dataset[i], loader.dataset[i]) for i in _first(loader))
+    ):
         warnings.warn(
-            "the training data differs each time that it is fetched (random augmentation), and the statistics are taken of it as it is. "
+            "the training data differs each time that it is fetched (random augmentation), and the statistics are "
+            "taken of it as it is. "
             "To take them of data that is not augmented, give statistics_dataloader=.",
             stacklevel=3,
         )

@@ -6,8 +6,8 @@ from typing import Any
 
 from pytorch_lightning import Callback
 
-# `pytorch_lightning` and `lightning.pytorch` are two copies of one library with two `Callback` classes, and a Trainer or a
-# LightningCLI of either asks `isinstance` of its own.
+# `pytorch_lightning` and `lightning.pytorch` are two copies of one library with two `Callback` classes, and a Trainer
+# or a LightningCLI of either asks `isinstance` of its own.
 _OTHER = "lightning.pytorch"
 
 # A Trainer of either, whose connectors set attributes on it that type checkers do not see.

@@ -24,22 +24,25 @@ _HORIZONS: dict[type, str] = {
 
 
 def horizon(trainer: Trainer) -> float:
-    """Optimizer steps that the current optimizers live, or in ``configure_optimizers`` those that it makes: the length of a phase
-    where a callback such as :class:`~sparse_callbacks.GaP` restarts them (fine-tuning has its own), otherwise of the run.
+    """Optimizer steps that the current optimizers live, or in ``configure_optimizers`` those that it makes: the length
+    of a phase where a callback such as :class:`~sparse_callbacks.GaP` restarts them (fine-tuning has its own),
+    otherwise of the run.
 
-    The LightningModule calls it as ``sparse_callbacks.horizon(self.trainer)``, in ``configure_optimizers`` or at any time later,
-    for example in the function of a ``LambdaLR``. An int, or inf for a run that has no end that is known.
+    The LightningModule calls it as ``sparse_callbacks.horizon(self.trainer)``, in ``configure_optimizers`` or at any
+    time later, for example in the function of a ``LambdaLR``. An int, or inf for a run that has no end that is known.
 
-    Without a callback that restarts optimizers, and in ``configure_optimizers`` of a resumed run, Lightning makes the train loader
-    for the answer, and does not restore its position. The function of a ``LambdaLR`` asks too early at step 0, which its
-    constructor calls; later it may ask: ``lambda step: 1.0 if step == 0 else 1 - step / horizon(self.trainer)``.
+    Without a callback that restarts optimizers, and in ``configure_optimizers`` of a resumed run, Lightning makes the
+    train loader for the answer, and does not restore its position. The function of a ``LambdaLR`` asks too early at
+    step 0, which its constructor calls; later it may ask: ``lambda step: 1.0 if step == 0 else 1 - step /
+    horizon(self.trainer)``.
 
     Raises:
         RuntimeError: the trainer runs no fit, so there is no phase yet.
     """
     if getattr(trainer, "lightning_module", None) is None:
         raise RuntimeError(
-            "horizon() needs a trainer that fits: the length of a phase follows from the data and max_epochs= or max_steps=. Call it as "
+            "horizon() needs a trainer that fits: the length of a phase follows from the data and max_epochs= or "
+            "max_steps=. Call it as "
             "horizon(self.trainer) in configure_optimizers or later."
         )
     lives = [c.optimizer_life(length_of(trainer)) for c in trainer.callbacks if isinstance(c, RestartsOptimizers)]
@@ -60,7 +63,8 @@ def run_length(trainer: Trainer) -> float:
 
 
 def epoch_length(trainer: Trainer) -> float:
-    """Optimizer steps of an epoch; infinite where the loader has no length. Makes the loader where there is none yet."""
+    """Optimizer steps of an epoch; infinite where the loader has no length. Makes the loader where there is none
+    yet."""
     if trainer.train_dataloader is None:
         trainer.fit_loop.setup_data()
     batches = float(trainer.num_training_batches)
@@ -68,10 +72,11 @@ def epoch_length(trainer: Trainer) -> float:
 
 
 def restart(trainer: Trainer) -> None:
-    """Run ``configure_optimizers`` again: new optimizers without state and new schedules take the place of the present ones.
+    """Run ``configure_optimizers`` again: new optimizers without state and new schedules take the place of the present
+    ones.
 
-    A GradScaler keeps its scale, and whoever reads ``trainer.optimizers`` or ``self.optimizers()`` finds the new ones. Call it
-    between two steps, on every rank.
+    A GradScaler keeps its scale, and whoever reads ``trainer.optimizers`` or ``self.optimizers()`` finds the new ones.
+    Call it between two steps, on every rank.
 
     Raises:
         ValueError: ``configure_optimizers`` now gives optimizers in another number, or leaves trained parameters out.
@@ -84,15 +89,18 @@ def restart(trainer: Trainer) -> None:
     after: list[Optimizer] = list(trainer.optimizers)
     if len(before) != len(after):
         raise ValueError(
-            f"configure_optimizers gave {len(before)} optimizers at the start and {len(after)} at the restart of a phase. Let it give the "
+            f"configure_optimizers gave {len(before)} optimizers at the start and {len(after)} at the restart of a "
+            "phase. Let it give the "
             "same ones at every call, or give restart=False."
         )
     trained = {id(p): n for n, p in trainer.lightning_module.named_parameters() if p.requires_grad}
     lost = [trained[i] for i in (stepped(*before) - stepped(*after)) & trained.keys()]
     if lost:
         raise ValueError(
-            f"{', '.join(sorted(lost))} were in an optimizer and are in none after configure_optimizers was called anew for a phase (a "
-            "group added later, as by a finetuning callback, is lost). Let configure_optimizers give all of them, or give restart=False."
+            f"{', '.join(sorted(lost))} were in an optimizer and are in none after configure_optimizers was called "
+            "anew for a phase (a "
+            "group added later, as by a finetuning callback, is lost). Let configure_optimizers give all of them, or "
+            "give restart=False."
         )
 
 
@@ -102,8 +110,8 @@ def check_horizons(trainer: Trainer, phase_steps: float, epoch_steps: float) -> 
     Args:
         trainer: with optimizers and schedules set up.
         phase_steps: optimizer steps that they live.
-        epoch_steps: optimizer steps of an epoch, for schedules over epochs. (In manual optimization Lightning does not know when
-            the user steps a schedule: it is taken as once a step, which refuses none that fits.)
+        epoch_steps: optimizer steps of an epoch, for schedules over epochs. (In manual optimization Lightning does not
+            know when the user steps a schedule: it is taken as once a step, which refuses none that fits.)
 
     Raises:
         ValueError: a schedule's known horizon, such as ``T_max`` or ``total_steps``, is longer than the phase.
@@ -116,9 +124,12 @@ def check_horizons(trainer: Trainer, phase_steps: float, epoch_steps: float) -> 
             if known * unit > phase_steps:
                 means = "" if unit == 1 else f", that is {known * unit:g} optimizer steps,"
                 raise ValueError(
-                    f"{shown}{means} is longer than the phase of {phase_steps:g} optimizer steps at whose end optimizers and schedules are "
-                    "configured anew, so it would be cut off. In configure_optimizers use sparse_callbacks.horizon(self.trainer), the "
-                    "optimizer steps of the phase (with 'interval': 'step'), or keep one schedule for the run with restart=False."
+                    f"{shown}{means} is longer than the phase of {phase_steps:g} optimizer steps at whose end "
+                    "optimizers and schedules are "
+                    "configured anew, so it would be cut off. In configure_optimizers use "
+                    "sparse_callbacks.horizon(self.trainer), the "
+                    "optimizer steps of the phase (with 'interval': 'step'), or keep one schedule for the run with "
+                    "restart=False."
                 )
 
 
@@ -136,4 +147,7 @@ def _known(scheduler: Any, begins: float = 0) -> Iterator[tuple[float, str]]:
         if isinstance(scheduler, kind):
             value = getattr(scheduler, name)
             listed = sorted(value) if name == "milestones" else [value]
-            yield begins + max(listed, default=0), f"{type(scheduler).__name__}({name}={listed if name == 'milestones' else value}){after}"
+            yield (
+                begins + max(listed, default=0),
+                f"{type(scheduler).__name__}({name}={listed if name == 'milestones' else value}){after}",
+            )

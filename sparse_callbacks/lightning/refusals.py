@@ -37,15 +37,19 @@ def refuse_host(trainer: Any) -> None:
     """
     if _is_a(trainer.strategy, _SHARDED):
         raise ValueError(
-            f"{type(trainer.strategy).__name__} shards parameters, and masks are made for whole ones. Use strategy='ddp' or one device."
+            f"{type(trainer.strategy).__name__} shards parameters, and masks are made for whole ones. Use "
+            "strategy='ddp' or one device."
         )
     for callback in trainer.callbacks:
         if _is_a(callback, _AVERAGING):
             raise ValueError(
-                f"{type(callback).__name__} averages weights over moving masks, so the average ends dense. Remove it from callbacks=."
+                f"{type(callback).__name__} averages weights over moving masks, so the average ends dense. Remove it "
+                "from callbacks=."
             )
         if _is_a(callback, ("ModelPruning",)):
-            raise ValueError("ModelPruning re-parametrises the weights that this callback masks. Keep one of the two in callbacks=.")
+            raise ValueError(
+                "ModelPruning re-parametrises the weights that this callback masks. Keep one of the two in callbacks=."
+            )
 
 
 def warnings_for(trainer: Any, dense_at_first: bool) -> Iterator[str]:
@@ -58,28 +62,35 @@ def warnings_for(trainer: Any, dense_at_first: bool) -> Iterator[str]:
     for config in trainer.lr_scheduler_configs:
         if isinstance(config.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             yield (
-                "ReduceLROnPlateau does not resume exactly under Lightning: a run resumed from a checkpoint may miss one of its updates. "
+                "ReduceLROnPlateau does not resume exactly under Lightning: a run resumed from a checkpoint may miss "
+                "one of its updates. "
                 "Use a schedule over steps or epochs where exact resume matters."
             )
     if trainer.ckpt_path and getattr(trainer.fit_loop, "_combined_loader", None) is not None:
         yield (
-            "the train loader was made before its saved position arrived (somebody read trainer.estimated_stepping_batches in "
-            "configure_optimizers or earlier), so Lightning will not restore it: a checkpoint from inside an epoch starts its data over. "
-            "Read it later, for example inside the function of a LambdaLR, but not at step 0, which its constructor calls."
+            "the train loader was made before its saved position arrived (somebody read "
+            "trainer.estimated_stepping_batches in "
+            "configure_optimizers or earlier), so Lightning will not restore it: a checkpoint from inside an epoch "
+            "starts its data over. "
+            "Read it later, for example inside the function of a LambdaLR, but not at step 0, which its constructor "
+            "calls."
         )
     if dense_at_first:
         for callback in trainer.callbacks:
             judges = _is_a(callback, ("ModelCheckpoint", "EarlyStopping")) and getattr(callback, "monitor", None)
             if judges and not getattr(callback, "only_at_target", False):
                 yield (
-                    f"{type(callback).__name__}(monitor={callback.monitor!r}) also counts epochs before the target sparsity is reached, "
-                    "and the best of them is usually a dense one. Save the last checkpoint, or monitor a metric that you log only "
+                    f"{type(callback).__name__}(monitor={callback.monitor!r}) also counts epochs before the target "
+                    "sparsity is reached, "
+                    "and the best of them is usually a dense one. Save the last checkpoint, or monitor a metric that "
+                    "you log only "
                     "while the sparsity callback's at_target is True."
                 )
 
 
 def gradients_are_read(trainer: Any, module: Any, optimizer: Optimizer) -> bool:
-    """Whether somebody reads gradients between backward and the step, so that those of pruned weights must be zero by then."""
+    """Whether somebody reads gradients between backward and the step, so that those of pruned weights must be zero by
+    then."""
     if trainer.gradient_clip_val or not is_elementwise(optimizer) or not module.automatic_optimization:
         return True
     if _overrides(module, "on_before_optimizer_step") or _overrides(module, "configure_gradient_clipping"):
@@ -106,7 +117,8 @@ def refuse_shared(mine: Method, names: Sequence[str], others: Iterable[Method]) 
     for other in others:
         if both := sorted(set(names) & set(other.params)):
             raise ValueError(
-                f"{type(other).__name__} and {type(mine).__name__} both claim {', '.join(both)}. Give each callback its own layers "
+                f"{type(other).__name__} and {type(mine).__name__} both claim {', '.join(both)}. Give each callback "
+                "its own layers "
                 "with include= or exclude=."
             )
 

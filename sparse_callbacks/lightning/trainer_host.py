@@ -27,7 +27,8 @@ class TrainerHost:
 
     @property
     def announces_steps(self) -> bool:
-        """In automatic optimization Lightning announces every step; a tuner's own steps it does not know are not ours."""
+        """In automatic optimization Lightning announces every step; a tuner's own steps it does not know are not
+        ours."""
         return bool(self.module.automatic_optimization)
 
     def data_pass(

@@ -67,7 +67,8 @@ class TurnTaking(SparsityCallback):
         peers = peers_of(trainer)
         if len(peers) > 1:
             raise ValueError(
-                f"{type(self).__name__} trains several copies of the whole network, and {len(peers)} sparsity callbacks are in "
+                f"{type(self).__name__} trains several copies of the whole network, and {len(peers)} sparsity "
+                "callbacks are in "
                 "callbacks=. Leave it alone there, or use GaP."
             )
         super()._refuse_neighbours(trainer, names)
@@ -110,7 +111,8 @@ class TurnTaking(SparsityCallback):
 
 
 def refuse_ranks(trainer: Trainer, module: nn.Module, ranks: int, workers: int) -> None:
-    """Refuse a run of several processes in which the workers would not be independent of each other, or not see all the data.
+    """Refuse a run of several processes in which the workers would not be independent of each other, or not see all the
+    data.
 
     Args:
         trainer: a Trainer with its strategy set up.
@@ -119,14 +121,15 @@ def refuse_ranks(trainer: Trainer, module: nn.Module, ranks: int, workers: int) 
         workers: the number of networks that train at once or in turn.
 
     Raises:
-        ValueError: another number of processes than one or one for each worker, data split over ranks, gradients or batch statistics
-            that are averaged over ranks whatever is asked.
+        ValueError: another number of processes than one or one for each worker, data split over ranks, gradients or
+            batch statistics that are averaged over ranks whatever is asked.
     """
     if ranks == 1:
         return
     if ranks != workers:
         raise ValueError(
-            f"the run has {ranks} processes and partitions= makes {workers} workers. Give Trainer(devices={workers}), one process for "
+            f"the run has {ranks} processes and partitions= makes {workers} workers. Give Trainer(devices={workers}), "
+            "one process for "
             "each, or devices=1, where they train one after another."
         )
     if trainer._accelerator_connector.use_distributed_sampler:
@@ -136,16 +139,19 @@ def refuse_ranks(trainer: Trainer, module: nn.Module, ranks: int, workers: int) 
         )
     if not hasattr(trainer.strategy.model, "require_backward_grad_sync"):
         raise ValueError(
-            f"{type(trainer.strategy).__name__} does not let its processes train different networks. Use strategy='ddp', or one process."
+            f"{type(trainer.strategy).__name__} does not let its processes train different networks. Use "
+            "strategy='ddp', or one process."
         )
     if not getattr(module, "automatic_optimization", True):
         raise ValueError(
-            "in manual optimization Lightning averages gradients over all processes, and the workers are different networks. Use "
+            "in manual optimization Lightning averages gradients over all processes, and the workers are different "
+            "networks. Use "
             "automatic optimization, or one process (devices=1)."
         )
     if synced := [name for name, m in module.named_modules() if isinstance(m, nn.SyncBatchNorm)]:
         raise ValueError(
-            f"{', '.join(synced)} average batch statistics over processes, and the workers are different networks. Use ordinary batch "
+            f"{', '.join(synced)} average batch statistics over processes, and the workers are different networks. Use "
+            "ordinary batch "
             "norms (Trainer(sync_batchnorm=False)), or one process (devices=1)."
         )
 
@@ -159,7 +165,8 @@ def refuse_split_data(trainer: Trainer) -> None:
     for sampler in _all_samplers(trainer):
         if getattr(sampler, "num_replicas", 1) > 1:
             raise ValueError(
-                f"each worker sees all the data, and {type(sampler).__name__}(num_replicas={sampler.num_replicas}) gives this process a "
+                f"each worker sees all the data, and {type(sampler).__name__}(num_replicas={sampler.num_replicas}) "
+                "gives this process a "
                 "part of it. Give num_replicas=1, rank=0, or a loader without it."
             )
 
@@ -200,9 +207,11 @@ def reseed(trainer: Trainer, seed: int) -> None:
 
 
 def translate_epochs(trainer: Trainer, translate: Callable[[int], int]) -> None:
-    """Announce ``translate(epoch)`` in place of the epoch to every sampler of the training loaders that has ``set_epoch``.
+    """Announce ``translate(epoch)`` in place of the epoch to every sampler of the training loaders that has
+    ``set_epoch``.
 
-    Lightning announces it before the first batch also where it goes on in the middle of an epoch, and calls no hook there.
+    Lightning announces it before the first batch also where it goes on in the middle of an epoch, and calls no hook
+    there.
     """
     for sampler in _samplers(trainer):
         if "set_epoch" not in vars(sampler):
@@ -218,7 +227,8 @@ def stop_translating(trainer: Trainer) -> None:
 
 
 def loader_states(trainer: Trainer) -> list[Any]:
-    """What the training loaders of this rank resume from, None for those that cannot. Lightning saves those of rank 0 alone."""
+    """What the training loaders of this rank resume from, None for those that cannot. Lightning saves those of rank 0
+    alone."""
     return [loader.state_dict() if _has_state(loader) else None for loader in _loaders(trainer)]
 
 
@@ -235,7 +245,8 @@ def _has_state(loader: Any) -> bool:
 
 
 def draw_anew(trainer: Trainer) -> None:
-    """Make the training iterator of an epoch that has not begun yet again, so that nothing of it was drawn before now."""
+    """Make the training iterator of an epoch that has not begun yet again, so that nothing of it was drawn before
+    now."""
     fetcher = trainer.fit_loop._data_fetcher
     if fetcher is not None:
         iter(fetcher)

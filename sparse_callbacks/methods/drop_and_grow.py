@@ -18,8 +18,8 @@ from sparse_callbacks.lightning.callback import SparsityCallback
 class DropAndGrow(SparsityCallback):
     """Sparse from the first step to the last; the number of active weights in a layer never changes.
 
-    A subclass says what to grow (:meth:`grow_scores`). The update comes after a gradient step unless the subclass replaces
-    one (:class:`~sparse_callbacks.RigL`).
+    A subclass says what to grow (:meth:`grow_scores`). The update comes after a gradient step unless the subclass
+    replaces one (:class:`~sparse_callbacks.RigL`).
     """
 
     schedulable: ClassVar[str] = "drop_fraction"
@@ -46,7 +46,8 @@ class DropAndGrow(SparsityCallback):
         for value in (self.fraction_curve.initial, self.fraction_curve.final):
             if not 0.0 <= value <= 1.0:
                 raise ValueError(
-                    f"drop_fraction={drop_fraction!r} leaves [0, 1]: it is the fraction of a layer's active weights that an update "
+                    f"drop_fraction={drop_fraction!r} leaves [0, 1]: it is the fraction of a layer's active weights "
+                    "that an update "
                     "replaces. The published value is 0.3."
                 )
 
@@ -75,5 +76,7 @@ class DropAndGrow(SparsityCallback):
         for name in step.names:
             scores = self.grow_scores(step, name)
             if scores is not None:  # the parameter took part in this step
-                new[name] = self.weights.by_layer(name, moved, self.weights.masks[name], self.params[name].detach(), scores)
+                new[name] = self.weights.by_layer(
+                    name, moved, self.weights.masks[name], self.params[name].detach(), scores
+                )
         return Update(new, {"update/drop_fraction": fraction})

@@ -23,21 +23,23 @@ class GMP(SparsityCallback):
         s_t  = s_f + (s_0 - s_f) * (1 - (t - start) / (stop - start))^3
         keep  the active weights with the largest |w|, all but floor(s_t * size)
 
-    A pruned weight does not come back. With a distribution other than uniform each layer rises to its own target in the same
-    proportion. The mask for step t is made from the weights after step t - 1.
+    A pruned weight does not come back. With a distribution other than uniform each layer rises to its own target in the
+    same proportion. The mask for step t is made from the weights after step t - 1.
 
-    Differs from the paper: the default distribution leaves no layer dense by itself (``keep_dense="both"`` does); pruned weights
-    hold zero at once and receive no update.
+    Differs from the paper: the default distribution leaves no layer dense by itself (``keep_dense="both"`` does);
+    pruned weights hold zero at once and receive no update.
 
     Args:
-        sparsity: a number is the target, reached along the cubic; a schedule or its text (``"linear(0, 0.9)"``) is taken as it is,
-            and only ``"constant(0.9)"`` prunes at once.
-        every: optimizer steps (int) or fraction of the run (float) between updates; None: 100, shortened with a word in short runs.
+        sparsity: a number is the target, reached along the cubic; a schedule or its text (``"linear(0, 0.9)"``) is
+            taken as it is, and only ``"constant(0.9)"`` prunes at once.
+        every: optimizer steps (int) or fraction of the run (float) between updates; None: 100, shortened with a word in
+            short runs.
         start, stop: when the curve begins and ends, in the same units.
         distribution, include, exclude, seed, **options: see :class:`SparsityCallback`.
 
     Raises:
-        ValueError: arguments out of range, or a model, optimizer or checkpoint that does not fit; before the first batch.
+        ValueError: arguments out of range, or a model, optimizer or checkpoint that does not fit; before the first
+            batch.
 
     Example:
         >>> from sparse_callbacks import GMP
@@ -66,9 +68,13 @@ class GMP(SparsityCallback):
         **options: Unpack[Options],
     ) -> None:
         self._curve = pruning_curve(sparsity)
-        super().__init__(self._curve.final, distribution=distribution, include=include, exclude=exclude, seed=seed, **options)
+        super().__init__(
+            self._curve.final, distribution=distribution, include=include, exclude=exclude, seed=seed, **options
+        )
         if self._curve.initial > self._curve.final:
-            raise ValueError(f"sparsity={sparsity!r} falls, and pruned weights do not come back. Give a curve that rises.")
+            raise ValueError(
+                f"sparsity={sparsity!r} falls, and pruned weights do not come back. Give a curve that rises."
+            )
         self.sparsity = sparsity
         self.set_times(every, start, stop)
 
@@ -91,7 +97,8 @@ class GMP(SparsityCallback):
         return Update(self._pruned(current, self.sparsity_at(step.number)))
 
     def _pruned(self, masks: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
-        """``masks`` with the smallest weights taken out, layer by layer, until the target's share of ``sparsity`` is reached."""
+        """``masks`` with the smallest weights taken out, layer by layer, until the target's share of ``sparsity`` is
+        reached."""
         share = sparsity / self.target_sparsity if self.target_sparsity else 0.0
 
         def prune(layer: str, mask: Tensor, weight: Tensor) -> Tensor:

@@ -18,37 +18,41 @@ class RigL(DropAndGrow):
         keep  the active weights with the largest |w|, all but k
         grow  the k positions with the largest |dL/dw| among all others, those just dropped included
 
-    An update replaces the gradient step of its optimizer: no parameter moves, biases, norms, momentum and Adam's counter
-    included, while the LR schedule and ``trainer.global_step`` go on; ``self.step`` does not. Grown weights start at zero with
-    zero optimizer state; a weight dropped and grown again in one update keeps both. The gradient is taken after reduction over
-    ranks and accumulation, and before clipping.
+    An update replaces the gradient step of its optimizer: no parameter moves, biases, norms, momentum and Adam's
+    counter included, while the LR schedule and ``trainer.global_step`` go on; ``self.step`` does not. Grown weights
+    start at zero with zero optimizer state; a weight dropped and grown again in one update keeps both. The gradient is
+    taken after reduction over ranks and accumulation, and before clipping.
 
-    Differs from the paper: an update whose count is 0 in every layer (at the end of the cosine) is an ordinary gradient step.
-    Differs from the released code: the cosine runs over (t - start) / (stop - start), where the code does not shift t; ties go to
-    the lower index instead of to noise; and pruned weights hold zero, where the code hides their last value.
+    Differs from the paper: an update whose count is 0 in every layer (at the end of the cosine) is an ordinary gradient
+    step. Differs from the released code: the cosine runs over (t - start) / (stop - start), where the code does not
+    shift t; ties go to the lower index instead of to noise; and pruned weights hold zero, where the code hides their
+    last value.
 
     Args:
         sparsity: fraction of zeros over the selected weights, in [0, 1).
         distribution: name, ``{glob: sparsity or name}`` or callable; see :class:`SparsityCallback`.
-        every: optimizer steps (int) or fraction of the run (float) between updates; None: the published 100, shortened with a word
-            (down to 10) in runs that would see fewer than ten updates.
+        every: optimizer steps (int) or fraction of the run (float) between updates; None: the published 100, shortened
+            with a word (down to 10) in runs that would see fewer than ten updates.
         start, stop: first and last time of an update, in the same units.
-        drop_fraction: fraction of a layer's active weights that an update replaces; a number falls by a cosine to 0 at ``stop``; a
-            schedule or its text (``"constant(0.3)"``) is taken as it is.
+        drop_fraction: fraction of a layer's active weights that an update replaces; a number falls by a cosine to 0 at
+            ``stop``; a schedule or its text (``"constant(0.3)"``) is taken as it is.
         include, exclude: globs on the names of parameters that become sparse or stay dense.
         seed: of the initial mask and everything random.
-        **options: ``keep_dense`` ("first", "last" or "both"; default None), ``print_plan`` (default True) and ``fresh_start`` (default
-            False: a resumed checkpoint must hold the masks of a callback with the same arguments).
+        **options: ``keep_dense`` ("first", "last" or "both"; default None), ``print_plan`` (default True) and
+            ``fresh_start`` (default False: a resumed checkpoint must hold the masks of a callback with the same
+            arguments).
 
     Raises:
-        ValueError: arguments out of range, or a model, optimizer or checkpoint that does not fit; before the first batch.
+        ValueError: arguments out of range, or a model, optimizer or checkpoint that does not fit; before the first
+            batch.
 
     Example:
         >>> from sparse_callbacks import RigL
         >>> RigL(sparsity=0.9).target_sparsity
         0.9
 
-    Reference: Evci, Gale, Menick, Castro, Elsen: Rigging the Lottery: Making All Tickets Winners. ICML 2020, algorithm 1.
+    Reference: Evci, Gale, Menick, Castro, Elsen: Rigging the Lottery: Making All Tickets Winners. ICML 2020, algorithm
+    1.
     """
 
     first_update: ClassVar[int] = 0  # the calendar is asked before a step, with the steps taken so far

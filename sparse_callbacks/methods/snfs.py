@@ -15,7 +15,8 @@ from sparse_callbacks.methods.drop_and_grow import DropAndGrow
 
 
 class SNFS(DropAndGrow):
-    """SNFS, sparse networks from scratch: grow where the smoothed dense gradient is large (Dettmers and Zettlemoyer, 2019).
+    """SNFS, sparse networks from scratch: grow where the smoothed dense gradient is large (Dettmers and Zettlemoyer,
+    2019).
 
     Every step smooths the dense gradient; every ``every`` steps an update follows the gradient step, layer by layer::
 
@@ -25,9 +26,9 @@ class SNFS(DropAndGrow):
 
     Costs one dense copy of the sparse weights and two passes over it in every step.
 
-    Differs from the paper: a layer keeps its planned count, without the redistribution between layers by mean momentum; the
-    smoothed gradient is kept here for every optimizer, where the paper uses the momentum buffer of SGD; the fraction falls by a
-    cosine, as in RigL's comparison.
+    Differs from the paper: a layer keeps its planned count, without the redistribution between layers by mean momentum;
+    the smoothed gradient is kept here for every optimizer, where the paper uses the momentum buffer of SGD; the
+    fraction falls by a cosine, as in RigL's comparison.
 
     Args:
         smoothing: weight of the past in the smoothed gradient, in [0, 1).
@@ -35,7 +36,8 @@ class SNFS(DropAndGrow):
             :class:`~sparse_callbacks.RigL`.
 
     Raises:
-        ValueError: arguments out of range, or a model, optimizer or checkpoint that does not fit; before the first batch.
+        ValueError: arguments out of range, or a model, optimizer or checkpoint that does not fit; before the first
+            batch.
 
     Example:
         >>> from sparse_callbacks import SNFS
@@ -62,11 +64,21 @@ class SNFS(DropAndGrow):
         **options: Unpack[Options],
     ) -> None:
         super().__init__(
-            sparsity, distribution=distribution, every=every, start=start, stop=stop, drop_fraction=drop_fraction,
-            include=include, exclude=exclude, seed=seed, **options,
-        )  # fmt: skip
+            sparsity,
+            distribution=distribution,
+            every=every,
+            start=start,
+            stop=stop,
+            drop_fraction=drop_fraction,
+            include=include,
+            exclude=exclude,
+            seed=seed,
+            **options,
+        )
         if isinstance(smoothing, bool) or not isinstance(smoothing, int | float) or not 0.0 <= smoothing < 1.0:
-            raise ValueError(f"smoothing={smoothing!r} is not in [0, 1): it is the weight of the past. The published value is 0.9.")
+            raise ValueError(
+                f"smoothing={smoothing!r} is not in [0, 1): it is the weight of the past. The published value is 0.9."
+            )
         self.smoothing = smoothing
         self._smoothed: dict[str, Tensor] = {}
 

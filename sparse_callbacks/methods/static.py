@@ -14,20 +14,23 @@ from sparse_callbacks.lightning.callback import SparsityCallback
 
 
 class Static(SparsityCallback):
-    """Static sparse training: one mask, drawn at random or taken from a checkpoint, held from the first step to the last.
+    """Static sparse training: one mask, drawn at random or taken from a checkpoint, held from the first step to the
+    last.
 
-    The baseline of every sparse-to-sparse method; and, with ``from_checkpoint``, fine-tuning that keeps a pruned network pruned.
+    The baseline of every sparse-to-sparse method; and, with ``from_checkpoint``, fine-tuning that keeps a pruned
+    network pruned.
 
     Args:
         sparsity: fraction of zeros over the selected weights, in [0, 1); None: 0.9, or what ``from_checkpoint`` holds.
         distribution: name, ``{glob: sparsity or name}`` or callable; see :class:`SparsityCallback`.
-        from_checkpoint: path of a checkpoint, or a state dict, whose zeros are the mask. A checkpoint written beside a callback of
-            this package gives its exact masks (a freshly grown weight is zero and yet active). Only the mask is taken: load the
-            weights yourself. Weights with no zeros in it stay dense.
+        from_checkpoint: path of a checkpoint, or a state dict, whose zeros are the mask. A checkpoint written beside a
+            callback of this package gives its exact masks (a freshly grown weight is zero and yet active). Only the
+            mask is taken: load the weights yourself. Weights with no zeros in it stay dense.
         include, exclude, seed, **options: see :class:`SparsityCallback`.
 
     Raises:
-        ValueError: arguments out of range; ``sparsity`` beside ``from_checkpoint``; a checkpoint without zeros or of another model.
+        ValueError: arguments out of range; ``sparsity`` beside ``from_checkpoint``; a checkpoint without zeros or of
+            another model.
 
     Example:
         >>> from sparse_callbacks import Static
@@ -47,10 +50,18 @@ class Static(SparsityCallback):
         **options: Unpack[Options],
     ) -> None:
         if sparsity is not None and from_checkpoint is not None:
-            raise ValueError(f"sparsity={sparsity!r} and from_checkpoint= are both given, and both decide the mask. Give one of them.")
+            raise ValueError(
+                f"sparsity={sparsity!r} and from_checkpoint= are both given, and both decide the mask. Give one of "
+                "them."
+            )
         start = 0.0 if from_checkpoint is not None else 0.9
         super().__init__(
-            start if sparsity is None else sparsity, distribution=distribution, include=include, exclude=exclude, seed=seed, **options
+            start if sparsity is None else sparsity,
+            distribution=distribution,
+            include=include,
+            exclude=exclude,
+            seed=seed,
+            **options,
         )
         self.sparsity = sparsity
         self.from_checkpoint = from_checkpoint
@@ -74,7 +85,9 @@ class Static(SparsityCallback):
             self._given = {e.name: self._resumed[e.name] for e in chosen}
         else:
             self._given = _masks_in(self.from_checkpoint, chosen)
-        parts = {layer: part for e in chosen for layer, part in zip(e.layers, e.split(self._given[e.name]), strict=True)}
+        parts = {
+            layer: part for e in chosen for layer, part in zip(e.layers, e.split(self._given[e.name]), strict=True)
+        }
         return {layer: 1 - int(part.count_nonzero()) / part.numel() for layer, part in parts.items()}
 
     def parameter_zeros(self, entries: Sequence[Entry], targets: Mapping[str, float]) -> dict[str, int]:
@@ -103,10 +116,15 @@ def _masks_in(source: str | Path | Mapping[str, Any], entries: Sequence[Entry]) 
     if missing:
         known = ", ".join(k for k, v in weights.items() if isinstance(v, Tensor) and v.ndim > 1)
         raise ValueError(
-            f"from_checkpoint= does not fit the model: {', '.join(missing)} not found with the same shape. The checkpoint has: {known}. "
-            "Names must be those of the LightningModule; rename the keys, or leave layers out with include= or exclude=."
+            f"from_checkpoint= does not fit the model: {', '.join(missing)} not found with the same shape. The "
+            f"checkpoint has: {known}. "
+            "Names must be those of the LightningModule; rename the keys, or leave layers out with include= or "
+            "exclude=."
         )
     masks = {e.name: saved[e.name] if e.name in saved else weights[e.name] != 0 for e in entries}
     if all(bool(m.all()) for m in masks.values()):
-        raise ValueError("from_checkpoint= holds no zeros in the selected weights, so there is no mask to keep. Give sparsity= instead.")
+        raise ValueError(
+            "from_checkpoint= holds no zeros in the selected weights, so there is no mask to keep. Give sparsity= "
+            "instead."
+        )
     return masks

@@ -226,5 +226,6 @@ def refuse_sparse_checkpoint(path: str | None, method: SparsityCallback | None) 
     if sparse:
         raise ValueError(
             f"ckpt_path={path} is of a sparse run ({sparse[0]}), and method=none would train its zeros away. "
-            "Give the method and the arguments of that run, or method=static method.from_checkpoint=FILE to hold its mask in a new run."
+            "Give the method and the arguments of that run, or method=static method.from_checkpoint=FILE to hold its "
+            "mask in a new run."
         )

@@ -83,7 +83,9 @@ class RunState(pl.Callback):
         self.gradients = gradients
         self._restored: dict[str, Any] | None = None
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         states: list[Any] = [states_to_save()]
         if trainer.world_size > 1:
             states = [None] * trainer.world_size
@@ -92,7 +94,9 @@ class RunState(pl.Callback):
         if self.gradients and inside_window(trainer):
             checkpoint[KEY]["gradients"] = accumulated_gradients(pl_module)
 
-    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         self._restored = checkpoint.get(KEY)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -77,7 +77,9 @@ class SafeStop(Checkpoint):
         if threading.current_thread() is threading.main_thread():
             self._previous_handlers = {number: signal.signal(number, self._remember) for number in SIGNALS}
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         step = trainer.global_step
         # inside an accumulation window several batches end at the same step, and one checkpoint of it is enough
         if self.every is not None and step % self.every == 0 and step != self._saved_at:

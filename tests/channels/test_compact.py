@@ -27,7 +27,11 @@ from sparse_callbacks.channels.slim import slim
 def test_a_compact_checkpoint_loads_onto_the_original_class(name: str, tmp_path: Path) -> None:
     build = NETS.get(name, lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.Sigmoid(), nn.Conv2d(8, 4, 3, bias=False)))
     net, x = made(build), torch.randn(IMAGE)
-    masks = half(net, [g for g in channel_groups(net, x) if not g.reason]) if name in NETS else {"0.weight": dead_rows(4, 8)}
+    masks = (
+        half(net, [g for g in channel_groups(net, x) if not g.reason])
+        if name in NETS
+        else {"0.weight": dead_rows(4, 8)}
+    )
     small, _ = slim(net, masks, x)
     compact.save_compact(small, tmp_path / "small.safetensors")
     torch.serialization.clear_safe_globals()
@@ -37,13 +41,17 @@ def test_a_compact_checkpoint_loads_onto_the_original_class(name: str, tmp_path:
     assert again is fresh
     assert torch.equal(outputs(again, x), outputs(small, x))
     assert differences(again.state_dict(), small.state_dict()) == []
-    assert [str(m) for m in again.modules() if not list(m.children())] == [str(m) for m in small.modules() if not list(m.children())]
+    assert [str(m) for m in again.modules() if not list(m.children())] == [
+        str(m) for m in small.modules() if not list(m.children())
+    ]
     description = json.loads((tmp_path / "small.json").read_text())
     assert description["version"] == 1
     with torch.device("meta"):
         elsewhere = build()
     if name not in ("scaled",):  # a parameter of its own is made from random numbers, which meta tensors do not hold
-        assert torch.equal(outputs(compact.load_compact(elsewhere, tmp_path / "small.safetensors"), x), outputs(small, x))
+        assert torch.equal(
+            outputs(compact.load_compact(elsewhere, tmp_path / "small.safetensors"), x), outputs(small, x)
+        )
 
 
 def test_tied_weights_stay_tied_on_disk(tmp_path: Path) -> None:
@@ -104,11 +112,16 @@ def two_linear(is_tied: bool) -> nn.Module:
         (conv(out=8), conv(), r"weight has shape \[4, 4, 3, 3\] here and \[8, 4, 3, 3\] there"),
         (nn.Embedding(3, 2), nn.Embedding(5, 2), r"weight has shape \[5, 2\] here and \[3, 2\] there"),
     ],
-)  # fmt: skip
-def test_a_checkpoint_of_another_model_is_refused(saved: nn.Module, model: nn.Module, difference: str, tmp_path: Path) -> None:
+)
+def test_a_checkpoint_of_another_model_is_refused(
+    saved: nn.Module, model: nn.Module, difference: str, tmp_path: Path
+) -> None:
     before = copy.deepcopy(model.state_dict())
     compact.save_compact(saved, tmp_path / "small.safetensors")
-    with pytest.raises(ValueError, match=rf"is of another model: {difference}. Give an instance of {type(saved).__name__}, made with the"):
+    with pytest.raises(
+        ValueError,
+        match=rf"is of another model: {difference}. Give an instance of {type(saved).__name__}, made with the",
+    ):
         compact.load_compact(model, tmp_path / "small.safetensors")
     assert differences(before, model.state_dict()) == []
 
@@ -122,7 +135,9 @@ def test_a_checkpoint_of_another_model_is_refused(saved: nn.Module, model: nn.Mo
         ("in_channels", None, "in_channels of '' is None there"),
     ],
 )
-def test_sizes_that_are_not_those_of_the_tensors_are_refused(attribute: str, value: object, difference: str, tmp_path: Path) -> None:
+def test_sizes_that_are_not_those_of_the_tensors_are_refused(
+    attribute: str, value: object, difference: str, tmp_path: Path
+) -> None:
     path = tmp_path / "small.safetensors"
     compact.save_compact(conv(), path)
     description = json.loads(path.with_suffix(".json").read_text())
@@ -132,18 +147,24 @@ def test_sizes_that_are_not_those_of_the_tensors_are_refused(attribute: str, val
         compact.load_compact(conv(), path)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"version": 1}', '{"version": 1, "class": "Linear", "layers": {"": 3}, "shared": {}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"version": 1}', '{"version": 1, "class": "Linear", "layers": {"": 3}, "shared": {}}']
+)
 def test_a_description_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "small.safetensors"
     compact.save_compact(nn.Linear(4, 4), path)
     path.with_suffix(".json").write_text(text)
-    with pytest.raises(ValueError, match=r"small.safetensors and small.json are not a compact checkpoint .* Write them anew"):
+    with pytest.raises(
+        ValueError, match=r"small.safetensors and small.json are not a compact checkpoint .* Write them anew"
+    ):
         compact.load_compact(nn.Linear(4, 4), path)
 
 
 def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "small.safetensors"
-    with pytest.raises(FileNotFoundError, match=r"There is no file .*small.safetensors. A compact checkpoint is two files, small.saf"):
+    with pytest.raises(
+        FileNotFoundError, match=r"There is no file .*small.safetensors. A compact checkpoint is two files, small.saf"
+    ):
         compact.load_compact(nn.Linear(4, 4), path)
     compact.save_compact(nn.Linear(4, 4), path)
     path.write_bytes(path.read_bytes()[:9])
@@ -159,7 +180,9 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
 
 
 def test_every_name_has_a_description_of_its_own(tmp_path: Path) -> None:
-    nets = {name: nn.Linear(4, size) for size, name in enumerate(["net-0.5", "net-0.3", "net.st", "net.safetensors"], 1)}
+    nets = {
+        name: nn.Linear(4, size) for size, name in enumerate(["net-0.5", "net-0.3", "net.st", "net.safetensors"], 1)
+    }
     for name, net in nets.items():
         compact.save_compact(net, tmp_path / name)
     for name, net in nets.items():
@@ -176,7 +199,9 @@ class Talkative(nn.Linear):
 
 
 def test_what_is_no_tensor_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"_extra_state in the state dict is not a tensor, and a compact checkpoint holds tensors only"):
+    with pytest.raises(
+        ValueError, match=r"_extra_state in the state dict is not a tensor, and a compact checkpoint holds tensors only"
+    ):
         compact.save_compact(Talkative(2, 2), tmp_path / "x.safetensors")
 
 

@@ -22,7 +22,7 @@ from oracles.smcp import (
     TINY_SOLVED,
     TINY_TOTAL,
     WEIGHT,
-)  # fmt: skip
+)
 from torch import Tensor, nn
 
 from sparse_callbacks.channels.costs import Layer, OtherCosts, cost_outside_layers, layers, multiply_adds, parameters
@@ -37,7 +37,7 @@ from sparse_callbacks.methods.smcp.allocation import (
     smallest_cost,
     solve_once,
     values_of,
-)  # fmt: skip
+)
 from sparse_callbacks.methods.smcp.knapsack import InfeasibleError
 from sparse_callbacks.methods.smcp.scores import input_scores, magnitude, taylor, unit_scores
 
@@ -79,7 +79,7 @@ NETS = {
     "transposed": (nn.Sequential(nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1)), (2, 4, 5, 7)),
     "dilated": (nn.Sequential(nn.Conv3d(2, 4, (3, 1, 2), dilation=2, padding="same")), (2, 2, 6, 6, 6)),
     "used twice": (Twice(), (2, 4, 8, 8)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -87,7 +87,9 @@ def test_dense_costs_are_those_of_torch(name: str) -> None:
     net, shape = NETS[name]
     x = torch.randn(shape)
     found = layers(net, x)
-    assert sum(multiply_adds(layer, layer.inputs, layer.outputs) for layer in found.values()) * shape[0] == counted(net, x)
+    assert sum(multiply_adds(layer, layer.inputs, layer.outputs) for layer in found.values()) * shape[0] == counted(
+        net, x
+    )
     weights = sum(m.weight.numel() for m in net.modules() if hasattr(m, "weight"))
     assert sum(parameters(layer, layer.inputs, layer.outputs) for layer in found.values()) == weights
 
@@ -104,7 +106,8 @@ def test_looking_at_a_model_leaves_it_as_it_is() -> None:
 
 
 class Attends(nn.Module):
-    """Tokens [n, 5]: an embedding, attention, an MLP, two recurrent layers, a product with a parameter; a head that is never called."""
+    """Tokens [n, 5]: an embedding, attention, an MLP, two recurrent layers, a product with a parameter; a head that is
+    never called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,12 +129,15 @@ def test_what_is_no_convolution_and_no_linear_layer_is_counted_as_it_is() -> Non
     other = cost_outside_layers(net, tokens, found)
     recurrent = 3 * 4 * (6 + 4) + 4 * 4 * (4 + 4)
     assert other.parameters == 7 * 6 + 4 * 6 * 6 + recurrent + 4 * 3
-    # of one sample: projections of attention, scores and sums over 5 tokens, the recurrent layers' 5 steps, the last product
+    # of one sample: projections of attention, scores and sums over 5 tokens, the recurrent layers' 5 steps, the last
+    # product
     assert other.multiply_adds == 5 * 4 * 6 * 6 + 2 * 5 * 5 * 6 + 5 * recurrent + 5 * 4 * 3
     assert torch.backends.mha.get_fastpath_enabled()
     assert all(not m._forward_hooks for m in net.modules())
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2))
-    assert cost_outside_layers(plain, torch.zeros(2, 3, 8, 8), layers(plain, torch.zeros(2, 3, 8, 8))) == OtherCosts(0.0, 0.0)
+    assert cost_outside_layers(plain, torch.zeros(2, 3, 8, 8), layers(plain, torch.zeros(2, 3, 8, 8))) == OtherCosts(
+        0.0, 0.0
+    )
     assert Network(found, [], parameters, other.parameters).dense == other.parameters + 2 * 60
 
 
@@ -143,7 +149,9 @@ class Tiny(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1, self.conv2, self.conv3 = (nn.Conv2d(*TINY[f"conv{i}"][::-1], 3, padding=1, bias=False) for i in (1, 2, 3))
+        self.conv1, self.conv2, self.conv3 = (
+            nn.Conv2d(*TINY[f"conv{i}"][::-1], 3, padding=1, bias=False) for i in (1, 2, 3)
+        )
         self.fc = nn.Linear(32, 10, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -180,7 +188,9 @@ def test_the_reference_network(seed: int) -> None:
         got = solve_once(found, options, values, budget * TINY_TOTAL, found.sizes)
         assert dict(zip(kept, got.kept, strict=True)) == kept
         assert (got.cost, got.estimate, got.gap) == (realised, estimate, 0.0)
-        more = allocate(found, options, values, budget * TINY_TOTAL, found.sizes)  # which may use what the estimate left
+        more = allocate(
+            found, options, values, budget * TINY_TOTAL, found.sizes
+        )  # which may use what the estimate left
         assert more.value >= got.value
         assert more.cost <= budget * TINY_TOTAL
     for budget, minimum in TINY_INFEASIBLE.items():
@@ -222,7 +232,9 @@ def small_cost(net: nn.Module, groups: list[Group], kept: list[int], cost: str) 
         keep = torch.arange(group.size) < count
         for m in group.members:
             shape = net.get_parameter(m.parameter).shape
-            gone[m.module, m.dim] = gone.get((m.module, m.dim), torch.ones(shape[m.dim], dtype=torch.bool)) & m.kept(keep)
+            gone[m.module, m.dim] = gone.get((m.module, m.dim), torch.ones(shape[m.dim], dtype=torch.bool)) & m.kept(
+                keep
+            )
     total = 0.0
     for name, module in net.named_modules():
         if not hasattr(module, "weight"):
@@ -275,7 +287,9 @@ def test_the_choice_is_about_as_valuable_as_any_that_fits(cost: object) -> None:
     reached = []
     for seed, budget in itertools.product(range(4), (0.3, 0.5, 0.7)):
         options, values = priced(found, seed, 4)
-        every = itertools.product(*[list(zip(o.tolist(), v.tolist(), strict=True)) for o, v in zip(options, values, strict=True)])
+        every = itertools.product(
+            *[list(zip(o.tolist(), v.tolist(), strict=True)) for o, v in zip(options, values, strict=True)]
+        )
         capacity = max(budget * found.dense, smallest_cost(found, options))
         fitting = [sum(v for _, v in choice) for choice in every if found.realised([j for j, _ in choice]) <= capacity]
         got = allocate(found, options, values, capacity, found.sizes)
@@ -288,7 +302,8 @@ def test_the_choice_is_about_as_valuable_as_any_that_fits(cost: object) -> None:
 
 
 def test_one_solve_may_overspend_where_channels_come_back_and_the_repeated_one_does_not() -> None:
-    """Six convolutions in a row, half of each gone: what one solve brings back makes the others dearer than it counted."""
+    """Six convolutions in a row, half of each gone: what one solve brings back makes the others dearer than it
+    counted."""
     net = nn.Sequential(*[nn.Conv2d(16, 16, 3, padding=1, bias=False) for _ in range(6)])
     found, _ = network(net, torch.zeros(1, 16, 4, 4))
     options, values = priced(found, 3, 1)
@@ -363,7 +378,10 @@ def test_slices_of_other_groups_count_for_none_and_several_of_one_unit_for_it() 
     flattened = Member("layer", "layer.weight", 1, "in", torch.tensor([0, 0, -1, 1, 1]))
     assert unit_scores(input_scores(scores, 1, torch.tensor([True, False])), flattened, 2).tolist() == [3.0, 24.0]
     transposed = Member("layer", "layer.weight", 0, "in", torch.tensor([1, 0]))
-    assert unit_scores(input_scores(scores, 0, torch.tensor([1, 0, 0, 0, 1]).bool()), transposed, 2).tolist() == [200.0, 17.0]
+    assert unit_scores(input_scores(scores, 0, torch.tensor([1, 0, 0, 0, 1]).bool()), transposed, 2).tolist() == [
+        200.0,
+        17.0,
+    ]
 
 
 def test_ranking_and_options() -> None:
@@ -411,7 +429,11 @@ def test_the_ramp(case: tuple[str, float, int, int, int]) -> None:
 
 @pytest.mark.parametrize("curve", ["exp", "linear", "exp2"])
 def test_the_ramp_ends_exactly_at_its_target(curve: str) -> None:
-    assert (cost_reduction(curve, 0.3, 0.0), cost_reduction(curve, 0.3, 1.0), cost_reduction(curve, 0.3, 2.0)) == (0.0, 0.3, 0.3)
+    assert (cost_reduction(curve, 0.3, 0.0), cost_reduction(curve, 0.3, 1.0), cost_reduction(curve, 0.3, 2.0)) == (
+        0.0,
+        0.3,
+        0.3,
+    )
 
 
 def test_a_curve_that_is_not_known_is_refused() -> None:

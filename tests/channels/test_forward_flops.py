@@ -1,4 +1,5 @@
-"""FLOPs of one forward pass: attention under every kernel, its fast paths, recurrent layers. All counts are worked by hand."""
+"""FLOPs of one forward pass: attention under every kernel, its fast paths, recurrent layers. All counts are worked by
+hand."""
 
 import re
 from collections.abc import Callable
@@ -39,9 +40,15 @@ CASES: dict[str, Case] = {
     "shared by all": ((2, 3, 5, 8), (1, 1, 7, 8), (1, 1, 7, 8), {}, 2 * (1680 + 1680)),
     "grouped queries": ((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 8), {"enable_gqa": True}, 2 * (2240 + 2240)),
     "causal": ((2, 3, 5, 8), (2, 3, 5, 8), (2, 3, 5, 8), {"is_causal": True}, 2 * (1200 + 1200)),
-    "mask": ((2, 3, 5, 8), (2, 3, 5, 8), (2, 3, 5, 8), {"attn_mask": torch.ones(5, 5).tril().bool()}, 2 * (1200 + 1200)),
+    "mask": (
+        (2, 3, 5, 8),
+        (2, 3, 5, 8),
+        (2, 3, 5, 8),
+        {"attn_mask": torch.ones(5, 5).tril().bool()},
+        2 * (1200 + 1200),
+    ),
     "dropout": ((2, 3, 5, 8), (2, 3, 5, 8), (2, 3, 5, 8), {"dropout_p": 0.5}, 2 * (1200 + 1200)),
-}  # fmt: skip
+}
 
 
 def inputs_of(case: str, **made: Any) -> tuple[Tensor, ...]:
@@ -51,13 +58,17 @@ def inputs_of(case: str, **made: Any) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("around", [torch.no_grad, torch.enable_grad, torch.inference_mode], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_both_products_of_attention_count(case: str, dtype: torch.dtype, around: Callable[[], AbstractContextManager[Any]]) -> None:
+def test_both_products_of_attention_count(
+    case: str, dtype: torch.dtype, around: Callable[[], AbstractContextManager[Any]]
+) -> None:
     settings, expected = CASES[case][3:]
     with around():
         assert forward_flops(Calls(scaled_dot_product_attention, **settings), inputs_of(case, dtype=dtype)) == expected
 
 
-@pytest.mark.parametrize("kernels", [[SDPBackend.MATH], [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]], ids=["math", "flash"])
+@pytest.mark.parametrize(
+    "kernels", [[SDPBackend.MATH], [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]], ids=["math", "flash"]
+)
 @pytest.mark.parametrize("case", CASES)
 def test_the_count_is_the_same_with_any_kernel(case: str, kernels: list[SDPBackend]) -> None:
     settings, expected = CASES[case][3:]
@@ -65,8 +76,15 @@ def test_the_count_is_the_same_with_any_kernel(case: str, kernels: list[SDPBacke
         assert forward_flops(Calls(scaled_dot_product_attention, **settings), inputs_of(case)) == expected
 
 
-SETTINGS = {"_scaled_dot_product_efficient_attention": (None, False), "_scaled_dot_product_cudnn_attention": (None, False)}
-ON_META = [name for name in ATTENTION if name.endswith(("cudnn_attention", "efficient_attention", "flash_attention", "for_cpu"))]
+SETTINGS = {
+    "_scaled_dot_product_efficient_attention": (None, False),
+    "_scaled_dot_product_cudnn_attention": (None, False),
+}
+ON_META = [
+    name
+    for name in ATTENTION
+    if name.endswith(("cudnn_attention", "efficient_attention", "flash_attention", "for_cpu"))
+]
 
 
 @pytest.mark.parametrize("case", ["4-d", "other length", "grouped queries"])
@@ -92,7 +110,9 @@ def test_every_kernel_of_this_version_of_torch_is_known() -> None:
 
 @pytest.mark.parametrize("around", [torch.no_grad, torch.enable_grad], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("need_weights", [False, True])
-def test_the_fast_path_of_attention_counts_as_the_slow_one(need_weights: bool, around: Callable[[], AbstractContextManager[Any]]) -> None:
+def test_the_fast_path_of_attention_counts_as_the_slow_one(
+    need_weights: bool, around: Callable[[], AbstractContextManager[Any]]
+) -> None:
     net = nn.MultiheadAttention(8, 2, batch_first=True)
     x = torch.randn(3, 5, 8)
     for mode in (True, False):
@@ -110,7 +130,9 @@ def test_the_fast_path_of_an_encoder_counts_as_the_slow_one() -> None:
     with torch.no_grad():
         assert forward_flops(layer.eval(), x) == each
         assert forward_flops(net, x) == 2 * each
-        assert forward_flops(net, {"src": x, "src_key_padding_mask": padded}) == 2 * each  # padding counts as any other token
+        assert (
+            forward_flops(net, {"src": x, "src_key_padding_mask": padded}) == 2 * each
+        )  # padding counts as any other token
     assert torch.backends.mha.get_fastpath_enabled()
 
 
@@ -125,9 +147,12 @@ RECURRENT: dict[str, tuple[nn.Module, int]] = {
     "gru": (nn.GRU(6, 4, batch_first=True), 3 * 4 * (6 + 4)),
     "lstm": (nn.LSTM(6, 4, batch_first=True), 4 * 4 * (6 + 4)),
     "lstm, two layers": (nn.LSTM(6, 4, 2, batch_first=True), 4 * 4 * (6 + 4) + 4 * 4 * (4 + 4)),
-    "lstm, both directions": (nn.LSTM(6, 4, 2, batch_first=True, bidirectional=True), 2 * (4 * 4 * (6 + 4) + 4 * 4 * (8 + 4))),
+    "lstm, both directions": (
+        nn.LSTM(6, 4, 2, batch_first=True, bidirectional=True),
+        2 * (4 * 4 * (6 + 4) + 4 * 4 * (8 + 4)),
+    ),
     "lstm, projected": (nn.LSTM(6, 4, batch_first=True, proj_size=3), 4 * 4 * (6 + 3) + 4 * 3),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("around", [nullcontext, torch.no_grad], ids=lambda f: f.__name__)

@@ -26,7 +26,11 @@ def parts(group: Group) -> tuple[list[str], list[str], list[str]]:
 
 def test_a_residual_sum_makes_one_group() -> None:
     found = groups_of(made(nets.Residual))
-    assert {n: (g.size, g.reason) for n, g in found.items()} == {"stem": (8, ""), "inner": (6, ""), "head": (5, OUTPUTS)}
+    assert {n: (g.size, g.reason) for n, g in found.items()} == {
+        "stem": (8, ""),
+        "inner": (6, ""),
+        "head": (5, OUTPUTS),
+    }
     assert parts(found["stem"]) == (["outer.weight", "stem.weight"], ["head.weight", "inner.weight"], ["norm.weight"])
     assert parts(found["inner"]) == (["inner.weight"], ["outer.weight"], [])
     assert all(m.units.tolist() == list(range(8)) for m in found["stem"].members)
@@ -35,8 +39,11 @@ def test_a_residual_sum_makes_one_group() -> None:
 def test_channels_move_through_a_padding_and_what_it_adds_has_to_stay() -> None:
     found = groups_of(made(nets.Padded))
     assert {n: (g.size, g.reason) for n, g in found.items()} == {
-        "stem": (6, ""), "inner": (4, ""), "outer": (3, "meets a padding of channels, whose width the model fixes"), "head.2": (5, OUTPUTS)
-    }  # fmt: skip
+        "stem": (6, ""),
+        "inner": (4, ""),
+        "outer": (3, "meets a padding of channels, whose width the model fixes"),
+        "head.2": (5, OUTPUTS),
+    }
     stem = found["stem"]
     assert parts(stem) == (["outer.weight", "stem.weight"], ["head.2.weight", "inner.weight"], ["norm.weight"])
     units = {m.parameter: m.units.tolist() for m in stem.members}
@@ -60,8 +67,10 @@ def test_a_concatenation_gives_offsets() -> None:
 def test_squeeze_excite_reads_and_scales_the_channels_of_a_depthwise_convolution() -> None:
     found = groups_of(made(nets.SqueezeExcite))
     assert parts(found["expand.0"]) == (
-        ["expand.0.weight", "up.weight"], ["down.weight", "project.weight"], ["depthwise.0.weight", "depthwise.1.weight", "expand.1.weight"]
-    )  # fmt: skip
+        ["expand.0.weight", "up.weight"],
+        ["down.weight", "project.weight"],
+        ["depthwise.0.weight", "depthwise.1.weight", "expand.1.weight"],
+    )
     assert parts(found["down"]) == (["down.weight"], ["up.weight"], [])
 
 
@@ -85,10 +94,20 @@ def test_a_grouped_convolution_ties_the_channels_with_the_same_place_in_its_grou
 
 def test_a_grouped_convolution_ties_the_branches_of_a_concatenation() -> None:
     found = groups_of(made(nets.Joined))
-    assert {n: (g.size, g.reason) for n, g in found.items()} == {"a": (2, ""), "b": (4, ""), "groups": (3, ""), "head": (4, OUTPUTS)}
-    assert {m.parameter: m.units.tolist() for m in found["a"].members} == {  # channels 0, 1 of the concatenation, and 6, 7
-        "a.weight": [0, 1], "c.weight": [0, 1] + [-1] * 4, "norm.weight": [0, 1, -1, -1, -1, -1] * 2, "groups.weight": [0, 1] + [-1] * 4
-    }  # fmt: skip
+    assert {n: (g.size, g.reason) for n, g in found.items()} == {
+        "a": (2, ""),
+        "b": (4, ""),
+        "groups": (3, ""),
+        "head": (4, OUTPUTS),
+    }
+    assert {
+        m.parameter: m.units.tolist() for m in found["a"].members
+    } == {  # channels 0, 1 of the concatenation, and 6, 7
+        "a.weight": [0, 1],
+        "c.weight": [0, 1] + [-1] * 4,
+        "norm.weight": [0, 1, -1, -1, -1, -1] * 2,
+        "groups.weight": [0, 1] + [-1] * 4,
+    }
     assert [p.units.tolist() for p in found["b"].producers if p.module == "c"] == [[-1, -1, 0, 1, 2, 3]]
 
 
@@ -120,7 +139,9 @@ def test_time_runs_on_in_the_second_trace(monkeypatch: pytest.MonkeyPatch) -> No
     begins: list[float | None] = []
     original = Trace.__init__
 
-    def counted(self: Trace, model: nn.Module, x: object, seconds: float, branches: object = (), begin: float | None = None) -> None:
+    def counted(
+        self: Trace, model: nn.Module, x: object, seconds: float, branches: object = (), begin: float | None = None
+    ) -> None:
         begins.append(begin)
         original(self, model, x, seconds, branches, begin)
 
@@ -138,13 +159,19 @@ def test_transposed_convolutions_store_their_inputs_first() -> None:
 
 
 def test_parameters_with_an_entry_for_each_channel_follow_and_shared_ones_do_not() -> None:
-    assert parts(groups_of(made(nets.Scaled))["first"]) == (["first.weight"], ["last.weight"], ["scale", "slopes.weight"])
+    assert parts(groups_of(made(nets.Scaled))["first"]) == (
+        ["first.weight"],
+        ["last.weight"],
+        ["scale", "slopes.weight"],
+    )
 
 
 def test_reused_layers_and_layers_of_another_class_are_fine() -> None:
     found = groups_of(made(nets.Reused))
     assert parts(found["first"]) == (["first.weight", "twice.weight"], ["head.weight", "twice.weight"], [])
-    assert [g.reason for g in channel_groups(nn.Sequential(nets.Kernel(3, 4, 1), nets.Kernel(4, 2, 1)), torch.zeros(IMAGE))] == [
+    assert [
+        g.reason for g in channel_groups(nn.Sequential(nets.Kernel(3, 4, 1), nets.Kernel(4, 2, 1)), torch.zeros(IMAGE))
+    ] == [
         "",
         OUTPUTS,
     ]
@@ -160,8 +187,10 @@ def test_the_parts_of_a_chunk_stay_equally_large() -> None:
     found = groups_of(made(nets.Split))
     assert found["both"].size == 8
     assert {m.parameter: m.units.tolist() for m in found["both"].members} == {
-        "both.weight": list(range(8)) * 2, "branch.weight": list(range(8)), "head.weight": list(range(8)) + [-1] * 6
-    }  # fmt: skip
+        "both.weight": list(range(8)) * 2,
+        "branch.weight": list(range(8)),
+        "head.weight": list(range(8)) + [-1] * 6,
+    }
 
 
 def test_the_units_of_a_transformers_mlp_are_channels() -> None:
@@ -202,7 +231,10 @@ class OwnKernel(nn.Module):
         (nn.GroupNorm(2, 4), "runs into operation (GroupNorm), of which no single channels can be removed"),
         (nn.Softmax(1), "runs into Softmax, which is not known to keep channels apart"),
         (OwnKernel(), "runs into Convolution, which is not known to keep channels apart"),
-        (nn.Conv2d(4, 2, 1, groups=2), "operation: a grouped convolution with several inputs and one output in each group"),
+        (
+            nn.Conv2d(4, 2, 1, groups=2),
+            "operation: a grouped convolution with several inputs and one output in each group",
+        ),
         (nn.Conv2d(4, 8, 1, groups=4), "a single unit: grouped convolutions or chunks tie all the channels"),
         (nn.InstanceNorm2d(4), "runs into NativeBatchNorm, which is not known to keep channels apart"),
         (nn.LayerNorm([4, 8, 8]), "runs into operation (LayerNorm), of which no single channels can be removed"),
@@ -256,7 +288,9 @@ def test_excluded_layers_keep_their_inputs_and_outputs(exclude: object) -> None:
 
 
 def test_a_glob_that_matches_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"exclude='foo\*' matches no module and no parameter. There are for example stem"):
+    with pytest.raises(
+        ValueError, match=r"exclude='foo\*' matches no module and no parameter. There are for example stem"
+    ):
         groups_of(made(nets.Residual), exclude="foo*")
 
 
@@ -338,9 +372,18 @@ def stored() -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (pruned, r"Sequential cannot be copied \(RuntimeError: .*0.weight_orig is of torch.nn.utils.prune or weight_norm: call prune.r"),
-        (stored, r"Stored cannot be copied \(RuntimeError: .*Detach, or delete, the tensors that its forward pass or its hooks store"),
-        (lambda: torch.jit.script(nn.Linear(4, 2)), "This is a ScriptModule, whose layers cannot be replaced. Give the module that it"),
+        (
+            pruned,
+            r"Sequential cannot be copied \(RuntimeError: .*0.weight_orig is of torch.nn.utils.prune or weight_norm: call prune.r",
+        ),
+        (
+            stored,
+            r"Stored cannot be copied \(RuntimeError: .*Detach, or delete, the tensors that its forward pass or its hooks store",
+        ),
+        (
+            lambda: torch.jit.script(nn.Linear(4, 2)),
+            "This is a ScriptModule, whose layers cannot be replaced. Give the module that it",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -366,7 +409,9 @@ class Named(nn.Module):
         return {"y": self.last(self.first(x) * scale)}
 
 
-@pytest.mark.parametrize("given", [(torch.zeros(1, 4), torch.ones(1)), {"scale": torch.ones(1), "x": torch.zeros(1, 4)}], ids=type)
+@pytest.mark.parametrize(
+    "given", [(torch.zeros(1, 4), torch.ones(1)), {"scale": torch.ones(1), "x": torch.zeros(1, 4)}], ids=type
+)
 def test_inputs_may_be_several_and_outputs_a_dictionary(given: object) -> None:
     first, last = channel_groups(Named(), given)
     assert (first.name, last.reason) == ("first", OUTPUTS)
@@ -390,5 +435,7 @@ def test_a_search_that_takes_too_long_is_given_up(during: str, monkeypatch: pyte
 
 def test_without_torch_pruning_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
-    with pytest.raises(ImportError, match=r"torch-pruning is needed here .* pip install 'sparse-callbacks\[channels\]'"):
+    with pytest.raises(
+        ImportError, match=r"torch-pruning is needed here .* pip install 'sparse-callbacks\[channels\]'"
+    ):
         groups_of(made(nets.Residual))

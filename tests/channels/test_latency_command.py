@@ -17,7 +17,9 @@ from sparse_callbacks.channels.latency.table import Grid, Table
 LINEAR = ["torch.nn:Linear", "--arguments", '{"in_features": 6, "out_features": 4}', "--input", "6", "--points", "1"]
 
 
-def test_the_command_measures_keeps_and_reuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_measures_keeps_and_reuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     seen = by_weights(monkeypatch)
     out = tmp_path / "new" / "t.json"
     words = [*LINEAR, "--out", str(out)]
@@ -44,7 +46,10 @@ def test_the_command_measures_keeps_and_reuses(tmp_path: Path, monkeypatch: pyte
         (["--batch", "2"], "batch 1 (now 2)."),
         (["--points", "8"], "points 1 (now 8)."),
         (["--repeats", "3", "--channels-last"], "repeats 15 (now 3), channels_last False (now True)."),
-        (["--arguments", '{"in_features": 6}'], 'model torch.nn:Linear {"in_features": 6, "out_features": 4} (now torch.nn:Linear {"in_f'),
+        (
+            ["--arguments", '{"in_features": 6}'],
+            'model torch.nn:Linear {"in_features": 6, "out_features": 4} (now torch.nn:Linear {"in_f',
+        ),
     ],
 )
 def test_a_file_of_other_settings_stays(
@@ -111,7 +116,9 @@ class Odd(nn.Module):
         (["--input", "7"], "the model fails with a float tensor of size [1, 7] (RuntimeError: "),
     ],
 )
-def test_arguments_that_cannot_be_are_refused(words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_arguments_that_cannot_be_are_refused(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match="2"):
         main([*LINEAR, "--out", str(tmp_path / "t.json"), *words])
     assert said in " ".join(capsys.readouterr().err.split())
@@ -123,12 +130,18 @@ def test_arguments_that_cannot_be_are_refused(words: list[str], said: str, tmp_p
     [
         ("mynets", "model 'mynets' is not of the form module:callable, such as torchvision.models:resnet18."),
         (":net", "model ':net' is not of the form module:callable"),
-        ("nonets:small", "model 'nonets:small': No module named 'nonets'. Install nonets, or run the command in the folder that it is in."),
+        (
+            "nonets:small",
+            "model 'nonets:small': No module named 'nonets'. Install nonets, or run the command in the folder that it "
+            "is in.",
+        ),
         ("torch.nn:Lineal", "has no attribute 'Lineal'. Give a function or class of torch.nn that makes the model."),
         ("torch:zeros", "model 'torch:zeros' gives a Tensor, not a torch.nn.Module."),
     ],
 )
-def test_what_gives_no_model_is_refused(model: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_gives_no_model_is_refused(
+    model: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["--arguments", '{"size": [2]}'] if model == "torch:zeros" else []
     with pytest.raises(SystemExit, match="2"):
         main([model, "--input", "6", "--out", str(tmp_path / "t.json"), *words])
@@ -138,10 +151,14 @@ def test_what_gives_no_model_is_refused(model: str, said: str, tmp_path: Path, c
 def test_what_the_command_is_made_of_says_why_it_refuses(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model 'net' is not of the form module:callable"):
         command.built("net", {})
-    with pytest.raises(ValueError, match=r"fails with a float tensor of size \[1, 3\] \(RuntimeError: no such thing\)\. Give --input"):
+    with pytest.raises(
+        ValueError, match=r"fails with a float tensor of size \[1, 3\] \(RuntimeError: no such thing\)\. Give --input"
+    ):
         command.refuse_size(Odd(), [3])
     (tmp_path / "t.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"--out holds something else: .* is not a latency table of version 2 .* or --overwrite"):
+    with pytest.raises(
+        ValueError, match=r"--out holds something else: .* is not a latency table of version 2 .* or --overwrite"
+    ):
         command.reusable(tmp_path / "t.json", {})
 
 
@@ -149,7 +166,10 @@ def test_the_place_of_the_file_is_looked_at_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    for out, said in ((tmp_path / "file" / "t.json", "its folder cannot be made ("), (tmp_path, "is a folder, or in one that cannot be")):
+    for out, said in (
+        (tmp_path / "file" / "t.json", "its folder cannot be made ("),
+        (tmp_path, "is a folder, or in one that cannot be"),
+    ):
         with pytest.raises(SystemExit, match="2"):
             main(["nonets:small", "--input", "6", "--out", str(out)])
         assert f"--out {out}{':' if 'made' in said else ''} {said}" in " ".join(capsys.readouterr().err.split())

@@ -1,4 +1,5 @@
-"""Measuring a latency table: every kind of layer alone, and the line that is fitted to the whole model in three sizes."""
+"""Measuring a latency table: every kind of layer alone, and the line that is fitted to the whole model in three
+sizes."""
 
 from typing import Any
 
@@ -31,7 +32,11 @@ def test_every_layer_is_measured_over_its_channels(monkeypatch: pytest.MonkeyPat
     assert table(found["c"], 8, 8) == 8 * 8 * 9 / 4
     assert table(found["e"], 4, 10) == 4 * 10
     assert table.about["model_ms"] == sum(weights.values())
-    assert (table.about["batch"], table.about["input"], table.about["threads"]) == (2, [3, 9, 9], torch.get_num_threads())
+    assert (table.about["batch"], table.about["input"], table.about["threads"]) == (
+        2,
+        [3, 9, 9],
+        torch.get_num_threads(),
+    )
 
 
 def test_measuring_leaves_the_model_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +56,9 @@ def test_a_convolution_is_measured_with_the_batch_norm_behind_it_where_the_model
     assert [type(m) for m in probe(conv, 2, 6, True)] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
     alone = probe(conv, 2, 6, False)
     assert repr(alone) == repr(nn.Conv2d(2, 6, 3, stride=2, padding=1, dilation=2, groups=2, padding_mode="reflect"))
-    assert repr(probe(nn.Conv1d(4, 4, 3, groups=4, bias=False), 3, 3, False)) == repr(nn.Conv1d(3, 3, 3, groups=3, bias=False))
+    assert repr(probe(nn.Conv1d(4, 4, 3, groups=4, bias=False), 3, 3, False)) == repr(
+        nn.Conv1d(3, 3, 3, groups=3, bias=False)
+    )
     up = nn.ConvTranspose2d(4, 4, 3, stride=2, output_padding=1)
     assert repr(probe(up, 2, 3, False)) == repr(nn.ConvTranspose2d(2, 3, 3, stride=2, output_padding=1))
     assert repr(probe(nn.Linear(4, 4), 2, 3, True)) == repr(nn.Linear(2, 3))
@@ -96,7 +103,12 @@ def test_a_table_measured_here_serves_as_a_cost() -> None:
 
 def test_the_line_has_the_smallest_relative_errors() -> None:
     exact = fitted([14.0, 8.0, 5.0], [10.0, 5.0, 2.5])
-    assert (exact.constant, exact.factor, exact.largest_error, exact.reason) == (pytest.approx(2), pytest.approx(1.2), pytest.approx(0), "")
+    assert (exact.constant, exact.factor, exact.largest_error, exact.reason) == (
+        pytest.approx(2),
+        pytest.approx(1.2),
+        pytest.approx(0),
+        "",
+    )
     times, sums = [14.0, 8.0, 4.5], [10.0, 5.0, 2.5]
     fit = fitted(times, sums)
 
@@ -104,11 +116,25 @@ def test_the_line_has_the_smallest_relative_errors() -> None:
         return sum(((constant + factor * s) / t - 1) ** 2 for t, s in zip(times, sums, strict=True))
 
     best = errors(fit.constant, fit.factor)
-    assert all(errors(fit.constant + a, fit.factor + b) > best for a in (-0.01, 0, 0.01) for b in (-0.01, 0, 0.01) if (a, b) != (0, 0))
+    assert all(
+        errors(fit.constant + a, fit.factor + b) > best
+        for a in (-0.01, 0, 0.01)
+        for b in (-0.01, 0, 0.01)
+        if (a, b) != (0, 0)
+    )
     found = [fit.at(s) for s in sums]
     assert fit.largest_error == max(abs(f / t - 1) for f, t in zip(found, times, strict=True)) < 0.05
-    assert fit.about == {"model_ms": 14, "half_ms": 8, "quarter_ms": 4.5, "model_ms_by_table": found[0], "off": fit.largest_error}
-    parts = [f"{n} {t:g} ms (by the table {f:.4g})" for n, t, f in zip(("all channels", "half", "a quarter"), times, found, strict=True)]
+    assert fit.about == {
+        "model_ms": 14,
+        "half_ms": 8,
+        "quarter_ms": 4.5,
+        "model_ms_by_table": found[0],
+        "off": fit.largest_error,
+    }
+    parts = [
+        f"{n} {t:g} ms (by the table {f:.4g})"
+        for n, t, f in zip(("all channels", "half", "a quarter"), times, found, strict=True)
+    ]
     assert str(fit) == f"the model as {fit.constant:.4g} ms + {fit.factor:.4g} x its layers: {', '.join(parts)}"
 
 
@@ -118,7 +144,10 @@ def test_the_line_through_times_that_lie_on_one_is_that_line() -> None:
         sums = sorted((torch.randperm(3000, generator=draw)[:3] + 1.0).tolist(), reverse=True)
         for constant, factor in ((0.0, 1.0), (0.0, 0.75), (2.0, 1.5)):
             fit = fitted([constant + factor * s for s in sums], sums)
-            assert (fit.constant, fit.factor) == (constant, factor)  # sums and times are floats without rounding, and so is the line
+            assert (fit.constant, fit.factor) == (
+                constant,
+                factor,
+            )  # sums and times are floats without rounding, and so is the line
 
 
 @pytest.mark.parametrize(
@@ -128,7 +157,9 @@ def test_the_line_through_times_that_lie_on_one_is_that_line() -> None:
         ([10.0, 30.0, 9.0], [9.0, 3.0, 2.0], (None, 0.0)),  # the best of all would fall
     ],
 )
-def test_neither_part_of_the_line_is_below_zero(times: list[float], sums: list[float], line: tuple[float | None, float | None]) -> None:
+def test_neither_part_of_the_line_is_below_zero(
+    times: list[float], sums: list[float], line: tuple[float | None, float | None]
+) -> None:
     fit = fitted(times, sums)
     assert min(fit.constant, fit.factor) >= 0 < max(fit.constant, fit.factor)
     assert all(expected in (None, got) for expected, got in zip(line, (fit.constant, fit.factor), strict=True))
@@ -162,7 +193,13 @@ def test_a_smaller_model_has_fewer_channels_in_every_group() -> None:
     before = {n: t.clone() for n, t in net.state_dict().items()}
     groups = [g for g in slimmable_groups(net, x) if not g.reason]
     small = layers(shrunk(net, groups, 0.5), x)
-    assert {n: (k.inputs, k.outputs) for n, k in small.items()} == {"a": (3, 4), "b": (4, 4), "c": (4, 8), "d": (8, 3), "e": (3, 10)}
+    assert {n: (k.inputs, k.outputs) for n, k in small.items()} == {
+        "a": (3, 4),
+        "b": (4, 4),
+        "c": (4, 8),
+        "d": (8, 3),
+        "e": (3, 10),
+    }
     others, why = smaller(net, x)
     assert why == ""
     assert [m.e.in_features for m in others] == [3, 2]
@@ -178,7 +215,8 @@ def test_the_whole_model_is_measured_with_fewer_channels_too(monkeypatch: pytest
     dense, half, quarter = (2 + 1.5 * n for n in seen[-1])
     assert dense > half > quarter
     assert told[-1] == (
-        f"the model as 2 ms + 1.5 x its layers: all channels {dense:.4g} ms (by the table {dense:.4g}), half {half:.4g} ms (by the table "
+        f"the model as 2 ms + 1.5 x its layers: all channels {dense:.4g} ms (by the table {dense:.4g}), half "
+        f"{half:.4g} ms (by the table "
         f"{half:.4g}), a quarter {quarter:.4g} ms (by the table {quarter:.4g})"
     )
     expected = {"model_ms": dense, "half_ms": half, "quarter_ms": quarter, "model_ms_by_table": pytest.approx(dense)}
@@ -209,7 +247,9 @@ def test_without_channels_to_remove_the_rest_is_constant(monkeypatch: pytest.Mon
         table = measure(Net(), "net", 1, [3, 9, 9], points=2, report=told.append)
         assert (table.constant, table.factor) == (2 + 0.5 * weights, 1)
         whole = f"{2 + 1.5 * weights:.4g}"
-        assert told[-1].endswith(f"+ 1 x its layers: all channels {whole} ms (by the table {whole}); not fitted: {words}")
+        assert told[-1].endswith(
+            f"+ 1 x its layers: all channels {whole} ms (by the table {whole}); not fitted: {words}"
+        )
         assert "half_ms" not in table.about
 
 

@@ -47,9 +47,14 @@ class Mapped(nn.Module):
         return {"y": self.last(self.first(x).relu() + more["z"]) * scale}
 
 
-@pytest.mark.parametrize("example", [
-    (torch.randn(1, 4), {"z": torch.randn(1, 6)}), {"more": {"z": torch.randn(3, 6)}, "x": torch.randn(3, 4), "scale": 2.0}
-], ids=type)  # fmt: skip
+@pytest.mark.parametrize(
+    "example",
+    [
+        (torch.randn(1, 4), {"z": torch.randn(1, 6)}),
+        {"more": {"z": torch.randn(3, 6)}, "x": torch.randn(3, 4), "scale": 2.0},
+    ],
+    ids=type,
+)
 def test_onnx_files_take_any_batch(example: Any, tmp_path: Path) -> None:
     net, path = Mapped(), tmp_path / "x.onnx"
     assert export_onnx(net, path, example).relative < 1e-5
@@ -72,11 +77,17 @@ class Fixed(nn.Module):
     [
         (Fixed(), torch.randn(2, 4), "With another size: RuntimeError: The size of tensor a"),
         (nn.Bilinear(4, 3, 2), (torch.randn(1, 4), torch.randn(1, 3)), ""),
-        (Mapped(), (torch.randn(4), {"z": torch.randn(6)}), r"the inputs have no common size of dimension 0, but \[4, 6\]"),
+        (
+            Mapped(),
+            (torch.randn(4), {"z": torch.randn(6)}),
+            r"the inputs have no common size of dimension 0, but \[4, 6\]",
+        ),
     ],
     ids=["fixed", "bilinear", "vector"],
 )
-def test_onnx_files_of_one_batch_size_come_with_a_warning(net: nn.Module, example: Any, reason: str, tmp_path: Path) -> None:
+def test_onnx_files_of_one_batch_size_come_with_a_warning(
+    net: nn.Module, example: Any, reason: str, tmp_path: Path
+) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert export_onnx(net, tmp_path / "x.onnx", example).relative < 1e-5
@@ -91,7 +102,9 @@ def test_onnx_files_of_one_batch_size_come_with_a_warning(net: nn.Module, exampl
 @pytest.mark.filterwarnings("ignore")
 def test_types_that_onnxruntime_lacks_are_named(dtype: torch.dtype, tmp_path: Path) -> None:
     net = nn.Conv2d(3, 4, 3).to(dtype)
-    with pytest.raises(ValueError, match=r"onnxruntime cannot run .*x.onnx .* give the model and example_input in float32"):
+    with pytest.raises(
+        ValueError, match=r"onnxruntime cannot run .*x.onnx .* give the model and example_input in float32"
+    ):
         export_onnx(net, tmp_path / "x.onnx", torch.randn(IMAGE, dtype=dtype))
 
 
@@ -102,8 +115,12 @@ def test_half_precision_has_a_tolerance_of_its_own(tmp_path: Path) -> None:
         export_onnx(net, tmp_path / "x.onnx", x, tolerance=1e-6)
 
 
-@pytest.mark.parametrize(("module", "name"), [("safetensors.torch", "channels"), ("onnxscript", "onnx"), ("onnxruntime", "onnx")])
-def test_without_the_extra_the_error_names_it(module: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("module", "name"), [("safetensors.torch", "channels"), ("onnxscript", "onnx"), ("onnxruntime", "onnx")]
+)
+def test_without_the_extra_the_error_names_it(
+    module: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     write = compact.save_compact if name == "channels" else lambda net, path: export_onnx(net, path, torch.zeros(1, 2))
     with pytest.raises(ImportError, match=rf"pip install 'sparse-callbacks\[{name}\]'"):

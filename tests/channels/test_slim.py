@@ -56,7 +56,12 @@ def test_sizes_and_costs_by_hand() -> None:
     small, proof = slim(net, {"3.weight": torch.tensor([1, 0, 1, 0, 0, 1]).bool()}, torch.randn(5, 4))
     assert [tuple(p.shape) for p in small.parameters()] == [(3, 4), (3,), (3,), (3,), (2, 3), (2,)]
     assert [p.requires_grad for p in small.parameters()] == [False] + [True] * 5
-    assert (small[0].out_features, small[1].num_features, small[3].in_features, small[1].running_var.shape) == (3, 3, 3, (3,))
+    assert (small[0].out_features, small[1].num_features, small[3].in_features, small[1].running_var.shape) == (
+        3,
+        3,
+        3,
+        (3,),
+    )
     assert (proof.before.parameters, proof.after.parameters) == (30 + 12 + 14, 15 + 6 + 8)
     assert (proof.before.flops, proof.after.flops) == (5 * 2 * (24 + 12), 5 * 2 * (12 + 6))
     assert small.training
@@ -82,8 +87,13 @@ def test_only_what_every_reader_leaves_goes() -> None:
     masks = {"inner.weight": torch.arange(8) < 4, "head.weight": torch.arange(8) < 6}
     small, proof = slim(net, masks, x)
     assert small.stem.out_channels == small.head.in_features == 6
-    torch.testing.assert_close(outputs(small, x), outputs(masked(net, {"inner.weight": masks["inner.weight"][:, None, None]}
-        | {"head.weight": masks["head.weight"]}), x))  # fmt: skip
+    torch.testing.assert_close(
+        outputs(small, x),
+        outputs(
+            masked(net, {"inner.weight": masks["inner.weight"][:, None, None]} | {"head.weight": masks["head.weight"]}),
+            x,
+        ),
+    )
     assert proof.removed == 2
     assert slim(net, {"inner.weight": masks["inner.weight"]}, x)[1].left_out == {"head": OUTPUTS}  # not even tried
 
@@ -109,7 +119,16 @@ def test_one_unit_stays_where_all_are_dead() -> None:
 def tied() -> nn.Module:
     """Two of four linear layers have one weight."""
     torch.manual_seed(0)
-    layers = [nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 3)]
+    layers = [
+        nn.Linear(6, 8),
+        nn.ReLU(),
+        nn.Linear(8, 8),
+        nn.ReLU(),
+        nn.Linear(8, 8),
+        nn.ReLU(),
+        nn.Linear(8, 8),
+        nn.Linear(8, 3),
+    ]
     net = nn.Sequential(*layers)
     net[4].weight = net[2].weight
     return net
@@ -184,12 +203,19 @@ def trained(net: nn.Module, x: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("noise", [0.0, 1.0])
 def test_a_head_of_train_mode_loses_the_channels_too(noise: float) -> None:
     net, x = made(lambda: Auxiliary(noise)), torch.randn(IMAGE)
-    masks = {n: torch.arange(8) < 5 for n in ("second.weight", "aside.conv.weight")} | {"aside.head.weight": torch.arange(4) < 3}
+    masks = {n: torch.arange(8) < 5 for n in ("second.weight", "aside.conv.weight")} | {
+        "aside.head.weight": torch.arange(4) < 3
+    }
     small, proof = slim(net, masks, x)
     assert (small.first.out_channels, small.aside.conv.in_channels, small.aside.conv.out_channels) == (5, 5, 3)
     if not noise:
-        for a, b in zip(trained(small, x), trained(masked(net, {n: m.view(1, -1, *[1] * (net.get_parameter(n).ndim - 2))
-            for n, m in masks.items()}), x), strict=True):  # fmt: skip
+        for a, b in zip(
+            trained(small, x),
+            trained(
+                masked(net, {n: m.view(1, -1, *[1] * (net.get_parameter(n).ndim - 2)) for n, m in masks.items()}), x
+            ),
+            strict=True,
+        ):
             torch.testing.assert_close(a, b)
     torch.stack(small.train()(x)).sum().backward()
     assert proof.left_out == {"head": OUTPUTS, "aside.head": OUTPUTS}
@@ -217,8 +243,14 @@ def test_a_group_that_changes_the_outputs_in_train_mode_is_put_back() -> None:
     found = {g.name: g.reason for g in slimmable_groups(net, x)}
     assert found["first"].startswith("without them, in train mode, the outputs differ by")
     assert not found["second"]
-    noisy = slim(made(lambda: Swapped(1.0)), masks | {"second.weight": torch.arange(8) < 5, "aside.conv.weight": torch.arange(8) < 5}, x)[1]
-    assert noisy.left_out["first"].startswith("without them, in train mode, the network fails (RuntimeError")  # 5 make no pairs
+    noisy = slim(
+        made(lambda: Swapped(1.0)),
+        masks | {"second.weight": torch.arange(8) < 5, "aside.conv.weight": torch.arange(8) < 5},
+        x,
+    )[1]
+    assert noisy.left_out["first"].startswith(
+        "without them, in train mode, the network fails (RuntimeError"
+    )  # 5 make no pairs
 
 
 def test_memory_formats_stay() -> None:
@@ -246,7 +278,8 @@ def test_a_module_that_lightning_has_compiled_is_slimmed_itself() -> None:
 def test_the_products_of_attention_count() -> None:
     net, x = made(Transformer), torch.randn(2, 4, 6)
     _, proof = slim(net, {"down.weight": torch.arange(12) < 6}, x)
-    # projections 4 x 6 x 6 and two products of 4 x 4 for each of 4 tokens and of 2 samples; MLP and head; two for each multiply-add
+    # projections 4 x 6 x 6 and two products of 4 x 4 for each of 4 tokens and of 2 samples; MLP and head; two for each
+    # multiply-add
     tokens, rest = 2 * 4, 2 * 4 * (4 * 6 * 6 + 2 * 4 * 6) + 2 * 6 * 3
     assert proof.before.flops == 2 * (rest + tokens * 2 * 6 * 12)
     assert proof.after.flops == 2 * (rest + tokens * 2 * 6 * 6)

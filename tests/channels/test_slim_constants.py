@@ -1,6 +1,5 @@
 """Slimming: what becomes of outputs that are dead, where something reads them."""
 
-
 import pytest
 import torch
 from support.channel_nets import IMAGE, OUTPUTS, Concat, Residual, dead_rows, made, masked, outputs
@@ -21,7 +20,9 @@ def test_the_constant_of_a_dead_output_goes_into_the_bias_of_its_reader(padding:
     small, proof = slim(net, {"0.weight": mask}, x)
     assert small[0].out_channels == 4
     assert small[3].bias.shape == (4,)
-    torch.testing.assert_close(outputs(small, 2 * x), outputs(masked(net, {"0.weight": mask}), 2 * x), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        outputs(small, 2 * x), outputs(masked(net, {"0.weight": mask}), 2 * x), rtol=1e-10, atol=1e-10
+    )
     assert proof.removed == 4
 
 
@@ -30,7 +31,9 @@ def test_a_linear_reader_takes_the_constants_behind_a_flattening() -> None:
     x = torch.randn(IMAGE, dtype=torch.float64)
     small, _ = slim(net, {"0.weight": dead_rows(2, 6)}, x)
     assert (small[0].out_channels, small[3].in_features) == (4, 4 * 36)
-    torch.testing.assert_close(outputs(small, 2 * x), outputs(masked(net, {"0.weight": dead_rows(2, 6)}), 2 * x), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        outputs(small, 2 * x), outputs(masked(net, {"0.weight": dead_rows(2, 6)}), 2 * x), rtol=1e-10, atol=1e-10
+    )
 
 
 def test_zero_padding_lets_only_zeros_pass() -> None:
@@ -40,7 +43,9 @@ def test_zero_padding_lets_only_zeros_pass() -> None:
         net[0].bias.zero_()
     small, proof = slim(net, {"0.weight": dead_rows(4, 8)}, torch.randn(IMAGE))
     assert small[0].out_channels == 5
-    assert proof.rows[0].reason == "1 units stay: what they hold is not a constant, or one that zero padding would change"
+    assert (
+        proof.rows[0].reason == "1 units stay: what they hold is not a constant, or one that zero padding would change"
+    )
 
 
 def test_a_dead_output_that_is_added_to_a_living_one_stays() -> None:
@@ -117,7 +122,13 @@ def test_below_float32_only_exact_constants_go(dtype: torch.dtype) -> None:
     class Cast(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            layers = [nn.Conv2d(3, 8, 1), nn.Sigmoid(), nn.Conv2d(8, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 64, 3)]
+            layers = [
+                nn.Conv2d(3, 8, 1),
+                nn.Sigmoid(),
+                nn.Conv2d(8, 8, 3, padding=1),
+                nn.Flatten(),
+                nn.Linear(8 * 64, 3),
+            ]
             self.layers = nn.Sequential(*layers)
 
         def forward(self, x: Tensor) -> Tensor:

@@ -20,8 +20,19 @@ def test_a_group_that_changes_the_outputs_is_put_back_and_named() -> None:
     assert set(proof.left_out) == {"first", "last"}
     assert proof.left_out["first"].startswith("without them the ")
     assert torch.equal(small.first.weight, net.first.weight)
-    torch.testing.assert_close(outputs(small, x), outputs(masked(net, {"inner.weight": masks["inner.weight"].view(1, -1, 1, 1),
-        "last.weight": masks["last.weight"].view(1, -1, 1, 1)}), x))  # fmt: skip
+    torch.testing.assert_close(
+        outputs(small, x),
+        outputs(
+            masked(
+                net,
+                {
+                    "inner.weight": masks["inner.weight"].view(1, -1, 1, 1),
+                    "last.weight": masks["last.weight"].view(1, -1, 1, 1),
+                },
+            ),
+            x,
+        ),
+    )
 
 
 def test_groups_are_tried_out_and_the_model_put_back() -> None:
@@ -53,9 +64,13 @@ def test_excluded_groups_stay() -> None:
 
 def test_masks_that_do_not_fit_are_refused() -> None:
     net, x = made(Residual), torch.randn(IMAGE)
-    with pytest.raises(ValueError, match=r"masks names 'foo.weight', and the model has no such parameter. There are for example stem.w"):
+    with pytest.raises(
+        ValueError, match=r"masks names 'foo.weight', and the model has no such parameter. There are for example stem.w"
+    ):
         slim(net, {"foo.weight": torch.ones(3)}, x)
-    with pytest.raises(ValueError, match=r"mask of outer.weight has shape \[1, 5, 1, 1\] and the parameter \[8, 6, 3, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"mask of outer.weight has shape \[1, 5, 1, 1\] and the parameter \[8, 6, 3, 3\]"
+    ):
         slim(net, {"outer.weight": torch.ones(5)}, x)
 
 
@@ -95,7 +110,8 @@ class Found:
 
 
 class Centred(nn.Module):
-    """A mean over the channels, which a trace takes for an elementwise operation; labels first, and a copy of the channels if asked."""
+    """A mean over the channels, which a trace takes for an elementwise operation; labels first, and a copy of the
+    channels if asked."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -164,10 +180,16 @@ def test_a_batch_is_compared_by_its_first_entry_and_at_the_end_as_a_whole(monkey
         return original(self, x)
 
     monkeypatch.setattr(Residual, "forward", counted)
-    masks = {"inner.weight": torch.arange(8) < 6, "head.weight": torch.arange(8) < 6, "outer.weight": torch.arange(6) < 3}
+    masks = {
+        "inner.weight": torch.arange(8) < 6,
+        "head.weight": torch.arange(8) < 6,
+        "outer.weight": torch.arange(6) < 3,
+    }
     assert slim(net, masks, x)[1].removed == 5
     assert sizes.count(1) == 4  # whether one is taken, what it gives, and a look after each of two groups
-    assert sizes.count(5) == 11  # whether float64 is taken, which layers run; three samples at first, at the end, and for the proof
+    assert (
+        sizes.count(5) == 11
+    )  # whether float64 is taken, which layers run; three samples at first, at the end, and for the proof
 
 
 def test_given_inputs_are_compared_too() -> None:

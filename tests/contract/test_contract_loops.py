@@ -35,7 +35,9 @@ def test_micro_batches_equal_one_large_batch(name: str, optimizer: str, clip: fl
     assert differences(masks[1], masks[3][2::3]) == []
     assert (large.step, large.updates) == (small.step, small.updates)
     # sums of three parts round otherwise
-    assert all(torch.allclose(a, b, rtol=1e-7, atol=1e-10) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
+    assert all(
+        torch.allclose(a, b, rtol=1e-7, atol=1e-10) for a, b in zip(whole.parameters(), parts.parameters(), strict=True)
+    )
 
 
 @every_steady_method
@@ -96,7 +98,9 @@ def test_a_gradient_that_is_not_finite_moves_no_mask(name: str, bad: int) -> Non
 
     def keep(trainer: pl.Trainer, *_: Any) -> None:
         # dense weights are weights, and take the step as weights do
-        states.append(copy.deepcopy((callback.masks, lasting({k: v for k, v in callback.state_dict().items() if k != "dense"}))))
+        states.append(
+            copy.deepcopy((callback.masks, lasting({k: v for k, v in callback.state_dict().items() if k != "dense"})))
+        )
 
     begin = pl.callbacks.LambdaCallback(on_train_start=lambda trainer, module: keep(trainer))
     fit(Breaks(), callback, begin, watch(keep), limit_train_batches=bad + 1, max_epochs=1)
@@ -134,7 +138,10 @@ def test_a_model_made_in_configure_model(name: str, tmp_path: Path) -> None:
 
 @every_method
 def test_a_second_fit_goes_on_and_a_fresh_model_starts_anew(name: str) -> None:
-    small = {"rounds": 1, "partitions": 2 if promises(name, "one network") else 1}  # for phases that end within eight steps
+    small = {
+        "rounds": 1,
+        "partitions": 2 if promises(name, "one network") else 1,
+    }  # for phases that end within eight steps
     module, callback = Classifier(), method(name, **small)
     fit(module, callback, max_epochs=1)
     state = copy.deepcopy((callback.masks, lasting(callback.state_dict())))
@@ -181,8 +188,11 @@ def test_manual_optimization_equals_automatic(name: str, window: int, clip: floa
 @every_method
 def test_evaluation_never_trips_a_refusal_and_changes_nothing(name: str, tmp_path: Path) -> None:
     refused = [
-        method(name, include=["nothing.*"]), method(name, every=1000, stop=2000), method(name, every=0.5, stop=1.0), method(name, seed=8)
-    ]  # fmt: skip
+        method(name, include=["nothing.*"]),
+        method(name, every=1000, stop=2000),
+        method(name, every=0.5, stop=1.0),
+        method(name, seed=8),
+    ]
     trained, callback = Classifier(), method(name)
     fit(trained, callback).save_checkpoint(tmp_path / "sparse.ckpt")
     dense = Classifier(conv_net(4), optimizer="adagrad")
@@ -218,7 +228,9 @@ def test_sanity_check_and_validation_change_nothing(name: str) -> None:
 
     callback, without = method(name), method(name)
     module, plain = Classifier(), Classifier()
-    trainer = trainer_for([callback, pl.callbacks.LambdaCallback(on_validation_start=start, on_validation_end=end)], val_check_interval=4)
+    trainer = trainer_for(
+        [callback, pl.callbacks.LambdaCallback(on_validation_start=start, on_validation_end=end)], val_check_interval=4
+    )
     trainer.fit(module, Batches(), Batches(batches=2, seed=1))
     assert seen == ["True", "False", "False", "False", "False"]
     assert differences(snapshot(trainer, module, callback), snapshot(fit(plain, without), plain, without)) == []
@@ -228,7 +240,13 @@ def test_sanity_check_and_validation_change_nothing(name: str) -> None:
 @pytest.mark.parametrize("steps", [True, 3])
 def test_fast_dev_run_never_trips_a_refusal(name: str, steps: int) -> None:
     long = {k: v for k, v in CONFIGS[name].items() if k in ("every", "stop")}
-    for changes in ({}, long, {"every": 1000, "start": 500, "stop": 2000}, {"every": 1000, "stop": 0.75}, {"every": 0.2, "stop": 0.75}):
+    for changes in (
+        {},
+        long,
+        {"every": 1000, "start": 500, "stop": 2000},
+        {"every": 1000, "stop": 0.75},
+        {"every": 0.2, "stop": 0.75},
+    ):
         callback, module = method(name, **changes), Classifier()
         trainer = trainer_for([callback], fast_dev_run=steps)
         trainer.fit(module, Batches(), Batches(batches=2))

@@ -26,7 +26,9 @@ def test_several_optimizers(name: str) -> None:
             {
                 "weights": [{n: p.detach() for n, p in net.named_parameters()} for net in nets],
                 "states": [o.state_dict()["state"] for o in module.trainer.optimizers],
-                "masks": [{n: m for n, m in callback.masks.items() if n.startswith(part)} for part in ("maker", "critic")],
+                "masks": [
+                    {n: m for n, m in callback.masks.items() if n.startswith(part)} for part in ("maker", "critic")
+                ],
                 "steps": [steps["0"], steps["1"]],
             }
         )
@@ -37,7 +39,9 @@ def test_several_optimizers(name: str) -> None:
                 gradient = module.get_parameter(key).grad
                 assert gradient is not None
                 if not mask.all():
-                    assert bool(gradient[~mask].any()) != masks_gradients(name), f"{key}: gradients of pruned weights at the user's clip"
+                    assert bool(gradient[~mask].any()) != masks_gradients(name), (
+                        f"{key}: gradients of pruned weights at the user's clip"
+                    )
                 checked[0] += 1
         last.update(see())
 
@@ -45,7 +49,9 @@ def test_several_optimizers(name: str) -> None:
         calls[index] += 1
         now, other = see(), 1 - index
         for kind in ("weights", "states", "masks", "steps"):
-            assert differences(last[kind][other], now[kind][other]) == [], f"a step of optimizer {index} touched the other's {kind}"
+            assert differences(last[kind][other], now[kind][other]) == [], (
+                f"a step of optimizer {index} touched the other's {kind}"
+            )
         biases = [{k: v for k, v in w["weights"][index].items() if "bias" in k} for w in (last, now)]
         if now["steps"][index] == last["steps"][index]:
             replaced[index] += 1
@@ -61,7 +67,10 @@ def test_several_optimizers(name: str) -> None:
     assert trainer.global_step == 48
     assert checked == [2 * 48]
     assert [now + r for now, r in zip(see()["steps"], replaced, strict=True)] == calls
-    assert replaced in ([0, 0], [4, 5])  # at the steps 0, 3, 6, 9 and 12 of each optimizer, as far as they come, or never
+    assert replaced in (
+        [0, 0],
+        [4, 5],
+    )  # at the steps 0, 3, 6, 9 and 12 of each optimizer, as far as they come, or never
     assert (callback.updates > 2) == moves(name)
     assert_counts(callback)
 

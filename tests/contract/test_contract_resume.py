@@ -34,8 +34,8 @@ def test_state_dict_keys_stay_and_a_plain_model_loads_strictly(name: str, tmp_pa
 def resumed_differently(
     make: Callable[[], list[Any]], folder: Path, after: tuple[int, ...], optimizer: str, **options: Any
 ) -> dict[int, list[str]]:
-    """What differs at the end of a run between never stopping and resuming after each of these batches, with other initial
-    weights and another RNG state."""
+    """What differs at the end of a run between never stopping and resuming after each of these batches, with other
+    initial weights and another RNG state."""
     torch.manual_seed(1)
     module, callbacks, stops = Classifier(optimizer=optimizer), make(), Stops(folder, after)
     expected = snapshot(fit(module, *callbacks, stops, **options), module, *callbacks)

@@ -46,7 +46,12 @@ def test_one_compiled_graph_equal_to_eager(name: str, optimizer: str) -> None:
         graphs.append(graph)
         return graph.forward
 
-    usual, compiled, one, other = Classifier(optimizer=optimizer), Classifier(optimizer=optimizer), method(name), method(name)
+    usual, compiled, one, other = (
+        Classifier(optimizer=optimizer),
+        Classifier(optimizer=optimizer),
+        method(name),
+        method(name),
+    )
     forget_compiled_code()
     compiled.net.compile(backend=counting)
     expected = snapshot(fit(usual, one), usual, one)
@@ -72,7 +77,10 @@ def test_two_callbacks_equal_one_over_both_layers(name: str, tmp_path: Path) -> 
     assert differences(snapshot(first, whole)["weights"], snapshot(second, halves)["weights"]) == []
     assert {(c.step, c.updates) for c in apart} == {(together.step, together.updates)}
     expected = snapshot(second, halves, *apart)
-    module, again = Classifier(conv_net(9)), [method(name, **common, **{k: ["net.0.*"]}) for k in ("include", "exclude")]
+    module, again = (
+        Classifier(conv_net(9)),
+        [method(name, **common, **{k: ["net.0.*"]}) for k in ("include", "exclude")],
+    )
     resumed = fit(module, *again, ckpt_path=stops.path(6), gradient_clip_val=0.5)
     assert differences(expected, snapshot(resumed, module, *again)) == []
 
@@ -83,7 +91,10 @@ def test_two_callbacks_equal_one_over_both_layers(name: str, tmp_path: Path) -> 
 def test_two_callbacks_on_disjoint_layers(name: str, other: str, clip: float | None, tmp_path: Path) -> None:
     def make() -> list[Any]:
         one = {"stop": 12, "partitions": 1, "rounds": 1}  # each has one layer
-        return [method(name, include=["net.0.*"], every=2, **one), method(other, exclude=["net.0.*", "net.7.*"], every=3, **one)]
+        return [
+            method(name, include=["net.0.*"], every=2, **one),
+            method(other, exclude=["net.0.*", "net.7.*"], every=3, **one),
+        ]
 
     module, pair, stops = Classifier(), make(), Stops(tmp_path, (7,))
     biases: list[Tensor] = [module.net[7].bias.detach().clone()]
@@ -104,7 +115,12 @@ def test_two_callbacks_on_disjoint_layers(name: str, other: str, clip: float | N
         assert (callback.updates >= least) == moves(chosen)
         assert_counts(callback) if callback.at_target else None
     fresh, again = Classifier(conv_net(9)), make()
-    assert differences(expected, snapshot(fit(fresh, *again, ckpt_path=stops.path(7), gradient_clip_val=clip), fresh, *again)) == []
+    assert (
+        differences(
+            expected, snapshot(fit(fresh, *again, ckpt_path=stops.path(7), gradient_clip_val=clip), fresh, *again)
+        )
+        == []
+    )
 
 
 # ---------------------------------------------------------------------- words
@@ -120,5 +136,9 @@ def test_repr_shows_the_arguments(name: str) -> None:
     assert "seed=3" in text
     assert "distribution" not in CONFIGS[name] or "distribution={'*conv*': 0.5, '*': 'uniform'}" in text
     names = vars(sparse_callbacks) | vars(sparse_callbacks.core.schedules)
-    for one in (callback, method(name), method(name, drop_fraction="linear(0.4)", every=0.1, stop=0.5, keep_dense="both")):
+    for one in (
+        callback,
+        method(name),
+        method(name, drop_fraction="linear(0.4)", every=0.1, stop=0.5, keep_dense="both"),
+    ):
         assert repr(eval(repr(one), names)) == repr(one)

@@ -62,7 +62,8 @@ def test_weights_are_effective_after_every_batch(name: str, optimizer: str) -> N
 @pytest.mark.parametrize("clip", [None, 0.3])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_training_equals_a_hand_written_loop(name: str, optimizer: str, clip: float | None) -> None:
-    """Given the masks after each batch, a plain loop (mask gradients, clip, step, mask weights) has the same weights, bit by bit.
+    """Given the masks after each batch, a plain loop (mask gradients, clip, step, mask weights) has the same weights,
+    bit by bit.
 
     With a dense copy: gradients are not masked, and the dense weights take the step.
     """
@@ -82,7 +83,9 @@ def test_training_equals_a_hand_written_loop(name: str, optimizer: str, clip: fl
     configured = by_hand.configure_optimizers()
     plain, rates = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     weights = dict(by_hand.named_parameters())
-    dense = {key: weights[key].detach().clone() for key in masks[0]} if not promises(name, "pruned weights rest") else {}
+    dense = (
+        {key: weights[key].detach().clone() for key in masks[0]} if not promises(name, "pruned weights rest") else {}
+    )
     with torch.no_grad():
         for key, mask in masks[0].items():
             weights[key].mul_(mask)
@@ -108,7 +111,9 @@ def test_training_equals_a_hand_written_loop(name: str, optimizer: str, clip: fl
                     born = masks[index + 1][key] & ~mask
                     weights[key][born] = weights_after[index][key][born]
         rates.step()
-    assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), by_hand.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(module.state_dict().values(), by_hand.state_dict().values(), strict=True)
+    )
     theirs = dict(module.named_parameters())
     for key, mask in masks[-1].items():
         mine = per_element_state(plain, weights[key])
@@ -123,7 +128,9 @@ def test_gradients_are_masked_before_they_are_clipped(name: str) -> None:
             for key, (_, mask) in sparse_weights(self, callback).items():
                 gradient = self.get_parameter(key).grad
                 if gradient is not None and not mask.all():
-                    assert bool(gradient[~mask].any()) != masks_gradients(name), f"{key}: gradients of pruned weights at the clip"
+                    assert bool(gradient[~mask].any()) != masks_gradients(name), (
+                        f"{key}: gradients of pruned weights at the clip"
+                    )
                 seen.append(gradient)
             self.clip_gradients(optimizer, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
 
@@ -137,7 +144,12 @@ def test_gradients_are_masked_before_they_are_clipped(name: str) -> None:
 # ---------------------------------------------------------------------- counts
 
 
-DISTRIBUTIONS = ["uniform", "erdos_renyi", "erdos_renyi_kernel", {"rnn.*": 0.37, "*.fc?.weight": "erdos_renyi", "*": "uniform"}]
+DISTRIBUTIONS = [
+    "uniform",
+    "erdos_renyi",
+    "erdos_renyi_kernel",
+    {"rnn.*": 0.37, "*.fc?.weight": "erdos_renyi", "*": "uniform"},
+]
 
 
 @every_masked_method
@@ -148,7 +160,9 @@ def test_counts_are_exactly_the_planned_ones(name: str, distribution: Any, keep_
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.parts = nn.ModuleDict({"fc1": nn.Linear(25, 12), "fc2": nn.Linear(12, 4), "up": nn.ConvTranspose2d(2, 3, 3)})
+            self.parts = nn.ModuleDict(
+                {"fc1": nn.Linear(25, 12), "fc2": nn.Linear(12, 4), "up": nn.ConvTranspose2d(2, 3, 3)}
+            )
             self.attention, self.rnn = nn.MultiheadAttention(12, 2, batch_first=True), nn.GRU(12, 12, batch_first=True)
 
         def loss(self, batch: Any) -> Tensor:
@@ -179,13 +193,17 @@ def test_counts_are_exactly_the_planned_ones(name: str, distribution: Any, keep_
     assert callback.plan() == announced
     measured = callback.measured_sparsity()
     zeros = sum(int((~m).sum()) for m in callback.masks.values())
-    assert measured["sparsity/total"] == pytest.approx(zeros / sum(m.numel() for m in callback.masks.values()), abs=1e-12)
+    assert measured["sparsity/total"] == pytest.approx(
+        zeros / sum(m.numel() for m in callback.masks.values()), abs=1e-12
+    )
     assert measured["sparsity/total"] == pytest.approx(announced.total, abs=1e-12)
     assert measured["sparsity/model"] == pytest.approx(zeros / sum(p.numel() for p in module.parameters()), abs=1e-12)
     assert measured["sparsity/model"] == pytest.approx(announced.model, abs=1e-12)
     selected = [row for row in announced if row.name in announced.selected]
     assert {r.name for r in selected} == set(callback.masks)
-    assert {k for k in measured if k not in ("sparsity/total", "sparsity/model")} == {f"sparsity/{r.name}" for r in selected}
+    assert {k for k in measured if k not in ("sparsity/total", "sparsity/model")} == {
+        f"sparsity/{r.name}" for r in selected
+    }
     for row in selected:
         if announced.joint is None:
             assert measured[f"sparsity/{row.name}"] == pytest.approx(row.zeros / row.size, abs=1e-12)
@@ -235,7 +253,9 @@ def test_updates_move_masks_and_nothing_else(name: str, optimizer: str) -> None:
                 assert not weight[born].any()
             parameter = module.get_parameter(key)
             for kind, value in per_element_state(optimizer, parameter).items():
-                assert bool(value[born].any()) == (copied and bool(born.any())), f"{key}: {kind} of grown weights is not zero"
+                assert bool(value[born].any()) == (copied and bool(born.any())), (
+                    f"{key}: {kind} of grown weights is not zero"
+                )
                 if index:
                     stayed = mask & before["masks"][key]
                     assert value[stayed].any(), f"{key}: {kind} of old weights is lost"
@@ -260,7 +280,9 @@ def test_updates_move_masks_and_nothing_else(name: str, optimizer: str) -> None:
             if key in callback.masks:
                 old = before["masks"][key]
                 size = before["weights"][key].abs()
-                if (left := size[old & ~mask]).numel():  # a smaller one that is there was dropped as well, and grown again
+                if (
+                    left := size[old & ~mask]
+                ).numel():  # a smaller one that is there was dropped as well, and grown again
                     regrown[0] += int((size[old & mask] < left.max()).sum())
 
     begin = pl.callbacks.LambdaCallback(on_train_start=keep)

@@ -14,7 +14,9 @@ def test_values_by_glob() -> None:
     found = by_glob({"conv1*": 0.1, "conv*": 0.2, "*": 1}, names, "density")
     assert found == dict(zip(names, (0.1, 0.2, 1.0), strict=True))
     assert list(by_glob({"fc*": 0.1, "*": 0.2}, names, "density")) == names
-    with pytest.raises(ValueError, match=r"density= has a value for 'norm\*', which matches no gated parameter.*conv1\.weight"):
+    with pytest.raises(
+        ValueError, match=r"density= has a value for 'norm\*', which matches no gated parameter.*conv1\.weight"
+    ):
         by_glob({"norm*": 0.1, "*": 0.5}, names, "density")
     with pytest.raises(ValueError, match=r"droprate= has no value for fc\.weight. Add a glob"):
         by_glob({"conv*": 0.1}, names, "droprate")
@@ -27,7 +29,9 @@ def test_numbers_in_range_are_taken(value: Any) -> None:
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, True, "0.5", None, math.nan, math.inf, {"a*": 0.5, "*": 2.0}])
 def test_numbers_out_of_range_are_refused_with_the_range(value: Any) -> None:
-    with pytest.raises(ValueError, match=r"^density=.* is out of range\. Give a number that is at least 0 and at most 1\.$"):
+    with pytest.raises(
+        ValueError, match=r"^density=.* is out of range\. Give a number that is at least 0 and at most 1\.$"
+    ):
         refuse_outside(value, "density", 0.0, 1.0)
 
 

@@ -40,12 +40,18 @@ def official(begin: int, end: int, every: int, steps: range) -> list[int]:
 
 
 @pytest.mark.parametrize(("begin", "end", "every", "steps", "expected"), OFFICIAL_RIGL)
-def test_updates_that_replace_a_step_follow_the_reference(begin: int, end: int, every: int, steps: int, expected: list[int]) -> None:
-    assert walk(Calendar(every, begin, end), range(steps), begin) == expected == official(begin, end, every, range(steps))
+def test_updates_that_replace_a_step_follow_the_reference(
+    begin: int, end: int, every: int, steps: int, expected: list[int]
+) -> None:
+    assert (
+        walk(Calendar(every, begin, end), range(steps), begin) == expected == official(begin, end, every, range(steps))
+    )
 
 
 @pytest.mark.parametrize(("begin", "end", "every", "steps", "expected"), OFFICIAL_SET)
-def test_updates_after_a_step_follow_the_reference(begin: int, end: int, every: int, steps: int, expected: list[int]) -> None:
+def test_updates_after_a_step_follow_the_reference(
+    begin: int, end: int, every: int, steps: int, expected: list[int]
+) -> None:
     counted = range(1, steps + 1)
     assert walk(Calendar(every, begin, end), counted, max(begin, 1)) == expected == official(begin, end, every, counted)
 
@@ -59,7 +65,9 @@ def test_next_equals_a_search_step_by_step(every: int, start: int, length: int) 
         grid = {*range(start, start + length + 1, every), *([start + length] if final else [])}
         for done in (None, *range(start + length + 1)):
             for step in range(start + length + 3):
-                expected = next((s for s in range(step, start + length + 1) if s in grid and (done is None or s > done)), None)
+                expected = next(
+                    (s for s in range(step, start + length + 1) if s in grid and (done is None or s > done)), None
+                )
                 assert calendar.next(step, start, done) == expected
 
 
@@ -87,7 +95,9 @@ def made(every: Any, start: Any, stop: Any, total: float = 1000, **options: Any)
         (7, 5, 1.0, 12, (7, 5, 12)),
     ],
 )
-def test_times_are_steps_or_fractions_of_the_run(every: Any, start: Any, stop: Any, total: int, expected: tuple[int, ...]) -> None:
+def test_times_are_steps_or_fractions_of_the_run(
+    every: Any, start: Any, stop: Any, total: int, expected: tuple[int, ...]
+) -> None:
     calendar, told = made(every, start, stop, total)
     assert (calendar.every, calendar.start, calendar.stop) == expected
     assert not told
@@ -110,13 +120,17 @@ def test_the_default_interval_is_shortened_with_a_word(stop: int, expected: int)
         assert told == []
     else:
         assert told == [
-            f"every={expected}: the published interval of 100 steps would leave fewer than 10 updates between step 0 and step {stop}. "
+            f"every={expected}: the published interval of 100 steps would leave fewer than 10 updates between step 0 "
+            f"and step {stop}. "
             "Give every= to choose another."
         ]
 
 
 def test_a_window_of_no_steps_is_refused_unless_the_method_arrives_there() -> None:
-    with pytest.raises(ValueError, match=r"start=7 and stop=7 are the same step \(7\): no update would move a mask\. Give a later stop="):
+    with pytest.raises(
+        ValueError,
+        match=r"start=7 and stop=7 are the same step \(7\): no update would move a mask\. Give a later stop=",
+    ):
         made(None, 7, 7)
     with pytest.raises(ValueError, match=r"start=0\.5 and stop=20 are the same step \(20\)"):
         resolve_times(None, 0.5, 20, 100, RunLength(lambda: 40, lambda: 40))
@@ -142,7 +156,12 @@ def test_the_shortened_interval_leaves_at_least_ten_updates_where_there_are_a_hu
         (None, -1, 10, r"start=-1 lies before the run.*Give 0 or more"),
         (None, 20, 10, r"stop=10 lies before start=20\. Give a stop at or after the start"),
         (None, 0.5, 0.25, r"stop=0\.25 lies before start=0\.5"),
-        (11, 0, 10, r"every=11 is longer than stop - start with start=0, stop=10: .* Give a smaller every=, a later stop= or a longer run"),
+        (
+            11,
+            0,
+            10,
+            r"every=11 is longer than stop - start with start=0, stop=10: .* Give a smaller every=, a later stop= or a longer run",
+        ),
         (0.5, 0.25, 0.5, r"every=0\.5 is longer than stop - start"),
         (math.nan, 0, 10, r"every=nan is outside"),
     ],
@@ -152,7 +171,9 @@ def test_impossible_times_are_refused_without_a_run(every: Any, start: Any, stop
         check_times(start, stop, every)
 
 
-@pytest.mark.parametrize(("every", "start", "stop"), [(None, 0, 0.75), (100, 0, 0.01), (0.5, 0, 10), (10, 5, 15), (None, 100, 0.1)])
+@pytest.mark.parametrize(
+    ("every", "start", "stop"), [(None, 0, 0.75), (100, 0, 0.01), (0.5, 0, 10), (10, 5, 15), (None, 100, 0.1)]
+)
 def test_times_of_different_units_wait_for_the_run(every: Any, start: Any, stop: Any) -> None:
     check_times(start, stop, every)
 
@@ -160,10 +181,28 @@ def test_times_of_different_units_wait_for_the_run(every: Any, start: Any, stop:
 @pytest.mark.parametrize(
     ("every", "start", "stop", "total", "message"),
     [
-        (None, 100, 0.5, 100, r"stop=0\.5 \(50 steps\) lies before start=100 \(100 steps\)\. Give a stop at or after the start"),
-        (100, 0, 0.75, 100, r"every=100 is longer than stop - start .* \(100 steps against 75\).*Give a smaller every=, a later stop="),
+        (
+            None,
+            100,
+            0.5,
+            100,
+            r"stop=0\.5 \(50 steps\) lies before start=100 \(100 steps\)\. Give a stop at or after the start",
+        ),
+        (
+            100,
+            0,
+            0.75,
+            100,
+            r"every=100 is longer than stop - start .* \(100 steps against 75\).*Give a smaller every=, a later stop=",
+        ),
         (0.5, 0, 10, 1000, r"every=0\.5 is longer than .*\(500 steps against 10\)"),
-        (None, 0, 0.75, math.inf, r"stop=0\.75 is a fraction of a run whose length is not known.*max_steps=.*integer steps"),
+        (
+            None,
+            0,
+            0.75,
+            math.inf,
+            r"stop=0\.75 is a fraction of a run whose length is not known.*max_steps=.*integer steps",
+        ),
         (0.1, 0, 50, math.inf, r"every=0\.1 is a fraction of a run whose length is not known"),
         (None, 0.1, 50, 0, r"start=0\.1 is a fraction of a run whose length is not known"),
     ],

@@ -8,7 +8,15 @@ from oracles.ctre import ER_DENSITY
 from oracles.rigl import ERK, ERK_RESNET50
 
 from sparse_callbacks import distributions
-from sparse_callbacks.core.distributions import clipped, epsilon_sparsity, erdos_renyi, erdos_renyi_kernel, is_epsilon, resolve, uniform
+from sparse_callbacks.core.distributions import (
+    clipped,
+    epsilon_sparsity,
+    erdos_renyi,
+    erdos_renyi_kernel,
+    is_epsilon,
+    resolve,
+    uniform,
+)
 from sparse_callbacks.core.ops import zeros_for
 
 SHAPES = {"body.0": (32, 16, 3, 3), "body.1": (64, 32, 3, 3), "head": (10, 64)}
@@ -205,7 +213,9 @@ def layered(case: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {f"fc{i}": (widths[i + 1], widths[i]) for i in range(4)}
 
 
-@pytest.mark.parametrize("case", ER_DENSITY, ids=lambda c: f"{c['dim']}-{c['n_hidden']}-{c['n_classes']}-{c['epsilon']}")
+@pytest.mark.parametrize(
+    "case", ER_DENSITY, ids=lambda c: f"{c['dim']}-{c['n_hidden']}-{c['n_classes']}-{c['epsilon']}"
+)
 def test_epsilon_as_in_the_reference(case: dict[str, Any]) -> None:
     shapes = layered(case)
     found = epsilon_sparsity(shapes, case["epsilon"])
@@ -263,7 +273,9 @@ def test_an_epsilon_that_is_no_positive_number_is_refused(epsilon: Any) -> None:
         epsilon_sparsity(SHAPES, epsilon)
 
 
-@pytest.mark.parametrize("text", ["epsilon", *(f"epsilon({inside}" for inside in (")", "x)", "0)", "-1)", "1", "1)(2)", "1.2.3)"))])
+@pytest.mark.parametrize(
+    "text", ["epsilon", *(f"epsilon({inside}" for inside in (")", "x)", "0)", "-1)", "1", "1)(2)", "1.2.3)"))]
+)
 def test_a_text_without_a_positive_number_is_refused(text: str) -> None:
     for distribution in (text, {"*": text}):
         with pytest.raises(ValueError, match=r"is no positive number"):
@@ -271,5 +283,7 @@ def test_a_text_without_a_positive_number_is_refused(text: str) -> None:
 
 
 def test_less_than_one_connection_is_refused_with_the_smallest_epsilon() -> None:
-    with pytest.raises(ValueError, match=r"epsilon=0\.01 leaves b with shape \(2, 3\) less than one connection\. Give at least 0\.2"):
+    with pytest.raises(
+        ValueError, match=r"epsilon=0\.01 leaves b with shape \(2, 3\) less than one connection\. Give at least 0\.2"
+    ):
         epsilon_sparsity({"a": (100, 100), "b": (2, 3)}, 0.01)

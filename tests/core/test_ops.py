@@ -81,7 +81,9 @@ def strided(name: str) -> Tensor:
     }[name]
 
 
-@pytest.mark.parametrize("name", ["channels_last", "transposed", "every second", "expanded", "permuted", "offset", "size one"])
+@pytest.mark.parametrize(
+    "name", ["channels_last", "transposed", "every second", "expanded", "permuted", "offset", "size one"]
+)
 def test_strides_change_neither_the_choice_nor_the_layout(name: str) -> None:
     values = strided(name)
     among = torch.rand(values.shape, generator=torch.Generator().manual_seed(1)) < 0.4
@@ -93,7 +95,16 @@ def test_strides_change_neither_the_choice_nor_the_layout(name: str) -> None:
         assert torch.equal(ops.keep_largest(values, count, among), by_full_sort(values, count, among)), count
 
 
-BRACKETS = [(0.0, math.inf), (0.5, 1.0), (1.0, 1.0), (1.2, 1.3), (3.5, math.inf), (0.0, 0.25), (-1.0, -1.0), (math.nan, math.nan)]
+BRACKETS = [
+    (0.0, math.inf),
+    (0.5, 1.0),
+    (1.0, 1.0),
+    (1.2, 1.3),
+    (3.5, math.inf),
+    (0.0, 0.25),
+    (-1.0, -1.0),
+    (math.nan, math.nan),
+]
 
 
 @pytest.mark.parametrize(("low", "high"), BRACKETS)
@@ -108,7 +119,10 @@ def test_neither_a_missed_bracket_nor_the_pieces_change_the_choice(
     for allowed in (torch.ones_like(among), among):
         # ranks at the edges of the bracket, and next to them
         edges = [int((allowed & relation).sum()) for relation in (values.abs() > high, values.abs() >= low)]
-        for count in {*counts(int(allowed.sum())), *(min(max(e + d, 0), int(allowed.sum())) for e in edges for d in (-1, 0, 1))}:
+        for count in {
+            *counts(int(allowed.sum())),
+            *(min(max(e + d, 0), int(allowed.sum())) for e in edges for d in (-1, 0, 1)),
+        }:
             mask = ops.keep_largest(values, count, None if allowed.all() else allowed)
             assert torch.equal(mask, by_full_sort(values, count, allowed)), count
 

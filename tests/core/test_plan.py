@@ -80,7 +80,9 @@ def test_scalars_and_empty_parameters_have_rows() -> None:
 
 
 def test_a_plan_needs_a_model() -> None:
-    with pytest.raises(ValueError, match=r"plan\(\) knows no model yet\. Give one, plan\(model\), or call it after fit has started"):
+    with pytest.raises(
+        ValueError, match=r"plan\(\) knows no model yet\. Give one, plan\(model\), or call it after fit has started"
+    ):
         RigL(0.9).plan()
 
 
@@ -98,7 +100,9 @@ KERNELS = {"net.0.weight", "net.2.weight", "net.4.weight"}
 
 
 @pytest.mark.parametrize("make", [RigL, SET, SNFS, Static, GMP], ids=lambda m: m.__name__)
-@pytest.mark.parametrize("distribution", ["uniform", "erdos_renyi", "erdos_renyi_kernel", {"net.0*": 0.9, "*": 0.3}], ids=str)
+@pytest.mark.parametrize(
+    "distribution", ["uniform", "erdos_renyi", "erdos_renyi_kernel", {"net.0*": 0.9, "*": 0.3}], ids=str
+)
 def test_training_ends_with_exactly_the_planned_zeros(make: Any, distribution: Any, tmp_path: Path) -> None:
     times = {} if make is Static else {"every": 3, "stop": 8}
     callback = make(0.7, distribution=distribution, print_plan=False, **times)
@@ -129,7 +133,9 @@ def test_measured_sparsity_counts_grown_weights_that_are_still_zero(tmp_path: Pa
 
 
 @pytest.mark.parametrize("entry", ["fit", "validate"])
-def test_the_plan_is_printed_once_at_the_start_of_fit(entry: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_is_printed_once_at_the_start_of_fit(
+    entry: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     callback = Static(0.5)
     module = Regression()
     if entry == "fit":
@@ -148,7 +154,9 @@ def test_the_plan_can_be_switched_off(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "sparsity" not in capsys.readouterr().out
 
 
-def test_only_the_first_rank_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_first_rank_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = trainer_for(Static(0.5), tmp_path, max_steps=1)
     monkeypatch.setattr(type(made), "is_global_zero", property(lambda _: False))
     made.fit(Regression(), loader(1))

@@ -67,8 +67,11 @@ def test_attention_is_three_matrices_with_counts_of_their_own() -> None:
     assert set(found) == {"attention.in_proj_weight", "attention.out_proj.weight"}
     split = chosen(nn.MultiheadAttention(8, 2, kdim=5, vdim=6, bias=False, add_bias_kv=True))
     assert {n: (e.parts, e.shape) for n, e in split.items()} == {
-        "q_proj_weight": (1, (8, 8)), "k_proj_weight": (1, (8, 5)), "v_proj_weight": (1, (8, 6)), "out_proj.weight": (1, (8, 8)),
-    }  # fmt: skip
+        "q_proj_weight": (1, (8, 8)),
+        "k_proj_weight": (1, (8, 5)),
+        "v_proj_weight": (1, (8, 6)),
+        "out_proj.weight": (1, (8, 8)),
+    }
     assert reasons(nn.MultiheadAttention(8, 2, add_bias_kv=True))["bias_k"] == "bias"
 
 
@@ -83,7 +86,9 @@ class Attend(nn.Module):
 
 
 def test_each_stacked_matrix_holds_its_count_before_and_after_updates(tmp_path: Any) -> None:
-    callback = RigL(0.7, distribution={"*in_proj_weight[[]1]": 0.5, "*": "uniform"}, every=1, stop=10, drop_fraction="constant(0.5)")
+    callback = RigL(
+        0.7, distribution={"*in_proj_weight[[]1]": 0.5, "*": "uniform"}, every=1, stop=10, drop_fraction="constant(0.5)"
+    )
     module = Regression(Attend())
     fit_steps(tmp_path, callback, module, 8)
     assert callback.updates == 8 - callback.step >= 3
@@ -103,8 +108,12 @@ def test_each_stacked_matrix_holds_its_count_before_and_after_updates(tmp_path: 
         (
             nn.LSTM(5, 7, proj_size=3, num_layers=2),
             {
-                "weight_ih_l0": (4, (7, 5)), "weight_hh_l0": (4, (7, 3)), "weight_hr_l0": (1, (3, 7)),
-                "weight_ih_l1": (4, (7, 3)), "weight_hh_l1": (4, (7, 3)), "weight_hr_l1": (1, (3, 7)),
+                "weight_ih_l0": (4, (7, 5)),
+                "weight_hh_l0": (4, (7, 3)),
+                "weight_hr_l0": (1, (3, 7)),
+                "weight_ih_l1": (4, (7, 3)),
+                "weight_hh_l1": (4, (7, 3)),
+                "weight_hr_l1": (1, (3, 7)),
             },
         ),
         (nn.RNN(5, 7, bias=False), {"weight_ih_l0": (1, (7, 5)), "weight_hh_l0": (1, (7, 7))}),
@@ -113,8 +122,10 @@ def test_each_stacked_matrix_holds_its_count_before_and_after_updates(tmp_path: 
         (nn.RNNCell(5, 7), {"weight_ih": (1, (7, 5)), "weight_hh": (1, (7, 7))}),
     ],
     ids=str,
-)  # fmt: skip
-def test_recurrent_weights_are_one_layer_for_each_gate(module: nn.Module, expected: dict[str, tuple[int, tuple[int, ...]]]) -> None:
+)
+def test_recurrent_weights_are_one_layer_for_each_gate(
+    module: nn.Module, expected: dict[str, tuple[int, tuple[int, ...]]]
+) -> None:
     found = chosen(module)
     assert {n: (e.parts, e.shape) for n, e in found.items()} == expected
     assert {r for n, r in reasons(module).items() if n not in expected} <= {"bias"}
@@ -135,10 +146,15 @@ def test_a_subclass_counts_as_its_base() -> None:
 
 NORMS = nn.ModuleDict(
     {
-        "batch": nn.BatchNorm2d(4), "layer": nn.LayerNorm([4, 4]), "group": nn.GroupNorm(2, 4), "rms": nn.RMSNorm([4, 4]),
-        "instance": nn.InstanceNorm2d(4, affine=True), "prelu": nn.PReLU(4), "linear": nn.Linear(3, 3),
+        "batch": nn.BatchNorm2d(4),
+        "layer": nn.LayerNorm([4, 4]),
+        "group": nn.GroupNorm(2, 4),
+        "rms": nn.RMSNorm([4, 4]),
+        "instance": nn.InstanceNorm2d(4, affine=True),
+        "prelu": nn.PReLU(4),
+        "linear": nn.Linear(3, 3),
     }
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("include", [None, "*", "*weight"])
@@ -153,7 +169,9 @@ def test_biases_and_norms_are_never_sparse(include: str | None) -> None:
 
 @pytest.mark.parametrize("glob", ["linear.bias", "batch.weight", "prelu*"])
 def test_naming_a_bias_or_a_norm_does_not_make_it_sparse(glob: str) -> None:
-    with pytest.raises(ValueError, match=r"matches no parameter that can be sparse\. Candidates: linear\.weight\. Use include=\['\*'\]"):
+    with pytest.raises(
+        ValueError, match=r"matches no parameter that can be sparse\. Candidates: linear\.weight\. Use include=\['\*'\]"
+    ):
         select(NORMS, include=(glob,))
 
 
@@ -244,7 +262,9 @@ def test_first_and_last_layer_stay_dense_on_request(which: Any, dense: dict[str,
 
 
 def test_keep_dense_both_of_one_layer_leaves_nothing() -> None:
-    with pytest.raises(ValueError, match=r"0\.weight \(first layer, kept dense on request\)\. Change include=, exclude= or keep_dense="):
+    with pytest.raises(
+        ValueError, match=r"0\.weight \(first layer, kept dense on request\)\. Change include=, exclude= or keep_dense="
+    ):
         select(nn.Sequential(nn.Linear(3, 4)), keep_dense="both")
 
 
@@ -288,8 +308,14 @@ def test_the_reasons_of_globs() -> None:
             {"exclude": ("foo*",)},
             r"exclude=\['foo\*'\] matches no parameter.*Candidates: conv1\.weight, conv2\.weight, fc\.weight\. Drop it from exclude=",
         ),
-        ({"exclude": ("*",)}, r"no parameter is left.*conv1\.weight \(matched by exclude=\).*Change include=, exclude= or keep_dense="),
-        ({"include": ("fc*",), "exclude": ("fc*",)}, r"conv1\.weight \(not matched by include=\).*fc\.weight \(matched by exclude=\)"),
+        (
+            {"exclude": ("*",)},
+            r"no parameter is left.*conv1\.weight \(matched by exclude=\).*Change include=, exclude= or keep_dense=",
+        ),
+        (
+            {"include": ("fc*",), "exclude": ("fc*",)},
+            r"conv1\.weight \(not matched by include=\).*fc\.weight \(matched by exclude=\)",
+        ),
         ({"trained": set()}, r"no parameter is left.*fc\.weight \(in no optimizer\)"),
     ],
 )
@@ -304,15 +330,22 @@ def test_a_model_without_a_supported_layer_is_refused() -> None:
             select(nn.Sequential(nn.BatchNorm1d(3)), **options)
 
 
-@pytest.mark.parametrize(("argument", "value"), [("include", []), ("exclude", ()), ("include", [""]), ("include", [3]), ("exclude", "")])
+@pytest.mark.parametrize(
+    ("argument", "value"), [("include", []), ("exclude", ()), ("include", [""]), ("include", [3]), ("exclude", "")]
+)
 def test_what_is_no_glob_is_refused(argument: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"{argument}=.* is no glob and no list of globs\. Give for example {argument}=\['conv\*'"):
+    with pytest.raises(
+        ValueError, match=rf"{argument}=.* is no glob and no list of globs\. Give for example {argument}=\['conv\*'"
+    ):
         Static(0.5, **{argument: value})
 
 
 def test_lazy_modules_are_refused_until_they_have_a_shape() -> None:
     model = nn.Sequential(nn.LazyLinear(4))
-    with pytest.raises(ValueError, match=r"0\.weight has no shape yet \(a lazy module\).*Run one batch through the model.*configure_model"):
+    with pytest.raises(
+        ValueError,
+        match=r"0\.weight has no shape yet \(a lazy module\).*Run one batch through the model.*configure_model",
+    ):
         select(model)
     model(torch.zeros(2, 3))
     assert chosen(model)["0.weight"].shape == (4, 3)
@@ -330,7 +363,9 @@ def test_an_empty_weight_is_left_out() -> None:
 
 
 def test_every_parameter_is_listed_once_in_the_models_order() -> None:
-    model = nn.Sequential(nn.Embedding(3, 4), nn.LSTM(4, 5), nn.LayerNorm(5), nn.MultiheadAttention(4, 2), nn.Linear(4, 3))
+    model = nn.Sequential(
+        nn.Embedding(3, 4), nn.LSTM(4, 5), nn.LayerNorm(5), nn.MultiheadAttention(4, 2), nn.Linear(4, 3)
+    )
     model[4].weight = model[0].weight
     assert [e.name for e in entries(model)] == [n for n, _ in model.named_parameters()]
     assert [e.size for e in entries(model)] == [p.numel() for p in model.parameters()]

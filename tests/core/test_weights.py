@@ -1,4 +1,5 @@
-"""The writer of parameter values alone: masks over values that are not finite, and gates that are counted when asked."""
+"""The writer of parameter values alone: masks over values that are not finite, and gates that are counted when
+asked."""
 
 import torch
 from torch import nn

@@ -1,4 +1,5 @@
-"""The callbacks under ``lightning.pytorch``, whose Trainer, module and Callback classes are others than ``pytorch_lightning``'s."""
+"""The callbacks under ``lightning.pytorch``, whose Trainer, module and Callback classes are others than
+``pytorch_lightning``'s."""
 
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,16 @@ class Task(lightning.LightningModule):  # type: ignore[misc, name-defined]
 
 def made(path: Path, callbacks: list[Any], epochs: int, **options: Any) -> Any:
     return lightning.Trainer(
-        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-        default_root_dir=path, max_epochs=epochs, callbacks=callbacks, **options,
-    )  # fmt: skip
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=path,
+        max_epochs=epochs,
+        callbacks=callbacks,
+        **options,
+    )
 
 
 def callback(method: Any) -> SparsityCallback:
@@ -47,7 +55,9 @@ def test_fit_and_resume(method: Any, tmp_path: Path) -> None:
     trainer.fit(module, data)
     assert whole.updates > 0 or method is Static
     assert whole.at_target
-    assert float(trainer.callback_metrics["sparsity/total"]) == pytest.approx(whole.measured_sparsity()["sparsity/total"])
+    assert float(trainer.callback_metrics["sparsity/total"]) == pytest.approx(
+        whole.measured_sparsity()["sparsity/total"]
+    )
     for name, mask in whole.masks.items():
         assert not module.get_parameter(name)[~mask].any()
 

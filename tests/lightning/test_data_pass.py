@@ -22,7 +22,7 @@ from torch.utils.data import (
     RandomSampler,
     SubsetRandomSampler,
     TensorDataset,
-)  # fmt: skip
+)
 
 from sparse_callbacks.lightning.data_pass import call, in_order, outputs, undisturbed
 
@@ -70,8 +70,17 @@ def data(count: int = 10) -> TensorDataset:
     return TensorDataset(torch.arange(float(count))[:, None], torch.zeros(count))
 
 
-def over(loader: Any, module: nn.Module | None = None, forward: Any = None, given: Any = None, fraction: float = 1.0, **ranks: int) -> list:
-    found = outputs(Host(loader), module or Seen(), forward, given, fraction, ranks.get("world", 1), ranks.get("rank", 0))
+def over(
+    loader: Any,
+    module: nn.Module | None = None,
+    forward: Any = None,
+    given: Any = None,
+    fraction: float = 1.0,
+    **ranks: int,
+) -> list:
+    found = outputs(
+        Host(loader), module or Seen(), forward, given, fraction, ranks.get("world", 1), ranks.get("rank", 0)
+    )
     return [[int(v) for v in batch.flatten()] for batch in found]
 
 
@@ -109,7 +118,9 @@ def test_ranks_share_the_samples(world: int) -> None:
 def test_samples_that_are_kept_from_training_are_not_looked_at() -> None:
     assert over(DataLoader(data(), batch_size=4, sampler=SubsetRandomSampler([7, 1, 2]))) == [[7, 1, 2]]
     assert over(DataLoader(data(), batch_size=2, sampler=[3, 5, 4])) == [[3, 5], [4]]
-    wrapped = SimpleNamespace(dataset=SimpleNamespace(_sampler=SubsetRandomSampler([7, 1, 2])))  # as Lightning does under DDP
+    wrapped = SimpleNamespace(
+        dataset=SimpleNamespace(_sampler=SubsetRandomSampler([7, 1, 2]))
+    )  # as Lightning does under DDP
     loader = DataLoader(data(), batch_size=4)
     loader.batch_sampler.sampler = wrapped
     assert over(loader) == [[7, 1, 2]]
@@ -135,7 +146,9 @@ class Own:
 
 def test_a_loader_may_know_its_own_order() -> None:
     assert over(Own()) == [[5], [6]]
-    assert isinstance(in_order(DataLoader(data(), in_order=False)), DataLoader)  # torch's attribute of that name is a number
+    assert isinstance(
+        in_order(DataLoader(data(), in_order=False)), DataLoader
+    )  # torch's attribute of that name is a number
     with pytest.raises(ValueError, match=r"data_fraction=0\.5 of a loader without a length .*data_fraction=1\.0"):
         over(Own(), fraction=0.5)
 
@@ -168,7 +181,10 @@ class Batching(BatchSampler):
         (DataLoader(Stream()), r"this is a DataLoader over an IterableDataset\. Give statistics_dataloader="),
         ([DataLoader(data()), DataLoader(data())], r"this is a list\. Give statistics_dataloader="),
         (None, r"this is a NoneType\. Give statistics_dataloader="),
-        (DataLoader(data(), batch_sampler=Batching()), r"Batching makes the batches and has no batch_size.*statistics_dataloader="),
+        (
+            DataLoader(data(), batch_sampler=Batching()),
+            r"Batching makes the batches and has no batch_size.*statistics_dataloader=",
+        ),
     ],
     ids=["stream", "several", "none", "batches"],
 )
@@ -205,9 +221,13 @@ def test_a_call_that_fails_names_forward_and_keeps_the_cause() -> None:
 
 
 def test_a_function_of_the_users_takes_the_place_of_the_default() -> None:
-    assert over(DataLoader(data(), batch_size=4), Named(), lambda module, batch: module(batch[0], 2 + batch[1][:, None])) == [
-        [0, 2, 4, 6], [8, 10, 12, 14], [16, 18],
-    ]  # fmt: skip
+    assert over(
+        DataLoader(data(), batch_size=4), Named(), lambda module, batch: module(batch[0], 2 + batch[1][:, None])
+    ) == [
+        [0, 2, 4, 6],
+        [8, 10, 12, 14],
+        [16, 18],
+    ]
 
 
 def test_eval_mode_without_gradients_and_in_the_precision_of_training() -> None:
@@ -310,7 +330,10 @@ def test_generators_and_flags_are_as_before(end: str) -> None:
 def test_the_training_loader_keeps_its_position_and_its_sampler() -> None:
     order = torch.Generator().manual_seed(0)
     loader = DataLoader(data(), batch_size=2, shuffle=True, generator=order)
-    whole = [b[0].flatten().tolist() for b in DataLoader(data(), batch_size=2, shuffle=True, generator=torch.Generator().manual_seed(0))]
+    whole = [
+        b[0].flatten().tolist()
+        for b in DataLoader(data(), batch_size=2, shuffle=True, generator=torch.Generator().manual_seed(0))
+    ]
     running, seen = iter(loader), []
     seen += [next(running)[0].flatten().tolist() for _ in range(2)]
     state, sampler = order.get_state(), loader.sampler
@@ -385,7 +408,9 @@ def test_worker_processes_are_those_of_the_loader() -> None:
     assert [b[0].tolist() for b in loader] == [[0, 1, 2, 3], [4, 5]]
 
 
-@pytest.mark.parametrize(("count", "drop_last", "sizes"), [(9, False, [4, 4]), (10, False, [4, 4, 2]), (10, True, [4, 4]), (1, False, [1])])
+@pytest.mark.parametrize(
+    ("count", "drop_last", "sizes"), [(9, False, [4, 4]), (10, False, [4, 4, 2]), (10, True, [4, 4]), (1, False, [1])]
+)
 def test_batches_of_which_norms_take_statistics_are_whole(count: int, drop_last: bool, sizes: list[int]) -> None:
     data = DataLoader(TensorDataset(torch.arange(float(count))), batch_size=4, drop_last=drop_last)
     assert [len(b[0]) for b in in_order(data, whole=True)] == sizes

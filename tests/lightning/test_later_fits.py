@@ -95,12 +95,16 @@ def test_the_same_callback_and_module_resume_from_an_earlier_checkpoint(tmp_path
 def test_a_second_run_past_the_calendar_is_warned_about(tmp_path: Path) -> None:
     callback, module = made(RigL), Regression()
     fit_steps(tmp_path, callback, module, 20)
-    with pytest.warns(UserWarning, match=r"RigL will not move a mask in this run: \d+ steps were counted before.*fresh_start=True"):
+    with pytest.warns(
+        UserWarning, match=r"RigL will not move a mask in this run: \d+ steps were counted before.*fresh_start=True"
+    ):
         fit_steps(tmp_path, callback, module, 6)
 
 
 def test_a_run_that_ends_before_its_first_update_is_warned_about(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"RigL will not move a mask in this run: the first would be at step 50, after the run's 6"):
+    with pytest.warns(
+        UserWarning, match=r"RigL will not move a mask in this run: the first would be at step 50, after the run's 6"
+    ):
         fit_steps(tmp_path, RigL(0.5, every=2, start=50, stop=60), Regression(), 6)
 
 

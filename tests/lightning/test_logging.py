@@ -37,7 +37,8 @@ def logged(path: Path, callbacks: Any, steps: int = 12, **options: Any) -> dict[
 def test_sparsity_is_logged_every_n_steps_and_updates_when_they_happen(tmp_path: Path) -> None:
     callback = RigL(0.6, distribution="uniform", every=4, stop=40, drop_fraction="constant(0.5)")
     found = logged(tmp_path, callback, 17)
-    # updates replace the optimizer steps 0, 5 and 10, so global_step counts 1, 6 and 11 after them, and 16 after the last
+    # updates replace the optimizer steps 0, 5 and 10, so global_step counts 1, 6 and 11 after them, and 16 after the
+    # last
     assert sorted(found) == [1, 5, 6, 10, 11, 15, 16]
     for step, figures in found.items():
         assert figures.keys() == (ALWAYS | UPDATE if step in (1, 6, 11, 16) else ALWAYS)
@@ -119,7 +120,9 @@ def test_accumulation_logs_each_step_once(tmp_path: Path) -> None:
             super().log_metrics(metrics, step)
 
     logger = Counting(tmp_path)
-    logged_steps = trainer_for(Static(0.5), tmp_path, logger=logger, log_every_n_steps=2, max_steps=6, accumulate_grad_batches=3)
+    logged_steps = trainer_for(
+        Static(0.5), tmp_path, logger=logger, log_every_n_steps=2, max_steps=6, accumulate_grad_batches=3
+    )
     logged_steps.fit(Regression(), loader(18))
     assert lines == [2, 4, 6]
 
@@ -133,7 +136,10 @@ def test_every_logger_gets_the_figures(tmp_path: Path) -> None:
 
 
 def test_two_callbacks_speak_of_one_network(tmp_path: Path) -> None:
-    pair = [RigL(0.5, distribution="uniform", include="net.0*", every=4, stop=40), SET(0.75, include="net.2*", every=3, stop=40)]
+    pair = [
+        RigL(0.5, distribution="uniform", include="net.0*", every=4, stop=40),
+        SET(0.75, include="net.2*", every=3, stop=40),
+    ]
     found = logged(tmp_path, pair, 16)
     joint = (120 + 90) / 360
     seen = {k for figures in found.values() for k in figures}
@@ -164,12 +170,16 @@ def test_the_trainers_metrics_and_the_progress_bar_have_the_total(tmp_path: Path
 
 @pytest.mark.parametrize("batches", [3, 5])
 def test_a_checkpoint_callback_may_monitor_the_total(batches: int, tmp_path: Path) -> None:
-    best = ModelCheckpoint(tmp_path, monitor="sparsity/total", mode="max", filename="{step}", save_on_train_epoch_end=True)
+    best = ModelCheckpoint(
+        tmp_path, monitor="sparsity/total", mode="max", filename="{step}", save_on_train_epoch_end=True
+    )
     callback = GMP(0.8, every=2, stop=batches * 2)
     made = trainer_for([callback, best], tmp_path, max_epochs=3, enable_checkpointing=True)
     made.fit(Regression(), loader(batches))
     assert float(best.best_model_score) == pytest.approx(0.8)
-    assert torch.load(best.best_model_path, weights_only=True)["global_step"] == batches * 2  # the first epoch at the target
+    assert (
+        torch.load(best.best_model_path, weights_only=True)["global_step"] == batches * 2
+    )  # the first epoch at the target
 
 
 def test_without_loggers_nothing_is_missed(tmp_path: Path) -> None:

@@ -78,7 +78,9 @@ def test_epochs_are_known_where_steps_end_the_run() -> None:
 
 
 def test_before_fit_there_is_no_horizon() -> None:
-    with pytest.raises(RuntimeError, match=r"horizon\(\) needs a trainer that fits: .*horizon\(self\.trainer\) in configure_optimizers"):
+    with pytest.raises(
+        RuntimeError, match=r"horizon\(\) needs a trainer that fits: .*horizon\(self\.trainer\) in configure_optimizers"
+    ):
         horizon(trainer_for([gap()]))
 
 
@@ -103,24 +105,36 @@ SCHEDULES: dict[str, tuple[Any, float | None, str]] = {  # its horizon in its ow
     "milestones": (lambda o: lrs.MultiStepLR(o, [100, 50]), 100, r"MultiStepLR\(milestones=\[50, 100\]\)"),
     "sequence": (sequence, 100, r"CosineAnnealingLR\(T_max=90\) behind 10 steps of others"),
     "late sequence": (
-        lambda o: lrs.SequentialLR(o, [lrs.ConstantLR(o, total_iters=500), lrs.ExponentialLR(o, 0.9)], milestones=[100]),
-        100, r"SequentialLR\(milestones=\[100\]\)",
+        lambda o: lrs.SequentialLR(
+            o, [lrs.ConstantLR(o, total_iters=500), lrs.ExponentialLR(o, 0.9)], milestones=[100]
+        ),
+        100,
+        r"SequentialLR\(milestones=\[100\]\)",
     ),
-    "chain": (lambda o: lrs.ChainedScheduler([lrs.StepLR(o, 7), lrs.LinearLR(o, total_iters=100)]), 100, r"LinearLR\(total_iters=100\)"),
+    "chain": (
+        lambda o: lrs.ChainedScheduler([lrs.StepLR(o, 7), lrs.LinearLR(o, total_iters=100)]),
+        100,
+        r"LinearLR\(total_iters=100\)",
+    ),
     "nested": (
-        lambda o: lrs.SequentialLR(o, [lrs.ConstantLR(o), lrs.ChainedScheduler([lrs.PolynomialLR(o, 80)], optimizer=o)], milestones=[20]),
-        100, r"PolynomialLR\(total_iters=80\) behind 20 steps of others",
+        lambda o: lrs.SequentialLR(
+            o, [lrs.ConstantLR(o), lrs.ChainedScheduler([lrs.PolynomialLR(o, 80)], optimizer=o)], milestones=[20]
+        ),
+        100,
+        r"PolynomialLR\(total_iters=80\) behind 20 steps of others",
     ),
     "no milestones": (lambda o: lrs.MultiStepLR(o, []), None, ""),
     "lambda": (lambda o: lrs.LambdaLR(o, lambda step: 0.9**step), None, ""),
     "step": (lambda o: lrs.StepLR(o, 1000), None, ""),
     "plateau": (lambda o: lrs.ReduceLROnPlateau(o, patience=1000), None, ""),
-}  # fmt: skip
+}
 
 
 def host(schedule: Any, interval: str = "step", frequency: int = 1, automatic: bool = True) -> Any:
     config = SimpleNamespace(scheduler=schedule, interval=interval, frequency=frequency)
-    return SimpleNamespace(lr_scheduler_configs=[config], lightning_module=SimpleNamespace(automatic_optimization=automatic))
+    return SimpleNamespace(
+        lr_scheduler_configs=[config], lightning_module=SimpleNamespace(automatic_optimization=automatic)
+    )
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -131,7 +145,9 @@ def test_a_known_horizon_longer_than_the_phase_is_refused(name: str) -> None:
         check_horizons(host(schedule), 1, 1)
         return
     check_horizons(host(schedule), 100, 1000)
-    with pytest.raises(ValueError, match=rf"{shown} is longer than the phase of 99 optimizer steps .* sparse_callbacks\.horizon\(self"):
+    with pytest.raises(
+        ValueError, match=rf"{shown} is longer than the phase of 99 optimizer steps .* sparse_callbacks\.horizon\(self"
+    ):
         check_horizons(host(schedule), 99, 1)
     check_horizons(host(schedule, "epoch", 2), 1400, 7)
     with pytest.raises(ValueError, match=rf"{shown}, that is 1400 optimizer steps, is longer than the phase of 1399"):
@@ -149,7 +165,9 @@ def test_new_optimizers_are_what_everybody_finds(tmp_path: Any) -> None:
 
         def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
             one = module.optimizers()
-            self.found.append((id(optimizer), id(trainer.optimizers[0]), id(one.optimizer), id(trainer.strategy.optimizers[0])))
+            self.found.append(
+                (id(optimizer), id(trainer.optimizers[0]), id(one.optimizer), id(trainer.strategy.optimizers[0]))
+            )
             self.kept = [*getattr(self, "kept", []), optimizer]  # so that no address is used again
 
     class Schedule(Classifier):
@@ -159,7 +177,15 @@ def test_new_optimizers_are_what_everybody_finds(tmp_path: Any) -> None:
             return {"optimizer": chosen, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     look, logger = Look(), CSVLogger(tmp_path)
-    fit(Schedule(double_mlp()), gap(), look, LearningRateMonitor("step"), logger=logger, log_every_n_steps=1, max_epochs=1)
+    fit(
+        Schedule(double_mlp()),
+        gap(),
+        look,
+        LearningRateMonitor("step"),
+        logger=logger,
+        log_every_n_steps=1,
+        max_epochs=1,
+    )
     assert all(len(set(seen)) == 1 for seen in look.found)
     assert [i for i in range(1, 8) if look.found[i] != look.found[i - 1]] == [3, 6]
     with open(f"{logger.log_dir}/metrics.csv") as file:
@@ -213,9 +239,15 @@ def test_optimizers_in_another_number_are_refused() -> None:
         def configure_optimizers(self) -> Any:
             self.calls += 1
             first = OPTIMIZERS["sgd"](self.net[1].parameters())
-            return [first, OPTIMIZERS["sgd"](self.net[3].parameters())] if self.calls > 1 else [OPTIMIZERS["sgd"](self.parameters())]
+            return (
+                [first, OPTIMIZERS["sgd"](self.net[3].parameters())]
+                if self.calls > 1
+                else [OPTIMIZERS["sgd"](self.parameters())]
+            )
 
-    with pytest.raises(ValueError, match=r"gave 1 optimizers at the start and 2 at the restart of a phase\. .* restart=False"):
+    with pytest.raises(
+        ValueError, match=r"gave 1 optimizers at the start and 2 at the restart of a phase\. .* restart=False"
+    ):
         fit(More(double_mlp()), gap())
 
 
@@ -227,7 +259,10 @@ def test_parameters_that_a_restart_would_leave_out_are_refused() -> None:
         def on_train_start(self) -> None:
             self.optimizers().optimizer.add_param_group({"params": [self.net[3].bias]})
 
-    with pytest.raises(ValueError, match=r"^net\.3\.bias were in an optimizer and are in none after configure_optimizers was called anew"):
+    with pytest.raises(
+        ValueError,
+        match=r"^net\.3\.bias were in an optimizer and are in none after configure_optimizers was called anew",
+    ):
         fit(Thaws(double_mlp()), gap())
 
 
@@ -268,17 +303,24 @@ def never() -> float:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ((None, 10, None), 10), ((None, 0.125, None), 12), ((2, None, None), 14), ((0.5, None, None), 4), ((None, None, 50), 12),
-        ((None, None, 0.5), 12), ((None, None, None), 18),
+        ((None, 10, None), 10),
+        ((None, 0.125, None), 12),
+        ((2, None, None), 14),
+        ((0.5, None, None), 4),
+        ((None, None, 50), 12),
+        ((None, None, 0.5), 12),
+        ((None, None, None), 18),
     ],
-)  # fmt: skip
+)
 def test_the_length_of_a_phase(given: tuple[Any, Any, Any], expected: int) -> None:
     assert phase_steps(4, *given, RunLength(lambda: 100, (lambda: 7) if given[0] else never)) == expected
     check_phases(1, *given, partitions=4)
 
 
 def test_no_phases_in_too_short_a_run() -> None:
-    with pytest.raises(ValueError, match=r"4 phases .* of 26 optimizer steps each do not fit a run of 100 steps, with every=26"):
+    with pytest.raises(
+        ValueError, match=r"4 phases .* of 26 optimizer steps each do not fit a run of 100 steps, with every=26"
+    ):
         phase_steps(4, None, 26, None, RunLength(lambda: 100, never))
     assert phase_steps(4, None, 26, None, RunLength(lambda: 100, never, lenient=True)) == 26
     assert phase_steps(4, None, 26, None, RunLength(lambda: math.inf, never)) == 26
@@ -311,7 +353,9 @@ def test_the_classifier_of_train_py_follows_the_phase() -> None:
 
     rates: list[float] = []
     module = Flat(double_mlp(), 4, Optim(name="sgd", lr=0.1, fused=False))
-    trainer = trainer_for([gap(), watch(lambda t, *_: rates.append(t.optimizers[0].param_groups[0]["lr"]))], max_epochs=1)
+    trainer = trainer_for(
+        [gap(), watch(lambda t, *_: rates.append(t.optimizers[0].param_groups[0]["lr"]))], max_epochs=1
+    )
     trainer.fit(module, Batches())
     falling = [0.1 * (1 + math.cos(math.pi * t / 3)) / 2 for t in (1, 2, 3)]
     assert rates == pytest.approx([*falling, *falling, 0.05, 0.0], abs=1e-9)

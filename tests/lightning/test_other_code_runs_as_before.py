@@ -103,7 +103,9 @@ def test_a_layer_that_is_thawed_during_the_run_is_spoken_of(tmp_path: Path) -> N
     module = Regression()
     module.net[0].requires_grad_(False)
     callback = made(Static)
-    with pytest.warns(UserWarning, match=r"Static leaves net\.0\.weight dense: they were frozen or in no optimizer when fit started"):
+    with pytest.warns(
+        UserWarning, match=r"Static leaves net\.0\.weight dense: they were frozen or in no optimizer when fit started"
+    ):
         trainer_for([Thaws(), callback], tmp_path, max_epochs=3).fit(module, loader(2))
     assert "net.0.weight" not in callback.masks
 
@@ -114,7 +116,9 @@ def test_sparse_embedding_gradients_are_refused(tmp_path: Path) -> None:
             super().__init__()
             self.words = nn.Embedding(5, 4, sparse=True)
 
-    with pytest.raises(ValueError, match=r"words is an embedding with sparse=True.*Use sparse=False, or leave it out of include="):
+    with pytest.raises(
+        ValueError, match=r"words is an embedding with sparse=True.*Use sparse=False, or leave it out of include="
+    ):
         fit_steps(tmp_path, made(Static, include=["words.weight"]), Words(), 2)
 
 

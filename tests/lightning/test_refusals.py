@@ -30,7 +30,9 @@ def names(method: type) -> str:
     return method.__name__
 
 
-def refused(path: Path, callbacks: Any, message: str, module: Regression | None = None, ckpt_path: Any = None, **options: Any) -> None:
+def refused(
+    path: Path, callbacks: Any, message: str, module: Regression | None = None, ckpt_path: Any = None, **options: Any
+) -> None:
     """Fit raises ``message`` before the first batch, and leaves every weight and its momentum as it was."""
     module = Regression() if module is None else module
     before = {k: v.clone() for k, v in module.state_dict().items()}
@@ -48,7 +50,9 @@ def refused(path: Path, callbacks: Any, message: str, module: Regression | None 
 @pytest.mark.parametrize("method", METHODS, ids=names)
 @pytest.mark.parametrize("sparsity", [1.0, 1, -0.1, 90, True, float("nan")])
 def test_a_sparsity_outside_its_range(method: Any, sparsity: Any) -> None:
-    message = r"sparsity=.* is (not in \[0, 1\)|not a number).* is the fraction of zeros[.:] [Ff]or 90 % zeros write 0\.9"
+    message = (
+        r"sparsity=.* is (not in \[0, 1\)|not a number).* is the fraction of zeros[.:] [Ff]or 90 % zeros write 0\.9"
+    )
     with pytest.raises(ValueError, match=message):
         method(sparsity=sparsity)
 
@@ -67,7 +71,9 @@ def test_other_arguments_out_of_range(method: Any) -> None:
 @pytest.mark.parametrize("method", FADING, ids=names)
 @pytest.mark.parametrize("fraction", [1.1, -0.1, "linear(0.3, 2)", "constant(-1)"])
 def test_a_drop_fraction_outside_its_range(method: Any, fraction: Any) -> None:
-    with pytest.raises(ValueError, match=r"drop_fraction=.* leaves \[0, 1\]: it is the fraction of .* The published value is 0\.3"):
+    with pytest.raises(
+        ValueError, match=r"drop_fraction=.* leaves \[0, 1\]: it is the fraction of .* The published value is 0\.3"
+    ):
         method(drop_fraction=fraction)
 
 
@@ -96,14 +102,21 @@ def test_impossible_times(method: Any, times: Any, message: str) -> None:
 
 @pytest.mark.parametrize("method", [*FADING, GMP], ids=names)
 def test_an_interval_longer_than_this_run(method: Any, tmp_path: Path) -> None:
-    refused(tmp_path, method(0.5, every=100), r"every=100 is longer than stop - start .* \(100 steps against 3\).*a longer run")
+    refused(
+        tmp_path,
+        method(0.5, every=100),
+        r"every=100 is longer than stop - start .* \(100 steps against 3\).*a longer run",
+    )
     refused(tmp_path, method(0.5, start=50), r"stop=0\.75 \(3 steps\) lies before start=50 \(50 steps\)")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"include": "foo*"}, r"include=\['foo\*'\] matches no parameter .* Candidates: net\.0\.weight, net\.2\.weight"),
+        (
+            {"include": "foo*"},
+            r"include=\['foo\*'\] matches no parameter .* Candidates: net\.0\.weight, net\.2\.weight",
+        ),
         ({"exclude": "foo*"}, r"exclude=\['foo\*'\] matches no parameter"),
         ({"exclude": "*"}, r"no parameter is left to make sparse"),
         ({"distribution": "erk"}, r"distribution='erk' is not known\. Use uniform, erdos_renyi"),
@@ -116,7 +129,9 @@ def test_arguments_that_do_not_fit_the_model(options: Any, message: str, tmp_pat
 
 
 def test_what_needs_a_fit_says_so() -> None:
-    with pytest.raises(RuntimeError, match=r"RigL has no masks yet: they are made at the start of fit\. Before that, see plan\(model\)"):
+    with pytest.raises(
+        RuntimeError, match=r"RigL has no masks yet: they are made at the start of fit\. Before that, see plan\(model\)"
+    ):
         RigL(0.9).measured_sparsity()
     with pytest.raises(RuntimeError, match=r"RigL has no calendar: it is made when fit starts"):
         _ = RigL(0.9).fraction
@@ -132,7 +147,12 @@ def test_a_method_without_scores_to_grow_by(tmp_path: Path) -> None:
 
 def test_lbfgs(tmp_path: Path) -> None:
     module = Regression(configure=lambda p: torch.optim.LBFGS(p))
-    refused(tmp_path, RigL(0.5), r"LBFGS calls its closure several times in one step.*Use an optimizer with one gradient a step", module)
+    refused(
+        tmp_path,
+        RigL(0.5),
+        r"LBFGS calls its closure several times in one step.*Use an optimizer with one gradient a step",
+        module,
+    )
 
 
 class TwoClosures(torch.optim.SGD):
@@ -160,9 +180,16 @@ def test_a_fused_optimizer_under_a_gradient_scaler(tmp_path: Path) -> None:
         return MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
 
     fused = Regression(configure=lambda p: torch.optim.AdamW(p, fused=True))
-    refused(tmp_path, RigL(0.5), r"AdamW\(fused=True\) under precision='16-mixed'.*Use precision='bf16-mixed', or fused=False", fused,
-            plugins=[precision()])  # fmt: skip
-    fit_steps(tmp_path, RigL(0.5), Regression(configure=lambda p: torch.optim.AdamW(p, fused=False)), 2, plugins=[precision()])
+    refused(
+        tmp_path,
+        RigL(0.5),
+        r"AdamW\(fused=True\) under precision='16-mixed'.*Use precision='bf16-mixed', or fused=False",
+        fused,
+        plugins=[precision()],
+    )
+    fit_steps(
+        tmp_path, RigL(0.5), Regression(configure=lambda p: torch.optim.AdamW(p, fused=False)), 2, plugins=[precision()]
+    )
 
 
 class Manual(Regression):
@@ -194,7 +221,10 @@ def test_a_raw_optimizer_in_manual_optimization(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
 def test_sharded_strategies(name: str, tmp_path: Path) -> None:
     real = getattr(strategies, name)
-    with pytest.raises(ValueError, match=rf"{name} shards parameters, and masks are made for whole ones\. Use strategy='ddp' or one dev"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{name} shards parameters, and masks are made for whole ones\. Use strategy='ddp' or one dev",
+    ):
         refuse_host(SimpleNamespace(strategy=object.__new__(real), callbacks=[]))
     stand_in = type(name, (strategies.SingleDeviceStrategy,), {})("cpu")  # the real ones need a GPU
     refused(tmp_path, RigL(0.5), rf"{name} shards parameters", strategy=stand_in)
@@ -207,9 +237,15 @@ class Averaging(lightning_callbacks.WeightAveraging):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lightning_callbacks.WeightAveraging, r"WeightAveraging averages weights over moving masks.*Remove it from callbacks="),
+        (
+            lightning_callbacks.WeightAveraging,
+            r"WeightAveraging averages weights over moving masks.*Remove it from callbacks=",
+        ),
         (lightning_callbacks.EMAWeightAveraging, r"EMAWeightAveraging averages weights over moving masks"),
-        (lambda: lightning_callbacks.StochasticWeightAveraging(swa_lrs=0.1), r"StochasticWeightAveraging averages weights"),
+        (
+            lambda: lightning_callbacks.StochasticWeightAveraging(swa_lrs=0.1),
+            r"StochasticWeightAveraging averages weights",
+        ),
         (Averaging, r"Averaging averages weights"),
         (
             lambda: lightning_callbacks.ModelPruning("l1_unstructured", amount=0.5, parameters_to_prune=None),
@@ -232,7 +268,11 @@ def test_callbacks_that_would_silently_end_dense(make: Any, message: str, ours_f
 
 def test_two_callbacks_that_claim_one_parameter(tmp_path: Path) -> None:
     both = [RigL(0.5, include="net.0*"), SET(0.5)]
-    refused(tmp_path, both, r"RigL and SET both claim net\.0\.weight\. Give each callback its own layers with include= or exclude=")
+    refused(
+        tmp_path,
+        both,
+        r"RigL and SET both claim net\.0\.weight\. Give each callback its own layers with include= or exclude=",
+    )
     pair = [RigL(0.5, include="net.0*"), SET(0.5, exclude="net.0*")]
     fit_steps(tmp_path, pair, Regression(), 4)
     assert [list(c.masks) for c in pair] == [["net.0.weight"], ["net.2.weight"]]
@@ -253,7 +293,9 @@ def test_a_fraction_of_an_endless_run(method: Any, endless: str, tmp_path: Path)
     length = {"max_epochs": -1} if endless == "epochs" else {"max_epochs": 1}
     module = Regression()
     before = {k: v.clone() for k, v in module.state_dict().items()}
-    with pytest.raises(ValueError, match=r"stop=0\.75 is a fraction of a run whose length is not known.*max_steps=.*in integer steps"):
+    with pytest.raises(
+        ValueError, match=r"stop=0\.75 is a fraction of a run whose length is not known.*max_steps=.*in integer steps"
+    ):
         trainer_for(method(0.5), tmp_path, **length).fit(module, data)
     assert module.batches == 0
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
@@ -299,7 +341,9 @@ def rigl(**options: Any) -> RigL:
 
 
 def resumed(path: Path, callback: SparsityCallback, checkpoint: Path, module: Regression | None = None) -> None:
-    trainer_for(callback, path, max_steps=8).fit(Regression() if module is None else module, loader(12), ckpt_path=checkpoint)
+    trainer_for(callback, path, max_steps=8).fit(
+        Regression() if module is None else module, loader(12), ckpt_path=checkpoint
+    )
 
 
 def test_a_checkpoint_without_our_state(tmp_path: Path) -> None:
@@ -327,8 +371,12 @@ def test_a_checkpoint_without_our_state(tmp_path: Path) -> None:
 def test_a_checkpoint_of_other_arguments(change: Any, words: str, tmp_path: Path) -> None:
     first = rigl()
     checkpoint = saved(tmp_path, first)
-    refused(tmp_path, rigl(**change), rf"was written by a RigL with other arguments: {words}\. Give the same, or fresh_start=True",
-            ckpt_path=checkpoint)  # fmt: skip
+    refused(
+        tmp_path,
+        rigl(**change),
+        rf"was written by a RigL with other arguments: {words}\. Give the same, or fresh_start=True",
+        ckpt_path=checkpoint,
+    )
     callback = rigl(**change, fresh_start=True)
     resumed(tmp_path, callback, checkpoint)
     assert callback.step > first.step or callback.updates
@@ -370,7 +418,12 @@ def test_a_checkpoint_of_a_later_version(tmp_path: Path) -> None:
     (key,) = (k for k in content["callbacks"] if "RigL" in k)
     content["callbacks"][key]["version"] = 99
     torch.save(content, checkpoint)
-    refused(tmp_path, rigl(), r"sparsity state of version 99, and this package reads up to 1\. Upgrade", ckpt_path=checkpoint)
+    refused(
+        tmp_path,
+        rigl(),
+        r"sparsity state of version 99, and this package reads up to 1\. Upgrade",
+        ckpt_path=checkpoint,
+    )
 
 
 # ---------------------------------------------------------------------- warnings
@@ -382,7 +435,9 @@ def test_reduce_on_plateau_is_warned_about(tmp_path: Path) -> None:
         scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "sparsity/total"}}
 
-    with pytest.warns(UserWarning, match=r"ReduceLROnPlateau does not resume exactly.*Use a schedule over steps or epochs"):
+    with pytest.warns(
+        UserWarning, match=r"ReduceLROnPlateau does not resume exactly.*Use a schedule over steps or epochs"
+    ):
         fit_steps(tmp_path, Static(0.5), Regression(configure=configure), 2)
 
 
@@ -447,6 +502,11 @@ def test_a_run_that_ends_before_its_target_says_target_and_reached(tmp_path: Pat
 
 def test_a_callback_serves_a_second_model_after_a_refusal(tmp_path: Path) -> None:
     callback = Static(0.5, include="net.0*")
-    refused(tmp_path, callback, r"matches no parameter", Regression(torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Linear(12, 6))))
+    refused(
+        tmp_path,
+        callback,
+        r"matches no parameter",
+        Regression(torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Linear(12, 6))),
+    )
     fit_steps(tmp_path, callback, Regression(), 2)
     assert list(copied_masks(callback)) == ["net.0.weight"]

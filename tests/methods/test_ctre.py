@@ -171,7 +171,9 @@ def test_new_weights_have_no_momentum_and_those_that_come_back_keep_theirs(tmp_p
             if watch.updates and len(self.seen) < len(watch.updates):
                 last = watch.updates[-1]
                 grown = last["after"][FIRST] & ~last["before"][FIRST]
-                kept = keep_largest(last["weights"][FIRST], int(last["before"][FIRST].sum()) // 2, among=last["before"][FIRST])
+                kept = keep_largest(
+                    last["weights"][FIRST], int(last["before"][FIRST].sum()) // 2, among=last["before"][FIRST]
+                )
                 back = last["after"][FIRST] & last["before"][FIRST] & ~kept
                 momentum = trainer.optimizers[0].state[parameters_of(callback)[FIRST]]["momentum_buffer"]
                 self.seen.append((momentum[grown], momentum[back]))
@@ -239,7 +241,9 @@ def test_training_is_the_same_with_and_without_a_pass(tmp_path: Path) -> None:
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.net = nn.Sequential(nn.Linear(12, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Dropout(0.5), nn.Linear(20, 6))
+            self.net = nn.Sequential(
+                nn.Linear(12, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Dropout(0.5), nn.Linear(20, 6)
+            )
 
     ends = []
     for start in (14, 10**6):  # the update comes after the last step but one of fourteen, or never

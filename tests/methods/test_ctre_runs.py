@@ -24,7 +24,9 @@ from sparse_callbacks.methods.ctre.patience import Patience, judged
 # ---------------------------------------------------------------------- density
 
 
-@pytest.mark.parametrize("case", ER_DENSITY, ids=lambda c: f"{c['dim']}-{c['n_hidden']}-{c['n_classes']} eps {c['epsilon']}")
+@pytest.mark.parametrize(
+    "case", ER_DENSITY, ids=lambda c: f"{c['dim']}-{c['n_hidden']}-{c['n_classes']} eps {c['epsilon']}"
+)
 def test_counts_of_epsilon_as_in_the_reference(case: dict[str, Any]) -> None:
     hidden = case["n_hidden"]
     with torch.device("meta"):
@@ -33,7 +35,9 @@ def test_counts_of_epsilon_as_in_the_reference(case: dict[str, Any]) -> None:
         rows = [r for r in callback.plan(net) if r.name.endswith("weight")]
         assert [r.size - r.zeros for r in rows] == case["n_active"]
         assert sum(r.size for r in rows) == case["total_dense"]
-        assert sum(r.size - r.zeros for r in rows) / case["total_dense"] == pytest.approx(case["density"], abs=5e-9)  # 8 digits
+        assert sum(r.size - r.zeros for r in rows) / case["total_dense"] == pytest.approx(
+            case["density"], abs=5e-9
+        )  # 8 digits
 
 
 def test_a_run_with_epsilon_has_its_counts(tmp_path: Path) -> None:
@@ -134,7 +138,9 @@ def test_a_metric_of_training_is_judged_at_the_end_of_the_epoch() -> None:
 
 
 def test_a_missing_metric_names_those_that_there_are(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"monitor='score' is not logged in the first epoch\. Metrics that are: a, b\. Give one of"):
+    with pytest.raises(
+        ValueError, match=r"monitor='score' is not logged in the first epoch\. Metrics that are: a, b\. Give one of"
+    ):
         patience().epoch_ended({"a": 1.0, "b": 2.0}, 0)
     with pytest.raises(ValueError, match=r"monitor='score' is not logged in validation\. Metrics that are: none"):
         patience().validated({}, 0)
@@ -164,7 +170,8 @@ class Stop(Callback):
 
 
 @pytest.mark.parametrize(
-    ("hook", "when"), [("on_validation_end", 1), ("on_validation_end", 2), ("on_train_epoch_end", 2), ("on_validation_end", 4)]
+    ("hook", "when"),
+    [("on_validation_end", 1), ("on_validation_end", 2), ("on_train_epoch_end", 2), ("on_validation_end", 4)],
 )
 def test_a_resumed_run_goes_on_in_its_phase(hook: str, when: int, tmp_path: Path) -> None:
     script = [0.5, 0.6, 0.6, 0.6, 0.7, 0.8, 0.9]  # random from the epoch after the fourth on
@@ -176,8 +183,8 @@ def test_a_resumed_run_goes_on_in_its_phase(hook: str, when: int, tmp_path: Path
     watch = Watch(again)
     made = trainer_for([again, watch], tmp_path, max_epochs=7)
     made.fit(resumed, loader(5), loader(1), ckpt_path=tmp_path / "mid.ckpt")
-    assert watch.steps == seen.steps[-len(watch.steps):]
-    assert [u["events"] for u in watch.updates] == [u["events"] for u in seen.updates[-len(watch.updates):]]
+    assert watch.steps == seen.steps[-len(watch.steps) :]
+    assert [u["events"] for u in watch.updates] == [u["events"] for u in seen.updates[-len(watch.updates) :]]
     assert all(torch.equal(again.masks[n], whole.masks[n]) for n in whole.masks)
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), resumed.parameters(), strict=True))
     for key in ("patience/best", "patience/count"):
@@ -201,7 +208,9 @@ def test_a_run_resumed_inside_a_window_has_the_similarity_of_its_start(tmp_path:
     options: dict[str, Any] = {"accumulate_grad_batches": 2, "max_epochs": 2}
 
     class Saves(Callback):
-        def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        def on_train_batch_end(
+            self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
             if trainer.current_epoch == 1 and batch_idx == 0:
                 assert sum(k.startswith("similarity/") for k in whole.aux) == 2
                 trainer.save_checkpoint(tmp_path / "mid.ckpt")
@@ -255,7 +264,10 @@ def test_a_run_resumed_inside_a_window_has_the_similarity_of_its_start(tmp_path:
         ({"epsilon": 1}, r"sparsity=0\.5 and epsilon\(1\) both say how many weights there are"),
         ({"distribution": "epsilon(2)"}, r"sparsity=0\.5 and epsilon\(2\) both say"),
         ({"epsilon": 0, "sparsity": None}, r"epsilon=0 is no positive number"),
-        ({"epsilon": 1, "sparsity": None, "distribution": "uniform"}, r"epsilon=1 and distribution='uniform' both share out"),
+        (
+            {"epsilon": 1, "sparsity": None, "distribution": "uniform"},
+            r"epsilon=1 and distribution='uniform' both share out",
+        ),
         ({"distribution": "epsilon(x)", "sparsity": None}, r"epsilon='epsilon\(x\)' is no positive number"),
         ({"drop_fraction": 1.5}, r"drop_fraction=1\.5 leaves \[0, 1\]"),
     ],
@@ -281,7 +293,9 @@ class Endless(IterableDataset):
 
 def test_an_epoch_without_a_length_needs_an_interval(tmp_path: Path) -> None:
     source = DataLoader(Endless(), batch_size=4)
-    with pytest.raises(ValueError, match=r"every=None is one update an epoch, and the training loader has no length\. Give every="):
+    with pytest.raises(
+        ValueError, match=r"every=None is one update an epoch, and the training loader has no length\. Give every="
+    ):
         trainer_for(ctre(), tmp_path, max_steps=4).fit(Net(), source)
     with pytest.raises(ValueError, match=r"DataLoader over an IterableDataset\. Give statistics_dataloader="):
         trainer_for(ctre(every=2), tmp_path, max_steps=4).fit(Net(), source)
@@ -290,11 +304,16 @@ def test_an_epoch_without_a_length_needs_an_interval(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("net", "message"),
     [
-        (nn.Sequential(nn.Linear(12, 5), nn.Linear(5, 6)), r"there is no activation between the layers: .*net\.0\.weight"),
+        (
+            nn.Sequential(nn.Linear(12, 5), nn.Linear(5, 6)),
+            r"there is no activation between the layers: .*net\.0\.weight",
+        ),
         (nn.Sequential(nn.Unflatten(1, (3, 4)), nn.LSTM(4, 6)), r"net\.1\.weight_ih_l0 \(LSTM\).*exclude="),
     ],
 )
-def test_networks_without_activations_to_compare_are_refused_before_the_first_step(net: nn.Module, message: str, tmp_path: Path) -> None:
+def test_networks_without_activations_to_compare_are_refused_before_the_first_step(
+    net: nn.Module, message: str, tmp_path: Path
+) -> None:
     module = Net(net)
     with pytest.raises(ValueError, match=message):
         fit_steps(tmp_path, ctre(), module, 3)
@@ -303,7 +322,9 @@ def test_networks_without_activations_to_compare_are_refused_before_the_first_st
 
 def test_a_module_without_a_forward_is_told_of_the_argument(tmp_path: Path) -> None:
     module = Regression()
-    with pytest.raises(ValueError, match=r"Regression\.forward failed .*NotImplementedError.*forward=lambda module, batch"):
+    with pytest.raises(
+        ValueError, match=r"Regression\.forward failed .*NotImplementedError.*forward=lambda module, batch"
+    ):
         fit_steps(tmp_path, ctre(), module, 3)
     assert module.batches == 0
 

@@ -66,12 +66,18 @@ def test_the_trajectory(case: tuple[float, float, int], distribution: str) -> No
     seen: dict[str, Any] = {}
 
     def before(*_: Any) -> None:
-        seen.update(mask=callback.masks["layer.weight"].int()[0].tolist(), masked=module.layer.weight.detach()[0].tolist())
+        seen.update(
+            mask=callback.masks["layer.weight"].int()[0].tolist(), masked=module.layer.weight.detach()[0].tolist()
+        )
 
     begin = pl.callbacks.LambdaCallback(on_train_batch_start=before)
-    after = watch(lambda *_: found.append((seen["mask"], seen["masked"], dense_values(callback, "layer.weight")[0].tolist())))
+    after = watch(
+        lambda *_: found.append((seen["mask"], seen["masked"], dense_values(callback, "layer.weight")[0].tolist()))
+    )
     fit(module, callback, begin, after, max_steps=4)
-    for (mask, masked, dense), (expected_mask, expected_masked, expected_dense) in zip(found, TRAJECTORIES[case], strict=True):
+    for (mask, masked, dense), (expected_mask, expected_masked, expected_dense) in zip(
+        found, TRAJECTORIES[case], strict=True
+    ):
         assert mask == expected_mask
         assert masked == pytest.approx(expected_masked, abs=1e-11)
         assert dense == pytest.approx(expected_dense, abs=1e-11)
@@ -114,7 +120,8 @@ def test_the_default_interval_is_the_published_one() -> None:
 
 
 def test_pruned_weights_learn_between_refreshes_and_come_back() -> None:
-    """Dense values at pruned positions move while the effective ones are zero; the count of those that return is what is logged."""
+    """Dense values at pruned positions move while the effective ones are zero; the count of those that return is what
+    is logged."""
     callback, module = DPF(0.8, every=4, stop=24, print_plan=False), Classifier()
     last: dict[str, Any] = {}
     back, moved = [0], [0]
@@ -303,7 +310,9 @@ def test_resume_before_at_and_in_fine_tuning(after: int, tmp_path: Path) -> None
     module, resumed = Classifier(optimizer="adamw"), Classifier(conv_net(7), "adamw")
     expected = snapshot(fit(module, one, Save()), module, one)
     assert differences(expected, snapshot(fit(resumed, other, ckpt_path=tmp_path / "run.ckpt"), resumed, other)) == []
-    assert bool(torch.load(tmp_path / "run.ckpt", weights_only=True)["callbacks"][one.state_key]["dense"]) == (after < 9)
+    assert bool(torch.load(tmp_path / "run.ckpt", weights_only=True)["callbacks"][one.state_key]["dense"]) == (
+        after < 9
+    )
 
 
 def test_the_masks_of_a_run_serve_static_fine_tuning(tmp_path: Path) -> None:
@@ -342,7 +351,10 @@ def test_a_layer_that_is_thawed_for_a_second_fit_has_feedback_too() -> None:
 def weakest_filters(layers: list[Tensor], zeros: int) -> list[set[int]]:
     """By hand: filters that go, weakest first, while their weights fit; the strongest of a layer stays."""
     ranked = sorted((float(f.norm()), -i, -j) for i, layer in enumerate(layers) for j, f in enumerate(layer))
-    best = {(i, max(range(len(layer)), key=lambda j, layer=layer: (float(layer[j].norm()), -j))) for i, layer in enumerate(layers)}
+    best = {
+        (i, max(range(len(layer)), key=lambda j, layer=layer: (float(layer[j].norm()), -j)))
+        for i, layer in enumerate(layers)
+    }
     gone: list[set[int]] = [set() for _ in layers]
     for _, i, j in ranked:
         if (-i, -j) in best:
@@ -363,14 +375,19 @@ def test_whole_filters_go_with_the_smallest_norms_first(seed: int) -> None:
     for sparsity in (0.0, 0.3, 0.77, 0.99):
         scores = [filters.norms(t, len(t)) for t in layers]
         kept = filters.keep_filters_jointly(scores, [18, 12, 16], int(sparsity * size))
-        assert [{i for i, k in enumerate(mask.tolist()) if not k} for mask in kept] == weakest_filters(layers, int(sparsity * size))
+        assert [{i for i, k in enumerate(mask.tolist()) if not k} for mask in kept] == weakest_filters(
+            layers, int(sparsity * size)
+        )
 
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_filters_of_a_transposed_convolution_are_its_outputs(groups: int) -> None:
     torch.manual_seed(0)
     layer = nn.ConvTranspose2d(4, 6, 3, groups=groups, bias=False)
-    kept = filters.norms(layer.weight.detach(), 6, transposed=True) > filters.norms(layer.weight.detach(), 6, transposed=True).median()
+    kept = (
+        filters.norms(layer.weight.detach(), 6, transposed=True)
+        > filters.norms(layer.weight.detach(), 6, transposed=True).median()
+    )
     mask = filters.mask_of(kept, layer.weight, transposed=True)
     assert mask.shape == layer.weight.shape
     with torch.no_grad():

@@ -63,14 +63,18 @@ def test_the_numeric_cycle(tmp_path: Path) -> None:
     seen: list[tuple[list[Any], list[Any]]] = []
 
     def state() -> tuple[list[Any], list[Any]]:
-        return [m.int().tolist()[0] for m in callback.masks.values()], [row.weight.detach()[0].clone() for row in module.rows]
+        return [m.int().tolist()[0] for m in callback.masks.values()], [
+            row.weight.detach()[0].clone() for row in module.rows
+        ]
 
     around_updates(callback, before=lambda _: seen.append(state()))
     fit_steps(tmp_path, callback, module, 3)
     seen.append(state())
     assert [masks for masks, _ in seen] == [masks for masks, _ in oracle.CYCLE_STEPS]
     for (_, weights), (_, expected) in zip(seen, oracle.CYCLE_STEPS, strict=True):
-        assert torch.allclose(torch.stack(weights), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)  # sums of decimals
+        assert torch.allclose(
+            torch.stack(weights), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12
+        )  # sums of decimals
 
 
 def first_masks(path: Path, **options: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -108,7 +112,12 @@ def test_partitions_become_dense_in_turn(shape: tuple[int, int], expected: list[
     seen: list[list[int]] = []
 
     def keep(_: Moment) -> None:
-        phases.append({"masks": copied_masks(callback), "weights": {n: p.detach().clone() for n, p in parameters_of(callback).items()}})
+        phases.append(
+            {
+                "masks": copied_masks(callback),
+                "weights": {n: p.detach().clone() for n, p in parameters_of(callback).items()},
+            }
+        )
 
     def look(trainer: Any, module: Any, done: int) -> None:
         assert_effective(module, callback)
@@ -116,10 +125,15 @@ def test_partitions_become_dense_in_turn(shape: tuple[int, int], expected: list[
     class Look(pl.Callback):
         def on_before_optimizer_step(self, *_: Any) -> None:
             seen.append([i for i, m in enumerate(callback.masks.values()) if m.all()])
-            active, total = sum(int(m.sum()) for m in callback.masks.values()), sum(m.numel() for m in callback.masks.values())
+            active, total = (
+                sum(int(m.sum()) for m in callback.masks.values()),
+                sum(m.numel() for m in callback.masks.values()),
+            )
             dense = [m for m in callback.masks.values() if m.all()]
             others = [m for m in callback.masks.values() if not m.all()]
-            assert active == sum(m.numel() for m in dense) + sum(m.numel() - math.floor(0.7 * m.numel()) for m in others)
+            assert active == sum(m.numel() for m in dense) + sum(
+                m.numel() - math.floor(0.7 * m.numel()) for m in others
+            )
             assert active < total
             assert callback.at_target is (not dense)
 
@@ -144,7 +158,9 @@ def test_partitions_become_dense_in_turn(shape: tuple[int, int], expected: list[
             else:
                 assert torch.equal(after[name], before["masks"][name])
         for index in dense:
-            assert not before["weights"][names[index]][~before["masks"][names[index]]].any()  # what grows starts at zero
+            assert not before["weights"][names[index]][
+                ~before["masks"][names[index]]
+            ].any()  # what grows starts at zero
 
 
 def test_the_released_scripts_train_the_first_partition_once_more(tmp_path: Path) -> None:
@@ -169,7 +185,8 @@ def test_every_weight_is_active_once_in_each_round(tmp_path: Path) -> None:
 
 
 def test_each_step_is_that_of_a_plain_loop(tmp_path: Path) -> None:
-    """Written anew in plain torch: phases with their own optimizer and cosine, masks after each step, pruning by sorting."""
+    """Written anew in plain torch: phases with their own optimizer and cosine, masks after each step, pruning by
+    sorting."""
     every, steps, data = 4, 14, Batches(batches=14)
     module, callback = Restarting(double_mlp()), gap(2, every=every, rounds=1)
     net = double_mlp()
@@ -190,7 +207,11 @@ def test_each_step_is_that_of_a_plain_loop(tmp_path: Path) -> None:
             ended = list(masks)[begin_at // every - 1]
             order = weights[ended].detach().abs().flatten().argsort(descending=True, stable=True)
             keep = weights[ended].numel() - math.floor(0.7 * weights[ended].numel())
-            masks[ended] = torch.zeros(weights[ended].numel(), dtype=torch.bool).index_fill_(0, order[:keep], True).view_as(masks[ended])
+            masks[ended] = (
+                torch.zeros(weights[ended].numel(), dtype=torch.bool)
+                .index_fill_(0, order[:keep], True)
+                .view_as(masks[ended])
+            )
             if begin_at == every:
                 masks[list(masks)[1]].fill_(True)
             with torch.no_grad():
@@ -236,7 +257,9 @@ def test_the_plan_tells_the_partitions() -> None:
         "partition 0: 0.weight (120 weights)",
         "partition 1: 2.weight, 4.weight (128 weights)",
     ]
-    with pytest.raises(ValueError, match=r"asks for 4 partitions, and the sparse layers are only 3: 0\.weight, 2\.weight, 4\.weight"):
+    with pytest.raises(
+        ValueError, match=r"asks for 4 partitions, and the sparse layers are only 3: 0\.weight, 2\.weight, 4\.weight"
+    ):
         gap(4).plan(deep(3))
 
 
@@ -283,7 +306,9 @@ def test_a_schedule_longer_than_a_phase_is_refused() -> None:
 
     module = Long(double_mlp())
     weights = {n: p.detach().clone() for n, p in module.named_parameters()}
-    with pytest.raises(ValueError, match=r"CosineAnnealingLR\(T_max=16\) is longer than the phase of 3 .*\.horizon\(self\.trainer"):
+    with pytest.raises(
+        ValueError, match=r"CosineAnnealingLR\(T_max=16\) is longer than the phase of 3 .*\.horizon\(self\.trainer"
+    ):
         fit(module, gap(2, every=3))
     assert not differences(weights, {n: p.detach() for n, p in module.named_parameters()})
     fit(module, gap(2, every=3, restart=False))
@@ -303,4 +328,6 @@ def test_the_length_of_fine_tuning_counts_there() -> None:
 
 def test_the_card_shows_its_arguments() -> None:
     shown = repr(gap([["a*"], ["b*"]], every=0.1))
-    assert shown.startswith("GaP(sparsity=0.7, partitions=[['a*'], ['b*']], rounds=1, epochs=None, every=0.1, finetune=None")
+    assert shown.startswith(
+        "GaP(sparsity=0.7, partitions=[['a*'], ['b*']], rounds=1, epochs=None, every=0.1, finetune=None"
+    )

@@ -47,8 +47,13 @@ def prune(weight: Tensor) -> Tensor:
 
 
 def test_workers_equal_a_hand_written_loop() -> None:
-    """Two rounds of two workers and fine-tuning, bit by bit, with random numbers and data order taken from the callback's seeds."""
-    callback, module, loader = ParallelGaP(SIZE, partitions=2, rounds=2, print_plan=False), Classifier(processes.network()), Recorded()
+    """Two rounds of two workers and fine-tuning, bit by bit, with random numbers and data order taken from the
+    callback's seeds."""
+    callback, module, loader = (
+        ParallelGaP(SIZE, partitions=2, rounds=2, print_plan=False),
+        Classifier(processes.network()),
+        Recorded(),
+    )
     model = copy.deepcopy(module)
     seeds: list[int] = []
     after_epoch_starts(callback, lambda: seeds.append(torch.initial_seed()))
@@ -118,7 +123,12 @@ def test_seeds_and_epochs_differ_between_workers_rounds_and_epochs_and_not_betwe
     told: list[list[int]] = []
     for seed in (0, 0, 1):
         loader = Recorded()
-        fit(Classifier(), ParallelGaP(partitions=2, rounds=2, epochs=2, seed=seed, print_plan=False), loader=loader, max_epochs=10)
+        fit(
+            Classifier(),
+            ParallelGaP(partitions=2, rounds=2, epochs=2, seed=seed, print_plan=False),
+            loader=loader,
+            max_epochs=10,
+        )
         told.append(sorted(set(loader.told), key=loader.told.index))
         assert "set_epoch" not in vars(loader)
     assert told[0] == told[1]
@@ -203,9 +213,13 @@ def test_a_resume_from_the_end_of_an_epoch(tmp_path: Path) -> None:
         callback = ParallelGaP(SIZE, partitions=2, rounds=2, print_plan=False)
         saver = pl.callbacks.ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, monitor="val_loss")
         trainer = pl.Trainer(
-            accelerator="cpu", max_epochs=6, callbacks=[callback, saver], logger=False, enable_progress_bar=False,
+            accelerator="cpu",
+            max_epochs=6,
+            callbacks=[callback, saver],
+            logger=False,
+            enable_progress_bar=False,
             enable_model_summary=False,
-        )  # fmt: skip
+        )
         trainer.fit(module, Batches(), Batches(batches=2, seed=1), **options)
         return snapshot(trainer, module, callback)
 
@@ -307,7 +321,9 @@ def test_a_sampler_that_splits_the_data_is_refused() -> None:
     data = TensorDataset(torch.zeros(8))
     for replicas in (1, 2):
         loader = DataLoader(data, sampler=DistributedSampler(data, num_replicas=replicas, rank=0))
-        trainer = type("T", (), {"fit_loop": type("L", (), {"_combined_loader": type("C", (), {"flattened": [loader]})()})()})()
+        trainer = type(
+            "T", (), {"fit_loop": type("L", (), {"_combined_loader": type("C", (), {"flattened": [loader]})()})()}
+        )()
         if replicas == 1:
             refuse_split_data(trainer)
         else:
@@ -317,7 +333,9 @@ def test_a_sampler_that_splits_the_data_is_refused() -> None:
 
 def test_another_sparsity_callback_beside_it_is_refused() -> None:
     pair = [ParallelGaP(partitions=1, include=["net.0.*"]), Static(exclude=["net.0.*"])]
-    with pytest.raises(ValueError, match="ParallelGaP trains several copies of the whole network, and 2 sparsity callbacks"):
+    with pytest.raises(
+        ValueError, match="ParallelGaP trains several copies of the whole network, and 2 sparsity callbacks"
+    ):
         fit(Classifier(), *pair, max_epochs=4)
 
 
@@ -329,13 +347,21 @@ def test_a_validation_at_a_worker_s_end_sees_that_worker_and_at_a_round_s_end_th
 
     class Validated(Classifier):
         def on_validation_epoch_end(self) -> None:
-            seen.append((callback.measured_sparsity()["sparsity/total"], {k: v.clone() for k, v in self.state_dict().items()}))
+            seen.append(
+                (callback.measured_sparsity()["sparsity/total"], {k: v.clone() for k, v in self.state_dict().items()})
+            )
 
     callback = ParallelGaP(SIZE, partitions=2, rounds=2, print_plan=False)
     trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=5, callbacks=[callback], logger=False, enable_progress_bar=False, enable_model_summary=False,
-        num_sanity_val_steps=0, enable_checkpointing=False,
-    )  # fmt: skip
+        accelerator="cpu",
+        max_epochs=5,
+        callbacks=[callback],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+    )
     trainer.fit(Validated(), Batches(), Batches(batches=2, seed=1))
     dense = callback.plan()["net.0.weight"].size / callback.plan().weights
     assert [s for s, _ in seen] == pytest.approx([SIZE * (1 - dense), SIZE] * 2 + [SIZE], abs=1e-2)
@@ -356,7 +382,9 @@ def test_norms_in_eval_mode_keep_their_statistics() -> None:
 def test_a_last_batch_of_one_sample_is_left_out_of_the_statistics() -> None:
     class Flat(Classifier):
         def __init__(self) -> None:
-            super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(50, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)))
+            super().__init__(
+                nn.Sequential(nn.Flatten(), nn.Linear(50, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+            )
 
     x = torch.randn(17, 2, 5, 5)
     loader = DataLoader(TensorDataset(x, torch.zeros(17).long()), batch_size=8, drop_last=True)
@@ -396,4 +424,6 @@ def test_data_that_cannot_be_passed_over_is_refused_before_the_first_batch() -> 
     with pytest.raises(ValueError, match="statistics_dataloader="):
         fit(module, ParallelGaP(partitions=2, print_plan=False), loader=Endless(), max_epochs=4)
     assert differences(before, dict(module.state_dict())) == []
-    fit(Classifier(double_mlp()), ParallelGaP(partitions=2, print_plan=False), loader=Endless(), max_epochs=4)  # no statistics, no pass
+    fit(
+        Classifier(double_mlp()), ParallelGaP(partitions=2, print_plan=False), loader=Endless(), max_epochs=4
+    )  # no statistics, no pass

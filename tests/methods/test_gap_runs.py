@@ -102,7 +102,10 @@ def test_each_optimizer_moves_the_masks_of_its_own_parameters() -> None:
     module.between = lambda: dense.append([bool(m.all()) for m in callback.masks.values()])
     fit(module, callback, max_epochs=1)
     assert dense[0:4] == [[True, False]] * 4
-    assert dense[4:6] == [[False, False], [False, True]]  # the first optimizer has taken its third step, then the second one
+    assert dense[4:6] == [
+        [False, False],
+        [False, True],
+    ]  # the first optimizer has taken its third step, then the second one
     assert dense[10:12] == [[False, True], [False, False]]
 
 
@@ -115,7 +118,10 @@ def test_a_run_resumes_bitwise_from_every_batch(optimizer: str, lazy: bool, wind
 
     def run(path: Path | None = None, save: bool = False) -> Any:
         torch.manual_seed(5 if path else 0)
-        module, callback = Restarting(double_mlp(seed=3 if path else 0), optimizer, lazy), gap(2, every=3, rounds=2 // window)
+        module, callback = (
+            Restarting(double_mlp(seed=3 if path else 0), optimizer, lazy),
+            gap(2, every=3, rounds=2 // window),
+        )
         keep = watch(lambda t, m, done: t.save_checkpoint(tmp_path / f"{done}.ckpt") if save else None)
         options = {"max_epochs": 2, "accumulate_grad_batches": window, "ckpt_path": path}
         trainer = fit(module, callback, keep, **options)
@@ -165,7 +171,12 @@ def test_a_fresh_start_does_not_ask_the_checkpoint(tmp_path: Path) -> None:
 
 def test_a_longer_run_gives_the_resumed_fine_tuning_its_steps(tmp_path: Path) -> None:
     path = tmp_path / "end.ckpt"
-    fit(Restarting(double_mlp()), gap(2, every=3), watch(lambda t, m, d: t.save_checkpoint(path) if d == 2 else None), max_epochs=1)
+    fit(
+        Restarting(double_mlp()),
+        gap(2, every=3),
+        watch(lambda t, m, d: t.save_checkpoint(path) if d == 2 else None),
+        max_epochs=1,
+    )
     again = Restarting(double_mlp())
     fit(again, gap(2, every=3), max_epochs=3, ckpt_path=path)
     assert again.horizons == [3, 3, 18]
@@ -229,7 +240,10 @@ def test_an_endless_run_takes_phases_in_steps_and_fine_tunes_forever() -> None:
 @pytest.mark.parametrize(
     ("method", "said"),
     [
-        ({"every": 17}, r"2 phases \(rounds= times partitions=\) of 17 optimizer steps each do not fit a run of 32 steps, with every=17"),
+        (
+            {"every": 17},
+            r"2 phases \(rounds= times partitions=\) of 17 optimizer steps each do not fit a run of 32 steps, with every=17",
+        ),
         ({"epochs": 3}, "2 phases .* of 24 optimizer steps each do not fit a run of 32 steps, with epochs=3"),
         ({"rounds": 20}, "40 phases .* of 0 optimizer steps each do not fit a run of 32 steps, with finetune=0.75"),
         ({"finetune": 40}, "do not fit a run of 32 steps, with finetune=40"),
@@ -247,7 +261,9 @@ def test_epochs_of_unknown_length_are_refused() -> None:
             return iter([(x, y) for x, y in Batches().all(1)])
 
     stream = torch.utils.data.DataLoader(Stream(), batch_size=None)
-    with pytest.raises(ValueError, match=r"epochs=1 cannot be counted in steps: the train loader has no length\. .* every=1000"):
+    with pytest.raises(
+        ValueError, match=r"epochs=1 cannot be counted in steps: the train loader has no length\. .* every=1000"
+    ):
         fit(Classifier(double_mlp()), gap(2, epochs=1), loader=stream, max_epochs=-1, max_steps=20)
     callback = gap(2, every=2)
     fit(Restarting(double_mlp()), callback, loader=stream, max_epochs=-1, max_steps=6)
@@ -268,7 +284,8 @@ def test_a_run_that_ends_in_a_phase_says_so() -> None:
     assert not callback.at_target
 
 
-# ---------------------------------------------------------------------- runs of another length, and steps that are skipped
+# ---------------------------------------------------------------------- runs of another length, and steps that are
+# skipped
 
 
 class Saves(pl.Callback):

@@ -186,7 +186,10 @@ def test_log_alpha_for_a_density(density: float) -> None:
 
 def test_expected_densities_of_a_network() -> None:
     inputs = [784, 300, 100]
-    log_alphas = [torch.full((1, n), gates.log_alpha_at(d), dtype=torch.float64) for n, d in zip(inputs, MLP_DROPRATES, strict=True)]
+    log_alphas = [
+        torch.full((1, n), gates.log_alpha_at(d), dtype=torch.float64)
+        for n, d in zip(inputs, MLP_DROPRATES, strict=True)
+    ]
     for log_alpha, density in zip(log_alphas, MLP_DENSITIES, strict=True):
         close(gates.expected_density([log_alpha], [1.0]), density)
     close(gates.expected_density(log_alphas, [s / sum(MLP_SIZES) for s in MLP_SIZES]), MLP_DENSITY)
@@ -236,7 +239,14 @@ def test_expected_l2_of_a_matrix_is_weighed_by_inputs() -> None:
 
 @pytest.mark.parametrize(
     ("parameter", "gate"),
-    [((5, 4), (1, 4)), ((5, 4), (5, 4)), ((6, 3, 2, 2), (6, 1, 1, 1)), ((3, 6, 2), (1, 6, 1)), ((6,), (6, 1, 1)), ((12,), (1, 6, 1))],
+    [
+        ((5, 4), (1, 4)),
+        ((5, 4), (5, 4)),
+        ((6, 3, 2, 2), (6, 1, 1, 1)),
+        ((3, 6, 2), (1, 6, 1)),
+        ((6,), (6, 1, 1)),
+        ((12,), (1, 6, 1)),
+    ],
 )
 def test_the_gradient_of_gates_is_that_of_autograd(parameter: tuple[int, ...], gate: tuple[int, ...]) -> None:
     torch.manual_seed(0)
@@ -246,7 +256,9 @@ def test_the_gradient_of_gates_is_that_of_autograd(parameter: tuple[int, ...], g
     z = (torch.sigmoid((torch.logit(u) + log_alpha) * 1.5) * 1.2 - 0.1).clamp(0, 1)
     factor = z if len(gate) == len(parameter) else z.flatten().repeat(parameter[0] // z.numel())
     (expected,) = torch.autograd.grad((factor * dense * gradient).sum(), log_alpha)
-    assert torch.allclose(gates.log_alpha_gradient(gradient, dense, gates.sample(log_alpha.detach(), u)), expected, atol=1e-9)
+    assert torch.allclose(
+        gates.log_alpha_gradient(gradient, dense, gates.sample(log_alpha.detach(), u)), expected, atol=1e-9
+    )
 
 
 # ---------------------------------------------------------------------- multipliers and steps
@@ -297,7 +309,9 @@ class Block(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
         self.relu = nn.ReLU()
         self.conv2, self.bn2 = nn.Conv2d(8, 4, 3, bias=False), nn.BatchNorm2d(4)
-        self.inner = nn.Sequential(nn.ConvTranspose2d(4, 6, 2), nn.BatchNorm2d(6), nn.Conv2d(6, 2, 1), nn.ReLU(), nn.BatchNorm2d(2))
+        self.inner = nn.Sequential(
+            nn.ConvTranspose2d(4, 6, 2), nn.BatchNorm2d(6), nn.Conv2d(6, 2, 1), nn.ReLU(), nn.BatchNorm2d(2)
+        )
         self.side = nn.ModuleList([nn.Conv2d(3, 5, 1, bias=False), nn.BatchNorm2d(3)])
         self.head = nn.Linear(2, 5)
 
@@ -324,20 +338,26 @@ def test_a_shared_kernel_takes_the_biases_of_both_convolutions() -> None:
 def test_a_bias_of_two_kernels_is_refused() -> None:
     net = nn.ModuleList([nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)])
     net[1].bias = net[0].bias
-    with pytest.raises(ValueError, match=r"0\.bias goes with the output channels of both 0\.weight and 1\.weight.*exclude="):
+    with pytest.raises(
+        ValueError, match=r"0\.bias goes with the output channels of both 0\.weight and 1\.weight.*exclude="
+    ):
         find_members(net, ["0.weight", "1.weight"])
 
 
 def test_a_norm_without_parameters_is_refused() -> None:
     net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, affine=False))
-    with pytest.raises(ValueError, match=r"1 stands behind 0\.weight and has no weight and bias \(affine=False\).*exclude="):
+    with pytest.raises(
+        ValueError, match=r"1 stands behind 0\.weight and has no weight and bias \(affine=False\).*exclude="
+    ):
         find_members(net, ["0.weight"])
 
 
 def test_a_norm_of_two_convolutions_is_refused() -> None:
     net = nn.ModuleDict({"one": nn.Conv2d(3, 3, 1), "norm": nn.BatchNorm2d(3), "two": nn.Conv2d(3, 3, 1)})
     net["again"] = net["norm"]
-    elsewhere = nn.ModuleDict({"first": nn.Sequential(net["one"], net["norm"]), "second": nn.Sequential(net["two"], net["norm"])})
+    elsewhere = nn.ModuleDict(
+        {"first": nn.Sequential(net["one"], net["norm"]), "second": nn.Sequential(net["two"], net["norm"])}
+    )
     for model, names in ((net, ("norm", "one", "two")), (elsewhere, ("first.1", "first.0", "second.0"))):
         norm, *kernels = names
         message = rf"{norm} goes with the output channels of both {kernels[0]}\.weight and {kernels[1]}\.weight"
@@ -349,17 +369,23 @@ def test_a_norm_of_two_convolutions_is_refused() -> None:
 
 
 class Flow(nn.Module):
-    """``one``, its norm ``bn1``, ``two`` and its norm ``bn2``, registered in an ``order`` and run by ``forward``, for [n, 4, 5, 5]."""
+    """``one``, its norm ``bn1``, ``two`` and its norm ``bn2``, registered in an ``order`` and run by ``forward``, for
+    [n, 4, 5, 5]."""
 
     def __init__(self, forward: Callable[[Any, Tensor], Tensor], order: str = "one bn1 two bn2", seed: int = 0) -> None:
         torch.manual_seed(seed)
         super().__init__()
         made = {
-            "one": lambda: nn.Conv2d(4, 4, 3, padding=1), "two": lambda: nn.Conv2d(4, 4, 3, padding=1, bias=False),
-            "bn1": lambda: nn.BatchNorm2d(4), "bn2": lambda: nn.BatchNorm2d(4), "plain": lambda: nn.BatchNorm2d(4, affine=False),
-            "up": lambda: nn.ConvTranspose2d(4, 4, 2), "pool": lambda: nn.MaxPool2d(2), "relu": nn.ReLU,
+            "one": lambda: nn.Conv2d(4, 4, 3, padding=1),
+            "two": lambda: nn.Conv2d(4, 4, 3, padding=1, bias=False),
+            "bn1": lambda: nn.BatchNorm2d(4),
+            "bn2": lambda: nn.BatchNorm2d(4),
+            "plain": lambda: nn.BatchNorm2d(4, affine=False),
+            "up": lambda: nn.ConvTranspose2d(4, 4, 2),
+            "pool": lambda: nn.MaxPool2d(2),
+            "relu": nn.ReLU,
             "inplace": lambda: nn.ReLU(inplace=True),
-        }  # fmt: skip
+        }
         for name in order.split():
             self.add_module(name, made[name]())
         self.run = forward
@@ -446,7 +472,10 @@ def test_the_check_runs_as_often_as_it_must() -> None:
             self.runs += 1
             return super().forward(x)
 
-    for run, runs in ((lambda m, x: m.bn2(m.two(m.bn1(m.one(x)))), 1), (lambda m, x: m.bn2(torch.relu(m.two(m.bn1(m.one(x))))), 2)):
+    for run, runs in (
+        (lambda m, x: m.bn2(m.two(m.bn1(m.one(x)))), 1),
+        (lambda m, x: m.bn2(torch.relu(m.two(m.bn1(m.one(x))))), 2),
+    ):
         net = Counted(run)
         net.check()
         assert net.runs == runs
@@ -455,7 +484,9 @@ def test_the_check_runs_as_often_as_it_must() -> None:
 def test_decay_beside_expected_l2_is_refused() -> None:
     layer = nn.Linear(2, 2)
     optimizer = torch.optim.SGD([{"params": [layer.weight], "weight_decay": 0.1}, {"params": [layer.bias]}], lr=0.1)
-    with pytest.raises(ValueError, match=r"l2=0\.01 already decays.*weight_decay=0\.1 for weight\. Put them into a parameter group"):
+    with pytest.raises(
+        ValueError, match=r"l2=0\.01 already decays.*weight_decay=0\.1 for weight\. Put them into a parameter group"
+    ):
         refuse_decay([optimizer], {id(layer.weight): "weight"}, 0.01)
     refuse_decay([optimizer], {id(layer.weight): "weight"}, 0.0)
     refuse_decay([optimizer], {id(layer.bias): "bias"}, 0.01)

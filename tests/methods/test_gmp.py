@@ -102,12 +102,16 @@ def test_the_curve_is_a_text_or_a_schedule(given: Any, middle: float, tmp_path: 
     callback, watch = run(tmp_path, 25, given, every=10, start=1, stop=21)
     assert callback.sparsity_at(11) == pytest.approx(middle, abs=1e-12)
     assert zeros(watch.masks[11]) == [int(middle * size + 1e-9) for size in (240, 200, 60)]
-    assert zeros(watch.masks[0]) == [int((0.4 if given == "linear(0.4, 0.8)" else 0.0) * size) for size in (240, 200, 60)]
+    assert zeros(watch.masks[0]) == [
+        int((0.4 if given == "linear(0.4, 0.8)" else 0.0) * size) for size in (240, 200, 60)
+    ]
     assert zeros(watch.masks[-1]) == [192, 160, 48]
 
 
 def test_every_layer_rises_to_its_own_target_in_the_same_proportion(tmp_path: Path) -> None:
-    callback, watch = run(tmp_path, 25, "linear(0.8)", every=10, start=1, stop=21, distribution={"net.0*": 0.9, "net.2*": 0.0})
+    callback, watch = run(
+        tmp_path, 25, "linear(0.8)", every=10, start=1, stop=21, distribution={"net.0*": 0.9, "net.2*": 0.0}
+    )
     assert zeros(watch.masks[11]) == [108, 0, 24]
     assert zeros(watch.masks[-1]) == [216, 0, 48] == [callback.plan()[n].zeros for n in callback.masks]
 
@@ -136,7 +140,10 @@ def test_pruned_weights_are_zero_and_do_not_come_back(tmp_path: Path) -> None:
         (None, r"sparsity=None is not a number\. It is the fraction of zeros"),
         ("linear(0.5, 1.0)", r"sparsity=1\.0 is not in \[0, 1\)"),
         ("linear(-0.5, 0.9)", r"sparsity=-0\.5 is not in \[0, 1\)"),
-        ("linear(0.9, 0.5)", r"sparsity='linear\(0\.9, 0\.5\)' falls, and pruned weights do not come back\. Give a curve that rises"),
+        (
+            "linear(0.9, 0.5)",
+            r"sparsity='linear\(0\.9, 0\.5\)' falls, and pruned weights do not come back\. Give a curve that rises",
+        ),
     ],
 )
 def test_an_impossible_curve_is_refused(sparsity: Any, message: str) -> None:

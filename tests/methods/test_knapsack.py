@@ -125,14 +125,17 @@ def test_an_infeasible_capacity_reports_the_smallest_feasible_cost() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "costs"), [([], []), ([[1.0]], [[1.0, 2.0]]), ([[]], [[]]), ([[1.0], [1.0]], [[1.0]]), ([[[1.0]]], [[[1.0]]])]
+    ("values", "costs"),
+    [([], []), ([[1.0]], [[1.0, 2.0]]), ([[]], [[]]), ([[1.0], [1.0]], [[1.0]]), ([[[1.0]]], [[[1.0]]])],
 )
 def test_what_is_not_a_group_of_options_is_refused(values: list[list[float]], costs: list[list[float]]) -> None:
     with pytest.raises(ValueError, match=r"not groups of options. Give one 1-d tensor of each"):
         solve(tensors(values), tensors(costs), 3)
 
 
-@pytest.mark.parametrize(("value", "cost", "capacity"), [(math.nan, 1.0, 3.0), (1.0, math.inf, 3.0), (1.0, 1.0, math.inf)])
+@pytest.mark.parametrize(
+    ("value", "cost", "capacity"), [(math.nan, 1.0, 3.0), (1.0, math.inf, 3.0), (1.0, 1.0, math.inf)]
+)
 def test_numbers_that_are_not_finite_are_refused(value: float, cost: float, capacity: float) -> None:
     with pytest.raises(ValueError, match=r"is inf or NaN. Give finite numbers"):
         solve([torch.tensor([value])], [torch.tensor([cost])], capacity)

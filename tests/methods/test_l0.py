@@ -46,9 +46,17 @@ class Squares(pl.LightningModule):
 
 def test_one_step_of_the_whole_game() -> None:
     name = "layer.weight"
-    callback, module = ConstrainedL0(
-        STEP["target"], gate_lr=STEP["lr_gate"], dual_lr=STEP["lr_dual"], gate_optimizer="sgd", l2=STEP["weight_decay"], print_plan=False
-    ), Squares()  # fmt: skip
+    callback, module = (
+        ConstrainedL0(
+            STEP["target"],
+            gate_lr=STEP["lr_gate"],
+            dual_lr=STEP["lr_dual"],
+            gate_optimizer="sgd",
+            l2=STEP["weight_decay"],
+            print_plan=False,
+        ),
+        Squares(),
+    )
     callback.noise = lambda kernel: torch.tensor([STEP["u"]], dtype=torch.float64)  # type: ignore[method-assign]
 
     def set_up() -> None:
@@ -65,7 +73,9 @@ def test_one_step_of_the_whole_game() -> None:
 
     begin = pl.callbacks.LambdaCallback(on_train_start=lambda *_: set_up(), on_train_batch_start=lambda *_: in_batch())
     module.log = lambda *_, **__: None  # type: ignore[method-assign]
-    see = pl.callbacks.LambdaCallback(on_train_batch_end=lambda t, m, outputs, *_: seen.update(loss=float(outputs["loss"])))
+    see = pl.callbacks.LambdaCallback(
+        on_train_batch_end=lambda t, m, outputs, *_: seen.update(loss=float(outputs["loss"]))
+    )
     fit(module, callback, begin, see, max_steps=1)
     close = {"abs": 1e-9}
     assert seen["z"] == pytest.approx(STEP["z"], **close)
@@ -76,7 +86,9 @@ def test_one_step_of_the_whole_game() -> None:
         assert row == pytest.approx(expected, **close)
     assert callback.aux[f"log_alpha/{name}"][0].tolist() == pytest.approx(STEP["log_alpha_after"], **close)
     assert float(callback.aux[f"multiplier/{name}"]) == pytest.approx(STEP["lambda_after"], **close)
-    assert torch.equal(module.layer.weight, gates.median(callback.aux[f"log_alpha/{name}"]) * dense_values(callback, name))
+    assert torch.equal(
+        module.layer.weight, gates.median(callback.aux[f"log_alpha/{name}"]) * dense_values(callback, name)
+    )
 
 
 @pytest.mark.parametrize("gate_optimizer", ["sgd", "adam"])
@@ -93,7 +105,9 @@ def test_training_equals_a_loop_with_autograd(gate_optimizer: str, unit: str, l2
     noise: list[dict[str, Tensor]] = []
     begin = pl.callbacks.LambdaCallback(
         on_train_start=lambda *_: start.update({k: v.clone() for k, v in callback.aux.items()}),
-        on_train_batch_start=lambda *_: noise.append({n: noise_of(callback, n) for n in ("net.1.weight", "net.3.weight")}),
+        on_train_batch_start=lambda *_: noise.append(
+            {n: noise_of(callback, n) for n in ("net.1.weight", "net.3.weight")}
+        ),
     )
     fit(module, callback, begin)
 
@@ -115,7 +129,9 @@ def test_training_equals_a_loop_with_autograd(gate_optimizer: str, unit: str, l2
     for (x, y), u in zip(Batches().all(2), noise, strict=True):
         gated, penalty = [], torch.zeros((), dtype=torch.float64)
         opened = {n: torch.sigmoid(a + gates.SHIFT) for n, a in log_alpha.items()}
-        defects = {g: sum(share * opened[n].mean() for n, share in shares.items()) - 0.4 for g, shares in groups.items()}
+        defects = {
+            g: sum(share * opened[n].mean() for n, share in shares.items()) - 0.4 for g, shares in groups.items()
+        }
         for n, layer in names.items():
             s = torch.sigmoid((torch.logit(u[n]) + log_alpha[n]) * 1.5)
             gated.append((s * 1.2 - 0.1).clamp(0, 1) * layer.weight)
@@ -143,7 +159,9 @@ def test_training_equals_a_loop_with_autograd(gate_optimizer: str, unit: str, l2
 
 @pytest.mark.parametrize("constraint", ["model", "layer"])
 @pytest.mark.parametrize("gate_optimizer", ["sgd", "adam"])
-def test_density_comes_down_to_the_target_and_the_multiplier_goes_back_to_zero(constraint: str, gate_optimizer: str) -> None:
+def test_density_comes_down_to_the_target_and_the_multiplier_goes_back_to_zero(
+    constraint: str, gate_optimizer: str
+) -> None:
     rates = {"gate_lr": 10.0, "dual_lr": 0.1} if gate_optimizer == "sgd" else {"gate_lr": 0.02, "dual_lr": 0.01}
     callback, module = l0(0.5, constraint=constraint, gate_optimizer=gate_optimizer, **rates), Flat(double_mlp())
     density: list[list[float]] = []
@@ -224,7 +242,9 @@ def test_a_layer_keeps_its_likeliest_gate(unit: str) -> None:
     callback, module = l0(LEAST, unit=unit, gate_lr=0.5, dual_lr=10.0), Flat(double_mlp())
     fit(module, callback, watch(lambda *_: assert_effective(module, callback)), max_epochs=20)
     active = {n: int(m.sum()) for n, m in callback.masks.items()}
-    assert active == ({"net.1.weight": 24, "net.3.weight": 4} if unit == "channel" else {"net.1.weight": 1, "net.3.weight": 1})
+    assert active == (
+        {"net.1.weight": 24, "net.3.weight": 4} if unit == "channel" else {"net.1.weight": 1, "net.3.weight": 1}
+    )
     for name, mask in callback.masks.items():
         log_alpha = callback.aux[f"log_alpha/{name}"]
         value = (module.get_parameter(name) / dense_values(callback, name))[mask]
@@ -267,7 +287,10 @@ def test_before_fit_there_are_no_figures() -> None:
 
 def test_a_run_that_ends_above_its_target_says_so() -> None:
     callback = l0(0.1, gate_lr=1e-6)
-    with pytest.warns(UserWarning, match=r"ended at an expected density of 0\.83\d+ in the model, above its target of 0\.1000.*dual_lr="):
+    with pytest.warns(
+        UserWarning,
+        match=r"ended at an expected density of 0\.83\d+ in the model, above its target of 0\.1000.*dual_lr=",
+    ):
         fit(Classifier(double_mlp()), callback, max_steps=2)
     assert not callback.at_target
     other = l0({"net.1.*": 0.9, "*": 0.2}, constraint="layer", gate_lr=1e-6)
@@ -284,7 +307,10 @@ def test_a_run_that_ends_above_its_target_says_so() -> None:
     ("arguments", "error"),
     [
         ({"sparsity": 0.9}, r"sparsity= is no argument of ConstrainedL0.*Give density="),
-        ({"density": 0.0}, r"density=0\.0: 0\.0 is out of range\. Give a number that is at least 0\.04713 and at most 1: log_alpha is"),
+        (
+            {"density": 0.0},
+            r"density=0\.0: 0\.0 is out of range\. Give a number that is at least 0\.04713 and at most 1: log_alpha is",
+        ),
         ({"density": 0.04}, r"density=0\.04.*at least 0\.04713"),
         ({"density": 1.1}, r"density=1\.1.*at most 1"),
         ({"density": True}, r"density=True.*out of range"),
@@ -311,7 +337,9 @@ def test_arguments_that_cannot_be(arguments: dict[str, Any], error: str) -> None
 
 
 def test_models_and_optimizers_that_do_not_fit() -> None:
-    with pytest.raises(ValueError, match=r"l2=0\.001 already decays gated parameters.*weight_decay=0\.01 for net\.1\.weight"):
+    with pytest.raises(
+        ValueError, match=r"l2=0\.001 already decays gated parameters.*weight_decay=0\.01 for net\.1\.weight"
+    ):
         fit(Classifier(double_mlp()), l0(l2=0.001))
     with pytest.raises(ValueError, match=r"density= has no value for net\.3\.weight"):
         fit(Classifier(double_mlp()), l0({"net.1.*": 0.5}, constraint="layer"))
@@ -331,4 +359,6 @@ def test_other_arguments_do_not_resume(tmp_path: Path) -> None:
 def test_the_target_of_the_tables() -> None:
     assert l0(LAYERS_TARGET).target_sparsity == 0.5
     text = repr(ConstrainedL0({"net.1.*": 0.3, "*": 0.7}, constraint="layer", print_plan=False))
-    assert text.startswith("ConstrainedL0(density={'net.1.*': 0.3, '*': 0.7}, constraint='layer', unit='channel', droprate=0.5,")
+    assert text.startswith(
+        "ConstrainedL0(density={'net.1.*': 0.3, '*': 0.7}, constraint='layer', unit='channel', droprate=0.5,"
+    )

@@ -134,7 +134,11 @@ def test_a_norm_that_is_not_tied_is_told() -> None:
     text = r"net\.0\.weight has gates, and its output goes into net\.2, which is not registered right behind.*shifted.*slim\(\) may keep"
     with pytest.warns(UserWarning, match=text):
         fit(Classifier(net), l0(), max_steps=1)
-    for quiet, callback in ((Classifier(), l0()), (Classifier(net), l0(unit="weight")), (Classifier(net), l0(exclude="net.0.weight"))):
+    for quiet, callback in (
+        (Classifier(), l0()),
+        (Classifier(net), l0(unit="weight")),
+        (Classifier(net), l0(exclude="net.0.weight")),
+    ):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             fit(quiet, callback, max_steps=1)
@@ -171,7 +175,9 @@ def test_kernel_and_bias_pull_on_a_gate_and_the_norm_does_not() -> None:
     def after(*_: Any) -> None:
         z = sampled_gates(callback, names[0])
         kernel, bias = (gates.log_alpha_gradient(gradients[n], dense_values(callback, n), z) for n in names[:2])
-        compared.append(torch.allclose(pulls_on_gates(callback)[names[0]], kernel + bias, rtol=0, atol=1e-12) and bool(bias.any()))
+        compared.append(
+            torch.allclose(pulls_on_gates(callback)[names[0]], kernel + bias, rtol=0, atol=1e-12) and bool(bias.any())
+        )
         for name in names:
             factor = (z != 0).flatten() if name in names[2:] else z if name == names[0] else z.flatten()
             compared.append(torch.equal(module.get_parameter(name).grad, gradients[name] * factor))
@@ -198,13 +204,17 @@ def test_the_plan_lists_what_goes_with_channels() -> None:
     callback, module = l0(0.25), Classifier(Convolutions())
     announced = callback.plan(module)
     assert announced.selected == {
-        f"net.{n}" for n in ("0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias", "4.weight", "4.bias", "7.weight")
+        f"net.{n}"
+        for n in ("0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias", "4.weight", "4.bias", "7.weight")
     }
     assert all(row.zeros is None and not row.reason for row in announced if row.name in announced.selected)
     assert announced["net.7.bias"].reason == "bias"
     assert "expected density 0.25 of the model" in str(announced)
     table = {line.split()[0]: line.split() for line in str(announced).splitlines()[1:]}
-    assert [table[n][3:] for n in ("net.3.weight", "net.4.bias")] == [["gates"], ["gates"]]  # no zeros, nor why it would be dense
+    assert [table[n][3:] for n in ("net.3.weight", "net.4.bias")] == [
+        ["gates"],
+        ["gates"],
+    ]  # no zeros, nor why it would be dense
     assert table["sparsity/total"][2:] == table["sparsity/model"][2:] == ["gates"]
     fit(module, callback, max_steps=1)
     assert callback.plan() == announced

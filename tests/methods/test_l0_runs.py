@@ -44,7 +44,9 @@ def test_micro_batches_equal_one_large_batch(unit: str, clip: float | None) -> N
     (large, whole), (small, parts) = runs
     for key, value in large.aux.items():
         assert torch.allclose(value, small.aux[key], rtol=1e-7, atol=1e-9), key  # sums of three parts round otherwise
-    assert all(torch.allclose(a, b, rtol=1e-7, atol=1e-10) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
+    assert all(
+        torch.allclose(a, b, rtol=1e-7, atol=1e-10) for a, b in zip(whole.parameters(), parts.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("gate_optimizer", ["sgd", "adam"])
@@ -143,7 +145,9 @@ def test_every_forward_pass_of_a_batch_by_hand_sees_a_sample_of_its_own(steps: i
     assert all(not torch.equal(a, b) for a, b in pairwise(drawn))
     assert float(torch.stack(drawn).std(0).mean()) > 0.2
     last = [z for i, z in enumerate(seen) if i % (steps + 1) == steps]
-    assert all(torch.equal(a, b) for a, b in zip(last, drawn[steps::steps], strict=False))  # the next batch begins with it
+    assert all(
+        torch.equal(a, b) for a, b in zip(last, drawn[steps::steps], strict=False)
+    )  # the next batch begins with it
 
 
 def test_several_steps_in_a_batch_by_hand_tell_norms_nothing_of_closed_channels() -> None:
@@ -186,7 +190,9 @@ def test_each_optimizer_has_its_own_constraint() -> None:
 # ---------------------------------------------------------------------- checkpoints and later runs
 
 
-def resumed(make: Any, folder: Path, after: tuple[int, ...], net: Any = conv_net, **options: Any) -> dict[int, list[str]]:
+def resumed(
+    make: Any, folder: Path, after: tuple[int, ...], net: Any = conv_net, **options: Any
+) -> dict[int, list[str]]:
     module, callback, stops = Classifier(net()), make(), Stops(folder, after)
     expected = snapshot(fit(module, callback, stops, **options), module, callback)
     found = {}
@@ -209,7 +215,9 @@ def test_resume_is_bitwise(gate_optimizer: str, unit: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
 def test_resume_is_bitwise_in_low_precision(precision: str, unit: str, tmp_path: Path) -> None:
     after, make = (1, 3, 8), lambda: l0(unit=unit)
-    assert resumed(make, tmp_path, after, net=lambda seed=0: double_mlp(seed).float(), precision=precision) == {b: [] for b in after}
+    assert resumed(make, tmp_path, after, net=lambda seed=0: double_mlp(seed).float(), precision=precision) == {
+        b: [] for b in after
+    }
 
 
 def test_a_second_fit_in_low_precision_goes_on_from_the_same_dense_weights() -> None:
@@ -262,7 +270,9 @@ def test_low_precision_weights_have_gates_in_float32(unit: str) -> None:
     for name in callback.masks:
         assert callback.aux[f"log_alpha/{name}"].dtype == torch.float32
         assert dense_values(callback, name).dtype == module.get_parameter(name).dtype == torch.bfloat16
-        assert torch.equal(module.get_parameter(name), (median_gates(callback, name) * dense_values(callback, name)).bfloat16())
+        assert torch.equal(
+            module.get_parameter(name), (median_gates(callback, name) * dense_values(callback, name)).bfloat16()
+        )
 
 
 def test_copies_and_pickles() -> None:

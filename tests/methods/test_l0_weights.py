@@ -42,14 +42,19 @@ def test_samples_in_a_batch_and_medians_at_any_other_time(unit: str) -> None:
             between.append(medians())
 
     module = Watched()
-    begin = pl.callbacks.LambdaCallback(
-        on_train_start=lambda *_: close_some(callback)
-    )
+    begin = pl.callbacks.LambdaCallback(on_train_start=lambda *_: close_some(callback))
     trainer = pl.Trainer(
-        max_epochs=2, accumulate_grad_batches=4, val_check_interval=2, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=False, num_sanity_val_steps=0, accelerator="cpu",
+        max_epochs=2,
+        accumulate_grad_batches=4,
+        val_check_interval=2,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        num_sanity_val_steps=0,
+        accelerator="cpu",
         callbacks=[callback, begin, watch(lambda *_: between.append(medians()))],
-    )  # fmt: skip
+    )
     trainer.fit(module, Batches(), Batches(batches=1))
     assert len(during) == 16
     assert between == [True] * (16 + 8)
@@ -95,7 +100,8 @@ def test_what_the_user_writes_into_the_weights_is_kept() -> None:
 @pytest.mark.parametrize("hook", ["on_train_batch_start", "on_before_optimizer_step"])
 @pytest.mark.parametrize("unit", ["channel", "weight"])
 def test_a_write_in_a_batch_is_taken_by_the_sample_in_force(unit: str, hook: str) -> None:
-    """One that changes no value leaves the dense weights as they are, also where the sample is closed and the median is open."""
+    """One that changes no value leaves the dense weights as they are, also where the sample is closed and the median is
+    open."""
 
     class Clamps(Classifier):
         def clamp(self, *_: Any) -> None:

@@ -35,7 +35,9 @@ def test_cuts_begin_new_partitions(cuts: str, layers: int, expected: list[list[i
 def best(sizes: list[int], count: int) -> list[int]:
     """By trying every way to cut."""
     ways = itertools.combinations(range(1, len(sizes)), count - 1)
-    return min(sorted((sum(sizes[a:b]) for a, b in itertools.pairwise([0, *cut, len(sizes)])), reverse=True) for cut in ways)
+    return min(
+        sorted((sum(sizes[a:b]) for a, b in itertools.pairwise([0, *cut, len(sizes)])), reverse=True) for cut in ways
+    )
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 7])
@@ -72,20 +74,28 @@ def test_random_partitions_derive_from_the_seed() -> None:
 
 
 def test_globs_name_each_partition() -> None:
-    assert parts(["[ab].*", ["c*", "d*"], "e*"]) == [["a.weight", "b.weight", "b.more"], ["c.weight", "d.weight"], ["e.weight"]]
+    assert parts(["[ab].*", ["c*", "d*"], "e*"]) == [
+        ["a.weight", "b.weight", "b.more"],
+        ["c.weight", "d.weight"],
+        ["e.weight"],
+    ]
     assert parts([["d*", "a*"], ["b.weight"], ["b.more", "c*", "e*"]])[0] == ["a.weight", "d.weight"]
     assert number_of(["a*", ["b*", "c*"]]) == 2
     assert check_partitions(("a*", ("b*", "c*"))) == [["a*"], ["b*", "c*"]]
 
 
-@pytest.mark.parametrize("wrong", [0, -1, True, 2.0, None, "", "2-", "conv*", "random(0)", "random", [], [[]], ["a", [""]], [3], {"a": 1}])
+@pytest.mark.parametrize(
+    "wrong", [0, -1, True, 2.0, None, "", "2-", "conv*", "random(0)", "random", [], [[]], ["a", [""]], [3], {"a": 1}]
+)
 def test_what_makes_no_partitions_is_refused(wrong: Any) -> None:
     with pytest.raises(ValueError, match="does not say which layers belong together"):
         check_partitions(wrong)
 
 
 def test_partitions_that_do_not_fit_the_model_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"asks for 6 partitions, and the sparse layers are only 5: a\.weight, b\.weight, b\.more"):
+    with pytest.raises(
+        ValueError, match=r"asks for 6 partitions, and the sparse layers are only 5: a\.weight, b\.weight, b\.more"
+    ):
         parts(6)
     with pytest.raises(ValueError, match=r"asks for 9 partitions, .* only 5"):
         parts("random(9)")
@@ -121,8 +131,15 @@ def test_the_table_of_owners_and_its_combination() -> None:
 
 def network() -> nn.Module:
     net = nn.Sequential(
-        nn.BatchNorm1d(4), nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 6), nn.LayerNorm(6), nn.LSTM(6, 3), nn.Linear(3, 2)
-    )  # fmt: skip
+        nn.BatchNorm1d(4),
+        nn.Linear(4, 6),
+        nn.BatchNorm1d(6),
+        nn.ReLU(),
+        nn.Linear(6, 6),
+        nn.LayerNorm(6),
+        nn.LSTM(6, 3),
+        nn.Linear(3, 2),
+    )
     net.register_parameter("temperature", nn.Parameter(torch.ones(1)))
     model = nn.Module()
     model.net = net
@@ -134,7 +151,17 @@ def test_what_has_no_mask_goes_with_the_last_masked_layer_before_it() -> None:
     state = network().state_dict()
     masked = [["net.1.weight"], ["net.4.weight"], ["net.6.weight_ih_l0", "net.6.weight_hh_l0", "net.7.weight"]]
     owner = tensor_owners(state, names_by_partition(state, masked))
-    expected = {"steps": 0, "net.temperature": 0, "net.0": 0, "net.1": 0, "net.2": 0, "net.4": 1, "net.5": 1, "net.6": 2, "net.7": 2}
+    expected = {
+        "steps": 0,
+        "net.temperature": 0,
+        "net.0": 0,
+        "net.1": 0,
+        "net.2": 0,
+        "net.4": 1,
+        "net.5": 1,
+        "net.6": 2,
+        "net.7": 2,
+    }
     assert set(owner) == set(state)
     for key, index in owner.items():
         module = key if key in expected else key.rpartition(".")[0]
@@ -145,7 +172,13 @@ def test_random_partitions_take_their_norms_with_them() -> None:
     state = network().state_dict()
     masked = [["net.4.weight", "net.7.weight"], ["net.1.weight", "net.6.weight_ih_l0", "net.6.weight_hh_l0"]]
     owner = tensor_owners(state, names_by_partition(state, masked))
-    assert [owner[k] for k in ("net.0.weight", "net.1.bias", "net.2.running_var", "net.4.bias", "net.5.weight")] == [0, 1, 1, 0, 0]
+    assert [owner[k] for k in ("net.0.weight", "net.1.bias", "net.2.running_var", "net.4.bias", "net.5.weight")] == [
+        0,
+        1,
+        1,
+        0,
+        0,
+    ]
     assert {owner[k] for k in state if k.startswith("net.6.")} == {1}
 
 
@@ -157,7 +190,9 @@ def test_a_module_parted_by_globs_keeps_each_weight_with_its_partition() -> None
 
 
 def test_tied_weights_have_one_owner() -> None:
-    model = nn.ModuleDict({"embedding": nn.Embedding(5, 3), "body": nn.Linear(3, 3), "head": nn.Linear(3, 5, bias=False)})
+    model = nn.ModuleDict(
+        {"embedding": nn.Embedding(5, 3), "body": nn.Linear(3, 3), "head": nn.Linear(3, 5, bias=False)}
+    )
     model["embedding"].weight = model["head"].weight
     state = model.state_dict()
     owner = tensor_owners(state, names_by_partition(state, [["body.weight"], ["head.weight"]]))

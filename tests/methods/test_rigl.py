@@ -109,13 +109,21 @@ def test_growth_takes_the_largest_gradient_outside_the_mask(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop], ids=lambda m: m.__name__)
 def test_an_update_moves_no_survivor_no_bias_and_no_state(make: Any, tmp_path: Path) -> None:
-    options = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1} if make is not torch.optim.AdamW else {"lr": 0.05, "weight_decay": 0.1}
+    options = (
+        {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}
+        if make is not torch.optim.AdamW
+        else {"lr": 0.05, "weight_decay": 0.1}
+    )
     callback = RigL(0.6, distribution="uniform", every=5, stop=20, drop_fraction="constant(0.5)")
     kept: dict[str, Any] = {}
 
     class Watch(Callback):
         def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
-            kept.update(values=[p.detach().clone() for p in module.parameters()], masks=copied_masks(callback), updates=callback.updates)
+            kept.update(
+                values=[p.detach().clone() for p in module.parameters()],
+                masks=copied_masks(callback),
+                updates=callback.updates,
+            )
             states = trainer.optimizers[0].state
             kept["state"] = [{k: torch.as_tensor(v).clone() for k, v in states[p].items()} for p in module.parameters()]
 
@@ -124,13 +132,19 @@ def test_an_update_moves_no_survivor_no_bias_and_no_state(make: Any, tmp_path: P
                 assert not torch.equal(module.net[0].bias, kept["values"][1])
                 return
             for (name, p), old, state in zip(module.named_parameters(), kept["values"], kept["state"], strict=True):
-                stays = callback.masks[name] & kept["masks"][name] if name in callback.masks else torch.ones_like(p, dtype=torch.bool)
+                stays = (
+                    callback.masks[name] & kept["masks"][name]
+                    if name in callback.masks
+                    else torch.ones_like(p, dtype=torch.bool)
+                )
                 grown = callback.masks[name] & ~kept["masks"][name] if name in callback.masks else ~stays
                 assert torch.equal(p[stays], old[stays])
                 assert not p[~stays].any()
                 for key, before in state.items():
                     now = torch.as_tensor(trainer.optimizers[0].state[p][key])
-                    assert torch.equal(now[~grown], before[~grown]) if now.shape == p.shape else torch.equal(now, before)
+                    assert (
+                        torch.equal(now[~grown], before[~grown]) if now.shape == p.shape else torch.equal(now, before)
+                    )
                     assert now.shape != p.shape or not now[grown].any()
                 assert grown.any() == (name in callback.masks)
 
@@ -201,7 +215,9 @@ def test_a_dense_layer_stays_dense_and_the_others_move(tmp_path: Path) -> None:
 
 
 def test_no_step_is_lost_where_every_count_is_zero(tmp_path: Path) -> None:
-    callback = RigL(0.8, distribution="uniform", every=2, stop=10, drop_fraction=0.01)  # int(0.01 * active) is 0 everywhere
+    callback = RigL(
+        0.8, distribution="uniform", every=2, stop=10, drop_fraction=0.01
+    )  # int(0.01 * active) is 0 everywhere
     fit_steps(tmp_path, callback, Regression(), 12)
     assert (callback.updates, callback.step) == (0, 12)
 

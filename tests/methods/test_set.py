@@ -30,7 +30,10 @@ class Watch(Callback):
         self.updates.append({"step": moment.step, "weights": weights, "before": copied_masks(self.callback)})
 
     def after(self, moment: Moment) -> None:
-        self.updates[-1] |= {"after": copied_masks(self.callback), "drop_fraction": moment.figures["update/drop_fraction"]}
+        self.updates[-1] |= {
+            "after": copied_masks(self.callback),
+            "drop_fraction": moment.figures["update/drop_fraction"],
+        }
 
 
 def grown(update: dict[str, Any], name: str) -> torch.Tensor:
@@ -112,10 +115,13 @@ def test_draws_differ_between_steps_and_between_layers(tmp_path: Path) -> None:
 
 
 def test_growth_is_uniform_over_all_that_was_not_kept(tmp_path: Path) -> None:
-    """Chi-square of how often each position was grown, given how often it was free; and no draw repeats the last one."""
+    """Chi-square of how often each position was grown, given how often it was free; and no draw repeats the last
+    one."""
     drawn, free, last = torch.zeros(6, 12), torch.zeros(6, 12), None
     for seed in range(3):
-        callback = SET(0.5, distribution="uniform", every=1, stop=10**6, drop_fraction="constant(0.5)", seed=seed, print_plan=False)
+        callback = SET(
+            0.5, distribution="uniform", every=1, stop=10**6, drop_fraction="constant(0.5)", seed=seed, print_plan=False
+        )
         watch = Watch(callback)
         fit_steps(tmp_path, [callback, watch], Regression(mlp(12, 6)), 150)
         for update in watch.updates:

@@ -24,7 +24,9 @@ def test_cosines_as_in_the_reference() -> None:
     layer = nn.Linear(4, 3).double()
     sums = empty_sums(layer, layer.weight)
     add_batch(sums, layer, source, target)
-    assert cosine_similarity(sums).T.tolist() == [pytest.approx(row, abs=1e-11) for row in COSINE["similarity"]]  # 12 digits are given
+    assert cosine_similarity(sums).T.tolist() == [
+        pytest.approx(row, abs=1e-11) for row in COSINE["similarity"]
+    ]  # 12 digits are given
 
 
 def test_the_output_layer_counts_with_probabilities_as_in_the_reference() -> None:
@@ -83,7 +85,11 @@ def test_a_tiny_activation_counts_with_the_smallest_norm() -> None:
 
 
 def test_sums_are_as_wide_as_they_must_be() -> None:
-    for dtype, wide in ((torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+    for dtype, wide in (
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float64, torch.float64),
+    ):
         layer = nn.Linear(3, 2).to(dtype)
         sums = empty_sums(layer, layer.weight)
         add_batch(sums, layer, torch.full((4096, 3), 2.0, dtype=dtype), torch.ones(4096, 2, dtype=dtype))
@@ -117,7 +123,9 @@ def pairs(layer: nn.Module, x: Tensor, a: Tensor) -> Tensor:
         seen = layer(x)  # what this weight alone passes on, at every position of the output
         row = next(o for o in range(seen.shape[1]) if seen[:, o].any())
         one, other = seen[:, row].flatten(), a[:, row].flatten()
-        if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d):  # positions that it does not reach are no samples
+        if isinstance(
+            layer, nn.ConvTranspose1d | nn.ConvTranspose2d
+        ):  # positions that it does not reach are no samples
             reached = layer(torch.ones_like(x))[:, row].flatten() != 0
             one, other = x[:, at[0]].flatten(), other[reached]
             if one.shape != other.shape:
@@ -159,7 +167,10 @@ def test_one_image_without_a_batch_dimension() -> None:
         ([[1.0, 2.0], [0.0, 0.0]], torch.tensor([[1.0, 2.0], [0.0, 0.0]]).softmax(1).tolist()),
         ([[0.25, 0.75], [1.0, 0.0]], [[0.25, 0.75], [1.0, 0.0]]),
         ([[3.0], [-2.0]], [[3.0], [-2.0]]),
-        ([[-1.0, 2.0], [0.5, 0.5]], torch.tensor([[-1.0, 2.0], [0.5, 0.5]]).softmax(1).tolist()),  # sums of one, but a negative
+        (
+            [[-1.0, 2.0], [0.5, 0.5]],
+            torch.tensor([[-1.0, 2.0], [0.5, 0.5]]).softmax(1).tolist(),
+        ),  # sums of one, but a negative
     ],
 )
 def test_probabilities_stay_and_logits_become_some(given: list[list[float]], expected: list[list[float]]) -> None:

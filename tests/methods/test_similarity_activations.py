@@ -97,7 +97,8 @@ def test_what_comes_after_a_convolution(case: str) -> None:
 
 
 class ChannelsLast(nn.Module):
-    """A convolution whose output is permuted, as in ConvNeXt, and permuted back by an inverse that has the same sizes."""
+    """A convolution whose output is permuted, as in ConvNeXt, and permuted back by an inverse that has the same
+    sizes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,7 +140,12 @@ class Heads(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body, self.classes, self.value, self.unused = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(5, 1), nn.Linear(5, 5)
+        self.body, self.classes, self.value, self.unused = (
+            nn.Linear(4, 5),
+            nn.Linear(5, 3),
+            nn.Linear(5, 1),
+            nn.Linear(5, 5),
+        )
 
     def forward(self, x: Tensor) -> dict[str, Any]:
         hidden = self.body(x).relu()

@@ -54,7 +54,9 @@ def test_the_count_stays_over_a_thousand_random_updates() -> None:
         mask = torch.rand(shape, generator=source) < 0.1 + 0.8 * (trial % 10) / 10
         active = int(mask.sum())
         count = int(torch.randint(0, active + 1, (), generator=source))
-        weight, similarity, draw = (torch.rand(shape, generator=source).mul(4).round() for _ in range(3))  # with many ties
+        weight, similarity, draw = (
+            torch.rand(shape, generator=source).mul(4).round() for _ in range(3)
+        )  # with many ties
         kept, proposed = propose_growth(mask, weight * mask, similarity, count)
         accepted, drawn = replace_regrown(mask, kept, proposed, draw)
         assert int((kept | proposed).sum()) == int((kept | accepted | drawn).sum()) == active

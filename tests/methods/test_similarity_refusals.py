@@ -1,4 +1,5 @@
-"""Networks and layers without a similarity are refused: linear ones, unknown sides, activations that cannot be followed."""
+"""Networks and layers without a similarity are refused: linear ones, unknown sides, activations that cannot be
+followed."""
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ def test_a_network_without_activations_is_refused() -> None:
         nn.Sequential(nn.Conv2d(4, 5, 1), nn.Flatten(), nn.Linear(5, 3)),
     ):
         x = torch.rand(2, 4, 1, 1) if isinstance(net[0], nn.Conv2d) else torch.rand(2, 4)
-        with pytest.raises(ValueError, match=r"no activation between the layers: the next layer takes the output of 0\.weight as it is"):
+        with pytest.raises(
+            ValueError, match=r"no activation between the layers: the next layer takes the output of 0\.weight as it is"
+        ):
             similarities(net, x)
 
 
@@ -38,7 +41,9 @@ def test_layers_without_two_known_sides_are_refused(module: nn.Module, name: str
 def test_all_that_is_refused_is_named_at_once() -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 5), nn.GRU(4, 3))
     params = {n: p for n, p in net.named_parameters() if p.ndim == 2}
-    with pytest.raises(ValueError, match=r"exclude=\['1.weight_hh_l0', '1.weight_ih_l0', '2.weight_hh_l0', '2.weight_ih_l0'\]"):
+    with pytest.raises(
+        ValueError, match=r"exclude=\['1.weight_hh_l0', '1.weight_ih_l0', '2.weight_hh_l0', '2.weight_ih_l0'\]"
+    ):
         list(layers_of(net, params))
 
 
@@ -88,10 +93,26 @@ class Shuffled(nn.Module):
 @pytest.mark.parametrize(
     ("net", "x", "message"),
     [
-        (Attention(), torch.randn(1, 3, 4), r"the activations of query\.weight, value\.weight are not known .*(mm|scaled_dot).*exclude="),
-        (nn.Sequential(nn.Linear(4, 4), nn.GRU(4, 3)), torch.randn(1, 3, 4), r"the activations of 0\.weight are not known"),
-        (Detour(), torch.randn(3, 4), r"last\.weight are not known \(they reach neither a layer nor the output\).*forward="),
-        (Overwriting(), torch.randn(3, 4), r"the network writes into the activations around (first|last)\.weight .*inplace=False"),
+        (
+            Attention(),
+            torch.randn(1, 3, 4),
+            r"the activations of query\.weight, value\.weight are not known .*(mm|scaled_dot).*exclude=",
+        ),
+        (
+            nn.Sequential(nn.Linear(4, 4), nn.GRU(4, 3)),
+            torch.randn(1, 3, 4),
+            r"the activations of 0\.weight are not known",
+        ),
+        (
+            Detour(),
+            torch.randn(3, 4),
+            r"last\.weight are not known \(they reach neither a layer nor the output\).*forward=",
+        ),
+        (
+            Overwriting(),
+            torch.randn(3, 4),
+            r"the network writes into the activations around (first|last)\.weight .*inplace=False",
+        ),
     ],
     ids=["attention", "recurrent", "detour", "overwriting"],
 )

@@ -9,7 +9,16 @@ import pytorch_lightning as pl
 import torch
 from oracles.smcp import NORM_SCALING, PRUNED_DECAY, SCHEDULES, SOFT_MASK
 from support.data import Batches
-from support.inside import Moment, around_updates, copied_names, count_kept_channels, dense_values, give_calendar, record_scores, scores_of
+from support.inside import (
+    Moment,
+    around_updates,
+    copied_names,
+    count_kept_channels,
+    dense_values,
+    give_calendar,
+    record_scores,
+    scores_of,
+)
 from support.nets import Classifier
 from support.rig import assert_effective, differences, fit, watch
 from support.smcp import Joined, conv_net, mask_by_hand, method, mlp, normed
@@ -62,7 +71,9 @@ def test_the_gradient_passes_the_mask_and_pruned_weights_decay(decay: float) -> 
     assert module.losses == [forward]
     expected = [w - g - a for w, g, a in zip(weight, gradient, added, strict=True)]
     assert dense_values(callback, "last.weight")[0].tolist() == pytest.approx(expected, abs=1e-6)
-    assert module.last.weight[0].tolist() == pytest.approx([e * m for e, m in zip(expected, mask, strict=True)], abs=1e-6)
+    assert module.last.weight[0].tolist() == pytest.approx(
+        [e * m for e, m in zip(expected, mask, strict=True)], abs=1e-6
+    )
 
 
 def test_weights_are_effective_after_every_batch_and_pruned_ones_learn() -> None:
@@ -87,8 +98,12 @@ def test_weights_are_effective_after_every_batch_and_pruned_ones_learn() -> None
 
 
 @pytest.mark.parametrize("importance", ["taylor", "magnitude"])
-@pytest.mark.parametrize(("cost", "budget"), [("parameters", 0.6), ("parameters", 0.3), ("flops", 0.5), ("flops", 0.25)])
-def test_the_slimmed_network_meets_the_budget_and_equals_the_masked_one(cost: str, budget: float, importance: str) -> None:
+@pytest.mark.parametrize(
+    ("cost", "budget"), [("parameters", 0.6), ("parameters", 0.3), ("flops", 0.5), ("flops", 0.25)]
+)
+def test_the_slimmed_network_meets_the_budget_and_equals_the_masked_one(
+    cost: str, budget: float, importance: str
+) -> None:
     callback, module = method(budget, cost=cost, importance=importance), Classifier(conv_net())
     fit(module, callback)
     assert callback.at_target
@@ -103,7 +118,9 @@ def test_the_slimmed_network_meets_the_budget_and_equals_the_masked_one(cost: st
     assert proof.removed == sum(g.size for g in callback.groups) - sum(callback.kept)
     found = costs.layers(small, x)
     each = {"parameters": costs.parameters, "flops": costs.multiply_adds}[cost]
-    assert sum(each(layer, layer.inputs, layer.outputs) for layer in found.values()) == callback.network.realised(callback.kept)
+    assert sum(each(layer, layer.inputs, layer.outputs) for layer in found.values()) == callback.network.realised(
+        callback.kept
+    )
 
 
 def test_the_stems_inputs_and_the_classifiers_outputs_stay() -> None:
@@ -189,7 +206,10 @@ def test_a_latency_budget_is_met_by_the_table(tmp_path: Path, capsys: pytest.Cap
     with pytest.warns(UserWarning, match=r"the latency table of net was measured with torch 1\.0, and here it is"):
         fit(Classifier(net), callback)
     assert 0.4 < callback.network.realised(callback.kept) / callback.network.dense <= 0.6
-    alone = sum(1.0 + costs.multiply_adds(layer, layer.inputs, layer.outputs) / 1e3 for layer in callback.network.layers.values())
+    alone = sum(
+        1.0 + costs.multiply_adds(layer, layer.inputs, layer.outputs) / 1e3
+        for layer in callback.network.layers.values()
+    )
     assert callback.network.dense == pytest.approx(3 + 2 * alone)
     told = r"of \d+ sizes of layers looked up in the latency table: \d+ measured, \d+ rounded up, \d+ interpolated\."
     assert re.search(told, capsys.readouterr().out)
@@ -225,7 +245,10 @@ def test_scores_are_the_mean_over_the_window_of_what_each_step_says() -> None:
 @pytest.mark.parametrize("second", [8, 12])
 @pytest.mark.parametrize("importance", ["taylor", "magnitude"])
 def test_groups_that_one_layer_reads_have_scores_of_their_own(second: int, importance: str) -> None:
-    callback, module = method(start=6, stop=12, every=6, round_to=1, importance=importance), Classifier(Joined(second).double())
+    callback, module = (
+        method(start=6, stop=12, every=6, round_to=1, importance=importance),
+        Classifier(Joined(second).double()),
+    )
     by_hand: list[Tensor] = []
 
     def look(*_: Any) -> None:
@@ -234,7 +257,9 @@ def test_groups_that_one_layer_reads_have_scores_of_their_own(second: int, impor
 
     seen = record_scores(callback)
     fit(module, pl.callbacks.LambdaCallback(on_before_optimizer_step=look), callback, max_steps=6)
-    expected = torch.stack(by_hand).mean(0) if importance == "taylor" else dense_values(callback, "net.c.weight").abs().sum(0)
+    expected = (
+        torch.stack(by_hand).mean(0) if importance == "taylor" else dense_values(callback, "net.c.weight").abs().sum(0)
+    )
     assert [g.name for g in callback.groups] == ["net.a", "net.b"]
     torch.testing.assert_close(seen, [expected[:8], expected[8:]])
 
@@ -251,7 +276,10 @@ def test_the_absolute_value_comes_after_the_sum_over_a_groups_layers() -> None:
     readers = tuple(Member(n, f"{n}.weight", 1, "in", torch.arange(3)) for n in "ab")
     group = Group("p", 3, (), readers, ())
     weights = {"a.weight": torch.ones(2, 3), "b.weight": torch.ones(2, 3)}
-    gradients = {"a.weight": torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]]), "b.weight": torch.tensor([[-1.0, 0.0, 0.0], [0, 0, 5]])}
+    gradients = {
+        "a.weight": torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]]),
+        "b.weight": torch.tensor([[-1.0, 0.0, 0.0], [0, 0, 5]]),
+    }
     found = group_scores(group, reader_scores([group], weights, gradients, {}))
     assert found is not None
     assert found.tolist() == [0.0, 2.0, 8.0]
@@ -311,7 +339,10 @@ def test_a_step_with_an_inf_counts_for_nothing() -> None:
 
     callback = method(start=50, stop=60)
     fit(Breaks(mlp()), callback, max_steps=5)
-    assert {k: int(t) for k, t in callback.aux.items() if k.startswith("steps")} == {"steps.0/net.3.weight": 4, "steps.1/net.5.weight": 4}
+    assert {k: int(t) for k, t in callback.aux.items() if k.startswith("steps")} == {
+        "steps.0/net.3.weight": 4,
+        "steps.1/net.5.weight": 4,
+    }
     assert all(bool(t.isfinite().all()) for t in callback.aux.values())
 
 
@@ -349,6 +380,11 @@ def test_gains_take_the_steps_of_the_papers_gradient_rule(scaling: str) -> None:
 
 def test_norms_behind_layers_are_found_by_what_flows() -> None:
     net = conv_net()
-    assert norms.norm_of_layer(net, torch.zeros(1, 2, 5, 5)) == {"0": "1", "3.one": "3.norms.0", "3.two": "3.norms.1", "6": "7"}
+    assert norms.norm_of_layer(net, torch.zeros(1, 2, 5, 5)) == {
+        "0": "1",
+        "3.one": "3.norms.0",
+        "3.two": "3.norms.1",
+        "6": "7",
+    }
     assert norms.norm_of_layer(normed(), torch.zeros(1, 2, 5, 5).double()) == {"0": "1", "3": "4"}
     assert all(not m._forward_hooks for m in net.modules())

@@ -130,7 +130,9 @@ def test_compiled_modules_are_looked_at_too(compiled: str) -> None:
 
 def test_a_run_that_ends_before_its_last_solve_says_so() -> None:
     callback = method(0.4)
-    with pytest.warns(UserWarning, match=r"SMCP ended at 0\.\d+ of the dense flops, before the solve for its budget of 0\.4: 8 steps"):
+    with pytest.warns(
+        UserWarning, match=r"SMCP ended at 0\.\d+ of the dense flops, before the solve for its budget of 0\.4: 8 steps"
+    ):
         fit(Classifier(conv_net()), callback, max_epochs=1)
     assert not callback.at_target
 
@@ -147,16 +149,23 @@ def test_the_plan_names_the_budget() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"budget": 0.0}, r"budget=0\.0 is out of range\. Give a number above 0 and below 1"), ({"budget": 1.0}, "budget=1.0 is out of"),
-        ({"budget": True}, "budget=True is out of"), ({"budget": "half"}, "budget='half' is out of"),
-        ({"decay": -1.0}, r"decay=-1\.0 is out of range"), ({"decay": float("nan")}, "decay=nan is out of range"),
-        ({"round_to": 0}, r"round_to=0 is no number of channels\. Give a whole"), ({"chunk": 1.5}, "chunk=1.5 is no number of channels"),
+        ({"budget": 0.0}, r"budget=0\.0 is out of range\. Give a number above 0 and below 1"),
+        ({"budget": 1.0}, "budget=1.0 is out of"),
+        ({"budget": True}, "budget=True is out of"),
+        ({"budget": "half"}, "budget='half' is out of"),
+        ({"decay": -1.0}, r"decay=-1\.0 is out of range"),
+        ({"decay": float("nan")}, "decay=nan is out of range"),
+        ({"round_to": 0}, r"round_to=0 is no number of channels\. Give a whole"),
+        ({"chunk": 1.5}, "chunk=1.5 is no number of channels"),
         ({"importance": "l2"}, r"importance='l2' is not known\. Give 'taylor' or 'magnitude'"),
         ({"curve": "cubic"}, r"curve='cubic' is not known\. Give 'exp' or 'linear' or 'exp2'"),
-        ({"cost": "latency"}, r"cost='latency' is not known\. Give 'parameters', 'flops' or the path of a latency table"),
+        (
+            {"cost": "latency"},
+            r"cost='latency' is not known\. Give 'parameters', 'flops' or the path of a latency table",
+        ),
         ({"sparsity": 0.9}, r"sparsity= is no argument of SMCP.*Give budget="),
     ],
-)  # fmt: skip
+)
 def test_arguments_that_cannot_work(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SMCP(**arguments)
@@ -165,7 +174,9 @@ def test_arguments_that_cannot_work(arguments: dict[str, Any], message: str) -> 
 def test_a_budget_that_no_network_meets_is_refused_with_the_smallest_one() -> None:
     module = Classifier(conv_net())
     before = {n: t.clone() for n, t in module.state_dict().items()}
-    with pytest.raises(ValueError, match=r"budget=0\.01 of the flops cannot be met.*Give budget=0\.\d+ or more, or a small") as error:
+    with pytest.raises(
+        ValueError, match=r"budget=0\.01 of the flops cannot be met.*Give budget=0\.\d+ or more, or a small"
+    ) as error:
         fit(module, method(0.01))
     assert differences(before, dict(module.state_dict())) == []
     feasible = float(str(error.value).split("Give budget=")[1].split(" ")[0])
@@ -175,7 +186,9 @@ def test_a_budget_that_no_network_meets_is_refused_with_the_smallest_one() -> No
 
 
 def test_a_chunk_that_divides_no_group_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"chunk=3 does not divide the units of net.1 \(16\)\. Give a chunk that divides all of them"):
+    with pytest.raises(
+        ValueError, match=r"chunk=3 does not divide the units of net.1 \(16\)\. Give a chunk that divides all of them"
+    ):
         fit(Classifier(mlp()), method(chunk=3))
 
 
@@ -189,7 +202,10 @@ def test_what_can_go_and_why_the_rest_stays_is_shown(capsys: pytest.CaptureFixtu
 
 
 def test_a_model_without_channels_to_remove_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"no channels can be removed from this model: outputs of net\.1: .* or use a method that prunes"):
+    with pytest.raises(
+        ValueError,
+        match=r"no channels can be removed from this model: outputs of net\.1: .* or use a method that prunes",
+    ):
         fit(Classifier(nn.Sequential(nn.Flatten(), nn.Linear(50, 4))), method())
 
 
@@ -208,7 +224,9 @@ def test_a_table_of_another_network_of_the_same_layers_is_refused(tmp_path: Path
         if fits:
             fit(Classifier(net), callback)
         else:
-            with pytest.raises(ValueError, match=r"is the table of another model: m:net comes to 6 ms by it, and this one to 9 ms"):
+            with pytest.raises(
+                ValueError, match=r"is the table of another model: m:net comes to 6 ms by it, and this one to 9 ms"
+            ):
                 fit(Classifier(net), callback)
 
 
@@ -217,5 +235,7 @@ def test_data_that_gives_no_example_is_refused() -> None:
         def __iter__(self) -> Any:
             return iter(Batches().all(1))
 
-    with pytest.raises(ValueError, match=r"with one sample.*this is a DataLoader over an IterableDataset\. Set example_input_array"):
+    with pytest.raises(
+        ValueError, match=r"with one sample.*this is a DataLoader over an IterableDataset\. Set example_input_array"
+    ):
         fit(Classifier(conv_net()), method(), loader=torch.utils.data.DataLoader(Stream(), batch_size=None))

@@ -89,5 +89,7 @@ def test_the_past_decides(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("smoothing", [-0.1, 1.0, True, "0.9", None])
 def test_a_smoothing_outside_its_range_is_refused(smoothing: Any) -> None:
-    with pytest.raises(ValueError, match=r"smoothing=.* is not in \[0, 1\): it is the weight of the past\. The published value is 0\.9"):
+    with pytest.raises(
+        ValueError, match=r"smoothing=.* is not in \[0, 1\): it is the weight of the past\. The published value is 0\.9"
+    ):
         SNFS(0.9, smoothing=smoothing)

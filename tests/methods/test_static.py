@@ -132,18 +132,32 @@ def test_the_mask_of_a_finished_pruning_run_holds_in_fine_tuning(tmp_path: Path)
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        (None, {"from_checkpoint": "nowhere.ckpt"}, r"from_checkpoint='nowhere\.ckpt' is no file\. Give the path of a checkpoint or"),
-        (lambda w: w, {}, r"from_checkpoint= holds no zeros in the selected weights, so there is no mask.*Give sparsity= instead"),
+        (
+            None,
+            {"from_checkpoint": "nowhere.ckpt"},
+            r"from_checkpoint='nowhere\.ckpt' is no file\. Give the path of a checkpoint or",
+        ),
+        (
+            lambda w: w,
+            {},
+            r"from_checkpoint= holds no zeros in the selected weights, so there is no mask.*Give sparsity= instead",
+        ),
         (
             lambda w: {k.removeprefix("net."): v for k, v in w.items()},
             {},
             r"does not fit the model: net\.0\.weight, net\.2\.weight not found with the same shape\. The checkpoint has: 0\.weight, "
             r"2\.weight\. Names must be those of the LightningModule; rename the keys, or leave layers out",
         ),
-        (lambda w: w | {"net.0.weight": torch.zeros(3, 3)}, {}, r"does not fit the model: net\.0\.weight not found with the same shape"),
+        (
+            lambda w: w | {"net.0.weight": torch.zeros(3, 3)},
+            {},
+            r"does not fit the model: net\.0\.weight not found with the same shape",
+        ),
     ],
 )
-def test_a_checkpoint_that_gives_no_mask_is_refused_before_training(change: Any, options: Any, message: str, tmp_path: Path) -> None:
+def test_a_checkpoint_that_gives_no_mask_is_refused_before_training(
+    change: Any, options: Any, message: str, tmp_path: Path
+) -> None:
     module = Regression()
     before = {k: v.clone() for k, v in module.state_dict().items()}
     source = options or {"from_checkpoint": change(before)}
@@ -154,5 +168,8 @@ def test_a_checkpoint_that_gives_no_mask_is_refused_before_training(change: Any,
 
 
 def test_a_sparsity_beside_a_checkpoint_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"sparsity=0\.9 and from_checkpoint= are both given, and both decide the mask\. Give one of them"):
+    with pytest.raises(
+        ValueError,
+        match=r"sparsity=0\.9 and from_checkpoint= are both given, and both decide the mask\. Give one of them",
+    ):
         Static(0.9, from_checkpoint="some.ckpt")

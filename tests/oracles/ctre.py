@@ -1,4 +1,5 @@
-"""Reference numbers of CTRE (Atashgahi et al. 2022), worked out with the released code; where it is wrong a note says so."""
+"""Reference numbers of CTRE (Atashgahi et al. 2022), worked out with the released code; where it is wrong a note says
+so."""
 
 from typing import Any
 

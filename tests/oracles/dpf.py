@@ -26,7 +26,8 @@ GLOBAL_MASKS: list[tuple[float, int, list[Any]]] = [
 ]
 
 START, GOAL = [1.0, -0.5, 0.2, 0.1], [1.0, 0.0, 2.0, 0.0]
-# lr 0.1, sparsity 0.5; (momentum, weight decay, period): mask, effective weights and dense weights after, of the steps 0 to 3
+# lr 0.1, sparsity 0.5; (momentum, weight decay, period): mask, effective weights and dense weights after, of the steps
+# 0 to 3
 TRAJECTORIES: dict[tuple[float, float, int], list[tuple[list[int], list[float], list[float]]]] = {
     (0.0, 0.0, 1): [
         ([1, 1, 0, 0], [1.0, -0.5, 0.0, 0.0], [1.0, -0.45, 0.4, 0.1]),
@@ -38,7 +39,11 @@ TRAJECTORIES: dict[tuple[float, float, int], list[tuple[list[int], list[float], 
         ([1, 1, 0, 0], [1.0, -0.5, 0.0, 0.0], [0.999, -0.4495, 0.3998, 0.0999]),
         ([1, 1, 0, 0], [0.999, -0.4495, 0.0, 0.0], [0.997201, -0.3586505, 0.7792202, 0.0997101]),
         ([1, 0, 1, 0], [0.997201, 0.0, 0.7792202, 0.0], [0.994864599, -0.2765272995, 1.2419971398, 0.0994394799]),
-        ([1, 0, 1, 0], [0.994864599, 0.0, 1.2419971398, 0.0], [0.992280513601, -0.20233989175, 1.7330546745, 0.09909648233]),
+        (
+            [1, 0, 1, 0],
+            [0.994864599, 0.0, 1.2419971398, 0.0],
+            [0.992280513601, -0.20233989175, 1.7330546745, 0.09909648233],
+        ),
     ],
 }
 # with masked gradients (gradual pruning): mask and effective weights

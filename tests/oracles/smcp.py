@@ -1,6 +1,5 @@
 """Reference numbers for SMCP: schedules, knapsacks, importance, costs, and a network of three convolutions."""
 
-
 # curve, reduction, epochs, warm-up, epochs at full reduction: reduction by epoch (executed in float32)
 SCHEDULES: dict[tuple[str, float, int, int, int], dict[int, float]] = {
     ("exp", 0.5, 90, 10, 25): {
@@ -68,7 +67,11 @@ NORM_SCALING = ([2, 4], [0.5, 0.0], [3, 7], [1.0, 0.0], [6.0, 0.0])
 CONVOLUTION = {64: (0.073728, 0.057802752), 32: (0.036864, 0.028901376)}
 
 # inputs, outputs: tables asked in turn, with channels rounded up to multiples of 8
-FALLBACK = {(61, 128): [(61, 128), (64, 128)], (61, 100): [(61, 100), (64, 100), (61, 104), (64, 104)], (64, 100): [(64, 100), (64, 104)]}
+FALLBACK = {
+    (61, 128): [(61, 128), (64, 128)],
+    (61, 100): [(61, 100), (64, 100), (61, 104), (64, 104)],
+    (64, 100): [(64, 100), (64, 104)],
+}
 
 # three 3x3 convolutions and a linear layer without biases: their (out, in)
 TINY = {"conv1": (16, 3), "conv2": (16, 16), "conv3": (32, 16), "fc": (10, 32)}

@@ -27,7 +27,8 @@ class Residual(nn.Module):
 
 
 class Padded(nn.Module):
-    """A residual sum whose shortcut grows from 6 to 9 channels by zeros, two of them in front, and every other row alone."""
+    """A residual sum whose shortcut grows from 6 to 9 channels by zeros, two of them in front, and every other row
+    alone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +65,8 @@ class Concat(nn.Module):
 
 
 class Joined(nn.Module):
-    """A concatenation before a grouped convolution, whose groups tie the branches; its outputs are 3 channels for each group."""
+    """A concatenation before a grouped convolution, whose groups tie the branches; its outputs are 3 channels for each
+    group."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,12 +79,18 @@ class Joined(nn.Module):
 
 
 class Auxiliary(nn.Module):
-    """A second head that runs in train mode only, with a convolution of its own; ``noise``: that never gives the same twice."""
+    """A second head that runs in train mode only, with a convolution of its own; ``noise``: that never gives the same
+    twice."""
 
     def __init__(self, noise: float = 0.0) -> None:
         super().__init__()
         self.noise = noise
-        self.first, self.norm, self.second, self.head = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 6, 1), nn.Linear(6, 3)
+        self.first, self.norm, self.second, self.head = (
+            nn.Conv2d(3, 8, 1),
+            nn.BatchNorm2d(8),
+            nn.Conv2d(8, 6, 1),
+            nn.Linear(6, 3),
+        )
         self.aside = nn.ModuleDict({"conv": nn.Conv2d(8, 4, 1), "drop": nn.Dropout(), "head": nn.Linear(4, 3)})
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
@@ -188,21 +196,41 @@ class Kernel(nn.Conv2d):
 
 def flattened() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 6, 3, 2), nn.ReLU(), nn.MaxPool2d(2, 1), nn.Flatten(), nn.Linear(6 * 4, 7), nn.ReLU(), nn.Linear(7, 2)
+        nn.Conv2d(3, 6, 3, 2),
+        nn.ReLU(),
+        nn.MaxPool2d(2, 1),
+        nn.Flatten(),
+        nn.Linear(6 * 4, 7),
+        nn.ReLU(),
+        nn.Linear(7, 2),
     )
 
 
 def grouped() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 12, 1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 4, 1)
+    )
 
 
 def transposed() -> nn.Module:
-    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 12, 2, 2, groups=2), nn.ReLU(), nn.ConvTranspose2d(12, 4, 2)]
+    layers = [
+        nn.Conv2d(3, 8, 3),
+        nn.ReLU(),
+        nn.ConvTranspose2d(8, 12, 2, 2, groups=2),
+        nn.ReLU(),
+        nn.ConvTranspose2d(12, 4, 2),
+    ]
     return nn.Sequential(*layers)
 
 
 def transposed_depthwise() -> nn.Module:
-    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 8, 4, 2, 1, groups=8), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)]
+    layers = [
+        nn.Conv2d(3, 8, 3),
+        nn.ReLU(),
+        nn.ConvTranspose2d(8, 8, 4, 2, 1, groups=8),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 4, 1),
+    ]
     return nn.Sequential(*layers)
 
 
@@ -211,11 +239,22 @@ def one_dimensional() -> nn.Module:
 
 
 NETS: dict[str, Callable[[], nn.Module]] = {
-    "residual": Residual, "padded": Padded, "concat": Concat, "squeeze_excite": SqueezeExcite, "scaled": Scaled, "reused": Reused,
-    "flattened": flattened, "grouped": grouped, "transposed": transposed, "one_dimensional": one_dimensional, "chunked": Chunked,
-    "split": Split, "joined": Joined, "transposed_depthwise": transposed_depthwise,
+    "residual": Residual,
+    "padded": Padded,
+    "concat": Concat,
+    "squeeze_excite": SqueezeExcite,
+    "scaled": Scaled,
+    "reused": Reused,
+    "flattened": flattened,
+    "grouped": grouped,
+    "transposed": transposed,
+    "one_dimensional": one_dimensional,
+    "chunked": Chunked,
+    "split": Split,
+    "joined": Joined,
+    "transposed_depthwise": transposed_depthwise,
     "subclass": lambda: nn.Sequential(Kernel(3, 8, 3), nn.ReLU(), Kernel(8, 4, 3)),
-}  # fmt: skip
+}
 
 
 def made(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:

@@ -47,12 +47,18 @@ class Watch(Callback):
     def before(self, moment: Moment) -> None:
         similarity = {n: t.clone() for n, t in self.callback.aux.items() if n.startswith("similarity/")}
         self.last = {
-            "step": moment.step, "weights": self.weights(moment.names), "before": copied_masks(self.callback),
+            "step": moment.step,
+            "weights": self.weights(moment.names),
+            "before": copied_masks(self.callback),
             "similarity": {n.partition("/")[2]: t for n, t in similarity.items()},
-        }  # fmt: skip
+        }
 
     def after(self, moment: Moment) -> None:
-        self.last |= {"new_weights": self.weights(moment.names), "after": copied_masks(self.callback), "events": moment.figures}
+        self.last |= {
+            "new_weights": self.weights(moment.names),
+            "after": copied_masks(self.callback),
+            "events": moment.figures,
+        }
         self.updates.append(self.last)
 
     @property

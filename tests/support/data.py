@@ -16,7 +16,8 @@ def loader(batches: int, batch_size: int = 4, inputs: int = 12, outputs: int = 6
 
 
 class Batches:
-    """Random images [size, 2, 5, 5] and labels; the order derives from (seed, epoch, index), so the position is all its state.
+    """Random images [size, 2, 5, 5] and labels; the order derives from (seed, epoch, index), so the position is all its
+    state.
 
     Rank r of ``world`` gets every ``world``-th sample of each batch.
     """

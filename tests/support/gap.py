@@ -13,7 +13,7 @@ WIDTHS = (12, 10, 8, 6, 4, 5)
 
 
 def deep(layers: int) -> nn.Sequential:
-    return mlp(*WIDTHS[: layers], 6)
+    return mlp(*WIDTHS[:layers], 6)
 
 
 def gap(partitions: Any = 3, **options: Any) -> GaP:
@@ -30,7 +30,9 @@ class Restarting(Classifier):
     def configure_optimizers(self) -> Any:
         optimizer = OPTIMIZERS[self.optimizer](self.parameters())
         if self.lazy:
-            schedule: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / (2 * horizon(self.trainer)) if step else 1)
+            schedule: Any = torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda step: 1 - step / (2 * horizon(self.trainer)) if step else 1
+            )
         else:
             self.horizons.append(horizon(self.trainer))
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.horizons[-1], eta_min=0.01)

@@ -13,7 +13,8 @@ from sparse_callbacks.core.weights import SparseWeights
 
 @dataclass
 class Moment:
-    """An update: the optimizer's own step count, the parameters whose masks move, and the figures for the log so far."""
+    """An update: the optimizer's own step count, the parameters whose masks move, and the figures for the log so
+    far."""
 
     step: int
     names: list[str]
@@ -29,8 +30,8 @@ def around_updates(
 ) -> None:
     """Call ``before`` and ``after`` around every update of the masks.
 
-    The weights right before an update are seen at no hook of Lightning's: in most methods they are those that the optimizer has
-    just written.
+    The weights right before an update are seen at no hook of Lightning's: in most methods they are those that the
+    optimizer has just written.
     """
     engine = callback.engine
     take = engine._take
@@ -118,7 +119,8 @@ def give_calendar(callback: Any, every: int, start: int, stop: int) -> None:
 
 
 def count_writes(monkeypatch: Any, wrote: Callable[[str, int], None]) -> None:
-    """Call ``wrote(parameter's name, writes)`` after each write of masked weights, as torch counts the writes to a tensor."""
+    """Call ``wrote(parameter's name, writes)`` after each write of masked weights, as torch counts the writes to a
+    tensor."""
     apply = SparseWeights.write_masked
 
     def counted(store: SparseWeights, names: Any, finite: bool = True) -> None:
@@ -145,7 +147,8 @@ def forget_compiled_code() -> None:
 
 
 def before_measuring(callback: Any, act: Callable[[], Any]) -> None:
-    """CTRE: call ``act()`` before every pass over data for similarities, but not before the trial at the start of a run."""
+    """CTRE: call ``act()`` before every pass over data for similarities, but not before the trial at the start of a
+    run."""
     measured = callback._measure
 
     def measure(fraction: float) -> Any:

@@ -95,9 +95,15 @@ class Convolutions(nn.Sequential):
     def __init__(self) -> None:
         torch.manual_seed(0)
         super().__init__(
-            nn.Conv2d(2, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 9, 2, padding=1), nn.BatchNorm2d(9), nn.ReLU(), nn.Flatten(),
+            nn.Conv2d(2, 12, 3),
+            nn.BatchNorm2d(12),
+            nn.ReLU(),
+            nn.Conv2d(12, 9, 2, padding=1),
+            nn.BatchNorm2d(9),
+            nn.ReLU(),
+            nn.Flatten(),
             nn.Linear(144, 4),
-        )  # fmt: skip
+        )
         self.double()
         for norm in (self[1], self[4]):
             nn.init.normal_(norm.bias, 0.5)
@@ -107,10 +113,15 @@ def purged(net: Convolutions) -> nn.Module:
     """The same network without channels and inputs that are zero, made smaller by hand."""
     first, second = (net[i].weight.detach().flatten(1).abs().sum(1) > 0 for i in (0, 3))
     small = nn.Sequential(
-        nn.Conv2d(2, int(first.sum()), 3), nn.BatchNorm2d(int(first.sum())), nn.ReLU(),
-        nn.Conv2d(int(first.sum()), int(second.sum()), 2, padding=1), nn.BatchNorm2d(int(second.sum())), nn.ReLU(), nn.Flatten(),
+        nn.Conv2d(2, int(first.sum()), 3),
+        nn.BatchNorm2d(int(first.sum())),
+        nn.ReLU(),
+        nn.Conv2d(int(first.sum()), int(second.sum()), 2, padding=1),
+        nn.BatchNorm2d(int(second.sum())),
+        nn.ReLU(),
+        nn.Flatten(),
         nn.Linear(16 * int(second.sum()), 4),
-    ).double()  # fmt: skip
+    ).double()
     state = net.state_dict()
     kept = {"0": first, "1": first, "3": second, "4": second}
     for key, value in state.items():

@@ -22,8 +22,8 @@ class Net(nn.Module):
 
 
 def by_weights(monkeypatch: pytest.MonkeyPatch, whole: Callable[[float], float] = lambda ms: ms) -> list[list[int]]:
-    """A layer takes as many milliseconds as it has weights, biases aside, and a :class:`Net` what ``whole`` makes of that; gives the list
-    of what was measured together."""
+    """A layer takes as many milliseconds as it has weights, biases aside, and a :class:`Net` what ``whole`` makes of
+    that; gives the list of what was measured together."""
     seen: list[list[int]] = []
 
     def count(calls: Any, repeats: int, devices: Any) -> list[float]:
@@ -32,7 +32,9 @@ def by_weights(monkeypatch: pytest.MonkeyPatch, whole: Callable[[float], float] 
         for call in calls:
             call()  # it must run
             module = next(c.cell_contents for c in call.__closure__ if isinstance(c.cell_contents, nn.Module))
-            seen[-1].append(sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)))
+            seen[-1].append(
+                sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd))
+            )
             times.append(whole(seen[-1][-1]) if isinstance(module, Net) else float(seen[-1][-1]))
         return times
 

@@ -36,7 +36,8 @@ def _settings(name: str) -> ModuleType:
         return import_module(f"contract.settings.{name}")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"conf/method/{name}.yaml has no tests/contract/settings/{name}.py. Write one with short_run(), gradient_rule() and "
+            f"conf/method/{name}.yaml has no tests/contract/settings/{name}.py. Write one with short_run(), "
+            "gradient_rule() and "
             "promises_not_made, like the others there."
         ) from error
 
@@ -45,7 +46,8 @@ SETTINGS = {name: _settings(name) for name in METHODS}
 
 
 def method(name: str, **changes: Any) -> SparsityCallback:
-    """The callback of ``conf/method/<name>.yaml`` for a short run; ``changes`` that this method does not take are left out."""
+    """The callback of ``conf/method/<name>.yaml`` for a short run; ``changes`` that this method does not take are left
+    out."""
     config = CONFIGS[name]
     short = SETTINGS[name].short_run(**{k: changes.pop(k) for k in ("sparsity",) if k in changes})
     return instantiate(config | short | {k: v for k, v in changes.items() if k in config}, _convert_="all")

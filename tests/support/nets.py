@@ -50,8 +50,15 @@ def conv_net(seed: int = 0) -> nn.Module:
     """Convolution, batch norm and two matrices, for inputs [n, 2, 5, 5] and 4 classes."""
     torch.manual_seed(seed)
     return Layers(
-        nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(72, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 4)
-    )  # fmt: skip
+        nn.Conv2d(2, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(72, 16),
+        nn.LayerNorm(16),
+        nn.ReLU(),
+        nn.Linear(16, 4),
+    )
 
 
 class Regression(pl.LightningModule):
@@ -127,7 +134,9 @@ class Classifier(pl.LightningModule):
 class ByHand(Classifier):
     """The same training under manual optimization: ``window`` micro-batches a step, and the user's own clipping."""
 
-    def __init__(self, net: nn.Module | None = None, optimizer: str = "sgd", window: int = 1, clip: float | None = None) -> None:
+    def __init__(
+        self, net: nn.Module | None = None, optimizer: str = "sgd", window: int = 1, clip: float | None = None
+    ) -> None:
         super().__init__(net, optimizer)
         self.automatic_optimization = False
         self.window, self.clip = window, clip
@@ -144,7 +153,8 @@ class ByHand(Classifier):
 
 
 class Rivals(pl.LightningModule):
-    """A critic that steps twice and a maker that steps once a batch, as in a GAN; the maker's loss runs through the critic."""
+    """A critic that steps twice and a maker that steps once a batch, as in a GAN; the maker's loss runs through the
+    critic."""
 
     def __init__(self) -> None:
         super().__init__()

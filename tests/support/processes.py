@@ -20,17 +20,24 @@ from support.rig import Stops, fit, snapshot, watch
 
 
 def run_two_processes(program: str, folder: Path) -> None:
-    """Run this module as the two ranks of one run: ``program`` is ``replicas`` or ``workers``, and each rank writes FOLDER/<rank>.pt."""
+    """Run this module as the two ranks of one run: ``program`` is ``replicas`` or ``workers``, and each rank writes
+    FOLDER/<rank>.pt."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "NODE_RANK": "0",
+        "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
-    }  # fmt: skip
+    }
     command = [sys.executable, __file__, program, str(folder)]
     processes = [
-        subprocess.Popen(command, env=os.environ | shared | {"LOCAL_RANK": rank}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        subprocess.Popen(
+            command, env=os.environ | shared | {"LOCAL_RANK": rank}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         for rank in ("0", "1")
     ]
     try:
@@ -50,7 +57,9 @@ REPLICA_STOP = 7  # inside a window
 def matrices(seed: int) -> nn.Module:
     """Three matrices in float64."""
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Flatten(), nn.Linear(50, 24), nn.Tanh(), nn.Linear(24, 12), nn.Tanh(), nn.Linear(12, 4)).double()
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(50, 24), nn.Tanh(), nn.Linear(24, 12), nn.Tanh(), nn.Linear(12, 4)
+    ).double()
 
 
 class Noise(pl.Callback):
@@ -68,15 +77,25 @@ class Noise(pl.Callback):
 def train_replica(
     name: str, rank: int, world: int, *more: pl.Callback, ckpt_path: Path | None = None, noise: float = 0.0
 ) -> dict[str, Any]:
-    """Masks after every batch and all state at the end; ``rank`` and ``world`` say which part of the data is this process's."""
+    """Masks after every batch and all state at the end; ``rank`` and ``world`` say which part of the data is this
+    process's."""
     torch.manual_seed(rank)
     module, callback = Classifier(matrices(rank)), method(name, every=2, stop=8)
     masks: list[dict[str, torch.Tensor]] = []
     see = watch(lambda *_: masks.append({n: m.clone() for n, m in callback.masks.items()}))
     trainer = fit(
-        module, Noise(noise), callback, see, *more, loader=Batches(rank=rank, world=world), ckpt_path=ckpt_path,
-        accumulate_grad_batches=REPLICA_WINDOW, gradient_clip_val=0.5, devices=world, strategy="ddp" if world > 1 else "auto",
-    )  # fmt: skip
+        module,
+        Noise(noise),
+        callback,
+        see,
+        *more,
+        loader=Batches(rank=rank, world=world),
+        ckpt_path=ckpt_path,
+        accumulate_grad_batches=REPLICA_WINDOW,
+        gradient_clip_val=0.5,
+        devices=world,
+        strategy="ddp" if world > 1 else "auto",
+    )
     return {"masks": masks, "end": snapshot(trainer, module, callback)}
 
 
@@ -105,9 +124,16 @@ def network(seed: int = 0) -> nn.Module:
     """With dropout and batch norms, in float64."""
     torch.manual_seed(seed)
     return nn.Sequential(
-        nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(54, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.2),
+        nn.Conv2d(2, 6, 3),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(54, 12),
+        nn.BatchNorm1d(12),
+        nn.ReLU(),
+        nn.Dropout(0.2),
         nn.Linear(12, 4),
-    ).double()  # fmt: skip
+    ).double()
 
 
 def train_worker(world: int, *more: pl.Callback, seed: int = 0, ckpt_path: Path | None = None) -> dict[str, Any]:
@@ -115,12 +141,23 @@ def train_worker(world: int, *more: pl.Callback, seed: int = 0, ckpt_path: Path 
     callback = ParallelGaP(0.8, partitions=2, rounds=ROUNDS, epochs=EPOCHS, print_plan=False)
     module = Classifier(network(seed), optimizer="adamw")
     seen: list[Any] = []
-    see = watch(lambda *_: seen.append({n: (p.detach().clone(), callback.masks.get(n)) for n, p in module.named_parameters()}))
+    see = watch(
+        lambda *_: seen.append({n: (p.detach().clone(), callback.masks.get(n)) for n, p in module.named_parameters()})
+    )
     epochs = ROUNDS * EPOCHS * (1 if world > 1 else 2) + FINETUNE
     trainer = fit(
-        module, callback, see, *more, loader=Batches(), max_epochs=epochs, accumulate_grad_batches=WINDOW, ckpt_path=ckpt_path,
-        devices=world, strategy="ddp" if world > 1 else "auto", use_distributed_sampler=False,
-    )  # fmt: skip
+        module,
+        callback,
+        see,
+        *more,
+        loader=Batches(),
+        max_epochs=epochs,
+        accumulate_grad_batches=WINDOW,
+        ckpt_path=ckpt_path,
+        devices=world,
+        strategy="ddp" if world > 1 else "auto",
+        use_distributed_sampler=False,
+    )
     return {"seen": seen, "end": snapshot(trainer, module, callback)}
 
 

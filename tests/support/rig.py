@@ -21,12 +21,19 @@ Watcher = Callable[[pl.Trainer, Any, int], None]
 # ---------------------------------------------------------------------- runs
 
 
-def trainer_for(callbacks: pl.Callback | Sequence[pl.Callback], folder: Path | None = None, **options: Any) -> pl.Trainer:
+def trainer_for(
+    callbacks: pl.Callback | Sequence[pl.Callback], folder: Path | None = None, **options: Any
+) -> pl.Trainer:
     """A quiet Trainer on one CPU, for two epochs where neither epochs nor steps are given."""
     defaults: dict[str, Any] = {
-        "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-        "enable_checkpointing": False, "default_root_dir": folder,
-    }  # fmt: skip
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "default_root_dir": folder,
+    }
     if "max_epochs" not in options and "max_steps" not in options:
         defaults["max_epochs"] = 2
     listed = [callbacks] if isinstance(callbacks, pl.Callback) else list(callbacks)
@@ -40,7 +47,9 @@ def fit_steps(folder: Path, callbacks: Any, module: pl.LightningModule, steps: i
     return trainer
 
 
-def fit(module: pl.LightningModule, *callbacks: pl.Callback, loader: Any = None, ckpt_path: Any = None, **options: Any) -> pl.Trainer:
+def fit(
+    module: pl.LightningModule, *callbacks: pl.Callback, loader: Any = None, ckpt_path: Any = None, **options: Any
+) -> pl.Trainer:
     """Fit for two epochs of eight batches, unless options say otherwise."""
     trainer = trainer_for(callbacks, **options)
     trainer.fit(module, Batches() if loader is None else loader, ckpt_path=ckpt_path)
@@ -48,13 +57,17 @@ def fit(module: pl.LightningModule, *callbacks: pl.Callback, loader: Any = None,
 
 
 def watch(on_batch_end: Watcher) -> pl.Callback:
-    """Calls ``on_batch_end(trainer, module, batches done before)`` after every batch; list it after the sparsity callbacks."""
+    """Calls ``on_batch_end(trainer, module, batches done before)`` after every batch; list it after the sparsity
+    callbacks."""
     count = itertools.count()
-    return pl.callbacks.LambdaCallback(on_train_batch_end=lambda trainer, module, *_: on_batch_end(trainer, module, next(count)))
+    return pl.callbacks.LambdaCallback(
+        on_train_batch_end=lambda trainer, module, *_: on_batch_end(trainer, module, next(count))
+    )
 
 
 def record_updates(callback: Any) -> list[tuple[int, int]]:
-    """(the callback's own step, batches seen by the trainer before this one) at each update of ``callback``, by its count of updates."""
+    """(the callback's own step, batches seen by the trainer before this one) at each update of ``callback``, by its
+    count of updates."""
     seen: list[tuple[int, int]] = []
     begin, end = callback.on_train_batch_start, callback.on_train_batch_end
     batch, before = itertools.count(), [0]
@@ -121,7 +134,8 @@ def lasting(state: Any) -> Any:
 
 
 def differences(first: Any, second: Any, where: str = "", bitwise: bool = True) -> list[str]:
-    """Where two nests of dicts, sequences, numbers and tensors differ; tensors bit by bit, or else by value (-0.0 equals 0.0)."""
+    """Where two nests of dicts, sequences, numbers and tensors differ; tensors bit by bit, or else by value (-0.0
+    equals 0.0)."""
     if isinstance(first, Mapping) and isinstance(second, Mapping):
         if set(first) != set(second):
             return [f"{where}: keys {sorted(map(str, set(first) ^ set(second)))}"]
@@ -164,7 +178,9 @@ def assert_counts(callback: SparsityCallback) -> None:
     if plan.joint is not None:
         assert set(callback.masks) == plan.selected
         return
-    assert {n: int((~m).sum()) for n, m in callback.masks.items()} == {r.name: r.zeros for r in plan if r.name in plan.selected}
+    assert {n: int((~m).sum()) for n, m in callback.masks.items()} == {
+        r.name: r.zeros for r in plan if r.name in plan.selected
+    }
 
 
 def per_element_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
@@ -183,10 +199,14 @@ def structure(module: nn.Module) -> dict[str, Any]:
     return {
         "keys": list(module.state_dict()),
         "buffers": [n for n, _ in module.named_buffers()],
-        "parameters": {n: (type(p).__name__, id(p), p.requires_grad, tuple(p.shape)) for n, p in module.named_parameters()},
+        "parameters": {
+            n: (type(p).__name__, id(p), p.requires_grad, tuple(p.shape)) for n, p in module.named_parameters()
+        },
         "types": {n: type(m).__name__ for n, m in module.named_modules()},
         "attributes": {n: sorted(vars(m)) for n, m in module.named_modules() if n},
         "hooks": hooks,
-        "gradient hooks": [n for n, p in module.named_parameters() if p._backward_hooks or p._post_accumulate_grad_hooks],
+        "gradient hooks": [
+            n for n, p in module.named_parameters() if p._backward_hooks or p._post_accumulate_grad_hooks
+        ],
         "on the tensors": {n: sorted(vars(p)) for n, p in module.named_parameters()},
     }

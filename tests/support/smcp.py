@@ -27,14 +27,25 @@ def conv_net(seed: int = 0) -> nn.Module:
     """Stem, residual block, depthwise convolution and flattening, for inputs [n, 2, 5, 5] and 4 classes."""
     torch.manual_seed(seed)
     return Layers(
-        nn.Conv2d(2, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), Residual(16), nn.Conv2d(16, 16, 3, groups=16), nn.ReLU(),
-        nn.Conv2d(16, 24, 1), nn.BatchNorm2d(24), nn.ReLU(), nn.Flatten(), nn.Linear(216, 4),
-    )  # fmt: skip
+        nn.Conv2d(2, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        Residual(16),
+        nn.Conv2d(16, 16, 3, groups=16),
+        nn.ReLU(),
+        nn.Conv2d(16, 24, 1),
+        nn.BatchNorm2d(24),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(216, 4),
+    )
 
 
 def mlp(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Flatten(), nn.Linear(50, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 4)).double()
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(50, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 4)
+    ).double()
 
 
 def method(budget: float = 0.5, **options: Any) -> SMCP:
@@ -67,12 +78,20 @@ class Joined(nn.Module):
 
 
 def normed() -> nn.Module:
-    """Channels that are read by a convolution with a batch norm behind it; in between two others that must not be taken for it."""
+    """Channels that are read by a convolution with a batch norm behind it; in between two others that must not be taken
+    for it."""
     torch.manual_seed(0)
     net = Layers(
-        nn.Conv2d(2, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.BatchNorm2d(12),
-        nn.Flatten(), nn.Linear(108, 4),
-    ).double()  # fmt: skip
+        nn.Conv2d(2, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 3),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.BatchNorm2d(12),
+        nn.Flatten(),
+        nn.Linear(108, 4),
+    ).double()
     for index in (1, 4, 6):
         nn.init.uniform_(net[index].weight, 0.5, 1.5)
     return net

@@ -20,7 +20,9 @@ def accuracy(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.parametrize("table", ["digits", "lenet5"])
-def test_every_run_composes_and_builds_its_method_at_the_sparsity_of_its_table(accuracy: ModuleType, table: str) -> None:
+def test_every_run_composes_and_builds_its_method_at_the_sparsity_of_its_table(
+    accuracy: ModuleType, table: str
+) -> None:
     for words in accuracy.runs(accuracy.REPORTS[table], 1):
         with initialize_config_dir(str(ROOT / "conf"), version_base=None):
             cfg = compose("train", list(words))
@@ -45,7 +47,10 @@ def test_the_row_of_gap_is_one_of_those_tried(accuracy: ModuleType) -> None:
 
 
 def test_a_row_has_mean_sample_spread_and_range_in_percent(accuracy: ModuleType) -> None:
-    found = [{"test/acc": a, "val/acc": a + 0.1, "sparsity/total": 0.95, "seconds": s} for a, s in ((0.5, 1.0), (0.6, 2.0), (0.7, 6.0))]
+    found = [
+        {"test/acc": a, "val/acc": a + 0.1, "sparsity/total": 0.95, "seconds": s}
+        for a, s in ((0.5, 1.0), (0.6, 2.0), (0.7, 6.0))
+    ]
     assert accuracy.line("X", "method=x", found) == (
         "| X | 60.00 % | 10.00 | 50.00 to 70.00 % | 70.00 % | 95.00 % | 3.0 | 3 | `method=x` |"
     )
@@ -55,7 +60,10 @@ def test_a_row_has_mean_sample_spread_and_range_in_percent(accuracy: ModuleType)
 
 def test_a_search_lists_what_was_tried_best_validation_first(accuracy: ModuleType) -> None:
     group = accuracy.Group("Tried", "sparsity=0.5", {"a": "method=a", "b": "method=b", "c": "method=c"}, search=True)
-    found = {accuracy.overrides(group.shared, f"method={m}", 0): {"val/acc": v, "test/acc": 1 - v} for m, v in (("a", 0.8), ("b", 0.9))}
+    found = {
+        accuracy.overrides(group.shared, f"method={m}", 0): {"val/acc": v, "test/acc": 1 - v}
+        for m, v in (("a", 0.8), ("b", 0.9))
+    }
     assert accuracy.section(group, found, 3) == "Tried, by validation accuracy: b 90.00 %; a 80.00 %."
 
 
@@ -75,7 +83,9 @@ def test_a_finished_run_is_not_repeated_and_the_others_are_made(accuracy: Module
 def test_a_path_with_any_character_reaches_the_run(accuracy: ModuleType, tmp_path: Path) -> None:
     folder = tmp_path / "it's = a, folder"
     words = accuracy.overrides("data=fashion_mnist sparsity=0.5", "method=static", 0)
-    with pytest.raises(RuntimeError, match=r"(?s)train\.py method=static .*failed.*cannot read the set from .*it's = a, folder/none,"):
+    with pytest.raises(
+        RuntimeError, match=r"(?s)train\.py method=static .*failed.*cannot read the set from .*it's = a, folder/none,"
+    ):
         accuracy.run(words, str(folder / "none"), folder)
     assert (folder / ".hydra" / "config.yaml").exists()
 
@@ -85,7 +95,11 @@ def test_a_path_with_any_character_reaches_the_run(accuracy: ModuleType, tmp_pat
     [(["--table", "lenet5"], "needs --root FOLDER"), (["--root", "here"], "takes no --root FOLDER")],
 )
 def test_a_table_without_its_data_is_refused(
-    accuracy: ModuleType, arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    accuracy: ModuleType,
+    arguments: list[str],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["accuracy.py", *arguments])
     with pytest.raises(SystemExit, match="2"):
@@ -93,7 +107,9 @@ def test_a_table_without_its_data_is_refused(
     assert says in capsys.readouterr().err
 
 
-def test_the_file_is_written_after_each_run(accuracy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_is_written_after_each_run(
+    accuracy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     group = accuracy.Group("Two", "sparsity=0.5", {"a": "method=a", "b": "method=b"})
     monkeypatch.setitem(accuracy.REPORTS, "digits", accuracy.Report("T", "About.", "python it", "t.md", (group,)))
     metrics = {"test/acc": 0.5, "val/acc": 0.5, "sparsity/total": 0.5, "seconds": 1.0}

@@ -53,7 +53,9 @@ def test_a_sparsity_for_a_method_with_another_target_is_refused(composed: Compos
 
 
 def test_method_keys_reach_the_method(composed: Compose) -> None:
-    rigl = build.build_method(composed("method=rigl", "method.drop_fraction=0.2", "method.every=7", "method.seed=9", "seed=1"))
+    rigl = build.build_method(
+        composed("method=rigl", "method.drop_fraction=0.2", "method.every=7", "method.seed=9", "seed=1")
+    )
     assert isinstance(rigl, sparse_callbacks.RigL)
     assert (rigl.drop_fraction, rigl.every, rigl.seed) == (0.2, 7, 9)
     assert build.build_method(composed("method=none")) is None
@@ -83,7 +85,10 @@ def test_no_schedule_is_the_methods_own(composed: Compose) -> None:
         (("method=none", "schedule=cosine"), "schedule=cosine, but method=none trains dense"),
         (("method=static", "schedule=linear"), "schedule=linear: Static has no number that moves"),
         (("method=rigl", "schedule=linear", "method.drop_fraction='cosine(0.2)'"), "both choose a curve"),
-        (("method=rigl", "sparsity=0.9", "method.sparsity=0.8"), "sparsity=0.9 and method.sparsity=0.8 both set the target of RigL"),
+        (
+            ("method=rigl", "sparsity=0.9", "method.sparsity=0.8"),
+            "sparsity=0.9 and method.sparsity=0.8 both set the target of RigL",
+        ),
         (("method=rigl", "sparsity=1.0"), r"sparsity=1.0 is not in \[0, 1\)"),
         (("method=rigl", "method.every=1000"), "every"),
         (("method=rigl", "method.start=0.8", "method.stop=0.2"), "stop"),
@@ -96,7 +101,9 @@ def test_no_schedule_is_the_methods_own(composed: Compose) -> None:
         (("test=first",), "test='first' does not name a network"),
     ],
 )
-def test_refusals_before_the_first_batch(run: Run, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], message: str) -> None:
+def test_refusals_before_the_first_batch(
+    run: Run, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], message: str
+) -> None:
     def never(*args: object) -> None:
         raise AssertionError("a batch was trained")
 

@@ -30,7 +30,9 @@ def test_order_derives_from_seed_and_epoch() -> None:
     assert torch.equal(epoch_order(50, 3, 2), epoch_order(50, 3, 2))
     orders = {tuple(epoch_order(50, seed, epoch).tolist()) for seed in (0, 1, 2) for epoch in (0, 1, 2)}
     assert len(orders) == 9
-    assert not torch.equal(torch.randperm(9, generator=generator(0, 1, 0)), torch.randperm(9, generator=generator(0, 1, 1)))
+    assert not torch.equal(
+        torch.randperm(9, generator=generator(0, 1, 0)), torch.randperm(9, generator=generator(0, 1, 1))
+    )
 
 
 def test_an_epoch_has_every_sample_once_and_leaves_torchs_generator_alone() -> None:
@@ -95,7 +97,9 @@ def test_ranks_share_the_samples() -> None:
     shares = [labels(loader) for loader in ranks]
     assert [len(share) for share in shares] == [5, 5]
     assert len(set(shares[0]) | set(shares[1])) == 10
-    assert sorted(labels(numbered(11, rank=0, world_size=2)) + labels(numbered(11, rank=1, world_size=2))) == list(range(11))
+    assert sorted(labels(numbered(11, rank=0, world_size=2)) + labels(numbered(11, rank=1, world_size=2))) == list(
+        range(11)
+    )
 
 
 def test_without_shuffling_every_epoch_has_the_order_of_the_samples_and_ranks_stay_in_step() -> None:
@@ -109,7 +113,13 @@ def test_without_shuffling_every_epoch_has_the_order_of_the_samples_and_ranks_st
 
 @pytest.mark.parametrize(
     ("count", "even", "batches"),
-    [(16, True, [1, 1, 1, 1]), (18, True, [1, 1, 1, 1]), (18, False, [2, 2, 1, 1]), (20, True, [2, 2, 2, 2]), (2, False, [1, 1, 0, 0])],
+    [
+        (16, True, [1, 1, 1, 1]),
+        (18, True, [1, 1, 1, 1]),
+        (18, False, [2, 2, 1, 1]),
+        (20, True, [2, 2, 2, 2]),
+        (2, False, [1, 1, 0, 0]),
+    ],
 )
 def test_the_batches_of_each_rank(count: int, even: bool, batches: list[int]) -> None:
     ranks = [numbered(count, even=even, rank=rank, world_size=4) for rank in range(4)]
@@ -121,7 +131,14 @@ def test_the_batches_of_each_rank(count: int, even: bool, batches: list[int]) ->
 def test_in_order_has_each_sample_once_over_the_ranks_and_leaves_the_position_alone() -> None:
     images = torch.rand(11, 1, 8, 8)
     samples = Samples(images, torch.arange(11))
-    options = {"mean": torch.tensor([0.5]), "std": torch.tensor([0.25]), "shuffle": True, "even": True, "augment": True, "world_size": 2}
+    options = {
+        "mean": torch.tensor([0.5]),
+        "std": torch.tensor([0.25]),
+        "shuffle": True,
+        "even": True,
+        "augment": True,
+        "world_size": 2,
+    }
     ranks = [Loader(samples, 2, rank=rank, **options) for rank in (0, 1)]  # type: ignore[arg-type]
     ranks[0].set_epoch(4)
     iterator = iter(ranks[0])
@@ -136,7 +153,9 @@ def test_in_order_has_each_sample_once_over_the_ranks_and_leaves_the_position_al
 
 
 @pytest.mark.parametrize(("distributed", "expected"), [(True, (1, 2)), (False, (0, 1))])
-def test_ranks_have_all_the_data_where_the_trainer_distributes_none(distributed: bool, expected: tuple[int, int]) -> None:
+def test_ranks_have_all_the_data_where_the_trainer_distributes_none(
+    distributed: bool, expected: tuple[int, int]
+) -> None:
     found = data.digits()
     connector = SimpleNamespace(use_distributed_sampler=distributed)
     found.trainer = SimpleNamespace(global_rank=1, world_size=2, _accelerator_connector=connector)  # type: ignore[assignment]
@@ -148,7 +167,12 @@ def test_ranks_have_all_the_data_where_the_trainer_distributes_none(distributed:
 
 @pytest.mark.parametrize("use", [True, False])
 def test_the_trainers_choice_of_distribution_is_where_it_is_looked_for(use: bool) -> None:
-    assert pl.Trainer(use_distributed_sampler=use, logger=False, accelerator="cpu")._accelerator_connector.use_distributed_sampler is use
+    assert (
+        pl.Trainer(
+            use_distributed_sampler=use, logger=False, accelerator="cpu"
+        )._accelerator_connector.use_distributed_sampler
+        is use
+    )
 
 
 def test_features_are_batched_with_one_scale_or_one_for_each() -> None:
@@ -162,7 +186,9 @@ def test_features_are_batched_with_one_scale_or_one_for_each() -> None:
 
 
 def test_features_are_not_augmented() -> None:
-    with pytest.raises(ValueError, match=r"data.augment=True crops and flips images, and inputs of shape \(3,\) are not images"):
+    with pytest.raises(
+        ValueError, match=r"data.augment=True crops and flips images, and inputs of shape \(3,\) are not images"
+    ):
         Loader(Samples(torch.rand(5, 3), torch.arange(5)), 5, mean=torch.zeros(1), std=torch.ones(1), augment=True)
 
 

@@ -28,9 +28,14 @@ def test_loss_and_sparsity_on_one_line(terminal: bool, tmp_path, capsys, monkeyp
     monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
     bar = ShortProgressBar()
     trainer = pl.Trainer(
-        max_epochs=2, callbacks=[bar], accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False,
+        max_epochs=2,
+        callbacks=[bar],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
         default_root_dir=tmp_path,
-    )  # fmt: skip
+    )
     trainer.fit(Module(), torch.utils.data.DataLoader(torch.ones(4, 2), batch_size=2))
     out = capsys.readouterr()
     if terminal:

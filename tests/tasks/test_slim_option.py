@@ -36,7 +36,11 @@ def test_the_tested_network_is_made_smaller_tested_again_and_saved(
     assert metrics["slim/latency"] > 0 < metrics["slim/latency_share"]
     assert metrics["slim/test/acc"] == metrics["test/acc"]
     assert json.loads((tmp_path / "run/metrics.json").read_text()) == pytest.approx(metrics)
-    for words in ("before after ratio parameters 1,810 910", "test accuracy, slim", "flops 0.5000 of the dense network's (budget 0.5)"):
+    for words in (
+        "before after ratio parameters 1,810 910",
+        "test accuracy, slim",
+        "flops 0.5000 of the dense network's (budget 0.5)",
+    ):
         assert words in shown
     assert "slim.safetensors" in shown
     small: Any = slim_model(tmp_path / "run")
@@ -49,7 +53,9 @@ def test_the_tested_network_is_made_smaller_tested_again_and_saved(
 
 
 def test_a_method_of_single_weights_loses_what_is_dead(run: Run, tmp_path: Path) -> None:
-    metrics = run("method=gmp", "method.stop=0.5", "method.every=1", "sparsity=0.98", "slim=true", "trainer.limit_test_batches=0")
+    metrics = run(
+        "method=gmp", "method.stop=0.5", "method.every=1", "sparsity=0.98", "slim=true", "trainer.limit_test_batches=0"
+    )
     assert metrics["slim/removed"] > 0
     assert "slim/test/acc" not in metrics
     assert slim_model(tmp_path / "run")[1].out_features == 24 - metrics["slim/removed"]
@@ -58,7 +64,10 @@ def test_a_method_of_single_weights_loses_what_is_dead(run: Run, tmp_path: Path)
 def test_a_run_tells_of_gates_and_of_targets_in_their_own_words(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = run("method=l0", "method.density=0.3", "method.constraint=layer")
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert f"expected density model.1.weight {metrics['l0/expected/model.1.weight']:.4f} (target 0.3) model.3.weight" in shown
+    assert (
+        f"expected density model.1.weight {metrics['l0/expected/model.1.weight']:.4f} (target 0.3) model.3.weight"
+        in shown
+    )
     assert "target ConstrainedL0 ended at an expected density of" in shown
 
 

@@ -72,9 +72,15 @@ def test_madelon_is_split_and_scaled_as_published(madelon_folder: Path) -> None:
     train, val, train_y, val_y = train_test_split(rows, answers, test_size=0.1, random_state=42)
     mean, std = train.mean(0), train.std(0)
     assert [len(part) for part in (found.train, found.val, found.test)] == [54, 6, 20]
-    for part, expected in ((found.train, train), (found.val, val), (found.test, np.loadtxt(madelon_folder / "madelon/madelon_valid.data"))):
+    for part, expected in (
+        (found.train, train),
+        (found.val, val),
+        (found.test, np.loadtxt(madelon_folder / "madelon/madelon_valid.data")),
+    ):
         assert part.inputs.dtype == torch.float32
-        np.testing.assert_allclose(part.inputs, (expected - mean) / std, rtol=1e-5, atol=1e-6)  # float32 against float64
+        np.testing.assert_allclose(
+            part.inputs, (expected - mean) / std, rtol=1e-5, atol=1e-6
+        )  # float32 against float64
     assert torch.equal(found.train.labels, torch.tensor((train_y + 1) / 2).long())
     assert torch.equal(found.val.labels, torch.tensor((val_y + 1) / 2).long())
     assert found.test.labels.tolist() == [1, 0, 0, 0] * 5
@@ -83,7 +89,9 @@ def test_madelon_is_split_and_scaled_as_published(madelon_folder: Path) -> None:
 
 def test_madelon_is_the_same_for_every_seed_and_ordered_by_it(madelon_folder: Path) -> None:
     def first_epoch(**options: Any) -> torch.Tensor:
-        return torch.cat([rows for rows, _ in tabular.madelon(root=str(madelon_folder), batch_size=8, **options).train_dataloader()])
+        return torch.cat(
+            [rows for rows, _ in tabular.madelon(root=str(madelon_folder), batch_size=8, **options).train_dataloader()]
+        )
 
     fixed = first_epoch(shuffle=False)
     split = tabular.madelon(root=str(madelon_folder), seed=7).train.inputs
@@ -93,7 +101,9 @@ def test_madelon_is_the_same_for_every_seed_and_ordered_by_it(madelon_folder: Pa
     assert not torch.equal(first_epoch(), fixed)
 
 
-@pytest.mark.parametrize("name", ["madelon_train.data", "madelon_train.labels", "madelon_valid.data", "madelon_valid.labels"])
+@pytest.mark.parametrize(
+    "name", ["madelon_train.data", "madelon_train.labels", "madelon_valid.data", "madelon_valid.labels"]
+)
 def test_madelon_without_a_file(madelon_folder: Path, name: str) -> None:
     (madelon_folder / "madelon" / name).unlink()
     with pytest.raises(FileNotFoundError, match=rf"data=madelon: \S*{name} is not there.*data.root=FOLDER"):
@@ -102,7 +112,9 @@ def test_madelon_without_a_file(madelon_folder: Path, name: str) -> None:
 
 def test_madelon_with_a_word(madelon_folder: Path) -> None:
     (madelon_folder / "madelon/madelon_valid.data").write_text("1 2 x 4 5\n")
-    with pytest.raises(ValueError, match=r"madelon_valid.data and its labels must hold numbers, the same count in every line"):
+    with pytest.raises(
+        ValueError, match=r"madelon_valid.data and its labels must hold numbers, the same count in every line"
+    ):
         tabular.madelon(root=str(madelon_folder))
 
 
@@ -159,7 +171,9 @@ def test_arrays_of_other_names_sparse_features_and_words_as_labels(tmp_path: Pat
         (None, -1, None, False),
     ],
 )
-def test_the_column_of_the_labels(tmp_path: Path, head: str | None, position: int, labels: str | int | None, header: bool) -> None:
+def test_the_column_of_the_labels(
+    tmp_path: Path, head: str | None, position: int, labels: str | int | None, header: bool
+) -> None:
     features, _ = table()
     words = np.array(["b", "a", "c"] * 20)
     write_csv(tmp_path / "a.csv", features, words, head, position)
@@ -224,7 +238,10 @@ def test_the_scaler_knows_the_training_part_only(tmp_path: Path, scaler: str) ->
 
 def refused(tmp_path: Path, message: str, features: Any = None, labels: Any = None, **options: Any) -> None:
     default_features, default_labels = table()
-    arrays = {"X": default_features if features is None else features, "Y": default_labels if labels is None else labels}
+    arrays = {
+        "X": default_features if features is None else features,
+        "Y": default_labels if labels is None else labels,
+    }
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(ValueError, match=message):
         tabular.tabular("a.npz", root=str(tmp_path), **options)
@@ -246,11 +263,20 @@ def test_an_unknown_scaler(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("val", "test"), [(0.0, 0.2), (0.1, 0.0), (0.5, 0.5), (-0.1, 0.2)])
 def test_fractions_that_leave_a_part_empty(tmp_path: Path, val: float, test: float) -> None:
-    refused(tmp_path, f"data.val_fraction={val} and data.test_fraction={test} leave one", val_fraction=val, test_fraction=test)
+    refused(
+        tmp_path,
+        f"data.val_fraction={val} and data.test_fraction={test} leave one",
+        val_fraction=val,
+        test_fraction=test,
+    )
 
 
 def test_fractions_that_leave_fewer_samples_than_classes(tmp_path: Path) -> None:
-    refused(tmp_path, r"60 samples cannot be split by class with data.val_fraction=0.01.*Change the fractions", val_fraction=0.01)
+    refused(
+        tmp_path,
+        r"60 samples cannot be split by class with data.val_fraction=0.01.*Change the fractions",
+        val_fraction=0.01,
+    )
 
 
 def test_an_unknown_kind_of_file(tmp_path: Path) -> None:
@@ -271,7 +297,9 @@ def test_an_absent_array_lists_those_there(tmp_path: Path, argument: str) -> Non
         tabular.tabular("b.mat", root=str(tmp_path))
 
 
-@pytest.mark.parametrize("content", [b"", b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + b"\x89HDF", b"nonsense " * 40])
+@pytest.mark.parametrize(
+    "content", [b"", b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + b"\x89HDF", b"nonsense " * 40]
+)
 def test_a_file_that_is_not_a_matlab_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.mat").write_bytes(content)
     with pytest.raises(ValueError, match=r"a.mat cannot be read as a MATLAB file .*save it with -v7, or as .npz"):
@@ -293,7 +321,9 @@ def test_a_file_that_is_not_an_npz_file(tmp_path: Path) -> None:
 def test_features_that_are_not_finite(tmp_path: Path, value: float) -> None:
     features, _ = table()
     features[[3, 8], 1] = value
-    refused(tmp_path, r"2 samples have features that are not finite numbers .*the first is row 4. Fill them in", features)
+    refused(
+        tmp_path, r"2 samples have features that are not finite numbers .*the first is row 4. Fill them in", features
+    )
 
 
 @pytest.mark.parametrize("features", [np.full((60, 4), "red"), np.ones((60, 4), dtype=complex)])
@@ -327,7 +357,11 @@ def test_a_single_class(tmp_path: Path) -> None:
 
 def test_a_class_too_small(tmp_path: Path) -> None:
     labels = np.array(["a"] * 58 + ["rare"] * 2)
-    refused(tmp_path, r"class rare of 2 has 2 samples, too few to train, validate and test with: 3 are needed", labels=labels)
+    refused(
+        tmp_path,
+        r"class rare of 2 has 2 samples, too few to train, validate and test with: 3 are needed",
+        labels=labels,
+    )
     np.savez(tmp_path / "b.npz", X=table()[0], Y=np.array(["a"] * 57 + ["rare"] * 3))
     assert tabular.tabular("b.npz", root=str(tmp_path)).train.labels.sum() >= 1
 
@@ -341,10 +375,18 @@ def test_a_class_too_small(tmp_path: Path) -> None:
         ("a,b\n1,x\n", {"header": False}, r"a.csv, line 1: a feature is not a number \(.*'a'\).*data.header=true"),
         ("1,2\n3,4\n", {}, r"the first line has numbers and no names of columns. Give data.header=false"),
         ("0.1,0.2,x\n0.3,0.4,y\n", {}, r"the first line has numbers and no names of columns. Give data.header=false"),
-        ("a,b\n1,x\n", {"labels": "c"}, r"data.labels='c' does not name a single column beside features in \S*a.csv. .*: a, b. Give"),
+        (
+            "a,b\n1,x\n",
+            {"labels": "c"},
+            r"data.labels='c' does not name a single column beside features in \S*a.csv. .*: a, b. Give",
+        ),
         ("a,a,b\n1,1,x\n", {"labels": "a"}, r"data.labels='a' does not name a single column"),
         ("a,b\n1,x\n", {"labels": 2}, r"data.labels=2 does not name a single column"),
-        ("1,x\n", {"labels": "c", "header": False}, r"data.labels='c' does not name a single column .*: 2, counted from 0"),
+        (
+            "1,x\n",
+            {"labels": "c", "header": False},
+            r"data.labels='c' does not name a single column .*: 2, counted from 0",
+        ),
         ("a;b\n1;x\n", {}, r"does not name a single column beside features .*separated by commas: a;b"),
         ("", {}, r"a.csv is empty"),
         ("a,b\n", {}, r"features of shape \(0, 1\) do not fit 0 labels"),
@@ -363,21 +405,38 @@ def test_csv_files_that_are_not_a_table(tmp_path: Path, text: str, options: dict
 def test_the_yaml_spells_out_every_argument_with_its_default(name: str) -> None:
     cfg = OmegaConf.load(CONF / f"data/{name}.yaml")
     del cfg["_target_"]
-    assert OmegaConf.to_container(cfg) == {key: p.default for key, p in inspect.signature(getattr(tabular, name)).parameters.items()}
+    assert OmegaConf.to_container(cfg) == {
+        key: p.default for key, p in inspect.signature(getattr(tabular, name)).parameters.items()
+    }
 
 
 @pytest.mark.parametrize("shuffle", ["true", "false"])
 def test_a_run_learns_from_features(run: Run, tmp_path: Path, shuffle: str) -> None:
     features = np.random.default_rng(1).normal(size=(400, 6))
     np.savez(tmp_path / "a.npz", X=features, Y=np.where(features[:, 0] + features[:, 1] > 0, "up", "down"))
-    options = (f"data.root={tmp_path}", "data.path=a.npz", f"data.shuffle={shuffle}", "data.batch_size=20", "trainer.max_epochs=8")
+    options = (
+        f"data.root={tmp_path}",
+        "data.path=a.npz",
+        f"data.shuffle={shuffle}",
+        "data.batch_size=20",
+        "trainer.max_epochs=8",
+    )
     metrics = run("data=tabular", "sparsity=0.5", *options)
     assert metrics["test/acc"] > 0.85
     assert metrics["sparsity/total"] == pytest.approx(0.5, abs=0.01)
 
 
-def test_a_run_on_madelons_files_resumes_bitwise(run: Run, madelon_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = ("data=madelon", f"data.root={madelon_folder}", "data.batch_size=9", "data.shuffle=false", "method=set", "method.every=4")
+def test_a_run_on_madelons_files_resumes_bitwise(
+    run: Run, madelon_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = (
+        "data=madelon",
+        f"data.root={madelon_folder}",
+        "data.batch_size=9",
+        "data.shuffle=false",
+        "method=set",
+        "method.every=4",
+    )
     complete = run(*options, folder="whole")
     steps, step = [0], Classifier.training_step
 
@@ -418,7 +477,9 @@ COMMANDS = [(), ("method.variant=seq", "method.monitor=val/acc"), SET_ARGUMENTS,
 
 
 @pytest.mark.parametrize("overrides", COMMANDS)
-def test_every_command_of_the_madelon_experiment_makes_the_published_network(composed: Compose, overrides: tuple[str, ...]) -> None:
+def test_every_command_of_the_madelon_experiment_makes_the_published_network(
+    composed: Compose, overrides: tuple[str, ...]
+) -> None:
     cfg = composed("experiment=ctre_madelon", *overrides)
     method = build.build_method(cfg)
     data = MemoryData(*[tabular_samples(18 if i == 0 else 4) for i in range(3)], num_classes=2, batch_size=100)
@@ -427,7 +488,13 @@ def test_every_command_of_the_madelon_experiment_makes_the_published_network(com
     assert plan.total == pytest.approx(1 - 6502 / 2_502_000, abs=1e-9)
     assert (cfg.data.shuffle, cfg.data.batch_size, cfg.test, cfg.trainer.max_epochs) == (False, 100, "best", 500)
     optim = build.build_module(cfg, data).optim
-    assert (optim.lr, optim.weight_decay, optim.momentum, optim.nesterov, optim.lr_schedule) == (0.01, 1e-4, 0.9, True, "constant")
+    assert (optim.lr, optim.weight_decay, optim.momentum, optim.nesterov, optim.lr_schedule) == (
+        0.01,
+        1e-4,
+        0.9,
+        True,
+        "constant",
+    )
 
 
 def tabular_samples(count: int) -> Any:
@@ -435,5 +502,9 @@ def tabular_samples(count: int) -> Any:
 
 
 def test_the_commands_in_the_head_of_the_experiment_are_these() -> None:
-    lines = [line.split() for line in (CONF / "experiment/ctre_madelon.yaml").read_text().splitlines() if "python train.py" in line]
+    lines = [
+        line.split()
+        for line in (CONF / "experiment/ctre_madelon.yaml").read_text().splitlines()
+        if "python train.py" in line
+    ]
     assert [tuple(word.strip('"') for word in words[5:]) for words in lines] == COMMANDS

@@ -65,13 +65,24 @@ def test_a_run_leaves_metrics_and_a_table(run: Run, tmp_path: Path, capsys: pyte
     metrics = run("method=rigl", "sparsity=0.8")
     written = json.loads((tmp_path / "run/metrics.json").read_text())
     assert written == pytest.approx(metrics)
-    assert {"test/acc", "val/acc", "sparsity/total", "sparsity/model", "updates", "epochs", "steps", "seconds"} <= written.keys()
+    assert {
+        "test/acc",
+        "val/acc",
+        "sparsity/total",
+        "sparsity/model",
+        "updates",
+        "epochs",
+        "steps",
+        "seconds",
+    } <= written.keys()
     assert written["epochs"] == 3
     assert written["steps"] == 27
     saved = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["state_dict"]
     weights = [value for name, value in saved.items() if name.startswith("model.") and value.dim() == 2]
     # grown weights may be exactly zero, so there are at least as many zeros as the masks have
-    assert sum(int((w == 0).sum()) for w in weights) >= round(written["sparsity/total"] * sum(w.numel() for w in weights))
+    assert sum(int((w == 0).sum()) for w in weights) >= round(
+        written["sparsity/total"] * sum(w.numel() for w in weights)
+    )
     shown = capsys.readouterr().out
     assert f"{100 * written['test/acc']:.2f} %" in shown
     assert f"{written['sparsity/total']:.6f}" in shown
@@ -93,7 +104,9 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another(run: Run) -> N
     assert a["test/loss"] == b["test/loss"] != c["test/loss"]
 
 
-def test_a_run_that_ends_before_its_target_says_so(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_ends_before_its_target_says_so(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     # the target is due at step 1000 of 27
     metrics = run("method=gmp", "sparsity=0.9", "method.stop=1000", "method.every=5")
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
@@ -135,7 +148,16 @@ def test_wandb_offline_has_the_curves_the_config_and_the_end(run: Run, tmp_path:
     assert "offline-run" in str(path)
     curves = wandb_file.curves(path)
     wanted = {"sparsity/total", "sparsity/model", "sparsity/model.1.weight", "sparsity/model.3.weight"}
-    wanted |= {"update/drop_fraction", "update/changed", "update/ever_active", "lr", "grad_norm", "train/loss", "val/acc", "test/acc"}
+    wanted |= {
+        "update/drop_fraction",
+        "update/changed",
+        "update/ever_active",
+        "lr",
+        "grad_norm",
+        "train/loss",
+        "val/acc",
+        "test/acc",
+    }
     assert wanted <= curves.keys()
     assert wandb_file.step_metrics(path) == {"trainer/global_step"}
     for key in wanted:
@@ -287,7 +309,13 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
     raise AssertionError(f"{path} did not appear")
 
 
-LONG = ("logger=[]", "trainer.enable_progress_bar=false", "trainer.max_epochs=4000", "checkpoint_every=20", "method=rigl")
+LONG = (
+    "logger=[]",
+    "trainer.enable_progress_bar=false",
+    "trainer.max_epochs=4000",
+    "checkpoint_every=20",
+    "method=rigl",
+)
 
 
 @pytest.mark.slow
@@ -302,8 +330,11 @@ def test_a_second_ctrl_c_exits_at_once(tmp_path: Path) -> None:
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program, *LONG],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     wait_for(tmp_path / "started", process)
     process.send_signal(signal.SIGINT)
     time.sleep(1.0)
@@ -360,7 +391,9 @@ def test_accuracies_on_digits(composed: Callable[..., DictConfig], tmp_path: Pat
 
     def mean(*overrides: str) -> float:
         quiet = ("logger=[]", "trainer.enable_progress_bar=false", f"output_dir={tmp_path}")
-        return 100 * statistics.mean(train(composed(*quiet, *overrides, f"seed={seed}"))["test/acc"] for seed in range(3))
+        return 100 * statistics.mean(
+            train(composed(*quiet, *overrides, f"seed={seed}"))["test/acc"] for seed in range(3)
+        )
 
     dense = mean("method=none")
     assert dense >= 97.5
@@ -377,5 +410,7 @@ def test_run_stopped_names_signal_and_place() -> None:
 def test_a_dense_run_does_not_go_on_from_a_sparse_one(run: Run, tmp_path: Path) -> None:
     run("method=static", "trainer.max_epochs=1")
     checkpoint = next(tmp_path.rglob("last.ckpt"))
-    with pytest.raises(ValueError, match=r"is of a sparse run \(Static.*method=none would train its zeros away.*method=static"):
+    with pytest.raises(
+        ValueError, match=r"is of a sparse run \(Static.*method=none would train its zeros away.*method=static"
+    ):
         run("method=none", f"ckpt_path={checkpoint}")

@@ -1,6 +1,6 @@
 """The command ``python -m sparse_callbacks.latency``: its arguments, and what it refuses.
 
-    python -m sparse_callbacks.latency torchvision.models:resnet18 --batch 8 --input 3 224 224 --out resnet18.json
+python -m sparse_callbacks.latency torchvision.models:resnet18 --batch 8 --input 3 224 224 --out resnet18.json
 """
 
 import argparse
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("model", help="module:callable that gives the model, e.g. torchvision.models:resnet18")
-    add("--arguments", type=_named, default={}, help='of the callable, as JSON, e.g. \'{"num_classes": 10}\'')
+    add("--arguments", type=_named, default={}, help="of the callable, as JSON, e.g. '{\"num_classes\": 10}'")
     add("--batch", type=_count, default=1, help="samples of a batch; as many as the model will be given")
     size = "size of one sample, a float tensor, e.g. 3 32 32"
     add("--input", type=_count, nargs="+", required=True, help=size)
@@ -102,7 +102,7 @@ def _named(text: str) -> dict[str, Any]:
         advice = 'write names in double quotes: {"width": 2}'
         raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error}); {advice}") from None
     if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} has no names; write named arguments: {{\"width\": 2}}")
+        raise argparse.ArgumentTypeError(f'{text!r} has no names; write named arguments: {{"width": 2}}')
     return found
 
 

@@ -117,9 +117,7 @@ def _rounded_up(measured: Sequence[int], number: int) -> int:
 def _neighbours(measured: Sequence[int], number: int, name: str) -> list[tuple[int, float]]:
     """Positions of the measured numbers around ``number``, with the weights that interpolate between them."""
     if not measured[0] <= number <= measured[-1]:
-        raise LookupError(
-            f"{number} {name} lie outside of the {measured[0]} to {measured[-1]} that were measured"
-        )
+        raise LookupError(f"{number} {name} lie outside of the {measured[0]} to {measured[-1]} that were measured")
     above = bisect.bisect_left(measured, number)
     if measured[above] == number:
         return [(above, 1.0)]

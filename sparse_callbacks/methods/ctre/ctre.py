@@ -30,8 +30,8 @@ PUBLISHED = "erdos_renyi"
 class CTRE(DropAndGrow):
     """CTRE: drop small weights, grow between neurons that fire alike (Atashgahi et al., 2022).
 
-    Once an epoch, before its first step, a pass over the training data (eval mode, in order, without gradients) gives for every
-    possible connection of every layer::
+    Once an epoch, before its first step, a pass over the training data (eval mode, in order, without gradients) gives
+    for every possible connection of every layer::
 
         S_pq = |<a_p, b_q>| / (|a_p| |b_q|)     a_p, b_q: activations of an input and an output neuron over all samples
 
@@ -43,40 +43,46 @@ class CTRE(DropAndGrow):
               those neither kept nor grown
 
     ``"seq"`` draws uniformly (as SET does) for the rest of the run once ``monitor`` has not improved for ``patience``
-    validated epochs. New weights are drawn from U(-b, b), b = sqrt(6 / n_in) with the dense fan-in n_in, with zero optimizer
-    state; a weight dropped and grown again keeps both. No gradient of a pruned weight is ever read. What the activations of a
-    layer are, in any network: see :class:`~sparse_callbacks.methods.ctre.activations.ActivationTracer`; of the last they are
-    the softmax of the output.
+    validated epochs. New weights are drawn from U(-b, b), b = sqrt(6 / n_in) with the dense fan-in n_in, with zero
+    optimizer state; a weight dropped and grown again keeps both. No gradient of a pruned weight is ever read. What the
+    activations of a layer are, in any network: see
+    :class:`~sparse_callbacks.methods.ctre.activations.ActivationTracer`; of the last they are the softmax of the
+    output.
 
-    Differs from the paper: convolutions count positions as samples (our extension). From the released code: ``"sim"`` draws from
-    what it has not grown already (the code can draw such a position again and loses one); no update after the very first step,
-    when no similarity exists; ties go to the lower index, without noise; every layer that epsilon makes too dense is dense.
+    Differs from the paper: convolutions count positions as samples (our extension). From the released code: ``"sim"``
+    draws from what it has not grown already (the code can draw such a position again and loses one); no update after
+    the very first step, when no similarity exists; ties go to the lower index, without noise; every layer that epsilon
+    makes too dense is dense.
 
     Args:
         sparsity: target fraction of zeros, by default 0.9; not together with ``epsilon``.
-        epsilon: density epsilon (n_in + n_out) / (n_in n_out) of each layer, as published; same as ``distribution="epsilon(1)"``.
+        epsilon: density epsilon (n_in + n_out) / (n_in n_out) of each layer, as published; same as
+            ``distribution="epsilon(1)"``.
         distribution, include, exclude, seed, **options: see :class:`SparsityCallback`.
         variant: ``"sim"``, ``"seq"`` or ``"pure"`` (similarity only).
         every: optimizer steps (int) or fraction of the run (float) between updates; None: an epoch.
-        start, stop: the first update is at ``start`` (or one interval after step 1, if that is later); none comes after ``stop``.
+        start, stop: the first update is at ``start`` (or one interval after step 1, if that is later); none comes after
+            ``stop``.
         drop_fraction: share of active weights that an update replaces; constant, or a curve such as ``"cosine(0.3)"``.
-        monitor, mode, patience: read by ``"seq"`` only, and ``monitor`` required there: a metric logged in validation, which way it
-            improves (``"max"`` or ``"min"``), and validated epochs without strict improvement after which growth is random.
+        monitor, mode, patience: read by ``"seq"`` only, and ``monitor`` required there: a metric logged in validation,
+            which way it improves (``"max"`` or ``"min"``), and validated epochs without strict improvement after which
+            growth is random.
         data_fraction: share of the batches that the pass looks at, from the first on, in (0, 1].
         forward: function of module and batch that gives the network's output; default: by the
             batch's type, ``module(batch)``, ``module(batch[0])`` or ``module(**batch)``.
         statistics_dataloader: the data of the pass; default: the training data, not shuffled.
 
     Raises:
-        ValueError: arguments out of range, or a model, optimizer, data or checkpoint that does not fit; before the first step.
+        ValueError: arguments out of range, or a model, optimizer, data or checkpoint that does not fit; before the
+            first step.
 
     Example:
         >>> from sparse_callbacks import CTRE
         >>> CTRE(epsilon=1, variant="seq", monitor="val_acc").variant
         'seq'
 
-    Reference: Atashgahi, Pieterse, Liu, Mocanu, Veldhuis, Pechenizkiy: A brain-inspired algorithm for training highly sparse neural
-    networks. Machine Learning 111, 2022, algorithms 1 and 2.
+    Reference: Atashgahi, Pieterse, Liu, Mocanu, Veldhuis, Pechenizkiy: A brain-inspired algorithm for training highly
+    sparse neural networks. Machine Learning 111, 2022, algorithms 1 and 2.
     """
 
     reads_dense_gradients: ClassVar[bool] = False
@@ -107,12 +113,22 @@ class CTRE(DropAndGrow):
             raise ValueError(f"variant={variant!r} is not known. Give 'sim', 'seq' or 'pure'.")
         check_patience("seq", variant, monitor, mode, patience)
         if not 0.0 < data_fraction <= 1.0:
-            raise ValueError(f"data_fraction={data_fraction!r} is no share of the training data in (0, 1]. For all of it give 1.0.")
+            raise ValueError(
+                f"data_fraction={data_fraction!r} is no share of the training data in (0, 1]. For all of it give 1.0."
+            )
         distribution = _with_epsilon(sparsity, epsilon, distribution)
         super().__init__(
-            0.9 if sparsity is None else sparsity, distribution=distribution, every=every, start=start, stop=stop,
-            drop_fraction=drop_fraction, include=include, exclude=exclude, seed=seed, **options,
-        )  # fmt: skip
+            0.9 if sparsity is None else sparsity,
+            distribution=distribution,
+            every=every,
+            start=start,
+            stop=stop,
+            drop_fraction=drop_fraction,
+            include=include,
+            exclude=exclude,
+            seed=seed,
+            **options,
+        )
         self.fraction_curve = as_schedule(drop_fraction, "constant", name="drop_fraction")
         self.epsilon, self.variant = epsilon, variant
         self.monitor, self.mode, self.patience = monitor, mode, patience
@@ -127,7 +143,9 @@ class CTRE(DropAndGrow):
         interval = made.every
         if self.every is None:
             if math.isinf(length := run.epoch()):
-                raise ValueError("every=None is one update an epoch, and the training loader has no length. Give every= in steps.")
+                raise ValueError(
+                    "every=None is one update an epoch, and the training loader has no length. Give every= in steps."
+                )
             interval = max(1, int(length))
         first = made.start if made.start > 1 else 1 + interval  # after the first step there is no similarity yet
         return Calendar(interval, first, max(first, made.stop))
@@ -183,7 +201,9 @@ class CTRE(DropAndGrow):
         grown = GrowthFigures()
         measured = [n for n in step.names if self.at_random or f"similarity/{n}" in self.aux]
         masks = {n: self._new_mask(step, n, grown) for n in measured}
-        figures = {"update/drop_fraction": self.fraction_at(step.number)} | {f"update/{k}": v for k, v in grown.figures().items()}
+        figures = {"update/drop_fraction": self.fraction_at(step.number)} | {
+            f"update/{k}": v for k, v in grown.figures().items()
+        }
         return Update(masks, figures | self.own_figures(phase=float(self.at_random)))
 
     def after_update(self, step: Step) -> None:
@@ -248,9 +268,13 @@ def _with_epsilon(sparsity: float | None, epsilon: float | None, distribution: D
     if epsilon is not None:
         epsilon_sparsity({}, epsilon)
         if distribution not in (PUBLISHED, f"epsilon({epsilon})"):
-            raise ValueError(f"epsilon={epsilon} and distribution={distribution!r} both share out the weights. Give one of them.")
+            raise ValueError(
+                f"epsilon={epsilon} and distribution={distribution!r} both share out the weights. Give one of them."
+            )
         distribution = f"epsilon({epsilon})"
     if is_epsilon(distribution) and sparsity is not None:
-        raise ValueError(f"sparsity={sparsity} and {distribution} both say how many weights there are. Give sparsity= or epsilon=.")
+        raise ValueError(
+            f"sparsity={sparsity} and {distribution} both say how many weights there are. Give sparsity= or epsilon=."
+        )
     clipped(distribution, {})  # refuses what is no number
     return distribution

@@ -15,18 +15,52 @@ UNCHANGED, AFFINE, ACTIVATED = 0, 1, 2
 
 # names of aten operations without a trailing underscore; what is in none of the sets counts as an activation function
 _RESHAPES = {
-    "view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "expand", "slice", "select", "split",
-    "split_with_sizes", "unbind", "cat", "stack", "as_strided",
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "_reshape_alias",
+    "squeeze",
+    "unsqueeze",
+    "expand",
+    "slice",
+    "select",
+    "split",
+    "split_with_sizes",
+    "unbind",
+    "cat",
+    "stack",
+    "as_strided",
 }
 _COPIES = {"alias", "detach", "clone", "_to_copy", "copy", "lift_fresh", "native_dropout"}
 _TRANSPOSES = {"t", "transpose", "permute"}
 _AFFINE = {
-    "add", "sub", "rsub", "mul", "div", "neg", "mean", "sum", "lerp", "native_batch_norm", "cudnn_batch_norm",
-    "miopen_batch_norm", "_native_batch_norm_legit_no_training", "_batch_norm_no_update",
+    "add",
+    "sub",
+    "rsub",
+    "mul",
+    "div",
+    "neg",
+    "mean",
+    "sum",
+    "lerp",
+    "native_batch_norm",
+    "cudnn_batch_norm",
+    "miopen_batch_norm",
+    "_native_batch_norm_legit_no_training",
+    "_batch_norm_no_update",
 }
 # operations that mix neurons, by the beginning of their name, and by a part of it
 _PRODUCTS = (
-    "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "linear", "_trilinear", "_scaled_dot_product",
+    "mm",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "mv",
+    "addmv",
+    "dot",
+    "linear",
+    "_trilinear",
+    "_scaled_dot_product",
     "_transformer",
 )
 _RECURRENT = ("rnn", "lstm", "gru", "convolution")

@@ -25,7 +25,8 @@ NEVER = 2**62
 
 
 class DPF(SparsityCallback):
-    """DPF, dynamic pruning with feedback: the pruned network computes the gradient, the dense one takes the step (Lin et al., 2020).
+    """DPF, dynamic pruning with feedback: the pruned network computes the gradient, the dense one takes the step (Lin
+    et al., 2020).
 
     With dense weights w, mask m and optimizer step t::
 
@@ -33,34 +34,38 @@ class DPF(SparsityCallback):
                          m   = the weights with the largest |w|, all but floor(s_t * size), jointly over all layers
         every step       w   = w - optimizer(gradient of the loss at m * w)
 
-    The gradient is not masked, so a pruned weight goes on to learn, and comes back once it is among the largest. Between optimizer
-    steps the model holds ``m * w``: validation, checkpoints and export see the pruned network. The dense weights live in this
-    callback: one copy, beside a bool and a float mask. With ``finetune`` the masks freeze at that time, the dense weights are
+    The gradient is not masked, so a pruned weight goes on to learn, and comes back once it is among the largest.
+    Between optimizer steps the model holds ``m * w``: validation, checkpoints and export see the pruned network. The
+    dense weights live in this
+    callback: one copy, beside a bool and a float mask. With ``finetune`` the masks freeze at that time, the dense
+        weights are
     dropped, and gradients are masked from then on, also where a longer run would have it start later.
 
-    What you write into the weights between steps is kept if torch sees it (``with torch.no_grad(): p.clamp_(...)``); a write past
-    autograd, ``p.data.clamp_(...)``, is undone by the next step.
+    What you write into the weights between steps is kept if torch sees it (``with torch.no_grad(): p.clamp_(...)``); a
+    write past autograd, ``p.data.clamp_(...)``, is undone by the next step.
 
-    Differs from the paper: no code was published. Every default is a reading of the paper and of a third-party port; that port
-    prunes one weight more than asked. Biases and norms are never pruned; each layer keeps at least one weight. Refreshes go on
-    every 16 steps until fine-tuning starts, or to the end, where the port stops with the curve.
+    Differs from the paper: no code was published. Every default is a reading of the paper and of a third-party port;
+    that port prunes one weight more than asked. Biases and norms are never pruned; each layer keeps at least one
+    weight. Refreshes go on every 16 steps until fine-tuning starts, or to the end, where the port stops with the curve.
 
     Args:
-        sparsity: a number is the target, reached along the cubic; a schedule or its text (``"linear(0, 0.9)"``) is taken as it is,
-            and ``"constant(0.9)"`` prunes from the start.
-        distribution: ``"global"``: one threshold over all selected weights (of each optimizer, where there are several); otherwise
-            one for each layer, which rises to its own target in the same proportion (name, ``{glob: sparsity or name}`` or callable;
-            see :class:`SparsityCallback`).
-        every: optimizer steps (int) or fraction of the run (float) between refreshes; None: 16, shortened with a word in short runs.
+        sparsity: a number is the target, reached along the cubic; a schedule or its text (``"linear(0, 0.9)"``) is
+            taken as it is, and ``"constant(0.9)"`` prunes from the start.
+        distribution: ``"global"``: one threshold over all selected weights (of each optimizer, where there are
+            several); otherwise one for each layer, which rises to its own target in the same proportion (name, ``{glob:
+            sparsity or name}`` or callable; see :class:`SparsityCallback`).
+        every: optimizer steps (int) or fraction of the run (float) between refreshes; None: 16, shortened with a word
+            in short runs.
         start, stop: when the curve begins and ends, in the same units.
         finetune: when the masks freeze, in the same units, at ``stop`` or later; None: never.
-        unit: ``"weight"``, or ``"filter"``: output channels are pruned as a whole, those with the smallest L2 norm first, as many as
-            fit the target (floor(s * filters) of a layer; with ``"global"`` no more than floor(s * size) weights). The network's
-            outputs are channels too: leave them alone with ``keep_dense="last"``.
+        unit: ``"weight"``, or ``"filter"``: output channels are pruned as a whole, those with the smallest L2 norm
+            first, as many as fit the target (floor(s * filters) of a layer; with ``"global"`` no more than floor(s *
+            size) weights). The network's outputs are channels too: leave them alone with ``keep_dense="last"``.
         include, exclude, seed, **options: see :class:`SparsityCallback`. Nothing here is random.
 
     Raises:
-        ValueError: arguments out of range, or a model, optimizer or checkpoint that does not fit; before the first batch.
+        ValueError: arguments out of range, or a model, optimizer or checkpoint that does not fit; before the first
+            batch.
 
     Example:
         >>> from sparse_callbacks import DPF
@@ -93,7 +98,9 @@ class DPF(SparsityCallback):
         **options: Unpack[Options],
     ) -> None:
         self._curve = pruning_curve(sparsity)
-        super().__init__(self._curve.final, distribution=distribution, include=include, exclude=exclude, seed=seed, **options)
+        super().__init__(
+            self._curve.final, distribution=distribution, include=include, exclude=exclude, seed=seed, **options
+        )
         if unit not in UNITS:
             raise ValueError(f"unit={unit!r} is not known. Give 'weight', or 'filter' to prune whole output channels.")
         self.sparsity, self.unit = sparsity, unit
@@ -125,7 +132,11 @@ class DPF(SparsityCallback):
     # ------------------------------------------------------------------ plan and calendar
 
     def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
-        return resolve("uniform", layer_shapes(entries), self.target_sparsity) if self._is_global else super().share_out(entries)
+        return (
+            resolve("uniform", layer_shapes(entries), self.target_sparsity)
+            if self._is_global
+            else super().share_out(entries)
+        )
 
     @property
     def _is_global(self) -> bool:
@@ -135,7 +146,10 @@ class DPF(SparsityCallback):
         if self.unit == "weight":
             return super().parameter_zeros(entries, targets)
         chosen = [e for e in entries if not e.reason]
-        return {e.name: sum(_filters_gone(targets[x], e) * (e.size // e.parts // e.shape[0]) for x in e.layers) for e in chosen}
+        return {
+            e.name: sum(_filters_gone(targets[x], e) * (e.size // e.parts // e.shape[0]) for x in e.layers)
+            for e in chosen
+        }
 
     def plan(self, model: nn.Module | None = None) -> Plan:
         plan = super().plan(model)
@@ -157,7 +171,8 @@ class DPF(SparsityCallback):
             raise ValueError(_too_early(self.finetune, self.stop, f" ({begin} steps against {calendar.stop})"))
         if not run.lenient and begin > run.total():
             raise ValueError(
-                f"finetune={self.finetune!r} lies behind the run's {run.total():g} steps, so fine-tuning would never start. Give an "
+                f"finetune={self.finetune!r} lies behind the run's {run.total():g} steps, so fine-tuning would never "
+                "start. Give an "
                 "earlier time, or finetune=None."
             )
         return replace(calendar, until=max(begin, calendar.stop))
@@ -203,21 +218,29 @@ class DPF(SparsityCallback):
         else:
             share = sparsity / self.target_sparsity if self.target_sparsity else 0.0
             chosen = {x: self._in_layer(t, entries[x], self.targets[x] * share) for x, t in layers.items()}
-        return {n: self.weights.by_layer(n, lambda layer, _: chosen[layer], self.weights.dense_values(n)) for n in names}
+        return {
+            n: self.weights.by_layer(n, lambda layer, _: chosen[layer], self.weights.dense_values(n)) for n in names
+        }
 
     def _in_layer(self, weight: Tensor, entry: Entry, sparsity: float) -> Tensor:
         if self.unit == "weight":
             return keep_largest(weight, weight.numel() - zeros_for(sparsity, weight.numel()))
         scores = filters.norms(weight, entry.shape[0], entry.transposed)
-        return filters.mask_of(keep_largest(scores, entry.shape[0] - _filters_gone(sparsity, entry)), weight, entry.transposed)
+        return filters.mask_of(
+            keep_largest(scores, entry.shape[0] - _filters_gone(sparsity, entry)), weight, entry.transposed
+        )
 
-    def _jointly(self, layers: Mapping[str, Tensor], entries: Mapping[str, Entry], sparsity: float) -> dict[str, Tensor]:
+    def _jointly(
+        self, layers: Mapping[str, Tensor], entries: Mapping[str, Entry], sparsity: float
+    ) -> dict[str, Tensor]:
         size = sum(t.numel() for t in layers.values())
         zeros = zeros_for(sparsity, size)
         if self.unit == "weight":
             return dict(zip(layers, keep_largest_jointly(list(layers.values()), size - zeros, least=1), strict=True))
         scores = [filters.norms(t, entries[x].shape[0], entries[x].transposed) for x, t in layers.items()]
-        kept = filters.keep_filters_jointly(scores, [t.numel() // s.numel() for t, s in zip(layers.values(), scores, strict=True)], zeros)
+        kept = filters.keep_filters_jointly(
+            scores, [t.numel() // s.numel() for t, s in zip(layers.values(), scores, strict=True)], zeros
+        )
         return {x: filters.mask_of(k, t, entries[x].transposed) for (x, t), k in zip(layers.items(), kept, strict=True)}
 
 
@@ -228,6 +251,7 @@ def _filters_gone(sparsity: float, entry: Entry) -> int:
 
 def _too_early(finetune: Time, stop: Time, steps: str = "") -> str:
     return (
-        f"finetune={finetune!r} comes before stop={stop!r}{steps}: the masks would freeze before the target is reached. Give a time at "
+        f"finetune={finetune!r} comes before stop={stop!r}{steps}: the masks would freeze before the target is "
+        "reached. Give a time at "
         "or after stop=."
     )

@@ -25,52 +25,57 @@ Init = Literal["random", "magnitude"]
 class GaP(RestartsOptimizers, SparsityCallback):
     """GaP, cyclic (C-GaP): one part of the network after another trains dense and is pruned (Ma et al., 2022).
 
-    The layers form ``kappa`` partitions. In phase j = 0, 1, ... partition j mod kappa is dense and all others keep their masks.
-    After the last step of the phase, layer by layer::
+    The layers form ``kappa`` partitions. In phase j = 0, 1, ... partition j mod kappa is dense and all others keep
+    their masks. After the last step of the phase, layer by layer::
 
         prune  the dense partition to the largest |w|, all but floor(s * size)
         grow   every weight of the next partition, those that were pruned from zero
 
-    After ``rounds * kappa`` phases all partitions are pruned, and fine-tuning goes on with these masks. So every weight is trained
-    once a round, and the whole network is never dense: during a phase (N_d + (1 - s)(N - N_d)) / N of its weights are active.
-    Optimizers and learning rate schedules start anew with each phase and with fine-tuning: ``configure_optimizers`` is called
-    again at the next batch, and ``sparse_callbacks.horizon(self.trainer)`` gives it the optimizer steps of the phase. (Where
-    several optimizers take different numbers of steps, each moves the masks of its parameters, and the fastest restarts all.)
-    Phases that have begun keep their length in steps, also in a run that goes on longer. Steps that a GradScaler skips do not
-    count, so they lengthen a phase: a schedule that refuses to go beyond its end (``OneCycleLR``) needs some steps to spare.
+    After ``rounds * kappa`` phases all partitions are pruned, and fine-tuning goes on with these masks. So every weight
+    is trained once a round, and the whole network is never dense: during a phase (N_d + (1 - s)(N - N_d)) / N of its
+    weights are active. Optimizers and learning rate schedules start anew with each phase and with fine-tuning:
+    ``configure_optimizers`` is called again at the next batch, and ``sparse_callbacks.horizon(self.trainer)`` gives it
+    the optimizer steps of the phase. (Where several optimizers take different numbers of steps, each moves the masks of
+    its parameters, and the fastest restarts all.) Phases that have begun keep their length in steps, also in a run that
+    goes on longer. Steps that a GradScaler skips do not count, so they lengthen a phase: a schedule that refuses to go
+    beyond its end (``OneCycleLR``) needs some steps to spare.
 
-    Differs from the paper and its code: exactly floor(s * size) weights of a layer are pruned, where the released percentile rule
-    keeps too few among equal weights; gradients of pruned weights are masked, not only the weights after the step; masks are
-    saved and not read from the zeros of a checkpoint; a layer of low sparsity is masked like any other. The released driver
-    trains partition 0 once and then grows 1, 2, 0 a round, so it ends with one phase of partition 0 more than the paper's order
-    0, 1, 2 a round, which is the one here. The paper's phases last 30 epochs and its fine-tuning 150 (ResNet-50).
+    Differs from the paper and its code: exactly floor(s * size) weights of a layer are pruned, where the released
+    percentile rule keeps too few among equal weights; gradients of pruned weights are masked, not only the weights
+    after the step; masks are saved and not read from the zeros of a checkpoint; a layer of low sparsity is masked like
+    any other. The released driver trains partition 0 once and then grows 1, 2, 0 a round, so it ends with one phase of
+    partition 0 more than the paper's order 0, 1, 2 a round, which is the one here. The paper's phases last 30 epochs
+    and its fine-tuning 150 (ResNet-50).
 
     Args:
         sparsity: fraction of zeros over the selected weights at the end, in [0, 1).
-        partitions: their number (contiguous in the order of the model, the largest as small as possible), the layers at which new
-            ones begin (``"2-5"``), ``"random(4)"`` (layers shuffled by ``seed``), or for each partition a glob or a list of globs
-            on parameter names. One partition, with one round, is pruning at once after dense training.
+        partitions: their number (contiguous in the order of the model, the largest as small as possible), the layers at
+            which new ones begin (``"2-5"``), ``"random(4)"`` (layers shuffled by ``seed``), or for each partition a
+            glob or a list of globs on parameter names. One partition, with one round, is pruning at once after dense
+            training.
         rounds: how often each partition becomes dense.
         epochs: length of a phase in epochs.
-        every: length of a phase in optimizer steps (int) or as a fraction of the run (float). With neither, the phases share the
-            time before ``finetune`` equally, rounded down to whole steps.
-        finetune: when fine-tuning begins, in optimizer steps or as a fraction of the run; None: at 0.75 of the run, or with
-            ``epochs`` or ``every`` after the last phase.
-        init: masks of the sparse partitions at the start: ``"random"``, or by the ``"magnitude"`` of the initial weights.
-        restart: optimizers and schedules start anew with each phase; False keeps them (the state of grown weights is cleared).
+        every: length of a phase in optimizer steps (int) or as a fraction of the run (float). With neither, the phases
+            share the time before ``finetune`` equally, rounded down to whole steps.
+        finetune: when fine-tuning begins, in optimizer steps or as a fraction of the run; None: at 0.75 of the run, or
+            with ``epochs`` or ``every`` after the last phase.
+        init: masks of the sparse partitions at the start: ``"random"``, or by the ``"magnitude"`` of the initial
+            weights.
+        restart: optimizers and schedules start anew with each phase; False keeps them (the state of grown weights is
+            cleared).
         distribution, include, exclude, seed, **options: see :class:`SparsityCallback`.
 
     Raises:
-        ValueError: arguments out of range, fewer layers than partitions, phases longer than the run, a schedule longer than a
-            phase, or a model, optimizer or checkpoint that does not fit; before the first batch.
+        ValueError: arguments out of range, fewer layers than partitions, phases longer than the run, a schedule longer
+            than a phase, or a model, optimizer or checkpoint that does not fit; before the first batch.
 
     Example:
         >>> from sparse_callbacks import GaP
         >>> GaP(sparsity=0.9, partitions=4, rounds=2, epochs=3).phases
         8
 
-    Reference: Ma, Qin, Sun, Hou, Yuan, Xu, Wang, Chen, Jin, Xie: Effective model sparsification by scheduled grow-and-prune
-    methods. ICLR 2022, arXiv 2106.09857.
+    Reference: Ma, Qin, Sun, Hou, Yuan, Xu, Wang, Chen, Jin, Xie: Effective model sparsification by scheduled
+    grow-and-prune methods. ICLR 2022, arXiv 2106.09857.
     """
 
     first_update: ClassVar[int] = 0  # the first update comes after a whole phase
@@ -98,9 +103,13 @@ class GaP(RestartsOptimizers, SparsityCallback):
         self.partitions = check_partitions(partitions)
         check_phases(rounds, epochs, every, finetune, number_of(self.partitions))
         if init not in ("random", "magnitude"):
-            raise ValueError(f"init={init!r} is not known. Give 'random' or 'magnitude' for the masks that training starts with.")
+            raise ValueError(
+                f"init={init!r} is not known. Give 'random' or 'magnitude' for the masks that training starts with."
+            )
         if not isinstance(restart, bool):
-            raise ValueError(f"restart={restart!r} is neither True nor False: it says whether optimizers start anew with each phase.")
+            raise ValueError(
+                f"restart={restart!r} is neither True nor False: it says whether optimizers start anew with each phase."
+            )
         self.rounds, self.epochs, self.finetune, self.init, self.restart = rounds, epochs, finetune, init, restart
         self.every, self.start = every, 0
 
@@ -127,7 +136,10 @@ class GaP(RestartsOptimizers, SparsityCallback):
     def plan(self, model: nn.Module | None = None) -> Plan:
         made = super().plan(model)
         blocks = self.blocks({r.name: r.size for r in made if r.name in made.selected})
-        listed = [f"partition {i}: {', '.join(block)} ({sum(made[n].size for n in block):,} weights)" for i, block in enumerate(blocks)]
+        listed = [
+            f"partition {i}: {', '.join(block)} ({sum(made[n].size for n in block):,} weights)"
+            for i, block in enumerate(blocks)
+        ]
         return replace(made, title="\n".join([made.title, *listed]))
 
     # ------------------------------------------------------------------ masks
@@ -176,7 +188,8 @@ class GaP(RestartsOptimizers, SparsityCallback):
         ends = int(self.aux["phase/run"]) + run.total()
         if calendar.stop > ends and not run.lenient:
             raise ValueError(
-                f"the phases of this run were laid out up to step {calendar.stop}, and it ends at step {ends:g}. Train longer, or give "
+                f"the phases of this run were laid out up to step {calendar.stop}, and it ends at step {ends:g}. Train "
+                "longer, or give "
                 "fresh_start=True for new masks and phases."
             )
         self.aux["phase/length"] = torch.tensor(run.total(), dtype=torch.float64)
@@ -216,7 +229,8 @@ class GaP(RestartsOptimizers, SparsityCallback):
 
     @property
     def horizon(self) -> float | None:
-        """Optimizer steps that the current optimizers live, from their phase's begin to its end; None with ``restart=False``."""
+        """Optimizer steps that the current optimizers live, from their phase's begin to its end; None with
+        ``restart=False``."""
         return self.life(self.times, self.aux) if self.restart else None
 
     def optimizer_life(self, run: RunLength) -> float | None:
@@ -232,12 +246,17 @@ class GaP(RestartsOptimizers, SparsityCallback):
             times = self.saved.times
             return self.life(Calendar(times[0], times[1], times[2]), self.saved.aux)
         begun = torch.tensor(self.step)
-        aux = {"phase/run": begun, "phase/optimizers": begun, "phase/length": torch.tensor(run.total(), dtype=torch.float64)}
+        aux = {
+            "phase/run": begun,
+            "phase/optimizers": begun,
+            "phase/length": torch.tensor(run.total(), dtype=torch.float64),
+        }
         return self.life(self._begun_calendar() or self._calendar(run), aux)
 
     @property
     def shortest_life(self) -> float | None:
-        """Optimizer steps of a phase or of fine-tuning, whichever is shorter: what a schedule of fixed length must fit."""
+        """Optimizer steps of a phase or of fine-tuning, whichever is shorter: what a schedule of fixed length must
+        fit."""
         if not self.restart:
             return None
         lives: list[float] = []
@@ -260,7 +279,10 @@ class GaP(RestartsOptimizers, SparsityCallback):
 
     def shortfall(self) -> str:
         return (
-            f"{type(self).__name__} ended after {self.step} steps, in phase {self.phase_at(self.step)} of {self.phases} (from 0), with "
-            f"partition {self.dense_partition} still dense: sparsity {self.measured_sparsity()['sparsity/total']:.4f} instead of "
-            f"{self.plan().total:.4f}. The last phase ends at step {self.times.stop}: train longer, or give shorter phases."
+            f"{type(self).__name__} ended after {self.step} steps, in phase {self.phase_at(self.step)} of "
+            f"{self.phases} (from 0), with "
+            f"partition {self.dense_partition} still dense: sparsity {self.measured_sparsity()['sparsity/total']:.4f} "
+            "instead of "
+            f"{self.plan().total:.4f}. The last phase ends at step {self.times.stop}: train longer, or give shorter "
+            "phases."
         )

@@ -25,48 +25,54 @@ from sparse_callbacks.methods.gap.partitions import Partitions, number_of
 
 
 class ParallelGaP(GaP, TurnTaking):
-    """P-GaP, parallel grow-and-prune: a worker for each partition trains it dense, and the best of all is put together (Ma et al., 2022).
+    """P-GaP, parallel grow-and-prune: a worker for each partition trains it dense, and the best of all is put together
+    (Ma et al., 2022).
 
-    The layers form ``kappa`` partitions. In each round ``kappa`` workers start from the same sparse network; in worker i partition
-    i is dense, its pruned weights growing from zero, and the others keep their masks. After ``epochs`` epochs each::
+    The layers form ``kappa`` partitions. In each round ``kappa`` workers start from the same sparse network; in worker
+    i partition i is dense, its pruned weights growing from zero, and the others keep their masks. After ``epochs``
+    epochs each::
 
         combine  every tensor (weights, biases, norms, buffers) from the worker whose partition holds it
         prune    all partitions to the largest |w| of each layer, all but floor(s * size)
         estimate the running statistics of norms anew, in a pass over the training data
 
-    After ``rounds`` rounds fine-tuning goes on with these masks. Optimizers and schedules start anew for each worker and for
-    fine-tuning, as in :class:`~sparse_callbacks.GaP`; ``sparse_callbacks.horizon(self.trainer)`` gives their optimizer steps.
+    After ``rounds`` rounds fine-tuning goes on with these masks. Optimizers and schedules start anew for each worker
+    and for fine-tuning, as in :class:`~sparse_callbacks.GaP`; ``sparse_callbacks.horizon(self.trainer)`` gives their
+    optimizer steps.
 
     In one process the workers train one after another: the first ``rounds * kappa * epochs`` epochs of the run. With
-    ``Trainer(devices=kappa, strategy="ddp", use_distributed_sampler=False)`` there is one in each process, and it is the first
-    ``rounds * epochs`` epochs; gradients are not averaged until fine-tuning. Both give the same network: random numbers and the
-    order of the data derive from (seed, round, worker, epoch of the worker), the latter through the sampler's ``set_epoch`` (or
-    torch's global generator, which plain ``shuffle=True`` draws from). A checkpoint within a round holds what resume needs of
-    every worker. Logged values and validations within a round are those of one worker (of rank 0), at its end of the combined
-    network; norms in eval mode keep their running statistics.
+    ``Trainer(devices=kappa, strategy="ddp", use_distributed_sampler=False)`` there is one in each process, and it is
+    the first ``rounds * epochs`` epochs; gradients are not averaged until fine-tuning. Both give the same network:
+    random numbers and the order of the data derive from (seed, round, worker, epoch of the worker), the latter through
+    the sampler's ``set_epoch`` (or torch's global generator, which plain ``shuffle=True`` draws from). A checkpoint
+    within a round holds what resume needs of every worker. Logged values and validations within a round are those of
+    one worker (of rank 0), at its end of the combined network; norms in eval mode keep their running statistics.
 
-    Differs from the paper and its code: the released script copies hard-coded layers and leaves the rest as in the file that was
-    loaded first; here every tensor has one owner (a tensor that no partition holds comes from worker 0; a module without sparse
-    weights, such as a norm, belongs to the partition of the last sparse layer before it). Exactly floor(s * size) weights are pruned.
+    Differs from the paper and its code: the released script copies hard-coded layers and leaves the rest as in the file
+    that was loaded first; here every tensor has one owner (a tensor that no partition holds comes from worker 0; a
+    module without sparse weights, such as a norm, belongs to the partition of the last sparse layer before it). Exactly
+    floor(s * size) weights are pruned.
 
     Args:
-        sparsity, partitions, rounds, init, distribution, include, exclude, seed, **options: as in :class:`~sparse_callbacks.GaP`.
+        sparsity, partitions, rounds, init, distribution, include, exclude, seed, **options: as in
+            :class:`~sparse_callbacks.GaP`.
         epochs: whole epochs that each worker trains in a round.
-        forward: function of the module and a batch for the pass over the data; None: ``module(batch)``, ``module(batch[0])`` or
-            ``module(**batch)`` by the batch's type. Not asked for in a model without running statistics.
+        forward: function of the module and a batch for the pass over the data; None: ``module(batch)``,
+            ``module(batch[0])`` or ``module(**batch)`` by the batch's type. Not asked for in a model without running
+            statistics.
         statistics_dataloader: batches for that pass; None: the training data in order.
 
     Raises:
-        ValueError: as in :class:`~sparse_callbacks.GaP`; more processes than one that are not one for each partition, or that split
-            the data, or whose gradients or batch statistics cannot be kept apart.
+        ValueError: as in :class:`~sparse_callbacks.GaP`; more processes than one that are not one for each partition,
+            or that split the data, or whose gradients or batch statistics cannot be kept apart.
 
     Example:
         >>> from sparse_callbacks import ParallelGaP
         >>> ParallelGaP(sparsity=0.9, partitions=2, rounds=3).phases
         6
 
-    Reference: Ma, Qin, Sun, Hou, Yuan, Xu, Wang, Chen, Jin, Xie: Effective model sparsification by scheduled grow-and-prune
-    methods. ICLR 2022, arXiv 2106.09857.
+    Reference: Ma, Qin, Sun, Hou, Yuan, Xu, Wang, Chen, Jin, Xie: Effective model sparsification by scheduled
+    grow-and-prune methods. ICLR 2022, arXiv 2106.09857.
     """
 
     figure_prefix: ClassVar[str] = "gap"
@@ -89,11 +95,22 @@ class ParallelGaP(GaP, TurnTaking):
         **options: Unpack[Options],
     ) -> None:
         super().__init__(
-            sparsity, partitions=partitions, rounds=rounds, epochs=epochs, distribution=distribution, init=init, include=include,
-            exclude=exclude, seed=seed, **options,
-        )  # fmt: skip
+            sparsity,
+            partitions=partitions,
+            rounds=rounds,
+            epochs=epochs,
+            distribution=distribution,
+            init=init,
+            include=include,
+            exclude=exclude,
+            seed=seed,
+            **options,
+        )
         if not isinstance(epochs, Real) or int(epochs) != epochs:
-            raise ValueError(f"epochs={epochs!r} is no whole number of epochs: a worker's data order begins with an epoch. Give epochs=1.")
+            raise ValueError(
+                f"epochs={epochs!r} is no whole number of epochs: a worker's data order begins with an epoch. Give "
+                "epochs=1."
+            )
         self._epochs: int = int(epochs)
         self.epochs = self._epochs
         self.forward: Forward | None = forward
@@ -174,7 +191,8 @@ class ParallelGaP(GaP, TurnTaking):
     def make_calendar(self, run: RunLength) -> Calendar:
         if math.isinf(run.epoch()):
             raise ValueError(
-                "ParallelGaP counts whole epochs, and the train loader has no length. Give one that has, or Trainer(limit_train_batches=N)."
+                "ParallelGaP counts whole epochs, and the train loader has no length. Give one that has, or "
+                "Trainer(limit_train_batches=N)."
             )
         return super().make_calendar(run)
 
@@ -310,9 +328,13 @@ class ParallelGaP(GaP, TurnTaking):
 
     def own_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
         ranks = int(state["aux"].get("workers/ranks", distributed.world_size()))
-        if ranks != distributed.world_size() and int(state["aux"]["workers/epochs"]) < self._epochs * self.rounds * self.workers // ranks:
+        if (
+            ranks != distributed.world_size()
+            and int(state["aux"]["workers/epochs"]) < self._epochs * self.rounds * self.workers // ranks
+        ):
             raise ValueError(
-                f"the checkpoint was written within a round by {ranks} processes, and this run has {distributed.world_size()}: the "
+                f"the checkpoint was written within a round by {ranks} processes, and this run has "
+                f"{distributed.world_size()}: the "
                 f"workers would not be the same. Resume with devices={ranks}."
             )
         if "workers" not in state:
@@ -326,7 +348,8 @@ class ParallelGaP(GaP, TurnTaking):
             return
         if not self._mine:
             raise ValueError(
-                "the last fit ended within a round, and the processes have lost the networks of their workers since. Resume it from a "
+                "the last fit ended within a round, and the processes have lost the networks of their workers since. "
+                "Resume it from a "
                 "checkpoint that was written in training (ckpt_path=), or give fresh_start=True."
             )
         self._take_over(self._mine["weights"])

@@ -16,10 +16,13 @@ def check_phases(rounds: int, epochs: float | None, every: Time | None, finetune
         ValueError: a value out of its range, several that say the same, or one partition in several rounds.
     """
     if isinstance(rounds, bool) or not isinstance(rounds, Integral) or rounds < 1:
-        raise ValueError(f"rounds={rounds!r} is no number of rounds. Give 1 or more: in each, every partition is dense once.")
+        raise ValueError(
+            f"rounds={rounds!r} is no number of rounds. Give 1 or more: in each, every partition is dense once."
+        )
     if partitions == 1 and rounds > 1:
         raise ValueError(
-            f"rounds={rounds} of one partition would grow at once what was just pruned. Give partitions=2 or more, or rounds=1."
+            f"rounds={rounds} of one partition would grow at once what was just pruned. Give partitions=2 or more, or "
+            "rounds=1."
         )
     for name, value in (("epochs", epochs), ("every", every), ("finetune", finetune)):
         if value is None:
@@ -31,7 +34,8 @@ def check_phases(rounds: int, epochs: float | None, every: Time | None, finetune
     given = [n for n, v in (("epochs", epochs), ("every", every), ("finetune", finetune)) if v is not None]
     if len(given) > 1:
         raise ValueError(
-            f"{'= and '.join(given)}= are given together: epochs= or every= is the length of a phase, and fine-tuning begins after the "
+            f"{'= and '.join(given)}= are given together: epochs= or every= is the length of a phase, and fine-tuning "
+            "begins after the "
             "last; finetune= alone says when it begins, and the phases share the time before. Give one of them."
         )
 
@@ -60,7 +64,8 @@ def phase_steps(
     if epochs is not None:
         if not math.isfinite(steps := run.epoch()):
             raise ValueError(
-                f"epochs={epochs} cannot be counted in steps: the train loader has no length. Give the length of a phase in optimizer "
+                f"epochs={epochs} cannot be counted in steps: the train loader has no length. Give the length of a "
+                "phase in optimizer "
                 "steps, every=1000."
             )
         length = round(epochs * steps)
@@ -76,8 +81,10 @@ def phase_steps(
         given = {"epochs": epochs, "every": every, "finetune": finetune}
         shown = ", ".join(f"{k}={v}" for k, v in given.items() if v is not None) or f"finetune={FINETUNE}"
         raise ValueError(
-            f"{phases} phases (rounds= times partitions=) of {length} optimizer steps each do not fit a run of {run.total():g} steps, with "
-            f"{shown}: each needs a step at least, and fine-tuning begins within the run. Give shorter phases, fewer rounds= or "
+            f"{phases} phases (rounds= times partitions=) of {length} optimizer steps each do not fit a run of "
+            f"{run.total():g} steps, with "
+            f"{shown}: each needs a step at least, and fine-tuning begins within the run. Give shorter phases, fewer "
+            "rounds= or "
             "partitions=, or a longer run."
         )
     return length

@@ -28,59 +28,71 @@ CHOICES = {"constraint": ("model", "layer"), "unit": ("channel", "weight"), "gat
 TOLERANCE = 0.03  # expected densities hover about their targets
 LEAST = float(gates.p_open(torch.tensor(-gates.LIMIT)))
 WHY_LEAST = (
-    "log_alpha is kept within +-log 100, where a gate is still open in 4.7 % of its samples. The trained network can be smaller than "
+    "log_alpha is kept within +-log 100, where a gate is still open in 4.7 % of its samples. The trained network can "
+    "be smaller than "
     "its expected density, as its median gates are closed wherever samples are open at most half of the time"
 )
 
 
 class ConstrainedL0(SparsityCallback):
-    """Constrained L0: hard-concrete gates close under a Lagrangian until E[L0] meets its target (Gallego-Posada et al., 2022).
+    """Constrained L0: hard-concrete gates close under a Lagrangian until E[L0] meets its target (Gallego-Posada et al.,
+    2022).
 
-    With dense weights w, a sample z of the gates (see :mod:`~sparse_callbacks.methods.l0.gates`) and multipliers m >= 0, in each
-    optimizer step::
+    With dense weights w, a sample z of the gates (see :mod:`~sparse_callbacks.methods.l0.gates`) and multipliers m >=
+    0, in each optimizer step::
 
         defect    = E[share of parameters behind open gates] - density          for the model, or for each layer
         w         = w - optimizer(z * gradient of the loss at z * w + l2 * P(open) * w)
         log_alpha = clip(log_alpha - gate_optimizer(gradient of loss + m * defect), -log 100, log 100)
         m         = 0 if defect < 0, else m + dual_lr * defect
 
-    The weights hold ``median gate * w`` whenever a batch is over, and the sample from a batch's start to its end: one sample for all
-    examples, the same through an accumulation window and on every rank; manual optimization goes on with another after each step. Put
-    callbacks that look at weights behind this one: those before it still find samples when a batch ends that took no step.
+    The weights hold ``median gate * w`` whenever a batch is over, and the sample from a batch's start to its end: one
+    sample for all examples, the same through an accumulation window and on every rank; manual optimization goes on with
+    another after each step. Put callbacks that look at weights behind this one: those before it still find samples when
+    a batch ends that took no step.
 
-    Dense weights, gates and multipliers live in this callback. Memory, in copies of the gated parameters: for channels one, 1.25 in a
-    checkpoint; for weights 5.25 with Adam for the gates and 3.25 with SGD, one more in a batch, and in a checkpoint 4.25 and 2.25.
+    Dense weights, gates and multipliers live in this callback. Memory, in copies of the gated parameters: for channels
+    one, 1.25 in a checkpoint; for weights 5.25 with Adam for the gates and 3.25 with SGD, one more in a batch, and in a
+    checkpoint 4.25 and 2.25.
 
-    What you write into the weights is kept if torch sees it (``with torch.no_grad(): p.clamp_(...)``), as gate * w: w becomes what was
-    written over the gate at that time. A write past autograd, ``p.data.clamp_(...)``, is undone at the next batch.
+    What you write into the weights is kept if torch sees it (``with torch.no_grad(): p.clamp_(...)``), as gate * w: w
+    becomes what was written over the gate at that time. A write past autograd, ``p.data.clamp_(...)``, is undone at the
+    next batch.
 
-    A convolution's gate closes an output channel whole: its bias has the same gate, and a batch norm registered right behind the
-    convolution gives 0 there, in training too, and takes no statistics from it. Before the first batch one example shows whether each
-    of these norms takes that output alone. A layer whose gates would all close keeps the likeliest one, with its P(open) as its value.
+    A convolution's gate closes an output channel whole: its bias has the same gate, and a batch norm registered right
+    behind the convolution gives 0 there, in training too, and takes no statistics from it. Before the first batch one
+    example shows whether each of these norms takes that output alone. A layer whose gates would all close keeps the
+    likeliest one, with its P(open) as its value.
 
-    Differs from the paper: single biases get no gates with ``unit="weight"``; parameters without gates have the optimizer's own weight
-    decay in place of expected L2; the norm is a plain batch norm whose gain and shift are closed with the channel.
+    Differs from the paper: single biases get no gates with ``unit="weight"``; parameters without gates have the
+    optimizer's own weight decay in place of expected L2; the norm is a plain batch norm whose gain and shift are closed
+    with the channel.
 
     Args:
-        density: target share of parameters behind open gates, at least 0.0472 (gates cannot close further), or ``{glob: share}``,
-            the first match for each layer (``constraint="layer"``).
+        density: target share of parameters behind open gates, at least 0.0472 (gates cannot close further), or ``{glob:
+            share}``, the first match for each layer (``constraint="layer"``).
         constraint: ``"model"``: one for all gated parameters (of each optimizer); ``"layer"``: one for each.
-        unit: ``"channel"``: a gate for each input unit of a matrix and for each output channel of a convolution; ``"weight"``.
-        droprate: of new gates, in [0.01, 0.99], or ``{glob: droprate}``; weights grow by 1 / (1 - droprate) to make up for it.
+        unit: ``"channel"``: a gate for each input unit of a matrix and for each output channel of a convolution;
+            ``"weight"``.
+        droprate: of new gates, in [0.01, 0.99], or ``{glob: droprate}``; weights grow by 1 / (1 - droprate) to make up
+            for it.
         gate_lr, dual_lr: learning rates of gates and multipliers; they are not scheduled.
         gate_optimizer: ``"sgd"`` or ``"adam"``.
-        l2: coefficient of the expected squared norm over 2; the optimizer's own weight decay of gated parameters must be 0 then.
+        l2: coefficient of the expected squared norm over 2; the optimizer's own weight decay of gated parameters must
+            be 0 then.
         include, exclude, seed, **options: see :class:`SparsityCallback`.
 
     Raises:
-        ValueError: arguments out of range, or a model, optimizer or checkpoint that does not fit; before the first batch.
+        ValueError: arguments out of range, or a model, optimizer or checkpoint that does not fit; before the first
+            batch.
 
     Example:
         >>> from sparse_callbacks import ConstrainedL0
         >>> ConstrainedL0(density=0.25, constraint="layer").target_sparsity
         0.75
 
-    Reference: Gallego-Posada, Ramirez, Erraqabi, Bengio, Lacoste-Julien: Controlled Sparsity via Constrained Optimization. NeurIPS 2022.
+    Reference: Gallego-Posada, Ramirez, Erraqabi, Bengio, Lacoste-Julien: Controlled Sparsity via Constrained
+    Optimization. NeurIPS 2022.
     """
 
     keeps_dense: ClassVar[bool] = True
@@ -113,7 +125,9 @@ class ConstrainedL0(SparsityCallback):
         self.gate_lr, self.dual_lr, self.l2 = gate_lr, dual_lr, l2
         self._refuse_arguments()
         self.gated = GatedWeights(self.weights, {})
-        self._together: dict[str, ChannelMembers] = {}  # what goes with the output channels of each kernel, by the kernel's name
+        self._together: dict[
+            str, ChannelMembers
+        ] = {}  # what goes with the output channels of each kernel, by the kernel's name
         self._held: dict[str, Tensor] = {}
         self._constraints: list[Constraint] = []
         self._owner: dict[str, int] = {}
@@ -129,7 +143,10 @@ class ConstrainedL0(SparsityCallback):
         for name in ("gate_lr", "dual_lr", "l2"):
             refuse_outside(getattr(self, name), name, 0.0, math.inf)
         if isinstance(self.density, Mapping) and self.constraint == "model":
-            raise ValueError(f"density={self.density!r} has a target for each layer. Use constraint='layer', or one number for the model.")
+            raise ValueError(
+                f"density={self.density!r} has a target for each layer. Use constraint='layer', or one number for the "
+                "model."
+            )
 
     # ------------------------------------------------------------------ what is gated
 
@@ -180,7 +197,11 @@ class ConstrainedL0(SparsityCallback):
         refuse_decay(self.owners.optimizers, {id(p): n for n, p in model.named_parameters() if n in decaying}, self.l2)
         self.gated, self._in_batch = GatedWeights(self.weights, together), False
         owned = [[n for n in names if n in together] for names in self.owners.owns]
-        groups = [[n] for names in owned for n in names] if self.constraint == "layer" else [names for names in owned if names]
+        groups = (
+            [[n] for names in owned for n in names]
+            if self.constraint == "layer"
+            else [names for names in owned if names]
+        )
         self._constraints = [Constraint(self._shares(names), targets_of[names[0]]) for names in groups]
         self._owner = {n: index for index, names in enumerate(owned) for n in names}
         self._begin_gates(rates, self._held)
@@ -237,14 +258,16 @@ class ConstrainedL0(SparsityCallback):
         return gates.sample(self._log_alpha(kernel), self.noise(kernel))
 
     def write(self, names: Sequence[str] | None, finite: bool) -> None:
-        """Medians everywhere, or, when an optimizer has stepped ``names``, nothing yet: :meth:`after_step` writes them anyway."""
+        """Medians everywhere, or, when an optimizer has stepped ``names``, nothing yet: :meth:`after_step` writes them
+        anyway."""
         if names is None:
             self.gated.write_all_medians()
         else:
             self.gated.after_step(names)
 
     def noise(self, kernel: str) -> Tensor:
-        """Uniform numbers in (0, 1) for the gates of the coming step: the same through a window, on every rank and after a resume."""
+        """Uniform numbers in (0, 1) for the gates of the coming step: the same through a window, on every rank and
+        after a resume."""
         like = self._log_alpha(kernel)
         source = self.generator(f"gates/{kernel}", self.progress.counts[self._owner[kernel]].read())
         if like.device.type != "cpu":  # numbers for single weights would take longer to carry over than to draw
@@ -292,7 +315,9 @@ class ConstrainedL0(SparsityCallback):
             self._pulls = {}
             for kernel in kernels:
                 self.gated.take_medians(kernel, self._log_alpha(kernel))
-        if self._in_batch and not self.host.announces_steps:  # in manual optimization the batch may go on, with other steps
+        if (
+            self._in_batch and not self.host.announces_steps
+        ):  # in manual optimization the batch may go on, with other steps
             self._sample(kernels, finite)
         else:
             self.gated.write_medians(self.gated.parameters(kernels), finite)
@@ -314,31 +339,42 @@ class ConstrainedL0(SparsityCallback):
         where = worst.names[0] if self.constraint == "layer" else "the model"
         return (
             f"{type(self).__name__} ended at an expected density of {density:.4f} in {where}, above its target of "
-            f"{worst.target:.4f}: the multipliers had too little time. Train longer, or raise dual_lr= (now {self.dual_lr:g})."
+            f"{worst.target:.4f}: the multipliers had too little time. Train longer, or raise dual_lr= (now "
+            f"{self.dual_lr:g})."
         )
 
     @property
     def _labels(self) -> list[str]:
         """What the constraints are called in figures."""
-        return [c.names[0] if self.constraint == "layer" else f"total_{i}" if i else "total" for i, c in enumerate(self._constraints)]
+        return [
+            c.names[0] if self.constraint == "layer" else f"total_{i}" if i else "total"
+            for i, c in enumerate(self._constraints)
+        ]
 
     def outcome(self) -> dict[str, str]:
         densities = list(self._densities())  # none before the first fit
-        found = {label: f"{d:.4f} (target {c.target:g})" for label, (c, d) in zip(self._labels, densities, strict=False)}
+        found = {
+            label: f"{d:.4f} (target {c.target:g})" for label, (c, d) in zip(self._labels, densities, strict=False)
+        }
         lines = [f"{name} {text}" if len(found) > 1 else text for name, text in found.items()]
         return {"expected density": "\n".join(lines)} if lines else {}
 
     def figures(self) -> dict[str, float]:
-        """Multipliers (of the model: ``total``, with an index for each further optimizer), and for each layer and in all the share of
-        parameters that is expected behind open gates, and the share that is left when those with a closed median are purged."""
+        """Multipliers (of the model: ``total``, with an index for each further optimizer), and for each layer and in
+        all the share of parameters that is expected behind open gates, and the share that is left when those with a
+        closed median are purged."""
         if not self.aux:
             return {}
         expected = {n: float(gates.mean_open(self._log_alpha(n))) for n in self._tied}
         purged = {n: self.weights.active_counts[n] / self.weights.size(n) for n in self._tied}
         shares = self._shares(list(self._tied))
-        found = {f"l0/multiplier/{k}": float(self.aux[c.key]) for k, c in zip(self._labels, self._constraints, strict=True)}
+        found = {
+            f"l0/multiplier/{k}": float(self.aux[c.key]) for k, c in zip(self._labels, self._constraints, strict=True)
+        }
         for kind, of in (("expected", expected), ("purged", purged)):
-            found |= {f"l0/{kind}/{n}": v for n, v in of.items()} | {f"l0/{kind}/total": sum(v * shares[n] for n, v in of.items())}
+            found |= {f"l0/{kind}/{n}": v for n, v in of.items()} | {
+                f"l0/{kind}/total": sum(v * shares[n] for n, v in of.items())
+            }
         return found
 
 

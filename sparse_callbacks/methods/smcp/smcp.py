@@ -22,12 +22,17 @@ from sparse_callbacks.lightning.callback import SparsityCallback
 from sparse_callbacks.methods.smcp import allocation, budget
 from sparse_callbacks.methods.smcp.scores import active_outputs, group_scores, kept_importance, reader_scores
 
-WORDS = {"importance": ("taylor", "magnitude"), "curve": allocation.CURVES, "norm_scaling": (None, "kept", "importance")}
+WORDS = {
+    "importance": ("taylor", "magnitude"),
+    "curve": allocation.CURVES,
+    "norm_scaling": (None, "kept", "importance"),
+}
 START, STOP = 10 / 90, 65 / 90  # published for ImageNet: 10 epochs of warm-up, 55 of ramp, 25 of cool-down
 
 
 class SMCP(SparsityCallback):
-    """SMCP, soft masking for cost-constrained channel pruning (Humble et al., 2022): the network becomes really smaller.
+    """SMCP, soft masking for cost-constrained channel pruning (Humble et al., 2022): the network becomes really
+    smaller.
 
     With dense weights w, a mask m over the input channels of each group, and optimizer step t::
 
@@ -37,38 +42,43 @@ class SMCP(SparsityCallback):
                         m = the channels with the largest mean score; how many of each group a knapsack decides:
                             the largest total score whose network costs at most (1 - r) * the dense cost
 
-    A group is the channels that can only go together, through sums, concatenations, depthwise layers and flattening. The stem, a
-    convolution that comes first, and the network's outputs stay. Pruned channels go on to learn and may come back. After ``stop``
-    masks stay and the dense weights are dropped; :func:`~sparse_callbacks.channels.slim.slim` then removes the channels. Groups are found
-    with the LightningModule's ``example_input_array``, or else the first training batch of a torch DataLoader over an indexed set;
-    ``groups`` and ``left_out`` hold them, and why others stay.
+    A group is the channels that can only go together, through sums, concatenations, depthwise layers and flattening.
+    The stem, a convolution that comes first, and the network's outputs stay. Pruned channels go on to learn and may
+    come back. After ``stop`` masks stay and the dense weights are dropped; :func:`~sparse_callbacks.channels.slim.slim`
+    then removes the channels. Groups are found with the LightningModule's ``example_input_array``, or else the first
+    training batch of a torch DataLoader over an indexed set; ``groups`` and ``left_out`` hold them, and why others
+    stay.
 
-    Differs from the paper: the last solve has the full budget (the released schedule stops one short). A solve is repeated with the
-    outputs that it leaves, so that the network really fits the budget; the paper counts the outputs of the solve before. Scores are
-    means, over the steps since the last solve, of each step's absolute value; the released code takes the latest batch. No group
-    loses all its channels. Gains under ``norm_scaling`` are multiplied once for every new factor, which for SGD is the paper's
-    gradient rule; Adam's steps are larger than there. In manual optimization gradients are clipped before their decay is added.
+    Differs from the paper: the last solve has the full budget (the released schedule stops one short). A solve is
+    repeated with the outputs that it leaves, so that the network really fits the budget; the paper counts the outputs
+    of the solve before. Scores are means, over the steps since the last solve, of each step's absolute value; the
+    released code takes the latest batch. No group loses all its channels. Gains under ``norm_scaling`` are multiplied
+    once for every new factor, which for SGD is the paper's gradient rule; Adam's steps are larger than there. In manual
+    optimization gradients are clipped before their decay is added.
 
     Args:
         budget: cost of the pruned network as a share of the dense one's, in (0, 1).
         cost: ``"parameters"``, ``"flops"`` (multiply-adds) or the path of a latency table (``.json``), measured by
-            ``python -m sparse_callbacks.latency``. Counted is what the forward pass of one sample calls: attention, recurrent layers
-            and embeddings as they are, biases and norms not.
+            ``python -m sparse_callbacks.latency``. Counted is what the forward pass of one sample calls: attention,
+            recurrent layers and embeddings as they are, biases and norms not.
         importance: ``"taylor"``, or ``"magnitude"``: the sum of \\|w\\| at the solve.
         round_to: groups keep a multiple of so many channels where their number is one.
         chunk: so many neighbouring channels are kept or pruned together.
         curve: of the ramp: ``"exp"``, ``"linear"`` or ``"exp2"``.
-        every: optimizer steps (int) or fraction of the run (float) between solves; None: 80, shortened with a word in short runs.
+        every: optimizer steps (int) or fraction of the run (float) between solves; None: 80, shortened with a word in
+            short runs.
         start, stop: when the ramp begins and ends, in the same units.
         decay: added to the gradient of a pruned weight, times the weight.
-        norm_scaling: the gain of a batch norm that takes the output of a pruned layer shrinks with the inputs of that layer: to the
-            share ``"kept"``, or to their share in ``"importance"``; None (the released default): it does not.
+        norm_scaling: the gain of a batch norm that takes the output of a pruned layer shrinks with the inputs of that
+            layer: to the share ``"kept"``, or to their share in ``"importance"``; None (the released default): it does
+                not.
         prune_stem: the stem's outputs may go too.
-        include, exclude, seed, **options: see :class:`SparsityCallback`; inputs and outputs of layers that ``exclude`` or ``keep_dense``
-            name stay. Nothing here is random.
+        include, exclude, seed, **options: see :class:`SparsityCallback`; inputs and outputs of layers that ``exclude``
+            or ``keep_dense`` name stay. Nothing here is random.
 
     Raises:
-        ValueError: arguments out of range, a model without channels to remove, a budget that cannot be met; before the first batch.
+        ValueError: arguments out of range, a model without channels to remove, a budget that cannot be met; before the
+            first batch.
         ImportError: torch-pruning (extra ``channels``) is missing.
 
     Example:
@@ -76,7 +86,8 @@ class SMCP(SparsityCallback):
         >>> SMCP(budget=0.5, cost="flops").budget
         0.5
 
-    Reference: Humble, Shen, Albericio Latorre, Darve, Alvarez: Soft Masking for Cost-Constrained Channel Pruning. ECCV 2022.
+    Reference: Humble, Shen, Albericio Latorre, Darve, Alvarez: Soft Masking for Cost-Constrained Channel Pruning. ECCV
+    2022.
     """
 
     arrives_at_stop: ClassVar[bool] = True
@@ -106,7 +117,10 @@ class SMCP(SparsityCallback):
     ) -> None:
         if "sparsity" in options:
             name = type(self).__name__
-            raise ValueError(f"sparsity= is no argument of {name}. Give budget=, what is left of the network's cost: 0.5 for half of it.")
+            raise ValueError(
+                f"sparsity= is no argument of {name}. Give budget=, what is left of the network's cost: 0.5 for half "
+                "of it."
+            )
         super().__init__(0.0, distribution="uniform", include=include, exclude=exclude, seed=seed, **options)
         self.budget, self.cost, self.importance, self.curve = budget, cost, importance, curve
         self.round_to, self.chunk, self.decay = round_to, chunk, decay
@@ -133,7 +147,9 @@ class SMCP(SparsityCallback):
             if (word := getattr(self, name)) not in known:
                 raise ValueError(f"{name}={word!r} is not known. Give {' or '.join(map(repr, known))}.")
         if self.cost not in budget.COSTS and not str(self.cost).endswith(".json"):
-            raise ValueError(f"cost={self.cost!r} is not known. Give 'parameters', 'flops' or the path of a latency table (.json).")
+            raise ValueError(
+                f"cost={self.cost!r} is not known. Give 'parameters', 'flops' or the path of a latency table (.json)."
+            )
 
     # ------------------------------------------------------------------ what can go
 
@@ -238,14 +254,18 @@ class SMCP(SparsityCallback):
                 share = kept_importance(name, self.groups, self._scores, self.weights.masks)
             before = self.aux.get(f"norm/{name}", torch.ones((), dtype=torch.float64))
             self.aux[f"norm/{name}"] = torch.full_like(before, share)
-            norms.rescale_gain(self.model.get_parameter(f"{norm}.weight"), share / float(before), self.owners.optimizers)
+            norms.rescale_gain(
+                self.model.get_parameter(f"{norm}.weight"), share / float(before), self.owners.optimizers
+            )
 
     def _window_of(self, group: int) -> str:
-        """What the score of a group is kept under; the name of a parameter on its device comes last, as in every key of ``aux``."""
+        """What the score of a group is kept under; the name of a parameter on its device comes last, as in every key of
+        ``aux``."""
         return f"{group}/{_key(self.groups[group])}"
 
     def scores(self) -> list[Tensor]:
-        """Score of each unit of each group: the mean over the steps since the last solve; with magnitudes, as they are now."""
+        """Score of each unit of each group: the mean over the steps since the last solve; with magnitudes, as they are
+        now."""
         windows = [self._window_of(g) for g in range(len(self.groups))]
         if self.importance == "taylor":
             return [self.aux[f"scores.{w}"] / self.aux[f"steps.{w}"].clamp(min=1) for w in windows]
@@ -254,7 +274,9 @@ class SMCP(SparsityCallback):
 
     def new_masks(self, step: Step) -> Update:
         self._scores = scores = self.scores()
-        over = [self.progress.done.get(o, 0) >= self.times.stop for o in self._owners]  # of optimizers that had their last solve
+        over = [
+            self.progress.done.get(o, 0) >= self.times.stop for o in self._owners
+        ]  # of optimizers that had their last solve
         options = [torch.tensor([k]) if d else o for o, k, d in zip(self._options, self.kept, over, strict=True)]
         values = [allocation.values_of(s, o, self.chunk) for s, o in zip(scores, options, strict=True)]
         share = self.share_at(step.number)
@@ -278,15 +300,19 @@ class SMCP(SparsityCallback):
         """Cost of the pruned network as a share of the dense one's, and the units that each group keeps."""
         if not self.groups:
             return {}
-        return {"smcp/cost": self._share()} | {f"smcp/kept/{g.name}": float(k) for g, k in zip(self.groups, self.kept, strict=True)}
+        return {"smcp/cost": self._share()} | {
+            f"smcp/kept/{g.name}": float(k) for g, k in zip(self.groups, self.kept, strict=True)
+        }
 
     def outcome(self) -> dict[str, str]:
         return {budget.cost_name(self.cost): f"{self._share():.4f} of the dense network's (budget {self.budget:g})"}
 
     def shortfall(self) -> str:
         return (
-            f"{type(self).__name__} ended at {self._share():.4f} of the dense {budget.cost_name(self.cost)}, before the solve "
-            f"for its budget of {self.budget:g}: {self.step} steps were taken and that solve is due at step {self.times.stop}. Train "
+            f"{type(self).__name__} ended at {self._share():.4f} of the dense {budget.cost_name(self.cost)}, before "
+            "the solve "
+            f"for its budget of {self.budget:g}: {self.step} steps were taken and that solve is due at step "
+            f"{self.times.stop}. Train "
             "longer, or give an earlier stop=."
         )
 

@@ -163,7 +163,9 @@ def torchvision_set(
     order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))
     val = everything.take(order[:val_count].sort().values)
     train = everything.take(order[val_count:].sort().values)
-    return ImageData(train, val, test, num_classes=10, mean=mean, std=std, batch_size=batch_size, seed=seed, augment=augment)
+    return ImageData(
+        train, val, test, num_classes=10, mean=mean, std=std, batch_size=batch_size, seed=seed, augment=augment
+    )
 
 
 def _read(name: str, root: str, download: bool, train: bool) -> Samples:

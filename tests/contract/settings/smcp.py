@@ -12,7 +12,8 @@ promises_not_made = {
 
 
 def short_run(sparsity: float = 0.8) -> dict[str, Any]:
-    """Several solves in 16 steps; the networks of the contract have few channels. It has a budget in place of a sparsity."""
+    """Several solves in 16 steps; the networks of the contract have few channels. It has a budget in place of a
+    sparsity."""
     return {"budget": 0.6, "round_to": 1, "start": 1, "prune_stem": True, "every": 3, "stop": 14, "print_plan": False}
 
 
