@@ -24,7 +24,19 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from interleaved_runs import SPARSITY, Net, PeerNet, Run, StepTime, Workload, gated, lightning_run, parametrized, pruned, raw_run
+from interleaved_runs import (
+    SPARSITY,
+    Net,
+    PeerNet,
+    Run,
+    StepTime,
+    Workload,
+    gated,
+    lightning_run,
+    parametrized,
+    pruned,
+    raw_run,
+)
 from torch import nn
 
 from sparse_callbacks import DPF, SMCP, ConstrainedL0, RigL, SparsityCallback, Static

@@ -67,7 +67,9 @@ def test_a_method_without_times_has_no_calendar() -> None:
     [(True, True, True), (False, True, False), (False, False, True), (False, torch.tensor(False), False)],
     ids=["read", "nobody reads", "known to be infinite", "not waited for"],
 )
-def test_gradients_are_masked_where_somebody_reads_them_or_one_is_infinite(read: bool, finite: Any, masked: bool) -> None:
+def test_gradients_are_masked_where_somebody_reads_them_or_one_is_infinite(
+    read: bool, finite: Any, masked: bool
+) -> None:
     parts = Parts(read)
     assert parts.p.grad is not None
     if finite is False:

@@ -50,4 +50,8 @@ def test_one_callback_without_a_list(package: str, tmp_path: Path) -> None:
         weight = module.get_parameter(name).detach()
         assert not weight[~mask].any()
         assert not torch.equal(weight, before[name])
-    assert callback.measured_sparsity()["sparsity/total"] == pytest.approx(callback.plan().total) == pytest.approx(0.9, abs=0.01)
+    assert (
+        callback.measured_sparsity()["sparsity/total"]
+        == pytest.approx(callback.plan().total)
+        == pytest.approx(0.9, abs=0.01)
+    )
