@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
@@ -49,3 +50,16 @@ def run(composed: Callable[..., DictConfig], tmp_path: Path) -> Callable[..., di
         return train(composed(*SHORT, f"output_dir={tmp_path / folder}", *overrides))
 
     return go
+
+
+@pytest.fixture
+def madelon_folder(tmp_path: Path) -> Path:
+    """60 training and 20 test rows in the layout of the UCI files."""
+    folder = tmp_path / "madelon"
+    folder.mkdir()
+    source = np.random.default_rng(0)
+    for part, count, period in (("train", 60, 2), ("valid", 20, 4)):
+        rows = source.integers(300, 700, (count, 5))
+        (folder / f"madelon_{part}.data").write_text("".join(" ".join(map(str, row)) + " \n" for row in rows))
+        (folder / f"madelon_{part}.labels").write_text("\n".join(str(-1 if i % period else 1) for i in range(count)))
+    return tmp_path
