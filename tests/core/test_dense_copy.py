@@ -83,3 +83,9 @@ def test_undone_divides_by_the_gate_only_where_somebody_wrote() -> None:
     weight: Tensor = gate * dense
     weight[1], weight[2] = 3.0, 1.0
     assert undone(weight, gate, dense).tolist() == [4.0, 6.0, 6.0, dense[3].item()]  # the last bit for bit
+
+
+def test_undone_loses_no_bit_where_nobody_wrote() -> None:
+    gate, dense = torch.linspace(0.1, 0.9, 1000), torch.linspace(-2, 3, 1000)
+    assert not torch.equal(gate * dense / gate, dense)
+    assert torch.equal(undone(gate * dense, gate, dense), dense)
