@@ -4,9 +4,9 @@
     python benchmarks/accuracy.py --table lenet5 --root FOLDER     # LeNet-5 on Fashion-MNIST, about a minute a run
 
 FOLDER holds torchvision's files (see data.root in conf/data/fashion_mnist.yaml). Each run is `python train.py` with the
-overrides of its row, the overrides above its table and a seed. The file is written again after each run. With `--runs KEPT`
-the folders of the runs stay in KEPT and finished runs are not repeated, so a stopped script can go on. Delete KEPT after a
-change to the code.
+overrides of its row, the overrides above its table and a seed. The file is written again after each run. With `--runs
+KEPT` the folders of the runs stay in KEPT and finished runs are not repeated, so a stopped script can go on. Delete
+KEPT after a change to the code.
 """
 
 import argparse
@@ -41,7 +41,8 @@ class Group:
     Args:
         title: the heading.
         shared: the overrides of `train.py` that all rows have, separated by blanks.
-        rows: the overrides of each row by its name. An override `sparsity=...` in `shared` is left out for `method=none`.
+        rows: the overrides of each row by its name. An override `sparsity=...` in `shared` is left out for
+            `method=none`.
         search: whether the group shows how the settings of a row were chosen: a line of validation accuracies of the
             first seed instead of a table.
     """
@@ -102,14 +103,22 @@ REPORTS = {
     ),
     "lenet5": Report(
         "LeNet-5 on Fashion-MNIST",
-        "55,000 training, 5,000 validation and 10,000 test images. Every method has the same 12 epochs (6,600 steps of 100 images), SGD "
-        "from 0.05 with a cosine to 0; the optimizer and the cosine start anew with each phase of GaP. GaP alone was tuned (partitions, "
-        "rounds, first masks; of two that tie, the one with the default masks); the others have the defaults of conf/method and the "
+        "55,000 training, 5,000 validation and 10,000 test images. Every method has the same 12 epochs (6,600 steps of "
+        "100 images), SGD "
+        "from 0.05 with a cosine to 0; the optimizer and the cosine start anew with each phase of GaP. GaP alone was "
+        "tuned (partitions, "
+        "rounds, first masks; of two that tie, the one with the default masks); the others have the defaults of "
+        "conf/method and the "
         "distribution in their row. A tried setting near 10 % ended with a dead network: its loss is ln 10.",
         "python benchmarks/accuracy.py --table lenet5 --root FOLDER",
         "lenet5_fashion_mnist.md",
         (
-            Group("GaP's settings (first masks, rounds x partitions), one seed, 95 %", f"{LENET5} sparsity=0.95", GAP_TRIED, search=True),
+            Group(
+                "GaP's settings (first masks, rounds x partitions), one seed, 95 %",
+                f"{LENET5} sparsity=0.95",
+                GAP_TRIED,
+                search=True,
+            ),
             Group("95 % zeros", f"{LENET5} sparsity=0.95", LENET5_ROWS),
             Group("98 % zeros", f"{LENET5} sparsity=0.98", LENET5_ROWS),
         ),
@@ -149,7 +158,14 @@ def run(words: Sequence[str], root: str | None, folder: Path) -> Metrics:
         RuntimeError: the run failed.
     """
     places = [f"hydra.run.dir={quoted(str(folder))}"] + ([] if root is None else [f"data.root={quoted(root)}"])
-    command = [sys.executable, str(ROOT / "train.py"), *words, "logger=[]", "trainer.enable_progress_bar=false", *places]
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *words,
+        "logger=[]",
+        "trainer.enable_progress_bar=false",
+        *places,
+    ]
     # with one thread sums have the same order on all machines of one kind
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -174,7 +190,9 @@ def runs(report: Report, seeds: int) -> list[tuple[str, ...]]:
     return list(dict.fromkeys(found))
 
 
-def results(todo: Sequence[tuple[str, ...]], root: str | None, kept: Path, jobs: int) -> Iterator[tuple[tuple[str, ...], Metrics]]:
+def results(
+    todo: Sequence[tuple[str, ...]], root: str | None, kept: Path, jobs: int
+) -> Iterator[tuple[tuple[str, ...], Metrics]]:
     """Overrides and metrics of each run as it ends; finished runs of an earlier call come first.
 
     Args:
@@ -227,9 +245,11 @@ def section(group: Group, found: Mapping[tuple[str, ...], Metrics], seeds: int) 
     lines = [
         f"## {group.title}",
         "",
-        f"`python train.py {group.shared}` with the overrides of a row and `seed=0` to `seed={seeds - 1}`; the last network is tested.",
+        f"`python train.py {group.shared}` with the overrides of a row and `seed=0` to `seed={seeds - 1}`; the last "
+        "network is tested.",
         "",
-        "| method | test accuracy, mean | spread | range | validation, mean | zeros | seconds a run | seeds | overrides |",
+        "| method | test accuracy, mean | spread | range | validation, mean | zeros | seconds a run | seeds | "
+        "overrides |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in group.rows.items():
@@ -241,9 +261,12 @@ def section(group: Group, found: Mapping[tuple[str, ...], Metrics], seeds: int) 
 def text(report: Report, found: Mapping[tuple[str, ...], Metrics], seeds: int) -> str:
     """The whole file as Markdown."""
     head = (
-        f"# {report.title}\n\n{report.about}\n\nWritten by `{report.command}`. The spread is the standard deviation over seeds, in "
-        f"points; a seed moves weights, masks and the order of the data. Seconds are wall time of training and validation, one thread of "
-        f"{os.cpu_count()} cores, beside other jobs: read them roughly. Python {platform.python_version()}, torch {torch.__version__}, "
+        f"# {report.title}\n\n{report.about}\n\nWritten by `{report.command}`. The spread is the standard deviation "
+        "over seeds, in "
+        "points; a seed moves weights, masks and the order of the data. Seconds are wall time of training and "
+        "validation, one thread of "
+        f"{os.cpu_count()} cores, beside other jobs: read them roughly. Python {platform.python_version()}, torch "
+        f"{torch.__version__}, "
         f"pytorch-lightning {pl.__version__}, {platform.machine()}."
     )
     return "\n\n".join([head, *(section(group, found, seeds) for group in report.groups)]) + "\n"

@@ -1,11 +1,13 @@
-"""SMCP on ResNet-20 and Fashion-MNIST: accuracy under budgets of FLOPs with soft and hard masks, and what the slim networks take.
+"""SMCP on ResNet-20 and Fashion-MNIST: accuracy under budgets of FLOPs with soft and hard masks, and what the slim
+networks take.
 
     python benchmarks/channels.py --root FOLDER --jobs 2 --runs KEPT
 
-FOLDER holds torchvision's files. Each run is `python train.py` with the overrides of its row; with `--runs KEPT` finished runs are
-kept and not repeated. Then the slim network of every budget is timed beside the dense one, as it is, in channels_last, and in
-onnxruntime, and a budget of measured latency is put to the test: a table is measured, a network trained under it and slimmed, and its
-time compared. The times mean something on an idle machine only. Writes benchmarks/results/channels.md.
+FOLDER holds torchvision's files. Each run is `python train.py` with the overrides of its row; with `--runs KEPT`
+finished runs are kept and not repeated. Then the slim network of every budget is timed beside the dense one, as it is,
+in channels_last, and in onnxruntime, and a budget of measured latency is put to the test: a table is measured, a
+network trained under it and slimmed, and its time compared. The times mean something on an idle machine only. Writes
+benchmarks/results/channels.md.
 """
 
 import argparse
@@ -52,7 +54,8 @@ def words(name: str, seed: int) -> tuple[str, ...]:
 
 def accuracy_table(found: Mapping[tuple[str, ...], Metrics], seeds: int) -> str:
     lines = [
-        "| network | test accuracy, mean | spread | each seed | slim, mean | FLOPs left | parameters left | largest difference |",
+        "| network | test accuracy, mean | spread | each seed | slim, mean | FLOPs left | parameters left | largest "
+        "difference |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in ROWS:
@@ -99,7 +102,11 @@ def forms(model: nn.Module, x: Tensor, folder: Path, name: str) -> dict[str, Cal
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(folder / f"{name}.onnx", options, providers=["CPUExecutionProvider"])
     feed = {session.get_inputs()[0].name: x.numpy()}
-    return {"eager": lambda: model(x), "channels_last": lambda: last(x_last), "onnxruntime": lambda: session.run(None, feed)}
+    return {
+        "eager": lambda: model(x),
+        "channels_last": lambda: last(x_last),
+        "onnxruntime": lambda: session.run(None, feed),
+    }
 
 
 @torch.inference_mode()
@@ -143,7 +150,8 @@ class Noise(pl.LightningModule):
 
 
 def budget_table(folder: Path, batch: int = 32) -> str:
-    """Budgets of latency, what the table makes of the networks that were solved for, and what they take when measured."""
+    """Budgets of latency, what the table makes of the networks that were solved for, and what they take when
+    measured."""
     said: list[str] = []
     table = measure(resnet20(SHAPE, 10), "resnet20", batch, SHAPE, report=said.append)
     table.save(folder / "table.json")
@@ -166,7 +174,10 @@ def budget_table(folder: Path, batch: int = 32) -> str:
         ratios = [a / b for a, b in zip(times["slim"], times["dense"], strict=True)]
         low, middle, high = statistics.quantiles(ratios)
         by_table = method.network.realised(method.kept) / method.network.dense
-        lines.append(f"| {budget:g} | {by_table:.3f} | {middle:.3f} ({low:.3f} to {high:.3f}) | {100 * (middle / by_table - 1):+.1f} % |")
+        lines.append(
+            f"| {budget:g} | {by_table:.3f} | {middle:.3f} ({low:.3f} to {high:.3f}) | "
+            f"{100 * (middle / by_table - 1):+.1f} % |"
+        )
     fit = next(line for line in reversed(said) if line.startswith("the model as"))
     return "\n".join([f"Batch {batch}; {fit}.", "", *lines])
 
@@ -226,7 +237,9 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, help="keeps the folders of the runs, and gives those that are finished")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "channels.md")
     given = parser.parse_args()
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])  # for hard_masks
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    )  # for hard_masks
     torch.set_num_threads(1)
     found: dict[tuple[str, ...], Metrics] = {}
     with tempfile.TemporaryDirectory() as temporary:

@@ -170,7 +170,9 @@ def rigl_torch_scheduler(net: nn.Module, optimizer: torch.optim.Optimizer, every
     )
 
 
-def lightning_run(workload: Workload, rounds: Sequence[int], module: Net, callback: SparsityCallback | None = None) -> Run:
+def lightning_run(
+    workload: Workload, rounds: Sequence[int], module: Net, callback: SparsityCallback | None = None
+) -> Run:
     """A Trainer in a thread of its own that makes the steps of one round at a time.
 
     Args:

@@ -3,12 +3,12 @@
     pip install -e ".[dev]"
     python benchmarks/overhead.py --rounds 15 --steps 20
 
-All runs of a case are in one process, each Trainer in its own thread, and take turns: in every round each run makes the same
-number of steps, in an order that rotates from round to round. A ratio is the median over rounds of the run's time divided by
-its baseline's time in the same round. With one thread the clock is the CPU time of the process, so that other jobs on the
-machine disturb little; with several threads it is wall time. Steps with a topology update are timed separately and counted as
-one in a hundred, those of DPF as one in sixteen, those of SMCP as one in eighty. The table is printed and written to
-benchmarks/results/overhead.md, which says more.
+All runs of a case are in one process, each Trainer in its own thread, and take turns: in every round each run makes the
+same number of steps, in an order that rotates from round to round. A ratio is the median over rounds of the run's time
+divided by its baseline's time in the same round. With one thread the clock is the CPU time of the process, so that
+other jobs on the machine disturb little; with several threads it is wall time. Steps with a topology update are timed
+separately and counted as one in a hundred, those of DPF as one in sixteen, those of SMCP as one in eighty. The table is
+printed and written to benchmarks/results/overhead.md, which says more.
 """
 
 import argparse
@@ -69,13 +69,26 @@ def _resnet20() -> nn.Module:
 
 WORKLOADS = {
     "mlp-sgd": Workload(
-        "MLP 784-1000-1000-1000-10, batch 100, SGD momentum 0.9 (default, not fused)", _large_mlp, (100, 784), _sgd, peers=True, gates=True
+        "MLP 784-1000-1000-1000-10, batch 100, SGD momentum 0.9 (default, not fused)",
+        _large_mlp,
+        (100, 784),
+        _sgd,
+        peers=True,
+        gates=True,
     ),
-    "mlp-sgd-fused": Workload("the same MLP, SGD(fused=True) momentum 0.9", _large_mlp, (100, 784), lambda p: _sgd(p, fused=True)),
+    "mlp-sgd-fused": Workload(
+        "the same MLP, SGD(fused=True) momentum 0.9", _large_mlp, (100, 784), lambda p: _sgd(p, fused=True)
+    ),
     "mlp-adamw-fused": Workload(
-        "the same MLP, AdamW(fused=True), clipping to norm 1.0", _large_mlp, (100, 784), lambda p: _adamw(p, fused=True), clip=1.0
+        "the same MLP, AdamW(fused=True), clipping to norm 1.0",
+        _large_mlp,
+        (100, 784),
+        lambda p: _adamw(p, fused=True),
+        clip=1.0,
     ),
-    "mlp-adamw": Workload("the same MLP, AdamW (default), clipping to norm 1.0", _large_mlp, (100, 784), _adamw, clip=1.0),
+    "mlp-adamw": Workload(
+        "the same MLP, AdamW (default), clipping to norm 1.0", _large_mlp, (100, 784), _adamw, clip=1.0
+    ),
     "resnet20-sgd": Workload(
         "ResNet-20, 3x32x32, batch 128, SGD momentum 0.9 (default, not fused)",
         _resnet20,
@@ -85,7 +98,9 @@ WORKLOADS = {
         gates=True,
         share=0.2,
     ),
-    "tiny-sgd": Workload("MLP 32-32-10, batch 16, SGD momentum 0.9 (default, not fused)", _tiny_mlp, (16, 32), _sgd, share=10),
+    "tiny-sgd": Workload(
+        "MLP 32-32-10, batch 16, SGD momentum 0.9 (default, not fused)", _tiny_mlp, (16, 32), _sgd, share=10
+    ),
 }
 
 
@@ -187,7 +202,14 @@ def spread(values: Sequence[float], digits: int) -> str:
 def table(workload: Workload, timings: dict[str, tuple[str, Timing]]) -> str:
     """The table of a workload as Markdown."""
     peers = [label for label in timings if label.startswith("rigl-torch")]
-    head = ["run", "ms a step", "ratio to its baseline (quartiles)", "without updates", "ms added a step", "update step, ms"]
+    head = [
+        "run",
+        "ms a step",
+        "ratio to its baseline (quartiles)",
+        "without updates",
+        "ms added a step",
+        "update step, ms",
+    ]
     head += [f"of {p}" for p in peers]
     lines = [f"### {workload.title}", "", " | ".join(["", *head, ""]).strip(), "|" + " --- |" * len(head)]
     for label, (base, timing) in timings.items():

@@ -1,10 +1,11 @@
 """Slimming over torchvision's classifiers: half of all channels masked at random, removed, and the outputs compared.
 
-Run ``python benchmarks/slim_torchvision.py``; it writes ``docs/slimming.md``, a row after each model. Names of models as arguments
-measure only those and print the rows. Needs the extras ``train`` and ``channels``.
+Run ``python benchmarks/slim_torchvision.py``; it writes ``docs/slimming.md``, a row after each model. Names of models
+as arguments measure only those and print the rows. Needs the extras ``train`` and ``channels``.
 
-Weights are random, and norms and layer scales get random values, so that a wrong cut shows in the outputs. Masks are drawn for every
-group of :func:`sparse_callbacks.channels.groups.channel_groups`, half of its units in multiples of 8 where the group's size allows.
+Weights are random, and norms and layer scales get random values, so that a wrong cut shows in the outputs. Masks are
+drawn for every group of :func:`sparse_callbacks.channels.groups.channel_groups`, half of its units in multiples of 8
+where the group's size allows.
 """
 
 import argparse
@@ -146,7 +147,15 @@ def refusals(name: str, proof: Proof) -> list[str]:
     kinds: Counter[str] = Counter()
     first: dict[str, tuple[str, str]] = {}
     for group, reason in proof.left_out.items():
-        kind = "outputs differ" if "differ by" in reason else "fails" if "fails" in reason else "norm" if "LayerNorm" in reason else reason
+        kind = (
+            "outputs differ"
+            if "differ by" in reason
+            else "fails"
+            if "fails" in reason
+            else "norm"
+            if "LayerNorm" in reason
+            else reason
+        )
         kinds[kind] += 1
         first.setdefault(kind, (group, reason))
     told = {k: n for k, n in kinds.items() if "outputs of the network" not in k}
@@ -155,7 +164,9 @@ def refusals(name: str, proof: Proof) -> list[str]:
 
 def where() -> str:
     cpu = platform.processor() or platform.machine()
-    return f"{cpu}, Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}"
+    return (
+        f"{cpu}, Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}"
+    )
 
 
 def main() -> None:

@@ -3,9 +3,9 @@
     pip install -e ".[all]"
     python benchmarks/update.py --rounds 5 --threads 1
 
-All candidates run in one process, take turns in an order that rotates from round to round, and begin from the same state
-each time; their results are compared. With one thread the clock is the CPU time of the process, with more it is wall time.
-The table is printed and written to benchmarks/results/update.md.
+All candidates run in one process, take turns in an order that rotates from round to round, and begin from the same
+state each time; their results are compared. With one thread the clock is the CPU time of the process, with more it is
+wall time. The table is printed and written to benchmarks/results/update.md.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rigl_torch.RigL import RigLScheduler
@@ -24,6 +25,7 @@ from torchvision.models import resnet50
 
 from sparse_callbacks import RigL, ops
 from sparse_callbacks.core.calendar import Calendar
+from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.selection import select
 
 SPARSITY, DROP_FRACTION = 0.9, 0.3
@@ -31,6 +33,21 @@ ENDLESS = 10**9  # steps of a run so long that the drop fraction has not begun t
 RESULTS = Path(__file__).parent / "results" / "update.md"
 
 Rows = dict[str, Callable[[], object]]
+
+
+class NoHost:
+    """The host of a single step: there is no data, and nothing to restart."""
+
+    announces_steps = True
+
+    def data_pass(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("this benchmark passes over no data; time a method that reads none")
+
+    def request_restart(self) -> None:
+        raise RuntimeError("this benchmark has no phases; time a method without them")
+
+    def inform(self, text: str) -> None:
+        print(text)
 
 
 class Update:
@@ -51,7 +68,9 @@ class Update:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         # 0.3 in single precision, as in RigL's own code, so that both drop the same number
         alpha = float(torch.tensor(DROP_FRACTION))
-        self.peer = RigLScheduler(model, optimizer, dense_allocation=1 - SPARSITY, T_end=ENDLESS, alpha=alpha, ignore_linear_layers=False)
+        self.peer = RigLScheduler(
+            model, optimizer, dense_allocation=1 - SPARSITY, T_end=ENDLESS, alpha=alpha, ignore_linear_layers=False
+        )
         names = {id(p): name for name, p in model.named_parameters()}
         self.layers = {names[id(self.peer.W[i])]: i for i, sparsity in enumerate(self.peer.S) if sparsity > 0}
         self.masks = {name: self.peer.backward_masks[i].clone() for name, i in self.layers.items()}
@@ -80,27 +99,29 @@ class Update:
             self.own[name].grad = self.grads[name]
             self.optimizer.state[self.own[name]]["momentum_buffer"].copy_(self.momenta[name])
         if self.callback is not None:
-            self.callback.end()
+            self.callback.engine.unbind()
         self.callback = RigL(SPARSITY, distribution="uniform", keep_dense="first", drop_fraction=DROP_FRACTION)
-        self.callback.calendar = Calendar(every=100, start=0, stop=ENDLESS)
         entries = select(self.model, self.callback.include, self.callback.exclude, self.callback.keep_dense)
         masks = {name: mask.clone() for name, mask in self.masks.items()}
-        state = {"steps": {}, "done": {}, "updates": 0, "masks": masks, "aux": {}}
-        self.callback.begin(self.model, entries, self.callback.share_out(entries), [self.optimizer], [False], state)
+        self.callback.saved = SavedRun.of({"steps": {}, "done": {}, "updates": 0, "masks": masks})
+        self.callback.engine.bind(self.model, entries, [self.optimizer], [False], NoHost())
+        self.callback.calendar = Calendar(every=100, start=0, stop=ENDLESS)
 
     def run_peer(self) -> None:
         self.peer._rigl_step()
 
     def run_ours(self) -> None:
-        self.callback.before_optimizer_step(self.optimizer, 0)
-        if self.callback.replacing:
-            self.callback.withhold(self.optimizer)
+        engine = self.callback.engine
+        if engine.before(self.optimizer, tick=0).replaced:
+            engine.withhold(self.optimizer)
         self.optimizer.step()
-        self.callback.release()
+        engine.conclude_skipped()
 
     def check(self) -> None:
         if self.callback.updates != 1:
-            raise RuntimeError(f"the callback made {self.callback.updates} updates where it had to make one; do not trust the times")
+            raise RuntimeError(
+                f"the callback made {self.callback.updates} updates where it had to make one; do not trust the times"
+            )
         for name, i in self.layers.items():
             mask, momentum = self.callback.masks[name], self.optimizer.state[self.own[name]]["momentum_buffer"]
             # rigl-torch clears the momentum of dropped weights at once, we do when they grow again
@@ -110,7 +131,9 @@ class Update:
                 (momentum * mask, self.peer_momenta[name]),
             )
             if not all(torch.equal(a.detach(), b.detach()) for a, b in pairs):
-                raise RuntimeError(f"{name}: our masks, weights or momenta differ from rigl-torch's; do not trust the times")
+                raise RuntimeError(
+                    f"{name}: our masks, weights or momenta differ from rigl-torch's; do not trust the times"
+                )
 
     def rows(self) -> Rows:
         return {"rigl-torch": self.run_peer, "sparse_callbacks": self.run_ours}
@@ -182,7 +205,9 @@ class Threshold:
 
     def rows(self) -> Rows:
         return {
-            "topk of everything (full sort)": self.each("sort", lambda w, k: w.abs().view(-1).topk(w.numel())[0][k - 1]),
+            "topk of everything (full sort)": self.each(
+                "sort", lambda w, k: w.abs().view(-1).topk(w.numel())[0][k - 1]
+            ),
             "topk": self.each("topk", lambda w, k: w.abs().view(-1).topk(k, sorted=False).values.min()),
             "kthvalue": self.each("kthvalue", lambda w, k: w.abs().view(-1).kthvalue(w.numel() - k + 1).values),
             "sparse_callbacks": self.each("ours", ops.kth_largest),
@@ -210,7 +235,8 @@ def timed(case: Case, rounds: int, clock: Callable[[], float]) -> dict[str, list
 
 
 def ratios(seconds: dict[str, list[float]], name: str, reference: str) -> tuple[float, float, float]:
-    """Median, smallest and largest ratio, over rounds, of a row's time and the time of `reference` in the same round."""
+    """Median, smallest and largest ratio, over rounds, of a row's time and the time of `reference` in the same
+    round."""
     each = [a / b for a, b in zip(seconds[name], seconds[reference], strict=True)]
     return statistics.median(each), min(each), max(each)
 
@@ -234,7 +260,9 @@ def table(case: Case, seconds: dict[str, list[float]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="number of measured rounds, after one that warms up")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="numbers of torch threads, with tables for each")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[1], help="numbers of torch threads, with tables for each"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, masks and gradients")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -242,8 +270,10 @@ def main() -> None:
     weights = [p.detach().clone() for p in resnet50().parameters() if p.dim() > 1]
     text = (
         f"# Topology update on ResNet-50 ({sum(w.numel() for w in weights) / 1e6:.1f} M weights)\n\n"
-        f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, float32. "
-        f"{arguments.rounds} rounds,\ninterleaved; equal results checked in every round. Written by `python benchmarks/update.py`.\n"
+        f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, "
+        "float32. "
+        f"{arguments.rounds} rounds,\ninterleaved; equal results checked in every round. Written by `python "
+        "benchmarks/update.py`.\n"
     )
     print(text)
     for threads in arguments.threads:

@@ -48,7 +48,7 @@ def take(
     for name, mask in masks.items():
         before, grown = weights.active_counts[name], mask & ~weights.masks[name]
         weights.set_mask(name, mask)
-        born, after = int(grown.count_nonzero()), weights.active_counts[name]
+        born, after = weights.count(name, grown), weights.active_counts[name]
         if born and not weights.has_copy(
             name
         ):  # with a dense copy a weight comes back with what it has learnt, state included
@@ -83,5 +83,5 @@ class EverActive:
 
     def share(self) -> float:
         """Share of all sparse weights that were ever active."""
-        ever = sum(int(self._aux[f"ever_active/{n}"].count_nonzero()) for n in self._weights.params)
+        ever = sum(self._weights.count(n, self._aux[f"ever_active/{n}"]) for n in self._weights.params)
         return ever / self._weights.size_of_all

@@ -44,7 +44,7 @@ class SparseWeights:
     def set_mask(self, name: str, mask: Tensor) -> None:
         """Take ``mask`` (bool, shape of the parameter); :meth:`write_masked` brings it into the values."""
         self.masks[name] = mask
-        self._counts[name] = layout_of(self.params[name]).total(int(mask.count_nonzero()))
+        self._counts[name] = self.count(name, mask)
         if name not in self._factors:
             self._factors[name] = torch.empty_like(self.params[name], requires_grad=False)
         self._factors[name].copy_(mask)  # a float factor multiplies twice as fast as a bool one
@@ -78,9 +78,14 @@ class SparseWeights:
             first = next(iter(self._uncounted.values())).device
             counts = torch.stack([f.count_nonzero().to(first) for f in self._uncounted.values()]).tolist()
             for (name, factor), count in zip(self._uncounted.items(), counts, strict=True):
-                self._counts[name] = count * (self.params[name].numel() // factor.numel())
+                whole = count * (self.params[name].numel() // factor.numel())
+                self._counts[name] = layout_of(self.params[name]).total(whole)
             self._uncounted = {}
         return self._counts
+
+    def count(self, name: str, where: Tensor) -> int:
+        """Positions of a parameter at which ``where`` (bool, its shape) is True, over all processes that hold a part of it."""
+        return layout_of(self.params[name]).total(int(where.count_nonzero()))
 
     def size(self, name: str) -> int:
         """Weights of a parameter, active or not."""
