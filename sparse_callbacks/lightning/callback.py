@@ -199,7 +199,7 @@ class SparsityCallback(Method, AnyCallback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._leave(pl_module)
-        self.fit_state.restored = None
+        self.fit_state.restored = self.saved = None  # also of a fit that was refused
 
     # ------------------------------------------------------------------ parts of the hooks
 
