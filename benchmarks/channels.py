@@ -1,5 +1,6 @@
-"""SMCP on ResNet-20 and Fashion-MNIST: accuracy under budgets of FLOPs with soft and hard masks, and what the slim
-networks take.
+"""Measures SMCP on ResNet-20: accuracy under budgets of FLOPs, and times of the slim networks.
+
+The data is Fashion-MNIST, and masks are soft or hard (see hard_masks.py).
 
     python benchmarks/channels.py --root FOLDER --jobs 2 --runs KEPT
 
@@ -150,8 +151,7 @@ class Noise(pl.LightningModule):
 
 
 def budget_table(folder: Path, batch: int = 32) -> str:
-    """Budgets of latency, what the table makes of the networks that were solved for, and what they take when
-    measured."""
+    """Budgets of latency: the time of each network solved for, by the table and measured."""
     said: list[str] = []
     table = measure(resnet20(SHAPE, 10), "resnet20", batch, SHAPE, report=said.append)
     table.save(folder / "table.json")

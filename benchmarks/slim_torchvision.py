@@ -1,4 +1,4 @@
-"""Slimming over torchvision's classifiers: half of all channels masked at random, removed, and the outputs compared.
+"""Slims torchvision's classifiers with half of all channels masked, and compares the outputs.
 
 Run ``python benchmarks/slim_torchvision.py``; it writes ``docs/slimming.md``, a row after each model. Names of models
 as arguments measure only those and print the rows. Needs the extras ``train`` and ``channels``.

@@ -235,8 +235,7 @@ def timed(case: Case, rounds: int, clock: Callable[[], float]) -> dict[str, list
 
 
 def ratios(seconds: dict[str, list[float]], name: str, reference: str) -> tuple[float, float, float]:
-    """Median, smallest and largest ratio, over rounds, of a row's time and the time of `reference` in the same
-    round."""
+    """Median, smallest and largest ratio of a row's time to that of `reference` in the same round."""
     each = [a / b for a, b in zip(seconds[name], seconds[reference], strict=True)]
     return statistics.median(each), min(each), max(each)
 
