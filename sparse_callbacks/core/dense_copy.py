@@ -28,6 +28,9 @@ class DenseCopy:
         """Names of the parameters that have a copy."""
         return list(self._buffers)
 
+    def __len__(self) -> int:
+        return len(self._buffers)
+
     def __contains__(self, name: str) -> bool:
         return name in self._buffers
 

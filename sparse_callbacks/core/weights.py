@@ -124,9 +124,10 @@ class SparseWeights:
             finite: whether all values are known to be finite. Otherwise pruned weights are filled with zeros, which
                 costs more than a multiplication and is needed because inf * 0 is NaN.
         """
+        copied = bool(self._copy)
         for name in names:
             p = self.params[name]
-            if name in self._copy:
+            if copied and name in self._copy:
                 self._copy.swap_out([name])
                 if finite:
                     torch.mul(self._copy.values(name), self._factors[name], out=p.data)
@@ -186,13 +187,16 @@ class SparseWeights:
     def swap_in(self, names: Iterable[str]) -> None:
         """The parameters hold their dense values until :meth:`write_masked` or :meth:`swap_out`: for an optimizer
         step."""
+        if not self._copy:
+            return  # most methods have no copies: in small networks the calls below would show
         names = list(names)
         self.absorb_if_written(names)
         self._copy.swap_in(names)
 
     def swap_out(self, names: Iterable[str]) -> None:
         """Undo :meth:`swap_in`; what the step did stays in the dense values."""
-        self._copy.swap_out(names)
+        if self._copy:
+            self._copy.swap_out(names)
 
     def absorb_if_written(self, names: Iterable[str]) -> None:
         """:meth:`absorb` what was written since :meth:`write_masked`, if torch saw it: the user clamped weights,
@@ -203,7 +207,7 @@ class SparseWeights:
     def absorb(self, names: Iterable[str]) -> None:
         """Take into the dense values what somebody else wrote into the parameters, by the mask or factor that is in
         force."""
-        for name in names:
+        for name in names if self._copy else ():
             dense = self._copy.waiting(name)
             if dense is not None:
                 dense.copy_(undone(self.params[name].detach(), self._factors[name], dense))
