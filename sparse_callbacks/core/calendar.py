@@ -1,4 +1,4 @@
-"""When the masks move: the time arguments of a method, resolved against the length of a run."""
+"""Calendar of mask updates: the time arguments of a method, resolved against the length of a run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,8 +6,8 @@ from numbers import Real
 
 from sparse_callbacks.core.schedules import to_steps
 
-UPDATES_WORTH_HAVING = 10  # a default interval leaves this many in the window where it can
-STEPS_BETWEEN = 10  # and this many steps for grown weights to grow in
+UPDATES_WORTH_HAVING = 10  # the default interval is shortened until so many updates fit between start and stop
+STEPS_BETWEEN = 10  # but not below so many steps, which grown weights need to grow in
 
 Time = int | float
 """Optimizer steps (int) or a fraction of the run (float)."""
@@ -15,12 +15,12 @@ Time = int | float
 
 @dataclass(frozen=True)
 class RunLength:
-    """How long a run is, asked for only where an argument needs it: some hosts make their loaders for the answer.
+    """How long a run is. Functions rather than numbers, because some hosts must make their loaders for the answer.
 
     Attributes:
-        total: gives the optimizer steps of the run, infinite where it has no known end.
-        epoch: gives the optimizer steps of an epoch, infinite where the loader has no length.
-        lenient: a trial run (``fast_dev_run``): whatever does not fit is cut instead of refused.
+        total: a function that returns the optimizer steps of the run; infinite where the run has no known end.
+        epoch: a function that returns the optimizer steps of an epoch; infinite where the loader has no length.
+        lenient: True for a trial run (``fast_dev_run``): times that do not fit are cut instead of refused.
     """
 
     total: Callable[[], float]
@@ -32,8 +32,9 @@ class RunLength:
 class Calendar:
     """Updates at ``start``, ``start + every``, ... up to ``stop`` (included), in optimizer steps.
 
-    With ``final`` there is one at ``stop`` too, also off the grid (a method that must arrive at its target). With
-    ``until`` the grid goes on behind ``stop`` (where the method's curve ends) up to a last update at ``until``.
+    With ``final`` there is an update at ``stop`` even where ``stop`` is not on that grid, for a method that must arrive
+    at its target. With ``until`` the grid continues after ``stop``, where the method's curve ends, and a last update
+    comes at ``until``.
     """
 
     every: int
@@ -44,42 +45,44 @@ class Calendar:
 
     @property
     def last(self) -> int:
-        """No update comes after this step."""
+        """The last step that an update may come at."""
         return self.stop if self.until is None else self.until
 
     def times(self) -> list[int]:
-        """In whole numbers, for a checkpoint."""
+        """The calendar as a list of whole numbers, which a checkpoint stores."""
         return [self.every, self.start, self.stop, *([] if self.until is None else [self.until])]
 
     def next(self, step: int, first_update: int, done: int | None) -> int | None:
         """The first update at or after ``step`` that is not the one already ``done``; None when there is none left.
 
         Args:
-            step: gradient steps.
-            first_update: where the grid of updates begins.
-            done: the step of the latest update that has happened; None where there was none.
+            step: the optimizer step to search from.
+            first_update: the step at which the grid of updates begins.
+            done: the step of the latest update that was made; None before the first update.
         """
         first = max(step if done is None else max(step, done + 1), first_update)
-        on_grid = first_update + -(-(first - first_update) // self.every) * self.every  # rounded up
+        on_grid = first_update + -(-(first - first_update) // self.every) * self.every  # -(-a // b): rounded up
         found = [on_grid, *([self.stop] if self.final else []), *([] if self.until is None else [self.until])]
         return min((f for f in found if first <= f <= self.last), default=None)
 
 
 def check_times(start: Time, stop: Time, every: Time | None) -> None:
-    """Refuse what no run can make right, before there is a run.
+    """Refuse times that are wrong whatever the length of the run, when a method is constructed.
 
     Raises:
-        ValueError: a value that is no time, ``stop`` before ``start``, or an interval longer than ``stop - start``.
+        ValueError: a value that is not a time, ``stop`` before ``start``, or an interval longer than ``stop - start``.
     """
     for name, value in (("start", start), ("stop", stop)):
         to_steps(value, 1, name)
+    # bool is an int: to_steps below refuses True and False with a message of its own
     if every is not None and not isinstance(every, bool) and isinstance(every, Real) and every <= 0:
         raise ValueError(
-            f"every={every!r} is no interval between updates. Give optimizer steps (1 or more) or a fraction of the "
-            "run."
+            f"every={every!r} is not an interval between updates. Give optimizer steps (1 or more) or a fraction of "
+            "the run."
         )
     if every is not None:
         to_steps(every, 1, "every")
+    # steps and fractions can be compared only when the length of the run is known
     if type(start) is type(stop) and stop < start:
         raise ValueError(f"stop={stop!r} lies before start={start!r}. Give a stop at or after the start.")
     if every is not None and type(start) is type(stop) is type(every) and every > stop - start:
@@ -96,15 +99,17 @@ def resolve_times(
     final: bool = False,
     inform: Callable[[str], None] = lambda _: None,
 ) -> Calendar:
-    """The calendar of a run.
+    """The calendar of a run, its time arguments turned into optimizer steps.
 
     Args:
-        every, start, stop: as in :func:`check_times`; ``every=None`` is ``published_every``, shortened down to ten
-            where a short run leaves fewer than ten updates (``inform`` is called with a sentence that says so).
+        every: the interval between updates. None: ``published_every``, which is shortened, to no less than ten steps,
+            where fewer than ten updates would fit between start and stop; ``inform`` then receives a sentence about it.
+        start: the time of the first update.
+        stop: the time of the last update.
         published_every: the interval of the paper, in optimizer steps.
         run: the length of the run.
-        final: see :class:`Calendar`.
-        inform: takes a sentence for the user.
+        final: whether an update comes at ``stop`` in any case; see :class:`Calendar`.
+        inform: a function that shows a sentence to the user.
 
     Raises:
         ValueError: a fraction of an endless run, ``stop`` before ``start``, an interval longer than ``stop - start``.
@@ -146,6 +151,7 @@ def resolve_times(
 
 
 def _too_long(every: Time, start: Time, stop: Time, steps: str = "") -> str:
+    """The error for an interval longer than the time between start and stop."""
     return (
         f"every={every!r} is longer than stop - start with start={start!r}, stop={stop!r}{steps}: the masks would "
         "hardly ever move. "

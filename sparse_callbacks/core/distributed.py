@@ -1,4 +1,4 @@
-"""Ranks of one run: every rank holds the same masks."""
+"""Collective operations that keep masks and statistics the same on every rank of a run."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,19 +14,19 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """Rank of this process, from 0; 0 without a process group."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def total(tensors: Iterable[Tensor]) -> None:
-    """Give every rank the sum over ranks of each tensor, in place."""
+    """Replace each tensor by its sum over ranks, in place."""
     if world_size() > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)
 
 
 def agree(masks: Iterable[Tensor]) -> None:
-    """Give every rank the masks of rank 0, in place, in one message."""
+    """Replace the masks of every rank by those of rank 0, in place, in one broadcast."""
     tensors = list(masks)
     if world_size() == 1 or not tensors:
         return
@@ -48,7 +48,12 @@ def mean(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def from_owners(tensors: Mapping[str, Tensor], owner: Mapping[str, int]) -> dict[str, Tensor]:
-    """Copies of the tensors of the ranks that own them, the same on every rank."""
+    """Each tensor as the rank that owns it has it, copied to every rank.
+
+    Args:
+        tensors: the tensors of this rank by key; keys, shapes and their order are the same on every rank.
+        owner: the rank whose tensor is copied, by key.
+    """
     copies = {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
     for key, copy in copies.items():
         dist.broadcast(copy, src=owner[key])
@@ -56,7 +61,7 @@ def from_owners(tensors: Mapping[str, Tensor], owner: Mapping[str, int]) -> dict
 
 
 def gather(mine: Any) -> list[Any]:
-    """What every rank has, in their order, on rank 0; nothing on the others."""
+    """The objects of all ranks in the order of the ranks, on rank 0; an empty list on the other ranks."""
     everybody: list[Any] = [None] * world_size()
     dist.gather_object(mine, everybody if rank() == 0 else None)
     return everybody if rank() == 0 else []

@@ -1,4 +1,4 @@
-"""Dense gradients of the current step, wherever they are by then."""
+"""Dense gradients of the current step, kept for methods after the gradients are masked or taken away."""
 
 from collections.abc import Iterable, Mapping
 from weakref import WeakKeyDictionary
@@ -8,20 +8,25 @@ from torch.optim import Optimizer
 
 from sparse_callbacks.core.weights import SparseWeights
 
-# Gradients that an update took away in a step (its number, gradients by id), for all callbacks on the same optimizer.
+# For each optimizer the latest step in which a mask update took its gradients away, and these gradients by id of the
+# parameter. One table for the process, because several callbacks may share an optimizer.
 _withheld: WeakKeyDictionary[Optimizer, tuple[int, dict[int, Tensor]]] = WeakKeyDictionary()
 
 
 class DenseGradients:
-    """They are in ``p.grad``; or, in manual optimization, copies made before masking; or taken away by a mask
-    update."""
+    """The dense gradient of each sparse parameter in the current step, from whichever place holds it.
+
+    That is ``p.grad`` as a rule, a copy made before masking in manual optimization, or the gradients that a mask update
+    took away from the optimizer.
+    """
 
     def __init__(self, params: Mapping[str, nn.Parameter]) -> None:
         self._params = params
+        # by name: the masked ``p.grad``, its version after masking (torch counts writes in place), its dense copy
         self._kept: dict[str, tuple[Tensor, int, Tensor]] = {}
 
     def of(self, name: str, optimizer: Optimizer, tick: int) -> Tensor | None:
-        """Dense gradient of a sparse parameter in step ``tick`` of its optimizer; None if it took no part."""
+        """Dense gradient of a sparse parameter in step ``tick`` of its optimizer; None if it has no gradient."""
         if name in self._kept:
             return self._kept[name][2]
         p = self._params[name]
@@ -29,12 +34,12 @@ class DenseGradients:
 
     @staticmethod
     def withheld(optimizer: Optimizer, tick: int) -> dict[int, Tensor]:
-        """Gradients by ``id`` of parameter that some callback took away from ``optimizer`` in this very step."""
+        """Gradients, by ``id`` of the parameter, that any callback took away from ``optimizer`` in step ``tick``."""
         when, taken = _withheld.get(optimizer, (-1, {}))
         return taken if when == tick else {}
 
     def take_away(self, optimizer: Optimizer, tick: int) -> None:
-        """Leave ``optimizer`` without gradients, so that its step moves nothing: no value, no momentum, no counter."""
+        """Leave ``optimizer`` without gradients, so that its step changes no value, momentum or step counter."""
         taken = self.withheld(optimizer, tick)
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             if p.grad is not None:
@@ -43,23 +48,30 @@ class DenseGradients:
         _withheld[optimizer] = (tick, taken)
 
     def keep_and_mask(self, name: str, weights: SparseWeights, scale: float) -> None:
-        """Copy a gradient before it is masked; over several backwards, what was masked before is added."""
+        """Copy a gradient and mask it; over several backward passes, add what was masked after the earlier passes.
+
+        Args:
+            name: the name of a sparse parameter.
+            weights: the sparse weights that hold the parameter's mask.
+            scale: the loss scale by which the gradient is divided in the copy.
+        """
         if (gradient := self._params[name].grad) is None:
             return
         seen, version, dense = self._kept.get(name, (None, 0, gradient))
-        # one write since the copy: a backward that added to it; zero_grad in between is another tensor or two writes
+        # Exactly one write in place since the copy: a backward pass added to the masked gradient. After a zero_grad in
+        # between it is another tensor, or was written twice (zeroed, then added to), and the copy is out of date.
         added = weights.at_pruned(name, dense) if seen is gradient and gradient._version == version + 1 else 0.0
         dense = gradient / scale + added
         weights.mask_gradient(name)
         self._kept[name] = (gradient, gradient._version, dense)
 
     def forget(self, names: Iterable[str]) -> None:
-        """The step that the copies were made for is over."""
+        """Drop the copies of the named gradients, once the step that they were made for is over."""
         for name in names:
             self._kept.pop(name, None)
 
     @staticmethod
     def free(optimizers: Iterable[Optimizer]) -> None:
-        """Free what was taken away."""
+        """Free the gradients that were taken away from ``optimizers``."""
         for optimizer in optimizers:
             _withheld.pop(optimizer, None)

@@ -1,4 +1,4 @@
-"""What a sparse method needs to know about torch optimizers."""
+"""Torch optimizers under masks: which can keep a mask, which parameters they step, and their state."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,8 +24,8 @@ _ELEMENTWISE = (
 )
 
 
-# State of which these take square roots.
-_ROOTED = {
+# The state whose square root each of these optimizers takes in every step.
+_SQUARE_ROOT_STATE = {
     torch.optim.Adam: "exp_avg_sq",
     torch.optim.AdamW: "exp_avg_sq",
     torch.optim.NAdam: "exp_avg_sq",
@@ -33,7 +33,8 @@ _ROOTED = {
     torch.optim.RMSprop: "square_avg",
     torch.optim.Adagrad: "sum",
 }
-_SMALL = 2.0**-40  # a hundred decays by 0.6 a step leave it a normal number
+# Far above float32's smallest normal number (2**-126): it stays a normal number over a hundred decays by 0.6.
+_SMALL_MEAN_SQUARE = 2.0**-40
 
 
 def stepped(*optimizers: Optimizer) -> set[int]:
@@ -44,8 +45,8 @@ def stepped(*optimizers: Optimizer) -> set[int]:
 class Ownership:
     """Which optimizer (by index) steps which sparse parameter.
 
-    A parameter in several optimizers belongs to the first: its masks move on that one's calendar, and all of them keep
-    it masked.
+    A parameter in several optimizers belongs to the first: its mask is updated on the calendar of the first optimizer,
+    and stays applied after the steps of every one.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], params: Mapping[str, Tensor]) -> None:
@@ -54,10 +55,11 @@ class Ownership:
         """Names of the parameters that each optimizer steps."""
         first = {n: i for i in reversed(range(len(optimizers))) for n in self.steps[i]}
         self.owns = [[n for n in names if first[n] == i] for i, names in enumerate(self.steps)]
-        """Names of the parameters whose calendar each optimizer keeps."""
+        """Names of the parameters that belong to each optimizer, whose masks are updated on its calendar."""
         self._params = params
 
     def index(self, optimizer: Optimizer) -> int:
+        """Position of ``optimizer`` among the optimizers of the run."""
         return self.optimizers.index(optimizer)
 
     def clear(self, name: str, where: Tensor) -> None:
@@ -68,8 +70,10 @@ class Ownership:
 
 
 def is_elementwise(optimizer: Optimizer) -> bool:
-    """True where a pruned weight's gradient cannot change another weight's update (a subclass may do anything:
-    False)."""
+    """Whether a pruned weight's gradient cannot change another weight's update.
+
+    Only the listed classes count: a subclass may override ``step`` and do anything, so it gives False.
+    """
     return type(optimizer) in _ELEMENTWISE
 
 
@@ -77,8 +81,8 @@ def refuse(optimizers: Iterable[Optimizer], scaler: bool) -> None:
     """Refuse optimizers under which a mask cannot be kept.
 
     Args:
-        optimizers: of the run.
-        scaler: True under fp16 with a GradScaler.
+        optimizers: every optimizer of the run.
+        scaler: True where a GradScaler scales the loss (fp16).
 
     Raises:
         ValueError: LBFGS (several closure calls a step), or a fused optimizer under a GradScaler.
@@ -96,6 +100,7 @@ def refuse(optimizers: Iterable[Optimizer], scaler: bool) -> None:
 
 
 def several_closures(name: str) -> str:
+    """The error for an optimizer, named ``name``, that calls its closure several times in a step."""
     return (
         f"{name} calls its closure several times in one step, so there is no single gradient that a mask update could "
         "use. "
@@ -105,10 +110,10 @@ def several_closures(name: str) -> str:
 
 @torch.no_grad()
 def clear_state(optimizer: Optimizer, parameter: Tensor, where: Tensor) -> None:
-    """Zero every per-element state tensor (momentum, exp_avg, exp_avg_sq, ...) of ``parameter`` at ``where`` (bool, its
-    shape).
+    """Zero every per-element state tensor (momentum, exp_avg, exp_avg_sq, ...) of ``parameter`` at some positions.
 
-    Scalars such as Adam's ``step`` stay; a parameter without state yet is left alone.
+    ``where`` is a bool tensor of the parameter's shape, True at these positions. Scalars such as Adam's ``step`` stay;
+    a parameter without state yet is left alone.
     """
     for value in optimizer.state.get(parameter, {}).values():
         if isinstance(value, Tensor) and value.shape == parameter.shape:
@@ -118,13 +123,15 @@ def clear_state(optimizer: Optimizer, parameter: Tensor, where: Tensor) -> None:
 @torch.no_grad()
 def lift_roots(optimizer: Optimizer, parameter: Tensor, pruned: Tensor) -> None:
     """Give the mean squared gradient of ``pruned`` weights (bool, shape of ``parameter``) a small normal value, and
-    clear the rest of their state. Only where their gradients are always zero.
+    clear the rest of their state, so that an optimizer on the CPU steps faster.
 
-    Mean squares fade to zero there, and torch's CPU square root is some six times slower on zeros and denormals than on
-    normal numbers. Nobody reads a pruned weight's state: its value is masked, and growing clears the state again. The
-    state of active weights is not touched. Fused optimizers and other devices have no such slow root.
+    Call it only where the gradients of pruned weights are always zero. Their mean squares fade to zero then, and
+    torch's CPU square root is some six times slower on zeros and denormals than on normal numbers. The written value
+    has no effect on training: a pruned weight stays masked, and its state is cleared again when it grows. The state of
+    active weights is not touched. Nothing is done for fused optimizers and on other devices, whose square roots are not
+    slow.
     """
-    key = _ROOTED.get(type(optimizer))
+    key = _SQUARE_ROOT_STATE.get(type(optimizer))
     if (
         key is None
         or parameter.device.type != "cpu"
@@ -132,14 +139,16 @@ def lift_roots(optimizer: Optimizer, parameter: Tensor, pruned: Tensor) -> None:
         or key not in optimizer.state.get(parameter, {})
     ):
         return
-    clear_state(optimizer, parameter, pruned)  # what is left of a first moment must not be divided by a small root
-    optimizer.state[parameter][key].masked_fill_(pruned, _SMALL)
+    clear_state(optimizer, parameter, pruned)  # a leftover first moment over a small root would be a huge update
+    optimizer.state[parameter][key].masked_fill_(pruned, _SMALL_MEAN_SQUARE)
 
 
 def all_finite(gradients: Sequence[Tensor]) -> Tensor | bool:
-    """No element is inf or NaN: a bool for gradients on the CPU, elsewhere a 0-d bool tensor that nobody has waited for
-    yet."""
+    """Whether no element of ``gradients`` is inf or NaN.
+
+    A bool for gradients on the CPU. On other devices a 0-d bool tensor, so that the caller decides when to wait for it.
+    """
     if all(g.device.type == "cpu" for g in gradients):
-        # a sum reads the memory once; finite values can overflow it, so a 'no' is looked at again
+        # a sum reads the memory once, but finite values can overflow it: only then is each element checked
         return all(math.isfinite(g.sum().item()) or bool(g.isfinite().all()) for g in gradients)
     return torch.stack([g.abs().amax().to(gradients[0].device) for g in gradients]).isfinite().all()

@@ -1,4 +1,4 @@
-"""What a callback is going to do, parameter by parameter, as a table to read before training."""
+"""Plan of a callback: the target sparsity of every parameter, as a table to read before training."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ class Plan:
         for row in self.rows:
             if row.name == name:
                 return row
-        raise KeyError(f"{name!r} is no parameter of the model. Known: {', '.join(r.name for r in self.rows)}.")
+        raise KeyError(f"{name!r} is not a parameter of the model. Known: {', '.join(r.name for r in self.rows)}.")
 
     @property
     def weights(self) -> int:
@@ -66,10 +66,12 @@ class Plan:
 
     @property
     def total(self) -> float:
+        """Planned sparsity over the selected weights."""
         return self.zeros / max(1, self.weights)
 
     @property
     def model(self) -> float:
+        """Planned sparsity over all parameters of the model."""
         return self.zeros / max(1, sum(r.size for r in self.rows))
 
     def __str__(self) -> str:
@@ -101,7 +103,7 @@ class Plan:
 def _aligned(rows: Sequence[tuple[str, ...]], rules: tuple[int, ...]) -> list[str]:
     """Text columns: numbers to the right, words to the left, a rule before each row index in ``rules``."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    right = {2, 3, 4}
+    right = {2, 3, 4}  # weights, sparsity, zeros
     lines = []
     for index, row in enumerate(rows):
         if index in rules:
@@ -112,7 +114,7 @@ def _aligned(rows: Sequence[tuple[str, ...]], rules: tuple[int, ...]) -> list[st
 
 
 def plan_rows(entries: Sequence[Entry], zeros: dict[str, int]) -> tuple[Row, ...]:
-    """Rows for all ``entries``; ``zeros`` holds the planned zeros of the selected parameters by name."""
+    """Rows for all ``entries``; ``zeros`` maps the name of each selected parameter to its planned number of zeros."""
     return tuple(
         Row(
             e.name,

@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 KeepDense = Literal["first", "last", "both"]
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+# How many equal matrices torch stacks in each weight of these modules, one for each gate.
 _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1, "LSTMCell": 4, "GRUCell": 3, "RNNCell": 1}
 NOT_TRAINED = ("frozen (requires_grad=False)", "in no optimizer")
 _EMBEDDING = "embedding: sparse only where include= names it"
@@ -20,12 +21,20 @@ _EMBEDDING = "embedding: sparse only where include= names it"
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter of a model: what it is, and why it stays dense if it does.
+    """One parameter of a model: its shape, the layers stacked in it, and the reason if it stays dense.
 
-    ``parts`` equal matrices are stacked along dimension 0 (three in the in-projection of an attention, one per gate in
-    an LSTM); each is a layer of its own for distributions and for updates. ``shape`` is the shape of one of them in the
-    order (outputs, inputs of one output, *kernel*), also for ``transposed`` convolutions, which are stored with the
-    inputs first.
+    Distributions and updates treat every stacked matrix as a layer of its own.
+
+    Attributes:
+        name: the parameter's name in ``model.named_parameters()``.
+        size: the number of elements of the parameter.
+        full_shape: the shape of the parameter as torch stores it.
+        shape: the shape of one layer, always in the order (outputs, inputs of one output, *kernel*); empty where the
+            parameter can never be sparse.
+        parts: the number of equal matrices stacked along dimension 0: three in the in-projection of an attention, one
+            for each gate in an LSTM, otherwise 1.
+        reason: why the parameter stays dense; empty where it becomes sparse.
+        transposed: True for the weight of a transposed convolution, which torch stores with the inputs first.
     """
 
     name: str
@@ -38,7 +47,7 @@ class Entry:
 
     @property
     def layers(self) -> list[str]:
-        """Names of the layers in this parameter: its own, or with an index where it stacks several."""
+        """Names of the layers in this parameter: its own name, with an index where several layers are stacked."""
         return [self.name] if self.parts == 1 else [f"{self.name}[{i}]" for i in range(self.parts)]
 
     def split(self, tensor: Tensor) -> Sequence[Tensor]:
@@ -47,11 +56,11 @@ class Entry:
 
 
 def layer_shapes(entries: Iterable[Entry]) -> dict[str, tuple[int, ...]]:
-    """(outputs, inputs of one output, *kernel*) of every layer that is sparse."""
+    """Shape (outputs, inputs of one output, *kernel*) of every layer that becomes sparse, by the layer's name."""
     return {layer: e.shape for e in entries if not e.reason for layer in e.layers}
 
 
-def _kernels(module: nn.Module) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+def _weights_that_may_be_sparse(module: nn.Module) -> Iterator[tuple[str, int, tuple[int, ...]]]:
     """Local name, number of stacked matrices and (out, in, *kernel) shape of every weight of ``module`` that may be
     sparse."""
     own = {name: p for name, p in module._parameters.items() if p is not None}
@@ -68,30 +77,37 @@ def _kernels(module: nn.Module) -> Iterator[tuple[str, int, tuple[int, ...]]]:
         gates = next(_GATES[c.__name__] for c in type(module).__mro__ if c.__name__ in _GATES)
         for name, p in own.items():
             if name.startswith("weight"):
-                parts = 1 if name.startswith("weight_hr") else gates
+                parts = (
+                    1 if name.startswith("weight_hr") else gates
+                )  # weight_hr projects the output of an LSTM: no gates
                 yield name, parts, (p.shape[0] // parts, p.shape[1])
 
 
 def _forward_shape(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The stored ``shape`` of a weight in the order (outputs, inputs of one output, *kernel*)."""
     if isinstance(module, _ConvTransposeNd):  # stored as (in, out / groups, *kernel)
         return (module.out_channels, module.in_channels // module.groups, *shape[2:])
     return shape
 
 
-def _why_not(module: nn.Module, local: str) -> str:
-    """Why the parameter ``local`` of ``module`` is never sparse."""
+def _reason_never_sparse(module: nn.Module, local: str) -> str:
+    """The reason why the parameter named ``local`` inside ``module`` is never sparse."""
     if isinstance(module, _NORMS) or "Norm" in type(module).__name__:
         return "norm"
     if "bias" in local:
         return "bias"
     if local in ("weight_orig", "weight_g", "weight_v") or local.startswith("original"):
         return "reparametrised: not a plain weight"
-    return f"no weight of a supported layer ({type(module).__name__})"
+    return f"not a weight of a supported layer ({type(module).__name__})"
 
 
 def entries(model: nn.Module) -> list[Entry]:
-    """Every parameter of ``model`` once, in the order of ``named_parameters``; ``reason`` is empty where it may be
-    sparse."""
+    """Every parameter of ``model`` once, in the order of ``named_parameters``; ``reason`` is empty where the parameter
+    may be sparse.
+
+    Raises:
+        ValueError: a parameter has no shape yet.
+    """
     roles: dict[int, Entry] = {}
     embeddings: set[int] = set()
     for module_name, module in model.named_modules():
@@ -104,11 +120,12 @@ def entries(model: nn.Module) -> list[Entry]:
                 )
             if p is not None and id(p) not in roles:
                 name = f"{module_name}.{local}" if module_name else local
-                roles[id(p)] = Entry(name, p.numel(), tuple(p.shape), reason=_why_not(module, local))
-        for local, parts, shape in _kernels(module):
+                roles[id(p)] = Entry(name, p.numel(), tuple(p.shape), reason=_reason_never_sparse(module, local))
+        for local, parts, shape in _weights_that_may_be_sparse(module):
             p = module._parameters[local]
             if isinstance(module, nn.Embedding | nn.EmbeddingBag):
                 embeddings.add(id(p))
+            # of the modules that share a tied weight, the first one decides on its layers
             if p is not None and roles[id(p)].shape == ():
                 roles[id(p)] = replace(
                     roles[id(p)], parts=parts, shape=shape, reason="", transposed=isinstance(module, _ConvTransposeNd)
@@ -116,6 +133,7 @@ def entries(model: nn.Module) -> list[Entry]:
     found = []
     for name, p in model.named_parameters():
         entry = replace(roles[id(p)], name=name)
+        # also where the embedding shares its weight with a Linear layer: a lookup table is sparse on request only
         found.append(replace(entry, reason=_EMBEDDING) if id(p) in embeddings else entry)
     return found
 
@@ -127,7 +145,8 @@ def patterns(value: str | Iterable[str] | None, argument: str) -> tuple[str, ...
     globs = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
     if not globs or not all(isinstance(g, str) and g for g in globs):
         raise ValueError(
-            f"{argument}={value!r} is no glob and no list of globs. Give for example {argument}=['conv*', 'fc.weight']."
+            f"{argument}={value!r} is neither a glob nor a list of globs. Give for example {argument}=['conv*', "
+            "'fc.weight']."
         )
     return globs
 
@@ -139,15 +158,17 @@ def select(
     keep_dense: KeepDense | None = None,
     trained: set[int] | None = None,
 ) -> list[Entry]:
-    """Every parameter of ``model``, with the reason why it stays dense or an empty one where it becomes sparse.
+    """Every parameter of ``model``, with the reason why it stays dense; the reason is empty where it becomes sparse.
 
     Args:
-        model: names are those of ``model.named_parameters()``; a tied weight counts once, and its other names match
-            too.
-        include: globs; only weights that match one become sparse. An embedding needs a glob other than ``"*"``.
-        exclude: globs; weights that match one stay dense.
-        keep_dense: keep the first, the last or both weights (in the order of registration) dense.
-        trained: ``id`` of every parameter that some optimizer steps; the others stay dense. None: all count as trained.
+        model: the model whose parameters are selected by their names in ``model.named_parameters()``. A tied weight
+            counts once, and a glob may match any of the names that it has.
+        include: globs over parameter names; only weights that match at least one glob become sparse. An embedding needs
+            a glob other than ``"*"``. None: every weight of a supported layer except embeddings.
+        exclude: globs over parameter names; weights that match at least one glob stay dense. None: no weight.
+        keep_dense: which weights, in the order of registration, stay dense: the first, the last or both. None: neither.
+        trained: the ``id`` of every parameter that some optimizer steps; other parameters stay dense. None: all
+            parameters count as trained.
 
     Raises:
         ValueError: a glob matches nothing, or nothing is left to make sparse; the message lists the candidates.
@@ -161,14 +182,16 @@ def select(
     names = {e.name: aliases[id(objects[e.name])] for e in found}
     for glob in include or ():
         if not any(fnmatchcase(n, glob) for e in candidates for n in names[e.name]):
-            raise ValueError(_nothing("include", glob, candidates))
+            raise ValueError(_matches_nothing("include", glob, candidates))
     for glob in exclude or ():
         if not any(fnmatchcase(n, glob) for some in names.values() for n in some):
-            raise ValueError(_nothing("exclude", glob, candidates))
+            raise ValueError(_matches_nothing("exclude", glob, candidates))
     kernels = [e.name for e in candidates if not e.reason]
+    # Candidates that a later rule keeps dense count too: the first and last layers are those of the network.
     ends = {"first": kernels[:1], "last": kernels[-1:], "both": kernels[:1] + kernels[-1:]}.get(keep_dense or "", [])
 
     def decide(entry: Entry) -> str:
+        # the first rule that applies is reported, so the order of these tests is seen by the user
         if entry not in candidates:
             return entry.reason or "empty"
 
@@ -211,7 +234,8 @@ def select(
     return chosen
 
 
-def _nothing(argument: str, glob: str, candidates: Sequence[Entry]) -> str:
+def _matches_nothing(argument: str, glob: str, candidates: Sequence[Entry]) -> str:
+    """The error for a glob of ``include`` or ``exclude`` that matches no parameter."""
     listed = ", ".join(e.name for e in candidates) or "none: the model has no supported layer"
     advice = "Use include=['*'] for every matrix and kernel." if argument == "include" else f"Drop it from {argument}=."
     return f"{argument}=[{glob!r}] matches no parameter that can be sparse. Candidates: {listed}. {advice}"

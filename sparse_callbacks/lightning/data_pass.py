@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from sparse_callbacks.core.host import Forward
 from sparse_callbacks.core.randomness import undisturbed
 
-ITEMS_COMPARED = 8  # a flip with probability one half is missed once in 256 times
-_compared: WeakSet[Any] = WeakSet()  # trainers whose data was fetched twice to see whether it differs
+ITEMS_COMPARED = 8  # a random flip with probability 1/2 in each fetch goes unnoticed in 1 of 256 runs
+_compared: WeakSet[Any] = WeakSet()  # trainers whose data was already checked for randomness: one warning for each
 
 
 def outputs(
@@ -27,50 +27,53 @@ def outputs(
     rank: int,
     train: Sequence[nn.Module] = (),
 ) -> Iterator[Any]:
-    """What the network gives for each batch of one pass: eval mode, no gradients, precision and device as in training.
+    """Outputs of the network for each batch of one pass: eval mode, no gradients, training's precision and device.
 
     Afterwards, also after an exception and where the iterator is closed early, every random generator and every
     module's ``training`` flag is as before; the training loader keeps its position. Compiled modules run eagerly, so
     their hooks fire.
 
     Args:
-        trainer: the host.
-        module: of the run.
-        forward: function of ``module`` and a batch; None: see :func:`call`.
-        loader_given: iterated as it is, ranks taking its batches in turn; None: see :func:`in_order`.
-        fraction: share of the batches, from the first on, in (0, 1]; at least one batch. Of those that an epoch of
-            training takes, where the host limits them.
-        world: processes in the run.
-        rank: of this one.
-        train: modules that stay in train mode, such as norms whose running statistics are taken.
+        trainer: the Trainer of the run.
+        module: the LightningModule of the run.
+        forward: a function of ``module`` and a batch that returns the output. None: the function :func:`call`.
+        loader_given: a loader that is iterated as it is; the ranks take its batches in turn. None: the training loader,
+            as :func:`in_order` arranges it.
+        fraction: the share of the batches, in (0, 1], that is used, beginning with the first; at least one batch. Where
+            the Trainer limits the batches of an epoch, it is a share of the limited number.
+        world: the number of processes in the run.
+        rank: the rank of this process.
+        train: the modules that stay in train mode, such as norms whose running statistics are collected.
 
     Raises:
-        ValueError: data that cannot be passed over, or batches that the network does not take.
+        ValueError: the data cannot be iterated in order, or the network does not accept its batches.
     """
     if not 0.0 < fraction <= 1.0:
-        raise ValueError(f"data_fraction={fraction!r} is no share of the batches in (0, 1]. For all of them give 1.0.")
+        raise ValueError(
+            f"data_fraction={fraction!r} is not a share of the batches in (0, 1]. For all of them give 1.0."
+        )
     with undisturbed(module):
         if loader_given is None:
             batches = in_order(trainer.train_dataloader, world, rank, whole=bool(train))
             _warn_if_random(trainer, batches, rank)
         else:
-            batches = _Dealt(loader_given, world, rank)
+            batches = _EveryNthBatch(loader_given, world, rank)
         module.eval()
         for part in train:
             part.train()
         limit = None if loader_given is not None else _limit(trainer)
-        for batch in islice(iter(batches), _count(batches, fraction, limit)):
+        for batch in islice(iter(batches), _batch_count(batches, fraction, limit)):
             with torch.no_grad(), trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
-                moved = _moved(trainer, module, batch)
+                moved = _as_in_training(trainer, module, batch)
                 found = call(module, moved) if forward is None else forward(module, moved)
-            yield found  # outside: what the caller does between two batches is done in its own mode
+            yield found  # outside of the contexts, so that the caller's code between two batches runs in its own mode
 
 
 def call(module: nn.Module, batch: Any) -> Any:
     """``module(batch)`` for a tensor, ``module(batch[0])`` for a tuple or list, ``module(**batch)`` for a mapping.
 
     Raises:
-        ValueError: another type, or the module does not take it.
+        ValueError: the batch has another type, or the module does not accept it.
     """
     try:
         if isinstance(batch, Tensor):
@@ -97,17 +100,19 @@ def call(module: nn.Module, batch: Any) -> Any:
 def in_order(loader: Any, world: int = 1, rank: int = 0, whole: bool = False) -> Any:
     """A loader of the same batches in the order of the data set, without shuffling or dropping.
 
-    Each rank sees every ``world``-th sample, and each sample is seen once. Of a sampler that holds ``indices`` (such as
-    ``SubsetRandomSampler``) only those are seen. A loader with a method ``in_order()`` says itself what the order is.
+    Each rank sees every ``world``-th sample, and each sample is seen once. Where the sampler holds ``indices`` (such as
+    ``SubsetRandomSampler``), only the samples at these indices are seen. A loader that has a method ``in_order()``
+    returns the ordered loader itself.
 
     Args:
-        loader: of the training data.
-        world, rank: processes in the run, and this one.
-        whole: leave out a last batch that the loader itself drops, or that is a single sample, of which norms take no
-            statistics.
+        loader: the loader of the training data.
+        world: the number of processes in the run.
+        rank: the rank of this process.
+        whole: True to leave out an incomplete last batch that the loader itself drops, or that is a single sample, from
+            which norms cannot take statistics.
 
     Raises:
-        ValueError: no such order is known.
+        ValueError: the loader is not a DataLoader over a data set with indices, or its batch size is not known.
     """
     if callable(own := getattr(loader, "in_order", None)):
         return own()
@@ -145,13 +150,14 @@ def _indices(loader: DataLoader[Any]) -> Sequence[int]:
     sampler: Any = (
         loader.sampler if loader.batch_sampler is None else getattr(loader.batch_sampler, "sampler", loader.sampler)
     )
+    # Lightning puts the user's sampler into a data set of its own in order to split it over ranks: unwrap it.
     while (inner := getattr(getattr(sampler, "dataset", None), "_sampler", None)) is not None:
         sampler = inner
     listed = sampler if isinstance(sampler, Sequence) else getattr(sampler, "indices", None)
     return range(len(loader.dataset)) if listed is None else [int(i) for i in listed]  # type: ignore[arg-type]
 
 
-class _Dealt:
+class _EveryNthBatch:
     """Every ``world``-th batch of a loader, from number ``rank`` on."""
 
     def __init__(self, loader: Any, world: int, rank: int) -> None:
@@ -165,14 +171,15 @@ class _Dealt:
 
 
 def _limit(trainer: Any) -> int | None:
-    """Batches of an epoch where the host takes fewer than there are (``limit_train_batches``, ``overfit_batches``)."""
+    """Batches of an epoch where the Trainer limits them (``limit_train_batches``, ``overfit_batches``); else None."""
     try:
         return trainer.num_training_batches if trainer.num_training_batches < len(trainer.train_dataloader) else None
     except TypeError:  # no length
         return None
 
 
-def _count(batches: Any, fraction: float, limit: int | None) -> int | None:
+def _batch_count(batches: Any, fraction: float, limit: int | None) -> int | None:
+    """The number of batches that the pass takes; None for all."""
     if limit is not None:
         return max(1, round(fraction * limit))
     if fraction == 1.0:
@@ -181,14 +188,14 @@ def _count(batches: Any, fraction: float, limit: int | None) -> int | None:
         return max(1, round(fraction * len(batches)))
     except TypeError as error:
         raise ValueError(
-            f"data_fraction={fraction:g} of a loader without a length is no number of batches. Give data_fraction=1.0, "
-            "or a loader with "
+            f"data_fraction={fraction:g} of a loader without a length is not a number of batches. Give "
+            "data_fraction=1.0, or a loader with "
             "__len__."
         ) from error
 
 
-def _moved(trainer: Any, module: nn.Module, batch: Any) -> Any:
-    """The batch as the training step would get it."""
+def _as_in_training(trainer: Any, module: nn.Module, batch: Any) -> Any:
+    """The batch with the precision and on the device that the training step would receive it."""
     batch = trainer.precision_plugin.convert_input(batch)
     before = getattr(module, "_on_before_batch_transfer", None)
     if before is not None:
@@ -197,13 +204,14 @@ def _moved(trainer: Any, module: nn.Module, batch: Any) -> Any:
 
 
 def _warn_if_random(trainer: Any, loader: Any, rank: int) -> None:
+    """Warn once for each Trainer if fetching the same items of the data set twice gives different values."""
     if trainer in _compared:
         return
     _compared.add(trainer)
     if (
         rank == 0
         and isinstance(loader, DataLoader)
-        and any(not _same(loader.dataset[i], loader.dataset[i]) for i in _first(loader))
+        and any(not _same_item(loader.dataset[i], loader.dataset[i]) for i in _first_indices(loader))
     ):
         warnings.warn(
             "the training data differs each time that it is fetched (random augmentation), and the statistics are "
@@ -213,16 +221,19 @@ def _warn_if_random(trainer: Any, loader: Any, rank: int) -> None:
         )
 
 
-def _first(loader: DataLoader[Any]) -> list[int]:
+def _first_indices(loader: DataLoader[Any]) -> list[int]:
+    """Indices of the first items, as many as are compared."""
     return list(islice(iter(loader.sampler), ITEMS_COMPARED))
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Whether two items of a data set are equal, as far as they are made of tensors, arrays, containers and numbers."""
-    if hasattr(one, "__array__"):  # NaN equals NaN
+def _same_item(one: Any, other: Any) -> bool:
+    """Whether two items of a data set are equal; parts of types other than those below count as equal."""
+    if hasattr(one, "__array__"):  # one != one holds for NaN only: two NaN at the same place count as equal
         return bool(one.shape == other.shape and ((one == other) | ((one != one) & (other != other))).all())
     if isinstance(one, Mapping):
-        return isinstance(other, Mapping) and one.keys() == other.keys() and all(_same(one[k], other[k]) for k in one)
+        return (
+            isinstance(other, Mapping) and one.keys() == other.keys() and all(_same_item(one[k], other[k]) for k in one)
+        )
     if isinstance(one, Sequence) and not isinstance(one, str | bytes):
-        return isinstance(other, Sequence) and len(one) == len(other) and all(map(_same, one, other))
+        return isinstance(other, Sequence) and len(one) == len(other) and all(map(_same_item, one, other))
     return not isinstance(one, int | float | str | bytes) or one == other or one != one

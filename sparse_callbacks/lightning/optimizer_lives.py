@@ -11,8 +11,8 @@ from sparse_callbacks.core.optimizer_life import RestartsOptimizers
 from sparse_callbacks.core.optimizers import stepped
 from sparse_callbacks.lightning.namespaces import Trainer
 
-# the argument of each schedule that says after how many of its own steps it has come to its end
-_HORIZONS: dict[type, str] = {
+# The constructor argument of each schedule that says after how many of its own steps it ends.
+_END_ARGUMENTS: dict[type, str] = {
     lr_scheduler.CosineAnnealingLR: "T_max",
     lr_scheduler.CosineAnnealingWarmRestarts: "T_0",
     lr_scheduler.OneCycleLR: "total_steps",
@@ -24,20 +24,22 @@ _HORIZONS: dict[type, str] = {
 
 
 def horizon(trainer: Trainer) -> float:
-    """Optimizer steps that the current optimizers live, or in ``configure_optimizers`` those that it makes: the length
-    of a phase where a callback such as :class:`~sparse_callbacks.GaP` restarts them (fine-tuning has its own),
-    otherwise of the run.
+    """Optimizer steps from the creation of the current optimizers to their end.
 
-    The LightningModule calls it as ``sparse_callbacks.horizon(self.trainer)``, in ``configure_optimizers`` or at any
-    time later, for example in the function of a ``LambdaLR``. An int, or inf for a run that has no end that is known.
+    That is the length of the phase where a callback such as :class:`~sparse_callbacks.GaP` restarts the optimizers (a
+    fine-tuning phase has a length of its own), otherwise the length of the run. An int, or inf for a run that has no
+    known end.
+
+    The LightningModule calls it as ``sparse_callbacks.horizon(self.trainer)``, in ``configure_optimizers`` for the
+    optimizers that it is about to make, or at any time later, for example in the function of a ``LambdaLR``.
 
     Without a callback that restarts optimizers, and in ``configure_optimizers`` of a resumed run, Lightning makes the
-    train loader for the answer, and does not restore its position. The function of a ``LambdaLR`` asks too early at
-    step 0, which its constructor calls; later it may ask: ``lambda step: 1.0 if step == 0 else 1 - step /
-    horizon(self.trainer)``.
+    train loader for the answer, and does not restore its position. The constructor of a ``LambdaLR`` already calls its
+    function, with step 0, which is too early; at later steps the function may ask: ``lambda step: 1.0 if step == 0 else
+    1 - step / horizon(self.trainer)``.
 
     Raises:
-        RuntimeError: the trainer runs no fit, so there is no phase yet.
+        RuntimeError: the trainer is not running a fit, so there is no phase yet.
     """
     if getattr(trainer, "lightning_module", None) is None:
         raise RuntimeError(
@@ -52,19 +54,21 @@ def horizon(trainer: Trainer) -> float:
 
 
 def length_of(trainer: Trainer) -> RunLength:
-    """The length of the Trainer's run, for a method that asks."""
+    """The length of the Trainer's run, in the form that methods take it."""
     return RunLength(lambda: run_length(trainer), lambda: epoch_length(trainer), bool(trainer.fast_dev_run))
 
 
 def run_length(trainer: Trainer) -> float:
-    """Optimizer steps of the run, accumulation and devices counted; infinite where it has no end that is known."""
+    """Optimizer steps of the run, accumulation and devices counted; infinite where the run has no known end."""
     steps = float(trainer.estimated_stepping_batches)
     return steps if steps > 0 else math.inf
 
 
 def epoch_length(trainer: Trainer) -> float:
-    """Optimizer steps of an epoch; infinite where the loader has no length. Makes the loader where there is none
-    yet."""
+    """Optimizer steps of an epoch; infinite where the loader has no length.
+
+    Lightning makes the train loader for the answer where it has not been made yet.
+    """
     if trainer.train_dataloader is None:
         trainer.fit_loop.setup_data()
     batches = float(trainer.num_training_batches)
@@ -72,18 +76,17 @@ def epoch_length(trainer: Trainer) -> float:
 
 
 def restart(trainer: Trainer) -> None:
-    """Run ``configure_optimizers`` again: new optimizers without state and new schedules take the place of the present
-    ones.
+    """Run ``configure_optimizers`` again: new optimizers without state and new schedules replace the current ones.
 
-    A GradScaler keeps its scale, and whoever reads ``trainer.optimizers`` or ``self.optimizers()`` finds the new ones.
-    Call it between two steps, on every rank.
+    A GradScaler keeps its scale; ``trainer.optimizers`` and ``self.optimizers()`` return the new optimizers. Call it
+    between two steps, on every rank.
 
     Raises:
-        ValueError: ``configure_optimizers`` now gives optimizers in another number, or leaves trained parameters out.
+        ValueError: ``configure_optimizers`` now returns another number of optimizers, or leaves trained parameters out.
     """
     for callback in trainer.callbacks:
         if isinstance(callback, RestartsOptimizers):
-            callback.begin_optimizer_life()  # before: configure_optimizers may ask for the horizon
+            callback.begin_optimizer_life()  # first, because configure_optimizers may call horizon()
     before: list[Optimizer] = list(trainer.optimizers)
     trainer.strategy.setup_optimizers(trainer)
     after: list[Optimizer] = list(trainer.optimizers)
@@ -105,13 +108,14 @@ def restart(trainer: Trainer) -> None:
 
 
 def check_horizons(trainer: Trainer, phase_steps: float, epoch_steps: float) -> None:
-    """Refuse a learning rate schedule that would be cut off in its middle at the end of a phase.
+    """Refuse a learning rate schedule that would be cut off at the end of a phase, before its own end.
 
     Args:
-        trainer: with optimizers and schedules set up.
-        phase_steps: optimizer steps that they live.
-        epoch_steps: optimizer steps of an epoch, for schedules over epochs. (In manual optimization Lightning does not
-            know when the user steps a schedule: it is taken as once a step, which refuses none that fits.)
+        trainer: a Trainer whose optimizers and schedules are set up.
+        phase_steps: the number of optimizer steps in the phase.
+        epoch_steps: the number of optimizer steps in an epoch, for schedules that step once an epoch. (In manual
+            optimization Lightning does not know when the user steps a schedule. One step of the schedule for each
+            optimizer step is assumed, so that no schedule that fits is refused.)
 
     Raises:
         ValueError: a schedule's known horizon, such as ``T_max`` or ``total_steps``, is longer than the phase.
@@ -120,9 +124,9 @@ def check_horizons(trainer: Trainer, phase_steps: float, epoch_steps: float) -> 
     for config in trainer.lr_scheduler_configs:
         over_epochs = automatic and config.interval == "epoch"
         unit = (epoch_steps if over_epochs else 1) * (config.frequency if automatic else 1)
-        for known, shown in _known(config.scheduler):
-            if known * unit > phase_steps:
-                means = "" if unit == 1 else f", that is {known * unit:g} optimizer steps,"
+        for length, shown in _known_ends(config.scheduler):
+            if length * unit > phase_steps:
+                means = "" if unit == 1 else f", that is {length * unit:g} optimizer steps,"
                 raise ValueError(
                     f"{shown}{means} is longer than the phase of {phase_steps:g} optimizer steps at whose end "
                     "optimizers and schedules are "
@@ -133,17 +137,21 @@ def check_horizons(trainer: Trainer, phase_steps: float, epoch_steps: float) -> 
                 )
 
 
-def _known(scheduler: Any, begins: float = 0) -> Iterator[tuple[float, str]]:
-    """(step of the schedule at which it comes to its end, how the user wrote it) for it and the schedules within it."""
+def _known_ends(scheduler: Any, begins: float = 0) -> Iterator[tuple[float, str]]:
+    """The known ends of ``scheduler`` and of the schedules within it, as pairs.
+
+    The first item is the step of the outermost schedule at which the end comes, the second the argument as the user
+    wrote it. ``begins`` is the step of the outermost schedule at which ``scheduler`` begins.
+    """
     after = f" behind {begins:g} steps of others" if begins else ""
     if isinstance(scheduler, lr_scheduler.SequentialLR):
         *cut, last = scheduler._milestones  # each schedule but the last ends at a milestone at the latest
         yield begins + last, f"{type(scheduler).__name__}(milestones={[*cut, last]}){after}"
-        yield from _known(scheduler._schedulers[-1], begins + last)
+        yield from _known_ends(scheduler._schedulers[-1], begins + last)
     elif isinstance(scheduler, lr_scheduler.ChainedScheduler):
         for inner in scheduler._schedulers:
-            yield from _known(inner, begins)
-    for kind, name in _HORIZONS.items():
+            yield from _known_ends(inner, begins)
+    for kind, name in _END_ARGUMENTS.items():
         if isinstance(scheduler, kind):
             value = getattr(scheduler, name)
             listed = sorted(value) if name == "milestones" else [value]

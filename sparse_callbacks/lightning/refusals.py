@@ -1,4 +1,4 @@
-"""Trainers, and callbacks beside ours, under which sparse training cannot work."""
+"""Refusals and warnings about a Trainer, its other callbacks and its checkpoint."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,20 +12,21 @@ from sparse_callbacks.core.checkpoint import check_state
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizers import is_elementwise
 
-# Classes are known by name: those of both Lightning packages, and of versions that do not have all of them.
+# Classes are recognised by name, because they exist twice (in pytorch_lightning and in lightning.pytorch) and not in
+# every version.
 _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "FSDP2Strategy")
 _AVERAGING = ("WeightAveraging", "StochasticWeightAveraging", "EMAWeightAveraging")
-
-
-_TUNER = (".lr_find_", ".scale_batch_size_")
+# How the names of the checkpoints begin that Lightning's tuner writes.
+_TUNER_PREFIXES = (".lr_find_", ".scale_batch_size_")
 
 
 def is_tuners(path: object) -> bool:
-    """A checkpoint that Lightning's tuner writes and restores by itself, before there is anything of ours to save."""
-    return Path(str(path)).name.startswith(_TUNER)
+    """Whether ``path`` is a checkpoint that Lightning's tuner writes and restores before callbacks have state."""
+    return Path(str(path)).name.startswith(_TUNER_PREFIXES)
 
 
-def _is_a(thing: object, names: Iterable[str]) -> bool:
+def _has_class_named(thing: object, names: Iterable[str]) -> bool:
+    """Whether the class of ``thing``, or a class that it inherits from, has one of ``names``."""
     return any(c.__name__ in names for c in type(thing).__mro__)
 
 
@@ -35,18 +36,18 @@ def refuse_host(trainer: Any) -> None:
     Raises:
         ValueError: a sharded strategy, weight averaging, or ModelPruning.
     """
-    if _is_a(trainer.strategy, _SHARDED):
+    if _has_class_named(trainer.strategy, _SHARDED):
         raise ValueError(
             f"{type(trainer.strategy).__name__} shards parameters, and masks are made for whole ones. Use "
             "strategy='ddp' or one device."
         )
     for callback in trainer.callbacks:
-        if _is_a(callback, _AVERAGING):
+        if _has_class_named(callback, _AVERAGING):
             raise ValueError(
                 f"{type(callback).__name__} averages weights over moving masks, so the average ends dense. Remove it "
                 "from callbacks=."
             )
-        if _is_a(callback, ("ModelPruning",)):
+        if _has_class_named(callback, ("ModelPruning",)):
             raise ValueError(
                 "ModelPruning re-parametrises the weights that this callback masks. Keep one of the two in callbacks=."
             )
@@ -56,8 +57,8 @@ def warnings_for(trainer: Any, dense_at_first: bool) -> Iterator[str]:
     """True and harmless things that the user should know before the first batch.
 
     Args:
-        trainer: with optimizers and schedulers set up.
-        dense_at_first: the method starts denser than its target.
+        trainer: a Trainer whose optimizers and schedules are set up.
+        dense_at_first: True where the method starts denser than its target.
     """
     for config in trainer.lr_scheduler_configs:
         if isinstance(config.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
@@ -77,8 +78,10 @@ def warnings_for(trainer: Any, dense_at_first: bool) -> Iterator[str]:
         )
     if dense_at_first:
         for callback in trainer.callbacks:
-            judges = _is_a(callback, ("ModelCheckpoint", "EarlyStopping")) and getattr(callback, "monitor", None)
-            if judges and not getattr(callback, "only_at_target", False):
+            compares = _has_class_named(callback, ("ModelCheckpoint", "EarlyStopping")) and getattr(
+                callback, "monitor", None
+            )
+            if compares and not getattr(callback, "only_at_target", False):
                 yield (
                     f"{type(callback).__name__}(monitor={callback.monitor!r}) also counts epochs before the target "
                     "sparsity is reached, "
@@ -89,8 +92,12 @@ def warnings_for(trainer: Any, dense_at_first: bool) -> Iterator[str]:
 
 
 def gradients_are_read(trainer: Any, module: Any, optimizer: Optimizer) -> bool:
-    """Whether somebody reads gradients between backward and the step, so that those of pruned weights must be zero by
-    then."""
+    """Whether anything reads gradients between the backward pass and the step: clipping, an optimizer that mixes the
+    gradients of several weights, the user's hooks, or manual optimization.
+
+    The gradients of pruned weights must be masked before it does; otherwise masking the weights after the step is
+    enough.
+    """
     if trainer.gradient_clip_val or not is_elementwise(optimizer) or not module.automatic_optimization:
         return True
     if _overrides(module, "on_before_optimizer_step") or _overrides(module, "configure_gradient_clipping"):
@@ -99,7 +106,7 @@ def gradients_are_read(trainer: Any, module: Any, optimizer: Optimizer) -> bool:
 
 
 def _overrides(thing: object, hook: str) -> bool:
-    """The hook is the user's: neither missing nor one of Lightning's own classes."""
+    """Whether ``hook`` of ``thing`` is the user's own, rather than the default that Lightning's classes define."""
     return not getattr(type(thing), hook).__module__.startswith(("pytorch_lightning.", "lightning."))
 
 
@@ -107,12 +114,12 @@ def refuse_shared(mine: Method, names: Sequence[str], others: Iterable[Method]) 
     """Refuse two methods that claim the same parameter.
 
     Args:
-        mine: the method that is about to take hold of ``names``.
-        names: names of the parameters that it will make sparse.
-        others: methods that have taken hold of theirs.
+        mine: the method that is about to make parameters sparse.
+        names: the names of the parameters that ``mine`` will make sparse.
+        others: the methods that already have their parameters.
 
     Raises:
-        ValueError: a parameter that another method has.
+        ValueError: a parameter already belongs to another method.
     """
     for other in others:
         if both := sorted(set(names) & set(other.params)):
@@ -124,18 +131,18 @@ def refuse_shared(mine: Method, names: Sequence[str], others: Iterable[Method]) 
 
 
 def state_to_resume(method: Method, restored: Mapping[str, Any] | None, path: object) -> Mapping[str, Any] | None:
-    """The saved state that a fit goes on from, found to be the method's and of the same arguments.
+    """The saved state that a fit resumes from, after a check that the same method with the same arguments saved it.
 
     Args:
-        method: which resumes.
-        restored: what the checkpoint held for it, or None.
-        path: the checkpoint's path; empty without one.
+        method: the method that resumes.
+        restored: the state of the method in the checkpoint; None where the checkpoint has none.
+        path: the path of the checkpoint; empty where the fit starts without one.
 
     Returns:
         The state; None for a start with new masks.
 
     Raises:
-        ValueError: a checkpoint without state, or one of other arguments.
+        ValueError: the checkpoint holds no state of the method, or a state saved with other arguments.
     """
     if method.fresh_start or not path or (restored is None and is_tuners(path)):
         if path and restored is not None:
@@ -145,6 +152,6 @@ def state_to_resume(method: Method, restored: Mapping[str, Any] | None, path: ob
 
 
 def ends_run(trainer: Any) -> bool:
-    """Whether the batch that is over was the last of the run, as far as that is known beforehand."""
+    """Whether the batch that has just ended was the last of the run, by ``max_epochs`` and ``max_steps``."""
     last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs
     return bool(trainer.is_last_batch and last_epoch) or 0 <= trainer.max_steps <= trainer.global_step

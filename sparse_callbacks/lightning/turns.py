@@ -18,7 +18,7 @@ class TurnsTrainerHost(TrainerHost):
     """The :class:`~sparse_callbacks.core.host.TurnsHost` of a callback."""
 
     def _share_of_data(self) -> tuple[int, int]:
-        return 1, 0  # each network passes over all the data
+        return 1, 0  # (processes, rank) as in a run of one process: each network passes over all the data
 
     def average_gradients(self, on: bool) -> None:
         """See :meth:`~sparse_callbacks.core.host.TurnsHost.average_gradients`."""
@@ -34,29 +34,29 @@ class TurnsTrainerHost(TrainerHost):
 
 
 class TurnTaking(SparsityCallback):
-    """A callback whose networks train in turn, or one on each rank, and become one network now and then."""
+    """A callback whose networks train in turn, or one on each rank, and are combined into one from time to time."""
 
     @property
     @abstractmethod
     def workers(self) -> int:
-        """Networks that take turns."""
+        """The number of networks, which train in turn or one on each rank."""
 
     @property
     @abstractmethod
     def trains_apart(self) -> bool:
-        """Every rank has a network of its own now."""
+        """Whether every rank currently trains a network of its own."""
 
     @abstractmethod
     def data_epoch(self, epoch: int) -> int:
-        """The number that samplers are given in place of ``epoch``."""
+        """The epoch number that samplers receive in place of ``epoch`` and derive the order of the data from."""
 
     @abstractmethod
     def own_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What this rank resumes from, of a checkpoint that holds the networks of all ranks."""
+        """The part of ``state``, saved with the networks of all ranks, that this rank resumes from."""
 
     @property
     def turns_host(self) -> TurnsTrainerHost:
-        """The host of the run, with what networks that take turns need of it."""
+        """The host of the run, with the operations for networks that train in turn."""
         assert isinstance(self.host, TurnsTrainerHost)
         return self.host
 
@@ -86,15 +86,16 @@ class TurnTaking(SparsityCallback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_start(trainer, pl_module)
-        translate_epochs(trainer, self.data_epoch)  # of loaders that are made anew for the epoch
+        translate_epochs(trainer, self.data_epoch)  # again: the loaders may be new in this epoch
         reseed(trainer, self.data_epoch(trainer.current_epoch))
-        if trainer.current_epoch == 0 or trainer.fit_loop.restarting:  # Lightning has made the iterator before
+        # in these epochs Lightning made the iterator before this hook, so it drew from the old seed
+        if trainer.current_epoch == 0 or trainer.fit_loop.restarting:
             draw_anew(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         if self.in_training and self.trains_apart:
-            # Lightning writes rank 0's checkpoint alone, so it carries the networks of all ranks
+            # Lightning writes the checkpoint of rank 0 only, so that one must hold the networks of all ranks
             weights = {k: t.detach() for k, t in self.model.state_dict().items() if isinstance(t, Tensor)}
             optimizers = [o.state_dict() for o in self.owners.optimizers]
             mine = {"weights": weights, "optimizers": optimizers, "loaders": self.turns_host.loader_states()}
@@ -102,7 +103,7 @@ class TurnTaking(SparsityCallback):
         return state
 
     def _gradients_to_save(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(held)  # each network has its own
+        return dict(held)  # not averaged over ranks: each network has its own gradients
 
     def _leave(self, module: LightningModule) -> None:
         if self.is_in_run:
@@ -111,8 +112,7 @@ class TurnTaking(SparsityCallback):
 
 
 def refuse_ranks(trainer: Trainer, module: nn.Module, ranks: int, workers: int) -> None:
-    """Refuse a run of several processes in which the workers would not be independent of each other, or not see all the
-    data.
+    """Refuse a run of several processes in which workers would depend on each other or would not see all the data.
 
     Args:
         trainer: a Trainer with its strategy set up.
@@ -121,8 +121,8 @@ def refuse_ranks(trainer: Trainer, module: nn.Module, ranks: int, workers: int) 
         workers: the number of networks that train at once or in turn.
 
     Raises:
-        ValueError: another number of processes than one or one for each worker, data split over ranks, gradients or
-            batch statistics that are averaged over ranks whatever is asked.
+        ValueError: the number of processes is neither one nor the number of workers, the data is split over ranks, or
+            gradients or batch statistics are averaged over ranks in a way that cannot be switched off.
     """
     if ranks == 1:
         return
@@ -157,10 +157,10 @@ def refuse_ranks(trainer: Trainer, module: nn.Module, ranks: int, workers: int) 
 
 
 def refuse_split_data(trainer: Trainer) -> None:
-    """Refuse a sampler of the user's that gives each process a part of the data.
+    """Refuse a sampler, set by the user, that gives each process a part of the data.
 
     Raises:
-        ValueError: there is one.
+        ValueError: a training loader has such a sampler.
     """
     for sampler in _all_samplers(trainer):
         if getattr(sampler, "num_replicas", 1) > 1:
@@ -172,7 +172,7 @@ def refuse_split_data(trainer: Trainer) -> None:
 
 
 def average_gradients(trainer: Trainer, on: bool) -> None:
-    """Whether DistributedDataParallel averages gradients over ranks, and copies buffers from rank 0, from here on."""
+    """Switch on or off that DistributedDataParallel averages gradients over ranks and copies buffers from rank 0."""
     model = trainer.strategy.model
     if hasattr(model, "require_backward_grad_sync"):
         model.require_backward_grad_sync = model.require_forward_param_sync = on
@@ -182,41 +182,41 @@ def average_gradients(trainer: Trainer, on: bool) -> None:
 
 
 def _loaders(trainer: Trainer) -> Sequence[Any]:
-    """The training loaders, as far as they are made."""
+    """The training loaders; none before Lightning has made them."""
     combined = getattr(trainer.fit_loop, "_combined_loader", None)
     found: Sequence[Any] = [] if combined is None else combined.flattened
     return found
 
 
 def _all_samplers(trainer: Trainer) -> Iterator[Any]:
+    """Everything that may decide the order of the data: samplers, batch samplers and the training loaders."""
     for loader in _loaders(trainer):
         batches = getattr(loader, "batch_sampler", None)
         yield from (getattr(loader, "sampler", None), getattr(batches, "sampler", None), batches, loader)
 
 
 def _samplers(trainer: Trainer) -> Iterator[Any]:
-    """Samplers of the training loaders to which Lightning announces the epoch."""
+    """Samplers of the training loaders that have ``set_epoch``, through which Lightning reports the epoch."""
     return (s for s in _all_samplers(trainer) if callable(getattr(s, "set_epoch", None)))
 
 
 def reseed(trainer: Trainer, seed: int) -> None:
-    """Seed the generators that loaders and samplers have of their own."""
+    """Seed the random generators that training loaders and samplers hold themselves."""
     for holder in _all_samplers(trainer):
         if isinstance(generator := getattr(holder, "generator", None), torch.Generator):
             generator.manual_seed(seed)
 
 
 def translate_epochs(trainer: Trainer, translate: Callable[[int], int]) -> None:
-    """Announce ``translate(epoch)`` in place of the epoch to every sampler of the training loaders that has
-    ``set_epoch``.
+    """Replace ``set_epoch`` of every sampler of the training loaders, so that it receives ``translate(epoch)``.
 
-    Lightning announces it before the first batch also where it goes on in the middle of an epoch, and calls no hook
-    there.
+    No hook could do it in time: where Lightning resumes in the middle of an epoch, it calls ``set_epoch`` before the
+    first batch without calling a hook.
     """
     for sampler in _samplers(trainer):
-        if "set_epoch" not in vars(sampler):
-            announced = sampler.set_epoch
-            sampler.set_epoch = lambda epoch, announced=announced: announced(translate(epoch))
+        if "set_epoch" not in vars(sampler):  # an attribute of the instance: it is replaced already
+            original = sampler.set_epoch
+            sampler.set_epoch = lambda epoch, original=original: original(translate(epoch))
             sampler.set_epoch(trainer.current_epoch)
 
 
@@ -227,13 +227,15 @@ def stop_translating(trainer: Trainer) -> None:
 
 
 def loader_states(trainer: Trainer) -> list[Any]:
-    """What the training loaders of this rank resume from, None for those that cannot. Lightning saves those of rank 0
-    alone."""
+    """The state of each training loader of this rank; None for a loader that cannot save one.
+
+    Lightning itself saves the states of rank 0 only.
+    """
     return [loader.state_dict() if _has_state(loader) else None for loader in _loaders(trainer)]
 
 
 def load_loader_states(trainer: Trainer, states: Sequence[Any]) -> None:
-    """Give the training loaders of this rank what :func:`loader_states` found, before the first batch is drawn."""
+    """Load the states from :func:`loader_states` into the training loaders of this rank, before the first batch."""
     for loader, state in zip(_loaders(trainer), states, strict=True):
         if state is not None:
             loader.load_state_dict(state)
@@ -245,8 +247,8 @@ def _has_state(loader: Any) -> bool:
 
 
 def draw_anew(trainer: Trainer) -> None:
-    """Make the training iterator of an epoch that has not begun yet again, so that nothing of it was drawn before
-    now."""
+    """Make the training iterator again at the beginning of an epoch, so that the loaders' current seeds and states
+    decide all of its batches."""
     fetcher = trainer.fit_loop._data_fetcher
     if fetcher is not None:
         iter(fetcher)

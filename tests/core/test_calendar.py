@@ -147,9 +147,9 @@ def test_the_shortened_interval_leaves_at_least_ten_updates_where_there_are_a_hu
 @pytest.mark.parametrize(
     ("every", "start", "stop", "message"),
     [
-        (0, 0, 10, r"every=0 is no interval between updates\. Give optimizer steps \(1 or more\)"),
-        (0.0, 0, 1.0, r"every=0\.0 is no interval"),
-        (-5, 0, 10, r"every=-5 is no interval between updates\. Give optimizer steps \(1 or more\)"),
+        (0, 0, 10, r"every=0 is not an interval between updates\. Give optimizer steps \(1 or more\)"),
+        (0.0, 0, 1.0, r"every=0\.0 is not an interval"),
+        (-5, 0, 10, r"every=-5 is not an interval between updates\. Give optimizer steps \(1 or more\)"),
         (True, 0, 10, r"every=True is no time"),
         (None, "later", 10, r"start='later' is no time"),
         (None, 0, 1.5, r"stop=1\.5 is outside \[0, 1\].*write an int"),

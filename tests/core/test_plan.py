@@ -67,7 +67,7 @@ def test_counts_are_rounded_down(sparsity: float, zeros: int) -> None:
 
 
 def test_an_unknown_row_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(KeyError, match=r"'fc' is no parameter of the model\. Known: 0\.weight, 0\.bias"):
+    with pytest.raises(KeyError, match=r"'fc' is not a parameter of the model\. Known: 0\.weight, 0\.bias"):
         Static(0.5).plan(mlp(3, 4))["fc"]
 
 

@@ -43,7 +43,7 @@ def test_a_weight_is_one_layer_of_outputs_inputs_kernel(module: nn.Module, shape
     assert found["layer.bias"].reason == "bias"
     assert entry.full_shape == tuple(module.weight.shape)
     if shape is None:
-        assert entry.reason == "no weight of a supported layer (Bilinear)"
+        assert entry.reason == "not a weight of a supported layer (Bilinear)"
     else:
         assert (entry.shape, entry.parts, entry.reason) == (shape, 1, "")
         assert math.prod(shape) == entry.size == module.weight.numel()
@@ -164,7 +164,7 @@ def test_biases_and_norms_are_never_sparse(include: str | None) -> None:
     for norm in ("batch", "layer", "group", "rms", "instance"):
         assert found[f"{norm}.weight"] == "norm"
     assert found["linear.bias"] == "bias"
-    assert found["prelu.weight"] == "no weight of a supported layer (PReLU)"
+    assert found["prelu.weight"] == "not a weight of a supported layer (PReLU)"
 
 
 @pytest.mark.parametrize("glob", ["linear.bias", "batch.weight", "prelu*"])
@@ -335,7 +335,8 @@ def test_a_model_without_a_supported_layer_is_refused() -> None:
 )
 def test_what_is_no_glob_is_refused(argument: str, value: Any) -> None:
     with pytest.raises(
-        ValueError, match=rf"{argument}=.* is no glob and no list of globs\. Give for example {argument}=\['conv\*'"
+        ValueError,
+        match=rf"{argument}=.* is neither a glob nor a list of globs\. Give for example {argument}=\['conv\*'",
     ):
         Static(0.5, **{argument: value})
 
@@ -390,6 +391,6 @@ def test_vit_b_16() -> None:
     layers = [layer for e in found.values() for layer in e.layers]
     assert len(layers) == 12 * 6 + 2  # q, k, v, out and two of the MLP in each block, the stem and the head
     dense = reasons(net)
-    assert dense["class_token"] == "no weight of a supported layer (VisionTransformer)"
-    assert {r for r in dense.values() if not r.startswith("no weight of")} == {"", "norm", "bias"}
+    assert dense["class_token"] == "not a weight of a supported layer (VisionTransformer)"
+    assert {r for r in dense.values() if not r.startswith("not a weight of")} == {"", "norm", "bias"}
     assert sum(e.size for e in found.values()) > 0.99 * sum(p.numel() for p in net.parameters())

@@ -133,7 +133,7 @@ def test_a_share_is_the_first_batches(fraction: float, batches: int) -> None:
 
 @pytest.mark.parametrize("fraction", [0.0, -0.5, 1.01, float("nan")])
 def test_a_share_is_positive_and_at_most_all(fraction: float) -> None:
-    with pytest.raises(ValueError, match=rf"data_fraction={fraction} is no share of the batches"):
+    with pytest.raises(ValueError, match=rf"data_fraction={fraction} is not a share of the batches"):
         over(DataLoader(data()), fraction=fraction)
 
 

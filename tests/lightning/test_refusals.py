@@ -91,7 +91,7 @@ def test_an_unknown_schedule(method: Any) -> None:
     [
         ({"start": 10, "stop": 5}, r"stop=5 lies before start=10\. Give a stop at or after the start"),
         ({"every": 20, "start": 0, "stop": 10}, r"every=20 is longer than stop - start.*Give a smaller every="),
-        ({"every": 0}, r"every=0 is no interval"),
+        ({"every": 0}, r"every=0 is not an interval"),
         ({"stop": 2.0}, r"stop=2\.0 is outside \[0, 1\]"),
     ],
 )
