@@ -2,9 +2,8 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar, NamedTuple, TypedDict
 from weakref import ref
 
 import torch
@@ -46,8 +45,7 @@ class Options(TypedDict, total=False):
     fresh_start: bool
 
 
-@dataclass(frozen=True)
-class BatchEnd:
+class BatchEnd(NamedTuple):
     """How things stand when a batch is over.
 
     Attributes:

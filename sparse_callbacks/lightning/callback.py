@@ -74,8 +74,8 @@ class SparsityCallback(Method, AnyCallback):
         """What the shell remembers within a fit."""
         return FitState()
 
-    @property
-    def state_key(self) -> str:
+    @cached_property
+    def state_key(self) -> str:  # cached: Lightning asks for it at every hook
         """Two callbacks on different layers have two keys in a checkpoint."""
         return self._generate_state_key(include=self.include, exclude=self.exclude)
 
