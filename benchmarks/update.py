@@ -115,7 +115,7 @@ class Update:
         if engine.before(self.optimizer, tick=0).replaced:
             engine.withhold(self.optimizer)
         self.optimizer.step()
-        engine.conclude_skipped()
+        engine.batch_over()
 
     def check(self) -> None:
         if self.callback.updates != 1:

@@ -27,7 +27,7 @@ class Engine:
     """Drives one method over one model, so that between optimizer steps every sparse parameter holds ``mask * dense``.
 
     The host calls :meth:`bind` when a run begins, :meth:`before` at every optimizer step once its gradients are
-    complete, :meth:`conclude_skipped` where a batch ends, and :meth:`unbind`. The optimizers themselves call
+    complete, :meth:`batch_over` where a batch ends, and :meth:`unbind`. The optimizers themselves call
     :meth:`after`.
 
     Args:
@@ -99,13 +99,13 @@ class Engine:
             method.start_copies(dense, new=() if saved is not None else params.keys() - kept.keys())
         if method.explores:
             EverActive(method.aux, method.weights).add(params)
-        method.enter(model, host)
+        method.attachment.enter(model, host)
         self.rebind(optimizers, gradients_read)
         method.attach(model)
 
     def _masks_of_last_run(self, model: nn.Module, params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         """Masks that go on where a second fit of the same model begins without a checkpoint."""
-        if not self.method.belongs_to(model):
+        if self.method.attachment.model is not model:
             return {}
         return {n: m for n, m in self.method.masks.items() if n in params and m.shape == params[n].shape}
 
@@ -132,7 +132,7 @@ class Engine:
         method = self.method
         method.aux, method.progress, method.calendar = {}, Progress(method.first_update), None
         method.weights = SparseWeights(method.params, method.weights.entries, {})
-        method.forget_model()
+        method.attachment.forget()
         self.events = {}
 
     def rebind(self, optimizers: Sequence[Optimizer], gradients_read: Sequence[bool]) -> None:
@@ -147,7 +147,9 @@ class Engine:
     def unbind(self) -> None:
         """The run is over: take all hooks away; masks and counters stay."""
         self._unhook()
-        self.method.leave()
+        method = self.method
+        method.attachment.leave()
+        method.owners, method.in_training = Ownership([], {}), False
 
     def _unhook(self) -> None:
         for handle in self._handles:
@@ -242,9 +244,9 @@ class Engine:
         method.weights.absorb(stepped)  # of a step that nobody announced: the copies were not swapped in for it
         method.write(stepped, self._finite is True)  # before an update too: a weight that it grows must start at zero
         # a subclass that calls its parent's step fires the hooks of both
-        if step is None or step.concluded or not step.names:
+        if step is None or step.taken or not step.names:
             return
-        step.concluded = True
+        step.taken = True
         self._conclude(step)
         self._gradients.forget(step.names)
 
@@ -279,10 +281,10 @@ class Engine:
             self.events["update/ever_active"] = ever_active.share()
         method.after_update(step)
 
-    def conclude_skipped(self) -> None:
+    def batch_over(self) -> None:
         """A batch is over: forget the gradients of replaced steps, and what a step that was not taken had prepared."""
         for step in self._steps.values():
-            if step.names and not step.concluded and not step.skipped:
+            if step.names and not step.taken and not step.skipped:
                 step.skipped = True  # the GradScaler found an inf and skipped the step
                 self.skipped += 1
         self.method.weights.swap_out(self.method.params)

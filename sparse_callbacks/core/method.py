@@ -1,43 +1,39 @@
-"""The base of every method: its arguments, its plan, and the hooks that a method overrides."""
+"""The base of every method: its arguments, its state, its plan, and what it may read."""
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
-from typing import Any, ClassVar, NamedTuple, TypedDict
-from weakref import ref
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.core import checkpoint, randomness
-from sparse_callbacks.core.arguments import check_seed, check_sparsity
+from sparse_callbacks.core.arguments import argument_names, check_seed, check_sparsity
+from sparse_callbacks.core.attachment import Attachment
 from sparse_callbacks.core.calendar import Calendar, RunLength, Time, check_times, resolve_times
 from sparse_callbacks.core.checkpoint import SavedRun
-from sparse_callbacks.core.distributions import Distribution, is_epsilon, resolve
+from sparse_callbacks.core.distributions import Distribution, is_epsilon
+from sparse_callbacks.core.hooks import Hooks
 from sparse_callbacks.core.host import Host
 from sparse_callbacks.core.ops import random_mask, zeros_for
 from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.plan import Plan, plan_rows
 from sparse_callbacks.core.progress import Progress
-from sparse_callbacks.core.selection import Entry, KeepDense, layer_shapes, patterns, select
+from sparse_callbacks.core.selection import Entry, KeepDense, patterns, select
 from sparse_callbacks.core.shards import layout_of
 from sparse_callbacks.core.signatures import refuse_old_hooks
-from sparse_callbacks.core.step import Step
-from sparse_callbacks.core.topology import Update
+from sparse_callbacks.core.sparsity import joint_sparsity, layer_sparsity
+from sparse_callbacks.core.targets import layer_targets, zeros_by_parameter
 from sparse_callbacks.core.weights import SparseWeights
 
 DEFAULT_SPARSITY = 0.9
-
-Figures = Mapping[str, float]
-"""Figures for the log by their full names."""
 
 
 class Options(TypedDict, total=False):
     """Arguments that every method takes besides its own.
 
     ``keep_dense``: ``"first"``, ``"last"`` or ``"both"`` weights stay dense. ``print_plan``: print the plan at the
-        start of fit
-    (rank 0). ``fresh_start``: ignore the sparsity state of a resumed checkpoint, or its absence, and make new masks.
+    start of fit (rank 0). ``fresh_start``: ignore the sparsity state of a resumed checkpoint, or its absence, and make
+    new masks.
     """
 
     keep_dense: KeepDense | None
@@ -45,30 +41,14 @@ class Options(TypedDict, total=False):
     fresh_start: bool
 
 
-class BatchEnd(NamedTuple):
-    """How things stand when a batch is over.
-
-    Attributes:
-        epoch_over: it was the last batch of its epoch.
-        run_over: it was the last batch of the run.
-        window_open: gradients of an accumulation window wait for their step.
-        skipped: announced steps of this fit that a GradScaler has skipped so far.
-    """
-
-    epoch_over: bool
-    run_over: bool
-    window_open: bool
-    skipped: int
-
-
-class Method:
+class Method(Hooks):
     """Arguments and rules of one method: which weights are pruned, when, and which come instead.
 
-    A subclass overrides at most the hooks below and reads ``weights`` (masks and parameters), ``aux``, ``targets``,
-    ``owners`` and ``progress``. What concerns one optimizer step arrives as a
-    :class:`~sparse_callbacks.core.step.Step`; what concerns the training loop is asked of ``host``. The
-    :class:`~sparse_callbacks.core.engine.Engine` calls the hooks, takes the masks that a method makes and keeps the
-    invariant.
+    A subclass overrides at most the hooks (those of :class:`~sparse_callbacks.core.hooks.Hooks` and the first two below)
+    and reads ``weights`` (masks and parameters), ``aux``, ``targets``, ``owners`` and ``progress``. What concerns one
+    optimizer step arrives as a :class:`~sparse_callbacks.core.step.Step`; what concerns the training loop is asked of
+    ``host``. The :class:`~sparse_callbacks.core.engine.Engine` calls the hooks, takes the masks that a method makes and
+    keeps the invariant.
 
     Args:
         sparsity: target fraction of zeros over the selected weights, in [0, 1).
@@ -82,29 +62,6 @@ class Method:
     Raises:
         ValueError: an argument that no run can use.
     """
-
-    # ------------------------------------------------------------------ facts of a class
-
-    schedulable: ClassVar[str | None] = None
-    """Name of the argument that may be a schedule."""
-    rising: ClassVar[bool] = False
-    """A bare number for the schedulable argument is where its curve ends; otherwise where it begins."""
-    published_every: ClassVar[int] = 100
-    """Optimizer steps between updates in the paper."""
-    arrives_at_stop: ClassVar[bool] = False
-    """The last update is at ``stop`` whatever the interval, and the target is reached only then."""
-    first_update: ClassVar[int] = 1
-    """The earliest step of an update: 0 where the calendar counts the steps taken so far, before the coming one."""
-    keeps_dense: ClassVar[bool] = False
-    """Pruned weights go on to learn: a dense copy takes the steps, with gradients that are not masked."""
-    reads_dense_gradients: ClassVar[bool] = True
-    """False: the gradients of pruned weights may be anything, also NaN."""
-    plans_counts: ClassVar[bool] = True
-    """At the end there are as many zeros as planned; False: gates or a budget decide."""
-    figure_prefix: ClassVar[str] = ""
-    """What the method's own figures are logged under; by default the lower-case name of the class."""
-    explores: ClassVar[bool] = False
-    """Connections come and go, so that the share of weights that were ever active is worth knowing."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -126,8 +83,7 @@ class Method:
         if is_epsilon(distribution) and float(sparsity) != DEFAULT_SPARSITY:
             raise ValueError(
                 f"sparsity={sparsity} and distribution={distribution!r} both say how many weights there are. Leave "
-                "sparsity= out, or "
-                "choose a distribution that shares out a target."
+                "sparsity= out, or choose a distribution that shares out a target."
             )
         if keep_dense not in (None, "first", "last", "both"):
             raise ValueError(f"keep_dense={keep_dense!r} is not known. Give 'first', 'last', 'both' or None.")
@@ -159,100 +115,14 @@ class Method:
         """The run that this fit goes on from, until training has begun; None for a new one."""
         self.in_training = False
         """A run is going on: everything is restored and the masks are written."""
-        self._host: Host | None = None
-        self._model: Callable[[], nn.Module | None] = _no_model
+        self.attachment = Attachment()
+        """The model and the host that the engine has attached this method to."""
 
-    # ------------------------------------------------------------------ what a method overrides
-
-    def attach(self, model: nn.Module) -> None:
-        """Look at the model once, when masks exist and before the first batch."""
-
-    def further_members(self, model: nn.Module, entries: Sequence[Entry]) -> Sequence[Entry]:
-        """``entries`` with further parameters that this method masks (an empty ``reason``), such as biases of gated
-        channels."""
-        return entries
+    # ------------------------------------------------------------------ masks and times of a run; hooks too
 
     def initial_masks(self) -> dict[str, Tensor]:
         """Masks at the start of training: by default random positions, exactly the planned count in each layer."""
         return {name: self.weights.by_layer(name, self._random_mask, p.detach()) for name, p in self.params.items()}
-
-    def wants_dense_gradients(self, step: Step) -> bool:
-        """The coming ``step`` needs gradients of pruned weights (asked in manual optimization, where they are masked
-        early)."""
-        return False
-
-    def before_step(self, step: Step) -> None:
-        """Gradients are dense, reduced over ranks and unscaled, and not yet clipped. Edit or replace them; keep no
-        memory here."""
-        step.mask_gradients()
-
-    def after_step(self, step: Step) -> Update | None:
-        """The step was really taken and counted. Whatever has memory moves here; gives the update that falls now, or
-        None."""
-        return None
-
-    def new_masks(self, step: Step) -> Update:
-        """The update that takes the place of a step (:meth:`~sparse_callbacks.core.step.Step.replace`), or follows
-        one."""
-        return Update({name: self.weights.masks[name] for name in step.names})
-
-    def new_weights(self, step: Step, name: str) -> Tensor | None:
-        """Values for the born weights of a parameter, of its shape; None: they start from zero."""
-        return None
-
-    def after_update(self, step: Step) -> None:
-        """The engine has taken the masks of this step's update."""
-
-    def write(self, names: Sequence[str] | None, finite: bool) -> None:
-        """Restore the invariant in ``names``, whose optimizer has just stepped, or, with None, in all sparse
-        parameters.
-
-        Args:
-            names: names of sparse parameters, or None.
-            finite: whether all values are known to be finite.
-        """
-        self.weights.write_masked(self.params if names is None else names, finite)
-
-    def start_copies(self, dense: Mapping[str, Tensor], new: Iterable[str]) -> None:
-        """Start the dense copies of a method that ``keeps_dense``.
-
-        Args:
-            dense: dense values by parameter name, of the saved run or of the last one.
-            new: names of parameters that had none, whose own values are the dense ones.
-        """
-        fresh = set(new)
-        values = {n: dense.get(n, p.detach()) for n, p in self.params.items() if n in dense or n in fresh}
-        self.weights.start_copy(values)
-
-    def rehearse(self) -> None:
-        """Fail now where the run would fail later: nothing was written yet."""
-
-    def begin_training(self, epoch: int) -> Figures:
-        """Everything is restored and the masks are written; ``epoch`` (from 0) of the fit begins, or goes on."""
-        return {}
-
-    def window_start(self, batch: int) -> None:
-        """The batch with this number in its epoch begins, and opens an accumulation window: the weights are those of
-        the coming step."""
-
-    def batch_start(self, batch: int) -> None:
-        """Any batch begins, also inside an accumulation window; after :meth:`window_start` where there is one."""
-
-    def batch_end(self, end: BatchEnd) -> Figures:
-        """A batch is over, and with it the update that it may have brought."""
-        return {}
-
-    def epoch_start(self, epoch: int) -> None:
-        """Epoch ``epoch`` (from 0) of the fit begins, before its first batch is drawn."""
-
-    def sanity_end(self, metrics: Mapping[str, float]) -> None:
-        """The host has tried its validation before training, with these ``metrics``."""
-
-    def validation_end(self, metrics: Mapping[str, float], epoch: int) -> None:
-        """A validation in ``epoch`` is over; checkpoints may be written next."""
-
-    def epoch_end(self, metrics: Mapping[str, float], epoch: int) -> None:
-        """``epoch`` is over, its validation included; ``metrics`` are the latest of everything logged."""
 
     def make_calendar(self, run: RunLength) -> Calendar:
         """The calendar of the run that begins.
@@ -303,45 +173,18 @@ class Method:
     @property
     def host(self) -> Host:
         """The training loop, as far as a method may use it; only during a run."""
-        if self._host is None:
+        if self.attachment.host is None:
             raise RuntimeError(
                 f"{type(self).__name__} is not in a run: data and optimizers are there in training only."
             )
-        return self._host
+        return self.attachment.host
 
     @property
     def model(self) -> nn.Module:
-        """The model of the latest run, held weakly."""
-        model = self._model()
-        if model is None:
+        """The model of the latest run."""
+        if self.attachment.model is None:
             raise RuntimeError(f"{type(self).__name__} knows no model: it takes hold of one when fit starts.")
-        return model
-
-    @property
-    def is_in_run(self) -> bool:
-        """There is a host: a run has begun and is not over."""
-        return self._host is not None
-
-    @property
-    def has_model(self) -> bool:
-        """The model of the latest run is there."""
-        return self._model() is not None
-
-    def belongs_to(self, model: nn.Module) -> bool:
-        """The latest run was with this very model."""
-        return self._model() is model
-
-    def enter(self, model: nn.Module, host: Host) -> None:
-        """A run begins: take hold of its model (weakly) and its host. Called by the engine."""
-        self._model, self._host = ref(model), host
-
-    def leave(self) -> None:
-        """The run is over: let go of its host and its optimizers. Called by the engine."""
-        self._host, self.owners, self.in_training = None, Ownership([], {}), False
-
-    def forget_model(self) -> None:
-        """The next run is a new one, also with the same model. Called by the engine."""
-        self._model = _no_model
+        return self.attachment.model
 
     def generator(self, name: str, step: int) -> torch.Generator:
         """A random generator that derives from (seed, step, name): the same on every rank, device and resume."""
@@ -394,12 +237,12 @@ class Method:
                 f"{type(self).__name__} has no masks yet: they are made at the start of fit. Before that, see "
                 "plan(model)."
             )
-        return joint_sparsity([self]) | self.layer_sparsity()
+        return joint_sparsity([self.weights], self.model_size) | layer_sparsity(self.weights)
 
-    def layer_sparsity(self) -> dict[str, float]:
-        """``sparsity/<parameter>`` for each sparse parameter."""
-        counts = self.weights.active_counts
-        return {f"sparsity/{n}": (m.numel() - counts[n]) / m.numel() for n, m in self.weights.masks.items()}
+    @property
+    def model_size(self) -> int:
+        """The number of all parameters of the model."""
+        return sum(e.size for e in self.entries)
 
     def figures(self) -> dict[str, float]:
         """Figures of the method's own for the network as it is; they are logged with the sparsity."""
@@ -414,8 +257,8 @@ class Method:
         reached = self.measured_sparsity()["sparsity/total"]
         return (
             f"{type(self).__name__} ended at sparsity {reached:.4f}, before its target of {self.plan().total:.4f}: "
-            f"{self.step} steps were "
-            f"taken and the target is due at step {self.times.stop}. Train longer, or give an earlier stop=."
+            f"{self.step} steps were taken and the target is due at step {self.times.stop}. Train longer, or give an "
+            "earlier stop=."
         )
 
     def plan(self, model: nn.Module | None = None) -> Plan:
@@ -440,70 +283,20 @@ class Method:
 
     def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
         """Target sparsity of every layer."""
-        chosen = [e for e in entries if not e.reason]
-        distribution = self.distribution
-        if isinstance(distribution, Mapping):  # a glob on a parameter's name also means the layers stacked in it
-            distribution = {g: v for glob, v in distribution.items() for g in _layer_globs(glob, chosen)}
-        return resolve(distribution, layer_shapes(entries), self.target_sparsity)
+        return layer_targets(self.distribution, entries, self.target_sparsity)
 
     def parameter_zeros(self, entries: Sequence[Entry], targets: Mapping[str, float]) -> dict[str, int]:
         """Planned zeros of every sparse parameter."""
-        return {
-            e.name: sum(zeros_for(targets[x], e.size // e.parts) for x in e.layers) for e in entries if not e.reason
-        }
-
-    def why_idle(self, length: float) -> str:
-        """Why no update can fall in a new run of ``length`` optimizer steps; empty where one can."""
-        upcoming = self.progress.upcoming(self.times)
-        if upcoming is not None and upcoming - self.step < length:
-            return ""
-        if upcoming is not None:
-            when = f"the first would be at step {upcoming}, after the run's {length:g}"
-        else:
-            when = f"{self.step} steps were counted before, in an earlier fit, and the last update was due at step {self.times.stop}"
-        return (
-            f"{type(self).__name__} will not move a mask in this run: {when}. Give other times, or a new callback or "
-            "fresh_start=True "
-            "for a new start."
-        )
+        return zeros_by_parameter(entries, targets)
 
     @property
     def arguments(self) -> dict[str, str]:
         """Constructor arguments as text; each is kept under its own name."""
-        own = [
-            p.name for p in inspect.signature(type(self).__init__).parameters.values() if p.kind is not p.VAR_KEYWORD
-        ][1:]
-        names = [*own, *(o for o in Options.__annotations__ if o not in own)]
-        return {name: checkpoint.shown(getattr(self, name)) for name in names}
+        return {name: checkpoint.shown(getattr(self, name)) for name in argument_names(type(self), Options)}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in self.arguments.items())})"
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the hold on a model, its optimizers and the host stay behind."""
-        left_behind = {"_model": _no_model, "_host": None, "owners": Ownership([], {}), "in_training": False}
-        return {**vars(self), **left_behind}
-
-
-def _no_model() -> None:
-    return None
-
-
-def joint_sparsity(methods: Sequence[Method]) -> dict[str, float]:
-    """``sparsity/total`` and ``sparsity/model`` over the weights of all ``methods`` of one model."""
-    size = sum(m.weights.size_of_all for m in methods)
-    zeros = size - sum(sum(m.weights.active_counts.values()) for m in methods)
-    return {"sparsity/total": zeros / size, "sparsity/model": zeros / sum(e.size for e in methods[0].entries)}
-
-
-def _layer_globs(glob: str, entries: Sequence[Entry]) -> list[str]:
-    """The globs that mean for layers what ``glob`` means for parameters."""
-    matching = [e for e in entries if fnmatchcase(e.name, glob)]
-    if not matching:
-        return [glob]  # it may name a single layer, such as "in_proj_weight[[]0]"
-    found = []
-    if any(fnmatchcase(e.layers[0], glob) for e in matching):
-        found.append(glob)
-    if any(not fnmatchcase(e.layers[0], glob) for e in matching):
-        found.append(f"{glob}[[]*]")
-    return found
+        return {**vars(self), "owners": Ownership([], {}), "in_training": False}

@@ -1,5 +1,6 @@
 """How far a run has come: gradient steps and topology updates, counted for each optimizer."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,7 +58,7 @@ class Progress:
         """Topology updates of all optimizers together."""
         # the next update's step, kept from the last look at the calendar: most steps then need one comparison, and on a
         # GPU no wait for the count
-        self._due_from: dict[int, int] = {}
+        self._due_from: dict[int, float] = {}
 
     def grid_start(self, calendar: Calendar) -> int:
         """Where the grid of updates begins on ``calendar``."""
@@ -83,7 +84,7 @@ class Progress:
             return False
         step = self.counts[index].read()
         upcoming = calendar.next(step, self.grid_start(calendar), self.done.get(index))
-        self._due_from[index] = calendar.last + 1 if upcoming is None else upcoming
+        self._due_from[index] = math.inf if upcoming is None else upcoming
         return upcoming == step
 
     def upcoming(self, calendar: Calendar) -> int | None:
@@ -91,6 +92,27 @@ class Progress:
         begin = self.grid_start(calendar)
         found = [calendar.next(c.read(), begin, self.done.get(i)) for i, c in self.counts.items()]
         return min((f for f in found if f is not None), default=None)
+
+    def why_idle(self, calendar: Calendar, length: float, method: str) -> str:
+        """Why no update can fall in a new run, as a sentence for the user; empty where one can.
+
+        Args:
+            calendar: when updates fall.
+            length: the optimizer steps of the run.
+            method: name of the method, for the sentence.
+        """
+        upcoming, taken = self.upcoming(calendar), self.most()
+        if upcoming is not None and upcoming - taken < length:
+            return ""
+        if upcoming is not None:
+            when = f"the first would be at step {upcoming}, after the run's {length:g}"
+        else:
+            when = f"{taken} steps were counted before, in an earlier fit, and the last update was due at step "
+            when += str(calendar.stop)
+        return (
+            f"{method} will not move a mask in this run: {when}. Give other times, or a new callback or "
+            "fresh_start=True for a new start."
+        )
 
     def mark_done(self, index: int) -> None:
         """The update at the present count has happened and needs no repetition."""

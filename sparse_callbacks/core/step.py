@@ -37,7 +37,6 @@ class Step:
         "_owners",
         "_progress",
         "_weights",
-        "concluded",
         "finite_flag",
         "index",
         "masked_gradients",
@@ -45,6 +44,7 @@ class Step:
         "optimizer",
         "replaced",
         "skipped",
+        "taken",
         "tick",
     )
 
@@ -73,7 +73,7 @@ class Step:
         """An update of the masks takes the place of this step."""
         self.masked_gradients = False
         """Gradients of pruned weights were zeroed."""
-        self.concluded = False
+        self.taken = False
         """The optimizer has stepped."""
         self.skipped = False
         """The optimizer has not stepped: a GradScaler skipped it."""

@@ -15,7 +15,8 @@ from sparse_callbacks.core import optimizers as torch_optimizers
 from sparse_callbacks.core.checkpoint import VERSION, SavedRun
 from sparse_callbacks.core.distributions import clipped
 from sparse_callbacks.core.engine import Engine
-from sparse_callbacks.core.method import BatchEnd, Method, joint_sparsity
+from sparse_callbacks.core.hooks import BatchEnd
+from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
 from sparse_callbacks.core.selection import NOT_TRAINED, layer_shapes, select
 from sparse_callbacks.lightning import curves, optimizer_lives
@@ -85,7 +86,7 @@ class SparsityCallback(Method, AnyCallback):
         if stage == "fit":
             refuse_host(trainer)
             self.saved = None  # of an earlier fit; what this one resumes from is restored after setup
-            if not self.belongs_to(pl_module) or self.fresh_start:
+            if self.attachment.model is not pl_module or self.fresh_start:
                 self.engine.forget()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -155,13 +156,13 @@ class SparsityCallback(Method, AnyCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         engine, fit = self.engine, self.fit_state
-        engine.conclude_skipped()
+        engine.batch_over()
         end = BatchEnd(bool(trainer.is_last_batch), ends_run(trainer), fit.window_open, engine.skipped)
         engine.events |= self.batch_end(end)
         peers = peers_of(trainer)
         leads = peers[0] is self  # one callback speaks for the whole network
         if leads and (batch_idx == 0 or any(c.engine.events for c in peers) or fit.logged_at < 0):
-            pl_module.log("sparsity/total", joint_sparsity(peers)["sparsity/total"], prog_bar=True, logger=False)
+            pl_module.log("sparsity/total", curves.whole_network(peers)["sparsity/total"], prog_bar=True, logger=False)
         if engine.events or curves.row_is_due(trainer.global_step, fit.logged_at, trainer.log_every_n_steps):
             self._log(trainer)
 
@@ -184,7 +185,7 @@ class SparsityCallback(Method, AnyCallback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self.in_training:  # it may have come between the optimizer's step and ours
             self.engine.write()
-            self.engine.conclude_skipped()
+            self.engine.batch_over()
         self._leave(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -192,7 +193,9 @@ class SparsityCallback(Method, AnyCallback):
             return self.fit_state.restored or {}
         times = [] if self.calendar is None else self.calendar.times()
         current = {"version": VERSION, "arguments": self.arguments, "times": times, **self.engine.state()}
-        if self.fit_state.window_open and self.has_model:  # accumulated gradients are in no checkpoint of Lightning's
+        if (
+            self.fit_state.window_open and self.attachment.model is not None
+        ):  # accumulated gradients are in no checkpoint of Lightning's
             held = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
             current["grads"] = self._gradients_to_save(held)
         return current
@@ -229,8 +232,10 @@ class SparsityCallback(Method, AnyCallback):
                 f"start, stop) were {saved} steps and are {now}."
             )
         new_run = trainer.global_step == 0 and not trainer.fast_dev_run
-        if new_run and (reason := self.why_idle(optimizer_lives.run_length(trainer))):
-            rank_zero_warn(reason)
+        if new_run:
+            length = optimizer_lives.run_length(trainer)
+            if reason := self.progress.why_idle(self.times, length, type(self).__name__):
+                rank_zero_warn(reason)
 
     def _put_gradients_back(self, module: LightningModule) -> None:
         """Give parameters the gradients of an accumulation window that was open when the checkpoint was written."""

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from sparse_callbacks.core.method import Method, joint_sparsity
+from sparse_callbacks.core.method import Method
+from sparse_callbacks.core.sparsity import joint_sparsity, layer_sparsity
 from sparse_callbacks.lightning.namespaces import Trainer
 
 
@@ -14,8 +15,13 @@ def row(method: Method, events: dict[str, float], methods: Sequence[Method]) -> 
         events: figures of its latest update.
         methods: all methods of the run; the first one logs the sparsity of the whole network.
     """
-    whole = joint_sparsity(methods) if methods[0] is method else {}
-    return whole | method.layer_sparsity() | method.figures() | events
+    whole = whole_network(methods) if methods[0] is method else {}
+    return whole | layer_sparsity(method.weights) | method.figures() | events
+
+
+def whole_network(methods: Sequence[Method]) -> dict[str, float]:
+    """``sparsity/total`` and ``sparsity/model`` over the weights of all methods of one model."""
+    return joint_sparsity([m.weights for m in methods], methods[0].model_size)
 
 
 def logged_metrics(trainer: Trainer) -> dict[str, float]:

@@ -106,7 +106,7 @@ class TurnTaking(SparsityCallback):
         return dict(held)  # not averaged over ranks: each network has its own gradients
 
     def _leave(self, module: LightningModule) -> None:
-        if self.is_in_run:
+        if self.attachment.host is not None:
             stop_translating(self.turns_host.trainer)
         super()._leave(module)
 

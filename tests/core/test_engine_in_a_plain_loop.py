@@ -64,7 +64,7 @@ class Loop:
             self.backward(torch.randn(5, 6))
             self.engine.before(self.optimizer, tick)
             self.optimizer.step()
-            self.engine.conclude_skipped()
+            self.engine.batch_over()
             for name, mask in self.method.masks.items():
                 dense = self.method.weights.dense_values(name)
                 assert torch.equal(self.model.get_parameter(name).detach(), mask * dense)
@@ -104,8 +104,8 @@ def test_a_skipped_step_changes_nothing_and_is_counted(method: Any) -> None:
     masks = loop.method.masks
     loop.backward(torch.full((5, 6), torch.inf))
     loop.engine.before(loop.optimizer, 1)
-    loop.engine.conclude_skipped()  # a GradScaler found the inf and did not step
-    loop.engine.conclude_skipped()
+    loop.engine.batch_over()  # a GradScaler found the inf and did not step
+    loop.engine.batch_over()
     assert loop.engine.skipped == 1
     assert (loop.method.step, loop.method.updates) == (1, 0)
     assert all(torch.equal(p, values[n]) and p.data_ptr() == addresses[n] for n, p in loop.model.named_parameters())
@@ -120,9 +120,9 @@ def test_pickling_leaves_hooks_optimizers_and_steps_behind() -> None:
     loop.train(3)
     copied: Engine = pickle.loads(pickle.dumps(loop.engine))
     assert loop.engine.is_bound
-    assert loop.method.is_in_run
+    assert loop.method.attachment.host is not None
     assert not copied.is_bound
-    assert not copied.method.is_in_run
+    assert copied.method.attachment.host is None
     assert copied.method.owners.optimizers == []
     assert copied._steps == {}
     assert (copied.method.step, copied.method.updates) == (3, 1)
@@ -137,4 +137,4 @@ def test_unbind_takes_the_hook_off_the_optimizer() -> None:
     loop.backward(torch.randn(5, 6))
     loop.optimizer.step()  # nobody listens
     assert loop.method.step == 1
-    assert not loop.method.is_in_run
+    assert loop.method.attachment.host is None

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from sparse_callbacks.core.calendar import Calendar, RunLength, Time, resolve_times
 from sparse_callbacks.core.distributions import Distribution, clipped, epsilon_sparsity, is_epsilon
+from sparse_callbacks.core.hooks import BatchEnd, Figures
 from sparse_callbacks.core.host import Forward
-from sparse_callbacks.core.method import BatchEnd, Figures, Options
+from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.ops import drop_and_grow, drop_count
 from sparse_callbacks.core.randomness import uniform_like
 from sparse_callbacks.core.schedules import Schedule, as_schedule

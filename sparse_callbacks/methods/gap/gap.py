@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from sparse_callbacks.core.calendar import Calendar, RunLength, Time
 from sparse_callbacks.core.distributions import Distribution
-from sparse_callbacks.core.method import BatchEnd, Figures, Options
+from sparse_callbacks.core.hooks import BatchEnd, Figures
+from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.ops import keep_largest
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
 from sparse_callbacks.core.plan import Plan

@@ -13,8 +13,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core.calendar import Calendar, RunLength
 from sparse_callbacks.core.distributions import Distribution
+from sparse_callbacks.core.hooks import BatchEnd, Figures
 from sparse_callbacks.core.host import Forward
-from sparse_callbacks.core.method import BatchEnd, Figures, Method, Options
+from sparse_callbacks.core.method import Method, Options
 from sparse_callbacks.core.randomness import seed_everything
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.topology import Update

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from sparse_callbacks.core.arguments import by_glob, refuse_outside
 from sparse_callbacks.core.dense_copy import undone
-from sparse_callbacks.core.method import BatchEnd, Figures, Options
+from sparse_callbacks.core.hooks import BatchEnd, Figures
+from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.ops import zeros_for
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.selection import Entry

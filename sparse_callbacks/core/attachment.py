@@ -1,0 +1,45 @@
+"""What a method is attached to: the model of its latest run and, during a run, the training loop."""
+
+from collections.abc import Callable
+from typing import Any
+from weakref import ref
+
+from torch import nn
+
+from sparse_callbacks.core.host import Host
+
+
+class Attachment:
+    """The model of a method's latest run, held weakly, and the host of the run that is going on.
+
+    The engine attaches and detaches. Neither is pickled: a copy of a method belongs to no run.
+    """
+
+    def __init__(self) -> None:
+        self.host: Host | None = None
+        """The training loop; None outside of a run."""
+        self._model: Callable[[], nn.Module | None] = _no_model
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model of the latest run; None before one and where the model is gone."""
+        return self._model()
+
+    def enter(self, model: nn.Module, host: Host) -> None:
+        """A run with ``model`` begins."""
+        self._model, self.host = ref(model), host  # weakly: a method that is kept must not keep a large model alive
+
+    def leave(self) -> None:
+        """The run is over. Its model stays known: a second fit of the same model goes on with its masks."""
+        self.host = None
+
+    def forget(self) -> None:
+        """The next run is a new one, also with the same model."""
+        self._model = _no_model
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"host": None, "_model": _no_model}
+
+
+def _no_model() -> None:
+    return None

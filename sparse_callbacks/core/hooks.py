@@ -1,0 +1,151 @@
+"""Hooks that a method overrides, each with what it does by default, and facts of a method's class."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from sparse_callbacks.core.selection import Entry
+from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.topology import Update
+from sparse_callbacks.core.weights import SparseWeights
+
+Figures = Mapping[str, float]
+"""Figures for the log by their full names."""
+
+
+class BatchEnd(NamedTuple):
+    """How things stand when a batch is over.
+
+    Attributes:
+        epoch_over: it was the last batch of its epoch.
+        run_over: it was the last batch of the run.
+        window_open: gradients of an accumulation window wait for their step.
+        skipped: announced steps of this fit that a GradScaler has skipped so far.
+    """
+
+    epoch_over: bool
+    run_over: bool
+    window_open: bool
+    skipped: int
+
+
+class Hooks:
+    """What a method is asked, and when. The engine calls every hook; a method overrides those that it needs.
+
+    What concerns one optimizer step arrives as a :class:`~sparse_callbacks.core.step.Step`.
+    """
+
+    weights: SparseWeights
+    """Masks and parameters."""
+
+    # ------------------------------------------------------------------ facts of a class
+
+    schedulable: ClassVar[str | None] = None
+    """Name of the argument that may be a schedule."""
+    rising: ClassVar[bool] = False
+    """A bare number for the schedulable argument is where its curve ends; otherwise where it begins."""
+    published_every: ClassVar[int] = 100
+    """Optimizer steps between updates in the paper."""
+    arrives_at_stop: ClassVar[bool] = False
+    """The last update is at ``stop`` whatever the interval, and the target is reached only then."""
+    first_update: ClassVar[int] = 1
+    """The earliest step of an update: 0 where the calendar counts the steps taken so far, before the coming one."""
+    keeps_dense: ClassVar[bool] = False
+    """Pruned weights go on to learn: a dense copy takes the steps, with gradients that are not masked."""
+    reads_dense_gradients: ClassVar[bool] = True
+    """False: the gradients of pruned weights may be anything, also NaN."""
+    plans_counts: ClassVar[bool] = True
+    """At the end there are as many zeros as planned; False: gates or a budget decide."""
+    figure_prefix: ClassVar[str] = ""
+    """What the method's own figures are logged under; by default the lower-case name of the class."""
+    explores: ClassVar[bool] = False
+    """Connections come and go, so that the share of weights that were ever active is worth knowing."""
+
+    # ------------------------------------------------------------------ what a method overrides
+
+    def attach(self, model: nn.Module) -> None:
+        """Look at the model once, when masks exist and before the first batch."""
+
+    def further_members(self, model: nn.Module, entries: Sequence[Entry]) -> Sequence[Entry]:
+        """``entries`` with further parameters that this method masks (an empty ``reason``), such as biases of gated
+        channels."""
+        return entries
+
+    def wants_dense_gradients(self, step: Step) -> bool:
+        """The coming ``step`` needs gradients of pruned weights (asked in manual optimization, where they are masked
+        early)."""
+        return False
+
+    def before_step(self, step: Step) -> None:
+        """Gradients are dense, reduced over ranks and unscaled, and not yet clipped. Edit or replace them; keep no
+        memory here."""
+        step.mask_gradients()
+
+    def after_step(self, step: Step) -> Update | None:
+        """The step was really taken and counted. Whatever has memory moves here; gives the update that falls now, or
+        None."""
+        return None
+
+    def new_masks(self, step: Step) -> Update:
+        """The update that takes the place of a step (:meth:`~sparse_callbacks.core.step.Step.replace`), or follows
+        one."""
+        return Update({name: self.weights.masks[name] for name in step.names})
+
+    def new_weights(self, step: Step, name: str) -> Tensor | None:
+        """Values for the born weights of a parameter, of its shape; None: they start from zero."""
+        return None
+
+    def after_update(self, step: Step) -> None:
+        """The engine has taken the masks of this step's update."""
+
+    def write(self, names: Sequence[str] | None, finite: bool) -> None:
+        """Restore the invariant in ``names``, whose optimizer has just stepped, or, with None, in all sparse
+        parameters.
+
+        Args:
+            names: names of sparse parameters, or None.
+            finite: whether all values are known to be finite.
+        """
+        self.weights.write_masked(self.weights.params if names is None else names, finite)
+
+    def start_copies(self, dense: Mapping[str, Tensor], new: Iterable[str]) -> None:
+        """Start the dense copies of a method that ``keeps_dense``.
+
+        Args:
+            dense: dense values by parameter name, of the saved run or of the last one.
+            new: names of parameters that had none, whose own values are the dense ones.
+        """
+        fresh = set(new)
+        values = {n: dense.get(n, p.detach()) for n, p in self.weights.params.items() if n in dense or n in fresh}
+        self.weights.start_copy(values)
+
+    def rehearse(self) -> None:
+        """Fail now where the run would fail later: nothing was written yet."""
+
+    def begin_training(self, epoch: int) -> Figures:
+        """Everything is restored and the masks are written; ``epoch`` (from 0) of the fit begins, or goes on."""
+        return {}
+
+    def window_start(self, batch: int) -> None:
+        """The batch with this number in its epoch begins, and opens an accumulation window: the weights are those of
+        the coming step."""
+
+    def batch_start(self, batch: int) -> None:
+        """Any batch begins, also inside an accumulation window; after :meth:`window_start` where there is one."""
+
+    def batch_end(self, end: BatchEnd) -> Figures:
+        """A batch is over, and with it the update that it may have brought."""
+        return {}
+
+    def epoch_start(self, epoch: int) -> None:
+        """Epoch ``epoch`` (from 0) of the fit begins, before its first batch is drawn."""
+
+    def sanity_end(self, metrics: Mapping[str, float]) -> None:
+        """The host has tried its validation before training, with these ``metrics``."""
+
+    def validation_end(self, metrics: Mapping[str, float], epoch: int) -> None:
+        """A validation in ``epoch`` is over; checkpoints may be written next."""
+
+    def epoch_end(self, metrics: Mapping[str, float], epoch: int) -> None:
+        """``epoch`` is over, its validation included; ``metrics`` are the latest of everything logged."""
