@@ -6,8 +6,8 @@ from numbers import Real
 
 from sparse_callbacks.core.schedules import to_steps
 
-UPDATES_WORTH_HAVING = 10  # the default interval is shortened until so many updates fit between start and stop
-STEPS_BETWEEN = 10  # but not below so many steps, which grown weights need to grow in
+FEWEST_UPDATES = 10  # the default interval is shortened until so many updates fit between start and stop
+SHORTEST_INTERVAL = 10  # but not below so many steps, which grown weights need to grow in
 
 Time = int | float
 """Optimizer steps (int) or a fraction of the run (float)."""
@@ -52,15 +52,15 @@ class Calendar:
         """The calendar as a list of whole numbers, which a checkpoint stores."""
         return [self.every, self.start, self.stop, *([] if self.until is None else [self.until])]
 
-    def next(self, step: int, first_update: int, done: int | None) -> int | None:
-        """The first update at or after ``step`` that is not the one already ``done``; None when there is none left.
+    def next(self, number: int, first_update: int, done: int | None) -> int | None:
+        """The first update at or after step ``number`` that is not the one already ``done``; None when there is none left.
 
         Args:
-            step: the optimizer step to search from.
+            number: the number of the optimizer step to search from.
             first_update: the step at which the grid of updates begins.
             done: the step of the latest update that was made; None before the first update.
         """
-        first = max(step if done is None else max(step, done + 1), first_update)
+        first = max(number if done is None else max(number, done + 1), first_update)
         on_grid = first_update + -(-(first - first_update) // self.every) * self.every  # -(-a // b): rounded up
         found = [on_grid, *([self.stop] if self.final else []), *([] if self.until is None else [self.until])]
         return min((f for f in found if first <= f <= self.last), default=None)
@@ -133,12 +133,12 @@ def resolve_times(
             "Static to hold one mask."
         )
     if every is None:
-        fitting = max(STEPS_BETWEEN, (last - first) // UPDATES_WORTH_HAVING)
+        fitting = max(SHORTEST_INTERVAL, (last - first) // FEWEST_UPDATES)
         interval = max(1, min(published_every, fitting, last - first))
         if interval < published_every:
             inform(
                 f"every={interval}: the published interval of {published_every} steps would leave fewer than "
-                f"{UPDATES_WORTH_HAVING} "
+                f"{FEWEST_UPDATES} "
                 f"updates between step {first} and step {last}. Give every= to choose another."
             )
     else:

@@ -25,7 +25,7 @@ def total(tensors: Iterable[Tensor]) -> None:
             dist.all_reduce(tensor)
 
 
-def agree(masks: Iterable[Tensor]) -> None:
+def broadcast_masks(masks: Iterable[Tensor]) -> None:
     """Replace the masks of every rank by those of rank 0, in place, in one broadcast."""
     tensors = list(masks)
     if world_size() == 1 or not tensors:

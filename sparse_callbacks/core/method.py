@@ -343,9 +343,9 @@ class Method:
         """The next run is a new one, also with the same model. Called by the engine."""
         self._model = _no_model
 
-    def generator(self, name: str, step: int) -> torch.Generator:
-        """A random generator that derives from (seed, step, name): the same on every rank, device and resume."""
-        return randomness.generator(self.seed, step, name)
+    def generator(self, name: str, number: int) -> torch.Generator:
+        """A random generator that derives from (seed, number, name): the same on every rank, device and resume."""
+        return randomness.generator(self.seed, number, name)
 
     def planned_zeros(self, layer: str, size: int) -> int:
         """Zeros of a layer of ``size`` weights at the target."""

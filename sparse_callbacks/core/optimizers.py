@@ -37,7 +37,7 @@ _SQUARE_ROOT_STATE = {
 _SMALL_MEAN_SQUARE = 2.0**-40
 
 
-def stepped(*optimizers: Optimizer) -> set[int]:
+def parameter_ids(*optimizers: Optimizer) -> set[int]:
     """``id`` of every parameter that one of ``optimizers`` steps."""
     return {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
 
@@ -51,7 +51,7 @@ class Ownership:
 
     def __init__(self, optimizers: Sequence[Optimizer], params: Mapping[str, Tensor]) -> None:
         self.optimizers = list(optimizers)
-        self.steps = [[n for n, p in params.items() if id(p) in ids] for ids in map(stepped, optimizers)]
+        self.steps = [[n for n, p in params.items() if id(p) in ids] for ids in map(parameter_ids, optimizers)]
         """Names of the parameters that each optimizer steps."""
         first = {n: i for i in reversed(range(len(optimizers))) for n in self.steps[i]}
         self.owns = [[n for n in names if first[n] == i] for i, names in enumerate(self.steps)]
@@ -121,7 +121,7 @@ def clear_state(optimizer: Optimizer, parameter: Tensor, where: Tensor) -> None:
 
 
 @torch.no_grad()
-def lift_roots(optimizer: Optimizer, parameter: Tensor, pruned: Tensor) -> None:
+def avoid_slow_square_roots(optimizer: Optimizer, parameter: Tensor, pruned: Tensor) -> None:
     """Give the mean squared gradient of ``pruned`` weights (bool, shape of ``parameter``) a small normal value, and
     clear the rest of their state, so that an optimizer on the CPU steps faster.
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from sparse_callbacks.core.shards import layout_of
 
 
-def generator(seed: int, step: int, name: str) -> torch.Generator:
-    """A CPU generator that derives from (seed, step, name): the same on every rank, device and resume."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{name}".encode(), digest_size=8).digest()
+def generator(seed: int, number: int, name: str) -> torch.Generator:
+    """A CPU generator that derives from (seed, number of a step, name): the same on every rank, device and resume."""
+    digest = hashlib.blake2b(f"{seed}/{number}/{name}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)  # seeds are signed: 63 bits fit
 
 

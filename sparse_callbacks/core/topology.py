@@ -42,7 +42,7 @@ def take(
     Returns:
         The share of connections that the update replaced: dropped and born ones over those active before and after.
     """
-    distributed.agree(masks.values())
+    distributed.broadcast_masks(masks.values())
     changed = total = 0
     born_in: dict[str, Tensor] = {}
     for name, mask in masks.items():

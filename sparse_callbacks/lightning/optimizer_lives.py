@@ -8,7 +8,7 @@ from torch.optim import Optimizer, lr_scheduler
 
 from sparse_callbacks.core.calendar import RunLength
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
-from sparse_callbacks.core.optimizers import stepped
+from sparse_callbacks.core.optimizers import parameter_ids
 from sparse_callbacks.lightning.namespaces import Trainer
 
 # The constructor argument of each schedule that says after how many of its own steps it ends.
@@ -97,7 +97,7 @@ def restart(trainer: Trainer) -> None:
             "same ones at every call, or give restart=False."
         )
     trained = {id(p): n for n, p in trainer.lightning_module.named_parameters() if p.requires_grad}
-    lost = [trained[i] for i in (stepped(*before) - stepped(*after)) & trained.keys()]
+    lost = [trained[i] for i in (parameter_ids(*before) - parameter_ids(*after)) & trained.keys()]
     if lost:
         raise ValueError(
             f"{', '.join(sorted(lost))} were in an optimizer and are in none after configure_optimizers was called "

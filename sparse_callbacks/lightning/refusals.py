@@ -20,7 +20,7 @@ _AVERAGING = ("WeightAveraging", "StochasticWeightAveraging", "EMAWeightAveragin
 _TUNER_PREFIXES = (".lr_find_", ".scale_batch_size_")
 
 
-def is_tuners(path: object) -> bool:
+def is_tuner_checkpoint(path: object) -> bool:
     """Whether ``path`` is a checkpoint that Lightning's tuner writes and restores before callbacks have state."""
     return Path(str(path)).name.startswith(_TUNER_PREFIXES)
 
@@ -144,7 +144,7 @@ def state_to_resume(method: Method, restored: Mapping[str, Any] | None, path: ob
     Raises:
         ValueError: the checkpoint holds no state of the method, or a state saved with other arguments.
     """
-    if method.fresh_start or not path or (restored is None and is_tuners(path)):
+    if method.fresh_start or not path or (restored is None and is_tuner_checkpoint(path)):
         if path and restored is not None:
             rank_zero_info(f"{type(method).__name__}: fresh_start=True, so the masks in the checkpoint are ignored.")
         return None

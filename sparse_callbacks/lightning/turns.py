@@ -90,7 +90,7 @@ class TurnTaking(SparsityCallback):
         reseed(trainer, self.data_epoch(trainer.current_epoch))
         # in these epochs Lightning made the iterator before this hook, so it drew from the old seed
         if trainer.current_epoch == 0 or trainer.fit_loop.restarting:
-            draw_anew(trainer)
+            restart_data_iterator(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
@@ -239,14 +239,14 @@ def load_loader_states(trainer: Trainer, states: Sequence[Any]) -> None:
     for loader, state in zip(_loaders(trainer), states, strict=True):
         if state is not None:
             loader.load_state_dict(state)
-    draw_anew(trainer)
+    restart_data_iterator(trainer)
 
 
 def _has_state(loader: Any) -> bool:
     return callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None))
 
 
-def draw_anew(trainer: Trainer) -> None:
+def restart_data_iterator(trainer: Trainer) -> None:
     """Make the training iterator again at the beginning of an epoch, so that the loaders' current seeds and states
     decide all of its batches."""
     fetcher = trainer.fit_loop._data_fetcher
