@@ -128,9 +128,8 @@ def resolve_times(
         last = first
     if last == first and not final and not run.lenient:
         raise ValueError(
-            f"start={start!r} and stop={stop!r} are the same step ({first}): no update would move a mask. Give a later "
-            "stop=, or use "
-            "Static to hold one mask."
+            f"start={start!r} and stop={stop!r} are the same step ({first}): no update would move a mask. Give a "
+            "later stop=, or use Static to hold one mask."
         )
     if every is None:
         fitting = max(SHORTEST_INTERVAL, (last - first) // FEWEST_UPDATES)
@@ -138,8 +137,7 @@ def resolve_times(
         if interval < published_every:
             inform(
                 f"every={interval}: the published interval of {published_every} steps would leave fewer than "
-                f"{FEWEST_UPDATES} "
-                f"updates between step {first} and step {last}. Give every= to choose another."
+                f"{FEWEST_UPDATES} updates between step {first} and step {last}. Give every= to choose another."
             )
     else:
         interval = max(1, steps(every, "every"))
@@ -154,6 +152,5 @@ def _too_long(every: Time, start: Time, stop: Time, steps: str = "") -> str:
     """The error for an interval longer than the time between start and stop."""
     return (
         f"every={every!r} is longer than stop - start with start={start!r}, stop={stop!r}{steps}: the masks would "
-        "hardly ever move. "
-        "Give a smaller every=, a later stop= or a longer run."
+        "hardly ever move. Give a smaller every=, a later stop= or a longer run."
     )

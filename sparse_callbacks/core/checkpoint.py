@@ -73,23 +73,20 @@ def check_state(
     if state is None:
         raise ValueError(
             f"the checkpoint {path} holds no state of {name}: its weights come without masks. Resume with the callback "
-            "of the "
-            "interrupted run (same method, include= and exclude=), or give fresh_start=True to make new masks."
+            "of the interrupted run (same method, include= and exclude=), or give fresh_start=True to make new masks."
         )
     if state["version"] > VERSION:
         raise ValueError(
-            f"the checkpoint {path} has sparsity state of version {state['version']}, and this package reads up to "
-            f"{VERSION}. Upgrade "
-            "sparse-callbacks."
+            f"the checkpoint {path} has sparsity state of version {state['version']}, and this package reads up "
+            f"to {VERSION}. Upgrade sparse-callbacks."
         )
     saved = state["arguments"]
     differ = [k for k in arguments if k in saved and k not in _MAY_DIFFER and arguments[k] != saved[k]]
     if differ:
         changes = ", ".join(f"{k}={saved[k]} there and {k}={arguments[k]} here" for k in differ)
         raise ValueError(
-            f"the checkpoint {path} was written by a {name} with other arguments: {changes}. Give the same, or "
-            "fresh_start=True to make "
-            "new masks."
+            f"the checkpoint {path} was written by a {name} with other arguments: {changes}. Give the same, "
+            "or fresh_start=True to make new masks."
         )
     return state
 
@@ -103,9 +100,9 @@ def refuse_other_model(masks: Mapping[str, Tensor], params: Mapping[str, Tensor]
     wrong = [n for n in {**params, **masks} if n not in masks or n not in params or masks[n].shape != params[n].shape]
     if wrong:
         raise ValueError(
-            f"the checkpoint's masks do not fit the model: {', '.join(wrong)} differ in name or shape. Resume with the "
-            "model and the "
-            "include=, exclude=, keep_dense= of the interrupted run, or give fresh_start=True to make new masks."
+            f"the checkpoint's masks do not fit the model: {', '.join(wrong)} differ in name or shape. "
+            "Resume with the model and the include=, exclude=, keep_dense= of the interrupted run, or give "
+            "fresh_start=True to make new masks."
         )
 
 
@@ -119,8 +116,6 @@ def refuse_foreign_weights(masks: Mapping[str, Tensor], params: Mapping[str, Ten
     if foreign:
         raise ValueError(
             f"{', '.join(foreign)} hold weights that the masks of the last fit would cut: other weights were loaded "
-            "since (for example by "
-            "test(ckpt_path='best')). Resume with ckpt_path= to get the masks that belong to them, or use a new "
-            "callback or "
-            "fresh_start=True for new masks."
+            "since (for example by test(ckpt_path='best')). Resume with ckpt_path= to get the masks that belong to "
+            "them, or use a new callback or fresh_start=True for new masks."
         )

@@ -192,8 +192,7 @@ def resolve(distribution: Distribution, shapes: Shapes, sparsity: float) -> dict
         return _checked_result(distribution(dict(shapes), sparsity), shapes)
     raise TypeError(
         f"distribution={distribution!r} is neither a name ({', '.join(_NAMED)}), a mapping from globs to sparsities or "
-        "names, nor a "
-        "callable(shapes, sparsity). Give one of these."
+        "names, nor a callable(shapes, sparsity). Give one of these."
     )
 
 
@@ -203,8 +202,7 @@ def _by_name(name: str, shapes: Shapes, sparsity: float) -> dict[str, float]:
     if name not in _NAMED:
         raise ValueError(
             f"distribution={name!r} is not known. Use {', '.join(_NAMED)}, a mapping from globs to sparsities, "
-            "epsilon(1), or a "
-            "callable(shapes, sparsity)."
+            "epsilon(1), or a callable(shapes, sparsity)."
         )
     _check_reachable(shapes, sparsity)
     return _NAMED[name](shapes, sparsity)
@@ -234,8 +232,7 @@ def _refuse_idle(glob: str, shapes: Shapes) -> None:
     if any(fnmatchcase(name, glob) for name in shapes):
         raise ValueError(
             f"distribution: {glob!r} decides no layer, because earlier patterns take all its matches and the first "
-            "match wins. Put it "
-            "before them, or remove it."
+            "match wins. Put it before them, or remove it."
         )
     raise ValueError(
         f"distribution: {glob!r} matches no sparse layer. Candidates: {', '.join(shapes)}. Use '*' for all the others."
@@ -251,8 +248,7 @@ def _checked_result(result: Any, shapes: Shapes) -> dict[str, float]:
         missing, unknown = sorted(set(shapes) - set(result)), sorted(map(str, set(result) - set(shapes)))
         raise ValueError(
             f"distribution: the callable's result does not fit the layers: missing {missing}, unknown {unknown}. "
-            "Return a sparsity for "
-            "each name that it was given and for no other."
+            "Return a sparsity for each name that it was given and for no other."
         )
     return {
         name: _fraction(result[name], f"distribution: the callable's sparsity {result[name]!r} of {name}")
@@ -285,7 +281,7 @@ def _check_reachable(shapes: Shapes, sparsity: float) -> None:
     if zeros_for(sparsity, total) > total - len(shapes):
         highest = (total - len(shapes)) / total
         raise ValueError(
-            f"sparsity={sparsity!r} cannot be reached: each of the {len(shapes)} layers keeps at least one of their "
-            f"{total} weights. "
-            f"The highest reachable sparsity is {highest:.6g}: lower the target, or exclude small layers."
+            f"sparsity={sparsity!r} cannot be reached: each of the {len(shapes)} layers keeps at least "
+            f"one of their {total} weights. The highest reachable sparsity is {highest:.6g}: lower the "
+            "target, or exclude small layers."
         )

@@ -94,8 +94,7 @@ def refuse(optimizers: Iterable[Optimizer], scaler: bool) -> None:
         if scaler and getattr(optimizer, "_step_supports_amp_scaling", False):
             raise ValueError(
                 f"{name}(fused=True) under precision='16-mixed' unscales the gradients inside its step and steps even "
-                "when they are "
-                "infinite, so a mask update could be lost. Use precision='bf16-mixed', or fused=False."
+                "when they are infinite, so a mask update could be lost. Use precision='bf16-mixed', or fused=False."
             )
 
 
@@ -103,8 +102,7 @@ def several_closures(name: str) -> str:
     """The error for an optimizer, named ``name``, that calls its closure several times in a step."""
     return (
         f"{name} calls its closure several times in one step, so there is no single gradient that a mask update could "
-        "use. "
-        "Use an optimizer with one gradient a step, such as SGD or AdamW."
+        "use. Use an optimizer with one gradient a step, such as SGD or AdamW."
     )
 
 

@@ -115,8 +115,7 @@ def entries(model: nn.Module) -> list[Entry]:
             if isinstance(p, UninitializedParameter):
                 raise ValueError(
                     f"{module_name}.{local} has no shape yet (a lazy module): masks cannot be made. Run one batch "
-                    "through the "
-                    "model, for example in configure_model, before fit starts."
+                    "through the model, for example in configure_model, before fit starts."
                 )
             if p is not None and id(p) not in roles:
                 name = f"{module_name}.{local}" if module_name else local
@@ -219,8 +218,7 @@ def select(
         if getattr(module, "sparse", False) and any(e.name == f"{name}.weight" and not e.reason for e in chosen):
             raise ValueError(
                 f"{name} is an embedding with sparse=True, whose gradients are sparse tensors and cannot be masked. "
-                "Use sparse=False, or "
-                "leave it out of include=."
+                "Use sparse=False, or leave it out of include=."
             )
     if all(e.reason for e in chosen):
         raise ValueError(

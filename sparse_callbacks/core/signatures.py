@@ -36,17 +36,15 @@ def refuse_old_hooks(cls: type, base: type) -> None:
     for name, made in vars(cls).items():
         if name in _RENAMED_FACTS:
             raise TypeError(
-                f"{cls.__name__}.{name} is a fact of version 0.1 that nobody reads any more. Write "
-                f"{_RENAMED_FACTS[name]}. The table of "
-                "old and new names is in CHANGELOG.md."
+                f"{cls.__name__}.{name} is a fact of version 0.1 that nobody reads any more. "
+                f"Write {_RENAMED_FACTS[name]}. The table of old and new names is in CHANGELOG.md."
             )
         if not inspect.isfunction(made):
             continue
         if name in RENAMED and not hasattr(base, name):
             raise TypeError(
-                f"{cls.__name__}.{name} overrides a hook of version 0.1 that nobody calls any more. Write "
-                f"{RENAMED[name]}. The table "
-                "of old and new names is in CHANGELOG.md."
+                f"{cls.__name__}.{name} overrides a hook of version 0.1 that nobody calls any more. "
+                f"Write {RENAMED[name]}. The table of old and new names is in CHANGELOG.md."
             )
         hook = getattr(base, name, None)
         if inspect.isfunction(hook) and not name.startswith("__") and not _takes_the_same(made, hook):

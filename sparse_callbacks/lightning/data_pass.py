@@ -85,15 +85,13 @@ def call(module: nn.Module, batch: Any) -> Any:
     except Exception as error:
         raise ValueError(
             f"{type(module).__name__}.forward failed on a batch of the training data ({type(error).__name__}: "
-            f"{error}). A pass over the "
-            "data calls module(batch), module(batch[0]) or module(**batch), by the batch's type. Give forward=, a "
-            "function of module "
-            "and batch that returns the network's output, e.g. forward=lambda module, batch: module.net(batch[0])."
+            f"{error}). A pass over the data calls module(batch), module(batch[0]) or module(**batch), by the batch's "
+            "type. Give forward=, a function of module and batch that returns the network's output, e.g. "
+            "forward=lambda module, batch: module.net(batch[0])."
         ) from error
     raise ValueError(
         f"a batch of the training data is a {type(batch).__name__}, and there is no general way to put it through a "
-        "network. Give "
-        "forward=, a function of module and batch that returns the network's output."
+        "network. Give forward=, a function of module and batch that returns the network's output."
     )
 
 
@@ -120,15 +118,13 @@ def in_order(loader: Any, world: int = 1, rank: int = 0, whole: bool = False) ->
         kind = f"{type(loader).__name__}{' over an IterableDataset' if isinstance(loader, DataLoader) else ''}"
         raise ValueError(
             "a pass over the training data needs a torch DataLoader over a data set with indices, and this is a "
-            f"{kind}. Give "
-            "statistics_dataloader=, a loader with the batches that the statistics are taken from."
+            f"{kind}. Give statistics_dataloader=, a loader with the batches that the statistics are taken from."
         )
     size = loader.batch_size if loader.batch_sampler is None else getattr(loader.batch_sampler, "batch_size", None)
     if loader.batch_sampler is not None and not isinstance(size, int):
         raise ValueError(
             f"{type(loader.batch_sampler).__name__} makes the batches and has no batch_size, so they cannot be made in "
-            "order. Give "
-            "statistics_dataloader=, a loader with the batches that the statistics are taken from."
+            "order. Give statistics_dataloader=, a loader with the batches that the statistics are taken from."
         )
     indices = _indices(loader)[rank::world]
     if whole and size is not None and (loader.drop_last or len(indices) % size == 1) and len(indices) > size:
@@ -188,9 +184,8 @@ def _batch_count(batches: Any, fraction: float, limit: int | None) -> int | None
         return max(1, round(fraction * len(batches)))
     except TypeError as error:
         raise ValueError(
-            f"data_fraction={fraction:g} of a loader without a length is not a number of batches. Give "
-            "data_fraction=1.0, or a loader with "
-            "__len__."
+            f"data_fraction={fraction:g} of a loader without a length is not a number of batches. "
+            "Give data_fraction=1.0, or a loader with __len__."
         ) from error
 
 
@@ -215,8 +210,7 @@ def _warn_if_random(trainer: Any, loader: Any, rank: int) -> None:
     ):
         warnings.warn(
             "the training data differs each time that it is fetched (random augmentation), and the statistics are "
-            "taken of it as it is. "
-            "To take them of data that is not augmented, give statistics_dataloader=.",
+            "taken of it as it is. To take them of data that is not augmented, give statistics_dataloader=.",
             stacklevel=3,
         )
 

@@ -44,8 +44,7 @@ def horizon(trainer: Trainer) -> float:
     if getattr(trainer, "lightning_module", None) is None:
         raise RuntimeError(
             "horizon() needs a trainer that fits: the length of a phase follows from the data and max_epochs= or "
-            "max_steps=. Call it as "
-            "horizon(self.trainer) in configure_optimizers or later."
+            "max_steps=. Call it as horizon(self.trainer) in configure_optimizers or later."
         )
     lives = [c.optimizer_life(length_of(trainer)) for c in trainer.callbacks if isinstance(c, RestartsOptimizers)]
     steps = min((life for life in lives if life is not None), default=None)
@@ -93,17 +92,15 @@ def restart(trainer: Trainer) -> None:
     if len(before) != len(after):
         raise ValueError(
             f"configure_optimizers gave {len(before)} optimizers at the start and {len(after)} at the restart of a "
-            "phase. Let it give the "
-            "same ones at every call, or give restart=False."
+            "phase. Let it give the same ones at every call, or give restart=False."
         )
     trained = {id(p): n for n, p in trainer.lightning_module.named_parameters() if p.requires_grad}
     lost = [trained[i] for i in (parameter_ids(*before) - parameter_ids(*after)) & trained.keys()]
     if lost:
         raise ValueError(
             f"{', '.join(sorted(lost))} were in an optimizer and are in none after configure_optimizers was called "
-            "anew for a phase (a "
-            "group added later, as by a finetuning callback, is lost). Let configure_optimizers give all of them, or "
-            "give restart=False."
+            "anew for a phase (a group added later, as by a finetuning callback, is lost). Let configure_optimizers "
+            "give all of them, or give restart=False."
         )
 
 
@@ -129,11 +126,9 @@ def check_horizons(trainer: Trainer, phase_steps: float, epoch_steps: float) -> 
                 means = "" if unit == 1 else f", that is {length * unit:g} optimizer steps,"
                 raise ValueError(
                     f"{shown}{means} is longer than the phase of {phase_steps:g} optimizer steps at whose end "
-                    "optimizers and schedules are "
-                    "configured anew, so it would be cut off. In configure_optimizers use "
-                    "sparse_callbacks.horizon(self.trainer), the "
-                    "optimizer steps of the phase (with 'interval': 'step'), or keep one schedule for the run with "
-                    "restart=False."
+                    "optimizers and schedules are configured anew, so it would be cut off. In configure_optimizers "
+                    "use sparse_callbacks.horizon(self.trainer), the optimizer steps of the phase (with 'interval': "
+                    "'step'), or keep one schedule for the run with restart=False."
                 )
 
 

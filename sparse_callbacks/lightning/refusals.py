@@ -64,17 +64,14 @@ def warnings_for(trainer: Any, dense_at_first: bool) -> Iterator[str]:
         if isinstance(config.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             yield (
                 "ReduceLROnPlateau does not resume exactly under Lightning: a run resumed from a checkpoint may miss "
-                "one of its updates. "
-                "Use a schedule over steps or epochs where exact resume matters."
+                "one of its updates. Use a schedule over steps or epochs where exact resume matters."
             )
     if trainer.ckpt_path and getattr(trainer.fit_loop, "_combined_loader", None) is not None:
         yield (
             "the train loader was made before its saved position arrived (somebody read "
-            "trainer.estimated_stepping_batches in "
-            "configure_optimizers or earlier), so Lightning will not restore it: a checkpoint from inside an epoch "
-            "starts its data over. "
-            "Read it later, for example inside the function of a LambdaLR, but not at step 0, which its constructor "
-            "calls."
+            "trainer.estimated_stepping_batches in configure_optimizers or earlier), so Lightning will not restore it: "
+            "a checkpoint from inside an epoch starts its data over. Read it later, for example inside the function of "
+            "a LambdaLR, but not at step 0, which its constructor calls."
         )
     if dense_at_first:
         for callback in trainer.callbacks:
@@ -84,10 +81,8 @@ def warnings_for(trainer: Any, dense_at_first: bool) -> Iterator[str]:
             if compares and not getattr(callback, "only_at_target", False):
                 yield (
                     f"{type(callback).__name__}(monitor={callback.monitor!r}) also counts epochs before the target "
-                    "sparsity is reached, "
-                    "and the best of them is usually a dense one. Save the last checkpoint, or monitor a metric that "
-                    "you log only "
-                    "while the sparsity callback's at_target is True."
+                    "sparsity is reached, and the best of them is usually a dense one. Save the last checkpoint, or "
+                    "monitor a metric that you log only while the sparsity callback's at_target is True."
                 )
 
 
@@ -125,8 +120,7 @@ def refuse_shared(mine: Method, names: Sequence[str], others: Iterable[Method]) 
         if both := sorted(set(names) & set(other.params)):
             raise ValueError(
                 f"{type(other).__name__} and {type(mine).__name__} both claim {', '.join(both)}. Give each callback "
-                "its own layers "
-                "with include= or exclude=."
+                "its own layers with include= or exclude=."
             )
 
 

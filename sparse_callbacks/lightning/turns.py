@@ -68,8 +68,7 @@ class TurnTaking(SparsityCallback):
         if len(peers) > 1:
             raise ValueError(
                 f"{type(self).__name__} trains several copies of the whole network, and {len(peers)} sparsity "
-                "callbacks are in "
-                "callbacks=. Leave it alone there, or use GaP."
+                "callbacks are in callbacks=. Leave it alone there, or use GaP."
             )
         super()._refuse_neighbours(trainer, names)
 
@@ -129,8 +128,7 @@ def refuse_ranks(trainer: Trainer, module: nn.Module, ranks: int, workers: int) 
     if ranks != workers:
         raise ValueError(
             f"the run has {ranks} processes and partitions= makes {workers} workers. Give Trainer(devices={workers}), "
-            "one process for "
-            "each, or devices=1, where they train one after another."
+            "one process for each, or devices=1, where they train one after another."
         )
     if trainer._accelerator_connector.use_distributed_sampler:
         raise ValueError(
@@ -145,14 +143,12 @@ def refuse_ranks(trainer: Trainer, module: nn.Module, ranks: int, workers: int) 
     if not getattr(module, "automatic_optimization", True):
         raise ValueError(
             "in manual optimization Lightning averages gradients over all processes, and the workers are different "
-            "networks. Use "
-            "automatic optimization, or one process (devices=1)."
+            "networks. Use automatic optimization, or one process (devices=1)."
         )
     if synced := [name for name, m in module.named_modules() if isinstance(m, nn.SyncBatchNorm)]:
         raise ValueError(
             f"{', '.join(synced)} average batch statistics over processes, and the workers are different networks. Use "
-            "ordinary batch "
-            "norms (Trainer(sync_batchnorm=False)), or one process (devices=1)."
+            "ordinary batch norms (Trainer(sync_batchnorm=False)), or one process (devices=1)."
         )
 
 
@@ -166,8 +162,7 @@ def refuse_split_data(trainer: Trainer) -> None:
         if getattr(sampler, "num_replicas", 1) > 1:
             raise ValueError(
                 f"each worker sees all the data, and {type(sampler).__name__}(num_replicas={sampler.num_replicas}) "
-                "gives this process a "
-                "part of it. Give num_replicas=1, rank=0, or a loader without it."
+                "gives this process a part of it. Give num_replicas=1, rank=0, or a loader without it."
             )
 
 
