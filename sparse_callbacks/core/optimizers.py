@@ -53,6 +53,7 @@ class Ownership:
         self.optimizers = list(optimizers)
         self.steps = [[n for n, p in params.items() if id(p) in ids] for ids in map(parameter_ids, optimizers)]
         """Names of the parameters that each optimizer steps."""
+        # backwards, so that of several optimizers that step a parameter the first is written last and stays
         first = {n: i for i in reversed(range(len(optimizers))) for n in self.steps[i]}
         self.owns = [[n for n in names if first[n] == i] for i, names in enumerate(self.steps)]
         """Names of the parameters that belong to each optimizer, whose masks are updated on its calendar."""
@@ -91,6 +92,7 @@ def refuse(optimizers: Iterable[Optimizer], scaler: bool) -> None:
         name = type(optimizer).__name__
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError(several_closures(name))
+        # the attribute by which a GradScaler leaves unscaling to the optimizer
         if scaler and getattr(optimizer, "_step_supports_amp_scaling", False):
             raise ValueError(
                 f"{name}(fused=True) under precision='16-mixed' unscales the gradients inside its step and steps even "
@@ -114,6 +116,7 @@ def clear_state(optimizer: Optimizer, parameter: Tensor, where: Tensor) -> None:
     a parameter without state yet is left alone.
     """
     for value in optimizer.state.get(parameter, {}).values():
+        # by shape and not by name: the state of any optimizer, whatever it calls it
         if isinstance(value, Tensor) and value.shape == parameter.shape:
             value.masked_fill_(where, 0)
 
@@ -149,4 +152,5 @@ def all_finite(gradients: Sequence[Tensor]) -> Tensor | bool:
     if all(g.device.type == "cpu" for g in gradients):
         # a sum reads the memory once, but finite values can overflow it: only then is each element checked
         return all(math.isfinite(g.sum().item()) or bool(g.isfinite().all()) for g in gradients)
+    # one number for each gradient, and a single one to wait for; the maximum of magnitudes is NaN where one of them is
     return torch.stack([g.abs().amax().to(gradients[0].device) for g in gradients]).isfinite().all()

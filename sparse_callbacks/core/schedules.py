@@ -219,7 +219,7 @@ def pruning_curve(sparsity: float | str | Schedule) -> Schedule:
     if not isinstance(sparsity, str | Schedule):
         check_sparsity(sparsity)
     curve = as_schedule(sparsity, "cubic", rising=True, name="sparsity")
-    check_sparsity(curve.initial)
+    check_sparsity(curve.initial)  # `final` is the target, which the method checks as its sparsity
     return curve
 
 

@@ -15,10 +15,12 @@ RENAMED = {
 _RENAMED_FACTS = {"anchor": "first_update", "curves": "figure_prefix"}
 
 _NEW_SIGNATURE = {
-    "before_step": "step.names, step.due, step.gradient(name), step.mask_gradients() and step.replace() take the place of "
-    "self.names, self.due(), self.gradient(name), self.mask_gradients() and self.skip_step()",
-    "after_step": "step.due takes the place of self.due(), and the hook returns self.new_masks(step) where an update falls",
-    "new_masks": "step.names and step.number take the place of self.names and self.step, and the hook returns Update(masks)",
+    "before_step": "step.names, step.due, step.gradient(name), step.mask_gradients() and step.replace() take the place "
+    "of self.names, self.due(), self.gradient(name), self.mask_gradients() and self.skip_step()",
+    "after_step": "step.due takes the place of self.due(), and the hook returns self.new_masks(step) where an update "
+    "falls",
+    "new_masks": "step.names and step.number take the place of self.names and self.step, and the hook returns "
+    "Update(masks)",
     "make_calendar": "run.total(), run.epoch() and run.lenient take the place of the three arguments",
 }
 
@@ -33,6 +35,7 @@ def refuse_old_hooks(cls: type, base: type) -> None:
     Raises:
         TypeError: an override with another signature than the hook, or one of a hook that has another name now.
     """
+    # what this class defines itself: its bases were looked at when they were made
     for name, made in vars(cls).items():
         if name in _RENAMED_FACTS:
             raise TypeError(

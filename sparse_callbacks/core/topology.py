@@ -42,6 +42,7 @@ def take(
     Returns:
         The share of connections that the update replaced: dropped and born ones over those active before and after.
     """
+    # every rank has computed them, from sums that may differ in the last bit, and masks that differ would stay different
     distributed.broadcast_masks(masks.values())
     changed = total = 0
     born_in: dict[str, Tensor] = {}
@@ -49,9 +50,8 @@ def take(
         before, grown = weights.active_counts[name], mask & ~weights.masks[name]
         weights.set_mask(name, mask)
         born, after = weights.count(name, grown), weights.active_counts[name]
-        if born and not weights.has_copy(
-            name
-        ):  # with a dense copy a weight comes back with what it has learnt, state included
+        # with a dense copy a weight comes back with what it has learnt, state included
+        if born and not weights.has_copy(name):
             owners.clear(name, grown)
             born_in[name] = grown
         changed += before + 2 * born - after  # dropped = before + born - after
