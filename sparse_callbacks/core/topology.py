@@ -42,7 +42,7 @@ def take(
     Returns:
         The share of connections that the update replaced: dropped and born ones over those active before and after.
     """
-    # every rank has computed them, from sums that may differ in the last bit, and masks that differ would stay different
+    # each rank has computed them, from sums that may differ in the last bit, and unequal masks would stay unequal
     distributed.broadcast_masks(masks.values())
     changed = total = 0
     born_in: dict[str, Tensor] = {}

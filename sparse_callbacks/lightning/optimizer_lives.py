@@ -46,6 +46,7 @@ def horizon(trainer: Trainer) -> float:
             "horizon() needs a trainer that fits: the length of a phase follows from the data and max_epochs= or "
             "max_steps=. Call it as horizon(self.trainer) in configure_optimizers or later."
         )
+    # of several callbacks that restart optimizers, the one that does so first ends the life of all
     lives = [c.optimizer_life(length_of(trainer)) for c in trainer.callbacks if isinstance(c, RestartsOptimizers)]
     steps = min((life for life in lives if life is not None), default=None)
     found = run_length(trainer) if steps is None else steps
@@ -59,6 +60,7 @@ def length_of(trainer: Trainer) -> RunLength:
 
 def run_length(trainer: Trainer) -> float:
     """Optimizer steps of the run, accumulation and devices counted; infinite where the run has no known end."""
+    # inf or -1 for a run without an end, depending on why it has none
     steps = float(trainer.estimated_stepping_batches)
     return steps if steps > 0 else math.inf
 
@@ -71,6 +73,7 @@ def epoch_length(trainer: Trainer) -> float:
     if trainer.train_dataloader is None:
         trainer.fit_loop.setup_data()
     batches = float(trainer.num_training_batches)
+    # the last window of an epoch may have fewer batches, and is followed by a step all the same
     return math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else batches
 
 
@@ -95,6 +98,7 @@ def restart(trainer: Trainer) -> None:
             "phase. Let it give the same ones at every call, or give restart=False."
         )
     trained = {id(p): n for n, p in trainer.lightning_module.named_parameters() if p.requires_grad}
+    # an id means the same parameter in both lists, because `before` keeps the old ones alive
     lost = [trained[i] for i in (parameter_ids(*before) - parameter_ids(*after)) & trained.keys()]
     if lost:
         raise ValueError(
@@ -119,6 +123,7 @@ def check_horizons(trainer: Trainer, phase_steps: float, epoch_steps: float) -> 
     """
     automatic = trainer.lightning_module.automatic_optimization
     for config in trainer.lr_scheduler_configs:
+        # "frequency" and "interval" are instructions to Lightning, which it follows in automatic optimization only
         over_epochs = automatic and config.interval == "epoch"
         unit = (epoch_steps if over_epochs else 1) * (config.frequency if automatic else 1)
         for length, shown in _known_ends(config.scheduler):
@@ -138,10 +143,11 @@ def _known_ends(scheduler: Any, begins: float = 0) -> Iterator[tuple[float, str]
     The first item is the step of the outermost schedule at which the end comes, the second the argument as the user
     wrote it. ``begins`` is the step of the outermost schedule at which ``scheduler`` begins.
     """
-    after = f" behind {begins:g} steps of others" if begins else ""
+    after = f" after {begins:g} steps of other schedules" if begins else ""
     if isinstance(scheduler, lr_scheduler.SequentialLR):
         *cut, last = scheduler._milestones  # each schedule but the last ends at a milestone at the latest
         yield begins + last, f"{type(scheduler).__name__}(milestones={[*cut, last]}){after}"
+        # the steps of a schedule in a sequence count from where the one before it was cut
         yield from _known_ends(scheduler._schedulers[-1], begins + last)
     elif isinstance(scheduler, lr_scheduler.ChainedScheduler):
         for inner in scheduler._schedulers:
@@ -149,6 +155,7 @@ def _known_ends(scheduler: Any, begins: float = 0) -> Iterator[tuple[float, str]
     for kind, name in _END_ARGUMENTS.items():
         if isinstance(scheduler, kind):
             value = getattr(scheduler, name)
+            # torch keeps milestones as a Counter
             listed = sorted(value) if name == "milestones" else [value]
             yield (
                 begins + max(listed, default=0),

@@ -98,6 +98,7 @@ class TurnTaking(SparsityCallback):
             weights = {k: t.detach() for k, t in self.model.state_dict().items() if isinstance(t, Tensor)}
             optimizers = [o.state_dict() for o in self.owners.optimizers]
             mine = {"weights": weights, "optimizers": optimizers, "loaders": self.turns_host.loader_states()}
+            # gradients of an open window are in it too: each rank accumulates those of its own network
             state["workers"] = distributed.gather({**mine, "grads": state.pop("grads", {})})
         return state
 
@@ -135,6 +136,7 @@ def refuse_ranks(trainer: Trainer, module: nn.Module, ranks: int, workers: int) 
             "each worker sees all the data, and this Trainer gives every process a part of it. Give "
             "Trainer(use_distributed_sampler=False)."
         )
+    # the switch by which DistributedDataParallel lets ranks keep gradients of their own
     if not hasattr(trainer.strategy.model, "require_backward_grad_sync"):
         raise ValueError(
             f"{type(trainer.strategy).__name__} does not let its processes train different networks. Use "
@@ -211,14 +213,16 @@ def translate_epochs(trainer: Trainer, translate: Callable[[int], int]) -> None:
     for sampler in _samplers(trainer):
         if "set_epoch" not in vars(sampler):  # an attribute of the instance: it is replaced already
             original = sampler.set_epoch
+            # `original` as a default is bound now: later the name stands for the method of the loop's last sampler
             sampler.set_epoch = lambda epoch, original=original: original(translate(epoch))
+            # Lightning may have reported the current epoch before, to the method that is replaced here
             sampler.set_epoch(trainer.current_epoch)
 
 
 def stop_translating(trainer: Trainer) -> None:
     """Undo :func:`translate_epochs`."""
     for sampler in _samplers(trainer):
-        vars(sampler).pop("set_epoch", None)
+        vars(sampler).pop("set_epoch", None)  # the method of its class is found again
 
 
 def loader_states(trainer: Trainer) -> list[Any]:
@@ -234,6 +238,7 @@ def load_loader_states(trainer: Trainer, states: Sequence[Any]) -> None:
     for loader, state in zip(_loaders(trainer), states, strict=True):
         if state is not None:
             loader.load_state_dict(state)
+    # Lightning has made the iterator before, from the positions that it restored itself
     restart_data_iterator(trainer)
 
 
@@ -246,4 +251,4 @@ def restart_data_iterator(trainer: Trainer) -> None:
     decide all of its batches."""
     fetcher = trainer.fit_loop._data_fetcher
     if fetcher is not None:
-        iter(fetcher)
+        iter(fetcher)  # Lightning's fetcher makes new iterators of its loaders each time that it is iterated
