@@ -6,9 +6,9 @@ from numbers import Real
 
 from sparse_callbacks.core.schedules import to_steps
 
-# The default interval is shortened until so many updates fit between start and stop, because a few hardly move a mask.
+# The default interval is shortened until this many updates fit between start and stop: a few hardly move a mask.
 FEWEST_UPDATES = 10
-# It is not shortened below so many steps: a weight that was grown needs time to become large enough to stay.
+# It is not shortened below this many steps: a weight that was grown needs time to become large enough to stay.
 SHORTEST_INTERVAL = 10
 
 Time = int | float

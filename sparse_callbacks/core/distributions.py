@@ -230,7 +230,7 @@ def _by_glob(rules: Mapping[str, float | str], shapes: Shapes, sparsity: float) 
         if isinstance(value, str):
             groups.setdefault(value, {})[name] = shapes[name]
         else:
-            found[name] = _fraction(value, f"distribution: the sparsity {value!r} behind {match!r}")
+            found[name] = _fraction(value, f"distribution: the sparsity {value!r} of {match!r}")
     # all layers that follow one name in one call, because they share the target among themselves
     for value, members in groups.items():
         found |= _by_name(value, members, sparsity)

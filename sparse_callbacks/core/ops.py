@@ -1,4 +1,4 @@
-"""Pure tensor functions behind the masks: the largest magnitudes, drop and grow, counts.
+"""Pure tensor functions that make masks: the largest magnitudes, drop and grow, counts.
 
 Masks are bool tensors of the shape and memory format of the values they were chosen from. Selection orders positions by
 magnitude, then by tensor and row-major index (the earlier wins); NaN ranks below zero, and -0.0 equals 0.0.

@@ -3,7 +3,7 @@
 import inspect
 from typing import Any
 
-# The hooks of version 0.1 that have other names now. An override of one of them would never be called, without a word.
+# The hooks of version 0.1 that have other names now. An override of one of them would silently never be called.
 RENAMED = {
     "update": "new_masks(self, step), which returns an Update(masks, figures), and after_update(self, step)",
     "move_masks": "new_masks(self, step), whose masks the engine takes",

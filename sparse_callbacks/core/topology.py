@@ -37,7 +37,8 @@ def take(
         weights: the masks and parameters to change.
         owners: the optimizers whose state is cleared where weights are born.
         masks: new masks by parameter name.
-        new_weights: gives values for the born weights of a parameter, of its shape; None where they start from zero.
+        new_weights: a function that takes a parameter's name and returns values of its shape for the born weights, or
+            None where they start from zero.
 
     Returns:
         The share of connections that the update replaced: dropped and born ones over those active before and after.

@@ -90,7 +90,7 @@ class Optim:
 
         Args:
             step: the number of optimizer steps before this one.
-            total: gives the length of the run in optimizer steps; it is not called for step 0.
+            total: a function that returns the length of the run in optimizer steps; it is not called for step 0.
         """
         if step < self.warmup:
             # from one share and not from zero, with which the first step would move nothing

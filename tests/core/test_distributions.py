@@ -160,8 +160,8 @@ def test_globs_without_a_layer_are_refused() -> None:
 
 
 @pytest.mark.parametrize("value", [1.0, -0.5, True, None])
-def test_sparsities_behind_globs_are_checked(value: Any) -> None:
-    with pytest.raises(ValueError, match=r"distribution: the sparsity .* behind 'head' is not in \[0, 1\)"):
+def test_sparsities_of_globs_are_checked(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"distribution: the sparsity .* of 'head' is not in \[0, 1\)"):
         resolve({"head": value}, SHAPES, 0.8)
 
 
