@@ -61,6 +61,7 @@ def outputs(
         module.eval()
         for part in train:
             part.train()
+        # the Trainer's limits are about its own loaders; a loader that was given for this pass is taken as it is
         limit = None if loader_given is not None else _limit(trainer)
         for batch in islice(iter(batches), _batch_count(batches, fraction, limit)):
             with torch.no_grad(), trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
@@ -81,19 +82,17 @@ def call(module: nn.Module, batch: Any) -> Any:
         if isinstance(batch, Mapping):
             return module(**batch)
         if isinstance(batch, Sequence) and not isinstance(batch, str) and batch:
-            return module(batch[0])
-    except Exception as error:
+            return module(batch[0])  # by convention the inputs come first and the labels after them
+    except Exception as error:  # whatever a forward pass raises on inputs that it is not made for
         raise ValueError(
             f"{type(module).__name__}.forward failed on a batch of the training data ({type(error).__name__}: "
-            f"{error}). A pass over the "
-            "data calls module(batch), module(batch[0]) or module(**batch), by the batch's type. Give forward=, a "
-            "function of module "
-            "and batch that returns the network's output, e.g. forward=lambda module, batch: module.net(batch[0])."
+            f"{error}). A pass over the data calls module(batch), module(batch[0]) or module(**batch), by the batch's "
+            "type. Give forward=, a function of module and batch that returns the network's output, e.g. "
+            "forward=lambda module, batch: module.net(batch[0])."
         ) from error
     raise ValueError(
         f"a batch of the training data is a {type(batch).__name__}, and there is no general way to put it through a "
-        "network. Give "
-        "forward=, a function of module and batch that returns the network's output."
+        "network. Give forward=, a function of module and batch that returns the network's output."
     )
 
 
@@ -120,19 +119,19 @@ def in_order(loader: Any, world: int = 1, rank: int = 0, whole: bool = False) ->
         kind = f"{type(loader).__name__}{' over an IterableDataset' if isinstance(loader, DataLoader) else ''}"
         raise ValueError(
             "a pass over the training data needs a torch DataLoader over a data set with indices, and this is a "
-            f"{kind}. Give "
-            "statistics_dataloader=, a loader with the batches that the statistics are taken from."
+            f"{kind}. Give statistics_dataloader=, a loader with the batches that the statistics are taken from."
         )
     size = loader.batch_size if loader.batch_sampler is None else getattr(loader.batch_sampler, "batch_size", None)
     if loader.batch_sampler is not None and not isinstance(size, int):
         raise ValueError(
             f"{type(loader.batch_sampler).__name__} makes the batches and has no batch_size, so they cannot be made in "
-            "order. Give "
-            "statistics_dataloader=, a loader with the batches that the statistics are taken from."
+            "order. Give statistics_dataloader=, a loader with the batches that the statistics are taken from."
         )
+    # not as a DistributedSampler does, which repeats samples until all ranks have the same number
     indices = _indices(loader)[rank::world]
     if whole and size is not None and (loader.drop_last or len(indices) % size == 1) and len(indices) > size:
         indices = indices[: len(indices) // size * size]
+    # without the generator of the loader, which a second iteration would move on
     return DataLoader(
         loader.dataset,
         batch_size=size,
@@ -180,6 +179,7 @@ def _limit(trainer: Any) -> int | None:
 
 def _batch_count(batches: Any, fraction: float, limit: int | None) -> int | None:
     """The number of batches that the pass takes; None for all."""
+    # before the whole fraction is looked at: a limited loader ends early with all of its batches too
     if limit is not None:
         return max(1, round(fraction * limit))
     if fraction == 1.0:
@@ -188,14 +188,14 @@ def _batch_count(batches: Any, fraction: float, limit: int | None) -> int | None
         return max(1, round(fraction * len(batches)))
     except TypeError as error:
         raise ValueError(
-            f"data_fraction={fraction:g} of a loader without a length is not a number of batches. Give "
-            "data_fraction=1.0, or a loader with "
-            "__len__."
+            f"data_fraction={fraction:g} of a loader without a length is not a number of batches. "
+            "Give data_fraction=1.0, or a loader with __len__."
         ) from error
 
 
 def _as_in_training(trainer: Any, module: nn.Module, batch: Any) -> Any:
     """The batch with the precision and on the device that the training step would receive it."""
+    # in the order of a training step: the hooks of a LightningModule see the batch before it moves to the device
     batch = trainer.precision_plugin.convert_input(batch)
     before = getattr(module, "_on_before_batch_transfer", None)
     if before is not None:
@@ -215,8 +215,7 @@ def _warn_if_random(trainer: Any, loader: Any, rank: int) -> None:
     ):
         warnings.warn(
             "the training data differs each time that it is fetched (random augmentation), and the statistics are "
-            "taken of it as it is. "
-            "To take them of data that is not augmented, give statistics_dataloader=.",
+            "taken of it as it is. To take them of data that is not augmented, give statistics_dataloader=.",
             stacklevel=3,
         )
 
@@ -236,4 +235,5 @@ def _same_item(one: Any, other: Any) -> bool:
         )
     if isinstance(one, Sequence) and not isinstance(one, str | bytes):
         return isinstance(other, Sequence) and len(one) == len(other) and all(map(_same_item, one, other))
+    # as above, NaN counts as equal to NaN
     return not isinstance(one, int | float | str | bytes) or one == other or one != one
