@@ -99,10 +99,12 @@ def slimmable_groups(
     trial = copied(model)
     with quiet(trial):
         branches = training_branches(trial, example_input)
-        return [g if g.reason else replace(g, reason=_why_stays(trial, g, example_input, branches)) for g in groups]
+        return [
+            g if g.reason else replace(g, reason=_why_outputs_change(trial, g, example_input, branches)) for g in groups
+        ]
 
 
-def _why_stays(model: nn.Module, group: Group, example_input: Any, branches: Sequence[str]) -> str:
+def _why_outputs_change(model: nn.Module, group: Group, example_input: Any, branches: Sequence[str]) -> str:
     """How the outputs change when every other unit of ``group`` is removed; empty where they do not."""
     keep = torch.arange(group.size) % 2 == 0
     surgery = Surgery(model)
