@@ -133,6 +133,7 @@ def channel_groups(
             covered |= {(layer, c) for c in channels}
             covered |= {(p.name, c) for p in walk.places if p.side == "out" for c in p.roots}
             group = _group(layer, channels, walk.places, model)
+            # in this order: the members of a group whose shape was misread say nothing about the weights
             reason = walk.reason or _why_misread(group, model) or _why_group_stays(group, reasons)
             groups.append(replace(group, reason=reason))
     return groups + _untraced(model, trace, groups)

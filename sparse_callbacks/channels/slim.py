@@ -16,6 +16,7 @@ from sparse_callbacks.channels.proof import GroupChange, Proof, prove
 from sparse_callbacks.core.inspection import copied, quiet, training_branches
 
 
+# parameters that are made in inference mode could never be trained
 @torch.inference_mode(False)
 def slim(
     model: nn.Module,
@@ -79,6 +80,7 @@ def slim(
     groups = channel_groups(masked, example_input, exclude, seconds)
     given, random = [example_input, *inputs], random_samples(masked, example_input, seed)
     cuts, rows, checked = _cut_all(masked, groups, full_masks, [*given, *random])
+    # the cuts were tried in float64 where that is possible, and are made here in the precision of the model
     small = copied(masked)
     Surgery(small).cut(cuts, [m for g in groups for m in g.members])
     return small, prove(masked, small, rows, checked, given, random)
