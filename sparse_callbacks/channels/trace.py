@@ -116,7 +116,7 @@ class Trace:
 
         try:
             with warnings.catch_warnings():
-                # about operations and parameters that torch-pruning does not know: the walk gives a reason for these
+                # torch-pruning warns of operations that it does not know, for which the walk gives a reason
                 warnings.simplefilter("ignore")
                 inputs = map_tensors(_marked, example_input)
                 self.graph.build_dependency(
