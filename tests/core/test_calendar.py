@@ -120,9 +120,8 @@ def test_the_default_interval_is_shortened_with_a_word(stop: int, expected: int)
         assert told == []
     else:
         assert told == [
-            f"every={expected}: the published interval of 100 steps would leave fewer than 10 updates between step 0 "
-            f"and step {stop}. "
-            "Give every= to choose another."
+            f"every={expected}: the published interval of 100 steps would leave fewer than 10 updates between "
+            f"step 0 and step {stop}. Give every= to choose another."
         ]
 
 
