@@ -306,7 +306,7 @@ def test_a_run_that_ends_above_its_target_says_so() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ({"sparsity": 0.9}, r"sparsity= is no argument of ConstrainedL0.*Give density="),
+        ({"sparsity": 0.9}, r"sparsity= is not an argument of ConstrainedL0.*Give density="),
         (
             {"density": 0.0},
             r"density=0\.0: 0\.0 is out of range\. Give a number that is at least 0\.04713 and at most 1: log_alpha is",

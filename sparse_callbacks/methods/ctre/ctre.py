@@ -114,7 +114,8 @@ class CTRE(DropAndGrow):
         check_patience("seq", variant, monitor, mode, patience)
         if not 0.0 < data_fraction <= 1.0:
             raise ValueError(
-                f"data_fraction={data_fraction!r} is no share of the training data in (0, 1]. For all of it give 1.0."
+                f"data_fraction={data_fraction!r} is not a share of the training data in (0, 1]. For all of it "
+                "give 1.0."
             )
         distribution = _with_epsilon(sparsity, epsilon, distribution)
         super().__init__(
@@ -276,5 +277,5 @@ def _with_epsilon(sparsity: float | None, epsilon: float | None, distribution: D
         raise ValueError(
             f"sparsity={sparsity} and {distribution} both say how many weights there are. Give sparsity= or epsilon=."
         )
-    clipped(distribution, {})  # refuses what is no number
+    clipped(distribution, {})  # refuses what is not a number
     return distribution

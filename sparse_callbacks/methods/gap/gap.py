@@ -189,8 +189,7 @@ class GaP(RestartsOptimizers, SparsityCallback):
         if calendar.stop > ends and not run.lenient:
             raise ValueError(
                 f"the phases of this run were laid out up to step {calendar.stop}, and it ends at step {ends:g}. Train "
-                "longer, or give "
-                "fresh_start=True for new masks and phases."
+                "longer, or give fresh_start=True for new masks and phases."
             )
         self.aux["phase/length"] = torch.tensor(run.total(), dtype=torch.float64)
         at, configured = (min(s // calendar.every, self.phases) for s in (self.step, int(self.aux["phase/optimizers"])))
@@ -280,9 +279,7 @@ class GaP(RestartsOptimizers, SparsityCallback):
     def shortfall(self) -> str:
         return (
             f"{type(self).__name__} ended after {self.step} steps, in phase {self.phase_at(self.step)} of "
-            f"{self.phases} (from 0), with "
-            f"partition {self.dense_partition} still dense: sparsity {self.measured_sparsity()['sparsity/total']:.4f} "
-            "instead of "
-            f"{self.plan().total:.4f}. The last phase ends at step {self.times.stop}: train longer, or give shorter "
-            "phases."
+            f"{self.phases} (from 0), with partition {self.dense_partition} still dense: sparsity "
+            f"{self.measured_sparsity()['sparsity/total']:.4f} instead of {self.plan().total:.4f}. The last phase ends "
+            f"at step {self.times.stop}: train longer, or give shorter phases."
         )

@@ -108,7 +108,7 @@ class ParallelGaP(GaP, TurnTaking):
         )
         if not isinstance(epochs, Real) or int(epochs) != epochs:
             raise ValueError(
-                f"epochs={epochs!r} is no whole number of epochs: a worker's data order begins with an epoch. Give "
+                f"epochs={epochs!r} is not a whole number of epochs: a worker's data order begins with an epoch. Give "
                 "epochs=1."
             )
         self._epochs: int = int(epochs)
@@ -334,8 +334,7 @@ class ParallelGaP(GaP, TurnTaking):
         ):
             raise ValueError(
                 f"the checkpoint was written within a round by {ranks} processes, and this run has "
-                f"{distributed.world_size()}: the "
-                f"workers would not be the same. Resume with devices={ranks}."
+                f"{distributed.world_size()}: the workers would not be the same. Resume with devices={ranks}."
             )
         if "workers" not in state:
             return state
@@ -349,8 +348,7 @@ class ParallelGaP(GaP, TurnTaking):
         if not self._mine:
             raise ValueError(
                 "the last fit ended within a round, and the processes have lost the networks of their workers since. "
-                "Resume it from a "
-                "checkpoint that was written in training (ckpt_path=), or give fresh_start=True."
+                "Resume it from a checkpoint that was written in training (ckpt_path=), or give fresh_start=True."
             )
         self._take_over(self._mine["weights"])
         dense = self.weights.all_active(self.blocks()[distributed.rank()]) if self._begun == self.phase else {}

@@ -29,8 +29,8 @@ TOLERANCE = 0.03  # expected densities hover about their targets
 LEAST = float(gates.p_open(torch.tensor(-gates.LIMIT)))
 WHY_LEAST = (
     "log_alpha is kept within +-log 100, where a gate is still open in 4.7 % of its samples. The trained network can "
-    "be smaller than "
-    "its expected density, as its median gates are closed wherever samples are open at most half of the time"
+    "be smaller than its expected density, as its median gates are closed wherever samples are open at most half of "
+    "the time"
 )
 
 
@@ -116,8 +116,8 @@ class ConstrainedL0(SparsityCallback):
     ) -> None:
         if "sparsity" in options:
             raise ValueError(
-                f"sparsity= is no argument of {type(self).__name__}, whose gates meet a target in expectation. Give "
-                "density=, the share of parameters that stay: 0.1 for 90 % zeros."
+                f"sparsity= is not an argument of {type(self).__name__}, whose gates meet a target in expectation. "
+                "Give density=, the share of parameters that stay: 0.1 for 90 % zeros."
             )
         super().__init__(0.0, distribution="uniform", include=include, exclude=exclude, seed=seed, **options)
         self.density, self.droprate = _plain(density), _plain(droprate)

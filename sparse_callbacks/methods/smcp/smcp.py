@@ -65,8 +65,8 @@ class SMCP(SparsityCallback):
         round_to: groups keep a multiple of so many channels where their number is one.
         chunk: so many neighbouring channels are kept or pruned together.
         curve: of the ramp: ``"exp"``, ``"linear"`` or ``"exp2"``.
-        every: optimizer steps (int) or fraction of the run (float) between solves; None: 80, shortened with a word in
-            short runs.
+        every: optimizer steps (int) or fraction of the run (float) between solves; None: 80, shortened, with a
+            message, in short runs.
         start, stop: when the ramp begins and ends, in the same units.
         decay: added to the gradient of a pruned weight, times the weight.
         norm_scaling: the gain of a batch norm that takes the output of a pruned layer shrinks with the inputs of that
@@ -118,8 +118,8 @@ class SMCP(SparsityCallback):
         if "sparsity" in options:
             name = type(self).__name__
             raise ValueError(
-                f"sparsity= is no argument of {name}. Give budget=, what is left of the network's cost: 0.5 for half "
-                "of it."
+                f"sparsity= is not an argument of {name}. Give budget=, what is left of the network's cost: 0.5 for "
+                "half of it."
             )
         super().__init__(0.0, distribution="uniform", include=include, exclude=exclude, seed=seed, **options)
         self.budget, self.cost, self.importance, self.curve = budget, cost, importance, curve
@@ -142,7 +142,7 @@ class SMCP(SparsityCallback):
             raise ValueError(f"decay={self.decay!r} is out of range. Give a number that is at least 0.")
         for name, value in (("round_to", self.round_to), ("chunk", self.chunk)):
             if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"{name}={value!r} is no number of channels. Give a whole number from 1 on.")
+                raise ValueError(f"{name}={value!r} is not a number of channels. Give a whole number from 1 on.")
         for name, known in WORDS.items():
             if (word := getattr(self, name)) not in known:
                 raise ValueError(f"{name}={word!r} is not known. Give {' or '.join(map(repr, known))}.")
@@ -310,10 +310,8 @@ class SMCP(SparsityCallback):
     def shortfall(self) -> str:
         return (
             f"{type(self).__name__} ended at {self._share():.4f} of the dense {budget.cost_name(self.cost)}, before "
-            "the solve "
-            f"for its budget of {self.budget:g}: {self.step} steps were taken and that solve is due at step "
-            f"{self.times.stop}. Train "
-            "longer, or give an earlier stop=."
+            f"the solve for its budget of {self.budget:g}: {self.step} steps were taken and that solve is due at step "
+            f"{self.times.stop}. Train longer, or give an earlier stop=."
         )
 
 
