@@ -171,7 +171,7 @@ def count_kept_channels(callback: Any) -> None:
 
 def owners_of_groups(callback: Any) -> list[int]:
     """SMCP: the optimizer that steps each group of channels."""
-    return list(callback._owners)
+    return list(callback._optimizer_of)
 
 
 def kept_of_the_round(callback: Any) -> set[str]:
