@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sparse_callbacks.core.calendar import Calendar
 from sparse_callbacks.core.weights import SparseWeights
+from sparse_callbacks.methods.gap.round_networks import kept_tensors
 
 
 @dataclass
@@ -176,7 +177,7 @@ def owners_of_groups(callback: Any) -> list[int]:
 
 def kept_of_the_round(callback: Any) -> set[str]:
     """ParallelGaP: names of what it keeps of the round's start and of the workers that are done."""
-    return {*callback._kept("start"), *callback._kept("gathered")}
+    return {*kept_tensors(callback.aux, "start"), *kept_tensors(callback.aux, "gathered")}
 
 
 def record_scores(callback: Any) -> list[Tensor]:

@@ -30,6 +30,7 @@ def check_phases(rounds: int, epochs: float | None, every: Time | None, finetune
         if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
             raise ValueError(f"{name}={value!r} is not a length of time above 0. Give a number, for example {name}=1.")
         if name != "epochs":
+            # for its errors only: an int counts steps, a float is a fraction of the run, whatever its length
             to_steps(value, 1, name)
     given = [n for n, v in (("epochs", epochs), ("every", every), ("finetune", finetune)) if v is not None]
     if len(given) > 1:
@@ -72,9 +73,11 @@ def phase_steps(
         length = to_steps(every, run.total(), "every")
     else:
         begins = to_steps(FINETUNE if finetune is None else finetune, run.total(), "finetune")
-        length = int(begins) // phases
+        length = int(begins) // phases  # equal phases: the steps that are left over are trained in fine-tuning
     if run.lenient:
+        # a trial run of a few batches must not fail for being short, and a calendar needs an interval of 1 at least
         return max(1, length)
+    # the calendar counts from the first fit, so the end is compared with the steps of earlier fits and this run
     ends = length * phases if begins == math.inf else begins
     if length < 1 or ends > taken + run.total():
         given = {"epochs": epochs, "every": every, "finetune": finetune}

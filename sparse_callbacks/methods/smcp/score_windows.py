@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparse_callbacks.channels.groups import Group
 
-Aux = MutableMapping[str, Tensor]
+_Aux = MutableMapping[str, Tensor]
 
 
 def key_parameter(group: Group) -> str:
@@ -25,13 +25,13 @@ def window_of(index: int, group: Group) -> str:
     return f"{index}/{key_parameter(group)}"
 
 
-def begin_window(aux: Aux, window: str, size: int, device: torch.device) -> None:
+def begin_window(aux: _Aux, window: str, size: int, device: torch.device) -> None:
     """Make an empty window for a group of ``size`` units, unless there is one already."""
     aux.setdefault(f"scores.{window}", torch.zeros(size, device=device))
     aux.setdefault(f"steps.{window}", torch.zeros((), dtype=torch.int64, device=device))
 
 
-def add_to_window(aux: Aux, window: str, scores: Tensor, finite: Tensor | bool) -> None:
+def add_to_window(aux: _Aux, window: str, scores: Tensor, finite: Tensor | bool) -> None:
     """Add the scores of a step to a window; a step with an inf counts for nothing."""
     # torch.where and not an if: whether a step is finite is known on the device, and need not be waited for
     counts = torch.as_tensor(finite, device=scores.device)
@@ -39,12 +39,12 @@ def add_to_window(aux: Aux, window: str, scores: Tensor, finite: Tensor | bool) 
     aux[f"steps.{window}"] = aux[f"steps.{window}"] + counts
 
 
-def mean_of_window(aux: Aux, window: str) -> Tensor:
+def mean_of_window(aux: _Aux, window: str) -> Tensor:
     """Mean score of each unit over the steps of a window; 0 in an empty one."""
     return aux[f"scores.{window}"] / aux[f"steps.{window}"].clamp(min=1)
 
 
-def reset_windows(aux: Aux, windows: Iterable[str]) -> None:
+def reset_windows(aux: _Aux, windows: Iterable[str]) -> None:
     """Make those of ``windows`` empty that there are."""
     for key in [f"{kind}.{window}" for window in windows for kind in ("scores", "steps")]:
         if key in aux:
