@@ -84,9 +84,11 @@ class Patience:
 
     def _judge(self) -> None:
         value = float(self.aux.pop("patience/pending")[0])
+        # once it has run out it stays so: a late improvement must not bring similarity back
         if not self.over:
             worst = torch.tensor(float("-inf" if self.mode == "max" else "inf"))  # any number improves on it
             best, count = judged(float(self.aux.get("patience/best", worst)), self._count, value, self.mode)
+            # float64, so that a resumed run compares with the very number that this one has seen
             self.aux["patience/best"] = torch.tensor(best, dtype=torch.float64)
             self.aux["patience/count"] = torch.tensor(count)
 
