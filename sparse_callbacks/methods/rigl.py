@@ -37,7 +37,7 @@ class RigL(DropAndGrow):
         drop_fraction: fraction of a layer's active weights that an update replaces; a number falls by a cosine to 0 at
             ``stop``; a schedule or its text (``"constant(0.3)"``) is taken as it is.
         include, exclude: globs on the names of parameters that become sparse or stay dense.
-        seed: of the initial mask and everything random.
+        seed: seed of the initial mask and everything random.
         **options: ``keep_dense`` ("first", "last" or "both"; default None), ``print_plan`` (default True) and
             ``fresh_start`` (default False: a resumed checkpoint must hold the masks of a callback with the same
             arguments).

@@ -19,7 +19,7 @@ def judged(best: float, count: int, value: float, mode: Mode) -> tuple[float, in
     >>> judged(0.6, 1, 0.6, "max"), judged(0.6, 1, 0.5, "min")
     ((0.6, 2), (0.5, 0))
     """
-    # a comparison with NaN is False, so NaN counts as no improvement and never becomes the best value
+    # a comparison with NaN is False, so NaN does not count as an improvement and never becomes the best value
     improved = value > best if mode == "max" else value < best
     return (value, 0) if improved else (best, count + 1)
 

@@ -177,7 +177,7 @@ class GaP(RestartsOptimizers, SparsityCallback):
     # ------------------------------------------------------------------ phases
 
     def phase_at(self, step: int) -> int:
-        """Phase after so many steps, from 0; ``phases`` while fine-tuning."""
+        """Phase after ``step`` optimizer steps, from 0; ``phases`` while fine-tuning."""
         return min(step // self.times.every, self.phases)
 
     @property

@@ -65,8 +65,8 @@ class ConstrainedL0(SparsityCallback):
         constraint: ``"model"``: one for all gated parameters (of each optimizer); ``"layer"``: one for each.
         unit: ``"channel"``: a gate for each input unit of a matrix and for each output channel of a convolution;
             ``"weight"``.
-        droprate: of new gates, in [0.01, 0.99], or ``{glob: droprate}``; weights grow by 1 / (1 - droprate) to make up
-            for it.
+        droprate: dropout rate of new gates, in [0.01, 0.99], or ``{glob: droprate}``: their mean is about 1 - droprate,
+            and weights grow by 1 / (1 - droprate) to make up for it.
         gate_lr, dual_lr: learning rates of gates and multipliers; they are not scheduled.
         gate_optimizer: ``"sgd"`` or ``"adam"``.
         l2: coefficient of the expected squared norm over 2; the optimizer's own weight decay of gated parameters must

@@ -49,7 +49,7 @@ class _Search:
         return tuple(sizes[i] for sizes, i in zip(self.sizes, at, strict=True))
 
     def start(self, kept: Sequence[int], value: float) -> _Choice:
-        """The choice that keeps so many units of each group, and has this ``value``."""
+        """The choice that keeps ``kept`` units of the groups, and has this ``value``."""
         at = tuple(sizes.index(k) for sizes, k in zip(self.sizes, kept, strict=True))
         costs = self.network.by_layer(self.kept(at))
         return _Choice(at, value, costs, self.network.total(costs))

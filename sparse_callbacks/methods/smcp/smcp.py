@@ -60,9 +60,9 @@ class SMCP(SparsityCallback):
             ``python -m sparse_callbacks.latency``. Counted is what the forward pass of one sample calls: attention,
             recurrent layers and embeddings as they are, biases and norms not.
         importance: ``"taylor"``, or ``"magnitude"``: the sum of \\|w\\| at the solve.
-        round_to: groups keep a multiple of so many channels where their number is one.
-        chunk: so many neighbouring channels are kept or pruned together.
-        curve: of the ramp: ``"exp"``, ``"linear"`` or ``"exp2"``.
+        round_to: number of channels of which a group keeps a multiple, where its own number is one.
+        chunk: number of neighbouring channels that are kept or pruned together.
+        curve: shape of the ramp: ``"exp"``, ``"linear"`` or ``"exp2"``.
         every: optimizer steps (int) or fraction of the run (float) between solves; None: 80, shortened, with a
             message, in short runs.
         start, stop: when the ramp begins and ends, in the same units.
