@@ -42,13 +42,13 @@ class DropAndGrow(SparsityCallback):
         super().__init__(sparsity, distribution=distribution, include=include, exclude=exclude, seed=seed, **options)
         self.set_times(every, start, stop)
         self.drop_fraction = drop_fraction
+        # a number falls along RigL's f_decay = alpha / 2 * (1 + cos(pi * t / T)), for all three methods
         self.fraction_curve = as_schedule(drop_fraction, "cosine", name="drop_fraction")
         for value in (self.fraction_curve.initial, self.fraction_curve.final):
             if not 0.0 <= value <= 1.0:
                 raise ValueError(
                     f"drop_fraction={drop_fraction!r} leaves [0, 1]: it is the fraction of a layer's active weights "
-                    "that an update "
-                    "replaces. The published value is 0.3."
+                    "that an update replaces. The published value is 0.3."
                 )
 
     def fraction_at(self, number: int) -> float:
@@ -70,9 +70,11 @@ class DropAndGrow(SparsityCallback):
     def new_masks(self, step: Step) -> Update:
         fraction, new = self.fraction_at(step.number), {}
 
+        # counted in the mask and not planned: whatever a layer has, it has as many after the update
         def moved(_: str, mask: Tensor, drop: Tensor, grow: Tensor) -> Tensor:
             return drop_and_grow(mask, drop, grow, drop_count(int(mask.count_nonzero()), fraction))
 
+        # only the parameters of the optimizer that has stepped: several optimizers take their steps at different times
         for name in step.names:
             scores = self.grow_scores(step, name)
             if scores is not None:  # the parameter took part in this step

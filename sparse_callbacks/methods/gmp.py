@@ -32,8 +32,8 @@ class GMP(SparsityCallback):
     Args:
         sparsity: a number is the target, reached along the cubic; a schedule or its text (``"linear(0, 0.9)"``) is
             taken as it is, and only ``"constant(0.9)"`` prunes at once.
-        every: optimizer steps (int) or fraction of the run (float) between updates; None: 100, shortened with a word in
-            short runs.
+        every: optimizer steps (int) or fraction of the run (float) between updates; None: 100, shortened, with a
+            message, in short runs.
         start, stop: when the curve begins and ends, in the same units.
         distribution, include, exclude, seed, **options: see :class:`SparsityCallback`.
 
@@ -68,6 +68,7 @@ class GMP(SparsityCallback):
         **options: Unpack[Options],
     ) -> None:
         self._curve = pruning_curve(sparsity)
+        # the base plans for the end of the curve: its counts are what the last update leaves
         super().__init__(
             self._curve.final, distribution=distribution, include=include, exclude=exclude, seed=seed, **options
         )
@@ -75,7 +76,7 @@ class GMP(SparsityCallback):
             raise ValueError(
                 f"sparsity={sparsity!r} falls, and pruned weights do not come back. Give a curve that rises."
             )
-        self.sparsity = sparsity
+        self.sparsity = sparsity  # as given, since a resumed run compares it as an argument
         self.set_times(every, start, stop)
 
     @property
@@ -84,6 +85,7 @@ class GMP(SparsityCallback):
 
     def sparsity_at(self, number: int) -> float:
         """s_t after ``number`` gradient steps, over all selected weights."""
+        # equation 1, unless a schedule was given
         return self._curve(number, self.times.start, self.times.stop)
 
     def initial_masks(self) -> dict[str, Tensor]:
@@ -99,10 +101,12 @@ class GMP(SparsityCallback):
     def _pruned(self, masks: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
         """``masks`` with the smallest weights taken out, layer by layer, until the target's share of ``sparsity`` is
         reached."""
+        # how far the curve has come, for every layer alike: with a distribution each rises to its own target
         share = sparsity / self.target_sparsity if self.target_sparsity else 0.0
 
         def prune(layer: str, mask: Tensor, weight: Tensor) -> Tensor:
             zeros = zeros_for(self.targets[layer] * share, weight.numel())
+            # a run that goes on longer steps back along its curve: the mask then has fewer than planned, and keeps them
             return keep_largest(weight, min(int(mask.count_nonzero()), weight.numel() - zeros), among=mask)
 
         return {n: self.weights.by_layer(n, prune, mask, self.params[n].detach()) for n, mask in masks.items()}

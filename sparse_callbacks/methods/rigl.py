@@ -31,13 +31,13 @@ class RigL(DropAndGrow):
     Args:
         sparsity: fraction of zeros over the selected weights, in [0, 1).
         distribution: name, ``{glob: sparsity or name}`` or callable; see :class:`SparsityCallback`.
-        every: optimizer steps (int) or fraction of the run (float) between updates; None: the published 100, shortened
-            with a word (down to 10) in runs that would see fewer than ten updates.
+        every: optimizer steps (int) or fraction of the run (float) between updates; None: the published 100, shortened,
+            with a message, down to 10 in runs that would see fewer than ten updates.
         start, stop: first and last time of an update, in the same units.
         drop_fraction: fraction of a layer's active weights that an update replaces; a number falls by a cosine to 0 at
             ``stop``; a schedule or its text (``"constant(0.3)"``) is taken as it is.
         include, exclude: globs on the names of parameters that become sparse or stay dense.
-        seed: of the initial mask and everything random.
+        seed: seed of the initial mask and everything random.
         **options: ``keep_dense`` ("first", "last" or "both"; default None), ``print_plan`` (default True) and
             ``fresh_start`` (default False: a resumed checkpoint must hold the masks of a callback with the same
             arguments).
@@ -58,15 +58,18 @@ class RigL(DropAndGrow):
     first_update: ClassVar[int] = 0  # the calendar is asked before a step, with the steps taken so far
 
     def before_step(self, step: Step) -> None:
+        # at the end of the cosine every count is 0: such an update would cost a gradient step and change nothing
         if step.due and any(self._counts(step)):
-            step.replace()  # this step moves the masks instead of the weights
+            # algorithm 1 has an update or a gradient step, never both: here the masks move and the weights do not
+            step.replace()
         else:
             super().before_step(step)
 
     def after_step(self, step: Step) -> Update | None:
-        return None  # the update, where one is due, took the place of the step
+        return None  # an update takes the place of a step, so none follows one
 
     def wants_dense_gradients(self, step: Step) -> bool:
+        # manual optimization asks before the step is counted: an upper bound, which need not wait for the device
         return step.may_be_due
 
     def grow_scores(self, step: Step, name: str) -> Tensor | None:
@@ -75,6 +78,7 @@ class RigL(DropAndGrow):
     def _counts(self, step: Step) -> list[int]:
         """The number of weights that an update would replace in each layer."""
         fraction = self.fraction_at(step.number)
+        # from the planned counts, which are those of the masks: counting the masks would wait for the device
         return [
             drop_count(part.numel() - self.planned_zeros(layer, part.numel()), fraction)
             for name in step.names

@@ -41,4 +41,6 @@ class SET(DropAndGrow):
     """
 
     def grow_scores(self, step: Step, name: str) -> Tensor:
+        # derived from seed, step and name: every rank and every resumed run draws the same without a state to save. The
+        # largest of independent uniform numbers are a uniform draw without replacement
         return uniform_like(self.params[name], self.generator(name, step.number))

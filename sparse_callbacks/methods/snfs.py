@@ -83,22 +83,27 @@ class SNFS(DropAndGrow):
         self._smoothed: dict[str, Tensor] = {}
 
     def wants_dense_gradients(self, step: Step) -> bool:
-        return True
+        return True  # every step is smoothed, not only those before an update
 
     def before_step(self, step: Step) -> None:
-        # not in aux yet: the step may still be skipped
+        # not in aux yet: a GradScaler may still skip the step, and its gradients would stay in the mean for good
         self._smoothed = {}
         for name in step.names:
             if (gradient := step.gradient(name)) is not None:
                 past = self.aux.get(f"smoothed/{name}")
+                # a new tensor: the gradient itself belongs to the optimizer, which has not stepped yet
                 share = gradient * (1 - self.smoothing)
                 self._smoothed[name] = share if past is None else share.add_(past, alpha=self.smoothing)
+        # last, as it masks the gradients that were read above
         super().before_step(step)
 
     def after_step(self, step: Step) -> Update | None:
+        # without a GradScaler a step with an inf is taken, and would leave an inf in the mean
         if step.finite:
+            # in aux, because a resumed run must grow where this one would have
             self.aux |= {f"smoothed/{name}": value for name, value in self._smoothed.items()}
         self._smoothed = {}
+        # after the mean has moved: an update grows by the momentum with the current gradient in it
         return super().after_step(step)
 
     def grow_scores(self, step: Step, name: str) -> Tensor | None:

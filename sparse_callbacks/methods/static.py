@@ -54,6 +54,7 @@ class Static(SparsityCallback):
                 f"sparsity={sparsity!r} and from_checkpoint= are both given, and both decide the mask. Give one of "
                 "them."
             )
+        # the base needs a number before the model is known; a checkpoint's own zeros take its place in share_out
         start = 0.0 if from_checkpoint is not None else 0.9
         super().__init__(
             start if sparsity is None else sparsity,
@@ -63,7 +64,7 @@ class Static(SparsityCallback):
             seed=seed,
             **options,
         )
-        self.sparsity = sparsity
+        self.sparsity = sparsity  # as given, also None: a resumed run compares the arguments
         self.from_checkpoint = from_checkpoint
         self._given: dict[str, Tensor] = {}
         self._resumed: dict[str, Tensor] = {}
@@ -79,6 +80,7 @@ class Static(SparsityCallback):
         if self.from_checkpoint is None:
             return super().share_out(entries)
         chosen = [e for e in entries if not e.reason]
+        # kept here too: plan() asks for the targets also after training has begun, when ``saved`` is gone
         if self.saved is not None:
             self._resumed = dict(self.saved.masks)
         if all(e.name in self._resumed for e in chosen):  # a resumed run does not need the other checkpoint any more
@@ -104,10 +106,13 @@ def _masks_in(source: str | Path | Mapping[str, Any], entries: Sequence[Entry]) 
     if isinstance(source, Mapping):
         found = source
     elif Path(source).is_file():
+        # weights_only: a checkpoint that somebody else wrote must not run code
         found = torch.load(source, map_location="cpu", weights_only=True)
     else:
-        raise ValueError(f"from_checkpoint={str(source)!r} is no file. Give the path of a checkpoint or a state dict.")
-    weights: Mapping[str, Any] = found.get("state_dict", found)
+        raise ValueError(
+            f"from_checkpoint={str(source)!r} is not a file. Give the path of a checkpoint or a state dict."
+        )
+    weights: Mapping[str, Any] = found.get("state_dict", found)  # of a Trainer's checkpoint, or a plain state dict
     saved: dict[str, Tensor] = {}
     for state in found.get("callbacks", {}).values():
         if isinstance(state, Mapping) and isinstance(state.get("masks"), Mapping):
@@ -117,10 +122,10 @@ def _masks_in(source: str | Path | Mapping[str, Any], entries: Sequence[Entry]) 
         known = ", ".join(k for k, v in weights.items() if isinstance(v, Tensor) and v.ndim > 1)
         raise ValueError(
             f"from_checkpoint= does not fit the model: {', '.join(missing)} not found with the same shape. The "
-            f"checkpoint has: {known}. "
-            "Names must be those of the LightningModule; rename the keys, or leave layers out with include= or "
-            "exclude=."
+            f"checkpoint has: {known}. Names must be those of the LightningModule; rename the keys, or leave layers "
+            "out with include= or exclude=."
         )
+    # saved masks go first: a weight that was just grown is zero and yet active, so the non-zeros would lose it
     masks = {e.name: saved[e.name] if e.name in saved else weights[e.name] != 0 for e in entries}
     if all(bool(m.all()) for m in masks.values()):
         raise ValueError(

@@ -334,9 +334,9 @@ def test_no_phases_in_too_short_a_run() -> None:
 def test_two_lengths_of_a_phase_are_refused() -> None:
     with pytest.raises(ValueError, match="epochs= and every= and finetune= are given together"):
         check_phases(1, 1, 2, 3, partitions=4)
-    with pytest.raises(ValueError, match="epochs=0 is no length of time above 0"):
+    with pytest.raises(ValueError, match="epochs=0 is not a length of time above 0"):
         check_phases(1, 0, None, None, partitions=4)
-    with pytest.raises(ValueError, match="rounds=0 is no number of rounds"):
+    with pytest.raises(ValueError, match="rounds=0 is not a number of rounds"):
         check_phases(0, None, None, None, partitions=4)
     with pytest.raises(ValueError, match="rounds=2 of one partition"):
         check_phases(2, None, None, None, partitions=1)

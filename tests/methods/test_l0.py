@@ -18,7 +18,8 @@ from support.nets import Classifier, double_mlp
 from support.rig import assert_effective, differences, fit, watch
 from torch import Tensor, nn
 
-from sparse_callbacks.methods.l0.l0 import LEAST, ConstrainedL0, gates
+from sparse_callbacks.methods.l0 import ConstrainedL0, gates
+from sparse_callbacks.methods.l0.arguments import LEAST
 from sparse_callbacks.tasks.models import lenet5_caffe, lenet_300_100
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -306,7 +307,7 @@ def test_a_run_that_ends_above_its_target_says_so() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ({"sparsity": 0.9}, r"sparsity= is no argument of ConstrainedL0.*Give density="),
+        ({"sparsity": 0.9}, r"sparsity= is not an argument of ConstrainedL0.*Give density="),
         (
             {"density": 0.0},
             r"density=0\.0: 0\.0 is out of range\. Give a number that is at least 0\.04713 and at most 1: log_alpha is",

@@ -155,15 +155,15 @@ def test_the_plan_names_the_budget() -> None:
         ({"budget": "half"}, "budget='half' is out of"),
         ({"decay": -1.0}, r"decay=-1\.0 is out of range"),
         ({"decay": float("nan")}, "decay=nan is out of range"),
-        ({"round_to": 0}, r"round_to=0 is no number of channels\. Give a whole"),
-        ({"chunk": 1.5}, "chunk=1.5 is no number of channels"),
+        ({"round_to": 0}, r"round_to=0 is not a number of channels\. Give a whole"),
+        ({"chunk": 1.5}, "chunk=1.5 is not a number of channels"),
         ({"importance": "l2"}, r"importance='l2' is not known\. Give 'taylor' or 'magnitude'"),
         ({"curve": "cubic"}, r"curve='cubic' is not known\. Give 'exp' or 'linear' or 'exp2'"),
         (
             {"cost": "latency"},
             r"cost='latency' is not known\. Give 'parameters', 'flops' or the path of a latency table",
         ),
-        ({"sparsity": 0.9}, r"sparsity= is no argument of SMCP.*Give budget="),
+        ({"sparsity": 0.9}, r"sparsity= is not an argument of SMCP.*Give budget="),
     ],
 )
 def test_arguments_that_cannot_work(arguments: dict[str, Any], message: str) -> None:

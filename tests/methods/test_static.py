@@ -135,7 +135,7 @@ def test_the_mask_of_a_finished_pruning_run_holds_in_fine_tuning(tmp_path: Path)
         (
             None,
             {"from_checkpoint": "nowhere.ckpt"},
-            r"from_checkpoint='nowhere\.ckpt' is no file\. Give the path of a checkpoint or",
+            r"from_checkpoint='nowhere\.ckpt' is not a file\. Give the path of a checkpoint or",
         ),
         (
             lambda w: w,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sparse_callbacks.core.calendar import Calendar
 from sparse_callbacks.core.weights import SparseWeights
+from sparse_callbacks.methods.gap.round_networks import kept_tensors
 
 
 @dataclass
@@ -171,12 +172,12 @@ def count_kept_channels(callback: Any) -> None:
 
 def owners_of_groups(callback: Any) -> list[int]:
     """SMCP: the optimizer that steps each group of channels."""
-    return list(callback._owners)
+    return list(callback._optimizer_of)
 
 
 def kept_of_the_round(callback: Any) -> set[str]:
     """ParallelGaP: names of what it keeps of the round's start and of the workers that are done."""
-    return {*callback._kept("start"), *callback._kept("gathered")}
+    return {*kept_tensors(callback.aux, "start"), *kept_tensors(callback.aux, "gathered")}
 
 
 def record_scores(callback: Any) -> list[Tensor]:

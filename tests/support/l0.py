@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks import ConstrainedL0
+from sparse_callbacks.methods.l0.constraint import shares_of
 from support.nets import Classifier
 
 
@@ -34,7 +35,7 @@ def close_some(callback: ConstrainedL0, log_alpha: float = -4.0, every: int = 3)
 
 def tied_kernels(callback: Any) -> Mapping[str, Any]:
     """By kernel with gates, the parameters that go with its channels."""
-    return callback._tied
+    return callback.gated.members
 
 
 def constraints_of(callback: Any) -> list[Any]:
@@ -79,7 +80,7 @@ def expected_densities(callback: Any) -> list[tuple[Any, float]]:
 
 def shares_of_parameters(callback: Any, kernels: Iterable[str]) -> dict[str, float]:
     """Share of each kernel, with its biases, in the parameters of all ``kernels``."""
-    return callback._shares(list(kernels))
+    return shares_of(callback.gated.sizes(kernels))
 
 
 class Flat(Classifier):

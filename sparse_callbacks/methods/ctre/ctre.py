@@ -115,8 +115,10 @@ class CTRE(DropAndGrow):
         check_patience("seq", variant, monitor, mode, patience)
         if not 0.0 < data_fraction <= 1.0:
             raise ValueError(
-                f"data_fraction={data_fraction!r} is no share of the training data in (0, 1]. For all of it give 1.0."
+                f"data_fraction={data_fraction!r} is not a share of the training data in (0, 1]. For all of it "
+                "give 1.0."
             )
+        # before the base looks at the distribution, which epsilon= stands for
         distribution = _with_epsilon(sparsity, epsilon, distribution)
         super().__init__(
             0.9 if sparsity is None else sparsity,
@@ -130,6 +132,7 @@ class CTRE(DropAndGrow):
             seed=seed,
             **options,
         )
+        # over the base's cosine: CTRE replaces a constant share, as published
         self.fraction_curve = as_schedule(drop_fraction, "constant", name="drop_fraction")
         self.epsilon, self.variant = epsilon, variant
         self.monitor, self.mode, self.patience = monitor, mode, patience
@@ -163,6 +166,7 @@ class CTRE(DropAndGrow):
         if self.at_random:
             return
         if self._update_follows():
+            # before the step that the update follows, with the weights that the forward pass of that step sees
             sums = self._measure(self.data_fraction)
             self.aux |= {f"similarity/{name}": cosine_similarity(s) for name, s in sums.items()}
 
@@ -189,12 +193,14 @@ class CTRE(DropAndGrow):
     def _measure(self, fraction: float) -> dict[str, CosineSums]:
         """Sums over a pass for every sparse layer that the network used; with fraction 0 over one batch."""
         made = self.host.data_pass(fraction or 1.0, forward=self.forward, loader=self.statistics_dataloader)
+        # a batch is enough to see whether activations can be found, which is what fraction 0 is for
         with closing(made) as outputs:  # where measuring fails, flags and random states are put back now
             return measure_similarity(self.model, self.params, outputs if fraction else islice(outputs, 1))
 
     # ------------------------------------------------------------------ how
 
     def after_step(self, step: Step) -> Update | None:
+        # without a pass before it (as for the very first step) an update would not know where to grow
         measured = any(f"similarity/{name}" in self.aux for name in step.names)
         return self.new_masks(step) if step.due and (self.at_random or measured) else None
 
@@ -208,6 +214,7 @@ class CTRE(DropAndGrow):
         return Update(masks, figures | self.own_figures(phase=float(self.at_random)))
 
     def after_update(self, step: Step) -> None:
+        # as large as the weights, and of no use once the masks have moved
         for name in step.names:
             self.aux.pop(f"similarity/{name}", None)
 
@@ -222,6 +229,7 @@ class CTRE(DropAndGrow):
         if self.variant != "sim":
             grown.add(similarity, proposed)
             return kept | proposed
+        # algorithm 2: what was only just dropped and proposed again gives way to a random position
         accepted, drawn = replace_regrown(mask, kept, proposed, self._draw(step, name))
         grown.add(similarity, accepted)
         grown.drawn += int(drawn.count_nonzero())
@@ -232,6 +240,7 @@ class CTRE(DropAndGrow):
         return uniform_like(self.params[name], self.generator(name + purpose, step.number))
 
     def new_weights(self, step: Step, name: str) -> Tensor:
+        # a purpose of its own: the draw for positions would give weights that depend on where they are
         return (2 * self._draw(step, name, "/new weights") - 1) * growth_bound(self.weights.entries[name].shape)
 
     # ------------------------------------------------------------------ patience
@@ -277,5 +286,5 @@ def _with_epsilon(sparsity: float | None, epsilon: float | None, distribution: D
         raise ValueError(
             f"sparsity={sparsity} and {distribution} both say how many weights there are. Give sparsity= or epsilon=."
         )
-    clipped(distribution, {})  # refuses what is no number
+    clipped(distribution, {})  # refuses what is not a number
     return distribution

@@ -19,6 +19,7 @@ def propose_growth(mask: Tensor, weight: Tensor, similarity: Tensor, count: int)
         ValueError: ``count`` exceeds the active positions.
     """
     kept = keep_largest(weight, int(mask.count_nonzero()) - count, among=mask)
+    # among all that do not stay, those just dropped included: a connection that is still similar may come back
     return kept, keep_largest(similarity, count, among=~kept)
 
 
@@ -38,6 +39,7 @@ def replace_regrown(mask: Tensor, kept: Tensor, proposed: Tensor, draw: Tensor) 
     """
     accepted = proposed & ~mask
     regrown = int((proposed & mask).count_nonzero())
+    # not among the accepted, unlike in the released code: a position that is drawn twice would be one weight too few
     return accepted, keep_largest(draw, regrown, among=~(kept | accepted))
 
 
@@ -64,7 +66,7 @@ class GrowthFigures:
         """Shares of weights by how they were grown, and the mean similarity where there is one."""
         grown = max(1, self.similar + self.drawn)
         found = {"by_similarity": self.similar / grown, "at_random": self.drawn / grown}
-        if self.similar:
+        if self.similar:  # without any there is no mean, and a 0 in the log would look like one
             found["mean_similarity"] = self.similarity / self.similar
         return found
 
@@ -75,4 +77,5 @@ def growth_bound(shape: Sequence[int]) -> float:
     >>> round(growth_bound((10, 600)), 6)
     0.1
     """
+    # all dimensions but the outputs: each offset of a kernel is an input neuron of its own, as for similarity
     return math.sqrt(6 / math.prod(shape[1:]))

@@ -19,7 +19,7 @@ def judged(best: float, count: int, value: float, mode: Mode) -> tuple[float, in
     >>> judged(0.6, 1, 0.6, "max"), judged(0.6, 1, 0.5, "min")
     ((0.6, 2), (0.5, 0))
     """
-    # a comparison with NaN is False, so NaN counts as no improvement and never becomes the best value
+    # a comparison with NaN is False, so NaN does not count as an improvement and never becomes the best value
     improved = value > best if mode == "max" else value < best
     return (value, 0) if improved else (best, count + 1)
 
@@ -84,9 +84,11 @@ class Patience:
 
     def _judge(self) -> None:
         value = float(self.aux.pop("patience/pending")[0])
+        # once it has run out it stays so: a late improvement must not bring similarity back
         if not self.over:
             worst = torch.tensor(float("-inf" if self.mode == "max" else "inf"))  # any number improves on it
             best, count = judged(float(self.aux.get("patience/best", worst)), self._count, value, self.mode)
+            # float64, so that a resumed run compares with the very number that this one has seen
             self.aux["patience/best"] = torch.tensor(best, dtype=torch.float64)
             self.aux["patience/count"] = torch.tensor(count)
 

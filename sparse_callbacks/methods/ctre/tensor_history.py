@@ -69,6 +69,7 @@ VersionedTensor = tuple[Tensor, int]
 """A tensor with its version counter, which shows whether somebody has written into the tensor since."""
 
 
+# eq=False: calls are keys of dictionaries, and two calls of one layer are two keys
 @dataclass(eq=False)
 class LayerCall:
     """One call of a sparse layer in a forward pass.
@@ -123,6 +124,7 @@ class Operation:
             return cls(plain, UNCHANGED, False, _permutation(plain, args))
         if plain in _RESHAPES or plain in _COPIES:
             return cls(plain, UNCHANGED, mixes)
+        # an average is a sum with fixed factors; a maximum is not one, and counts as an activation function
         is_affine = plain in _AFFINE or "avg_pool" in plain or plain.startswith("upsample")
         return cls(plain, AFFINE if is_affine else ACTIVATED, mixes)
 

@@ -21,7 +21,7 @@ from sparse_callbacks.methods.dpf import filters
 
 GLOBAL = "global"
 UNITS = ("weight", "filter")
-NEVER = 2**62
+NEVER = 2**62  # later than any run ends, and a whole number, as calendars are saved
 
 
 class DPF(SparsityCallback):
@@ -36,10 +36,9 @@ class DPF(SparsityCallback):
 
     The gradient is not masked, so a pruned weight goes on to learn, and comes back once it is among the largest.
     Between optimizer steps the model holds ``m * w``: validation, checkpoints and export see the pruned network. The
-    dense weights live in this
-    callback: one copy, beside a bool and a float mask. With ``finetune`` the masks freeze at that time, the dense
-        weights are
-    dropped, and gradients are masked from then on, also where a longer run would have it start later.
+    dense weights live in this callback: one copy, beside a bool and a float mask. With ``finetune`` the masks freeze at
+    that time, the dense weights are dropped, and gradients are masked from then on, also where a longer run would have
+    it start later.
 
     What you write into the weights between steps is kept if torch sees it (``with torch.no_grad(): p.clamp_(...)``); a
     write past autograd, ``p.data.clamp_(...)``, is undone by the next step.
@@ -54,8 +53,8 @@ class DPF(SparsityCallback):
         distribution: ``"global"``: one threshold over all selected weights (of each optimizer, where there are
             several); otherwise one for each layer, which rises to its own target in the same proportion (name, ``{glob:
             sparsity or name}`` or callable; see :class:`SparsityCallback`).
-        every: optimizer steps (int) or fraction of the run (float) between refreshes; None: 16, shortened with a word
-            in short runs.
+        every: optimizer steps (int) or fraction of the run (float) between refreshes; None: 16, shortened, with a
+            message, in short runs.
         start, stop: when the curve begins and ends, in the same units.
         finetune: when the masks freeze, in the same units, at ``stop`` or later; None: never.
         unit: ``"weight"``, or ``"filter"``: output channels are pruned as a whole, those with the smallest L2 norm
@@ -106,10 +105,12 @@ class DPF(SparsityCallback):
         self.sparsity, self.unit = sparsity, unit
         self.set_times(every, start, stop)
         if finetune is not None:
-            to_steps(finetune, 1, "finetune")
+            to_steps(finetune, 1, "finetune")  # refuses what is not a time; the run's length is not known yet
+            # steps and fractions of the run can be compared only once its length is known, in make_calendar
             if type(finetune) is type(stop) and finetune < stop:
                 raise ValueError(_too_early(finetune, stop))
         self.finetune = finetune
+        # one threshold for each optimizer: they step at different times, and each moves the masks of its own parameters
         self._shared: list[int] = []
         """Weights under one threshold: those of one optimizer."""
 
@@ -121,17 +122,20 @@ class DPF(SparsityCallback):
     def at_target(self) -> bool:
         if not self.masks or self.calendar is None:
             return False
+        # between runs no optimizer owns anything: then those that the steps were counted for
         owners = [i for i, names in enumerate(self.owners.owns) if names] or list(self.progress.counts)
         arrived = all(self.progress.done.get(i, 0) >= self.calendar.stop for i in owners)
         return arrived or self._curve.initial == self._curve.final
 
     def sparsity_at(self, number: int) -> float:
         """s_t after ``number`` gradient steps, over all selected weights."""
+        # the cubic of Zhu and Gupta (2017), which the paper takes over, unless a schedule was given
         return self._curve(number, self.times.start, self.times.stop)
 
     # ------------------------------------------------------------------ plan and calendar
 
     def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
+        # one threshold decides how many of each layer go, and no layer has a target: uniform ones give the total
         return (
             resolve("uniform", layer_shapes(entries), self.target_sparsity)
             if self._is_global
@@ -156,6 +160,7 @@ class DPF(SparsityCallback):
         if not self._is_global:
             return plan
         rows = [replace(r, zeros=None) if r.name in plan.selected else r for r in plan]
+        # in a run each threshold rounds its own count down; a plan without a run does not know the optimizers
         sizes = [plan.weights] if model is not None else self._shared
         return replace(plan, rows=tuple(rows), joint=sum(zeros_for(self.target_sparsity, size) for size in sizes))
 
@@ -165,6 +170,7 @@ class DPF(SparsityCallback):
     def make_calendar(self, run: RunLength) -> Calendar:
         calendar = super().make_calendar(run)
         if self.finetune is None:
+            # the curve ends at stop, the refreshes do not: magnitudes go on to change, and masks follow them
             return replace(calendar, until=NEVER)
         begin = self.finetune if isinstance(self.finetune, int) else to_steps(self.finetune, run.total(), "finetune")
         if not run.lenient and begin < calendar.stop:
@@ -172,8 +178,7 @@ class DPF(SparsityCallback):
         if not run.lenient and begin > run.total():
             raise ValueError(
                 f"finetune={self.finetune!r} lies behind the run's {run.total():g} steps, so fine-tuning would never "
-                "start. Give an "
-                "earlier time, or finetune=None."
+                "start. Give an earlier time, or finetune=None."
             )
         return replace(calendar, until=max(begin, calendar.stop))
 
@@ -190,8 +195,10 @@ class DPF(SparsityCallback):
         return self.new_masks(step)
 
     def new_masks(self, step: Step) -> Update:
+        # algorithm 1 takes the largest of all dense weights, not of the active ones alone: so pruned ones come back
         masks = self._largest(step.names, self.sparsity_at(step.number))
         back = sum(int((mask & ~self.weights.masks[n]).sum()) for n, mask in masks.items())
+        # in aux, so that the count goes on where a run is resumed
         total = self.aux.setdefault("reactivated/total", torch.zeros((), dtype=torch.int64))
         total += back
         norm = self._norm_of_pruned({**self.weights.masks, **masks})
@@ -204,8 +211,10 @@ class DPF(SparsityCallback):
     def _norm_of_pruned(self, masks: Mapping[str, Tensor]) -> float:
         """L2 norm of the dense values of all weights that ``masks`` prune."""
         norms = []
+        # without a copy the dense value of a pruned weight is zero: parameters in fine-tuning add nothing
         for name in self.weights.copied:
             dense = self.weights.dense_values(name)
+            # float: in half precision the sum of squares would overflow
             norms.append(torch.linalg.vector_norm((dense * (1 - masks[name].to(dense))).float()))
         return float(torch.linalg.vector_norm(torch.stack(norms)))
 
@@ -216,6 +225,7 @@ class DPF(SparsityCallback):
         if self._is_global:
             chosen = self._jointly(layers, entries, sparsity)
         else:
+            # how far the curve has come, for every layer alike: each rises to its own target
             share = sparsity / self.target_sparsity if self.target_sparsity else 0.0
             chosen = {x: self._in_layer(t, entries[x], self.targets[x] * share) for x, t in layers.items()}
         return {
@@ -252,6 +262,5 @@ def _filters_gone(sparsity: float, entry: Entry) -> int:
 def _too_early(finetune: Time, stop: Time, steps: str = "") -> str:
     return (
         f"finetune={finetune!r} comes before stop={stop!r}{steps}: the masks would freeze before the target is "
-        "reached. Give a time at "
-        "or after stop=."
+        "reached. Give a time at or after stop=."
     )

@@ -112,7 +112,7 @@ class GaP(RestartsOptimizers, SparsityCallback):
                 f"restart={restart!r} is neither True nor False: it says whether optimizers start anew with each phase."
             )
         self.rounds, self.epochs, self.finetune, self.init, self.restart = rounds, epochs, finetune, init, restart
-        self.every, self.start = every, 0
+        self.every, self.start = every, 0  # the first phase begins with the run; without a start there is no calendar
 
     # ------------------------------------------------------------------ partitions
 
@@ -147,12 +147,13 @@ class GaP(RestartsOptimizers, SparsityCallback):
 
     def attach(self, model: nn.Module) -> None:
         if self.saved is None or not self.saved.times:  # a run and its optimizers begin
+            # in aux, so that a resumed run knows how long its optimizers still live
             self.aux["phase/run"] = self.aux["phase/optimizers"] = torch.tensor(self.step)
 
     def initial_masks(self) -> dict[str, Tensor]:
         dense = self.blocks()[0]
         sparse = super().initial_masks() if self.init == "random" else self.pruned(self.params)
-        return {**sparse, **self.weights.all_active(dense)}
+        return {**sparse, **self.weights.all_active(dense)}  # the dense partition last, as it is among the others too
 
     def after_step(self, step: Step) -> Update | None:
         return self.new_masks(step) if step.due else None
@@ -160,12 +161,14 @@ class GaP(RestartsOptimizers, SparsityCallback):
     def new_masks(self, step: Step) -> Update:
         blocks, phase = self.blocks(), self.phase_at(step.number)
         ended, begun = blocks[(phase - 1) % len(blocks)], blocks[phase % len(blocks)] if phase < self.phases else []
+        # each optimizer moves the masks of its own parameters, when it has taken the steps of the phase
         mine = set(step.names)
         masks = self.pruned(n for n in ended if n in mine) | self.weights.all_active(n for n in begun if n in mine)
         return Update(masks, self.phase_figures(phase))
 
     def after_update(self, step: Step) -> None:
         if self.restart:
+            # asked for, not done: the optimizer whose hook called this is still in its step
             self.host.request_restart()
 
     def phase_figures(self, phase: int) -> dict[str, float]:
@@ -175,7 +178,7 @@ class GaP(RestartsOptimizers, SparsityCallback):
     # ------------------------------------------------------------------ phases
 
     def phase_at(self, number: int) -> int:
-        """Phase after ``number`` steps, from 0; ``phases`` while fine-tuning."""
+        """Phase after ``number`` optimizer steps, from 0; ``phases`` while fine-tuning."""
         return min(number // self.times.every, self.phases)
 
     @property
@@ -190,9 +193,9 @@ class GaP(RestartsOptimizers, SparsityCallback):
         if calendar.stop > ends and not run.lenient:
             raise ValueError(
                 f"the phases of this run were laid out up to step {calendar.stop}, and it ends at step {ends:g}. Train "
-                "longer, or give "
-                "fresh_start=True for new masks and phases."
+                "longer, or give fresh_start=True for new masks and phases."
             )
+        # fine-tuning lasts to the end of the run, so the life of its optimizers depends on the length of this one
         self.aux["phase/length"] = torch.tensor(run.total(), dtype=torch.float64)
         at, configured = (min(s // calendar.every, self.phases) for s in (self.step, int(self.aux["phase/optimizers"])))
         if self.optimizers_are_old(at, configured):  # a run that was saved between a phase's end and the next batch
@@ -247,6 +250,7 @@ class GaP(RestartsOptimizers, SparsityCallback):
             times = self.saved.times
             return self.life(Calendar(times[0], times[1], times[2]), self.saved.aux)
         begun = torch.tensor(self.step)
+        # a run that has not begun yet: what attach and make_calendar will write
         aux = {
             "phase/run": begun,
             "phase/optimizers": begun,
@@ -271,6 +275,7 @@ class GaP(RestartsOptimizers, SparsityCallback):
     def life(self, times: Calendar, aux: Mapping[str, Tensor]) -> float:
         begun = int(aux["phase/optimizers"])
         if begun < times.stop:
+            # from where they were configured, which may be within a phase: where a second fit began
             return (begun // times.every + 1) * times.every - begun
         return float(aux["phase/run"]) + float(aux["phase/length"]) - begun
 
@@ -281,9 +286,7 @@ class GaP(RestartsOptimizers, SparsityCallback):
     def shortfall(self) -> str:
         return (
             f"{type(self).__name__} ended after {self.step} steps, in phase {self.phase_at(self.step)} of "
-            f"{self.phases} (from 0), with "
-            f"partition {self.dense_partition} still dense: sparsity {self.measured_sparsity()['sparsity/total']:.4f} "
-            "instead of "
-            f"{self.plan().total:.4f}. The last phase ends at step {self.times.stop}: train longer, or give shorter "
-            "phases."
+            f"{self.phases} (from 0), with partition {self.dense_partition} still dense: sparsity "
+            f"{self.measured_sparsity()['sparsity/total']:.4f} instead of {self.plan().total:.4f}. The last phase ends "
+            f"at step {self.times.stop}: train longer, or give shorter phases."
         )

@@ -1,14 +1,11 @@
 """P-GaP: parallel grow-and-prune, with a worker for each part of the network."""
 
-import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
-from numbers import Real
 from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core.calendar import Calendar, RunLength
@@ -20,9 +17,12 @@ from sparse_callbacks.core.randomness import seed_everything
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.lightning.turns import TurnTaking
-from sparse_callbacks.methods.gap.combination import names_by_partition, tensor_owners
+from sparse_callbacks.methods.gap import worker_schedule
 from sparse_callbacks.methods.gap.gap import GaP, Init
 from sparse_callbacks.methods.gap.partitions import Partitions, number_of
+from sparse_callbacks.methods.gap.round_networks import RoundNetworks, load_tensors
+from sparse_callbacks.methods.gap.running_statistics import estimate_statistics, norms_with_statistics
+from sparse_callbacks.methods.gap.worker_schedule import WorkerSchedule
 
 
 class ParallelGaP(GaP, TurnTaking):
@@ -107,16 +107,12 @@ class ParallelGaP(GaP, TurnTaking):
             seed=seed,
             **options,
         )
-        if not isinstance(epochs, Real) or int(epochs) != epochs:
-            raise ValueError(
-                f"epochs={epochs!r} is no whole number of epochs: a worker's data order begins with an epoch. Give "
-                "epochs=1."
-            )
+        worker_schedule.refuse_parts_of_epochs(epochs)
         self._epochs: int = int(epochs)
         self.epochs = self._epochs
         self.forward: Forward | None = forward
         self.statistics_dataloader: Any | None = statistics_dataloader
-        self._mine: Mapping[str, Any] = {}
+        self._mine: Mapping[str, Any] = {}  # this rank's part of a checkpoint, from own_state to begin_training
 
     # ------------------------------------------------------------------ who trains when
 
@@ -130,27 +126,31 @@ class ParallelGaP(GaP, TurnTaking):
         return distributed.world_size() > 1
 
     @property
+    def _schedule(self) -> WorkerSchedule:
+        # made anew each time: the processes are known only once the run has begun, and a resume may have others
+        ranks, rank = distributed.world_size(), distributed.rank()
+        return WorkerSchedule(self.rounds, self.workers, self._epochs, ranks, rank)
+
+    @property
+    def _networks(self) -> RoundNetworks:
+        return RoundNetworks(self.model, self.aux, self.together)
+
+    @property
     def phases(self) -> int:
         """Phases before fine-tuning, each of ``epochs`` epochs of the run."""
-        return self.rounds if self.together else self.rounds * self.workers
-
-    def _turn(self, phase: int) -> tuple[int, int]:
-        """Round and worker of a phase; in fine-tuning the round after the last and no worker (-1)."""
-        if phase >= self.phases:
-            return self.rounds, -1
-        return (phase, distributed.rank()) if self.together else divmod(phase, self.workers)
+        return self._schedule.phases
 
     @property
     def phase(self) -> int:
         """Phase now, from 0; ``phases`` while fine-tuning."""
-        return min(int(self.aux.get("workers/epochs", torch.tensor(0))) // self._epochs, self.phases)
+        return self._schedule.phase_after(int(self.aux.get("workers/epochs", 0)))
 
     def phase_at(self, number: int) -> int:
-        return self.phase
+        return self.phase  # phases end with epochs, whatever the number of steps in them
 
     @property
     def dense_partition(self) -> int | None:
-        worker = self._turn(self.phase)[1]
+        worker = self._schedule.turn(self.phase)[1]
         return None if worker < 0 else worker
 
     @property
@@ -167,9 +167,8 @@ class ParallelGaP(GaP, TurnTaking):
 
     def _seed(self, epoch: int) -> int:
         """Of the run's epoch ``epoch``, by round, worker and the epoch within the worker's."""
-        epoch += int(self.aux["workers/offset"])
-        turn, worker = self._turn(epoch // self._epochs)
-        within = epoch % self._epochs if worker >= 0 else epoch - self.phases * self._epochs
+        # derived from worker and epoch, so that one process and several draw the same, also after a resume
+        turn, worker, within = self._schedule.place(epoch + int(self.aux["workers/offset"]))
         return self.generator(f"data/{turn}/{worker}", within).initial_seed()
 
     def data_epoch(self, epoch: int) -> int:
@@ -179,8 +178,9 @@ class ParallelGaP(GaP, TurnTaking):
         seed_everything(self._seed(epoch))  # for what draws the data
 
     def window_start(self, batch: int) -> None:
+        # not when the phase before ends: the validation between is that of its worker, or of the combined network
         if batch == 0 and self.phase < self.phases and self._begun != self.phase:
-            self._begin_worker()  # not at once: the validation between is that of the worker before, or of the combined network
+            self._begin_worker()
         if batch == 0:  # for the network; resumed at the end of an epoch, Lightning does not announce the next one
             seed_everything(self._seed(int(self.aux["workers/epochs"] - self.aux["workers/offset"])))
 
@@ -190,16 +190,12 @@ class ParallelGaP(GaP, TurnTaking):
         return self.pruned(self.params) if self.init == "magnitude" else Method.initial_masks(self)
 
     def make_calendar(self, run: RunLength) -> Calendar:
-        if math.isinf(run.epoch()):
-            raise ValueError(
-                "ParallelGaP counts whole epochs, and the train loader has no length. Give one that has, or "
-                "Trainer(limit_train_batches=N)."
-            )
+        worker_schedule.refuse_unknown_epochs(run)
         return super().make_calendar(run)
 
     def optimizers_are_old(self, phase: int, configured: int) -> bool:
         # phases end with epochs here, so the epochs decide and not the steps of the calendar
-        return int(self.aux.get("workers/configured", torch.tensor(0))) != self.phase
+        return int(self.aux.get("workers/configured", 0)) != self.phase
 
     def begin_optimizer_life(self) -> None:
         super().begin_optimizer_life()
@@ -209,12 +205,11 @@ class ParallelGaP(GaP, TurnTaking):
         if "workers/epochs" not in self.aux:
             self.aux["workers/epochs"] = torch.tensor(0)
             self.aux["workers/ranks"] = torch.tensor(distributed.world_size())
-            self._keep("sparse", self.masks)
-            if not self.together:
-                self._keep("start", self._tensors())
+            self._networks.keep_start(self.masks)
             self._begin_worker()
         figures = super().begin_training(epoch)
         if self.saved is None:
+            # a second fit of the same callback counts its epochs from 0 again
             self.aux["workers/offset"] = self.aux["workers/epochs"] - epoch
         if self._mine:
             for optimizer, state in zip(self.owners.optimizers, self._mine["optimizers"], strict=True):
@@ -225,7 +220,8 @@ class ParallelGaP(GaP, TurnTaking):
         return figures
 
     def rehearse(self) -> None:
-        if self.phase < self.phases and _with_statistics(self.model):
+        if self.phase < self.phases and norms_with_statistics(self.model):
+            # a batch shows whether the model can be called as forward= says, before a round has been spent
             with closing(self._pass()) as outputs:
                 next(outputs, None)
 
@@ -243,83 +239,43 @@ class ParallelGaP(GaP, TurnTaking):
         return self._end_phase(ended) if self.phase > ended else {}
 
     def _end_phase(self, ended: int) -> Figures:
-        worker = self._turn(ended)[1]
-        owner = self._owners()
-        if not self.together:
-            self._keep("gathered", {k: t for k, t in self._tensors().items() if owner[k] == worker})
+        worker = self._schedule.turn(ended)[1]
+        owners = self._networks.owners(self.blocks())
+        self._networks.gather(worker, owners)
         if self.together or worker == self.workers - 1:
-            self._combine(owner)
+            self._combine(owners)
         if self.phase == self.phases:
-            self._drop("sparse")
-            self._drop("start")
+            self._networks.forget()
             self.aux["workers/finetune"] = torch.tensor(self.step)
             self.turns_host.average_gradients(True)
+        # counted here: the update comes with an epoch's end, so that no optimizer step brings it
         self.progress.updates += 1
         self.host.request_restart()
         return self.phase_figures(self.phase)
 
     def phase_figures(self, phase: int) -> dict[str, float]:
-        turn, worker = self._turn(phase)
+        turn, worker = self._schedule.turn(phase)
         return self.own_figures(phase=phase, round=turn, dense_partition=worker)
 
     def _begin_worker(self) -> None:
         """The start of the round, with this worker's partition dense."""
-        if not self.together:
-            self._take_over(self._kept("start"))
-        dense = self.weights.all_active(self.blocks()[self._turn(self.phase)[1]])
-        self.weights.set_masks({**self._kept("sparse"), **dense})
+        self._networks.load_start()
+        dense = self.weights.all_active(self.blocks()[self._schedule.turn(self.phase)[1]])
+        self.weights.set_masks({**self._networks.masks, **dense})
         self.aux["workers/begun"] = torch.tensor(self.phase)
 
     @property
     def _begun(self) -> int:
         """The phase whose worker was the last to begin."""
-        return int(self.aux.get("workers/begun", torch.tensor(-1)))
+        return int(self.aux.get("workers/begun", -1))
 
-    def _combine(self, owner: Mapping[str, int]) -> None:
-        """One network out of all workers, pruned, with its own running statistics."""
-        tensors = self._tensors()
-        gathered = distributed.from_owners(tensors, owner) if self.together else self._kept("gathered")
-        self._take_over(gathered)
+    def _combine(self, owners: Mapping[str, int]) -> None:
+        """One network out of all workers, each tensor from its owner, pruned, with its own running statistics."""
+        self._networks.load_combined(owners)
+        # the statistics come last: those of the pruned network are wanted
         self.weights.set_masks(self.pruned(self.params))
-        self._estimate_statistics()
-        self._keep("sparse", self.masks)
-        if not self.together:
-            self._drop("gathered")
-            self._keep("start", self._tensors())
-
-    def _estimate_statistics(self) -> None:
-        norms = [m for m in _with_statistics(self.model) if m.training]  # those in eval mode are frozen
-        momenta = [m.momentum for m in norms]
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # a cumulative mean, batch by batch
-        try:
-            for _ in self._pass(train=norms) if norms else ():
-                pass  # the forward passes are all that is wanted
-        finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
-
-    # ------------------------------------------------------------------ tensors that wait
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {k: t.detach() for k, t in self.model.state_dict().items() if isinstance(t, Tensor)}
-
-    def _owners(self) -> dict[str, int]:
-        tensors = self._tensors()
-        return tensor_owners(tensors, names_by_partition(tensors, self.blocks()))
-
-    def _take_over(self, tensors: Mapping[str, Tensor]) -> None:
-        self.model.load_state_dict({**self.model.state_dict(), **tensors})
-
-    def _keep(self, kind: str, tensors: Mapping[str, Tensor]) -> None:
-        self.aux |= {f"{kind}/{k}": t.detach().clone() for k, t in tensors.items()}
-
-    def _kept(self, kind: str) -> dict[str, Tensor]:
-        return {k.removeprefix(f"{kind}/"): t for k, t in self.aux.items() if k.startswith(f"{kind}/")}
-
-    def _drop(self, kind: str) -> None:
-        self.aux = {k: t for k, t in self.aux.items() if not k.startswith(f"{kind}/")}
+        estimate_statistics(self.model, self._pass)
+        self._networks.keep_start(self.masks)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -328,16 +284,7 @@ class ParallelGaP(GaP, TurnTaking):
         return self.together and "workers/epochs" in self.aux and self.phase < self.phases
 
     def own_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
-        ranks = int(state["aux"].get("workers/ranks", distributed.world_size()))
-        if (
-            ranks != distributed.world_size()
-            and int(state["aux"]["workers/epochs"]) < self._epochs * self.rounds * self.workers // ranks
-        ):
-            raise ValueError(
-                f"the checkpoint was written within a round by {ranks} processes, and this run has "
-                f"{distributed.world_size()}: the "
-                f"workers would not be the same. Resume with devices={ranks}."
-            )
+        worker_schedule.refuse_other_ranks(state["aux"], self._schedule)
         if "workers" not in state:
             return state
         self._mine = state["workers"][distributed.rank()]
@@ -347,17 +294,7 @@ class ParallelGaP(GaP, TurnTaking):
         super().attach(model)
         if not self.trains_apart:
             return
-        if not self._mine:
-            raise ValueError(
-                "the last fit ended within a round, and the processes have lost the networks of their workers since. "
-                "Resume it from a "
-                "checkpoint that was written in training (ckpt_path=), or give fresh_start=True."
-            )
-        self._take_over(self._mine["weights"])
+        worker_schedule.refuse_lost_workers(self._mine)
+        load_tensors(self.model, self._mine["weights"])
         dense = self.weights.all_active(self.blocks()[distributed.rank()]) if self._begun == self.phase else {}
-        self.weights.set_masks({**self._kept("sparse"), **dense})
-
-
-def _with_statistics(model: nn.Module) -> list[_NormBase]:
-    """Norms that keep running statistics."""
-    return [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
+        self.weights.set_masks({**self._networks.masks, **dense})

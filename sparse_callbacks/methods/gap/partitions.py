@@ -76,6 +76,7 @@ def split_layers(partitions: Partitions, sizes: Mapping[str, int], generator: to
     """
     if not isinstance(partitions, int | str):
         return parts_by_globs([[p] if isinstance(p, str) else p for p in partitions], list(sizes))
+    # by module: an LSTM's matrices are of one layer, which should not be half dense
     layers: dict[str, list[str]] = {}
     for name in sizes:
         layers.setdefault(name.rpartition(".")[0], []).append(name)
@@ -150,7 +151,9 @@ def parts_by_globs(globs: Sequence[Sequence[str]], names: Sequence[str]) -> list
     """
     found: dict[str, list[int]] = {}
     for name in names:
+        # fnmatchcase: fnmatch would follow the file system, and on Windows take upper and lower case for the same
         found[name] = [i for i, own in enumerate(globs) if any(fnmatchcase(name, glob) for glob in own)]
+    # a glob that matches nothing is mostly a typing error, and its layers would then be in no partition
     unused = [glob for own in globs for glob in own if not any(fnmatchcase(name, glob) for name in names)]
     for wrong, what in (
         (unused, "match no sparse parameter"),

@@ -17,7 +17,7 @@ def check_phases(rounds: int, epochs: float | None, every: Time | None, finetune
     """
     if isinstance(rounds, bool) or not isinstance(rounds, Integral) or rounds < 1:
         raise ValueError(
-            f"rounds={rounds!r} is no number of rounds. Give 1 or more: in each, every partition is dense once."
+            f"rounds={rounds!r} is not a number of rounds. Give 1 or more: in each, every partition is dense once."
         )
     if partitions == 1 and rounds > 1:
         raise ValueError(
@@ -28,15 +28,16 @@ def check_phases(rounds: int, epochs: float | None, every: Time | None, finetune
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
-            raise ValueError(f"{name}={value!r} is no length of time above 0. Give a number, for example {name}=1.")
+            raise ValueError(f"{name}={value!r} is not a length of time above 0. Give a number, for example {name}=1.")
         if name != "epochs":
+            # for its errors only: an int counts steps, a float is a fraction of the run, whatever its length
             to_steps(value, 1, name)
     given = [n for n, v in (("epochs", epochs), ("every", every), ("finetune", finetune)) if v is not None]
     if len(given) > 1:
         raise ValueError(
             f"{'= and '.join(given)}= are given together: epochs= or every= is the length of a phase, and fine-tuning "
-            "begins after the "
-            "last; finetune= alone says when it begins, and the phases share the time before. Give one of them."
+            "begins after the last; finetune= alone says when it begins, and the phases share the time before. Give "
+            "one of them."
         )
 
 
@@ -65,26 +66,25 @@ def phase_steps(
         if not math.isfinite(steps := run.epoch()):
             raise ValueError(
                 f"epochs={epochs} cannot be counted in steps: the train loader has no length. Give the length of a "
-                "phase in optimizer "
-                "steps, every=1000."
+                "phase in optimizer steps, every=1000."
             )
         length = round(epochs * steps)
     elif every is not None:
         length = to_steps(every, run.total(), "every")
     else:
         begins = to_steps(FINETUNE if finetune is None else finetune, run.total(), "finetune")
-        length = int(begins) // phases
+        length = int(begins) // phases  # equal phases: the steps that are left over are trained in fine-tuning
     if run.lenient:
+        # a trial run of a few batches must not fail for being short, and a calendar needs an interval of 1 at least
         return max(1, length)
+    # the calendar counts from the first fit, so the end is compared with the steps of earlier fits and this run
     ends = length * phases if begins == math.inf else begins
     if length < 1 or ends > taken + run.total():
         given = {"epochs": epochs, "every": every, "finetune": finetune}
         shown = ", ".join(f"{k}={v}" for k, v in given.items() if v is not None) or f"finetune={FINETUNE}"
         raise ValueError(
             f"{phases} phases (rounds= times partitions=) of {length} optimizer steps each do not fit a run of "
-            f"{run.total():g} steps, with "
-            f"{shown}: each needs a step at least, and fine-tuning begins within the run. Give shorter phases, fewer "
-            "rounds= or "
-            "partitions=, or a longer run."
+            f"{run.total():g} steps, with {shown}: each needs a step at least, and fine-tuning begins within the run. "
+            "Give shorter phases, fewer rounds= or partitions=, or a longer run."
         )
     return length

@@ -44,7 +44,7 @@ class ChannelMembers:
             params: parameters by name; a bias that is longer than ``z`` has its outputs in groups, each with all gates.
         """
         found = {kernel: z}
-        for name in self.names:
+        for name in self.names:  # vectors all, so the gates of a kernel are flattened for them
             # not ``repeat_interleave``: the outputs of a group lie together, and each group has all gates
             factor = z.flatten().repeat(params[name].numel() // z.numel())
             found[name] = (factor != 0).to(factor) if name in self.affine else factor
@@ -61,6 +61,7 @@ def find_members(model: nn.Module, kernels: Iterable[str]) -> dict[str, ChannelM
     Raises:
         ValueError: a bias or norm that belongs to two kernels, or a norm without parameters that could close a channel.
     """
+    # by identity: a tied weight has several names, and the kernels have the first, as named_parameters does
     names = {id(p): name for name, p in model.named_parameters()}
     found = {kernel: ChannelMembers() for kernel in kernels}
     kernel_of: dict[str, str] = {}
@@ -85,6 +86,7 @@ def find_members(model: nn.Module, kernels: Iterable[str]) -> dict[str, ChannelM
                 found[kernel] = ChannelMembers((*found[kernel].biases, bias), found[kernel].norms)
         # the order of registration is a guess, which norm_check tests on an example; equal sizes are the least
         if isinstance(follower, _BatchNorm) and follower.num_features == conv.out_channels and claim(path, kernel):
+            # a norm turns the zeros of a closed channel into its shift, so only a closed gain and shift keep them zero
             if not follower.affine:
                 raise ValueError(
                     f"{path} stands behind {kernel} and has no weight and bias (affine=False), so the channel of a "

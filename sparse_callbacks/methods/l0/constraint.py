@@ -1,6 +1,6 @@
 """Constraint on the expected density of gated parameters: gates descend, the multiplier ascends."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -61,19 +61,37 @@ class Constraint:
             gradients: gradient of the loss by the log_alpha of each kernel.
             rates: learning rates of the step.
         """
-        # both are read before anything is written: the density must be that of the gates that the loss was computed
-        # with
+        # both are read before anything is written: gates and multiplier step at the same time, and the density must be
+        # that of the gates that the loss was computed with
         multiplier = state[self.key]
         defect = self.density(state) - self.target
         for name, share in self.shares.items():
             log_alpha = state[f"log_alpha/{name}"]
-            # gradient of multiplier * density, where a gate counts with its part of the kernel's share, plus that of
-            # the loss
+            # gradient of the Lagrangian: that of multiplier * density, where a gate counts with its part of the
+            # kernel's share, plus that of the loss
             gradient = gates.p_open_slope(log_alpha).mul_(multiplier * (share / log_alpha.numel()))
             gradient.add_(gradients[name])
             direction = _adam_step(state, name, gradient) if rates.adam else gradient
             state[f"log_alpha/{name}"] = direction.mul_(-rates.gates).add_(log_alpha).clamp_(-gates.LIMIT, gates.LIMIT)
         state[self.key] = gates.ascend(multiplier, defect, rates.multipliers)
+
+
+def make_constraints(
+    owned: Sequence[Sequence[str]], sizes: Mapping[str, int], targets: Mapping[str, float], by_layer: bool
+) -> list[Constraint]:
+    """One constraint for each layer, or one for the kernels of each optimizer.
+
+    Args:
+        owned: names of the kernels that each optimizer steps.
+        sizes: number of parameters that each kernel's gates close, by kernel.
+        targets: the largest expected density that is allowed, by kernel.
+        by_layer: whether each layer has a constraint of its own.
+    """
+    # never one constraint for several optimizers: a multiplier moves with its gates, when their optimizer has stepped
+    groups = [names for names in owned if names]
+    if by_layer:
+        groups = [[name] for names in owned for name in names]
+    return [Constraint(shares_of({n: sizes[n] for n in names}), targets[names[0]]) for names in groups]
 
 
 def _adam_step(state: State, name: str, gradient: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from sparse_callbacks.core.dense_copy import undone
 from sparse_callbacks.core.weights import SparseWeights
 from sparse_callbacks.methods.l0 import gates
 from sparse_callbacks.methods.l0.channel_members import ChannelMembers
@@ -40,6 +41,11 @@ class GatedWeights:
         """Names of ``kernels`` and of all parameters that belong to their channels."""
         return [name for kernel in kernels for name in (kernel, *self.members[kernel].names)]
 
+    def sizes(self, kernels: Iterable[str]) -> dict[str, int]:
+        """Number of parameters of each of ``kernels``, with its biases."""
+        # gains and shifts of norms are closed too, and not counted: density is about kernels and their biases
+        return {k: sum(self._weights.params[n].numel() for n in (k, *self.members[k].biases)) for k in kernels}
+
     def factors(self, kernel: str, z: Tensor) -> dict[str, Tensor]:
         """The factor of each parameter of a kernel's channels when the gates of the kernel are ``z``."""
         return self.members[kernel].factors(kernel, z, self._weights.params)
@@ -55,6 +61,28 @@ class GatedWeights:
             self._not_at_median.add(name)
         # the next batch draws anew: this sample belonged to the gates before
         self.samples.pop(kernel, None)
+
+    def begin(
+        self, kernel: str, log_alpha: Tensor, droprate: float | None = None, held: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Take the median gates of a kernel when training starts, and the dense weights that belong to them.
+
+        Args:
+            kernel: name of the kernel.
+            log_alpha: gates of the kernel.
+            droprate: the droprate that the gates were made with if they are new; None for gates of an earlier run.
+            held: the dense values that earlier gates had, by parameter.
+        """
+        self.take_medians(kernel, log_alpha)
+        for name in self.parameters([kernel]):
+            dense = self._weights.dense_values(name)
+            if droprate is not None and name not in self.members[kernel].affine:
+                # the mean of new gates is about 1 - droprate: the layer's output keeps its size
+                dense.div_(1 - droprate)
+            elif droprate is None and held is not None and name in held:
+                # the parameters hold median * dense here, and may have been written to since the last run
+                holds = self._weights.params[name].detach()
+                dense.copy_(undone(holds, self.medians[name], held[name].to(dense)))
 
     def write_sample(
         self, kernel: str, draw: Callable[[], Tensor], find: Callable[[str], nn.Module], finite: bool = True
@@ -85,6 +113,32 @@ class GatedWeights:
             self._weights.set_passing_factor(name, self.medians[name])
             self._weights.write_masked([name], finite)
             self._not_at_median.discard(name)
+
+    def pull_back(self, kernel: str, log_alpha: Tensor, l2: float) -> Tensor:
+        """Turn gradients by gate * dense into those by dense, in place, and return the gradient by ``log_alpha``.
+
+        Args:
+            kernel: name of the kernel.
+            log_alpha: gates of the kernel.
+            l2: coefficient of the expected squared norm over 2, whose gradient is added.
+        """
+        # a step outside of a batch finds no sample: the parameters hold the median gates then
+        z, affine = self.samples.get(kernel, self.medians[kernel]), self.members[kernel].affine
+        pulls = []
+        for name, factor in self.factors(kernel, z).items():
+            gradient, dense = self._weights.params[name].grad, self._weights.dense_values(name)
+            if gradient is None:
+                continue
+            if name not in affine:
+                # before the gradient is multiplied: this is the derivative by the product of gate and weight
+                pulls.append(gates.log_alpha_gradient(gradient, dense, z))
+            gradient.mul_(factor)
+            if l2 and name not in affine:
+                # E[(z w)^2] counts w^2 with P(z != 0), as the method's expected L2 norm is defined
+                gradient.addcmul_(dense, self.factors(kernel, gates.p_open(log_alpha))[name], value=l2)
+        if not pulls:
+            return torch.zeros_like(z)
+        return pulls[0] if len(pulls) == 1 else torch.stack(pulls).sum(0)
 
     def after_step(self, names: Iterable[str]) -> None:
         """An optimizer has stepped ``names``: put their dense weights back into the store, and write nothing yet."""

@@ -1,6 +1,5 @@
 """Constrained L0: gates that close until the expected density of the network meets its target."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -9,8 +8,7 @@ from typing import ClassVar, Unpack
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.core.arguments import by_glob, refuse_outside
-from sparse_callbacks.core.dense_copy import undone
+from sparse_callbacks.core.arguments import by_glob
 from sparse_callbacks.core.hooks import BatchEnd, Figures
 from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.ops import zeros_for
@@ -19,20 +17,13 @@ from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.lightning.callback import SparsityCallback
-from sparse_callbacks.methods.l0 import gates, norm_check
+from sparse_callbacks.methods.l0 import gates, norm_check, report
+from sparse_callbacks.methods.l0.arguments import Densities, plain, refuse_gate_arguments, refuse_sparsity
 from sparse_callbacks.methods.l0.channel_members import ChannelMembers, find_members, refuse_decay
-from sparse_callbacks.methods.l0.constraint import Constraint, Rates, shares_of
+from sparse_callbacks.methods.l0.constraint import Constraint, Rates, make_constraints, shares_of
 from sparse_callbacks.methods.l0.gated_weights import GatedWeights
 
-Densities = float | Mapping[str, float]
-CHOICES = {"constraint": ("model", "layer"), "unit": ("channel", "weight"), "gate_optimizer": ("sgd", "adam")}
-TOLERANCE = 0.03  # expected densities hover about their targets
-LEAST = float(gates.p_open(torch.tensor(-gates.LIMIT)))
-WHY_LEAST = (
-    "log_alpha is kept within +-log 100, where a gate is still open in 4.7 % of its samples. The trained network can "
-    "be smaller than "
-    "its expected density, as its median gates are closed wherever samples are open at most half of the time"
-)
+TOLERANCE = 0.03  # expected densities hover about their targets: restarts of the multiplier let them rise again
 
 
 class ConstrainedL0(SparsityCallback):
@@ -75,8 +66,8 @@ class ConstrainedL0(SparsityCallback):
         constraint: ``"model"``: one for all gated parameters (of each optimizer); ``"layer"``: one for each.
         unit: ``"channel"``: a gate for each input unit of a matrix and for each output channel of a convolution;
             ``"weight"``.
-        droprate: of new gates, in [0.01, 0.99], or ``{glob: droprate}``; weights grow by 1 / (1 - droprate) to make up
-            for it.
+        droprate: dropout rate of new gates, in [0.01, 0.99], or ``{glob: droprate}``: their mean is about 1 - droprate,
+            and weights grow by 1 / (1 - droprate) to make up for it.
         gate_lr, dual_lr: learning rates of gates and multipliers; they are not scheduled.
         gate_optimizer: ``"sgd"`` or ``"adam"``.
         l2: coefficient of the expected squared norm over 2; the optimizer's own weight decay of gated parameters must
@@ -115,39 +106,20 @@ class ConstrainedL0(SparsityCallback):
         seed: int = 0,
         **options: Unpack[Options],
     ) -> None:
-        if "sparsity" in options:
-            raise ValueError(
-                f"sparsity= is no argument of {type(self).__name__}, whose gates meet a target in expectation. Give "
-                "density=, the share of parameters that stay: 0.1 for 90 % zeros."
-            )
+        refuse_sparsity(options, type(self).__name__)
         super().__init__(0.0, distribution="uniform", include=include, exclude=exclude, seed=seed, **options)
-        self.density, self.droprate = _plain(density), _plain(droprate)
+        self.density, self.droprate = plain(density), plain(droprate)
         self.constraint, self.unit, self.gate_optimizer = constraint, unit, gate_optimizer
         self.gate_lr, self.dual_lr, self.l2 = gate_lr, dual_lr, l2
-        self._refuse_arguments()
+        choices = {"constraint": constraint, "unit": unit, "gate_optimizer": gate_optimizer}
+        refuse_gate_arguments(self.density, self.droprate, choices, {"gate_lr": gate_lr, "dual_lr": dual_lr, "l2": l2})
         self.gated = GatedWeights(self.weights, {})
-        self._together: dict[
-            str, ChannelMembers
-        ] = {}  # what goes with the output channels of each kernel, by the kernel's name
-        self._held: dict[str, Tensor] = {}
+        self._together: dict[str, ChannelMembers] = {}  # what has the gates of each kernel, until attach makes them
+        self._held: dict[str, Tensor] = {}  # dense values of the last run, from start_copies to attach
         self._constraints: list[Constraint] = []
-        self._owner: dict[str, int] = {}
-        self._pulls: dict[str, Tensor] = {}
+        self._optimizer_of: dict[str, int] = {}  # index of the optimizer that steps a kernel
+        self._pulls: dict[str, Tensor] = {}  # gradient of the loss by the log_alpha of each kernel, for one step
         self._in_batch = False
-
-    def _refuse_arguments(self) -> None:
-        for name, known in CHOICES.items():
-            if (given := getattr(self, name)) not in known:
-                raise ValueError(f"{name}={given!r} is not known. Give {' or '.join(map(repr, known))}.")
-        refuse_outside(self.density, "density", LEAST, 1.0, WHY_LEAST)
-        refuse_outside(self.droprate, "droprate", 0.01, 0.99)
-        for name in ("gate_lr", "dual_lr", "l2"):
-            refuse_outside(getattr(self, name), name, 0.0, math.inf)
-        if isinstance(self.density, Mapping) and self.constraint == "model":
-            raise ValueError(
-                f"density={self.density!r} has a target for each layer. Use constraint='layer', or one number for the "
-                "model."
-            )
 
     # ------------------------------------------------------------------ what is gated
 
@@ -157,7 +129,7 @@ class ConstrainedL0(SparsityCallback):
             return 1.0 - self.density
         if not self._constraints:  # the layers are not known yet
             return 1.0 - max(self.density.values())
-        shares = self._shares(list(self._tied))
+        shares = shares_of(self.gated.sizes(self.gated.members))
         return 1.0 - sum(c.target * shares[c.names[0]] for c in self._constraints)
 
     def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
@@ -187,45 +159,35 @@ class ConstrainedL0(SparsityCallback):
         return [replace(e, reason="", shape=e.full_shape) if e.name in members else e for e in entries]
 
     def start_copies(self, dense: Mapping[str, Tensor], new: Iterable[str]) -> None:
-        self._held = dict(dense)  # what they were before gates that have moved since; attach undoes the gates
+        # the base copies what the parameters hold, weights times gates; attach takes the gates out again with these
+        self._held = dict(dense)
         super().start_copies(dense, new)
 
     def attach(self, model: nn.Module) -> None:
         together = self._together
         kernels = list(together)
         targets_of, rates = (by_glob(getattr(self, a), kernels, a) for a in ("density", "droprate"))
+        # without gains and shifts of norms: they are not in the expected L2 norm, so the optimizer may decay them
         decaying = {*together, *(n for t in together.values() for n in t.biases)}
         refuse_decay(self.owners.optimizers, {id(p): n for n, p in model.named_parameters() if n in decaying}, self.l2)
         self.gated, self._in_batch = GatedWeights(self.weights, together), False
+        # members beside a kernel have its gates, so only kernels have constraints
         owned = [[n for n in names if n in together] for names in self.owners.owns]
-        groups = (
-            [[n] for names in owned for n in names]
-            if self.constraint == "layer"
-            else [names for names in owned if names]
-        )
-        self._constraints = [Constraint(self._shares(names), targets_of[names[0]]) for names in groups]
-        self._owner = {n: index for index, names in enumerate(owned) for n in names}
-        self._begin_gates(rates, self._held)
-        self._held = {}
-
-    def initial_masks(self) -> dict[str, Tensor]:
-        return self.weights.all_active(self.params)
-
-    def _begin_gates(self, rates: Mapping[str, float], held: Mapping[str, Tensor]) -> None:
-        """New gates where there are none yet, medians everywhere, and the dense weights that belong to them."""
-        for kernel, tied in self._tied.items():
+        self._constraints = make_constraints(owned, self.gated.sizes(kernels), targets_of, self.constraint == "layer")
+        self._optimizer_of = {n: index for index, names in enumerate(owned) for n in names}
+        for kernel in kernels:
+            # gates live in aux: they are learned, and a resumed run or a second fit goes on with them
             new = f"log_alpha/{kernel}" not in self.aux
             if new:
                 self.aux[f"log_alpha/{kernel}"] = self._new_gates(kernel, rates[kernel])
-            self.gated.take_medians(kernel, self._log_alpha(kernel))
-            for name in (kernel, *tied.names):
-                dense = self.weights.dense_values(name)
-                if name in held and not new:
-                    dense.copy_(undone(self.params[name].detach(), self.gated.medians[name], held[name].to(dense)))
-                elif new and name not in tied.affine:
-                    dense.div_(1 - rates[kernel])
+            self.gated.begin(kernel, self._log_alpha(kernel), rates[kernel] if new else None, self._held)
+        # after the gates, as each multiplier takes its dtype and device from one
         for constraint in self._constraints:
             constraint.begin(self.aux)
+        self._held = {}
+
+    def initial_masks(self) -> dict[str, Tensor]:
+        return self.weights.all_active(self.params)  # attach makes the gates, and with them the masks
 
     def _new_gates(self, kernel: str, droprate: float) -> Tensor:
         weight, entry = self.params[kernel], self.weights.entries[kernel]
@@ -233,19 +195,11 @@ class ConstrainedL0(SparsityCallback):
         found = gates.initial(shape, droprate, self.generator(f"log_alpha/{kernel}", 0))
         return found.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
 
-    def _shares(self, names: Sequence[str]) -> dict[str, float]:
-        """Share of each kernel, with its biases, in the parameters of all ``names``."""
-        return shares_of({n: sum(self.params[m].numel() for m in (n, *self._tied[n].biases)) for n in names})
-
     def rehearse(self) -> None:
-        if self.unit == "channel" and any(self.params[n].ndim > 2 for n in self._tied):
-            norm_check.check_on_example(self.model, self._tied, self.host.data_pass())
+        if self.unit == "channel" and any(self.params[n].ndim > 2 for n in self.gated.members):
+            norm_check.check_on_example(self.model, self.gated.members, self.host.data_pass())
 
     # ------------------------------------------------------------------ what the parameters hold
-
-    @property
-    def _tied(self) -> dict[str, ChannelMembers]:
-        return self.gated.members
 
     def _log_alpha(self, kernel: str) -> Tensor:
         return self.aux[f"log_alpha/{kernel}"]
@@ -259,26 +213,24 @@ class ConstrainedL0(SparsityCallback):
         return gates.sample(self._log_alpha(kernel), self.noise(kernel))
 
     def write(self, names: Sequence[str] | None, finite: bool) -> None:
-        """Medians everywhere, or, when an optimizer has stepped ``names``, nothing yet: :meth:`after_step` writes them
-        anyway."""
         if names is None:
             self.gated.write_all_medians()
-        else:
+        else:  # an optimizer has stepped: written now, they would be written over by after_step
             self.gated.after_step(names)
 
     def noise(self, kernel: str) -> Tensor:
         """Uniform numbers in (0, 1) for the gates of the coming step: the same through a window, on every rank and
         after a resume."""
         like = self._log_alpha(kernel)
-        source = self.generator(f"gates/{kernel}", self.progress.counts[self._owner[kernel]].read())
-        if like.device.type != "cpu":  # numbers for single weights would take longer to carry over than to draw
-            source = torch.Generator(like.device).manual_seed(source.initial_seed())
+        # numbered by the steps taken, which are the same in all micro-batches of a window
+        source = self.generator(f"gates/{kernel}", self.progress.counts[self._optimizer_of[kernel]].read())
         return gates.noise(like, source)
 
     def batch_start(self, batch: int) -> None:
         self._in_batch = True
+        # before the sample is written: what the user wrote since the last batch is over the median gates
         self.weights.absorb_if_written(self.params)
-        self._sample(self._tied)
+        self._sample(self.gated.members)
 
     def batch_end(self, end: BatchEnd) -> Figures:
         self._in_batch = False
@@ -289,36 +241,24 @@ class ConstrainedL0(SparsityCallback):
 
     def before_step(self, step: Step) -> None:
         for kernel in self._gated_in(step):
-            z, affine = self.gated.samples.get(kernel, self.gated.medians[kernel]), self._tied[kernel].affine
-            pulls = []
-            for name, factor in self.gated.factors(kernel, z).items():
-                gradient, dense = self.params[name].grad, self.weights.dense_values(name)
-                if gradient is None:
-                    continue
-                if name not in affine:
-                    pulls.append(gates.log_alpha_gradient(gradient, dense, z))
-                gradient.mul_(factor)
-                if self.l2 and name not in affine:
-                    open_share = self.gated.factors(kernel, gates.p_open(self._log_alpha(kernel)))[name]
-                    gradient.addcmul_(dense, open_share, value=self.l2)
-            self._pulls[kernel] = _summed(pulls, z)
+            self._pulls[kernel] = self.gated.pull_back(kernel, self._log_alpha(kernel), self.l2)
 
     def _gated_in(self, step: Step) -> list[str]:
         """Names of the gated kernels that the step's optimizer owns."""
-        return [n for n in step.names if n in self._tied]
+        return [n for n in step.names if n in self.gated.members]
 
     def after_step(self, step: Step) -> Update | None:
         kernels, rates = self._gated_in(step), Rates(self.gate_lr, self.dual_lr, self.gate_optimizer == "adam")
         finite = step.finite  # waits for the device, once
         if finite:
+            # before the medians are taken: the gradients belong to the gates as they were in the step
             for constraint in (c for c in self._constraints if c.names[0] in kernels):
                 constraint.step(self.aux, self._pulls, rates)
             self._pulls = {}
             for kernel in kernels:
                 self.gated.take_medians(kernel, self._log_alpha(kernel))
-        if (
-            self._in_batch and not self.host.announces_steps
-        ):  # in manual optimization the batch may go on, with other steps
+        # in manual optimization the batch may go on, with other steps
+        if self._in_batch and not self.host.announces_steps:
             self._sample(kernels, finite)
         else:
             self.gated.write_medians(self.gated.parameters(kernels), finite)
@@ -336,55 +276,22 @@ class ConstrainedL0(SparsityCallback):
         return bool(found) and all(density <= c.target + TOLERANCE for c, density in found)
 
     def shortfall(self) -> str:
-        worst, density = max(self._densities(), key=lambda pair: pair[1] - pair[0].target)
-        where = worst.names[0] if self.constraint == "layer" else "the model"
-        return (
-            f"{type(self).__name__} ended at an expected density of {density:.4f} in {where}, above its target of "
-            f"{worst.target:.4f}: the multipliers had too little time. Train longer, or raise dual_lr= (now "
-            f"{self.dual_lr:g})."
-        )
-
-    @property
-    def _labels(self) -> list[str]:
-        """What the constraints are called in figures."""
-        return [
-            c.names[0] if self.constraint == "layer" else f"total_{i}" if i else "total"
-            for i, c in enumerate(self._constraints)
-        ]
+        name, by_layer = type(self).__name__, self.constraint == "layer"
+        return report.missed_in_words(name, self._densities(), by_layer, self.dual_lr)
 
     def outcome(self) -> dict[str, str]:
-        densities = list(self._densities())  # none before the first fit
-        found = {
-            label: f"{d:.4f} (target {c.target:g})" for label, (c, d) in zip(self._labels, densities, strict=False)
-        }
-        lines = [f"{name} {text}" if len(found) > 1 else text for name, text in found.items()]
-        return {"expected density": "\n".join(lines)} if lines else {}
+        found = self._densities()
+        return {"expected density": report.densities_in_words(found, self.constraint == "layer")} if found else {}
 
     def figures(self) -> dict[str, float]:
         """Multipliers (of the model: ``total``, with an index for each further optimizer), and for each layer and in
         all the share of parameters that is expected behind open gates, and the share that is left when those with a
         closed median are purged."""
-        if not self.aux:
+        if not self.aux:  # before the first fit there are no gates
             return {}
-        expected = {n: float(gates.mean_open(self._log_alpha(n))) for n in self._tied}
-        purged = {n: self.weights.active_counts[n] / self.weights.size(n) for n in self._tied}
-        shares = self._shares(list(self._tied))
-        found = {
-            f"l0/multiplier/{k}": float(self.aux[c.key]) for k, c in zip(self._labels, self._constraints, strict=True)
-        }
-        for kind, of in (("expected", expected), ("purged", purged)):
-            found |= {f"l0/{kind}/{n}": v for n, v in of.items()} | {
-                f"l0/{kind}/total": sum(v * shares[n] for n, v in of.items())
-            }
-        return found
-
-
-def _summed(pulls: Sequence[Tensor], gates_of: Tensor) -> Tensor:
-    """The sum of gradients of the same gates; zeros where no parameter behind them took part in the step."""
-    if not pulls:
-        return torch.zeros_like(gates_of)
-    return pulls[0] if len(pulls) == 1 else torch.stack(list(pulls)).sum(0)
-
-
-def _plain(value: Densities) -> Densities:
-    return dict(value) if isinstance(value, Mapping) else value
+        expected = {n: float(gates.mean_open(self._log_alpha(n))) for n in self.gated.members}
+        purged = {n: self.weights.active_counts[n] / self.weights.size(n) for n in self.gated.members}
+        labels = report.labels_of(self._constraints, self.constraint == "layer")
+        multipliers = {label: self.aux[c.key] for label, c in zip(labels, self._constraints, strict=True)}
+        shares = shares_of(self.gated.sizes(self.gated.members))
+        return report.gate_figures(multipliers, expected, purged, shares)

@@ -54,7 +54,8 @@ def check_norms(model: nn.Module, members: Mapping[str, ChannelMembers], example
     """Refuse a norm that is registered behind a convolution and takes something else than its output.
 
     Args:
-        model: runs in eval mode, once, and once more for each convolution with a norm whose input no layer's output is.
+        model: runs in eval mode, once, and once more for each convolution with a norm whose input is not the output of
+            a layer.
         members: what belongs to the output channels of each gated kernel.
         example_input: a tensor, a tuple of positional or a mapping of named arguments.
 
@@ -72,9 +73,10 @@ def check_norms(model: nn.Module, members: Mapping[str, ChannelMembers], example
         norms = {*belonging.norms}
         own = {name for name, weight in convolutions.items() if weight == kernel}  # several, where weights are tied
         known = {norm for norm, layers in inputs.items() if own & {*layers}}
-        # "" stands for an input that is no layer's output as it is, such as one behind an activation function
+        # "" stands for an input that is not the output of a layer as it is, such as one after an activation function
         unclear = {norm for norm, layers in inputs.items() if "" in layers}
         if own and unclear and (unclear & norms or not known):
+            # a run of the model for this convolution alone, so only where the first run has left it open
             alone = norms_behind_alone(model, example_input, own)
             known |= alone
             inputs |= {norm: sorted(own) for norm in alone}
@@ -82,6 +84,7 @@ def check_norms(model: nn.Module, members: Mapping[str, ChannelMembers], example
             foreign = sorted({*inputs.get(norm, [])} - own)
             if foreign:
                 raise ValueError(_takes_something_else(norm, kernel, [layer for layer in foreign if layer]))
+        # not refused: the network trains, and only what slim() and the statistics make of the channel suffers
         others = sorted(known - norms)
         if others:
             found.append(_registered_elsewhere(kernel, others))
@@ -133,6 +136,7 @@ def norms_behind_alone(model: nn.Module, example_input: Any, layers: Iterable[st
 
         return hook
 
+    # quiet: eval mode, so that no running statistics take the NaN in
     with ExitStack() as hooks, quiet(model):
         for name, module in model.named_modules():
             has_parameters = any(True for _ in module.parameters(False))

@@ -44,10 +44,12 @@ def priced_network(
         ValueError: there is no table, or the table is that of another model or input.
     """
     if cost in COSTS:
+        # what no group makes cheaper is counted too, as the budget is a share of the whole network's cost
         other = costs.cost_outside_layers(model, example, layers)
         constant = other.parameters if cost == "parameters" else other.multiply_adds
         return Network(layers, groups, COSTS[cost], constant)
     table = Table.load(cost)
+    # without the batch: a table is measured for a batch size of its own, and the example has one sample
     for warning in table.doubts(tuple(tensors_in(example)[0].shape[1:])):
         warn(warning)
     network = Network(layers, groups, table, table.constant)
@@ -85,6 +87,7 @@ def refuse_budget(
     Raises:
         ValueError: says the smallest cost that can be met.
     """
+    # first, as the options of such a group are its full size alone, which would be blamed on the budget below
     undivided = [f"{g.name} ({g.size})" for g in groups if g.size % chunk]
     if undivided:
         raise ValueError(

@@ -49,7 +49,7 @@ class _Search:
         return tuple(sizes[i] for sizes, i in zip(self.sizes, at, strict=True))
 
     def start(self, kept: Sequence[int], value: float) -> _Choice:
-        """The choice that keeps so many units of each group, and has this ``value``."""
+        """The choice that keeps ``kept`` units of the groups, and has this ``value``."""
         at = tuple(sizes.index(k) for sizes, k in zip(self.sizes, kept, strict=True))
         costs = self.network.by_layer(self.kept(at))
         return _Choice(at, value, costs, self.network.total(costs))
@@ -72,6 +72,7 @@ class _Search:
     def spend(self, choice: _Choice) -> _Choice:
         """``choice`` with what is left of the capacity spent on larger options, the most value for its cost first."""
         while True:
+            # priced anew after each step: a larger option of one group makes the outputs of others dearer
             offers = [c for c in self.steps(choice, 1) if c.cost <= self.capacity and c.value > choice.value]
             if not offers:
                 return choice
@@ -81,12 +82,11 @@ class _Search:
     def made_to_fit(self, choice: _Choice, fixed: int) -> _Choice | None:
         """``choice`` with smaller options of the groups but the ``fixed`` one, the least value for its cost first.
 
-        The steps end as soon as the choice fits.
-
-        None where the other groups have nothing left to give.
+        The steps end as soon as the choice fits. None where the other groups have nothing left to give.
         """
         while choice.cost > self.capacity:
             last = choice
+            # only steps that make the network cheaper: a latency may rise where channels go
             offers = [c for c in self.steps(choice, -1, fixed) if c.cost < choice.cost]
             if not offers:
                 return None

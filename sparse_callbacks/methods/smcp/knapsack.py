@@ -52,7 +52,7 @@ class _States:
     """Undominated partial choices, ascending in cost and in value.
 
     Attributes:
-        values, costs: of each partial choice, 1-d tensors.
+        values, costs: value and cost of each partial choice, 1-d tensors.
         back: for every group so far, the state that each was made from, and the option that was added.
         is_cut: whether states were left out because there were too many.
     """

@@ -19,6 +19,7 @@ def input_scores(scores: Tensor, dim: int, active: Tensor | None = None) -> Tens
         active: bool [outputs], the outputs that are kept; None: all.
     """
     by_input = scores.movedim(dim, 0)
+    # a product with zeros and ones: with a bool index the size of the result would have to be read from the device
     return by_input.sum(1) if active is None else by_input @ active.to(by_input)
 
 
@@ -72,6 +73,7 @@ def kept_importance(
         for group, own in zip(groups, scores, strict=True)
         if reader in {consumer.parameter for consumer in group.consumers}
     ]
+    # several groups where the weight reads a concatenation: its norm has one gain for each output, so one factor
     total = sum(float(own.sum()) for own, _ in read)
     if not total:
         return 1.0
@@ -112,6 +114,7 @@ def reader_scores(
             importance by magnitude.
         active: outputs that are kept, see :func:`active_outputs`.
     """
+    # by parameter: one that several groups read (a concatenation) is scored once, and unit_scores picks from it
     dims = {c.parameter: c.dim for g in groups for c in g.consumers}
     if gradients is None:
         return {n: input_scores(magnitude(weights[n]), dim, active.get(n)) for n, dim in dims.items() if n in weights}

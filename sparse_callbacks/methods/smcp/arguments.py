@@ -1,0 +1,68 @@
+"""Arguments of SMCP: the values that they may have before the model is known."""
+
+import math
+from collections.abc import Mapping
+from numbers import Integral, Real
+from typing import TypeGuard
+
+from sparse_callbacks.methods.smcp import allocation, budget
+
+WORDS = {
+    "importance": ("taylor", "magnitude"),
+    "curve": allocation.CURVES,
+    "norm_scaling": (None, "kept", "importance"),
+}
+
+
+def refuse_sparsity_for_budget(options: Mapping[str, object], method: str) -> None:
+    """Refuse the argument that other methods have in place of a budget.
+
+    Args:
+        options: the arguments that the method's constructor does not name.
+        method: the name of the method's class.
+
+    Raises:
+        ValueError: ``sparsity`` is among them.
+    """
+    if "sparsity" in options:
+        raise ValueError(
+            f"sparsity= is not an argument of {method}. Give budget=, what is left of the network's cost: 0.5 for half "
+            "of it."
+        )
+
+
+def refuse_budget_arguments(
+    share: object, decay: object, channels: Mapping[str, object], words: Mapping[str, object], cost: object
+) -> None:
+    """Refuse arguments that no model can make right.
+
+    Args:
+        share: the budget, as a share of the dense network's cost.
+        decay: coefficient of the decay of pruned weights.
+        channels: the given number of channels by argument.
+        words: the given word by argument, for each of :data:`WORDS`.
+        cost: the name of a cost, or the path of a latency table.
+
+    Raises:
+        ValueError: an argument is out of range, or a word is not known.
+    """
+    if not _is_number(share) or not 0.0 < share < 1.0:
+        raise ValueError(f"budget={share!r} is out of range. Give a number above 0 and below 1.")
+    if not _is_number(decay) or not 0.0 <= decay < math.inf:
+        raise ValueError(f"decay={decay!r} is out of range. Give a number that is at least 0.")
+    for name, value in channels.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name}={value!r} is not a number of channels. Give a whole number from 1 on.")
+    for name, known in WORDS.items():
+        if words[name] not in known:
+            raise ValueError(f"{name}={words[name]!r} is not known. Give {' or '.join(map(repr, known))}.")
+    # whether there is a table at a path shows when training starts: it may be measured after the callback is made
+    if cost not in budget.COSTS and not str(cost).endswith(".json"):
+        raise ValueError(
+            f"cost={cost!r} is not known. Give 'parameters', 'flops' or the path of a latency table (.json)."
+        )
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    # a bool is a Real in Python, and never what somebody means by a share
+    return isinstance(value, Real) and not isinstance(value, bool)

@@ -1,0 +1,51 @@
+"""Windows of scores: each group's sum over the steps since the last solve, and their number.
+
+Both are in ``aux``, under ``scores.<window>`` and ``steps.<window>``: a run that is resumed between two solves must not
+lose the steps before.
+"""
+
+from collections.abc import Iterable, MutableMapping
+
+import torch
+from torch import Tensor
+
+from sparse_callbacks.channels.groups import Group
+
+_Aux = MutableMapping[str, Tensor]
+
+
+def key_parameter(group: Group) -> str:
+    """Name of a parameter on whose device the group's scores are."""
+    return group.consumers[0].parameter
+
+
+def window_of(index: int, group: Group) -> str:
+    """Name of the window of the group with this ``index``."""
+    # the name of a parameter on the window's device comes last, as in every key of aux: a resume needs the device
+    return f"{index}/{key_parameter(group)}"
+
+
+def begin_window(aux: _Aux, window: str, size: int, device: torch.device) -> None:
+    """Make an empty window for a group of ``size`` units, unless there is one already."""
+    aux.setdefault(f"scores.{window}", torch.zeros(size, device=device))
+    aux.setdefault(f"steps.{window}", torch.zeros((), dtype=torch.int64, device=device))
+
+
+def add_to_window(aux: _Aux, window: str, scores: Tensor, finite: Tensor | bool) -> None:
+    """Add the scores of a step to a window; a step with an inf counts for nothing."""
+    # torch.where and not an if: whether a step is finite is known on the device, and need not be waited for
+    counts = torch.as_tensor(finite, device=scores.device)
+    aux[f"scores.{window}"] = aux[f"scores.{window}"] + torch.where(counts, scores, 0)
+    aux[f"steps.{window}"] = aux[f"steps.{window}"] + counts
+
+
+def mean_of_window(aux: _Aux, window: str) -> Tensor:
+    """Mean score of each unit over the steps of a window; 0 in an empty one."""
+    return aux[f"scores.{window}"] / aux[f"steps.{window}"].clamp(min=1)
+
+
+def reset_windows(aux: _Aux, windows: Iterable[str]) -> None:
+    """Make those of ``windows`` empty that there are."""
+    for key in [f"{kind}.{window}" for window in windows for kind in ("scores", "steps")]:
+        if key in aux:
+            aux[key] = torch.zeros_like(aux[key])
