@@ -65,7 +65,7 @@ class Method(Hooks):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        refuse_old_hooks(cls, Method)
+        refuse_old_hooks(cls)
 
     def __init__(
         self,
