@@ -51,7 +51,6 @@ class GMP(SparsityCallback):
     """
 
     schedulable: ClassVar[str] = "sparsity"
-    rising: ClassVar[bool] = True
     arrives_at_stop: ClassVar[bool] = True
 
     def __init__(
