@@ -292,7 +292,7 @@ def parameter_names(function: ast.AST) -> set[str]:
                 target = node.target.elts[-1] if isinstance(node.target, ast.Tuple) else node.target
                 found |= names_in(target)
         if isinstance(node, ast.Assign) and re.fullmatch(
-            r"(self\.|method\.)?(_?params|parameters)\[\w+\](\.detach\(\)|\.data)?|.*get_parameter\([^()]*\)",
+            r"(self\.|method\.)?(_?params|parameters)\[[^\[\]]+\](\.detach\(\)|\.data)?|.*get_parameter\([^()]*\)",
             ast.unparse(node.value),
         ):
             found |= {name for target in node.targets for name in names_in(target)}
