@@ -13,6 +13,7 @@ from support.nets import Classifier
 from support.rig import assert_effective, differences, fit, snapshot, watch
 from support.smcp import conv_net, method, mlp
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_callbacks.channels.latency.table import Grid, Table
 from sparse_callbacks.channels.slim import slim
@@ -179,6 +180,10 @@ def test_a_budget_that_no_network_meets_is_refused_with_the_smallest_one() -> No
     ) as error:
         fit(module, method(0.01))
     assert differences(before, dict(module.state_dict())) == []
+    dense = float(re.search(r"costs \S+ of (\S+)\. ", str(error.value))[1])  # type: ignore[index]
+    with FlopCounterMode(display=False) as counter:
+        module(torch.zeros(1, 2, 5, 5))
+    assert dense == pytest.approx(counter.get_total_flops(), rel=1e-5)
     feasible = float(str(error.value).split("Give budget=")[1].split(" ")[0])
     callback = method(feasible)
     fit(module, callback)

@@ -103,9 +103,10 @@ def refuse_budget(
         advice.append("a smaller round_to= or chunk=" if chunk > 1 else "a smaller round_to=")
         if stem is not None:
             advice.append(f"prune_stem=True (the outputs of {stem} stay now)")
+        unit = 2 if cost == "flops" else 1  # counted in multiply-adds, each of which is two FLOPs
         raise ValueError(
             f"budget={budget:g} of the {cost_name(cost)} cannot be met: with the fewest channels that may stay the "
-            f"network costs {least:.6g} of {dense:.6g}. Give {', or '.join(advice)}."
+            f"network costs {unit * least:.6g} of {unit * dense:.6g}. Give {', or '.join(advice)}."
         )
 
 
