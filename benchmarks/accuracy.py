@@ -261,12 +261,10 @@ def section(group: Group, found: Mapping[tuple[str, ...], Metrics], seeds: int) 
 def text(report: Report, found: Mapping[tuple[str, ...], Metrics], seeds: int) -> str:
     """The whole file as Markdown."""
     head = (
-        f"# {report.title}\n\n{report.about}\n\nWritten by `{report.command}`. The spread is the standard deviation "
-        "over seeds, in "
-        "points; a seed moves weights, masks and the order of the data. Seconds are wall time of training and "
-        "validation, one thread of "
-        f"{os.cpu_count()} cores, beside other jobs: read them roughly. Python {platform.python_version()}, torch "
-        f"{torch.__version__}, "
+        f"# {report.title}\n\n{report.about}\n\nWritten by `{report.command}`. "
+        "The spread is the standard deviation over seeds, in points; a seed moves weights, masks and the order of the "
+        f"data. Seconds are wall time of training and validation, one thread of {os.cpu_count()} cores, beside other "
+        f"jobs: read them roughly. Python {platform.python_version()}, torch {torch.__version__}, "
         f"pytorch-lightning {pl.__version__}, {platform.machine()}."
     )
     return "\n\n".join([head, *(section(group, found, seeds) for group in report.groups)]) + "\n"

@@ -1,7 +1,8 @@
 """Slims torchvision's classifiers with half of all channels masked, and compares the outputs.
 
-Run ``python benchmarks/slim_torchvision.py``; it writes ``docs/slimming.md``, a row after each model. Names of models
-as arguments measure only those and print the rows. Needs the extras ``train`` and ``channels``.
+Run ``python benchmarks/slim_torchvision.py``; it writes benchmarks/results/slim_torchvision.md, again after each
+model. With names of models as arguments it measures only those and prints their rows. Needs the extras ``train`` and
+``channels``.
 
 Weights are random, and norms and layer scales get random values, so that a wrong cut shows in the outputs. Masks are
 drawn for every group of :func:`sparse_callbacks.channels.groups.channel_groups`, half of its units in multiples of 8
@@ -29,58 +30,28 @@ MODELS = {
     "mnasnet1_0": 64, "squeezenet1_1": 64, "googlenet": 64, "inception_v3": 96, "convnext_tiny": 64, "vit_b_16": 224, "swin_t": 64,
 }  # fmt: skip
 """Side of the square images by name; vit_b_16 takes no other, inception_v3 no smaller."""
-TRANSFORMERS = ("vit_b_16", "swin_t")
 EQUAL = (1e-4, 1e-8)  # relative, in float32 and in float64
-PAGE = Path(__file__).parent.parent / "docs" / "slimming.md"
-HEAD = """# Slimming: what can be removed, and what cannot
-
-`slim(model, masks, example_input)` removes the channels that masks leave unread and returns an ordinary module with a proof:
-
-```python
-from sparse_callbacks import slim
-
-small, proof = slim(model, callback.masks, torch.randn(1, 3, 224, 224))
-print(proof)
-```
-
-After each group of channels the outputs of a float64 copy are compared with those of the masked model, on one random sample, and at
-the end on all given and random inputs; a group that changes them is put back and named. Every output has the tolerance of its own
-type; integers and bools must be the same. Where layers run in train mode only, such as auxiliary heads, outputs in that mode are
-compared too, norms and dropouts being in eval mode, if the model takes the example in it.
-
-Channels that hold a constant go into the bias behind them. What is a constant is judged on the inputs given and on two random ones:
-normal numbers of standard deviation 1 and 10, random bools, integers in another order. A switch that none of them throws is taken
-for a constant, so give `inputs=` of real data where there are any. Below float32 only exact constants count.
-
-Hooks of the model run in every pass, and stay on the slim model, which is made by `copy.deepcopy`: call `prune.remove` and
-`remove_weight_norm` first. `save_compact` writes `slim.safetensors` and, beside it, `slim.json`; `load_compact` puts them into an
-instance of the original class, and refuses another class, kernel, stride or size. It needs torch-pruning:
-`pip install 'sparse-callbacks[channels]'`.
-
-## Half of all channels, over torchvision's classifiers
+RESULTS = Path(__file__).parent / "results" / "slim_torchvision.md"
+HEAD = """# Half of all channels, over torchvision's classifiers
 
 Every group of channels that the graph offers is masked at random: half of its units, in multiples of 8 where its size allows.
 Differences are the largest over outputs, relative to the largest output; parameters and FLOPs are shares of the dense model's;
-latency is the median of nine passes of one image on one thread (fewer if they take more than two seconds), and no more than a hint
-where other programs run beside; time is that of `slim` with its checks. googlenet and inception_v3 count their auxiliary heads:
-googlenet's lose channels as the rest does, inception_v3's takes no images of this size and stays dense. Written by
-`python benchmarks/slim_torchvision.py` on {where}.
+latency is the median of nine passes of one image on one thread (fewer if they take more than two seconds), and only a hint where
+other programs run at the same time; time is that of `slim` with its checks. googlenet and inception_v3 count their auxiliary heads:
+googlenet's lose channels as the others do, inception_v3's takes no images of this size and stays dense. How `slim` works and why
+channels stay is explained in [slimming](../../docs/slimming.md). Written by `python benchmarks/slim_torchvision.py` on {where}.
 
 | model | image | groups cut | channels removed of masked | parameters | FLOPs | latency | float32 | float64 | time |
 |---|---|---|---|---|---|---|---|---|---|
 """
 NOTES = """
-## What stays, and why
+## What stays
 
-Groups of the models above that keep all their channels. A refusal names the first layer of the group.
+Groups of the models above that keep all their channels. A refusal names the first layer of the group. Channels that
+are outputs of the network stay in every model, and are not listed.
 
 | model | groups | first of them | reason |
 |---|---|---|---|
-"""
-TAIL = """
-A classifier's outputs are the network's. LayerNorm takes its mean over all channels, so removing one changes the others; the same
-goes for GroupNorm and for attention, whose heads are no channels of a layer that stands alone. A channel shuffle looks like a
-flattening to the trace: the comparison finds it, and these groups are put back.
 """
 
 
@@ -147,19 +118,19 @@ def refusals(name: str, proof: Proof) -> list[str]:
     kinds: Counter[str] = Counter()
     first: dict[str, tuple[str, str]] = {}
     for group, reason in proof.left_out.items():
-        kind = (
-            "outputs differ"
-            if "differ by" in reason
-            else "fails"
-            if "fails" in reason
-            else "norm"
-            if "LayerNorm" in reason
-            else reason
-        )
+        kind = kind_of(reason)
         kinds[kind] += 1
         first.setdefault(kind, (group, reason))
-    told = {k: n for k, n in kinds.items() if "outputs of the network" not in k}
-    return [f"| {name} | {n} | `{first[kind][0]}` | {first[kind][1]} |" for kind, n in told.items()]
+    reported = {k: n for k, n in kinds.items() if "outputs of the network" not in k}
+    return [f"| {name} | {n} | `{first[kind][0]}` | {first[kind][1]} |" for kind, n in reported.items()]
+
+
+def kind_of(reason: str) -> str:
+    """The kind of a reason: what it says apart from the numbers and names in it."""
+    for words in ("differ by", "fails", "LayerNorm"):
+        if words in reason:
+            return words
+    return reason
 
 
 def where() -> str:
@@ -180,8 +151,8 @@ def main() -> None:
         print("\n".join([found, *reasons]), file=sys.stdout, flush=True)
         rows, left = [*rows, found], [*left, *reasons]
         if not chosen:
-            PAGE.parent.mkdir(exist_ok=True)
-            PAGE.write_text(HEAD.format(where=where()) + "\n".join(rows) + "\n" + NOTES + "\n".join(left) + "\n" + TAIL)
+            RESULTS.parent.mkdir(exist_ok=True)
+            RESULTS.write_text(HEAD.format(where=where()) + "\n".join(rows) + "\n" + NOTES + "\n".join(left) + "\n")
 
 
 if __name__ == "__main__":

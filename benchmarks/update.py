@@ -270,9 +270,8 @@ def main() -> None:
     text = (
         f"# Topology update on ResNet-50 ({sum(w.numel() for w in weights) / 1e6:.1f} M weights)\n\n"
         f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, "
-        "float32. "
-        f"{arguments.rounds} rounds,\ninterleaved; equal results checked in every round. Written by `python "
-        "benchmarks/update.py`.\n"
+        f"float32. {arguments.rounds} rounds,\ninterleaved; equal results checked in every round. "
+        "Written by `python benchmarks/update.py`.\n"
     )
     print(text)
     for threads in arguments.threads:

@@ -19,26 +19,23 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures.runs import (
-    CHANNELS,
+from fixtures.ends import (
     CONFIGS,
     FILES,
     FOLDER,
-    RUNS,
     TRAIN,
-    channel_net,
     close,
     differences,
     end_of,
-    fingerprint,
-    functions,
     masked,
     same_bits,
-    scattered,
     trained_end,
     unpack,
     unpacked,
 )
+from fixtures.exact_numbers import fingerprint, functions, scattered
+from fixtures.modules import channel_net
+from fixtures.runs import CHANNELS, RUNS
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf

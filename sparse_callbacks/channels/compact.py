@@ -34,6 +34,7 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
         ValueError: the state dict holds something that is not a tensor, or ``path`` ends in ``.json``.
     """
     path = Path(path)
+    # a bad name is refused before anything is written
     words = description_path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(
@@ -44,14 +45,15 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
     strange = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if strange:
         raise ValueError(
-            f"{strange[0]} in the state dict is not a tensor, and a compact checkpoint holds tensors only. Save it by "
-            "itself."
+            f"{strange[0]} in the state dict is not a tensor, and a compact checkpoint holds tensors only. "
+            "Save it by itself."
         )
     # tied parameters are stored once, and the description names the others; empty tensors all lie at address 0
     first: dict[tuple[Any, ...], str] = {}
     for name, tensor in state.items():
         first.setdefault(_place(tensor) if tensor.numel() else (name,), name)
     shared = {n: first[_place(t)] for n, t in state.items() if t.numel() and first[_place(t)] != n}
+    # safetensors takes contiguous tensors that share no memory
     tensors = {
         name: tensor.detach().clone(memory_format=torch.contiguous_format)
         for name, tensor in state.items()
@@ -84,6 +86,7 @@ def load_compact(model: nn.Module, path: str | Path) -> nn.Module:
     path = Path(path)
     tensors, description = read(path)
     refuse_other_model(model, tensors, description, path)
+    # every refusal came before this, so that a model that is refused stays as it is
     for name, module in model.named_modules():
         for attribute in sizes(module):
             setattr(module, attribute, description["layers"][name][attribute])
@@ -93,6 +96,7 @@ def load_compact(model: nn.Module, path: str | Path) -> nn.Module:
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
     """Where a tensor lies in memory."""
+    # two views of one storage are one tensor only where offset, shape and strides agree too
     address = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
     return tensor.device, *address, tensor.shape, tensor.stride()
 
@@ -110,6 +114,7 @@ def _take(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         if is_buffer:
             module._buffers[local] = placed
             continue
+        # slimming may have added a bias where the original layer has none
         new = nn.Parameter(placed, requires_grad=True if old is None else old.requires_grad)
         if old is not None:
             new = replaced_by.setdefault(old, new)

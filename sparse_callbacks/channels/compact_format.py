@@ -38,6 +38,7 @@ def described(model: nn.Module, shared: Mapping[str, str]) -> dict[str, Any]:
         model: the model.
         shared: for each tensor that is stored under another name, that name.
     """
+    # classes without their modules, so that a class may move to another file
     layers = {n: {"class": type(m).__name__, **sizes(m), **_form(m)} for n, m in model.named_modules()}
     return {"version": COMPACT_VERSION, "class": type(model).__qualname__, "layers": layers, "shared": dict(shared)}
 
@@ -133,8 +134,8 @@ def refuse_other_model(
     )
     if difference:
         raise ValueError(
-            f"{path} is of another model: {difference}. Give an instance of {description['class']}, made with the "
-            "arguments of the model that was slimmed."
+            f"{path} is of another model: {difference}. Give an instance of "
+            f"{description['class']}, made with the arguments of the model that was slimmed."
         )
 
 
@@ -154,6 +155,7 @@ def _why_other_classes(model: nn.Module, description: Mapping[str, Any]) -> str:
 def _why_other_names(model: nn.Module, tensors: Iterable[str]) -> str:
     """A tensor that only one of model and checkpoint has; empty if none. Slimming may add biases."""
     own, there = set(model.state_dict()), set(tensors)
+    # constants of removed channels go into a bias, also of a layer that had none
     added = {n for n in there - own if n.rpartition(".")[2] == "bias" and f"{n.rpartition('.')[0]}.weight" in own}
     differing = sorted((own ^ there) - added)
     if not differing:
@@ -167,7 +169,9 @@ def _why_other_ties(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
     first_there: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         here = first_here.setdefault(parameter, name)
+        # read() gives a shared tensor to all of its names, so equal ids are ties
         there = first_there.setdefault(id(tensors[name]), name)
+        # empty tensors are stored under each of their names, tied or not
         if here == there or not parameter.numel():
             continue
         if here != name:
@@ -185,6 +189,7 @@ def _why_other_forms(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) 
                 return f"{attribute} of {name!r} is {value} here and {there} there"
         for attribute in sizes(module):
             there = layers[name].get(attribute)
+            # the description is a text file, and layers are about to take this number as their size
             if not isinstance(there, int) or there < 1:
                 return f"{attribute} of {name!r} is {there} there"
     return ""
@@ -196,6 +201,7 @@ def _why_other_limits(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
     for name, own in [*model.named_parameters(remove_duplicate=False), *buffers.items()]:
         module, there = model.get_submodule(name.rpartition(".")[0]), tensors[name].shape
         fixed = type(module).__module__ in _NEVER_CUT and not sizes(module)
+        # slimming only removes, so no size may be larger than the original one
         if len(there) != own.ndim or any(a > b or (fixed and a != b) for a, b in zip(there, own.shape, strict=True)):
             return f"{name} has shape {list(own.shape)} here and {list(there)} there"
     return ""
@@ -211,6 +217,7 @@ def _why_contradictory(model: nn.Module, tensors: Mapping[str, Tensor], layers: 
             there = tensors.get(prefix + local)
             if there is None:
                 continue
+            # sizes come from one file and tensors from the other, which may not belong together
             expected = _shape(module, local, layers[name])
             if expected != list(there.shape):
                 shape = list(there.shape)

@@ -66,6 +66,7 @@ def why_not_equal(expected: Sequence[Tensor], found: Sequence[Tensor], tolerance
         return f"outputs are {len(found)} in the place of {len(expected)}"
     for a, b in zip(expected, found, strict=True):
         limit = TOLERANCES.get(a.dtype, COARSE_TOLERANCE) if tolerance is None else tolerance
+        # labels, indices and masks: rounding leaves them as they are
         if not (a.is_floating_point() or a.is_complex()):
             limit = 0.0
         gap = compare([a], [b]).relative
@@ -118,11 +119,13 @@ class Reference:
         changed = _why_changed("without them", now, self.expected)
         if changed:
             return changed
+        # only where eval mode shows nothing, as the pass in train mode costs as much again
         lead, expected = "without them, in train mode,", self.expected_in_training
         return _why_changed(lead, self._outputs_in_training, expected, only_shapes=self.is_random)
 
     def difference(self) -> tuple[Difference, torch.dtype]:
         """Difference from the outputs at first, and the precision of the first of them that has one."""
+        # a model may give labels beside its scores; rounding is a matter of the scores
         precision = next((t.dtype for t in self.expected if t.is_floating_point()), self.expected[0].dtype)
         return compare(self.expected, outputs_on(self.model, self.samples)), precision
 
@@ -141,7 +144,9 @@ def _why_changed(
     try:
         found = look()
     except Exception as error:  # whatever the user's forward does with sizes that it does not expect
+        # some errors quote whole tensors, so only their beginning is shown
         return f"{lead} the network fails ({type(error).__name__}: {str(error)[:120]})"
+    # random outputs differ in any case, but a wrong shape or a failing branch still shows
     if only_shapes:
         expected, found = [torch.zeros_like(t) for t in expected], [torch.zeros_like(t) for t in found]
     difference = why_not_equal(expected, found)

@@ -65,12 +65,14 @@ def random_samples(model: nn.Module, example_input: Any, seed: int) -> list[Any]
         example_input: a tensor, a tuple of positional arguments or a mapping of named arguments.
         seed: seed of the random numbers.
     """
+    # on the CPU, so that a seed gives the same numbers whatever device the model is on
     generator = torch.Generator().manual_seed(seed)
     model = copy.deepcopy(model)
     with quiet(model):
         usual = [t.isfinite() for t in outputs_on(model, [example_input])]
         found = []
         for scale, reorder in ((1.0, False), (10.0, True)):
+            # drawn in any case, so that the second input does not depend on whether the model took the first
             plain = map_tensors(partial(_normal, generator=generator), example_input)
             varied = map_tensors(partial(_varied, generator=generator, scale=scale, reorder=reorder), example_input)
             found.append(varied if _is_taken(model, varied, usual) else plain)
@@ -80,6 +82,7 @@ def random_samples(model: nn.Module, example_input: Any, seed: int) -> list[Any]
 def first_entry(model: nn.Module, sample: Any) -> Any:
     """The first entry of a batch, on which a comparison is fast; the whole batch if the model does not take it."""
     sizes = {t.shape[:1] for t in tensors_in(sample)}
+    # tensors of several lengths have no common batch, and a batch of one is its own first entry
     if len(sizes) != 1 or sizes <= {torch.Size([]), torch.Size([1])}:
         return sample
     first = map_tensors(lambda t: t[:1], sample)

@@ -96,6 +96,7 @@ def _range(seen: Sequence[Tensor], member: Member, model: nn.Module, cuts: Cuts)
     everything = torch.ones(len(member.units), dtype=torch.bool)
     stays = cuts.kept.get(member.key, everything).repeat(times)
     if not seen:
+        # NaN fails every comparison, so a channel that was never seen counts neither as a constant nor as zero
         nothing = torch.full((len(stays),), torch.nan)
         return ArrivingRange(nothing, nothing)
     values = torch.cat([*seen], 1).cpu()
@@ -110,6 +111,7 @@ def foldable(group: Group, arriving: Mapping[str, ArrivingRange], model: nn.Modu
     # a unit with several slices, as behind a flattening, must be constant in each of them
     for member in group.consumers:
         module, values = model.get_submodule(member.module), arriving[member.module]
+        # zero padding puts zeros beside a constant at the border, so there only a constant of 0 may go
         fits = values.constant if _keeps_constants(module) else values.zero
         units = member.units.repeat(_repetitions(module, member))
         found[units[(units >= 0) & ~fits]] = False
@@ -138,6 +140,7 @@ def bias_shifts(
         times = _repetitions(module, member)
         units = member.units.repeat(times)
         is_gone = (units >= 0) & gone[units.clamp(min=0)]
+        # high and low agree up to rounding, so either would do
         value = torch.where(is_gone, arriving[member.module].high, 0.0).to(weight)
         if _keeps_constants(module) and value.any():
             # a constant image times a kernel is the constant times the kernel's sum, for each group of the convolution
@@ -157,4 +160,5 @@ def _keeps_constants(module: nn.Module) -> bool:
     if not isinstance(module, _ConvNd):
         return True
     padded = module.padding != "valid" and any(p != 0 for p in module.padding)
+    # an output of a transposed convolution meets only some weights of the kernel, which ones depends on its place
     return not isinstance(module, _ConvTransposeNd) and (not padded or module.padding_mode != "zeros")

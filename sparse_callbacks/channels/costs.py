@@ -104,6 +104,7 @@ def _recorder(name: str, found: dict[str, Layer], samples: int) -> Callable[...,
         use = layer_in_use(name, module, tensors_in((arguments, named))[0].shape, output.shape, samples)
         seen = found.get(name)
         if seen is not None:
+            # a layer that is used twice costs both uses, often on maps of different sizes
             use = replace(seen, maps=seen.maps + use.maps, positions=seen.positions + use.positions)
         found[name] = use
 
@@ -179,8 +180,10 @@ def cost_outside_layers(model: nn.Module, example_input: Any, found: Mapping[str
     called: set[nn.Module] = set()
     samples = tensors_in(example_input)[0].shape[0]
     with ExitStack() as hooks, quiet(model):
+        # only modules that are called count: a head that the pass leaves out costs nothing
         for module in model.modules():
             hooks.enter_context(module.register_forward_hook(lambda called_module, *_: called.add(called_module)))
+        # two FLOPs are one multiply-add
         total = forward_flops(model, example_input) / 2 / samples
     # torch's attention reads the weight of its output projection without ever calling that layer
     inside_attention = {m for a in called if isinstance(a, nn.MultiheadAttention) for m in a.modules()}
@@ -189,7 +192,9 @@ def cost_outside_layers(model: nn.Module, example_input: Any, found: Mapping[str
         id(p): p.numel()
         for module in called | inside_attention
         for p in module.parameters(recurse=False)
+        # biases and gains count nowhere; a weight that a layer shares counts with the layer
         if p.ndim > 1 and id(p) not in counted
     }
     in_layers = sum(multiply_adds(layer, layer.inputs, layer.outputs) for layer in found.values())
+    # not below 0 where torch does not count an operation that a layer is made of
     return OtherCosts(float(sum(others.values())), max(0.0, total - in_layers))

@@ -133,7 +133,8 @@ def channel_groups(
             covered |= {(layer, c) for c in channels}
             covered |= {(p.name, c) for p in walk.places if p.side == "out" for c in p.roots}
             group = _group(layer, channels, walk.places, model)
-            reason = walk.reason or _why_misread(group, model) or _why_stays(group, reasons)
+            # in this order: the members of a group whose shape was misread say nothing about the weights
+            reason = walk.reason or _why_misread(group, model) or _why_group_stays(group, reasons)
             groups.append(replace(group, reason=reason))
     return groups + _untraced(model, trace, groups)
 
@@ -241,7 +242,7 @@ def _slices(module: nn.Module, dim: int) -> int:
 # ---------------------------------------------------------------------- what has to stay
 
 
-def _why_stays(group: Group, reasons: Mapping[str, str]) -> str:
+def _why_group_stays(group: Group, reasons: Mapping[str, str]) -> str:
     """Why a group that the walk may cut has to stay; empty where it can go.
 
     Args:

@@ -30,6 +30,7 @@ def update_sizes(module: nn.Module, is_depthwise: bool) -> None:
         module: any module.
         is_depthwise: whether it was a depthwise convolution at first.
     """
+    # a norm without a gain has no weight, and its statistics have the size
     candidates = (getattr(module, "weight", None), getattr(module, "running_mean", None))
     weight = next((t for t in candidates if isinstance(t, Tensor)), None)
     if weight is None:
@@ -37,6 +38,7 @@ def update_sizes(module: nn.Module, is_depthwise: bool) -> None:
     if isinstance(module, _ConvNd):
         first, second = weight.shape[:2]
         if is_depthwise:
+            # it stays depthwise: with fewer channels it has fewer groups
             module.in_channels = module.out_channels = module.groups = first
         elif isinstance(module, _ConvTransposeNd):
             module.in_channels, module.out_channels = first, second * module.groups

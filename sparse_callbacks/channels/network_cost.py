@@ -34,6 +34,7 @@ class _Side:
 
     def total(self, kept: Sequence[int], sizes: Sequence[int]) -> float:
         """Channels of the whole side when ``kept[g]`` of the ``sizes[g]`` units of every group are left."""
+        # slices in no group always stay: the colours of an image, or channels of a group that has to stay
         in_no_group = self.slices - sum(self.owned.values())
         return self.channels * in_no_group + sum(self.of_group(g, kept[g], sizes[g]) for g in self.owned)
 
@@ -60,6 +61,7 @@ class Network:
         makers = [(g, m) for g, m in members if m.side != "in"]
         self._inputs = {name: _side(name, layer.inputs, readers) for name, layer in layers.items()}
         self._outputs = {name: _side(name, layer.outputs, makers) for name, layer in layers.items()}
+        # looked up once: a search prices thousands of networks that differ in one group
         indices = range(len(groups))
         self._readers = [[n for n, side in self._inputs.items() if g in side.owned] for g in indices]
         self._layers_of_group = [
@@ -96,6 +98,7 @@ class Network:
         outputs = self._outputs[name].total(kept, self.sizes)
         if layer.depthwise:  # its outputs go with its inputs, also where it makes several for each
             outputs = inputs * layer.outputs / layer.inputs
+        # whole numbers, as a latency table is asked for; units with unequal numbers of channels make fractions
         return self.cost(layer, round(inputs), round(outputs))
 
     def tables(self, options: Sequence[Tensor], kept: Sequence[int]) -> tuple[list[Tensor], float]:
@@ -115,6 +118,7 @@ class Network:
             for g, counts in enumerate(options)
         ]
         in_groups = math.fsum(self._cost_of_group(g, count, kept) for g, count in enumerate(kept))
+        # what no option changes: layers that read no group, and the shares of inputs that are in no group
         return tables, self.realised(kept) - in_groups
 
     def _cost_of_group(self, group: int, count: int, kept: Sequence[int]) -> float:
@@ -138,5 +142,6 @@ def _side(name: str, channels: int, members: Sequence[tuple[int, Member]]) -> _S
         members: pairs of a group's index and one of its members, of any layer.
     """
     units_by_group = [(g, m.units) for g, m in members if m.module == name]
+    # a layer without a member is in no group, and one slice can stand for all its channels
     slices = max([len(units) for _, units in units_by_group], default=1)
     return _Side(channels / slices, slices, {g: int((units >= 0).sum()) for g, units in units_by_group})

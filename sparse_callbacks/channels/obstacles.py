@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 
 from sparse_callbacks.channels.channel_padding import channel_padding
 
+# a list of what is known to be safe: an operation that a newer torch brings is refused until somebody adds it here
 KEEPS_CHANNELS = frozenset(
     {
         *("Abs", "Add", "Addcmul", "Clamp", "ClampMax", "ClampMin", "Div", "Erf", "Exp", "Log", "Maximum", "Minimum"),
@@ -50,6 +51,7 @@ def why_not_passed(node: Any, name: str) -> str:
         return "these are outputs of the network"
     if kind == "ELEMENTWISE":
         return _why_operation_mixes(node)
+    # torch-pruning calls a convolution depthwise where its groups equal its outputs, whatever its inputs are
     if kind == "DEPTHWISE_CONV" and node.module.in_channels != node.module.groups:
         return f"{name}: a grouped convolution with several inputs and one output in each group"
     if kind in PASSED or kind in LAYERS or kind in FOLLOWERS:
@@ -60,6 +62,7 @@ def why_not_passed(node: Any, name: str) -> str:
 
 def _why_operation_mixes(node: Any) -> str:
     """Why an operation that is not a module may mix channels; empty where it is known not to."""
+    # the name of a backward node is that of its operation, such as MulBackward0
     operation = node.grad_fn.name().partition("Backward")[0].lstrip("_")
     # the trace starts from clones of the inputs, so that a clone without inputs is an input of the network
     if operation == "Clone" and not node.inputs:
@@ -80,6 +83,7 @@ def why_padding_stays(node: Any, pairs: set[tuple[int, int]]) -> str:
     padding = channel_padding(node)
     if padding is None:
         return ""
+    # a crop has a fixed width, so it would drop other channels once some are gone
     if padding.crops:
         return "runs into a crop of channels"
     if any(padding.holds(local) for local, _ in pairs):
@@ -102,6 +106,7 @@ def why_layers_stay(model: nn.Module, globs: Sequence[str]) -> dict[str, str]:
             found[name] = f"{name} is parametrized: its weight is computed from others"
         for local, p in module._parameters.items():
             full = f"{name}.{local}" if name else local
+            # a parameter of two modules would lose the same slices in both, and other channels arrive at each
             other = full if p is None else first_names.setdefault(p, full)
             if other != full:
                 reason = f"{full} and {other} are one parameter"

@@ -39,12 +39,14 @@ def export_onnx(
         ValueError: onnxruntime computes something else, or cannot run the file, for example as it has no convolutions
             of the model's type.
     """
+    # asked for before the export, which takes far longer
     for module in ("onnx", "onnxscript", "onnxruntime"):
         extra(module, "onnx")
     path = Path(path)
     with quiet(model):
         if dynamic_batch:
             try:
+                # at two sizes: a graph may hold the traced size as a constant, and fail only with another
                 return _written(model, path, [example_input, _larger(example_input)], tolerance)
             except Exception as error:  # whatever the exporter makes of a model that is not made for other sizes
                 reason = f"{type(error).__name__}: {str(error)[:200]}"
@@ -73,6 +75,7 @@ def _written(model: nn.Module, path: Path, samples: Sequence[Any], tolerance: fl
     """
     # before the export: if the model fails on a sample, its own error is shorter than the exporter's
     expected = [t.cpu() for t in outputs_on(model, samples)]
+    # the last and larger one: torch.export takes a batch of 1 for a constant
     _export(model, path, samples[-1], dynamic=len(samples) > 1)
     try:
         found = _run(path, samples)
@@ -126,6 +129,7 @@ def _larger(example_input: Any) -> Any:
 
 def _run(path: Path, samples: Sequence[Any]) -> list[Tensor]:
     """Outputs of the file on every sample, in one list."""
+    # on the CPU, which every installation of onnxruntime supports
     session = extra("onnxruntime", "onnx").InferenceSession(str(path), providers=["CPUExecutionProvider"])
     found = []
     for sample in samples:
@@ -137,6 +141,7 @@ def _run(path: Path, samples: Sequence[Any]) -> list[Tensor]:
 def _dynamic_shapes(nest: Any) -> Any:
     """What torch.export needs to know of the sizes of inputs: dimension 0 of every tensor may be another one."""
     if isinstance(nest, Tensor):
+        # AUTO: where the model fixes the size, the export goes on, and the run at the other size finds it
         return {0: torch.export.Dim.AUTO} if nest.ndim else None
     if isinstance(nest, Mapping):
         return {k: _dynamic_shapes(v) for k, v in nest.items()}

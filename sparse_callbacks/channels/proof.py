@@ -76,11 +76,13 @@ class Proof:
     @property
     def removed(self) -> int:
         """Channels removed, counted at the first producer of each group."""
+        # at the first producer alone: the other producers of a group have the same channels, which would count again
         return sum(r.channels for r in self.rows)
 
     @property
     def left_out(self) -> dict[str, str]:
         """The reason of every group that lost nothing and has one, by the name of the group."""
+        # a group that lost some of its units may have a reason too, for the units that stayed
         return {r.name: r.reason for r in self.rows if r.reason and not r.units}
 
     def __str__(self) -> str:
@@ -92,6 +94,7 @@ class Proof:
             ("latency", f"{before.latency:.2f} ms", f"{after.latency:.2f} ms", after.latency / before.latency),
         ]
         precision = str(self.precision).removeprefix("torch.")
+        # a model without convolutions and linear layers has no rows
         width = max((len(r.name) for r in self.rows), default=5) + 2
         lines = [
             f"{'':12}{'before':>18}{'after':>18}{'ratio':>8}",
@@ -126,6 +129,7 @@ def prove(
     """
     masked, small = copy.deepcopy(masked), copy.deepcopy(small)  # forward passes may write to their modules
     with quiet(masked), quiet(small):
+        # in the precision that the user runs the model in; that the cut is right was checked in float64 before
         on_drawn, on_given = (compare(outputs_on(masked, x), outputs_on(small, x)) for x in (drawn, given))
         # on the user's own input, as the time of a pass depends on its size
         before, after = (_cost(model, given[0]) for model in (masked, small))
@@ -135,6 +139,7 @@ def prove(
 def _cost(model: nn.Module, sample: Any) -> ModelCost:
     """Parameters, FLOPs and latency of ``model`` on ``sample``."""
     parameters = list(model.parameters())
+    # the clock waits for every GPU among them, or it would time only the start of the work
     devices = {t.device for t in (*parameters, *tensors_in(sample))}
     flops = forward_flops(model, sample)
     [latency] = milliseconds([lambda: run(model, sample)], READINGS, devices, PATIENCE)

@@ -51,6 +51,8 @@ def _why_not_chosen(group: Group, optimizers: Sequence[set[str]], stem: str | No
     dense = [name for name in readers if not any(name in names for names in optimizers)]
     if dense:
         return f"{', '.join(dense)} stay dense (see plan())"
+    # optimizers step at different times: until the last one has stepped, some readers would still use channels that
+    # others have lost
     if not any(names.issuperset(readers) for names in optimizers):
         return f"{', '.join(readers)} are in several optimizers"
     return ""
@@ -72,12 +74,15 @@ def example_inputs(model: nn.Module, batches: Generator[Any, None, None]) -> Any
     seen: list[Any] = [] if example is None else [example]
 
     def record(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        # under one mapping by name where any argument is named, as run() takes positional or named arguments, not both
         seen.append(dict(inspect.signature(module.forward).bind(*inputs, **named).arguments) if named else inputs)
 
     handle = model.register_forward_pre_hook(record, with_kwargs=True)
     try:
         if not seen:
+            # one batch is enough: the hook sees the inputs before the forward pass begins
             next(batches)
+    # raised by the data pass, such as where there is no train loader; its advice is for other callers and is left out
     except ValueError as error:
         raise ValueError(
             "the model is looked at with one sample, and there is none: the module has no example_input_array, and "
@@ -90,6 +95,7 @@ def example_inputs(model: nn.Module, batches: Generator[Any, None, None]) -> Any
     like = next((p for p in model.parameters() if p.is_floating_point()), next(model.parameters()))
 
     def one_sample(tensor: Tensor) -> Tensor:
+        # an example may be float32 where the model is float64; whole numbers, such as tokens, must stay whole
         return tensor.detach()[:1].to(like if tensor.is_floating_point() else like.device)
 
     return map_tensors(one_sample, seen[0])
@@ -98,6 +104,7 @@ def example_inputs(model: nn.Module, batches: Generator[Any, None, None]) -> Any
 def kept_units(group: Group, masks: Mapping[str, Tensor]) -> Tensor:
     """Bool [size]: the units of a group that the mask of its first consumer keeps."""
     reader = group.consumers[0]
+    # all consumers lose the same units, so the first one speaks for every other
     slices = masks[reader.parameter].movedim(reader.dim, 0).flatten(1).any(1)
     units = reader.units.to(slices.device)
     keep = torch.zeros(group.size, dtype=torch.bool, device=slices.device)

@@ -16,6 +16,7 @@ from sparse_callbacks.channels.proof import GroupChange, Proof, prove
 from sparse_callbacks.core.inspection import copied, quiet, training_branches
 
 
+# parameters that are made in inference mode could never be trained
 @torch.inference_mode(False)
 def slim(
     model: nn.Module,
@@ -79,6 +80,7 @@ def slim(
     groups = channel_groups(masked, example_input, exclude, seconds)
     given, random = [example_input, *inputs], random_samples(masked, example_input, seed)
     cuts, rows, checked = _cut_all(masked, groups, full_masks, [*given, *random])
+    # the cuts were tried in float64 where that is possible, and are made here in the precision of the model
     small = copied(masked)
     Surgery(small).cut(cuts, [m for g in groups for m in g.members])
     return small, prove(masked, small, rows, checked, given, random)
@@ -99,10 +101,12 @@ def slimmable_groups(
     trial = copied(model)
     with quiet(trial):
         branches = training_branches(trial, example_input)
-        return [g if g.reason else replace(g, reason=_why_stays(trial, g, example_input, branches)) for g in groups]
+        return [
+            g if g.reason else replace(g, reason=_why_outputs_change(trial, g, example_input, branches)) for g in groups
+        ]
 
 
-def _why_stays(model: nn.Module, group: Group, example_input: Any, branches: Sequence[str]) -> str:
+def _why_outputs_change(model: nn.Module, group: Group, example_input: Any, branches: Sequence[str]) -> str:
     """How the outputs change when every other unit of ``group`` is removed; empty where they do not."""
     keep = torch.arange(group.size) % 2 == 0
     surgery = Surgery(model)

@@ -94,10 +94,12 @@ class Trace:
         begin: float | None = None,
     ) -> None:
         pruning = extra("torch_pruning", "channels")
+        # not the time of day, which may be set while a search runs
         self.begin = time.monotonic() if begin is None else begin
         self.seconds, self._deadline = seconds, self.begin + seconds
         self.graph = self._watched(pruning.DependencyGraph)
         self._names: dict[Any, str] = {m: n for n, m in model.named_modules()}
+        # parameters too: a node may stand for one that belongs to no layer, such as a scale
         self._names |= {p: n for n, p in model.named_parameters()}
         self._build(model, example_input, [model.get_submodule(n) for n in branches])
         self.nodes = {self._names[m]: node for m, node in self.graph.module2node.items() if m in self._names}
@@ -114,6 +116,7 @@ class Trace:
 
         try:
             with warnings.catch_warnings():
+                # torch-pruning warns of operations that it does not know, for which the walk gives a reason
                 warnings.simplefilter("ignore")
                 inputs = map_tensors(_marked, example_input)
                 self.graph.build_dependency(
@@ -123,9 +126,9 @@ class Trace:
             raise
         except Exception as error:
             raise ValueError(
-                f"{type(model).__name__} cannot be traced ({type(error).__name__}: {error}). Give an example_input "
-                "that the model takes: a tensor, a tuple of positional or a mapping of named arguments; its output "
-                "must depend on the parameters."
+                f"{type(model).__name__} cannot be traced ({type(error).__name__}: {error}). "
+                "Give an example_input that the model takes: a tensor, a tuple of positional or a mapping of named "
+                "arguments; its output must depend on the parameters."
             ) from error
 
     def _watched(self, base: Any) -> Any:
@@ -189,6 +192,7 @@ class Trace:
             self.check_time()
             node, handler, arriving = queue.popleft()
             known = seen.get((node, handler), set())
+            # pairs and not places alone, as channels of several roots may meet at one place
             fresh = [i for i in arriving if (i.idx, i.root_idx) not in known]
             if not fresh:  # also where a concatenation hands on none of the channels
                 continue
@@ -228,6 +232,7 @@ class Trace:
         """What a walk has seen: for each node and side the pairs of a channel's local index and its root."""
         walk = Walk([])
         for (node, handler), pairs in seen.items():
+            # nodes are in the order in which the walk met them, so the first reason is the nearest
             if not walk.reason:
                 walk.reason = why_not_passed(node, self._name_of(node)) or why_padding_stays(node, pairs)
             kind = node.type.name
@@ -248,6 +253,7 @@ def _parts(pairs: set[tuple[int, int]], size: int) -> Place:
     """The roots that arrive at the same place of the parts of a split, each of ``size`` channels."""
     place = Place("", "SPLIT", "")
     for local, root in pairs:
+        # parts begin at multiples of their size
         place.roots.setdefault(local % size, set()).add(root)
     return place
 
@@ -266,4 +272,5 @@ def _marked(tensor: Tensor) -> Tensor:
 
 def _through_one_more_operation(nest: Any) -> list[Tensor]:
     """The network's outputs after one more operation, so that none of them is itself the output of a layer."""
+    # integers, such as predicted labels, have no gradient and so no place in the trace
     return [t * 1 for t in tensors_in(nest) if t.requires_grad]

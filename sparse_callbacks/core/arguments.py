@@ -54,6 +54,7 @@ def by_glob(values: float | Mapping[str, float], names: Iterable[str], argument:
                 f"{', '.join(names)}."
             )
     found: dict[str, float] = {}
+    # the globs in the outer loop and in their order: the first that matches decides
     for glob, value in values.items():
         for name in names:
             if name not in found and fnmatchcase(name, glob):

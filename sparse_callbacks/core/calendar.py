@@ -6,8 +6,10 @@ from numbers import Real
 
 from sparse_callbacks.core.schedules import to_steps
 
-UPDATES_WORTH_HAVING = 10  # the default interval is shortened until so many updates fit between start and stop
-STEPS_BETWEEN = 10  # but not below so many steps, which grown weights need to grow in
+# The default interval is shortened until this many updates fit between start and stop: a few hardly move a mask.
+FEWEST_UPDATES = 10
+# It is not shortened below this many steps: a weight that was grown needs time to become large enough to stay.
+SHORTEST_INTERVAL = 10
 
 Time = int | float
 """Optimizer steps (int) or a fraction of the run (float)."""
@@ -52,15 +54,16 @@ class Calendar:
         """The calendar as a list of whole numbers, which a checkpoint stores."""
         return [self.every, self.start, self.stop, *([] if self.until is None else [self.until])]
 
-    def next(self, step: int, first_update: int, done: int | None) -> int | None:
-        """The first update at or after ``step`` that is not the one already ``done``; None when there is none left.
+    def next(self, number: int, first_update: int, done: int | None) -> int | None:
+        """The first update at or after step ``number`` that is not the one already ``done``; None when none is left.
 
         Args:
-            step: the optimizer step to search from.
+            number: the number of the optimizer step to search from.
             first_update: the step at which the grid of updates begins.
             done: the step of the latest update that was made; None before the first update.
         """
-        first = max(step if done is None else max(step, done + 1), first_update)
+        # an update that replaces its step does not count as a step: `number` is still that of the update just made
+        first = max(number if done is None else max(number, done + 1), first_update)
         on_grid = first_update + -(-(first - first_update) // self.every) * self.every  # -(-a // b): rounded up
         found = [on_grid, *([self.stop] if self.final else []), *([] if self.until is None else [self.until])]
         return min((f for f in found if first <= f <= self.last), default=None)
@@ -72,6 +75,7 @@ def check_times(start: Time, stop: Time, every: Time | None) -> None:
     Raises:
         ValueError: a value that is not a time, ``stop`` before ``start``, or an interval longer than ``stop - start``.
     """
+    # a run of one step stands for any length: only the values themselves are checked here
     for name, value in (("start", start), ("stop", stop)):
         to_steps(value, 1, name)
     # bool is an int: to_steps below refuses True and False with a message of its own
@@ -116,6 +120,7 @@ def resolve_times(
     """
 
     def steps(value: Time, name: str) -> int:
+        # the length is asked for only where it is needed: the host may have to make its loaders for the answer
         return value if isinstance(value, int) else to_steps(value, run.total(), name)
 
     first, last = steps(start, "start"), steps(stop, "stop")
@@ -125,24 +130,22 @@ def resolve_times(
                 f"stop={stop!r} ({last} steps) lies before start={start!r} ({first} steps). Give a stop at or after "
                 "the start."
             )
-        last = first
+        last = first  # an integer start lies behind a stop that is a fraction of a few steps
     if last == first and not final and not run.lenient:
         raise ValueError(
-            f"start={start!r} and stop={stop!r} are the same step ({first}): no update would move a mask. Give a later "
-            "stop=, or use "
-            "Static to hold one mask."
+            f"start={start!r} and stop={stop!r} are the same step ({first}): no update would move a mask. Give a "
+            "later stop=, or use Static to hold one mask."
         )
     if every is None:
-        fitting = max(STEPS_BETWEEN, (last - first) // UPDATES_WORTH_HAVING)
+        fitting = max(SHORTEST_INTERVAL, (last - first) // FEWEST_UPDATES)
         interval = max(1, min(published_every, fitting, last - first))
         if interval < published_every:
             inform(
                 f"every={interval}: the published interval of {published_every} steps would leave fewer than "
-                f"{UPDATES_WORTH_HAVING} "
-                f"updates between step {first} and step {last}. Give every= to choose another."
+                f"{FEWEST_UPDATES} updates between step {first} and step {last}. Give every= to choose another."
             )
     else:
-        interval = max(1, steps(every, "every"))
+        interval = max(1, steps(every, "every"))  # a small fraction of a short run rounds to 0
         if interval > last - first:
             if not run.lenient:
                 raise ValueError(_too_long(every, start, stop, f" ({interval} steps against {last - first})"))
@@ -154,6 +157,5 @@ def _too_long(every: Time, start: Time, stop: Time, steps: str = "") -> str:
     """The error for an interval longer than the time between start and stop."""
     return (
         f"every={every!r} is longer than stop - start with start={start!r}, stop={stop!r}{steps}: the masks would "
-        "hardly ever move. "
-        "Give a smaller every=, a later stop= or a longer run."
+        "hardly ever move. Give a smaller every=, a later stop= or a longer run."
     )

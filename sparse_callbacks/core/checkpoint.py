@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sparse_callbacks.core.schedules import Schedule
 
+# To be raised with a change that older versions of the package would misread.
 VERSION = 1
 # Arguments in which a resumed run may differ from the saved one: the masks of `from_checkpoint` are in the checkpoint,
 # and a loader's text holds its address in memory.
@@ -49,6 +50,7 @@ class SavedRun:
 
 def shown(value: object) -> str:
     """An argument as text that is the same in every process: a function by its name, a state dict not in full."""
+    # the repr of a function holds its address in memory, which is another one in the process that resumes
     if callable(value) and not isinstance(value, Schedule):
         return str(getattr(value, "__qualname__", type(value).__qualname__))
     if isinstance(value, Mapping) and any(isinstance(v, Tensor | Mapping) for v in value.values()):
@@ -73,23 +75,21 @@ def check_state(
     if state is None:
         raise ValueError(
             f"the checkpoint {path} holds no state of {name}: its weights come without masks. Resume with the callback "
-            "of the "
-            "interrupted run (same method, include= and exclude=), or give fresh_start=True to make new masks."
+            "of the interrupted run (same method, include= and exclude=), or give fresh_start=True to make new masks."
         )
     if state["version"] > VERSION:
         raise ValueError(
-            f"the checkpoint {path} has sparsity state of version {state['version']}, and this package reads up to "
-            f"{VERSION}. Upgrade "
-            "sparse-callbacks."
+            f"the checkpoint {path} has sparsity state of version {state['version']}, and this package reads up "
+            f"to {VERSION}. Upgrade sparse-callbacks."
         )
     saved = state["arguments"]
+    # an argument that the saved run did not have yet cannot differ
     differ = [k for k in arguments if k in saved and k not in _MAY_DIFFER and arguments[k] != saved[k]]
     if differ:
         changes = ", ".join(f"{k}={saved[k]} there and {k}={arguments[k]} here" for k in differ)
         raise ValueError(
-            f"the checkpoint {path} was written by a {name} with other arguments: {changes}. Give the same, or "
-            "fresh_start=True to make "
-            "new masks."
+            f"the checkpoint {path} was written by a {name} with other arguments: {changes}. Give the same, "
+            "or fresh_start=True to make new masks."
         )
     return state
 
@@ -100,12 +100,13 @@ def refuse_other_model(masks: Mapping[str, Tensor], params: Mapping[str, Tensor]
     Raises:
         ValueError: a name or a shape differs.
     """
+    # names of both, because either side may have a parameter that the other lacks
     wrong = [n for n in {**params, **masks} if n not in masks or n not in params or masks[n].shape != params[n].shape]
     if wrong:
         raise ValueError(
-            f"the checkpoint's masks do not fit the model: {', '.join(wrong)} differ in name or shape. Resume with the "
-            "model and the "
-            "include=, exclude=, keep_dense= of the interrupted run, or give fresh_start=True to make new masks."
+            f"the checkpoint's masks do not fit the model: {', '.join(wrong)} differ in name or shape. "
+            "Resume with the model and the include=, exclude=, keep_dense= of the interrupted run, or give "
+            "fresh_start=True to make new masks."
         )
 
 
@@ -119,8 +120,6 @@ def refuse_foreign_weights(masks: Mapping[str, Tensor], params: Mapping[str, Ten
     if foreign:
         raise ValueError(
             f"{', '.join(foreign)} hold weights that the masks of the last fit would cut: other weights were loaded "
-            "since (for example by "
-            "test(ckpt_path='best')). Resume with ckpt_path= to get the masks that belong to them, or use a new "
-            "callback or "
-            "fresh_start=True for new masks."
+            "since (for example by test(ckpt_path='best')). Resume with ckpt_path= to get the masks that belong to "
+            "them, or use a new callback or fresh_start=True for new masks."
         )

@@ -42,6 +42,7 @@ class DenseCopy:
     def end(self, names: Iterable[str]) -> None:
         """Keep no dense values of these parameters any more."""
         names = list(names)
+        # during a step the buffer holds the masked values, and these are to stay with the parameter
         self.swap_out(names)
         for name in names:
             self._buffers.pop(name, None)
@@ -91,4 +92,5 @@ def undone(weight: Tensor, gate: Tensor, dense: Tensor) -> Tensor:
     ``dense`` wherever the weight is what it should be, rounded to its dtype, and where the gate is closed; elsewhere
     the weight over its gate.
     """
+    # the quotient is inf or NaN where the gate is closed, which `where` leaves out
     return torch.where((weight == (gate * dense).to(weight)) | (gate == 0), dense, weight / gate)

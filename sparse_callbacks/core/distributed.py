@@ -25,11 +25,12 @@ def total(tensors: Iterable[Tensor]) -> None:
             dist.all_reduce(tensor)
 
 
-def agree(masks: Iterable[Tensor]) -> None:
+def broadcast_masks(masks: Iterable[Tensor]) -> None:
     """Replace the masks of every rank by those of rank 0, in place, in one broadcast."""
     tensors = list(masks)
     if world_size() == 1 or not tensors:
         return
+    # bytes, because not every backend sends bools; one message, because each has a latency of its own
     packed = torch.cat([m.reshape(-1) for m in tensors]).to(torch.uint8)
     dist.broadcast(packed, src=0)
     for mask, part in zip(tensors, torch.split(packed, [m.numel() for m in tensors]), strict=True):
@@ -54,6 +55,7 @@ def from_owners(tensors: Mapping[str, Tensor], owner: Mapping[str, int]) -> dict
         tensors: the tensors of this rank by key; keys, shapes and their order are the same on every rank.
         owner: the rank whose tensor is copied, by key.
     """
+    # collectives need contiguous memory, which parameters in channels_last do not have
     copies = {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
     for key, copy in copies.items():
         dist.broadcast(copy, src=owner[key])

@@ -32,7 +32,7 @@ def uniform(shapes: Shapes, sparsity: float, custom: Mapping[str, float] | None 
     """The same sparsity in every layer, except those in `custom`.
 
     Raises:
-        ValueError: a sparsity outside [0, 1), or a name in `custom` that is no layer.
+        ValueError: a sparsity outside [0, 1), or a name in `custom` that is not a layer.
 
     >>> uniform({"a": (4, 4), "b": (2, 2)}, 0.5, custom={"b": 0.0})
     {'a': 0.5, 'b': 0.0}
@@ -45,6 +45,7 @@ def erdos_renyi(
     shapes: Shapes, sparsity: float, custom: Mapping[str, float] | None = None, power: float = 1.0
 ) -> dict[str, float]:
     """Density in proportion to (in + out) / (in * out) (Mocanu et al. 2018); otherwise as `erdos_renyi_kernel`."""
+    # the first two dimensions: the rule counts neurons or channels, whatever the kernel between them
     return _in_proportion({name: tuple(shape[:2]) for name, shape in shapes.items()}, shapes, sparsity, custom, power)
 
 
@@ -63,7 +64,7 @@ def erdos_renyi_kernel(
         power: exponent of the proportion; 0 makes it uniform.
 
     Raises:
-        ValueError: a sparsity outside [0, 1), an empty layer, or a name in `custom` that is no layer.
+        ValueError: a sparsity outside [0, 1), an empty layer, or a name in `custom` that is not a layer.
 
     >>> found = erdos_renyi_kernel({"fc1": (300, 784), "fc2": (100, 300), "fc3": (10, 100)}, 0.9)
     >>> {name: round(s, 4) for name, s in found.items()}
@@ -82,6 +83,8 @@ def _in_proportion(
     shared = [name for name in shapes if name not in own]
     dense: set[str] = set()
     factor = 0.0
+    # A factor that asks for a density above 1 is of no use. The layers that ask for most become dense; the others get
+    # what these cannot take, which may lift the next ones above 1, so the factor is found anew.
     while rest := [name for name in shared if name not in dense]:
         # the reference floors each layer's zeros before it sums, so the budget is not floor(sparsity * total)
         budget = sum(size[n] - zeros_for(sparsity, size[n]) for n in rest) - sum(
@@ -91,6 +94,7 @@ def _in_proportion(
         largest = max(raw[n] for n in rest)
         if factor * largest <= 1.0:
             break
+        # equality of floats is meant: layers of one shape have the same value to the last bit
         dense |= {n for n in rest if raw[n] == largest}
     found = {n: 0.0 if n in dense else 1.0 - factor * raw[n] for n in shared}
     return {name: own[name] if name in own else found[name] for name in shapes}
@@ -103,7 +107,7 @@ def epsilon_sparsity(shapes: Shapes, epsilon: float | str) -> dict[str, float]:
     For kernels n_in counts inputs times kernel positions (our extension; the papers have matrices only).
 
     Raises:
-        ValueError: epsilon is no positive number, or leaves a layer less than one connection.
+        ValueError: epsilon is not a positive number, or leaves a layer less than one connection.
 
     >>> found = epsilon_sparsity({"fc1": (1000, 500), "fc2": (2, 1000), "fc3": (2, 2)}, 1)
     >>> {name: round(s, 4) for name, s in found.items()}
@@ -115,7 +119,8 @@ def epsilon_sparsity(shapes: Shapes, epsilon: float | str) -> dict[str, float]:
 def clipped(distribution: Any, shapes: Shapes) -> list[str]:
     """Layers of `shapes` that an epsilon distribution would make denser than dense, so that they are dense."""
     if isinstance(distribution, Mapping):
-        followed = {n: next((v for g, v in distribution.items() if g == n or fnmatchcase(n, g)), None) for n in shapes}
+        followed = {n: next((v for g, v in distribution.items() if _matches(n, g)), None) for n in shapes}
+        # each layer by itself: an epsilon has no budget that layers would share
         return [n for n, rule in followed.items() if clipped(rule, {n: shapes[n]})]
     if not is_epsilon(distribution):
         return []
@@ -126,6 +131,7 @@ def is_epsilon(distribution: Any) -> bool:
     """Whether an epsilon decides, so that a target sparsity has nothing to say: "epsilon(1)", or a mapping that sends
     all layers without a sparsity of their own ("*" included) to one."""
     if isinstance(distribution, Mapping):
+        # layers without a match are uniform and need a target; "*" makes sure that there are none
         named = [v for v in distribution.values() if isinstance(v, str)]
         return is_epsilon(distribution.get("*")) and all(map(is_epsilon, named))
     return isinstance(distribution, str) and distribution.strip().startswith("epsilon")
@@ -134,19 +140,22 @@ def is_epsilon(distribution: Any) -> bool:
 def _epsilon(text: str) -> float | str:
     """The number in "epsilon(1)"; other text as it is."""
     inside = re.fullmatch(r"\s*epsilon\(\s*((\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)\s*\)\s*", text)
+    # text that is not such a call goes on as it is, for an error that quotes it
     return float(inside[1]) if inside else text
 
 
 def _unclipped(shapes: Shapes, epsilon: float | str) -> dict[str, float]:
-    _checked(shapes, 0.0, None)
+    _checked(shapes, 0.0, None)  # for its errors about shapes alone: there is no target here
+    # a bool is a Real in Python, and True would pass for epsilon=1
     if isinstance(epsilon, bool | str) or not isinstance(epsilon, Real) or not 0.0 < float(epsilon) < math.inf:
         scaled = "It scales the density (n_in + n_out) / (n_in * n_out)"
         raise ValueError(
-            f'epsilon={epsilon!r} is no positive number. {scaled}: give epsilon=1, or distribution="epsilon(1)".'
+            f'epsilon={epsilon!r} is not a positive number. {scaled}: give epsilon=1, or distribution="epsilon(1)".'
         )
     found = {}
     for name, (n_out, *rest) in shapes.items():
         n_in = math.prod(rest)
+        # the number of connections: the density times n_in * n_out
         if epsilon * (n_in + n_out) < 1:
             least = f"Give at least {1 / (n_in + n_out):.3g}."
             raise ValueError(
@@ -188,12 +197,11 @@ def resolve(distribution: Distribution, shapes: Shapes, sparsity: float) -> dict
     if isinstance(distribution, Mapping):
         return _by_glob(distribution, shapes, sparsity)
     if callable(distribution):
-        _check_reachable(shapes, sparsity)
+        _check_reachable(shapes, sparsity)  # first, or an error would blame the callable for the target
         return _checked_result(distribution(dict(shapes), sparsity), shapes)
     raise TypeError(
         f"distribution={distribution!r} is neither a name ({', '.join(_NAMED)}), a mapping from globs to sparsities or "
-        "names, nor a "
-        "callable(shapes, sparsity). Give one of these."
+        "names, nor a callable(shapes, sparsity). Give one of these."
     )
 
 
@@ -203,18 +211,16 @@ def _by_name(name: str, shapes: Shapes, sparsity: float) -> dict[str, float]:
     if name not in _NAMED:
         raise ValueError(
             f"distribution={name!r} is not known. Use {', '.join(_NAMED)}, a mapping from globs to sparsities, "
-            "epsilon(1), or a "
-            "callable(shapes, sparsity)."
+            "epsilon(1), or a callable(shapes, sparsity)."
         )
     _check_reachable(shapes, sparsity)
     return _NAMED[name](shapes, sparsity)
 
 
 def _by_glob(rules: Mapping[str, float | str], shapes: Shapes, sparsity: float) -> dict[str, float]:
-    followed = {
-        name: next((glob for glob in rules if glob == name or fnmatchcase(name, glob)), None) for name in shapes
-    }
+    followed = {name: next((glob for glob in rules if _matches(name, glob)), None) for name in shapes}
     for glob in rules:
+        # "*" may decide nothing: it is for all other layers, and there may be none
         if glob != "*" and glob not in followed.values():
             _refuse_idle(glob, shapes)
     found: dict[str, float] = {}
@@ -224,18 +230,23 @@ def _by_glob(rules: Mapping[str, float | str], shapes: Shapes, sparsity: float) 
         if isinstance(value, str):
             groups.setdefault(value, {})[name] = shapes[name]
         else:
-            found[name] = _fraction(value, f"distribution: the sparsity {value!r} behind {match!r}")
+            found[name] = _fraction(value, f"distribution: the sparsity {value!r} of {match!r}")
+    # all layers that follow one name in one call, because they share the target among themselves
     for value, members in groups.items():
         found |= _by_name(value, members, sparsity)
     return {name: found[name] for name in shapes}
+
+
+def _matches(name: str, glob: str) -> bool:
+    # equality, because names of stacked layers such as "in_proj_weight[0]" are character classes as globs
+    return glob == name or fnmatchcase(name, glob)
 
 
 def _refuse_idle(glob: str, shapes: Shapes) -> None:
     if any(fnmatchcase(name, glob) for name in shapes):
         raise ValueError(
             f"distribution: {glob!r} decides no layer, because earlier patterns take all its matches and the first "
-            "match wins. Put it "
-            "before them, or remove it."
+            "match wins. Put it before them, or remove it."
         )
     raise ValueError(
         f"distribution: {glob!r} matches no sparse layer. Candidates: {', '.join(shapes)}. Use '*' for all the others."
@@ -251,8 +262,7 @@ def _checked_result(result: Any, shapes: Shapes) -> dict[str, float]:
         missing, unknown = sorted(set(shapes) - set(result)), sorted(map(str, set(result) - set(shapes)))
         raise ValueError(
             f"distribution: the callable's result does not fit the layers: missing {missing}, unknown {unknown}. "
-            "Return a sparsity for "
-            "each name that it was given and for no other."
+            "Return a sparsity for each name that it was given and for no other."
         )
     return {
         name: _fraction(result[name], f"distribution: the callable's sparsity {result[name]!r} of {name}")
@@ -276,7 +286,7 @@ def _checked(shapes: Shapes, sparsity: float, custom: Mapping[str, float] | None
             )
     own = dict(custom or {})
     if unknown := [name for name in own if name not in shapes]:
-        raise ValueError(f"custom: {', '.join(unknown)} is no layer. Layers: {', '.join(shapes)}.")
+        raise ValueError(f"custom names layers that do not exist: {', '.join(unknown)}. Layers: {', '.join(shapes)}.")
     return {name: _fraction(value, f"custom: the sparsity {value!r} of {name}") for name, value in own.items()}
 
 
@@ -285,7 +295,7 @@ def _check_reachable(shapes: Shapes, sparsity: float) -> None:
     if zeros_for(sparsity, total) > total - len(shapes):
         highest = (total - len(shapes)) / total
         raise ValueError(
-            f"sparsity={sparsity!r} cannot be reached: each of the {len(shapes)} layers keeps at least one of their "
-            f"{total} weights. "
-            f"The highest reachable sparsity is {highest:.6g}: lower the target, or exclude small layers."
+            f"sparsity={sparsity!r} cannot be reached: each of the {len(shapes)} layers keeps at least "
+            f"one of their {total} weights. The highest reachable sparsity is {highest:.6g}: lower the "
+            "target, or exclude small layers."
         )

@@ -20,7 +20,7 @@ from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.topology import EverActive, Update
 from sparse_callbacks.core.weights import SparseWeights
 
-ROOTS_EVERY = 100  # steps between two calls of optimizers.lift_roots: what it writes decays
+ROOTS_EVERY = 100  # steps between two calls of optimizers.avoid_slow_square_roots: what it writes decays
 
 
 class Engine:
@@ -283,7 +283,9 @@ class Engine:
             self._take(step, update)
         if step.masked_gradients and count.at_most() % ROOTS_EVERY == 1:
             for name in step.names:
-                torch_optimizers.lift_roots(step.optimizer, method.params[name], ~method.weights.masks[name])
+                torch_optimizers.avoid_slow_square_roots(
+                    step.optimizer, method.params[name], ~method.weights.masks[name]
+                )
 
     def _take(self, step: Step, update: Update) -> None:
         """Make the masks of an update those of the network, and keep its figures for the log."""

@@ -14,8 +14,11 @@ class Host(Protocol):
 
     @property
     def announces_steps(self) -> bool:
-        """Every step that the host knows of is announced, so others (a tuner's) are only kept masked. False: all must
-        be."""
+        """Whether the host announces every step of the run by itself.
+
+        A step that it has not announced is then not of the run (a tuner's, for example) and is only kept masked. False
+        where the user's code announces steps: one that was not announced is an error.
+        """
 
     def data_pass(
         self,
@@ -30,10 +33,11 @@ class Host(Protocol):
         Each rank passes over its share of the data. The pass leaves no trace: flags and random states are put back.
 
         Args:
-            fraction: share of the batches, from the first on, in (0, 1].
-            forward: gives the network's output for a batch; None: by the batch's type.
-            loader: batches to pass over; None: the training data in order.
-            train: modules that stay in train mode.
+            fraction: the share of the batches, in (0, 1], that is used, beginning with the first.
+            forward: a function of the module and a batch that gives the network's output. None: the module is called,
+                with arguments that follow from the type of the batch.
+            loader: a loader of the batches to pass over. None: the training data in order.
+            train: the modules that stay in train mode.
         """
 
     def request_restart(self) -> None:

@@ -64,6 +64,7 @@ def map_tensors(change: Callable[[Tensor], Tensor], nest: Any) -> Any:
     if isinstance(nest, Mapping):
         return {k: map_tensors(change, v) for k, v in nest.items()}
     if _is_record(nest):
+        # the fields that __init__ does not take are made anew by the class
         parts = {f.name: map_tensors(change, getattr(nest, f.name)) for f in dataclasses.fields(nest) if f.init}
         return dataclasses.replace(nest, **parts)
     # exactly these types: a class derived from tuple, such as a named one, may not take a single argument
@@ -88,7 +89,8 @@ def copied(model: nn.Module) -> nn.Module:
     try:
         with torch.inference_mode(False):
             made = copy.deepcopy(model)
-    except Exception as error:
+    except Exception as error:  # deepcopy runs the code of the model's own classes, which may raise anything
+        # these keep a weight computed from others, and a tensor with a graph cannot be copied
         names = [n for n, _ in model.named_parameters() if n.endswith(("_orig", "_g"))]
         advice = "Detach, or delete, the tensors that its forward pass or its hooks store in attributes."
         if names:
@@ -97,6 +99,7 @@ def copied(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). {advice}"
         ) from error
+    # a copy of a compiled LightningModule would run the original by these, so it goes back to its class's own methods
     if "_compiler_ctx" in vars(made):
         for name in BOUND_BY_LIGHTNING:
             vars(made).pop(name, None)
@@ -122,8 +125,9 @@ def traceable(model: nn.Module) -> Iterator[None]:
     with quiet(model):
         try:
             for p in flags:
-                if p.is_floating_point():
+                if p.is_floating_point():  # integers, as in quantised layers, cannot require a gradient
                     p.requires_grad = True
+            # a caller may be in validation, where Lightning switches inference mode on, and that records no graph
             with torch.inference_mode(False), torch.enable_grad():
                 yield
         finally:
@@ -137,7 +141,7 @@ def training(modules: Iterable[nn.Module]) -> Iterator[None]:
     modes = [(m, m.training) for m in modules]
     try:
         for module, _ in modes:
-            module.training = True
+            module.training = True  # module.train() would also switch the modules inside
         yield
     finally:
         for module, mode in modes:

@@ -134,7 +134,7 @@ class SparseRun:
     def _begin(self, state: Mapping[str, Any] | None) -> None:
         """Take hold of the model and write the masks; nothing is changed where something is refused."""
         method, engine = self.method, self._engine
-        trained = torch_optimizers.stepped(*self._optimizers)
+        trained = torch_optimizers.parameter_ids(*self._optimizers)
         entries = select(self._model, method.include, method.exclude, method.keep_dense, trained)
         self._refuse_shared(e.name for e in entries if not e.reason)
         method.saved = None
@@ -195,9 +195,9 @@ class SparseRun:
                     f"{name} goes on with other times than it was saved with, because the run's length differs: "
                     f"(every, start, stop) were {before} steps and are {now}."
                 )
-        if method.saved is None and method.calendar is not None:
-            if reason := method.progress.why_idle(method.times, self._length.total(), name):
-                self._host.warn(reason)
+        begins = method.saved is None and method.calendar is not None
+        if begins and (reason := method.progress.why_idle(method.times, self._length.total(), name)):
+            self._host.warn(reason)
 
     def _hook(self) -> None:
         for index, optimizer in enumerate(self._optimizers):
@@ -207,7 +207,7 @@ class SparseRun:
             ]
             if names := self.method.owners.owns[index]:
                 # one parameter shows that a backward pass has run: see _after_backward
-                first = self.method.params[names[0]]
+                first: Any = self.method.params[names[0]]  # the hook has no types in torch
                 self._handles.append(
                     first.register_post_accumulate_grad_hook(lambda p, index=index: self._after_backward(index, p))
                 )
@@ -559,9 +559,7 @@ def _epoch_length(epoch: int | None, data: Any | None) -> float:
         return math.inf
 
 
-def _refuse_arguments(
-    method: Any, model: Any, steps: Any, epoch: Any, clip: Any, on_restart: Any
-) -> None:
+def _refuse_arguments(method: Any, model: Any, steps: Any, epoch: Any, clip: Any, on_restart: Any) -> None:
     """Refuse what cannot be a run, before anything is touched."""
     if not isinstance(method, Method):
         raise TypeError(f"method={method!r} is not a method. Give an instance, such as RigL(0.9).")

@@ -186,9 +186,9 @@ class Method(Hooks):
             raise RuntimeError(f"{type(self).__name__} knows no model: it takes hold of one when fit starts.")
         return self.attachment.model
 
-    def generator(self, name: str, step: int) -> torch.Generator:
-        """A random generator that derives from (seed, step, name): the same on every rank, device and resume."""
-        return randomness.generator(self.seed, step, name)
+    def generator(self, name: str, number: int) -> torch.Generator:
+        """A random generator that derives from (seed, number, name): the same on every rank, device and resume."""
+        return randomness.generator(self.seed, number, name)
 
     def planned_zeros(self, layer: str, size: int) -> int:
         """Zeros of a layer of ``size`` weights at the target."""

@@ -1,4 +1,4 @@
-"""Pure tensor functions behind the masks: the largest magnitudes, drop and grow, counts.
+"""Pure tensor functions that make masks: the largest magnitudes, drop and grow, counts.
 
 Masks are bool tensors of the shape and memory format of the values they were chosen from. Selection orders positions by
 magnitude, then by tensor and row-major index (the earlier wins); NaN ranks below zero, and -0.0 equals 0.0.
@@ -31,10 +31,12 @@ def zeros_for(sparsity: float, size: int) -> int:
     >>> zeros_for(0.9, 10), zeros_for(1 - 0.9, 10)
     (9, 0)
     """
+    # no correction for rounding errors: the reference code of RigL has none either, and counts are to be the same
     return math.floor(sparsity * size)
 
 
 def _as_float32(value: float) -> float:
+    # rounds as a tensor of one element would, without making one
     return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
@@ -59,7 +61,7 @@ def keep_largest(values: Tensor, count: int, among: Tensor | None = None) -> Ten
 
     Raises:
         ValueError: `count` is negative or exceeds the positions available.
-        TypeError: `values` are no floats.
+        TypeError: `values` are not floats.
 
     >>> keep_largest(torch.tensor([0.5, -2.0, 0.5, 0.0]), 2)
     tensor([ True,  True, False, False])
@@ -84,6 +86,8 @@ def keep_largest_jointly(values: Sequence[Tensor], count: int, least: int = 0) -
     short = {i for i, mask in enumerate(masks) if least and int(mask.count_nonzero()) < least}
     if not short:
         return masks
+    # These tensors get their least and leave the competition. The others then share fewer positions, which may leave
+    # one of them short in turn, so all is repeated among them.
     own = {i: keep_largest(values[i], least) for i in short}
     rest = iter(
         keep_largest_jointly([v for i, v in enumerate(values) if i not in short], count - least * len(short), least)
@@ -92,7 +96,7 @@ def keep_largest_jointly(values: Sequence[Tensor], count: int, least: int = 0) -
 
 
 def _jointly(values: Sequence[Tensor], count: int) -> list[Tensor]:
-    # bits compare only within one type; widening is exact
+    # bits compare only within one type; widening is exact. `reduce` needs a first type also where there are no tensors.
     common = reduce(
         torch.promote_types, (tensor.dtype for tensor in values), torch.float16 if not values else values[0].dtype
     )
@@ -126,10 +130,12 @@ def drop_and_grow(mask: Tensor, drop: Tensor, grow: Tensor, count: int) -> Tenso
     Raises:
         ValueError: `count` is negative or exceeds the active positions.
     """
+    # counted once: `available` below spares a pass over each mask, and on a GPU a wait for its result
     active = int(mask.count_nonzero())
     if not 0 <= count <= active:
         raise ValueError(f"count={count} connections cannot move: the mask has {active} active. Give 0 to {active}.")
     kept = _keep(Part.of(drop, mask, available=active), active - count)
+    # among ~kept and not ~mask, so that what was dropped can come back; in place, because nobody else holds `kept`
     return kept.logical_or_(_keep(Part.of(grow, ~kept, available=mask.numel() - (active - count)), count))
 
 
@@ -144,5 +150,6 @@ def random_mask(shape: Sequence[int], count: int, generator: torch.Generator | N
         raise ValueError(f"count={count} positions cannot be drawn from {size}. Give 0 to {size}.")
     device = "cpu" if generator is None else generator.device
     mask = torch.zeros(size, dtype=torch.bool, device=device)
+    # a permutation: random numbers under a threshold would not give an exact count
     mask[torch.randperm(size, generator=generator, device=device)[:count]] = True
     return mask.reshape(tuple(shape))

@@ -37,7 +37,7 @@ _SQUARE_ROOT_STATE = {
 _SMALL_MEAN_SQUARE = 2.0**-40
 
 
-def stepped(*optimizers: Optimizer) -> set[int]:
+def parameter_ids(*optimizers: Optimizer) -> set[int]:
     """``id`` of every parameter that one of ``optimizers`` steps."""
     return {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
 
@@ -51,8 +51,9 @@ class Ownership:
 
     def __init__(self, optimizers: Sequence[Optimizer], params: Mapping[str, Tensor]) -> None:
         self.optimizers = list(optimizers)
-        self.steps = [[n for n, p in params.items() if id(p) in ids] for ids in map(stepped, optimizers)]
+        self.steps = [[n for n, p in params.items() if id(p) in ids] for ids in map(parameter_ids, optimizers)]
         """Names of the parameters that each optimizer steps."""
+        # backwards, so that of several optimizers that step a parameter the first is written last and stays
         first = {n: i for i in reversed(range(len(optimizers))) for n in self.steps[i]}
         self.owns = [[n for n in names if first[n] == i] for i, names in enumerate(self.steps)]
         """Names of the parameters that belong to each optimizer, whose masks are updated on its calendar."""
@@ -91,6 +92,7 @@ def refuse(optimizers: Iterable[Optimizer], scaler: bool) -> None:
         name = type(optimizer).__name__
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError(several_closures(name))
+        # the attribute by which a GradScaler leaves unscaling to the optimizer
         if scaler and getattr(optimizer, "_step_supports_amp_scaling", False):
             raise ValueError(_unscales_itself(name, "precision='16-mixed'"))
 
@@ -101,16 +103,21 @@ def refuse_scaled_step(optimizer: Optimizer) -> None:
     Raises:
         ValueError: the optimizer is fused.
     """
-    # attributes that torch's GradScaler sets on the optimizer right before such a step, and takes away behind it
+    # attributes that torch's GradScaler sets on the optimizer right before such a step, and takes away after it
     if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
         raise ValueError(_unscales_itself(type(optimizer).__name__, "a GradScaler"))
 
 
 def _unscales_itself(name: str, host: str) -> str:
-    """The error for a fused optimizer, named ``name``, under a GradScaler; ``host`` is what brings one."""
+    """The error for a fused optimizer under a GradScaler.
+
+    Args:
+        name: the name of the optimizer's class.
+        host: what brings the GradScaler.
+    """
     return (
         f"{name}(fused=True) under {host} unscales the gradients inside its step and steps even when they are "
-        "infinite, so a mask update could be lost. Use precision='bf16-mixed', or fused=False."
+        "infinite, so a mask update could be lost. Use bf16 (precision='bf16-mixed'), or fused=False."
     )
 
 
@@ -118,8 +125,7 @@ def several_closures(name: str) -> str:
     """The error for an optimizer, named ``name``, that calls its closure several times in a step."""
     return (
         f"{name} calls its closure several times in one step, so there is no single gradient that a mask update could "
-        "use. "
-        "Use an optimizer with one gradient a step, such as SGD or AdamW."
+        "use. Use an optimizer with one gradient a step, such as SGD or AdamW."
     )
 
 
@@ -131,12 +137,13 @@ def clear_state(optimizer: Optimizer, parameter: Tensor, where: Tensor) -> None:
     a parameter without state yet is left alone.
     """
     for value in optimizer.state.get(parameter, {}).values():
+        # by shape and not by name: the state of any optimizer, whatever it calls it
         if isinstance(value, Tensor) and value.shape == parameter.shape:
             value.masked_fill_(where, 0)
 
 
 @torch.no_grad()
-def lift_roots(optimizer: Optimizer, parameter: Tensor, pruned: Tensor) -> None:
+def avoid_slow_square_roots(optimizer: Optimizer, parameter: Tensor, pruned: Tensor) -> None:
     """Give the mean squared gradient of ``pruned`` weights (bool, shape of ``parameter``) a small normal value, and
     clear the rest of their state, so that an optimizer on the CPU steps faster.
 
@@ -166,4 +173,5 @@ def all_finite(gradients: Sequence[Tensor]) -> Tensor | bool:
     if all(g.device.type == "cpu" for g in gradients):
         # a sum reads the memory once, but finite values can overflow it: only then is each element checked
         return all(math.isfinite(g.sum().item()) or bool(g.isfinite().all()) for g in gradients)
+    # one number for each gradient, and a single one to wait for; the maximum of magnitudes is NaN where one of them is
     return torch.stack([g.abs().amax().to(gradients[0].device) for g in gradients]).isfinite().all()

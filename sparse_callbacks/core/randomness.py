@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from sparse_callbacks.core.shards import layout_of
 
 
-def generator(seed: int, step: int, name: str) -> torch.Generator:
-    """A CPU generator that derives from (seed, step, name): the same on every rank, device and resume."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{name}".encode(), digest_size=8).digest()
+def generator(seed: int, number: int, name: str) -> torch.Generator:
+    """A CPU generator that derives from (seed, number of a step, name): the same on every rank, device and resume."""
+    digest = hashlib.blake2b(f"{seed}/{number}/{name}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)  # seeds are signed: 63 bits fit
 
 
@@ -24,6 +24,7 @@ def uniform_like(parameter: Tensor, source: torch.Generator) -> Tensor:
 
     In float64, because float32 draws tie in large layers, and ties would favour low indices.
     """
+    # drawn on the CPU for the whole parameter and cut afterwards, so that device and shards do not change the numbers
     whole = torch.rand(parameter.shape, dtype=torch.float64, generator=source)
     return layout_of(parameter).part(whole).to(parameter.device)
 
@@ -32,8 +33,9 @@ def seed_everything(seed: int) -> None:
     """Seed torch on all devices, Python and, where it is imported, numpy."""
     torch.manual_seed(seed)
     random.seed(seed)
+    # only where somebody has imported it: this package does not need numpy
     if (numpy := sys.modules.get("numpy")) is not None:
-        numpy.random.seed(seed % 2**32)
+        numpy.random.seed(seed % 2**32)  # numpy refuses seeds of more than 32 bits
 
 
 def random_states() -> dict[str, Any]:

@@ -50,8 +50,10 @@ class Schedule:
         _check_curve(self.curve)
         for name in ("initial", "final", "power"):
             value = getattr(self, name)
+            # a bool is a Real in Python, and never what somebody means by a rate
             if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
                 raise ValueError(f"{self.curve}: {name}={value!r} is not a finite number. Give one, e.g. {name}=0.3.")
+            # around the guard of a frozen class: cosine(1) and cosine(1.0) become equal, with the same repr
             object.__setattr__(self, name, float(value))
         if self.power <= 0:
             raise ValueError(
@@ -68,6 +70,7 @@ class Schedule:
         return self.initial * left + self.final * (1.0 - left)
 
     def __repr__(self) -> str:
+        # `final` even where it is the default: of a text with one number, some arguments make a rising curve
         numbers = [self.initial] if self.curve == "constant" else [self.initial, self.final]
         if self.curve in ("exponential", "polynomial"):
             numbers.append(self.power)
@@ -78,6 +81,7 @@ def _elapsed(step: float, start: float, stop: float) -> float:
     """Share of the way from `start` to `stop`, in [0, 1]; an empty way is done at once."""
     if stop < start:
         raise ValueError(f"stop={stop} lies before start={start}. Give a stop at or after the start.")
+    # before the start is looked at: an empty way is over, and nothing is divided by its length
     if step >= stop:
         return 1.0
     return 0.0 if step <= start else (step - start) / (stop - start)
@@ -128,12 +132,14 @@ def _read(text: str) -> tuple[str, list[float], dict[str, float]]:
     complaint = (
         f"{text!r} is not a schedule. Write a curve with its numbers, e.g. 'cosine(0.3)'; curves: {', '.join(CURVES)}."
     )
+    # parsed and never evaluated: the text of a configuration must not be able to run code
     try:
         call = ast.parse(text.strip(), mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
             raise ValueError(complaint)
         numbers = [ast.literal_eval(argument) for argument in call.args]
         named = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    # without the parser's own error, which is about Python and not about curves
     except (SyntaxError, ValueError):
         raise ValueError(complaint) from None
     _check_curve(call.func.id)
@@ -143,6 +149,7 @@ def _read(text: str) -> tuple[str, list[float], dict[str, float]]:
 def _make(name: str, numbers: list[float], named: dict[str, float]) -> Schedule:
     try:
         return _MAKERS[name](*numbers, **named)
+    # the signature of the curve's function tells which numbers are missing or too many
     except TypeError as error:
         raise ValueError(f"{name} does not take these numbers: {error}. Example: {_example(name)}.") from None
 
@@ -184,7 +191,7 @@ def as_schedule(value: float | str | Schedule, default_curve: str, rising: bool 
     `name` is that of the argument, for the errors.
 
     Raises:
-        ValueError: no number, no schedule, or a text that `parse` refuses.
+        ValueError: neither a number nor a schedule, or a text that `parse` refuses.
 
     >>> as_schedule(0.3, "cosine"), as_schedule("linear(0.9)", "cubic", rising=True)
     (cosine(0.3, 0.0), linear(0.0, 0.9))
@@ -195,6 +202,7 @@ def as_schedule(value: float | str | Schedule, default_curve: str, rising: bool 
         if not isinstance(value, str):
             return with_curve(default_curve, value, rising)
         curve, numbers, named = _read(value)
+        # where `final` is named, the one other number is the beginning
         if rising and curve != "constant" and len(numbers) == 1 and "final" not in named:
             numbers = [0.0, *numbers]
         return _make(curve, numbers, named)
@@ -211,7 +219,7 @@ def pruning_curve(sparsity: float | str | Schedule) -> Schedule:
     if not isinstance(sparsity, str | Schedule):
         check_sparsity(sparsity)
     curve = as_schedule(sparsity, "cubic", rising=True, name="sparsity")
-    check_sparsity(curve.initial)
+    check_sparsity(curve.initial)  # `final` is the target, which the method checks as its sparsity
     return curve
 
 
@@ -221,7 +229,7 @@ def to_steps(when: float, total: float, name: str) -> int:
     Args:
         when: an int counts optimizer steps (at least 0); a float in [0, 1] is a fraction of the run.
         total: optimizer steps of the whole run; infinite or not positive when unknown.
-        name: of the argument, for the errors.
+        name: the name of the argument, for the errors.
 
     Raises:
         ValueError: a bool, a negative int, a float outside [0, 1], or a fraction of a run without known length.
@@ -231,7 +239,8 @@ def to_steps(when: float, total: float, name: str) -> int:
     """
     meaning = "an int counts optimizer steps, a float in [0, 1] is a fraction of the run"
     if isinstance(when, bool) or not isinstance(when, Real):
-        raise ValueError(f"{name}={when!r} is no time: {meaning}.")
+        raise ValueError(f"{name}={when!r} is not a time: {meaning}.")
+    # the type decides, as 1 is one step and 1.0 the whole run
     if isinstance(when, Integral):
         if when < 0:
             raise ValueError(f"{name}={when} lies before the run: {meaning}. Give 0 or more.")
@@ -243,4 +252,4 @@ def to_steps(when: float, total: float, name: str) -> int:
             f"{name}={when!r} is a fraction of a run whose length is not known. "
             f"Give Trainer(max_steps=...), or {name} in integer steps, e.g. {name}=1000."
         )
-    return round(float(when) * total)
+    return round(float(when) * total)  # not cut off: 0.29 * 100 is 28.999999999999996

@@ -74,12 +74,12 @@ def _weights_that_may_be_sparse(module: nn.Module) -> Iterator[tuple[str, int, t
                 parts = 3 if name == "in_proj_weight" else 1
                 yield name, parts, (rows // parts, columns)
     elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        # a user's subclass has as many gates as the class of torch that it derives from
         gates = next(_GATES[c.__name__] for c in type(module).__mro__ if c.__name__ in _GATES)
         for name, p in own.items():
             if name.startswith("weight"):
-                parts = (
-                    1 if name.startswith("weight_hr") else gates
-                )  # weight_hr projects the output of an LSTM: no gates
+                # weight_hr projects the output of an LSTM, after the gates
+                parts = 1 if name.startswith("weight_hr") else gates
                 yield name, parts, (p.shape[0] // parts, p.shape[1])
 
 
@@ -92,10 +92,12 @@ def _forward_shape(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]
 
 def _reason_never_sparse(module: nn.Module, local: str) -> str:
     """The reason why the parameter named ``local`` inside ``module`` is never sparse."""
+    # by name too: the norms of other libraries derive from nn.Module alone
     if isinstance(module, _NORMS) or "Norm" in type(module).__name__:
         return "norm"
     if "bias" in local:
         return "bias"
+    # the names that torch.nn.utils.prune, weight_norm and parametrizations give to what a weight is computed from
     if local in ("weight_orig", "weight_g", "weight_v") or local.startswith("original"):
         return "reparametrised: not a plain weight"
     return f"not a weight of a supported layer ({type(module).__name__})"
@@ -115,8 +117,7 @@ def entries(model: nn.Module) -> list[Entry]:
             if isinstance(p, UninitializedParameter):
                 raise ValueError(
                     f"{module_name}.{local} has no shape yet (a lazy module): masks cannot be made. Run one batch "
-                    "through the "
-                    "model, for example in configure_model, before fit starts."
+                    "through the model, for example in configure_model, before fit starts."
                 )
             if p is not None and id(p) not in roles:
                 name = f"{module_name}.{local}" if module_name else local
@@ -173,6 +174,7 @@ def select(
     Raises:
         ValueError: a glob matches nothing, or nothing is left to make sparse; the message lists the candidates.
     """
+    # globs may use any name of a tied weight, while entries have its first name only
     aliases: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(p), []).append(name)
@@ -183,6 +185,7 @@ def select(
     for glob in include or ():
         if not any(fnmatchcase(n, glob) for e in candidates for n in names[e.name]):
             raise ValueError(_matches_nothing("include", glob, candidates))
+    # exclude= may also match what stays dense anyway, such as a whole block with its norms
     for glob in exclude or ():
         if not any(fnmatchcase(n, glob) for some in names.values() for n in some):
             raise ValueError(_matches_nothing("exclude", glob, candidates))
@@ -198,6 +201,7 @@ def select(
         def matches(globs: Iterable[str]) -> bool:
             return any(fnmatchcase(n, g) for g in globs for n in names[entry.name])
 
+        # the only reason that include= overrules is that of an embedding, and a bare "*" does not name one
         if entry.reason and not (include and matches(g for g in include if g != "*")):
             return entry.reason
         if include is not None and not matches(include):
@@ -219,8 +223,7 @@ def select(
         if getattr(module, "sparse", False) and any(e.name == f"{name}.weight" and not e.reason for e in chosen):
             raise ValueError(
                 f"{name} is an embedding with sparse=True, whose gradients are sparse tensors and cannot be masked. "
-                "Use sparse=False, or "
-                "leave it out of include=."
+                "Use sparse=False, or leave it out of include=."
             )
     if all(e.reason for e in chosen):
         raise ValueError(

@@ -10,10 +10,9 @@ class Layout:
     """How one parameter lies over the processes of a run.
 
     Without sharding every process holds the whole parameter, and both methods give back what they are given. Three
-    places
-    ask: the selection of the largest magnitudes and the counts of :class:`~sparse_callbacks.core.weights.SparseWeights`
-    add up over processes, and random draws are made for the whole and cut to this process's part, so that every process
-    draws the same. Elementwise work needs no layout.
+    places ask: the selection of the largest magnitudes and the counts of
+    :class:`~sparse_callbacks.core.weights.SparseWeights` add up over processes, and random draws are made for the whole
+    and cut to this process's part, so that every process draws the same. Elementwise work needs no layout.
     """
 
     def total(self, count: int) -> int:

@@ -37,21 +37,22 @@ def take(
         weights: the masks and parameters to change.
         owners: the optimizers whose state is cleared where weights are born.
         masks: new masks by parameter name.
-        new_weights: gives values for the born weights of a parameter, of its shape; None where they start from zero.
+        new_weights: a function that takes a parameter's name and returns values of its shape for the born weights, or
+            None where they start from zero.
 
     Returns:
         The share of connections that the update replaced: dropped and born ones over those active before and after.
     """
-    distributed.agree(masks.values())
+    # each rank has computed them, from sums that may differ in the last bit, and unequal masks would stay unequal
+    distributed.broadcast_masks(masks.values())
     changed = total = 0
     born_in: dict[str, Tensor] = {}
     for name, mask in masks.items():
         before, grown = weights.active_counts[name], mask & ~weights.masks[name]
         weights.set_mask(name, mask)
         born, after = weights.count(name, grown), weights.active_counts[name]
-        if born and not weights.has_copy(
-            name
-        ):  # with a dense copy a weight comes back with what it has learnt, state included
+        # with a dense copy a weight comes back with what it has learnt, state included
+        if born and not weights.has_copy(name):
             owners.clear(name, grown)
             born_in[name] = grown
         changed += before + 2 * born - after  # dropped = before + born - after

@@ -35,7 +35,7 @@ class SparseWeights:
         self._factors: dict[str, Tensor] = {}
         self._copy = DenseCopy(self.params)
         placed = {n: masks[n].to(p.device, torch.bool) for n, p in params.items()} if masks else {}
-        distributed.agree(placed.values())
+        distributed.broadcast_masks(placed.values())
         for name, mask in placed.items():
             self.set_mask(name, mask)
 

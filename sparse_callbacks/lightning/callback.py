@@ -95,7 +95,7 @@ class SparsityCallback(Method, AnyCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         torch_optimizers.refuse(trainer.optimizers, scaler_of(trainer) is not None)
-        trained = torch_optimizers.stepped(*trainer.optimizers)
+        trained = torch_optimizers.parameter_ids(*trainer.optimizers)
         entries = select(pl_module, self.include, self.exclude, self.keep_dense, trained)
         self._refuse_neighbours(trainer, [e.name for e in entries if not e.reason])
         state = self._state_to_resume(trainer, pl_module)
@@ -254,7 +254,7 @@ class SparsityCallback(Method, AnyCallback):
         fit = self.fit_state
         if not fit.left_out:
             return
-        trained = torch_optimizers.stepped(*trainer.optimizers)
+        trained = torch_optimizers.parameter_ids(*trainer.optimizers)
         parameters = dict(module.named_parameters())
         late = [n for n in fit.left_out if parameters[n].requires_grad and id(parameters[n]) in trained]
         fit.left_out = [n for n in fit.left_out if n not in late]

@@ -11,10 +11,11 @@ def row(method: Method, events: dict[str, float], methods: Sequence[Method]) -> 
     """One row of curves: the network as it is, and the figures of the latest update.
 
     Args:
-        method: whose row it is.
-        events: figures of its latest update.
+        method: the method that logs the row.
+        events: figures of the latest update of ``method``, by their full names.
         methods: all methods of the run; the first one logs the sparsity of the whole network.
     """
+    # one callback alone reports the network, or a run with several would log the same keys twice
     whole = whole_network(methods) if methods[0] is method else {}
     return whole | layer_sparsity(method.weights) | method.figures() | events
 
@@ -29,12 +30,12 @@ def logged_metrics(trainer: Trainer) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
-def row_is_due(step: int, last_logged: int, every: int | None) -> bool:
+def row_is_due(number: int, last_logged: int, every: int | None) -> bool:
     """Whether the Trainer logs at this optimizer step, and no row was logged for it yet.
 
     Args:
-        step: the Trainer's optimizer steps.
-        last_logged: the step of the latest row.
-        every: the Trainer's ``log_every_n_steps``.
+        number: the number of optimizer steps that the Trainer has counted.
+        last_logged: the number of the optimizer step of the latest row.
+        every: the argument ``log_every_n_steps`` of the Trainer; None or 0 where it logs nothing.
     """
-    return bool(every and step not in (0, last_logged) and step % every == 0)
+    return bool(every and number not in (0, last_logged) and number % every == 0)

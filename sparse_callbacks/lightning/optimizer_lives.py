@@ -8,7 +8,7 @@ from torch.optim import Optimizer, lr_scheduler
 
 from sparse_callbacks.core.calendar import RunLength
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
-from sparse_callbacks.core.optimizers import stepped
+from sparse_callbacks.core.optimizers import parameter_ids
 from sparse_callbacks.lightning.namespaces import Trainer
 
 # The constructor argument of each schedule that says after how many of its own steps it ends.
@@ -44,9 +44,9 @@ def horizon(trainer: Trainer) -> float:
     if getattr(trainer, "lightning_module", None) is None:
         raise RuntimeError(
             "horizon() needs a trainer that fits: the length of a phase follows from the data and max_epochs= or "
-            "max_steps=. Call it as "
-            "horizon(self.trainer) in configure_optimizers or later."
+            "max_steps=. Call it as horizon(self.trainer) in configure_optimizers or later."
         )
+    # of several callbacks that restart optimizers, the one that does so first ends the life of all
     lives = [c.optimizer_life(length_of(trainer)) for c in trainer.callbacks if isinstance(c, RestartsOptimizers)]
     steps = min((life for life in lives if life is not None), default=None)
     found = run_length(trainer) if steps is None else steps
@@ -60,6 +60,7 @@ def length_of(trainer: Trainer) -> RunLength:
 
 def run_length(trainer: Trainer) -> float:
     """Optimizer steps of the run, accumulation and devices counted; infinite where the run has no known end."""
+    # inf or -1 for a run without an end, depending on why it has none
     steps = float(trainer.estimated_stepping_batches)
     return steps if steps > 0 else math.inf
 
@@ -72,6 +73,7 @@ def epoch_length(trainer: Trainer) -> float:
     if trainer.train_dataloader is None:
         trainer.fit_loop.setup_data()
     batches = float(trainer.num_training_batches)
+    # the last window of an epoch may have fewer batches, and is followed by a step all the same
     return math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else batches
 
 
@@ -93,17 +95,16 @@ def restart(trainer: Trainer) -> None:
     if len(before) != len(after):
         raise ValueError(
             f"configure_optimizers gave {len(before)} optimizers at the start and {len(after)} at the restart of a "
-            "phase. Let it give the "
-            "same ones at every call, or give restart=False."
+            "phase. Let it give the same ones at every call, or give restart=False."
         )
     trained = {id(p): n for n, p in trainer.lightning_module.named_parameters() if p.requires_grad}
-    lost = [trained[i] for i in (stepped(*before) - stepped(*after)) & trained.keys()]
+    # an id means the same parameter in both lists, because `before` keeps the old ones alive
+    lost = [trained[i] for i in (parameter_ids(*before) - parameter_ids(*after)) & trained.keys()]
     if lost:
         raise ValueError(
             f"{', '.join(sorted(lost))} were in an optimizer and are in none after configure_optimizers was called "
-            "anew for a phase (a "
-            "group added later, as by a finetuning callback, is lost). Let configure_optimizers give all of them, or "
-            "give restart=False."
+            "anew for a phase (a group added later, as by a finetuning callback, is lost). Let configure_optimizers "
+            "give all of them, or give restart=False."
         )
 
 
@@ -122,6 +123,7 @@ def check_horizons(trainer: Trainer, phase_steps: float, epoch_steps: float) -> 
     """
     automatic = trainer.lightning_module.automatic_optimization
     for config in trainer.lr_scheduler_configs:
+        # "frequency" and "interval" are instructions to Lightning, which it follows in automatic optimization only
         over_epochs = automatic and config.interval == "epoch"
         unit = (epoch_steps if over_epochs else 1) * (config.frequency if automatic else 1)
         for length, shown in _known_ends(config.scheduler):
@@ -129,11 +131,9 @@ def check_horizons(trainer: Trainer, phase_steps: float, epoch_steps: float) -> 
                 means = "" if unit == 1 else f", that is {length * unit:g} optimizer steps,"
                 raise ValueError(
                     f"{shown}{means} is longer than the phase of {phase_steps:g} optimizer steps at whose end "
-                    "optimizers and schedules are "
-                    "configured anew, so it would be cut off. In configure_optimizers use "
-                    "sparse_callbacks.horizon(self.trainer), the "
-                    "optimizer steps of the phase (with 'interval': 'step'), or keep one schedule for the run with "
-                    "restart=False."
+                    "optimizers and schedules are configured anew, so it would be cut off. In configure_optimizers "
+                    "use sparse_callbacks.horizon(self.trainer), the optimizer steps of the phase (with 'interval': "
+                    "'step'), or keep one schedule for the run with restart=False."
                 )
 
 
@@ -143,10 +143,11 @@ def _known_ends(scheduler: Any, begins: float = 0) -> Iterator[tuple[float, str]
     The first item is the step of the outermost schedule at which the end comes, the second the argument as the user
     wrote it. ``begins`` is the step of the outermost schedule at which ``scheduler`` begins.
     """
-    after = f" behind {begins:g} steps of others" if begins else ""
+    after = f" after {begins:g} steps of other schedules" if begins else ""
     if isinstance(scheduler, lr_scheduler.SequentialLR):
         *cut, last = scheduler._milestones  # each schedule but the last ends at a milestone at the latest
         yield begins + last, f"{type(scheduler).__name__}(milestones={[*cut, last]}){after}"
+        # the steps of a schedule in a sequence count from where the one before it was cut
         yield from _known_ends(scheduler._schedulers[-1], begins + last)
     elif isinstance(scheduler, lr_scheduler.ChainedScheduler):
         for inner in scheduler._schedulers:
@@ -154,6 +155,7 @@ def _known_ends(scheduler: Any, begins: float = 0) -> Iterator[tuple[float, str]
     for kind, name in _END_ARGUMENTS.items():
         if isinstance(scheduler, kind):
             value = getattr(scheduler, name)
+            # torch keeps milestones as a Counter
             listed = sorted(value) if name == "milestones" else [value]
             yield (
                 begins + max(listed, default=0),

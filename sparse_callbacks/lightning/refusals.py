@@ -20,7 +20,7 @@ _AVERAGING = ("WeightAveraging", "StochasticWeightAveraging", "EMAWeightAveragin
 _TUNER_PREFIXES = (".lr_find_", ".scale_batch_size_")
 
 
-def is_tuners(path: object) -> bool:
+def is_tuner_checkpoint(path: object) -> bool:
     """Whether ``path`` is a checkpoint that Lightning's tuner writes and restores before callbacks have state."""
     return Path(str(path)).name.startswith(_TUNER_PREFIXES)
 
@@ -64,30 +64,27 @@ def warnings_for(trainer: Any, dense_at_first: bool) -> Iterator[str]:
         if isinstance(config.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             yield (
                 "ReduceLROnPlateau does not resume exactly under Lightning: a run resumed from a checkpoint may miss "
-                "one of its updates. "
-                "Use a schedule over steps or epochs where exact resume matters."
+                "one of its updates. Use a schedule over steps or epochs where exact resume matters."
             )
+    # Lightning hands a loader its saved position when it makes it, and here it was made before the checkpoint was read
     if trainer.ckpt_path and getattr(trainer.fit_loop, "_combined_loader", None) is not None:
         yield (
             "the train loader was made before its saved position arrived (somebody read "
-            "trainer.estimated_stepping_batches in "
-            "configure_optimizers or earlier), so Lightning will not restore it: a checkpoint from inside an epoch "
-            "starts its data over. "
-            "Read it later, for example inside the function of a LambdaLR, but not at step 0, which its constructor "
-            "calls."
+            "trainer.estimated_stepping_batches in configure_optimizers or earlier), so Lightning will not restore it: "
+            "a checkpoint from inside an epoch starts its data over. Read it later, for example inside the function of "
+            "a LambdaLR, but not at step 0, which its constructor calls."
         )
     if dense_at_first:
         for callback in trainer.callbacks:
             compares = _has_class_named(callback, ("ModelCheckpoint", "EarlyStopping")) and getattr(
                 callback, "monitor", None
             )
+            # `only_at_target` is for classes that leave out the epochs before the target themselves
             if compares and not getattr(callback, "only_at_target", False):
                 yield (
                     f"{type(callback).__name__}(monitor={callback.monitor!r}) also counts epochs before the target "
-                    "sparsity is reached, "
-                    "and the best of them is usually a dense one. Save the last checkpoint, or monitor a metric that "
-                    "you log only "
-                    "while the sparsity callback's at_target is True."
+                    "sparsity is reached, and the best of them is usually a dense one. Save the last checkpoint, or "
+                    "monitor a metric that you log only while the sparsity callback's at_target is True."
                 )
 
 
@@ -100,6 +97,7 @@ def gradients_are_read(trainer: Any, module: Any, optimizer: Optimizer) -> bool:
     """
     if trainer.gradient_clip_val or not is_elementwise(optimizer) or not module.automatic_optimization:
         return True
+    # a hook that is overridden may read gradients, and whether it does cannot be found out
     if _overrides(module, "on_before_optimizer_step") or _overrides(module, "configure_gradient_clipping"):
         return True
     return any(_overrides(c, "on_before_optimizer_step") and not isinstance(c, Method) for c in trainer.callbacks)
@@ -107,6 +105,7 @@ def gradients_are_read(trainer: Any, module: Any, optimizer: Optimizer) -> bool:
 
 def _overrides(thing: object, hook: str) -> bool:
     """Whether ``hook`` of ``thing`` is the user's own, rather than the default that Lightning's classes define."""
+    # with the dots, or packages whose names only begin like these would count as Lightning
     return not getattr(type(thing), hook).__module__.startswith(("pytorch_lightning.", "lightning."))
 
 
@@ -125,8 +124,7 @@ def refuse_shared(mine: Method, names: Sequence[str], others: Iterable[Method]) 
         if both := sorted(set(names) & set(other.params)):
             raise ValueError(
                 f"{type(other).__name__} and {type(mine).__name__} both claim {', '.join(both)}. Give each callback "
-                "its own layers "
-                "with include= or exclude=."
+                "its own layers with include= or exclude=."
             )
 
 
@@ -144,7 +142,8 @@ def state_to_resume(method: Method, restored: Mapping[str, Any] | None, path: ob
     Raises:
         ValueError: the checkpoint holds no state of the method, or a state saved with other arguments.
     """
-    if method.fresh_start or not path or (restored is None and is_tuners(path)):
+    # the tuner saves before callbacks have state and restores afterwards, so that its fits begin from new masks
+    if method.fresh_start or not path or (restored is None and is_tuner_checkpoint(path)):
         if path and restored is not None:
             rank_zero_info(f"{type(method).__name__}: fresh_start=True, so the masks in the checkpoint are ignored.")
         return None
@@ -153,5 +152,6 @@ def state_to_resume(method: Method, restored: Mapping[str, Any] | None, path: ob
 
 def ends_run(trainer: Any) -> bool:
     """Whether the batch that has just ended was the last of the run, by ``max_epochs`` and ``max_steps``."""
+    # max_epochs is None or -1 for a run that only its steps end, max_steps is -1 for one that only its epochs end
     last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs
     return bool(trainer.is_last_batch and last_epoch) or 0 <= trainer.max_steps <= trainer.global_step

@@ -19,7 +19,7 @@ class TrainerHost:
     Args:
         trainer: the Trainer of the run.
         module: the LightningModule of the run.
-        engine: whose request for new optimizers the callback carries out at the next batch.
+        engine: the engine of the method, which keeps a request for new optimizers until the next batch.
     """
 
     def __init__(self, trainer: Trainer, module: nn.Module, engine: Engine) -> None:
@@ -27,8 +27,8 @@ class TrainerHost:
 
     @property
     def announces_steps(self) -> bool:
-        """In automatic optimization Lightning announces every step; a tuner's own steps it does not know are not
-        ours."""
+        """See :meth:`~sparse_callbacks.core.host.Host.announces_steps`."""
+        # in manual optimization the user's code may step the raw torch optimizer, which Lightning does not notice
         return bool(self.module.automatic_optimization)
 
     def data_pass(
@@ -49,6 +49,7 @@ class TrainerHost:
 
     def request_restart(self) -> None:
         """See :meth:`~sparse_callbacks.core.host.Host.request_restart`."""
+        # not at once: methods ask in the middle of a step, whose optimizer must live until its end
         self._engine.restart_wanted = True
 
     def inform(self, text: str) -> None:

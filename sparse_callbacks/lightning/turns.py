@@ -68,8 +68,7 @@ class TurnTaking(SparsityCallback):
         if len(peers) > 1:
             raise ValueError(
                 f"{type(self).__name__} trains several copies of the whole network, and {len(peers)} sparsity "
-                "callbacks are in "
-                "callbacks=. Leave it alone there, or use GaP."
+                "callbacks are in callbacks=. Leave it alone there, or use GaP."
             )
         super()._refuse_neighbours(trainer, names)
 
@@ -90,7 +89,7 @@ class TurnTaking(SparsityCallback):
         reseed(trainer, self.data_epoch(trainer.current_epoch))
         # in these epochs Lightning made the iterator before this hook, so it drew from the old seed
         if trainer.current_epoch == 0 or trainer.fit_loop.restarting:
-            draw_anew(trainer)
+            restart_data_iterator(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
@@ -99,6 +98,7 @@ class TurnTaking(SparsityCallback):
             weights = {k: t.detach() for k, t in self.model.state_dict().items() if isinstance(t, Tensor)}
             optimizers = [o.state_dict() for o in self.owners.optimizers]
             mine = {"weights": weights, "optimizers": optimizers, "loaders": self.turns_host.loader_states()}
+            # gradients of an open window are in it too: each rank accumulates those of its own network
             state["workers"] = distributed.gather({**mine, "grads": state.pop("grads", {})})
         return state
 
@@ -129,14 +129,14 @@ def refuse_ranks(trainer: Trainer, module: nn.Module, ranks: int, workers: int) 
     if ranks != workers:
         raise ValueError(
             f"the run has {ranks} processes and partitions= makes {workers} workers. Give Trainer(devices={workers}), "
-            "one process for "
-            "each, or devices=1, where they train one after another."
+            "one process for each, or devices=1, where they train one after another."
         )
     if trainer._accelerator_connector.use_distributed_sampler:
         raise ValueError(
             "each worker sees all the data, and this Trainer gives every process a part of it. Give "
             "Trainer(use_distributed_sampler=False)."
         )
+    # the switch by which DistributedDataParallel lets ranks keep gradients of their own
     if not hasattr(trainer.strategy.model, "require_backward_grad_sync"):
         raise ValueError(
             f"{type(trainer.strategy).__name__} does not let its processes train different networks. Use "
@@ -145,14 +145,12 @@ def refuse_ranks(trainer: Trainer, module: nn.Module, ranks: int, workers: int) 
     if not getattr(module, "automatic_optimization", True):
         raise ValueError(
             "in manual optimization Lightning averages gradients over all processes, and the workers are different "
-            "networks. Use "
-            "automatic optimization, or one process (devices=1)."
+            "networks. Use automatic optimization, or one process (devices=1)."
         )
     if synced := [name for name, m in module.named_modules() if isinstance(m, nn.SyncBatchNorm)]:
         raise ValueError(
             f"{', '.join(synced)} average batch statistics over processes, and the workers are different networks. Use "
-            "ordinary batch "
-            "norms (Trainer(sync_batchnorm=False)), or one process (devices=1)."
+            "ordinary batch norms (Trainer(sync_batchnorm=False)), or one process (devices=1)."
         )
 
 
@@ -166,8 +164,7 @@ def refuse_split_data(trainer: Trainer) -> None:
         if getattr(sampler, "num_replicas", 1) > 1:
             raise ValueError(
                 f"each worker sees all the data, and {type(sampler).__name__}(num_replicas={sampler.num_replicas}) "
-                "gives this process a "
-                "part of it. Give num_replicas=1, rank=0, or a loader without it."
+                "gives this process a part of it. Give num_replicas=1, rank=0, or a loader without it."
             )
 
 
@@ -216,14 +213,16 @@ def translate_epochs(trainer: Trainer, translate: Callable[[int], int]) -> None:
     for sampler in _samplers(trainer):
         if "set_epoch" not in vars(sampler):  # an attribute of the instance: it is replaced already
             original = sampler.set_epoch
+            # `original` as a default is bound now: later the name stands for the method of the loop's last sampler
             sampler.set_epoch = lambda epoch, original=original: original(translate(epoch))
+            # Lightning may have reported the current epoch before, to the method that is replaced here
             sampler.set_epoch(trainer.current_epoch)
 
 
 def stop_translating(trainer: Trainer) -> None:
     """Undo :func:`translate_epochs`."""
     for sampler in _samplers(trainer):
-        vars(sampler).pop("set_epoch", None)
+        vars(sampler).pop("set_epoch", None)  # the method of its class is found again
 
 
 def loader_states(trainer: Trainer) -> list[Any]:
@@ -239,16 +238,17 @@ def load_loader_states(trainer: Trainer, states: Sequence[Any]) -> None:
     for loader, state in zip(_loaders(trainer), states, strict=True):
         if state is not None:
             loader.load_state_dict(state)
-    draw_anew(trainer)
+    # Lightning has made the iterator before, from the positions that it restored itself
+    restart_data_iterator(trainer)
 
 
 def _has_state(loader: Any) -> bool:
     return callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None))
 
 
-def draw_anew(trainer: Trainer) -> None:
+def restart_data_iterator(trainer: Trainer) -> None:
     """Make the training iterator again at the beginning of an epoch, so that the loaders' current seeds and states
     decide all of its batches."""
     fetcher = trainer.fit_loop._data_fetcher
     if fetcher is not None:
-        iter(fetcher)
+        iter(fetcher)  # Lightning's fetcher makes new iterators of its loaders each time that it is iterated

@@ -51,9 +51,9 @@ class DropAndGrow(SparsityCallback):
                     "replaces. The published value is 0.3."
                 )
 
-    def fraction_at(self, step: int) -> float:
-        """The share of active weights that an update replaces after ``step`` gradient steps."""
-        return self.fraction_curve(step, self.times.start, self.times.stop)
+    def fraction_at(self, number: int) -> float:
+        """The share of active weights that an update replaces after ``number`` gradient steps."""
+        return self.fraction_curve(number, self.times.start, self.times.stop)
 
     @property
     def fraction(self) -> float:

@@ -82,9 +82,9 @@ class GMP(SparsityCallback):
     def target_sparsity(self) -> float:
         return self._curve.final
 
-    def sparsity_at(self, step: int) -> float:
-        """s_t after ``step`` gradient steps, over all selected weights."""
-        return self._curve(step, self.times.start, self.times.stop)
+    def sparsity_at(self, number: int) -> float:
+        """s_t after ``number`` gradient steps, over all selected weights."""
+        return self._curve(number, self.times.start, self.times.stop)
 
     def initial_masks(self) -> dict[str, Tensor]:
         return self._pruned(self.weights.all_active(self.params), self._curve.initial)

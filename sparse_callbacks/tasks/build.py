@@ -119,6 +119,7 @@ def build_method(cfg: DictConfig) -> SparsityCallback | None:
         return None
     cls: Any = get_class(str(method["_target_"]))
     parameters = inspect.signature(cls).parameters.values()
+    # read from the signature, so that a method that is added later needs no entry here
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     group = {str(key): value for key, value in method.items()}
     arguments = method_arguments(group, defaults, cls.schedulable, cfg.sparsity, curve)
@@ -221,6 +222,7 @@ def refuse_sparse_checkpoint(path: str | None, method: SparsityCallback | None) 
     """
     if path is None or method is not None:
         return
+    # weights_only: a checkpoint from elsewhere must not be able to run code
     states = torch.load(path, map_location="cpu", weights_only=True).get("callbacks", {})
     sparse = [key for key, state in states.items() if isinstance(state, Mapping) and "masks" in state]
     if sparse:

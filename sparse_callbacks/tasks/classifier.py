@@ -90,9 +90,10 @@ class Optim:
 
         Args:
             step: the number of optimizer steps before this one.
-            total: gives the length of the run in optimizer steps; it is not called for step 0.
+            total: a function that returns the length of the run in optimizer steps; it is not called for step 0.
         """
         if step < self.warmup:
+            # from one share and not from zero, with which the first step would move nothing
             return (step + 1) / (self.warmup + 1)
         if step == 0 or self.lr_schedule == "constant":
             return 1.0
@@ -133,7 +134,8 @@ class Classifier(pl.LightningModule):
     def __init__(self, model: nn.Module, num_classes: int, optim: Optim) -> None:
         super().__init__()
         self.model, self.optim = model, optim
-        # keys of a ModuleDict must not be names of module attributes, as "train" is
+        # keys of a ModuleDict must not be names of module attributes, as "train" is; to check the labels of every
+        # batch would make the host wait for a GPU
         self.accuracy = nn.ModuleDict(
             {
                 f"{stage}_accuracy": MulticlassAccuracy(num_classes, average="micro", validate_args=False)
@@ -178,6 +180,7 @@ class Classifier(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Lightning calls this after the hooks of the callbacks, so the gradients are masked, and before it clips them
         trainer: Any = self.trainer
+        # the coming step is counted only after it was taken
         if trainer.log_every_n_steps and (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
             norm = gradient_norm(self.parameters())
             if norm is not None:

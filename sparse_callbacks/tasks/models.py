@@ -73,6 +73,7 @@ def lenet5_caffe(input_shape: Shape, num_classes: int) -> nn.Module:
 
     Images below 28 x 28 are enlarged (`Enlarge`).
     """
+    # as in the published file, with no activation between a convolution and its pooling
     features = nn.Sequential(
         Enlarge(28),
         nn.Conv2d(input_shape[0], 20, 5),
@@ -95,6 +96,7 @@ def resnet20(input_shape: Shape, num_classes: int) -> nn.Module:
             stride = 2 if stage > 0 and block == 0 else 1
             blocks.append(ResidualBlock(inputs, width, stride))
             inputs = width
+    # no biases: the batch norm after each convolution would subtract them
     stem = [nn.Conv2d(input_shape[0], 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
     model = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes))
     _init_kaiming(model)
@@ -240,6 +242,7 @@ def _init_xavier(model: nn.Module) -> None:
 
 def _take_channels(model: nn.Module, channels: int) -> None:
     """Replace the first convolution by one that takes `channels` channels."""
+    # in every classifier of torchvision the convolution that is registered first is the one that takes the image
     name, old = next((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
     parent, _, leaf = name.rpartition(".")
     new = nn.Conv2d(

@@ -50,6 +50,7 @@ def restore_saved_states(saved: Mapping[str, Any]) -> None:
         "python": (python["version"], tuple(python["numbers"].tolist()), python["gauss"]),
         "cuda": {},
     }
+    # restored for the device of this process, which may have another index than in the run that saved it
     if "cuda" in saved and torch.cuda.is_available():
         states["cuda"][torch.cuda.current_device()] = saved["cuda"].cpu()
     restore_random_states(states)
@@ -89,6 +90,7 @@ class RunState(pl.Callback):
         states: list[Any] = [states_to_save()]
         if trainer.world_size > 1:
             states = [None] * trainer.world_size
+            # Lightning writes the checkpoint of one process, so that one must hold the states of all
             distributed.all_gather_object(states, states_to_save())
         checkpoint[KEY] = {"random": states}
         if self.gradients and inside_window(trainer):

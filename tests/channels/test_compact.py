@@ -15,7 +15,7 @@ from support.channel_nets import (
     masked,
     outputs,
 )
-from support.contract_support import differences
+from support.rig import differences
 from torch import Tensor, nn
 
 from sparse_callbacks.channels import compact

@@ -1,45 +1,16 @@
-"""What layers cost, importance, ranking, the ramp, and the choice of channels that a budget pays for."""
+"""What layers cost, and what a network costs by the channels that it keeps."""
 
-import itertools
 import math
 
 import pytest
 import torch
-from oracles.smcp import (
-    BY_4,
-    BY_8,
-    CONVOLUTION,
-    CUMULATIVE,
-    GRADIENT,
-    MAGNITUDE,
-    ORDER,
-    SCHEDULES,
-    SCORES,
-    TAYLOR,
-    TAYLOR_OUT_IN,
-    TINY,
-    TINY_INFEASIBLE,
-    TINY_SOLVED,
-    TINY_TOTAL,
-    WEIGHT,
-)
+from oracles.smcp import CONVOLUTION
+from support.costs import Block, network, rng
 from torch import Tensor, nn
 
 from sparse_callbacks.channels.costs import Layer, OtherCosts, cost_outside_layers, layers, multiply_adds, parameters
-from sparse_callbacks.channels.groups import Group, Member, channel_groups
+from sparse_callbacks.channels.groups import Group
 from sparse_callbacks.channels.network_cost import Network
-from sparse_callbacks.methods.smcp.allocation import (
-    allocate,
-    best_units,
-    cost_reduction,
-    options_of,
-    ranking,
-    smallest_cost,
-    solve_once,
-    values_of,
-)
-from sparse_callbacks.methods.smcp.knapsack import InfeasibleError
-from sparse_callbacks.methods.smcp.scores import input_scores, magnitude, taylor, unit_scores
 
 # ---------------------------------------------------------------------- layers
 
@@ -122,7 +93,7 @@ class Attends(nn.Module):
         return self.again(self.recur(self.down(self.up(x).relu()))[0])[0] @ self.table
 
 
-def test_what_is_no_convolution_and_no_linear_layer_is_counted_as_it_is() -> None:
+def test_what_lies_outside_convolutions_and_linear_layers_is_counted_as_it_is() -> None:
     net, tokens = Attends(), torch.zeros(3, 5, dtype=torch.int64)
     found = layers(net, tokens)
     assert list(found) == ["up", "down"]
@@ -142,87 +113,6 @@ def test_what_is_no_convolution_and_no_linear_layer_is_counted_as_it_is() -> Non
 
 
 # ---------------------------------------------------------------------- networks
-
-
-class Tiny(nn.Module):
-    """The reference network: three convolutions and a linear layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.conv2, self.conv3 = (
-            nn.Conv2d(*TINY[f"conv{i}"][::-1], 3, padding=1, bias=False) for i in (1, 2, 3)
-        )
-        self.fc = nn.Linear(32, 10, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv3(self.conv2(self.conv1(x).relu()).relu()).relu()
-        return self.fc(x.mean((2, 3)))
-
-
-IMAGE = torch.zeros(1, 3, 8, 8)
-
-
-def network(net: nn.Module, x: Tensor, cost: object = parameters) -> tuple[Network, list[Group]]:
-    groups = [g for g in channel_groups(net, x) if not g.reason]
-    return Network(layers(net, x), groups, cost), groups  # type: ignore[arg-type]
-
-
-def rng(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def priced(found: Network, seed: int, round_to: int = 8) -> tuple[list[Tensor], list[Tensor]]:
-    """Options of each group, and their values for random scores."""
-    options = [options_of(size, round_to) for size in found.sizes]
-    scores = [torch.rand(size, generator=rng(seed + i)) + 1e-3 for i, size in enumerate(found.sizes)]
-    return options, [values_of(s, o) for s, o in zip(scores, options, strict=True)]
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_the_reference_network(seed: int) -> None:
-    found, groups = network(Tiny(), IMAGE)
-    assert found.dense == TINY_TOTAL
-    assert [g.consumers[0].module for g in groups] == ["conv2", "conv3", "fc"]
-    options, values = priced(found, seed)
-    for budget, (kept, estimate, realised) in TINY_SOLVED.items():
-        got = solve_once(found, options, values, budget * TINY_TOTAL, found.sizes)
-        assert dict(zip(kept, got.kept, strict=True)) == kept
-        assert (got.cost, got.estimate, got.gap) == (realised, estimate, 0.0)
-        more = allocate(
-            found, options, values, budget * TINY_TOTAL, found.sizes
-        )  # which may use what the estimate left
-        assert more.value >= got.value
-        assert more.cost <= budget * TINY_TOTAL
-    for budget, minimum in TINY_INFEASIBLE.items():
-        with pytest.raises(InfeasibleError, match=rf"at most 3065.6: the cheapest costs {minimum}"):
-            solve_once(found, options, values, budget * TINY_TOTAL, found.sizes)
-        # the producers shrink with their consumers, so a network of that budget exists
-        assert allocate(found, options, values, budget * TINY_TOTAL, found.sizes).cost <= budget * TINY_TOTAL
-
-
-def test_a_budget_that_no_network_meets_tells_the_smallest_one() -> None:
-    found, _ = network(Tiny(), IMAGE)
-    options, values = priced(found, 0)
-    assert smallest_cost(found, options) == 3 * 8 * 9 + 2 * 8 * 8 * 9 + 80
-    with pytest.raises(InfeasibleError, match=r"the cheapest costs 1448\. Give a larger budget"):
-        allocate(found, options, values, 1447, found.sizes)
-    assert allocate(found, options, values, 1448, found.sizes).kept == (8, 8, 8)
-
-
-class Block(nn.Module):
-    """Residual sum, concatenation, depthwise and grouped convolution, flattening."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.inner, self.back = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 8, 1), nn.Conv2d(8, 16, 1)
-        self.depth, self.wide = nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Conv2d(16, 24, 1)
-        self.join, self.many, self.fc = nn.Conv2d(40, 16, 1), nn.Conv2d(16, 16, 1, groups=2), nn.Linear(16 * 16, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = x + self.back(self.inner(x).relu())
-        x = torch.cat([x, self.wide(self.depth(x))], 1)
-        return self.fc(self.many(self.join(x)).flatten(1))
 
 
 def small_cost(net: nn.Module, groups: list[Group], kept: list[int], cost: str) -> float:
@@ -261,58 +151,6 @@ def test_costs_follow_the_channels_through_sums_concatenations_and_grouped_layer
         assert all(t[0] <= t[1] <= t[2] for t in tables)
 
 
-@pytest.mark.parametrize("cost", [parameters, multiply_adds])
-@pytest.mark.parametrize("round_to", [1, 4])
-def test_the_choice_costs_what_the_budget_allows_from_wherever_it_starts(cost: object, round_to: int) -> None:
-    found, _ = network(Block(), torch.zeros(2, 3, 4, 4), cost)
-    for seed, share in itertools.product(range(4), (0.15, 0.3, 0.5, 0.8, 1.0)):
-        options, values = priced(found, seed, round_to)
-        capacity = max(share * found.dense, smallest_cost(found, options))
-        for start in (found.sizes, [int(o.min()) for o in options], [int(o[seed % len(o)]) for o in options]):
-            got = allocate(found, options, values, capacity, start)
-            assert got.cost <= capacity * (1 + 1e-9)
-            assert got.cost == found.realised(got.kept)
-            for g, (kept, choices) in enumerate(zip(got.kept, options, strict=True)):  # nothing more can be had
-                more = [int(o) for o in choices if o > kept][:1]
-                assert not more or found.realised([*got.kept[:g], *more, *got.kept[g + 1 :]]) > capacity
-            assert all(j in o for j, o in zip(got.kept, options, strict=True))
-            if share == 1.0:
-                assert list(got.kept) == found.sizes
-
-
-@pytest.mark.parametrize("cost", [parameters, multiply_adds])
-def test_the_choice_is_about_as_valuable_as_any_that_fits(cost: object) -> None:
-    """Against all choices; a single solve reaches 0.85 of the best value on average."""
-    found, _ = network(Block(), torch.zeros(1, 3, 4, 4), cost)
-    reached = []
-    for seed, budget in itertools.product(range(4), (0.3, 0.5, 0.7)):
-        options, values = priced(found, seed, 4)
-        every = itertools.product(
-            *[list(zip(o.tolist(), v.tolist(), strict=True)) for o, v in zip(options, values, strict=True)]
-        )
-        capacity = max(budget * found.dense, smallest_cost(found, options))
-        fitting = [sum(v for _, v in choice) for choice in every if found.realised([j for j, _ in choice]) <= capacity]
-        got = allocate(found, options, values, capacity, found.sizes)
-        worth = sum(float(v[o.tolist().index(j)]) for o, v, j in zip(options, values, got.kept, strict=True))
-        assert got.value == pytest.approx(worth)
-        reached.append(got.value / max(fitting))
-    assert max(reached) <= 1 + 1e-9
-    assert sum(reached) / len(reached) > 0.99
-    assert min(reached) > 0.97
-
-
-def test_one_solve_may_overspend_where_channels_come_back_and_the_repeated_one_does_not() -> None:
-    """Six convolutions in a row, half of each gone: what one solve brings back makes the others dearer than it
-    counted."""
-    net = nn.Sequential(*[nn.Conv2d(16, 16, 3, padding=1, bias=False) for _ in range(6)])
-    found, _ = network(net, torch.zeros(1, 16, 4, 4))
-    options, values = priced(found, 3, 1)
-    now, capacity = [4] * 5, 0.4 * found.dense
-    assert solve_once(found, options, values, capacity, now).cost > 1.1 * capacity
-    got = allocate(found, options, values, capacity, now)
-    assert 0.9 * capacity < got.cost <= capacity
-
-
 class Both(nn.Module):
     """Two layers read together by a third, one of them through a depthwise convolution."""
 
@@ -326,7 +164,7 @@ class Both(nn.Module):
 
 
 def test_an_option_costs_its_share_of_what_reads_it_and_its_depthwise_layer() -> None:
-    found, groups = network(Both(), IMAGE)
+    found, groups = network(Both(), torch.zeros(1, 3, 8, 8))
     assert [g.name for g in groups] == ["a", "b"]
     tables, rest = found.tables([torch.tensor([1, 4]), torch.tensor([2, 8])], [4, 6])
     assert tables[0].tolist() == pytest.approx([1 * 2, 4 * 2])
@@ -339,103 +177,3 @@ def test_a_depthwise_convolution_goes_with_its_channels() -> None:
     assert [multiply_adds(layer, j, j) for j in (8, 4)] == [8 * 9 * 16, 4 * 9 * 16]
     multiplied = Layer("depth", 8, 16, (3, 3), groups=8)
     assert parameters(multiplied, 4, 8) == 8 * 9
-
-
-# ---------------------------------------------------------------------- importance and ranking
-
-
-def member(inputs: int) -> Member:
-    return Member("layer", "layer.weight", 1, "in", torch.arange(inputs))
-
-
-@pytest.mark.parametrize(("active", "expected"), TAYLOR)
-def test_taylor_importance(active: list[int], expected: list[float]) -> None:
-    scores = taylor(torch.tensor(WEIGHT), torch.tensor(GRADIENT))
-    assert torch.allclose(scores, torch.tensor(TAYLOR_OUT_IN))
-    found = unit_scores(input_scores(scores, 1, torch.tensor(active).bool()), member(3), 3).abs()
-    assert found.tolist() == pytest.approx(expected, abs=1e-6)
-
-
-def test_the_absolute_value_comes_after_the_sum_over_layers() -> None:
-    scores = input_scores(taylor(torch.tensor(WEIGHT), torch.tensor(GRADIENT)), 1)
-    both = unit_scores(scores, member(3), 3) + unit_scores(-scores, member(3), 3)
-    assert both.abs().tolist() == [0.0, 0.0, 0.0]
-
-
-def test_magnitude_importance() -> None:
-    assert unit_scores(input_scores(magnitude(torch.tensor(WEIGHT)), 1), member(3), 3).tolist() == MAGNITUDE
-
-
-def test_half_precision_is_summed_in_float32() -> None:
-    weight = torch.tensor([[300.0, 300.0]], dtype=torch.float16)
-    assert taylor(weight, weight).dtype == torch.float32
-    assert taylor(weight, weight).tolist() == [[-9e4, -9e4]]
-    assert magnitude(weight.double()).dtype == torch.float64
-
-
-def test_slices_of_other_groups_count_for_none_and_several_of_one_unit_for_it() -> None:
-    scores = torch.tensor([[1.0, 2.0, 4.0, 8.0, 16.0], [100.0] * 5])
-    flattened = Member("layer", "layer.weight", 1, "in", torch.tensor([0, 0, -1, 1, 1]))
-    assert unit_scores(input_scores(scores, 1, torch.tensor([True, False])), flattened, 2).tolist() == [3.0, 24.0]
-    transposed = Member("layer", "layer.weight", 0, "in", torch.tensor([1, 0]))
-    assert unit_scores(input_scores(scores, 0, torch.tensor([1, 0, 0, 0, 1]).bool()), transposed, 2).tolist() == [
-        200.0,
-        17.0,
-    ]
-
-
-def test_ranking_and_options() -> None:
-    scores = torch.tensor(SCORES)
-    assert ranking(scores).tolist() == ORDER
-    assert values_of(scores, torch.arange(1, 17)).tolist() == pytest.approx(CUMULATIVE, abs=1e-6)
-    units, values, mask = BY_8
-    assert options_of(16, 8).tolist() == units
-    assert values_of(scores, options_of(16, 8)).tolist() == pytest.approx(values, abs=1e-6)
-    assert best_units(scores, 8).int().tolist() == mask
-    assert options_of(10, 8).tolist() == list(range(1, 11))
-
-
-def test_ranking_in_chunks() -> None:
-    scores = torch.tensor(SCORES)
-    sums, order, values, kept = BY_4
-    assert scores.view(4, 4).sum(1).tolist() == pytest.approx(sums, abs=1e-6)
-    assert ranking(scores, 4)[::4].tolist() == [4 * i for i in order]
-    assert options_of(16, 8, 4).tolist() == [8, 16]
-    assert values_of(scores, options_of(16, 8, 4), 4).tolist() == pytest.approx(values, abs=1e-6)
-    assert best_units(scores, 8, 4).nonzero()[:, 0].tolist() == kept
-    assert options_of(12, 8, 4).tolist() == [4, 8, 12]
-
-
-def test_of_equal_units_the_first_is_kept() -> None:
-    assert best_units(torch.zeros(4), 2).tolist() == [True, True, False, False]
-
-
-def test_chunks_that_do_not_divide_a_group_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"10 units cannot be ranked in chunks of 4\. Give a chunk that divides"):
-        ranking(torch.rand(10), 4)
-
-
-# ---------------------------------------------------------------------- the ramp
-
-
-@pytest.mark.parametrize("case", SCHEDULES, ids=str)
-def test_the_ramp(case: tuple[str, float, int, int, int]) -> None:
-    curve, final, epochs, warmup, full = case
-    last = epochs - warmup - full + 1  # points - 1
-    for epoch, expected in SCHEDULES[case].items():
-        found = cost_reduction(curve, final, (epoch - warmup + 1) / last if epoch >= warmup else 0.0, 0.05 * last)
-        assert found == pytest.approx(expected, abs=6e-7)  # the reference is rounded to 7 digits and comes from float32
-
-
-@pytest.mark.parametrize("curve", ["exp", "linear", "exp2"])
-def test_the_ramp_ends_exactly_at_its_target(curve: str) -> None:
-    assert (cost_reduction(curve, 0.3, 0.0), cost_reduction(curve, 0.3, 1.0), cost_reduction(curve, 0.3, 2.0)) == (
-        0.0,
-        0.3,
-        0.3,
-    )
-
-
-def test_a_curve_that_is_not_known_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"curve='cubic' is not known\. Give 'exp', 'linear' or 'exp2'"):
-        cost_reduction("cubic", 0.5, 0.5)

@@ -7,7 +7,7 @@ import pytest
 import support.channel_nets as nets
 import torch
 from support.channel_nets import IMAGE, OUTPUTS, made
-from support.contract_support import differences, structure
+from support.rig import differences, structure
 from torch import Tensor, nn
 from torch.nn import functional
 

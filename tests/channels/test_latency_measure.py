@@ -215,9 +215,8 @@ def test_the_whole_model_is_measured_with_fewer_channels_too(monkeypatch: pytest
     dense, half, quarter = (2 + 1.5 * n for n in seen[-1])
     assert dense > half > quarter
     assert told[-1] == (
-        f"the model as 2 ms + 1.5 x its layers: all channels {dense:.4g} ms (by the table {dense:.4g}), half "
-        f"{half:.4g} ms (by the table "
-        f"{half:.4g}), a quarter {quarter:.4g} ms (by the table {quarter:.4g})"
+        f"the model as 2 ms + 1.5 x its layers: all channels {dense:.4g} ms (by the table {dense:.4g}), "
+        f"half {half:.4g} ms (by the table {half:.4g}), a quarter {quarter:.4g} ms (by the table {quarter:.4g})"
     )
     expected = {"model_ms": dense, "half_ms": half, "quarter_ms": quarter, "model_ms_by_table": pytest.approx(dense)}
     assert {k: v for k, v in table.about.items() if k in expected} == expected

@@ -89,7 +89,7 @@ def test_a_table_adds_up_the_uses_of_a_layer() -> None:
 
 def test_a_layer_takes_longer_in_the_model_by_a_factor() -> None:
     table = Table({}, {"linear map 1": Grid([1, 4], [1, 4], [[1.0, 4.0], [4.0, 16.0]])}, constant=7.0, factor=1.5)
-    assert table(Layer("fc", 4, 4), 4, 1) == 6.0  # what is no layer comes once, not with each
+    assert table(Layer("fc", 4, 4), 4, 1) == 6.0  # what is not a layer comes once, not with each
 
 
 def test_a_table_tells_how_its_numbers_were_found() -> None:

@@ -17,7 +17,8 @@ from support.channel_nets import (
     masked,
     outputs,
 )
-from support.contract_support import Classifier, differences, structure
+from support.nets import Classifier
+from support.rig import differences, structure
 from torch import Tensor, nn
 
 from sparse_callbacks.channels.groups import channel_groups

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from support.channel_nets import IMAGE, OUTPUTS, Concat, Residual, dead_rows, made, masked, outputs
-from support.contract_support import Classifier, conv_net, fit
+from support.nets import Classifier, conv_net
+from support.rig import fit
 from torch import Tensor, nn
 
 from sparse_callbacks import DPF

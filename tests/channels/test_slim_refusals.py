@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from support.channel_nets import IMAGE, OUTPUTS, Residual, Shuffled, Transformer, grouped, made, masked, outputs
-from support.contract_support import differences, structure
+from support.rig import differences, structure
 from torch import Tensor, nn
 
 from sparse_callbacks.channels.comparison import Difference, compare, why_not_equal

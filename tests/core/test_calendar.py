@@ -120,9 +120,8 @@ def test_the_default_interval_is_shortened_with_a_word(stop: int, expected: int)
         assert told == []
     else:
         assert told == [
-            f"every={expected}: the published interval of 100 steps would leave fewer than 10 updates between step 0 "
-            f"and step {stop}. "
-            "Give every= to choose another."
+            f"every={expected}: the published interval of 100 steps would leave fewer than 10 updates between "
+            f"step 0 and step {stop}. Give every= to choose another."
         ]
 
 
@@ -150,8 +149,8 @@ def test_the_shortened_interval_leaves_at_least_ten_updates_where_there_are_a_hu
         (0, 0, 10, r"every=0 is not an interval between updates\. Give optimizer steps \(1 or more\)"),
         (0.0, 0, 1.0, r"every=0\.0 is not an interval"),
         (-5, 0, 10, r"every=-5 is not an interval between updates\. Give optimizer steps \(1 or more\)"),
-        (True, 0, 10, r"every=True is no time"),
-        (None, "later", 10, r"start='later' is no time"),
+        (True, 0, 10, r"every=True is not a time"),
+        (None, "later", 10, r"start='later' is not a time"),
         (None, 0, 1.5, r"stop=1\.5 is outside \[0, 1\].*write an int"),
         (None, -1, 10, r"start=-1 lies before the run.*Give 0 or more"),
         (None, 20, 10, r"stop=10 lies before start=20\. Give a stop at or after the start"),

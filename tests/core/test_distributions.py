@@ -116,7 +116,7 @@ def test_sparsities_outside_the_range_are_refused(sparsity: Any) -> None:
 
 
 def test_custom_names_must_be_layers() -> None:
-    with pytest.raises(ValueError, match=r"custom: tail is no layer. Layers: body.0, body.1, head"):
+    with pytest.raises(ValueError, match=r"custom names layers that do not exist: tail. Layers: body.0, body.1, head"):
         erdos_renyi_kernel(SHAPES, 0.5, custom={"tail": 0.5})
 
 
@@ -160,8 +160,8 @@ def test_globs_without_a_layer_are_refused() -> None:
 
 
 @pytest.mark.parametrize("value", [1.0, -0.5, True, None])
-def test_sparsities_behind_globs_are_checked(value: Any) -> None:
-    with pytest.raises(ValueError, match=r"distribution: the sparsity .* behind 'head' is not in \[0, 1\)"):
+def test_sparsities_of_globs_are_checked(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"distribution: the sparsity .* of 'head' is not in \[0, 1\)"):
         resolve({"head": value}, SHAPES, 0.8)
 
 
@@ -269,7 +269,7 @@ def test_where_epsilon_leaves_nothing_to_a_target(distribution: Any, expected: b
 
 @pytest.mark.parametrize("epsilon", [0, -1, math.inf, math.nan, True, "1", None])
 def test_an_epsilon_that_is_no_positive_number_is_refused(epsilon: Any) -> None:
-    with pytest.raises(ValueError, match=r"epsilon=.* is no positive number.*distribution=\"epsilon\(1\)\""):
+    with pytest.raises(ValueError, match=r"epsilon=.* is not a positive number.*distribution=\"epsilon\(1\)\""):
         epsilon_sparsity(SHAPES, epsilon)
 
 
@@ -278,7 +278,7 @@ def test_an_epsilon_that_is_no_positive_number_is_refused(epsilon: Any) -> None:
 )
 def test_a_text_without_a_positive_number_is_refused(text: str) -> None:
     for distribution in (text, {"*": text}):
-        with pytest.raises(ValueError, match=r"is no positive number"):
+        with pytest.raises(ValueError, match=r"is not a positive number"):
             resolve(distribution, SHAPES, 0.9)
 
 

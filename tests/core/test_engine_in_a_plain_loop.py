@@ -1,5 +1,6 @@
 """The engine without any Lightning: a plain torch loop, a small method and a host written by hand."""
 
+import copy
 import pickle
 from collections.abc import Callable, Generator
 from typing import Any
@@ -128,6 +129,17 @@ def test_pickling_leaves_hooks_optimizers_and_steps_behind() -> None:
     assert (copied.method.step, copied.method.updates) == (3, 1)
     assert all(torch.equal(copied.method.masks[n], m) for n, m in loop.method.masks.items())
     assert copied.events == loop.engine.events != {}
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda engine: pickle.loads(pickle.dumps(engine))])
+def test_a_copied_engine_keeps_its_count_of_skipped_steps(copied: Callable[[Engine], Engine]) -> None:
+    loop = Loop(Rolling(), adamw)
+    loop.train(1)
+    for tick in (1, 2):
+        loop.backward(torch.full((5, 6), torch.inf))
+        loop.engine.before(loop.optimizer, tick)
+        loop.engine.conclude_skipped()
+    assert copied(loop.engine).skipped == loop.engine.skipped == 2
 
 
 def test_unbind_takes_the_hook_off_the_optimizer() -> None:

@@ -206,7 +206,7 @@ def test_to_steps(when: float, total: float, steps: int) -> None:
 
 @pytest.mark.parametrize("when", [True, False, "0.5", None])
 def test_what_is_no_time_is_refused(when: Any) -> None:
-    with pytest.raises(ValueError, match=r"stop=.* is no time: an int counts optimizer steps"):
+    with pytest.raises(ValueError, match=r"stop=.* is not a time: an int counts optimizer steps"):
         to_steps(when, 100, "stop")
 
 

@@ -10,7 +10,7 @@ import torch
 from pytorch_lightning import callbacks as lightning_callbacks
 from support.data import loader
 from support.nets import Regression
-from support.rig import copied_masks, fit_steps, trainer_for
+from support.rig import copied_masks, fit_steps, short_callback, trainer_for
 from torch import nn
 
 from sparse_callbacks import GMP, SET, SNFS, RigL, Static
@@ -21,13 +21,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 METHODS = [RigL, SET, SNFS, GMP, Static]
 
 
-def made(make: Any, **options: Any) -> Any:
-    return make(0.5, print_plan=False, **({} if make is Static else {"every": 2, "stop": 8}), **options)
-
-
 @pytest.mark.parametrize("make", METHODS, ids=lambda m: m.__name__)
 def test_a_callback_can_be_pickled_and_copied(make: Any, tmp_path: Path) -> None:
-    callback = made(make)
+    callback = short_callback(make)
     assert repr(pickle.loads(pickle.dumps(callback))) == repr(callback)
     fit_steps(tmp_path, callback, Regression(), 4)
     for twin in (pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback)):
@@ -37,7 +33,7 @@ def test_a_callback_can_be_pickled_and_copied(make: Any, tmp_path: Path) -> None
 
 
 def test_a_layer_frozen_between_two_fits_leaves_the_masks_of_the_others(tmp_path: Path) -> None:
-    callback, module = made(Static), Regression()
+    callback, module = short_callback(Static), Regression()
     fit_steps(tmp_path, callback, module, 4)
     before = copied_masks(callback)
     names = list(before)
@@ -48,7 +44,7 @@ def test_a_layer_frozen_between_two_fits_leaves_the_masks_of_the_others(tmp_path
 
 
 def test_a_layer_of_another_shape_gets_a_new_mask(tmp_path: Path) -> None:
-    callback, module = made(RigL), Regression()
+    callback, module = short_callback(RigL), Regression()
     fit_steps(tmp_path, callback, module, 4)
     before = copied_masks(callback)
     last = list(before)[-1]
@@ -61,7 +57,7 @@ def test_a_layer_of_another_shape_gets_a_new_mask(tmp_path: Path) -> None:
 
 
 def test_weights_from_elsewhere_are_not_cut_by_old_masks(tmp_path: Path) -> None:
-    callback, module = made(RigL), Regression()
+    callback, module = short_callback(RigL), Regression()
     fit_steps(tmp_path, callback, module, 4)
     with torch.no_grad():
         for p in module.parameters():
@@ -71,7 +67,7 @@ def test_weights_from_elsewhere_are_not_cut_by_old_masks(tmp_path: Path) -> None
     with pytest.raises(ValueError, match=message):
         fit_steps(tmp_path, callback, module, 4)
     assert all(torch.equal(p, weights[n]) for n, p in module.named_parameters())
-    anew = made(RigL, fresh_start=True)
+    anew = short_callback(RigL, fresh_start=True)
     fit_steps(tmp_path, anew, module, 4)
     with torch.no_grad():
         for p in module.parameters():
@@ -81,7 +77,7 @@ def test_weights_from_elsewhere_are_not_cut_by_old_masks(tmp_path: Path) -> None
 
 
 def test_the_same_callback_and_module_resume_from_an_earlier_checkpoint(tmp_path: Path) -> None:
-    callback, module = made(RigL), Regression()
+    callback, module = short_callback(RigL), Regression()
     fit_steps(tmp_path, callback, module, 4).save_checkpoint(tmp_path / "early.ckpt")
     early = copied_masks(callback)
     fit_steps(tmp_path, callback, module, 6)
@@ -93,7 +89,7 @@ def test_the_same_callback_and_module_resume_from_an_earlier_checkpoint(tmp_path
 
 
 def test_a_second_run_past_the_calendar_is_warned_about(tmp_path: Path) -> None:
-    callback, module = made(RigL), Regression()
+    callback, module = short_callback(RigL), Regression()
     fit_steps(tmp_path, callback, module, 20)
     with pytest.warns(
         UserWarning, match=r"RigL will not move a mask in this run: \d+ steps were counted before.*fresh_start=True"

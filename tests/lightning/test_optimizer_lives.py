@@ -103,7 +103,7 @@ SCHEDULES: dict[str, tuple[Any, float | None, str]] = {  # its horizon in its ow
     "polynomial": (lambda o: lrs.PolynomialLR(o, total_iters=100), 100, r"PolynomialLR\(total_iters=100\)"),
     "constant": (lambda o: lrs.ConstantLR(o, total_iters=100), 100, r"ConstantLR\(total_iters=100\)"),
     "milestones": (lambda o: lrs.MultiStepLR(o, [100, 50]), 100, r"MultiStepLR\(milestones=\[50, 100\]\)"),
-    "sequence": (sequence, 100, r"CosineAnnealingLR\(T_max=90\) behind 10 steps of others"),
+    "sequence": (sequence, 100, r"CosineAnnealingLR\(T_max=90\) after 10 steps of other schedules"),
     "late sequence": (
         lambda o: lrs.SequentialLR(
             o, [lrs.ConstantLR(o, total_iters=500), lrs.ExponentialLR(o, 0.9)], milestones=[100]
@@ -121,7 +121,7 @@ SCHEDULES: dict[str, tuple[Any, float | None, str]] = {  # its horizon in its ow
             o, [lrs.ConstantLR(o), lrs.ChainedScheduler([lrs.PolynomialLR(o, 80)], optimizer=o)], milestones=[20]
         ),
         100,
-        r"PolynomialLR\(total_iters=80\) behind 20 steps of others",
+        r"PolynomialLR\(total_iters=80\) after 20 steps of other schedules",
     ),
     "no milestones": (lambda o: lrs.MultiStepLR(o, []), None, ""),
     "lambda": (lambda o: lrs.LambdaLR(o, lambda step: 0.9**step), None, ""),

@@ -10,7 +10,7 @@ from pytorch_lightning import callbacks as lightning_callbacks
 from support.data import loader
 from support.inside import parameters_of, planted_hooks
 from support.nets import Regression, mlp, sgd
-from support.rig import fit_steps, trainer_for
+from support.rig import fit_steps, short_callback, trainer_for
 from torch import nn
 
 from sparse_callbacks import GMP, SET, SNFS, RigL, Static
@@ -19,10 +19,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 
 
 METHODS = [RigL, SET, SNFS, GMP, Static]
-
-
-def made(make: Any, **options: Any) -> Any:
-    return make(0.5, print_plan=False, **({} if make is Static else {"every": 2, "stop": 8}), **options)
 
 
 class ReadsGradients(Regression):
@@ -41,7 +37,7 @@ class Reads(Callback):
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_an_update_leaves_gradients_to_whoever_reads_them(algorithm: str, tmp_path: Path) -> None:
-    callback, plain = made(RigL), made(RigL)
+    callback, plain = short_callback(RigL), short_callback(RigL)
     module = ReadsGradients()
     fit_steps(tmp_path, [callback, Reads()], module, 8, gradient_clip_val=0.5, gradient_clip_algorithm=algorithm)
     other = Regression()
@@ -56,7 +52,7 @@ def test_a_hook_that_raises_at_an_update_leaves_nothing_in_the_module(tmp_path: 
         def on_before_optimizer_step(self, optimizer: Any) -> None:
             raise RuntimeError("theirs")
 
-    callback, module = made(RigL), Raises()
+    callback, module = short_callback(RigL), Raises()
     with pytest.raises(RuntimeError, match="theirs"):
         fit_steps(tmp_path, callback, module, 4)
     assert "configure_gradient_clipping" not in vars(module)
@@ -66,7 +62,7 @@ def test_a_hook_that_raises_at_an_update_leaves_nothing_in_the_module(tmp_path: 
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("make", METHODS, ids=lambda m: m.__name__)
 def test_an_inf_at_a_pruned_weight_harms_nobody(make: Any, clip: float | None, tmp_path: Path) -> None:
-    callback = made(make)
+    callback = short_callback(make)
 
     class Poison(Callback):
         def on_after_backward(self, trainer: Any, module: Any) -> None:
@@ -88,7 +84,7 @@ def test_the_learning_rate_finder_runs_beside_a_callback(tmp_path: Path) -> None
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=self.lr)
 
-    for callback in (made(RigL), made(Static)):
+    for callback in (short_callback(RigL), short_callback(Static)):
         finder = lightning_callbacks.LearningRateFinder(num_training_steps=6)
         trainer_for([callback, finder], tmp_path, max_epochs=2).fit(Rated(), loader(8))
         assert all((parameters_of(callback)[n][~m] == 0).all() for n, m in callback.masks.items())
@@ -102,7 +98,7 @@ def test_a_layer_that_is_thawed_during_the_run_is_spoken_of(tmp_path: Path) -> N
 
     module = Regression()
     module.net[0].requires_grad_(False)
-    callback = made(Static)
+    callback = short_callback(Static)
     with pytest.warns(
         UserWarning, match=r"Static leaves net\.0\.weight dense: they were frozen or in no optimizer when fit started"
     ):
@@ -119,7 +115,7 @@ def test_sparse_embedding_gradients_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"words is an embedding with sparse=True.*Use sparse=False, or leave it out of include="
     ):
-        fit_steps(tmp_path, made(Static, include=["words.weight"]), Words(), 2)
+        fit_steps(tmp_path, short_callback(Static, include=["words.weight"]), Words(), 2)
 
 
 @pytest.mark.parametrize("glob", ["attention.in_proj_weight", "*in_proj_weight", "attention.in_proj*"])
@@ -159,7 +155,7 @@ def test_clearing_gradients_in_place_between_backwards_is_no_accumulation(tmp_pa
 
     found = []
     for set_to_none in (True, False):
-        callback = made(RigL)
+        callback = short_callback(RigL)
         fit_steps(tmp_path, callback, Leaks(set_to_none), 8)
         found.append(callback.masks)
     assert all(torch.equal(m, found[1][n]) for n, m in found[0].items())

@@ -26,10 +26,6 @@ METHODS = [RigL, SET, SNFS, Static, GMP]
 FADING = [RigL, SET, SNFS]
 
 
-def names(method: type) -> str:
-    return method.__name__
-
-
 def refused(
     path: Path, callbacks: Any, message: str, module: Regression | None = None, ckpt_path: Any = None, **options: Any
 ) -> None:
@@ -47,7 +43,7 @@ def refused(
 # ---------------------------------------------------------------------- arguments
 
 
-@pytest.mark.parametrize("method", METHODS, ids=names)
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.__name__)
 @pytest.mark.parametrize("sparsity", [1.0, 1, -0.1, 90, True, float("nan")])
 def test_a_sparsity_outside_its_range(method: Any, sparsity: Any) -> None:
     message = (
@@ -57,7 +53,7 @@ def test_a_sparsity_outside_its_range(method: Any, sparsity: Any) -> None:
         method(sparsity=sparsity)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=names)
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.__name__)
 def test_other_arguments_out_of_range(method: Any) -> None:
     with pytest.raises(ValueError, match=r"keep_dense='stem' is not known\. Give 'first', 'last', 'both' or None"):
         method(keep_dense="stem")
@@ -68,7 +64,7 @@ def test_other_arguments_out_of_range(method: Any) -> None:
         method(amount=0.5)
 
 
-@pytest.mark.parametrize("method", FADING, ids=names)
+@pytest.mark.parametrize("method", FADING, ids=lambda m: m.__name__)
 @pytest.mark.parametrize("fraction", [1.1, -0.1, "linear(0.3, 2)", "constant(-1)"])
 def test_a_drop_fraction_outside_its_range(method: Any, fraction: Any) -> None:
     with pytest.raises(
@@ -77,7 +73,7 @@ def test_a_drop_fraction_outside_its_range(method: Any, fraction: Any) -> None:
         method(drop_fraction=fraction)
 
 
-@pytest.mark.parametrize("method", FADING, ids=names)
+@pytest.mark.parametrize("method", FADING, ids=lambda m: m.__name__)
 def test_an_unknown_schedule(method: Any) -> None:
     with pytest.raises(ValueError, match=r"'sine' is not a curve\. Known curves: constant, cosine"):
         method(drop_fraction="sine(0.3)")
@@ -85,7 +81,7 @@ def test_an_unknown_schedule(method: Any) -> None:
         GMP("sine(0.9)")
 
 
-@pytest.mark.parametrize("method", [*FADING, GMP], ids=names)
+@pytest.mark.parametrize("method", [*FADING, GMP], ids=lambda m: m.__name__)
 @pytest.mark.parametrize(
     ("times", "message"),
     [
@@ -100,7 +96,7 @@ def test_impossible_times(method: Any, times: Any, message: str) -> None:
         method(**times)
 
 
-@pytest.mark.parametrize("method", [*FADING, GMP], ids=names)
+@pytest.mark.parametrize("method", [*FADING, GMP], ids=lambda m: m.__name__)
 def test_an_interval_longer_than_this_run(method: Any, tmp_path: Path) -> None:
     refused(
         tmp_path,
@@ -166,7 +162,7 @@ class TwoClosures(torch.optim.SGD):
         return loss
 
 
-@pytest.mark.parametrize("method", METHODS, ids=names)
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.__name__)
 def test_another_optimizer_that_calls_its_closure_twice(method: Any, tmp_path: Path) -> None:
     module = Regression(configure=lambda p: TwoClosures(p, lr=0.1))
     made = trainer_for(method(0.5), tmp_path, max_steps=4)
@@ -286,7 +282,7 @@ class Stream(IterableDataset[Any]):
             yield torch.ones(12), torch.ones(6)
 
 
-@pytest.mark.parametrize("method", [*FADING, GMP], ids=names)
+@pytest.mark.parametrize("method", [*FADING, GMP], ids=lambda m: m.__name__)
 @pytest.mark.parametrize("endless", ["epochs", "stream"])
 def test_a_fraction_of_an_endless_run(method: Any, endless: str, tmp_path: Path) -> None:
     data: Any = loader(4) if endless == "epochs" else DataLoader(Stream(), batch_size=4)
@@ -310,7 +306,7 @@ def test_a_fraction_of_an_endless_run(method: Any, endless: str, tmp_path: Path)
     assert callback.updates >= 1
 
 
-@pytest.mark.parametrize("method", METHODS, ids=names)
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.__name__)
 def test_trial_runs_and_evaluation_never_trip_a_refusal(method: Any, tmp_path: Path) -> None:
     module = Regression(configure=lambda p: sgd(p))
     module.validation_step = module.test_step = module.predict_step = lambda batch, batch_idx: module.net(batch[0])

@@ -17,10 +17,6 @@ METHODS = [RigL, SET, SNFS, Static, GMP]
 FADING = [RigL, SET, SNFS]
 
 
-def names(method: type) -> str:
-    return method.__name__
-
-
 def test_reduce_on_plateau_is_warned_about(tmp_path: Path) -> None:
     def configure(parameters: Any) -> Any:
         optimizer = sgd(parameters)

@@ -263,12 +263,12 @@ def test_a_run_resumed_inside_a_window_has_the_similarity_of_its_start(tmp_path:
         ({"data_fraction": 1.5}, r"data_fraction=1\.5 is no share"),
         ({"epsilon": 1}, r"sparsity=0\.5 and epsilon\(1\) both say how many weights there are"),
         ({"distribution": "epsilon(2)"}, r"sparsity=0\.5 and epsilon\(2\) both say"),
-        ({"epsilon": 0, "sparsity": None}, r"epsilon=0 is no positive number"),
+        ({"epsilon": 0, "sparsity": None}, r"epsilon=0 is not a positive number"),
         (
             {"epsilon": 1, "sparsity": None, "distribution": "uniform"},
             r"epsilon=1 and distribution='uniform' both share out",
         ),
-        ({"distribution": "epsilon(x)", "sparsity": None}, r"epsilon='epsilon\(x\)' is no positive number"),
+        ({"distribution": "epsilon(x)", "sparsity": None}, r"epsilon='epsilon\(x\)' is not a positive number"),
         ({"drop_fraction": 1.5}, r"drop_fraction=1\.5 leaves \[0, 1\]"),
     ],
 )

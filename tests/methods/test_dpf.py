@@ -425,7 +425,7 @@ def test_filters_in_training(distribution: str) -> None:
         ({"finetune": 0.5, "stop": 0.75}, "finetune=0.5 comes before stop=0.75"),
         ({"finetune": 100, "stop": 200}, "finetune=100 comes before stop=200"),
         ({"finetune": 1.5}, "finetune=1.5 is outside"),
-        ({"finetune": True}, "finetune=True is no time"),
+        ({"finetune": True}, "finetune=True is not a time"),
     ],
 )
 def test_arguments_that_cannot_work(arguments: dict[str, Any], words: str) -> None:

@@ -10,7 +10,7 @@ from oracles.rigl import ACTIVE_ZEROS, COSINE, DROP_COUNTS, EXPONENTIAL, SINGLE_
 from pytorch_lightning import Callback
 from support.data import loader
 from support.inside import around_updates, start_from
-from support.nets import FixedGradient, Regression, mlp, sgd
+from support.nets import FixedGradient, Regression, mlp, row, sgd
 from support.rig import copied_masks, fit_steps, record_updates, trainer_for
 from torch import Tensor
 
@@ -32,10 +32,6 @@ def rigl_from(mask: Tensor, **options: Any) -> RigL:
     callback = RigL(**(given | options))
     start_from(callback, {"net.weight": mask.bool()})
     return callback
-
-
-def row(numbers: list[float]) -> Tensor:
-    return torch.tensor([numbers], dtype=torch.float32)
 
 
 @pytest.mark.parametrize(("begin", "end", "every", "steps", "own", "batches", "total"), CALENDARS)

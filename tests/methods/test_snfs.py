@@ -6,15 +6,11 @@ from typing import Any
 import pytest
 import torch
 from support.inside import start_from
-from support.nets import FixedGradient, Regression, mlp
+from support.nets import FixedGradient, Regression, mlp, row
 from support.rig import copied_masks, fit_steps, record_updates
 from torch import Tensor
 
 from sparse_callbacks import SNFS
-
-
-def row(numbers: list[float]) -> Tensor:
-    return torch.tensor([numbers], dtype=torch.float32)
 
 
 def snfs_from(mask: Tensor, **options: Any) -> SNFS:

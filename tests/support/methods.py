@@ -36,9 +36,8 @@ def _settings(name: str) -> ModuleType:
         return import_module(f"contract.settings.{name}")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"conf/method/{name}.yaml has no tests/contract/settings/{name}.py. Write one with short_run(), "
-            "gradient_rule() and "
-            "promises_not_made, like the others there."
+            f"conf/method/{name}.yaml has no tests/contract/settings/{name}.py. Write one with "
+            "short_run(), gradient_rule() and promises_not_made, like the others there."
         ) from error
 
 

@@ -79,6 +79,11 @@ class Regression(pl.LightningModule):
         return self.configure(self.parameters())
 
 
+def row(numbers: list[float]) -> Tensor:
+    """One row of a matrix in float32."""
+    return torch.tensor([numbers], dtype=torch.float32)
+
+
 class FixedGradient(pl.LightningModule):
     """One weight whose gradient is the tensor given for each batch, or the last one given."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparse_callbacks import SparsityCallback
+from sparse_callbacks import SparsityCallback, Static
 from support.data import Batches, loader
 
 Watcher = Callable[[pl.Trainer, Any, int], None]
@@ -54,6 +54,12 @@ def fit(
     trainer = trainer_for(callbacks, **options)
     trainer.fit(module, Batches() if loader is None else loader, ckpt_path=ckpt_path)
     return trainer
+
+
+def short_callback(make: Any, **options: Any) -> Any:
+    """A callback of the class ``make``, with updates in a run of eight steps where the method has any."""
+    times = {} if make is Static else {"every": 2, "stop": 8}
+    return make(0.5, print_plan=False, **times, **options)
 
 
 def watch(on_batch_end: Watcher) -> pl.Callback:

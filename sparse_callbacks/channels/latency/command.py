@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = _parser()
     given = parser.parse_args(arguments)
+    # first of all, since the settings below state the number of threads
     if given.threads is not None:
         torch.set_num_threads(given.threads)
     # before the model is made, which may take minutes
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _print(line: str) -> None:
+    # at once, as a measurement runs for minutes and its output may go to a file
     print(line, flush=True)
 
 
@@ -68,8 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sparse_callbacks.latency",
         description="Measure a model and its layers on this machine. The model must take one tensor of floating-point "
-        "numbers, such as images: random ones are given to it. Models of tokens, or of several inputs, cannot be "
-        "measured here.",
+        "numbers, such as images: random ones are given to it. "
+        "Models of tokens, or of several inputs, cannot be measured here.",
     )
     add = parser.add_argument
     add("model", help="module:callable that gives the model, e.g. torchvision.models:resnet18")
@@ -90,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _count(text: str) -> int:
+    # int() has an error of its own for letters, and takes "1_0"
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on; give one, such as 8")
     return int(text)
@@ -109,9 +112,10 @@ def _named(text: str) -> dict[str, Any]:
 def _why_not_written(out: Path) -> str:
     """Why nothing can be saved as ``out``, whose folder is made if it is missing; empty where it can."""
     try:
+        # now: a folder that cannot be made should not show after minutes of measuring
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        return f"--out {out}: its folder cannot be made ({error}). Give a file in a folder that there is."
+        return f"--out {out}: its folder cannot be made ({error}). Give a file in a folder that exists."
     if out.is_dir() or not os.access(out.parent, os.W_OK):
         return f"--out {out} is a folder, or in one that cannot be written to. Give a file, such as latency.json."
     return ""
@@ -121,6 +125,7 @@ def _why_not_measured_on(device: str) -> str:
     """Why torch cannot measure on ``device``; empty where it can."""
     try:
         torch.zeros(1, device=device)
+    # AssertionError: a torch that was built without CUDA
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         return f"--device {device} cannot be used ({reason}). Give cpu, or a device that torch has here."
@@ -144,6 +149,7 @@ def reusable(path: Path, current: Mapping[str, Any]) -> dict[str, Grid]:
         old = Table.load(path)
     except ValueError as error:
         raise ValueError(f"--out holds something else: {error} {advice}") from error
+    # times under other settings must not end up in one table
     differing = [key for key, value in current.items() if old.about.get(key) != value]
     if differing:
         listed = ", ".join(f"{key} {old.about.get(key)} (now {current[key]})" for key in differing)
@@ -192,10 +198,11 @@ def refuse_size(model: nn.Module, size: Sequence[int]) -> None:
         ValueError: a forward pass on one sample fails.
     """
     try:
+        # one sample, in the precision that is measured, is enough to see whether the size fits
         layers(model.float(), torch.zeros(1, *size))
     except Exception as error:  # whatever the model's forward does with inputs that it does not expect
         raise ValueError(
-            f"the model fails with a float tensor of size {[1, *size]} ({type(error).__name__}: {error}). Give "
-            "--input, the size of one sample without the batch; models that take anything but one float tensor cannot "
-            "be measured."
+            f"the model fails with a float tensor of size {[1, *size]} ({type(error).__name__}: {error}). "
+            "Give --input, the size of one sample without the batch; "
+            "models that take anything but one float tensor cannot be measured."
         ) from error

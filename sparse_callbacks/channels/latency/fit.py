@@ -74,6 +74,7 @@ def fitted(times: Sequence[float], sums: Sequence[float], reason: str = "") -> F
         reason: why there is only one time and one sum; empty where there are several.
     """
     if not reason:
+        # positive where the model and the sum of its layers change in the same direction
         if (times[0] - times[-1]) * (sums[0] - sums[-1]) > 0:
             constant, factor = _line(times, sums)
             return Fit(constant, factor, tuple(times), tuple(sums))
@@ -91,6 +92,7 @@ def _line(times: Sequence[float], sums: Sequence[float]) -> tuple[float, float]:
     This is least squares with the rows (1 / time, sum / time), solved in exact fractions. A LAPACK routine rounds as
     the processor and the alignment of memory have it, and rounds a constant of 0 to below 0.
     """
+    # divided by the times, so that the small models weigh as much as the large one
     ones = [1 / Fraction(t) for t in times]
     shares = [s * Fraction(total) for s, total in zip(ones, sums, strict=True)]
     a, b, c = _dot(ones, ones), _dot(ones, shares), _dot(shares, shares)
@@ -137,6 +139,7 @@ def shrunk(model: nn.Module, groups: Sequence[Group], share: float) -> nn.Module
     """A copy of ``model`` with the first units of each group, as many as :func:`units_of_share` says."""
     small, cuts = copy.deepcopy(model), Cuts()
     for group in groups:
+        # which units stay does not matter to the time, only how many
         cuts = cuts.with_group(group, torch.arange(group.size) < units_of_share(group.size, share))
     Surgery(small).cut(cuts, [m for g in groups for m in g.members])
     return small

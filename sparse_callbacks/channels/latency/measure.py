@@ -15,6 +15,7 @@ from sparse_callbacks.channels.latency.probes import kinds_of, probe, random_inp
 from sparse_callbacks.channels.latency.table import Grid, Table, environment
 
 
+# random inputs and fresh layers leave the user's generator as it is; they are made on the CPU, so no GPU's is moved
 @torch.random.fork_rng(devices=[])
 def measure(
     model: nn.Module,
@@ -76,6 +77,7 @@ def measure(
     # layers alone leave out everything else, and may be faster than in the model, which a fitted line corrects
     others, reason = smaller(model, example[:1])
     sums = [layer_sum(Table(about, grids), found, m, example[:1]) for m in (model, *others)]
+    # in one call, where the models take turns: a slow moment of the machine meets all of them
     fit = fitted(timed([(m, example) for m in (model, *others)]), sums, reason)
     report(str(fit))
     return Table(about | fit.about | {"finished": True}, grids, fit.constant, fit.factor)
@@ -90,6 +92,7 @@ def _pairs(layer: Layer, inputs: Sequence[int], outputs: Sequence[int]) -> list[
 
 def _ready(module: nn.Module, x: Tensor, place: torch.device, channels_last: bool) -> Callable[[], Any]:
     """A call of ``module`` on ``x``, both on the device and in the memory format that is measured."""
+    # moved before the clock starts
     module, x = module.eval().to(place), x.to(place)
     if channels_last and x.ndim == 4:
         module, x = module.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)

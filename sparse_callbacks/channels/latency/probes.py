@@ -24,6 +24,7 @@ def kinds_of(found: Iterable[Layer], points: int) -> dict[str, tuple[Layer, tupl
         for each kind one of its layers, the size of the map that it is used with, and the numbers of inputs and of
         outputs to measure.
     """
+    # layers of one kind share a grid, whose sizes cover all of them
     uses: dict[str, list[tuple[Layer, tuple[int, ...]]]] = {}
     for layer in found:
         for map_size in layer.maps:
@@ -38,6 +39,7 @@ def _sizes(same_kind: Sequence[Layer], points: int) -> tuple[list[int], list[int
     multiple = 1 if first.depthwise else first.groups
     ins = sorted({n for layer in same_kind for n in axis(layer.inputs, points, multiple)})
     if first.depthwise:
+        # each input makes the same number of outputs, so these are not free
         return ins, [n * (first.outputs // first.inputs) for n in ins]
     return ins, sorted({n for layer in same_kind for n in axis(layer.outputs, points, multiple)})
 
@@ -51,6 +53,7 @@ def axis(size: int, points: int, multiple: int) -> list[int]:
     [1, 16, 32, 48, 64]
     """
     shares = (max(1, round(size * p / points / multiple)) * multiple for p in range(1, points + 1))
+    # with the fewest: a table refuses numbers outside of what was measured
     return sorted({multiple, *shares})
 
 

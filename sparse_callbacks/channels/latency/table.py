@@ -15,6 +15,7 @@ import torch
 
 from sparse_callbacks.channels.costs import Layer, size_text
 
+# raised when the keys of the file change; files of other versions are refused
 TABLE_VERSION = 2
 DOUBTFUL = 0.1
 """Relative error of the fit above which the user is warned."""
@@ -56,6 +57,7 @@ def _chip(device: str) -> str:
         except (RuntimeError, AssertionError):  # torch raises either where there is no such device
             return "that is not there"
     try:
+        # platform.processor() is often empty on Linux
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
@@ -80,6 +82,7 @@ class Grid:
     @property
     def depthwise(self) -> bool:
         """Whether inputs and outputs go together."""
+        # a grid that has just begun has no rows
         return len(self.ms) > 0 and len(self.ms[0]) < len(self.outputs)
 
     def look_up(self, inputs: int, outputs: int) -> tuple[float, str]:
@@ -98,6 +101,7 @@ class Grid:
         if not self.depthwise:
             o = _rounded_up(self.outputs, outputs)
             columns = _neighbours(self.outputs, o, "outputs")
+        # bilinear between up to four neighbours; a measured number has itself as its only neighbour
         ms = math.fsum(a * b * self.ms[row][column] for row, a in rows for column, b in columns)
         if len(rows) > 1 or len(columns) > 1:
             return ms, INTERPOLATED
@@ -110,6 +114,7 @@ class Grid:
 
 def _rounded_up(measured: Sequence[int], number: int) -> int:
     """``number``, or the multiple of 8 above it if that is the next measured one."""
+    # -(-a // b) is a / b rounded up
     above, rounded = bisect.bisect_left(measured, number), -(-number // ROUND_UP) * ROUND_UP
     return rounded if above < len(measured) and measured[above] == rounded else number
 
@@ -162,8 +167,8 @@ class Table:
             reason = f"no {error.args[0]!r} was measured" if isinstance(error, KeyError) else str(error)
             raise ValueError(
                 f"the latency table of {self.about.get('model')} (input {self.about.get('input')}) does not cover "
-                f"{layer.name} with {inputs} inputs and {outputs} outputs: {reason}. Measure this model at the size of "
-                f"the example input: {COMMAND}."
+                f"{layer.name} with {inputs} inputs and {outputs} outputs: {reason}. "
+                f"Measure this model at the size of the example input: {COMMAND}."
             ) from None
         return self.factor * alone
 
@@ -180,6 +185,7 @@ class Table:
         A size that is looked up again does not count again.
         """
         found = Counter(way for _, way in self._seen.values())
+        # in a fixed order, and with the ways that nothing was found by
         return {way: found[way] for way in WAYS}
 
     def lookup_report(self) -> str:
@@ -199,16 +205,18 @@ class Table:
             ValueError: the table was measured with inputs of another size, or measuring it was interrupted.
         """
         about, name = self.about, f"the latency table of {self.about.get('model')}"
+        # a key that a table lacks raises no doubt
         if list(about.get("input", size)) != list(size):
             raise ValueError(
-                f"{name} is of inputs of size {about['input']}, and here they are {list(size)}. Measure anew: "
-                f"{COMMAND}."
+                f"{name} is of inputs of size {about['input']}, and here they are {list(size)}. "
+                f"Measure anew: {COMMAND}."
             )
         if not about.get("finished", True):
             raise ValueError(
                 f"measuring {name} was interrupted. Run the same command again; it goes on where it stopped: {COMMAND}."
             )
         doubts = []
+        # the largest relative error of the fit, see Fit.about
         error = float(about.get("off", 0.0))
         if error > DOUBTFUL:
             most = f"{name} is off by up to {100 * error:.0f} % at the models that it was fitted to"
@@ -248,6 +256,6 @@ class Table:
             return cls(content["about"], grids, float(content["constant"]), float(content["factor"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{path} is not a latency table of version {TABLE_VERSION} ({type(error).__name__}: {error}). Measure "
-                f"one: python -m sparse_callbacks.latency MODEL --batch N --input C H W --out {path}."
+                f"{path} is not a latency table of version {TABLE_VERSION} ({type(error).__name__}: {error}). "
+                f"Measure one: python -m sparse_callbacks.latency MODEL --batch N --input C H W --out {path}."
             ) from error

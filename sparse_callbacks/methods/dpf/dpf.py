@@ -125,9 +125,9 @@ class DPF(SparsityCallback):
         arrived = all(self.progress.done.get(i, 0) >= self.calendar.stop for i in owners)
         return arrived or self._curve.initial == self._curve.final
 
-    def sparsity_at(self, step: int) -> float:
-        """s_t after ``step`` gradient steps, over all selected weights."""
-        return self._curve(step, self.times.start, self.times.stop)
+    def sparsity_at(self, number: int) -> float:
+        """s_t after ``number`` gradient steps, over all selected weights."""
+        return self._curve(number, self.times.start, self.times.stop)
 
     # ------------------------------------------------------------------ plan and calendar
 

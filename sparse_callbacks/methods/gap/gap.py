@@ -174,9 +174,9 @@ class GaP(RestartsOptimizers, SparsityCallback):
 
     # ------------------------------------------------------------------ phases
 
-    def phase_at(self, step: int) -> int:
-        """Phase after so many steps, from 0; ``phases`` while fine-tuning."""
-        return min(step // self.times.every, self.phases)
+    def phase_at(self, number: int) -> int:
+        """Phase after ``number`` steps, from 0; ``phases`` while fine-tuning."""
+        return min(number // self.times.every, self.phases)
 
     @property
     def dense_partition(self) -> int | None:

@@ -145,7 +145,7 @@ class ParallelGaP(GaP, TurnTaking):
         """Phase now, from 0; ``phases`` while fine-tuning."""
         return min(int(self.aux.get("workers/epochs", torch.tensor(0))) // self._epochs, self.phases)
 
-    def phase_at(self, step: int) -> int:
+    def phase_at(self, number: int) -> int:
         return self.phase
 
     @property

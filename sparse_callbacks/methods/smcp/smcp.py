@@ -225,10 +225,10 @@ class SMCP(SparsityCallback):
             self.aux[f"scores.{window}"] = self.aux[f"scores.{window}"] + torch.where(finite, scores, 0)
             self.aux[f"steps.{window}"] = self.aux[f"steps.{window}"] + finite
 
-    def share_at(self, step: int) -> float:
-        """The share of the dense cost that the network may have at a solve after ``step`` gradient steps."""
+    def share_at(self, number: int) -> float:
+        """The share of the dense cost that the network may have at a solve after ``number`` gradient steps."""
         times = self.times
-        progress = (step - times.start + times.every) / (times.stop - times.start + times.every)
+        progress = (number - times.start + times.every) / (times.stop - times.start + times.every)
         return 1.0 - allocation.cost_reduction(self.curve, 1.0 - self.budget, progress)
 
     def _share(self) -> float:

@@ -113,7 +113,7 @@ def digits(batch_size: int = 32, seed: int = 0, val_fraction: float = 0.15, test
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    source = load_digits()
+    source = load_digits()  # a pixel is a count from 0 to 16
     everything = Samples(torch.tensor(source.images / 16.0, dtype=torch.float32)[:, None], torch.tensor(source.target))
     classes = source.target
     remaining, test = train_test_split(
