@@ -205,9 +205,11 @@ class Method(Hooks):
         self.every, self.start, self.stop = every, start, stop
 
     def _random_mask(self, layer: str, weight: Tensor) -> Tensor:
-        active = weight.numel() - self.planned_zeros(layer, weight.numel())
-        whole = random_mask(weight.shape, active, self.generator(layer, 0))
-        return layout_of(weight).part(whole).to(weight.device)
+        layout = layout_of(weight)
+        shape = layout.whole_shape(weight)
+        active = shape.numel() - self.planned_zeros(layer, shape.numel())
+        whole = random_mask(shape, active, self.generator(layer, 0))
+        return layout.part(whole).to(weight.device)
 
     # ------------------------------------------------------------------ what a user reads
 

@@ -25,8 +25,9 @@ def uniform_like(parameter: Tensor, source: torch.Generator) -> Tensor:
     In float64, because float32 draws tie in large layers, and ties would favour low indices.
     """
     # drawn on the CPU for the whole parameter and cut afterwards, so that device and shards do not change the numbers
-    whole = torch.rand(parameter.shape, dtype=torch.float64, generator=source)
-    return layout_of(parameter).part(whole).to(parameter.device)
+    layout = layout_of(parameter)
+    whole = torch.rand(layout.whole_shape(parameter), dtype=torch.float64, generator=source)
+    return layout.part(whole).to(parameter.device)
 
 
 def seed_everything(seed: int) -> None:

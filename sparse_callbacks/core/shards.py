@@ -2,22 +2,27 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one parameter lies over the processes of a run.
+    """How one parameter lies over the processes of a run. The tensors of a process are its own part of the parameter.
 
-    Without sharding every process holds the whole parameter, and both methods give back what they are given. Three
-    places ask: the selection of the largest magnitudes and the counts of
-    :class:`~sparse_callbacks.core.weights.SparseWeights` add up over processes, and random draws are made for the whole
-    and cut to this process's part, so that every process draws the same. Elementwise work needs no layout.
+    Without sharding that part is the whole, and everything here gives back what it is given. Three places ask: the
+    selection of the largest magnitudes and the counts of :class:`~sparse_callbacks.core.weights.SparseWeights` add up
+    over processes, and random draws are made for the whole and cut to this process's part, so that every process draws
+    the same. Elementwise work needs no layout.
     """
 
     def total(self, count: int) -> int:
         """The sum over processes of a count of this process's positions."""
         return count
+
+    def whole_shape(self, part: Tensor) -> torch.Size:
+        """The shape of the whole parameter of which this process holds ``part``."""
+        return part.shape
 
     def part(self, whole: Tensor) -> Tensor:
         """This process's part of a tensor that has the shape of the whole parameter."""

@@ -20,4 +20,5 @@ def joint_sparsity(weights: Sequence[SparseWeights], model_size: int) -> dict[st
 def layer_sparsity(weights: SparseWeights) -> dict[str, float]:
     """``sparsity/<parameter>`` for each sparse parameter."""
     counts = weights.active_counts
-    return {f"sparsity/{n}": (m.numel() - counts[n]) / m.numel() for n, m in weights.masks.items()}
+    sizes = {name: weights.size(name) for name in weights.masks}
+    return {f"sparsity/{name}": (size - counts[name]) / size for name, size in sizes.items()}

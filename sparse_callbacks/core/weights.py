@@ -84,12 +84,12 @@ class SparseWeights:
         return self._counts
 
     def count(self, name: str, where: Tensor) -> int:
-        """Positions of a parameter at which ``where`` (bool, its shape) is True, over all processes that hold a part of it."""
+        """Positions at which ``where`` (bool, a parameter's shape) is True, over all processes that hold a part."""
         return layout_of(self.params[name]).total(int(where.count_nonzero()))
 
     def size(self, name: str) -> int:
         """Weights of a parameter, active or not."""
-        return layout_of(self.params[name]).total(self.masks[name].numel())
+        return layout_of(self.params[name]).whole_shape(self.masks[name]).numel()
 
     @property
     def size_of_all(self) -> int:

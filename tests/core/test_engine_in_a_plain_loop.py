@@ -138,7 +138,7 @@ def test_a_copied_engine_keeps_its_count_of_skipped_steps(copied: Callable[[Engi
     for tick in (1, 2):
         loop.backward(torch.full((5, 6), torch.inf))
         loop.engine.before(loop.optimizer, tick)
-        loop.engine.conclude_skipped()
+        loop.engine.batch_over()
     assert copied(loop.engine).skipped == loop.engine.skipped == 2
 
 
