@@ -232,6 +232,11 @@ class GaP(RestartsOptimizers, SparsityCallback):
         return Calendar(every, 0, every * self.phases)
 
     @property
+    def restarts(self) -> bool:
+        """Whether optimizers start anew with each phase, as ``restart=`` says."""
+        return self.restart
+
+    @property
     def horizon(self) -> float | None:
         """Optimizer steps that the current optimizers live, from their phase's begin to its end; None with
         ``restart=False``."""

@@ -1,0 +1,583 @@
+"""Sparse training in a loop that somebody wrote by hand, or in Fabric's: one call before it."""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from numbers import Integral
+from types import TracebackType
+from typing import Any, Self
+from weakref import WeakKeyDictionary, WeakSet, ref
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from sparse_callbacks.core import optimizers as torch_optimizers
+from sparse_callbacks.core.calendar import RunLength
+from sparse_callbacks.core.checkpoint import VERSION, SavedRun, check_state, refuse_other_model
+from sparse_callbacks.core.distributions import clipped
+from sparse_callbacks.core.engine import Engine
+from sparse_callbacks.core.hooks import BatchEnd, Hooks
+from sparse_callbacks.core.host import Forward
+from sparse_callbacks.core.loop_host import LoopHost
+from sparse_callbacks.core.method import Method
+from sparse_callbacks.core.optimizer_life import RestartsOptimizers
+from sparse_callbacks.core.plan import Plan
+from sparse_callbacks.core.selection import Entry, layer_shapes, select
+from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.wrappers import plain_model, plain_optimizer
+
+Clip = Callable[[list[nn.Parameter]], object]
+"""A function that clips the gradients of the parameters that it is given, in place."""
+
+# Every run that goes on, by model: two methods may not claim the same parameter.
+_runs_of: WeakKeyDictionary[nn.Module, WeakSet["SparseRun"]] = WeakKeyDictionary()
+
+
+def sparsify(
+    method: Method,
+    model: nn.Module,
+    optimizer: Any | Sequence[Any],
+    steps: float,
+    *,
+    epoch: int | None = None,
+    data: Any | None = None,
+    forward: Forward | None = None,
+    clip: Clip | None = None,
+    state: Mapping[str, Any] | None = None,
+    on_restart: Callable[[], object] | None = None,
+) -> "SparseRun":
+    """Train ``model`` sparse in a loop of your own: one call before the loop, and the optimizer's own hooks do the rest.
+
+    The loop stays as it is: backward, ``optimizer.step()``, ``optimizer.zero_grad()``, with accumulation, a
+    ``GradScaler``, several optimizers or ``torch.compile``. Masks are written before this function returns, so a copy of
+    the model that is made afterwards (a target network, an average) is sparse too. Two methods on different layers
+    are two calls.
+
+    Args:
+        method: a method such as ``RigL(0.9)``; it belongs to this run alone.
+        model: the module to train, before or after ``fabric.setup``, DistributedDataParallel or ``torch.compile``.
+        optimizer: the optimizer, or a list of all optimizers of the loop.
+        steps: optimizer steps of the whole run, those before a resume included; ``math.inf`` where nobody knows.
+        epoch: optimizer steps of an epoch; default: ``len(data)``. Methods with times in epochs need it.
+        data: the loader of the training data, for the methods that look at activations or at one batch: CTRE, SMCP,
+            and ConstrainedL0 with gated channels.
+        forward: a function of the model and a batch of ``data`` that gives the network's output; default: by the
+            batch's type, ``model(batch)``, ``model(batch[0])`` or ``model(**batch)``.
+        clip: clips the gradients of a list of parameters in place, inside the step, when they are unscaled and
+            masked: ``lambda parameters: clip_grad_norm_(parameters, 1.0)``.
+        state: what :meth:`SparseRun.state_dict` gave, to go on from it; load the model and the optimizer first.
+        on_restart: called where GaP starts its optimizers anew; the loop makes its learning rate schedule again in it.
+
+    Returns:
+        The run: its masks, its figures, its state. It may be ignored.
+
+    Raises:
+        ValueError: a method, model, optimizer or state that cannot work together; nothing was changed then.
+
+    Example:
+        >>> import torch
+        >>> from sparse_callbacks import RigL, sparsify
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> run = sparsify(RigL(0.75, every=2, print_plan=False), model, optimizer, steps=10)
+        >>> for _ in range(10):
+        ...     loss = model(torch.randn(4, 8)).square().mean()
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> run.step, run.updates
+        (6, 4)
+    """
+    return SparseRun(method, model, optimizer, steps, epoch, data, forward, clip, state, on_restart)
+
+
+class SparseRun:
+    """A run of one method in a hand-written loop; :func:`sparsify` begins it.
+
+    Use it as a context manager, or call :meth:`close` after the loop.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        model: nn.Module,
+        optimizer: Any | Sequence[Any],
+        steps: float,
+        epoch: int | None,
+        data: Any | None,
+        forward: Forward | None,
+        clip: Clip | None,
+        state: Mapping[str, Any] | None,
+        on_restart: Callable[[], object] | None,
+    ) -> None:
+        _refuse_arguments(method, model, steps, epoch, clip, on_restart)
+        self.method = method
+        self._model = plain_model(model)
+        listed = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
+        self._optimizers = [plain_optimizer(o) for o in listed]
+        torch_optimizers.refuse(self._optimizers, scaler=False)
+        self._length = RunLength(lambda: float(steps), lambda: _epoch_length(epoch, data))
+        self._clip, self._on_restart = clip, on_restart
+        self._engine = Engine(method)
+        self._host = LoopHost(self._model, self._engine, type(method).__name__, data, forward)
+        # a method that is told when a micro-batch begins, because it samples gates, say, needs `with run.batch():`
+        self._needs_batches = type(method).batch_start is not Hooks.batch_start
+        self._first_groups = [_values_of(o) for o in self._optimizers]
+        self._epoch = 0
+        self._begin(state)
+
+    # ------------------------------------------------------------------ the run begins
+
+    def _begin(self, state: Mapping[str, Any] | None) -> None:
+        """Take hold of the model and write the masks; nothing is changed where something is refused."""
+        method, engine = self.method, self._engine
+        trained = torch_optimizers.parameter_ids(*self._optimizers)
+        entries = select(self._model, method.include, method.exclude, method.keep_dense, trained)
+        self._refuse_shared(e.name for e in entries if not e.reason)
+        method.saved = None
+        if state is not None and not method.fresh_start:
+            name = type(method).__name__
+            method.saved = SavedRun.of(check_state(state, method.arguments, name, "given as state="))
+            self._epoch = int(state.get("epoch", 0))
+        elif method.attachment.model is not self._model or method.fresh_start:
+            engine.forget()
+        self._steps = [_StepInLoop() for _ in self._optimizers]
+        self._handles: list[RemovableHandle] = []
+        self._before_masks: dict[str, tuple[Tensor, int]] = {}
+        self._batches, self._in_batch, self._had_batch, self._bare_backward = 0, False, False, False
+        # masked before the step only where somebody reads gradients in it; otherwise masking the weights is enough
+        reads = [self._clip is not None or not torch_optimizers.is_elementwise(o) for o in self._optimizers]
+        try:
+            engine.bind(self._model, entries, self._optimizers, reads, self._host)
+            if method.start is not None:
+                method.calendar = method.make_calendar(self._length)
+            method.rehearse()
+        except BaseException:
+            engine.unbind()
+            method.saved = None
+            raise
+        if method.print_plan:
+            self._host.inform(str(method.plan()))
+        self._warn(entries)
+        values = {} if method.saved is not None else {n: p.detach().clone() for n, p in method.params.items()}
+        engine.write()
+        self._before_masks = {n: (t, method.params[n]._version) for n, t in values.items()}
+        method.in_training = True
+        engine.events |= method.begin_training(self._epoch)
+        method.saved = None  # from here on the run speaks for itself
+        self._hook()
+        _runs_of.setdefault(self._model, WeakSet()).add(self)
+        method.epoch_start(self._epoch)
+        method.window_start(self._batches)
+
+    def _refuse_shared(self, names: Iterable[str]) -> None:
+        mine = set(names)
+        for run in _runs_of.get(self._model, ()):
+            if run is not self and (both := sorted(mine & run.method.params.keys())):
+                raise ValueError(
+                    f"{type(run.method).__name__} and {type(self.method).__name__} both claim {', '.join(both)}. Give "
+                    "each its own layers with include= or exclude=, or close() the run that is over."
+                )
+
+    def _warn(self, entries: Sequence[Entry]) -> None:
+        method, name = self.method, type(self.method).__name__
+        if full := clipped(method.distribution, layer_shapes(entries)):
+            self._host.inform(
+                f"{method.distribution} would make {', '.join(full)} denser than dense: all their weights are active."
+            )
+        if method.saved is not None and method.calendar is not None:
+            before, now = list(method.saved.times), method.calendar.times()
+            if before and before != now:
+                self._host.warn(
+                    f"{name} goes on with other times than it was saved with, because the run's length differs: "
+                    f"(every, start, stop) were {before} steps and are {now}."
+                )
+        begins = method.saved is None and method.calendar is not None
+        if begins and (reason := method.progress.why_idle(method.times, self._length.total(), name)):
+            self._host.warn(reason)
+
+    def _hook(self) -> None:
+        for index, optimizer in enumerate(self._optimizers):
+            self._handles += [
+                optimizer.register_step_pre_hook(self._before_step),
+                optimizer.register_step_post_hook(self._after_step),  # behind the engine's own, which bind registered
+            ]
+            if names := self.method.owners.owns[index]:
+                # one parameter shows that a backward pass has run: see _after_backward
+                first: Any = self.method.params[names[0]]  # the hook has no types in torch
+                self._handles.append(
+                    first.register_post_accumulate_grad_hook(lambda p, index=index: self._after_backward(index, p))
+                )
+
+    # ------------------------------------------------------------------ one optimizer step
+
+    def before_clipping(self, optimizer: Any) -> None:
+        """Mask the gradients of ``optimizer`` now, for a loop that clips them itself.
+
+        Call it between ``scaler.unscale_(optimizer)`` and clipping. ``clip=`` of :func:`sparsify` needs no such call.
+
+        Raises:
+            ValueError: the optimizer is not one of this run, or its step was announced already.
+        """
+        self._refuse_closed()
+        index = self._index(plain_optimizer(optimizer))
+        if self._steps[index].announced:
+            raise RuntimeError("before_clipping() was called twice for one step. Call it once, right before clipping.")
+        self._announce(index, gradients_read=True)
+        self._steps[index].announced = True
+
+    def _index(self, optimizer: Optimizer) -> int:
+        for index, mine in enumerate(self._optimizers):
+            if mine is optimizer:
+                return index
+        raise ValueError(f"{type(optimizer).__name__} is not an optimizer of this run: sparsify() was not given it.")
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """The optimizer's pre hook. Where a GradScaler skips a step it does not fire, and nothing needs to be undone."""
+        # args begin with the optimizer itself
+        closure = kwargs["closure"] if "closure" in kwargs else args[1] if len(args) > 1 else None
+        if closure is None:
+            self._gradients_ready(self._index(optimizer))
+            return None
+        if getattr(closure, "run", None) is self:
+            return None  # a subclass that calls its parent's step fires the hooks of both
+        rest = {k: v for k, v in kwargs.items() if k != "closure"}
+        return (args[0], _CalledOnce(self, optimizer, closure), *args[2:]), rest
+
+    def _gradients_ready(self, index: int) -> None:
+        """Gradients are complete, unscaled and finite as far as a GradScaler looks: the method edits them, then the
+        loop's ``clip`` does."""
+        optimizer, mine = self._optimizers[index], self._steps[index]
+        if mine.running and not mine.window_open:
+            return  # the inner step of a subclass that calls its parent's: no gradient came since the outer one
+        torch_optimizers.refuse_scaled_step(optimizer)
+        mine.running = True
+        if not mine.announced:
+            step = self._announce(index, gradients_read=False)
+            if self._clip is not None and not step.replaced:
+                self._clip([p for group in optimizer.param_groups for p in group["params"]])
+        mine.announced = mine.window_open = False
+        self._engine.enter_step(optimizer)
+
+    def _announce(self, index: int, gradients_read: bool) -> Step:
+        self._refuse_step_without_batch()
+        self._follow_the_model()
+        if self._engine.restart_wanted:
+            self._restart()
+        optimizer = self._optimizers[index]
+        step = self._engine.announce(optimizer, _next_tick(optimizer, self), gradients_read)
+        if step.replaced:
+            self._engine.withhold(optimizer)
+        return step
+
+    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
+        """The optimizer's post hook, called behind the engine's."""
+        mine = self._steps[self._index(optimizer)]
+        if not mine.running:
+            return  # the outer hook of a subclass that calls its parent's step
+        mine.running, mine.stepped, mine.window_open = False, True, False
+        self._before_masks = {}  # a step was taken: no other state can be loaded now
+        if all(s.stepped for s in self._steps):
+            self._next_batch()
+
+    def _next_batch(self) -> None:
+        """Every optimizer has stepped: what comes next belongs to another batch."""
+        for step in self._steps:
+            step.stepped = False
+        self._had_batch = self._bare_backward = False
+        engine = self._engine
+        engine.batch_over()
+        engine.events |= self.method.batch_end(BatchEnd(False, False, False, engine.skipped))
+        self._batches += 1
+        self.method.window_start(self._batches)
+
+    def _after_backward(self, index: int, parameter: Tensor) -> None:
+        """A backward pass has reached a parameter of the optimizer.
+
+        A gradient that is another tensor than the last one, with no step in between, tells of a step that a GradScaler
+        skipped: its hooks did not fire. GaP lays its last phase by how many there were.
+        """
+        mine, gradient = self._steps[index], parameter.grad
+        self._bare_backward |= not self._in_batch
+        if mine.announced:  # by before_clipping(), and then skipped
+            mine.announced = False
+            self._engine.batch_over()
+        elif mine.window_open and mine.gradient() is not gradient:
+            self._engine.skipped += 1
+        mine.window_open, mine.running = True, False
+        mine.gradient = ref(gradient) if gradient is not None else _nothing
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Around forward and backward of each micro-batch; only ConstrainedL0 needs it.
+
+        Inside, weights hold the sample of their gates, one sample through an accumulation window; outside they hold the
+        medians, so validation, saving and copies go on outside. ``optimizer.step()`` may be in either place.
+        """
+        self._refuse_closed()
+        if self._in_batch:
+            raise RuntimeError("run.batch() was entered inside of another run.batch(). Leave the first one before.")
+        self._follow_the_model()
+        method, engine = self.method, self._engine
+        self._in_batch = self._had_batch = True
+        method.batch_start(self._batches)
+        try:
+            yield
+        finally:
+            self._in_batch = False
+            window_open = any(s.window_open for s in self._steps)
+            engine.events |= method.batch_end(BatchEnd(False, False, window_open, engine.skipped))
+
+    def _refuse_step_without_batch(self) -> None:
+        if self._needs_batches and (not self._had_batch or self._bare_backward):
+            self._bare_backward = False
+            name = type(self.method).__name__
+            raise RuntimeError(
+                f"{name} samples its gates for each micro-batch, and this step's gradients are not of a sample. Put "
+                "'with run.batch():' around forward and backward of each micro-batch (run = sparsify(...))."
+            )
+
+    def _restart(self) -> None:
+        """New optimizers, in place: no state, and the groups' values of the call to :func:`sparsify`."""
+        method = self.method
+        if isinstance(method, RestartsOptimizers):
+            method.begin_optimizer_life()
+        for optimizer, groups in zip(self._optimizers, self._first_groups, strict=True):
+            optimizer.state.clear()
+            for group, values in zip(optimizer.param_groups, groups, strict=True):
+                for key in [k for k in group if k != "params" and k not in values]:
+                    del group[key]  # of the loop's old schedule, such as "initial_lr", which the new one sets again
+                group.update(copy.deepcopy(values))
+        self._engine.restart_wanted = False
+        if self._on_restart is not None:
+            self._on_restart()
+
+    def _follow_the_model(self) -> None:
+        """Go on where the parameters are, if the model was moved to another device since."""
+        params, masks = self.method.params, self.method.weights.masks
+        if all(params[name].device == mask.device for name, mask in masks.items()):
+            return
+        state, kept = self.state_dict(), self._before_masks
+        self._release()
+        self._begin(state)
+        self._before_masks = kept
+
+    # ------------------------------------------------------------------ epochs and the end
+
+    def epoch_end(self, metrics: Mapping[str, Any] | None = None) -> None:
+        """An epoch and its validation are over.
+
+        Args:
+            metrics: what the validation measured, by name; CTRE looks for its ``monitor`` there.
+        """
+        self._refuse_closed()
+        found = {name: float(value) for name, value in (metrics or {}).items()}
+        self.method.validation_end(found, self._epoch)
+        self.method.epoch_end(found, self._epoch)
+        self._epoch += 1
+        self.method.epoch_start(self._epoch)
+
+    def close(self) -> None:
+        """The run is over: masks stay in the weights, and all hooks go.
+
+        A last pruning that skipped steps have delayed beyond the run happens now. A target that was not reached is
+        reported with a warning.
+        """
+        if self.is_closed:
+            return
+        engine, method = self._engine, self.method
+        engine.batch_over()
+        engine.events |= method.batch_end(BatchEnd(True, True, False, engine.skipped))
+        engine.write()
+        if not method.at_target:
+            self._host.warn(method.shortfall())
+        self._release()
+
+    @property
+    def is_closed(self) -> bool:
+        """The run is over: steps of its optimizers are no longer masked."""
+        return not self._engine.is_bound
+
+    def _refuse_closed(self) -> None:
+        if self.is_closed:
+            raise RuntimeError("this run is closed. Begin another one with sparsify().")
+
+    def _release(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._engine.unbind()
+        _runs_of.get(self._model, WeakSet()).discard(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        elif not self.is_closed:  # it may have come between the optimizer's step and ours
+            self._engine.write()
+            self._engine.batch_over()
+            self._release()
+
+    # ------------------------------------------------------------------ what it has come to
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Bool mask by parameter name, True where a connection is active; shape of the parameter."""
+        return self.method.masks
+
+    @property
+    def step(self) -> int:
+        """Gradient steps taken, the most of any optimizer. A step that an update replaced does not count."""
+        return self.method.step
+
+    @property
+    def updates(self) -> int:
+        """Topology updates done."""
+        return self.method.updates
+
+    def plan(self) -> Plan:
+        """The table of every parameter, its shape, its target and, where it stays dense, why."""
+        return self.method.plan()
+
+    def measured_sparsity(self) -> dict[str, float]:
+        """``sparsity/total``, ``sparsity/model`` and ``sparsity/<parameter>``: fractions of zeros by the masks."""
+        return self.method.measured_sparsity()
+
+    def figures(self) -> dict[str, float]:
+        """A row for a logger: :meth:`measured_sparsity`, the method's own figures and those of its latest update."""
+        return self.measured_sparsity() | self.method.figures() | self._engine.events
+
+    # ------------------------------------------------------------------ its state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resume needs beside the model's and the optimizer's own states: tensors, numbers and strings,
+        which ``torch.load(weights_only=True)`` reads."""
+        method = self.method
+        times = [] if method.calendar is None else method.calendar.times()
+        return {
+            "version": VERSION,
+            "arguments": method.arguments,
+            "times": times,
+            **self._engine.state(),
+            "epoch": self._epoch,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave, before the first step; the model may be loaded before or after.
+
+        Raises:
+            RuntimeError: a step was taken already.
+            ValueError: the state is not of this method, these arguments and this model.
+        """
+        self._refuse_closed()
+        if self.method.progress.most() or not self._before_masks:
+            raise RuntimeError(
+                "load_state_dict() comes too late: steps were taken already. Call it before the first step, or give "
+                "sparsify(..., state=)."
+            )
+        name = type(self.method).__name__
+        check_state(state, self.method.arguments, name, "given to load_state_dict()")
+        refuse_other_model(SavedRun.of(state).masks, self.method.params)
+        kept, params = self._before_masks, self.method.params
+        self._release()
+        with torch.no_grad():
+            for name, (values, version) in kept.items():
+                # what the initial masks of this run have cut comes back, unless the model was loaded since
+                if params[name]._version == version:
+                    params[name].copy_(values)
+        self._begin(state)
+
+
+class _StepInLoop:
+    """Where an optimizer of the loop stands between two of its steps."""
+
+    def __init__(self) -> None:
+        self.window_open = False
+        """A backward pass has run since the last step."""
+        self.gradient: Callable[[], Tensor | None] = _nothing
+        """The gradient that the last backward pass left in the parameter that is watched, held weakly."""
+        self.announced = False
+        """before_clipping() was called for the step that comes."""
+        self.running = False
+        """The optimizer is within its step."""
+        self.stepped = False
+        """It has stepped in this batch."""
+
+
+class _CalledOnce:
+    """A closure whose gradients are masked when it has been called, and that refuses a second call."""
+
+    def __init__(self, run: SparseRun, optimizer: Optimizer, closure: Callable[[], Any]) -> None:
+        self.run, self._optimizer, self._closure, self._called = run, optimizer, closure, False
+
+    def __call__(self) -> Any:
+        if self._called:
+            raise ValueError(torch_optimizers.several_closures(type(self._optimizer).__name__))
+        self._called = True
+        loss = self._closure()
+        self.run._gradients_ready(self.run._index(self._optimizer))
+        return loss
+
+
+# For each optimizer the number of its current step, and who has asked for it. Runs that share an optimizer must agree on
+# the number, because one may have taken the gradients away that the other needs.
+_ticks: WeakKeyDictionary[Optimizer, tuple[int, WeakSet[SparseRun]]] = WeakKeyDictionary()
+
+
+def _next_tick(optimizer: Optimizer, run: SparseRun) -> int:
+    """The number of the step that begins: a run that has seen the current one begins the next."""
+    tick, seen = _ticks.get(optimizer, (0, WeakSet()))
+    if run in seen:
+        tick, seen = tick + 1, WeakSet()
+    seen.add(run)
+    _ticks[optimizer] = tick, seen
+    return tick
+
+
+def _nothing() -> None:
+    return None
+
+
+def _values_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The values of each parameter group, without its parameters."""
+    return [copy.deepcopy({k: v for k, v in g.items() if k != "params"}) for g in optimizer.param_groups]
+
+
+def _epoch_length(epoch: int | None, data: Any | None) -> float:
+    """Optimizer steps of an epoch; infinite where nobody knows."""
+    if epoch is not None:
+        return float(epoch)
+    try:
+        return float(len(data))  # type: ignore[arg-type]
+    except TypeError:
+        return math.inf
+
+
+def _refuse_arguments(method: Any, model: Any, steps: Any, epoch: Any, clip: Any, on_restart: Any) -> None:
+    """Refuse what cannot be a run, before anything is touched."""
+    if not isinstance(method, Method):
+        raise TypeError(f"method={method!r} is not a method. Give an instance, such as RigL(0.9).")
+    if method.attachment.host is not None:
+        raise ValueError(
+            f"this {type(method).__name__} is in another run. Make a new one for every call to sparsify(), or close() the "
+            "run that is over."
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r} is not a torch module.")
+    whole = isinstance(steps, Integral) and not isinstance(steps, bool)
+    if not (whole or steps == math.inf) or steps < 1:
+        raise ValueError(
+            f"steps={steps!r} is not a number of optimizer steps. Give that of the whole run, or math.inf where nobody "
+            "knows it."
+        )
+    if epoch is not None and (not isinstance(epoch, Integral) or isinstance(epoch, bool) or epoch < 1):
+        raise ValueError(f"epoch={epoch!r} is not the number of optimizer steps in an epoch. Give 1 or more, or None.")
+    for name, function in (("clip", clip), ("on_restart", on_restart)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name}={function!r} is not a function.")
