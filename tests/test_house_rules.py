@@ -94,13 +94,7 @@ def test_the_public_names_are_there() -> None:
 
 # ---------------------------------------------------------------------- where things are
 
-ORDER = [
-    "core",
-    "channels",
-    "lightning",
-    "methods",
-    "tasks",
-]  # a method still is a callback, so lightning comes before methods
+ORDER = ["core", "channels", "methods", "lightning", "tasks"]
 ROOT_MODULES = {
     "__init__.py",
     "latency.py",  # the face, and the command

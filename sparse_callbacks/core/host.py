@@ -1,7 +1,7 @@
 """What an engine and its method may ask of whoever runs the training loop."""
 
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -47,6 +47,7 @@ class Host(Protocol):
         """Show the user a sentence, on rank 0."""
 
 
+@runtime_checkable
 class TurnsHost(Host, Protocol):
     """A host of several networks that train in turn, or one on each rank."""
 

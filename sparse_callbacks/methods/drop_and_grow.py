@@ -7,15 +7,14 @@ from torch import Tensor
 
 from sparse_callbacks.core.calendar import Time
 from sparse_callbacks.core.distributions import Distribution
-from sparse_callbacks.core.method import Options
+from sparse_callbacks.core.method import Method, Options
 from sparse_callbacks.core.ops import drop_and_grow, drop_count
 from sparse_callbacks.core.schedules import Schedule, as_schedule
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.topology import Update
-from sparse_callbacks.lightning.callback import SparsityCallback
 
 
-class DropAndGrow(SparsityCallback):
+class DropAndGrow(Method):
     """Sparse from the first step to the last; the number of active weights in a layer never changes.
 
     A subclass says what to grow (:meth:`grow_scores`). The update comes after a gradient step unless the subclass

@@ -16,10 +16,9 @@ from support.rig import assert_effective, fit, trainer_for, watch
 from torch import nn
 from torch.optim import lr_scheduler as lrs
 
-from sparse_callbacks import SET
+from sparse_callbacks import SET, GaP
 from sparse_callbacks.core.calendar import RunLength
 from sparse_callbacks.lightning.optimizer_lives import check_horizons, horizon, restart
-from sparse_callbacks.methods.gap.gap import GaP
 from sparse_callbacks.methods.gap.phases import check_phases, phase_steps
 
 

@@ -16,7 +16,7 @@ from support.nets import OPTIMIZERS, Classifier, FixedGradient, Regression, doub
 from support.rig import assert_effective, copied_masks, differences, fit, fit_steps, watch
 from torch import Tensor, nn
 
-from sparse_callbacks.methods.gap.gap import GaP
+from sparse_callbacks import GaP
 
 # ---------------------------------------------------------------------- pruning
 

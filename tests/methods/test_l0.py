@@ -18,7 +18,8 @@ from support.nets import Classifier, double_mlp
 from support.rig import assert_effective, differences, fit, watch
 from torch import Tensor, nn
 
-from sparse_callbacks.methods.l0 import ConstrainedL0, gates
+from sparse_callbacks import ConstrainedL0
+from sparse_callbacks.methods.l0 import gates
 from sparse_callbacks.methods.l0.arguments import LEAST
 from sparse_callbacks.tasks.models import lenet5_caffe, lenet_300_100
 

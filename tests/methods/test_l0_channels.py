@@ -24,7 +24,8 @@ from support.nets import Classifier, double_mlp
 from support.rig import differences, fit
 from torch import Tensor, nn
 
-from sparse_callbacks.methods.l0.l0 import ConstrainedL0, gates
+from sparse_callbacks import ConstrainedL0
+from sparse_callbacks.methods.l0 import gates
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

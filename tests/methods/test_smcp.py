@@ -24,11 +24,11 @@ from support.rig import assert_effective, differences, fit, watch
 from support.smcp import Joined, conv_net, mask_by_hand, method, mlp, normed
 from torch import Tensor, nn
 
+from sparse_callbacks import SMCP
 from sparse_callbacks.channels import costs, norms
 from sparse_callbacks.channels.groups import Group, Member
 from sparse_callbacks.channels.latency.table import Grid, Table, signature
 from sparse_callbacks.channels.slim import slim
-from sparse_callbacks.methods.smcp import SMCP
 from sparse_callbacks.methods.smcp.scores import group_scores, reader_scores
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -14,9 +14,10 @@ from support.rig import assert_effective, differences, fit, snapshot, watch
 from support.smcp import conv_net, method, mlp
 from torch import nn
 
+from sparse_callbacks import SMCP
 from sparse_callbacks.channels.latency.table import Grid, Table
 from sparse_callbacks.channels.slim import slim
-from sparse_callbacks.methods.smcp import SMCP, allocation
+from sparse_callbacks.methods.smcp import allocation
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -59,7 +59,7 @@ class CTRE(DropAndGrow):
         sparsity: target fraction of zeros, by default 0.9; not together with ``epsilon``.
         epsilon: density epsilon (n_in + n_out) / (n_in n_out) of each layer, as published; same as
             ``distribution="epsilon(1)"``.
-        distribution, include, exclude, seed, **options: see :class:`SparsityCallback`.
+        distribution, include, exclude, seed, **options: see :class:`~sparse_callbacks.core.method.Method`.
         variant: ``"sim"``, ``"seq"`` or ``"pure"`` (similarity only).
         every: optimizer steps (int) or fraction of the run (float) between updates; None: an epoch.
         start, stop: the first update is at ``start`` (or one interval after step 1, if that is later); none comes after
