@@ -149,7 +149,7 @@ class Engine:
         self._unhook()
         method = self.method
         method.attachment.leave()
-        method.owners, method.in_training = Ownership([], {}), False
+        method.owners = Ownership([], {})
 
     def _unhook(self) -> None:
         for handle in self._handles:

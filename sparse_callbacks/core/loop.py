@@ -165,7 +165,7 @@ class SparseRun:
         values = {} if method.saved is not None else {n: p.detach().clone() for n, p in method.params.items()}
         engine.write()
         self._before_masks = {n: (t, method.params[n]._version) for n, t in values.items()}
-        method.in_training = True
+        method.attachment.in_training = True
         engine.events |= method.begin_training(self._epoch)
         method.saved = None  # from here on the run speaks for itself
         self._hook()

@@ -93,7 +93,7 @@ class TurnTaking(SparsityCallback):
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
-        if self.in_training and self.trains_apart:
+        if self.attachment.in_training and self.trains_apart:
             # Lightning writes the checkpoint of rank 0 only, so that one must hold the networks of all ranks
             weights = {k: t.detach() for k, t in self.model.state_dict().items() if isinstance(t, Tensor)}
             optimizers = [o.state_dict() for o in self.owners.optimizers]

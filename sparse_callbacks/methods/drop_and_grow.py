@@ -42,8 +42,8 @@ class DropAndGrow(Method):
         self.set_times(every, start, stop)
         self.drop_fraction = drop_fraction
         # a number falls along RigL's f_decay = alpha / 2 * (1 + cos(pi * t / T)), for all three methods
-        self.fraction_curve = as_schedule(drop_fraction, "cosine", name="drop_fraction")
-        for value in (self.fraction_curve.initial, self.fraction_curve.final):
+        self._curve = as_schedule(drop_fraction, "cosine", name="drop_fraction")
+        for value in (self._curve.initial, self._curve.final):
             if not 0.0 <= value <= 1.0:
                 raise ValueError(
                     f"drop_fraction={drop_fraction!r} leaves [0, 1]: it is the fraction of a layer's active weights "
@@ -52,7 +52,7 @@ class DropAndGrow(Method):
 
     def fraction_at(self, number: int) -> float:
         """The share of active weights that an update replaces after ``number`` gradient steps."""
-        return self.fraction_curve(number, self.times.start, self.times.stop)
+        return self._curve(number, self.times.start, self.times.stop)
 
     @property
     def fraction(self) -> float:

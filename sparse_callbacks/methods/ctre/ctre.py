@@ -133,13 +133,16 @@ class CTRE(DropAndGrow):
             **options,
         )
         # over the base's cosine: CTRE replaces a constant share, as published
-        self.fraction_curve = as_schedule(drop_fraction, "constant", name="drop_fraction")
+        self._fractions = as_schedule(drop_fraction, "constant", name="drop_fraction")
         self.epsilon, self.variant = epsilon, variant
         self.monitor, self.mode, self.patience = monitor, mode, patience
         self.data_fraction, self.forward, self.statistics_dataloader = data_fraction, forward, statistics_dataloader
         self._began: dict[int, int] = {}  # steps of each optimizer when the latest window began
 
     # ------------------------------------------------------------------ when
+
+    def fraction_at(self, number: int) -> float:
+        return self._fractions(number, self.times.start, self.times.stop)  # a number stays as it is here
 
     def make_calendar(self, run: RunLength) -> Calendar:
         assert self.start is not None
@@ -256,12 +259,12 @@ class CTRE(DropAndGrow):
         """Growth is random from here on, because the monitored metric has stopped improving."""
         return self._patience is not None and self._patience.over
 
-    def sanity_end(self, metrics: Mapping[str, float]) -> None:
-        if self._patience is not None:
+    def validation_end(self, metrics: Mapping[str, float], epoch: int | None) -> None:
+        if self._patience is None:
+            return
+        if epoch is None:
             self._patience.sanity(metrics)
-
-    def validation_end(self, metrics: Mapping[str, float], epoch: int) -> None:
-        if self._patience is not None:
+        else:
             self._patience.validated(metrics, epoch)
 
     def epoch_start(self, epoch: int) -> None:

@@ -248,7 +248,7 @@ class GaP(RestartsOptimizers, Method):
             run: the length of the run; not asked where a checkpoint that the run resumes from has the answer.
         """
         self.horizon_asked = True
-        if self.in_training or not self.restart:
+        if self.attachment.in_training or not self.restart:
             return self.horizon
         if self.saved is not None and self.saved.times:
             times = self.saved.times
