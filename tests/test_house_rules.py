@@ -17,6 +17,8 @@ from support.rig import fit_steps
 
 import sparse_callbacks
 from sparse_callbacks import GMP, SET, SNFS, GaP, RigL, Static
+from sparse_callbacks.channels import Group, channel_groups
+from sparse_callbacks.latency import main, measure
 
 PACKAGE = Path(sparse_callbacks.__file__).parent
 ROOT = Path(__file__).parent.parent
@@ -128,6 +130,15 @@ def test_the_root_holds_the_face_the_command_and_old_import_paths() -> None:
     ]:
         statements = ast.parse(path.read_text()).body
         assert all(isinstance(s, ast.Expr | ast.Import | ast.ImportFrom | ast.If) for s in statements), shown(path)
+
+
+def test_names_of_0_1_are_found_under_modules_that_are_still_there() -> None:
+    assert channel_groups is sparse_callbacks.channel_groups
+    assert Group.__module__ == "sparse_callbacks.channels.groups"
+    assert {main.__module__, measure.__module__} == {
+        "sparse_callbacks.channels.latency.command",
+        "sparse_callbacks.channels.latency.measure",
+    }
 
 
 # private attributes of Lightning's Trainer, loops and modules that this package uses

@@ -124,7 +124,11 @@ class Hooks:
         """Fail now where the run would fail later: nothing was written yet."""
 
     def begin_training(self, epoch: int) -> Figures:
-        """Everything is restored and the masks are written; ``epoch`` (from 0) of the fit begins, or goes on."""
+        """Everything is restored and the masks are written; ``epoch`` (from 0) of the fit begins, or goes on.
+
+        Returns:
+            Figures for the next row of the log, such as ``self.own_figures(phase=0)``.
+        """
         return {}
 
     def window_start(self, batch: int) -> None:
@@ -135,7 +139,11 @@ class Hooks:
         """Any batch begins, also inside an accumulation window; after :meth:`window_start` where there is one."""
 
     def batch_end(self, end: BatchEnd) -> Figures:
-        """A batch is over, and with it the update that it may have brought."""
+        """A batch is over, and with it the update that it may have brought.
+
+        Returns:
+            Figures for the next row of the log, such as ``self.own_figures(phase=1)``.
+        """
         return {}
 
     def epoch_start(self, epoch: int) -> None:

@@ -66,7 +66,7 @@ class Method(Hooks):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        refuse_old_hooks(cls, Method)
+        refuse_old_hooks(cls)
         if "__init__" in vars(cls):
             cls.__init__ = checks_arguments(cls.__init__, Options)  # type: ignore[method-assign]
 

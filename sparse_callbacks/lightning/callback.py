@@ -126,7 +126,8 @@ class SparsityCallback(Method, AnyCallback):
         self.engine.write()  # not earlier: a fit that is refused leaves the weights as they were
         self.attachment.in_training = True
         self._put_gradients_back(pl_module)
-        self.engine.events |= self.begin_training(trainer.current_epoch)
+        # `or {}`: in version 0.1 this hook gave nothing, and an override of that time still may
+        self.engine.events |= self.begin_training(trainer.current_epoch) or {}
         self.saved = None  # from here on the run speaks for itself
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -160,7 +161,7 @@ class SparsityCallback(Method, AnyCallback):
         engine, fit = self.engine, self.fit_state
         engine.batch_over()
         end = BatchEnd(bool(trainer.is_last_batch), ends_run(trainer), fit.window_open, engine.skipped)
-        engine.events |= self.batch_end(end)
+        engine.events |= self.batch_end(end) or {}  # an override may give nothing
         peers = peers_of(trainer)
         leads = peers[0] is self  # one callback speaks for the whole network
         if leads and (batch_idx == 0 or any(c.engine.events for c in peers) or fit.logged_at < 0):

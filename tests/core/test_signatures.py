@@ -1,10 +1,12 @@
 """Overrides of old hooks are refused when the class is made; overrides that the engine can call are accepted."""
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from sparse_callbacks.core.method import Method
 
@@ -56,7 +58,59 @@ def test_a_grandchild_is_checked_too() -> None:
         {"write": hook("self", "*args"), "new_weights": hook("*args", "**options")},
         {"own_helper": hook("self", "a", "b", "c"), "first_update": 0, "figure_prefix": "mine"},
         {"__init__": hook("self"), "__repr__": hook("self")},
+        {"before_step": staticmethod(hook("step")), "after_step": classmethod(hook("cls", "step"))},
+        {
+            "before_step": functools.partialmethod(hook("self", "a", "step"), 1),
+            "figures": functools.cache(hook("self")),
+        },
+        {"after_step": torch.no_grad()(hook("self", "step")), "write": print, "attach": hook},
+        {"__annotations__": {"own": "int", "seed": "int"}, "fraction": property(hook("self"))},
     ],
 )
 def test_what_the_engine_can_call_is_accepted(members: dict[str, Any]) -> None:
     assert issubclass(type("New", (Method,), members), Method)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        staticmethod(hook()),
+        classmethod(hook("cls")),
+        functools.partialmethod(hook("self", "a"), 1),
+        functools.cache(hook("self")),
+        torch.no_grad()(hook("self")),
+    ],
+    ids=["staticmethod", "classmethod", "partialmethod", "cache", "no_grad"],
+)
+def test_a_wrapped_override_is_seen_through(made: Any) -> None:
+    with pytest.raises(TypeError, match=r"^Old\.after_step\(.*returns self\.new_masks\(step\)"):
+        type("Old", (Method,), {"after_step": made})
+
+
+@pytest.mark.parametrize(
+    "made", [property(hook("self")), staticmethod(hook()), functools.partialmethod(hook("self", "a"), 1), None, 3]
+)
+def test_an_old_name_is_refused_whatever_stands_under_it(made: Any) -> None:
+    with pytest.raises(TypeError, match=r"^Old\.after_batch .*Write batch_end\(self, end\)\."):
+        type("Old", (Method,), {"after_batch": made})
+
+
+def test_an_old_fact_is_refused_where_it_is_only_annotated() -> None:
+    with pytest.raises(TypeError, match=r"^Old\.anchor .*Write first_update\."):
+        type("Old", (Method,), {"__annotations__": {"anchor": "int"}})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("before_step", r"\(self\) does not take"), ("after_batch", " is a name")]
+)
+def test_a_mixin_is_checked_too(name: str, message: str) -> None:
+    mixin = type("Mixin", (), {name: hook("self")})
+    with pytest.raises(TypeError, match=rf"^Mixin\.{name}{message}"):
+        type("Old", (mixin, Method), {})
+
+
+def test_a_definition_that_another_one_hides_is_not_compared() -> None:
+    """A mixin that comes after the method, or whose hook the class overrides itself, is never called."""
+    mixin = type("Mixin", (), {"before_step": hook("self")})
+    assert issubclass(type("New", (Method, mixin), {}), Method)
+    assert issubclass(type("New", (mixin, Method), {"before_step": hook("self", "step")}), Method)
