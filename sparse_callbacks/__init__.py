@@ -1,4 +1,4 @@
-"""Sparse training for PyTorch: one callback, or one call before a loop of your own, makes a model train sparse."""
+"""Sparse training for PyTorch: one callback, or one call before a loop, makes a model train sparse."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

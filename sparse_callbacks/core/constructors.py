@@ -1,4 +1,4 @@
-"""Constructor arguments of methods: kept under their own names, so that repr, checkpoints and resume can read them."""
+"""Constructor arguments of methods, which each object keeps under their own names."""
 
 import functools
 import inspect

@@ -1,4 +1,4 @@
-"""What lies under the wrappers that Fabric, DistributedDataParallel and torch.compile put around a model."""
+"""The model and the optimizer under the wrappers of Fabric, DistributedDataParallel and torch.compile."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The Trainer's side of a pass over the training data: its loaders, its limits, its precision and its device."""
+"""A pass over the training data of a Trainer, with its limits, its precision and its device."""
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
