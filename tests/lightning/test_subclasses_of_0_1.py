@@ -163,7 +163,6 @@ KEPT = {
     "reads_dense_gradients",
     "rehearse",
     "rising",
-    "sanity_end",
     "schedulable",
     "scores",
     "set_times",
