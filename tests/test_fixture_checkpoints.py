@@ -41,7 +41,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
 import sparse_callbacks
-from sparse_callbacks import SMCP, Static, load_compact, methods
+from sparse_callbacks import SMCP, Static, load_compact
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 CONFIGURATIONS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
@@ -58,6 +58,8 @@ NAMES = {
     "sparse_callbacks.distributions": """
         Distribution Shapes uniform erdos_renyi erdos_renyi_kernel epsilon_sparsity clipped is_epsilon resolve""",
 }
+# the methods of version 0.1.0: a later one has no checkpoint and no configuration that this version wrote
+METHODS_OF_0_1_0 = set(NAMES["sparse_callbacks.methods"].split())
 every_run = pytest.mark.parametrize("name", RUNS)
 
 
@@ -110,9 +112,9 @@ def test_a_kept_checkpoint_resumes_bitwise(name: str, record_property: Any) -> N
     assert differences(kept["end"], end, same_bits) == []
 
 
-def test_every_method_has_a_kept_checkpoint() -> None:
+def test_every_method_of_version_0_1_0_has_a_kept_checkpoint() -> None:
     kept = {type(callback).__name__ for run in RUNS.values() for callback in run.callbacks()}
-    assert kept >= set(methods.__all__)
+    assert kept == METHODS_OF_0_1_0
     assert {p.name for p in FOLDER.iterdir()} == {f"{name}.{kind}.gz" for name in RUNS for kind in ("ckpt", "end")}
 
 
@@ -175,9 +177,9 @@ def test_a_saved_configuration_is_understood(name: str) -> None:
         assert isinstance(instantiate(config["method"]), sparse_callbacks.SparsityCallback)
 
 
-def test_every_method_has_a_saved_configuration() -> None:
+def test_every_method_of_version_0_1_0_has_a_saved_configuration() -> None:
     saved = [OmegaConf.load(CONFIGS / f"{name}.yaml").method.get("_target_", "") for name in CONFIGURATIONS]
-    assert {target.rpartition(".")[2] for target in saved} >= set(methods.__all__)
+    assert {target.rpartition(".")[2] for target in saved} - {""} == METHODS_OF_0_1_0  # "": the dense network
 
 
 # ---------------------------------------------------------------------- names

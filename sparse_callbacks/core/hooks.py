@@ -43,8 +43,6 @@ class Hooks:
 
     schedulable: ClassVar[str | None] = None
     """Name of the argument that may be a schedule."""
-    rising: ClassVar[bool] = False
-    """A bare number for the schedulable argument is where its curve ends; otherwise where it begins."""
     published_every: ClassVar[int] = 100
     """Optimizer steps between updates in the paper."""
     arrives_at_stop: ClassVar[bool] = False

@@ -15,6 +15,7 @@ RENAMED = {
     # facts
     "anchor": "Write first_update.",
     "curves": "Write figure_prefix.",
+    "rising": "Nothing took it up: as_schedule(..., rising=True) says it where a method reads its argument.",
     "takes_turns": "Derive from TurnTaking (sparse_callbacks.lightning.turns) instead.",
     "steps_are_announced": "The host says it: announces_steps of sparse_callbacks.core.host.Host.",
     # asked of some methods alone

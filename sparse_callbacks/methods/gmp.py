@@ -50,7 +50,6 @@ class GMP(Method):
     """
 
     schedulable: ClassVar[str] = "sparsity"
-    rising: ClassVar[bool] = True
     arrives_at_stop: ClassVar[bool] = True
 
     def __init__(

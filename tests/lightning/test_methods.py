@@ -67,7 +67,7 @@ def test_other_names_that_a_method_lacks_are_missing_as_usual() -> None:
 
 # what an author overrides or reads; docs/writing_a_method.md explains it
 INTERFACE = """
-    schedulable rising published_every arrives_at_stop first_update keeps_dense reads_dense_gradients plans_counts
+    schedulable published_every arrives_at_stop first_update keeps_dense reads_dense_gradients plans_counts
     figure_prefix explores
 
     attach further_members initial_masks start_copies wants_dense_gradients before_step after_step new_masks new_weights

@@ -74,7 +74,6 @@ class DPF(Method):
     """
 
     schedulable: ClassVar[str] = "sparsity"
-    rising: ClassVar[bool] = True
     arrives_at_stop: ClassVar[bool] = True
     published_every: ClassVar[int] = 16
     first_update: ClassVar[int] = 0  # the refresh of step 0 is the initial mask

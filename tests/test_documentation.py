@@ -1,0 +1,196 @@
+"""What README and the pages of docs say is true: their code runs, their commands are understood, their links lead
+somewhere."""
+
+import importlib
+import re
+import shlex
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
+from support.nets import Classifier, mlp
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import sparse_callbacks
+from sparse_callbacks import RigL, Static, methods
+from sparse_callbacks.channels.latency import command
+from sparse_callbacks.tasks import build
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = [
+    *PAGES,
+    *(ROOT / f"{name}.md" for name in ("ARCHITECTURE", "CONTRIBUTING", "CHANGELOG")),
+    ROOT / "benchmarks/README.md",
+]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+
+
+def fences(page: Path, language: str) -> list[str]:
+    return [code for kind, code in FENCE.findall(page.read_text()) if kind == language]
+
+
+def inline(page: Path) -> list[str]:
+    return INLINE.findall(FENCE.sub("", page.read_text()))
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Every command of a page as words: the lines of its blocks, and those within sentences."""
+    lines = [line for block in fences(page, "") for line in block.splitlines()]
+    lines = [part for line in [*lines, *inline(page)] for part in line.split(" && ")]
+    starts = ("python ", "pip ", "pytest", "wandb sweep ")
+    return [shlex.split(line, comments=True) for line in lines if line.startswith(starts) and " ... " not in line]
+
+
+# ---------------------------------------------------------------------- code
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """What stands in the examples for the reader's own: a small network for images, and three batches."""
+    monkeypatch.chdir(tmp_path)
+    trainer = pl.Trainer
+    short = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    monkeypatch.setattr(pl, "Trainer", lambda **options: trainer(**(options | short), accelerator="cpu"))
+    x, y = torch.randn(12, 3, 16, 16), torch.randint(0, 4, (12,))
+    module, callback = Classifier(image_net()), Static(0.5)
+    pl.Trainer(callbacks=[callback]).fit(module, DataLoader(TensorDataset(x, y), batch_size=4))
+    return {
+        "your_module": Classifier(image_net()),
+        "your_data": DataLoader(TensorDataset(x, y), batch_size=4),
+        "example_input": x,
+        "model": module,
+        "callback": callback,
+        "torch": torch,
+    }
+
+
+def image_net() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, 2),
+        nn.ReLU(),
+        nn.Conv2d(4, 16, 3),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64, 4),
+    )
+
+
+@every_page
+@pytest.mark.filterwarnings("ignore")
+def test_examples_run(page: Path, names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    for code in fences(page, "python"):
+        exec(compile(code, page.name, "exec"), dict(names))
+
+
+def test_there_are_examples_and_commands() -> None:
+    assert [page.stem for page in PAGES if fences(page, "python")] == ["README", "channels", "methods", "slimming"]
+    assert {page.stem for page in PAGES if commands(page)} >= {"README", "channels", "results"}
+
+
+@every_page
+def test_callbacks_within_sentences_can_be_made(page: Path) -> None:
+    for code in inline(page):
+        if re.match(rf"({'|'.join(methods.__all__)})\(.*\)$", code):
+            assert isinstance(eval(code, vars(sparse_callbacks).copy()), sparse_callbacks.SparsityCallback)
+
+
+def test_the_plan_that_is_shown_is_the_one_that_is_printed() -> None:
+    (shown,) = (text for text in fences(ROOT / "docs/methods.md", "") if text.startswith("RigL: "))
+    net = nn.ModuleDict({"net": mlp(64, 256, 128, 10)})
+    assert str(RigL(0.9).plan(net)).splitlines() == shown.splitlines()
+
+
+# ---------------------------------------------------------------------- commands
+
+
+@every_page
+def test_commands_are_understood(page: Path) -> None:
+    for words in commands(page):
+        match words:
+            case ["python", "train.py", "--help"]:
+                pass
+            case ["python", "train.py", *overrides]:
+                understood_by_train(overrides)
+            case ["python", "-m", "sparse_callbacks.latency", *arguments]:
+                given = command._parser().parse_args(arguments)
+                module, name = given.model.split(":")
+                assert callable(getattr(importlib.import_module(module), name))
+            case ["python", script, *arguments]:
+                source = (ROOT / script).read_text()
+                assert [word for word in arguments if word.startswith("--") and f'"{word}"' not in source] == []
+            case ["pip", "install", *what]:
+                extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+                assert set(re.findall(r"\[(.*)\]", what[-1])[0].split(",")) <= extras.keys()
+            case ["wandb", "sweep", file]:
+                assert (ROOT / file).is_file()
+            case ["pytest", *options]:
+                assert options in ([], ["-m", "slow"])
+            case _:
+                pytest.fail(f"nothing checks the command {' '.join(words)}")
+
+
+def understood_by_train(overrides: list[str]) -> None:
+    """Every run of the command has a configuration, whose method can be made."""
+    swept = [o for o in overrides if o != "-m"]
+    for choice in range(4 if "-m" in overrides else 1):
+        config = composed([picked(o, choice) for o in swept])
+        method = build.build_method(config)
+        assert isinstance(method, sparse_callbacks.SparsityCallback)
+
+
+def picked(override: str, choice: int) -> str:
+    """One of an override's values in a sweep; the only one where there is no sweep."""
+    parsed = OverridesParser.create().parse_override(override)
+    if not parsed.is_sweep_override():
+        return override
+    values = list(parsed.sweep_string_iterator())
+    return f"{parsed.key_or_group}={values[choice % len(values)]}"
+
+
+def composed(overrides: list[str]) -> DictConfig:
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        return compose("train", overrides)
+
+
+# ---------------------------------------------------------------------- links
+
+
+def anchors(text: str) -> set[str]:
+    """Anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text())):
+        if link.startswith("http"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert [page.name for page in PAGES[1:] if f"(docs/{page.name}" not in readme] == []
+
+
+def test_the_readme_has_a_row_for_every_method() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(methods.__all__)
