@@ -9,8 +9,13 @@ if TYPE_CHECKING:
     from sparse_callbacks.channels.groups import channel_groups
     from sparse_callbacks.channels.onnx import export_onnx
     from sparse_callbacks.channels.slim import slim
+    from sparse_callbacks.core.calendar import Time
     from sparse_callbacks.core.loop import SparseRun, sparsify
+    from sparse_callbacks.core.method import Method, Options
     from sparse_callbacks.core.plan import Plan
+    from sparse_callbacks.core.schedules import pruning_curve
+    from sparse_callbacks.core.step import Step
+    from sparse_callbacks.core.topology import Update
     from sparse_callbacks.lightning.callback import SparsityCallback
     from sparse_callbacks.lightning.methods import (
         CTRE,
@@ -26,6 +31,7 @@ if TYPE_CHECKING:
         Static,
     )
     from sparse_callbacks.lightning.optimizer_lives import horizon
+    from sparse_callbacks.methods.drop_and_grow import DropAndGrow
     from sparse_callbacks.methods.gap.combination import combine
 
 __version__ = "0.1.0"
@@ -37,13 +43,19 @@ __all__ = [
     "SMCP",
     "SNFS",
     "ConstrainedL0",
+    "DropAndGrow",
     "GaP",
+    "Method",
+    "Options",
     "ParallelGaP",
     "Plan",
     "RigL",
     "SparseRun",
     "SparsityCallback",
     "Static",
+    "Step",
+    "Time",
+    "Update",
     "channel_groups",
     "combine",
     "distributions",
@@ -51,6 +63,7 @@ __all__ = [
     "horizon",
     "load_compact",
     "ops",
+    "pruning_curve",
     "save_compact",
     "schedules",
     "slim",
@@ -61,14 +74,21 @@ __all__ = [
 # `sparse_callbacks.methods` work where Lightning is not installed.
 _CALLBACKS = ("CTRE", "DPF", "GMP", "SET", "SMCP", "SNFS", "ConstrainedL0", "GaP", "ParallelGaP", "RigL", "Static")
 _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
+    "DropAndGrow": "methods.drop_and_grow",
+    "Method": "core.method",
+    "Options": "core.method",
     "Plan": "core.plan",
     "SparseRun": "core.loop",
     "SparsityCallback": "lightning.callback",
+    "Step": "core.step",
+    "Time": "core.calendar",
+    "Update": "core.topology",
     "channel_groups": "channels.groups",
     "combine": "methods.gap.combination",
     "export_onnx": "channels.onnx",
     "horizon": "lightning.optimizer_lives",
     "load_compact": "channels.compact",
+    "pruning_curve": "core.schedules",
     "save_compact": "channels.compact",
     "slim": "channels.slim",
     "sparsify": "core.loop",
