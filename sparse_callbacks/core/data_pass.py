@@ -102,7 +102,13 @@ def call(module: nn.Module, batch: Any) -> Any:
     )
 
 
-def in_order(loader: Any, world: int = 1, rank: int = 0, whole: bool = False) -> Any:
+def in_order(
+    loader: Any,
+    world: int = 1,
+    rank: int = 0,
+    whole: bool = False,
+    unwrap: Callable[[Any], Any] = lambda sampler: sampler,
+) -> Any:
     """A loader of the same batches in the order of the data set, without shuffling or dropping.
 
     Each rank sees every ``world``-th sample, and each sample is seen once. Where the sampler holds ``indices`` (such as
@@ -115,6 +121,7 @@ def in_order(loader: Any, world: int = 1, rank: int = 0, whole: bool = False) ->
         rank: the rank of this process.
         whole: True to leave out an incomplete last batch that the loader itself drops, or that is a single sample, from
             which norms cannot take statistics.
+        unwrap: gives the user's sampler of one that a host has put around it.
 
     Raises:
         ValueError: the loader is not a DataLoader over a data set with indices, or its batch size is not known.
@@ -134,7 +141,7 @@ def in_order(loader: Any, world: int = 1, rank: int = 0, whole: bool = False) ->
             "order. Give statistics_dataloader=, a loader with the batches that the statistics are taken from."
         )
     # not as a DistributedSampler does, which repeats samples until all ranks have the same number
-    indices = _indices(loader)[rank::world]
+    indices = _indices(loader, unwrap)[rank::world]
     if whole and size is not None and (loader.drop_last or len(indices) % size == 1) and len(indices) > size:
         indices = indices[: len(indices) // size * size]
     # without the generator of the loader, which a second iteration would move on
@@ -150,14 +157,12 @@ def in_order(loader: Any, world: int = 1, rank: int = 0, whole: bool = False) ->
     )
 
 
-def _indices(loader: DataLoader[Any]) -> Sequence[int]:
-    """Indices that the loader draws from, whichever samplers Lightning has wrapped around the user's."""
+def _indices(loader: DataLoader[Any], unwrap: Callable[[Any], Any]) -> Sequence[int]:
+    """Indices that the loader draws from."""
     sampler: Any = (
         loader.sampler if loader.batch_sampler is None else getattr(loader.batch_sampler, "sampler", loader.sampler)
     )
-    # Lightning puts the user's sampler into a data set of its own in order to split it over ranks: unwrap it.
-    while (inner := getattr(getattr(sampler, "dataset", None), "_sampler", None)) is not None:
-        sampler = inner
+    sampler = unwrap(sampler)
     listed = sampler if isinstance(sampler, Sequence) else getattr(sampler, "indices", None)
     return range(len(loader.dataset)) if listed is None else [int(i) for i in listed]  # type: ignore[arg-type]
 

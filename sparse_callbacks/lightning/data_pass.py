@@ -52,7 +52,7 @@ def outputs(
             # the Trainer's limits are about its own loaders; a loader that was given for this pass is taken as it is
             given = data_pass.EveryNthBatch(loader_given, world, rank)
             return given, data_pass.batch_count(given, fraction)
-        batches = data_pass.in_order(trainer.train_dataloader, world, rank, whole=bool(train))
+        batches = data_pass.in_order(trainer.train_dataloader, world, rank, bool(train), _users_sampler)
         _warn_if_random(trainer, batches, rank)
         return batches, data_pass.batch_count(batches, fraction, _limit(trainer))
 
@@ -64,6 +64,13 @@ def outputs(
         move=lambda batch: _as_in_training(trainer, module, batch),
         precision=trainer.precision_plugin.forward_context,
     )
+
+
+def _users_sampler(sampler: Any) -> Any:
+    """The sampler that the user gave: Lightning puts it into a data set of its own, to split that over ranks."""
+    while (inner := getattr(getattr(sampler, "dataset", None), "_sampler", None)) is not None:
+        sampler = inner
+    return sampler
 
 
 def _limit(trainer: Any) -> int | None:
