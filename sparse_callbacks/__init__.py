@@ -5,6 +5,7 @@ from sparse_callbacks.channels.compact import load_compact, save_compact
 from sparse_callbacks.channels.groups import channel_groups
 from sparse_callbacks.channels.onnx import export_onnx
 from sparse_callbacks.channels.slim import slim
+from sparse_callbacks.core.loop import sparsify
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.lightning.callback import SparsityCallback
 from sparse_callbacks.lightning.optimizer_lives import horizon
@@ -36,4 +37,5 @@ __all__ = [
     "save_compact",
     "schedules",
     "slim",
+    "sparsify",
 ]

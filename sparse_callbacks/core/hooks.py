@@ -61,6 +61,8 @@ class Hooks:
     """What the method's own figures are logged under; by default the lower-case name of the class."""
     explores: ClassVar[bool] = False
     """Connections come and go, so that the share of weights that were ever active is worth knowing."""
+    takes_turns: ClassVar[bool] = False
+    """The batches of an epoch are run again for each part of the network, which only a Trainer can do."""
 
     # ------------------------------------------------------------------ what a method overrides
 

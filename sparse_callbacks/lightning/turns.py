@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pytorch_lightning import LightningModule
@@ -35,6 +35,8 @@ class TurnsTrainerHost(TrainerHost):
 
 class TurnTaking(SparsityCallback):
     """A callback whose networks train in turn, or one on each rank, and are combined into one from time to time."""
+
+    takes_turns: ClassVar[bool] = True
 
     @property
     @abstractmethod

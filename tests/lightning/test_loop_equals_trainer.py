@@ -1,7 +1,7 @@
 """`sparsify` in a loop written by hand gives the weights and masks of the Trainer's run, bit for bit."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader, TensorDataset
 
 from sparse_callbacks import CTRE, DPF, GMP, SET, SMCP, SNFS, ConstrainedL0, GaP, RigL, SparsityCallback, Static
-from sparse_callbacks.core.loop import SparseRun, sparsify
+from sparse_callbacks.core.loop import sparsify
 
 EPOCHS, BATCHES = 4, 12
 
