@@ -324,6 +324,7 @@ def test_parameter_values_are_written_by_sparse_weights_alone() -> None:
     assert {(file, function) for file, function, _ in about_parameters} == {
         ("core/weights.py", "write_masked"),
         ("core/weights.py", "write_grown"),
+        ("core/weights.py", "write_values"),
         ("core/dense_copy.py", "_exchange"),
     }, sorted(about_parameters)
 

@@ -29,7 +29,12 @@ class Attachment:
 
     def enter(self, model: nn.Module, host: Host) -> None:
         """A run with ``model`` begins."""
-        self._model, self.host = ref(model), host  # weakly: a method that is kept must not keep a large model alive
+        self.know(model)
+        self.host = host
+
+    def know(self, model: nn.Module) -> None:
+        """The latest run was one of ``model``."""
+        self._model = ref(model)  # weakly: a method that is kept must not keep a large model alive
 
     def leave(self) -> None:
         """The run is over. Its model stays known: a second fit of the same model goes on with its masks."""

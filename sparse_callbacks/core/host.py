@@ -59,3 +59,27 @@ class TurnsHost(Host, Protocol):
 
     def load_loader_states(self, states: Sequence[Any]) -> None:
         """Put back what :meth:`loader_states` found."""
+
+
+class TrainsInTurns:
+    """A method of several networks that train in turn, or one on each rank."""
+
+    host: Host
+
+    @property
+    def turns_host(self) -> TurnsHost:
+        """The host of the run, with the operations for networks that train in turn.
+
+        Raises:
+            ValueError: the host has none, as a hand-written loop.
+        """
+        if not isinstance(self.host, TurnsHost):
+            raise ValueError(self.why_not_in_a_loop())
+        return self.host
+
+    def why_not_in_a_loop(self) -> str:
+        """Why a hand-written loop cannot be the host, as a sentence for the user."""
+        return (
+            f"{type(self).__name__} trains several networks, each with an order of the data of its own, and needs a "
+            "Trainer for that. Give it to Trainer(callbacks=[...]), or use GaP in a loop of your own."
+        )

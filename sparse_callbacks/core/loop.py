@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from sparse_callbacks.core import distributed
 from sparse_callbacks.core import optimizers as torch_optimizers
 from sparse_callbacks.core.calendar import RunLength
 from sparse_callbacks.core.checkpoint import VERSION, SavedRun, check_state, refuse_other_model
 from sparse_callbacks.core.distributions import clipped
 from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.hooks import BatchEnd, Hooks
-from sparse_callbacks.core.host import Forward
+from sparse_callbacks.core.host import Forward, TrainsInTurns
 from sparse_callbacks.core.loop_host import LoopHost
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
@@ -134,30 +135,29 @@ class SparseRun:
     def _begin(self, state: Mapping[str, Any] | None) -> None:
         """Take hold of the model and write the masks; nothing is changed where something is refused."""
         method, engine = self.method, self._engine
-        trained = torch_optimizers.parameter_ids(*self._optimizers)
-        entries = select(self._model, method.include, method.exclude, method.keep_dense, trained)
+        entries = self._entries()
         self._refuse_shared(e.name for e in entries if not e.reason)
+        _refuse_hostless(method, self._on_restart)
         method.saved = None
+        before = _before_binding(method)
         if state is not None and not method.fresh_start:
             name = type(method).__name__
-            method.saved = SavedRun.of(check_state(state, method.arguments, name, "given as state="))
-            self._epoch = int(state.get("epoch", 0))
+            saved = SavedRun.of(check_state(state, method.arguments, name, "given as state="))
+            self._take_first_groups(state.get("groups", self._first_groups))
+            method.saved, self._epoch = saved, int(state.get("epoch", 0))
         elif method.attachment.model is not self._model or method.fresh_start:
             engine.forget()
         self._steps = [_StepInLoop() for _ in self._optimizers]
-        self._handles: list[RemovableHandle] = []
         self._before_masks: dict[str, tuple[Tensor, int]] = {}
         self._batches, self._in_batch, self._had_batch, self._bare_backward = 0, False, False, False
-        # masked before the step only where somebody reads gradients in it; otherwise masking the weights is enough
-        reads = [self._clip is not None or not torch_optimizers.is_elementwise(o) for o in self._optimizers]
         try:
-            engine.bind(self._model, entries, self._optimizers, reads, self._host)
+            self._bind(entries)
             if method.start is not None:
                 method.calendar = method.make_calendar(self._length)
             method.rehearse()
         except BaseException:
             engine.unbind()
-            method.saved = None
+            _restore(method, *before)
             raise
         if method.print_plan:
             self._host.inform(str(method.plan()))
@@ -168,10 +168,42 @@ class SparseRun:
         method.attachment.in_training = True
         engine.events |= method.begin_training(self._epoch)
         method.saved = None  # from here on the run speaks for itself
+        self._pre_handles = [o.register_step_pre_hook(self._before_step) for o in self._optimizers]
         self._hook()
         _runs_of.setdefault(self._model, WeakSet()).add(self)
         method.epoch_start(self._epoch)
         method.window_start(self._batches)
+
+    def _entries(self) -> list[Entry]:
+        method, trained = self.method, torch_optimizers.parameter_ids(*self._optimizers)
+        return select(self._model, method.include, method.exclude, method.keep_dense, trained)
+
+    def _bind(self, entries: Sequence[Entry]) -> None:
+        # masked before the step only where somebody reads gradients in it; otherwise masking the weights is enough
+        reads = [self._clip is not None or not torch_optimizers.is_elementwise(o) for o in self._optimizers]
+        self._engine.bind(self._model, entries, self._optimizers, reads, self._host)
+        self._placed = _places(self.method)
+        self._share_dense_values()
+
+    @torch.no_grad()
+    def _share_dense_values(self) -> None:
+        """Before DistributedDataParallel wraps the model each process may have weights of its own, which it overwrites;
+        of dense copies it does not know."""
+        weights = self.method.weights
+        if distributed.world_size() > 1:
+            mine = {name: weights.dense_values(name) for name in weights.copied}
+            for name, value in distributed.from_owners(mine, dict.fromkeys(mine, 0)).items():
+                mine[name].copy_(value)
+
+    def _take_first_groups(self, groups: list[list[dict[str, Any]]]) -> None:
+        """GaP puts back the values of the run's first call to sparsify, also in a resumed run."""
+        here = [len(g) for g in self._first_groups]
+        if (saved := [len(g) for g in groups]) != here:
+            raise ValueError(
+                f"the saved run had optimizers with {saved} parameter groups, and this one has {here}. Resume with the "
+                "optimizers of the interrupted run."
+            )
+        self._first_groups = groups
 
     def _refuse_shared(self, names: Iterable[str]) -> None:
         mine = set(names)
@@ -200,11 +232,10 @@ class SparseRun:
             self._host.warn(reason)
 
     def _hook(self) -> None:
-        for index, optimizer in enumerate(self._optimizers):
-            self._handles += [
-                optimizer.register_step_pre_hook(self._before_step),
-                optimizer.register_step_post_hook(self._after_step),  # behind the engine's own, which bind registered
-            ]
+        """All hooks besides those before a step."""
+        # behind the engine's own, which bind registered
+        self._handles: list[RemovableHandle] = [o.register_step_post_hook(self._after_step) for o in self._optimizers]
+        for index in range(len(self._optimizers)):
             if names := self.method.owners.owns[index]:
                 # one parameter shows that a backward pass has run: see _after_backward
                 first: Any = self.method.params[names[0]]  # the hook has no types in torch
@@ -256,16 +287,21 @@ class SparseRun:
         torch_optimizers.refuse_scaled_step(optimizer)
         mine.running = True
         if not mine.announced:
-            step = self._announce(index, gradients_read=False)
-            if self._clip is not None and not step.replaced:
-                self._clip([p for group in optimizer.param_groups for p in group["params"]])
+            step = self._announce(index, gradients_read=any(r._clip is not None for r in _sharing(optimizer)))
+            if self._clip is not None:
+                for run in _sharing(optimizer):
+                    if not run._steps[run._index(optimizer)].running:  # it has not had its turn in this step yet
+                        run.before_clipping(optimizer)
+                if not step.replaced:
+                    self._clip([p for group in optimizer.param_groups for p in group["params"]])
         mine.announced = mine.window_open = False
         self._engine.enter_step(optimizer)
 
     def _announce(self, index: int, gradients_read: bool) -> Step:
         self._refuse_step_without_batch()
         self._follow_the_model()
-        if self._engine.restart_wanted:
+        # not between the steps of one batch, where another optimizer has yet to take its last step of the phase
+        if self._engine.restart_wanted and not any(s.stepped for s in self._steps):
             self._restart()
         optimizer = self._optimizers[index]
         step = self._engine.announce(optimizer, _next_tick(optimizer, self), gradients_read)
@@ -302,7 +338,7 @@ class SparseRun:
         """
         mine, gradient = self._steps[index], parameter.grad
         self._bare_backward |= not self._in_batch
-        if mine.announced:  # by before_clipping(), and then skipped
+        if mine.announced or mine.running:  # by before_clipping() and then skipped, or the step failed half-way
             mine.announced = False
             self._engine.batch_over()
         elif mine.window_open and mine.gradient() is not gradient:
@@ -322,6 +358,8 @@ class SparseRun:
             raise RuntimeError("run.batch() was entered inside of another run.batch(). Leave the first one before.")
         self._follow_the_model()
         method, engine = self.method, self._engine
+        if any(s.running for s in self._steps):
+            engine.batch_over()  # of a step that failed half-way
         self._in_batch = self._had_batch = True
         method.batch_start(self._batches)
         try:
@@ -356,14 +394,23 @@ class SparseRun:
             self._on_restart()
 
     def _follow_the_model(self) -> None:
-        """Go on where the parameters are, if the model was moved to another device since."""
-        params, masks = self.method.params, self.method.weights.masks
-        if all(params[name].device == mask.device for name, mask in masks.items()):
+        """Go on where the parameters are, if the model was moved or converted since, as ``fabric.setup`` does."""
+        if _places(self.method) == self._placed:
             return
-        state, kept = self.state_dict(), self._before_masks
-        self._release()
-        self._begin(state)
-        self._before_masks = kept
+        method, engine = self.method, self._engine
+        untouched = {n: t for n, (t, version) in self._before_masks.items() if method.params[n]._version == version}
+        skipped, restart_wanted, entries = engine.skipped, engine.restart_wanted, self._entries()
+        method.saved = SavedRun.of(self.state_dict())
+        # the hooks before a step stay: this may be called from one, and torch is going through them
+        self._unhook()
+        engine.unbind()
+        self._bind(entries)
+        engine.skipped, engine.restart_wanted = skipped, restart_wanted
+        method.saved = None
+        engine.write()
+        method.attachment.in_training = True
+        self._hook()
+        self._before_masks = {n: (t, method.params[n]._version) for n, t in untouched.items()}
 
     # ------------------------------------------------------------------ epochs and the end
 
@@ -390,6 +437,8 @@ class SparseRun:
             return
         engine, method = self._engine, self.method
         engine.batch_over()
+        # a backward pass without a step: the GradScaler has skipped it, which shows at the next backward pass otherwise
+        engine.skipped += any(s.window_open and not s.announced for s in self._steps)
         engine.events |= method.batch_end(BatchEnd(True, True, False, engine.skipped))
         engine.write()
         if not method.at_target:
@@ -406,10 +455,15 @@ class SparseRun:
             raise RuntimeError("this run is closed. Begin another one with sparsify().")
 
     def _release(self) -> None:
-        for handle in self._handles:
+        for handle in self._pre_handles:
             handle.remove()
+        self._unhook()
         self._engine.unbind()
         _runs_of.get(self._model, WeakSet()).discard(self)
+
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
 
     def __enter__(self) -> Self:
         return self
@@ -460,12 +514,14 @@ class SparseRun:
         which ``torch.load(weights_only=True)`` reads."""
         method = self.method
         times = [] if method.calendar is None else method.calendar.times()
+        groups = {"groups": copy.deepcopy(self._first_groups)} if _restarts(method) else {}
         return {
             "version": VERSION,
             "arguments": method.arguments,
             "times": times,
             **self._engine.state(),
             "epoch": self._epoch,
+            **groups,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -486,11 +542,9 @@ class SparseRun:
         refuse_other_model(SavedRun.of(state).masks, self.method.params)
         kept, params = self._before_masks, self.method.params
         self._release()
-        with torch.no_grad():
-            for name, (values, version) in kept.items():
-                # what the initial masks of this run have cut comes back, unless the model was loaded since
-                if params[name]._version == version:
-                    params[name].copy_(values)
+        # what the initial masks of this run have cut comes back, unless the model was loaded since
+        untouched = {n: values for n, (values, version) in kept.items() if params[n]._version == version}
+        self.method.weights.write_values(untouched)
         self._begin(state)
 
 
@@ -540,8 +594,42 @@ def _next_tick(optimizer: Optimizer, run: SparseRun) -> int:
     return tick
 
 
+def _sharing(optimizer: Optimizer) -> list[SparseRun]:
+    """Every run that goes on with this optimizer, when one of them has its turn in a step."""
+    runs = {run for runs in _runs_of.values() for run in runs}
+    return [run for run in runs if any(o is optimizer for o in run._optimizers)]
+
+
 def _nothing() -> None:
     return None
+
+
+def _places(method: Method) -> dict[str, tuple[torch.device, torch.dtype]]:
+    """Device and dtype of each sparse parameter."""
+    return {name: (p.device, p.dtype) for name, p in method.params.items()}
+
+
+def _restarts(method: Method) -> bool:
+    """The method starts its optimizers anew within the run."""
+    return isinstance(method, RestartsOptimizers) and method.restarts
+
+
+# What a method has of a run, beside the model.
+_OF_A_RUN = ("aux", "progress", "calendar", "weights", "entries", "targets", "saved")
+
+
+def _before_binding(method: Method) -> tuple[nn.Module | None, dict[str, Any]]:
+    """The model and the fields of the method's last run, for :func:`_restore`."""
+    return method.attachment.model, {n: getattr(method, n) for n in _OF_A_RUN} | {"aux": dict(method.aux)}
+
+
+def _restore(method: Method, model: nn.Module | None, fields: Mapping[str, Any]) -> None:
+    """Give a method back its last run, because the one that should have begun was refused."""
+    for name, value in fields.items():
+        setattr(method, name, value)
+    method.attachment.forget()
+    if model is not None:
+        method.attachment.know(model)
 
 
 def _values_of(optimizer: Optimizer) -> list[dict[str, Any]]:
@@ -557,6 +645,19 @@ def _epoch_length(epoch: int | None, data: Any | None) -> float:
         return float(len(data))  # type: ignore[arg-type]
     except TypeError:
         return math.inf
+
+
+def _refuse_hostless(method: Method, on_restart: Any) -> None:
+    """Refuse methods that need more of their host than this loop has."""
+    name = type(method).__name__
+    if isinstance(method, TrainsInTurns):
+        raise ValueError(method.why_not_in_a_loop())
+    if _restarts(method) and on_restart is None:
+        raise ValueError(
+            f"{name}(restart=True) starts the optimizers anew with each phase, and the loop's learning rate schedule has "
+            "to start with them. Give sparsify(..., on_restart=), a function that makes the schedule again (lambda: "
+            "None where there is none), or restart=False."
+        )
 
 
 def _refuse_arguments(method: Any, model: Any, steps: Any, epoch: Any, clip: Any, on_restart: Any) -> None:

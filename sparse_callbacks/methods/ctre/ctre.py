@@ -151,7 +151,8 @@ class CTRE(DropAndGrow):
         if self.every is None:
             if math.isinf(length := run.epoch()):
                 raise ValueError(
-                    "every=None is one update an epoch, and the training loader has no length. Give every= in steps."
+                    "every=None is one update an epoch, and the training loader has no length. Give every= in steps, or "
+                    "epoch= where sparsify() is called."
                 )
             interval = max(1, int(length))
         first = made.start if made.start > 1 else 1 + interval  # after the first step there is no similarity yet

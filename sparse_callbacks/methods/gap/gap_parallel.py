@@ -11,7 +11,7 @@ from sparse_callbacks.core import distributed
 from sparse_callbacks.core.calendar import Calendar, RunLength
 from sparse_callbacks.core.distributions import Distribution
 from sparse_callbacks.core.hooks import BatchEnd, Figures
-from sparse_callbacks.core.host import Forward, TurnsHost
+from sparse_callbacks.core.host import Forward, TrainsInTurns
 from sparse_callbacks.core.method import Method, Options
 from sparse_callbacks.core.randomness import seed_everything
 from sparse_callbacks.core.step import Step
@@ -24,7 +24,7 @@ from sparse_callbacks.methods.gap.running_statistics import estimate_statistics,
 from sparse_callbacks.methods.gap.worker_schedule import WorkerSchedule
 
 
-class ParallelGaP(GaP):
+class ParallelGaP(TrainsInTurns, GaP):
     """P-GaP, parallel grow-and-prune: a worker for each partition trains it dense, and the best of all is put together
     (Ma et al., 2022).
 
@@ -217,16 +217,6 @@ class ParallelGaP(GaP):
             self._mine = {}
         self.turns_host.average_gradients(self.phase == self.phases)
         return figures
-
-    @property
-    def turns_host(self) -> TurnsHost:
-        """The host of the run, with the operations for networks that train in turn."""
-        if not isinstance(self.host, TurnsHost):
-            raise ValueError(
-                f"{type(self).__name__} trains several networks, each with the order of the data of its own, and needs "
-                "a Trainer for that. Give it to Trainer(callbacks=[...]), or use GaP in a loop of your own."
-            )
-        return self.host
 
     def rehearse(self) -> None:
         if self.phase < self.phases and norms_with_statistics(self.model):
