@@ -250,6 +250,8 @@ class Engine:
         """The optimizer's own post hook: it fires when a step was really taken, and not where a GradScaler skipped
         it."""
         method = self.method
+        if optimizer not in method.owners.optimizers:
+            return  # a wrapper around one of them, such as Fabric's, fires its hooks too: the step within is to come
         index = method.owners.index(optimizer)
         step = self._steps.get(index)
         if step is None and not method.host.announces_steps:

@@ -268,6 +268,8 @@ class SparseRun:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """The optimizer's pre hook. Where a GradScaler skips a step it does not fire, and nothing needs to be undone."""
+        if optimizer not in self._optimizers:
+            return None  # a wrapper, such as Fabric's, fires the hooks too, and before a GradScaler has looked
         # args begin with the optimizer itself
         closure = kwargs["closure"] if "closure" in kwargs else args[1] if len(args) > 1 else None
         if closure is None:
@@ -311,6 +313,8 @@ class SparseRun:
 
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
         """The optimizer's post hook, called behind the engine's."""
+        if optimizer not in self._optimizers:
+            return
         mine = self._steps[self._index(optimizer)]
         if not mine.running:
             return  # the outer hook of a subclass that calls its parent's step

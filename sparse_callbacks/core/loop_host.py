@@ -51,9 +51,11 @@ class LoopHost:
         world, rank = distributed.world_size(), distributed.rank()
 
         def choose() -> tuple[Iterable[Any], int | None]:
-            if loader is None and isinstance(given, DataLoader) and not isinstance(given.dataset, IterableDataset):
+            if loader is None and _can_be_ordered(given):
                 batches = data_pass.in_order(given, world, rank, whole=bool(train))
                 self._warn_if_random(batches)
+            elif getattr(getattr(given, "sampler", None), "num_replicas", 1) > 1:
+                batches = given  # it gives each process a part of the data, as loaders of Fabric do
             else:
                 batches = data_pass.EveryNthBatch(given, world, rank)
             return batches, data_pass.batch_count(batches, fraction)
@@ -78,3 +80,10 @@ class LoopHost:
         """Warn the user, on rank 0."""
         if distributed.rank() == 0:
             warnings.warn(text, stacklevel=4)
+
+
+def _can_be_ordered(data: Any) -> bool:
+    """Whether ``data`` can be passed over in the order of its data set, without moving a sampler's generator on."""
+    if callable(getattr(data, "in_order", None)):
+        return True
+    return isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset)

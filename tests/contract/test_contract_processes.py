@@ -31,6 +31,17 @@ def test_ranks_hold_the_same_masks(name: str, two_processes: list[dict[str, Any]
 
 
 @every_steady_method
+def test_fabric_trains_as_the_trainer_does(name: str, two_processes: list[dict[str, Any]]) -> None:
+    """With `sparsify` before and after `fabric.setup`; gradients are accumulated, averaged and clipped."""
+    for rank in (0, 1):
+        ends = two_processes[rank][name]["single"]["end"]
+        for found in two_processes[rank][name]["fabric"]:
+            assert differences(ends["masks"][0], found["masks"]) == []
+            assert differences(ends["weights"], found["weights"]) == []
+            assert (found["updates"] > 2) == moves(name)
+
+
+@every_steady_method
 def test_two_processes_equal_one_on_the_joined_batch(name: str, two_processes: list[dict[str, Any]]) -> None:
     alone = processes.train_replica(name, 0, 1)
     found = two_processes[0][name]

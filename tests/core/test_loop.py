@@ -215,7 +215,11 @@ def test_a_method_goes_on_after_close_and_belongs_to_one_run_at_a_time() -> None
         ({"epoch": 2.0}, ValueError, "epoch=2.0 is not the number of optimizer steps in an epoch"),
         ({"clip": 1.0}, TypeError, "clip=1.0 is not a function"),
         ({"on_restart": "now"}, TypeError, "on_restart='now' is not a function"),
-        ({"method": ParallelGaP(partitions=2, epochs=1)}, ValueError, "ParallelGaP trains several networks.*needs a Trainer"),
+        (
+            {"method": ParallelGaP(partitions=2, epochs=1)},
+            ValueError,
+            "ParallelGaP trains several networks.*needs a Trainer",
+        ),
         ({"method": GaP()}, ValueError, r"GaP\(restart=True\) starts the optimizers anew .* Give .*on_restart="),
         ({"method": CTRE()}, ValueError, r"the training loader has no length. Give every= .* or epoch= where sparsify"),
         (
