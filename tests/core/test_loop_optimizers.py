@@ -9,6 +9,7 @@ import torch
 from support.loops import (
     METHODS,
     STEPS,
+    adamw,
     assert_masked,
     assert_same,
     batches,
@@ -23,7 +24,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from sparse_callbacks import DPF, SET, GaP, RigL, Static
-from sparse_callbacks.core.loop import sparsify
+from sparse_callbacks.core.loop import SparseRun, sparsify
 
 # ---------------------------------------------------------------------- GaP starts its optimizers anew
 
@@ -78,6 +79,64 @@ def test_gap_restarts_two_optimizers_together_and_once_a_phase() -> None:
 
 
 # ---------------------------------------------------------------------- two methods
+
+
+def two(model: nn.Module, optimizers: Any, **options: Any) -> tuple[SparseRun, SparseRun]:
+    first, second = optimizers if isinstance(optimizers, list) else (optimizers, optimizers)
+    return (
+        sparsify(
+            RigL(0.8, distribution="uniform", every=4, drop_fraction="constant(0.3)", include="0.*", print_plan=False),
+            model,
+            first,
+            STEPS,
+            **options,
+        ),
+        sparsify(
+            RigL(
+                0.6, distribution="uniform", every=4, drop_fraction="constant(0.3)", include="[24].*", print_plan=False
+            ),
+            model,
+            second,
+            STEPS,
+            **options,
+        ),
+    )
+
+
+def test_two_methods_on_different_layers_and_optimizers() -> None:
+    model = net()
+    optimizers = [sgd([*model[:2].parameters()]), sgd([*model[2:].parameters()])]
+    runs = two(model, optimizers)
+    for batch in batches(data(), 0, STEPS):
+        loss_of(model, batch).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        for run in runs:
+            assert_masked(model, run)
+    assert runs[0].masks.keys() == {"0.weight"}
+    assert runs[1].masks.keys() == {"2.weight", "4.weight"}
+    assert [run.step + run.updates for run in runs] == [STEPS, STEPS]
+    assert runs[0].updates == runs[1].updates > 0
+
+
+def test_two_methods_share_an_optimizer_and_replace_the_same_steps() -> None:
+    """Together they are one method with a sparsity for each layer."""
+    model, whole = net(), net()
+    optimizer, other = adamw(model), adamw(whole)
+    runs = two(model, optimizer)
+    shares = {"0.*": 0.8, "*": 0.6}
+    one = sparsify(
+        RigL(0.7, distribution=shares, every=4, drop_fraction="constant(0.3)", print_plan=False), whole, other, STEPS
+    )
+    train(runs[0], model, optimizer)
+    train(one, whole, other)
+    assert [run.step for run in runs] == [one.step] * 2
+    assert [run.updates for run in runs] == [one.updates] * 2
+    assert one.step == STEPS - one.updates < STEPS
+    assert_same(model, whole)
+    for run in runs:
+        assert_masked(model, run)
 
 
 @pytest.mark.parametrize("given", [(0,), (1,), (0, 1)], ids=str)
