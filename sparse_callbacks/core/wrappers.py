@@ -1,4 +1,4 @@
-"""What lies under the wrappers that Fabric, DistributedDataParallel and torch.compile put around a model."""
+"""The plain model and optimizer under the wrappers of Fabric, torch.compile and data parallelism."""
 
 from typing import Any
 
