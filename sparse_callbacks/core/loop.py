@@ -548,11 +548,11 @@ class SparseRun:
         refuse_other_model(SavedRun.of(state).masks, self.method.params)
         kept, params = self._before_masks, self.method.params
         self._release()
-        with torch.no_grad():
-            for name, (values, version) in kept.items():
-                # what the initial masks of this run have cut comes back, unless the model was loaded since
-                if params[name]._version == version:
-                    params[name].copy_(values)
+        weights = self.method.weights
+        for name, (values, version) in kept.items():
+            # what the initial masks of this run have cut comes back, unless the model was loaded since
+            if params[name]._version == version:
+                weights.write_grown(name, torch.ones_like(values, dtype=torch.bool), values)
         self._begin(state)
 
 

@@ -1,4 +1,4 @@
-"""The Trainer's side of a pass over the training data: its loaders, its limits, its precision and its device."""
+"""The Trainer's side of a pass over the training data: loaders, limits, precision and device."""
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
