@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from numbers import Integral
 from types import TracebackType
 from typing import Any, Self
@@ -35,6 +36,7 @@ Clip = Callable[[list[nn.Parameter]], object]
 
 # Every run that goes on, by model: two methods may not claim the same parameter.
 _runs_of: WeakKeyDictionary[nn.Module, WeakSet["SparseRun"]] = WeakKeyDictionary()
+_numbers = count()
 
 
 def sparsify(
@@ -115,7 +117,7 @@ class SparseRun:
         on_restart: Callable[[], object] | None,
     ) -> None:
         _refuse_arguments(method, model, steps, epoch, clip, on_restart)
-        self.method = method
+        self.method, self._number = method, next(_numbers)
         self._model = plain_model(model)
         listed = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
         self._optimizers = [plain_optimizer(o) for o in listed]
@@ -320,8 +322,12 @@ class SparseRun:
             return  # the outer hook of a subclass that calls its parent's step
         mine.running, mine.stepped, mine.window_open = False, True, False
         self._before_masks = {}  # a step was taken: no other state can be loaded now
-        if all(s.stepped for s in self._steps):
-            self._next_batch()
+        runs = _sharing(optimizer)
+        if any(run._steps[run._index(optimizer)].running for run in runs):
+            return  # its hook comes next, and it has yet to mask its weights and to read the gradients of this step
+        for run in runs:
+            if all(s.stepped for s in run._steps):
+                run._next_batch()
 
     def _next_batch(self) -> None:
         """Every optimizer has stepped: what comes next belongs to another batch."""
@@ -599,9 +605,9 @@ def _next_tick(optimizer: Optimizer, run: SparseRun) -> int:
 
 
 def _sharing(optimizer: Optimizer) -> list[SparseRun]:
-    """Every run that goes on with this optimizer, when one of them has its turn in a step."""
-    runs = {run for runs in _runs_of.values() for run in runs}
-    return [run for run in runs if any(o is optimizer for o in run._optimizers)]
+    """Every run that goes on with this optimizer, in the order in which they began, which is the same on all ranks."""
+    runs = [run for runs in _runs_of.values() for run in runs if any(o is optimizer for o in run._optimizers)]
+    return sorted(runs, key=lambda run: run._number)
 
 
 def _nothing() -> None:
