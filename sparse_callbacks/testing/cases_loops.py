@@ -120,7 +120,7 @@ class Late(Classifier):
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(nn.Identity())
-        self.net = None  # type: ignore[assignment]
+        self.net = None
         self.seed = seed
 
     def configure_model(self) -> None:

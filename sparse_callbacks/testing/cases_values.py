@@ -74,10 +74,12 @@ def test_training_equals_a_hand_written_loop(self: Contract, optimizer: str, cli
             weights[key].mul_(mask)
     for index, batch in enumerate(Batches().all(2)):
         plain.zero_grad()
-        by_hand.loss(batch).backward()
+        torch.autograd.backward(by_hand.loss(batch))
         if steps[index + 1] > steps[index]:  # otherwise an update took this step's place
             for key, mask in masks[index].items():
-                weights[key].grad.copy_(self.gradient(mask, weights[key].grad, aux_of(aux[index], key)))
+                gradient = weights[key].grad
+                assert gradient is not None
+                gradient.copy_(self.gradient(mask, gradient, aux_of(aux[index], key)))
                 weights[key].data.copy_(dense.get(key, weights[key]))
             if clip is not None:
                 nn.utils.clip_grad_norm_(by_hand.parameters(), clip)
@@ -109,7 +111,7 @@ def test_gradients_are_masked_before_they_are_clipped(self: Contract) -> None:
     """At the clip gradients are as the settings say."""
 
     class Clips(Classifier):
-        def configure_gradient_clipping(self, optimizer: Any, **_: Any) -> None:
+        def configure_gradient_clipping(self, optimizer: Any, *values: Any, **named: Any) -> None:
             for key, (_, mask) in sparse_weights(self, callback).items():
                 gradient = self.get_parameter(key).grad
                 if gradient is not None and not mask.all():
@@ -153,7 +155,7 @@ def test_counts_are_exactly_the_planned_ones(self: Contract, distribution: Any, 
         def loss(self, batch: Any) -> Tensor:
             return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
-        def forward(self, images: Tensor) -> Tensor:
+        def forward(self, images: Tensor) -> Any:
             x = torch.relu(self.parts["up"](images))[:, :, 1:6, 1:6].flatten(2)
             x, _ = self.rnn(torch.relu(self.parts["fc1"](x)))
             x, _ = self.attention(x, x, x, need_weights=False)
