@@ -39,7 +39,7 @@ def test_several_optimizers(self: Contract) -> None:
             if key.startswith(("maker", "critic")[index]):
                 gradient = module.get_parameter(key).grad
                 assert gradient is not None
-                if not mask.all():
+                if not mask.all() and self.promises("gradients ready for a clip by hand"):
                     self.assert_gradient(callback, key, gradient)
                 checked[0] += 1
         last.update(see())

@@ -14,6 +14,8 @@ PROMISES: Mapping[str, str] = {
     "growth": "updates grow connections",
     "grown weights start from zero": "a grown weight is zero until its first step",
     "pruned weights rest": "a pruned weight has no value besides zero, and no step moves it",
+    "gradients ready for a clip by hand": "in manual optimization gradients are what the optimizer sees before the user "
+    "clips them",
     "any layer": "weights of every supported layer can be sparse",
 }
 """What a method promises unless its settings say why not: the name of each promise, and what it says.

@@ -1,5 +1,7 @@
 """Methods from outside under the contract: Top-KAST, and one whose masks are not effective."""
 
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Unpack
 
@@ -79,6 +81,7 @@ TestTopKAST = contract(
         promises_not_made={
             "growth": "weights of the backward set come back by themselves",
             "pruned weights rest": "a dense copy takes the step",
+            "gradients ready for a clip by hand": "the backward mask is applied in before_step, after a clip by hand",
         },
     ),
 )
@@ -136,6 +139,12 @@ def test_settings_refuse_what_they_do_not_know(wrong: dict[str, Any], words: str
     with pytest.raises(ValueError, match=words):
         Settings(SHORT, **wrong)
     assert "growth" in PROMISES
+
+
+def test_pytest_is_imported_by_a_call_alone() -> None:
+    program = "import sys, sparse_callbacks.testing; print({'pytest', 'pytorch_lightning'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_contract_needs_a_class() -> None:

@@ -1,4 +1,4 @@
-"""Data of the tests: a loader of random numbers, and one of images whose position in an epoch can be resumed."""
+"""A loader of random numbers for tests of single methods."""
 
 from typing import Any
 

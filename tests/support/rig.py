@@ -1,4 +1,4 @@
-"""How the tests run a Trainer, record what happens, and compare what it left."""
+"""Short runs of single methods, and records of their updates."""
 
 import itertools
 import math
