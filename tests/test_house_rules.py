@@ -29,7 +29,7 @@ from sparse_callbacks.latency import main, measure
 
 PACKAGE = Path(sparse_callbacks.__file__).parent
 ROOT = Path(__file__).parent.parent
-CORE = sorted(p for p in PACKAGE.rglob("*.py") if "tasks" not in p.relative_to(PACKAGE).parts)
+CORE = sorted(p for p in PACKAGE.rglob("*.py") if not {"tasks", "testing"} & set(p.relative_to(PACKAGE).parts))
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -66,7 +66,7 @@ def test_the_core_imports_torch_and_the_standard_library_only(path: Path) -> Non
     for module in imported(path):
         root = module.split(".")[0]
         assert root in sys.stdlib_module_names or root in ("torch", "pytorch_lightning", "sparse_callbacks"), module
-        assert not module.startswith("sparse_callbacks.tasks")
+        assert not module.startswith(("sparse_callbacks.tasks", "sparse_callbacks.testing"))
 
 
 def test_the_package_imports_with_its_core_dependencies_alone() -> None:
@@ -84,7 +84,7 @@ sys.meta_path.insert(0, Blocked())
 import sparse_callbacks as s
 for name in s.__all__:
     getattr(s, name)
-assert not [n for n in sys.modules if n.startswith("sparse_callbacks.tasks")]
+assert not [n for n in sys.modules if n.startswith(("sparse_callbacks.tasks", "sparse_callbacks.testing"))]
 s.RigL(0.9).plan(torch.nn.Sequential(torch.nn.Linear(20, 20)))
 print("fine")
 """
@@ -105,7 +105,7 @@ def test_the_public_names_are_there() -> None:
 
 # ---------------------------------------------------------------------- where things are
 
-ORDER = ["core", "channels", "methods", "lightning", "tasks"]
+ORDER = ["core", "channels", "methods", "lightning", "tasks", "testing"]
 HOSTLESS = ("core", "channels", "methods")
 ROOT_MODULES = {
     "__init__.py",

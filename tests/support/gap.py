@@ -7,7 +7,8 @@ from torch import nn
 
 from sparse_callbacks import GaP
 from sparse_callbacks.lightning.optimizer_lives import horizon
-from support.nets import OPTIMIZERS, Classifier, mlp
+from sparse_callbacks.testing.networks import OPTIMIZERS, Classifier
+from support.nets import mlp
 
 WIDTHS = (12, 10, 8, 6, 4, 5)
 

@@ -15,10 +15,11 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from sparse_callbacks import ParallelGaP, SparseRun, sparsify
-from support.data import Batches
+from sparse_callbacks.testing.comparison import snapshot
+from sparse_callbacks.testing.data import Batches
+from sparse_callbacks.testing.networks import Classifier
+from sparse_callbacks.testing.runs import Stops, fit, watch
 from support.methods import STEADY, method
-from support.nets import Classifier
-from support.rig import Stops, fit, snapshot, watch
 
 
 def run_two_processes(program: str, folder: Path) -> None:

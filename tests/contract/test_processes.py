@@ -7,7 +7,8 @@ import torch
 from support import processes
 from support.methods import every_steady_method, moves
 from support.processes import run_two_processes
-from support.rig import differences
+
+from sparse_callbacks.testing.comparison import differences
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
