@@ -69,6 +69,8 @@ def test_two_callbacks_equal_one_over_both_layers(self: Contract, tmp_path: Path
     initial: list[dict[str, Tensor]] = []
     begin = pl.callbacks.LambdaCallback(on_train_start=lambda *_: initial.append(together.masks))
     first = fit(whole, together, begin, gradient_clip_val=0.5)
+    if together.plan().joint is not None:
+        pytest.skip("its layers share one threshold, and those of two callbacks have two")
     assert (len(differences(initial[0], together.masks)) == 3) == self.moves()
     second = fit(halves, *apart, stops, gradient_clip_val=0.5)
     assert differences(together.masks, apart[0].masks | apart[1].masks) == []

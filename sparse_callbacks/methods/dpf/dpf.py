@@ -157,10 +157,9 @@ class DPF(Method):
         plan = super().plan(model)
         if not self._is_global:
             return plan
-        rows = [replace(r, zeros=None) if r.name in plan.selected else r for r in plan]
         # in a run each threshold rounds its own count down; a plan without a run does not know the optimizers
         sizes = [plan.weights] if model is not None else self._shared
-        return replace(plan, rows=tuple(rows), joint=sum(zeros_for(self.target_sparsity, size) for size in sizes))
+        return plan.joined(sum(zeros_for(self.target_sparsity, size) for size in sizes))
 
     def attach(self, model: nn.Module) -> None:
         self._shared = [sum(self.weights.size(n) for n in names) for names in self.owners.owns]
