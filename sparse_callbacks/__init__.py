@@ -10,10 +10,11 @@ if TYPE_CHECKING:
     from sparse_callbacks.channels.onnx import export_onnx
     from sparse_callbacks.channels.slim import slim
     from sparse_callbacks.core.calendar import Time
-    from sparse_callbacks.core.loop import SparseRun, sparsify
+    from sparse_callbacks.core.loop import sparsify
     from sparse_callbacks.core.method import Method, Options
     from sparse_callbacks.core.plan import Plan
     from sparse_callbacks.core.schedules import pruning_curve
+    from sparse_callbacks.core.sparse_run import SparseRun
     from sparse_callbacks.core.step import Step
     from sparse_callbacks.core.topology import Update
     from sparse_callbacks.lightning.callback import SparsityCallback
@@ -78,7 +79,7 @@ _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
     "Method": "core.method",
     "Options": "core.method",
     "Plan": "core.plan",
-    "SparseRun": "core.loop",
+    "SparseRun": "core.sparse_run",
     "SparsityCallback": "lightning.callback",
     "Step": "core.step",
     "Time": "core.calendar",

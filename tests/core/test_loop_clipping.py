@@ -9,8 +9,7 @@ from support.loops import METHODS, STEPS, adamw, assert_same, batches, begin, da
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from sparse_callbacks import DPF, RigL, Static
-from sparse_callbacks.core.loop import SparseRun, sparsify
+from sparse_callbacks import DPF, RigL, SparseRun, Static, sparsify
 
 INF_AT = (5, 9)
 NO_BATCH = ("static", "set", "rigl", "snfs", "gmp", "dpf", "smcp", "ctre")

@@ -24,8 +24,7 @@ from support.loops import (
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from sparse_callbacks import DPF, SET, GaP, RigL, Static
-from sparse_callbacks.core.loop import SparseRun, sparsify
+from sparse_callbacks import DPF, SET, GaP, RigL, SparseRun, Static, sparsify
 
 # ---------------------------------------------------------------------- GaP starts its optimizers anew
 

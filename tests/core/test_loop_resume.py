@@ -10,8 +10,7 @@ import torch
 from support.loops import EPOCH, METHODS, STEPS, adamw, assert_same, begin, data, net, sgd, train
 from torch import nn
 
-from sparse_callbacks import GaP, RigL, Static
-from sparse_callbacks.core.loop import SparseRun, sparsify
+from sparse_callbacks import GaP, RigL, SparseRun, Static, sparsify
 
 STOP = 9  # between two updates, and within a phase of GaP
 

@@ -211,3 +211,40 @@ def test_with_two_optimizers_too(method: str) -> None:
 
 def hosted_steps(trainer: pl.Trainer) -> int:
     return int(trainer.estimated_stepping_batches)
+
+
+class Scheduled(Net):
+    """With a learning rate that falls in every step."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make(self.parameters())
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, falling)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def falling(step: int) -> float:
+    return 0.9**step
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_and_schedules_of_gap_start_anew_alike(name: str) -> None:
+    hosted, plain = (GaP(0.8, partitions=2, rounds=2, every=6, print_plan=False) for _ in range(2))
+    trained, net, loader = (*(Scheduled(OPTIMIZERS[name], Case()) for _ in range(2)), data())
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    pl.Trainer(max_epochs=EPOCHS, accelerator="cpu", callbacks=[hosted], **quiet).fit(trained, data())  # type: ignore[arg-type]
+    optimizer = OPTIMIZERS[name](net.parameters())
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, falling)]
+
+    def renew() -> None:
+        schedules.append(torch.optim.lr_scheduler.LambdaLR(optimizer, falling))
+
+    with sparsify(plain, net, optimizer, EPOCHS * BATCHES, on_restart=renew):
+        for _ in range(EPOCHS):
+            for number, batch in enumerate(loader):
+                net.training_step(batch, number).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                schedules[-1].step()
+    assert len(schedules) == 1 + 4  # two rounds of two partitions, each of which ends in a restart
+    same(trained, net)
+    assert all(torch.equal(hosted.masks[n], mask) for n, mask in plain.masks.items())

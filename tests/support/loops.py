@@ -8,8 +8,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sparse_callbacks import CTRE, DPF, GMP, SET, SMCP, SNFS, ConstrainedL0, GaP, RigL, SparsityCallback, Static
-from sparse_callbacks.core.loop import SparseRun, sparsify
+from sparse_callbacks import (
+    CTRE,
+    DPF,
+    GMP,
+    SET,
+    SMCP,
+    SNFS,
+    ConstrainedL0,
+    GaP,
+    RigL,
+    SparseRun,
+    SparsityCallback,
+    Static,
+    sparsify,
+)
 
 METHODS: dict[str, Callable[..., SparsityCallback]] = {
     "static": lambda **more: Static(0.8, print_plan=False, **more),
