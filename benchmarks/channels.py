@@ -28,9 +28,8 @@ import torch
 from accuracy import Metrics, results
 from torch import Tensor, nn
 
-from sparse_callbacks import export_onnx, load_compact, slim
+from sparse_callbacks import SMCP, export_onnx, load_compact, slim
 from sparse_callbacks.channels.latency.measure import measure
-from sparse_callbacks.methods.smcp.smcp import SMCP
 from sparse_callbacks.tasks.models import resnet20
 
 ROOT = Path(__file__).resolve().parent.parent

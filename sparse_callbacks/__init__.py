@@ -1,15 +1,39 @@
-"""Sparse training for PyTorch Lightning: one callback makes an ordinary LightningModule train sparse."""
+"""Sparse training for PyTorch: one callback, or one call before a loop, makes a model train sparse."""
 
-from sparse_callbacks import distributions, ops, schedules
-from sparse_callbacks.channels.compact import load_compact, save_compact
-from sparse_callbacks.channels.groups import channel_groups
-from sparse_callbacks.channels.onnx import export_onnx
-from sparse_callbacks.channels.slim import slim
-from sparse_callbacks.core.plan import Plan
-from sparse_callbacks.lightning.callback import SparsityCallback
-from sparse_callbacks.lightning.optimizer_lives import horizon
-from sparse_callbacks.methods import CTRE, DPF, GMP, SET, SMCP, SNFS, ConstrainedL0, GaP, ParallelGaP, RigL, Static
-from sparse_callbacks.methods.gap.combination import combine
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparse_callbacks import distributions, ops, schedules
+    from sparse_callbacks.channels.compact import load_compact, save_compact
+    from sparse_callbacks.channels.groups import channel_groups
+    from sparse_callbacks.channels.onnx import export_onnx
+    from sparse_callbacks.channels.slim import slim
+    from sparse_callbacks.core.calendar import Time
+    from sparse_callbacks.core.loop import sparsify
+    from sparse_callbacks.core.method import Method, Options
+    from sparse_callbacks.core.plan import Plan
+    from sparse_callbacks.core.schedules import pruning_curve
+    from sparse_callbacks.core.sparse_run import SparseRun
+    from sparse_callbacks.core.step import Step
+    from sparse_callbacks.core.topology import Update
+    from sparse_callbacks.lightning.callback import SparsityCallback
+    from sparse_callbacks.lightning.methods import (
+        CTRE,
+        DPF,
+        GMP,
+        SET,
+        SMCP,
+        SNFS,
+        ConstrainedL0,
+        GaP,
+        ParallelGaP,
+        RigL,
+        Static,
+    )
+    from sparse_callbacks.lightning.optimizer_lives import horizon
+    from sparse_callbacks.methods.drop_and_grow import DropAndGrow
+    from sparse_callbacks.methods.gap.combination import combine
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,12 +44,19 @@ __all__ = [
     "SMCP",
     "SNFS",
     "ConstrainedL0",
+    "DropAndGrow",
     "GaP",
+    "Method",
+    "Options",
     "ParallelGaP",
     "Plan",
     "RigL",
+    "SparseRun",
     "SparsityCallback",
     "Static",
+    "Step",
+    "Time",
+    "Update",
     "channel_groups",
     "combine",
     "distributions",
@@ -33,7 +64,48 @@ __all__ = [
     "horizon",
     "load_compact",
     "ops",
+    "pruning_curve",
     "save_compact",
     "schedules",
     "slim",
+    "sparsify",
 ]
+
+# Where each name lives; it is imported when it is first asked for (PEP 562), so that `sparse_callbacks.core` and
+# `sparse_callbacks.methods` work where Lightning is not installed.
+_CALLBACKS = ("CTRE", "DPF", "GMP", "SET", "SMCP", "SNFS", "ConstrainedL0", "GaP", "ParallelGaP", "RigL", "Static")
+_MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
+    "DropAndGrow": "methods.drop_and_grow",
+    "Method": "core.method",
+    "Options": "core.method",
+    "Plan": "core.plan",
+    "SparseRun": "core.sparse_run",
+    "SparsityCallback": "lightning.callback",
+    "Step": "core.step",
+    "Time": "core.calendar",
+    "Update": "core.topology",
+    "channel_groups": "channels.groups",
+    "combine": "methods.gap.combination",
+    "export_onnx": "channels.onnx",
+    "horizon": "lightning.optimizer_lives",
+    "load_compact": "channels.compact",
+    "pruning_curve": "core.schedules",
+    "save_compact": "channels.compact",
+    "slim": "channels.slim",
+    "sparsify": "core.loop",
+}
+_MODULES = ("distributions", "ops", "schedules")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = found  # asked for once
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,8 +2,11 @@
 somewhere."""
 
 import importlib
+import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
-from support.nets import Classifier, mlp
+from support.nets import mlp
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -22,6 +25,7 @@ import sparse_callbacks
 from sparse_callbacks import RigL, Static, methods
 from sparse_callbacks.channels.latency import command
 from sparse_callbacks.tasks import build
+from sparse_callbacks.testing.networks import Classifier
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,7 +34,9 @@ TEXTS = [
     *(ROOT / f"{name}.md" for name in ("ARCHITECTURE", "CONTRIBUTING", "CHANGELOG")),
     ROOT / "benchmarks/README.md",
 ]
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# a block that the reader saves as a file
+SAVED = re.compile(r"^```\w+ file=(\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 
@@ -70,6 +76,7 @@ def names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
         "example_input": x,
         "model": module,
         "callback": callback,
+        "optimizer": torch.optim.SGD(module.parameters(), lr=0.01),
         "torch": torch,
     }
 
@@ -89,15 +96,56 @@ def image_net() -> nn.Module:
     )
 
 
+def save_files(page: Path, folder: Path) -> list[str]:
+    """Save what the reader is asked to save; gives the text of each file."""
+    found = SAVED.findall(page.read_text())
+    for name, text in found:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    return [text for _, text in found]
+
+
 @every_page
 @pytest.mark.filterwarnings("ignore")
-def test_examples_run(page: Path, names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_examples_run(
+    page: Path,
+    names: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    save_files(page, tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     for code in fences(page, "python"):
         exec(compile(code, page.name, "exec"), dict(names))
 
 
+def test_a_method_from_outside_passes_the_contract_and_runs_on_the_command_line(tmp_path: Path) -> None:
+    """By the page alone: its files, its pytest command, and train.py with the folder on both paths."""
+    method, yaml, _ = save_files(ROOT / "docs/writing_a_method.md", tmp_path)
+    assert sum(bool(line.strip()) for line in f"{method}{yaml}".splitlines()) <= 40
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]), "OMP_NUM_THREADS": "1"}
+    overrides = ["method=acdc", "sparsity=0.95", "logger=csv", "trainer.max_epochs=2", f"hydra.run.dir={tmp_path}/run"]
+    for arguments in (
+        ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path / "test_acdc.py")],
+        [str(ROOT / "train.py"), "--config-dir", str(tmp_path), *overrides],
+    ):
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert "0.949" in done.stdout or "0.95" in done.stdout
+
+
 def test_there_are_examples_and_commands() -> None:
-    assert [page.stem for page in PAGES if fences(page, "python")] == ["README", "channels", "methods", "slimming"]
+    assert [page.stem for page in PAGES if fences(page, "python")] == [
+        "README",
+        "channels",
+        "loops",
+        "methods",
+        "slimming",
+        "writing_a_method",
+    ]
     assert {page.stem for page in PAGES if commands(page)} >= {"README", "channels", "results"}
 
 
@@ -105,7 +153,10 @@ def test_there_are_examples_and_commands() -> None:
 def test_callbacks_within_sentences_can_be_made(page: Path) -> None:
     for code in inline(page):
         if re.match(rf"({'|'.join(methods.__all__)})\(.*\)$", code):
-            assert isinstance(eval(code, vars(sparse_callbacks).copy()), sparse_callbacks.SparsityCallback)
+            assert isinstance(
+                eval(code, {name: getattr(sparse_callbacks, name) for name in methods.__all__}),
+                sparse_callbacks.SparsityCallback,
+            )
 
 
 def test_the_plan_that_is_shown_is_the_one_that_is_printed() -> None:
@@ -138,7 +189,8 @@ def test_commands_are_understood(page: Path) -> None:
             case ["wandb", "sweep", file]:
                 assert (ROOT / file).is_file()
             case ["pytest", *options]:
-                assert options in ([], ["-m", "slow"])
+                saved = [name for name, _ in SAVED.findall(page.read_text())]
+                assert options in ([], ["-m", "slow"], *([name] for name in saved))
             case _:
                 pytest.fail(f"nothing checks the command {' '.join(words)}")
 

@@ -29,7 +29,7 @@ from sparse_callbacks.latency import main, measure
 
 PACKAGE = Path(sparse_callbacks.__file__).parent
 ROOT = Path(__file__).parent.parent
-CORE = sorted(p for p in PACKAGE.rglob("*.py") if "tasks" not in p.relative_to(PACKAGE).parts)
+CORE = sorted(p for p in PACKAGE.rglob("*.py") if not {"tasks", "testing"} & set(p.relative_to(PACKAGE).parts))
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -66,7 +66,7 @@ def test_the_core_imports_torch_and_the_standard_library_only(path: Path) -> Non
     for module in imported(path):
         root = module.split(".")[0]
         assert root in sys.stdlib_module_names or root in ("torch", "pytorch_lightning", "sparse_callbacks"), module
-        assert not module.startswith("sparse_callbacks.tasks")
+        assert not module.startswith(("sparse_callbacks.tasks", "sparse_callbacks.testing"))
 
 
 def test_the_package_imports_with_its_core_dependencies_alone() -> None:
@@ -84,7 +84,7 @@ sys.meta_path.insert(0, Blocked())
 import sparse_callbacks as s
 for name in s.__all__:
     getattr(s, name)
-assert not [n for n in sys.modules if n.startswith("sparse_callbacks.tasks")]
+assert not [n for n in sys.modules if n.startswith(("sparse_callbacks.tasks", "sparse_callbacks.testing"))]
 s.RigL(0.9).plan(torch.nn.Sequential(torch.nn.Linear(20, 20)))
 print("fine")
 """
@@ -105,13 +105,7 @@ def test_the_public_names_are_there() -> None:
 
 # ---------------------------------------------------------------------- where things are
 
-ORDER = [
-    "core",
-    "channels",
-    "lightning",
-    "methods",
-    "tasks",
-]  # a method still is a callback, so lightning comes before methods
+ORDER = ["core", "channels", "methods", "lightning", "tasks", "testing"]
 HOSTLESS = ("core", "channels", "methods")
 ROOT_MODULES = {
     "__init__.py",
@@ -120,6 +114,8 @@ ROOT_MODULES = {
     "ops.py",
     "schedules.py",  # one-line modules for import paths that users have
 }
+# the face imports each public name when it is first asked for
+NAMES_IN_THE_ROOT = {"__all__", "__version__", "__getattr__", "__dir__", "_CALLBACKS", "_MODULE_OF", "_MODULES"}
 OLD_PATHS_IN_TASKS = {"tasks/tabular.py", "tasks/tracking.py"}  # named by configurations that users have saved
 
 
@@ -143,9 +139,7 @@ def test_the_root_holds_the_face_the_command_and_old_import_paths() -> None:
     assert {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name != "__pycache__"} == set(ORDER)
     for path in [PACKAGE / name for name in [*ROOT_MODULES, *OLD_PATHS_IN_TASKS]]:
         tree = ast.parse(path.read_text())
-        # a line of names, and in the command its call
-        assert all(isinstance(s, ast.Expr | ast.Import | ast.ImportFrom | ast.If | ast.Assign) for s in tree.body), path
-        assert {*defined_names(tree.body)} <= {"__all__", "__version__"}, f"{shown(path)} is for names alone"
+        assert {*defined_names(tree.body)} <= NAMES_IN_THE_ROOT, f"{shown(path)} is for names alone"
 
 
 def test_names_of_0_1_are_found_under_modules_that_are_still_there() -> None:
@@ -330,6 +324,7 @@ def test_parameter_values_are_written_by_sparse_weights_alone() -> None:
     assert {(file, function) for file, function, _ in about_parameters} == {
         ("core/weights.py", "write_masked"),
         ("core/weights.py", "write_grown"),
+        ("core/weights.py", "write_values"),
         ("core/dense_copy.py", "_exchange"),
     }, sorted(about_parameters)
 
@@ -377,4 +372,5 @@ def test_everything_public_has_a_docstring(path: Path) -> None:
     assert ast.get_docstring(tree), "the module"
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-            assert ast.get_docstring(node), node.name
+            given = any(ast.unparse(s).startswith("__doc__ = ") for s in node.body)  # that of another class
+            assert given or ast.get_docstring(node), node.name

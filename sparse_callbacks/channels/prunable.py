@@ -86,8 +86,8 @@ def example_inputs(model: nn.Module, batches: Generator[Any, None, None]) -> Any
     except ValueError as error:
         raise ValueError(
             "the model is looked at with one sample, and there is none: the module has no example_input_array, and "
-            f"{str(error).partition('. ')[0]}. Set example_input_array to what its forward takes of one sample; the "
-            "forward must run the network that is to be pruned."
+            f"{str(error).partition('. ')[0]}. Set example_input_array to what its forward takes of one sample (or, in a "
+            "loop of your own, give sparsify(..., data=) one batch); the forward must run the network that is to be pruned."
         ) from error
     finally:
         batches.close()

@@ -1,6 +1,5 @@
 """Refusing arguments that no run can use, and values given by glob."""
 
-import inspect
 import math
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -83,14 +82,3 @@ def check_seed(seed: object) -> None:
     """Refuse what is not a whole number."""
     if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise ValueError(f"seed={seed!r} is not a whole number. Give for example seed=0.")
-
-
-def argument_names(cls: type, shared: type) -> list[str]:
-    """Names of the constructor arguments of a class, in their order.
-
-    Args:
-        cls: the class.
-        shared: a TypedDict with the arguments that ``cls`` takes as ``**options`` and hands on.
-    """
-    own = [p.name for p in inspect.signature(cls).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    return [*own, *(name for name in shared.__annotations__ if name not in own)]

@@ -18,6 +18,8 @@ class Attachment:
     def __init__(self) -> None:
         self.host: Host | None = None
         """The training loop; None outside of a run."""
+        self.in_training = False
+        """A run is going on: everything is restored and the masks are written."""
         self._model: Callable[[], nn.Module | None] = _no_model
 
     @property
@@ -27,18 +29,23 @@ class Attachment:
 
     def enter(self, model: nn.Module, host: Host) -> None:
         """A run with ``model`` begins."""
-        self._model, self.host = ref(model), host  # weakly: a method that is kept must not keep a large model alive
+        self.know(model)
+        self.host = host
+
+    def know(self, model: nn.Module) -> None:
+        """The latest run was one of ``model``."""
+        self._model = ref(model)  # weakly: a method that is kept must not keep a large model alive
 
     def leave(self) -> None:
         """The run is over. Its model stays known: a second fit of the same model goes on with its masks."""
-        self.host = None
+        self.host, self.in_training = None, False
 
     def forget(self) -> None:
         """The next run is a new one, also with the same model."""
         self._model = _no_model
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"host": None, "_model": _no_model}
+        return {"host": None, "_model": _no_model, "in_training": False}
 
 
 def _no_model() -> None:

@@ -149,7 +149,7 @@ class Engine:
         self._unhook()
         method = self.method
         method.attachment.leave()
-        method.owners, method.in_training = Ownership([], {}), False
+        method.owners = Ownership([], {})
 
     def _unhook(self) -> None:
         for handle in self._handles:
@@ -164,18 +164,30 @@ class Engine:
     # ------------------------------------------------------------------ one optimizer step
 
     def before(self, optimizer: Optimizer, tick: int) -> Step:
+        """Gradients are ready and the step comes at once: :meth:`announce` it and :meth:`enter_step`.
+
+        Args:
+            optimizer: the optimizer that is about to step.
+            tick: the number of the optimizer step in the run, replaced and skipped ones included.
+        """
+        step = self.announce(optimizer, tick)
+        self.enter_step(optimizer)
+        return step
+
+    def announce(self, optimizer: Optimizer, tick: int, gradients_read: bool = False) -> Step:
         """Gradients are ready: the method edits them, or replaces the step.
 
         Args:
-            optimizer: which is about to step.
-            tick: numbers the optimizer steps of the run, replaced and skipped ones included.
+            optimizer: the optimizer that is about to step.
+            tick: the number of the optimizer step in the run, replaced and skipped ones included.
+            gradients_read: whether somebody reads the gradients of this step in any case.
         """
         method = self.method
         index = method.owners.index(optimizer)
         last = self._steps.get(index)
         if last is not None and last.tick == tick:
             raise ValueError(torch_optimizers.several_closures(type(optimizer).__name__))
-        step = self._steps[index] = self._step(index, tick)
+        step = self._steps[index] = self._step(index, tick, gradients_read)
         if step.names:
             step.finite_flag = self._all_finite(step)
             if step.finite_flag is not True and not method.reads_dense_gradients:
@@ -185,11 +197,17 @@ class Engine:
                 step.finite_flag = self._all_finite(step)
             self._finite = step.finite_flag
             method.before_step(step)
-        if not step.replaced:
-            method.weights.swap_in(method.owners.steps[index])
         return step
 
-    def _step(self, index: int, tick: int) -> Step:
+    def enter_step(self, optimizer: Optimizer) -> None:
+        """The announced step is taken now: parameters with a dense copy hold their dense values, unless an update
+        replaces the step."""
+        method = self.method
+        index = method.owners.index(optimizer)
+        if not self._steps[index].replaced:
+            method.weights.swap_in(method.owners.steps[index])
+
+    def _step(self, index: int, tick: int, gradients_read: bool = False) -> Step:
         method = self.method
         return Step(
             index,
@@ -199,7 +217,7 @@ class Engine:
             method.progress,
             method.calendar,
             self._gradients,
-            self._gradients_read[index],
+            gradients_read or self._gradients_read[index],
         )
 
     def _all_finite(self, step: Step) -> Tensor | bool:
@@ -232,6 +250,8 @@ class Engine:
         """The optimizer's own post hook: it fires when a step was really taken, and not where a GradScaler skipped
         it."""
         method = self.method
+        if optimizer not in method.owners.optimizers:
+            return  # a wrapper around one of them, such as Fabric's, fires its hooks too: the step within is to come
         index = method.owners.index(optimizer)
         step = self._steps.get(index)
         if step is None and not method.host.announces_steps:

@@ -147,11 +147,9 @@ class Hooks:
     def epoch_start(self, epoch: int) -> None:
         """Epoch ``epoch`` (from 0) of the fit begins, before its first batch is drawn."""
 
-    def sanity_end(self, metrics: Mapping[str, float]) -> None:
-        """The host has tried its validation before training, with these ``metrics``."""
-
-    def validation_end(self, metrics: Mapping[str, float], epoch: int) -> None:
-        """A validation in ``epoch`` is over; checkpoints may be written next."""
+    def validation_end(self, metrics: Mapping[str, float], epoch: int | None) -> None:
+        """A validation in ``epoch`` is over; checkpoints may be written next. ``epoch`` is None where the host has only
+        tried its validation before training."""
 
     def epoch_end(self, metrics: Mapping[str, float], epoch: int) -> None:
         """``epoch`` is over, its validation included; ``metrics`` are the latest of everything logged."""

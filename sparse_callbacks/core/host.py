@@ -1,7 +1,7 @@
 """What an engine and its method may ask of whoever runs the training loop."""
 
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -47,6 +47,7 @@ class Host(Protocol):
         """Show the user a sentence, on rank 0."""
 
 
+@runtime_checkable
 class TurnsHost(Host, Protocol):
     """A host of several networks that train in turn, or one on each rank."""
 
@@ -58,3 +59,27 @@ class TurnsHost(Host, Protocol):
 
     def load_loader_states(self, states: Sequence[Any]) -> None:
         """Put back what :meth:`loader_states` found."""
+
+
+class TrainsInTurns:
+    """A method of several networks that train in turn, or one on each rank."""
+
+    host: Host
+
+    @property
+    def turns_host(self) -> TurnsHost:
+        """The host of the run, with the operations for networks that train in turn.
+
+        Raises:
+            ValueError: the host has none, as a hand-written loop.
+        """
+        if not isinstance(self.host, TurnsHost):
+            raise ValueError(self.why_not_in_a_loop())
+        return self.host
+
+    def why_not_in_a_loop(self) -> str:
+        """Why a hand-written loop cannot be the host, as a sentence for the user."""
+        return (
+            f"{type(self).__name__} trains several networks, each with an order of the data of its own, and needs a "
+            "Trainer for that. Give it to Trainer(callbacks=[...]), or use GaP in a loop of your own."
+        )

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.core import checkpoint, randomness
-from sparse_callbacks.core.arguments import argument_names, check_seed, check_sparsity
+from sparse_callbacks.core.arguments import check_seed, check_sparsity
 from sparse_callbacks.core.attachment import Attachment
 from sparse_callbacks.core.calendar import Calendar, RunLength, Time, check_times, resolve_times
 from sparse_callbacks.core.checkpoint import SavedRun
+from sparse_callbacks.core.constructors import argument_names, checks_arguments
 from sparse_callbacks.core.distributions import Distribution, is_epsilon
 from sparse_callbacks.core.hooks import Hooks
 from sparse_callbacks.core.host import Host
@@ -66,15 +67,33 @@ class Method(Hooks):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         refuse_old_hooks(cls)
+        if "__init__" in vars(cls):
+            cls.__init__ = checks_arguments(cls.__init__, Options)  # type: ignore[method-assign]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("setup", "teardown") or name.startswith("on_"):  # a Trainer looks for its hooks
+            raise AttributeError(self._why_no_callback())
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __iter__(self) -> Any:
+        raise TypeError(self._why_no_callback())  # a Trainer takes what is no callback of its own for a list of them
+
+    def _why_no_callback(self) -> str:
+        name = type(self).__name__
+        return (
+            f"{name} of {type(self).__module__} is a plain method, which a Trainer cannot call. Give the Trainer the "
+            f"callback: sparse_callbacks.{name}, or for a method of your own class {name}Callback({name}, "
+            "SparsityCallback). For a loop of your own there is sparse_callbacks.sparsify."
+        )
 
     def __init__(
         self,
         sparsity: float,
         *,
-        distribution: Distribution,
-        include: str | Sequence[str] | None,
-        exclude: str | Sequence[str] | None,
-        seed: int,
+        distribution: Distribution = "uniform",
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        seed: int = 0,
         keep_dense: KeepDense | None = None,
         print_plan: bool = True,
         fresh_start: bool = False,
@@ -113,8 +132,6 @@ class Method(Hooks):
         """Planned sparsity of every sparse layer."""
         self.saved: SavedRun | None = None
         """The run that this fit goes on from, until training has begun; None for a new one."""
-        self.in_training = False
-        """A run is going on: everything is restored and the masks are written."""
         self.attachment = Attachment()
         """The model and the host that the engine has attached this method to."""
 
@@ -239,12 +256,7 @@ class Method(Hooks):
                 f"{type(self).__name__} has no masks yet: they are made at the start of fit. Before that, see "
                 "plan(model)."
             )
-        return joint_sparsity([self.weights], self.model_size) | layer_sparsity(self.weights)
-
-    @property
-    def model_size(self) -> int:
-        """The number of all parameters of the model."""
-        return sum(e.size for e in self.entries)
+        return joint_sparsity([self.weights], sum(e.size for e in self.entries)) | layer_sparsity(self.weights)
 
     def figures(self) -> dict[str, float]:
         """Figures of the method's own for the network as it is; they are logged with the sparsity."""
@@ -301,4 +313,4 @@ class Method(Hooks):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the hold on a model, its optimizers and the host stay behind."""
-        return {**vars(self), "owners": Ownership([], {}), "in_training": False}
+        return {**vars(self), "owners": Ownership([], {})}

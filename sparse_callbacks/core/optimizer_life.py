@@ -15,6 +15,11 @@ class RestartsOptimizers:
     """The user's code has asked how long its optimizers live, so its schedules are not of one fixed length."""
 
     @property
+    def restarts(self) -> bool:
+        """Whether optimizers are configured anew at all; False where the user has switched it off."""
+        raise NotImplementedError
+
+    @property
     def horizon(self) -> float | None:
         """Optimizer steps that the current optimizers live; None where they are never configured anew."""
         raise NotImplementedError

@@ -94,10 +94,32 @@ def refuse(optimizers: Iterable[Optimizer], scaler: bool) -> None:
             raise ValueError(several_closures(name))
         # the attribute by which a GradScaler leaves unscaling to the optimizer
         if scaler and getattr(optimizer, "_step_supports_amp_scaling", False):
-            raise ValueError(
-                f"{name}(fused=True) under precision='16-mixed' unscales the gradients inside its step and steps even "
-                "when they are infinite, so a mask update could be lost. Use precision='bf16-mixed', or fused=False."
-            )
+            raise ValueError(_unscales_itself(name, "precision='16-mixed'", "precision='bf16-mixed'"))
+
+
+def refuse_scaled_step(optimizer: Optimizer) -> None:
+    """Refuse a step in which the optimizer itself unscales the gradients, called by a GradScaler.
+
+    Raises:
+        ValueError: the optimizer is fused.
+    """
+    # attributes that torch's GradScaler sets on the optimizer right before such a step, and takes away after it
+    if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
+        raise ValueError(_unscales_itself(type(optimizer).__name__, "a GradScaler", "autocast to bfloat16 without one"))
+
+
+def _unscales_itself(name: str, scaled: str, instead: str) -> str:
+    """The error for a fused optimizer under a GradScaler.
+
+    Args:
+        name: the name of the optimizer's class.
+        scaled: what brings the GradScaler.
+        instead: half precision that needs none.
+    """
+    return (
+        f"{name}(fused=True) under {scaled} unscales the gradients inside its step and steps even when they are "
+        f"infinite, so a mask update could be lost. Use {instead}, or fused=False."
+    )
 
 
 def several_closures(name: str) -> str:

@@ -1,7 +1,7 @@
 """Plan of a callback: the target sparsity of every parameter, as a table to read before training."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparse_callbacks.core.selection import Entry
 
@@ -73,6 +73,16 @@ class Plan:
     def model(self) -> float:
         """Planned sparsity over all parameters of the model."""
         return self.zeros / max(1, sum(r.size for r in self.rows))
+
+    def joined(self, zeros: int | None = None) -> "Plan":
+        """The plan of a method with one threshold over all selected weights, which decides during training how many of
+        each parameter's weights are zeros.
+
+        Args:
+            zeros: the number of zeros that the selected weights share; default: as many as are planned here.
+        """
+        rows = tuple(replace(r, zeros=None) if r.name in self.selected else r for r in self.rows)
+        return replace(self, rows=rows, joint=self.zeros if zeros is None else zeros)
 
     def __str__(self) -> str:
         head = ("parameter", "shape", "weights", "sparsity", "zeros", "why dense")

@@ -11,6 +11,7 @@ RENAMED = {
     "after_batch": "Write batch_end(self, end).",
     "begin": "Write further_members(self, model, entries) and attach(self, model).",
     "apply_masks": "Write write(self, names, finite).",
+    "sanity_end": "Write validation_end(self, metrics, epoch); epoch is None for the trial before training.",
     # facts
     "anchor": "Write first_update.",
     "curves": "Write figure_prefix.",

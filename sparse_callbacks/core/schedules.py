@@ -250,6 +250,6 @@ def to_steps(when: float, total: float, name: str) -> int:
     if not (math.isfinite(total) and total > 0):
         raise ValueError(
             f"{name}={when!r} is a fraction of a run whose length is not known. "
-            f"Give Trainer(max_steps=...), or {name} in integer steps, e.g. {name}=1000."
+            f"Give Trainer(max_steps=...) or the steps of sparsify(), or {name} in integer steps, e.g. {name}=1000."
         )
     return round(float(when) * total)  # not cut off: 0.29 * 100 is 28.999999999999996

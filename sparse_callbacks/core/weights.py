@@ -145,6 +145,12 @@ class SparseWeights:
         self.params[name].masked_scatter_(where, values[where].to(self.params[name]))
 
     @torch.no_grad()
+    def write_values(self, values: Mapping[str, Tensor]) -> None:
+        """Give parameters ``values`` by name as they are, whatever the masks: those of a run that is begun anew."""
+        for name, value in values.items():
+            self.params[name].copy_(value)
+
+    @torch.no_grad()
     def mask_gradient(self, name: str, finite: bool = True) -> None:
         """Zero the gradient of a parameter's pruned weights, if it has one; ``finite`` as in :meth:`write_masked`."""
         gradient = self.params[name].grad

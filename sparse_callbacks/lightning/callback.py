@@ -65,6 +65,8 @@ class SparsityCallback(Method, AnyCallback):
         ValueError: an argument, model, optimizer, strategy or checkpoint that cannot work, before the first batch.
     """
 
+    __iter__ = None  # type: ignore[assignment]  # a plain method says that it cannot be iterated over; a callback is not asked
+
     @cached_property
     def engine(self) -> Engine:
         """Drives this method over the model of the latest fit."""
@@ -122,7 +124,7 @@ class SparsityCallback(Method, AnyCallback):
         self._check_horizons(trainer)
         self.rehearse()
         self.engine.write()  # not earlier: a fit that is refused leaves the weights as they were
-        self.in_training = True
+        self.attachment.in_training = True
         self._put_gradients_back(pl_module)
         # `or {}`: in version 0.1 this hook gave nothing, and an override of that time still may
         self.engine.events |= self.begin_training(trainer.current_epoch) or {}
@@ -170,8 +172,8 @@ class SparsityCallback(Method, AnyCallback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = curves.logged_metrics(trainer)
         if trainer.sanity_checking:
-            self.sanity_end(metrics)
-        elif self.in_training:
+            self.validation_end(metrics, None)
+        elif self.attachment.in_training:
             self.validation_end(metrics, trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -184,7 +186,7 @@ class SparsityCallback(Method, AnyCallback):
             rank_zero_warn(self.shortfall())
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self.in_training:  # it may have come between the optimizer's step and ours
+        if self.attachment.in_training:  # it may have come between the optimizer's step and ours
             self.engine.write()
             self.engine.batch_over()
         self._leave(pl_module)
@@ -282,13 +284,13 @@ class SparsityCallback(Method, AnyCallback):
         train on."""
         if not isinstance(self, RestartsOptimizers) or trainer.fast_dev_run:
             return
-        life = self.horizon if self.horizon_asked or self.in_training else self.shortest_life
+        life = self.horizon if self.horizon_asked or self.attachment.in_training else self.shortest_life
         if life is None:
             return
         try:
             optimizer_lives.check_horizons(trainer, life, optimizer_lives.epoch_length(trainer))
         except ValueError as error:
-            if not self.in_training:
+            if not self.attachment.in_training:
                 raise
             rank_zero_warn(str(error))
 

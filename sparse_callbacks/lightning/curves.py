@@ -22,7 +22,7 @@ def row(method: Method, events: dict[str, float], methods: Sequence[Method]) -> 
 
 def whole_network(methods: Sequence[Method]) -> dict[str, float]:
     """``sparsity/total`` and ``sparsity/model`` over the weights of all methods of one model."""
-    return joint_sparsity([m.weights for m in methods], methods[0].model_size)
+    return joint_sparsity([m.weights for m in methods], sum(e.size for e in methods[0].entries))
 
 
 def logged_metrics(trainer: Trainer) -> dict[str, float]:

@@ -55,7 +55,7 @@ class TurnTaking(SparsityCallback):
         """The part of ``state``, saved with the networks of all ranks, that this rank resumes from."""
 
     @property
-    def turns_host(self) -> TurnsTrainerHost:
+    def trainer_host(self) -> TurnsTrainerHost:
         """The host of the run, with the operations for networks that train in turn."""
         assert isinstance(self.host, TurnsTrainerHost)
         return self.host
@@ -93,11 +93,11 @@ class TurnTaking(SparsityCallback):
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
-        if self.in_training and self.trains_apart:
+        if self.attachment.in_training and self.trains_apart:
             # Lightning writes the checkpoint of rank 0 only, so that one must hold the networks of all ranks
             weights = {k: t.detach() for k, t in self.model.state_dict().items() if isinstance(t, Tensor)}
             optimizers = [o.state_dict() for o in self.owners.optimizers]
-            mine = {"weights": weights, "optimizers": optimizers, "loaders": self.turns_host.loader_states()}
+            mine = {"weights": weights, "optimizers": optimizers, "loaders": self.trainer_host.loader_states()}
             # gradients of an open window are in it too: each rank accumulates those of its own network
             state["workers"] = distributed.gather({**mine, "grads": state.pop("grads", {})})
         return state
@@ -107,7 +107,7 @@ class TurnTaking(SparsityCallback):
 
     def _leave(self, module: LightningModule) -> None:
         if self.attachment.host is not None:
-            stop_translating(self.turns_host.trainer)
+            stop_translating(self.trainer_host.trainer)
         super()._leave(module)
 
 

@@ -7,15 +7,14 @@ from torch import Tensor
 
 from sparse_callbacks.core.calendar import Time
 from sparse_callbacks.core.distributions import Distribution
-from sparse_callbacks.core.method import Options
+from sparse_callbacks.core.method import Method, Options
 from sparse_callbacks.core.ops import drop_and_grow, drop_count
 from sparse_callbacks.core.schedules import Schedule, as_schedule
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.topology import Update
-from sparse_callbacks.lightning.callback import SparsityCallback
 
 
-class DropAndGrow(SparsityCallback):
+class DropAndGrow(Method):
     """Sparse from the first step to the last; the number of active weights in a layer never changes.
 
     A subclass says what to grow (:meth:`grow_scores`). The update comes after a gradient step unless the subclass
@@ -43,8 +42,8 @@ class DropAndGrow(SparsityCallback):
         self.set_times(every, start, stop)
         self.drop_fraction = drop_fraction
         # a number falls along RigL's f_decay = alpha / 2 * (1 + cos(pi * t / T)), for all three methods
-        self.fraction_curve = as_schedule(drop_fraction, "cosine", name="drop_fraction")
-        for value in (self.fraction_curve.initial, self.fraction_curve.final):
+        self._curve = as_schedule(drop_fraction, "cosine", name="drop_fraction")
+        for value in (self._curve.initial, self._curve.final):
             if not 0.0 <= value <= 1.0:
                 raise ValueError(
                     f"drop_fraction={drop_fraction!r} leaves [0, 1]: it is the fraction of a layer's active weights "
@@ -53,7 +52,7 @@ class DropAndGrow(SparsityCallback):
 
     def fraction_at(self, number: int) -> float:
         """The share of active weights that an update replaces after ``number`` gradient steps."""
-        return self.fraction_curve(number, self.times.start, self.times.stop)
+        return self._curve(number, self.times.start, self.times.stop)
 
     @property
     def fraction(self) -> float:

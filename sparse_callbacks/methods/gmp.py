@@ -7,15 +7,14 @@ from torch import Tensor
 
 from sparse_callbacks.core.calendar import Time
 from sparse_callbacks.core.distributions import Distribution
-from sparse_callbacks.core.method import Options
+from sparse_callbacks.core.method import Method, Options
 from sparse_callbacks.core.ops import keep_largest, zeros_for
 from sparse_callbacks.core.schedules import Schedule, pruning_curve
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.topology import Update
-from sparse_callbacks.lightning.callback import SparsityCallback
 
 
-class GMP(SparsityCallback):
+class GMP(Method):
     """GMP, gradual magnitude pruning: from dense to the target along a cubic (Zhu and Gupta, 2017).
 
     Every ``every`` steps, and at ``stop``, layer by layer::
@@ -35,7 +34,7 @@ class GMP(SparsityCallback):
         every: optimizer steps (int) or fraction of the run (float) between updates; None: 100, shortened, with a
             message, in short runs.
         start, stop: when the curve begins and ends, in the same units.
-        distribution, include, exclude, seed, **options: see :class:`SparsityCallback`.
+        distribution, include, exclude, seed, **options: see :class:`~sparse_callbacks.core.method.Method`.
 
     Raises:
         ValueError: arguments out of range, or a model, optimizer or checkpoint that does not fit; before the first

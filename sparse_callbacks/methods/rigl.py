@@ -30,7 +30,7 @@ class RigL(DropAndGrow):
 
     Args:
         sparsity: fraction of zeros over the selected weights, in [0, 1).
-        distribution: name, ``{glob: sparsity or name}`` or callable; see :class:`SparsityCallback`.
+        distribution: name, ``{glob: sparsity or name}`` or callable; see :class:`~sparse_callbacks.core.method.Method`.
         every: optimizer steps (int) or fraction of the run (float) between updates; None: the published 100, shortened,
             with a message, down to 10 in runs that would see fewer than ten updates.
         start, stop: first and last time of an update, in the same units.

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from sparse_callbacks.core.distributions import Distribution
-from sparse_callbacks.core.method import Options
+from sparse_callbacks.core.method import Method, Options
 from sparse_callbacks.core.selection import Entry
-from sparse_callbacks.lightning.callback import SparsityCallback
 
 
-class Static(SparsityCallback):
+class Static(Method):
     """Static sparse training: one mask, drawn at random or taken from a checkpoint, held from the first step to the
     last.
 
@@ -22,11 +21,11 @@ class Static(SparsityCallback):
 
     Args:
         sparsity: fraction of zeros over the selected weights, in [0, 1); None: 0.9, or what ``from_checkpoint`` holds.
-        distribution: name, ``{glob: sparsity or name}`` or callable; see :class:`SparsityCallback`.
+        distribution: name, ``{glob: sparsity or name}`` or callable; see :class:`~sparse_callbacks.core.method.Method`.
         from_checkpoint: path of a checkpoint, or a state dict, whose zeros are the mask. A checkpoint written beside a
             callback of this package gives its exact masks (a freshly grown weight is zero and yet active). Only the
             mask is taken: load the weights yourself. Weights with no zeros in it stay dense.
-        include, exclude, seed, **options: see :class:`SparsityCallback`.
+        include, exclude, seed, **options: see :class:`~sparse_callbacks.core.method.Method`.
 
     Raises:
         ValueError: arguments out of range; ``sparsity`` beside ``from_checkpoint``; a checkpoint without zeros or of

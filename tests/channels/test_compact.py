@@ -15,12 +15,12 @@ from support.channel_nets import (
     masked,
     outputs,
 )
-from support.rig import differences
 from torch import Tensor, nn
 
 from sparse_callbacks.channels import compact
 from sparse_callbacks.channels.groups import channel_groups
 from sparse_callbacks.channels.slim import slim
+from sparse_callbacks.testing.comparison import differences
 
 
 @pytest.mark.parametrize("name", [*NETS, "constant"])

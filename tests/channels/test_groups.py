@@ -7,12 +7,12 @@ import pytest
 import support.channel_nets as nets
 import torch
 from support.channel_nets import IMAGE, OUTPUTS, made
-from support.rig import differences, structure
 from torch import Tensor, nn
 from torch.nn import functional
 
 from sparse_callbacks.channels.groups import Group, channel_groups
 from sparse_callbacks.channels.trace import Trace
+from sparse_callbacks.testing.comparison import differences, structure
 
 
 def groups_of(net: nn.Module, shape: tuple[int, ...] = IMAGE, **options: object) -> dict[str, Group]:

@@ -17,12 +17,12 @@ from support.channel_nets import (
     masked,
     outputs,
 )
-from support.nets import Classifier
-from support.rig import differences, structure
 from torch import Tensor, nn
 
 from sparse_callbacks.channels.groups import channel_groups
 from sparse_callbacks.channels.slim import slim, slimmable_groups
+from sparse_callbacks.testing.comparison import differences, structure
+from sparse_callbacks.testing.networks import Classifier
 
 
 def numbers(net: nn.Module) -> int:

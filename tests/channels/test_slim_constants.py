@@ -3,12 +3,12 @@
 import pytest
 import torch
 from support.channel_nets import IMAGE, OUTPUTS, Concat, Residual, dead_rows, made, masked, outputs
-from support.nets import Classifier, conv_net
-from support.rig import fit
 from torch import Tensor, nn
 
 from sparse_callbacks import DPF
 from sparse_callbacks.channels.slim import slim
+from sparse_callbacks.testing.networks import Classifier, conv_net
+from sparse_callbacks.testing.runs import fit
 
 
 @pytest.mark.parametrize(("padding", "mode"), [(0, "zeros"), (1, "reflect")])

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 from support.channel_nets import IMAGE, OUTPUTS, Residual, Shuffled, Transformer, grouped, made, masked, outputs
-from support.rig import differences, structure
 from torch import Tensor, nn
 
 from sparse_callbacks.channels.comparison import Difference, compare, why_not_equal
 from sparse_callbacks.channels.slim import slim, slimmable_groups
+from sparse_callbacks.testing.comparison import differences, structure
 
 
 def test_a_group_that_changes_the_outputs_is_put_back_and_named() -> None:

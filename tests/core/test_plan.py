@@ -7,12 +7,13 @@ import pytest
 import torch
 from support.data import loader
 from support.nets import Regression, mlp
-from support.rig import fit_steps, trainer_for
+from support.rig import fit_steps
 from torch import nn
 
 from sparse_callbacks import GMP, SET, SNFS, RigL, Static
 from sparse_callbacks.core.plan import Plan, Row, plan_rows
 from sparse_callbacks.core.selection import Entry
+from sparse_callbacks.testing.runs import trainer_for
 
 
 class Net(nn.Module):

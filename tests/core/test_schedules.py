@@ -221,6 +221,7 @@ def test_times_outside_the_run_are_refused() -> None:
 @pytest.mark.parametrize("total", [math.inf, -1, 0, math.nan])
 def test_fractions_of_a_run_without_known_length_are_refused(total: float) -> None:
     with pytest.raises(
-        ValueError, match=r"length is not known. Give Trainer\(max_steps=...\), or stop in integer steps"
+        ValueError,
+        match=r"length is not known. Give Trainer\(max_steps=...\) or the steps of sparsify\(\), or stop in integer steps",
     ):
         to_steps(0.75, total, "stop")

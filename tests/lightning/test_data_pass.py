@@ -24,7 +24,9 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from sparse_callbacks.lightning.data_pass import call, in_order, outputs, undisturbed
+from sparse_callbacks.core.data_pass import call, in_order
+from sparse_callbacks.core.randomness import undisturbed
+from sparse_callbacks.lightning.data_pass import outputs
 
 
 class Precision:

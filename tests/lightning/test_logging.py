@@ -12,9 +12,9 @@ from pytorch_lightning.loggers import CSVLogger
 from support.data import loader
 from support.inside import figures_to_log
 from support.nets import Regression, mlp
-from support.rig import trainer_for
 
 from sparse_callbacks import GMP, SET, SNFS, RigL, SparsityCallback, Static
+from sparse_callbacks.testing.runs import trainer_for
 
 LAYERS = {"sparsity/net.0.weight", "sparsity/net.2.weight"}
 ALWAYS = {"sparsity/total", "sparsity/model"} | LAYERS

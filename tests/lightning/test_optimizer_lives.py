@@ -10,17 +10,17 @@ import torch
 from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.precision import MixedPrecision
-from support.data import Batches
-from support.nets import OPTIMIZERS, ByHand, Classifier, double_mlp
-from support.rig import assert_effective, fit, trainer_for, watch
 from torch import nn
 from torch.optim import lr_scheduler as lrs
 
-from sparse_callbacks import SET
+from sparse_callbacks import SET, GaP
 from sparse_callbacks.core.calendar import RunLength
 from sparse_callbacks.lightning.optimizer_lives import check_horizons, horizon, restart
-from sparse_callbacks.methods.gap.gap import GaP
 from sparse_callbacks.methods.gap.phases import check_phases, phase_steps
+from sparse_callbacks.testing.comparison import assert_effective
+from sparse_callbacks.testing.data import Batches
+from sparse_callbacks.testing.networks import OPTIMIZERS, ByHand, Classifier, double_mlp
+from sparse_callbacks.testing.runs import fit, trainer_for, watch
 
 
 def gap(**options: Any) -> GaP:

@@ -10,10 +10,11 @@ from pytorch_lightning import callbacks as lightning_callbacks
 from support.data import loader
 from support.inside import parameters_of, planted_hooks
 from support.nets import Regression, mlp, sgd
-from support.rig import fit_steps, short_callback, trainer_for
+from support.rig import fit_steps, short_callback
 from torch import nn
 
 from sparse_callbacks import GMP, SET, SNFS, RigL, Static
+from sparse_callbacks.testing.runs import trainer_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 

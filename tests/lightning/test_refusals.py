@@ -15,12 +15,13 @@ from pytorch_lightning.plugins.precision import MixedPrecision
 from support.data import loader
 from support.inside import when_masks_are_made
 from support.nets import Regression, sgd
-from support.rig import copied_masks, fit_steps, trainer_for
+from support.rig import copied_masks, fit_steps
 from torch.utils.data import DataLoader, IterableDataset
 
 from sparse_callbacks import GMP, SET, SNFS, RigL, SparsityCallback, Static
 from sparse_callbacks.lightning.refusals import refuse_host
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
+from sparse_callbacks.testing.runs import trainer_for
 
 METHODS = [RigL, SET, SNFS, Static, GMP]
 FADING = [RigL, SET, SNFS]

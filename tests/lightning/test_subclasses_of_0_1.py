@@ -162,7 +162,6 @@ KEPT = {
     "published_every",
     "reads_dense_gradients",
     "rehearse",
-    "sanity_end",
     "schedulable",
     "scores",
     "set_times",

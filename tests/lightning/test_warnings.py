@@ -9,9 +9,10 @@ import torch
 from pytorch_lightning import callbacks as lightning_callbacks
 from support.data import loader
 from support.nets import Regression, mlp, sgd
-from support.rig import fit_steps, trainer_for
+from support.rig import fit_steps
 
 from sparse_callbacks import GMP, SET, SNFS, RigL, Static
+from sparse_callbacks.testing.runs import trainer_for
 
 METHODS = [RigL, SET, SNFS, Static, GMP]
 FADING = [RigL, SET, SNFS]

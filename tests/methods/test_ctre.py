@@ -14,7 +14,7 @@ from support.ctre import FIRST, Net, Watch, ctre, run
 from support.data import loader
 from support.inside import parameters_of
 from support.nets import Regression, mlp
-from support.rig import copied_masks, trainer_for
+from support.rig import copied_masks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -22,6 +22,7 @@ from sparse_callbacks.core.ops import drop_count, keep_largest
 from sparse_callbacks.methods.ctre.activations import measure_similarity
 from sparse_callbacks.methods.ctre.growth import propose_growth, replace_regrown
 from sparse_callbacks.methods.ctre.similarity import cosine_similarity
+from sparse_callbacks.testing.runs import trainer_for
 
 # ---------------------------------------------------------------------- when
 

@@ -13,13 +13,14 @@ from support.ctre import FIRST, SECOND, Net, Watch, ctre, run
 from support.data import loader
 from support.inside import waits_for
 from support.nets import Regression, mlp
-from support.rig import fit_steps, trainer_for
+from support.rig import fit_steps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from sparse_callbacks import CTRE, distributions
 from sparse_callbacks.core.ops import keep_largest
 from sparse_callbacks.methods.ctre.patience import Patience, judged
+from sparse_callbacks.testing.runs import trainer_for
 
 # ---------------------------------------------------------------------- density
 

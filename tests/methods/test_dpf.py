@@ -7,15 +7,16 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from oracles.dpf import CUBIC, GLOBAL_LAYERS, GLOBAL_MASKS, GOAL, HARD, START, TRAJECTORIES
-from support.data import Batches
 from support.inside import around_updates, copied_names, dense_values, give_calendar, held_tensors
-from support.nets import Classifier, conv_net, double_mlp
-from support.rig import assert_effective, differences, fit, snapshot, watch
 from torch import Tensor, nn
 
 from sparse_callbacks import DPF, GMP, Static
 from sparse_callbacks.core.ops import keep_largest_jointly, zeros_for
 from sparse_callbacks.methods.dpf import filters
+from sparse_callbacks.testing.comparison import assert_effective, differences, snapshot
+from sparse_callbacks.testing.data import Batches
+from sparse_callbacks.testing.networks import Classifier, conv_net, double_mlp
+from sparse_callbacks.testing.runs import fit, watch
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -9,14 +9,17 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import CSVLogger
-from support.data import Batches
 from support.gap import Restarting, deep, gap
 from support.inside import Moment, around_updates, parameters_of, when_attached
-from support.nets import OPTIMIZERS, Classifier, FixedGradient, Regression, double_mlp
-from support.rig import assert_effective, copied_masks, differences, fit, fit_steps, watch
+from support.nets import FixedGradient, Regression
+from support.rig import copied_masks, fit_steps
 from torch import Tensor, nn
 
-from sparse_callbacks.methods.gap.gap import GaP
+from sparse_callbacks import GaP
+from sparse_callbacks.testing.comparison import assert_effective, differences
+from sparse_callbacks.testing.data import Batches
+from sparse_callbacks.testing.networks import OPTIMIZERS, Classifier, double_mlp
+from sparse_callbacks.testing.runs import fit, watch
 
 # ---------------------------------------------------------------------- pruning
 

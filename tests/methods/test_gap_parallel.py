@@ -10,17 +10,18 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from support import processes
-from support.data import Batches
 from support.inside import after_epoch_starts, kept_of_the_round
-from support.nets import Classifier, conv_net, double_mlp
 from support.processes import run_two_processes
-from support.rig import Stops, assert_effective, differences, fit, snapshot, watch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from sparse_callbacks import ParallelGaP, Static, combine, horizon
 from sparse_callbacks.methods.gap.combination import names_by_partition, tensor_owners
+from sparse_callbacks.testing.comparison import assert_effective, differences, snapshot
+from sparse_callbacks.testing.data import Batches
+from sparse_callbacks.testing.networks import Classifier, conv_net, double_mlp
+from sparse_callbacks.testing.runs import Stops, fit, watch
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 SIZE = 0.8

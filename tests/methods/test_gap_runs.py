@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from support.data import Batches
 from support.gap import Restarting, gap
 from support.inside import skipped_steps
-from support.nets import OPTIMIZERS, Classifier, double_mlp, mlp
-from support.rig import assert_effective, differences, fit, snapshot, watch
+from support.nets import mlp
 from torch import Tensor, nn
 
 from sparse_callbacks.lightning.optimizer_lives import horizon
+from sparse_callbacks.testing.comparison import assert_effective, differences, snapshot
+from sparse_callbacks.testing.data import Batches
+from sparse_callbacks.testing.networks import OPTIMIZERS, Classifier, double_mlp
+from sparse_callbacks.testing.runs import fit, watch
 
 # ---------------------------------------------------------------------- optimizers
 

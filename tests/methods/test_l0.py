@@ -10,17 +10,19 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from oracles.l0 import LAYERS_TARGET, LENET_ALL, LENET_SIZES, MLP_DENSITIES, MLP_DENSITY, STEP
-from support.data import Batches
 from support.hard_concrete import expected_l2
 from support.inside import dense_values, parameters_of
 from support.l0 import Flat, at_start, constraints_of, expected_densities, l0, noise_of, shares_of_parameters
-from support.nets import Classifier, double_mlp
-from support.rig import assert_effective, differences, fit, watch
 from torch import Tensor, nn
 
-from sparse_callbacks.methods.l0 import ConstrainedL0, gates
+from sparse_callbacks import ConstrainedL0
+from sparse_callbacks.methods.l0 import gates
 from sparse_callbacks.methods.l0.arguments import LEAST
 from sparse_callbacks.tasks.models import lenet5_caffe, lenet_300_100
+from sparse_callbacks.testing.comparison import assert_effective, differences
+from sparse_callbacks.testing.data import Batches
+from sparse_callbacks.testing.networks import Classifier, double_mlp
+from sparse_callbacks.testing.runs import fit, watch
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from support.data import Batches
 from support.inside import dense_values, parameters_of
 from support.l0 import (
     Convolutions,
@@ -20,11 +19,14 @@ from support.l0 import (
     sampled_gates,
     tied_kernels,
 )
-from support.nets import Classifier, double_mlp
-from support.rig import differences, fit
 from torch import Tensor, nn
 
-from sparse_callbacks.methods.l0.l0 import ConstrainedL0, gates
+from sparse_callbacks import ConstrainedL0
+from sparse_callbacks.methods.l0 import gates
+from sparse_callbacks.testing.comparison import differences
+from sparse_callbacks.testing.data import Batches
+from sparse_callbacks.testing.networks import Classifier, double_mlp
+from sparse_callbacks.testing.runs import fit
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

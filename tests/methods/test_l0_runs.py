@@ -10,7 +10,6 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.precision import MixedPrecision
-from support.data import Batches, Thirds
 from support.inside import dense_values, parameters_of
 from support.l0 import (
     Convolutions,
@@ -23,9 +22,12 @@ from support.l0 import (
     sampled_gates,
     tied_kernels,
 )
-from support.nets import ByHand, Classifier, Rivals, conv_net, double_mlp
-from support.rig import Stops, differences, fit, snapshot, watch
 from torch import Tensor
+
+from sparse_callbacks.testing.comparison import differences, snapshot
+from sparse_callbacks.testing.data import Batches, Thirds
+from sparse_callbacks.testing.networks import ByHand, Classifier, Rivals, conv_net, double_mlp
+from sparse_callbacks.testing.runs import Stops, fit, watch
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

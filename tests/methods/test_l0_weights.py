@@ -6,16 +6,17 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from support.data import Batches
 from support.inside import dense_values, parameters_of
 from support.l0 import at_start, close_some, l0, median_gates, noise_of, sampled_gates, tied_kernels
-from support.nets import Classifier, double_mlp
-from support.rig import differences, fit, watch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_callbacks.core import optimizers
 from sparse_callbacks.methods.l0.l0 import gates
+from sparse_callbacks.testing.comparison import differences
+from sparse_callbacks.testing.data import Batches
+from sparse_callbacks.testing.networks import Classifier, double_mlp
+from sparse_callbacks.testing.runs import fit, watch
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -11,10 +11,11 @@ from pytorch_lightning import Callback
 from support.data import loader
 from support.inside import around_updates, start_from
 from support.nets import FixedGradient, Regression, mlp, row, sgd
-from support.rig import copied_masks, fit_steps, record_updates, trainer_for
+from support.rig import copied_masks, fit_steps, record_updates
 from torch import Tensor
 
 from sparse_callbacks import RigL, schedules
+from sparse_callbacks.testing.runs import trainer_for
 
 # begin, end, every, gradient steps; the method's own step and the batch of every update; batches in all
 CALENDARS = [

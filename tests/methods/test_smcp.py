@@ -8,7 +8,6 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from oracles.smcp import NORM_SCALING, PRUNED_DECAY, SCHEDULES, SOFT_MASK
-from support.data import Batches
 from support.inside import (
     Moment,
     around_updates,
@@ -19,17 +18,19 @@ from support.inside import (
     record_scores,
     scores_of,
 )
-from support.nets import Classifier
-from support.rig import assert_effective, differences, fit, watch
 from support.smcp import Joined, conv_net, mask_by_hand, method, mlp, normed
 from torch import Tensor, nn
 
+from sparse_callbacks import SMCP
 from sparse_callbacks.channels import costs, norms
 from sparse_callbacks.channels.groups import Group, Member
 from sparse_callbacks.channels.latency.table import Grid, Table, signature
 from sparse_callbacks.channels.slim import slim
-from sparse_callbacks.methods.smcp import SMCP
 from sparse_callbacks.methods.smcp.scores import group_scores, reader_scores
+from sparse_callbacks.testing.comparison import assert_effective, differences
+from sparse_callbacks.testing.data import Batches
+from sparse_callbacks.testing.networks import Classifier
+from sparse_callbacks.testing.runs import fit, watch
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -7,17 +7,19 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from support.data import Batches
 from support.inside import owners_of_groups
-from support.nets import Classifier
-from support.rig import assert_effective, differences, fit, snapshot, watch
 from support.smcp import conv_net, method, mlp
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sparse_callbacks import SMCP
 from sparse_callbacks.channels.latency.table import Grid, Table
 from sparse_callbacks.channels.slim import slim
-from sparse_callbacks.methods.smcp import SMCP, allocation
+from sparse_callbacks.methods.smcp import allocation
+from sparse_callbacks.testing.comparison import assert_effective, differences, snapshot
+from sparse_callbacks.testing.data import Batches
+from sparse_callbacks.testing.networks import Classifier
+from sparse_callbacks.testing.runs import fit, watch
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

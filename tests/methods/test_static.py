@@ -8,10 +8,11 @@ import torch
 from pytorch_lightning import Callback
 from support.data import loader
 from support.nets import Regression, mlp
-from support.rig import copied_masks, fit_steps, trainer_for
+from support.rig import copied_masks, fit_steps
 from torch import Tensor
 
 from sparse_callbacks import GMP, RigL, Static
+from sparse_callbacks.testing.runs import trainer_for
 
 NAMES = ["net.0.weight", "net.2.weight"]
 

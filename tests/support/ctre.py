@@ -7,10 +7,11 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from sparse_callbacks import CTRE
+from sparse_callbacks.testing.runs import trainer_for
 from support.data import loader
 from support.inside import Moment, around_updates, before_measuring, parameters_of
 from support.nets import Regression, mlp, sgd
-from support.rig import copied_masks, trainer_for
+from support.rig import copied_masks
 
 FIRST, SECOND = "net.0.weight", "net.2.weight"
 

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparse_callbacks import GaP
 from sparse_callbacks.lightning.optimizer_lives import horizon
-from sparse_callbacks.methods.gap.gap import GaP
-from support.nets import OPTIMIZERS, Classifier, mlp
+from sparse_callbacks.testing.networks import OPTIMIZERS, Classifier
+from support.nets import mlp
 
 WIDTHS = (12, 10, 8, 6, 4, 5)
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.core.calendar import Calendar
@@ -137,11 +136,6 @@ def count_writes(monkeypatch: Any, wrote: Callable[[str, int], None]) -> None:
 def versions(tensor: Tensor) -> int:
     """How often torch has seen a tensor written in place."""
     return tensor._version
-
-
-def forget_compiled_code() -> None:
-    """Start compiling anew."""
-    torch._dynamo.reset()
 
 
 # ---------------------------------------------------------------------- of single methods

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparse_callbacks import ConstrainedL0
 from sparse_callbacks.methods.l0.constraint import shares_of
-from support.nets import Classifier
+from sparse_callbacks.testing.networks import Classifier
 
 
 def l0(density: Any = 0.5, **options: Any) -> ConstrainedL0:

@@ -1,5 +1,6 @@
 """Runs of two processes: equal replicas under DDP, and the workers of parallel grow-and-prune."""
 
+import math
 import os
 import socket
 import subprocess
@@ -10,13 +11,15 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric import Fabric
 from torch import nn
 
-from sparse_callbacks import ParallelGaP
-from support.data import Batches
+from sparse_callbacks import ParallelGaP, SparseRun, sparsify
+from sparse_callbacks.testing.comparison import snapshot
+from sparse_callbacks.testing.data import Batches
+from sparse_callbacks.testing.networks import Classifier
+from sparse_callbacks.testing.runs import Stops, fit, watch
 from support.methods import STEADY, method
-from support.nets import Classifier
-from support.rig import Stops, fit, snapshot, watch
 
 
 def run_two_processes(program: str, folder: Path) -> None:
@@ -54,12 +57,12 @@ REPLICA_WINDOW = 2
 REPLICA_STOP = 7  # inside a window
 
 
-def matrices(seed: int) -> nn.Module:
-    """Three matrices in float64."""
+def matrices(seed: int, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Three matrices."""
     torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(50, 24), nn.Tanh(), nn.Linear(24, 12), nn.Tanh(), nn.Linear(12, 4)
-    ).double()
+    return nn.Sequential(nn.Flatten(), nn.Linear(50, 24), nn.Tanh(), nn.Linear(24, 12), nn.Tanh(), nn.Linear(12, 4)).to(
+        dtype
+    )
 
 
 class Noise(pl.Callback):
@@ -75,12 +78,19 @@ class Noise(pl.Callback):
 
 
 def train_replica(
-    name: str, rank: int, world: int, *more: pl.Callback, ckpt_path: Path | None = None, noise: float = 0.0
+    name: str,
+    rank: int,
+    world: int,
+    *more: pl.Callback,
+    ckpt_path: Path | None = None,
+    noise: float = 0.0,
+    dtype: torch.dtype = torch.float64,
+    **changes: Any,
 ) -> dict[str, Any]:
     """Masks after every batch and all state at the end; ``rank`` and ``world`` say which part of the data is this
     process's."""
     torch.manual_seed(rank)
-    module, callback = Classifier(matrices(rank)), method(name, every=2, stop=8)
+    module, callback = Classifier(matrices(rank, dtype)), method(name, every=2, stop=8, **changes)
     masks: list[dict[str, torch.Tensor]] = []
     see = watch(lambda *_: masks.append({n: m.clone() for n, m in callback.masks.items()}))
     trainer = fit(
@@ -99,6 +109,47 @@ def train_replica(
     return {"masks": masks, "end": snapshot(trainer, module, callback)}
 
 
+def train_in_fabric(name: str, rank: int, world: int, set_up_first: bool) -> dict[str, Any]:
+    """What :func:`train_replica` trains, in a loop of Fabric's with ``sparsify`` before or after ``fabric.setup``."""
+    torch.manual_seed(rank)
+    strategy = "ddp" if world > 1 else "auto"
+    fabric = Fabric(accelerator="cpu", devices=world, strategy=strategy)
+    fabric.launch()
+    # float32, which Fabric rounds the outputs of a module to
+    module, callback = Classifier(matrices(rank, torch.float32)), method(name, every=2, stop=8, restart=False)
+    loader = Batches(rank=rank, world=world)
+    configured = module.configure_optimizers()
+    optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]
+    epoch = math.ceil(len(loader) / REPLICA_WINDOW)
+    model: Any = module
+
+    def sparsified() -> SparseRun:
+        def clip(_: Any) -> None:
+            fabric.clip_gradients(model, optimizer, max_norm=0.5)
+
+        options = {"epoch": epoch, "data": loader, "clip": clip}
+        return sparsify(callback, model, optimizer, 2 * epoch, **options)
+
+    if set_up_first:
+        model, optimizer = fabric.setup(module, optimizer)
+    run = sparsified()
+    if not set_up_first:
+        model, optimizer = fabric.setup(module, optimizer)
+    with run:
+        for number in range(2):
+            loader.set_epoch(number)
+            for batch, (x, y) in enumerate(loader, 1):
+                last = batch % REPLICA_WINDOW == 0 or batch == len(loader)
+                with run.batch(), fabric.no_backward_sync(model, enabled=not last):
+                    fabric.backward(nn.functional.cross_entropy(model(x), y) / REPLICA_WINDOW)
+                if last:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    schedule["scheduler"].step()
+            run.epoch_end()
+    return {"masks": run.masks, "weights": module.state_dict(), "updates": run.updates}
+
+
 def run_replicas(folder: Path) -> None:
     rank, world = int(os.environ["LOCAL_RANK"]), 2
     results = {}
@@ -110,6 +161,8 @@ def run_replicas(folder: Path) -> None:
             "whole": whole,
             "resumed": train_replica(name, rank, world, ckpt_path=stops.path(REPLICA_STOP)),
             "noisy": train_replica(name, rank, world, noise=0.2 * rank),
+            "single": train_replica(name, rank, world, dtype=torch.float32, restart=False),
+            "fabric": [train_in_fabric(name, rank, world, first) for first in (True, False)],
         }
     torch.save(results, folder / f"{rank}.pt")
 

@@ -1,43 +1,18 @@
-"""How the tests run a Trainer, record what happens, and compare what it left."""
+"""Short runs of single methods, and records of their updates."""
 
-import copy
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from sparse_callbacks import SparsityCallback, Static
-from support.data import Batches, loader
-
-Watcher = Callable[[pl.Trainer, Any, int], None]
-
+from sparse_callbacks.testing.runs import trainer_for
+from support.data import loader
 
 # ---------------------------------------------------------------------- runs
-
-
-def trainer_for(
-    callbacks: pl.Callback | Sequence[pl.Callback], folder: Path | None = None, **options: Any
-) -> pl.Trainer:
-    """A quiet Trainer on one CPU, for two epochs where neither epochs nor steps are given."""
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "default_root_dir": folder,
-    }
-    if "max_epochs" not in options and "max_steps" not in options:
-        defaults["max_epochs"] = 2
-    listed = [callbacks] if isinstance(callbacks, pl.Callback) else list(callbacks)
-    return pl.Trainer(**(defaults | options), callbacks=listed)
 
 
 def fit_steps(folder: Path, callbacks: Any, module: pl.LightningModule, steps: int, **options: Any) -> pl.Trainer:
@@ -47,28 +22,10 @@ def fit_steps(folder: Path, callbacks: Any, module: pl.LightningModule, steps: i
     return trainer
 
 
-def fit(
-    module: pl.LightningModule, *callbacks: pl.Callback, loader: Any = None, ckpt_path: Any = None, **options: Any
-) -> pl.Trainer:
-    """Fit for two epochs of eight batches, unless options say otherwise."""
-    trainer = trainer_for(callbacks, **options)
-    trainer.fit(module, Batches() if loader is None else loader, ckpt_path=ckpt_path)
-    return trainer
-
-
 def short_callback(make: Any, **options: Any) -> Any:
     """A callback of the class ``make``, with updates in a run of eight steps where the method has any."""
     times = {} if make is Static else {"every": 2, "stop": 8}
     return make(0.5, print_plan=False, **times, **options)
-
-
-def watch(on_batch_end: Watcher) -> pl.Callback:
-    """Calls ``on_batch_end(trainer, module, batches done before)`` after every batch; list it after the sparsity
-    callbacks."""
-    count = itertools.count()
-    return pl.callbacks.LambdaCallback(
-        on_train_batch_end=lambda trainer, module, *_: on_batch_end(trainer, module, next(count))
-    )
 
 
 def record_updates(callback: Any) -> list[tuple[int, int]]:
@@ -93,126 +50,9 @@ def record_updates(callback: Any) -> list[tuple[int, int]]:
     return seen
 
 
-class Stops(pl.Callback):
-    """Writes a checkpoint after each of these batches (counted from 1)."""
-
-    def __init__(self, folder: Path, after: tuple[int, ...]) -> None:
-        self.folder, self.after, self.batches = folder, after, 0
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.batches += 1
-        if self.batches in self.after:
-            trainer.save_checkpoint(self.path(self.batches))
-
-    def path(self, batch: int) -> Path:
-        return self.folder / f"{batch}.ckpt"
-
-
 # ---------------------------------------------------------------------- what a run left
 
 
 def copied_masks(callback: SparsityCallback) -> dict[str, Tensor]:
     """Copies of the masks."""
     return {n: m.clone() for n, m in callback.masks.items()}
-
-
-def snapshot(trainer: pl.Trainer, module: nn.Module, *callbacks: SparsityCallback) -> dict[str, Any]:
-    """Copies of everything that a resumed run must share with one that never stopped."""
-    return copy.deepcopy(
-        {
-            "weights": module.state_dict(),
-            "masks": [c.masks for c in callbacks],
-            "callbacks": [c.state_dict() for c in callbacks],
-            "aux": [c.aux for c in callbacks],
-            "counts": [(c.step, c.updates, c.at_target) for c in callbacks],
-            "optimizers": [o.state_dict() for o in trainer.optimizers],
-            "rates": [[group["lr"] for group in o.param_groups] for o in trainer.optimizers],
-            "global_step": trainer.global_step,
-        }
-    )
-
-
-def lasting(state: Any) -> Any:
-    """A state without what belongs to one run: when its phases and epochs began."""
-    if not isinstance(state, Mapping):
-        return state
-    return {k: lasting(v) for k, v in state.items() if not str(k).startswith(("phase/", "workers/offset"))}
-
-
-def differences(first: Any, second: Any, where: str = "", bitwise: bool = True) -> list[str]:
-    """Where two nests of dicts, sequences, numbers and tensors differ; tensors bit by bit, or else by value (-0.0
-    equals 0.0)."""
-    if isinstance(first, Mapping) and isinstance(second, Mapping):
-        if set(first) != set(second):
-            return [f"{where}: keys {sorted(map(str, set(first) ^ set(second)))}"]
-        return [d for key in first for d in differences(first[key], second[key], f"{where}/{key}", bitwise)]
-    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
-        if len(first) != len(second):
-            return [f"{where}: lengths {len(first)} and {len(second)}"]
-        pairs = enumerate(zip(first, second, strict=True))
-        return [d for i, (a, b) in pairs for d in differences(a, b, f"{where}/{i}", bitwise)]
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        alike = first.dtype == second.dtype and first.shape == second.shape
-        return [] if alike and (_bits(first) == _bits(second) if bitwise else torch.equal(first, second)) else [where]
-    return [] if type(first) is type(second) and first == second else [f"{where}: {first!r} and {second!r}"]
-
-
-def _bits(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-
-
-def sparse_weights(module: nn.Module, *callbacks: SparsityCallback) -> dict[str, tuple[Tensor, Tensor]]:
-    """(weight, mask) by name."""
-    weights = {n: p.detach() for n, p in module.named_parameters()}
-    return {n: (weights[n], m) for c in callbacks for n, m in c.masks.items()}
-
-
-def assert_effective(module: nn.Module, *callbacks: SparsityCallback) -> None:
-    """Every sparse weight is what its mask leaves of it."""
-    found = sparse_weights(module, *callbacks)
-    assert found
-    for name, (weight, mask) in found.items():
-        assert mask.dtype == torch.bool, name
-        assert mask.shape == weight.shape, name
-        assert not weight[~mask].any(), f"{name}: {int(weight[~mask].count_nonzero())} pruned weights are not zero"
-
-
-def assert_counts(callback: SparsityCallback) -> None:
-    """Exactly the zeros that ``plan()`` announces, in every parameter, or over all where they share a threshold."""
-    plan = callback.plan()
-    assert sum(int((~m).sum()) for m in callback.masks.values()) == plan.zeros
-    if plan.joint is not None:
-        assert set(callback.masks) == plan.selected
-        return
-    assert {n: int((~m).sum()) for n, m in callback.masks.items()} == {
-        r.name: r.zeros for r in plan if r.name in plan.selected
-    }
-
-
-def per_element_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """The optimizer's state tensors that have one element for each weight."""
-    return {k: v for k, v in optimizer.state[parameter].items() if isinstance(v, Tensor) and v.shape == parameter.shape}
-
-
-def structure(module: nn.Module) -> dict[str, Any]:
-    """Everything that is in a model besides the values of its tensors: keys, buffers, types, attributes and hooks."""
-    hooks = {
-        f"{name}.{kind}": len(value)
-        for name, child in module.named_modules()
-        for kind, value in vars(child).items()
-        if kind.endswith("_hooks") and isinstance(value, dict)
-    }
-    return {
-        "keys": list(module.state_dict()),
-        "buffers": [n for n, _ in module.named_buffers()],
-        "parameters": {
-            n: (type(p).__name__, id(p), p.requires_grad, tuple(p.shape)) for n, p in module.named_parameters()
-        },
-        "types": {n: type(m).__name__ for n, m in module.named_modules()},
-        "attributes": {n: sorted(vars(m)) for n, m in module.named_modules() if n},
-        "hooks": hooks,
-        "gradient hooks": [
-            n for n, p in module.named_parameters() if p._backward_hooks or p._post_accumulate_grad_hooks
-        ],
-        "on the tensors": {n: sorted(vars(p)) for n, p in module.named_parameters()},
-    }

@@ -6,9 +6,9 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.methods.smcp import SMCP
+from sparse_callbacks import SMCP
+from sparse_callbacks.testing.networks import Layers
 from support.inside import parameters_of, set_mask
-from support.nets import Layers
 
 
 class Residual(nn.Module):

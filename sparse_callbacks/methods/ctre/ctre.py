@@ -59,7 +59,7 @@ class CTRE(DropAndGrow):
         sparsity: target fraction of zeros, by default 0.9; not together with ``epsilon``.
         epsilon: density epsilon (n_in + n_out) / (n_in n_out) of each layer, as published; same as
             ``distribution="epsilon(1)"``.
-        distribution, include, exclude, seed, **options: see :class:`SparsityCallback`.
+        distribution, include, exclude, seed, **options: see :class:`~sparse_callbacks.core.method.Method`.
         variant: ``"sim"``, ``"seq"`` or ``"pure"`` (similarity only).
         every: optimizer steps (int) or fraction of the run (float) between updates; None: an epoch.
         start, stop: the first update is at ``start`` (or one interval after step 1, if that is later); none comes after
@@ -133,13 +133,16 @@ class CTRE(DropAndGrow):
             **options,
         )
         # over the base's cosine: CTRE replaces a constant share, as published
-        self.fraction_curve = as_schedule(drop_fraction, "constant", name="drop_fraction")
+        self._fractions = as_schedule(drop_fraction, "constant", name="drop_fraction")
         self.epsilon, self.variant = epsilon, variant
         self.monitor, self.mode, self.patience = monitor, mode, patience
         self.data_fraction, self.forward, self.statistics_dataloader = data_fraction, forward, statistics_dataloader
         self._began: dict[int, int] = {}  # steps of each optimizer when the latest window began
 
     # ------------------------------------------------------------------ when
+
+    def fraction_at(self, number: int) -> float:
+        return self._fractions(number, self.times.start, self.times.stop)  # a number stays as it is here
 
     def make_calendar(self, run: RunLength) -> Calendar:
         assert self.start is not None
@@ -148,7 +151,8 @@ class CTRE(DropAndGrow):
         if self.every is None:
             if math.isinf(length := run.epoch()):
                 raise ValueError(
-                    "every=None is one update an epoch, and the training loader has no length. Give every= in steps."
+                    "every=None is one update an epoch, and the training loader has no length. Give every= in steps, or "
+                    "epoch= where sparsify() is called."
                 )
             interval = max(1, int(length))
         first = made.start if made.start > 1 else 1 + interval  # after the first step there is no similarity yet
@@ -256,12 +260,12 @@ class CTRE(DropAndGrow):
         """Growth is random from here on, because the monitored metric has stopped improving."""
         return self._patience is not None and self._patience.over
 
-    def sanity_end(self, metrics: Mapping[str, float]) -> None:
-        if self._patience is not None:
+    def validation_end(self, metrics: Mapping[str, float], epoch: int | None) -> None:
+        if self._patience is None:
+            return
+        if epoch is None:
             self._patience.sanity(metrics)
-
-    def validation_end(self, metrics: Mapping[str, float], epoch: int) -> None:
-        if self._patience is not None:
+        else:
             self._patience.validated(metrics, epoch)
 
     def epoch_start(self, epoch: int) -> None:

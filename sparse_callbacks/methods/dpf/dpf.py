@@ -9,14 +9,13 @@ from torch import Tensor, nn
 
 from sparse_callbacks.core.calendar import Calendar, RunLength, Time
 from sparse_callbacks.core.distributions import Distribution, resolve
-from sparse_callbacks.core.method import Options
+from sparse_callbacks.core.method import Method, Options
 from sparse_callbacks.core.ops import keep_largest, keep_largest_jointly, zeros_for
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.schedules import Schedule, pruning_curve, to_steps
 from sparse_callbacks.core.selection import Entry, layer_shapes
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.topology import Update
-from sparse_callbacks.lightning.callback import SparsityCallback
 from sparse_callbacks.methods.dpf import filters
 
 GLOBAL = "global"
@@ -24,7 +23,7 @@ UNITS = ("weight", "filter")
 NEVER = 2**62  # later than any run ends, and a whole number, as calendars are saved
 
 
-class DPF(SparsityCallback):
+class DPF(Method):
     """DPF, dynamic pruning with feedback: the pruned network computes the gradient, the dense one takes the step (Lin
     et al., 2020).
 
@@ -52,7 +51,7 @@ class DPF(SparsityCallback):
             taken as it is, and ``"constant(0.9)"`` prunes from the start.
         distribution: ``"global"``: one threshold over all selected weights (of each optimizer, where there are
             several); otherwise one for each layer, which rises to its own target in the same proportion (name, ``{glob:
-            sparsity or name}`` or callable; see :class:`SparsityCallback`).
+            sparsity or name}`` or callable; see :class:`~sparse_callbacks.core.method.Method`).
         every: optimizer steps (int) or fraction of the run (float) between refreshes; None: 16, shortened, with a
             message, in short runs.
         start, stop: when the curve begins and ends, in the same units.
@@ -60,7 +59,7 @@ class DPF(SparsityCallback):
         unit: ``"weight"``, or ``"filter"``: output channels are pruned as a whole, those with the smallest L2 norm
             first, as many as fit the target (floor(s * filters) of a layer; with ``"global"`` no more than floor(s *
             size) weights). The network's outputs are channels too: leave them alone with ``keep_dense="last"``.
-        include, exclude, seed, **options: see :class:`SparsityCallback`. Nothing here is random.
+        include, exclude, seed, **options: see :class:`~sparse_callbacks.core.method.Method`. Nothing here is random.
 
     Raises:
         ValueError: arguments out of range, or a model, optimizer or checkpoint that does not fit; before the first
@@ -158,10 +157,9 @@ class DPF(SparsityCallback):
         plan = super().plan(model)
         if not self._is_global:
             return plan
-        rows = [replace(r, zeros=None) if r.name in plan.selected else r for r in plan]
         # in a run each threshold rounds its own count down; a plan without a run does not know the optimizers
         sizes = [plan.weights] if model is not None else self._shared
-        return replace(plan, rows=tuple(rows), joint=sum(zeros_for(self.target_sparsity, size) for size in sizes))
+        return plan.joined(sum(zeros_for(self.target_sparsity, size) for size in sizes))
 
     def attach(self, model: nn.Module) -> None:
         self._shared = [sum(self.weights.size(n) for n in names) for names in self.owners.owns]

@@ -10,20 +10,19 @@ from torch import Tensor, nn
 from sparse_callbacks.core.calendar import Calendar, RunLength, Time
 from sparse_callbacks.core.distributions import Distribution
 from sparse_callbacks.core.hooks import BatchEnd, Figures
-from sparse_callbacks.core.method import Options
+from sparse_callbacks.core.method import Method, Options
 from sparse_callbacks.core.ops import keep_largest
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.topology import Update
-from sparse_callbacks.lightning.callback import SparsityCallback
 from sparse_callbacks.methods.gap.partitions import Partitions, check_partitions, number_of, split_layers
 from sparse_callbacks.methods.gap.phases import check_phases, phase_steps
 
 Init = Literal["random", "magnitude"]
 
 
-class GaP(RestartsOptimizers, SparsityCallback):
+class GaP(RestartsOptimizers, Method):
     """GaP, cyclic (C-GaP): one part of the network after another trains dense and is pruned (Ma et al., 2022).
 
     The layers form ``kappa`` partitions. In phase j = 0, 1, ... partition j mod kappa is dense and all others keep
@@ -64,7 +63,7 @@ class GaP(RestartsOptimizers, SparsityCallback):
             weights.
         restart: optimizers and schedules start anew with each phase; False keeps them (the state of grown weights is
             cleared).
-        distribution, include, exclude, seed, **options: see :class:`SparsityCallback`.
+        distribution, include, exclude, seed, **options: see :class:`~sparse_callbacks.core.method.Method`.
 
     Raises:
         ValueError: arguments out of range, fewer layers than partitions, phases longer than the run, a schedule longer
@@ -232,6 +231,11 @@ class GaP(RestartsOptimizers, SparsityCallback):
         return Calendar(every, 0, every * self.phases)
 
     @property
+    def restarts(self) -> bool:
+        """Whether optimizers start anew with each phase, as ``restart=`` says."""
+        return self.restart
+
+    @property
     def horizon(self) -> float | None:
         """Optimizer steps that the current optimizers live, from their phase's begin to its end; None with
         ``restart=False``."""
@@ -244,7 +248,7 @@ class GaP(RestartsOptimizers, SparsityCallback):
             run: the length of the run; not asked where a checkpoint that the run resumes from has the answer.
         """
         self.horizon_asked = True
-        if self.in_training or not self.restart:
+        if self.attachment.in_training or not self.restart:
             return self.horizon
         if self.saved is not None and self.saved.times:
             times = self.saved.times

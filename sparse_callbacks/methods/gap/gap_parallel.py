@@ -11,12 +11,11 @@ from sparse_callbacks.core import distributed
 from sparse_callbacks.core.calendar import Calendar, RunLength
 from sparse_callbacks.core.distributions import Distribution
 from sparse_callbacks.core.hooks import BatchEnd, Figures
-from sparse_callbacks.core.host import Forward
+from sparse_callbacks.core.host import Forward, TrainsInTurns
 from sparse_callbacks.core.method import Method, Options
 from sparse_callbacks.core.randomness import seed_everything
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.topology import Update
-from sparse_callbacks.lightning.turns import TurnTaking
 from sparse_callbacks.methods.gap import worker_schedule
 from sparse_callbacks.methods.gap.gap import GaP, Init
 from sparse_callbacks.methods.gap.partitions import Partitions, number_of
@@ -25,7 +24,7 @@ from sparse_callbacks.methods.gap.running_statistics import estimate_statistics,
 from sparse_callbacks.methods.gap.worker_schedule import WorkerSchedule
 
 
-class ParallelGaP(GaP, TurnTaking):
+class ParallelGaP(TrainsInTurns, GaP):
     """P-GaP, parallel grow-and-prune: a worker for each partition trains it dense, and the best of all is put together
     (Ma et al., 2022).
 

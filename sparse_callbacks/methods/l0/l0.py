@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from sparse_callbacks.core.arguments import by_glob
 from sparse_callbacks.core.hooks import BatchEnd, Figures
-from sparse_callbacks.core.method import Options
+from sparse_callbacks.core.method import Method, Options
 from sparse_callbacks.core.ops import zeros_for
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.topology import Update
-from sparse_callbacks.lightning.callback import SparsityCallback
 from sparse_callbacks.methods.l0 import gates, norm_check, report
 from sparse_callbacks.methods.l0.arguments import Densities, plain, refuse_gate_arguments, refuse_sparsity
 from sparse_callbacks.methods.l0.channel_members import ChannelMembers, find_members, refuse_decay
@@ -26,7 +25,7 @@ from sparse_callbacks.methods.l0.gated_weights import GatedWeights
 TOLERANCE = 0.03  # expected densities hover about their targets: restarts of the multiplier let them rise again
 
 
-class ConstrainedL0(SparsityCallback):
+class ConstrainedL0(Method):
     """Constrained L0: hard-concrete gates close under a Lagrangian until E[L0] meets its target (Gallego-Posada et al.,
     2022).
 
@@ -72,7 +71,7 @@ class ConstrainedL0(SparsityCallback):
         gate_optimizer: ``"sgd"`` or ``"adam"``.
         l2: coefficient of the expected squared norm over 2; the optimizer's own weight decay of gated parameters must
             be 0 then.
-        include, exclude, seed, **options: see :class:`SparsityCallback`.
+        include, exclude, seed, **options: see :class:`~sparse_callbacks.core.method.Method`.
 
     Raises:
         ValueError: arguments out of range, or a model, optimizer or checkpoint that does not fit; before the first

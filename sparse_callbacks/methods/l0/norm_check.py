@@ -41,7 +41,7 @@ def check_on_example(
             warnings.warn(
                 f"Batch norms ({', '.join(unchecked)}) are closed with the convolutions that they are registered right "
                 "behind, and nothing shows whether they take their outputs. Set example_input_array of the "
-                "LightningModule to have that checked.",
+                "LightningModule, or give sparsify(..., data=) one batch, to have that checked.",
                 stacklevel=3,
             )
         return

@@ -13,11 +13,10 @@ from sparse_callbacks.channels import costs, norms, prunable
 from sparse_callbacks.channels.groups import Group
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core.calendar import Time
-from sparse_callbacks.core.method import Options
+from sparse_callbacks.core.method import Method, Options
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.topology import Update
-from sparse_callbacks.lightning.callback import SparsityCallback
 from sparse_callbacks.methods.smcp import allocation, budget
 from sparse_callbacks.methods.smcp import score_windows as windows
 from sparse_callbacks.methods.smcp.arguments import refuse_budget_arguments, refuse_sparsity_for_budget
@@ -26,7 +25,7 @@ from sparse_callbacks.methods.smcp.scores import active_outputs, group_scores, k
 START, STOP = 10 / 90, 65 / 90  # published for ImageNet: 10 epochs of warm-up, 55 of ramp, 25 of cool-down
 
 
-class SMCP(SparsityCallback):
+class SMCP(Method):
     """SMCP, soft masking for cost-constrained channel pruning (Humble et al., 2022): the network becomes really
     smaller.
 
@@ -71,7 +70,7 @@ class SMCP(SparsityCallback):
             layer: to the share ``"kept"``, or to their share in ``"importance"``; None (the released default): it does
                 not.
         prune_stem: the stem's outputs may go too.
-        include, exclude, seed, **options: see :class:`SparsityCallback`; inputs and outputs of layers that ``exclude``
+        include, exclude, seed, **options: see :class:`~sparse_callbacks.core.method.Method`; inputs and outputs of layers that ``exclude``
             or ``keep_dense`` name stay. Nothing here is random.
 
     Raises:

@@ -6,17 +6,18 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from support.methods import every_masked_method, masks_gradients, method, moves, promises
-from support.nets import Classifier, Rivals, conv_net
-from support.rig import assert_counts, assert_effective, differences, fit, sparse_weights, watch
 from torch import Tensor, nn
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+from sparse_callbacks.testing.comparison import assert_counts, assert_effective, differences, sparse_weights
+from sparse_callbacks.testing.networks import Classifier, Rivals, conv_net
+from sparse_callbacks.testing.runs import fit, watch
+from sparse_callbacks.testing.subject import Contract, needs
 
 
-@every_masked_method
-def test_several_optimizers(name: str) -> None:
-    callback, module = method(name), Rivals()
+@needs("one network", "planned counts")
+def test_several_optimizers(self: Contract) -> None:
+    """A step of one optimizer touches no weight, mask, state or count of the other."""
+    callback, module = self.method(), Rivals()
     nets, calls, replaced, checked = [module.maker, module.critic], [0, 0], [0, 0], [0]
     last: dict[str, Any] = {}
 
@@ -38,10 +39,8 @@ def test_several_optimizers(name: str) -> None:
             if key.startswith(("maker", "critic")[index]):
                 gradient = module.get_parameter(key).grad
                 assert gradient is not None
-                if not mask.all():
-                    assert bool(gradient[~mask].any()) != masks_gradients(name), (
-                        f"{key}: gradients of pruned weights at the user's clip"
-                    )
+                if not mask.all() and self.promises("gradients ready for a clip by hand"):
+                    self.assert_gradient(callback, key, gradient)
                 checked[0] += 1
         last.update(see())
 
@@ -53,12 +52,13 @@ def test_several_optimizers(name: str) -> None:
                 f"a step of optimizer {index} touched the other's {kind}"
             )
         biases = [{k: v for k, v in w["weights"][index].items() if "bias" in k} for w in (last, now)]
+        moved = differences(biases[0], biases[1])
         if now["steps"][index] == last["steps"][index]:
             replaced[index] += 1
-            assert differences(*biases) == []
+            assert moved == []
         else:
             assert now["steps"][index] == last["steps"][index] + 1
-            assert len(differences(*biases)) == 2
+            assert len(moved) == 2
         assert_effective(module, callback)
 
     module.before_clip, module.after_step = before_clip, after_step
@@ -71,13 +71,15 @@ def test_several_optimizers(name: str) -> None:
         [0, 0],
         [4, 5],
     )  # at the steps 0, 3, 6, 9 and 12 of each optimizer, as far as they come, or never
-    assert (callback.updates > 2) == moves(name)
+    assert (callback.updates > 2) == self.moves()
     assert_counts(callback)
 
 
-@every_masked_method
+@needs("one network", "planned counts")
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_frozen_unused_and_tied_parameters(name: str, optimizer: str) -> None:
+def test_frozen_unused_and_tied_parameters(self: Contract, optimizer: str) -> None:
+    """Frozen parameters stay dense, unused ones keep their values, tied ones stay tied."""
+
     class Odd(Classifier):
         def __init__(self) -> None:
             super().__init__(conv_net(), optimizer)
@@ -89,10 +91,10 @@ def test_frozen_unused_and_tied_parameters(name: str, optimizer: str) -> None:
             x, y = batch
             return nn.functional.cross_entropy(self(x), y)
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> Any:
             return self.second(torch.tanh(self.first(self.frozen(self.net(x)))))
 
-    callback, module = method(name), Odd()
+    callback, module = self.method(), Odd()
     frozen, unused = module.frozen.weight.clone(), module.unused.weight.detach().clone()
     seen: list[Tensor] = []
     always = torch.ones(12, 12, dtype=torch.bool)
@@ -108,7 +110,7 @@ def test_frozen_unused_and_tied_parameters(name: str, optimizer: str) -> None:
     assert "frozen.weight" not in callback.masks
     assert "second.weight" not in callback.masks
     assert module.second.weight is module.first.weight
-    assert any(not torch.equal(seen[0], m) for m in seen) == (moves(name) or not promises(name, "one network"))
+    assert any(not torch.equal(seen[0], m) for m in seen) == (self.moves() or not self.promises("one network"))
     assert always.any()
     assert torch.equal(module.unused.weight[always], unused[always])
     assert_counts(callback)

@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from support.data import Batches
-from support.methods import STEPS, every_method, method
-from support.nets import Classifier, conv_net
-from support.rig import Stops, assert_effective, differences, fit, snapshot, watch
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+from sparse_callbacks.testing.comparison import assert_effective, differences, snapshot
+from sparse_callbacks.testing.data import Batches
+from sparse_callbacks.testing.networks import Classifier, conv_net
+from sparse_callbacks.testing.runs import Stops, fit, watch
+from sparse_callbacks.testing.subject import STEPS, Contract
 
 
-@every_method
-def test_state_dict_keys_stay_and_a_plain_model_loads_strictly(name: str, tmp_path: Path) -> None:
-    module, callback = Classifier(optimizer="adamw"), method(name)
+def test_state_dict_keys_stay_and_a_plain_model_loads_strictly(self: Contract, tmp_path: Path) -> None:
+    """The keys of the model stay, and a plain model loads its checkpoint strictly."""
+    module, callback = Classifier(optimizer="adamw"), self.method()
     keys = list(module.state_dict())
     seen: list[list[str]] = []
     trainer = fit(module, callback, watch(lambda trainer, module, _: seen.append(list(module.state_dict()))))
@@ -49,42 +49,42 @@ def resumed_differently(
     return found
 
 
-@every_method
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_resume_is_bitwise(name: str, optimizer: str, tmp_path: Path) -> None:
+def test_resume_is_bitwise(self: Contract, optimizer: str, tmp_path: Path) -> None:
+    """A run that is resumed ends bitwise like one that never stopped."""
     # updates come with batches 1, 5, 9, ... where they replace a step, and after 1, 4, 7, ... where they follow one
     after = (1, 2, 3, 4, 5, 8, 9, 13, 14)
     options = {"gradient_clip_val": 0.5} if optimizer == "sgd" else {}
-    assert resumed_differently(lambda: [method(name)], tmp_path, after, optimizer, **options) == {b: [] for b in after}
+    assert resumed_differently(lambda: [self.method()], tmp_path, after, optimizer, **options) == {b: [] for b in after}
 
 
-@every_method
-def test_resume_is_bitwise_with_times_in_fractions_of_the_run(name: str, tmp_path: Path) -> None:
+def test_resume_is_bitwise_with_times_in_fractions_of_the_run(self: Contract, tmp_path: Path) -> None:
+    """Resume is bitwise also with times in fractions of the run."""
     after = (5, 11)
 
     def make() -> list[Any]:
-        return [method(name, every=0.2, start=0.1, stop=0.8)]
+        return [self.method(every=0.2, start=0.1, stop=0.8)]
 
     assert resumed_differently(make, tmp_path, after, "adamw") == {b: [] for b in after}
 
 
-@every_method
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_resume_inside_an_accumulation_window_is_bitwise(name: str, optimizer: str, tmp_path: Path) -> None:
+def test_resume_inside_an_accumulation_window_is_bitwise(self: Contract, optimizer: str, tmp_path: Path) -> None:
+    """Resume is bitwise also inside an accumulation window."""
     after = (1, 2, 4, 5, 12, 14, 15, 18)  # windows end after 3, 6, 9, 12, 15, ...
     options: dict[str, Any] = {"accumulate_grad_batches": 3, "loader": Batches(batches=12)}
 
     def make() -> list[Any]:
-        return [method(name, every=2, stop=6)]
+        return [self.method(every=2, stop=6)]
 
     assert resumed_differently(make, tmp_path, after, optimizer, **options) == {b: [] for b in after}
     saved = torch.load(tmp_path / "4.ckpt", weights_only=True)["callbacks"]
     assert "grads" in next(iter(saved.values()))
 
 
-@every_method
-def test_callback_state_loads_as_weights_only(name: str, tmp_path: Path) -> None:
-    callback = method(name)
+def test_callback_state_loads_as_weights_only(self: Contract, tmp_path: Path) -> None:
+    """The state of the callback loads with weights_only=True."""
+    callback = self.method()
     trainer = fit(Classifier(), callback)
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     saved = torch.load(tmp_path / "run.ckpt", weights_only=True)["callbacks"][callback.state_key]

@@ -6,42 +6,21 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from support.data import Batches
-from support.inside import dense_values
-from support.methods import (
-    METHODS,
-    PROMISES,
-    SETTINGS,
-    STEPS,
-    every_masked_method,
-    every_method,
-    masks_gradients,
-    method,
-    moves,
-    promises,
-)
-from support.nets import OPTIMIZERS, Classifier
-from support.rig import assert_counts, assert_effective, fit, per_element_state, sparse_weights, watch
 from torch import Tensor, nn
 
-import sparse_callbacks
-
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-
-
-def test_methods_are_found() -> None:
-    assert len(METHODS) >= 5
-    assert all(set(SETTINGS[name].promises_not_made) <= set(PROMISES) for name in METHODS)
-    assert all(isinstance(method(name), sparse_callbacks.SparsityCallback) for name in METHODS)
-
+from sparse_callbacks.testing.comparison import assert_counts, assert_effective, per_element_state, sparse_weights
+from sparse_callbacks.testing.data import Batches
+from sparse_callbacks.testing.networks import OPTIMIZERS, Classifier
+from sparse_callbacks.testing.runs import fit, watch
+from sparse_callbacks.testing.subject import STEPS, Contract, aux_of, needs
 
 # ---------------------------------------------------------------------- effective weights
 
 
-@every_method
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_weights_are_effective_after_every_batch(name: str, optimizer: str) -> None:
-    callback, module = method(name), Classifier(optimizer=optimizer)
+def test_weights_are_effective_after_every_batch(self: Contract, optimizer: str) -> None:
+    """After every batch each sparse weight is what its mask leaves of it."""
+    callback, module = self.method(), Classifier(optimizer=optimizer)
     before = copy.deepcopy(module.state_dict())
     seen: list[int] = []
 
@@ -55,46 +34,52 @@ def test_weights_are_effective_after_every_batch(name: str, optimizer: str) -> N
     for key, (weight, mask) in sparse_weights(module, callback).items():
         assert not torch.equal(weight[mask], before[key][mask]), f"{key} never moved"
     assert all(bool(p.isfinite().all()) for p in module.parameters())
-    assert (callback.updates > 2) == moves(name)
+    assert (callback.updates > 2) == self.moves()
 
 
-@every_masked_method
+@needs("one network", "planned counts")
 @pytest.mark.parametrize("clip", [None, 0.3])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_training_equals_a_hand_written_loop(name: str, optimizer: str, clip: float | None) -> None:
+def test_training_equals_a_hand_written_loop(self: Contract, optimizer: str, clip: float | None) -> None:
     """Given the masks after each batch, a plain loop (mask gradients, clip, step, mask weights) has the same weights,
     bit by bit.
 
     With a dense copy: gradients are not masked, and the dense weights take the step.
     """
-    callback, module = method(name, restart=False), Classifier(optimizer=optimizer)
+    callback, module = self.method(restart=False), Classifier(optimizer=optimizer)
     by_hand = copy.deepcopy(module)
     masks: list[dict[str, Tensor]] = []
+    aux: list[dict[str, Tensor]] = []
     steps = [0]
     weights_after: list[dict[str, Tensor]] = []
 
     def record(trainer: pl.Trainer, *_: Any) -> None:
         masks.append({n: m.clone() for n, m in callback.masks.items()})
+        aux.append(copy.deepcopy(callback.aux))
         weights_after.append({n: module.get_parameter(n).detach().clone() for n in callback.masks})
         steps.append(callback.step)
 
-    started = pl.callbacks.LambdaCallback(on_train_start=lambda trainer, module: masks.append(callback.masks))
+    def start(*_: Any) -> None:
+        masks.append(callback.masks)
+        aux.append(copy.deepcopy(callback.aux))
+
+    started = pl.callbacks.LambdaCallback(on_train_start=start)
     trainer = fit(module, callback, started, watch(record), gradient_clip_val=clip)
     configured = by_hand.configure_optimizers()
     plain, rates = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     weights = dict(by_hand.named_parameters())
-    dense = (
-        {key: weights[key].detach().clone() for key in masks[0]} if not promises(name, "pruned weights rest") else {}
-    )
+    dense = {key: weights[key].detach().clone() for key in masks[0]} if not self.promises("pruned weights rest") else {}
     with torch.no_grad():
         for key, mask in masks[0].items():
             weights[key].mul_(mask)
     for index, batch in enumerate(Batches().all(2)):
         plain.zero_grad()
-        by_hand.loss(batch).backward()
+        torch.autograd.backward(by_hand.loss(batch))
         if steps[index + 1] > steps[index]:  # otherwise an update took this step's place
             for key, mask in masks[index].items():
-                weights[key].grad.copy_(SETTINGS[name].gradient_rule(mask, weights[key].grad))
+                gradient = weights[key].grad
+                assert gradient is not None
+                gradient.copy_(self.gradient(mask, gradient, aux_of(aux[index], key)))
                 weights[key].data.copy_(dense.get(key, weights[key]))
             if clip is not None:
                 nn.utils.clip_grad_norm_(by_hand.parameters(), clip)
@@ -107,7 +92,7 @@ def test_training_equals_a_hand_written_loop(name: str, optimizer: str, clip: fl
                 for value in per_element_state(plain, weights[key]).values():
                     value.masked_fill_(masks[index + 1][key] & ~mask, 0)
                 weights[key].mul_(mask & masks[index + 1][key])
-                if not promises(name, "grown weights start from zero"):
+                if not self.promises("grown weights start from zero"):
                     born = masks[index + 1][key] & ~mask
                     weights[key][born] = weights_after[index][key][born]
         rates.step()
@@ -121,21 +106,21 @@ def test_training_equals_a_hand_written_loop(name: str, optimizer: str, clip: fl
             assert torch.equal(value[mask], mine[kind][mask]), (key, kind)
 
 
-@every_masked_method
-def test_gradients_are_masked_before_they_are_clipped(name: str) -> None:
+@needs("one network", "planned counts")
+def test_gradients_are_masked_before_they_are_clipped(self: Contract) -> None:
+    """At the clip gradients are as the settings say."""
+
     class Clips(Classifier):
-        def configure_gradient_clipping(self, optimizer: Any, **_: Any) -> None:
+        def configure_gradient_clipping(self, optimizer: Any, *values: Any, **named: Any) -> None:
             for key, (_, mask) in sparse_weights(self, callback).items():
                 gradient = self.get_parameter(key).grad
                 if gradient is not None and not mask.all():
-                    assert bool(gradient[~mask].any()) != masks_gradients(name), (
-                        f"{key}: gradients of pruned weights at the clip"
-                    )
+                    contract.assert_gradient(callback, key, gradient)
                 seen.append(gradient)
             self.clip_gradients(optimizer, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
 
     seen: list[Tensor | None] = []
-    callback = method(name)
+    contract, callback = self, self.method()
     fit(Clips(), callback)
     assert not all(bool(m.all()) for m in callback.masks.values())
     assert sum(g is not None for g in seen) >= 2 * len(seen) // 3
@@ -152,10 +137,12 @@ DISTRIBUTIONS = [
 ]
 
 
-@every_masked_method
+@needs("one network", "planned counts")
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=str)
 @pytest.mark.parametrize("keep_dense", [None, "first"])
-def test_counts_are_exactly_the_planned_ones(name: str, distribution: Any, keep_dense: str | None) -> None:
+def test_counts_are_exactly_the_planned_ones(self: Contract, distribution: Any, keep_dense: str | None) -> None:
+    """There are exactly as many zeros as plan() announces."""
+
     class Mixed(Classifier):
         def __init__(self) -> None:
             super().__init__()
@@ -168,17 +155,17 @@ def test_counts_are_exactly_the_planned_ones(name: str, distribution: Any, keep_
         def loss(self, batch: Any) -> Tensor:
             return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
-        def forward(self, images: Tensor) -> Tensor:
+        def forward(self, images: Tensor) -> Any:
             x = torch.relu(self.parts["up"](images))[:, :, 1:6, 1:6].flatten(2)
             x, _ = self.rnn(torch.relu(self.parts["fc1"](x)))
             x, _ = self.attention(x, x, x, need_weights=False)
             return self.parts["fc2"](x.mean(1)) + self.net(images)
 
     others = {}
-    if not promises(name, "any layer"):  # those of attention and recurrent layers are not known
+    if not self.promises("any layer"):  # those of attention and recurrent layers are not known
         others = {"exclude": ["attention.*", "rnn.*", "parts.*"]}
         distribution = {"*": distribution["*"]} if isinstance(distribution, dict) else distribution
-    callback, module = method(name, distribution=distribution, keep_dense=keep_dense, sparsity=0.77, **others), Mixed()
+    callback, module = self.method(distribution=distribution, keep_dense=keep_dense, sparsity=0.77, **others), Mixed()
     announced = callback.plan(module)
     reached: list[int] = []
 
@@ -208,7 +195,7 @@ def test_counts_are_exactly_the_planned_ones(name: str, distribution: Any, keep_
         if announced.joint is None:
             assert measured[f"sparsity/{row.name}"] == pytest.approx(row.zeros / row.size, abs=1e-12)
         assert row.shape == tuple(module.get_parameter(row.name).shape)
-    if distribution == "uniform":
+    if distribution == "uniform" and announced.joint is None:
         parts = {"attention.in_proj_weight": 3, "rnn.weight_ih_l0": 3, "rnn.weight_hh_l0": 3}
         assert all(r.zeros == parts.get(r.name, 1) * int(0.77 * (r.size // parts.get(r.name, 1))) for r in selected)
     assert ("net.0.weight" in callback.masks) == (keep_dense is None)
@@ -217,14 +204,14 @@ def test_counts_are_exactly_the_planned_ones(name: str, distribution: Any, keep_
 # ---------------------------------------------------------------------- updates
 
 
-@every_masked_method
+@needs("one network", "planned counts")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_updates_move_masks_and_nothing_else(name: str, optimizer: str) -> None:
+def test_updates_move_masks_and_nothing_else(self: Contract, optimizer: str) -> None:
     """Grown weights start from nothing; a step that an update replaces moves no weight, no momentum and no counter."""
-    callback, module = method(name, restart=False), Classifier(optimizer=optimizer)
+    callback, module = self.method(restart=False), Classifier(optimizer=optimizer)
     last: dict[str, Any] = {}
     grown, regrown, replaced = [0], [0], [0]
-    copied = not promises(name, "pruned weights rest")
+    copied = not self.promises("pruned weights rest")
 
     def keep(trainer: pl.Trainer, module: Classifier, *_: Any) -> None:
         optimizer = trainer.optimizers[0]
@@ -245,9 +232,9 @@ def test_updates_move_masks_and_nothing_else(name: str, optimizer: str) -> None:
             born = mask & ~before["masks"][key]
             grown[0] += int(born.sum())
             if copied:
-                assert torch.equal(weight[born], dense_values(callback, key)[born])
+                assert torch.equal(weight[born], callback.weights.dense_values(key)[born])
                 assert weight[born].all()
-            elif not promises(name, "grown weights start from zero"):
+            elif not self.promises("grown weights start from zero"):
                 assert weight[born].all()
             else:
                 assert not weight[born].any()
@@ -287,7 +274,7 @@ def test_updates_move_masks_and_nothing_else(name: str, optimizer: str) -> None:
 
     begin = pl.callbacks.LambdaCallback(on_train_start=keep)
     fit(module, callback, begin, watch(check))
-    assert bool(grown[0]) == (promises(name, "growth") or copied)
+    assert bool(grown[0]) == (self.promises("growth") or copied)
     if replaced[0]:
         assert min(grown[0], regrown[0]) > 0
     assert replaced[0] in (0, callback.updates)

@@ -7,7 +7,8 @@ import torch
 from support import processes
 from support.methods import every_steady_method, moves
 from support.processes import run_two_processes
-from support.rig import differences
+
+from sparse_callbacks.testing.comparison import differences
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -28,6 +29,17 @@ def test_ranks_hold_the_same_masks(name: str, two_processes: list[dict[str, Any]
     assert differences(one["noisy"]["masks"], other["noisy"]["masks"]) == []
     assert differences(one["noisy"]["end"]["masks"], other["noisy"]["end"]["masks"]) == []
     assert differences(one["noisy"]["end"]["weights"], other["noisy"]["end"]["weights"]) != []
+
+
+@every_steady_method
+def test_fabric_trains_as_the_trainer_does(name: str, two_processes: list[dict[str, Any]]) -> None:
+    """With `sparsify` before and after `fabric.setup`; gradients are accumulated, averaged and clipped."""
+    for rank in (0, 1):
+        ends = two_processes[rank][name]["single"]["end"]
+        for found in two_processes[rank][name]["fabric"]:
+            assert differences(ends["masks"][0], found["masks"]) == []
+            assert differences(ends["weights"], found["weights"]) == []
+            assert (found["updates"] > 2) == moves(name)
 
 
 @every_steady_method

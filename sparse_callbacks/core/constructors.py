@@ -1,0 +1,63 @@
+"""Constructor arguments of methods, which each object keeps under their own names."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+_DEPTH = "_constructors_running"
+
+
+def argument_names(cls: type, shared: type) -> list[str]:
+    """Names of the constructor arguments of a class, in their order.
+
+    Args:
+        cls: the class.
+        shared: a TypedDict with the arguments that ``cls`` takes as ``**options`` and hands on.
+    """
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    own = [p.name for p in inspect.signature(cls).parameters.values() if p.kind not in variadic]
+    return [*own, *(name for name in shared.__annotations__ if name not in own)]
+
+
+def checks_arguments(init: Callable[..., None], shared: type) -> Callable[..., None]:
+    """``init`` with a check, when the outermost constructor of an object returns, that it has kept every argument.
+
+    A wrapper and not a metaclass, which would clash with that of ``class Mine(RigL, ABC)``.
+
+    Args:
+        init: the ``__init__`` of a class.
+        shared: a TypedDict with the arguments that the class takes as ``**options`` and hands on.
+
+    Raises:
+        TypeError: an argument that is no attribute of the object, raised by the function that is returned.
+    """
+
+    @functools.wraps(init)  # signature and source stay those of `init`: inspect and LightningCLI follow __wrapped__
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        outermost = _DEPTH not in vars(self)
+        vars(self)[_DEPTH] = True
+        try:
+            init(self, *args, **kwargs)
+        finally:
+            if outermost:
+                del vars(self)[_DEPTH]
+        if outermost:
+            refuse_lost_arguments(self, argument_names(type(self), shared))
+
+    return checked
+
+
+def refuse_lost_arguments(made: object, names: list[str]) -> None:
+    """Refuse an object that has not kept an argument of its constructor under the argument's name.
+
+    Raises:
+        TypeError: an argument of ``names`` is not an attribute.
+    """
+    lost = [name for name in names if not hasattr(made, name)]
+    if lost:
+        writes = "; ".join(f"self.{name} = {name}" for name in lost)
+        raise TypeError(
+            f"{type(made).__name__}.__init__ takes {', '.join(f'{n}=' for n in lost)} and does not keep it under its own "
+            f"name. repr(), checkpoints and resume read every argument there: write {writes} in __init__."
+        )

@@ -1,0 +1,89 @@
+"""A hand-written loop as the host of a method."""
+
+import warnings
+from collections.abc import Generator, Iterable, Sequence
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from sparse_callbacks.core import data_pass, distributed
+from sparse_callbacks.core.engine import Engine
+from sparse_callbacks.core.host import Forward
+
+
+class LoopHost:
+    """The :class:`~sparse_callbacks.core.host.Host` of a hand-written loop.
+
+    Args:
+        model: the model of the run.
+        engine: whose request for new optimizers the run carries out at the next step.
+        name: name of the method, for messages.
+        data: the loader of the training data; None where the loop gave none.
+        forward: a function of the model and a batch that gives the network's output; None: by the batch's type.
+    """
+
+    def __init__(self, model: nn.Module, engine: Engine, name: str, data: Any | None, forward: Forward | None) -> None:
+        self._model, self._engine, self._name = model, engine, name
+        self._data, self._forward, self._compared = data, forward, False
+
+    @property
+    def announces_steps(self) -> bool:
+        """The optimizers' own hooks announce every step."""
+        return True
+
+    def data_pass(
+        self,
+        fraction: float = 1.0,
+        *,
+        forward: Forward | None = None,
+        loader: Any | None = None,
+        train: Sequence[nn.Module] = (),
+    ) -> Generator[Any, None, None]:
+        """See :meth:`~sparse_callbacks.core.host.Host.data_pass`."""
+        data_pass.check_fraction(fraction)
+        given = self._data if loader is None else loader
+        if given is None:
+            raise ValueError(
+                f"{self._name} runs the network on training data. Give sparsify(..., data=loader), the loader of the "
+                "training data."
+            )
+        world, rank = distributed.world_size(), distributed.rank()
+
+        def choose() -> tuple[Iterable[Any], int | None]:
+            if loader is None and _can_be_ordered(given):
+                batches = data_pass.in_order(given, world, rank, whole=bool(train))
+                self._warn_if_random(batches)
+            elif getattr(getattr(given, "sampler", None), "num_replicas", 1) > 1:
+                batches = given  # it gives each process a part of the data, as loaders of Fabric do
+            else:
+                batches = data_pass.EveryNthBatch(given, world, rank)
+            return batches, data_pass.batch_count(batches, fraction)
+
+        yield from data_pass.outputs(self._model, choose, forward=forward or self._forward, train=train)
+
+    def _warn_if_random(self, batches: Any) -> None:
+        if not self._compared and data_pass.differs_when_fetched_again(batches):
+            self.warn(data_pass.RANDOM_DATA.replace("statistics_dataloader=", "a loader without augmentation as data="))
+        self._compared = True
+
+    def request_restart(self) -> None:
+        """See :meth:`~sparse_callbacks.core.host.Host.request_restart`."""
+        self._engine.restart_wanted = True
+
+    def inform(self, text: str) -> None:
+        """See :meth:`~sparse_callbacks.core.host.Host.inform`."""
+        if distributed.rank() == 0:
+            print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Warn the user, on rank 0."""
+        if distributed.rank() == 0:
+            warnings.warn(text, stacklevel=4)
+
+
+def _can_be_ordered(data: Any) -> bool:
+    """Whether ``data`` can be passed over in the order of its data set, without moving a sampler's generator on."""
+    if callable(getattr(data, "in_order", None)):
+        return True
+    return isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset)

@@ -1,0 +1,63 @@
+"""What cannot be a run of a hand-written loop."""
+
+import math
+from numbers import Integral
+from typing import Any
+
+from torch import nn
+
+from sparse_callbacks.core.host import TrainsInTurns
+from sparse_callbacks.core.method import Method
+from sparse_callbacks.core.optimizer_life import RestartsOptimizers
+
+
+def refuse_arguments(method: Any, model: Any, steps: Any, epoch: Any, clip: Any, on_restart: Any) -> None:
+    """Refuse what cannot be a run, before anything is touched."""
+    if not isinstance(method, Method):
+        raise TypeError(f"method={method!r} is not a method. Give an instance, such as RigL(0.9).")
+    if method.attachment.host is not None:
+        raise ValueError(
+            f"this {type(method).__name__} is in another run. Make a new one for every call to sparsify(), or close() the "
+            "run that is over."
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r} is not a torch module.")
+    whole = isinstance(steps, Integral) and not isinstance(steps, bool)
+    if not (whole or steps == math.inf) or steps < 1:
+        raise ValueError(
+            f"steps={steps!r} is not a number of optimizer steps. Give that of the whole run, or math.inf where nobody "
+            "knows it."
+        )
+    if epoch is not None and (not isinstance(epoch, Integral) or isinstance(epoch, bool) or epoch < 1):
+        raise ValueError(f"epoch={epoch!r} is not the number of optimizer steps in an epoch. Give 1 or more, or None.")
+    for name, function in (("clip", clip), ("on_restart", on_restart)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name}={function!r} is not a function.")
+
+
+def refuse_hostless(method: Method, on_restart: Any) -> None:
+    """Refuse methods that need more of their host than this loop has."""
+    name = type(method).__name__
+    if isinstance(method, TrainsInTurns):
+        raise ValueError(method.why_not_in_a_loop())
+    if restarts_optimizers(method) and on_restart is None:
+        raise ValueError(
+            f"{name}(restart=True) starts the optimizers anew with each phase, and the loop's learning rate schedule has "
+            "to start with them. Give sparsify(..., on_restart=), a function that makes the schedule again (lambda: "
+            "None where there is none), or restart=False."
+        )
+
+
+def restarts_optimizers(method: Method) -> bool:
+    """The method starts its optimizers anew within the run."""
+    return isinstance(method, RestartsOptimizers) and method.restarts
+
+
+def epoch_length(epoch: int | None, data: Any | None) -> float:
+    """Optimizer steps of an epoch; infinite where nobody knows."""
+    if epoch is not None:
+        return float(epoch)
+    try:
+        return float(len(data))  # type: ignore[arg-type]
+    except TypeError:
+        return math.inf

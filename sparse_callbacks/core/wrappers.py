@@ -1,0 +1,52 @@
+"""The model and the optimizer under the wrappers of Fabric, DistributedDataParallel and torch.compile."""
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+# By the name of the class, because Fabric exists twice (in lightning_fabric and in lightning.fabric) and need not be
+# installed; a user's own module may well have a child that is called "module", and is not a wrapper.
+_HOLDS_MODEL = {
+    "_FabricModule": "module",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+}
+_SHARDED = ("FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """The user's own module, whose parameter names a checkpoint has.
+
+    Raises:
+        ValueError: a wrapper shards the parameters.
+    """
+    while True:
+        names = [c.__name__ for c in type(model).__mro__]
+        if sharding := next((n for n in names if n in _SHARDED), None):
+            raise ValueError(
+                f"{sharding} shards parameters, and masks are made for whole ones. Use DistributedDataParallel or one "
+                "device."
+            )
+        held = next((_HOLDS_MODEL[n] for n in names if n in _HOLDS_MODEL), None)
+        if held is None:
+            return model
+        model = getattr(model, held)
+
+
+def plain_optimizer(optimizer: Any) -> Optimizer:
+    """The torch optimizer whose hooks fire at every step.
+
+    Raises:
+        TypeError: neither a torch optimizer nor a wrapper that has one as ``optimizer``.
+    """
+    found = optimizer
+    while isinstance(inner := getattr(found, "optimizer", None), Optimizer):
+        found = inner
+    if not isinstance(found, Optimizer):
+        raise TypeError(
+            f"{type(optimizer).__name__} is not a torch optimizer. Give the optimizer, or a list of optimizers, that "
+            "the loop steps."
+        )
+    return found

@@ -1,0 +1,94 @@
+"""Settings of the library's own methods under the contract."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sparse_callbacks.lightning import methods
+from sparse_callbacks.testing.settings import Settings
+from sparse_callbacks.testing.subject import Contract
+
+# several updates in 16 steps
+_SHORT: Mapping[str, Any] = {"sparsity": 0.8, "every": 3, "stop": 14, "print_plan": False}
+# and they move enough weights for some to come straight back
+_MANY: Mapping[str, Any] = {**_SHORT, "drop_fraction": 0.5}
+
+LIBRARY: dict[str, Settings] = {
+    "CTRE": Settings(
+        _MANY,
+        promises_not_made={
+            "grown weights start from zero": "they are drawn anew from the uniform distribution of the first ones",
+            "any layer": "activations of attention and recurrent layers are not known",
+        },
+    ),
+    "DPF": Settings(
+        _SHORT,
+        gradients="free",  # the dense weights take the step, with the gradient of the pruned network
+        promises_not_made={
+            "growth": "pruned weights go on learning, so they come back by themselves",
+            "pruned weights rest": "a dense copy takes the step",
+        },
+    ),
+    "GMP": Settings(_SHORT, promises_not_made={"growth": "what is pruned stays pruned"}),
+    "GaP": Settings(
+        # four phases of three steps, and fine-tuning
+        {"sparsity": 0.8, "every": 3, "partitions": 2, "rounds": 2, "print_plan": False},
+        promises_not_made={
+            "updates at an interval": "they end with its phases, of which there are as many as partitions in all rounds"
+        },
+    ),
+    "ParallelGaP": Settings(
+        # one round of two workers: its phases are whole epochs, and a short run has two
+        {"sparsity": 0.8, "partitions": 2, "rounds": 1, "print_plan": False},
+        promises_not_made={
+            "one network": "each worker trains a partition of its own",
+            "several updates": "its phases are whole epochs, and there are two",
+            "growth": "workers' networks are joined in place of that",
+            "updates at an interval": "its phases are whole epochs",
+        },
+    ),
+    "ConstrainedL0": Settings(
+        # nothing depends on the length of a run; it has a density in place of a sparsity
+        {"print_plan": False},
+        gradients="free",  # gates scale the gradient, and the dense weights take the step
+        promises_not_made={
+            "planned counts": "gates close until an expected density is met",
+            "several updates": "gates move at every step",
+            "growth": "gates open again by themselves",
+            "pruned weights rest": "dense weights stand behind the gates",
+            "updates at an interval": "gates move at every step",
+        },
+    ),
+    "RigL": Settings(_MANY),
+    "SET": Settings(_MANY),
+    "SMCP": Settings(
+        # several solves in 16 steps; the networks of the contract have few channels
+        {"budget": 0.6, "round_to": 1, "start": 1, "prune_stem": True, "every": 3, "stop": 14, "print_plan": False},
+        gradients="free",
+        promises_not_made={
+            "planned counts": "its budget decides how many channels go",
+            "growth": "pruned channels go on learning, so they come back by themselves",
+            "pruned weights rest": "a dense copy takes the step",
+        },
+    ),
+    "SNFS": Settings(_MANY),
+    "Static": Settings(
+        {"sparsity": 0.8, "print_plan": False},
+        promises_not_made={
+            "several updates": "its masks never move",
+            "growth": "its masks never move",
+            "updates at an interval": "its masks never move",
+        },
+    ),
+}
+
+PARTNERS = [
+    name for name, found in LIBRARY.items() if not {"one network", "planned counts"} & set(found.promises_not_made)
+]
+"""Methods that stand beside the one under test, on other layers of the network."""
+
+
+def partner_named(name: str) -> Contract:
+    """How a case makes a method of the library, and what that one promises."""
+    fields = {"callback_class": getattr(methods, name), "settings": LIBRARY[name]}
+    partner: Contract = type(name, (Contract,), fields)()
+    return partner

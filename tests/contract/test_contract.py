@@ -1,0 +1,12 @@
+"""The contract of every method that has a yaml in conf/method/."""
+
+from support.methods import CONTRACTS, METHODS, method
+
+import sparse_callbacks
+
+globals().update({f"Test_{name}": made for name, made in CONTRACTS.items()})
+
+
+def test_methods_are_found() -> None:
+    assert len(METHODS) >= 5
+    assert all(isinstance(method(name), sparse_callbacks.SparsityCallback) for name in METHODS)

@@ -1,0 +1,81 @@
+"""Constructor arguments are kept under their own names, whatever the class."""
+
+import inspect
+import pickle
+from abc import ABC
+from typing import Any, Unpack
+
+import pytest
+
+from sparse_callbacks import methods
+from sparse_callbacks.core.constructors import argument_names
+from sparse_callbacks.core.method import Method, Options
+from sparse_callbacks.methods import RigL
+
+
+class Keeps(Method):
+    def __init__(self, sparsity: float = 0.9, *, strength: float = 2.0, **options: Unpack[Options]) -> None:
+        super().__init__(sparsity, distribution="uniform", include=None, exclude=None, seed=0, **options)
+        self.strength = strength
+
+
+class Loses(Method):
+    def __init__(self, sparsity: float = 0.9, *, strength: float = 2.0, reach: int = 1) -> None:
+        super().__init__(sparsity, distribution="uniform", include=None, exclude=None, seed=0)
+        self._strength, self._reach = strength, reach
+
+
+class KeepsAfterAll(Loses):
+    def __init__(self, strength: float = 3.0) -> None:
+        super().__init__(strength=strength)
+        self.strength = strength
+
+
+class Abstract(RigL, ABC):
+    def __init__(self, sparsity: float = 0.9, *, reach: int = 1, **options: Any) -> None:
+        super().__init__(sparsity, **options)
+        self.reach = reach
+
+
+def test_a_lost_argument_is_refused_when_the_constructor_returns() -> None:
+    with pytest.raises(
+        TypeError, match=r"Loses\.__init__ takes strength=, reach= and does not keep it.*self\.reach = reach"
+    ):
+        Loses()
+
+
+def test_the_outermost_constructor_decides() -> None:
+    assert KeepsAfterAll(4.0).strength == 4.0  # its parent alone loses the argument
+
+
+def test_an_inherited_constructor_is_checked_too() -> None:
+    class Callback(Loses):
+        pass
+
+    with pytest.raises(TypeError, match=r"Callback\.__init__ takes strength="):
+        Callback()
+
+
+def test_after_an_error_in_a_constructor_the_next_object_is_checked() -> None:
+    with pytest.raises(ValueError, match="sparsity=2"):
+        Loses(2.0)
+    with pytest.raises(TypeError, match="does not keep it"):
+        Loses()
+
+
+@pytest.mark.parametrize("cls", [Keeps, Abstract, KeepsAfterAll], ids=lambda cls: cls.__name__)
+def test_what_is_kept_is_no_trouble(cls: type) -> None:
+    made = cls()
+    assert list(inspect.signature(cls).parameters) == list(inspect.signature(cls.__init__).parameters)[1:]
+    assert inspect.getsource(cls.__init__).lstrip().startswith("def __init__")
+    copy = pickle.loads(pickle.dumps(made))
+    assert repr(copy) == repr(made)
+    assert "_constructors_running" not in vars(made)
+
+
+@pytest.mark.parametrize("name", methods.__all__)
+def test_every_method_keeps_its_arguments(name: str) -> None:
+    made = getattr(methods, name)()
+    names = argument_names(type(made), Options)
+    assert {"keep_dense", "print_plan", "fresh_start", "include", "exclude", "seed"} <= set(names)
+    assert all(hasattr(made, argument) for argument in names)

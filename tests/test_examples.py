@@ -1,0 +1,43 @@
+"""Every example runs, shortened, and does what its first lines say."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "examples"
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_example_has_a_test() -> None:
+    assert {path.stem for path in FOLDER.glob("*.py")} == {"plain_loop", "fabric_loop", "dqn", "language_model"}
+
+
+def test_a_plain_loop_learns_two_spirals(capsys: pytest.CaptureFixture[str]) -> None:
+    assert example("plain_loop").main(steps=400) > 0.9
+    assert "with 90.0% of the weights at zero" in capsys.readouterr().out
+
+
+def test_fabric_learns_digits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert example("fabric_loop").main(epochs=8) > 0.8
+    assert "sparsity 0.9500" in capsys.readouterr().out
+
+
+def test_a_sparse_agent_learns(capsys: pytest.CaptureFixture[str]) -> None:
+    assert example("dqn").main(steps=1200) > 15  # a pole that nobody pushes well stands for some ten steps
+    assert "with 80.0% of the weights at zero" in capsys.readouterr().out
+
+
+def test_a_sparse_language_model_learns(capsys: pytest.CaptureFixture[str]) -> None:
+    assert example("language_model").main(steps=60) < 2.4  # ln 13 = 2.56 knows nothing
+    assert "sparsity 90.0%" in capsys.readouterr().out
