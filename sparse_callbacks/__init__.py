@@ -102,7 +102,17 @@ def __getattr__(name: str) -> Any:
         return import_module(f"{__name__}.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    try:
+        module = import_module(f"{__name__}.{_MODULE_OF[name]}")
+    except ModuleNotFoundError as error:
+        if name not in _CALLBACKS or (error.name or "").startswith(__name__):
+            raise
+        raise ModuleNotFoundError(
+            f"sparse_callbacks.{name} is a callback of a Trainer, and {error.name} is not installed. Install "
+            f"pytorch-lightning, or use sparse_callbacks.methods.{name} with sparse_callbacks.sparsify in a loop of your own.",
+            name=error.name,
+        ) from error
+    found = getattr(module, name)
     globals()[name] = found  # asked for once
     return found
 

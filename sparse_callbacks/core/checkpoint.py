@@ -77,6 +77,16 @@ def check_state(
             f"the checkpoint {path} holds no state of {name}: its weights come without masks. Resume with the callback "
             "of the interrupted run (same method, include= and exclude=), or give fresh_start=True to make new masks."
         )
+    if not {"version", "arguments"} <= state.keys():
+        raise ValueError(
+            f"the checkpoint {path} is not a state of {name}: it has the keys {', '.join(map(str, state)) or 'none'}. Give "
+            "what state_dict() of the interrupted run gave."
+        )
+    if (writer := state.get("method", name)) != name:  # a callback's state has no name: it lies under its key
+        raise ValueError(
+            f"the checkpoint {path} was written by a {writer}, and this is a {name}. Go on with the method of the "
+            "interrupted run, or give fresh_start=True to make new masks."
+        )
     if state["version"] > VERSION:
         raise ValueError(
             f"the checkpoint {path} has sparsity state of version {state['version']}, and this package reads up "

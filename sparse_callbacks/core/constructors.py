@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _DEPTH = "_constructors_running"
 
 
@@ -15,9 +16,15 @@ def argument_names(cls: type, shared: type) -> list[str]:
         cls: the class.
         shared: a TypedDict with the arguments that ``cls`` takes as ``**options`` and hands on.
     """
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    own = [p.name for p in inspect.signature(cls).parameters.values() if p.kind not in variadic]
-    return [*own, *(name for name in shared.__annotations__ if name not in own)]
+    names: list[str] = []
+    for init in (vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base)):
+        parameters = list(inspect.signature(init).parameters.values())[1:]  # without self
+        names += [p.name for p in parameters if p.kind not in _VARIADIC and p.name not in names]
+        handed_on = [p for p in parameters if p.kind in _VARIADIC]
+        # **options: Unpack[Options] hands on what `shared` lists; a bare *args or **kwargs whatever the next class takes
+        if not handed_on or all("Unpack" in str(p.annotation) for p in handed_on):
+            break
+    return [*names, *(name for name in shared.__annotations__ if name not in names)]
 
 
 def checks_arguments(init: Callable[..., None], shared: type) -> Callable[..., None]:

@@ -32,6 +32,10 @@ class DenseGradients:
         p = self._params[name]
         return p.grad if p.grad is not None else self.withheld(optimizer, tick).get(id(p))
 
+    def has_kept(self, name: str) -> bool:
+        """A dense copy of the parameter's gradient was made before masking."""
+        return name in self._kept
+
     @staticmethod
     def withheld(optimizer: Optimizer, tick: int) -> dict[int, Tensor]:
         """Gradients, by ``id`` of the parameter, that any callback took away from ``optimizer`` in step ``tick``."""

@@ -53,7 +53,8 @@ def sparsify(
 
     Example:
         >>> import torch
-        >>> from sparse_callbacks import RigL, sparsify
+        >>> from sparse_callbacks import sparsify
+        >>> from sparse_callbacks.methods import RigL
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> run = sparsify(RigL(0.75, every=2, print_plan=False), model, optimizer, steps=10)

@@ -1,5 +1,6 @@
 """A hand-written loop as the host of a method."""
 
+import inspect
 import warnings
 from collections.abc import Generator, Iterable, Sequence
 from typing import Any
@@ -79,7 +80,11 @@ class LoopHost:
     def warn(self, text: str) -> None:
         """Warn the user, on rank 0."""
         if distributed.rank() == 0:
-            warnings.warn(text, stacklevel=4)
+            # to the line of the loop: the first one outside of this package
+            level, frame = 1, inspect.currentframe()
+            while frame is not None and frame.f_globals.get("__name__", "").startswith("sparse_callbacks."):
+                level, frame = level + 1, frame.f_back
+            warnings.warn(text, stacklevel=level)
 
 
 def _can_be_ordered(data: Any) -> bool:

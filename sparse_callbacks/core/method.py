@@ -79,11 +79,14 @@ class Method(Hooks):
         raise TypeError(self._why_no_callback())  # a Trainer takes what is no callback of its own for a list of them
 
     def _why_no_callback(self) -> str:
-        name = type(self).__name__
+        name, module = type(self).__name__, type(self).__module__
+        if module.startswith("sparse_callbacks.methods"):
+            advice = f"Give the Trainer the callback: sparse_callbacks.{name}."
+        else:
+            advice = f"Give the Trainer a callback of it: class {name}Callback({name}, SparsityCallback)."
         return (
-            f"{name} of {type(self).__module__} is a plain method, which a Trainer cannot call. Give the Trainer the "
-            f"callback: sparse_callbacks.{name}, or for a method of your own class {name}Callback({name}, "
-            "SparsityCallback). For a loop of your own there is sparse_callbacks.sparsify."
+            f"{name} of {module} is a plain method, which a Trainer cannot call. {advice} For a loop of your own there is "
+            "sparse_callbacks.sparsify."
         )
 
     def __init__(

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from itertools import count
 from types import TracebackType
 from typing import Any, Self
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,8 @@ Clip = Callable[[list[nn.Parameter]], object]
 
 # Every run that goes on, by model: two methods may not claim the same parameter.
 _runs_of: WeakKeyDictionary[nn.Module, WeakSet["SparseRun"]] = WeakKeyDictionary()
+# The same runs by optimizer: those that share one take their steps together.
+_runs_on: WeakKeyDictionary[Optimizer, WeakSet["SparseRun"]] = WeakKeyDictionary()
 _numbers = count()
 
 
@@ -123,6 +125,8 @@ class SparseRun:
         self._pre_handles = [o.register_step_pre_hook(self._before_step) for o in self._optimizers]
         self._hook()
         _runs_of.setdefault(self._model, WeakSet()).add(self)
+        for optimizer in self._optimizers:
+            _runs_on.setdefault(optimizer, WeakSet()).add(self)
         method.epoch_start(self._epoch)
         method.window_start(self._batches)
 
@@ -191,9 +195,7 @@ class SparseRun:
             if names := self.method.owners.owns[index]:
                 # one parameter shows that a backward pass has run: see _after_backward
                 first: Any = self.method.params[names[0]]  # the hook has no types in torch
-                self._handles.append(
-                    first.register_post_accumulate_grad_hook(lambda p, index=index: self._after_backward(index, p))
-                )
+                self._handles.append(first.register_post_accumulate_grad_hook(_BackwardHook(self, index)))
 
     # ------------------------------------------------------------------ one optimizer step
 
@@ -203,7 +205,8 @@ class SparseRun:
         Call it between ``scaler.unscale_(optimizer)`` and clipping. ``clip=`` of :func:`sparsify` needs no such call.
 
         Raises:
-            ValueError: the optimizer is not one of this run, or its step was announced already.
+            ValueError: the optimizer is not one of this run.
+            RuntimeError: it was called for this step already.
         """
         self._refuse_closed()
         index = self._index(plain_optimizer(optimizer))
@@ -423,6 +426,8 @@ class SparseRun:
         self._unhook()
         self._engine.unbind()
         _runs_of.get(self._model, WeakSet()).discard(self)
+        for optimizer in self._optimizers:
+            _runs_on.get(optimizer, WeakSet()).discard(self)
 
     def _unhook(self) -> None:
         for handle in self._handles:
@@ -480,12 +485,18 @@ class SparseRun:
         groups = {"groups": copy.deepcopy(self._first_groups)} if restarts_optimizers(method) else {}
         return {
             "version": VERSION,
+            "method": type(method).__name__,
             "arguments": method.arguments,
             "times": times,
             **self._engine.state(),
             "epoch": self._epoch,
             **groups,
         }
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a run cannot be copied or pickled: its optimizers' hooks belong to it. Keep run.state_dict() instead."
+        )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave, before the first step; the model may be loaded before or after.
@@ -511,7 +522,19 @@ class SparseRun:
         self._begin(state)
 
 
+class _BackwardHook:
+    """Tells a run of a backward pass. It holds the run weakly: torch keeps such hooks where Python's collector of
+    garbage does not see them, and a run that nobody closes must go with its optimizer."""
+
+    def __init__(self, run: SparseRun, index: int) -> None:
+        self._run, self._index = ref(run), index
+
+    def __call__(self, parameter: Tensor) -> None:
+        run = self._run()
+        if run is not None:
+            run._after_backward(self._index, parameter)
+
+
 def _sharing(optimizer: Optimizer) -> list[SparseRun]:
     """Every run that goes on with this optimizer, in the order in which they began, which is the same on all ranks."""
-    runs = [run for runs in _runs_of.values() for run in runs if any(o is optimizer for o in run._optimizers)]
-    return sorted(runs, key=lambda run: run._number)
+    return sorted(_runs_on.get(optimizer, ()), key=lambda run: run._number)

@@ -34,6 +34,7 @@ class Step:
         "_calendar",
         "_gradients",
         "_gradients_are_read",
+        "_masking",
         "_owners",
         "_progress",
         "_weights",
@@ -77,6 +78,8 @@ class Step:
         """The optimizer has stepped."""
         self.skipped = False
         """The optimizer has not stepped: a GradScaler skipped it."""
+        # mask_gradients() was called: from then on p.grad may be dense, masked or clipped, by who else reads it
+        self._masking = False
         self._owners, self._weights, self._progress = owners, weights, progress
         self._calendar, self._gradients, self._gradients_are_read = calendar, gradients, gradients_are_read
 
@@ -110,7 +113,17 @@ class Step:
 
     def gradient(self, name: str) -> Tensor | None:
         """Dense gradient of a sparse parameter, also where an update has taken it away from the optimizer; None if it
-        has none."""
+        has none.
+
+        Raises:
+            RuntimeError: the gradients of this step were masked already, so the dense one is gone.
+        """
+        if self._masking and not self._weights.has_copy(name) and not self._gradients.has_kept(name):
+            raise RuntimeError(
+                f"the dense gradient of {name} is gone: step.mask_gradients() was called before. Read it in "
+                "before_step(step), before super().before_step(step) or step.mask_gradients(), and keep what after_step "
+                "needs of it."
+            )
         return self._gradients.of(name, self.optimizer, self.tick)
 
     def mask_gradients(self) -> None:
@@ -119,6 +132,7 @@ class Step:
 
         Parameters with a dense copy keep theirs.
         """
+        self._masking = True
         # momentum would keep an inf for ever, so a gradient that is known to hold one is always masked
         if self._gradients_are_read or self.finite_flag is False:
             for name in self.names:

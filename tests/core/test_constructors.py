@@ -79,3 +79,16 @@ def test_every_method_keeps_its_arguments(name: str) -> None:
     names = argument_names(type(made), Options)
     assert {"keep_dense", "print_plan", "fresh_start", "include", "exclude", "seed"} <= set(names)
     assert all(hasattr(made, argument) for argument in names)
+
+
+class HandsOn(RigL):
+    def __init__(self, *args: Any, extra: int = 1, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.extra = extra
+
+
+def test_arguments_that_are_handed_on_are_known() -> None:
+    made = HandsOn(0.8, drop_fraction=0.1)
+    assert made.arguments["sparsity"] == "0.8"
+    assert made.arguments["drop_fraction"] == "0.1"
+    assert set(argument_names(HandsOn, Options)) == {"extra", *argument_names(RigL, Options)}

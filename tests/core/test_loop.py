@@ -1,9 +1,11 @@
 """`sparsify`: a run in a hand-written loop, from its first masks to close()."""
 
 import copy
+import gc
 import io
 import math
 import warnings
+import weakref
 from itertools import pairwise
 from typing import Any
 
@@ -26,9 +28,9 @@ from support.loops import (
     sgd,
     train,
 )
-from torch import nn
+from torch import Tensor, nn
 
-from sparse_callbacks import CTRE, GMP, SMCP, ConstrainedL0, GaP, ParallelGaP, RigL, Static
+from sparse_callbacks import CTRE, GMP, SET, SMCP, ConstrainedL0, GaP, ParallelGaP, RigL, Static, Step
 from sparse_callbacks.core.loop import sparsify
 
 
@@ -445,3 +447,53 @@ def test_random_data_is_reported() -> None:
     loader = torch.utils.data.DataLoader(Noisy(), batch_size=8)
     with pytest.warns(UserWarning, match="differs each time .* give a loader without augmentation as data="):
         sparsify(CTRE(0.8, every=4, print_plan=False), model, sgd(model), STEPS, data=loader)
+
+
+# ---------------------------------------------------------------------- what a reader of runs found
+
+
+def test_a_state_of_another_method_or_of_something_else_is_refused() -> None:
+    model = net()
+    saved = begin("rigl", model, sgd(model)).state_dict()
+    for state, words in (
+        (saved, "was written by a RigL, and this is a SET"),
+        ({"a": 1}, "is not a state of SET: it has the keys a"),
+        (model.state_dict(), "is not a state of SET: it has the keys 0.weight"),
+    ):
+        other = net()
+        with pytest.raises(ValueError, match=words):
+            begin("set", other, sgd(other), state=state)
+
+
+def test_a_run_that_is_not_closed_goes_with_its_optimizer() -> None:
+    model = net()
+    optimizer = sgd(model)
+    run = begin("static", model, optimizer)
+    train(run, model, optimizer, 0, 2)
+    alive = [weakref.ref(thing) for thing in (run, model, optimizer)]
+    del run, model, optimizer
+    gc.collect()
+    assert [thing() for thing in alive] == [None, None, None]
+
+
+def test_a_run_is_not_copied() -> None:
+    model = net()
+    run = begin("static", model, sgd(model))
+    with pytest.raises(TypeError, match=r"a run cannot be copied or pickled.*Keep run.state_dict"):
+        copy.deepcopy(run)
+
+
+class GrowLate(SET):
+    """Reads the dense gradient in `after_step`, where it may be masked."""
+
+    def grow_scores(self, step: Step, name: str) -> Tensor | None:
+        return step.gradient(name)
+
+
+@pytest.mark.parametrize("clip", [None, lambda parameters: None])
+def test_a_dense_gradient_that_is_gone_is_refused_in_words(clip: Any) -> None:
+    model = net()
+    optimizer = sgd(model)
+    run = begin(GrowLate(0.5, every=2, print_plan=False), model, optimizer, clip=clip)
+    with pytest.raises(RuntimeError, match=r"the dense gradient of 0.weight is gone.*Read it in before_step"):
+        train(run, model, optimizer)

@@ -66,7 +66,7 @@ def phase_steps(
         if not math.isfinite(steps := run.epoch()):
             raise ValueError(
                 f"epochs={epochs} cannot be counted in steps: the train loader has no length. Give the length of a "
-                "phase in optimizer steps, every=1000."
+                "phase in optimizer steps, every=1000, or epoch= where sparsify() is called."
             )
         length = round(epochs * steps)
     elif every is not None:
