@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack, get_origin
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _DEPTH = "_constructors_running"
@@ -22,9 +22,14 @@ def argument_names(cls: type, shared: type) -> list[str]:
         names += [p.name for p in parameters if p.kind not in _VARIADIC and p.name not in names]
         handed_on = [p for p in parameters if p.kind in _VARIADIC]
         # **options: Unpack[Options] hands on what `shared` lists; a bare *args or **kwargs whatever the next class takes
-        if not handed_on or all("Unpack" in str(p.annotation) for p in handed_on):
+        if not handed_on or all(_is_unpacked(p.annotation) for p in handed_on):
             break
     return [*names, *(name for name in shared.__annotations__ if name not in names)]
+
+
+def _is_unpacked(annotation: Any) -> bool:
+    """``Unpack[Options]``, also as text, under ``from __future__ import annotations``."""
+    return get_origin(annotation) is Unpack or (isinstance(annotation, str) and "Unpack[" in annotation)
 
 
 def checks_arguments(init: Callable[..., None], shared: type) -> Callable[..., None]:
