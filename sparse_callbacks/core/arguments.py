@@ -32,6 +32,21 @@ def refuse_outside(given: Any, argument: str, low: float, high: float, too_low: 
         )
 
 
+def refuse_unknown(given: Mapping[str, object], known: Mapping[str, Iterable[object]]) -> None:
+    """Refuse words that an argument does not know.
+
+    Args:
+        given: the given word by argument.
+        known: the words that each argument knows.
+
+    Raises:
+        ValueError: a word is not known.
+    """
+    for name, words in known.items():
+        if given[name] not in words:
+            raise ValueError(f"{name}={given[name]!r} is not known. Give {' or '.join(map(repr, words))}.")
+
+
 def by_glob(values: float | Mapping[str, float], names: Iterable[str], argument: str) -> dict[str, float]:
     """One value for each of ``names``: the number itself, or the value of the first glob in ``values`` that matches.
 

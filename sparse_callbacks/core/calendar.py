@@ -1,6 +1,6 @@
 """Calendar of mask updates: the time arguments of a method, resolved against the length of a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
@@ -53,6 +53,22 @@ class Calendar:
     def times(self) -> list[int]:
         """The calendar as a list of whole numbers, which a checkpoint stores."""
         return [self.every, self.start, self.stop, *([] if self.until is None else [self.until])]
+
+    def why_other_times(self, saved: Sequence[int], method: str) -> str:
+        """Why a resumed run goes on with other times than it was saved with, as a sentence for the user; empty where it
+        does not.
+
+        Args:
+            saved: what :meth:`times` gave when the run was saved; empty where it had no calendar.
+            method: name of the method, for the sentence.
+        """
+        now = self.times()
+        if not saved or list(saved) == now:
+            return ""
+        return (
+            f"{method} goes on with other times than it was saved with, because the run's length differs: (every, "
+            f"start, stop) were {list(saved)} steps and are {now}."
+        )
 
     def next(self, number: int, first_update: int, done: int | None) -> int | None:
         """The first update at or after step ``number`` that is not the one already ``done``; None when none is left.

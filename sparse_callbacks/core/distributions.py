@@ -127,6 +127,14 @@ def clipped(distribution: Any, shapes: Shapes) -> list[str]:
     return [name for name, s in _unclipped(shapes, _epsilon(distribution)).items() if s < 0]
 
 
+def why_all_active(distribution: Any, shapes: Shapes) -> str:
+    """Which layers are dense because epsilon would make them denser, as a sentence for the user; empty for none."""
+    full = clipped(distribution, shapes)
+    return (
+        f"{distribution} would make {', '.join(full)} denser than dense: all their weights are active." if full else ""
+    )
+
+
 def is_epsilon(distribution: Any) -> bool:
     """Whether an epsilon decides, so that a target sparsity has nothing to say: "epsilon(1)", or a mapping that sends
     all layers without a sparsity of their own ("*" included) to one."""

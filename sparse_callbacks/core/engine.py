@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sparse_callbacks.core import optimizers as torch_optimizers
 from sparse_callbacks.core import topology
-from sparse_callbacks.core.checkpoint import SavedRun, refuse_foreign_weights, refuse_other_model
+from sparse_callbacks.core.checkpoint import VERSION, SavedRun, refuse_foreign_weights, refuse_other_model
 from sparse_callbacks.core.gradients import DenseGradients
 from sparse_callbacks.core.host import Host
 from sparse_callbacks.core.method import Method
@@ -322,6 +322,9 @@ class Engine:
         """Everything that a resume needs: tensors, numbers and strings only."""
         method = self.method
         return {
+            "version": VERSION,
+            "arguments": method.arguments,
+            "times": [] if method.calendar is None else method.calendar.times(),
             **method.progress.state(),
             "masks": {n: m.clone() for n, m in method.masks.items()},
             "aux": {n: t.clone() for n, t in method.aux.items()},

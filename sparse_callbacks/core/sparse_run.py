@@ -16,8 +16,8 @@ from torch.utils.hooks import RemovableHandle
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core import optimizers as torch_optimizers
 from sparse_callbacks.core.calendar import RunLength
-from sparse_callbacks.core.checkpoint import VERSION, SavedRun, check_state, refuse_other_model
-from sparse_callbacks.core.distributions import clipped
+from sparse_callbacks.core.checkpoint import SavedRun, check_state, refuse_other_model
+from sparse_callbacks.core.distributions import why_all_active
 from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.hooks import BatchEnd, Hooks
 from sparse_callbacks.core.host import Forward
@@ -172,20 +172,16 @@ class SparseRun:
 
     def _warn(self, entries: Sequence[Entry]) -> None:
         method, name = self.method, type(self.method).__name__
-        if full := clipped(method.distribution, layer_shapes(entries)):
-            self._host.inform(
-                f"{method.distribution} would make {', '.join(full)} denser than dense: all their weights are active."
-            )
-        if method.saved is not None and method.calendar is not None:
-            before, now = list(method.saved.times), method.calendar.times()
-            if before and before != now:
-                self._host.warn(
-                    f"{name} goes on with other times than it was saved with, because the run's length differs: "
-                    f"(every, start, stop) were {before} steps and are {now}."
-                )
-        begins = method.saved is None and method.calendar is not None
-        if begins and (reason := method.progress.why_idle(method.times, self._length.total(), name)):
-            self._host.warn(reason)
+        if text := why_all_active(method.distribution, layer_shapes(entries)):
+            self._host.inform(text)
+        if method.calendar is None:
+            return
+        if method.saved is not None:
+            text = method.calendar.why_other_times(method.saved.times, name)
+        else:
+            text = method.progress.why_idle(method.calendar, self._length.total(), name)
+        if text:
+            self._host.warn(text)
 
     def _hook(self) -> None:
         """All hooks besides those before a step."""
@@ -480,18 +476,8 @@ class SparseRun:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resume needs beside the model's and the optimizer's own states: tensors, numbers and strings,
         which ``torch.load(weights_only=True)`` reads."""
-        method = self.method
-        times = [] if method.calendar is None else method.calendar.times()
-        groups = {"groups": copy.deepcopy(self._first_groups)} if restarts_optimizers(method) else {}
-        return {
-            "version": VERSION,
-            "method": type(method).__name__,
-            "arguments": method.arguments,
-            "times": times,
-            **self._engine.state(),
-            "epoch": self._epoch,
-            **groups,
-        }
+        groups = {"groups": copy.deepcopy(self._first_groups)} if restarts_optimizers(self.method) else {}
+        return {"method": type(self.method).__name__, **self._engine.state(), "epoch": self._epoch, **groups}
 
     def __reduce__(self) -> Any:
         raise TypeError(

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core import optimizers as torch_optimizers
-from sparse_callbacks.core.checkpoint import VERSION, SavedRun
-from sparse_callbacks.core.distributions import clipped
+from sparse_callbacks.core.checkpoint import SavedRun
+from sparse_callbacks.core.distributions import why_all_active
 from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.hooks import BatchEnd
 from sparse_callbacks.core.method import Method
@@ -110,10 +110,8 @@ class SparsityCallback(Method, AnyCallback):
         self.engine.bind(pl_module, entries, trainer.optimizers, self._reads(trainer, pl_module), host)
         if self.print_plan and trainer.is_global_zero:
             print(self.plan(), flush=True)
-        if full := clipped(self.distribution, layer_shapes(entries)):
-            rank_zero_info(
-                f"{self.distribution} would make {', '.join(full)} denser than dense: all their weights are active."
-            )
+        if text := why_all_active(self.distribution, layer_shapes(entries)):
+            rank_zero_info(text)
         for warning in warnings_for(trainer, self.arrives_at_stop):
             rank_zero_warn(warning)
 
@@ -194,8 +192,7 @@ class SparsityCallback(Method, AnyCallback):
     def state_dict(self) -> dict[str, Any]:
         if not self.masks:
             return self.fit_state.restored or {}
-        times = [] if self.calendar is None else self.calendar.times()
-        current = {"version": VERSION, "arguments": self.arguments, "times": times, **self.engine.state()}
+        current = self.engine.state()
         if (
             self.fit_state.window_open and self.attachment.model is not None
         ):  # accumulated gradients are in no checkpoint of Lightning's
@@ -227,13 +224,9 @@ class SparsityCallback(Method, AnyCallback):
 
     def _begin_calendar(self, trainer: Trainer) -> None:
         self.calendar = self.make_calendar(optimizer_lives.length_of(trainer))
-        saved = [] if self.saved is None else list(self.saved.times)
-        if saved and (now := self.calendar.times()) != saved:
-            rank_zero_warn(
-                f"{type(self).__name__} goes on with other times than it was saved with, because the run's length "
-                "differs: (every, "
-                f"start, stop) were {saved} steps and are {now}."
-            )
+        saved = () if self.saved is None else self.saved.times
+        if text := self.calendar.why_other_times(saved, type(self).__name__):
+            rank_zero_warn(text)
         new_run = trainer.global_step == 0 and not trainer.fast_dev_run
         if new_run:
             length = optimizer_lives.run_length(trainer)

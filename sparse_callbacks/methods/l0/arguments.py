@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
-from sparse_callbacks.core.arguments import refuse_outside
+from sparse_callbacks.core.arguments import refuse_outside, refuse_unknown
 from sparse_callbacks.methods.l0 import gates
 
 Densities = float | Mapping[str, float]
@@ -56,9 +56,7 @@ def refuse_gate_arguments(
     Raises:
         ValueError: an argument is out of range, or two do not go together.
     """
-    for name, known in CHOICES.items():
-        if choices[name] not in known:
-            raise ValueError(f"{name}={choices[name]!r} is not known. Give {' or '.join(map(repr, known))}.")
+    refuse_unknown(choices, CHOICES)
     refuse_outside(density, "density", LEAST, 1.0, WHY_LEAST)
     # new weights grow by 1 / (1 - droprate), and log_alpha is log((1 - droprate) / droprate): neither end is possible
     refuse_outside(droprate, "droprate", 0.01, 0.99)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import TypeGuard
 
+from sparse_callbacks.core.arguments import refuse_unknown
 from sparse_callbacks.methods.smcp import allocation, budget
 
 WORDS = {
@@ -53,9 +54,7 @@ def refuse_budget_arguments(
     for name, value in channels.items():
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name}={value!r} is not a number of channels. Give a whole number from 1 on.")
-    for name, known in WORDS.items():
-        if words[name] not in known:
-            raise ValueError(f"{name}={words[name]!r} is not known. Give {' or '.join(map(repr, known))}.")
+    refuse_unknown(words, WORDS)
     # whether there is a table at a path shows when training starts: it may be measured after the callback is made
     if cost not in budget.COSTS and not str(cost).endswith(".json"):
         raise ValueError(
