@@ -48,6 +48,22 @@ def mean(tensors: Iterable[Tensor]) -> list[Tensor]:
     return copies
 
 
+def mean_of_any(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The mean over ranks of each tensor that some rank has, as new tensors; a rank that lacks one has zeros.
+
+    Args:
+        tensors: the tensors of this rank by key.
+        like: tensors of the same shapes by key, with all keys that any rank may have, the same on every rank.
+    """
+    has = torch.tensor([key in tensors for key in like], dtype=torch.float32)
+    if world_size() > 1:
+        has = has.to(next(iter(like.values())).device)
+        dist.all_reduce(has)
+    keys = [key for key, ranks in zip(like, has.tolist(), strict=True) if ranks]
+    mine = [tensors[key] if key in tensors else torch.zeros_like(like[key]) for key in keys]
+    return dict(zip(keys, mean(mine), strict=True))
+
+
 def from_owners(tensors: Mapping[str, Tensor], owner: Mapping[str, int]) -> dict[str, Tensor]:
     """Each tensor as the rank that owns it has it, copied to every rank.
 

@@ -223,23 +223,27 @@ class Engine:
     def _all_finite(self, step: Step) -> Tensor | bool:
         return torch_optimizers.all_finite([g for n in step.names if (g := step.gradient(n)) is not None])
 
-    def after_backward(self, scale: float = 1.0) -> None:
+    @property
+    def dense_gradients(self) -> DenseGradients:
+        """Dense gradients of the steps that are to come."""
+        return self._gradients
+
+    def after_backward(self, scale: float = 1.0, reduced: bool = True) -> None:
         """Manual optimization: mask the gradients now, before the user clips them, and keep dense ones where a step
         needs them.
 
         Args:
             scale: the factor by which a GradScaler has multiplied the gradients.
+            reduced: whether the backward pass has reduced the gradients over ranks.
         """
         method = self.method
         for index in range(len(method.owners.optimizers)):
             coming = self._step(index, tick=-1)
-            dense_wanted = method.wants_dense_gradients(coming)
-            for name in coming.names:
-                if method.weights.has_copy(name):
-                    continue
-                if dense_wanted:
-                    self._gradients.keep_and_mask(name, method.weights, scale)
-                else:
+            names = [name for name in coming.names if not method.weights.has_copy(name)]
+            if method.wants_dense_gradients(coming):
+                self._gradients.keep_and_mask(names, method.weights, scale, reduced)
+            else:
+                for name in names:
                     method.weights.mask_gradient(name)
 
     def withhold(self, optimizer: Optimizer) -> None:

@@ -43,10 +43,10 @@ class FitState:
 
     restored: dict[str, Any] | None = None
     """State of the checkpoint, until the fit has begun."""
-    held_gradients: dict[str, Tensor] = field(default_factory=dict)
-    """Gradients of an accumulation window that was open when the checkpoint was written, until training starts."""
     window_open: bool = False
     """A backward pass has run since the last optimizer step."""
+    waiting: set[int] = field(default_factory=set)
+    """Indices of the optimizers that have not stepped since the last backward pass."""
     left_out: list[str] = field(default_factory=list)
     """Names of parameters that stay dense because nobody trains them yet."""
     logged_at: int = -1
@@ -104,7 +104,6 @@ class SparsityCallback(Method, AnyCallback):
         self.saved = None if state is None else SavedRun.of(state)
         fit = self.fit_state
         fit.left_out = [e.name for e in entries if e.reason in NOT_TRAINED]
-        fit.held_gradients = {} if self.saved is None else dict(self.saved.grads)
         fit.restored = None
         host = self._host_of(trainer, pl_module)
         self.engine.bind(pl_module, entries, trainer.optimizers, self._reads(trainer, pl_module), host)
@@ -139,15 +138,22 @@ class SparsityCallback(Method, AnyCallback):
             self.window_start(batch_idx)
         self.batch_start(batch_idx)
 
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self.engine.dense_gradients.drop_outdated()
+
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.fit_state.window_open = True
+        self.fit_state.waiting.update(range(len(trainer.optimizers)))
         if not pl_module.automatic_optimization:
             scaler = scaler_of(trainer)
-            self.engine.after_backward(1.0 if scaler is None else scaler.get_scale())
+            # DistributedDataParallel's own switch: no_sync() turns it off
+            reduced = getattr(trainer.strategy.model, "require_backward_grad_sync", True)
+            self.engine.after_backward(1.0 if scaler is None else scaler.get_scale(), reduced)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self.fit_state.window_open = False
         step = self.engine.before(optimizer, trainer.global_step)
+        self.fit_state.waiting.discard(step.index)
         if step.replaced and pl_module.automatic_optimization:
             self._withhold_instead_of_clipping(pl_module, optimizer)
         elif step.replaced:
@@ -193,11 +199,13 @@ class SparsityCallback(Method, AnyCallback):
         if not self.masks:
             return self.fit_state.restored or {}
         current = self.engine.state()
-        if (
-            self.fit_state.window_open and self.attachment.model is not None
-        ):  # accumulated gradients are in no checkpoint of Lightning's
+        # of any optimizer: another one may have stepped within its window
+        if self.fit_state.waiting and self.attachment.model is not None:
+            # accumulated gradients are in no checkpoint of Lightning's
             held = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
             current["grads"] = self._gradients_to_save(held)
+            current["dense_grads"] = self._gradients_to_save(self.engine.dense_gradients.kept)
+            current["window_open"] = self.fit_state.window_open
         return current
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -236,14 +244,19 @@ class SparsityCallback(Method, AnyCallback):
     def _put_gradients_back(self, module: LightningModule) -> None:
         """Give parameters the gradients of an accumulation window that was open when the checkpoint was written."""
         fit, parameters = self.fit_state, dict(module.named_parameters())
-        for name, gradient in fit.held_gradients.items():
-            parameters[name].grad = gradient.to(parameters[name].device)
-        fit.window_open = bool(fit.held_gradients)
-        fit.held_gradients = {}
+        fit.window_open, fit.waiting, kept = False, set(), {}
+        if self.saved is not None and self.saved.grads:
+            for name, gradient in self.saved.grads.items():
+                p = parameters[name]
+                p.grad = gradient.to(p.device)
+                if (dense := self.saved.dense_grads.get(name)) is not None:
+                    kept[name] = p.grad, dense.to(p.device)
+            fit.window_open, fit.waiting = self.saved.window_open, set(range(len(self.owners.optimizers)))
+        self.engine.dense_gradients.put_back(kept)
 
     def _gradients_to_save(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Accumulated gradients for a checkpoint, which one rank writes for all: their mean."""
-        return dict(zip(held, distributed.mean(held.values()), strict=True))
+        return distributed.mean_of_any(held, dict(self.model.named_parameters()))
 
     def _warn_of_thawed(self, trainer: Trainer, module: LightningModule) -> None:
         """Say which parameters are trained only now, and stay dense therefore."""

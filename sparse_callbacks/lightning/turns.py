@@ -99,7 +99,8 @@ class TurnTaking(SparsityCallback):
             optimizers = [o.state_dict() for o in self.owners.optimizers]
             mine = {"weights": weights, "optimizers": optimizers, "loaders": self.trainer_host.loader_states()}
             # gradients of an open window are in it too: each rank accumulates those of its own network
-            state["workers"] = distributed.gather({**mine, "grads": state.pop("grads", {})})
+            open_window = {key: state.pop(key, {}) for key in ("grads", "dense_grads")}
+            state["workers"] = distributed.gather({**mine, **open_window})
         return state
 
     def _gradients_to_save(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:

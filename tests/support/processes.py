@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,14 @@ from torch import nn
 from sparse_callbacks import ParallelGaP, SparseRun, sparsify
 from sparse_callbacks.testing.comparison import snapshot
 from sparse_callbacks.testing.data import Batches
-from sparse_callbacks.testing.networks import Classifier
+from sparse_callbacks.testing.networks import ByHand, Classifier
 from sparse_callbacks.testing.runs import Stops, fit, watch
 from support.methods import STEADY, method
 
 
 def run_two_processes(program: str, folder: Path) -> None:
-    """Run this module as the two ranks of one run: ``program`` is ``replicas`` or ``workers``, and each rank writes
-    FOLDER/<rank>.pt."""
+    """Run this module as the two ranks of one run: ``program`` is ``replicas``, ``workers`` or ``windows``, and each rank
+    writes FOLDER/<rank>.pt."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -167,6 +168,56 @@ def run_replicas(folder: Path) -> None:
     torch.save(results, folder / f"{rank}.pt")
 
 
+# ---------------------------------------------------------------------- windows of manual optimization
+
+OPEN_STOP = 5  # the second batch of the second window
+
+
+class InWindows(ByHand):
+    """Three micro-batches a step; on several ranks only the gradients of the last one are reduced."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(matrices(rank), window=3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        model: Any = self.trainer.strategy.model
+        last = (batch_idx + 1) % self.window == 0
+        with nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync():
+            super().training_step(batch, batch_idx)
+
+
+def train_in_windows(
+    name: str, rank: int, world: int, *more: pl.Callback, ckpt_path: Path | None = None
+) -> dict[str, Any]:
+    """Masks after every batch and all state at the end of a run in manual optimization."""
+    module, callback = InWindows(rank), method(name, every=1, stop=6)
+    masks: list[dict[str, torch.Tensor]] = []
+    see = watch(lambda *_: masks.append({n: m.clone() for n, m in callback.masks.items()}))
+    trainer = fit(
+        module,
+        callback,
+        see,
+        *more,
+        loader=Batches(batches=12, rank=rank, world=world),
+        ckpt_path=ckpt_path,
+        devices=world,
+        strategy="ddp" if world > 1 else "auto",
+    )
+    return {"masks": masks, "end": snapshot(trainer, module, callback)}
+
+
+def run_windows(folder: Path) -> None:
+    rank, world = int(os.environ["LOCAL_RANK"]), 2
+    results = {}
+    for name in STEADY:
+        stops = Stops(folder / name, (OPEN_STOP,))
+        whole = train_in_windows(name, rank, world, stops)
+        torch.distributed.barrier()
+        resumed = train_in_windows(name, rank, world, ckpt_path=stops.path(OPEN_STOP))
+        results[name] = {"whole": whole, "resumed": resumed}
+    torch.save(results, folder / f"{rank}.pt")
+
+
 # ---------------------------------------------------------------------- workers of parallel grow-and-prune
 
 ROUNDS, EPOCHS, FINETUNE, WINDOW = 2, 2, 2, 3
@@ -241,4 +292,4 @@ def run_workers(folder: Path) -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    {"replicas": run_replicas, "workers": run_workers}[sys.argv[1]](Path(sys.argv[2]))
+    {"replicas": run_replicas, "workers": run_workers, "windows": run_windows}[sys.argv[1]](Path(sys.argv[2]))

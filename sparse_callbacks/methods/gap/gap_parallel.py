@@ -287,7 +287,8 @@ class ParallelGaP(TrainsInTurns, GaP):
         if "workers" not in state:
             return state
         self._mine = state["workers"][distributed.rank()]
-        return {**state, "grads": self._mine["grads"]}
+        # checkpoints of older versions have no dense gradients
+        return {**state, "grads": self._mine["grads"], "dense_grads": self._mine.get("dense_grads", {})}
 
     def attach(self, model: nn.Module) -> None:
         super().attach(model)
