@@ -118,7 +118,8 @@ class Engine:
             method.progress = Progress.restored(method.first_update, saved.progress)
             devices = {n: p.device for n, p in params.items()}
             # a key of aux ends in a parameter's name, which says where the tensor belongs
-            method.aux = {k: t.to(devices.get(k.split("/", 1)[-1], t.device)) for k, t in saved.aux.items()}
+            # copies, as methods write into them, and the state may be loaded once more
+            method.aux = {k: t.to(devices.get(k.split("/", 1)[-1], t.device), copy=True) for k, t in saved.aux.items()}
             return saved.masks
         if kept:  # layers that were added since the last run start like in a first one
             gone = (params.keys() | earlier) - kept.keys()

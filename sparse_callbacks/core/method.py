@@ -24,7 +24,7 @@ from sparse_callbacks.core.shards import layout_of
 from sparse_callbacks.core.signatures import refuse_old_hooks
 from sparse_callbacks.core.sparsity import joint_sparsity, layer_sparsity
 from sparse_callbacks.core.targets import layer_targets, zeros_by_parameter
-from sparse_callbacks.core.weights import SparseWeights
+from sparse_callbacks.core.weights import SparseWeights, whole
 
 DEFAULT_SPARSITY = 0.9
 
@@ -165,8 +165,11 @@ class Method(Hooks):
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Bool mask by parameter name, True where a connection is active; shape of the parameter."""
-        return dict(self.weights.masks)
+        """Bool mask by parameter name, True where a connection is active; shape of the parameter.
+
+        They are for reading: what is written into them may or may not reach the weights.
+        """
+        return {name: whole(mask) for name, mask in self.weights.masks.items()}
 
     @property
     def params(self) -> dict[str, nn.Parameter]:

@@ -44,7 +44,7 @@ def take(
         The share of connections that the update replaced: dropped and born ones over those active before and after.
     """
     # each rank has computed them, from sums that may differ in the last bit, and unequal masks would stay unequal
-    distributed.broadcast_masks(masks.values())
+    masks = distributed.masks_of_first_rank(masks)
     changed = total = 0
     born_in: dict[str, Tensor] = {}
     for name, mask in masks.items():
