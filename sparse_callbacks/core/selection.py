@@ -84,11 +84,11 @@ def _weights_that_may_be_sparse(module: nn.Module) -> Iterator[tuple[str, int, t
 
 
 def why_not_ranked(weight: Tensor) -> str:
-    """Why magnitudes and gradients of ``weight`` have no order to prune by, from its type; empty where they have."""
-    # integers are codes of a quantised weight as a rule, and in one byte a float is a code too
+    """Why the type of ``weight`` has no order to prune by; empty where it has."""
+    # integers are codes of a quantised weight as a rule, and floats of one byte have no arithmetic in torch
     if weight.is_floating_point() and weight.dtype.itemsize > 1:
         return ""
-    return f"{str(weight.dtype).removeprefix('torch.')}: only real floating-point weights become sparse"
+    return f"{str(weight.dtype).removeprefix('torch.')}: only weights in float16, bfloat16, float32 and float64 become sparse"
 
 
 def _forward_shape(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -40,8 +40,7 @@ class Module(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9)
 
 
-# CTRE reads activations, which it does not follow through complex numbers
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "ctre"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.filterwarnings("ignore")
 def test_every_method_trains_beside_a_complex_layer_under_a_trainer(method: str) -> None:
     callback, module = METHODS[method](), Module()
@@ -54,11 +53,11 @@ def test_every_method_trains_beside_a_complex_layer_under_a_trainer(method: str)
     pl.Trainer(max_epochs=2, accelerator="cpu", callbacks=[callback], **quiet).fit(module, data())
     assert "net.hidden.weight" in callback.masks or "net.middle.weight" in callback.masks
     assert "net.waves.weight" not in callback.masks
-    assert callback.plan()["net.waves.weight"].reason.startswith("complex64: only real")
+    assert callback.plan()["net.waves.weight"].reason.startswith("complex64: only weights in float16")
     assert all(bool(p.isfinite().all()) for p in module.parameters())
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "ctre"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.filterwarnings("ignore")
 def test_every_method_trains_beside_a_complex_layer_in_a_loop(method: str) -> None:
     net = Net()
@@ -77,7 +76,7 @@ def test_channels_of_complex_layers_stay_and_those_of_others_go() -> None:
     pytest.importorskip("torch_pruning")
     net, example = Net(), torch.randn(1, 12)
     groups = {g.name: g.reason for g in channel_groups(net, example)}
-    assert groups["waves"].startswith("waves: complex64: only real")
+    assert groups["waves"].startswith("waves: complex64: only weights in float16")
     assert groups["hidden"] == groups["middle"] == ""
     read = torch.arange(24) % 2 == 0
     masks = {"hidden.weight": read.expand(24, 24), "middle.weight": read.expand(24, 24)}
