@@ -127,7 +127,7 @@ def refuse_other_model(masks: Mapping[str, Tensor], params: Mapping[str, Tensor]
 
 
 def refuse_foreign_weights(masks: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
-    """Refuse to put the masks of the last run on weights that came from elsewhere since.
+    """Refuse to put the masks of the last run on weights that came from elsewhere since, or to speak of them.
 
     Raises:
         ValueError: a weight is not zero where its mask is.
@@ -136,6 +136,6 @@ def refuse_foreign_weights(masks: Mapping[str, Tensor], params: Mapping[str, Ten
     if foreign:
         raise ValueError(
             f"{', '.join(foreign)} hold weights that the masks of the last fit would cut: other weights were loaded "
-            "since (for example by test(ckpt_path='best')). Resume with ckpt_path= to get the masks that belong to "
-            "them, or use a new callback or fresh_start=True for new masks."
+            "since, for example by load_state_dict. Resume with ckpt_path= to get the masks that belong to them, or test "
+            "with ckpt_path=, or use a new callback or fresh_start=True for new masks."
         )

@@ -15,6 +15,7 @@ from sparse_callbacks.core.host import Host
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.progress import Progress
+from sparse_callbacks.core.restored import aux_on_devices
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.topology import EverActive, Update
@@ -116,14 +117,12 @@ class Engine:
         params = method.params
         if saved is not None:
             method.progress = Progress.restored(method.first_update, saved.progress)
-            devices = {n: p.device for n, p in params.items()}
-            # a key of aux ends in a parameter's name, which says where the tensor belongs
-            # copies, as methods write into them, and the state may be loaded once more
-            method.aux = {k: t.to(devices.get(k.split("/", 1)[-1], t.device), copy=True) for k, t in saved.aux.items()}
+            method.aux = aux_on_devices(saved.aux, params)
             return saved.masks
         if kept:  # layers that were added since the last run start like in a first one
             gone = (params.keys() | earlier) - kept.keys()
-            method.aux = {k: t for k, t in method.aux.items() if k.partition("/")[2] not in gone}
+            went_on = {k: t for k, t in method.aux.items() if k.partition("/")[2] not in gone}
+            method.aux = aux_on_devices(went_on, params)
             return kept if len(kept) == len(params) else {**method.initial_masks(), **kept}
         self.forget()
         return method.initial_masks()
@@ -150,7 +149,7 @@ class Engine:
         self._unhook()
         method = self.method
         method.attachment.leave()
-        method.owners = Ownership([], {})
+        method.owners = Ownership.between_runs(method.owners.owns, method.params, len(method.owners.owns))
 
     def _unhook(self) -> None:
         for handle in self._handles:

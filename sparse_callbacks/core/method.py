@@ -256,12 +256,15 @@ class Method(Hooks):
 
         Raises:
             RuntimeError: before the first ``fit``, when there are no masks yet.
+            ValueError: after a run, where the model holds weights that the masks do not belong to.
         """
         if not self.masks:
             raise RuntimeError(
                 f"{type(self).__name__} has no masks yet: they are made at the start of fit. Before that, see "
                 "plan(model)."
             )
+        if self.attachment.host is None:  # in a run the engine keeps them together, and dense copies come and go
+            checkpoint.refuse_foreign_weights(self.masks, self.params)
         return joint_sparsity([self.weights], sum(e.size for e in self.entries)) | layer_sparsity(self.weights)
 
     def figures(self) -> dict[str, float]:
@@ -319,4 +322,5 @@ class Method(Hooks):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the hold on a model, its optimizers and the host stay behind."""
-        return {**vars(self), "owners": Ownership([], {})}
+        owned = self.owners.owns
+        return {**vars(self), "owners": Ownership.between_runs(owned, self.params, len(owned))}

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -58,6 +59,20 @@ class Ownership:
         self.owns = [[n for n in names if first[n] == i] for i, names in enumerate(self.steps)]
         """Names of the parameters that belong to each optimizer, whose masks are updated on its calendar."""
         self._params = params
+
+    @classmethod
+    def between_runs(cls, owned: Sequence[Sequence[str]], params: Mapping[str, Tensor], optimizers: int) -> Self:
+        """Which parameters belong together where no optimizer is there.
+
+        Args:
+            owned: names of the parameters that belonged to each optimizer; may be wrong, or empty.
+            params: the sparse parameters by name.
+            optimizers: the number of optimizers. Where ``owned`` does not fit, all parameters belong to the first.
+        """
+        made = cls([], params)
+        fits = len(owned) == optimizers and params.keys() >= {n for names in owned for n in names}
+        made.owns = [list(names) for names in owned] if fits else [list(params), *[[]] * (optimizers - 1)]
+        return made
 
     def index(self, optimizer: Optimizer) -> int:
         """Position of ``optimizer`` among the optimizers of the run."""

@@ -16,10 +16,12 @@ from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.distributions import why_all_active
 from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.hooks import BatchEnd
+from sparse_callbacks.core.loop_steps import last_run, restore_last_run
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
 from sparse_callbacks.core.selection import NOT_TRAINED, layer_shapes, select
 from sparse_callbacks.lightning import curves, optimizer_lives
+from sparse_callbacks.lightning.loaded_checkpoint import take_state_of_checkpoint
 from sparse_callbacks.lightning.namespaces import Trainer, callback_classes
 from sparse_callbacks.lightning.refusals import (
     ends_run,
@@ -51,6 +53,8 @@ class FitState:
     """Names of parameters that stay dense because nobody trains them yet."""
     logged_at: int = -1
     """The Trainer's optimizer step of the latest row of curves."""
+    last_run: Any = None
+    """What :func:`~sparse_callbacks.core.loop_steps.last_run` gave, from setup until the masks are written."""
 
 
 class SparsityCallback(Method, AnyCallback):
@@ -87,9 +91,15 @@ class SparsityCallback(Method, AnyCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             refuse_host(trainer)
+            self.fit_state.last_run = last_run(self)
             self.saved = None  # of an earlier fit; what this one resumes from is restored after setup
             if self.attachment.model is not pl_module or self.fresh_start:
                 self.engine.forget()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # the weights are loaded already. A fit takes its state later, in on_fit_start, when its optimizers stand
+        if trainer.state.fn != "fit" and not self.engine.is_bound:
+            take_state_of_checkpoint(self, pl_module, checkpoint["callbacks"].get(self.state_key), trainer.ckpt_path)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.fit_state.restored = state_dict
@@ -121,6 +131,7 @@ class SparsityCallback(Method, AnyCallback):
         self._check_horizons(trainer)
         self.rehearse()
         self.engine.write()  # not earlier: a fit that is refused leaves the weights as they were
+        self.fit_state.last_run = None
         self.attachment.in_training = True
         self._put_gradients_back(pl_module)
         # `or {}`: in version 0.1 this hook gave nothing, and an override of that time still may
@@ -325,6 +336,9 @@ class SparsityCallback(Method, AnyCallback):
     def _leave(self, module: LightningModule) -> None:
         vars(module).pop("configure_gradient_clipping", None)
         self.engine.unbind()
+        before, self.fit_state.last_run = self.fit_state.last_run, None
+        if before is not None:  # the fit was refused: its masks were never written into the weights
+            restore_last_run(self, *before)
 
     def __getstate__(self) -> dict[str, Any]:
         bound_by_lightning = ("log", "log_dict")

@@ -292,6 +292,10 @@ class ParallelGaP(TrainsInTurns, GaP):
 
     def attach(self, model: nn.Module) -> None:
         super().attach(model)
+        if self.attachment.host is None:
+            return  # no run begins: the model holds the network of rank 0, and the masks are those of this network
+        if "workers/epochs" in self.aux:  # also of a run whose state was taken in another number of processes
+            worker_schedule.refuse_other_ranks(self.aux, self._schedule)
         if not self.trains_apart:
             return
         worker_schedule.refuse_lost_workers(self._mine)
