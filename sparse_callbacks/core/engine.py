@@ -13,11 +13,12 @@ from sparse_callbacks.core.checkpoint import VERSION, SavedRun, refuse_foreign_w
 from sparse_callbacks.core.gradients import DenseGradients
 from sparse_callbacks.core.host import Host
 from sparse_callbacks.core.method import Method
+from sparse_callbacks.core.optimizer_needs import keeps_optimizers, refuse_optimizers, refuse_replaced_steps
 from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.progress import Progress
 from sparse_callbacks.core.restored import aux_on_devices
 from sparse_callbacks.core.selection import Entry
-from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.step import ReplacesSteps, Step
 from sparse_callbacks.core.topology import EverActive, Update
 from sparse_callbacks.core.weights import SparseWeights
 
@@ -89,9 +90,11 @@ class Engine:
         else:
             refuse_foreign_weights(kept, params)
             dense = {n: method.weights.dense_values(n) for n in method.weights.copied if n in kept}
+        owners = Ownership(optimizers, params)
+        refuse_optimizers(method, owners)
         earlier = method.params.keys()
         method.entries, method.targets = entries, targets
-        method.owners = Ownership(optimizers, params)
+        method.owners = owners
         method.weights = SparseWeights(params, sparse, {})  # initial masks are made from the parameters
         masks = self._begin_masks(saved, kept, earlier)
         method.progress.begin(len(optimizers))
@@ -101,7 +104,7 @@ class Engine:
         if method.explores:
             EverActive(method.aux, method.weights).add(params)
         method.attachment.enter(model, host)
-        self.rebind(optimizers, gradients_read)
+        self._take_hold(owners, gradients_read)
         method.attach(model)
 
     def _masks_of_last_run(self, model: nn.Module, params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -137,12 +140,17 @@ class Engine:
 
     def rebind(self, optimizers: Sequence[Optimizer], gradients_read: Sequence[bool]) -> None:
         """Go on with other optimizers for the same parameters, in the same order."""
+        owners = Ownership(optimizers, self.method.params)
+        refuse_optimizers(self.method, owners)
+        self._take_hold(owners, gradients_read)
+
+    def _take_hold(self, owners: Ownership, gradients_read: Sequence[bool]) -> None:
         method = self.method
         self._unhook()
         self._gradients = DenseGradients(method.params)
         self._gradients_read = list(gradients_read)
-        method.owners = Ownership(optimizers, method.params)
-        self._handles = [o.register_step_post_hook(self.after) for o in optimizers]
+        method.owners = owners
+        self._handles = [o.register_step_post_hook(self.after) for o in owners.optimizers]
 
     def unbind(self) -> None:
         """The run is over: take all hooks away; masks and counters stay."""
@@ -248,6 +256,8 @@ class Engine:
 
     def withhold(self, optimizer: Optimizer) -> None:
         """Leave ``optimizer`` without gradients for the step that an update replaces."""
+        if not isinstance(self.method, ReplacesSteps):
+            refuse_replaced_steps(self.method, optimizer)  # nobody could know before that the method does so
         self._gradients.take_away(optimizer, self._steps[self.method.owners.index(optimizer)].tick)
 
     def after(self, optimizer: Optimizer, *_: object) -> None:
@@ -290,15 +300,17 @@ class Engine:
         if step.masked_gradients and count.at_most() % ROOTS_EVERY == 1:
             for name in step.names:
                 torch_optimizers.avoid_slow_square_roots(
-                    step.optimizer, method.params[name], ~method.weights.masks[name]
+                    step.optimizer,
+                    method.owners.fresh[step.index],
+                    method.params[name],
+                    ~method.weights.masks[name],
                 )
 
     def _take(self, step: Step, update: Update) -> None:
         """Make the masks of an update those of the network, and keep its figures for the log."""
         method = self.method
-        changed = topology.take(
-            method.weights, method.owners, update.masks, lambda name: method.new_weights(step, name)
-        )
+        owners = method.owners if keeps_optimizers(method) else None
+        changed = topology.take(method.weights, owners, update.masks, lambda name: method.new_weights(step, name))
         method.progress.mark_done(step.index)
         self.events |= {**update.figures, "update/changed": changed}
         if method.explores:

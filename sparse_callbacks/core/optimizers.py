@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sparse_callbacks.core.fresh_state import FreshState
+
 # Each weight's update depends on that weight's own gradient and state alone, so masking the weights after the step is
 # enough.
 _ELEMENTWISE = (
@@ -58,6 +60,8 @@ class Ownership:
         first = {n: i for i in reversed(range(len(optimizers))) for n in self.steps[i]}
         self.owns = [[n for n in names if first[n] == i] for i, names in enumerate(self.steps)]
         """Names of the parameters that belong to each optimizer, whose masks are updated on its calendar."""
+        self.fresh = [FreshState(o) for o in optimizers]
+        """What the state of fresh weights is in each optimizer."""
         self._params = params
 
     @classmethod
@@ -74,15 +78,20 @@ class Ownership:
         made.owns = [list(names) for names in owned] if fits else [list(params), *[[]] * (optimizers - 1)]
         return made
 
+    def parameters_of(self, index: int) -> list[Tensor]:
+        """The sparse parameters that an optimizer steps."""
+        return [self._params[name] for name in self.steps[index]]
+
     def index(self, optimizer: Optimizer) -> int:
         """Position of ``optimizer`` among the optimizers of the run."""
         return self.optimizers.index(optimizer)
 
     def clear(self, name: str, where: Tensor) -> None:
-        """:func:`clear_state` in every optimizer that steps the parameter."""
-        for optimizer, names in zip(self.optimizers, self.steps, strict=True):
+        """Give a parameter the state of fresh weights at ``where`` (bool, of its shape), in every optimizer that steps
+        it."""
+        for fresh, names in zip(self.fresh, self.steps, strict=True):
             if name in names:
-                clear_state(optimizer, self._params[name], where)
+                fresh.write(self._params[name], where)
 
 
 def is_elementwise(optimizer: Optimizer) -> bool:
@@ -146,22 +155,9 @@ def several_closures(name: str) -> str:
 
 
 @torch.no_grad()
-def clear_state(optimizer: Optimizer, parameter: Tensor, where: Tensor) -> None:
-    """Zero every per-element state tensor (momentum, exp_avg, exp_avg_sq, ...) of ``parameter`` at some positions.
-
-    ``where`` is a bool tensor of the parameter's shape, True at these positions. Scalars such as Adam's ``step`` stay;
-    a parameter without state yet is left alone.
-    """
-    for value in optimizer.state.get(parameter, {}).values():
-        # by shape and not by name: the state of any optimizer, whatever it calls it
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            value.masked_fill_(where, 0)
-
-
-@torch.no_grad()
-def avoid_slow_square_roots(optimizer: Optimizer, parameter: Tensor, pruned: Tensor) -> None:
-    """Give the mean squared gradient of ``pruned`` weights (bool, shape of ``parameter``) a small normal value, and
-    clear the rest of their state, so that an optimizer on the CPU steps faster.
+def avoid_slow_square_roots(optimizer: Optimizer, fresh: FreshState, parameter: Tensor, pruned: Tensor) -> None:
+    """Give the mean squared gradient of ``pruned`` weights (bool, shape of ``parameter``) a small normal value, and the
+    rest of their state what ``fresh`` weights have, so that an optimizer on the CPU steps faster.
 
     Call it only where the gradients of pruned weights are always zero. Their mean squares fade to zero then, and
     torch's CPU square root is some six times slower on zeros and denormals than on normal numbers. The written value
@@ -177,7 +173,7 @@ def avoid_slow_square_roots(optimizer: Optimizer, parameter: Tensor, pruned: Ten
         or key not in optimizer.state.get(parameter, {})
     ):
         return
-    clear_state(optimizer, parameter, pruned)  # a leftover first moment over a small root would be a huge update
+    fresh.write(parameter, pruned)  # a leftover first moment over a small root would be a huge update
     optimizer.state[parameter][key].masked_fill_(pruned, _SMALL_MEAN_SQUARE)
 
 
