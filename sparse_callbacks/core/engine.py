@@ -13,6 +13,7 @@ from sparse_callbacks.core.checkpoint import VERSION, SavedRun, refuse_foreign_w
 from sparse_callbacks.core.gradients import DenseGradients
 from sparse_callbacks.core.host import Host
 from sparse_callbacks.core.method import Method
+from sparse_callbacks.core.optimizer_modes import DenseInSwitch, is_schedule_free, mask_averages
 from sparse_callbacks.core.optimizer_needs import keeps_optimizers, refuse_optimizers, refuse_replaced_steps
 from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.progress import Progress
@@ -49,6 +50,7 @@ class Engine:
     def _release(self) -> None:
         """The fields that live as long as the engine is bound to optimizers."""
         self._handles: list[RemovableHandle] = []
+        self._switches: list[DenseInSwitch] = []
         self._gradients = DenseGradients({})
         self._gradients_read: list[bool] = []
         self._steps: dict[int, Step] = {}
@@ -146,16 +148,27 @@ class Engine:
 
     def _take_hold(self, owners: Ownership, gradients_read: Sequence[bool]) -> None:
         method = self.method
+        for switch in self._switches:
+            switch.release()
         self._unhook()
         self._gradients = DenseGradients(method.params)
         self._gradients_read = list(gradients_read)
         method.owners = owners
         self._handles = [o.register_step_post_hook(self.after) for o in owners.optimizers]
+        self._switches = [
+            DenseInSwitch(o, method.weights, names)
+            for o, names in zip(owners.optimizers, owners.steps, strict=True)
+            if is_schedule_free(o)
+        ]
 
     def unbind(self) -> None:
         """The run is over: take all hooks away; masks and counters stay."""
-        self._unhook()
         method = self.method
+        if method.attachment.in_training:  # a last pruning, which no step has followed
+            mask_averages(method.owners.optimizers, method.weights)
+        for switch in self._switches:
+            switch.end_run()
+        self._unhook()
         method.attachment.leave()
         method.owners = Ownership.between_runs(method.owners.owns, method.params, len(method.owners.owns))
 
@@ -258,7 +271,9 @@ class Engine:
         """Leave ``optimizer`` without gradients for the step that an update replaces."""
         if not isinstance(self.method, ReplacesSteps):
             refuse_replaced_steps(self.method, optimizer)  # nobody could know before that the method does so
-        self._gradients.take_away(optimizer, self._steps[self.method.owners.index(optimizer)].tick)
+        step = self._steps[self.method.owners.index(optimizer)]
+        step.group_numbers = torch_optimizers.group_numbers(optimizer)
+        self._gradients.take_away(optimizer, step.tick)
 
     def after(self, optimizer: Optimizer, *_: object) -> None:
         """The optimizer's own post hook: it fires when a step was really taken, and not where a GradScaler skipped
@@ -281,6 +296,8 @@ class Engine:
         if step is None or step.taken or not step.names:
             return
         step.taken = True
+        for group, numbers in zip(optimizer.param_groups, step.group_numbers, strict=False):
+            group.update(numbers)  # of a step that moved nothing: what optimizers count for a whole group stays too
         self._conclude(step)
         self._gradients.forget(step.names)
 
@@ -318,6 +335,8 @@ class Engine:
             ever_active.add(update.masks)
             self.events["update/ever_active"] = ever_active.share()
         method.after_update(step)
+        # of all, and last: a method may have ended dense copies
+        mask_averages(method.owners.optimizers, method.weights, step.names)
 
     def batch_over(self) -> None:
         """A batch is over: forget the gradients of replaced steps, and what a step that was not taken had prepared."""
@@ -331,6 +350,7 @@ class Engine:
     def write(self) -> None:
         """Restore the invariant in all sparse parameters."""
         self.method.write(None, self._finite is True)
+        mask_averages(self.method.owners.optimizers, self.method.weights)
 
     # ------------------------------------------------------------------ state
 

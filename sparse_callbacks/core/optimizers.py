@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sparse_callbacks.core.fresh_state import FreshState
+from sparse_callbacks.core.optimizer_modes import refuse_modes
 
 # Each weight's update depends on that weight's own gradient and state alone, so masking the weights after the step is
 # enough.
@@ -94,6 +95,12 @@ class Ownership:
                 fresh.write(self._params[name], where)
 
 
+def group_numbers(optimizer: Optimizer) -> list[dict[str, float]]:
+    """The numbers in each parameter group: arguments, and what some optimizers count for a group and not for each
+    parameter."""
+    return [{k: v for k, v in group.items() if isinstance(v, int | float)} for group in optimizer.param_groups]
+
+
 def is_elementwise(optimizer: Optimizer) -> bool:
     """Whether a pruned weight's gradient cannot change another weight's update.
 
@@ -110,8 +117,11 @@ def refuse(optimizers: Iterable[Optimizer], scaler: bool) -> None:
         scaler: True where a GradScaler scales the loss (fp16).
 
     Raises:
-        ValueError: LBFGS (several closure calls a step), or a fused optimizer under a GradScaler.
+        ValueError: LBFGS (several closure calls a step), a fused optimizer under a GradScaler, or modes of training
+            and evaluation that are not those of ``schedulefree``.
     """
+    optimizers = list(optimizers)
+    refuse_modes(optimizers)
     for optimizer in optimizers:
         name = type(optimizer).__name__
         if isinstance(optimizer, torch.optim.LBFGS):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparse_callbacks.core.randomness import undisturbed
+from sparse_callbacks.core.undisturbed import undisturbed
 
 Path = tuple[Any, ...]
 """Where a tensor is in the state of a parameter: which optimizer, and the keys down to the tensor."""

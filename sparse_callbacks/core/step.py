@@ -39,6 +39,7 @@ class Step:
         "_progress",
         "_weights",
         "finite_flag",
+        "group_numbers",
         "index",
         "masked_gradients",
         "names",
@@ -74,6 +75,8 @@ class Step:
         """An update of the masks takes the place of this step."""
         self.masked_gradients = False
         """Gradients of pruned weights were zeroed."""
+        self.group_numbers: list[dict[str, float]] = []
+        """Numbers of the optimizer's groups when the gradients were taken away; empty for a step with gradients."""
         self.taken = False
         """The optimizer has stepped."""
         self.skipped = False

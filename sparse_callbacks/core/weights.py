@@ -209,10 +209,14 @@ class SparseWeights:
         if self._copy:
             self._copy.swap_out(names)
 
+    def was_written(self, name: str) -> bool:
+        """Somebody else has written to a parameter with a dense copy since :meth:`write_masked`, and torch saw it."""
+        return self._copy.was_written(name)
+
     def absorb_if_written(self, names: Iterable[str]) -> None:
         """:meth:`absorb` what was written since :meth:`write_masked`, if torch saw it: the user clamped weights,
         say."""
-        self.absorb(n for n in names if self._copy.was_written(n))
+        self.absorb(n for n in names if self.was_written(n))
 
     @torch.no_grad()
     def absorb(self, names: Iterable[str]) -> None:

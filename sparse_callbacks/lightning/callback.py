@@ -117,6 +117,7 @@ class SparsityCallback(Method, AnyCallback):
         fit.restored = None
         host = self._host_of(trainer, pl_module)
         self.engine.bind(pl_module, entries, trainer.optimizers, self._reads(trainer, pl_module), host)
+        optimizer_lives.switch_through_wrappers(trainer)
         if self.print_plan and trainer.is_global_zero:
             print(self.plan(), flush=True)
         if text := why_all_active(self.distribution, layer_shapes(entries)):
@@ -239,7 +240,12 @@ class SparsityCallback(Method, AnyCallback):
     @staticmethod
     def _reads(trainer: Trainer, module: LightningModule) -> list[bool]:
         """For each optimizer, whether anybody reads gradients between backward and its step."""
-        return [module.automatic_optimization and gradients_are_read(trainer, module, o) for o in trainer.optimizers]
+        automatic = module.automatic_optimization
+        # in manual optimization they are masked after backward, which a raw loss.backward() does not announce
+        return [
+            not torch_optimizers.is_elementwise(o) or (automatic and gradients_are_read(trainer, module, o))
+            for o in trainer.optimizers
+        ]
 
     def _begin_calendar(self, trainer: Trainer) -> None:
         self.calendar = self.make_calendar(optimizer_lives.length_of(trainer))
@@ -294,6 +300,7 @@ class SparsityCallback(Method, AnyCallback):
         for peer in peers_of(trainer):
             peer.engine.rebind(trainer.optimizers, reads)
             peer.engine.restart_wanted = False
+        optimizer_lives.switch_through_wrappers(trainer)
         self._check_horizons(trainer)
 
     def _check_horizons(self, trainer: Trainer) -> None:

@@ -9,6 +9,7 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
 from sparse_callbacks.core import distributed
+from sparse_callbacks.core.optimizer_modes import has_modes
 from sparse_callbacks.lightning.callback import SparsityCallback, peers_of
 from sparse_callbacks.lightning.namespaces import Trainer
 from sparse_callbacks.lightning.trainer_host import TrainerHost
@@ -69,6 +70,11 @@ class TurnTaking(SparsityCallback):
             raise ValueError(
                 f"{type(self).__name__} trains several copies of the whole network, and {len(peers)} sparsity "
                 "callbacks are in callbacks=. Leave it alone there, or use GaP."
+            )
+        for optimizer in filter(has_modes, trainer.optimizers):
+            raise ValueError(
+                f"{type(optimizer).__name__} has a point for training and one for evaluation, and {type(self).__name__} "
+                "loads other networks between the two. Use an optimizer without modes, such as AdamW, or GaP."
             )
         super()._refuse_neighbours(trainer, names)
 
