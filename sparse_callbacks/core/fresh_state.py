@@ -166,20 +166,26 @@ BEGINNINGS: Sequence[Beginning] = (_start_empty, Shadow.start_from_state, Shadow
 """What a shadow's state may begin with, in the order in which it is tried."""
 
 
-def first_step(make: Callable[[], Shadow], scale: float, beginnings: Sequence[Beginning] = BEGINNINGS) -> Shadow:
-    """A shadow that ``make`` gives, after a first step. A step that insists on a closure gets one.
+def first_step(
+    make: Callable[[], Shadow],
+    scale: float,
+    beginnings: Sequence[Beginning] = BEGINNINGS,
+    closures: Sequence[bool] = (False, True),
+) -> Shadow:
+    """A shadow that ``make`` gives, after a first step.
 
     Args:
         make: makes a shadow.
         scale: the size of its gradients.
         beginnings: what the shadow's state may begin with.
+        closures: whether its steps may have a closure, in the order in which it is tried.
 
     Raises:
         UnknownStateError: it cannot be stepped.
     """
     errors: list[Exception] = []
     for begin in beginnings:
-        for closure in (False, True):
+        for closure in closures:
             try:
                 shadow = make()
                 if begin(shadow):
