@@ -91,9 +91,10 @@ def _without_gradients(optimizer: Optimizer) -> str:
 
 
 def _after_replaced_step(shadow: Shadow) -> str:
-    before = _snapshot(shadow)
-    shadow.give_gradients(1.0)
     try:
+        for _ in range(2):  # after the first step averages are still the weights themselves
+            shadow.step(lambda: shadow.give_gradients(1.0))
+        before = _snapshot(shadow)
         shadow.step(shadow.take_gradients)
         after = _snapshot(shadow)
         shadow.step(lambda: shadow.give_gradients(1.0))

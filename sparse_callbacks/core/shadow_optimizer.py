@@ -129,7 +129,7 @@ class Shadow:
             shape[largest] = -(-shape[largest] // 2)
         if len(shape) == 2 and shape[0] == shape[1] > 1:
             # the matrices that some optimizers keep for rows and for columns shall not have the shape of the weights
-            shape[1] = -(-shape[1] // 2)
+            shape = [2 * shape[0], -(-shape[1] // 2)]
         index = torch.arange(torch.Size(shape).numel(), device=parameter.device)
         # half of a sparse layer's weights are zero; 0.02 to 0.08, of both signs
         values = (index % 7 - 3.5) * 0.02 * (index % 2 == self._seed)
