@@ -405,6 +405,8 @@ class SparseRun:
         engine.write()
         if not method.at_target:
             self._host.warn(method.shortfall())
+        elif text := method.progress.why_unfinished(method.calendar, engine.skipped, type(method).__name__):
+            self._host.warn(text)
         self._release()
 
     @property
