@@ -132,6 +132,8 @@ class SparsityCallback(Method, AnyCallback):
         self._put_gradients_back(pl_module)
         # `or {}`: in version 0.1 this hook gave nothing, and an override of that time still may
         self.engine.events |= self.begin_training(trainer.current_epoch) or {}
+        if not trainer.fast_dev_run:  # whose epoch has a batch or two
+            self.engine.expect_gradients(trainer.current_epoch)
         self.saved = None  # from here on the run speaks for itself
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -183,6 +185,7 @@ class SparsityCallback(Method, AnyCallback):
             self.validation_end(metrics, trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.engine.epoch_over()
         self.epoch_end(curves.logged_metrics(trainer), trainer.current_epoch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
