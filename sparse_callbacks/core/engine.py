@@ -1,5 +1,6 @@
 """The engine: drives one method over one model and its optimizers, and keeps the invariant."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from sparse_callbacks.core import optimizers as torch_optimizers
 from sparse_callbacks.core import topology
 from sparse_callbacks.core.checkpoint import VERSION, SavedRun, refuse_foreign_weights, refuse_other_model
+from sparse_callbacks.core.first_gradients import STEPS, FirstGradients
 from sparse_callbacks.core.gradients import DenseGradients
 from sparse_callbacks.core.host import Host
 from sparse_callbacks.core.method import Method
@@ -45,6 +47,7 @@ class Engine:
         """The optimizers and their schedules shall be configured anew before the next batch that opens a window."""
         self.skipped = 0
         """Announced steps of this fit that were not taken, by a GradScaler's choice."""
+        self._first_gradients = FirstGradients(0, 0)
         self._release()
 
     def _release(self) -> None:
@@ -161,6 +164,27 @@ class Engine:
             if is_schedule_free(o)
         ]
 
+    def expect_gradients(self, epoch: int, steps: float = math.inf) -> None:
+        """Training begins: warn of sparse parameters without a gradient when enough steps are over, or the first epoch.
+
+        Args:
+            epoch: the epoch (from 0) that begins or goes on.
+            steps: the number of optimizer steps in an epoch, as far as it is known.
+        """
+        resumed = self.method.saved is not None and (
+            epoch > 0 or self.method.step >= STEPS
+        )  # the first run has said it
+        self._first_gradients = FirstGradients(0 if resumed else len(self.method.owners.optimizers), steps)
+
+    def epoch_over(self) -> None:
+        """An epoch is over; of interest is the first one, see :meth:`expect_gradients`."""
+        self._warn_of_silence(self._first_gradients.end())
+
+    def _warn_of_silence(self, names: Sequence[str]) -> None:
+        if names:
+            method = self.method
+            method.host.warn(self._first_gradients.words(names, method.params, type(method).__name__))
+
     def unbind(self) -> None:
         """The run is over: take all hooks away; masks and counters stay."""
         method = self.method
@@ -210,6 +234,8 @@ class Engine:
             raise ValueError(torch_optimizers.several_closures(type(optimizer).__name__))
         step = self._steps[index] = self._step(index, tick, gradients_read)
         if step.names:
+            if index in self._first_gradients.looks_at:
+                self._warn_of_silence(self._first_gradients.look(step))
             step.finite_flag = self._all_finite(step)
             if step.finite_flag is not True and not method.reads_dense_gradients:
                 # gradients of pruned weights may be anything: only those of active ones decide
@@ -373,4 +399,5 @@ class Engine:
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         vars(self).update(state)
+        self._first_gradients = FirstGradients(0, 0)
         self._release()

@@ -124,6 +124,7 @@ class SparseRun:
         self._before_masks = {n: (t, method.params[n]._version) for n, t in values.items()}
         method.attachment.in_training = True
         engine.events |= method.begin_training(self._epoch)
+        engine.expect_gradients(self._epoch, self._length.epoch())
         method.saved = None  # from here on the run speaks for itself
         self._pre_handles = [o.register_step_pre_hook(self._before_step) for o in self._optimizers]
         self._hook()
@@ -387,6 +388,7 @@ class SparseRun:
             metrics: what the validation measured, by name; CTRE looks for its ``monitor`` there.
         """
         self._refuse_closed()
+        self._engine.epoch_over()
         found = {name: float(value) for name, value in (metrics or {}).items()}
         self.method.validation_end(found, self._epoch)
         self.method.epoch_end(found, self._epoch)
@@ -409,6 +411,8 @@ class SparseRun:
         engine.write()
         if not method.at_target:
             self._host.warn(method.shortfall())
+        elif text := method.progress.why_unfinished(method.calendar, engine.skipped, type(method).__name__):
+            self._host.warn(text)
         self._release()
 
     @property

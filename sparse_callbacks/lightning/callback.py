@@ -20,7 +20,7 @@ from sparse_callbacks.core.loop_steps import last_run, restore_last_run
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
 from sparse_callbacks.core.selection import NOT_TRAINED, layer_shapes, select
-from sparse_callbacks.lightning import curves, optimizer_lives
+from sparse_callbacks.lightning import accumulation, curves, optimizer_lives
 from sparse_callbacks.lightning.loaded_checkpoint import take_state_of_checkpoint
 from sparse_callbacks.lightning.namespaces import Trainer, callback_classes
 from sparse_callbacks.lightning.refusals import (
@@ -55,6 +55,10 @@ class FitState:
     """The Trainer's optimizer step of the latest row of curves."""
     last_run: Any = None
     """What :func:`~sparse_callbacks.core.loop_steps.last_run` gave, from setup until the masks are written."""
+    accumulates: int = 1
+    """How many batches make an optimizer step, as far as the run's length took account of it."""
+    last_epoch: int = -1
+    """The epoch of the latest batch."""
 
 
 class SparsityCallback(Method, AnyCallback):
@@ -130,6 +134,8 @@ class SparsityCallback(Method, AnyCallback):
             # not in on_fit_start: asked there for the run's length, Lightning makes its loader and forgets to resume it
             self._begin_calendar(trainer)
         self._check_horizons(trainer)
+        self.fit_state.accumulates = accumulation.factor_in(trainer, trainer.current_epoch)
+        self.fit_state.last_epoch = -1
         self.rehearse()
         self.engine.write()  # not earlier: a fit that is refused leaves the weights as they were
         self.fit_state.last_run = None
@@ -137,6 +143,8 @@ class SparsityCallback(Method, AnyCallback):
         self._put_gradients_back(pl_module)
         # `or {}`: in version 0.1 this hook gave nothing, and an override of that time still may
         self.engine.events |= self.begin_training(trainer.current_epoch) or {}
+        if not trainer.fast_dev_run:  # whose epoch has a batch or two
+            self.engine.expect_gradients(trainer.current_epoch)
         self.saved = None  # from here on the run speaks for itself
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -144,6 +152,8 @@ class SparsityCallback(Method, AnyCallback):
         self._warn_of_thawed(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.current_epoch != self.fit_state.last_epoch:
+            self._check_accumulation(trainer)
         if not self.fit_state.window_open:
             if self.engine.restart_wanted:
                 self._restart_optimizers(trainer, pl_module)
@@ -193,13 +203,20 @@ class SparsityCallback(Method, AnyCallback):
             self.validation_end(metrics, trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.engine.epoch_over()
         self.epoch_end(curves.logged_metrics(trainer), trainer.current_epoch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.figures() and trainer.global_step not in (0, self.fit_state.logged_at):  # which go on between updates
             self._log(trainer)
-        if not self.at_target and not trainer.fast_dev_run:
+        if trainer.fast_dev_run:
+            return
+        if not self.at_target:
             rank_zero_warn(self.shortfall())
+        elif trainer.should_stop:  # the user has asked for an early end, by EarlyStopping or max_time=
+            return
+        elif text := self.progress.why_unfinished(self.calendar, self.engine.skipped, type(self).__name__):
+            rank_zero_warn(text)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self.attachment.in_training:  # it may have come between the optimizer's step and ours
@@ -254,9 +271,23 @@ class SparsityCallback(Method, AnyCallback):
             rank_zero_warn(text)
         new_run = trainer.global_step == 0 and not trainer.fast_dev_run
         if new_run:
-            length = optimizer_lives.run_length(trainer)
+            length = accumulation.run_length(trainer)
             if reason := self.progress.why_idle(self.times, length, type(self).__name__):
                 rank_zero_warn(reason)
+
+    def _check_accumulation(self, trainer: Trainer) -> None:
+        """The first batch of a fit or an epoch: say so where somebody accumulates otherwise than was expected."""
+        fit, first = self.fit_state, self.fit_state.last_epoch < 0
+        fit.last_epoch = trainer.current_epoch
+        if accumulation.scheduler_of(trainer) is not None:
+            fit.accumulates = accumulation.factor_in(trainer, trainer.current_epoch)
+            if first:  # where Lightning resumes a run it may leave out the hook in which the scheduler sets it
+                trainer.accumulate_grad_batches = fit.accumulates
+        if self.calendar is not None and trainer.accumulate_grad_batches != fit.accumulates:
+            ahead, every = self.calendar.stop - self.step, self.calendar.every
+            if text := accumulation.why_cut_off(trainer, fit.accumulates, ahead, every, type(self).__name__):
+                rank_zero_warn(text)
+            fit.accumulates = trainer.accumulate_grad_batches
 
     def _put_gradients_back(self, module: LightningModule) -> None:
         """Give parameters the gradients of an accumulation window that was open when the checkpoint was written."""
@@ -312,7 +343,7 @@ class SparsityCallback(Method, AnyCallback):
         if life is None:
             return
         try:
-            optimizer_lives.check_horizons(trainer, life, optimizer_lives.epoch_length(trainer))
+            optimizer_lives.check_horizons(trainer, life, accumulation.shortest_epoch(trainer))
         except ValueError as error:
             if not self.attachment.in_training:
                 raise
