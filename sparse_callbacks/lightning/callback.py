@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core import optimizers as torch_optimizers
+from sparse_callbacks.core.before_run import BeforeRun
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.distributions import why_all_active
 from sparse_callbacks.core.engine import Engine
@@ -43,6 +44,8 @@ class FitState:
 
     restored: dict[str, Any] | None = None
     """State of the checkpoint, until the fit has begun."""
+    before: BeforeRun | None = None
+    """What the fit is about to change, until its first batch; a fit that is refused gives it back."""
     window_open: bool = False
     """A backward pass has run since the last optimizer step."""
     waiting: set[int] = field(default_factory=set)
@@ -86,6 +89,7 @@ class SparsityCallback(Method, AnyCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
+            self.fit_state.before = BeforeRun(self)
             refuse_host(trainer)
             self.saved = None  # of an earlier fit; what this one resumes from is restored after setup
             if self.attachment.model is not pl_module or self.fresh_start:
@@ -120,7 +124,9 @@ class SparsityCallback(Method, AnyCallback):
             self._begin_calendar(trainer)
         self._check_horizons(trainer)
         self.rehearse()
-        self.engine.write()  # not earlier: a fit that is refused leaves the weights as they were
+        if self.fit_state.before is not None:  # others may still refuse the fit
+            self.fit_state.before.keep_weights(self)
+        self.engine.write()
         self.attachment.in_training = True
         self._put_gradients_back(pl_module)
         # `or {}`: in version 0.1 this hook gave nothing, and an override of that time still may
@@ -128,10 +134,13 @@ class SparsityCallback(Method, AnyCallback):
         self.saved = None  # from here on the run speaks for itself
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.fit_state.before is not None:
+            self.fit_state.before.keep_random_states()
         self.epoch_start(trainer.current_epoch)
         self._warn_of_thawed(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.fit_state.before = None  # from here on an error is one of training
         if not self.fit_state.window_open:
             if self.engine.restart_wanted:
                 self._restart_optimizers(trainer, pl_module)
@@ -190,6 +199,12 @@ class SparsityCallback(Method, AnyCallback):
             rank_zero_warn(self.shortfall())
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        before, self.fit_state.before = self.fit_state.before, None
+        if before is not None:
+            self._leave(pl_module)
+            before.bring_back(self)
+            self.fit_state.restored = None
+            return
         if self.attachment.in_training:  # it may have come between the optimizer's step and ours
             self.engine.write()
             self.engine.batch_over()
@@ -210,7 +225,7 @@ class SparsityCallback(Method, AnyCallback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._leave(pl_module)
-        self.fit_state.restored = self.saved = None  # also of a fit that was refused
+        self.fit_state.restored = self.fit_state.before = self.saved = None
 
     # ------------------------------------------------------------------ parts of the hooks
 
