@@ -18,12 +18,12 @@ from sparse_callbacks.testing.comparison import differences, structure
 HOOKS = [n for n in vars(Hooks) if callable(getattr(Hooks, n)) and not n.startswith("_")]
 
 
-class Refused(ValueError):
+class RefusedError(ValueError):
     """Raised by the hook under test."""
 
 
 def refuse() -> None:
-    raise Refused
+    raise RefusedError
 
 
 def then(method: Any, hook: str, act: Callable[[], object]) -> None:
@@ -69,7 +69,7 @@ def test_a_run_that_fails_before_its_first_batch_changes_nothing(name: str) -> N
         before, parts = everything(model, optimizer), structure(model)
         original = dict(vars(method))
         then(method, hook, refuse)
-        with pytest.raises(Refused):
+        with pytest.raises(RefusedError):
             begin(method, model, optimizer)
         assert differences(before, everything(model, optimizer)) == [], hook
         assert structure(model) == parts
@@ -92,7 +92,7 @@ def test_a_run_that_fails_leaves_the_last_run_of_the_method(name: str) -> None:
         for other in (model, net(seed=1))[hook == "initial_masks" :]:  # masks of the same model go on
             before = everything(other, optimizer)
             then(method, hook, refuse)
-            with pytest.raises(Refused):
+            with pytest.raises(RefusedError):
                 begin(method, other, optimizer if other is model else adamw(other))
             delattr(method, hook)
             assert differences(before, everything(other, optimizer)) == [], hook

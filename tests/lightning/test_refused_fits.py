@@ -31,12 +31,12 @@ def short(name: str) -> Any:
     return method(name, rounds=1, partitions=2 if promises(name, "one network") else 1)
 
 
-class Refused(ValueError):
+class RefusedError(ValueError):
     """Raised by the hook under test."""
 
 
 def refuse(*_: Any, **__: Any) -> None:
-    raise Refused
+    raise RefusedError
 
 
 def hooks_before_the_first_batch(*callbacks: Any, ckpt_path: Any = None) -> list[str]:
@@ -58,7 +58,7 @@ def refused_random_states(hook: str) -> dict[str, Any]:
     """Random states after a fit without a sparsity callback that is refused in this hook."""
     module = Classifier()
     torch.manual_seed(5)
-    with pytest.raises(Refused):
+    with pytest.raises(RefusedError):
         fit(module, pl.callbacks.LambdaCallback(**{hook: refuse}))
     return random_states()
 
@@ -67,7 +67,7 @@ def refused_fit(hook: str, module: pl.LightningModule, *callbacks: Any, ckpt_pat
     """Fit, refused by a later callback in ``hook``, and nothing of the model and of random generators has changed."""
     before, held = copy.deepcopy(module.state_dict()), [p.grad for p in module.parameters()]
     torch.manual_seed(5)
-    with pytest.raises(Refused):
+    with pytest.raises(RefusedError):
         fit(module, *callbacks, pl.callbacks.LambdaCallback(**{hook: refuse}), ckpt_path=ckpt_path)
     assert all(p.grad is g for p, g in zip(module.parameters(), held, strict=True))
     if ckpt_path is not None:  # Lightning itself may have loaded it
@@ -166,7 +166,7 @@ def test_a_fit_that_the_method_itself_refuses_changes_nothing(name: str) -> None
         module, callback = Classifier(), method(name)
         then(callback, hook, refuse)
         before = copy.deepcopy(module.state_dict())
-        with pytest.raises(Refused):
+        with pytest.raises(RefusedError):
             fit(module, callback)
         assert differences(before, module.state_dict()) == [], hook
         assert callback.masks == {}
@@ -179,7 +179,7 @@ def test_a_fit_that_the_module_refuses_changes_nothing(name: str, hook: str) -> 
     before: dict[str, Tensor] = copy.deepcopy(module.state_dict())
     setattr(module, hook, refuse)
     trainer = trainer_for([callback])
-    with pytest.raises(Refused):
+    with pytest.raises(RefusedError):
         trainer.fit(module, None if hook == "train_dataloader" else Batches())
     assert differences(before, module.state_dict()) == []
     assert callback.masks == {}
@@ -192,6 +192,6 @@ def test_a_refused_resume_puts_no_gradients_into_the_parameters(tmp_path: Path) 
     assert "grads" in next(iter(torch.load(stops.path(2), weights_only=True)["callbacks"].values()))
     module = Classifier()
     refuses = pl.callbacks.LambdaCallback(on_train_start=refuse)
-    with pytest.raises(Refused):
+    with pytest.raises(RefusedError):
         trainer_for([method("static"), refuses], **options).fit(module, Batches(), ckpt_path=stops.path(2))
     assert all(p.grad is None for p in module.parameters())
