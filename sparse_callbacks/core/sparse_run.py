@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core import optimizers as torch_optimizers
+from sparse_callbacks.core.before_run import BeforeRun
 from sparse_callbacks.core.calendar import RunLength
 from sparse_callbacks.core.checkpoint import SavedRun, check_state, refuse_other_model
 from sparse_callbacks.core.distributions import why_all_active
@@ -27,10 +28,8 @@ from sparse_callbacks.core.loop_steps import (
     CalledOnce,
     StepInLoop,
     group_values,
-    last_run,
     next_tick,
     places_of,
-    restore_last_run,
 )
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
@@ -91,37 +90,54 @@ class SparseRun:
 
     def _begin(self, state: Mapping[str, Any] | None) -> None:
         """Take hold of the model and write the masks; nothing is changed where something is refused."""
-        method, engine = self.method, self._engine
+        method = self.method
         entries = self._entries()
         self._refuse_shared(e.name for e in entries if not e.reason)
         refuse_hostless(method, self._on_restart)
+        self._steps = [StepInLoop() for _ in self._optimizers]
+        self._before_masks: dict[str, tuple[Tensor, int]] = {}
+        self._batches, self._in_batch, self._had_batch, self._bare_backward = 0, False, False, False
+        self._handles: list[RemovableHandle] = []
+        self._pre_handles: list[RemovableHandle] = []
+        before = BeforeRun(method)
+        try:
+            self._prepare(entries, state)
+            before.keep_weights(method)
+            self._start(before.values)
+        except BaseException:
+            self._release()
+            before.bring_back(method)
+            raise
+
+    def _prepare(self, entries: Sequence[Entry], state: Mapping[str, Any] | None) -> None:
+        """Everything that may be refused; no weight changes."""
+        method = self.method
         method.saved = None
-        before = last_run(method)
         if state is not None and not method.fresh_start:
             name = type(method).__name__
             saved = SavedRun.of(check_state(state, method.arguments, name, "given as state="))
             self._take_first_groups(state.get("groups", self._first_groups))
             method.saved, self._epoch = saved, int(state.get("epoch", 0))
         elif method.attachment.model is not self._model or method.fresh_start:
-            engine.forget()
-        self._steps = [StepInLoop() for _ in self._optimizers]
-        self._before_masks: dict[str, tuple[Tensor, int]] = {}
-        self._batches, self._in_batch, self._had_batch, self._bare_backward = 0, False, False, False
-        try:
-            self._bind(entries)
-            if method.start is not None:
-                method.calendar = method.make_calendar(self._length)
-            method.rehearse()
-        except BaseException:
-            engine.unbind()
-            restore_last_run(method, *before)
-            raise
+            self._engine.forget()
+        self._bind(entries)
+        if method.start is not None:
+            method.calendar = method.make_calendar(self._length)
+        method.rehearse()
         if method.print_plan:
             self._host.inform(str(method.plan()))
         self._warn(entries)
-        values = {} if method.saved is not None else {n: p.detach().clone() for n, p in method.params.items()}
+
+    def _start(self, values: Mapping[str, Tensor]) -> None:
+        """Write the masks, and listen to the optimizers.
+
+        Args:
+            values: the values of the sparse parameters before masks are written.
+        """
+        method, engine = self.method, self._engine
         engine.write()
-        self._before_masks = {n: (t, method.params[n]._version) for n, t in values.items()}
+        if method.saved is None:
+            self._before_masks = {n: (t, method.params[n]._version) for n, t in values.items()}
         method.attachment.in_training = True
         engine.events |= method.begin_training(self._epoch)
         engine.expect_gradients(self._epoch, self._length.epoch())
@@ -190,7 +206,7 @@ class SparseRun:
     def _hook(self) -> None:
         """All hooks besides those before a step."""
         # behind the engine's own, which bind registered
-        self._handles: list[RemovableHandle] = [o.register_step_post_hook(self._after_step) for o in self._optimizers]
+        self._handles = [o.register_step_post_hook(self._after_step) for o in self._optimizers]
         for index in range(len(self._optimizers)):
             if names := self.method.owners.owns[index]:
                 # one parameter shows that a backward pass has run: see _after_backward

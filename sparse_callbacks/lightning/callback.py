@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core import optimizers as torch_optimizers
+from sparse_callbacks.core.before_run import BeforeRun
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.distributions import why_all_active
 from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.hooks import BatchEnd
-from sparse_callbacks.core.loop_steps import last_run, restore_last_run
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
 from sparse_callbacks.core.selection import NOT_TRAINED, layer_shapes, select
@@ -45,6 +45,8 @@ class FitState:
 
     restored: dict[str, Any] | None = None
     """State of the checkpoint, until the fit has begun."""
+    before: BeforeRun | None = None
+    """What the fit is about to change, until its first batch; a fit that is refused gives it back."""
     window_open: bool = False
     """A backward pass has run since the last optimizer step."""
     waiting: set[int] = field(default_factory=set)
@@ -53,8 +55,6 @@ class FitState:
     """Names of parameters that stay dense because nobody trains them yet."""
     logged_at: int = -1
     """The Trainer's optimizer step of the latest row of curves."""
-    last_run: Any = None
-    """What :func:`~sparse_callbacks.core.loop_steps.last_run` gave, from setup until the masks are written."""
     accumulates: int = 1
     """How many batches make an optimizer step, as far as the run's length took account of it."""
     last_epoch: int = -1
@@ -94,8 +94,8 @@ class SparsityCallback(Method, AnyCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
+            self.fit_state.before = BeforeRun(self)
             refuse_host(trainer)
-            self.fit_state.last_run = last_run(self)
             self.saved = None  # of an earlier fit; what this one resumes from is restored after setup
             if self.attachment.model is not pl_module or self.fresh_start:
                 self.engine.forget()
@@ -137,8 +137,9 @@ class SparsityCallback(Method, AnyCallback):
         self.fit_state.accumulates = accumulation.factor_in(trainer, trainer.current_epoch)
         self.fit_state.last_epoch = -1
         self.rehearse()
-        self.engine.write()  # not earlier: a fit that is refused leaves the weights as they were
-        self.fit_state.last_run = None
+        if self.fit_state.before is not None:  # others may still refuse the fit
+            self.fit_state.before.keep_weights(self)
+        self.engine.write()
         self.attachment.in_training = True
         self._put_gradients_back(pl_module)
         # `or {}`: in version 0.1 this hook gave nothing, and an override of that time still may
@@ -148,10 +149,13 @@ class SparsityCallback(Method, AnyCallback):
         self.saved = None  # from here on the run speaks for itself
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.fit_state.before is not None:
+            self.fit_state.before.keep_random_states()
         self.epoch_start(trainer.current_epoch)
         self._warn_of_thawed(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.fit_state.before = None  # from here on an error is one of training
         if trainer.current_epoch != self.fit_state.last_epoch:
             self._check_accumulation(trainer)
         if not self.fit_state.window_open:
@@ -219,6 +223,12 @@ class SparsityCallback(Method, AnyCallback):
             rank_zero_warn(text)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        before, self.fit_state.before = self.fit_state.before, None
+        if before is not None:
+            self._leave(pl_module)
+            before.bring_back(self)
+            self.fit_state.restored = None
+            return
         if self.attachment.in_training:  # it may have come between the optimizer's step and ours
             self.engine.write()
             self.engine.batch_over()
@@ -239,7 +249,7 @@ class SparsityCallback(Method, AnyCallback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._leave(pl_module)
-        self.fit_state.restored = self.saved = None  # also of a fit that was refused
+        self.fit_state.restored = self.fit_state.before = self.saved = None
 
     # ------------------------------------------------------------------ parts of the hooks
 
@@ -374,9 +384,6 @@ class SparsityCallback(Method, AnyCallback):
     def _leave(self, module: LightningModule) -> None:
         vars(module).pop("configure_gradient_clipping", None)
         self.engine.unbind()
-        before, self.fit_state.last_run = self.fit_state.last_run, None
-        if before is not None:  # the fit was refused: its masks were never written into the weights
-            restore_last_run(self, *before)
 
     def __getstate__(self) -> dict[str, Any]:
         bound_by_lightning = ("log", "log_dict")
