@@ -286,7 +286,7 @@ class ParallelGaP(TrainsInTurns, GaP):
         worker_schedule.refuse_other_ranks(state["aux"], self._schedule)
         if "workers" not in state:
             return state
-        self._mine = state["workers"][distributed.rank()]
+        self._mine = worker_schedule.own_part(state["workers"], distributed.world_size(), distributed.rank())
         return {**state, "grads": self._mine["grads"]}
 
     def attach(self, model: nn.Module) -> None:

@@ -1,0 +1,40 @@
+"""What a saved run of DPF may hold."""
+
+from collections.abc import Collection, Mapping
+
+from torch import nn
+
+from sparse_callbacks.core.checkpoint import SavedRun
+from sparse_callbacks.core.schedules import pruning_curve
+from sparse_callbacks.core.state_claims import (
+    Kept,
+    Zeros,
+    copied_names,
+    expected_aux,
+    is_over,
+    possible_zeros,
+    rises_to,
+)
+from sparse_callbacks.methods.dpf.dpf import DPF, GLOBAL
+
+
+@possible_zeros.register
+def _(method: DPF, saved: SavedRun, planned: Mapping[str, int]) -> list[Zeros]:
+    curve = pruning_curve(method.sparsity)
+    if method.distribution != GLOBAL and curve.initial <= curve.final:
+        return rises_to(planned, saved)
+    # one threshold for all layers leaves a weight of each, and prunes something once the curve is over
+    claims = [Zeros((name,), range(saved.masks[name].numel())) for name in planned]
+    size = sum(saved.masks[name].numel() for name in planned)
+    at_least = min(1, sum(planned.values())) if is_over(saved) else 0
+    return [*claims, Zeros(tuple(planned), range(at_least, size))]
+
+
+@copied_names.register
+def _(method: DPF, saved: SavedRun) -> Collection[str]:
+    return saved.masks if method.finetune is None else ()  # in fine-tuning there are none
+
+
+@expected_aux.register
+def _(method: DPF, saved: SavedRun, model: nn.Module) -> Mapping[str, Kept]:
+    return {"reactivated/total": Kept(dtype="int", low=0)}
