@@ -206,9 +206,9 @@ def _why_other_forms(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) 
             # the description is a text file, and layers are about to take this number as their size
             if not is_count(there) or there < 1:
                 return f"{attribute} of {name!r} is {shown_short(there)} there"
-        groups = layers[name].get("groups") if sizes(module) else None
-        if groups and any(layers[name][a] % groups for a in ("in_channels", "out_channels")):
-            return f"{name!r} has channels there that {groups} groups do not divide"
+        stated = layers[name]
+        if isinstance(module, _ConvNd) and any(stated[a] % stated["groups"] for a in ("in_channels", "out_channels")):
+            return f"{name!r} has channels there that {stated['groups']} groups do not divide"
     return ""
 
 

@@ -1,6 +1,6 @@
 """What a checkpoint holds of a method, and whether a method may go on from it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -129,11 +129,21 @@ def refuse_other_model(saved: SavedRun, params: Mapping[str, Tensor]) -> None:
     # names of both, because either side may have a parameter that the other lacks
     wrong = [n for n in {**params, **masks} if n not in masks or n not in params or masks[n].shape != params[n].shape]
     if wrong:
-        raise ValueError(
-            f"the checkpoint's masks do not fit the model: {', '.join(wrong)} differ in name or shape ({saved.path}). "
-            "Resume with the model and the include=, exclude=, keep_dense= of the interrupted run, or give "
-            "fresh_start=True to make new masks."
-        )
+        raise misfit(wrong, saved.path)
+
+
+def misfit(names: Iterable[str], path: object) -> ValueError:
+    """The error for masks of other names or shapes than the model's sparse parameters.
+
+    Args:
+        names: names of the parameters that differ.
+        path: the checkpoint's path.
+    """
+    return ValueError(
+        f"the checkpoint's masks do not fit the model: {', '.join(names)} differ in name or shape. Resume with the model "
+        "and the include=, exclude=, keep_dense= of the interrupted run, or give fresh_start=True to make new masks. The "
+        f"checkpoint is {path}."
+    )
 
 
 def refuse_foreign_weights(masks: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:

@@ -63,14 +63,15 @@ def read_mapping(path: Path, advice: str) -> Mapping[str, Any]:
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds objects besides tensors, numbers and texts, or is damaged, and is not read for safety "
-            f"({_first_line(error)}). {advice}"
+            f"({first_line(error)}). {advice}"
         ) from error
     except Exception as error:  # whatever torch's reader finds in a file that is another or was changed
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {_first_line(error)}). {advice}") from error
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {first_line(error)}). {advice}") from error
     if not isinstance(found, Mapping):
         raise ValueError(f"{path} holds a {type(found).__name__} and not a checkpoint or a state dict. {advice}")
     return found
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's text: torch's go on for many."""
     return next(iter(str(error).splitlines()), "")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sparse_callbacks.core.host import TrainsInTurns
 from sparse_callbacks.core.method import Method
@@ -100,9 +100,18 @@ def groups_of(state: Mapping[str, Any], here: list[list[dict[str, Any]]], path: 
     for there, mine in pairs:
         if not isinstance(there, Mapping) or there.keys() != mine.keys():
             raise damaged(path, f"its 'groups' hold {shown_short(there)}, and a group has the keys {', '.join(mine)}")
-        if wrong := [k for k, v in mine.items() if _is_number(v) and not _is_number(there[k])]:
-            raise damaged(path, f"{wrong[0]} in its 'groups' is {shown_short(there[wrong[0]])} and not a number")
+        if wrong := [k for k, v in mine.items() if not _is_setting(there[k]) or _is_number(v) != _is_number(there[k])]:
+            raise damaged(
+                path, f"{wrong[0]} in its 'groups' is {shown_short(there[wrong[0]])}, and here it is {mine[wrong[0]]}"
+            )
     return groups
+
+
+def _is_setting(value: Any) -> bool:
+    """Whether a parameter group may have this value."""
+    if isinstance(value, tuple | list):
+        return all(map(_is_number, value))
+    return value is None or isinstance(value, bool | str | Tensor) or _is_number(value)
 
 
 def _is_number(value: Any) -> bool:

@@ -10,10 +10,14 @@ from torch import Tensor, nn
 
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.method import Method
+from sparse_callbacks.core.schedules import Schedule
 from sparse_callbacks.core.state_layout import damaged, shown_short
 
 PLAN_CHANGED = "plan/changed"
 """Key in ``aux`` of a run that went on from one with other layers, so that its masks may count other than planned."""
+
+# So many zeros that are due are never rounded down to none.
+SOME = 4
 
 
 @dataclass(frozen=True)
@@ -84,13 +88,21 @@ def as_planned(planned: Mapping[str, int]) -> list[Zeros]:
     return [Zeros((name,), (zeros,)) for name, zeros in planned.items()]
 
 
-def rises_to(planned: Mapping[str, int], saved: SavedRun) -> list[Zeros]:
-    """For :func:`possible_zeros`: pruned weights never come back, and after ``stop`` something is pruned in each
-    parameter in which it is planned."""
-    # not all that is planned: a longer run goes back along its curve, where the masks have more zeros, and a shorter one
-    # may be over before they have as many
-    over = is_over(saved)
-    return [Zeros((name,), range(min(1, zeros) if over else 0, zeros + 1)) for name, zeros in planned.items()]
+def rises_to(planned: Mapping[str, int], saved: SavedRun, curve: Schedule) -> list[Zeros]:
+    """For :func:`possible_zeros`: pruned weights never come back until the plan is reached along ``curve``."""
+    # Not as many as the curve says: a run that was made shorter may be saved before its next update, and then its masks
+    # are of the longer curve. None at all is another matter, unless so few are due that rounding leaves none.
+    due = share_of_target(saved, curve)
+    return [Zeros((n,), range(int(due * zeros >= SOME), zeros + 1)) for n, zeros in planned.items()]
+
+
+def share_of_target(saved: SavedRun, curve: Schedule) -> float:
+    """The share of the target that ``curve`` has reached at the latest update of the optimizer that had its last
+    earliest; 0 before every optimizer has had one."""
+    done, steps = saved.progress["done"], saved.progress["steps"]
+    if not saved.times or not curve.final or any(index not in done for index in steps):
+        return 0.0
+    return curve(min(done.values(), default=0), saved.times[1], saved.times[2]) / curve.final
 
 
 def is_over(saved: SavedRun) -> bool:
@@ -117,6 +129,7 @@ def refuse_impossible(
     """
     why = (
         _why_other_optimizers(saved, optimizers)
+        or _why_no_calendar(method, saved)
         or _why_other_shapes(saved, model)
         or _why_no_dense_values(method, saved)
         or _why_other_aux(_all_aux(method, saved, model), saved)
@@ -129,6 +142,11 @@ def refuse_impossible(
 def _why_other_optimizers(saved: SavedRun, optimizers: int) -> str:
     missing = [i for i in map(str, range(optimizers)) if i not in saved.progress["steps"]]
     return f"it has no count of steps for optimizer {missing[0]}" if missing else ""
+
+
+def _why_no_calendar(method: Method, saved: SavedRun) -> str:
+    stepped = any(saved.progress["steps"].values())
+    return "it has no times of updates" if stepped and method.start is not None and not saved.times else ""
 
 
 def _why_other_counts(method: Method, saved: SavedRun, planned: Mapping[str, int]) -> str:
@@ -168,7 +186,11 @@ def _why_no_dense_values(method: Method, saved: SavedRun) -> str:
 
 
 def _all_aux(method: Method, saved: SavedRun, model: nn.Module) -> Mapping[str, Kept]:
-    ever = {f"ever_active/{n}": Kept(tuple(m.shape), "bool") for n, m in saved.masks.items()} if method.explores else {}
+    ever = (
+        {f"ever_active/{n}": Kept(tuple(m.shape), "bool", required=True) for n, m in saved.masks.items()}
+        if method.explores
+        else {}
+    )
     return {**ever, **expected_aux(method, saved, model)}
 
 

@@ -29,7 +29,7 @@ from sparse_callbacks.lightning.refusals import (
     state_to_resume,
     warnings_for,
 )
-from sparse_callbacks.lightning.resumed_file import refuse_damaged_checkpoint
+from sparse_callbacks.lightning.resumed_file import look_before_loading, stop_looking
 from sparse_callbacks.lightning.trainer_host import TrainerHost
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class SparsityCallback(Method, AnyCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             refuse_host(trainer)
-            refuse_damaged_checkpoint(self, trainer, pl_module)
+            look_before_loading(trainer, pl_module, peers_of(trainer))
             self.saved = None  # of an earlier fit; what this one resumes from is restored after setup
             if self.attachment.model is not pl_module or self.fresh_start:
                 self.engine.forget()
@@ -100,6 +100,7 @@ class SparsityCallback(Method, AnyCallback):
         self.saved = None if checked is None else SavedRun.of(checked, path)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        stop_looking(trainer)  # of a fit without a checkpoint, which has read none
         torch_optimizers.refuse(trainer.optimizers, scaler_of(trainer) is not None)
         trained = torch_optimizers.parameter_ids(*trainer.optimizers)
         entries = select(pl_module, self.include, self.exclude, self.keep_dense, trained)

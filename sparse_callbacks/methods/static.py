@@ -131,6 +131,12 @@ def _masks_in(source: str | Path | Mapping[str, Any], entries: Sequence[Entry]) 
         )
     # saved masks go first: a weight that was just grown is zero and yet active, so the non-zeros would lose it
     saved = _saved_masks(found, weights, entries, shown)
+    # beside masks that were saved, zeros of a parameter without one may be pruned, grown a moment ago, or as they were made
+    if unclear := [n for n in (e.name for e in entries) if saved and n not in saved and bool((weights[n] == 0).any())]:
+        raise ValueError(
+            f"{shown} has masks, and none of {', '.join(unclear)}, where there are zeros as well. Leave these layers out "
+            "with exclude=, or give a checkpoint with their masks, or a state dict without any."
+        )
     if broken := [e.name for e in entries if e.name not in saved and not bool(weights[e.name].isfinite().all())]:
         raise ValueError(f"{shown}: {broken[0]} there has values that are not finite. {_ANOTHER}")
     masks = {e.name: saved[e.name] if e.name in saved else weights[e.name] != 0 for e in entries}
@@ -157,7 +163,9 @@ def _saved_masks(
         ValueError: a mask is damaged, or is not that of the weights beside it.
     """
     states = found.get("callbacks", {})
-    listed = [s["masks"] for s in states.values() if isinstance(s, Mapping) and "masks" in s] if _is_map(states) else []
+    if not isinstance(states, Mapping):
+        raise ValueError(f"{shown}: its callbacks are {shown_short(states)}. {_ANOTHER}")
+    listed = [s["masks"] for s in states.values() if isinstance(s, Mapping) and "masks" in s]
     saved: dict[str, Tensor] = {}
     for masks in listed:
         if not isinstance(masks, Mapping):
@@ -178,10 +186,6 @@ def _saved_masks(
                 f"together. {_ANOTHER}"
             )
     return {e.name: saved[e.name] for e in entries if e.name in saved}
-
-
-def _is_map(value: object) -> bool:
-    return isinstance(value, Mapping)
 
 
 @possible_zeros.register

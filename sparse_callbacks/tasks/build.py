@@ -21,8 +21,8 @@ from pytorch_lightning.loggers import Logger
 from sparse_callbacks import methods
 from sparse_callbacks.core.checkpoint_file import read_mapping
 from sparse_callbacks.core.schedules import with_curve
-from sparse_callbacks.core.state_layout import shown_short
 from sparse_callbacks.lightning.callback import SparsityCallback
+from sparse_callbacks.lightning.resumed_file import refuse_other_parts
 from sparse_callbacks.tasks.at_target import BestAtTarget, EarlyStoppingAtTarget
 from sparse_callbacks.tasks.classifier import Classifier, Optim
 from sparse_callbacks.tasks.data.module import MemoryData
@@ -220,19 +220,17 @@ def checkpoint_to_resume(cfg: DictConfig) -> str | None:
 
 
 def refuse_sparse_checkpoint(path: str | None, method: SparsityCallback | None) -> None:
-    """Refuse to go on from a sparse run with a dense one: without masks its zeros would train away unnoticed.
+    """Refuse to go on from a sparse run with a dense one: without masks its zeros would train away unnoticed. (A method
+    looks at the checkpoint itself.)
 
     Raises:
-        ValueError: the checkpoint holds masks, and there is no method.
+        ValueError: the checkpoint holds masks, and there is no method; or it is not a whole checkpoint.
     """
     if path is None or method is not None:
         return
-    states = read_mapping(Path(path), "Give ckpt_path= another checkpoint of the run.").get("callbacks", {})
-    if not isinstance(states, Mapping):
-        raise ValueError(
-            f"ckpt_path={path} is damaged: its callbacks are {shown_short(states)}. Give another checkpoint."
-        )
-    sparse = [key for key, state in states.items() if isinstance(state, Mapping) and "masks" in state]
+    found = read_mapping(Path(path), "Give ckpt_path= another checkpoint of the run.")
+    refuse_other_parts(found, path)
+    sparse = [key for key, state in found["callbacks"].items() if isinstance(state, Mapping) and "masks" in state]
     if sparse:
         raise ValueError(
             f"ckpt_path={path} is of a sparse run ({sparse[0]}), and method=none would train its zeros away. "

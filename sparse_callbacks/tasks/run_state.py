@@ -101,11 +101,12 @@ def _why_damaged(restored: Any, parameters: Mapping[str, nn.Parameter]) -> str:
             torch.Generator().set_state(states["torch"])
             np.random.RandomState().set_state(states["numpy"])
             random.Random().setstate(states["python"])
-            whole = 0 <= states["numpy"][2] <= len(states["numpy"][1])
+            # the generators take any position and any number that is kept for later
+            whole = 0 <= states["numpy"][2] <= len(states["numpy"][1]) and isinstance(states["python"][2], float | None)
         except Exception as error:  # each generator has errors of its own for what is not a state of it
             return f"has random states that are none ({type(error).__name__}: {error})"
         if not whole:
-            return f"has numpy's generator at position {states['numpy'][2]}"
+            return f"has a generator at {states['numpy'][2]}, {shown_short(states['python'][2])}"
     gradients = restored.get("gradients", {})
     if not isinstance(gradients, Mapping):
         return f"has {shown_short(gradients)} as gradients"

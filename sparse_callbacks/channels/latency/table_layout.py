@@ -1,11 +1,11 @@
 """The layout of a latency table's file: what each part must be, whoever wrote it."""
 
-import math
-from collections.abc import Mapping
-from numbers import Real
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sparse_callbacks.core.state_layout import is_count, shown_short
+
+LONGEST_TEXT = 1000
 
 
 def why_not_a_table(content: Any, version: int) -> str:
@@ -36,17 +36,38 @@ def why_not_a_table(content: Any, version: int) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= 1e300 and math.isfinite(value)
+    # an int of JSON may be too large for a float
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e300
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= LONGEST_TEXT
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, list) and all(map(is_count, value))
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+_FACTS: Mapping[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("machine", "device", "torch", "model"), _is_text),
+    **dict.fromkeys(("threads", "batch", "points", "repeats"), is_count),
+    **dict.fromkeys(("channels_last", "norms", "finished"), _is_flag),
+    "input": _is_size,
+    "off": lambda value: _is_number(value) and value >= 0,
+}
 
 
 def _why_other_facts(about: Mapping[str, Any]) -> str:
-    size = about.get("input", [])
-    if not isinstance(size, list) or not all(is_count(n) for n in size):
-        return f"the input size in it is {shown_short(size)}"
-    if not isinstance(about.get("finished", True), bool):
-        return f"finished in it is {shown_short(about['finished'])}"
-    error = about.get("off", 0.0)
-    return "" if _is_number(error) and error >= 0 else f"the error of the fit in it is {shown_short(error)}"
+    for key, value in about.items():
+        # a table may state more, in plain values
+        is_right = _FACTS.get(key, lambda v: _is_text(v) or _is_number(v) or _is_flag(v))
+        if not is_right(value):
+            return f"{shown_short(key)} in what it is about is {shown_short(value)}"
+    return ""
 
 
 def _why_not_a_grid(kind: str, grid: Any) -> str:

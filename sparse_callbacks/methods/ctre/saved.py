@@ -15,7 +15,7 @@ def _(method: CTRE, saved: SavedRun, model: nn.Module) -> Mapping[str, Kept]:
         **{f"similarity/{name}": Kept(tuple(mask.shape)) for name, mask in saved.masks.items()},
         "patience/validated": Kept(dtype="bool"),
         # metrics of the user's, which may be infinite or NaN
-        "patience/best": Kept(finite=False),
+        "patience/best": Kept(finite=False, required="patience/count" in saved.aux),
         "patience/pending": Kept((2,), finite=False),
-        "patience/count": Kept(dtype="int", low=0),
+        "patience/count": Kept(dtype="int", low=0, required="patience/best" in saved.aux),
     }

@@ -7,13 +7,14 @@ from torch import nn
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.schedules import pruning_curve
 from sparse_callbacks.core.state_claims import (
+    SOME,
     Kept,
     Zeros,
     copied_names,
     expected_aux,
-    is_over,
     possible_zeros,
     rises_to,
+    share_of_target,
 )
 from sparse_callbacks.methods.dpf.dpf import DPF, GLOBAL
 
@@ -22,12 +23,12 @@ from sparse_callbacks.methods.dpf.dpf import DPF, GLOBAL
 def _(method: DPF, saved: SavedRun, planned: Mapping[str, int]) -> list[Zeros]:
     curve = pruning_curve(method.sparsity)
     if method.distribution != GLOBAL and curve.initial <= curve.final:
-        return rises_to(planned, saved)
-    # one threshold for all layers leaves a weight of each, and prunes something once the curve is over
+        return rises_to(planned, saved, curve)
+    # one threshold for all layers leaves a weight of each
     claims = [Zeros((name,), range(saved.masks[name].numel())) for name in planned]
     size = sum(saved.masks[name].numel() for name in planned)
-    at_least = min(1, sum(planned.values())) if is_over(saved) else 0
-    return [*claims, Zeros(tuple(planned), range(at_least, size))]
+    some = int(share_of_target(saved, curve) * sum(planned.values()) >= SOME)
+    return [*claims, Zeros(tuple(planned), range(some, size))]
 
 
 @copied_names.register
@@ -37,4 +38,4 @@ def _(method: DPF, saved: SavedRun) -> Collection[str]:
 
 @expected_aux.register
 def _(method: DPF, saved: SavedRun, model: nn.Module) -> Mapping[str, Kept]:
-    return {"reactivated/total": Kept(dtype="int", low=0)}
+    return {"reactivated/total": Kept(dtype="int", low=0, required=saved.progress["updates"] > 0)}

@@ -13,11 +13,13 @@ from sparse_callbacks.methods.gap.gap_parallel import ParallelGaP
 @possible_zeros.register
 def _(method: GaP, saved: SavedRun, planned: Mapping[str, int]) -> list[Zeros]:
     blocks = method.blocks({n: m.numel() for n, m in saved.masks.items()})
-    sparse = [block for block in blocks if any(planned[n] for n in block)]
     over = is_over(saved) or "workers/finetune" in saved.aux
-    # a parameter is dense in the phases of its partition, and one partition at most is dense at a time
+    # a parameter is dense in the phases of its partition
     each = [Zeros((name,), (zeros,) if over else (0, zeros)) for name, zeros in planned.items()]
-    return [*each, Zeros(tuple(planned), range(int(len(sparse) > 1), sum(planned.values()) + 1))]
+    if len(saved.progress["steps"]) > 1:
+        return each  # each optimizer goes on to the next phase when it has taken the steps
+    one_dense = {sum(planned.values()) - sum(planned[n] for n in block) for block in blocks}
+    return [*each, Zeros(tuple(planned), one_dense | {sum(planned.values())})]
 
 
 @expected_aux.register

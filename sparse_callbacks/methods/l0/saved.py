@@ -29,6 +29,7 @@ def _(method: ConstrainedL0, saved: SavedRun) -> Collection[str]:
 @expected_aux.register
 def _(method: ConstrainedL0, saved: SavedRun, model: nn.Module) -> Mapping[str, Kept]:
     kept: dict[str, Kept] = {}
+    moved = method.gate_optimizer == "adam" and min(saved.progress["steps"].values(), default=0) > 0
     kernels = {
         name: mask.shape for name, mask in saved.masks.items() if mask.ndim > 1
     }  # the others are biases and norms
@@ -36,7 +37,9 @@ def _(method: ConstrainedL0, saved: SavedRun, model: nn.Module) -> Mapping[str, 
         transposed = isinstance(model.get_submodule(kernel.rpartition(".")[0]), _ConvTransposeNd)
         shape = tuple(whole if method.unit == "weight" else gates.channel_shape(whole, transposed))
         kept[f"log_alpha/{kernel}"] = Kept(shape, required=True)
-        kept |= {f"{moment}/{kernel}": Kept(shape) for moment in ("exp_avg", "exp_avg_sq")}
-        kept[f"gate_steps/{kernel}"] = Kept(low=0)
-        kept[f"multiplier/{kernel}"] = Kept(low=0)
+        kept |= {f"{moment}/{kernel}": Kept(shape, required=moved) for moment in ("exp_avg", "exp_avg_sq")}
+        kept[f"gate_steps/{kernel}"] = Kept(low=0, required=moved)
+        # one for each layer, or one under the name of the first kernel of each optimizer
+        lost = method.constraint == "layer" or not any(key.startswith("multiplier/") for key in saved.aux)
+        kept[f"multiplier/{kernel}"] = Kept(low=0, required=lost)
     return kept

@@ -5,16 +5,17 @@ from collections.abc import Collection, Mapping
 from torch import nn
 
 from sparse_callbacks.core.checkpoint import SavedRun
-from sparse_callbacks.core.state_claims import Kept, Zeros, copied_names, expected_aux, is_over, possible_zeros
+from sparse_callbacks.core.state_claims import Kept, Zeros, copied_names, expected_aux, possible_zeros
 from sparse_callbacks.methods.smcp.smcp import SMCP
 
 
 @possible_zeros.register
 def _(method: SMCP, saved: SavedRun, planned: Mapping[str, int]) -> list[Zeros]:
-    # the knapsack leaves a channel of each group at least, and prunes something by its last solve
+    # the knapsack leaves a channel of each group at least, and every solve has a budget below the dense cost
     claims = [Zeros((name,), range(mask.numel())) for name, mask in saved.masks.items()]
+    solved = saved.progress["done"].keys() >= saved.progress["steps"].keys()
     size = sum(mask.numel() for mask in saved.masks.values())
-    return [*claims, Zeros(tuple(saved.masks), range(int(is_over(saved)), size))]
+    return [*claims, Zeros(tuple(saved.masks), range(int(solved), size))]
 
 
 @copied_names.register

@@ -138,7 +138,8 @@ def _npz_arrays(file: Path) -> dict[str, Array]:
     try:
         # arrays of objects are pickles, which could run any code
         with np.load(file, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
+            # a zip of another kind has entries that numpy gives as bytes
+            return {key: value for key in archive.files if isinstance(value := archive[key], np.ndarray)}
     except (
         Exception
     ) as error:  # a file that was cut off raises errors of zipfile, zlib and numpy, an absurd size one of memory
