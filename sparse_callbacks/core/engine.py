@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -21,6 +22,7 @@ from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.progress import Progress
 from sparse_callbacks.core.restored import aux_on_devices
 from sparse_callbacks.core.selection import Entry
+from sparse_callbacks.core.state_claims import PLAN_CHANGED, refuse_impossible
 from sparse_callbacks.core.step import ReplacesSteps, Step
 from sparse_callbacks.core.topology import EverActive, Update
 from sparse_callbacks.core.weights import SparseWeights
@@ -83,14 +85,17 @@ class Engine:
         """
         method, saved = self.method, self.method.saved
         self.skipped, self.restart_wanted = 0, False
-        targets = method.share_out(entries)
-        entries = list(method.further_members(model, entries))
+        members = list(method.further_members(model, entries))
         parameters = dict(model.named_parameters())
-        sparse = {e.name: e for e in entries if not e.reason}
+        sparse = {e.name: e for e in members if not e.reason}
         params = {name: parameters[name] for name in sparse}
         kept = self._masks_of_last_run(model, params)
         if saved is not None:
-            refuse_other_model(saved.masks, params)
+            refuse_other_model(saved, params)
+        targets = method.share_out(entries)
+        if saved is not None:
+            planned = method.parameter_zeros(members, targets)
+            refuse_impossible(method, saved, model, planned, len(optimizers))
             dense = saved.dense
         else:
             refuse_foreign_weights(kept, params)
@@ -98,7 +103,7 @@ class Engine:
         owners = Ownership(optimizers, params)
         refuse_optimizers(method, owners)
         earlier = method.params.keys()
-        method.entries, method.targets = entries, targets
+        method.entries, method.targets = members, targets
         method.owners = owners
         method.weights = SparseWeights(params, sparse, {})  # initial masks are made from the parameters
         masks = self._begin_masks(saved, kept, earlier)
@@ -131,6 +136,8 @@ class Engine:
             gone = (params.keys() | earlier) - kept.keys()
             went_on = {k: t for k, t in method.aux.items() if k.partition("/")[2] not in gone}
             method.aux = aux_on_devices(went_on, params)
+            if gone:  # the targets of other layers may be others, and these masks keep their counts
+                method.aux[PLAN_CHANGED] = torch.tensor(True)
             return kept if len(kept) == len(params) else {**method.initial_masks(), **kept}
         self.forget()
         return method.initial_masks()

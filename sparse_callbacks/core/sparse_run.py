@@ -23,7 +23,14 @@ from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.hooks import BatchEnd, Hooks
 from sparse_callbacks.core.host import Forward
 from sparse_callbacks.core.loop_host import LoopHost
-from sparse_callbacks.core.loop_refusals import epoch_length, refuse_arguments, refuse_hostless, restarts_optimizers
+from sparse_callbacks.core.loop_refusals import (
+    epoch_length,
+    epoch_of,
+    groups_of,
+    refuse_arguments,
+    refuse_hostless,
+    restarts_optimizers,
+)
 from sparse_callbacks.core.loop_steps import (
     CalledOnce,
     StepInLoop,
@@ -36,6 +43,7 @@ from sparse_callbacks.core.optimizer_life import RestartsOptimizers
 from sparse_callbacks.core.optimizer_modes import mode_of, switch_through
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.selection import Entry, layer_shapes, select
+from sparse_callbacks.core.state_claims import refuse_impossible
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.wrappers import plain_model, plain_optimizer
 
@@ -115,9 +123,11 @@ class SparseRun:
         method.saved = None
         if state is not None and not method.fresh_start:
             name = type(method).__name__
-            saved = SavedRun.of(check_state(state, method.arguments, name, "given as state="))
-            self._take_first_groups(state.get("groups", self._first_groups))
-            method.saved, self._epoch = saved, int(state.get("epoch", 0))
+            path = "given as state="
+            saved = SavedRun.of(check_state(state, method.arguments, name, path), path)
+            # GaP puts back the values of the run's first call to sparsify, also in a resumed run
+            self._epoch, self._first_groups = epoch_of(state, path), groups_of(state, self._first_groups, path)
+            method.saved = saved
         elif method.attachment.model is not self._model or method.fresh_start:
             self._engine.forget()
         self._bind(entries)
@@ -170,16 +180,6 @@ class SparseRun:
             mine = {name: weights.dense_values(name) for name in weights.copied}
             for name, value in distributed.from_owners(mine, dict.fromkeys(mine, 0)).items():
                 mine[name].copy_(value)
-
-    def _take_first_groups(self, groups: list[list[dict[str, Any]]]) -> None:
-        """GaP puts back the values of the run's first call to sparsify, also in a resumed run."""
-        here = [len(g) for g in self._first_groups]
-        if (saved := [len(g) for g in groups]) != here:
-            raise ValueError(
-                f"the saved run had optimizers with {saved} parameter groups, and this one has {here}. Resume with the "
-                "optimizers of the interrupted run."
-            )
-        self._first_groups = groups
 
     def _refuse_shared(self, names: Iterable[str]) -> None:
         mine = set(names)
@@ -383,7 +383,7 @@ class SparseRun:
         method, engine = self.method, self._engine
         untouched = {n: t for n, (t, version) in self._before_masks.items() if method.params[n]._version == version}
         skipped, restart_wanted, entries = engine.skipped, engine.restart_wanted, self._entries()
-        method.saved = SavedRun.of(self.state_dict())
+        method.saved = SavedRun.of(self.state_dict(), "of this run itself")
         # the hooks before a step stay: this may be called from one, and torch is going through them
         self._unhook()
         engine.unbind()
@@ -522,8 +522,13 @@ class SparseRun:
                 "sparsify(..., state=)."
             )
         name = type(self.method).__name__
-        check_state(state, self.method.arguments, name, "given to load_state_dict()")
-        refuse_other_model(SavedRun.of(state).masks, self.method.params)
+        path = "given to load_state_dict()"
+        saved = SavedRun.of(check_state(state, self.method.arguments, name, path), path)
+        refuse_other_model(saved, self.method.params)
+        epoch_of(state, path)
+        groups_of(state, self._first_groups, path)
+        planned = self.method.parameter_zeros(self.method.entries, self.method.targets)
+        refuse_impossible(self.method, saved, self._model, planned, len(self._optimizers))
         kept, params = self._before_masks, self.method.params
         self._release()
         # what the initial masks of this run have cut comes back, unless the model was loaded since

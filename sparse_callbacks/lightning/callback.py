@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core import optimizers as torch_optimizers
 from sparse_callbacks.core.before_run import BeforeRun
-from sparse_callbacks.core.checkpoint import SavedRun
+from sparse_callbacks.core.checkpoint import SavedRun, check_state
 from sparse_callbacks.core.distributions import why_all_active
 from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.hooks import BatchEnd
@@ -31,6 +31,7 @@ from sparse_callbacks.lightning.refusals import (
     state_to_resume,
     warnings_for,
 )
+from sparse_callbacks.lightning.resumed_file import look_before_loading, stop_looking
 from sparse_callbacks.lightning.trainer_host import TrainerHost
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ class SparsityCallback(Method, AnyCallback):
         if stage == "fit":
             self.fit_state.before = BeforeRun(self)
             refuse_host(trainer)
+            look_before_loading(trainer, pl_module, peers_of(trainer))
             self.saved = None  # of an earlier fit; what this one resumes from is restored after setup
             if self.attachment.model is not pl_module or self.fresh_start:
                 self.engine.forget()
@@ -107,15 +109,18 @@ class SparsityCallback(Method, AnyCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.fit_state.restored = state_dict
-        self.saved = None if self.fresh_start else SavedRun.of(state_dict)
+        path = "that is loaded"
+        checked = None if self.fresh_start else check_state(state_dict, self.arguments, type(self).__name__, path)
+        self.saved = None if checked is None else SavedRun.of(checked, path)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        stop_looking(trainer)  # of a fit without a checkpoint, which has read none
         torch_optimizers.refuse(trainer.optimizers, scaler_of(trainer) is not None)
         trained = torch_optimizers.parameter_ids(*trainer.optimizers)
         entries = select(pl_module, self.include, self.exclude, self.keep_dense, trained)
         self._refuse_neighbours(trainer, [e.name for e in entries if not e.reason])
         state = self._state_to_resume(trainer, pl_module)
-        self.saved = None if state is None else SavedRun.of(state)
+        self.saved = None if state is None else SavedRun.of(state, trainer.ckpt_path)
         fit = self.fit_state
         fit.left_out = [e.name for e in entries if e.reason in NOT_TRAINED]
         fit.restored = None

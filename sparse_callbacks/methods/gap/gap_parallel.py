@@ -287,7 +287,7 @@ class ParallelGaP(TrainsInTurns, GaP):
         worker_schedule.refuse_other_ranks(state["aux"], self._schedule)
         if "workers" not in state:
             return state
-        self._mine = state["workers"][distributed.rank()]
+        self._mine = worker_schedule.own_part(state["workers"], distributed.world_size(), distributed.rank())
         # checkpoints of older versions have no dense gradients
         return {**state, "grads": self._mine["grads"], "dense_grads": self._mine.get("dense_grads", {})}
 
