@@ -107,18 +107,18 @@ def _fit_and_test(
     began = time.perf_counter()
     trainer.fit(module, data, ckpt_path=resumed, weights_only=True if resumed else None)
     seconds = time.perf_counter() - began
-    # read before the test, which replaces the metrics of the validation
+    # read before the test, which replaces the metrics of the validation, and the updates by those of a best epoch
     steps, epochs = trainer.global_step, trainer.current_epoch
+    updates = 0 if method is None else method.updates
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
     if trainer.limit_test_batches != 0:
         tested = trainer.test(module, data, verbose=False, **_tested_checkpoint(cfg, trainer))
         metrics |= {key: float(value) for result in tested for key, value in result.items()}
     metrics |= summary.sparsities(method)
-    metrics["updates"] = 0.0
     if method is not None:
         metrics |= method.figures()
-        metrics["updates"] = float(method.updates)
-    return metrics | {"epochs": float(epochs), "steps": float(steps), "seconds": seconds}
+    counts = {"updates": float(updates), "epochs": float(epochs), "steps": float(steps)}
+    return metrics | counts | {"seconds": seconds}
 
 
 def _tested_checkpoint(cfg: DictConfig, trainer: pl.Trainer) -> dict[str, object]:

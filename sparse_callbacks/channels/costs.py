@@ -74,7 +74,7 @@ def multiply_adds(layer: Layer, inputs: int, outputs: int) -> float:
 def layers(model: nn.Module, example_input: Any) -> dict[str, Layer]:
     """Every convolution and linear layer that a forward pass uses, by module name.
 
-    The model runs once, in eval mode; modes and random generators are left as they are.
+    The model runs once, in eval mode, and is left as it was.
 
     Args:
         model: the network.

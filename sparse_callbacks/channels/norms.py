@@ -28,7 +28,7 @@ def norm_inputs(model: nn.Module, example_input: Any) -> dict[str, list[str]]:
     """For each batch norm, the layers whose outputs it takes unchanged, one name for each of its calls.
 
     The name is that of a convolution or linear layer, or "" where the norm takes anything else. The model runs once, in
-    eval mode; modes and random generators are left as they are.
+    eval mode, and is left as it was.
 
     Args:
         model: the model.

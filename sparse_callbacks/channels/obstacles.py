@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from sparse_callbacks.channels.channel_padding import channel_padding
+from sparse_callbacks.core.selection import why_not_ranked
 
 # a list of what is known to be safe: an operation that a newer torch brings is refused until somebody adds it here
 KEEPS_CHANNELS = frozenset(
@@ -106,6 +107,8 @@ def why_layers_stay(model: nn.Module, globs: Sequence[str]) -> dict[str, str]:
             found[name] = f"{name} is parametrized: its weight is computed from others"
         for local, p in module._parameters.items():
             full = f"{name}.{local}" if name else local
+            if p is not None and (reason := why_not_ranked(p)):
+                found[name] = found[full] = f"{name or full}: {reason}"
             # a parameter of two modules would lose the same slices in both, and other channels arrive at each
             other = full if p is None else first_names.setdefault(p, full)
             if other != full:

@@ -63,6 +63,7 @@ class Proof:
         precision: float64, or the model's own precision where it does not run in float64.
         before, after: costs of the masked and the slim model, on the example input.
         rows: what became of each group.
+        cut: number of weights that the masks cut and that were not zero in the model as it was given.
     """
 
     random: Difference
@@ -72,6 +73,7 @@ class Proof:
     before: ModelCost
     after: ModelCost
     rows: tuple[GroupChange, ...]
+    cut: int = 0
 
     @property
     def removed(self) -> int:
@@ -103,6 +105,11 @@ class Proof:
             f"outputs on random inputs: {self.random}",
             f"outputs in {precision + ':':14}{self.checked}",
             f"channels removed: {self.removed}",
+            *(
+                [f"cut by the masks: {self.cut:,} weights that were not zero; compared is the masked model"]
+                if self.cut
+                else []
+            ),
             "",
             f"{'group':{width}}{'units':>7}{'removed':>9}  reason",
             *[f"{r.name:{width}}{r.size:7}{r.units:9}  {r.reason}".rstrip() for r in self.rows],

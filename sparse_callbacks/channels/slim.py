@@ -1,5 +1,6 @@
 """From masks to a smaller network: dead channels are removed, and the outputs compared."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from sparse_callbacks.channels.comparison import Difference, Reference
 from sparse_callbacks.channels.comparison_inputs import first_entry, precise, random_samples, refuse_telling_nothing
 from sparse_callbacks.channels.constants import ArrivingRange, arriving_ranges, bias_shifts, foldable
-from sparse_callbacks.channels.cuts import Cuts, Surgery, masked_copy
+from sparse_callbacks.channels.cuts import Cuts, Surgery, masked_copy, nonzero_cut
 from sparse_callbacks.channels.groups import Group, Member, channel_groups
 from sparse_callbacks.channels.proof import GroupChange, Proof, prove
 from sparse_callbacks.core.inspection import copied, quiet, training_branches
@@ -52,7 +53,8 @@ def slim(
 
     Args:
         model: the trained model; it is left as it is.
-        masks: bool masks by parameter name, such as a callback's ``masks``. A mask has the parameter's shape, or
+        masks: bool masks by parameter name, such as a callback's ``masks``. Weights that they cut are usually zero
+            already; of others there is a warning, and a line in the proof. A mask has the parameter's shape, or
             broadcasts against it ([1, C, 1, 1]), or is [C]: for the inputs of a weight (dimension 0 of a transposed
             convolution), or for the entries of a vector.
         example_input: a tensor, a tuple of positional arguments or a mapping of named arguments, on the model's device.
@@ -67,7 +69,8 @@ def slim(
     Raises:
         ImportError: torch-pruning (extra ``channels``) is missing.
         TimeoutError: the search takes too long.
-        ValueError: a mask does not fit, the model cannot be copied or traced, or its outputs would show no error.
+        ValueError: there are no masks, one does not fit or is not bool, the model cannot be copied or traced, or its
+            outputs would show no error.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
@@ -77,13 +80,16 @@ def slim(
         (3, 3)
     """
     masked, full_masks = masked_copy(model, masks)
+    cut = nonzero_cut(model, full_masks)
+    if cut:
+        warnings.warn(_foreign(cut), stacklevel=3)  # 3: the decorator's frame lies between
     groups = channel_groups(masked, example_input, exclude, seconds)
     given, random = [example_input, *inputs], random_samples(masked, example_input, seed)
     cuts, rows, checked = _cut_all(masked, groups, full_masks, [*given, *random])
     # the cuts were tried in float64 where that is possible, and are made here in the precision of the model
     small = copied(masked)
     Surgery(small).cut(cuts, [m for g in groups for m in g.members])
-    return small, prove(masked, small, rows, checked, given, random)
+    return small, replace(prove(masked, small, rows, checked, given, random), cut=sum(cut.values()))
 
 
 def slimmable_groups(
@@ -120,6 +126,19 @@ def _why_outputs_change(model: nn.Module, group: Group, example_input: Any, bran
         return reference.why_changed()
     finally:
         surgery.restore()
+
+
+def _foreign(cut: Mapping[str, int]) -> str:
+    """The warning for masks that cut weights which are not zero.
+
+    It is not an error: masks that somebody has made for a dense network cut such weights on purpose.
+    """
+    listed = ", ".join(f"{count:,} of {name}" for name, count in cut.items())
+    return (
+        f"the masks cut weights that are not zero ({listed}), so the slim network computes what the masked model does, "
+        "and not what this model does. If they are the masks of a training, the weights are not: others were loaded "
+        "since. Test the checkpoint with its callback, trainer.test(ckpt_path=...), and take the callback's masks then."
+    )
 
 
 # ---------------------------------------------------------------------- what is removed

@@ -25,6 +25,8 @@ class SavedRun:
         dense: dense values of parameters whose pruned weights learn on.
         times: the calendar in optimizer steps, empty for a method without one.
         grads: gradients of an accumulation window that was open when the checkpoint was written, by parameter name.
+        dense_grads: dense copies of those that were masked already, as in manual optimization, by parameter name.
+        window_open: no optimizer had stepped since the backward pass that gave the gradients.
         progress: counted steps and updates, see :meth:`~sparse_callbacks.core.progress.Progress.state`.
     """
 
@@ -33,6 +35,8 @@ class SavedRun:
     dense: Mapping[str, Tensor]
     times: tuple[int, ...]
     grads: Mapping[str, Tensor]
+    dense_grads: Mapping[str, Tensor]
+    window_open: bool
     progress: Mapping[str, Any]
 
     @classmethod
@@ -44,6 +48,8 @@ class SavedRun:
             dense=state.get("dense", {}),  # checkpoints of the first weeks had none
             times=tuple(state.get("times", ())),
             grads=state.get("grads", {}),
+            dense_grads=state.get("dense_grads", {}),
+            window_open=bool(state.get("window_open", "grads" in state)),  # older versions saved no others
             progress={k: state.get(k, {}) for k in ("steps", "done", "updates")},
         )
 
@@ -121,7 +127,7 @@ def refuse_other_model(masks: Mapping[str, Tensor], params: Mapping[str, Tensor]
 
 
 def refuse_foreign_weights(masks: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
-    """Refuse to put the masks of the last run on weights that came from elsewhere since.
+    """Refuse to put the masks of the last run on weights that came from elsewhere since, or to speak of them.
 
     Raises:
         ValueError: a weight is not zero where its mask is.
@@ -130,6 +136,6 @@ def refuse_foreign_weights(masks: Mapping[str, Tensor], params: Mapping[str, Ten
     if foreign:
         raise ValueError(
             f"{', '.join(foreign)} hold weights that the masks of the last fit would cut: other weights were loaded "
-            "since (for example by test(ckpt_path='best')). Resume with ckpt_path= to get the masks that belong to "
-            "them, or use a new callback or fresh_start=True for new masks."
+            "since, for example by load_state_dict. Resume with ckpt_path= to get the masks that belong to them, or test "
+            "with ckpt_path=, or use a new callback or fresh_start=True for new masks."
         )

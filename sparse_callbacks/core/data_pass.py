@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, IterableDataset
 
 from sparse_callbacks.core.host import Forward
-from sparse_callbacks.core.randomness import undisturbed
+from sparse_callbacks.core.undisturbed import undisturbed
 
 ITEMS_COMPARED = 8  # a random flip with probability 1/2 in each fetch goes unnoticed in 1 of 256 runs
 RANDOM_DATA = (
@@ -31,22 +31,24 @@ def outputs(
 ) -> Iterator[Any]:
     """Outputs of the network for each batch of one pass, in eval mode and without gradients.
 
-    Afterwards, also after an exception and where the iterator is closed early, every random generator and every
-    module's ``training`` flag is as before. Compiled modules run eagerly, so their hooks fire.
+    Afterwards, also after an exception and where the iterator is closed early, everything is as before that
+    :func:`~sparse_callbacks.core.undisturbed.undisturbed` puts back: random generators, flags, buffers and plain
+    attributes. Compiled modules run eagerly, so their hooks fire.
 
     Args:
         module: the module to run.
         choose: gives the batches of the pass and the number of them that is used (None: all); what it draws at random
             leaves no trace either.
         forward: a function of ``module`` and a batch that returns the output. None: the function :func:`call`.
-        train: the modules that stay in train mode, such as norms whose running statistics are collected.
+        train: the modules that stay in train mode and keep what the pass makes of them, such as norms whose running
+            statistics are collected.
         move: gives a batch as the training step would receive it. None: with its tensors on the module's device.
         precision: makes the context in which training runs its forward passes.
 
     Raises:
         ValueError: the network does not accept the batches.
     """
-    with undisturbed(module):
+    with undisturbed(module, train):
         batches, count = choose()
         module.eval()
         for part in train:

@@ -22,30 +22,51 @@ def total(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its sum over ranks, in place."""
     if world_size() > 1:
         for tensor in tensors:
-            dist.all_reduce(tensor)
+            # collectives need contiguous memory, which tensors in channels_last or transposed ones do not have
+            summed = tensor.contiguous()
+            dist.all_reduce(summed)
+            if summed is not tensor:
+                tensor.copy_(summed)
 
 
-def broadcast_masks(masks: Iterable[Tensor]) -> None:
-    """Replace the masks of every rank by those of rank 0, in place, in one broadcast."""
-    tensors = list(masks)
-    if world_size() == 1 or not tensors:
-        return
+def masks_of_first_rank(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The masks of rank 0 by name, the same on every rank, in one broadcast.
+
+    New tensors on several ranks: masks of channels may be expanded views, whose elements share their memory.
+    """
+    if world_size() == 1 or not masks:
+        return dict(masks)
     # bytes, because not every backend sends bools; one message, because each has a latency of its own
-    packed = torch.cat([m.reshape(-1) for m in tensors]).to(torch.uint8)
+    packed = torch.cat([m.reshape(-1) for m in masks.values()]).to(torch.uint8)
     dist.broadcast(packed, src=0)
-    for mask, part in zip(tensors, torch.split(packed, [m.numel() for m in tensors]), strict=True):
-        mask.copy_(part.view(mask.shape).bool())
+    parts = torch.split(packed, [m.numel() for m in masks.values()])
+    # a clone has the strides of its mask, or those of a new tensor where elements share their memory
+    return {
+        name: mask.clone().copy_(part.view(mask.shape)) for (name, mask), part in zip(masks.items(), parts, strict=True)
+    }
 
 
 def mean(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The mean over ranks of each tensor, as new tensors."""
-    copies = [t.detach().clone() for t in tensors]
-    ranks = world_size()
-    if ranks > 1:
-        for copy in copies:
-            dist.all_reduce(copy)
-            copy /= ranks
-    return copies
+    copies = [t.detach().clone() for t in tensors]  # of the same strides, unless elements share their memory
+    total(copies)
+    return [copy / world_size() for copy in copies] if world_size() > 1 else copies
+
+
+def mean_of_any(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The mean over ranks of each tensor that some rank has, as new tensors; a rank that lacks one has zeros.
+
+    Args:
+        tensors: the tensors of this rank by key.
+        like: tensors of the same shapes by key, with all keys that any rank may have, the same on every rank.
+    """
+    has = torch.tensor([key in tensors for key in like], dtype=torch.float32)
+    if world_size() > 1:
+        has = has.to(next(iter(like.values())).device)
+        dist.all_reduce(has)
+    keys = [key for key, ranks in zip(like, has.tolist(), strict=True) if ranks]
+    mine = [tensors[key] if key in tensors else torch.zeros_like(like[key]) for key in keys]
+    return dict(zip(keys, mean(mine), strict=True))
 
 
 def from_owners(tensors: Mapping[str, Tensor], owner: Mapping[str, int]) -> dict[str, Tensor]:

@@ -13,10 +13,13 @@ from sparse_callbacks.core.checkpoint import VERSION, SavedRun, refuse_foreign_w
 from sparse_callbacks.core.gradients import DenseGradients
 from sparse_callbacks.core.host import Host
 from sparse_callbacks.core.method import Method
+from sparse_callbacks.core.optimizer_modes import DenseInSwitch, is_schedule_free, mask_averages
+from sparse_callbacks.core.optimizer_needs import keeps_optimizers, refuse_optimizers, refuse_replaced_steps
 from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.progress import Progress
+from sparse_callbacks.core.restored import aux_on_devices
 from sparse_callbacks.core.selection import Entry
-from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.step import ReplacesSteps, Step
 from sparse_callbacks.core.topology import EverActive, Update
 from sparse_callbacks.core.weights import SparseWeights
 
@@ -47,6 +50,7 @@ class Engine:
     def _release(self) -> None:
         """The fields that live as long as the engine is bound to optimizers."""
         self._handles: list[RemovableHandle] = []
+        self._switches: list[DenseInSwitch] = []
         self._gradients = DenseGradients({})
         self._gradients_read: list[bool] = []
         self._steps: dict[int, Step] = {}
@@ -88,9 +92,11 @@ class Engine:
         else:
             refuse_foreign_weights(kept, params)
             dense = {n: method.weights.dense_values(n) for n in method.weights.copied if n in kept}
+        owners = Ownership(optimizers, params)
+        refuse_optimizers(method, owners)
         earlier = method.params.keys()
         method.entries, method.targets = entries, targets
-        method.owners = Ownership(optimizers, params)
+        method.owners = owners
         method.weights = SparseWeights(params, sparse, {})  # initial masks are made from the parameters
         masks = self._begin_masks(saved, kept, earlier)
         method.progress.begin(len(optimizers))
@@ -100,7 +106,7 @@ class Engine:
         if method.explores:
             EverActive(method.aux, method.weights).add(params)
         method.attachment.enter(model, host)
-        self.rebind(optimizers, gradients_read)
+        self._take_hold(owners, gradients_read)
         method.attach(model)
 
     def _masks_of_last_run(self, model: nn.Module, params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -116,13 +122,12 @@ class Engine:
         params = method.params
         if saved is not None:
             method.progress = Progress.restored(method.first_update, saved.progress)
-            devices = {n: p.device for n, p in params.items()}
-            # a key of aux ends in a parameter's name, which says where the tensor belongs
-            method.aux = {k: t.to(devices.get(k.split("/", 1)[-1], t.device)) for k, t in saved.aux.items()}
+            method.aux = aux_on_devices(saved.aux, params)
             return saved.masks
         if kept:  # layers that were added since the last run start like in a first one
             gone = (params.keys() | earlier) - kept.keys()
-            method.aux = {k: t for k, t in method.aux.items() if k.partition("/")[2] not in gone}
+            went_on = {k: t for k, t in method.aux.items() if k.partition("/")[2] not in gone}
+            method.aux = aux_on_devices(went_on, params)
             return kept if len(kept) == len(params) else {**method.initial_masks(), **kept}
         self.forget()
         return method.initial_masks()
@@ -137,19 +142,35 @@ class Engine:
 
     def rebind(self, optimizers: Sequence[Optimizer], gradients_read: Sequence[bool]) -> None:
         """Go on with other optimizers for the same parameters, in the same order."""
+        owners = Ownership(optimizers, self.method.params)
+        refuse_optimizers(self.method, owners)
+        self._take_hold(owners, gradients_read)
+
+    def _take_hold(self, owners: Ownership, gradients_read: Sequence[bool]) -> None:
         method = self.method
+        for switch in self._switches:
+            switch.release()
         self._unhook()
         self._gradients = DenseGradients(method.params)
         self._gradients_read = list(gradients_read)
-        method.owners = Ownership(optimizers, method.params)
-        self._handles = [o.register_step_post_hook(self.after) for o in optimizers]
+        method.owners = owners
+        self._handles = [o.register_step_post_hook(self.after) for o in owners.optimizers]
+        self._switches = [
+            DenseInSwitch(o, method.weights, names)
+            for o, names in zip(owners.optimizers, owners.steps, strict=True)
+            if is_schedule_free(o)
+        ]
 
     def unbind(self) -> None:
         """The run is over: take all hooks away; masks and counters stay."""
-        self._unhook()
         method = self.method
+        if method.attachment.in_training:  # a last pruning, which no step has followed
+            mask_averages(method.owners.optimizers, method.weights)
+        for switch in self._switches:
+            switch.end_run()
+        self._unhook()
         method.attachment.leave()
-        method.owners = Ownership([], {})
+        method.owners = Ownership.between_runs(method.owners.owns, method.params, len(method.owners.owns))
 
     def _unhook(self) -> None:
         for handle in self._handles:
@@ -223,28 +244,36 @@ class Engine:
     def _all_finite(self, step: Step) -> Tensor | bool:
         return torch_optimizers.all_finite([g for n in step.names if (g := step.gradient(n)) is not None])
 
-    def after_backward(self, scale: float = 1.0) -> None:
+    @property
+    def dense_gradients(self) -> DenseGradients:
+        """Dense gradients of the steps that are to come."""
+        return self._gradients
+
+    def after_backward(self, scale: float = 1.0, reduced: bool = True) -> None:
         """Manual optimization: mask the gradients now, before the user clips them, and keep dense ones where a step
         needs them.
 
         Args:
             scale: the factor by which a GradScaler has multiplied the gradients.
+            reduced: whether the backward pass has reduced the gradients over ranks.
         """
         method = self.method
         for index in range(len(method.owners.optimizers)):
             coming = self._step(index, tick=-1)
-            dense_wanted = method.wants_dense_gradients(coming)
-            for name in coming.names:
-                if method.weights.has_copy(name):
-                    continue
-                if dense_wanted:
-                    self._gradients.keep_and_mask(name, method.weights, scale)
-                else:
+            names = [name for name in coming.names if not method.weights.has_copy(name)]
+            if method.wants_dense_gradients(coming):
+                self._gradients.keep_and_mask(names, method.weights, scale, reduced)
+            else:
+                for name in names:
                     method.weights.mask_gradient(name)
 
     def withhold(self, optimizer: Optimizer) -> None:
         """Leave ``optimizer`` without gradients for the step that an update replaces."""
-        self._gradients.take_away(optimizer, self._steps[self.method.owners.index(optimizer)].tick)
+        if not isinstance(self.method, ReplacesSteps):
+            refuse_replaced_steps(self.method, optimizer)  # nobody could know before that the method does so
+        step = self._steps[self.method.owners.index(optimizer)]
+        step.group_numbers = torch_optimizers.group_numbers(optimizer)
+        self._gradients.take_away(optimizer, step.tick)
 
     def after(self, optimizer: Optimizer, *_: object) -> None:
         """The optimizer's own post hook: it fires when a step was really taken, and not where a GradScaler skipped
@@ -267,6 +296,8 @@ class Engine:
         if step is None or step.taken or not step.names:
             return
         step.taken = True
+        for group, numbers in zip(optimizer.param_groups, step.group_numbers, strict=False):
+            group.update(numbers)  # of a step that moved nothing: what optimizers count for a whole group stays too
         self._conclude(step)
         self._gradients.forget(step.names)
 
@@ -286,15 +317,17 @@ class Engine:
         if step.masked_gradients and count.at_most() % ROOTS_EVERY == 1:
             for name in step.names:
                 torch_optimizers.avoid_slow_square_roots(
-                    step.optimizer, method.params[name], ~method.weights.masks[name]
+                    step.optimizer,
+                    method.owners.fresh[step.index],
+                    method.params[name],
+                    ~method.weights.masks[name],
                 )
 
     def _take(self, step: Step, update: Update) -> None:
         """Make the masks of an update those of the network, and keep its figures for the log."""
         method = self.method
-        changed = topology.take(
-            method.weights, method.owners, update.masks, lambda name: method.new_weights(step, name)
-        )
+        owners = method.owners if keeps_optimizers(method) else None
+        changed = topology.take(method.weights, owners, update.masks, lambda name: method.new_weights(step, name))
         method.progress.mark_done(step.index)
         self.events |= {**update.figures, "update/changed": changed}
         if method.explores:
@@ -302,6 +335,8 @@ class Engine:
             ever_active.add(update.masks)
             self.events["update/ever_active"] = ever_active.share()
         method.after_update(step)
+        # of all, and last: a method may have ended dense copies
+        mask_averages(method.owners.optimizers, method.weights, step.names)
 
     def batch_over(self) -> None:
         """A batch is over: forget the gradients of replaced steps, and what a step that was not taken had prepared."""
@@ -315,6 +350,7 @@ class Engine:
     def write(self) -> None:
         """Restore the invariant in all sparse parameters."""
         self.method.write(None, self._finite is True)
+        mask_averages(self.method.owners.optimizers, self.method.weights)
 
     # ------------------------------------------------------------------ state
 

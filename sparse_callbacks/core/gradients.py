@@ -3,9 +3,11 @@
 from collections.abc import Iterable, Mapping
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparse_callbacks.core import distributed
 from sparse_callbacks.core.weights import SparseWeights
 
 # For each optimizer the latest step in which a mask update took its gradients away, and these gradients by id of the
@@ -24,6 +26,8 @@ class DenseGradients:
         self._params = params
         # by name: the masked ``p.grad``, its version after masking (torch counts writes in place), its dense copy
         self._kept: dict[str, tuple[Tensor, int, Tensor]] = {}
+        # names whose copies are those of this rank alone, because its latest backward pass was not reduced
+        self._of_this_rank: set[str] = set()
 
     def of(self, name: str, optimizer: Optimizer, tick: int) -> Tensor | None:
         """Dense gradient of a sparse parameter in step ``tick`` of its optimizer; None if it has no gradient."""
@@ -51,28 +55,67 @@ class DenseGradients:
                 p.grad = None  # zeros would not do: momentum and decay would still move the weight
         _withheld[optimizer] = (tick, taken)
 
-    def keep_and_mask(self, name: str, weights: SparseWeights, scale: float) -> None:
-        """Copy a gradient and mask it; over several backward passes, add what was masked after the earlier passes.
+    def keep_and_mask(self, names: Iterable[str], weights: SparseWeights, scale: float, reduced: bool) -> None:
+        """Copy gradients and mask them; over several backward passes, add what was masked after the earlier passes.
+
+        :meth:`drop_outdated` must have been called before the backward pass.
 
         Args:
-            name: the name of a sparse parameter.
-            weights: the sparse weights that hold the parameter's mask.
-            scale: the loss scale by which the gradient is divided in the copy.
+            names: the names of sparse parameters, the same and in the same order on every rank.
+            weights: the sparse weights that hold the masks.
+            scale: the loss scale by which gradients are divided in the copies.
+            reduced: whether the backward pass has reduced the gradients over ranks.
         """
-        if (gradient := self._params[name].grad) is None:
-            return
-        seen, version, dense = self._kept.get(name, (None, 0, gradient))
-        # Exactly one write in place since the copy: a backward pass added to the masked gradient. After a zero_grad in
-        # between it is another tensor, or was written twice (zeroed, then added to), and the copy is out of date.
-        added = weights.at_pruned(name, dense) if seen is gradient and gradient._version == version + 1 else 0.0
-        dense = gradient / scale + added
-        weights.mask_gradient(name)
-        self._kept[name] = (gradient, gradient._version, dense)
+        masked = {}
+        for name in names:
+            earlier = self._masked_earlier(name, weights, reduced)
+            if (gradient := self._params[name].grad) is not None:
+                masked[name] = gradient, gradient / scale + (0.0 if earlier is None else earlier)
+                weights.mask_gradient(name)
+        # the versions last: DistributedDataParallel's views of one bucket count the writes to all of them
+        self.put_back(masked)
+
+    def _masked_earlier(self, name: str, weights: SparseWeights, reduced: bool) -> Tensor | None:
+        """What was masked in a gradient after the earlier backward passes, reduced over ranks like the gradient."""
+        kept = self._kept.get(name)
+        earlier = None if kept is None else weights.at_pruned(name, kept[2])
+        if not reduced:
+            self._of_this_rank.add(name)
+        elif name in self._of_this_rank:  # the gradient holds the mean over ranks of the earlier passes too
+            self._of_this_rank.remove(name)
+            # also where this rank has had no gradient yet: the others wait for it
+            mine = torch.zeros_like(self._params[name]) if earlier is None else earlier
+            (earlier,) = distributed.mean([mine])
+        return earlier
+
+    def put_back(self, gradients: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Keep dense copies that were made before, such as those of a checkpoint.
+
+        Args:
+            gradients: the masked ``p.grad`` and its dense copy, by parameter name.
+        """
+        self._kept |= {name: (masked, masked._version, dense) for name, (masked, dense) in gradients.items()}
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """Dense copies by parameter name, of the gradients that are still as masking left them."""
+        return {
+            name: dense
+            for name, (masked, version, dense) in self._kept.items()
+            if self._params[name].grad is masked and masked._version == version
+        }
+
+    def drop_outdated(self) -> None:
+        """A backward pass begins: drop the copies of gradients that were set to zero, or written to, since they were
+        masked."""
+        if self._kept:
+            self.forget(self._kept.keys() - self.kept.keys())
 
     def forget(self, names: Iterable[str]) -> None:
         """Drop the copies of the named gradients, once the step that they were made for is over."""
         for name in names:
             self._kept.pop(name, None)
+            self._of_this_rank.discard(name)
 
     @staticmethod
     def free(optimizers: Iterable[Optimizer]) -> None:

@@ -63,7 +63,11 @@ class Hooks:
     # ------------------------------------------------------------------ what a method overrides
 
     def attach(self, model: nn.Module) -> None:
-        """Look at the model once, when masks exist and before the first batch."""
+        """Look at the model once, when masks exist and before the first batch.
+
+        It is also called outside of a run, where no host is there, when the state of a checkpoint whose weights were
+        loaded is taken; see :func:`~sparse_callbacks.core.restored.take_saved`.
+        """
 
     def further_members(self, model: nn.Module, entries: Sequence[Entry]) -> Sequence[Entry]:
         """``entries`` with further parameters that this method masks (an empty ``reason``), such as biases of gated

@@ -30,14 +30,15 @@ class Host(Protocol):
     ) -> Generator[Any, None, None]:
         """The network's output for each batch of one pass over the training data, in eval mode and without gradients.
 
-        Each rank passes over its share of the data. The pass leaves no trace: flags and random states are put back.
+        Each rank passes over its share of the data. The pass leaves no trace: flags, random states, buffers and plain
+        attributes are put back, besides those of ``train``.
 
         Args:
             fraction: the share of the batches, in (0, 1], that is used, beginning with the first.
             forward: a function of the module and a batch that gives the network's output. None: the module is called,
                 with arguments that follow from the type of the batch.
             loader: a loader of the batches to pass over. None: the training data in order.
-            train: the modules that stay in train mode.
+            train: the modules that stay in train mode and keep what the pass makes of them.
         """
 
     def request_restart(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from sparse_callbacks.core.randomness import undisturbed
+from sparse_callbacks.core.undisturbed import undisturbed
 
 BOUND_BY_LIGHTNING = ("forward", "training_step", "validation_step", "test_step", "predict_step", "_compiler_ctx")
 """Attributes that Lightning stores in a module when it compiles it; a copy's would call the original module."""
@@ -108,7 +108,8 @@ def copied(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, nothing compiled; afterwards modes and random generators are as before."""
+    """Eval mode, no gradients, nothing compiled; afterwards everything is as before that
+    :func:`~sparse_callbacks.core.undisturbed.undisturbed` puts back."""
     # eager: hooks must run in each pass, and a single pass is not worth a compilation
     with undisturbed(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         model.eval()

@@ -24,7 +24,7 @@ from sparse_callbacks.core.shards import layout_of
 from sparse_callbacks.core.signatures import refuse_old_hooks
 from sparse_callbacks.core.sparsity import joint_sparsity, layer_sparsity
 from sparse_callbacks.core.targets import layer_targets, zeros_by_parameter
-from sparse_callbacks.core.weights import SparseWeights
+from sparse_callbacks.core.weights import SparseWeights, whole
 
 DEFAULT_SPARSITY = 0.9
 
@@ -165,8 +165,11 @@ class Method(Hooks):
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Bool mask by parameter name, True where a connection is active; shape of the parameter."""
-        return dict(self.weights.masks)
+        """Bool mask by parameter name, True where a connection is active; shape of the parameter.
+
+        They are for reading: what is written into them may or may not reach the weights.
+        """
+        return {name: whole(mask) for name, mask in self.weights.masks.items()}
 
     @property
     def params(self) -> dict[str, nn.Parameter]:
@@ -253,12 +256,15 @@ class Method(Hooks):
 
         Raises:
             RuntimeError: before the first ``fit``, when there are no masks yet.
+            ValueError: after a run, where the model holds weights that the masks do not belong to.
         """
         if not self.masks:
             raise RuntimeError(
                 f"{type(self).__name__} has no masks yet: they are made at the start of fit. Before that, see "
                 "plan(model)."
             )
+        if self.attachment.host is None:  # in a run the engine keeps them together, and dense copies come and go
+            checkpoint.refuse_foreign_weights(self.masks, self.params)
         return joint_sparsity([self.weights], sum(e.size for e in self.entries)) | layer_sparsity(self.weights)
 
     def figures(self) -> dict[str, float]:
@@ -316,4 +322,5 @@ class Method(Hooks):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the hold on a model, its optimizers and the host stay behind."""
-        return {**vars(self), "owners": Ownership([], {})}
+        owned = self.owners.owns
+        return {**vars(self), "owners": Ownership.between_runs(owned, self.params, len(owned))}

@@ -2,10 +2,14 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from sparse_callbacks.core.fresh_state import FreshState
+from sparse_callbacks.core.optimizer_modes import refuse_modes
 
 # Each weight's update depends on that weight's own gradient and state alone, so masking the weights after the step is
 # enough.
@@ -57,17 +61,44 @@ class Ownership:
         first = {n: i for i in reversed(range(len(optimizers))) for n in self.steps[i]}
         self.owns = [[n for n in names if first[n] == i] for i, names in enumerate(self.steps)]
         """Names of the parameters that belong to each optimizer, whose masks are updated on its calendar."""
+        self.fresh = [FreshState(o) for o in optimizers]
+        """What the state of fresh weights is in each optimizer."""
         self._params = params
+
+    @classmethod
+    def between_runs(cls, owned: Sequence[Sequence[str]], params: Mapping[str, Tensor], optimizers: int) -> Self:
+        """Which parameters belong together where no optimizer is there.
+
+        Args:
+            owned: names of the parameters that belonged to each optimizer; may be wrong, or empty.
+            params: the sparse parameters by name.
+            optimizers: the number of optimizers. Where ``owned`` does not fit, all parameters belong to the first.
+        """
+        made = cls([], params)
+        fits = len(owned) == optimizers and params.keys() >= {n for names in owned for n in names}
+        made.owns = [list(names) for names in owned] if fits else [list(params), *[[]] * (optimizers - 1)]
+        return made
+
+    def parameters_of(self, index: int) -> list[Tensor]:
+        """The sparse parameters that an optimizer steps."""
+        return [self._params[name] for name in self.steps[index]]
 
     def index(self, optimizer: Optimizer) -> int:
         """Position of ``optimizer`` among the optimizers of the run."""
         return self.optimizers.index(optimizer)
 
     def clear(self, name: str, where: Tensor) -> None:
-        """:func:`clear_state` in every optimizer that steps the parameter."""
-        for optimizer, names in zip(self.optimizers, self.steps, strict=True):
+        """Give a parameter the state of fresh weights at ``where`` (bool, of its shape), in every optimizer that steps
+        it."""
+        for fresh, names in zip(self.fresh, self.steps, strict=True):
             if name in names:
-                clear_state(optimizer, self._params[name], where)
+                fresh.write(self._params[name], where)
+
+
+def group_numbers(optimizer: Optimizer) -> list[dict[str, float]]:
+    """The numbers in each parameter group: arguments, and what some optimizers count for a group and not for each
+    parameter."""
+    return [{k: v for k, v in group.items() if isinstance(v, int | float)} for group in optimizer.param_groups]
 
 
 def is_elementwise(optimizer: Optimizer) -> bool:
@@ -86,8 +117,11 @@ def refuse(optimizers: Iterable[Optimizer], scaler: bool) -> None:
         scaler: True where a GradScaler scales the loss (fp16).
 
     Raises:
-        ValueError: LBFGS (several closure calls a step), or a fused optimizer under a GradScaler.
+        ValueError: LBFGS (several closure calls a step), a fused optimizer under a GradScaler, or modes of training
+            and evaluation that are not those of ``schedulefree``.
     """
+    optimizers = list(optimizers)
+    refuse_modes(optimizers)
     for optimizer in optimizers:
         name = type(optimizer).__name__
         if isinstance(optimizer, torch.optim.LBFGS):
@@ -131,22 +165,9 @@ def several_closures(name: str) -> str:
 
 
 @torch.no_grad()
-def clear_state(optimizer: Optimizer, parameter: Tensor, where: Tensor) -> None:
-    """Zero every per-element state tensor (momentum, exp_avg, exp_avg_sq, ...) of ``parameter`` at some positions.
-
-    ``where`` is a bool tensor of the parameter's shape, True at these positions. Scalars such as Adam's ``step`` stay;
-    a parameter without state yet is left alone.
-    """
-    for value in optimizer.state.get(parameter, {}).values():
-        # by shape and not by name: the state of any optimizer, whatever it calls it
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            value.masked_fill_(where, 0)
-
-
-@torch.no_grad()
-def avoid_slow_square_roots(optimizer: Optimizer, parameter: Tensor, pruned: Tensor) -> None:
-    """Give the mean squared gradient of ``pruned`` weights (bool, shape of ``parameter``) a small normal value, and
-    clear the rest of their state, so that an optimizer on the CPU steps faster.
+def avoid_slow_square_roots(optimizer: Optimizer, fresh: FreshState, parameter: Tensor, pruned: Tensor) -> None:
+    """Give the mean squared gradient of ``pruned`` weights (bool, shape of ``parameter``) a small normal value, and the
+    rest of their state what ``fresh`` weights have, so that an optimizer on the CPU steps faster.
 
     Call it only where the gradients of pruned weights are always zero. Their mean squares fade to zero then, and
     torch's CPU square root is some six times slower on zeros and denormals than on normal numbers. The written value
@@ -162,7 +183,7 @@ def avoid_slow_square_roots(optimizer: Optimizer, parameter: Tensor, pruned: Ten
         or key not in optimizer.state.get(parameter, {})
     ):
         return
-    clear_state(optimizer, parameter, pruned)  # a leftover first moment over a small root would be a huge update
+    fresh.write(parameter, pruned)  # a leftover first moment over a small root would be a huge update
     optimizer.state[parameter][key].masked_fill_(pruned, _SMALL_MEAN_SQUARE)
 
 

@@ -3,12 +3,11 @@
 import hashlib
 import random
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparse_callbacks.core.shards import layout_of
 
@@ -64,16 +63,3 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
         sys.modules["numpy"].random.set_state(states["numpy"])
     for device, state in states["cuda"].items():
         torch.cuda.set_rng_state(state, device)
-
-
-@contextmanager
-def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Put the states of all random generators and every ``training`` flag back at the end."""
-    flags = [(m, m.training) for m in module.modules()]
-    states = random_states()
-    try:
-        yield
-    finally:
-        for m, training in flags:
-            m.training = training
-        restore_random_states(states)

@@ -83,6 +83,14 @@ def _weights_that_may_be_sparse(module: nn.Module) -> Iterator[tuple[str, int, t
                 yield name, parts, (p.shape[0] // parts, p.shape[1])
 
 
+def why_not_ranked(weight: Tensor) -> str:
+    """Why the type of ``weight`` has no order to prune by; empty where it has."""
+    # integers are codes of a quantised weight as a rule, and floats of one byte have no arithmetic in torch
+    if weight.is_floating_point() and weight.dtype.itemsize > 1:
+        return ""
+    return f"{str(weight.dtype).removeprefix('torch.')}: only weights in float16, bfloat16, float32 and float64 become sparse"
+
+
 def _forward_shape(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The stored ``shape`` of a weight in the order (outputs, inputs of one output, *kernel*)."""
     if isinstance(module, _ConvTransposeNd):  # stored as (in, out / groups, *kernel)
@@ -129,13 +137,17 @@ def entries(model: nn.Module) -> list[Entry]:
             # of the modules that share a tied weight, the first one decides on its layers
             if p is not None and roles[id(p)].shape == ():
                 roles[id(p)] = replace(
-                    roles[id(p)], parts=parts, shape=shape, reason="", transposed=isinstance(module, _ConvTransposeNd)
+                    roles[id(p)],
+                    parts=parts,
+                    shape=shape,
+                    reason=why_not_ranked(p),
+                    transposed=isinstance(module, _ConvTransposeNd),
                 )
     found = []
     for name, p in model.named_parameters():
         entry = replace(roles[id(p)], name=name)
         # also where the embedding shares its weight with a Linear layer: a lookup table is sparse on request only
-        found.append(replace(entry, reason=_EMBEDDING) if id(p) in embeddings else entry)
+        found.append(replace(entry, reason=_EMBEDDING) if id(p) in embeddings and not entry.reason else entry)
     return found
 
 

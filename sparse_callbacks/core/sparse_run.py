@@ -34,6 +34,7 @@ from sparse_callbacks.core.loop_steps import (
 )
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
+from sparse_callbacks.core.optimizer_modes import mode_of, switch_through
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.selection import Entry, layer_shapes, select
 from sparse_callbacks.core.step import Step
@@ -74,6 +75,8 @@ class SparseRun:
         listed = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
         self._optimizers = [plain_optimizer(o) for o in listed]
         torch_optimizers.refuse(self._optimizers, scaler=False)
+        for wrapper, plain in zip(listed, self._optimizers, strict=True):
+            switch_through(wrapper, plain)
         self._length = RunLength(lambda: float(steps), lambda: epoch_length(epoch, data))
         self._clip, self._on_restart = clip, on_restart
         self._engine = Engine(method)
@@ -348,9 +351,10 @@ class SparseRun:
         for optimizer, groups in zip(self._optimizers, self._first_groups, strict=True):
             optimizer.state.clear()
             for group, values in zip(optimizer.param_groups, groups, strict=True):
+                mode = mode_of(optimizer, group)
                 for key in [k for k in group if k != "params" and k not in values]:
                     del group[key]  # of the loop's old schedule, such as "initial_lr", which the new one sets again
-                group.update(copy.deepcopy(values))
+                group.update(copy.deepcopy(values) | mode)
         self._engine.restart_wanted = False
         if self._on_restart is not None:
             self._on_restart()

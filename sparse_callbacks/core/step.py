@@ -39,6 +39,7 @@ class Step:
         "_progress",
         "_weights",
         "finite_flag",
+        "group_numbers",
         "index",
         "masked_gradients",
         "names",
@@ -74,6 +75,8 @@ class Step:
         """An update of the masks takes the place of this step."""
         self.masked_gradients = False
         """Gradients of pruned weights were zeroed."""
+        self.group_numbers: list[dict[str, float]] = []
+        """Numbers of the optimizer's groups when the gradients were taken away; empty for a step with gradients."""
         self.taken = False
         """The optimizer has stepped."""
         self.skipped = False
@@ -145,10 +148,17 @@ class Step:
         state.
 
         The host takes the gradients away as late as it can, so that others who read them before the step still find
-        them.
+        them. A method that calls it says so with :class:`ReplacesSteps`.
         """
         self.replaced = True
 
     def clear_state(self, name: str, where: Tensor) -> None:
-        """Zero the optimizer state (momentum, mean squares) of a parameter at ``where`` (bool, of its shape)."""
+        """Give a parameter the optimizer state of fresh weights (momentum 0, say) at ``where`` (bool, of its shape)."""
         self._owners.clear(name, where)
+
+
+class ReplacesSteps:
+    """A method some of whose updates take the place of a step (:meth:`Step.replace`).
+
+    It is refused before the first batch where an optimizer does anything in a step without gradients.
+    """

@@ -25,17 +25,17 @@ class Update:
 
 def take(
     weights: SparseWeights,
-    owners: Ownership,
+    owners: Ownership | None,
     masks: Mapping[str, Tensor],
     new_weights: Callable[[str], Tensor | None],
 ) -> float:
     """Make ``masks`` those of the network: every rank takes those of rank 0.
 
-    Born weights start with zero optimizer state, and from zero or from what ``new_weights`` gives.
+    Born weights start from zero or from what ``new_weights`` gives, with the optimizer state of fresh weights.
 
     Args:
         weights: the masks and parameters to change.
-        owners: the optimizers whose state is cleared where weights are born.
+        owners: the optimizers that get fresh state where weights are born; None where they are started anew instead.
         masks: new masks by parameter name.
         new_weights: a function that takes a parameter's name and returns values of its shape for the born weights, or
             None where they start from zero.
@@ -44,7 +44,7 @@ def take(
         The share of connections that the update replaced: dropped and born ones over those active before and after.
     """
     # each rank has computed them, from sums that may differ in the last bit, and unequal masks would stay unequal
-    distributed.broadcast_masks(masks.values())
+    masks = distributed.masks_of_first_rank(masks)
     changed = total = 0
     born_in: dict[str, Tensor] = {}
     for name, mask in masks.items():
@@ -53,7 +53,6 @@ def take(
         born, after = weights.count(name, grown), weights.active_counts[name]
         # with a dense copy a weight comes back with what it has learnt, state included
         if born and not weights.has_copy(name):
-            owners.clear(name, grown)
             born_in[name] = grown
         changed += before + 2 * born - after  # dropped = before + born - after
         total += before + after
@@ -61,6 +60,8 @@ def take(
     for name, grown in born_in.items():  # only now: the line above would multiply new values by the mask for nothing
         if (values := new_weights(name)) is not None:
             weights.write_grown(name, grown, values)
+        if owners is not None:
+            owners.clear(name, grown)  # behind the values, which some state starts from
     return changed / max(1, total)
 
 

@@ -11,6 +11,11 @@ from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.shards import layout_of
 
 
+def whole(mask: Tensor) -> Tensor:
+    """``mask`` with memory of its own for each element, whatever it was expanded from."""
+    return mask.contiguous() if 0 in mask.stride() else mask
+
+
 class SparseWeights:
     """Bool masks by parameter name, what is derived from them, and the parameters under them.
 
@@ -35,15 +40,15 @@ class SparseWeights:
         self._factors: dict[str, Tensor] = {}
         self._copy = DenseCopy(self.params)
         placed = {n: masks[n].to(p.device, torch.bool) for n, p in params.items()} if masks else {}
-        distributed.broadcast_masks(placed.values())
-        for name, mask in placed.items():
+        for name, mask in distributed.masks_of_first_rank(placed).items():
             self.set_mask(name, mask)
 
     # ------------------------------------------------------------------ masks and counts
 
     def set_mask(self, name: str, mask: Tensor) -> None:
         """Take ``mask`` (bool, shape of the parameter); :meth:`write_masked` brings it into the values."""
-        self.masks[name] = mask
+        # whole filters may come as an expanded view, into which nothing could be written
+        self.masks[name] = whole(mask)
         self._counts[name] = self.count(name, mask)
         if name not in self._factors:
             self._factors[name] = torch.empty_like(self.params[name], requires_grad=False)
@@ -204,10 +209,14 @@ class SparseWeights:
         if self._copy:
             self._copy.swap_out(names)
 
+    def was_written(self, name: str) -> bool:
+        """Somebody else has written to a parameter with a dense copy since :meth:`write_masked`, and torch saw it."""
+        return self._copy.was_written(name)
+
     def absorb_if_written(self, names: Iterable[str]) -> None:
         """:meth:`absorb` what was written since :meth:`write_masked`, if torch saw it: the user clamped weights,
         say."""
-        self.absorb(n for n in names if self._copy.was_written(n))
+        self.absorb(n for n in names if self.was_written(n))
 
     @torch.no_grad()
     def absorb(self, names: Iterable[str]) -> None:

@@ -5,6 +5,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from sparse_callbacks.core.optimizer_modes import refuse_modes
+
 # By the name of the class, because Fabric exists twice (in lightning_fabric and in lightning.fabric) and need not be
 # installed; a user's own module may well have a child that is called "module", and is not a wrapper.
 _HOLDS_MODEL = {
@@ -13,6 +15,7 @@ _HOLDS_MODEL = {
     "DataParallel": "module",
     "OptimizedModule": "_orig_mod",
 }
+_HOLDS_OPTIMIZER = ("_FabricOptimizer", "AcceleratedOptimizer", "LightningOptimizer")
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
 
 
@@ -40,11 +43,16 @@ def plain_optimizer(optimizer: Any) -> Optimizer:
 
     Raises:
         TypeError: neither a torch optimizer nor a wrapper that has one as ``optimizer``.
+        ValueError: it switches between training and evaluation, and is not a torch optimizer.
     """
     found = optimizer
     while isinstance(inner := getattr(found, "optimizer", None), Optimizer):
+        # an optimizer that holds another one, as Lookahead does, goes on to write after the step within
+        if isinstance(found, Optimizer) and not any(c.__name__ in _HOLDS_OPTIMIZER for c in type(found).__mro__):
+            break
         found = inner
     if not isinstance(found, Optimizer):
+        refuse_modes([found])
         raise TypeError(
             f"{type(optimizer).__name__} is not a torch optimizer. Give the optimizer, or a list of optimizers, that "
             "the loop steps."

@@ -16,10 +16,12 @@ from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.distributions import why_all_active
 from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.hooks import BatchEnd
+from sparse_callbacks.core.loop_steps import last_run, restore_last_run
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
 from sparse_callbacks.core.selection import NOT_TRAINED, layer_shapes, select
 from sparse_callbacks.lightning import curves, optimizer_lives
+from sparse_callbacks.lightning.loaded_checkpoint import take_state_of_checkpoint
 from sparse_callbacks.lightning.namespaces import Trainer, callback_classes
 from sparse_callbacks.lightning.refusals import (
     ends_run,
@@ -43,14 +45,16 @@ class FitState:
 
     restored: dict[str, Any] | None = None
     """State of the checkpoint, until the fit has begun."""
-    held_gradients: dict[str, Tensor] = field(default_factory=dict)
-    """Gradients of an accumulation window that was open when the checkpoint was written, until training starts."""
     window_open: bool = False
     """A backward pass has run since the last optimizer step."""
+    waiting: set[int] = field(default_factory=set)
+    """Indices of the optimizers that have not stepped since the last backward pass."""
     left_out: list[str] = field(default_factory=list)
     """Names of parameters that stay dense because nobody trains them yet."""
     logged_at: int = -1
     """The Trainer's optimizer step of the latest row of curves."""
+    last_run: Any = None
+    """What :func:`~sparse_callbacks.core.loop_steps.last_run` gave, from setup until the masks are written."""
 
 
 class SparsityCallback(Method, AnyCallback):
@@ -87,9 +91,15 @@ class SparsityCallback(Method, AnyCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             refuse_host(trainer)
+            self.fit_state.last_run = last_run(self)
             self.saved = None  # of an earlier fit; what this one resumes from is restored after setup
             if self.attachment.model is not pl_module or self.fresh_start:
                 self.engine.forget()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # the weights are loaded already. A fit takes its state later, in on_fit_start, when its optimizers stand
+        if trainer.state.fn != "fit" and not self.engine.is_bound:
+            take_state_of_checkpoint(self, pl_module, checkpoint["callbacks"].get(self.state_key), trainer.ckpt_path)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.fit_state.restored = state_dict
@@ -104,10 +114,10 @@ class SparsityCallback(Method, AnyCallback):
         self.saved = None if state is None else SavedRun.of(state)
         fit = self.fit_state
         fit.left_out = [e.name for e in entries if e.reason in NOT_TRAINED]
-        fit.held_gradients = {} if self.saved is None else dict(self.saved.grads)
         fit.restored = None
         host = self._host_of(trainer, pl_module)
         self.engine.bind(pl_module, entries, trainer.optimizers, self._reads(trainer, pl_module), host)
+        optimizer_lives.switch_through_wrappers(trainer)
         if self.print_plan and trainer.is_global_zero:
             print(self.plan(), flush=True)
         if text := why_all_active(self.distribution, layer_shapes(entries)):
@@ -122,6 +132,7 @@ class SparsityCallback(Method, AnyCallback):
         self._check_horizons(trainer)
         self.rehearse()
         self.engine.write()  # not earlier: a fit that is refused leaves the weights as they were
+        self.fit_state.last_run = None
         self.attachment.in_training = True
         self._put_gradients_back(pl_module)
         # `or {}`: in version 0.1 this hook gave nothing, and an override of that time still may
@@ -139,15 +150,22 @@ class SparsityCallback(Method, AnyCallback):
             self.window_start(batch_idx)
         self.batch_start(batch_idx)
 
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self.engine.dense_gradients.drop_outdated()
+
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.fit_state.window_open = True
+        self.fit_state.waiting.update(range(len(trainer.optimizers)))
         if not pl_module.automatic_optimization:
             scaler = scaler_of(trainer)
-            self.engine.after_backward(1.0 if scaler is None else scaler.get_scale())
+            # DistributedDataParallel's own switch: no_sync() turns it off
+            reduced = getattr(trainer.strategy.model, "require_backward_grad_sync", True)
+            self.engine.after_backward(1.0 if scaler is None else scaler.get_scale(), reduced)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self.fit_state.window_open = False
         step = self.engine.before(optimizer, trainer.global_step)
+        self.fit_state.waiting.discard(step.index)
         if step.replaced and pl_module.automatic_optimization:
             self._withhold_instead_of_clipping(pl_module, optimizer)
         elif step.replaced:
@@ -193,11 +211,13 @@ class SparsityCallback(Method, AnyCallback):
         if not self.masks:
             return self.fit_state.restored or {}
         current = self.engine.state()
-        if (
-            self.fit_state.window_open and self.attachment.model is not None
-        ):  # accumulated gradients are in no checkpoint of Lightning's
+        # of any optimizer: another one may have stepped within its window
+        if self.fit_state.waiting and self.attachment.model is not None:
+            # accumulated gradients are in no checkpoint of Lightning's
             held = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
             current["grads"] = self._gradients_to_save(held)
+            current["dense_grads"] = self._gradients_to_save(self.engine.dense_gradients.kept)
+            current["window_open"] = self.fit_state.window_open
         return current
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -220,7 +240,12 @@ class SparsityCallback(Method, AnyCallback):
     @staticmethod
     def _reads(trainer: Trainer, module: LightningModule) -> list[bool]:
         """For each optimizer, whether anybody reads gradients between backward and its step."""
-        return [module.automatic_optimization and gradients_are_read(trainer, module, o) for o in trainer.optimizers]
+        automatic = module.automatic_optimization
+        # in manual optimization they are masked after backward, which a raw loss.backward() does not announce
+        return [
+            not torch_optimizers.is_elementwise(o) or (automatic and gradients_are_read(trainer, module, o))
+            for o in trainer.optimizers
+        ]
 
     def _begin_calendar(self, trainer: Trainer) -> None:
         self.calendar = self.make_calendar(optimizer_lives.length_of(trainer))
@@ -236,14 +261,19 @@ class SparsityCallback(Method, AnyCallback):
     def _put_gradients_back(self, module: LightningModule) -> None:
         """Give parameters the gradients of an accumulation window that was open when the checkpoint was written."""
         fit, parameters = self.fit_state, dict(module.named_parameters())
-        for name, gradient in fit.held_gradients.items():
-            parameters[name].grad = gradient.to(parameters[name].device)
-        fit.window_open = bool(fit.held_gradients)
-        fit.held_gradients = {}
+        fit.window_open, fit.waiting, kept = False, set(), {}
+        if self.saved is not None and self.saved.grads:
+            for name, gradient in self.saved.grads.items():
+                p = parameters[name]
+                p.grad = gradient.to(p.device)
+                if (dense := self.saved.dense_grads.get(name)) is not None:
+                    kept[name] = p.grad, dense.to(p.device)
+            fit.window_open, fit.waiting = self.saved.window_open, set(range(len(self.owners.optimizers)))
+        self.engine.dense_gradients.put_back(kept)
 
     def _gradients_to_save(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Accumulated gradients for a checkpoint, which one rank writes for all: their mean."""
-        return dict(zip(held, distributed.mean(held.values()), strict=True))
+        return distributed.mean_of_any(held, dict(self.model.named_parameters()))
 
     def _warn_of_thawed(self, trainer: Trainer, module: LightningModule) -> None:
         """Say which parameters are trained only now, and stay dense therefore."""
@@ -270,6 +300,7 @@ class SparsityCallback(Method, AnyCallback):
         for peer in peers_of(trainer):
             peer.engine.rebind(trainer.optimizers, reads)
             peer.engine.restart_wanted = False
+        optimizer_lives.switch_through_wrappers(trainer)
         self._check_horizons(trainer)
 
     def _check_horizons(self, trainer: Trainer) -> None:
@@ -312,6 +343,9 @@ class SparsityCallback(Method, AnyCallback):
     def _leave(self, module: LightningModule) -> None:
         vars(module).pop("configure_gradient_clipping", None)
         self.engine.unbind()
+        before, self.fit_state.last_run = self.fit_state.last_run, None
+        if before is not None:  # the fit was refused: its masks were never written into the weights
+            restore_last_run(self, *before)
 
     def __getstate__(self) -> dict[str, Any]:
         bound_by_lightning = ("log", "log_dict")

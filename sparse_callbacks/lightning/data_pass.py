@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
@@ -25,9 +26,9 @@ def outputs(
 ) -> Iterator[Any]:
     """Outputs of the network for each batch of one pass: eval mode, no gradients, training's precision and device.
 
-    Afterwards, also after an exception and where the iterator is closed early, every random generator and every
-    module's ``training`` flag is as before; the training loader keeps its position. Compiled modules run eagerly, so
-    their hooks fire.
+    Afterwards, also after an exception and where the iterator is closed early, everything is as before that
+    :func:`~sparse_callbacks.core.undisturbed.undisturbed` puts back; the training loader keeps its position, and what
+    the network logs in the pass is dropped. Compiled modules run eagerly, so their hooks fire.
 
     Args:
         trainer: the Trainer of the run.
@@ -40,7 +41,8 @@ def outputs(
             the Trainer limits the batches of an epoch, it is a share of the limited number.
         world: the number of processes in the run.
         rank: the rank of this process.
-        train: the modules that stay in train mode, such as norms whose running statistics are collected.
+        train: the modules that stay in train mode and keep what the pass makes of them, such as norms whose running
+            statistics are collected.
 
     Raises:
         ValueError: the data cannot be iterated in order, or the network does not accept its batches.
@@ -56,14 +58,40 @@ def outputs(
         _warn_if_random(trainer, batches, rank)
         return batches, data_pass.batch_count(batches, fraction, _limit(trainer))
 
+    logging = [m for m in module.modules() if callable(getattr(m, "log", None)) and hasattr(m, "log_dict")]
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        with trainer.precision_plugin.forward_context(), _unlogged(logging):
+            yield
+
     yield from data_pass.outputs(
         module,
         choose,
         forward=forward,
         train=train,
         move=lambda batch: _as_in_training(trainer, module, batch),
-        precision=trainer.precision_plugin.forward_context,
+        precision=context,
     )
+
+
+@contextmanager
+def _unlogged(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """``log`` and ``log_dict`` of these LightningModules do nothing: the pass is none of the hooks that log."""
+    # the instance's attributes hide the methods of the class
+    before = [{n: v for n, v in vars(m).items() if n in ("log", "log_dict")} for m in modules]
+    for module in modules:
+        vars(module).update(log=_nothing, log_dict=_nothing)
+    try:
+        yield
+    finally:
+        for module, own in zip(modules, before, strict=True):
+            del vars(module)["log"], vars(module)["log_dict"]
+            vars(module).update(own)
+
+
+def _nothing(*_: object, **__: object) -> None:
+    return None
 
 
 def _users_sampler(sampler: Any) -> Any:

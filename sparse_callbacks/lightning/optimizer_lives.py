@@ -8,6 +8,7 @@ from torch.optim import Optimizer, lr_scheduler
 
 from sparse_callbacks.core.calendar import RunLength
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
+from sparse_callbacks.core.optimizer_modes import switch_through, take_over_mode
 from sparse_callbacks.core.optimizers import parameter_ids
 from sparse_callbacks.lightning.namespaces import Trainer
 
@@ -97,6 +98,8 @@ def restart(trainer: Trainer) -> None:
             f"configure_optimizers gave {len(before)} optimizers at the start and {len(after)} at the restart of a "
             "phase. Let it give the same ones at every call, or give restart=False."
         )
+    for new, old in zip(after, before, strict=True):
+        take_over_mode(new, old)
     trained = {id(p): n for n, p in trainer.lightning_module.named_parameters() if p.requires_grad}
     # an id means the same parameter in both lists, because `before` keeps the old ones alive
     lost = [trained[i] for i in (parameter_ids(*before) - parameter_ids(*after)) & trained.keys()]
@@ -106,6 +109,13 @@ def restart(trainer: Trainer) -> None:
             "anew for a phase (a group added later, as by a finetuning callback, is lost). Let configure_optimizers "
             "give all of them, or give restart=False."
         )
+
+
+def switch_through_wrappers(trainer: Trainer) -> None:
+    """What ``self.optimizers()`` gives switches the optimizers of the Trainer themselves."""
+    # a private list, because the public way to the wrappers is the module's and gives one or several
+    for wrapper in trainer.strategy._lightning_optimizers:
+        switch_through(wrapper, wrapper.optimizer)
 
 
 def check_horizons(trainer: Trainer, phase_steps: float, epoch_steps: float) -> None:

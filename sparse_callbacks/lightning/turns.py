@@ -9,6 +9,7 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
 from sparse_callbacks.core import distributed
+from sparse_callbacks.core.optimizer_modes import has_modes
 from sparse_callbacks.lightning.callback import SparsityCallback, peers_of
 from sparse_callbacks.lightning.namespaces import Trainer
 from sparse_callbacks.lightning.trainer_host import TrainerHost
@@ -70,6 +71,11 @@ class TurnTaking(SparsityCallback):
                 f"{type(self).__name__} trains several copies of the whole network, and {len(peers)} sparsity "
                 "callbacks are in callbacks=. Leave it alone there, or use GaP."
             )
+        for optimizer in filter(has_modes, trainer.optimizers):
+            raise ValueError(
+                f"{type(optimizer).__name__} has a point for training and one for evaluation, and {type(self).__name__} "
+                "loads other networks between the two. Use an optimizer without modes, such as AdamW, or GaP."
+            )
         super()._refuse_neighbours(trainer, names)
 
     def _state_to_resume(self, trainer: Trainer, module: LightningModule) -> Mapping[str, Any] | None:
@@ -99,7 +105,8 @@ class TurnTaking(SparsityCallback):
             optimizers = [o.state_dict() for o in self.owners.optimizers]
             mine = {"weights": weights, "optimizers": optimizers, "loaders": self.trainer_host.loader_states()}
             # gradients of an open window are in it too: each rank accumulates those of its own network
-            state["workers"] = distributed.gather({**mine, "grads": state.pop("grads", {})})
+            open_window = {key: state.pop(key, {}) for key in ("grads", "dense_grads")}
+            state["workers"] = distributed.gather({**mine, **open_window})
         return state
 
     def _gradients_to_save(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:

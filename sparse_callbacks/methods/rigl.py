@@ -5,12 +5,12 @@ from typing import ClassVar
 from torch import Tensor
 
 from sparse_callbacks.core.ops import drop_count
-from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.step import ReplacesSteps, Step
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
 
 
-class RigL(DropAndGrow):
+class RigL(ReplacesSteps, DropAndGrow):
     """RigL: drop small weights, grow where the dense gradient is large (Evci et al., ICML 2020).
 
     Every ``every`` steps, layer by layer, with k = int(drop_fraction(t) * active)::
@@ -20,8 +20,8 @@ class RigL(DropAndGrow):
 
     An update replaces the gradient step of its optimizer: no parameter moves, biases, norms, momentum and Adam's
     counter included, while the LR schedule and ``trainer.global_step`` go on; ``self.step`` does not. Grown weights
-    start at zero with zero optimizer state; a weight dropped and grown again in one update keeps both. The gradient is
-    taken after reduction over ranks and accumulation, and before clipping.
+    start at zero with the optimizer state of a fresh weight; a weight dropped and grown again in one update keeps both.
+    The gradient is taken after reduction over ranks and accumulation, and before clipping.
 
     Differs from the paper: an update whose count is 0 in every layer (at the end of the cosine) is an ordinary gradient
     step. Differs from the released code: the cosine runs over (t - start) / (stop - start), where the code does not

@@ -45,7 +45,7 @@ def slimmed(
         trainer: the trainer that has tested `module`.
         module: the trained network; it is not changed.
         data: the data set; its test images are used.
-        method: the sparsity callback, whose masks name the sparse parameters.
+        method: the sparsity callback, whose masks are those of the network.
         folder: the folder of the run, which the files are written into.
 
     Returns:
@@ -53,9 +53,8 @@ def slimmed(
         batch of 8), each also as a share of the masked network's (slim/parameters_share, ...), slim/removed
         (channels), slim/difference (of the outputs, relative) and slim/test/acc.
     """
-    # from the weights and not from the method's masks: after `test=best` the weights are of an earlier epoch
-    parameters = dict(module.named_parameters())
-    masks = {name.removeprefix("model."): parameters[name].detach() != 0 for name in method.masks}
+    # after `test=best` they are those of that checkpoint, as the weights are
+    masks = {name.removeprefix("model."): mask for name, mask in method.masks.items()}
     images, _ = next(iter(data.test_dataloader()))
     small, proof = slim(module.model, masks, images[:BATCH].to(module.device))
     save_compact(small, folder / FILE)

@@ -90,7 +90,7 @@ def _add_sparsity(out: Table, metrics: Mapping[str, float], method: SparsityCall
     out.add_row("sparsity of the whole model", f"{metrics['sparsity/model']:.6f}")
     for name, mask in masks.items():
         out.add_row(f"  {name}", f"{metrics[f'sparsity/{name}']:.6f}  ({int(mask.sum()):,} of {mask.numel():,})")
-    out.add_row("topology updates", str(method.updates))
+    out.add_row("topology updates", f"{metrics['updates']:g}")
     for label, reached in method.outcome().items():
         out.add_row(label, reached)
     warning = target_warning(method)

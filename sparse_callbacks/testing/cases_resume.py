@@ -1,15 +1,17 @@
 """The contract for checkpoints: plain models load them, and a resumed run is bitwise the same."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 
 from sparse_callbacks.testing.comparison import assert_effective, differences, snapshot
 from sparse_callbacks.testing.data import Batches
-from sparse_callbacks.testing.networks import Classifier, conv_net
+from sparse_callbacks.testing.networks import ByHand, Classifier, conv_net
 from sparse_callbacks.testing.runs import Stops, fit, watch
 from sparse_callbacks.testing.subject import STEPS, Contract
 
@@ -32,17 +34,22 @@ def test_state_dict_keys_stay_and_a_plain_model_loads_strictly(self: Contract, t
 
 
 def resumed_differently(
-    make: Callable[[], list[Any]], folder: Path, after: tuple[int, ...], optimizer: str, **options: Any
+    make: Callable[[], list[Any]],
+    folder: Path,
+    after: tuple[int, ...],
+    optimizer: str,
+    trained: Callable[..., pl.LightningModule] = Classifier,
+    **options: Any,
 ) -> dict[int, list[str]]:
     """What differs at the end of a run between never stopping and resuming after each of these batches, with other
     initial weights and another RNG state."""
     torch.manual_seed(1)
-    module, callbacks, stops = Classifier(optimizer=optimizer), make(), Stops(folder, after)
+    module, callbacks, stops = trained(conv_net(), optimizer), make(), Stops(folder, after)
     expected = snapshot(fit(module, *callbacks, stops, **options), module, *callbacks)
     found = {}
     for batch in after:
         assert torch.load(stops.path(batch), weights_only=True)["callbacks"]
-        module, callbacks = Classifier(conv_net(seed=100 + batch), optimizer), make()
+        module, callbacks = trained(conv_net(seed=100 + batch), optimizer), make()
         torch.manual_seed(1000 + batch)
         trainer = fit(module, *callbacks, ckpt_path=stops.path(batch), **options)
         found[batch] = differences(expected, snapshot(trainer, module, *callbacks))
@@ -54,7 +61,7 @@ def test_resume_is_bitwise(self: Contract, optimizer: str, tmp_path: Path) -> No
     """A run that is resumed ends bitwise like one that never stopped."""
     # updates come with batches 1, 5, 9, ... where they replace a step, and after 1, 4, 7, ... where they follow one
     after = (1, 2, 3, 4, 5, 8, 9, 13, 14)
-    options = {"gradient_clip_val": 0.5} if optimizer == "sgd" else {}
+    options: dict[str, Any] = {"gradient_clip_val": 0.5} if optimizer == "sgd" else {}
     assert resumed_differently(lambda: [self.method()], tmp_path, after, optimizer, **options) == {b: [] for b in after}
 
 
@@ -78,6 +85,24 @@ def test_resume_inside_an_accumulation_window_is_bitwise(self: Contract, optimiz
         return [self.method(every=2, stop=6)]
 
     assert resumed_differently(make, tmp_path, after, optimizer, **options) == {b: [] for b in after}
+    saved = torch.load(tmp_path / "4.ckpt", weights_only=True)["callbacks"]
+    assert "grads" in next(iter(saved.values()))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_resume_inside_a_window_of_manual_optimization_is_bitwise(
+    self: Contract, optimizer: str, tmp_path: Path
+) -> None:
+    """Resume is bitwise also inside an accumulation window in manual optimization, where gradients are masked after
+    each backward pass."""
+    by_hand = partial(ByHand, window=3, clip=0.5)
+    after = (1, 2, 4, 5, 13, 14, 16, 17)  # windows end after 3, 6, 9, ...
+
+    def make() -> list[Any]:
+        return [self.method(every=1, stop=6)]
+
+    found = resumed_differently(make, tmp_path, after, optimizer, by_hand, loader=Batches(batches=12))
+    assert found == {b: [] for b in after}
     saved = torch.load(tmp_path / "4.ckpt", weights_only=True)["callbacks"]
     assert "grads" in next(iter(saved.values()))
 

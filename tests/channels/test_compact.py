@@ -22,6 +22,9 @@ from sparse_callbacks.channels.groups import channel_groups
 from sparse_callbacks.channels.slim import slim
 from sparse_callbacks.testing.comparison import differences
 
+# masks are made for dense networks here
+pytestmark = pytest.mark.filterwarnings("ignore:the masks cut weights:UserWarning")
+
 
 @pytest.mark.parametrize("name", [*NETS, "constant"])
 def test_a_compact_checkpoint_loads_onto_the_original_class(name: str, tmp_path: Path) -> None:

@@ -17,6 +17,9 @@ from sparse_callbacks.channels.onnx import export_onnx
 from sparse_callbacks.channels.slim import slim
 from sparse_callbacks.core.inspection import tensors_in
 
+# masks are made for dense networks here
+pytestmark = pytest.mark.filterwarnings("ignore:the masks cut weights:UserWarning")
+
 
 @pytest.mark.parametrize("name", ["residual", "grouped"])
 def test_onnxruntime_computes_the_same(name: str, tmp_path: Path) -> None:

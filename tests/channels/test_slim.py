@@ -24,6 +24,9 @@ from sparse_callbacks.channels.slim import slim, slimmable_groups
 from sparse_callbacks.testing.comparison import differences, structure
 from sparse_callbacks.testing.networks import Classifier
 
+# masks are made for dense networks here
+pytestmark = pytest.mark.filterwarnings("ignore:the masks cut weights:UserWarning")
+
 
 def numbers(net: nn.Module) -> int:
     return sum(p.numel() for p in net.parameters())

@@ -10,6 +10,9 @@ from sparse_callbacks.channels.slim import slim
 from sparse_callbacks.testing.networks import Classifier, conv_net
 from sparse_callbacks.testing.runs import fit
 
+# masks are made for dense networks here
+pytestmark = pytest.mark.filterwarnings("ignore:the masks cut weights:UserWarning")
+
 
 @pytest.mark.parametrize(("padding", "mode"), [(0, "zeros"), (1, "reflect")])
 @pytest.mark.parametrize("groups", [1, 2])

@@ -1,6 +1,8 @@
 """Slimming: what is put back and named, what is refused, and how outputs are compared."""
 
+import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,9 @@ from torch import Tensor, nn
 from sparse_callbacks.channels.comparison import Difference, compare, why_not_equal
 from sparse_callbacks.channels.slim import slim, slimmable_groups
 from sparse_callbacks.testing.comparison import differences, structure
+
+# masks are made for dense networks here
+pytestmark = pytest.mark.filterwarnings("ignore:the masks cut weights:UserWarning")
 
 
 def test_a_group_that_changes_the_outputs_is_put_back_and_named() -> None:
@@ -74,17 +79,48 @@ def test_masks_that_do_not_fit_are_refused() -> None:
         slim(net, {"outer.weight": torch.ones(5)}, x)
 
 
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ({}, "masks= is empty, so no channel is dead"),
+        ({"outer.weight": torch.rand(6)}, r"not of bool but of torch.float32.*Give `mask != 0`"),
+        ({"outer.weight": torch.ones(6, dtype=torch.int64)}, r"not of bool but of torch.int64"),
+        ({"outer.weight": [True] * 6}, "mask of outer.weight is a list. Give a bool tensor"),
+    ],
+)
+def test_what_is_not_a_bool_mask_is_refused(masks: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        slim(made(Residual), masks, torch.randn(IMAGE))
+
+
+@pytest.mark.parametrize("zeroed", [False, True])
+def test_masks_that_cut_weights_are_spoken_of(zeroed: bool) -> None:
+    """The proof is about the masked model, which is not the given one where other weights were loaded since."""
+    net, mask = made(Residual), torch.arange(6) < 3
+    if zeroed:
+        with torch.no_grad():
+            net.outer.weight.mul_(mask[:, None, None])
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        _, proof = slim(net, {"outer.weight": mask}, torch.randn(IMAGE))
+    words = [str(w.message) for w in seen if "cut weights" in str(w.message)]
+    assert len(words) == (not zeroed)
+    assert zeroed or "are not zero (216 of outer.weight)" in words[0]
+    assert proof.cut == (0 if zeroed else 216)
+    assert ("216 weights that were not zero" in str(proof)) == (not zeroed)
+
+
 def test_outputs_that_are_not_finite_prove_nothing() -> None:
     net = made(Residual)
     with torch.no_grad():
         net.head.bias[0] = float("nan")
     with pytest.raises(ValueError, match="gives NaN, or no finite outputs, in eval mode"):
-        slim(net, {}, torch.randn(IMAGE))
+        slim(net, {"outer.weight": torch.arange(6) < 3}, torch.randn(IMAGE))
 
 
 def test_outputs_that_never_change_prove_nothing() -> None:
     with pytest.raises(ValueError, match="gives the same outputs for different random inputs"):
-        slim(made(Residual), {"head.weight": torch.zeros(1)}, torch.randn(IMAGE))
+        slim(made(Residual), {"head.weight": torch.zeros(1, dtype=torch.bool)}, torch.randn(IMAGE))
 
 
 def test_a_network_that_does_not_run_in_float64_is_compared_in_its_own_precision() -> None:

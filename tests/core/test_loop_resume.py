@@ -11,6 +11,7 @@ from support.loops import EPOCH, METHODS, STEPS, adamw, assert_same, begin, data
 from torch import nn
 
 from sparse_callbacks import GaP, RigL, SparseRun, Static, sparsify
+from sparse_callbacks.testing.comparison import differences
 
 STOP = 9  # between two updates, and within a phase of GaP
 
@@ -188,3 +189,14 @@ def test_other_times_than_the_saved_ones_are_announced() -> None:
     model = net()
     with pytest.warns(UserWarning, match="RigL goes on with other times than it was saved with"):
         sparsify(METHODS["rigl"](), model, sgd(model), 2 * STEPS, epoch=EPOCH, data=data(), state=saved)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_state_is_not_changed_by_the_run_that_goes_on_from_it(method: str) -> None:
+    saved = saved_after(method, adamw, STOP)
+    before = copy.deepcopy(saved["run"])
+    model = net(seed=1)
+    model.load_state_dict(saved["model"])
+    optimizer = adamw(model)
+    train(begin(method, model, optimizer, state=saved["run"]), model, optimizer, first=STOP)
+    assert differences(before, saved["run"]) == []

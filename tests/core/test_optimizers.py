@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparse_callbacks.core import optimizers
+from sparse_callbacks.core.fresh_state import FreshState
 
 
 def trained(make, lift, steps=150):
@@ -17,7 +18,7 @@ def trained(make, lift, steps=150):
         weight.grad = torch.randn(40, 30, generator=generator) * mask
         optimizer.step()
         if lift and step % 10 == 1:
-            optimizers.avoid_slow_square_roots(optimizer, weight, ~mask)
+            optimizers.avoid_slow_square_roots(optimizer, FreshState(optimizer), weight, ~mask)
         with torch.no_grad():
             weight.mul_(mask)
     return weight.detach(), mask, {k: v for k, v in optimizer.state[weight].items() if v.shape == weight.shape}

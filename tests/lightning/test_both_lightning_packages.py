@@ -78,3 +78,21 @@ def test_refusals_know_its_classes(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="EMAWeightAveraging averages weights over moving masks"):
         made(tmp_path, [callback(RigL), EMAWeightAveraging()], 1).fit(Task(), loader(4))
+
+
+def test_a_tested_checkpoint_brings_its_masks(tmp_path: Path) -> None:
+    class Tested(Task):
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            self.net(batch[0])
+
+    one, module = callback(RigL), Tested()
+    save = lightning.callbacks.LambdaCallback(
+        on_train_epoch_end=lambda trainer, _: trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+    )
+    trainer = made(tmp_path, [one, save], 3)
+    trainer.fit(module, loader(4))
+    late = copied_masks(one)
+    trainer.test(module, loader(4), ckpt_path=tmp_path / "0.ckpt", verbose=False)
+    assert any(not torch.equal(m, late[n]) for n, m in one.masks.items())
+    parameters = dict(module.named_parameters())
+    assert not any(parameters[n][~m].any() for n, m in one.masks.items())

@@ -25,7 +25,7 @@ from torch.utils.data import (
 )
 
 from sparse_callbacks.core.data_pass import call, in_order
-from sparse_callbacks.core.randomness import undisturbed
+from sparse_callbacks.core.undisturbed import undisturbed
 from sparse_callbacks.lightning.data_pass import outputs
 
 

@@ -14,6 +14,7 @@ from support.rig import copied_masks, fit_steps, short_callback
 from torch import nn
 
 from sparse_callbacks import GMP, SET, SNFS, RigL, Static
+from sparse_callbacks.testing.comparison import assert_effective
 from sparse_callbacks.testing.runs import trainer_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -120,3 +121,22 @@ def test_a_resumed_run_needs_the_checkpoint_of_its_mask_no_more(tmp_path: Path) 
     resumed = Static(from_checkpoint=tmp_path / "moved.pt", print_plan=False)
     trainer_for(resumed, tmp_path, max_steps=8).fit(Regression(), loader(8), ckpt_path=tmp_path / "middle.ckpt")
     assert all(torch.equal(m, resumed.masks[n]) for n, m in callback.masks.items())
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_fit_that_is_refused_leaves_the_masks_of_the_last_one(first: bool, tmp_path: Path) -> None:
+    """Its own were never written into the weights, and a later fit would take the weights for foreign ones."""
+    callback, module = short_callback(RigL), Regression()
+    if not first:
+        fit_steps(tmp_path, callback, module, 9)
+        module.net.append(nn.Linear(6, 6))
+    before = copied_masks(callback)
+
+    def refuse(*_: Any) -> None:
+        raise ValueError("somebody refuses")
+
+    with pytest.raises(ValueError, match="somebody refuses"):
+        fit_steps(tmp_path, [lightning_callbacks.LambdaCallback(on_train_start=refuse), callback], module, 4)
+    assert callback.masks.keys() == before.keys()
+    fit_steps(tmp_path, callback, module, 9)
+    assert_effective(module, callback)

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,14 @@ from torch import nn
 from sparse_callbacks import ParallelGaP, SparseRun, sparsify
 from sparse_callbacks.testing.comparison import snapshot
 from sparse_callbacks.testing.data import Batches
-from sparse_callbacks.testing.networks import Classifier
+from sparse_callbacks.testing.networks import ByHand, Classifier
 from sparse_callbacks.testing.runs import Stops, fit, watch
 from support.methods import STEADY, method
 
 
 def run_two_processes(program: str, folder: Path) -> None:
-    """Run this module as the two ranks of one run: ``program`` is ``replicas`` or ``workers``, and each rank writes
-    FOLDER/<rank>.pt."""
+    """Run this module as the two ranks of one run: ``program`` is ``replicas``, ``workers``, ``windows`` or ``strided``,
+    and each rank writes FOLDER/<rank>.pt."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -85,12 +86,14 @@ def train_replica(
     ckpt_path: Path | None = None,
     noise: float = 0.0,
     dtype: torch.dtype = torch.float64,
+    net: nn.Module | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
     """Masks after every batch and all state at the end; ``rank`` and ``world`` say which part of the data is this
     process's."""
     torch.manual_seed(rank)
-    module, callback = Classifier(matrices(rank, dtype)), method(name, every=2, stop=8, **changes)
+    net = matrices(rank, dtype) if net is None else net
+    module, callback = Classifier(net), method(name, every=2, stop=8, **changes)
     masks: list[dict[str, torch.Tensor]] = []
     see = watch(lambda *_: masks.append({n: m.clone() for n, m in callback.masks.items()}))
     trainer = fit(
@@ -164,6 +167,104 @@ def run_replicas(folder: Path) -> None:
             "single": train_replica(name, rank, world, dtype=torch.float32, restart=False),
             "fabric": [train_in_fabric(name, rank, world, first) for first in (True, False)],
         }
+    torch.save(results, folder / f"{rank}.pt")
+
+
+# ---------------------------------------------------------------------- windows of manual optimization
+
+OPEN_STOP = 5  # the second batch of the second window
+
+
+class InWindows(ByHand):
+    """Three micro-batches a step; on several ranks only the gradients of the last one are reduced."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(matrices(rank), window=3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        model: Any = self.trainer.strategy.model
+        last = (batch_idx + 1) % self.window == 0
+        with nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync():
+            super().training_step(batch, batch_idx)
+
+
+def train_in_windows(
+    name: str, rank: int, world: int, *more: pl.Callback, ckpt_path: Path | None = None
+) -> dict[str, Any]:
+    """Masks after every batch and all state at the end of a run in manual optimization."""
+    module, callback = InWindows(rank), method(name, every=1, stop=6)
+    masks: list[dict[str, torch.Tensor]] = []
+    see = watch(lambda *_: masks.append({n: m.clone() for n, m in callback.masks.items()}))
+    trainer = fit(
+        module,
+        callback,
+        see,
+        *more,
+        loader=Batches(batches=12, rank=rank, world=world),
+        ckpt_path=ckpt_path,
+        devices=world,
+        strategy="ddp" if world > 1 else "auto",
+    )
+    return {"masks": masks, "end": snapshot(trainer, module, callback)}
+
+
+def strided(seed: int) -> nn.Module:
+    """Kernels in channels_last and a transposed matrix."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(
+        nn.Conv2d(2, 8, 3),
+        nn.Tanh(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(72, 16),
+        nn.Tanh(),
+        nn.Linear(16, 4),
+    )
+    net[5].weight = nn.Parameter(torch.randn(72, 16).t() / 8)
+    net = net.to(torch.float64, memory_format=torch.channels_last)
+    assert not any(net[i].weight.is_contiguous() for i in (0, 2, 5))
+    return net
+
+
+STRIDED: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in STEADY},
+    "dpf filters": ("dpf", {"unit": "filter", "keep_dense": "last"}),
+    "dpf filters by layer": ("dpf", {"unit": "filter", "keep_dense": "last", "distribution": "uniform"}),
+    "l0 weights": ("l0", {"unit": "weight"}),
+}
+"""Methods and arguments whose masks differ in how they lie in memory."""
+
+
+def train_strided(
+    name: str, rank: int, world: int, *more: pl.Callback, ckpt_path: Path | None = None
+) -> dict[str, Any]:
+    """What :func:`train_replica` finds, over a model whose weights are not contiguous."""
+    base, changes = STRIDED[name]
+    return train_replica(base, rank, world, *more, ckpt_path=ckpt_path, net=strided(rank), **changes)
+
+
+def run_strided(folder: Path) -> None:
+    rank, world = int(os.environ["LOCAL_RANK"]), 2
+    results = {}
+    for name in STRIDED:
+        stops = Stops(folder / name, (REPLICA_STOP,))
+        whole = train_strided(name, rank, world, stops)
+        torch.distributed.barrier()
+        resumed = train_strided(name, rank, world, ckpt_path=stops.path(REPLICA_STOP))
+        results[name] = {"whole": whole, "resumed": resumed}
+    torch.save(results, folder / f"{rank}.pt")
+
+
+def run_windows(folder: Path) -> None:
+    rank, world = int(os.environ["LOCAL_RANK"]), 2
+    results = {}
+    for name in STEADY:
+        stops = Stops(folder / name, (OPEN_STOP,))
+        whole = train_in_windows(name, rank, world, stops)
+        torch.distributed.barrier()
+        resumed = train_in_windows(name, rank, world, ckpt_path=stops.path(OPEN_STOP))
+        results[name] = {"whole": whole, "resumed": resumed}
     torch.save(results, folder / f"{rank}.pt")
 
 
@@ -241,4 +342,5 @@ def run_workers(folder: Path) -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    {"replicas": run_replicas, "workers": run_workers}[sys.argv[1]](Path(sys.argv[2]))
+    programs = {"replicas": run_replicas, "workers": run_workers, "windows": run_windows, "strided": run_strided}
+    programs[sys.argv[1]](Path(sys.argv[2]))

@@ -287,10 +287,15 @@ class ParallelGaP(TrainsInTurns, GaP):
         if "workers" not in state:
             return state
         self._mine = state["workers"][distributed.rank()]
-        return {**state, "grads": self._mine["grads"]}
+        # checkpoints of older versions have no dense gradients
+        return {**state, "grads": self._mine["grads"], "dense_grads": self._mine.get("dense_grads", {})}
 
     def attach(self, model: nn.Module) -> None:
         super().attach(model)
+        if self.attachment.host is None:
+            return  # no run begins: the model holds the network of rank 0, and the masks are those of this network
+        if "workers/epochs" in self.aux:  # also of a run whose state was taken in another number of processes
+            worker_schedule.refuse_other_ranks(self.aux, self._schedule)
         if not self.trains_apart:
             return
         worker_schedule.refuse_lost_workers(self._mine)

@@ -147,7 +147,7 @@ def norms_behind_alone(model: nn.Module, example_input: Any, layers: Iterable[st
 
 
 def _nan_everywhere(tensor: Tensor) -> Tensor:
-    return torch.full_like(tensor, torch.nan) if tensor.is_floating_point() else tensor
+    return torch.full_like(tensor, torch.nan) if tensor.is_floating_point() or tensor.is_complex() else tensor
 
 
 def _nan_at_odd_channels(outputs: Tensor) -> Tensor:

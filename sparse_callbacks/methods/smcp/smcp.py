@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, Unpack
 
@@ -122,6 +122,7 @@ class SMCP(Method):
         self.set_times(every, start, stop)
         self.groups: list[Group] = []  # whose channels may go; known once training starts
         self.left_out: dict[str, str] = {}  # why the channels of the others stay, by the group's name
+        self._grouped: dict[str, torch.Size] = {}  # shapes of the parameters that the groups were found with
         self._active: dict[str, Tensor] = {}  # which outputs of a consumer are kept
         self._fresh: dict[str, Tensor] = {}  # scores of the step that is being taken, by window
         self._optimizer_of: list[int] = []  # index of the optimizer that steps the layers of each group
@@ -153,6 +154,7 @@ class SMCP(Method):
         layers = costs.layers(model, example)
         stem = None if self.prune_stem else costs.stem(layers)
         self.groups, self.left_out = prunable.prunable_groups(model, example, stay, self.owners.owns, stem)
+        self._grouped = _shapes(self.params)
         self._norms = norms.norm_of_layer(model, example) if self.norm_scaling else {}
         self.network = budget.priced_network(model, example, layers, self.groups, self.cost, self._warn)
         self._options = [allocation.options_of(g.size, self.round_to, self.chunk) for g in self.groups]
@@ -172,6 +174,13 @@ class SMCP(Method):
         for group, window in zip(self.groups, self._windows(), strict=True) if self.importance == "taylor" else ():
             device = self.params[windows.key_parameter(group)].device
             windows.begin_window(self.aux, window, group.size, device)
+
+    def attach(self, model: nn.Module) -> None:
+        if self.attachment.host is None:  # in a run `rehearse` finds the groups
+            if self._grouped == _shapes(self.params):
+                self._note_kept()
+            else:  # groups of another model say nothing about this one
+                self.groups, self._optimizer_of = [], []
 
     def _note_kept(self) -> None:
         """Count the units that each group keeps, and find the outputs of consumers that are active, from the masks."""
@@ -277,7 +286,8 @@ class SMCP(Method):
     @property
     def at_target(self) -> bool:
         stop = math.inf if self.calendar is None else self.calendar.stop
-        return bool(self._optimizer_of) and all(self.progress.done.get(o, 0) >= stop for o in self._optimizer_of)
+        solved = self._optimizer_of or list(self.progress.done)  # without groups those that have had a solve
+        return bool(solved) and all(self.progress.done.get(o, 0) >= stop for o in solved)
 
     def figures(self) -> dict[str, float]:
         """Cost of the pruned network as a share of the dense one's, and the units that each group keeps."""
@@ -287,11 +297,18 @@ class SMCP(Method):
         return {"smcp/cost": self._share()} | kept
 
     def outcome(self) -> dict[str, str]:
+        if not self.groups:  # of a checkpoint whose run was in another process
+            return {}
         return {budget.cost_name(self.cost): f"{self._share():.4f} of the dense network's (budget {self.budget:g})"}
 
     def shortfall(self) -> str:
+        where = f"at {self._share():.4f} of the dense {budget.cost_name(self.cost)}, " if self.groups else ""
         return (
-            f"{type(self).__name__} ended at {self._share():.4f} of the dense {budget.cost_name(self.cost)}, before "
+            f"{type(self).__name__} ended {where}before "
             f"the solve for its budget of {self.budget:g}: {self.step} steps were taken and that solve is due at step "
             f"{self.times.stop}. Train longer, or give an earlier stop=."
         )
+
+
+def _shapes(params: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: p.shape for name, p in params.items()}

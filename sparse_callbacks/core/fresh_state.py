@@ -1,0 +1,291 @@
+"""The optimizer state that a fresh weight has, learnt from steps of a shadow of the optimizer."""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sparse_callbacks.core.shadow_optimizer import Path, Shadow, by_weight, decoded, is_coded, name_of, state_tensors
+
+_Key = tuple[int, Path, type, torch.dtype]
+Beginning = Callable[[Shadow], bool]
+"""Gives a shadow the state that it begins with; False where there is none."""
+
+# What decays or noise of an unknown kind may add to fresh state, as a share of the weight.
+_SHARE_OF_WEIGHT = 0.1
+# Values of 4 bits are up to an eighth of the largest apart, and are rounded each time that they are coded.
+_ROUNDING = 0.15
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """What a state tensor holds for a fresh weight.
+
+    Attributes:
+        value: a number; None for the weight's own value.
+        coded: it is a tensor class of its own, which decodes itself (``dequantize``) and codes what is copied into it.
+    """
+
+    value: float | None
+    coded: bool
+
+
+class UnknownStateError(ValueError):
+    """What fresh state is could not be found out, with the reason as its text."""
+
+
+class FreshState:
+    """Writes the state of a fresh weight into an optimizer, and knows what that is.
+
+    State is not always zero at first: it may be an accumulator or step size that starts at a number, a code whose zero is
+    127, or a copy of the weight. It is learnt once, before it is written for the first time: a
+    :class:`~sparse_callbacks.core.shadow_optimizer.Shadow` of the optimizer takes a step with zero gradients at two values.
+    State that is the same for all of them starts there; state that is the weight's value starts at that of the new weight.
+    Where this gives no answer (NaN without any gradient), and for integer codes, the elements without a gradient in a step
+    that has gradients elsewhere decide.
+
+    Args:
+        optimizer: the optimizer whose state is written.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        # by id of the parameter, path, class and dtype of the state tensor; a text says why a rule was not found, and None
+        # that the state is not one of single weights, such as a square matrix of a square layer
+        self._rules: dict[_Key, Fresh | str | None] = {}
+        self._learnt = False
+
+    def learn(self, parameters: Iterable[Tensor]) -> None:
+        """Find out now what fresh state of ``parameters`` is.
+
+        Raises:
+            UnknownStateError: the optimizer cannot be copied or stepped, or it keeps state that starts in another way.
+        """
+        self._learn()
+        mine = {id(p) for p in parameters}
+        for (parameter, path, _, _), rule in self._rules.items():
+            if parameter in mine and isinstance(rule, str):
+                raise UnknownStateError(
+                    f"what its state {name_of(path)!r} is for a new weight could not be found out: {rule}"
+                )
+
+    @torch.no_grad()
+    def write(self, parameter: Tensor, where: Tensor) -> None:
+        """Give ``parameter`` fresh state at some positions. Scalars such as Adam's ``step`` stay, and state of another
+        shape does.
+
+        Args:
+            parameter: a parameter of the optimizer, which holds the values of fresh weights already.
+            where: a bool tensor of its shape, True at these positions.
+
+        Raises:
+            UnknownStateError: see :meth:`learn`.
+        """
+        for path, tensor in state_tensors(self._optimizer, parameter):
+            state = by_weight(tensor, parameter)
+            if state is not None and tensor is not parameter:
+                rule = self._rule(parameter, path, tensor)
+                if rule is not None:
+                    _write(state, where, rule, parameter.detach())
+
+    def _rule(self, parameter: Tensor, path: Path, tensor: Tensor) -> Fresh | None:
+        key = _key(id(parameter), path, tensor)
+        if not self._learnt:
+            self._learn()
+        if key not in self._rules:
+            # the group's arguments have changed, or the stand-in was too small for this kind of state
+            self._learn(frozenset({id(parameter)}))
+        rule = self._rules.get(key, "a step from new does not make it")
+        if isinstance(rule, str):
+            name = type(self._optimizer).__name__
+            raise UnknownStateError(
+                f"{name} keeps state {name_of(path)!r}, and what that is for a new weight is not known: {rule}"
+            )
+        return rule
+
+    def _learn(self, exact: frozenset[int] = frozenset()) -> None:
+        self._rules |= self._rules_from(BEGINNINGS, exact)
+        self._learnt = True
+        if self._has_other_state():
+            # made by the constructor, and not used in a first step
+            with suppress(UnknownStateError):
+                self._rules = self._rules_from([Shadow.start_from_state], exact) | self._rules
+
+    def _has_other_state(self) -> bool:
+        kept = {id(p): p for group in self._optimizer.param_groups for p in group["params"]}
+        return any(
+            by_weight(tensor, p) is not None and _key(i, path, tensor) not in self._rules
+            for i, p in kept.items()
+            for path, tensor in state_tensors(self._optimizer, p)
+        )
+
+    def _rules_from(self, beginnings: Sequence[Beginning], exact: frozenset[int]) -> dict[_Key, Fresh | str | None]:
+        def stepped(seed: int, scale: float) -> Shadow:
+            return first_step(lambda: Shadow(self._optimizer, seed, decays=False, exact=exact), scale, beginnings)
+
+        shadows = [stepped(seed, scale) for seed, scale in ((0, 0.0), (1, 0.0), (0, 1.0), (1, 30.0))]
+        rules: dict[_Key, Fresh | str | None] = {}
+        for i in shadows[0].stand_ins:
+            kept = [_Kept.of(shadow, i) for shadow in shadows]
+            for path, tensor in kept[0].tensors.items():
+                if all(path in k.tensors for k in kept):
+                    of_weights = all(by_weight(k.tensors[path], k.parameter) is not None for k in kept)
+                    rules[_key(i, path, tensor)] = _found(path, kept) if of_weights else None
+        return rules
+
+
+@dataclass
+class _Kept:
+    """A stand-in after a step, and the state that the shadow keeps for it."""
+
+    parameter: Tensor
+    before: Tensor
+    has_gradient: Tensor
+    tensors: dict[Path, Tensor]
+
+    @classmethod
+    def of(cls, shadow: Shadow, key: int) -> "_Kept":
+        parameter = shadow.stand_ins[key]
+        found = dict(state_tensors(shadow.optimizer, parameter))
+        tensors = {path: t if (state := by_weight(t, parameter)) is None else state for path, t in found.items()}
+        return cls(parameter.detach(), shadow.before[key], shadow.has_gradient(parameter), tensors)
+
+
+def _key(parameter: int, path: Path, tensor: Tensor) -> _Key:
+    return parameter, path, type(tensor), tensor.dtype
+
+
+def _start_empty(shadow: Shadow) -> bool:
+    return True
+
+
+BEGINNINGS: Sequence[Beginning] = (_start_empty, Shadow.start_from_state, Shadow.start_from_constructor)
+"""What a shadow's state may begin with, in the order in which it is tried."""
+
+
+def first_step(make: Callable[[], Shadow], scale: float, beginnings: Sequence[Beginning] = BEGINNINGS) -> Shadow:
+    """A shadow that ``make`` gives, after a first step. A step that insists on a closure gets one.
+
+    Args:
+        make: makes a shadow.
+        scale: the size of its gradients.
+        beginnings: what the shadow's state may begin with.
+
+    Raises:
+        UnknownStateError: it cannot be stepped.
+    """
+    errors: list[Exception] = []
+    for begin in beginnings:
+        for closure in (False, True):
+            try:
+                shadow = make()
+                if begin(shadow):
+                    shadow.needs_closure = closure
+                    shadow.give_gradients(scale)
+                    shadow.step()
+                    return shadow
+            # whatever somebody's optimizer raises
+            except Exception as error:
+                errors.append(error)
+    reason = f"{type(errors[0]).__name__}: {errors[0]}" if errors else "its state is not that of a new optimizer"
+    raise UnknownStateError(f"a copy of it could not be stepped: {reason}")
+
+
+# ---------------------------------------------------------------------- rules
+
+
+def _found(path: Path, kept: list[_Kept]) -> Fresh | str:
+    """What the state at ``path`` is for a fresh weight, or why that was not found out.
+
+    Args:
+        path: where the state is.
+        kept: two stand-ins without gradients, and two of which one half of the elements had gradients.
+    """
+    first = kept[0].tensors[path]
+    coded = is_coded(first)
+    try:
+        if coded:
+            return _found_coded(path, kept)
+        if first.dtype.is_floating_point or first.dtype.is_complex:
+            # first all elements of steps without any gradient
+            rule = _follows([(k, k.tensors[path], None) for k in kept[:2]])
+            return rule if rule is not None else _without_gradient(path, kept)
+        return _without_gradient(path, kept)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _without_gradient(path: Path, kept: list[_Kept]) -> Fresh | str:
+    """The rule by elements without a gradient, among others that have one."""
+    first = kept[0].tensors[path]
+    numbers = first.dtype.is_floating_point or first.dtype.is_complex
+    # a code jumps where weight decay of an unknown kind moves what it stands for
+    chosen = [~k.has_gradient if numbers else ~k.has_gradient & (k.before == 0) for k in kept]
+    rule = _follows([(k, k.tensors[path], where) for k, where in zip(kept[2:], chosen[2:], strict=True)])
+    if rule is not None:
+        return rule
+    if not numbers:
+        return f"it holds codes ({first.dtype}), and the code of a weight without gradients is not always the same"
+    if not bool(torch.isfinite(first).all()):
+        return "it is NaN or infinite after a step without gradients"
+    return "after a step without gradients it is neither a number nor the weight's value"
+
+
+def _found_coded(path: Path, kept: list[_Kept]) -> Fresh | str:
+    """The rule for a tensor class of its own, rehearsed on the state of a stand-in."""
+    name = type(kept[0].tensors[path]).__name__
+    rule = _follows([(k, decoded(k.tensors[path]), None) for k in kept[:2]])
+    if rule is None:
+        return f"it is a {name}, and neither a number nor the weight's value after a step without gradients"
+    for k in kept[2:]:
+        tensor, coded = k.tensors[path], Fresh(rule.value, True)
+        before = decoded(tensor).clone()
+        _write(tensor, ~k.has_gradient, coded, k.parameter)
+        after = decoded(tensor)
+        wanted = k.parameter if rule.value is None else torch.full_like(before, rule.value)
+        expected = torch.where(k.has_gradient, before, wanted)
+        if not bool((after - expected).abs().max() <= _ROUNDING * expected.abs().max()):
+            return f"it is a {name}, and values that are written into it do not come back"
+    return Fresh(rule.value, True)
+
+
+def _follows(samples: list[tuple[_Kept, Tensor, Tensor | None]]) -> Fresh | None:
+    """The one number or the weight's value that all elements of ``samples`` hold; None where there is none.
+
+    Args:
+        samples: a stand-in, its state, and which elements count (None: all).
+    """
+
+    def picked(tensor: Tensor, where: Tensor | None) -> Tensor:
+        tensor = tensor if tensor.dtype.is_complex else tensor.double()
+        return tensor.flatten() if where is None else tensor[where]
+
+    state = torch.cat([picked(t, where) for _, t, where in samples])
+    before = torch.cat([picked(k.before, where) for k, _, where in samples])
+    after = torch.cat([picked(k.parameter, where) for k, _, where in samples])
+    zero = before == 0
+    if not zero.any():
+        return None
+    number = state[zero][0]
+    same = torch.isclose(state[zero], number, rtol=1e-5, atol=0.0, equal_nan=False).all()
+    if bool(same) and bool(((state - number).abs() <= _SHARE_OF_WEIGHT * before.abs()).all()):
+        return Fresh(number.item(), False)
+    for weight in (before, after):
+        if torch.allclose(state, weight, rtol=1e-2, atol=1e-6):
+            return Fresh(None, False)
+    return None
+
+
+def _write(tensor: Tensor, where: Tensor, rule: Fresh, weight: Tensor) -> None:
+    if rule.coded:
+        values = decoded(tensor)
+        fresh = weight.to(values) if rule.value is None else torch.full_like(values, rule.value)
+        # coded anew, whole blocks share a scale
+        tensor.copy_(torch.where(where, fresh, values))
+    elif rule.value is None:
+        tensor.masked_scatter_(where, weight[where].to(tensor))
+    else:
+        tensor.masked_fill_(where, rule.value)

@@ -1,0 +1,94 @@
+"""Puts a saved run into a method outside of a run, which then describes the loaded network."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from sparse_callbacks.core.attachment import Attachment
+from sparse_callbacks.core.calendar import Calendar
+from sparse_callbacks.core.checkpoint import SavedRun, refuse_foreign_weights, refuse_other_model
+from sparse_callbacks.core.method import Method
+from sparse_callbacks.core.optimizers import Ownership
+from sparse_callbacks.core.progress import Progress
+from sparse_callbacks.core.selection import NOT_TRAINED, Entry, select
+from sparse_callbacks.core.topology import EverActive
+from sparse_callbacks.core.weights import SparseWeights
+
+
+def aux_on_devices(aux: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of a method's tensors, each on the device of the parameter whose name ends its key.
+
+    Copies, as methods write into them, and the state may be loaded once more.
+    """
+    devices = {n: p.device for n, p in params.items()}
+    return {k: t.to(devices.get(k.split("/", 1)[-1], t.device), copy=True) for k, t in aux.items()}
+
+
+def take_saved(method: Method, model: nn.Module, saved: SavedRun, owned: Sequence[Sequence[str]] | None = None) -> None:
+    """Make ``method`` what it was when ``saved`` was written, as if its latest run had ended there.
+
+    No weight is written, and where something is refused the method stays as it was. A later run of the same model goes
+    on from these masks, dense values, counters and tensors.
+
+    Args:
+        method: a method that no run uses now.
+        model: the model that holds the weights which belong to ``saved``.
+        saved: the run that was saved.
+        owned: the names of the parameters of each optimizer; None where nobody knows them.
+
+    Raises:
+        ValueError: the masks do not fit the model, or cut weights of it that are not zero.
+    """
+    before = dict(vars(method))
+    try:
+        _take(method, model, saved, owned)
+    except BaseException:
+        vars(method).clear()
+        vars(method).update(before)
+        raise
+
+
+def _take(method: Method, model: nn.Module, saved: SavedRun, owned: Sequence[Sequence[str]] | None) -> None:
+    entries, targets = _entries_and_targets(method, model, saved.masks)
+    parameters = dict(model.named_parameters())
+    sparse = {e.name: e for e in entries if not e.reason}
+    params = {name: parameters[name] for name in sparse}
+    refuse_other_model(saved.masks, params)
+    refuse_foreign_weights(saved.masks, params)
+    groups = method.owners.owns if owned is None else owned
+    method.owners = Ownership.between_runs(groups, params, len(saved.progress["steps"]))
+    method.entries, method.targets = entries, targets
+    method.weights = SparseWeights(params, sparse, saved.masks)
+    method.aux = aux_on_devices(saved.aux, params)
+    method.progress = Progress.restored(method.first_update, saved.progress)
+    method.calendar = _calendar(method, saved.times)
+    if method.keeps_dense:
+        method.start_copies(saved.dense, new=())
+    if method.explores:
+        EverActive(method.aux, method.weights).add(params)
+    method.attachment = Attachment()
+    method.attachment.know(model)
+    method.saved = saved  # a method that asks in `attach` whether its run has begun finds that it has
+    method.attach(model)
+    method.saved = None
+
+
+def _entries_and_targets(
+    method: Method, model: nn.Module, masks: Mapping[str, Tensor]
+) -> tuple[list[Entry], dict[str, float]]:
+    """All parameters of the model, those without a mask as dense ones, and the planned sparsity of every layer."""
+    if method.attachment.model is model and {e.name for e in method.entries if not e.reason} == masks.keys():
+        return method.entries, method.targets  # of the latest run, which knows what its optimizers trained
+    found = select(model, method.include, method.exclude, method.keep_dense)
+    entries = [e if e.reason or e.name in masks else replace(e, reason=NOT_TRAINED[1]) for e in found]
+    targets = method.share_out(entries)
+    return list(method.further_members(model, entries)), targets
+
+
+def _calendar(method: Method, times: Sequence[int]) -> Calendar | None:
+    """The calendar that was saved as ``times``."""
+    if not times:
+        return None
+    every, start, stop, *until = times
+    return Calendar(every, start, stop, method.arrives_at_stop, *until)

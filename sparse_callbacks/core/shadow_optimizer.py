@@ -1,0 +1,245 @@
+"""A copy of an optimizer over small stand-in parameters, which can be stepped without a trace."""
+
+import copy
+import inspect
+import sys
+import warnings
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparse_callbacks.core.undisturbed import undisturbed
+
+Path = tuple[Any, ...]
+"""Where a tensor is in the state of a parameter: which optimizer, and the keys down to the tensor."""
+
+# A stand-in has the shape of its parameter, and of a larger one at least this many elements: some optimizers keep other
+# state from 4096 elements on.
+_LARGE = 4096
+_DEEPEST = 4  # containers within containers that are looked into
+# used where a schedule begins with a rate of 0: step sizes that start at the rate would all be 0
+_SMALL_RATE = 1e-3
+
+
+def members(optimizer: Optimizer) -> list[tuple[str, Optimizer]]:
+    """``optimizer`` and the optimizers that it holds, however deep, each with the attributes that lead to it."""
+    found: list[tuple[str, Optimizer]] = [("", optimizer)]
+    for where, member in found:  # the list grows meanwhile
+        for name, value in vars(member).items():
+            held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+            for index, inner in enumerate(held):
+                if isinstance(inner, Optimizer) and all(inner is not known for _, known in found):
+                    found.append((f"{where}{name}.{index}.", inner))
+    return found
+
+
+def state_tensors(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[Path, Tensor]]:
+    """Every tensor that ``optimizer`` keeps for ``parameter``, also within containers and in optimizers that it
+    holds."""
+    for where, member in members(optimizer):
+        yield from _tensors(member.state.get(parameter, {}), (where,))
+
+
+def _tensors(value: Any, path: Path) -> Iterator[tuple[Path, Tensor]]:
+    if isinstance(value, Tensor):
+        yield path, value
+    elif len(path) <= _DEEPEST and not isinstance(value, type | nn.Module | Optimizer):
+        if isinstance(value, Mapping):
+            items: Any = list(value.items())
+        elif isinstance(value, list | tuple | deque):
+            items = enumerate(value)
+        else:
+            items = getattr(value, "__dict__", {}).items()  # an object of the optimizer's own
+        for key, inner in items:
+            yield from _tensors(inner, (*path, key))
+
+
+def name_of(path: Path) -> str:
+    """The name of a state tensor, as an error shows it."""
+    return ".".join(str(key) for key in path[1:])
+
+
+def by_weight(tensor: Tensor, parameter: Tensor) -> Tensor | None:
+    """A state tensor in the shape of its parameter, where it has an element for each weight; None where it has not."""
+    if tensor.shape == parameter.shape:
+        return tensor
+    flat = tensor.shape == (parameter.numel(),) and tensor.is_contiguous() and not is_coded(tensor)
+    return tensor.view(parameter.shape) if flat else None
+
+
+def is_coded(tensor: Tensor) -> bool:
+    """It is of a tensor class of its own."""
+    return type(tensor) not in (Tensor, nn.Parameter)
+
+
+def decoded(tensor: Tensor) -> Tensor:
+    """The values of a tensor, also of one that :func:`is_coded` and can be decoded."""
+    if not is_coded(tensor):
+        return tensor.detach()
+    decode: Any = getattr(tensor, "dequantize", None)
+    if decode is None:
+        raise TypeError(f"{type(tensor).__name__} has no dequantize(), by which its values could be read")
+    values: Tensor = decode()
+    return values.float()
+
+
+class Shadow:
+    """A copy of an optimizer, with the arguments of its groups and with stand-ins for its parameters.
+
+    The constructor is not called, as its arguments are not known. The optimizer, its parameters, their gradients and all
+    random generators stay as they are.
+
+    Args:
+        optimizer: the optimizer to copy.
+        seed: 0 or 1: which elements of the stand-ins are zero, and which of :meth:`give_gradients` have none.
+        decays: whether weight decay is kept.
+        exact: ids of the parameters whose stand-ins have their shape however large they are.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, seed: int, decays: bool = True, exact: frozenset[int] = frozenset()
+    ) -> None:
+        self._real, self._seed = optimizer, seed
+        self._members = [member for _, member in members(optimizer)]
+        self._parameters = {id(p): p for m in self._members for group in m.param_groups for p in group["params"]}
+        self.stand_ins = {i: self._stand_in(p, i in exact) for i, p in self._parameters.items()}
+        """Stand-ins by ``id`` of the parameter."""
+        self.needs_closure = False
+        """The optimizer cannot step without a closure."""
+        self.before: dict[int, Tensor] = {}
+        """Values of the stand-ins before the latest step."""
+        self.optimizer = self._copied()
+        """The copy."""
+        for group in self.optimizer.param_groups:
+            if not decays:
+                group.update({k: v * 0 for k, v in group.items() if "weight_decay" in str(k) and _is_number(v)})
+            if _is_number(group.get("lr")) and float(group["lr"]) == 0:
+                group["lr"] = group["lr"] + _SMALL_RATE
+
+    def _stand_in(self, parameter: Tensor, exact: bool) -> nn.Parameter:
+        shape = list(parameter.shape)
+        while not exact and torch.Size(shape).numel() >= 2 * _LARGE:
+            # even sizes first, so that blocks of elements still fit
+            largest = max(range(len(shape)), key=lambda d: (shape[d] % 2 == 0, shape[d]))
+            shape[largest] = -(-shape[largest] // 2)
+        if len(shape) == 2 and shape[0] == shape[1] > 1:
+            # the matrices that some optimizers keep for rows and for columns shall not have the shape of the weights
+            shape[1] = -(-shape[1] // 2)
+        index = torch.arange(torch.Size(shape).numel(), device=parameter.device)
+        # half of a sparse layer's weights are zero; 0.02 to 0.08, of both signs
+        values = (index % 7 - 3.5) * 0.02 * (index % 2 == self._seed)
+        made = nn.Parameter(values.to(parameter.dtype).view(shape), parameter.requires_grad)
+        vars(made).update(vars(parameter))  # by which some optimizers choose what to do
+        return made
+
+    def _copied(self) -> Any:
+        memo: dict[int, Any] = {i: self.stand_ins[i] for i in self._parameters}
+        copies = [object.__new__(type(m)) for m in self._members]
+        for member, made in zip(self._members, copies, strict=True):
+            memo[id(member)] = made
+            if "state" in vars(member):
+                memo[id(member.state)] = _emptied(member.state)
+        for member, made in zip(self._members, copies, strict=True):
+            for name, value in vars(member).items():
+                if name.endswith("_hooks"):
+                    vars(made)[name] = _emptied(value)
+                elif name != "step":  # what a learning rate schedule has put over the class's own
+                    vars(made)[name] = copy.deepcopy(value, memo)
+        if callable(train := getattr(copies[0], "train", None)):
+            train()  # schedule-free ones step in this mode alone
+        return copies[0]
+
+    def start_from_state(self) -> bool:
+        """Begin with the state that the optimizer has, made by its constructor; False where it has none, or where steps
+        have changed it."""
+        begun = False
+        for (_, real), (_, made) in zip(members(self._real), members(self.optimizer), strict=True):
+            for key, parameter in self._parameters.items():
+                if parameter not in real.state:
+                    continue
+                memo: dict[int, Any] = {id(parameter): self.stand_ins[key]}
+                for _, tensor in _tensors(real.state[parameter], ()):
+                    if (state := by_weight(tensor, parameter)) is not None and tensor is not parameter:
+                        small = _like_new(state, parameter, self.stand_ins[key])
+                        if small is None:
+                            return False
+                        memo[id(tensor)] = small
+                made.state[self.stand_ins[key]] = copy.deepcopy(real.state[parameter], memo)
+                begun = True
+        return begun
+
+    def start_from_constructor(self) -> bool:
+        """Begin with the state that the constructor makes, where its arguments are known; False where they are not."""
+        known = {**vars(self._real), **self._real.defaults}
+        names = list(inspect.signature(type(self._real)).parameters)[1:]
+        made = type(self._real)(self.optimizer.param_groups, **{n: known[n] for n in names if n in known})
+        self.optimizer.state.update(made.state)
+        return bool(made.state)
+
+    def give_gradients(self, scale: float) -> None:
+        """Gradients of this size for one half of the elements, and 0 for the others; with 0 for all."""
+        for p in self.stand_ins.values():
+            if p.requires_grad:
+                index = torch.arange(p.numel(), device=p.device)
+                # of both signs and several sizes, and around another middle for each seed
+                values = (index % 5 - 2.5 + 1.7 * self._seed) * scale * self.has_gradient(p).flatten()
+                p.grad = values.to(p.dtype).view(p.shape)
+
+    def take_gradients(self) -> None:
+        """No gradient for anything, as in a step that an update replaces."""
+        for p in self.stand_ins.values():
+            p.grad = None
+
+    def has_gradient(self, stand_in: Tensor) -> Tensor:
+        """Which elements :meth:`give_gradients` gives one."""
+        index = torch.arange(stand_in.numel(), device=stand_in.device)
+        return ((index // 2) % 2 == self._seed).view(stand_in.shape)
+
+    def step(self) -> None:
+        """Take a step, with a closure where ``needs_closure`` says so. It gives a loss and leaves the gradients as they
+        are."""
+        self.before = {i: p.detach().clone() for i, p in self.stand_ins.items()}
+        arguments = [_no_loss] if self.needs_closure else []
+        with undisturbed(nn.Module()), _eager(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            type(self.optimizer).step(self.optimizer, *arguments)
+
+
+def _no_loss() -> Tensor:
+    return torch.zeros((), requires_grad=True)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float | int | Tensor) and not isinstance(value, bool)
+
+
+def _emptied(container: Any) -> Any:
+    made = copy.copy(container)
+    made.clear()
+    return made
+
+
+def _like_new(tensor: Tensor, parameter: Tensor, stand_in: Tensor) -> Tensor | None:
+    """The state of a stand-in where that of its parameter is ``tensor``: the parameter's values or one number; None
+    where it is anything else."""
+    if is_coded(tensor):
+        return None
+    tensor = tensor.detach()
+    if torch.equal(tensor, parameter.detach()):
+        return stand_in.detach().clone()
+    if tensor.numel() and bool((tensor == tensor.flatten()[0]).all()):
+        return torch.full(stand_in.shape, tensor.flatten()[0].item(), dtype=tensor.dtype, device=tensor.device)
+    return None
+
+
+def _eager() -> AbstractContextManager[Any]:
+    """Nothing is compiled for the small shapes."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
