@@ -4,6 +4,7 @@ Every choice is an override: `python train.py --help` lists the groups. The fold
 metrics.json, the configuration, the checkpoints and the logs.
 """
 
+import os
 import sys
 import time
 from datetime import datetime
@@ -15,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from sparse_callbacks.lightning.callback import SparsityCallback
-from sparse_callbacks.tasks import build, loggers, slim, summary
+from sparse_callbacks.tasks import build, loggers, slim, summary, system_errors
 from sparse_callbacks.tasks.at_target import BestAtTarget
 from sparse_callbacks.tasks.safe_stop import RunStopped
 
@@ -155,16 +156,34 @@ def _report(
 
 @hydra.main(version_base=None, config_path=str(Path(__file__).parent.resolve() / "conf"), config_name="train")
 def main(cfg: DictConfig) -> None:
-    """Run `train`; a stopped run prints the command that resumes it, and its exit status is that of the signal."""
+    """Run `train`; a run that was stopped, by a signal or by a full disk, prints the command that resumes it.
+
+    The exit status is that of the signal, or 1.
+    """
+    folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         train(cfg)
     except RunStopped as stopped:
         print(f"Run {stopped}.", file=sys.stderr)
         if stopped.checkpoint is not None:
-            overrides, folder = list(HydraConfig.get().overrides.task), Path(HydraConfig.get().runtime.output_dir)
-            command = summary.resume_command(sys.argv[0], overrides, stopped.checkpoint, folder)
-            print(f"Resume with:\n  {command}", file=sys.stderr)
+            _print_resume_command(stopped.checkpoint, folder)
         sys.exit(stopped.exit_code)
+    except OSError as error:
+        # without a number it is a refusal of ours, in words of its own
+        if error.errno is None or os.environ.get("HYDRA_FULL_ERROR"):
+            raise
+        checkpoint = Path(cfg.output_dir or folder) / "checkpoints" / "last.ckpt"
+        print(system_errors.why_ended(error, checkpoint), file=sys.stderr)
+        if system_errors.saved_step(checkpoint) is not None:
+            _print_resume_command(checkpoint, folder)
+        print("HYDRA_FULL_ERROR=1 shows where it happened.", file=sys.stderr)
+        sys.exit(1)
+
+
+def _print_resume_command(checkpoint: Path, folder: Path) -> None:
+    overrides = list(HydraConfig.get().overrides.task)
+    command = summary.resume_command(sys.argv[0], overrides, checkpoint, folder)
+    print(f"Resume with:\n  {command}", file=sys.stderr)
 
 
 if __name__ == "__main__":

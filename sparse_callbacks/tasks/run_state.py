@@ -1,5 +1,6 @@
-"""Random states and unfinished gradients in a checkpoint, so that a run resumes bitwise."""
+"""Random states, unfinished gradients and metrics in a checkpoint, so that a run resumes bitwise."""
 
+import copy
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, distributed, nn
+from torchmetrics import Metric
 
 from sparse_callbacks.core.randomness import random_states, restore_random_states
 from sparse_callbacks.core.state_layout import shown_short, why_not_whole
@@ -68,6 +70,21 @@ def accumulated_gradients(module: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.detach().clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
+def begun_metrics(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """The states of the metrics that have seen a batch since their last reset, by the name of the metric."""
+    begun = {n: m for n, m in module.named_modules() if isinstance(m, Metric) and m.update_called}
+    return {name: copy.deepcopy(metric.metric_state) for name, metric in begun.items()}
+
+
+def restore_metrics(module: nn.Module, saved: Mapping[str, Mapping[str, Any]]) -> None:
+    """Let metrics go on from what `begun_metrics` gave."""
+    metrics = {n: m for n, m in module.named_modules() if isinstance(m, Metric)}
+    for name in saved.keys() & metrics.keys():
+        for key, value in saved[name].items():
+            setattr(metrics[name], key, value)
+        metrics[name].to(metrics[name].device)
+
+
 def inside_window(trainer: pl.Trainer) -> bool:
     """Whether the last micro-batch was not followed by an optimizer step, so that its window is unfinished."""
     return trainer.training and trainer.fit_loop._should_accumulate()
@@ -121,7 +138,8 @@ class RunState(pl.Callback):
     """Saves and restores what a bitwise resume needs and what neither Lightning nor a sparsity callback saves.
 
     These are the random states of every process, put back in `on_train_start`, after everything that draws numbers
-    while the run is set up.
+    while the run is set up; and within an epoch what its metrics have counted so far, or the epoch's training accuracy
+    would be that of the batches after the resume.
 
     Args:
         gradients: whether every `.grad` of an unfinished accumulation window is saved too. Sparsity callbacks save
@@ -139,12 +157,10 @@ class RunState(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        states: list[Any] = [states_to_save()]
-        if trainer.world_size > 1:
-            states = [None] * trainer.world_size
-            # Lightning writes the checkpoint of one process, so that one must hold the states of all
-            distributed.all_gather_object(states, states_to_save())
-        checkpoint[KEY] = {"random": states}
+        checkpoint[KEY] = {"random": _of_all_processes(trainer, states_to_save())}
+        # at the end of an epoch Lightning resets them, and a resumed run would not
+        if trainer.training and not trainer.is_last_batch:
+            checkpoint[KEY]["metrics"] = _of_all_processes(trainer, begun_metrics(pl_module))
         if self.gradients and inside_window(trainer):
             checkpoint[KEY]["gradients"] = accumulated_gradients(pl_module)
 
@@ -170,4 +186,15 @@ class RunState(pl.Callback):
         for name, parameter in pl_module.named_parameters():
             if name in restored.get("gradients", {}):
                 parameter.grad = restored["gradients"][name].to(parameter.device)
+        if "metrics" in restored:  # not in checkpoints of version 0.1
+            restore_metrics(pl_module, restored["metrics"][trainer.global_rank])
         restore_saved_states(restored["random"][trainer.global_rank])
+
+
+def _of_all_processes(trainer: pl.Trainer, mine: Any) -> list[Any]:
+    """What each process gives, by rank: Lightning writes the checkpoint of one, which must hold the states of all."""
+    states: list[Any] = [mine]
+    if trainer.world_size > 1:
+        states = [None] * trainer.world_size
+        distributed.all_gather_object(states, mine)
+    return states

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,9 +22,15 @@ def sparsities(method: SparsityCallback | None) -> dict[str, float]:
 
 
 def write_metrics(path: Path, metrics: Mapping[str, float]) -> None:
-    """Write the metrics as JSON with sorted keys; a number that is not finite becomes null, as JSON lacks it."""
+    """Write the metrics as JSON with sorted keys; a number that is not finite becomes null, as JSON lacks it.
+
+    The file is written beside its place and then moved there: on a full disk none is left that is half of one.
+    """
     finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-    path.write_text(json.dumps(dict(sorted(finite.items())), indent=2) + "\n")
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".metrics-") as beside:
+        written = Path(beside) / path.name
+        written.write_text(json.dumps(dict(sorted(finite.items())), indent=2) + "\n")
+        written.replace(path)
 
 
 def target_warning(method: SparsityCallback | None) -> str | None:

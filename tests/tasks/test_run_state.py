@@ -1,8 +1,12 @@
 """Random states in a checkpoint keep the format of older checkpoints and come back exactly."""
 
+import csv
+import os
 import random
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +14,9 @@ import pytest
 import torch
 
 from sparse_callbacks.core.randomness import random_states, restore_random_states
+from sparse_callbacks.tasks.classifier import Classifier
 from sparse_callbacks.tasks.run_state import restore_saved_states, states_to_save
+from sparse_callbacks.tasks.safe_stop import RunStopped
 
 
 def draws() -> tuple[list[float], float, float, float]:
@@ -73,3 +79,26 @@ def test_only_the_current_device_is_put_back() -> None:
     expected = torch.rand(3, device="cuda")
     restore_saved_states(saved)
     assert torch.equal(torch.rand(3, device="cuda"), expected)
+
+
+def test_the_training_accuracy_of_a_resumed_epoch_counts_all_its_batches(
+    run: Callable[..., dict[str, float]], tmp_path: Path
+) -> None:
+    """Nine batches an epoch: the run stops after the fourth of the second one."""
+
+    def accuracies(folder: str, version: int) -> list[str]:
+        rows = csv.DictReader((tmp_path / folder / f"csv/version_{version}/metrics.csv").open())
+        return [row["train/acc"] for row in rows if row["train/acc"]]
+
+    def stop(self: Classifier, *_: object) -> None:
+        if self.trainer.global_step == 13:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run("method=rigl", "logger=[csv]", folder="whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Classifier, "on_train_batch_end", stop)
+        with pytest.raises(RunStopped) as stopped:
+            run("method=rigl", "logger=[csv]", folder="stopped")
+    run("method=rigl", "logger=[csv]", f"ckpt_path={stopped.value.checkpoint}", folder="stopped")
+    assert accuracies("stopped", 0) + accuracies("stopped", 1) == accuracies("whole", 0)
+    assert len(accuracies("whole", 0)) == 3

@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 import torch
-import wandb_file
 import yaml
 from conftest import ROOT, SHORT
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
+from support import wandb_file
 
 from sparse_callbacks.tasks import loggers, summary
 from sparse_callbacks.tasks.classifier import Classifier

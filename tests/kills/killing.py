@@ -1,0 +1,220 @@
+"""Kills `train.py` at random moments and prints a log: ``PYTHONPATH=tests python -m kills.killing --kills 50``."""
+
+import argparse
+import csv
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from support.methods import METHODS
+from support.wandb_file import curves
+
+from kills.child import ROOT
+from sparse_callbacks.testing.comparison import differences
+
+EPOCHS, EPOCH_STEPS = 12, 9  # the digits in batches of 128
+OPTIONS = (
+    "data.batch_size=128",
+    "model.hidden=[16,16]",
+    "trainer.enable_progress_bar=false",
+    "trainer.log_every_n_steps=1",
+    "checkpoint_every=5",
+)
+# what some methods need in a network of 32 units
+OWN = {"smcp": ("method.round_to=1",)}
+LOGGERS = ("csv", "wandb")
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One or more kills of a run. ``steps``: after which optimizer step each comes; ``writing``: it comes while the
+    checkpoint of that step is written."""
+
+    method: str
+    logger: str
+    steps: tuple[int, ...]
+    writing: bool = False
+    delay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the log: what was killed when, where the run was resumed, and what came of it."""
+
+    kill: Kill
+    seconds: tuple[float, ...]
+    killed_at: tuple[str, ...]
+    resumed_from: tuple[int, ...]
+    differs: tuple[str, ...]
+
+    def __str__(self) -> str:
+        seconds = "+".join(f"{s:.1f}" for s in self.seconds)
+        resumed = "+".join(map(str, self.resumed_from))
+        same = "same" if not self.differs else f"DIFFERS: {self.differs[:3]}"
+        return (
+            f"{self.kill.method:13}{self.kill.logger:7}{seconds:>12}{'+'.join(self.killed_at):>14}{resumed:>14}  {same}"
+        )
+
+
+HEADER = f"{'method':13}{'logger':7}{'seconds':>12}{'at step':>14}{'resumed from':>14}  end"
+
+
+def random_kills(number: int, seed: int) -> Iterator[Kill]:
+    """Kills spread over all methods, both loggers and the whole run; each fifth in a write, each seventh of two."""
+    source, last = random.Random(seed), EPOCHS * EPOCH_STEPS
+    for index in range(number):
+        # evenly over the run, each somewhere in its part
+        first = max(1, math.ceil((index + source.random()) / number * last))
+        steps = (first, min(last - 1, first + source.randint(3, 20))) if index % 7 == 6 else (first,)
+        method = METHODS[index * 5 % len(METHODS)]  # 5 has no divisor in common with their number
+        yield Kill(method, LOGGERS[index % 2], steps, index % 5 == 4, source.random() * 0.01)
+
+
+class Folder:
+    """A folder of runs of one method and logger, each of so many ``epochs``."""
+
+    def __init__(self, path: Path, method: str, logger: str, epochs: int) -> None:
+        self.path, self.method, self.logger, self.epochs = path, method, logger, epochs
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoints/last.ckpt"
+
+    def start(self, *more: str, **environment: str) -> subprocess.Popen[str]:
+        """The child process, which writes into this folder."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        given = {"NOTES": str(self.path / "notes"), "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", **environment}
+        given["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, sys.path)])
+        command = [sys.executable, "-m", "kills.child", *OPTIONS, *OWN.get(self.method, ()), *more]
+        command += [f"method={self.method}", f"logger=[{self.logger}]", f"hydra.run.dir={self.path}"]
+        command += [f"trainer.max_epochs={self.epochs}"]
+        return subprocess.Popen(
+            command, cwd=self.path, env=os.environ | given, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+
+    def finish(self, *more: str) -> None:
+        """A run to its end."""
+        process = self.start(*more)
+        error = process.communicate()[1]
+        assert process.returncode == 0, error[-4000:]
+
+    def saved_step(self) -> int:
+        """The step of the last periodic checkpoint; 0 where there is none."""
+        if not self.checkpoint.exists():
+            return 0
+        return int(torch.load(self.checkpoint, weights_only=True)["global_step"])
+
+    def note(self) -> list[str]:
+        try:
+            return (self.path / "notes").read_text().split()
+        except FileNotFoundError:
+            return []
+
+    def points(self) -> set[tuple[int, str, str]]:
+        """(step, key, value) of everything that the latest run has logged besides times."""
+        if self.logger == "csv":
+            path = max(self.path.glob("csv/version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1]))
+            rows = csv.DictReader(path.read_text().splitlines())
+            return {(int(r["step"]), k, v) for r in rows for k, v in r.items() if v and k not in ("step", "epoch")}
+        path = max(self.path.glob("wandb/offline-run-*/*.wandb"), key=lambda p: p.stat().st_mtime)
+        found = curves(path).items()
+        return {(int(s), k, repr(v)) for k, points in found if k[0] != "_" for s, v in points if s is not None}
+
+
+def content(path: Path) -> dict[str, Any]:
+    """Everything in a checkpoint but paths, the score of the last file written, and Lightning's progress counters."""
+    saved = torch.load(path, weights_only=True)
+    names = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch", "run_state", "callbacks")
+    kept = {name: saved[name] for name in names}
+    for state in kept["callbacks"].values():
+        for key in [key for key in state if "path" in key or key in ("best_k_models", "current_score")]:
+            del state[key]
+    return kept
+
+
+class Killer:
+    """Kills runs in folders below one, and keeps a run of each method and logger that was never stopped."""
+
+    def __init__(self, folder: Path, epochs: int = EPOCHS) -> None:
+        self.folder, self.epochs, self.count = folder, epochs, 0
+        self.whole = cache(self._whole)
+
+    def _whole(self, method: str, logger: str) -> Folder:
+        made = Folder(self.folder / f"{method}-{logger}-whole", method, logger, self.epochs)
+        made.finish()
+        return made
+
+    def run(self, kill: Kill) -> Row:
+        """Kill a run, resume it, perhaps kill it again, and compare its end."""
+        self.count += 1
+        folder = Folder(self.folder / f"{self.count}-{kill.method}", kill.method, kill.logger, self.epochs)
+        seconds, killed_at, resumed_from = [], [], []
+        for step in kill.steps:
+            taken, at = self._kill(folder, step, kill, _resuming(folder))
+            seconds.append(taken)
+            killed_at.append(at)
+            resumed_from.append(folder.saved_step())
+        folder.finish(*_resuming(folder))
+        found = _compare(folder, self.whole(kill.method, kill.logger), resumed_from[-1])
+        return Row(kill, tuple(seconds), tuple(killed_at), tuple(resumed_from), tuple(found))
+
+    def _kill(self, folder: Folder, step: int, kill: Kill, resuming: list[str]) -> tuple[float, str]:
+        """Start a run and kill it after ``step``: how long it ran, and where it was."""
+        every = int(OPTIONS[-1].rpartition("=")[2])
+        number = max(1, (step - folder.saved_step()) // every)
+        in_write = {"KILL_IN_WRITE": f"{number} {kill.delay}"} if kill.writing else {}
+        (folder.path / "notes").unlink(missing_ok=True)
+        began = time.monotonic()
+        process = folder.start(*resuming, **in_write)
+        while process.poll() is None and (kill.writing or int((folder.note() or ["0"])[0]) < step):
+            time.sleep(0.001)
+        time.sleep(0 if kill.writing else kill.delay)
+        process.send_signal(signal.SIGKILL)
+        error = process.communicate()[1]
+        assert process.returncode == -signal.SIGKILL, f"it ended before the kill: {process.returncode}\n{error[-2000:]}"
+        return time.monotonic() - began, "w".join(folder.note()).replace("wwriting", "w")
+
+
+def _resuming(folder: Folder) -> list[str]:
+    return [f"ckpt_path={folder.checkpoint}"] if folder.checkpoint.exists() else []
+
+
+def _compare(folder: Folder, whole: Folder, resumed_from: int) -> list[str]:
+    """Where the end, and what was logged after the resume, differs from the run that was never stopped."""
+    found = differences(content(whole.checkpoint), content(folder.checkpoint))
+    theirs, mine = whole.points(), folder.points()
+    found += [f"logged only by the resumed run: {point}" for point in sorted(mine - theirs)[:3]]
+    # Lightning numbers the rows of a step by the steps before it; an epoch's own rows carry its last step
+    expected = {point for point in theirs if point[0] > resumed_from}
+    return found + [f"not logged by the resumed run: {point}" for point in sorted(expected - mine)[:3]]
+
+
+def main() -> None:
+    """Print the log."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    print(HEADER, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        killer, differing = Killer(Path(folder)), 0
+        for kill in random_kills(options.kills, options.seed):
+            row = killer.run(kill)
+            differing += bool(row.differs)
+            print(row, flush=True)
+    print(f"{options.kills} runs killed, {differing} differ")
+
+
+if __name__ == "__main__":
+    main()

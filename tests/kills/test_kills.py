@@ -1,0 +1,37 @@
+"""Runs that a SIGKILL ends resume bitwise from their last periodic checkpoint."""
+
+import os
+from pathlib import Path
+
+import pytest
+from support.methods import METHODS
+
+from kills.killing import HEADER, Kill, Killer, random_kills
+
+
+def test_a_killed_run_resumes_bitwise(tmp_path: Path) -> None:
+    row = Killer(tmp_path, epochs=3).run(Kill("rigl", "csv", (13,)))
+    assert row.resumed_from in [(10,), (15,)]
+    assert not row.differs
+
+
+def test_the_kills_are_spread_over_methods_loggers_and_the_run() -> None:
+    kills = list(random_kills(50, seed=0))
+    assert {(kill.method, kill.logger) for kill in kills} >= {
+        (m, logger) for m in METHODS for logger in ("csv", "wandb")
+    }
+    assert sum(kill.writing for kill in kills) == 10
+    assert sum(len(kill.steps) == 2 for kill in kills) == 7
+    assert {kill.steps[0] // 10 for kill in kills} == set(range(11))
+
+
+@pytest.mark.slow
+def test_fifty_killed_runs_resume_bitwise(tmp_path: Path) -> None:
+    """The log is printed: ``pytest -m slow -s tests/kills``; KILLS=10 KILL_SEED=3 give their number and seed."""
+    killer, differing = Killer(tmp_path), []
+    print(f"\n{HEADER}")
+    for kill in random_kills(int(os.environ.get("KILLS", "50")), int(os.environ.get("KILL_SEED", "0"))):
+        row = killer.run(kill)
+        print(row, flush=True)
+        differing += [row] if row.differs else []
+    assert not differing
