@@ -62,12 +62,27 @@ class DenseGradients:
         if (gradient := self._params[name].grad) is None:
             return
         seen, version, dense = self._kept.get(name, (None, 0, gradient))
+        if seen is gradient and gradient._version == version:
+            return  # masked already, with no backward pass since
         # Exactly one write in place since the copy: a backward pass added to the masked gradient. After a zero_grad in
         # between it is another tensor, or was written twice (zeroed, then added to), and the copy is out of date.
         added = weights.at_pruned(name, dense) if seen is gradient and gradient._version == version + 1 else 0.0
         dense = gradient / scale + added
-        weights.mask_gradient(name)
+        weights.close_gradient(name)
         self._kept[name] = (gradient, gradient._version, dense)
+
+    def give_back(self, name: str, weights: SparseWeights) -> None:
+        """Undo :meth:`keep_and_mask`, for a parameter whose pruned weights take the coming step too."""
+        gradient, version, dense = self._kept.pop(name, (None, 0, None))
+        if gradient is None or dense is None or self._params[name].grad is not gradient:
+            return
+        if gradient._version == version:
+            gradient.copy_(dense)
+            return
+        # clipped since by its norm: what was taken out is clipped by the same factor
+        pruned = weights.at_pruned(name, dense)
+        clipped = (gradient.norm() / (dense - pruned).norm()).nan_to_num(1.0)
+        gradient.add_(pruned * clipped)
 
     def forget(self, names: Iterable[str]) -> None:
         """Drop the copies of the named gradients, once the step that they were made for is over."""

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from types import TracebackType
 from typing import Any, Self
@@ -24,6 +25,7 @@ from sparse_callbacks.core.host import Forward
 from sparse_callbacks.core.loop_host import LoopHost
 from sparse_callbacks.core.loop_refusals import epoch_length, refuse_arguments, refuse_hostless, restarts_optimizers
 from sparse_callbacks.core.loop_steps import (
+    AfterEachCall,
     CalledOnce,
     StepInLoop,
     group_values,
@@ -38,6 +40,8 @@ from sparse_callbacks.core.optimizer_modes import mode_of, switch_through
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.selection import Entry, layer_shapes, select
 from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.two_pass import CallFirst, steppers, two_pass
+from sparse_callbacks.core.unseen_steps import StepWatch
 from sparse_callbacks.core.wrappers import plain_model, plain_optimizer
 
 Clip = Callable[[list[nn.Parameter]], object]
@@ -73,9 +77,12 @@ class SparseRun:
         self.method, self._number = method, next(_numbers)
         self._model = plain_model(model)
         listed = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
-        self._optimizers = [plain_optimizer(o) for o in listed]
-        torch_optimizers.refuse(self._optimizers, scaler=False)
-        for wrapper, plain in zip(listed, self._optimizers, strict=True):
+        self._given = [plain_optimizer(o) for o in listed]
+        torch_optimizers.refuse(self._given, scaler=False)
+        self._optimizers = steppers(self._given, scaler=False)
+        self._two_pass = two_pass(self._given, self._optimizers)
+        torch_optimizers.refuse(self._two_pass, scaler=False)
+        for wrapper, plain in zip(listed, self._given, strict=True):
             switch_through(wrapper, plain)
         self._length = RunLength(lambda: float(steps), lambda: epoch_length(epoch, data))
         self._clip, self._on_restart = clip, on_restart
@@ -83,7 +90,7 @@ class SparseRun:
         self._host = LoopHost(self._model, self._engine, type(method).__name__, data, forward)
         # a method that is told when a micro-batch begins, because it samples gates, say, needs `with run.batch():`
         self._needs_batches = type(method).batch_start is not Hooks.batch_start
-        self._first_groups = [group_values(o) for o in self._optimizers]
+        self._first_groups = [group_values(o) for o in self._restarted]
         self._epoch = 0
         self._begin(state)
 
@@ -125,7 +132,12 @@ class SparseRun:
         method.attachment.in_training = True
         engine.events |= method.begin_training(self._epoch)
         method.saved = None  # from here on the run speaks for itself
-        self._pre_handles = [o.register_step_pre_hook(self._before_step) for o in self._optimizers]
+        self._watch: StepWatch | None = StepWatch(engine)
+        self._pre_handles: list[Any] = [o.register_step_pre_hook(self._before_step) for o in self._optimizers]
+        for given, stepper in zip(self._given, self._optimizers, strict=True):
+            if given is not stepper:
+                self._pre_handles.append(given.register_step_pre_hook(self._before_passes))
+                self._pre_handles.append(CallFirst(given, partial(self._pass_over, stepper)))
         self._hook()
         _runs_of.setdefault(self._model, WeakSet()).add(self)
         for optimizer in self._optimizers:
@@ -133,14 +145,19 @@ class SparseRun:
         method.epoch_start(self._epoch)
         method.window_start(self._batches)
 
+    @property
+    def _restarted(self) -> list[Optimizer]:
+        """The optimizers that start anew with a phase: those of the loop, and those that these hold for their steps."""
+        return [*self._given, *self._two_pass]
+
     def _entries(self) -> list[Entry]:
         method, trained = self.method, torch_optimizers.parameter_ids(*self._optimizers)
         return select(self._model, method.include, method.exclude, method.keep_dense, trained)
 
     def _bind(self, entries: Sequence[Entry]) -> None:
         # masked before the step only where somebody reads gradients in it; otherwise masking the weights is enough
-        reads = [self._clip is not None or not torch_optimizers.is_elementwise(o) for o in self._optimizers]
-        self._engine.bind(self._model, entries, self._optimizers, reads, self._host)
+        reads = [self._clip is not None or not torch_optimizers.is_elementwise(o) for o in self._given]
+        self._engine.bind(self._model, entries, self._optimizers, reads, self._host, self._two_pass)
         self._placed = places_of(self.method)
         self._share_dense_values()
 
@@ -215,8 +232,8 @@ class SparseRun:
         self._steps[index].announced = True
 
     def _index(self, optimizer: Optimizer) -> int:
-        for index, mine in enumerate(self._optimizers):
-            if mine is optimizer:
+        for index, mine in enumerate(zip(self._given, self._optimizers, strict=True)):
+            if optimizer in mine:
                 return index
         raise ValueError(f"{type(optimizer).__name__} is not an optimizer of this run: sparsify() was not given it.")
 
@@ -233,6 +250,25 @@ class SparseRun:
             return None  # a subclass that calls its parent's step fires the hooks of both
         rest = {k: v for k, v in kwargs.items() if k != "closure"}
         return (args[0], CalledOnce(self, optimizer, closure, self._closure_called), *args[2:]), rest
+
+    def _before_passes(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """The pre hook of an optimizer of two passes: gradients may be there, and its closure makes others."""
+        index = next((i for i, given in enumerate(self._given) if given is optimizer), None)
+        if index is None:
+            return None  # a wrapper, such as Fabric's
+        masked = partial(self._pass_over, self._optimizers[index])
+        masked()
+
+        def then_masked(closure: Any) -> Any:
+            return AfterEachCall(closure, masked) if callable(closure) else closure
+
+        # args begin with the optimizer itself
+        return (args[0], *map(then_masked, args[1:])), {k: then_masked(v) for k, v in kwargs.items()}
+
+    def _pass_over(self, stepper: Optimizer) -> None:
+        """A backward pass may have run since the optimizer was last asked for something: only active weights move."""
+        if not self._steps[self._index(stepper)].announced:
+            self._engine.after_backward(optimizers=[stepper])
 
     def _closure_called(self, optimizer: Optimizer) -> None:
         self._gradients_ready(self._index(optimizer))
@@ -302,14 +338,23 @@ class SparseRun:
         skipped: its hooks did not fire. GaP lays its last phase by how many there were.
         """
         mine, gradient = self._steps[index], parameter.grad
+        if self._watch is not None:
+            self._look_for_steps()
         self._bare_backward |= not self._in_batch
         if mine.announced or mine.running:  # by before_clipping() and then skipped, or the step failed half-way
             mine.announced = False
             self._engine.batch_over()
-        elif mine.window_open and mine.gradient() is not gradient:
+        elif mine.window_open and mine.gradient() is not gradient and self._optimizers[index] not in self._two_pass:
             self._engine.skipped += 1
         mine.window_open, mine.running = True, False
         mine.remember(gradient)
+
+    def _look_for_steps(self, epoch_over: bool = False) -> None:
+        """A backward pass has begun a batch, or an epoch is over: were there steps of every optimizer?"""
+        if self._watch is not None:
+            self._watch.batch_begins()
+            if not self._watch.batch_over(epoch_over):
+                self._watch = None
 
     @contextmanager
     def batch(self) -> Iterator[None]:
@@ -329,10 +374,22 @@ class SparseRun:
         method.batch_start(self._batches)
         try:
             yield
+            self._refuse_open_passes()
         finally:
             self._in_batch = False
             window_open = any(s.window_open for s in self._steps)
             engine.events |= method.batch_end(BatchEnd(False, False, window_open, engine.skipped))
+
+    def _refuse_open_passes(self) -> None:
+        """Weights leave their sample with the batch, and what a first pass has moved would be taken for the user's
+        writing."""
+        for optimizer, step in zip(self._optimizers, self._steps, strict=True):
+            if self._needs_batches and step.window_open and optimizer in self._two_pass:
+                raise RuntimeError(
+                    f"'with run.batch():' ended between the passes of an optimizer that takes two, and "
+                    f"{type(self.method).__name__} needs the same sample of its gates in both. Take the whole step within "
+                    "it."
+                )
 
     def _refuse_step_without_batch(self) -> None:
         if self._needs_batches and (not self._had_batch or self._bare_backward):
@@ -348,7 +405,7 @@ class SparseRun:
         method = self.method
         if isinstance(method, RestartsOptimizers):
             method.begin_optimizer_life()
-        for optimizer, groups in zip(self._optimizers, self._first_groups, strict=True):
+        for optimizer, groups in zip(self._restarted, self._first_groups, strict=True):
             optimizer.state.clear()
             for group, values in zip(optimizer.param_groups, groups, strict=True):
                 mode = mode_of(optimizer, group)
@@ -387,6 +444,8 @@ class SparseRun:
             metrics: what the validation measured, by name; CTRE looks for its ``monitor`` there.
         """
         self._refuse_closed()
+        if not self._needs_batches:  # whose weights are samples while backward runs, and medians now
+            self._look_for_steps(epoch_over=True)
         found = {name: float(value) for name, value in (metrics or {}).items()}
         self.method.validation_end(found, self._epoch)
         self.method.epoch_end(found, self._epoch)

@@ -10,7 +10,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sparse_callbacks.core import distributed
+from sparse_callbacks.core import distributed, two_pass
 from sparse_callbacks.core import optimizers as torch_optimizers
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.distributions import why_all_active
@@ -19,6 +19,7 @@ from sparse_callbacks.core.hooks import BatchEnd
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
 from sparse_callbacks.core.selection import NOT_TRAINED, layer_shapes, select
+from sparse_callbacks.core.unseen_steps import StepWatch
 from sparse_callbacks.lightning import curves, optimizer_lives
 from sparse_callbacks.lightning.namespaces import Trainer, callback_classes
 from sparse_callbacks.lightning.refusals import (
@@ -47,6 +48,8 @@ class FitState:
     """Gradients of an accumulation window that was open when the checkpoint was written, until training starts."""
     window_open: bool = False
     """A backward pass has run since the last optimizer step."""
+    watch: StepWatch | None = None
+    """Looks for steps that nobody announces, until every optimizer has stepped."""
     left_out: list[str] = field(default_factory=list)
     """Names of parameters that stay dense because nobody trains them yet."""
     logged_at: int = -1
@@ -96,7 +99,10 @@ class SparsityCallback(Method, AnyCallback):
         self.saved = None if self.fresh_start else SavedRun.of(state_dict)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        torch_optimizers.refuse(trainer.optimizers, scaler_of(trainer) is not None)
+        scaled = scaler_of(trainer) is not None
+        torch_optimizers.refuse(trainer.optimizers, scaled)
+        steppers = two_pass.steppers(trainer.optimizers, scaled)
+        torch_optimizers.refuse(steppers, scaled)
         trained = torch_optimizers.parameter_ids(*trainer.optimizers)
         entries = select(pl_module, self.include, self.exclude, self.keep_dense, trained)
         self._refuse_neighbours(trainer, [e.name for e in entries if not e.reason])
@@ -107,7 +113,9 @@ class SparsityCallback(Method, AnyCallback):
         fit.held_gradients = {} if self.saved is None else dict(self.saved.grads)
         fit.restored = None
         host = self._host_of(trainer, pl_module)
-        self.engine.bind(pl_module, entries, trainer.optimizers, self._reads(trainer, pl_module), host)
+        reads, twice = self._reads(trainer, pl_module), two_pass.two_pass(trainer.optimizers, steppers)
+        self.engine.bind(pl_module, entries, steppers, reads, host, twice)
+        self.engine.announce_by_hooks()
         optimizer_lives.switch_through_wrappers(trainer)
         if self.print_plan and trainer.is_global_zero:
             print(self.plan(), flush=True)
@@ -124,6 +132,7 @@ class SparsityCallback(Method, AnyCallback):
         self.rehearse()
         self.engine.write()  # not earlier: a fit that is refused leaves the weights as they were
         self.attachment.in_training = True
+        self.fit_state.watch = StepWatch(self.engine)
         self._put_gradients_back(pl_module)
         # `or {}`: in version 0.1 this hook gave nothing, and an override of that time still may
         self.engine.events |= self.begin_training(trainer.current_epoch) or {}
@@ -134,19 +143,24 @@ class SparsityCallback(Method, AnyCallback):
         self._warn_of_thawed(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if not self.fit_state.window_open:
+        fit = self.fit_state
+        if not fit.window_open:
             if self.engine.restart_wanted:
                 self._restart_optimizers(trainer, pl_module)
             self.window_start(batch_idx)
         self.batch_start(batch_idx)
+        if fit.watch is not None:
+            fit.watch.batch_begins()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.fit_state.window_open = True
-        if not pl_module.automatic_optimization:
+        if not pl_module.automatic_optimization or self.engine.has_two_passes:
             scaler = scaler_of(trainer)
             self.engine.after_backward(1.0 if scaler is None else scaler.get_scale())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if optimizer not in self.owners.optimizers:
+            return  # it has two passes, and this is either of them: the optimizer that it holds announces the step
         self.fit_state.window_open = False
         step = self.engine.before(optimizer, trainer.global_step)
         if step.replaced and pl_module.automatic_optimization:
@@ -158,6 +172,10 @@ class SparsityCallback(Method, AnyCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         engine, fit = self.engine, self.fit_state
+        # before anything is written back to where the batch began, as samples of gates are
+        if fit.watch is not None and not fit.watch.batch_over(bool(trainer.is_last_batch)):
+            fit.watch = None
+        fit.window_open &= not engine.has_begun_steps
         engine.batch_over()
         end = BatchEnd(bool(trainer.is_last_batch), ends_run(trainer), fit.window_open, engine.skipped)
         engine.events |= self.batch_end(end) or {}  # an override may give nothing
@@ -271,10 +289,12 @@ class SparsityCallback(Method, AnyCallback):
         """New optimizers and schedules, as the module configures them; all callbacks of the kind move their hooks to
         them."""
         optimizer_lives.restart(trainer)
-        torch_optimizers.refuse(trainer.optimizers, scaler_of(trainer) is not None)
-        reads = self._reads(trainer, module)
+        scaled = scaler_of(trainer) is not None
+        torch_optimizers.refuse(trainer.optimizers, scaled)
+        steppers, reads = two_pass.steppers(trainer.optimizers, scaled), self._reads(trainer, module)
         for peer in peers_of(trainer):
-            peer.engine.rebind(trainer.optimizers, reads)
+            peer.engine.rebind(steppers, reads, two_pass.two_pass(trainer.optimizers, steppers))
+            peer.engine.announce_by_hooks()
             peer.engine.restart_wanted = False
         optimizer_lives.switch_through_wrappers(trainer)
         self._check_horizons(trainer)
@@ -318,6 +338,7 @@ class SparsityCallback(Method, AnyCallback):
 
     def _leave(self, module: LightningModule) -> None:
         vars(module).pop("configure_gradient_clipping", None)
+        self.fit_state.watch = None
         self.engine.unbind()
 
     def __getstate__(self) -> dict[str, Any]:
