@@ -21,6 +21,8 @@ class StepInLoop:
         """A backward pass has run since the last step."""
         self.gradient: Callable[[], Tensor | None] = _nothing
         """The gradient that the last backward pass left in the parameter that is watched, held weakly."""
+        self.called = False
+        """A method of an optimizer of two passes was called since its last step."""
         self.announced = False
         """before_clipping() was called for the step that comes."""
         self.running = False

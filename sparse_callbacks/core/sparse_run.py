@@ -40,7 +40,7 @@ from sparse_callbacks.core.optimizer_modes import mode_of, switch_through
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.selection import Entry, layer_shapes, select
 from sparse_callbacks.core.step import Step
-from sparse_callbacks.core.two_pass import CallFirst, steppers, two_pass
+from sparse_callbacks.core.two_pass import CallFirst, steppers, two_pass, why_not_resumed
 from sparse_callbacks.core.unseen_steps import StepWatch
 from sparse_callbacks.core.wrappers import plain_model, plain_optimizer
 
@@ -77,6 +77,7 @@ class SparseRun:
         self.method, self._number = method, next(_numbers)
         self._model = plain_model(model)
         listed = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
+        self._wrappers: list[Any] = listed
         self._given = [plain_optimizer(o) for o in listed]
         torch_optimizers.refuse(self._given, scaler=False)
         self._optimizers = steppers(self._given, scaler=False)
@@ -134,10 +135,12 @@ class SparseRun:
         method.saved = None  # from here on the run speaks for itself
         self._watch: StepWatch | None = StepWatch(engine)
         self._pre_handles: list[Any] = [o.register_step_pre_hook(self._before_step) for o in self._optimizers]
-        for given, stepper in zip(self._given, self._optimizers, strict=True):
+        for wrapper, given, stepper in zip(self._wrappers, self._given, self._optimizers, strict=True):
             if given is not stepper:
+                # a wrapper of Fabric is of a subclass, and has the methods of the class of its own
+                wrappers: list[Any] = [given] if wrapper is given else [given, wrapper]
                 self._pre_handles.append(given.register_step_pre_hook(self._before_passes))
-                self._pre_handles.append(CallFirst(given, partial(self._pass_over, stepper)))
+                self._pre_handles += [CallFirst(o, partial(self._pass_over, stepper)) for o in wrappers]
         self._hook()
         _runs_of.setdefault(self._model, WeakSet()).add(self)
         for optimizer in self._optimizers:
@@ -194,6 +197,8 @@ class SparseRun:
         method, name = self.method, type(self.method).__name__
         if text := why_all_active(method.distribution, layer_shapes(entries)):
             self._host.inform(text)
+        if text := why_not_resumed(self._given, self._optimizers):
+            self._host.warn(text)
         if method.calendar is None:
             return
         if method.saved is not None:
@@ -267,7 +272,9 @@ class SparseRun:
 
     def _pass_over(self, stepper: Optimizer) -> None:
         """A backward pass may have run since the optimizer was last asked for something: only active weights move."""
-        if not self._steps[self._index(stepper)].announced:
+        mine = self._steps[self._index(stepper)]
+        mine.called = True
+        if not mine.announced:
             self._engine.after_backward(optimizers=[stepper])
 
     def _closure_called(self, optimizer: Optimizer) -> None:
@@ -280,6 +287,12 @@ class SparseRun:
         if mine.running and not mine.window_open:
             return  # the inner step of a subclass that calls its parent's: no gradient came since the outer one
         torch_optimizers.refuse_scaled_step(optimizer)
+        if optimizer in self._two_pass and not mine.called:
+            raise RuntimeError(
+                f"the optimizer of two passes that holds this {type(optimizer).__name__} was called past the run, so its "
+                "first pass has moved pruned weights. Give sparsify() the optimizer that the loop calls: after "
+                "fabric.setup(), its wrapper."
+            )
         mine.running = True
         if not mine.announced:
             step = self._announce(index, gradients_read=any(r._clip is not None for r in _sharing(optimizer)))
@@ -311,7 +324,7 @@ class SparseRun:
         mine = self._steps[self._index(optimizer)]
         if not mine.running:
             return  # the outer hook of a subclass that calls its parent's step
-        mine.running, mine.stepped, mine.window_open = False, True, False
+        mine.running, mine.stepped, mine.window_open, mine.called = False, True, False, False
         self._before_masks = {}  # a step was taken: no other state can be loaded now
         runs = _sharing(optimizer)
         if any(run._steps[run._index(optimizer)].running for run in runs):

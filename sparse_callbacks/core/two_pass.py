@@ -96,13 +96,37 @@ def two_pass(given: Sequence[Optimizer], steppers: Sequence[Optimizer]) -> list[
     return [s for g, s in zip(given, steppers, strict=True) if s is not g]
 
 
+def why_not_resumed(given: Sequence[Optimizer], found: Sequence[Optimizer]) -> str:
+    """Why a resumed run will differ: the state of an inner optimizer is in no checkpoint; empty where it is, or where
+    there is none.
+
+    Args:
+        given: the optimizers that the user's code made, and whose states it saves.
+        found: those that take their steps.
+    """
+    for optimizer, stepper in zip(given, found, strict=True):
+        # a class that writes its own state_dict() is trusted to write all
+        if stepper.state is optimizer.state or type(optimizer).state_dict is not Optimizer.state_dict:
+            continue
+        twin = Twin(stepper)
+        twin.backward()
+        twin.optimizer.step()
+        if any(isinstance(v, Tensor) for state in twin.optimizer.state.values() for v in state.values()):
+            return (
+                f"{type(optimizer).__name__}.state_dict() leaves out the state of the {type(stepper).__name__} within, "
+                "such as its momentum, so a resumed run begins without it. Share it: self.state = "
+                "self.base_optimizer.state, in the constructor and after load_state_dict()."
+            )
+    return ""
+
+
 def own_methods(optimizer: Optimizer) -> Iterable[str]:
     """Names of the public methods that an optimizer's class has beyond those of every torch optimizer."""
     for cls in type(optimizer).__mro__:
         if cls is Optimizer:
             return
         for name, value in vars(cls).items():
-            if callable(value) and not name.startswith("_") and not hasattr(Optimizer, name):
+            if inspect.isfunction(value) and not name.startswith("_") and not hasattr(Optimizer, name):
                 yield name
 
 

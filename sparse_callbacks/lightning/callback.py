@@ -121,6 +121,8 @@ class SparsityCallback(Method, AnyCallback):
             print(self.plan(), flush=True)
         if text := why_all_active(self.distribution, layer_shapes(entries)):
             rank_zero_info(text)
+        if text := two_pass.why_not_resumed(trainer.optimizers, steppers):
+            rank_zero_warn(text)
         for warning in warnings_for(trainer, self.arrives_at_stop):
             rank_zero_warn(warning)
 

@@ -1,5 +1,6 @@
 """Sharpness-aware minimization under a Trainer: manual and automatic optimization, a closure and two calls."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ import torch
 from support.data import loader
 from support.loops import METHODS
 from support.nets import Regression
-from support.sam import ClosureTwice, NoInner, NothingKnown, TwoCalls, sgd
+from support.sam import ClosureTwice, DataReplaced, NoInner, NothingKnown, TwoCalls, sgd
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparse_callbacks import DPF, GaP, RigL, SparsityCallback, Static
+from sparse_callbacks import DPF, GaP, ParallelGaP, RigL, SparsityCallback, Static
 from sparse_callbacks.testing.runs import trainer_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -261,6 +262,32 @@ def test_a_grad_scaler_is_refused(tmp_path: Path) -> None:
     plugin = pl.plugins.MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
     with pytest.raises(ValueError, match=r"TwoCalls takes gradients twice.*bf16-mixed"):
         fit(ManualTwoCalls(), Static(0.8, print_plan=False), tmp_path, plugins=[plugin])
+
+
+def test_networks_that_train_in_turn_are_refused(tmp_path: Path) -> None:
+    callback = ParallelGaP(0.8, partitions=2, print_plan=False)
+    with pytest.raises(ValueError, match=r"ClosureTwice holds the optimizer that takes its steps.*or GaP"):
+        fit(Automatic(), callback, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["static", "rigl", "snfs", "dpf", "l0", "gap"])
+def test_accumulation_keeps_pruned_weights_zero_in_both_passes(method: str, tmp_path: Path) -> None:
+    callback = METHODS[method]()
+    module = Automatic(watched=None if method == "l0" else callback)
+    fit(module, callback, tmp_path, accumulate_grad_batches=2)
+    assert callback.step + callback.updates >= 12
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+@pytest.mark.parametrize(("momentum", "warned"), [(0.9, 1), (0.0, 0)])
+def test_a_state_that_no_checkpoint_holds_is_reported(momentum: float, warned: int, tmp_path: Path) -> None:
+    module = ManualTwoCalls()
+    module.configure = lambda parameters: DataReplaced(parameters, momentum=momentum)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(module, Static(0.8, print_plan=False), tmp_path)
+    found = [w for w in caught if "DataReplaced.state_dict() leaves out the state of the SGD within" in str(w.message)]
+    assert len(found) == warned
 
 
 class Unseen(Manual):

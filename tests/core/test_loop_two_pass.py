@@ -5,8 +5,19 @@ from typing import Any
 
 import pytest
 import torch
+from lightning_fabric import Fabric
 from support.loops import METHODS, STEPS, assert_masked, assert_same, batches, begin, data, loss_of, net
-from support.sam import FORMS, NoInner, NoInnerNoStep, NothingKnown, TwoCalls, sgd, with_a_closure, with_other_names
+from support.sam import (
+    FORMS,
+    DataReplaced,
+    NoInner,
+    NoInnerNoStep,
+    NothingKnown,
+    TwoCalls,
+    sgd,
+    with_a_closure,
+    with_other_names,
+)
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import clip_grad_norm_
@@ -17,7 +28,9 @@ from sparse_callbacks.core.gradients import DenseGradients
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.two_pass import stepping
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*ended at:UserWarning", "ignore:.*ended after:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:DataReplaced.*:UserWarning", "ignore:.*ended at:UserWarning", "ignore:.*ended after:UserWarning"
+)
 
 
 def train(
@@ -286,6 +299,57 @@ def test_accumulating_for_long_is_no_error() -> None:
     run.epoch_end()
     optimizer.step()
     assert run.step + run.updates == 1
+
+
+def test_a_state_that_no_checkpoint_holds_is_reported() -> None:
+    model = net()
+    with pytest.warns(UserWarning, match=r"DataReplaced.state_dict\(\) leaves out the state of the SGD within"):
+        begin("static", model, DataReplaced(model.parameters()))
+
+
+@pytest.mark.parametrize(("form", "before"), [("two_calls", False), ("closure", False), ("closure", True)], ids=str)
+def test_fabric_passes_the_calls_on(form: str, before: bool) -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model = net()
+    wrapped: Any = TwoCalls(model.parameters(), rho=0.5)
+    if before:
+        run = begin("dpf", model, wrapped)
+    forward, wrapped = fabric.setup(model, wrapped)
+    if not before:
+        run = begin("dpf", forward, wrapped)
+    for batch in batches(data(), 0, STEPS):
+
+        def backward(batch: Any = batch) -> None:
+            assert_masked(model, run)
+            fabric.backward(loss_of(forward, batch))
+
+        backward()
+        if form == "closure":
+            wrapped.step(backward)
+        else:
+            wrapped.first_step(zero_grad=True)
+            backward()
+            wrapped.second_step()
+        wrapped.zero_grad()
+        assert_masked(model, run)
+    assert run.step == STEPS
+
+
+def test_a_wrapper_that_the_run_does_not_know_is_an_error_before_the_first_step() -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model = net()
+    wrapped: Any = TwoCalls(model.parameters(), rho=0.5)
+    run = begin("dpf", model, wrapped)
+    before = copy.deepcopy(model.state_dict())
+    forward, wrapped = fabric.setup(model, wrapped)
+    batch = next(iter(data()))
+    fabric.backward(loss_of(forward, batch))
+    wrapped.first_step(zero_grad=True)
+    fabric.backward(loss_of(forward, batch))
+    with pytest.raises(RuntimeError, match=r"was called past the run.*after fabric.setup\(\), its wrapper"):
+        wrapped.second_step()
+    assert run.step == 0
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
 class HalfWay(Optimizer):
