@@ -1,7 +1,7 @@
 """The engine: drives one method over one model and its optimizers, and keeps the invariant."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from sparse_callbacks.core.checkpoint import VERSION, SavedRun, refuse_foreign_w
 from sparse_callbacks.core.first_gradients import STEPS, FirstGradients
 from sparse_callbacks.core.gradients import DenseGradients
 from sparse_callbacks.core.host import Host
+from sparse_callbacks.core.loop_steps import next_tick
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_modes import DenseInSwitch, is_schedule_free, mask_averages
 from sparse_callbacks.core.optimizer_needs import keeps_optimizers, refuse_optimizers, refuse_replaced_steps
@@ -50,6 +51,7 @@ class Engine:
         self.skipped = 0
         """Announced steps of this fit that were not taken, by a GradScaler's choice."""
         self._first_gradients = FirstGradients(0, 0)
+        self._seen: set[int] = set()  # optimizers of this run that have taken a step
         self._release()
 
     def _release(self) -> None:
@@ -58,6 +60,8 @@ class Engine:
         self._switches: list[DenseInSwitch] = []
         self._gradients = DenseGradients({})
         self._gradients_read: list[bool] = []
+        self._two_pass: list[Optimizer] = []
+        self._begun: set[int] = set()
         self._steps: dict[int, Step] = {}
         self._finite: Tensor | bool = True
 
@@ -70,6 +74,7 @@ class Engine:
         optimizers: Sequence[Optimizer],
         gradients_read: Sequence[bool],
         host: Host,
+        two_pass: Sequence[Optimizer] = (),
     ) -> None:
         """Take hold of the sparse parameters of a run. No value changes before :meth:`write`.
 
@@ -82,9 +87,11 @@ class Engine:
             optimizers: the optimizers of the run.
             gradients_read: for each optimizer, whether anybody reads gradients between backward and its step.
             host: who runs the loop.
+            two_pass: those of the optimizers that take the steps of another one, which perturbs weights before.
         """
         method, saved = self.method, self.method.saved
         self.skipped, self.restart_wanted = 0, False
+        self._seen = set()
         members = list(method.further_members(model, entries))
         parameters = dict(model.named_parameters())
         sparse = {e.name: e for e in members if not e.reason}
@@ -114,7 +121,7 @@ class Engine:
         if method.explores:
             EverActive(method.aux, method.weights).add(params)
         method.attachment.enter(model, host)
-        self._take_hold(owners, gradients_read)
+        self._take_hold(owners, gradients_read, two_pass)
         method.attach(model)
 
     def _masks_of_last_run(self, model: nn.Module, params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -150,19 +157,22 @@ class Engine:
         method.attachment.forget()
         self.events = {}
 
-    def rebind(self, optimizers: Sequence[Optimizer], gradients_read: Sequence[bool]) -> None:
+    def rebind(
+        self, optimizers: Sequence[Optimizer], gradients_read: Sequence[bool], two_pass: Sequence[Optimizer] = ()
+    ) -> None:
         """Go on with other optimizers for the same parameters, in the same order."""
         owners = Ownership(optimizers, self.method.params)
         refuse_optimizers(self.method, owners)
-        self._take_hold(owners, gradients_read)
+        self._take_hold(owners, gradients_read, two_pass)
 
-    def _take_hold(self, owners: Ownership, gradients_read: Sequence[bool]) -> None:
+    def _take_hold(self, owners: Ownership, gradients_read: Sequence[bool], two_pass: Sequence[Optimizer]) -> None:
         method = self.method
         for switch in self._switches:
             switch.release()
         self._unhook()
         self._gradients = DenseGradients(method.params)
         self._gradients_read = list(gradients_read)
+        self._two_pass = list(two_pass)
         method.owners = owners
         self._handles = [o.register_step_post_hook(self.after) for o in owners.optimizers]
         self._switches = [
@@ -239,6 +249,9 @@ class Engine:
         last = self._steps.get(index)
         if last is not None and last.tick == tick:
             raise ValueError(torch_optimizers.several_closures(type(optimizer).__name__))
+        if optimizer in self._two_pass:  # of the second pass: the first one has moved only weights that are active
+            for name in filter(method.weights.has_copy, method.owners.steps[index]):
+                self._gradients.give_back(name, method.weights)
         step = self._steps[index] = self._step(index, tick, gradients_read)
         if step.names:
             if index in self._first_gradients.looks_at:
@@ -282,23 +295,66 @@ class Engine:
         """Dense gradients of the steps that are to come."""
         return self._gradients
 
-    def after_backward(self, scale: float = 1.0, reduced: bool = True) -> None:
-        """Manual optimization: mask the gradients now, before the user clips them, and keep dense ones where a step
-        needs them.
+    def after_backward(
+        self, scale: float = 1.0, reduced: bool = True, optimizers: Sequence[Optimizer] | None = None
+    ) -> None:
+        """Mask the gradients now, before anybody else uses them, and keep dense ones where a step needs them.
+
+        In manual optimization the user may clip them at once; an optimizer of two passes perturbs weights by them, and
+        only active ones may move.
 
         Args:
             scale: the factor by which a GradScaler has multiplied the gradients.
             reduced: whether the backward pass has reduced the gradients over ranks.
+            optimizers: those whose gradients are masked; None: all.
         """
         method = self.method
-        for index in range(len(method.owners.optimizers)):
+        for index, optimizer in enumerate(method.owners.optimizers):
+            if optimizers is not None and optimizer not in optimizers:
+                continue
             coming = self._step(index, tick=-1)
-            names = [name for name in coming.names if not method.weights.has_copy(name)]
-            if method.wants_dense_gradients(coming):
-                self._gradients.keep_and_mask(names, method.weights, scale, reduced)
-            else:
-                for name in names:
+            wanted = method.wants_dense_gradients(coming)
+            copied = [name for name in coming.names if method.weights.has_copy(name)]
+            others = [name for name in coming.names if not method.weights.has_copy(name)]
+            kept = [*(others if wanted else ()), *(copied if optimizer in self._two_pass else ())]
+            self._gradients.keep_and_mask(kept, method.weights, scale, reduced)
+            if not wanted:
+                for name in others:
                     method.weights.mask_gradient(name)
+
+    def announce_by_hooks(self) -> None:
+        """Announce the steps of optimizers that another one steps, which the host does not notice, by their own pre
+        hooks: weights are back where they were then, and the gradients of the second pass complete."""
+        self._handles += [o.register_step_pre_hook(self._step_begins) for o in self._two_pass]
+
+    def _step_begins(self, optimizer: Optimizer, *_: object) -> None:
+        index = self.method.owners.index(optimizer)
+        if index in self._begun:
+            return  # a subclass that calls its parent's step fires the hooks of both
+        self._begun.add(index)
+        if self.announce(optimizer, next_tick(optimizer, self)).replaced:
+            self.withhold(optimizer)
+        self.enter_step(optimizer)
+
+    @property
+    def has_two_passes(self) -> bool:
+        """Some optimizer perturbs weights and takes gradients again before its step."""
+        return bool(self._two_pass)
+
+    def unseen_optimizers(self) -> list[tuple[str, list[str]]]:
+        """Class of each optimizer that has taken no step in this run yet, and its parameters that no other has
+        stepped."""
+        owners, seen = self.method.owners, {n for i in self._seen for n in self.method.owners.steps[i]}
+        return [
+            (type(optimizer).__name__, [n for n in owners.owns[index] if n not in seen])
+            for index, optimizer in enumerate(owners.optimizers)
+            if index not in self._seen and owners.owns[index]
+        ]
+
+    @property
+    def begun_steps(self) -> Set[int]:
+        """Indices of the optimizers whose steps were announced by hooks since the last batch ended."""
+        return self._begun
 
     def withhold(self, optimizer: Optimizer) -> None:
         """Leave ``optimizer`` without gradients for the step that an update replaces."""
@@ -329,6 +385,7 @@ class Engine:
         if step is None or step.taken or not step.names:
             return
         step.taken = True
+        self._seen.add(index)
         for group, numbers in zip(optimizer.param_groups, step.group_numbers, strict=False):
             group.update(numbers)  # of a step that moved nothing: what optimizers count for a whole group stays too
         self._conclude(step)
@@ -377,6 +434,7 @@ class Engine:
             if step.names and not step.taken and not step.skipped:
                 step.skipped = True  # the GradScaler found an inf and skipped the step
                 self.skipped += 1
+        self._begun.clear()
         self.method.weights.swap_out(self.method.params)
         self._gradients.free(self.method.owners.optimizers)
 
@@ -407,4 +465,5 @@ class Engine:
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         vars(self).update(state)
         self._first_gradients = FirstGradients(0, 0)
+        self._seen = set()
         self._release()

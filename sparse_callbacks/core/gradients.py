@@ -68,10 +68,12 @@ class DenseGradients:
         """
         masked = {}
         for name in names:
+            if self._is_as_masked(name):
+                continue  # no backward pass has run since
             earlier = self._masked_earlier(name, weights, reduced)
             if (gradient := self._params[name].grad) is not None:
                 masked[name] = gradient, gradient / scale + (0.0 if earlier is None else earlier)
-                weights.mask_gradient(name)
+                weights.close_gradient(name)
         # the versions last: DistributedDataParallel's views of one bucket count the writes to all of them
         self.put_back(masked)
 
@@ -99,17 +101,44 @@ class DenseGradients:
     @property
     def kept(self) -> dict[str, Tensor]:
         """Dense copies by parameter name, of the gradients that are still as masking left them."""
-        return {
-            name: dense
-            for name, (masked, version, dense) in self._kept.items()
-            if self._params[name].grad is masked and masked._version == version
-        }
+        return {name: dense for name, (_, _, dense) in self._kept.items() if self._is_as_masked(name)}
+
+    def _is_as_masked(self, name: str) -> bool:
+        """The gradient is still as masking left it."""
+        masked, version, _ = self._kept.get(name, (None, 0, None))
+        return masked is not None and self._params[name].grad is masked and masked._version == version
 
     def drop_outdated(self) -> None:
         """A backward pass begins: drop the copies of gradients that were set to zero, or written to, since they were
         masked."""
         if self._kept:
             self.forget(self._kept.keys() - self.kept.keys())
+
+    def drop_replaced(self) -> None:
+        """A backward pass has run, and nobody has called :meth:`drop_outdated` before it: drop the copies of gradients
+        that were set to zero since they were masked."""
+        # Exactly one write in place since the copy: a backward pass added to the masked gradient. After a zero_grad in
+        # between it is another tensor, or was written twice (zeroed, then added to).
+        self.forget(
+            [
+                name
+                for name, (masked, version, _) in self._kept.items()
+                if self._params[name].grad is not masked or masked._version > version + 1
+            ]
+        )
+
+    def give_back(self, name: str, weights: SparseWeights) -> None:
+        """Undo :meth:`keep_and_mask`, for a parameter whose pruned weights take the coming step too."""
+        gradient, version, dense = self._kept.pop(name, (None, 0, None))
+        if gradient is None or dense is None or self._params[name].grad is not gradient:
+            return
+        if gradient._version == version:
+            gradient.copy_(dense)
+            return
+        # clipped since by its norm: what was taken out is clipped by the same factor
+        pruned = weights.at_pruned(name, dense)
+        clipped = (gradient.norm() / (dense - pruned).norm()).nan_to_num(1.0)
+        gradient.add_(pruned * clipped)
 
     def forget(self, names: Iterable[str]) -> None:
         """Drop the copies of the named gradients, once the step that they were made for is over."""

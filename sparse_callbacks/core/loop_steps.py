@@ -21,6 +21,8 @@ class StepInLoop:
         """A backward pass has run since the last step."""
         self.gradient: Callable[[], Tensor | None] = _nothing
         """The gradient that the last backward pass left in the parameter that is watched, held weakly."""
+        self.called = False
+        """A method of an optimizer of two passes was called since its last step."""
         self.announced = False
         """before_clipping() was called for the step that comes."""
         self.running = False
@@ -58,13 +60,30 @@ class CalledOnce:
         return loss
 
 
+class AfterEachCall:
+    """A closure that calls ``then`` whenever it was called.
+
+    Args:
+        closure: the loop's own.
+        then: called after the closure.
+    """
+
+    def __init__(self, closure: Callable[[], Any], then: Callable[[], object]) -> None:
+        self._closure, self._then = closure, then
+
+    def __call__(self) -> Any:
+        loss = self._closure()
+        self._then()
+        return loss
+
+
 # For each optimizer the number of its current step, and who has asked for it. Runs that share an optimizer must agree on
 # the number, because one may have taken the gradients away that the other needs.
 _ticks: WeakKeyDictionary[Optimizer, tuple[int, WeakSet[Any]]] = WeakKeyDictionary()
 
 
 def next_tick(optimizer: Optimizer, run: Any) -> int:
-    """The number of the step that begins: a run that has seen the current one begins the next."""
+    """The number of the step that begins: a run (or its engine) that has seen the current one begins the next."""
     tick, seen = _ticks.get(optimizer, (0, WeakSet()))
     if run in seen:
         tick, seen = tick + 1, WeakSet()

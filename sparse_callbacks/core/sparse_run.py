@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from types import TracebackType
 from typing import Any, Self
@@ -32,6 +33,7 @@ from sparse_callbacks.core.loop_refusals import (
     restarts_optimizers,
 )
 from sparse_callbacks.core.loop_steps import (
+    AfterEachCall,
     CalledOnce,
     StepInLoop,
     group_values,
@@ -45,6 +47,8 @@ from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.selection import Entry, layer_shapes, select
 from sparse_callbacks.core.state_claims import refuse_impossible
 from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.two_pass import CallFirst, steppers, two_pass, why_not_resumed
+from sparse_callbacks.core.unseen_steps import StepWatch
 from sparse_callbacks.core.wrappers import plain_model, plain_optimizer
 
 Clip = Callable[[list[nn.Parameter]], object]
@@ -80,9 +84,13 @@ class SparseRun:
         self.method, self._number = method, next(_numbers)
         self._model = plain_model(model)
         listed = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
-        self._optimizers = [plain_optimizer(o) for o in listed]
-        torch_optimizers.refuse(self._optimizers, scaler=False)
-        for wrapper, plain in zip(listed, self._optimizers, strict=True):
+        self._wrappers: list[Any] = listed
+        self._given = [plain_optimizer(o) for o in listed]
+        torch_optimizers.refuse(self._given, scaler=False)
+        self._optimizers = steppers(self._given, scaler=False)
+        self._two_pass = two_pass(self._given, self._optimizers)
+        torch_optimizers.refuse(self._two_pass, scaler=False)
+        for wrapper, plain in zip(listed, self._given, strict=True):
             switch_through(wrapper, plain)
         self._length = RunLength(lambda: float(steps), lambda: epoch_length(epoch, data))
         self._clip, self._on_restart = clip, on_restart
@@ -90,7 +98,7 @@ class SparseRun:
         self._host = LoopHost(self._model, self._engine, type(method).__name__, data, forward)
         # a method that is told when a micro-batch begins, because it samples gates, say, needs `with run.batch():`
         self._needs_batches = type(method).batch_start is not Hooks.batch_start
-        self._first_groups = [group_values(o) for o in self._optimizers]
+        self._first_groups = [group_values(o) for o in self._restarted]
         self._epoch = 0
         self._begin(state)
 
@@ -106,7 +114,7 @@ class SparseRun:
         self._before_masks: dict[str, tuple[Tensor, int]] = {}
         self._batches, self._in_batch, self._had_batch, self._bare_backward = 0, False, False, False
         self._handles: list[RemovableHandle] = []
-        self._pre_handles: list[RemovableHandle] = []
+        self._pre_handles: list[Any] = []
         before = BeforeRun(method)
         try:
             self._prepare(entries, state)
@@ -152,7 +160,14 @@ class SparseRun:
         engine.events |= method.begin_training(self._epoch)
         engine.expect_gradients(self._epoch, self._length.epoch())
         method.saved = None  # from here on the run speaks for itself
+        self._watch: StepWatch | None = StepWatch(engine)
         self._pre_handles = [o.register_step_pre_hook(self._before_step) for o in self._optimizers]
+        for wrapper, given, stepper in zip(self._wrappers, self._given, self._optimizers, strict=True):
+            if given is not stepper:
+                # a wrapper of Fabric is of a subclass, and has the methods of the class of its own
+                wrappers: list[Any] = [given] if wrapper is given else [given, wrapper]
+                self._pre_handles.append(given.register_step_pre_hook(self._before_passes))
+                self._pre_handles += [CallFirst(o, partial(self._pass_over, stepper)) for o in wrappers]
         self._hook()
         _runs_of.setdefault(self._model, WeakSet()).add(self)
         for optimizer in self._optimizers:
@@ -160,14 +175,19 @@ class SparseRun:
         method.epoch_start(self._epoch)
         method.window_start(self._batches)
 
+    @property
+    def _restarted(self) -> list[Optimizer]:
+        """The optimizers that start anew with a phase: those of the loop, and those that these hold for their steps."""
+        return [*self._given, *self._two_pass]
+
     def _entries(self) -> list[Entry]:
         method, trained = self.method, torch_optimizers.parameter_ids(*self._optimizers)
         return select(self._model, method.include, method.exclude, method.keep_dense, trained)
 
     def _bind(self, entries: Sequence[Entry]) -> None:
         # masked before the step only where somebody reads gradients in it; otherwise masking the weights is enough
-        reads = [self._clip is not None or not torch_optimizers.is_elementwise(o) for o in self._optimizers]
-        self._engine.bind(self._model, entries, self._optimizers, reads, self._host)
+        reads = [self._clip is not None or not torch_optimizers.is_elementwise(o) for o in self._given]
+        self._engine.bind(self._model, entries, self._optimizers, reads, self._host, self._two_pass)
         self._placed = places_of(self.method)
         self._share_dense_values()
 
@@ -194,6 +214,8 @@ class SparseRun:
         method, name = self.method, type(self.method).__name__
         if text := why_all_active(method.distribution, layer_shapes(entries)):
             self._host.inform(text)
+        if text := why_not_resumed(self._given, self._optimizers):
+            self._host.warn(text)
         if method.calendar is None:
             return
         if method.saved is not None:
@@ -232,8 +254,8 @@ class SparseRun:
         self._steps[index].announced = True
 
     def _index(self, optimizer: Optimizer) -> int:
-        for index, mine in enumerate(self._optimizers):
-            if mine is optimizer:
+        for index, mine in enumerate(zip(self._given, self._optimizers, strict=True)):
+            if optimizer in mine:
                 return index
         raise ValueError(f"{type(optimizer).__name__} is not an optimizer of this run: sparsify() was not given it.")
 
@@ -251,6 +273,28 @@ class SparseRun:
         rest = {k: v for k, v in kwargs.items() if k != "closure"}
         return (args[0], CalledOnce(self, optimizer, closure, self._closure_called), *args[2:]), rest
 
+    def _before_passes(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """The pre hook of an optimizer of two passes: gradients may be there, and its closure makes others."""
+        index = next((i for i, given in enumerate(self._given) if given is optimizer), None)
+        if index is None:
+            return None  # a wrapper, such as Fabric's
+        masked = partial(self._pass_over, self._optimizers[index])
+        masked()
+
+        def then_masked(closure: Any) -> Any:
+            return AfterEachCall(closure, masked) if callable(closure) else closure
+
+        # args begin with the optimizer itself
+        return (args[0], *map(then_masked, args[1:])), {k: then_masked(v) for k, v in kwargs.items()}
+
+    def _pass_over(self, stepper: Optimizer) -> None:
+        """A backward pass may have run since the optimizer was last asked for something: only active weights move."""
+        mine = self._steps[self._index(stepper)]
+        mine.called = True
+        if not mine.announced:
+            self._engine.dense_gradients.drop_replaced()
+            self._engine.after_backward(optimizers=[stepper])
+
     def _closure_called(self, optimizer: Optimizer) -> None:
         self._gradients_ready(self._index(optimizer))
 
@@ -261,6 +305,12 @@ class SparseRun:
         if mine.running and not mine.window_open:
             return  # the inner step of a subclass that calls its parent's: no gradient came since the outer one
         torch_optimizers.refuse_scaled_step(optimizer)
+        if optimizer in self._two_pass and not mine.called:
+            raise RuntimeError(
+                f"the optimizer of two passes that holds this {type(optimizer).__name__} was called past the run, so its "
+                "first pass has moved pruned weights. Give sparsify() the optimizer that the loop calls: after "
+                "fabric.setup(), its wrapper."
+            )
         mine.running = True
         if not mine.announced:
             step = self._announce(index, gradients_read=any(r._clip is not None for r in _sharing(optimizer)))
@@ -292,7 +342,7 @@ class SparseRun:
         mine = self._steps[self._index(optimizer)]
         if not mine.running:
             return  # the outer hook of a subclass that calls its parent's step
-        mine.running, mine.stepped, mine.window_open = False, True, False
+        mine.running, mine.stepped, mine.window_open, mine.called = False, True, False, False
         self._before_masks = {}  # a step was taken: no other state can be loaded now
         runs = _sharing(optimizer)
         if any(run._steps[run._index(optimizer)].running for run in runs):
@@ -319,14 +369,23 @@ class SparseRun:
         skipped: its hooks did not fire. GaP lays its last phase by how many there were.
         """
         mine, gradient = self._steps[index], parameter.grad
+        if self._watch is not None:
+            self._look_for_steps()
         self._bare_backward |= not self._in_batch
         if mine.announced or mine.running:  # by before_clipping() and then skipped, or the step failed half-way
             mine.announced = False
             self._engine.batch_over()
-        elif mine.window_open and mine.gradient() is not gradient:
+        elif mine.window_open and mine.gradient() is not gradient and self._optimizers[index] not in self._two_pass:
             self._engine.skipped += 1
         mine.window_open, mine.running = True, False
         mine.remember(gradient)
+
+    def _look_for_steps(self, epoch_over: bool = False) -> None:
+        """A backward pass has begun a batch, or an epoch is over: were there steps of every optimizer?"""
+        if self._watch is not None:
+            self._watch.batch_begins()
+            if not self._watch.batch_over(epoch_over):
+                self._watch = None
 
     @contextmanager
     def batch(self) -> Iterator[None]:
@@ -346,10 +405,22 @@ class SparseRun:
         method.batch_start(self._batches)
         try:
             yield
+            self._refuse_open_passes()
         finally:
             self._in_batch = False
             window_open = any(s.window_open for s in self._steps)
             engine.events |= method.batch_end(BatchEnd(False, False, window_open, engine.skipped))
+
+    def _refuse_open_passes(self) -> None:
+        """Weights leave their sample with the batch, and what a first pass has moved would be taken for the user's
+        writing."""
+        for optimizer, step in zip(self._optimizers, self._steps, strict=True):
+            if self._needs_batches and step.window_open and optimizer in self._two_pass:
+                raise RuntimeError(
+                    f"'with run.batch():' ended between the passes of an optimizer that takes two, and "
+                    f"{type(self.method).__name__} needs the same sample of its gates in both. Take the whole step within "
+                    "it."
+                )
 
     def _refuse_step_without_batch(self) -> None:
         if self._needs_batches and (not self._had_batch or self._bare_backward):
@@ -365,7 +436,7 @@ class SparseRun:
         method = self.method
         if isinstance(method, RestartsOptimizers):
             method.begin_optimizer_life()
-        for optimizer, groups in zip(self._optimizers, self._first_groups, strict=True):
+        for optimizer, groups in zip(self._restarted, self._first_groups, strict=True):
             optimizer.state.clear()
             for group, values in zip(optimizer.param_groups, groups, strict=True):
                 mode = mode_of(optimizer, group)
@@ -405,6 +476,8 @@ class SparseRun:
         """
         self._refuse_closed()
         self._engine.epoch_over()
+        if not self._needs_batches:  # whose weights are samples while backward runs, and medians now
+            self._look_for_steps(epoch_over=True)
         found = {name: float(value) for name, value in (metrics or {}).items()}
         self.method.validation_end(found, self._epoch)
         self.method.epoch_end(found, self._epoch)

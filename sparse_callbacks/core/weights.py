@@ -166,9 +166,15 @@ class SparseWeights:
         else:
             gradient.masked_fill_(~self.masks[name], 0)
 
+    @torch.no_grad()
+    def close_gradient(self, name: str) -> None:
+        """Zero the gradient of a parameter wherever its mask, or the sample of its gates that is in force, is zero."""
+        if (gradient := self.params[name].grad) is not None:
+            gradient.masked_fill_(self._factors[name] == 0, 0)
+
     def at_pruned(self, name: str, tensor: Tensor) -> Tensor:
         """``tensor`` at pruned positions, zero at active ones."""
-        return tensor * (1 - self._factors[name])
+        return torch.where(self._factors[name] == 0, tensor, 0)
 
     # ------------------------------------------------------------------ dense values of pruned weights that learn on
 

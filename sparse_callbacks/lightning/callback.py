@@ -10,7 +10,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sparse_callbacks.core import distributed
+from sparse_callbacks.core import distributed, two_pass
 from sparse_callbacks.core import optimizers as torch_optimizers
 from sparse_callbacks.core.before_run import BeforeRun
 from sparse_callbacks.core.checkpoint import SavedRun, check_state
@@ -20,6 +20,7 @@ from sparse_callbacks.core.hooks import BatchEnd
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
 from sparse_callbacks.core.selection import NOT_TRAINED, layer_shapes, select
+from sparse_callbacks.core.unseen_steps import StepWatch
 from sparse_callbacks.lightning import accumulation, curves, optimizer_lives
 from sparse_callbacks.lightning.loaded_checkpoint import take_state_of_checkpoint
 from sparse_callbacks.lightning.namespaces import Trainer, callback_classes
@@ -52,6 +53,8 @@ class FitState:
     """A backward pass has run since the last optimizer step."""
     waiting: set[int] = field(default_factory=set)
     """Indices of the optimizers that have not stepped since the last backward pass."""
+    watch: StepWatch | None = None
+    """Looks for steps that nobody announces, until every optimizer has stepped."""
     left_out: list[str] = field(default_factory=list)
     """Names of parameters that stay dense because nobody trains them yet."""
     logged_at: int = -1
@@ -115,7 +118,10 @@ class SparsityCallback(Method, AnyCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         stop_looking(trainer)  # of a fit without a checkpoint, which has read none
-        torch_optimizers.refuse(trainer.optimizers, scaler_of(trainer) is not None)
+        scaled = scaler_of(trainer) is not None
+        torch_optimizers.refuse(trainer.optimizers, scaled)
+        steppers = two_pass.steppers(trainer.optimizers, scaled)
+        torch_optimizers.refuse(steppers, scaled)
         trained = torch_optimizers.parameter_ids(*trainer.optimizers)
         entries = select(pl_module, self.include, self.exclude, self.keep_dense, trained)
         self._refuse_neighbours(trainer, [e.name for e in entries if not e.reason])
@@ -125,12 +131,16 @@ class SparsityCallback(Method, AnyCallback):
         fit.left_out = [e.name for e in entries if e.reason in NOT_TRAINED]
         fit.restored = None
         host = self._host_of(trainer, pl_module)
-        self.engine.bind(pl_module, entries, trainer.optimizers, self._reads(trainer, pl_module), host)
+        reads, twice = self._reads(trainer, pl_module), two_pass.two_pass(trainer.optimizers, steppers)
+        self.engine.bind(pl_module, entries, steppers, reads, host, twice)
+        self.engine.announce_by_hooks()
         optimizer_lives.switch_through_wrappers(trainer)
         if self.print_plan and trainer.is_global_zero:
             print(self.plan(), flush=True)
         if text := why_all_active(self.distribution, layer_shapes(entries)):
             rank_zero_info(text)
+        if text := two_pass.why_not_resumed(trainer.optimizers, steppers):
+            rank_zero_warn(text)
         for warning in warnings_for(trainer, self.arrives_at_stop):
             rank_zero_warn(warning)
 
@@ -146,6 +156,7 @@ class SparsityCallback(Method, AnyCallback):
             self.fit_state.before.keep_weights(self)
         self.engine.write()
         self.attachment.in_training = True
+        self.fit_state.watch = StepWatch(self.engine)
         self._put_gradients_back(pl_module)
         # `or {}`: in version 0.1 this hook gave nothing, and an override of that time still may
         self.engine.events |= self.begin_training(trainer.current_epoch) or {}
@@ -160,28 +171,33 @@ class SparsityCallback(Method, AnyCallback):
         self._warn_of_thawed(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.fit_state.before = None  # from here on an error is one of training
-        if trainer.current_epoch != self.fit_state.last_epoch:
+        fit = self.fit_state
+        fit.before = None  # from here on an error is one of training
+        if trainer.current_epoch != fit.last_epoch:
             self._check_accumulation(trainer)
-        if not self.fit_state.window_open:
+        if not fit.window_open:
             if self.engine.restart_wanted:
                 self._restart_optimizers(trainer, pl_module)
             self.window_start(batch_idx)
         self.batch_start(batch_idx)
+        if fit.watch is not None:
+            fit.watch.batch_begins()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self.engine.dense_gradients.drop_outdated()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.fit_state.window_open = True
-        self.fit_state.waiting.update(range(len(trainer.optimizers)))
-        if not pl_module.automatic_optimization:
+        self.fit_state.waiting.update(range(len(self.owners.optimizers)))
+        if not pl_module.automatic_optimization or self.engine.has_two_passes:
             scaler = scaler_of(trainer)
             # DistributedDataParallel's own switch: no_sync() turns it off
             reduced = getattr(trainer.strategy.model, "require_backward_grad_sync", True)
             self.engine.after_backward(1.0 if scaler is None else scaler.get_scale(), reduced)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if optimizer not in self.owners.optimizers:
+            return  # it has two passes, and this is either of them: the optimizer that it holds announces the step
         self.fit_state.window_open = False
         step = self.engine.before(optimizer, trainer.global_step)
         self.fit_state.waiting.discard(step.index)
@@ -194,6 +210,11 @@ class SparsityCallback(Method, AnyCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         engine, fit = self.engine, self.fit_state
+        # before anything is written back to where the batch began, as samples of gates are
+        if fit.watch is not None and not fit.watch.batch_over(bool(trainer.is_last_batch)):
+            fit.watch = None
+        fit.window_open &= not engine.begun_steps
+        fit.waiting -= engine.begun_steps
         engine.batch_over()
         end = BatchEnd(bool(trainer.is_last_batch), ends_run(trainer), fit.window_open, engine.skipped)
         engine.events |= self.batch_end(end) or {}  # an override may give nothing
@@ -341,10 +362,12 @@ class SparsityCallback(Method, AnyCallback):
         """New optimizers and schedules, as the module configures them; all callbacks of the kind move their hooks to
         them."""
         optimizer_lives.restart(trainer)
-        torch_optimizers.refuse(trainer.optimizers, scaler_of(trainer) is not None)
-        reads = self._reads(trainer, module)
+        scaled = scaler_of(trainer) is not None
+        torch_optimizers.refuse(trainer.optimizers, scaled)
+        steppers, reads = two_pass.steppers(trainer.optimizers, scaled), self._reads(trainer, module)
         for peer in peers_of(trainer):
-            peer.engine.rebind(trainer.optimizers, reads)
+            peer.engine.rebind(steppers, reads, two_pass.two_pass(trainer.optimizers, steppers))
+            peer.engine.announce_by_hooks()
             peer.engine.restart_wanted = False
         optimizer_lives.switch_through_wrappers(trainer)
         self._check_horizons(trainer)
@@ -388,6 +411,7 @@ class SparsityCallback(Method, AnyCallback):
 
     def _leave(self, module: LightningModule) -> None:
         vars(module).pop("configure_gradient_clipping", None)
+        self.fit_state.watch = None
         self.engine.unbind()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core.optimizer_modes import has_modes
+from sparse_callbacks.core.two_pass import stepping
 from sparse_callbacks.lightning.callback import SparsityCallback, peers_of
 from sparse_callbacks.lightning.namespaces import Trainer
 from sparse_callbacks.lightning.trainer_host import TrainerHost
@@ -76,6 +77,12 @@ class TurnTaking(SparsityCallback):
                 f"{type(optimizer).__name__} has a point for training and one for evaluation, and {type(self).__name__} "
                 "loads other networks between the two. Use an optimizer without modes, such as AdamW, or GaP."
             )
+        for optimizer in trainer.optimizers:
+            if stepping(optimizer) is not optimizer:
+                raise ValueError(
+                    f"{type(optimizer).__name__} holds the optimizer that takes its steps, and {type(self).__name__} puts "
+                    "the optimizers of other networks in its place. Use an optimizer with one gradient a step, or GaP."
+                )
         super()._refuse_neighbours(trainer, names)
 
     def _state_to_resume(self, trainer: Trainer, module: LightningModule) -> Mapping[str, Any] | None:
