@@ -144,6 +144,15 @@ def clear_state(optimizer: Optimizer, parameter: Tensor, where: Tensor) -> None:
 
 
 @torch.no_grad()
+def clear_non_finite_state(optimizer: Optimizer, parameter: Tensor, where: Tensor) -> None:
+    """Zero the per-element state of ``parameter`` at some positions, see :func:`clear_state`, as far as it is inf or
+    NaN."""
+    for value in optimizer.state.get(parameter, {}).values():
+        if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
+            value.masked_fill_(where & ~value.isfinite(), 0)
+
+
+@torch.no_grad()
 def avoid_slow_square_roots(optimizer: Optimizer, parameter: Tensor, pruned: Tensor) -> None:
     """Give the mean squared gradient of ``pruned`` weights (bool, shape of ``parameter``) a small normal value, and
     clear the rest of their state, so that an optimizer on the CPU steps faster.
