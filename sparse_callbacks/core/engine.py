@@ -257,14 +257,24 @@ class Engine:
             if index in self._first_gradients.looks_at:
                 self._warn_of_silence(self._first_gradients.look(step))
             step.finite_flag = self._all_finite(step)
-            if step.finite_flag is not True and not method.reads_dense_gradients:
-                # gradients of pruned weights may be anything: only those of active ones decide
-                for name in step.names:
-                    method.weights.mask_gradient(name, finite=False)
-                step.finite_flag = self._all_finite(step)
+            if step.finite_flag is not True:
+                self._keep_from_pruned(step)
             self._finite = step.finite_flag
             method.before_step(step)
         return step
+
+    def _keep_from_pruned(self, step: Step) -> None:
+        """A gradient may be inf or NaN: where it is one of a pruned weight, active weights step all the same."""
+        weights = self.method.weights
+        weights.may_hold_inf = True
+        for name in self.method.owners.steps[step.index]:
+            if weights.has_copy(name):  # neither the dense values nor the optimizer's momentum must keep it
+                weights.mend_gradient(name)
+        if not self.method.reads_dense_gradients:
+            # gradients of pruned weights may be anything: only those of active ones decide
+            for name in step.names:
+                weights.mask_gradient(name)
+            step.finite_flag = self._all_finite(step)
 
     def enter_step(self, optimizer: Optimizer) -> None:
         """The announced step is taken now: parameters with a dense copy hold their dense values, unless an update
@@ -288,7 +298,9 @@ class Engine:
         )
 
     def _all_finite(self, step: Step) -> Tensor | bool:
-        return torch_optimizers.all_finite([g for n in step.names if (g := step.gradient(n)) is not None])
+        # of all that the optimizer steps: a parameter of two optimizers belongs to one of them
+        names = self.method.owners.steps[step.index]
+        return torch_optimizers.all_finite([g for n in names if (g := step.gradient(n)) is not None])
 
     @property
     def dense_gradients(self) -> DenseGradients:
@@ -315,7 +327,10 @@ class Engine:
             coming = self._step(index, tick=-1)
             wanted = method.wants_dense_gradients(coming)
             copied = [name for name in coming.names if method.weights.has_copy(name)]
-            others = [name for name in coming.names if not method.weights.has_copy(name)]
+            # a GradScaler that finds inf skips the step; without one a clip would spread it
+            if copied and scale == 1.0 and self._all_finite(coming) is not True:
+                self._keep_from_pruned(coming)
+            others = [name for name in coming.names if name not in copied]
             kept = [*(others if wanted else ()), *(copied if optimizer in self._two_pass else ())]
             self._gradients.keep_and_mask(kept, method.weights, scale, reduced)
             if not wanted:
@@ -404,14 +419,18 @@ class Engine:
         update = method.after_step(step)
         if update is not None:
             self._take(step, update)
-        if step.masked_gradients and count.at_most() % ROOTS_EVERY == 1:
-            for name in step.names:
-                torch_optimizers.avoid_slow_square_roots(
-                    step.optimizer,
-                    method.owners.fresh[step.index],
-                    method.params[name],
-                    ~method.weights.masks[name],
-                )
+        if count.at_most() % ROOTS_EVERY == 1:
+            self._clean_state(step)
+
+    def _clean_state(self, step: Step) -> None:
+        """What the optimizer's state of pruned weights should not hold for long."""
+        for name in step.names:
+            p, pruned = self.method.params[name], ~self.method.weights.masks[name]
+            if step.masked_gradients:
+                fresh = self.method.owners.fresh[step.index]
+                torch_optimizers.avoid_slow_square_roots(step.optimizer, fresh, p, pruned)
+            elif step.finite_flag is not True:  # nobody has waited for it, and gradients were not masked
+                torch_optimizers.clear_non_finite_state(step.optimizer, p, pruned)
 
     def _take(self, step: Step, update: Update) -> None:
         """Make the masks of an update those of the network, and keep its figures for the log."""

@@ -165,6 +165,17 @@ def several_closures(name: str) -> str:
 
 
 @torch.no_grad()
+def clear_non_finite_state(optimizer: Optimizer, parameter: Tensor, where: Tensor) -> None:
+    """Zero the state of ``parameter`` at some positions (bool, of its shape), as far as it is inf or NaN there.
+
+    State of another shape, and coded state, stays.
+    """
+    for value in optimizer.state.get(parameter, {}).values():
+        if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
+            value.masked_fill_(where & ~value.isfinite(), 0)
+
+
+@torch.no_grad()
 def avoid_slow_square_roots(optimizer: Optimizer, fresh: FreshState, parameter: Tensor, pruned: Tensor) -> None:
     """Give the mean squared gradient of ``pruned`` weights (bool, shape of ``parameter``) a small normal value, and the
     rest of their state what ``fresh`` weights have, so that an optimizer on the CPU steps faster.

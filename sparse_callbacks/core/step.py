@@ -141,7 +141,7 @@ class Step:
             for name in self.names:
                 if not self._weights.has_copy(name):
                     self.masked_gradients = True
-                    self._weights.mask_gradient(name, self.finite_flag is True)
+                    self._weights.mask_gradient(name)
 
     def replace(self) -> None:
         """Let an update of the masks take the place of this step: no parameter of the optimizer moves, nor does its

@@ -1,6 +1,7 @@
 """Masks of a model's sparse parameters, and the one place where parameter values are written."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,10 @@ from sparse_callbacks.core import distributed
 from sparse_callbacks.core.dense_copy import DenseCopy, undone
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.shards import layout_of
+
+# integers of as many bytes as a float has: a bitwise `and` with all ones or all zeros masks whatever the float is, inf and
+# NaN too, as fast as a product does, which would leave NaN there
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def whole(mask: Tensor) -> Tensor:
@@ -37,11 +42,21 @@ class SparseWeights:
         self.masks: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._uncounted: dict[str, Tensor] = {}
-        self._factors: dict[str, Tensor] = {}
+        self._factors: dict[str, Tensor] = {}  # gates, of those that set_factor was called for
+        self._bits: dict[str, Tensor] = {}  # of the others: all bits are ones where a weight is active, else zeros
+        # by name the address of a parameter's values, and a view of them as integers, which would take as long to make
+        # anew in every step as small weights take to be masked
+        self._integers: dict[str, tuple[int, Tensor]] = {}
         self._copy = DenseCopy(self.params)
+        self.may_hold_inf = False
+        """A gradient or a dense value has held inf or NaN, so that a product with a closed gate may be NaN from here
+        on."""
         placed = {n: masks[n].to(p.device, torch.bool) for n, p in params.items()} if masks else {}
         for name, mask in distributed.masks_of_first_rank(placed).items():
             self.set_mask(name, mask)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_integers": {}}
 
     # ------------------------------------------------------------------ masks and counts
 
@@ -50,9 +65,10 @@ class SparseWeights:
         # whole filters may come as an expanded view, into which nothing could be written
         self.masks[name] = whole(mask)
         self._counts[name] = self.count(name, mask)
-        if name not in self._factors:
-            self._factors[name] = torch.empty_like(self.params[name], requires_grad=False)
-        self._factors[name].copy_(mask)  # a float factor multiplies twice as fast as a bool one
+        if name not in self._bits:
+            p = self.params[name]
+            self._bits[name] = torch.empty_like(p, dtype=_BITS[p.element_size()], requires_grad=False)
+        self._bits[name].copy_(mask).neg_()  # -1 has all bits
 
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Take all of ``masks``, and bring them into the values."""
@@ -66,6 +82,7 @@ class SparseWeights:
         self.masks[name] = (factor != 0).expand(self.params[name].shape)
         self._uncounted[name] = factor
         self._factors[name] = factor
+        self._bits.pop(name, None)
 
     def set_passing_factor(self, name: str, factor: Tensor) -> None:
         """Take another ``factor`` for a while, such as a sample of gates; what is active stays as :meth:`set_factor`
@@ -126,23 +143,34 @@ class SparseWeights:
 
         Args:
             names: names of sparse parameters.
-            finite: whether all values are known to be finite. Otherwise pruned weights are filled with zeros, which
-                costs more than a multiplication and is needed because inf * 0 is NaN.
+            finite: whether all values are known to be finite. Otherwise, and where :attr:`may_hold_inf`, weights behind
+                closed gates are filled with zeros, which costs more than a product alone.
         """
         copied = bool(self._copy)
         for name in names:
             p = self.params[name]
             if copied and name in self._copy:
                 self._copy.swap_out([name])
-                if finite:
-                    torch.mul(self._copy.values(name), self._factors[name], out=p.data)
-                else:
-                    p.copy_(self._copy.values(name)).mul_(self._factors[name]).masked_fill_(~self.masks[name], 0)
+                self._write_from_copy(name, p.data, finite)
                 self._copy.mark_written(name)
-            elif finite:
-                p.mul_(self._factors[name])
+            elif name in self._bits:
+                address, integers = self._integers.get(name, (0, p))
+                # the view keeps its memory, so that nothing else can have its address
+                if address != p.data_ptr():
+                    integers = p.view(self._bits[name].dtype)
+                    self._integers[name] = p.data_ptr(), integers
+                integers.bitwise_and_(self._bits[name])
             else:
                 p.masked_fill_(~self.masks[name], 0)
+
+    def _write_from_copy(self, name: str, into: Tensor, finite: bool) -> None:
+        dense = self._copy.values(name)
+        if (bits := self._bits.get(name)) is not None:
+            torch.bitwise_and(dense.view(bits.dtype), bits, out=into.view(bits.dtype))
+            return
+        torch.mul(dense, self._factors[name], out=into)
+        if self.may_hold_inf or not finite:
+            into.masked_fill_((self._factors[name] == 0) | ~self.masks[name], 0)
 
     @torch.no_grad()
     def write_grown(self, name: str, where: Tensor, values: Tensor) -> None:
@@ -155,26 +183,45 @@ class SparseWeights:
         for name, value in values.items():
             self.params[name].copy_(value)
 
-    @torch.no_grad()
-    def mask_gradient(self, name: str, finite: bool = True) -> None:
-        """Zero the gradient of a parameter's pruned weights, if it has one; ``finite`` as in :meth:`write_masked`."""
-        gradient = self.params[name].grad
-        if gradient is None:
+    def mask_gradient(self, name: str) -> None:
+        """Zero the gradient of a parameter's pruned weights, if it has one, whatever it is there."""
+        if (gradient := self.params[name].grad) is None:
             return
-        if finite:
-            gradient.mul_(self._factors[name])
-        else:
+        gradient = gradient.detach()  # faster than torch.no_grad(), for a gradient that may have a graph of its own
+        bits = self._bits.get(name)
+        if bits is None or bits.element_size() != gradient.element_size():
             gradient.masked_fill_(~self.masks[name], 0)
+        else:
+            gradient.view(bits.dtype).bitwise_and_(bits)
+
+    @torch.no_grad()
+    def mend_gradient(self, name: str) -> None:
+        """Zero the gradient of a parameter's pruned weights where it is inf or NaN, for a step that they take part in.
+
+        Nothing waits for the device.
+        """
+        if (gradient := self.params[name].grad) is not None:
+            # under gates pruned is what the forward pass did not see, which the sample says
+            active = self._factors[name] != 0 if name in self._factors else self.masks[name]
+            gradient.copy_(torch.where(active, gradient, torch.nan_to_num(gradient, 0.0, 0.0, 0.0)))
 
     @torch.no_grad()
     def close_gradient(self, name: str) -> None:
         """Zero the gradient of a parameter wherever its mask, or the sample of its gates that is in force, is zero."""
-        if (gradient := self.params[name].grad) is not None:
+        if name not in self._factors:
+            self.mask_gradient(name)
+        elif (gradient := self.params[name].grad) is not None:
             gradient.masked_fill_(self._factors[name] == 0, 0)
 
     def at_pruned(self, name: str, tensor: Tensor) -> Tensor:
-        """``tensor`` at pruned positions, zero at active ones."""
-        return torch.where(self._factors[name] == 0, tensor, 0)
+        """``tensor`` at pruned positions, zero at active ones, whatever it is there; under gates pruned is what their
+        sample has closed."""
+        if name in self._factors:
+            return tensor.masked_fill(self._factors[name] != 0, 0)
+        bits = self._bits.get(name)
+        if bits is None or bits.element_size() != tensor.element_size():
+            return tensor.masked_fill(self.masks[name], 0)
+        return (tensor.view(bits.dtype) & ~bits).view(tensor.dtype)
 
     # ------------------------------------------------------------------ dense values of pruned weights that learn on
 
@@ -191,7 +238,9 @@ class SparseWeights:
         """Keep dense values from here on: ``values`` at pruned positions, the parameters' own at active ones."""
         for name, value in values.items():
             p = self.params[name].detach()
-            self._copy.start(name, torch.where(self.masks[name], p, value.to(p)))
+            dense = torch.where(self.masks[name], p, value.to(p))
+            self._copy.start(name, dense)
+            self.may_hold_inf |= not bool(dense.isfinite().all())
 
     def end_copy(self, names: Iterable[str]) -> None:
         """Keep no dense values of these parameters any more."""
@@ -231,4 +280,5 @@ class SparseWeights:
         for name in names if self._copy else ():
             dense = self._copy.waiting(name)
             if dense is not None:
-                dense.copy_(undone(self.params[name].detach(), self._factors[name], dense))
+                gate = self._factors[name] if name in self._factors else self.masks[name].to(dense)
+                dense.copy_(undone(self.params[name].detach(), gate, dense))

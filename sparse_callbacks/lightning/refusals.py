@@ -105,8 +105,10 @@ def gradients_are_read(trainer: Any, module: Any, optimizer: Optimizer) -> bool:
 
 def overrides(thing: object, hook: str) -> bool:
     """Whether ``hook`` of ``thing`` is the user's own, rather than the default that Lightning's classes define."""
+    # of the instance, as a LambdaCallback has its hooks there; what has no module is somebody's partial function
+    module = getattr(getattr(thing, hook), "__module__", "")
     # with the dots, or packages whose names only begin like these would count as Lightning
-    return not getattr(type(thing), hook).__module__.startswith(("pytorch_lightning.", "lightning."))
+    return not module.startswith(("pytorch_lightning.", "lightning."))
 
 
 def refuse_shared(mine: Method, names: Sequence[str], others: Iterable[Method]) -> None:

@@ -86,6 +86,11 @@ def dense_values(callback: Any, name: str) -> Tensor:
     return callback.weights.dense_values(name)
 
 
+def gates_of(callback: Any, name: str) -> Tensor | None:
+    """The gates that multiply a parameter now; None where it has a mask."""
+    return callback.weights._factors.get(name)
+
+
 def copied_names(callback: Any) -> list[str]:
     """Parameters with a dense copy."""
     return list(callback.weights.copied)

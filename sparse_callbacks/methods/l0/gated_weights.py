@@ -114,13 +114,14 @@ class GatedWeights:
             self._weights.write_masked([name], finite)
             self._not_at_median.discard(name)
 
-    def pull_back(self, kernel: str, log_alpha: Tensor, l2: float) -> Tensor:
+    def pull_back(self, kernel: str, log_alpha: Tensor, l2: float, finite: bool) -> Tensor:
         """Turn gradients by gate * dense into those by dense, in place, and return the gradient by ``log_alpha``.
 
         Args:
             kernel: name of the kernel.
             log_alpha: gates of the kernel.
             l2: coefficient of the expected squared norm over 2, whose gradient is added.
+            finite: whether the gradients are known to be finite.
         """
         # a step outside of a batch finds no sample: the parameters hold the median gates then
         z, affine = self.samples.get(kernel, self.medians[kernel]), self.members[kernel].affine
@@ -129,6 +130,8 @@ class GatedWeights:
             gradient, dense = self._weights.params[name].grad, self._weights.dense_values(name)
             if gradient is None:
                 continue
+            if not finite:  # behind a closed gate it may be anything, and a product with 0 would leave NaN
+                gradient.masked_fill_(factor == 0, 0)
             if name not in affine:
                 # before the gradient is multiplied: this is the derivative by the product of gate and weight
                 pulls.append(gates.log_alpha_gradient(gradient, dense, z))

@@ -240,7 +240,8 @@ class ConstrainedL0(Method):
 
     def before_step(self, step: Step) -> None:
         for kernel in self._gated_in(step):
-            self._pulls[kernel] = self.gated.pull_back(kernel, self._log_alpha(kernel), self.l2)
+            gates_now = self._log_alpha(kernel)
+            self._pulls[kernel] = self.gated.pull_back(kernel, gates_now, self.l2, step.finite_flag is True)
 
     def _gated_in(self, step: Step) -> list[str]:
         """Names of the gated kernels that the step's optimizer owns."""
