@@ -174,7 +174,9 @@ def test_an_optimizer_with_few_steps_is_waited_for() -> None:
     gradients = {"a": True, "b": False, "c": False}
 
     def look(index: int, names: list[str]) -> list[str]:
-        step: Any = SimpleNamespace(index=index, names=names, gradient=lambda n: torch.ones(1) if gradients[n] else None)
+        step: Any = SimpleNamespace(
+            index=index, names=names, gradient=lambda n: torch.ones(1) if gradients[n] else None
+        )
         return looks.look(step)
 
     assert look(1, ["c"]) == []
