@@ -32,8 +32,8 @@ def outputs(
     """Outputs of the network for each batch of one pass, in eval mode and without gradients.
 
     Afterwards, also after an exception and where the iterator is closed early, everything is as before that
-    :func:`~sparse_callbacks.core.undisturbed.undisturbed` puts back: random generators, flags, buffers and plain
-    attributes. Compiled modules run eagerly, so their hooks fire.
+    :func:`~sparse_callbacks.core.undisturbed.undisturbed` puts back: random generators, flags, buffers and other
+    tensors. Compiled modules run eagerly, so their hooks fire.
 
     Args:
         module: the module to run.

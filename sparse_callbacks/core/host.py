@@ -30,8 +30,8 @@ class Host(Protocol):
     ) -> Generator[Any, None, None]:
         """The network's output for each batch of one pass over the training data, in eval mode and without gradients.
 
-        Each rank passes over its share of the data. The pass leaves no trace: flags, random states, buffers and plain
-        attributes are put back, besides those of ``train``.
+        Each rank passes over its share of the data. The pass leaves no trace: flags, random states, buffers and other
+        tensors of the module are put back, besides those of ``train``.
 
         Args:
             fraction: the share of the batches, in (0, 1], that is used, beginning with the first.

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from sparse_callbacks.core.selection import Entry
+from sparse_callbacks.core.selection import NOT_TRAINED, Entry
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,18 @@ class Plan:
         """Planned sparsity over all parameters of the model."""
         return self.zeros / max(1, sum(r.size for r in self.rows))
 
+    @property
+    def note(self) -> str:
+        """What the table alone does not make plain, as a sentence: most weights are not trained; empty otherwise."""
+        untrained = sum(r.size for r in self.rows if r.reason in NOT_TRAINED)
+        if untrained <= self.weights:
+            return ""
+        return (
+            f"Of {self.weights + untrained:,} weights that could be sparse {untrained:,} are not trained and stay dense. "
+            f"The other {self.weights:,} become sparse; where they are adapters, as in LoRA, the network that they adapt "
+            "stays dense."
+        )
+
     def joined(self, zeros: int | None = None) -> "Plan":
         """The plan of a method with one threshold over all selected weights, which decides during training how many of
         each parameter's weights are zeros.
@@ -107,7 +119,8 @@ class Plan:
             ("sparsity/total", "", f"{self.weights:,}", total, zeros, ""),
             ("sparsity/model", "", f"{sum(r.size for r in self.rows):,}", model, "", ""),
         ]
-        return "\n".join([self.title, *_aligned([head, *body, *foot], rules=(1, 1 + len(body)))])
+        table = _aligned([head, *body, *foot], rules=(1, 1 + len(body)))
+        return "\n".join([self.title, *table, *([self.note] if self.note else [])])
 
 
 def _aligned(rows: Sequence[tuple[str, ...]], rules: tuple[int, ...]) -> list[str]:

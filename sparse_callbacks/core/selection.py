@@ -1,6 +1,6 @@
 """Which parameters become sparse, which stay dense, and why."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import ParametrizationList
 
 KeepDense = Literal["first", "last", "both"]
 
@@ -17,6 +18,10 @@ _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNor
 _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1, "LSTMCell": 4, "GRUCell": 3, "RNNCell": 1}
 NOT_TRAINED = ("frozen (requires_grad=False)", "in no optimizer")
 _EMBEDDING = "embedding: sparse only where include= names it"
+_NO_CANDIDATE = "none: the model has no supported layer"
+_REPARAMETRISED = "reparametrised: not a plain weight"
+# What torch.nn.utils' prune, weight_norm and spectral_norm append to the name of a weight that they compute from others.
+_SUFFIXES = ("_orig", "_g", "_v")
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def layer_shapes(entries: Iterable[Entry]) -> dict[str, tuple[int, ...]]:
 def _weights_that_may_be_sparse(module: nn.Module) -> Iterator[tuple[str, int, tuple[int, ...]]]:
     """Local name, number of stacked matrices and (out, in, *kernel) shape of every weight of ``module`` that may be
     sparse."""
-    own = {name: p for name, p in module._parameters.items() if p is not None}
+    own = {name: p for name, p in module._parameters.items() if p is not None and not _is_source(module, name)}
     if isinstance(module, nn.Linear | _ConvNd | nn.Embedding | nn.EmbeddingBag):
         if (weight := own.get("weight")) is not None:
             yield "weight", 1, _forward_shape(module, tuple(weight.shape))
@@ -105,10 +110,18 @@ def _reason_never_sparse(module: nn.Module, local: str) -> str:
         return "norm"
     if "bias" in local:
         return "bias"
-    # the names that torch.nn.utils.prune, weight_norm and parametrizations give to what a weight is computed from
-    if local in ("weight_orig", "weight_g", "weight_v") or local.startswith("original"):
-        return "reparametrised: not a plain weight"
+    if _is_source(module, local):
+        return _REPARAMETRISED
     return f"not a weight of a supported layer ({type(module).__name__})"
+
+
+def _is_source(module: nn.Module, local: str) -> bool:
+    """Whether a weight is computed from the parameter named ``local`` in each forward pass."""
+    if isinstance(module, ParametrizationList):
+        return local.startswith("original")
+    weights = [local.removesuffix(s) for s in _SUFFIXES if local.endswith(s)]
+    # the computed weight is an attribute of the module, and no parameter of it any longer
+    return any(w not in module._parameters and hasattr(module, w) for w in weights)
 
 
 def entries(model: nn.Module) -> list[Entry]:
@@ -196,11 +209,11 @@ def select(
     names = {e.name: aliases[id(objects[e.name])] for e in found}
     for glob in include or ():
         if not any(fnmatchcase(n, glob) for e in candidates for n in names[e.name]):
-            raise ValueError(_matches_nothing("include", glob, candidates))
+            raise ValueError(_matches_nothing("include", glob, candidates, found, names))
     # exclude= may also match what stays dense anyway, such as a whole block with its norms
     for glob in exclude or ():
         if not any(fnmatchcase(n, glob) for some in names.values() for n in some):
-            raise ValueError(_matches_nothing("exclude", glob, candidates))
+            raise ValueError(_matches_nothing("exclude", glob, candidates, found, names))
     kernels = [e.name for e in candidates if not e.reason]
     # Candidates that a later rule keeps dense count too: the first and last layers are those of the network.
     ends = {"first": kernels[:1], "last": kernels[-1:], "both": kernels[:1] + kernels[-1:]}.get(keep_dense or "", [])
@@ -238,19 +251,40 @@ def select(
                 "Use sparse=False, or leave it out of include=."
             )
     if all(e.reason for e in chosen):
-        raise ValueError(
-            "no parameter is left to make sparse. Candidates, and why each stays dense: "
-            + (
-                ", ".join(f"{e.name} ({e.reason})" for e in chosen if e.shape)
-                or "none: the model has no supported layer"
-            )
-            + ". Change include=, exclude= or keep_dense=."
-        )
+        raise ValueError(_nothing_left(chosen))
     return chosen
 
 
-def _matches_nothing(argument: str, glob: str, candidates: Sequence[Entry]) -> str:
-    """The error for a glob of ``include`` or ``exclude`` that matches no parameter."""
-    listed = ", ".join(e.name for e in candidates) or "none: the model has no supported layer"
+def _nothing_left(chosen: Sequence[Entry]) -> str:
+    """The error where every parameter stays dense."""
+    listed = ", ".join(f"{e.name} ({e.reason})" for e in chosen if e.shape)
+    text = f"no parameter is left to make sparse. Candidates, and why each stays dense: {listed or _NO_CANDIDATE}"
+    if sources := [e.name for e in chosen if e.reason == _REPARAMETRISED]:
+        if not listed:
+            text = "no parameter is left to make sparse: the weights of all supported layers are reparametrised"
+        return (
+            f"{text}. In each forward pass a weight is computed from {', '.join(sources)} (as by weight_norm, "
+            "spectral_norm or prune), so a mask would not be one of the weight. Make plain weights of them before "
+            "training, with torch.nn.utils.parametrize.remove_parametrizations (remove_weight_norm, "
+            "remove_spectral_norm or prune.remove for the older functions), or train without this method."
+        )
+    return f"{text}. Change include=, exclude= or keep_dense=."
+
+
+def _matches_nothing(
+    argument: str, glob: str, candidates: Sequence[Entry], found: Sequence[Entry], names: Mapping[str, Sequence[str]]
+) -> str:
+    """The error for a glob of ``include`` or ``exclude`` that matches no parameter.
+
+    Args:
+        argument: name of the argument.
+        glob: the glob.
+        candidates: the parameters that can be sparse.
+        found: all parameters.
+        names: for each parameter all of its names.
+    """
+    listed = ", ".join(e.name for e in candidates) or _NO_CANDIDATE
     advice = "Use include=['*'] for every matrix and kernel." if argument == "include" else f"Drop it from {argument}=."
-    return f"{argument}=[{glob!r}] matches no parameter that can be sparse. Candidates: {listed}. {advice}"
+    reasons = dict.fromkeys(e.reason for e in found if any(fnmatchcase(n, glob) for n in names[e.name]))
+    why = f" What it matches stays dense: {', '.join(reasons)}." if reasons else ""
+    return f"{argument}=[{glob!r}] matches no parameter that can be sparse. Candidates: {listed}. {advice}{why}"

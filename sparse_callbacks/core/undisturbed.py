@@ -45,11 +45,10 @@ class ModuleState:
     """What modules hold besides parameters, children and hooks, as it is when this is made.
 
     That is every buffer, persistent or not, whether the pass writes to it, replaces, resizes or registers it, and every
-    attribute: those that are replaced come back, those that are added go. Of what attributes hold, tensors and
-    ``torch.Generator`` objects are put back in lists, tuples and dictionaries too, as are lists and dictionaries of
-    tensors and numbers, such as the states of a torchmetrics ``Metric``. What other objects hold, numpy arrays among
-    them, is not known and stays as the pass leaves it, and so do parameters that a forward pass writes itself. Buffers
-    and these tensors are copied once.
+    tensor and ``torch.Generator`` in an attribute, or in a list, tuple or dictionary of one, such as the states of a
+    torchmetrics ``Metric``; those that the pass adds go. Everything else stays as the pass leaves it: numbers, such as
+    a count of passes, what other objects hold, numpy arrays among them, and parameters that a forward pass writes
+    itself. All of these tensors are copied once.
 
     Args:
         modules: the modules; those inside of them are not looked at.
@@ -63,8 +62,8 @@ class ModuleState:
         self._generators: list[tuple[torch.Generator, Tensor]] = []
         self._seen: set[int] = set()  # tied buffers, and lists that hold themselves
         for module in modules:
-            # of a ScriptModule, whose buffers are in no attribute
-            self._keep(list(module.named_buffers(recurse=False)))
+            for _, buffer in module.named_buffers(recurse=False):  # those of a ScriptModule are in no attribute
+                self._keep(buffer)
             attributes = vars(module)
             kept = {name: value for name, value in attributes.items() if name not in _STRUCTURE}
             self._attributes.append((attributes, kept))
@@ -95,11 +94,12 @@ class ModuleState:
     def restore(self) -> None:
         """Put everything back, in place where it is the same object still."""
         for attributes, kept in self._attributes:
-            for name in [n for n in attributes if n not in kept and n not in _STRUCTURE]:
+            for name in [n for n, v in attributes.items() if n not in kept and n not in _STRUCTURE and _has_tensors(v)]:
                 del attributes[name]
-            attributes.update(
-                {n: value for n, value in kept.items() if n not in attributes or attributes[n] is not value}
-            )
+            for name, value in kept.items():
+                now = attributes.get(name)
+                if now is not value and (_has_tensors(value) or _has_tensors(now)):
+                    attributes[name] = value
         for container, contents in self._containers:
             _refill(container, contents)
         for tensor, place, values in self._tensors:
@@ -113,12 +113,19 @@ def _parts(container: Any) -> Collection[Any]:
     return container.values() if isinstance(container, MutableMapping) else container
 
 
+def _has_tensors(value: Any) -> bool:
+    """Whether ``value`` is a tensor or a container with one."""
+    if type(value) in _MAPPINGS + _SEQUENCES or isinstance(value, tuple):
+        return any(isinstance(part, Tensor) for part in _parts(value))
+    return isinstance(value, Tensor)
+
+
 def _refill(container: Any, contents: Any) -> None:
-    """Give a container of tensors and numbers its contents again, in their order; leave any other as it is."""
+    """Give a container of tensors its contents again, in their order; leave any other as it is."""
     now, before = _parts(container), _parts(contents)
     if list(map(id, now)) == list(map(id, before)) and list(container) == list(contents):
         return
-    if not all(isinstance(part, Tensor | int | float | None) for part in now):
+    if not (_has_tensors(container) or _has_tensors(contents)):
         return
     container.clear()
     if isinstance(container, MutableMapping):

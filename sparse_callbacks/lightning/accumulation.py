@@ -1,4 +1,4 @@
-"""Optimizer steps of a run and of its epochs, also where a schedule changes how many micro-batches make a step."""
+"""Optimizer steps of a run and its epochs, whose number of micro-batches in a step may change."""
 
 import math
 from collections.abc import Iterator

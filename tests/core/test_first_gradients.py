@@ -3,6 +3,7 @@
 import copy
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from support.loops import METHODS, batches, data, loss_of, net, sgd
 from torch import Tensor, nn
 
 from sparse_callbacks import GaP, RigL, SparsityCallback, Static, sparsify
-from sparse_callbacks.core.first_gradients import globs_for
+from sparse_callbacks.core.first_gradients import FirstGradients, globs_for
 from sparse_callbacks.testing.runs import Stops, trainer_for
 
 
@@ -106,9 +107,9 @@ def test_a_hundred_steps_are_looked_at_at_most() -> None:
 
 
 class Heads(nn.Module):
-    """One head is used all the time, one in every third batch, one without effect and one never."""
+    """One head is used all the time, one in every fifth batch, one without effect and one never."""
 
-    def __init__(self, every: int = 3) -> None:
+    def __init__(self, every: int = 5) -> None:
         super().__init__()
         self.body, self.every, self.batches = nn.Linear(12, 8), every, 0
         self.always, self.sometimes, self.zero, self.never = (nn.Linear(8, 4) for _ in range(4))
@@ -166,6 +167,24 @@ def test_optimizers_that_take_turns_are_no_reason_to_warn() -> None:
     assert "makes teacher.0.weight, teacher.2.weight, teacher.4.weight sparse" in text
     (text,) = fitted(Static(0.5, print_plan=False), Adversaries(begin=1, teacher=True), max_epochs=3)
     assert "makes teacher.0.weight, teacher.2.weight, teacher.4.weight sparse" in text
+
+
+def test_an_optimizer_with_few_steps_is_waited_for() -> None:
+    looks = FirstGradients(3, steps=4)
+    gradients = {"a": True, "b": False, "c": False}
+
+    def look(index: int, names: list[str]) -> list[str]:
+        step: Any = SimpleNamespace(
+            index=index, names=names, gradient=lambda n: torch.ones(1) if gradients[n] else None
+        )
+        return looks.look(step)
+
+    assert look(1, ["c"]) == []
+    assert [look(0, ["a", "b"]) for _ in range(6)] == [[]] * 6
+    gradients["c"] = True
+    assert look(1, ["c"]) == ["b"]
+    assert looks.looks_at == {2}  # which has not begun
+    assert looks.end() == []
 
 
 @pytest.mark.parametrize(("batch", "again"), [(6, True), (12, False), (18, False)])

@@ -359,34 +359,6 @@ def test_a_reparametrised_weight_is_left_out_with_a_word() -> None:
     assert all(r == "reparametrised: not a plain weight" for n, r in found.items() if "original" in n)
 
 
-OTHER_TYPES = [torch.complex64, torch.complex128, torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn]
-
-
-@pytest.mark.parametrize("dtype", OTHER_TYPES, ids=str)
-def test_weights_that_are_no_real_floating_point_numbers_are_left_out_with_their_type(dtype: torch.dtype) -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.Embedding(3, 3), nn.Conv2d(3, 3, 3), nn.Linear(3, 3))
-    for layer in model[:3]:
-        layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=dtype.is_complex)
-    name = str(dtype).removeprefix("torch.")
-    expected = f"{name}: only weights in float16, bfloat16, float32 and float64 become sparse"
-    assert reasons(model) | {"0.bias": "", "2.bias": "", "3.bias": ""} == {
-        **dict.fromkeys(["0.weight", "1.weight", "2.weight"], expected),
-        **dict.fromkeys(["0.bias", "2.bias", "3.bias", "3.weight"], ""),
-    }
-    with pytest.raises(ValueError, match=r"include=\['0\.\*'\] matches no parameter .*Candidates: 3\.weight\."):
-        select(model, include=("0.*",))
-    with pytest.raises(ValueError, match=rf"no parameter is left .*0\.weight \({name}: only weights in float16"):
-        select(model, exclude=("3.weight",))
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_quantised_weights_are_left_out_with_their_type() -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    codes = torch.quantize_per_tensor(model[0].weight.detach(), 0.1, 0, torch.qint8)
-    model[0].weight = nn.Parameter(codes, requires_grad=False)
-    assert reasons(model)["0.weight"] == "qint8: only weights in float16, bfloat16, float32 and float64 become sparse"
-
-
 def test_an_empty_weight_is_left_out() -> None:
     assert set(chosen(nn.Sequential(nn.Linear(0, 3), nn.Linear(3, 3)))) == {"1.weight"}
 

@@ -22,7 +22,7 @@ class Writer(nn.Module):
         self.register_buffer("maximum", torch.tensor([1.0, 2.0]))
         self.register_buffer("other", torch.zeros(2, 3), persistent=False)
         self.register_buffer("empty", None)
-        self.count, self.queue, self.sums, self.mean = 3, [torch.ones(2)], {"all": torch.zeros(2)}, torch.zeros(2)
+        self.queue, self.sums, self.mean = [torch.ones(2)], {"all": torch.zeros(2)}, torch.zeros(2)
         self.generator = torch.Generator().manual_seed(4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -32,9 +32,11 @@ class Writer(nn.Module):
 
 def state(module: Writer) -> list[Any]:
     named = list(module.named_buffers())
-    plain = [module.count, len(module.queue), *[t.tolist() for t in module.queue], list(module.sums)]
+    plain = [*[t.tolist() for t in module.queue], list(module.sums)]
     sums = [t.tolist() for t in module.sums.values()]
-    return [[n for n, _ in named], [(id(t), t.tolist(), t.dtype) for _, t in named], plain, sums, module.mean.tolist()]
+    mean = getattr(module, "mean", None)
+    plain.append(None if mean is None else mean.tolist())
+    return [[n for n, _ in named], [(id(t), t.tolist(), t.dtype) for _, t in named], plain, sums]
 
 
 def drawn(module: Any, x: Tensor) -> Tensor:
@@ -53,7 +55,11 @@ WRITES: dict[str, Callable[[Any, Tensor], object]] = {
     "removed": lambda m, x: delattr(m, "maximum"),
     "from nothing": lambda m, x: setattr(m, "empty", torch.zeros(1)),
     "converted": lambda m, x: m.half(),
-    "counted": lambda m, x: setattr(m, "count", m.count + 1),
+    "emptied": lambda m, x: m.queue.clear(),
+    "another list": lambda m, x: setattr(m, "queue", []),
+    "another tensor": lambda m, x: setattr(m, "mean", m.mean + 1),
+    "no tensor": lambda m, x: setattr(m, "mean", None),
+    "no attribute": lambda m, x: delattr(m, "mean"),
     "appended": lambda m, x: m.queue.append(torch.zeros(2)),
     "in a list": lambda m, x: m.queue[0].zero_(),
     "in a dictionary": lambda m, x: m.sums["all"].add_(1),
@@ -95,10 +101,15 @@ def test_an_own_generator_draws_as_if_nothing_had_been_looked_at() -> None:
 
 
 def test_what_a_forward_pass_keeps_of_its_input_goes() -> None:
-    module = Writer(lambda m, x: setattr(m, "last", x))
+    def keep(module: Any, x: Tensor) -> None:
+        module.last, module.both, module.passes = x, (x, x), 1
+
+    module = Writer(keep)
     with quiet(module):
         module(torch.zeros(1, 2))
     assert not hasattr(module, "last")
+    assert not hasattr(module, "both")
+    assert module.passes == 1
 
 
 def test_tied_buffers_and_views_stay_tied() -> None:
@@ -223,10 +234,10 @@ def test_a_pass_over_data_leaves_counts_of_metrics_alone() -> None:
 
     module = Net()
     module(torch.ones(3, 2))
-    before = float(module.mean.compute()), module.all.compute().shape, module.mean.update_count
+    before = float(module.mean.compute()), module.all.compute().shape
     loader = DataLoader(TensorDataset(torch.randn(8, 2)), batch_size=4)
     list(data_pass.outputs(module, lambda: (loader, None)))
-    assert (float(module.mean.compute()), module.all.compute().shape, module.mean.update_count) == before
+    assert (float(module.mean.compute()), module.all.compute().shape) == before
 
 
 def test_modules_that_a_pass_is_to_change_keep_what_they_have_become() -> None:

@@ -12,14 +12,14 @@ from sparse_callbacks import CTRE, SMCP, ConstrainedL0, SparsityCallback, sparsi
 
 
 class Watched(nn.Module):
-    """Keeps the largest input and the number of its calls, in eval mode too, as observers do."""
+    """Keeps the largest input and the number of its calls as tensors, in eval mode too, as observers do."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.conv, self.norm, self.last = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Linear(64, 4)
         self.register_buffer("largest", torch.zeros(()))
-        self.calls = 0
+        self.register_buffer("calls", torch.tensor(0), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
@@ -39,7 +39,7 @@ class Module(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         if self.at_first is None:
-            self.at_first = float(self.net.largest), self.net.calls
+            self.at_first = float(self.net.largest), int(self.net.calls)
         loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
         self.log("loss", loss, on_step=False, on_epoch=True)
         return loss
@@ -72,7 +72,7 @@ def test_the_first_batch_of_a_trainer_meets_an_untouched_model(method: str) -> N
     module = Module()
     fit(METHODS[method](), module)
     assert module.at_first == (0, 0)
-    assert (module.net.calls, int(module.net.norm.num_batches_tracked)) == (4, 4)
+    assert (int(module.net.calls), int(module.net.norm.num_batches_tracked)) == (4, 4)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -80,13 +80,13 @@ def test_the_first_batch_of_a_loop_meets_an_untouched_model(method: str) -> None
     net, loader = Watched(), data(2, 6, 6, batches=4)
     optimizer = sgd(net)
     with sparsify(METHODS[method](), net, optimizer, steps=4, data=loader) as run:
-        assert (float(net.largest), net.calls) == (0, 0)
+        assert (float(net.largest), int(net.calls)) == (0, 0)
         for x, y in loader:
             optimizer.zero_grad()
             with run.batch():
                 nn.functional.cross_entropy(net(x), y).backward()
             optimizer.step()
-    assert net.calls == 4
+    assert int(net.calls) == 4
 
 
 def test_a_pass_logs_nothing() -> None:
