@@ -69,6 +69,7 @@ class SparseWeights:
             p = self.params[name]
             self._bits[name] = torch.empty_like(p, dtype=_BITS[p.element_size()], requires_grad=False)
         self._bits[name].copy_(mask).neg_()  # -1 has all bits
+        self._factors.pop(name, None)
 
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Take all of ``masks``, and bring them into the values."""
