@@ -1,6 +1,7 @@
 """The shell: Lightning's hooks, turned into calls of the engine."""
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from sparse_callbacks.core.loop_steps import last_run, restore_last_run
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
 from sparse_callbacks.core.selection import NOT_TRAINED, layer_shapes, select
-from sparse_callbacks.lightning import curves, optimizer_lives
+from sparse_callbacks.lightning import curves, optimizer_lives, spawned
 from sparse_callbacks.lightning.loaded_checkpoint import take_state_of_checkpoint
 from sparse_callbacks.lightning.namespaces import Trainer, callback_classes
 from sparse_callbacks.lightning.refusals import (
@@ -84,17 +85,28 @@ class SparsityCallback(Method, AnyCallback):
     @cached_property
     def state_key(self) -> str:  # cached: Lightning asks for it at every hook
         """Two callbacks on different layers have two keys in a checkpoint."""
+        spawned.watch(self)  # a Trainer asks every callback for its key when it is made
         return self._generate_state_key(include=self.include, exclude=self.exclude)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in spawned.RUN:  # they are missing where another process may have trained
+            spawned.bring_back(self)
+            if name in vars(self):
+                return vars(self)[name]
+        return super().__getattr__(name)
 
     # ------------------------------------------------------------------ Lightning's hooks, in their order
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        spawned.bring_back(self)
         if stage == "fit":
             refuse_host(trainer)
             self.fit_state.last_run = last_run(self)
             self.saved = None  # of an earlier fit; what this one resumes from is restored after setup
             if self.attachment.model is not pl_module or self.fresh_start:
                 self.engine.forget()
+            if self.fresh_start:
+                spawned.forget_brought(self)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # the weights are loaded already. A fit takes its state later, in on_fit_start, when its optimizers stand
@@ -112,6 +124,8 @@ class SparsityCallback(Method, AnyCallback):
         self._refuse_neighbours(trainer, [e.name for e in entries if not e.reason])
         state = self._state_to_resume(trainer, pl_module)
         self.saved = None if state is None else SavedRun.of(state)
+        if self.saved is None:
+            spawned.adopt(self, pl_module)
         fit = self.fit_state
         fit.left_out = [e.name for e in entries if e.reason in NOT_TRAINED]
         fit.held_gradients = {} if self.saved is None else dict(self.saved.grads)
@@ -133,6 +147,7 @@ class SparsityCallback(Method, AnyCallback):
         self.rehearse()
         self.engine.write()  # not earlier: a fit that is refused leaves the weights as they were
         self.fit_state.last_run = None
+        spawned.forget_brought(self)
         self.attachment.in_training = True
         self._put_gradients_back(pl_module)
         # `or {}`: in version 0.1 this hook gave nothing, and an override of that time still may
@@ -195,6 +210,7 @@ class SparsityCallback(Method, AnyCallback):
             rank_zero_warn(self.shortfall())
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        spawned.discard(self)
         if self.attachment.in_training:  # it may have come between the optimizer's step and ours
             self.engine.write()
             self.engine.batch_over()
@@ -203,6 +219,8 @@ class SparsityCallback(Method, AnyCallback):
     def state_dict(self) -> dict[str, Any]:
         if not self.masks:
             return self.fit_state.restored or {}
+        if (brought := spawned.state_brought(self)) is not None:
+            return deepcopy(brought)
         current = self.engine.state()
         if (
             self.fit_state.window_open and self.attachment.model is not None
@@ -214,6 +232,8 @@ class SparsityCallback(Method, AnyCallback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._leave(pl_module)
         self.fit_state.restored = self.saved = None  # also of a fit that was refused
+        if stage == "fit":
+            spawned.hand_over(self, trainer)
 
     # ------------------------------------------------------------------ parts of the hooks
 
@@ -328,8 +348,15 @@ class SparsityCallback(Method, AnyCallback):
             restore_last_run(self, *before)
 
     def __getstate__(self) -> dict[str, Any]:
-        bound_by_lightning = ("log", "log_dict")
-        return {k: v for k, v in super().__getstate__().items() if k not in bound_by_lightning}
+        handover = spawned.handover_for_copy(self)
+        # what Lightning binds to this callback and a Trainer, and what makes a Trainer known to it
+        left_behind = ("log", "log_dict", "state_key", "_handover")
+        state = {k: v for k, v in super().__getstate__().items() if k not in left_behind}
+        if handover is None:
+            return state
+        if handover.path is not None:  # for a process that is being started
+            spawned.expect(self)
+        return state | {"_handover": handover}
 
 
 def peers_of(trainer: Trainer) -> list[SparsityCallback]:

@@ -25,7 +25,7 @@ def is_tuner_checkpoint(path: object) -> bool:
     return Path(str(path)).name.startswith(_TUNER_PREFIXES)
 
 
-def _has_class_named(thing: object, names: Iterable[str]) -> bool:
+def has_class_named(thing: object, names: Iterable[str]) -> bool:
     """Whether the class of ``thing``, or a class that it inherits from, has one of ``names``."""
     return any(c.__name__ in names for c in type(thing).__mro__)
 
@@ -36,18 +36,18 @@ def refuse_host(trainer: Any) -> None:
     Raises:
         ValueError: a sharded strategy, weight averaging, or ModelPruning.
     """
-    if _has_class_named(trainer.strategy, _SHARDED):
+    if has_class_named(trainer.strategy, _SHARDED):
         raise ValueError(
             f"{type(trainer.strategy).__name__} shards parameters, and masks are made for whole ones. Use "
             "strategy='ddp' or one device."
         )
     for callback in trainer.callbacks:
-        if _has_class_named(callback, _AVERAGING):
+        if has_class_named(callback, _AVERAGING):
             raise ValueError(
                 f"{type(callback).__name__} averages weights over moving masks, so the average ends dense. Remove it "
                 "from callbacks=."
             )
-        if _has_class_named(callback, ("ModelPruning",)):
+        if has_class_named(callback, ("ModelPruning",)):
             raise ValueError(
                 "ModelPruning re-parametrises the weights that this callback masks. Keep one of the two in callbacks=."
             )
@@ -76,7 +76,7 @@ def warnings_for(trainer: Any, dense_at_first: bool) -> Iterator[str]:
         )
     if dense_at_first:
         for callback in trainer.callbacks:
-            compares = _has_class_named(callback, ("ModelCheckpoint", "EarlyStopping")) and getattr(
+            compares = has_class_named(callback, ("ModelCheckpoint", "EarlyStopping")) and getattr(
                 callback, "monitor", None
             )
             # `only_at_target` is for classes that leave out the epochs before the target themselves
