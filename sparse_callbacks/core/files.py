@@ -2,39 +2,36 @@
 
 import os
 import stat
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 @contextmanager
-def replacing(path: Path, mode: int | None = None) -> Iterator[Path]:
-    """A new, empty file beside ``path``, which takes the place of ``path`` in one operation where the block ends.
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A new name beside ``path``; what is written there takes the place of ``path`` in one operation where the block ends.
 
-    Its name is unique, so that several processes may write the same file at once: the last one stays. Where the block
-    fails, ``path`` is as it was and nothing is left beside it.
+    The name is unique, so that several processes may write the same file at once: the last one stays. Where the block
+    fails, ``path`` is as it was and nothing is left beside it. A link stays one, and a file that is there already keeps
+    its permissions.
 
     Args:
         path: the file that is to be written.
-        mode: permissions of the file; None for those of the file that is there, or else those of any new file.
     """
-    if mode is None:
-        mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o666 & ~_umask()
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(handle)
-    beside = Path(name)
+    target = Path(os.path.realpath(path))
+    # the name is cut because a file system allows 255 bytes
+    beside = target.with_name(f".{target.name[:50]}.{uuid.uuid4().hex}.partial")
     try:
         yield beside
-        beside.chmod(mode)
-        beside.replace(path)
+        if target.exists() and _permissions(beside) != _permissions(target):
+            beside.chmod(_permissions(target))
+        os.replace(beside, target)
     except BaseException:
         with suppress(FileNotFoundError):
             beside.unlink()
         raise
 
 
-def _umask() -> int:
-    current = os.umask(0)  # it can be read by setting it alone
-    os.umask(current)
-    return current
+def _permissions(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)

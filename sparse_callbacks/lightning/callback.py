@@ -215,6 +215,7 @@ class SparsityCallback(Method, AnyCallback):
             self.engine.write()
             self.engine.batch_over()
         self._leave(pl_module)
+        self._restore_last_run()
 
     def state_dict(self) -> dict[str, Any]:
         if not self.masks:
@@ -231,7 +232,11 @@ class SparsityCallback(Method, AnyCallback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._leave(pl_module)
-        self.fit_state.restored = self.saved = None  # also of a fit that was refused
+        if (
+            self.saved is None
+        ):  # otherwise a run that was over already was resumed: these masks are those of its weights
+            self._restore_last_run()
+        self.fit_state.restored = self.saved = self.fit_state.last_run = None  # also of a fit that was refused
         if stage == "fit":
             spawned.hand_over(self, trainer)
 
@@ -343,8 +348,11 @@ class SparsityCallback(Method, AnyCallback):
     def _leave(self, module: LightningModule) -> None:
         vars(module).pop("configure_gradient_clipping", None)
         self.engine.unbind()
+
+    def _restore_last_run(self) -> None:
+        """Go back to the masks of the last run where those of this fit were never written into the weights."""
         before, self.fit_state.last_run = self.fit_state.last_run, None
-        if before is not None:  # the fit was refused: its masks were never written into the weights
+        if before is not None:
             restore_last_run(self, *before)
 
     def __getstate__(self) -> dict[str, Any]:

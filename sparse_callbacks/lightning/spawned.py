@@ -176,6 +176,10 @@ def _remove(path: Path, launcher: int) -> None:
 # ---------------------------------------------------------------------- the process that was launched
 
 
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)  # the folder is everybody's
+
+
 def _content(callback: "SparsityCallback", model: int = UNKNOWN) -> dict[str, Any]:
     """Everything that describes the latest run where its model is not known: tensors, numbers and strings only."""
     return {
@@ -208,8 +212,8 @@ def hand_over(callback: "SparsityCallback", trainer: Any) -> None:
     forked = trainer.strategy.launcher._start_method == "fork"
     model = id(trainer.lightning_module) if forked else UNKNOWN
     try:
-        with replacing(path, mode=0o600) as beside:
-            torch.save(_content(callback, model), beside)
+        with replacing(path) as beside, open(beside, "xb", opener=_private) as file:
+            torch.save(_content(callback, model), file)
     except OSError as error:  # the weights have their own way back, which may be open
         rank_zero_warn(
             f"{type(callback).__name__} cannot bring its masks back to the process that launched this one: {error}. "

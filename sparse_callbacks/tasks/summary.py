@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from sparse_callbacks.core.files import replacing
 from sparse_callbacks.lightning.callback import SparsityCallback
 
 
@@ -23,7 +24,8 @@ def sparsities(method: SparsityCallback | None) -> dict[str, float]:
 def write_metrics(path: Path, metrics: Mapping[str, float]) -> None:
     """Write the metrics as JSON with sorted keys; a number that is not finite becomes null, as JSON lacks it."""
     finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-    path.write_text(json.dumps(dict(sorted(finite.items())), indent=2) + "\n")
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(dict(sorted(finite.items())), indent=2) + "\n")
 
 
 def target_warning(method: SparsityCallback | None) -> str | None:
