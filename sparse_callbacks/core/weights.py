@@ -34,7 +34,8 @@ class SparseWeights:
         self._uncounted: dict[str, Tensor] = {}
         self._factors: dict[str, Tensor] = {}
         self._copy = DenseCopy(self.params)
-        placed = {n: masks[n].to(p.device, torch.bool) for n, p in params.items()} if masks else {}
+        # copies: a mask that gates have expanded has one place in memory for many weights, which a broadcast cannot fill
+        placed = {n: masks[n].to(p.device, torch.bool).clone() for n, p in params.items()} if masks else {}
         distributed.broadcast_masks(placed.values())
         for name, mask in placed.items():
             self.set_mask(name, mask)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +18,9 @@ from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.hooks import BatchEnd
 from sparse_callbacks.core.loop_steps import last_run, restore_last_run
 from sparse_callbacks.core.method import Method
-from sparse_callbacks.core.optimizer_life import RestartsOptimizers
 from sparse_callbacks.core.selection import NOT_TRAINED, layer_shapes, select
 from sparse_callbacks.lightning import curves, optimizer_lives, spawned
+from sparse_callbacks.lightning.fit_state import FitState
 from sparse_callbacks.lightning.loaded_checkpoint import take_state_of_checkpoint
 from sparse_callbacks.lightning.namespaces import Trainer, callback_classes
 from sparse_callbacks.lightning.refusals import (
@@ -30,6 +29,7 @@ from sparse_callbacks.lightning.refusals import (
     refuse_host,
     refuse_shared,
     state_to_resume,
+    warn_of_thawed,
     warnings_for,
 )
 from sparse_callbacks.lightning.trainer_host import TrainerHost
@@ -38,24 +38,6 @@ if TYPE_CHECKING:
     from pytorch_lightning import Callback as AnyCallback
 else:
     AnyCallback = type("AnyCallback", callback_classes(), {})
-
-
-@dataclass
-class FitState:
-    """What the shell remembers within a fit."""
-
-    restored: dict[str, Any] | None = None
-    """State of the checkpoint, until the fit has begun."""
-    held_gradients: dict[str, Tensor] = field(default_factory=dict)
-    """Gradients of an accumulation window that was open when the checkpoint was written, until training starts."""
-    window_open: bool = False
-    """A backward pass has run since the last optimizer step."""
-    left_out: list[str] = field(default_factory=list)
-    """Names of parameters that stay dense because nobody trains them yet."""
-    logged_at: int = -1
-    """The Trainer's optimizer step of the latest row of curves."""
-    last_run: Any = None
-    """What :func:`~sparse_callbacks.core.loop_steps.last_run` gave, from setup until the masks are written."""
 
 
 class SparsityCallback(Method, AnyCallback):
@@ -143,7 +125,7 @@ class SparsityCallback(Method, AnyCallback):
         if self.start is not None:
             # not in on_fit_start: asked there for the run's length, Lightning makes its loader and forgets to resume it
             self._begin_calendar(trainer)
-        self._check_horizons(trainer)
+        optimizer_lives.check_schedules(trainer, self)
         self.rehearse()
         self.engine.write()  # not earlier: a fit that is refused leaves the weights as they were
         self.fit_state.last_run = None
@@ -156,7 +138,7 @@ class SparsityCallback(Method, AnyCallback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.epoch_start(trainer.current_epoch)
-        self._warn_of_thawed(trainer, pl_module)
+        self.fit_state.left_out = warn_of_thawed(trainer, pl_module, self.fit_state.left_out, type(self).__name__)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if not self.fit_state.window_open:
@@ -281,22 +263,6 @@ class SparsityCallback(Method, AnyCallback):
         """Accumulated gradients for a checkpoint, which one rank writes for all: their mean."""
         return dict(zip(held, distributed.mean(held.values()), strict=True))
 
-    def _warn_of_thawed(self, trainer: Trainer, module: LightningModule) -> None:
-        """Say which parameters are trained only now, and stay dense therefore."""
-        fit = self.fit_state
-        if not fit.left_out:
-            return
-        trained = torch_optimizers.parameter_ids(*trainer.optimizers)
-        parameters = dict(module.named_parameters())
-        late = [n for n in fit.left_out if parameters[n].requires_grad and id(parameters[n]) in trained]
-        fit.left_out = [n for n in fit.left_out if n not in late]
-        if late:
-            rank_zero_warn(
-                f"{type(self).__name__} leaves {', '.join(late)} dense: they were frozen or in no optimizer when fit "
-                "started and are "
-                "trained only now. To make them sparse, train them from the start of a fit."
-            )
-
     def _restart_optimizers(self, trainer: Trainer, module: LightningModule) -> None:
         """New optimizers and schedules, as the module configures them; all callbacks of the kind move their hooks to
         them."""
@@ -306,22 +272,7 @@ class SparsityCallback(Method, AnyCallback):
         for peer in peers_of(trainer):
             peer.engine.rebind(trainer.optimizers, reads)
             peer.engine.restart_wanted = False
-        self._check_horizons(trainer)
-
-    def _check_horizons(self, trainer: Trainer) -> None:
-        """Refuse a schedule that would be cut off before the first batch; later, when a restart brings one, say so and
-        train on."""
-        if not isinstance(self, RestartsOptimizers) or trainer.fast_dev_run:
-            return
-        life = self.horizon if self.horizon_asked or self.attachment.in_training else self.shortest_life
-        if life is None:
-            return
-        try:
-            optimizer_lives.check_horizons(trainer, life, optimizer_lives.epoch_length(trainer))
-        except ValueError as error:
-            if not self.attachment.in_training:
-                raise
-            rank_zero_warn(str(error))
+        optimizer_lives.check_schedules(trainer, self)
 
     def _withhold_instead_of_clipping(self, module: LightningModule, optimizer: Optimizer) -> None:
         """Take the gradients away in the place of clipping: Lightning's last call before the step, after all hooks that

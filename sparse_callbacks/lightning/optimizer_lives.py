@@ -4,9 +4,11 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from pytorch_lightning.utilities import rank_zero_warn
 from torch.optim import Optimizer, lr_scheduler
 
 from sparse_callbacks.core.calendar import RunLength
+from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
 from sparse_callbacks.core.optimizers import parameter_ids
 from sparse_callbacks.lightning.namespaces import Trainer
@@ -106,6 +108,31 @@ def restart(trainer: Trainer) -> None:
             "anew for a phase (a group added later, as by a finetuning callback, is lost). Let configure_optimizers "
             "give all of them, or give restart=False."
         )
+
+
+def check_schedules(trainer: Trainer, method: Method) -> None:
+    """Refuse a schedule that would be cut off before the first batch; later, when a restart brings one, say so and
+    train on.
+
+    Args:
+        trainer: a Trainer whose optimizers and schedules are set up.
+        method: the method that trains, of any kind.
+
+    Raises:
+        ValueError: before the first batch, a schedule that is longer than the phase.
+    """
+    if not isinstance(method, RestartsOptimizers) or trainer.fast_dev_run:
+        return
+    in_training = method.attachment.in_training
+    life = method.horizon if method.horizon_asked or in_training else method.shortest_life
+    if life is None:
+        return
+    try:
+        check_horizons(trainer, life, epoch_length(trainer))
+    except ValueError as error:
+        if not in_training:
+            raise
+        rank_zero_warn(str(error))
 
 
 def check_horizons(trainer: Trainer, phase_steps: float, epoch_steps: float) -> None:

@@ -1,4 +1,4 @@
-"""Brings masks and state back from processes that a launcher starts; Lightning brings back the weights alone.
+"""Brings masks and state back from processes that a launcher starts, as Lightning does with weights.
 
 Under ``ddp_spawn``, ``ddp_fork`` and ``ddp_notebook`` the Trainer of the main process hands its work to processes, and
 calls no hook of the callbacks that stay behind. So a callback notices on its own that it is being copied into another

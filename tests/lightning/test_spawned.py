@@ -42,6 +42,12 @@ def test_the_next_fit_goes_on_from_what_came_back(name: str, launched_methods: d
     assert differences(expected, begun) == []
 
 
+def test_what_only_the_other_process_knows_is_said(launched_methods: dict[str, Any]) -> None:
+    words, afterwards = launched_methods["l0"]["words"]
+    assert "knows its expected density again in the next fit" in words
+    assert "expected density" in afterwards
+
+
 @every_method
 def test_the_file_is_there_until_somebody_looks(name: str, launched_methods: dict[str, Any]) -> None:
     found = launched_methods[name]
@@ -60,6 +66,7 @@ def test_fits_and_tests_follow_each_other_in_processes(launched_fits: dict[str, 
     assert differences(*found["second"]) == []
     before, after = found["steps"]
     assert after > before
+    assert found["gates"] == 32
     assert found["left"] == []
 
 

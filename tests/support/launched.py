@@ -107,6 +107,7 @@ def every_method(folder: Path) -> dict[str, Any]:
         files = left_in(folder)
         [there] = torch.load(folder / name, weights_only=True)
         here = described(callback)
+        words = "" if callback.at_target else callback.shortfall()
         assert_effective(module, callback)
         weights = {n: p.detach().clone() for n, p in module.named_parameters()}
         begun: dict[str, Any] = {}
@@ -122,6 +123,7 @@ def every_method(folder: Path) -> dict[str, Any]:
         assert_effective(module, callback)
         went_on = {"masks": here["masks"], "dense": there["state"]["dense"], "weights": weights}
         found[name] = {"there": there, "here": here, "files": files, "end": (went_on, begun), "left": left_in(folder)}
+        found[name]["words"] = (words, callback.outcome())
     return found
 
 
@@ -147,6 +149,10 @@ def several_fits(folder: Path) -> dict[str, Any]:
     launched(module, one, other, Tells(folder / "second", one, other), devices=2)
     found["second"] = (torch.load(folder / "second", weights_only=True), [described(one), described(other)])
     found["steps"] = (steps, one.step)
+    gates, gated = method("l0"), Evaluated()
+    for _ in range(2):  # the masks of its first fit are those of gates, which lie in memory otherwise
+        launched(gated, gates, devices=2)
+    found["gates"] = gates.step
     assert_effective(module, one, other)
     found["left"] = left_in(folder)
     return found
