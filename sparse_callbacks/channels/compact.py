@@ -16,6 +16,7 @@ from sparse_callbacks.channels.compact_format import (
     refuse_other_model,
     sizes,
 )
+from sparse_callbacks.core.files import replacing
 from sparse_callbacks.core.inspection import extra
 
 
@@ -60,8 +61,9 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
         for name, tensor in state.items()
         if name not in shared
     }
-    safetensors.save_file(tensors, path)
-    words.write_text(json.dumps(described(model, shared) | {"checksum": checksum(path)}, indent=1))
+    with replacing(path) as beside, replacing(words) as words_beside:
+        safetensors.save_file(tensors, beside)
+        words_beside.write_text(json.dumps(described(model, shared) | {"checksum": checksum(beside)}, indent=1))
 
 
 def load_compact(model: nn.Module, path: str | Path) -> nn.Module:

@@ -53,19 +53,12 @@ def take_saved(method: Method, model: nn.Module, saved: SavedRun, owned: Sequenc
 def _take(method: Method, model: nn.Module, saved: SavedRun, owned: Sequence[Sequence[str]] | None) -> None:
     entries, targets = _entries_and_targets(method, model, saved.masks)
     parameters = dict(model.named_parameters())
-    sparse = {e.name: e for e in entries if not e.reason}
-    params = {name: parameters[name] for name in sparse}
+    params = {e.name: parameters[e.name] for e in entries if not e.reason}
     refuse_other_model(saved, params)
     planned = method.parameter_zeros(entries, targets)
     refuse_impossible(method, saved, model, planned, len(saved.progress["steps"]))
     refuse_foreign_weights(saved.masks, params)
-    groups = method.owners.owns if owned is None else owned
-    method.owners = Ownership.between_runs(groups, params, len(saved.progress["steps"]))
-    method.entries, method.targets = entries, targets
-    method.weights = SparseWeights(params, sparse, saved.masks)
-    method.aux = aux_on_devices(saved.aux, params)
-    method.progress = Progress.restored(method.first_update, saved.progress)
-    method.calendar = _calendar(method, saved.times)
+    _describe(method, entries, targets, params, saved, method.owners.owns if owned is None else owned)
     if method.keeps_dense:
         method.start_copies(saved.dense, new=())
     if method.explores:
@@ -75,6 +68,45 @@ def _take(method: Method, model: nn.Module, saved: SavedRun, owned: Sequence[Seq
     method.saved = saved  # a method that asks in `attach` whether its run has begun finds that it has
     method.attach(model)
     method.saved = None
+
+
+def describe(
+    method: Method,
+    weights: Mapping[str, Tensor],
+    entries: Sequence[Entry],
+    targets: Mapping[str, float],
+    saved: SavedRun,
+    owned: Sequence[Sequence[str]],
+) -> None:
+    """:func:`take_saved` where the model is in another process: the method describes it, by copies of its sparse weights.
+
+    Args:
+        method: a method that no run uses now.
+        weights: values of the sparse parameters.
+        entries: all parameters of the model.
+        targets: planned sparsity of every sparse layer.
+        saved: the run that was saved.
+        owned: the names of the parameters of each optimizer.
+    """
+    params = {n: nn.Parameter(w, requires_grad=False) for n, w in weights.items()}
+    _describe(method, entries, targets, params, saved, owned)
+
+
+def _describe(
+    method: Method,
+    entries: Sequence[Entry],
+    targets: Mapping[str, float],
+    params: Mapping[str, nn.Parameter],
+    saved: SavedRun,
+    owned: Sequence[Sequence[str]],
+) -> None:
+    """Give the method the masks, counters and tensors of the saved run."""
+    method.owners = Ownership.between_runs(owned, params, len(saved.progress["steps"]))
+    method.entries, method.targets = list(entries), dict(targets)
+    method.weights = SparseWeights(params, {e.name: e for e in entries if not e.reason}, saved.masks)
+    method.aux = aux_on_devices(saved.aux, params)
+    method.progress = Progress.restored(method.first_update, saved.progress)
+    method.calendar = _calendar(method, saved.times)
 
 
 def _entries_and_targets(

@@ -1,7 +1,7 @@
 """The shell: Lightning's hooks, turned into calls of the engine."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from copy import deepcopy
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,10 @@ from sparse_callbacks.core.distributions import why_all_active
 from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.hooks import BatchEnd
 from sparse_callbacks.core.method import Method
-from sparse_callbacks.core.optimizer_life import RestartsOptimizers
 from sparse_callbacks.core.selection import NOT_TRAINED, layer_shapes, select
 from sparse_callbacks.core.unseen_steps import StepWatch
-from sparse_callbacks.lightning import accumulation, curves, optimizer_lives
+from sparse_callbacks.lightning import accumulation, curves, optimizer_lives, spawned
+from sparse_callbacks.lightning.fit_state import FitState
 from sparse_callbacks.lightning.loaded_checkpoint import take_state_of_checkpoint
 from sparse_callbacks.lightning.namespaces import Trainer, callback_classes
 from sparse_callbacks.lightning.refusals import (
@@ -30,6 +30,7 @@ from sparse_callbacks.lightning.refusals import (
     refuse_host,
     refuse_shared,
     state_to_resume,
+    warn_of_thawed,
     warnings_for,
 )
 from sparse_callbacks.lightning.resumed_file import look_before_loading, stop_looking
@@ -39,30 +40,6 @@ if TYPE_CHECKING:
     from pytorch_lightning import Callback as AnyCallback
 else:
     AnyCallback = type("AnyCallback", callback_classes(), {})
-
-
-@dataclass
-class FitState:
-    """What the shell remembers within a fit."""
-
-    restored: dict[str, Any] | None = None
-    """State of the checkpoint, until the fit has begun."""
-    before: BeforeRun | None = None
-    """What the fit is about to change, until its first batch; a fit that is refused gives it back."""
-    window_open: bool = False
-    """A backward pass has run since the last optimizer step."""
-    waiting: set[int] = field(default_factory=set)
-    """Indices of the optimizers that have not stepped since the last backward pass."""
-    watch: StepWatch | None = None
-    """Looks for steps that nobody announces, until every optimizer has stepped."""
-    left_out: list[str] = field(default_factory=list)
-    """Names of parameters that stay dense because nobody trains them yet."""
-    logged_at: int = -1
-    """The Trainer's optimizer step of the latest row of curves."""
-    accumulates: int = 1
-    """How many batches make an optimizer step, as far as the run's length took account of it."""
-    last_epoch: int = -1
-    """The epoch of the latest batch."""
 
 
 class SparsityCallback(Method, AnyCallback):
@@ -92,11 +69,20 @@ class SparsityCallback(Method, AnyCallback):
     @cached_property
     def state_key(self) -> str:  # cached: Lightning asks for it at every hook
         """Two callbacks on different layers have two keys in a checkpoint."""
+        spawned.watch(self)  # a Trainer asks every callback for its key when it is made
         return self._generate_state_key(include=self.include, exclude=self.exclude)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in spawned.RUN:  # they are missing where another process may have trained
+            spawned.bring_back(self)
+            if name in vars(self):
+                return vars(self)[name]
+        return super().__getattr__(name)
 
     # ------------------------------------------------------------------ Lightning's hooks, in their order
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        spawned.bring_back(self)
         if stage == "fit":
             self.fit_state.before = BeforeRun(self)
             refuse_host(trainer)
@@ -104,6 +90,8 @@ class SparsityCallback(Method, AnyCallback):
             self.saved = None  # of an earlier fit; what this one resumes from is restored after setup
             if self.attachment.model is not pl_module or self.fresh_start:
                 self.engine.forget()
+            if self.fresh_start:
+                spawned.forget_brought(self)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # the weights are loaded already. A fit takes its state later, in on_fit_start, when its optimizers stand
@@ -127,6 +115,8 @@ class SparsityCallback(Method, AnyCallback):
         self._refuse_neighbours(trainer, [e.name for e in entries if not e.reason])
         state = self._state_to_resume(trainer, pl_module)
         self.saved = None if state is None else SavedRun.of(state, trainer.ckpt_path)
+        if self.saved is None:
+            spawned.adopt(self, pl_module)
         fit = self.fit_state
         fit.left_out = [e.name for e in entries if e.reason in NOT_TRAINED]
         fit.restored = None
@@ -148,13 +138,14 @@ class SparsityCallback(Method, AnyCallback):
         if self.start is not None:
             # not in on_fit_start: asked there for the run's length, Lightning makes its loader and forgets to resume it
             self._begin_calendar(trainer)
-        self._check_horizons(trainer)
+        optimizer_lives.check_schedules(trainer, self)
         self.fit_state.accumulates = accumulation.factor_in(trainer, trainer.current_epoch)
         self.fit_state.last_epoch = -1
         self.rehearse()
         if self.fit_state.before is not None:  # others may still refuse the fit
             self.fit_state.before.keep_weights(self)
         self.engine.write()
+        spawned.forget_brought(self)
         self.attachment.in_training = True
         self.fit_state.watch = StepWatch(self.engine)
         self._put_gradients_back(pl_module)
@@ -168,7 +159,7 @@ class SparsityCallback(Method, AnyCallback):
         if self.fit_state.before is not None:
             self.fit_state.before.keep_random_states()
         self.epoch_start(trainer.current_epoch)
-        self._warn_of_thawed(trainer, pl_module)
+        self.fit_state.left_out = warn_of_thawed(trainer, pl_module, self.fit_state.left_out, type(self).__name__)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         fit = self.fit_state
@@ -249,6 +240,7 @@ class SparsityCallback(Method, AnyCallback):
             rank_zero_warn(text)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        spawned.discard(self)
         before, self.fit_state.before = self.fit_state.before, None
         if before is not None:
             self._leave(pl_module)
@@ -263,6 +255,8 @@ class SparsityCallback(Method, AnyCallback):
     def state_dict(self) -> dict[str, Any]:
         if not self.masks:
             return self.fit_state.restored or {}
+        if (brought := spawned.state_brought(self)) is not None:
+            return deepcopy(brought)
         current = self.engine.state()
         # of any optimizer: another one may have stepped within its window
         if self.fit_state.waiting and self.attachment.model is not None:
@@ -275,7 +269,13 @@ class SparsityCallback(Method, AnyCallback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._leave(pl_module)
+        if self.fit_state.before is not None and self.saved is None:
+            # no batch came: these masks were never those of the weights. A run that was over already when it was resumed
+            # has brought its own.
+            self.fit_state.before.bring_back(self)
         self.fit_state.restored = self.fit_state.before = self.saved = None
+        if stage == "fit":
+            spawned.hand_over(self, trainer)
 
     # ------------------------------------------------------------------ parts of the hooks
 
@@ -342,22 +342,6 @@ class SparsityCallback(Method, AnyCallback):
         """Accumulated gradients for a checkpoint, which one rank writes for all: their mean."""
         return distributed.mean_of_any(held, dict(self.model.named_parameters()))
 
-    def _warn_of_thawed(self, trainer: Trainer, module: LightningModule) -> None:
-        """Say which parameters are trained only now, and stay dense therefore."""
-        fit = self.fit_state
-        if not fit.left_out:
-            return
-        trained = torch_optimizers.parameter_ids(*trainer.optimizers)
-        parameters = dict(module.named_parameters())
-        late = [n for n in fit.left_out if parameters[n].requires_grad and id(parameters[n]) in trained]
-        fit.left_out = [n for n in fit.left_out if n not in late]
-        if late:
-            rank_zero_warn(
-                f"{type(self).__name__} leaves {', '.join(late)} dense: they were frozen or in no optimizer when fit "
-                "started and are "
-                "trained only now. To make them sparse, train them from the start of a fit."
-            )
-
     def _restart_optimizers(self, trainer: Trainer, module: LightningModule) -> None:
         """New optimizers and schedules, as the module configures them; all callbacks of the kind move their hooks to
         them."""
@@ -370,22 +354,7 @@ class SparsityCallback(Method, AnyCallback):
             peer.engine.announce_by_hooks()
             peer.engine.restart_wanted = False
         optimizer_lives.switch_through_wrappers(trainer)
-        self._check_horizons(trainer)
-
-    def _check_horizons(self, trainer: Trainer) -> None:
-        """Refuse a schedule that would be cut off before the first batch; later, when a restart brings one, say so and
-        train on."""
-        if not isinstance(self, RestartsOptimizers) or trainer.fast_dev_run:
-            return
-        life = self.horizon if self.horizon_asked or self.attachment.in_training else self.shortest_life
-        if life is None:
-            return
-        try:
-            optimizer_lives.check_horizons(trainer, life, accumulation.shortest_epoch(trainer))
-        except ValueError as error:
-            if not self.attachment.in_training:
-                raise
-            rank_zero_warn(str(error))
+        optimizer_lives.check_schedules(trainer, self)
 
     def _withhold_instead_of_clipping(self, module: LightningModule, optimizer: Optimizer) -> None:
         """Take the gradients away in the place of clipping: Lightning's last call before the step, after all hooks that
@@ -415,8 +384,15 @@ class SparsityCallback(Method, AnyCallback):
         self.engine.unbind()
 
     def __getstate__(self) -> dict[str, Any]:
-        bound_by_lightning = ("log", "log_dict")
-        return {k: v for k, v in super().__getstate__().items() if k not in bound_by_lightning}
+        handover = spawned.handover_for_copy(self)
+        # what Lightning binds to this callback and a Trainer, and what makes a Trainer known to it
+        left_behind = ("log", "log_dict", "state_key", "_handover")
+        state = {k: v for k, v in super().__getstate__().items() if k not in left_behind}
+        if handover is None:
+            return state
+        if handover.path is not None:  # for a process that is being started
+            spawned.expect(self)
+        return state | {"_handover": handover}
 
 
 def peers_of(trainer: Trainer) -> list[SparsityCallback]:

@@ -4,13 +4,15 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from pytorch_lightning.utilities import rank_zero_warn
 from torch.optim import Optimizer, lr_scheduler
 
 from sparse_callbacks.core.calendar import RunLength
+from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
 from sparse_callbacks.core.optimizer_modes import switch_through, take_over_mode
 from sparse_callbacks.core.optimizers import parameter_ids
-from sparse_callbacks.lightning.accumulation import epoch_length, run_length
+from sparse_callbacks.lightning.accumulation import epoch_length, run_length, shortest_epoch
 from sparse_callbacks.lightning.namespaces import Trainer
 
 # The constructor argument of each schedule that says after how many of its own steps it ends.
@@ -98,6 +100,31 @@ def switch_through_wrappers(trainer: Trainer) -> None:
     # a private list, because the public way to the wrappers is the module's and gives one or several
     for wrapper in trainer.strategy._lightning_optimizers:
         switch_through(wrapper, wrapper.optimizer)
+
+
+def check_schedules(trainer: Trainer, method: Method) -> None:
+    """Refuse a schedule that would be cut off before the first batch; later, when a restart brings one, say so and
+    train on.
+
+    Args:
+        trainer: a Trainer whose optimizers and schedules are set up.
+        method: the method that trains, of any kind.
+
+    Raises:
+        ValueError: before the first batch, a schedule that is longer than the phase.
+    """
+    if not isinstance(method, RestartsOptimizers) or trainer.fast_dev_run:
+        return
+    in_training = method.attachment.in_training
+    life = method.horizon if method.horizon_asked or in_training else method.shortest_life
+    if life is None:
+        return
+    try:
+        check_horizons(trainer, life, shortest_epoch(trainer))
+    except ValueError as error:
+        if not in_training:
+            raise
+        rank_zero_warn(str(error))
 
 
 def check_horizons(trainer: Trainer, phase_steps: float, epoch_steps: float) -> None:

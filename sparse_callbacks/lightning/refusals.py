@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from sparse_callbacks.core.checkpoint import check_state
 from sparse_callbacks.core.method import Method
-from sparse_callbacks.core.optimizers import is_elementwise
+from sparse_callbacks.core.optimizers import is_elementwise, parameter_ids
 
 # Classes are recognised by name, because they exist twice (in pytorch_lightning and in lightning.pytorch) and not in
 # every version.
@@ -25,7 +25,7 @@ def is_tuner_checkpoint(path: object) -> bool:
     return Path(str(path)).name.startswith(_TUNER_PREFIXES)
 
 
-def _has_class_named(thing: object, names: Iterable[str]) -> bool:
+def has_class_named(thing: object, names: Iterable[str]) -> bool:
     """Whether the class of ``thing``, or a class that it inherits from, has one of ``names``."""
     return any(c.__name__ in names for c in type(thing).__mro__)
 
@@ -36,18 +36,18 @@ def refuse_host(trainer: Any) -> None:
     Raises:
         ValueError: a sharded strategy, weight averaging, or ModelPruning.
     """
-    if _has_class_named(trainer.strategy, _SHARDED):
+    if has_class_named(trainer.strategy, _SHARDED):
         raise ValueError(
             f"{type(trainer.strategy).__name__} shards parameters, and masks are made for whole ones. Use "
             "strategy='ddp' or one device."
         )
     for callback in trainer.callbacks:
-        if _has_class_named(callback, _AVERAGING):
+        if has_class_named(callback, _AVERAGING):
             raise ValueError(
                 f"{type(callback).__name__} averages weights over moving masks, so the average ends dense. Remove it "
                 "from callbacks=."
             )
-        if _has_class_named(callback, ("ModelPruning",)):
+        if has_class_named(callback, ("ModelPruning",)):
             raise ValueError(
                 "ModelPruning re-parametrises the weights that this callback masks. Keep one of the two in callbacks=."
             )
@@ -76,7 +76,7 @@ def warnings_for(trainer: Any, dense_at_first: bool) -> Iterator[str]:
         )
     if dense_at_first:
         for callback in trainer.callbacks:
-            compares = _has_class_named(callback, ("ModelCheckpoint", "EarlyStopping")) and getattr(
+            compares = has_class_named(callback, ("ModelCheckpoint", "EarlyStopping")) and getattr(
                 callback, "monitor", None
             )
             # `only_at_target` is for classes that leave out the epochs before the target themselves
@@ -86,6 +86,31 @@ def warnings_for(trainer: Any, dense_at_first: bool) -> Iterator[str]:
                     "sparsity is reached, and the best of them is usually a dense one. Save the last checkpoint, or "
                     "monitor a metric that you log only while the sparsity callback's at_target is True."
                 )
+
+
+def warn_of_thawed(trainer: Any, module: Any, left_out: Sequence[str], method: str) -> list[str]:
+    """Say which parameters are trained only now, and stay dense therefore.
+
+    Args:
+        trainer: a Trainer whose optimizers are set up.
+        module: its module.
+        left_out: names of parameters that stay dense because nobody trained them so far.
+        method: name of the method, for the warning.
+
+    Returns:
+        the names of those that nobody trains yet.
+    """
+    if not left_out:
+        return []
+    trained = parameter_ids(*trainer.optimizers)
+    parameters = dict(module.named_parameters())
+    late = [n for n in left_out if parameters[n].requires_grad and id(parameters[n]) in trained]
+    if late:
+        rank_zero_warn(
+            f"{method} leaves {', '.join(late)} dense: they were frozen or in no optimizer when fit started and are "
+            "trained only now. To make them sparse, train them from the start of a fit."
+        )
+    return [n for n in left_out if n not in late]
 
 
 def gradients_are_read(trainer: Any, module: Any, optimizer: Optimizer) -> bool:

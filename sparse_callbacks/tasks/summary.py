@@ -4,13 +4,13 @@ import json
 import math
 import re
 import shlex
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from sparse_callbacks.core.files import replacing
 from sparse_callbacks.lightning.callback import SparsityCallback
 
 
@@ -27,10 +27,8 @@ def write_metrics(path: Path, metrics: Mapping[str, float]) -> None:
     The file is written beside its place and then moved there: on a full disk none is left that is half of one.
     """
     finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".metrics-") as beside:
-        written = Path(beside) / path.name
-        written.write_text(json.dumps(dict(sorted(finite.items())), indent=2) + "\n")
-        written.replace(path)
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(dict(sorted(finite.items())), indent=2) + "\n")
 
 
 def target_warning(method: SparsityCallback | None) -> str | None:

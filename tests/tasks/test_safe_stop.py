@@ -229,6 +229,7 @@ def test_a_kill_while_writing_leaves_the_checkpoint_before(run: Run, tmp_path: P
         with pytest.raises(OSError, match="disk full"):
             run("method=none", "checkpoint_every=2")
     assert path.read_bytes() == before
+    assert list(path.parent.glob(".*")) == []
 
 
 def test_a_checkpoint_interval_below_one_is_refused(run: Run) -> None:

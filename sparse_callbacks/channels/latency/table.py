@@ -3,7 +3,6 @@
 import bisect
 import json
 import math
-import os
 import platform
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import torch
 
 from sparse_callbacks.channels.costs import Layer, size_text
 from sparse_callbacks.channels.latency.table_layout import why_not_a_table
+from sparse_callbacks.core.files import replacing
 
 # raised when the keys of the file change; files of other versions are refused
 TABLE_VERSION = 2
@@ -238,9 +238,8 @@ class Table:
         grids = {k: asdict(g) for k, g in self.grids.items()}
         fit = {"constant": self.constant, "factor": self.factor}
         content = {"version": TABLE_VERSION, "about": self.about} | fit | {"grids": grids}
-        part = Path(f"{path}.part")
-        part.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(part, path)  # in one step, so an interruption leaves no half of a file
+        with replacing(path) as beside:
+            beside.write_text(json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Table":

@@ -108,9 +108,6 @@ class DPF(Method):
             if type(finetune) is type(stop) and finetune < stop:
                 raise ValueError(_too_early(finetune, stop))
         self.finetune = finetune
-        # one threshold for each optimizer: they step at different times, and each moves the masks of its own parameters
-        self._shared: list[int] = []
-        """Weights under one threshold: those of one optimizer."""
 
     @property
     def target_sparsity(self) -> float:
@@ -157,12 +154,12 @@ class DPF(Method):
         plan = super().plan(model)
         if not self._is_global:
             return plan
-        # in a run each threshold rounds its own count down; a plan without a run does not know the optimizers
-        sizes = [plan.weights] if model is not None else self._shared
+        # one threshold for each optimizer: they step at different times, and each moves the masks of its own parameters.
+        # In a run each rounds its own count down; a plan without a run does not know the optimizers
+        size_of = {e.name: e.size for e in self.entries}
+        runs = [] if model is not None else self.owners.owns
+        sizes = [sum(size_of[n] for n in names) for names in runs] or [plan.weights]
         return plan.joined(sum(zeros_for(self.target_sparsity, size) for size in sizes))
-
-    def attach(self, model: nn.Module) -> None:
-        self._shared = [sum(self.weights.size(n) for n in names) for names in self.owners.owns]
 
     def make_calendar(self, run: RunLength) -> Calendar:
         calendar = super().make_calendar(run)

@@ -276,8 +276,10 @@ class ConstrainedL0(Method):
         return bool(found) and all(density <= c.target + TOLERANCE for c, density in found)
 
     def shortfall(self) -> str:
-        name, by_layer = type(self).__name__, self.constraint == "layer"
-        return report.missed_in_words(name, self._densities(), by_layer, self.dual_lr)
+        name, by_layer, found = type(self).__name__, self.constraint == "layer", self._densities()
+        if not found:  # the gates of a run in another process, whose members are found when a fit begins
+            return f"{name} was trained in another process, and knows its expected density again in the next fit."
+        return report.missed_in_words(name, found, by_layer, self.dual_lr)
 
     def outcome(self) -> dict[str, str]:
         found = self._densities()

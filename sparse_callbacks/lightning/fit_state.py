@@ -1,0 +1,31 @@
+"""What a callback remembers within a fit."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from sparse_callbacks.core.before_run import BeforeRun
+from sparse_callbacks.core.unseen_steps import StepWatch
+
+
+@dataclass
+class FitState:
+    """What the shell remembers within a fit."""
+
+    restored: dict[str, Any] | None = None
+    """State of the checkpoint, until the fit has begun."""
+    before: BeforeRun | None = None
+    """What the fit is about to change, until its first batch; a fit that is refused gives it back."""
+    window_open: bool = False
+    """A backward pass has run since the last optimizer step."""
+    waiting: set[int] = field(default_factory=set)
+    """Indices of the optimizers that have not stepped since the last backward pass."""
+    watch: StepWatch | None = None
+    """Looks for steps that nobody announces, until every optimizer has stepped."""
+    left_out: list[str] = field(default_factory=list)
+    """Names of parameters that stay dense because nobody trains them yet."""
+    logged_at: int = -1
+    """The Trainer's optimizer step of the latest row of curves."""
+    accumulates: int = 1
+    """How many batches make an optimizer step, as far as the run's length took account of it."""
+    last_epoch: int = -1
+    """The epoch of the latest batch."""
