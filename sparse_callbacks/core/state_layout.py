@@ -129,7 +129,7 @@ def refuse_damaged(state: Mapping[str, Any], path: object) -> None:
         raise damaged(f"{', '.join(missing)} missing in it", path)
     for key, check in LAYOUT.items():
         if key in state and (why := check(state[key])):
-            raise damaged(f"its {key!r} {why}", path)
+            raise damaged(f"what the state holds under {key!r} {why}", path)
     if why := _contradiction(state):
         raise damaged(why, path)
 
