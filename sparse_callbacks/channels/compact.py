@@ -16,9 +16,11 @@ from sparse_callbacks.channels.compact_format import (
     refuse_other_model,
     sizes,
 )
+from sparse_callbacks.core.argument_types import checked
 from sparse_callbacks.core.inspection import extra
 
 
+@checked
 def save_compact(model: nn.Module, path: str | Path) -> None:
     """Write the tensors of ``model`` to ``path`` (safetensors), and a description of its layers beside it.
 
@@ -64,6 +66,7 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
     words.write_text(json.dumps(described(model, shared) | {"checksum": checksum(path)}, indent=1))
 
 
+@checked
 def load_compact(model: nn.Module, path: str | Path) -> nn.Module:
     """Turn ``model`` into the model that :func:`save_compact` wrote.
 
