@@ -16,10 +16,12 @@ from sparse_callbacks.channels.compact_format import (
     refuse_other_model,
     sizes,
 )
+from sparse_callbacks.core.argument_types import checked
 from sparse_callbacks.core.files import replacing
 from sparse_callbacks.core.inspection import extra
 
 
+@checked
 def save_compact(model: nn.Module, path: str | Path) -> None:
     """Write the tensors of ``model`` to ``path`` (safetensors), and a description of its layers beside it.
 
@@ -66,6 +68,7 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
         words_beside.write_text(json.dumps(described(model, shared) | {"checksum": checksum(beside)}, indent=1))
 
 
+@checked
 def load_compact(model: nn.Module, path: str | Path) -> nn.Module:
     """Turn ``model`` into the model that :func:`save_compact` wrote.
 

@@ -10,6 +10,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from sparse_callbacks.channels.obstacles import refuse_unmatched_globs, why_layers_stay
 from sparse_callbacks.channels.trace import Place, Trace
+from sparse_callbacks.core.argument_types import checked
 from sparse_callbacks.core.inspection import copied, traceable, training_branches
 
 
@@ -84,6 +85,7 @@ class Group:
         return {c.parameter: c.mask(keep, model.get_parameter(c.parameter).ndim) for c in self.consumers}
 
 
+@checked
 def channel_groups(
     model: nn.Module, example_input: Any, exclude: str | Sequence[str] | None = None, seconds: float = 60.0
 ) -> list[Group]:

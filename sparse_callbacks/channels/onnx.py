@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.channels.comparison import Difference, compare, outputs_on, why_not_equal
+from sparse_callbacks.core.argument_types import checked
 from sparse_callbacks.core.inspection import extra, map_tensors, quiet, tensors_in
 
 
+@checked
 def export_onnx(
     model: nn.Module,
     path: str | Path,

@@ -14,11 +14,13 @@ from sparse_callbacks.channels.constants import ArrivingRange, arriving_ranges, 
 from sparse_callbacks.channels.cuts import Cuts, Surgery, masked_copy, nonzero_cut
 from sparse_callbacks.channels.groups import Group, Member, channel_groups
 from sparse_callbacks.channels.proof import GroupChange, Proof, prove
+from sparse_callbacks.core.argument_types import checked
 from sparse_callbacks.core.inspection import copied, quiet, training_branches
 
 
 # parameters that are made in inference mode could never be trained
 @torch.inference_mode(False)
+@checked
 def slim(
     model: nn.Module,
     masks: Mapping[str, Tensor],

@@ -94,6 +94,11 @@ def check_times(start: Time, stop: Time, every: Time | None) -> None:
     # a run of one step stands for any length: only the values themselves are checked here
     for name, value in (("start", start), ("stop", stop)):
         to_steps(value, 1, name)
+    if stop == 0:
+        raise ValueError(
+            f"stop={stop!r} is the beginning of the run, so no update would ever move a mask. Give a later stop=, or use "
+            "Static to hold one mask."
+        )
     # bool is an int: to_steps below refuses True and False with a message of its own
     if every is not None and not isinstance(every, bool) and isinstance(every, Real) and every <= 0:
         raise ValueError(

@@ -100,8 +100,8 @@ def check_state(
         )
     if not is_count(state["version"]) or not isinstance(state["arguments"], Mapping):
         raise damaged(
-            path,
             f"its version is {shown_short(state['version'])} and its arguments are {shown_short(state['arguments'])}",
+            path,
         )
     if (writer := state.get("method", name)) != name:  # a callback's state has no name: it lies under its key
         raise ValueError(

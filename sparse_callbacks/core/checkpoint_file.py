@@ -1,4 +1,4 @@
-"""Reading a torch file that may be damaged or of another kind: one kind of error, and nothing in it is executed."""
+"""Reading torch files that may be damaged: one kind of error, and nothing in them is executed."""
 
 import pickle
 import zipfile

@@ -5,6 +5,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Unpack, get_origin
 
+from sparse_callbacks.core.argument_types import in_words, refuse_other_types
+
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _DEPTH = "_constructors_running"
 
@@ -42,8 +44,11 @@ def checks_arguments(init: Callable[..., None], shared: type) -> Callable[..., N
         shared: a TypedDict with the arguments that the class takes as ``**options`` and hands on.
 
     Raises:
-        TypeError: an argument that is no attribute of the object, raised by the function that is returned.
+        TypeError: an argument that is no attribute of the object, or in a class of this package one of another type than
+            it is annotated with; raised by the function that is returned.
     """
+
+    ours = init.__module__.partition(".")[0] == __name__.partition(".")[0]
 
     @functools.wraps(init)  # signature and source stay those of `init`: inspect and LightningCLI follow __wrapped__
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -51,9 +56,16 @@ def checks_arguments(init: Callable[..., None], shared: type) -> Callable[..., N
         vars(self)[_DEPTH] = True
         try:
             init(self, *args, **kwargs)
+        except Exception as error:
+            # a sentence about the value says more than one about its type
+            if ours and not in_words(error, inspect.signature(init).parameters):
+                refuse_other_types(init, (self, *args), kwargs, shared)
+            raise
         finally:
             if outermost:
                 del vars(self)[_DEPTH]
+        if ours:  # an annotation of somebody else's may be there for the reader alone
+            refuse_other_types(init, (self, *args), kwargs, shared)
         if outermost:
             refuse_lost_arguments(self, argument_names(type(self), shared))
 

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from numbers import Real
 from typing import Any
 
+from sparse_callbacks.core.argument_types import checked_after
 from sparse_callbacks.core.ops import zeros_for
 
 __all__ = [
@@ -28,6 +29,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 Distribution = str | Mapping[str, float | str] | Callable[[dict[str, tuple[int, ...]], float], Mapping[str, float]]
 
 
+@checked_after
 def uniform(shapes: Shapes, sparsity: float, custom: Mapping[str, float] | None = None) -> dict[str, float]:
     """The same sparsity in every layer, except those in `custom`.
 
@@ -41,6 +43,7 @@ def uniform(shapes: Shapes, sparsity: float, custom: Mapping[str, float] | None 
     return {name: own.get(name, float(sparsity)) for name in shapes}
 
 
+@checked_after
 def erdos_renyi(
     shapes: Shapes, sparsity: float, custom: Mapping[str, float] | None = None, power: float = 1.0
 ) -> dict[str, float]:
@@ -49,6 +52,7 @@ def erdos_renyi(
     return _in_proportion({name: tuple(shape[:2]) for name, shape in shapes.items()}, shapes, sparsity, custom, power)
 
 
+@checked_after
 def erdos_renyi_kernel(
     shapes: Shapes, sparsity: float, custom: Mapping[str, float] | None = None, power: float = 1.0
 ) -> dict[str, float]:
@@ -100,6 +104,7 @@ def _in_proportion(
     return {name: own[name] if name in own else found[name] for name in shapes}
 
 
+@checked_after
 def epsilon_sparsity(shapes: Shapes, epsilon: float | str) -> dict[str, float]:
     """Sparsity 1 - epsilon (n_in + n_out) / (n_in n_out), Erdos-Renyi as published (Mocanu et al. 2018, equation 1).
 
@@ -180,6 +185,7 @@ _NAMED: dict[str, Callable[[Shapes, float], dict[str, float]]] = {
 }
 
 
+@checked_after
 def resolve(distribution: Distribution, shapes: Shapes, sparsity: float) -> dict[str, float]:
     """Sparsity by layer name for what a `distribution` argument may be.
 

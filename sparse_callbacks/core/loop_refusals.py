@@ -73,7 +73,7 @@ def epoch_of(state: Mapping[str, Any], path: object) -> int:
     """
     epoch = state.get("epoch", 0)
     if not is_count(epoch):
-        raise damaged(path, f"its 'epoch' is {shown_short(epoch)} and not a whole number from 0 on")
+        raise damaged(f"its 'epoch' is {shown_short(epoch)} and not a whole number from 0 on", path)
     return int(epoch)
 
 
@@ -90,7 +90,7 @@ def groups_of(state: Mapping[str, Any], here: list[list[dict[str, Any]]], path: 
     """
     groups = state.get("groups", here)
     if not isinstance(groups, list) or not all(isinstance(g, list) for g in groups):
-        raise damaged(path, f"its 'groups' are {shown_short(groups)} and not the parameter groups of optimizers")
+        raise damaged(f"its 'groups' are {shown_short(groups)} and not the parameter groups of optimizers", path)
     if (saved := [len(g) for g in groups]) != (counts := [len(g) for g in here]):
         raise ValueError(
             f"the saved run had optimizers with {saved} parameter groups, and this one has {counts} ({path}). Resume with "
@@ -99,19 +99,20 @@ def groups_of(state: Mapping[str, Any], here: list[list[dict[str, Any]]], path: 
     pairs = [(a, b) for one, other in zip(groups, here, strict=True) for a, b in zip(one, other, strict=True)]
     for there, mine in pairs:
         if not isinstance(there, Mapping) or there.keys() != mine.keys():
-            raise damaged(path, f"its 'groups' hold {shown_short(there)}, and a group has the keys {', '.join(mine)}")
-        if wrong := [k for k, v in mine.items() if not _is_setting(there[k]) or _is_number(v) != _is_number(there[k])]:
+            raise damaged(f"its 'groups' hold {shown_short(there)}, and a group has the keys {', '.join(mine)}", path)
+        if wrong := [k for k, v in mine.items() if not _may_become(v, there[k])]:
             raise damaged(
-                path, f"{wrong[0]} in its 'groups' is {shown_short(there[wrong[0]])}, and here it is {mine[wrong[0]]}"
+                f"{wrong[0]} in its 'groups' is {shown_short(there[wrong[0]])}, and here it is {mine[wrong[0]]}", path
             )
     return groups
 
 
-def _is_setting(value: Any) -> bool:
-    """Whether a parameter group may have this value."""
-    if isinstance(value, tuple | list):
-        return all(map(_is_number, value))
-    return value is None or isinstance(value, bool | str | Tensor) or _is_number(value)
+def _may_become(here: Any, there: Any) -> bool:
+    """Whether a setting of a parameter group may have the value ``there`` where it has ``here`` now."""
+    kinds = (bool | None, str, tuple | list, Tensor)
+    if _is_number(here) or _is_number(there):
+        return _is_number(here) and _is_number(there)
+    return any(isinstance(here, kind) and isinstance(there, kind) for kind in kinds)
 
 
 def _is_number(value: Any) -> bool:

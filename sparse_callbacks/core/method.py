@@ -23,6 +23,7 @@ from sparse_callbacks.core.selection import Entry, KeepDense, patterns, select
 from sparse_callbacks.core.shards import layout_of
 from sparse_callbacks.core.signatures import refuse_old_hooks
 from sparse_callbacks.core.sparsity import joint_sparsity, layer_sparsity
+from sparse_callbacks.core.state_layout import shown_short
 from sparse_callbacks.core.targets import layer_targets, zeros_by_parameter
 from sparse_callbacks.core.weights import SparseWeights, whole
 
@@ -106,6 +107,11 @@ class Method(Hooks):
             raise ValueError(
                 f"sparsity={sparsity} and distribution={distribution!r} both say how many weights there are. Leave "
                 "sparsity= out, or choose a distribution that shares out a target."
+            )
+        if isinstance(distribution, Mapping) and not distribution:
+            raise ValueError(
+                "distribution={} says nothing of any layer. Give globs and sparsities, such as {'*': 0.9}, or the name of "
+                "a distribution."
             )
         if keep_dense not in (None, "first", "last", "both"):
             raise ValueError(f"keep_dense={keep_dense!r} is not known. Give 'first', 'last', 'both' or None.")
@@ -293,6 +299,10 @@ class Method(Hooks):
         Raises:
             ValueError: no model is known yet, or the arguments do not fit it.
         """
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model={shown_short(model)} is not a torch module. Give one, or None for that of the latest fit."
+            )
         if model is not None:
             model = getattr(model, "_orig_mod", model)  # of torch.compile
             entries = select(model, self.include, self.exclude, self.keep_dense)

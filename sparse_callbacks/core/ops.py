@@ -12,6 +12,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from sparse_callbacks.core.argument_types import checked_after
 from sparse_callbacks.core.largest import Part, select_largest, smallest_selected
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
 ]
 
 
+@checked_after
 def zeros_for(sparsity: float, size: int) -> int:
     """Zeros in a tensor of `size` weights at `sparsity`: floor(sparsity * size) in double arithmetic.
 
@@ -40,6 +42,7 @@ def _as_float32(value: float) -> float:
     return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
+@checked_after
 def drop_count(active: int, fraction: float) -> int:
     """Connections to drop out of `active`: the product in float32, truncated (RigL's reference code).
 
@@ -49,6 +52,7 @@ def drop_count(active: int, fraction: float) -> int:
     return int(_as_float32(_as_float32(active) * _as_float32(fraction)))
 
 
+@checked_after
 def keep_largest(values: Tensor, count: int, among: Tensor | None = None) -> Tensor:
     """Mask of exactly `count` positions with the largest magnitude.
 
@@ -73,6 +77,7 @@ def _keep(part: Part, count: int) -> Tensor:
     return part.shaped(select_largest([part], count)[0])
 
 
+@checked_after
 def keep_largest_jointly(values: Sequence[Tensor], count: int, least: int = 0) -> list[Tensor]:
     """Masks of together exactly `count` positions, under one threshold over all tensors and without joining them.
 
@@ -104,6 +109,7 @@ def _jointly(values: Sequence[Tensor], count: int) -> list[Tensor]:
     return [part.shaped(mask) for part, mask in zip(parts, select_largest(parts, count), strict=True)]
 
 
+@checked_after
 def kth_largest(values: Tensor, count: int) -> Tensor:
     """The `count`-th largest magnitude (from 1), exact, 0-d; NaN where only NaN is left at that rank.
 
@@ -115,6 +121,7 @@ def kth_largest(values: Tensor, count: int) -> Tensor:
     return values.new_tensor(smallest_selected([Part.of(values, None)], count))
 
 
+@checked_after
 def drop_and_grow(mask: Tensor, drop: Tensor, grow: Tensor, count: int) -> Tensor:
     """New mask with as many active positions: `count` of them leave and `count` come (RigL, Evci et al. 2020, alg. 1).
 
@@ -139,6 +146,7 @@ def drop_and_grow(mask: Tensor, drop: Tensor, grow: Tensor, count: int) -> Tenso
     return kept.logical_or_(_keep(Part.of(grow, ~kept, available=mask.numel() - (active - count)), count))
 
 
+@checked_after
 def random_mask(shape: Sequence[int], count: int, generator: torch.Generator | None = None) -> Tensor:
     """Mask of `shape` with exactly `count` True, every choice equally likely; on the generator's device.
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
 
+from sparse_callbacks.core.argument_types import checked_after
 from sparse_callbacks.core.arguments import check_sparsity
 
 __all__ = [
@@ -87,6 +88,7 @@ def _elapsed(step: float, start: float, stop: float) -> float:
     return 0.0 if step <= start else (step - start) / (stop - start)
 
 
+@checked_after
 def constant(value: float) -> Schedule:
     """`value` at every step, before `start` and after `stop` as well."""
     return Schedule("constant", value, value)
@@ -158,6 +160,7 @@ def _example(name: str) -> str:
     return "'polynomial(0.3, 0.0, 2)'" if name == "polynomial" else f"'{name}(0.3)'"
 
 
+@checked_after
 def parse(text: str) -> Schedule:
     """Schedule written as text, e.g. `linear(0.3)`, `cosine(0.3, 0.05)`, `exponential(0.3, power=2)`.
 
@@ -170,6 +173,7 @@ def parse(text: str) -> Schedule:
     return _make(*_read(text))
 
 
+@checked_after
 def with_curve(curve_name: str, number: float, rising: bool = False) -> Schedule:
     """`number` on the curve of that name: falling from it to 0, or `rising` from 0 up to it; `constant` holds it.
 
@@ -183,6 +187,7 @@ def with_curve(curve_name: str, number: float, rising: bool = False) -> Schedule
     return _make(curve_name, [0.0, number] if rising and curve_name != "constant" else [number], {})
 
 
+@checked_after
 def as_schedule(value: float | str | Schedule, default_curve: str, rising: bool = False, name: str = "") -> Schedule:
     """What a schedulable argument means.
 

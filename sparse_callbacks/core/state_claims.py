@@ -1,4 +1,4 @@
-"""What a run of a method may have saved for a model: the counts of its masks and the tensors of its own."""
+"""What a run of a method may have saved for a model: counts of masks, and tensors of its own."""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -136,7 +136,7 @@ def refuse_impossible(
         or _why_other_counts(method, saved, planned)
     )
     if why:
-        raise damaged(saved.path, why)
+        raise damaged(why, saved.path)
 
 
 def _why_other_optimizers(saved: SavedRun, optimizers: int) -> str:

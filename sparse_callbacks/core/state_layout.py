@@ -132,12 +132,12 @@ def refuse_damaged(state: Mapping[str, Any], path: object) -> None:
         ValueError: says which part is wrong, and how.
     """
     if missing := [key for key in LAYOUT if key not in state and key not in _MAY_LACK]:
-        raise damaged(path, f"{', '.join(missing)} missing in it")
+        raise damaged(f"{', '.join(missing)} missing in it", path)
     for key, check in LAYOUT.items():
         if key in state and (why := check(state[key])):
-            raise damaged(path, f"its {key!r} {why}")
+            raise damaged(f"what the state holds under {key!r} {why}", path)
     if why := _contradiction(state):
-        raise damaged(path, why)
+        raise damaged(why, path)
 
 
 def _contradiction(state: Mapping[str, Any]) -> str:
@@ -154,12 +154,12 @@ def _contradiction(state: Mapping[str, Any]) -> str:
     return ""
 
 
-def damaged(path: object, why: str) -> ValueError:
+def damaged(why: str, path: object) -> ValueError:
     """The error for a state that no run can have written.
 
     Args:
-        path: the checkpoint's path.
         why: what is wrong with the state, as a clause.
+        path: the checkpoint's path.
     """
     return ValueError(
         f"the checkpoint {path} cannot be resumed from: {why}. The file is damaged or was changed. Resume from another "

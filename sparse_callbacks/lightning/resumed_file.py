@@ -1,6 +1,8 @@
 """The checkpoint file that a fit resumes from, looked at before anything in it is loaded into a model."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,16 @@ from torch.nn.parameter import is_lazy
 from sparse_callbacks.core.checkpoint import SavedRun, check_state, misfit
 from sparse_callbacks.core.checkpoint_file import first_line, refuse_broken
 from sparse_callbacks.core.method import Method
-from sparse_callbacks.core.state_layout import is_count, shown_short
+from sparse_callbacks.core.selection import NOT_TRAINED, select
+from sparse_callbacks.core.state_claims import refuse_impossible
+from sparse_callbacks.core.state_layout import is_count, shown_short, why_not_whole
 from sparse_callbacks.lightning.refusals import is_tuner_checkpoint, overrides
 
 _ADVICE = "Resume from another checkpoint of the run (ckpt_path=)."
+_VERSION = re.compile(r"\d+(\.\d+)*([.+-]?\w+)*")
 # what Lightning reads of a checkpoint to resume from it
 _PARTS: Mapping[str, Callable[[Any], bool]] = {
-    "pytorch-lightning_version": lambda value: isinstance(value, str),
+    "pytorch-lightning_version": lambda value: isinstance(value, str) and bool(_VERSION.fullmatch(value)),
     "state_dict": lambda value: isinstance(value, Mapping),
     "callbacks": lambda value: isinstance(value, Mapping),
     "optimizer_states": lambda value: _are_optimizers(value),
@@ -54,7 +59,7 @@ def look_before_loading(trainer: Any, module: LightningModule, methods: Sequence
             _refuse_other_progress(found["loops"], path, trainer)
             for method in methods:
                 if not method.fresh_start:
-                    _refuse_other_state(method, found, path)
+                    _refuse_other_state(method, found, module, path)
             _refuse_other_weights(found["state_dict"], module, path)
         return found
 
@@ -134,14 +139,34 @@ def _why_other_progress(there: Any, here: Any, name: str) -> str:
     return next((why for pair in pairs if (why := _why_other_progress(*pair))), "")
 
 
-def _refuse_other_state(method: Method, found: Mapping[str, Any], path: object) -> None:
-    """Refuse a state that the method cannot go on from, and masks that no weights of their shape lie beside."""
+def _refuse_other_state(method: Method, found: Mapping[str, Any], module: LightningModule, path: object) -> None:
+    """Refuse a state that the method cannot go on from."""
     state = found["callbacks"].get(getattr(method, "state_key", None))
     saved = SavedRun.of(check_state(state, method.arguments, type(method).__name__, path), path)
-    for name, mask in saved.masks.items():
-        there = found["state_dict"].get(name)
-        if isinstance(there, Tensor) and there.shape != mask.shape:
-            raise misfit([name], path)
+    if not found["optimizer_states"]:  # which Lightning would not notice
+        raise ValueError(f"{path} is damaged: it has no states of optimizers, and steps were taken. {_ADVICE}")
+    here = dict(module.named_parameters())
+    if wrong := [n for n, m in saved.masks.items() if n not in here or here[n].shape != m.shape]:
+        raise misfit(wrong, path)
+    # which parameters the optimizers will have is not known yet, and was known when the masks were made
+    entries = select(module, method.include, method.exclude, method.keep_dense)
+    if any(e.reason in NOT_TRAINED for e in entries if e.name in saved.masks):
+        return  # frozen now: whether a callback thaws it before on_fit_start shows there
+    entries = [e if e.name in saved.masks else replace(e, reason=e.reason or "not in the checkpoint") for e in entries]
+    method.saved = saved  # some methods plan by the saved masks
+    try:
+        planned = method.parameter_zeros(entries, method.share_out(entries))
+        refuse_impossible(method, saved, module, planned, optimizers=0)
+    finally:
+        method.saved = None
+
+
+def _fits(value: Any, parameter: Tensor) -> bool:
+    """Whether a parameter can take ``value``."""
+    if not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return False
+    # a subclass of Tensor keeps its values as it likes
+    return type(value) is not Tensor or not why_not_whole(value)
 
 
 def _refuse_other_weights(weights: Mapping[str, Any], module: LightningModule, path: object) -> None:
@@ -151,7 +176,7 @@ def _refuse_other_weights(weights: Mapping[str, Any], module: LightningModule, p
     # lazy parameters have no shape yet
     here = {n: p for n, p in module.named_parameters() if not is_lazy(p)}
     lost = [n for n in here if n not in weights] if module.strict_loading else []
-    wrong = [n for n, t in weights.items() if n in here and not (isinstance(t, Tensor) and t.shape == here[n].shape)]
+    wrong = [n for n, t in weights.items() if n in here and not _fits(t, here[n])]
     if lost or wrong:
         text = ", ".join([*lost, *wrong])
         raise ValueError(

@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 import random
+import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -176,22 +177,28 @@ def damaged_values(nest: Mapping[str, Any], left_out: tuple[str, ...] = ()) -> I
 
     Args:
         nest: mappings and lists of values.
-        left_out: how the names of values begin that may be anything.
+        left_out: regular expressions of names that are left out.
     """
+    for name, other in _damaged_values(nest):
+        if not any(re.fullmatch(pattern, name) for pattern in left_out):
+            yield name, other
+
+
+def _damaged_values(nest: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for path, value in leaves(nest):
         where = "/".join(map(str, path))
-        if left_out and f"{where} ".startswith(left_out):
-            continue
         yield f"{where} missing", without(nest, path)
         others: dict[str, Any] = dict(ANYTHING)
         if isinstance(value, Tensor):
             others |= {name: make(value) for name, make in TENSORS.items()} | {"negative": -1}
         elif isinstance(value, int | float):
-            others |= NUMBERS
+            others |= {k: v for k, v in NUMBERS.items() if not (k == "a fraction" and isinstance(value, float))}
         elif isinstance(value, str):
             others |= {"another text": value + "?", "negative": -1}
         elif isinstance(value, list):
-            others |= {"empty": [], "in another order": list(reversed(value)), "negative": [-1, *value[1:]]}
+            others |= {"empty": [], "negative": [-1, *value[1:]]}
+            if all(isinstance(item, int) for item in value):
+                others["in another order"] = list(reversed(value))
         for name, other in others.items():
             if not _same(other, value):
                 yield f"{where} {name}", replaced(nest, path, other)

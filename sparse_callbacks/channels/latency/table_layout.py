@@ -6,6 +6,7 @@ from typing import Any
 from sparse_callbacks.core.state_layout import is_count, shown_short
 
 LONGEST_TEXT = 1000
+LARGEST_NUMBER = 1e9  # of milliseconds these are eleven days
 
 
 def why_not_a_table(content: Any, version: int) -> str:
@@ -37,7 +38,7 @@ def why_not_a_table(content: Any, version: int) -> str:
 
 def _is_number(value: Any) -> bool:
     # an int of JSON may be too large for a float
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e300
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_NUMBER
 
 
 def _is_text(value: Any) -> bool:
@@ -52,20 +53,22 @@ def _is_flag(value: Any) -> bool:
     return isinstance(value, bool)
 
 
+def _is_plain(value: Any) -> bool:
+    """What a table may state besides the facts that are read of it."""
+    return _is_text(value) or _is_flag(value) or (_is_number(value) and value >= 0)
+
+
 _FACTS: Mapping[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("machine", "device", "torch", "model"), _is_text),
     **dict.fromkeys(("threads", "batch", "points", "repeats"), is_count),
     **dict.fromkeys(("channels_last", "norms", "finished"), _is_flag),
     "input": _is_size,
-    "off": lambda value: _is_number(value) and value >= 0,
 }
 
 
 def _why_other_facts(about: Mapping[str, Any]) -> str:
     for key, value in about.items():
-        # a table may state more, in plain values
-        is_right = _FACTS.get(key, lambda v: _is_text(v) or _is_number(v) or _is_flag(v))
-        if not is_right(value):
+        if not _FACTS.get(key, _is_plain)(value):
             return f"{shown_short(key)} in what it is about is {shown_short(value)}"
     return ""
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from sparse_callbacks.core.argument_types import checked
+
 
 def names_by_partition(keys: Iterable[str], partitions: Sequence[Sequence[str]]) -> list[list[str]]:
     """The names that each partition owns in a model, for :func:`tensor_owners`: masked parameters and whole modules.
@@ -72,6 +74,7 @@ def _paths(key: str) -> Iterable[str]:
     return (".".join(parts[:end]) for end in range(len(parts), 0, -1))
 
 
+@checked
 def combine(workers: Sequence[Mapping[str, Any]], owner: Mapping[str, int]) -> dict[str, Any]:
     """One state dict in which every tensor is a copy of its owner's (parallel Grow-and-Prune, Ma et al. 2022).
 

@@ -128,10 +128,10 @@ def own_part(workers: Any, ranks: int, rank: int) -> Mapping[str, Any]:
         ValueError: the workers are damaged.
     """
     if not isinstance(workers, list) or len(workers) != ranks:
-        raise damaged("that is resumed", f"its 'workers' are {shown_short(workers)}, and there are {ranks} processes")
+        raise damaged(f"its 'workers' are {shown_short(workers)}, and there are {ranks} processes", "that is resumed")
     for worker in workers:
         kept = isinstance(worker, Mapping) and all(isinstance(worker.get(k), t) for k, t in _OF_A_WORKER.items())
         if not kept:
-            raise damaged("that is resumed", f"a worker in it is {shown_short(worker)} without its network")
+            raise damaged(f"a worker in it is {shown_short(worker)} without its network", "that is resumed")
     mine: Mapping[str, Any] = workers[rank]
     return mine

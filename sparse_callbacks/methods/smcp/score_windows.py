@@ -4,12 +4,14 @@ Both are in ``aux``, under ``scores.<window>`` and ``steps.<window>``: a run tha
 lose the steps before.
 """
 
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 
 import torch
 from torch import Tensor
 
 from sparse_callbacks.channels.groups import Group
+from sparse_callbacks.core.checkpoint import SavedRun
+from sparse_callbacks.core.state_layout import damaged, shown_short
 
 _Aux = MutableMapping[str, Tensor]
 
@@ -29,6 +31,24 @@ def begin_window(aux: _Aux, window: str, size: int, device: torch.device) -> Non
     """Make an empty window for a group of ``size`` units, unless there is one already."""
     aux.setdefault(f"scores.{window}", torch.zeros(size, device=device))
     aux.setdefault(f"steps.{window}", torch.zeros((), dtype=torch.int64, device=device))
+
+
+def refuse_lost_windows(saved: SavedRun, sizes: Mapping[str, int]) -> None:
+    """Refuse a saved run without the scores of a group since the last solve: it would solve by other means.
+
+    Args:
+        saved: the saved run.
+        sizes: the number of units of each window's group, by the window's name.
+
+    Raises:
+        ValueError: a sum or a number of steps is missing, or has another shape.
+    """
+    for window, size in sizes.items():
+        for key, shape in ((f"scores.{window}", (size,)), (f"steps.{window}", ())):
+            if key not in saved.aux:
+                raise damaged(f"it has no {key}", saved.path)
+            if tuple(saved.aux[key].shape) != shape:
+                raise damaged(f"its {key} is {shown_short(saved.aux[key])}, and should be {list(shape)}", saved.path)
 
 
 def add_to_window(aux: _Aux, window: str, scores: Tensor, finite: Tensor | bool) -> None:

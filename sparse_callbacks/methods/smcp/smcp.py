@@ -171,6 +171,10 @@ class SMCP(Method):
             for g in self.groups
         ]
         self._note_kept()
+        if self.saved is not None and self.importance == "taylor":
+            windows.refuse_lost_windows(
+                self.saved, dict(zip(self._windows(), (g.size for g in self.groups), strict=True))
+            )
         for group, window in zip(self.groups, self._windows(), strict=True) if self.importance == "taylor" else ():
             device = self.params[windows.key_parameter(group)].device
             windows.begin_window(self.aux, window, group.size, device)
