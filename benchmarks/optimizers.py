@@ -320,9 +320,10 @@ def main() -> None:
                 raise
             print(f"{package} is not installed: its section stays as it is")
             continue
+        made = section(package).rstrip()
         head, *parts = re.split(r"^(?=## )", PAGE.read_text(), flags=re.MULTILINE)
         sections = {part.splitlines()[0].removeprefix("## "): part.rstrip() for part in parts}
-        sections[package] = section(package).rstrip()
+        sections[package] = made
         in_order = [sections[name] for name in PACKAGES if name in sections]
         PAGE.write_text("\n\n".join([head.rstrip(), *in_order]) + "\n")
         print(package, "is written")

@@ -87,9 +87,8 @@ class FreshState:
             UnknownStateError: see :meth:`learn`.
         """
         for path, tensor in state_tensors(self._optimizer, parameter):
-            state = by_weight(tensor, parameter)
-            if state is not None and tensor is not parameter:
-                rule = self._rule(parameter, path, tensor)
+            for part, state in by_weight(path, tensor, parameter) if tensor is not parameter else ():
+                rule = self._rule(parameter, part, state)
                 if rule is not None:
                     _write(state, where, rule, parameter.detach())
 
@@ -119,9 +118,10 @@ class FreshState:
     def _has_other_state(self) -> bool:
         kept = {id(p): p for group in self._optimizer.param_groups for p in group["params"]}
         return any(
-            by_weight(tensor, p) is not None and _key(i, path, tensor) not in self._rules
+            _key(i, part, state) not in self._rules
             for i, p in kept.items()
             for path, tensor in state_tensors(self._optimizer, p)
+            for part, state in by_weight(path, tensor, p)
         )
 
     def _rules_from(
@@ -153,7 +153,7 @@ def _rules_of(shadows: Sequence[Shadow]) -> dict[_Key, Fresh | str | None]:
         kept = [_Kept.of(shadow, i) for shadow in shadows]
         for path, tensor in kept[0].tensors.items():
             if all(path in k.tensors for k in kept):
-                of_weights = all(by_weight(k.tensors[path], k.parameter) is not None for k in kept)
+                of_weights = all(k.tensors[path].shape == k.parameter.shape for k in kept)
                 rules[_key(i, path, tensor)] = _found(path, kept) if of_weights else None
     return rules
 
@@ -170,8 +170,9 @@ class _Kept:
     @classmethod
     def of(cls, shadow: Shadow, key: int) -> "_Kept":
         parameter = shadow.stand_ins[key]
-        found = dict(state_tensors(shadow.optimizer, parameter))
-        tensors = {path: t if (state := by_weight(t, parameter)) is None else state for path, t in found.items()}
+        tensors: dict[Path, Tensor] = {}
+        for path, tensor in state_tensors(shadow.optimizer, parameter):
+            tensors |= by_weight(path, tensor, parameter) or {path: tensor}
         return cls(parameter.detach(), shadow.before[key], shadow.has_gradient(parameter), tensors)
 
 

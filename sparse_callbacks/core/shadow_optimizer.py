@@ -21,6 +21,7 @@ Path = tuple[Any, ...]
 # A stand-in has the shape of its parameter, and of a larger one at least this many elements: some optimizers keep other
 # state from 4096 elements on.
 _LARGE = 4096
+_STACKED = 4  # state tensors that one tensor may hold
 _DEEPEST = 4  # containers within containers that are looked into
 # used where a schedule begins with a rate of 0: step sizes that start at the rate would all be 0
 _SMALL_RATE = 1e-3
@@ -64,12 +65,22 @@ def name_of(path: Path) -> str:
     return ".".join(str(key) for key in path[1:])
 
 
-def by_weight(tensor: Tensor, parameter: Tensor) -> Tensor | None:
-    """A state tensor in the shape of its parameter, where it has an element for each weight; None where it has not."""
-    if tensor.shape == parameter.shape:
-        return tensor
-    flat = tensor.shape == (parameter.numel(),) and tensor.is_contiguous() and not is_coded(tensor)
-    return tensor.view(parameter.shape) if flat else None
+def by_weight(path: Path, tensor: Tensor, parameter: Tensor) -> list[tuple[Path, Tensor]]:
+    """The parts of a state tensor that have an element for each weight, in the parameter's shape; none where it is of
+    another kind."""
+    shape, whole = parameter.shape, tensor.shape
+    if whole == shape:
+        return [(path, tensor)]
+    if is_coded(tensor) or len(shape) < 2:
+        return []
+    if whole == (parameter.numel(),) and tensor.is_contiguous():
+        return [(path, tensor.view(shape))]
+    # several of one kind in one tensor, such as a fast and a slow mean
+    if whole[1:] == shape and whole[0] <= _STACKED:
+        return [((*path, i), part) for i, part in enumerate(tensor.unbind(0))]
+    if whole[:-1] == shape and whole[-1] <= _STACKED:
+        return [((*path, i), part) for i, part in enumerate(tensor.unbind(-1))]
+    return []
 
 
 def is_coded(tensor: Tensor) -> bool:
@@ -164,8 +175,8 @@ class Shadow:
                     continue
                 memo: dict[int, Any] = {id(parameter): self.stand_ins[key]}
                 for _, tensor in _tensors(real.state[parameter], ()):
-                    if (state := by_weight(tensor, parameter)) is not None and tensor is not parameter:
-                        small = _like_new(state, parameter, self.stand_ins[key])
+                    if by_weight((), tensor, parameter) and tensor is not parameter:
+                        small = _like_new(tensor, parameter, self.stand_ins[key])
                         if small is None:
                             return False
                         memo[id(tensor)] = small
@@ -233,7 +244,7 @@ def _emptied(container: Any) -> Any:
 def _like_new(tensor: Tensor, parameter: Tensor, stand_in: Tensor) -> Tensor | None:
     """The state of a stand-in where that of its parameter is ``tensor``: the parameter's values or one number; None
     where it is anything else."""
-    if is_coded(tensor):
+    if is_coded(tensor) or tensor.shape != parameter.shape:
         return None
     tensor = tensor.detach()
     if torch.equal(tensor, parameter.detach()):

@@ -16,6 +16,7 @@ from support.optimizers import (
     Prior,
     RandomStart,
     Slow,
+    Stacked,
 )
 from torch import Tensor, nn
 
@@ -92,6 +93,14 @@ def test_state_within_lists_and_flat_state_are_written() -> None:
     flat = optimizer.state[p]["flat"].view(6, 4)
     assert not flat[HALF].any()
     assert flat[~HALF].all()
+
+
+def test_state_of_several_kinds_in_one_tensor_is_written() -> None:
+    p, optimizer = trained(Stacked)
+    before = kept(optimizer.state[p])
+    FreshState(optimizer).write(p, HALF)
+    assert torch.equal(optimizer.state[p]["means"], before["means"].masked_fill(HALF, 0))
+    assert torch.equal(optimizer.state[p]["sums"], before["sums"].masked_fill(HALF[..., None], 1))
 
 
 def test_the_matrices_of_a_square_layer_are_left_alone() -> None:

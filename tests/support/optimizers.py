@@ -137,6 +137,18 @@ class Anchored(Stepping):
         p.sub_(state["flat"].view(p.shape) + 0.1 * (p - state["anchor"]), alpha=group["lr"])
 
 
+class Stacked(Stepping):
+    """A fast and a slow momentum in one tensor, and sums and counts of each weight in another."""
+
+    def update(self, p: Tensor, gradient: Tensor, state: Any, group: Any) -> None:
+        if not state:
+            state |= {"means": torch.zeros(2, *p.shape), "sums": torch.ones(*p.shape, 2)}
+        state["means"][0].lerp_(gradient, 0.1)
+        state["means"][1].lerp_(gradient, 0.01)
+        state["sums"][..., 1].add_(gradient.square())
+        p.sub_(state["means"].sum(0) / state["sums"][..., 1].sqrt(), alpha=group["lr"])
+
+
 class Matrices(Stepping):
     """A matrix for the rows and one for the columns, which have the shape of a square layer's weights."""
 
