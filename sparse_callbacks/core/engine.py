@@ -51,6 +51,7 @@ class Engine:
         self._gradients = DenseGradients({})
         self._gradients_read: list[bool] = []
         self._steps: dict[int, Step] = {}
+        self._replaceable: list[Optimizer] = []
         self._finite: Tensor | bool = True
 
     # ------------------------------------------------------------------ a run begins and ends
@@ -252,8 +253,9 @@ class Engine:
 
     def withhold(self, optimizer: Optimizer) -> None:
         """Leave ``optimizer`` without gradients for the step that an update replaces."""
-        if not isinstance(self.method, ReplacesSteps):
+        if not isinstance(self.method, ReplacesSteps) and optimizer not in self._replaceable:
             refuse_replaced_steps(self.method, optimizer)  # nobody could know before that the method does so
+            self._replaceable.append(optimizer)
         self._gradients.take_away(optimizer, self._steps[self.method.owners.index(optimizer)].tick)
 
     def after(self, optimizer: Optimizer, *_: object) -> None:

@@ -99,13 +99,21 @@ class FreshState:
         if key not in self._rules:
             # the group's arguments have changed, the stand-in was too small for this kind of state, or it comes later
             self._learn(frozenset({id(parameter)}), _LATE)
-        rule = self._rules.get(key, "a step from new does not make it")
+        rule = self._rules.get(key, self._of_other_precision(key))
         if isinstance(rule, str):
             name = type(self._optimizer).__name__
             raise UnknownStateError(
                 f"{name} keeps state {name_of(path)!r}, and what that is for a new weight is not known: {rule}"
             )
         return rule
+
+    def _of_other_precision(self, wanted: _Key) -> Fresh | str | None:
+        """The rule for state that was loaded: torch gives it the dtype of the parameter."""
+        if wanted[3].is_floating_point:
+            for key, rule in self._rules.items():
+                if key[:3] == wanted[:3]:
+                    return rule
+        return "a step from new does not make it"
 
     def _learn(self, exact: frozenset[int] = frozenset(), steps: int = 1) -> None:
         self._rules |= self._rules_from(BEGINNINGS, exact, steps)

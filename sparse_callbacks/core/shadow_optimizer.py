@@ -160,7 +160,7 @@ class Shadow:
                 if name.endswith("_hooks"):
                     vars(made)[name] = _emptied(value)
                 elif name != "step":  # what a learning rate schedule has put over the class's own
-                    vars(made)[name] = copy.deepcopy(value, memo)
+                    vars(made)[name] = _copied(value, memo)
         if callable(train := getattr(copies[0], "train", None)):
             train()  # schedule-free ones step in this mode alone
         return copies[0]
@@ -233,6 +233,14 @@ class Shadow:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, float | int | Tensor) and not isinstance(value, bool)
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    try:
+        return copy.deepcopy(value, memo)
+    # a lock, a process group: nothing that a step writes
+    except Exception:
+        return value
 
 
 def _emptied(container: Any) -> Any:
