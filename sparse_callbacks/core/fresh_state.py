@@ -92,6 +92,22 @@ class FreshState:
                 if rule is not None:
                     _write(state, where, rule, parameter.detach())
 
+    @torch.no_grad()
+    def write_stand_in(self, shadow: Shadow, number: int, where: Tensor) -> None:
+        """:meth:`write` for a stand-in in a shadow of the optimizer; state of which nothing is known stays.
+
+        Args:
+            shadow: the shadow.
+            number: the ``id`` of the parameter that the stand-in is for.
+            where: a bool tensor of the stand-in's shape.
+        """
+        stand_in = shadow.stand_ins[number]
+        for path, tensor in state_tensors(shadow.optimizer, stand_in):
+            for part, state in by_weight(path, tensor, stand_in) if tensor is not stand_in else ():
+                rule = self._rules.get(_key(number, part, state))
+                if isinstance(rule, Fresh):
+                    _write(state, where, rule, stand_in.detach())
+
     def _rule(self, parameter: Tensor, path: Path, tensor: Tensor) -> Fresh | None:
         key = _key(id(parameter), path, tensor)
         if not self._learnt:

@@ -13,6 +13,7 @@ _HOLDS_MODEL = {
     "DataParallel": "module",
     "OptimizedModule": "_orig_mod",
 }
+_HOLDS_OPTIMIZER = ("_FabricOptimizer", "AcceleratedOptimizer", "LightningOptimizer")
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
 
 
@@ -43,6 +44,9 @@ def plain_optimizer(optimizer: Any) -> Optimizer:
     """
     found = optimizer
     while isinstance(inner := getattr(found, "optimizer", None), Optimizer):
+        # an optimizer that holds another one, as Lookahead does, goes on to write after the step within
+        if isinstance(found, Optimizer) and not any(c.__name__ in _HOLDS_OPTIMIZER for c in type(found).__mro__):
+            break
         found = inner
     if not isinstance(found, Optimizer):
         raise TypeError(
