@@ -93,19 +93,18 @@ class FreshState:
                     _write(state, where, rule, parameter.detach())
 
     @torch.no_grad()
-    def write_stand_in(self, shadow: Shadow, number: int, where: Tensor) -> None:
-        """:meth:`write` for a stand-in in a shadow of the optimizer; state of which nothing is known stays.
+    def write_stand_in(self, shadow: Shadow, parameter: Tensor, where: Tensor) -> None:
+        """:meth:`write` for the stand-in of ``parameter`` in a shadow of the optimizer, ``where`` of whose shape is
+        bool.
 
-        Args:
-            shadow: the shadow.
-            number: the ``id`` of the parameter that the stand-in is for.
-            where: a bool tensor of the stand-in's shape.
+        Raises:
+            UnknownStateError: see :meth:`learn`.
         """
-        stand_in = shadow.stand_ins[number]
+        stand_in = shadow.stand_ins[id(parameter)]
         for path, tensor in state_tensors(shadow.optimizer, stand_in):
             for part, state in by_weight(path, tensor, stand_in) if tensor is not stand_in else ():
-                rule = self._rules.get(_key(number, part, state))
-                if isinstance(rule, Fresh):
+                rule = self._rule(parameter, part, state)
+                if rule is not None:
                     _write(state, where, rule, stand_in.detach())
 
     def _rule(self, parameter: Tensor, path: Path, tensor: Tensor) -> Fresh | None:
@@ -116,10 +115,11 @@ class FreshState:
             # the group's arguments have changed, the stand-in was too small for this kind of state, or it comes later
             self._learn(frozenset({id(parameter)}), _LATE)
         rule = self._rules.get(key, self._of_other_precision(key))
+        if isinstance(rule, str) and key not in self._rules and len(set(parameter.shape)) == 1 < parameter.ndim:
+            return None  # a matrix of a square layer that its stand-in, which is not square, does not have
         if isinstance(rule, str):
-            name = type(self._optimizer).__name__
             raise UnknownStateError(
-                f"{name} keeps state {name_of(path)!r}, and what that is for a new weight is not known: {rule}"
+                f"what its state {name_of(path)!r} is for a new weight could not be found out: {rule}"
             )
         return rule
 
@@ -154,7 +154,11 @@ class FreshState:
         """The rules that the first ``steps`` steps show, each at the step that makes its state."""
 
         def stepped(seed: int, scale: float) -> Shadow:
-            return first_step(lambda: Shadow(self._optimizer, seed, decays=False, exact=exact), scale, beginnings)
+            return first_steps(
+                lambda: Shadow(self._optimizer, seed, decays=False, exact=exact),
+                lambda shadow: shadow.give_gradients(scale),
+                beginnings,
+            )
 
         scales = (0.0, 0.0, 1.0, 30.0)
         shadows = [stepped(seed, scale) for seed, scale in zip((0, 1, 0, 1), scales, strict=True)]
@@ -212,19 +216,21 @@ BEGINNINGS: Sequence[Beginning] = (_start_empty, Shadow.start_from_state, Shadow
 """What a shadow's state may begin with, in the order in which it is tried."""
 
 
-def first_step(
+def first_steps(
     make: Callable[[], Shadow],
-    scale: float,
+    gradients: Callable[[Shadow], object],
     beginnings: Sequence[Beginning] = BEGINNINGS,
     closures: Sequence[bool] = (False, True),
+    steps: int = 1,
 ) -> Shadow:
-    """A shadow that ``make`` gives, after a first step.
+    """A shadow that ``make`` gives, after its first ``steps``.
 
     Args:
         make: makes a shadow.
-        scale: the size of its gradients.
+        gradients: gives it the gradients of a step.
         beginnings: what the shadow's state may begin with.
         closures: whether its steps may have a closure, in the order in which it is tried.
+        steps: how many steps it takes.
 
     Raises:
         UnknownStateError: it cannot be stepped.
@@ -236,8 +242,8 @@ def first_step(
                 shadow = make()
                 if begin(shadow):
                     shadow.needs_closure = closure
-                    shadow.give_gradients(scale)
-                    shadow.step()
+                    for _ in range(steps):
+                        shadow.step(lambda: gradients(shadow))  # noqa: B023  # called at once
                     return shadow
             # whatever somebody's optimizer raises
             except Exception as error:

@@ -122,6 +122,8 @@ class Shadow:
         """Stand-ins by ``id`` of the parameter."""
         self.needs_closure = False
         """The optimizer cannot step without a closure."""
+        self.taken = 0
+        """Steps that were begun."""
         self.before: dict[int, Tensor] = {}
         """Values of the stand-ins before the latest step."""
         self.optimizer = self._copied()
@@ -218,6 +220,7 @@ class Shadow:
             within: called before the step or, where it has a closure, by that. The closure gives a loss.
         """
         self.before = {i: p.detach().clone() for i, p in self.stand_ins.items()}
+        self.taken += 1
 
         def closure() -> Tensor:
             within()
