@@ -63,6 +63,7 @@ class Engine:
         self._two_pass: list[Optimizer] = []
         self._begun: set[int] = set()
         self._steps: dict[int, Step] = {}
+        self._replaceable: list[Optimizer] = []
         self._finite: Tensor | bool = True
 
     # ------------------------------------------------------------------ a run begins and ends
@@ -373,8 +374,9 @@ class Engine:
 
     def withhold(self, optimizer: Optimizer) -> None:
         """Leave ``optimizer`` without gradients for the step that an update replaces."""
-        if not isinstance(self.method, ReplacesSteps):
+        if not isinstance(self.method, ReplacesSteps) and optimizer not in self._replaceable:
             refuse_replaced_steps(self.method, optimizer)  # nobody could know before that the method does so
+            self._replaceable.append(optimizer)
         step = self._steps[self.method.owners.index(optimizer)]
         step.group_numbers = torch_optimizers.group_numbers(optimizer)
         self._gradients.take_away(optimizer, step.tick)

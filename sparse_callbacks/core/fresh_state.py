@@ -87,11 +87,25 @@ class FreshState:
             UnknownStateError: see :meth:`learn`.
         """
         for path, tensor in state_tensors(self._optimizer, parameter):
-            state = by_weight(tensor, parameter)
-            if state is not None and tensor is not parameter:
-                rule = self._rule(parameter, path, tensor)
+            for part, state in by_weight(path, tensor, parameter) if tensor is not parameter else ():
+                rule = self._rule(parameter, part, state)
                 if rule is not None:
                     _write(state, where, rule, parameter.detach())
+
+    @torch.no_grad()
+    def write_stand_in(self, shadow: Shadow, parameter: Tensor, where: Tensor) -> None:
+        """:meth:`write` for the stand-in of ``parameter`` in a shadow of the optimizer, ``where`` of whose shape is
+        bool.
+
+        Raises:
+            UnknownStateError: see :meth:`learn`.
+        """
+        stand_in = shadow.stand_ins[id(parameter)]
+        for path, tensor in state_tensors(shadow.optimizer, stand_in):
+            for part, state in by_weight(path, tensor, stand_in) if tensor is not stand_in else ():
+                rule = self._rule(parameter, part, state)
+                if rule is not None:
+                    _write(state, where, rule, stand_in.detach())
 
     def _rule(self, parameter: Tensor, path: Path, tensor: Tensor) -> Fresh | None:
         key = _key(id(parameter), path, tensor)
@@ -100,13 +114,22 @@ class FreshState:
         if key not in self._rules:
             # the group's arguments have changed, the stand-in was too small for this kind of state, or it comes later
             self._learn(frozenset({id(parameter)}), _LATE)
-        rule = self._rules.get(key, "a step from new does not make it")
+        rule = self._rules.get(key, self._of_other_precision(key))
+        if isinstance(rule, str) and key not in self._rules and len(set(parameter.shape)) == 1 < parameter.ndim:
+            return None  # a matrix of a square layer that its stand-in, which is not square, does not have
         if isinstance(rule, str):
-            name = type(self._optimizer).__name__
             raise UnknownStateError(
-                f"{name} keeps state {name_of(path)!r}, and what that is for a new weight is not known: {rule}"
+                f"what its state {name_of(path)!r} is for a new weight could not be found out: {rule}"
             )
         return rule
+
+    def _of_other_precision(self, wanted: _Key) -> Fresh | str | None:
+        """The rule for state that was loaded: torch gives it the dtype of the parameter."""
+        if wanted[3].is_floating_point:
+            for key, rule in self._rules.items():
+                if key[:3] == wanted[:3]:
+                    return rule
+        return "a step from new does not make it"
 
     def _learn(self, exact: frozenset[int] = frozenset(), steps: int = 1) -> None:
         self._rules |= self._rules_from(BEGINNINGS, exact, steps)
@@ -119,9 +142,10 @@ class FreshState:
     def _has_other_state(self) -> bool:
         kept = {id(p): p for group in self._optimizer.param_groups for p in group["params"]}
         return any(
-            by_weight(tensor, p) is not None and _key(i, path, tensor) not in self._rules
+            _key(i, part, state) not in self._rules
             for i, p in kept.items()
             for path, tensor in state_tensors(self._optimizer, p)
+            for part, state in by_weight(path, tensor, p)
         )
 
     def _rules_from(
@@ -130,7 +154,11 @@ class FreshState:
         """The rules that the first ``steps`` steps show, each at the step that makes its state."""
 
         def stepped(seed: int, scale: float) -> Shadow:
-            return first_step(lambda: Shadow(self._optimizer, seed, decays=False, exact=exact), scale, beginnings)
+            return first_steps(
+                lambda: Shadow(self._optimizer, seed, decays=False, exact=exact),
+                lambda shadow: shadow.give_gradients(scale),
+                beginnings,
+            )
 
         scales = (0.0, 0.0, 1.0, 30.0)
         shadows = [stepped(seed, scale) for seed, scale in zip((0, 1, 0, 1), scales, strict=True)]
@@ -153,7 +181,7 @@ def _rules_of(shadows: Sequence[Shadow]) -> dict[_Key, Fresh | str | None]:
         kept = [_Kept.of(shadow, i) for shadow in shadows]
         for path, tensor in kept[0].tensors.items():
             if all(path in k.tensors for k in kept):
-                of_weights = all(by_weight(k.tensors[path], k.parameter) is not None for k in kept)
+                of_weights = all(k.tensors[path].shape == k.parameter.shape for k in kept)
                 rules[_key(i, path, tensor)] = _found(path, kept) if of_weights else None
     return rules
 
@@ -170,8 +198,9 @@ class _Kept:
     @classmethod
     def of(cls, shadow: Shadow, key: int) -> "_Kept":
         parameter = shadow.stand_ins[key]
-        found = dict(state_tensors(shadow.optimizer, parameter))
-        tensors = {path: t if (state := by_weight(t, parameter)) is None else state for path, t in found.items()}
+        tensors: dict[Path, Tensor] = {}
+        for path, tensor in state_tensors(shadow.optimizer, parameter):
+            tensors |= by_weight(path, tensor, parameter) or {path: tensor}
         return cls(parameter.detach(), shadow.before[key], shadow.has_gradient(parameter), tensors)
 
 
@@ -187,19 +216,21 @@ BEGINNINGS: Sequence[Beginning] = (_start_empty, Shadow.start_from_state, Shadow
 """What a shadow's state may begin with, in the order in which it is tried."""
 
 
-def first_step(
+def first_steps(
     make: Callable[[], Shadow],
-    scale: float,
+    gradients: Callable[[Shadow], object],
     beginnings: Sequence[Beginning] = BEGINNINGS,
     closures: Sequence[bool] = (False, True),
+    steps: int = 1,
 ) -> Shadow:
-    """A shadow that ``make`` gives, after a first step.
+    """A shadow that ``make`` gives, after its first ``steps``.
 
     Args:
         make: makes a shadow.
-        scale: the size of its gradients.
+        gradients: gives it the gradients of a step.
         beginnings: what the shadow's state may begin with.
         closures: whether its steps may have a closure, in the order in which it is tried.
+        steps: how many steps it takes.
 
     Raises:
         UnknownStateError: it cannot be stepped.
@@ -211,8 +242,8 @@ def first_step(
                 shadow = make()
                 if begin(shadow):
                     shadow.needs_closure = closure
-                    shadow.give_gradients(scale)
-                    shadow.step()
+                    for _ in range(steps):
+                        shadow.step(lambda: gradients(shadow))  # noqa: B023  # called at once
                     return shadow
             # whatever somebody's optimizer raises
             except Exception as error:

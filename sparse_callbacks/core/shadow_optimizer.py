@@ -21,6 +21,7 @@ Path = tuple[Any, ...]
 # A stand-in has the shape of its parameter, and of a larger one at least this many elements: some optimizers keep other
 # state from 4096 elements on.
 _LARGE = 4096
+_STACKED = 4  # state tensors that one tensor may hold
 _DEEPEST = 4  # containers within containers that are looked into
 # used where a schedule begins with a rate of 0: step sizes that start at the rate would all be 0
 _SMALL_RATE = 1e-3
@@ -64,12 +65,22 @@ def name_of(path: Path) -> str:
     return ".".join(str(key) for key in path[1:])
 
 
-def by_weight(tensor: Tensor, parameter: Tensor) -> Tensor | None:
-    """A state tensor in the shape of its parameter, where it has an element for each weight; None where it has not."""
-    if tensor.shape == parameter.shape:
-        return tensor
-    flat = tensor.shape == (parameter.numel(),) and tensor.is_contiguous() and not is_coded(tensor)
-    return tensor.view(parameter.shape) if flat else None
+def by_weight(path: Path, tensor: Tensor, parameter: Tensor) -> list[tuple[Path, Tensor]]:
+    """The parts of a state tensor that have an element for each weight, in the parameter's shape; none where it is of
+    another kind."""
+    shape, whole = parameter.shape, tensor.shape
+    if whole == shape:
+        return [(path, tensor)]
+    if is_coded(tensor) or len(shape) < 2:
+        return []
+    if whole == (parameter.numel(),) and tensor.is_contiguous():
+        return [(path, tensor.view(shape))]
+    # several of one kind in one tensor, such as a fast and a slow mean
+    if whole[1:] == shape and whole[0] <= _STACKED:
+        return [((*path, i), part) for i, part in enumerate(tensor.unbind(0))]
+    if whole[:-1] == shape and whole[-1] <= _STACKED:
+        return [((*path, i), part) for i, part in enumerate(tensor.unbind(-1))]
+    return []
 
 
 def is_coded(tensor: Tensor) -> bool:
@@ -111,6 +122,8 @@ class Shadow:
         """Stand-ins by ``id`` of the parameter."""
         self.needs_closure = False
         """The optimizer cannot step without a closure."""
+        self.taken = 0
+        """Steps that were begun."""
         self.before: dict[int, Tensor] = {}
         """Values of the stand-ins before the latest step."""
         self.optimizer = self._copied()
@@ -149,7 +162,7 @@ class Shadow:
                 if name.endswith("_hooks"):
                     vars(made)[name] = _emptied(value)
                 elif name != "step":  # what a learning rate schedule has put over the class's own
-                    vars(made)[name] = copy.deepcopy(value, memo)
+                    vars(made)[name] = _copied(value, memo)
         if callable(train := getattr(copies[0], "train", None)):
             train()  # schedule-free ones step in this mode alone
         return copies[0]
@@ -164,8 +177,8 @@ class Shadow:
                     continue
                 memo: dict[int, Any] = {id(parameter): self.stand_ins[key]}
                 for _, tensor in _tensors(real.state[parameter], ()):
-                    if (state := by_weight(tensor, parameter)) is not None and tensor is not parameter:
-                        small = _like_new(state, parameter, self.stand_ins[key])
+                    if by_weight((), tensor, parameter) and tensor is not parameter:
+                        small = _like_new(tensor, parameter, self.stand_ins[key])
                         if small is None:
                             return False
                         memo[id(tensor)] = small
@@ -207,6 +220,7 @@ class Shadow:
             within: called before the step or, where it has a closure, by that. The closure gives a loss.
         """
         self.before = {i: p.detach().clone() for i, p in self.stand_ins.items()}
+        self.taken += 1
 
         def closure() -> Tensor:
             within()
@@ -224,6 +238,14 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, float | int | Tensor) and not isinstance(value, bool)
 
 
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    try:
+        return copy.deepcopy(value, memo)
+    # a lock, a process group: nothing that a step writes
+    except Exception:
+        return value
+
+
 def _emptied(container: Any) -> Any:
     made = copy.copy(container)
     made.clear()
@@ -233,7 +255,7 @@ def _emptied(container: Any) -> Any:
 def _like_new(tensor: Tensor, parameter: Tensor, stand_in: Tensor) -> Tensor | None:
     """The state of a stand-in where that of its parameter is ``tensor``: the parameter's values or one number; None
     where it is anything else."""
-    if is_coded(tensor):
+    if is_coded(tensor) or tensor.shape != parameter.shape:
         return None
     tensor = tensor.detach()
     if torch.equal(tensor, parameter.detach()):

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import threading
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from support.optimizers import (
     Prior,
     RandomStart,
     Slow,
+    Stacked,
 )
 from torch import Tensor, nn
 
@@ -92,6 +94,14 @@ def test_state_within_lists_and_flat_state_are_written() -> None:
     flat = optimizer.state[p]["flat"].view(6, 4)
     assert not flat[HALF].any()
     assert flat[~HALF].all()
+
+
+def test_state_of_several_kinds_in_one_tensor_is_written() -> None:
+    p, optimizer = trained(Stacked)
+    before = kept(optimizer.state[p])
+    FreshState(optimizer).write(p, HALF)
+    assert torch.equal(optimizer.state[p]["means"], before["means"].masked_fill(HALF, 0))
+    assert torch.equal(optimizer.state[p]["sums"], before["sums"].masked_fill(HALF[..., None], 1))
 
 
 def test_the_matrices_of_a_square_layer_are_left_alone() -> None:
@@ -188,6 +198,33 @@ def test_a_square_layer_of_4096_weights_is_learnt_as_one_of_4096(monkeypatch: py
     p = parameter(64, 64)
     FreshState(Coded([p])).learn([p])
     assert set(sizes) == {4096}
+
+
+def test_state_that_was_loaded_in_the_precision_of_the_weights_is_known() -> None:
+    class InFloat32(Stacked):
+        def update(self, p: Tensor, gradient: Tensor, state: Any, group: Any) -> None:
+            momentum = state.setdefault("momentum", torch.zeros(p.shape))
+            p.sub_(momentum.mul_(0.9).add_(gradient.to(momentum)).to(p), alpha=group["lr"])
+
+    p = nn.Parameter(parameter().detach().bfloat16())
+    optimizer = InFloat32([p])
+    train(optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.state[p]["momentum"].dtype == torch.bfloat16
+    FreshState(optimizer).write(p, HALF)
+    assert not optimizer.state[p]["momentum"][HALF].any()
+
+
+def test_what_cannot_be_copied_is_shared() -> None:
+    class Locked(torch.optim.SGD):
+        lock: Any
+
+    p = parameter()
+    optimizer = Locked([p], lr=0.1, momentum=0.9)
+    optimizer.lock = threading.Lock()
+    train(optimizer)
+    FreshState(optimizer).write(p, HALF)
+    assert not optimizer.state[p]["momentum_buffer"][HALF].any()
 
 
 def test_an_optimizer_without_state_yet_stays_without() -> None:

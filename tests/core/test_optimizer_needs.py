@@ -10,7 +10,9 @@ from support.loops import begin, loss_of, net
 from support.loops import data as loop_data
 from support.nets import Regression, mlp
 from support.optimizers import (
+    AnchorsElsewhere,
     BackWithGradients,
+    ClipsToItsPast,
     Coded,
     DecaysAlways,
     ForgetsAlways,
@@ -78,6 +80,19 @@ def test_state_that_cannot_be_learnt_is_refused_where_weights_grow(method: Any, 
         r"found out: .*Use another optimizer, such as torch\.optim\.AdamW, or a method that does not grow weights"
     )
     refused(callback, optimizer, message, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "what"),
+    [
+        (AnchorsElsewhere, r"the first step of a new weight is \d+ times as large as those of the others"),
+        (ClipsToItsPast, r"new weights do not move: it takes no step from fresh state"),
+    ],
+    ids=lambda v: v.__name__ if isinstance(v, type) else "",
+)
+def test_a_growth_is_rehearsed(optimizer: Any, what: str, tmp_path: Path) -> None:
+    refused(made(SET), optimizer, rf"SET grows weights.*Of {optimizer.__name__} {what}\. Use another", tmp_path)
+    fit(made(Static), optimizer, tmp_path)
 
 
 @pytest.mark.parametrize("method", [Static, GMP, DPF, lambda s, **_: GaP(s, partitions=2, every=2, print_plan=False)])

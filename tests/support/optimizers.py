@@ -137,6 +137,49 @@ class Anchored(Stepping):
         p.sub_(state["flat"].view(p.shape) + 0.1 * (p - state["anchor"]), alpha=group["lr"])
 
 
+class Stacked(Stepping):
+    """A fast and a slow momentum in one tensor, and sums and counts of each weight in another."""
+
+    def update(self, p: Tensor, gradient: Tensor, state: Any, group: Any) -> None:
+        if not state:
+            state |= {"means": torch.zeros(2, *p.shape), "sums": torch.ones(*p.shape, 2)}
+        state["means"][0].lerp_(gradient, 0.1)
+        state["means"][1].lerp_(gradient, 0.01)
+        state["sums"][..., 1].add_(gradient.square())
+        p.sub_(state["means"].sum(0) / state["sums"][..., 1].sqrt(), alpha=group["lr"])
+
+
+class AnchorsElsewhere(Stepping):
+    """Keeps where the weights began in an attribute, and brings every weight back to it before each step."""
+
+    anchors: list[Tensor] | None = None
+
+    def step(self, closure: Any = None) -> Any:
+        if self.anchors is None:
+            self.anchors = [p.detach().clone() for p in parameters_of(self)]
+        with torch.no_grad():
+            for p, anchor in zip(parameters_of(self), self.anchors, strict=True):
+                if p.grad is not None:
+                    p.lerp_(anchor, 0.9)
+        return super().step(closure)
+
+    def update(self, p: Tensor, gradient: Tensor, state: Any, group: Any) -> None:
+        p.sub_(gradient, alpha=1e-4)
+
+
+class ClipsToItsPast(Stepping):
+    """From the tenth step on gradients are clipped to the size of the earlier ones: those of a fresh weight to 0."""
+
+    def update(self, p: Tensor, gradient: Tensor, state: Any, group: Any) -> None:
+        if not state:
+            state |= {"largest": torch.zeros_like(p), "taken": 0}
+        state["taken"] += 1
+        if state["taken"] >= 10:
+            gradient = gradient.clamp(-state["largest"], state["largest"])
+        state["largest"] = torch.maximum(state["largest"], gradient.abs())
+        p.sub_(gradient, alpha=group["lr"])
+
+
 class Matrices(Stepping):
     """A matrix for the rows and one for the columns, which have the shape of a square layer's weights."""
 
