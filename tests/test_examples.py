@@ -20,7 +20,13 @@ def example(name: str) -> ModuleType:
 
 
 def test_every_example_has_a_test() -> None:
-    assert {path.stem for path in FOLDER.glob("*.py")} == {"plain_loop", "fabric_loop", "dqn", "language_model", "sharpness_aware"}
+    assert {path.stem for path in FOLDER.glob("*.py")} == {
+        "plain_loop",
+        "fabric_loop",
+        "dqn",
+        "language_model",
+        "sharpness_aware",
+    }
 
 
 def test_a_plain_loop_learns_two_spirals(capsys: pytest.CaptureFixture[str]) -> None:
