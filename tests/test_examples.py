@@ -20,7 +20,13 @@ def example(name: str) -> ModuleType:
 
 
 def test_every_example_has_a_test() -> None:
-    assert {path.stem for path in FOLDER.glob("*.py")} == {"plain_loop", "fabric_loop", "dqn", "language_model"}
+    assert {path.stem for path in FOLDER.glob("*.py")} == {
+        "plain_loop",
+        "fabric_loop",
+        "dqn",
+        "language_model",
+        "sharpness_aware",
+    }
 
 
 def test_a_plain_loop_learns_two_spirals(capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,6 +37,13 @@ def test_a_plain_loop_learns_two_spirals(capsys: pytest.CaptureFixture[str]) -> 
 def test_fabric_learns_digits(capsys: pytest.CaptureFixture[str]) -> None:
     assert example("fabric_loop").main(epochs=8) > 0.8
     assert "sparsity 0.9500" in capsys.readouterr().out
+
+
+def test_sharpness_aware_minimization_learns_in_both_hosts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert min(example("sharpness_aware").main(epochs=12)) > 0.75
+    shown = capsys.readouterr().out
+    assert "Trainer: 10 updates, sparsity 0.80" in shown
+    assert "loop: 10 updates, sparsity 0.80" in shown
 
 
 def test_a_sparse_agent_learns(capsys: pytest.CaptureFixture[str]) -> None:

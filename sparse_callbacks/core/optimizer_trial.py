@@ -28,10 +28,6 @@ class Twin:
         self.optimizer: Any = self._twin(optimizer)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for p in self.parameters:
-                # zeros show the smallest movement, ones show those that are in proportion to the weight
-                p.copy_((torch.arange(p.numel()) % 2).view(p.shape))
 
     def values(self) -> list[Tensor]:
         """Copies of the parameters."""
@@ -71,7 +67,10 @@ class Twin:
             return self._twin(value)
         if isinstance(value, Tensor):
             small = value.detach()[tuple(slice(SMALL) for _ in value.shape)].cpu().clone()
-            return nn.Parameter(small.float()) if isinstance(value, nn.Parameter) else small
+            if not isinstance(value, nn.Parameter):
+                return small
+            # zeros show the smallest movement, ones show those that are in proportion to the weight
+            return nn.Parameter((torch.arange(small.numel()) % 2).view(small.shape).float())
         if isinstance(value, dict):
             if value and all(callable(v) for v in value.values()):
                 return type(value)()  # hooks

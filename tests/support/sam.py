@@ -64,10 +64,11 @@ class ClosureTwice(TwoCalls):
         assert closure is not None
         with torch.enable_grad():
             loss = closure()
-        self.first_step(zero_grad=True)
+        # past attributes of the instance, as code that is written out in step() is
+        TwoCalls.first_step(self, zero_grad=True)
         with torch.enable_grad():
             closure()
-        self.second_step()
+        TwoCalls.second_step(self)
         return loss
 
 
