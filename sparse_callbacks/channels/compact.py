@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.channels.compact_format import (
+    checksum,
     described,
     description_path,
     read,
@@ -60,7 +61,7 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
         if name not in shared
     }
     safetensors.save_file(tensors, path)
-    words.write_text(json.dumps(described(model, shared), indent=1))
+    words.write_text(json.dumps(described(model, shared) | {"checksum": checksum(path)}, indent=1))
 
 
 def load_compact(model: nn.Module, path: str | Path) -> nn.Module:

@@ -1,6 +1,7 @@
 """What a compact checkpoint says of its model, and whether another model is the one it describes."""
 
 import json
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from sparse_callbacks.channels.module_sizes import BATCH_NORMS
 from sparse_callbacks.core.inspection import extra
+from sparse_callbacks.core.state_layout import is_count, shown_short
 
 COMPACT_VERSION = 1
 SIZES = (
@@ -59,6 +61,15 @@ def _form(module: nn.Module) -> dict[str, Any]:
 # ---------------------------------------------------------------------- files
 
 
+def checksum(path: Path) -> str:
+    """CRC-32 of a file, which shows that a bit in it was flipped: safetensors keeps none itself."""
+    found = 0
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            found = zlib.crc32(block, found)
+    return f"{found:08x}"
+
+
 def description_path(path: Path) -> Path:
     """The file that describes the tensors in ``path``: ``x.json`` for ``x.safetensors``, else ``path`` with ``.json``.
 
@@ -95,6 +106,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors |= {n: tensors[other] for n, other in description["shared"].items()}
             _ = description["class"]  # a KeyError here is better than one in the middle of loading
             _ = [layer["class"] for layer in description["layers"].values()]
+            # those of version 0.1 have no checksum
+            if description.get("checksum", checksum(path)) != checksum(path):
+                raise ValueError("the tensors are not those that were written: their checksum is another")
     except Exception as error:  # whatever safetensors and json find in a file that was cut off, or is another
         raise ValueError(
             f"{path} and {words.name} are not a compact checkpoint of this library ({type(error).__name__}: {error}). "
@@ -190,8 +204,11 @@ def _why_other_forms(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) 
         for attribute in sizes(module):
             there = layers[name].get(attribute)
             # the description is a text file, and layers are about to take this number as their size
-            if not isinstance(there, int) or there < 1:
-                return f"{attribute} of {name!r} is {there} there"
+            if not is_count(there) or there < 1:
+                return f"{attribute} of {name!r} is {shown_short(there)} there"
+        stated = layers[name]
+        if isinstance(module, _ConvNd) and any(stated[a] % stated["groups"] for a in ("in_channels", "out_channels")):
+            return f"{name!r} has channels there that {stated['groups']} groups do not divide"
     return ""
 
 
@@ -204,6 +221,12 @@ def _why_other_limits(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
         # slimming only removes, so no size may be larger than the original one
         if len(there) != own.ndim or any(a > b or (fixed and a != b) for a, b in zip(there, own.shape, strict=True)):
             return f"{name} has shape {list(own.shape)} here and {list(there)} there"
+        # a weight may be of another precision there, and not of another kind of numbers
+        if (own.is_floating_point(), own.is_complex()) != (
+            tensors[name].is_floating_point(),
+            tensors[name].is_complex(),
+        ):
+            return f"{name} is {own.dtype} here and {tensors[name].dtype} there"
     return ""
 
 

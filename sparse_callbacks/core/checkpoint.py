@@ -1,12 +1,13 @@
 """What a checkpoint holds of a method, and whether a method may go on from it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 from torch import Tensor
 
 from sparse_callbacks.core.schedules import Schedule
+from sparse_callbacks.core.state_layout import damaged, is_count, refuse_damaged, shown_short
 
 # To be raised with a change that older versions of the package would misread.
 VERSION = 1
@@ -28,6 +29,7 @@ class SavedRun:
         dense_grads: dense copies of those that were masked already, as in manual optimization, by parameter name.
         window_open: no optimizer had stepped since the backward pass that gave the gradients.
         progress: counted steps and updates, see :meth:`~sparse_callbacks.core.progress.Progress.state`.
+        path: where it was saved, for errors.
     """
 
     masks: Mapping[str, Tensor]
@@ -38,19 +40,26 @@ class SavedRun:
     dense_grads: Mapping[str, Tensor]
     window_open: bool
     progress: Mapping[str, Any]
+    path: object
 
     @classmethod
-    def of(cls, state: Mapping[str, Any]) -> Self:
-        """The run in what :func:`saved_state` gave."""
+    def of(cls, state: Mapping[str, Any], path: object) -> Self:
+        """The run in what :func:`check_state` gave.
+
+        Raises:
+            ValueError: the state is damaged.
+        """
+        refuse_damaged(state, path)
         return cls(
-            masks=state.get("masks", {}),
-            aux=state.get("aux", {}),
+            masks=state["masks"],
+            aux=state["aux"],
             dense=state.get("dense", {}),  # checkpoints of the first weeks had none
-            times=tuple(state.get("times", ())),
+            times=tuple(state["times"]),
             grads=state.get("grads", {}),
             dense_grads=state.get("dense_grads", {}),
             window_open=bool(state.get("window_open", "grads" in state)),  # older versions saved no others
-            progress={k: state.get(k, {}) for k in ("steps", "done", "updates")},
+            progress={k: state[k] for k in ("steps", "done", "updates")},
+            path=path,
         )
 
 
@@ -76,17 +85,23 @@ def check_state(
         path: the checkpoint's path, for the errors.
 
     Raises:
-        ValueError: no state, one of a later version, or one of other arguments.
+        ValueError: no state, one of another kind or of a later version, or one of other arguments.
     """
     if state is None:
         raise ValueError(
             f"the checkpoint {path} holds no state of {name}: its weights come without masks. Resume with the callback "
             "of the interrupted run (same method, include= and exclude=), or give fresh_start=True to make new masks."
         )
-    if not {"version", "arguments"} <= state.keys():
+    if not isinstance(state, Mapping) or not {"version", "arguments"} <= state.keys():
+        has = f"the keys {', '.join(map(str, state)) or 'none'}" if isinstance(state, Mapping) else shown_short(state)
         raise ValueError(
-            f"the checkpoint {path} is not a state of {name}: it has the keys {', '.join(map(str, state)) or 'none'}. Give "
-            "what state_dict() of the interrupted run gave."
+            f"the checkpoint {path} is not a state of {name}: it has {has}. Give what state_dict() of the interrupted "
+            "run gave."
+        )
+    if not is_count(state["version"]) or not isinstance(state["arguments"], Mapping):
+        raise damaged(
+            path,
+            f"its version is {shown_short(state['version'])} and its arguments are {shown_short(state['arguments'])}",
         )
     if (writer := state.get("method", name)) != name:  # a callback's state has no name: it lies under its key
         raise ValueError(
@@ -110,20 +125,31 @@ def check_state(
     return state
 
 
-def refuse_other_model(masks: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
-    """Refuse saved masks that do not fit the sparse parameters of a model.
+def refuse_other_model(saved: SavedRun, params: Mapping[str, Tensor]) -> None:
+    """Refuse a saved run whose masks do not fit the sparse parameters of a model.
 
     Raises:
         ValueError: a name or a shape differs.
     """
+    masks = saved.masks
     # names of both, because either side may have a parameter that the other lacks
     wrong = [n for n in {**params, **masks} if n not in masks or n not in params or masks[n].shape != params[n].shape]
     if wrong:
-        raise ValueError(
-            f"the checkpoint's masks do not fit the model: {', '.join(wrong)} differ in name or shape. "
-            "Resume with the model and the include=, exclude=, keep_dense= of the interrupted run, or give "
-            "fresh_start=True to make new masks."
-        )
+        raise misfit(wrong, saved.path)
+
+
+def misfit(names: Iterable[str], path: object) -> ValueError:
+    """The error for masks of other names or shapes than the model's sparse parameters.
+
+    Args:
+        names: names of the parameters that differ.
+        path: the checkpoint's path.
+    """
+    return ValueError(
+        f"the checkpoint's masks do not fit the model: {', '.join(names)} differ in name or shape. Resume with the model "
+        "and the include=, exclude=, keep_dense= of the interrupted run, or give fresh_start=True to make new masks. The "
+        f"checkpoint is {path}."
+    )
 
 
 def refuse_foreign_weights(masks: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:

@@ -1,8 +1,10 @@
 """The engine: drives one method over one model and its optimizers, and keeps the invariant."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -10,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from sparse_callbacks.core import optimizers as torch_optimizers
 from sparse_callbacks.core import topology
 from sparse_callbacks.core.checkpoint import VERSION, SavedRun, refuse_foreign_weights, refuse_other_model
+from sparse_callbacks.core.first_gradients import STEPS, FirstGradients
 from sparse_callbacks.core.gradients import DenseGradients
 from sparse_callbacks.core.host import Host
 from sparse_callbacks.core.method import Method
@@ -19,6 +22,7 @@ from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.progress import Progress
 from sparse_callbacks.core.restored import aux_on_devices
 from sparse_callbacks.core.selection import Entry
+from sparse_callbacks.core.state_claims import PLAN_CHANGED, refuse_impossible
 from sparse_callbacks.core.step import ReplacesSteps, Step
 from sparse_callbacks.core.topology import EverActive, Update
 from sparse_callbacks.core.weights import SparseWeights
@@ -45,6 +49,7 @@ class Engine:
         """The optimizers and their schedules shall be configured anew before the next batch that opens a window."""
         self.skipped = 0
         """Announced steps of this fit that were not taken, by a GradScaler's choice."""
+        self._first_gradients = FirstGradients(0, 0)
         self._release()
 
     def _release(self) -> None:
@@ -80,14 +85,17 @@ class Engine:
         """
         method, saved = self.method, self.method.saved
         self.skipped, self.restart_wanted = 0, False
-        targets = method.share_out(entries)
-        entries = list(method.further_members(model, entries))
+        members = list(method.further_members(model, entries))
         parameters = dict(model.named_parameters())
-        sparse = {e.name: e for e in entries if not e.reason}
+        sparse = {e.name: e for e in members if not e.reason}
         params = {name: parameters[name] for name in sparse}
         kept = self._masks_of_last_run(model, params)
         if saved is not None:
-            refuse_other_model(saved.masks, params)
+            refuse_other_model(saved, params)
+        targets = method.share_out(entries)
+        if saved is not None:
+            planned = method.parameter_zeros(members, targets)
+            refuse_impossible(method, saved, model, planned, len(optimizers))
             dense = saved.dense
         else:
             refuse_foreign_weights(kept, params)
@@ -95,7 +103,7 @@ class Engine:
         owners = Ownership(optimizers, params)
         refuse_optimizers(method, owners)
         earlier = method.params.keys()
-        method.entries, method.targets = entries, targets
+        method.entries, method.targets = members, targets
         method.owners = owners
         method.weights = SparseWeights(params, sparse, {})  # initial masks are made from the parameters
         masks = self._begin_masks(saved, kept, earlier)
@@ -128,6 +136,8 @@ class Engine:
             gone = (params.keys() | earlier) - kept.keys()
             went_on = {k: t for k, t in method.aux.items() if k.partition("/")[2] not in gone}
             method.aux = aux_on_devices(went_on, params)
+            if gone:  # the targets of other layers may be others, and these masks keep their counts
+                method.aux[PLAN_CHANGED] = torch.tensor(True)
             return kept if len(kept) == len(params) else {**method.initial_masks(), **kept}
         self.forget()
         return method.initial_masks()
@@ -160,6 +170,27 @@ class Engine:
             for o, names in zip(owners.optimizers, owners.steps, strict=True)
             if is_schedule_free(o)
         ]
+
+    def expect_gradients(self, epoch: int, steps: float = math.inf) -> None:
+        """Training begins: warn of sparse parameters without a gradient when enough steps are over, or the first epoch.
+
+        Args:
+            epoch: the epoch (from 0) that begins or goes on.
+            steps: the number of optimizer steps in an epoch, as far as it is known.
+        """
+        resumed = self.method.saved is not None and (
+            epoch > 0 or self.method.step >= STEPS
+        )  # the first run has said it
+        self._first_gradients = FirstGradients(0 if resumed else len(self.method.owners.optimizers), steps)
+
+    def epoch_over(self) -> None:
+        """An epoch is over; of interest is the first one, see :meth:`expect_gradients`."""
+        self._warn_of_silence(self._first_gradients.end())
+
+    def _warn_of_silence(self, names: Sequence[str]) -> None:
+        if names:
+            method = self.method
+            method.host.warn(self._first_gradients.words(names, method.params, type(method).__name__))
 
     def unbind(self) -> None:
         """The run is over: take all hooks away; masks and counters stay."""
@@ -210,6 +241,8 @@ class Engine:
             raise ValueError(torch_optimizers.several_closures(type(optimizer).__name__))
         step = self._steps[index] = self._step(index, tick, gradients_read)
         if step.names:
+            if index in self._first_gradients.looks_at:
+                self._warn_of_silence(self._first_gradients.look(step))
             step.finite_flag = self._all_finite(step)
             if step.finite_flag is not True and not method.reads_dense_gradients:
                 # gradients of pruned weights may be anything: only those of active ones decide
@@ -373,4 +406,5 @@ class Engine:
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         vars(self).update(state)
+        self._first_gradients = FirstGradients(0, 0)
         self._release()

@@ -18,6 +18,8 @@ Beginning = Callable[[Shadow], bool]
 _SHARE_OF_WEIGHT = 0.1
 # Values of 4 bits are up to an eighth of the largest apart, and are rounded each time that they are coded.
 _ROUNDING = 0.15
+# Steps in which state is looked for that a first step does not make, such as the slow weights of Lookahead.
+_LATE = 12
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,8 @@ class FreshState:
         if not self._learnt:
             self._learn()
         if key not in self._rules:
-            # the group's arguments have changed, or the stand-in was too small for this kind of state
-            self._learn(frozenset({id(parameter)}))
+            # the group's arguments have changed, the stand-in was too small for this kind of state, or it comes later
+            self._learn(frozenset({id(parameter)}), _LATE)
         rule = self._rules.get(key, "a step from new does not make it")
         if isinstance(rule, str):
             name = type(self._optimizer).__name__
@@ -106,13 +108,13 @@ class FreshState:
             )
         return rule
 
-    def _learn(self, exact: frozenset[int] = frozenset()) -> None:
-        self._rules |= self._rules_from(BEGINNINGS, exact)
+    def _learn(self, exact: frozenset[int] = frozenset(), steps: int = 1) -> None:
+        self._rules |= self._rules_from(BEGINNINGS, exact, steps)
         self._learnt = True
         if self._has_other_state():
             # made by the constructor, and not used in a first step
             with suppress(UnknownStateError):
-                self._rules = self._rules_from([Shadow.start_from_state], exact) | self._rules
+                self._rules = self._rules_from([Shadow.start_from_state], exact, steps) | self._rules
 
     def _has_other_state(self) -> bool:
         kept = {id(p): p for group in self._optimizer.param_groups for p in group["params"]}
@@ -122,19 +124,38 @@ class FreshState:
             for path, tensor in state_tensors(self._optimizer, p)
         )
 
-    def _rules_from(self, beginnings: Sequence[Beginning], exact: frozenset[int]) -> dict[_Key, Fresh | str | None]:
+    def _rules_from(
+        self, beginnings: Sequence[Beginning], exact: frozenset[int], steps: int
+    ) -> dict[_Key, Fresh | str | None]:
+        """The rules that the first ``steps`` steps show, each at the step that makes its state."""
+
         def stepped(seed: int, scale: float) -> Shadow:
             return first_step(lambda: Shadow(self._optimizer, seed, decays=False, exact=exact), scale, beginnings)
 
-        shadows = [stepped(seed, scale) for seed, scale in ((0, 0.0), (1, 0.0), (0, 1.0), (1, 30.0))]
-        rules: dict[_Key, Fresh | str | None] = {}
-        for i in shadows[0].stand_ins:
-            kept = [_Kept.of(shadow, i) for shadow in shadows]
-            for path, tensor in kept[0].tensors.items():
-                if all(path in k.tensors for k in kept):
-                    of_weights = all(by_weight(k.tensors[path], k.parameter) is not None for k in kept)
-                    rules[_key(i, path, tensor)] = _found(path, kept) if of_weights else None
+        scales = (0.0, 0.0, 1.0, 30.0)
+        shadows = [stepped(seed, scale) for seed, scale in zip((0, 1, 0, 1), scales, strict=True)]
+        rules = _rules_of(shadows)
+        for _ in range(steps - 1):
+            try:
+                for shadow, scale in zip(shadows, scales, strict=True):
+                    shadow.give_gradients(scale)
+                    shadow.step()
+            # whatever somebody's optimizer raises: what the steps before have shown is true all the same
+            except Exception:
+                break
+            rules = _rules_of(shadows) | rules
         return rules
+
+
+def _rules_of(shadows: Sequence[Shadow]) -> dict[_Key, Fresh | str | None]:
+    rules: dict[_Key, Fresh | str | None] = {}
+    for i in shadows[0].stand_ins:
+        kept = [_Kept.of(shadow, i) for shadow in shadows]
+        for path, tensor in kept[0].tensors.items():
+            if all(path in k.tensors for k in kept):
+                of_weights = all(by_weight(k.tensors[path], k.parameter) is not None for k in kept)
+                rules[_key(i, path, tensor)] = _found(path, kept) if of_weights else None
+    return rules
 
 
 @dataclass
@@ -166,20 +187,26 @@ BEGINNINGS: Sequence[Beginning] = (_start_empty, Shadow.start_from_state, Shadow
 """What a shadow's state may begin with, in the order in which it is tried."""
 
 
-def first_step(make: Callable[[], Shadow], scale: float, beginnings: Sequence[Beginning] = BEGINNINGS) -> Shadow:
-    """A shadow that ``make`` gives, after a first step. A step that insists on a closure gets one.
+def first_step(
+    make: Callable[[], Shadow],
+    scale: float,
+    beginnings: Sequence[Beginning] = BEGINNINGS,
+    closures: Sequence[bool] = (False, True),
+) -> Shadow:
+    """A shadow that ``make`` gives, after a first step.
 
     Args:
         make: makes a shadow.
         scale: the size of its gradients.
         beginnings: what the shadow's state may begin with.
+        closures: whether its steps may have a closure, in the order in which it is tried.
 
     Raises:
         UnknownStateError: it cannot be stepped.
     """
     errors: list[Exception] = []
     for begin in beginnings:
-        for closure in (False, True):
+        for closure in closures:
             try:
                 shadow = make()
                 if begin(shadow):

@@ -47,6 +47,9 @@ class Host(Protocol):
     def inform(self, text: str) -> None:
         """Show the user a sentence, on rank 0."""
 
+    def warn(self, text: str) -> None:
+        """Warn the user, on rank 0."""
+
 
 @runtime_checkable
 class TurnsHost(Host, Protocol):

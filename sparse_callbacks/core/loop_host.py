@@ -78,7 +78,7 @@ class LoopHost:
             print(text, flush=True)
 
     def warn(self, text: str) -> None:
-        """Warn the user, on rank 0."""
+        """See :meth:`~sparse_callbacks.core.host.Host.warn`."""
         if distributed.rank() == 0:
             # to the line of the loop: the first one outside of this package
             level, frame = 1, inspect.currentframe()

@@ -1,12 +1,12 @@
 """One optimizer step in a hand-written loop: where it stands, its number, and its closure."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from sparse_callbacks.core import optimizers as torch_optimizers
@@ -85,21 +85,3 @@ def places_of(method: Method) -> dict[str, tuple[torch.device, torch.dtype]]:
 def group_values(optimizer: Optimizer) -> list[dict[str, Any]]:
     """The values of each parameter group, without its parameters."""
     return [copy.deepcopy({k: v for k, v in g.items() if k != "params"}) for g in optimizer.param_groups]
-
-
-# What a method has of a run, beside the model.
-_OF_A_RUN = ("aux", "progress", "calendar", "weights", "entries", "targets", "saved")
-
-
-def last_run(method: Method) -> tuple[nn.Module | None, dict[str, Any]]:
-    """The model and the fields of the method's last run, for :func:`restore_last_run`."""
-    return method.attachment.model, {n: getattr(method, n) for n in _OF_A_RUN} | {"aux": dict(method.aux)}
-
-
-def restore_last_run(method: Method, model: nn.Module | None, fields: Mapping[str, Any]) -> None:
-    """Give a method back its last run, because the one that should have begun was refused."""
-    for name, value in fields.items():
-        setattr(method, name, value)
-    method.attachment.forget()
-    if model is not None:
-        method.attachment.know(model)

@@ -114,6 +114,24 @@ class Progress:
             "fresh_start=True for a new start."
         )
 
+    def why_unfinished(self, calendar: Calendar | None, skipped: int, method: str) -> str:
+        """What a run that is over has missed of its calendar, as a sentence for the user; empty where its curve has
+        ended, or less than an interval is missing.
+
+        Args:
+            calendar: when updates fall; None for a method without times.
+            skipped: the steps of the run that a GradScaler has skipped.
+            method: name of the method, for the sentence.
+        """
+        # steps that were replaced or skipped do not count, so a run may end a little before a calendar that fits it
+        if calendar is None or calendar.stop - (self.most() + self.updates + skipped) <= calendar.every:
+            return ""
+        return (
+            f"{method} ended in the middle of its updates: {self.most()} steps were counted, and the last update is due "
+            f"at step {calendar.stop}. Where the run was to end here, give an earlier stop=; otherwise it had fewer "
+            "optimizer steps than its length promised."
+        )
+
     def mark_done(self, index: int) -> None:
         """The update at the present count has happened and needs no repetition."""
         self.done[index] = self.counts[index].read()

@@ -12,6 +12,7 @@ from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.progress import Progress
 from sparse_callbacks.core.selection import NOT_TRAINED, Entry, select
+from sparse_callbacks.core.state_claims import refuse_impossible
 from sparse_callbacks.core.topology import EverActive
 from sparse_callbacks.core.weights import SparseWeights
 
@@ -54,7 +55,9 @@ def _take(method: Method, model: nn.Module, saved: SavedRun, owned: Sequence[Seq
     parameters = dict(model.named_parameters())
     sparse = {e.name: e for e in entries if not e.reason}
     params = {name: parameters[name] for name in sparse}
-    refuse_other_model(saved.masks, params)
+    refuse_other_model(saved, params)
+    planned = method.parameter_zeros(entries, targets)
+    refuse_impossible(method, saved, model, planned, len(saved.progress["steps"]))
     refuse_foreign_weights(saved.masks, params)
     groups = method.owners.owns if owned is None else owned
     method.owners = Ownership.between_runs(groups, params, len(saved.progress["steps"]))

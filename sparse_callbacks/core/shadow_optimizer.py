@@ -5,7 +5,7 @@ import inspect
 import sys
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -129,7 +129,7 @@ class Shadow:
             shape[largest] = -(-shape[largest] // 2)
         if len(shape) == 2 and shape[0] == shape[1] > 1:
             # the matrices that some optimizers keep for rows and for columns shall not have the shape of the weights
-            shape[1] = -(-shape[1] // 2)
+            shape = [2 * shape[0], -(-shape[1] // 2)]
         index = torch.arange(torch.Size(shape).numel(), device=parameter.device)
         # half of a sparse layer's weights are zero; 0.02 to 0.08, of both signs
         values = (index % 7 - 3.5) * 0.02 * (index % 2 == self._seed)
@@ -200,18 +200,24 @@ class Shadow:
         index = torch.arange(stand_in.numel(), device=stand_in.device)
         return ((index // 2) % 2 == self._seed).view(stand_in.shape)
 
-    def step(self) -> None:
-        """Take a step, with a closure where ``needs_closure`` says so. It gives a loss and leaves the gradients as they
-        are."""
+    def step(self, within: Callable[[], object] = lambda: None) -> None:
+        """Take a step, with a closure where ``needs_closure`` says so.
+
+        Args:
+            within: called before the step or, where it has a closure, by that. The closure gives a loss.
+        """
         self.before = {i: p.detach().clone() for i, p in self.stand_ins.items()}
-        arguments = [_no_loss] if self.needs_closure else []
+
+        def closure() -> Tensor:
+            within()
+            return torch.zeros((), requires_grad=True)
+
+        arguments = [closure] if self.needs_closure else []
+        if not arguments:
+            within()
         with undisturbed(nn.Module()), _eager(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             type(self.optimizer).step(self.optimizer, *arguments)
-
-
-def _no_loss() -> Tensor:
-    return torch.zeros((), requires_grad=True)
 
 
 def _is_number(value: Any) -> bool:

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core import optimizers as torch_optimizers
+from sparse_callbacks.core.before_run import BeforeRun
 from sparse_callbacks.core.calendar import RunLength
 from sparse_callbacks.core.checkpoint import SavedRun, check_state, refuse_other_model
 from sparse_callbacks.core.distributions import why_all_active
@@ -22,21 +23,27 @@ from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.hooks import BatchEnd, Hooks
 from sparse_callbacks.core.host import Forward
 from sparse_callbacks.core.loop_host import LoopHost
-from sparse_callbacks.core.loop_refusals import epoch_length, refuse_arguments, refuse_hostless, restarts_optimizers
+from sparse_callbacks.core.loop_refusals import (
+    epoch_length,
+    epoch_of,
+    groups_of,
+    refuse_arguments,
+    refuse_hostless,
+    restarts_optimizers,
+)
 from sparse_callbacks.core.loop_steps import (
     CalledOnce,
     StepInLoop,
     group_values,
-    last_run,
     next_tick,
     places_of,
-    restore_last_run,
 )
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
 from sparse_callbacks.core.optimizer_modes import mode_of, switch_through
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.selection import Entry, layer_shapes, select
+from sparse_callbacks.core.state_claims import refuse_impossible
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.wrappers import plain_model, plain_optimizer
 
@@ -91,39 +98,59 @@ class SparseRun:
 
     def _begin(self, state: Mapping[str, Any] | None) -> None:
         """Take hold of the model and write the masks; nothing is changed where something is refused."""
-        method, engine = self.method, self._engine
+        method = self.method
         entries = self._entries()
         self._refuse_shared(e.name for e in entries if not e.reason)
         refuse_hostless(method, self._on_restart)
-        method.saved = None
-        before = last_run(method)
-        if state is not None and not method.fresh_start:
-            name = type(method).__name__
-            saved = SavedRun.of(check_state(state, method.arguments, name, "given as state="))
-            self._take_first_groups(state.get("groups", self._first_groups))
-            method.saved, self._epoch = saved, int(state.get("epoch", 0))
-        elif method.attachment.model is not self._model or method.fresh_start:
-            engine.forget()
         self._steps = [StepInLoop() for _ in self._optimizers]
         self._before_masks: dict[str, tuple[Tensor, int]] = {}
         self._batches, self._in_batch, self._had_batch, self._bare_backward = 0, False, False, False
+        self._handles: list[RemovableHandle] = []
+        self._pre_handles: list[RemovableHandle] = []
+        before = BeforeRun(method)
         try:
-            self._bind(entries)
-            if method.start is not None:
-                method.calendar = method.make_calendar(self._length)
-            method.rehearse()
+            self._prepare(entries, state)
+            before.keep_weights(method)
+            self._start(before.values)
         except BaseException:
-            engine.unbind()
-            restore_last_run(method, *before)
+            self._release()
+            before.bring_back(method)
             raise
+
+    def _prepare(self, entries: Sequence[Entry], state: Mapping[str, Any] | None) -> None:
+        """Everything that may be refused; no weight changes."""
+        method = self.method
+        method.saved = None
+        if state is not None and not method.fresh_start:
+            name = type(method).__name__
+            path = "given as state="
+            saved = SavedRun.of(check_state(state, method.arguments, name, path), path)
+            # GaP puts back the values of the run's first call to sparsify, also in a resumed run
+            self._epoch, self._first_groups = epoch_of(state, path), groups_of(state, self._first_groups, path)
+            method.saved = saved
+        elif method.attachment.model is not self._model or method.fresh_start:
+            self._engine.forget()
+        self._bind(entries)
+        if method.start is not None:
+            method.calendar = method.make_calendar(self._length)
+        method.rehearse()
         if method.print_plan:
             self._host.inform(str(method.plan()))
         self._warn(entries)
-        values = {} if method.saved is not None else {n: p.detach().clone() for n, p in method.params.items()}
+
+    def _start(self, values: Mapping[str, Tensor]) -> None:
+        """Write the masks, and listen to the optimizers.
+
+        Args:
+            values: the values of the sparse parameters before masks are written.
+        """
+        method, engine = self.method, self._engine
         engine.write()
-        self._before_masks = {n: (t, method.params[n]._version) for n, t in values.items()}
+        if method.saved is None:
+            self._before_masks = {n: (t, method.params[n]._version) for n, t in values.items()}
         method.attachment.in_training = True
         engine.events |= method.begin_training(self._epoch)
+        engine.expect_gradients(self._epoch, self._length.epoch())
         method.saved = None  # from here on the run speaks for itself
         self._pre_handles = [o.register_step_pre_hook(self._before_step) for o in self._optimizers]
         self._hook()
@@ -154,16 +181,6 @@ class SparseRun:
             for name, value in distributed.from_owners(mine, dict.fromkeys(mine, 0)).items():
                 mine[name].copy_(value)
 
-    def _take_first_groups(self, groups: list[list[dict[str, Any]]]) -> None:
-        """GaP puts back the values of the run's first call to sparsify, also in a resumed run."""
-        here = [len(g) for g in self._first_groups]
-        if (saved := [len(g) for g in groups]) != here:
-            raise ValueError(
-                f"the saved run had optimizers with {saved} parameter groups, and this one has {here}. Resume with the "
-                "optimizers of the interrupted run."
-            )
-        self._first_groups = groups
-
     def _refuse_shared(self, names: Iterable[str]) -> None:
         mine = set(names)
         for run in _runs_of.get(self._model, ()):
@@ -189,7 +206,7 @@ class SparseRun:
     def _hook(self) -> None:
         """All hooks besides those before a step."""
         # behind the engine's own, which bind registered
-        self._handles: list[RemovableHandle] = [o.register_step_post_hook(self._after_step) for o in self._optimizers]
+        self._handles = [o.register_step_post_hook(self._after_step) for o in self._optimizers]
         for index in range(len(self._optimizers)):
             if names := self.method.owners.owns[index]:
                 # one parameter shows that a backward pass has run: see _after_backward
@@ -366,7 +383,7 @@ class SparseRun:
         method, engine = self.method, self._engine
         untouched = {n: t for n, (t, version) in self._before_masks.items() if method.params[n]._version == version}
         skipped, restart_wanted, entries = engine.skipped, engine.restart_wanted, self._entries()
-        method.saved = SavedRun.of(self.state_dict())
+        method.saved = SavedRun.of(self.state_dict(), "of this run itself")
         # the hooks before a step stay: this may be called from one, and torch is going through them
         self._unhook()
         engine.unbind()
@@ -387,6 +404,7 @@ class SparseRun:
             metrics: what the validation measured, by name; CTRE looks for its ``monitor`` there.
         """
         self._refuse_closed()
+        self._engine.epoch_over()
         found = {name: float(value) for name, value in (metrics or {}).items()}
         self.method.validation_end(found, self._epoch)
         self.method.epoch_end(found, self._epoch)
@@ -409,6 +427,8 @@ class SparseRun:
         engine.write()
         if not method.at_target:
             self._host.warn(method.shortfall())
+        elif text := method.progress.why_unfinished(method.calendar, engine.skipped, type(method).__name__):
+            self._host.warn(text)
         self._release()
 
     @property
@@ -502,8 +522,13 @@ class SparseRun:
                 "sparsify(..., state=)."
             )
         name = type(self.method).__name__
-        check_state(state, self.method.arguments, name, "given to load_state_dict()")
-        refuse_other_model(SavedRun.of(state).masks, self.method.params)
+        path = "given to load_state_dict()"
+        saved = SavedRun.of(check_state(state, self.method.arguments, name, path), path)
+        refuse_other_model(saved, self.method.params)
+        epoch_of(state, path)
+        groups_of(state, self._first_groups, path)
+        planned = self.method.parameter_zeros(self.method.entries, self.method.targets)
+        refuse_impossible(self.method, saved, self._model, planned, len(self._optimizers))
         kept, params = self._before_masks, self.method.params
         self._release()
         # what the initial masks of this run have cut comes back, unless the model was loaded since

@@ -12,15 +12,15 @@ from torch.optim import Optimizer
 
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core import optimizers as torch_optimizers
-from sparse_callbacks.core.checkpoint import SavedRun
+from sparse_callbacks.core.before_run import BeforeRun
+from sparse_callbacks.core.checkpoint import SavedRun, check_state
 from sparse_callbacks.core.distributions import why_all_active
 from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.hooks import BatchEnd
-from sparse_callbacks.core.loop_steps import last_run, restore_last_run
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
 from sparse_callbacks.core.selection import NOT_TRAINED, layer_shapes, select
-from sparse_callbacks.lightning import curves, optimizer_lives
+from sparse_callbacks.lightning import accumulation, curves, optimizer_lives
 from sparse_callbacks.lightning.loaded_checkpoint import take_state_of_checkpoint
 from sparse_callbacks.lightning.namespaces import Trainer, callback_classes
 from sparse_callbacks.lightning.refusals import (
@@ -31,6 +31,7 @@ from sparse_callbacks.lightning.refusals import (
     state_to_resume,
     warnings_for,
 )
+from sparse_callbacks.lightning.resumed_file import look_before_loading, stop_looking
 from sparse_callbacks.lightning.trainer_host import TrainerHost
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class FitState:
 
     restored: dict[str, Any] | None = None
     """State of the checkpoint, until the fit has begun."""
+    before: BeforeRun | None = None
+    """What the fit is about to change, until its first batch; a fit that is refused gives it back."""
     window_open: bool = False
     """A backward pass has run since the last optimizer step."""
     waiting: set[int] = field(default_factory=set)
@@ -53,8 +56,10 @@ class FitState:
     """Names of parameters that stay dense because nobody trains them yet."""
     logged_at: int = -1
     """The Trainer's optimizer step of the latest row of curves."""
-    last_run: Any = None
-    """What :func:`~sparse_callbacks.core.loop_steps.last_run` gave, from setup until the masks are written."""
+    accumulates: int = 1
+    """How many batches make an optimizer step, as far as the run's length took account of it."""
+    last_epoch: int = -1
+    """The epoch of the latest batch."""
 
 
 class SparsityCallback(Method, AnyCallback):
@@ -90,8 +95,9 @@ class SparsityCallback(Method, AnyCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
+            self.fit_state.before = BeforeRun(self)
             refuse_host(trainer)
-            self.fit_state.last_run = last_run(self)
+            look_before_loading(trainer, pl_module, peers_of(trainer))
             self.saved = None  # of an earlier fit; what this one resumes from is restored after setup
             if self.attachment.model is not pl_module or self.fresh_start:
                 self.engine.forget()
@@ -103,15 +109,18 @@ class SparsityCallback(Method, AnyCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.fit_state.restored = state_dict
-        self.saved = None if self.fresh_start else SavedRun.of(state_dict)
+        path = "that is loaded"
+        checked = None if self.fresh_start else check_state(state_dict, self.arguments, type(self).__name__, path)
+        self.saved = None if checked is None else SavedRun.of(checked, path)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        stop_looking(trainer)  # of a fit without a checkpoint, which has read none
         torch_optimizers.refuse(trainer.optimizers, scaler_of(trainer) is not None)
         trained = torch_optimizers.parameter_ids(*trainer.optimizers)
         entries = select(pl_module, self.include, self.exclude, self.keep_dense, trained)
         self._refuse_neighbours(trainer, [e.name for e in entries if not e.reason])
         state = self._state_to_resume(trainer, pl_module)
-        self.saved = None if state is None else SavedRun.of(state)
+        self.saved = None if state is None else SavedRun.of(state, trainer.ckpt_path)
         fit = self.fit_state
         fit.left_out = [e.name for e in entries if e.reason in NOT_TRAINED]
         fit.restored = None
@@ -130,20 +139,30 @@ class SparsityCallback(Method, AnyCallback):
             # not in on_fit_start: asked there for the run's length, Lightning makes its loader and forgets to resume it
             self._begin_calendar(trainer)
         self._check_horizons(trainer)
+        self.fit_state.accumulates = accumulation.factor_in(trainer, trainer.current_epoch)
+        self.fit_state.last_epoch = -1
         self.rehearse()
-        self.engine.write()  # not earlier: a fit that is refused leaves the weights as they were
-        self.fit_state.last_run = None
+        if self.fit_state.before is not None:  # others may still refuse the fit
+            self.fit_state.before.keep_weights(self)
+        self.engine.write()
         self.attachment.in_training = True
         self._put_gradients_back(pl_module)
         # `or {}`: in version 0.1 this hook gave nothing, and an override of that time still may
         self.engine.events |= self.begin_training(trainer.current_epoch) or {}
+        if not trainer.fast_dev_run:  # whose epoch has a batch or two
+            self.engine.expect_gradients(trainer.current_epoch)
         self.saved = None  # from here on the run speaks for itself
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.fit_state.before is not None:
+            self.fit_state.before.keep_random_states()
         self.epoch_start(trainer.current_epoch)
         self._warn_of_thawed(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.fit_state.before = None  # from here on an error is one of training
+        if trainer.current_epoch != self.fit_state.last_epoch:
+            self._check_accumulation(trainer)
         if not self.fit_state.window_open:
             if self.engine.restart_wanted:
                 self._restart_optimizers(trainer, pl_module)
@@ -193,15 +212,28 @@ class SparsityCallback(Method, AnyCallback):
             self.validation_end(metrics, trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.engine.epoch_over()
         self.epoch_end(curves.logged_metrics(trainer), trainer.current_epoch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.figures() and trainer.global_step not in (0, self.fit_state.logged_at):  # which go on between updates
             self._log(trainer)
-        if not self.at_target and not trainer.fast_dev_run:
+        if trainer.fast_dev_run:
+            return
+        if not self.at_target:
             rank_zero_warn(self.shortfall())
+        elif trainer.should_stop:  # the user has asked for an early end, by EarlyStopping or max_time=
+            return
+        elif text := self.progress.why_unfinished(self.calendar, self.engine.skipped, type(self).__name__):
+            rank_zero_warn(text)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        before, self.fit_state.before = self.fit_state.before, None
+        if before is not None:
+            self._leave(pl_module)
+            before.bring_back(self)
+            self.fit_state.restored = None
+            return
         if self.attachment.in_training:  # it may have come between the optimizer's step and ours
             self.engine.write()
             self.engine.batch_over()
@@ -222,7 +254,7 @@ class SparsityCallback(Method, AnyCallback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._leave(pl_module)
-        self.fit_state.restored = self.saved = None  # also of a fit that was refused
+        self.fit_state.restored = self.fit_state.before = self.saved = None
 
     # ------------------------------------------------------------------ parts of the hooks
 
@@ -254,9 +286,23 @@ class SparsityCallback(Method, AnyCallback):
             rank_zero_warn(text)
         new_run = trainer.global_step == 0 and not trainer.fast_dev_run
         if new_run:
-            length = optimizer_lives.run_length(trainer)
+            length = accumulation.run_length(trainer)
             if reason := self.progress.why_idle(self.times, length, type(self).__name__):
                 rank_zero_warn(reason)
+
+    def _check_accumulation(self, trainer: Trainer) -> None:
+        """The first batch of a fit or an epoch: say so where somebody accumulates otherwise than was expected."""
+        fit, first = self.fit_state, self.fit_state.last_epoch < 0
+        fit.last_epoch = trainer.current_epoch
+        if accumulation.scheduler_of(trainer) is not None:
+            fit.accumulates = accumulation.factor_in(trainer, trainer.current_epoch)
+            if first:  # where Lightning resumes a run it may leave out the hook in which the scheduler sets it
+                trainer.accumulate_grad_batches = fit.accumulates
+        if self.calendar is not None and trainer.accumulate_grad_batches != fit.accumulates:
+            ahead, every = self.calendar.stop - self.step, self.calendar.every
+            if text := accumulation.why_cut_off(trainer, fit.accumulates, ahead, every, type(self).__name__):
+                rank_zero_warn(text)
+            fit.accumulates = trainer.accumulate_grad_batches
 
     def _put_gradients_back(self, module: LightningModule) -> None:
         """Give parameters the gradients of an accumulation window that was open when the checkpoint was written."""
@@ -312,7 +358,7 @@ class SparsityCallback(Method, AnyCallback):
         if life is None:
             return
         try:
-            optimizer_lives.check_horizons(trainer, life, optimizer_lives.epoch_length(trainer))
+            optimizer_lives.check_horizons(trainer, life, accumulation.shortest_epoch(trainer))
         except ValueError as error:
             if not self.attachment.in_training:
                 raise
@@ -343,9 +389,6 @@ class SparsityCallback(Method, AnyCallback):
     def _leave(self, module: LightningModule) -> None:
         vars(module).pop("configure_gradient_clipping", None)
         self.engine.unbind()
-        before, self.fit_state.last_run = self.fit_state.last_run, None
-        if before is not None:  # the fit was refused: its masks were never written into the weights
-            restore_last_run(self, *before)
 
     def __getstate__(self) -> dict[str, Any]:
         bound_by_lightning = ("log", "log_dict")

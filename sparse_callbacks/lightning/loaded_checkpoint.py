@@ -27,6 +27,6 @@ def take_state_of_checkpoint(method: Method, model: nn.Module, state: Mapping[st
         return
     name = type(method).__name__
     try:
-        take_saved(method, model, SavedRun.of(check_state(state, method.arguments, name, path)))
+        take_saved(method, model, SavedRun.of(check_state(state, method.arguments, name, path), path))
     except (ValueError, RuntimeError) as error:  # what a method refuses, and what its `attach` asks of a run
         rank_zero_warn(f"{name} does not take the masks of the checkpoint whose weights were loaded: {error}")

@@ -10,6 +10,7 @@ from sparse_callbacks.core.calendar import RunLength
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
 from sparse_callbacks.core.optimizer_modes import switch_through, take_over_mode
 from sparse_callbacks.core.optimizers import parameter_ids
+from sparse_callbacks.lightning.accumulation import epoch_length, run_length
 from sparse_callbacks.lightning.namespaces import Trainer
 
 # The constructor argument of each schedule that says after how many of its own steps it ends.
@@ -59,25 +60,6 @@ def length_of(trainer: Trainer) -> RunLength:
     return RunLength(lambda: run_length(trainer), lambda: epoch_length(trainer), bool(trainer.fast_dev_run))
 
 
-def run_length(trainer: Trainer) -> float:
-    """Optimizer steps of the run, accumulation and devices counted; infinite where the run has no known end."""
-    # inf or -1 for a run without an end, depending on why it has none
-    steps = float(trainer.estimated_stepping_batches)
-    return steps if steps > 0 else math.inf
-
-
-def epoch_length(trainer: Trainer) -> float:
-    """Optimizer steps of an epoch; infinite where the loader has no length.
-
-    Lightning makes the train loader for the answer where it has not been made yet.
-    """
-    if trainer.train_dataloader is None:
-        trainer.fit_loop.setup_data()
-    batches = float(trainer.num_training_batches)
-    # the last window of an epoch may have fewer batches, and is followed by a step all the same
-    return math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else batches
-
-
 def restart(trainer: Trainer) -> None:
     """Run ``configure_optimizers`` again: new optimizers without state and new schedules replace the current ones.
 
@@ -124,7 +106,7 @@ def check_horizons(trainer: Trainer, phase_steps: float, epoch_steps: float) -> 
     Args:
         trainer: a Trainer whose optimizers and schedules are set up.
         phase_steps: the number of optimizer steps in the phase.
-        epoch_steps: the number of optimizer steps in an epoch, for schedules that step once an epoch. (In manual
+        epoch_steps: the number of optimizer steps in the shortest epoch, for schedules that step once an epoch. (In manual
             optimization Lightning does not know when the user steps a schedule. One step of the schedule for each
             optimizer step is assumed, so that no schedule that fits is refused.)
 

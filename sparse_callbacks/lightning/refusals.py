@@ -98,12 +98,12 @@ def gradients_are_read(trainer: Any, module: Any, optimizer: Optimizer) -> bool:
     if trainer.gradient_clip_val or not is_elementwise(optimizer) or not module.automatic_optimization:
         return True
     # a hook that is overridden may read gradients, and whether it does cannot be found out
-    if _overrides(module, "on_before_optimizer_step") or _overrides(module, "configure_gradient_clipping"):
+    if overrides(module, "on_before_optimizer_step") or overrides(module, "configure_gradient_clipping"):
         return True
-    return any(_overrides(c, "on_before_optimizer_step") and not isinstance(c, Method) for c in trainer.callbacks)
+    return any(overrides(c, "on_before_optimizer_step") and not isinstance(c, Method) for c in trainer.callbacks)
 
 
-def _overrides(thing: object, hook: str) -> bool:
+def overrides(thing: object, hook: str) -> bool:
     """Whether ``hook`` of ``thing`` is the user's own, rather than the default that Lightning's classes define."""
     # with the dots, or packages whose names only begin like these would count as Lightning
     return not getattr(type(thing), hook).__module__.startswith(("pytorch_lightning.", "lightning."))

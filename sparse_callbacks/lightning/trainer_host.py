@@ -3,7 +3,7 @@
 from collections.abc import Generator, Sequence
 from typing import Any
 
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from sparse_callbacks.core import distributed
@@ -55,3 +55,7 @@ class TrainerHost:
     def inform(self, text: str) -> None:
         """See :meth:`~sparse_callbacks.core.host.Host.inform`."""
         rank_zero_info(text)
+
+    def warn(self, text: str) -> None:
+        """See :meth:`~sparse_callbacks.core.host.Host.warn`."""
+        rank_zero_warn(text)

@@ -1,15 +1,17 @@
 """What RigL, SET and SNFS share: at each update drop small weights, and grow as many elsewhere."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Unpack
 
 from torch import Tensor
 
 from sparse_callbacks.core.calendar import Time
+from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.distributions import Distribution
 from sparse_callbacks.core.method import Method, Options
 from sparse_callbacks.core.ops import drop_and_grow, drop_count
 from sparse_callbacks.core.schedules import Schedule, as_schedule
+from sparse_callbacks.core.state_claims import Zeros, as_planned, possible_zeros
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.topology import Update
 
@@ -81,3 +83,8 @@ class DropAndGrow(Method):
                     name, moved, self.weights.masks[name], self.params[name].detach(), scores
                 )
         return Update(new, {"update/drop_fraction": fraction})
+
+
+@possible_zeros.register
+def _(method: DropAndGrow, saved: SavedRun, planned: Mapping[str, int]) -> list[Zeros]:
+    return as_planned(planned)

@@ -6,10 +6,12 @@ from typing import ClassVar, Unpack
 from torch import Tensor
 
 from sparse_callbacks.core.calendar import Time
+from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.distributions import Distribution
 from sparse_callbacks.core.method import Method, Options
 from sparse_callbacks.core.ops import keep_largest, zeros_for
 from sparse_callbacks.core.schedules import Schedule, pruning_curve
+from sparse_callbacks.core.state_claims import Zeros, possible_zeros, rises_to
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.topology import Update
 
@@ -108,3 +110,8 @@ class GMP(Method):
             return keep_largest(weight, min(int(mask.count_nonzero()), weight.numel() - zeros), among=mask)
 
         return {n: self.weights.by_layer(n, prune, mask, self.params[n].detach()) for n, mask in masks.items()}
+
+
+@possible_zeros.register
+def _(method: GMP, saved: SavedRun, planned: Mapping[str, int]) -> list[Zeros]:
+    return rises_to(planned, saved, pruning_curve(method.sparsity))

@@ -1,14 +1,16 @@
 """SNFS: drop small weights, grow where the smoothed dense gradient is large."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Unpack
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_callbacks.core.calendar import Time
+from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.distributions import Distribution
 from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.schedules import Schedule
+from sparse_callbacks.core.state_claims import Kept, expected_aux
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
@@ -108,3 +110,8 @@ class SNFS(DropAndGrow):
 
     def grow_scores(self, step: Step, name: str) -> Tensor | None:
         return self.aux.get(f"smoothed/{name}")
+
+
+@expected_aux.register
+def _(method: SNFS, saved: SavedRun, model: nn.Module) -> Mapping[str, Kept]:
+    return {f"smoothed/{name}": Kept(tuple(mask.shape)) for name, mask in saved.masks.items()}

@@ -7,9 +7,15 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from sparse_callbacks.core.checkpoint import SavedRun
+from sparse_callbacks.core.checkpoint_file import read_mapping
 from sparse_callbacks.core.distributions import Distribution
 from sparse_callbacks.core.method import Method, Options
 from sparse_callbacks.core.selection import Entry
+from sparse_callbacks.core.state_claims import Zeros, as_planned, possible_zeros
+from sparse_callbacks.core.state_layout import shown_short, why_not_whole
+
+_ANOTHER = "Give from_checkpoint= another checkpoint, or sparsity= for a new mask."
 
 
 class Static(Method):
@@ -102,33 +108,87 @@ class Static(Method):
 
 def _masks_in(source: str | Path | Mapping[str, Any], entries: Sequence[Entry]) -> dict[str, Tensor]:
     """Masks of ``entries`` from a checkpoint: those saved by a callback of this package, otherwise the non-zeros."""
+    shown = "from_checkpoint=" + ("" if isinstance(source, Mapping) else repr(str(source)))
     if isinstance(source, Mapping):
         found = source
-    elif Path(source).is_file():
-        # weights_only: a checkpoint that somebody else wrote must not run code
-        found = torch.load(source, map_location="cpu", weights_only=True)
+    elif Path(source).exists():
+        found = read_mapping(Path(source), _ANOTHER)
     else:
         raise ValueError(
             f"from_checkpoint={str(source)!r} is not a file. Give the path of a checkpoint or a state dict."
         )
     weights: Mapping[str, Any] = found.get("state_dict", found)  # of a Trainer's checkpoint, or a plain state dict
-    saved: dict[str, Tensor] = {}
-    for state in found.get("callbacks", {}).values():
-        if isinstance(state, Mapping) and isinstance(state.get("masks"), Mapping):
-            saved |= state["masks"]
-    missing = [e.name for e in entries if e.name not in weights or tuple(weights[e.name].shape) != e.full_shape]
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"{shown}: its state_dict is {shown_short(weights)}. {_ANOTHER}")
+    # checked before anything is computed with them: a damaged file may give a tensor any shape
+    missing = [e.name for e in entries if not _is_weight(weights.get(e.name), e)]
     if missing:
         known = ", ".join(k for k, v in weights.items() if isinstance(v, Tensor) and v.ndim > 1)
         raise ValueError(
-            f"from_checkpoint= does not fit the model: {', '.join(missing)} not found with the same shape. The "
+            f"{shown} does not fit the model: {', '.join(missing)} not found with the same shape. The "
             f"checkpoint has: {known}. Names must be those of the LightningModule; rename the keys, or leave layers "
             "out with include= or exclude=."
         )
     # saved masks go first: a weight that was just grown is zero and yet active, so the non-zeros would lose it
+    saved = _saved_masks(found, weights, entries, shown)
+    # beside masks that were saved, zeros of a parameter without one may be pruned, grown a moment ago, or as they were made
+    if unclear := [n for n in (e.name for e in entries) if saved and n not in saved and bool((weights[n] == 0).any())]:
+        raise ValueError(
+            f"{shown} has masks, and none of {', '.join(unclear)}, where there are zeros as well. Leave these layers out "
+            "with exclude=, or give a checkpoint with their masks, or a state dict without any."
+        )
+    if broken := [e.name for e in entries if e.name not in saved and not bool(weights[e.name].isfinite().all())]:
+        raise ValueError(f"{shown}: {broken[0]} there has values that are not finite. {_ANOTHER}")
     masks = {e.name: saved[e.name] if e.name in saved else weights[e.name] != 0 for e in entries}
     if all(bool(m.all()) for m in masks.values()):
         raise ValueError(
-            "from_checkpoint= holds no zeros in the selected weights, so there is no mask to keep. Give sparsity= "
-            "instead."
+            f"{shown} holds no zeros in the selected weights, so there is no mask to keep. Give sparsity= instead."
         )
+    if not any(bool(m.any()) for m in masks.values()):
+        raise ValueError(f"{shown} holds nothing but zeros in the selected weights, so nothing would train. {_ANOTHER}")
     return masks
+
+
+def _is_weight(value: object, entry: Entry) -> bool:
+    """Whether ``value`` is a whole tensor of numbers of the parameter's shape."""
+    return isinstance(value, Tensor) and tuple(value.shape) == entry.full_shape and not why_not_whole(value)
+
+
+def _saved_masks(
+    found: Mapping[str, Any], weights: Mapping[str, Tensor], entries: Sequence[Entry], shown: str
+) -> dict[str, Tensor]:
+    """The masks of ``entries`` that callbacks of this package have saved.
+
+    Raises:
+        ValueError: a mask is damaged, or is not that of the weights beside it.
+    """
+    states = found.get("callbacks", {})
+    if not isinstance(states, Mapping):
+        raise ValueError(f"{shown}: its callbacks are {shown_short(states)}. {_ANOTHER}")
+    listed = [s["masks"] for s in states.values() if isinstance(s, Mapping) and "masks" in s]
+    saved: dict[str, Tensor] = {}
+    for masks in listed:
+        if not isinstance(masks, Mapping):
+            raise ValueError(f"{shown}: masks in it are {shown_short(masks)}. {_ANOTHER}")
+        saved |= masks
+    for entry in entries:
+        if entry.name not in saved:
+            continue
+        mask = saved[entry.name]
+        if not _is_weight(mask, entry) or mask.dtype != torch.bool:
+            raise ValueError(
+                f"{shown}: the mask of {entry.name} is {shown_short(mask)}, and should be one of truth values of shape "
+                f"{list(entry.full_shape)}. {_ANOTHER}"
+            )
+        if bool(weights[entry.name][~mask].any()):
+            raise ValueError(
+                f"{shown}: {entry.name} has weights that its mask there says are pruned, so the two do not belong "
+                f"together. {_ANOTHER}"
+            )
+    return {e.name: saved[e.name] for e in entries if e.name in saved}
+
+
+@possible_zeros.register
+def _(method: Static, saved: SavedRun, planned: Mapping[str, int]) -> list[Zeros]:
+    # with from_checkpoint= the saved masks are themselves the plan
+    return as_planned(planned) if method.from_checkpoint is None else []

@@ -19,8 +19,10 @@ from pytorch_lightning.callbacks import Callback, LearningRateMonitor
 from pytorch_lightning.loggers import Logger
 
 from sparse_callbacks import methods
+from sparse_callbacks.core.checkpoint_file import read_mapping
 from sparse_callbacks.core.schedules import with_curve
 from sparse_callbacks.lightning.callback import SparsityCallback
+from sparse_callbacks.lightning.resumed_file import refuse_other_parts
 from sparse_callbacks.tasks.at_target import BestAtTarget, EarlyStoppingAtTarget
 from sparse_callbacks.tasks.classifier import Classifier, Optim
 from sparse_callbacks.tasks.data.module import MemoryData
@@ -202,10 +204,13 @@ def checkpoint_to_resume(cfg: DictConfig) -> str | None:
 
     Raises:
         FileNotFoundError: the file is not there.
+        ValueError: it is a folder.
     """
     if cfg.ckpt_path is None:
         return None
     path = Path(cfg.ckpt_path).absolute()
+    if path.is_dir():
+        raise ValueError(f"ckpt_path={cfg.ckpt_path} is a folder. Give a checkpoint in it, such as last.ckpt.")
     if not path.is_file():
         raise FileNotFoundError(
             f"ckpt_path={cfg.ckpt_path} is not there (looked at {path}). Give the file that the stopped run printed; "
@@ -215,16 +220,17 @@ def checkpoint_to_resume(cfg: DictConfig) -> str | None:
 
 
 def refuse_sparse_checkpoint(path: str | None, method: SparsityCallback | None) -> None:
-    """Refuse to go on from a sparse run with a dense one: without masks its zeros would train away unnoticed.
+    """Refuse to go on from a sparse run with a dense one: without masks its zeros would train away unnoticed. (A method
+    looks at the checkpoint itself.)
 
     Raises:
-        ValueError: the checkpoint holds masks, and there is no method.
+        ValueError: the checkpoint holds masks, and there is no method; or it is not a whole checkpoint.
     """
     if path is None or method is not None:
         return
-    # weights_only: a checkpoint from elsewhere must not be able to run code
-    states = torch.load(path, map_location="cpu", weights_only=True).get("callbacks", {})
-    sparse = [key for key, state in states.items() if isinstance(state, Mapping) and "masks" in state]
+    found = read_mapping(Path(path), "Give ckpt_path= another checkpoint of the run.")
+    refuse_other_parts(found, path)
+    sparse = [key for key, state in found["callbacks"].items() if isinstance(state, Mapping) and "masks" in state]
     if sparse:
         raise ValueError(
             f"ckpt_path={path} is of a sparse run ({sparse[0]}), and method=none would train its zeros away. "

@@ -1,6 +1,7 @@
 """Random states, unfinished gradients and metrics in a checkpoint, so that a run resumes bitwise."""
 
 import copy
+import random
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, distributed, nn
 from torchmetrics import Metric
 
 from sparse_callbacks.core.randomness import random_states, restore_random_states
+from sparse_callbacks.core.state_layout import shown_short, why_not_whole
 
 KEY = "run_state"  # the entry of the checkpoint
 
@@ -41,17 +43,22 @@ def states_to_save() -> dict[str, Any]:
     return saved
 
 
-def restore_saved_states(saved: Mapping[str, Any]) -> None:
-    """Put back what `states_to_save` took; a CUDA state needs a CUDA device and is left where there is none."""
+def _states_from(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The states of `random_states` in what `states_to_save` took, without that of CUDA."""
     position, has_gauss, cached = saved["numpy"]["rest"]
     keys = saved["numpy"]["keys"].cpu().numpy().astype(np.uint32)
     python = saved["python"]
-    states: dict[str, Any] = {
+    return {
         "torch": saved["torch"].cpu(),
         "numpy": (saved["numpy"]["name"], keys, int(position), int(has_gauss), cached),
         "python": (python["version"], tuple(python["numbers"].tolist()), python["gauss"]),
         "cuda": {},
     }
+
+
+def restore_saved_states(saved: Mapping[str, Any]) -> None:
+    """Put back what `states_to_save` took; a CUDA state needs a CUDA device and is left where there is none."""
+    states = _states_from(saved)
     # restored for the device of this process, which may have another index than in the run that saved it
     if "cuda" in saved and torch.cuda.is_available():
         states["cuda"][torch.cuda.current_device()] = saved["cuda"].cpu()
@@ -83,6 +90,50 @@ def inside_window(trainer: pl.Trainer) -> bool:
     return trainer.training and trainer.fit_loop._should_accumulate()
 
 
+def refuse_damaged(restored: Any, module: nn.Module, path: object) -> None:
+    """Refuse an entry of a checkpoint that `RunState` cannot have written.
+
+    Args:
+        restored: what the checkpoint holds under `KEY`.
+        module: the module whose gradients may be in it.
+        path: the checkpoint's path, for the error.
+
+    Raises:
+        ValueError: says what is wrong.
+    """
+    if why := _why_damaged(restored, dict(module.named_parameters())):
+        raise ValueError(
+            f"ckpt_path={path} is damaged: its {KEY} {why}, so the run would not go on as it was. Give another checkpoint "
+            "of the run."
+        )
+
+
+def _why_damaged(restored: Any, parameters: Mapping[str, nn.Parameter]) -> str:
+    if not isinstance(restored, Mapping) or not isinstance(restored.get("random"), list) or not restored["random"]:
+        return f"is {shown_short(restored)} and has no random states"
+    for saved in restored["random"]:
+        try:
+            # other generators than those of the run take the states first, because nothing may change where one is wrong
+            states = _states_from(saved)
+            torch.Generator().set_state(states["torch"])
+            np.random.RandomState().set_state(states["numpy"])
+            random.Random().setstate(states["python"])
+            # the generators take any position and any number that is kept for later
+            whole = 0 <= states["numpy"][2] <= len(states["numpy"][1]) and isinstance(states["python"][2], float | None)
+        except Exception as error:  # each generator has errors of its own for what is not a state of it
+            return f"has random states that are none ({type(error).__name__}: {error})"
+        if not whole:
+            return f"has a generator at {states['numpy'][2]}, {shown_short(states['python'][2])}"
+    gradients = restored.get("gradients", {})
+    if not isinstance(gradients, Mapping):
+        return f"has {shown_short(gradients)} as gradients"
+    for name, gradient in gradients.items():
+        fits = name in parameters and isinstance(gradient, Tensor) and gradient.shape == parameters[name].shape
+        if not fits or not gradient.is_floating_point() or why_not_whole(gradient):
+            return f"has {shown_short(gradient)} as the gradient of {shown_short(name)}"
+    return ""
+
+
 class RunState(pl.Callback):
     """Saves and restores what a bitwise resume needs and what neither Lightning nor a sparsity callback saves.
 
@@ -95,7 +146,8 @@ class RunState(pl.Callback):
             them themselves, so this is for dense runs.
 
     Raises:
-        ValueError: in `on_train_start`, a checkpoint of a run with another number of processes.
+        ValueError: a damaged checkpoint, where it is loaded; in `on_train_start`, one of a run with another number of
+            processes.
     """
 
     def __init__(self, gradients: bool) -> None:
@@ -115,6 +167,8 @@ class RunState(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        if KEY in checkpoint:
+            refuse_damaged(checkpoint[KEY], pl_module, trainer.ckpt_path)
         self._restored = checkpoint.get(KEY)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

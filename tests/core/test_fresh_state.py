@@ -158,6 +158,38 @@ def test_state_of_the_constructor_is_known_also_where_a_first_step_does_not_use_
     assert torch.equal(optimizer.state[p]["slow"], before.masked_fill(HALF, 0))
 
 
+def test_state_that_comes_after_some_steps_is_known_when_it_is_there() -> None:
+    class Late(Slow):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params)
+            self.state.clear()
+
+    p = parameter()
+    optimizer = Late([p])
+    fresh = FreshState(optimizer)
+    fresh.learn([p])
+    train(optimizer)
+    with torch.no_grad():
+        p.masked_fill_(HALF, 0)
+    before = optimizer.state[p]["slow"].clone()
+    fresh.write(p, HALF)
+    assert torch.equal(optimizer.state[p]["slow"], before.masked_fill(HALF, 0))
+
+
+def test_a_square_layer_of_4096_weights_is_learnt_as_one_of_4096(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    update = Coded.update
+
+    def sized(self: Any, p: Tensor, *arguments: Any) -> None:
+        sizes.append(p.numel())
+        update(self, p, *arguments)
+
+    monkeypatch.setattr(Coded, "update", sized)
+    p = parameter(64, 64)
+    FreshState(Coded([p])).learn([p])
+    assert set(sizes) == {4096}
+
+
 def test_an_optimizer_without_state_yet_stays_without() -> None:
     p = parameter()
     optimizer = torch.optim.AdamW([p])

@@ -10,6 +10,7 @@ from support.loops import begin, loss_of, net
 from support.loops import data as loop_data
 from support.nets import Regression, mlp
 from support.optimizers import (
+    BackWithGradients,
     Coded,
     DecaysAlways,
     ForgetsAlways,
@@ -151,6 +152,7 @@ def test_an_optimizer_of_another_kind_at_a_restart_is_refused_then(tmp_path: Pat
     [
         (Whole, r"fails without gradients: RuntimeError: .*"),
         (WholeNan, r"makes its number 'norm' NaN or infinite without gradients"),
+        (BackWithGradients, r"changes weights \(parameter 0\) without gradients"),
         (DecaysAlways, r"changes weights \(parameter 0\) without gradients"),
         (ForgetsAlways, r"changes its state 'momentum' \(parameter 0\) without gradients"),
     ],

@@ -166,7 +166,7 @@ class Slow(Stepping):
             group["taken"] += 1
             for p in group["params"]:
                 if group["taken"] % 3 == 0 and p.grad is not None:
-                    p.lerp_(self.state[p]["slow"], 0.5)
+                    p.lerp_(self.state[p].setdefault("slow", p.clone()), 0.5)
                     self.state[p]["slow"].copy_(p)
         return loss
 
@@ -227,6 +227,31 @@ class ForgetsAlways(Stepping):
 
     def update(self, p: Tensor, gradient: Tensor, state: Any, group: Any) -> None:
         p.sub_(state.setdefault("momentum", torch.zeros_like(p)).add_(gradient), alpha=group["lr"])
+
+
+class BackWithGradients(Stepping):
+    """Moves weights towards a second point before the closure, and back those that have a gradient then. In the first
+    steps both are one point."""
+
+    def step(self, closure: Any = None) -> Any:
+        if closure is None:
+            return super().step()
+        self.shift(0.5)
+        loss = closure()
+        self.shift(-0.5)
+        super().step()
+        return loss
+
+    @torch.no_grad()
+    def shift(self, share: float) -> None:
+        for p in parameters_of(self):
+            if share > 0 or p.grad is not None:
+                p.add_(self.state[p].get("apart", torch.zeros(())), alpha=share)
+
+    def update(self, p: Tensor, gradient: Tensor, state: Any, group: Any) -> None:
+        p.sub_(gradient, alpha=group["lr"])
+        state["taken"] = state.get("taken", 0) + 1
+        state["apart"] = torch.full_like(p, 0.01 if state["taken"] > 1 else 0.0)
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:

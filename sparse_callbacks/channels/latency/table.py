@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from sparse_callbacks.channels.costs import Layer, size_text
+from sparse_callbacks.channels.latency.table_layout import why_not_a_table
 
 # raised when the keys of the file change; files of other versions are refused
 TABLE_VERSION = 2
@@ -250,11 +251,11 @@ class Table:
         """
         try:
             content = json.loads(Path(path).read_text())
-            if content["version"] != TABLE_VERSION:
-                raise ValueError(f"it is one of version {content['version']}, written by another release")
+            if why := why_not_a_table(content, TABLE_VERSION):
+                raise ValueError(why)
             grids = {k: Grid(**g) for k, g in content["grids"].items()}
             return cls(content["about"], grids, float(content["constant"]), float(content["factor"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, RecursionError) as error:  # a deep nest of brackets is a RecursionError
             raise ValueError(
                 f"{path} is not a latency table of version {TABLE_VERSION} ({type(error).__name__}: {error}). "
                 f"Measure one: python -m sparse_callbacks.latency MODEL --batch N --input C H W --out {path}."

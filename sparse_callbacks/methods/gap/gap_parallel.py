@@ -211,6 +211,7 @@ class ParallelGaP(TrainsInTurns, GaP):
             # a second fit of the same callback counts its epochs from 0 again
             self.aux["workers/offset"] = self.aux["workers/epochs"] - epoch
         if self._mine:
+            self._load_worker()
             for optimizer, state in zip(self.owners.optimizers, self._mine["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
             self.turns_host.load_loader_states(self._mine["loaders"])
@@ -286,7 +287,7 @@ class ParallelGaP(TrainsInTurns, GaP):
         worker_schedule.refuse_other_ranks(state["aux"], self._schedule)
         if "workers" not in state:
             return state
-        self._mine = state["workers"][distributed.rank()]
+        self._mine = worker_schedule.own_part(state["workers"], distributed.world_size(), distributed.rank())
         # checkpoints of older versions have no dense gradients
         return {**state, "grads": self._mine["grads"], "dense_grads": self._mine.get("dense_grads", {})}
 
@@ -296,9 +297,11 @@ class ParallelGaP(TrainsInTurns, GaP):
             return  # no run begins: the model holds the network of rank 0, and the masks are those of this network
         if "workers/epochs" in self.aux:  # also of a run whose state was taken in another number of processes
             worker_schedule.refuse_other_ranks(self.aux, self._schedule)
-        if not self.trains_apart:
-            return
-        worker_schedule.refuse_lost_workers(self._mine)
+        if self.trains_apart:
+            worker_schedule.refuse_lost_workers(self._mine)
+
+    def _load_worker(self) -> None:
+        """The network of this rank as it was saved, in place of rank 0's, which the checkpoint brings to every rank."""
         load_tensors(self.model, self._mine["weights"])
         dense = self.weights.all_active(self.blocks()[distributed.rank()]) if self._begun == self.phase else {}
         self.weights.set_masks({**self._networks.masks, **dense})

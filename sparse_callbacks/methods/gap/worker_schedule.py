@@ -4,10 +4,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 from torch import Tensor
 
 from sparse_callbacks.core.calendar import RunLength
+from sparse_callbacks.core.state_layout import damaged, shown_short
 
 
 @dataclass(frozen=True)
@@ -109,3 +111,27 @@ def refuse_other_ranks(aux: Mapping[str, Tensor], schedule: WorkerSchedule) -> N
             f"the checkpoint was written within a round by {ranks} processes, and this run has {schedule.ranks}: the "
             f"workers would not be the same. Resume with devices={ranks}."
         )
+
+
+_OF_A_WORKER: Mapping[str, type] = {"weights": Mapping, "optimizers": list, "loaders": list, "grads": Mapping}
+
+
+def own_part(workers: Any, ranks: int, rank: int) -> Mapping[str, Any]:
+    """The network of this rank's worker, and what else it trains with, in a checkpoint.
+
+    Args:
+        workers: what the checkpoint holds of all workers.
+        ranks: the number of processes.
+        rank: the number of this one.
+
+    Raises:
+        ValueError: the workers are damaged.
+    """
+    if not isinstance(workers, list) or len(workers) != ranks:
+        raise damaged("that is resumed", f"its 'workers' are {shown_short(workers)}, and there are {ranks} processes")
+    for worker in workers:
+        kept = isinstance(worker, Mapping) and all(isinstance(worker.get(k), t) for k, t in _OF_A_WORKER.items())
+        if not kept:
+            raise damaged("that is resumed", f"a worker in it is {shown_short(worker)} without its network")
+    mine: Mapping[str, Any] = workers[rank]
+    return mine

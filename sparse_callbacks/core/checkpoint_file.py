@@ -1,0 +1,77 @@
+"""Reading a torch file that may be damaged or of another kind: one kind of error, and nothing in it is executed."""
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_ZIP = b"PK\x03\x04"
+# the pickled magic number that torch files began with before they were zip archives
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+
+
+def refuse_broken(path: Path, advice: str) -> None:
+    """Refuse a path that is not a whole torch file.
+
+    Torch does not compare the checksums of its own files when it reads them: a flipped bit in a weight or a mask goes
+    through. Comparing them is one pass over the file, without holding it in memory.
+
+    Args:
+        path: a path that exists.
+        advice: what to do instead, as a sentence for the error.
+
+    Raises:
+        ValueError: a folder, a file that cannot be read, or one that is cut off, changed or of another kind.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder and not a checkpoint file. {advice}")
+    try:
+        with path.open("rb") as file:
+            head = file.read(len(_LEGACY))
+        if head.startswith(_ZIP):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise ValueError(f"the checksum of {damaged} in it is wrong")
+        elif head != _LEGACY:
+            raise ValueError("it is empty" if not head else f"it begins with {head[:8]!r}, as no torch file does")
+    # zipfile raises errors of many kinds in a file whose directory of entries was changed
+    except Exception as error:
+        raise ValueError(
+            f"{path} is not a whole torch file ({type(error).__name__}: {error}): it was cut off or changed, or is of "
+            f"another kind. {advice}"
+        ) from error
+
+
+def read_mapping(path: Path, advice: str) -> Mapping[str, Any]:
+    """What a torch file holds, on the CPU, read with ``weights_only=True``: a checkpoint that somebody else wrote must
+    not run code.
+
+    Args:
+        path: a path that exists.
+        advice: what to do instead, as a sentence for the error.
+
+    Raises:
+        ValueError: it is not a torch file, or holds something besides a mapping of tensors and plain values.
+    """
+    refuse_broken(path, advice)
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds objects besides tensors, numbers and texts, or is damaged, and is not read for safety "
+            f"({first_line(error)}). {advice}"
+        ) from error
+    except Exception as error:  # whatever torch's reader finds in a file that is another or was changed
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {first_line(error)}). {advice}") from error
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{path} holds a {type(found).__name__} and not a checkpoint or a state dict. {advice}")
+    return found
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text: torch's go on for many."""
+    return next(iter(str(error).splitlines()), "")

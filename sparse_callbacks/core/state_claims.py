@@ -1,0 +1,227 @@
+"""What a run of a method may have saved for a model: the counts of its masks and the tensors of its own."""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import singledispatch
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparse_callbacks.core.checkpoint import SavedRun
+from sparse_callbacks.core.method import Method
+from sparse_callbacks.core.schedules import Schedule
+from sparse_callbacks.core.state_layout import damaged, shown_short
+
+PLAN_CHANGED = "plan/changed"
+"""Key in ``aux`` of a run that went on from one with other layers, so that its masks may count other than planned."""
+
+# So many zeros that are due are never rounded down to none.
+SOME = 4
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """The zeros that the masks of some parameters together may have.
+
+    Attributes:
+        names: names of the parameters.
+        allowed: every number that a run may have saved.
+    """
+
+    names: tuple[str, ...]
+    allowed: Collection[int]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a tensor in ``aux`` must be.
+
+    Attributes:
+        shape: its shape; None: any.
+        dtype: ``"bool"``, ``"int"`` or ``"float"``; empty: any.
+        required: a run that has saved anything has saved it.
+        finite: whether NaN and infinite values are excluded.
+        low: the least value; None: any.
+    """
+
+    shape: tuple[int, ...] | None = ()
+    dtype: str = "float"
+    required: bool = False
+    finite: bool = True
+    low: float | None = None
+
+
+@singledispatch
+def possible_zeros(method: Method, saved: SavedRun, planned: Mapping[str, int]) -> Iterable[Zeros]:
+    """What the masks of a run of ``method`` may count. A method of another package registers a function of its own, or
+    has none and claims nothing.
+
+    Args:
+        method: the method that goes on.
+        saved: the saved run, for methods whose counts depend on how far they have come.
+        planned: planned zeros by parameter name.
+    """
+    return ()
+
+
+@singledispatch
+def expected_aux(method: Method, saved: SavedRun, model: nn.Module) -> Mapping[str, Kept]:
+    """What the tensors in ``aux`` of a run of ``method`` must be, by key or by a glob on keys. Others may be anything.
+
+    Args:
+        method: the method that goes on.
+        saved: the saved run, for tensors that only some stages of a run have.
+        model: the model of the run.
+    """
+    return {}
+
+
+@singledispatch
+def copied_names(method: Method, saved: SavedRun) -> Collection[str]:
+    """Names of the parameters that a saved run of ``method`` must have dense values of."""
+    return ()
+
+
+def as_planned(planned: Mapping[str, int]) -> list[Zeros]:
+    """For :func:`possible_zeros`: the counts never change."""
+    return [Zeros((name,), (zeros,)) for name, zeros in planned.items()]
+
+
+def rises_to(planned: Mapping[str, int], saved: SavedRun, curve: Schedule) -> list[Zeros]:
+    """For :func:`possible_zeros`: pruned weights never come back until the plan is reached along ``curve``."""
+    # Not as many as the curve says: a run that was made shorter may be saved before its next update, and then its masks
+    # are of the longer curve. None at all is another matter, unless so few are due that rounding leaves none.
+    due = share_of_target(saved, curve)
+    return [Zeros((n,), range(int(due * zeros >= SOME), zeros + 1)) for n, zeros in planned.items()]
+
+
+def share_of_target(saved: SavedRun, curve: Schedule) -> float:
+    """The share of the target that ``curve`` has reached at the latest update of the optimizer that had its last
+    earliest; 0 before every optimizer has had one."""
+    done, steps = saved.progress["done"], saved.progress["steps"]
+    if not saved.times or not curve.final or any(index not in done for index in steps):
+        return 0.0
+    return curve(min(done.values(), default=0), saved.times[1], saved.times[2]) / curve.final
+
+
+def is_over(saved: SavedRun) -> bool:
+    """Every optimizer has had the update at the end of the calendar."""
+    done, steps = saved.progress["done"], saved.progress["steps"]
+    return bool(saved.times and steps) and all(done.get(i, -1) >= saved.times[2] for i in steps)
+
+
+def refuse_impossible(
+    method: Method, saved: SavedRun, model: nn.Module, planned: Mapping[str, int], optimizers: int
+) -> None:
+    """Refuse a saved run that no run of ``method`` with this model can have written; the masks have the parameters'
+    shapes.
+
+    Args:
+        method: the method that would go on.
+        saved: the saved run.
+        model: the model that the method goes on with.
+        planned: planned zeros by parameter name.
+        optimizers: the number of optimizers of the run.
+
+    Raises:
+        ValueError: says what is wrong.
+    """
+    why = (
+        _why_other_optimizers(saved, optimizers)
+        or _why_no_calendar(method, saved)
+        or _why_other_shapes(saved, model)
+        or _why_no_dense_values(method, saved)
+        or _why_other_aux(_all_aux(method, saved, model), saved)
+        or _why_other_counts(method, saved, planned)
+    )
+    if why:
+        raise damaged(saved.path, why)
+
+
+def _why_other_optimizers(saved: SavedRun, optimizers: int) -> str:
+    missing = [i for i in map(str, range(optimizers)) if i not in saved.progress["steps"]]
+    return f"it has no count of steps for optimizer {missing[0]}" if missing else ""
+
+
+def _why_no_calendar(method: Method, saved: SavedRun) -> str:
+    stepped = any(saved.progress["steps"].values())
+    return "it has no times of updates" if stepped and method.start is not None and not saved.times else ""
+
+
+def _why_other_counts(method: Method, saved: SavedRun, planned: Mapping[str, int]) -> str:
+    # asked last: some methods read the tensors in aux for it
+    for claim in () if PLAN_CHANGED in saved.aux else possible_zeros(method, saved, planned):
+        zeros = sum(int((~saved.masks[n]).sum()) for n in claim.names)
+        if zeros not in claim.allowed:
+            some = sorted(claim.allowed)
+            right = f"{some[0]}" if len(some) == 1 else f"{some[0]} to {some[-1]}"
+            name = type(method).__name__
+            return f"its masks have {zeros} zeros in {', '.join(claim.names)}, and a run of {name} has {right} there"
+    return ""
+
+
+def _why_other_shapes(saved: SavedRun, model: nn.Module) -> str:
+    """Dense values or gradients that are not of the parameters' shapes, or dense values that are not finite."""
+    parameters = dict(model.named_parameters())
+    for what, tensors in (
+        ("dense values", saved.dense),
+        ("gradients", saved.grads),
+        ("dense gradients", saved.dense_grads),
+    ):
+        for name, tensor in tensors.items():
+            if name not in parameters:
+                return f"it has {what} of {shown_short(name)}, which the model lacks"
+            if tensor.shape != parameters[name].shape:
+                here = list(parameters[name].shape)
+                return f"its {what} of {name} are {shown_short(tensor)}, and the parameter is {here}"
+    for name, tensor in saved.dense.items():
+        # a run that has diverged has NaN in its weights as well
+        if not bool(tensor.isfinite().all()) and bool(parameters[name].detach().isfinite().all()):
+            return f"its dense values of {name} are not finite, and the weights are"
+    return ""
+
+
+def _why_no_dense_values(method: Method, saved: SavedRun) -> str:
+    if saved.dense and not method.keeps_dense:
+        return f"it has dense values of {next(iter(saved.dense))}, which {type(method).__name__} never keeps"
+    missing = [name for name in copied_names(method, saved) if name not in saved.dense]
+    return f"it has no dense values of {missing[0]}" if missing else ""
+
+
+def _all_aux(method: Method, saved: SavedRun, model: nn.Module) -> Mapping[str, Kept]:
+    ever = (
+        {f"ever_active/{n}": Kept(tuple(m.shape), "bool", required=True) for n, m in saved.masks.items()}
+        if method.explores
+        else {}
+    )
+    return {**ever, **expected_aux(method, saved, model)}
+
+
+def _why_other_aux(expected: Mapping[str, Kept], saved: SavedRun) -> str:
+    for key, kept in expected.items():
+        if kept.required and key not in saved.aux:
+            return f"it has no {key}"
+    for key, tensor in saved.aux.items():
+        # exact keys first: a parameter's name may hold the signs of a glob
+        found = expected.get(key) or next((k for glob, k in expected.items() if fnmatchcase(key, glob)), None)
+        if found is not None and (why := _why_not_kept(tensor, found)):
+            return f"its {key} {why}"
+    return ""
+
+
+def _why_not_kept(tensor: Tensor, kept: Kept) -> str:
+    if kept.shape is not None and tuple(tensor.shape) != kept.shape:
+        return f"is {shown_short(tensor)}, and should be {list(kept.shape)}"
+    kinds: dict[str, Any] = {
+        "bool": str(tensor.dtype) == "torch.bool",
+        "float": tensor.is_floating_point(),
+        "int": not tensor.is_floating_point() and not tensor.is_complex() and str(tensor.dtype) != "torch.bool",
+    }
+    if kept.dtype and not kinds[kept.dtype]:
+        return f"is {shown_short(tensor)}, and should be of type {kept.dtype}"
+    if kept.finite and not bool(tensor.isfinite().all()):
+        return f"is {shown_short(tensor)} with values that are not finite"
+    if kept.low is not None and not bool((tensor >= kept.low).all()):
+        return f"is {shown_short(tensor)} with values below {kept.low:g}"
+    return ""

@@ -1,0 +1,167 @@
+"""The layout of a saved run's state: of what type each part is, whatever the model."""
+
+import reprlib
+from collections.abc import Callable, Mapping
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+Check = Callable[[Any], str]
+"""A function that says what is wrong with a value, as the end of a sentence; empty where nothing is."""
+
+# Above it no calendar counts: DPF writes 2**62 for "never".
+LARGEST_COUNT = 2**62
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 2, 3, 60, 60
+
+
+def shown_short(value: Any) -> str:
+    """A value of a damaged file as text: never long, however large or deep the value is."""
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+    return _SHORT.repr(value)
+
+
+def is_count(value: Any) -> TypeGuard[int]:
+    """A whole number that a run may have counted to; a bool is not one."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_COUNT
+
+
+def _count(value: Any) -> str:
+    return "" if is_count(value) else f"is {shown_short(value)} and not a whole number from 0 on"
+
+
+def _truth(value: Any) -> str:
+    return "" if isinstance(value, bool) else f"is {shown_short(value)} and not True or False"
+
+
+def _counts_by_optimizer(value: Any) -> str:
+    if not isinstance(value, Mapping):
+        return f"is {shown_short(value)} and not a mapping"
+    for index, count in value.items():
+        if not (isinstance(index, str) and index.isdecimal() and is_count(count)):
+            return f"has {shown_short(count)} under {shown_short(index)}, where the number of an optimizer has a count of steps"
+    return ""
+
+
+def _texts(value: Any) -> str:
+    if isinstance(value, Mapping) and all(isinstance(t, str) for item in value.items() for t in item):
+        return ""
+    return f"is {shown_short(value)} and not texts by name"
+
+
+def _calendar(value: Any) -> str:
+    if not isinstance(value, list | tuple) or len(value) not in (0, 3, 4) or not all(map(is_count, value)):
+        return f"is {shown_short(value)} and not the three or four whole numbers of a calendar, or none"
+    if value and (value[0] < 1 or list(value[1:]) != sorted(value[1:])):
+        return f"is {shown_short(value)}: the interval must be at least 1, and the other times in order"
+    return ""
+
+
+def why_not_whole(tensor: Tensor) -> str:
+    """Why a tensor is not one that a run saves: such a tensor has values, and memory for each of them."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        return f"is {shown_short(tensor)} without ordinary values"
+    # a stride of 0 gives a tensor of any size to a file of some bytes, and whoever computes with it needs all the memory
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return f"is {shown_short(tensor)}, and its memory has {tensor.untyped_storage().nbytes()} bytes"
+    return ""
+
+
+def _tensors(check: Check) -> Check:
+    def complaint(value: Any) -> str:
+        if not isinstance(value, Mapping):
+            return f"is {shown_short(value)} and not a mapping"
+        for name, tensor in value.items():
+            if not isinstance(name, str) or not isinstance(tensor, Tensor):
+                return f"has {shown_short(tensor)} under {shown_short(name)}, where a name has a tensor"
+            if why := check(tensor):
+                return f"has under {shown_short(name)} what {why}"
+        return ""
+
+    return complaint
+
+
+def _mask(tensor: Tensor) -> str:
+    return why_not_whole(tensor) or (
+        "" if tensor.dtype == torch.bool else f"is {shown_short(tensor)} and not of truth values"
+    )
+
+
+def _floats(tensor: Tensor) -> str:
+    return why_not_whole(tensor) or (
+        "" if tensor.is_floating_point() else f"is {shown_short(tensor)} and not of floating-point numbers"
+    )
+
+
+def _gradient(tensor: Tensor) -> str:
+    # an embedding may have a sparse one
+    if tensor.layout == torch.strided and (why := why_not_whole(tensor)):
+        return why
+    differentiable = tensor.is_floating_point() or tensor.is_complex()
+    return "" if differentiable else f"is {shown_short(tensor)} and not a gradient"
+
+
+LAYOUT: Mapping[str, Check] = {
+    "arguments": _texts,
+    "times": _calendar,
+    "steps": _counts_by_optimizer,
+    "done": _counts_by_optimizer,
+    "updates": _count,
+    "masks": _tensors(_mask),
+    "aux": _tensors(why_not_whole),
+    "dense": _tensors(_floats),
+    "grads": _tensors(_gradient),
+    "dense_grads": _tensors(_gradient),
+    "window_open": _truth,
+}
+"""What each part of a state must be."""
+# checkpoints of the first weeks had no dense values, and gradients are saved only inside a window
+_MAY_LACK = ("dense", "grads", "dense_grads", "window_open")
+
+
+def refuse_damaged(state: Mapping[str, Any], path: object) -> None:
+    """Refuse a state whose parts are missing, of other types, or contradict each other.
+
+    Args:
+        state: what was found in the checkpoint.
+        path: the checkpoint's path, for the error.
+
+    Raises:
+        ValueError: says which part is wrong, and how.
+    """
+    if missing := [key for key in LAYOUT if key not in state and key not in _MAY_LACK]:
+        raise damaged(path, f"{', '.join(missing)} missing in it")
+    for key, check in LAYOUT.items():
+        if key in state and (why := check(state[key])):
+            raise damaged(path, f"its {key!r} {why}")
+    if why := _contradiction(state):
+        raise damaged(path, why)
+
+
+def _contradiction(state: Mapping[str, Any]) -> str:
+    """What two parts of a state, each right by itself, say differently; empty where they agree."""
+    steps, done = state["steps"], state["done"]
+    for index, step in done.items():
+        if index not in steps or step > steps[index]:
+            counted = steps.get(index, "none")
+            return f"its latest update is at step {step}, and it has counted {counted} steps of optimizer {index}"
+    if state["updates"] < len(done):
+        return f"it has counted {state['updates']} updates, and {len(done)} optimizers have had one"
+    if foreign := [name for name in state.get("dense", {}) if name not in state["masks"]]:
+        return f"it has dense values of {shown_short(foreign[0])}, and no mask"
+    return ""
+
+
+def damaged(path: object, why: str) -> ValueError:
+    """The error for a state that no run can have written.
+
+    Args:
+        path: the checkpoint's path.
+        why: what is wrong with the state, as a clause.
+    """
+    return ValueError(
+        f"the checkpoint {path} cannot be resumed from: {why}. The file is damaged or was changed. Resume from another "
+        "checkpoint of the run, or give fresh_start=True to make new masks."
+    )

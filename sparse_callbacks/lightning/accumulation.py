@@ -1,0 +1,120 @@
+"""Optimizer steps of a run and of its epochs, also where a schedule changes how many micro-batches make a step."""
+
+import math
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+from sparse_callbacks.lightning.namespaces import Trainer
+
+
+def run_length(trainer: Trainer) -> float:
+    """Optimizer steps of the run, accumulation and devices counted; infinite where the run has no known end."""
+    if scheduler_of(trainer) is None:
+        # inf or -1 for a run without an end, depending on why it has none
+        steps = float(trainer.estimated_stepping_batches)
+        return steps if steps > 0 else math.inf
+    # Lightning's own number takes the factor of the current epoch for all of them
+    if trainer.max_epochs == -1:
+        return _limit(trainer)
+    return min(_limit(trainer), sum(epochs_of(trainer)))
+
+
+def epoch_length(trainer: Trainer) -> float:
+    """Optimizer steps of an epoch; infinite where the loader has no length.
+
+    Lightning makes the train loader for the answer where it has not been made yet.
+
+    Raises:
+        ValueError: epochs of the run have different numbers of steps.
+    """
+    lengths = list(dict.fromkeys(epochs_of(trainer)))  # each once, in order
+    if len(lengths) > 1:
+        raise ValueError(
+            f"epochs of this run have {', '.join(f'{n:g}' for n in lengths)} optimizer steps, as "
+            f"{type(scheduler_of(trainer)).__name__} changes how many batches make one, so a time in epochs has no "
+            "length. Give it in optimizer steps (every=), or accumulate equally in all epochs."
+        )
+    return lengths[0]
+
+
+def shortest_epoch(trainer: Trainer) -> float:
+    """Optimizer steps of the shortest epoch of the run; infinite where the loader has no length."""
+    return min(epochs_of(trainer))
+
+
+def epochs_of(trainer: Trainer) -> Iterator[float]:
+    """Optimizer steps of each epoch of the run, at least of the first one; infinite where the loader has no length."""
+    batches = _batches(trainer)
+    before, limit, last = 0.0, _limit(trainer), _epochs(trainer)
+    for epoch in count():
+        # the last window of an epoch may have fewer batches, and is followed by a step all the same
+        steps = math.ceil(batches / factor_in(trainer, epoch)) if math.isfinite(batches) else batches
+        yield steps
+        before += steps
+        endless = last == limit == math.inf  # no epoch has another factor than the last one of the schedule
+        if epoch + 1 >= last or before >= limit or (endless and epoch >= _last_change(trainer)):
+            return
+
+
+def scheduler_of(trainer: Trainer) -> Any | None:
+    """The callback that sets the Trainer's ``accumulate_grad_batches`` anew in each epoch; None without one."""
+    # by name, as the class exists twice (in pytorch_lightning and in lightning.pytorch); of several the last one sets it
+    name = "GradientAccumulationScheduler"
+    found = [c for c in trainer.callbacks if any(base.__name__ == name for base in type(c).__mro__)]
+    return found[-1] if found else None
+
+
+def factor_in(trainer: Trainer, epoch: int) -> int:
+    """How many batches of ``epoch`` (from 0) make an optimizer step, as far as it can be known."""
+    scheduler = scheduler_of(trainer)
+    # asked for and not read from its dictionary: a subclass may compute it
+    factor = trainer.accumulate_grad_batches if scheduler is None else scheduler.get_accumulate_grad_batches(epoch)
+    return int(factor)
+
+
+def why_cut_off(trainer: Trainer, expected: int, ahead: int, every: int, method: str) -> str:
+    """Why updates will fall behind the end of the run, because ``accumulate_grad_batches`` was changed by code that
+    nobody could ask before; empty where they will not.
+
+    Args:
+        trainer: a Trainer in the first batch of an epoch.
+        expected: the factor that the times of updates were computed with.
+        ahead: the number of optimizer steps from here to the last update of the method's curve.
+        every: the number of optimizer steps between updates.
+        method: name of the method, for the sentence.
+    """
+    factor = trainer.accumulate_grad_batches
+    epochs = max(1.0, _epochs(trainer) - trainer.current_epoch)
+    left = min(epochs * math.ceil(_batches(trainer) / factor), _limit(trainer) - trainer.global_step)
+    if factor <= expected or ahead - left <= every:
+        return ""
+    return (
+        f"accumulate_grad_batches is {factor} from epoch {trainer.current_epoch} on and was {expected} when the times of "
+        f"{method} were computed: about {left:g} optimizer steps are left of the run, and the last update is due in "
+        f"{ahead}. Use a GradientAccumulationScheduler, whose factors are known before the first batch, or give times in "
+        "optimizer steps."
+    )
+
+
+def _last_change(trainer: Trainer) -> int:
+    """The last epoch in which the factor changes."""
+    scheduler = scheduler_of(trainer)
+    return 0 if scheduler is None else max(scheduler.scheduling)
+
+
+def _limit(trainer: Trainer) -> float:
+    """``max_steps``; infinite without it."""
+    return math.inf if trainer.max_steps in (None, -1) else float(trainer.max_steps)
+
+
+def _epochs(trainer: Trainer) -> float:
+    """``max_epochs``; infinite without it."""
+    return math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs)
+
+
+def _batches(trainer: Trainer) -> float:
+    """Batches of an epoch; infinite where the loader has no length."""
+    if trainer.train_dataloader is None:
+        trainer.fit_loop.setup_data()
+    return float(trainer.num_training_batches)

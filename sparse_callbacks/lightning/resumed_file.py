@@ -1,0 +1,160 @@
+"""The checkpoint file that a fit resumes from, looked at before anything in it is loaded into a model."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from sparse_callbacks.core.checkpoint import SavedRun, check_state, misfit
+from sparse_callbacks.core.checkpoint_file import first_line, refuse_broken
+from sparse_callbacks.core.method import Method
+from sparse_callbacks.core.state_layout import is_count, shown_short
+from sparse_callbacks.lightning.refusals import is_tuner_checkpoint, overrides
+
+_ADVICE = "Resume from another checkpoint of the run (ckpt_path=)."
+# what Lightning reads of a checkpoint to resume from it
+_PARTS: Mapping[str, Callable[[Any], bool]] = {
+    "pytorch-lightning_version": lambda value: isinstance(value, str),
+    "state_dict": lambda value: isinstance(value, Mapping),
+    "callbacks": lambda value: isinstance(value, Mapping),
+    "optimizer_states": lambda value: _are_optimizers(value),
+    "lr_schedulers": lambda value: _are(value, {}),
+    "loops": lambda value: isinstance(value, Mapping),
+    "epoch": is_count,
+    "global_step": is_count,
+}
+_COUNTERS = ("ready", "started", "processed", "completed")
+
+
+def look_before_loading(trainer: Any, module: LightningModule, methods: Sequence[Method]) -> None:
+    """Let the fit that begins look at its checkpoint before it loads anything from it.
+
+    Lightning loads a checkpoint part by part: what is found wrong with the state of a callback leaves a model with other
+    weights. No hook comes before that, so for the one call with which Lightning reads the file the strategy's method is
+    hidden by an attribute of the instance.
+
+    Args:
+        trainer: the Trainer, in ``setup`` of a fit.
+        module: its LightningModule.
+        methods: all sparsity callbacks of the Trainer.
+    """
+    strategy = trainer.strategy
+    stop_looking(trainer)
+    read = strategy.load_checkpoint
+
+    def load_checkpoint(path: Any, **options: Any) -> Any:
+        stop_looking(trainer)
+        found = _read(lambda: read(path, **options), path, type(strategy.checkpoint_io).__name__)
+        if not is_tuner_checkpoint(path):
+            refuse_other_parts(found, path)
+            _refuse_other_progress(found["loops"], path, trainer)
+            for method in methods:
+                if not method.fresh_start:
+                    _refuse_other_state(method, found, path)
+            _refuse_other_weights(found["state_dict"], module, path)
+        return found
+
+    strategy.load_checkpoint = load_checkpoint
+
+
+def stop_looking(trainer: Any) -> None:
+    """Undo :func:`look_before_loading`."""
+    vars(trainer.strategy).pop("load_checkpoint", None)
+
+
+def _read(read: Callable[[], Any], path: Any, reader: str) -> Any:
+    """What ``read`` gives, with one kind of error for a file that is damaged.
+
+    A path that is not a local file, one that is missing, and one that a CheckpointIO of the user's reads are left to
+    whoever reads them.
+    """
+    if reader != "TorchCheckpointIO" or not Path(path).exists():
+        return read()
+    refuse_broken(Path(path), _ADVICE)
+    try:
+        return read()
+    except Exception as error:  # whatever torch's reader finds in a file that is another one
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}: {first_line(error)}). {_ADVICE} With "
+            "weights_only=True only tensors, numbers and texts are read; a checkpoint with other objects, if you trust "
+            "it, needs fit(..., weights_only=False)."
+        ) from error
+
+
+def _are(value: Any, parts: Mapping[str, type]) -> bool:
+    """Whether ``value`` is a list of mappings that have ``parts`` of these types."""
+    return isinstance(value, list) and all(
+        isinstance(item, Mapping) and all(isinstance(item.get(k), t) for k, t in parts.items()) for item in value
+    )
+
+
+def _are_optimizers(value: Any) -> bool:
+    """Whether ``value`` is a list of the states of optimizers, whose tensors are left to torch."""
+    return _are(value, {"state": Mapping, "param_groups": list}) and all(
+        _are(optimizer["param_groups"], {"params": list}) and _are(list(optimizer["state"].values()), {})
+        for optimizer in value
+    )
+
+
+def refuse_other_parts(found: Any, path: object) -> None:
+    """Refuse what is not the content of a checkpoint that a Trainer has written to resume from.
+
+    Raises:
+        ValueError: a part is missing or of another type.
+    """
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{path} holds {shown_short(found)} and not a checkpoint of Lightning. {_ADVICE}")
+    for key, is_right in _PARTS.items():
+        if not is_right(found.get(key)):
+            has = shown_short(found[key]) if key in found else "missing"
+            raise ValueError(
+                f"{path} is not a checkpoint that a Trainer has written to resume from: {key!r} in it is {has}. {_ADVICE}"
+            )
+
+
+def _refuse_other_progress(loops: Mapping[str, Any], path: object, trainer: Any) -> None:
+    for name, there in loops.items():
+        loop = getattr(trainer, name, None)
+        if loop is not None and (why := _why_other_progress(there, loop.state_dict(), name)):
+            raise ValueError(f"{path} is damaged: in its loops {why}. {_ADVICE}")
+
+
+def _why_other_progress(there: Any, here: Any, name: str) -> str:
+    """Where the counters of a loop are not counters; empty where they are."""
+    if not isinstance(here, Mapping):
+        wrong = name.rpartition("/")[2] in _COUNTERS and not is_count(there)
+        return f"{name} is {shown_short(there)} and not a count" if wrong else ""
+    if not isinstance(there, Mapping):
+        return f"{name} is {shown_short(there)}"
+    pairs = [(there[k], here[k], f"{name}/{k}") for k in here if k in there]
+    return next((why for pair in pairs if (why := _why_other_progress(*pair))), "")
+
+
+def _refuse_other_state(method: Method, found: Mapping[str, Any], path: object) -> None:
+    """Refuse a state that the method cannot go on from, and masks that no weights of their shape lie beside."""
+    state = found["callbacks"].get(getattr(method, "state_key", None))
+    saved = SavedRun.of(check_state(state, method.arguments, type(method).__name__, path), path)
+    for name, mask in saved.masks.items():
+        there = found["state_dict"].get(name)
+        if isinstance(there, Tensor) and there.shape != mask.shape:
+            raise misfit([name], path)
+
+
+def _refuse_other_weights(weights: Mapping[str, Any], module: LightningModule, path: object) -> None:
+    """Refuse weights that the model cannot take, of which torch would load those that come first."""
+    if overrides(module, "on_load_checkpoint") or type(module).load_state_dict is not torch.nn.Module.load_state_dict:
+        return  # the user's code may make others of them
+    # lazy parameters have no shape yet
+    here = {n: p for n, p in module.named_parameters() if not is_lazy(p)}
+    lost = [n for n in here if n not in weights] if module.strict_loading else []
+    wrong = [n for n, t in weights.items() if n in here and not (isinstance(t, Tensor) and t.shape == here[n].shape)]
+    if lost or wrong:
+        text = ", ".join([*lost, *wrong])
+        raise ValueError(
+            f"{path} does not fit the model: {text} missing in it, or of another shape. Resume with the model of the "
+            "interrupted run."
+        )

@@ -1,0 +1,41 @@
+"""What a saved run of DPF may hold."""
+
+from collections.abc import Collection, Mapping
+
+from torch import nn
+
+from sparse_callbacks.core.checkpoint import SavedRun
+from sparse_callbacks.core.schedules import pruning_curve
+from sparse_callbacks.core.state_claims import (
+    SOME,
+    Kept,
+    Zeros,
+    copied_names,
+    expected_aux,
+    possible_zeros,
+    rises_to,
+    share_of_target,
+)
+from sparse_callbacks.methods.dpf.dpf import DPF, GLOBAL
+
+
+@possible_zeros.register
+def _(method: DPF, saved: SavedRun, planned: Mapping[str, int]) -> list[Zeros]:
+    curve = pruning_curve(method.sparsity)
+    if method.distribution != GLOBAL and curve.initial <= curve.final:
+        return rises_to(planned, saved, curve)
+    # one threshold for all layers leaves a weight of each
+    claims = [Zeros((name,), range(saved.masks[name].numel())) for name in planned]
+    size = sum(saved.masks[name].numel() for name in planned)
+    some = int(share_of_target(saved, curve) * sum(planned.values()) >= SOME)
+    return [*claims, Zeros(tuple(planned), range(some, size))]
+
+
+@copied_names.register
+def _(method: DPF, saved: SavedRun) -> Collection[str]:
+    return saved.masks if method.finetune is None else ()  # in fine-tuning there are none
+
+
+@expected_aux.register
+def _(method: DPF, saved: SavedRun, model: nn.Module) -> Mapping[str, Kept]:
+    return {"reactivated/total": Kept(dtype="int", low=0, required=saved.progress["updates"] > 0)}
