@@ -232,6 +232,37 @@ FOUND = {
         inf_at=(),
         twist=1,
     ),
+    "a fit that ParallelGaP refuses": Case(
+        network=Network(
+            space="1d",
+            blocks=(Block(kind="transposed in groups", width=6, norm="instance", skip=True),),
+            activation="silu",
+            traits=(),
+            dtype="float32",
+            seed=0,
+        ),
+        method="gap_parallel",
+        arguments={
+            "sparsity": 0.5,
+            "partitions": 2,
+            "rounds": 1,
+            "epochs": 1,
+            "distribution": "uniform",
+            "init": "random",
+            "seed": 0,
+            "keep_dense": "first",
+        },
+        optimizer=Optimizer(name="SGD with nesterov", decay=0.01, how="", two=False, groups=True),
+        host="trainer",
+        precision="32-true",
+        batches=6,
+        window=1,
+        clip="norm",
+        manual=False,
+        schedule=False,
+        inf_at=(),
+        twist="again",
+    ),
 }
 
 
