@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import json
 import math
 import os
 import random
@@ -121,6 +122,11 @@ class Folder:
         except FileNotFoundError:
             return []
 
+    def metrics(self) -> dict[str, float]:
+        """What the run came to, but for its time."""
+        found = json.loads((self.path / "metrics.json").read_text())
+        return {key: value for key, value in found.items() if key != "seconds"}
+
     def points(self) -> set[tuple[int, str, str]]:
         """(step, key, value) of everything that the latest run has logged besides times."""
         if self.logger == "csv":
@@ -183,6 +189,8 @@ class Killer:
         process.send_signal(signal.SIGKILL)
         error = process.communicate()[1]
         assert process.returncode == -signal.SIGKILL, f"it ended before the kill: {process.returncode}\n{error[-2000:]}"
+        for path in folder.path.rglob("*.ckpt"):
+            torch.load(path, weights_only=True)  # whatever bears this name is whole
         return time.monotonic() - began, "w".join(folder.note()).replace("wwriting", "w")
 
 
@@ -193,6 +201,7 @@ def _resuming(folder: Folder) -> list[str]:
 def _compare(folder: Folder, whole: Folder, resumed_from: int) -> list[str]:
     """Where the end, and what was logged after the resume, differs from the run that was never stopped."""
     found = differences(content(whole.checkpoint), content(folder.checkpoint))
+    found += differences(whole.metrics(), folder.metrics())
     theirs, mine = whole.points(), folder.points()
     found += [f"logged only by the resumed run: {point}" for point in sorted(mine - theirs)[:3]]
     # Lightning numbers the rows of a step by the steps before it; an epoch's own rows carry its last step
