@@ -35,6 +35,8 @@ OPTIONS = (
 # what some methods need in a network of 32 units
 OWN = {"smcp": ("method.round_to=1",)}
 LOGGERS = ("csv", "wandb")
+# for temporary files: what is written there first is then copied to its place, which takes time
+OTHER_DISK = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ class Folder:
         """The child process, which writes into this folder."""
         self.path.mkdir(parents=True, exist_ok=True)
         given = {"NOTES": str(self.path / "notes"), "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", **environment}
+        if OTHER_DISK.is_dir():
+            given["TMPDIR"] = str(OTHER_DISK)
         given["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, sys.path)])
         command = [sys.executable, "-m", "kills.child", *OPTIONS, *OWN.get(self.method, ()), *more]
         command += [f"method={self.method}", f"logger=[{self.logger}]", f"hydra.run.dir={self.path}"]
