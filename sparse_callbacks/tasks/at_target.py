@@ -1,9 +1,12 @@
 """The best checkpoint and early stopping, which count only epochs at target sparsity."""
 
+from pathlib import Path
+
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 
 from sparse_callbacks.lightning.callback import SparsityCallback
+from sparse_callbacks.tasks.safe_stop import save_atomically
 
 
 def sparsity_callbacks(trainer: pl.Trainer) -> list[SparsityCallback]:
@@ -41,6 +44,16 @@ class BestAtTarget(ModelCheckpoint):
         # without a validation in this epoch there is no value to compare
         if at_target(trainer) and self.monitor in trainer.callback_metrics:
             super().on_train_epoch_end(trainer, pl_module)
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        # where temporary files lie on another disk, Lightning copies the new file over the best one so far: a kill or
+        # a full disk would leave half of it
+        save_atomically(trainer, Path(filepath))
+        self._last_global_step_saved = trainer.global_step
+        self._last_checkpoint_saved = filepath
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(self)
 
 
 class EarlyStoppingAtTarget(EarlyStopping):

@@ -101,7 +101,7 @@ def refuse_damaged(restored: Any, module: nn.Module, path: object) -> None:
     Raises:
         ValueError: says what is wrong.
     """
-    if why := _why_damaged(restored, dict(module.named_parameters())):
+    if why := _why_damaged(restored, dict(module.named_parameters())) or _why_other_metrics(restored, module):
         raise ValueError(
             f"ckpt_path={path} is damaged: its {KEY} {why}, so the run would not go on as it was. Give another checkpoint "
             "of the run."
@@ -132,6 +132,33 @@ def _why_damaged(restored: Any, parameters: Mapping[str, nn.Parameter]) -> str:
         if not fits or not gradient.is_floating_point() or why_not_whole(gradient):
             return f"has {shown_short(gradient)} as the gradient of {shown_short(name)}"
     return ""
+
+
+def _why_other_metrics(restored: Mapping[str, Any], module: nn.Module) -> str:
+    """Why the saved metrics cannot be those of ``module``; empty where they can, or none were saved."""
+    metrics = {n: m for n, m in module.named_modules() if isinstance(m, Metric)}
+    saved = restored.get("metrics", [{}] * len(restored["random"]))
+    if not isinstance(saved, list) or len(saved) != len(restored["random"]):
+        return f"has {shown_short(saved)} as metrics of {len(restored['random'])} processes"
+    for of_process in saved:
+        if not isinstance(of_process, Mapping):
+            return f"has {shown_short(of_process)} as metrics"
+        for name in of_process.keys() & metrics.keys():
+            state, own = of_process[name], metrics[name].metric_state
+            if not isinstance(state, Mapping) or state.keys() != own.keys():
+                return f"has {shown_short(state)} as the state of {name}"
+            for key, value in state.items():
+                if not _is_like(value, own[key]):
+                    return f"has {shown_short(value)} as {key} of {name}"
+    return ""
+
+
+def _is_like(value: Any, own: Any) -> bool:
+    """A saved value may be the state of a metric whose present state is ``own``."""
+    if not isinstance(own, Tensor):
+        return isinstance(value, list) and all(isinstance(v, Tensor) for v in value)
+    same = isinstance(value, Tensor) and value.dtype == own.dtype and value.shape == own.shape
+    return same and not why_not_whole(value)
 
 
 class RunState(pl.Callback):

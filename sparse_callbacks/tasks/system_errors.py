@@ -13,7 +13,8 @@ def why_ended(error: OSError, checkpoint: Path) -> str:
         error: an error of the operating system, with an ``errno``.
         checkpoint: the path of the checkpoint that the run goes on from if it is there.
     """
-    where = f" at {error.filename}" if error.filename else ""
+    path = error.filename2 or error.filename  # of a file that was to be moved, the place where it should go
+    where = f" at {path}" if path else ""
     step = saved_step(checkpoint)
     if step is not None:
         safe = f"{checkpoint} is whole: it holds the run up to step {step}. Free space or give the folder back first"

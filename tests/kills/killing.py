@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import json
 import math
 import os
 import random
@@ -34,6 +35,8 @@ OPTIONS = (
 # what some methods need in a network of 32 units
 OWN = {"smcp": ("method.round_to=1",)}
 LOGGERS = ("csv", "wandb")
+# for temporary files: what is written there first is then copied to its place, which takes time
+OTHER_DISK = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,8 @@ class Folder:
         """The child process, which writes into this folder."""
         self.path.mkdir(parents=True, exist_ok=True)
         given = {"NOTES": str(self.path / "notes"), "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", **environment}
+        if OTHER_DISK.is_dir():
+            given["TMPDIR"] = str(OTHER_DISK)
         given["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, sys.path)])
         command = [sys.executable, "-m", "kills.child", *OPTIONS, *OWN.get(self.method, ()), *more]
         command += [f"method={self.method}", f"logger=[{self.logger}]", f"hydra.run.dir={self.path}"]
@@ -120,6 +125,11 @@ class Folder:
             return (self.path / "notes").read_text().split()
         except FileNotFoundError:
             return []
+
+    def metrics(self) -> dict[str, float]:
+        """What the run came to, but for its time."""
+        found = json.loads((self.path / "metrics.json").read_text())
+        return {key: value for key, value in found.items() if key != "seconds"}
 
     def points(self) -> set[tuple[int, str, str]]:
         """(step, key, value) of everything that the latest run has logged besides times."""
@@ -183,6 +193,8 @@ class Killer:
         process.send_signal(signal.SIGKILL)
         error = process.communicate()[1]
         assert process.returncode == -signal.SIGKILL, f"it ended before the kill: {process.returncode}\n{error[-2000:]}"
+        for path in folder.path.rglob("*.ckpt"):
+            torch.load(path, weights_only=True)  # whatever bears this name is whole
         return time.monotonic() - began, "w".join(folder.note()).replace("wwriting", "w")
 
 
@@ -193,6 +205,7 @@ def _resuming(folder: Folder) -> list[str]:
 def _compare(folder: Folder, whole: Folder, resumed_from: int) -> list[str]:
     """Where the end, and what was logged after the resume, differs from the run that was never stopped."""
     found = differences(content(whole.checkpoint), content(folder.checkpoint))
+    found += differences(whole.metrics(), folder.metrics())
     theirs, mine = whole.points(), folder.points()
     found += [f"logged only by the resumed run: {point}" for point in sorted(mine - theirs)[:3]]
     # Lightning numbers the rows of a step by the steps before it; an epoch's own rows carry its last step

@@ -166,7 +166,8 @@ def _times(draw: st.DrawFn, cls: str, known: list[str], steps: int) -> dict[str,
         times["finetune"] = None if finetune is None else max(finetune, stop)
     if draw(st.booleans()):
         return times
-    return {k: v if v is None else max(int(k == "every"), round(v * steps)) for k, v in times.items()}
+    whole = {k: v if v is None else round(v * steps) for k, v in times.items()}
+    return whole | {"every": max(1, min(whole["every"], whole["stop"] - whole["start"]))}
 
 
 @st.composite

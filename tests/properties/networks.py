@@ -231,7 +231,7 @@ def networks(draw: st.DrawFn, convolutions_only: bool = False, simple: bool = Fa
         Block, st.sampled_from(kinds), st.sampled_from([4, 6, 8]), st.sampled_from(["", *norms]), st.booleans()
     )
     blocks = draw(st.lists(block, min_size=2 if convolutions_only else 1, max_size=4))
-    possible = ["frozen", "unused", "tied", "asleep", "flat"]
+    possible = ["frozen", "unused", "asleep", "flat", *["tied"] * (not convolutions_only)]  # tied channels stay
     possible += ["channels_last"] if space == "2d" else ["tied embedding"] if space == "tokens" else []
     traits = draw(st.lists(st.sampled_from(possible), unique=True, max_size=3))
     return Network(

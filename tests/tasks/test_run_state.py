@@ -8,14 +8,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torchmetrics.classification import MulticlassAccuracy
 
 from sparse_callbacks.core.randomness import random_states, restore_random_states
 from sparse_callbacks.tasks.classifier import Classifier
-from sparse_callbacks.tasks.run_state import restore_saved_states, states_to_save
+from sparse_callbacks.tasks.run_state import begun_metrics, refuse_damaged, restore_saved_states, states_to_save
 from sparse_callbacks.tasks.safe_stop import RunStopped
 
 
@@ -102,3 +105,23 @@ def test_the_training_accuracy_of_a_resumed_epoch_counts_all_its_batches(
     run("method=rigl", "logger=[csv]", f"ckpt_path={stopped.value.checkpoint}", folder="stopped")
     assert accuracies("stopped", 0) + accuracies("stopped", 1) == accuracies("whole", 0)
     assert len(accuracies("whole", 0)) == 3
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda saved: saved.update(metrics=3), "has 3 as metrics of 1 processes"),
+        (lambda saved: saved.update(metrics=[7]), "has 7 as metrics"),
+        (lambda saved: saved["metrics"][0].update(seen=[]), r"has .* as the state of seen"),
+        (lambda saved: saved["metrics"][0]["seen"].update(tp=torch.zeros(3)), r"has .* as tp of seen"),
+        (lambda saved: saved["metrics"][0]["seen"].pop("fn"), r"has .* as the state of seen"),
+    ],
+)
+def test_damaged_states_of_metrics_are_refused(damage: Callable[[Any], Any], words: str) -> None:
+    module = nn.ModuleDict({"seen": MulticlassAccuracy(4, average="micro")})
+    module["seen"].update(torch.tensor([0, 1]), torch.tensor([0, 2]))
+    saved = {"random": [states_to_save()], "metrics": [begun_metrics(module)]}
+    refuse_damaged(saved, module, "last.ckpt")
+    damage(saved)
+    with pytest.raises(ValueError, match=rf"ckpt_path=last.ckpt is damaged: its run_state {words}"):
+        refuse_damaged(saved, module, "last.ckpt")

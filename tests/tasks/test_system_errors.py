@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec.implementations.local as local_files
@@ -107,6 +108,31 @@ def test_a_full_disk_is_survived_by_the_last_checkpoint_which_resumes_bitwise(tm
         whole = program(tmp_path / "whole", long)
         assert [resumed.communicate() and resumed.returncode, whole.communicate() and whole.returncode] == [0, 0]
         assert differences(weights(folder), weights(tmp_path / "whole")) == []
+
+
+@pytest.mark.parametrize("name", ["best", "last"])
+def test_a_disk_that_fills_while_a_checkpoint_is_copied_to_its_place_leaves_the_one_before(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Lightning writes to the folder of temporary files, which may lie on another disk: moving is copying then."""
+    run("method=rigl")
+    path, copied = tmp_path / f"run/checkpoints/{name}.ckpt", []
+    before = path.read_bytes()
+
+    def copy_half(source: str, target: str) -> None:
+        if name in Path(target).name:
+            copied.append(target)
+            Path(target).write_bytes(Path(source).read_bytes()[:1000])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), source, None, target)
+        shutil.copy(source, target)
+
+    monkeypatch.setattr(local_files, "shutil", SimpleNamespace(move=copy_half, copyfileobj=shutil.copyfileobj))
+    with pytest.raises(OSError, match="No space left") as caught:
+        run("method=rigl", "checkpoint_every=4")
+    assert len(copied) == 1
+    assert path.read_bytes() == before
+    assert f"No space left on device at {copied[0]}." in why_ended(caught.value, path)
+    assert_whole(tmp_path)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
