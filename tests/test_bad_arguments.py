@@ -15,7 +15,6 @@ from sparse_callbacks import CTRE, GMP, RigL, methods
 def test_every_method_refuses_values_of_other_types_in_words() -> None:
     found, lines = counted(methods)
     assert len(found) == len(methods.__all__)
-    # what SMCP and ConstrainedL0 show of an array or a fraction is not theirs
     assert [line for line in lines if line.startswith((BARE, WRONG))] == []
 
 
