@@ -111,7 +111,7 @@ def _in_words(hint: Any) -> str:
 def in_words(error: Exception, names: collections.abc.Iterable[str]) -> bool:
     """Whether an error is a sentence about a value, which says more than one about its type."""
     if type(error) is ValueError:
-        return len(str(error)) > SENTENCE
+        return len(str(error)) > SENTENCE and "=" in str(error)  # which stands behind the name of every argument
     return type(error) is TypeError and any(f"{name}=" in str(error) for name in names)
 
 

@@ -13,7 +13,7 @@ from sparse_callbacks.core.optimizer_life import RestartsOptimizers
 from sparse_callbacks.core.state_layout import damaged, is_count, shown_short
 
 
-def refuse_arguments(method: Any, model: Any, steps: Any, epoch: Any, clip: Any, on_restart: Any) -> None:
+def refuse_arguments(method: Any, model: Any, steps: Any, epoch: Any, forward: Any, clip: Any, on_restart: Any) -> None:
     """Refuse what cannot be a run, before anything is touched."""
     if not isinstance(method, Method):
         raise TypeError(f"method={method!r} is not a method. Give an instance, such as RigL(0.9).")
@@ -32,7 +32,7 @@ def refuse_arguments(method: Any, model: Any, steps: Any, epoch: Any, clip: Any,
         )
     if epoch is not None and (not isinstance(epoch, Integral) or isinstance(epoch, bool) or epoch < 1):
         raise ValueError(f"epoch={epoch!r} is not the number of optimizer steps in an epoch. Give 1 or more, or None.")
-    for name, function in (("clip", clip), ("on_restart", on_restart)):
+    for name, function in (("forward", forward), ("clip", clip), ("on_restart", on_restart)):
         if function is not None and not callable(function):
             raise TypeError(f"{name}={function!r} is not a function.")
 

@@ -80,7 +80,7 @@ class SparseRun:
         state: Mapping[str, Any] | None,
         on_restart: Callable[[], object] | None,
     ) -> None:
-        refuse_arguments(method, model, steps, epoch, clip, on_restart)
+        refuse_arguments(method, model, steps, epoch, forward, clip, on_restart)
         self.method, self._number = method, next(_numbers)
         self._model = plain_model(model)
         listed = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]

@@ -119,6 +119,7 @@ class SMCP(Method):
         self.norm_scaling, self.prune_stem = norm_scaling, prune_stem
         words = {"importance": importance, "curve": curve, "norm_scaling": norm_scaling}
         refuse_budget_arguments(budget, decay, {"round_to": round_to, "chunk": chunk}, words, cost)
+        self.budget = float(budget)  # a fraction or a number of numpy is written as any other
         self.set_times(every, start, stop)
         self.groups: list[Group] = []  # whose channels may go; known once training starts
         self.left_out: dict[str, str] = {}  # why the channels of the others stay, by the group's name
