@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import os
@@ -10,10 +11,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -157,18 +159,22 @@ class Killer:
     """Kills runs in folders below one, and keeps a run of each method and logger that was never stopped."""
 
     def __init__(self, folder: Path, epochs: int = EPOCHS) -> None:
-        self.folder, self.epochs, self.count = folder, epochs, 0
-        self.whole = cache(self._whole)
+        self.folder, self.epochs, self.numbers = folder, epochs, itertools.count()
+        self.one_at_a_time = threading.Lock()
+        self.wholes: dict[tuple[str, str], Folder] = {}
 
-    def _whole(self, method: str, logger: str) -> Folder:
-        made = Folder(self.folder / f"{method}-{logger}-whole", method, logger, self.epochs)
-        made.finish()
-        return made
+    def whole(self, method: str, logger: str) -> Folder:
+        """The run that was never stopped; made when it is first asked for."""
+        with self.one_at_a_time:
+            if (method, logger) not in self.wholes:
+                made = Folder(self.folder / f"{method}-{logger}-whole", method, logger, self.epochs)
+                made.finish()
+                self.wholes[method, logger] = made
+            return self.wholes[method, logger]
 
     def run(self, kill: Kill) -> Row:
         """Kill a run, resume it, perhaps kill it again, and compare its end."""
-        self.count += 1
-        folder = Folder(self.folder / f"{self.count}-{kill.method}", kill.method, kill.logger, self.epochs)
+        folder = Folder(self.folder / f"{next(self.numbers)}-{kill.method}", kill.method, kill.logger, self.epochs)
         seconds, killed_at, resumed_from = [], [], []
         for step in kill.steps:
             taken, at = self._kill(folder, step, kill, _resuming(folder))
@@ -218,12 +224,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="runs that are killed at the same time")
     options = parser.parse_args()
     print(HEADER, flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        killer, differing = Killer(Path(folder)), 0
-        for kill in random_kills(options.kills, options.seed):
-            row = killer.run(kill)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as jobs:
+        differing = 0
+        for row in jobs.map(Killer(Path(folder)).run, random_kills(options.kills, options.seed)):
             differing += bool(row.differs)
             print(row, flush=True)
     print(f"{options.kills} runs killed, {differing} differ")
