@@ -18,7 +18,7 @@ from sparse_callbacks.testing.comparison import assert_counts, assert_effective,
 # an error says what is wrong in a sentence, and in another what to do
 SENTENCE = re.compile(r"[a-z)\]'\"=0-9].*\.(\s|$)", re.DOTALL)
 REMEDY = re.compile(
-    r"\b(Give|Use|Keep|Train|Drop|Leave|Change|Remove|Make|Call|Let|Choose|Set|Load|Resume|Put|Run|Begin|Name|Lower|Raise)\b"
+    r"\b(Give|Use|Keep|Train|Drop|Leave|Change|Remove|Make|Call|Let|Choose|Set|Load|Resume|Put|Run|Begin|Name|Lower|Raise|lower|exclude)\b"
 )
 
 
