@@ -1,21 +1,21 @@
-"""`train.py` as the child process that is killed: it notes its steps, and may kill itself while it writes a checkpoint.
+"""`train.py` as the child processes that are killed: they note their steps, and may kill themselves while they write.
 
-``python -m kills.child OVERRIDES``, with NOTES, the file of the notes, and perhaps KILL_IN_WRITE, the number of the
-checkpoint from 1 and the seconds after which its writing is cut short: "3 0.002".
+``python -m kills.child`` imports everything once, which takes longer than a run, and then forks a process for each line on
+its input, a JSON object with argv, environment, folder and the file for its errors. It answers with the number of the
+process, and with its exit status when it has ended.
 """
 
+import json
 import os
 import signal
 import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-
-from sparse_callbacks.tasks import safe_stop  # noqa: E402
-from train import main  # noqa: E402
 
 
 def note(text: str) -> None:
@@ -27,17 +27,21 @@ def note(text: str) -> None:
 
 def tell_steps() -> None:
     """Note the optimizer step after every batch, before anything is saved there."""
-    real = safe_stop.SafeStop.on_train_batch_end
+    from sparse_callbacks.tasks.safe_stop import SafeStop
+
+    real = SafeStop.on_train_batch_end
 
     def telling(self: Any, trainer: Any, *args: Any) -> None:
         note(str(trainer.global_step))
         real(self, trainer, *args)
 
-    safe_stop.SafeStop.on_train_batch_end = telling  # type: ignore[method-assign]
+    SafeStop.on_train_batch_end = telling  # type: ignore[method-assign]
 
 
 def kill_in_write(number: int, seconds: float) -> None:
     """Let a SIGKILL end this process so many seconds after it has begun to write checkpoint ``number``."""
+    from sparse_callbacks.tasks import safe_stop
+
     real, written = safe_stop.save_atomically, [0]
 
     def write(trainer: Any, path: Path) -> None:
@@ -50,8 +54,44 @@ def kill_in_write(number: int, seconds: float) -> None:
     safe_stop.save_atomically = write
 
 
+def run(argv: list[str], environment: dict[str, str], folder: str, errors: str) -> None:
+    """What the forked process does: train, and end with the status of `train.py`."""
+    os.environ.update(environment)
+    os.chdir(folder)
+    for stream, place in ((1, os.devnull), (2, errors)):
+        os.dup2(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    sys.argv = [str(ROOT / "train.py"), *argv]
+    status = 1
+    try:
+        from train import main
+
+        tell_steps()
+        if wanted := environment.get("KILL_IN_WRITE"):
+            kill_in_write(int(wanted.split()[0]), float(wanted.split()[1]))
+        main()
+        status = 0
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def serve() -> None:
+    """Fork a process for each line of the input."""
+    import wandb.sdk  # noqa: F401
+
+    import train  # noqa: F401
+
+    for line in sys.stdin:
+        given = json.loads(line)
+        if not (child := os.fork()):
+            run(**given)
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
 if __name__ == "__main__":
-    tell_steps()
-    if wanted := os.environ.get("KILL_IN_WRITE"):
-        kill_in_write(int(wanted.split()[0]), float(wanted.split()[1]))
-    main()
+    serve()

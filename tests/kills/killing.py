@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -86,6 +87,44 @@ def random_kills(number: int, seed: int) -> Iterator[Kill]:
         yield Kill(method, LOGGERS[index % 2], steps, index % 5 == 4, source.random() * 0.01)
 
 
+class Nursery:
+    """A process that has imported everything and forks the runs, one at a time."""
+
+    def __init__(self) -> None:
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, sys.path)])
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "kills.child"],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+
+    def start(self, **given: Any) -> int:
+        """The number of a new process; for what is given see :func:`kills.child.run`."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(given) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def has_ended(self) -> bool:
+        """Whether the process has."""
+        return bool(select.select([self.process.stdout], [], [], 0)[0])
+
+    def wait(self) -> int:
+        """The exit status of the process, minus the number of the signal that has killed it."""
+        return self._answer()
+
+    def _answer(self) -> int:
+        assert self.process.stdout is not None
+        return int(self.process.stdout.readline())
+
+    def close(self) -> None:
+        """No more runs."""
+        self.process.communicate()
+
+
 class Folder:
     """A folder of runs of one method and logger, each of so many ``epochs``."""
 
@@ -96,25 +135,24 @@ class Folder:
     def checkpoint(self) -> Path:
         return self.path / "checkpoints/last.ckpt"
 
-    def start(self, *more: str, **environment: str) -> subprocess.Popen[str]:
-        """The child process, which writes into this folder."""
+    def start(self, nursery: Nursery, *more: str, **environment: str) -> int:
+        """The number of a process that writes into this folder."""
         self.path.mkdir(parents=True, exist_ok=True)
-        given = {"NOTES": str(self.path / "notes"), "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", **environment}
+        given = {"NOTES": str(self.path / "notes"), "WANDB_MODE": "offline", **environment}
         if OTHER_DISK.is_dir():
             given["TMPDIR"] = str(OTHER_DISK)
-        given["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, sys.path)])
-        command = [sys.executable, "-m", "kills.child", *OPTIONS, *OWN.get(self.method, ()), *more]
-        command += [f"method={self.method}", f"logger=[{self.logger}]", f"hydra.run.dir={self.path}"]
-        command += [f"trainer.max_epochs={self.epochs}"]
-        return subprocess.Popen(
-            command, cwd=self.path, env=os.environ | given, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
+        argv = [*OPTIONS, *OWN.get(self.method, ()), *more, f"method={self.method}", f"logger=[{self.logger}]"]
+        argv += [f"trainer.max_epochs={self.epochs}", f"hydra.run.dir={self.path}"]
+        return nursery.start(argv=argv, environment=given, folder=str(self.path), errors=str(self.path / "errors"))
 
-    def finish(self, *more: str) -> None:
+    def finish(self, nursery: Nursery, *more: str) -> None:
         """A run to its end."""
-        process = self.start(*more)
-        error = process.communicate()[1]
-        assert process.returncode == 0, error[-4000:]
+        self.start(nursery, *more)
+        assert nursery.wait() == 0, self.errors()
+
+    def errors(self) -> str:
+        """The end of what the latest run has complained about."""
+        return (self.path / "errors").read_text()[-4000:]
 
     def saved_step(self) -> int:
         """The step of the last periodic checkpoint; 0 where there is none."""
@@ -160,15 +198,21 @@ class Killer:
 
     def __init__(self, folder: Path, epochs: int = EPOCHS) -> None:
         self.folder, self.epochs, self.numbers = folder, epochs, itertools.count()
-        self.one_at_a_time = threading.Lock()
+        self.one_at_a_time, self.of_thread = threading.Lock(), threading.local()
         self.wholes: dict[tuple[str, str], Folder] = {}
+
+    def nursery(self) -> Nursery:
+        """That of this thread."""
+        if not hasattr(self.of_thread, "nursery"):
+            self.of_thread.nursery = Nursery()
+        return self.of_thread.nursery  # type: ignore[no-any-return]
 
     def whole(self, method: str, logger: str) -> Folder:
         """The run that was never stopped; made when it is first asked for."""
         with self.one_at_a_time:
             if (method, logger) not in self.wholes:
                 made = Folder(self.folder / f"{method}-{logger}-whole", method, logger, self.epochs)
-                made.finish()
+                made.finish(self.nursery())
                 self.wholes[method, logger] = made
             return self.wholes[method, logger]
 
@@ -181,7 +225,7 @@ class Killer:
             seconds.append(taken)
             killed_at.append(at)
             resumed_from.append(folder.saved_step())
-        folder.finish(*_resuming(folder))
+        folder.finish(self.nursery(), *_resuming(folder))
         found = _compare(folder, self.whole(kill.method, kill.logger), resumed_from[-1])
         return Row(kill, tuple(seconds), tuple(killed_at), tuple(resumed_from), tuple(found))
 
@@ -192,13 +236,15 @@ class Killer:
         in_write = {"KILL_IN_WRITE": f"{number} {kill.delay}"} if kill.writing else {}
         (folder.path / "notes").unlink(missing_ok=True)
         began = time.monotonic()
-        process = folder.start(*resuming, **in_write)
-        while process.poll() is None and (kill.writing or int((folder.note() or ["0"])[0]) < step):
+        nursery = self.nursery()
+        process = folder.start(nursery, *resuming, **in_write)
+        while not nursery.has_ended() and (kill.writing or int((folder.note() or ["0"])[0]) < step):
             time.sleep(0.001)
         time.sleep(0 if kill.writing else kill.delay)
-        process.send_signal(signal.SIGKILL)
-        error = process.communicate()[1]
-        assert process.returncode == -signal.SIGKILL, f"it ended before the kill: {process.returncode}\n{error[-2000:]}"
+        if not nursery.has_ended():
+            os.kill(process, signal.SIGKILL)
+        status = nursery.wait()
+        assert status == -signal.SIGKILL, f"it ended before the kill: {status}\n{folder.errors()}"
         for path in folder.path.rglob("*.ckpt"):
             torch.load(path, weights_only=True)  # whatever bears this name is whole
         return time.monotonic() - began, "w".join(folder.note()).replace("wwriting", "w")
