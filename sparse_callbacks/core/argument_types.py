@@ -1,4 +1,4 @@
-"""Refusing arguments of other types than a signature is annotated with, as a person reads the annotation."""
+"""Refusal of arguments of other types than a signature is annotated with."""
 
 import collections.abc
 import functools
@@ -49,7 +49,9 @@ def fits(value: Any, hint: Any) -> bool:
     if hint is Path:
         return isinstance(value, os.PathLike)
     asked = origin if inspect.isclass(origin) else hint
-    askable = inspect.isclass(asked) and not getattr(asked, "_is_protocol", False) and not typing.is_typeddict(asked)
+    # a class that says what others must have cannot be asked what is one of its instances
+    abstract = typing.is_typeddict(asked) or typing.Protocol in getattr(asked, "__bases__", ())
+    askable = inspect.isclass(asked) and not abstract
     return isinstance(value, asked) if askable else True
 
 

@@ -70,7 +70,7 @@ def test_workers_equal_a_hand_written_loop() -> None:
     def apply(masks: dict[str, Tensor]) -> None:
         with torch.no_grad():
             for name, mask in masks.items():
-                weights[name].mul_(mask)
+                weights[name].masked_fill_(~mask, 0)
 
     def epoch(number: int, masks: dict[str, Tensor]) -> None:
         configured = model.configure_optimizers()
