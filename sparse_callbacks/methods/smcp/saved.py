@@ -11,9 +11,11 @@ from sparse_callbacks.methods.smcp.smcp import SMCP
 
 @possible_zeros.register
 def _(method: SMCP, saved: SavedRun, planned: Mapping[str, int]) -> list[Zeros]:
-    # the knapsack leaves a channel of each group at least, and every solve has a budget below the dense cost
+    # the knapsack leaves a channel of each group at least
     claims = [Zeros((name,), range(mask.numel())) for name, mask in saved.masks.items()]
-    solved = saved.progress["done"].keys() >= saved.progress["steps"].keys()
+    # Every solve has a budget below the dense cost. Of several optimizers each moves its own layers only, and its solve
+    # may save in those of the others, so that none prunes anything.
+    solved = len(saved.progress["steps"]) == 1 and bool(saved.progress["done"])
     size = sum(mask.numel() for mask in saved.masks.values())
     return [*claims, Zeros(tuple(saved.masks), range(int(solved), size))]
 
