@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -110,12 +110,19 @@ class Shadow:
         seed: 0 or 1: which elements of the stand-ins are zero, and which of :meth:`give_gradients` have none.
         decays: whether weight decay is kept.
         exact: ids of the parameters whose stand-ins have their shape however large they are.
+        corner: how many elements every tensor keeps of each dimension, on the CPU, where neither the size nor the
+            precision matters; stand-ins are in float32 then. None: stand-ins are like their parameters.
     """
 
     def __init__(
-        self, optimizer: Optimizer, seed: int, decays: bool = True, exact: frozenset[int] = frozenset()
+        self,
+        optimizer: Optimizer,
+        seed: int,
+        decays: bool = True,
+        exact: frozenset[int] = frozenset(),
+        corner: int | None = None,
     ) -> None:
-        self._real, self._seed = optimizer, seed
+        self._real, self._seed, self._corner = optimizer, seed, corner
         self._members = [member for _, member in members(optimizer)]
         self._parameters = {id(p): p for m in self._members for group in m.param_groups for p in group["params"]}
         self.stand_ins = {i: self._stand_in(p, i in exact) for i, p in self._parameters.items()}
@@ -126,6 +133,8 @@ class Shadow:
         """Steps that were begun."""
         self.before: dict[int, Tensor] = {}
         """Values of the stand-ins before the latest step."""
+        # one for all copies, as optimizers share groups and state with those that they hold
+        self._memo: dict[int, Any] = dict(self.stand_ins)
         self.optimizer = self._copied()
         """The copy."""
         for group in self.optimizer.param_groups:
@@ -135,6 +144,10 @@ class Shadow:
                 group["lr"] = group["lr"] + _SMALL_RATE
 
     def _stand_in(self, parameter: Tensor, exact: bool) -> nn.Parameter:
+        if self._corner is not None:
+            like = self._cut(parameter)
+            like = like.float() if like.dtype.is_floating_point else like
+            return self._made(parameter, list(like.shape), like)
         shape = list(parameter.shape)
         while not exact and torch.Size(shape).numel() >= 2 * _LARGE:
             # even sizes first, so that blocks of elements still fit
@@ -143,15 +156,18 @@ class Shadow:
         if len(shape) == 2 and shape[0] == shape[1] > 1:
             # the matrices that some optimizers keep for rows and for columns shall not have the shape of the weights
             shape = [2 * shape[0], -(-shape[1] // 2)]
-        index = torch.arange(torch.Size(shape).numel(), device=parameter.device)
+        return self._made(parameter, shape, parameter)
+
+    def _made(self, parameter: Tensor, shape: list[int], like: Tensor) -> nn.Parameter:
+        index = torch.arange(torch.Size(shape).numel(), device=like.device)
         # half of a sparse layer's weights are zero; 0.02 to 0.08, of both signs
         values = (index % 7 - 3.5) * 0.02 * (index % 2 == self._seed)
-        made = nn.Parameter(values.to(parameter.dtype).view(shape), parameter.requires_grad)
+        made = nn.Parameter(values.to(like.dtype).view(shape), parameter.requires_grad)
         vars(made).update(vars(parameter))  # by which some optimizers choose what to do
         return made
 
     def _copied(self) -> Any:
-        memo: dict[int, Any] = {i: self.stand_ins[i] for i in self._parameters}
+        memo = self._memo
         copies = [object.__new__(type(m)) for m in self._members]
         for member, made in zip(self._members, copies, strict=True):
             memo[id(member)] = made
@@ -161,11 +177,32 @@ class Shadow:
             for name, value in vars(member).items():
                 if name.endswith("_hooks"):
                     vars(made)[name] = _emptied(value)
-                elif name != "step":  # what a learning rate schedule has put over the class's own
-                    vars(made)[name] = _copied(value, memo)
+                # what hides a method of the class, such as the step that a schedule counts, belongs to the original
+                elif not (callable(value) and hasattr(type(member), name)):
+                    vars(made)[name] = self._copy(value)
+        self._copies = dict(zip(map(id, self._members), copies, strict=True))
         if callable(train := getattr(copies[0], "train", None)):
             train()  # schedule-free ones step in this mode alone
         return copies[0]
+
+    def _cut(self, tensor: Tensor) -> Tensor:
+        return tensor.detach()[tuple(slice(self._corner) for _ in tensor.shape)].cpu().clone()
+
+    def _copy(self, value: Any) -> Any:
+        if self._corner is not None and id(value) not in self._memo:
+            tensors = {id(t): t for _, t in _tensors(value, ()) if id(t) not in self._memo}
+            self._memo |= {i: self._cut(t) for i, t in tensors.items()}
+        return _copied(value, self._memo)
+
+    def copy_of(self, optimizer: Optimizer) -> Any:
+        """The copy of an optimizer that the copied one holds."""
+        return self._copies[id(optimizer)]
+
+    def take_state(self) -> None:
+        """Begin with the corners of the state that the optimizer has, whatever steps have made of it."""
+        for real in self._members:
+            for key, state in real.state.items():
+                self.copy_of(real).state[self._memo.get(id(key), key)] = self._copy(state)
 
     def start_from_state(self) -> bool:
         """Begin with the state that the optimizer has, made by its constructor; False where it has none, or where steps
@@ -229,9 +266,16 @@ class Shadow:
         arguments = [closure] if self.needs_closure else []
         if not arguments:
             within()
-        with undisturbed(nn.Module()), _eager(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with without_traces():
             type(self.optimizer).step(self.optimizer, *arguments)
+
+
+@contextmanager
+def without_traces() -> Iterator[None]:
+    """Random generators stay as they are, nothing is compiled for small shapes, and nobody is warned."""
+    with undisturbed(nn.Module()), _eager(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _is_number(value: Any) -> bool:

@@ -234,8 +234,8 @@ def test_dense_gradients_come_back_clipped_as_the_active_ones_were() -> None:
     dense = torch.randn_like(p)
     for factor in (1.0, 0.25):
         p.grad = dense.clone()
-        kept.keep_and_mask(name, weights, 1.0)
-        kept.keep_and_mask(name, weights, 1.0)  # with no backward pass in between
+        kept.keep_and_mask([name], weights, 1.0, reduced=False)
+        kept.keep_and_mask([name], weights, 1.0, reduced=False)  # with no backward pass in between
         assert not p.grad[~run.masks[name]].any()
         if factor != 1.0:
             p.grad.mul_(factor)
@@ -278,7 +278,7 @@ def test_weights_that_change_without_a_step_are_an_error_soon(batches_of_epoch: 
     """By the hundredth backward pass, two of them in each batch, or by the end of the first epoch."""
     model, taken = net(), []
     optimizer = NothingKnown(model.parameters())
-    run = begin("rigl", model, optimizer)
+    run = begin("static", model, optimizer)
 
     def epoch() -> None:
         for batch in batches(data(), 0, batches_of_epoch):
@@ -286,7 +286,7 @@ def test_weights_that_change_without_a_step_are_an_error_soon(batches_of_epoch: 
             taken.append(batch)
         run.epoch_end()
 
-    with pytest.raises(RuntimeError, match=r"0\.weight.*RigL has seen no step of NothingKnown.*base_optimizer"):
+    with pytest.raises(RuntimeError, match=r"0\.weight.*Static has seen no step of NothingKnown.*base_optimizer"):
         epoch()
     assert len(taken) == min(batches_of_epoch, 49)
 
