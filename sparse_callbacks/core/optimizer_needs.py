@@ -12,8 +12,9 @@ from sparse_callbacks.core.fresh_state import FreshState, UnknownStateError, fir
 from sparse_callbacks.core.hooks import Hooks
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
+from sparse_callbacks.core.optimizer_state import decoded, members, name_of, state_tensors
 from sparse_callbacks.core.optimizers import Ownership, is_elementwise
-from sparse_callbacks.core.shadow_optimizer import Shadow, decoded, members, name_of, state_tensors
+from sparse_callbacks.core.shadow_optimizer import Shadow
 from sparse_callbacks.core.step import ReplacesSteps
 
 # Some optimizers do in later steps what they leave out in the first.

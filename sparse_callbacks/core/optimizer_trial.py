@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sparse_callbacks.core.shadow_optimizer import Shadow, members, without_traces
+from sparse_callbacks.core.optimizer_state import members
+from sparse_callbacks.core.shadow_optimizer import Shadow, without_traces
 
 CORNER = 2  # elements that tensors keep of each dimension
 STEPS = 8  # some optimizers do in a later step what they leave out in the first
