@@ -12,8 +12,9 @@ from sparse_callbacks.core.fresh_state import FreshState, UnknownStateError, fir
 from sparse_callbacks.core.hooks import Hooks
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
-from sparse_callbacks.core.optimizers import Ownership
-from sparse_callbacks.core.shadow_optimizer import Shadow, decoded, members, name_of, state_tensors
+from sparse_callbacks.core.optimizer_state import decoded, members, name_of, state_tensors
+from sparse_callbacks.core.optimizers import Ownership, is_elementwise
+from sparse_callbacks.core.shadow_optimizer import Shadow
 from sparse_callbacks.core.step import ReplacesSteps
 
 # Some optimizers do in later steps what they leave out in the first.
@@ -62,7 +63,8 @@ def _refuse_growth(method: Method, owners: Ownership, index: int) -> None:
     optimizer, fresh, parameters = owners.optimizers[index], owners.fresh[index], owners.parameters_of(index)
     try:
         fresh.learn(parameters)
-        _rehearse_growth(optimizer, fresh, parameters)
+        if not is_elementwise(optimizer):
+            _rehearse_growth(optimizer, fresh, parameters)
     except UnknownStateError as error:
         raise ValueError(
             f"{type(method).__name__} grows weights, and each starts with the optimizer state of a fresh weight. Of "
@@ -126,7 +128,8 @@ def refuse_replaced_steps(method: Method, optimizer: Optimizer) -> None:
     Raises:
         ValueError: it does, with what it does.
     """
-    if problem := _without_gradients(optimizer):
+    # torch's own of this kind pass over parameters without a gradient, whatever their arguments
+    if not is_elementwise(optimizer) and (problem := _without_gradients(optimizer)):
         raise ValueError(
             f"an update of {type(method).__name__} takes the place of a step: nothing has a gradient then, and nothing "
             f"may move. {type(optimizer).__name__} {problem}. Use another optimizer, such as torch.optim.AdamW, or a "

@@ -4,99 +4,22 @@ import copy
 import inspect
 import sys
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparse_callbacks.core.optimizer_state import by_weight, is_coded, members, tensors_in
 from sparse_callbacks.core.undisturbed import undisturbed
-
-Path = tuple[Any, ...]
-"""Where a tensor is in the state of a parameter: which optimizer, and the keys down to the tensor."""
 
 # A stand-in has the shape of its parameter, and of a larger one at least this many elements: some optimizers keep other
 # state from 4096 elements on.
 _LARGE = 4096
-_STACKED = 4  # state tensors that one tensor may hold
-_DEEPEST = 4  # containers within containers that are looked into
 # used where a schedule begins with a rate of 0: step sizes that start at the rate would all be 0
 _SMALL_RATE = 1e-3
-
-
-def members(optimizer: Optimizer) -> list[tuple[str, Optimizer]]:
-    """``optimizer`` and the optimizers that it holds, however deep, each with the attributes that lead to it."""
-    found: list[tuple[str, Optimizer]] = [("", optimizer)]
-    for where, member in found:  # the list grows meanwhile
-        for name, value in vars(member).items():
-            held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-            for index, inner in enumerate(held):
-                if isinstance(inner, Optimizer) and all(inner is not known for _, known in found):
-                    found.append((f"{where}{name}.{index}.", inner))
-    return found
-
-
-def state_tensors(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[Path, Tensor]]:
-    """Every tensor that ``optimizer`` keeps for ``parameter``, also within containers and in optimizers that it
-    holds."""
-    for where, member in members(optimizer):
-        yield from _tensors(member.state.get(parameter, {}), (where,))
-
-
-def _tensors(value: Any, path: Path) -> Iterator[tuple[Path, Tensor]]:
-    if isinstance(value, Tensor):
-        yield path, value
-    elif len(path) <= _DEEPEST and not isinstance(value, type | nn.Module | Optimizer):
-        if isinstance(value, Mapping):
-            items: Any = list(value.items())
-        elif isinstance(value, list | tuple | deque):
-            items = enumerate(value)
-        else:
-            items = getattr(value, "__dict__", {}).items()  # an object of the optimizer's own
-        for key, inner in items:
-            yield from _tensors(inner, (*path, key))
-
-
-def name_of(path: Path) -> str:
-    """The name of a state tensor, as an error shows it."""
-    return ".".join(str(key) for key in path[1:])
-
-
-def by_weight(path: Path, tensor: Tensor, parameter: Tensor) -> list[tuple[Path, Tensor]]:
-    """The parts of a state tensor that have an element for each weight, in the parameter's shape; none where it is of
-    another kind."""
-    shape, whole = parameter.shape, tensor.shape
-    if whole == shape:
-        return [(path, tensor)]
-    if is_coded(tensor) or len(shape) < 2:
-        return []
-    if whole == (parameter.numel(),) and tensor.is_contiguous():
-        return [(path, tensor.view(shape))]
-    # several of one kind in one tensor, such as a fast and a slow mean
-    if whole[1:] == shape and whole[0] <= _STACKED:
-        return [((*path, i), part) for i, part in enumerate(tensor.unbind(0))]
-    if whole[:-1] == shape and whole[-1] <= _STACKED:
-        return [((*path, i), part) for i, part in enumerate(tensor.unbind(-1))]
-    return []
-
-
-def is_coded(tensor: Tensor) -> bool:
-    """It is of a tensor class of its own."""
-    return type(tensor) not in (Tensor, nn.Parameter)
-
-
-def decoded(tensor: Tensor) -> Tensor:
-    """The values of a tensor, also of one that :func:`is_coded` and can be decoded."""
-    if not is_coded(tensor):
-        return tensor.detach()
-    decode: Any = getattr(tensor, "dequantize", None)
-    if decode is None:
-        raise TypeError(f"{type(tensor).__name__} has no dequantize(), by which its values could be read")
-    values: Tensor = decode()
-    return values.float()
 
 
 class Shadow:
@@ -110,12 +33,19 @@ class Shadow:
         seed: 0 or 1: which elements of the stand-ins are zero, and which of :meth:`give_gradients` have none.
         decays: whether weight decay is kept.
         exact: ids of the parameters whose stand-ins have their shape however large they are.
+        corner: how many elements every tensor keeps of each dimension, on the CPU, where neither the size nor the
+            precision matters; stand-ins are in float32 then. None: stand-ins are like their parameters.
     """
 
     def __init__(
-        self, optimizer: Optimizer, seed: int, decays: bool = True, exact: frozenset[int] = frozenset()
+        self,
+        optimizer: Optimizer,
+        seed: int,
+        decays: bool = True,
+        exact: frozenset[int] = frozenset(),
+        corner: int | None = None,
     ) -> None:
-        self._real, self._seed = optimizer, seed
+        self._real, self._seed, self._corner = optimizer, seed, corner
         self._members = [member for _, member in members(optimizer)]
         self._parameters = {id(p): p for m in self._members for group in m.param_groups for p in group["params"]}
         self.stand_ins = {i: self._stand_in(p, i in exact) for i, p in self._parameters.items()}
@@ -126,6 +56,8 @@ class Shadow:
         """Steps that were begun."""
         self.before: dict[int, Tensor] = {}
         """Values of the stand-ins before the latest step."""
+        # one for all copies, as optimizers share groups and state with those that they hold
+        self._memo: dict[int, Any] = dict(self.stand_ins)
         self.optimizer = self._copied()
         """The copy."""
         for group in self.optimizer.param_groups:
@@ -135,6 +67,10 @@ class Shadow:
                 group["lr"] = group["lr"] + _SMALL_RATE
 
     def _stand_in(self, parameter: Tensor, exact: bool) -> nn.Parameter:
+        if self._corner is not None:
+            like = self._cut(parameter)
+            like = like.float() if like.dtype.is_floating_point else like
+            return self._made(parameter, list(like.shape), like)
         shape = list(parameter.shape)
         while not exact and torch.Size(shape).numel() >= 2 * _LARGE:
             # even sizes first, so that blocks of elements still fit
@@ -143,15 +79,18 @@ class Shadow:
         if len(shape) == 2 and shape[0] == shape[1] > 1:
             # the matrices that some optimizers keep for rows and for columns shall not have the shape of the weights
             shape = [2 * shape[0], -(-shape[1] // 2)]
-        index = torch.arange(torch.Size(shape).numel(), device=parameter.device)
+        return self._made(parameter, shape, parameter)
+
+    def _made(self, parameter: Tensor, shape: list[int], like: Tensor) -> nn.Parameter:
+        index = torch.arange(torch.Size(shape).numel(), device=like.device)
         # half of a sparse layer's weights are zero; 0.02 to 0.08, of both signs
         values = (index % 7 - 3.5) * 0.02 * (index % 2 == self._seed)
-        made = nn.Parameter(values.to(parameter.dtype).view(shape), parameter.requires_grad)
+        made = nn.Parameter(values.to(like.dtype).view(shape), parameter.requires_grad)
         vars(made).update(vars(parameter))  # by which some optimizers choose what to do
         return made
 
     def _copied(self) -> Any:
-        memo: dict[int, Any] = {i: self.stand_ins[i] for i in self._parameters}
+        memo = self._memo
         copies = [object.__new__(type(m)) for m in self._members]
         for member, made in zip(self._members, copies, strict=True):
             memo[id(member)] = made
@@ -161,11 +100,32 @@ class Shadow:
             for name, value in vars(member).items():
                 if name.endswith("_hooks"):
                     vars(made)[name] = _emptied(value)
-                elif name != "step":  # what a learning rate schedule has put over the class's own
-                    vars(made)[name] = _copied(value, memo)
+                # what hides a method of the class, such as the step that a schedule counts, belongs to the original
+                elif not (callable(value) and hasattr(type(member), name)):
+                    vars(made)[name] = self._copy(value)
+        self._copies = dict(zip(map(id, self._members), copies, strict=True))
         if callable(train := getattr(copies[0], "train", None)):
             train()  # schedule-free ones step in this mode alone
         return copies[0]
+
+    def _cut(self, tensor: Tensor) -> Tensor:
+        return tensor.detach()[tuple(slice(self._corner) for _ in tensor.shape)].cpu().clone()
+
+    def _copy(self, value: Any) -> Any:
+        if self._corner is not None and id(value) not in self._memo:
+            tensors = {id(t): t for _, t in tensors_in(value, ()) if id(t) not in self._memo}
+            self._memo |= {i: self._cut(t) for i, t in tensors.items()}
+        return _copied(value, self._memo)
+
+    def copy_of(self, optimizer: Optimizer) -> Any:
+        """The copy of an optimizer that the copied one holds."""
+        return self._copies[id(optimizer)]
+
+    def take_state(self) -> None:
+        """Begin with the corners of the state that the optimizer has, whatever steps have made of it."""
+        for real in self._members:
+            for key, state in real.state.items():
+                self.copy_of(real).state[self._memo.get(id(key), key)] = self._copy(state)
 
     def start_from_state(self) -> bool:
         """Begin with the state that the optimizer has, made by its constructor; False where it has none, or where steps
@@ -176,7 +136,7 @@ class Shadow:
                 if parameter not in real.state:
                     continue
                 memo: dict[int, Any] = {id(parameter): self.stand_ins[key]}
-                for _, tensor in _tensors(real.state[parameter], ()):
+                for _, tensor in tensors_in(real.state[parameter], ()):
                     if by_weight((), tensor, parameter) and tensor is not parameter:
                         small = _like_new(tensor, parameter, self.stand_ins[key])
                         if small is None:
@@ -229,9 +189,16 @@ class Shadow:
         arguments = [closure] if self.needs_closure else []
         if not arguments:
             within()
-        with undisturbed(nn.Module()), _eager(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with without_traces():
             type(self.optimizer).step(self.optimizer, *arguments)
+
+
+@contextmanager
+def without_traces() -> Iterator[None]:
+    """Random generators stay as they are, nothing is compiled for small shapes, and nobody is warned."""
+    with undisturbed(nn.Module()), _eager(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _is_number(value: Any) -> bool:

@@ -8,8 +8,11 @@ from weakref import ref
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sparse_callbacks.core.optimizer_trial import Trial, Twin
+from sparse_callbacks.core.fresh_state import UnknownStateError, first_steps
+from sparse_callbacks.core.optimizer_state import state_tensors
+from sparse_callbacks.core.optimizer_trial import CORNER, Trial
 from sparse_callbacks.core.optimizers import parameter_ids, several_closures
+from sparse_callbacks.core.shadow_optimizer import Shadow
 
 # The two calls of implementations without a closure: to the perturbed point, and back with the step.
 _TWO_CALLS = ("first_step", "second_step")
@@ -53,20 +56,17 @@ def _inner_of(optimizer: Optimizer) -> Optimizer | None:
     return next(iter(held.values())) if len(held) == 1 else None
 
 
-Steps = Callable[[Twin, Callable[[], Tensor]], object]
-
-
-def by_closure(twin: Twin, closure: Callable[[], Tensor]) -> object:
+def by_closure(optimizer: Any, closure: Callable[[], Tensor]) -> object:
     """A step with a closure, where it takes one."""
-    step = type(twin.optimizer).step
-    return step(twin.optimizer, closure) if len(inspect.signature(step).parameters) > 1 else step(twin.optimizer)
+    step = type(optimizer).step
+    return step(optimizer, closure) if len(inspect.signature(step).parameters) > 1 else step(optimizer)
 
 
-def by_two_calls(twin: Twin, closure: Callable[[], Tensor]) -> object:
+def by_two_calls(optimizer: Any, closure: Callable[[], Tensor]) -> object:
     """A step in two calls, with a backward pass before each."""
-    first, second = (getattr(twin.optimizer, name) for name in _TWO_CALLS)
+    first, second = (getattr(optimizer, name) for name in _TWO_CALLS)
     first()
-    twin.optimizer.zero_grad()
+    optimizer.zero_grad()
     closure()
     return second()
 
@@ -108,16 +108,23 @@ def why_not_resumed(given: Sequence[Optimizer], found: Sequence[Optimizer]) -> s
         # a class that writes its own state_dict() is trusted to write all
         if stepper.state is optimizer.state or type(optimizer).state_dict is not Optimizer.state_dict:
             continue
-        twin = Twin(stepper)
-        twin.backward()
-        twin.optimizer.step()
-        if any(isinstance(v, Tensor) for state in twin.optimizer.state.values() for v in state.values()):
+        if _keeps_state(stepper):
             return (
                 f"{type(optimizer).__name__}.state_dict() leaves out the state of the {type(stepper).__name__} within, "
                 "such as its momentum, so a resumed run begins without it. Share it: self.state = "
                 "self.base_optimizer.state, in the constructor and after load_state_dict()."
             )
     return ""
+
+
+def _keeps_state(optimizer: Optimizer) -> bool:
+    try:
+        shadow = first_steps(
+            lambda: Shadow(optimizer, seed=0, corner=CORNER), lambda shadow: shadow.give_gradients(1.0)
+        )
+    except UnknownStateError:  # nothing is known of it, and nothing said
+        return False
+    return any(True for p in shadow.stand_ins.values() for _ in state_tensors(shadow.optimizer, p))
 
 
 def own_methods(optimizer: Optimizer) -> Iterable[str]:

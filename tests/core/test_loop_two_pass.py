@@ -278,7 +278,7 @@ def test_weights_that_change_without_a_step_are_an_error_soon(batches_of_epoch: 
     """By the hundredth backward pass, two of them in each batch, or by the end of the first epoch."""
     model, taken = net(), []
     optimizer = NothingKnown(model.parameters())
-    run = begin("rigl", model, optimizer)
+    run = begin("static", model, optimizer)
 
     def epoch() -> None:
         for batch in batches(data(), 0, batches_of_epoch):
@@ -286,7 +286,7 @@ def test_weights_that_change_without_a_step_are_an_error_soon(batches_of_epoch: 
             taken.append(batch)
         run.epoch_end()
 
-    with pytest.raises(RuntimeError, match=r"0\.weight.*RigL has seen no step of NothingKnown.*base_optimizer"):
+    with pytest.raises(RuntimeError, match=r"0\.weight.*Static has seen no step of NothingKnown.*base_optimizer"):
         epoch()
     assert len(taken) == min(batches_of_epoch, 49)
 

@@ -150,18 +150,19 @@ class Stacked(Stepping):
 
 
 class AnchorsElsewhere(Stepping):
-    """Keeps where the weights began in an attribute, and brings every weight back to it before each step."""
+    """Keeps where the weights began in an attribute, and brings every weight back to it in each step."""
 
     anchors: list[Tensor] | None = None
 
     def step(self, closure: Any = None) -> Any:
         if self.anchors is None:
             self.anchors = [p.detach().clone() for p in parameters_of(self)]
+        loss = super().step(closure)
         with torch.no_grad():
             for p, anchor in zip(parameters_of(self), self.anchors, strict=True):
                 if p.grad is not None:
                     p.lerp_(anchor, 0.9)
-        return super().step(closure)
+        return loss
 
     def update(self, p: Tensor, gradient: Tensor, state: Any, group: Any) -> None:
         p.sub_(gradient, alpha=1e-4)
@@ -273,14 +274,14 @@ class ForgetsAlways(Stepping):
 
 
 class BackWithGradients(Stepping):
-    """Moves weights towards a second point before the closure, and back those that have a gradient then. In the first
+    """Moves weights towards a second point after its closure, and back those that have a gradient then. In the first
     steps both are one point."""
 
     def step(self, closure: Any = None) -> Any:
         if closure is None:
             return super().step()
-        self.shift(0.5)
         loss = closure()
+        self.shift(0.5)
         self.shift(-0.5)
         super().step()
         return loss
