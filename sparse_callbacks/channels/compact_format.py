@@ -74,8 +74,10 @@ def description_path(path: Path) -> Path:
     """The file that describes the tensors in ``path``: ``x.json`` for ``x.safetensors``, else ``path`` with ``.json``.
 
     Raises:
-        ValueError: ``path`` itself ends in ``.json``.
+        ValueError: ``path`` itself ends in ``.json``, or has no name.
     """
+    if not path.name:
+        raise ValueError(f"path={str(path)!r} has no file name. Give a name like slim.safetensors.")
     if path.suffix == ".json":
         raise ValueError(
             f"{path} would hold the tensors, and .json is for the description. Give a name like slim.safetensors."
@@ -96,7 +98,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for file in (path, words):
         if not file.is_file():
             raise FileNotFoundError(
-                f"There is no file {file}. A compact checkpoint is two files, {path.name} and {words.name}."
+                f"There is no file {file}. A compact checkpoint is two files, {path.name!r} and {words.name!r}."
             )
     try:
         tensors: dict[str, Tensor] = load(path)

@@ -111,13 +111,15 @@ def channel_groups(
     Raises:
         ImportError: torch-pruning (extra ``channels``) is missing.
         TimeoutError: the time limit is exceeded.
-        ValueError: the model cannot be copied or traced, or a glob matches nothing.
+        ValueError: the model cannot be copied or traced, a glob matches nothing, or ``seconds`` is not positive.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
         >>> [(g.name, g.size, g.reason) for g in channel_groups(net, torch.zeros(1, 3, 8, 8))]
         [('0', 8, ''), ('3', 4, 'these are outputs of the network')]
     """
+    if not seconds > 0:
+        raise ValueError(f"seconds={seconds!r} leaves no time for the search. Give more than 0, e.g. seconds=60.")
     globs = [exclude] if isinstance(exclude, str) else list(exclude or ())
     refuse_unmatched_globs(globs, model)
     model = copied(model)  # a trace leaves hooks where it fails, and its graph where a forward pass stores tensors

@@ -66,12 +66,13 @@ def refuse_other_types(function: Callable[..., Any], args: Any, kwargs: Any, mor
     Raises:
         TypeError: names the first such argument, its value, and the types that it may have.
     """
+    signature = _signature(function)
     try:
-        given = inspect.signature(function).bind(*args, **kwargs).arguments
+        given = signature.bind(*args, **kwargs).arguments
     except TypeError:
         return  # Python says what is missing
     hints = _hints(function)
-    options = next((n for n, p in inspect.signature(function).parameters.items() if p.kind is p.VAR_KEYWORD), "")
+    options = next((n for n, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD), "")
     if more is not None:
         hints = {**hints, **_hints(more)}
         given = {**given, **given.get(options, {})}
@@ -81,6 +82,10 @@ def refuse_other_types(function: Callable[..., Any], args: Any, kwargs: Any, mor
                 f"{name}={shown_short(value)} is not of a type that {function.__qualname__.removesuffix('.__init__')} "
                 f"takes. Give {_in_words(hints[name])}."
             )
+
+
+# some of the functions are called for every parameter at an update, and Python makes a signature anew each time
+_signature = functools.cache(inspect.signature)
 
 
 @functools.cache
@@ -112,9 +117,10 @@ def _in_words(hint: Any) -> str:
 
 def in_words(error: Exception, names: collections.abc.Iterable[str]) -> bool:
     """Whether an error is a sentence about a value, which says more than one about its type."""
-    if type(error) is ValueError:
-        return len(str(error)) > SENTENCE and "=" in str(error)  # which stands behind the name of every argument
-    return type(error) is TypeError and any(f"{name}=" in str(error) for name in names)
+    text = str(error)
+    if type(error) is ValueError:  # "name=value", or "name: ..." about a part of the value
+        return len(text) > SENTENCE and ("=" in text or any(f"{name}: " in text for name in names))
+    return type(error) is TypeError and any(f"{name}=" in text for name in names)
 
 
 def checked(function: Callable[_P, _R]) -> Callable[_P, _R]:

@@ -83,7 +83,7 @@ def _in_proportion(
     """Densities factor * (sum / product of the `counted` dimensions) ** power, capped at 1."""
     own = _checked(shapes, sparsity, custom)
     size = {name: math.prod(shape) for name, shape in shapes.items()}
-    raw = {name: (sum(dims) / math.prod(dims)) ** power for name, dims in counted.items()}
+    raw = _powers(counted, power)
     shared = [name for name in shapes if name not in own]
     dense: set[str] = set()
     factor = 0.0
@@ -104,6 +104,18 @@ def _in_proportion(
     return {name: own[name] if name in own else found[name] for name in shapes}
 
 
+def _powers(counted: Shapes, power: float) -> dict[str, float]:
+    """(sum / product of the dimensions) ** power of each layer."""
+    try:
+        raw = {name: (sum(dims) / math.prod(dims)) ** power for name, dims in counted.items()}
+    except OverflowError:
+        raw = {}
+    # a float has no room for what a huge power makes of a proportion
+    if len(raw) < len(counted) or not all(0.0 < value < math.inf for value in raw.values()):
+        raise ValueError(f"power={power!r} leaves no proportion between the layers' densities. Give for example 1.")
+    return raw
+
+
 @checked_after
 def epsilon_sparsity(shapes: Shapes, epsilon: float | str) -> dict[str, float]:
     """Sparsity 1 - epsilon (n_in + n_out) / (n_in n_out), Erdos-Renyi as published (Mocanu et al. 2018, equation 1).
@@ -121,13 +133,14 @@ def epsilon_sparsity(shapes: Shapes, epsilon: float | str) -> dict[str, float]:
     return {name: max(0.0, s) for name, s in _unclipped(shapes, epsilon).items()}
 
 
-def clipped(distribution: Any, shapes: Shapes) -> list[str]:
+@checked_after
+def clipped(distribution: Distribution, shapes: Shapes) -> list[str]:
     """Layers of `shapes` that an epsilon distribution would make denser than dense, so that they are dense."""
     if isinstance(distribution, Mapping):
-        followed = {n: next((v for g, v in distribution.items() if _matches(n, g)), None) for n in shapes}
+        followed = {n: next((v for g, v in distribution.items() if _matches(n, g)), 0.0) for n in shapes}
         # each layer by itself: an epsilon has no budget that layers would share
-        return [n for n, rule in followed.items() if clipped(rule, {n: shapes[n]})]
-    if not is_epsilon(distribution):
+        return [n for n, rule in followed.items() if isinstance(rule, str) and clipped(rule, {n: shapes[n]})]
+    if not isinstance(distribution, str) or not is_epsilon(distribution):
         return []
     return [name for name, s in _unclipped(shapes, _epsilon(distribution)).items() if s < 0]
 

@@ -45,6 +45,7 @@ class Part:
         flat = _in_memory_order(values.detach(), like)
         if among is None:
             return cls(flat, None, flat.numel(), like, layout_of(values))
+        refuse_other_shape("among", among, values)
         size = int(among.count_nonzero()) if available is None else available
         return cls(flat, _in_memory_order(among, like), size, like, layout_of(values))
 
@@ -89,6 +90,13 @@ class Part:
 
     def shaped(self, flat_mask: Tensor) -> Tensor:
         return flat_mask.as_strided(self.like.shape, self.like.stride())
+
+
+def refuse_other_shape(name: str, tensor: Tensor, like: Tensor) -> None:
+    """Refuse an argument whose shape is not that of ``like``."""
+    if tensor.shape != like.shape:
+        shape, other = list(tensor.shape), list(like.shape)
+        raise ValueError(f"{name}=<tensor {shape}> has another shape than {other}. Give one for every position.")
 
 
 def _in_memory_order(tensor: Tensor, like: Tensor) -> Tensor:

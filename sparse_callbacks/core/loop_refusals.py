@@ -25,7 +25,8 @@ def refuse_arguments(method: Any, model: Any, steps: Any, epoch: Any, forward: A
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r} is not a torch module.")
     whole = isinstance(steps, Integral) and not isinstance(steps, bool)
-    if not (whole or steps == math.inf) or steps < 1:
+    endless = isinstance(steps, float) and steps == math.inf
+    if not (whole or endless) or steps < 1:
         raise ValueError(
             f"steps={steps!r} is not a number of optimizer steps. Give that of the whole run, or math.inf where nobody "
             "knows it."

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_callbacks.core.argument_types import checked_after
-from sparse_callbacks.core.largest import Part, select_largest, smallest_selected
+from sparse_callbacks.core.largest import Part, refuse_other_shape, select_largest, smallest_selected
 
 __all__ = [
     "drop_and_grow",
@@ -34,7 +34,10 @@ def zeros_for(sparsity: float, size: int) -> int:
     (9, 0)
     """
     # no correction for rounding errors: the reference code of RigL has none either, and counts are to be the same
-    return math.floor(sparsity * size)
+    zeros = sparsity * size
+    if not math.isfinite(zeros):
+        raise ValueError(f"sparsity={sparsity!r} of size={size!r} weights is not a number of zeros. Give 0 to 1.")
+    return math.floor(zeros)
 
 
 def _as_float32(value: float) -> float:
@@ -49,7 +52,12 @@ def drop_count(active: int, fraction: float) -> int:
     >>> drop_count(100, 0.29)  # 28 in double arithmetic
     29
     """
-    return int(_as_float32(_as_float32(active) * _as_float32(fraction)))
+    try:
+        return int(_as_float32(_as_float32(active) * _as_float32(fraction)))
+    except OverflowError:  # infinite, or above what float32 holds
+        raise ValueError(
+            f"fraction={fraction!r} of active={active!r} connections is too large. Give a fraction from 0 to 1."
+        ) from None
 
 
 @checked_after
@@ -64,7 +72,7 @@ def keep_largest(values: Tensor, count: int, among: Tensor | None = None) -> Ten
         among: bool, of the shape of `values`; only its True positions can be kept, also where their value is 0.
 
     Raises:
-        ValueError: `count` is negative or exceeds the positions available.
+        ValueError: `count` is negative or exceeds the positions available, or `among` is of another shape.
         TypeError: `values` are not floats.
 
     >>> keep_largest(torch.tensor([0.5, -2.0, 0.5, 0.0]), 2)
@@ -135,8 +143,10 @@ def drop_and_grow(mask: Tensor, drop: Tensor, grow: Tensor, count: int) -> Tenso
         count: positions to move, at most the active ones.
 
     Raises:
-        ValueError: `count` is negative or exceeds the active positions.
+        ValueError: `count` is negative or exceeds the active positions, or a score has another shape than the mask.
     """
+    for name, score in (("drop", drop), ("grow", grow)):
+        refuse_other_shape(name, score, mask)
     # counted once: `available` below spares a pass over each mask, and on a GPU a wait for its result
     active = int(mask.count_nonzero())
     if not 0 <= count <= active:

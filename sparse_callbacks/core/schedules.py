@@ -125,7 +125,7 @@ _MAKERS: dict[str, Callable[..., Schedule]] = {
 
 
 def _check_curve(name: str) -> None:
-    if name not in CURVES:
+    if not isinstance(name, str) or name not in CURVES:
         raise ValueError(f"{name!r} is not a curve. Known curves: {', '.join(CURVES)}, e.g. 'cosine(0.3)'.")
 
 
@@ -228,6 +228,7 @@ def pruning_curve(sparsity: float | str | Schedule) -> Schedule:
     return curve
 
 
+@checked_after
 def to_steps(when: float, total: float, name: str) -> int:
     """A time argument in optimizer steps.
 

@@ -166,7 +166,7 @@ def test_a_description_that_is_none_is_refused(text: str, tmp_path: Path) -> Non
 def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "small.safetensors"
     with pytest.raises(
-        FileNotFoundError, match=r"There is no file .*small.safetensors. A compact checkpoint is two files, small.saf"
+        FileNotFoundError, match=r"There is no file .*small.safetensors. A compact checkpoint is two files, 'small.saf"
     ):
         compact.load_compact(nn.Linear(4, 4), path)
     compact.save_compact(nn.Linear(4, 4), path)

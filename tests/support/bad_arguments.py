@@ -6,10 +6,13 @@ What is called, and with what, is found by inspection: a new method or argument 
 
 import argparse
 import collections.abc
+import contextlib
 import inspect
 import math
 import re
 import signal
+import tempfile
+import traceback
 import types
 import typing
 import warnings
@@ -103,26 +106,40 @@ NOT_CALLED = (
 
 def good(name: str) -> dict[str, Any]:
     """Arguments with which a subject works, where it has some without a default."""
+    module, _, own = name.partition(".")
+    if own == "Schedule":
+        return {"curve": "linear", "initial": 0.5, "final": 0.0}
+    if own[0].isupper():
+        return {}  # every argument of a method has a default
+    return _for_networks(own) if module == "sparse_callbacks" else _for_numbers(name)
+
+
+def _for_networks(name: str) -> dict[str, Any]:
     model = loops.net()
-    shapes = {"a": (4, 3), "b": (2, 4)}
-    values = torch.arange(6.0)
     return {
-        "sparse_callbacks.sparsify": {
+        "sparsify": {
             "method": sparse_callbacks.RigL(0.5, every=2, print_plan=False),
             "model": model,
             "optimizer": loops.sgd(model),
             "steps": 20,
         },
-        "sparse_callbacks.slim": {"model": model, "masks": {}, "example_input": torch.ones(2, 12)},
-        "sparse_callbacks.channel_groups": {"model": model, "example_input": torch.ones(2, 12)},
-        "sparse_callbacks.export_onnx": {"model": model, "path": "/nowhere/a.onnx", "example_input": torch.ones(2, 12)},
-        "sparse_callbacks.save_compact": {"model": model, "path": "/nowhere/a.safetensors"},
-        "sparse_callbacks.load_compact": {"model": model, "path": "/nowhere/a.safetensors"},
-        "sparse_callbacks.combine": {
+        "slim": {"model": model, "masks": {}, "example_input": torch.ones(2, 12)},
+        "channel_groups": {"model": model, "example_input": torch.ones(2, 12)},
+        "export_onnx": {"model": model, "path": "/nowhere/a.onnx", "example_input": torch.ones(2, 12)},
+        "save_compact": {"model": model, "path": "/nowhere/a.safetensors"},
+        "load_compact": {"model": model, "path": "/nowhere/a.safetensors"},
+        "combine": {
             "workers": [model.state_dict()] * 2,
             "owner": dict.fromkeys(model.state_dict(), 0),
         },
-        "sparse_callbacks.pruning_curve": {"sparsity": 0.5},
+        "pruning_curve": {"sparsity": 0.5},
+    }.get(name, {})
+
+
+def _for_numbers(name: str) -> dict[str, Any]:
+    shapes = {"a": (4, 3), "b": (2, 4)}
+    values = torch.arange(6.0)
+    return {
         "ops.zeros_for": {"sparsity": 0.5, "size": 10},
         "ops.drop_count": {"active": 10, "fraction": 0.5},
         "ops.keep_largest": {"values": values, "count": 2},
@@ -130,7 +147,6 @@ def good(name: str) -> dict[str, Any]:
         "ops.kth_largest": {"values": values, "count": 2},
         "ops.drop_and_grow": {"mask": values > 2, "drop": values, "grow": values, "count": 1},
         "ops.random_mask": {"shape": (2, 3), "count": 2},
-        "schedules.Schedule": {"curve": "linear", "initial": 0.5, "final": 0.0},
         "schedules.constant": {"value": 0.5},
         **{f"schedules.{c}": {"initial": 0.5} for c in ("cosine", "linear", "exponential", "cubic")},
         "schedules.polynomial": {"initial": 0.5, "final": 0.0, "power": 2.0},
@@ -212,7 +228,7 @@ def tries(*modules: Any) -> Iterator[tuple[str, str, str, Callable[[], Any], boo
                 yield name, argument, label, call, fits(value, hint)
 
 
-def outcome(argument: str, call: Callable[[], Any], of_type: bool) -> tuple[str, str]:
+def outcome(argument: str, value: Any, call: Callable[[], Any], of_type: bool) -> tuple[str, str]:
     """One of :data:`OUTCOMES`, and the error's text."""
     signal.setitimer(signal.ITIMER_REAL, LONGEST)
     try:
@@ -221,7 +237,7 @@ def outcome(argument: str, call: Callable[[], Any], of_type: bool) -> tuple[str,
         text = f"{type(error).__name__}: {error}"
         # not what Python says of a call that fails inside
         # a sentence that shows the value behind a name, of the argument or of what it becomes
-        about = argument in str(error) or re.search(r"\w=", str(error)) is not None
+        about = argument in str(error) or re.search(r"\w=", str(error)) is not None or _shows(error, value)
         named = about and type(error) in (ValueError, TypeError, FileNotFoundError) and len(str(error)) > 20
         return (REFUSED if named else BARE), text
     except Exception as error:
@@ -229,6 +245,12 @@ def outcome(argument: str, call: Callable[[], Any], of_type: bool) -> tuple[str,
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     return (RIGHT if of_type else WRONG), ""
+
+
+def _shows(error: Exception, value: Any) -> bool:
+    """Whether the package raised the error itself, and not what it called, and shows the value."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return (frames[-1].line or "").startswith("raise ") and repr(value) in str(error)
 
 
 def _too_long(*_: object) -> None:
@@ -240,10 +262,11 @@ def counted(*modules: Any) -> tuple[dict[str, Counter[str]], list[str]]:
     found: dict[str, Counter[str]] = {}
     lines = []
     signal.signal(signal.SIGALRM, _too_long)
-    with warnings.catch_warnings():
+    # a text may be a path that is right, and a file is written there
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name, argument, label, call, of_type in tries(*modules):
-            result, text = outcome(argument, call, of_type)
+            result, text = outcome(argument, VALUES[label], call, of_type)
             found.setdefault(name, Counter())[result] += 1
             if result in (BARE, WRONG):
                 lines.append(f"{result}: {name}({argument}={label}): {text[:200]!r}")
