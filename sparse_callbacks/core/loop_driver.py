@@ -42,7 +42,7 @@ class LoopDriver:
     def __init__(self, binding: LoopBinding, clip: Clip | None, on_restart: Callable[[], object] | None) -> None:
         self._binding, self._clip, self._on_restart = binding, clip, on_restart
         self._engine, self._method, self._optimizers = binding.engine, binding.engine.method, binding.optimizers
-        self._hooks = LoopHooks(binding.optimizers, binding.engine.method, self)
+        self._hooks = LoopHooks(binding.optimizers, binding.engine.method)
         self._number = next(_numbers)
         self.forget()
 
@@ -58,7 +58,7 @@ class LoopDriver:
     def listen(self) -> None:
         """Masks are written: from here on the optimizers drive the engine."""
         self._watch = StepWatch(self._engine)
-        self._hooks.plant()
+        self._hooks.plant(self)
         for optimizer in self._optimizers.steppers:
             _drivers_on.setdefault(optimizer, WeakSet()).add(self)
 
@@ -77,7 +77,7 @@ class LoopDriver:
         # the hooks before a step stay: this may be called from one, and torch is going through them
         self._hooks.remove_after()
         binding.renew(entries)
-        self._hooks.plant_after()
+        self._hooks.plant_after(self)
         self.before_masks = ValuesBeforeMasks(untouched, method.params)
 
     # ------------------------------------------------------------------ one optimizer step

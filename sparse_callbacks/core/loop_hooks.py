@@ -33,42 +33,42 @@ class LoopHooks:
     Args:
         optimizers: the optimizers of the loop.
         method: the method of the run.
-        listener: what the hooks call.
     """
 
-    def __init__(self, optimizers: LoopOptimizers, method: Method, listener: Listener) -> None:
-        self._optimizers, self._method, self._listener = optimizers, method, listener
+    def __init__(self, optimizers: LoopOptimizers, method: Method) -> None:
+        self._optimizers, self._method = optimizers, method
         self._before: list[Any] = []
         self._after: list[RemovableHandle] = []
 
-    def plant(self) -> None:
+    def plant(self, listener: Listener) -> None:
         """Plant all hooks, behind those of the engine, which were registered when it was bound."""
-        listener = self._listener
         self._before = [o.register_step_pre_hook(listener.before_step) for o in self._optimizers.steppers]
         self._before += self._optimizers.around_passes(listener.pass_over)
-        self.plant_after()
+        self.plant_after(listener)
 
-    def plant_after(self) -> None:
+    def plant_after(self, listener: Listener) -> None:
         """Plant all hooks besides those before a step."""
         steppers = self._optimizers.steppers
-        self._after = [o.register_step_post_hook(self._listener.after_step) for o in steppers]
+        self._after = [o.register_step_post_hook(listener.after_step) for o in steppers]
         for index in range(len(steppers)):
             if names := self._method.owners.owns[index]:
                 # one parameter shows that a backward pass has run: see Listener.after_backward
                 first: Any = self._method.params[names[0]]  # the hook has no types in torch
-                hook = _BackwardHook(self._listener, index)
+                hook = _BackwardHook(listener, index)
                 self._after.append(first.register_post_accumulate_grad_hook(hook))
 
     def remove(self) -> None:
         """Take all hooks away."""
         for handle in self._before:
             handle.remove()
+        self._before = []  # they hold the listener, which would keep itself alive
         self.remove_after()
 
     def remove_after(self) -> None:
         """Take away what :meth:`plant_after` has planted."""
         for handle in self._after:
             handle.remove()
+        self._after = []
 
 
 class _BackwardHook:
