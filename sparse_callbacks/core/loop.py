@@ -6,8 +6,9 @@ from typing import Any
 from torch import nn
 
 from sparse_callbacks.core.host import Forward
+from sparse_callbacks.core.loop_driver import Clip
 from sparse_callbacks.core.method import Method
-from sparse_callbacks.core.sparse_run import Clip, SparseRun
+from sparse_callbacks.core.sparse_run import SparseRun
 
 
 def sparsify(

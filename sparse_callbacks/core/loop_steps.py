@@ -1,16 +1,13 @@
 """One optimizer step in a hand-written loop: where it stands, its number, and its closure."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, ref
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from sparse_callbacks.core import optimizers as torch_optimizers
-from sparse_callbacks.core.method import Method
 
 
 class StepInLoop:
@@ -60,23 +57,6 @@ class CalledOnce:
         return loss
 
 
-class AfterEachCall:
-    """A closure that calls ``then`` whenever it was called.
-
-    Args:
-        closure: the loop's own.
-        then: called after the closure.
-    """
-
-    def __init__(self, closure: Callable[[], Any], then: Callable[[], object]) -> None:
-        self._closure, self._then = closure, then
-
-    def __call__(self) -> Any:
-        loss = self._closure()
-        self._then()
-        return loss
-
-
 # For each optimizer the number of its current step, and who has asked for it. Runs that share an optimizer must agree on
 # the number, because one may have taken the gradients away that the other needs.
 _ticks: WeakKeyDictionary[Optimizer, tuple[int, WeakSet[Any]]] = WeakKeyDictionary()
@@ -94,13 +74,3 @@ def next_tick(optimizer: Optimizer, run: Any) -> int:
 
 def _nothing() -> None:
     return None
-
-
-def places_of(method: Method) -> dict[str, tuple[torch.device, torch.dtype]]:
-    """Device and dtype of each sparse parameter."""
-    return {name: (p.device, p.dtype) for name, p in method.params.items()}
-
-
-def group_values(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """The values of each parameter group, without its parameters."""
-    return [copy.deepcopy({k: v for k, v in g.items() if k != "params"}) for g in optimizer.param_groups]

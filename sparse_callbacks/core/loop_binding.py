@@ -1,0 +1,129 @@
+"""Binds the engine of a run to the model and the optimizers of a hand-written loop."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from sparse_callbacks.core import distributed
+from sparse_callbacks.core import optimizers as torch_optimizers
+from sparse_callbacks.core.checkpoint import SavedRun
+from sparse_callbacks.core.engine import Engine
+from sparse_callbacks.core.host import Host
+from sparse_callbacks.core.loop_optimizers import LoopOptimizers
+from sparse_callbacks.core.selection import Entry, select
+
+# Every run that goes on, by model: two methods may not claim the same parameter.
+_bindings_of: WeakKeyDictionary[nn.Module, WeakSet["LoopBinding"]] = WeakKeyDictionary()
+
+
+class LoopBinding:
+    """The hold of a run on the sparse parameters of its model; it is renewed where the model was moved or converted.
+
+    Args:
+        engine: the engine of the run.
+        model: the user's own module, without wrappers.
+        optimizers: those of the loop.
+        host: the loop, for the method.
+        clips: whether the loop gave a function that clips gradients.
+    """
+
+    def __init__(self, engine: Engine, model: nn.Module, optimizers: LoopOptimizers, host: Host, clips: bool) -> None:
+        self.engine, self.model, self.optimizers = engine, model, optimizers
+        self._host, self._clips = host, clips
+        self._placed: dict[str, tuple[torch.device, torch.dtype]] = {}
+
+    def entries(self) -> list[Entry]:
+        """Every parameter of the model, with the reason why it stays dense."""
+        method = self.engine.method
+        return select(self.model, method.include, method.exclude, method.keep_dense, self.optimizers.trained)
+
+    def refuse_shared(self, names: Iterable[str]) -> None:
+        """Refuse parameters that another run of the model claims.
+
+        Args:
+            names: the names of the parameters that become sparse.
+
+        Raises:
+            ValueError: another run that is not closed has one of them.
+        """
+        mine, method = set(names), self.engine.method
+        for other in (b.engine.method for b in _bindings_of.get(self.model, ()) if b is not self):
+            if both := sorted(mine & other.params.keys()):
+                raise ValueError(
+                    f"{type(other).__name__} and {type(method).__name__} both claim {', '.join(both)}. Give "
+                    "each its own layers with include= or exclude=, or close() the run that is over."
+                )
+
+    def bind(self, entries: Sequence[Entry]) -> None:
+        """Let the engine take hold of the parameters; no weight changes."""
+        # masked before the step only where somebody reads gradients in it; otherwise masking the weights is enough
+        given = self.optimizers.given
+        reads = [self._clips or not torch_optimizers.is_elementwise(o) for o in given]
+        self.engine.bind(self.model, entries, self.optimizers.steppers, reads, self._host, self.optimizers.two_pass)
+        self._placed = self._places()
+        self._share_dense_values()
+
+    @torch.no_grad()
+    def _share_dense_values(self) -> None:
+        """Before DistributedDataParallel wraps the model each process may have weights of its own, which it overwrites;
+        of dense copies it does not know."""
+        weights = self.engine.method.weights
+        if distributed.world_size() > 1:
+            mine = {name: weights.dense_values(name) for name in weights.copied}
+            for name, value in distributed.from_owners(mine, dict.fromkeys(mine, 0)).items():
+                mine[name].copy_(value)
+
+    def claim(self) -> None:
+        """The run has begun: other runs may not have its parameters."""
+        _bindings_of.setdefault(self.model, WeakSet()).add(self)
+
+    def release(self) -> None:
+        """The run is over, or was refused."""
+        self.engine.unbind()
+        _bindings_of.get(self.model, WeakSet()).discard(self)
+
+    @property
+    def is_current(self) -> bool:
+        """The parameters are where they were, in the types that they had, when they were bound."""
+        return self._places() == self._placed
+
+    def _places(self) -> dict[str, tuple[torch.device, torch.dtype]]:
+        return {name: (p.device, p.dtype) for name, p in self.engine.method.params.items()}
+
+    def renew(self, entries: Sequence[Entry]) -> None:
+        """Go on where the parameters are now."""
+        engine, method = self.engine, self.engine.method
+        skipped, restart_wanted = engine.skipped, engine.restart_wanted
+        method.saved = SavedRun.of(engine.state(), "of this run itself")
+        engine.unbind()
+        self.bind(entries)
+        engine.skipped, engine.restart_wanted = skipped, restart_wanted
+        method.saved = None
+        engine.write()
+        method.attachment.in_training = True
+
+
+class ValuesBeforeMasks:
+    """Values of sparse parameters before the masks of a run have cut them, for another state that is loaded into it.
+
+    Args:
+        values: the values by name of the parameter; none for a run to which no other state can be loaded.
+        params: the parameters as they are now, with masks written.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
+        # torch counts the writes to a tensor
+        self._kept = {name: (value, params[name]._version) for name, value in values.items()}
+
+    def __bool__(self) -> bool:
+        return bool(self._kept)
+
+    def drop(self) -> None:
+        """A step was taken: no other state can be loaded now."""
+        self._kept = {}
+
+    def untouched(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The values of those parameters that nobody has written since."""
+        return {name: value for name, (value, version) in self._kept.items() if params[name]._version == version}
