@@ -143,6 +143,7 @@ def test_there_are_examples_and_commands() -> None:
         "channels",
         "loops",
         "methods",
+        "sharpness",
         "slimming",
         "writing_a_method",
     ]

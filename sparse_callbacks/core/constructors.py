@@ -48,7 +48,8 @@ def checks_arguments(init: Callable[..., None], shared: type) -> Callable[..., N
             it is annotated with; raised by the function that is returned.
     """
 
-    ours = init.__module__.partition(".")[0] == __name__.partition(".")[0]
+    # None in code that was executed as text
+    ours = (init.__module__ or "").partition(".")[0] == __name__.partition(".")[0]
 
     @functools.wraps(init)  # signature and source stay those of `init`: inspect and LightningCLI follow __wrapped__
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:

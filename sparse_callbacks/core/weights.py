@@ -171,7 +171,7 @@ class SparseWeights:
             return
         torch.mul(dense, self._factors[name], out=into)
         if self.may_hold_inf or not finite:
-            into.masked_fill_((self._factors[name] == 0) | ~self.masks[name], 0)
+            into.masked_fill_(self._factors[name] == 0, 0)
 
     @torch.no_grad()
     def write_grown(self, name: str, where: Tensor, values: Tensor) -> None:

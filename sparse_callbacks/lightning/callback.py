@@ -97,8 +97,12 @@ class SparsityCallback(Method, AnyCallback):
         # the weights are loaded already. A fit takes its state later, in on_fit_start, when its optimizers stand
         if trainer.state.fn != "fit" and not self.engine.is_bound:
             take_state_of_checkpoint(self, pl_module, checkpoint["callbacks"].get(self.state_key), trainer.ckpt_path)
+            self.fit_state.evaluates = True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.fit_state.evaluates:
+            self.fit_state.evaluates = False  # what fits of the checkpoint was taken in on_load_checkpoint
+            return
         self.fit_state.restored = state_dict
         path = "that is loaded"
         checked = None if self.fresh_start else check_state(state_dict, self.arguments, type(self).__name__, path)

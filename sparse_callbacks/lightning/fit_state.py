@@ -27,5 +27,7 @@ class FitState:
     """The Trainer's optimizer step of the latest row of curves."""
     accumulates: int = 1
     """How many batches make an optimizer step, as far as the run's length took account of it."""
+    evaluates: bool = False
+    """A checkpoint is being loaded to validate, test or predict, and Lightning gives its state to the callback next."""
     last_epoch: int = -1
     """The epoch of the latest batch."""

@@ -85,12 +85,16 @@ def test_masks_that_do_not_fit_are_refused() -> None:
         ({}, "masks= is empty, so no channel is dead"),
         ({"outer.weight": torch.rand(6)}, r"not of bool but of torch.float32.*Give `mask != 0`"),
         ({"outer.weight": torch.ones(6, dtype=torch.int64)}, r"not of bool but of torch.int64"),
-        ({"outer.weight": [True] * 6}, "mask of outer.weight is a list. Give a bool tensor"),
     ],
 )
 def test_what_is_not_a_bool_mask_is_refused(masks: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         slim(made(Residual), masks, torch.randn(IMAGE))
+
+
+def test_a_mask_that_is_not_a_tensor_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"masks=.*Give a mapping from a text to a tensor"):
+        slim(made(Residual), {"outer.weight": [True] * 6}, torch.randn(IMAGE))
 
 
 @pytest.mark.parametrize("zeroed", [False, True])
