@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,13 +200,20 @@ class Killer:
     def __init__(self, folder: Path, epochs: int = EPOCHS) -> None:
         self.folder, self.epochs, self.numbers = folder, epochs, itertools.count()
         self.one_at_a_time, self.of_thread = threading.Lock(), threading.local()
+        self.nurseries: list[Nursery] = []
         self.wholes: dict[tuple[str, str], Folder] = {}
 
     def nursery(self) -> Nursery:
         """That of this thread."""
         if not hasattr(self.of_thread, "nursery"):
             self.of_thread.nursery = Nursery()
+            self.nurseries.append(self.of_thread.nursery)
         return self.of_thread.nursery  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """No more runs."""
+        for nursery in self.nurseries:
+            nursery.close()
 
     def whole(self, method: str, logger: str) -> Folder:
         """The run that was never stopped; made when it is first asked for."""
@@ -273,9 +281,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs that are killed at the same time")
     options = parser.parse_args()
     print(HEADER, flush=True)
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as jobs:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        closing(Killer(Path(folder))) as killer,
+        ThreadPoolExecutor(options.jobs) as jobs,
+    ):
         differing = 0
-        for row in jobs.map(Killer(Path(folder)).run, random_kills(options.kills, options.seed)):
+        for row in jobs.map(killer.run, random_kills(options.kills, options.seed)):
             differing += bool(row.differs)
             print(row, flush=True)
     print(f"{options.kills} runs killed, {differing} differ")

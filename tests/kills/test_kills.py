@@ -1,6 +1,7 @@
 """Runs that a SIGKILL ends resume bitwise from their last periodic checkpoint."""
 
 import os
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from kills.killing import HEADER, Kill, Killer, random_kills
 
 
 def test_a_killed_run_resumes_bitwise(tmp_path: Path) -> None:
-    row = Killer(tmp_path, epochs=3).run(Kill("rigl", "csv", (13,)))
+    with closing(Killer(tmp_path, epochs=3)) as killer:
+        row = killer.run(Kill("rigl", "csv", (13,)))
     assert row.resumed_from in [(10,), (15,)]
     assert not row.differs
 
@@ -28,10 +30,11 @@ def test_the_kills_are_spread_over_methods_loggers_and_the_run() -> None:
 @pytest.mark.slow
 def test_fifty_killed_runs_resume_bitwise(tmp_path: Path) -> None:
     """The log is printed: ``pytest -m slow -s tests/kills``; KILLS=10 KILL_SEED=3 give their number and seed."""
-    killer, differing = Killer(tmp_path), []
+    differing = []
     print(f"\n{HEADER}")
-    for kill in random_kills(int(os.environ.get("KILLS", "50")), int(os.environ.get("KILL_SEED", "0"))):
-        row = killer.run(kill)
-        print(row, flush=True)
-        differing += [row] if row.differs else []
+    with closing(Killer(tmp_path)) as killer:
+        for kill in random_kills(int(os.environ.get("KILLS", "50")), int(os.environ.get("KILL_SEED", "0"))):
+            row = killer.run(kill)
+            print(row, flush=True)
+            differing += [row] if row.differs else []
     assert not differing

@@ -161,13 +161,17 @@ class RandomNetwork(nn.Module):
         if self.embedding is not None:
             width = 6
         self.layers, self.norms = nn.ModuleList(), nn.ModuleList()
+        self.skips: list[bool] = []
         for block in spec.blocks:
             make = (
                 (lambda b, w: _convolution(b.kind, w, b.width, dimensions))
                 if dimensions
                 else (lambda b, w: _on_sequences(b.kind, w, b.width))
             )
-            layer, width = make(block, width)
+            inputs = width
+            layer, width = make(block, inputs)
+            # decided now and not by the shapes of a forward pass: a method that removes channels changes those
+            self.skips.append(block.skip and width == inputs)
             self.layers.append(layer)
             self.norms.append(_norm(block.norm, width, dimensions))
         if "tied embedding" in spec.traits:
@@ -196,9 +200,9 @@ class RandomNetwork(nn.Module):
         x = x.to(self.head.weight.dtype) if self.embedding is None else self.embedding(x)
         if "channels_last" in spec.traits:
             x = x.contiguous(memory_format=torch.channels_last)
-        for block, layer, norm in zip(spec.blocks, self.layers, self.norms, strict=True):
+        for skip, layer, norm in zip(self.skips, self.layers, self.norms, strict=True):
             out = self.activation(norm(layer(x)))
-            x = x + out if block.skip and out.shape == x.shape else out
+            x = x + out if skip else out
         x = self._without_positions(x)
         if "tied embedding" in spec.traits:
             x = torch.tanh(self.bridge(x))
