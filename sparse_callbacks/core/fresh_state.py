@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sparse_callbacks.core.shadow_optimizer import Path, Shadow, by_weight, decoded, is_coded, name_of, state_tensors
+from sparse_callbacks.core.optimizer_state import Path, by_weight, decoded, is_coded, name_of, state_tensors
+from sparse_callbacks.core.shadow_optimizer import Shadow
 
 _Key = tuple[int, Path, type, torch.dtype]
 Beginning = Callable[[Shadow], bool]

@@ -4,8 +4,7 @@ import copy
 import inspect
 import sys
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -13,90 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparse_callbacks.core.optimizer_state import by_weight, is_coded, members, tensors_within
 from sparse_callbacks.core.undisturbed import undisturbed
-
-Path = tuple[Any, ...]
-"""Where a tensor is in the state of a parameter: which optimizer, and the keys down to the tensor."""
 
 # A stand-in has the shape of its parameter, and of a larger one at least this many elements: some optimizers keep other
 # state from 4096 elements on.
 _LARGE = 4096
-_STACKED = 4  # state tensors that one tensor may hold
-_DEEPEST = 4  # containers within containers that are looked into
 # used where a schedule begins with a rate of 0: step sizes that start at the rate would all be 0
 _SMALL_RATE = 1e-3
-
-
-def members(optimizer: Optimizer) -> list[tuple[str, Optimizer]]:
-    """``optimizer`` and the optimizers that it holds, however deep, each with the attributes that lead to it."""
-    found: list[tuple[str, Optimizer]] = [("", optimizer)]
-    for where, member in found:  # the list grows meanwhile
-        for name, value in vars(member).items():
-            held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-            for index, inner in enumerate(held):
-                if isinstance(inner, Optimizer) and all(inner is not known for _, known in found):
-                    found.append((f"{where}{name}.{index}.", inner))
-    return found
-
-
-def state_tensors(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[Path, Tensor]]:
-    """Every tensor that ``optimizer`` keeps for ``parameter``, also within containers and in optimizers that it
-    holds."""
-    for where, member in members(optimizer):
-        yield from _tensors(member.state.get(parameter, {}), (where,))
-
-
-def _tensors(value: Any, path: Path) -> Iterator[tuple[Path, Tensor]]:
-    if isinstance(value, Tensor):
-        yield path, value
-    elif len(path) <= _DEEPEST and not isinstance(value, type | nn.Module | Optimizer):
-        if isinstance(value, Mapping):
-            items: Any = list(value.items())
-        elif isinstance(value, list | tuple | deque):
-            items = enumerate(value)
-        else:
-            items = getattr(value, "__dict__", {}).items()  # an object of the optimizer's own
-        for key, inner in items:
-            yield from _tensors(inner, (*path, key))
-
-
-def name_of(path: Path) -> str:
-    """The name of a state tensor, as an error shows it."""
-    return ".".join(str(key) for key in path[1:])
-
-
-def by_weight(path: Path, tensor: Tensor, parameter: Tensor) -> list[tuple[Path, Tensor]]:
-    """The parts of a state tensor that have an element for each weight, in the parameter's shape; none where it is of
-    another kind."""
-    shape, whole = parameter.shape, tensor.shape
-    if whole == shape:
-        return [(path, tensor)]
-    if is_coded(tensor) or len(shape) < 2:
-        return []
-    if whole == (parameter.numel(),) and tensor.is_contiguous():
-        return [(path, tensor.view(shape))]
-    # several of one kind in one tensor, such as a fast and a slow mean
-    if whole[1:] == shape and whole[0] <= _STACKED:
-        return [((*path, i), part) for i, part in enumerate(tensor.unbind(0))]
-    if whole[:-1] == shape and whole[-1] <= _STACKED:
-        return [((*path, i), part) for i, part in enumerate(tensor.unbind(-1))]
-    return []
-
-
-def is_coded(tensor: Tensor) -> bool:
-    """It is of a tensor class of its own."""
-    return type(tensor) not in (Tensor, nn.Parameter)
-
-
-def decoded(tensor: Tensor) -> Tensor:
-    """The values of a tensor, also of one that :func:`is_coded` and can be decoded."""
-    if not is_coded(tensor):
-        return tensor.detach()
-    decode: Any = getattr(tensor, "dequantize", None)
-    if decode is None:
-        raise TypeError(f"{type(tensor).__name__} has no dequantize(), by which its values could be read")
-    values: Tensor = decode()
-    return values.float()
 
 
 class Shadow:
@@ -190,7 +113,7 @@ class Shadow:
 
     def _copy(self, value: Any) -> Any:
         if self._corner is not None and id(value) not in self._memo:
-            tensors = {id(t): t for _, t in _tensors(value, ()) if id(t) not in self._memo}
+            tensors = {id(t): t for _, t in tensors_within(value, ()) if id(t) not in self._memo}
             self._memo |= {i: self._cut(t) for i, t in tensors.items()}
         return _copied(value, self._memo)
 
@@ -213,7 +136,7 @@ class Shadow:
                 if parameter not in real.state:
                     continue
                 memo: dict[int, Any] = {id(parameter): self.stand_ins[key]}
-                for _, tensor in _tensors(real.state[parameter], ()):
+                for _, tensor in tensors_within(real.state[parameter], ()):
                     if by_weight((), tensor, parameter) and tensor is not parameter:
                         small = _like_new(tensor, parameter, self.stand_ins[key])
                         if small is None:
@@ -244,6 +167,12 @@ class Shadow:
         """No gradient for anything, as in a step that an update replaces."""
         for p in self.stand_ins.values():
             p.grad = None
+
+    @torch.no_grad()
+    def prune(self) -> None:
+        """Make the elements zero that :meth:`give_gradients` gives no gradient."""
+        for stand_in in self.stand_ins.values():
+            stand_in.mul_(self.has_gradient(stand_in))
 
     def has_gradient(self, stand_in: Tensor) -> Tensor:
         """Which elements :meth:`give_gradients` gives one."""

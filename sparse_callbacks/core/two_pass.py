@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sparse_callbacks.core.fresh_state import UnknownStateError, first_steps
+from sparse_callbacks.core.optimizer_state import state_tensors
 from sparse_callbacks.core.optimizer_trial import CORNER, Trial
 from sparse_callbacks.core.optimizers import parameter_ids, several_closures
-from sparse_callbacks.core.shadow_optimizer import Shadow, state_tensors
+from sparse_callbacks.core.shadow_optimizer import Shadow
 
 # The two calls of implementations without a closure: to the perturbed point, and back with the step.
 _TWO_CALLS = ("first_step", "second_step")

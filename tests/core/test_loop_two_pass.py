@@ -234,8 +234,8 @@ def test_dense_gradients_come_back_clipped_as_the_active_ones_were() -> None:
     dense = torch.randn_like(p)
     for factor in (1.0, 0.25):
         p.grad = dense.clone()
-        kept.keep_and_mask([name], weights, 1.0, reduced=False)
-        kept.keep_and_mask([name], weights, 1.0, reduced=False)  # with no backward pass in between
+        kept.keep_and_mask([name], weights, 1.0, reduced=True)
+        kept.keep_and_mask([name], weights, 1.0, reduced=True)  # with no backward pass in between
         assert not p.grad[~run.masks[name]].any()
         if factor != 1.0:
             p.grad.mul_(factor)

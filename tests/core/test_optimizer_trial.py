@@ -9,8 +9,9 @@ import torch
 from support.sam import TwoCalls
 from torch import nn
 
+from sparse_callbacks.core.optimizer_state import state_tensors
 from sparse_callbacks.core.optimizer_trial import Trial
-from sparse_callbacks.core.shadow_optimizer import Shadow, state_tensors
+from sparse_callbacks.core.shadow_optimizer import Shadow
 from sparse_callbacks.core.two_pass import by_closure, by_two_calls, stepping, why_not_resumed
 
 
