@@ -267,7 +267,7 @@ class Watch:
 def _short(text: str) -> str:
     """The reason in an error of ours: without the method's name and without the advice, which are the same in all."""
     text = re.sub(r"^.*?(?:fresh weight\. Of |nothing may move\. )", "", " ".join(text.split()))
-    return re.sub(r"\.? Use an(other)? optimizer.*$", "", text)[:200]
+    return re.sub(r"\.? (Use an(other)? optimizer|Let it hold an optimizer).*$", "", text)[:200]
 
 
 # ---------------------------------------------------------------------- the page

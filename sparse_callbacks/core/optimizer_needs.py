@@ -84,10 +84,11 @@ def _rehearse_growth(optimizer: Optimizer, fresh: FreshState, parameters: Sequen
 
     def draw(shadow: Shadow, pruned: bool) -> None:
         pruned = pruned and shadow.taken > _PRUNED_AFTER
+        if pruned:
+            shadow.prune()
         for p in shadow.stand_ins.values():
             drawn = 0.01 * torch.randn(p.shape, generator=generator).to(p)
             if pruned:
-                p.detach().mul_(shadow.has_gradient(p))
                 drawn.mul_(shadow.has_gradient(p))
             p.grad = drawn if p.requires_grad else None
 
@@ -95,9 +96,9 @@ def _rehearse_growth(optimizer: Optimizer, fresh: FreshState, parameters: Sequen
         return first_steps(lambda: Shadow(optimizer, seed=0), lambda s: draw(s, pruned=True), steps=steps)
 
     first, shadow = trained(1), trained(_STEPS_BEFORE_GROWTH)
+    shadow.prune()
     for parameter in parameters:
         stand_in = shadow.stand_ins[id(parameter)]
-        stand_in.detach().mul_(shadow.has_gradient(stand_in))
         fresh.write_stand_in(shadow, parameter, ~shadow.has_gradient(stand_in))
     try:
         shadow.step(lambda: draw(shadow, pruned=False))

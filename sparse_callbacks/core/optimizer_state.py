@@ -30,10 +30,10 @@ def state_tensors(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[Pat
     """Every tensor that ``optimizer`` keeps for ``parameter``, also within containers and in optimizers that it
     holds."""
     for where, member in members(optimizer):
-        yield from tensors_in(member.state.get(parameter, {}), (where,))
+        yield from tensors_within(member.state.get(parameter, {}), (where,))
 
 
-def tensors_in(value: Any, path: Path) -> Iterator[tuple[Path, Tensor]]:
+def tensors_within(value: Any, path: Path) -> Iterator[tuple[Path, Tensor]]:
     """Every tensor in ``value`` and within containers and plain objects that it holds, each with ``path`` and the keys
     that lead to it."""
     if isinstance(value, Tensor):
@@ -46,7 +46,7 @@ def tensors_in(value: Any, path: Path) -> Iterator[tuple[Path, Tensor]]:
         else:
             items = getattr(value, "__dict__", {}).items()  # an object of the optimizer's own
         for key, inner in items:
-            yield from tensors_in(inner, (*path, key))
+            yield from tensors_within(inner, (*path, key))
 
 
 def name_of(path: Path) -> str:

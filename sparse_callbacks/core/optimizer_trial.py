@@ -11,7 +11,7 @@ from sparse_callbacks.core.optimizer_state import members
 from sparse_callbacks.core.shadow_optimizer import Shadow, without_traces
 
 CORNER = 2  # elements that tensors keep of each dimension
-STEPS = 8  # some optimizers do in a later step what they leave out in the first
+_STEPS = 8  # some optimizers do in a later step what they leave out in the first
 _RADIUS = "rho"  # what the literature calls the size of a perturbation; a tiny one would hide that there is one
 _LEAST_RADIUS, _LARGE_RADIUS = 0.01, 0.1
 
@@ -45,7 +45,7 @@ class Trial:
                 shadow = Shadow(optimizer, seed=0, corner=CORNER)
                 shadow.take_state()
                 _enlarge_radius(shadow.optimizer)
-                for _ in range(STEPS):
+                for _ in range(_STEPS):
                     self._step(shadow, None if inner is None else shadow.copy_of(inner), steps)
         except Exception:  # whatever someone else's optimizer may raise on parameters that are not those of a network
             self.failed = True

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparse_callbacks.core.optimizer_state import by_weight, is_coded, members, tensors_in
+from sparse_callbacks.core.optimizer_state import by_weight, is_coded, members, tensors_within
 from sparse_callbacks.core.undisturbed import undisturbed
 
 # A stand-in has the shape of its parameter, and of a larger one at least this many elements: some optimizers keep other
@@ -113,7 +113,7 @@ class Shadow:
 
     def _copy(self, value: Any) -> Any:
         if self._corner is not None and id(value) not in self._memo:
-            tensors = {id(t): t for _, t in tensors_in(value, ()) if id(t) not in self._memo}
+            tensors = {id(t): t for _, t in tensors_within(value, ()) if id(t) not in self._memo}
             self._memo |= {i: self._cut(t) for i, t in tensors.items()}
         return _copied(value, self._memo)
 
@@ -136,7 +136,7 @@ class Shadow:
                 if parameter not in real.state:
                     continue
                 memo: dict[int, Any] = {id(parameter): self.stand_ins[key]}
-                for _, tensor in tensors_in(real.state[parameter], ()):
+                for _, tensor in tensors_within(real.state[parameter], ()):
                     if by_weight((), tensor, parameter) and tensor is not parameter:
                         small = _like_new(tensor, parameter, self.stand_ins[key])
                         if small is None:
@@ -167,6 +167,12 @@ class Shadow:
         """No gradient for anything, as in a step that an update replaces."""
         for p in self.stand_ins.values():
             p.grad = None
+
+    @torch.no_grad()
+    def prune(self) -> None:
+        """Make the elements zero that :meth:`give_gradients` gives no gradient."""
+        for stand_in in self.stand_ins.values():
+            stand_in.mul_(self.has_gradient(stand_in))
 
     def has_gradient(self, stand_in: Tensor) -> Tensor:
         """Which elements :meth:`give_gradients` gives one."""

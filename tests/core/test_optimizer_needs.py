@@ -25,6 +25,7 @@ from support.optimizers import (
 )
 
 from sparse_callbacks import DPF, GMP, SET, SNFS, GaP, RigL, SparsityCallback, Static, Step, Update, sparsify
+from sparse_callbacks.core.shadow_optimizer import Shadow
 from sparse_callbacks.methods import RigL as PlainRigL
 from sparse_callbacks.testing.runs import trainer_for
 
@@ -206,3 +207,30 @@ def test_a_step_that_insists_on_a_closure_is_probed_with_one(tmp_path: Path) -> 
             return super().step()
 
     fit(made(RigL), lambda p: Insists(p, lr=0.1, momentum=0.9), tmp_path)
+
+
+class Derived(torch.optim.SGD):
+    """May do anything in its step."""
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW, Derived], ids=lambda o: o.__name__)
+def test_of_optimizers_of_torch_a_first_step_is_tried_and_no_more(
+    optimizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[Shadow] = []
+    step = Shadow.step
+
+    def counted(self: Shadow, *within: Any) -> None:
+        taken.append(self)
+        step(self, *within)
+
+    monkeypatch.setattr(Shadow, "step", counted)
+    steps = []
+    for method in (made(Static), made(RigL)):
+        taken.clear()
+        model = net()
+        sparsify(method, model, optimizer(model.parameters(), lr=0.1), 6).close()
+        steps.append(len(taken))
+    # each of the four shadows that fresh state is learnt from
+    assert steps[0] == 0
+    assert (steps[1] == 4) == (optimizer is not Derived)
