@@ -1,4 +1,4 @@
-"""Refusal of arguments of other types than a signature is annotated with."""
+"""Refusing arguments of other types than their annotations say, as a person reads these."""
 
 import collections.abc
 import functools
@@ -28,7 +28,7 @@ def fits(value: Any, hint: Any) -> bool:
     A bool is not a number here, and neither is NaN. Numbers of numpy and fractions are numbers; tensors are not, as
     they may wait for a device. Of a type that cannot be asked about, everything is.
     """
-    if hint is Any or hint is object:
+    if hint is Any or hint is object or (type(value) is hint and hint is not float):
         return True
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -48,11 +48,10 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, Mapping) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
     if hint is Path:
         return isinstance(value, os.PathLike)
-    asked = origin if inspect.isclass(origin) else hint
-    # a class that says what others must have cannot be asked what is one of its instances
-    abstract = typing.is_typeddict(asked) or typing.Protocol in getattr(asked, "__bases__", ())
-    askable = inspect.isclass(asked) and not abstract
-    return isinstance(value, asked) if askable else True
+    try:
+        return isinstance(value, origin if inspect.isclass(origin) else hint)
+    except TypeError:  # a protocol, a TypedDict or a type variable
+        return True
 
 
 def refuse_other_types(function: Callable[..., Any], args: Any, kwargs: Any, more: type | None = None) -> None:
@@ -66,13 +65,11 @@ def refuse_other_types(function: Callable[..., Any], args: Any, kwargs: Any, mor
     Raises:
         TypeError: names the first such argument, its value, and the types that it may have.
     """
-    signature = _signature(function)
+    signature, hints, options = _annotated(function)
     try:
         given = signature.bind(*args, **kwargs).arguments
     except TypeError:
         return  # Python says what is missing
-    hints = _hints(function)
-    options = next((n for n, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD), "")
     if more is not None:
         hints = {**hints, **_hints(more)}
         given = {**given, **given.get(options, {})}
@@ -85,7 +82,12 @@ def refuse_other_types(function: Callable[..., Any], args: Any, kwargs: Any, mor
 
 
 # some of the functions are called for every parameter at an update, and Python makes a signature anew each time
-_signature = functools.cache(inspect.signature)
+@functools.cache
+def _annotated(function: Callable[..., Any]) -> tuple[inspect.Signature, dict[str, Any], str]:
+    """Signature and annotations of a function, and the name of its ``**options``; empty without one."""
+    signature = inspect.signature(function)
+    options = next((n for n, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD), "")
+    return signature, _hints(function), options
 
 
 @functools.cache

@@ -46,7 +46,7 @@ def refuse_lost_windows(saved: SavedRun, sizes: Mapping[str, int]) -> None:
     for window, size in sizes.items():
         for key, shape in ((f"scores.{window}", (size,)), (f"steps.{window}", ())):
             if key not in saved.aux:
-                raise damaged(f"it lacks the sums of a window that is open ({key})", saved.path)
+                raise damaged(f"it has no {key}, which a run of SMCP saves", saved.path)
             if tuple(saved.aux[key].shape) != shape:
                 raise damaged(f"its {key} is {shown_short(saved.aux[key])}, and should be {list(shape)}", saved.path)
 
