@@ -2,12 +2,15 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
 from sparse_callbacks.core.schedules import Schedule
 from sparse_callbacks.core.state_layout import damaged, is_count, refuse_damaged, shown_short
+
+if TYPE_CHECKING:
+    from sparse_callbacks.core.method import Method
 
 # To be raised with a change that older versions of the package would misread.
 VERSION = 1
@@ -61,6 +64,19 @@ class SavedRun:
             progress={k: state[k] for k in ("steps", "done", "updates")},
             path=path,
         )
+
+
+def state_of(method: "Method") -> dict[str, Any]:
+    """Everything that a resume of a method's run needs: tensors, numbers and strings only."""
+    return {
+        "version": VERSION,
+        "arguments": method.arguments,
+        "times": [] if method.calendar is None else method.calendar.times(),
+        **method.progress.state(),
+        "masks": {n: m.clone() for n, m in method.masks.items()},
+        "aux": {n: t.clone() for n, t in method.aux.items()},
+        "dense": {n: method.weights.dense_values(n).clone() for n in method.weights.copied},
+    }
 
 
 def shown(value: object) -> str:

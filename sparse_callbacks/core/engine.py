@@ -4,26 +4,25 @@ import math
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from sparse_callbacks.core import optimizers as torch_optimizers
 from sparse_callbacks.core import topology
-from sparse_callbacks.core.checkpoint import VERSION, SavedRun, refuse_foreign_weights, refuse_other_model
-from sparse_callbacks.core.first_gradients import STEPS, FirstGradients
+from sparse_callbacks.core.checkpoint import state_of
+from sparse_callbacks.core.first_gradients import SilenceWarning
+from sparse_callbacks.core.gradient_care import GradientCare
 from sparse_callbacks.core.gradients import DenseGradients
 from sparse_callbacks.core.host import Host
 from sparse_callbacks.core.loop_steps import next_tick
 from sparse_callbacks.core.method import Method
-from sparse_callbacks.core.optimizer_modes import DenseInSwitch, is_schedule_free, mask_averages
+from sparse_callbacks.core.optimizer_hold import OptimizerHold
+from sparse_callbacks.core.optimizer_modes import mask_averages
 from sparse_callbacks.core.optimizer_needs import keeps_optimizers, refuse_optimizers, refuse_replaced_steps
 from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.progress import Progress
-from sparse_callbacks.core.restored import aux_on_devices
+from sparse_callbacks.core.run_beginning import RunBeginning
 from sparse_callbacks.core.selection import Entry
-from sparse_callbacks.core.state_claims import PLAN_CHANGED, refuse_impossible
 from sparse_callbacks.core.step import ReplacesSteps, Step
 from sparse_callbacks.core.topology import EverActive, Update
 from sparse_callbacks.core.weights import SparseWeights
@@ -50,21 +49,16 @@ class Engine:
         """The optimizers and their schedules shall be configured anew before the next batch that opens a window."""
         self.skipped = 0
         """Announced steps of this fit that were not taken, by a GradScaler's choice."""
-        self._first_gradients = FirstGradients(0, 0)
+        self._silence = SilenceWarning(self.method)
         self._seen: set[int] = set()  # optimizers of this run that have taken a step
         self._release()
 
     def _release(self) -> None:
         """The fields that live as long as the engine is bound to optimizers."""
-        self._handles: list[RemovableHandle] = []
-        self._switches: list[DenseInSwitch] = []
-        self._gradients = DenseGradients({})
-        self._gradients_read: list[bool] = []
-        self._two_pass: list[Optimizer] = []
-        self._begun: set[int] = set()
+        self._hold = OptimizerHold(Ownership([], {}), SparseWeights({}, {}, {}), self.after)
+        self._care = GradientCare(self.method, {})
         self._steps: dict[int, Step] = {}
         self._replaceable: list[Optimizer] = []
-        self._finite: Tensor | bool = True
 
     # ------------------------------------------------------------------ a run begins and ends
 
@@ -90,65 +84,16 @@ class Engine:
             host: who runs the loop.
             two_pass: those of the optimizers that take the steps of another one, which perturbs weights before.
         """
-        method, saved = self.method, self.method.saved
+        method = self.method
         self.skipped, self.restart_wanted = 0, False
         self._seen = set()
-        members = list(method.further_members(model, entries))
-        parameters = dict(model.named_parameters())
-        sparse = {e.name: e for e in members if not e.reason}
-        params = {name: parameters[name] for name in sparse}
-        kept = self._masks_of_last_run(model, params)
-        if saved is not None:
-            refuse_other_model(saved, params)
-        targets = method.share_out(entries)
-        if saved is not None:
-            planned = method.parameter_zeros(members, targets)
-            refuse_impossible(method, saved, model, planned, len(optimizers))
-            dense = saved.dense
-        else:
-            refuse_foreign_weights(kept, params)
-            dense = {n: method.weights.dense_values(n) for n in method.weights.copied if n in kept}
-        owners = Ownership(optimizers, params)
-        refuse_optimizers(method, owners)
-        earlier = method.params.keys()
-        method.entries, method.targets = members, targets
-        method.owners = owners
-        method.weights = SparseWeights(params, sparse, {})  # initial masks are made from the parameters
-        masks = self._begin_masks(saved, kept, earlier)
-        method.progress.begin(len(optimizers))
-        method.weights = SparseWeights(params, sparse, masks)
-        if method.keeps_dense:
-            method.start_copies(dense, new=() if saved is not None else params.keys() - kept.keys())
-        if method.explores:
-            EverActive(method.aux, method.weights).add(params)
+        beginning = RunBeginning(method, model, entries, optimizers)
+        if beginning.is_new:
+            self.forget()
+        beginning.take_effect()
         method.attachment.enter(model, host)
-        self._take_hold(owners, gradients_read, two_pass)
+        self._take_hold(beginning.owners, gradients_read, two_pass)
         method.attach(model)
-
-    def _masks_of_last_run(self, model: nn.Module, params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Masks that go on where a second fit of the same model begins without a checkpoint."""
-        if self.method.attachment.model is not model:
-            return {}
-        return {n: m for n, m in self.method.masks.items() if n in params and m.shape == params[n].shape}
-
-    def _begin_masks(self, saved: SavedRun | None, kept: Mapping[str, Tensor], earlier: Any) -> Mapping[str, Tensor]:
-        """The masks that the run begins with; counters and method state are restored, go on or are made anew with
-        them."""
-        method = self.method
-        params = method.params
-        if saved is not None:
-            method.progress = Progress.restored(method.first_update, saved.progress)
-            method.aux = aux_on_devices(saved.aux, params)
-            return saved.masks
-        if kept:  # layers that were added since the last run start like in a first one
-            gone = (params.keys() | earlier) - kept.keys()
-            went_on = {k: t for k, t in method.aux.items() if k.partition("/")[2] not in gone}
-            method.aux = aux_on_devices(went_on, params)
-            if gone:  # the targets of other layers may be others, and these masks keep their counts
-                method.aux[PLAN_CHANGED] = torch.tensor(True)
-            return kept if len(kept) == len(params) else {**method.initial_masks(), **kept}
-        self.forget()
-        return method.initial_masks()
 
     def forget(self) -> None:
         """Start anew: no masks, no counters, no state of the method."""
@@ -168,19 +113,11 @@ class Engine:
 
     def _take_hold(self, owners: Ownership, gradients_read: Sequence[bool], two_pass: Sequence[Optimizer]) -> None:
         method = self.method
-        for switch in self._switches:
-            switch.release()
-        self._unhook()
-        self._gradients = DenseGradients(method.params)
-        self._gradients_read = list(gradients_read)
-        self._two_pass = list(two_pass)
+        self._hold.move_on()
+        self._release()
+        self._care = GradientCare(method, method.params, gradients_read, two_pass)
         method.owners = owners
-        self._handles = [o.register_step_post_hook(self.after) for o in owners.optimizers]
-        self._switches = [
-            DenseInSwitch(o, method.weights, names)
-            for o, names in zip(owners.optimizers, owners.steps, strict=True)
-            if is_schedule_free(o)
-        ]
+        self._hold = OptimizerHold(owners, method.weights, self.after)
 
     def expect_gradients(self, epoch: int, steps: float = math.inf) -> None:
         """Training begins: warn of sparse parameters without a gradient when enough steps are over, or the first epoch.
@@ -189,40 +126,26 @@ class Engine:
             epoch: the epoch (from 0) that begins or goes on.
             steps: the number of optimizer steps in an epoch, as far as it is known.
         """
-        resumed = self.method.saved is not None and (
-            epoch > 0 or self.method.step >= STEPS
-        )  # the first run has said it
-        self._first_gradients = FirstGradients(0 if resumed else len(self.method.owners.optimizers), steps)
+        self._silence.expect(epoch, steps)
 
     def epoch_over(self) -> None:
         """An epoch is over; of interest is the first one, see :meth:`expect_gradients`."""
-        self._warn_of_silence(self._first_gradients.end())
-
-    def _warn_of_silence(self, names: Sequence[str]) -> None:
-        if names:
-            method = self.method
-            method.host.warn(self._first_gradients.words(names, method.params, type(method).__name__))
+        self._silence.epoch_over()
 
     def unbind(self) -> None:
         """The run is over: take all hooks away; masks and counters stay."""
         method = self.method
         if method.attachment.in_training:  # a last pruning, which no step has followed
             mask_averages(method.owners.optimizers, method.weights)
-        for switch in self._switches:
-            switch.end_run()
-        self._unhook()
+        self._hold.end_run()
+        self._release()
         method.attachment.leave()
         method.owners = Ownership.between_runs(method.owners.owns, method.params, len(method.owners.owns))
-
-    def _unhook(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._release()
 
     @property
     def is_bound(self) -> bool:
         """A run is going on."""
-        return bool(self._handles)
+        return bool(self._hold.handles)
 
     # ------------------------------------------------------------------ one optimizer step
 
@@ -250,32 +173,12 @@ class Engine:
         last = self._steps.get(index)
         if last is not None and last.tick == tick:
             raise ValueError(torch_optimizers.several_closures(type(optimizer).__name__))
-        if optimizer in self._two_pass:  # of the second pass: the first one has moved only weights that are active
-            for name in filter(method.weights.has_copy, method.owners.steps[index]):
-                self._gradients.give_back(name, method.weights)
-        step = self._steps[index] = self._step(index, tick, gradients_read)
+        step = self._steps[index] = self._care.begin_step(index, tick, gradients_read)
         if step.names:
-            if index in self._first_gradients.looks_at:
-                self._warn_of_silence(self._first_gradients.look(step))
-            step.finite_flag = self._all_finite(step)
-            if step.finite_flag is not True:
-                self._keep_from_pruned(step)
-            self._finite = step.finite_flag
+            self._silence.look(step)
+            self._care.note_finite(step)
             method.before_step(step)
         return step
-
-    def _keep_from_pruned(self, step: Step) -> None:
-        """A gradient may be inf or NaN: where it is one of a pruned weight, active weights step all the same."""
-        weights = self.method.weights
-        weights.may_hold_inf = True
-        for name in self.method.owners.steps[step.index]:
-            if weights.has_copy(name):  # neither the dense values nor the optimizer's momentum must keep it
-                weights.mend_gradient(name)
-        if not self.method.reads_dense_gradients:
-            # gradients of pruned weights may be anything: only those of active ones decide
-            for name in step.names:
-                weights.mask_gradient(name)
-            step.finite_flag = self._all_finite(step)
 
     def enter_step(self, optimizer: Optimizer) -> None:
         """The announced step is taken now: parameters with a dense copy hold their dense values, unless an update
@@ -285,28 +188,10 @@ class Engine:
         if not self._steps[index].replaced:
             method.weights.swap_in(method.owners.steps[index])
 
-    def _step(self, index: int, tick: int, gradients_read: bool = False) -> Step:
-        method = self.method
-        return Step(
-            index,
-            tick,
-            method.owners,
-            method.weights,
-            method.progress,
-            method.calendar,
-            self._gradients,
-            gradients_read or self._gradients_read[index],
-        )
-
-    def _all_finite(self, step: Step) -> Tensor | bool:
-        # of all that the optimizer steps: a parameter of two optimizers belongs to one of them
-        names = self.method.owners.steps[step.index]
-        return torch_optimizers.all_finite([g for n in names if (g := step.gradient(n)) is not None])
-
     @property
     def dense_gradients(self) -> DenseGradients:
         """Dense gradients of the steps that are to come."""
-        return self._gradients
+        return self._care.dense
 
     def after_backward(
         self, scale: float = 1.0, reduced: bool = True, optimizers: Sequence[Optimizer] | None = None
@@ -321,33 +206,14 @@ class Engine:
             reduced: whether the backward pass has reduced the gradients over ranks.
             optimizers: those whose gradients are masked; None: all.
         """
-        method = self.method
-        for index, optimizer in enumerate(method.owners.optimizers):
-            if optimizers is not None and optimizer not in optimizers:
-                continue
-            coming = self._step(index, tick=-1)
-            wanted = method.wants_dense_gradients(coming)
-            copied = [name for name in coming.names if method.weights.has_copy(name)]
-            # a GradScaler that finds inf skips the step; without one a clip would spread it
-            if copied and scale == 1.0 and self._all_finite(coming) is not True:
-                self._keep_from_pruned(coming)
-            others = [name for name in coming.names if name not in copied]
-            kept = [*(others if wanted else ()), *(copied if optimizer in self._two_pass else ())]
-            self._gradients.keep_and_mask(kept, method.weights, scale, reduced)
-            if not wanted:
-                for name in others:
-                    method.weights.mask_gradient(name)
+        self._care.after_backward(scale, reduced, self.method.owners.optimizers if optimizers is None else optimizers)
 
     def announce_by_hooks(self) -> None:
         """Announce the steps of optimizers that another one steps, which the host does not notice, by their own pre
         hooks: weights are back where they were then, and the gradients of the second pass complete."""
-        self._handles += [o.register_step_pre_hook(self._step_begins) for o in self._two_pass]
+        self._hold.announce_by_hooks(self._care.two_pass, self._step_begins)
 
-    def _step_begins(self, optimizer: Optimizer, *_: object) -> None:
-        index = self.method.owners.index(optimizer)
-        if index in self._begun:
-            return  # a subclass that calls its parent's step fires the hooks of both
-        self._begun.add(index)
+    def _step_begins(self, optimizer: Optimizer) -> None:
         if self.announce(optimizer, next_tick(optimizer, self)).replaced:
             self.withhold(optimizer)
         self.enter_step(optimizer)
@@ -355,7 +221,7 @@ class Engine:
     @property
     def has_two_passes(self) -> bool:
         """Some optimizer perturbs weights and takes gradients again before its step."""
-        return bool(self._two_pass)
+        return bool(self._care.two_pass)
 
     def unseen_optimizers(self) -> list[tuple[str, list[str]]]:
         """Class of each optimizer that has taken no step in this run yet, and its parameters that no other has
@@ -370,7 +236,7 @@ class Engine:
     @property
     def begun_steps(self) -> Set[int]:
         """Indices of the optimizers whose steps were announced by hooks since the last batch ended."""
-        return self._begun
+        return self._hold.begun
 
     def withhold(self, optimizer: Optimizer) -> None:
         """Leave ``optimizer`` without gradients for the step that an update replaces."""
@@ -379,7 +245,7 @@ class Engine:
             self._replaceable.append(optimizer)
         step = self._steps[self.method.owners.index(optimizer)]
         step.group_numbers = torch_optimizers.group_numbers(optimizer)
-        self._gradients.take_away(optimizer, step.tick)
+        self._care.dense.take_away(optimizer, step.tick)
 
     def after(self, optimizer: Optimizer, *_: object) -> None:
         """The optimizer's own post hook: it fires when a step was really taken, and not where a GradScaler skipped
@@ -397,7 +263,8 @@ class Engine:
             )
         stepped = method.owners.steps[index]
         method.weights.absorb(stepped)  # of a step that nobody announced: the copies were not swapped in for it
-        method.write(stepped, self._finite is True)  # before an update too: a weight that it grows must start at zero
+        # before an update too: a weight that it grows must start at zero
+        method.write(stepped, self._care.finite is True)
         # a subclass that calls its parent's step fires the hooks of both
         if step is None or step.taken or not step.names:
             return
@@ -406,7 +273,7 @@ class Engine:
         for group, numbers in zip(optimizer.param_groups, step.group_numbers, strict=False):
             group.update(numbers)  # of a step that moved nothing: what optimizers count for a whole group stays too
         self._conclude(step)
-        self._gradients.forget(step.names)
+        self._care.dense.forget(step.names)
 
     def _conclude(self, step: Step) -> None:
         """Count the step, and take the masks of the update that it brings."""
@@ -414,7 +281,7 @@ class Engine:
         if step.replaced:
             self._take(step, method.new_masks(step))
             return
-        if self._gradients.withheld(step.optimizer, step.tick):
+        if self._care.dense.withheld(step.optimizer, step.tick):
             return  # another callback on this optimizer replaced the step: nothing was stepped
         count = method.progress.counts[step.index]
         count.add(step.finite_flag)
@@ -422,17 +289,7 @@ class Engine:
         if update is not None:
             self._take(step, update)
         if count.at_most() % ROOTS_EVERY == 1:
-            self._clean_state(step)
-
-    def _clean_state(self, step: Step) -> None:
-        """What the optimizer's state of pruned weights should not hold for long."""
-        for name in step.names:
-            p, pruned = self.method.params[name], ~self.method.weights.masks[name]
-            if step.masked_gradients:
-                fresh = self.method.owners.fresh[step.index]
-                torch_optimizers.avoid_slow_square_roots(step.optimizer, fresh, p, pruned)
-            elif step.finite_flag is not True:  # nobody has waited for it, and gradients were not masked
-                torch_optimizers.clear_non_finite_state(step.optimizer, p, pruned)
+            self._care.clean_state(step)
 
     def _take(self, step: Step, update: Update) -> None:
         """Make the masks of an update those of the network, and keep its figures for the log."""
@@ -455,29 +312,20 @@ class Engine:
             if step.names and not step.taken and not step.skipped:
                 step.skipped = True  # the GradScaler found an inf and skipped the step
                 self.skipped += 1
-        self._begun.clear()
+        self._hold.begun.clear()
         self.method.weights.swap_out(self.method.params)
-        self._gradients.free(self.method.owners.optimizers)
+        self._care.dense.free(self.method.owners.optimizers)
 
     def write(self) -> None:
         """Restore the invariant in all sparse parameters."""
-        self.method.write(None, self._finite is True)
+        self.method.write(None, self._care.finite is True)
         mask_averages(self.method.owners.optimizers, self.method.weights)
 
     # ------------------------------------------------------------------ state
 
     def state(self) -> dict[str, Any]:
         """Everything that a resume needs: tensors, numbers and strings only."""
-        method = self.method
-        return {
-            "version": VERSION,
-            "arguments": method.arguments,
-            "times": [] if method.calendar is None else method.calendar.times(),
-            **method.progress.state(),
-            "masks": {n: m.clone() for n, m in method.masks.items()},
-            "aux": {n: t.clone() for n, t in method.aux.items()},
-            "dense": {n: method.weights.dense_values(n).clone() for n in method.weights.copied},
-        }
+        return state_of(self.method)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: hooks, optimizers and the step that is being taken stay behind."""
@@ -485,6 +333,6 @@ class Engine:
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         vars(self).update(state)
-        self._first_gradients = FirstGradients(0, 0)
+        self._silence = SilenceWarning(self.method)
         self._seen = set()
         self._release()

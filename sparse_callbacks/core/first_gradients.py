@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.step import Step
 
 STEPS = 100
@@ -59,6 +60,42 @@ class FirstGradients:
             f"what they are given: leave them out with exclude={globs_for(silent, sparse)}. Where their layers are used "
             "later, nothing is wrong."
         )
+
+
+class SilenceWarning:
+    """Warns of sparse parameters that have no gradient in the first steps of a run.
+
+    Args:
+        method: the method of the run.
+    """
+
+    def __init__(self, method: Method) -> None:
+        self._method, self._first = method, FirstGradients(0, 0)
+
+    def expect(self, epoch: int, steps: float) -> None:
+        """Training begins: warn when enough steps are over, or the first epoch.
+
+        Args:
+            epoch: the epoch (from 0) that begins or goes on.
+            steps: the number of optimizer steps in an epoch, as far as it is known.
+        """
+        # the first run has said it
+        resumed = self._method.saved is not None and (epoch > 0 or self._method.step >= STEPS)
+        self._first = FirstGradients(0 if resumed else len(self._method.owners.optimizers), steps)
+
+    def look(self, step: Step) -> None:
+        """Look at the gradients of a step before they are masked."""
+        if step.index in self._first.looks_at:
+            self._warn(self._first.look(step))
+
+    def epoch_over(self) -> None:
+        """An epoch is over; of interest is the first one."""
+        self._warn(self._first.end())
+
+    def _warn(self, names: Sequence[str]) -> None:
+        if names:
+            method = self._method
+            method.host.warn(self._first.words(names, method.params, type(method).__name__))
 
 
 def globs_for(chosen: Sequence[str], names: Iterable[str]) -> list[str]:

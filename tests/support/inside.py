@@ -115,7 +115,7 @@ def figures_to_log(callback: Any) -> dict[str, float]:
 
 def planted_hooks(callback: Any) -> list[Any]:
     """Handles of the hooks that the callback has planted in optimizers and has not removed."""
-    return list(callback.engine._handles)
+    return list(callback.engine._hold.handles)
 
 
 def give_calendar(callback: Any, every: int, start: int, stop: int) -> None:

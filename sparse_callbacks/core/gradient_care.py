@@ -1,0 +1,125 @@
+"""Gradients between the backward pass and the optimizer's step: masked, kept dense, and kept finite."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparse_callbacks.core import optimizers as torch_optimizers
+from sparse_callbacks.core.gradients import DenseGradients
+from sparse_callbacks.core.method import Method
+from sparse_callbacks.core.step import Step
+
+
+class GradientCare:
+    """What the engine does to gradients before an optimizer steps, so that pruned weights change nothing of it.
+
+    Args:
+        method: the method of the run.
+        params: the sparse parameters by name; none where no run goes on.
+        gradients_read: for each optimizer, whether anybody reads gradients between backward and its step.
+        two_pass: those of the optimizers that take the steps of another one, which perturbs weights before.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        params: Mapping[str, nn.Parameter],
+        gradients_read: Sequence[bool] = (),
+        two_pass: Sequence[Optimizer] = (),
+    ) -> None:
+        self.dense = DenseGradients(params)
+        """Dense gradients of the steps that are to come."""
+        self.two_pass = list(two_pass)
+        """Optimizers that take the steps of another one."""
+        self.finite: Tensor | bool = True
+        """Whether the gradients of the latest step were finite; a tensor where nobody has waited for it yet."""
+        self._method, self._gradients_read = method, list(gradients_read)
+
+    def begin_step(self, index: int, tick: int, gradients_read: bool) -> Step:
+        """The step of an optimizer whose gradients are complete.
+
+        Args:
+            index: the position of the optimizer in the run.
+            tick: the number of the optimizer step in the run.
+            gradients_read: whether somebody reads the gradients of this step in any case.
+        """
+        method = self._method
+        if method.owners.optimizers[index] in self.two_pass:
+            # of the second pass: the first one has moved only weights that are active
+            for name in filter(method.weights.has_copy, method.owners.steps[index]):
+                self.dense.give_back(name, method.weights)
+        return self._step(index, tick, gradients_read)
+
+    def note_finite(self, step: Step) -> None:
+        """Note whether the gradients of the step are finite, and keep what is not from pruned weights."""
+        step.finite_flag = self._all_finite(step)
+        if step.finite_flag is not True:
+            self._keep_from_pruned(step)
+        self.finite = step.finite_flag
+
+    def after_backward(self, scale: float, reduced: bool, optimizers: Sequence[Optimizer]) -> None:
+        """Mask the gradients now, and keep dense ones where a step needs them.
+
+        Args:
+            scale: the factor by which a GradScaler has multiplied the gradients.
+            reduced: whether the backward pass has reduced the gradients over ranks.
+            optimizers: those whose gradients are masked.
+        """
+        method = self._method
+        for index, optimizer in enumerate(method.owners.optimizers):
+            if optimizer not in optimizers:
+                continue
+            coming = self._step(index, tick=-1)
+            wanted = method.wants_dense_gradients(coming)
+            copied = [name for name in coming.names if method.weights.has_copy(name)]
+            # a GradScaler that finds inf skips the step; without one a clip would spread it
+            if copied and scale == 1.0 and self._all_finite(coming) is not True:
+                self._keep_from_pruned(coming)
+            others = [name for name in coming.names if name not in copied]
+            kept = [*(others if wanted else ()), *(copied if optimizer in self.two_pass else ())]
+            self.dense.keep_and_mask(kept, method.weights, scale, reduced)
+            if not wanted:
+                for name in others:
+                    method.weights.mask_gradient(name)
+
+    def clean_state(self, step: Step) -> None:
+        """Clear what the optimizer's state of pruned weights should not hold for long."""
+        for name in step.names:
+            p, pruned = self._method.params[name], ~self._method.weights.masks[name]
+            if step.masked_gradients:
+                fresh = self._method.owners.fresh[step.index]
+                torch_optimizers.avoid_slow_square_roots(step.optimizer, fresh, p, pruned)
+            elif step.finite_flag is not True:  # nobody has waited for it, and gradients were not masked
+                torch_optimizers.clear_non_finite_state(step.optimizer, p, pruned)
+
+    def _step(self, index: int, tick: int, gradients_read: bool = False) -> Step:
+        method = self._method
+        return Step(
+            index,
+            tick,
+            method.owners,
+            method.weights,
+            method.progress,
+            method.calendar,
+            self.dense,
+            gradients_read or self._gradients_read[index],
+        )
+
+    def _all_finite(self, step: Step) -> Tensor | bool:
+        # of all that the optimizer steps: a parameter of two optimizers belongs to one of them
+        names = self._method.owners.steps[step.index]
+        return torch_optimizers.all_finite([g for n in names if (g := step.gradient(n)) is not None])
+
+    def _keep_from_pruned(self, step: Step) -> None:
+        """A gradient may be inf or NaN: where it is one of a pruned weight, active weights step all the same."""
+        weights = self._method.weights
+        weights.may_hold_inf = True
+        for name in self._method.owners.steps[step.index]:
+            if weights.has_copy(name):  # neither the dense values nor the optimizer's momentum must keep it
+                weights.mend_gradient(name)
+        if not self._method.reads_dense_gradients:
+            # gradients of pruned weights may be anything: only those of active ones decide
+            for name in step.names:
+                weights.mask_gradient(name)
+            step.finite_flag = self._all_finite(step)

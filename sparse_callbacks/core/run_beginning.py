@@ -1,0 +1,105 @@
+"""What a run of a method begins with: saved masks, those of its last run, or initial ones."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparse_callbacks.core.checkpoint import refuse_foreign_weights, refuse_other_model
+from sparse_callbacks.core.method import Method
+from sparse_callbacks.core.optimizer_needs import refuse_optimizers
+from sparse_callbacks.core.optimizers import Ownership
+from sparse_callbacks.core.progress import Progress
+from sparse_callbacks.core.restored import aux_on_devices
+from sparse_callbacks.core.selection import Entry
+from sparse_callbacks.core.state_claims import PLAN_CHANGED, refuse_impossible
+from sparse_callbacks.core.topology import EverActive
+from sparse_callbacks.core.weights import SparseWeights
+
+
+class RunBeginning:
+    """What a run begins with. To make one is to refuse what cannot be: the method changes in :meth:`take_effect`.
+
+    With ``method.saved`` its masks go on; otherwise those of the last run with the same model, and otherwise initial
+    ones are made.
+
+    Args:
+        method: the method of the run.
+        model: the module whose ``named_parameters`` the masks go by.
+        entries: all parameters; those without a reason become sparse.
+        optimizers: the optimizers of the run.
+
+    Raises:
+        ValueError: the masks do not belong to the model, or an optimizer cannot be used with the method.
+    """
+
+    def __init__(
+        self, method: Method, model: nn.Module, entries: Sequence[Entry], optimizers: Sequence[Optimizer]
+    ) -> None:
+        self._method, self._saved = method, method.saved
+        self._entries = list(method.further_members(model, entries))
+        parameters = dict(model.named_parameters())
+        self._sparse = {e.name: e for e in self._entries if not e.reason}
+        self._params = {name: parameters[name] for name in self._sparse}
+        self._kept = self._masks_of_last_run(model)
+        if self._saved is not None:
+            refuse_other_model(self._saved, self._params)
+        self._targets = method.share_out(entries)
+        if self._saved is not None:
+            planned = method.parameter_zeros(self._entries, self._targets)
+            refuse_impossible(method, self._saved, model, planned, len(optimizers))
+            self._dense = self._saved.dense
+        else:
+            refuse_foreign_weights(self._kept, self._params)
+            self._dense = {n: method.weights.dense_values(n) for n in method.weights.copied if n in self._kept}
+        self.owners = Ownership(optimizers, self._params)
+        """Which optimizer steps which sparse parameter."""
+        refuse_optimizers(method, self.owners)
+
+    def _masks_of_last_run(self, model: nn.Module) -> dict[str, Tensor]:
+        """Masks that go on where a second fit of the same model begins without a checkpoint."""
+        if self._method.attachment.model is not model:
+            return {}
+        params = self._params
+        return {n: m for n, m in self._method.masks.items() if n in params and m.shape == params[n].shape}
+
+    @property
+    def is_new(self) -> bool:
+        """No run goes on: masks, counters and tensors are made anew."""
+        return self._saved is None and not self._kept
+
+    def take_effect(self) -> None:
+        """Give the method its parameters, masks, counters and tensors. No weight changes."""
+        method, params = self._method, self._params
+        earlier = method.params.keys()
+        method.entries, method.targets, method.owners = self._entries, self._targets, self.owners
+        method.weights = SparseWeights(params, self._sparse, {})  # initial masks are made from the parameters
+        masks = self._begin_masks(earlier)
+        method.progress.begin(len(self.owners.optimizers))
+        method.weights = SparseWeights(params, self._sparse, masks)
+        if method.keeps_dense:
+            method.start_copies(self._dense, new=() if self._saved is not None else params.keys() - self._kept.keys())
+        if method.explores:
+            EverActive(method.aux, method.weights).add(params)
+
+    def _begin_masks(self, earlier: Iterable[str]) -> Mapping[str, Tensor]:
+        """The masks that the run begins with; counters and tensors of the method are restored or go on with them.
+
+        Args:
+            earlier: the names of the sparse parameters of the last run.
+        """
+        method, saved, kept, params = self._method, self._saved, self._kept, self._params
+        if saved is not None:
+            method.progress = Progress.restored(method.first_update, saved.progress)
+            method.aux = aux_on_devices(saved.aux, params)
+            return saved.masks
+        if not kept:
+            return method.initial_masks()
+        # layers that were added since the last run start like in a first one
+        gone = {*params, *earlier} - kept.keys()
+        went_on = {k: t for k, t in method.aux.items() if k.partition("/")[2] not in gone}
+        method.aux = aux_on_devices(went_on, params)
+        if gone:  # the targets of other layers may be others, and these masks keep their counts
+            method.aux[PLAN_CHANGED] = torch.tensor(True)
+        return kept if len(kept) == len(params) else {**method.initial_masks(), **kept}
