@@ -43,6 +43,8 @@ class StepWatch:
             return False
         if self._batches % LIMIT and not epoch_over:
             return True
+        # a step that a GradScaler has skipped leaves the dense values in, which its batch began without
+        self._engine.method.weights.swap_out(self._engine.method.params)
         for optimizer, names in unseen:
             if changed := [n for n in names if self._has_changed(n)]:
                 name = type(self._engine.method).__name__

@@ -263,6 +263,25 @@ FOUND = {
         inf_at=(),
         twist="again",
     ),
+    "gates whose first steps are all skipped": Case(
+        Network("1d", (Block("conv", 6), Block("conv", 4))),
+        "l0",
+        {"density": 0.5},
+        Optimizer("RAdam"),
+        precision="16-mixed",
+        batches=6,
+        window=3,
+        inf_at=(5, 2),
+    ),
+    "dense copies whose first steps are all skipped": Case(
+        Network("1d", (Block("conv", 6), Block("conv", 4))),
+        "dpf",
+        {"sparsity": "constant(0.7)", "every": 2, "stop": 3},
+        precision="16-mixed",
+        batches=6,
+        window=3,
+        inf_at=(5, 2),
+    ),
 }
 
 
