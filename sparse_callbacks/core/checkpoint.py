@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
@@ -81,6 +82,8 @@ def state_of(method: "Method") -> dict[str, Any]:
 
 def shown(value: object) -> str:
     """An argument as text that is the same in every process: a function by its name, a state dict not in full."""
+    if isinstance(value, Real) and not isinstance(value, bool):  # numpy's numbers, which show their type
+        return repr(int(value) if isinstance(value, Integral) else float(value))
     # the repr of a function holds its address in memory, which is another one in the process that resumes
     if callable(value) and not isinstance(value, Schedule):
         return str(getattr(value, "__qualname__", type(value).__qualname__))

@@ -265,6 +265,11 @@ class LoopDriver:
     def finish(self) -> None:
         """The loop is over: a last pruning that skipped steps have delayed beyond it happens now."""
         engine = self._engine
+        if not self.batches.needed:
+            try:
+                self._look_for_steps(epoch_over=True)
+            except RuntimeError as error:  # the run is over: it is reported, and nothing else is lost
+                self._method.host.warn(str(error))
         engine.batch_over()
         # a backward pass without a step: the GradScaler has skipped it, which shows at the next backward pass otherwise
         engine.skipped += any(s.window_open and not s.announced for s in self._steps)

@@ -169,6 +169,8 @@ def patterns(value: str | Iterable[str] | None, argument: str) -> tuple[str, ...
     if value is None:
         return None
     globs = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+    if not globs and argument == "exclude":
+        return None  # nothing is left out
     if not globs or not all(isinstance(g, str) and g for g in globs):
         raise ValueError(
             f"{argument}={value!r} is neither a glob nor a list of globs. Give for example {argument}=['conv*', "

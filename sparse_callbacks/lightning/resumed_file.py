@@ -99,8 +99,13 @@ def _are(value: Any, parts: Mapping[str, type]) -> bool:
 
 def _are_optimizers(value: Any) -> bool:
     """Whether ``value`` is a list of the states of optimizers, whose tensors are left to torch."""
-    return _are(value, {"state": Mapping, "param_groups": list}) and all(
-        _are(optimizer["param_groups"], {"params": list}) and _are(list(optimizer["state"].values()), {})
+    return _are(value, {}) and all(
+        # an optimizer may write a layout of its own
+        not {"state", "param_groups"} & optimizer.keys()
+        or (
+            _are([optimizer], {"state": Mapping, "param_groups": list})
+            and _are(optimizer["param_groups"], {"params": list})
+        )
         for optimizer in value
     )
 
@@ -169,9 +174,16 @@ def _fits(value: Any, parameter: Tensor) -> bool:
     return type(value) is not Tensor or not why_not_whole(value)
 
 
+def _renames_keys(module: torch.nn.Module) -> bool:
+    """Whether code of the user's loads the module's weights, under other names perhaps."""
+    ours = type(module)._load_from_state_dict.__module__.startswith("torch.")
+    return bool(module._load_state_dict_pre_hooks) or not ours
+
+
 def _refuse_other_weights(weights: Mapping[str, Any], module: LightningModule, path: object) -> None:
     """Refuse weights that the model cannot take, of which torch would load those that come first."""
-    if overrides(module, "on_load_checkpoint") or type(module).load_state_dict is not torch.nn.Module.load_state_dict:
+    own = type(module).load_state_dict is not torch.nn.Module.load_state_dict
+    if own or overrides(module, "on_load_checkpoint") or any(map(_renames_keys, module.modules())):
         return  # the user's code may make others of them
     # lazy parameters have no shape yet
     here = {n: p for n, p in module.named_parameters() if not is_lazy(p)}

@@ -22,6 +22,8 @@ from sparse_callbacks.methods.dpf.dpf import DPF, GLOBAL
 @possible_zeros.register
 def _(method: DPF, saved: SavedRun, planned: Mapping[str, int]) -> list[Zeros]:
     curve = pruning_curve(method.sparsity)
+    if method.unit == "filter":  # fewer weights than a filter has are due at first
+        return [Zeros((name,), range(saved.masks[name].numel() + 1)) for name in planned]
     if method.distribution != GLOBAL and curve.initial <= curve.final:
         return rises_to(planned, saved, curve)
     # one threshold for all layers leaves a weight of each
