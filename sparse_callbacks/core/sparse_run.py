@@ -574,7 +574,15 @@ class SparseRun:
         """Everything that a resume needs beside the model's and the optimizer's own states: tensors, numbers and strings,
         which ``torch.load(weights_only=True)`` reads."""
         groups = {"groups": copy.deepcopy(self._first_groups)} if restarts_optimizers(self.method) else {}
-        return {"method": type(self.method).__name__, **self._engine.state(), "epoch": self._epoch, **groups}
+        # a checksum: no plan says what a run that was made shorter may have pruned
+        zeros = {name: int((~mask).sum()) for name, mask in self.method.masks.items()}
+        return {
+            "method": type(self.method).__name__,
+            **self._engine.state(),
+            "zeros": zeros,
+            "epoch": self._epoch,
+            **groups,
+        }
 
     def __reduce__(self) -> Any:
         raise TypeError(
