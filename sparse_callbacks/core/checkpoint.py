@@ -33,6 +33,7 @@ class SavedRun:
         dense_grads: dense copies of those that were masked already, as in manual optimization, by parameter name.
         window_open: no optimizer had stepped since the backward pass that gave the gradients.
         progress: counted steps and updates, see :meth:`~sparse_callbacks.core.progress.Progress.state`.
+        of_loop: a loop written by hand has saved it, which version 0.1 could not.
         path: where it was saved, for errors.
     """
 
@@ -44,6 +45,7 @@ class SavedRun:
     dense_grads: Mapping[str, Tensor]
     window_open: bool
     progress: Mapping[str, Any]
+    of_loop: bool
     path: object
 
     @classmethod
@@ -63,6 +65,7 @@ class SavedRun:
             dense_grads=state.get("dense_grads", {}),
             window_open=bool(state.get("window_open", "grads" in state)),  # older versions saved no others
             progress={k: state[k] for k in ("steps", "done", "updates")},
+            of_loop="method" in state,
             path=path,
         )
 

@@ -60,7 +60,9 @@ def saved_state(engine: Engine, epoch: int, groups: Groups) -> dict[str, Any]:
     """
     method = engine.method
     began = {"groups": copy.deepcopy(groups)} if restarts_optimizers(method) else {}
-    return {"method": type(method).__name__, **engine.state(), "epoch": epoch, **began}
+    # a checksum: no plan says what a run that was made shorter may have pruned
+    zeros = {name: int((~mask).sum()) for name, mask in method.masks.items()}
+    return {"method": type(method).__name__, **engine.state(), "zeros": zeros, "epoch": epoch, **began}
 
 
 def _epoch_of(state: Mapping[str, Any], path: object) -> int:

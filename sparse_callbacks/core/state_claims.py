@@ -10,14 +10,10 @@ from torch import Tensor, nn
 
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.method import Method
-from sparse_callbacks.core.schedules import Schedule
 from sparse_callbacks.core.state_layout import damaged, shown_short
 
 PLAN_CHANGED = "plan/changed"
 """Key in ``aux`` of a run that went on from one with other layers, so that its masks may count other than planned."""
-
-# So many zeros that are due are never rounded down to none.
-SOME = 4
 
 
 @dataclass(frozen=True)
@@ -88,27 +84,11 @@ def as_planned(planned: Mapping[str, int]) -> list[Zeros]:
     return [Zeros((name,), (zeros,)) for name, zeros in planned.items()]
 
 
-def rises_to(planned: Mapping[str, int], saved: SavedRun, curve: Schedule) -> list[Zeros]:
-    """For :func:`possible_zeros`: pruned weights never come back until the plan is reached along ``curve``."""
-    # Not as many as the curve says: a run that was made shorter may be saved before its next update, and then its masks
-    # are of the longer curve. None at all is another matter, unless so few are due that rounding leaves none.
-    due = share_of_target(saved, curve)
-    return [Zeros((n,), range(int(due * zeros >= SOME), zeros + 1)) for n, zeros in planned.items()]
-
-
-def share_of_target(saved: SavedRun, curve: Schedule) -> float:
-    """The share of the target that ``curve`` has reached at the latest update of the optimizer that had its last
-    earliest; 0 before every optimizer has had one."""
-    done, steps = saved.progress["done"], saved.progress["steps"]
-    if not saved.times or not curve.final or any(index not in done for index in steps):
-        return 0.0
-    return curve(min(done.values(), default=0), saved.times[1], saved.times[2]) / curve.final
-
-
-def is_over(saved: SavedRun) -> bool:
-    """Every optimizer has had the update at the end of the calendar."""
-    done, steps = saved.progress["done"], saved.progress["steps"]
-    return bool(saved.times and steps) and all(done.get(i, -1) >= saved.times[2] for i in steps)
+def rises_to(planned: Mapping[str, int]) -> list[Zeros]:
+    """For :func:`possible_zeros`: pruned weights never come back until the plan is reached."""
+    # Not as many as the curve says, nor any: a run that was made shorter may be saved before its next update, and then
+    # its masks are of the longer curve.
+    return [Zeros((name,), range(zeros + 1)) for name, zeros in planned.items()]
 
 
 def refuse_impossible(
@@ -150,8 +130,10 @@ def _why_no_calendar(method: Method, saved: SavedRun) -> str:
 
 
 def _why_other_counts(method: Method, saved: SavedRun, planned: Mapping[str, int]) -> str:
+    # version 0.1 did not write down that layers had changed, after which only equal shares are as planned
+    changed = PLAN_CHANGED in saved.aux or not (saved.of_loop or method.distribution == "uniform")
     # asked last: some methods read the tensors in aux for it
-    for claim in () if PLAN_CHANGED in saved.aux else possible_zeros(method, saved, planned):
+    for claim in () if changed else possible_zeros(method, saved, planned):
         zeros = sum(int((~saved.masks[n]).sum()) for n in claim.names)
         if zeros not in claim.allowed:
             some = sorted(claim.allowed)

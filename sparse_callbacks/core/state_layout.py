@@ -45,6 +45,12 @@ def _counts_by_optimizer(value: Any) -> str:
     return ""
 
 
+def _counts_by_name(value: Any) -> str:
+    if isinstance(value, Mapping) and all(isinstance(name, str) and is_count(count) for name, count in value.items()):
+        return ""
+    return f"is {shown_short(value)} and not a count by name"
+
+
 def _texts(value: Any) -> str:
     if isinstance(value, Mapping) and all(isinstance(t, str) for item in value.items() for t in item):
         return ""
@@ -110,6 +116,7 @@ LAYOUT: Mapping[str, Check] = {
     "done": _counts_by_optimizer,
     "updates": _count,
     "masks": _tensors(_mask),
+    "zeros": _counts_by_name,
     "aux": _tensors(why_not_whole),
     "dense": _tensors(_floats),
     "grads": _tensors(_gradient),
@@ -117,8 +124,8 @@ LAYOUT: Mapping[str, Check] = {
     "window_open": _truth,
 }
 """What each part of a state must be."""
-# checkpoints of the first weeks had no dense values, and gradients are saved only inside a window
-_MAY_LACK = ("dense", "grads", "dense_grads", "window_open")
+# callbacks save no counts of zeros, those of the first weeks no dense values, and gradients are saved only in a window
+_MAY_LACK = ("zeros", "dense", "grads", "dense_grads", "window_open")
 
 
 def refuse_damaged(state: Mapping[str, Any], path: object) -> None:
@@ -149,6 +156,12 @@ def _contradiction(state: Mapping[str, Any]) -> str:
             return f"its latest update is at step {step}, and it has counted {counted} steps of optimizer {index}"
     if state["updates"] < len(done):
         return f"it has counted {state['updates']} updates, and {len(done)} optimizers have had one"
+    counts = state.get("zeros", {})
+    # masks of other names are those of another model
+    zeros = {name: int((~mask).sum()) for name, mask in state["masks"].items() if name in counts}
+    if wrong := [name for name in zeros if zeros[name] != counts[name]]:
+        counted = f"has {zeros[wrong[0]]} zeros, and {counts[wrong[0]]} were counted when it was saved"
+        return f"its mask of {shown_short(wrong[0])} {counted}"
     if foreign := [name for name in state.get("dense", {}) if name not in state["masks"]]:
         return f"it has dense values of {shown_short(foreign[0])}, and no mask"
     return ""

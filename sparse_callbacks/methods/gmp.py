@@ -114,4 +114,4 @@ class GMP(Method):
 
 @possible_zeros.register
 def _(method: GMP, saved: SavedRun, planned: Mapping[str, int]) -> list[Zeros]:
-    return rises_to(planned, saved, pruning_curve(method.sparsity))
+    return rises_to(planned)

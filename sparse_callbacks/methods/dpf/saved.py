@@ -6,16 +6,7 @@ from torch import nn
 
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.schedules import pruning_curve
-from sparse_callbacks.core.state_claims import (
-    SOME,
-    Kept,
-    Zeros,
-    copied_names,
-    expected_aux,
-    possible_zeros,
-    rises_to,
-    share_of_target,
-)
+from sparse_callbacks.core.state_claims import Kept, Zeros, copied_names, expected_aux, possible_zeros, rises_to
 from sparse_callbacks.methods.dpf.dpf import DPF, GLOBAL
 
 
@@ -25,12 +16,9 @@ def _(method: DPF, saved: SavedRun, planned: Mapping[str, int]) -> list[Zeros]:
     if method.unit == "filter":  # fewer weights than a filter has are due at first
         return [Zeros((name,), range(saved.masks[name].numel() + 1)) for name in planned]
     if method.distribution != GLOBAL and curve.initial <= curve.final:
-        return rises_to(planned, saved, curve)
+        return rises_to(planned)
     # one threshold for all layers leaves a weight of each
-    claims = [Zeros((name,), range(saved.masks[name].numel())) for name in planned]
-    size = sum(saved.masks[name].numel() for name in planned)
-    some = int(share_of_target(saved, curve) * sum(planned.values()) >= SOME)
-    return [*claims, Zeros(tuple(planned), range(some, size))]
+    return [Zeros((name,), range(saved.masks[name].numel())) for name in planned]
 
 
 @copied_names.register

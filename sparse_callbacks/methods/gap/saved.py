@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from sparse_callbacks.core.checkpoint import SavedRun
-from sparse_callbacks.core.state_claims import Kept, Zeros, expected_aux, is_over, possible_zeros
+from sparse_callbacks.core.state_claims import Kept, Zeros, expected_aux, possible_zeros
 from sparse_callbacks.methods.gap.gap import GaP
 from sparse_callbacks.methods.gap.gap_parallel import ParallelGaP
 
@@ -13,9 +13,9 @@ from sparse_callbacks.methods.gap.gap_parallel import ParallelGaP
 @possible_zeros.register
 def _(method: GaP, saved: SavedRun, planned: Mapping[str, int]) -> list[Zeros]:
     blocks = method.blocks({n: m.numel() for n, m in saved.masks.items()})
-    over = is_over(saved) or "workers/finetune" in saved.aux
-    # a parameter is dense in the phases of its partition
-    each = [Zeros((name,), (zeros,) if over else (0, zeros)) for name, zeros in planned.items()]
+    # a parameter is dense in the phases of its partition; the calendar does not say which phase has ended, as a run may
+    # have been made shorter in it
+    each = [Zeros((name,), (0, zeros)) for name, zeros in planned.items()]
     if len(saved.progress["steps"]) > 1:
         return each  # each optimizer goes on to the next phase when it has taken the steps
     one_dense = {sum(planned.values()) - sum(planned[n] for n in block) for block in blocks}
