@@ -331,7 +331,7 @@ def test_a_model_without_a_supported_layer_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("argument", "value"), [("include", []), ("exclude", ()), ("include", [""]), ("include", [3]), ("exclude", "")]
+    ("argument", "value"), [("include", []), ("include", ()), ("include", [""]), ("include", [3]), ("exclude", "")]
 )
 def test_what_is_no_glob_is_refused(argument: str, value: Any) -> None:
     with pytest.raises(

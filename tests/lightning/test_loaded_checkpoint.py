@@ -105,7 +105,7 @@ UNFIT = {
     "no state": "",
     "weights alone": "",
     "a later version": r"RigL does not take the masks of the checkpoint.*has sparsity state of version 99",
-    "other masks": r"RigL does not take the masks of the checkpoint.*its masks have \d+ zeros",
+    "other masks": r"RigL does not take the masks of the checkpoint.*(its masks have \d+ zeros|masks of the last fit would cut)",
 }
 
 
