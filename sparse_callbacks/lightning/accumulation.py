@@ -5,6 +5,10 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
+from pytorch_lightning.utilities import rank_zero_warn
+
+from sparse_callbacks.core.method import Method
+from sparse_callbacks.lightning.fit_state import FitState
 from sparse_callbacks.lightning.namespaces import Trainer
 
 
@@ -118,3 +122,23 @@ def _batches(trainer: Trainer) -> float:
     if trainer.train_dataloader is None:
         trainer.fit_loop.setup_data()
     return float(trainer.num_training_batches)
+
+
+def follow_factor(trainer: Trainer, fit: FitState, method: Method) -> None:
+    """The first batch of a fit or an epoch: say so where somebody accumulates otherwise than was expected.
+
+    Args:
+        trainer: the Trainer of the fit.
+        fit: what the callback remembers within the fit; it learns the epoch and the factor.
+        method: the callback's method.
+    """
+    first, fit.last_epoch = fit.last_epoch < 0, trainer.current_epoch
+    if scheduler_of(trainer) is not None:
+        fit.accumulates = factor_in(trainer, trainer.current_epoch)
+        if first:  # where Lightning resumes a run it may leave out the hook in which the scheduler sets it
+            trainer.accumulate_grad_batches = fit.accumulates
+    if method.calendar is not None and trainer.accumulate_grad_batches != fit.accumulates:
+        ahead, every = method.calendar.stop - method.step, method.calendar.every
+        if text := why_cut_off(trainer, fit.accumulates, ahead, every, type(method).__name__):
+            rank_zero_warn(text)
+        fit.accumulates = trainer.accumulate_grad_batches

@@ -10,8 +10,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sparse_callbacks.core import distributed, two_pass
-from sparse_callbacks.core import optimizers as torch_optimizers
+from sparse_callbacks.core import distributed
 from sparse_callbacks.core.before_run import BeforeRun
 from sparse_callbacks.core.checkpoint import SavedRun, check_state
 from sparse_callbacks.core.distributions import why_all_active
@@ -20,13 +19,13 @@ from sparse_callbacks.core.hooks import BatchEnd
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.selection import NOT_TRAINED, layer_shapes, select
 from sparse_callbacks.core.unseen_steps import StepWatch
-from sparse_callbacks.lightning import accumulation, curves, optimizer_lives, spawned
+from sparse_callbacks.lightning import accumulation, curves, open_window, optimizer_lives, spawned
+from sparse_callbacks.lightning.clipping import call_instead_of_clipping, clip_again
 from sparse_callbacks.lightning.fit_state import FitState
 from sparse_callbacks.lightning.loaded_checkpoint import take_state_of_checkpoint
 from sparse_callbacks.lightning.namespaces import Trainer, callback_classes
 from sparse_callbacks.lightning.refusals import (
     ends_run,
-    gradients_are_read,
     refuse_host,
     refuse_shared,
     state_to_resume,
@@ -35,6 +34,7 @@ from sparse_callbacks.lightning.refusals import (
 )
 from sparse_callbacks.lightning.resumed_file import look_before_loading, stop_looking
 from sparse_callbacks.lightning.trainer_host import TrainerHost
+from sparse_callbacks.lightning.trainer_optimizers import TrainerOptimizers, scaler_of
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback as AnyCallback
@@ -110,12 +110,8 @@ class SparsityCallback(Method, AnyCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         stop_looking(trainer)  # of a fit without a checkpoint, which has read none
-        scaled = scaler_of(trainer) is not None
-        torch_optimizers.refuse(trainer.optimizers, scaled)
-        steppers = two_pass.steppers(trainer.optimizers, scaled)
-        torch_optimizers.refuse(steppers, scaled)
-        trained = torch_optimizers.parameter_ids(*trainer.optimizers)
-        entries = select(pl_module, self.include, self.exclude, self.keep_dense, trained)
+        optimizers = TrainerOptimizers(trainer, pl_module)
+        entries = select(pl_module, self.include, self.exclude, self.keep_dense, optimizers.trained)
         self._refuse_neighbours(trainer, [e.name for e in entries if not e.reason])
         state = self._state_to_resume(trainer, pl_module)
         self.saved = None if state is None else SavedRun.of(state, trainer.ckpt_path)
@@ -125,15 +121,15 @@ class SparsityCallback(Method, AnyCallback):
         fit.left_out = [e.name for e in entries if e.reason in NOT_TRAINED]
         fit.restored = None
         host = self._host_of(trainer, pl_module)
-        reads, twice = self._reads(trainer, pl_module), two_pass.two_pass(trainer.optimizers, steppers)
-        self.engine.bind(pl_module, entries, steppers, reads, host, twice)
+        reads, twice = optimizers.gradients_read, optimizers.two_pass
+        self.engine.bind(pl_module, entries, optimizers.steppers, reads, host, twice)
         self.engine.announce_by_hooks()
         optimizer_lives.switch_through_wrappers(trainer)
         if self.print_plan and trainer.is_global_zero:
             print(self.plan(), flush=True)
         if text := why_all_active(self.distribution, layer_shapes(entries)):
             rank_zero_info(text)
-        if text := two_pass.why_not_resumed(trainer.optimizers, steppers):
+        if text := optimizers.why_not_resumed:
             rank_zero_warn(text)
         for warning in warnings_for(trainer, self.arrives_at_stop):
             rank_zero_warn(warning)
@@ -152,7 +148,7 @@ class SparsityCallback(Method, AnyCallback):
         spawned.forget_brought(self)
         self.attachment.in_training = True
         self.fit_state.watch = StepWatch(self.engine)
-        self._put_gradients_back(pl_module)
+        open_window.put_back(self.saved, self.fit_state, pl_module, self.engine)
         # `or {}`: in version 0.1 this hook gave nothing, and an override of that time still may
         self.engine.events |= self.begin_training(trainer.current_epoch) or {}
         if not trainer.fast_dev_run:  # whose epoch has a batch or two
@@ -169,7 +165,7 @@ class SparsityCallback(Method, AnyCallback):
         fit = self.fit_state
         fit.before = None  # from here on an error is one of training
         if trainer.current_epoch != fit.last_epoch:
-            self._check_accumulation(trainer)
+            accumulation.follow_factor(trainer, fit, self)
         if not fit.window_open:
             if self.engine.restart_wanted:
                 self._restart_optimizers(trainer, pl_module)
@@ -197,7 +193,7 @@ class SparsityCallback(Method, AnyCallback):
         step = self.engine.before(optimizer, trainer.global_step)
         self.fit_state.waiting.discard(step.index)
         if step.replaced and pl_module.automatic_optimization:
-            self._withhold_instead_of_clipping(pl_module, optimizer)
+            call_instead_of_clipping(pl_module, lambda: self.engine.withhold(optimizer))
         elif step.replaced:
             self.engine.withhold(optimizer)
 
@@ -261,15 +257,7 @@ class SparsityCallback(Method, AnyCallback):
             return self.fit_state.restored or {}
         if (brought := spawned.state_brought(self)) is not None:
             return deepcopy(brought)
-        current = self.engine.state()
-        # of any optimizer: another one may have stepped within its window
-        if self.fit_state.waiting and self.attachment.model is not None:
-            # accumulated gradients are in no checkpoint of Lightning's
-            held = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
-            current["grads"] = self._gradients_to_save(held)
-            current["dense_grads"] = self._gradients_to_save(self.engine.dense_gradients.kept)
-            current["window_open"] = self.fit_state.window_open
-        return current
+        return self.engine.state() | open_window.state_of_window(self.fit_state, self.engine, self._gradients_to_save)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._leave(pl_module)
@@ -294,16 +282,6 @@ class SparsityCallback(Method, AnyCallback):
         """The state that this fit goes on from; None for a start with new masks."""
         return state_to_resume(self, self.fit_state.restored, trainer.ckpt_path)
 
-    @staticmethod
-    def _reads(trainer: Trainer, module: LightningModule) -> list[bool]:
-        """For each optimizer, whether anybody reads gradients between backward and its step."""
-        automatic = module.automatic_optimization
-        # in manual optimization they are masked after backward, which a raw loss.backward() does not announce
-        return [
-            not torch_optimizers.is_elementwise(o) or (automatic and gradients_are_read(trainer, module, o))
-            for o in trainer.optimizers
-        ]
-
     def _begin_calendar(self, trainer: Trainer) -> None:
         self.calendar = self.make_calendar(optimizer_lives.length_of(trainer))
         saved = () if self.saved is None else self.saved.times
@@ -315,33 +293,6 @@ class SparsityCallback(Method, AnyCallback):
             if reason := self.progress.why_idle(self.times, length, type(self).__name__):
                 rank_zero_warn(reason)
 
-    def _check_accumulation(self, trainer: Trainer) -> None:
-        """The first batch of a fit or an epoch: say so where somebody accumulates otherwise than was expected."""
-        fit, first = self.fit_state, self.fit_state.last_epoch < 0
-        fit.last_epoch = trainer.current_epoch
-        if accumulation.scheduler_of(trainer) is not None:
-            fit.accumulates = accumulation.factor_in(trainer, trainer.current_epoch)
-            if first:  # where Lightning resumes a run it may leave out the hook in which the scheduler sets it
-                trainer.accumulate_grad_batches = fit.accumulates
-        if self.calendar is not None and trainer.accumulate_grad_batches != fit.accumulates:
-            ahead, every = self.calendar.stop - self.step, self.calendar.every
-            if text := accumulation.why_cut_off(trainer, fit.accumulates, ahead, every, type(self).__name__):
-                rank_zero_warn(text)
-            fit.accumulates = trainer.accumulate_grad_batches
-
-    def _put_gradients_back(self, module: LightningModule) -> None:
-        """Give parameters the gradients of an accumulation window that was open when the checkpoint was written."""
-        fit, parameters = self.fit_state, dict(module.named_parameters())
-        fit.window_open, fit.waiting, kept = False, set(), {}
-        if self.saved is not None and self.saved.grads:
-            for name, gradient in self.saved.grads.items():
-                p = parameters[name]
-                p.grad = gradient.to(p.device)
-                if (dense := self.saved.dense_grads.get(name)) is not None:
-                    kept[name] = p.grad, dense.to(p.device)
-            fit.window_open, fit.waiting = self.saved.window_open, set(range(len(self.owners.optimizers)))
-        self.engine.dense_gradients.put_back(kept)
-
     def _gradients_to_save(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Accumulated gradients for a checkpoint, which one rank writes for all: their mean."""
         return distributed.mean_of_any(held, dict(self.model.named_parameters()))
@@ -350,29 +301,11 @@ class SparsityCallback(Method, AnyCallback):
         """New optimizers and schedules, as the module configures them; all callbacks of the kind move their hooks to
         them."""
         optimizer_lives.restart(trainer)
-        scaled = scaler_of(trainer) is not None
-        torch_optimizers.refuse(trainer.optimizers, scaled)
-        steppers, reads = two_pass.steppers(trainer.optimizers, scaled), self._reads(trainer, module)
+        optimizers = TrainerOptimizers(trainer, module)
         for peer in peers_of(trainer):
-            peer.engine.rebind(steppers, reads, two_pass.two_pass(trainer.optimizers, steppers))
-            peer.engine.announce_by_hooks()
-            peer.engine.restart_wanted = False
+            optimizers.take_over(peer.engine)
         optimizer_lives.switch_through_wrappers(trainer)
         optimizer_lives.check_schedules(trainer, self)
-
-    def _withhold_instead_of_clipping(self, module: LightningModule, optimizer: Optimizer) -> None:
-        """Take the gradients away in the place of clipping: Lightning's last call before the step, after all hooks that
-        read them.
-
-        Taken away earlier, clipping by value and every hook that reads ``p.grad`` would fail. The instance's attribute
-        hides the class's hook for this one step.
-        """
-
-        def withhold(*_: object, **__: object) -> None:
-            vars(module).pop("configure_gradient_clipping", None)
-            self.engine.withhold(optimizer)
-
-        vars(module)["configure_gradient_clipping"] = withhold
 
     def _log(self, trainer: Trainer) -> None:
         """A row of curves to every logger."""
@@ -383,7 +316,7 @@ class SparsityCallback(Method, AnyCallback):
         self.fit_state.logged_at = trainer.global_step
 
     def _leave(self, module: LightningModule) -> None:
-        vars(module).pop("configure_gradient_clipping", None)
+        clip_again(module)
         self.fit_state.watch = None
         self.engine.unbind()
 
@@ -402,8 +335,3 @@ class SparsityCallback(Method, AnyCallback):
 def peers_of(trainer: Trainer) -> list[SparsityCallback]:
     """All sparsity callbacks of a Trainer, in their order."""
     return [c for c in trainer.callbacks if isinstance(c, SparsityCallback)]
-
-
-def scaler_of(trainer: Trainer) -> Any | None:
-    """The GradScaler of a Trainer in half precision; None in other precisions."""
-    return getattr(trainer.precision_plugin, "scaler", None)
