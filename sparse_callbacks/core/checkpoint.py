@@ -15,9 +15,14 @@ if TYPE_CHECKING:
 
 # To be raised with a change that older versions of the package would misread.
 VERSION = 1
-# Arguments in which a resumed run may differ from the saved one: the masks of `from_checkpoint` are in the checkpoint,
-# and a loader's text holds its address in memory.
-_MAY_DIFFER = ("print_plan", "fresh_start", "from_checkpoint", "statistics_dataloader")
+# Arguments in which a resumed run may differ from the saved one: a loader's text holds its address in memory.
+_MAY_DIFFER = ("print_plan", "fresh_start", "statistics_dataloader")
+# Where the first masks lie, under the names that methods have for it; all of them are words, or a path or a state dict.
+_START = ("initial_mask", "from_checkpoint", "init")
+_RANDOM = "'random'"
+_WORDS_OF_START = (_RANDOM, "'magnitude'", "'nonzero'")
+# Arguments that version 0.1 lacked, with the text of their defaults. A run that uses none of them is saved as it was then.
+_LATER = {"initial_mask": _RANDOM, "rescale": "None"}
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def state_of(method: "Method") -> dict[str, Any]:
     """Everything that a resume of a method's run needs: tensors, numbers and strings only."""
     return {
         "version": VERSION,
-        "arguments": method.arguments,
+        "arguments": {k: text for k, text in method.arguments.items() if _LATER.get(k) != text},
         "times": [] if method.calendar is None else method.calendar.times(),
         **method.progress.state(),
         "masks": {n: m.clone() for n, m in method.masks.items()},
@@ -136,15 +141,25 @@ def check_state(
             f"to {VERSION}. Upgrade sparse-callbacks."
         )
     saved = state["arguments"]
+    here, there = _comparable(arguments), _comparable(saved)
     # an argument that the saved run did not have yet cannot differ
-    differ = [k for k in arguments if k in saved and k not in _MAY_DIFFER and arguments[k] != saved[k]]
+    differ = [k for k in here if k in there and here[k] != there[k]]
     if differ:
-        changes = ", ".join(f"{k}={saved[k]} there and {k}={arguments[k]} here" for k in differ)
+        changes = ", ".join(f"{k}={there[k]} there and {k}={here[k]} here" for k in differ)
         raise ValueError(
             f"the checkpoint {path} was written by a {name} with other arguments: {changes}. Give the same, "
             "or fresh_start=True to make new masks."
         )
     return state
+
+
+def _comparable(arguments: Mapping[str, str]) -> dict[str, str]:
+    """Those of ``arguments`` in which a resumed run may not differ, as texts to compare."""
+    found = {k: v for k, v in {**_LATER, **arguments}.items() if k not in (*_MAY_DIFFER, *_START)}
+    starts = [arguments[k] for k in _START if arguments.get(k, "None") not in ("None", _RANDOM)]
+    start = starts[0] if starts else _RANDOM
+    # a file may have been moved, or be gone: its masks are in the checkpoint
+    return {**found, "initial_mask": start if start in _WORDS_OF_START else "a checkpoint"}
 
 
 def refuse_other_model(saved: SavedRun, params: Mapping[str, Tensor]) -> None:

@@ -14,6 +14,7 @@ from sparse_callbacks.core.first_gradients import SilenceWarning
 from sparse_callbacks.core.gradient_care import GradientCare
 from sparse_callbacks.core.gradients import DenseGradients
 from sparse_callbacks.core.host import Host
+from sparse_callbacks.core.initial_masks import StartsSparse, warnings_of_start
 from sparse_callbacks.core.loop_steps import next_tick
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_hold import OptimizerHold
@@ -21,6 +22,7 @@ from sparse_callbacks.core.optimizer_modes import mask_averages
 from sparse_callbacks.core.optimizer_needs import keeps_optimizers, refuse_optimizers, refuse_replaced_steps
 from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.progress import Progress
+from sparse_callbacks.core.rescaling import rescale_weights
 from sparse_callbacks.core.run_beginning import RunBeginning
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.step import ReplacesSteps, Step
@@ -51,6 +53,7 @@ class Engine:
         """Announced steps of this fit that were not taken, by a GradScaler's choice."""
         self._silence = SilenceWarning(self.method)
         self._seen: set[int] = set()  # optimizers of this run that have taken a step
+        self._begins_anew = False  # the weights of a new run are not written yet
         self._release()
 
     def _release(self) -> None:
@@ -92,6 +95,9 @@ class Engine:
             self.forget()
         beginning.take_effect()
         method.attachment.enter(model, host)
+        self._begins_anew = beginning.is_new
+        for warning in warnings_of_start(method, model) if beginning.is_new else ():
+            host.warn(warning)
         self._take_hold(beginning.owners, gradients_read, two_pass)
         method.attach(model)
 
@@ -316,6 +322,14 @@ class Engine:
         self.method.weights.swap_out(self.method.params)
         self._care.dense.free(self.method.owners.optimizers)
 
+    def begin_weights(self) -> None:
+        """Training begins: :meth:`write` the masks, and make the weights of a new run larger where the method rescales."""
+        self.write()
+        method = self.method
+        if self._begins_anew and isinstance(method, StartsSparse) and method.rescale is not None:
+            rescale_weights(method.weights, method.rescale)
+        self._begins_anew = False  # a run that goes on has weights that were rescaled when it began
+
     def write(self) -> None:
         """Restore the invariant in all sparse parameters."""
         self.method.write(None, self._care.finite is True)
@@ -334,5 +348,5 @@ class Engine:
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         vars(self).update(state)
         self._silence = SilenceWarning(self.method)
-        self._seen = set()
+        self._seen, self._begins_anew = set(), False
         self._release()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from sparse_callbacks.core.attachment import Attachment
 from sparse_callbacks.core.calendar import Calendar
 from sparse_callbacks.core.checkpoint import SavedRun, refuse_foreign_weights, refuse_other_model
+from sparse_callbacks.core.initial_masks import find_masks
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.progress import Progress
@@ -51,7 +52,7 @@ def take_saved(method: Method, model: nn.Module, saved: SavedRun, owned: Sequenc
 
 
 def _take(method: Method, model: nn.Module, saved: SavedRun, owned: Sequence[Sequence[str]] | None) -> None:
-    entries, targets = _entries_and_targets(method, model, saved.masks)
+    entries, targets = _entries_and_targets(method, model, saved)
     parameters = dict(model.named_parameters())
     params = {e.name: parameters[e.name] for e in entries if not e.reason}
     refuse_other_model(saved, params)
@@ -109,14 +110,13 @@ def _describe(
     method.calendar = _calendar(method, saved.times)
 
 
-def _entries_and_targets(
-    method: Method, model: nn.Module, masks: Mapping[str, Tensor]
-) -> tuple[list[Entry], dict[str, float]]:
+def _entries_and_targets(method: Method, model: nn.Module, saved: SavedRun) -> tuple[list[Entry], dict[str, float]]:
     """All parameters of the model, those without a mask as dense ones, and the planned sparsity of every layer."""
-    if method.attachment.model is model and {e.name for e in method.entries if not e.reason} == masks.keys():
+    if method.attachment.model is model and {e.name for e in method.entries if not e.reason} == saved.masks.keys():
         return method.entries, method.targets  # of the latest run, which knows what its optimizers trained
     found = select(model, method.include, method.exclude, method.keep_dense)
-    entries = [e if e.reason or e.name in masks else replace(e, reason=NOT_TRAINED[1]) for e in found]
+    entries = [e if e.reason or e.name in saved.masks else replace(e, reason=NOT_TRAINED[1]) for e in found]
+    find_masks(method, model, entries, saved)
     targets = method.share_out(entries)
     return list(method.further_members(model, entries)), targets
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparse_callbacks.core.checkpoint import refuse_foreign_weights, refuse_other_model
+from sparse_callbacks.core.initial_masks import find_masks, refuse_rescaling
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_needs import refuse_optimizers
 from sparse_callbacks.core.optimizers import Ownership
@@ -45,6 +46,7 @@ class RunBeginning:
         self._kept = self._masks_of_last_run(model)
         if self._saved is not None:
             refuse_other_model(self._saved, self._params)
+        find_masks(method, model, entries, self._saved, together=True)
         self._targets = method.share_out(entries)
         if self._saved is not None:
             planned = method.parameter_zeros(self._entries, self._targets)
@@ -53,6 +55,8 @@ class RunBeginning:
         else:
             refuse_foreign_weights(self._kept, self._params)
             self._dense = {n: method.weights.dense_values(n) for n in method.weights.copied if n in self._kept}
+        if self.is_new:
+            refuse_rescaling(method, model, self._params)
         self.owners = Ownership(optimizers, self._params)
         """Which optimizer steps which sparse parameter."""
         refuse_optimizers(method, self.owners)

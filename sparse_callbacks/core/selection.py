@@ -88,6 +88,12 @@ def _weights_that_may_be_sparse(module: nn.Module) -> Iterator[tuple[str, int, t
                 yield name, parts, (p.shape[0] // parts, p.shape[1])
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module normalises what passes through it."""
+    # by name too: the norms of other libraries derive from nn.Module alone
+    return isinstance(module, _NORMS) or "Norm" in type(module).__name__
+
+
 def why_not_ranked(weight: Tensor) -> str:
     """Why the type of ``weight`` has no order to prune by; empty where it has."""
     # integers are codes of a quantised weight as a rule, and floats of one byte have no arithmetic in torch
@@ -105,8 +111,7 @@ def _forward_shape(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]
 
 def _reason_never_sparse(module: nn.Module, local: str) -> str:
     """The reason why the parameter named ``local`` inside ``module`` is never sparse."""
-    # by name too: the norms of other libraries derive from nn.Module alone
-    if isinstance(module, _NORMS) or "Norm" in type(module).__name__:
+    if is_norm(module):
         return "norm"
     if "bias" in local:
         return "bias"

@@ -102,7 +102,7 @@ class SparseRun:
             values: the values of the sparse parameters before masks are written.
         """
         method, engine, driver = self.method, self._engine, self._driver
-        engine.write()
+        engine.begin_weights()
         if method.saved is None:
             driver.before_masks = ValuesBeforeMasks(values, method.params)
         method.attachment.in_training = True

@@ -144,7 +144,7 @@ class SparsityCallback(Method, AnyCallback):
         self.rehearse()
         if self.fit_state.before is not None:  # others may still refuse the fit
             self.fit_state.before.keep_weights(self)
-        self.engine.write()
+        self.engine.begin_weights()
         spawned.forget_brought(self)
         self.attachment.in_training = True
         self.fit_state.watch = StepWatch(self.engine)

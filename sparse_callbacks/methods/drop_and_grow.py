@@ -8,15 +8,17 @@ from torch import Tensor
 from sparse_callbacks.core.calendar import Time
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.distributions import Distribution
-from sparse_callbacks.core.method import Method, Options
+from sparse_callbacks.core.initial_masks import InitialMask, StartsSparse
+from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.ops import drop_and_grow, drop_count
+from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.schedules import Schedule, as_schedule
 from sparse_callbacks.core.state_claims import Zeros, as_planned, possible_zeros
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.topology import Update
 
 
-class DropAndGrow(Method):
+class DropAndGrow(StartsSparse):
     """Sparse from the first step to the last; the number of active weights in a layer never changes.
 
     A subclass says what to grow (:meth:`grow_scores`). The update comes after a gradient step unless the subclass
@@ -28,19 +30,30 @@ class DropAndGrow(Method):
 
     def __init__(
         self,
-        sparsity: float = 0.9,
+        sparsity: float | None = None,
         *,
         distribution: Distribution = "erdos_renyi_kernel",
         every: Time | None = None,
         start: Time = 0,
         stop: Time = 0.75,
         drop_fraction: float | str | Schedule = 0.3,
+        initial_mask: InitialMask = "random",
+        rescale: Rescale | None = None,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         seed: int = 0,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(sparsity, distribution=distribution, include=include, exclude=exclude, seed=seed, **options)
+        super().__init__(
+            sparsity,
+            initial_mask=initial_mask,
+            rescale=rescale,
+            distribution=distribution,
+            include=include,
+            exclude=exclude,
+            seed=seed,
+            **options,
+        )
         self.set_times(every, start, stop)
         self.drop_fraction = drop_fraction
         # a number falls along RigL's f_decay = alpha / 2 * (1 + cos(pi * t / T)), for all three methods

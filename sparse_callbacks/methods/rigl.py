@@ -29,13 +29,14 @@ class RigL(ReplacesSteps, DropAndGrow):
     last value.
 
     Args:
-        sparsity: fraction of zeros over the selected weights, in [0, 1).
+        sparsity: fraction of zeros over the selected weights, in [0, 1); None: 0.9, or what ``initial_mask`` holds.
         distribution: name, ``{glob: sparsity or name}`` or callable; see :class:`~sparse_callbacks.core.method.Method`.
         every: optimizer steps (int) or fraction of the run (float) between updates; None: the published 100, shortened,
             with a message, down to 10 in runs that would see fewer than ten updates.
         start, stop: first and last time of an update, in the same units.
         drop_fraction: fraction of a layer's active weights that an update replaces; a number falls by a cosine to 0 at
             ``stop``; a schedule or its text (``"constant(0.3)"``) is taken as it is.
+        initial_mask, rescale: see :class:`~sparse_callbacks.core.initial_masks.StartsSparse`.
         include, exclude: globs on the names of parameters that become sparse or stay dense.
         seed: seed of the initial mask and everything random.
         **options: ``keep_dense`` ("first", "last" or "both"; default None), ``print_plan`` (default True) and

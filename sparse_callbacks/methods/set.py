@@ -24,8 +24,8 @@ class SET(DropAndGrow):
     in steps and not epochs.
 
     Args:
-        sparsity, distribution, every, start, stop, drop_fraction, include, exclude, seed, **options: as in
-            :class:`~sparse_callbacks.RigL`.
+        sparsity, distribution, every, start, stop, drop_fraction, initial_mask, rescale, include, exclude, seed,
+            **options: as in :class:`~sparse_callbacks.RigL`.
 
     Raises:
         ValueError: arguments out of range, or a model, optimizer or checkpoint that does not fit; before the first

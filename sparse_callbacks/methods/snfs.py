@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from sparse_callbacks.core.calendar import Time
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.distributions import Distribution
+from sparse_callbacks.core.initial_masks import InitialMask
 from sparse_callbacks.core.method import Options
+from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.schedules import Schedule
 from sparse_callbacks.core.state_claims import Kept, expected_aux
 from sparse_callbacks.core.step import Step
@@ -34,8 +36,8 @@ class SNFS(DropAndGrow):
 
     Args:
         smoothing: weight of the past in the smoothed gradient, in [0, 1).
-        sparsity, distribution, every, start, stop, drop_fraction, include, exclude, seed, **options: as in
-            :class:`~sparse_callbacks.RigL`.
+        sparsity, distribution, every, start, stop, drop_fraction, initial_mask, rescale, include, exclude, seed,
+            **options: as in :class:`~sparse_callbacks.RigL`.
 
     Raises:
         ValueError: arguments out of range, or a model, optimizer or checkpoint that does not fit; before the first
@@ -52,7 +54,7 @@ class SNFS(DropAndGrow):
 
     def __init__(
         self,
-        sparsity: float = 0.9,
+        sparsity: float | None = None,
         *,
         distribution: Distribution = "erdos_renyi_kernel",
         every: Time | None = None,
@@ -60,6 +62,8 @@ class SNFS(DropAndGrow):
         stop: Time = 0.75,
         drop_fraction: float | str | Schedule = 0.3,
         smoothing: float = 0.9,
+        initial_mask: InitialMask = "random",
+        rescale: Rescale | None = None,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         seed: int = 0,
@@ -72,6 +76,8 @@ class SNFS(DropAndGrow):
             start=start,
             stop=stop,
             drop_fraction=drop_fraction,
+            initial_mask=initial_mask,
+            rescale=rescale,
             include=include,
             exclude=exclude,
             seed=seed,

@@ -20,6 +20,7 @@ from pytorch_lightning.loggers import Logger
 
 from sparse_callbacks import methods
 from sparse_callbacks.core.checkpoint_file import read_mapping
+from sparse_callbacks.core.method import DEFAULT_SPARSITY
 from sparse_callbacks.core.schedules import with_curve
 from sparse_callbacks.lightning.callback import SparsityCallback
 from sparse_callbacks.lightning.resumed_file import refuse_other_parts
@@ -68,8 +69,8 @@ def method_arguments(
     arguments = dict(method)
     if sparsity is not None:
         own = arguments.get("sparsity")
-        # the group spells out the default, so only another value was really asked for
-        if own is not None and own not in (defaults.get("sparsity"), sparsity):
+        # the group spells out the default, as configurations of older versions do, so only another value was asked for
+        if own is not None and own not in (defaults.get("sparsity"), DEFAULT_SPARSITY, sparsity):
             raise ValueError(
                 f"sparsity={sparsity} and method.sparsity={own} both set the target of {name}. Give one of them."
             )
@@ -234,6 +235,6 @@ def refuse_sparse_checkpoint(path: str | None, method: SparsityCallback | None) 
     if sparse:
         raise ValueError(
             f"ckpt_path={path} is of a sparse run ({sparse[0]}), and method=none would train its zeros away. "
-            "Give the method and the arguments of that run, or method=static method.from_checkpoint=FILE to hold its "
+            "Give the method and the arguments of that run, or method=static method.initial_mask=FILE to hold its "
             "mask in a new run."
         )

@@ -12,9 +12,11 @@ from sparse_callbacks.core.calendar import Calendar, RunLength, Time, resolve_ti
 from sparse_callbacks.core.distributions import Distribution, clipped, epsilon_sparsity, is_epsilon
 from sparse_callbacks.core.hooks import BatchEnd, Figures
 from sparse_callbacks.core.host import Forward
+from sparse_callbacks.core.initial_masks import InitialMask
 from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.ops import drop_and_grow, drop_count
 from sparse_callbacks.core.randomness import uniform_like
+from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.schedules import Schedule, as_schedule
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.topology import Update
@@ -56,7 +58,8 @@ class CTRE(DropAndGrow):
     makes too dense is dense.
 
     Args:
-        sparsity: target fraction of zeros, by default 0.9; not together with ``epsilon``.
+        sparsity: target fraction of zeros, by default 0.9, or what ``initial_mask`` holds; not together with
+            ``epsilon``.
         epsilon: density epsilon (n_in + n_out) / (n_in n_out) of each layer, as published; same as
             ``distribution="epsilon(1)"``.
         distribution, include, exclude, seed, **options: see :class:`~sparse_callbacks.core.method.Method`.
@@ -72,6 +75,7 @@ class CTRE(DropAndGrow):
         forward: function of module and batch that gives the network's output; default: by the
             batch's type, ``module(batch)``, ``module(batch[0])`` or ``module(**batch)``.
         statistics_dataloader: the data of the pass; default: the training data, not shuffled.
+        initial_mask, rescale: see :class:`~sparse_callbacks.core.initial_masks.StartsSparse`.
 
     Raises:
         ValueError: arguments out of range, or a model, optimizer, data or checkpoint that does not fit; before the
@@ -105,6 +109,8 @@ class CTRE(DropAndGrow):
         data_fraction: float = 1.0,
         forward: Forward | None = None,
         statistics_dataloader: Any | None = None,
+        initial_mask: InitialMask = "random",
+        rescale: Rescale | None = None,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         seed: int = 0,
@@ -121,12 +127,14 @@ class CTRE(DropAndGrow):
         # before the base looks at the distribution, which epsilon= stands for
         distribution = _with_epsilon(sparsity, epsilon, distribution)
         super().__init__(
-            0.9 if sparsity is None else sparsity,
+            sparsity,
             distribution=distribution,
             every=every,
             start=start,
             stop=stop,
             drop_fraction=drop_fraction,
+            initial_mask=initial_mask,
+            rescale=rescale,
             include=include,
             exclude=exclude,
             seed=seed,

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from sparse_callbacks.core.calendar import Calendar, RunLength, Time
 from sparse_callbacks.core.distributions import Distribution
 from sparse_callbacks.core.hooks import BatchEnd, Figures
-from sparse_callbacks.core.method import Method, Options
+from sparse_callbacks.core.initial_masks import InitialMask, StartsSparse, one_of
+from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.ops import keep_largest
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
 from sparse_callbacks.core.plan import Plan
+from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.gap.partitions import Partitions, check_partitions, number_of, split_layers
@@ -22,7 +24,7 @@ from sparse_callbacks.methods.gap.phases import check_phases, phase_steps
 Init = Literal["random", "magnitude"]
 
 
-class GaP(RestartsOptimizers, Method):
+class GaP(RestartsOptimizers, StartsSparse):
     """GaP, cyclic (C-GaP): one part of the network after another trains dense and is pruned (Ma et al., 2022).
 
     The layers form ``kappa`` partitions. In phase j = 0, 1, ... partition j mod kappa is dense and all others keep
@@ -48,7 +50,8 @@ class GaP(RestartsOptimizers, Method):
     and its fine-tuning 150 (ResNet-50).
 
     Args:
-        sparsity: fraction of zeros over the selected weights at the end, in [0, 1).
+        sparsity: fraction of zeros over the selected weights at the end, in [0, 1); None: 0.9, or what ``initial_mask``
+            holds.
         partitions: their number (contiguous in the order of the model, the largest as small as possible), the layers at
             which new ones begin (``"2-5"``), ``"random(4)"`` (layers shuffled by ``seed``), or for each partition a
             glob or a list of globs on parameter names. One partition, with one round, is pruning at once after dense
@@ -59,8 +62,10 @@ class GaP(RestartsOptimizers, Method):
             share the time before ``finetune`` equally, rounded down to whole steps.
         finetune: when fine-tuning begins, in optimizer steps or as a fraction of the run; None: at 0.75 of the run, or
             with ``epochs`` or ``every`` after the last phase.
-        init: masks of the sparse partitions at the start: ``"random"``, or by the ``"magnitude"`` of the initial
-            weights.
+        init: masks of the sparse partitions at the start, ``"random"`` or ``"magnitude"``; another name of
+            ``initial_mask``.
+        initial_mask, rescale: see :class:`~sparse_callbacks.core.initial_masks.StartsSparse`. The partition that is
+            dense at first has every weight, whatever is given.
         restart: optimizers and schedules start anew with each phase; False keeps them (the state of grown weights is
             cleared).
         distribution, include, exclude, seed, **options: see :class:`~sparse_callbacks.core.method.Method`.
@@ -84,7 +89,7 @@ class GaP(RestartsOptimizers, Method):
 
     def __init__(
         self,
-        sparsity: float = 0.9,
+        sparsity: float | None = None,
         *,
         partitions: Partitions = 3,
         rounds: int = 1,
@@ -92,25 +97,37 @@ class GaP(RestartsOptimizers, Method):
         every: Time | None = None,
         finetune: Time | None = None,
         distribution: Distribution = "uniform",
-        init: Init = "random",
+        init: Init | None = None,
+        initial_mask: InitialMask = "random",
+        rescale: Rescale | None = None,
         restart: bool = True,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         seed: int = 0,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(sparsity, distribution=distribution, include=include, exclude=exclude, seed=seed, **options)
-        self.partitions = check_partitions(partitions)
-        check_phases(rounds, epochs, every, finetune, number_of(self.partitions))
-        if init not in ("random", "magnitude"):
+        if init not in (None, "random", "magnitude"):
             raise ValueError(
                 f"init={init!r} is not known. Give 'random' or 'magnitude' for the masks that training starts with."
             )
+        super().__init__(
+            sparsity,
+            initial_mask=one_of(initial_mask, "init", init),
+            rescale=rescale,
+            distribution=distribution,
+            include=include,
+            exclude=exclude,
+            seed=seed,
+            **options,
+        )
+        self.partitions = check_partitions(partitions)
+        check_phases(rounds, epochs, every, finetune, number_of(self.partitions))
         if not isinstance(restart, bool):
             raise ValueError(
                 f"restart={restart!r} is neither True nor False: it says whether optimizers start anew with each phase."
             )
-        self.rounds, self.epochs, self.finetune, self.init, self.restart = rounds, epochs, finetune, init, restart
+        self.rounds, self.epochs, self.finetune, self.restart = rounds, epochs, finetune, restart
+        self.initial_mask, self.init = initial_mask, "random" if init is None else init
         self.every, self.start = every, 0  # the first phase begins with the run; without a start there is no calendar
 
     # ------------------------------------------------------------------ partitions
@@ -151,8 +168,10 @@ class GaP(RestartsOptimizers, Method):
 
     def initial_masks(self) -> dict[str, Tensor]:
         dense = self.blocks()[0]
-        sparse = super().initial_masks() if self.init == "random" else self.pruned(self.params)
-        return {**sparse, **self.weights.all_active(dense)}  # the dense partition last, as it is among the others too
+        return {
+            **super().initial_masks(),
+            **self.weights.all_active(dense),
+        }  # the dense partition last, as it is among the others too
 
     def after_step(self, step: Step) -> Update | None:
         return self.new_masks(step) if step.due else None

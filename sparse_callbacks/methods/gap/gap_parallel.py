@@ -12,8 +12,10 @@ from sparse_callbacks.core.calendar import Calendar, RunLength
 from sparse_callbacks.core.distributions import Distribution
 from sparse_callbacks.core.hooks import BatchEnd, Figures
 from sparse_callbacks.core.host import Forward, TrainsInTurns
-from sparse_callbacks.core.method import Method, Options
+from sparse_callbacks.core.initial_masks import InitialMask, StartsSparse
+from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.randomness import seed_everything
+from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.gap import worker_schedule
@@ -54,8 +56,8 @@ class ParallelGaP(TrainsInTurns, GaP):
     floor(s * size) weights are pruned.
 
     Args:
-        sparsity, partitions, rounds, init, distribution, include, exclude, seed, **options: as in
-            :class:`~sparse_callbacks.GaP`.
+        sparsity, partitions, rounds, init, initial_mask, rescale, distribution, include, exclude, seed, **options: as
+            in :class:`~sparse_callbacks.GaP`.
         epochs: whole epochs that each worker trains in a round.
         forward: function of the module and a batch for the pass over the data; None: ``module(batch)``,
             ``module(batch[0])`` or ``module(**batch)`` by the batch's type. Not asked for in a model without running
@@ -80,13 +82,15 @@ class ParallelGaP(TrainsInTurns, GaP):
 
     def __init__(
         self,
-        sparsity: float = 0.9,
+        sparsity: float | None = None,
         *,
         partitions: Partitions = 3,
         rounds: int = 1,
         epochs: int = 1,
         distribution: Distribution = "uniform",
-        init: Init = "random",
+        init: Init | None = None,
+        initial_mask: InitialMask = "random",
+        rescale: Rescale | None = None,
         forward: Forward | None = None,
         statistics_dataloader: Any | None = None,
         include: str | Sequence[str] | None = None,
@@ -101,6 +105,8 @@ class ParallelGaP(TrainsInTurns, GaP):
             epochs=epochs,
             distribution=distribution,
             init=init,
+            initial_mask=initial_mask,
+            rescale=rescale,
             include=include,
             exclude=exclude,
             seed=seed,
@@ -186,7 +192,7 @@ class ParallelGaP(TrainsInTurns, GaP):
     # ------------------------------------------------------------------ the run
 
     def initial_masks(self) -> dict[str, Tensor]:
-        return self.pruned(self.params) if self.init == "magnitude" else Method.initial_masks(self)
+        return StartsSparse.initial_masks(self)  # none of the network is dense before the first worker begins
 
     def make_calendar(self, run: RunLength) -> Calendar:
         worker_schedule.refuse_unknown_epochs(run)

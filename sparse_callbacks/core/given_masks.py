@@ -1,0 +1,170 @@
+"""Masks that a checkpoint or a state dict gives: those that a run has saved, otherwise its non-zeros."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_callbacks.core.checkpoint_file import read_mapping
+from sparse_callbacks.core.selection import Entry
+from sparse_callbacks.core.state_layout import is_count, shown_short, why_not_whole
+
+Source = str | Path | Mapping[str, Any]
+"""The path of a checkpoint or of a state dict, or what such a file holds."""
+
+
+@dataclass(frozen=True)
+class GivenMasks:
+    """Masks from a checkpoint, and the weights that were saved beside them.
+
+    Attributes:
+        masks: bool masks by parameter name.
+        weights: values of the same parameters.
+        trained: the checkpoint says that it was saved after training steps.
+    """
+
+    masks: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]
+    trained: bool
+
+
+def masks_in(source: Source, entries: Sequence[Entry], argument: str) -> GivenMasks:
+    """Masks of ``entries`` from a checkpoint: those saved by a callback or a loop of this package, otherwise the
+    non-zeros.
+
+    Args:
+        source: where they are.
+        entries: the parameters that become sparse.
+        argument: the name of the argument that gave ``source``, for errors.
+
+    Raises:
+        ValueError: there is no such file, it is damaged, does not fit the entries, or has no mask to keep.
+    """
+    advice = f"Give {argument}= another checkpoint, or sparsity= for a new mask."
+    shown = f"{argument}=" + ("" if isinstance(source, Mapping) else repr(str(source)))
+    found = _content(source, shown, advice)
+    weights = _weights_in(found, entries, shown, advice)
+    # saved masks go first: a weight that was just grown is zero and yet active, so the non-zeros would lose it
+    saved = _saved_masks(found, weights, entries, shown, advice)
+    # beside masks that were saved, zeros of a parameter without one may be pruned, grown a moment ago, or as they were made
+    if unclear := [n for n in (e.name for e in entries) if saved and n not in saved and bool((weights[n] == 0).any())]:
+        raise ValueError(
+            f"{shown} has masks, and none of {', '.join(unclear)}, where there are zeros as well. Leave these layers out "
+            "with exclude=, or give a checkpoint with their masks, or a state dict without any."
+        )
+    if broken := [e.name for e in entries if e.name not in saved and not bool(weights[e.name].isfinite().all())]:
+        raise ValueError(f"{shown}: {broken[0]} there has values that are not finite. {advice}")
+    masks = {e.name: saved[e.name] if e.name in saved else weights[e.name] != 0 for e in entries}
+    refuse_no_masks(masks, shown, advice)
+    return GivenMasks(masks, {e.name: weights[e.name] for e in entries}, _is_trained(found))
+
+
+def refuse_no_masks(masks: Mapping[str, Tensor], shown: str, advice: str) -> None:
+    """Refuse masks that leave every weight active, or none.
+
+    Args:
+        masks: bool masks by parameter name.
+        shown: where they come from, for errors.
+        advice: what to do instead, as a sentence.
+
+    Raises:
+        ValueError: there is nothing to keep.
+    """
+    if all(bool(m.all()) for m in masks.values()):
+        raise ValueError(
+            f"{shown} holds no zeros in the selected weights, so there is no mask to keep. Give sparsity= instead."
+        )
+    if not any(bool(m.any()) for m in masks.values()):
+        raise ValueError(f"{shown} holds nothing but zeros in the selected weights, so nothing would train. {advice}")
+
+
+def _content(source: Source, shown: str, advice: str) -> Mapping[str, Any]:
+    if isinstance(source, Mapping):
+        return source
+    if Path(source).exists():
+        return read_mapping(Path(source), advice)
+    raise ValueError(f"{shown} is not a file. Give the path of a checkpoint or a state dict.")
+
+
+def _weights_in(found: Mapping[str, Any], entries: Sequence[Entry], shown: str, advice: str) -> Mapping[str, Any]:
+    """The values of all ``entries`` in a Trainer's checkpoint, in a plain state dict, or in one beside other things."""
+    weights: Any = found.get("state_dict", found)
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"{shown}: its state_dict is {shown_short(weights)}. {advice}")
+    # a loop of the user's own saves a state dict under a name of its own
+    inner = [part for part in found.values() if isinstance(part, Mapping)]
+    weights = next((w for w in (weights, *inner) if not _missing(w, entries)), weights)
+    # checked before anything is computed with them: a damaged file may give a tensor any shape
+    if missing := _missing(weights, entries):
+        known = ", ".join(k for k, v in weights.items() if isinstance(v, Tensor) and v.ndim > 1)
+        raise ValueError(
+            f"{shown} does not fit the model: {', '.join(missing)} not found with the same shape. The "
+            f"checkpoint has: {known}. Names must be those of the LightningModule; rename the keys, or leave layers "
+            "out with include= or exclude=."
+        )
+    checked: Mapping[str, Any] = weights
+    return checked
+
+
+def _missing(weights: Mapping[str, Any], entries: Sequence[Entry]) -> list[str]:
+    return [e.name for e in entries if not _is_weight(weights.get(e.name), e)]
+
+
+def _is_weight(value: object, entry: Entry) -> bool:
+    """Whether ``value`` is a whole tensor of numbers of the parameter's shape."""
+    return isinstance(value, Tensor) and tuple(value.shape) == entry.full_shape and not why_not_whole(value)
+
+
+def _states_in(found: Mapping[str, Any], shown: str, advice: str) -> Iterator[Mapping[str, Any]]:
+    """The states that callbacks or loops of this package have saved."""
+    states = found.get("callbacks", {})
+    if not isinstance(states, Mapping):
+        raise ValueError(f"{shown}: its callbacks are {shown_short(states)}. {advice}")
+    for state in states.values():
+        if isinstance(state, Mapping) and "masks" in state:
+            yield state
+    for state in found.values():  # of run.state_dict(), which a loop saves beside its model
+        if isinstance(state, Mapping) and {"version", "arguments", "masks"} <= state.keys():
+            yield state
+
+
+def _saved_masks(
+    found: Mapping[str, Any], weights: Mapping[str, Tensor], entries: Sequence[Entry], shown: str, advice: str
+) -> dict[str, Tensor]:
+    """The masks of ``entries`` that runs of this package have saved.
+
+    Raises:
+        ValueError: a mask is damaged, or is not that of the weights beside it.
+    """
+    saved: dict[str, Tensor] = {}
+    for state in _states_in(found, shown, advice):
+        if not isinstance(state["masks"], Mapping):
+            raise ValueError(f"{shown}: masks in it are {shown_short(state['masks'])}. {advice}")
+        saved |= state["masks"]
+    for entry in entries:
+        if entry.name not in saved:
+            continue
+        mask = saved[entry.name]
+        if not _is_weight(mask, entry) or mask.dtype != torch.bool:
+            raise ValueError(
+                f"{shown}: the mask of {entry.name} is {shown_short(mask)}, and should be one of truth values of shape "
+                f"{list(entry.full_shape)}. {advice}"
+            )
+        if bool(weights[entry.name][~mask].any()):
+            raise ValueError(
+                f"{shown}: {entry.name} has weights that its mask there says are pruned, so the two do not belong "
+                f"together. {advice}"
+            )
+    return {e.name: saved[e.name] for e in entries if e.name in saved}
+
+
+def _is_trained(found: Mapping[str, Any]) -> bool:
+    """Whether a Trainer's checkpoint, or a loop's state in it, has counted training steps."""
+    counted = [found.get("global_step", 0)]
+    for state in found.values():
+        steps = state.get("steps") if isinstance(state, Mapping) else None
+        counted += steps.values() if isinstance(steps, Mapping) else []
+    return any(is_count(c) and c > 0 for c in counted)

@@ -1,0 +1,292 @@
+"""Where first masks come from: chance, magnitudes, the zeros of the model, or a checkpoint."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_callbacks.core import distributed
+from sparse_callbacks.core.arguments import refuse_unknown
+from sparse_callbacks.core.checkpoint import SavedRun
+from sparse_callbacks.core.distributions import is_epsilon
+from sparse_callbacks.core.given_masks import GivenMasks, Source, masks_in, refuse_no_masks
+from sparse_callbacks.core.method import DEFAULT_SPARSITY, Method
+from sparse_callbacks.core.ops import keep_largest
+from sparse_callbacks.core.plan import Plan
+from sparse_callbacks.core.rescaling import RESCALES, Rescale, counted_norm, starved_layers, why_not_fresh, zeros_among
+from sparse_callbacks.core.selection import Entry, select
+from sparse_callbacks.core.shards import layout_of
+from sparse_callbacks.core.state_layout import damaged, shown_short
+
+InitialMask = Source
+"""``"random"``, ``"magnitude"``, ``"nonzero"``, the path of a checkpoint, or a state dict."""
+
+
+class StartsSparse(Method):
+    """A method whose network is sparse from the first step on, and who may be told where its first masks lie.
+
+    Args:
+        sparsity: target fraction of zeros, in [0, 1); None: 0.9, or what ``initial_mask`` holds.
+        initial_mask: ``"random"``: random positions. ``"magnitude"``: the largest weights as they are when a run
+            begins. ``"nonzero"``: the weights that are not zero then. The path of a checkpoint, or a state dict: masks
+            that a run of this package has saved there, otherwise its non-zeros; only the masks are taken, and the
+            weights are those of the model. The last two bring their own counts, in place of those that ``sparsity``
+            and ``distribution`` plan. A run that goes on keeps its masks, whatever is given.
+        rescale: active weights of a new run are multiplied once, by sqrt(1 / density) of their ``"layer"``, or for each
+            output unit by the root of its ``"fan_in"`` over the inputs that it keeps; None: they stay as they are.
+        **options: arguments of :class:`~sparse_callbacks.core.method.Method`.
+
+    Raises:
+        ValueError: an argument that no run can use.
+    """
+
+    def __init__(
+        self,
+        sparsity: float | None = None,
+        *,
+        initial_mask: InitialMask = "random",
+        rescale: Rescale | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(DEFAULT_SPARSITY if sparsity is None else sparsity, **options)
+        if not isinstance(initial_mask, str | Path | Mapping) or not initial_mask:
+            raise ValueError(
+                f"initial_mask={shown_short(initial_mask)} is not known. Give 'random', 'magnitude', 'nonzero', the path "
+                "of a checkpoint or a state dict."
+            )
+        refuse_unknown({"rescale": rescale}, {"rescale": (None, *RESCALES)})
+        self.initial_mask, self.rescale = initial_mask, rescale
+        self._start = initial_mask  # a subclass that has another name for it keeps each argument as it was given
+        self._zeros: dict[str, int] = {}  # found in each layer, where the masks bring their own counts
+        self._found_sparsity = 0.0
+        self._given: GivenMasks | None = None  # from _find to initial_masks
+        if not self._brings_counts:
+            return
+        if is_epsilon(self.distribution):
+            raise ValueError(
+                f"{_spelled(self)} and distribution={self.distribution!r} both say how many weights there are. Give one "
+                "of them."
+            )
+        if sparsity is None:
+            self.sparsity = None  # a resumed run compares the arguments
+
+    @property
+    def _brings_counts(self) -> bool:
+        """The counts of the masks are found and not planned."""
+        return self._start not in ("random", "magnitude")
+
+    @property
+    def target_sparsity(self) -> float:
+        if self._brings_counts:
+            return self._found_sparsity
+        return DEFAULT_SPARSITY if self.sparsity is None else float(self.sparsity)
+
+    def plan(self, model: nn.Module | None = None) -> Plan:
+        if isinstance(model, nn.Module):
+            plain = getattr(model, "_orig_mod", model)  # of torch.compile
+            find_masks(self, plain, select(plain, self.include, self.exclude, self.keep_dense), self.saved)
+        return super().plan(model)
+
+    def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
+        if not self._brings_counts:
+            return super().share_out(entries)
+        chosen = [e for e in entries if not e.reason]
+        if self.saved is not None or not all(layer in self._zeros for e in chosen for layer in e.layers):
+            self._find(self.attachment.model, entries, self.saved)
+        return {layer: _share(self._zeros[layer], e.size // e.parts) for e in chosen for layer in e.layers}
+
+    def initial_masks(self) -> dict[str, Tensor]:
+        if self._start == "random":
+            return super().initial_masks()
+        if self._start == "magnitude":
+            return {n: self.weights.by_layer(n, self._largest, p.detach()) for n, p in self.params.items()}
+        # kept where masks move: part of the network may be dense for a while, and a saved mask may be damaged
+        for name, entry in self.weights.entries.items() if self.explores or self.arrives_at_stop else ():
+            self.aux[f"planned/{name}"] = torch.tensor([self._zeros[layer] for layer in entry.layers])
+        assert self._given is not None
+        given, self._given = self._given, None
+        return dict(given.masks)
+
+    def _largest(self, layer: str, weight: Tensor) -> Tensor:
+        size = layout_of(weight).whole_shape(weight).numel()
+        return keep_largest(weight, size - self.planned_zeros(layer, size))
+
+    # ------------------------------------------------------------------ masks that are found
+
+    def _find(
+        self, model: nn.Module | None, entries: Sequence[Entry], saved: SavedRun | None, together: bool = False
+    ) -> None:
+        chosen = [e for e in entries if not e.reason]
+        aux, masks = (saved.aux, saved.masks) if saved is not None else (self.aux, self.masks)
+        if saved is None and self.attachment.model is not model:
+            aux = masks = {}
+        path = None if saved is None else saved.path
+        known = {e.name: _known_zeros(e, aux, masks, path) for e in chosen if e.name in masks}
+        if missing := [e for e in chosen if e.name not in known]:
+            self._given = self._masks_of(model, missing)
+            masks = distributed.masks_of_first_rank(self._given.masks) if together else self._given.masks
+            known |= {e.name: [_zeros(part) for part in e.split(masks[e.name])] for e in missing}
+        self._zeros = {layer: n for e in chosen for layer, n in zip(e.layers, known[e.name], strict=True)}
+        zeros, size = sum(self._zeros.values()), sum(e.size for e in chosen)
+        self._found_sparsity = zeros / max(1, size)
+        if missing:
+            self._refuse_other_sparsity(zeros, size)
+
+    def _masks_of(self, model: nn.Module | None, entries: Sequence[Entry]) -> GivenMasks:
+        if self._start != "nonzero":
+            return masks_in(self._start, entries, _argument(self))
+        if model is None:
+            raise ValueError(
+                "initial_mask='nonzero' plans by the weights of a model, and none is known. Give plan(model)."
+            )
+        parameters = dict(model.named_parameters())
+        masks = {e.name: parameters[e.name].detach() != 0 for e in entries}
+        refuse_no_masks(masks, "initial_mask='nonzero': the model", "Load its weights before the run begins.")
+        return GivenMasks(masks, {}, False)
+
+    def _refuse_other_sparsity(self, zeros: int, size: int) -> None:
+        # each layer rounds its zeros down, and a plan shows four decimals
+        if self.sparsity is None or abs(zeros - self.sparsity * size) <= max(len(self._zeros), 5e-5 * size):
+            return
+        raise ValueError(
+            f"sparsity={self.sparsity!r} and {_spelled(self)} differ: the masks there have {zeros:,} zeros in {size:,} "
+            f"weights, which is {zeros / size:.4f}, and {type(self).__name__} keeps the counts that it begins with. "
+            "Leave sparsity= out, or give other masks."
+        )
+
+
+# ---------------------------------------------------------------------- what a run asks before it begins
+
+
+def find_masks(
+    method: Method, model: nn.Module, entries: Sequence[Entry], saved: SavedRun | None, together: bool = False
+) -> None:
+    """Let a method whose masks bring their own counts look for them, before it is asked for its targets.
+
+    Args:
+        method: the method, of any kind.
+        model: the model.
+        entries: all parameters of it.
+        saved: the run that goes on; None for that of ``method.aux``, or a new one.
+        together: whether all ranks ask, which then take what the first has found.
+
+    Raises:
+        ValueError: there is no mask, or it does not fit the model or the other arguments.
+    """
+    if isinstance(method, StartsSparse) and method._brings_counts:
+        method._find(model, entries, saved, together)
+
+
+def refuse_rescaling(method: Method, model: nn.Module, params: Mapping[str, Tensor]) -> None:
+    """Refuse to rescale weights that are known to be trained, when a new run is about to begin.
+
+    Raises:
+        ValueError: the method was asked to.
+    """
+    if not isinstance(method, StartsSparse) or method.rescale is None:
+        return
+    why, given = why_not_fresh(model, params, method._brings_counts), method._given
+    if not why and given is not None and given.trained:
+        same = [n for n, w in given.weights.items() if _same_where(given.masks[n], params[n].detach(), w)]
+        why = f"{same[0]} is as in the checkpoint of a trained network" if same else ""
+    if why:
+        raise ValueError(
+            f"rescale={method.rescale!r} is for fresh weights, and those of the model are trained: {why}. Leave rescale= "
+            "out. (A run that goes on from its own state, by ckpt_path= or sparsify(state=), is never rescaled.)"
+        )
+
+
+def warnings_of_start(method: Method, model: nn.Module) -> Iterator[str]:
+    """What the user should know of the masks and weights that a new run begins with, which are not written yet."""
+    if not isinstance(method, StartsSparse):
+        return
+    if dead := [n for n, count in method.weights.active_counts.items() if not count and method._brings_counts]:
+        yield f"{', '.join(dead)} has no active weight in {_spelled(method)}, and so never trains. exclude= leaves it dense."
+    if method._start != "random":
+        return
+    name, starved = type(method).__name__, dict(starved_layers(model, method.weights))
+    if share := zeros_among(model, method.params):
+        yield (
+            f"{name} draws its masks at random, and {share:.1%} of the weights are zero already: a pruned network loses "
+            "most of what it has learnt. Give initial_mask='nonzero' to go on with its masks."
+        )
+    elif norm := counted_norm(model):
+        yield (
+            f"{name} draws its masks at random, and the network was trained before: {norm} has counted batches. Give "
+            "initial_mask='magnitude' to keep its largest weights."
+        )
+    elif method.rescale is None and len(starved) > 1:
+        listed = ", ".join(f"{layer} ({inputs:.1f})" for layer, inputs in starved.items())
+        yield (
+            f"few inputs are left for each output of {listed}, in a network without norms: its signal fades from layer to "
+            f"layer, and it may not learn. {name}(rescale='fan_in') makes fresh weights larger for it."
+        )
+
+
+# ---------------------------------------------------------------------- parts
+
+
+def one_of(initial_mask: InitialMask, argument: str, value: Any) -> InitialMask:
+    """``initial_mask``, which a method may also be given under an older name.
+
+    Args:
+        initial_mask: the argument; ``"random"`` where it was not given.
+        argument: the older name.
+        value: what was given under it; None for nothing.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if value is None:
+        return initial_mask
+    if initial_mask != "random":
+        raise ValueError(
+            f"initial_mask= and {argument}= are both given, and both decide the first masks. Give one of them."
+        )
+    given: InitialMask = value
+    return given
+
+
+def _argument(method: StartsSparse) -> str:
+    """The name under which the masks were given."""
+    return "from_checkpoint" if getattr(method, "from_checkpoint", None) is not None else "initial_mask"
+
+
+def _spelled(method: StartsSparse) -> str:
+    given = method._start
+    return f"{_argument(method)}=" + ("" if isinstance(given, Mapping) else repr(str(given)))
+
+
+def _zeros(mask: Tensor) -> int:
+    layout = layout_of(mask)
+    return layout.total(mask.numel() - int(mask.count_nonzero()))
+
+
+def _known_zeros(entry: Entry, aux: Mapping[str, Tensor], masks: Mapping[str, Tensor], path: object) -> list[int]:
+    """The zeros of each layer in a parameter of a run that goes on."""
+    found = aux.get(f"planned/{entry.name}")
+    if found is None:  # of Static, whose masks never move
+        return [_zeros(part) for part in entry.split(masks[entry.name])]
+    zeros: Any = found.tolist()
+    if tuple(found.shape) != (entry.parts,) or found.is_floating_point() or found.is_complex():
+        raise damaged(
+            f"its planned/{entry.name} is {shown_short(found)}, and should be {entry.parts} whole numbers", path
+        )
+    if not all(0 <= n <= entry.size // entry.parts for n in zeros):
+        raise damaged(f"its planned/{entry.name} has other counts than layers can have", path)
+    return [int(n) for n in zeros]
+
+
+def _share(zeros: int, size: int) -> float:
+    """The sparsity of which ``zeros_for`` makes exactly ``zeros`` in a layer of ``size`` weights."""
+    share = zeros / size if size else 0.0
+    return share if math.floor(share * size) == zeros else math.nextafter(share, 1.0)
+
+
+def _same_where(mask: Tensor, mine: Tensor, theirs: Tensor) -> bool:
+    """Whether two tensors have the same values, and any, where ``mask`` is True."""
+    mask = mask.to(mine.device)
+    return bool(mask.any()) and torch.equal(mine[mask], theirs.to(mine)[mask])

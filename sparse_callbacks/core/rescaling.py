@@ -1,0 +1,127 @@
+"""Rescaling of fresh weights, so that a signal keeps its variance where only some inputs are left."""
+
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparse_callbacks.core.selection import Entry, is_norm
+from sparse_callbacks.core.shards import layout_of
+from sparse_callbacks.core.weights import SparseWeights
+
+Rescale = Literal["layer", "fan_in"]
+"""By what active weights are multiplied when a run begins."""
+RESCALES = ("layer", "fan_in")
+# A layer that keeps so few inputs for each output has lost most of its signal. Measured on an MLP 300-300-300 without
+# norms: it stays at chance with 2 and 4 inputs for each unit, and learns with 8 (docs/results.md).
+FEW_INPUTS = 5
+
+
+def factors(mask: Tensor, entry: Entry, rescale: Rescale) -> Tensor:
+    """What the weights of a parameter are multiplied with, so that it broadcasts against them, in float64.
+
+    ``"layer"``: sqrt(size / active) of each layer. ``"fan_in"``: sqrt(inputs / inputs kept) of each output unit, where
+    an input of a convolution is a channel of its group at a position of the kernel; a unit without inputs keeps 1. With
+    independent inputs and a random mask the second keeps the variance of every unit's output, the first their mean.
+
+    Args:
+        mask: the mask of the parameter.
+        entry: the layers in it.
+        rescale: ``"layer"`` or ``"fan_in"``.
+    """
+    each = [_of_layer(part) if rescale == "layer" else _of_units(part, entry) for part in entry.split(mask)]
+    return torch.cat(each)
+
+
+def _root(whole: int, kept: Tensor) -> Tensor:
+    return torch.where(kept == 0, 1.0, (whole / kept.clamp(min=1).double()).sqrt())
+
+
+def _of_layer(mask: Tensor) -> Tensor:
+    layout = layout_of(mask)
+    kept = torch.tensor(layout.total(int(mask.count_nonzero())), device=mask.device)
+    return _root(layout.whole_shape(mask).numel(), kept).expand(mask.shape[0], *[1] * (mask.ndim - 1))
+
+
+def _of_units(mask: Tensor, entry: Entry) -> Tensor:
+    kernel = [1] * (mask.ndim - 2)
+    if not entry.transposed:
+        kept = mask.flatten(1).sum(1)
+        return _root(mask[0].numel(), kept).view(-1, 1, *kernel)
+    # stored as (inputs, outputs of a group, *kernel): the inputs of a group follow each other
+    groups = entry.shape[0] // mask.shape[1]
+    by_group = mask.view(groups, mask.shape[0] // groups, mask.shape[1], -1)
+    found = _root(by_group[0, :, 0].numel(), by_group.sum((1, 3)))
+    return found.repeat_interleave(by_group.shape[1], 0).view(*mask.shape[:2], *kernel)
+
+
+def rescale_weights(weights: SparseWeights, rescale: Rescale) -> None:
+    """Multiply all active weights, which no step has trained yet, with their :func:`factors`."""
+    for name, p in weights.params.items():
+        factor = factors(weights.masks[name], weights.entries[name], rescale)
+        # half precision would round the factor as well
+        wide = torch.promote_types(p.dtype, torch.float32)
+        weights.write_values({name: p.detach().to(wide) * factor.to(wide)})
+
+
+# ---------------------------------------------------------------------- weights that are not fresh
+
+
+def counted_norm(model: nn.Module) -> str:
+    """The name of a norm that has counted batches in training; empty where none has."""
+    for name, module in model.named_modules():
+        counted = getattr(module, "num_batches_tracked", None)
+        if isinstance(counted, Tensor) and is_norm(module) and int(counted) > 0:
+            return str(name)
+    return ""
+
+
+def zeros_among(model: nn.Module, params: Mapping[str, Tensor]) -> float:
+    """The share of zeros in those of ``params`` that have some and are not zero altogether; 0 where there are no more
+    than fresh weights may have by chance."""
+    padding = {  # rows of embeddings that torch itself keeps at zero
+        id(m.weight): m.weight.shape[1]
+        for m in model.modules()
+        if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.padding_idx is not None
+    }
+    zeros = size = by_chance = 0.0
+    for p in params.values():
+        found = int((p == 0).sum()) - padding.get(id(p), 0)
+        if found < p.numel():
+            zeros, size = zeros + max(0, found), size + p.numel()
+            # uniform numbers are multiples of about eps / 2: in bfloat16 one of 256 is zero
+            by_chance += 2 * torch.finfo(p.dtype).eps * p.numel()
+    return zeros / size if zeros > by_chance else 0.0
+
+
+def why_not_fresh(model: nn.Module, params: Mapping[str, Tensor], zeros_are_meant: bool) -> str:
+    """Why the weights are known to be trained, as the end of a sentence; empty where nobody knows.
+
+    Args:
+        model: the model.
+        params: the parameters that become sparse.
+        zeros_are_meant: zeros say nothing, since they are the mask that was asked for.
+    """
+    if norm := counted_norm(model):
+        return f"{norm} has counted batches"
+    if not zeros_are_meant and (share := zeros_among(model, params)):
+        return f"{share:.1%} of them are zero, as a pruned network has them"
+    return ""
+
+
+# ---------------------------------------------------------------------- layers that want it
+
+
+def starved_layers(model: nn.Module, weights: SparseWeights) -> Iterator[tuple[str, float]]:
+    """Layers of a network without norms that keep few of their inputs: name, and inputs of an output on average."""
+    if any(is_norm(m) for m in model.modules()):
+        return  # which give each layer a signal of variance 1 again
+    for name, mask in weights.masks.items():
+        for layer, (part,) in weights.layers(name, mask):
+            layout, entry = layout_of(part), weights.entries[name]
+            share = layout.total(int(part.count_nonzero())) / layout.whole_shape(part).numel()
+            inputs = share * torch.Size(entry.shape[1:]).numel()
+            # a layer that keeps most of its few inputs has lost little
+            if inputs <= FEW_INPUTS and 0 < share <= 0.25:
+                yield layer, inputs
