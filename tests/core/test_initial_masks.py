@@ -1,0 +1,345 @@
+"""Where the masks of a sparse start come from, in loops: every method, every source, and what is refused."""
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import loops
+from support.loops import net
+from torch import Tensor, nn
+
+from sparse_callbacks import CTRE, GMP, SET, SNFS, GaP, RigL, SparseRun, SparsityCallback, Static
+
+STARTING_SPARSE = [Static, SET, RigL, SNFS, CTRE, GaP]
+each_method = pytest.mark.parametrize("make", STARTING_SPARSE, ids=lambda m: m.__name__)
+
+
+def begin(method: SparsityCallback, model: nn.Module, **options: Any) -> SparseRun:
+    return loops.begin(method, model, loops.sgd(model), **options)
+
+
+def trained(run: SparseRun, model: nn.Module, last: int, first: int = 0) -> None:
+    loops.train(run, model, run.method.owners.optimizers[0], first, last)
+
+
+def pruned(model: nn.Module, share: float = 0.5, seed: int = 0) -> dict[str, Tensor]:
+    """Zeros at random in every matrix of ``model``; gives where weights are left."""
+    source, masks = torch.Generator().manual_seed(seed), {}
+    for name, p in model.named_parameters():
+        if p.ndim > 1:
+            masks[name] = torch.rand(p.shape, generator=source) >= share
+            p.data *= masks[name]
+    return masks
+
+
+def assert_masks(run: Any, masks: dict[str, Tensor], method: Any) -> None:
+    """Those of ``masks``, but for the partition that GaP trains dense at first."""
+    dense = set(method.blocks()[0]) if isinstance(method, GaP) else set()
+    assert masks.keys() == run.masks.keys()
+    for name, mask in run.masks.items():
+        assert torch.equal(mask, torch.ones_like(mask) if name in dense else masks[name]), name
+
+
+@each_method
+def test_magnitude_keeps_the_largest_weights_of_each_layer_in_the_planned_number(make: Any) -> None:
+    model, method = net(), make(0.7, initial_mask="magnitude", print_plan=False)
+    weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.ndim > 1}
+    zeros = {r.name: r.zeros for r in method.plan(model)}
+    expected = {}
+    for name, w in weights.items():
+        order = w.abs().flatten().argsort(descending=True)
+        mask = torch.zeros(w.numel(), dtype=torch.bool)
+        mask[order[: w.numel() - zeros[name]]] = True
+        expected[name] = mask.view(w.shape)
+    assert_masks(begin(method, model), expected, method)
+
+
+@each_method
+def test_nonzero_goes_on_with_the_masks_of_a_pruned_model(make: Any) -> None:
+    model = net()
+    masks = pruned(model)
+    method = make(initial_mask="nonzero", print_plan=False)
+    announced = method.plan(model)
+    assert {n: announced[n].zeros for n in masks} == {n: int((~m).sum()) for n, m in masks.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run = begin(method, model)
+    assert_masks(run, masks, method)
+    assert {n: run.plan()[n].zeros for n in masks} == {n: announced[n].zeros for n in masks}
+
+
+@each_method
+def test_the_counts_found_hold_through_the_run(make: Any) -> None:
+    model = net()
+    masks = pruned(model)
+    method = make(initial_mask="nonzero", print_plan=False)
+    run = begin(method, model)
+    trained(run, model, loops.STEPS)
+    assert run.updates or make is Static
+    run.close()
+    assert {n: int(m.sum()) for n, m in run.masks.items()} == {n: int(m.sum()) for n, m in masks.items()}
+
+
+@each_method
+@pytest.mark.parametrize("form", ["mapping", "path", "text", "beside other things"])
+def test_masks_come_from_a_state_dict_and_weights_from_the_model(make: Any, form: str, tmp_path: Path) -> None:
+    source, model = net(seed=5), net()
+    masks, own = pruned(source), copy.deepcopy(model.state_dict())
+    path = tmp_path / "pruned.pt"
+    state = source.state_dict()
+    torch.save({"model": state, "note": "mine"} if form == "beside other things" else state, path)
+    given: Any = {"mapping": state, "path": path}.get(form, str(path))
+    method = make(initial_mask=given, print_plan=False)
+    run = begin(method, model)
+    assert_masks(run, masks, method)
+    for name, mask in run.masks.items():
+        assert torch.equal(model.get_parameter(name), own[name] * mask)
+
+
+def test_masks_that_a_run_saved_go_before_the_zeros_of_its_weights(tmp_path: Path) -> None:
+    model = net()
+    run = begin(SET(0.6, every=4, drop_fraction="constant(0.5)", print_plan=False), model)
+    trained(run, model, 5)
+    assert any((m & (model.get_parameter(n) == 0)).any() for n, m in run.masks.items())  # grown in the last step
+    torch.save({"net": model.state_dict(), "run": run.state_dict()}, tmp_path / "run.pt")
+    run.close()
+    other = net(seed=1)
+    goes_on = begin(RigL(initial_mask=tmp_path / "run.pt", print_plan=False), other)
+    assert all(torch.equal(m, run.masks[n]) for n, m in goes_on.masks.items())
+
+
+@pytest.mark.parametrize("make", [SET, GaP, Static], ids=lambda m: m.__name__)
+def test_a_run_that_goes_on_needs_neither_the_file_nor_the_zeros(make: Any, tmp_path: Path) -> None:
+    model, path = net(), tmp_path / "pruned.pt"
+    pruned(model)
+    torch.save(model.state_dict(), path)
+    method = make(initial_mask=path, print_plan=False)
+    run = begin(method, model)
+    plan = run.plan()
+    trained(run, model, 9)
+    state, weights, masks = run.state_dict(), copy.deepcopy(model.state_dict()), copy.deepcopy(run.masks)
+    assert state["arguments"]["initial_mask"] == repr(path)
+    run.__exit__(KeyboardInterrupt, None, None)
+    path.unlink()
+    other = net(seed=3)
+    other.load_state_dict(weights)
+    resumed = begin(make(initial_mask=tmp_path / "moved.pt", print_plan=False), other, state=state)
+    assert all(torch.equal(m, masks[n]) for n, m in resumed.masks.items())
+    assert [(r.name, r.zeros) for r in resumed.plan()] == [(r.name, r.zeros) for r in plan]
+    assert f"sparsity {plan.total:g}" in resumed.plan().title
+
+
+def test_a_checkpoint_is_continued_with_another_stop_and_the_same_masks(tmp_path: Path) -> None:
+    model = net()
+    first = begin(RigL(0.7, every=2, stop=8, print_plan=False), model)
+    trained(first, model, 6)
+    torch.save({"state_dict": model.state_dict(), "sparsity": first.state_dict()}, tmp_path / "last.ckpt")
+    masks = copy.deepcopy(first.masks)
+    first.__exit__(KeyboardInterrupt, None, None)
+    other = net(seed=2)
+    other.load_state_dict(torch.load(tmp_path / "last.ckpt")["state_dict"])
+    with pytest.raises(ValueError, match=r"stop=8 there and stop=20 here"):
+        begin(RigL(0.7, every=2, stop=20, print_plan=False), other, state=first.state_dict())
+    second = begin(RigL(initial_mask=tmp_path / "last.ckpt", every=2, stop=20, print_plan=False), other)
+    assert all(torch.equal(m, masks[n]) for n, m in second.masks.items())
+    assert second.method.times.stop == 20
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (
+            Static,
+            {"initial_mask": "nonzero", "from_checkpoint": "a.pt"},
+            "initial_mask= and from_checkpoint= are both given",
+        ),
+        (GaP, {"initial_mask": "nonzero", "init": "magnitude"}, "initial_mask= and init= are both given"),
+        (GaP, {"initial_mask": "magnitude", "init": "random"}, "initial_mask= and init= are both given"),
+        (
+            RigL,
+            {"initial_mask": None},
+            "initial_mask=None is not known. Give 'random', 'magnitude', 'nonzero', the path",
+        ),
+        (RigL, {"initial_mask": ""}, "initial_mask='' is not known"),
+        (SET, {"initial_mask": {}}, "initial_mask={} is not known"),
+        (SET, {"rescale": "unit"}, "rescale='unit' is not known. Give None or 'layer' or 'fan_in'"),
+        (
+            CTRE,
+            {"initial_mask": "nonzero", "epsilon": 2},
+            r"initial_mask='nonzero' and distribution='epsilon\(2\)' both say",
+        ),
+    ],
+)
+def test_arguments_that_no_run_can_use_are_refused(make: Any, options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("nowhere.pt", r"initial_mask='nowhere\.pt' is not a file\. Give the path of a checkpoint"),
+        ("nonzero", r"initial_mask='nonzero': the model holds no zeros in the selected weights"),
+        (
+            {"0.weight": torch.zeros(3, 3)},
+            r"initial_mask= does not fit the model: 0\.weight, 2\.weight, 4\.weight not found",
+        ),
+    ],
+)
+def test_masks_that_are_not_there_are_refused_and_nothing_changes(given: Any, message: str) -> None:
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        begin(RigL(initial_mask=given, print_plan=False), model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@each_method
+def test_a_sparsity_that_is_not_that_of_the_masks_is_refused(make: Any) -> None:
+    model = net()
+    masks = pruned(model)
+    share = sum(int((~m).sum()) for m in masks.values()) / sum(m.numel() for m in masks.values())
+    for wrong in (0.9, share + 0.01, share - 0.01):
+        with pytest.raises(
+            ValueError, match=r"sparsity=.* and initial_mask='nonzero' differ: the masks there have .* zeros"
+        ):
+            begin(make(wrong, initial_mask="nonzero", print_plan=False), model)
+    method = make(round(share, 3), initial_mask="nonzero", print_plan=False)
+    assert_masks(begin(method, model), masks, method)
+
+
+def test_a_saved_count_that_no_layer_can_have_is_refused() -> None:
+    model = net()
+    pruned(model)
+    run = begin(SET(initial_mask="nonzero", print_plan=False), model)
+    state = run.state_dict()
+    run.close()
+    for damaged, message in (
+        (torch.tensor([10**6]), "other counts than layers can have"),
+        (torch.tensor([3, 4]), "should be 1 whole numbers"),
+        (torch.tensor([int(state["aux"]["planned/2.weight"]) + 1]), "its masks have .* zeros in 2.weight"),
+    ):
+        wrong = {**state, "aux": {**state["aux"], "planned/2.weight": damaged}}
+        with pytest.raises(ValueError, match=message):
+            begin(SET(initial_mask="nonzero", print_plan=False), model, state=wrong)
+
+
+def test_a_run_is_not_resumed_from_another_kind_of_start() -> None:
+    model = net()
+    run = begin(SET(0.8, print_plan=False), model)
+    state = run.state_dict()
+    run.close()
+    assert "initial_mask" not in state["arguments"]  # as version 0.1 saved it
+    with pytest.raises(ValueError, match="initial_mask='random' there and initial_mask='magnitude' here"):
+        begin(SET(0.8, initial_mask="magnitude", print_plan=False), model, state=state)
+    with pytest.raises(ValueError, match="rescale=None there and rescale='layer' here"):
+        begin(SET(0.8, rescale="layer", print_plan=False), model, state=state)
+
+
+# ---------------------------------------------------------------------- what the user should know
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_random_mask_over_a_pruned_model_is_warned_about(dtype: torch.dtype) -> None:
+    model = net().to(dtype)
+    pruned(model, 0.2)
+    with pytest.warns(
+        UserWarning, match=r"RigL draws its masks at random, and 2.\..% of the weights are zero already.*'nonzero'"
+    ):
+        begin(RigL(0.5, print_plan=False), model)
+
+
+def test_a_random_mask_over_a_trained_norm_is_warned_about() -> None:
+    model = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    model(torch.randn(6, 12))
+    with pytest.warns(
+        UserWarning, match=r"the network was trained before: 1 has counted batches. Give initial_mask='magnitude'"
+    ):
+        begin(RigL(0.5, print_plan=False), model)
+
+
+class Words(nn.Module):
+    """Zeros that mean nothing: a padding row, a layer that begins at zero, and chance in half precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(9, 16, padding_idx=0)
+        self.inner, self.last = nn.Linear(16, 64, dtype=torch.bfloat16), nn.Linear(64, 4)
+        nn.init.zeros_(self.last.weight)
+
+
+def test_fresh_weights_and_other_starts_are_not_warned_about() -> None:
+    model, trained = Words(), nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    trained(torch.randn(6, 12))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        begin(Static(0.5, include=["words.weight", "inner*", "last*"], print_plan=False), model)
+        begin(RigL(0.5, initial_mask="magnitude", print_plan=False), trained)
+        begin(GMP(0.5, print_plan=False), net())
+
+
+def test_a_layer_without_active_weights_is_warned_about() -> None:
+    model = net()
+    pruned(model)
+    nn.init.zeros_(model[2].weight)
+    with pytest.warns(
+        UserWarning, match=r"2\.weight has no active weight in initial_mask='nonzero', and so never trains"
+    ):
+        begin(RigL(initial_mask="nonzero", print_plan=False), model)
+
+
+# ---------------------------------------------------------------------- kinds of layers
+
+
+class Kinds(nn.Module):
+    """Every kind of layer that may be sparse, tied and stacked ones too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(10, 8)
+        self.head = nn.Linear(8, 10, bias=False)
+        self.head.weight = self.words.weight
+        self.lstm, self.attention = nn.LSTM(8, 6), nn.MultiheadAttention(8, 2)
+        self.grouped = nn.Conv2d(4, 8, 3, groups=2)
+        self.up = nn.ConvTranspose2d(4, 6, 3, groups=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("start", ["magnitude", "nonzero", "mapping"])
+def test_every_kind_of_layer_starts_by_its_layers(start: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = Kinds().to(dtype)
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    given: Any = start
+    if start != "magnitude":
+        pruned(model, 0.7)
+        given = {n: p.clone() for n, p in model.named_parameters()} if start == "mapping" else start
+    sparsity = 0.7 if start == "magnitude" else None
+    method = RigL(sparsity, initial_mask=given, include="*weight*", distribution="uniform", print_plan=False)
+    run = begin(method, model)
+    assert {
+        "words.weight",
+        "lstm.weight_ih_l0",
+        "attention.in_proj_weight",
+        "grouped.weight",
+        "up.weight",
+    } <= run.masks.keys()
+    for name, mask in run.masks.items():
+        assert int((~mask).sum()) == run.plan()[name].zeros
+        if start != "magnitude":
+            assert torch.equal(mask, model.get_parameter(name) != 0)
+            continue
+        for part, w in zip(*(method.weights.entries[name].split(t) for t in (mask, weights[name])), strict=True):
+            assert w[part].abs().min() >= w[~part].abs().max()
+            assert int((~part).sum()) == int(0.7 * part.numel())
+
+
+def test_every_method_of_the_loops_is_known_here() -> None:
+    dense_at_first = {"gmp", "dpf", "smcp", "l0"}
+    assert {m.__name__.lower() for m in STARTING_SPARSE} == loops.METHODS.keys() - dense_at_first
