@@ -199,6 +199,19 @@ def refuse_rescaling(method: Method, model: nn.Module, params: Mapping[str, Tens
         )
 
 
+def refuse_rescaled_checkpoint(method: Method, path: object) -> None:
+    """Refuse to rescale the weights of a checkpoint that a new run begins with, by ``fresh_start=True``.
+
+    Raises:
+        ValueError: the method was asked to.
+    """
+    if isinstance(method, StartsSparse) and method.rescale is not None:
+        raise ValueError(
+            f"rescale={method.rescale!r} is for fresh weights, and with fresh_start=True a new run begins with the trained "
+            f"ones of the checkpoint {path}. Leave rescale= out."
+        )
+
+
 def warnings_of_start(method: Method, model: nn.Module) -> Iterator[str]:
     """What the user should know of the masks and weights that a new run begins with, which are not written yet."""
     if not isinstance(method, StartsSparse):
@@ -207,7 +220,7 @@ def warnings_of_start(method: Method, model: nn.Module) -> Iterator[str]:
         yield f"{', '.join(dead)} has no active weight in {_spelled(method)}, and so never trains. exclude= leaves it dense."
     if method._start != "random":
         return
-    name, starved = type(method).__name__, dict(starved_layers(model, method.weights))
+    name = type(method).__name__
     if share := zeros_among(model, method.params):
         yield (
             f"{name} draws its masks at random, and {share:.1%} of the weights are zero already: a pruned network loses "
@@ -218,7 +231,7 @@ def warnings_of_start(method: Method, model: nn.Module) -> Iterator[str]:
             f"{name} draws its masks at random, and the network was trained before: {norm} has counted batches. Give "
             "initial_mask='magnitude' to keep its largest weights."
         )
-    elif method.rescale is None and len(starved) > 1:
+    elif method.rescale is None and (starved := starved_layers(model, method.weights)):
         listed = ", ".join(f"{layer} ({inputs:.1f})" for layer, inputs in starved.items())
         yield (
             f"few inputs are left for each output of {listed}, in a network without norms: its signal fades from layer to "

@@ -14,6 +14,7 @@ from sparse_callbacks.core.checkpoint import refuse_other_model
 from sparse_callbacks.core.distributions import why_all_active
 from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.host import Forward
+from sparse_callbacks.core.initial_masks import refuse_rescaled_checkpoint
 from sparse_callbacks.core.loop_binding import LoopBinding, ValuesBeforeMasks
 from sparse_callbacks.core.loop_driver import NOT_COPIED, Clip, LoopDriver
 from sparse_callbacks.core.loop_host import LoopHost
@@ -85,6 +86,9 @@ class SparseRun:
             # GaP puts back the values of the run's first call to sparsify, also in a resumed run
             self._epoch, self._optimizers.first_groups = saved.epoch, saved.groups
             method.saved = saved.run
+        elif state is not None:
+            refuse_rescaled_checkpoint(method, "given as state=")
+            self._engine.forget()
         elif method.attachment.model is not self._model or method.fresh_start:
             self._engine.forget()
         self._binding.bind(entries)

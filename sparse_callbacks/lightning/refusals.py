@@ -9,6 +9,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from sparse_callbacks.core.checkpoint import check_state
+from sparse_callbacks.core.initial_masks import refuse_rescaled_checkpoint
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizers import is_elementwise, parameter_ids
 
@@ -173,6 +174,8 @@ def state_to_resume(method: Method, restored: Mapping[str, Any] | None, path: ob
     if method.fresh_start or not path or (restored is None and is_tuner_checkpoint(path)):
         if path and restored is not None:
             rank_zero_info(f"{type(method).__name__}: fresh_start=True, so the masks in the checkpoint are ignored.")
+        if path and not is_tuner_checkpoint(path):
+            refuse_rescaled_checkpoint(method, path)
         return None
     return check_state(restored, method.arguments, type(method).__name__, path)
 
