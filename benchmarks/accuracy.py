@@ -78,6 +78,11 @@ DIGITS_ROWS = {name: f"method={name}" for name in ("none", "static", "set", "snf
     "gap": "method=gap method.partitions=3",  # these networks have three layers
     "ctre": "method=ctre",
 }
+# methods that start sparse, whose fresh weights can be made larger
+RESCALED_ROWS = {
+    f"{name}, {kind}": f"{DIGITS_ROWS[name]} method.rescale={kind}"
+    for name, kind in product(("static", "set", "snfs", "rigl", "gap", "ctre"), ("layer", "fan_in"))
+}
 LENET5_ROWS = {
     "dense": "method=none",
     "GMP": f"method=gmp {ERK}",
@@ -99,6 +104,7 @@ REPORTS = {
         (
             Group("The default network (64-256-256-10), 90 % zeros", "sparsity=0.9", DIGITS_ROWS),
             Group("LeNet-300-100, 98 % zeros in every layer", "experiment=lenet_300_100_digits", DIGITS_ROWS),
+            Group("The same, with rescaled weights", "experiment=lenet_300_100_digits", RESCALED_ROWS),
         ),
     ),
     "lenet5": Report(
