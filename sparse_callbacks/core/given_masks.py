@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sparse_callbacks.core.checkpoint_file import read_mapping
 from sparse_callbacks.core.selection import Entry
-from sparse_callbacks.core.state_layout import is_count, shown_short, why_not_whole
+from sparse_callbacks.core.shards import layout_of
+from sparse_callbacks.core.state_layout import damaged, is_count, shown_short, why_not_whole
 
 Source = str | Path | Mapping[str, Any]
 """The path of a checkpoint or of a state dict, or what such a file holds."""
@@ -168,3 +169,37 @@ def _is_trained(found: Mapping[str, Any]) -> bool:
         steps = state.get("steps") if isinstance(state, Mapping) else None
         counted += steps.values() if isinstance(steps, Mapping) else []
     return any(is_count(c) and c > 0 for c in counted)
+
+
+# ---------------------------------------------------------------------- their counts
+
+
+def zeros_in(mask: Tensor) -> int:
+    """The zeros of a mask, over all processes that hold a part of it."""
+    layout = layout_of(mask)
+    return layout.total(mask.numel() - int(mask.count_nonzero()))
+
+
+def known_zeros(entry: Entry, aux: Mapping[str, Tensor], masks: Mapping[str, Tensor], path: object) -> list[int]:
+    """The zeros of each layer in a parameter of a run that goes on with given masks.
+
+    Args:
+        entry: the parameter.
+        aux: the tensors of the run.
+        masks: its masks.
+        path: where it was saved, for errors.
+
+    Raises:
+        ValueError: the run has saved counts that no layer can have.
+    """
+    found = aux.get(f"planned/{entry.name}")
+    if found is None:  # of Static, whose masks never move
+        return [zeros_in(part) for part in entry.split(masks[entry.name])]
+    zeros: Any = found.tolist()
+    if tuple(found.shape) != (entry.parts,) or found.is_floating_point() or found.is_complex():
+        raise damaged(
+            f"its planned/{entry.name} is {shown_short(found)}, and should be {entry.parts} whole numbers", path
+        )
+    if not all(0 <= n <= entry.size // entry.parts for n in zeros):
+        raise damaged(f"its planned/{entry.name} has other counts than layers can have", path)
+    return [int(n) for n in zeros]

@@ -12,14 +12,14 @@ from sparse_callbacks.core import distributed
 from sparse_callbacks.core.arguments import refuse_unknown
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.distributions import is_epsilon
-from sparse_callbacks.core.given_masks import GivenMasks, Source, masks_in, refuse_no_masks
+from sparse_callbacks.core.given_masks import GivenMasks, Source, known_zeros, masks_in, refuse_no_masks, zeros_in
 from sparse_callbacks.core.method import DEFAULT_SPARSITY, Method
 from sparse_callbacks.core.ops import keep_largest
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.rescaling import RESCALES, Rescale, counted_norm, starved_layers, why_not_fresh, zeros_among
 from sparse_callbacks.core.selection import Entry, select
 from sparse_callbacks.core.shards import layout_of
-from sparse_callbacks.core.state_layout import damaged, shown_short
+from sparse_callbacks.core.state_layout import shown_short
 
 InitialMask = Source
 """``"random"``, ``"magnitude"``, ``"nonzero"``, the path of a checkpoint, or a state dict."""
@@ -81,6 +81,9 @@ class StartsSparse(Method):
     @property
     def target_sparsity(self) -> float:
         if self._brings_counts:
+            if not self._found_sparsity and self.entries:  # of a run in another process, which has found them there
+                planned = self.parameter_zeros(self.entries, self.targets)
+                self._found_sparsity = sum(planned.values()) / sum(e.size for e in self.entries if e.name in planned)
             return self._found_sparsity
         return DEFAULT_SPARSITY if self.sparsity is None else float(self.sparsity)
 
@@ -88,6 +91,7 @@ class StartsSparse(Method):
         if isinstance(model, nn.Module):
             plain = getattr(model, "_orig_mod", model)  # of torch.compile
             find_masks(self, plain, select(plain, self.include, self.exclude, self.keep_dense), self.saved)
+            self._given = None  # a run looks again
         return super().plan(model)
 
     def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
@@ -124,11 +128,14 @@ class StartsSparse(Method):
         if saved is None and self.attachment.model is not model:
             aux = masks = {}
         path = None if saved is None else saved.path
-        known = {e.name: _known_zeros(e, aux, masks, path) for e in chosen if e.name in masks}
+        known = {e.name: known_zeros(e, aux, masks, path) for e in chosen if e.name in masks}
         if missing := [e for e in chosen if e.name not in known]:
             self._given = self._masks_of(model, missing)
-            masks = distributed.masks_of_first_rank(self._given.masks) if together else self._given.masks
-            known |= {e.name: [_zeros(part) for part in e.split(masks[e.name])] for e in missing}
+            masks = self._given.masks
+            if together and model is not None:  # in a loop ranks may still have weights of their own
+                places = {n: p.device for n, p in model.named_parameters()}
+                masks = distributed.masks_of_first_rank({n: m.to(places[n]) for n, m in masks.items()})
+            known |= {e.name: [zeros_in(part) for part in e.split(masks[e.name])] for e in missing}
         self._zeros = {layer: n for e in chosen for layer, n in zip(e.layers, known[e.name], strict=True)}
         zeros, size = sum(self._zeros.values()), sum(e.size for e in chosen)
         self._found_sparsity = zeros / max(1, size)
@@ -271,26 +278,6 @@ def _argument(method: StartsSparse) -> str:
 def _spelled(method: StartsSparse) -> str:
     given = method._start
     return f"{_argument(method)}=" + ("" if isinstance(given, Mapping) else repr(str(given)))
-
-
-def _zeros(mask: Tensor) -> int:
-    layout = layout_of(mask)
-    return layout.total(mask.numel() - int(mask.count_nonzero()))
-
-
-def _known_zeros(entry: Entry, aux: Mapping[str, Tensor], masks: Mapping[str, Tensor], path: object) -> list[int]:
-    """The zeros of each layer in a parameter of a run that goes on."""
-    found = aux.get(f"planned/{entry.name}")
-    if found is None:  # of Static, whose masks never move
-        return [_zeros(part) for part in entry.split(masks[entry.name])]
-    zeros: Any = found.tolist()
-    if tuple(found.shape) != (entry.parts,) or found.is_floating_point() or found.is_complex():
-        raise damaged(
-            f"its planned/{entry.name} is {shown_short(found)}, and should be {entry.parts} whole numbers", path
-        )
-    if not all(0 <= n <= entry.size // entry.parts for n in zeros):
-        raise damaged(f"its planned/{entry.name} has other counts than layers can have", path)
-    return [int(n) for n in zeros]
 
 
 def _share(zeros: int, size: int) -> float:

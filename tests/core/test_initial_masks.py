@@ -83,6 +83,13 @@ def test_the_counts_found_hold_through_the_run(make: Any) -> None:
     assert {n: int(m.sum()) for n, m in run.masks.items()} == {n: int(m.sum()) for n, m in masks.items()}
 
 
+def test_a_count_that_no_decimal_gives_is_planned_exactly() -> None:
+    model = nn.Sequential(nn.Linear(7, 7), nn.Linear(7, 7))
+    model[0].weight.data[3, 3] = 0  # 1 / 49 * 49 is less than 1 in double arithmetic
+    run = begin(SET(initial_mask="nonzero", print_plan=False), model)
+    assert [run.plan()[f"{i}.weight"].zeros for i in (0, 1)] == [1, 0]
+
+
 @each_method
 @pytest.mark.parametrize("form", ["mapping", "path", "text", "beside other things"])
 def test_masks_come_from_a_state_dict_and_weights_from_the_model(make: Any, form: str, tmp_path: Path) -> None:
