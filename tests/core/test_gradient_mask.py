@@ -17,7 +17,7 @@ from sparse_callbacks.testing.runs import fit
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
-ARGUMENTS: dict[str, Any] = {"sparsity": 0.6, "every": 2, "start": 0, "stop": 7, "print_plan": False}
+ARGUMENTS: dict[str, Any] = {"sparsity": "linear(0.5, 0.6)", "every": 2, "start": 0, "stop": 7, "print_plan": False}
 
 
 class EvenRows(MasksGradients, methods.GMP):
@@ -85,7 +85,7 @@ def test_a_loop_clips_what_its_mask_leaves(by_hand: bool) -> None:
 def test_both_passes_of_an_optimizer_move_what_they_may() -> None:
     model = net()
     optimizer, perturbed = TwoCalls(model.parameters()), []
-    with sparsify(EvenRows(**ARGUMENTS), model, optimizer, steps=8) as run:
+    with sparsify(EvenRows(**ARGUMENTS | {"sparsity": "constant(0.6)"}), model, optimizer, steps=8) as run:
         for batch in batches(data(), 0, 8):
             before = model[0].weight.detach().clone()
             loss_of(model, batch).backward()
