@@ -29,6 +29,7 @@ from sparse_callbacks.lightning.refusals import (
     gradients_are_read,
     refuse_host,
     refuse_shared,
+    refuse_unsteppable,
     state_to_resume,
     warn_of_thawed,
     warnings_for,
@@ -114,6 +115,7 @@ class SparsityCallback(Method, AnyCallback):
         torch_optimizers.refuse(trainer.optimizers, scaled)
         steppers = two_pass.steppers(trainer.optimizers, scaled)
         torch_optimizers.refuse(steppers, scaled)
+        refuse_unsteppable(pl_module, trainer.optimizers, steppers)
         trained = torch_optimizers.parameter_ids(*trainer.optimizers)
         entries = select(pl_module, self.include, self.exclude, self.keep_dense, trained)
         self._refuse_neighbours(trainer, [e.name for e in entries if not e.reason])
@@ -144,7 +146,7 @@ class SparsityCallback(Method, AnyCallback):
             self._begin_calendar(trainer)
         optimizer_lives.check_schedules(trainer, self)
         self.fit_state.accumulates = accumulation.factor_in(trainer, trainer.current_epoch)
-        self.fit_state.last_epoch = -1
+        self.fit_state.last_epoch, self.fit_state.cut_off = -1, False
         self.rehearse()
         if self.fit_state.before is not None:  # others may still refuse the fit
             self.fit_state.before.keep_weights(self)
@@ -325,8 +327,10 @@ class SparsityCallback(Method, AnyCallback):
                 trainer.accumulate_grad_batches = fit.accumulates
         if self.calendar is not None and trainer.accumulate_grad_batches != fit.accumulates:
             ahead, every = self.calendar.stop - self.step, self.calendar.every
-            if text := accumulation.why_cut_off(trainer, fit.accumulates, ahead, every, type(self).__name__):
+            text = accumulation.why_cut_off(trainer, fit.accumulates, ahead, every, type(self).__name__)
+            if text and not fit.cut_off:  # once: others of the same kind follow in each epoch
                 rank_zero_warn(text)
+            fit.cut_off |= bool(text)
             fit.accumulates = trainer.accumulate_grad_batches
 
     def _put_gradients_back(self, module: LightningModule) -> None:
