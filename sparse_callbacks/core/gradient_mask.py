@@ -1,4 +1,4 @@
-"""Methods whose optimizer sees gradients on another set of weights than the one that the forward pass uses."""
+"""Gradient masks of a method's own: the optimizer sees other weights than the forward pass uses."""
 
 from torch import Tensor
 
