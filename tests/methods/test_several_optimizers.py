@@ -1,5 +1,6 @@
 """Several optimizers under one method: budgets of the whole network, and steps that are announced together."""
 
+import copy
 import math
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from support.loops import METHODS, assert_masked, batches, data, loss_of, net, sgd
 from torch import Tensor, nn
 
-from sparse_callbacks import SMCP, SparsityCallback, sparsify
+from sparse_callbacks import SMCP, SparseRun, SparsityCallback, sparsify
 from sparse_callbacks.testing.comparison import differences
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -57,6 +58,38 @@ def test_the_budget_holds_once_each_optimizer_has_had_its_solve(
     assert len(solved) >= 3
     assert method.at_target
     assert all(scored)  # no solve takes a group for worthless whose optimizer has not stepped since its own solve
+
+
+def test_a_run_resumes_between_the_solves_of_two_optimizers() -> None:
+    """The second has just solved, in batch 9; the first solves in batch 12, before the second has stepped again."""
+
+    def begun(seed: int, **options: Any) -> tuple[nn.Module, list[Any], SparseRun]:
+        model = deep()
+        nn.init.normal_(model[0].weight, std=0.1 + seed)
+        optimizers = [sgd([*model[:6].parameters()]), sgd([*model[6:].parameters()])]
+        method = SMCP(0.5, every=3, start=3, stop=12, round_to=1, print_plan=False)
+        return model, optimizers, sparsify(method, model, optimizers, STEPS, data=data(), **options)
+
+    def train(model: nn.Module, optimizers: list[Any], run: SparseRun, first: int, last: int) -> None:
+        for number, batch in enumerate(batches(data(), first, last), start=first + 1):
+            loss_of(model, batch).backward()
+            for optimizer in optimizers if number % 3 == 0 else optimizers[:1]:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    whole, stopped = begun(0), begun(0)
+    train(*whole, 0, STEPS)
+    train(*stopped, 0, 9)
+    saved = copy.deepcopy((stopped[0].state_dict(), [o.state_dict() for o in stopped[1]], stopped[2].state_dict()))
+    resumed = begun(1)
+    resumed[2].load_state_dict(saved[2])
+    resumed[0].load_state_dict(saved[0])
+    for optimizer, state in zip(resumed[1], saved[1], strict=True):
+        optimizer.load_state_dict(state)
+    train(*resumed, 9, STEPS)
+    assert any(key.startswith("latest.") for key in saved[2]["aux"])
+    ends = [(model.state_dict(), run.state_dict()) for model, _, run in (whole, resumed)]
+    assert differences(*ends) == []
 
 
 def announced(method: SparsityCallback, together: bool, inf_at: int = -1) -> tuple[Any, ...]:

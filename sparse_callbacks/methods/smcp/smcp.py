@@ -203,6 +203,7 @@ class SMCP(Method):
         self._fresh[step.index] = {}
         copied = [n for n in step.names if self.weights.has_copy(n)]
         if self.importance == "taylor" and copied:
+            self.weights.absorb_if_written(copied)  # such as a model that was loaded after the state of its run
             gradients = {n: g for n in copied if (g := step.gradient(n)) is not None}
             # dense weights times the gradient at the pruned ones: so pruned channels have scores too, and may come back
             inputs = reader_scores(self.groups, self._dense(gradients), gradients, self._active)
