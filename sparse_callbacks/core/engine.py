@@ -184,6 +184,7 @@ class Engine:
             self._silence.look(step)
             self._care.note_finite(step)
             method.before_step(step)
+            self._care.edited(step)
         return step
 
     def enter_step(self, optimizer: Optimizer) -> None:
