@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ def masks_in(source: Source, entries: Sequence[Entry], argument: str) -> GivenMa
         argument: the name of the argument that gave ``source``, for errors.
 
     Raises:
-        ValueError: there is no such file, it is damaged, does not fit the entries, or has no mask to keep.
+        ValueError: there is no such file, it is damaged, or does not fit the entries.
     """
     advice = f"Give {argument}= another checkpoint, or sparsity= for a new mask."
     shown = f"{argument}=" + ("" if isinstance(source, Mapping) else repr(str(source)))
@@ -59,7 +59,6 @@ def masks_in(source: Source, entries: Sequence[Entry], argument: str) -> GivenMa
     if broken := [e.name for e in entries if e.name not in saved and not bool(weights[e.name].isfinite().all())]:
         raise ValueError(f"{shown}: {broken[0]} there has values that are not finite. {advice}")
     masks = {e.name: saved[e.name] if e.name in saved else weights[e.name] != 0 for e in entries}
-    refuse_no_masks(masks, shown, advice)
     return GivenMasks(masks, {e.name: weights[e.name] for e in entries}, _is_trained(found))
 
 
@@ -97,7 +96,8 @@ def _weights_in(found: Mapping[str, Any], entries: Sequence[Entry], shown: str, 
         raise ValueError(f"{shown}: its state_dict is {shown_short(weights)}. {advice}")
     # a loop of the user's own saves a state dict under a name of its own
     inner = [part for part in found.values() if isinstance(part, Mapping)]
-    weights = next((w for w in (weights, *inner) if not _missing(w, entries)), weights)
+    plain = (_multiplied(w, entries) for w in (weights, *inner))
+    weights = next((w for w in plain if not _missing(w, entries)), weights)
     # checked before anything is computed with them: a damaged file may give a tensor any shape
     if missing := _missing(weights, entries):
         known = ", ".join(k for k, v in weights.items() if isinstance(v, Tensor) and v.ndim > 1)
@@ -110,11 +110,20 @@ def _weights_in(found: Mapping[str, Any], entries: Sequence[Entry], shown: str, 
     return checked
 
 
+def _multiplied(weights: Mapping[str, Any], entries: Sequence[Entry]) -> Mapping[str, Any]:
+    """``weights``, with those that torch.nn.utils.prune keeps as a product and nobody has made plain."""
+    pairs = {
+        e: (weights.get(f"{e.name}_orig"), weights.get(f"{e.name}_mask")) for e in entries if e.name not in weights
+    }
+    products = {e.name: w * m for e, (w, m) in pairs.items() if _is_weight(w, e) and _is_weight(m, e)}
+    return {**weights, **products} if products else weights
+
+
 def _missing(weights: Mapping[str, Any], entries: Sequence[Entry]) -> list[str]:
     return [e.name for e in entries if not _is_weight(weights.get(e.name), e)]
 
 
-def _is_weight(value: object, entry: Entry) -> bool:
+def _is_weight(value: object, entry: Entry) -> TypeGuard[Tensor]:
     """Whether ``value`` is a whole tensor of numbers of the parameter's shape."""
     return isinstance(value, Tensor) and tuple(value.shape) == entry.full_shape and not why_not_whole(value)
 

@@ -128,10 +128,14 @@ class StartsSparse(Method):
         if saved is None and self.attachment.model is not model:
             aux = masks = {}
         path = None if saved is None else saved.path
-        known = {e.name: known_zeros(e, aux, masks, path) for e in chosen if e.name in masks}
+        held = [e for e in chosen if e.name in masks and tuple(masks[e.name].shape) == e.full_shape]
+        known = {e.name: known_zeros(e, aux, masks, path) for e in held}
         if missing := [e for e in chosen if e.name not in known]:
             self._given = self._masks_of(model, missing)
             masks = self._given.masks
+            if not known:  # what is added to a run may be dense
+                advice = f"Give {_argument(self)}= another checkpoint, or sparsity= for a new mask."
+                refuse_no_masks(masks, _spelled(self), advice)
             if together and model is not None:  # in a loop ranks may still have weights of their own
                 places = {n: p.device for n, p in model.named_parameters()}
                 masks = distributed.masks_of_first_rank({n: m.to(places[n]) for n, m in masks.items()})
@@ -150,9 +154,7 @@ class StartsSparse(Method):
                 "initial_mask='nonzero' plans by the weights of a model, and none is known. Give plan(model)."
             )
         parameters = dict(model.named_parameters())
-        masks = {e.name: parameters[e.name].detach() != 0 for e in entries}
-        refuse_no_masks(masks, "initial_mask='nonzero': the model", "Load its weights before the run begins.")
-        return GivenMasks(masks, {}, False)
+        return GivenMasks({e.name: parameters[e.name].detach() != 0 for e in entries}, {}, False)
 
     def _refuse_other_sparsity(self, zeros: int, size: int) -> None:
         # each layer rounds its zeros down, and a plan shows four decimals
@@ -233,7 +235,7 @@ def warnings_of_start(method: Method, model: nn.Module) -> Iterator[str]:
             f"{name} draws its masks at random, and {share:.1%} of the weights are zero already: a pruned network loses "
             "most of what it has learnt. Give initial_mask='nonzero' to go on with its masks."
         )
-    elif norm := counted_norm(model):
+    elif norm := counted_norm(model, method.params):
         yield (
             f"{name} draws its masks at random, and the network was trained before: {norm} has counted batches. Give "
             "initial_mask='magnitude' to keep its largest weights."

@@ -1,6 +1,6 @@
 """Rescaling of fresh weights, so that a signal keeps its variance where only some inputs are left."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -70,11 +70,14 @@ def rescale_weights(weights: SparseWeights, rescale: Rescale) -> None:
 # ---------------------------------------------------------------------- weights that are not fresh
 
 
-def counted_norm(model: nn.Module) -> str:
-    """The name of a norm that has counted batches in training; empty where none has."""
+def counted_norm(model: nn.Module, names: Iterable[str]) -> str:
+    """The name of a norm that has counted batches in training, in a module that holds some of the parameters ``names``;
+    empty where none has."""
+    # a frozen backbone says nothing of the fresh layers behind it
+    holders = {""} | {".".join(parts[:i]) for parts in (n.split(".") for n in names) for i in range(1, len(parts))}
     for name, module in model.named_modules():
         counted = getattr(module, "num_batches_tracked", None)
-        if isinstance(counted, Tensor) and is_norm(module) and int(counted) > 0:
+        if name.rpartition(".")[0] in holders and isinstance(counted, Tensor) and is_norm(module) and int(counted):
             return str(name)
     return ""
 
@@ -105,7 +108,7 @@ def why_not_fresh(model: nn.Module, params: Mapping[str, Tensor], zeros_are_mean
         params: the parameters that become sparse.
         zeros_are_meant: zeros say nothing, since they are the mask that was asked for.
     """
-    if norm := counted_norm(model):
+    if norm := counted_norm(model, params):
         return f"{norm} has counted batches"
     if not zeros_are_meant and (share := zeros_among(model, params)):
         return f"{share:.1%} of them are zero, as a pruned network has them"

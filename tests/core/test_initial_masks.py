@@ -11,7 +11,7 @@ from support import loops
 from support.loops import net
 from torch import Tensor, nn
 
-from sparse_callbacks import CTRE, GMP, SET, SNFS, GaP, RigL, SparseRun, SparsityCallback, Static
+from sparse_callbacks import CTRE, SET, SNFS, GaP, RigL, SparseRun, SparsityCallback, Static
 
 STARTING_SPARSE = [Static, SET, RigL, SNFS, CTRE, GaP]
 each_method = pytest.mark.parametrize("make", STARTING_SPARSE, ids=lambda m: m.__name__)
@@ -106,6 +106,14 @@ def test_masks_come_from_a_state_dict_and_weights_from_the_model(make: Any, form
         assert torch.equal(model.get_parameter(name), own[name] * mask)
 
 
+def test_a_state_dict_of_torchs_pruning_gives_its_masks() -> None:
+    source, model = net(), net(seed=1)
+    for i in (0, 2, 4):
+        nn.utils.prune.random_unstructured(source[i], "weight", 0.5)
+    run = begin(RigL(initial_mask=source.state_dict(), print_plan=False), model)
+    assert all(torch.equal(run.masks[f"{i}.weight"], source[i].weight_mask.bool()) for i in (0, 2, 4))
+
+
 def test_masks_that_a_run_saved_go_before_the_zeros_of_its_weights(tmp_path: Path) -> None:
     model = net()
     run = begin(SET(0.6, every=4, drop_fraction="constant(0.5)", print_plan=False), model)
@@ -192,7 +200,7 @@ def test_arguments_that_no_run_can_use_are_refused(make: Any, options: Any, mess
     ("given", "message"),
     [
         ("nowhere.pt", r"initial_mask='nowhere\.pt' is not a file\. Give the path of a checkpoint"),
-        ("nonzero", r"initial_mask='nonzero': the model holds no zeros in the selected weights"),
+        ("nonzero", r"initial_mask='nonzero' holds no zeros in the selected weights"),
         (
             {"0.weight": torch.zeros(3, 3)},
             r"initial_mask= does not fit the model: 0\.weight, 2\.weight, 4\.weight not found",
@@ -247,58 +255,6 @@ def test_a_run_is_not_resumed_from_another_kind_of_start() -> None:
         begin(SET(0.8, initial_mask="magnitude", print_plan=False), model, state=state)
     with pytest.raises(ValueError, match="rescale=None there and rescale='layer' here"):
         begin(SET(0.8, rescale="layer", print_plan=False), model, state=state)
-
-
-# ---------------------------------------------------------------------- what the user should know
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_a_random_mask_over_a_pruned_model_is_warned_about(dtype: torch.dtype) -> None:
-    model = net().to(dtype)
-    pruned(model, 0.2)
-    with pytest.warns(
-        UserWarning, match=r"RigL draws its masks at random, and 2.\..% of the weights are zero already.*'nonzero'"
-    ):
-        begin(RigL(0.5, print_plan=False), model)
-
-
-def test_a_random_mask_over_a_trained_norm_is_warned_about() -> None:
-    model = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
-    model(torch.randn(6, 12))
-    with pytest.warns(
-        UserWarning, match=r"the network was trained before: 1 has counted batches. Give initial_mask='magnitude'"
-    ):
-        begin(RigL(0.5, print_plan=False), model)
-
-
-class Words(nn.Module):
-    """Zeros that mean nothing: a padding row, a layer that begins at zero, and chance in half precision."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words = nn.Embedding(9, 16, padding_idx=0)
-        self.inner, self.last = nn.Linear(16, 64, dtype=torch.bfloat16), nn.Linear(64, 4)
-        nn.init.zeros_(self.last.weight)
-
-
-def test_fresh_weights_and_other_starts_are_not_warned_about() -> None:
-    model, trained = Words(), nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
-    trained(torch.randn(6, 12))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        begin(Static(0.5, include=["words.weight", "inner*", "last*"], print_plan=False), model)
-        begin(RigL(0.5, initial_mask="magnitude", print_plan=False), trained)
-        begin(GMP(0.5, print_plan=False), net())
-
-
-def test_a_layer_without_active_weights_is_warned_about() -> None:
-    model = net()
-    pruned(model)
-    nn.init.zeros_(model[2].weight)
-    with pytest.warns(
-        UserWarning, match=r"2\.weight has no active weight in initial_mask='nonzero', and so never trains"
-    ):
-        begin(RigL(initial_mask="nonzero", print_plan=False), model)
 
 
 # ---------------------------------------------------------------------- kinds of layers
