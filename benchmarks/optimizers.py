@@ -266,7 +266,9 @@ class Watch:
 
 def _short(text: str) -> str:
     """The reason in an error of ours: without the method's name and without the advice, which are the same in all."""
-    text = re.sub(r"^.*?(?:fresh weight\. Of |nothing may move\. )", "", " ".join(text.split()))
+    text = re.sub(
+        r"^.*?(?:fresh weight\. With \w+ that is not possible: |nothing may move\. )", "", " ".join(text.split())
+    )
     return re.sub(r"\.? (Use an(other)? optimizer|Let it hold an optimizer).*$", "", text)[:200]
 
 
