@@ -13,6 +13,7 @@ import importlib
 import importlib.metadata
 import inspect
 import re
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -269,7 +270,8 @@ def _short(text: str) -> str:
     text = re.sub(
         r"^.*?(?:fresh weight\. With \w+ that is not possible: |nothing may move\. )", "", " ".join(text.split())
     )
-    return re.sub(r"\.? (Use an(other)? optimizer|Let it hold an optimizer).*$", "", text)[:200]
+    text = re.sub(r"\.? (Use an(other)? optimizer|Use one of the package|Let it hold an optimizer).*$", "", text)
+    return textwrap.shorten(text, 320, placeholder=" ...")
 
 
 # ---------------------------------------------------------------------- the page
