@@ -178,7 +178,7 @@ class Engine:
         index = method.owners.index(optimizer)
         last = self._steps.get(index)
         if last is not None and last.tick == tick:
-            raise ValueError(torch_optimizers.several_closures(type(optimizer).__name__))
+            raise ValueError(torch_optimizers.second_gradient(type(optimizer).__name__))
         step = self._steps[index] = self._care.begin_step(index, tick, gradients_read)
         if step.names:
             self._silence.look(step)

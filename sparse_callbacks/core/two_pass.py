@@ -8,7 +8,7 @@ from weakref import ref
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sparse_callbacks.core.fresh_state import UnknownStateError, first_steps
+from sparse_callbacks.core.first_steps import UnknownStateError, first_steps
 from sparse_callbacks.core.optimizer_state import state_tensors
 from sparse_callbacks.core.optimizer_trial import CORNER, Trial
 from sparse_callbacks.core.optimizers import parameter_ids, several_closures
@@ -152,7 +152,7 @@ def why_not_resumed(given: Sequence[Optimizer], found: Sequence[Optimizer]) -> s
 def _keeps_state(optimizer: Optimizer) -> bool:
     try:
         shadow = first_steps(
-            lambda: Shadow(optimizer, seed=0, corner=CORNER), lambda shadow: shadow.give_gradients(1.0)
+            lambda _: Shadow(optimizer, seed=0, corner=CORNER), lambda shadow: shadow.give_gradients(1.0)
         )
     except UnknownStateError:  # nothing is known of it, and nothing said
         return False
