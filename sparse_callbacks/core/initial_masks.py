@@ -133,12 +133,11 @@ class StartsSparse(Method):
         if missing := [e for e in chosen if e.name not in known]:
             self._given = self._masks_of(model, missing)
             masks = self._given.masks
+            if together and self._start == "nonzero":  # in a loop ranks may still have weights of their own
+                masks = distributed.masks_of_first_rank(masks)
             if not known:  # what is added to a run may be dense
                 advice = f"Give {_argument(self)}= another checkpoint, or sparsity= for a new mask."
                 refuse_no_masks(masks, _spelled(self), advice)
-            if together and model is not None:  # in a loop ranks may still have weights of their own
-                places = {n: p.device for n, p in model.named_parameters()}
-                masks = distributed.masks_of_first_rank({n: m.to(places[n]) for n, m in masks.items()})
             known |= {e.name: [zeros_in(part) for part in e.split(masks[e.name])] for e in missing}
         self._zeros = {layer: n for e in chosen for layer, n in zip(e.layers, known[e.name], strict=True)}
         zeros, size = sum(self._zeros.values()), sum(e.size for e in chosen)
