@@ -163,6 +163,19 @@ def test_a_checkpoint_is_continued_with_another_stop_and_the_same_masks(tmp_path
     assert second.method.times.stop == 20
 
 
+def test_a_layer_that_is_added_to_a_run_may_be_dense_or_of_another_shape() -> None:
+    model, method = net(), SET(initial_mask="nonzero", print_plan=False)
+    pruned(model)
+    with begin(method, model) as run:
+        masks = copy.deepcopy(run.masks)
+    model.append(nn.Linear(4, 4))
+    model[2] = nn.Linear(24, 30)
+    model[2].weight.data[:15] = 0
+    run = begin(method, model)
+    assert all(torch.equal(run.masks[n], masks[n]) for n in ("0.weight", "4.weight"))
+    assert [run.plan()[f"{i}.weight"].zeros for i in (2, 5)] == [15 * 24, 0]
+
+
 # ---------------------------------------------------------------------- what is refused
 
 
@@ -255,47 +268,6 @@ def test_a_run_is_not_resumed_from_another_kind_of_start() -> None:
         begin(SET(0.8, initial_mask="magnitude", print_plan=False), model, state=state)
     with pytest.raises(ValueError, match="rescale=None there and rescale='layer' here"):
         begin(SET(0.8, rescale="layer", print_plan=False), model, state=state)
-
-
-# ---------------------------------------------------------------------- kinds of layers
-
-
-class Kinds(nn.Module):
-    """Every kind of layer that may be sparse, tied and stacked ones too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words = nn.Embedding(10, 8)
-        self.head = nn.Linear(8, 10, bias=False)
-        self.head.weight = self.words.weight
-        self.lstm, self.attention = nn.LSTM(8, 6), nn.MultiheadAttention(8, 2)
-        self.grouped = nn.Conv2d(4, 8, 3, groups=2)
-        self.up = nn.ConvTranspose2d(4, 6, 3, groups=2)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("start", ["magnitude", "nonzero", "mapping"])
-def test_every_kind_of_layer_starts_by_its_layers(start: str, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    model = Kinds().to(dtype)
-    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
-    given: Any = start
-    if start != "magnitude":
-        pruned(model, 0.7)
-        given = {n: p.clone() for n, p in model.named_parameters()} if start == "mapping" else start
-    sparsity = 0.7 if start == "magnitude" else None
-    method = RigL(sparsity, initial_mask=given, include="*weight*", distribution="uniform", print_plan=False)
-    run = begin(method, model)
-    kinds = "words.weight lstm.weight_ih_l0 attention.in_proj_weight grouped.weight up.weight"
-    assert set(kinds.split()) <= run.masks.keys()
-    for name, mask in run.masks.items():
-        assert int((~mask).sum()) == run.plan()[name].zeros
-        if start != "magnitude":
-            assert torch.equal(mask, model.get_parameter(name) != 0)
-            continue
-        for part, w in zip(*(method.weights.entries[name].split(t) for t in (mask, weights[name])), strict=True):
-            assert w[part].abs().min() >= w[~part].abs().max()
-            assert int((~part).sum()) == int(0.7 * part.numel())
 
 
 def test_every_method_of_the_loops_is_known_here() -> None:
