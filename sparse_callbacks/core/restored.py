@@ -6,13 +6,14 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from sparse_callbacks.core.attachment import Attachment
+from sparse_callbacks.core.awaited import for_targets, with_awaited
 from sparse_callbacks.core.calendar import Calendar
 from sparse_callbacks.core.checkpoint import SavedRun, refuse_foreign_weights, refuse_other_model
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.progress import Progress
 from sparse_callbacks.core.selection import NOT_TRAINED, Entry, select
-from sparse_callbacks.core.state_claims import refuse_impossible
+from sparse_callbacks.core.state_claims import planned_otherwise, refuse_impossible
 from sparse_callbacks.core.topology import EverActive
 from sparse_callbacks.core.weights import SparseWeights
 
@@ -55,6 +56,7 @@ def _take(method: Method, model: nn.Module, saved: SavedRun, owned: Sequence[Seq
     parameters = dict(model.named_parameters())
     params = {e.name: parameters[e.name] for e in entries if not e.reason}
     refuse_other_model(saved, params)
+    saved = planned_otherwise(saved, entries)
     planned = method.parameter_zeros(entries, targets)
     refuse_impossible(method, saved, model, planned, len(saved.progress["steps"]))
     refuse_foreign_weights(saved.masks, params)
@@ -116,8 +118,9 @@ def _entries_and_targets(
     if method.attachment.model is model and {e.name for e in method.entries if not e.reason} == masks.keys():
         return method.entries, method.targets  # of the latest run, which knows what its optimizers trained
     found = select(model, method.include, method.exclude, method.keep_dense)
-    entries = [e if e.reason or e.name in masks else replace(e, reason=NOT_TRAINED[1]) for e in found]
-    targets = method.share_out(entries)
+    found = [e if e.reason or e.name in masks else replace(e, reason=NOT_TRAINED[1]) for e in found]
+    entries = with_awaited(method, found, masks)
+    targets = method.share_out(for_targets(entries))
     return list(method.further_members(model, entries)), targets
 
 

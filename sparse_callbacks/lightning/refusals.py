@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_info
 from torch.optim import Optimizer
 
 from sparse_callbacks.core.checkpoint import check_state
 from sparse_callbacks.core.method import Method
-from sparse_callbacks.core.optimizers import is_elementwise, parameter_ids
+from sparse_callbacks.core.optimizers import is_elementwise
 
 # Classes are recognised by name, because they exist twice (in pytorch_lightning and in lightning.pytorch) and not in
 # every version.
@@ -86,31 +86,6 @@ def warnings_for(trainer: Any, dense_at_first: bool) -> Iterator[str]:
                     "sparsity is reached, and the best of them is usually a dense one. Save the last checkpoint, or "
                     "monitor a metric that you log only while the sparsity callback's at_target is True."
                 )
-
-
-def warn_of_thawed(trainer: Any, module: Any, left_out: Sequence[str], method: str) -> list[str]:
-    """Say which parameters are trained only now, and stay dense therefore.
-
-    Args:
-        trainer: a Trainer whose optimizers are set up.
-        module: its module.
-        left_out: names of parameters that stay dense because nobody trained them so far.
-        method: name of the method, for the warning.
-
-    Returns:
-        the names of those that nobody trains yet.
-    """
-    if not left_out:
-        return []
-    trained = parameter_ids(*trainer.optimizers)
-    parameters = dict(module.named_parameters())
-    late = [n for n in left_out if parameters[n].requires_grad and id(parameters[n]) in trained]
-    if late:
-        rank_zero_warn(
-            f"{method} leaves {', '.join(late)} dense: they were frozen or in no optimizer when fit started and are "
-            "trained only now. To make them sparse, train them from the start of a fit."
-        )
-    return [n for n in left_out if n not in late]
 
 
 def gradients_are_read(trainer: Any, module: Any, optimizer: Optimizer) -> bool:

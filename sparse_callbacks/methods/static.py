@@ -14,6 +14,7 @@ from sparse_callbacks.core.method import Method, Options
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.state_claims import Zeros, as_planned, possible_zeros
 from sparse_callbacks.core.state_layout import shown_short, why_not_whole
+from sparse_callbacks.core.thawed import masks_by_magnitude
 
 _ANOTHER = "Give from_checkpoint= another checkpoint, or sparsity= for a new mask."
 
@@ -78,8 +79,10 @@ class Static(Method):
     def target_sparsity(self) -> float:
         if self.from_checkpoint is None:
             return 0.9 if self.sparsity is None else float(self.sparsity)
-        sizes = sum(m.numel() for m in self._given.values())
-        return 1 - sum(int(m.count_nonzero()) for m in self._given.values()) / sizes if sizes else 0.0
+        # in a run without the layers that wait to be trained
+        given = [m for n, m in self._given.items() if not self.params or n in self.params]
+        sizes = sum(m.numel() for m in given)
+        return 1 - sum(int(m.count_nonzero()) for m in given) / sizes if sizes else 0.0
 
     def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
         if self.from_checkpoint is None:
@@ -91,7 +94,9 @@ class Static(Method):
         if all(e.name in self._resumed for e in chosen):  # a resumed run does not need the other checkpoint any more
             self._given = {e.name: self._resumed[e.name] for e in chosen}
         else:
-            self._given = _masks_in(self.from_checkpoint, chosen)
+            self._given = _masks_in(self.from_checkpoint, chosen) | {
+                e.name: self._resumed[e.name] for e in chosen if e.name in self._resumed
+            }
         parts = {
             layer: part for e in chosen for layer, part in zip(e.layers, e.split(self._given[e.name]), strict=True)
         }
@@ -100,10 +105,11 @@ class Static(Method):
     def parameter_zeros(self, entries: Sequence[Entry], targets: Mapping[str, float]) -> dict[str, int]:
         if self.from_checkpoint is None:
             return super().parameter_zeros(entries, targets)
-        return {n: m.numel() - int(m.count_nonzero()) for n, m in self._given.items()}
+        given = {e.name: self._given[e.name] for e in entries if not e.reason}
+        return {n: m.numel() - int(m.count_nonzero()) for n, m in given.items()}
 
     def initial_masks(self) -> dict[str, Tensor]:
-        return super().initial_masks() if self.from_checkpoint is None else self._given
+        return super().initial_masks() if self.from_checkpoint is None else {n: self._given[n] for n in self.params}
 
 
 def _masks_in(source: str | Path | Mapping[str, Any], entries: Sequence[Entry]) -> dict[str, Tensor]:
@@ -186,6 +192,13 @@ def _saved_masks(
                 f"together. {_ANOTHER}"
             )
     return {e.name: saved[e.name] for e in entries if e.name in saved}
+
+
+@masks_by_magnitude.register
+def _(method: Static, names: Sequence[str]) -> dict[str, Tensor]:
+    if method.from_checkpoint is None:
+        return masks_by_magnitude.dispatch(Method)(method, names)
+    return {n: method._given[n] for n in names}
 
 
 @possible_zeros.register
