@@ -46,12 +46,12 @@ class RunBeginning:
         admits: bool = False,
     ) -> None:
         self._method, self._saved = method, method.saved
+        masked: Mapping[str, Tensor] = {}
+        awaited: Sequence[str] = ()
         if self._saved is not None:
             masked, awaited = self._saved.masks, self._saved.awaited or ()
-        else:
-            last = method.attachment.model is model
-            masked = method.weights.masks if last else {}
-            awaited = tuple(names_awaited(method.entries)) if last else ()
+        elif method.attachment.model is model:  # its second fit: what is frozen for it begins anew where it is thawed
+            awaited = names_awaited(method.entries)
         entries = with_awaited(method, entries, masked, awaited, admits)
         self._entries = list(method.further_members(model, entries))
         parameters = dict(model.named_parameters())

@@ -96,9 +96,20 @@ def test_a_layer_that_is_frozen_again_keeps_its_mask(tmp_path: Path) -> None:
     trainer_for([Refreezes(1), callback, seen], tmp_path, max_epochs=4).fit(module)
     assert_masked(module, callback)
     assert all(torch.equal(seen.seen[EPOCH][n], callback.masks[n]) for n in BACKBONE)
-    # also in a second fit, in which it is frozen from the start
-    trainer_for([callback], tmp_path, max_epochs=1).fit(module)
-    assert all(torch.equal(seen.seen[EPOCH][n], callback.masks[n]) for n in BACKBONE)
+
+
+def test_a_layer_that_is_trained_from_the_second_fit_on_joins_by_its_magnitudes(tmp_path: Path) -> None:
+    callback, module = JOINING["gmp"](), Transfer()
+    module.backbone.requires_grad_(False)
+    trainer_for([callback], tmp_path, max_epochs=3).fit(module)
+    assert set(callback.masks) == {HEAD}
+    before = module.backbone[0].weight.detach().abs()
+    module.backbone.requires_grad_(True)
+    joined = Records(callback, lambda c: c.masks[BACKBONE[0]])
+    trainer_for([callback, joined], tmp_path, max_epochs=1).fit(module)
+    mask = joined.seen[0]
+    assert int((~mask).sum()) == int(0.8 * 12 * 16)  # the curve of the first fit is over
+    assert before[mask].min() >= before[~mask].max()
 
 
 def test_one_layer_after_another_and_weights_of_one_module_alone(tmp_path: Path) -> None:
