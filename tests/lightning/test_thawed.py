@@ -6,7 +6,19 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning.callbacks import BackboneFinetuning
-from support.thawing import BACKBONE, EPOCH, HEAD, JOINING, Records, Thaws, Transfer, assert_masked, planned, zeros
+from support.thawing import (
+    BACKBONE,
+    EPOCH,
+    HEAD,
+    JOINING,
+    SIZES,
+    Records,
+    Thaws,
+    Transfer,
+    assert_masked,
+    planned,
+    zeros,
+)
 
 from sparse_callbacks import SMCP, ConstrainedL0, ParallelGaP, RigL, Static
 from sparse_callbacks.testing.runs import trainer_for, watch
@@ -27,10 +39,10 @@ def test_a_thawed_backbone_ends_as_sparse_as_planned(name: str, thaws_first: boo
     assert callback.at_target
     whole = planned(JOINING[name](), module)
     if name == "dpf":  # one threshold: the total
-        assert sum(zeros(callback).values()) == int(0.8 * (12 * 16 + 16 * 10 + 10 * 6))
+        assert sum(zeros(callback).values()) == int(0.8 * sum(SIZES.values()))
     else:
         assert zeros(callback) == whole
-    assert not torch.equal(module.backbone[0].bias, Transfer().backbone[0].bias)  # it was trained
+    assert not torch.equal(module.backbone[1].bias, Transfer().backbone[1].bias)  # it was trained
 
 
 @every_joining_method
@@ -73,7 +85,7 @@ def test_a_layer_joins_where_the_curve_is(name: str, at: int, share: tuple[int, 
     found, sparsity = values
     assert share[0] * 0.8 <= sparsity <= share[1] * 0.8
     assert sparsity > 0
-    assert found == int(sparsity * 12 * 16)
+    assert found == int(sparsity * SIZES[BACKBONE[0]])
 
 
 def test_lightnings_own_backbone_finetuning(tmp_path: Path) -> None:
@@ -103,12 +115,12 @@ def test_a_layer_that_is_trained_from_the_second_fit_on_joins_by_its_magnitudes(
     module.backbone.requires_grad_(False)
     trainer_for([callback], tmp_path, max_epochs=3).fit(module)
     assert set(callback.masks) == {HEAD}
-    before = module.backbone[0].weight.detach().abs()
+    before = module.backbone[1].weight.detach().abs()
     module.backbone.requires_grad_(True)
     joined = Records(callback, lambda c: c.masks[BACKBONE[0]])
     trainer_for([callback, joined], tmp_path, max_epochs=1).fit(module)
     mask = joined.seen[0]
-    assert int((~mask).sum()) == int(0.8 * 12 * 16)  # the curve of the first fit is over
+    assert int((~mask).sum()) == int(0.8 * SIZES[BACKBONE[0]])  # the curve of the first fit is over
     assert before[mask].min() >= before[~mask].max()
 
 
@@ -116,7 +128,7 @@ def test_one_layer_after_another_and_weights_of_one_module_alone(tmp_path: Path)
     class OneByOne(Thaws):
         def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
             if epoch in (1, 2):
-                weight = pl_module.backbone[2 * (epoch - 1)].weight
+                weight = pl_module.backbone[3 * epoch - 2].weight
                 weight.requires_grad_(True)
                 optimizer.add_param_group({"params": [weight]})
 
@@ -161,11 +173,11 @@ def test_where_no_layer_can_join_the_plan_says_why_and_thawing_warns(make: Any, 
 def test_channels_that_a_frozen_layer_reads_stay_with_the_reason(tmp_path: Path) -> None:
     pytest.importorskip("torch_pruning")
     module = Transfer()
-    module.backbone[0].requires_grad_(False)
-    module.example_input_array = torch.zeros(1, 12)
+    module.backbone[1].requires_grad_(False)
+    module.example_input_array = torch.zeros(1, 2, 5, 5)
     callback = SMCP(budget=0.9, cost="parameters", round_to=1, every=1, start=0, stop=4, print_plan=False)
     trainer_for([callback], tmp_path, max_epochs=2).fit(module)
-    assert callback.plan()["backbone.0.weight"].reason.startswith(
+    assert callback.plan()[BACKBONE[0]].reason.startswith(
         "frozen (requires_grad=False); SMCP forms its groups of channels"
     )
-    assert set(callback.masks) == {"backbone.2.weight", HEAD}
+    assert set(callback.masks) == {BACKBONE[1], HEAD}

@@ -19,11 +19,12 @@ from sparse_callbacks import (
     SparsityCallback,
     Static,
 )
-from support.data import loader
+from sparse_callbacks.testing.data import Batches
 
 EPOCH = 4
-BACKBONE = ("backbone.0.weight", "backbone.2.weight")
+BACKBONE = ("backbone.1.weight", "backbone.4.weight")
 HEAD = "head.weight"
+SIZES = {BACKBONE[0]: 50 * 16, BACKBONE[1]: 16 * 10, HEAD: 10 * 4}
 # every method whose layers may join a run, in a run of four epochs of four steps
 JOINING: dict[str, Callable[..., SparsityCallback]] = {
     "static": lambda **more: Static(0.8, print_plan=False, **more),
@@ -44,26 +45,30 @@ class Transfer(pl.LightningModule):
     def __init__(self, make: Callable[..., Any] | None = None) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.backbone = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 10), nn.Tanh())
-        self.head = nn.Linear(10, 6)
+        first, second = nn.Linear(50, 16), nn.Linear(16, 10)
+        self.backbone = nn.Sequential(nn.Flatten(), first, nn.BatchNorm1d(16), nn.Tanh(), second, nn.Tanh())
+        self.head = nn.Linear(10, 4)
         self.make = make or (lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.backbone(x))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return nn.functional.mse_loss(self(batch[0]), batch[1])
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
     def configure_optimizers(self) -> Any:
         return self.make([p for p in self.parameters() if p.requires_grad])
 
     def train_dataloader(self) -> Any:
-        return loader(EPOCH)
+        return Batches(EPOCH)
 
 
 class Thaws(BaseFinetuning):
-    """Freezes the backbone and trains it from epoch ``at`` on, in a group of its own. Unlike Lightning's
-    ``BackboneFinetuning`` it also lets a resumed run train on."""
+    """Freezes the backbone and trains it from epoch ``at`` on, in a group of its own.
+
+    Unlike ``BackboneFinetuning`` it also trains it in a resumed run, in which Lightning does not announce an epoch that has
+    begun.
+    """
 
     def __init__(self, at: int = 1) -> None:
         super().__init__()
@@ -73,10 +78,16 @@ class Thaws(BaseFinetuning):
         self.freeze(pl_module.backbone)
 
     def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
-        if epoch == self.at:
-            self.unfreeze_and_add_param_group(pl_module.backbone, optimizer, lr=0.02)
-        elif epoch > self.at:
-            self.make_trainable(pl_module.backbone)
+        if epoch < self.at:
+            return
+        self.make_trainable(pl_module.backbone)
+        if len(optimizer.param_groups) == 1:
+            known = {id(p) for p in optimizer.param_groups[0]["params"]}
+            late = [p for p in pl_module.backbone.parameters() if id(p) not in known]
+            optimizer.add_param_group({"params": late, "lr": 0.02})
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.on_train_epoch_start(trainer, pl_module)
 
 
 class Records(Callback):
