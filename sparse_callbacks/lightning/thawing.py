@@ -39,7 +39,8 @@ def follow_training(
     engine.announce_by_hooks()
     if found:
         callback.fit_state.watch = StepWatch(engine)
-        rank_zero_info(f"{type(callback).__name__}: {', '.join(found)} are trained from here on, and sparse.")
+        shown = found[0] if len(found) == 1 else f"{found[0]} to {found[-1]} ({len(found)})"
+        rank_zero_info(f"{type(callback).__name__}: trained from here on, and sparse: {shown}.")
     if distributed.world_size() > 1 and (unknown := [n for n in found if n in frozen]):
         rank_zero_warn(
             f"{', '.join(unknown)} were frozen when DistributedDataParallel took hold of the model, so it does not average "
