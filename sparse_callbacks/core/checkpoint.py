@@ -32,8 +32,8 @@ class SavedRun:
         times: the calendar in optimizer steps, empty for a method without one.
         grads: gradients of an accumulation window that was open when the checkpoint was written, by parameter name.
         dense_grads: dense copies of those that were masked already, as in manual optimization, by parameter name.
-        awaited: names of the parameters that would have become sparse once they were trained; None in a state that was
-            saved before layers could join a run.
+        awaited: names of the parameters that would have become sparse once they were trained; None where there were none,
+            or the state was saved before layers could join a run.
         window_open: no optimizer had stepped since the backward pass that gave the gradients.
         progress: counted steps and updates, see :meth:`~sparse_callbacks.core.progress.Progress.state`.
         of_loop: a loop written by hand has saved it, which version 0.1 could not.
@@ -77,6 +77,7 @@ class SavedRun:
 
 def state_of(method: "Method") -> dict[str, Any]:
     """Everything that a resume of a method's run needs: tensors, numbers and strings only."""
+    awaited = names_awaited(method.entries)
     return {
         "version": VERSION,
         "arguments": method.arguments,
@@ -85,8 +86,7 @@ def state_of(method: "Method") -> dict[str, Any]:
         "masks": {n: m.clone() for n, m in method.masks.items()},
         "aux": {n: t.clone() for n, t in method.aux.items()},
         "dense": {n: method.weights.dense_values(n).clone() for n in method.weights.copied},
-        "awaited": names_awaited(method.entries),
-    }
+    } | ({"awaited": awaited} if awaited else {})
 
 
 def shown(value: object) -> str:
