@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sparse_callbacks.core import distributed
-from sparse_callbacks.core.awaited import why_never
+from sparse_callbacks.core.awaited import for_targets, why_never, with_awaited
 from sparse_callbacks.core.before_run import BeforeRun
 from sparse_callbacks.core.checkpoint import SavedRun, check_state
 from sparse_callbacks.core.distributions import why_all_active
@@ -113,7 +113,8 @@ class SparsityCallback(Method, AnyCallback):
         stop_looking(trainer)  # of a fit without a checkpoint, which has read none
         optimizers = TrainerOptimizers(trainer, pl_module)
         entries = select(pl_module, self.include, self.exclude, self.keep_dense, optimizers.trained)
-        self._refuse_neighbours(trainer, [e.name for e in entries if not e.reason])
+        # who awaits a layer claims it too: in a Trainer all callbacks see the optimizers that it may come into
+        self._refuse_neighbours(trainer, [e.name for e in for_targets(with_awaited(self, entries)) if not e.reason])
         state = self._state_to_resume(trainer, pl_module)
         self.saved = None if state is None else SavedRun.of(state, trainer.ckpt_path)
         if self.saved is None:

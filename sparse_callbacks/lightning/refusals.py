@@ -8,6 +8,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch.optim import Optimizer
 
+from sparse_callbacks.core.awaited import names_awaited
 from sparse_callbacks.core.checkpoint import check_state
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizers import is_elementwise
@@ -116,14 +117,14 @@ def refuse_shared(mine: Method, names: Sequence[str], others: Iterable[Method]) 
 
     Args:
         mine: the method that is about to make parameters sparse.
-        names: the names of the parameters that ``mine`` will make sparse.
+        names: the names of the parameters that ``mine`` will make sparse, now or once they are trained.
         others: the methods that already have their parameters.
 
     Raises:
         ValueError: a parameter already belongs to another method.
     """
     for other in others:
-        if both := sorted(set(names) & set(other.params)):
+        if both := sorted(set(names) & {*other.params, *names_awaited(other.entries)}):
             raise ValueError(
                 f"{type(other).__name__} and {type(mine).__name__} both claim {', '.join(both)}. Give each callback "
                 "its own layers with include= or exclude=."
