@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from sparse_callbacks.core.awaited import for_targets, names_awaited, with_awaited
 from sparse_callbacks.core.checkpoint import refuse_foreign_weights, refuse_other_model
+from sparse_callbacks.core.gradient_mask import refuse_lost_gradients
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_needs import refuse_optimizers
 from sparse_callbacks.core.optimizers import Ownership
@@ -45,6 +46,7 @@ class RunBeginning:
         optimizers: Sequence[Optimizer],
         admits: bool = False,
     ) -> None:
+        refuse_lost_gradients(method)
         self._method, self._saved = method, method.saved
         masked: Mapping[str, Tensor] = {}
         awaited: Sequence[str] = ()
