@@ -44,8 +44,8 @@ def follow_training(
     if distributed.world_size() > 1 and (unknown := [n for n in found if n in frozen]):
         rank_zero_warn(
             f"{', '.join(unknown)} were frozen when DistributedDataParallel took hold of the model, so it does not average "
-            "their gradients, and the processes train them apart. Let them require gradients when fit starts, with a "
-            "learning rate of 0 until they are to be trained."
+            "their gradients, and the processes train them apart. Thaw them between two fits, the second of which takes "
+            "hold of the model anew and goes on with this callback."
         )
 
 

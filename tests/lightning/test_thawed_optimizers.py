@@ -5,11 +5,12 @@ from typing import Any, cast
 
 import pytest
 import torch
+from support.processes import run_two_processes
 from support.sam import ClosureTwice
 from support.schedule_free import schedule_free
 from support.thawing import BACKBONE, EPOCH, HEAD, JOINING, SIZES, Records, Thaws, Transfer, assert_masked, zeros
 
-from sparse_callbacks import DPF, GMP, RigL, SparsityCallback, Static, sparsify
+from sparse_callbacks import DPF, GMP, SNFS, RigL, SparsityCallback, Static, sparsify
 from sparse_callbacks.testing.runs import trainer_for, watch
 
 UNIFORM = {n: int(0.8 * size) for n, size in SIZES.items()}
@@ -157,6 +158,33 @@ def test_an_optimizer_that_cannot_grow_weights_is_refused_when_it_brings_layers_
     assert set(callback.masks) == {HEAD}
 
 
+def test_gradients_of_a_window_that_is_open_at_the_thaw_are_kept(tmp_path: Path) -> None:
+    """A method that reads dense gradients finds those of the batches before too."""
+
+    class Windows(ByHand):
+        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+            optimizer = cast(Any, self.optimizers())
+            self.manual_backward(Transfer.training_step(self, batch, batch_idx))
+            if batch_idx == 2:  # the window is open where the next epoch begins
+                optimizer.step()
+                optimizer.zero_grad()
+
+    class Still(Thaws):
+        def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+            super().finetune_function(pl_module, epoch, optimizer)
+            for group in optimizer.param_groups[1:]:
+                group["lr"] = 0.0
+
+    def smoothed(at: int) -> Any:
+        # the layers that join are not pruned and do not move: nothing else differs
+        callback = SNFS(0.8, distribution={"backbone*": 0.0, "*": 0.8}, every=2, stop=4, print_plan=False)
+        module = Windows()
+        trainer_for([callback, Still(at)], tmp_path, max_epochs=2).fit(module)
+        return callback.aux[f"smoothed/{HEAD}"]
+
+    assert torch.equal(smoothed(1), smoothed(9))
+
+
 def test_two_callbacks_take_up_their_own_layers(tmp_path: Path) -> None:
     first: SparsityCallback = Static(0.5, include="backbone.1*", print_plan=False)
     module = Transfer()
@@ -184,3 +212,12 @@ def test_no_warning_of_silent_parameters_misfires(tmp_path: Path, recwarn: pytes
     callback, module = JOINING["static"](), Transfer()
     trainer_for([callback, Thaws(2)], tmp_path, max_epochs=4).fit(module)
     assert not [w for w in recwarn if "had no gradient" in str(w.message)]
+
+
+def test_two_processes_give_a_thawed_layer_the_same_masks_and_say_what_ddp_does_not(tmp_path: Path) -> None:
+    one, other = run_two_processes("thawed", tmp_path)
+    for name, found in one.items():
+        assert [len(masks) for masks in found["masks"]] == [1] * EPOCH + [3] * (3 * EPOCH)
+        for mine, theirs in zip(found["masks"], other[name]["masks"], strict=True):
+            assert all(torch.equal(mask, theirs[n]) for n, mask in mine.items())
+        assert any("were frozen when DistributedDataParallel took hold" in text for text in found["warned"])

@@ -1,6 +1,9 @@
 """Networks with a frozen backbone, and callbacks that thaw it, as transfer learning has them."""
 
+import os
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -20,6 +23,7 @@ from sparse_callbacks import (
     Static,
 )
 from sparse_callbacks.testing.data import Batches
+from sparse_callbacks.testing.runs import trainer_for
 
 EPOCH = 4
 BACKBONE = ("backbone.1.weight", "backbone.4.weight")
@@ -122,3 +126,24 @@ def planned(callback: Any, module: nn.Module) -> dict[str, int | None]:
 def zeros(callback: Any) -> dict[str, int]:
     """Zeros of each mask."""
     return {name: int((~mask).sum()) for name, mask in callback.masks.items()}
+
+
+def run_thawed(folder: Path) -> None:
+    """One of two processes whose backbone is thawed: masks after each batch, and what was warned of."""
+    rank, results = int(os.environ["LOCAL_RANK"]), {}
+    for name in ("rigl", "gmp", "dpf"):
+        callback, module = JOINING[name](), Transfer()
+        module.train_dataloader = lambda: Batches(EPOCH, rank=rank, world=2)  # type: ignore[method-assign]
+        seen = Records(callback, lambda c: {n: m.clone() for n, m in c.masks.items()})
+        trainer = trainer_for(
+            [callback, Thaws(1), seen],
+            max_epochs=4,
+            devices=2,
+            strategy="ddp_find_unused_parameters_true",
+            use_distributed_sampler=False,
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.fit(module)
+        results[name] = {"masks": seen.seen, "warned": [str(w.message) for w in caught]}
+    torch.save(results, folder / f"{rank}.pt")

@@ -136,6 +136,23 @@ def test_a_second_optimizer_that_had_nothing_sparse_joins_at_the_step_of_the_fir
     assert state["updates"] >= len(state["done"]) == 2
 
 
+def test_an_optimizer_of_joined_layers_that_has_not_stepped_yet_is_watched_from_then_on() -> None:
+    module = Transfer()
+    module.backbone.requires_grad_(False)
+    head, backbone = (torch.optim.SGD(m.parameters(), lr=0.05) for m in (module.head, module.backbone))
+    run = sparsify(Static(0.8, print_plan=False), module, [head, backbone], steps=STEPS)
+    batch = next(iter(module.train_dataloader()))
+    module.training_step(batch, 0).backward()
+    module.backbone.requires_grad_(True)
+    head.step()
+    assert set(run.masks) == {*BACKBONE, HEAD}
+    run.epoch_end()  # nothing has moved the new layers
+    with torch.no_grad():
+        module.backbone[1].weight.mul_(2.0)
+    with pytest.raises(RuntimeError, match=r"backbone.1.weight changed .* has seen no step of SGD"):
+        run.epoch_end()
+
+
 def test_layers_that_join_in_dpfs_fine_tuning_learn_on_no_more() -> None:
     module, optimizer = frozen()
     method = DPF(0.8, every=2, stop=6, finetune=8, print_plan=False)
