@@ -26,6 +26,7 @@ def test_every_example_has_a_test() -> None:
         "dqn",
         "language_model",
         "sharpness_aware",
+        "transfer_learning",
     }
 
 
@@ -44,6 +45,19 @@ def test_sharpness_aware_minimization_learns_in_both_hosts(capsys: pytest.Captur
     shown = capsys.readouterr().out
     assert "Trainer: 10 updates, sparsity 0.80" in shown
     assert "loop: 10 updates, sparsity 0.80" in shown
+
+
+@pytest.mark.parametrize(
+    ("epochs", "samples"), [(2, 64), pytest.param(4, 640, marks=pytest.mark.slow)], ids=["short", "whole"]
+)
+def test_a_thawed_network_ends_sparse_everywhere(epochs: int, samples: int, capsys: pytest.CaptureFixture[str]) -> None:
+    layers = example("transfer_learning").main(epochs, samples)
+    assert len(layers) == 21
+    assert all(0.899 < sparsity <= 0.9 for sparsity in layers.values()), layers
+    shown = capsys.readouterr().out
+    assert "with 90.0% of the weights of 21 layers at zero" in shown
+    if epochs == 4:
+        assert float(shown.partition("accuracy ")[2].partition("%")[0]) > 80
 
 
 def test_a_sparse_agent_learns(capsys: pytest.CaptureFixture[str]) -> None:

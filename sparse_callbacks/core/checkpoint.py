@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
+from sparse_callbacks.core.awaited import names_awaited
 from sparse_callbacks.core.schedules import Schedule
 from sparse_callbacks.core.state_layout import damaged, is_count, refuse_damaged, shown_short
 
@@ -36,6 +37,8 @@ class SavedRun:
         times: the calendar in optimizer steps, empty for a method without one.
         grads: gradients of an accumulation window that was open when the checkpoint was written, by parameter name.
         dense_grads: dense copies of those that were masked already, as in manual optimization, by parameter name.
+        awaited: names of the parameters that would have become sparse once they were trained; None where there were none,
+            or the state was saved before layers could join a run.
         window_open: no optimizer had stepped since the backward pass that gave the gradients.
         progress: counted steps and updates, see :meth:`~sparse_callbacks.core.progress.Progress.state`.
         of_loop: a loop written by hand has saved it, which version 0.1 could not.
@@ -52,6 +55,7 @@ class SavedRun:
     progress: Mapping[str, Any]
     of_loop: bool
     path: object
+    awaited: tuple[str, ...] | None = None
 
     @classmethod
     def of(cls, state: Mapping[str, Any], path: object) -> Self:
@@ -72,11 +76,13 @@ class SavedRun:
             progress={k: state[k] for k in ("steps", "done", "updates")},
             of_loop="method" in state,
             path=path,
+            awaited=tuple(state["awaited"]) if "awaited" in state else None,
         )
 
 
 def state_of(method: "Method") -> dict[str, Any]:
     """Everything that a resume of a method's run needs: tensors, numbers and strings only."""
+    awaited = names_awaited(method.entries)
     return {
         "version": VERSION,
         "arguments": {k: text for k, text in method.arguments.items() if _LATER.get(k) != text},
@@ -85,7 +91,7 @@ def state_of(method: "Method") -> dict[str, Any]:
         "masks": {n: m.clone() for n, m in method.masks.items()},
         "aux": {n: t.clone() for n, t in method.aux.items()},
         "dense": {n: method.weights.dense_values(n).clone() for n in method.weights.copied},
-    }
+    } | ({"awaited": awaited} if awaited else {})
 
 
 def shown(value: object) -> str:

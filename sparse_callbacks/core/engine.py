@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from sparse_callbacks.core import optimizers as torch_optimizers
 from sparse_callbacks.core import topology
-from sparse_callbacks.core.checkpoint import state_of
+from sparse_callbacks.core.checkpoint import SavedRun, state_of
 from sparse_callbacks.core.first_gradients import SilenceWarning
 from sparse_callbacks.core.gradient_care import GradientCare
 from sparse_callbacks.core.gradients import DenseGradients
@@ -24,8 +24,9 @@ from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.progress import Progress
 from sparse_callbacks.core.rescaling import rescale_weights
 from sparse_callbacks.core.run_beginning import RunBeginning
-from sparse_callbacks.core.selection import Entry
+from sparse_callbacks.core.selection import Entry, select
 from sparse_callbacks.core.step import ReplacesSteps, Step
+from sparse_callbacks.core.thawed import have_moved, thawed_names
 from sparse_callbacks.core.topology import EverActive, Update
 from sparse_callbacks.core.weights import SparseWeights
 
@@ -116,6 +117,46 @@ class Engine:
         owners = Ownership(optimizers, self.method.params)
         refuse_optimizers(self.method, owners)
         self._take_hold(owners, gradients_read, two_pass)
+
+    def take_up(
+        self,
+        trained: Set[int],
+        optimizers: Sequence[Optimizer],
+        gradients_read: Sequence[bool],
+        two_pass: Sequence[Optimizer] = (),
+    ) -> list[str] | None:
+        """Let layers that have begun to be trained become sparse, and follow parameters to their optimizers.
+
+        Call it between two steps.
+
+        Args:
+            trained: ``id`` of every parameter that some optimizer of the loop steps.
+            optimizers, gradients_read, two_pass: see :meth:`bind`.
+
+        Returns:
+            Names of the parameters that have become sparse; None where nothing has changed.
+        """
+        method, dense = self.method, self._care.dense
+        thawed = thawed_names(method, trained)
+        if thawed:
+            entries = select(method.model, method.include, method.exclude, method.keep_dense, set(trained))
+            # the run goes on from its own state, as a resumed one does, with more layers
+            method.saved = SavedRun.of(self.state(), "of this run itself")
+            try:
+                beginning = RunBeginning(method, method.model, entries, optimizers, admits=True)
+                beginning.take_effect()
+                self._take_hold(beginning.owners, gradients_read, two_pass)
+                method.attach(method.model)
+            finally:
+                method.saved = None
+            self.write()
+        elif have_moved(method, optimizers):
+            method.progress.begin(len(optimizers))
+            self.rebind(optimizers, gradients_read, two_pass)
+        else:
+            return None
+        self._care.dense.take_over(dense)
+        return thawed
 
     def _take_hold(self, owners: Ownership, gradients_read: Sequence[bool], two_pass: Sequence[Optimizer]) -> None:
         method = self.method

@@ -103,6 +103,10 @@ class DenseGradients:
         """Dense copies by parameter name, of the gradients that are still as masking left them."""
         return {name: dense for name, (_, _, dense) in self._kept.items() if self._is_as_masked(name)}
 
+    def take_over(self, other: "DenseGradients") -> None:
+        """Keep what ``other`` has kept of the same parameters, in the middle of a window."""
+        self._kept, self._of_this_rank = other._kept, other._of_this_rank
+
     def _is_as_masked(self, name: str) -> bool:
         """The gradient is still as masking left it."""
         masked, version, _ = self._kept.get(name, (None, 0, None))

@@ -1,7 +1,8 @@
 """Where first masks come from: chance, magnitudes, the zeros of the model, or a checkpoint."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core.arguments import refuse_unknown
+from sparse_callbacks.core.awaited import for_targets
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.distributions import is_epsilon
 from sparse_callbacks.core.given_masks import GivenMasks, Source, known_zeros, masks_in, refuse_no_masks, zeros_in
@@ -20,6 +22,7 @@ from sparse_callbacks.core.rescaling import RESCALES, Rescale, counted_norm, sta
 from sparse_callbacks.core.selection import Entry, select
 from sparse_callbacks.core.shards import layout_of
 from sparse_callbacks.core.state_layout import shown_short
+from sparse_callbacks.core.thawed import masks_by_magnitude
 
 InitialMask = Source
 """``"random"``, ``"magnitude"``, ``"nonzero"``, the path of a checkpoint, or a state dict."""
@@ -107,12 +110,20 @@ class StartsSparse(Method):
             return super().initial_masks()
         if self._start == "magnitude":
             return {n: self.weights.by_layer(n, self._largest, p.detach()) for n, p in self.params.items()}
-        # kept where masks move: part of the network may be dense for a while, and a saved mask may be damaged
-        for name, entry in self.weights.entries.items() if self.explores or self.arrives_at_stop else ():
-            self.aux[f"planned/{name}"] = torch.tensor([self._zeros[layer] for layer in entry.layers])
         assert self._given is not None
-        given, self._given = self._given, None
-        return dict(given.masks)
+        return self._take_given(n for n in self.params if n in self._given.masks)
+
+    def _take_given(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The masks that were found for ``names``; those of layers that wait to be trained are kept until they are."""
+        assert self._given is not None
+        masks, taken = self._given.masks, list(names)
+        # kept where masks move: part of the network may be dense for a while, and a saved mask may be damaged
+        for name in taken if self.explores or self.arrives_at_stop else ():
+            layers = self.weights.entries[name].layers
+            self.aux[f"planned/{name}"] = torch.tensor([self._zeros[layer] for layer in layers])
+        waiting = {n: m for n, m in masks.items() if n not in taken}
+        self._given = replace(self._given, masks=waiting) if waiting else None
+        return {n: masks[n] for n in taken}
 
     def _largest(self, layer: str, weight: Tensor) -> Tensor:
         size = layout_of(weight).whole_shape(weight).numel()
@@ -131,7 +142,9 @@ class StartsSparse(Method):
         held = [e for e in chosen if e.name in masks and tuple(masks[e.name].shape) == e.full_shape]
         known = {e.name: known_zeros(e, aux, masks, path) for e in held}
         if missing := [e for e in chosen if e.name not in known]:
-            self._given = self._masks_of(model, missing)
+            kept = self._given.masks if self._given is not None and self.attachment.in_training else {}
+            if self._given is None or not all(e.name in kept for e in missing):  # not those that a run keeps for later
+                self._given = self._masks_of(model, missing)
             masks = self._given.masks
             if together and self._start == "nonzero":  # in a loop ranks may still have weights of their own
                 masks = distributed.masks_of_first_rank(masks)
@@ -186,6 +199,29 @@ def find_masks(
     """
     if isinstance(method, StartsSparse) and method._brings_counts:
         method._find(model, entries, saved, together)
+
+
+def sharing_entries(method: Method, entries: Sequence[Entry]) -> Sequence[Entry]:
+    """``entries`` as a distribution sees them, for a run that is only described: found masks need no share for a layer
+    that waits to be trained, and the file that holds its mask may be gone."""
+    if isinstance(method, StartsSparse) and method._brings_counts:
+        return entries
+    return for_targets(entries)
+
+
+def joining_masks(method: StartsSparse, names: Sequence[str]) -> dict[str, Tensor]:
+    """Masks of layers that join a run which has begun: those that were found for them, otherwise by magnitude.
+
+    Args:
+        method: the method of the run; its parameters are those with the new layers.
+        names: names of the parameters that join.
+    """
+    if method._brings_counts:
+        return method._take_given(names)
+    return masks_by_magnitude.dispatch(Method)(method, names)
+
+
+masks_by_magnitude.register(StartsSparse, joining_masks)
 
 
 def refuse_rescaling(method: Method, model: nn.Module, params: Mapping[str, Tensor]) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core import optimizers as torch_optimizers
+from sparse_callbacks.core.awaited import names_awaited
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.host import Host
@@ -33,6 +34,7 @@ class LoopBinding:
         self.engine, self.model, self.optimizers = engine, model, optimizers
         self._host, self._clips = host, clips
         self._placed: dict[str, tuple[torch.device, torch.dtype]] = {}
+        self._awaited: list[nn.Parameter] = []
 
     def entries(self) -> list[Entry]:
         """Every parameter of the model, with the reason why it stays dense."""
@@ -58,12 +60,36 @@ class LoopBinding:
 
     def bind(self, entries: Sequence[Entry]) -> None:
         """Let the engine take hold of the parameters; no weight changes."""
-        # masked before the step only where somebody reads gradients in it; otherwise masking the weights is enough
-        given = self.optimizers.given
-        reads = [self._clips or not torch_optimizers.is_elementwise(o) for o in given]
-        self.engine.bind(self.model, entries, self.optimizers.steppers, reads, self._host, self.optimizers.two_pass)
-        self._placed = self._places()
+        optimizers = self.optimizers
+        self.engine.bind(self.model, entries, optimizers.steppers, self._reads, self._host, optimizers.two_pass)
+        self._note_places()
         self._share_dense_values()
+
+    @property
+    def _reads(self) -> list[bool]:
+        """For each optimizer, whether anybody reads gradients between backward and its step."""
+        # masked before the step only where somebody reads gradients in it; otherwise masking the weights is enough
+        return [self._clips or not torch_optimizers.is_elementwise(o) for o in self.optimizers.given]
+
+    def take_up(self) -> bool:
+        """Let layers that have begun to be trained become sparse, other than those of other runs.
+
+        Returns:
+            Whether there are any.
+        """
+        others = [b.engine.method for b in _bindings_of.get(self.model, ()) if b is not self]
+        trained = self.optimizers.trained - {id(p) for method in others for p in method.params.values()}
+        optimizers = self.optimizers
+        optimizers.note_new_groups()
+        found = self.engine.take_up(trained, optimizers.steppers, self._reads, optimizers.two_pass)
+        self._note_places()
+        return bool(found)
+
+    def who_is_trained(self) -> tuple[list[int], list[bool]]:
+        """What shows that another parameter may be trained than before: sizes of parameter groups, and which of the
+        parameters that the run awaits are frozen."""
+        sizes = [len(group["params"]) for o in self.optimizers.steppers for group in o.param_groups]
+        return sizes, [p.requires_grad for p in self._awaited]
 
     @torch.no_grad()
     def _share_dense_values(self) -> None:
@@ -88,6 +114,11 @@ class LoopBinding:
     def is_current(self) -> bool:
         """The parameters are where they were, in the types that they had, when they were bound."""
         return self._places() == self._placed
+
+    def _note_places(self) -> None:
+        awaited = names_awaited(self.engine.method.entries)
+        self._placed = self._places()
+        self._awaited = [self.model.get_parameter(name) for name in awaited]
 
     def _places(self) -> dict[str, tuple[torch.device, torch.dtype]]:
         return {name: (p.device, p.dtype) for name, p in self.engine.method.params.items()}

@@ -54,10 +54,12 @@ class LoopDriver:
         """What the masks have cut, until the first step."""
         self._steps = [StepInLoop() for _ in self._optimizers.steppers]
         self._watch: StepWatch | None = None
+        self._trained: object = None  # who was trained at the last look
 
     def listen(self) -> None:
         """Masks are written: from here on the optimizers drive the engine."""
         self._watch = StepWatch(self._engine)
+        self._trained = self._binding.who_is_trained()
         self._hooks.plant(self)
         for optimizer in self._optimizers.steppers:
             _drivers_on.setdefault(optimizer, WeakSet()).add(self)
@@ -79,6 +81,19 @@ class LoopDriver:
         binding.renew(entries)
         self._hooks.plant_after(self)
         self.before_masks = ValuesBeforeMasks(untouched, method.params)
+
+    def _take_up_thawed(self) -> None:
+        """Let layers that the loop has begun to train become sparse, unless a step of this batch was announced or taken
+        already."""
+        trained = self._binding.who_is_trained()
+        if trained == self._trained or any(s.stepped or s.announced for s in self._steps):
+            return
+        self._trained = trained
+        self._hooks.remove_after()  # those before a step stay, as above
+        if self._binding.take_up():
+            self.before_masks.drop()  # the masks of another state would be of fewer layers
+            self._watch = StepWatch(self._engine)
+        self._hooks.plant_after(self)
 
     # ------------------------------------------------------------------ one optimizer step
 
@@ -151,6 +166,7 @@ class LoopDriver:
     def _announce(self, index: int, gradients_read: bool) -> Step:
         self.batches.refuse_step_of_no_sample()
         self._follow_the_model()
+        self._take_up_thawed()
         # not between the steps of one batch, where another optimizer has yet to take its last step of the phase
         if self._engine.restart_wanted and not any(s.stepped for s in self._steps):
             self._restart()
@@ -223,6 +239,7 @@ class LoopDriver:
         method, engine = self._method, self._engine
         if any(s.running for s in self._steps):
             engine.batch_over()  # of a step that failed half-way
+        self._take_up_thawed()
         self.batches.enter()
         method.batch_start(self.batches.number)
         try:

@@ -51,9 +51,10 @@ class LoopHooks:
         steppers = self._optimizers.steppers
         self._after = [o.register_step_post_hook(listener.after_step) for o in steppers]
         for index in range(len(steppers)):
-            if names := self._method.owners.owns[index]:
-                # one parameter shows that a backward pass has run: see Listener.after_backward
-                first: Any = self._method.params[names[0]]  # the hook has no types in torch
+            owned = (self._method.params[name] for name in self._method.owners.owns[index])
+            # one parameter shows that a backward pass has run: see Listener.after_backward. One with a mask may be frozen
+            first: Any = next((p for p in owned if p.requires_grad), None)  # the hook has no types in torch
+            if first is not None:
                 hook = _BackwardHook(listener, index)
                 self._after.append(first.register_post_accumulate_grad_hook(hook))
 

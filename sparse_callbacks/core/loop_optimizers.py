@@ -68,8 +68,14 @@ class LoopOptimizers:
                 return index
         raise ValueError(f"{type(optimizer).__name__} is not an optimizer of this run: sparsify() was not given it.")
 
+    def note_new_groups(self) -> None:
+        """Groups that were added since the run began start anew with the values that they have now."""
+        for optimizer, groups in zip(self._restarted, self.first_groups, strict=True):
+            groups.extend(_group_values(optimizer)[len(groups) :])
+
     def start_anew(self) -> None:
         """New optimizers, in place: no state, and the groups' values of the call to :func:`sparsify`."""
+        self.note_new_groups()
         for optimizer, groups in zip(self._restarted, self.first_groups, strict=True):
             optimizer.state.clear()
             for group, values in zip(optimizer.param_groups, groups, strict=True):

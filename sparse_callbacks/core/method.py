@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from sparse_callbacks.core import checkpoint, randomness
 from sparse_callbacks.core.arguments import check_seed, check_sparsity
 from sparse_callbacks.core.attachment import Attachment
+from sparse_callbacks.core.awaited import for_targets, with_awaited
 from sparse_callbacks.core.calendar import Calendar, RunLength, Time, check_times, resolve_times
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.constructors import argument_names, checks_arguments
@@ -305,8 +306,8 @@ class Method(Hooks):
             )
         if model is not None:
             model = getattr(model, "_orig_mod", model)  # of torch.compile
-            entries = select(model, self.include, self.exclude, self.keep_dense)
-            zeros = self.parameter_zeros(entries, self.share_out(entries))
+            entries = with_awaited(self, select(model, self.include, self.exclude, self.keep_dense))
+            zeros = self.parameter_zeros(entries, self.share_out(for_targets(entries)))
         elif self.entries:
             entries, zeros = self.entries, self.parameter_zeros(self.entries, self.targets)
         else:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from sparse_callbacks.core.awaited import AWAITED
 from sparse_callbacks.core.selection import NOT_TRAINED, Entry
 
 
@@ -77,13 +78,20 @@ class Plan:
     @property
     def note(self) -> str:
         """What the table alone does not make plain, as a sentence: most weights are not trained; empty otherwise."""
-        untrained = sum(r.size for r in self.rows if r.reason in NOT_TRAINED)
+        awaited = sum(r.size for r in self.rows if r.reason in AWAITED)
+        waiting = (
+            f"{awaited:,} weights become sparse once they are trained, and have their share of the target already: leave "
+            "layers that are never trained out with exclude=."
+            if awaited
+            else ""
+        )
+        untrained = awaited + sum(r.size for r in self.rows if r.reason.startswith(NOT_TRAINED))
         if untrained <= self.weights:
-            return ""
+            return waiting
         return (
             f"Of {self.weights + untrained:,} weights that could be sparse {untrained:,} are not trained and stay dense. "
             f"The other {self.weights:,} become sparse; where they are adapters, as in LoRA, the network that they adapt "
-            "stays dense."
+            f"stays dense.{waiting and f' {waiting}'}"
         )
 
     def joined(self, zeros: int | None = None) -> "Plan":

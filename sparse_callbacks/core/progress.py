@@ -137,6 +137,14 @@ class Progress:
         self.done[index] = self.counts[index].read()
         self.updates += 1
 
+    def join(self, index: int) -> None:
+        """An optimizer that has had no sparse parameter, so that its steps were not counted, goes on at the step of the
+        others; the masks that its parameters begin with are an update."""
+        most = self.most()
+        if self.counts[index].read() < most:
+            self.counts[index] = StepCount(most)
+            self.mark_done(index)
+
     def most(self) -> int:
         """The largest count of any optimizer."""
         return max((count.read() for count in self.counts.values()), default=0)

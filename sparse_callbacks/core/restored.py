@@ -6,14 +6,15 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from sparse_callbacks.core.attachment import Attachment
+from sparse_callbacks.core.awaited import with_awaited
 from sparse_callbacks.core.calendar import Calendar
 from sparse_callbacks.core.checkpoint import SavedRun, refuse_foreign_weights, refuse_other_model
-from sparse_callbacks.core.initial_masks import find_masks
+from sparse_callbacks.core.initial_masks import find_masks, sharing_entries
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.progress import Progress
 from sparse_callbacks.core.selection import NOT_TRAINED, Entry, select
-from sparse_callbacks.core.state_claims import refuse_impossible
+from sparse_callbacks.core.state_claims import planned_otherwise, refuse_impossible
 from sparse_callbacks.core.topology import EverActive
 from sparse_callbacks.core.weights import SparseWeights
 
@@ -56,6 +57,7 @@ def _take(method: Method, model: nn.Module, saved: SavedRun, owned: Sequence[Seq
     parameters = dict(model.named_parameters())
     params = {e.name: parameters[e.name] for e in entries if not e.reason}
     refuse_other_model(saved, params)
+    saved = planned_otherwise(saved, entries)
     planned = method.parameter_zeros(entries, targets)
     refuse_impossible(method, saved, model, planned, len(saved.progress["steps"]))
     refuse_foreign_weights(saved.masks, params)
@@ -115,9 +117,10 @@ def _entries_and_targets(method: Method, model: nn.Module, saved: SavedRun) -> t
     if method.attachment.model is model and {e.name for e in method.entries if not e.reason} == saved.masks.keys():
         return method.entries, method.targets  # of the latest run, which knows what its optimizers trained
     found = select(model, method.include, method.exclude, method.keep_dense)
-    entries = [e if e.reason or e.name in saved.masks else replace(e, reason=NOT_TRAINED[1]) for e in found]
+    found = [e if e.reason or e.name in saved.masks else replace(e, reason=NOT_TRAINED[1]) for e in found]
+    entries = with_awaited(method, found, saved.masks)
     find_masks(method, model, entries, saved)
-    targets = method.share_out(entries)
+    targets = method.share_out(sharing_entries(method, entries))
     return list(method.further_members(model, entries)), targets
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparse_callbacks.core.awaited import for_targets, names_awaited, with_awaited
 from sparse_callbacks.core.checkpoint import refuse_foreign_weights, refuse_other_model
 from sparse_callbacks.core.gradient_mask import refuse_lost_gradients
 from sparse_callbacks.core.initial_masks import find_masks, refuse_rescaling
@@ -15,7 +16,8 @@ from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.progress import Progress
 from sparse_callbacks.core.restored import aux_on_devices
 from sparse_callbacks.core.selection import Entry
-from sparse_callbacks.core.state_claims import PLAN_CHANGED, refuse_impossible
+from sparse_callbacks.core.state_claims import PLAN_CHANGED, planned_otherwise, refuse_impossible
+from sparse_callbacks.core.thawed import first_masks
 from sparse_callbacks.core.topology import EverActive
 from sparse_callbacks.core.weights import SparseWeights
 
@@ -31,28 +33,43 @@ class RunBeginning:
         model: the module whose ``named_parameters`` the masks go by.
         entries: all parameters; those without a reason become sparse.
         optimizers: the optimizers of the run.
+        admits: the run goes on from its own state with layers that it has awaited; see :meth:`Engine.take_up`.
 
     Raises:
         ValueError: the masks do not belong to the model, or an optimizer cannot be used with the method.
     """
 
     def __init__(
-        self, method: Method, model: nn.Module, entries: Sequence[Entry], optimizers: Sequence[Optimizer]
+        self,
+        method: Method,
+        model: nn.Module,
+        entries: Sequence[Entry],
+        optimizers: Sequence[Optimizer],
+        admits: bool = False,
     ) -> None:
         refuse_lost_gradients(method)
         self._method, self._saved = method, method.saved
+        masked: Mapping[str, Tensor] = {}
+        awaited: Sequence[str] = ()
+        if self._saved is not None:
+            masked, awaited = self._saved.masks, self._saved.awaited or ()
+        elif method.attachment.model is model:  # its second fit: what is frozen for it begins anew where it is thawed
+            awaited = names_awaited(method.entries)
+        entries = with_awaited(method, entries, masked, awaited, admits)
         self._entries = list(method.further_members(model, entries))
         parameters = dict(model.named_parameters())
         self._sparse = {e.name: e for e in self._entries if not e.reason}
         self._params = {name: parameters[name] for name in self._sparse}
         self._kept = self._masks_of_last_run(model)
         if self._saved is not None:
-            refuse_other_model(self._saved, self._params)
-        find_masks(method, model, entries, self._saved, together=True)
-        self._targets = method.share_out(entries)
+            refuse_other_model(self._saved, {n: p for n, p in self._params.items() if not admits or n in masked})
+        find_masks(method, model, for_targets(entries), self._saved, together=True)
+        self._targets = method.share_out(for_targets(entries))
         if self._saved is not None:
-            planned = method.parameter_zeros(self._entries, self._targets)
-            refuse_impossible(method, self._saved, model, planned, len(optimizers))
+            self._saved = planned_otherwise(self._saved, entries)
+            if not admits:  # otherwise it is the run's own state
+                planned = method.parameter_zeros(self._entries, self._targets)
+                refuse_impossible(method, self._saved, model, planned, len(optimizers))
             self._dense = self._saved.dense
         else:
             refuse_foreign_weights(self._kept, self._params)
@@ -85,7 +102,8 @@ class RunBeginning:
         method.progress.begin(len(self.owners.optimizers))
         method.weights = SparseWeights(params, self._sparse, masks)
         if method.keeps_dense:
-            method.start_copies(self._dense, new=() if self._saved is not None else params.keys() - self._kept.keys())
+            before = self._kept if self._saved is None else self._saved.masks
+            method.start_copies(self._dense, new=params.keys() - before.keys())
         if method.explores:
             EverActive(method.aux, method.weights).add(params)
 
@@ -99,7 +117,7 @@ class RunBeginning:
         if saved is not None:
             method.progress = Progress.restored(method.first_update, saved.progress)
             method.aux = aux_on_devices(saved.aux, params)
-            return saved.masks
+            return {**saved.masks, **first_masks(method, [n for n in params if n not in saved.masks])}
         if not kept:
             return method.initial_masks()
         # layers that were added since the last run start like in a first one

@@ -1,15 +1,18 @@
 """What a run of a method may have saved for a model: counts of masks, and tensors of its own."""
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import singledispatch
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from sparse_callbacks.core.awaited import names_awaited
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.method import Method
+from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.state_layout import damaged, shown_short
 
 PLAN_CHANGED = "plan/changed"
@@ -46,6 +49,14 @@ class Kept:
     required: bool = False
     finite: bool = True
     low: float | None = None
+
+
+def planned_otherwise(saved: SavedRun, entries: Iterable[Entry]) -> SavedRun:
+    """``saved``, marked as a run that was planned otherwise where it was saved before layers could join a run: then the
+    target was shared out without those that wait."""
+    if saved.awaited is not None or not names_awaited(entries):
+        return saved
+    return replace(saved, aux={**saved.aux, PLAN_CHANGED: torch.tensor(True)})
 
 
 @singledispatch

@@ -57,6 +57,12 @@ def _texts(value: Any) -> str:
     return f"is {shown_short(value)} and not texts by name"
 
 
+def _names(value: Any) -> str:
+    if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
+        return ""
+    return f"is {shown_short(value)} and not a list of names"
+
+
 def _calendar(value: Any) -> str:
     if not isinstance(value, list | tuple) or len(value) not in (0, 3, 4) or not all(map(is_count, value)):
         return f"is {shown_short(value)} and not the three or four whole numbers of a calendar, or none"
@@ -122,10 +128,12 @@ LAYOUT: Mapping[str, Check] = {
     "grads": _tensors(_gradient),
     "dense_grads": _tensors(_gradient),
     "window_open": _truth,
+    "awaited": _names,
 }
 """What each part of a state must be."""
-# callbacks save no counts of zeros, those of the first weeks no dense values, and gradients are saved only in a window
-_MAY_LACK = ("zeros", "dense", "grads", "dense_grads", "window_open")
+# callbacks save no counts of zeros, those of the first weeks no dense values, older ones no awaited layers, and gradients
+# are saved only in a window
+_MAY_LACK = ("zeros", "dense", "grads", "dense_grads", "window_open", "awaited")
 
 
 def refuse_damaged(state: Mapping[str, Any], path: object) -> None:
@@ -164,6 +172,8 @@ def _contradiction(state: Mapping[str, Any]) -> str:
         return f"its mask of {shown_short(wrong[0])} {counted}"
     if foreign := [name for name in state.get("dense", {}) if name not in state["masks"]]:
         return f"it has dense values of {shown_short(foreign[0])}, and no mask"
+    if masked := [name for name in state.get("awaited", ()) if name in state["masks"]]:
+        return f"it has a mask of {shown_short(masked[0])}, which it says is not trained yet"
     return ""
 
 

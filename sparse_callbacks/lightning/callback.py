@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sparse_callbacks.core import distributed
+from sparse_callbacks.core.awaited import for_targets, why_never, with_awaited
 from sparse_callbacks.core.before_run import BeforeRun
 from sparse_callbacks.core.checkpoint import SavedRun, check_state
 from sparse_callbacks.core.distributions import why_all_active
@@ -30,10 +31,10 @@ from sparse_callbacks.lightning.refusals import (
     refuse_shared,
     refuse_unsteppable,
     state_to_resume,
-    warn_of_thawed,
     warnings_for,
 )
 from sparse_callbacks.lightning.resumed_file import look_before_loading, stop_looking
+from sparse_callbacks.lightning.thawing import follow_training
 from sparse_callbacks.lightning.trainer_host import TrainerHost
 from sparse_callbacks.lightning.trainer_optimizers import TrainerOptimizers, scaler_of
 
@@ -114,13 +115,14 @@ class SparsityCallback(Method, AnyCallback):
         optimizers = TrainerOptimizers(trainer, pl_module)
         refuse_unsteppable(pl_module, trainer.optimizers, optimizers.steppers)
         entries = select(pl_module, self.include, self.exclude, self.keep_dense, optimizers.trained)
-        self._refuse_neighbours(trainer, [e.name for e in entries if not e.reason])
+        # who awaits a layer claims it too: in a Trainer all callbacks see the optimizers that it may come into
+        self._refuse_neighbours(trainer, [e.name for e in for_targets(with_awaited(self, entries)) if not e.reason])
         state = self._state_to_resume(trainer, pl_module)
         self.saved = None if state is None else SavedRun.of(state, trainer.ckpt_path)
         if self.saved is None:
             spawned.adopt(self, pl_module)
         fit = self.fit_state
-        fit.left_out = [e.name for e in entries if e.reason in NOT_TRAINED]
+        fit.left_out = [e.name for e in entries if e.reason in NOT_TRAINED] if why_never(self) else []
         fit.restored = None
         host = self._host_of(trainer, pl_module)
         reads, twice = optimizers.gradients_read, optimizers.two_pass
@@ -161,16 +163,19 @@ class SparsityCallback(Method, AnyCallback):
         if self.fit_state.before is not None:
             self.fit_state.before.keep_random_states()
         self.epoch_start(trainer.current_epoch)
-        self.fit_state.left_out = warn_of_thawed(trainer, pl_module, self.fit_state.left_out, type(self).__name__)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         fit = self.fit_state
         fit.before = None  # from here on an error is one of training
-        if trainer.current_epoch != fit.last_epoch:
+        if epoch_begins := trainer.current_epoch != fit.last_epoch:
             accumulation.follow_factor(trainer, fit, self)
+        if not fit.window_open and self.engine.restart_wanted:
+            self._restart_optimizers(trainer, pl_module)
+        if (
+            epoch_begins
+        ):  # here and not in on_train_epoch_start, where callbacks behind this one have yet to thaw layers
+            follow_training(trainer, pl_module, self, peers_of(trainer))
         if not fit.window_open:
-            if self.engine.restart_wanted:
-                self._restart_optimizers(trainer, pl_module)
             self.window_start(batch_idx)
         self.batch_start(batch_idx)
         if fit.watch is not None:

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_info
 from torch.optim import Optimizer
 
+from sparse_callbacks.core.awaited import names_awaited
 from sparse_callbacks.core.checkpoint import check_state
 from sparse_callbacks.core.initial_masks import refuse_rescaled_checkpoint
 from sparse_callbacks.core.method import Method
-from sparse_callbacks.core.optimizers import is_elementwise, parameter_ids
+from sparse_callbacks.core.optimizers import is_elementwise
 from sparse_callbacks.core.two_pass import refuse_two_calls
 
 # Classes are recognised by name, because they exist twice (in pytorch_lightning and in lightning.pytorch) and not in
@@ -90,31 +91,6 @@ def warnings_for(trainer: Any, dense_at_first: bool) -> Iterator[str]:
                 )
 
 
-def warn_of_thawed(trainer: Any, module: Any, left_out: Sequence[str], method: str) -> list[str]:
-    """Say which parameters are trained only now, and stay dense therefore.
-
-    Args:
-        trainer: a Trainer whose optimizers are set up.
-        module: its module.
-        left_out: names of parameters that stay dense because nobody trained them so far.
-        method: name of the method, for the warning.
-
-    Returns:
-        the names of those that nobody trains yet.
-    """
-    if not left_out:
-        return []
-    trained = parameter_ids(*trainer.optimizers)
-    parameters = dict(module.named_parameters())
-    late = [n for n in left_out if parameters[n].requires_grad and id(parameters[n]) in trained]
-    if late:
-        rank_zero_warn(
-            f"{method} leaves {', '.join(late)} dense: they were frozen or in no optimizer when fit started and are "
-            "trained only now. To make them sparse, train them from the start of a fit."
-        )
-    return [n for n in left_out if n not in late]
-
-
 def gradients_are_read(trainer: Any, module: Any, optimizer: Optimizer) -> bool:
     """Whether anything reads gradients between the backward pass and the step: clipping, an optimizer that mixes the
     gradients of several weights, the user's hooks, or manual optimization.
@@ -158,14 +134,14 @@ def refuse_shared(mine: Method, names: Sequence[str], others: Iterable[Method]) 
 
     Args:
         mine: the method that is about to make parameters sparse.
-        names: the names of the parameters that ``mine`` will make sparse.
+        names: the names of the parameters that ``mine`` will make sparse, now or once they are trained.
         others: the methods that already have their parameters.
 
     Raises:
         ValueError: a parameter already belongs to another method.
     """
     for other in others:
-        if both := sorted(set(names) & set(other.params)):
+        if both := sorted(set(names) & {*other.params, *names_awaited(other.entries)}):
             raise ValueError(
                 f"{type(other).__name__} and {type(mine).__name__} both claim {', '.join(both)}. Give each callback "
                 "its own layers with include= or exclude=."

@@ -11,12 +11,14 @@ from pytorch_lightning import LightningModule
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from sparse_callbacks.core.awaited import with_awaited
 from sparse_callbacks.core.checkpoint import SavedRun, check_state, misfit
 from sparse_callbacks.core.checkpoint_file import refuse_broken
 from sparse_callbacks.core.error_text import first_line
+from sparse_callbacks.core.initial_masks import sharing_entries
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.selection import NOT_TRAINED, select
-from sparse_callbacks.core.state_claims import refuse_impossible
+from sparse_callbacks.core.state_claims import planned_otherwise, refuse_impossible
 from sparse_callbacks.core.state_layout import is_count, shown_short, why_not_whole
 from sparse_callbacks.lightning.refusals import is_tuner_checkpoint, overrides
 
@@ -155,13 +157,15 @@ def _refuse_other_state(method: Method, found: Mapping[str, Any], module: Lightn
     if wrong := [n for n, m in saved.masks.items() if n not in here or here[n].shape != m.shape]:
         raise misfit(wrong, path)
     # which parameters the optimizers will have is not known yet, and was known when the masks were made
-    entries = select(module, method.include, method.exclude, method.keep_dense)
-    if any(e.reason in NOT_TRAINED for e in entries if e.name in saved.masks):
+    chosen = select(module, method.include, method.exclude, method.keep_dense)
+    entries = with_awaited(method, chosen, saved.masks, saved.awaited or ())
+    if any(e.reason.startswith(NOT_TRAINED) for e in entries if e.name in saved.masks):
         return  # frozen now: whether a callback thaws it before on_fit_start shows there
+    saved = planned_otherwise(saved, entries)
     entries = [e if e.name in saved.masks else replace(e, reason=e.reason or "not in the checkpoint") for e in entries]
     method.saved = saved  # some methods plan by the saved masks
     try:
-        planned = method.parameter_zeros(entries, method.share_out(entries))
+        planned = method.parameter_zeros(entries, method.share_out(sharing_entries(method, entries)))
         refuse_impossible(method, saved, module, planned, optimizers=0)
     finally:
         method.saved = None

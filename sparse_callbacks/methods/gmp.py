@@ -13,6 +13,7 @@ from sparse_callbacks.core.ops import keep_largest, zeros_for
 from sparse_callbacks.core.schedules import Schedule, pruning_curve
 from sparse_callbacks.core.state_claims import Zeros, possible_zeros, rises_to
 from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.thawed import by_step, masks_by_magnitude
 from sparse_callbacks.core.topology import Update
 
 
@@ -115,3 +116,11 @@ class GMP(Method):
 @possible_zeros.register
 def _(method: GMP, saved: SavedRun, planned: Mapping[str, int]) -> list[Zeros]:
     return rises_to(planned)
+
+
+@masks_by_magnitude.register
+def _(method: GMP, names: Sequence[str]) -> dict[str, Tensor]:
+    masks: dict[str, Tensor] = {}
+    for number, mine in by_step(method, names):
+        masks |= method._pruned(method.weights.all_active(mine), method.sparsity_at(number))
+    return masks

@@ -32,19 +32,21 @@ class Net(nn.Module):
 TABLE = """\
 Static: sparsity 0.75
 parameter       shape  weights  sparsity  zeros  why dense
---------------  -----  -------  --------  -----  ----------------------------------------------
+--------------  -----  -------  --------  -----  -------------------------------------------------------
 table.weight    2x4          8     dense         embedding: sparse only where include= names it
 first.weight    5x4         20    0.7500     15
 first.bias      5            5     dense         bias
 norm.weight     5            5     dense         norm
 norm.bias       5            5     dense         norm
 second.weight   6x5         30    0.7333     22
-frozen.weight   3x1          3     dense         frozen (requires_grad=False)
+frozen.weight   3x1          3     dense         dense until it is trained: frozen (requires_grad=False)
 third.weight    2x6         12    0.7500      9
 third.bias      2            2     dense         bias
---------------  -----  -------  --------  -----  ----------------------------------------------
+--------------  -----  -------  --------  -----  -------------------------------------------------------
 sparsity/total              62    0.7419     46
-sparsity/model              90    0.5111"""
+sparsity/model              90    0.5111
+3 weights become sparse once they are trained, and have their share of the target already: leave layers that are never \
+trained out with exclude=."""
 
 
 def test_the_table_is_the_one_worked_by_hand() -> None:

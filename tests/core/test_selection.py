@@ -229,7 +229,7 @@ def test_a_frozen_weight_stays_dense_with_a_word(tmp_path: Any) -> None:
     module.net[0].weight.requires_grad_(False)
     callback = Static(0.5)
     fit_steps(tmp_path, callback, module, 2)
-    assert callback.plan()["net.0.weight"].reason == "frozen (requires_grad=False)"
+    assert callback.plan()["net.0.weight"].reason == "dense until it is trained: frozen (requires_grad=False)"
     assert set(callback.masks) == {"net.2.weight"}
     assert module.net[0].weight.count_nonzero() == module.net[0].weight.numel()
 
@@ -239,7 +239,7 @@ def test_a_weight_that_no_optimizer_steps_stays_dense_with_a_word(tmp_path: Any)
     module.configure = lambda _: torch.optim.SGD(module.net[2].parameters(), lr=0.1)
     callback = Static(0.5)
     fit_steps(tmp_path, callback, module, 2)
-    assert callback.plan()["net.0.weight"].reason == "in no optimizer"
+    assert callback.plan()["net.0.weight"].reason == "dense until it is trained: in no optimizer"
     assert set(callback.masks) == {"net.2.weight"}
 
 

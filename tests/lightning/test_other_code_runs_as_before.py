@@ -91,22 +91,6 @@ def test_the_learning_rate_finder_runs_beside_a_callback(tmp_path: Path) -> None
         assert all((parameters_of(callback)[n][~m] == 0).all() for n, m in callback.masks.items())
 
 
-def test_a_layer_that_is_thawed_during_the_run_is_spoken_of(tmp_path: Path) -> None:
-    class Thaws(Callback):
-        def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
-            if trainer.current_epoch == 1:
-                module.net[0].requires_grad_(True)
-
-    module = Regression()
-    module.net[0].requires_grad_(False)
-    callback = short_callback(Static)
-    with pytest.warns(
-        UserWarning, match=r"Static leaves net\.0\.weight dense: they were frozen or in no optimizer when fit started"
-    ):
-        trainer_for([Thaws(), callback], tmp_path, max_epochs=3).fit(module, loader(2))
-    assert "net.0.weight" not in callback.masks
-
-
 def test_sparse_embedding_gradients_are_refused(tmp_path: Path) -> None:
     class Words(Regression):
         def __init__(self) -> None:

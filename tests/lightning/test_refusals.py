@@ -399,14 +399,34 @@ def test_a_fresh_start_makes_new_masks_and_counts_from_zero(tmp_path: Path) -> N
 
 def test_a_checkpoint_whose_masks_do_not_fit(tmp_path: Path) -> None:
     checkpoint = saved(tmp_path, rigl())
+    content = torch.load(checkpoint, weights_only=True)
+    state = next(s for s in content["callbacks"].values() if "masks" in s)
+    for part in ("masks", "aux"):  # which the run cannot have begun without: the layer is trained, and it awaited none
+        state[part] = {k: t for k, t in state[part].items() if "net.2.weight" not in k}
+    torch.save(content, checkpoint)
+    message = r"the checkpoint's masks do not fit the model: net\.2\.weight differ in name or shape\. Resume with.*or give fresh_start=True"
+    refused(tmp_path, rigl(), message, ckpt_path=checkpoint)
     module = Regression()
     module.net[2].weight.requires_grad_(False)
     module.configure = lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)
-    message = r"the checkpoint's masks do not fit the model: net\.2\.weight differ in name or shape\. Resume with.*or give fresh_start=True"
-    refused(tmp_path, rigl(), message, module, ckpt_path=checkpoint)
     callback = rigl(fresh_start=True)
     resumed(tmp_path, callback, checkpoint, module)
     assert list(callback.masks) == ["net.0.weight"]
+
+
+def test_a_layer_that_is_frozen_where_a_checkpoint_has_its_mask_keeps_it(tmp_path: Path) -> None:
+    checkpoint = saved(tmp_path, rigl())
+    mask = next(
+        s["masks"]["net.2.weight"]
+        for s in torch.load(checkpoint, weights_only=True)["callbacks"].values()
+        if "masks" in s
+    )
+    module, callback = Regression(), rigl()
+    module.net[2].weight.requires_grad_(False)
+    module.configure = lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)
+    resumed(tmp_path, callback, checkpoint, module)
+    assert torch.equal(callback.masks["net.2.weight"], mask)
+    assert callback.plan()["net.2.weight"].reason == ""
 
 
 def test_a_checkpoint_of_a_later_version(tmp_path: Path) -> None:

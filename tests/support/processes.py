@@ -21,11 +21,12 @@ from sparse_callbacks.testing.data import Batches
 from sparse_callbacks.testing.networks import ByHand, Classifier
 from sparse_callbacks.testing.runs import Stops, fit, watch
 from support.methods import STEADY, method
+from support.thawing import run_thawed
 
 
 def run_two_processes(program: str, folder: Path) -> list[dict[str, Any]]:
     """What each of the two ranks of one run found: this module runs as ``program``, which is ``replicas``, ``workers``,
-    ``windows`` or ``strided``, and each rank writes FOLDER/<rank>.pt."""
+    ``windows``, ``strided`` or ``thawed``, and each rank writes FOLDER/<rank>.pt."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -343,5 +344,11 @@ def run_workers(folder: Path) -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    programs = {"replicas": run_replicas, "workers": run_workers, "windows": run_windows, "strided": run_strided}
+    programs = {
+        "replicas": run_replicas,
+        "workers": run_workers,
+        "windows": run_windows,
+        "strided": run_strided,
+        "thawed": run_thawed,
+    }
     programs[sys.argv[1]](Path(sys.argv[2]))

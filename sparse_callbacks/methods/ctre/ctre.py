@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Unpack
 
 from torch import Tensor, nn
 
+from sparse_callbacks.core.awaited import names_awaited
 from sparse_callbacks.core.calendar import Calendar, RunLength, Time, resolve_times
 from sparse_callbacks.core.distributions import Distribution, clipped, epsilon_sparsity, is_epsilon
 from sparse_callbacks.core.hooks import BatchEnd, Figures
@@ -168,7 +169,11 @@ class CTRE(DropAndGrow):
 
     def attach(self, model: nn.Module) -> None:
         self._began = {}
-        list(layers_of(model, self.params))  # refuses what has no similarity before there is a batch
+        list(layers_of(model, self._all_layers()))  # refuses what has no similarity before there is a batch
+
+    def _all_layers(self) -> dict[str, nn.Parameter]:
+        """The sparse parameters, and those that become so once they are trained."""
+        return self.params | {n: self.model.get_parameter(n) for n in names_awaited(self.entries)}
 
     def rehearse(self) -> None:
         if not self.at_random:  # a batch shows whether the activations of every layer can be found
@@ -207,7 +212,9 @@ class CTRE(DropAndGrow):
         made = self.host.data_pass(fraction or 1.0, forward=self.forward, loader=self.statistics_dataloader)
         # a batch is enough to see whether activations can be found, which is what fraction 0 is for
         with closing(made) as outputs:  # where measuring fails, flags and random states are put back now
-            return measure_similarity(self.model, self.params, outputs if fraction else islice(outputs, 1))
+            if not fraction:
+                return measure_similarity(self.model, self._all_layers(), islice(outputs, 1))
+            return measure_similarity(self.model, self.params, outputs)
 
     # ------------------------------------------------------------------ how
 

@@ -1,6 +1,6 @@
 """DPF: dynamic pruning with feedback."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, Unpack
 
@@ -15,6 +15,7 @@ from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.schedules import Schedule, pruning_curve, to_steps
 from sparse_callbacks.core.selection import Entry, layer_shapes
 from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.thawed import by_step, masks_by_magnitude
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.dpf import filters
 
@@ -182,6 +183,12 @@ class DPF(Method):
         groups = [names for names in self.owners.owns if names]
         return {n: mask for names in groups for n, mask in self._largest(names, self._curve.initial).items()}
 
+    def start_copies(self, dense: Mapping[str, Tensor], new: Iterable[str]) -> None:
+        learning = set(new)
+        if self.attachment.in_training:  # a layer that joins in fine-tuning is pruned for good, as the others are
+            learning = {n for number, mine in by_step(self, [*learning]) if number < self.times.last for n in mine}
+        super().start_copies(dense, learning)
+
     def after_step(self, step: Step) -> Update | None:
         # a longer run may put the end of the refreshes behind the start of a fine-tuning that has begun: it goes on
         if not self.weights.copied or not step.due or not self.weights.has_copy(step.names[0]):
@@ -258,3 +265,12 @@ def _too_early(finetune: Time, stop: Time, steps: str = "") -> str:
         f"finetune={finetune!r} comes before stop={stop!r}{steps}: the masks would freeze before the target is "
         "reached. Give a time at or after stop=."
     )
+
+
+@masks_by_magnitude.register
+def _(method: DPF, names: Sequence[str]) -> dict[str, Tensor]:
+    # under one threshold the layers that join share theirs at first; the next refresh takes one for all
+    masks: dict[str, Tensor] = {}
+    for number, mine in by_step(method, names):
+        masks |= method._largest(mine, method.sparsity_at(number))
+    return masks

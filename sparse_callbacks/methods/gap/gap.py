@@ -7,6 +7,7 @@ from typing import ClassVar, Literal, Unpack
 import torch
 from torch import Tensor, nn
 
+from sparse_callbacks.core.awaited import AWAITED, for_targets
 from sparse_callbacks.core.calendar import Calendar, RunLength, Time
 from sparse_callbacks.core.distributions import Distribution
 from sparse_callbacks.core.hooks import BatchEnd, Figures
@@ -138,8 +139,9 @@ class GaP(RestartsOptimizers, StartsSparse):
         return self.rounds * number_of(self.partitions)
 
     def blocks(self, sizes: Mapping[str, int] | None = None) -> list[list[str]]:
-        """Names of the sparse parameters in each partition, by default of the model of the run."""
-        sizes = {n: p.numel() for n, p in self.params.items()} if sizes is None else sizes
+        """Names of the parameters in each partition, by default of the model of the run; those that wait to be trained
+        have their places too, as the partitions of the others would change with them."""
+        sizes = {e.name: e.size for e in for_targets(self.entries) if not e.reason} if sizes is None else sizes
         return split_layers(self.partitions, sizes, self.generator("partitions", 0))
 
     def pruned(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -152,7 +154,7 @@ class GaP(RestartsOptimizers, StartsSparse):
 
     def plan(self, model: nn.Module | None = None) -> Plan:
         made = super().plan(model)
-        blocks = self.blocks({r.name: r.size for r in made if r.name in made.selected})
+        blocks = self.blocks({r.name: r.size for r in made if r.name in made.selected or r.reason in AWAITED})
         listed = [
             f"partition {i}: {', '.join(block)} ({sum(made[n].size for n in block):,} weights)"
             for i, block in enumerate(blocks)
@@ -167,11 +169,9 @@ class GaP(RestartsOptimizers, StartsSparse):
             self.aux["phase/run"] = self.aux["phase/optimizers"] = torch.tensor(self.step)
 
     def initial_masks(self) -> dict[str, Tensor]:
-        dense = self.blocks()[0]
-        return {
-            **super().initial_masks(),
-            **self.weights.all_active(dense),
-        }  # the dense partition last, as it is among the others too
+        dense = [n for n in self.blocks()[0] if n in self.params]
+        # the dense partition last, as it is among the others too
+        return {**super().initial_masks(), **self.weights.all_active(dense)}
 
     def after_step(self, step: Step) -> Update | None:
         return self.new_masks(step) if step.due else None

@@ -5,10 +5,16 @@ from collections.abc import Collection, Iterator, Mapping
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from sparse_callbacks.core.awaited import why_never
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.state_claims import Kept, Zeros, copied_names, expected_aux, possible_zeros
 from sparse_callbacks.methods.l0 import gates
 from sparse_callbacks.methods.l0.l0 import ConstrainedL0
+
+
+@why_never.register
+def _(method: ConstrainedL0) -> str:
+    return "the gates of ConstrainedL0 share multipliers that are made when a fit starts"
 
 
 @possible_zeros.register

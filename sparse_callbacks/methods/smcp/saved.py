@@ -4,9 +4,15 @@ from collections.abc import Collection, Mapping
 
 from torch import nn
 
+from sparse_callbacks.core.awaited import why_never
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.state_claims import Kept, Zeros, copied_names, expected_aux, possible_zeros
 from sparse_callbacks.methods.smcp.smcp import SMCP
+
+
+@why_never.register
+def _(method: SMCP) -> str:
+    return "SMCP forms its groups of channels, and prices them, when a fit starts"
 
 
 @possible_zeros.register

@@ -1,0 +1,62 @@
+"""Layers that a Trainer has begun to train since the fit began, as finetuning callbacks thaw them."""
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+from pytorch_lightning import LightningModule
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+
+from sparse_callbacks.core import distributed
+from sparse_callbacks.core.awaited import AWAITED, why_never
+from sparse_callbacks.core.unseen_steps import StepWatch
+from sparse_callbacks.lightning.namespaces import Trainer
+from sparse_callbacks.lightning.trainer_optimizers import TrainerOptimizers
+
+if TYPE_CHECKING:
+    from sparse_callbacks.lightning.callback import SparsityCallback
+
+
+def follow_training(
+    trainer: Trainer, module: LightningModule, callback: "SparsityCallback", peers: Sequence["SparsityCallback"]
+) -> None:
+    """The first batch of an epoch, or of a resumed fit: layers that are trained now become sparse, and parameters that
+    were moved are followed to their optimizers.
+
+    Args:
+        trainer: the Trainer of the fit.
+        module: its module.
+        callback: whose layers these are.
+        peers: all sparsity callbacks of the Trainer.
+    """
+    optimizers, engine = TrainerOptimizers(trainer, module), callback.engine
+    _warn_of_dense(module, callback, optimizers.trained)
+    frozen = {e.name for e in callback.entries if e.reason == AWAITED[0]}
+    claimed = {id(p) for peer in peers if peer is not callback for p in peer.params.values()}
+    reads, twice = optimizers.gradients_read, optimizers.two_pass
+    found = engine.take_up(optimizers.trained - claimed, optimizers.steppers, reads, twice)
+    if found is None:
+        return
+    engine.announce_by_hooks()
+    if found:
+        callback.fit_state.watch = StepWatch(engine)
+        shown = found[0] if len(found) == 1 else f"{found[0]} to {found[-1]} ({len(found)})"
+        rank_zero_info(f"{type(callback).__name__}: trained from here on, and sparse: {shown}.")
+    if distributed.world_size() > 1 and (unknown := [n for n in found if n in frozen]):
+        rank_zero_warn(
+            f"{', '.join(unknown)} were frozen when DistributedDataParallel took hold of the model, so it does not average "
+            "their gradients, and the processes train them apart. Thaw them between two fits, the second of which takes "
+            "hold of the model anew and goes on with this callback."
+        )
+
+
+def _warn_of_dense(module: LightningModule, callback: "SparsityCallback", trained: Collection[int]) -> None:
+    """Say which parameters are trained only now, where the method takes up no layer after its run has begun."""
+    fit, parameters = callback.fit_state, dict(module.named_parameters())
+    late = [n for n in fit.left_out if parameters[n].requires_grad and id(parameters[n]) in trained]
+    if late:
+        fit.left_out = [n for n in fit.left_out if n not in late]
+        rank_zero_warn(
+            f"{type(callback).__name__} leaves {', '.join(late)} dense: they were frozen or in no optimizer when fit "
+            f"started and are trained only now, and {why_never(callback)}. To make them sparse, train them from the start "
+            "of a fit."
+        )
