@@ -169,6 +169,9 @@ def test_a_layer_that_is_added_to_a_run_may_be_dense_or_of_another_shape() -> No
     with begin(method, model) as run:
         masks = copy.deepcopy(run.masks)
     model.append(nn.Linear(4, 4))
+    with begin(method, model) as run:
+        assert all(torch.equal(run.masks[n], mask) for n, mask in masks.items())
+        assert run.plan()["5.weight"].zeros == 0
     model[2] = nn.Linear(24, 30)
     model[2].weight.data[:15] = 0
     run = begin(method, model)

@@ -50,13 +50,21 @@ def test_a_frozen_backbone_says_nothing_of_a_fresh_head() -> None:
 
 
 class Words(nn.Module):
-    """Zeros that mean nothing: a padding row, a layer that begins at zero, and chance in half precision."""
+    """Zeros that mean nothing: a padding row, and a layer that begins at zero."""
 
     def __init__(self) -> None:
         super().__init__()
         self.words = nn.Embedding(9, 16, padding_idx=0)
-        self.inner, self.last = nn.Linear(16, 64, dtype=torch.bfloat16), nn.Linear(64, 4)
+        self.inner, self.last = nn.Linear(16, 64), nn.Linear(64, 4)
         nn.init.zeros_(self.last.weight)
+
+
+def test_zeros_that_half_precision_draws_are_not_warned_about() -> None:
+    model = nn.Linear(32, 32, dtype=torch.bfloat16)
+    model.weight.data[0, :4] = 0  # uniform numbers have 256 values there
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        begin(Static(0.5, print_plan=False), model)
 
 
 def test_fresh_weights_and_other_starts_are_not_warned_about() -> None:

@@ -109,6 +109,8 @@ def test_workers_of_parallel_gap_begin_with_the_given_masks(tmp_path: Path) -> N
     first, second = masks
     assert bool(seen[0][first].all())
     assert torch.equal(seen[0][second], masks[second])
+    assert torch.equal(seen[4][first], masks[first])  # of the second worker, which begins where the first did
+    assert bool(seen[4][second].all())
     assert {n: int(m.sum()) for n, m in callback.masks.items()} == {n: int(m.sum()) for n, m in masks.items()}
 
 
