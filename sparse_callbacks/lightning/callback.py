@@ -123,7 +123,7 @@ class SparsityCallback(Method, AnyCallback):
             spawned.adopt(self, pl_module)
         fit = self.fit_state
         fit.left_out = [e.name for e in entries if e.reason in NOT_TRAINED] if why_never(self) else []
-        fit.restored = None
+        fit.restored, fit.given = None, list(trainer.optimizers)
         host = self._host_of(trainer, pl_module)
         reads, twice = optimizers.gradients_read, optimizers.two_pass
         self.engine.bind(pl_module, entries, optimizers.steppers, reads, host, twice)
@@ -324,7 +324,7 @@ class SparsityCallback(Method, AnyCallback):
 
     def _leave(self, module: LightningModule) -> None:
         clip_again(module)
-        self.fit_state.watch = None
+        self.fit_state.watch, self.fit_state.given = None, []
         self.engine.unbind()
 
     def __getstate__(self) -> dict[str, Any]:
