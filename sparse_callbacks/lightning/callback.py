@@ -171,9 +171,8 @@ class SparsityCallback(Method, AnyCallback):
             accumulation.follow_factor(trainer, fit, self)
         if not fit.window_open and self.engine.restart_wanted:
             self._restart_optimizers(trainer, pl_module)
-        if (
-            epoch_begins
-        ):  # here and not in on_train_epoch_start, where callbacks behind this one have yet to thaw layers
+        # not in on_train_epoch_start, where callbacks behind this one have yet to thaw layers
+        if epoch_begins:
             follow_training(trainer, pl_module, self, peers_of(trainer))
         if not fit.window_open:
             self.window_start(batch_idx)
