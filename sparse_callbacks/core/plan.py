@@ -79,19 +79,19 @@ class Plan:
     def note(self) -> str:
         """What the table alone does not make plain, as a sentence: most weights are not trained; empty otherwise."""
         awaited = sum(r.size for r in self.rows if r.reason in AWAITED)
-        waiting = (
-            f"{awaited:,} weights become sparse once they are trained, and have their share of the target already: leave "
-            "layers that are never trained out with exclude=."
+        untrained = awaited + sum(r.size for r in self.rows if r.reason.startswith(NOT_TRAINED))
+        if untrained <= self.weights:
+            return ""
+        share = (
+            f" {awaited:,} have a share of the target, for they become sparse once they are trained: leave layers that are "
+            "never trained out with exclude=."
             if awaited
             else ""
         )
-        untrained = awaited + sum(r.size for r in self.rows if r.reason.startswith(NOT_TRAINED))
-        if untrained <= self.weights:
-            return waiting
         return (
             f"Of {self.weights + untrained:,} weights that could be sparse {untrained:,} are not trained and stay dense. "
             f"The other {self.weights:,} become sparse; where they are adapters, as in LoRA, the network that they adapt "
-            f"stays dense.{waiting and f' {waiting}'}"
+            f"stays dense.{share}"
         )
 
     def joined(self, zeros: int | None = None) -> "Plan":

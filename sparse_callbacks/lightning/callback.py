@@ -123,7 +123,7 @@ class SparsityCallback(Method, AnyCallback):
             spawned.adopt(self, pl_module)
         fit = self.fit_state
         fit.left_out = [e.name for e in entries if e.reason in NOT_TRAINED] if why_never(self) else []
-        fit.restored = None
+        fit.restored, fit.given = None, list(trainer.optimizers)
         host = self._host_of(trainer, pl_module)
         reads, twice = optimizers.gradients_read, optimizers.two_pass
         self.engine.bind(pl_module, entries, optimizers.steppers, reads, host, twice)
@@ -171,9 +171,8 @@ class SparsityCallback(Method, AnyCallback):
             accumulation.follow_factor(trainer, fit, self)
         if not fit.window_open and self.engine.restart_wanted:
             self._restart_optimizers(trainer, pl_module)
-        if (
-            epoch_begins
-        ):  # here and not in on_train_epoch_start, where callbacks behind this one have yet to thaw layers
+        # not in on_train_epoch_start, where callbacks behind this one have yet to thaw layers
+        if epoch_begins:
             follow_training(trainer, pl_module, self, peers_of(trainer))
         if not fit.window_open:
             self.window_start(batch_idx)
@@ -324,7 +323,7 @@ class SparsityCallback(Method, AnyCallback):
 
     def _leave(self, module: LightningModule) -> None:
         clip_again(module)
-        self.fit_state.watch = None
+        self.fit_state.watch, self.fit_state.given = None, []
         self.engine.unbind()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch.optim import Optimizer
+
 from sparse_callbacks.core.before_run import BeforeRun
 from sparse_callbacks.core.unseen_steps import StepWatch
 
@@ -23,6 +25,8 @@ class FitState:
     """Looks for steps that nobody announces, until every optimizer has stepped."""
     left_out: list[str] = field(default_factory=list)
     """Names of parameters that stay dense because nobody trains them yet."""
+    given: list[Optimizer] = field(default_factory=list)
+    """The optimizers of the Trainer at the latest look at who is trained."""
     logged_at: int = -1
     """The Trainer's optimizer step of the latest row of curves."""
     accumulates: int = 1

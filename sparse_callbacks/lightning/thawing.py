@@ -8,6 +8,8 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core.awaited import AWAITED, why_never
+from sparse_callbacks.core.optimizers import parameter_ids
+from sparse_callbacks.core.thawed import have_moved, thawed_names
 from sparse_callbacks.core.unseen_steps import StepWatch
 from sparse_callbacks.lightning.namespaces import Trainer
 from sparse_callbacks.lightning.trainer_optimizers import TrainerOptimizers
@@ -28,17 +30,21 @@ def follow_training(
         callback: whose layers these are.
         peers: all sparsity callbacks of the Trainer.
     """
-    optimizers, engine = TrainerOptimizers(trainer, module), callback.engine
-    _warn_of_dense(module, callback, optimizers.trained)
+    engine, fit, given = callback.engine, callback.fit_state, list(trainer.optimizers)
+    trained = parameter_ids(*given)
+    _warn_of_dense(module, callback, trained)
+    trained -= {id(p) for peer in peers if peer is not callback for p in peer.params.values()}
+    same = list(map(id, given)) == list(map(id, fit.given))
+    if same and not thawed_names(callback, trained) and not have_moved(callback, callback.owners.optimizers):
+        return  # so that optimizers that are not torch's need not be tried anew in each epoch
+    fit.given, optimizers = given, TrainerOptimizers(trainer, module)
     frozen = {e.name for e in callback.entries if e.reason == AWAITED[0]}
-    claimed = {id(p) for peer in peers if peer is not callback for p in peer.params.values()}
-    reads, twice = optimizers.gradients_read, optimizers.two_pass
-    found = engine.take_up(optimizers.trained - claimed, optimizers.steppers, reads, twice)
+    found = engine.take_up(trained, optimizers.steppers, optimizers.gradients_read, optimizers.two_pass)
     if found is None:
         return
     engine.announce_by_hooks()
     if found:
-        callback.fit_state.watch = StepWatch(engine)
+        fit.watch = StepWatch(engine)
         shown = found[0] if len(found) == 1 else f"{found[0]} to {found[-1]} ({len(found)})"
         rank_zero_info(f"{type(callback).__name__}: trained from here on, and sparse: {shown}.")
     if distributed.world_size() > 1 and (unknown := [n for n in found if n in frozen]):

@@ -96,6 +96,28 @@ def test_a_loop_resumes_bitwise_from_before_and_after(name: str, stop: int) -> N
     assert run.state_dict()["aux"].keys() == resumed.state_dict()["aux"].keys()
 
 
+def test_counts_are_those_of_the_plan_that_the_state_was_saved_with() -> None:
+    """Before layers could join, a target was shared out without those that wait."""
+    module, optimizer = frozen()
+    saved = begin("rigl", module, optimizer).state_dict()
+    mask = torch.arange(40).reshape(4, 10) < 8
+    assert saved["zeros"] != {HEAD: 32}  # erdos_renyi_kernel leaves more to the smallest of three layers
+    state = {**saved, "masks": {HEAD: mask}, "zeros": {HEAD: 32}, "aux": {f"ever_active/{HEAD}": mask}}
+    for awaited in (True, False):
+        again, other = frozen()
+        again.head.weight.detach().mul_(mask)
+        given = {k: v for k, v in state.items() if awaited or k != "awaited"}
+        if awaited:
+            with pytest.raises(ValueError, match=r"its masks have 32 zeros in head\.weight"):
+                begin("rigl", again, other, state=given)
+            continue
+        run = begin("rigl", again, other, state=given)
+        thaw(again, other)
+        train(run, again, other, 0, 4, block=False)
+        assert int(run.masks[HEAD].sum()) == 8
+        assert set(run.masks) == {*BACKBONE, HEAD}
+
+
 def test_a_target_is_shared_out_once_over_all_that_can_become_sparse() -> None:
     """No layer's count changes when another one joins."""
     for distribution in ("uniform", "erdos_renyi", "erdos_renyi_kernel", {"backbone*": 0.9, "*": 0.5}):

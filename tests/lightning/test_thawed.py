@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning.callbacks import BackboneFinetuning
+from pytorch_lightning.callbacks import BackboneFinetuning, Callback
 from support.thawing import (
     BACKBONE,
     EPOCH,
@@ -53,6 +53,7 @@ def test_what_waits_is_in_the_plan_and_in_no_sparsity(name: str, tmp_path: Path)
         assert callback.plan()[layer].reason == "dense until it is trained: frozen (requires_grad=False)"
         assert callback.plan()[layer].zeros == 0
     assert set(callback.masks) == {HEAD}
+    assert f"{sum(SIZES[n] for n in BACKBONE)} have a share of the target" in callback.plan().note
     measured = callback.measured_sparsity()
     assert measured["sparsity/total"] == measured[f"sparsity/{HEAD}"]
     assert callback.at_target
@@ -63,9 +64,15 @@ def test_what_waits_is_in_the_plan_and_in_no_sparsity(name: str, tmp_path: Path)
 
 
 def test_the_first_mask_keeps_the_largest_weights(tmp_path: Path) -> None:
+    class Looks(Callback):
+        """Already the first forward pass is one of the sparse network."""
+
+        def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+            assert_masked(pl_module, callback)
+
     callback, module = Static(0.8, print_plan=False), Transfer()
     before = {n: p.detach().clone() for n, p in module.named_parameters()}
-    trainer_for([Thaws(1), callback], tmp_path, max_epochs=2).fit(module)
+    trainer_for([Thaws(1), callback, Looks()], tmp_path, max_epochs=2).fit(module)
     for name in BACKBONE:
         mask, weights = callback.masks[name], before[name].abs()
         assert weights[mask].min() >= weights[~mask].max()
