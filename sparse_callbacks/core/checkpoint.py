@@ -32,6 +32,7 @@ class SavedRun:
         grads: gradients of an accumulation window that was open when the checkpoint was written, by parameter name.
         dense_grads: dense copies of those that were masked already, as in manual optimization, by parameter name.
         window_open: no optimizer had stepped since the backward pass that gave the gradients.
+        averages: what is known of averages that others keep of the weights, by the keys of those who keep them.
         progress: counted steps and updates, see :meth:`~sparse_callbacks.core.progress.Progress.state`.
         of_loop: a loop written by hand has saved it, which version 0.1 could not.
         path: where it was saved, for errors.
@@ -44,6 +45,7 @@ class SavedRun:
     grads: Mapping[str, Tensor]
     dense_grads: Mapping[str, Tensor]
     window_open: bool
+    averages: Mapping[str, Mapping[str, Any]]
     progress: Mapping[str, Any]
     of_loop: bool
     path: object
@@ -64,6 +66,7 @@ class SavedRun:
             grads=state.get("grads", {}),
             dense_grads=state.get("dense_grads", {}),
             window_open=bool(state.get("window_open", "grads" in state)),  # older versions saved no others
+            averages=state.get("averages", {}),
             progress={k: state[k] for k in ("steps", "done", "updates")},
             of_loop="method" in state,
             path=path,

@@ -5,6 +5,7 @@ from typing import Any
 
 from sparse_callbacks.core.before_run import BeforeRun
 from sparse_callbacks.core.unseen_steps import StepWatch
+from sparse_callbacks.lightning.averaging import KeptAverages
 
 
 @dataclass
@@ -29,5 +30,9 @@ class FitState:
     """How many batches make an optimizer step, as far as the run's length took account of it."""
     evaluates: bool = False
     """A checkpoint is being loaded to validate, test or predict, and Lightning gives its state to the callback next."""
+    averages: KeptAverages = field(default_factory=KeptAverages)
+    """The averages of the weights that other callbacks keep."""
+    rests: bool = False
+    """The current epoch trains nothing: it was added to gather the statistics of batch norms."""
     last_epoch: int = -1
     """The epoch of the latest batch."""
