@@ -116,19 +116,48 @@ class TakesAverages:
         return {"_take": self._take, "averages": []}
 
 
-def follow(owner: object, average: SparseAverage) -> None:
-    """Let ``average`` know of every average that ``owner`` takes by ``update_parameters``, until :func:`leave`."""
-    # an attribute of the instance hides the method of its class
-    if not isinstance(vars(owner).get(_TAKES), TakesAverages):
-        vars(owner)[_TAKES] = TakesAverages(owner)
-    vars(owner)[_TAKES].averages.append(average)
+class HeldAverages:
+    """All averages that others keep of one method's weights, held to its masks for the length of a run.
 
+    Args:
+        saved: what :meth:`state` gave for the run that goes on; empty for a new one.
+    """
 
-def leave(owner: object, average: SparseAverage) -> None:
-    """Undo :func:`follow`."""
-    average.end()
-    stands = vars(owner).get(_TAKES)
-    if isinstance(stands, TakesAverages) and average in stands.averages:
-        stands.averages.remove(average)
-        if not stands.averages:
-            del vars(owner)[_TAKES]
+    def __init__(self, saved: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        self._saved = saved or {}
+        self._kept: dict[str, SparseAverage] = {}
+        self._owners: list[tuple[object, SparseAverage]] = []
+
+    def hold(self, key: str, owner: object, averaged: nn.Module, method: Method) -> None:
+        """Hold one more average.
+
+        Args:
+            key: a name for it in the state.
+            owner: the object whose ``update_parameters`` takes it.
+            averaged: the module that holds it in parameters of the same names.
+            method: the method, in a run whose masks are written.
+        """
+        average = self._kept[key] = SparseAverage(method, averaged, self._saved.get(key, {}).get("born", {}))
+        # an attribute of the instance hides the method of its class
+        if not isinstance(vars(owner).get(_TAKES), TakesAverages):
+            vars(owner)[_TAKES] = TakesAverages(owner)
+        vars(owner)[_TAKES].averages.append(average)
+        self._owners.append((owner, average))
+
+    def end(self) -> None:
+        """The run is over, or somebody has refused it: averages are taken as ever."""
+        for owner, average in self._owners:
+            average.end()
+            stands = vars(owner)[_TAKES]
+            stands.averages.remove(average)
+            if not stands.averages:
+                del vars(owner)[_TAKES]
+        self._owners = []
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of them, also when the run is over; empty where nobody averages."""
+        kept = {key: {"born": {n: b.clone() for n, b in a.born.items()}} for key, a in self._kept.items()}
+        return {"averages": kept} if kept else {}
+
+    def __reduce__(self) -> Any:
+        return HeldAverages, ()  # a copy of a host is in no run

@@ -177,7 +177,9 @@ def _contradiction(state: Mapping[str, Any]) -> str:
         return f"its mask of {shown_short(wrong[0])} {counted}"
     for born in (kept["born"] for kept in state.get("averages", {}).values()):
         if wrong := [name for name, where in born.items() if not _lies_in(where, state["masks"].get(name))]:
-            return f"its weights of {shown_short(wrong[0])} that were born since an average are not among the active ones"
+            return (
+                f"its weights of {shown_short(wrong[0])} that were born since an average are not among the active ones"
+            )
     if foreign := [name for name in state.get("dense", {}) if name not in state["masks"]]:
         return f"it has dense values of {shown_short(foreign[0])}, and no mask"
     return ""

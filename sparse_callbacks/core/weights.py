@@ -77,8 +77,9 @@ class SparseWeights:
         self._lasting.pop(name, None)
 
     def _take(self, name: str, mask: Tensor) -> None:
-        before, self.masks[name] = self.masks.get(name), mask
-        for watcher in self.watchers if before is not None else ():
+        before = self.masks.get(name, mask)
+        self.masks[name] = mask
+        for watcher in self.watchers:
             watcher(name, before, mask)
 
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:

@@ -115,7 +115,8 @@ def _limit(trainer: Trainer) -> float:
 
 def _epochs(trainer: Trainer) -> float:
     """``max_epochs``, of those in which weights are trained; infinite without it."""
-    return math.inf if trainer.max_epochs in (None, -1) else float(epochs_to_train(trainer))
+    epochs = epochs_to_train(trainer)
+    return math.inf if epochs is None or epochs == -1 else float(epochs)
 
 
 def _batches(trainer: Trainer) -> float:

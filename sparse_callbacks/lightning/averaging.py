@@ -1,11 +1,11 @@
 """Lightning's callbacks that average weights, beside moving masks."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from sparse_callbacks.core.averages import SparseAverage, follow, leave
+from sparse_callbacks.core.averages import HeldAverages
 from sparse_callbacks.core.host import TrainsInTurns
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.lightning.namespaces import Trainer
@@ -53,61 +53,99 @@ def refuse_averages(method: Method, trainer: Trainer) -> None:
         )
 
 
-def resume_averages(trainer: Trainer, module: nn.Module) -> None:
-    """Let callbacks that average after epochs go on where a fit resumes within one.
-
-    Lightning leaves out the hook of an epoch's beginning then, in which ``StochasticWeightAveraging`` takes back its
-    schedule, and the next checkpoint would not hold how many averages were taken.
+def catch_up(trainer: Trainer, module: nn.Module) -> bool:
+    """Let averaging callbacks go on where a fit resumes within an epoch, in which Lightning leaves hooks out.
 
     Args:
         trainer: the Trainer, before its first batch.
         module: its LightningModule.
+
+    Returns:
+        Whether the beginning of the current epoch is announced to nobody, and :func:`start_epoch` has to be called.
     """
-    loop = trainer.fit_loop
-    if loop.restarted_mid_epoch or loop.restarted_on_epoch_end:
-        for callback in filter(averages_epochs, trainer.callbacks):
-            callback.on_train_epoch_start(trainer, module)
+    loop, epochs = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    # saved behind the last batch of an epoch: Lightning counts it as over, and leaves out the hook of its end
+    if loop.restarted_mid_epoch and epochs.restarted_on_train_batch_end and epochs.batch_progress.is_last_batch:
+        for callback in filter(averages_steps, trainer.callbacks):
+            if callback.should_update(epoch_idx=trainer.current_epoch - 1):
+                callback._average_model.update_parameters(module)
+    for callback in filter(averages_epochs, trainer.callbacks):
+        if callback._model_contains_batch_norm and trainer.current_epoch == trainer.max_epochs:
+            # saved behind the last batch of all: on_train_end takes back what only the hook that is left out has done
+            callback._accumulate_grad_batches = trainer.accumulate_grad_batches
+            loop.max_batches += 1
+            # a product of dense values and gates may have rounded what it holds
+            callback.transfer_weights(callback._average_model, module)
+    return bool(loop.restarted_mid_epoch)
 
 
-class KeptAverages:
-    """The averages that other callbacks keep of one method's weights, held to its masks for the length of a fit."""
+def start_epoch(trainer: Trainer, module: nn.Module) -> None:
+    """The first batch of a fit that resumes within an epoch: ``StochasticWeightAveraging`` takes its schedule again, and
+    an average if it has none of this epoch.
 
-    def __init__(self) -> None:
-        self._kept: dict[str, SparseAverage] = {}
-        self._owners: list[tuple[object, SparseAverage]] = []
+    Otherwise it would train on without its schedule, and the next checkpoint would say that no average was taken.
 
-    def begin(self, method: Method, trainer: Trainer, saved: Mapping[str, Mapping[str, Any]]) -> None:
-        """Training begins: what the callbacks hold is masked now, and every average that they take from here on.
+    Args:
+        trainer: the Trainer of the fit.
+        module: its LightningModule.
+    """
+    # not earlier: in the epoch that it adds it changes how many batches Lightning counts on
+    for callback in filter(averages_epochs, trainer.callbacks):
+        callback.on_train_epoch_start(trainer, module)
 
-        Args:
-            method: the method, in a run whose masks are written.
-            trainer: the Trainer of the run.
-            saved: what :meth:`state` gave for the run that goes on; empty for a new one.
-        """
-        self.end()
-        self._kept = {}
-        for callback in averaging_callbacks(trainer):
-            average: nn.Module | None = callback._average_model
-            if average is None:
-                continue
-            # both have `update_parameters`: of the one torch's AveragedModel, of the other the callback itself
-            owner, averaged = (average, average.module) if averages_steps(callback) else (callback, average)
-            key = callback.state_key
-            kept = SparseAverage(method, averaged, saved.get(key, {}).get("born", {}))
-            follow(owner, kept)
-            self._kept[key] = kept
-            self._owners.append((owner, kept))
 
-    def end(self) -> None:
-        """The fit is over, or somebody has refused it: the callbacks average as ever."""
-        for owner, kept in self._owners:
-            leave(owner, kept)
-        self._owners = []
+def end_with_averages(method: Method, trainer: Trainer, module: nn.Module) -> None:
+    """A fit is over, and the model holds averages: dense values that wait outside of it follow.
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of them; empty where nobody averages."""
-        kept = {key: {"born": {n: b.clone() for n, b in a.born.items()}} for key, a in self._kept.items()}
-        return {"averages": kept} if kept else {}
+    Args:
+        method: the method of the fit.
+        trainer: its Trainer.
+        module: its LightningModule.
+    """
+    callbacks = averaging_callbacks(trainer)
+    if method.saved is not None:  # the run was over when it was saved, so that on_train_end was left out
+        for callback in filter(averages_steps, callbacks):
+            callback._copy_average_to_current(module)
+    if callbacks:
+        method.weights.absorb(method.weights.copied)
 
-    def __reduce__(self) -> Any:
-        return KeptAverages, ()  # a copy of a callback is in no fit
+
+def weights_beside_averages(trainer: Trainer, found: Mapping[str, Any], path: object) -> list[Mapping[str, Any]]:
+    """The weights in a checkpoint in which averages lie in the place of weights; none in others.
+
+    Args:
+        trainer: the Trainer of the fit that resumes.
+        found: the content of the checkpoint.
+        path: its path, for the error.
+
+    Raises:
+        ValueError: they are missing, or what belongs to the averages is.
+    """
+    states = [state.get("averages") for state in found["callbacks"].values() if isinstance(state, Mapping)]
+    keys = {key for averages in states if isinstance(averages, Mapping) for key in averages}
+    if not any(callback.state_key in keys for callback in filter(averages_steps, trainer.callbacks)):
+        return []
+    # Lightning takes averages for weights where these are missing
+    if lost := [key for key in ("current_model_state", "averaging_state") if not isinstance(found.get(key), Mapping)]:
+        raise ValueError(
+            f"{path} is damaged: it holds averages in the place of weights, and {', '.join(lost)} in it is missing or no "
+            "mapping. Resume from another checkpoint of the run (ckpt_path=)."
+        )
+    return [found["current_model_state"]]
+
+
+def hold_averages(method: Method, trainer: Trainer, saved: Mapping[str, Mapping[str, Any]]) -> HeldAverages:
+    """Training begins: what averaging callbacks hold is masked now, and every average that they take from here on.
+
+    Args:
+        method: the method, in a run whose masks are written.
+        trainer: the Trainer of the run.
+        saved: what the state of the averages was in the run that goes on; empty for a new one.
+    """
+    held = HeldAverages(saved)
+    for callback in averaging_callbacks(trainer):
+        average = callback._average_model
+        # both have `update_parameters`: of the one torch's AveragedModel, of the other the callback itself
+        owner, averaged = (average, average.module) if averages_steps(callback) else (callback, average)
+        held.hold(callback.state_key, owner, averaged, method)
+    return held

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sparse_callbacks.core import distributed
+from sparse_callbacks.core.averages import HeldAverages
 from sparse_callbacks.core.before_run import BeforeRun
 from sparse_callbacks.core.checkpoint import SavedRun, check_state
 from sparse_callbacks.core.distributions import why_all_active
@@ -19,9 +20,8 @@ from sparse_callbacks.core.hooks import BatchEnd
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.selection import NOT_TRAINED, layer_shapes, select
 from sparse_callbacks.core.unseen_steps import StepWatch
-from sparse_callbacks.lightning import accumulation, curves, open_window, optimizer_lives, spawned
+from sparse_callbacks.lightning import accumulation, averaging, curves, open_window, optimizer_lives, spawned
 from sparse_callbacks.lightning.added_epoch import enter_epoch, move_again, unless_at_rest
-from sparse_callbacks.lightning.averaging import KeptAverages, refuse_averages, resume_averages
 from sparse_callbacks.lightning.clipping import call_instead_of_clipping, clip_again
 from sparse_callbacks.lightning.fit_state import FitState
 from sparse_callbacks.lightning.loaded_checkpoint import take_state_of_checkpoint
@@ -88,8 +88,8 @@ class SparsityCallback(Method, AnyCallback):
         if stage == "fit":
             self.fit_state.before = BeforeRun(self)
             refuse_host(trainer)
-            refuse_averages(self, trainer)
-            self.fit_state.averages = KeptAverages()
+            averaging.refuse_averages(self, trainer)
+            self.fit_state.averages = HeldAverages()
             look_before_loading(trainer, pl_module, peers_of(trainer))
             self.saved = None  # of an earlier fit; what this one resumes from is restored after setup
             if self.attachment.model is not pl_module or self.fresh_start:
@@ -139,8 +139,6 @@ class SparsityCallback(Method, AnyCallback):
             rank_zero_warn(warning)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if peers_of(trainer)[0] is self:
-            resume_averages(trainer, pl_module)
         self.fit_state.rests = enter_epoch(trainer)
         if self.start is not None:
             # not in on_fit_start: asked there for the run's length, Lightning makes its loader and forgets to resume it
@@ -152,7 +150,12 @@ class SparsityCallback(Method, AnyCallback):
         if self.fit_state.before is not None:  # others may still refuse the fit
             self.fit_state.before.keep_weights(self)
         self.engine.write()
-        self.fit_state.averages.begin(self, trainer, {} if self.saved is None else self.saved.averages)
+        self.fit_state.averages.end()  # of a trial run that a tuner has made within this fit
+        self.fit_state.averages = averaging.hold_averages(
+            self, trainer, {} if self.saved is None else self.saved.averages
+        )
+        if peers_of(trainer)[-1] is self:  # now averages are those of effective weights, for all of these callbacks
+            self.fit_state.missed_epoch_start = averaging.catch_up(trainer, pl_module)
         spawned.forget_brought(self)
         self.attachment.in_training = True
         self.fit_state.watch = StepWatch(self.engine)
@@ -166,6 +169,7 @@ class SparsityCallback(Method, AnyCallback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.fit_state.before is not None:
             self.fit_state.before.keep_random_states()
+        self.fit_state.missed_epoch_start = False
         self.fit_state.rests = enter_epoch(trainer)
         if self.fit_state.rests:
             return
@@ -175,6 +179,9 @@ class SparsityCallback(Method, AnyCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         fit = self.fit_state
         fit.before = None  # from here on an error is one of training
+        if fit.missed_epoch_start:
+            fit.missed_epoch_start = False
+            averaging.start_epoch(trainer, pl_module)
         if fit.rests:
             return
         if trainer.current_epoch != fit.last_epoch:
@@ -245,6 +252,8 @@ class SparsityCallback(Method, AnyCallback):
         self.epoch_end(curves.logged_metrics(trainer), trainer.current_epoch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.step:  # a run that goes on behind its last batch is not one that was refused
+            self.fit_state.before = None
         if self.figures() and trainer.global_step not in (0, self.fit_state.logged_at):  # which go on between updates
             self._log(trainer)
         if trainer.fast_dev_run:
@@ -280,6 +289,8 @@ class SparsityCallback(Method, AnyCallback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         move_again(trainer)
+        if stage == "fit":
+            averaging.end_with_averages(self, trainer, pl_module)
         self._leave(pl_module)
         if self.fit_state.before is not None and self.saved is None:
             # no batch came: these masks were never those of the weights. A run that was over already when it was resumed

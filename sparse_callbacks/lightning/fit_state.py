@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from sparse_callbacks.core.averages import HeldAverages
 from sparse_callbacks.core.before_run import BeforeRun
 from sparse_callbacks.core.unseen_steps import StepWatch
-from sparse_callbacks.lightning.averaging import KeptAverages
 
 
 @dataclass
@@ -30,8 +30,10 @@ class FitState:
     """How many batches make an optimizer step, as far as the run's length took account of it."""
     evaluates: bool = False
     """A checkpoint is being loaded to validate, test or predict, and Lightning gives its state to the callback next."""
-    averages: KeptAverages = field(default_factory=KeptAverages)
+    averages: HeldAverages = field(default_factory=HeldAverages)
     """The averages of the weights that other callbacks keep."""
+    missed_epoch_start: bool = False
+    """The fit goes on within an epoch, whose beginning Lightning has announced to nobody."""
     rests: bool = False
     """The current epoch trains nothing: it was added to gather the statistics of batch norms."""
     last_epoch: int = -1
