@@ -157,7 +157,8 @@ class HeldAverages:
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of them, also when the run is over; empty where nobody averages."""
         kept = {key: {"born": {n: b.clone() for n, b in a.born.items()}} for key, a in self._kept.items()}
-        return {"averages": kept} if kept else {}
+        found = kept or {key: dict(one) for key, one in self._saved.items()}  # a run that was over already holds none
+        return {"averages": found} if found else {}
 
     def __reduce__(self) -> Any:
         return HeldAverages, ()  # a copy of a host is in no run

@@ -134,15 +134,21 @@ def weights_beside_averages(trainer: Trainer, found: Mapping[str, Any], path: ob
     return [found["current_model_state"]]
 
 
-def hold_averages(method: Method, trainer: Trainer, saved: Mapping[str, Mapping[str, Any]]) -> HeldAverages:
+def saved_averages(method: Method, trainer: Trainer) -> HeldAverages:
+    """What the run that goes on has saved of averages that callbacks of this Trainer keep; empty for a new run."""
+    saved = {} if method.saved is None else method.saved.averages
+    here = {callback.state_key for callback in averaging_callbacks(trainer)}
+    return HeldAverages({key: kept for key, kept in saved.items() if key in here})
+
+
+def hold_averages(method: Method, trainer: Trainer) -> HeldAverages:
     """Training begins: what averaging callbacks hold is masked now, and every average that they take from here on.
 
     Args:
         method: the method, in a run whose masks are written.
         trainer: the Trainer of the run.
-        saved: what the state of the averages was in the run that goes on; empty for a new one.
     """
-    held = HeldAverages(saved)
+    held = saved_averages(method, trainer)
     for callback in averaging_callbacks(trainer):
         average = callback._average_model
         # both have `update_parameters`: of the one torch's AveragedModel, of the other the callback itself

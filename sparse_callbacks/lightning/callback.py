@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sparse_callbacks.core import distributed
-from sparse_callbacks.core.averages import HeldAverages
 from sparse_callbacks.core.before_run import BeforeRun
 from sparse_callbacks.core.checkpoint import SavedRun, check_state
 from sparse_callbacks.core.distributions import why_all_active
@@ -89,7 +88,6 @@ class SparsityCallback(Method, AnyCallback):
             self.fit_state.before = BeforeRun(self)
             refuse_host(trainer)
             averaging.refuse_averages(self, trainer)
-            self.fit_state.averages = HeldAverages()
             look_before_loading(trainer, pl_module, peers_of(trainer))
             self.saved = None  # of an earlier fit; what this one resumes from is restored after setup
             if self.attachment.model is not pl_module or self.fresh_start:
@@ -122,6 +120,7 @@ class SparsityCallback(Method, AnyCallback):
         if self.saved is None:
             spawned.adopt(self, pl_module)
         fit = self.fit_state
+        fit.averages = averaging.saved_averages(self, trainer)
         fit.left_out = [e.name for e in entries if e.reason in NOT_TRAINED]
         fit.restored = None
         host = self._host_of(trainer, pl_module)
@@ -151,9 +150,7 @@ class SparsityCallback(Method, AnyCallback):
             self.fit_state.before.keep_weights(self)
         self.engine.write()
         self.fit_state.averages.end()  # of a trial run that a tuner has made within this fit
-        self.fit_state.averages = averaging.hold_averages(
-            self, trainer, {} if self.saved is None else self.saved.averages
-        )
+        self.fit_state.averages = averaging.hold_averages(self, trainer)
         if peers_of(trainer)[-1] is self:  # now averages are those of effective weights, for all of these callbacks
             self.fit_state.missed_epoch_start = averaging.catch_up(trainer, pl_module)
         spawned.forget_brought(self)
