@@ -16,9 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two DDP processes found, over every method; one launch for all."""
-    folder = tmp_path_factory.mktemp("ddp")
-    run_two_processes("replicas", folder)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    return run_two_processes("replicas", tmp_path_factory.mktemp("ddp"))
 
 
 @every_steady_method

@@ -1,6 +1,5 @@
 """Averages in two processes: the same on both, and those of one process on the joined batch."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     """What each of two DDP processes found; one launch for all."""
-    folder = tmp_path_factory.mktemp("averages")
-    run_two_processes("averages", folder)
-    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    return run_two_processes("averages", tmp_path_factory.mktemp("averages"))
 
 
 @pytest.mark.parametrize("case", processes.AVERAGED, ids="-".join)

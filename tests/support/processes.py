@@ -24,8 +24,9 @@ from support.averaging import AVERAGING, average_of
 from support.methods import STEADY, method
 
 
-def run_two_processes(program: str, folder: Path) -> None:
-    """Run this module as the two ranks of one run: ``program`` is one of ``programs`` below, and each rank writes FOLDER/<rank>.pt."""
+def run_two_processes(program: str, folder: Path) -> list[dict[str, Any]]:
+    """What each of the two ranks of one run found: this module runs as ``program``, one of ``programs`` below, and
+    each rank writes FOLDER/<rank>.pt."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -50,6 +51,7 @@ def run_two_processes(program: str, folder: Path) -> None:
         for p in processes:
             p.kill()
     assert [p.returncode for p in processes] == [0, 0], "\n".join(outputs)[-4000:]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
 # ---------------------------------------------------------------------- equal replicas, for every method
