@@ -83,6 +83,18 @@ def test_a_weight_that_was_dropped_and_grown_between_two_averages_begins_anew() 
     assert averaged.module.weight[0, 1] > 1.2
 
 
+def test_births_of_several_updates_wait_for_the_next_average() -> None:
+    one = OneRow()
+    averaged = ema(one.model)
+    one.run.average(averaged)
+    one.hold([1, 0, 0, 0, 0, 0], [1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    averaged.update_parameters(one.model)
+    one.hold([1, 1, 0, 0, 0, 0], [1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    one.hold([1, 1, 1, 0, 0, 0], [1.0, 5.0, 6.0, 0.0, 0.0, 0.0])
+    averaged.update_parameters(one.model)
+    assert torch.allclose(averaged.module.weight, row([1.0, 5.0, 6.0, 0.0, 0.0, 0.0]))
+
+
 def test_whatever_the_averaging_function_gives_pruned_weights_are_zero() -> None:
     one = OneRow()
     averaged = AveragedModel(one.model, avg_fn=lambda average, value, _: average * value / value)
