@@ -325,6 +325,7 @@ def test_parameter_values_are_written_by_sparse_weights_alone() -> None:
         ("core/weights.py", "write_masked"),
         ("core/weights.py", "write_grown"),
         ("core/weights.py", "write_values"),
+        ("core/weights.py", "effective"),
         ("core/dense_copy.py", "_exchange"),
     }, sorted(about_parameters)
 

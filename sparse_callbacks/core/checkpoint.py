@@ -40,6 +40,7 @@ class SavedRun:
         awaited: names of the parameters that would have become sparse once they were trained; None where there were none,
             or the state was saved before layers could join a run.
         window_open: no optimizer had stepped since the backward pass that gave the gradients.
+        averages: what is known of averages that others keep of the weights, by the keys of those who keep them.
         progress: counted steps and updates, see :meth:`~sparse_callbacks.core.progress.Progress.state`.
         of_loop: a loop written by hand has saved it, which version 0.1 could not.
         path: where it was saved, for errors.
@@ -52,6 +53,7 @@ class SavedRun:
     grads: Mapping[str, Tensor]
     dense_grads: Mapping[str, Tensor]
     window_open: bool
+    averages: Mapping[str, Mapping[str, Any]]
     progress: Mapping[str, Any]
     of_loop: bool
     path: object
@@ -73,6 +75,7 @@ class SavedRun:
             grads=state.get("grads", {}),
             dense_grads=state.get("dense_grads", {}),
             window_open=bool(state.get("window_open", "grads" in state)),  # older versions saved no others
+            averages=state.get("averages", {}),
             progress={k: state[k] for k in ("steps", "done", "updates")},
             of_loop="method" in state,
             path=path,

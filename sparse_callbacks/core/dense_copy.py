@@ -52,6 +52,10 @@ class DenseCopy:
         p = self._params[name].detach()
         return p if name in self._in_step else self._buffers.get(name, p)
 
+    def is_in_step(self, name: str) -> bool:
+        """The parameter holds its dense values, for an optimizer step."""
+        return name in self._in_step
+
     def waiting(self, name: str) -> Tensor | None:
         """Dense values that wait outside the parameter; None where there is no copy, or where a step is using it."""
         return None if name in self._in_step else self._buffers.get(name)

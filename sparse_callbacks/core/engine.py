@@ -140,6 +140,7 @@ class Engine:
         thawed = thawed_names(method, trained)
         if thawed:
             entries = select(method.model, method.include, method.exclude, method.keep_dense, set(trained))
+            weights = method.weights
             # the run goes on from its own state, as a resumed one does, with more layers
             method.saved = SavedRun.of(self.state(), "of this run itself")
             try:
@@ -149,6 +150,7 @@ class Engine:
                 method.attach(method.model)
             finally:
                 method.saved = None
+            method.weights.take_over_watchers(weights)
             self.write()
         elif have_moved(method, optimizers):
             method.progress.begin(len(optimizers))

@@ -1,14 +1,16 @@
 """What cannot be a run of a hand-written loop."""
 
 import math
+from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sparse_callbacks.core.host import TrainsInTurns
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
+from sparse_callbacks.core.wrappers import plain_model
 
 
 def refuse_arguments(method: Any, model: Any, steps: Any, epoch: Any, forward: Any, clip: Any, on_restart: Any) -> None:
@@ -47,6 +49,33 @@ def refuse_hostless(method: Method, on_restart: Any) -> None:
             "to start with them. Give sparsify(..., on_restart=), a function that makes the schedule again (lambda: "
             "None where there is none), or restart=False."
         )
+
+
+def averaged_model(averaged: Any, params: Mapping[str, Tensor]) -> nn.Module:
+    """The module in an average of a model, which has the names of its parameters.
+
+    Args:
+        averaged: what the loop calls ``update_parameters`` of.
+        params: the sparse parameters by name.
+
+    Raises:
+        TypeError: it is not such a module.
+        ValueError: a sparse parameter is missing in it, or has another shape.
+    """
+    inner = getattr(averaged, "module", None)
+    if not isinstance(inner, nn.Module) or not callable(getattr(averaged, "update_parameters", None)):
+        raise TypeError(
+            f"{type(averaged).__name__} takes no average by update_parameters() of a module in it. Give a "
+            "torch.optim.swa_utils.AveragedModel of the model."
+        )
+    plain = plain_model(inner)
+    found = dict(plain.named_parameters())
+    if wrong := [n for n, p in params.items() if n not in found or found[n].shape != p.shape]:
+        raise ValueError(
+            f"{', '.join(wrong)} have no average of their shape in {type(averaged).__name__}. Give it the model that "
+            "sparsify() was given."
+        )
+    return plain
 
 
 def restarts_optimizers(method: Method) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
+from sparse_callbacks.core.averages import HeldAverages
 from sparse_callbacks.core.before_run import BeforeRun
 from sparse_callbacks.core.calendar import RunLength
 from sparse_callbacks.core.checkpoint import refuse_other_model
@@ -19,7 +20,7 @@ from sparse_callbacks.core.loop_binding import LoopBinding, ValuesBeforeMasks
 from sparse_callbacks.core.loop_driver import NOT_COPIED, Clip, LoopDriver
 from sparse_callbacks.core.loop_host import LoopHost
 from sparse_callbacks.core.loop_optimizers import LoopOptimizers
-from sparse_callbacks.core.loop_refusals import refuse_arguments, refuse_hostless
+from sparse_callbacks.core.loop_refusals import averaged_model, refuse_arguments, refuse_hostless
 from sparse_callbacks.core.loop_state import LoopState, saved_state
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.plan import Plan
@@ -57,6 +58,7 @@ class SparseRun:
         self._binding = LoopBinding(self._engine, self._model, self._optimizers, self._host, clip is not None)
         self._driver = LoopDriver(self._binding, clip, on_restart)
         self._epoch = 0
+        self._averages, self._averaged = HeldAverages(), list[nn.Module]()
         self._begin(state)
 
     # ------------------------------------------------------------------ the run begins
@@ -86,6 +88,7 @@ class SparseRun:
             # GaP puts back the values of the run's first call to sparsify, also in a resumed run
             self._epoch, self._optimizers.first_groups = saved.epoch, saved.groups
             method.saved = saved.run
+            self._averages = HeldAverages(saved.run.averages)
         elif state is not None:
             refuse_rescaled_checkpoint(method, "given as state=")
             self._engine.forget()
@@ -158,6 +161,23 @@ class SparseRun:
         with self._driver.batch():
             yield
 
+    def average(self, averaged: nn.Module) -> None:
+        """Hold an average of the weights, torch's ``AveragedModel``, to the masks until the run is over.
+
+        Whenever ``averaged.update_parameters(model)`` is called, it averages effective weights. Pruned weights are zero in
+        it at any time, and the average of a grown weight begins anew at its present value.
+
+        Args:
+            averaged: an ``AveragedModel`` of the model. In a resumed run give the same ones in the same order.
+
+        Raises:
+            ValueError: it holds no average of the sparse weights.
+        """
+        self._refuse_closed()
+        inner = averaged_model(averaged, self.method.params)
+        self._averages.hold(str(len(self._averaged)), averaged, inner, self.method)
+        self._averaged.append(averaged)
+
     def epoch_end(self, metrics: Mapping[str, Any] | None = None) -> None:
         """An epoch and its validation are over.
 
@@ -198,6 +218,7 @@ class SparseRun:
             raise RuntimeError("this run is closed. Begin another one with sparsify().")
 
     def _release(self) -> None:
+        self._averages.end()
         self._driver.stop()
         self._binding.release()
 
@@ -248,7 +269,8 @@ class SparseRun:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resume needs beside the model's and the optimizer's own states: tensors, numbers and strings,
         which ``torch.load(weights_only=True)`` reads."""
-        return saved_state(self._engine, self._epoch, self._optimizers.first_groups)
+        state = saved_state(self._engine, self._epoch, self._optimizers.first_groups)
+        return state | self._averages.state()
 
     def _read(self, state: Mapping[str, Any], path: str) -> LoopState:
         return LoopState.read(state, self.method, self._optimizers.first_groups, path)
@@ -277,7 +299,10 @@ class SparseRun:
         self._release()
         # what the initial masks of this run have cut comes back, unless the model was loaded since
         method.weights.write_values(before.untouched(method.params))
+        averaged, self._averaged = self._averaged, []
         self._begin(state)
+        for one in averaged:
+            self.average(one)
 
 
 def _epoch_length(epoch: int | None, data: Any | None) -> float:

@@ -115,6 +115,17 @@ def _gradient(tensor: Tensor) -> str:
     return "" if differentiable else f"is {shown_short(tensor)} and not a gradient"
 
 
+def _averages(value: Any) -> str:
+    if not isinstance(value, Mapping):
+        return f"is {shown_short(value)} and not a mapping"
+    for key, kept in value.items():
+        if not isinstance(key, str) or not isinstance(kept, Mapping) or "born" not in kept:
+            return f"has {shown_short(kept)} under {shown_short(key)}, where a callback has what its average needs"
+        if why := _tensors(_mask)(kept["born"]):
+            return f"has under {shown_short(key)} what {why}"
+    return ""
+
+
 LAYOUT: Mapping[str, Check] = {
     "arguments": _texts,
     "times": _calendar,
@@ -129,11 +140,12 @@ LAYOUT: Mapping[str, Check] = {
     "dense_grads": _tensors(_gradient),
     "window_open": _truth,
     "awaited": _names,
+    "averages": _averages,
 }
 """What each part of a state must be."""
-# callbacks save no counts of zeros, those of the first weeks no dense values, older ones no awaited layers, and gradients
-# are saved only in a window
-_MAY_LACK = ("zeros", "dense", "grads", "dense_grads", "window_open", "awaited")
+# callbacks save no counts of zeros, those of the first weeks no dense values; gradients are saved only in a window, awaited
+# layers and averages where there are any
+_MAY_LACK = ("zeros", "dense", "grads", "dense_grads", "window_open", "awaited", "averages")
 
 
 def refuse_damaged(state: Mapping[str, Any], path: object) -> None:
@@ -170,11 +182,21 @@ def _contradiction(state: Mapping[str, Any]) -> str:
     if wrong := [name for name in zeros if zeros[name] != counts[name]]:
         counted = f"has {zeros[wrong[0]]} zeros, and {counts[wrong[0]]} were counted when it was saved"
         return f"its mask of {shown_short(wrong[0])} {counted}"
+    for born in (kept["born"] for kept in state.get("averages", {}).values()):
+        if wrong := [name for name, where in born.items() if not _lies_in(where, state["masks"].get(name))]:
+            return (
+                f"its weights of {shown_short(wrong[0])} that were born since an average are not among the active ones"
+            )
     if foreign := [name for name in state.get("dense", {}) if name not in state["masks"]]:
         return f"it has dense values of {shown_short(foreign[0])}, and no mask"
     if masked := [name for name in state.get("awaited", ()) if name in state["masks"]]:
         return f"it has a mask of {shown_short(masked[0])}, which it says is not trained yet"
     return ""
+
+
+def _lies_in(where: Tensor, mask: Tensor | None) -> bool:
+    """Whether ``where`` is True only at active positions of a mask of the same shape."""
+    return mask is not None and where.shape == mask.shape and not bool((where.to(mask.device) & ~mask).any())
 
 
 def damaged(why: str, path: object) -> ValueError:

@@ -1,6 +1,7 @@
 """Masks of a model's sparse parameters, and the one place where parameter values are written."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,11 +44,14 @@ class SparseWeights:
         self._counts: dict[str, int] = {}
         self._uncounted: dict[str, Tensor] = {}
         self._factors: dict[str, Tensor] = {}  # gates, of those that set_factor was called for
+        self._lasting: dict[str, Tensor] = {}  # the same without those that are taken for a while
         self._bits: dict[str, Tensor] = {}  # of the others: all bits are ones where a weight is active, else zeros
         # by name the address of a parameter's values, and a view of them as integers, which would take as long to make
         # anew in every step as small weights take to be masked
         self._integers: dict[str, tuple[int, Tensor]] = {}
         self._copy = DenseCopy(self.params)
+        self.watchers: list[Callable[[str, Tensor, Tensor], None]] = []
+        """Called with a parameter's name, its mask so far and its new one wherever a mask changes."""
         self.may_hold_inf = False
         """A gradient or a dense value has held inf or NaN, so that a product with a closed gate may be NaN from here
         on."""
@@ -56,20 +60,34 @@ class SparseWeights:
             self.set_mask(name, mask)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_integers": {}}
+        return {**vars(self), "_integers": {}, "watchers": []}
 
     # ------------------------------------------------------------------ masks and counts
 
     def set_mask(self, name: str, mask: Tensor) -> None:
         """Take ``mask`` (bool, shape of the parameter); :meth:`write_masked` brings it into the values."""
         # whole filters may come as an expanded view, into which nothing could be written
-        self.masks[name] = whole(mask)
+        self._take(name, whole(mask))
         self._counts[name] = self.count(name, mask)
         if name not in self._bits:
             p = self.params[name]
             self._bits[name] = torch.empty_like(p, dtype=_BITS[p.element_size()], requires_grad=False)
         self._bits[name].copy_(mask).neg_()  # -1 has all bits
         self._factors.pop(name, None)
+        self._lasting.pop(name, None)
+
+    def _take(self, name: str, mask: Tensor) -> None:
+        before = self.masks.get(name, mask)
+        self.masks[name] = mask
+        for watcher in self.watchers:
+            watcher(name, before, mask)
+
+    def take_over_watchers(self, earlier: "SparseWeights") -> None:
+        """Whoever watches the masks of ``earlier`` watches these; parameters that had none there were dense until now."""
+        self.watchers = earlier.watchers
+        for name in self.masks.keys() - earlier.masks.keys():
+            for watcher in self.watchers:
+                watcher(name, torch.ones_like(self.masks[name]), self.masks[name])
 
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Take all of ``masks``, and bring them into the values."""
@@ -80,9 +98,9 @@ class SparseWeights:
     def set_factor(self, name: str, factor: Tensor) -> None:
         """Take a float ``factor`` that broadcasts against the parameter in place of a mask; active is where it is not
         zero."""
-        self.masks[name] = (factor != 0).expand(self.params[name].shape)
+        self._take(name, (factor != 0).expand(self.params[name].shape))
         self._uncounted[name] = factor
-        self._factors[name] = factor
+        self._factors[name] = self._lasting[name] = factor
         self._bits.pop(name, None)
 
     def set_passing_factor(self, name: str, factor: Tensor) -> None:
@@ -152,7 +170,7 @@ class SparseWeights:
             p = self.params[name]
             if copied and name in self._copy:
                 self._copy.swap_out([name])
-                self._write_from_copy(name, p.data, finite)
+                self._write_from_copy(name, p.data, finite, self._factors.get(name))
                 self._copy.mark_written(name)
             elif name in self._bits:
                 address, integers = self._integers.get(name, (0, p))
@@ -164,14 +182,34 @@ class SparseWeights:
             else:
                 p.masked_fill_(~self.masks[name], 0)
 
-    def _write_from_copy(self, name: str, into: Tensor, finite: bool) -> None:
+    def _write_from_copy(self, name: str, into: Tensor, finite: bool, factor: Tensor | None) -> None:
         dense = self._copy.values(name)
         if (bits := self._bits.get(name)) is not None:
             torch.bitwise_and(dense.view(bits.dtype), bits, out=into.view(bits.dtype))
             return
-        torch.mul(dense, self._factors[name], out=into)
+        assert factor is not None  # a parameter has bits or a factor
+        torch.mul(dense, factor, out=into)
         if self.may_hold_inf or not finite:
-            into.masked_fill_(self._factors[name] == 0, 0)
+            into.masked_fill_(factor == 0, 0)
+
+    @contextmanager
+    def effective(self) -> Iterator[None]:
+        """Inside, parameters hold what they hold between batches, at whatever point of one this is: neither dense values,
+        for a step, nor samples of gates."""
+        held: dict[str, Tensor] = {}
+        for name in self._copy.names:
+            p, lasting = self.params[name], self._lasting.get(name)
+            if not self._copy.is_in_step(name) and self._factors.get(name) is lasting:
+                continue
+            values = torch.empty_like(p, requires_grad=False)
+            self._write_from_copy(name, values, False, lasting)
+            # another buffer for a while: what is in this one comes back bit by bit, and torch counts no write
+            held[name], p.data = p.data, values
+        try:
+            yield
+        finally:
+            for name, values in held.items():
+                self.params[name].data = values
 
     @torch.no_grad()
     def write_grown(self, name: str, where: Tensor, values: Tensor) -> None:

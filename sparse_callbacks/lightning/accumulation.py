@@ -8,17 +8,18 @@ from typing import Any
 from pytorch_lightning.utilities import rank_zero_warn
 
 from sparse_callbacks.core.method import Method
+from sparse_callbacks.lightning.added_epoch import epochs_to_train
 from sparse_callbacks.lightning.fit_state import FitState
 from sparse_callbacks.lightning.namespaces import Trainer
 
 
 def run_length(trainer: Trainer) -> float:
     """Optimizer steps of the run, accumulation and devices counted; infinite where the run has no known end."""
-    if scheduler_of(trainer) is None:
+    if scheduler_of(trainer) is None and epochs_to_train(trainer) == trainer.max_epochs:
         # inf or -1 for a run without an end, depending on why it has none
         steps = float(trainer.estimated_stepping_batches)
         return steps if steps > 0 else math.inf
-    # Lightning's own number takes the factor of the current epoch for all of them
+    # Lightning's own number takes the factor of the current epoch for all of them, and counts one without training
     if trainer.max_epochs == -1:
         return _limit(trainer)
     return min(_limit(trainer), sum(epochs_of(trainer)))
@@ -113,8 +114,9 @@ def _limit(trainer: Trainer) -> float:
 
 
 def _epochs(trainer: Trainer) -> float:
-    """``max_epochs``; infinite without it."""
-    return math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs)
+    """``max_epochs``, of those in which weights are trained; infinite without it."""
+    epochs = epochs_to_train(trainer)
+    return math.inf if epochs is None or epochs == -1 else float(epochs)
 
 
 def _batches(trainer: Trainer) -> float:

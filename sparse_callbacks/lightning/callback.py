@@ -20,7 +20,8 @@ from sparse_callbacks.core.hooks import BatchEnd
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.selection import NOT_TRAINED, layer_shapes, select
 from sparse_callbacks.core.unseen_steps import StepWatch
-from sparse_callbacks.lightning import accumulation, curves, open_window, optimizer_lives, spawned
+from sparse_callbacks.lightning import accumulation, averaging, curves, open_window, optimizer_lives, spawned
+from sparse_callbacks.lightning.added_epoch import enter_epoch, move_again, unless_at_rest
 from sparse_callbacks.lightning.clipping import call_instead_of_clipping, clip_again
 from sparse_callbacks.lightning.fit_state import FitState
 from sparse_callbacks.lightning.loaded_checkpoint import take_state_of_checkpoint
@@ -88,6 +89,7 @@ class SparsityCallback(Method, AnyCallback):
         if stage == "fit":
             self.fit_state.before = BeforeRun(self)
             refuse_host(trainer)
+            averaging.refuse_averages(self, trainer)
             look_before_loading(trainer, pl_module, peers_of(trainer))
             self.saved = None  # of an earlier fit; what this one resumes from is restored after setup
             if self.attachment.model is not pl_module or self.fresh_start:
@@ -122,6 +124,7 @@ class SparsityCallback(Method, AnyCallback):
         if self.saved is None:
             spawned.adopt(self, pl_module)
         fit = self.fit_state
+        fit.averages = averaging.saved_averages(self, trainer)
         fit.left_out = [e.name for e in entries if e.reason in NOT_TRAINED] if why_never(self) else []
         fit.restored, fit.given = None, list(trainer.optimizers)
         host = self._host_of(trainer, pl_module)
@@ -139,6 +142,7 @@ class SparsityCallback(Method, AnyCallback):
             rank_zero_warn(warning)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.fit_state.rests = enter_epoch(trainer)
         if self.start is not None:
             # not in on_fit_start: asked there for the run's length, Lightning makes its loader and forgets to resume it
             self._begin_calendar(trainer)
@@ -149,6 +153,10 @@ class SparsityCallback(Method, AnyCallback):
         if self.fit_state.before is not None:  # others may still refuse the fit
             self.fit_state.before.keep_weights(self)
         self.engine.begin_weights()
+        self.fit_state.averages.end()  # of a trial run that a tuner has made within this fit
+        self.fit_state.averages = averaging.hold_averages(self, trainer)
+        if peers_of(trainer)[-1] is self:  # now averages are those of effective weights, for all of these callbacks
+            self.fit_state.missed_epoch_start = averaging.catch_up(trainer, pl_module)
         spawned.forget_brought(self)
         self.attachment.in_training = True
         self.fit_state.watch = StepWatch(self.engine)
@@ -162,11 +170,20 @@ class SparsityCallback(Method, AnyCallback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.fit_state.before is not None:
             self.fit_state.before.keep_random_states()
+        self.fit_state.missed_epoch_start = False
+        self.fit_state.rests = enter_epoch(trainer)
+        if self.fit_state.rests:
+            return
         self.epoch_start(trainer.current_epoch)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         fit = self.fit_state
         fit.before = None  # from here on an error is one of training
+        if fit.missed_epoch_start:
+            fit.missed_epoch_start = False
+            averaging.start_epoch(trainer, pl_module)
+        if fit.rests:
+            return
         if epoch_begins := trainer.current_epoch != fit.last_epoch:
             accumulation.follow_factor(trainer, fit, self)
         if not fit.window_open and self.engine.restart_wanted:
@@ -183,6 +200,7 @@ class SparsityCallback(Method, AnyCallback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self.engine.dense_gradients.drop_outdated()
 
+    @unless_at_rest
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.fit_state.window_open = True
         self.fit_state.waiting.update(range(len(self.owners.optimizers)))
@@ -203,6 +221,7 @@ class SparsityCallback(Method, AnyCallback):
         elif step.replaced:
             self.engine.withhold(optimizer)
 
+    @unless_at_rest
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -222,6 +241,7 @@ class SparsityCallback(Method, AnyCallback):
         if engine.events or curves.row_is_due(trainer.global_step, fit.logged_at, trainer.log_every_n_steps):
             self._log(trainer)
 
+    @unless_at_rest
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = curves.logged_metrics(trainer)
         if trainer.sanity_checking:
@@ -229,11 +249,14 @@ class SparsityCallback(Method, AnyCallback):
         elif self.attachment.in_training:
             self.validation_end(metrics, trainer.current_epoch)
 
+    @unless_at_rest
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.engine.epoch_over()
         self.epoch_end(curves.logged_metrics(trainer), trainer.current_epoch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.step:  # a run that goes on behind its last batch is not one that was refused
+            self.fit_state.before = None
         if self.figures() and trainer.global_step not in (0, self.fit_state.logged_at):  # which go on between updates
             self._log(trainer)
         if trainer.fast_dev_run:
@@ -247,6 +270,7 @@ class SparsityCallback(Method, AnyCallback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         spawned.discard(self)
+        move_again(trainer)
         before, self.fit_state.before = self.fit_state.before, None
         if before is not None:
             self._leave(pl_module)
@@ -263,9 +287,13 @@ class SparsityCallback(Method, AnyCallback):
             return self.fit_state.restored or {}
         if (brought := spawned.state_brought(self)) is not None:
             return deepcopy(brought)
-        return self.engine.state() | open_window.state_of_window(self.fit_state, self.engine, self._gradients_to_save)
+        window = open_window.state_of_window(self.fit_state, self.engine, self._gradients_to_save)
+        return self.engine.state() | window | self.fit_state.averages.state()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        move_again(trainer)
+        if stage == "fit":
+            averaging.end_with_averages(self, trainer, pl_module)
         self._leave(pl_module)
         if self.fit_state.before is not None and self.saved is None:
             # no batch came: these masks were never those of the weights. A run that was over already when it was resumed
@@ -323,7 +351,8 @@ class SparsityCallback(Method, AnyCallback):
 
     def _leave(self, module: LightningModule) -> None:
         clip_again(module)
-        self.fit_state.watch, self.fit_state.given = None, []
+        self.fit_state.watch, self.fit_state.given, self.fit_state.rests = None, [], False
+        self.fit_state.averages.end()
         self.engine.unbind()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from sparse_callbacks.core.averages import HeldAverages
 from sparse_callbacks.core.before_run import BeforeRun
 from sparse_callbacks.core.unseen_steps import StepWatch
 
@@ -35,5 +36,11 @@ class FitState:
     """It was said that updates will fall behind the run's end, because more batches than expected make a step."""
     evaluates: bool = False
     """A checkpoint is being loaded to validate, test or predict, and Lightning gives its state to the callback next."""
+    averages: HeldAverages = field(default_factory=HeldAverages)
+    """The averages of the weights that other callbacks keep."""
+    missed_epoch_start: bool = False
+    """The fit goes on within an epoch, whose beginning Lightning has announced to nobody."""
+    rests: bool = False
+    """The current epoch trains nothing: it was added to gather the statistics of batch norms."""
     last_epoch: int = -1
     """The epoch of the latest batch."""

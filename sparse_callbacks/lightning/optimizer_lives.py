@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 from pytorch_lightning.utilities import rank_zero_warn
@@ -12,7 +13,8 @@ from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
 from sparse_callbacks.core.optimizer_modes import switch_through, take_over_mode
 from sparse_callbacks.core.optimizers import parameter_ids
-from sparse_callbacks.lightning.accumulation import epoch_length, run_length, shortest_epoch
+from sparse_callbacks.lightning.accumulation import epoch_length, epochs_of, run_length, shortest_epoch
+from sparse_callbacks.lightning.averaging import averages_epochs
 from sparse_callbacks.lightning.namespaces import Trainer
 
 # The constructor argument of each schedule that says after how many of its own steps it ends.
@@ -116,6 +118,8 @@ def check_schedules(trainer: Trainer, method: Method) -> None:
     if not isinstance(method, RestartsOptimizers) or trainer.fast_dev_run:
         return
     in_training = method.attachment.in_training
+    if not in_training:
+        _refuse_restarts_among_averages(trainer, method)
     life = method.horizon if method.horizon_asked or in_training else method.shortest_life
     if life is None:
         return
@@ -125,6 +129,24 @@ def check_schedules(trainer: Trainer, method: Method) -> None:
         if not in_training:
             raise
         rank_zero_warn(str(error))
+
+
+def _refuse_restarts_among_averages(trainer: Trainer, method: Any) -> None:
+    """Refuse new optimizers and schedules once StochasticWeightAveraging has set a schedule of its own.
+
+    Raises:
+        ValueError: a phase ends in an epoch in which it averages.
+    """
+    waits = method.step < method.times.stop or method.engine.restart_wanted
+    for callback in filter(averages_epochs, trainer.callbacks) if method.restarts and waits else ():
+        begins = sum(islice(epochs_of(trainer), callback.swa_start))
+        ends = trainer.global_step + method.times.stop - method.step
+        if ends >= begins:
+            raise ValueError(
+                f"{type(callback).__name__} sets a schedule of its own at step {begins:g}, and {type(method).__name__} "
+                f"configures optimizers and schedules anew until step {ends}, which ends it. Let it start later "
+                "(swa_epoch_start=), or give restart=False."
+            )
 
 
 def check_horizons(trainer: Trainer, phase_steps: float, epoch_steps: float) -> None:

@@ -14,11 +14,11 @@ from sparse_callbacks.core.initial_masks import refuse_rescaled_checkpoint
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizers import is_elementwise
 from sparse_callbacks.core.two_pass import refuse_two_calls
+from sparse_callbacks.lightning.added_epoch import epochs_to_train
 
 # Classes are recognised by name, because they exist twice (in pytorch_lightning and in lightning.pytorch) and not in
 # every version.
 _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "FSDP2Strategy")
-_AVERAGING = ("WeightAveraging", "StochasticWeightAveraging", "EMAWeightAveraging")
 # How the names of the checkpoints begin that Lightning's tuner writes.
 _TUNER_PREFIXES = (".lr_find_", ".scale_batch_size_")
 
@@ -37,7 +37,7 @@ def refuse_host(trainer: Any) -> None:
     """Refuse a Trainer under which training would silently end dense or wrong.
 
     Raises:
-        ValueError: a sharded strategy, weight averaging, or ModelPruning.
+        ValueError: a sharded strategy, or ModelPruning.
     """
     if has_class_named(trainer.strategy, _SHARDED):
         raise ValueError(
@@ -45,11 +45,6 @@ def refuse_host(trainer: Any) -> None:
             "strategy='ddp' or one device."
         )
     for callback in trainer.callbacks:
-        if has_class_named(callback, _AVERAGING):
-            raise ValueError(
-                f"{type(callback).__name__} averages weights over moving masks, so the average ends dense. Remove it "
-                "from callbacks=."
-            )
         if has_class_named(callback, ("ModelPruning",)):
             raise ValueError(
                 "ModelPruning re-parametrises the weights that this callback masks. Keep one of the two in callbacks=."
@@ -175,5 +170,5 @@ def state_to_resume(method: Method, restored: Mapping[str, Any] | None, path: ob
 def ends_run(trainer: Any) -> bool:
     """Whether the batch that has just ended was the last of the run, by ``max_epochs`` and ``max_steps``."""
     # max_epochs is None or -1 for a run that only its steps end, max_steps is -1 for one that only its epochs end
-    last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs
+    last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= epochs_to_train(trainer)
     return bool(trainer.is_last_batch and last_epoch) or 0 <= trainer.max_steps <= trainer.global_step

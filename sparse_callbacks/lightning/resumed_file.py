@@ -20,6 +20,7 @@ from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.selection import NOT_TRAINED, select
 from sparse_callbacks.core.state_claims import planned_otherwise, refuse_impossible
 from sparse_callbacks.core.state_layout import is_count, shown_short, why_not_whole
+from sparse_callbacks.lightning.averaging import weights_beside_averages
 from sparse_callbacks.lightning.refusals import is_tuner_checkpoint, overrides
 
 _ADVICE = "Resume from another checkpoint of the run (ckpt_path=)."
@@ -63,7 +64,8 @@ def look_before_loading(trainer: Any, module: LightningModule, methods: Sequence
             for method in methods:
                 if not method.fresh_start:
                     _refuse_other_state(method, found, module, path)
-            _refuse_other_weights(found["state_dict"], module, path)
+            for weights in (found["state_dict"], *weights_beside_averages(trainer, found, path)):
+                _refuse_other_weights(weights, module, path)
         return found
 
     strategy.load_checkpoint = load_checkpoint

@@ -73,11 +73,17 @@ def test_fit_and_resume(method: Any, tmp_path: Path) -> None:
     assert (resumed.step, resumed.updates) == (whole.step, whole.updates)
 
 
-def test_refusals_know_its_classes(tmp_path: Path) -> None:
-    from lightning.pytorch.callbacks import EMAWeightAveraging
+@pytest.mark.parametrize("kind", ["EMAWeightAveraging", "StochasticWeightAveraging"])
+def test_its_averages_are_sparse(kind: str, tmp_path: Path) -> None:
+    from lightning.pytorch import callbacks
 
-    with pytest.raises(ValueError, match="EMAWeightAveraging averages weights over moving masks"):
-        made(tmp_path, [callback(RigL), EMAWeightAveraging()], 1).fit(Task(), loader(4))
+    arguments = {"swa_lrs": 0.01, "swa_epoch_start": 1} if kind == "StochasticWeightAveraging" else {"decay": 0.8}
+    one, module, averager = callback(SET), Task(), getattr(callbacks, kind)(**arguments)
+    made(tmp_path, [averager, one], 3).fit(module, loader(4))
+    average = getattr(averager._average_model, "module", averager._average_model)
+    for name, p in module.named_parameters():
+        assert torch.equal(p, average.get_parameter(name))
+        assert name not in one.masks or not p[~one.masks[name]].any()
 
 
 def test_a_tested_checkpoint_brings_its_masks(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning.callbacks import BackboneFinetuning, Callback
+from pytorch_lightning.callbacks import BackboneFinetuning, Callback, WeightAveraging
 from support.thawing import (
     BACKBONE,
     EPOCH,
@@ -188,3 +188,20 @@ def test_channels_that_a_frozen_layer_reads_stay_with_the_reason(tmp_path: Path)
         "frozen (requires_grad=False); SMCP forms its groups of channels"
     )
     assert set(callback.masks) == {BACKBONE[1], HEAD}
+
+
+@both_orders
+def test_an_average_of_a_thawed_layer_has_its_zeros(thaws_first: bool, tmp_path: Path) -> None:
+    callback, module = JOINING["rigl"](), Transfer()
+    average = WeightAveraging()
+    looks = [[Thaws(1), callback, average], [average, callback, Thaws(1)]][not thaws_first]
+    seen: list[bool] = []
+
+    def look(*_: Any) -> None:
+        held = dict(average._average_model.module.named_parameters())
+        seen.append(all(not held[name][~mask].any() for name, mask in callback.masks.items()))
+
+    trainer_for([*looks, watch(look)], tmp_path, max_epochs=2).fit(module)
+    assert len(callback.masks) == 3
+    assert all(seen)
+    assert_masked(module, callback)

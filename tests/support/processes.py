@@ -20,13 +20,14 @@ from sparse_callbacks.testing.comparison import snapshot
 from sparse_callbacks.testing.data import Batches
 from sparse_callbacks.testing.networks import ByHand, Classifier
 from sparse_callbacks.testing.runs import Stops, fit, watch
+from support.averaging import AVERAGING, average_of
 from support.methods import STEADY, method
 from support.thawing import run_thawed
 
 
 def run_two_processes(program: str, folder: Path) -> list[dict[str, Any]]:
-    """What each of the two ranks of one run found: this module runs as ``program``, which is ``replicas``, ``workers``,
-    ``windows``, ``strided`` or ``thawed``, and each rank writes FOLDER/<rank>.pt."""
+    """What each of the two ranks of one run found: this module runs as ``program``, one of ``programs`` below, and
+    each rank writes FOLDER/<rank>.pt."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -270,6 +271,32 @@ def run_windows(folder: Path) -> None:
     torch.save(results, folder / f"{rank}.pt")
 
 
+# ---------------------------------------------------------------------- averages
+
+AVERAGED = [(name, kind) for name in ("set", "dpf", "l0") for kind in ("third", "swa")]
+
+
+def train_averaged(
+    name: str, kind: str, rank: int, world: int, *more: pl.Callback, ckpt_path: Path | None = None
+) -> dict[str, Any]:
+    """What :func:`train_replica` finds, and the averages that a callback of Lightning's has taken."""
+    averager = AVERAGING[kind]()
+    found = train_replica(name, rank, world, averager, *more, ckpt_path=ckpt_path)
+    return found | {"average": {n: p.detach().clone() for n, p in average_of(averager).items()}}
+
+
+def run_averages(folder: Path) -> None:
+    rank, world = int(os.environ["LOCAL_RANK"]), 2
+    results = {}
+    for name, kind in AVERAGED:
+        stops = Stops(folder / name / kind, (REPLICA_STOP,))
+        whole = train_averaged(name, kind, rank, world, stops)
+        torch.distributed.barrier()
+        resumed = train_averaged(name, kind, rank, world, ckpt_path=stops.path(REPLICA_STOP))
+        results[name, kind] = {"whole": whole, "resumed": resumed}
+    torch.save(results, folder / f"{rank}.pt")
+
+
 # ---------------------------------------------------------------------- workers of parallel grow-and-prune
 
 ROUNDS, EPOCHS, FINETUNE, WINDOW = 2, 2, 2, 3
@@ -350,5 +377,6 @@ if __name__ == "__main__":
         "windows": run_windows,
         "strided": run_strided,
         "thawed": run_thawed,
+        "averages": run_averages,
     }
     programs[sys.argv[1]](Path(sys.argv[2]))

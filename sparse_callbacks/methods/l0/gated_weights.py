@@ -1,6 +1,7 @@
 """Gated parameters: dense weights times median gates, or, within a batch, times a sample of the gates."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -161,6 +162,12 @@ class GatedWeights:
         self.write_medians(self._weights.params)
         self._statistics.restore()
 
+    @contextmanager
+    def between_batches(self) -> Iterator[None]:
+        """Inside, parameters hold their median gates and norms the statistics that they keep, also within a batch."""
+        with self._weights.effective(), self._statistics.settled():
+            yield
+
 
 class NormStatistics:
     """Running statistics of batch norms, which must not change for closed channels: these hold only zeros."""
@@ -179,6 +186,19 @@ class NormStatistics:
         # both are None in a norm with track_running_stats=False; the count of batches may go on for all channels
         buffers = [b for b in (norm.running_mean, norm.running_var) if isinstance(b, Tensor)]
         self._kept[path] = is_open, [(b, b.clone()) for b in buffers]
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Inside, all norms hold what :meth:`restore` would leave them."""
+        found = [(is_open, *pair) for is_open, buffers in self._kept.values() for pair in buffers]
+        held = [buffer.clone() for _, buffer, _ in found]
+        for is_open, buffer, kept in found:
+            buffer.copy_(torch.where(is_open, buffer, kept))
+        try:
+            yield
+        finally:
+            for (_, buffer, _), values in zip(found, held, strict=True):
+                buffer.copy_(values)
 
     def restore(self, paths: Iterable[str] | None = None) -> None:
         """Put back the statistics of closed channels, in the norms at ``paths``, or in all norms for None."""
