@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sparse_callbacks.core import distributed
+from sparse_callbacks.core.agreement import refuse_unequal_runs, refuse_unequal_weights
 from sparse_callbacks.core.before_run import BeforeRun
 from sparse_callbacks.core.checkpoint import SavedRun, check_state
 from sparse_callbacks.core.distributions import why_all_active
@@ -138,6 +139,7 @@ class SparsityCallback(Method, AnyCallback):
         if self.start is not None:
             # not in on_fit_start: asked there for the run's length, Lightning makes its loader and forgets to resume it
             self._begin_calendar(trainer)
+        refuse_unequal_runs(self, lambda: accumulation.run_length(trainer))
         optimizer_lives.check_schedules(trainer, self)
         self.fit_state.accumulates = accumulation.factor_in(trainer, trainer.current_epoch)
         self.fit_state.last_epoch = -1
@@ -228,6 +230,7 @@ class SparsityCallback(Method, AnyCallback):
         self.epoch_end(curves.logged_metrics(trainer), trainer.current_epoch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        refuse_unequal_weights(self, self.params)
         if self.figures() and trainer.global_step not in (0, self.fit_state.logged_at):  # which go on between updates
             self._log(trainer)
         if trainer.fast_dev_run:
