@@ -48,8 +48,9 @@ def test_masks_are_equal_where_shares_of_a_data_pass_are_not_equally_long(
 def test_steps_without_an_update_ask_nothing_of_other_ranks(name: str, of_ranks: list[dict[str, Any]]) -> None:
     calls = [found[name]["trained"]["calls"] for found in of_ranks]
     assert all(mine == calls[0] for mine in calls)
-    # the first step, and every hundredth after it, has a look at the other ranks
-    assert [asked for asked, updates in calls[0][1:] if not updates] == [0] * calls[0][1:].count((0, 0))
+    # after the first step, which an update of RigL puts off by one, there is a look at the other ranks
+    assert not any(asked for asked, updates in calls[0][2:] if not updates)
+    assert sum(asked for asked, updates in calls[0][:2] if not updates) <= 1
     assert calls[0].count((0, 0)) >= 6
     assert any(asked for asked, updates in calls[0] if updates) == moves(name)
 
