@@ -155,6 +155,7 @@ class SparsityCallback(Method, AnyCallback):
         self.engine.events |= self.begin_training(trainer.current_epoch) or {}
         if not trainer.fast_dev_run:  # whose epoch has a batch or two
             self.engine.expect_gradients(trainer.current_epoch)
+        self.fit_state.resumed = self.saved is not None
         self.saved = None  # from here on the run speaks for itself
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -264,11 +265,13 @@ class SparsityCallback(Method, AnyCallback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._leave(pl_module)
-        if self.fit_state.before is not None and self.saved is None:
+        fit = self.fit_state
+        if fit.before is not None and self.saved is None and not fit.resumed:
             # no batch came: these masks were never those of the weights. A run that was over already when it was resumed
-            # has brought its own.
-            self.fit_state.before.bring_back(self)
-        self.fit_state.restored = self.fit_state.before = self.saved = None
+            # has brought its own, and so has one of which only the end of an epoch was left.
+            fit.before.bring_back(self)
+        fit.restored = fit.before = self.saved = None
+        fit.resumed = False
         if stage == "fit":
             spawned.hand_over(self, trainer)
 

@@ -31,3 +31,5 @@ class FitState:
     """A checkpoint is being loaded to validate, test or predict, and Lightning gives its state to the callback next."""
     last_epoch: int = -1
     """The epoch of the latest batch."""
+    resumed: bool = False
+    """Training has begun, and goes on from a checkpoint."""
