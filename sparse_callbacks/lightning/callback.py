@@ -18,6 +18,7 @@ from sparse_callbacks.core.distributions import why_all_active
 from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.hooks import BatchEnd
 from sparse_callbacks.core.method import Method
+from sparse_callbacks.core.restored import calendar_of
 from sparse_callbacks.core.selection import NOT_TRAINED, layer_shapes, select
 from sparse_callbacks.core.unseen_steps import StepWatch
 from sparse_callbacks.lightning import accumulation, curves, open_window, optimizer_lives, spawned
@@ -270,6 +271,8 @@ class SparsityCallback(Method, AnyCallback):
             # no batch came: these masks were never those of the weights. A run that was over already when it was resumed
             # has brought its own, and so has one of which only the end of an epoch was left.
             fit.before.bring_back(self)
+        elif fit.before is not None and self.saved is not None:  # over already: its calendar was never made anew
+            self.calendar = calendar_of(self, self.saved.times)
         fit.restored = fit.before = self.saved = None
         fit.resumed = False
         if stage == "fit":

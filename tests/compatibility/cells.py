@@ -82,11 +82,11 @@ def outcome_of(run: Callable[[], None]) -> Outcome:
     except NotApplicable as reason:
         return Outcome(NOT_APPLICABLE, str(reason))
     except StaysDense as warning:
-        return Outcome(DENSE, first_sentence(str(warning)))
+        return Outcome(DENSE, gist(str(warning)))
     except (ValueError, TypeError, RuntimeError) as error:
         if not _is_ours(error) or Trained.batches:
             raise
-        return Outcome(REFUSED, first_sentence(str(error)))
+        return Outcome(REFUSED, gist(str(error)))
     return Outcome(EXACT)
 
 
@@ -96,9 +96,9 @@ def _is_ours(error: Exception) -> bool:
     return "sparse_callbacks" in file.parts and "testing" not in file.parts
 
 
-def first_sentence(text: str) -> str:
-    """The first sentence of a message."""
-    return " ".join(text.split()).split(". ")[0].rstrip(".") + "."
+def gist(text: str) -> str:
+    """The first two sentences of a message, for a note."""
+    return ". ".join(" ".join(text.split()).split(". ")[:2]).rstrip(".") + "."
 
 
 # ---------------------------------------------------------------------- runs of cells

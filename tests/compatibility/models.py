@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import CombinedLoader
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
@@ -35,6 +35,9 @@ class Detector(pl.LightningModule):
         anchors = AnchorGenerator(sizes=((8,),), aspect_ratios=((1.0,),))
         self.net = RetinaNet(backbone, num_classes=4, anchor_generator=anchors, detections_per_img=4, **size)
 
+    def forward(self, images: list[Tensor]) -> Any:
+        return self.net(images)
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return sum(self.net(*batch).values())  # type: ignore[return-value]
 
@@ -42,23 +45,19 @@ class Detector(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9)
 
 
-class Scenes:
+def scenes() -> DataLoader[Any]:
     """Eight batches of two images, each with one box."""
-
-    def __len__(self) -> int:
-        return 8
-
-    def __iter__(self) -> Iterator[Any]:
-        source = torch.Generator().manual_seed(0)
-        for _ in range(8):
-            images = [torch.rand(2, 16, 16, generator=source) for _ in range(2)]
-            box = torch.tensor([[2.0, 2.0, 11.0, 12.0]])
-            yield images, [{"boxes": box, "labels": torch.tensor([1 + i])} for i in range(2)]
+    source = torch.Generator().manual_seed(0)
+    box = torch.tensor([[2.0, 2.0, 11.0, 12.0]])
+    samples = [
+        (torch.rand(2, 16, 16, generator=source), {"boxes": box, "labels": torch.tensor([1 + i % 3])}) for i in range(16)
+    ]
+    return DataLoader(samples, batch_size=2, collate_fn=lambda batch: tuple(map(list, zip(*batch, strict=True))))  # type: ignore[arg-type]
 
 
 @feature("models", "a detector (torchvision's RetinaNet)")
 def detector(name: str, folder: Path) -> None:
-    train(name, Detector(), loader=Scenes())
+    train(name, Detector(), loader=scenes())
 
 
 class Words(pl.LightningModule):
@@ -86,7 +85,9 @@ class Words(pl.LightningModule):
 @feature("models", "a transformer")
 def transformer(name: str, folder: Path) -> None:
     tokens = torch.randint(0, 32, (48, 13), generator=torch.Generator().manual_seed(0))
-    train(name, Words(), loader=DataLoader(torch.utils.data.TensorDataset(tokens), batch_size=6))
+    # of its channels only those between two linear layers can go
+    loader = DataLoader(TensorDataset(tokens), batch_size=6)
+    train(name, Words(), loader=loader, arguments={"budget": 0.8})
 
 
 class Gan(pl.LightningModule):
