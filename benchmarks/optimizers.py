@@ -13,6 +13,7 @@ import importlib
 import importlib.metadata
 import inspect
 import re
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -266,8 +267,11 @@ class Watch:
 
 def _short(text: str) -> str:
     """The reason in an error of ours: without the method's name and without the advice, which are the same in all."""
-    text = re.sub(r"^.*?(?:fresh weight\. Of |nothing may move\. )", "", " ".join(text.split()))
-    return re.sub(r"\.? (Use an(other)? optimizer|Let it hold an optimizer).*$", "", text)[:200]
+    text = re.sub(
+        r"^.*?(?:fresh weight\. With \w+ that is not possible: |nothing may move\. )", "", " ".join(text.split())
+    )
+    text = re.sub(r"\.? (Use an(other)? optimizer|Use one of the package|Let it hold an optimizer).*$", "", text)
+    return textwrap.shorten(text, 320, placeholder=" ...")
 
 
 # ---------------------------------------------------------------------- the page

@@ -76,8 +76,8 @@ def test_a_trial_finds_state_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> No
                     self.state[p]["momentum_buffer"][p == 0] = 100.0  # what fresh state is to clear
             return super().step(closure)
 
-    assert table.outcomes(Momentum)["SET"].startswith("refused: Momentum the first step of a new weight is")
-    monkeypatch.setattr(optimizer_needs, "_rehearse_growth", lambda *_: None)
+    assert table.outcomes(Momentum)["SET"].startswith("refused: the first step of a new weight is")
+    monkeypatch.setattr(optimizer_needs, "rehearse_growth", lambda *_: None)
     assert table.outcomes(Momentum)["SET"].startswith("wrong: the first step of grown weights is")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sparse_callbacks.channels.channel_padding import channel_padding, map_through
 from sparse_callbacks.channels.obstacles import FOLLOWERS, LAYERS, why_not_passed, why_padding_stays
+from sparse_callbacks.core.error_text import with_class
 from sparse_callbacks.core.inspection import extra, map_tensors, run, tensors_in, training
 
 
@@ -126,7 +127,7 @@ class Trace:
             raise
         except Exception as error:
             raise ValueError(
-                f"{type(model).__name__} cannot be traced ({type(error).__name__}: {error}). "
+                f"{type(model).__name__} cannot be traced ({with_class(error)}). "
                 "Give an example_input that the model takes: a tensor, a tuple of positional or a mapping of named "
                 "arguments; its output must depend on the parameters."
             ) from error

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from sparse_callbacks.core.error_text import first_line
+
 _ZIP = b"PK\x03\x04"
 # the pickled magic number that torch files began with before they were zip archives
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -71,8 +73,3 @@ def read_mapping(path: Path, advice: str) -> Mapping[str, Any]:
     if not isinstance(found, Mapping):
         raise ValueError(f"{path} holds a {type(found).__name__} and not a checkpoint or a state dict. {advice}")
     return found
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text: torch's go on for many."""
-    return next(iter(str(error).splitlines()), "")

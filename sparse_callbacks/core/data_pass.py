@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, IterableDataset
 
+from sparse_callbacks.core.error_text import with_class
 from sparse_callbacks.core.host import Forward
 from sparse_callbacks.core.undisturbed import undisturbed
 
@@ -93,8 +94,8 @@ def call(module: nn.Module, batch: Any) -> Any:
             return module(batch[0])  # by convention the inputs come first and the labels after them
     except Exception as error:  # whatever a forward pass raises on inputs that it is not made for
         raise ValueError(
-            f"{type(module).__name__}.forward failed on a batch of the training data ({type(error).__name__}: "
-            f"{error}). A pass over the data calls module(batch), module(batch[0]) or module(**batch), by the batch's "
+            f"{type(module).__name__}.forward failed on a batch of the training data ({with_class(error)}"
+            "). A pass over the data calls module(batch), module(batch[0]) or module(**batch), by the batch's "
             "type. Give forward=, a function of module and batch that returns the network's output, e.g. "
             "forward=lambda module, batch: module.net(batch[0])."
         ) from error

@@ -174,12 +174,13 @@ class Engine:
         index = method.owners.index(optimizer)
         last = self._steps.get(index)
         if last is not None and last.tick == tick:
-            raise ValueError(torch_optimizers.several_closures(type(optimizer).__name__))
+            raise ValueError(torch_optimizers.second_gradient(type(optimizer).__name__))
         step = self._steps[index] = self._care.begin_step(index, tick, gradients_read)
         if step.names:
             self._silence.look(step)
             self._care.note_finite(step)
             method.before_step(step)
+            self._care.edited(step)
         return step
 
     def enter_step(self, optimizer: Optimizer) -> None:

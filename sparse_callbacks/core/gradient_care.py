@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparse_callbacks.core import optimizers as torch_optimizers
+from sparse_callbacks.core.gradient_mask import MasksGradients, refuse_unannounced_mask
 from sparse_callbacks.core.gradients import DenseGradients
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.step import Step
@@ -35,6 +36,7 @@ class GradientCare:
         self.finite: Tensor | bool = True
         """Whether the gradients of the latest step were finite; a tensor where nobody has waited for it yet."""
         self._method, self._gradients_read = method, list(gradients_read)
+        self._masks_early = False  # gradients were masked after a backward pass, by the masks of the weights
 
     def begin_step(self, index: int, tick: int, gradients_read: bool) -> Step:
         """The step of an optimizer whose gradients are complete.
@@ -47,8 +49,9 @@ class GradientCare:
         method = self._method
         if method.owners.optimizers[index] in self.two_pass:
             # of the second pass: the first one has moved only weights that are active
-            for name in filter(method.weights.has_copy, method.owners.steps[index]):
-                self.dense.give_back(name, method.weights)
+            for name in method.owners.steps[index]:
+                if method.weights.has_copy(name) or isinstance(method, MasksGradients):
+                    self.dense.give_back(name, method.weights)
         return self._step(index, tick, gradients_read)
 
     def note_finite(self, step: Step) -> None:
@@ -57,6 +60,11 @@ class GradientCare:
         if step.finite_flag is not True:
             self._keep_from_pruned(step)
         self.finite = step.finite_flag
+
+    def edited(self, step: Step) -> None:
+        """The method has edited the gradients of the step: refuse it where it found other ones than it expects."""
+        if self._masks_early:
+            refuse_unannounced_mask(self._method, step)
 
     def after_backward(self, scale: float, reduced: bool, optimizers: Sequence[Optimizer]) -> None:
         """Mask the gradients now, and keep dense ones where a step needs them.
@@ -71,7 +79,11 @@ class GradientCare:
             if optimizer not in optimizers:
                 continue
             coming = self._step(index, tick=-1)
-            wanted = method.wants_dense_gradients(coming)
+            if isinstance(method, MasksGradients) and optimizer not in self.two_pass:
+                for name in coming.names:
+                    method.mask_gradient(name)
+                continue
+            wanted = method.wants_dense_gradients(coming) or isinstance(method, MasksGradients)
             copied = [name for name in coming.names if method.weights.has_copy(name)]
             # a GradScaler that finds inf skips the step; without one a clip would spread it
             if copied and scale == 1.0 and self._all_finite(coming) is not True:
@@ -82,6 +94,7 @@ class GradientCare:
             if not wanted:
                 for name in others:
                     method.weights.mask_gradient(name)
+            self._masks_early |= bool(others)
 
     def clean_state(self, step: Step) -> None:
         """Clear what the optimizer's state of pruned weights should not hold for long."""

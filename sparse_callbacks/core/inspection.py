@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from sparse_callbacks.core.error_text import with_class
 from sparse_callbacks.core.undisturbed import undisturbed
 
 BOUND_BY_LIGHTNING = ("forward", "training_step", "validation_step", "test_step", "predict_step", "_compiler_ctx")
@@ -96,9 +97,7 @@ def copied(model: nn.Module) -> nn.Module:
         if names:
             source = f"{names[0]} is of torch.nn.utils.prune or weight_norm"
             advice = f"{source}: call prune.remove or remove_weight_norm on its module first."
-        raise ValueError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). {advice}"
-        ) from error
+        raise ValueError(f"{type(model).__name__} cannot be copied ({with_class(error)}). {advice}") from error
     # a copy of a compiled LightningModule would run the original by these, so it goes back to its class's own methods
     if "_compiler_ctx" in vars(made):
         for name in BOUND_BY_LIGHTNING:

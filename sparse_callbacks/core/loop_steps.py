@@ -50,7 +50,7 @@ class CalledOnce:
 
     def __call__(self) -> Any:
         if self._called:
-            raise ValueError(torch_optimizers.several_closures(type(self._optimizer).__name__))
+            raise ValueError(torch_optimizers.second_gradient(type(self._optimizer).__name__))
         self._called = True
         loss = self._closure()
         self._ready(self._optimizer)

@@ -1,14 +1,16 @@
 """Refusals of optimizers under which weights cannot grow, or steps cannot be replaced."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sparse_callbacks.core.fresh_state import FreshState, UnknownStateError, first_steps
+from sparse_callbacks.core.error_text import with_class
+from sparse_callbacks.core.first_steps import UnknownStateError, first_steps
+from sparse_callbacks.core.growth_rehearsal import rehearse_growth
 from sparse_callbacks.core.hooks import Hooks
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
@@ -16,14 +18,6 @@ from sparse_callbacks.core.optimizer_state import decoded, members, name_of, sta
 from sparse_callbacks.core.optimizers import Ownership, is_elementwise
 from sparse_callbacks.core.shadow_optimizer import Shadow
 from sparse_callbacks.core.step import ReplacesSteps
-
-# Some optimizers do in later steps what they leave out in the first.
-_STEPS_BEFORE_GROWTH = 24
-_PRUNED_AFTER = 4  # so that weights have state of their own when they are pruned
-# How many times the first step of a grown weight may be larger or smaller than those of the others. In Adam it is 3 times as
-# large, and 50 times in some that average their step sizes; a wrong code or a missing mean square makes hundreds.
-_LARGER, _SMALLER = 100.0, 1000.0
-_UNRESOLVED = 1e-6  # smaller steps are lost in the rounding of weights
 
 
 def keeps_optimizers(method: Method) -> bool:
@@ -64,63 +58,13 @@ def _refuse_growth(method: Method, owners: Ownership, index: int) -> None:
     try:
         fresh.learn(parameters)
         if not is_elementwise(optimizer):
-            _rehearse_growth(optimizer, fresh, parameters)
+            rehearse_growth(optimizer, fresh, parameters)
     except UnknownStateError as error:
         raise ValueError(
-            f"{type(method).__name__} grows weights, and each starts with the optimizer state of a fresh weight. Of "
-            f"{type(optimizer).__name__} {error}. Use another optimizer, such as torch.optim.AdamW, or a "
+            f"{type(method).__name__} grows weights, and each starts with the optimizer state of a fresh weight. "
+            f"With {type(optimizer).__name__} that is not possible: {error}. Use another optimizer, such as torch.optim.AdamW, or a "
             "method that does not grow weights, such as Static, GMP or DPF."
         ) from error
-
-
-def _rehearse_growth(optimizer: Optimizer, fresh: FreshState, parameters: Sequence[Tensor]) -> None:
-    """Let a shadow train with one half of each weight pruned, and look at the first step of that half once it grows.
-
-    Raises:
-        UnknownStateError: it is far larger or smaller than the steps of the others, as where the optimizer keeps state of the
-            weights elsewhere, or takes no step from fresh state.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(shadow: Shadow, pruned: bool) -> None:
-        pruned = pruned and shadow.taken > _PRUNED_AFTER
-        if pruned:
-            shadow.prune()
-        for p in shadow.stand_ins.values():
-            drawn = 0.01 * torch.randn(p.shape, generator=generator).to(p)
-            if pruned:
-                drawn.mul_(shadow.has_gradient(p))
-            p.grad = drawn if p.requires_grad else None
-
-    def trained(steps: int) -> Shadow:
-        return first_steps(lambda: Shadow(optimizer, seed=0), lambda s: draw(s, pruned=True), steps=steps)
-
-    first, shadow = trained(1), trained(_STEPS_BEFORE_GROWTH)
-    shadow.prune()
-    for parameter in parameters:
-        stand_in = shadow.stand_ins[id(parameter)]
-        fresh.write_stand_in(shadow, parameter, ~shadow.has_gradient(stand_in))
-    try:
-        shadow.step(lambda: draw(shadow, pruned=False))
-    # whatever somebody's optimizer raises
-    except Exception as error:
-        raise UnknownStateError(f"a step after weights have grown fails: {type(error).__name__}: {error}") from error
-    for i in map(id, parameters):
-        moved, begun = (((s.stand_ins[i].detach() - s.before[i]).abs()) for s in (shadow, first))
-        old = shadow.has_gradient(shadow.stand_ins[i])
-        _compare_steps(moved[~old], moved[old], begun[old])
-
-
-def _compare_steps(grown: Tensor, others: Tensor, first: Tensor) -> None:
-    if not grown.numel() or not others.numel():
-        return
-    largest = max(float(others.max()), float(first.max()), _UNRESOLVED)
-    if not grown.max() <= _LARGER * largest:
-        raise UnknownStateError(
-            f"the first step of a new weight is {float(grown.max()) / largest:.0f} times as large as those of the others"
-        )
-    if grown.median() * _SMALLER < others.median() - _UNRESOLVED:
-        raise UnknownStateError("new weights do not move: it takes no step from fresh state")
 
 
 def refuse_replaced_steps(method: Method, optimizer: Optimizer) -> None:
@@ -145,9 +89,11 @@ def _without_gradients(optimizer: Optimizer) -> str:
     for closure in (False, True):  # which a Trainer gives, and most loops do not
         try:
             # some more than one: at first averages are the weights themselves, and some optimizers warm up
-            shadow = first_steps(lambda: Shadow(optimizer, seed=0), _give, closures=[closure], steps=8)
+            shadow = first_steps(
+                lambda whole: Shadow(optimizer, seed=0, whole=whole), _give, closures=[closure], steps=8
+            )
         except UnknownStateError as error:
-            problems.append(f"was not understood: {error}")
+            problems.append(f"could not be tried without gradients: {error}")
         else:
             if problem := _after_replaced_step(shadow):
                 return problem
@@ -166,7 +112,7 @@ def _after_replaced_step(shadow: Shadow) -> str:
         shadow.step(lambda: _give(shadow))
     # whatever somebody's optimizer raises
     except Exception as error:
-        return f"fails without gradients: {type(error).__name__}: {error}"
+        return f"fails without gradients: {with_class(error)}"
     for name, value in after.items():
         if not _is_finite(value) and _is_finite(before.get(name, 0.0)):
             return f"makes {name} NaN or infinite without gradients"

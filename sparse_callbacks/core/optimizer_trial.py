@@ -12,6 +12,7 @@ from sparse_callbacks.core.shadow_optimizer import Shadow, without_traces
 
 CORNER = 2  # elements that tensors keep of each dimension
 _STEPS = 8  # some optimizers do in a later step what they leave out in the first
+_LONGEST_PERIOD = 32  # and some in every k-th step alone
 _RADIUS = "rho"  # what the literature calls the size of a perturbation; a tiny one would hide that there is one
 _LEAST_RADIUS, _LARGE_RADIUS = 0.01, 0.1
 
@@ -45,7 +46,7 @@ class Trial:
                 shadow = Shadow(optimizer, seed=0, corner=CORNER)
                 shadow.take_state()
                 _enlarge_radius(shadow.optimizer)
-                for _ in range(_STEPS):
+                for _ in range(_steps_to_try(optimizer)):
                     self._step(shadow, None if inner is None else shadow.copy_of(inner), steps)
         except Exception:  # whatever someone else's optimizer may raise on parameters that are not those of a network
             self.failed = True
@@ -95,6 +96,18 @@ def _enlarge_radius(optimizer: Optimizer) -> None:
             radius = values.get(_RADIUS)
             if isinstance(radius, int | float) and abs(radius) < _LEAST_RADIUS:
                 values[_RADIUS] = _LARGE_RADIUS
+
+
+def _steps_to_try(optimizer: Optimizer) -> int:
+    """A whole number among the arguments may be the k of what is done in every k-th step."""
+    numbers = (
+        value
+        for _, member in members(optimizer)
+        for values in (vars(member), *member.param_groups)
+        for value in values.values()
+        if isinstance(value, int) and not isinstance(value, bool) and value <= _LONGEST_PERIOD
+    )
+    return max(_STEPS, max(numbers, default=0) + 1)
 
 
 def _values(shadow: Shadow) -> list[Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sparse_callbacks.core.error_text import first_line
 from sparse_callbacks.core.fresh_state import FreshState
 from sparse_callbacks.core.optimizer_modes import refuse_modes
 
@@ -117,10 +118,11 @@ def refuse(optimizers: Iterable[Optimizer], scaler: bool) -> None:
         scaler: True where a GradScaler scales the loss (fp16).
 
     Raises:
-        ValueError: LBFGS (several closure calls a step), a fused optimizer under a GradScaler, or modes of training
-            and evaluation that are not those of ``schedulefree``.
+        ValueError: LBFGS (several closure calls a step), a fused optimizer under a GradScaler, one without hooks, or modes of
+            training and evaluation that are not those of ``schedulefree``.
     """
     optimizers = list(optimizers)
+    _refuse_without_hooks(optimizers)
     refuse_modes(optimizers)
     for optimizer in optimizers:
         name = type(optimizer).__name__
@@ -129,6 +131,20 @@ def refuse(optimizers: Iterable[Optimizer], scaler: bool) -> None:
         # the attribute by which a GradScaler leaves unscaling to the optimizer
         if scaler and getattr(optimizer, "_step_supports_amp_scaling", False):
             raise ValueError(_unscales_itself(name, "precision='16-mixed'", "precision='bf16-mixed'"))
+
+
+def _refuse_without_hooks(optimizers: Iterable[Optimizer]) -> None:
+    for optimizer in optimizers:
+        try:
+            optimizer.register_step_post_hook(lambda *_: None).remove()
+            _ = optimizer.state, optimizer.defaults
+        except AttributeError as error:
+            name = type(optimizer).__name__
+            raise ValueError(
+                f"{name} has not all that an optimizer of torch has ({first_line(error)}): its constructor does not call "
+                "super().__init__(params, defaults), so nothing is called after its steps and no mask could be kept. Call "
+                f"it in {name}.__init__, or use another optimizer, such as torch.optim.AdamW."
+            ) from error
 
 
 def refuse_scaled_step(optimizer: Optimizer) -> None:
@@ -161,6 +177,18 @@ def several_closures(name: str) -> str:
     return (
         f"{name} calls its closure several times in one step, so there is no single gradient that a mask update could "
         "use. Use an optimizer with one gradient a step, such as SGD or AdamW."
+    )
+
+
+def second_gradient(name: str) -> str:
+    """The error for an optimizer, named ``name``, that asks for gradients a second time within a step of the training."""
+    return (
+        f"{name} asked for gradients a second time within one step, and did not do so in the steps that were tried before "
+        "the first batch. It may have moved the weights in between, as sharpness-aware minimization does in every k-th "
+        "step, and nothing shows when they are back. Let it perturb them in its first steps too, and hold an optimizer "
+        "of torch that takes the step (self.base_optimizer), or use one with one gradient a step, such as SGD or AdamW. "
+        "Masks, dense values and counts are those of the last step; the weights are where it has moved them, so go on "
+        "from a checkpoint."
     )
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparse_callbacks.core.checkpoint import refuse_foreign_weights, refuse_other_model
+from sparse_callbacks.core.gradient_mask import refuse_lost_gradients
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_needs import refuse_optimizers
 from sparse_callbacks.core.optimizers import Ownership
@@ -37,6 +38,7 @@ class RunBeginning:
     def __init__(
         self, method: Method, model: nn.Module, entries: Sequence[Entry], optimizers: Sequence[Optimizer]
     ) -> None:
+        refuse_lost_gradients(method)
         self._method, self._saved = method, method.saved
         self._entries = list(method.further_members(model, entries))
         parameters = dict(model.named_parameters())

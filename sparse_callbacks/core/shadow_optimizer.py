@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparse_callbacks.core.optimizer_state import by_weight, is_coded, members, tensors_within
+from sparse_callbacks.core.optimizer_copy import deep_copied, emptied, like_new, note_dictionaries, note_tensors
+from sparse_callbacks.core.optimizer_state import by_weight, members, tensors_within
 from sparse_callbacks.core.undisturbed import undisturbed
 
 # A stand-in has the shape of its parameter, and of a larger one at least this many elements: some optimizers keep other
@@ -32,7 +33,9 @@ class Shadow:
         optimizer: the optimizer to copy.
         seed: 0 or 1: which elements of the stand-ins are zero, and which of :meth:`give_gradients` have none.
         decays: whether weight decay is kept.
-        exact: ids of the parameters whose stand-ins have their shape however large they are.
+        exact: ids of the parameters whose stand-ins have their size however large they are.
+        whole: all stand-ins have the shape of their parameters, also large and square ones.
+        idle_values: factor of the values of the elements to which :meth:`give_gradients` gives no gradient.
         corner: how many elements every tensor keeps of each dimension, on the CPU, where neither the size nor the
             precision matters; stand-ins are in float32 then. None: stand-ins are like their parameters.
     """
@@ -43,9 +46,13 @@ class Shadow:
         seed: int,
         decays: bool = True,
         exact: frozenset[int] = frozenset(),
+        whole: bool = False,
+        idle_values: float = 1.0,
         corner: int | None = None,
     ) -> None:
         self._real, self._seed, self._corner = optimizer, seed, corner
+        self._whole, self._idle_values = whole, idle_values
+        self._given_of: dict[tuple[torch.Size, torch.device], Tensor] = {}  # by shape, of which many are alike
         self._members = [member for _, member in members(optimizer)]
         self._parameters = {id(p): p for m in self._members for group in m.param_groups for p in group["params"]}
         self.stand_ins = {i: self._stand_in(p, i in exact) for i, p in self._parameters.items()}
@@ -72,6 +79,8 @@ class Shadow:
             like = like.float() if like.dtype.is_floating_point else like
             return self._made(parameter, list(like.shape), like)
         shape = list(parameter.shape)
+        if self._whole:
+            return self._made(parameter, shape, parameter)
         while not exact and torch.Size(shape).numel() >= 2 * _LARGE:
             # even sizes first, so that blocks of elements still fit
             largest = max(range(len(shape)), key=lambda d: (shape[d] % 2 == 0, shape[d]))
@@ -85,6 +94,8 @@ class Shadow:
         index = torch.arange(torch.Size(shape).numel(), device=like.device)
         # half of a sparse layer's weights are zero; 0.02 to 0.08, of both signs
         values = (index % 7 - 3.5) * 0.02 * (index % 2 == self._seed)
+        if self._idle_values != 1:
+            values = torch.where(self._given(index), values, self._idle_values * values)
         made = nn.Parameter(values.to(like.dtype).view(shape), parameter.requires_grad)
         vars(made).update(vars(parameter))  # by which some optimizers choose what to do
         return made
@@ -95,11 +106,17 @@ class Shadow:
         for member, made in zip(self._members, copies, strict=True):
             memo[id(member)] = made
             if "state" in vars(member):
-                memo[id(member.state)] = _emptied(member.state)
+                memo[id(member.state)] = emptied(member.state)
+        if self._corner is None:
+            held = [
+                {n: v for n, v in vars(m).items() if n != "state" and not n.endswith("_hooks")} for m in self._members
+            ]
+            note_tensors(held, self._parameters, memo)
+            note_dictionaries(held, self._parameters, memo)
         for member, made in zip(self._members, copies, strict=True):
             for name, value in vars(member).items():
                 if name.endswith("_hooks"):
-                    vars(made)[name] = _emptied(value)
+                    vars(made)[name] = emptied(value)
                 # what hides a method of the class, such as the step that a schedule counts, belongs to the original
                 elif not (callable(value) and hasattr(type(member), name)):
                     vars(made)[name] = self._copy(value)
@@ -115,7 +132,7 @@ class Shadow:
         if self._corner is not None and id(value) not in self._memo:
             tensors = {id(t): t for _, t in tensors_within(value, ()) if id(t) not in self._memo}
             self._memo |= {i: self._cut(t) for i, t in tensors.items()}
-        return _copied(value, self._memo)
+        return deep_copied(value, self._memo)
 
     def copy_of(self, optimizer: Optimizer) -> Any:
         """The copy of an optimizer that the copied one holds."""
@@ -138,7 +155,7 @@ class Shadow:
                 memo: dict[int, Any] = {id(parameter): self.stand_ins[key]}
                 for _, tensor in tensors_within(real.state[parameter], ()):
                     if by_weight((), tensor, parameter) and tensor is not parameter:
-                        small = _like_new(tensor, parameter, self.stand_ins[key])
+                        small = like_new(tensor, parameter, self.stand_ins[key])
                         if small is None:
                             return False
                         memo[id(tensor)] = small
@@ -176,8 +193,14 @@ class Shadow:
 
     def has_gradient(self, stand_in: Tensor) -> Tensor:
         """Which elements :meth:`give_gradients` gives one."""
-        index = torch.arange(stand_in.numel(), device=stand_in.device)
-        return ((index // 2) % 2 == self._seed).view(stand_in.shape)
+        key = stand_in.shape, stand_in.device
+        if key not in self._given_of:
+            index = torch.arange(stand_in.numel(), device=stand_in.device)
+            self._given_of[key] = self._given(index).view(stand_in.shape)
+        return self._given_of[key]
+
+    def _given(self, index: Tensor) -> Tensor:
+        return (index // 2) % 2 == self._seed
 
     def step(self, within: Callable[[], object] = lambda: None) -> None:
         """Take a step, with a closure where ``needs_closure`` says so.
@@ -199,43 +222,16 @@ class Shadow:
             type(self.optimizer).step(self.optimizer, *arguments)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float | int | Tensor) and not isinstance(value, bool)
+
+
 @contextmanager
 def without_traces() -> Iterator[None]:
     """Random generators stay as they are, nothing is compiled for small shapes, and nobody is warned."""
     with undisturbed(nn.Module()), _eager(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, float | int | Tensor) and not isinstance(value, bool)
-
-
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    try:
-        return copy.deepcopy(value, memo)
-    # a lock, a process group: nothing that a step writes
-    except Exception:
-        return value
-
-
-def _emptied(container: Any) -> Any:
-    made = copy.copy(container)
-    made.clear()
-    return made
-
-
-def _like_new(tensor: Tensor, parameter: Tensor, stand_in: Tensor) -> Tensor | None:
-    """The state of a stand-in where that of its parameter is ``tensor``: the parameter's values or one number; None
-    where it is anything else."""
-    if is_coded(tensor) or tensor.shape != parameter.shape:
-        return None
-    tensor = tensor.detach()
-    if torch.equal(tensor, parameter.detach()):
-        return stand_in.detach().clone()
-    if tensor.numel() and bool((tensor == tensor.flatten()[0]).all()):
-        return torch.full(stand_in.shape, tensor.flatten()[0].item(), dtype=tensor.dtype, device=tensor.device)
-    return None
 
 
 def _eager() -> AbstractContextManager[Any]:

@@ -34,7 +34,6 @@ class Step:
         "_calendar",
         "_gradients",
         "_gradients_are_read",
-        "_masking",
         "_owners",
         "_progress",
         "_weights",
@@ -42,6 +41,7 @@ class Step:
         "group_numbers",
         "index",
         "masked_gradients",
+        "masking",
         "names",
         "optimizer",
         "replaced",
@@ -81,8 +81,8 @@ class Step:
         """The optimizer has stepped."""
         self.skipped = False
         """The optimizer has not stepped: a GradScaler skipped it."""
-        # mask_gradients() was called: from then on p.grad may be dense, masked or clipped, by who else reads it
-        self._masking = False
+        self.masking = False
+        """mask_gradients() was called: from then on p.grad may be dense, masked or clipped, by who else reads it."""
         self._owners, self._weights, self._progress = owners, weights, progress
         self._calendar, self._gradients, self._gradients_are_read = calendar, gradients, gradients_are_read
 
@@ -121,7 +121,7 @@ class Step:
         Raises:
             RuntimeError: the gradients of this step were masked already, so the dense one is gone.
         """
-        if self._masking and not self._weights.has_copy(name) and not self._gradients.has_kept(name):
+        if self.masking and not self._weights.has_copy(name) and not self._gradients.has_kept(name):
             raise RuntimeError(
                 f"the dense gradient of {name} is gone: step.mask_gradients() was called before. Read it in "
                 "before_step(step), before super().before_step(step) or step.mask_gradients(), and keep what after_step "
@@ -135,7 +135,7 @@ class Step:
 
         Parameters with a dense copy keep theirs.
         """
-        self._masking = True
+        self.masking = True
         # momentum would keep an inf for ever, so a gradient that is known to hold one is always masked
         if self._gradients_are_read or self.finite_flag is False:
             for name in self.names:

@@ -8,7 +8,7 @@ from weakref import ref
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sparse_callbacks.core.fresh_state import UnknownStateError, first_steps
+from sparse_callbacks.core.first_steps import UnknownStateError, first_steps
 from sparse_callbacks.core.optimizer_state import state_tensors
 from sparse_callbacks.core.optimizer_trial import CORNER, Trial
 from sparse_callbacks.core.optimizers import parameter_ids, several_closures
@@ -71,6 +71,38 @@ def by_two_calls(optimizer: Any, closure: Callable[[], Tensor]) -> object:
     return second()
 
 
+def by_closure_alone(optimizer: Any, closure: Callable[[], Tensor]) -> object:
+    """A step with a closure, and no gradient before it."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = None
+    return by_closure(optimizer, closure)
+
+
+def refuse_two_calls(given: Sequence[Optimizer], found: Sequence[Optimizer]) -> None:
+    """Refuse optimizers that cannot be stepped by ``step(closure)`` alone.
+
+    Args:
+        given: the optimizers that the user's code made.
+        found: those that take their steps.
+
+    Raises:
+        ValueError: a class without a ``step``, or one of two passes whose step needs a gradient before its closure.
+    """
+    for optimizer, stepper in zip(given, found, strict=True):
+        # torch wraps the step of a class when it makes the first instance
+        has_step = inspect.unwrap(type(optimizer).step) is not inspect.unwrap(Optimizer.step)
+        if has_step and (stepper is optimizer or not Trial(optimizer, stepper, by_closure_alone).failed):
+            continue
+        name = type(optimizer).__name__
+        raise ValueError(
+            f"{name} cannot be stepped by step(closure) alone, which is how automatic optimization steps it: "
+            f"{'it fails where no gradient was there before' if has_step else 'it has no step()'}. Let its step(closure) call the "
+            "closure for each pass, or set self.automatic_optimization = False and call both passes in training_step, or "
+            "override optimizer_step."
+        )
+
+
 def steppers(given: Sequence[Optimizer], scaler: bool) -> list[Optimizer]:
     """:func:`stepping` of all optimizers of a run.
 
@@ -120,7 +152,7 @@ def why_not_resumed(given: Sequence[Optimizer], found: Sequence[Optimizer]) -> s
 def _keeps_state(optimizer: Optimizer) -> bool:
     try:
         shadow = first_steps(
-            lambda: Shadow(optimizer, seed=0, corner=CORNER), lambda shadow: shadow.give_gradients(1.0)
+            lambda _: Shadow(optimizer, seed=0, corner=CORNER), lambda shadow: shadow.give_gradients(1.0)
         )
     except UnknownStateError:  # nothing is known of it, and nothing said
         return False

@@ -139,6 +139,8 @@ def follow_factor(trainer: Trainer, fit: FitState, method: Method) -> None:
             trainer.accumulate_grad_batches = fit.accumulates
     if method.calendar is not None and trainer.accumulate_grad_batches != fit.accumulates:
         ahead, every = method.calendar.stop - method.step, method.calendar.every
-        if text := why_cut_off(trainer, fit.accumulates, ahead, every, type(method).__name__):
+        text = why_cut_off(trainer, fit.accumulates, ahead, every, type(method).__name__)
+        if text and not fit.cut_off:  # once: others of the same kind follow in each epoch
             rank_zero_warn(text)
+        fit.cut_off |= bool(text)
         fit.accumulates = trainer.accumulate_grad_batches

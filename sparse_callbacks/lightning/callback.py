@@ -30,6 +30,7 @@ from sparse_callbacks.lightning.refusals import (
     ends_run,
     refuse_host,
     refuse_shared,
+    refuse_unsteppable,
     state_to_resume,
     warn_of_thawed,
     warnings_for,
@@ -113,6 +114,7 @@ class SparsityCallback(Method, AnyCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         stop_looking(trainer)  # of a fit without a checkpoint, which has read none
         optimizers = TrainerOptimizers(trainer, pl_module)
+        refuse_unsteppable(pl_module, trainer.optimizers, optimizers.steppers)
         entries = select(pl_module, self.include, self.exclude, self.keep_dense, optimizers.trained)
         self._refuse_neighbours(trainer, [e.name for e in entries if not e.reason])
         state = self._state_to_resume(trainer, pl_module)
@@ -143,7 +145,7 @@ class SparsityCallback(Method, AnyCallback):
         refuse_unequal_runs(self, lambda: accumulation.run_length(trainer))
         optimizer_lives.check_schedules(trainer, self)
         self.fit_state.accumulates = accumulation.factor_in(trainer, trainer.current_epoch)
-        self.fit_state.last_epoch = -1
+        self.fit_state.last_epoch, self.fit_state.cut_off = -1, False
         self.rehearse()
         if self.fit_state.before is not None:  # others may still refuse the fit
             self.fit_state.before.keep_weights(self)

@@ -27,6 +27,8 @@ class FitState:
     """The Trainer's optimizer step of the latest row of curves."""
     accumulates: int = 1
     """How many batches make an optimizer step, as far as the run's length took account of it."""
+    cut_off: bool = False
+    """It was said that updates will fall behind the run's end, because more batches than expected make a step."""
     evaluates: bool = False
     """A checkpoint is being loaded to validate, test or predict, and Lightning gives its state to the callback next."""
     last_epoch: int = -1

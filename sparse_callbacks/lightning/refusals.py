@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from sparse_callbacks.core.checkpoint import check_state
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizers import is_elementwise, parameter_ids
+from sparse_callbacks.core.two_pass import refuse_two_calls
 
 # Classes are recognised by name, because they exist twice (in pytorch_lightning and in lightning.pytorch) and not in
 # every version.
@@ -134,6 +135,21 @@ def overrides(thing: object, hook: str) -> bool:
     module = getattr(getattr(thing, hook), "__module__", "")
     # with the dots, or packages whose names only begin like these would count as Lightning
     return not module.startswith(("pytorch_lightning.", "lightning."))
+
+
+def refuse_unsteppable(module: Any, given: Sequence[Optimizer], found: Sequence[Optimizer]) -> None:
+    """Refuse optimizers that automatic optimization cannot step.
+
+    Args:
+        module: the module that is trained.
+        given: the optimizers that it has made.
+        found: those that take their steps.
+
+    Raises:
+        ValueError: :func:`~sparse_callbacks.core.two_pass.refuse_two_calls` says which.
+    """
+    if module.automatic_optimization and not overrides(module, "optimizer_step"):
+        refuse_two_calls(given, found)
 
 
 def refuse_shared(mine: Method, names: Sequence[str], others: Iterable[Method]) -> None:

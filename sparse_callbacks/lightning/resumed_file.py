@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from sparse_callbacks.core.checkpoint import SavedRun, check_state, misfit
-from sparse_callbacks.core.checkpoint_file import first_line, refuse_broken
+from sparse_callbacks.core.checkpoint_file import refuse_broken
+from sparse_callbacks.core.error_text import first_line
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.selection import NOT_TRAINED, select
 from sparse_callbacks.core.state_claims import refuse_impossible

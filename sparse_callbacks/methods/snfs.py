@@ -89,8 +89,8 @@ class SNFS(DropAndGrow):
 
     def before_step(self, step: Step) -> None:
         # not in aux yet: a GradScaler may still skip the step, and its gradients would stay in the mean for good
-        self._smoothed = {}
         for name in step.names:
+            self._smoothed.pop(name, None)
             if (gradient := step.gradient(name)) is not None:
                 past = self.aux.get(f"smoothed/{name}")
                 # a new tensor: the gradient itself belongs to the optimizer, which has not stepped yet
@@ -100,11 +100,11 @@ class SNFS(DropAndGrow):
         super().before_step(step)
 
     def after_step(self, step: Step) -> Update | None:
+        # those of this optimizer: the step of another may have been announced before this one was taken
+        smoothed = {f"smoothed/{name}": self._smoothed.pop(name) for name in step.names if name in self._smoothed}
         # without a GradScaler a step with an inf is taken, and would leave an inf in the mean
         if step.finite:
-            # in aux, because a resumed run must grow where this one would have
-            self.aux |= {f"smoothed/{name}": value for name, value in self._smoothed.items()}
-        self._smoothed = {}
+            self.aux |= smoothed  # because a resumed run must grow where this one would have
         # after the mean has moved: an update grows by the momentum with the current gradient in it
         return super().after_step(step)
 

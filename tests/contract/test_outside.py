@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparse_callbacks.core.calendar import Time
 from sparse_callbacks.core.distributions import Distribution
+from sparse_callbacks.core.gradient_mask import MasksGradients
 from sparse_callbacks.core.method import Method, Options
 from sparse_callbacks.core.ops import keep_largest, zeros_for
 from sparse_callbacks.core.step import Step
@@ -18,7 +19,7 @@ from sparse_callbacks.methods import GMP
 from sparse_callbacks.testing import PROMISES, Settings, contract
 
 
-class TopKAST(Method):
+class TopKAST(MasksGradients, Method):
     """Top-KAST: forward with the largest D of each layer, gradients on the largest D + M (Jayakumar et al., 2020)."""
 
     keeps_dense: ClassVar[bool] = True
@@ -44,11 +45,8 @@ class TopKAST(Method):
     def initial_masks(self) -> dict[str, Tensor]:
         return self.choose(self.params)
 
-    def before_step(self, step: Step) -> None:
-        for name in step.names:
-            gradient = self.params[name].grad
-            if gradient is not None:
-                gradient.mul_(self.aux[f"backward/{name}"])
+    def gradient_mask(self, name: str) -> Tensor:
+        return self.aux[f"backward/{name}"]
 
     def after_step(self, step: Step) -> Update | None:
         return Update(self.choose(step.names)) if step.due else None
@@ -81,7 +79,6 @@ TestTopKAST = contract(
         promises_not_made={
             "growth": "weights of the backward set come back by themselves",
             "pruned weights rest": "a dense copy takes the step",
-            "gradients ready for a clip by hand": "the backward mask is applied in before_step, after a clip by hand",
         },
     ),
 )

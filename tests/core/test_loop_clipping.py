@@ -203,7 +203,7 @@ def test_a_closure_that_is_called_twice_is_refused_at_the_first_step_where_no_tr
         return loss
 
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    with pytest.raises(ValueError, match="Twice calls its closure several times in one step"):
+    with pytest.raises(ValueError, match="Twice asked for gradients a second time within one step"):
         optimizer.step(closure)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 

@@ -77,8 +77,8 @@ def refused(callback: Any, configure: Any, message: str, folder: Path) -> None:
 def test_state_that_cannot_be_learnt_is_refused_where_weights_grow(method: Any, optimizer: Any, tmp_path: Path) -> None:
     callback = method(0.5, print_plan=False) if method is GrowsFromOutside else made(method)
     message = (
-        rf"{method.__name__} grows weights.*Of {optimizer.__name__} what its state '.*' is for a new weight could not be "
-        r"found out: .*Use another optimizer, such as torch\.optim\.AdamW, or a method that does not grow weights"
+        rf"{method.__name__} grows weights.*With {optimizer.__name__} that is not possible: it is not known what its state "
+        r"'.*' is for a fresh weight: .*Use another optimizer, such as torch\.optim\.AdamW, or a method that does not grow weights"
     )
     refused(callback, optimizer, message, tmp_path)
 
@@ -92,7 +92,9 @@ def test_state_that_cannot_be_learnt_is_refused_where_weights_grow(method: Any, 
     ids=lambda v: v.__name__ if isinstance(v, type) else "",
 )
 def test_a_growth_is_rehearsed(optimizer: Any, what: str, tmp_path: Path) -> None:
-    refused(made(SET), optimizer, rf"SET grows weights.*Of {optimizer.__name__} {what}\. Use another", tmp_path)
+    refused(
+        made(SET), optimizer, rf"SET grows weights.*With {optimizer.__name__} that .*: {what}\. Use another", tmp_path
+    )
     fit(made(Static), optimizer, tmp_path)
 
 
@@ -108,7 +110,7 @@ def test_the_same_optimizer_trains_where_none_grow_or_it_starts_anew(method: Any
 def test_a_loop_refuses_the_same_and_stays_as_it_was() -> None:
     model = net()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    with pytest.raises(ValueError, match=r"SET grows weights.*Of MovingZero what its state 'code'"):
+    with pytest.raises(ValueError, match=r"SET grows weights.*With MovingZero .* what its state 'code'"):
         begin("set", model, MovingZero(model.parameters()))
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     run = begin("set", model, Coded(model.parameters()))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.loops import METHODS, adamw, begin, net, train
+from support.refusing import RefusedError, refuse
 from torch import nn
 
 from sparse_callbacks import RigL
@@ -16,14 +17,6 @@ from sparse_callbacks.core.randomness import random_states
 from sparse_callbacks.testing.comparison import differences, structure
 
 HOOKS = [n for n in vars(Hooks) if callable(getattr(Hooks, n)) and not n.startswith("_")]
-
-
-class RefusedError(ValueError):
-    """Raised by the hook under test."""
-
-
-def refuse() -> None:
-    raise RefusedError
 
 
 def then(method: Any, hook: str, act: Callable[[], object]) -> None:

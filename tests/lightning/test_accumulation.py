@@ -184,6 +184,16 @@ def test_a_factor_that_a_hook_changes_is_told_when_it_changes_and_at_the_end(mak
     assert f"{make.__name__} ended in the middle of its updates" in after
 
 
+def test_a_factor_that_changes_in_each_epoch_is_told_once_a_fit() -> None:
+    def more(trainer: Any, *_: Any) -> None:
+        trainer.accumulate_grad_batches = 2 + trainer.current_epoch
+
+    callback = rigl(stop=120)
+    for _ in range(2):
+        told = words(callback, Regression(), LambdaCallback(on_train_epoch_start=more), max_epochs=8)
+        assert ["accumulate_grad_batches is" in text for text in told].count(True) == 1
+
+
 def test_a_factor_that_changes_behind_the_last_update_needs_no_word() -> None:
     assert words(rigl(stop=14), Changes(), max_epochs=8) == []
 

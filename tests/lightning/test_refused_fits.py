@@ -9,6 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from support.methods import METHODS, every_method, method, promises
+from support.refusing import RefusedError, refuse
 from torch import Tensor
 
 from sparse_callbacks import SparsityCallback
@@ -29,14 +30,6 @@ def fit(module: pl.LightningModule, *callbacks: Any, ckpt_path: Any = None, epoc
 def short(name: str) -> Any:
     """The callback with phases that end within an epoch."""
     return method(name, rounds=1, partitions=2 if promises(name, "one network") else 1)
-
-
-class RefusedError(ValueError):
-    """Raised by the hook under test."""
-
-
-def refuse(*_: Any, **__: Any) -> None:
-    raise RefusedError
 
 
 def hooks_before_the_first_batch(*callbacks: Any, ckpt_path: Any = None) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from support.data import loader
 from support.loops import METHODS
 from support.nets import Regression
-from support.sam import ClosureTwice, DataReplaced, NoInner, NothingKnown, TwoCalls, sgd
+from support.sam import ClosureTwice, DataReplaced, NoInner, NothingKnown, OtherNames, TwoCalls, sgd
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -256,6 +256,40 @@ def test_without_an_inner_optimizer_it_is_refused_and_nothing_is_changed(tmp_pat
     with pytest.raises(ValueError, match=r"NoInner moves the weights before it asks for gradients.*base_optimizer"):
         fit(module, Static(0.8, print_plan=False), tmp_path)
     assert all(torch.equal(p, q) for p, q in zip(module.parameters(), before, strict=True))
+
+
+class NoStep(TwoCalls):
+    """Its two calls alone, as the one in docs/sharpness.md."""
+
+    step = Optimizer.step
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        (NoStep, r"has no step\(\)"),
+        (OtherNames, "fails where no gradient was"),
+        (TwoCalls, "fails where no gradient was"),
+    ],
+)
+def test_two_calls_are_refused_where_the_trainer_steps(kind: Any, why: str, tmp_path: Path) -> None:
+    module = Automatic()
+    module.kind = kind
+    words = rf"{kind.__name__} cannot be stepped by step\(closure\) alone.*it {why}.*automatic_optimization = False"
+    with pytest.raises(ValueError, match=words):
+        fit(module, Static(0.8, print_plan=False), tmp_path)
+    assert not module.batches
+
+
+def test_an_optimizer_without_a_step_is_refused_where_the_trainer_steps(tmp_path: Path) -> None:
+    class Bare(Optimizer):
+        def __init__(self, parameters: Any, rho: float) -> None:
+            super().__init__(parameters, {"rho": rho})
+
+    module = Automatic()
+    module.kind = Bare
+    with pytest.raises(ValueError, match=r"Bare cannot be stepped by step\(closure\) alone.*it has no step"):
+        fit(module, Static(0.8, print_plan=False), tmp_path)
 
 
 def test_a_grad_scaler_is_refused(tmp_path: Path) -> None:

@@ -254,8 +254,8 @@ class ConstrainedL0(Method):
             # before the medians are taken: the gradients belong to the gates as they were in the step
             for constraint in (c for c in self._constraints if c.names[0] in kernels):
                 constraint.step(self.aux, self._pulls, rates)
-            self._pulls = {}
             for kernel in kernels:
+                del self._pulls[kernel]  # not those of another optimizer, whose step was announced before this one
                 self.gated.take_medians(kernel, self._log_alpha(kernel))
         # in manual optimization the batch may go on, with other steps
         if self._in_batch and not self.host.announces_steps:

@@ -31,6 +31,7 @@ def _(method: SMCP, saved: SavedRun) -> Collection[str]:
 def _(method: SMCP, saved: SavedRun, model: nn.Module) -> Mapping[str, Kept]:
     return {
         "scores.*": Kept(None),
+        "latest.*": Kept(None),
         "steps.*": Kept(dtype="int", low=0),
         "norm/*": Kept(low=0),
     }

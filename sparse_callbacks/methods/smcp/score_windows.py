@@ -1,7 +1,7 @@
 """Windows of scores: each group's sum over the steps since the last solve, and their number.
 
 Both are in ``aux``, under ``scores.<window>`` and ``steps.<window>``: a run that is resumed between two solves must not
-lose the steps before.
+lose the steps before. Of several optimizers the means of the last solve are there too, under ``latest.<window>``.
 """
 
 from collections.abc import Iterable, Mapping, MutableMapping
@@ -44,10 +44,11 @@ def refuse_lost_windows(saved: SavedRun, sizes: Mapping[str, int]) -> None:
         ValueError: a sum or a number of steps is missing, or has another shape.
     """
     for window, size in sizes.items():
-        for key, shape in ((f"scores.{window}", (size,)), (f"steps.{window}", ())):
+        for key in (f"scores.{window}", f"steps.{window}"):
             if key not in saved.aux:
                 raise damaged(f"it has no {key}, which a run of SMCP saves", saved.path)
-            if tuple(saved.aux[key].shape) != shape:
+        for key, shape in ((f"scores.{window}", (size,)), (f"steps.{window}", ()), (f"latest.{window}", (size,))):
+            if key in saved.aux and tuple(saved.aux[key].shape) != shape:
                 raise damaged(f"its {key} is {shown_short(saved.aux[key])}, and should be {list(shape)}", saved.path)
 
 
@@ -60,12 +61,25 @@ def add_to_window(aux: _Aux, window: str, scores: Tensor, finite: Tensor | bool)
 
 
 def mean_of_window(aux: _Aux, window: str) -> Tensor:
-    """Mean score of each unit over the steps of a window; 0 in an empty one."""
-    return aux[f"scores.{window}"] / aux[f"steps.{window}"].clamp(min=1)
+    """Mean score of each unit over the steps of a window; in an empty one that of the window before, as far as it was
+    kept, or else 0."""
+    steps = aux[f"steps.{window}"]
+    mean = aux[f"scores.{window}"] / steps.clamp(min=1)
+    latest = aux.get(f"latest.{window}")
+    return mean if latest is None else torch.where(steps > 0, mean, latest)
 
 
-def reset_windows(aux: _Aux, windows: Iterable[str]) -> None:
-    """Make those of ``windows`` empty that there are."""
-    for key in [f"{kind}.{window}" for window in windows for kind in ("scores", "steps")]:
-        if key in aux:
-            aux[key] = torch.zeros_like(aux[key])
+def reset_windows(aux: _Aux, windows: Iterable[str], keep_means: bool) -> None:
+    """Make those of ``windows`` empty that there are.
+
+    Args:
+        aux: the method's saved tensors by key.
+        windows: names of windows.
+        keep_means: whether the means so far stay, for a solve in the step of another optimizer that finds them empty.
+    """
+    for window in windows:
+        if keep_means and f"scores.{window}" in aux:
+            aux[f"latest.{window}"] = mean_of_window(aux, window)
+        for key in (f"scores.{window}", f"steps.{window}"):
+            if key in aux:
+                aux[key] = torch.zeros_like(aux[key])

@@ -125,7 +125,9 @@ class SMCP(Method):
         self.left_out: dict[str, str] = {}  # why the channels of the others stay, by the group's name
         self._grouped: dict[str, torch.Size] = {}  # shapes of the parameters that the groups were found with
         self._active: dict[str, Tensor] = {}  # which outputs of a consumer are kept
-        self._fresh: dict[str, Tensor] = {}  # scores of the step that is being taken, by window
+        self._fresh: dict[
+            int, dict[str, Tensor]
+        ] = {}  # scores by window, of the step that each optimizer is about to take
         self._optimizer_of: list[int] = []  # index of the optimizer that steps the layers of each group
         self._norms: dict[str, str] = {}  # the batch norm that takes each layer's output
         self._scores: list[Tensor] = []  # of the latest solve
@@ -197,15 +199,16 @@ class SMCP(Method):
 
     def before_step(self, step: Step) -> None:
         super().before_step(step)  # masks gradients of weights without a copy, as after the last solve; no others
-        # not into aux yet: a GradScaler may still skip the step
-        self._fresh = {}
+        # not into aux yet: a GradScaler may still skip the step. By optimizer: others may be announced before this one steps
+        self._fresh[step.index] = {}
         copied = [n for n in step.names if self.weights.has_copy(n)]
         if self.importance == "taylor" and copied:
+            self.weights.absorb_if_written(copied)  # such as a model that was loaded after the state of its run
             gradients = {n: g for n in copied if (g := step.gradient(n)) is not None}
             # dense weights times the gradient at the pruned ones: so pruned channels have scores too, and may come back
             inputs = reader_scores(self.groups, self._dense(gradients), gradients, self._active)
             found = {w: group_scores(g, inputs) for w, g in zip(self._windows(), self.groups, strict=True)}
-            self._fresh = {window: scores for window, scores in found.items() if scores is not None}
+            self._fresh[step.index] = {window: scores for window, scores in found.items() if scores is not None}
         # after the scores are taken: decay is not part of the gradient of the loss
         for name in copied if self.decay else ():
             gradient = self.params[name].grad
@@ -213,7 +216,7 @@ class SMCP(Method):
                 gradient.add_(self.weights.at_pruned(name, self.weights.dense_values(name)), alpha=self.decay)
 
     def after_step(self, step: Step) -> Update | None:
-        for window, scores in self._fresh.items():
+        for window, scores in self._fresh.pop(step.index).items():
             windows.add_to_window(self.aux, window, scores, step.finite_flag)
         return self.new_masks(step) if step.index in self._optimizer_of and step.due else None
 
@@ -231,8 +234,8 @@ class SMCP(Method):
         self._note_kept()
         self._scale_norms(step)
         # groups of other optimizers have had no solve, and go on with their windows
-        names = self._windows()
-        windows.reset_windows(self.aux, [names[g] for g in self._stepped_by(step)])
+        names, several = self._windows(), len(set(self._optimizer_of)) > 1
+        windows.reset_windows(self.aux, [names[g] for g in self._stepped_by(step)], keep_means=several)
         if step.number >= step.calendar.last:
             self.weights.end_copy(step.names)  # masks stay from here on, and pruned channels no longer learn
 
@@ -270,18 +273,34 @@ class SMCP(Method):
 
     def new_masks(self, step: Step) -> Update:
         self._scores = scores = self.scores()
-        # the budget is that of the whole network, so all groups take part in a solve. Those of optimizers that have had
-        # their last solve have one option: the channels that they keep
-        over = [self.progress.done.get(o, 0) >= self.times.stop for o in self._optimizer_of]
-        options = [torch.tensor([k]) if d else o for o, k, d in zip(self._options, self.kept, over, strict=True)]
-        values = [allocation.values_of(s, o, self.chunk) for s, o in zip(scores, options, strict=True)]
         share = self.share_at(step.number)
+        options = self._options_at(step, share * self.network.dense)
+        values = [allocation.values_of(s, o, self.chunk) for s, o in zip(scores, options, strict=True)]
         found = allocation.allocate(self.network, options, values, share * self.network.dense, self.kept)
         # each optimizer moves the masks of its own layers only, in a step that it has taken
         own = self._stepped_by(step)
         keeps = [allocation.best_units(scores[g], found.kept[g], self.chunk) for g in own]
         masks = prunable.consumer_masks([self.groups[g] for g in own], keeps, self.params)
         return Update(masks, self.own_figures(share=share, gap=found.gap))
+
+    def _options_at(self, step: Step, capacity: float) -> list[Tensor]:
+        """The numbers of units that each group may keep by a solve whose network costs at most ``capacity``.
+
+        The budget is that of the whole network, so all groups take part in a solve, but each optimizer moves the masks
+        of its own layers only. So groups of optimizers that have had their solve for this time, or a later one, have one
+        option, the channels that they keep: this solve shares out what they leave.
+        """
+        done, options = self.progress.done, self._options
+        # the second only where three optimizers or more step at different rates, and those ahead leave too little: then
+        # they take part as well, and follow in solves of their own, unless they have had their last one
+        for settled in (step.number, self.times.stop):
+            options = [
+                torch.tensor([kept]) if done.get(optimizer, 0) >= settled else all_options
+                for all_options, kept, optimizer in zip(self._options, self.kept, self._optimizer_of, strict=True)
+            ]
+            if allocation.fits(allocation.smallest_cost(self.network, options), capacity):
+                break
+        return options
 
     def _dense(self, names: Iterable[str]) -> dict[str, Tensor]:
         return {n: self.weights.dense_values(n) for n in names}
