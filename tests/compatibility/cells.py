@@ -163,5 +163,3 @@ def resumes(name: str, make: Callable[[], pl.LightningModule], folder: Path, **o
 def _second(name: str, module: pl.LightningModule, path: Path, options: dict[str, Any]) -> tuple[Any, Any, Any]:
     trainer, callback = train(name, module, ckpt_path=path, **options)
     return trainer, module, callback
-
-

@@ -50,7 +50,8 @@ def scenes() -> DataLoader[Any]:
     source = torch.Generator().manual_seed(0)
     box = torch.tensor([[2.0, 2.0, 11.0, 12.0]])
     samples = [
-        (torch.rand(2, 16, 16, generator=source), {"boxes": box, "labels": torch.tensor([1 + i % 3])}) for i in range(16)
+        (torch.rand(2, 16, 16, generator=source), {"boxes": box, "labels": torch.tensor([1 + i % 3])})
+        for i in range(16)
     ]
     return DataLoader(samples, batch_size=2, collate_fn=lambda batch: tuple(map(list, zip(*batch, strict=True))))  # type: ignore[arg-type]
 

@@ -316,4 +316,3 @@ def weights_only(name: str, folder: Path) -> None:
     (path,) = folder.glob("*.ckpt")
     plain.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
     assert_effective(plain, callback)
-

@@ -14,7 +14,7 @@ from sparse_callbacks.testing.comparison import differences
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 4])
 def of_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of several DDP processes found, over every method; one launch for all."""
     return run_processes("all", tmp_path_factory.mktemp("ranks"), request.param, ranks.__file__)
@@ -70,8 +70,12 @@ def test_ranks_whose_weights_differ_are_refused_with_the_name_of_the_layer(
         assert said[case].startswith(f"RuntimeError: the weights of {layer} are not the same on every rank"), said[case]
 
 
-def test_what_hardware_rounds_otherwise_is_not_refused(words: list[dict[str, str]]) -> None:
-    assert [said["rounding"] for said in words] == ["", ""]
+@pytest.mark.parametrize("case", ["rounding", "scores"])
+def test_what_hardware_rounds_otherwise_and_scores_of_one_rank_are_not_refused(
+    case: str, words: list[dict[str, str]]
+) -> None:
+    """Masks that ranks have computed from other scores are those of rank 0 on all of them."""
+    assert [said[case] for said in words] == ["", ""]
 
 
 @pytest.mark.parametrize(

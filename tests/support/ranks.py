@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
-from sparse_callbacks import Static, methods, sparsify
+from sparse_callbacks import SET, Static, methods, sparsify
 from sparse_callbacks.testing.comparison import assert_effective
 from sparse_callbacks.testing.data import Batches
 from sparse_callbacks.testing.networks import Classifier, conv_net
@@ -160,10 +160,19 @@ def ranks_that_differ(rank: int, world: int) -> dict[str, str]:
     found = {f"weights of {name}": trained(name, lambda w: w.mul_(1.01)) for name in STEADY}
     found["rounding"] = trained("rigl", lambda w: w.mul_(1 + 2e-7))
     found["seeds"] = run(method("rigl", seed=rank))
+    found["scores"] = run(OwnScores(0.8, every=2, stop=14, print_plan=False))
     found["lengths"] = run(method("set", stop=0.75), Batches(batches=8 - rank))
     found["lengths without times"] = run(Static(0.5, print_plan=False), Batches(batches=8 - rank))
     found["a loop"] = words_of(lambda: loop_that_differs(rank, world))
     return found
+
+
+class OwnScores(SET):
+    """Scores differ between ranks, as sums over data that nobody adds up do."""
+
+    def grow_scores(self, *arguments: Any) -> Any:
+        found = super().grow_scores(*arguments)
+        return found + torch.rand(found.shape, generator=torch.Generator().manual_seed(dist.get_rank()))
 
 
 def loop_that_differs(rank: int, world: int) -> None:
