@@ -8,20 +8,33 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from support.methods import method, moves, promises
 
 from sparse_callbacks.testing.comparison import assert_counts, assert_effective, differences, snapshot
 from sparse_callbacks.testing.data import Batches
 from sparse_callbacks.testing.runs import Stops, trainer_for
-from support.methods import method, moves, promises
 
-EXACT, REFUSED, DENSE, NOT_APPLICABLE = "exact", "refused", "dense", "n/a"
+EXACT, REFUSED, DENSE, NOT_APPLICABLE, NOT_RUN = "exact", "refused", "dense", "n/a", "not run"
+GROUPS = (
+    "precision",
+    "loops",
+    "tools",
+    "averages",
+    "freezing",
+    "checkpoints",
+    "loaders",
+    "models",
+    "processes",
+    "launchers",
+)
+"""Headings of the page, in their order."""
 
 
-class NotApplicable(Exception):
+class NotApplicable(Exception):  # noqa: N818 - an outcome, like the next one
     """The feature has no meaning with this method; the text says why."""
 
 
-class StaysDense(Exception):
+class StaysDense(Exception):  # noqa: N818
     """The run ends, and a part of it is not sparse, with a warning; the text is the warning."""
 
 
@@ -56,7 +69,12 @@ class Feature:
 
 
 FEATURES: dict[str, Feature] = {}
-"""Rows of the table by their titles, in their order."""
+"""Rows of the table by their titles, as they were registered."""
+
+
+def ordered() -> dict[str, Feature]:
+    """Rows of the table by their titles, in the order of the page."""
+    return dict(sorted(FEATURES.items(), key=lambda item: GROUPS.index(item[1].group)))
 
 
 def feature(group: str, title: str) -> Callable[[Callable[[str, Path], None]], Callable[[str, Path], None]]:

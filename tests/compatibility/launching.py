@@ -15,6 +15,8 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from pytorch_lightning.strategies import ModelParallelStrategy
+from support.methods import METHODS, method, moves, promises
+from support.processes import run_processes
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -24,8 +26,6 @@ from sparse_callbacks.testing.comparison import assert_counts, assert_effective,
 from sparse_callbacks.testing.data import Batches
 from sparse_callbacks.testing.networks import Classifier, conv_net
 from sparse_callbacks.testing.runs import trainer_for
-from support.methods import METHODS, method, moves, promises
-from support.processes import run_processes
 
 
 class Agrees(pl.Callback):

@@ -4,14 +4,15 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from compatibility.cells import DENSE, EXACT, FEATURES, NOT_APPLICABLE, REFUSED, Outcome
 from support.methods import CONFIGS, METHODS
+
+from compatibility.cells import DENSE, EXACT, GROUPS, NOT_APPLICABLE, NOT_RUN, REFUSED, Outcome, ordered
 
 PAGE = Path(__file__).parents[2] / "docs/compatibility.md"
 Table = Mapping[tuple[str, str], Outcome]
 """Outcomes by the title of a feature and the name of a method."""
 
-SYMBOLS = {EXACT: "✓", REFUSED: "✗", DENSE: "dense", NOT_APPLICABLE: "–"}
+SYMBOLS = {EXACT: "✓", REFUSED: "✗", DENSE: "dense", NOT_APPLICABLE: "o", NOT_RUN: "?"}
 WORDS = {symbol: word for word, symbol in SYMBOLS.items()}
 HEAD = """# What works with what
 
@@ -20,19 +21,22 @@ meaning. It is written by the runs themselves (CONTRIBUTING says how), one of th
 
 | cell | what the run has shown |
 | --- | --- |
-| ✓ | **exact**: after each step every weight outside of its mask is zero, at the end there are as many zeros as `plan()` announces (where the method announces a number), everything is finite, and masks have moved where the method moves them. Rows marked R: a run that goes on from a checkpoint ends bitwise where one ends that never stopped |
+| ✓ | **exact**, as below |
 | ✗ n | **refused** before the first batch, with the words of note n; nothing was changed |
 | dense n | trained, and a part of the network **stays dense**, with the warning of note n |
-| – n | **not applicable**, for the reason of note n |
+| o n | **not applicable**, for the reason of note n |
 
-Rows of several processes compare masks and weights of all ranks after each step. {times}
+**Exact** means: after each step every weight outside of its mask is zero; at the end there are as many zeros as `plan()` announces
+(where the method announces a number), everything is finite, and masks have moved where the method moves them. In rows marked R a run that
+goes on from a checkpoint ends bitwise where one ends that never stopped. In rows of several processes masks and weights are the same
+on all ranks after each step.
+
+{times}
 """
 RESUMED = ("precision", "loops", "checkpoints")
 NOT_RESUMED = ("16-mixed, with skipped steps", "a second fit", "a loop by hand", "Fabric", "weights only")
-TIMES = (
-    "Unequal numbers of training batches break DistributedDataParallel itself, which waits for ever for the rank that is "
-    "done; unequal sizes of batches do not. The detector is torchvision's RetinaNet over a small backbone."
-)
+TIMES = """Unequal numbers of training batches break DistributedDataParallel itself, which waits for ever for the rank that is done;
+unequal sizes of batches do not."""
 
 
 def column(name: str) -> str:
@@ -44,13 +48,13 @@ def written(table: Table) -> str:
     """The text of the page."""
     notes: dict[str, int] = {}
     lines = [HEAD.format(times=TIMES)]
-    for group in dict.fromkeys(f.group for f in FEATURES.values()):
+    for group in GROUPS:
         lines.append(f"\n## {group.capitalize()}\n")
         lines.append("| | " + " | ".join(map(column, METHODS)) + " |")
         lines.append("| --- |" + " :-: |" * len(METHODS))
-        for title, row in FEATURES.items():
+        for title, row in ordered().items():
             if row.group == group:
-                cells = [_cell(table[title, name], notes) for name in METHODS]
+                cells = [_cell(table.get((title, name), Outcome(NOT_RUN)), notes) for name in METHODS]
                 mark = " (R)" if group in RESUMED and title not in NOT_RESUMED else ""
                 lines.append(f"| {title}{mark} | " + " | ".join(cells) + " |")
     lines.append("\n## Notes\n")

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
-from compatibility import write
-from compatibility.cells import EXACT, FEATURES, REFUSED, Outcome, outcome_of
-from compatibility.page import PAGE, by_name, read, rows, written
 from support.methods import METHODS
+
+from compatibility import write
+from compatibility.cells import EXACT, FEATURES, REFUSED, Outcome, ordered, outcome_of
+from compatibility.page import PAGE, by_name, read, rows, written
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -18,8 +19,8 @@ SAMPLE = [(title, METHODS[(3 * index) % len(METHODS)]) for index, title in enume
 
 
 def test_rows_and_columns_are_those_of_the_code() -> None:
-    assert rows(PRINTED) == list(FEATURES)
-    assert list(PRINTED) == [(title, name) for title in FEATURES for name in METHODS]
+    assert rows(PRINTED) == list(ordered())
+    assert list(PRINTED) == [(title, name) for title in ordered() for name in METHODS]
 
 
 def test_the_page_is_what_its_own_table_writes() -> None:

@@ -12,6 +12,7 @@ from lightning_fabric import Fabric
 from pytorch_lightning.callbacks import BackboneFinetuning, ModelCheckpoint, StochasticWeightAveraging
 from pytorch_lightning.plugins.precision import MixedPrecision
 from pytorch_lightning.tuner import Tuner
+from support.methods import method
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -21,7 +22,6 @@ from sparse_callbacks.testing.comparison import assert_effective, differences, s
 from sparse_callbacks.testing.data import Batches
 from sparse_callbacks.testing.networks import ByHand, Classifier, Rivals, conv_net
 from sparse_callbacks.testing.runs import trainer_for
-from support.methods import method
 
 # ---------------------------------------------------------------------- precision
 

@@ -11,14 +11,14 @@ import warnings
 from pathlib import Path
 
 import torch
-
-from compatibility import launching, models, training
-from compatibility.cells import FEATURES, Feature, Outcome, outcome_of
-from compatibility.page import PAGE, by_name, read, written
 from support.methods import METHODS
 
+from compatibility import launching, models, training
+from compatibility.cells import Feature, Outcome, ordered, outcome_of
+from compatibility.page import PAGE, by_name, read, written
+
 PARTS = (training, models, launching)
-"""The modules that make the rows, in the order of the page."""
+"""The modules that make the rows."""
 
 
 def outcomes(row: Feature) -> dict[str, Outcome]:
@@ -43,15 +43,15 @@ def main(words: list[str]) -> None:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     table = by_name(read(PAGE.read_text())) if words and PAGE.exists() else {}
-    for title, row in FEATURES.items():
+    for title, row in ordered().items():
         if words and not any(word in f"{title} {row.group}" for word in words):
             continue
         begun = time.monotonic()
         found = outcomes(row)
         table |= {(title, name): cell for name, cell in found.items()}
+        PAGE.write_text(written(table))  # at once, as a row of several processes may fail on a busy machine
         seen = " ".join(cell.word for cell in found.values())
         print(f"{time.monotonic() - begun:6.1f} s  {title}: {seen}", flush=True)
-    PAGE.write_text(written(table))
 
 
 if __name__ == "__main__":
