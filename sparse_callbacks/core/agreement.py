@@ -44,9 +44,9 @@ def refuse_unequal_runs(method: Method, length: Callable[[], float]) -> None:
         )
     if least[1:] != most[1:]:
         raise ValueError(
-            f"the run has {least[1]:g} optimizer steps on one rank and {most[1]:g} on another, so {name}'s updates would "
-            "fall at other steps, and DistributedDataParallel waits for ever for the rank that is done. Give all ranks "
-            "equally many batches: a DistributedSampler, drop_last=True, or limit_train_batches=."
+            f"the run has {least[1]:g} optimizer steps on one rank and {most[1]:g} on another: DistributedDataParallel waits "
+            "for ever for the rank that is done, and updates of the masks would fall at other steps. Give all ranks equally "
+            "many batches: a DistributedSampler, drop_last=True, or limit_train_batches=."
         )
 
 
