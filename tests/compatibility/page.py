@@ -34,7 +34,14 @@ on all ranks after each step.
 {times}
 """
 RESUMED = ("precision", "loops", "checkpoints")
-NOT_RESUMED = ("16-mixed, with skipped steps", "a second fit", "a loop by hand", "Fabric", "weights only")
+NOT_RESUMED = (
+    "16-mixed, with skipped steps",
+    "a second fit",
+    "a loop by hand",
+    "Fabric",
+    "on an exception",
+    "weights only",
+)
 TIMES = """Unequal numbers of training batches break DistributedDataParallel itself, which waits for ever for the rank that is done;
 unequal sizes of batches do not."""
 
@@ -83,7 +90,7 @@ def read(text: str) -> dict[tuple[str, str], Outcome]:
         if len(cells) != len(METHODS) + 1:
             continue
         if not WORDS.keys() & {c.split(" ")[0] for c in cells[1:]}:
-            columns = cells[1:] if cells[1] != "---" else columns
+            columns = cells[1:] if cells[1] != ":-:" else columns
             continue
         for name, cell in zip(columns, cells[1:], strict=True):
             symbol, _, number = cell.partition(" ")

@@ -70,11 +70,10 @@ def test_ranks_whose_weights_differ_are_refused_with_the_name_of_the_layer(
         assert said[case].startswith(f"RuntimeError: the weights of {layer} are not the same on every rank"), said[case]
 
 
-@pytest.mark.parametrize("case", ["rounding", "scores"])
-def test_what_hardware_rounds_otherwise_and_scores_of_one_rank_are_not_refused(
-    case: str, words: list[dict[str, str]]
-) -> None:
-    """Masks that ranks have computed from other scores are those of rank 0 on all of them."""
+@pytest.mark.parametrize("case", ["rounding", "scores", "addresses"])
+def test_what_may_differ_between_ranks_is_not_refused(case: str, words: list[dict[str, str]]) -> None:
+    """What hardware rounds otherwise, where objects lie in memory, and scores: masks that are computed from them are
+    those of rank 0 on all ranks."""
     assert [said[case] for said in words] == ["", ""]
 
 

@@ -160,6 +160,8 @@ def ranks_that_differ(rank: int, world: int) -> dict[str, str]:
     found = {f"weights of {name}": trained(name, lambda w: w.mul_(1.01)) for name in STEADY}
     found["rounding"] = trained("rigl", lambda w: w.mul_(1 + 2e-7))
     found["seeds"] = run(method("rigl", seed=rank))
+    loaders = [object() for _ in range(rank)], DataLoader(TensorDataset(Batches().x), batch_size=6)
+    found["addresses"] = run(method("ctre", every=3, stop=8, statistics_dataloader=loaders[1]))
     found["scores"] = run(OwnScores(0.8, every=2, stop=14, print_plan=False))
     found["lengths"] = run(method("set", stop=0.75), Batches(batches=8 - rank))
     found["lengths without times"] = run(Static(0.5, print_plan=False), Batches(batches=8 - rank))
