@@ -141,6 +141,7 @@ def test_there_are_examples_and_commands() -> None:
     assert [page.stem for page in PAGES if fences(page, "python")] == [
         "README",
         "channels",
+        "distributed",
         "loops",
         "methods",
         "sharpness",

@@ -69,6 +69,13 @@ def mean_of_any(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> di
     return dict(zip(keys, mean(mine), strict=True))
 
 
+def extremes(mine: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest value over ranks of each element."""
+    both = torch.stack([-mine, mine])
+    dist.all_reduce(both, op=dist.ReduceOp.MAX)
+    return -both[0], both[1]
+
+
 def from_owners(tensors: Mapping[str, Tensor], owner: Mapping[str, int]) -> dict[str, Tensor]:
     """Each tensor as the rank that owns it has it, copied to every rank.
 

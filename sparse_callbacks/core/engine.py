@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from sparse_callbacks.core import optimizers as torch_optimizers
 from sparse_callbacks.core import topology
+from sparse_callbacks.core.agreement import refuse_unequal_weights
 from sparse_callbacks.core.checkpoint import SavedRun, state_of
 from sparse_callbacks.core.first_gradients import SilenceWarning
 from sparse_callbacks.core.gradient_care import GradientCare
@@ -30,7 +31,8 @@ from sparse_callbacks.core.thawed import have_moved, thawed_names
 from sparse_callbacks.core.topology import EverActive, Update
 from sparse_callbacks.core.weights import SparseWeights
 
-ROOTS_EVERY = 100  # steps between two calls of optimizers.avoid_slow_square_roots: what it writes decays
+# steps between two calls of optimizers.avoid_slow_square_roots (what it writes decays), and two looks at other ranks
+ROOTS_EVERY = 100
 
 
 class Engine:
@@ -340,10 +342,12 @@ class Engine:
             self._take(step, update)
         if count.at_most() % ROOTS_EVERY == 1:
             self._care.clean_state(step)
+            refuse_unequal_weights(method, step.names)  # of methods without updates, and after the last one
 
     def _take(self, step: Step, update: Update) -> None:
         """Make the masks of an update those of the network, and keep its figures for the log."""
         method = self.method
+        refuse_unequal_weights(method, step.names)  # before all ranks take one mask, behind which other weights may lie
         owners = method.owners if keeps_optimizers(method) else None
         changed = topology.take(method.weights, owners, update.masks, lambda name: method.new_weights(step, name))
         method.progress.mark_done(step.index)

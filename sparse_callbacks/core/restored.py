@@ -109,7 +109,7 @@ def _describe(
     method.weights = SparseWeights(params, {e.name: e for e in entries if not e.reason}, saved.masks)
     method.aux = aux_on_devices(saved.aux, params)
     method.progress = Progress.restored(method.first_update, saved.progress)
-    method.calendar = _calendar(method, saved.times)
+    method.calendar = calendar_of(method, saved.times)
 
 
 def _entries_and_targets(method: Method, model: nn.Module, saved: SavedRun) -> tuple[list[Entry], dict[str, float]]:
@@ -124,7 +124,7 @@ def _entries_and_targets(method: Method, model: nn.Module, saved: SavedRun) -> t
     return list(method.further_members(model, entries)), targets
 
 
-def _calendar(method: Method, times: Sequence[int]) -> Calendar | None:
+def calendar_of(method: Method, times: Sequence[int]) -> Calendar | None:
     """The calendar that was saved as ``times``."""
     if not times:
         return None

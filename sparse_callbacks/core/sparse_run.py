@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
+from sparse_callbacks.core.agreement import refuse_unequal_runs
 from sparse_callbacks.core.averages import HeldAverages
 from sparse_callbacks.core.before_run import BeforeRun
 from sparse_callbacks.core.calendar import RunLength
@@ -97,6 +98,7 @@ class SparseRun:
         self._binding.bind(entries)
         if method.start is not None:
             method.calendar = method.make_calendar(self._length)
+        refuse_unequal_runs(method, self._length.total)
         method.rehearse()
         if method.print_plan:
             self._host.inform(str(method.plan()))

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sparse_callbacks.core import distributed
+from sparse_callbacks.core.agreement import refuse_unequal_runs, refuse_unequal_weights
 from sparse_callbacks.core.awaited import for_targets, why_never, with_awaited
 from sparse_callbacks.core.before_run import BeforeRun
 from sparse_callbacks.core.checkpoint import SavedRun, check_state
@@ -18,6 +19,7 @@ from sparse_callbacks.core.distributions import why_all_active
 from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.hooks import BatchEnd
 from sparse_callbacks.core.method import Method
+from sparse_callbacks.core.restored import calendar_of
 from sparse_callbacks.core.selection import NOT_TRAINED, layer_shapes, select
 from sparse_callbacks.core.unseen_steps import StepWatch
 from sparse_callbacks.lightning import accumulation, averaging, curves, open_window, optimizer_lives, spawned
@@ -146,6 +148,7 @@ class SparsityCallback(Method, AnyCallback):
         if self.start is not None:
             # not in on_fit_start: asked there for the run's length, Lightning makes its loader and forgets to resume it
             self._begin_calendar(trainer)
+        refuse_unequal_runs(self, lambda: accumulation.run_length(trainer))
         optimizer_lives.check_schedules(trainer, self)
         self.fit_state.accumulates = accumulation.factor_in(trainer, trainer.current_epoch)
         self.fit_state.last_epoch, self.fit_state.cut_off = -1, False
@@ -165,6 +168,7 @@ class SparsityCallback(Method, AnyCallback):
         self.engine.events |= self.begin_training(trainer.current_epoch) or {}
         if not trainer.fast_dev_run:  # whose epoch has a batch or two
             self.engine.expect_gradients(trainer.current_epoch)
+        self.fit_state.resumed = self.saved is not None
         self.saved = None  # from here on the run speaks for itself
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -255,8 +259,7 @@ class SparsityCallback(Method, AnyCallback):
         self.epoch_end(curves.logged_metrics(trainer), trainer.current_epoch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.step:  # a run that goes on behind its last batch is not one that was refused
-            self.fit_state.before = None
+        refuse_unequal_weights(self, self.params)
         if self.figures() and trainer.global_step not in (0, self.fit_state.logged_at):  # which go on between updates
             self._log(trainer)
         if trainer.fast_dev_run:
@@ -295,11 +298,15 @@ class SparsityCallback(Method, AnyCallback):
         if stage == "fit":
             averaging.end_with_averages(self, trainer, pl_module)
         self._leave(pl_module)
-        if self.fit_state.before is not None and self.saved is None:
+        fit = self.fit_state
+        if fit.before is not None and self.saved is None and not fit.resumed:
             # no batch came: these masks were never those of the weights. A run that was over already when it was resumed
-            # has brought its own.
-            self.fit_state.before.bring_back(self)
-        self.fit_state.restored = self.fit_state.before = self.saved = None
+            # has brought its own, and so has one of which only the end of an epoch was left.
+            fit.before.bring_back(self)
+        elif fit.before is not None and self.saved is not None:  # over already: its calendar was never made anew
+            self.calendar = calendar_of(self, self.saved.times)
+        fit.restored = fit.before = self.saved = None
+        fit.resumed = False
         if stage == "fit":
             spawned.hand_over(self, trainer)
 

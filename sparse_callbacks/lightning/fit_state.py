@@ -44,3 +44,5 @@ class FitState:
     """The current epoch trains nothing: it was added to gather the statistics of batch norms."""
     last_epoch: int = -1
     """The epoch of the latest batch."""
+    resumed: bool = False
+    """Training has begun, and goes on from a checkpoint."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import processes
 from support.methods import every_steady_method, moves
-from support.processes import run_two_processes
+from support.processes import run_processes
 
 from sparse_callbacks.testing.comparison import differences
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two DDP processes found, over every method; one launch for all."""
-    return run_two_processes("replicas", tmp_path_factory.mktemp("ddp"))
+    return run_processes("replicas", tmp_path_factory.mktemp("ddp"))
 
 
 @every_steady_method
@@ -26,6 +26,7 @@ def test_ranks_hold_the_same_masks(name: str, two_processes: list[dict[str, Any]
         assert differences(one[run], other[run]) == []
     assert differences(one["noisy"]["masks"], other["noisy"]["masks"]) == []
     assert differences(one["noisy"]["end"]["masks"], other["noisy"]["end"]["masks"]) == []
+    # other hardware rounds otherwise, which is no reason to end a run
     assert differences(one["noisy"]["end"]["weights"], other["noisy"]["end"]["weights"]) != []
 
 

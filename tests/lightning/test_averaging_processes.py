@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from support import processes
-from support.processes import run_two_processes
+from support.processes import run_processes
 
 from sparse_callbacks.testing.comparison import differences
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     """What each of two DDP processes found; one launch for all."""
-    return run_two_processes("averages", tmp_path_factory.mktemp("averages"))
+    return run_processes("averages", tmp_path_factory.mktemp("averages"))
 
 
 @pytest.mark.parametrize("case", processes.AVERAGED, ids="-".join)

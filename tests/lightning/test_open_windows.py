@@ -9,7 +9,7 @@ from pytorch_lightning.plugins.precision import MixedPrecision
 from support import processes
 from support.inside import skipped_steps
 from support.methods import every_steady_method, method, moves
-from support.processes import run_two_processes
+from support.processes import run_processes
 from torch import Tensor, nn
 
 from sparse_callbacks import SparsityCallback
@@ -24,7 +24,7 @@ from sparse_callbacks.testing.runs import Stops, fit
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two DDP processes found in manual optimization, over every method; one launch for all."""
-    return run_two_processes("windows", tmp_path_factory.mktemp("ddp"))
+    return run_processes("windows", tmp_path_factory.mktemp("ddp"))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import processes
 from support.methods import method
-from support.processes import STRIDED, run_two_processes
+from support.processes import STRIDED, run_processes
 
 from sparse_callbacks.testing.comparison import assert_effective, differences
 from sparse_callbacks.testing.networks import Classifier
@@ -16,7 +16,7 @@ from sparse_callbacks.testing.runs import fit
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two DDP processes found; one launch for all."""
-    return run_two_processes("strided", tmp_path_factory.mktemp("ddp"))
+    return run_processes("strided", tmp_path_factory.mktemp("ddp"))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from support.processes import run_two_processes
+from support.processes import run_processes
 from support.sam import ClosureTwice
 from support.schedule_free import schedule_free
 from support.thawing import BACKBONE, EPOCH, HEAD, JOINING, SIZES, Records, Thaws, Transfer, assert_masked, zeros
@@ -215,7 +215,7 @@ def test_no_warning_of_silent_parameters_misfires(tmp_path: Path, recwarn: pytes
 
 
 def test_two_processes_give_a_thawed_layer_the_same_masks_and_say_what_ddp_does_not(tmp_path: Path) -> None:
-    one, other = run_two_processes("thawed", tmp_path)
+    one, other = run_processes("thawed", tmp_path)
     for name, found in one.items():
         assert [len(masks) for masks in found["masks"]] == [1] * EPOCH + [3] * (3 * EPOCH)
         for mine, theirs in zip(found["masks"], other[name]["masks"], strict=True):

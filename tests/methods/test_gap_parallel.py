@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from support import processes
 from support.inside import after_epoch_starts, kept_of_the_round
-from support.processes import run_two_processes
+from support.processes import run_processes
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -244,7 +244,7 @@ def test_magnitude_masks_at_the_start() -> None:
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_two_processes("workers", tmp_path_factory.mktemp("gap"))
+    return run_processes("workers", tmp_path_factory.mktemp("gap"))
 
 
 def test_two_processes_equal_one_bit_by_bit(two_processes: list[dict[str, Any]]) -> None:

@@ -25,9 +25,11 @@ from support.methods import STEADY, method
 from support.thawing import run_thawed
 
 
-def run_two_processes(program: str, folder: Path) -> list[dict[str, Any]]:
-    """What each of the two ranks of one run found: this module runs as ``program``, one of ``programs`` below, and
-    each rank writes FOLDER/<rank>.pt."""
+def run_processes(program: str, folder: Path, world: int = 2, script: str = __file__) -> list[dict[str, Any]]:
+    """Run a script as the ranks of one run, each of which writes FOLDER/<rank>.pt; gives what they have written.
+
+    ``program`` of this module is one of ``programs`` below.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -35,24 +37,24 @@ def run_two_processes(program: str, folder: Path) -> list[dict[str, Any]]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "NODE_RANK": "0",
-        "WORLD_SIZE": "2",
+        "WORLD_SIZE": str(world),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
     }
-    command = [sys.executable, __file__, program, str(folder)]
+    command = [sys.executable, script, program, str(folder)]
     processes = [
         subprocess.Popen(
             command, env=os.environ | shared | {"LOCAL_RANK": rank}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
-        for rank in ("0", "1")
+        for rank in map(str, range(world))
     ]
     try:
         outputs = [p.communicate(timeout=240)[0].decode() for p in processes]
     finally:
         for p in processes:
             p.kill()
-    assert [p.returncode for p in processes] == [0, 0], "\n".join(outputs)[-4000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    assert [p.returncode for p in processes] == [0] * world, "\n".join(outputs)[-4000:]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
 # ---------------------------------------------------------------------- equal replicas, for every method
@@ -70,7 +72,7 @@ def matrices(seed: int, dtype: torch.dtype = torch.float64) -> nn.Module:
 
 
 class Noise(pl.Callback):
-    """Makes the reduced gradients of one rank differ a little, as other hardware may."""
+    """Makes the reduced gradients of one rank differ in their last digits, as other hardware may."""
 
     def __init__(self, scale: float) -> None:
         self.scale = scale
@@ -166,7 +168,7 @@ def run_replicas(folder: Path) -> None:
         results[name] = {
             "whole": whole,
             "resumed": train_replica(name, rank, world, ckpt_path=stops.path(REPLICA_STOP)),
-            "noisy": train_replica(name, rank, world, noise=0.2 * rank),
+            "noisy": train_replica(name, rank, world, noise=1e-14 * rank),
             "single": train_replica(name, rank, world, dtype=torch.float32, restart=False),
             "fabric": [train_in_fabric(name, rank, world, first) for first in (True, False)],
         }
