@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sparse_callbacks.core.before_run import BeforeRun
 from sparse_callbacks.core.calendar import RunLength
 from sparse_callbacks.core.checkpoint import refuse_other_model
+from sparse_callbacks.core.cut_weights import ResumedWeights
 from sparse_callbacks.core.distributions import why_all_active
 from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.host import Forward
@@ -105,6 +106,8 @@ class SparseRun:
         engine.write()
         if method.saved is None:
             driver.before_masks = ValuesBeforeMasks(values, method.params)
+        else:
+            driver.resumed = ResumedWeights(method, method.saved, values)
         method.attachment.in_training = True
         engine.events |= method.begin_training(self._epoch)
         engine.expect_gradients(self._epoch, self._length.epoch())

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from sparse_callbacks.core.checkpoint import SavedRun, check_state, misfit
 from sparse_callbacks.core.checkpoint_file import refuse_broken
+from sparse_callbacks.core.cut_weights import count_cut
 from sparse_callbacks.core.error_text import first_line
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.selection import NOT_TRAINED, select
@@ -58,10 +59,11 @@ def look_before_loading(trainer: Any, module: LightningModule, methods: Sequence
         if not is_tuner_checkpoint(path):
             refuse_other_parts(found, path)
             _refuse_other_progress(found["loops"], path, trainer)
-            for method in methods:
-                if not method.fresh_start:
-                    _refuse_other_state(method, found, module, path)
-            _refuse_other_weights(found["state_dict"], module, path)
+            resumed = [(m, _refuse_other_state(m, found, module, path)) for m in methods if not m.fresh_start]
+            if not _others_load(trainer, module, methods):
+                _refuse_other_weights(found["state_dict"], module, path)
+                for method, saved in resumed:
+                    _refuse_cut_weights(method, saved, found["state_dict"])
         return found
 
     strategy.load_checkpoint = load_checkpoint
@@ -145,8 +147,8 @@ def _why_other_progress(there: Any, here: Any, name: str) -> str:
     return next((why for pair in pairs if (why := _why_other_progress(*pair))), "")
 
 
-def _refuse_other_state(method: Method, found: Mapping[str, Any], module: LightningModule, path: object) -> None:
-    """Refuse a state that the method cannot go on from."""
+def _refuse_other_state(method: Method, found: Mapping[str, Any], module: LightningModule, path: object) -> SavedRun:
+    """The saved run of a method, which can go on from it."""
     state = found["callbacks"].get(getattr(method, "state_key", None))
     saved = SavedRun.of(check_state(state, method.arguments, type(method).__name__, path), path)
     if not found["optimizer_states"]:  # which Lightning would not notice
@@ -157,7 +159,7 @@ def _refuse_other_state(method: Method, found: Mapping[str, Any], module: Lightn
     # which parameters the optimizers will have is not known yet, and was known when the masks were made
     entries = select(module, method.include, method.exclude, method.keep_dense)
     if any(e.reason in NOT_TRAINED for e in entries if e.name in saved.masks):
-        return  # frozen now: whether a callback thaws it before on_fit_start shows there
+        return saved  # frozen now: whether a callback thaws it before on_fit_start shows there
     entries = [e if e.name in saved.masks else replace(e, reason=e.reason or "not in the checkpoint") for e in entries]
     method.saved = saved  # some methods plan by the saved masks
     try:
@@ -165,6 +167,7 @@ def _refuse_other_state(method: Method, found: Mapping[str, Any], module: Lightn
         refuse_impossible(method, saved, module, planned, optimizers=0)
     finally:
         method.saved = None
+    return saved
 
 
 def _fits(value: Any, parameter: Tensor) -> bool:
@@ -181,11 +184,28 @@ def _renames_keys(module: torch.nn.Module) -> bool:
     return bool(module._load_state_dict_pre_hooks) or not ours
 
 
+def _others_load(trainer: Any, module: LightningModule, methods: Sequence[Method]) -> bool:
+    """Whether code of the user's may make other weights of those in the file."""
+    own = type(module).load_state_dict is not torch.nn.Module.load_state_dict
+    hooked = own or overrides(module, "on_load_checkpoint") or any(map(_renames_keys, module.modules()))
+    others = [
+        c for c in trainer.callbacks if c not in methods and not type(c).__module__.startswith("sparse_callbacks.")
+    ]
+    return hooked or any(overrides(callback, "on_load_checkpoint") for callback in others)
+
+
+def _refuse_cut_weights(method: Method, saved: SavedRun, weights: Mapping[str, Any]) -> None:
+    """Refuse weights of another run than that of the masks, which would cut them."""
+    for name in saved.masks:
+        if name in weights and (cut := count_cut(method, saved, name, weights[name])):
+            raise ValueError(
+                f"{saved.path} holds weights of {name} that its own masks cut: {cut} of them are not 0 where the mask is. "
+                f"They are of another run, or were changed since. {_ADVICE} For new masks give fresh_start=True."
+            )
+
+
 def _refuse_other_weights(weights: Mapping[str, Any], module: LightningModule, path: object) -> None:
     """Refuse weights that the model cannot take, of which torch would load those that come first."""
-    own = type(module).load_state_dict is not torch.nn.Module.load_state_dict
-    if own or overrides(module, "on_load_checkpoint") or any(map(_renames_keys, module.modules())):
-        return  # the user's code may make others of them
     # lazy parameters have no shape yet
     here = {n: p for n, p in module.named_parameters() if not is_lazy(p)}
     lost = [n for n in here if n not in weights] if module.strict_loading else []
