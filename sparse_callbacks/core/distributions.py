@@ -276,7 +276,7 @@ def check_rules(rules: Mapping[Any, Any]) -> None:
             "a distribution."
         )
     for glob, value in rules.items():
-        if isinstance(value, Real) and not isinstance(value, bool) and not 0.0 <= value < 1.0:
+        if isinstance(value, Real) and not isinstance(value, bool) and not 0.0 <= float(value) < 1.0:
             raise ValueError(
                 f"distribution: the sparsity {value!r} of {glob!r} is not a number between 0 and 1 (without 1): "
                 "it is the fraction of zeros. For 90 % zeros write 0.9."

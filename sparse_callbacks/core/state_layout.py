@@ -57,6 +57,20 @@ def _texts(value: Any) -> str:
     return f"is {shown_short(value)} and not texts by name"
 
 
+def _names_by_part(value: Any) -> str:
+    if (
+        isinstance(value, Mapping)
+        and value.keys() <= set(_LISTED)
+        and all(_are_texts(names) for names in value.values())
+    ):
+        return ""
+    return f"is {shown_short(value)} and not lists of names"
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
 def _calendar(value: Any) -> str:
     if not isinstance(value, list | tuple) or len(value) not in (0, 3, 4) or not all(map(is_count, value)):
         return f"is {shown_short(value)} and not the three or four whole numbers of a calendar, or none"
@@ -109,6 +123,7 @@ def _gradient(tensor: Tensor) -> str:
     return "" if differentiable else f"is {shown_short(tensor)} and not a gradient"
 
 
+_LISTED = ("arguments", "aux", "dense")
 LAYOUT: Mapping[str, Check] = {
     "arguments": _texts,
     "times": _calendar,
@@ -117,6 +132,7 @@ LAYOUT: Mapping[str, Check] = {
     "updates": _count,
     "masks": _tensors(_mask),
     "zeros": _counts_by_name,
+    "names": _names_by_part,
     "aux": _tensors(why_not_whole),
     "dense": _tensors(_floats),
     "grads": _tensors(_gradient),
@@ -124,8 +140,21 @@ LAYOUT: Mapping[str, Check] = {
     "window_open": _truth,
 }
 """What each part of a state must be."""
-# callbacks save no counts of zeros, those of the first weeks no dense values, and gradients are saved only in a window
-_MAY_LACK = ("zeros", "dense", "grads", "dense_grads", "window_open")
+# version 0.1 saved no inventory, that of the first weeks no dense values, and gradients are saved only in a window
+_MAY_LACK = ("zeros", "names", "dense", "grads", "dense_grads", "window_open")
+
+
+def inventory(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What a state should hold: a checksum of it, as no plan says what a run that was made shorter has pruned, and as
+    some tensors come only with time.
+
+    Args:
+        state: the state of a method, as it is saved.
+    """
+    return {
+        "zeros": {name: int((~mask).sum()) for name, mask in state["masks"].items()},
+        "names": {part: sorted(state[part]) for part in _LISTED},
+    }
 
 
 def refuse_damaged(state: Mapping[str, Any], path: object) -> None:
@@ -162,6 +191,10 @@ def _contradiction(state: Mapping[str, Any]) -> str:
     if wrong := [name for name in zeros if zeros[name] != counts[name]]:
         counted = f"has {zeros[wrong[0]]} zeros, and {counts[wrong[0]]} were counted when it was saved"
         return f"its mask of {shown_short(wrong[0])} {counted}"
+    for part, names in state.get("names", {}).items():
+        if wrong := sorted(set(names) ^ state.get(part, {}).keys()):
+            has = "and had it not" if wrong[0] in state.get(part, {}) else "no more, and had it"
+            return f"it has {shown_short(wrong[0])} in {part!r} {has} when it was saved"
     if foreign := [name for name in state.get("dense", {}) if name not in state["masks"]]:
         return f"it has dense values of {shown_short(foreign[0])}, and no mask"
     return ""

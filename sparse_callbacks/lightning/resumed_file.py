@@ -3,10 +3,12 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from fsspec.core import url_to_fs
 from pytorch_lightning import LightningModule
 from torch import Tensor
 from torch.nn.parameter import is_lazy
@@ -18,7 +20,7 @@ from sparse_callbacks.core.error_text import first_line
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.selection import NOT_TRAINED, select
 from sparse_callbacks.core.state_claims import refuse_impossible
-from sparse_callbacks.core.state_layout import is_count, shown_short, why_not_whole
+from sparse_callbacks.core.state_layout import inventory, is_count, shown_short, why_not_whole
 from sparse_callbacks.lightning.refusals import is_tuner_checkpoint, overrides
 
 _ADVICE = "Resume from another checkpoint of the run (ckpt_path=)."
@@ -34,6 +36,8 @@ _PARTS: Mapping[str, Callable[[Any], bool]] = {
     "epoch": is_count,
     "global_step": is_count,
 }
+_INVENTORY = "sparse_callbacks"
+"""Key in a checkpoint, under which add_inventory() writes by the keys of callbacks."""
 _COUNTERS = ("ready", "started", "processed", "completed")
 
 
@@ -69,6 +73,31 @@ def look_before_loading(trainer: Any, module: LightningModule, methods: Sequence
     strategy.load_checkpoint = load_checkpoint
 
 
+def add_inventory(key: str, checkpoint: dict[str, Any]) -> None:
+    """Write down beside the state of a callback what it should hold.
+
+    Not in it: the layout of the state is that of version 0.1, which reads it too.
+
+    Args:
+        key: the callback's key.
+        checkpoint: what is about to be saved, with the states of all callbacks.
+    """
+    state = checkpoint.get("callbacks", {}).get(key)
+    if state and "masks" in state:
+        checkpoint.setdefault(_INVENTORY, {})[key] = inventory(state)
+
+
+def _with_inventory(key: str, checkpoint: Mapping[str, Any]) -> Any:
+    """The state of a callback in a checkpoint, with what :func:`add_inventory` has written of it."""
+    state, listed = checkpoint["callbacks"].get(key), checkpoint.get(_INVENTORY, {})
+    written = listed.get(key, {}) if isinstance(listed, Mapping) else listed
+    if not isinstance(state, Mapping) or written == {}:  # version 0.1 wrote none
+        return state
+    if not isinstance(written, Mapping) or written.keys() != {"zeros", "names"}:
+        written = {"names": shown_short(written)}  # which is refused
+    return {**state, **written}
+
+
 def stop_looking(trainer: Any) -> None:
     """Undo :func:`look_before_loading`."""
     vars(trainer.strategy).pop("load_checkpoint", None)
@@ -77,12 +106,15 @@ def stop_looking(trainer: Any) -> None:
 def _read(read: Callable[[], Any], path: Any, reader: str) -> Any:
     """What ``read`` gives, with one kind of error for a file that is damaged.
 
-    A path that is not a local file, one that is missing, and one that a CheckpointIO of the user's reads are left to
-    whoever reads them.
+    A file on a web server, which torch downloads, one that is missing, and one that a CheckpointIO of the user's reads
+    are left to whoever reads them.
     """
-    if reader != "TorchCheckpointIO" or not Path(path).exists():
+    if reader != "TorchCheckpointIO" or str(path).startswith("http"):
         return read()
-    refuse_broken(Path(path), _ADVICE)
+    files, place = url_to_fs(str(path))  # as Lightning does
+    if not files.exists(place):
+        return read()
+    refuse_broken(path, _ADVICE, None if Path(path).exists() else partial(files.open, place, "rb"))
     try:
         return read()
     except Exception as error:  # whatever torch's reader finds in a file that is another one
@@ -149,7 +181,7 @@ def _why_other_progress(there: Any, here: Any, name: str) -> str:
 
 def _refuse_other_state(method: Method, found: Mapping[str, Any], module: LightningModule, path: object) -> SavedRun:
     """The saved run of a method, which can go on from it."""
-    state = found["callbacks"].get(getattr(method, "state_key", None))
+    state = _with_inventory(getattr(method, "state_key", ""), found)
     saved = SavedRun.of(check_state(state, method.arguments, type(method).__name__, path), path)
     if not found["optimizer_states"]:  # which Lightning would not notice
         raise ValueError(f"{path} is damaged: it has no states of optimizers, and steps were taken. {_ADVICE}")
