@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fsspec.core import url_to_fs
 from pytorch_lightning import LightningModule
+from pytorch_lightning.core.saving import get_filesystem  # type: ignore[attr-defined]  # where Lightning uses it
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
@@ -111,10 +111,10 @@ def _read(read: Callable[[], Any], path: Any, reader: str) -> Any:
     """
     if reader != "TorchCheckpointIO" or str(path).startswith("http"):
         return read()
-    files, place = url_to_fs(str(path))  # as Lightning does
-    if not files.exists(place):
+    files = get_filesystem(path)
+    if not files.exists(path):
         return read()
-    refuse_broken(path, _ADVICE, None if Path(path).exists() else partial(files.open, place, "rb"))
+    refuse_broken(path, _ADVICE, None if Path(path).exists() else partial(files.open, path, "rb"))
     try:
         return read()
     except Exception as error:  # whatever torch's reader finds in a file that is another one
