@@ -15,8 +15,12 @@ from torch import nn
 from sparse_callbacks import (
     CTRE,
     GMP,
+    SET,
+    SNFS,
     RigL,
+    Update,
     channel_groups,
+    combine,
     distributions,
     load_compact,
     methods,
@@ -42,13 +46,22 @@ def test_every_constructor_and_function_refuses_values_of_other_types_in_words()
         (lambda: RigL(distribution={}), "distribution={} says nothing of any layer. Give globs"),
         (
             lambda: RigL(distribution={1: 0.5}),
-            "distribution={1: 0.5} is not of a type that DropAndGrow takes. Give a text",
+            "distribution={1: 0.5} is not of a type that RigL takes. Give a text",
         ),
         (lambda: CTRE(data_fraction="1"), "data_fraction='1'"),
         (lambda: RigL().plan("model"), "model='model' is not a torch module"),
         (lambda: GMP(stop=0.0), "stop=0.0 is the beginning of the run, so no update would ever move a mask"),
         (lambda: RigL(drop_fraction=math.nan), "drop_fraction=nan"),
-        (lambda: RigL(print_plan="no"), "print_plan='no' is not of a type that DropAndGrow takes. Give True or False"),
+        (lambda: SNFS(seed="a"), "seed='a' is not a whole number"),
+        (lambda: SET(print_plan="no"), "print_plan='no' is not of a type that SET takes. Give True or False"),
+        (lambda: RigL(distribution={"*": math.nan}), "the sparsity nan of '*' is not a number between 0 and 1"),
+        (
+            lambda: GMP(distribution={"a": 0.5, "*": math.inf}),
+            "the sparsity inf of '*' is not a number between 0 and 1",
+        ),
+        (lambda: RigL(every=10**30), f"every={10**30} is later than any run ends"),
+        (lambda: RigL(start=0, stop=2**62 + 1), f"stop={2**62 + 1} is later than any run ends"),
+        (lambda: RigL(print_plan="no"), "print_plan='no' is not of a type that RigL takes. Give True or False"),
     ],
 )
 def test_the_error_names_the_argument_and_says_what_is_allowed(make: Any, message: str) -> None:
@@ -75,6 +88,11 @@ def test_the_error_names_the_argument_and_says_what_is_allowed(make: Any, messag
         (lambda: distributions.clipped({1: 0.5}, {"a": (2, 2)}), "distribution={1: 0.5}"),  # type: ignore[dict-item]
         (lambda: distributions.erdos_renyi({"a": (4, 3)}, 0.5, power=math.inf), "power=inf leaves no proportion"),
         (lambda: distributions.erdos_renyi({"a": (1, 1)}, 0.5, power=1e300), "power=1e+300 leaves no proportion"),
+        (lambda: combine([], {}), "workers=[] leaves nothing to combine"),
+        (lambda: combine(3, {}), "Give a list (a mapping from a text to anything each)"),  # type: ignore[arg-type]
+        (lambda: Update(3), "masks=3 is not a mapping of tensors. Give bool tensors by parameter name"),  # type: ignore[arg-type]
+        (lambda: Update({"a": 1}), "masks={'a': 1} is not a mapping"),  # type: ignore[dict-item]
+        (lambda: Update({}, {"a": "b"}), "figures={'a': 'b'} is not a mapping"),  # type: ignore[dict-item]
         (lambda: channel_groups(nn.Linear(2, 2), torch.ones(1, 2), seconds=0), "seconds=0 leaves no time"),
         (lambda: save_compact(nn.Linear(2, 2), ""), "path='.' has no file name"),
         (lambda: load_compact(nn.Linear(2, 2), ""), "path='.' has no file name"),

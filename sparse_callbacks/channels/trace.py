@@ -165,7 +165,7 @@ class Trace:
         """Raise TimeoutError once the time limit is exceeded."""
         if time.monotonic() > self._deadline:
             raise TimeoutError(
-                f"The search for channel groups took more than {self.seconds:g} s. Give a smaller example_input, a "
+                f"The search for channel groups took more than {float(self.seconds):g} s. Give a smaller example_input, a "
                 "longer seconds=, or leave the model's channels alone."
             )
 

@@ -75,9 +75,10 @@ def refuse_other_types(function: Callable[..., Any], args: Any, kwargs: Any, mor
         given = {**given, **given.get(options, {})}
     for name, value in given.items():
         if name in hints and name != options and not fits(value, hints[name]):
+            # a constructor may be inherited, and its caller has written the name of the class
+            called = type(args[0]).__name__ if function.__name__ == "__init__" else function.__qualname__
             raise TypeError(
-                f"{name}={shown_short(value)} is not of a type that {function.__qualname__.removesuffix('.__init__')} "
-                f"takes. Give {_in_words(hints[name])}."
+                f"{name}={shown_short(value)} is not of a type that {called} takes. Give {_in_words(hints[name])}."
             )
 
 
@@ -114,7 +115,10 @@ def _in_words(hint: Any) -> str:
         return f"a mapping from {_in_words(inner[0])} to {_in_words(inner[1])}"
     if origin is collections.abc.Callable:
         return "a function"
-    return "a tensor" if hint is torch.Tensor else f"a {getattr(hint, '__name__', hint)}"
+    if hint is Any or hint is object:
+        return "anything"
+    name = "tensor" if hint is torch.Tensor else str(getattr(hint, "__name__", hint))
+    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
 
 
 def in_words(error: Exception, names: collections.abc.Iterable[str]) -> bool:

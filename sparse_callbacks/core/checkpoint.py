@@ -134,7 +134,8 @@ def check_state(
             f"the checkpoint {path} is not a state of {name}: it has {has}. Give what state_dict() of the interrupted "
             "run gave."
         )
-    if not is_count(state["version"]) or not isinstance(state["arguments"], Mapping):
+    # every method has arguments
+    if not is_count(state["version"]) or not isinstance(state["arguments"], Mapping) or not state["arguments"]:
         raise damaged(
             f"its version is {shown_short(state['version'])} and its arguments are {shown_short(state['arguments'])}",
             path,

@@ -2,9 +2,9 @@
 
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -15,7 +15,7 @@ _ZIP = b"PK\x03\x04"
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
-def refuse_broken(path: Path, advice: str) -> None:
+def refuse_broken(path: Path | str, advice: str, opened: Callable[[], IO[bytes]] | None = None) -> None:
     """Refuse a path that is not a whole torch file.
 
     Torch does not compare the checksums of its own files when it reads them: a flipped bit in a weight or a mask goes
@@ -24,22 +24,20 @@ def refuse_broken(path: Path, advice: str) -> None:
     Args:
         path: a path that exists.
         advice: what to do instead, as a sentence for the error.
+        opened: opens the file for reading bytes, where ``path`` is not one of this machine; None: it is.
 
     Raises:
         ValueError: a folder, a file that cannot be read, or one that is cut off, changed or of another kind.
     """
-    if path.is_dir():
+    if opened is None and Path(path).is_dir():
         raise ValueError(f"{path} is a folder and not a checkpoint file. {advice}")
     try:
-        with path.open("rb") as file:
+        with Path(path).open("rb") if opened is None else opened() as file:
             head = file.read(len(_LEGACY))
-        if head.startswith(_ZIP):
-            with zipfile.ZipFile(path) as archive:
-                # all are 0 where torch was told to compute none (torch.serialization.set_crc32_options)
-                damaged = archive.testzip() if any(entry.CRC for entry in archive.infolist()) else None
-            if damaged is not None:
-                raise ValueError(f"the checksum of {damaged} in it is wrong")
-        elif head != _LEGACY:
+            damaged = _damaged_entry(file) if head.startswith(_ZIP) else None
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} in it is wrong")
+        if not head.startswith(_ZIP) and head != _LEGACY:
             raise ValueError("it is empty" if not head else f"it begins with {head[:8]!r}, as no torch file does")
     # zipfile raises errors of many kinds in a file whose directory of entries was changed
     except Exception as error:
@@ -47,6 +45,13 @@ def refuse_broken(path: Path, advice: str) -> None:
             f"{path} is not a whole torch file ({type(error).__name__}: {error}): it was cut off or changed, or is of "
             f"another kind. {advice}"
         ) from error
+
+
+def _damaged_entry(file: IO[bytes]) -> str | None:
+    """The name of an entry of a zip archive whose checksum is wrong; None where all are right."""
+    with zipfile.ZipFile(file) as archive:
+        # all are 0 where torch was told to compute none (torch.serialization.set_crc32_options)
+        return archive.testzip() if any(entry.CRC for entry in archive.infolist()) else None
 
 
 def read_mapping(path: Path, advice: str) -> Mapping[str, Any]:

@@ -264,6 +264,25 @@ def _by_glob(rules: Mapping[str, float | str], shapes: Shapes, sparsity: float) 
     return {name: found[name] for name in shapes}
 
 
+def check_rules(rules: Mapping[Any, Any]) -> None:
+    """Refuse a mapping that says nothing of any layer, or a sparsity in it that no layer may have.
+
+    Args:
+        rules: a `distribution` argument that is a mapping; values that are not numbers are not looked at.
+    """
+    if not rules:
+        raise ValueError(
+            "distribution={} says nothing of any layer. Give globs and sparsities, such as {'*': 0.9}, or the name of "
+            "a distribution."
+        )
+    for glob, value in rules.items():
+        if isinstance(value, Real) and not isinstance(value, bool) and not 0.0 <= float(value) < 1.0:
+            raise ValueError(
+                f"distribution: the sparsity {value!r} of {glob!r} is not a number between 0 and 1 (without 1): "
+                "it is the fraction of zeros. For 90 % zeros write 0.9."
+            )
+
+
 def _matches(name: str, glob: str) -> bool:
     # equality, because names of stacked layers such as "in_proj_weight[0]" are character classes as globs
     return glob == name or fnmatchcase(name, glob)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparse_callbacks.core import optimizers as torch_optimizers
+from sparse_callbacks.core.cut_weights import ResumedWeights
 from sparse_callbacks.core.hooks import BatchEnd
 from sparse_callbacks.core.loop_batches import LoopBatches
 from sparse_callbacks.core.loop_binding import LoopBinding, ValuesBeforeMasks
@@ -52,6 +53,8 @@ class LoopDriver:
         """Where the loop stands in its batches."""
         self.before_masks = ValuesBeforeMasks({}, {})
         """What the masks have cut, until the first step."""
+        self.resumed: ResumedWeights | None = None
+        """The weights of the state that the run was given, until the first step."""
         self._steps = [StepInLoop() for _ in self._optimizers.steppers]
         self._watch: StepWatch | None = None
         self._trained: object = None  # who was trained at the last look
@@ -165,6 +168,7 @@ class LoopDriver:
 
     def _announce(self, index: int, gradients_read: bool) -> Step:
         self.batches.refuse_step_of_no_sample()
+        self._refuse_foreign_weights()
         self._follow_the_model()
         self._take_up_thawed()
         # not between the steps of one batch, where another optimizer has yet to take its last step of the phase
@@ -191,6 +195,12 @@ class LoopDriver:
         for driver in drivers:
             if all(s.stepped for s in driver._steps):
                 driver._next_batch()
+
+    def _refuse_foreign_weights(self) -> None:
+        """The first step of a run begins: from here on the weights are its own."""
+        if self.resumed is not None:
+            self.resumed.refuse_foreign()
+            self.resumed = None
 
     def _next_batch(self) -> None:
         """Every optimizer has stepped: what comes next belongs to another batch."""
@@ -235,6 +245,8 @@ class LoopDriver:
     def batch(self) -> Iterator[None]:
         """Around forward and backward of each micro-batch, for a method that is told of them."""
         self.batches.refuse_nested()
+        if self.batches.needed:  # within the block the weights are samples
+            self._refuse_foreign_weights()
         self._follow_the_model()
         method, engine = self._method, self._engine
         if any(s.running for s in self._steps):

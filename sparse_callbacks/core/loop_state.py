@@ -13,7 +13,7 @@ from sparse_callbacks.core.checkpoint import SavedRun, check_state
 from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.loop_refusals import restarts_optimizers
 from sparse_callbacks.core.method import Method
-from sparse_callbacks.core.state_layout import damaged, is_count, shown_short
+from sparse_callbacks.core.state_layout import damaged, inventory, is_count, shown_short
 
 Groups = list[list[dict[str, Any]]]
 """The values of the parameter groups of each optimizer, without their parameters."""
@@ -60,9 +60,8 @@ def saved_state(engine: Engine, epoch: int, groups: Groups) -> dict[str, Any]:
     """
     method = engine.method
     began = {"groups": copy.deepcopy(groups)} if restarts_optimizers(method) else {}
-    # a checksum: no plan says what a run that was made shorter may have pruned
-    zeros = {name: int((~mask).sum()) for name, mask in method.masks.items()}
-    return {"method": type(method).__name__, **engine.state(), "zeros": zeros, "epoch": epoch, **began}
+    state = engine.state()
+    return {"method": type(method).__name__, **state, **inventory(state), "epoch": epoch, **began}
 
 
 def _epoch_of(state: Mapping[str, Any], path: object) -> int:

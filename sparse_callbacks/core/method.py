@@ -13,7 +13,7 @@ from sparse_callbacks.core.awaited import for_targets, with_awaited
 from sparse_callbacks.core.calendar import Calendar, RunLength, Time, check_times, resolve_times
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.constructors import argument_names, checks_arguments
-from sparse_callbacks.core.distributions import Distribution, is_epsilon
+from sparse_callbacks.core.distributions import Distribution, check_rules, is_epsilon
 from sparse_callbacks.core.hooks import Hooks
 from sparse_callbacks.core.host import Host
 from sparse_callbacks.core.ops import random_mask, zeros_for
@@ -109,11 +109,8 @@ class Method(Hooks):
                 f"sparsity={sparsity} and distribution={distribution!r} both say how many weights there are. Leave "
                 "sparsity= out, or choose a distribution that shares out a target."
             )
-        if isinstance(distribution, Mapping) and not distribution:
-            raise ValueError(
-                "distribution={} says nothing of any layer. Give globs and sparsities, such as {'*': 0.9}, or the name of "
-                "a distribution."
-            )
+        if isinstance(distribution, Mapping):
+            check_rules(distribution)
         if keep_dense not in (None, "first", "last", "both"):
             raise ValueError(f"keep_dense={keep_dense!r} is not known. Give 'first', 'last', 'both' or None.")
         check_seed(seed)

@@ -8,6 +8,7 @@ from numbers import Integral, Real
 
 from sparse_callbacks.core.argument_types import checked_after
 from sparse_callbacks.core.arguments import check_sparsity
+from sparse_callbacks.core.state_layout import LARGEST_COUNT
 
 __all__ = [
     "CURVES",
@@ -250,6 +251,8 @@ def to_steps(when: float, total: float, name: str) -> int:
     if isinstance(when, Integral):
         if when < 0:
             raise ValueError(f"{name}={when} lies before the run: {meaning}. Give 0 or more.")
+        if when > LARGEST_COUNT:  # which a checkpoint of the run could not be resumed with
+            raise ValueError(f"{name}={when} is later than any run ends: {meaning}. Give at most {LARGEST_COUNT}.")
         return int(when)
     if not 0.0 <= when <= 1.0:
         raise ValueError(f"{name}={when!r} is outside [0, 1]: {meaning}. For steps write an int, e.g. {name}=1000.")

@@ -13,6 +13,7 @@ from sparse_callbacks.core.averages import HeldAverages
 from sparse_callbacks.core.before_run import BeforeRun
 from sparse_callbacks.core.calendar import RunLength
 from sparse_callbacks.core.checkpoint import refuse_other_model
+from sparse_callbacks.core.cut_weights import ResumedWeights
 from sparse_callbacks.core.distributions import why_all_active
 from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.host import Forward
@@ -114,6 +115,8 @@ class SparseRun:
         engine.begin_weights()
         if method.saved is None:
             driver.before_masks = ValuesBeforeMasks(values, method.params)
+        else:
+            driver.resumed = ResumedWeights(method, method.saved, values)
         method.attachment.in_training = True
         engine.events |= method.begin_training(self._epoch)
         engine.expect_gradients(self._epoch, self._length.epoch())

@@ -58,9 +58,21 @@ def _texts(value: Any) -> str:
 
 
 def _names(value: Any) -> str:
-    if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
+    return "" if _are_texts(value) else f"is {shown_short(value)} and not a list of names"
+
+
+def _names_by_part(value: Any) -> str:
+    if (
+        isinstance(value, Mapping)
+        and value.keys() <= set(_LISTED)
+        and all(_are_texts(names) for names in value.values())
+    ):
         return ""
-    return f"is {shown_short(value)} and not a list of names"
+    return f"is {shown_short(value)} and not lists of names"
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _calendar(value: Any) -> str:
@@ -126,6 +138,7 @@ def _averages(value: Any) -> str:
     return ""
 
 
+_LISTED = ("arguments", "aux", "dense")
 LAYOUT: Mapping[str, Check] = {
     "arguments": _texts,
     "times": _calendar,
@@ -134,6 +147,7 @@ LAYOUT: Mapping[str, Check] = {
     "updates": _count,
     "masks": _tensors(_mask),
     "zeros": _counts_by_name,
+    "names": _names_by_part,
     "aux": _tensors(why_not_whole),
     "dense": _tensors(_floats),
     "grads": _tensors(_gradient),
@@ -143,9 +157,22 @@ LAYOUT: Mapping[str, Check] = {
     "averages": _averages,
 }
 """What each part of a state must be."""
-# callbacks save no counts of zeros, those of the first weeks no dense values; gradients are saved only in a window, awaited
+# version 0.1 saved no inventory, that of the first weeks no dense values; gradients are saved only in a window, awaited
 # layers and averages where there are any
-_MAY_LACK = ("zeros", "dense", "grads", "dense_grads", "window_open", "awaited", "averages")
+_MAY_LACK = ("zeros", "names", "dense", "grads", "dense_grads", "window_open", "awaited", "averages")
+
+
+def inventory(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What a state should hold: a checksum of it, as no plan says what a run that was made shorter has pruned, and as
+    some tensors come only with time.
+
+    Args:
+        state: the state of a method, as it is saved.
+    """
+    return {
+        "zeros": {name: int((~mask).sum()) for name, mask in state["masks"].items()},
+        "names": {part: sorted(state[part]) for part in _LISTED},
+    }
 
 
 def refuse_damaged(state: Mapping[str, Any], path: object) -> None:
@@ -187,6 +214,10 @@ def _contradiction(state: Mapping[str, Any]) -> str:
             return (
                 f"its weights of {shown_short(wrong[0])} that were born since an average are not among the active ones"
             )
+    for part, names in state.get("names", {}).items():
+        if wrong := sorted(set(names) ^ state.get(part, {}).keys()):
+            has = "and had it not" if wrong[0] in state.get(part, {}) else "no more, and had it"
+            return f"it has {shown_short(wrong[0])} in {part!r} {has} when it was saved"
     if foreign := [name for name in state.get("dense", {}) if name not in state["masks"]]:
         return f"it has dense values of {shown_short(foreign[0])}, and no mask"
     if masked := [name for name in state.get("awaited", ()) if name in state["masks"]]:

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
+from numbers import Real
 
 from torch import Tensor
 
 from sparse_callbacks.core import distributed
+from sparse_callbacks.core.argument_types import fits
 from sparse_callbacks.core.optimizers import Ownership
+from sparse_callbacks.core.state_layout import shown_short
 from sparse_callbacks.core.weights import SparseWeights
 
 
@@ -21,6 +24,18 @@ class Update:
 
     masks: Mapping[str, Tensor]
     figures: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse what is not tensors and numbers by name, which an update would stumble over later."""
+        if not fits(self.masks, Mapping[str, Tensor]):
+            raise TypeError(
+                f"masks={shown_short(self.masks)} is not a mapping of tensors. Give bool tensors by parameter name."
+            )
+        # not by their annotation: a figure may be NaN, or a tensor of one number
+        if not fits(self.figures, Mapping[str, Real | Tensor]):
+            raise TypeError(
+                f"figures={shown_short(self.figures)} is not a mapping of numbers. Give numbers by their full names."
+            )
 
 
 def take(

@@ -36,7 +36,7 @@ from sparse_callbacks.lightning.refusals import (
     state_to_resume,
     warnings_for,
 )
-from sparse_callbacks.lightning.resumed_file import look_before_loading, stop_looking
+from sparse_callbacks.lightning.resumed_file import add_inventory, look_before_loading, stop_looking
 from sparse_callbacks.lightning.thawing import follow_training
 from sparse_callbacks.lightning.trainer_host import TrainerHost
 from sparse_callbacks.lightning.trainer_optimizers import TrainerOptimizers, scaler_of
@@ -104,6 +104,9 @@ class SparsityCallback(Method, AnyCallback):
         if trainer.state.fn != "fit" and not self.engine.is_bound:
             take_state_of_checkpoint(self, pl_module, checkpoint["callbacks"].get(self.state_key), trainer.ckpt_path)
             self.fit_state.evaluates = True
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        add_inventory(self.state_key, checkpoint)  # the states of all callbacks are in it already
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.fit_state.evaluates:

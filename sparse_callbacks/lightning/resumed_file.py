@@ -3,23 +3,26 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule
+from pytorch_lightning.core.saving import get_filesystem  # type: ignore[attr-defined]  # where Lightning uses it
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from sparse_callbacks.core.awaited import with_awaited
 from sparse_callbacks.core.checkpoint import SavedRun, check_state, misfit
 from sparse_callbacks.core.checkpoint_file import refuse_broken
+from sparse_callbacks.core.cut_weights import count_cut
 from sparse_callbacks.core.error_text import first_line
 from sparse_callbacks.core.initial_masks import sharing_entries
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.selection import NOT_TRAINED, select
 from sparse_callbacks.core.state_claims import planned_otherwise, refuse_impossible
-from sparse_callbacks.core.state_layout import is_count, shown_short, why_not_whole
+from sparse_callbacks.core.state_layout import inventory, is_count, shown_short, why_not_whole
 from sparse_callbacks.lightning.averaging import weights_beside_averages
 from sparse_callbacks.lightning.refusals import is_tuner_checkpoint, overrides
 
@@ -36,6 +39,8 @@ _PARTS: Mapping[str, Callable[[Any], bool]] = {
     "epoch": is_count,
     "global_step": is_count,
 }
+_INVENTORY = "sparse_callbacks"
+"""Key in a checkpoint, under which add_inventory() writes by the keys of callbacks."""
 _COUNTERS = ("ready", "started", "processed", "completed")
 
 
@@ -61,14 +66,40 @@ def look_before_loading(trainer: Any, module: LightningModule, methods: Sequence
         if not is_tuner_checkpoint(path):
             refuse_other_parts(found, path)
             _refuse_other_progress(found["loops"], path, trainer)
-            for method in methods:
-                if not method.fresh_start:
-                    _refuse_other_state(method, found, module, path)
-            for weights in (found["state_dict"], *weights_beside_averages(trainer, found, path)):
-                _refuse_other_weights(weights, module, path)
+            resumed = [(m, _refuse_other_state(m, found, module, path)) for m in methods if not m.fresh_start]
+            if not _others_load(trainer, module, methods):
+                for weights in (found["state_dict"], *weights_beside_averages(trainer, found, path)):
+                    _refuse_other_weights(weights, module, path)
+                    for method, saved in resumed:
+                        _refuse_cut_weights(method, saved, weights)
         return found
 
     strategy.load_checkpoint = load_checkpoint
+
+
+def add_inventory(key: str, checkpoint: dict[str, Any]) -> None:
+    """Write down beside the state of a callback what it should hold.
+
+    Not in it: the layout of the state is that of version 0.1, which reads it too.
+
+    Args:
+        key: the callback's key.
+        checkpoint: what is about to be saved, with the states of all callbacks.
+    """
+    state = checkpoint.get("callbacks", {}).get(key)
+    if state and "masks" in state:
+        checkpoint.setdefault(_INVENTORY, {})[key] = inventory(state)
+
+
+def _with_inventory(key: str, checkpoint: Mapping[str, Any]) -> Any:
+    """The state of a callback in a checkpoint, with what :func:`add_inventory` has written of it."""
+    state, listed = checkpoint["callbacks"].get(key), checkpoint.get(_INVENTORY, {})
+    written = listed.get(key, {}) if isinstance(listed, Mapping) else listed
+    if not isinstance(state, Mapping) or written == {}:  # version 0.1 wrote none
+        return state
+    if not isinstance(written, Mapping) or written.keys() != {"zeros", "names"}:
+        written = {"names": shown_short(written)}  # which is refused
+    return {**state, **written}
 
 
 def stop_looking(trainer: Any) -> None:
@@ -79,12 +110,15 @@ def stop_looking(trainer: Any) -> None:
 def _read(read: Callable[[], Any], path: Any, reader: str) -> Any:
     """What ``read`` gives, with one kind of error for a file that is damaged.
 
-    A path that is not a local file, one that is missing, and one that a CheckpointIO of the user's reads are left to
-    whoever reads them.
+    A file on a web server, which torch downloads, one that is missing, and one that a CheckpointIO of the user's reads
+    are left to whoever reads them.
     """
-    if reader != "TorchCheckpointIO" or not Path(path).exists():
+    if reader != "TorchCheckpointIO" or str(path).startswith("http"):
         return read()
-    refuse_broken(Path(path), _ADVICE)
+    files = get_filesystem(path)
+    if not files.exists(path):
+        return read()
+    refuse_broken(path, _ADVICE, None if Path(path).exists() else partial(files.open, path, "rb"))
     try:
         return read()
     except Exception as error:  # whatever torch's reader finds in a file that is another one
@@ -149,9 +183,9 @@ def _why_other_progress(there: Any, here: Any, name: str) -> str:
     return next((why for pair in pairs if (why := _why_other_progress(*pair))), "")
 
 
-def _refuse_other_state(method: Method, found: Mapping[str, Any], module: LightningModule, path: object) -> None:
-    """Refuse a state that the method cannot go on from."""
-    state = found["callbacks"].get(getattr(method, "state_key", None))
+def _refuse_other_state(method: Method, found: Mapping[str, Any], module: LightningModule, path: object) -> SavedRun:
+    """The saved run of a method, which can go on from it."""
+    state = _with_inventory(getattr(method, "state_key", ""), found)
     saved = SavedRun.of(check_state(state, method.arguments, type(method).__name__, path), path)
     if not found["optimizer_states"]:  # which Lightning would not notice
         raise ValueError(f"{path} is damaged: it has no states of optimizers, and steps were taken. {_ADVICE}")
@@ -162,7 +196,7 @@ def _refuse_other_state(method: Method, found: Mapping[str, Any], module: Lightn
     chosen = select(module, method.include, method.exclude, method.keep_dense)
     entries = with_awaited(method, chosen, saved.masks, saved.awaited or ())
     if any(e.reason.startswith(NOT_TRAINED) for e in entries if e.name in saved.masks):
-        return  # frozen now: whether a callback thaws it before on_fit_start shows there
+        return saved  # frozen now: whether a callback thaws it before on_fit_start shows there
     saved = planned_otherwise(saved, entries)
     entries = [e if e.name in saved.masks else replace(e, reason=e.reason or "not in the checkpoint") for e in entries]
     method.saved = saved  # some methods plan by the saved masks
@@ -171,6 +205,7 @@ def _refuse_other_state(method: Method, found: Mapping[str, Any], module: Lightn
         refuse_impossible(method, saved, module, planned, optimizers=0)
     finally:
         method.saved = None
+    return saved
 
 
 def _fits(value: Any, parameter: Tensor) -> bool:
@@ -187,11 +222,28 @@ def _renames_keys(module: torch.nn.Module) -> bool:
     return bool(module._load_state_dict_pre_hooks) or not ours
 
 
+def _others_load(trainer: Any, module: LightningModule, methods: Sequence[Method]) -> bool:
+    """Whether code of the user's may make other weights of those in the file."""
+    own = type(module).load_state_dict is not torch.nn.Module.load_state_dict
+    hooked = own or overrides(module, "on_load_checkpoint") or any(map(_renames_keys, module.modules()))
+    others = [
+        c for c in trainer.callbacks if c not in methods and not type(c).__module__.startswith("sparse_callbacks.")
+    ]
+    return hooked or any(overrides(callback, "on_load_checkpoint") for callback in others)
+
+
+def _refuse_cut_weights(method: Method, saved: SavedRun, weights: Mapping[str, Any]) -> None:
+    """Refuse weights of another run than that of the masks, which would cut them."""
+    for name in saved.masks:
+        if name in weights and (cut := count_cut(method, saved, name, weights[name])):
+            raise ValueError(
+                f"{saved.path} holds weights of {name} that its own masks cut: {cut} of them are not 0 where the mask is. "
+                f"They are of another run, or were changed since. {_ADVICE} For new masks give fresh_start=True."
+            )
+
+
 def _refuse_other_weights(weights: Mapping[str, Any], module: LightningModule, path: object) -> None:
     """Refuse weights that the model cannot take, of which torch would load those that come first."""
-    own = type(module).load_state_dict is not torch.nn.Module.load_state_dict
-    if own or overrides(module, "on_load_checkpoint") or any(map(_renames_keys, module.modules())):
-        return  # the user's code may make others of them
     # lazy parameters have no shape yet
     here = {n: p for n, p in module.named_parameters() if not is_lazy(p)}
     lost = [n for n in here if n not in weights] if module.strict_loading else []

@@ -57,6 +57,8 @@ VALUES: Mapping[str, Any] = {
     "empty mapping": {},
     "mapping without texts": {1: 0.5},
     "mapping of None": {"*": None},
+    "mapping of NaN": {"*": math.nan},
+    "mapping of infinite": {"*": math.inf},
     "tensor": torch.tensor([0.5, 0.25]),
     "0-d tensor": torch.tensor(0.5),
     "numpy number": np.float32(0.5),
@@ -76,6 +78,7 @@ VALUES: Mapping[str, Any] = {
     "part": 0.5,
     "above one": 1.5,
     "huge": 10**30,
+    "huge negative": -(10**30),
     "huge part": 1e300,
 }
 SLOW = ("export_onnx", "slim")

@@ -12,9 +12,9 @@ import random
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,11 +120,11 @@ def loops_state(method: str) -> dict[str, Any]:
     return copy.deepcopy(found)
 
 
-def _begun(method: str, state: Any = None) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+def _begun(method: str, state: Any = None, weights: Any = None) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
     model = loops.net()
     optimizer = loops.sgd(model)
     if state is not None:
-        model.load_state_dict(loops_state(method)["model"])
+        model.load_state_dict(weights or loops_state(method)["model"])
         optimizer.load_state_dict(copy.deepcopy(loops_state(method)["optimizer"]))
     made = loops.METHODS[method](**({"unit": "weight"} if method == "l0" else {}))
     before = copy.deepcopy(model.state_dict())
@@ -138,11 +138,11 @@ def _begun(method: str, state: Any = None) -> tuple[nn.Module, torch.optim.Optim
     return model, optimizer, run
 
 
-def gone_on(method: str, state: Any) -> Any:
-    """What a loop has after some steps from a state."""
+def gone_on(method: str, state: Any, weights: Any = None) -> Any:
+    """What a loop has after some steps from a state, with the weights of its run or others."""
     with global_states_kept():
         torch.manual_seed(0)
-        model, optimizer, run = _begun(method, copy.deepcopy(state))
+        model, optimizer, run = _begun(method, copy.deepcopy(state), weights)
         loops.train(run, model, optimizer, STOP, STOP + FURTHER, check=False)
         return {"model": dict(model.state_dict()), "run": {k: v for k, v in run.state_dict().items() if k in READ}}
 
@@ -174,6 +174,9 @@ def tries_of_states(each: int, rng: random.Random) -> Iterator[tuple[Try, Any]]:
         single = [*damage.damaged_values(state, OTHERS_OWN)]
         for name, damaged in [*damaged_masks(method, state), *rng.sample(single, min(each, len(single)))]:
             yield Try(f"state= of {method}", name, "state=", partial(gone_on, method, damaged)), right
+        if not all(mask.all() for mask in state["masks"].values()):
+            foreign = partial(gone_on, method, state, loops.net(seed=5).state_dict())
+            yield Try(f"state= of {method}", "weights of another run", "state=", foreign), right
         others = (("a list", [1]), ("empty", {}), ("of other keys", {"a": 1}), ("a text", "x"))
         for name, damaged in others[: max(1, each // 4)]:
             yield Try(f"state= of {method}", name, "state=", partial(gone_on, method, damaged)), right
@@ -272,6 +275,7 @@ class Reader:
         content: the values in it, for damage to single values; None where there is none of that kind.
         write: writes such values to a path.
         has_checksum: changed bytes that leave a value of the right kind can be found.
+        more: further damaged values by name.
     """
 
     name: str
@@ -280,6 +284,19 @@ class Reader:
     content: Any = None
     write: Callable[[Any, Path], object] = torch.save
     has_checksum: bool = True
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+def of_two_runs(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Checkpoints whose parts do not belong together, made of an undamaged one."""
+    key, state = next(iter(run["callbacks"].items()))
+    other = {name: torch.full_like(value, 0.5) for name, value in run["state_dict"].items()}
+    moved = {name: mask.flip(0).flip(-1) for name, mask in state["masks"].items()}
+    return {
+        "weights of another run": {**run, "state_dict": other},
+        "masks of another run": {**run, "callbacks": {key: {**state, "masks": moved}}},
+        "the inventory of another method": {**run, "sparse_callbacks": {key: {"zeros": {}, "names": {"aux": ["a"]}}}},
+    }
 
 
 def readers(folder: Path) -> list[Reader]:
@@ -308,7 +325,7 @@ def readers(folder: Path) -> list[Reader]:
     numbers = {"X": torch.from_numpy(features), "Y": torch.from_numpy(labels)}
     return [
         Reader("Static(from_checkpoint=)", folder / "static.ckpt", masks_of, masks),
-        Reader("a Trainer's resume", folder / "fit.ckpt", resumed("rigl"), run),
+        Reader("a Trainer's resume", folder / "fit.ckpt", resumed("rigl"), run, more=of_two_runs(run)),
         Reader(
             "latency table",
             words,
@@ -341,7 +358,7 @@ def tries_of_files(folder: Path, each: int, rng: random.Random) -> Iterator[tupl
             found = right if reader.has_checksum or name not in damage.LEAVE_VALUES else None
             yield Try(reader.name, name, path.stem, partial(reader.read, path)), found
         single = [] if reader.content is None else [*damage.damaged_values(reader.content, OTHERS_OWN)]
-        for index, (name, damaged) in enumerate(rng.sample(single, min(each, len(single)))):
+        for index, (name, damaged) in enumerate([*reader.more.items(), *rng.sample(single, min(each, len(single)))]):
             path = folder / f"{number} value {index}" / reader.path.name
             path.parent.mkdir()
             try:

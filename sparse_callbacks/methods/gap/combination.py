@@ -83,7 +83,7 @@ def combine(workers: Sequence[Mapping[str, Any]], owner: Mapping[str, int]) -> d
         owner: index of the worker that each key comes from, see :func:`tensor_owners`.
 
     Raises:
-        ValueError: keys that a worker or ``owner`` lacks or has beyond the others, or an owner that is not a worker.
+        ValueError: no workers, keys that a worker or ``owner`` lacks or has beyond the others, or an owner that is not a worker.
 
     >>> import torch
     >>> first = {"a": torch.tensor(1), "b": torch.tensor(2)}
@@ -91,6 +91,10 @@ def combine(workers: Sequence[Mapping[str, Any]], owner: Mapping[str, int]) -> d
     >>> combine([first, second], {"a": 0, "b": 1})
     {'a': tensor(1), 'b': tensor(4)}
     """
+    if not workers:
+        raise ValueError(
+            "workers=[] leaves nothing to combine. Give one state dict for each partition, in their order."
+        )
     for index, worker in enumerate(workers):
         if worker.keys() != owner.keys():
             raise ValueError(
