@@ -8,12 +8,14 @@ from torch.optim import Optimizer
 
 from sparse_callbacks.core.checkpoint import refuse_foreign_weights, refuse_other_model
 from sparse_callbacks.core.gradient_mask import refuse_lost_gradients
+from sparse_callbacks.core.local_parts import local_parameter
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_needs import refuse_optimizers
 from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.progress import Progress
 from sparse_callbacks.core.restored import aux_on_devices
 from sparse_callbacks.core.selection import Entry
+from sparse_callbacks.core.shards import cut
 from sparse_callbacks.core.state_claims import PLAN_CHANGED, refuse_impossible
 from sparse_callbacks.core.topology import EverActive
 from sparse_callbacks.core.weights import SparseWeights
@@ -43,17 +45,17 @@ class RunBeginning:
         self._entries = list(method.further_members(model, entries))
         parameters = dict(model.named_parameters())
         self._sparse = {e.name: e for e in self._entries if not e.reason}
-        self._params = {name: parameters[name] for name in self._sparse}
+        self._params = {name: local_parameter(parameters[name]) for name in self._sparse}
         self._kept = self._masks_of_last_run(model)
         if self._saved is not None:
-            refuse_other_model(self._saved, self._params)
+            refuse_other_model(self._saved, {name: parameters[name] for name in self._sparse})
         self._targets = method.share_out(entries)
         if self._saved is not None:
             planned = method.parameter_zeros(self._entries, self._targets)
             refuse_impossible(method, self._saved, model, planned, len(optimizers))
-            self._dense = self._saved.dense
+            self._dense: Mapping[str, Tensor] = cut(self._saved.dense, self._params)
         else:
-            refuse_foreign_weights(self._kept, self._params)
+            refuse_foreign_weights(self._kept, self._params, everywhere=True)
             self._dense = {n: method.weights.dense_values(n) for n in method.weights.copied if n in self._kept}
         self.owners = Ownership(optimizers, self._params)
         """Which optimizer steps which sparse parameter."""
@@ -77,7 +79,8 @@ class RunBeginning:
         earlier = method.params.keys()
         method.entries, method.targets, method.owners = self._entries, self._targets, self.owners
         method.weights = SparseWeights(params, self._sparse, {})  # initial masks are made from the parameters
-        masks = self._begin_masks(earlier)
+        masks = cut(self._begin_masks(earlier), params)
+        method.aux = cut(method.aux, params)
         method.progress.begin(len(self.owners.optimizers))
         method.weights = SparseWeights(params, self._sparse, masks)
         if method.keeps_dense:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from sparse_callbacks.core import distributed
 from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.weights import SparseWeights
 
@@ -44,7 +43,7 @@ def take(
         The share of connections that the update replaced: dropped and born ones over those active before and after.
     """
     # each rank has computed them, from sums that may differ in the last bit, and unequal masks would stay unequal
-    masks = distributed.masks_of_first_rank(masks)
+    masks = weights.same_everywhere(masks)
     changed = total = 0
     born_in: dict[str, Tensor] = {}
     for name, mask in masks.items():

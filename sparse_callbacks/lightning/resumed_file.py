@@ -18,6 +18,7 @@ from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.selection import NOT_TRAINED, select
 from sparse_callbacks.core.state_claims import refuse_impossible
 from sparse_callbacks.core.state_layout import is_count, shown_short, why_not_whole
+from sparse_callbacks.lightning import sharded
 from sparse_callbacks.lightning.refusals import is_tuner_checkpoint, overrides
 
 _ADVICE = "Resume from another checkpoint of the run (ckpt_path=)."
@@ -54,7 +55,11 @@ def look_before_loading(trainer: Any, module: LightningModule, methods: Sequence
 
     def load_checkpoint(path: Any, **options: Any) -> Any:
         stop_looking(trainer)
-        found = _read(lambda: read(path, **options), path, type(strategy.checkpoint_io).__name__)
+        loads_at_once = sharded.shards_model(trainer)  # into the model, too late for a look
+        if loads_at_once:
+            found = sharded.content_of(path, _ADVICE)
+        else:
+            found = _read(lambda: read(path, **options), path, type(strategy.checkpoint_io).__name__)
         if not is_tuner_checkpoint(path):
             refuse_other_parts(found, path)
             _refuse_other_progress(found["loops"], path, trainer)
@@ -62,7 +67,7 @@ def look_before_loading(trainer: Any, module: LightningModule, methods: Sequence
                 if not method.fresh_start:
                     _refuse_other_state(method, found, module, path)
             _refuse_other_weights(found["state_dict"], module, path)
-        return found
+        return read(path, **options) if loads_at_once else found
 
     strategy.load_checkpoint = load_checkpoint
 
