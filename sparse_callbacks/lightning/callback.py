@@ -112,11 +112,13 @@ class SparsityCallback(Method, AnyCallback):
         self.saved = None if checked is None else SavedRun.of(checked, path)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not sharded.restores_later(trainer):
+        if not sharded.shards_model(trainer):
             self._begin(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if sharded.restores_later(trainer):
+        if sharded.shards_model(trainer):
+            # only now: sharded parameters and their optimizers are restored after on_fit_start, and on the way there torch
+            # lets the optimizers take a step, which must not be seen
             self._begin(trainer, pl_module)
         self._begin_training(trainer, pl_module)
 

@@ -121,13 +121,9 @@ def refuse_parts(trainer: Any, module: Any, names: Iterable[str]) -> None:
         )
 
 
-def restores_later(trainer: Any) -> bool:
-    """Whether the strategy loads the checkpoint of this fit behind ``on_fit_start``, into parameters that are sharded."""
-    return bool(trainer.ckpt_path) and shards_model(trainer)
-
-
 def content_of(path: Any, advice: str) -> Any:
-    """What is in a checkpoint, before the strategy loads it into the model; of a folder all but weights and optimizers.
+    """What is in a checkpoint, before the strategy loads it into the model; of a folder all but weights and optimizers,
+    whose places are empty.
 
     Args:
         path: the file, or the folder of a distributed checkpoint.
@@ -138,4 +134,5 @@ def content_of(path: Any, advice: str) -> Any:
         refuse_broken(path, advice)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     refuse_broken(path / _META, advice)
-    return torch.load(path / _META, map_location="cpu", weights_only=True)
+    found = torch.load(path / _META, map_location="cpu", weights_only=True)
+    return {**found, "state_dict": {}, "optimizer_states": [{}]} if isinstance(found, dict) else found

@@ -23,8 +23,8 @@ from sparse_callbacks.testing.runs import Stops, fit, watch
 from support.methods import STEADY, method
 
 
-def run_two_processes(program: str, folder: Path) -> list[dict[str, Any]]:
-    """What each of the two ranks of one run found: this module runs as ``program``, which is ``replicas``, ``workers``,
+def run_two_processes(program: str, folder: Path, module: str = __file__) -> list[dict[str, Any]]:
+    """What each of the two ranks of one run found: a module runs as ``program``, which is for this one ``replicas``, ``workers``,
     ``windows`` or ``strided``, and each rank writes FOLDER/<rank>.pt."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -37,7 +37,7 @@ def run_two_processes(program: str, folder: Path) -> list[dict[str, Any]]:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
     }
-    command = [sys.executable, __file__, program, str(folder)]
+    command = [sys.executable, module, program, str(folder)]
     processes = [
         subprocess.Popen(
             command, env=os.environ | shared | {"LOCAL_RANK": rank}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
