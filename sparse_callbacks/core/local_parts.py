@@ -1,5 +1,6 @@
 """This process's parts of parameters that torch shards, as ordinary tensors over the same memory."""
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -27,6 +28,12 @@ class LocalPart(nn.Parameter):
 
     def __init__(self, whole: Any) -> None:
         pass
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LocalPart":
+        if id(self) not in memo:
+            memo[id(self)] = LocalPart(copy.deepcopy(self.whole, memo))
+        copied: LocalPart = memo[id(self)]
+        return copied
 
     @property
     def grad(self) -> Tensor | None:  # type: ignore[override]

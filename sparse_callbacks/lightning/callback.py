@@ -99,6 +99,7 @@ class SparsityCallback(Method, AnyCallback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # the weights are loaded already. A fit takes its state later, in _begin, when its optimizers stand
         if trainer.state.fn != "fit" and not self.engine.is_bound:
+            sharded.reshard(trainer, pl_module)
             take_state_of_checkpoint(self, pl_module, checkpoint["callbacks"].get(self.state_key), trainer.ckpt_path)
             self.fit_state.evaluates = True
 
@@ -117,6 +118,7 @@ class SparsityCallback(Method, AnyCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if sharded.shards_model(trainer):
+            sharded.reshard(trainer, pl_module)
             # only now: sharded parameters and their optimizers are restored after on_fit_start, and on the way there torch
             # lets the optimizers take a step, which must not be seen
             self._begin(trainer, pl_module)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from sparse_callbacks import methods
 from sparse_callbacks.core.checkpoint_file import refuse_broken
@@ -119,6 +120,20 @@ def refuse_parts(trainer: Any, module: Any, names: Iterable[str]) -> None:
             f"{name}: {why}, and masks need slices along one dimension over a mesh of one. Call fully_shard(..., "
             "mesh=self.device_mesh['data_parallel']) and nothing else that shards."
         )
+
+
+def reshard(trainer: Any, module: nn.Module) -> None:
+    """Let each process have its parts alone, where a forward pass without a backward pass has left whole parameters.
+
+    A validation does so. Until then the module holds other parameters than its optimizers, and the next forward pass would
+    not see what is written into the parts.
+    """
+    if shards_model(trainer):
+        from torch.distributed.fsdp import FSDPModule  # not in every build of torch
+
+        for child in module.modules():
+            if isinstance(child, FSDPModule):
+                child.reshard()
 
 
 def content_of(path: Any, advice: str) -> Any:
