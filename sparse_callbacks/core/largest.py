@@ -133,7 +133,7 @@ def select_largest(parts: list[Part], count: int) -> list[Tensor]:
         ValueError: `count` is negative or exceeds the positions available.
     """
     if layouts := _shards_of(parts):
-        masks = sharded_selection.select([part.keys() for part in parts], layouts, count)
+        masks = sharded_selection.largest_in_shards([part.keys() for part in parts], layouts, count)
         return [part.in_memory_order(mask) for part, mask in zip(parts, masks, strict=True)]
     available = _available(parts, count)
     if count == 0:

@@ -1,6 +1,5 @@
 """This process's parts of parameters that torch shards, as ordinary tensors over the same memory."""
 
-import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sparse_callbacks.core.shards import WHOLE, Shards, lie_as
+from sparse_callbacks.core.shards import WHOLE, Shards, layout_of, lie_as
 
 
 class LocalPart(nn.Parameter):
@@ -29,10 +28,12 @@ class LocalPart(nn.Parameter):
     def __init__(self, whole: Any) -> None:
         pass
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "LocalPart":
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        # an ordinary tensor: a sharded parameter has one process group with all others, and is copied with its model alone
         if id(self) not in memo:
-            memo[id(self)] = LocalPart(copy.deepcopy(self.whole, memo))
-        copied: LocalPart = memo[id(self)]
+            memo[id(self)] = nn.Parameter(self.detach().clone(), self.requires_grad)
+            lie_as(memo[id(self)], layout_of(self))
+        copied: nn.Parameter = memo[id(self)]
         return copied
 
     @property

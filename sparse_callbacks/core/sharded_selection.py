@@ -1,4 +1,4 @@
-"""Exact selection of the largest magnitudes of tensors in shards, by sums of counts over their processes.
+"""Exact selection of the largest magnitudes of tensors in shards, by counts over their processes.
 
 A digit of eight bits at a time, every process counts its magnitudes by the next digit, and the sums of these counts say
 in which bucket the threshold lies. Of the magnitudes that equal it those with the lower row-major index in the whole
@@ -80,7 +80,7 @@ def locate(keys: Sequence[Tensor], layouts: Sequence[Shards], count: int) -> Pla
     return Place(found, rank)
 
 
-def select(keys: Sequence[Tensor], layouts: Sequence[Shards], count: int) -> list[Tensor]:
+def largest_in_shards(keys: Sequence[Tensor], layouts: Sequence[Shards], count: int) -> list[Tensor]:
     """Masks in row-major order of this process's parts, with together ``count`` True positions over all processes.
 
     Args:

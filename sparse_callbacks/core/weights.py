@@ -82,7 +82,8 @@ class SparseWeights:
     def set_mask(self, name: str, mask: Tensor) -> None:
         """Take ``mask`` (bool, shape of the parameter); :meth:`write_masked` brings it into the values."""
         # whole filters may come as an expanded view, into which nothing could be written
-        self.masks[name] = whole(mask)
+        # and without the layout that the selection has noted on it, which a copy or a file would take along
+        self.masks[name] = whole(mask).detach()
         self._counts[name] = self.count(name, mask)
         if name not in self._bits:
             p = self.params[name]

@@ -66,7 +66,9 @@ def look_before_loading(trainer: Any, module: LightningModule, methods: Sequence
             for method in methods:
                 if not method.fresh_start:
                     _refuse_other_state(method, found, module, path)
-            if not (loads_at_once and Path(path).is_dir()):  # of shards torch compares names and shapes before it loads any
+            if not (
+                loads_at_once and Path(path).is_dir()
+            ):  # of shards torch compares names and shapes before it loads any
                 _refuse_other_weights(found["state_dict"], module, path)
         return read(path, **options) if loads_at_once else found
 

@@ -1,4 +1,4 @@
-"""A Trainer that shards the model: what is refused of it, and its checkpoints, which it loads later than others."""
+"""A Trainer that shards the model: what is refused of it, and its checkpoints."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -80,6 +80,7 @@ def train(
     *listed: pl.Callback,
     more: Sequence[pl.Callback] = (),
     split: bool = False,
+    validate: bool = False,
     folder: bool = True,
     ckpt_path: Any = None,
     **options: Any,
@@ -96,7 +97,7 @@ def train(
     trainer = trainer_for(
         [*more, callback, *listed], devices=world, strategy=strategy, use_distributed_sampler=False, **options
     )
-    trainer.fit(module, loader, ckpt_path=ckpt_path)
+    trainer.fit(module, loader, Batches() if validate else None, ckpt_path=ckpt_path)
     weights = {n: whole(p.detach()).clone() for n, p in module.named_parameters()}
     masks = {n: m.clone() for n, m in callback.masks.items()}
     counts = dict(callback.weights.active_counts)
@@ -206,6 +207,7 @@ WINDOW: dict[str, Any] = {"accumulate_grad_batches": 2}
 OTHERS: dict[str, Callable[[], dict[str, Any]]] = {
     "adamw": lambda: {"optimizer": "adamw"},
     "adagrad": lambda: {"optimizer": "adagrad"},
+    "validated": lambda: {"validate": True},  # which leaves whole parameters in the module
     "not finite": lambda: {"more": [Unequal()]},
 }
 """Options of further runs."""
