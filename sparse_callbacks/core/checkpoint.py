@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparse_callbacks.core.awaited import names_awaited
 from sparse_callbacks.core.schedules import Schedule
+from sparse_callbacks.core.shards import collected, layout_of
 from sparse_callbacks.core.state_layout import damaged, is_count, refuse_damaged, shown_short
 
 if TYPE_CHECKING:
@@ -84,16 +85,19 @@ class SavedRun:
 
 
 def state_of(method: "Method") -> dict[str, Any]:
-    """Everything that a resume of a method's run needs: tensors, numbers and strings only."""
+    """Everything that a resume of a method's run needs: tensors, numbers and strings only.
+
+    Tensors of sharded parameters are collected on the first of their processes, so all of these must ask together.
+    """
     awaited = names_awaited(method.entries)
     return {
         "version": VERSION,
         "arguments": {k: text for k, text in method.arguments.items() if _LATER.get(k) != text},
         "times": [] if method.calendar is None else method.calendar.times(),
         **method.progress.state(),
-        "masks": {n: m.clone() for n, m in method.masks.items()},
-        "aux": {n: t.clone() for n, t in method.aux.items()},
-        "dense": {n: method.weights.dense_values(n).clone() for n in method.weights.copied},
+        "masks": collected(method.masks, method.params),
+        "aux": collected(method.aux, method.params),
+        "dense": collected({n: method.weights.dense_values(n) for n in method.weights.copied}, method.params),
     } | ({"awaited": awaited} if awaited else {})
 
 
@@ -199,13 +203,19 @@ def misfit(names: Iterable[str], path: object) -> ValueError:
     )
 
 
-def refuse_foreign_weights(masks: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
+def refuse_foreign_weights(masks: Mapping[str, Tensor], params: Mapping[str, Tensor], everywhere: bool = False) -> None:
     """Refuse to put the masks of the last run on weights that came from elsewhere since, or to speak of them.
+
+    Args:
+        masks: masks by parameter name.
+        params: the parameters by name, of sharded ones this process's parts.
+        everywhere: whether all processes ask together, and the weights of all count.
 
     Raises:
         ValueError: a weight is not zero where its mask is.
     """
-    foreign = [n for n, mask in masks.items() if bool(params[n].detach()[~mask.to(params[n].device)].any())]
+    found = {n: int(params[n].detach()[~mask.to(params[n].device)].any()) for n, mask in masks.items()}
+    foreign = [n for n, here in found.items() if (layout_of(params[n]).total(here) if everywhere else here)]
     if foreign:
         raise ValueError(
             f"{', '.join(foreign)} hold weights that the masks of the last fit would cut: other weights were loaded "

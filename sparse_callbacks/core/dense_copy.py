@@ -5,13 +5,15 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from sparse_callbacks.core.local_parts import LocalPart
+
 
 class DenseCopy:
     """A second buffer for each parameter whose pruned weights go on to learn.
 
     One buffer holds ``mask * dense`` and one the dense values. Between optimizer steps the first is the parameter's,
-    during a step the second. They are exchanged and never copied, so at any forward pass a parameter has the same
-    address.
+    during a step the second. They are exchanged and not copied, so at any forward pass a parameter has the same
+    address. Of a sharded parameter the values are exchanged.
 
     Args:
         params: the sparse parameters by name.
@@ -78,6 +80,13 @@ class DenseCopy:
         # `.data` and not copies: two pointers change places, so a step costs no pass over the weights, and optimizer
         # state, which goes by the identity of the Parameter, does not notice
         p = self._params[name]
+        if isinstance(p, LocalPart):
+            # torch gathers a sharded parameter from the memory that it has, so here the values change places
+            values = p.detach()
+            held = values.clone()
+            values.copy_(self._buffers[name])
+            self._buffers[name] = held
+            return
         p.data, self._buffers[name] = self._buffers[name], p.data
 
     def mark_written(self, name: str) -> None:

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from sparse_callbacks.core.first_steps import BEGINNINGS, Beginning, UnknownStateError, first_steps
 from sparse_callbacks.core.fresh_rules import Fresh, Key, key_of, rules_of, write_rule
+from sparse_callbacks.core.local_parts import local_parameter, whole_of
 from sparse_callbacks.core.optimizer_state import Path, by_weight, name_of, state_tensors
 from sparse_callbacks.core.shadow_optimizer import Shadow
 
@@ -61,7 +62,7 @@ class FreshState:
         Raises:
             UnknownStateError: see :meth:`learn`.
         """
-        self._write(self._optimizer, parameter, parameter, where)
+        self._write(self._optimizer, parameter, whole_of(parameter), where)
 
     @torch.no_grad()
     def write_stand_in(self, shadow: Shadow, parameter: Tensor, where: Tensor) -> None:
@@ -116,7 +117,7 @@ class FreshState:
             key_of(i, part, state) not in self._rules
             for i, p in kept.items()
             for path, tensor in state_tensors(self._optimizer, p)
-            for part, state in by_weight(path, tensor, p)
+            for part, state in by_weight(path, tensor, local_parameter(p))
         )
 
     def _rules_from(

@@ -47,6 +47,7 @@ class GradientCare:
             gradients_read: whether somebody reads the gradients of this step in any case.
         """
         method = self._method
+        method.weights.follow_parts()
         if method.owners.optimizers[index] in self.two_pass:
             # of the second pass: the first one has moved only weights that are active
             for name in method.owners.steps[index]:
@@ -122,7 +123,8 @@ class GradientCare:
     def _all_finite(self, step: Step) -> Tensor | bool:
         # of all that the optimizer steps: a parameter of two optimizers belongs to one of them
         names = self._method.owners.steps[step.index]
-        return torch_optimizers.all_finite([g for n in names if (g := step.gradient(n)) is not None])
+        found = torch_optimizers.all_finite([g for n in names if (g := step.gradient(n)) is not None])
+        return self._method.weights.everywhere(found)
 
     def _keep_from_pruned(self, step: Step) -> None:
         """A gradient may be inf or NaN: where it is one of a pruned weight, active weights step all the same."""

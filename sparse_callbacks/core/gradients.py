@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparse_callbacks.core import distributed
+from sparse_callbacks.core.local_parts import local, whole_of
 from sparse_callbacks.core.weights import SparseWeights
 
 # For each optimizer the latest step in which a mask update took its gradients away, and these gradients by id of the
@@ -34,7 +35,10 @@ class DenseGradients:
         if name in self._kept:
             return self._kept[name][2]
         p = self._params[name]
-        return p.grad if p.grad is not None else self.withheld(optimizer, tick).get(id(p))
+        if p.grad is not None:
+            return p.grad
+        taken = self.withheld(optimizer, tick).get(id(whole_of(p)))
+        return None if taken is None else local(taken)
 
     def has_kept(self, name: str) -> bool:
         """A dense copy of the parameter's gradient was made before masking."""

@@ -13,7 +13,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from sparse_callbacks.core.shards import Layout, layout_of
+from sparse_callbacks.core import sharded_selection
+from sparse_callbacks.core.shards import Layout, Shards, layout_of
 
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 _SMALL = 8192  # positions below which a sample costs more than it saves
@@ -88,6 +89,15 @@ class Part:
             )
         return index[row_major <= row_major.topk(count, largest=False, sorted=False).values.max()]
 
+    def keys(self) -> Tensor:
+        """See :func:`~sparse_callbacks.core.sharded_selection.ranked`."""
+        allowed = None if self.allowed is None else self.shaped(self.allowed)
+        return sharded_selection.ranked(self.shaped(self.flat), allowed)
+
+    def in_memory_order(self, row_major: Tensor) -> Tensor:
+        """A flat mask in row-major order, in the order of this tensor's memory."""
+        return _in_memory_order(row_major.view(self.like.shape), self.like)
+
     def shaped(self, flat_mask: Tensor) -> Tensor:
         return flat_mask.as_strided(self.like.shape, self.like.stride())
 
@@ -122,6 +132,9 @@ def select_largest(parts: list[Part], count: int) -> list[Tensor]:
     Raises:
         ValueError: `count` is negative or exceeds the positions available.
     """
+    if layouts := _shards_of(parts):
+        masks = sharded_selection.largest_in_shards([part.keys() for part in parts], layouts, count)
+        return [part.in_memory_order(mask) for part, mask in zip(parts, masks, strict=True)]
     available = _available(parts, count)
     if count == 0:
         return [torch.zeros_like(part.flat, dtype=torch.bool) for part in parts]
@@ -142,6 +155,9 @@ def select_largest(parts: list[Part], count: int) -> list[Tensor]:
 def smallest_selected(parts: list[Part], count: int) -> float:
     """The smallest magnitude that `select_largest` takes, NaN if it takes one; `count` is at least 1. Errors as in
     `select_largest`."""
+    if layouts := _shards_of(parts):
+        found = sharded_selection.locate([part.keys() for part in parts], layouts, count)
+        return math.nan if found is None else sharded_selection.magnitude(found, parts[0].flat.dtype)
     place = _locate(parts, count, _available(parts, count))
     return math.nan if place is None else place.threshold
 
@@ -154,29 +170,29 @@ class _Place:
     surplus: int
 
 
+def _shards_of(parts: list[Part]) -> list[Shards]:
+    """How the tensors lie over processes; none where they are whole."""
+    return [part.layout for part in parts if isinstance(part.layout, Shards)]
+
+
 def _available(parts: list[Part], count: int) -> int:
-    available = sum(part.layout.total(part.size) for part in parts)
-    if not 0 <= count <= available:
-        raise ValueError(f"count={count} positions cannot be kept: {available} are available. Give 0 to {available}.")
+    available = sum(part.size for part in parts)
+    sharded_selection.refuse_count(count, available)
     return available
 
 
 def _locate(parts: list[Part], count: int, available: int) -> _Place | None:
-    """The threshold for `count` (at least 1) positions; None if there are fewer than that without the NaNs.
-
-    Every count is one over all processes that hold a part of the tensors: what `Layout.total` gives.
-    """
-    total = parts[0].layout.total  # one threshold is over tensors that lie alike
+    """The threshold for `count` (at least 1) positions; None if there are fewer than that without the NaNs."""
     low, high = _bracket(parts, count, available)
     above, inside = _scan(parts, low, high)
-    if not 0 < count - above <= total(inside.numel()):
+    if not 0 < count - above <= inside.numel():
         # the sample put the bracket beside the threshold: look at everything on that side
         above, inside = _scan(parts, high, math.inf) if count <= above else _scan(parts, 0.0, low)
     need = count - above
-    if need > total(inside.numel()):
+    if need > inside.numel():
         return None
     threshold = _kth_largest(inside, need)
-    return _Place(threshold, total(int((inside >= threshold).count_nonzero())) - need)
+    return _Place(threshold, int((inside >= threshold).count_nonzero()) - need)
 
 
 def _bracket(parts: list[Part], count: int, available: int) -> tuple[float, float]:
@@ -210,7 +226,7 @@ def _scan(parts: list[Part], low: float, high: float) -> tuple[int, Tensor]:
             if part.allowed is not None:
                 # bytes turn to floats seven times as fast as bools do
                 beyond[:size].mul_(factor[:size].copy_(part.allowed[piece].view(torch.uint8)))
-            above += part.layout.total(int(beyond[:size].sum()))
+            above += int(beyond[:size].sum())
             # only rows with a magnitude inside are looked into; the last one is filled up with zeros
             flags, values, factors = (_rows(buffer, size) for buffer in (reached, magnitude, factor))
             rows = flags.mv(ones).nonzero().squeeze(1)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparse_callbacks.core.host import TrainsInTurns
+from sparse_callbacks.core.local_parts import is_sharded
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
 from sparse_callbacks.core.wrappers import plain_model
@@ -24,6 +25,11 @@ def refuse_arguments(method: Any, model: Any, steps: Any, epoch: Any, forward: A
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r} is not a torch module.")
+    if any(map(is_sharded, model.parameters())):
+        raise ValueError(
+            "the model's parameters are sharded (DTensor). No hook tells a loop of your own when torch has reduced their "
+            "gradients, so no step would be seen. Use a Trainer with ModelParallelStrategy, or DistributedDataParallel."
+        )
     whole = isinstance(steps, Integral) and not isinstance(steps, bool)
     endless = isinstance(steps, float) and steps == math.inf
     if not (whole or endless) or steps < 1:

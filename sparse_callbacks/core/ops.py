@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparse_callbacks.core.argument_types import checked_after
 from sparse_callbacks.core.largest import Part, refuse_other_shape, select_largest, smallest_selected
+from sparse_callbacks.core.shards import WHOLE, count_of, layout_of, lying_as
 
 __all__ = [
     "drop_and_grow",
@@ -82,7 +83,7 @@ def keep_largest(values: Tensor, count: int, among: Tensor | None = None) -> Ten
 
 
 def _keep(part: Part, count: int) -> Tensor:
-    return part.shaped(select_largest([part], count)[0])
+    return lying_as(part.shaped(select_largest([part], count)[0]), part.layout)
 
 
 @checked_after
@@ -96,7 +97,7 @@ def keep_largest_jointly(values: Sequence[Tensor], count: int, least: int = 0) -
     [tensor([ True, False]), tensor([False,  True])]
     """
     masks = _jointly(values, count)
-    short = {i for i, mask in enumerate(masks) if least and int(mask.count_nonzero()) < least}
+    short = {i for i, mask in enumerate(masks) if least and count_of(mask) < least}
     if not short:
         return masks
     # These tensors get their least and leave the competition. The others then share fewer positions, which may leave
@@ -113,8 +114,10 @@ def _jointly(values: Sequence[Tensor], count: int) -> list[Tensor]:
     common = reduce(
         torch.promote_types, (tensor.dtype for tensor in values), torch.float16 if not values else values[0].dtype
     )
-    parts = [Part.of(tensor.to(common), None) for tensor in values]
-    return [part.shaped(mask) for part, mask in zip(parts, select_largest(parts, count), strict=True)]
+    parts = [Part.of(lying_as(tensor.to(common), layout_of(tensor)), None) for tensor in values]
+    return [
+        lying_as(part.shaped(mask), part.layout) for part, mask in zip(parts, select_largest(parts, count), strict=True)
+    ]
 
 
 @checked_after
@@ -148,12 +151,15 @@ def drop_and_grow(mask: Tensor, drop: Tensor, grow: Tensor, count: int) -> Tenso
     for name, score in (("drop", drop), ("grow", grow)):
         refuse_other_shape(name, score, mask)
     # counted once: `available` below spares a pass over each mask, and on a GPU a wait for its result
-    active = int(mask.count_nonzero())
+    here = int(mask.count_nonzero())
+    layout = layout_of(drop)
+    active = layout.total(here)
     if not 0 <= count <= active:
         raise ValueError(f"count={count} connections cannot move: the mask has {active} active. Give 0 to {active}.")
-    kept = _keep(Part.of(drop, mask, available=active), active - count)
+    kept = _keep(Part.of(drop, mask, available=here), active - count)
     # among ~kept and not ~mask, so that what was dropped can come back; in place, because nobody else holds `kept`
-    return kept.logical_or_(_keep(Part.of(grow, ~kept, available=mask.numel() - (active - count)), count))
+    free = mask.numel() - (active - count) if layout is WHOLE else None
+    return kept.logical_or_(_keep(Part.of(grow, ~kept, available=free), count))
 
 
 @checked_after

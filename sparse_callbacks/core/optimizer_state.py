@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparse_callbacks.core.local_parts import local, whole_of
+
 Path = tuple[Any, ...]
 """Where a tensor is in the state of a parameter: which optimizer, and the keys down to the tensor."""
 
@@ -28,9 +30,10 @@ def members(optimizer: Optimizer) -> list[tuple[str, Optimizer]]:
 
 def state_tensors(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[Path, Tensor]]:
     """Every tensor that ``optimizer`` keeps for ``parameter``, also within containers and in optimizers that it
-    holds."""
+    holds; of sharded ones this process's part."""
     for where, member in members(optimizer):
-        yield from tensors_within(member.state.get(parameter, {}), (where,))
+        for path, tensor in tensors_within(member.state.get(whole_of(parameter), {}), (where,)):
+            yield path, local(tensor)
 
 
 def tensors_within(value: Any, path: Path) -> Iterator[tuple[Path, Tensor]]:

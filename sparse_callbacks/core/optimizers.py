@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from sparse_callbacks.core.error_text import first_line
 from sparse_callbacks.core.fresh_state import FreshState
+from sparse_callbacks.core.local_parts import local, whole_of
 from sparse_callbacks.core.optimizer_modes import refuse_modes
 
 # Each weight's update depends on that weight's own gradient and state alone, so masking the weights after the step is
@@ -56,7 +57,9 @@ class Ownership:
 
     def __init__(self, optimizers: Sequence[Optimizer], params: Mapping[str, Tensor]) -> None:
         self.optimizers = list(optimizers)
-        self.steps = [[n for n, p in params.items() if id(p) in ids] for ids in map(parameter_ids, optimizers)]
+        self.steps = [
+            [n for n, p in params.items() if id(whole_of(p)) in ids] for ids in map(parameter_ids, optimizers)
+        ]
         """Names of the parameters that each optimizer steps."""
         # backwards, so that of several optimizers that step a parameter the first is written last and stays
         first = {n: i for i in reversed(range(len(optimizers))) for n in self.steps[i]}
@@ -82,7 +85,7 @@ class Ownership:
 
     def parameters_of(self, index: int) -> list[Tensor]:
         """The sparse parameters that an optimizer steps."""
-        return [self._params[name] for name in self.steps[index]]
+        return [whole_of(self._params[name]) for name in self.steps[index]]
 
     def index(self, optimizer: Optimizer) -> int:
         """Position of ``optimizer`` among the optimizers of the run."""
@@ -198,7 +201,7 @@ def clear_non_finite_state(optimizer: Optimizer, parameter: Tensor, where: Tenso
 
     State of another shape, and coded state, stays.
     """
-    for value in optimizer.state.get(parameter, {}).values():
+    for value in map(local, optimizer.state.get(whole_of(parameter), {}).values()):
         if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
             value.masked_fill_(where & ~value.isfinite(), 0)
 
@@ -219,11 +222,11 @@ def avoid_slow_square_roots(optimizer: Optimizer, fresh: FreshState, parameter: 
         key is None
         or parameter.device.type != "cpu"
         or optimizer.defaults.get("fused")
-        or key not in optimizer.state.get(parameter, {})
+        or key not in optimizer.state.get(whole_of(parameter), {})
     ):
         return
     fresh.write(parameter, pruned)  # a leftover first moment over a small root would be a huge update
-    optimizer.state[parameter][key].masked_fill_(pruned, _SMALL_MEAN_SQUARE)
+    local(optimizer.state[whole_of(parameter)][key]).masked_fill_(pruned, _SMALL_MEAN_SQUARE)
 
 
 def all_finite(gradients: Sequence[Tensor]) -> Tensor | bool:

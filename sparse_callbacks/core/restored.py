@@ -10,10 +10,12 @@ from sparse_callbacks.core.awaited import with_awaited
 from sparse_callbacks.core.calendar import Calendar
 from sparse_callbacks.core.checkpoint import SavedRun, refuse_foreign_weights, refuse_other_model
 from sparse_callbacks.core.initial_masks import find_masks, sharing_entries
+from sparse_callbacks.core.local_parts import local_parameter
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.progress import Progress
 from sparse_callbacks.core.selection import NOT_TRAINED, Entry, select
+from sparse_callbacks.core.shards import cut
 from sparse_callbacks.core.state_claims import planned_otherwise, refuse_impossible
 from sparse_callbacks.core.topology import EverActive
 from sparse_callbacks.core.weights import SparseWeights
@@ -60,10 +62,11 @@ def _take(method: Method, model: nn.Module, saved: SavedRun, owned: Sequence[Seq
     saved = planned_otherwise(saved, entries)
     planned = method.parameter_zeros(entries, targets)
     refuse_impossible(method, saved, model, planned, len(saved.progress["steps"]))
-    refuse_foreign_weights(saved.masks, params)
+    params = {n: local_parameter(p) for n, p in params.items()}
+    refuse_foreign_weights(cut(saved.masks, params), params, everywhere=True)
     _describe(method, entries, targets, params, saved, method.owners.owns if owned is None else owned)
     if method.keeps_dense:
-        method.start_copies(saved.dense, new=())
+        method.start_copies(cut(saved.dense, params), new=())
     if method.explores:
         EverActive(method.aux, method.weights).add(params)
     method.attachment = Attachment()
@@ -106,8 +109,8 @@ def _describe(
     """Give the method the masks, counters and tensors of the saved run."""
     method.owners = Ownership.between_runs(owned, params, len(saved.progress["steps"]))
     method.entries, method.targets = list(entries), dict(targets)
-    method.weights = SparseWeights(params, {e.name: e for e in entries if not e.reason}, saved.masks)
-    method.aux = aux_on_devices(saved.aux, params)
+    method.weights = SparseWeights(params, {e.name: e for e in entries if not e.reason}, cut(saved.masks, params))
+    method.aux = cut(aux_on_devices(saved.aux, params), params)
     method.progress = Progress.restored(method.first_update, saved.progress)
     method.calendar = calendar_of(method, saved.times)
 

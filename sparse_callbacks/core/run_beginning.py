@@ -10,12 +10,14 @@ from sparse_callbacks.core.awaited import for_targets, names_awaited, with_await
 from sparse_callbacks.core.checkpoint import refuse_foreign_weights, refuse_other_model
 from sparse_callbacks.core.gradient_mask import refuse_lost_gradients
 from sparse_callbacks.core.initial_masks import find_masks, refuse_rescaling
+from sparse_callbacks.core.local_parts import local_parameter
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_needs import refuse_optimizers
 from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.progress import Progress
 from sparse_callbacks.core.restored import aux_on_devices
 from sparse_callbacks.core.selection import Entry
+from sparse_callbacks.core.shards import cut
 from sparse_callbacks.core.state_claims import PLAN_CHANGED, planned_otherwise, refuse_impossible
 from sparse_callbacks.core.thawed import first_masks
 from sparse_callbacks.core.topology import EverActive
@@ -59,10 +61,11 @@ class RunBeginning:
         self._entries = list(method.further_members(model, entries))
         parameters = dict(model.named_parameters())
         self._sparse = {e.name: e for e in self._entries if not e.reason}
-        self._params = {name: parameters[name] for name in self._sparse}
+        self._params = {name: local_parameter(parameters[name]) for name in self._sparse}
         self._kept = self._masks_of_last_run(model)
         if self._saved is not None:
-            refuse_other_model(self._saved, {n: p for n, p in self._params.items() if not admits or n in masked})
+            model_params = {n: parameters[n] for n in self._sparse if not admits or n in masked}
+            refuse_other_model(self._saved, model_params)
         find_masks(method, model, for_targets(entries), self._saved, together=True)
         self._targets = method.share_out(for_targets(entries))
         if self._saved is not None:
@@ -70,9 +73,9 @@ class RunBeginning:
             if not admits:  # otherwise it is the run's own state
                 planned = method.parameter_zeros(self._entries, self._targets)
                 refuse_impossible(method, self._saved, model, planned, len(optimizers))
-            self._dense = self._saved.dense
+            self._dense: Mapping[str, Tensor] = cut(self._saved.dense, self._params)
         else:
-            refuse_foreign_weights(self._kept, self._params)
+            refuse_foreign_weights(self._kept, self._params, everywhere=True)
             self._dense = {n: method.weights.dense_values(n) for n in method.weights.copied if n in self._kept}
         if self.is_new:
             refuse_rescaling(method, model, self._params)
@@ -98,7 +101,8 @@ class RunBeginning:
         earlier = method.params.keys()
         method.entries, method.targets, method.owners = self._entries, self._targets, self.owners
         method.weights = SparseWeights(params, self._sparse, {})  # initial masks are made from the parameters
-        masks = self._begin_masks(earlier)
+        masks = cut(self._begin_masks(earlier), params)
+        method.aux = cut(method.aux, params)
         method.progress.begin(len(self.owners.optimizers))
         method.weights = SparseWeights(params, self._sparse, masks)
         if method.keeps_dense:

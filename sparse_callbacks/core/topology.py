@@ -6,7 +6,6 @@ from numbers import Real
 
 from torch import Tensor
 
-from sparse_callbacks.core import distributed
 from sparse_callbacks.core.argument_types import fits
 from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.state_layout import shown_short
@@ -59,7 +58,7 @@ def take(
         The share of connections that the update replaced: dropped and born ones over those active before and after.
     """
     # each rank has computed them, from sums that may differ in the last bit, and unequal masks would stay unequal
-    masks = distributed.masks_of_first_rank(masks)
+    masks = weights.same_everywhere(masks)
     changed = total = 0
     born_in: dict[str, Tensor] = {}
     for name, mask in masks.items():

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core.dense_copy import DenseCopy, undone
+from sparse_callbacks.core.local_parts import LocalPart, follow
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.shards import layout_of
 
@@ -50,24 +51,43 @@ class SparseWeights:
         # anew in every step as small weights take to be masked
         self._integers: dict[str, tuple[int, Tensor]] = {}
         self._copy = DenseCopy(self.params)
+        self._parts = [p for p in self.params.values() if isinstance(p, LocalPart)]
         self.watchers: list[Callable[[str, Tensor, Tensor], None]] = []
         """Called with a parameter's name, its mask so far and its new one wherever a mask changes."""
         self.may_hold_inf = False
         """A gradient or a dense value has held inf or NaN, so that a product with a closed gate may be NaN from here
         on."""
         placed = {n: masks[n].to(p.device, torch.bool) for n, p in params.items()} if masks else {}
-        for name, mask in distributed.masks_of_first_rank(placed).items():
+        for name, mask in self.same_everywhere(placed).items():
             self.set_mask(name, mask)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_integers": {}, "watchers": []}
+
+    # ------------------------------------------------------------------ parameters in shards
+
+    def same_everywhere(self, masks: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The masks of rank 0 on every rank; where parameters are sharded each rank has its own parts, and keeps them."""
+        return masks if self._parts else distributed.masks_of_first_rank(masks)
+
+    def everywhere(self, flag: Tensor | bool) -> Tensor | bool:
+        """Whether ``flag`` is true on every process that holds a part of the parameters."""
+        if not self._parts:
+            return flag
+        return layout_of(self._parts[0]).total(int(not flag)) == 0
+
+    def follow_parts(self) -> None:
+        """Look where the memory of sharded parameters is now."""
+        if self._parts:
+            follow(self._parts)
 
     # ------------------------------------------------------------------ masks and counts
 
     def set_mask(self, name: str, mask: Tensor) -> None:
         """Take ``mask`` (bool, shape of the parameter); :meth:`write_masked` brings it into the values."""
         # whole filters may come as an expanded view, into which nothing could be written
-        self._take(name, whole(mask))
+        # and without the layout that the selection has noted on it, which a copy or a file would take along
+        self._take(name, whole(mask).detach())
         self._counts[name] = self.count(name, mask)
         if name not in self._bits:
             p = self.params[name]
@@ -144,8 +164,8 @@ class SparseWeights:
     def layers(self, name: str, *tensors: Tensor) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
         """Name of each layer in a parameter, with that layer's view of each of ``tensors`` (of the parameter's
         shape)."""
-        entry = self.entries[name]
-        parts = [entry.split(t) for t in tensors]
+        entry, layout = self.entries[name], layout_of(self.params[name])
+        parts = [layout.layers(t, entry.parts) for t in tensors]
         for index, layer in enumerate(entry.layers):
             yield layer, tuple(p[index] for p in parts)
 
@@ -166,6 +186,7 @@ class SparseWeights:
                 closed gates are filled with zeros, which costs more than a product alone.
         """
         copied = bool(self._copy)
+        self.follow_parts()
         for name in names:
             p = self.params[name]
             if copied and name in self._copy:
@@ -173,7 +194,7 @@ class SparseWeights:
                 self._write_from_copy(name, p.data, finite, self._factors.get(name))
                 self._copy.mark_written(name)
             elif name in self._bits:
-                address, integers = self._integers.get(name, (0, p))
+                address, integers = self._integers.get(name, (-1, p))  # an empty part has the address 0
                 # the view keeps its memory, so that nothing else can have its address
                 if address != p.data_ptr():
                     integers = p.view(self._bits[name].dtype)

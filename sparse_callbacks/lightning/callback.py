@@ -18,11 +18,12 @@ from sparse_callbacks.core.checkpoint import SavedRun, check_state
 from sparse_callbacks.core.distributions import why_all_active
 from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.hooks import BatchEnd
+from sparse_callbacks.core.local_parts import is_sharded, whole_tensors
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.restored import calendar_of
 from sparse_callbacks.core.selection import NOT_TRAINED, layer_shapes, select
 from sparse_callbacks.core.unseen_steps import StepWatch
-from sparse_callbacks.lightning import accumulation, averaging, curves, open_window, optimizer_lives, spawned
+from sparse_callbacks.lightning import accumulation, averaging, curves, open_window, optimizer_lives, sharded, spawned
 from sparse_callbacks.lightning.added_epoch import enter_epoch, move_again, unless_at_rest
 from sparse_callbacks.lightning.clipping import call_instead_of_clipping, clip_again
 from sparse_callbacks.lightning.fit_state import FitState
@@ -92,6 +93,7 @@ class SparsityCallback(Method, AnyCallback):
             self.fit_state.before = BeforeRun(self)
             refuse_host(trainer)
             averaging.refuse_averages(self, trainer)
+            sharded.refuse_sharding(trainer, self)
             look_before_loading(trainer, pl_module, peers_of(trainer))
             self.saved = None  # of an earlier fit; what this one resumes from is restored after setup
             if self.attachment.model is not pl_module or self.fresh_start:
@@ -100,8 +102,9 @@ class SparsityCallback(Method, AnyCallback):
                 spawned.forget_brought(self)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        # the weights are loaded already. A fit takes its state later, in on_fit_start, when its optimizers stand
+        # the weights are loaded already. A fit takes its state later, in _begin, when its optimizers stand
         if trainer.state.fn != "fit" and not self.engine.is_bound:
+            sharded.reshard(trainer, pl_module)
             take_state_of_checkpoint(self, pl_module, checkpoint["callbacks"].get(self.state_key), trainer.ckpt_path)
             self.fit_state.evaluates = True
 
@@ -118,10 +121,24 @@ class SparsityCallback(Method, AnyCallback):
         self.saved = None if checked is None else SavedRun.of(checked, path)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not sharded.shards_model(trainer):
+            self._begin(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if sharded.shards_model(trainer):
+            sharded.reshard(trainer, pl_module)
+            # only now: sharded parameters and their optimizers are restored after on_fit_start, and on the way there torch
+            # lets the optimizers take a step, which must not be seen
+            self._begin(trainer, pl_module)
+        self._begin_training(trainer, pl_module)
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         stop_looking(trainer)  # of a fit without a checkpoint, which has read none
+        sharded.refuse_steps(trainer, pl_module)
         optimizers = TrainerOptimizers(trainer, pl_module)
         refuse_unsteppable(pl_module, trainer.optimizers, optimizers.steppers)
         entries = select(pl_module, self.include, self.exclude, self.keep_dense, optimizers.trained)
+        sharded.refuse_parts(trainer, pl_module, entries)
         # who awaits a layer claims it too: in a Trainer all callbacks see the optimizers that it may come into
         self._refuse_neighbours(trainer, [e.name for e in for_targets(with_awaited(self, entries)) if not e.reason])
         state = self._state_to_resume(trainer, pl_module)
@@ -146,7 +163,7 @@ class SparsityCallback(Method, AnyCallback):
         for warning in warnings_for(trainer, self.arrives_at_stop):
             rank_zero_warn(warning)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _begin_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.fit_state.rests = enter_epoch(trainer)
         if self.start is not None:
             # not in on_fit_start: asked there for the run's length, Lightning makes its loader and forgets to resume it
@@ -339,6 +356,8 @@ class SparsityCallback(Method, AnyCallback):
 
     def _gradients_to_save(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Accumulated gradients for a checkpoint, which one rank writes for all: their mean."""
+        if any(map(is_sharded, held.values())):  # torch has reduced them, and each process has its parts
+            return whole_tensors(held)
         return distributed.mean_of_any(held, dict(self.model.named_parameters()))
 
     def _restart_optimizers(self, trainer: Trainer, module: LightningModule) -> None:

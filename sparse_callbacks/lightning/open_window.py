@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.engine import Engine
+from sparse_callbacks.core.local_parts import laid_out
 from sparse_callbacks.lightning.fit_state import FitState
 
 
@@ -24,7 +25,7 @@ def put_back(saved: SavedRun | None, fit: FitState, module: nn.Module, engine: E
     if saved is not None and saved.grads:
         for name, gradient in saved.grads.items():
             p = parameters[name]
-            p.grad = gradient.to(p.device)
+            p.grad = laid_out(gradient, p)
             if (dense := saved.dense_grads.get(name)) is not None:
                 kept[name] = p.grad, dense.to(p.device)
         fit.window_open, fit.waiting = saved.window_open, set(range(len(engine.method.owners.optimizers)))

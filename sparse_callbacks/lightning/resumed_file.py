@@ -23,6 +23,7 @@ from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.selection import NOT_TRAINED, select
 from sparse_callbacks.core.state_claims import planned_otherwise, refuse_impossible
 from sparse_callbacks.core.state_layout import inventory, is_count, shown_short, why_not_whole
+from sparse_callbacks.lightning import sharded
 from sparse_callbacks.lightning.averaging import weights_beside_averages
 from sparse_callbacks.lightning.refusals import is_tuner_checkpoint, overrides
 
@@ -62,17 +63,23 @@ def look_before_loading(trainer: Any, module: LightningModule, methods: Sequence
 
     def load_checkpoint(path: Any, **options: Any) -> Any:
         stop_looking(trainer)
-        found = _read(lambda: read(path, **options), path, type(strategy.checkpoint_io).__name__)
+        loads_at_once = sharded.shards_model(trainer)  # into the model, too late for a look
+        if loads_at_once:
+            found = sharded.content_of(path, _ADVICE)
+        else:
+            found = _read(lambda: read(path, **options), path, type(strategy.checkpoint_io).__name__)
         if not is_tuner_checkpoint(path):
             refuse_other_parts(found, path)
             _refuse_other_progress(found["loops"], path, trainer)
             resumed = [(m, _refuse_other_state(m, found, module, path)) for m in methods if not m.fresh_start]
-            if not _others_load(trainer, module, methods):
+            # of shards in a folder torch compares names and shapes before it loads any
+            in_shards = loads_at_once and Path(path).is_dir()
+            if not in_shards and not _others_load(trainer, module, methods):
                 for weights in (found["state_dict"], *weights_beside_averages(trainer, found, path)):
                     _refuse_other_weights(weights, module, path)
                     for method, saved in resumed:
                         _refuse_cut_weights(method, saved, weights)
-        return found
+        return read(path, **options) if loads_at_once else found
 
     strategy.load_checkpoint = load_checkpoint
 

@@ -13,6 +13,7 @@ from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.ops import drop_and_grow, drop_count
 from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.schedules import Schedule, as_schedule
+from sparse_callbacks.core.shards import count_of
 from sparse_callbacks.core.state_claims import Zeros, as_planned, possible_zeros
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.topology import Update
@@ -86,7 +87,7 @@ class DropAndGrow(StartsSparse):
 
         # counted in the mask and not planned: whatever a layer has, it has as many after the update
         def moved(_: str, mask: Tensor, drop: Tensor, grow: Tensor) -> Tensor:
-            return drop_and_grow(mask, drop, grow, drop_count(int(mask.count_nonzero()), fraction))
+            return drop_and_grow(mask, drop, grow, drop_count(count_of(mask), fraction))
 
         # only the parameters of the optimizer that has stepped: several optimizers take their steps at different times
         for name in step.names:

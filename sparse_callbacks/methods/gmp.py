@@ -11,6 +11,7 @@ from sparse_callbacks.core.distributions import Distribution
 from sparse_callbacks.core.method import Method, Options
 from sparse_callbacks.core.ops import keep_largest, zeros_for
 from sparse_callbacks.core.schedules import Schedule, pruning_curve
+from sparse_callbacks.core.shards import count_of, size_of
 from sparse_callbacks.core.state_claims import Zeros, possible_zeros, rises_to
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.thawed import by_step, masks_by_magnitude
@@ -106,9 +107,9 @@ class GMP(Method):
         share = sparsity / self.target_sparsity if self.target_sparsity else 0.0
 
         def prune(layer: str, mask: Tensor, weight: Tensor) -> Tensor:
-            zeros = zeros_for(self.targets[layer] * share, weight.numel())
+            zeros = zeros_for(self.targets[layer] * share, size_of(weight))
             # a run that goes on longer steps back along its curve: the mask then has fewer than planned, and keeps them
-            return keep_largest(weight, min(int(mask.count_nonzero()), weight.numel() - zeros), among=mask)
+            return keep_largest(weight, min(count_of(mask), size_of(weight) - zeros), among=mask)
 
         return {n: self.weights.by_layer(n, prune, mask, self.params[n].detach()) for n, mask in masks.items()}
 

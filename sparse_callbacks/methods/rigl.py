@@ -5,6 +5,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from sparse_callbacks.core.ops import drop_count
+from sparse_callbacks.core.shards import size_of
 from sparse_callbacks.core.step import ReplacesSteps, Step
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
@@ -81,7 +82,7 @@ class RigL(ReplacesSteps, DropAndGrow):
         fraction = self.fraction_at(step.number)
         # from the planned counts, which are those of the masks: counting the masks would wait for the device
         return [
-            drop_count(part.numel() - self.planned_zeros(layer, part.numel()), fraction)
+            drop_count(size_of(part) - self.planned_zeros(layer, size_of(part)), fraction)
             for name in step.names
             for layer, (part,) in self.weights.layers(name, self.weights.masks[name])
         ]

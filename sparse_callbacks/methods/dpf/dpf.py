@@ -14,6 +14,7 @@ from sparse_callbacks.core.ops import keep_largest, keep_largest_jointly, zeros_
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.schedules import Schedule, pruning_curve, to_steps
 from sparse_callbacks.core.selection import Entry, layer_shapes
+from sparse_callbacks.core.shards import layout_of, size_of
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.thawed import by_step, masks_by_magnitude
 from sparse_callbacks.core.topology import Update
@@ -198,7 +199,7 @@ class DPF(Method):
     def new_masks(self, step: Step) -> Update:
         # algorithm 1 takes the largest of all dense weights, not of the active ones alone: so pruned ones come back
         masks = self._largest(step.names, self.sparsity_at(step.number))
-        back = sum(int((mask & ~self.weights.masks[n]).sum()) for n, mask in masks.items())
+        back = sum(self.weights.count(n, mask & ~self.weights.masks[n]) for n, mask in masks.items())
         # in aux, so that the count goes on where a run is resumed
         total = self.aux.setdefault("reactivated/total", torch.zeros((), dtype=torch.int64))
         total += back
@@ -216,7 +217,8 @@ class DPF(Method):
         for name in self.weights.copied:
             dense = self.weights.dense_values(name)
             # float: in half precision the sum of squares would overflow
-            norms.append(torch.linalg.vector_norm((dense * (1 - masks[name].to(dense))).float()))
+            norm = torch.linalg.vector_norm((dense * (1 - masks[name].to(dense))).float())
+            norms.append(layout_of(self.params[name]).norm(norm))
         return float(torch.linalg.vector_norm(torch.stack(norms)))
 
     def _largest(self, names: Sequence[str], sparsity: float) -> dict[str, Tensor]:
@@ -235,7 +237,7 @@ class DPF(Method):
 
     def _in_layer(self, weight: Tensor, entry: Entry, sparsity: float) -> Tensor:
         if self.unit == "weight":
-            return keep_largest(weight, weight.numel() - zeros_for(sparsity, weight.numel()))
+            return keep_largest(weight, size_of(weight) - zeros_for(sparsity, size_of(weight)))
         scores = filters.norms(weight, entry.shape[0], entry.transposed)
         return filters.mask_of(
             keep_largest(scores, entry.shape[0] - _filters_gone(sparsity, entry)), weight, entry.transposed
@@ -244,7 +246,7 @@ class DPF(Method):
     def _jointly(
         self, layers: Mapping[str, Tensor], entries: Mapping[str, Entry], sparsity: float
     ) -> dict[str, Tensor]:
-        size = sum(t.numel() for t in layers.values())
+        size = sum(map(size_of, layers.values()))
         zeros = zeros_for(sparsity, size)
         if self.unit == "weight":
             return dict(zip(layers, keep_largest_jointly(list(layers.values()), size - zeros, least=1), strict=True))
