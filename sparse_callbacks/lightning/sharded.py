@@ -18,6 +18,7 @@ from sparse_callbacks.lightning.averaging import averaging_callbacks
 
 _STRATEGY = "ModelParallelStrategy"
 _EXACT = (methods.Static, methods.SET, methods.RigL, methods.GMP, methods.DPF)
+_BY_WEIGHTS = ("magnitude", "nonzero")  # first masks that are made of the weights
 _INSTEAD = "Use strategy='ddp', or one device."
 _META = "meta.pt"  # what Lightning writes beside the shards of a folder
 
@@ -68,10 +69,8 @@ def _why_not_exact(method: Method) -> str:
     others = [c for c in type(method).__mro__ if issubclass(c, Method) and c not in ours]
     if others or not isinstance(method, _EXACT):
         return f"it reads whole parameters, of which each process has a part. Exact on shards are {listed}"
-    if isinstance(method, StartsSparse) and (method.initial_mask != "random" or method.rescale is not None):
-        return "initial_mask= and rescale= read whole layers, of which each process has a part"
-    if isinstance(method, methods.Static) and method.from_checkpoint is not None:
-        return "from_checkpoint= reads whole layers, of which each process has a part"
+    if isinstance(method, StartsSparse) and (method.initial_mask in _BY_WEIGHTS or method.rescale is not None):
+        return "its start reads whole layers, of which each process has a part. Leave initial_mask= and rescale= out, or give a file"
     if isinstance(method, methods.DPF) and method.unit != "weight":
         return f"unit={method.unit!r} compares whole filters, of which each process may have a part. unit='weight' is exact"
     return ""

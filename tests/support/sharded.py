@@ -9,6 +9,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import WeightAveraging
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -69,6 +70,11 @@ class Sharded(Classifier):
         )
 
 
+# a state dict whose zeros are the masks
+GIVEN = {n: (torch.arange(p.numel()) % 5 > 2).double().view(p.shape) for n, p in Sharded().named_parameters()}
+RUNS["given"] = ("static", {"sparsity": None, "initial_mask": GIVEN})
+
+
 def whole(tensor: Any) -> Tensor:
     """A tensor, or all of a sharded one."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -122,7 +128,8 @@ class Unequal(pl.Callback):
 def refused(callback: Any, module: pl.LightningModule | None = None, **options: Any) -> str:
     """What a fit in two processes is refused with."""
     strategy = ModelParallelStrategy(*options.pop("sizes", (2, 1)))
-    trainer = trainer_for([callback], devices=2, strategy=strategy, use_distributed_sampler=False, **options)
+    more = options.pop("more", [])
+    trainer = trainer_for([callback, *more], devices=2, strategy=strategy, use_distributed_sampler=False, **options)
     try:
         trainer.fit(Sharded() if module is None else module, Batches())
     except ValueError as error:
@@ -141,6 +148,14 @@ class NotSharded(Sharded):
         mesh: Any = self._device_mesh["data_parallel"]  # type: ignore[index]
         for layer in (self.net.first, self.net.last):
             fully_shard(layer, mesh=mesh)
+
+
+class Frozen(Sharded):
+    """One layer waits to be trained."""
+
+    def configure_model(self) -> None:
+        self.net.first.weight.requires_grad_(False)
+        super().configure_model()
 
 
 class OverTwoDimensions(Sharded):
@@ -167,6 +182,10 @@ def refusals() -> dict[str, str]:
         "optimizer": refused(Static(0.5, **static), mixing),
         "not sharded": refused(Static(0.5, **static), NotSharded()),
         "two dimensions": refused(Static(0.5, **static), OverTwoDimensions()),
+        "start": refused(Static(0.5, initial_mask="magnitude", **static)),
+        "rescaled": refused(Static(0.5, rescale="layer", **static)),
+        "averages": refused(Static(0.5, **static), more=[WeightAveraging()]),
+        "frozen": refused(Static(0.5, **static), Frozen()),
         "loop": in_a_loop(),
     }
 
