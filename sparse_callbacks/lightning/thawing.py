@@ -38,7 +38,7 @@ def follow_training(
     if same and not thawed_names(callback, trained) and not have_moved(callback, callback.owners.optimizers):
         return  # so that optimizers that are not torch's need not be tried anew in each epoch
     fit.given, optimizers = given, TrainerOptimizers(trainer, module)
-    frozen = {e.name for e in callback.entries if e.reason == AWAITED[0]}
+    _refuse_unreduced(callback, trained)
     found = engine.take_up(trained, optimizers.steppers, optimizers.gradients_read, optimizers.two_pass)
     if found is None:
         return
@@ -47,12 +47,6 @@ def follow_training(
         fit.watch = StepWatch(engine)
         shown = found[0] if len(found) == 1 else f"{found[0]} to {found[-1]} ({len(found)})"
         rank_zero_info(f"{type(callback).__name__}: trained from here on, and sparse: {shown}.")
-    if distributed.world_size() > 1 and (unknown := [n for n in found if n in frozen]):
-        rank_zero_warn(
-            f"{', '.join(unknown)} were frozen when DistributedDataParallel took hold of the model, so it does not average "
-            "their gradients, and the processes train them apart. Thaw them between two fits, the second of which takes "
-            "hold of the model anew and goes on with this callback."
-        )
 
 
 def _warn_of_dense(module: LightningModule, callback: "SparsityCallback", trained: Collection[int]) -> None:
@@ -65,4 +59,20 @@ def _warn_of_dense(module: LightningModule, callback: "SparsityCallback", traine
             f"{type(callback).__name__} leaves {', '.join(late)} dense: they were frozen or in no optimizer when fit "
             f"started and are trained only now, and {why_never(callback)}. To make them sparse, train them from the start "
             "of a fit."
+        )
+
+
+def _refuse_unreduced(callback: "SparsityCallback", trained: Collection[int]) -> None:
+    """Refuse layers that the processes would train apart.
+
+    Raises:
+        RuntimeError: DistributedDataParallel does not know a layer that is trained from here on.
+    """
+    frozen = {e.name for e in callback.entries if e.reason == AWAITED[0]}
+    unknown = [n for n in thawed_names(callback, trained) if n in frozen]
+    if unknown and distributed.world_size() > 1:
+        raise RuntimeError(
+            f"{', '.join(unknown)} were frozen when DistributedDataParallel took hold of the model, so it does not average "
+            "their gradients, and the processes would train them apart. Thaw them between two fits: the second takes hold "
+            "of the model anew, and goes on with this callback. (BackboneFinetuning thaws within one.)"
         )

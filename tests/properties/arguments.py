@@ -100,6 +100,8 @@ DRAWN: dict[str, Draw] = {
     "l2": lambda w: st.just(1e-3),
     "epsilon": lambda w: st.sampled_from([0.3, 1.0]),
     "from_checkpoint": lambda w: st.just({"zeros": 0.6}),  # replaced by the state of a network with as many zeros
+    "initial_mask": lambda w: st.sampled_from(["random", "magnitude"]),
+    "rescale": lambda w: st.sampled_from(["layer", "fan_in"]),
     "every": lambda w: st.nothing(),  # with the times, below
 }
 # what a method understands differently
@@ -112,7 +114,11 @@ _OWN: dict[tuple[str, str], Draw] = {
     ("SMCP", "exclude"): lambda w: st.nothing(),  # small networks then have no channels left
     ("SMCP", "include"): lambda w: st.nothing(),
 }
-_TWO_WAYS_TO_SAY_IT = [("epsilon", ("sparsity", "distribution")), ("from_checkpoint", ("sparsity", "distribution"))]
+_TWO_WAYS_TO_SAY_IT = [
+    ("epsilon", ("sparsity", "distribution")),
+    ("from_checkpoint", ("sparsity", "distribution", "initial_mask", "rescale")),
+    ("init", ("initial_mask",)),
+]
 
 
 def names_of(method: str) -> list[str]:

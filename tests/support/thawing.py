@@ -1,7 +1,6 @@
 """Networks with a frozen backbone, and callbacks that thaw it, as transfer learning has them."""
 
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,21 +128,30 @@ def zeros(callback: Any) -> dict[str, int]:
 
 
 def run_thawed(folder: Path) -> None:
-    """One of two processes whose backbone is thawed: masks after each batch, and what was warned of."""
+    """One of two processes whose backbone is thawed between two fits: masks after each batch of the second; and the error
+    where it is thawed within one."""
     rank, results = int(os.environ["LOCAL_RANK"]), {}
-    for name in ("rigl", "gmp", "dpf"):
-        callback, module = JOINING[name](), Transfer()
+
+    def fit(module: Transfer, callbacks: list[Any], epochs: int) -> None:
         module.train_dataloader = lambda: Batches(EPOCH, rank=rank, world=2)  # type: ignore[method-assign]
-        seen = Records(callback, lambda c: {n: m.clone() for n, m in c.masks.items()})
-        trainer = trainer_for(
-            [callback, Thaws(1), seen],
-            max_epochs=4,
+        trainer_for(
+            callbacks,
+            max_epochs=epochs,
             devices=2,
             strategy="ddp_find_unused_parameters_true",
             use_distributed_sampler=False,
-        )
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            trainer.fit(module)
-        results[name] = {"masks": seen.seen, "warned": [str(w.message) for w in caught]}
+        ).fit(module)
+
+    for name in ("rigl", "gmp", "dpf"):
+        callback, module = JOINING[name](), Transfer()
+        module.backbone.requires_grad_(False)
+        seen = Records(callback, lambda c: {n: m.clone() for n, m in c.masks.items()})
+        fit(module, [callback, seen], 1)
+        module.backbone.requires_grad_(True)
+        fit(module, [callback, seen], 3)
+        results[name] = {"masks": seen.seen, "weights": {n: p.detach() for n, p in module.named_parameters()}}
+    try:
+        fit(Transfer(), [JOINING["rigl"](), Thaws(1)], 2)
+    except RuntimeError as error:
+        results["within one fit"] = str(error)
     torch.save(results, folder / f"{rank}.pt")
