@@ -30,7 +30,10 @@ def refuse_broken(path: Path | str, advice: str, opened: Callable[[], IO[bytes]]
         ValueError: a folder, a file that cannot be read, or one that is cut off, changed or of another kind.
     """
     if opened is None and Path(path).is_dir():
-        raise ValueError(f"{path} is a folder and not a checkpoint file. {advice}")
+        raise ValueError(
+            f"{path} is a folder and not a checkpoint file. {advice} (A distributed checkpoint resumes "
+            "under the strategy that wrote it; ModelParallelStrategy(save_distributed_checkpoint=False) writes one file.)"
+        )
     try:
         with Path(path).open("rb") if opened is None else opened() as file:
             head = file.read(len(_LEGACY))

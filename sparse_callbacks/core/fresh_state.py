@@ -62,7 +62,13 @@ class FreshState:
         Raises:
             UnknownStateError: see :meth:`learn`.
         """
-        self._write(self._optimizer, parameter, whole_of(parameter), where)
+        try:
+            self._write(self._optimizer, parameter, whole_of(parameter), where)
+        except UnknownStateError as error:
+            raise UnknownStateError(
+                f"weights have grown, and with {type(self._optimizer).__name__} they cannot start afresh: {error}. Use another "
+                "optimizer, such as torch.optim.AdamW, or a method that does not grow weights, such as Static, GMP or DPF."
+            ) from error
 
     @torch.no_grad()
     def write_stand_in(self, shadow: Shadow, parameter: Tensor, where: Tensor) -> None:

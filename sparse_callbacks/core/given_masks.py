@@ -86,7 +86,8 @@ def _content(source: Source, shown: str, advice: str) -> Mapping[str, Any]:
         return source
     if Path(source).exists():
         return read_mapping(Path(source), advice)
-    raise ValueError(f"{shown} is not a file. Give the path of a checkpoint or a state dict.")
+    words = "'random', 'magnitude', 'nonzero', " if shown.startswith("initial_mask=") else ""
+    raise ValueError(f"{shown} is not a file. Give {words}the path of a checkpoint or a state dict.")
 
 
 def _weights_in(found: Mapping[str, Any], entries: Sequence[Entry], shown: str, advice: str) -> Mapping[str, Any]:
@@ -212,3 +213,20 @@ def known_zeros(entry: Entry, aux: Mapping[str, Tensor], masks: Mapping[str, Ten
     if not all(0 <= n <= entry.size // entry.parts for n in zeros):
         raise damaged(f"its planned/{entry.name} has other counts than layers can have", path)
     return [int(n) for n in zeros]
+
+
+def refuse_other_masks(masks: Mapping[str, Tensor], entries: Sequence[Entry], path: object) -> None:
+    """Refuse saved masks of layers that wait to be trained which are no masks of them.
+
+    Args:
+        masks: the masks by parameter name.
+        entries: the parameters.
+        path: where they were saved, for errors.
+
+    Raises:
+        ValueError: a mask is of another shape or type.
+    """
+    for entry in entries:
+        mask = masks.get(entry.name)
+        if mask is not None and not (_is_weight(mask, entry) and mask.dtype == torch.bool):
+            raise damaged(f"its waiting/{entry.name} is {shown_short(mask)} and not a mask of that parameter", path)

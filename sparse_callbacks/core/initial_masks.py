@@ -14,7 +14,15 @@ from sparse_callbacks.core.arguments import refuse_unknown
 from sparse_callbacks.core.awaited import for_targets
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.distributions import is_epsilon
-from sparse_callbacks.core.given_masks import GivenMasks, Source, known_zeros, masks_in, refuse_no_masks, zeros_in
+from sparse_callbacks.core.given_masks import (
+    GivenMasks,
+    Source,
+    known_zeros,
+    masks_in,
+    refuse_no_masks,
+    refuse_other_masks,
+    zeros_in,
+)
 from sparse_callbacks.core.method import DEFAULT_SPARSITY, Method
 from sparse_callbacks.core.ops import keep_largest
 from sparse_callbacks.core.plan import Plan
@@ -26,6 +34,10 @@ from sparse_callbacks.core.thawed import masks_by_magnitude
 
 InitialMask = Source
 """``"random"``, ``"magnitude"``, ``"nonzero"``, the path of a checkpoint, or a state dict."""
+
+
+# in aux, where given masks of layers lie that wait to be trained
+_WAITING = "waiting"
 
 
 class StartsSparse(Method):
@@ -101,7 +113,7 @@ class StartsSparse(Method):
         if not self._brings_counts:
             return super().share_out(entries)
         chosen = [e for e in entries if not e.reason]
-        if self.saved is not None or not all(layer in self._zeros for e in chosen for layer in e.layers):
+        if not all(layer in self._zeros for e in chosen for layer in e.layers):
             self._find(self.attachment.model, entries, self.saved)
         return {layer: _share(self._zeros[layer], e.size // e.parts) for e in chosen for layer in e.layers}
 
@@ -121,8 +133,12 @@ class StartsSparse(Method):
         for name in taken if self.explores or self.arrives_at_stop else ():
             layers = self.weights.entries[name].layers
             self.aux[f"planned/{name}"] = torch.tensor([self._zeros[layer] for layer in layers])
-        waiting = {n: m for n, m in masks.items() if n not in taken}
-        self._given = replace(self._given, masks=waiting) if waiting else None
+        for name, mask in masks.items():  # a resumed run needs them, and what they came from may be gone
+            if name in taken:
+                self.aux.pop(f"{_WAITING}/{name}", None)
+            else:
+                self.aux[f"{_WAITING}/{name}"] = mask.clone()
+        self._given = None
         return {n: masks[n] for n in taken}
 
     def _largest(self, layer: str, weight: Tensor) -> Tensor:
@@ -142,9 +158,12 @@ class StartsSparse(Method):
         held = [e for e in chosen if e.name in masks and tuple(masks[e.name].shape) == e.full_shape]
         known = {e.name: known_zeros(e, aux, masks, path) for e in held}
         if missing := [e for e in chosen if e.name not in known]:
-            kept = self._given.masks if self._given is not None and self.attachment.in_training else {}
-            if self._given is None or not all(e.name in kept for e in missing):  # not those that a run keeps for later
-                self._given = self._masks_of(model, missing)
+            waiting = {e.name: aux[key] for e in missing if (key := f"{_WAITING}/{e.name}") in aux}
+            refuse_other_masks(waiting, missing, path)
+            self._given = GivenMasks(waiting, {}, False)
+            if others := [e for e in missing if e.name not in waiting]:
+                found = self._masks_of(model, others)
+                self._given = replace(found, masks={**waiting, **found.masks})
             masks = self._given.masks
             if together and self._start == "nonzero":  # in a loop ranks may still have weights of their own
                 masks = distributed.masks_of_first_rank(masks)
@@ -232,15 +251,25 @@ def refuse_rescaling(method: Method, model: nn.Module, params: Mapping[str, Tens
     """
     if not isinstance(method, StartsSparse) or method.rescale is None:
         return
-    why, given = why_not_fresh(model, params, method._brings_counts), method._given
-    if not why and given is not None and given.trained:
-        same = [n for n, w in given.weights.items() if _same_where(given.masks[n], params[n].detach(), w)]
-        why = f"{same[0]} is as in the checkpoint of a trained network" if same else ""
+    why = why_not_fresh(model, params, method._brings_counts)
+    if not why and method._given is not None:
+        why = _why_of_given(method._given, params)
     if why:
         raise ValueError(
             f"rescale={method.rescale!r} is for fresh weights, and those of the model are trained: {why}. Leave rescale= "
             "out. (A run that goes on from its own state, by ckpt_path= or sparsify(state=), is never rescaled.)"
         )
+
+
+def _why_of_given(given: GivenMasks, params: Mapping[str, Tensor]) -> str:
+    """Why weights beside which masks are given are known to be trained; empty where nobody knows."""
+    mine = {n: params[n].detach() for n in given.masks if n in params}
+    for name, weight in given.weights.items() if given.trained else ():
+        if name in mine and _same_where(given.masks[name], mine[name], weight):
+            return f"{name} is as in the checkpoint of a trained network"
+    if not any(bool(weight[~given.masks[n].to(weight.device)].any()) for n, weight in mine.items()):
+        return "they are zero already where the given masks are, as after a run with these masks"
+    return ""
 
 
 def refuse_rescaled_checkpoint(method: Method, path: object) -> None:
@@ -262,15 +291,15 @@ def warnings_of_start(method: Method, model: nn.Module) -> Iterator[str]:
         return
     if dead := [n for n, count in method.weights.active_counts.items() if not count and method._brings_counts]:
         yield f"{', '.join(dead)} has no active weight in {_spelled(method)}, and so never trains. exclude= leaves it dense."
-    if method._start != "random":
+    name, at_random = type(method).__name__, method._start == "random"
+    if method._brings_counts:
         return
-    name = type(method).__name__
-    if share := zeros_among(model, method.params):
+    if at_random and (share := zeros_among(model, method.params)):
         yield (
             f"{name} draws its masks at random, and {share:.1%} of the weights are zero already: a pruned network loses "
             "most of what it has learnt. Give initial_mask='nonzero' to go on with its masks."
         )
-    elif norm := counted_norm(model, method.params):
+    elif at_random and (norm := counted_norm(model, method.params)):
         yield (
             f"{name} draws its masks at random, and the network was trained before: {norm} has counted batches. Give "
             "initial_mask='magnitude' to keep its largest weights."
@@ -278,8 +307,8 @@ def warnings_of_start(method: Method, model: nn.Module) -> Iterator[str]:
     elif method.rescale is None and (starved := starved_layers(model, method.weights)):
         listed = ", ".join(f"{layer} ({inputs:.1f})" for layer, inputs in starved.items())
         yield (
-            f"few inputs are left for each output of {listed}, in a network without norms: its signal fades from layer to "
-            f"layer, and it may not learn. {name}(rescale='fan_in') makes fresh weights larger for it."
+            f"few inputs are left for each output of {listed}, with no norm in between: the signal fades from layer to "
+            f"layer, and the network may not learn. {name}(rescale='fan_in') makes fresh weights larger for it."
         )
 
 

@@ -97,7 +97,8 @@ def zeros_among(model: nn.Module, params: Mapping[str, Tensor]) -> float:
             zeros, size = zeros + max(0, found), size + p.numel()
             # uniform numbers are multiples of about eps / 2: in bfloat16 one of 256 is zero
             by_chance += 2 * torch.finfo(p.dtype).eps * p.numel()
-    return zeros / size if zeros > by_chance else 0.0
+    # and of a large layer that was drawn in float32 a weight or two, which is nobody's pruning
+    return zeros / size if zeros > max(by_chance, size / 1000) else 0.0
 
 
 def why_not_fresh(model: nn.Module, params: Mapping[str, Tensor], zeros_are_meant: bool) -> str:
@@ -119,16 +120,28 @@ def why_not_fresh(model: nn.Module, params: Mapping[str, Tensor], zeros_are_mean
 
 
 def starved_layers(model: nn.Module, weights: SparseWeights) -> dict[str, float]:
-    """Inputs that an output keeps on average, of the layers that keep few; none where the network has norms, or loses
-    little of its signal in these layers."""
-    if any(is_norm(m) for m in model.modules()):
-        return {}  # each gives the next layer a signal of variance 1 again
-    found, left = {}, 1.0
-    for name, mask in weights.masks.items():
-        for layer, (part,) in weights.layers(name, mask):
-            layout, entry = layout_of(part), weights.entries[name]
-            share = layout.total(int(part.count_nonzero())) / layout.whole_shape(part).numel()
-            inputs = share * torch.Size(entry.shape[1:]).numel()
-            if 0 < inputs <= FEW_INPUTS:
-                found[layer], left = inputs, left * share**0.5
-    return found if left < FADED else {}
+    """Inputs that an output keeps on average, of the layers that keep few; none where little of the signal is lost in the
+    layers between two norms, each of which gives the next layer a signal of variance 1 again."""
+    starved: dict[str, float] = {}
+    for names in _between_norms(model, weights):
+        found, left = {}, 1.0
+        for name in names:
+            for layer, (part,) in weights.layers(name, weights.masks[name]):
+                layout, entry = layout_of(part), weights.entries[name]
+                share = layout.total(int(part.count_nonzero())) / layout.whole_shape(part).numel()
+                inputs = share * torch.Size(entry.shape[1:]).numel()
+                if 0 < inputs <= FEW_INPUTS:
+                    found[layer], left = inputs, left * share**0.5
+        starved |= found if left < FADED else {}
+    return starved
+
+
+def _between_norms(model: nn.Module, weights: SparseWeights) -> list[list[str]]:
+    """Names of the sparse parameters, in the order of registration, cut where a norm comes between them."""
+    runs: list[list[str]] = [[]]
+    for prefix, module in model.named_modules():
+        if is_norm(module):
+            runs.append([])
+        names = [f"{prefix}.{local}" if prefix else local for local, _ in module.named_parameters(recurse=False)]
+        runs[-1] += [name for name in names if name in weights.masks]
+    return runs

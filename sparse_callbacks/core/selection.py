@@ -275,6 +275,11 @@ def _nothing_left(chosen: Sequence[Entry]) -> str:
             "training, with torch.nn.utils.parametrize.remove_parametrizations (remove_weight_norm, "
             "remove_spectral_norm or prune.remove for the older functions), or train without this method."
         )
+    if any(e.reason in NOT_TRAINED for e in chosen):
+        return (
+            f"{text}. What is frozen or in no optimizer becomes sparse once it is trained, in a run in which some sparse layer "
+            "is trained from the start: let include=, exclude= or keep_dense= leave one, or thaw a layer before the run."
+        )
     return f"{text}. Change include=, exclude= or keep_dense=."
 
 

@@ -38,7 +38,7 @@ from sparse_callbacks.lightning.refusals import (
     warnings_for,
 )
 from sparse_callbacks.lightning.resumed_file import add_inventory, look_before_loading, stop_looking
-from sparse_callbacks.lightning.thawing import follow_training
+from sparse_callbacks.lightning.thawing import follow_training, warn_of_thaw_to_come
 from sparse_callbacks.lightning.trainer_host import TrainerHost
 from sparse_callbacks.lightning.trainer_optimizers import TrainerOptimizers, scaler_of
 
@@ -162,6 +162,7 @@ class SparsityCallback(Method, AnyCallback):
             rank_zero_warn(text)
         for warning in warnings_for(trainer, self.arrives_at_stop):
             rank_zero_warn(warning)
+        warn_of_thaw_to_come(trainer, self)
 
     def _begin_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.fit_state.rests = enter_epoch(trainer)

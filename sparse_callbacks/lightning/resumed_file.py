@@ -18,7 +18,7 @@ from sparse_callbacks.core.checkpoint import SavedRun, check_state, misfit
 from sparse_callbacks.core.checkpoint_file import refuse_broken
 from sparse_callbacks.core.cut_weights import count_cut
 from sparse_callbacks.core.error_text import first_line
-from sparse_callbacks.core.initial_masks import sharing_entries
+from sparse_callbacks.core.initial_masks import find_masks, sharing_entries
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.selection import NOT_TRAINED, select
 from sparse_callbacks.core.state_claims import planned_otherwise, refuse_impossible
@@ -208,6 +208,7 @@ def _refuse_other_state(method: Method, found: Mapping[str, Any], module: Lightn
     entries = [e if e.name in saved.masks else replace(e, reason=e.reason or "not in the checkpoint") for e in entries]
     method.saved = saved  # some methods plan by the saved masks
     try:
+        find_masks(method, module, sharing_entries(method, entries), saved)
         planned = method.parameter_zeros(entries, method.share_out(sharing_entries(method, entries)))
         refuse_impossible(method, saved, module, planned, optimizers=0)
     finally:

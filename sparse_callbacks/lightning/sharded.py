@@ -129,7 +129,8 @@ def refuse_parts(trainer: Any, module: Any, entries: Sequence[Entry]) -> None:
     if whole := [n for n in names if not is_sharded(parameters[n])]:
         raise ValueError(
             f"{', '.join(whole)} not sharded, so nobody averages their gradients over processes. Call "
-            "fully_shard(self, mesh=self.device_mesh['data_parallel']) last in configure_model(), or give exclude=."
+            "fully_shard(network, mesh=self.device_mesh['data_parallel']) last in configure_model(), for the module whose forward "
+            "training_step calls, or give exclude=."
         )
     if wrong := {n: why for n in sharded if (why := why_not_in_parts(parameters[n]))}:
         name, why = next(iter(wrong.items()))

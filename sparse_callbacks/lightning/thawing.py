@@ -12,6 +12,7 @@ from sparse_callbacks.core.optimizers import parameter_ids
 from sparse_callbacks.core.thawed import have_moved, thawed_names
 from sparse_callbacks.core.unseen_steps import StepWatch
 from sparse_callbacks.lightning.namespaces import Trainer
+from sparse_callbacks.lightning.refusals import has_class_named
 from sparse_callbacks.lightning.trainer_optimizers import TrainerOptimizers
 
 if TYPE_CHECKING:
@@ -59,6 +60,18 @@ def _warn_of_dense(module: LightningModule, callback: "SparsityCallback", traine
             f"{type(callback).__name__} leaves {', '.join(late)} dense: they were frozen or in no optimizer when fit "
             f"started and are trained only now, and {why_never(callback)}. To make them sparse, train them from the start "
             "of a fit."
+        )
+
+
+def warn_of_thaw_to_come(trainer: Trainer, callback: "SparsityCallback") -> None:
+    """Say before the first batch that a finetuning callback must not thaw layers within this fit."""
+    frozen = [e.name for e in callback.entries if e.reason == AWAITED[0]]
+    thaws = [c for c in trainer.callbacks if has_class_named(c, ("BaseFinetuning",))]
+    if frozen and thaws and distributed.world_size() > 1:
+        rank_zero_warn(
+            f"{', '.join(frozen)} are frozen, and DistributedDataParallel does not average the gradients of what "
+            f"{type(thaws[0]).__name__} thaws within this fit: {type(callback).__name__} ends it there with an error, as the "
+            "processes would train them apart. Thaw them between two fits, or leave them out with exclude=."
         )
 
 

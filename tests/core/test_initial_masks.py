@@ -215,7 +215,10 @@ def test_arguments_that_no_run_can_use_are_refused(make: Any, options: Any, mess
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("nowhere.pt", r"initial_mask='nowhere\.pt' is not a file\. Give the path of a checkpoint"),
+        (
+            "nowhere.pt",
+            r"initial_mask='nowhere\.pt' is not a file\. Give 'random', 'magnitude', 'nonzero', the path of a checkpoint",
+        ),
         ("nonzero", r"initial_mask='nonzero' holds no zeros in the selected weights"),
         (
             {"0.weight": torch.zeros(3, 3)},

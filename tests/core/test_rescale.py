@@ -254,6 +254,21 @@ def test_weights_that_a_trained_checkpoint_holds_are_refused_and_others_of_its_m
         assert torch.allclose(rewound.get_parameter(name).detach(), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("given", ["nonzero", "a state dict"])
+def test_weights_that_given_masks_have_pruned_already_are_refused(given: str) -> None:
+    model = net()
+    with begin(Static(0.7, print_plan=False), model):
+        pass
+    start: Any = given if given == "nonzero" else copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="they are zero already where the given masks are"):
+        begin(SET(initial_mask=start, rescale="layer", print_plan=False), model)
+    rewound = net()
+    if given != "nonzero":  # the weights that it began with, once
+        begin(SET(initial_mask=start, rescale="layer", print_plan=False), rewound).close()
+        with pytest.raises(ValueError, match="they are zero already where the given masks are"):
+            begin(SET(initial_mask=start, rescale="layer", print_plan=False), rewound)
+
+
 # ---------------------------------------------------------------------- who should know of it
 
 
@@ -264,17 +279,26 @@ def plain(width: int = 100) -> nn.Sequential:
 def test_layers_that_keep_few_inputs_are_named_with_the_argument() -> None:
     with pytest.warns(
         UserWarning,
-        match=r"few inputs are left for each output of 0\.weight \(1\.3\), 2\.weight \(2\.0\), 4\.weight \(2\.0\), in a "
-        r"network without norms.*Static\(rescale='fan_in'\) makes fresh weights larger",
+        match=r"few inputs are left for each output of 0\.weight \(1\.3\), 2\.weight \(2\.0\), 4\.weight \(2\.0\), with "
+        r"no norm in between.*Static\(rescale='fan_in'\) makes fresh weights larger",
     ):
         begin(Static(0.98, distribution="uniform", print_plan=False), plain())
 
 
 def test_usual_networks_are_not_spoken_of() -> None:
-    normed = nn.Sequential(nn.Linear(64, 100), nn.LayerNorm(100), nn.ReLU(), nn.Linear(100, 100), nn.Linear(100, 10))
+    normed = nn.Sequential(nn.Linear(64, 100), nn.LayerNorm(100), nn.ReLU(), nn.Linear(100, 10))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         begin(Static(0.98, distribution="uniform", rescale="fan_in", print_plan=False), plain())
         begin(Static(0.98, distribution="uniform", print_plan=False), normed)
         begin(Static(0.9, print_plan=False), nn.Sequential(nn.Flatten(), *plain(300)))
         begin(Static(0.5, print_plan=False), nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)))
+
+
+@pytest.mark.parametrize("start", ["random", "magnitude"])
+def test_a_norm_before_layers_without_any_hides_them_not(start: str) -> None:
+    with pytest.warns(UserWarning, match=r"few inputs are left for each output of 1\.0\.weight"):
+        begin(
+            Static(0.98, distribution="uniform", initial_mask=start, print_plan=False),
+            nn.Sequential(nn.BatchNorm1d(64), plain()),
+        )

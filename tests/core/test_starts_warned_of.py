@@ -67,6 +67,14 @@ def test_zeros_that_half_precision_draws_are_not_warned_about() -> None:
         begin(Static(0.5, print_plan=False), model)
 
 
+def test_a_zero_that_a_large_layer_was_drawn_with_is_not_spoken_of() -> None:
+    model = nn.Linear(100, 100)
+    model.weight.data[0, 0] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        begin(Static(0.5, rescale="fan_in", print_plan=False), model)
+
+
 def test_fresh_weights_and_other_starts_are_not_warned_about() -> None:
     model, trained = Words(), nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
     trained(torch.randn(6, 12))

@@ -217,6 +217,8 @@ def test_no_warning_of_silent_parameters_misfires(tmp_path: Path, recwarn: pytes
 def test_two_processes_give_a_layer_that_is_thawed_between_fits_the_same_masks(tmp_path: Path) -> None:
     one, other = run_processes("thawed", tmp_path)
     errors = one.pop("within one fit"), other.pop("within one fit")
+    assert any("Thaws thaws within this fit" in text for text in one.pop("warned"))
+    other.pop("warned")
     assert all("were frozen when DistributedDataParallel took hold of the model" in error for error in errors)
     for name, found in one.items():
         assert [len(masks) for masks in found["masks"]] == [1] * EPOCH + [3] * (3 * EPOCH)

@@ -1,6 +1,7 @@
 """Networks with a frozen backbone, and callbacks that thaw it, as transfer learning has them."""
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,8 +151,11 @@ def run_thawed(folder: Path) -> None:
         module.backbone.requires_grad_(True)
         fit(module, [callback, seen], 3)
         results[name] = {"masks": seen.seen, "weights": {n: p.detach() for n, p in module.named_parameters()}}
-    try:
-        fit(Transfer(), [JOINING["rigl"](), Thaws(1)], 2)
-    except RuntimeError as error:
-        results["within one fit"] = str(error)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            fit(Transfer(), [JOINING["rigl"](), Thaws(1)], 2)
+        except RuntimeError as error:
+            results["within one fit"] = str(error)
+    results["warned"] = [str(w.message) for w in caught]
     torch.save(results, folder / f"{rank}.pt")
