@@ -42,7 +42,8 @@ def test_averages_are_sparse_and_no_order_matters(name: str, kind: str, tmp_path
             assert is_sparse(average_of(averager), callback), batch
             if batch in (4, 12, 20):
                 trainer.save_checkpoint(tmp_path / "one.ckpt")
-                found = torch.load(tmp_path / "one.ckpt", weights_only=True)
+                # under torch 2.8 the schedule that SWA sets holds a function
+                found = torch.load(tmp_path / "one.ckpt", weights_only=False)
                 assert not any(found["state_dict"][n][~m].any() for n, m in callback.masks.items())
 
         pair = [callback, averager] if ours_first else [averager, callback]
