@@ -15,7 +15,7 @@ from sparse_callbacks.core.first_gradients import SilenceWarning
 from sparse_callbacks.core.gradient_care import GradientCare
 from sparse_callbacks.core.gradients import DenseGradients
 from sparse_callbacks.core.host import Host
-from sparse_callbacks.core.initial_masks import StartsSparse, warnings_of_start
+from sparse_callbacks.core.initial_masks import rescale_fresh, warnings_of_start
 from sparse_callbacks.core.loop_steps import next_tick
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_hold import OptimizerHold
@@ -23,7 +23,6 @@ from sparse_callbacks.core.optimizer_modes import mask_averages
 from sparse_callbacks.core.optimizer_needs import keeps_optimizers, refuse_optimizers, refuse_replaced_steps
 from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.progress import Progress
-from sparse_callbacks.core.rescaling import rescale_weights
 from sparse_callbacks.core.run_beginning import RunBeginning
 from sparse_callbacks.core.selection import Entry, select
 from sparse_callbacks.core.step import ReplacesSteps, Step
@@ -373,9 +372,8 @@ class Engine:
     def begin_weights(self) -> None:
         """Training begins: :meth:`write` the masks, and make the weights of a new run larger where the method rescales."""
         self.write()
-        method = self.method
-        if self._begins_anew and isinstance(method, StartsSparse) and method.rescale is not None:
-            rescale_weights(method.weights, method.rescale)
+        if self._begins_anew:
+            rescale_fresh(self.method)
         self._begins_anew = False  # a run that goes on has weights that were rescaled when it began
 
     def write(self) -> None:

@@ -46,7 +46,7 @@ def masks_in(source: Source, entries: Sequence[Entry], argument: str) -> GivenMa
     """
     advice = f"Give {argument}= another checkpoint, or sparsity= for a new mask."
     shown = f"{argument}=" + ("" if isinstance(source, Mapping) else repr(str(source)))
-    found = _content(source, shown, advice)
+    found = _content(source, argument, shown, advice)
     weights = _weights_in(found, entries, shown, advice)
     # saved masks go first: a weight that was just grown is zero and yet active, so the non-zeros would lose it
     saved = _saved_masks(found, weights, entries, shown, advice)
@@ -81,12 +81,12 @@ def refuse_no_masks(masks: Mapping[str, Tensor], shown: str, advice: str) -> Non
         raise ValueError(f"{shown} holds nothing but zeros in the selected weights, so nothing would train. {advice}")
 
 
-def _content(source: Source, shown: str, advice: str) -> Mapping[str, Any]:
+def _content(source: Source, argument: str, shown: str, advice: str) -> Mapping[str, Any]:
     if isinstance(source, Mapping):
         return source
     if Path(source).exists():
         return read_mapping(Path(source), advice)
-    words = "'random', 'magnitude', 'nonzero', " if shown.startswith("initial_mask=") else ""
+    words = "'random', 'magnitude', 'nonzero', " if argument == "initial_mask" else ""
     raise ValueError(f"{shown} is not a file. Give {words}the path of a checkpoint or a state dict.")
 
 
@@ -129,6 +129,11 @@ def _is_weight(value: object, entry: Entry) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and tuple(value.shape) == entry.full_shape and not why_not_whole(value)
 
 
+def _is_mask(value: object, entry: Entry) -> TypeGuard[Tensor]:
+    """Whether ``value`` is a whole tensor of truth values of the parameter's shape."""
+    return _is_weight(value, entry) and value.dtype == torch.bool
+
+
 def _states_in(found: Mapping[str, Any], shown: str, advice: str) -> Iterator[Mapping[str, Any]]:
     """The states that callbacks or loops of this package have saved."""
     states = found.get("callbacks", {})
@@ -159,7 +164,7 @@ def _saved_masks(
         if entry.name not in saved:
             continue
         mask = saved[entry.name]
-        if not _is_weight(mask, entry) or mask.dtype != torch.bool:
+        if not _is_mask(mask, entry):
             raise ValueError(
                 f"{shown}: the mask of {entry.name} is {shown_short(mask)}, and should be one of truth values of shape "
                 f"{list(entry.full_shape)}. {advice}"
@@ -228,5 +233,5 @@ def refuse_other_masks(masks: Mapping[str, Tensor], entries: Sequence[Entry], pa
     """
     for entry in entries:
         mask = masks.get(entry.name)
-        if mask is not None and not (_is_weight(mask, entry) and mask.dtype == torch.bool):
+        if mask is not None and not _is_mask(mask, entry):
             raise damaged(f"its waiting/{entry.name} is {shown_short(mask)} and not a mask of that parameter", path)

@@ -26,7 +26,15 @@ from sparse_callbacks.core.given_masks import (
 from sparse_callbacks.core.method import DEFAULT_SPARSITY, Method
 from sparse_callbacks.core.ops import keep_largest
 from sparse_callbacks.core.plan import Plan
-from sparse_callbacks.core.rescaling import RESCALES, Rescale, counted_norm, starved_layers, why_not_fresh, zeros_among
+from sparse_callbacks.core.rescaling import (
+    RESCALES,
+    Rescale,
+    counted_norm,
+    rescale_weights,
+    starved_layers,
+    why_not_fresh,
+    zeros_among,
+)
 from sparse_callbacks.core.selection import Entry, select
 from sparse_callbacks.core.shards import layout_of
 from sparse_callbacks.core.state_layout import shown_short
@@ -270,6 +278,12 @@ def _why_of_given(given: GivenMasks, params: Mapping[str, Tensor]) -> str:
     if not any(bool(weight[~given.masks[n].to(weight.device)].any()) for n, weight in mine.items()):
         return "they are zero already where the given masks are, as after a run with these masks"
     return ""
+
+
+def rescale_fresh(method: Method) -> None:
+    """Make the masked weights of a new run larger, where the method was asked to."""
+    if isinstance(method, StartsSparse) and method.rescale is not None:
+        rescale_weights(method.weights, method.rescale)
 
 
 def refuse_rescaled_checkpoint(method: Method, path: object) -> None:

@@ -208,8 +208,9 @@ def _refuse_other_state(method: Method, found: Mapping[str, Any], module: Lightn
     entries = [e if e.name in saved.masks else replace(e, reason=e.reason or "not in the checkpoint") for e in entries]
     method.saved = saved  # some methods plan by the saved masks
     try:
-        find_masks(method, module, sharing_entries(method, entries), saved)
-        planned = method.parameter_zeros(entries, method.share_out(sharing_entries(method, entries)))
+        sharing = sharing_entries(method, entries)
+        find_masks(method, module, sharing, saved)
+        planned = method.parameter_zeros(entries, method.share_out(sharing))
         refuse_impossible(method, saved, module, planned, optimizers=0)
     finally:
         method.saved = None

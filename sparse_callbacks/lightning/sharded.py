@@ -15,6 +15,8 @@ from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizers import is_elementwise
 from sparse_callbacks.core.selection import NOT_TRAINED, Entry
 from sparse_callbacks.lightning.averaging import averaging_callbacks
+from sparse_callbacks.lightning.refusals import has_class_named
+from sparse_callbacks.lightning.trainer_optimizers import scaler_of
 
 _STRATEGY = "ModelParallelStrategy"
 _EXACT = (methods.Static, methods.SET, methods.RigL, methods.GMP, methods.DPF)
@@ -25,7 +27,7 @@ _META = "meta.pt"  # what Lightning writes beside the shards of a folder
 
 def shards_model(trainer: Any) -> bool:
     """Whether the Trainer's strategy lets the module shard its parameters (FSDP2)."""
-    return any(c.__name__ == _STRATEGY for c in type(trainer.strategy).__mro__)
+    return has_class_named(trainer.strategy, (_STRATEGY,))
 
 
 def refuse_sharding(trainer: Any, method: Method) -> None:
@@ -55,7 +57,7 @@ def refuse_sharding(trainer: Any, method: Method) -> None:
             "outputs, and masks are made for parameters that data parallelism alone shards. Give "
             "tensor_parallel_size=1 and data_parallel_size= the number of devices."
         )
-    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+    if scaler_of(trainer) is not None:
         raise ValueError(
             f"{name} under {_STRATEGY}: a GradScaler skips a step by the gradients of its own process, so the processes "
             "would not take the same steps. Use precision='bf16-mixed' or 32."

@@ -36,10 +36,11 @@ def follow_training(
     _warn_of_dense(module, callback, trained)
     trained -= {id(p) for peer in peers if peer is not callback for p in peer.params.values()}
     same = list(map(id, given)) == list(map(id, fit.given))
-    if same and not thawed_names(callback, trained) and not have_moved(callback, callback.owners.optimizers):
+    thawed = thawed_names(callback, trained)
+    if same and not thawed and not have_moved(callback, callback.owners.optimizers):
         return  # so that optimizers that are not torch's need not be tried anew in each epoch
     fit.given, optimizers = given, TrainerOptimizers(trainer, module)
-    _refuse_unreduced(callback, trained)
+    _refuse_unreduced(callback, thawed)
     found = engine.take_up(trained, optimizers.steppers, optimizers.gradients_read, optimizers.two_pass)
     if found is None:
         return
@@ -75,14 +76,14 @@ def warn_of_thaw_to_come(trainer: Trainer, callback: "SparsityCallback") -> None
         )
 
 
-def _refuse_unreduced(callback: "SparsityCallback", trained: Collection[int]) -> None:
+def _refuse_unreduced(callback: "SparsityCallback", thawed: Collection[str]) -> None:
     """Refuse layers that the processes would train apart.
 
     Raises:
         RuntimeError: DistributedDataParallel does not know a layer that is trained from here on.
     """
     frozen = {e.name for e in callback.entries if e.reason == AWAITED[0]}
-    unknown = [n for n in thawed_names(callback, trained) if n in frozen]
+    unknown = [n for n in thawed if n in frozen]
     if unknown and distributed.world_size() > 1:
         raise RuntimeError(
             f"{', '.join(unknown)} were frozen when DistributedDataParallel took hold of the model, so it does not average "

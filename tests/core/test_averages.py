@@ -58,10 +58,16 @@ class OneRow:
             self.model.weight.copy_(row(values))
 
 
-def test_an_averaged_model_follows_the_table() -> None:
+def averaged_row() -> tuple[OneRow, AveragedModel]:
+    """A row of weights in a run, and its moving average, which the run holds to the masks."""
     one = OneRow()
     averaged = ema(one.model)
     one.run.average(averaged)
+    return one, averaged
+
+
+def test_an_averaged_model_follows_the_table() -> None:
+    one, averaged = averaged_row()
     for mask, values, expected in zip(MASKS, VALUES, AVERAGES, strict=True):
         one.hold(mask, values)
         averaged.update_parameters(one.model)
@@ -69,9 +75,7 @@ def test_an_averaged_model_follows_the_table() -> None:
 
 
 def test_a_weight_that_was_dropped_and_grown_between_two_averages_begins_anew() -> None:
-    one = OneRow()
-    averaged = ema(one.model)
-    one.run.average(averaged)
+    one, averaged = averaged_row()
     one.hold([1, 1, 0, 0, 0, 0], [1.0, 1.0, 0.0, 0.0, 0.0, 0.0])
     averaged.update_parameters(one.model)
     one.hold([0, 1, 0, 0, 0, 0], [0.0, 1.0, 0.0, 0.0, 0.0, 0.0])
@@ -84,9 +88,7 @@ def test_a_weight_that_was_dropped_and_grown_between_two_averages_begins_anew() 
 
 
 def test_births_of_several_updates_wait_for_the_next_average() -> None:
-    one = OneRow()
-    averaged = ema(one.model)
-    one.run.average(averaged)
+    one, averaged = averaged_row()
     one.hold([1, 0, 0, 0, 0, 0], [1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
     averaged.update_parameters(one.model)
     one.hold([1, 1, 0, 0, 0, 0], [1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
