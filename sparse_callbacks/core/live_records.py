@@ -30,9 +30,8 @@ class Records(list[Record]):
         self._values = layer.values
         self._within_pass = False
         self._note_gradient()
-        # weakly: torch keeps such hooks where Python's collector of garbage does not see them
-        mine = ref(self)
-        self._handle = self._values.register_post_accumulate_grad_hook(lambda _: (r := mine()) and r.pass_over())
+        values: Any = self._values  # the hook has no types in torch
+        self._handle = values.register_post_accumulate_grad_hook(_PassOver(self))
 
     def append(self, record: Record) -> None:
         """A backward pass has gone through the layer."""
@@ -71,6 +70,18 @@ class Records(list[Record]):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return type(None), ()  # a copy of the layer records nothing
+
+
+class _PassOver:
+    """Tells records of the end of a backward pass. It holds them weakly: torch keeps such hooks where Python's collector of
+    garbage does not see them."""
+
+    def __init__(self, records: Records) -> None:
+        self._records = ref(records)
+
+    def __call__(self, _: Tensor) -> None:
+        if (records := self._records()) is not None:
+            records.pass_over()
 
 
 def record(layer: SparseLinear, wanted: bool) -> None:

@@ -148,7 +148,7 @@ def _why_no_calendar(method: Method, saved: SavedRun) -> str:
 def _why_other_patterns(saved: SavedRun, shapes: Mapping[str, tuple[int, ...]]) -> str:
     for name, pattern in saved.patterns.items():
         try:
-            keys, units, group = units_of(pattern, shapes[name])
+            keys, units, _ = units_of(pattern, shapes[name])
         except ValueError as error:
             return f"of the live weights of {name}, {error}"
         former = saved.aux.get(f"once_active/{name}")
