@@ -9,7 +9,7 @@ from sparse_callbacks.core import distributed, grown_places
 from sparse_callbacks.core.sparse_linear import SparseLinear
 
 
-def largest_units(layer: SparseLinear, kept: Tensor, count: int) -> Tensor:
+def largest_in_layer(layer: SparseLinear, kept: Tensor, count: int) -> Tensor:
     """Ascending keys of the units with the largest gradients that the layer has recorded, over all ranks.
 
     Args:
@@ -32,7 +32,7 @@ def largest_units(layer: SparseLinear, kept: Tensor, count: int) -> Tensor:
 def largest_of_candidates(
     layer: SparseLinear, kept: Tensor, count: int, candidates: int, source: torch.Generator
 ) -> Tensor:
-    """:func:`largest_units` among so many ``candidates`` that are drawn from ``source``."""
+    """:func:`largest_in_layer` among so many ``candidates`` that are drawn from ``source``."""
     return grown_places.candidate_units(
         layer.records or [],
         (layer.out_features, layer.in_features),
