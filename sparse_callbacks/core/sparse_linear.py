@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sparse_callbacks.core.live_places import GroupPlaces, LivePlaces, RowPlaces, keys_of_mask
 from sparse_callbacks.core.pattern_draws import drawn_keys
+from sparse_callbacks.core.product_records import CallRecords, Use
 from sparse_callbacks.core.sparse_products import linear_by_groups, linear_by_rows
 from sparse_callbacks.core.sparse_state import loaded, written
 
@@ -226,24 +227,32 @@ class SparseLinear(nn.Module):
             raise ValueError(
                 f"{self.name or 'a SparseLinear'} has {self.in_features} inputs and was given {tuple(x.shape)}"
             )
-        if self.records is not None and torch.compiler.is_compiling():
-            return uncompiled(self, x)
+        return self.product(x) if self.records is None else self.uncompiled_product(x)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def uncompiled_product(self, x: Tensor) -> Tensor:
+        """The product outside of compiled graphs: lists that grow are not for them."""
         return self.product(x)
 
     def product(self, x: Tensor) -> Tensor:
         """What `forward` returns."""
-        values, bias, places = self.values, self.bias, self.places
-        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
-        if isinstance(places, RowPlaces):
-            y = linear_by_rows(values, bias, places.rows, rows.to(values.dtype), self.records)
+        values: Tensor = self.values
+        bias: Tensor | None = self.bias
+        rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), self.in_features)
+        use = None
+        if self.records is not None:
+            use = Use(CallRecords(self.records))
+            values = use.call.tapped(values)
+        if isinstance(self.places, RowPlaces):
+            y = linear_by_rows(values, bias, self.places.rows, rows.to(values.dtype), use)
         else:
-            assert isinstance(places, GroupPlaces)
+            assert isinstance(self.places, GroupPlaces)
             kind = x.device.type
             if torch.is_autocast_enabled(kind):
                 # bmm within a Function is not autocast's business
                 dtype = torch.get_autocast_dtype(kind)
                 values, rows, bias = values.to(dtype), rows.to(dtype), None if bias is None else bias.to(dtype)
-            y = linear_by_groups(values, bias, places.groups, rows, self.records)
+            y = linear_by_groups(values, bias, self.places.groups, rows, use)
         if not self.feature_major:
             y = y.contiguous()
         return y if x.dim() == 2 else y.reshape(*x.shape[:-1], self.out_features)
@@ -383,9 +392,3 @@ def refuse_device(storage: str, device: torch.device) -> None:
 def as_parameter(tensor: Tensor) -> nn.Parameter:
     """The tensor as a Parameter, itself where it is one."""
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
-
-
-@torch.compiler.disable
-def uncompiled(layer: SparseLinear, x: Tensor) -> Tensor:
-    """The layer outside of a compiled graph: lists that grow are not for compiled code."""
-    return layer.product(x)
