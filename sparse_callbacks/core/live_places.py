@@ -2,10 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from sparse_callbacks.core.largest import widened
 
 LARGEST_INT32 = 2**31 - 1
 
@@ -89,8 +92,8 @@ class LivePlaces(ABC):
         """
 
     @abstractmethod
-    def per_unit(self, values: Tensor) -> Tensor:
-        """Values as ``[group, units]`` or ``[units]``, summed over the rows of each unit: ``[units]``."""
+    def sums(self, values: Tensor) -> Tensor:
+        """Values summed over the rows of each unit, ``[units]``, as numbers of at least 32 bits."""
 
     @abstractmethod
     def of_units(self, units: Tensor) -> Tensor:
@@ -132,7 +135,7 @@ class LivePlaces(ABC):
     def share_memory(self) -> None:
         """Put the pattern into memory that processes share."""
         for _, tensor in self.tensors():
-            tensor.share_memory_()
+            tensor.share_memory_()  # type: ignore[no-untyped-call]
 
     def replace(self, **tensors: Tensor) -> None:
         """Take these tensors for the pattern: in place where the shapes are those that are there."""
@@ -222,8 +225,8 @@ class RowPlaces(LivePlaces):
         keys = torch.repeat_interleave(torch.arange(self.outputs, device=col.device), lengths) * self.inputs + col
         return checked(keys, col, self.inputs)
 
-    def per_unit(self, values: Tensor) -> Tensor:
-        return values.flatten()
+    def sums(self, values: Tensor) -> Tensor:
+        return values.flatten().to(widened(values.dtype))
 
     def of_units(self, units: Tensor) -> Tensor:
         return units.view(1, -1)
@@ -293,8 +296,9 @@ class GroupPlaces(LivePlaces):
         keys = idx + torch.arange(self.blocks, device=idx.device)[:, None] * self.inputs
         return checked(keys.flatten(), idx.flatten(), self.inputs)
 
-    def per_unit(self, values: Tensor) -> Tensor:
-        return values.sum(1).flatten()
+    def sums(self, values: Tensor) -> Tensor:
+        # row is added to row in their order, so that a unit has the same sum bit by bit whatever lies beside it
+        return reduce(torch.add, values.to(widened(values.dtype)).unbind(1)).flatten()
 
     def of_units(self, units: Tensor) -> Tensor:
         return units.view(self.blocks, 1, -1).expand(self.values_shape).contiguous()
