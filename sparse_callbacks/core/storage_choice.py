@@ -1,6 +1,6 @@
 """Which storage each sparse layer of a model gets, and why a layer stays masked that was to have another."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -8,26 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparse_callbacks.core.attachment import Choice
 from sparse_callbacks.core.module_swap import names_added, names_of_sparse
 from sparse_callbacks.core.selection import NOT_TRAINED, Entry
 from sparse_callbacks.core.sparse_linear import SparseLinear
 
 _TYPES = (torch.float32, torch.float64)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What was decided for one parameter.
-
-    Attributes:
-        storage: ``"masked"``, ``"sparse"``, ``"grouped"``, or ``"auto"`` until times decide.
-        note: the reason why the layer stays masked, or what speaks for its storage; empty where nothing needs to be said.
-        refused: whether ``note`` is a reason to refuse the run, unless the layer stays dense.
-    """
-
-    storage: str
-    note: str = ""
-    refused: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,11 +77,16 @@ def choices_for(
     found = {}
     for entry in entries:
         layer = layers.pop(entry.name, None)
-        if entry.reason and not (layer and entry.reason.endswith(NOT_TRAINED)):
+        if entry.reason and not (layer and any(why in entry.reason for why in NOT_TRAINED)):
             continue
         asked = asked_for(storage, layer.names if layer else (entry.name,))
-        choice = _choice(asked, entry, layer, getattr(method, "group", 1), device)
-        found[entry.name] = choice if strict or choice.where_refused else replace(choice, refused=False)
+        if layer is None:
+            note = "" if asked == "masked" else "only linear layers have another storage"
+            found[entry.name] = Choice("masked", note)
+        elif isinstance(layer.module, SparseLinear):
+            found[entry.name] = Choice(layer.module.storage, live=layer.module.live)
+        else:
+            found[entry.name] = _choice(asked, entry, layer, getattr(method, "group", 1), device, strict)
     for name, layer in layers.items():  # their weight is not a parameter of the model
         if asked_for(storage, layer.names) != "masked" and not _is_left_out(method, layer):
             found[name] = Choice("masked", why_not_exchanged(layer), strict)
@@ -129,19 +120,17 @@ def asked_for(storage: str | Mapping[str, str], names: Iterable[str]) -> str:
     return next((value for glob, value in storage.items() if any(fnmatchcase(n, glob) for n in names)), "masked")
 
 
-def _choice(asked: str, entry: Entry, layer: Layer | None, group: int, device: torch.device | None) -> Choice:
-    if layer is not None and isinstance(layer.module, SparseLinear):
-        return Choice(layer.module.storage)
+def _choice(
+    asked: str, entry: Entry, layer: Layer, group: int, device: torch.device | None, strict: bool
+) -> Choice:
     if asked == "masked":
         return Choice("masked")
-    if layer is None:
-        return Choice("masked", "only linear layers have another storage")
     weight = layer.module._parameters["weight"]
     assert weight is not None  # it has an entry
     if layer.in_attention:
         return Choice("masked", "the attention reads this weight itself")
     if why := why_not_exchanged(layer) or why_not_frozen(entry):
-        return Choice("masked", why, True)
+        return Choice("masked", why, strict)
     if asked == "grouped":
         rows = entry.full_shape[0]
         return Choice("masked", f"groups of {group} do not divide its {rows} rows") if rows % group else Choice(asked)
@@ -151,7 +140,7 @@ def _choice(asked: str, entry: Entry, layer: Layer | None, group: int, device: t
         return Choice("masked", why, asked == "sparse")
     if weight.dtype not in _TYPES:
         dtype = str(weight.dtype).removeprefix("torch.")
-        return Choice("masked", f"sparse storage computes in float32 and float64, and the layer is of {dtype}", True)
+        return Choice("masked", f"sparse storage computes in float32 and float64, and the layer is of {dtype}", strict)
     return Choice(asked)
 
 
@@ -183,12 +172,6 @@ def why_not_exchanged(layer: Layer) -> str:
     return ""
 
 
-def _names_within(layer: Layer) -> list[str]:
-    """The names that include= and exclude= may have for a layer whose weight is computed from other parameters."""
-    prefix = layer.names[0].removesuffix("weight")
-    return [*layer.names, *(f"{prefix}{name}" for name, _ in layer.module.named_parameters())]
-
-
 def refuse_idle_globs(given: Any, entries: Sequence[Entry], argument: str) -> None:
     """Refuse a glob of ``storage=`` or ``rows=`` that matches no parameter of a layer.
 
@@ -204,6 +187,12 @@ def refuse_idle_globs(given: Any, entries: Sequence[Entry], argument: str) -> No
             )
 
 
-def differing(choices: Mapping[str, Choice]) -> Iterator[str]:
-    """Names of the parameters that are to have another storage than masks."""
-    return (name for name, choice in choices.items() if choice.storage != "masked")
+def _is_left_out(method: Any, layer: Layer) -> bool:
+    """Whether include= or exclude= leave out a layer whose weight is computed from other parameters."""
+    prefix = layer.names[0].removesuffix("weight")
+    names = [*layer.names, *(f"{prefix}{name}" for name, _ in layer.module.named_parameters())]
+
+    def matches(globs: Iterable[str]) -> bool:
+        return any(fnmatchcase(name, glob) for glob in globs for name in names)
+
+    return matches(method.exclude or ()) or (method.include is not None and not matches(method.include))
