@@ -24,7 +24,7 @@ _START = ("initial_mask", "from_checkpoint", "init")
 _RANDOM = "'random'"
 _WORDS_OF_START = (_RANDOM, "'magnitude'", "'nonzero'")
 # Arguments that version 0.1 lacked, with the text of their defaults. A run that uses none of them is saved as it was then.
-_LATER = {"initial_mask": _RANDOM, "rescale": "None"}
+_LATER = {"initial_mask": _RANDOM, "rescale": "None", "pattern": "None", "candidates": "None"}
 
 
 @dataclass(frozen=True)

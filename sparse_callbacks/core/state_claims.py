@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from sparse_callbacks.core.awaited import names_awaited
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.method import Method
-from sparse_callbacks.core.selection import Entry
+from sparse_callbacks.core.patterns import why_other_pattern
+from sparse_callbacks.core.selection import Entry, entries
 from sparse_callbacks.core.state_layout import damaged, shown_short
 
 PLAN_CHANGED = "plan/changed"
@@ -125,6 +126,7 @@ def refuse_impossible(
         or _why_no_dense_values(method, saved)
         or _why_other_aux(_all_aux(method, saved, model), saved)
         or _why_other_counts(method, saved, planned)
+        or _why_other_pattern(method, saved, model)
     )
     if why:
         raise damaged(why, saved.path)
@@ -152,6 +154,11 @@ def _why_other_counts(method: Method, saved: SavedRun, planned: Mapping[str, int
             name = type(method).__name__
             return f"its masks have {zeros} zeros in {', '.join(claim.names)}, and a run of {name} has {right} there"
     return ""
+
+
+def _why_other_pattern(method: Method, saved: SavedRun, model: nn.Module) -> str:
+    why = why_other_pattern(method, saved.masks, entries(model))
+    return f"its mask of {why}" if why else ""
 
 
 def _why_other_shapes(saved: SavedRun, model: nn.Module) -> str:
