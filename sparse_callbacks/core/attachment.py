@@ -18,12 +18,14 @@ class Choice:
         storage: ``"masked"``, ``"sparse"``, ``"grouped"``, or ``"auto"`` until times decide.
         note: why it stays masked, or what speaks for its storage; empty where nothing needs to be said.
         refused: whether ``note`` is a reason to refuse the run, unless the layer stays dense.
-        live: the live weights of a layer that brings its own number of them.
+        group: the output rows that read the same inputs, of ``"grouped"`` storage.
+        live: the live weights of a layer that is exchanged already, and keeps their number.
     """
 
     storage: str
     note: str = ""
     refused: bool = False
+    group: int = 1
     live: int | None = None
 
 

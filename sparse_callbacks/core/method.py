@@ -26,6 +26,7 @@ from sparse_callbacks.core.shards import layout_of
 from sparse_callbacks.core.signatures import refuse_old_hooks
 from sparse_callbacks.core.sparsity import joint_sparsity, layer_sparsity
 from sparse_callbacks.core.state_layout import shown_short
+from sparse_callbacks.core.storage import refusing_storage
 from sparse_callbacks.core.targets import layer_targets, zeros_by_parameter
 from sparse_callbacks.core.weights import SparseWeights, whole
 
@@ -71,7 +72,7 @@ class Method(Hooks):
         super().__init_subclass__(**kwargs)
         refuse_old_hooks(cls)
         if "__init__" in vars(cls):
-            cls.__init__ = checks_arguments(cls.__init__, Options)  # type: ignore[method-assign]
+            cls.__init__ = checks_arguments(refusing_storage(cls.__init__), Options)  # type: ignore[method-assign]
 
     def __getattr__(self, name: str) -> Any:
         if name in ("setup", "teardown") or name.startswith("on_"):  # a Trainer looks for its hooks

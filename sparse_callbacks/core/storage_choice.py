@@ -84,7 +84,7 @@ def choices_for(
             note = "" if asked == "masked" else "only linear layers have another storage"
             found[entry.name] = Choice("masked", note)
         elif isinstance(layer.module, SparseLinear):
-            found[entry.name] = Choice(layer.module.storage, live=layer.module.live)
+            found[entry.name] = kept(layer.module)
         else:
             found[entry.name] = _choice(asked, entry, layer, getattr(method, "group", 1), device, strict)
     for name, layer in layers.items():  # their weight is not a parameter of the model
@@ -112,6 +112,11 @@ def refuse_choices(storage: Any, choices: Mapping[str, Choice], dense: Container
             )
 
 
+def kept(layer: SparseLinear, note: str = "") -> Choice:
+    """The choice for a layer that is exchanged already."""
+    return Choice(layer.storage, note, group=layer.group, live=layer.live)
+
+
 def asked_for(storage: str | Mapping[str, str], names: Iterable[str]) -> str:
     """The storage that was asked for a parameter with these names."""
     if isinstance(storage, str):
@@ -133,7 +138,8 @@ def _choice(
         return Choice("masked", why, strict)
     if asked == "grouped":
         rows = entry.full_shape[0]
-        return Choice("masked", f"groups of {group} do not divide its {rows} rows") if rows % group else Choice(asked)
+        why = f"groups of {group} do not divide its {rows} rows" if rows % group else ""
+        return Choice("masked", why) if why else Choice(asked, group=group)
     where = weight.device if device is None or weight.is_meta else device
     if where.type not in ("cpu", "meta"):
         why = f"sparse storage runs on the CPU, and the layer is trained on {where}, where a masked layer is faster"

@@ -51,7 +51,7 @@ class RigL(ReplacesSteps, DropAndGrow):
         start, stop: first and last time of an update, in the same units.
         drop_fraction: fraction of a layer's active weights that an update replaces; a number falls by a cosine to 0 at
             ``stop``; a schedule or its text (``"constant(0.3)"``) is taken as it is.
-        initial_mask, rescale, pattern: see :class:`~sparse_callbacks.core.initial_masks.StartsSparse`. Under a pattern k is
+        initial_mask, rescale, pattern, storage, group, rows: see :class:`~sparse_callbacks.core.initial_masks.StartsSparse`. Under a pattern k is
             counted in each block of rows, as the columns that leave it: those with the smallest sum of |w| over its rows;
             the columns with the largest sum of |dL/dw| come.
         candidates: candidates for each active weight (under a pattern for each active column), from which those with the
@@ -90,6 +90,9 @@ class RigL(ReplacesSteps, DropAndGrow):
         initial_mask: InitialMask = "random",
         rescale: Rescale | None = None,
         pattern: str | None = None,
+        storage: StorageByLayer = "masked",
+        group: int = 64,
+        rows: Rows | None = None,
         candidates: float | None = None,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
@@ -106,6 +109,9 @@ class RigL(ReplacesSteps, DropAndGrow):
             initial_mask=initial_mask,
             rescale=rescale,
             pattern=pattern,
+            storage=storage,
+            group=group,
+            rows=rows,
             include=include,
             exclude=exclude,
             seed=seed,

@@ -24,7 +24,7 @@ class SET(DropAndGrow):
     in steps and not epochs.
 
     Args:
-        sparsity, distribution, every, start, stop, drop_fraction, initial_mask, rescale, pattern, include, exclude,
+        sparsity, distribution, every, start, stop, drop_fraction, initial_mask, rescale, pattern, storage, group, rows, include, exclude,
             seed, **options: as in :class:`~sparse_callbacks.RigL`.
 
     Raises:
