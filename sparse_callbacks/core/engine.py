@@ -355,7 +355,9 @@ class Engine:
         refuse_unequal_weights(method, step.names)  # before all ranks take one mask, behind which other weights may lie
         owners = method.owners if keeps_optimizers(method) else None
         moves = moves_of(method.weights, update.keys, update.slots)
-        changed = topology.take(method.weights, owners, update.masks, lambda name: method.new_weights(step, name), moves)
+        changed = topology.take(
+            method.weights, owners, update.masks, lambda name: method.new_weights(step, name), moves
+        )
         method.progress.mark_done(step.index)
         self.events |= {**update.figures, "update/changed": changed}
         if method.explores:

@@ -30,6 +30,7 @@ from sparse_callbacks.core.patterns import (
     drawn_columns,
     group_of,
     largest_columns,
+    live_zeros,
     parsed,
     reached_targets,
     share_of,
@@ -49,7 +50,7 @@ from sparse_callbacks.core.selection import Entry, select
 from sparse_callbacks.core.shards import layout_of
 from sparse_callbacks.core.state_layout import shown_short
 from sparse_callbacks.core.storage import Rows, StorageByLayer, check_storage
-from sparse_callbacks.core.storage_choice import planned_choices
+from sparse_callbacks.core.storage_choice import planned_choices, refuse_choices
 from sparse_callbacks.core.thawed import masks_by_magnitude
 
 InitialMask = Source
@@ -154,7 +155,9 @@ class StartsSparse(Method):
             find_masks(self, plain, entries, self.saved)
             self._given = None  # a run looks again
         try:
-            return super().plan(model).with_storages(self.attachment.choices)
+            made, choices = super().plan(model), self.attachment.choices
+            refuse_choices(self.storage, choices, {row.name for row in made if row.zeros == 0})
+            return made.with_storages(choices)
         finally:
             self.attachment.choices = known
 

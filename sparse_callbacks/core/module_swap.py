@@ -81,7 +81,11 @@ def names_added(module: nn.Module) -> Iterator[str]:
 @cache
 def _example(kind: type[nn.Module]) -> nn.Module:
     linear = nn.Linear(1, 1, device="meta")
-    return linear if kind is nn.Linear else SparseLinear.from_dense(linear, torch.ones(1, 1, dtype=torch.bool, device="cpu"))
+    return (
+        linear
+        if kind is nn.Linear
+        else SparseLinear.from_dense(linear, torch.ones(1, 1, dtype=torch.bool, device="cpu"))
+    )
 
 
 def names_of_sparse(name: str) -> bool:

@@ -1,7 +1,7 @@
 """Which storage each sparse layer of a model gets, and why a layer stays masked that was to have another."""
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -43,9 +43,13 @@ def linear_layers(model: nn.Module) -> dict[str, Layer]:
             in_attention.update(map(id, module.children()))
         if isinstance(module, nn.Linear | SparseLinear):
             weight = module._parameters.get("weight")
-            names.setdefault(id(module if weight is None else weight), []).append(f"{name}.weight" if name else "weight")
+            names.setdefault(id(module if weight is None else weight), []).append(
+                f"{name}.weight" if name else "weight"
+            )
             modules.setdefault(id(module if weight is None else weight), module)
-    for name, parameter in model.named_parameters(remove_duplicate=False):  # of a module of another kind, as an embedding
+    for name, parameter in model.named_parameters(
+        remove_duplicate=False
+    ):  # of a module of another kind, as an embedding
         if id(parameter) in names and name not in names[id(parameter)]:
             names[id(parameter)].append(name)
     return {
@@ -93,6 +97,13 @@ def choices_for(
     return found
 
 
+def planned_choices(method: Any, model: nn.Module, entries: Sequence[Entry]) -> dict[str, Choice]:
+    """`choices_for` a plan: what times have decided for this model already is known."""
+    known = method.attachment.choices_of(model)
+    choices = choices_for(method, model, entries)
+    return {n: replace(c, storage=k.storage, note=k.note) if (k := known.get(n)) else c for n, c in choices.items()}
+
+
 def refuse_choices(storage: Any, choices: Mapping[str, Choice], dense: Container[str] = ()) -> None:
     """Refuse a run in which a layer cannot have the storage that was asked for.
 
@@ -125,9 +136,7 @@ def asked_for(storage: str | Mapping[str, str], names: Iterable[str]) -> str:
     return next((value for glob, value in storage.items() if any(fnmatchcase(n, glob) for n in names)), "masked")
 
 
-def _choice(
-    asked: str, entry: Entry, layer: Layer, group: int, device: torch.device | None, strict: bool
-) -> Choice:
+def _choice(asked: str, entry: Entry, layer: Layer, group: int, device: torch.device | None, strict: bool) -> Choice:
     if asked == "masked":
         return Choice("masked")
     weight = layer.module._parameters["weight"]

@@ -16,6 +16,7 @@ from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.schedules import Schedule, as_schedule
 from sparse_callbacks.core.state_claims import Zeros, as_planned, possible_zeros
 from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.storage import Rows, StorageByLayer
 from sparse_callbacks.core.topology import Update
 
 

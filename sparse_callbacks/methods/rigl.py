@@ -14,6 +14,7 @@ from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.schedules import Schedule
 from sparse_callbacks.core.shards import size_of
 from sparse_callbacks.core.step import ReplacesSteps, Step
+from sparse_callbacks.core.storage import Rows, StorageByLayer, why_no_exchange
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
 
@@ -148,3 +149,8 @@ class RigL(ReplacesSteps, DropAndGrow):
             for name in step.names
             for layer, (part,) in self.weights.layers(name, self.weights.masks[name])
         ]
+
+
+@why_no_exchange.register
+def _(method: RigL) -> str:
+    return ""

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from sparse_callbacks.core.growth import uniform_numbers
 from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.storage import why_no_exchange
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
 
 
@@ -42,3 +43,8 @@ class SET(DropAndGrow):
 
     def grow_scores(self, step: Step, name: str) -> Tensor:
         return uniform_numbers(self, name, step.number)
+
+
+@why_no_exchange.register
+def _(method: SET) -> str:
+    return ""

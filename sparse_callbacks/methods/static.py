@@ -10,6 +10,7 @@ from sparse_callbacks.core.initial_masks import InitialMask, StartsSparse, one_o
 from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.state_claims import Zeros, as_planned, possible_zeros
+from sparse_callbacks.core.storage import Rows, StorageByLayer, why_no_exchange
 
 
 class Static(StartsSparse):
@@ -80,3 +81,8 @@ class Static(StartsSparse):
 @possible_zeros.register
 def _(method: Static, saved: SavedRun, planned: Mapping[str, int]) -> list[Zeros]:
     return as_planned(planned)
+
+
+@why_no_exchange.register
+def _(method: Static) -> str:
+    return ""
