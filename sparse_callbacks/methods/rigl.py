@@ -14,9 +14,10 @@ from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.schedules import Schedule
 from sparse_callbacks.core.shards import size_of
 from sparse_callbacks.core.step import ReplacesSteps, Step
-from sparse_callbacks.core.storage import Rows, StorageByLayer, why_no_exchange
+from sparse_callbacks.core.storage import Rows, StorageByLayer
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
+from sparse_callbacks.methods.unit_updates import grown_units, units_to_move
 
 
 class RigL(ReplacesSteps, DropAndGrow):
@@ -141,16 +142,19 @@ class RigL(ReplacesSteps, DropAndGrow):
     def _counts(self, step: Step) -> list[int]:
         """The number of weights that an update would replace in each layer, or of columns in each block."""
         fraction = self.fraction_at(step.number)
+        masks, exchanged = self.weights.held_masks, self.weights.layers_stored
         # from the planned counts, which are those of the masks: counting the masks would wait for the device
-        return [
+        masked = [
             moved_count(
                 self, self.weights.entries[name], size_of(part) - self.planned_zeros(layer, size_of(part)), fraction
             )
             for name in step.names
-            for layer, (part,) in self.weights.layers(name, self.weights.masks[name])
+            if name in masks
+            for layer, (part,) in self.weights.layers(name, masks[name])
         ]
+        return masked + [units_to_move(exchanged[name], fraction) for name in step.names if name in exchanged]
 
 
-@why_no_exchange.register
-def _(method: RigL) -> str:
-    return ""
+@grown_units.register
+def _(method: RigL, step: Step, name: str, kept: Tensor, count: int) -> Tensor | None:
+    return None if step.gradient(name) is None else step.largest_units(name, kept, count)

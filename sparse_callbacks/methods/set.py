@@ -2,10 +2,11 @@
 
 from torch import Tensor
 
+from sparse_callbacks.core.drawn_places import drawn_units
 from sparse_callbacks.core.growth import uniform_numbers
 from sparse_callbacks.core.step import Step
-from sparse_callbacks.core.storage import why_no_exchange
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
+from sparse_callbacks.methods.unit_updates import grown_units
 
 
 class SET(DropAndGrow):
@@ -45,6 +46,8 @@ class SET(DropAndGrow):
         return uniform_numbers(self, name, step.number)
 
 
-@why_no_exchange.register
-def _(method: SET) -> str:
-    return ""
+@grown_units.register
+def _(method: SET, step: Step, name: str, kept: Tensor, count: int) -> Tensor:
+    layer = method.weights.layers_stored[name]
+    shape, source = (layer.block_rows, layer.in_features), method.generator(name, step.number)
+    return drawn_units(shape, kept, count, source, per_block=layer.storage == "grouped")
