@@ -49,7 +49,7 @@ class Exchanged:
         """Let ``act`` be called where the exchange is undone, before what was done earlier is."""
         self._undo.callback(act)
 
-    def put(self, name: str, linear: nn.Linear, layer: SparseLinear) -> None:
+    def put(self, name: str, linear: Any, layer: SparseLinear) -> None:
         """Let ``layer`` take the place of ``linear``, whose weight has this name."""
         self.originals[name], self.layers[name] = linear.weight, layer
         layer.name = name.rpartition(".")[0]
@@ -227,7 +227,8 @@ def _put_saved(
         if name in here:
             done.move(here[name], keys)
         else:
-            done.put(name, layers[name].module, sparse_twin(layers[name].module, storage_of(pattern), group, keys))
+            linear: Any = layers[name].module
+            done.put(name, linear, sparse_twin(linear, storage_of(pattern), group, keys))
         choices[name] = kept(here.get(name) or done.layers[name], choices[name].note)
     method.attachment.choose(model, choices)
 

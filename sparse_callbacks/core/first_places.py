@@ -85,7 +85,9 @@ def sparse_twin(linear: nn.Linear, storage: str, group: int, keys: Tensor) -> Sp
         keys: ascending keys of the units that live.
     """
     weight = linear.weight
-    places: LivePlaces = places_of("grouped" if storage == "grouped" else "sparse", *weight.shape, group, keys.cpu())
+    places: LivePlaces = places_of(
+        "grouped" if storage == "grouped" else "sparse", weight.shape[0], weight.shape[1], group, keys.cpu()
+    )
     if weight.is_meta:
         values = torch.empty(places.values_shape, dtype=weight.dtype, device="meta")
     else:

@@ -141,7 +141,7 @@ class Plan:
             head = (*head[:-1], "why dense, or how sparse")
         known = f"{self.total:.4f}", f"{self.model:.4f}", f"{self.zeros:,}"
         total, model, zeros = (self.decided_by, self.decided_by, "") if self.decided_by else known
-        foot = [
+        foot: list[tuple[str, ...]] = [
             ("sparsity/total", "", f"{self.weights:,}", total, zeros),
             ("sparsity/model", "", f"{sum(r.size for r in self.rows):,}", model, ""),
         ]

@@ -73,4 +73,4 @@ def check_storage(method: object, storage: Any, group: Any, rows: Any) -> None:
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value > 0
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0

@@ -53,7 +53,8 @@ class RigL(ReplacesSteps, DropAndGrow):
         start, stop: first and last time of an update, in the same units.
         drop_fraction: fraction of a layer's active weights that an update replaces; a number falls by a cosine to 0 at
             ``stop``; a schedule or its text (``"constant(0.3)"``) is taken as it is.
-        initial_mask, rescale, pattern, storage, group, rows: see :class:`~sparse_callbacks.core.initial_masks.StartsSparse`. Under a pattern k is
+        initial_mask, rescale, pattern, storage, group, rows: see
+            :class:`~sparse_callbacks.core.initial_masks.StartsSparse`. Under a pattern k is
             counted in each block of rows, as the columns that leave it: those with the smallest sum of |w| over its rows;
             the columns with the largest sum of |dL/dw| come.
         candidates: candidates for each active weight (under a pattern for each active column), from which those with the
