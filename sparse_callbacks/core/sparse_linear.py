@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.core.live_places import GroupPlaces, LivePlaces, RowPlaces, keys_of_mask
+from sparse_callbacks.core.moved_places import true_places
 from sparse_callbacks.core.pattern_draws import drawn_keys
 from sparse_callbacks.core.product_records import CallRecords, Use
 from sparse_callbacks.core.sparse_products import linear_by_groups, linear_by_rows
@@ -284,10 +285,12 @@ class SparseLinear(nn.Module):
         if keys.shape != (places.units,):
             raise ValueError(f"{self.called} has {places.units} live units and was given {keys.numel()} keys")
         slots = places.slots_of(keys) if slots is None else slots
+        born = slots < 0
+        source, new = slots.clamp(min=0), true_places(born)
         for tensor in (self.values, *tensors):
-            tensor.copy_(places.from_units(places.taken(tensor, slots)))
+            tensor.copy_(places.from_units(places.taken(tensor, source, new)))
         places.set_keys(keys)
-        return places.of_units(slots < 0)
+        return places.of_units(born)
 
     @torch.no_grad()
     def set_places(self, keys: Tensor, values: Tensor | None = None) -> None:
@@ -298,7 +301,8 @@ class SparseLinear(nn.Module):
             values: The values there; those that are live now are kept and others are 0 where it is None.
         """
         if values is None:
-            by_unit = self.places.taken(self.values, self.places.slots_of(keys))
+            slots = self.places.slots_of(keys)
+            by_unit = self.places.taken(self.values, slots.clamp(min=0), true_places(slots < 0))
             self.places.set_keys(keys)
             values = self.places.from_units(by_unit)
         else:
