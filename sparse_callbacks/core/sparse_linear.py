@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.core.live_places import GroupPlaces, LivePlaces, RowPlaces, keys_of_mask
-from sparse_callbacks.core.moved_places import true_places
 from sparse_callbacks.core.pattern_draws import drawn_keys
+from sparse_callbacks.core.quick_places import true_places
 from sparse_callbacks.core.sparse_products import linear_by_groups, linear_by_rows
 from sparse_callbacks.core.sparse_state import loaded, written
 
