@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.core.live_places import GroupPlaces, LivePlaces, RowPlaces, Storage, keys_of_mask, places_of
-from sparse_callbacks.core.moved_places import true_places
 from sparse_callbacks.core.pattern_draws import fan_in_columns
 from sparse_callbacks.core.product_records import CallRecords, Use
+from sparse_callbacks.core.quick_places import true_places
 from sparse_callbacks.core.sparse_products import linear_by_groups, linear_by_rows
 from sparse_callbacks.core.sparse_state import values_for_weight, written
 
