@@ -1,4 +1,4 @@
-"""Patterns of masks: in ``fan_in/G`` every G consecutive output rows of a linear layer read the same input columns.
+"""Patterns of masks: in ``fan_in/G`` every G consecutive rows of a linear layer read the same inputs.
 
 Here G is the *group*, G consecutive rows are a *block*, and a *column* is one input of one block: all G weights of it are
 active, or none is. Every block of a layer has as many active columns.
