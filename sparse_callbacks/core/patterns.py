@@ -92,6 +92,21 @@ def pattern_remarks(method: object, entries: Iterable[Entry], zeros: Mapping[str
     return found
 
 
+def warning_of_no_pattern(method: object, entries: Iterable[Entry]) -> str:
+    """What the user should know where a pattern is asked for and no mask has it; empty otherwise.
+
+    Args:
+        method: the method of the run.
+        entries: the sparse parameters.
+    """
+    group = parsed(getattr(method, "pattern", None))
+    reasons = {} if group is None else {e.name: why_unstructured(e, group) for e in entries}
+    if not reasons or not all(reasons.values()):
+        return ""
+    listed = ", ".join(f"{name} ({why})" for name, why in reasons.items())
+    return f"no layer has masks of pattern='fan_in/{group}': {listed}. Give a number that divides the rows of linear layers."
+
+
 def reached_targets(method: object, targets: Mapping[str, float], entries: Iterable[Entry]) -> dict[str, float]:
     """``targets`` by layer, with the sparsity that whole columns reach in the layers that have the pattern.
 

@@ -1,6 +1,7 @@
 """Shared fan-in under masks: Static, SET and RigL with ``pattern="fan_in/G"``, in a Trainer and in loops."""
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,19 @@ def test_a_layer_that_joins_a_run_keeps_its_columns_of_the_largest_sums() -> Non
     loops.train(run, model, optimizer, 3, 4)
     assert columns(run.masks["2.weight"]) == [fan_in.best(row.tolist(), 10, range(24)) for row in sums]
     assert run.plan()["2.weight"].zeros == 24 * 14
+
+
+def test_a_pattern_that_no_layer_has_is_warned_of_and_one_that_some_layer_has_is_not() -> None:
+    for group, warned in ((5, True), (24, False)):
+        model = loops.net()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loops.begin(method(Static, pattern=f"fan_in/{group}", rescale="layer"), model, loops.sgd(model)).close()
+        texts = [str(w.message) for w in caught]
+        expected = (
+            r"no layer has masks of pattern='fan_in/5': 0.weight (24 rows do not divide into groups of 5), 2.weight"
+        )
+        assert any(text.startswith(expected) for text in texts) == warned
 
 
 # ---------------------------------------------------------------------- updates
