@@ -23,6 +23,7 @@ from sparse_callbacks.core.given_masks import (
     refuse_other_masks,
     zeros_in,
 )
+from sparse_callbacks.core.live_runs import zeros_of_live
 from sparse_callbacks.core.method import DEFAULT_SPARSITY, Method
 from sparse_callbacks.core.ops import keep_largest
 from sparse_callbacks.core.plan import Plan
@@ -159,12 +160,13 @@ class StartsSparse(Method):
         self, model: nn.Module | None, entries: Sequence[Entry], saved: SavedRun | None, together: bool = False
     ) -> None:
         chosen = [e for e in entries if not e.reason]
-        aux, masks = (saved.aux, saved.masks) if saved is not None else (self.aux, self.masks)
+        aux, masks = (saved.aux, saved.masks) if saved is not None else (self.aux, self.weights.held_masks)
         if saved is None and self.attachment.model is not model:
-            aux = masks = {}
+            aux, masks = {}, {}
         path = None if saved is None else saved.path
         held = [e for e in chosen if e.name in masks and tuple(masks[e.name].shape) == e.full_shape]
         known = {e.name: known_zeros(e, aux, masks, path) for e in held}
+        known |= zeros_of_live(model, chosen, saved)
         if missing := [e for e in chosen if e.name not in known]:
             waiting = {e.name: aux[key] for e in missing if (key := f"{_WAITING}/{e.name}") in aux}
             refuse_other_masks(waiting, missing, path)

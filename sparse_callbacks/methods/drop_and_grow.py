@@ -9,6 +9,7 @@ from sparse_callbacks.core.calendar import Time
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.distributions import Distribution
 from sparse_callbacks.core.initial_masks import InitialMask, StartsSparse
+from sparse_callbacks.core.live_runs import why_no_exchange
 from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.ops import drop_and_grow, drop_count
 from sparse_callbacks.core.rescaling import Rescale
@@ -17,6 +18,7 @@ from sparse_callbacks.core.shards import count_of
 from sparse_callbacks.core.state_claims import Zeros, as_planned, possible_zeros
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.topology import Update
+from sparse_callbacks.methods.unit_updates import grown_units, moved_units
 
 
 class DropAndGrow(StartsSparse):
@@ -84,6 +86,7 @@ class DropAndGrow(StartsSparse):
 
     def new_masks(self, step: Step) -> Update:
         fraction, new = self.fraction_at(step.number), {}
+        keys, slots = dict[str, Tensor](), dict[str, Tensor]()
 
         # counted in the mask and not planned: whatever a layer has, it has as many after the update
         def moved(_: str, mask: Tensor, drop: Tensor, grow: Tensor) -> Tensor:
@@ -91,12 +94,24 @@ class DropAndGrow(StartsSparse):
 
         # only the parameters of the optimizer that has stepped: several optimizers take their steps at different times
         for name in step.names:
+            if (layer := self.weights.layers_stored.get(name)) is not None:
+                if (moved_there := moved_units(self, step, name, layer, fraction)) is not None:
+                    keys[name], slots[name] = moved_there
+                continue
             scores = self.grow_scores(step, name)
             if scores is not None:  # the parameter took part in this step
                 new[name] = self.weights.by_layer(
                     name, moved, self.weights.masks[name], self.params[name].detach(), scores
                 )
-        return Update(new, {"update/drop_fraction": fraction})
+        return Update(new, {"update/drop_fraction": fraction}, keys, slots)
+
+
+@why_no_exchange.register
+def _(method: DropAndGrow) -> str:
+    kind = next((c for c in type(method).__mro__ if c in grown_units.registry), object)
+    if kind is object or any(getattr(type(method), n) is not getattr(kind, n) for n in ("grow_scores", "new_masks")):
+        return "chooses what to grow by a score of every weight, and an exchanged layer has its live weights alone"
+    return ""
 
 
 @possible_zeros.register

@@ -9,6 +9,7 @@ from sparse_callbacks.core.shards import size_of
 from sparse_callbacks.core.step import ReplacesSteps, Step
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
+from sparse_callbacks.methods.unit_updates import grown_units, units_to_move
 
 
 class RigL(ReplacesSteps, DropAndGrow):
@@ -80,9 +81,17 @@ class RigL(ReplacesSteps, DropAndGrow):
     def _counts(self, step: Step) -> list[int]:
         """The number of weights that an update would replace in each layer."""
         fraction = self.fraction_at(step.number)
+        masks, exchanged = self.weights.held_masks, self.weights.layers_stored
         # from the planned counts, which are those of the masks: counting the masks would wait for the device
-        return [
+        masked = [
             drop_count(size_of(part) - self.planned_zeros(layer, size_of(part)), fraction)
             for name in step.names
-            for layer, (part,) in self.weights.layers(name, self.weights.masks[name])
+            if name in masks
+            for layer, (part,) in self.weights.layers(name, masks[name])
         ]
+        return masked + [units_to_move(exchanged[name], fraction) for name in step.names if name in exchanged]
+
+
+@grown_units.register
+def _(method: RigL, step: Step, name: str, kept: Tensor, count: int) -> Tensor | None:
+    return None if step.gradient(name) is None else step.largest_units(name, kept, count)

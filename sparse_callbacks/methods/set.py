@@ -2,9 +2,11 @@
 
 from torch import Tensor
 
+from sparse_callbacks.core.drawn_places import drawn_units
 from sparse_callbacks.core.randomness import uniform_like
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
+from sparse_callbacks.methods.unit_updates import grown_units
 
 
 class SET(DropAndGrow):
@@ -44,3 +46,10 @@ class SET(DropAndGrow):
         # derived from seed, step and name: every rank and every resumed run draws the same without a state to save. The
         # largest of independent uniform numbers are a uniform draw without replacement
         return uniform_like(self.params[name], self.generator(name, step.number))
+
+
+@grown_units.register
+def _(method: SET, step: Step, name: str, kept: Tensor, count: int) -> Tensor:
+    layer = method.weights.layers_stored[name]
+    shape, source = (layer.block_rows, layer.in_features), method.generator(name, step.number)
+    return drawn_units(shape, kept, count, source, per_block=layer.storage == "grouped")

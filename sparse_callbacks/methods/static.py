@@ -7,6 +7,7 @@ from typing import Any, Unpack
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.distributions import Distribution
 from sparse_callbacks.core.initial_masks import InitialMask, StartsSparse, one_of
+from sparse_callbacks.core.live_runs import why_no_exchange
 from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.state_claims import Zeros, as_planned, possible_zeros
@@ -67,6 +68,11 @@ class Static(StartsSparse):
         )
         # as given, also None: a resumed run compares the arguments
         self.sparsity, self.initial_mask = sparsity, initial_mask
+
+
+@why_no_exchange.register
+def _(method: Static) -> str:
+    return ""
 
 
 @possible_zeros.register
