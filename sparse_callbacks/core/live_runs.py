@@ -1,7 +1,6 @@
 """Exchanged layers in a run: which methods and optimizers they can have, and whether their places are those of the run."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import singledispatch
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +11,8 @@ from sparse_callbacks.core.live_masks import exchanged_layers
 from sparse_callbacks.core.optimizers import is_elementwise, parameter_ids
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.sparse_linear import SparseLinear
+from sparse_callbacks.core.storage import why_no_exchange
 from sparse_callbacks.core.weights import SparseWeights
-
-
-@singledispatch
-def why_no_exchange(method: object) -> str:
-    """Why ``method`` cannot have exchanged layers, as the end of a sentence; empty where it can. A method registers a
-    function of its own."""
-    return "needs every weight of a layer, and an exchanged one has its live weights alone"
 
 
 def layers_of_run(

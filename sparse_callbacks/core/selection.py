@@ -43,6 +43,7 @@ class Entry:
             for each gate in an LSTM, otherwise 1.
         reason: why the parameter stays dense; empty where it becomes sparse.
         transposed: True for the weight of a transposed convolution, which torch stores with the inputs first.
+        linear: True for the weight of a linear layer.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Entry:
     parts: int = 1
     reason: str = ""
     transposed: bool = False
+    linear: bool = False
 
     @property
     def layers(self) -> list[str]:
@@ -173,12 +175,15 @@ def entries(model: nn.Module) -> list[Entry]:
                     shape=shape,
                     reason=why_not_ranked(p),
                     transposed=isinstance(module, _ConvTransposeNd),
+                    linear=isinstance(module, nn.Linear | SparseLinear),
                 )
     found = []
     for name, p in model.named_parameters():
         entry = replace(roles[id(p)], name=name)
-        # also where the embedding shares its weight with a Linear layer: a lookup table is sparse on request only
-        found.append(replace(entry, reason=_EMBEDDING) if id(p) in embeddings and not entry.reason else entry)
+        if id(p) in embeddings:
+            # also where the embedding shares its weight with a Linear layer: a lookup table is sparse on request only
+            entry = replace(entry, reason=entry.reason or _EMBEDDING, linear=False)
+        found.append(entry)
     return found
 
 

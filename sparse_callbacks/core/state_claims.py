@@ -13,6 +13,7 @@ from sparse_callbacks.core.awaited import names_awaited
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.ever_live import why_not_former
 from sparse_callbacks.core.method import Method
+from sparse_callbacks.core.patterns import why_other_pattern
 from sparse_callbacks.core.saved_patterns import units_of
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.selection import entries as all_entries
@@ -130,6 +131,7 @@ def refuse_impossible(
         or _why_no_dense_values(method, saved)
         or _why_other_aux(_all_aux(method, saved, model), saved)
         or _why_other_counts(method, saved, planned, shapes)
+        or _why_other_pattern(method, saved, model)
     )
     if why:
         raise damaged(why, saved.path)
@@ -178,6 +180,11 @@ def _why_other_counts(
             name = type(method).__name__
             return f"its masks have {zeros} zeros in {', '.join(claim.names)}, and a run of {name} has {right} there"
     return ""
+
+
+def _why_other_pattern(method: Method, saved: SavedRun, model: nn.Module) -> str:
+    why = why_other_pattern(method, saved.masks, all_entries(model))
+    return f"its mask of {why}" if why else ""
 
 
 def _why_other_shapes(saved: SavedRun, model: nn.Module) -> str:
