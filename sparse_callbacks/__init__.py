@@ -10,10 +10,12 @@ if TYPE_CHECKING:
     from sparse_callbacks.channels.onnx import export_onnx
     from sparse_callbacks.channels.slim import slim
     from sparse_callbacks.core.calendar import Time
+    from sparse_callbacks.core.exchange import exchange_layers, to_dense
     from sparse_callbacks.core.loop import sparsify
     from sparse_callbacks.core.method import Method, Options
     from sparse_callbacks.core.plan import Plan
     from sparse_callbacks.core.schedules import pruning_curve
+    from sparse_callbacks.core.sparse_linear import SparseLinear
     from sparse_callbacks.core.sparse_run import SparseRun
     from sparse_callbacks.core.step import Step
     from sparse_callbacks.core.topology import Update
@@ -51,6 +53,7 @@ __all__ = [
     "ParallelGaP",
     "Plan",
     "RigL",
+    "SparseLinear",
     "SparseRun",
     "SparsityCallback",
     "Static",
@@ -60,6 +63,7 @@ __all__ = [
     "channel_groups",
     "combine",
     "distributions",
+    "exchange_layers",
     "export_onnx",
     "horizon",
     "load_compact",
@@ -69,6 +73,7 @@ __all__ = [
     "schedules",
     "slim",
     "sparsify",
+    "to_dense",
 ]
 
 # Where each name lives; it is imported when it is first asked for (PEP 562), so that `sparse_callbacks.core` and
@@ -79,6 +84,7 @@ _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
     "Method": "core.method",
     "Options": "core.method",
     "Plan": "core.plan",
+    "SparseLinear": "core.sparse_linear",
     "SparseRun": "core.sparse_run",
     "SparsityCallback": "lightning.callback",
     "Step": "core.step",
@@ -86,6 +92,7 @@ _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
     "Update": "core.topology",
     "channel_groups": "channels.groups",
     "combine": "methods.gap.combination",
+    "exchange_layers": "core.exchange",
     "export_onnx": "channels.onnx",
     "horizon": "lightning.optimizer_lives",
     "load_compact": "channels.compact",
@@ -93,6 +100,7 @@ _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
     "save_compact": "channels.compact",
     "slim": "channels.slim",
     "sparsify": "core.loop",
+    "to_dense": "core.exchange",
 }
 _MODULES = ("distributions", "ops", "schedules")
 
