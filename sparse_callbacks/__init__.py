@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sparse_callbacks.core.method import Method, Options
     from sparse_callbacks.core.plan import Plan
     from sparse_callbacks.core.schedules import pruning_curve
+    from sparse_callbacks.core.sparse_linear import SparseLinear
     from sparse_callbacks.core.sparse_run import SparseRun
     from sparse_callbacks.core.step import Step
     from sparse_callbacks.core.topology import Update
@@ -51,6 +52,7 @@ __all__ = [
     "ParallelGaP",
     "Plan",
     "RigL",
+    "SparseLinear",
     "SparseRun",
     "SparsityCallback",
     "Static",
@@ -79,6 +81,7 @@ _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
     "Method": "core.method",
     "Options": "core.method",
     "Plan": "core.plan",
+    "SparseLinear": "core.sparse_linear",
     "SparseRun": "core.sparse_run",
     "SparsityCallback": "lightning.callback",
     "Step": "core.step",

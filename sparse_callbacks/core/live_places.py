@@ -1,0 +1,329 @@
+"""Patterns of truly sparse layers: which places of a weight matrix are live, in the forms that its products read."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+LARGEST_INT32 = 2**31 - 1
+
+
+class LivePlaces(ABC):
+    """The live places of a weight ``[outputs, inputs]``, in units.
+
+    A unit is one input column of one block of ``group`` rows. Its key is ``block * inputs + column``, and keys are always
+    ascending. Products read plain tensors, which `move_to` rewrites where they are: captured graphs, compiled code and
+    shared memory see the new pattern.
+    """
+
+    group: int
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        self.outputs, self.inputs = outputs, inputs
+
+    @property
+    def blocks(self) -> int:
+        return self.outputs // self.group
+
+    @property
+    @abstractmethod
+    def units(self) -> int:
+        """The number of live units."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the pattern is."""
+
+    @property
+    @abstractmethod
+    def values_shape(self) -> tuple[int, ...]:
+        """The shape of the live values."""
+
+    @abstractmethod
+    def keys(self) -> Tensor:
+        """Ascending int64 keys ``[units]``."""
+
+    @abstractmethod
+    def set_keys(self, keys: Tensor) -> None:
+        """Take another pattern; in place where it has as many units."""
+
+    @abstractmethod
+    def saved(self) -> dict[str, Tensor]:
+        """The tensors from which `from_saved` makes the pattern again."""
+
+    @abstractmethod
+    def keys_of_saved(self, saved: dict[str, Tensor]) -> Tensor:
+        """The keys of a saved pattern.
+
+        Raises:
+            ValueError: It is not a pattern of this layer.
+        """
+
+    @abstractmethod
+    def per_unit(self, values: Tensor) -> Tensor:
+        """Values as ``[group, units]`` or ``[units]``, summed over the rows of each unit: ``[units]``."""
+
+    @abstractmethod
+    def of_units(self, units: Tensor) -> Tensor:
+        """What each unit has, ``[units]``, in the shape of the values."""
+
+    @abstractmethod
+    def by_unit(self, values: Tensor) -> Tensor:
+        """Values as ``[units, group]``."""
+
+    @abstractmethod
+    def from_units(self, values: Tensor) -> Tensor:
+        """Values ``[units, group]`` in their own shape."""
+
+    def taken(self, values: Tensor, slots: Tensor) -> Tensor:
+        """Values of other units, in a shape for as many as there are ``slots``: 0 where the slot is -1."""
+        if not values.numel():
+            return values.new_zeros(slots.numel(), self.group)
+        return self.by_unit(values)[slots.clamp(min=0)].masked_fill_((slots < 0)[:, None], 0)
+
+    @abstractmethod
+    def dense(self, values: Tensor) -> Tensor:
+        """The matrix ``[outputs, inputs]``, differentiable by the values."""
+
+    @abstractmethod
+    def read(self, matrix: Tensor) -> Tensor:
+        """The entries of a matrix ``[outputs, inputs]`` at the live places, in the shape of the values."""
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors of the pattern."""
+        for name, tensor in vars(self).items():
+            if isinstance(tensor, Tensor):
+                yield name, tensor
+
+    def to(self, device: torch.device) -> None:
+        """Move the pattern to a device."""
+        for name, tensor in list(self.tensors()):
+            setattr(self, name, tensor.to(device))
+
+    def share_memory(self) -> None:
+        """Put the pattern into memory that processes share."""
+        for _, tensor in self.tensors():
+            tensor.share_memory_()
+
+    def replace(self, **tensors: Tensor) -> None:
+        """Take these tensors for the pattern: in place where the shapes are those that are there."""
+        for name, tensor in tensors.items():
+            old = getattr(self, name, None)
+            if old is not None and old.shape == tensor.shape:
+                old.copy_(tensor)
+            else:
+                setattr(self, name, tensor)
+
+    def slots_of(self, keys: Tensor) -> Tensor:
+        """The slots that units have now, -1 where they are not live.
+
+        Args:
+            keys: The ascending keys of the units.
+        """
+        old = self.keys()
+        if not old.numel():
+            return torch.full_like(keys, -1)
+        slots = torch.searchsorted(old, keys).clamp_(max=old.numel() - 1)
+        return slots.masked_fill_(old[slots] != keys, -1)
+
+
+class RowPlaces(LivePlaces):
+    """Any places: the rows in compressed form (CSR), and the columns too, for the product with the transposed matrix."""
+
+    group = 1
+    crow: Tensor
+    col: Tensor
+    crow_t: Tensor
+    col_t: Tensor
+    perm: Tensor
+
+    def __init__(self, outputs: int, inputs: int, keys: Tensor) -> None:
+        super().__init__(outputs, inputs)
+        if keys.numel() > LARGEST_INT32:
+            raise ValueError(
+                f"a layer may have {LARGEST_INT32} live weights at most, and this one would have {keys.numel()}"
+            )
+        self.set_keys(keys)
+
+    @property
+    def units(self) -> int:
+        return self.col.numel()
+
+    @property
+    def device(self) -> torch.device:
+        return self.col.device
+
+    @property
+    def values_shape(self) -> tuple[int, ...]:
+        return (1, self.units)
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """The row of each live place, int64, from place ``start`` to place ``stop``."""
+        places = torch.arange(start, self.units if stop is None else stop, dtype=torch.int32, device=self.device)
+        return torch.searchsorted(self.crow, places, right=True).sub_(1)
+
+    def keys(self) -> Tensor:
+        return self.rows().mul_(self.inputs).add_(self.col)
+
+    def set_keys(self, keys: Tensor) -> None:
+        rows = torch.div(keys, max(1, self.inputs), rounding_mode="floor")
+        col = (keys - rows * self.inputs).to(torch.int32)
+        self.replace(crow=counted(rows, self.outputs), col=col)
+        self.set_transposed(rows)
+
+    def set_transposed(self, rows: Tensor) -> None:
+        """Make the transposed pattern anew from the rows and columns of the live places."""
+        perm = torch.argsort(self.col, stable=True)
+        self.replace(crow_t=counted(self.col, self.inputs), col_t=rows[perm].to(torch.int32), perm=perm.to(torch.int32))
+
+    def saved(self) -> dict[str, Tensor]:
+        return {"crow": self.crow, "col": self.col}
+
+    def keys_of_saved(self, saved: dict[str, Tensor]) -> Tensor:
+        crow, col = saved["crow"].to(torch.int64), saved["col"].to(torch.int64)
+        lengths = crow.diff()
+        if (
+            crow.numel() != self.outputs + 1
+            or int(crow[0])
+            or int(crow[-1]) != col.numel()
+            or bool((lengths < 0).any())
+        ):
+            raise ValueError(f"its crow does not describe {self.outputs} rows of {col.numel()} live weights")
+        keys = torch.repeat_interleave(torch.arange(self.outputs, device=col.device), lengths) * self.inputs + col
+        return checked(keys, col, self.inputs)
+
+    def per_unit(self, values: Tensor) -> Tensor:
+        return values.flatten()
+
+    def of_units(self, units: Tensor) -> Tensor:
+        return units.view(1, -1)
+
+    def by_unit(self, values: Tensor) -> Tensor:
+        return values.view(-1, 1)
+
+    def from_units(self, values: Tensor) -> Tensor:
+        return values.view(1, -1)
+
+    def dense(self, values: Tensor) -> Tensor:
+        matrix = torch.zeros(self.outputs * self.inputs, dtype=values.dtype, device=values.device)
+        return matrix.scatter(0, self.keys(), values.flatten()).view(self.outputs, self.inputs)
+
+    def read(self, matrix: Tensor) -> Tensor:
+        return matrix.reshape(-1)[self.keys()].view(1, -1)
+
+
+class GroupPlaces(LivePlaces):
+    """The same inputs for every ``group`` rows: ``idx [blocks, k]``, and the same sorted by input."""
+
+    idx: Tensor
+    places: Tensor
+    offsets: Tensor
+
+    def __init__(self, outputs: int, inputs: int, group: int, keys: Tensor) -> None:
+        super().__init__(outputs, inputs)
+        self.group = group
+        self.set_keys(keys)
+
+    @property
+    def units(self) -> int:
+        return self.idx.numel()
+
+    @property
+    def device(self) -> torch.device:
+        return self.idx.device
+
+    @property
+    def values_shape(self) -> tuple[int, ...]:
+        return (self.blocks, self.group, self.idx.shape[1])
+
+    def keys(self) -> Tensor:
+        blocks = torch.arange(self.blocks, device=self.device)
+        return (self.idx + blocks[:, None] * self.inputs).flatten()
+
+    def set_keys(self, keys: Tensor) -> None:
+        idx = keys.view(self.blocks, -1) if self.blocks else keys.view(0, 0)
+        idx = idx - torch.arange(self.blocks, device=keys.device)[:, None] * self.inputs
+        if bool(((idx < 0) | (idx >= max(1, self.inputs))).any()):
+            raise ValueError(f"the groups of {self.group} rows do not all read the same number of inputs")
+        places = torch.argsort(idx.flatten(), stable=True)
+        self.replace(idx=idx, places=places, offsets=counted(idx.flatten(), self.inputs).to(torch.int64))
+
+    def saved(self) -> dict[str, Tensor]:
+        return {"idx": self.idx}
+
+    def keys_of_saved(self, saved: dict[str, Tensor]) -> Tensor:
+        idx = saved["idx"].to(torch.int64)
+        if idx.dim() != 2 or idx.shape[0] != self.blocks:
+            raise ValueError(f"its idx does not describe {self.blocks} groups of {self.group} rows")
+        keys = idx + torch.arange(self.blocks, device=idx.device)[:, None] * self.inputs
+        return checked(keys.flatten(), idx.flatten(), self.inputs)
+
+    def per_unit(self, values: Tensor) -> Tensor:
+        return values.sum(1).flatten()
+
+    def of_units(self, units: Tensor) -> Tensor:
+        return units.view(self.blocks, 1, -1).expand(self.values_shape).contiguous()
+
+    def by_unit(self, values: Tensor) -> Tensor:
+        return values.transpose(1, 2).reshape(-1, self.group)
+
+    def from_units(self, values: Tensor) -> Tensor:
+        return values.view(self.blocks, -1, self.group).transpose(1, 2).contiguous()
+
+    def dense(self, values: Tensor) -> Tensor:
+        matrix = torch.zeros(self.blocks, self.group, self.inputs, dtype=values.dtype, device=values.device)
+        return matrix.scatter(2, self.idx[:, None, :].expand(self.values_shape), values).view(self.outputs, self.inputs)
+
+    def read(self, matrix: Tensor) -> Tensor:
+        matrix = matrix.reshape(self.blocks, self.group, self.inputs)
+        return matrix.gather(2, self.idx[:, None, :].expand(self.values_shape))
+
+
+def counted(indices: Tensor, size: int) -> Tensor:
+    """Where each of ``size`` numbers begins in the sorted ``indices``, int32 ``[size + 1]``."""
+    counts = torch.zeros(size + 1, dtype=torch.int32, device=indices.device)
+    if indices.numel():
+        counts[1:] = torch.bincount(indices, minlength=size)
+    return counts.cumsum(0, dtype=torch.int32)
+
+
+def checked(keys: Tensor, columns: Tensor, inputs: int) -> Tensor:
+    """Keys as they are.
+
+    Raises:
+        ValueError: They do not ascend, or a column is outside of the matrix.
+    """
+    if columns.numel() and (int(columns.min()) < 0 or int(columns.max()) >= inputs):
+        raise ValueError(f"it has live weights outside of the layer's {inputs} inputs")
+    if bool((keys.diff() <= 0).any()):
+        raise ValueError("its live weights are not in ascending order")
+    return keys
+
+
+def keys_of_mask(mask: Tensor, group: int) -> Tensor:
+    """The ascending unit keys of a mask ``[outputs, inputs]``.
+
+    Raises:
+        ValueError: With ``group`` above 1, the mask is not of the pattern in which every group of rows reads the same
+            inputs, as many for each group.
+    """
+    if group == 1:
+        return mask.reshape(-1).nonzero().flatten()
+    outputs, inputs = mask.shape
+    if outputs % group:
+        raise ValueError(f"groups of {group} do not divide its {outputs} rows: give another group, or storage='sparse'")
+    blocks = mask.reshape(outputs // group, group, inputs)
+    rows = blocks[:, 0]
+    if not bool((blocks == rows[:, None]).all()):
+        raise ValueError(
+            f"its mask is not of the pattern: every {group} rows must read the same inputs. Make it with "
+            f"pattern='fan_in/{group}', or give storage='sparse'"
+        )
+    counts = rows.sum(1)
+    if counts.numel() and int(counts.min()) != int(counts.max()):
+        raise ValueError(
+            f"its groups of {group} rows read from {int(counts.min())} to {int(counts.max())} inputs: each must read as many"
+        )
+    return rows.reshape(-1).nonzero().flatten()

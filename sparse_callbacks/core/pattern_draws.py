@@ -1,0 +1,46 @@
+"""Uniform random patterns of a given fan-in, drawn in the memory of their live places."""
+
+import torch
+from torch import Tensor
+
+ENTRIES = 2**22  # of one block of rows: what is drawn at a time
+
+
+def drawn_keys(
+    blocks: int, inputs: int, fan_in: int, source: torch.Generator | None, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Ascending keys of ``fan_in`` different inputs for each of ``blocks`` rows, each set of inputs equally likely."""
+    keys = torch.empty(blocks, fan_in, dtype=torch.int64, device=device)
+    dense = (
+        4 * fan_in > inputs
+    )  # where most places are live, looking at all of them is faster than drawing until they fit
+    step = max(1, ENTRIES // max(1, inputs if dense else fan_in))
+    for start in range(0, blocks, step):
+        rows = min(step, blocks - start)
+        columns = chosen_of_all(rows, inputs, fan_in, source) if dense else drawn_apart(rows, inputs, fan_in, source)
+        first = torch.arange(start, start + rows)[:, None] * inputs
+        keys[start : start + rows] = first.add(columns)
+    return keys.flatten()
+
+
+def chosen_of_all(rows: int, inputs: int, fan_in: int, source: torch.Generator | None) -> Tensor:
+    """Ascending columns: of each row those of its ``fan_in`` largest random numbers."""
+    keys = torch.rand(rows, inputs, dtype=torch.float64, generator=source)
+    return keys.topk(fan_in, dim=1, sorted=False).indices.sort(dim=1).values
+
+
+def drawn_apart(rows: int, inputs: int, fan_in: int, source: torch.Generator | None) -> Tensor:
+    """Ascending columns: repeated ones are drawn again until all of a row differ.
+
+    The first occurrence of each stays. What is drawn again is uniform over the others, so each set is equally likely.
+    """
+    columns = torch.randint(inputs, (rows, fan_in), generator=source)
+    unsettled = torch.arange(rows)
+    while unsettled.numel():
+        some = columns[unsettled].sort(dim=1).values
+        repeated = torch.zeros_like(some, dtype=torch.bool)
+        repeated[:, 1:] = some[:, 1:] == some[:, :-1]
+        again = torch.randint(inputs, (int(repeated.sum()),), generator=source)
+        columns[unsettled] = some.masked_scatter_(repeated, again)
+        unsettled = unsettled[repeated.any(1)]
+    return columns
