@@ -16,15 +16,27 @@ from sparse_callbacks.core.before_run import BeforeRun
 from sparse_callbacks.core.checkpoint import SavedRun, check_state
 from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.hooks import BatchEnd
+from sparse_callbacks.core.live_weights import exchanged_layers
 from sparse_callbacks.core.local_parts import is_sharded, whole_tensors
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.restored import calendar_of
-from sparse_callbacks.lightning import accumulation, averaging, curves, open_window, optimizer_lives, sharded, spawned
+from sparse_callbacks.lightning import (
+    accumulation,
+    averaging,
+    curves,
+    exchanging,
+    open_window,
+    optimizer_lives,
+    sharded,
+    spawned,
+)
 from sparse_callbacks.lightning.added_epoch import enter_epoch, move_again, unless_at_rest
 from sparse_callbacks.lightning.clipping import call_instead_of_clipping, clip_again
 from sparse_callbacks.lightning.fit_beginning import begin, begin_training
 from sparse_callbacks.lightning.fit_state import FitState
+from sparse_callbacks.lightning.hidden_calls import find_again
 from sparse_callbacks.lightning.loaded_checkpoint import take_state_of_checkpoint
+from sparse_callbacks.lightning.loaded_places import take_places_of_checkpoint
 from sparse_callbacks.lightning.namespaces import Trainer, callback_classes
 from sparse_callbacks.lightning.refusals import ends_run, refuse_host, refuse_shared, state_to_resume
 from sparse_callbacks.lightning.resumed_file import add_inventory, look_before_loading
@@ -84,12 +96,16 @@ class SparsityCallback(Method, AnyCallback):
             refuse_host(trainer)
             averaging.refuse_averages(self, trainer)
             sharded.refuse_sharding(trainer, self)
+            exchanging.refuse_storage(self, trainer, pl_module)
             look_before_loading(trainer, pl_module, peers_of(trainer))
+            exchanging.exchange_before_optimizers(trainer, pl_module, peers_of(trainer))
             self.saved = None  # of an earlier fit; what this one resumes from is restored after setup
             if self.attachment.model is not pl_module or self.fresh_start:
                 self.engine.forget()
             if self.fresh_start:
                 spawned.forget_brought(self)
+        elif exchanged_layers(pl_module) or exchanging.wanted_storages(self):
+            take_places_of_checkpoint(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # the weights are loaded already. A fit takes its state later, in on_fit_start, when its optimizers stand
@@ -134,6 +150,8 @@ class SparsityCallback(Method, AnyCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         fit = self.fit_state
         fit.before = None  # from here on an error is one of training
+        if fit.exchanged is not None:
+            exchanging.watch_first_use(fit)
         if fit.missed_epoch_start:
             fit.missed_epoch_start = False
             averaging.start_epoch(trainer, pl_module)
@@ -181,6 +199,8 @@ class SparsityCallback(Method, AnyCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         engine, fit = self.engine, self.fit_state
+        if fit.first_use is not None:
+            exchanging.warn_of_first_use(fit)
         # before anything is written back to where the batch began, as samples of gates are
         if fit.watch is not None and not fit.watch.batch_over(bool(trainer.is_last_batch)):
             fit.watch = None
@@ -225,10 +245,12 @@ class SparsityCallback(Method, AnyCallback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         spawned.discard(self)
         move_again(trainer)
+        find_again(trainer)
         before, self.fit_state.before = self.fit_state.before, None
         if before is not None:
             self._leave(pl_module)
             before.bring_back(self)
+            exchanging.bring_dense_back(self.fit_state)
             self.fit_state.restored = None
             return
         if self.attachment.in_training:  # it may have come between the optimizer's step and ours
@@ -246,6 +268,7 @@ class SparsityCallback(Method, AnyCallback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         move_again(trainer)
+        find_again(trainer)
         if stage == "fit":
             averaging.end_with_averages(self, trainer, pl_module)
         self._leave(pl_module)
@@ -254,9 +277,10 @@ class SparsityCallback(Method, AnyCallback):
             # no batch came: these masks were never those of the weights. A run that was over already when it was resumed
             # has brought its own, and so has one of which only the end of an epoch was left.
             fit.before.bring_back(self)
+            exchanging.bring_dense_back(self.fit_state)
         elif fit.before is not None and self.saved is not None:  # over already: its calendar was never made anew
             self.calendar = calendar_of(self, self.saved.times)
-        fit.restored = fit.before = self.saved = None
+        fit.restored = fit.before = fit.exchanged = fit.first_use = self.saved = None
         fit.resumed = False
         if stage == "fit":
             spawned.hand_over(self, trainer)

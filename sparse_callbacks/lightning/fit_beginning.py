@@ -12,11 +12,19 @@ from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.distributions import why_all_active
 from sparse_callbacks.core.selection import NOT_TRAINED, Entry, layer_shapes, select
 from sparse_callbacks.core.unseen_steps import StepWatch
-from sparse_callbacks.lightning import accumulation, averaging, open_window, optimizer_lives, sharded, spawned
+from sparse_callbacks.lightning import (
+    accumulation,
+    averaging,
+    exchanging,
+    open_window,
+    optimizer_lives,
+    sharded,
+    spawned,
+)
 from sparse_callbacks.lightning.added_epoch import enter_epoch
+from sparse_callbacks.lightning.hidden_calls import find_again
 from sparse_callbacks.lightning.namespaces import Trainer
 from sparse_callbacks.lightning.refusals import refuse_unsteppable, warnings_for
-from sparse_callbacks.lightning.resumed_file import stop_looking
 from sparse_callbacks.lightning.thawing import warn_of_thaw_to_come
 from sparse_callbacks.lightning.trainer_optimizers import TrainerOptimizers
 
@@ -35,12 +43,14 @@ def begin(callback: "SparsityCallback", trainer: Trainer, module: LightningModul
     Raises:
         ValueError: an optimizer, a layer or a checkpoint that cannot work.
     """
-    stop_looking(trainer)  # of a fit without a checkpoint, which has read none
+    find_again(trainer)  # of a fit without a checkpoint, which has read none
     sharded.refuse_steps(trainer, module)
     optimizers = TrainerOptimizers(trainer, module)
     refuse_unsteppable(module, trainer.optimizers, optimizers.steppers)
+    exchanging.refuse_dense_optimizers(callback, trainer)
     entries = select(module, callback.include, callback.exclude, callback.keep_dense, optimizers.trained)
     sharded.refuse_parts(trainer, module, entries)
+    exchanging.refuse_idle_layers(callback, entries)
     # who awaits a layer claims it too: in a Trainer all callbacks see the optimizers that it may come into
     callback._refuse_neighbours(trainer, [e.name for e in for_targets(with_awaited(callback, entries)) if not e.reason])
     state = callback._state_to_resume(trainer, module)
