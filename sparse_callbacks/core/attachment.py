@@ -1,12 +1,30 @@
 """What a method is attached to: the model of its latest run and, during a run, the training loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 from weakref import ref
 
 from torch import nn
 
 from sparse_callbacks.core.host import Host
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The storage of one parameter.
+
+    Attributes:
+        storage: ``"masked"``, ``"sparse"``, ``"grouped"``, or ``"auto"`` until times decide.
+        note: why it stays masked, or what speaks for its storage; empty where nothing needs to be said.
+        refused: whether ``note`` is a reason to refuse the run, unless the layer stays dense.
+        live: the live weights of a layer that brings its own number of them.
+    """
+
+    storage: str
+    note: str = ""
+    refused: bool = False
+    live: int | None = None
 
 
 class Attachment:
@@ -20,6 +38,8 @@ class Attachment:
         """The training loop; None outside of a run."""
         self.in_training = False
         """A run is going on: everything is restored and the masks are written."""
+        self.choices: Mapping[str, Choice] = {}
+        """The storage of each parameter of the latest model, by name; empty where all are masked."""
         self._model: Callable[[], nn.Module | None] = _no_model
 
     @property
@@ -45,7 +65,7 @@ class Attachment:
         self._model = _no_model
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"host": None, "_model": _no_model, "in_training": False}
+        return {"host": None, "_model": _no_model, "in_training": False, "choices": self.choices}
 
 
 def _no_model() -> None:

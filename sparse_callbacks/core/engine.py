@@ -16,6 +16,8 @@ from sparse_callbacks.core.gradient_care import GradientCare
 from sparse_callbacks.core.gradients import DenseGradients
 from sparse_callbacks.core.host import Host
 from sparse_callbacks.core.initial_masks import rescale_fresh, warnings_of_start
+from sparse_callbacks.core.live_runs import note_places, refuse_matrix_optimizers
+from sparse_callbacks.core.live_weights import moves_of
 from sparse_callbacks.core.loop_steps import next_tick
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_hold import OptimizerHold
@@ -117,6 +119,7 @@ class Engine:
         """Go on with other optimizers for the same parameters, in the same order."""
         owners = Ownership(optimizers, self.method.params)
         refuse_optimizers(self.method, owners)
+        refuse_matrix_optimizers(optimizers, self.method.weights.layers_stored)
         self._take_hold(owners, gradients_read, two_pass)
 
     def take_up(
@@ -188,7 +191,9 @@ class Engine:
         if method.attachment.in_training:  # a last pruning, which no step has followed
             mask_averages(method.owners.optimizers, method.weights)
         self._hold.end_run()
+        self._care.end()
         self._release()
+        note_places(method.weights)
         method.attachment.leave()
         method.owners = Ownership.between_runs(method.owners.owns, method.params, len(method.owners.owns))
 
@@ -325,6 +330,7 @@ class Engine:
             group.update(numbers)  # of a step that moved nothing: what optimizers count for a whole group stays too
         self._conclude(step)
         self._care.dense.forget(step.names)
+        self._care.look_ahead(index)
 
     def _conclude(self, step: Step) -> None:
         """Count the step, and take the masks of the update that it brings."""
@@ -348,12 +354,14 @@ class Engine:
         method = self.method
         refuse_unequal_weights(method, step.names)  # before all ranks take one mask, behind which other weights may lie
         owners = method.owners if keeps_optimizers(method) else None
-        changed = topology.take(method.weights, owners, update.masks, lambda name: method.new_weights(step, name))
+        moves = moves_of(method.weights, update.keys, update.slots)
+        changed = topology.take(method.weights, owners, update.masks, lambda name: method.new_weights(step, name), moves)
         method.progress.mark_done(step.index)
         self.events |= {**update.figures, "update/changed": changed}
         if method.explores:
             ever_active = EverActive(method.aux, method.weights)
             ever_active.add(update.masks)
+            ever_active.note(moves)
             self.events["update/ever_active"] = ever_active.share()
         method.after_update(step)
         # of all, and last: a method may have ended dense copies
@@ -365,12 +373,14 @@ class Engine:
             if step.names and not step.taken and not step.skipped:
                 step.skipped = True  # the GradScaler found an inf and skipped the step
                 self.skipped += 1
+                self._care.skipped(step)
         self._hold.begun.clear()
         self.method.weights.swap_out(self.method.params)
         self._care.dense.free(self.method.owners.optimizers)
 
     def begin_weights(self) -> None:
         """Training begins: :meth:`write` the masks, and make the weights of a new run larger where the method rescales."""
+        self.method.weights.take_places()
         self.write()
         if self._begins_anew:
             rescale_fresh(self.method)
@@ -380,6 +390,8 @@ class Engine:
         """Restore the invariant in all sparse parameters."""
         self.method.write(None, self._care.finite is True)
         mask_averages(self.method.owners.optimizers, self.method.weights)
+        for index in range(len(self.method.owners.optimizers)):
+            self._care.look_ahead(index)
 
     # ------------------------------------------------------------------ state
 

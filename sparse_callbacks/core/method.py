@@ -18,6 +18,7 @@ from sparse_callbacks.core.hooks import Hooks
 from sparse_callbacks.core.host import Host
 from sparse_callbacks.core.ops import random_mask, zeros_for
 from sparse_callbacks.core.optimizers import Ownership
+from sparse_callbacks.core.patterns import pattern_remarks
 from sparse_callbacks.core.plan import Plan, plan_rows
 from sparse_callbacks.core.progress import Progress
 from sparse_callbacks.core.selection import Entry, KeepDense, patterns, select
@@ -310,7 +311,8 @@ class Method(Hooks):
         else:
             raise ValueError("plan() knows no model yet. Give one, plan(model), or call it after fit has started.")
         target = self.distribution if is_epsilon(self.distribution) else f"sparsity {self.target_sparsity:g}"
-        return Plan(f"{type(self).__name__}: {target}", plan_rows(entries, zeros), frozenset(zeros))
+        rows = plan_rows(entries, zeros, pattern_remarks(self, entries, zeros))
+        return Plan(f"{type(self).__name__}: {target}", rows, frozenset(zeros))
 
     def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
         """Target sparsity of every layer."""

@@ -1,6 +1,6 @@
 """Plan of a callback: the target sparsity of every parameter, as a table to read before training."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sparse_callbacks.core.awaited import AWAITED
@@ -10,7 +10,7 @@ from sparse_callbacks.core.selection import NOT_TRAINED, Entry
 @dataclass(frozen=True)
 class Row:
     """One parameter: ``zeros`` of its ``size`` weights will be pruned at the target; ``reason`` says why it stays
-    dense.
+    dense, and ``remark`` what else there is to say of a sparse one, such as the pattern of its mask.
 
     ``zeros`` and ``sparsity`` are None where one threshold over all layers decides during training.
     """
@@ -20,6 +20,7 @@ class Row:
     size: int
     zeros: int | None
     reason: str
+    remark: str = ""
 
     @property
     def sparsity(self) -> float | None:
@@ -117,10 +118,12 @@ class Plan:
                 if r.sparsity is None
                 else f"{r.sparsity:.4f}",
                 "" if r.name not in self.selected or r.zeros is None else f"{r.zeros:,}",
-                r.reason,
+                "; ".join(filter(None, (r.reason, r.remark))),
             )
             for r in self.rows
         ]
+        if any(r.remark for r in self.rows):
+            head = (*head[:-1], "why dense, or how sparse")
         known = f"{self.total:.4f}", f"{self.model:.4f}", f"{self.zeros:,}"
         total, model, zeros = (self.decided_by, self.decided_by, "") if self.decided_by else known
         foot = [
@@ -144,8 +147,16 @@ def _aligned(rows: Sequence[tuple[str, ...]], rules: tuple[int, ...]) -> list[st
     return lines
 
 
-def plan_rows(entries: Sequence[Entry], zeros: dict[str, int]) -> tuple[Row, ...]:
-    """Rows for all ``entries``; ``zeros`` maps the name of each selected parameter to its planned number of zeros."""
+def plan_rows(
+    entries: Sequence[Entry], zeros: Mapping[str, int], remarks: Mapping[str, str] | None = None
+) -> tuple[Row, ...]:
+    """Rows for all ``entries``.
+
+    Args:
+        entries: all parameters.
+        zeros: planned zeros of each selected parameter by its name.
+        remarks: what else there is to say of sparse parameters, by name.
+    """
     return tuple(
         Row(
             e.name,
@@ -153,6 +164,7 @@ def plan_rows(entries: Sequence[Entry], zeros: dict[str, int]) -> tuple[Row, ...
             e.size,
             zeros.get(e.name, 0),
             e.reason or ("" if zeros.get(e.name) else "dense by the distribution"),
+            (remarks or {}).get(e.name, ""),
         )
         for e in entries
     )

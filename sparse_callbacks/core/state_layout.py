@@ -7,6 +7,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from sparse_callbacks.core.saved_patterns import why_not_pattern
+
 Check = Callable[[Any], str]
 """A function that says what is wrong with a value, as the end of a sentence; empty where nothing is."""
 
@@ -138,6 +140,17 @@ def _averages(value: Any) -> str:
     return ""
 
 
+def _patterns(value: Any) -> str:
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        return f"is {shown_short(value)} and not patterns by name"
+    for name, pattern in value.items():
+        tensors = pattern.values() if isinstance(pattern, Mapping) else ()
+        damages = [why_not_whole(t) for t in tensors if isinstance(t, Tensor)]
+        if why := next(filter(None, [*damages, why_not_pattern(pattern)]), ""):
+            return f"has under {shown_short(name)} what {why}"
+    return ""
+
+
 _LISTED = ("arguments", "aux", "dense")
 LAYOUT: Mapping[str, Check] = {
     "arguments": _texts,
@@ -146,6 +159,7 @@ LAYOUT: Mapping[str, Check] = {
     "done": _counts_by_optimizer,
     "updates": _count,
     "masks": _tensors(_mask),
+    "patterns": _patterns,
     "zeros": _counts_by_name,
     "names": _names_by_part,
     "aux": _tensors(why_not_whole),
@@ -158,8 +172,8 @@ LAYOUT: Mapping[str, Check] = {
 }
 """What each part of a state must be."""
 # version 0.1 saved no inventory, that of the first weeks no dense values; gradients are saved only in a window, awaited
-# layers and averages where there are any
-_MAY_LACK = ("zeros", "names", "dense", "grads", "dense_grads", "window_open", "awaited", "averages")
+# layers, averages and patterns where there are any
+_MAY_LACK = ("zeros", "names", "dense", "grads", "dense_grads", "window_open", "awaited", "averages", "patterns")
 
 
 def inventory(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,8 +234,11 @@ def _contradiction(state: Mapping[str, Any]) -> str:
             return f"it has {shown_short(wrong[0])} in {part!r} {has} when it was saved"
     if foreign := [name for name in state.get("dense", {}) if name not in state["masks"]]:
         return f"it has dense values of {shown_short(foreign[0])}, and no mask"
-    if masked := [name for name in state.get("awaited", ()) if name in state["masks"]]:
+    patterns = state.get("patterns", {})
+    if masked := [name for name in state.get("awaited", ()) if name in state["masks"] or name in patterns]:
         return f"it has a mask of {shown_short(masked[0])}, which it says is not trained yet"
+    if both := [name for name in patterns if name in state["masks"]]:
+        return f"it has a mask and a pattern of {shown_short(both[0])}"
     return ""
 
 

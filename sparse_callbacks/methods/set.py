@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from sparse_callbacks.core.randomness import uniform_like
+from sparse_callbacks.core.growth import uniform_numbers
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
 
@@ -24,8 +24,8 @@ class SET(DropAndGrow):
     in steps and not epochs.
 
     Args:
-        sparsity, distribution, every, start, stop, drop_fraction, initial_mask, rescale, include, exclude, seed,
-            **options: as in :class:`~sparse_callbacks.RigL`.
+        sparsity, distribution, every, start, stop, drop_fraction, initial_mask, rescale, pattern, include, exclude,
+            seed, **options: as in :class:`~sparse_callbacks.RigL`.
 
     Raises:
         ValueError: arguments out of range, or a model, optimizer or checkpoint that does not fit; before the first
@@ -41,6 +41,4 @@ class SET(DropAndGrow):
     """
 
     def grow_scores(self, step: Step, name: str) -> Tensor:
-        # derived from seed, step and name: every rank and every resumed run draws the same without a state to save. The
-        # largest of independent uniform numbers are a uniform draw without replacement
-        return uniform_like(self.params[name], self.generator(name, step.number))
+        return uniform_numbers(self, name, step.number)

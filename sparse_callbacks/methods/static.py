@@ -23,7 +23,7 @@ class Static(StartsSparse):
         distribution: name, ``{glob: sparsity or name}`` or callable; see :class:`~sparse_callbacks.core.method.Method`.
         from_checkpoint: path of a checkpoint, or a state dict, whose zeros are the mask; another name of
             ``initial_mask``.
-        initial_mask, rescale: see :class:`~sparse_callbacks.core.initial_masks.StartsSparse`.
+        initial_mask, rescale, pattern: see :class:`~sparse_callbacks.core.initial_masks.StartsSparse`.
         include, exclude, seed, **options: see :class:`~sparse_callbacks.core.method.Method`.
 
     Raises:
@@ -44,6 +44,7 @@ class Static(StartsSparse):
         from_checkpoint: str | Path | Mapping[str, Any] | None = None,
         initial_mask: InitialMask = "random",
         rescale: Rescale | None = None,
+        pattern: str | None = None,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         seed: int = 0,
@@ -59,6 +60,7 @@ class Static(StartsSparse):
             sparsity,
             initial_mask=one_of(initial_mask, "from_checkpoint", from_checkpoint),
             rescale=rescale,
+            pattern=pattern,
             distribution=distribution,
             include=include,
             exclude=exclude,
