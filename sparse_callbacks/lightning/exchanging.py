@@ -1,11 +1,12 @@
 """Sparse storage under a Trainer: layers are exchanged before its optimizers are made, and come back where a fit is refused."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 from pytorch_lightning import LightningModule
-from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.exchange import exchange
@@ -89,40 +90,37 @@ def exchange_before_optimizers(
         module: its LightningModule.
         callbacks: all sparsity callbacks of the Trainer.
     """
-    exchanging = [c for c in callbacks if wanted_storages(c)]
 
     def setup(set_up: Callable[..., None], *arguments: Any) -> None:
-        for callback in exchanging:
+        for callback in callbacks:
             if callback.fit_state.exchanged is None:
-                _exchange(callback, trainer, module, spawned.run_brought(callback, module))
+                exchange_layers_of(callback, trainer, module, spawned.run_brought(callback, module))
         set_up(*arguments)
 
-    if exchanging:
-        call_instead(trainer, "setup", setup)
+    call_instead(trainer, "setup", setup)
 
 
-def exchange_for_saved(
-    callback: "SparsityCallback", saved: SavedRun, trainer: Trainer, module: LightningModule
+def exchange_layers_of(
+    callback: "SparsityCallback", trainer: Trainer, module: LightningModule, saved: SavedRun | None
 ) -> None:
-    """Let a fit that resumes have the layers of the checkpoint, with their places, before weights are loaded into them.
+    """Exchange the layers that are to have other storage than masks.
 
     Args:
         callback: the callback of the fit.
-        saved: the run that goes on.
         trainer: its Trainer.
         module: its LightningModule.
+        saved: the run that goes on, whose layers and places are taken before its weights are loaded; None for a new one.
     """
-    if wanted_storages(callback):
-        _exchange(callback, trainer, module, saved)
-
-
-def _exchange(callback: "SparsityCallback", trainer: Trainer, module: LightningModule, saved: SavedRun | None) -> None:
-    rows = callback.rows
-    if rows is None and saved is None and "auto" in wanted_storages(callback):
-        rows = seen_rows(trainer, module, rows_of_layers)
     exchanged = exchange(
-        callback, module, rows=rows, device=trainer.strategy.root_device, saved=saved, why_masked=_why_masked(trainer)
+        callback,
+        module,
+        rows=partial(seen_rows, trainer, module, rows_of_layers),
+        device=trainer.strategy.root_device,
+        saved=saved,
+        why_masked=_why_masked(trainer),
     )
+    if exchanged.report:
+        rank_zero_info(exchanged.report)
     callback.fit_state.exchanged = exchanged
     callback.fit_state.were_dense |= {name: ref(p) for name, p in exchanged.originals.items()}
 

@@ -27,7 +27,7 @@ from sparse_callbacks.core.state_layout import damaged, inventory, is_count, sho
 from sparse_callbacks.lightning import sharded
 from sparse_callbacks.lightning.averaging import weights_beside_averages
 from sparse_callbacks.lightning.dense_shapes import dense_shapes
-from sparse_callbacks.lightning.exchanging import exchange_for_saved
+from sparse_callbacks.lightning.exchanging import exchange_layers_of
 from sparse_callbacks.lightning.hidden_calls import call_instead
 from sparse_callbacks.lightning.loaded_places import take_places
 from sparse_callbacks.lightning.refusals import is_tuner_checkpoint, overrides
@@ -82,7 +82,7 @@ def look_before_loading(trainer: Any, module: LightningModule, methods: Sequence
             if len(resumed) < len(methods):  # new masks over the weights of the checkpoint
                 take_places(module, found)
             for method, saved in resumed:
-                exchange_for_saved(method, saved, trainer, module)
+                exchange_layers_of(method, trainer, module, saved)
         return read(path, **options) if loads_at_once else found
 
     call_instead(trainer, "load_checkpoint", load_checkpoint)

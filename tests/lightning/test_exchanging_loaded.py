@@ -113,7 +113,7 @@ def test_a_checkpoint_of_a_dense_network_is_refused_with_the_name_of_the_layer(t
 
 def test_nothing_of_an_evaluation_stays_with_the_trainer(tmp_path: Path) -> None:
     callback = sparse("set")
-    _, module = fit(callback, folder=tmp_path, stops=(STOP,))
+    trainer, module = fit(callback, folder=tmp_path, stops=(STOP,))
     trainer.test(module, Batches(), verbose=False)
     assert "load_checkpoint" not in vars(trainer.strategy)
     with pytest.raises(FileNotFoundError):
