@@ -46,9 +46,18 @@ def mask_of(pattern: Pattern, shape: tuple[int, ...]) -> Tensor:
         ValueError: it is not a pattern of such a layer.
     """
     keys, units, group = units_of(pattern, shape)
-    live = torch.zeros(units, dtype=torch.bool)
-    live[keys] = True
-    return live.view(shape[0] // group, shape[1]).repeat_interleave(group, 0)
+    return matrix_of_units(torch.zeros(units, dtype=torch.bool).index_fill_(0, keys, True), shape, group)
+
+
+def matrix_of_units(units: Tensor, shape: tuple[int, ...], group: int) -> Tensor:
+    """What each unit of a layer has, for each weight.
+
+    Args:
+        units: a tensor ``[units]``, in the order of the keys.
+        shape: the shape of the layer's matrix.
+        group: the rows in a unit.
+    """
+    return units.view(shape[0] // group, shape[1]).repeat_interleave(group, 0)
 
 
 def units_of(pattern: Pattern, shape: tuple[int, ...]) -> tuple[Tensor, int, int]:

@@ -6,7 +6,8 @@ Functions return fresh tensors and views are made outside of them: torch refuses
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -67,107 +68,154 @@ def add_sampled(crow: Tensor, col: Tensor, dy: Tensor, x: Tensor, into: Tensor) 
 
 
 @torch.library.custom_op("sparse_callbacks::sampled", mutates_args=())
-def sampled(crow: Tensor, col: Tensor, dy: Tensor, x: Tensor) -> Tensor:
+def sampled_in_graph(crow: Tensor, col: Tensor, dy: Tensor, x: Tensor) -> Tensor:
     """The entries of ``dy x'`` at the live places, as one operation for compiled graphs; it costs too much elsewhere."""
     into = torch.zeros(col.numel(), dtype=dy.dtype, device=dy.device)
     add_sampled(crow, col, dy.contiguous(), x.contiguous(), into)
     return into
 
 
-@sampled.register_fake
+@sampled_in_graph.register_fake
 def _(crow: Tensor, col: Tensor, dy: Tensor, x: Tensor) -> Tensor:
     return dy.new_empty(col.shape)
 
 
-def feature_major_pieces(batch: Tensor) -> tuple[Tensor, ...]:
-    """``[batch, features]`` as contiguous ``[features, up to WIDTH]``; a narrow transposed view is not copied."""
-    if batch.shape[0] <= WIDTH or torch.compiler.is_compiling():
-        return (batch.t().contiguous(),)
-    return tuple(piece.t().contiguous() for piece in batch.split(WIDTH))
-
-
-def products(values: Tensor, bias: Tensor | None, rows: Rows, pieces: Sequence[Tensor]) -> Tensor:
-    """``W x + b``: ``[outputs, batch]`` of one piece, ``[batch, outputs]`` of several."""
-    flat = values.view(-1)
-    column = None if bias is None else bias.view(-1, 1)
-    if len(pieces) == 1:
-        y = rows_product(rows.crow, rows.col, flat, pieces[0])
-        return y if column is None else y.add_(column)
-    y = values.new_empty(sum(piece.shape[1] for piece in pieces), rows.crow.numel() - 1)
-    for part, piece in zip(y.split(WIDTH), pieces, strict=True):
-        product = rows_product(rows.crow, rows.col, flat, piece)
-        part.copy_((product if column is None else product.add_(column)).t())
-    return y
-
-
 class RowsProduct(torch.autograd.Function):
-    """`products` of a batch in pieces, W in compressed rows."""
+    """``W x + b`` for ``x [inputs, batch]``, W in compressed rows: ``[outputs, batch]``."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, bias: Tensor | None, rows: Rows, records: Records, *pieces: Tensor) -> Tensor:
-        ctx.rows, ctx.records, ctx.count = rows, records, len(pieces)
-        kept = pieces if ctx.needs_input_grad[0] or records is not None else ()
-        ctx.save_for_backward(values, *kept)
-        return products(values, bias, rows, pieces)
+    def forward(ctx: Any, values: Tensor, bias: Tensor | None, rows: Rows, records: Records, x: Tensor) -> Tensor:
+        ctx.rows, ctx.records = rows, records
+        ctx.save_for_backward(values, x if ctx.needs_input_grad[0] or records is not None else None)
+        return plus(rows_product(rows.crow, rows.col, values.view(-1), x), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        values, *pieces = ctx.saved_tensors
-        rows, needs = ctx.rows, ctx.needs_input_grad
-        dys = (grad.contiguous(),) if ctx.count == 1 else feature_major_pieces(grad)
+        values, x = ctx.saved_tensors
+        rows, needs, dy = ctx.rows, ctx.needs_input_grad, grad.contiguous()
         if ctx.records is not None:
-            ctx.records.extend((x.detach(), dy.detach()) for x, dy in zip(pieces, dys, strict=True))
-        d_values = d_bias = None
-        d_pieces: Any = (None,) * ctx.count
-        if needs[1]:
-            d_bias = grad.sum(1 if ctx.count == 1 else 0)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # gradients of these gradients are asked for
+            ctx.records.append((x.detach(), dy.detach()))
+        d_bias = dy.sum(1) if needs[1] else None
+        d_values = d_x = None
+        if asks_for_graph():
             if needs[0]:
-                d_values = SampledProduct.apply(rows, *pieces, *dys)
-            if any(needs[4:]):
-                turned, back = values.index_select(1, rows.perm), rows.transposed()
-                d_pieces = [RowsProduct.apply(turned, None, back, None, dy) for dy in dys]
-            return d_values, d_bias, None, None, *d_pieces
+                d_values = SampledProduct.apply(rows, x, dy)
+            if needs[4]:
+                d_x = RowsProduct.apply(values.index_select(1, rows.perm), None, rows.transposed(), None, dy)
+            return d_values, d_bias, None, None, d_x
+        if needs[4]:
+            d_x = rows_product(rows.crow_t, rows.col_t, values.view(-1).index_select(0, rows.perm), dy)
         if needs[0]:
-            d_values = sampled_sum(rows, pieces, dys).view(1, -1)
-        if any(needs[4:]):
-            turned = values.view(-1).index_select(0, rows.perm)
-            d_pieces = [rows_product(rows.crow_t, rows.col_t, turned, dy) for dy in dys]
-        return d_values, d_bias, None, None, *d_pieces
-
-
-def sampled_sum(rows: Rows, xs: Sequence[Tensor], dys: Sequence[Tensor]) -> Tensor:
-    """Entries of ``dY x'`` at the live places, summed over the pieces of a batch: ``[live]``."""
-    if torch.compiler.is_compiling():
-        return sampled(rows.crow, rows.col, dys[0], xs[0])
-    into = torch.zeros(rows.col.numel(), dtype=xs[0].dtype, device=xs[0].device)
-    for x, dy in zip(xs, dys, strict=True):
-        add_sampled(rows.crow, rows.col, dy, x, into)
-    return into
+            d_values = sampled(rows, x, dy)
+        return d_values, d_bias, None, None, d_x
 
 
 class SampledProduct(torch.autograd.Function):
-    """`sampled_sum` with gradients, of pieces of x and then as many of dY: ``[1, live]``."""
+    """Entries of ``dY x'`` at the live places, ``[1, live]``."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Rows, *pieces: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Rows, x: Tensor, dy: Tensor) -> Tensor:
         ctx.rows = rows
-        ctx.save_for_backward(*pieces)
-        half = len(pieces) // 2
-        return sampled_sum(rows, pieces[:half], pieces[half:]).view(1, -1)
+        ctx.save_for_backward(x, dy)
+        return sampled(rows, x, dy)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        half = len(ctx.saved_tensors) // 2
-        xs, dys = ctx.saved_tensors[:half], ctx.saved_tensors[half:]
-        d_xs: Any = (None,) * half
-        d_dys: Any = (None,) * half
-        if any(ctx.needs_input_grad[1 : 1 + half]):
-            turned, back = grad.index_select(1, ctx.rows.perm), ctx.rows.transposed()
-            d_xs = [RowsProduct.apply(turned, None, back, None, dy) for dy in dys]
-        if any(ctx.needs_input_grad[1 + half :]):
-            d_dys = [RowsProduct.apply(grad.contiguous(), None, ctx.rows, None, x) for x in xs]
-        return None, *d_xs, *d_dys
+        x, dy = ctx.saved_tensors
+        rows, d_x, d_dy = ctx.rows, None, None
+        if ctx.needs_input_grad[1]:
+            d_x = RowsProduct.apply(grad.index_select(1, rows.perm), None, rows.transposed(), None, dy)
+        if ctx.needs_input_grad[2]:
+            d_dy = RowsProduct.apply(grad.contiguous(), None, rows, None, x)
+        return None, d_x, d_dy
+
+
+class WideProduct(torch.autograd.Function):
+    """``x W' + b`` for ``x [batch, inputs]`` of many rows, W in compressed rows: ``[batch, outputs]``.
+
+    Pieces of `WIDTH` rows are turned feature-major one after another in the same memory: to fill fresh memory costs as much
+    as to turn them, so they are turned again in backward, and x itself is kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, bias: Tensor | None, rows: Rows, records: Records, x: Tensor) -> Tensor:
+        ctx.rows, ctx.records = rows, records
+        ctx.save_for_backward(values, x if ctx.needs_input_grad[0] or records is not None else None)
+        y = x.new_empty(x.shape[0], rows.crow.numel() - 1)
+        for part, piece in zip(y.split(WIDTH), feature_major(x), strict=True):
+            part.copy_(plus(rows_product(rows.crow, rows.col, values.view(-1), piece), bias).t())
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        values, x = ctx.saved_tensors
+        rows, needs, records = ctx.rows, ctx.needs_input_grad, ctx.records
+        if asks_for_graph():
+            return gradients_with_graph(rows, needs, values, x, grad)
+        d_values = values.new_zeros(values.shape[1]) if needs[0] else None
+        d_bias = values.new_zeros(grad.shape[1]) if needs[1] else None
+        d_x = grad.new_empty(grad.shape[0], rows.crow_t.numel() - 1) if needs[4] else None
+        turned = values.view(-1).index_select(0, rows.perm) if needs[4] else None
+        keep = records is not None
+        xs = feature_major(x, keep) if needs[0] or keep else repeat(None)
+        parts = repeat(None) if d_x is None else d_x.split(WIDTH)
+        for dy, piece, part in zip(feature_major(grad, keep), xs, parts, strict=False):
+            if records is not None:
+                records.append((piece, dy))
+            if d_bias is not None:
+                d_bias += dy.sum(1)
+            if turned is not None:
+                part.copy_(rows_product(rows.crow_t, rows.col_t, turned, dy).t())
+            if d_values is not None:
+                add_sampled(rows.crow, rows.col, dy, piece, d_values)
+        return None if d_values is None else d_values.view(1, -1), d_bias, None, None, d_x
+
+
+def plus(y: Tensor, bias: Tensor | None) -> Tensor:
+    """``y [outputs, batch]`` with the bias added in place."""
+    return y if bias is None else y.add_(bias.view(-1, 1))
+
+
+def asks_for_graph() -> bool:
+    """Whether a backward pass is to be differentiated itself."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def sampled(rows: Rows, x: Tensor, dy: Tensor) -> Tensor:
+    """The entries of ``dy x'`` at the live places, ``[1, live]``."""
+    if torch.compiler.is_compiling():
+        return sampled_in_graph(rows.crow, rows.col, dy, x).view(1, -1)
+    into = dy.new_zeros(1, rows.col.numel())
+    add_sampled(rows.crow, rows.col, dy, x, into.view(-1))
+    return into
+
+
+def feature_major(batch: Tensor, keep: bool = False) -> Iterator[Tensor]:
+    """Pieces of a batch ``[batch, features]``, one after another, each ``[features, up to WIDTH]`` and contiguous.
+
+    Args:
+        batch: The batch.
+        keep: Whether each piece has memory of its own. Otherwise it is overwritten by the next.
+    """
+    memory = None
+    for part in batch.split(WIDTH):
+        memory = batch.new_empty(batch.shape[1] * WIDTH) if memory is None or keep else memory
+        yield memory[: part.numel()].view(part.shape[1], part.shape[0]).copy_(part.t())
+
+
+def gradients_with_graph(rows: Rows, needs: Sequence[bool], values: Tensor, x: Tensor, grad: Tensor) -> tuple[Any, ...]:
+    """The gradients of `WideProduct`, by operations that have gradients themselves."""
+    d_values = d_x = None
+    dys = [dy.t().contiguous() for dy in grad.split(WIDTH)]
+    if needs[0]:
+        pieces = [
+            SampledProduct.apply(rows, part.t().contiguous(), dy) for part, dy in zip(x.split(WIDTH), dys, strict=True)
+        ]
+        d_values = torch.stack(pieces).sum(0)
+    if needs[4]:
+        turned, back = values.index_select(1, rows.perm), rows.transposed()
+        d_x = torch.cat([RowsProduct.apply(turned, None, back, None, dy).t() for dy in dys])
+    return d_values, grad.sum(0) if needs[1] else None, None, None, d_x
 
 
 def linear_by_rows(values: Tensor, bias: Tensor | None, rows: Rows, x: Tensor, records: Records) -> Tensor:
@@ -183,9 +231,9 @@ def linear_by_rows(values: Tensor, bias: Tensor | None, rows: Rows, x: Tensor, r
     Returns:
         ``[batch, outputs]``: a transposed view up to `WIDTH` rows.
     """
-    pieces = feature_major_pieces(x)
-    y = RowsProduct.apply(values, bias, rows, records, *pieces)
-    return y.t() if len(pieces) == 1 else y
+    if x.shape[0] > WIDTH and not torch.compiler.is_compiling():
+        return WideProduct.apply(values, bias, rows, records, x)
+    return RowsProduct.apply(values, bias, rows, records, x.t().contiguous()).t()
 
 
 class GroupsProduct(torch.autograd.Function):

@@ -112,11 +112,12 @@ class SparseRun:
             values: the values of the sparse parameters before masks are written.
         """
         method, engine, driver = self.method, self._engine, self._driver
+        moved = list(method.weights.places_to_come)
         engine.begin_weights()
         if method.saved is None:
             driver.before_masks = ValuesBeforeMasks(values, method.params)
         else:
-            driver.resumed = ResumedWeights(method, method.saved, values)
+            driver.resumed = ResumedWeights(method, method.saved, values, moved)
         method.attachment.in_training = True
         engine.events |= method.begin_training(self._epoch)
         engine.expect_gradients(self._epoch, self._length.epoch())
@@ -243,8 +244,8 @@ class SparseRun:
     # ------------------------------------------------------------------ what it has come to
 
     @property
-    def masks(self) -> dict[str, Tensor]:
-        """Bool mask by parameter name, True where a connection is active; shape of the parameter."""
+    def masks(self) -> Mapping[str, Tensor]:
+        """Bool mask by parameter name, True where a connection is active; shape of the weight."""
         return self.method.masks
 
     @property
@@ -298,7 +299,7 @@ class SparseRun:
                 "sparsify(..., state=)."
             )
         saved = self._read(state, "given to load_state_dict()").run
-        refuse_other_model(saved, method.params)
+        refuse_other_model(saved, method.params, method.weights.layers_stored)
         planned = method.parameter_zeros(method.entries, method.targets)
         refuse_impossible(method, saved, self._model, planned, len(self._optimizers.steppers))
         self._release()
