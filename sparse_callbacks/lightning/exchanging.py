@@ -11,7 +11,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.exchange import exchange
 from sparse_callbacks.core.first_use import FirstUse
-from sparse_callbacks.core.live_weights import exchanged_layers
+from sparse_callbacks.core.live_masks import exchanged_layers
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizers import parameter_ids
 from sparse_callbacks.core.selection import NOT_TRAINED, Entry

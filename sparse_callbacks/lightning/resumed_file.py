@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pytorch_lightning import LightningModule
@@ -18,7 +18,7 @@ from sparse_callbacks.core.checkpoint_file import refuse_broken
 from sparse_callbacks.core.cut_weights import count_cut
 from sparse_callbacks.core.error_text import first_line
 from sparse_callbacks.core.initial_masks import find_masks, sharing_entries
-from sparse_callbacks.core.live_weights import exchanged_layers
+from sparse_callbacks.core.live_masks import exchanged_layers
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.saved_patterns import storage_of, units_of
 from sparse_callbacks.core.selection import NOT_TRAINED, select
@@ -31,6 +31,9 @@ from sparse_callbacks.lightning.exchanging import exchange_layers_of
 from sparse_callbacks.lightning.hidden_calls import call_instead
 from sparse_callbacks.lightning.loaded_places import take_places
 from sparse_callbacks.lightning.refusals import is_tuner_checkpoint, overrides
+
+if TYPE_CHECKING:
+    from sparse_callbacks.lightning.callback import SparsityCallback
 
 _ADVICE = "Resume from another checkpoint of the run (ckpt_path=)."
 _VERSION = re.compile(r"\d+(\.\d+)*([.+-]?\w+)*")
@@ -50,7 +53,7 @@ _INVENTORY = "sparse_callbacks"
 _COUNTERS = ("ready", "started", "processed", "completed")
 
 
-def look_before_loading(trainer: Any, module: LightningModule, methods: Sequence[Method]) -> None:
+def look_before_loading(trainer: Any, module: LightningModule, methods: Sequence["SparsityCallback"]) -> None:
     """Let the fit that begins look at its checkpoint before it loads anything from it.
 
     Lightning loads a checkpoint part by part: what is found wrong with the state of a callback leaves a model with other

@@ -21,8 +21,8 @@ Rows = Mapping[str, int]
 
 def seen_rows(
     trainer: Trainer, module: LightningModule, rows_of: Callable[[nn.Module, Callable[[], Any]], Rows]
-) -> Rows | None:
-    """Rows of the flattened input of each layer in one training step; None where nobody can know them yet.
+) -> Rows:
+    """Rows of the flattened input of each layer in one training step; none where nobody can know them yet.
 
     A batch of the training data is preferred to ``example_input_array``, which often has a single row. Everything is
     as before afterwards: the batch is fetched by a loader of its own, without workers, from a data set with indices.
@@ -39,7 +39,7 @@ def seen_rows(
                     return found
             except Exception:  # whatever a forward pass raises on what it is not made for; the fit will raise it too
                 continue
-    return None
+    return {}
 
 
 def _calls(trainer: Trainer, module: LightningModule) -> Iterator[Callable[[], Any]]:
