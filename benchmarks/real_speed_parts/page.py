@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from real_speed_parts import layers, memory, steps, updates
+from real_speed_parts import accuracy, layers, memory, steps, updates
 from real_speed_parts.networks import NETWORKS
 from real_speed_parts.report import Figures
 
@@ -91,6 +91,7 @@ BLOCKS: dict[str, Callable[[Figures], str]] = {
     "steps": steps_block,
     "layers": picture_block,
     "updates": table_block("updates", updates.table),
+    "accuracy": table_block("accuracy", accuracy.table),
     "memory": table_block("memory", memory.table),
     "largest": table_block("largest", memory.largest_table),
 }
