@@ -90,7 +90,7 @@ class SET_MLP:
             self.w[i + 1] = csr_matrix(np.random.rand(*shape) * (np.random.rand(*shape) < 0.25))
 
     def _feed_forward(self, x, drop=False):
-        assert not drop
+        assert drop
         return {}, {1: x}, {}
 
     def _back_prop(self, z, a, masks, y_true):
@@ -120,7 +120,7 @@ def checkout(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_set_mlp_is_trained_from_the_users_checkout(parts: Any, checkout: Path) -> None:
-    peer = parts.peers.SetMlp(checkout, (32, 16, 10), 20)
+    peer = parts.peers.SetMlp(checkout, (32, 16, 10))
     workload = SimpleNamespace(data=lambda: [(torch.randn(8, 32), torch.randint(0, 10, (8,)))])
     assert [len(steps) for steps in peer.run(workload, [2, 3])] == [2, 3]
     assert peer.net.batches == [((8, 32), (8, 10))] * 5
@@ -130,7 +130,7 @@ def test_set_mlp_is_trained_from_the_users_checkout(parts: Any, checkout: Path) 
 
 
 def test_ours_has_the_pattern_of_set_mlp(parts: Any, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts.peers, "SET_MLP_NETWORKS", {"tiny": ((32, 16, 10), 20)})
+    monkeypatch.setattr(parts.peers, "SET_MLP_NETWORKS", {"tiny": (32, 16, 10)})
     rows = list(parts.peers.measure_set_mlp(checkout, 1))
     assert [row["run"] for row in rows] == ["dense", "masked", "sparse", "SET-MLP"]
     assert 0.7 < rows[0]["sparsity"] < 0.8
@@ -140,7 +140,7 @@ def test_ours_has_the_pattern_of_set_mlp(parts: Any, checkout: Path, monkeypatch
 
 def test_another_folder_is_refused(parts: Any, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no set_mlp_sequential.py. Give a checkout"):
-        parts.peers.SetMlp(tmp_path, (32, 16, 10), 20)
+        parts.peers.SetMlp(tmp_path, (32, 16, 10))
 
 
 # ---------------------------------------------------------------------- tables

@@ -46,15 +46,14 @@ WARM_UP = 2
 DECAY, MOMENTUM, RATE = 0.0002, 0.9, 0.01  # the settings of its own script
 ABOUT = (
     'The public code of "Truly Sparse Neural Networks at Scale" (github.com/SelimaC/large-scale-sparse-neural-networks: scipy, numba, '
-    "float64, batch 128), from a checkout that `--set-mlp FOLDER` names, without its dropout. Ours train on its random pattern, under "
-    "a Trainer; the head is dense."
+    "float64, batch 128), from a checkout that `--set-mlp FOLDER` names, with its script's settings and a dropout of 0, for which "
+    "its `fit` draws numbers all the same. Ours train on its random pattern, under a Trainer; the head is dense."
 )
-# widths, and the epsilon of its Erdos-Renyi pattern
 SET_MLP_NETWORKS = {
-    "784-1000x3-10": ((784, 1000, 1000, 1000, CLASSES), 22),
-    "784-4000x3-10": ((784, 4000, 4000, 4000, CLASSES), 26),
+    "784-1000x3-10": (784, 1000, 1000, 1000, CLASSES),
+    "784-4000x3-10": (784, 4000, 4000, 4000, CLASSES),
 }
-BATCH = 128
+BATCH, EPSILON = 128, 20  # the density of its Erdos-Renyi pattern is that of its script, too
 
 
 def version_of(folder: Path) -> str:
@@ -98,15 +97,14 @@ class SetMlp:
     Args:
         folder: the user's checkout.
         widths: the widths of all layers.
-        epsilon: the density of its Erdos-Renyi pattern.
     """
 
-    def __init__(self, folder: Path, widths: Sequence[int], epsilon: int) -> None:
+    def __init__(self, folder: Path, widths: Sequence[int]) -> None:
         code, functions = set_mlp_modules(folder)
         np.random.seed(0)
         activations = [functions.Relu] * (len(widths) - 2) + [functions.Softmax]
         with contextlib.redirect_stdout(io.StringIO()):  # it prints the density of each layer
-            self.net = code.SET_MLP(tuple(widths), activations, epsilon=epsilon)
+            self.net = code.SET_MLP(tuple(widths), activations, epsilon=EPSILON)
         # what its `fit` sets before the first step
         self.net.loss = functions.CrossEntropy()
         self.net.learning_rate, self.net.momentum, self.net.weight_decay = RATE, MOMENTUM, DECAY
@@ -116,10 +114,7 @@ class SetMlp:
         return [torch.tensor((self.net.w[i + 1] != 0).toarray().T) for i in range(len(self.net.w))]
 
     def run(self, workload: Workload, rounds: Sequence[int]) -> Run:
-        """Steps on the workload's batches, round by round.
-
-        Dropout is left out: its `fit` draws numbers for it even where its rate is 0.
-        """
+        """Steps on the workload's batches as its `fit` takes them, round by round."""
         batches = [(x.numpy(), np.eye(CLASSES, dtype=np.float32)[y.numpy()]) for x, y in workload.data()]
         turn = itertools.cycle(batches)
         for length in rounds:
@@ -127,7 +122,7 @@ class SetMlp:
             for _ in range(length):
                 began = clock()
                 x, y = next(turn)
-                z, a, keep = self.net._feed_forward(x, False)
+                z, a, keep = self.net._feed_forward(x, True)
                 self.net._back_prop(z, a, keep, y)
                 steps.append((clock() - began, False))
             yield steps
@@ -140,8 +135,8 @@ def measure_set_mlp(folder: Path, rounds: int, steps: int = 5) -> Iterator[dict[
 
         numba.set_num_threads(1)
     lengths = [WARM_UP, *[steps] * rounds]
-    for name, (widths, epsilon) in SET_MLP_NETWORKS.items():
-        peer = SetMlp(folder, widths, epsilon)
+    for name, widths in SET_MLP_NETWORKS.items():
+        peer = SetMlp(folder, widths)
         masks = peer.masks()
         workload = Workload(name, lambda widths=widths: mlp(*widths[:-1]), (BATCH, widths[0]), decayed_sgd)
         runs = {"dense": lightning_run(workload, lengths, TrainedNet(workload))}
