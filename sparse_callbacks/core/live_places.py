@@ -2,11 +2,38 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 LARGEST_INT32 = 2**31 - 1
+
+
+class Rows(NamedTuple):
+    """A pattern in compressed rows, and the same of the transposed matrix, whose values are ``values[perm]``."""
+
+    crow: Tensor
+    col: Tensor
+    crow_t: Tensor
+    col_t: Tensor
+    perm: Tensor
+
+    def transposed(self) -> "Rows":
+        """The pattern of the transposed matrix."""
+        places = torch.arange(self.perm.numel(), dtype=self.perm.dtype, device=self.perm.device)
+        return Rows(
+            self.crow_t, self.col_t, self.crow, self.col, torch.empty_like(places).scatter_(0, self.perm.long(), places)
+        )
+
+
+class Groups(NamedTuple):
+    """The inputs ``idx [blocks, k]`` of each group of rows; and the same sorted by input: ``places`` of ``idx`` and, in them,
+    ``offsets [inputs + 1]``."""
+
+    idx: Tensor
+    places: Tensor
+    offsets: Tensor
 
 
 class LivePlaces(ABC):
@@ -159,13 +186,14 @@ class RowPlaces(LivePlaces):
     def values_shape(self) -> tuple[int, ...]:
         return (1, self.units)
 
-    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """The row of each live place, int64, from place ``start`` to place ``stop``."""
-        places = torch.arange(start, self.units if stop is None else stop, dtype=torch.int32, device=self.device)
-        return torch.searchsorted(self.crow, places, right=True).sub_(1)
+    @property
+    def rows(self) -> Rows:
+        """The pattern as the products read it."""
+        return Rows(self.crow, self.col, self.crow_t, self.col_t, self.perm)
 
     def keys(self) -> Tensor:
-        return self.rows().mul_(self.inputs).add_(self.col)
+        rows = torch.arange(self.outputs, device=self.device)
+        return torch.repeat_interleave(rows, self.crow.diff()).mul_(self.inputs).add_(self.col)
 
     def set_keys(self, keys: Tensor) -> None:
         rows = torch.div(keys, max(1, self.inputs), rounding_mode="floor")
@@ -233,6 +261,11 @@ class GroupPlaces(LivePlaces):
     @property
     def device(self) -> torch.device:
         return self.idx.device
+
+    @property
+    def groups(self) -> Groups:
+        """The pattern as the products read it."""
+        return Groups(self.idx, self.places, self.offsets)
 
     @property
     def values_shape(self) -> tuple[int, ...]:

@@ -233,10 +233,9 @@ class SparseLinear(nn.Module):
     def product(self, x: Tensor) -> Tensor:
         """What `forward` returns."""
         values, bias, places = self.values, self.bias, self.places
-        rows = x.reshape(-1, self.in_features)
+        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         if isinstance(places, RowPlaces):
-            pattern = (places.crow, places.col, places.crow_t, places.col_t, places.perm)
-            y = linear_by_rows(values, bias, pattern, rows.to(values.dtype), self.records)
+            y = linear_by_rows(values, bias, places.rows, rows.to(values.dtype), self.records)
         else:
             assert isinstance(places, GroupPlaces)
             kind = x.device.type
@@ -244,11 +243,10 @@ class SparseLinear(nn.Module):
                 # bmm within a Function is not autocast's business
                 dtype = torch.get_autocast_dtype(kind)
                 values, rows, bias = values.to(dtype), rows.to(dtype), None if bias is None else bias.to(dtype)
-            pattern = (places.idx, places.places, places.offsets)
-            y = linear_by_groups(values, bias, pattern, rows, self.records)
+            y = linear_by_groups(values, bias, places.groups, rows, self.records)
         if not self.feature_major:
             y = y.contiguous()
-        return y.reshape(*x.shape[:-1], self.out_features)
+        return y if x.dim() == 2 else y.reshape(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
     def move_to(self, keys: Tensor, tensors: Iterable[Tensor] = (), slots: Tensor | None = None) -> Tensor:

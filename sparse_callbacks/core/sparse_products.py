@@ -1,18 +1,23 @@
 """Products of truly sparse matrices with batches, and their gradients, without a dense matrix.
 
-Activations are feature-major inside, ``[features, batch]``, so that a live weight reads and writes whole rows.
+Activations are feature-major inside, ``[features, batch]``, so that a live weight reads and writes whole rows. The
+Functions return fresh tensors and views are made outside of them: torch refuses to write into a view that a Function made.
 """
 
 import functools
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
+
+from sparse_callbacks.core.live_places import Groups, Rows
 
 WIDTH = 128  # columns of a piece of the batch: its rows of 512 bytes stay in the nearest cache
 ENTRIES = 2**20  # that the sampled product without MKL makes at a time
+Records = list[tuple[Tensor, Tensor]] | None
 
 
 @functools.cache
@@ -33,179 +38,209 @@ def rows_product(crow: Tensor, col: Tensor, values: Tensor, x: Tensor) -> Tensor
     """The product of a matrix in compressed rows with ``x [inputs, batch]``: ``[outputs, batch]``."""
     if not x.numel() or not values.numel():
         return x.new_zeros(crow.numel() - 1, x.shape[1])
-    return F.embedding_bag(col, x, crow, mode="sum", per_sample_weights=values, include_last_offset=True)
+    return functional.embedding_bag(col, x, crow, mode="sum", per_sample_weights=values, include_last_offset=True)
 
 
-def sampled_product(crow: Tensor, col: Tensor, dy: Tensor, x: Tensor, into: Tensor) -> None:
-    """Add the entries of ``dy x'`` at the live places to ``into [live]``.
+def add_sampled(crow: Tensor, col: Tensor, dy: Tensor, x: Tensor, into: Tensor) -> None:
+    """Add the entries of ``dy x'`` at the live places to ``into``.
 
     Args:
         crow: Where each row begins in ``col``.
         col: Columns of the live places.
         dy: ``[outputs, batch]``.
         x: ``[inputs, batch]``.
-        into: The live entries so far.
+        into: The live entries so far, ``[live]``.
     """
     if not into.numel() or not x.numel():
         return
     if into.dtype in (torch.float32, torch.float64) and has_sampled_product():
-        size = (dy.shape[0], x.shape[0])
-        pattern = torch.sparse_csr_tensor(crow, col, into, size, check_invariants=False)
+        # both tensors are views of `into`: neither pattern nor gradient is copied
+        pattern = torch.sparse_csr_tensor(crow, col, into, (dy.shape[0], x.shape[0]), check_invariants=False)
         torch.sparse.sampled_addmm(pattern, dy, x.t(), beta=1.0, out=pattern)
         return
-    for start in range(0, col.numel(), step := max(1, ENTRIES // x.shape[1])):
+    step = max(1, ENTRIES // x.shape[1])
+    for start in range(0, col.numel(), step):
         some = col[start : start + step]
         places = torch.arange(start, start + some.numel(), dtype=torch.int32, device=col.device)
         rows = torch.searchsorted(crow, places, right=True).sub_(1)
-        into[start : start + step] += (dy[rows] * x[some]).sum(1)
+        into[start : start + step] += (dy.index_select(0, rows) * x.index_select(0, some)).sum(1)
+
+
+@torch.library.custom_op("sparse_callbacks::sampled", mutates_args=())
+def sampled(crow: Tensor, col: Tensor, dy: Tensor, x: Tensor) -> Tensor:
+    """The entries of ``dy x'`` at the live places, as one operation for compiled graphs; it costs too much elsewhere."""
+    into = torch.zeros(col.numel(), dtype=dy.dtype, device=dy.device)
+    add_sampled(crow, col, dy.contiguous(), x.contiguous(), into)
+    return into
+
+
+@sampled.register_fake
+def _(crow: Tensor, col: Tensor, dy: Tensor, x: Tensor) -> Tensor:
+    return dy.new_empty(col.shape)
+
+
+def feature_major_pieces(batch: Tensor) -> tuple[Tensor, ...]:
+    """``[batch, features]`` as contiguous ``[features, up to WIDTH]``; a narrow transposed view is not copied."""
+    if batch.shape[0] <= WIDTH or torch.compiler.is_compiling():
+        return (batch.t().contiguous(),)
+    return tuple(piece.t().contiguous() for piece in batch.split(WIDTH))
+
+
+def products(values: Tensor, bias: Tensor | None, rows: Rows, pieces: Sequence[Tensor]) -> Tensor:
+    """``W x + b``: ``[outputs, batch]`` of one piece, ``[batch, outputs]`` of several."""
+    flat = values.view(-1)
+    column = None if bias is None else bias.view(-1, 1)
+    if len(pieces) == 1:
+        y = rows_product(rows.crow, rows.col, flat, pieces[0])
+        return y if column is None else y.add_(column)
+    y = values.new_empty(sum(piece.shape[1] for piece in pieces), rows.crow.numel() - 1)
+    for part, piece in zip(y.split(WIDTH), pieces, strict=True):
+        product = rows_product(rows.crow, rows.col, flat, piece)
+        part.copy_((product if column is None else product.add_(column)).t())
+    return y
 
 
 class RowsProduct(torch.autograd.Function):
-    """``W x + b`` for pieces of a batch, W in compressed rows."""
+    """`products` of a batch in pieces, W in compressed rows."""
 
     @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, bias: Tensor | None, pattern: tuple[Tensor, ...], records: Any, *pieces: Tensor
-    ) -> Any:
-        ctx.pattern, ctx.records, ctx.has_bias = pattern, records, bias is not None
-        ctx.save_for_backward(values, *pieces)
-        outputs = []
-        for piece in pieces:
-            output = rows_product(pattern[0], pattern[1], values[0], piece)
-            outputs.append(output if bias is None else output.add_(bias[:, None]))
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        values, *pieces = ctx.saved_tensors
-        dys = [dy.contiguous() for dy in grads]
-        crow, col, crow_t, col_t, perm = ctx.pattern
-        if ctx.records is not None:
-            ctx.records.extend((x.detach(), dy.detach()) for x, dy in zip(pieces, dys, strict=True))
-        d_values = d_bias = None
-        d_pieces: Any = [None] * len(pieces)
-        if ctx.needs_input_grad[0]:
-            d_values = SampledProduct.apply(ctx.pattern, len(pieces), *pieces, *dys)
-        if ctx.has_bias and ctx.needs_input_grad[1]:
-            d_bias = functools.reduce(torch.add, (dy.sum(1) for dy in dys))
-        if any(ctx.needs_input_grad[4:]):
-            transposed = (crow_t, col_t, crow, col, inverse(perm) if torch.is_grad_enabled() else perm)
-            d_pieces = RowsProduct.apply(values[:, perm], None, transposed, None, *dys)
-        return d_values, d_bias, None, None, *d_pieces
-
-
-class SampledProduct(torch.autograd.Function):
-    """Entries of ``dY x'`` at the live places, summed over pieces of a batch: ``[1, live]``."""
-
-    @staticmethod
-    def forward(ctx: Any, pattern: tuple[Tensor, ...], count: int, *pieces: Tensor) -> Tensor:
-        ctx.pattern, ctx.count = pattern, count
-        ctx.save_for_backward(*pieces)
-        into = torch.zeros(pattern[1].numel(), dtype=pieces[0].dtype, device=pieces[0].device)
-        for x, dy in zip(pieces[:count], pieces[count:], strict=True):
-            sampled_product(pattern[0], pattern[1], dy, x, into)
-        return into.view(1, -1)
+    def forward(ctx: Any, values: Tensor, bias: Tensor | None, rows: Rows, records: Records, *pieces: Tensor) -> Tensor:
+        ctx.rows, ctx.records, ctx.count = rows, records, len(pieces)
+        kept = pieces if ctx.needs_input_grad[0] or records is not None else ()
+        ctx.save_for_backward(values, *kept)
+        return products(values, bias, rows, pieces)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        xs, dys = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-        crow, col, crow_t, col_t, perm = ctx.pattern
-        d_xs: Any = [None] * ctx.count
-        d_dys: Any = [None] * ctx.count
-        if any(ctx.needs_input_grad[2 : 2 + ctx.count]):
-            d_xs = RowsProduct.apply(grad[:, perm], None, (crow_t, col_t, crow, col, inverse(perm)), None, *dys)
-        if any(ctx.needs_input_grad[2 + ctx.count :]):
-            d_dys = RowsProduct.apply(grad, None, ctx.pattern, None, *xs)
-        return None, None, *d_xs, *d_dys
+        values, *pieces = ctx.saved_tensors
+        rows, needs = ctx.rows, ctx.needs_input_grad
+        dys = (grad.contiguous(),) if ctx.count == 1 else feature_major_pieces(grad)
+        if ctx.records is not None:
+            ctx.records.extend((x.detach(), dy.detach()) for x, dy in zip(pieces, dys, strict=True))
+        d_values = d_bias = None
+        d_pieces: Any = (None,) * ctx.count
+        if needs[1]:
+            d_bias = grad.sum(1 if ctx.count == 1 else 0)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # gradients of these gradients are asked for
+            if needs[0]:
+                d_values = SampledProduct.apply(rows, *pieces, *dys)
+            if any(needs[4:]):
+                turned, back = values.index_select(1, rows.perm), rows.transposed()
+                d_pieces = [RowsProduct.apply(turned, None, back, None, dy) for dy in dys]
+            return d_values, d_bias, None, None, *d_pieces
+        if needs[0]:
+            d_values = sampled_sum(rows, pieces, dys).view(1, -1)
+        if any(needs[4:]):
+            turned = values.view(-1).index_select(0, rows.perm)
+            d_pieces = [rows_product(rows.crow_t, rows.col_t, turned, dy) for dy in dys]
+        return d_values, d_bias, None, None, *d_pieces
 
 
-def inverse(perm: Tensor) -> Tensor:
-    """The permutation that undoes this one."""
-    places = torch.arange(perm.numel(), dtype=perm.dtype, device=perm.device)
-    return torch.empty_like(perm).scatter_(0, perm.long(), places)
+def sampled_sum(rows: Rows, xs: Sequence[Tensor], dys: Sequence[Tensor]) -> Tensor:
+    """Entries of ``dY x'`` at the live places, summed over the pieces of a batch: ``[live]``."""
+    if torch.compiler.is_compiling():
+        return sampled(rows.crow, rows.col, dys[0], xs[0])
+    into = torch.zeros(rows.col.numel(), dtype=xs[0].dtype, device=xs[0].device)
+    for x, dy in zip(xs, dys, strict=True):
+        add_sampled(rows.crow, rows.col, dy, x, into)
+    return into
 
 
-def linear_by_rows(values: Tensor, bias: Tensor | None, pattern: tuple[Tensor, ...], x: Tensor, records: Any) -> Tensor:
-    """``x W' + b`` for ``x [batch, inputs]``, W in compressed rows.
+class SampledProduct(torch.autograd.Function):
+    """`sampled_sum` with gradients, of pieces of x and then as many of dY: ``[1, live]``."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Rows, *pieces: Tensor) -> Tensor:
+        ctx.rows = rows
+        ctx.save_for_backward(*pieces)
+        half = len(pieces) // 2
+        return sampled_sum(rows, pieces[:half], pieces[half:]).view(1, -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        half = len(ctx.saved_tensors) // 2
+        xs, dys = ctx.saved_tensors[:half], ctx.saved_tensors[half:]
+        d_xs: Any = (None,) * half
+        d_dys: Any = (None,) * half
+        if any(ctx.needs_input_grad[1 : 1 + half]):
+            turned, back = grad.index_select(1, ctx.rows.perm), ctx.rows.transposed()
+            d_xs = [RowsProduct.apply(turned, None, back, None, dy) for dy in dys]
+        if any(ctx.needs_input_grad[1 + half :]):
+            d_dys = [RowsProduct.apply(grad.contiguous(), None, ctx.rows, None, x) for x in xs]
+        return None, *d_xs, *d_dys
+
+
+def linear_by_rows(values: Tensor, bias: Tensor | None, rows: Rows, x: Tensor, records: Records) -> Tensor:
+    """``x W' + b``, W in compressed rows.
 
     Args:
         values: Live values ``[1, live]``.
         bias: The bias ``[outputs]``.
-        pattern: crow, col, crow_t, col_t and perm of the matrix.
-        x: The batch. Nothing is copied where it is a transposed view and has at most `WIDTH` rows.
-        records: A list to which backward appends pieces of x and dy, feature-major.
+        rows: The pattern.
+        x: The batch ``[batch, inputs]``. It is not copied where it is a transposed view of at most `WIDTH` rows.
+        records: A list to which backward appends pieces of x and dY, feature-major.
 
     Returns:
         ``[batch, outputs]``: a transposed view up to `WIDTH` rows.
     """
-    if x.shape[0] <= WIDTH or torch.compiler.is_compiling():
-        (y,) = RowsProduct.apply(values, bias, pattern, records, x.t().contiguous())
-        return y.t()
-    ys = RowsProduct.apply(values, bias, pattern, records, *(piece.t().contiguous() for piece in x.split(WIDTH)))
-    return torch.cat([y.t() for y in ys])
+    pieces = feature_major_pieces(x)
+    y = RowsProduct.apply(values, bias, rows, records, *pieces)
+    return y.t() if len(pieces) == 1 else y
 
 
 class GroupsProduct(torch.autograd.Function):
-    """``W x + b``, W in groups of rows that read the same inputs."""
+    """``W x + b`` for ``x [inputs, batch]``, W in groups of rows that read the same inputs."""
 
     @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, bias: Tensor | None, pattern: tuple[Tensor, ...], records: Any, x: Tensor
-    ) -> Tensor:
-        ctx.pattern, ctx.records, ctx.has_bias = pattern, records, bias is not None
-        ctx.save_for_backward(values, x)
-        y = groups_product(values, pattern[0], x)
-        return y if bias is None else y.add_(bias[:, None])
+    def forward(ctx: Any, values: Tensor, bias: Tensor | None, groups: Groups, records: Records, x: Tensor) -> Tensor:
+        ctx.groups, ctx.records = groups, records
+        ctx.inputs = x.shape[0]
+        ctx.save_for_backward(values, x if ctx.needs_input_grad[0] or records is not None else None)
+        y = torch.bmm(values, gathered(x, groups.idx)).flatten(0, 1)
+        return y if bias is None else y.add_(bias.view(-1, 1))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         values, x = ctx.saved_tensors
-        idx, places, offsets = ctx.pattern
-        blocks, group, k = values.shape
+        grad = grad.contiguous()
         if ctx.records is not None:
-            ctx.records.append((x.detach(), grad.detach().contiguous()))
-        dy = grad.reshape(blocks, group, grad.shape[1])
+            ctx.records.append((x.detach(), grad.detach()))
+        dy = grad.view(values.shape[0], values.shape[1], grad.shape[1])
         d_values = d_bias = d_x = None
         if ctx.needs_input_grad[0]:
-            d_values = torch.bmm(dy, gathered(x, idx).transpose(1, 2))
-        if ctx.has_bias and ctx.needs_input_grad[1]:
+            # gathered again: to keep it would cost more memory than the values
+            d_values = torch.bmm(dy, gathered(x, ctx.groups.idx).transpose(1, 2))
+        if ctx.needs_input_grad[1]:
             d_bias = grad.sum(1)
         if ctx.needs_input_grad[4]:
-            h = torch.bmm(values.transpose(1, 2), dy).flatten(0, 1)
-            d_x = summed_by_input(h, idx, places, offsets, x.shape[0])
+            d_x = summed_by_input(torch.bmm(values.transpose(1, 2), dy).flatten(0, 1), ctx.groups, ctx.inputs)
         return d_values, d_bias, None, None, d_x
 
 
 def gathered(x: Tensor, idx: Tensor) -> Tensor:
     """The inputs that each group reads: ``[blocks, k, batch]``."""
-    return x.index_select(0, idx.flatten()).view(*idx.shape, x.shape[1])
+    return x.index_select(0, idx.view(-1)).view(idx.shape[0], idx.shape[1], x.shape[1])
 
 
-def groups_product(values: Tensor, idx: Tensor, x: Tensor) -> Tensor:
-    """The product of a matrix in groups with ``x [inputs, batch]``: ``[outputs, batch]``."""
-    return torch.bmm(values, gathered(x, idx)).flatten(0, 1)
-
-
-def summed_by_input(h: Tensor, idx: Tensor, places: Tensor, offsets: Tensor, inputs: int) -> Tensor:
+def summed_by_input(h: Tensor, groups: Groups, inputs: int) -> Tensor:
     """Rows of ``h [blocks k, batch]`` summed by the input that each belongs to: ``[inputs, batch]``."""
-    if h.dtype is torch.float32 and h.device.type == "cpu" and h.numel() and not torch.is_grad_enabled():
-        return F.embedding_bag(places, h, offsets, mode="sum", include_last_offset=True)
-    return h.new_zeros(inputs, h.shape[1]).index_add(0, idx.flatten(), h)
+    fast = h.dtype is torch.float32 and h.device.type == "cpu" and h.numel() > 0
+    if fast and not (torch.is_grad_enabled() and h.requires_grad):
+        return functional.embedding_bag(groups.places, h, groups.offsets, mode="sum", include_last_offset=True)
+    return h.new_zeros(inputs, h.shape[1]).index_add(0, groups.idx.view(-1), h)
 
 
-def linear_by_groups(
-    values: Tensor, bias: Tensor | None, pattern: tuple[Tensor, ...], x: Tensor, records: Any
-) -> Tensor:
-    """``x W' + b`` for ``x [batch, inputs]``, W in groups of rows that read the same inputs.
+def linear_by_groups(values: Tensor, bias: Tensor | None, groups: Groups, x: Tensor, records: Records) -> Tensor:
+    """``x W' + b``, W in groups of rows that read the same inputs.
 
     Args:
         values: Live values ``[blocks, group, k]``.
         bias: The bias ``[outputs]``.
-        pattern: idx, places and offsets of the matrix.
-        x: The batch. Nothing is copied where it is a transposed view.
-        records: A list to which backward appends x and dy, feature-major.
+        groups: The pattern.
+        x: The batch ``[batch, inputs]``. It is not copied where it is a transposed view.
+        records: A list to which backward appends x and dY, feature-major.
 
     Returns:
-        ``[batch, outputs]``: a transposed view.
+        ``[batch, outputs]``, a transposed view.
     """
-    return GroupsProduct.apply(values, bias, pattern, records, x.t().contiguous()).t()
+    return GroupsProduct.apply(values, bias, groups, records, x.t().contiguous()).t()
