@@ -59,7 +59,7 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, help="the folder of torchvision's Fashion-MNIST and tabular/Isolet.mat")
     parser.add_argument("--seeds", type=int, default=3, help="of the part `accuracy`")
-    parser.add_argument("--epochs", type=int, default=10, help="of the part `accuracy`")
+    parser.add_argument("--epochs", type=int, default=5, help="of the part `accuracy`")
     parser.add_argument("--neurons", type=int, default=10_000_000, help="of the part `largest`")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="the file of figures; tables lie beside it")
     chosen = parser.parse_args()

@@ -69,10 +69,10 @@ def main(neurons: int, width: int) -> float:
     live = sum(layer.live for layer in module.net if isinstance(layer, SparseLinear))
     built = time.perf_counter() - began
     print(f"{neurons:,} neurons, {live:,} live weights, built in {built:.0f} s: {(peak() - start) / 2**30:.2f} GiB")
-    data = TensorDataset(torch.randn(2 * BATCH, FEATURES), torch.randint(0, CLASSES, (2 * BATCH,)))
+    data = TensorDataset(torch.randn(BATCH, FEATURES), torch.randint(0, CLASSES, (BATCH,)))  # one step an epoch
     topology = SET(storage="sparse", drop_fraction="constant(0.3)", every=1, stop=1, print_plan=False)
     trainer = pl.Trainer(
-        max_steps=1, callbacks=[topology], accelerator="cpu", logger=False, enable_checkpointing=False,
+        max_epochs=1, callbacks=[topology], accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_model_summary=False,
     )  # fmt: skip
     began = time.perf_counter()
