@@ -68,7 +68,8 @@ def main() -> None:
             parser.error(f"--parts {part} needs --{option.replace('_', '-')} FOLDER")
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    for name in ("pytorch_lightning", "lightning.pytorch"):  # which of them speaks depends on what is installed
+        logging.getLogger(name).setLevel(logging.ERROR)
     figures = report.read(chosen.out)
     for part in chosen.parts:
         if part != "page":

@@ -34,7 +34,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sparse_callbacks import RigL, SparseLinear, to_dense
 
-logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+for name in ("pytorch_lightning", "lightning.pytorch"):
+    logging.getLogger(name).setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="pytorch_lightning|torch")
 torch.set_num_threads(1)
 

@@ -44,9 +44,17 @@ def machine() -> str:
     return f"{names[0] if names else platform.processor()}, {len(names) or '?'} cores, {platform.machine()}"
 
 
+def rounded(value: Any) -> Any:
+    """Numbers with four digits, in lists too; more are not measured."""
+    if isinstance(value, list):
+        return [rounded(each) for each in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
 def take(figures: Figures, part: str, rows: Rows) -> None:
     """Put the rows of a part in, in place of those that it had of the same cells."""
     keys = KEYS.get(part, ())
+    rows = [{key: rounded(value) for key, value in row.items()} for row in rows]
     new = {tuple(row[key] for key in keys) for row in rows}
     kept = [row for row in figures.get(part, {}).get("rows", []) if tuple(row[key] for key in keys) not in new]
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, pytorch-lightning {pl.__version__}"
