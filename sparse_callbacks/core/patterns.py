@@ -1,4 +1,4 @@
-"""Patterns of masks: in ``fan_in/G`` every G consecutive output rows of a linear layer read the same input columns.
+"""Patterns of masks: in ``fan_in/G`` every G consecutive rows of a linear layer read the same inputs.
 
 Here G is the *group*, G consecutive rows are a *block*, and a *column* is one input of one block: all G weights of it are
 active, or none is. Every block of a layer has as many active columns.
@@ -109,6 +109,21 @@ def pattern_remarks(method: object, entries: Iterable[Entry], zeros: Mapping[str
         elif asked is not None:
             found[entry.name] = f"unstructured: {why_unstructured(entry, asked)}"
     return found
+
+
+def warning_of_no_pattern(method: object, entries: Iterable[Entry]) -> str:
+    """What the user should know where a pattern is asked for and no mask has it; empty otherwise.
+
+    Args:
+        method: the method of the run.
+        entries: the sparse parameters.
+    """
+    group = parsed(getattr(method, "pattern", None))
+    reasons = {} if group is None else {e.name: why_unstructured(e, group) for e in entries}
+    if not reasons or not all(reasons.values()):
+        return ""
+    listed = ", ".join(f"{name} ({why})" for name, why in reasons.items())
+    return f"no layer has masks of pattern='fan_in/{group}': {listed}. Give a number that divides the rows of linear layers."
 
 
 def reached_targets(method: object, targets: Mapping[str, float], entries: Sequence[Entry]) -> dict[str, float]:
