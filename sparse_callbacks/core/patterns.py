@@ -118,12 +118,11 @@ def warning_of_no_pattern(method: object, entries: Iterable[Entry]) -> str:
         method: the method of the run.
         entries: the sparse parameters.
     """
-    group = parsed(getattr(method, "pattern", None))
-    reasons = {} if group is None else {e.name: why_unstructured(e, group) for e in entries}
-    if not reasons or not all(reasons.values()):
+    group, listed = parsed(getattr(method, "pattern", None)), list(entries)
+    if group is None or any(group_of(method, e) is not None for e in listed):
         return ""
-    listed = ", ".join(f"{name} ({why})" for name, why in reasons.items())
-    return f"no layer has masks of pattern='fan_in/{group}': {listed}. Give a number that divides the rows of linear layers."
+    reasons = ", ".join(f"{e.name} ({why_unstructured(e, group)})" for e in listed)
+    return f"no layer has masks of pattern='fan_in/{group}': {reasons}. Give a number that divides the rows of linear layers."
 
 
 def reached_targets(method: object, targets: Mapping[str, float], entries: Sequence[Entry]) -> dict[str, float]:
