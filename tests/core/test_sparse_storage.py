@@ -9,16 +9,14 @@ from support.exchanged_loops import (
     HEAD,
     MOVING,
     OPTIMIZERS,
-    batches,
     exchange,
     first_masks,
     history,
-    loss_of,
     net,
     train,
     weights_of,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparse_callbacks import GMP, SET, SNFS, RigL, SparseLinear, Static, sparsify
 from sparse_callbacks.core.optimizer_state import state_tensors

@@ -7,12 +7,12 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins import MixedPrecision
-from sparse_callbacks.core.storage_timing import rows_of_layers
 from support.exchanged import fit, layers_of, mlp, patterns_of, sparse
 from support.processes import matrices
 from torch.utils.data import DataLoader, TensorDataset
 
 from sparse_callbacks.core.randomness import random_states
+from sparse_callbacks.core.storage_timing import rows_of_layers
 from sparse_callbacks.lightning.seen_rows import seen_rows
 from sparse_callbacks.testing.comparison import assert_counts, differences
 from sparse_callbacks.testing.data import Batches
