@@ -31,9 +31,10 @@ from sparse_callbacks.core.patterns import (
     drawn_columns,
     group_of,
     largest_columns,
-    parsed,
     reached_targets,
+    refuse_pattern,
     share_of,
+    warning_of_no_pattern,
     why_other_pattern,
 )
 from sparse_callbacks.core.plan import Plan
@@ -114,7 +115,7 @@ class StartsSparse(Method):
                 "of a checkpoint or a state dict."
             )
         refuse_unknown({"rescale": rescale}, {"rescale": (None, *RESCALES)})
-        parsed(pattern)
+        refuse_pattern(pattern, storage, group)
         if pattern is not None and "pattern" not in argument_names(type(self), Options):
             raise ValueError(f"{type(self).__name__} takes no pattern=: Static, SET and RigL keep one. Leave it out.")
         self.initial_mask, self.rescale, self.pattern = initial_mask, rescale, pattern
@@ -393,6 +394,8 @@ def warnings_of_start(method: Method, model: nn.Module) -> Iterator[str]:
         return
     if dead := [n for n, count in method.weights.active_counts.items() if not count and method._brings_counts]:
         yield f"{', '.join(dead)} has no active weight in {_spelled(method)}, and so never trains. exclude= leaves it dense."
+    if unused := warning_of_no_pattern(method, method.weights.entries.values()):
+        yield unused
     name, at_random = type(method).__name__, method._start == "random"
     if method._brings_counts:
         return

@@ -1,4 +1,4 @@
-"""Patterns of masks: in ``fan_in/G`` every G consecutive output rows of a linear layer read the same input columns.
+"""Patterns of masks: in ``fan_in/G`` every G consecutive rows of a linear layer read the same inputs.
 
 Here G is the *group*, G consecutive rows are a *block*, and a *column* is one input of one block: all G weights of it are
 active, or none is. Every block of a layer has as many active columns.
@@ -37,6 +37,33 @@ def parsed(pattern: str | None) -> int | None:
             "layer read the same inputs (or another whole number from 1), or None for masks without a pattern."
         )
     return int(found.group(1))
+
+
+def refuse_pattern(pattern: str | None, storage: str | Mapping[str, str], group: int) -> None:
+    """Refuse a pattern that is not known, or that layers of another storage cannot have.
+
+    Args:
+        pattern: the pattern; None for none.
+        storage: the storage of the layers, of all or by glob.
+        group: the rows that read the same inputs in grouped storage.
+
+    Raises:
+        ValueError: says which of the arguments to change.
+    """
+    mine, stored = parsed(pattern), [storage] if isinstance(storage, str) else list(storage.values())
+    if mine is None:
+        return
+    for name in ("sparse", "auto"):
+        if name in stored:
+            raise ValueError(
+                f"pattern={pattern!r} and storage={storage!r} differ: sparse storage holds its live weights one by one, "
+                f"without a pattern. Give storage='grouped' and group={mine}, storage='masked', or no pattern=."
+            )
+    if "grouped" in stored and group != mine:
+        raise ValueError(
+            f"pattern={pattern!r} and storage={storage!r} with group={group} differ in the rows that read the same inputs. "
+            f"Give group={mine}, or no pattern=."
+        )
 
 
 def columns_for(density: float, inputs: int) -> int:
@@ -109,6 +136,20 @@ def pattern_remarks(method: object, entries: Iterable[Entry], zeros: Mapping[str
         elif asked is not None:
             found[entry.name] = f"unstructured: {why_unstructured(entry, asked)}"
     return found
+
+
+def warning_of_no_pattern(method: object, entries: Iterable[Entry]) -> str:
+    """What the user should know where a pattern is asked for and no mask has it; empty otherwise.
+
+    Args:
+        method: the method of the run.
+        entries: the sparse parameters.
+    """
+    group, listed = parsed(getattr(method, "pattern", None)), list(entries)
+    if group is None or any(group_of(method, e) is not None for e in listed):
+        return ""
+    reasons = ", ".join(f"{e.name} ({why_unstructured(e, group)})" for e in listed)
+    return f"no layer has masks of pattern='fan_in/{group}': {reasons}. Give a number that divides the rows of linear layers."
 
 
 def reached_targets(method: object, targets: Mapping[str, float], entries: Sequence[Entry]) -> dict[str, float]:

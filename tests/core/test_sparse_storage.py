@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.exchanged import (
+from support.exchanged_loops import (
     ALL_ELEMENTWISE,
     HEAD,
     MOVING,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.exchanged import HEAD, MOVING, batches, exchange, first_masks, loss_of, net
+from support.exchanged_loops import HEAD, MOVING, batches, exchange, first_masks, loss_of, net
 from torch import Tensor, nn
 
 from sparse_callbacks import RigL, SparseRun, sparsify
