@@ -207,12 +207,17 @@ def places_of(storage: Storage, outputs: int, inputs: int, group: int, keys: Ten
     Raises:
         ValueError: The storage is unknown, ``group`` does not divide the outputs, or the keys are not of the pattern.
     """
+    refuse_storage(storage)
     if storage == "sparse":
         return RowPlaces(outputs, inputs, keys)
-    if storage != "grouped":
-        raise ValueError(f"storage={storage!r} is not known. Give 'sparse' or 'grouped'")
     refuse_group(outputs, group)
     return GroupPlaces(outputs, inputs, group, keys)
+
+
+def refuse_storage(storage: str) -> None:
+    """Refuse a storage that is not known."""
+    if storage not in ("sparse", "grouped"):
+        raise ValueError(f"storage={storage!r} is not known. Give 'sparse' or 'grouped'")
 
 
 def refuse_group(outputs: int, group: int) -> None:
