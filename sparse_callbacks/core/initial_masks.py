@@ -34,6 +34,7 @@ from sparse_callbacks.core.patterns import (
     parsed,
     reached_targets,
     share_of,
+    warning_of_no_pattern,
     why_other_pattern,
 )
 from sparse_callbacks.core.plan import Plan
@@ -393,6 +394,8 @@ def warnings_of_start(method: Method, model: nn.Module) -> Iterator[str]:
         return
     if dead := [n for n, count in method.weights.active_counts.items() if not count and method._brings_counts]:
         yield f"{', '.join(dead)} has no active weight in {_spelled(method)}, and so never trains. exclude= leaves it dense."
+    if unused := warning_of_no_pattern(method, method.weights.entries.values()):
+        yield unused
     name, at_random = type(method).__name__, method._start == "random"
     if method._brings_counts:
         return

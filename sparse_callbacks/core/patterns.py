@@ -1,4 +1,4 @@
-"""Patterns of masks: in ``fan_in/G`` every G consecutive output rows of a linear layer read the same input columns.
+"""Patterns of masks: in ``fan_in/G`` every G consecutive rows of a linear layer read the same inputs.
 
 Here G is the *group*, G consecutive rows are a *block*, and a *column* is one input of one block: all G weights of it are
 active, or none is. Every block of a layer has as many active columns.
@@ -109,6 +109,20 @@ def pattern_remarks(method: object, entries: Iterable[Entry], zeros: Mapping[str
         elif asked is not None:
             found[entry.name] = f"unstructured: {why_unstructured(entry, asked)}"
     return found
+
+
+def warning_of_no_pattern(method: object, entries: Iterable[Entry]) -> str:
+    """What the user should know where a pattern is asked for and no mask has it; empty otherwise.
+
+    Args:
+        method: the method of the run.
+        entries: the sparse parameters.
+    """
+    group, listed = parsed(getattr(method, "pattern", None)), list(entries)
+    if group is None or any(group_of(method, e) is not None for e in listed):
+        return ""
+    reasons = ", ".join(f"{e.name} ({why_unstructured(e, group)})" for e in listed)
+    return f"no layer has masks of pattern='fan_in/{group}': {reasons}. Give a number that divides the rows of linear layers."
 
 
 def reached_targets(method: object, targets: Mapping[str, float], entries: Sequence[Entry]) -> dict[str, float]:
