@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks import SET, RigL, SparseLinear, SparsityCallback, Static
+from sparse_callbacks import SET, RigL, SparseLinear, Static
 from sparse_callbacks.testing.comparison import snapshot
 from sparse_callbacks.testing.data import Batches
 from sparse_callbacks.testing.networks import Classifier
@@ -16,7 +16,7 @@ from sparse_callbacks.testing.runs import Stops, trainer_for
 from support.processes import matrices
 
 GROUP = 4
-METHODS: dict[str, type[SparsityCallback]] = {"static": Static, "set": SET, "rigl": RigL}
+METHODS: dict[str, Any] = {"static": Static, "set": SET, "rigl": RigL}
 
 
 def sparse(name: str = "rigl", storage: Any = "sparse", **options: Any) -> Any:
