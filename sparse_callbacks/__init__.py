@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from sparse_callbacks.channels.onnx import export_onnx
     from sparse_callbacks.channels.slim import slim
     from sparse_callbacks.core.calendar import Time
+    from sparse_callbacks.core.inference import to_inference
     from sparse_callbacks.core.loop import sparsify
     from sparse_callbacks.core.method import Method, Options
     from sparse_callbacks.core.plan import Plan
@@ -71,6 +72,7 @@ __all__ = [
     "schedules",
     "slim",
     "sparsify",
+    "to_inference",
 ]
 
 # Where each name lives; it is imported when it is first asked for (PEP 562), so that `sparse_callbacks.core` and
@@ -96,6 +98,7 @@ _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
     "save_compact": "channels.compact",
     "slim": "channels.slim",
     "sparsify": "core.loop",
+    "to_inference": "core.inference",
 }
 _MODULES = ("distributions", "ops", "schedules")
 
