@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 from torch import Tensor
 
 from sparse_callbacks.core.awaited import names_awaited
+from sparse_callbacks.core.live_records import SavedRecords, saved_records
 from sparse_callbacks.core.saved_patterns import Pattern, live_in, pattern_of, storage_of
 from sparse_callbacks.core.schedules import Schedule
 from sparse_callbacks.core.shards import collected, layout_of
@@ -52,6 +53,7 @@ class SavedRun:
         awaited: names of the parameters that would have become sparse once they were trained; None where there were none,
             or the state was saved before layers could join a run.
         patterns: of exchanged layers, which have no mask, the places of their live weights by parameter name.
+        records: what exchanged layers have recorded in a window that was open, at whose end they are updated.
         window_open: no optimizer had stepped since the backward pass that gave the gradients.
         averages: what is known of averages that others keep of the weights, by the keys of those who keep them.
         progress: counted steps and updates, see :meth:`~sparse_callbacks.core.progress.Progress.state`.
@@ -72,6 +74,7 @@ class SavedRun:
     path: object
     awaited: tuple[str, ...] | None = None
     patterns: Mapping[str, Pattern] = field(default_factory=dict)
+    records: SavedRecords = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -111,6 +114,7 @@ class SavedRun:
             path=path,
             awaited=tuple(state["awaited"]) if "awaited" in state else None,
             patterns=state.get("patterns", {}),
+            records=state.get("records", {}),
         )
 
 
@@ -121,7 +125,7 @@ def state_of(method: "Method") -> dict[str, Any]:
     """
     awaited, weights = names_awaited(method.entries), method.weights
     patterns = {name: pattern_of(layer) for name, layer in weights.layers_stored.items()}
-    later = {"awaited": awaited, "patterns": patterns}
+    later = {"awaited": awaited, "patterns": patterns, "records": saved_records(weights.layers_stored)}
     return {
         "version": VERSION,
         "arguments": {k: text for k, text in method.arguments.items() if _LATER.get(k) != text},

@@ -16,6 +16,7 @@ from sparse_callbacks.core.gradient_care import GradientCare
 from sparse_callbacks.core.gradients import DenseGradients
 from sparse_callbacks.core.host import Host
 from sparse_callbacks.core.initial_masks import rescale_fresh, warnings_of_start
+from sparse_callbacks.core.live_records import put_back_records
 from sparse_callbacks.core.live_runs import note_places, refuse_matrix_optimizers
 from sparse_callbacks.core.live_weights import moves_of
 from sparse_callbacks.core.loop_steps import next_tick
@@ -156,9 +157,11 @@ class Engine:
                 method.saved = None
             method.weights.take_over_watchers(weights)
             self.write()
+            self.begin_window()
         elif have_moved(method, optimizers):
             method.progress.begin(len(optimizers))
             self.rebind(optimizers, gradients_read, two_pass)
+            self.begin_window()
         else:
             return None
         self._care.dense.take_over(dense)
@@ -355,7 +358,9 @@ class Engine:
         refuse_unequal_weights(method, step.names)  # before all ranks take one mask, behind which other weights may lie
         owners = method.owners if keeps_optimizers(method) else None
         moves = moves_of(method.weights, update.keys, update.slots)
-        changed = topology.take(method.weights, owners, update.masks, lambda name: method.new_weights(step, name), moves)
+        changed = topology.take(
+            method.weights, owners, update.masks, lambda name: method.new_weights(step, name), moves
+        )
         method.progress.mark_done(step.index)
         self.events |= {**update.figures, "update/changed": changed}
         if method.explores:
@@ -385,13 +390,20 @@ class Engine:
         if self._begins_anew:
             rescale_fresh(self.method)
         self._begins_anew = False  # a run that goes on has weights that were rescaled when it began
+        self.begin_window()
 
     def write(self) -> None:
         """Restore the invariant in all sparse parameters."""
         self.method.write(None, self._care.finite is True)
         mask_averages(self.method.owners.optimizers, self.method.weights)
-        for index in range(len(self.method.owners.optimizers)):
+
+    def begin_window(self) -> None:
+        """Training begins or goes on, perhaps within an accumulation window: see :meth:`GradientCare.look_ahead`."""
+        method = self.method
+        for index in range(len(method.owners.optimizers)):
             self._care.look_ahead(index)
+        if method.saved is not None:
+            put_back_records(method.weights.layers_stored, method.saved.records)
 
     # ------------------------------------------------------------------ state
 

@@ -41,6 +41,12 @@ def count_of_former(former: Tensor) -> int:
     return int(_bits_in_bytes().to(former.device)[former.int()].sum())
 
 
+def as_truths(former: Tensor, units: int) -> Tensor:
+    """For each of the ``units`` of a layer whether it has lived and does not live now."""
+    keys = torch.arange(units, device=former.device)
+    return _has(former, keys) if former.dtype == torch.uint8 else torch.isin(keys, former)
+
+
 def why_not_former(former: Tensor, keys: Tensor, units: int) -> str:
     """Why a tensor does not say which units of a layer have lived before, as the end of a sentence; empty where it may.
 

@@ -1,29 +1,31 @@
 """Layers of a model are exchanged for sparse ones before optimizers are made, and dense ones put back."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparse_callbacks.core.attachment import Choice
 from sparse_callbacks.core.auto_storage import RowsSeen, decided
 from sparse_callbacks.core.awaited import for_targets, with_awaited
-from sparse_callbacks.core.checkpoint import SavedRun
+from sparse_callbacks.core.checkpoint import SavedRun, misfit
 from sparse_callbacks.core.first_places import first_keys, is_drawn_by_rejection, sparse_twin
 from sparse_callbacks.core.initial_masks import find_masks, forget_given
 from sparse_callbacks.core.live_masks import exchanged_layers
+from sparse_callbacks.core.live_places import keys_of_mask
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.module_swap import enter_fast_paths, holders_of, leave_fast_paths, put_in, take_over
-from sparse_callbacks.core.saved_patterns import keys_of, storage_of, units_of
+from sparse_callbacks.core.saved_patterns import storage_of, units_of
 from sparse_callbacks.core.selection import Entry, select
 from sparse_callbacks.core.sparse_linear import SparseLinear
 from sparse_callbacks.core.storage import Rows, why_no_exchange
-from sparse_callbacks.core.storage_choice import Layer, choices_for, linear_layers, refuse_choices
+from sparse_callbacks.core.storage_choice import choices_for, kept, linear_layers, refuse_choices
 
 _M = TypeVar("_M", bound=nn.Module)
+_MASKED = Choice("masked")
 
 
 class Exchanged:
@@ -40,13 +42,14 @@ class Exchanged:
         self.layers: dict[str, SparseLinear] = {}
         self.report = ""
         self._model, self._undo = model, ExitStack()
-        self.on_undo(lambda choices=method.attachment.choices: setattr(method.attachment, "choices", choices))
+        attachment, choices = method.attachment, method.attachment.choices
+        self.on_undo(lambda: attachment.choose(model, choices))
 
     def on_undo(self, act: Callable[[], object]) -> None:
         """Let ``act`` be called where the exchange is undone, before what was done earlier is."""
         self._undo.callback(act)
 
-    def put(self, name: str, linear: nn.Linear, layer: SparseLinear) -> None:
+    def put(self, name: str, linear: Any, layer: SparseLinear) -> None:
         """Let ``layer`` take the place of ``linear``, whose weight has this name."""
         self.originals[name], self.layers[name] = linear.weight, layer
         layer.name = name.rpartition(".")[0]
@@ -57,16 +60,23 @@ class Exchanged:
         take_over(old, new)
         put_in(holders_of(self._model)[id(old)], new)
 
+    def move(self, layer: SparseLinear, keys: Tensor) -> None:
+        """Let other places live in a layer that is exchanged already."""
+        places, values = layer.keys(), layer.values.detach().clone()
+        if torch.equal(places, keys):
+            return
+        layer.set_places(keys)
+        self.on_undo(lambda: layer.set_places(places, values))
+
     def undo(self) -> None:
         """Put the dense layers back, and what the method knew of storages."""
         self._undo.close()
         enter_fast_paths(self._model)
-        self.forget()
 
     def forget(self) -> None:
         """The run has begun: let go of the dense layers."""
         self._undo.pop_all()
-        self.originals, self.layers = {}, {}
+        self.originals = {}
 
 
 def exchange_layers(method: Method, model: nn.Module, rows: Rows | None = None) -> dict[str, SparseLinear]:
@@ -129,7 +139,7 @@ def exchange(
     """
     done = Exchanged(method, model)
     if why_no_exchange(method) or not _concerns(method, model, saved):
-        method.attachment.choices = {}
+        method.attachment.choose(model, {})
         return done
     try:
         entries = with_awaited(method, select(model, method.include, method.exclude, method.keep_dense))
@@ -165,28 +175,96 @@ def _put_first(
     why_masked: str,
 ) -> None:
     """Exchange layers for a run that is new, or goes on with the masks of the method's last one."""
-    method.attachment.choices = choices
+    method.attachment.choose(model, choices)
     shared = for_targets(entries)
     find_masks(method, model, shared, None, together=True)
     targets = method.share_out(shared)
     zeros = method.parameter_zeros(shared, targets)
     refuse_choices(getattr(method, "storage", "masked"), choices, {name for name, n in zeros.items() if not n})
     layers = linear_layers(model)
+    # a layer that is dense by its distribution has nothing to save
     choices = {n: c if zeros.get(n) or c.live is not None else Choice("masked") for n, c in choices.items()}
     choices, done.report = decided(method, layers, choices, zeros, rows, why_masked)
     known = method.weights.masks if method.attachment.model is model else {}
-    by_name = {e.name: e for e in shared}
-    for name, choice in choices.items():
+    for entry in shared:
+        choice = choices.get(entry.name, _MASKED)
         if choice.storage == "masked" or choice.live is not None:
             continue
-        entry, linear = by_name[name], _linear(layers[name])
-        group = _group(method, choice)
-        if name in known:
-            keys = _keys_of_mask(known[name], group)
+        linear: Any = layers[entry.name].module
+        if entry.name in known:
+            keys = keys_of_mask(known[entry.name].to(linear.weight.device), choice.group)
         else:
-            keys = first_keys(method, entry, linear.weight, group, targets, device or linear.weight.device)
-            if is_drawn_by_rejection(method, entry, linear.weight):
-                choices[name] = replace(choice, note=f"{choice.note}; drawn by rejection".removeprefix("; "))
-        done.put(name, linear, sparse_twin(linear, choice.storage, group, keys))
-    method.attachment.choices = choices
+            keys = first_keys(method, entry, linear.weight, choice.group, targets, device or linear.weight.device)
+        note = (
+            f"{choice.note}; drawn by rejection" if is_drawn_by_rejection(method, entry, linear.weight) else choice.note
+        )
+        done.put(entry.name, linear, sparse_twin(linear, choice.storage, choice.group, keys))
+        choices[entry.name] = kept(done.layers[entry.name], note.removeprefix("; "))
     forget_given(method)
+    method.attachment.choose(model, choices)
+
+
+def _put_saved(
+    done: Exchanged,
+    method: Method,
+    model: nn.Module,
+    entries: list[Entry],
+    choices: dict[str, Choice],
+    saved: SavedRun,
+) -> None:
+    """Exchange the layers that were exchanged in the run that goes on, with the places that it has saved.
+
+    Raises:
+        ValueError: the model has no such layer, or it cannot be exchanged.
+    """
+    layers, here = linear_layers(model), exchanged_layers(model)
+    choices = {name: c if c.live is not None else replace(c, storage="masked") for name, c in choices.items()}
+    for name, pattern in saved.patterns.items():
+        if name not in layers or name not in choices or choices[name].refused:
+            raise misfit([name], saved.path)
+        shape = next(e.full_shape for e in entries if e.name == name)
+        keys, _, group = units_of(pattern, shape)
+        if name in here:
+            done.move(here[name], keys)
+        else:
+            linear: Any = layers[name].module
+            done.put(name, linear, sparse_twin(linear, storage_of(pattern), group, keys))
+        choices[name] = kept(here.get(name) or done.layers[name], choices[name].note)
+    method.attachment.choose(model, choices)
+
+
+def to_dense(module: _M) -> _M | nn.Linear:
+    """Put an ``nn.Linear`` in the place of every `SparseLinear` inside ``module``, with zeros where no weight lives.
+
+    It is done in place, as by the functions of ``torch.nn.utils``; hooks and attributes move along, and the Parameters of
+    the weights are new ones. For a copy write ``to_dense(copy.deepcopy(module))``.
+
+    Args:
+        module: Any module, or a `SparseLinear`.
+
+    Returns:
+        ``module`` itself; of a `SparseLinear` the ``nn.Linear``.
+
+    Raises:
+        ValueError: A layer is too large for a dense matrix; nothing was changed then.
+
+    Example:
+        >>> import torch
+        >>> from sparse_callbacks import SparseLinear, to_dense
+        >>> to_dense(torch.nn.Sequential(SparseLinear.random(8, 4, fan_in=2)))
+        Sequential(
+          (0): Linear(in_features=8, out_features=4, bias=True)
+        )
+    """
+    layers = [m for m in module.modules() if isinstance(m, SparseLinear)]
+    for layer in layers:
+        layer.refuse_dense("an nn.Linear")
+    holders = holders_of(module)
+    made: nn.Module = module
+    for layer in layers:
+        dense = layer.to_dense()
+        take_over(layer, dense)
+        put_in(holders.get(id(layer), []), dense)
+        made = dense if layer is module else made
+    enter_fast_paths(made)
+    return made  # type: ignore[return-value]

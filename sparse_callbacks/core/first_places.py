@@ -37,7 +37,9 @@ def first_keys(
             active = entry.size - method.planned_zeros(entry.name, entry.size)
         rows, inputs = entry.full_shape
         blocks = (rows // group, inputs, active // rows) if group > 1 else (1, rows * inputs, active)
-        return rejected(blocks[0], blocks[1], torch.empty(0, dtype=torch.int64), blocks[2], method.generator(entry.name, 0))
+        return rejected(
+            blocks[0], blocks[1], torch.empty(0, dtype=torch.int64), blocks[2], method.generator(entry.name, 0)
+        )
     if weight.is_meta:
         raise ValueError(
             f"{entry.name} is on the meta device and has no values to choose its first mask by. Give "
@@ -83,7 +85,9 @@ def sparse_twin(linear: nn.Linear, storage: str, group: int, keys: Tensor) -> Sp
         keys: ascending keys of the units that live.
     """
     weight = linear.weight
-    places: LivePlaces = places_of("grouped" if storage == "grouped" else "sparse", *weight.shape, group, keys.cpu())
+    places: LivePlaces = places_of(
+        "grouped" if storage == "grouped" else "sparse", weight.shape[0], weight.shape[1], group, keys.cpu()
+    )
     if weight.is_meta:
         values = torch.empty(places.values_shape, dtype=weight.dtype, device="meta")
     else:

@@ -123,9 +123,10 @@ class GradientCare:
         if not (layers := self._exchanged(method.owners.owns[index])):
             return
         wanted = method.wants_dense_gradients(self._step(index, tick=-1))
-        due = method.calendar is None or method.progress.due(index, method.calendar)
+        if wanted and method.calendar is not None:
+            wanted = method.progress.due(index, method.calendar)  # exactly, where it is near
         for layer in layers:
-            record(layer, wanted and due)
+            record(layer, wanted)
 
     def skipped(self, step: Step) -> None:
         """A GradScaler has skipped the step: its gradients count for nothing."""

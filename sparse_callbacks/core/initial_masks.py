@@ -23,6 +23,7 @@ from sparse_callbacks.core.given_masks import (
     refuse_other_masks,
     zeros_in,
 )
+from sparse_callbacks.core.live_runs import zeros_of_live
 from sparse_callbacks.core.method import DEFAULT_SPARSITY, Method, Options
 from sparse_callbacks.core.ops import keep_largest
 from sparse_callbacks.core.patterns import (
@@ -33,6 +34,7 @@ from sparse_callbacks.core.patterns import (
     parsed,
     reached_targets,
     share_of,
+    warning_of_no_pattern,
     why_other_pattern,
 )
 from sparse_callbacks.core.plan import Plan
@@ -48,6 +50,8 @@ from sparse_callbacks.core.rescaling import (
 from sparse_callbacks.core.selection import Entry, select
 from sparse_callbacks.core.shards import layout_of
 from sparse_callbacks.core.state_layout import shown_short
+from sparse_callbacks.core.storage import Rows, StorageByLayer, check_storage
+from sparse_callbacks.core.storage_choice import planned_choices, refuse_choices
 from sparse_callbacks.core.thawed import masks_by_magnitude
 
 InitialMask = Source
@@ -74,6 +78,15 @@ class StartsSparse(Method):
             group of rows: max(1, round(density * inputs)), so that ``plan()`` may show a little more or less sparsity.
             (64 may be any whole number from 1.) Layers of other kinds, and those whose rows the number does not divide,
             have masks without a pattern, as ``plan()`` says. None: no layer has one.
+        storage: ``"masked"``: dense matrices under masks. ``"sparse"``: linear layers hold their live weights alone, in a
+            `SparseLinear`, on the CPU. ``"grouped"``: the same, where every ``group`` consecutive output rows read the same
+            inputs, max(1, round(density * inputs)) of them. ``"auto"``: masked or sparse, whichever is faster by their
+            times. Or a mapping of globs on parameter names to these, of which the first that matches counts. ``plan()`` says
+            which layer has which, and why one stays masked.
+        group: output rows that read the same inputs under ``"grouped"``; where it does not divide the rows of a layer, that
+            layer stays masked.
+        rows: rows that each layer sees in a step (the size of the batch, times the length of its sequences), or such
+            numbers by glob, for ``"auto"``; None: they are looked up with a batch, where the loop gives one.
         **options: arguments of :class:`~sparse_callbacks.core.method.Method`.
 
     Raises:
@@ -87,9 +100,15 @@ class StartsSparse(Method):
         initial_mask: InitialMask = "random",
         rescale: Rescale | None = None,
         pattern: str | None = None,
+        storage: StorageByLayer = "masked",
+        group: int = 64,
+        rows: Rows | None = None,
         **options: Any,
     ) -> None:
         super().__init__(DEFAULT_SPARSITY if sparsity is None else sparsity, **options)
+        check_storage(self, storage, group, rows)
+        self.storage = dict(storage) if isinstance(storage, Mapping) else storage
+        self.group, self.rows = group, dict(rows) if isinstance(rows, Mapping) else rows
         if not isinstance(initial_mask, str | Path | Mapping) or not initial_mask:
             raise ValueError(
                 f"initial_mask={shown_short(initial_mask)} is not known. Give 'random', 'magnitude', 'nonzero', the path "
@@ -129,11 +148,19 @@ class StartsSparse(Method):
         return DEFAULT_SPARSITY if self.sparsity is None else float(self.sparsity)
 
     def plan(self, model: nn.Module | None = None) -> Plan:
+        known = self.attachment.choices
         if isinstance(model, nn.Module):
             plain = getattr(model, "_orig_mod", model)  # of torch.compile
-            find_masks(self, plain, select(plain, self.include, self.exclude, self.keep_dense), self.saved)
+            entries = select(plain, self.include, self.exclude, self.keep_dense)
+            self.attachment.choices = planned_choices(self, plain, entries)
+            find_masks(self, plain, entries, self.saved)
             self._given = None  # a run looks again
-        return super().plan(model)
+        try:
+            made, choices = super().plan(model), self.attachment.choices
+            refuse_choices(self.storage, choices, {row.name for row in made if row.zeros == 0})
+            return made.with_storages(choices)
+        finally:
+            self.attachment.choices = known
 
     def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
         if not self._brings_counts:
@@ -195,12 +222,13 @@ class StartsSparse(Method):
         self, model: nn.Module | None, entries: Sequence[Entry], saved: SavedRun | None, together: bool = False
     ) -> None:
         chosen = [e for e in entries if not e.reason]
-        aux, masks = (saved.aux, saved.masks) if saved is not None else (self.aux, self.masks)
+        aux, masks = (saved.aux, saved.masks) if saved is not None else (self.aux, self.weights.held_masks)
         if saved is None and self.attachment.model is not model:
-            aux = masks = {}
+            aux, masks = {}, {}
         path = None if saved is None else saved.path
         held = [e for e in chosen if e.name in masks and tuple(masks[e.name].shape) == e.full_shape]
         known = {e.name: known_zeros(e, aux, masks, path) for e in held}
+        known |= zeros_of_live(model, chosen, saved)
         if missing := [e for e in chosen if e.name not in known]:
             waiting = {e.name: aux[key] for e in missing if (key := f"{_WAITING}/{e.name}") in aux}
             refuse_other_masks(waiting, missing, path)
@@ -269,6 +297,24 @@ def find_masks(
     """
     if isinstance(method, StartsSparse) and method._brings_counts:
         method._find(model, entries, saved, together)
+
+
+def given_mask(method: Method, name: str) -> Tensor | None:
+    """The mask that was found for a parameter; None where the method makes one."""
+    given = method._given if isinstance(method, StartsSparse) else None
+    return None if given is None else given.masks.get(name)
+
+
+def forget_given(method: Method) -> None:
+    """Let go of the masks that were found: a run looks for those that it needs again."""
+    if isinstance(method, StartsSparse):
+        method._given = None
+
+
+def draws_at_random(method: Method) -> bool:
+    """Whether the first masks are drawn at random, and not by a rule of a subclass."""
+    ours = type(method).initial_masks is StartsSparse.initial_masks
+    return ours and isinstance(method, StartsSparse) and method._start == "random"
 
 
 def sharing_entries(method: Method, entries: Sequence[Entry]) -> Sequence[Entry]:
@@ -348,6 +394,8 @@ def warnings_of_start(method: Method, model: nn.Module) -> Iterator[str]:
         return
     if dead := [n for n, count in method.weights.active_counts.items() if not count and method._brings_counts]:
         yield f"{', '.join(dead)} has no active weight in {_spelled(method)}, and so never trains. exclude= leaves it dense."
+    if unused := warning_of_no_pattern(method, method.weights.entries.values()):
+        yield unused
     name, at_random = type(method).__name__, method._start == "random"
     if method._brings_counts:
         return

@@ -1,20 +1,24 @@
 """Inputs and output gradients of exchanged layers, kept for an update that looks at gradients of pruned weights."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import torch
 from torch import Tensor
 
 from sparse_callbacks.core import distributed
-from sparse_callbacks.core.sparse_linear import SparseLinear
+
+if TYPE_CHECKING:
+    from sparse_callbacks.core.sparse_linear import SparseLinear
 
 Record = tuple[Tensor, Tensor]
 """Inputs ``[in, n]`` and output gradients ``[out, n]`` of one pass through a layer."""
+SavedRecords = Mapping[str, list[list[Tensor]]]
+"""By parameter name, for each rank inputs and output gradients in turn."""
 
 
-class Records(list[Record]):
+class WindowRecords(list[Record]):
     """The records of one layer in an accumulation window: those that its gradient is made of.
 
     A backward pass that begins where the gradient was set to None or to zero begins the window anew, however often the pass
@@ -25,14 +29,13 @@ class Records(list[Record]):
         begun: records of the window before it was interrupted, of which the gradient is made as it is.
     """
 
-    def __init__(self, layer: SparseLinear, begun: Iterable[Record] = ()) -> None:
+    def __init__(self, layer: "SparseLinear", begun: Iterable[Record] = ()) -> None:
         super().__init__(begun)
         self._values = layer.values
         self._within_pass = False
         self._note_gradient()
-        # weakly: torch keeps such hooks where Python's collector of garbage does not see them
-        mine = ref(self)
-        self._handle = self._values.register_post_accumulate_grad_hook(lambda _: (r := mine()) and r.pass_over())
+        values: Any = self._values  # the hook has no types in torch
+        self._handle = values.register_post_accumulate_grad_hook(_PassOver(self))
 
     def append(self, record: Record) -> None:
         """A backward pass has gone through the layer."""
@@ -73,23 +76,35 @@ class Records(list[Record]):
         return type(None), ()  # a copy of the layer records nothing
 
 
-def record(layer: SparseLinear, wanted: bool) -> None:
+class _PassOver:
+    """Tells records of the end of a backward pass. It holds them weakly: torch keeps such hooks where Python's collector of
+    garbage does not see them."""
+
+    def __init__(self, records: WindowRecords) -> None:
+        self._records = ref(records)
+
+    def __call__(self, _: Tensor) -> None:
+        if (records := self._records()) is not None:
+            records.pass_over()
+
+
+def record(layer: "SparseLinear", wanted: bool) -> None:
     """Switch the records of a layer on or off; those that are on go on."""
     if wanted and layer.records is None:
-        layer.records = Records(layer)
-    elif not wanted and isinstance(layer.records, Records):
+        layer.records = WindowRecords(layer)
+    elif not wanted and isinstance(layer.records, WindowRecords):
         layer.records.end()
         layer.records = None
 
 
-def forget_records(layers: Iterable[SparseLinear]) -> None:
+def forget_records(layers: "Iterable[SparseLinear]") -> None:
     """The window is over without a step, as a GradScaler has skipped it."""
     for layer in layers:
         if layer.records is not None:
             layer.records.clear()
 
 
-def are_finite(layers: Iterable[SparseLinear]) -> bool:
+def are_finite(layers: "Iterable[SparseLinear]") -> bool:
     """Whether all gradients of the layers that record are finite, those of pruned weights too, on every rank; True where
     none of them records."""
     recording = [layer.records for layer in layers if layer.records is not None]
@@ -101,10 +116,39 @@ def are_finite(layers: Iterable[SparseLinear]) -> bool:
     return not bool(failed)
 
 
-def saved_records(layers: Mapping[str, SparseLinear]) -> dict[str, list[Tensor]]:
-    """The records of a window that is open, by parameter name: inputs and output gradients in turn."""
-    return {
-        name: [tensor.clone() for pair in layer.records for tensor in pair]
-        for name, layer in layers.items()
-        if layer.records
-    }
+def saved_records(layers: "Mapping[str, SparseLinear]") -> SavedRecords:
+    """Copies of the records of this process in a window that is open, by parameter name."""
+    found = {name: layer.records for name, layer in layers.items() if layer.records}
+    return {name: [[tensor.clone() for pair in records for tensor in pair]] for name, records in found.items()}
+
+
+def gathered_records(layers: "Mapping[str, SparseLinear]") -> SavedRecords:
+    """:func:`saved_records` of all ranks, on rank 0; all of them must call it together."""
+    mine = saved_records(layers)
+    if distributed.world_size() == 1:
+        return mine
+    names = sorted(name for name, layer in layers.items() if layer.records is not None)
+    found = distributed.gather([mine.get(name, [[]])[0] for name in names]) if names else []
+    # one rank may have seen no batch of a layer
+    return {name: [ranks[i] for ranks in found] for i, name in enumerate(names) if any(ranks[i] for ranks in found)}
+
+
+def put_back_records(layers: "Mapping[str, SparseLinear]", saved: SavedRecords) -> None:
+    """Let layers that record go on from the records of a window that was open when they were saved.
+
+    Every process has the mean over ranks as its gradient then. So each takes its own records where there are as many ranks
+    as before, and otherwise those of all, in the same proportion to what is still to come.
+
+    Args:
+        layers: exchanged layers by parameter name.
+        saved: what :func:`saved_records` or :func:`gathered_records` gave.
+    """
+    for name, layer in layers.items():
+        lists = saved.get(name, [])
+        if not lists or layer.records is None:
+            continue
+        alone = len(lists) == distributed.world_size()
+        chosen, share = ([lists[distributed.rank()]], 1.0) if alone else (lists, 1 / len(lists))
+        for tensors in chosen:
+            moved = [tensor.to(layer.values.device) for tensor in tensors]
+            list.extend(layer.records, ((x, dy * share) for x, dy in zip(moved[::2], moved[1::2], strict=True)))

@@ -1,24 +1,18 @@
 """Exchanged layers in a run: which methods and optimizers they can have, and whether their places are those of the run."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import singledispatch
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.live_masks import exchanged_layers
 from sparse_callbacks.core.optimizers import is_elementwise, parameter_ids
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.sparse_linear import SparseLinear
+from sparse_callbacks.core.storage import why_no_exchange
 from sparse_callbacks.core.weights import SparseWeights
-
-
-@singledispatch
-def why_no_exchange(method: object) -> str:
-    """Why ``method`` cannot have exchanged layers, as the end of a sentence; empty where it can. A method registers a
-    function of its own."""
-    return "needs every weight of a layer, and an exchanged one has its live weights alone"
 
 
 def layers_of_run(
@@ -57,6 +51,23 @@ def layers_of_run(
         )
     refuse_matrix_optimizers(optimizers, layers)
     return layers
+
+
+def zeros_of_live(model: nn.Module | None, entries: Iterable[Entry], saved: SavedRun | None) -> dict[str, list[int]]:
+    """The zeros in each exchanged layer, by the name of its weight: of the saved run where one goes on.
+
+    Args:
+        model: the model; None where nobody knows it.
+        entries: the parameters of interest.
+        saved: the run that goes on; None for a new one.
+    """
+    layers = {} if model is None else exchanged_layers(model)
+    patterns = {} if saved is None else saved.patterns
+    return {
+        e.name: [saved.zeros(e.name, e.full_shape) if saved and e.name in patterns else e.size - layers[e.name].live]
+        for e in entries
+        if e.name in patterns or e.name in layers
+    }
 
 
 def refuse_matrix_optimizers(optimizers: Iterable[Optimizer], layers: Mapping[str, SparseLinear]) -> None:

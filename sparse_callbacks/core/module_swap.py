@@ -44,7 +44,7 @@ def take_over(old: nn.Module, new: nn.Module) -> None:
         old: an ``nn.Linear``, or a `SparseLinear`.
         new: the module of the other kind that takes its place; it keeps its own weight.
     """
-    attributes = vars(old).keys() - names_of_own(type(old))
+    attributes = vars(old).keys() - names_of_own(SparseLinear if isinstance(old, SparseLinear) else nn.Linear)
     vars(new).update({key: vars(old)[key] for key in attributes})
     weight = new._parameters["weight"]
     kept = {key: weight if key == "weight" else parameter for key, parameter in old._parameters.items()}
@@ -63,7 +63,7 @@ def _point_hooks(old: nn.Module, new: nn.Module) -> None:
 
 
 @cache
-def names_of_own(kind: type[nn.Module]) -> frozenset[str]:
+def names_of_own(kind: type) -> frozenset[str]:
     """Names of the attributes in which modules of a kind hold what they are: not hooks, flags, or users' attributes.
 
     Args:
@@ -79,9 +79,13 @@ def names_added(module: nn.Module) -> Iterator[str]:
 
 
 @cache
-def _example(kind: type[nn.Module]) -> nn.Module:
+def _example(kind: type) -> nn.Module:
     linear = nn.Linear(1, 1, device="meta")
-    return linear if kind is nn.Linear else SparseLinear.from_dense(linear, torch.ones(1, 1, dtype=torch.bool, device="cpu"))
+    return (
+        linear
+        if kind is nn.Linear
+        else SparseLinear.from_dense(linear, torch.ones(1, 1, dtype=torch.bool, device="cpu"))
+    )
 
 
 def names_of_sparse(name: str) -> bool:

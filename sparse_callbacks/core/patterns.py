@@ -1,4 +1,4 @@
-"""Patterns of masks: in ``fan_in/G`` every G consecutive output rows of a linear layer read the same input columns.
+"""Patterns of masks: in ``fan_in/G`` every G consecutive rows of a linear layer read the same inputs.
 
 Here G is the *group*, G consecutive rows are a *block*, and a *column* is one input of one block: all G weights of it are
 active, or none is. Every block of a layer has as many active columns.
@@ -6,12 +6,13 @@ active, or none is. Every block of a layer has as many active columns.
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 
 import torch
 from torch import Tensor
 
+from sparse_callbacks.core.attachment import Choice
 from sparse_callbacks.core.largest import widened
 from sparse_callbacks.core.selection import Entry
 
@@ -57,8 +58,27 @@ def group_of(method: object, entry: Entry) -> int | None:
         method: the method of the run.
         entry: the parameter.
     """
+    if (choice := _choices(method).get(entry.name)) is not None and choice.storage == "grouped":
+        return choice.group
     group = parsed(getattr(method, "pattern", None))
     return None if group is None or why_unstructured(entry, group) else group
+
+
+def _choices(method: object) -> Mapping[str, Choice]:
+    """The storage of each parameter, as far as it was chosen."""
+    attachment = getattr(method, "attachment", None)
+    return {} if attachment is None else attachment.choices
+
+
+def live_zeros(method: object, entries: Iterable[Entry]) -> dict[str, list[int]]:
+    """The zeros of each layer in the parameters that are exchanged already, and keep the number of their live weights.
+
+    Args:
+        method: the method of the run.
+        entries: the parameters.
+    """
+    kept = {name: choice.live for name, choice in _choices(method).items() if choice.live is not None}
+    return {e.name: [e.size - kept[e.name]] for e in entries if e.name in kept}
 
 
 def why_unstructured(entry: Entry, group: int) -> str:
@@ -77,32 +97,48 @@ def pattern_remarks(method: object, entries: Iterable[Entry], zeros: Mapping[str
         entries: all parameters.
         zeros: planned zeros of the sparse parameters.
     """
-    group = parsed(getattr(method, "pattern", None))
+    asked = parsed(getattr(method, "pattern", None))
     found: dict[str, str] = {}
-    for entry in entries if group is not None else ():
+    for entry in entries:
         if entry.reason or not zeros.get(entry.name):
             continue
-        assert group is not None
-        if why := why_unstructured(entry, group):
-            found[entry.name] = f"unstructured: {why}"
-        else:
+        if (group := group_of(method, entry)) is not None:
             rows, inputs = entry.shape
             active = inputs - zeros[entry.name] // rows
             found[entry.name] = f"fan_in/{group}: {active} of {inputs} inputs"
+        elif asked is not None:
+            found[entry.name] = f"unstructured: {why_unstructured(entry, asked)}"
     return found
 
 
-def reached_targets(method: object, targets: Mapping[str, float], entries: Iterable[Entry]) -> dict[str, float]:
-    """``targets`` by layer, with the sparsity that whole columns reach in the layers that have the pattern.
+def warning_of_no_pattern(method: object, entries: Iterable[Entry]) -> str:
+    """What the user should know where a pattern is asked for and no mask has it; empty otherwise.
+
+    Args:
+        method: the method of the run.
+        entries: the sparse parameters.
+    """
+    group, listed = parsed(getattr(method, "pattern", None)), list(entries)
+    if group is None or any(group_of(method, e) is not None for e in listed):
+        return ""
+    reasons = ", ".join(f"{e.name} ({why_unstructured(e, group)})" for e in listed)
+    return f"no layer has masks of pattern='fan_in/{group}': {reasons}. Give a number that divides the rows of linear layers."
+
+
+def reached_targets(method: object, targets: Mapping[str, float], entries: Sequence[Entry]) -> dict[str, float]:
+    """``targets`` by layer, with the sparsity that whole columns reach in the layers that have the pattern, and that exchanged
+    layers have.
 
     Args:
         method: the method that plans.
         targets: target sparsity by layer.
         entries: all parameters; those without a reason have a target.
     """
-    found = dict(targets)
+    found, kept = dict(targets), live_zeros(method, entries)
     for entry in entries:
-        if not entry.reason and group_of(method, entry) is not None:
+        if entry.name in kept and not entry.reason:
+            found[entry.name] = share_of(kept[entry.name][0], entry.size)
+        elif not entry.reason and group_of(method, entry) is not None:
             rows, inputs = entry.shape
             zeros = (inputs - columns_for(1 - targets[entry.name], inputs)) * rows
             found[entry.name] = share_of(zeros, entry.size)

@@ -1,17 +1,16 @@
 """Patterns of exchanged layers as a state holds them: which weights live, in some bytes a live weight."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparse_callbacks.core.live_layout import STORAGE_OF_KEYS
 from sparse_callbacks.core.live_places import GroupPlaces, LivePlaces, RowPlaces
 from sparse_callbacks.core.sparse_linear import SparseLinear
 
 Pattern = Mapping[str, Tensor]
 """``{"crow", "col"}`` of compressed rows, or ``{"idx"}`` of groups of rows."""
-_KINDS = {frozenset({"crow", "col"}): "sparse", frozenset({"idx"}): "grouped"}
 
 
 def pattern_of(layer: SparseLinear) -> dict[str, Tensor]:
@@ -21,7 +20,7 @@ def pattern_of(layer: SparseLinear) -> dict[str, Tensor]:
 
 def storage_of(pattern: Pattern) -> str:
     """The storage of the layer that a pattern was saved of."""
-    return _KINDS[frozenset(pattern)]
+    return STORAGE_OF_KEYS[frozenset(pattern)]
 
 
 def keys_of(pattern: Pattern, layer: SparseLinear) -> Tensor:
@@ -46,9 +45,18 @@ def mask_of(pattern: Pattern, shape: tuple[int, ...]) -> Tensor:
         ValueError: it is not a pattern of such a layer.
     """
     keys, units, group = units_of(pattern, shape)
-    live = torch.zeros(units, dtype=torch.bool)
-    live[keys] = True
-    return live.view(shape[0] // group, shape[1]).repeat_interleave(group, 0)
+    return matrix_of_units(torch.zeros(units, dtype=torch.bool).index_fill_(0, keys, True), shape, group)
+
+
+def matrix_of_units(units: Tensor, shape: tuple[int, ...], group: int) -> Tensor:
+    """What each unit of a layer has, for each weight.
+
+    Args:
+        units: a tensor ``[units]``, in the order of the keys.
+        shape: the shape of the layer's matrix.
+        group: the rows in a unit.
+    """
+    return units.view(shape[0] // group, shape[1]).repeat_interleave(group, 0)
 
 
 def units_of(pattern: Pattern, shape: tuple[int, ...]) -> tuple[Tensor, int, int]:
@@ -75,19 +83,6 @@ def live_in(pattern: Pattern, shape: tuple[int, ...]) -> int:
     if storage_of(pattern) == "sparse":
         return pattern["col"].numel()
     return pattern["idx"].numel() * (shape[0] // max(1, pattern["idx"].shape[0]))
-
-
-def why_not_pattern(value: Any) -> str:
-    """Why a value is not the pattern of some layer, as the end of a sentence; empty where it may be."""
-    tensors = isinstance(value, Mapping) and all(isinstance(t, Tensor) for t in value.values())
-    if not tensors or frozenset(value) not in _KINDS:
-        return "is not a pattern: it has neither 'crow' and 'col' nor 'idx'"
-    dimensions = {"crow": 1, "col": 1, "idx": 2}
-    for key, tensor in value.items():
-        if tensor.dtype not in (torch.int32, torch.int64) or tensor.ndim != dimensions[key]:
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            return f"has a tensor {list(tensor.shape)} of {dtype} as {key!r}, where whole numbers are"
-    return ""
 
 
 def _empty_places(pattern: Pattern, shape: tuple[int, ...]) -> LivePlaces:

@@ -175,7 +175,7 @@ def entries(model: nn.Module) -> list[Entry]:
                     shape=shape,
                     reason=why_not_ranked(p),
                     transposed=isinstance(module, _ConvTransposeNd),
-                    linear=isinstance(module, nn.Linear),
+                    linear=isinstance(module, nn.Linear | SparseLinear),
                 )
     found = []
     for name, p in model.named_parameters():

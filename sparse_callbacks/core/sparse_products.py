@@ -1,15 +1,21 @@
 """Products of truly sparse matrices with batches, and their gradients, without a dense matrix.
 
-Activations are feature-major inside, ``[features, batch]``, so that a live weight reads and writes whole rows.
+Activations are feature-major inside, ``[features, batch]``, so that a live weight reads and writes whole rows. The
+Functions return fresh tensors and views are made outside of them: torch refuses to write into a view that a Function made.
 """
 
 import functools
 import warnings
+from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
+
+from sparse_callbacks.core.live_places import Groups, Rows
+from sparse_callbacks.core.product_records import Use, of_gradient
 
 WIDTH = 128  # columns of a piece of the batch: its rows of 512 bytes stay in the nearest cache
 ENTRIES = 2**20  # that the sampled product without MKL makes at a time
@@ -33,179 +39,286 @@ def rows_product(crow: Tensor, col: Tensor, values: Tensor, x: Tensor) -> Tensor
     """The product of a matrix in compressed rows with ``x [inputs, batch]``: ``[outputs, batch]``."""
     if not x.numel() or not values.numel():
         return x.new_zeros(crow.numel() - 1, x.shape[1])
-    return F.embedding_bag(col, x, crow, mode="sum", per_sample_weights=values, include_last_offset=True)
+    return functional.embedding_bag(col, x, crow, mode="sum", per_sample_weights=values, include_last_offset=True)
 
 
-def sampled_product(crow: Tensor, col: Tensor, dy: Tensor, x: Tensor, into: Tensor) -> None:
-    """Add the entries of ``dy x'`` at the live places to ``into [live]``.
+def add_sampled(crow: Tensor, col: Tensor, dy: Tensor, x: Tensor, into: Tensor) -> None:
+    """Add the entries of ``dy x'`` at the live places to ``into``.
 
     Args:
         crow: Where each row begins in ``col``.
         col: Columns of the live places.
         dy: ``[outputs, batch]``.
         x: ``[inputs, batch]``.
-        into: The live entries so far.
+        into: The live entries so far, ``[live]``.
     """
     if not into.numel() or not x.numel():
         return
     if into.dtype in (torch.float32, torch.float64) and has_sampled_product():
-        size = (dy.shape[0], x.shape[0])
-        pattern = torch.sparse_csr_tensor(crow, col, into, size, check_invariants=False)
+        # both tensors are views of `into`: neither pattern nor gradient is copied
+        pattern = torch.sparse_csr_tensor(crow, col, into, (dy.shape[0], x.shape[0]), check_invariants=False)
         torch.sparse.sampled_addmm(pattern, dy, x.t(), beta=1.0, out=pattern)
         return
-    for start in range(0, col.numel(), step := max(1, ENTRIES // x.shape[1])):
+    step = max(1, ENTRIES // x.shape[1])
+    for start in range(0, col.numel(), step):
         some = col[start : start + step]
         places = torch.arange(start, start + some.numel(), dtype=torch.int32, device=col.device)
         rows = torch.searchsorted(crow, places, right=True).sub_(1)
-        into[start : start + step] += (dy[rows] * x[some]).sum(1)
+        into[start : start + step] += (dy.index_select(0, rows) * x.index_select(0, some)).sum(1)
+
+
+@torch.library.custom_op("sparse_callbacks::sampled", mutates_args=())
+def sampled_in_graph(crow: Tensor, col: Tensor, dy: Tensor, x: Tensor) -> Tensor:
+    """The entries of ``dy x'`` at the live places, as one operation for compiled graphs; it costs too much elsewhere."""
+    into = torch.zeros(col.numel(), dtype=dy.dtype, device=dy.device)
+    add_sampled(crow, col, dy.contiguous(), x.contiguous(), into)
+    return into
+
+
+@sampled_in_graph.register_fake
+def _(crow: Tensor, col: Tensor, dy: Tensor, x: Tensor) -> Tensor:
+    return dy.new_empty(col.shape)
 
 
 class RowsProduct(torch.autograd.Function):
-    """``W x + b`` for pieces of a batch, W in compressed rows."""
+    """``W x + b`` for ``x [inputs, batch]``, W in compressed rows: ``[outputs, batch]``."""
 
     @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, bias: Tensor | None, pattern: tuple[Tensor, ...], records: Any, *pieces: Tensor
-    ) -> Any:
-        ctx.pattern, ctx.records, ctx.has_bias = pattern, records, bias is not None
-        ctx.save_for_backward(values, *pieces)
-        outputs = []
-        for piece in pieces:
-            output = rows_product(pattern[0], pattern[1], values[0], piece)
-            outputs.append(output if bias is None else output.add_(bias[:, None]))
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        values, *pieces = ctx.saved_tensors
-        dys = [dy.contiguous() for dy in grads]
-        crow, col, crow_t, col_t, perm = ctx.pattern
-        if ctx.records is not None:
-            ctx.records.extend((x.detach(), dy.detach()) for x, dy in zip(pieces, dys, strict=True))
-        d_values = d_bias = None
-        d_pieces: Any = [None] * len(pieces)
-        if ctx.needs_input_grad[0]:
-            d_values = SampledProduct.apply(ctx.pattern, len(pieces), *pieces, *dys)
-        if ctx.has_bias and ctx.needs_input_grad[1]:
-            d_bias = functools.reduce(torch.add, (dy.sum(1) for dy in dys))
-        if any(ctx.needs_input_grad[4:]):
-            transposed = (crow_t, col_t, crow, col, inverse(perm) if torch.is_grad_enabled() else perm)
-            d_pieces = RowsProduct.apply(values[:, perm], None, transposed, None, *dys)
-        return d_values, d_bias, None, None, *d_pieces
-
-
-class SampledProduct(torch.autograd.Function):
-    """Entries of ``dY x'`` at the live places, summed over pieces of a batch: ``[1, live]``."""
-
-    @staticmethod
-    def forward(ctx: Any, pattern: tuple[Tensor, ...], count: int, *pieces: Tensor) -> Tensor:
-        ctx.pattern, ctx.count = pattern, count
-        ctx.save_for_backward(*pieces)
-        into = torch.zeros(pattern[1].numel(), dtype=pieces[0].dtype, device=pieces[0].device)
-        for x, dy in zip(pieces[:count], pieces[count:], strict=True):
-            sampled_product(pattern[0], pattern[1], dy, x, into)
-        return into.view(1, -1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        xs, dys = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-        crow, col, crow_t, col_t, perm = ctx.pattern
-        d_xs: Any = [None] * ctx.count
-        d_dys: Any = [None] * ctx.count
-        if any(ctx.needs_input_grad[2 : 2 + ctx.count]):
-            d_xs = RowsProduct.apply(grad[:, perm], None, (crow_t, col_t, crow, col, inverse(perm)), None, *dys)
-        if any(ctx.needs_input_grad[2 + ctx.count :]):
-            d_dys = RowsProduct.apply(grad, None, ctx.pattern, None, *xs)
-        return None, None, *d_xs, *d_dys
-
-
-def inverse(perm: Tensor) -> Tensor:
-    """The permutation that undoes this one."""
-    places = torch.arange(perm.numel(), dtype=perm.dtype, device=perm.device)
-    return torch.empty_like(perm).scatter_(0, perm.long(), places)
-
-
-def linear_by_rows(values: Tensor, bias: Tensor | None, pattern: tuple[Tensor, ...], x: Tensor, records: Any) -> Tensor:
-    """``x W' + b`` for ``x [batch, inputs]``, W in compressed rows.
-
-    Args:
-        values: Live values ``[1, live]``.
-        bias: The bias ``[outputs]``.
-        pattern: crow, col, crow_t, col_t and perm of the matrix.
-        x: The batch. Nothing is copied where it is a transposed view and has at most `WIDTH` rows.
-        records: A list to which backward appends pieces of x and dy, feature-major.
-
-    Returns:
-        ``[batch, outputs]``: a transposed view up to `WIDTH` rows.
-    """
-    if x.shape[0] <= WIDTH or torch.compiler.is_compiling():
-        (y,) = RowsProduct.apply(values, bias, pattern, records, x.t().contiguous())
-        return y.t()
-    ys = RowsProduct.apply(values, bias, pattern, records, *(piece.t().contiguous() for piece in x.split(WIDTH)))
-    return torch.cat([y.t() for y in ys])
-
-
-class GroupsProduct(torch.autograd.Function):
-    """``W x + b``, W in groups of rows that read the same inputs."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, bias: Tensor | None, pattern: tuple[Tensor, ...], records: Any, x: Tensor
-    ) -> Tensor:
-        ctx.pattern, ctx.records, ctx.has_bias = pattern, records, bias is not None
-        ctx.save_for_backward(values, x)
-        y = groups_product(values, pattern[0], x)
-        return y if bias is None else y.add_(bias[:, None])
+    def forward(ctx: Any, values: Tensor, bias: Tensor | None, rows: Rows, use: Use | None, x: Tensor) -> Tensor:
+        ctx.rows, ctx.use = rows, use
+        ctx.save_for_backward(values, x if ctx.needs_input_grad[0] else None)
+        return plus(rows_product(rows.crow, rows.col, values.view(-1), x), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         values, x = ctx.saved_tensors
-        idx, places, offsets = ctx.pattern
-        blocks, group, k = values.shape
-        if ctx.records is not None:
-            ctx.records.append((x.detach(), grad.detach().contiguous()))
-        dy = grad.reshape(blocks, group, grad.shape[1])
-        d_values = d_bias = d_x = None
-        if ctx.needs_input_grad[0]:
-            d_values = torch.bmm(dy, gathered(x, idx).transpose(1, 2))
-        if ctx.has_bias and ctx.needs_input_grad[1]:
-            d_bias = grad.sum(1)
-        if ctx.needs_input_grad[4]:
-            h = torch.bmm(values.transpose(1, 2), dy).flatten(0, 1)
-            d_x = summed_by_input(h, idx, places, offsets, x.shape[0])
+        rows, needs, dy = ctx.rows, ctx.needs_input_grad, grad.contiguous()
+        if ctx.use is not None and needs[0]:
+            ctx.use.take([(x, dy)])
+        d_bias = dy.sum(1) if needs[1] else None
+        d_values = d_x = None
+        if asks_for_graph():
+            if needs[0]:
+                d_values = SampledProduct.apply(rows, x, dy)
+            if needs[4]:
+                d_x = turned_product(values, rows, ctx.use, dy)
+            return d_values, d_bias, None, None, d_x
+        if needs[4]:
+            d_x = rows_product(rows.crow_t, rows.col_t, values.view(-1).index_select(0, rows.perm), dy)
+        if needs[0]:
+            d_values = sampled(rows, x, dy)
         return d_values, d_bias, None, None, d_x
+
+
+class SampledProduct(torch.autograd.Function):
+    """Entries of ``dY x'`` at the live places, ``[1, live]``."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Rows, x: Tensor, dy: Tensor) -> Tensor:
+        ctx.rows = rows
+        ctx.save_for_backward(x, dy)
+        return sampled(rows, x, dy)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, dy = ctx.saved_tensors
+        d_x = turned_product(grad, ctx.rows, None, dy) if ctx.needs_input_grad[1] else None
+        d_dy = RowsProduct.apply(grad.contiguous(), None, ctx.rows, None, x) if ctx.needs_input_grad[2] else None
+        return None, d_x, d_dy
+
+
+class WideProduct(torch.autograd.Function):
+    """``x W' + b`` for ``x [batch, inputs]`` of many rows, W in compressed rows: ``[batch, outputs]``.
+
+    Pieces of `WIDTH` rows are turned feature-major one after another in the same memory: to fill fresh memory costs as much
+    as to turn them. So they are turned again in backward, and x itself is kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, bias: Tensor | None, rows: Rows, use: Use | None, x: Tensor) -> Tensor:
+        ctx.rows, ctx.use = rows, use
+        ctx.save_for_backward(values, x if ctx.needs_input_grad[0] else None)
+        y = x.new_empty(x.shape[0], rows.crow.numel() - 1)
+        for part, piece in zip(torch.split(y, WIDTH), feature_major(x), strict=True):
+            part.copy_(plus(rows_product(rows.crow, rows.col, values.view(-1), piece), bias).t())
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        values, x = ctx.saved_tensors
+        rows, needs = ctx.rows, ctx.needs_input_grad
+        use = ctx.use if needs[0] else None
+        if asks_for_graph():
+            return gradients_with_graph(rows, needs, use, values, x, grad)
+        d_values = values.new_zeros(1, values.shape[1]) if needs[0] else None
+        d_bias = values.new_zeros(grad.shape[1]) if needs[1] else None
+        d_x = grad.new_empty(grad.shape[0], rows.crow_t.numel() - 1) if needs[4] else None
+        turned = values.view(-1).index_select(0, rows.perm) if needs[4] else None
+        xs = feature_major(x, keep=use is not None) if needs[0] else None
+        pairs = []
+        for start, dy in zip(count(0, WIDTH), feature_major(grad, keep=use is not None), strict=False):
+            if d_bias is not None:
+                d_bias += dy.sum(1)
+            if d_x is not None and turned is not None:
+                d_x[start : start + WIDTH] = rows_product(rows.crow_t, rows.col_t, turned, dy).t()
+            if d_values is not None and xs is not None:
+                pairs.append((next(xs), dy))
+                add_sampled(rows.crow, rows.col, dy, pairs[-1][0], d_values.view(-1))
+        if use is not None:
+            use.take(pairs)
+        return d_values, d_bias, None, None, d_x
+
+
+def turned_product(values: Tensor, rows: Rows, use: Use | None, dy: Tensor) -> Tensor:
+    """``W' dY``, differentiable: a product with the transposed matrix, whose rows are the columns of W."""
+    d_x: Tensor = RowsProduct.apply(values.index_select(1, rows.perm), None, rows.transposed(), of_gradient(use), dy)
+    return d_x
+
+
+def plus(y: Tensor, bias: Tensor | None) -> Tensor:
+    """``y [outputs, batch]`` with the bias added in place."""
+    return y if bias is None else y.add_(bias.view(-1, 1))
+
+
+def asks_for_graph() -> bool:
+    """Whether a backward pass is to be differentiated itself."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def sampled(rows: Rows, x: Tensor, dy: Tensor) -> Tensor:
+    """The entries of ``dy x'`` at the live places, ``[1, live]``."""
+    if torch.compiler.is_compiling():
+        entries: Tensor = sampled_in_graph(rows.crow, rows.col, dy, x)
+        return entries.view(1, -1)
+    into = dy.new_zeros(1, rows.col.numel())
+    add_sampled(rows.crow, rows.col, dy, x, into.view(-1))
+    return into
+
+
+def feature_major(batch: Tensor, keep: bool = False) -> Iterator[Tensor]:
+    """Pieces of a batch ``[batch, features]``, one after another, each ``[features, up to WIDTH]`` and contiguous.
+
+    Args:
+        batch: The batch.
+        keep: Whether each piece has memory of its own. Otherwise it is overwritten by the next.
+    """
+    memory = None
+    for part in torch.split(batch, WIDTH):
+        memory = batch.new_empty(batch.shape[1] * WIDTH) if memory is None or keep else memory
+        yield memory[: part.numel()].view(part.shape[1], part.shape[0]).copy_(part.t())
+
+
+def gradients_with_graph(
+    rows: Rows, needs: Sequence[bool], use: Use | None, values: Tensor, x: Tensor, grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients of `WideProduct`, by operations that have gradients themselves."""
+    d_values = d_x = None
+    dys = [dy.t().contiguous() for dy in torch.split(grad, WIDTH)]
+    if needs[0]:
+        xs = [part.t().contiguous() for part in torch.split(x, WIDTH)]
+        if use is not None:
+            use.take(list(zip(xs, dys, strict=True)))
+        d_values = torch.cat([SampledProduct.apply(rows, *pair) for pair in zip(xs, dys, strict=True)]).sum(
+            0, keepdim=True
+        )
+    if needs[4]:
+        d_x = torch.cat([turned_product(values, rows, use, dy).t() for dy in dys])
+    return d_values, grad.sum(0) if needs[1] else None, None, None, d_x
+
+
+def linear_by_rows(values: Tensor, bias: Tensor | None, rows: Rows, x: Tensor, use: Use | None = None) -> Tensor:
+    """``x W' + b``, W in compressed rows.
+
+    Args:
+        values: Live values ``[1, live]``.
+        bias: The bias ``[outputs]``.
+        rows: The pattern.
+        x: The batch ``[batch, inputs]``. It is not copied where it is a transposed view of at most `WIDTH` rows.
+        use: Where backward records x and dY; None where it does not.
+
+    Returns:
+        ``[batch, outputs]``: a transposed view up to `WIDTH` rows.
+    """
+    if x.shape[0] > WIDTH and not torch.compiler.is_compiling():
+        wide: Tensor = WideProduct.apply(values, bias, rows, use, x)
+        return wide
+    y: Tensor = RowsProduct.apply(values, bias, rows, use, x.t().contiguous())
+    return y.t()
+
+
+class GroupsProduct(torch.autograd.Function):
+    """``W x + b`` for ``x [inputs, batch]``, W in groups of rows that read the same inputs: ``[outputs, batch]``."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, bias: Tensor | None, groups: Groups, use: Use | None, x: Tensor) -> Tensor:
+        ctx.groups, ctx.use, ctx.inputs = groups, use, x.shape[0]
+        ctx.save_for_backward(values, x if ctx.needs_input_grad[0] else None)
+        return plus(torch.bmm(values, gathered(x, groups.idx)).flatten(0, 1), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        values, x = ctx.saved_tensors
+        groups, needs, dy = ctx.groups, ctx.needs_input_grad, grad.contiguous()
+        if ctx.use is not None and needs[0]:
+            ctx.use.take([(x, dy)])
+        # x is gathered again: to keep it gathered would cost more memory than the values
+        d_values = torch.bmm(by_block(dy, values), gathered(x, groups.idx).transpose(1, 2)) if needs[0] else None
+        d_bias = dy.sum(1) if needs[1] else None
+        d_x = None
+        if needs[4]:
+            d_x = TurnedGroups.apply(values, groups, of_gradient(ctx.use), ctx.inputs, dy)
+        return d_values, d_bias, None, None, d_x
+
+
+class TurnedGroups(torch.autograd.Function):
+    """``W' dY`` for ``dY [outputs, batch]``, W in groups of rows that read the same inputs: ``[inputs, batch]``."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, groups: Groups, use: Use | None, inputs: int, dy: Tensor) -> Tensor:
+        ctx.groups, ctx.use = groups, use
+        ctx.save_for_backward(values, dy)
+        parts = torch.bmm(values.transpose(1, 2), by_block(dy, values)).flatten(0, 1)
+        if parts.dtype is torch.float32 and parts.device.type == "cpu" and parts.numel():
+            return functional.embedding_bag(groups.places, parts, groups.offsets, mode="sum", include_last_offset=True)
+        return parts.new_zeros(inputs, parts.shape[1]).index_add_(0, groups.idx.view(-1), parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        values, dy = ctx.saved_tensors
+        if ctx.use is not None:
+            ctx.use.take([(dy, grad)])
+        read = gathered(grad, ctx.groups.idx)
+        return (
+            torch.bmm(by_block(dy, values), read.transpose(1, 2)),
+            None,
+            None,
+            None,
+            torch.bmm(values, read).flatten(0, 1),
+        )
+
+
+def by_block(y: Tensor, values: Tensor) -> Tensor:
+    """``y [outputs, batch]`` as ``[blocks, group, batch]``."""
+    return y.view(values.shape[0], values.shape[1], y.shape[1])
 
 
 def gathered(x: Tensor, idx: Tensor) -> Tensor:
     """The inputs that each group reads: ``[blocks, k, batch]``."""
-    return x.index_select(0, idx.flatten()).view(*idx.shape, x.shape[1])
+    return x.index_select(0, idx.view(-1)).view(idx.shape[0], idx.shape[1], x.shape[1])
 
 
-def groups_product(values: Tensor, idx: Tensor, x: Tensor) -> Tensor:
-    """The product of a matrix in groups with ``x [inputs, batch]``: ``[outputs, batch]``."""
-    return torch.bmm(values, gathered(x, idx)).flatten(0, 1)
-
-
-def summed_by_input(h: Tensor, idx: Tensor, places: Tensor, offsets: Tensor, inputs: int) -> Tensor:
-    """Rows of ``h [blocks k, batch]`` summed by the input that each belongs to: ``[inputs, batch]``."""
-    if h.dtype is torch.float32 and h.device.type == "cpu" and h.numel() and not torch.is_grad_enabled():
-        return F.embedding_bag(places, h, offsets, mode="sum", include_last_offset=True)
-    return h.new_zeros(inputs, h.shape[1]).index_add(0, idx.flatten(), h)
-
-
-def linear_by_groups(
-    values: Tensor, bias: Tensor | None, pattern: tuple[Tensor, ...], x: Tensor, records: Any
-) -> Tensor:
-    """``x W' + b`` for ``x [batch, inputs]``, W in groups of rows that read the same inputs.
+def linear_by_groups(values: Tensor, bias: Tensor | None, groups: Groups, x: Tensor, use: Use | None = None) -> Tensor:
+    """``x W' + b``, W in groups of rows that read the same inputs.
 
     Args:
         values: Live values ``[blocks, group, k]``.
         bias: The bias ``[outputs]``.
-        pattern: idx, places and offsets of the matrix.
-        x: The batch. Nothing is copied where it is a transposed view.
-        records: A list to which backward appends x and dy, feature-major.
+        groups: The pattern.
+        x: The batch ``[batch, inputs]``. It is not copied where it is a transposed view.
+        use: Where backward records x and dY; None where it does not.
 
     Returns:
-        ``[batch, outputs]``: a transposed view.
+        ``[batch, outputs]``, a transposed view.
     """
-    return GroupsProduct.apply(values, bias, pattern, records, x.t().contiguous()).t()
+    y: Tensor = GroupsProduct.apply(values, bias, groups, use, x.t().contiguous())
+    return y.t()

@@ -148,11 +148,18 @@ def _why_no_calendar(method: Method, saved: SavedRun) -> str:
 
 
 def _why_other_patterns(saved: SavedRun, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    if foreign := [name for name in saved.records if name not in saved.patterns]:
+        return f"it has records of {shown_short(foreign[0])}, and no pattern"
     for name, pattern in saved.patterns.items():
         try:
-            keys, units, group = units_of(pattern, shapes[name])
+            keys, units, _ = units_of(pattern, shapes[name])
         except ValueError as error:
             return f"of the live weights of {name}, {error}"
+        records = [tensor for tensors in saved.records.get(name, ()) for tensor in tensors]
+        if [t.shape[0] for t in records] != [n for _ in records[::2] for n in reversed(shapes[name])]:
+            return (
+                f"its records of {name} are not of a layer with {shapes[name][1]} inputs and {shapes[name][0]} outputs"
+            )
         former = saved.aux.get(f"once_active/{name}")
         if former is not None and (why := why_not_former(former, keys, units)):
             return f"its once_active/{name} {why}"

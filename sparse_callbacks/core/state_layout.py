@@ -1,13 +1,14 @@
 """The layout of a saved run's state: of what type each part is, whatever the model."""
 
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from sparse_callbacks.core.saved_patterns import why_not_pattern
+from sparse_callbacks.core.live_layout import why_not_pattern, why_not_records
 
 Check = Callable[[Any], str]
 """A function that says what is wrong with a value, as the end of a sentence; empty where nothing is."""
@@ -141,12 +142,18 @@ def _averages(value: Any) -> str:
 
 
 def _patterns(value: Any) -> str:
+    return _by_name(value, why_not_pattern, lambda pattern: pattern.values())
+
+
+def _records(value: Any) -> str:
+    return _by_name(value, why_not_records, chain.from_iterable)
+
+
+def _by_name(value: Any, check: Check, tensors: Callable[[Any], Iterable[Tensor]]) -> str:
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
-        return f"is {shown_short(value)} and not patterns by name"
-    for name, pattern in value.items():
-        tensors = pattern.values() if isinstance(pattern, Mapping) else ()
-        damages = [why_not_whole(t) for t in tensors if isinstance(t, Tensor)]
-        if why := next(filter(None, [*damages, why_not_pattern(pattern)]), ""):
+        return f"is {shown_short(value)} and not a mapping by names"
+    for name, kept in value.items():
+        if why := check(kept) or next(filter(None, map(why_not_whole, tensors(kept))), ""):
             return f"has under {shown_short(name)} what {why}"
     return ""
 
@@ -160,6 +167,7 @@ LAYOUT: Mapping[str, Check] = {
     "updates": _count,
     "masks": _tensors(_mask),
     "patterns": _patterns,
+    "records": _records,
     "zeros": _counts_by_name,
     "names": _names_by_part,
     "aux": _tensors(why_not_whole),
@@ -172,8 +180,19 @@ LAYOUT: Mapping[str, Check] = {
 }
 """What each part of a state must be."""
 # version 0.1 saved no inventory, that of the first weeks no dense values; gradients are saved only in a window, awaited
-# layers, averages and patterns where there are any
-_MAY_LACK = ("zeros", "names", "dense", "grads", "dense_grads", "window_open", "awaited", "averages", "patterns")
+# layers, averages, patterns and records where there are any
+_MAY_LACK = (
+    "zeros",
+    "names",
+    "dense",
+    "grads",
+    "dense_grads",
+    "window_open",
+    "awaited",
+    "averages",
+    "patterns",
+    "records",
+)
 
 
 def inventory(state: Mapping[str, Any]) -> dict[str, Any]:

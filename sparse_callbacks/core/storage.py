@@ -62,7 +62,9 @@ def check_storage(method: object, storage: Any, group: Any, rows: Any) -> None:
         )
     refuse_storage(method, storage)
     if not _is_positive(group):
-        raise ValueError(f"group={group!r} is not a number of output rows that read the same inputs. Give for example 64.")
+        raise ValueError(
+            f"group={group!r} is not a number of output rows that read the same inputs. Give for example 64."
+        )
     if not (rows is None or all(map(_is_positive, rows.values() if isinstance(rows, Mapping) else [rows]))):
         raise ValueError(
             f"rows={shown_short(rows)} is not the number of rows that a layer sees in a step. Give the size of the batch "
@@ -71,4 +73,4 @@ def check_storage(method: object, storage: Any, group: Any, rows: Any) -> None:
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value > 0
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0

@@ -1,7 +1,7 @@
 """Which storage each sparse layer of a model gets, and why a layer stays masked that was to have another."""
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -43,9 +43,13 @@ def linear_layers(model: nn.Module) -> dict[str, Layer]:
             in_attention.update(map(id, module.children()))
         if isinstance(module, nn.Linear | SparseLinear):
             weight = module._parameters.get("weight")
-            names.setdefault(id(module if weight is None else weight), []).append(f"{name}.weight" if name else "weight")
+            names.setdefault(id(module if weight is None else weight), []).append(
+                f"{name}.weight" if name else "weight"
+            )
             modules.setdefault(id(module if weight is None else weight), module)
-    for name, parameter in model.named_parameters(remove_duplicate=False):  # of a module of another kind, as an embedding
+    for name, parameter in model.named_parameters(
+        remove_duplicate=False
+    ):  # of a module of another kind, as an embedding
         if id(parameter) in names and name not in names[id(parameter)]:
             names[id(parameter)].append(name)
     return {
@@ -84,13 +88,20 @@ def choices_for(
             note = "" if asked == "masked" else "only linear layers have another storage"
             found[entry.name] = Choice("masked", note)
         elif isinstance(layer.module, SparseLinear):
-            found[entry.name] = Choice(layer.module.storage, live=layer.module.live)
+            found[entry.name] = kept(layer.module)
         else:
             found[entry.name] = _choice(asked, entry, layer, getattr(method, "group", 1), device, strict)
     for name, layer in layers.items():  # their weight is not a parameter of the model
         if asked_for(storage, layer.names) != "masked" and not _is_left_out(method, layer):
             found[name] = Choice("masked", why_not_exchanged(layer), strict)
     return found
+
+
+def planned_choices(method: Any, model: nn.Module, entries: Sequence[Entry]) -> dict[str, Choice]:
+    """`choices_for` a plan: what times have decided for this model already is known."""
+    known = method.attachment.choices_of(model)
+    choices = choices_for(method, model, entries)
+    return {n: replace(c, storage=k.storage, note=k.note) if (k := known.get(n)) else c for n, c in choices.items()}
 
 
 def refuse_choices(storage: Any, choices: Mapping[str, Choice], dense: Container[str] = ()) -> None:
@@ -112,6 +123,11 @@ def refuse_choices(storage: Any, choices: Mapping[str, Choice], dense: Container
             )
 
 
+def kept(layer: SparseLinear, note: str = "") -> Choice:
+    """The choice for a layer that is exchanged already."""
+    return Choice(layer.storage, note, group=layer.group, live=layer.live)
+
+
 def asked_for(storage: str | Mapping[str, str], names: Iterable[str]) -> str:
     """The storage that was asked for a parameter with these names."""
     if isinstance(storage, str):
@@ -120,9 +136,7 @@ def asked_for(storage: str | Mapping[str, str], names: Iterable[str]) -> str:
     return next((value for glob, value in storage.items() if any(fnmatchcase(n, glob) for n in names)), "masked")
 
 
-def _choice(
-    asked: str, entry: Entry, layer: Layer, group: int, device: torch.device | None, strict: bool
-) -> Choice:
+def _choice(asked: str, entry: Entry, layer: Layer, group: int, device: torch.device | None, strict: bool) -> Choice:
     if asked == "masked":
         return Choice("masked")
     weight = layer.module._parameters["weight"]
@@ -133,7 +147,8 @@ def _choice(
         return Choice("masked", why, strict)
     if asked == "grouped":
         rows = entry.full_shape[0]
-        return Choice("masked", f"groups of {group} do not divide its {rows} rows") if rows % group else Choice(asked)
+        why = f"groups of {group} do not divide its {rows} rows" if rows % group else ""
+        return Choice("masked", why) if why else Choice(asked, group=group)
     where = weight.device if device is None or weight.is_meta else device
     if where.type not in ("cpu", "meta"):
         why = f"sparse storage runs on the CPU, and the layer is trained on {where}, where a masked layer is faster"

@@ -54,7 +54,9 @@ class SparseWeights:
         """Exchanged layers by the name of their weight. They hold live values alone, so nothing is masked in them."""
         self._held: dict[str, Tensor] = {}
         self.places_to_come = {
-            name: keys for name, keys in (places or {}).items() if not torch.equal(keys, self.layers_stored[name].keys())
+            name: keys
+            for name, keys in (places or {}).items()
+            if not torch.equal(keys, self.layers_stored[name].keys())
         }
         """Units that are to live in exchanged layers from :meth:`take_places` on, by name."""
         self.last_places: dict[str, int] = {}

@@ -16,7 +16,9 @@ from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.schedules import Schedule, as_schedule
 from sparse_callbacks.core.state_claims import Zeros, as_planned, possible_zeros
 from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.storage import Rows, StorageByLayer, why_no_exchange
 from sparse_callbacks.core.topology import Update
+from sparse_callbacks.methods.unit_updates import grown_units, moved_units
 
 
 class DropAndGrow(StartsSparse):
@@ -43,6 +45,9 @@ class DropAndGrow(StartsSparse):
         initial_mask: InitialMask = "random",
         rescale: Rescale | None = None,
         pattern: str | None = None,
+        storage: StorageByLayer = "masked",
+        group: int = 64,
+        rows: Rows | None = None,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         seed: int = 0,
@@ -53,6 +58,9 @@ class DropAndGrow(StartsSparse):
             initial_mask=initial_mask,
             rescale=rescale,
             pattern=pattern,
+            storage=storage,
+            group=group,
+            rows=rows,
             distribution=distribution,
             include=include,
             exclude=exclude,
@@ -89,13 +97,18 @@ class DropAndGrow(StartsSparse):
 
     def new_masks(self, step: Step) -> Update:
         fraction, new = self.fraction_at(step.number), {}
+        keys, slots = dict[str, Tensor](), dict[str, Tensor]()
 
         # only the parameters of the optimizer that has stepped: several optimizers take their steps at different times
         for name in step.names:
+            if (layer := self.weights.layers_stored.get(name)) is not None:
+                if (moved_there := moved_units(self, step, name, layer, fraction)) is not None:
+                    keys[name], slots[name] = moved_there
+                continue
             scores = self.grow_scores(step, name)
             if scores is not None:  # the parameter took part in this step
                 new[name] = self._moved(step, name, scores, fraction)
-        return Update(new, {"update/drop_fraction": fraction})
+        return Update(new, {"update/drop_fraction": fraction}, keys, slots)
 
     def _moved(self, step: Step, name: str, scores: Tensor, fraction: float) -> Tensor:
         """The mask of a parameter after an update."""
@@ -108,6 +121,14 @@ class DropAndGrow(StartsSparse):
             return moved_mask(mask, weight, grow, fraction, group, self.candidates, chances)
 
         return self.weights.by_layer(name, moved, *tensors)
+
+
+@why_no_exchange.register
+def _(method: DropAndGrow) -> str:
+    kind = next((c for c in type(method).__mro__ if c in grown_units.registry), object)
+    if kind is object or any(getattr(type(method), n) is not getattr(kind, n) for n in ("grow_scores", "new_masks")):
+        return "chooses what to grow by a score of every weight, and an exchanged layer has its live weights alone"
+    return ""
 
 
 @possible_zeros.register

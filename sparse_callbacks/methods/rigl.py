@@ -14,8 +14,10 @@ from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.schedules import Schedule
 from sparse_callbacks.core.shards import size_of
 from sparse_callbacks.core.step import ReplacesSteps, Step
+from sparse_callbacks.core.storage import Rows, StorageByLayer
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
+from sparse_callbacks.methods.unit_updates import grown_units, units_to_move
 
 
 class RigL(ReplacesSteps, DropAndGrow):
@@ -51,7 +53,8 @@ class RigL(ReplacesSteps, DropAndGrow):
         start, stop: first and last time of an update, in the same units.
         drop_fraction: fraction of a layer's active weights that an update replaces; a number falls by a cosine to 0 at
             ``stop``; a schedule or its text (``"constant(0.3)"``) is taken as it is.
-        initial_mask, rescale, pattern: see :class:`~sparse_callbacks.core.initial_masks.StartsSparse`. Under a pattern k is
+        initial_mask, rescale, pattern, storage, group, rows: see
+            :class:`~sparse_callbacks.core.initial_masks.StartsSparse`. Under a pattern k is
             counted in each block of rows, as the columns that leave it: those with the smallest sum of |w| over its rows;
             the columns with the largest sum of |dL/dw| come.
         candidates: candidates for each active weight (under a pattern for each active column), from which those with the
@@ -90,6 +93,9 @@ class RigL(ReplacesSteps, DropAndGrow):
         initial_mask: InitialMask = "random",
         rescale: Rescale | None = None,
         pattern: str | None = None,
+        storage: StorageByLayer = "masked",
+        group: int = 64,
+        rows: Rows | None = None,
         candidates: float | None = None,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
@@ -106,6 +112,9 @@ class RigL(ReplacesSteps, DropAndGrow):
             initial_mask=initial_mask,
             rescale=rescale,
             pattern=pattern,
+            storage=storage,
+            group=group,
+            rows=rows,
             include=include,
             exclude=exclude,
             seed=seed,
@@ -134,11 +143,19 @@ class RigL(ReplacesSteps, DropAndGrow):
     def _counts(self, step: Step) -> list[int]:
         """The number of weights that an update would replace in each layer, or of columns in each block."""
         fraction = self.fraction_at(step.number)
+        masks, exchanged = self.weights.held_masks, self.weights.layers_stored
         # from the planned counts, which are those of the masks: counting the masks would wait for the device
-        return [
+        masked = [
             moved_count(
                 self, self.weights.entries[name], size_of(part) - self.planned_zeros(layer, size_of(part)), fraction
             )
             for name in step.names
-            for layer, (part,) in self.weights.layers(name, self.weights.masks[name])
+            if name in masks
+            for layer, (part,) in self.weights.layers(name, masks[name])
         ]
+        return masked + [units_to_move(exchanged[name], fraction) for name in step.names if name in exchanged]
+
+
+@grown_units.register
+def _(method: RigL, step: Step, name: str, kept: Tensor, count: int) -> Tensor | None:
+    return None if step.gradient(name) is None else step.largest_units(name, kept, count)
