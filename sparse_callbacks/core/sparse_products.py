@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparse_callbacks.core.live_places import Groups, Rows
+from sparse_callbacks.core.place_units import Groups, Rows
 from sparse_callbacks.core.product_records import Use, of_gradient
 
 WIDTH = 128  # columns of a piece of the batch: its rows of 512 bytes stay in the nearest cache
@@ -247,37 +247,36 @@ def linear_by_rows(values: Tensor, bias: Tensor | None, rows: Rows, x: Tensor, u
 
 
 class GroupsProduct(torch.autograd.Function):
-    """``W x + b`` for ``x [inputs, batch]``, W in groups of rows that read the same inputs: ``[outputs, batch]``."""
+    """``W x + b`` for ``x [inputs, batch]``, W in groups of rows that read the same inputs: ``[blocks, group, batch]``."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, bias: Tensor | None, groups: Groups, use: Use | None, x: Tensor) -> Tensor:
         ctx.groups, ctx.use, ctx.inputs = groups, use, x.shape[0]
         ctx.save_for_backward(values, x if ctx.needs_input_grad[0] else None)
-        return plus(torch.bmm(values, gathered(x, groups.idx)).flatten(0, 1), bias)
+        y = torch.bmm(values, gathered(x, groups.idx))
+        return y if bias is None else y.add_(bias.view(values.shape[0], values.shape[1], 1))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         values, x = ctx.saved_tensors
         groups, needs, dy = ctx.groups, ctx.needs_input_grad, grad.contiguous()
         if ctx.use is not None and needs[0]:
-            ctx.use.take([(x, dy)])
+            ctx.use.take([(x, dy.flatten(0, 1))])
         # x is gathered again: to keep it gathered would cost more memory than the values
-        d_values = torch.bmm(by_block(dy, values), gathered(x, groups.idx).transpose(1, 2)) if needs[0] else None
-        d_bias = dy.sum(1) if needs[1] else None
-        d_x = None
-        if needs[4]:
-            d_x = TurnedGroups.apply(values, groups, of_gradient(ctx.use), ctx.inputs, dy)
+        d_values = torch.bmm(dy, gathered(x, groups.idx).transpose(1, 2)) if needs[0] else None
+        d_bias = dy.sum(2).view(-1) if needs[1] else None
+        d_x = TurnedGroups.apply(values, groups, of_gradient(ctx.use), ctx.inputs, dy) if needs[4] else None
         return d_values, d_bias, None, None, d_x
 
 
 class TurnedGroups(torch.autograd.Function):
-    """``W' dY`` for ``dY [outputs, batch]``, W in groups of rows that read the same inputs: ``[inputs, batch]``."""
+    """``W' dY`` for ``dY [blocks, group, batch]``, W in groups of rows that read the same inputs: ``[inputs, batch]``."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, groups: Groups, use: Use | None, inputs: int, dy: Tensor) -> Tensor:
         ctx.groups, ctx.use = groups, use
         ctx.save_for_backward(values, dy)
-        parts = torch.bmm(values.transpose(1, 2), by_block(dy, values)).flatten(0, 1)
+        parts = torch.bmm(values.transpose(1, 2), dy).flatten(0, 1)
         if parts.dtype is torch.float32 and parts.device.type == "cpu" and parts.numel():
             return functional.embedding_bag(groups.places, parts, groups.offsets, mode="sum", include_last_offset=True)
         return parts.new_zeros(inputs, parts.shape[1]).index_add_(0, groups.idx.view(-1), parts)
@@ -286,20 +285,9 @@ class TurnedGroups(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         values, dy = ctx.saved_tensors
         if ctx.use is not None:
-            ctx.use.take([(dy, grad)])
+            ctx.use.take([(dy.flatten(0, 1), grad)])
         read = gathered(grad, ctx.groups.idx)
-        return (
-            torch.bmm(by_block(dy, values), read.transpose(1, 2)),
-            None,
-            None,
-            None,
-            torch.bmm(values, read).flatten(0, 1),
-        )
-
-
-def by_block(y: Tensor, values: Tensor) -> Tensor:
-    """``y [outputs, batch]`` as ``[blocks, group, batch]``."""
-    return y.view(values.shape[0], values.shape[1], y.shape[1])
+        return torch.bmm(dy, read.transpose(1, 2)), None, None, None, torch.bmm(values, read)
 
 
 def gathered(x: Tensor, idx: Tensor) -> Tensor:
@@ -321,4 +309,4 @@ def linear_by_groups(values: Tensor, bias: Tensor | None, groups: Groups, x: Ten
         ``[batch, outputs]``, a transposed view.
     """
     y: Tensor = GroupsProduct.apply(values, bias, groups, use, x.t().contiguous())
-    return y.t()
+    return y.flatten(0, 1).t()
