@@ -24,9 +24,9 @@ LEAST_SPARSITY = 0.5  # below it no product of live weights is faster than the d
 class ForwardPlaces(RowPlaces):
     """Compressed rows alone, without the transposed form, which only gradients read."""
 
-    def set_transposed(self, rows: Tensor) -> None:
-        empty = torch.empty(0, dtype=torch.int32, device=rows.device)
-        self.replace(crow_t=empty, col_t=empty, perm=empty)
+    def set_rows(self, crow: Tensor, col: Tensor, rows: Tensor) -> None:
+        empty = torch.empty(0, dtype=torch.int32, device=col.device)
+        self.replace(crow=crow, col=col, crow_t=empty, col_t=empty, perm=empty)
 
 
 class InferenceLinear(SparseLinear):

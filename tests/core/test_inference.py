@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 from collections.abc import Callable
 from io import BytesIO
 from typing import Any
@@ -90,7 +91,7 @@ def test_the_kernel_of_a_batch_is_the_one_that_was_faster_at_its_size(timed: Any
     assert used == [1, 15]
 
 
-@pytest.mark.parametrize(("times", "crossing"), [((1.0, 2.0), 1), ((2.0, 1.0), 10**9)])
+@pytest.mark.parametrize(("times", "crossing"), [((1.0, 2.0), 1), ((2.0, 1.0), sys.maxsize)])
 def test_one_kernel_may_be_faster_for_all_sizes(times: tuple[float, float], crossing: int, timed: Any) -> None:
     timed(
         lambda name, rows: dict(zip(("InferenceLinear", "compressed_product", "Linear"), (*times, 9.0), strict=True))[
@@ -98,7 +99,7 @@ def test_one_kernel_may_be_faster_for_all_sizes(times: tuple[float, float], cros
         ]
     )
     made = to_inference(net()[0])
-    assert made.crossing == crossing or made.crossing > crossing
+    assert made.crossing == crossing
 
 
 def test_layers_of_one_kind_are_timed_once(timed: Any) -> None:
@@ -131,8 +132,7 @@ def test_dense_layers_with_many_zeros_become_sparse_where_that_is_faster(timed: 
     module, x = masked(24, 32, 6), torch.randn(5, 24)
     module.append(nn.Linear(6, 6))  # without zeros
     made = to_inference(module)
-    assert [type(layer) for layer in made[::2]] == [InferenceLinear, InferenceLinear, nn.ReLU][:2]
-    assert type(made[3]) is nn.Linear
+    assert [type(layer) for layer in made] == [InferenceLinear, nn.ReLU, InferenceLinear, nn.Linear]
     assert made[0].live == int(module[0].weight.count_nonzero())
     torch.testing.assert_close(made(x), module(x), atol=1e-5, rtol=0)
     made[0](x).view(-1)  # as contiguous as the dense layer's outputs
@@ -162,7 +162,8 @@ def test_the_module_stays_as_it_is_and_nothing_global_moves(timed: Any) -> None:
     module(torch.randn(3, 24)).sum().backward()
     state, random_state = copy.deepcopy(module.state_dict()), torch.get_rng_state()
     made = to_inference(module)
-    assert module.training and all(p.requires_grad and p.grad is not None for p in module.parameters())
+    assert module.training
+    assert all(p.requires_grad and p.grad is not None for p in module.parameters())
     assert not any(p.requires_grad or p.grad is not None for p in made.parameters())
     assert not any(m.training for m in made.modules())
     assert all(torch.equal(state[name], value) for name, value in module.state_dict().items())
@@ -216,7 +217,7 @@ def test_gradients_are_refused_and_train_mode_does_no_harm(timed: Any) -> None:
     with torch.no_grad():
         made(x)
     made[2].values.requires_grad_()
-    with pytest.raises(ValueError, match="^2 was made by to_inference"):
+    with pytest.raises(ValueError, match=r"^2 was made by to_inference"):
         made(x.detach())
 
 

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from support.sparse_layers import GROUP, STORAGES, called, mask_of, twins
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_callbacks import SparseLinear
 from sparse_callbacks.core import sparse_products
-from support.sparse_layers import GROUP, STORAGES, called, mask_of, twins
 
 SHAPES = [(10,), (1, 10), (5, 10), (3, 7, 10), (2, 2, 3, 10), (0, 10), (2, 0, 10), (9, 10)]
 
