@@ -385,7 +385,6 @@ class Engine:
 
     def begin_weights(self) -> None:
         """Training begins: :meth:`write` the masks, and make the weights of a new run larger where the method rescales."""
-        self.method.weights.take_places()
         self.write()
         if self._begins_anew:
             rescale_fresh(self.method)
