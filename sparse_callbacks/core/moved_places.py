@@ -4,12 +4,10 @@ A unit is one input column of a row, or of a block of rows that read the same in
 column``, and keys are always ascending. Results are those of masked storage (`core.ops`), ties and NaN included.
 """
 
-import sys
-
 import torch
 from torch import Tensor
 
-from sparse_callbacks.core.ops import keep_largest
+from sparse_callbacks.core.quick_places import counts_below, largest_places, true_places
 
 BELOW_ZERO, NEVER = -1.0, -2.0  # what stands among magnitudes for NaN, and for what cannot be chosen
 SHORT = 2**15  # numbers that int16 holds: the fewer bits, the faster their sort
@@ -27,7 +25,7 @@ def kept_units(magnitudes: Tensor, count: int, per_block: int | None = None) -> 
         ValueError: `count` is negative or exceeds the units.
     """
     if per_block is None:
-        return true_places(keep_largest(magnitudes, magnitudes.numel() - count))
+        return largest_places(magnitudes, magnitudes.numel() - count)
     ranked = magnitudes.view(-1, per_block).nan_to_num(BELOW_ZERO, torch.inf)
     return true_places(largest_in_rows(ranked, per_block - count))
 
@@ -63,7 +61,7 @@ def merged(keys: Tensor, kept: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
         new: ascending keys that come, none of which stays.
     """
     # only what comes is searched for; what stays is counted
-    before = torch.searchsorted(keys, new)
+    before = counts_below(keys, new)
     stays = torch.zeros(keys.numel() + 1, dtype=torch.int32, device=keys.device)
     stays[1:].index_fill_(0, kept, 1)
     places = stays.cumsum_(0).index_select(0, before) + torch.arange(new.numel(), device=keys.device)
@@ -120,11 +118,3 @@ def transposed(rows: Tensor, col: Tensor, inputs: int) -> tuple[Tensor, Tensor, 
     ordered, perm = col.to(short).sort(stable=True)
     crow_t = torch.searchsorted(ordered, torch.arange(inputs + 1, dtype=short, device=col.device), out_int32=True)
     return crow_t, rows.index_select(0, perm), perm.to(torch.int32)
-
-
-def true_places(mask: Tensor) -> Tensor:
-    """The row-major places of a mask's True, ascending."""
-    # five times as fast as torch where somebody has imported it: this package does not need numpy
-    if mask.device.type == "cpu" and (numpy := sys.modules.get("numpy")) is not None:
-        return torch.from_numpy(numpy.flatnonzero(mask.numpy()))
-    return mask.reshape(-1).nonzero().squeeze(1)

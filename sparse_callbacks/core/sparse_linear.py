@@ -2,19 +2,18 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.core.live_places import GroupPlaces, LivePlaces, RowPlaces, keys_of_mask
-from sparse_callbacks.core.moved_places import true_places
-from sparse_callbacks.core.pattern_draws import drawn_keys
+from sparse_callbacks.core.live_places import GroupPlaces, LivePlaces, RowPlaces, Storage, keys_of_mask, places_of
+from sparse_callbacks.core.pattern_draws import fan_in_columns
 from sparse_callbacks.core.product_records import CallRecords, Use
+from sparse_callbacks.core.quick_places import true_places
 from sparse_callbacks.core.sparse_products import linear_by_groups, linear_by_rows
 from sparse_callbacks.core.sparse_state import values_for_weight, written
 
-Storage = Literal["sparse", "grouped"]
 LARGEST_DENSE = 2**31  # entries of a layer that may be made dense
 
 
@@ -89,7 +88,7 @@ class SparseLinear(nn.Module):
         weight = linear.weight
         if mask.shape != weight.shape:
             raise ValueError(f"the mask has shape {tuple(mask.shape)} and the weight {tuple(weight.shape)}")
-        keys = keys_of_mask(mask.to(torch.bool), checked_group(storage, group, weight.shape[0]))
+        keys = keys_of_mask(mask.to(torch.bool), 1 if storage == "sparse" else group)
         places = places_of(storage, weight.shape[0], weight.shape[1], group, keys)
         if weight.device.type != "meta":
             places.to(weight.device)
@@ -140,9 +139,8 @@ class SparseLinear(nn.Module):
         """
         if not 0 <= fan_in <= in_features:
             raise ValueError(f"fan_in={fan_in} of {in_features} inputs: give a number from 0 to {in_features}")
-        blocks = out_features // checked_group(storage, group, out_features)
-        keys = drawn_keys(blocks, in_features, fan_in, generator)
-        places = places_of(storage, out_features, in_features, group, keys)
+        places = places_of(storage, out_features, in_features, group, torch.empty(0, dtype=torch.int64, device="cpu"))
+        places.set_columns(fan_in_columns(places.blocks, in_features, fan_in, generator))
         where = torch.device(device) if device is not None else torch.get_default_device()
         values = torch.empty(places.values_shape, dtype=dtype, device=where)
         offset = torch.empty(out_features, dtype=dtype, device=where) if bias else None
@@ -374,26 +372,6 @@ class SparseLinear(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, *args)
         finally:
             handle.remove()
-
-
-def places_of(storage: Storage, outputs: int, inputs: int, group: int, keys: Tensor) -> LivePlaces:
-    """The pattern of these keys."""
-    return RowPlaces(outputs, inputs, keys) if storage == "sparse" else GroupPlaces(outputs, inputs, group, keys)
-
-
-def checked_group(storage: str, group: int, outputs: int) -> int:
-    """The number of rows in a block.
-
-    Raises:
-        ValueError: The storage is unknown, or ``group`` does not divide the rows.
-    """
-    if storage not in ("sparse", "grouped"):
-        raise ValueError(f"storage={storage!r}: give 'sparse' or 'grouped'")
-    if storage == "sparse":
-        return 1
-    if group < 1 or outputs % group:
-        raise ValueError(f"groups of {group} do not divide {outputs} rows: give another group, or storage='sparse'")
-    return group
 
 
 def refuse_device(storage: str, device: torch.device) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparse_callbacks.core.live_places import Groups, Rows
+from sparse_callbacks.core.place_units import Groups, Rows
 from sparse_callbacks.core.product_records import Use, of_gradient
 
 WIDTH = 128  # columns of a piece of the batch: its rows of 512 bytes stay in the nearest cache
