@@ -2,10 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from sparse_callbacks.core.largest import widened
+from sparse_callbacks.core.moved_places import compressed, transposed
 
 LARGEST_INT32 = 2**31 - 1
 
@@ -89,8 +93,8 @@ class LivePlaces(ABC):
         """
 
     @abstractmethod
-    def per_unit(self, values: Tensor) -> Tensor:
-        """Values as ``[group, units]`` or ``[units]``, summed over the rows of each unit: ``[units]``."""
+    def sums(self, values: Tensor) -> Tensor:
+        """Values summed over the rows of each unit, ``[units]``, as numbers of at least 32 bits."""
 
     @abstractmethod
     def of_units(self, units: Tensor) -> Tensor:
@@ -98,17 +102,24 @@ class LivePlaces(ABC):
 
     @abstractmethod
     def by_unit(self, values: Tensor) -> Tensor:
-        """Values as ``[units, group]``."""
+        """Values as ``[units]``, or ``[units, group]``: a row for each unit."""
 
     @abstractmethod
     def from_units(self, values: Tensor) -> Tensor:
-        """Values ``[units, group]`` in their own shape."""
+        """Values by unit in their own shape."""
 
-    def taken(self, values: Tensor, slots: Tensor) -> Tensor:
-        """Values of other units, in a shape for as many as there are ``slots``: 0 where the slot is -1."""
-        if not values.numel():
-            return values.new_zeros(slots.numel(), self.group)
-        return self.by_unit(values)[slots.clamp(min=0)].masked_fill_((slots < 0)[:, None], 0)
+    def taken(self, values: Tensor, slots: Tensor, born: Tensor) -> Tensor:
+        """Values of other units, in a shape for as many as there are ``slots``.
+
+        Args:
+            values: values of the units that live now.
+            slots: the slot that each unit has now; any, where it is born.
+            born: places of the slots whose units are born: they get 0.
+        """
+        now = self.by_unit(values)
+        if not len(now):
+            return now.new_zeros(slots.numel(), *now.shape[1:])
+        return now.index_select(0, slots).index_fill_(0, born, 0)
 
     @abstractmethod
     def dense(self, values: Tensor) -> Tensor:
@@ -132,7 +143,7 @@ class LivePlaces(ABC):
     def share_memory(self) -> None:
         """Put the pattern into memory that processes share."""
         for _, tensor in self.tensors():
-            tensor.share_memory_()
+            tensor.share_memory_()  # type: ignore[no-untyped-call]
 
     def replace(self, **tensors: Tensor) -> None:
         """Take these tensors for the pattern: in place where the shapes are those that are there."""
@@ -196,15 +207,9 @@ class RowPlaces(LivePlaces):
         return torch.repeat_interleave(rows, self.crow.diff()).mul_(self.inputs).add_(self.col)
 
     def set_keys(self, keys: Tensor) -> None:
-        rows = torch.div(keys, max(1, self.inputs), rounding_mode="floor")
-        col = (keys - rows * self.inputs).to(torch.int32)
-        self.replace(crow=counted(rows, self.outputs), col=col)
-        self.set_transposed(rows)
-
-    def set_transposed(self, rows: Tensor) -> None:
-        """Make the transposed pattern anew from the rows and columns of the live places."""
-        perm = torch.argsort(self.col, stable=True)
-        self.replace(crow_t=counted(self.col, self.inputs), col_t=rows[perm].to(torch.int32), perm=perm.to(torch.int32))
+        crow, col, rows = compressed(keys, self.outputs, self.inputs)
+        crow_t, col_t, perm = transposed(rows, col, self.inputs)
+        self.replace(crow=crow, col=col, crow_t=crow_t, col_t=col_t, perm=perm)
 
     def saved(self) -> dict[str, Tensor]:
         return {"crow": self.crow, "col": self.col}
@@ -222,14 +227,14 @@ class RowPlaces(LivePlaces):
         keys = torch.repeat_interleave(torch.arange(self.outputs, device=col.device), lengths) * self.inputs + col
         return checked(keys, col, self.inputs)
 
-    def per_unit(self, values: Tensor) -> Tensor:
-        return values.flatten()
+    def sums(self, values: Tensor) -> Tensor:
+        return values.flatten().to(widened(values.dtype))
 
     def of_units(self, units: Tensor) -> Tensor:
         return units.view(1, -1)
 
     def by_unit(self, values: Tensor) -> Tensor:
-        return values.view(-1, 1)
+        return values.view(-1)
 
     def from_units(self, values: Tensor) -> Tensor:
         return values.view(1, -1)
@@ -293,8 +298,9 @@ class GroupPlaces(LivePlaces):
         keys = idx + torch.arange(self.blocks, device=idx.device)[:, None] * self.inputs
         return checked(keys.flatten(), idx.flatten(), self.inputs)
 
-    def per_unit(self, values: Tensor) -> Tensor:
-        return values.sum(1).flatten()
+    def sums(self, values: Tensor) -> Tensor:
+        # row is added to row in their order, so that a unit has the same sum bit by bit whatever lies beside it
+        return reduce(torch.add, values.to(widened(values.dtype)).unbind(1)).flatten()
 
     def of_units(self, units: Tensor) -> Tensor:
         return units.view(self.blocks, 1, -1).expand(self.values_shape).contiguous()

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.core.live_places import GroupPlaces, LivePlaces, RowPlaces, keys_of_mask
+from sparse_callbacks.core.moved_places import true_places
 from sparse_callbacks.core.pattern_draws import drawn_keys
+from sparse_callbacks.core.product_records import CallRecords, Use
 from sparse_callbacks.core.sparse_products import linear_by_groups, linear_by_rows
-from sparse_callbacks.core.sparse_state import loaded, written
+from sparse_callbacks.core.sparse_state import values_for_weight, written
 
 Storage = Literal["sparse", "grouped"]
 LARGEST_DENSE = 2**31  # entries of a layer that may be made dense
@@ -144,16 +146,25 @@ class SparseLinear(nn.Module):
         where = torch.device(device) if device is not None else torch.get_default_device()
         values = torch.empty(places.values_shape, dtype=dtype, device=where)
         offset = torch.empty(out_features, dtype=dtype, device=where) if bias else None
+        layer = cls(places, values, offset, feature_major=feature_major)
         if where.type != "meta":
             places.to(where)
-            bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
-            for tensor in (values, offset):
-                if tensor is not None:
-                    drawn = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").uniform_(
-                        -bound, bound, generator=generator
-                    )
-                    tensor.copy_(drawn)
-        return cls(places, values, offset, feature_major=feature_major)
+            layer.reset_parameters(generator)
+        return layer
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw values and bias anew, uniform in plus or minus ``1 / sqrt(fan_in)``, and leave the pattern.
+
+        Args:
+            generator: The random generator, on the CPU; torch's own where it is None.
+        """
+        fan_in = self.live / max(1, self.out_features)  # where rows read different numbers of inputs, their mean
+        bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
+        for tensor in (self.values, self.bias):
+            if tensor is not None:
+                drawn = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                tensor.copy_(drawn.uniform_(-bound, bound, generator=generator))
 
     @property
     def values(self) -> nn.Parameter:
@@ -166,8 +177,12 @@ class SparseLinear(nn.Module):
         """Hold another Parameter of live values, in the shape that the pattern asks for."""
         refuse_device(self.storage, values.device)
         self._parameters["weight"] = values
-        if not values.is_meta:
-            self.places.to(values.device)
+        self.let_pattern_follow()
+
+    @property
+    def called(self) -> str:
+        """The layer in a message."""
+        return self.name or "a SparseLinear"
 
     @property
     def is_too_large(self) -> bool:
@@ -178,12 +193,12 @@ class SparseLinear(nn.Module):
         """Refuse what needs the dense matrix of a layer that is too large for one."""
         if self.is_too_large:
             raise ValueError(
-                f"{self.name or 'a SparseLinear'} has {self.out_features} x {self.in_features} entries, too many for a dense "
+                f"{self.called} has {self.out_features} x {self.in_features} entries, too many for a dense "
                 f"matrix: {what} cannot be made. Use values, keys() and the compact state_dict"
             )
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         """The dense matrix ``[out_features, in_features]``, a copy; differentiable by the live values."""
         if "weight" not in self.__dict__.get("_parameters", {}):
             raise AttributeError("weight")
@@ -217,33 +232,39 @@ class SparseLinear(nn.Module):
         return self.places.keys()
 
     def unit_magnitudes(self) -> Tensor:
-        """Of each live unit the sum of its rows' absolute values, in the order of `keys`."""
-        return self.places.per_unit(self.values.detach().abs())
+        """Of each live unit the sum of its rows' absolute values, in the order of `keys` and at least in float32."""
+        return self.places.sums(self.values.detach().abs())
 
     def forward(self, x: Tensor) -> Tensor:
         """``x W' + b`` for ``x [..., in_features]``."""
         if x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"{self.name or 'a SparseLinear'} has {self.in_features} inputs and was given {tuple(x.shape)}"
-            )
-        if self.records is not None and torch.compiler.is_compiling():
-            return uncompiled(self, x)
+            raise ValueError(f"{self.called} has {self.in_features} inputs and was given {tuple(x.shape)}")
+        return self.product(x) if self.records is None else self.uncompiled_product(x)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def uncompiled_product(self, x: Tensor) -> Tensor:
+        """The product outside of compiled graphs: lists that grow are not for them."""
         return self.product(x)
 
     def product(self, x: Tensor) -> Tensor:
         """What `forward` returns."""
-        values, bias, places = self.values, self.bias, self.places
-        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
-        if isinstance(places, RowPlaces):
-            y = linear_by_rows(values, bias, places.rows, rows.to(values.dtype), self.records)
+        values: Tensor = self.values
+        bias: Tensor | None = self.bias
+        rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), self.in_features)
+        use = None
+        if self.records is not None:
+            use = Use(CallRecords(self.records))
+            values = use.call.tapped(values)
+        if isinstance(self.places, RowPlaces):
+            y = linear_by_rows(values, bias, self.places.rows, rows.to(values.dtype), use)
         else:
-            assert isinstance(places, GroupPlaces)
+            assert isinstance(self.places, GroupPlaces)
             kind = x.device.type
             if torch.is_autocast_enabled(kind):
                 # bmm within a Function is not autocast's business
                 dtype = torch.get_autocast_dtype(kind)
                 values, rows, bias = values.to(dtype), rows.to(dtype), None if bias is None else bias.to(dtype)
-            y = linear_by_groups(values, bias, places.groups, rows, self.records)
+            y = linear_by_groups(values, bias, self.places.groups, rows, use)
         if not self.feature_major:
             y = y.contiguous()
         return y if x.dim() == 2 else y.reshape(*x.shape[:-1], self.out_features)
@@ -262,14 +283,14 @@ class SparseLinear(nn.Module):
         """
         places = self.places
         if keys.shape != (places.units,):
-            raise ValueError(
-                f"{self.name or 'a SparseLinear'} has {places.units} live units and was given {keys.numel()} keys"
-            )
+            raise ValueError(f"{self.called} has {places.units} live units and was given {keys.numel()} keys")
         slots = places.slots_of(keys) if slots is None else slots
+        born = slots < 0
+        source, new = slots.clamp(min=0), true_places(born)
         for tensor in (self.values, *tensors):
-            tensor.copy_(places.from_units(places.taken(tensor, slots)))
+            tensor.copy_(places.from_units(places.taken(tensor, source, new)))
         places.set_keys(keys)
-        return places.of_units(slots < 0)
+        return places.of_units(born)
 
     @torch.no_grad()
     def set_places(self, keys: Tensor, values: Tensor | None = None) -> None:
@@ -280,7 +301,8 @@ class SparseLinear(nn.Module):
             values: The values there; those that are live now are kept and others are 0 where it is None.
         """
         if values is None:
-            by_unit = self.places.taken(self.values, self.places.slots_of(keys))
+            slots = self.places.slots_of(keys)
+            by_unit = self.places.taken(self.values, slots.clamp(min=0), true_places(slots < 0))
             self.places.set_keys(keys)
             values = self.places.from_units(by_unit)
         else:
@@ -311,44 +333,47 @@ class SparseLinear(nn.Module):
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("weight", "values"):
+        if name not in ("weight", "values"):
+            super().__setattr__(name, value)
+        elif isinstance(value, nn.Parameter) and value.shape == self.places.values_shape:
+            self.register_values(value)  # so does load_state_dict(assign=True) set them
+        else:
             raise AttributeError(
-                f"{self.name or 'a SparseLinear'}: {name} cannot be set, as pruned weights do not exist. Write into its live "
-                "values, layer.values.data.copy_(...), or set another pattern with set_places(keys, values)"
+                f"{self.called}: {name} cannot be set, as pruned weights do not exist. Write into its live values, "
+                "layer.values.data.copy_(...), or set another pattern with set_places(keys, values)"
             )
-        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in ("weight", "values"):
+            raise AttributeError(f"{self.called}: {name} cannot be deleted, and a SparseLinear cannot be parametrized")
+        super().__delattr__(name)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SparseLinear":
         refuse_device(self.storage, fn(torch.empty(0, dtype=self.values.dtype, device=self.values.device)).device)
-        super()._apply(fn, recurse)
-        # the pattern follows the values, but stays real where they are on the meta device: `to_empty` keeps it
-        values = self.values
-        if not values.is_meta:
-            self.places.to(values.device)
-            if values.is_shared():
-                self.places.share_memory()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.let_pattern_follow()
         return self
 
+    def let_pattern_follow(self) -> None:
+        """Move the pattern to where the values are. It stays real where they are on the meta device: `to_empty` keeps it."""
+        values = self.values
+        if values.is_meta:
+            return
+        self.places.to(values.device)
+        if values.is_shared():  # type: ignore[no-untyped-call]
+            self.places.share_memory()
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         written(self, destination, prefix, keep_vars)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        found = loaded(self, state_dict, prefix, local_metadata.get("assign_to_params_buffers", False), error_msgs)
-        super()._load_from_state_dict(  # type: ignore[no-untyped-call]
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if found and f"{prefix}weight" in missing_keys:
-            missing_keys.remove(f"{prefix}weight")
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # registered last: it sees what the user's own hooks have made of the state
+        handle = self.register_load_state_dict_pre_hook(values_for_weight)  # type: ignore[no-untyped-call]
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        finally:
+            handle.remove()
 
 
 def places_of(storage: Storage, outputs: int, inputs: int, group: int, keys: Tensor) -> LivePlaces:
@@ -383,9 +408,3 @@ def refuse_device(storage: str, device: torch.device) -> None:
 def as_parameter(tensor: Tensor) -> nn.Parameter:
     """The tensor as a Parameter, itself where it is one."""
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
-
-
-@torch.compiler.disable
-def uncompiled(layer: SparseLinear, x: Tensor) -> Tensor:
-    """The layer outside of a compiled graph: lists that grow are not for compiled code."""
-    return layer.product(x)

@@ -6,7 +6,8 @@ Functions return fresh tensors and views are made outside of them: torch refuses
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparse_callbacks.core.live_places import Groups, Rows
+from sparse_callbacks.core.product_records import Use, of_gradient
 
 WIDTH = 128  # columns of a piece of the batch: its rows of 512 bytes stay in the nearest cache
 ENTRIES = 2**20  # that the sampled product without MKL makes at a time
-Records = list[tuple[Tensor, Tensor]] | None
 
 
 @functools.cache
@@ -67,110 +68,165 @@ def add_sampled(crow: Tensor, col: Tensor, dy: Tensor, x: Tensor, into: Tensor) 
 
 
 @torch.library.custom_op("sparse_callbacks::sampled", mutates_args=())
-def sampled(crow: Tensor, col: Tensor, dy: Tensor, x: Tensor) -> Tensor:
+def sampled_in_graph(crow: Tensor, col: Tensor, dy: Tensor, x: Tensor) -> Tensor:
     """The entries of ``dy x'`` at the live places, as one operation for compiled graphs; it costs too much elsewhere."""
     into = torch.zeros(col.numel(), dtype=dy.dtype, device=dy.device)
     add_sampled(crow, col, dy.contiguous(), x.contiguous(), into)
     return into
 
 
-@sampled.register_fake
+@sampled_in_graph.register_fake
 def _(crow: Tensor, col: Tensor, dy: Tensor, x: Tensor) -> Tensor:
     return dy.new_empty(col.shape)
 
 
-def feature_major_pieces(batch: Tensor) -> tuple[Tensor, ...]:
-    """``[batch, features]`` as contiguous ``[features, up to WIDTH]``; a narrow transposed view is not copied."""
-    if batch.shape[0] <= WIDTH or torch.compiler.is_compiling():
-        return (batch.t().contiguous(),)
-    return tuple(piece.t().contiguous() for piece in batch.split(WIDTH))
-
-
-def products(values: Tensor, bias: Tensor | None, rows: Rows, pieces: Sequence[Tensor]) -> Tensor:
-    """``W x + b``: ``[outputs, batch]`` of one piece, ``[batch, outputs]`` of several."""
-    flat = values.view(-1)
-    column = None if bias is None else bias.view(-1, 1)
-    if len(pieces) == 1:
-        y = rows_product(rows.crow, rows.col, flat, pieces[0])
-        return y if column is None else y.add_(column)
-    y = values.new_empty(sum(piece.shape[1] for piece in pieces), rows.crow.numel() - 1)
-    for part, piece in zip(y.split(WIDTH), pieces, strict=True):
-        product = rows_product(rows.crow, rows.col, flat, piece)
-        part.copy_((product if column is None else product.add_(column)).t())
-    return y
-
-
 class RowsProduct(torch.autograd.Function):
-    """`products` of a batch in pieces, W in compressed rows."""
+    """``W x + b`` for ``x [inputs, batch]``, W in compressed rows: ``[outputs, batch]``."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, bias: Tensor | None, rows: Rows, records: Records, *pieces: Tensor) -> Tensor:
-        ctx.rows, ctx.records, ctx.count = rows, records, len(pieces)
-        kept = pieces if ctx.needs_input_grad[0] or records is not None else ()
-        ctx.save_for_backward(values, *kept)
-        return products(values, bias, rows, pieces)
+    def forward(ctx: Any, values: Tensor, bias: Tensor | None, rows: Rows, use: Use | None, x: Tensor) -> Tensor:
+        ctx.rows, ctx.use = rows, use
+        ctx.save_for_backward(values, x if ctx.needs_input_grad[0] else None)
+        return plus(rows_product(rows.crow, rows.col, values.view(-1), x), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        values, *pieces = ctx.saved_tensors
-        rows, needs = ctx.rows, ctx.needs_input_grad
-        dys = (grad.contiguous(),) if ctx.count == 1 else feature_major_pieces(grad)
-        if ctx.records is not None:
-            ctx.records.extend((x.detach(), dy.detach()) for x, dy in zip(pieces, dys, strict=True))
-        d_values = d_bias = None
-        d_pieces: Any = (None,) * ctx.count
-        if needs[1]:
-            d_bias = grad.sum(1 if ctx.count == 1 else 0)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # gradients of these gradients are asked for
+        values, x = ctx.saved_tensors
+        rows, needs, dy = ctx.rows, ctx.needs_input_grad, grad.contiguous()
+        if ctx.use is not None and needs[0]:
+            ctx.use.take([(x, dy)])
+        d_bias = dy.sum(1) if needs[1] else None
+        d_values = d_x = None
+        if asks_for_graph():
             if needs[0]:
-                d_values = SampledProduct.apply(rows, *pieces, *dys)
-            if any(needs[4:]):
-                turned, back = values.index_select(1, rows.perm), rows.transposed()
-                d_pieces = [RowsProduct.apply(turned, None, back, None, dy) for dy in dys]
-            return d_values, d_bias, None, None, *d_pieces
+                d_values = SampledProduct.apply(rows, x, dy)
+            if needs[4]:
+                d_x = turned_product(values, rows, ctx.use, dy)
+            return d_values, d_bias, None, None, d_x
+        if needs[4]:
+            d_x = rows_product(rows.crow_t, rows.col_t, values.view(-1).index_select(0, rows.perm), dy)
         if needs[0]:
-            d_values = sampled_sum(rows, pieces, dys).view(1, -1)
-        if any(needs[4:]):
-            turned = values.view(-1).index_select(0, rows.perm)
-            d_pieces = [rows_product(rows.crow_t, rows.col_t, turned, dy) for dy in dys]
-        return d_values, d_bias, None, None, *d_pieces
-
-
-def sampled_sum(rows: Rows, xs: Sequence[Tensor], dys: Sequence[Tensor]) -> Tensor:
-    """Entries of ``dY x'`` at the live places, summed over the pieces of a batch: ``[live]``."""
-    if torch.compiler.is_compiling():
-        return sampled(rows.crow, rows.col, dys[0], xs[0])
-    into = torch.zeros(rows.col.numel(), dtype=xs[0].dtype, device=xs[0].device)
-    for x, dy in zip(xs, dys, strict=True):
-        add_sampled(rows.crow, rows.col, dy, x, into)
-    return into
+            d_values = sampled(rows, x, dy)
+        return d_values, d_bias, None, None, d_x
 
 
 class SampledProduct(torch.autograd.Function):
-    """`sampled_sum` with gradients, of pieces of x and then as many of dY: ``[1, live]``."""
+    """Entries of ``dY x'`` at the live places, ``[1, live]``."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Rows, *pieces: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Rows, x: Tensor, dy: Tensor) -> Tensor:
         ctx.rows = rows
-        ctx.save_for_backward(*pieces)
-        half = len(pieces) // 2
-        return sampled_sum(rows, pieces[:half], pieces[half:]).view(1, -1)
+        ctx.save_for_backward(x, dy)
+        return sampled(rows, x, dy)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        half = len(ctx.saved_tensors) // 2
-        xs, dys = ctx.saved_tensors[:half], ctx.saved_tensors[half:]
-        d_xs: Any = (None,) * half
-        d_dys: Any = (None,) * half
-        if any(ctx.needs_input_grad[1 : 1 + half]):
-            turned, back = grad.index_select(1, ctx.rows.perm), ctx.rows.transposed()
-            d_xs = [RowsProduct.apply(turned, None, back, None, dy) for dy in dys]
-        if any(ctx.needs_input_grad[1 + half :]):
-            d_dys = [RowsProduct.apply(grad.contiguous(), None, ctx.rows, None, x) for x in xs]
-        return None, *d_xs, *d_dys
+        x, dy = ctx.saved_tensors
+        d_x = turned_product(grad, ctx.rows, None, dy) if ctx.needs_input_grad[1] else None
+        d_dy = RowsProduct.apply(grad.contiguous(), None, ctx.rows, None, x) if ctx.needs_input_grad[2] else None
+        return None, d_x, d_dy
 
 
-def linear_by_rows(values: Tensor, bias: Tensor | None, rows: Rows, x: Tensor, records: Records) -> Tensor:
+class WideProduct(torch.autograd.Function):
+    """``x W' + b`` for ``x [batch, inputs]`` of many rows, W in compressed rows: ``[batch, outputs]``.
+
+    Pieces of `WIDTH` rows are turned feature-major one after another in the same memory: to fill fresh memory costs as much
+    as to turn them. So they are turned again in backward, and x itself is kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, bias: Tensor | None, rows: Rows, use: Use | None, x: Tensor) -> Tensor:
+        ctx.rows, ctx.use = rows, use
+        ctx.save_for_backward(values, x if ctx.needs_input_grad[0] else None)
+        y = x.new_empty(x.shape[0], rows.crow.numel() - 1)
+        for part, piece in zip(torch.split(y, WIDTH), feature_major(x), strict=True):
+            part.copy_(plus(rows_product(rows.crow, rows.col, values.view(-1), piece), bias).t())
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        values, x = ctx.saved_tensors
+        rows, needs = ctx.rows, ctx.needs_input_grad
+        use = ctx.use if needs[0] else None
+        if asks_for_graph():
+            return gradients_with_graph(rows, needs, use, values, x, grad)
+        d_values = values.new_zeros(1, values.shape[1]) if needs[0] else None
+        d_bias = values.new_zeros(grad.shape[1]) if needs[1] else None
+        d_x = grad.new_empty(grad.shape[0], rows.crow_t.numel() - 1) if needs[4] else None
+        turned = values.view(-1).index_select(0, rows.perm) if needs[4] else None
+        xs = feature_major(x, keep=use is not None) if needs[0] else None
+        pairs = []
+        for start, dy in zip(count(0, WIDTH), feature_major(grad, keep=use is not None), strict=False):
+            if d_bias is not None:
+                d_bias += dy.sum(1)
+            if d_x is not None and turned is not None:
+                d_x[start : start + WIDTH] = rows_product(rows.crow_t, rows.col_t, turned, dy).t()
+            if d_values is not None and xs is not None:
+                pairs.append((next(xs), dy))
+                add_sampled(rows.crow, rows.col, dy, pairs[-1][0], d_values.view(-1))
+        if use is not None:
+            use.take(pairs)
+        return d_values, d_bias, None, None, d_x
+
+
+def turned_product(values: Tensor, rows: Rows, use: Use | None, dy: Tensor) -> Tensor:
+    """``W' dY``, differentiable: a product with the transposed matrix, whose rows are the columns of W."""
+    d_x: Tensor = RowsProduct.apply(values.index_select(1, rows.perm), None, rows.transposed(), of_gradient(use), dy)
+    return d_x
+
+
+def plus(y: Tensor, bias: Tensor | None) -> Tensor:
+    """``y [outputs, batch]`` with the bias added in place."""
+    return y if bias is None else y.add_(bias.view(-1, 1))
+
+
+def asks_for_graph() -> bool:
+    """Whether a backward pass is to be differentiated itself."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def sampled(rows: Rows, x: Tensor, dy: Tensor) -> Tensor:
+    """The entries of ``dy x'`` at the live places, ``[1, live]``."""
+    if torch.compiler.is_compiling():
+        entries: Tensor = sampled_in_graph(rows.crow, rows.col, dy, x)
+        return entries.view(1, -1)
+    into = dy.new_zeros(1, rows.col.numel())
+    add_sampled(rows.crow, rows.col, dy, x, into.view(-1))
+    return into
+
+
+def feature_major(batch: Tensor, keep: bool = False) -> Iterator[Tensor]:
+    """Pieces of a batch ``[batch, features]``, one after another, each ``[features, up to WIDTH]`` and contiguous.
+
+    Args:
+        batch: The batch.
+        keep: Whether each piece has memory of its own. Otherwise it is overwritten by the next.
+    """
+    memory = None
+    for part in torch.split(batch, WIDTH):
+        memory = batch.new_empty(batch.shape[1] * WIDTH) if memory is None or keep else memory
+        yield memory[: part.numel()].view(part.shape[1], part.shape[0]).copy_(part.t())
+
+
+def gradients_with_graph(
+    rows: Rows, needs: Sequence[bool], use: Use | None, values: Tensor, x: Tensor, grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients of `WideProduct`, by operations that have gradients themselves."""
+    d_values = d_x = None
+    dys = [dy.t().contiguous() for dy in torch.split(grad, WIDTH)]
+    if needs[0]:
+        xs = [part.t().contiguous() for part in torch.split(x, WIDTH)]
+        if use is not None:
+            use.take(list(zip(xs, dys, strict=True)))
+        d_values = torch.cat([SampledProduct.apply(rows, *pair) for pair in zip(xs, dys, strict=True)]).sum(
+            0, keepdim=True
+        )
+    if needs[4]:
+        d_x = torch.cat([turned_product(values, rows, use, dy).t() for dy in dys])
+    return d_values, grad.sum(0) if needs[1] else None, None, None, d_x
+
+
+def linear_by_rows(values: Tensor, bias: Tensor | None, rows: Rows, x: Tensor, use: Use | None = None) -> Tensor:
     """``x W' + b``, W in compressed rows.
 
     Args:
@@ -178,43 +234,72 @@ def linear_by_rows(values: Tensor, bias: Tensor | None, rows: Rows, x: Tensor, r
         bias: The bias ``[outputs]``.
         rows: The pattern.
         x: The batch ``[batch, inputs]``. It is not copied where it is a transposed view of at most `WIDTH` rows.
-        records: A list to which backward appends pieces of x and dY, feature-major.
+        use: Where backward records x and dY; None where it does not.
 
     Returns:
         ``[batch, outputs]``: a transposed view up to `WIDTH` rows.
     """
-    pieces = feature_major_pieces(x)
-    y = RowsProduct.apply(values, bias, rows, records, *pieces)
-    return y.t() if len(pieces) == 1 else y
+    if x.shape[0] > WIDTH and not torch.compiler.is_compiling():
+        wide: Tensor = WideProduct.apply(values, bias, rows, use, x)
+        return wide
+    y: Tensor = RowsProduct.apply(values, bias, rows, use, x.t().contiguous())
+    return y.t()
 
 
 class GroupsProduct(torch.autograd.Function):
-    """``W x + b`` for ``x [inputs, batch]``, W in groups of rows that read the same inputs."""
+    """``W x + b`` for ``x [inputs, batch]``, W in groups of rows that read the same inputs: ``[outputs, batch]``."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, bias: Tensor | None, groups: Groups, records: Records, x: Tensor) -> Tensor:
-        ctx.groups, ctx.records = groups, records
-        ctx.inputs = x.shape[0]
-        ctx.save_for_backward(values, x if ctx.needs_input_grad[0] or records is not None else None)
-        y = torch.bmm(values, gathered(x, groups.idx)).flatten(0, 1)
-        return y if bias is None else y.add_(bias.view(-1, 1))
+    def forward(ctx: Any, values: Tensor, bias: Tensor | None, groups: Groups, use: Use | None, x: Tensor) -> Tensor:
+        ctx.groups, ctx.use, ctx.inputs = groups, use, x.shape[0]
+        ctx.save_for_backward(values, x if ctx.needs_input_grad[0] else None)
+        return plus(torch.bmm(values, gathered(x, groups.idx)).flatten(0, 1), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         values, x = ctx.saved_tensors
-        grad = grad.contiguous()
-        if ctx.records is not None:
-            ctx.records.append((x.detach(), grad.detach()))
-        dy = grad.view(values.shape[0], values.shape[1], grad.shape[1])
-        d_values = d_bias = d_x = None
-        if ctx.needs_input_grad[0]:
-            # gathered again: to keep it would cost more memory than the values
-            d_values = torch.bmm(dy, gathered(x, ctx.groups.idx).transpose(1, 2))
-        if ctx.needs_input_grad[1]:
-            d_bias = grad.sum(1)
-        if ctx.needs_input_grad[4]:
-            d_x = summed_by_input(torch.bmm(values.transpose(1, 2), dy).flatten(0, 1), ctx.groups, ctx.inputs)
+        groups, needs, dy = ctx.groups, ctx.needs_input_grad, grad.contiguous()
+        if ctx.use is not None and needs[0]:
+            ctx.use.take([(x, dy)])
+        # x is gathered again: to keep it gathered would cost more memory than the values
+        d_values = torch.bmm(by_block(dy, values), gathered(x, groups.idx).transpose(1, 2)) if needs[0] else None
+        d_bias = dy.sum(1) if needs[1] else None
+        d_x = None
+        if needs[4]:
+            d_x = TurnedGroups.apply(values, groups, of_gradient(ctx.use), ctx.inputs, dy)
         return d_values, d_bias, None, None, d_x
+
+
+class TurnedGroups(torch.autograd.Function):
+    """``W' dY`` for ``dY [outputs, batch]``, W in groups of rows that read the same inputs: ``[inputs, batch]``."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, groups: Groups, use: Use | None, inputs: int, dy: Tensor) -> Tensor:
+        ctx.groups, ctx.use = groups, use
+        ctx.save_for_backward(values, dy)
+        parts = torch.bmm(values.transpose(1, 2), by_block(dy, values)).flatten(0, 1)
+        if parts.dtype is torch.float32 and parts.device.type == "cpu" and parts.numel():
+            return functional.embedding_bag(groups.places, parts, groups.offsets, mode="sum", include_last_offset=True)
+        return parts.new_zeros(inputs, parts.shape[1]).index_add_(0, groups.idx.view(-1), parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        values, dy = ctx.saved_tensors
+        if ctx.use is not None:
+            ctx.use.take([(dy, grad)])
+        read = gathered(grad, ctx.groups.idx)
+        return (
+            torch.bmm(by_block(dy, values), read.transpose(1, 2)),
+            None,
+            None,
+            None,
+            torch.bmm(values, read).flatten(0, 1),
+        )
+
+
+def by_block(y: Tensor, values: Tensor) -> Tensor:
+    """``y [outputs, batch]`` as ``[blocks, group, batch]``."""
+    return y.view(values.shape[0], values.shape[1], y.shape[1])
 
 
 def gathered(x: Tensor, idx: Tensor) -> Tensor:
@@ -222,15 +307,7 @@ def gathered(x: Tensor, idx: Tensor) -> Tensor:
     return x.index_select(0, idx.view(-1)).view(idx.shape[0], idx.shape[1], x.shape[1])
 
 
-def summed_by_input(h: Tensor, groups: Groups, inputs: int) -> Tensor:
-    """Rows of ``h [blocks k, batch]`` summed by the input that each belongs to: ``[inputs, batch]``."""
-    fast = h.dtype is torch.float32 and h.device.type == "cpu" and h.numel() > 0
-    if fast and not (torch.is_grad_enabled() and h.requires_grad):
-        return functional.embedding_bag(groups.places, h, groups.offsets, mode="sum", include_last_offset=True)
-    return h.new_zeros(inputs, h.shape[1]).index_add(0, groups.idx.view(-1), h)
-
-
-def linear_by_groups(values: Tensor, bias: Tensor | None, groups: Groups, x: Tensor, records: Records) -> Tensor:
+def linear_by_groups(values: Tensor, bias: Tensor | None, groups: Groups, x: Tensor, use: Use | None = None) -> Tensor:
     """``x W' + b``, W in groups of rows that read the same inputs.
 
     Args:
@@ -238,9 +315,10 @@ def linear_by_groups(values: Tensor, bias: Tensor | None, groups: Groups, x: Ten
         bias: The bias ``[outputs]``.
         groups: The pattern.
         x: The batch ``[batch, inputs]``. It is not copied where it is a transposed view.
-        records: A list to which backward appends x and dY, feature-major.
+        use: Where backward records x and dY; None where it does not.
 
     Returns:
         ``[batch, outputs]``, a transposed view.
     """
-    return GroupsProduct.apply(values, bias, groups, records, x.t().contiguous()).t()
+    y: Tensor = GroupsProduct.apply(values, bias, groups, use, x.t().contiguous())
+    return y.t()

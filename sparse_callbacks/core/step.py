@@ -7,6 +7,7 @@ from torch.optim import Optimizer
 
 from sparse_callbacks.core.calendar import Calendar
 from sparse_callbacks.core.gradients import DenseGradients
+from sparse_callbacks.core.live_growth import largest_in_layer
 from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.progress import Progress
 from sparse_callbacks.core.weights import SparseWeights
@@ -128,6 +129,17 @@ class Step:
                 "needs of it."
             )
         return self._gradients.of(name, self.optimizer, self.tick)
+
+    def largest_units(self, name: str, kept: Tensor, count: int) -> Tensor:
+        """Keys of the units of an exchanged layer with the largest gradient, ascending; see
+        :func:`~sparse_callbacks.core.live_growth.largest_in_layer`.
+
+        Args:
+            name: the name of the layer's weight.
+            kept: ascending keys of the units that are not to be among them.
+            count: how many; of a grouped layer in each block of rows.
+        """
+        return largest_in_layer(self._weights.layers_stored[name], kept, count)
 
     def mask_gradients(self) -> None:
         """Zero the gradients of pruned weights, unless nobody reads them before the step: then masking the weights

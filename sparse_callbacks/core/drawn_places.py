@@ -1,0 +1,141 @@
+"""Units of a sparse layer drawn at random: the same as masked storage draws, or by rejection where that is too large."""
+
+import functools
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from sparse_callbacks.core.moved_places import NEVER, largest_in_rows, places_without, true_places
+from sparse_callbacks.core.ops import keep_largest
+
+LARGEST_SAME = 2**26  # units up to which the draw is that of masked storage
+BITS = 53  # of a random float64: it is an integer of so many bits, over 2^53
+CACHED = 2**16  # numbers of a piece: they fit a core's cache
+BLOCKS = 2**22  # numbers that are drawn at a time for blocks that choose by themselves
+
+
+def drawn_units(
+    shape: tuple[int, int], kept: Tensor, count: int, source: torch.Generator, per_block: bool = False
+) -> Tensor:
+    """Ascending keys of `count` uniformly drawn units outside of those that are kept.
+
+    Up to `LARGEST_SAME` units the places are those that masked storage draws from the same generator.
+
+    Args:
+        shape: the number of blocks (rows, where each is its own block) and of inputs.
+        kept: ascending keys of the units that stay; as many of each block with ``per_block``.
+        count: the number of units; of each block with ``per_block``.
+        source: the generator of the random numbers.
+        per_block: whether each block gets its own `count` units.
+
+    Raises:
+        ValueError: `count` is negative or exceeds the units that are free.
+    """
+    size = math.prod(shape)
+    blocks, inputs = shape if per_block else (1, size)
+    free = inputs - kept.numel() // max(1, blocks)
+    if not 0 <= count <= free:
+        raise ValueError(f"count={count} units cannot be drawn: {free} are free. Give 0 to {free}.")
+    if not count or not blocks:
+        return kept.new_empty(0)
+    # drawn on the CPU, so that the numbers are the same wherever the layer is
+    if size > LARGEST_SAME:
+        drawn = rejected(blocks, inputs, kept.cpu(), count, source)
+    elif per_block:
+        drawn = largest_of_blocks(blocks, inputs, kept.cpu(), count, source)
+    else:
+        drawn = largest_of_all(size, kept.cpu(), count, source)
+    return drawn.to(kept.device)
+
+
+def largest_of_all(size: int, kept: Tensor, count: int, source: torch.Generator) -> Tensor:
+    """Ascending places of the `count` largest of ``size`` random numbers, without those that are kept.
+
+    Only numbers from a bound on are held, which is almost certainly below the least of them.
+    """
+    state, spread = source.get_state(), 8.0
+    while True:
+        # the numbers above the bound are expected to be more than enough by eight standard deviations
+        share = (count + spread * math.sqrt(count) + spread**2) / (size - kept.numel())
+        places, numbers = numbers_from(max(0, math.floor((1 - share) * 2**BITS)), size, kept, source)
+        if len(places) >= count:
+            return places[true_places(keep_largest(numbers.to(torch.float64), count))]
+        spread *= 4
+        source.set_state(state)
+
+
+def numbers_from(bound: int, size: int, kept: Tensor, source: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Places and values of the numbers from ``bound`` on among ``size`` that are drawn, without those that are kept."""
+    places, values = [], []
+    ends = torch.searchsorted(kept, torch.arange(0, size + CACHED, CACHED)).tolist()
+    reached = torch.empty(min(size, CACHED), dtype=torch.bool)
+    for piece, numbers in enumerate(random_numbers(size, source)):
+        start = piece * CACHED
+        numbers.index_fill_(0, kept[ends[piece] : ends[piece + 1]] - start, -1)
+        found = true_places(torch.ge(numbers, bound, out=reached[: len(numbers)]))
+        values.append(numbers.index_select(0, found))
+        places.append(found.add_(start))
+    return torch.cat(places), torch.cat(values)
+
+
+def random_numbers(size: int, source: torch.Generator) -> Iterator[Tensor]:
+    """The numbers of ``torch.rand(size, dtype=float64)`` times 2^53, in pieces; each is there until the next one."""
+    buffer = torch.empty(min(size, CACHED), dtype=torch.int64)
+    for start in range(0, size, CACHED):
+        numbers = buffer[: min(CACHED, size - start)]
+        if integers_are_same():
+            yield numbers.random_(generator=source).bitwise_and_(2**BITS - 1)
+        else:
+            yield numbers.copy_(torch.rand(len(numbers), dtype=torch.float64, generator=source).mul_(2**BITS))
+
+
+@functools.cache
+def integers_are_same() -> bool:
+    """Whether random integers have the bits of random floats in this torch; they are faster by a quarter."""
+    floats = torch.rand(64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    integers = torch.empty(64, dtype=torch.int64).random_(generator=torch.Generator().manual_seed(0))
+    return torch.equal(integers.bitwise_and_(2**BITS - 1), floats.mul_(2**BITS).to(torch.int64))
+
+
+def largest_of_blocks(blocks: int, inputs: int, kept: Tensor, count: int, source: torch.Generator) -> Tensor:
+    """Ascending keys: of each block the places of its `count` largest random numbers, without those that are kept."""
+    step = max(1, BLOCKS // inputs)
+    columns = kept.view(blocks, -1) - torch.arange(blocks)[:, None] * inputs
+    drawn = []
+    for start in range(0, blocks, step):
+        numbers = torch.rand(min(step, blocks - start), inputs, dtype=torch.float64, generator=source)
+        numbers.scatter_(1, columns[start : start + step], NEVER)
+        drawn.append(true_places(largest_in_rows(numbers, count)).add_(start * inputs))
+    return torch.cat(drawn)
+
+
+def rejected(blocks: int, inputs: int, kept: Tensor, count: int, source: torch.Generator) -> Tensor:
+    """Ascending keys of `count` free units in each block, in memory of the live units alone.
+
+    Free units are numbered, and numbers are drawn until so many differ: every choice is equally likely.
+
+    Args:
+        blocks: the number of blocks, which keep as many units each.
+        inputs: the number of units of a block.
+        kept: ascending keys of the units that stay.
+        count: the number of units drawn in each block.
+        source: the generator of the random numbers.
+    """
+    free = inputs - kept.numel() // blocks
+    # where most are chosen it is quicker to draw those that are not
+    few = min(count, free - count)
+    numbers = kept.new_empty(0)
+    lack = torch.full((blocks,), few)
+    # never more than are lacking, so that none has to be taken back
+    while lacking := int(lack.sum()):
+        begins = torch.repeat_interleave(torch.arange(0, blocks * free, free), lack)
+        some = torch.randint(free, (lacking,), generator=source).add_(begins)
+        numbers = torch.unique(torch.cat([numbers, some]))
+        lack = few - torch.searchsorted(numbers, torch.arange(0, (blocks + 1) * free, free)).diff()
+    if few < count:
+        numbers = places_without(numbers, blocks * free)
+    # the n-th free unit is behind as many kept ones as have at most n free units before them
+    before = kept - torch.arange(kept.numel())
+    return numbers + torch.searchsorted(before, numbers, right=True)

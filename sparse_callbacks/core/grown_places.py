@@ -1,0 +1,203 @@
+"""Units of a sparse layer with the largest gradients, found in row blocks of the dense gradient or among candidates."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from sparse_callbacks.core.drawn_places import drawn_units
+from sparse_callbacks.core.moved_places import BELOW_ZERO, NEVER, largest_in_rows, true_places
+from sparse_callbacks.core.ops import keep_largest
+from sparse_callbacks.core.sparse_products import add_sampled
+
+CACHED = 2**18  # entries of a row block of the dense gradient that stay in a core's cache
+ENTRIES = 2**22  # of one that is summed over processes: fewer and larger messages
+
+Records = Sequence[tuple[Tensor, Tensor]]
+Reduce = Callable[[Tensor], Tensor]
+
+
+def largest_units(
+    records: Records,
+    shape: tuple[int, int],
+    group: int,
+    kept: Tensor,
+    count: int,
+    *,
+    dtype: torch.dtype,
+    per_block: bool = False,
+    reduce: Reduce | None = None,
+) -> Tensor:
+    """Ascending keys of the `count` units with the largest dense gradient outside of those that are kept.
+
+    The gradient is made in row blocks and never as a whole. That of a unit is the sum of its rows' magnitudes.
+
+    Args:
+        records: inputs ``[inputs, width]`` and output gradients ``[outputs, width]`` of the layer's backward passes.
+        shape: the number of outputs and of inputs.
+        group: the number of rows in a block.
+        kept: ascending keys of the units that stay; as many of each block with ``per_block``.
+        count: the number of units; of each block with ``per_block``.
+        dtype: the type of the gradient.
+        per_block: whether each block gets its own `count` units.
+        reduce: sums a row block of the gradient over processes, and is called as often in each; None for one process.
+
+    Raises:
+        ValueError: `count` is negative or exceeds the units that are free.
+    """
+    blocks, inputs = shape[0] // group, shape[1]
+    free = (inputs if per_block else blocks * inputs) - kept.numel() // (max(1, blocks) if per_block else 1)
+    if not 0 <= count <= free:
+        raise ValueError(f"count={count} units cannot grow: {free} are free. Give 0 to {free}.")
+    if not count:
+        return kept.new_empty(0)
+    best = BestOfBlocks(count) if per_block else Best(count)
+    rows = max(1, (CACHED if reduce is None else ENTRIES) // max(1, group * inputs))
+    ends = torch.searchsorted(kept, torch.arange(0, blocks + rows, rows, device=kept.device) * inputs).tolist()
+    buffer = torch.empty(min(rows, blocks) * group, inputs, dtype=dtype, device=kept.device)
+    for number, start in enumerate(range(0, blocks, rows)):
+        stop = min(start + rows, blocks)
+        gradient = buffer[: (stop - start) * group]
+        scores = row_block(records, slice(start * group, stop * group), gradient, reduce).abs_()
+        if group > 1:
+            scores = scores.view(stop - start, group, inputs).sum(1)
+        best.add(scores, kept[ends[number] : ends[number + 1]] - start * inputs, start * inputs)
+    return best.keys()
+
+
+def row_block(records: Records, rows: slice, into: Tensor, reduce: Reduce | None) -> Tensor:
+    """Some rows of the dense gradient."""
+    into.zero_()
+    for x, dy in records:
+        if dy.dtype is into.dtype:
+            into.addmm_(dy[rows], x.t())
+        else:
+            into.add_(dy[rows] @ x.t())
+    return into if reduce is None else reduce(into)
+
+
+class Best:
+    """The units with the largest scores so far, held in memory of about twice their number.
+
+    Args:
+        count: the number of units.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count, self.least, self.held = count, BELOW_ZERO, 0
+        self.found: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, scores: Tensor, kept: Tensor, first: int) -> None:
+        """Look at further units, whose keys follow those of the last.
+
+        Args:
+            scores: not negative; written to.
+            kept: places in the scores that cannot grow.
+            first: the key of the first score.
+        """
+        flat = scores.view(-1)
+        if self.held < self.count:
+            # while there are too few, everything is better than nothing, NaN too
+            free = torch.ones(flat.shape, dtype=torch.bool, device=flat.device).index_fill_(0, kept, False)
+        else:
+            # an equal score further on loses; NaN is above nothing
+            free = flat.index_fill_(0, kept, BELOW_ZERO) > self.least
+        places = true_places(free)
+        self.found.append((places + first, flat.index_select(0, places)))
+        self.held += places.numel()
+        if self.held > 2 * self.count or (self.least < 0 and self.held >= self.count):
+            self.shrink()
+
+    def shrink(self) -> None:
+        """Leave all but the largest."""
+        keys, scores = (torch.cat(parts) for parts in zip(*self.found, strict=True))
+        largest = true_places(keep_largest(scores, min(self.count, len(scores))))
+        keys, scores = keys.index_select(0, largest), scores.index_select(0, largest)
+        self.found, self.held = [(keys, scores)], len(keys)
+        if self.held == self.count:
+            self.least = float(scores.nan_to_num(BELOW_ZERO, torch.inf).min())
+
+    def keys(self) -> Tensor:
+        """Their ascending keys."""
+        self.shrink()
+        return self.found[0][0]
+
+
+class BestOfBlocks:
+    """The same for blocks that choose by themselves.
+
+    Args:
+        count: the number of units of each block.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.found: list[Tensor] = []
+
+    def add(self, scores: Tensor, kept: Tensor, first: int) -> None:
+        """Look at whole blocks; as in `Best`."""
+        ranked = scores.nan_to_num_(BELOW_ZERO, torch.inf)
+        ranked.view(-1).index_fill_(0, kept, NEVER)
+        self.found.append(true_places(largest_in_rows(ranked, self.count)).add_(first))
+
+    def keys(self) -> Tensor:
+        """Their ascending keys."""
+        return torch.cat(self.found)
+
+
+def candidate_units(
+    records: Records,
+    shape: tuple[int, int],
+    group: int,
+    kept: Tensor,
+    count: int,
+    candidates: int,
+    source: torch.Generator,
+    *,
+    dtype: torch.dtype,
+    per_block: bool = False,
+    reduce: Reduce | None = None,
+) -> Tensor:
+    """Ascending keys of the `count` units with the largest gradient among randomly drawn ones.
+
+    Args:
+        records, shape, group, kept, count, dtype, per_block, reduce: as in `largest_units`.
+        candidates: the number of units that are drawn outside of those that stay; of each block with ``per_block``.
+        source: the generator of the draw.
+
+    Raises:
+        ValueError: `count` exceeds the candidates, or `candidates` the units that are free.
+    """
+    blocks, inputs = shape[0] // group, shape[1]
+    drawn = drawn_units((blocks, inputs), kept, candidates, source, per_block)
+    if not per_block:
+        gradient = gradient_of_keys(records, drawn, shape, dtype)
+        gradient = gradient if reduce is None else reduce(gradient)
+        return drawn[true_places(keep_largest(gradient, count))]
+    columns = drawn.view(blocks, -1) - torch.arange(blocks, device=drawn.device)[:, None] * inputs
+    gradients = gradient_of_columns(records, columns, group, dtype)
+    gradients = gradients if reduce is None else reduce(gradients)
+    ranked = gradients.abs_().sum(1).nan_to_num_(BELOW_ZERO, torch.inf)
+    return drawn[true_places(largest_in_rows(ranked, count))]
+
+
+def gradient_of_keys(records: Records, keys: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The gradient at ascending keys of single weights."""
+    outputs, inputs = shape
+    crow = torch.searchsorted(keys, torch.arange(outputs + 1, device=keys.device) * inputs)
+    rows = torch.repeat_interleave(torch.arange(outputs, device=keys.device), crow.diff())
+    col = (keys - rows * inputs).to(torch.int32)
+    total = torch.zeros(keys.numel(), dtype=dtype, device=keys.device)
+    for x, dy in records:
+        add_sampled(crow.to(torch.int32), col, dy.to(dtype), x.to(dtype), total)
+    return total
+
+
+def gradient_of_columns(records: Records, columns: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    """The gradient of each block of rows at columns of its own: ``[blocks, group, columns]``."""
+    blocks, chosen = columns.shape
+    total = torch.zeros(blocks, group, chosen, dtype=dtype, device=columns.device)
+    for x, dy in records:
+        inputs = x.index_select(0, columns.flatten()).view(blocks, chosen, -1)
+        total += torch.bmm(dy.view(blocks, group, -1), inputs.transpose(1, 2))
+    return total
