@@ -1,4 +1,4 @@
-"""The first live places of a layer that is exchanged: those of the mask that masked storage would begin with."""
+"""The first live places of an exchanged layer, which are those of the mask that it would have."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -106,7 +106,7 @@ class StartsSparse(Method):
         **options: Any,
     ) -> None:
         super().__init__(DEFAULT_SPARSITY if sparsity is None else sparsity, **options)
-        check_storage(self, storage, group, rows)
+        check_storage(self, storage, group, rows, pattern)
         self.storage = dict(storage) if isinstance(storage, Mapping) else storage
         self.group, self.rows = group, dict(rows) if isinstance(rows, Mapping) else rows
         if not isinstance(initial_mask, str | Path | Mapping) or not initial_mask:
