@@ -1,4 +1,4 @@
-"""One update of the mask of a layer: small weights leave and others come, chosen from all or from candidates."""
+"""One update of a layer's mask: small weights leave, and others come, from all or from candidates."""
 
 import math
 from numbers import Real
@@ -41,7 +41,7 @@ def checked_candidates(candidates: float | None) -> float | None:
             f"candidates={candidates!r} is not a number above 0: it is how many candidates for growth are drawn for each "
             "active weight. Give for example 2.0, or None to let all positions compete."
         )
-    return candidates
+    return None if candidates is None else float(candidates)
 
 
 def candidate_count(candidates: float, active: int, moved: int, free: int) -> int:
@@ -130,5 +130,6 @@ def _moved_columns(
     if candidates is not None and chances is not None:
         many = candidate_count(candidates, active, moved, inputs - active + moved)
         among = largest_in_rows(chances, many, among)
-    scores = grow if grow.shape == columns.shape else column_sums(grow, group)
+    # in groups of one row the scores of positions are those of columns, but for their sign
+    scores = column_sums(grow, group) if len(grow) == len(mask) else grow
     return as_mask(kept | largest_in_rows(scores, moved, among), group)

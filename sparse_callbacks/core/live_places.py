@@ -1,165 +1,24 @@
 """Patterns of truly sparse layers: which places of a weight matrix are live, in the forms that its products read."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import NamedTuple
+from functools import reduce
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from sparse_callbacks.core.largest import widened
+from sparse_callbacks.core.moved_places import by_column, fill_columns, fill_rows
+from sparse_callbacks.core.place_units import Groups, LivePlaces, Rows, checked
+
+__all__ = ["GroupPlaces", "LivePlaces", "RowPlaces", "Storage", "keys_of_mask", "places_of"]
+
+Storage = Literal["sparse", "grouped"]
 LARGEST_INT32 = 2**31 - 1
-
-
-class Rows(NamedTuple):
-    """A pattern in compressed rows, and the same of the transposed matrix, whose values are ``values[perm]``."""
-
-    crow: Tensor
-    col: Tensor
-    crow_t: Tensor
-    col_t: Tensor
-    perm: Tensor
-
-    def transposed(self) -> "Rows":
-        """The pattern of the transposed matrix."""
-        places = torch.arange(self.perm.numel(), dtype=self.perm.dtype, device=self.perm.device)
-        return Rows(
-            self.crow_t, self.col_t, self.crow, self.col, torch.empty_like(places).scatter_(0, self.perm.long(), places)
-        )
-
-
-class Groups(NamedTuple):
-    """The inputs ``idx [blocks, k]`` of each group of rows; and the same sorted by input: ``places`` of ``idx`` and, in them,
-    ``offsets [inputs + 1]``."""
-
-    idx: Tensor
-    places: Tensor
-    offsets: Tensor
-
-
-class LivePlaces(ABC):
-    """The live places of a weight ``[outputs, inputs]``, in units.
-
-    A unit is one input column of one block of ``group`` rows. Its key is ``block * inputs + column``, and keys are always
-    ascending. Products read plain tensors, which `move_to` rewrites where they are: captured graphs, compiled code and
-    shared memory see the new pattern.
-    """
-
-    group: int
-
-    def __init__(self, outputs: int, inputs: int) -> None:
-        self.outputs, self.inputs = outputs, inputs
-
-    @property
-    def blocks(self) -> int:
-        return self.outputs // self.group
-
-    @property
-    @abstractmethod
-    def units(self) -> int:
-        """The number of live units."""
-
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """Where the pattern is."""
-
-    @property
-    @abstractmethod
-    def values_shape(self) -> tuple[int, ...]:
-        """The shape of the live values."""
-
-    @abstractmethod
-    def keys(self) -> Tensor:
-        """Ascending int64 keys ``[units]``."""
-
-    @abstractmethod
-    def set_keys(self, keys: Tensor) -> None:
-        """Take another pattern; in place where it has as many units."""
-
-    @abstractmethod
-    def saved(self) -> dict[str, Tensor]:
-        """The tensors from which `from_saved` makes the pattern again."""
-
-    @abstractmethod
-    def keys_of_saved(self, saved: dict[str, Tensor]) -> Tensor:
-        """The keys of a saved pattern.
-
-        Raises:
-            ValueError: It is not a pattern of this layer.
-        """
-
-    @abstractmethod
-    def per_unit(self, values: Tensor) -> Tensor:
-        """Values as ``[group, units]`` or ``[units]``, summed over the rows of each unit: ``[units]``."""
-
-    @abstractmethod
-    def of_units(self, units: Tensor) -> Tensor:
-        """What each unit has, ``[units]``, in the shape of the values."""
-
-    @abstractmethod
-    def by_unit(self, values: Tensor) -> Tensor:
-        """Values as ``[units, group]``."""
-
-    @abstractmethod
-    def from_units(self, values: Tensor) -> Tensor:
-        """Values ``[units, group]`` in their own shape."""
-
-    def taken(self, values: Tensor, slots: Tensor) -> Tensor:
-        """Values of other units, in a shape for as many as there are ``slots``: 0 where the slot is -1."""
-        if not values.numel():
-            return values.new_zeros(slots.numel(), self.group)
-        return self.by_unit(values)[slots.clamp(min=0)].masked_fill_((slots < 0)[:, None], 0)
-
-    @abstractmethod
-    def dense(self, values: Tensor) -> Tensor:
-        """The matrix ``[outputs, inputs]``, differentiable by the values."""
-
-    @abstractmethod
-    def read(self, matrix: Tensor) -> Tensor:
-        """The entries of a matrix ``[outputs, inputs]`` at the live places, in the shape of the values."""
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors of the pattern."""
-        for name, tensor in vars(self).items():
-            if isinstance(tensor, Tensor):
-                yield name, tensor
-
-    def to(self, device: torch.device) -> None:
-        """Move the pattern to a device."""
-        for name, tensor in list(self.tensors()):
-            setattr(self, name, tensor.to(device))
-
-    def share_memory(self) -> None:
-        """Put the pattern into memory that processes share."""
-        for _, tensor in self.tensors():
-            tensor.share_memory_()
-
-    def replace(self, **tensors: Tensor) -> None:
-        """Take these tensors for the pattern: in place where the shapes are those that are there."""
-        for name, tensor in tensors.items():
-            old = getattr(self, name, None)
-            if old is not None and old.shape == tensor.shape:
-                old.copy_(tensor)
-            else:
-                setattr(self, name, tensor)
-
-    def slots_of(self, keys: Tensor) -> Tensor:
-        """The slots that units have now, -1 where they are not live.
-
-        Args:
-            keys: The ascending keys of the units.
-        """
-        old = self.keys()
-        if not old.numel():
-            return torch.full_like(keys, -1)
-        slots = torch.searchsorted(old, keys).clamp_(max=old.numel() - 1)
-        return slots.masked_fill_(old[slots] != keys, -1)
 
 
 class RowPlaces(LivePlaces):
     """Any places: the rows in compressed form (CSR), and the columns too, for the product with the transposed matrix."""
 
-    group = 1
     crow: Tensor
     col: Tensor
     crow_t: Tensor
@@ -167,12 +26,31 @@ class RowPlaces(LivePlaces):
     perm: Tensor
 
     def __init__(self, outputs: int, inputs: int, keys: Tensor) -> None:
-        super().__init__(outputs, inputs)
-        if keys.numel() > LARGEST_INT32:
-            raise ValueError(
-                f"a layer may have {LARGEST_INT32} live weights at most, and this one would have {keys.numel()}"
-            )
+        super().__init__(outputs, inputs, 1)
         self.set_keys(keys)
+
+    def set_columns(self, columns: Tensor) -> None:
+        crow = torch.arange(self.outputs + 1, dtype=torch.int32, device=columns.device) * columns.shape[1]
+        rows = torch.arange(self.outputs, dtype=torch.int32, device=columns.device)
+        self.set_rows(crow, columns.reshape(-1), rows.repeat_interleave(columns.shape[1]))
+
+    def set_rows(self, crow: Tensor, col: Tensor, rows: Tensor) -> None:
+        """Take the pattern of these compressed rows.
+
+        Args:
+            crow: Where each row begins, int32.
+            col: The column of each live place, int32.
+            rows: Its row, int32.
+
+        Raises:
+            ValueError: There are more places than int32 numbers.
+        """
+        if col.numel() > LARGEST_INT32:
+            raise ValueError(f"a layer may have {LARGEST_INT32} live weights, and this one would have {col.numel()}")
+        self.replace(crow=crow, col=col)
+        crow_t = self.room("crow_t", (self.inputs + 1,), col)
+        col_t, perm = (self.room(name, col.shape, col) for name in ("col_t", "perm"))
+        fill_columns(rows, col, crow_t, col_t, perm)
 
     @property
     def units(self) -> int:
@@ -196,15 +74,8 @@ class RowPlaces(LivePlaces):
         return torch.repeat_interleave(rows, self.crow.diff()).mul_(self.inputs).add_(self.col)
 
     def set_keys(self, keys: Tensor) -> None:
-        rows = torch.div(keys, max(1, self.inputs), rounding_mode="floor")
-        col = (keys - rows * self.inputs).to(torch.int32)
-        self.replace(crow=counted(rows, self.outputs), col=col)
-        self.set_transposed(rows)
-
-    def set_transposed(self, rows: Tensor) -> None:
-        """Make the transposed pattern anew from the rows and columns of the live places."""
-        perm = torch.argsort(self.col, stable=True)
-        self.replace(crow_t=counted(self.col, self.inputs), col_t=rows[perm].to(torch.int32), perm=perm.to(torch.int32))
+        crow, col = self.room("crow", (self.outputs + 1,), keys), self.room("col", keys.shape, keys)
+        self.set_rows(crow, col, fill_rows(keys, self.inputs, crow, col))
 
     def saved(self) -> dict[str, Tensor]:
         return {"crow": self.crow, "col": self.col}
@@ -222,14 +93,14 @@ class RowPlaces(LivePlaces):
         keys = torch.repeat_interleave(torch.arange(self.outputs, device=col.device), lengths) * self.inputs + col
         return checked(keys, col, self.inputs)
 
-    def per_unit(self, values: Tensor) -> Tensor:
-        return values.flatten()
+    def sums(self, values: Tensor) -> Tensor:
+        return values.flatten().to(widened(values.dtype))
 
     def of_units(self, units: Tensor) -> Tensor:
         return units.view(1, -1)
 
     def by_unit(self, values: Tensor) -> Tensor:
-        return values.view(-1, 1)
+        return values.view(-1)
 
     def from_units(self, values: Tensor) -> Tensor:
         return values.view(1, -1)
@@ -239,7 +110,7 @@ class RowPlaces(LivePlaces):
         return matrix.scatter(0, self.keys(), values.flatten()).view(self.outputs, self.inputs)
 
     def read(self, matrix: Tensor) -> Tensor:
-        return matrix.reshape(-1)[self.keys()].view(1, -1)
+        return matrix.reshape(-1).index_select(0, self.keys()).view(1, -1)
 
 
 class GroupPlaces(LivePlaces):
@@ -250,8 +121,7 @@ class GroupPlaces(LivePlaces):
     offsets: Tensor
 
     def __init__(self, outputs: int, inputs: int, group: int, keys: Tensor) -> None:
-        super().__init__(outputs, inputs)
-        self.group = group
+        super().__init__(outputs, inputs, group)
         self.set_keys(keys)
 
     @property
@@ -272,16 +142,24 @@ class GroupPlaces(LivePlaces):
         return (self.blocks, self.group, self.idx.shape[1])
 
     def keys(self) -> Tensor:
-        blocks = torch.arange(self.blocks, device=self.device)
-        return (self.idx + blocks[:, None] * self.inputs).flatten()
+        return (self.idx + self.first_keys(self.device)).flatten()
 
     def set_keys(self, keys: Tensor) -> None:
-        idx = keys.view(self.blocks, -1) if self.blocks else keys.view(0, 0)
-        idx = idx - torch.arange(self.blocks, device=keys.device)[:, None] * self.inputs
-        if bool(((idx < 0) | (idx >= max(1, self.inputs))).any()):
+        if self.blocks and keys.numel() % self.blocks:
+            raise ValueError(f"{keys.numel()} live inputs cannot be as many for each of {self.blocks} groups of rows")
+        by_block = keys.view(self.blocks, keys.numel() // max(1, self.blocks))
+        columns = by_block - self.first_keys(keys.device)
+        if bool(((columns < 0) | (columns >= max(1, self.inputs))).any()):
             raise ValueError(f"the groups of {self.group} rows do not all read the same number of inputs")
-        places = torch.argsort(idx.flatten(), stable=True)
-        self.replace(idx=idx, places=places, offsets=counted(idx.flatten(), self.inputs).to(torch.int64))
+        self.set_columns(columns.to(torch.int32))
+
+    def set_columns(self, columns: Tensor) -> None:
+        flat = columns.reshape(-1)
+        self.replace(idx=columns, places=by_column(flat, self.room("offsets", (self.inputs + 1,), flat)))
+
+    def first_keys(self, device: torch.device) -> Tensor:
+        """The key of the first input of each block, ``[blocks, 1]``."""
+        return torch.arange(self.blocks, device=device)[:, None] * self.inputs
 
     def saved(self) -> dict[str, Tensor]:
         return {"idx": self.idx}
@@ -290,11 +168,11 @@ class GroupPlaces(LivePlaces):
         idx = saved["idx"].to(torch.int64)
         if idx.dim() != 2 or idx.shape[0] != self.blocks:
             raise ValueError(f"its idx does not describe {self.blocks} groups of {self.group} rows")
-        keys = idx + torch.arange(self.blocks, device=idx.device)[:, None] * self.inputs
-        return checked(keys.flatten(), idx.flatten(), self.inputs)
+        return checked((idx + self.first_keys(idx.device)).flatten(), idx.flatten(), self.inputs)
 
-    def per_unit(self, values: Tensor) -> Tensor:
-        return values.sum(1).flatten()
+    def sums(self, values: Tensor) -> Tensor:
+        # row is added to row in their order, so that a unit has the same sum bit by bit whatever lies beside it
+        return reduce(torch.add, values.to(widened(values.dtype)).unbind(1)).flatten()
 
     def of_units(self, units: Tensor) -> Tensor:
         return units.view(self.blocks, 1, -1).expand(self.values_shape).contiguous()
@@ -307,32 +185,47 @@ class GroupPlaces(LivePlaces):
 
     def dense(self, values: Tensor) -> Tensor:
         matrix = torch.zeros(self.blocks, self.group, self.inputs, dtype=values.dtype, device=values.device)
-        return matrix.scatter(2, self.idx[:, None, :].expand(self.values_shape), values).view(self.outputs, self.inputs)
+        return matrix.scatter(2, self.columns_of_values(), values).view(self.outputs, self.inputs)
 
     def read(self, matrix: Tensor) -> Tensor:
         matrix = matrix.reshape(self.blocks, self.group, self.inputs)
-        return matrix.gather(2, self.idx[:, None, :].expand(self.values_shape))
+        return matrix.gather(2, self.columns_of_values())
+
+    def columns_of_values(self) -> Tensor:
+        """The column of each value, int64, in the shape of the values."""
+        return self.idx.to(torch.int64)[:, None, :].expand(self.values_shape)
 
 
-def counted(indices: Tensor, size: int) -> Tensor:
-    """Where each of ``size`` numbers begins in the sorted ``indices``, int32 ``[size + 1]``."""
-    counts = torch.zeros(size + 1, dtype=torch.int32, device=indices.device)
-    if indices.numel():
-        counts[1:] = torch.bincount(indices, minlength=size)
-    return counts.cumsum(0, dtype=torch.int32)
+def places_of(storage: Storage, outputs: int, inputs: int, group: int, keys: Tensor) -> LivePlaces:
+    """The pattern of these keys.
 
-
-def checked(keys: Tensor, columns: Tensor, inputs: int) -> Tensor:
-    """Keys as they are.
+    Args:
+        storage: "sparse" or "grouped".
+        outputs: The number of rows of the matrix.
+        inputs: The number of its columns.
+        group: For "grouped", the number of rows that read the same inputs.
+        keys: Ascending keys of the live units.
 
     Raises:
-        ValueError: They do not ascend, or a column is outside of the matrix.
+        ValueError: The storage is unknown, ``group`` does not divide the outputs, or the keys are not of the pattern.
     """
-    if columns.numel() and (int(columns.min()) < 0 or int(columns.max()) >= inputs):
-        raise ValueError(f"it has live weights outside of the layer's {inputs} inputs")
-    if bool((keys.diff() <= 0).any()):
-        raise ValueError("its live weights are not in ascending order")
-    return keys
+    refuse_storage(storage)
+    if storage == "sparse":
+        return RowPlaces(outputs, inputs, keys)
+    refuse_group(outputs, group)
+    return GroupPlaces(outputs, inputs, group, keys)
+
+
+def refuse_storage(storage: str) -> None:
+    """Refuse a storage that is not known."""
+    if storage not in ("sparse", "grouped"):
+        raise ValueError(f"storage={storage!r} is not known. Give 'sparse' or 'grouped'")
+
+
+def refuse_group(outputs: int, group: int) -> None:
+    """Refuse groups that do not divide the rows."""
+    if group < 1 or outputs % group:
+        raise ValueError(f"groups of {group} do not divide {outputs} rows. Give another group, or storage='sparse'")
 
 
 def keys_of_mask(mask: Tensor, group: int) -> Tensor:
@@ -345,8 +238,7 @@ def keys_of_mask(mask: Tensor, group: int) -> Tensor:
     if group == 1:
         return mask.reshape(-1).nonzero().flatten()
     outputs, inputs = mask.shape
-    if outputs % group:
-        raise ValueError(f"groups of {group} do not divide its {outputs} rows: give another group, or storage='sparse'")
+    refuse_group(outputs, group)
     blocks = mask.reshape(outputs // group, group, inputs)
     rows = blocks[:, 0]
     if not bool((blocks == rows[:, None]).all()):

@@ -150,15 +150,3 @@ def put_back_records(layers: Mapping[str, SparseLinear], saved: SavedRecords) ->
         for tensors in chosen:
             moved = [tensor.to(layer.values.device) for tensor in tensors]
             list.extend(layer.records, ((x, dy * share) for x, dy in zip(moved[::2], moved[1::2], strict=True)))
-
-
-def why_not_records(value: Any) -> str:
-    """Why a value is not the records of some layer, as the end of a sentence; empty where it may be."""
-    if not isinstance(value, list) or not all(isinstance(tensors, list) for tensors in value):
-        return "is not a list of records for each rank"
-    for tensors in value:
-        if not all(isinstance(t, Tensor) and t.ndim == 2 and t.is_floating_point() for t in tensors):
-            return "is not of matrices of floating-point numbers"
-        if [t.shape[1] for t in tensors[::2]] != [t.shape[1] for t in tensors[1::2]]:
-            return "has other numbers of inputs than of output gradients"
-    return ""

@@ -3,29 +3,36 @@
 import torch
 from torch import Tensor
 
-ENTRIES = 2**22  # of one block of rows: what is drawn at a time
+ENTRIES = 2**19  # of one block of rows: what is drawn at a time
 
 
-def drawn_keys(
-    blocks: int, inputs: int, fan_in: int, source: torch.Generator | None, device: torch.device | str = "cpu"
-) -> Tensor:
-    """Ascending keys of ``fan_in`` different inputs for each of ``blocks`` rows, each set of inputs equally likely."""
-    keys = torch.empty(blocks, fan_in, dtype=torch.int64, device=device)
+def fan_in_columns(blocks: int, inputs: int, fan_in: int, source: torch.Generator | None) -> Tensor:
+    """Ascending columns of ``fan_in`` different inputs for each of ``blocks`` rows, each set of inputs equally likely.
+
+    Args:
+        blocks: The number of rows.
+        inputs: The number of inputs to choose from.
+        fan_in: How many of them each row reads.
+        source: The random generator, on the CPU; torch's own where it is None.
+
+    Returns:
+        int32 ``[blocks, fan_in]``.
+    """
+    columns = torch.empty(blocks, fan_in, dtype=torch.int32, device="cpu")
     dense = (
         4 * fan_in > inputs
     )  # where most places are live, looking at all of them is faster than drawing until they fit
+    draw = chosen_of_all if dense else drawn_apart
     step = max(1, ENTRIES // max(1, inputs if dense else fan_in))
     for start in range(0, blocks, step):
         rows = min(step, blocks - start)
-        columns = chosen_of_all(rows, inputs, fan_in, source) if dense else drawn_apart(rows, inputs, fan_in, source)
-        first = torch.arange(start, start + rows)[:, None] * inputs
-        keys[start : start + rows] = first.add(columns)
-    return keys.flatten()
+        columns[start : start + rows] = draw(rows, inputs, fan_in, source)
+    return columns
 
 
 def chosen_of_all(rows: int, inputs: int, fan_in: int, source: torch.Generator | None) -> Tensor:
     """Ascending columns: of each row those of its ``fan_in`` largest random numbers."""
-    keys = torch.rand(rows, inputs, dtype=torch.float64, generator=source)
+    keys = torch.rand(rows, inputs, dtype=torch.float64, generator=source, device="cpu")
     return keys.topk(fan_in, dim=1, sorted=False).indices.sort(dim=1).values
 
 
@@ -34,13 +41,13 @@ def drawn_apart(rows: int, inputs: int, fan_in: int, source: torch.Generator | N
 
     The first occurrence of each stays. What is drawn again is uniform over the others, so each set is equally likely.
     """
-    columns = torch.randint(inputs, (rows, fan_in), generator=source)
-    unsettled = torch.arange(rows)
+    columns = torch.randint(inputs, (rows, fan_in), dtype=torch.int32, generator=source, device="cpu")
+    unsettled = torch.arange(rows, device="cpu")
     while unsettled.numel():
         some = columns[unsettled].sort(dim=1).values
         repeated = torch.zeros_like(some, dtype=torch.bool)
         repeated[:, 1:] = some[:, 1:] == some[:, :-1]
-        again = torch.randint(inputs, (int(repeated.sum()),), generator=source)
+        again = torch.randint(inputs, (int(repeated.sum()),), dtype=torch.int32, generator=source, device="cpu")
         columns[unsettled] = some.masked_scatter_(repeated, again)
         unsettled = unsettled[repeated.any(1)]
     return columns

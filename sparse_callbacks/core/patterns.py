@@ -1,4 +1,4 @@
-"""Patterns of masks: in ``fan_in/G`` every G consecutive output rows of a linear layer read the same input columns.
+"""Patterns of masks: in ``fan_in/G`` every G consecutive rows of a linear layer read the same inputs.
 
 Here G is the *group*, G consecutive rows are a *block*, and a *column* is one input of one block: all G weights of it are
 active, or none is. Every block of a layer has as many active columns.
@@ -12,8 +12,10 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from sparse_callbacks.core import moved_places
 from sparse_callbacks.core.attachment import Choice
 from sparse_callbacks.core.largest import widened
+from sparse_callbacks.core.moved_places import BELOW_ZERO, NEVER
 from sparse_callbacks.core.selection import Entry
 
 _FAN_IN = re.compile(r"fan_in/([1-9][0-9]*)")
@@ -37,6 +39,33 @@ def parsed(pattern: str | None) -> int | None:
             "layer read the same inputs (or another whole number from 1), or None for masks without a pattern."
         )
     return int(found.group(1))
+
+
+def refuse_pattern(pattern: str | None, storage: str | Mapping[str, str], group: int) -> None:
+    """Refuse a pattern that is not known, or that layers of another storage cannot have.
+
+    Args:
+        pattern: the pattern; None for none.
+        storage: the storage of the layers, of all or by glob.
+        group: the rows that read the same inputs in grouped storage.
+
+    Raises:
+        ValueError: says which of the arguments to change.
+    """
+    mine, stored = parsed(pattern), [storage] if isinstance(storage, str) else list(storage.values())
+    if mine is None:
+        return
+    for name in ("sparse", "auto"):
+        if name in stored:
+            raise ValueError(
+                f"pattern={pattern!r} and storage={storage!r} differ: sparse storage holds its live weights one by one, "
+                f"without a pattern. Give storage='grouped' and group={mine}, storage='masked', or no pattern=."
+            )
+    if "grouped" in stored and group != mine:
+        raise ValueError(
+            f"pattern={pattern!r} and storage={storage!r} with group={group} differ in the rows that read the same inputs. "
+            f"Give group={mine}, or no pattern=."
+        )
 
 
 def columns_for(density: float, inputs: int) -> int:
@@ -111,6 +140,20 @@ def pattern_remarks(method: object, entries: Iterable[Entry], zeros: Mapping[str
     return found
 
 
+def warning_of_no_pattern(method: object, entries: Iterable[Entry]) -> str:
+    """What the user should know where a pattern is asked for and no mask has it; empty otherwise.
+
+    Args:
+        method: the method of the run.
+        entries: the sparse parameters.
+    """
+    group, listed = parsed(getattr(method, "pattern", None)), list(entries)
+    if group is None or any(group_of(method, e) is not None for e in listed):
+        return ""
+    reasons = ", ".join(f"{e.name} ({why_unstructured(e, group)})" for e in listed)
+    return f"no layer has masks of pattern='fan_in/{group}': {reasons}. Give a number that divides the rows of linear layers."
+
+
 def reached_targets(method: object, targets: Mapping[str, float], entries: Sequence[Entry]) -> dict[str, float]:
     """``targets`` by layer, with the sparsity that whole columns reach in the layers that have the pattern, and that exchanged
     layers have.
@@ -171,16 +214,9 @@ def largest_in_rows(scores: Tensor, count: int, among: Tensor | None = None) -> 
         count: numbers to take in each row; there are as many.
         among: bool, of the shape of ``scores``; only its True positions are taken. None: all.
     """
-    if count == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
     # below zero, which is the least that a number can be, and above what must not be taken
-    ranked = torch.where(scores.isnan(), -1.0, scores)
-    if among is not None:
-        ranked = ranked.masked_fill(~among, -2.0)
-    least = ranked.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)
-    above, equal = ranked > least, ranked == least
-    need = count - above.sum(1, keepdim=True)
-    return above | (equal & (equal.cumsum(1) <= need))
+    ranked = torch.where(scores.isnan(), BELOW_ZERO, scores)
+    return moved_places.largest_in_rows(ranked if among is None else ranked.masked_fill_(~among, NEVER), count)
 
 
 def drawn_columns(blocks: int, inputs: int, count: int, source: torch.Generator, among: Tensor | None = None) -> Tensor:

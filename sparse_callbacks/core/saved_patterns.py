@@ -1,17 +1,16 @@
 """Patterns of exchanged layers as a state holds them: which weights live, in some bytes a live weight."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparse_callbacks.core.live_layout import STORAGE_OF_KEYS, units_in
 from sparse_callbacks.core.live_places import GroupPlaces, LivePlaces, RowPlaces
 from sparse_callbacks.core.sparse_linear import SparseLinear
 
 Pattern = Mapping[str, Tensor]
 """``{"crow", "col"}`` of compressed rows, or ``{"idx"}`` of groups of rows."""
-_KINDS = {frozenset({"crow", "col"}): "sparse", frozenset({"idx"}): "grouped"}
 
 
 def pattern_of(layer: SparseLinear) -> dict[str, Tensor]:
@@ -21,7 +20,7 @@ def pattern_of(layer: SparseLinear) -> dict[str, Tensor]:
 
 def storage_of(pattern: Pattern) -> str:
     """The storage of the layer that a pattern was saved of."""
-    return _KINDS[frozenset(pattern)]
+    return STORAGE_OF_KEYS[frozenset(pattern)]
 
 
 def keys_of(pattern: Pattern, layer: SparseLinear) -> Tensor:
@@ -81,22 +80,8 @@ def live_in(pattern: Pattern, shape: tuple[int, ...]) -> int:
         pattern: the pattern.
         shape: the shape of the matrix.
     """
-    if storage_of(pattern) == "sparse":
-        return pattern["col"].numel()
-    return pattern["idx"].numel() * (shape[0] // max(1, pattern["idx"].shape[0]))
-
-
-def why_not_pattern(value: Any) -> str:
-    """Why a value is not the pattern of some layer, as the end of a sentence; empty where it may be."""
-    tensors = isinstance(value, Mapping) and all(isinstance(t, Tensor) for t in value.values())
-    if not tensors or frozenset(value) not in _KINDS:
-        return "is not a pattern: it has neither 'crow' and 'col' nor 'idx'"
-    dimensions = {"crow": 1, "col": 1, "idx": 2}
-    for key, tensor in value.items():
-        if tensor.dtype not in (torch.int32, torch.int64) or tensor.ndim != dimensions[key]:
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            return f"has a tensor {list(tensor.shape)} of {dtype} as {key!r}, where whole numbers are"
-    return ""
+    rows = 1 if storage_of(pattern) == "sparse" else shape[0] // max(1, pattern["idx"].shape[0])
+    return units_in(pattern) * rows
 
 
 def _empty_places(pattern: Pattern, shape: tuple[int, ...]) -> LivePlaces:

@@ -1,22 +1,26 @@
 """`SparseLinear`, a linear layer that holds its live weights alone."""
 
 import math
-from collections.abc import Iterable
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.core.live_places import GroupPlaces, LivePlaces, RowPlaces, keys_of_mask
-from sparse_callbacks.core.pattern_draws import drawn_keys
+from sparse_callbacks.core.live_places import (
+    GroupPlaces,
+    LivePlaces,
+    RowPlaces,
+    Storage,
+    keys_of_mask,
+    places_of,
+    refuse_storage,
+)
+from sparse_callbacks.core.live_weight import LiveWeight, as_parameter
+from sparse_callbacks.core.pattern_draws import fan_in_columns
+from sparse_callbacks.core.product_records import CallRecords, Use
 from sparse_callbacks.core.sparse_products import linear_by_groups, linear_by_rows
-from sparse_callbacks.core.sparse_state import loaded, written
-
-Storage = Literal["sparse", "grouped"]
-LARGEST_DENSE = 2**31  # entries of a layer that may be made dense
 
 
-class SparseLinear(nn.Module):
+class SparseLinear(LiveWeight):
     """A linear layer whose pruned weights do not exist: it costs what its live weights cost, in time and in memory.
 
     Made by `from_dense` or `random`. The live values are one Parameter, `values`, which `named_parameters` calls ``weight``
@@ -48,18 +52,9 @@ class SparseLinear(nn.Module):
             bias: The bias ``[out_features]``, or None.
             feature_major: Whether outputs are views of feature-major memory.
         """
-        super().__init__()
-        self.in_features, self.out_features = places.inputs, places.outputs
-        self.storage: Storage = "sparse" if isinstance(places, RowPlaces) else "grouped"
-        self.group = places.group
+        super().__init__(places, values)
         self.feature_major = feature_major
-        self.compact_state = self.is_too_large
-        self.name = ""
         self.records: list[tuple[Tensor, Tensor]] | None = None
-        self.pattern_follows = self.weight_was_read = False
-        self.places = places
-        refuse_device(self.storage, values.device)
-        self.register_parameter("weight", as_parameter(values))
         self.register_parameter("bias", None if bias is None else as_parameter(bias))
 
     @classmethod
@@ -87,7 +82,8 @@ class SparseLinear(nn.Module):
         weight = linear.weight
         if mask.shape != weight.shape:
             raise ValueError(f"the mask has shape {tuple(mask.shape)} and the weight {tuple(weight.shape)}")
-        keys = keys_of_mask(mask.to(torch.bool), checked_group(storage, group, weight.shape[0]))
+        refuse_storage(storage)
+        keys = keys_of_mask(mask.to(torch.bool), 1 if storage == "sparse" else group)
         places = places_of(storage, weight.shape[0], weight.shape[1], group, keys)
         if weight.device.type != "meta":
             places.to(weight.device)
@@ -138,158 +134,64 @@ class SparseLinear(nn.Module):
         """
         if not 0 <= fan_in <= in_features:
             raise ValueError(f"fan_in={fan_in} of {in_features} inputs: give a number from 0 to {in_features}")
-        blocks = out_features // checked_group(storage, group, out_features)
-        keys = drawn_keys(blocks, in_features, fan_in, generator)
-        places = places_of(storage, out_features, in_features, group, keys)
+        places = places_of(storage, out_features, in_features, group, torch.empty(0, dtype=torch.int64, device="cpu"))
+        places.set_columns(fan_in_columns(places.blocks, in_features, fan_in, generator))
         where = torch.device(device) if device is not None else torch.get_default_device()
         values = torch.empty(places.values_shape, dtype=dtype, device=where)
         offset = torch.empty(out_features, dtype=dtype, device=where) if bias else None
+        layer = cls(places, values, offset, feature_major=feature_major)
         if where.type != "meta":
             places.to(where)
-            bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
-            for tensor in (values, offset):
-                if tensor is not None:
-                    drawn = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").uniform_(
-                        -bound, bound, generator=generator
-                    )
-                    tensor.copy_(drawn)
-        return cls(places, values, offset, feature_major=feature_major)
+            layer.reset_parameters(generator)
+        return layer
 
-    @property
-    def values(self) -> nn.Parameter:
-        """The live values: ``[1, live]`` for "sparse", ``[blocks, group, k]`` for "grouped"."""
-        values = self._parameters["weight"]
-        assert values is not None
-        return values
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw values and bias anew, uniform in plus or minus ``1 / sqrt(fan_in)``, and leave the pattern.
 
-    def register_values(self, values: nn.Parameter) -> None:
-        """Hold another Parameter of live values, in the shape that the pattern asks for."""
-        refuse_device(self.storage, values.device)
-        self._parameters["weight"] = values
-        if not values.is_meta:
-            self.places.to(values.device)
-
-    @property
-    def is_too_large(self) -> bool:
-        """Whether the layer has too many entries for a dense matrix."""
-        return self.out_features * self.in_features > LARGEST_DENSE
-
-    def refuse_dense(self, what: str) -> None:
-        """Refuse what needs the dense matrix of a layer that is too large for one."""
-        if self.is_too_large:
-            raise ValueError(
-                f"{self.name or 'a SparseLinear'} has {self.out_features} x {self.in_features} entries, too many for a dense "
-                f"matrix: {what} cannot be made. Use values, keys() and the compact state_dict"
-            )
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """The dense matrix ``[out_features, in_features]``, a copy; differentiable by the live values."""
-        if "weight" not in self.__dict__.get("_parameters", {}):
-            raise AttributeError("weight")
-        self.refuse_dense("weight")
-        object.__setattr__(self, "weight_was_read", True)
-        return self.places.dense(self.values)
-
-    @property
-    def mask(self) -> Tensor:
-        """Where weights live, a bool tensor ``[out_features, in_features]``, made when asked for."""
-        self.refuse_dense("mask")
-        return self.places.dense(torch.ones(self.values.shape, dtype=torch.bool, device=self.places.device))
-
-    @property
-    def live(self) -> int:
-        """The number of live weights."""
-        return self.values.numel()
-
-    @property
-    def density(self) -> float:
-        """The fraction of the weights that live."""
-        return self.live / max(1, self.out_features * self.in_features)
-
-    @property
-    def block_rows(self) -> int:
-        """The number of blocks of rows, each with live inputs of its own."""
-        return self.places.blocks
-
-    def keys(self) -> Tensor:
-        """Ascending int64 keys of the live units: ``block row * in_features + input``."""
-        return self.places.keys()
-
-    def unit_magnitudes(self) -> Tensor:
-        """Of each live unit the sum of its rows' absolute values, in the order of `keys`."""
-        return self.places.per_unit(self.values.detach().abs())
+        Args:
+            generator: The random generator, on the CPU; torch's own where it is None.
+        """
+        fan_in = self.live / max(1, self.out_features)  # where rows read different numbers of inputs, their mean
+        bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
+        for tensor in (self.values, self.bias):
+            if tensor is not None:
+                drawn = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                tensor.copy_(drawn.uniform_(-bound, bound, generator=generator))
 
     def forward(self, x: Tensor) -> Tensor:
         """``x W' + b`` for ``x [..., in_features]``."""
         if x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"{self.name or 'a SparseLinear'} has {self.in_features} inputs and was given {tuple(x.shape)}"
-            )
-        if self.records is not None and torch.compiler.is_compiling():
-            return uncompiled(self, x)
+            raise ValueError(f"{self.called} has {self.in_features} inputs and was given {tuple(x.shape)}")
+        return self.product(x) if self.records is None else self.uncompiled_product(x)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def uncompiled_product(self, x: Tensor) -> Tensor:
+        """The product outside of compiled graphs: lists that grow are not for them."""
         return self.product(x)
 
     def product(self, x: Tensor) -> Tensor:
         """What `forward` returns."""
-        values, bias, places = self.values, self.bias, self.places
-        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
-        if isinstance(places, RowPlaces):
-            y = linear_by_rows(values, bias, places.rows, rows.to(values.dtype), self.records)
+        values: Tensor = self.values
+        bias: Tensor | None = self.bias
+        rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), self.in_features)
+        use = None
+        if self.records is not None:
+            use = Use(CallRecords(self.records))
+            values = use.call.tapped(values)
+        if isinstance(self.places, RowPlaces):
+            y = linear_by_rows(values, bias, self.places.rows, rows.to(values.dtype), use)
         else:
-            assert isinstance(places, GroupPlaces)
+            assert isinstance(self.places, GroupPlaces)
             kind = x.device.type
             if torch.is_autocast_enabled(kind):
                 # bmm within a Function is not autocast's business
                 dtype = torch.get_autocast_dtype(kind)
                 values, rows, bias = values.to(dtype), rows.to(dtype), None if bias is None else bias.to(dtype)
-            y = linear_by_groups(values, bias, places.groups, rows, self.records)
+            y = linear_by_groups(values, bias, self.places.groups, rows, use)
         if not self.feature_major:
             y = y.contiguous()
         return y if x.dim() == 2 else y.reshape(*x.shape[:-1], self.out_features)
-
-    @torch.no_grad()
-    def move_to(self, keys: Tensor, tensors: Iterable[Tensor] = (), slots: Tensor | None = None) -> Tensor:
-        """Let other units live, as many as before (for "grouped", as many in each block). All is written in place.
-
-        Args:
-            keys: The ascending keys of the units that live from now on.
-            tensors: Further tensors of the values' shape that move with them, such as optimizer state.
-            slots: Where each of these units was before, -1 for those that are born; searched for where it is None.
-
-        Returns:
-            Where values were born, a bool tensor of their shape. They are 0.
-        """
-        places = self.places
-        if keys.shape != (places.units,):
-            raise ValueError(
-                f"{self.name or 'a SparseLinear'} has {places.units} live units and was given {keys.numel()} keys"
-            )
-        slots = places.slots_of(keys) if slots is None else slots
-        for tensor in (self.values, *tensors):
-            tensor.copy_(places.from_units(places.taken(tensor, slots)))
-        places.set_keys(keys)
-        return places.of_units(slots < 0)
-
-    @torch.no_grad()
-    def set_places(self, keys: Tensor, values: Tensor | None = None) -> None:
-        """Take another pattern, of any number of units.
-
-        Args:
-            keys: The ascending keys of its units.
-            values: The values there; those that are live now are kept and others are 0 where it is None.
-        """
-        if values is None:
-            by_unit = self.places.taken(self.values, self.places.slots_of(keys))
-            self.places.set_keys(keys)
-            values = self.places.from_units(by_unit)
-        else:
-            self.places.set_keys(keys)
-        if values.shape == self.values.shape:
-            self.values.copy_(values)
-        else:
-            self.values.grad = None
-            self.values.data = values.detach().to(self.values)
 
     def to_dense(self) -> nn.Linear:
         """The `nn.Linear` with the same weights, zeros where none live."""
@@ -309,83 +211,3 @@ class SparseLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"storage={self.storage!r}{group}, live={self.live}, density={self.density:.3g}"
         )
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("weight", "values"):
-            raise AttributeError(
-                f"{self.name or 'a SparseLinear'}: {name} cannot be set, as pruned weights do not exist. Write into its live "
-                "values, layer.values.data.copy_(...), or set another pattern with set_places(keys, values)"
-            )
-        super().__setattr__(name, value)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "SparseLinear":
-        refuse_device(self.storage, fn(torch.empty(0, dtype=self.values.dtype, device=self.values.device)).device)
-        super()._apply(fn, recurse)
-        # the pattern follows the values, but stays real where they are on the meta device: `to_empty` keeps it
-        values = self.values
-        if not values.is_meta:
-            self.places.to(values.device)
-            if values.is_shared():
-                self.places.share_memory()
-        return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
-        written(self, destination, prefix, keep_vars)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        found = loaded(self, state_dict, prefix, local_metadata.get("assign_to_params_buffers", False), error_msgs)
-        super()._load_from_state_dict(  # type: ignore[no-untyped-call]
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if found and f"{prefix}weight" in missing_keys:
-            missing_keys.remove(f"{prefix}weight")
-
-
-def places_of(storage: Storage, outputs: int, inputs: int, group: int, keys: Tensor) -> LivePlaces:
-    """The pattern of these keys."""
-    return RowPlaces(outputs, inputs, keys) if storage == "sparse" else GroupPlaces(outputs, inputs, group, keys)
-
-
-def checked_group(storage: str, group: int, outputs: int) -> int:
-    """The number of rows in a block.
-
-    Raises:
-        ValueError: The storage is unknown, or ``group`` does not divide the rows.
-    """
-    if storage not in ("sparse", "grouped"):
-        raise ValueError(f"storage={storage!r}: give 'sparse' or 'grouped'")
-    if storage == "sparse":
-        return 1
-    if group < 1 or outputs % group:
-        raise ValueError(f"groups of {group} do not divide {outputs} rows: give another group, or storage='sparse'")
-    return group
-
-
-def refuse_device(storage: str, device: torch.device) -> None:
-    """Refuse "sparse" storage on a device where its products would be slower than dense ones."""
-    if storage == "sparse" and device.type not in ("cpu", "meta"):
-        raise ValueError(
-            f"storage='sparse' runs on the CPU, and this layer was asked to go to {device}: there a masked layer is faster. Use "
-            "storage='masked', or 'grouped', or to_dense(module) first"
-        )
-
-
-def as_parameter(tensor: Tensor) -> nn.Parameter:
-    """The tensor as a Parameter, itself where it is one."""
-    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
-
-
-@torch.compiler.disable
-def uncompiled(layer: SparseLinear, x: Tensor) -> Tensor:
-    """The layer outside of a compiled graph: lists that grow are not for compiled code."""
-    return layer.product(x)

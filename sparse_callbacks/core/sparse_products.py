@@ -4,104 +4,43 @@ Activations are feature-major inside, ``[features, batch]``, so that a live weig
 Functions return fresh tensors and views are made outside of them: torch refuses to write into a view that a Function made.
 """
 
-import functools
-import warnings
 from collections.abc import Iterator, Sequence
-from itertools import repeat
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparse_callbacks.core.live_places import Groups, Rows
+from sparse_callbacks.core.place_units import Groups, Rows
+from sparse_callbacks.core.product_records import Use, of_gradient
+from sparse_callbacks.core.sparse_kernels import add_sampled, rows_product, sampled
 
 WIDTH = 128  # columns of a piece of the batch: its rows of 512 bytes stay in the nearest cache
-ENTRIES = 2**20  # that the sampled product without MKL makes at a time
-Records = list[tuple[Tensor, Tensor]] | None
-
-
-@functools.cache
-def has_sampled_product() -> bool:
-    """Whether torch has the sampled product of compressed rows on this CPU; it comes with MKL."""
-    crow, col = torch.tensor([0, 1], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-    one = torch.ones(1, 1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says once in a process that its compressed rows are in beta
-        try:
-            pattern = torch.sparse_csr_tensor(crow, col, torch.zeros(1), (1, 1), check_invariants=False)
-            return bool(torch.sparse.sampled_addmm(pattern, one, one).values() == 1)
-        except RuntimeError:
-            return False
-
-
-def rows_product(crow: Tensor, col: Tensor, values: Tensor, x: Tensor) -> Tensor:
-    """The product of a matrix in compressed rows with ``x [inputs, batch]``: ``[outputs, batch]``."""
-    if not x.numel() or not values.numel():
-        return x.new_zeros(crow.numel() - 1, x.shape[1])
-    return functional.embedding_bag(col, x, crow, mode="sum", per_sample_weights=values, include_last_offset=True)
-
-
-def add_sampled(crow: Tensor, col: Tensor, dy: Tensor, x: Tensor, into: Tensor) -> None:
-    """Add the entries of ``dy x'`` at the live places to ``into``.
-
-    Args:
-        crow: Where each row begins in ``col``.
-        col: Columns of the live places.
-        dy: ``[outputs, batch]``.
-        x: ``[inputs, batch]``.
-        into: The live entries so far, ``[live]``.
-    """
-    if not into.numel() or not x.numel():
-        return
-    if into.dtype in (torch.float32, torch.float64) and has_sampled_product():
-        # both tensors are views of `into`: neither pattern nor gradient is copied
-        pattern = torch.sparse_csr_tensor(crow, col, into, (dy.shape[0], x.shape[0]), check_invariants=False)
-        torch.sparse.sampled_addmm(pattern, dy, x.t(), beta=1.0, out=pattern)
-        return
-    step = max(1, ENTRIES // x.shape[1])
-    for start in range(0, col.numel(), step):
-        some = col[start : start + step]
-        places = torch.arange(start, start + some.numel(), dtype=torch.int32, device=col.device)
-        rows = torch.searchsorted(crow, places, right=True).sub_(1)
-        into[start : start + step] += (dy.index_select(0, rows) * x.index_select(0, some)).sum(1)
-
-
-@torch.library.custom_op("sparse_callbacks::sampled", mutates_args=())
-def sampled_in_graph(crow: Tensor, col: Tensor, dy: Tensor, x: Tensor) -> Tensor:
-    """The entries of ``dy x'`` at the live places, as one operation for compiled graphs; it costs too much elsewhere."""
-    into = torch.zeros(col.numel(), dtype=dy.dtype, device=dy.device)
-    add_sampled(crow, col, dy.contiguous(), x.contiguous(), into)
-    return into
-
-
-@sampled_in_graph.register_fake
-def _(crow: Tensor, col: Tensor, dy: Tensor, x: Tensor) -> Tensor:
-    return dy.new_empty(col.shape)
 
 
 class RowsProduct(torch.autograd.Function):
     """``W x + b`` for ``x [inputs, batch]``, W in compressed rows: ``[outputs, batch]``."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, bias: Tensor | None, rows: Rows, records: Records, x: Tensor) -> Tensor:
-        ctx.rows, ctx.records = rows, records
-        ctx.save_for_backward(values, x if ctx.needs_input_grad[0] or records is not None else None)
+    def forward(ctx: Any, values: Tensor, bias: Tensor | None, rows: Rows, use: Use | None, x: Tensor) -> Tensor:
+        ctx.rows, ctx.use = rows, use
+        ctx.save_for_backward(values, x if ctx.needs_input_grad[0] else None)
         return plus(rows_product(rows.crow, rows.col, values.view(-1), x), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         values, x = ctx.saved_tensors
         rows, needs, dy = ctx.rows, ctx.needs_input_grad, grad.contiguous()
-        if ctx.records is not None:
-            ctx.records.append((x.detach(), dy.detach()))
+        if ctx.use is not None and needs[0]:
+            ctx.use.take([(x, dy)])
         d_bias = dy.sum(1) if needs[1] else None
         d_values = d_x = None
         if asks_for_graph():
             if needs[0]:
                 d_values = SampledProduct.apply(rows, x, dy)
             if needs[4]:
-                d_x = RowsProduct.apply(values.index_select(1, rows.perm), None, rows.transposed(), None, dy)
+                d_x = turned_product(values, rows, ctx.use, dy)
             return d_values, d_bias, None, None, d_x
         if needs[4]:
             d_x = rows_product(rows.crow_t, rows.col_t, values.view(-1).index_select(0, rows.perm), dy)
@@ -122,11 +61,8 @@ class SampledProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, dy = ctx.saved_tensors
-        rows, d_x, d_dy = ctx.rows, None, None
-        if ctx.needs_input_grad[1]:
-            d_x = RowsProduct.apply(grad.index_select(1, rows.perm), None, rows.transposed(), None, dy)
-        if ctx.needs_input_grad[2]:
-            d_dy = RowsProduct.apply(grad.contiguous(), None, rows, None, x)
+        d_x = turned_product(grad, ctx.rows, None, dy) if ctx.needs_input_grad[1] else None
+        d_dy = RowsProduct.apply(grad.contiguous(), None, ctx.rows, None, x) if ctx.needs_input_grad[2] else None
         return None, d_x, d_dy
 
 
@@ -134,41 +70,48 @@ class WideProduct(torch.autograd.Function):
     """``x W' + b`` for ``x [batch, inputs]`` of many rows, W in compressed rows: ``[batch, outputs]``.
 
     Pieces of `WIDTH` rows are turned feature-major one after another in the same memory: to fill fresh memory costs as much
-    as to turn them, so they are turned again in backward, and x itself is kept.
+    as to turn them. So they are turned again in backward, and x itself is kept.
     """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, bias: Tensor | None, rows: Rows, records: Records, x: Tensor) -> Tensor:
-        ctx.rows, ctx.records = rows, records
-        ctx.save_for_backward(values, x if ctx.needs_input_grad[0] or records is not None else None)
+    def forward(ctx: Any, values: Tensor, bias: Tensor | None, rows: Rows, use: Use | None, x: Tensor) -> Tensor:
+        ctx.rows, ctx.use = rows, use
+        ctx.save_for_backward(values, x if ctx.needs_input_grad[0] else None)
         y = x.new_empty(x.shape[0], rows.crow.numel() - 1)
-        for part, piece in zip(y.split(WIDTH), feature_major(x), strict=True):
+        for part, piece in zip(torch.split(y, WIDTH), feature_major(x), strict=True):
             part.copy_(plus(rows_product(rows.crow, rows.col, values.view(-1), piece), bias).t())
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         values, x = ctx.saved_tensors
-        rows, needs, records = ctx.rows, ctx.needs_input_grad, ctx.records
+        rows, needs = ctx.rows, ctx.needs_input_grad
+        use = ctx.use if needs[0] else None
         if asks_for_graph():
-            return gradients_with_graph(rows, needs, values, x, grad)
-        d_values = values.new_zeros(values.shape[1]) if needs[0] else None
+            return gradients_with_graph(rows, needs, use, values, x, grad)
+        d_values = values.new_zeros(1, values.shape[1]) if needs[0] else None
         d_bias = values.new_zeros(grad.shape[1]) if needs[1] else None
         d_x = grad.new_empty(grad.shape[0], rows.crow_t.numel() - 1) if needs[4] else None
         turned = values.view(-1).index_select(0, rows.perm) if needs[4] else None
-        keep = records is not None
-        xs = feature_major(x, keep) if needs[0] or keep else repeat(None)
-        parts = repeat(None) if d_x is None else d_x.split(WIDTH)
-        for dy, piece, part in zip(feature_major(grad, keep), xs, parts, strict=False):
-            if records is not None:
-                records.append((piece, dy))
+        xs = feature_major(x, keep=use is not None) if needs[0] else None
+        pairs = []
+        for start, dy in zip(count(0, WIDTH), feature_major(grad, keep=use is not None), strict=False):
             if d_bias is not None:
                 d_bias += dy.sum(1)
-            if turned is not None:
-                part.copy_(rows_product(rows.crow_t, rows.col_t, turned, dy).t())
-            if d_values is not None:
-                add_sampled(rows.crow, rows.col, dy, piece, d_values)
-        return None if d_values is None else d_values.view(1, -1), d_bias, None, None, d_x
+            if d_x is not None and turned is not None:
+                d_x[start : start + WIDTH] = rows_product(rows.crow_t, rows.col_t, turned, dy).t()
+            if d_values is not None and xs is not None:
+                pairs.append((next(xs), dy))
+                add_sampled(rows.crow, rows.col, dy, pairs[-1][0], d_values.view(-1))
+        if use is not None:
+            use.take(pairs)
+        return d_values, d_bias, None, None, d_x
+
+
+def turned_product(values: Tensor, rows: Rows, use: Use | None, dy: Tensor) -> Tensor:
+    """``W' dY``, differentiable: a product with the transposed matrix, whose rows are the columns of W."""
+    d_x: Tensor = RowsProduct.apply(values.index_select(1, rows.perm), None, rows.transposed(), of_gradient(use), dy)
+    return d_x
 
 
 def plus(y: Tensor, bias: Tensor | None) -> Tensor:
@@ -181,15 +124,6 @@ def asks_for_graph() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def sampled(rows: Rows, x: Tensor, dy: Tensor) -> Tensor:
-    """The entries of ``dy x'`` at the live places, ``[1, live]``."""
-    if torch.compiler.is_compiling():
-        return sampled_in_graph(rows.crow, rows.col, dy, x).view(1, -1)
-    into = dy.new_zeros(1, rows.col.numel())
-    add_sampled(rows.crow, rows.col, dy, x, into.view(-1))
-    return into
-
-
 def feature_major(batch: Tensor, keep: bool = False) -> Iterator[Tensor]:
     """Pieces of a batch ``[batch, features]``, one after another, each ``[features, up to WIDTH]`` and contiguous.
 
@@ -198,27 +132,30 @@ def feature_major(batch: Tensor, keep: bool = False) -> Iterator[Tensor]:
         keep: Whether each piece has memory of its own. Otherwise it is overwritten by the next.
     """
     memory = None
-    for part in batch.split(WIDTH):
+    for part in torch.split(batch, WIDTH):
         memory = batch.new_empty(batch.shape[1] * WIDTH) if memory is None or keep else memory
         yield memory[: part.numel()].view(part.shape[1], part.shape[0]).copy_(part.t())
 
 
-def gradients_with_graph(rows: Rows, needs: Sequence[bool], values: Tensor, x: Tensor, grad: Tensor) -> tuple[Any, ...]:
+def gradients_with_graph(
+    rows: Rows, needs: Sequence[bool], use: Use | None, values: Tensor, x: Tensor, grad: Tensor
+) -> tuple[Tensor | None, ...]:
     """The gradients of `WideProduct`, by operations that have gradients themselves."""
     d_values = d_x = None
-    dys = [dy.t().contiguous() for dy in grad.split(WIDTH)]
+    dys = [dy.t().contiguous() for dy in torch.split(grad, WIDTH)]
     if needs[0]:
-        pieces = [
-            SampledProduct.apply(rows, part.t().contiguous(), dy) for part, dy in zip(x.split(WIDTH), dys, strict=True)
-        ]
-        d_values = torch.stack(pieces).sum(0)
+        xs = [part.t().contiguous() for part in torch.split(x, WIDTH)]
+        if use is not None:
+            use.take(list(zip(xs, dys, strict=True)))
+        d_values = torch.cat([SampledProduct.apply(rows, *pair) for pair in zip(xs, dys, strict=True)]).sum(
+            0, keepdim=True
+        )
     if needs[4]:
-        turned, back = values.index_select(1, rows.perm), rows.transposed()
-        d_x = torch.cat([RowsProduct.apply(turned, None, back, None, dy).t() for dy in dys])
+        d_x = torch.cat([turned_product(values, rows, use, dy).t() for dy in dys])
     return d_values, grad.sum(0) if needs[1] else None, None, None, d_x
 
 
-def linear_by_rows(values: Tensor, bias: Tensor | None, rows: Rows, x: Tensor, records: Records) -> Tensor:
+def linear_by_rows(values: Tensor, bias: Tensor | None, rows: Rows, x: Tensor, use: Use | None = None) -> Tensor:
     """``x W' + b``, W in compressed rows.
 
     Args:
@@ -226,43 +163,60 @@ def linear_by_rows(values: Tensor, bias: Tensor | None, rows: Rows, x: Tensor, r
         bias: The bias ``[outputs]``.
         rows: The pattern.
         x: The batch ``[batch, inputs]``. It is not copied where it is a transposed view of at most `WIDTH` rows.
-        records: A list to which backward appends pieces of x and dY, feature-major.
+        use: Where backward records x and dY; None where it does not.
 
     Returns:
         ``[batch, outputs]``: a transposed view up to `WIDTH` rows.
     """
     if x.shape[0] > WIDTH and not torch.compiler.is_compiling():
-        return WideProduct.apply(values, bias, rows, records, x)
-    return RowsProduct.apply(values, bias, rows, records, x.t().contiguous()).t()
+        wide: Tensor = WideProduct.apply(values, bias, rows, use, x)
+        return wide
+    y: Tensor = RowsProduct.apply(values, bias, rows, use, x.t().contiguous())
+    return y.t()
 
 
 class GroupsProduct(torch.autograd.Function):
-    """``W x + b`` for ``x [inputs, batch]``, W in groups of rows that read the same inputs."""
+    """``W x + b`` for ``x [inputs, batch]``, W in groups of rows that read the same inputs: ``[blocks, group, batch]``."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, bias: Tensor | None, groups: Groups, records: Records, x: Tensor) -> Tensor:
-        ctx.groups, ctx.records = groups, records
-        ctx.inputs = x.shape[0]
-        ctx.save_for_backward(values, x if ctx.needs_input_grad[0] or records is not None else None)
-        y = torch.bmm(values, gathered(x, groups.idx)).flatten(0, 1)
-        return y if bias is None else y.add_(bias.view(-1, 1))
+    def forward(ctx: Any, values: Tensor, bias: Tensor | None, groups: Groups, use: Use | None, x: Tensor) -> Tensor:
+        ctx.groups, ctx.use, ctx.inputs = groups, use, x.shape[0]
+        ctx.save_for_backward(values, x if ctx.needs_input_grad[0] else None)
+        y = torch.bmm(values, gathered(x, groups.idx))
+        return y if bias is None else y.add_(bias.view(values.shape[0], values.shape[1], 1))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         values, x = ctx.saved_tensors
-        grad = grad.contiguous()
-        if ctx.records is not None:
-            ctx.records.append((x.detach(), grad.detach()))
-        dy = grad.view(values.shape[0], values.shape[1], grad.shape[1])
-        d_values = d_bias = d_x = None
-        if ctx.needs_input_grad[0]:
-            # gathered again: to keep it would cost more memory than the values
-            d_values = torch.bmm(dy, gathered(x, ctx.groups.idx).transpose(1, 2))
-        if ctx.needs_input_grad[1]:
-            d_bias = grad.sum(1)
-        if ctx.needs_input_grad[4]:
-            d_x = summed_by_input(torch.bmm(values.transpose(1, 2), dy).flatten(0, 1), ctx.groups, ctx.inputs)
+        groups, needs, dy = ctx.groups, ctx.needs_input_grad, grad.contiguous()
+        if ctx.use is not None and needs[0]:
+            ctx.use.take([(x, dy.flatten(0, 1))])
+        # x is gathered again: to keep it gathered would cost more memory than the values
+        d_values = torch.bmm(dy, gathered(x, groups.idx).transpose(1, 2)) if needs[0] else None
+        d_bias = dy.sum(2).view(-1) if needs[1] else None
+        d_x = TurnedGroups.apply(values, groups, of_gradient(ctx.use), ctx.inputs, dy) if needs[4] else None
         return d_values, d_bias, None, None, d_x
+
+
+class TurnedGroups(torch.autograd.Function):
+    """``W' dY`` for ``dY [blocks, group, batch]``, W in groups of rows that read the same inputs: ``[inputs, batch]``."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, groups: Groups, use: Use | None, inputs: int, dy: Tensor) -> Tensor:
+        ctx.groups, ctx.use = groups, use
+        ctx.save_for_backward(values, dy)
+        parts = torch.bmm(values.transpose(1, 2), dy).flatten(0, 1)
+        if parts.dtype is torch.float32 and parts.device.type == "cpu" and parts.numel():
+            return functional.embedding_bag(groups.places, parts, groups.offsets, mode="sum", include_last_offset=True)
+        return parts.new_zeros(inputs, parts.shape[1]).index_add_(0, groups.idx.view(-1), parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        values, dy = ctx.saved_tensors
+        if ctx.use is not None:
+            ctx.use.take([(dy.flatten(0, 1), grad)])
+        read = gathered(grad, ctx.groups.idx)
+        return torch.bmm(dy, read.transpose(1, 2)), None, None, None, torch.bmm(values, read)
 
 
 def gathered(x: Tensor, idx: Tensor) -> Tensor:
@@ -270,15 +224,7 @@ def gathered(x: Tensor, idx: Tensor) -> Tensor:
     return x.index_select(0, idx.view(-1)).view(idx.shape[0], idx.shape[1], x.shape[1])
 
 
-def summed_by_input(h: Tensor, groups: Groups, inputs: int) -> Tensor:
-    """Rows of ``h [blocks k, batch]`` summed by the input that each belongs to: ``[inputs, batch]``."""
-    fast = h.dtype is torch.float32 and h.device.type == "cpu" and h.numel() > 0
-    if fast and not (torch.is_grad_enabled() and h.requires_grad):
-        return functional.embedding_bag(groups.places, h, groups.offsets, mode="sum", include_last_offset=True)
-    return h.new_zeros(inputs, h.shape[1]).index_add(0, groups.idx.view(-1), h)
-
-
-def linear_by_groups(values: Tensor, bias: Tensor | None, groups: Groups, x: Tensor, records: Records) -> Tensor:
+def linear_by_groups(values: Tensor, bias: Tensor | None, groups: Groups, x: Tensor, use: Use | None = None) -> Tensor:
     """``x W' + b``, W in groups of rows that read the same inputs.
 
     Args:
@@ -286,9 +232,10 @@ def linear_by_groups(values: Tensor, bias: Tensor | None, groups: Groups, x: Ten
         bias: The bias ``[outputs]``.
         groups: The pattern.
         x: The batch ``[batch, inputs]``. It is not copied where it is a transposed view.
-        records: A list to which backward appends x and dY, feature-major.
+        use: Where backward records x and dY; None where it does not.
 
     Returns:
         ``[batch, outputs]``, a transposed view.
     """
-    return GroupsProduct.apply(values, bias, groups, records, x.t().contiguous()).t()
+    y: Tensor = GroupsProduct.apply(values, bias, groups, use, x.t().contiguous())
+    return y.flatten(0, 1).t()

@@ -1,15 +1,15 @@
-"""What a `SparseLinear` writes into a ``state_dict`` and reads from one."""
+"""What a truly sparse layer writes into a ``state_dict`` and reads from one."""
 
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
-    from sparse_callbacks.core.sparse_linear import SparseLinear
+    from sparse_callbacks.core.live_weight import LiveWeight
 
 
-def written(layer: "SparseLinear", destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+def written(layer: "LiveWeight", destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
     """Put the weight of a layer into a ``state_dict``: the dense matrix, or live values and pattern.
 
     Args:
@@ -30,87 +30,85 @@ def written(layer: "SparseLinear", destination: dict[str, Any], prefix: str, kee
     destination.update(rest)
 
 
-def dense_of(layer: "SparseLinear", values: Tensor) -> Tensor:
+def dense_of(layer: "LiveWeight", values: Tensor) -> Tensor:
     """The dense matrix of a layer; on the meta device an empty one."""
     if values.is_meta:
         return torch.empty(layer.out_features, layer.in_features, dtype=values.dtype, device="meta")
     return layer.places.dense(values)
 
 
-def loaded(layer: "SparseLinear", state: dict[str, Any], prefix: str, assign: bool, errors: list[str]) -> bool:
-    """Take the weight of a layer out of a ``state_dict``.
+def values_for_weight(
+    layer: "LiveWeight",
+    state: dict[str, Any],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Put live values into a ``state_dict`` that is to be loaded, in place of a dense or compact weight; a pre-hook.
+
+    Of a compact weight the layer takes the pattern at once.
 
     Args:
         layer: The layer.
-        state: The ``state_dict``; the weight's entries are taken away.
+        state: The ``state_dict``.
         prefix: The layer's name with a dot.
-        assign: Whether the tensors themselves are to be taken, with their type and device.
-        errors: Sentences that say what does not fit; what is wrong here is appended.
-
-    Returns:
-        Whether it has a weight for this layer.
+        local_metadata: Not read, as the four that follow: torch passes them.
+        strict: See there.
+        missing_keys: See there.
+        unexpected_keys: See there.
+        error_msgs: What does not fit is appended here, and the layer keeps its values.
     """
-    name = prefix.removesuffix(".") or layer.name or "the layer"
+    key = f"{prefix}weight"
     names = ("values", *layer.places.saved())
-    compact = {key: state.pop(f"{prefix}weight.{key}") for key in names if f"{prefix}weight.{key}" in state}
-    dense = state.pop(f"{prefix}weight", None)
+    compact = {name: state.pop(f"{key}.{name}") for name in names if f"{key}.{name}" in state}
     try:
         if len(compact) == len(names):
-            take_compact(layer, compact, assign)
-        elif dense is not None:
-            take_dense(layer, dense, assign)
+            state[key] = compact_values(layer, compact)
+        elif isinstance(state.get(key), Tensor):
+            state[key] = values_of_dense(layer, state[key])
     except ValueError as error:
-        errors.append(f"{name}: {error}.")
-    return dense is not None or bool(compact)
+        name = prefix.removesuffix(".") or layer.name or "the layer"
+        error_msgs.append(f"{name}: {error}.")
+        state[key] = layer.values.detach()
 
 
 @torch.no_grad()
-def take_compact(layer: "SparseLinear", compact: dict[str, Tensor], assign: bool) -> None:
-    """Take live values and pattern.
+def compact_values(layer: "LiveWeight", compact: dict[str, Tensor]) -> Tensor:
+    """The values of a compact weight, whose pattern the layer takes.
 
     Raises:
         ValueError: They do not fit the layer, or each other.
     """
-    places = layer.places
+    places, values = layer.places, compact["values"]
     keys = places.keys_of_saved({key: tensor.to(places.device) for key, tensor in compact.items() if key != "values"})
-    values = compact["values"]
     if values.numel() != keys.numel() * layer.group:
         raise ValueError(f"it has {values.numel()} live values in a pattern of {keys.numel() * layer.group}")
-    if assign:
-        places.set_keys(keys)
-        assign_values(layer, values)
-    else:
-        layer.set_places(keys, values.to(layer.values.device))
+    layer.set_places(keys)
+    return values.view(places.values_shape)
 
 
 @torch.no_grad()
-def take_dense(layer: "SparseLinear", dense: Tensor, assign: bool) -> None:
-    """Take the entries of a dense matrix at the live places.
+def values_of_dense(layer: "LiveWeight", dense: Tensor) -> Tensor:
+    """The entries of a dense matrix at the live places.
 
     Raises:
         ValueError: It has another shape, or entries other than 0 outside of the live places.
     """
-    layer.refuse_dense("its values from a dense weight")
     if dense.shape != (layer.out_features, layer.in_features):
         raise ValueError(
             f"its weight has shape {tuple(dense.shape)}, and the layer {(layer.out_features, layer.in_features)}"
         )
+    layer.refuse_dense("a weight to load")
     if dense.is_meta:
-        values = torch.empty(layer.places.values_shape, dtype=dense.dtype, device="meta")
-    else:
-        values = layer.places.read(dense.detach().to(layer.places.device))
-        outside = int(dense.count_nonzero()) - int(values.count_nonzero())
-        if outside and not layer.pattern_follows:
-            raise ValueError(
-                f"its weight has {outside} non-zeros outside of the {layer.live} live places. Load the checkpoint of a run with "
-                "the same pattern, a compact state_dict, or mask the weight; to_dense(module) makes dense layers that load any"
-            )
-    if assign:
-        assign_values(layer, values.to(dense.device))
-    else:
-        layer.values.copy_(values)
-
-
-def assign_values(layer: "SparseLinear", values: Tensor) -> None:
-    """Let a layer hold these values, with their type and device, as its Parameter."""
-    layer.register_values(nn.Parameter(values, requires_grad=layer.values.requires_grad))
+        return torch.empty(layer.places.values_shape, dtype=dense.dtype, device="meta")
+    values = layer.places.read(dense.detach().to(layer.places.device))
+    outside = int(dense.count_nonzero()) - int(values.count_nonzero())
+    if outside and not layer.pattern_follows:
+        raise ValueError(
+            f"its weight has {outside} non-zeros outside of the {layer.live} live places. Load the checkpoint of a run with "
+            "the same pattern or a compact state_dict, or mask the weight; to_dense(module) makes dense layers, which load any"
+        )
+    return values.to(dense.device)
