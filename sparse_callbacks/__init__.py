@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from sparse_callbacks.channels.onnx import export_onnx
     from sparse_callbacks.channels.slim import slim
     from sparse_callbacks.core.calendar import Time
+    from sparse_callbacks.core.exchange import exchange_layers, to_dense
+    from sparse_callbacks.core.inference import to_inference
     from sparse_callbacks.core.loop import sparsify
     from sparse_callbacks.core.method import Method, Options
     from sparse_callbacks.core.plan import Plan
@@ -62,6 +64,7 @@ __all__ = [
     "channel_groups",
     "combine",
     "distributions",
+    "exchange_layers",
     "export_onnx",
     "horizon",
     "load_compact",
@@ -71,6 +74,8 @@ __all__ = [
     "schedules",
     "slim",
     "sparsify",
+    "to_dense",
+    "to_inference",
 ]
 
 # Where each name lives; it is imported when it is first asked for (PEP 562), so that `sparse_callbacks.core` and
@@ -89,6 +94,7 @@ _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
     "Update": "core.topology",
     "channel_groups": "channels.groups",
     "combine": "methods.gap.combination",
+    "exchange_layers": "core.exchange",
     "export_onnx": "channels.onnx",
     "horizon": "lightning.optimizer_lives",
     "load_compact": "channels.compact",
@@ -96,6 +102,8 @@ _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
     "save_compact": "channels.compact",
     "slim": "channels.slim",
     "sparsify": "core.loop",
+    "to_dense": "core.exchange",
+    "to_inference": "core.inference",
 }
 _MODULES = ("distributions", "ops", "schedules")
 

@@ -146,6 +146,7 @@ def test_there_are_examples_and_commands() -> None:
         "guarantees",
         "loops",
         "methods",
+        "real_speed",
         "sharpness",
         "slimming",
         "writing_a_method",

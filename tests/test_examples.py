@@ -1,6 +1,10 @@
 """Every example runs, shortened, and does what its first lines say."""
 
 import importlib.util
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +29,7 @@ def test_every_example_has_a_test() -> None:
         "fabric_loop",
         "dqn",
         "language_model",
+        "hundred_million_neurons",
         "sharpness_aware",
         "transfer_learning",
     }
@@ -68,3 +73,22 @@ def test_a_sparse_agent_learns(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_sparse_language_model_learns(capsys: pytest.CaptureFixture[str]) -> None:
     assert example("language_model").main(steps=60) < 2.4  # ln 13 = 2.56 knows nothing
     assert "sparsity 90.0%" in capsys.readouterr().out
+
+
+def test_a_million_neurons_hold_their_live_weights_alone() -> None:
+    """A hundredth of the example's hundred million, in as many layers, in a process of its own."""
+    command = [sys.executable, str(FOLDER / "hundred_million_neurons.py"), "--neurons", "1000000", "--width", "10000"]
+    environment = os.environ | {"PYTHONPATH": str(FOLDER.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "1 update of SET" in done.stdout
+    live, bytes_a_weight = (
+        re.search(r"neurons, ([\d,]+) live", done.stdout),
+        re.search(r"([\d.]+) bytes a live", done.stdout),
+    )
+    assert live is not None
+    assert bytes_a_weight is not None
+    assert int(live[1].replace(",", "")) > 5 * 10**6
+    # value, gradient, momentum, pattern: 24; a fifth of a neuron with bias, activations and two row pointers
+    assert float(bytes_a_weight[1]) <= 40
+    assert "1/1" in done.stdout + done.stderr  # the progress bar

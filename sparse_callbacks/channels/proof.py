@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_callbacks.channels.clock import milliseconds
 from sparse_callbacks.channels.comparison import Difference, compare, outputs_on
 from sparse_callbacks.channels.forward_flops import forward_flops
+from sparse_callbacks.core.clock import milliseconds
 from sparse_callbacks.core.inspection import quiet, run, tensors_in
 
 READINGS = 9

@@ -100,9 +100,11 @@ def _device(method: Method) -> torch.device:
 
 @torch.no_grad()
 def _fingerprint(weights: SparseWeights, name: str) -> Tensor:
-    """Three float64 numbers of a layer: a checksum of its mask, a weighted sum of its values, and their norm."""
+    """Three float64 numbers of a layer: a checksum of its mask or places, a weighted sum of its values, and their norm."""
     values = weights.dense_values(name).detach()
-    mask = _weighted_sum(weights.masks[name], torch.int64) % 2**52  # which a float64 holds exactly
+    layer = weights.layers_stored.get(name)
+    places = weights.held_masks[name] if layer is None else layer.keys()
+    mask = _weighted_sum(places, torch.int64) % 2**52  # which a float64 holds exactly
     norm = torch.linalg.vector_norm(values, dtype=torch.float64)
     found = torch.stack([mask.to(norm), _weighted_sum(values, torch.float64), norm])
     # a comparison with NaN or of two infinities would find no difference

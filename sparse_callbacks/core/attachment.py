@@ -1,12 +1,32 @@
 """What a method is attached to: the model of its latest run and, during a run, the training loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 from weakref import ref
 
 from torch import nn
 
 from sparse_callbacks.core.host import Host
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The storage of one parameter.
+
+    Attributes:
+        storage: ``"masked"``, ``"sparse"``, ``"grouped"``, or ``"auto"`` until times decide.
+        note: why it stays masked, or what speaks for its storage; empty where nothing needs to be said.
+        refused: whether ``note`` is a reason to refuse the run, unless the layer stays dense.
+        group: the output rows that read the same inputs, of ``"grouped"`` storage.
+        live: the live weights of a layer that is exchanged already, and keeps their number.
+    """
+
+    storage: str
+    note: str = ""
+    refused: bool = False
+    group: int = 1
+    live: int | None = None
 
 
 class Attachment:
@@ -20,6 +40,9 @@ class Attachment:
         """The training loop; None outside of a run."""
         self.in_training = False
         """A run is going on: everything is restored and the masks are written."""
+        self.choices: Mapping[str, Choice] = {}
+        """The storage of each parameter of the latest model, by name; empty where all are masked."""
+        self._chosen_for: Callable[[], nn.Module | None] = _no_model
         self._model: Callable[[], nn.Module | None] = _no_model
 
     @property
@@ -36,6 +59,14 @@ class Attachment:
         """The latest run was one of ``model``."""
         self._model = ref(model)  # weakly: a method that is kept must not keep a large model alive
 
+    def choose(self, model: nn.Module, choices: Mapping[str, Choice]) -> None:
+        """These are the storages of ``model`` from here on."""
+        self.choices, self._chosen_for = choices, ref(model)
+
+    def choices_of(self, model: nn.Module) -> Mapping[str, Choice]:
+        """The storages that were chosen for ``model``; empty where none were."""
+        return self.choices if self._chosen_for() is model else {}
+
     def leave(self) -> None:
         """The run is over. Its model stays known: a second fit of the same model goes on with its masks."""
         self.host, self.in_training = None, False
@@ -45,7 +76,13 @@ class Attachment:
         self._model = _no_model
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"host": None, "_model": _no_model, "in_training": False}
+        return {
+            "host": None,
+            "_model": _no_model,
+            "in_training": False,
+            "choices": self.choices,
+            "_chosen_for": _no_model,
+        }
 
 
 def _no_model() -> None:

@@ -47,9 +47,17 @@ class SparseAverage:
         method: the method, in a run.
         averaged: the module that holds the averages in parameters of the same names.
         born: where weights have been born since the last average (bool), by parameter name; missing: nowhere.
+
+    Raises:
+        ValueError: the method has exchanged layers.
     """
 
     def __init__(self, method: Method, averaged: nn.Module, born: Mapping[str, Tensor]) -> None:
+        if layers := method.weights.layers_stored:
+            raise ValueError(
+                f"an average of weights goes by their places, and the live weights of {', '.join(layers)} move: sparse storage "
+                "has no averages. Use storage='masked', or leave the average out."
+            )
         self.method, self._averaged = method, averaged
         masks = method.masks
         self.born = {n: b.to(masks[n].device, copy=True) for n, b in born.items() if n in masks}

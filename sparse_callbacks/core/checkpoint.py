@@ -1,16 +1,21 @@
 """What a checkpoint holds of a method, and whether a method may go on from it."""
 
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
 from sparse_callbacks.core.awaited import names_awaited
+from sparse_callbacks.core.live_records import SavedRecords, saved_records
+from sparse_callbacks.core.saved_patterns import Pattern, live_in, pattern_of, storage_of
 from sparse_callbacks.core.schedules import Schedule
 from sparse_callbacks.core.shards import collected, layout_of
+from sparse_callbacks.core.sparse_linear import SparseLinear
 from sparse_callbacks.core.state_layout import damaged, is_count, refuse_damaged, shown_short
+from sparse_callbacks.core.weights import whole
 
 if TYPE_CHECKING:
     from sparse_callbacks.core.method import Method
@@ -18,13 +23,20 @@ if TYPE_CHECKING:
 # To be raised with a change that older versions of the package would misread.
 VERSION = 1
 # Arguments in which a resumed run may differ from the saved one: a loader's text holds its address in memory.
-_MAY_DIFFER = ("print_plan", "fresh_start", "statistics_dataloader")
+_MAY_DIFFER = ("print_plan", "fresh_start", "statistics_dataloader", "rows")
 # Where the first masks lie, under the names that methods have for it; all of them are words, or a path or a state dict.
 _START = ("initial_mask", "from_checkpoint", "init")
 _RANDOM = "'random'"
 _WORDS_OF_START = (_RANDOM, "'magnitude'", "'nonzero'")
 # Arguments that version 0.1 lacked, with the text of their defaults. A run that uses none of them is saved as it was then.
-_LATER = {"initial_mask": _RANDOM, "rescale": "None"}
+_LATER = {
+    "initial_mask": _RANDOM,
+    "rescale": "None",
+    "storage": "'masked'",
+    "group": "64",
+    "candidates": "None",
+    "pattern": "None",
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,8 @@ class SavedRun:
         dense_grads: dense copies of those that were masked already, as in manual optimization, by parameter name.
         awaited: names of the parameters that would have become sparse once they were trained; None where there were none,
             or the state was saved before layers could join a run.
+        patterns: of exchanged layers, which have no mask, the places of their live weights by parameter name.
+        records: what exchanged layers have recorded in a window that was open, at whose end they are updated.
         window_open: no optimizer had stepped since the backward pass that gave the gradients.
         averages: what is known of averages that others keep of the weights, by the keys of those who keep them.
         progress: counted steps and updates, see :meth:`~sparse_callbacks.core.progress.Progress.state`.
@@ -59,6 +73,24 @@ class SavedRun:
     of_loop: bool
     path: object
     awaited: tuple[str, ...] | None = None
+    patterns: Mapping[str, Pattern] = field(default_factory=dict)
+    records: SavedRecords = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the sparse parameters."""
+        return [*self.masks, *self.patterns]
+
+    def zeros(self, name: str, shape: tuple[int, ...]) -> int:
+        """Pruned weights of a parameter.
+
+        Args:
+            name: its name.
+            shape: its shape; of an exchanged layer that of its whole matrix.
+        """
+        if name in self.patterns:
+            return math.prod(shape) - live_in(self.patterns[name], shape)
+        return int((~self.masks[name]).sum())
 
     @classmethod
     def of(cls, state: Mapping[str, Any], path: object) -> Self:
@@ -81,6 +113,8 @@ class SavedRun:
             of_loop="method" in state,
             path=path,
             awaited=tuple(state["awaited"]) if "awaited" in state else None,
+            patterns=state.get("patterns", {}),
+            records=state.get("records", {}),
         )
 
 
@@ -89,16 +123,18 @@ def state_of(method: "Method") -> dict[str, Any]:
 
     Tensors of sharded parameters are collected on the first of their processes, so all of these must ask together.
     """
-    awaited = names_awaited(method.entries)
+    awaited, weights = names_awaited(method.entries), method.weights
+    patterns = {name: pattern_of(layer) for name, layer in weights.layers_stored.items()}
+    later = {"awaited": awaited, "patterns": patterns, "records": saved_records(weights.layers_stored)}
     return {
         "version": VERSION,
         "arguments": {k: text for k, text in method.arguments.items() if _LATER.get(k) != text},
         "times": [] if method.calendar is None else method.calendar.times(),
         **method.progress.state(),
-        "masks": collected(method.masks, method.params),
+        "masks": collected({n: whole(mask) for n, mask in weights.held_masks.items()}, method.params),
         "aux": collected(method.aux, method.params),
-        "dense": collected({n: method.weights.dense_values(n) for n in method.weights.copied}, method.params),
-    } | ({"awaited": awaited} if awaited else {})
+        "dense": collected({n: weights.dense_values(n) for n in weights.copied}, method.params),
+    } | {key: value for key, value in later.items() if value}
 
 
 def shown(value: object) -> str:
@@ -158,6 +194,8 @@ def check_state(
     here, there = _comparable(arguments), _comparable(saved)
     # an argument that the saved run did not have yet cannot differ
     differ = [k for k in here if k in there and here[k] != there[k]]
+    if "storage" in differ:
+        raise other_storage(f"the checkpoint {path} was saved with storage={there['storage']}", here["storage"])
     if differ:
         changes = ", ".join(f"{k}={there[k]} there and {k}={here[k]} here" for k in differ)
         raise ValueError(
@@ -176,15 +214,45 @@ def _comparable(arguments: Mapping[str, str]) -> dict[str, str]:
     return {**found, "initial_mask": start if start in _WORDS_OF_START else "a checkpoint"}
 
 
-def refuse_other_model(saved: SavedRun, params: Mapping[str, Tensor]) -> None:
+def other_storage(there: str, here: str) -> ValueError:
+    """The error for a run that was saved with another storage.
+
+    Args:
+        there: which state has which storage, as the beginning of a sentence.
+        here: the storage of the run that goes on, as text.
+    """
+    return ValueError(
+        f"{there}, and this run has storage={here}: optimizer states differ in shape. Give the same storage, or "
+        "fresh_start=True."
+    )
+
+
+def refuse_other_model(
+    saved: SavedRun, params: Mapping[str, Tensor], layers: Mapping[str, SparseLinear] | None = None
+) -> None:
     """Refuse a saved run whose masks do not fit the sparse parameters of a model.
 
+    Args:
+        saved: the saved run.
+        params: the sparse parameters by name.
+        layers: those of exchanged layers among them, by the same names.
+
     Raises:
-        ValueError: a name or a shape differs.
+        ValueError: a name, a shape or the storage of a layer differs.
     """
-    masks = saved.masks
+    exchanged = layers or {}
+    wrong = []
     # names of both, because either side may have a parameter that the other lacks
-    wrong = [n for n in {**params, **masks} if n not in masks or n not in params or masks[n].shape != params[n].shape]
+    for name in dict.fromkeys([*params, *saved.names]):
+        if name not in saved.names or name not in params:
+            wrong.append(name)
+            continue
+        there = storage_of(saved.patterns[name]) if name in saved.patterns else "masked"
+        here = exchanged[name].storage if name in exchanged else "masked"
+        if there != here:
+            raise other_storage(f"{name} was saved with storage={there!r} (the checkpoint is {saved.path})", repr(here))
+        if name in saved.masks and saved.masks[name].shape != params[name].shape:
+            wrong.append(name)
     if wrong:
         raise misfit(wrong, saved.path)
 

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sparse_callbacks.core.moved_places import NEVER, largest_in_rows, places_without, true_places
-from sparse_callbacks.core.ops import keep_largest
+from sparse_callbacks.core.moved_places import NEVER, largest_in_rows, places_without
+from sparse_callbacks.core.quick_places import largest_places, places_above, true_places
 
 LARGEST_SAME = 2**26  # units up to which the draw is that of masked storage
 BITS = 53  # of a random float64: it is an integer of so many bits, over 2^53
-CACHED = 2**16  # numbers of a piece: they fit a core's cache
+SPREAD = 8.0  # standard deviations: one draw in 10^15 has to be repeated
+CACHED = 2**17  # numbers of a piece: they fit a core's cache
 BLOCKS = 2**22  # numbers that are drawn at a time for blocks that choose by themselves
 
 
@@ -55,26 +56,32 @@ def largest_of_all(size: int, kept: Tensor, count: int, source: torch.Generator)
 
     Only numbers from a bound on are held, which is almost certainly below the least of them.
     """
-    state, spread = source.get_state(), 8.0
+    state, spread = source.get_state(), SPREAD
     while True:
-        # the numbers above the bound are expected to be more than enough by eight standard deviations
+        # the numbers above the bound are expected to be more than enough by so many standard deviations
         share = (count + spread * math.sqrt(count) + spread**2) / (size - kept.numel())
-        places, numbers = numbers_from(max(0, math.floor((1 - share) * 2**BITS)), size, kept, source)
+        places, numbers = numbers_above(max(-1, math.floor((1 - share) * 2**BITS)), size, kept, source)
         if len(places) >= count:
-            return places[true_places(keep_largest(numbers.to(torch.float64), count))]
+            return places.index_select(0, largest_places(numbers.to(torch.float64), count))
         spread *= 4
         source.set_state(state)
 
 
-def numbers_from(bound: int, size: int, kept: Tensor, source: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Places and values of the numbers from ``bound`` on among ``size`` that are drawn, without those that are kept."""
+def numbers_above(bound: int, size: int, kept: Tensor, source: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Places and values of the numbers above a bound among ``size`` that are drawn, without those that are kept.
+
+    Args:
+        bound: at least -1, which all are above.
+        size: how many numbers are drawn.
+        kept: ascending places that do not count.
+        source: the generator of the random numbers.
+    """
     places, values = [], []
     ends = torch.searchsorted(kept, torch.arange(0, size + CACHED, CACHED)).tolist()
-    reached = torch.empty(min(size, CACHED), dtype=torch.bool)
     for piece, numbers in enumerate(random_numbers(size, source)):
         start = piece * CACHED
         numbers.index_fill_(0, kept[ends[piece] : ends[piece + 1]] - start, -1)
-        found = true_places(torch.ge(numbers, bound, out=reached[: len(numbers)]))
+        found = places_above(numbers, bound)
         values.append(numbers.index_select(0, found))
         places.append(found.add_(start))
     return torch.cat(places), torch.cat(values)

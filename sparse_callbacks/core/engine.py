@@ -12,10 +12,13 @@ from sparse_callbacks.core import topology
 from sparse_callbacks.core.agreement import refuse_unequal_weights
 from sparse_callbacks.core.checkpoint import SavedRun, state_of
 from sparse_callbacks.core.first_gradients import SilenceWarning
+from sparse_callbacks.core.fresh_weights import rescale_fresh, warnings_of_start
 from sparse_callbacks.core.gradient_care import GradientCare
 from sparse_callbacks.core.gradients import DenseGradients
 from sparse_callbacks.core.host import Host
-from sparse_callbacks.core.initial_masks import rescale_fresh, warnings_of_start
+from sparse_callbacks.core.live_records import put_back_records
+from sparse_callbacks.core.live_runs import note_places, refuse_matrix_optimizers
+from sparse_callbacks.core.live_weights import moves_of
 from sparse_callbacks.core.loop_steps import next_tick
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_hold import OptimizerHold
@@ -117,6 +120,7 @@ class Engine:
         """Go on with other optimizers for the same parameters, in the same order."""
         owners = Ownership(optimizers, self.method.params)
         refuse_optimizers(self.method, owners)
+        refuse_matrix_optimizers(optimizers, self.method.weights.layers_stored)
         self._take_hold(owners, gradients_read, two_pass)
 
     def take_up(
@@ -153,9 +157,11 @@ class Engine:
                 method.saved = None
             method.weights.take_over_watchers(weights)
             self.write()
+            self.begin_window()
         elif have_moved(method, optimizers):
             method.progress.begin(len(optimizers))
             self.rebind(optimizers, gradients_read, two_pass)
+            self.begin_window()
         else:
             return None
         self._care.dense.take_over(dense)
@@ -188,7 +194,9 @@ class Engine:
         if method.attachment.in_training:  # a last pruning, which no step has followed
             mask_averages(method.owners.optimizers, method.weights)
         self._hold.end_run()
+        self._care.end()
         self._release()
+        note_places(method.weights)
         method.attachment.leave()
         method.owners = Ownership.between_runs(method.owners.owns, method.params, len(method.owners.owns))
 
@@ -325,6 +333,7 @@ class Engine:
             group.update(numbers)  # of a step that moved nothing: what optimizers count for a whole group stays too
         self._conclude(step)
         self._care.dense.forget(step.names)
+        self._care.look_ahead(index)
 
     def _conclude(self, step: Step) -> None:
         """Count the step, and take the masks of the update that it brings."""
@@ -348,12 +357,16 @@ class Engine:
         method = self.method
         refuse_unequal_weights(method, step.names)  # before all ranks take one mask, behind which other weights may lie
         owners = method.owners if keeps_optimizers(method) else None
-        changed = topology.take(method.weights, owners, update.masks, lambda name: method.new_weights(step, name))
+        moves = moves_of(method.weights, update.keys, update.slots)
+        changed = topology.take(
+            method.weights, owners, update.masks, lambda name: method.new_weights(step, name), moves
+        )
         method.progress.mark_done(step.index)
         self.events |= {**update.figures, "update/changed": changed}
         if method.explores:
             ever_active = EverActive(method.aux, method.weights)
             ever_active.add(update.masks)
+            ever_active.note(moves)
             self.events["update/ever_active"] = ever_active.share()
         method.after_update(step)
         # of all, and last: a method may have ended dense copies
@@ -365,6 +378,7 @@ class Engine:
             if step.names and not step.taken and not step.skipped:
                 step.skipped = True  # the GradScaler found an inf and skipped the step
                 self.skipped += 1
+                self._care.skipped(step)
         self._hold.begun.clear()
         self.method.weights.swap_out(self.method.params)
         self._care.dense.free(self.method.owners.optimizers)
@@ -375,11 +389,20 @@ class Engine:
         if self._begins_anew:
             rescale_fresh(self.method)
         self._begins_anew = False  # a run that goes on has weights that were rescaled when it began
+        self.begin_window()
 
     def write(self) -> None:
         """Restore the invariant in all sparse parameters."""
         self.method.write(None, self._care.finite is True)
         mask_averages(self.method.owners.optimizers, self.method.weights)
+
+    def begin_window(self) -> None:
+        """Training begins or goes on, perhaps within an accumulation window: see :meth:`GradientCare.look_ahead`."""
+        method = self.method
+        for index in range(len(method.owners.optimizers)):
+            self._care.look_ahead(index)
+        if method.saved is not None:
+            put_back_records(method.weights.layers_stored, method.saved.records)
 
     # ------------------------------------------------------------------ state
 

@@ -8,7 +8,9 @@ from torch.optim import Optimizer
 from sparse_callbacks.core import optimizers as torch_optimizers
 from sparse_callbacks.core.gradient_mask import MasksGradients, refuse_unannounced_mask
 from sparse_callbacks.core.gradients import DenseGradients
+from sparse_callbacks.core.live_records import are_finite, forget_records, record
 from sparse_callbacks.core.method import Method
+from sparse_callbacks.core.sparse_linear import SparseLinear
 from sparse_callbacks.core.step import Step
 
 
@@ -58,6 +60,8 @@ class GradientCare:
     def note_finite(self, step: Step) -> None:
         """Note whether the gradients of the step are finite, and keep what is not from pruned weights."""
         step.finite_flag = self._all_finite(step)
+        if not are_finite(self._exchanged(step.names)):
+            step.finite_flag = False
         if step.finite_flag is not True:
             self._keep_from_pruned(step)
         self.finite = step.finite_flag
@@ -89,7 +93,8 @@ class GradientCare:
             # a GradScaler that finds inf skips the step; without one a clip would spread it
             if copied and scale == 1.0 and self._all_finite(coming) is not True:
                 self._keep_from_pruned(coming)
-            others = [name for name in coming.names if name not in copied]
+            exchanged = method.weights.layers_stored
+            others = [name for name in coming.names if name not in copied and name not in exchanged]
             kept = [*(others if wanted else ()), *(copied if optimizer in self.two_pass else ())]
             self.dense.keep_and_mask(kept, method.weights, scale, reduced)
             if not wanted:
@@ -99,13 +104,42 @@ class GradientCare:
 
     def clean_state(self, step: Step) -> None:
         """Clear what the optimizer's state of pruned weights should not hold for long."""
-        for name in step.names:
+        exchanged = self._method.weights.layers_stored
+        for name in (n for n in step.names if n not in exchanged):
             p, pruned = self._method.params[name], ~self._method.weights.masks[name]
             if step.masked_gradients:
                 fresh = self._method.owners.fresh[step.index]
                 torch_optimizers.avoid_slow_square_roots(step.optimizer, fresh, p, pruned)
             elif step.finite_flag is not True:  # nobody has waited for it, and gradients were not masked
                 torch_optimizers.clear_non_finite_state(step.optimizer, p, pruned)
+
+    def look_ahead(self, index: int) -> None:
+        """A window of an optimizer begins: let exchanged layers record what an update at its end looks at.
+
+        Args:
+            index: the position of the optimizer in the run.
+        """
+        method = self._method
+        if not (layers := self._exchanged(method.owners.owns[index])):
+            return
+        wanted = method.wants_dense_gradients(self._step(index, tick=-1))
+        if wanted and method.calendar is not None:
+            wanted = method.progress.due(index, method.calendar)  # exactly, where it is near
+        for layer in layers:
+            record(layer, wanted)
+
+    def skipped(self, step: Step) -> None:
+        """A GradScaler has skipped the step: its gradients count for nothing."""
+        forget_records(self._exchanged(step.names))
+
+    def end(self) -> None:
+        """The run is over: nothing is recorded any more."""
+        for layer in self._method.weights.layers_stored.values():
+            record(layer, False)
+
+    def _exchanged(self, names: Sequence[str]) -> list[SparseLinear]:
+        layers = self._method.weights.layers_stored
+        return [layers[n] for n in names if n in layers] if layers else []
 
     def _step(self, index: int, tick: int, gradients_read: bool = False) -> Step:
         method = self._method

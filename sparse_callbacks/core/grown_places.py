@@ -1,17 +1,22 @@
 """Units of a sparse layer with the largest gradients, found in row blocks of the dense gradient or among candidates."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from sparse_callbacks.core.drawn_places import drawn_units
-from sparse_callbacks.core.moved_places import BELOW_ZERO, NEVER, largest_in_rows, true_places
+from sparse_callbacks.core.moved_places import BELOW_ZERO, NEVER, largest_in_rows
 from sparse_callbacks.core.ops import keep_largest
+from sparse_callbacks.core.patterns import block_sums, column_sums
+from sparse_callbacks.core.quick_places import largest_places, places_above, true_places
 from sparse_callbacks.core.sparse_kernels import add_sampled
 
-CACHED = 2**18  # entries of a row block of the dense gradient that stay in a core's cache
+CACHED = 2**20  # entries of a row block of the dense gradient that stay in a core's cache
 ENTRIES = 2**22  # of one that is summed over processes: fewer and larger messages
+SAMPLE = 2**16  # entries of the gradient from which a bound is guessed
+SPARE = 2  # times as many as are needed are expected above the bound, since rows and columns differ in scale
 
 Records = Sequence[tuple[Tensor, Tensor]]
 Reduce = Callable[[Tensor], Tensor]
@@ -51,18 +56,37 @@ def largest_units(
         raise ValueError(f"count={count} units cannot grow: {free} are free. Give 0 to {free}.")
     if not count:
         return kept.new_empty(0)
-    best = BestOfBlocks(count) if per_block else Best(count)
+    if per_block:
+        best: Best | BestOfBlocks = BestOfBlocks(count)
+    else:
+        best = Best(count, probable_bound(records, shape, count, dtype, reduce))
+    look_at_all(best, records, shape, group, kept, dtype, reduce)
+    if not best.enough:
+        best = Best(count, None)
+        look_at_all(best, records, shape, group, kept, dtype, reduce)
+    return best.keys()
+
+
+def look_at_all(
+    best: "Best | BestOfBlocks",
+    records: Records,
+    shape: tuple[int, int],
+    group: int,
+    kept: Tensor,
+    dtype: torch.dtype,
+    reduce: Reduce | None,
+) -> None:
+    """Let ``best`` look at the scores of all units, in row blocks."""
+    blocks, inputs = shape[0] // group, shape[1]
     rows = max(1, (CACHED if reduce is None else ENTRIES) // max(1, group * inputs))
     ends = torch.searchsorted(kept, torch.arange(0, blocks + rows, rows, device=kept.device) * inputs).tolist()
     buffer = torch.empty(min(rows, blocks) * group, inputs, dtype=dtype, device=kept.device)
     for number, start in enumerate(range(0, blocks, rows)):
         stop = min(start + rows, blocks)
         gradient = buffer[: (stop - start) * group]
-        scores = row_block(records, slice(start * group, stop * group), gradient, reduce).abs_()
-        if group > 1:
-            scores = scores.view(stop - start, group, inputs).sum(1)
+        gradient = row_block(records, slice(start * group, stop * group), gradient, reduce)
+        scores = gradient.abs_() if group == 1 else column_sums(gradient, group)
         best.add(scores, kept[ends[number] : ends[number + 1]] - start * inputs, start * inputs)
-    return best.keys()
 
 
 def row_block(records: Records, rows: slice, into: Tensor, reduce: Reduce | None) -> Tensor:
@@ -76,16 +100,42 @@ def row_block(records: Records, rows: slice, into: Tensor, reduce: Reduce | None
     return into if reduce is None else reduce(into)
 
 
+def probable_bound(
+    records: Records, shape: tuple[int, int], count: int, dtype: torch.dtype, reduce: Reduce | None
+) -> float | None:
+    """A magnitude that likely more than `count` of the gradient exceed, from a grid of rows and columns.
+
+    None where the gradient is so small that all of it can be held.
+    """
+    size = shape[0] * shape[1]
+    if size <= CACHED:
+        return None
+    # odd strides, so that they do not stay in one column of an image
+    stride = math.ceil(math.sqrt(size / SAMPLE)) | 1
+    grid = [(x[::stride], dy[::stride]) for x, dy in records]
+    rows, columns = (-(-length // stride) for length in shape)
+    into = torch.empty(rows, columns, dtype=dtype, device=records[0][0].device if records else None)
+    sample = row_block(grid, slice(0, rows), into, reduce).abs_().nan_to_num_(BELOW_ZERO, torch.inf).view(-1)
+    rank = math.ceil(SPARE * count / size * len(sample)) + 1
+    return None if rank > len(sample) else float(sample.kthvalue(len(sample) + 1 - rank).values)
+
+
 class Best:
-    """The units with the largest scores so far, held in memory of about twice their number.
+    """The units with the largest scores so far, held in memory of a few times their number.
 
     Args:
         count: the number of units.
+        bound: scores above it are looked at; all are where it is None.
     """
 
-    def __init__(self, count: int) -> None:
-        self.count, self.least, self.held = count, BELOW_ZERO, 0
+    def __init__(self, count: int, bound: float | None) -> None:
+        self.count, self.bound, self.held = count, bound, 0
         self.found: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def enough(self) -> bool:
+        """Whether so many units were found."""
+        return self.held >= self.count
 
     def add(self, scores: Tensor, kept: Tensor, first: int) -> None:
         """Look at further units, whose keys follow those of the last.
@@ -96,26 +146,24 @@ class Best:
             first: the key of the first score.
         """
         flat = scores.view(-1)
-        if self.held < self.count:
-            # while there are too few, everything is better than nothing, NaN too
-            free = torch.ones(flat.shape, dtype=torch.bool, device=flat.device).index_fill_(0, kept, False)
+        if self.bound is None:
+            free = torch.ones(flat.shape, dtype=torch.bool, device=flat.device)
+            places = true_places(free.index_fill_(0, kept, False))
         else:
-            # an equal score further on loses; NaN is above nothing
-            free = flat.index_fill_(0, kept, BELOW_ZERO) > self.least
-        places = true_places(free)
+            # an equal score further on loses against those that are held; NaN is above nothing
+            places = places_above(flat.index_fill_(0, kept, NEVER), self.bound)
         self.found.append((places + first, flat.index_select(0, places)))
         self.held += places.numel()
-        if self.held > 2 * self.count or (self.least < 0 and self.held >= self.count):
+        if self.held > SPARE * SPARE * self.count:
             self.shrink()
 
     def shrink(self) -> None:
-        """Leave all but the largest."""
+        """Leave all but the largest, and look at no smaller ones any more."""
         keys, scores = (torch.cat(parts) for parts in zip(*self.found, strict=True))
-        largest = true_places(keep_largest(scores, min(self.count, len(scores))))
+        largest = largest_places(scores, self.count)
         keys, scores = keys.index_select(0, largest), scores.index_select(0, largest)
-        self.found, self.held = [(keys, scores)], len(keys)
-        if self.held == self.count:
-            self.least = float(scores.nan_to_num(BELOW_ZERO, torch.inf).min())
+        self.found, self.held = [(keys, scores)], self.count
+        self.bound = float(scores.nan_to_num(BELOW_ZERO, torch.inf).min())
 
     def keys(self) -> Tensor:
         """Their ascending keys."""
@@ -131,7 +179,7 @@ class BestOfBlocks:
     """
 
     def __init__(self, count: int) -> None:
-        self.count = count
+        self.count, self.enough = count, True
         self.found: list[Tensor] = []
 
     def add(self, scores: Tensor, kept: Tensor, first: int) -> None:
@@ -177,7 +225,7 @@ def candidate_units(
     columns = drawn.view(blocks, -1) - torch.arange(blocks, device=drawn.device)[:, None] * inputs
     gradients = gradient_of_columns(records, columns, group, dtype)
     gradients = gradients if reduce is None else reduce(gradients)
-    ranked = gradients.abs_().sum(1).nan_to_num_(BELOW_ZERO, torch.inf)
+    ranked = block_sums(gradients).nan_to_num_(BELOW_ZERO, torch.inf)
     return drawn[true_places(largest_in_rows(ranked, count))]
 
 

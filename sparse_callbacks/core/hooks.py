@@ -92,7 +92,7 @@ class Hooks:
     def new_masks(self, step: Step) -> Update:
         """The update that takes the place of a step (:meth:`~sparse_callbacks.core.step.Step.replace`), or follows
         one."""
-        return Update({name: self.weights.masks[name] for name in step.names})
+        return Update({name: mask for name, mask in self.weights.held_masks.items() if name in step.names})
 
     def new_weights(self, step: Step, name: str) -> Tensor | None:
         """Values for the born weights of a parameter, of its shape; None: they start from zero."""

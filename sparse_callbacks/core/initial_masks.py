@@ -1,8 +1,7 @@
 """Where first masks come from: chance, magnitudes, the zeros of the model, or a checkpoint."""
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from sparse_callbacks.core import distributed
 from sparse_callbacks.core.arguments import refuse_unknown
 from sparse_callbacks.core.awaited import for_targets
 from sparse_callbacks.core.checkpoint import SavedRun
+from sparse_callbacks.core.constructors import argument_names
 from sparse_callbacks.core.distributions import is_epsilon
 from sparse_callbacks.core.given_masks import (
     GivenMasks,
@@ -23,21 +23,29 @@ from sparse_callbacks.core.given_masks import (
     refuse_other_masks,
     zeros_in,
 )
-from sparse_callbacks.core.method import DEFAULT_SPARSITY, Method
+from sparse_callbacks.core.live_runs import zeros_of_live
+from sparse_callbacks.core.method import DEFAULT_SPARSITY, Method, Options
 from sparse_callbacks.core.ops import keep_largest
+from sparse_callbacks.core.patterns import (
+    as_mask,
+    drawn_columns,
+    group_of,
+    largest_columns,
+    reached_targets,
+    refuse_pattern,
+    share_of,
+    why_other_pattern,
+)
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.rescaling import (
     RESCALES,
     Rescale,
-    counted_norm,
-    rescale_weights,
-    starved_layers,
-    why_not_fresh,
-    zeros_among,
 )
 from sparse_callbacks.core.selection import Entry, select
 from sparse_callbacks.core.shards import layout_of
 from sparse_callbacks.core.state_layout import shown_short
+from sparse_callbacks.core.storage import Rows, StorageByLayer, check_storage
+from sparse_callbacks.core.storage_choice import planned_choices, refuse_choices
 from sparse_callbacks.core.thawed import masks_by_magnitude
 
 InitialMask = Source
@@ -60,6 +68,19 @@ class StartsSparse(Method):
             and ``distribution`` plan. A run that goes on keeps its masks, whatever is given.
         rescale: active weights of a new run are multiplied once, by sqrt(1 / density) of their ``"layer"``, or for each
             output unit by the root of its ``"fan_in"`` over the inputs that it keeps; None: they stay as they are.
+        pattern: ``"fan_in/64"``: in linear layers every 64 consecutive output rows read the same inputs, as many in each
+            group of rows: max(1, round(density * inputs)), so that ``plan()`` may show a little more or less sparsity.
+            (64 may be any whole number from 1.) Layers of other kinds, and those whose rows the number does not divide,
+            have masks without a pattern, as ``plan()`` says. None: no layer has one.
+        storage: ``"masked"``: dense matrices under masks. ``"sparse"``: linear layers hold their live weights alone, in a
+            `SparseLinear`, on the CPU. ``"grouped"``: the same, where every ``group`` consecutive output rows read the same
+            inputs, max(1, round(density * inputs)) of them. ``"auto"``: masked or sparse, whichever is faster by their
+            times. Or a mapping of globs on parameter names to these, of which the first that matches counts. ``plan()`` says
+            which layer has which, and why one stays masked.
+        group: output rows that read the same inputs under ``"grouped"``; where it does not divide the rows of a layer, that
+            layer stays masked.
+        rows: rows that each layer sees in a step (the size of the batch, times the length of its sequences), or such
+            numbers by glob, for ``"auto"``; None: they are looked up with a batch, where the loop gives one.
         **options: arguments of :class:`~sparse_callbacks.core.method.Method`.
 
     Raises:
@@ -72,16 +93,26 @@ class StartsSparse(Method):
         *,
         initial_mask: InitialMask = "random",
         rescale: Rescale | None = None,
+        pattern: str | None = None,
+        storage: StorageByLayer = "masked",
+        group: int = 64,
+        rows: Rows | None = None,
         **options: Any,
     ) -> None:
         super().__init__(DEFAULT_SPARSITY if sparsity is None else sparsity, **options)
+        check_storage(self, storage, group, rows, pattern)
+        self.storage = dict(storage) if isinstance(storage, Mapping) else storage
+        self.group, self.rows = group, dict(rows) if isinstance(rows, Mapping) else rows
         if not isinstance(initial_mask, str | Path | Mapping) or not initial_mask:
             raise ValueError(
                 f"initial_mask={shown_short(initial_mask)} is not known. Give 'random', 'magnitude', 'nonzero', the path "
                 "of a checkpoint or a state dict."
             )
         refuse_unknown({"rescale": rescale}, {"rescale": (None, *RESCALES)})
-        self.initial_mask, self.rescale = initial_mask, rescale
+        refuse_pattern(pattern, storage, group)
+        if pattern is not None and "pattern" not in argument_names(type(self), Options):
+            raise ValueError(f"{type(self).__name__} takes no pattern=: Static, SET and RigL keep one. Leave it out.")
+        self.initial_mask, self.rescale, self.pattern = initial_mask, rescale, pattern
         self._start = initial_mask  # a subclass that has another name for it keeps each argument as it was given
         self._zeros: dict[str, int] = {}  # found in each layer, where the masks bring their own counts
         self._found_sparsity = 0.0
@@ -111,19 +142,27 @@ class StartsSparse(Method):
         return DEFAULT_SPARSITY if self.sparsity is None else float(self.sparsity)
 
     def plan(self, model: nn.Module | None = None) -> Plan:
+        known = self.attachment.choices
         if isinstance(model, nn.Module):
             plain = getattr(model, "_orig_mod", model)  # of torch.compile
-            find_masks(self, plain, select(plain, self.include, self.exclude, self.keep_dense), self.saved)
+            entries = select(plain, self.include, self.exclude, self.keep_dense)
+            self.attachment.choices = planned_choices(self, plain, entries)
+            find_masks(self, plain, entries, self.saved)
             self._given = None  # a run looks again
-        return super().plan(model)
+        try:
+            made, choices = super().plan(model), self.attachment.choices
+            refuse_choices(self.storage, choices, {row.name for row in made if row.zeros == 0})
+            return made.with_storages(choices)
+        finally:
+            self.attachment.choices = known
 
     def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
         if not self._brings_counts:
-            return super().share_out(entries)
+            return reached_targets(self, super().share_out(entries), entries)
         chosen = [e for e in entries if not e.reason]
         if not all(layer in self._zeros for e in chosen for layer in e.layers):
             self._find(self.attachment.model, entries, self.saved)
-        return {layer: _share(self._zeros[layer], e.size // e.parts) for e in chosen for layer in e.layers}
+        return {layer: share_of(self._zeros[layer], e.size // e.parts) for e in chosen for layer in e.layers}
 
     def initial_masks(self) -> dict[str, Tensor]:
         if self._start == "random":
@@ -149,9 +188,27 @@ class StartsSparse(Method):
         self._given = None
         return {n: masks[n] for n in taken}
 
+    def _random_mask(self, layer: str, weight: Tensor) -> Tensor:
+        if (group := self._group(layer)) is None:
+            return super()._random_mask(layer, weight)
+        rows, inputs = weight.shape
+        columns = drawn_columns(rows // group, inputs, self._columns(layer, weight), self.generator(layer, 0))
+        return as_mask(columns, group).to(weight.device)
+
     def _largest(self, layer: str, weight: Tensor) -> Tensor:
+        if (group := self._group(layer)) is not None:
+            return largest_columns(weight, self._columns(layer, weight), group)
         size = layout_of(weight).whole_shape(weight).numel()
         return keep_largest(weight, size - self.planned_zeros(layer, size))
+
+    def _group(self, layer: str) -> int | None:
+        """The group of a layer's pattern; None where it has none."""
+        entry = self.weights.entries.get(layer)  # only a layer that is a whole parameter has one
+        return None if entry is None else group_of(self, entry)
+
+    def _columns(self, layer: str, weight: Tensor) -> int:
+        """The planned number of active columns in each block of a layer."""
+        return weight.shape[1] - self.planned_zeros(layer, weight.numel()) // weight.shape[0]
 
     # ------------------------------------------------------------------ masks that are found
 
@@ -159,12 +216,13 @@ class StartsSparse(Method):
         self, model: nn.Module | None, entries: Sequence[Entry], saved: SavedRun | None, together: bool = False
     ) -> None:
         chosen = [e for e in entries if not e.reason]
-        aux, masks = (saved.aux, saved.masks) if saved is not None else (self.aux, self.masks)
+        aux, masks = (saved.aux, saved.masks) if saved is not None else (self.aux, self.weights.held_masks)
         if saved is None and self.attachment.model is not model:
-            aux = masks = {}
+            aux, masks = {}, {}
         path = None if saved is None else saved.path
         held = [e for e in chosen if e.name in masks and tuple(masks[e.name].shape) == e.full_shape]
         known = {e.name: known_zeros(e, aux, masks, path) for e in held}
+        known |= zeros_of_live(model, chosen, saved)
         if missing := [e for e in chosen if e.name not in known]:
             waiting = {e.name: aux[key] for e in missing if (key := f"{_WAITING}/{e.name}") in aux}
             refuse_other_masks(waiting, missing, path)
@@ -175,6 +233,12 @@ class StartsSparse(Method):
             masks = self._given.masks
             if together and self._start == "nonzero":  # in a loop ranks may still have weights of their own
                 masks = distributed.masks_of_first_rank(masks)
+            if why := why_other_pattern(self, masks, missing):
+                pattern = "storage='grouped'" if self.pattern is None else f"pattern={self.pattern!r}"
+                raise ValueError(
+                    f"{_spelled(self)} holds masks that are not of {pattern}: {why}. Give masks of that pattern, or leave "
+                    f"{pattern.partition('=')[0]}= out."
+                )
             if not known:  # what is added to a run may be dense
                 advice = f"Give {_argument(self)}= another checkpoint, or sparsity= for a new mask."
                 refuse_no_masks(masks, _spelled(self), advice)
@@ -183,7 +247,9 @@ class StartsSparse(Method):
         zeros, size = sum(self._zeros.values()), sum(e.size for e in chosen)
         self._found_sparsity = zeros / max(1, size)
         if missing:
-            self._refuse_other_sparsity(zeros, size)
+            # each layer rounds its zeros down, or its columns to the next whole number
+            rounded = sum(1 if group_of(self, e) is None else e.parts * e.shape[0] for e in chosen)
+            self._refuse_other_sparsity(zeros, size, max(rounded, len(self._zeros)))
 
     def _masks_of(self, model: nn.Module | None, entries: Sequence[Entry]) -> GivenMasks:
         if self._start != "nonzero":
@@ -195,9 +261,9 @@ class StartsSparse(Method):
         parameters = dict(model.named_parameters())
         return GivenMasks({e.name: parameters[e.name].detach() != 0 for e in entries}, {}, False)
 
-    def _refuse_other_sparsity(self, zeros: int, size: int) -> None:
-        # each layer rounds its zeros down, and a plan shows four decimals
-        if self.sparsity is None or abs(zeros - self.sparsity * size) <= max(len(self._zeros), 5e-5 * size):
+    def _refuse_other_sparsity(self, zeros: int, size: int, rounded: int) -> None:
+        # a plan shows four decimals
+        if self.sparsity is None or abs(zeros - self.sparsity * size) <= max(rounded, 5e-5 * size):
             return
         raise ValueError(
             f"sparsity={self.sparsity!r} and {_spelled(self)} differ: the masks there have {zeros:,} zeros in {size:,} "
@@ -228,6 +294,46 @@ def find_masks(
         method._find(model, entries, saved, together)
 
 
+def given_mask(method: Method, name: str) -> Tensor | None:
+    """The mask that was found for a parameter; None where the method makes one."""
+    given = method._given if isinstance(method, StartsSparse) else None
+    return None if given is None else given.masks.get(name)
+
+
+def forget_given(method: Method) -> None:
+    """Let go of the masks that were found: a run looks for those that it needs again."""
+    if isinstance(method, StartsSparse):
+        method._given = None
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the first masks of a method lie.
+
+    Attributes:
+        shown: the argument that says so, for errors.
+        at_random: they are drawn.
+        brings_counts: the counts of the masks are found and not planned.
+        given: masks that were found, until a run takes them.
+    """
+
+    shown: str
+    at_random: bool
+    brings_counts: bool
+    given: GivenMasks | None
+
+
+def start_of(method: StartsSparse) -> Start:
+    """Where the first masks of a method lie."""
+    return Start(_spelled(method), method._start == "random", method._brings_counts, method._given)
+
+
+def draws_at_random(method: Method) -> bool:
+    """Whether the first masks are drawn at random, and not by a rule of a subclass."""
+    ours = type(method).initial_masks is StartsSparse.initial_masks
+    return ours and isinstance(method, StartsSparse) and method._start == "random"
+
+
 def sharing_entries(method: Method, entries: Sequence[Entry]) -> Sequence[Entry]:
     """``entries`` as a distribution sees them, for a run that is only described: found masks need no share for a layer
     that waits to be trained, and the file that holds its mask may be gone."""
@@ -245,85 +351,10 @@ def joining_masks(method: StartsSparse, names: Sequence[str]) -> dict[str, Tenso
     """
     if method._brings_counts:
         return method._take_given(names)
-    return masks_by_magnitude.dispatch(Method)(method, names)
+    return {n: method.weights.by_layer(n, method._largest, method.params[n].detach()) for n in names}
 
 
 masks_by_magnitude.register(StartsSparse, joining_masks)
-
-
-def refuse_rescaling(method: Method, model: nn.Module, params: Mapping[str, Tensor]) -> None:
-    """Refuse to rescale weights that are known to be trained, when a new run is about to begin.
-
-    Raises:
-        ValueError: the method was asked to.
-    """
-    if not isinstance(method, StartsSparse) or method.rescale is None:
-        return
-    why = why_not_fresh(model, params, method._brings_counts)
-    if not why and method._given is not None:
-        why = _why_of_given(method._given, params)
-    if why:
-        raise ValueError(
-            f"rescale={method.rescale!r} is for fresh weights, and those of the model are trained: {why}. Leave rescale= "
-            "out. (A run that goes on from its own state, by ckpt_path= or sparsify(state=), is never rescaled.)"
-        )
-
-
-def _why_of_given(given: GivenMasks, params: Mapping[str, Tensor]) -> str:
-    """Why weights beside which masks are given are known to be trained; empty where nobody knows."""
-    mine = {n: params[n].detach() for n in given.masks if n in params}
-    for name, weight in given.weights.items() if given.trained else ():
-        if name in mine and _same_where(given.masks[name], mine[name], weight):
-            return f"{name} is as in the checkpoint of a trained network"
-    if not any(bool(weight[~given.masks[n].to(weight.device)].any()) for n, weight in mine.items()):
-        return "they are zero already where the given masks are, as after a run with these masks"
-    return ""
-
-
-def rescale_fresh(method: Method) -> None:
-    """Make the masked weights of a new run larger, where the method was asked to."""
-    if isinstance(method, StartsSparse) and method.rescale is not None:
-        rescale_weights(method.weights, method.rescale)
-
-
-def refuse_rescaled_checkpoint(method: Method, path: object) -> None:
-    """Refuse to rescale the weights of a checkpoint that a new run begins with, by ``fresh_start=True``.
-
-    Raises:
-        ValueError: the method was asked to.
-    """
-    if isinstance(method, StartsSparse) and method.rescale is not None:
-        raise ValueError(
-            f"rescale={method.rescale!r} is for fresh weights, and with fresh_start=True a new run begins with the trained "
-            f"ones of the checkpoint {path}. Leave rescale= out."
-        )
-
-
-def warnings_of_start(method: Method, model: nn.Module) -> Iterator[str]:
-    """What the user should know of the masks and weights that a new run begins with, which are not written yet."""
-    if not isinstance(method, StartsSparse):
-        return
-    if dead := [n for n, count in method.weights.active_counts.items() if not count and method._brings_counts]:
-        yield f"{', '.join(dead)} has no active weight in {_spelled(method)}, and so never trains. exclude= leaves it dense."
-    name, at_random = type(method).__name__, method._start == "random"
-    if method._brings_counts:
-        return
-    if at_random and (share := zeros_among(model, method.params)):
-        yield (
-            f"{name} draws its masks at random, and {share:.1%} of the weights are zero already: a pruned network loses "
-            "most of what it has learnt. Give initial_mask='nonzero' to go on with its masks."
-        )
-    elif at_random and (norm := counted_norm(model, method.params)):
-        yield (
-            f"{name} draws its masks at random, and the network was trained before: {norm} has counted batches. Give "
-            "initial_mask='magnitude' to keep its largest weights."
-        )
-    elif method.rescale is None and (starved := starved_layers(model, method.weights)):
-        listed = ", ".join(f"{layer} ({inputs:.1f})" for layer, inputs in starved.items())
-        yield (
-            f"few inputs are left for each output of {listed}, with no norm in between: the signal fades from layer to "
-            f"layer, and the network may not learn. {name}(rescale='fan_in') makes fresh weights larger for it."
-        )
 
 
 # ---------------------------------------------------------------------- parts
@@ -358,15 +389,3 @@ def _argument(method: StartsSparse) -> str:
 def _spelled(method: StartsSparse) -> str:
     given = method._start
     return f"{_argument(method)}=" + ("" if isinstance(given, Mapping) else repr(str(given)))
-
-
-def _share(zeros: int, size: int) -> float:
-    """The sparsity of which ``zeros_for`` makes exactly ``zeros`` in a layer of ``size`` weights."""
-    share = zeros / size if size else 0.0
-    return share if math.floor(share * size) == zeros else math.nextafter(share, 1.0)
-
-
-def _same_where(mask: Tensor, mine: Tensor, theirs: Tensor) -> bool:
-    """Whether two tensors have the same values, and any, where ``mask`` is True."""
-    mask = mask.to(mine.device)
-    return bool(mask.any()) and torch.equal(mine[mask], theirs.to(mine)[mask])

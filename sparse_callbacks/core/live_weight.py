@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.core.live_places import LivePlaces, RowPlaces, Storage
-from sparse_callbacks.core.moved_places import true_places
+from sparse_callbacks.core.quick_places import true_places
 from sparse_callbacks.core.sparse_state import values_for_weight, written
 
 LARGEST_DENSE = 2**31  # entries of a layer that may be made dense

@@ -131,8 +131,9 @@ class LoopBinding:
         engine.unbind()
         self.bind(entries)
         engine.skipped, engine.restart_wanted = skipped, restart_wanted
-        method.saved = None
         engine.write()
+        engine.begin_window()
+        method.saved = None
         method.attachment.in_training = True
 
 

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from sparse_callbacks.core import data_pass, distributed
 from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.host import Forward
+from sparse_callbacks.core.storage_timing import rows_of_layers
 
 
 class LoopHost:
@@ -62,6 +63,16 @@ class LoopHost:
             return batches, data_pass.batch_count(batches, fraction)
 
         yield from data_pass.outputs(self._model, choose, forward=forward or self._forward, train=train)
+
+    def rows_seen(self) -> dict[str, int]:
+        """The rows that each linear layer sees in one batch of the loop's data, by its name; empty where it gave none."""
+        if self._data is None:
+            return {}
+        outputs = self.data_pass()
+        try:
+            return rows_of_layers(self._model, lambda: next(outputs, None))
+        finally:
+            outputs.close()
 
     def _warn_if_random(self, batches: Any) -> None:
         if not self._compared and data_pass.differs_when_fetched_again(batches):

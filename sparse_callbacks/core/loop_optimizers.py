@@ -25,8 +25,9 @@ class LoopOptimizers:
     """
 
     def __init__(self, optimizer: Any | Sequence[Any]) -> None:
-        self._called: list[Any] = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
-        self.given = [plain_optimizer(o) for o in self._called]
+        self.called: list[Any] = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
+        """The optimizers as the loop calls them, with wrappers."""
+        self.given = [plain_optimizer(o) for o in self.called]
         """Those that the loop was written with, without Fabric's wrappers."""
         torch_optimizers.refuse(self.given, scaler=False)
         self.steppers = steppers(self.given, scaler=False)
@@ -34,7 +35,7 @@ class LoopOptimizers:
         self.two_pass = two_pass(self.given, self.steppers)
         """Those of the steppers that another optimizer perturbs weights for."""
         torch_optimizers.refuse(self.two_pass, scaler=False)
-        for wrapper, plain in zip(self._called, self.given, strict=True):
+        for wrapper, plain in zip(self.called, self.given, strict=True):
             switch_through(wrapper, plain)
         self.first_groups = [_group_values(o) for o in self._restarted]
         """The values that the parameter groups began the run with."""
@@ -88,7 +89,7 @@ class LoopOptimizers:
         """Let ``act`` be called with the stepper wherever an optimizer of two passes may have new gradients."""
         return [
             AroundPasses(given, called, partial(act, stepper))
-            for called, given, stepper in zip(self._called, self.given, self.steppers, strict=True)
+            for called, given, stepper in zip(self.called, self.given, self.steppers, strict=True)
             if given is not stepper
         ]
 

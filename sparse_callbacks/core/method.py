@@ -16,8 +16,10 @@ from sparse_callbacks.core.constructors import argument_names, checks_arguments
 from sparse_callbacks.core.distributions import Distribution, check_rules, is_epsilon
 from sparse_callbacks.core.hooks import Hooks
 from sparse_callbacks.core.host import Host
+from sparse_callbacks.core.live_runs import refuse_foreign_places
 from sparse_callbacks.core.ops import random_mask, zeros_for
 from sparse_callbacks.core.optimizers import Ownership
+from sparse_callbacks.core.patterns import pattern_remarks
 from sparse_callbacks.core.plan import Plan, plan_rows
 from sparse_callbacks.core.progress import Progress
 from sparse_callbacks.core.selection import Entry, KeepDense, patterns, select
@@ -25,6 +27,7 @@ from sparse_callbacks.core.shards import layout_of
 from sparse_callbacks.core.signatures import refuse_old_hooks
 from sparse_callbacks.core.sparsity import joint_sparsity, layer_sparsity
 from sparse_callbacks.core.state_layout import shown_short
+from sparse_callbacks.core.storage import refusing_storage
 from sparse_callbacks.core.targets import layer_targets, zeros_by_parameter
 from sparse_callbacks.core.weights import SparseWeights, whole
 
@@ -70,7 +73,7 @@ class Method(Hooks):
         super().__init_subclass__(**kwargs)
         refuse_old_hooks(cls)
         if "__init__" in vars(cls):
-            cls.__init__ = checks_arguments(cls.__init__, Options)  # type: ignore[method-assign]
+            cls.__init__ = checks_arguments(refusing_storage(cls.__init__), Options)  # type: ignore[method-assign]
 
     def __getattr__(self, name: str) -> Any:
         if name in ("setup", "teardown") or name.startswith("on_"):  # a Trainer looks for its hooks
@@ -168,12 +171,14 @@ class Method(Hooks):
     # ------------------------------------------------------------------ what a method reads
 
     @property
-    def masks(self) -> dict[str, Tensor]:
-        """Bool mask by parameter name, True where a connection is active; shape of the parameter.
+    def masks(self) -> Mapping[str, Tensor]:
+        """Bool mask by parameter name, True where a connection is active; shape of the weight.
 
-        They are for reading: what is written into them may or may not reach the weights.
+        They are for reading: what is written into them may or may not reach the weights. Those of exchanged layers are made
+        when they are asked for.
         """
-        return {name: whole(mask) for name, mask in self.weights.masks.items()}
+        masks = self.weights.masks
+        return masks if self.weights.layers_stored else {name: whole(mask) for name, mask in masks.items()}
 
     @property
     def params(self) -> dict[str, nn.Parameter]:
@@ -268,7 +273,8 @@ class Method(Hooks):
                 "plan(model)."
             )
         if self.attachment.host is None:  # in a run the engine keeps them together, and dense copies come and go
-            checkpoint.refuse_foreign_weights(self.masks, self.params)
+            checkpoint.refuse_foreign_weights(self.weights.held_masks, self.params)
+            refuse_foreign_places(self.weights, self.weights.layers_stored)
         return joint_sparsity([self.weights], sum(e.size for e in self.entries)) | layer_sparsity(self.weights)
 
     def figures(self) -> dict[str, float]:
@@ -310,7 +316,8 @@ class Method(Hooks):
         else:
             raise ValueError("plan() knows no model yet. Give one, plan(model), or call it after fit has started.")
         target = self.distribution if is_epsilon(self.distribution) else f"sparsity {self.target_sparsity:g}"
-        return Plan(f"{type(self).__name__}: {target}", plan_rows(entries, zeros), frozenset(zeros))
+        rows = plan_rows(entries, zeros, pattern_remarks(self, entries, zeros))
+        return Plan(f"{type(self).__name__}: {target}", rows, frozenset(zeros))
 
     def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
         """Target sparsity of every layer."""

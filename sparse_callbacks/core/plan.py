@@ -1,16 +1,20 @@
 """Plan of a callback: the target sparsity of every parameter, as a table to read before training."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from sparse_callbacks.core.attachment import Choice
 from sparse_callbacks.core.awaited import AWAITED
 from sparse_callbacks.core.selection import NOT_TRAINED, Entry
+
+_MASKED = Choice("masked")
 
 
 @dataclass(frozen=True)
 class Row:
     """One parameter: ``zeros`` of its ``size`` weights will be pruned at the target; ``reason`` says why it stays
-    dense.
+    dense, and ``remark`` what else there is to say of a sparse one, such as the pattern of its mask. ``storage`` is
+    ``"masked"`` (of dense ones too), ``"sparse"``, ``"grouped"``, or ``"decided at fit"``.
 
     ``zeros`` and ``sparsity`` are None where one threshold over all layers decides during training.
     """
@@ -20,6 +24,8 @@ class Row:
     size: int
     zeros: int | None
     reason: str
+    remark: str = ""
+    storage: str = "masked"
 
     @property
     def sparsity(self) -> float | None:
@@ -104,8 +110,17 @@ class Plan:
         rows = tuple(replace(r, zeros=None) if r.name in self.selected else r for r in self.rows)
         return replace(self, rows=rows, joint=self.zeros if zeros is None else zeros)
 
+    def with_storages(self, choices: Mapping[str, Choice]) -> "Plan":
+        """The plan with the storage of each sparse parameter, and what there is to say of it.
+
+        Args:
+            choices: storages by parameter name; what is missing is masked.
+        """
+        return replace(self, rows=tuple(_stored(row, choices.get(row.name, _MASKED)) for row in self.rows))
+
     def __str__(self) -> str:
-        head = ("parameter", "shape", "weights", "sparsity", "zeros", "why dense")
+        stored = any(r.storage != "masked" for r in self.rows)
+        head = ("parameter", "shape", "weights", "sparsity", "zeros", *(["storage"] if stored else []), "why dense")
         body = [
             (
                 r.name,
@@ -117,18 +132,29 @@ class Plan:
                 if r.sparsity is None
                 else f"{r.sparsity:.4f}",
                 "" if r.name not in self.selected or r.zeros is None else f"{r.zeros:,}",
-                r.reason,
+                *([r.storage if r.name in self.selected and r.zeros != 0 else ""] if stored else []),
+                "; ".join(filter(None, (r.reason, r.remark))),
             )
             for r in self.rows
         ]
+        if any(r.remark for r in self.rows):
+            head = (*head[:-1], "why dense, or how sparse")
         known = f"{self.total:.4f}", f"{self.model:.4f}", f"{self.zeros:,}"
         total, model, zeros = (self.decided_by, self.decided_by, "") if self.decided_by else known
-        foot = [
-            ("sparsity/total", "", f"{self.weights:,}", total, zeros, ""),
-            ("sparsity/model", "", f"{sum(r.size for r in self.rows):,}", model, "", ""),
+        foot: list[tuple[str, ...]] = [
+            ("sparsity/total", "", f"{self.weights:,}", total, zeros),
+            ("sparsity/model", "", f"{sum(r.size for r in self.rows):,}", model, ""),
         ]
+        foot = [(*row, *[""] * (len(head) - len(row))) for row in foot]
         table = _aligned([head, *body, *foot], rules=(1, 1 + len(body)))
         return "\n".join([self.title, *table, *([self.note] if self.note else [])])
+
+
+def _stored(row: Row, choice: Choice) -> Row:
+    if row.reason and row.reason not in AWAITED:
+        return row
+    note = "; ".join(filter(None, (row.remark, choice.note)))
+    return replace(row, storage="decided at fit" if choice.storage == "auto" else choice.storage, remark=note)
 
 
 def _aligned(rows: Sequence[tuple[str, ...]], rules: tuple[int, ...]) -> list[str]:
@@ -144,8 +170,16 @@ def _aligned(rows: Sequence[tuple[str, ...]], rules: tuple[int, ...]) -> list[st
     return lines
 
 
-def plan_rows(entries: Sequence[Entry], zeros: dict[str, int]) -> tuple[Row, ...]:
-    """Rows for all ``entries``; ``zeros`` maps the name of each selected parameter to its planned number of zeros."""
+def plan_rows(
+    entries: Sequence[Entry], zeros: Mapping[str, int], remarks: Mapping[str, str] | None = None
+) -> tuple[Row, ...]:
+    """Rows for all ``entries``.
+
+    Args:
+        entries: all parameters.
+        zeros: planned zeros of each selected parameter by its name.
+        remarks: what else there is to say of sparse parameters, by name.
+    """
     return tuple(
         Row(
             e.name,
@@ -153,6 +187,7 @@ def plan_rows(entries: Sequence[Entry], zeros: dict[str, int]) -> tuple[Row, ...
             e.size,
             zeros.get(e.name, 0),
             e.reason or ("" if zeros.get(e.name) else "dense by the distribution"),
+            (remarks or {}).get(e.name, ""),
         )
         for e in entries
     )

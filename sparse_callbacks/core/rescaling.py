@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.core.selection import Entry, is_norm
-from sparse_callbacks.core.shards import layout_of
+from sparse_callbacks.core.shards import count_of, layout_of, size_of
+from sparse_callbacks.core.sparse_linear import SparseLinear
 from sparse_callbacks.core.weights import SparseWeights
 
 Rescale = Literal["layer", "fan_in"]
@@ -36,6 +37,16 @@ def factors(mask: Tensor, entry: Entry, rescale: Rescale) -> Tensor:
     return torch.cat(each)
 
 
+def factors_of_live(layer: SparseLinear, rescale: Rescale) -> Tensor:
+    """:func:`factors` of an exchanged layer, so that they broadcast against its live values."""
+    places, values = layer.places, layer.values
+    if rescale == "layer":
+        return _root(places.outputs * places.inputs, torch.tensor(layer.live, device=values.device))
+    rows = torch.div(layer.keys(), places.inputs, rounding_mode="floor")  # of a grouped layer blocks of rows
+    kept = torch.bincount(rows, minlength=places.blocks)
+    return places.of_units(_root(places.inputs, kept)[rows])
+
+
 def _root(whole: int, kept: Tensor) -> Tensor:
     return torch.where(kept == 0, 1.0, (whole / kept.clamp(min=1).double()).sqrt())
 
@@ -61,7 +72,10 @@ def _of_units(mask: Tensor, entry: Entry) -> Tensor:
 def rescale_weights(weights: SparseWeights, rescale: Rescale) -> None:
     """Multiply all active weights, which no step has trained yet, with their :func:`factors`."""
     for name, p in weights.params.items():
-        factor = factors(weights.masks[name], weights.entries[name], rescale)
+        if (layer := weights.layers_stored.get(name)) is not None:
+            factor = factors_of_live(layer, rescale)
+        else:
+            factor = factors(weights.masks[name], weights.entries[name], rescale)
         # half precision would round the factor as well
         wide = torch.promote_types(p.dtype, torch.float32)
         weights.write_values({name: p.detach().to(wide) * factor.to(wide)})
@@ -126,14 +140,20 @@ def starved_layers(model: nn.Module, weights: SparseWeights) -> dict[str, float]
     for names in _between_norms(model, weights):
         found, left = {}, 1.0
         for name in names:
-            for layer, (part,) in weights.layers(name, weights.masks[name]):
-                layout, entry = layout_of(part), weights.entries[name]
-                share = layout.total(int(part.count_nonzero())) / layout.whole_shape(part).numel()
+            entry = weights.entries[name]
+            for layer, share in _densities(weights, name).items():
                 inputs = share * torch.Size(entry.shape[1:]).numel()
                 if 0 < inputs <= FEW_INPUTS:
                     found[layer], left = inputs, left * share**0.5
         starved |= found if left < FADED else {}
     return starved
+
+
+def _densities(weights: SparseWeights, name: str) -> dict[str, float]:
+    """The share of active weights in each layer of a parameter."""
+    if name in weights.layers_stored:
+        return {name: weights.active_counts[name] / weights.size(name)}
+    return {layer: count_of(part) / size_of(part) for layer, (part,) in weights.layers(name, weights.held_masks[name])}
 
 
 def _between_norms(model: nn.Module, weights: SparseWeights) -> list[list[str]]:

@@ -8,20 +8,22 @@ from torch.optim import Optimizer
 
 from sparse_callbacks.core.awaited import for_targets, names_awaited, with_awaited
 from sparse_callbacks.core.checkpoint import refuse_foreign_weights, refuse_other_model
+from sparse_callbacks.core.fresh_weights import refuse_rescaling
 from sparse_callbacks.core.gradient_mask import refuse_lost_gradients
-from sparse_callbacks.core.initial_masks import find_masks, refuse_rescaling
+from sparse_callbacks.core.initial_masks import find_masks
+from sparse_callbacks.core.live_runs import layers_of_run, refuse_foreign_places, same_places
 from sparse_callbacks.core.local_parts import local_parameter
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_needs import refuse_optimizers
 from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.progress import Progress
-from sparse_callbacks.core.restored import aux_on_devices
+from sparse_callbacks.core.restored import aux_on_devices, refuse_other_places
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.shards import cut
 from sparse_callbacks.core.state_claims import PLAN_CHANGED, planned_otherwise, refuse_impossible
 from sparse_callbacks.core.thawed import first_masks
 from sparse_callbacks.core.topology import EverActive
-from sparse_callbacks.core.weights import SparseWeights
+from sparse_callbacks.core.weights import SparseWeights, whole
 
 
 class RunBeginning:
@@ -51,10 +53,10 @@ class RunBeginning:
     ) -> None:
         refuse_lost_gradients(method)
         self._method, self._saved = method, method.saved
-        masked: Mapping[str, Tensor] = {}
+        masked: Sequence[str] = ()
         awaited: Sequence[str] = ()
         if self._saved is not None:
-            masked, awaited = self._saved.masks, self._saved.awaited or ()
+            masked, awaited = self._saved.names, self._saved.awaited or ()
         elif method.attachment.model is model:  # its second fit: what is frozen for it begins anew where it is thawed
             awaited = names_awaited(method.entries)
         entries = with_awaited(method, entries, masked, awaited, admits)
@@ -62,10 +64,12 @@ class RunBeginning:
         parameters = dict(model.named_parameters())
         self._sparse = {e.name: e for e in self._entries if not e.reason}
         self._params = {name: local_parameter(parameters[name]) for name in self._sparse}
+        self._layers = layers_of_run(method, model, self._entries, optimizers)
         self._kept = self._masks_of_last_run(model)
+        self._kept_layers = self._layers_of_last_run(model)
         if self._saved is not None:
             model_params = {n: parameters[n] for n in self._sparse if not admits or n in masked}
-            refuse_other_model(self._saved, model_params)
+            refuse_other_model(self._saved, model_params, self._layers)
         find_masks(method, model, for_targets(entries), self._saved, together=True)
         self._targets = method.share_out(for_targets(entries))
         if self._saved is not None:
@@ -73,6 +77,7 @@ class RunBeginning:
             if not admits:  # otherwise it is the run's own state
                 planned = method.parameter_zeros(self._entries, self._targets)
                 refuse_impossible(method, self._saved, model, planned, len(optimizers))
+                refuse_other_places(self._saved, self._layers)
             self._dense: Mapping[str, Tensor] = cut(self._saved.dense, self._params)
         else:
             refuse_foreign_weights(self._kept, self._params, everywhere=True)
@@ -88,23 +93,39 @@ class RunBeginning:
         if self._method.attachment.model is not model:
             return {}
         params = self._params
-        return {n: m for n, m in self._method.masks.items() if n in params and m.shape == params[n].shape}
+        held = self._method.weights.held_masks
+        return {n: whole(m) for n, m in held.items() if n in params and m.shape == params[n].shape}
+
+    def _layers_of_last_run(self, model: nn.Module) -> set[str]:
+        """Names of the exchanged layers that go on where a second fit of the same model begins without a checkpoint.
+
+        Raises:
+            ValueError: a layer has other places than the last run left in it.
+        """
+        weights = self._method.weights
+        if self._saved is not None or self._method.attachment.model is not model:
+            return set()
+        before = weights.layers_stored
+        refuse_foreign_places(weights, [n for n, layer in self._layers.items() if before.get(n) is layer])
+        # other objects where the model was made dense in between
+        return {n for n, layer in self._layers.items() if n in before and same_places(layer, before[n])}
 
     @property
     def is_new(self) -> bool:
         """No run goes on: masks, counters and tensors are made anew."""
-        return self._saved is None and not self._kept
+        return self._saved is None and not self._kept and not self._kept_layers
 
     def take_effect(self) -> None:
         """Give the method its parameters, masks, counters and tensors. No weight changes."""
         method, params = self._method, self._params
         earlier = method.params.keys()
         method.entries, method.targets, method.owners = self._entries, self._targets, self.owners
-        method.weights = SparseWeights(params, self._sparse, {})  # initial masks are made from the parameters
+        # initial masks are made from the parameters; exchanged layers have theirs
+        method.weights = SparseWeights({n: p for n, p in params.items() if n not in self._layers}, self._sparse, {})
         masks = cut(self._begin_masks(earlier), params)
         method.aux = cut(method.aux, params)
         method.progress.begin(len(self.owners.optimizers))
-        method.weights = SparseWeights(params, self._sparse, masks)
+        method.weights = SparseWeights(params, self._sparse, masks, self._layers)
         if method.keeps_dense:
             before = self._kept if self._saved is None else self._saved.masks
             method.start_copies(self._dense, new=params.keys() - before.keys())
@@ -121,13 +142,13 @@ class RunBeginning:
         if saved is not None:
             method.progress = Progress.restored(method.first_update, saved.progress)
             method.aux = aux_on_devices(saved.aux, params)
-            return {**saved.masks, **first_masks(method, [n for n in params if n not in saved.masks])}
-        if not kept:
-            return method.initial_masks()
+            return {**saved.masks, **first_masks(method, [n for n in params if n not in saved.names])}
+        if self.is_new:
+            return method.initial_masks() if method.params else {}
         # layers that were added since the last run start like in a first one
-        gone = {*params, *earlier} - kept.keys()
+        gone = {*params, *earlier} - kept.keys() - self._kept_layers
         went_on = {k: t for k, t in method.aux.items() if k.partition("/")[2] not in gone}
         method.aux = aux_on_devices(went_on, params)
         if gone:  # the targets of other layers may be others, and these masks keep their counts
             method.aux[PLAN_CHANGED] = torch.tensor(True)
-        return kept if len(kept) == len(params) else {**method.initial_masks(), **kept}
+        return kept if len(kept) == len(method.params) else {**method.initial_masks(), **kept}

@@ -1,5 +1,6 @@
 """Which parameters become sparse, which stay dense, and why."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -10,6 +11,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
+
+from sparse_callbacks.core.sparse_linear import SparseLinear
 
 KeepDense = Literal["first", "last", "both"]
 
@@ -32,14 +35,15 @@ class Entry:
 
     Attributes:
         name: the parameter's name in ``model.named_parameters()``.
-        size: the number of elements of the parameter.
-        full_shape: the shape of the parameter as torch stores it.
+        size: the number of elements of the parameter; of an exchanged layer that of its whole matrix.
+        full_shape: the shape of the parameter as torch stores it; of an exchanged layer that of its whole matrix.
         shape: the shape of one layer, always in the order (outputs, inputs of one output, *kernel*); empty where the
             parameter can never be sparse.
         parts: the number of equal matrices stacked along dimension 0: three in the in-projection of an attention, one
             for each gate in an LSTM, otherwise 1.
         reason: why the parameter stays dense; empty where it becomes sparse.
         transposed: True for the weight of a transposed convolution, which torch stores with the inputs first.
+        linear: True for the weight of a linear layer.
     """
 
     name: str
@@ -49,6 +53,7 @@ class Entry:
     parts: int = 1
     reason: str = ""
     transposed: bool = False
+    linear: bool = False
 
     @property
     def layers(self) -> list[str]:
@@ -69,7 +74,9 @@ def _weights_that_may_be_sparse(module: nn.Module) -> Iterator[tuple[str, int, t
     """Local name, number of stacked matrices and (out, in, *kernel) shape of every weight of ``module`` that may be
     sparse."""
     own = {name: p for name, p in module._parameters.items() if p is not None and not _is_source(module, name)}
-    if isinstance(module, nn.Linear | _ConvNd | nn.Embedding | nn.EmbeddingBag):
+    if isinstance(module, SparseLinear):
+        yield "weight", 1, (module.out_features, module.in_features)
+    elif isinstance(module, nn.Linear | _ConvNd | nn.Embedding | nn.EmbeddingBag):
         if (weight := own.get("weight")) is not None:
             yield "weight", 1, _forward_shape(module, tuple(weight.shape))
     elif isinstance(module, nn.MultiheadAttention):
@@ -100,6 +107,13 @@ def why_not_ranked(weight: Tensor) -> str:
     if weight.is_floating_point() and weight.dtype.itemsize > 1:
         return ""
     return f"{str(weight.dtype).removeprefix('torch.')}: only weights in float16, bfloat16, float32 and float64 become sparse"
+
+
+def _full_shape(module: nn.Module, local: str, parameter: Tensor) -> tuple[int, ...]:
+    """The shape of the parameter named ``local`` inside ``module``: of live values that of the whole matrix."""
+    if isinstance(module, SparseLinear) and local == "weight":
+        return (module.out_features, module.in_features)
+    return tuple(parameter.shape)
 
 
 def _forward_shape(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -147,7 +161,8 @@ def entries(model: nn.Module) -> list[Entry]:
                 )
             if p is not None and id(p) not in roles:
                 name = f"{module_name}.{local}" if module_name else local
-                roles[id(p)] = Entry(name, p.numel(), tuple(p.shape), reason=_reason_never_sparse(module, local))
+                shape = _full_shape(module, local, p)
+                roles[id(p)] = Entry(name, math.prod(shape), shape, reason=_reason_never_sparse(module, local))
         for local, parts, shape in _weights_that_may_be_sparse(module):
             p = module._parameters[local]
             if isinstance(module, nn.Embedding | nn.EmbeddingBag):
@@ -160,12 +175,15 @@ def entries(model: nn.Module) -> list[Entry]:
                     shape=shape,
                     reason=why_not_ranked(p),
                     transposed=isinstance(module, _ConvTransposeNd),
+                    linear=isinstance(module, nn.Linear | SparseLinear),
                 )
     found = []
     for name, p in model.named_parameters():
         entry = replace(roles[id(p)], name=name)
-        # also where the embedding shares its weight with a Linear layer: a lookup table is sparse on request only
-        found.append(replace(entry, reason=_EMBEDDING) if id(p) in embeddings and not entry.reason else entry)
+        if id(p) in embeddings:
+            # also where the embedding shares its weight with a Linear layer: a lookup table is sparse on request only
+            entry = replace(entry, reason=entry.reason or _EMBEDDING, linear=False)
+        found.append(entry)
     return found
 
 

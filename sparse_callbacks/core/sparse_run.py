@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,10 +16,12 @@ from sparse_callbacks.core.checkpoint import refuse_other_model
 from sparse_callbacks.core.cut_weights import ResumedWeights
 from sparse_callbacks.core.distributions import why_all_active
 from sparse_callbacks.core.engine import Engine
+from sparse_callbacks.core.exchange import Exchanged
+from sparse_callbacks.core.fresh_weights import refuse_rescaled_checkpoint
 from sparse_callbacks.core.host import Forward
-from sparse_callbacks.core.initial_masks import refuse_rescaled_checkpoint
 from sparse_callbacks.core.loop_binding import LoopBinding, ValuesBeforeMasks
 from sparse_callbacks.core.loop_driver import NOT_COPIED, Clip, LoopDriver
+from sparse_callbacks.core.loop_exchange import FirstBatchOfLoop, exchange_for_loop
 from sparse_callbacks.core.loop_host import LoopHost
 from sparse_callbacks.core.loop_optimizers import LoopOptimizers
 from sparse_callbacks.core.loop_refusals import averaged_model, refuse_arguments, refuse_hostless
@@ -28,7 +30,7 @@ from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.selection import Entry, layer_shapes
 from sparse_callbacks.core.state_claims import refuse_impossible
-from sparse_callbacks.core.wrappers import plain_model
+from sparse_callbacks.core.wrappers import plain_model, set_up_by
 
 
 class SparseRun:
@@ -61,25 +63,44 @@ class SparseRun:
         self._driver = LoopDriver(self._binding, clip, on_restart)
         self._epoch = 0
         self._averages, self._averaged = HeldAverages(), list[nn.Module]()
+        self._wrapper = set_up_by(model, self._optimizers.called)
+        self._first_batch: FirstBatchOfLoop | None = None
         self._begin(state)
 
     # ------------------------------------------------------------------ the run begins
 
     def _begin(self, state: Mapping[str, Any] | None) -> None:
         """Take hold of the model and write the masks; nothing is changed where something is refused."""
-        method, entries = self.method, self._binding.entries()
-        self._binding.refuse_shared(e.name for e in entries if not e.reason)
+        method = self.method
         refuse_hostless(method, self._on_restart)
         self._driver.forget()
-        before = BeforeRun(method)
+        before, exchanged = BeforeRun(method), ExitStack()
         try:
+            done = self._exchange(state)
+            exchanged.callback(done.undo)
+            entries = self._binding.entries()
+            self._binding.refuse_shared(e.name for e in entries if not e.reason)
             self._prepare(entries, state)
             before.keep_weights(method)
-            self._start(before.values)
+            self._start(before.values, done.foreign)
         except BaseException:
             self._release()
             before.bring_back(method)
+            exchanged.close()
             raise
+        if done.report:
+            self._host.inform(done.report)
+        done.forget()
+        self._first_batch = FirstBatchOfLoop(done, self._optimizers.steppers, self._host.warn)
+
+    def _exchange(self, state: Mapping[str, Any] | None) -> Exchanged:
+        """Let the model have the layers that the method's storage asks for."""
+        optimizers, goes_on = self._optimizers, state is not None and not self.method.fresh_start
+        saved = self._read(state, "given as state=").run if state is not None and goes_on else None
+        held = [*optimizers.given, *optimizers.steppers]
+        return exchange_for_loop(
+            self.method, self._model, held, saved, wrapper=self._wrapper, rows=self._host.rows_seen
+        )
 
     def _prepare(self, entries: Sequence[Entry], state: Mapping[str, Any] | None) -> None:
         """Everything that may be refused; no weight changes."""
@@ -105,18 +126,19 @@ class SparseRun:
             self._host.inform(str(method.plan()))
         self._warn(entries)
 
-    def _start(self, values: Mapping[str, Tensor]) -> None:
+    def _start(self, values: Mapping[str, Tensor], foreign: Sequence[str]) -> None:
         """Write the masks, and listen to the optimizers.
 
         Args:
             values: the values of the sparse parameters before masks are written.
+            foreign: names of exchanged layers whose weights were not those of the saved run that goes on.
         """
         method, engine, driver = self.method, self._engine, self._driver
         engine.begin_weights()
         if method.saved is None:
             driver.before_masks = ValuesBeforeMasks(values, method.params)
         else:
-            driver.resumed = ResumedWeights(method, method.saved, values)
+            driver.resumed = ResumedWeights(method, method.saved, values, foreign)
         method.attachment.in_training = True
         engine.events |= method.begin_training(self._epoch)
         engine.expect_gradients(self._epoch, self._length.epoch())
@@ -224,6 +246,8 @@ class SparseRun:
 
     def _release(self) -> None:
         self._averages.end()
+        if self._first_batch is not None:
+            self._first_batch.end()
         self._driver.stop()
         self._binding.release()
 
@@ -243,8 +267,8 @@ class SparseRun:
     # ------------------------------------------------------------------ what it has come to
 
     @property
-    def masks(self) -> dict[str, Tensor]:
-        """Bool mask by parameter name, True where a connection is active; shape of the parameter."""
+    def masks(self) -> Mapping[str, Tensor]:
+        """Bool mask by parameter name, True where a connection is active; shape of the weight."""
         return self.method.masks
 
     @property
@@ -298,7 +322,7 @@ class SparseRun:
                 "sparsify(..., state=)."
             )
         saved = self._read(state, "given to load_state_dict()").run
-        refuse_other_model(saved, method.params)
+        refuse_other_model(saved, method.params, method.weights.layers_stored)
         planned = method.parameter_zeros(method.entries, method.targets)
         refuse_impossible(method, saved, self._model, planned, len(self._optimizers.steppers))
         self._release()

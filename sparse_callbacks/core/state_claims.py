@@ -11,8 +11,12 @@ from torch import Tensor, nn
 
 from sparse_callbacks.core.awaited import names_awaited
 from sparse_callbacks.core.checkpoint import SavedRun
+from sparse_callbacks.core.ever_live import why_not_former
 from sparse_callbacks.core.method import Method
+from sparse_callbacks.core.patterns import why_other_pattern
+from sparse_callbacks.core.saved_patterns import units_of
 from sparse_callbacks.core.selection import Entry
+from sparse_callbacks.core.selection import entries as all_entries
 from sparse_callbacks.core.state_layout import damaged, shown_short
 
 PLAN_CHANGED = "plan/changed"
@@ -118,13 +122,16 @@ def refuse_impossible(
     Raises:
         ValueError: says what is wrong.
     """
+    shapes = {e.name: e.full_shape for e in all_entries(model)}
     why = (
         _why_other_optimizers(saved, optimizers)
         or _why_no_calendar(method, saved)
+        or _why_other_patterns(saved, shapes)
         or _why_other_shapes(saved, model)
         or _why_no_dense_values(method, saved)
         or _why_other_aux(_all_aux(method, saved, model), saved)
-        or _why_other_counts(method, saved, planned)
+        or _why_other_counts(method, saved, planned, shapes)
+        or _why_other_pattern(method, saved, model)
     )
     if why:
         raise damaged(why, saved.path)
@@ -140,18 +147,44 @@ def _why_no_calendar(method: Method, saved: SavedRun) -> str:
     return "it has no times of updates" if stepped and method.start is not None and not saved.times else ""
 
 
-def _why_other_counts(method: Method, saved: SavedRun, planned: Mapping[str, int]) -> str:
+def _why_other_patterns(saved: SavedRun, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    if foreign := [name for name in saved.records if name not in saved.patterns]:
+        return f"it has records of {shown_short(foreign[0])}, and no pattern"
+    for name, pattern in saved.patterns.items():
+        try:
+            keys, units, _ = units_of(pattern, shapes[name])
+        except ValueError as error:
+            return f"of the live weights of {name}, {error}"
+        records = [tensor for tensors in saved.records.get(name, ()) for tensor in tensors]
+        if [t.shape[0] for t in records] != [n for _ in records[::2] for n in reversed(shapes[name])]:
+            return (
+                f"its records of {name} are not of a layer with {shapes[name][1]} inputs and {shapes[name][0]} outputs"
+            )
+        former = saved.aux.get(f"once_active/{name}")
+        if former is not None and (why := why_not_former(former, keys, units)):
+            return f"its once_active/{name} {why}"
+    return ""
+
+
+def _why_other_counts(
+    method: Method, saved: SavedRun, planned: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]
+) -> str:
     # version 0.1 did not write down that layers had changed, after which only equal shares are as planned
     changed = PLAN_CHANGED in saved.aux or not (saved.of_loop or method.distribution == "uniform")
     # asked last: some methods read the tensors in aux for it
     for claim in () if changed else possible_zeros(method, saved, planned):
-        zeros = sum(int((~saved.masks[n]).sum()) for n in claim.names)
+        zeros = sum(saved.zeros(n, shapes[n]) for n in claim.names)
         if zeros not in claim.allowed:
             some = sorted(claim.allowed)
             right = f"{some[0]}" if len(some) == 1 else f"{some[0]} to {some[-1]}"
             name = type(method).__name__
             return f"its masks have {zeros} zeros in {', '.join(claim.names)}, and a run of {name} has {right} there"
     return ""
+
+
+def _why_other_pattern(method: Method, saved: SavedRun, model: nn.Module) -> str:
+    why = why_other_pattern(method, saved.masks, all_entries(model))
+    return f"its mask of {why}" if why else ""
 
 
 def _why_other_shapes(saved: SavedRun, model: nn.Module) -> str:
@@ -184,7 +217,10 @@ def _why_no_dense_values(method: Method, saved: SavedRun) -> str:
 
 def _all_aux(method: Method, saved: SavedRun, model: nn.Module) -> Mapping[str, Kept]:
     ever = (
-        {f"ever_active/{n}": Kept(tuple(m.shape), "bool", required=True) for n, m in saved.masks.items()}
+        {
+            **{f"ever_active/{n}": Kept(tuple(m.shape), "bool", required=True) for n, m in saved.masks.items()},
+            **{f"once_active/{n}": Kept(None, "int", required=True) for n in saved.patterns},
+        }
         if method.explores
         else {}
     )

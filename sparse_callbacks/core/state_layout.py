@@ -1,11 +1,14 @@
 """The layout of a saved run's state: of what type each part is, whatever the model."""
 
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+
+from sparse_callbacks.core.live_layout import units_in, why_not_pattern, why_not_records
 
 Check = Callable[[Any], str]
 """A function that says what is wrong with a value, as the end of a sentence; empty where nothing is."""
@@ -138,7 +141,24 @@ def _averages(value: Any) -> str:
     return ""
 
 
-_LISTED = ("arguments", "aux", "dense")
+def _patterns(value: Any) -> str:
+    return _by_name(value, why_not_pattern, lambda pattern: pattern.values())
+
+
+def _records(value: Any) -> str:
+    return _by_name(value, why_not_records, chain.from_iterable)
+
+
+def _by_name(value: Any, check: Check, tensors: Callable[[Any], Iterable[Tensor]]) -> str:
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        return f"is {shown_short(value)} and not a mapping by names"
+    for name, kept in value.items():
+        if why := check(kept) or next(filter(None, map(why_not_whole, tensors(kept))), ""):
+            return f"has under {shown_short(name)} what {why}"
+    return ""
+
+
+_LISTED = ("arguments", "aux", "dense", "patterns")
 LAYOUT: Mapping[str, Check] = {
     "arguments": _texts,
     "times": _calendar,
@@ -146,7 +166,10 @@ LAYOUT: Mapping[str, Check] = {
     "done": _counts_by_optimizer,
     "updates": _count,
     "masks": _tensors(_mask),
+    "patterns": _patterns,
+    "records": _records,
     "zeros": _counts_by_name,
+    "units": _counts_by_name,
     "names": _names_by_part,
     "aux": _tensors(why_not_whole),
     "dense": _tensors(_floats),
@@ -158,8 +181,20 @@ LAYOUT: Mapping[str, Check] = {
 }
 """What each part of a state must be."""
 # version 0.1 saved no inventory, that of the first weeks no dense values; gradients are saved only in a window, awaited
-# layers and averages where there are any
-_MAY_LACK = ("zeros", "names", "dense", "grads", "dense_grads", "window_open", "awaited", "averages")
+# layers, averages, patterns and records where there are any
+_MAY_LACK = (
+    "zeros",
+    "names",
+    "dense",
+    "grads",
+    "dense_grads",
+    "window_open",
+    "awaited",
+    "averages",
+    "patterns",
+    "records",
+    "units",
+)
 
 
 def inventory(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,10 +204,11 @@ def inventory(state: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         state: the state of a method, as it is saved.
     """
+    units = {name: units_in(pattern) for name, pattern in state.get("patterns", {}).items()}
     return {
         "zeros": {name: int((~mask).sum()) for name, mask in state["masks"].items()},
-        "names": {part: sorted(state[part]) for part in _LISTED},
-    }
+        "names": {part: sorted(state[part]) for part in _LISTED if part in state},
+    } | ({"units": units} if units else {})
 
 
 def refuse_damaged(state: Mapping[str, Any], path: object) -> None:
@@ -209,6 +245,11 @@ def _contradiction(state: Mapping[str, Any]) -> str:
     if wrong := [name for name in zeros if zeros[name] != counts[name]]:
         counted = f"has {zeros[wrong[0]]} zeros, and {counts[wrong[0]]} were counted when it was saved"
         return f"its mask of {shown_short(wrong[0])} {counted}"
+    live = {name: units_in(pattern) for name, pattern in state.get("patterns", {}).items()}
+    for name, counted_then in state.get("units", {}).items():
+        if live.get(name, counted_then) != counted_then:
+            has = f"has {live[name]} live units, and {counted_then} were counted when it was saved"
+            return f"its pattern of {shown_short(name)} {has}"
     for born in (kept["born"] for kept in state.get("averages", {}).values()):
         if wrong := [name for name, where in born.items() if not _lies_in(where, state["masks"].get(name))]:
             return (
@@ -220,8 +261,11 @@ def _contradiction(state: Mapping[str, Any]) -> str:
             return f"it has {shown_short(wrong[0])} in {part!r} {has} when it was saved"
     if foreign := [name for name in state.get("dense", {}) if name not in state["masks"]]:
         return f"it has dense values of {shown_short(foreign[0])}, and no mask"
-    if masked := [name for name in state.get("awaited", ()) if name in state["masks"]]:
+    patterns = state.get("patterns", {})
+    if masked := [name for name in state.get("awaited", ()) if name in state["masks"] or name in patterns]:
         return f"it has a mask of {shown_short(masked[0])}, which it says is not trained yet"
+    if both := [name for name in patterns if name in state["masks"]]:
+        return f"it has a mask and a pattern of {shown_short(both[0])}"
     return ""
 
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from sparse_callbacks.core.calendar import Calendar
 from sparse_callbacks.core.gradients import DenseGradients
+from sparse_callbacks.core.live_growth import largest_in_layer
 from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.progress import Progress
 from sparse_callbacks.core.weights import SparseWeights
@@ -128,6 +130,25 @@ class Step:
                 "needs of it."
             )
         return self._gradients.of(name, self.optimizer, self.tick)
+
+    def largest_units(
+        self,
+        name: str,
+        kept: Tensor,
+        count: int,
+        candidates: int | None = None,
+        source: torch.Generator | None = None,
+    ) -> Tensor:
+        """Keys of the units of an exchanged layer with the largest gradients over all ranks, ascending.
+
+        Args:
+            name: the name of the layer's weight.
+            kept: ascending keys of the units that are not to be among them.
+            count: how many; of a grouped layer in each block of rows.
+            candidates: among how many that are drawn at random, of a grouped layer in each block; None: among all.
+            source: the generator of that draw; None without one.
+        """
+        return largest_in_layer(self._weights.layers_stored[name], kept, count, candidates, source)
 
     def mask_gradients(self) -> None:
         """Zero the gradients of pruned weights, unless nobody reads them before the step: then masking the weights

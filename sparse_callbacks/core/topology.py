@@ -6,7 +6,9 @@ from numbers import Real
 
 from torch import Tensor
 
+from sparse_callbacks.core import ever_live
 from sparse_callbacks.core.argument_types import fits
+from sparse_callbacks.core.live_weights import Move, carry_out
 from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.state_layout import shown_short
 from sparse_callbacks.core.weights import SparseWeights
@@ -19,17 +21,24 @@ class Update:
     Attributes:
         masks: new bool masks by parameter name, each of its parameter's shape. Parameters that are missing keep theirs.
         figures: figures of the update for the log, by their full names (``"update/drop_fraction"``).
+        keys: of exchanged layers, in place of masks, the ascending keys of the units that live from now on, by parameter
+            name.
+        slots: where each of these units is among those that live now, -1 where it is born; searched for where it is
+            missing.
     """
 
     masks: Mapping[str, Tensor]
     figures: Mapping[str, float] = field(default_factory=dict)
+    keys: Mapping[str, Tensor] = field(default_factory=dict)
+    slots: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse what is not tensors and numbers by name, which an update would stumble over later."""
-        if not fits(self.masks, Mapping[str, Tensor]):
-            raise TypeError(
-                f"masks={shown_short(self.masks)} is not a mapping of tensors. Give bool tensors by parameter name."
-            )
+        for name, kind in (("masks", "bool tensors"), ("keys", "tensors of keys"), ("slots", "tensors of slots")):
+            if not fits(getattr(self, name), Mapping[str, Tensor]):
+                raise TypeError(
+                    f"{name}={shown_short(getattr(self, name))} is not a mapping of tensors. Give {kind} by parameter name."
+                )
         # not by their annotation: a figure may be NaN, or a tensor of one number
         if not fits(self.figures, Mapping[str, Real | Tensor]):
             raise TypeError(
@@ -42,8 +51,10 @@ def take(
     owners: Ownership | None,
     masks: Mapping[str, Tensor],
     new_weights: Callable[[str], Tensor | None],
+    moves: Mapping[str, Move] | None = None,
 ) -> float:
-    """Make ``masks`` those of the network: every rank takes those of rank 0.
+    """Make ``masks`` those of the network, and carry out the ``moves`` of exchanged layers: every rank takes those of rank
+    0.
 
     Born weights start from zero or from what ``new_weights`` gives, with the optimizer state of fresh weights.
 
@@ -53,13 +64,14 @@ def take(
         masks: new masks by parameter name.
         new_weights: a function that takes a parameter's name and returns values of its shape for the born weights, or
             None where they start from zero.
+        moves: other units of exchanged layers that live from now on, by parameter name.
 
     Returns:
         The share of connections that the update replaced: dropped and born ones over those active before and after.
     """
     # each rank has computed them, from sums that may differ in the last bit, and unequal masks would stay unequal
     masks = weights.same_everywhere(masks)
-    changed = total = 0
+    changed, total = carry_out(weights, owners, moves or {}, new_weights)
     born_in: dict[str, Tensor] = {}
     for name, mask in masks.items():
         before, grown = weights.active_counts[name], mask & ~weights.masks[name]
@@ -82,6 +94,8 @@ def take(
 class EverActive:
     """Which weights were ever active in a run: kept among the tensors that a checkpoint saves.
 
+    Of exchanged layers those units are kept that were active before and are not now.
+
     Args:
         aux: the method's saved tensors by key.
         weights: the current masks.
@@ -93,11 +107,26 @@ class EverActive:
     def add(self, names: Iterable[str]) -> None:
         """Count the current masks of ``names`` in."""
         for name in names:
+            if (layer := self._weights.layers_stored.get(name)) is not None:
+                self._aux.setdefault(f"once_active/{name}", ever_live.none_yet(layer.values.device))
+                continue
             mask = self._weights.masks[name]
             ever = self._aux.get(f"ever_active/{name}", mask).to(mask.device)
             self._aux[f"ever_active/{name}"] = ever | mask
 
+    def note(self, moves: Mapping[str, Move]) -> None:
+        """Count in what the ``moves`` of exchanged layers make active."""
+        for name, move in moves.items():
+            layer, key = self._weights.layers_stored[name], f"once_active/{name}"
+            units = layer.block_rows * layer.in_features
+            self._aux[key] = ever_live.moved_on(self._aux[key], move.dropped, move.born, units)
+
     def share(self) -> float:
         """Share of all sparse weights that were ever active."""
-        ever = sum(self._weights.count(n, self._aux[f"ever_active/{n}"]) for n in self._weights.params)
+        ever = 0
+        for name in self._weights.params:
+            if (layer := self._weights.layers_stored.get(name)) is not None:
+                ever += layer.live + layer.group * ever_live.count_of_former(self._aux[f"once_active/{name}"])
+            else:
+                ever += self._weights.count(name, self._aux[f"ever_active/{name}"])
         return ever / self._weights.size_of_all

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core.dense_copy import DenseCopy, undone
+from sparse_callbacks.core.live_masks import MasksOnDemand
 from sparse_callbacks.core.local_parts import LocalPart, follow
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.shards import layout_of
+from sparse_callbacks.core.sparse_linear import SparseLinear
 
 # integers of as many bytes as a float has: a bitwise `and` with all ones or all zeros masks whatever the float is, inf and
 # NaN too, as fast as a product does, which would leave NaN there
@@ -34,15 +36,24 @@ class SparseWeights:
         params: the sparse parameters by name.
         entries: what each of them is.
         masks: the masks to begin with, of any device; every rank takes those of rank 0.
+        layers: exchanged layers by the name of their weight; their places take the place of a mask.
     """
 
     def __init__(
-        self, params: Mapping[str, nn.Parameter], entries: Mapping[str, Entry], masks: Mapping[str, Tensor]
+        self,
+        params: Mapping[str, nn.Parameter],
+        entries: Mapping[str, Entry],
+        masks: Mapping[str, Tensor],
+        layers: Mapping[str, SparseLinear] | None = None,
     ) -> None:
         self.params = dict(params)
         self.entries = dict(entries)
-        self.masks: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self.layers_stored = dict(layers or {})
+        """Exchanged layers by the name of their weight. They hold live values alone, so nothing is masked in them."""
+        self._held: dict[str, Tensor] = {}
+        self.last_places: dict[str, int] = {}
+        """Checksums of the places that a run has left in exchanged layers, by name."""
+        self._counts: dict[str, int] = {name: layer.live for name, layer in self.layers_stored.items()}
         self._uncounted: dict[str, Tensor] = {}
         self._factors: dict[str, Tensor] = {}  # gates, of those that set_factor was called for
         self._lasting: dict[str, Tensor] = {}  # the same without those that are taken for a while
@@ -57,7 +68,8 @@ class SparseWeights:
         self.may_hold_inf = False
         """A gradient or a dense value has held inf or NaN, so that a product with a closed gate may be NaN from here
         on."""
-        placed = {n: masks[n].to(p.device, torch.bool) for n, p in params.items()} if masks else {}
+        masked = {n: p for n, p in params.items() if n not in self.layers_stored} if masks else {}
+        placed = {n: masks[n].to(p.device, torch.bool) for n, p in masked.items()}
         for name, mask in self.same_everywhere(placed).items():
             self.set_mask(name, mask)
 
@@ -83,6 +95,16 @@ class SparseWeights:
 
     # ------------------------------------------------------------------ masks and counts
 
+    @property
+    def masks(self) -> Mapping[str, Tensor]:
+        """Bool masks by parameter name; those of exchanged layers are made when they are asked for."""
+        return MasksOnDemand(self.params, self._held, self.layers_stored) if self.layers_stored else self._held
+
+    @property
+    def held_masks(self) -> Mapping[str, Tensor]:
+        """The masks that exist: of all sparse parameters but those of exchanged layers."""
+        return self._held
+
     def set_mask(self, name: str, mask: Tensor) -> None:
         """Take ``mask`` (bool, shape of the parameter); :meth:`write_masked` brings it into the values."""
         # whole filters may come as an expanded view, into which nothing could be written
@@ -97,17 +119,17 @@ class SparseWeights:
         self._lasting.pop(name, None)
 
     def _take(self, name: str, mask: Tensor) -> None:
-        before = self.masks.get(name, mask)
-        self.masks[name] = mask
+        before = self._held.get(name, mask)
+        self._held[name] = mask
         for watcher in self.watchers:
             watcher(name, before, mask)
 
     def take_over_watchers(self, earlier: "SparseWeights") -> None:
         """Whoever watches the masks of ``earlier`` watches these; parameters that had none there were dense until now."""
         self.watchers = earlier.watchers
-        for name in self.masks.keys() - earlier.masks.keys():
+        for name in self._held.keys() - earlier._held.keys():
             for watcher in self.watchers:
-                watcher(name, torch.ones_like(self.masks[name]), self.masks[name])
+                watcher(name, torch.ones_like(self._held[name]), self._held[name])
 
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Take all of ``masks``, and bring them into the values."""
@@ -150,7 +172,9 @@ class SparseWeights:
 
     def size(self, name: str) -> int:
         """Weights of a parameter, active or not."""
-        return layout_of(self.params[name]).whole_shape(self.masks[name]).numel()
+        if name in self.layers_stored:
+            return self.entries[name].size
+        return layout_of(self.params[name]).whole_shape(self._held[name]).numel()
 
     @property
     def size_of_all(self) -> int:
@@ -200,8 +224,8 @@ class SparseWeights:
                     integers = p.view(self._bits[name].dtype)
                     self._integers[name] = p.data_ptr(), integers
                 integers.bitwise_and_(self._bits[name])
-            else:
-                p.masked_fill_(~self.masks[name], 0)
+            elif name not in self.layers_stored:
+                p.masked_fill_(~self._held[name], 0)
 
     def _write_from_copy(self, name: str, into: Tensor, finite: bool, factor: Tensor | None) -> None:
         dense = self._copy.values(name)
@@ -250,7 +274,8 @@ class SparseWeights:
         gradient = gradient.detach()  # faster than torch.no_grad(), for a gradient that may have a graph of its own
         bits = self._bits.get(name)
         if bits is None or bits.element_size() != gradient.element_size():
-            gradient.masked_fill_(~self.masks[name], 0)
+            if name not in self.layers_stored:
+                gradient.masked_fill_(~self._held[name], 0)
         else:
             gradient.view(bits.dtype).bitwise_and_(bits)
 

@@ -1,5 +1,6 @@
 """The model and the optimizer under the wrappers of Fabric, DistributedDataParallel and torch.compile."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -36,6 +37,20 @@ def plain_model(model: nn.Module) -> nn.Module:
         if held is None:
             return model
         model = getattr(model, held)
+
+
+def set_up_by(model: nn.Module, optimizers: Iterable[Any]) -> str:
+    """The class of what has been put around a model, or one of its optimizers; empty where nothing has. Under
+    ``torch.compile`` alone layers can still be exchanged."""
+    inner: Any = model
+    while (kind := _around(inner, tuple(_HOLDS_MODEL))) == "OptimizedModule":
+        inner = inner._orig_mod
+    found = (_around(one, _HOLDS_OPTIMIZER) for one in optimizers)
+    return kind or next(filter(None, found), "")
+
+
+def _around(one: object, kinds: tuple[str, ...]) -> str:
+    return next((c.__name__ for c in type(one).__mro__ if c.__name__ in kinds), "")
 
 
 def plain_optimizer(optimizer: Any) -> Optimizer:

@@ -6,39 +6,41 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning import LightningModule
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from sparse_callbacks.core import distributed
-from sparse_callbacks.core.agreement import refuse_unequal_runs, refuse_unequal_weights
-from sparse_callbacks.core.awaited import for_targets, why_never, with_awaited
+from sparse_callbacks.core.agreement import refuse_unequal_weights
 from sparse_callbacks.core.before_run import BeforeRun
 from sparse_callbacks.core.checkpoint import SavedRun, check_state
-from sparse_callbacks.core.distributions import why_all_active
 from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.hooks import BatchEnd
+from sparse_callbacks.core.live_masks import exchanged_layers
 from sparse_callbacks.core.local_parts import is_sharded, whole_tensors
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.restored import calendar_of
-from sparse_callbacks.core.selection import NOT_TRAINED, layer_shapes, select
-from sparse_callbacks.core.unseen_steps import StepWatch
-from sparse_callbacks.lightning import accumulation, averaging, curves, open_window, optimizer_lives, sharded, spawned
+from sparse_callbacks.lightning import (
+    accumulation,
+    averaging,
+    curves,
+    exchanging,
+    open_window,
+    optimizer_lives,
+    sharded,
+    spawned,
+)
 from sparse_callbacks.lightning.added_epoch import enter_epoch, move_again, unless_at_rest
 from sparse_callbacks.lightning.clipping import call_instead_of_clipping, clip_again
+from sparse_callbacks.lightning.fit_beginning import begin, begin_training
 from sparse_callbacks.lightning.fit_state import FitState
+from sparse_callbacks.lightning.hidden_calls import find_again
 from sparse_callbacks.lightning.loaded_checkpoint import take_state_of_checkpoint
+from sparse_callbacks.lightning.loaded_places import take_places_of_checkpoint
 from sparse_callbacks.lightning.namespaces import Trainer, callback_classes
-from sparse_callbacks.lightning.refusals import (
-    ends_run,
-    refuse_host,
-    refuse_shared,
-    refuse_unsteppable,
-    state_to_resume,
-    warnings_for,
-)
-from sparse_callbacks.lightning.resumed_file import add_inventory, look_before_loading, stop_looking
-from sparse_callbacks.lightning.thawing import follow_training, warn_of_thaw_to_come
+from sparse_callbacks.lightning.refusals import ends_run, refuse_host, refuse_shared, state_to_resume
+from sparse_callbacks.lightning.resumed_file import add_inventory, look_before_loading
+from sparse_callbacks.lightning.thawing import follow_training
 from sparse_callbacks.lightning.trainer_host import TrainerHost
 from sparse_callbacks.lightning.trainer_optimizers import TrainerOptimizers, scaler_of
 
@@ -94,15 +96,19 @@ class SparsityCallback(Method, AnyCallback):
             refuse_host(trainer)
             averaging.refuse_averages(self, trainer)
             sharded.refuse_sharding(trainer, self)
+            exchanging.refuse_storage(self, trainer, pl_module)
             look_before_loading(trainer, pl_module, peers_of(trainer))
+            exchanging.exchange_before_optimizers(trainer, pl_module, peers_of(trainer))
             self.saved = None  # of an earlier fit; what this one resumes from is restored after setup
             if self.attachment.model is not pl_module or self.fresh_start:
                 self.engine.forget()
             if self.fresh_start:
                 spawned.forget_brought(self)
+        elif exchanged_layers(pl_module) or exchanging.wanted_storages(self):
+            take_places_of_checkpoint(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        # the weights are loaded already. A fit takes its state later, in _begin, when its optimizers stand
+        # the weights are loaded already. A fit takes its state later, in on_fit_start, when its optimizers stand
         if trainer.state.fn != "fit" and not self.engine.is_bound:
             sharded.reshard(trainer, pl_module)
             take_state_of_checkpoint(self, pl_module, checkpoint["callbacks"].get(self.state_key), trainer.ckpt_path)
@@ -122,75 +128,15 @@ class SparsityCallback(Method, AnyCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not sharded.shards_model(trainer):
-            self._begin(trainer, pl_module)
+            begin(self, trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if sharded.shards_model(trainer):
             sharded.reshard(trainer, pl_module)
             # only now: sharded parameters and their optimizers are restored after on_fit_start, and on the way there torch
             # lets the optimizers take a step, which must not be seen
-            self._begin(trainer, pl_module)
-        self._begin_training(trainer, pl_module)
-
-    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        stop_looking(trainer)  # of a fit without a checkpoint, which has read none
-        sharded.refuse_steps(trainer, pl_module)
-        optimizers = TrainerOptimizers(trainer, pl_module)
-        refuse_unsteppable(pl_module, trainer.optimizers, optimizers.steppers)
-        entries = select(pl_module, self.include, self.exclude, self.keep_dense, optimizers.trained)
-        sharded.refuse_parts(trainer, pl_module, entries)
-        # who awaits a layer claims it too: in a Trainer all callbacks see the optimizers that it may come into
-        self._refuse_neighbours(trainer, [e.name for e in for_targets(with_awaited(self, entries)) if not e.reason])
-        state = self._state_to_resume(trainer, pl_module)
-        self.saved = None if state is None else SavedRun.of(state, trainer.ckpt_path)
-        if self.saved is None:
-            spawned.adopt(self, pl_module)
-        fit = self.fit_state
-        fit.averages = averaging.saved_averages(self, trainer)
-        fit.left_out = [e.name for e in entries if e.reason in NOT_TRAINED] if why_never(self) else []
-        fit.restored, fit.given = None, list(trainer.optimizers)
-        host = self._host_of(trainer, pl_module)
-        reads, twice = optimizers.gradients_read, optimizers.two_pass
-        self.engine.bind(pl_module, entries, optimizers.steppers, reads, host, twice)
-        self.engine.announce_by_hooks()
-        optimizer_lives.switch_through_wrappers(trainer)
-        if self.print_plan and trainer.is_global_zero:
-            print(self.plan(), flush=True)
-        if text := why_all_active(self.distribution, layer_shapes(entries)):
-            rank_zero_info(text)
-        if text := optimizers.why_not_resumed:
-            rank_zero_warn(text)
-        for warning in warnings_for(trainer, self.arrives_at_stop):
-            rank_zero_warn(warning)
-        warn_of_thaw_to_come(trainer, self)
-
-    def _begin_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.fit_state.rests = enter_epoch(trainer)
-        if self.start is not None:
-            # not in on_fit_start: asked there for the run's length, Lightning makes its loader and forgets to resume it
-            self._begin_calendar(trainer)
-        refuse_unequal_runs(self, lambda: accumulation.run_length(trainer))
-        optimizer_lives.check_schedules(trainer, self)
-        self.fit_state.accumulates = accumulation.factor_in(trainer, trainer.current_epoch)
-        self.fit_state.last_epoch, self.fit_state.cut_off = -1, False
-        self.rehearse()
-        if self.fit_state.before is not None:  # others may still refuse the fit
-            self.fit_state.before.keep_weights(self)
-        self.engine.begin_weights()
-        self.fit_state.averages.end()  # of a trial run that a tuner has made within this fit
-        self.fit_state.averages = averaging.hold_averages(self, trainer)
-        if peers_of(trainer)[-1] is self:  # now averages are those of effective weights, for all of these callbacks
-            self.fit_state.missed_epoch_start = averaging.catch_up(trainer, pl_module)
-        spawned.forget_brought(self)
-        self.attachment.in_training = True
-        self.fit_state.watch = StepWatch(self.engine)
-        open_window.put_back(self.saved, self.fit_state, pl_module, self.engine)
-        # `or {}`: in version 0.1 this hook gave nothing, and an override of that time still may
-        self.engine.events |= self.begin_training(trainer.current_epoch) or {}
-        if not trainer.fast_dev_run:  # whose epoch has a batch or two
-            self.engine.expect_gradients(trainer.current_epoch)
-        self.fit_state.resumed = self.saved is not None
-        self.saved = None  # from here on the run speaks for itself
+            begin(self, trainer, pl_module)
+        begin_training(self, trainer, pl_module, peers_of(trainer))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.fit_state.before is not None:
@@ -204,6 +150,8 @@ class SparsityCallback(Method, AnyCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         fit = self.fit_state
         fit.before = None  # from here on an error is one of training
+        if fit.exchanged is not None:
+            exchanging.watch_first_use(fit)
         if fit.missed_epoch_start:
             fit.missed_epoch_start = False
             averaging.start_epoch(trainer, pl_module)
@@ -251,6 +199,8 @@ class SparsityCallback(Method, AnyCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         engine, fit = self.engine, self.fit_state
+        if fit.first_use is not None:
+            exchanging.warn_of_first_use(fit)
         # before anything is written back to where the batch began, as samples of gates are
         if fit.watch is not None and not fit.watch.batch_over(bool(trainer.is_last_batch)):
             fit.watch = None
@@ -295,10 +245,12 @@ class SparsityCallback(Method, AnyCallback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         spawned.discard(self)
         move_again(trainer)
+        find_again(trainer)
         before, self.fit_state.before = self.fit_state.before, None
         if before is not None:
             self._leave(pl_module)
             before.bring_back(self)
+            exchanging.bring_dense_back(self.fit_state)
             self.fit_state.restored = None
             return
         if self.attachment.in_training:  # it may have come between the optimizer's step and ours
@@ -316,6 +268,7 @@ class SparsityCallback(Method, AnyCallback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         move_again(trainer)
+        find_again(trainer)
         if stage == "fit":
             averaging.end_with_averages(self, trainer, pl_module)
         self._leave(pl_module)
@@ -324,9 +277,10 @@ class SparsityCallback(Method, AnyCallback):
             # no batch came: these masks were never those of the weights. A run that was over already when it was resumed
             # has brought its own, and so has one of which only the end of an epoch was left.
             fit.before.bring_back(self)
+            exchanging.bring_dense_back(self.fit_state)
         elif fit.before is not None and self.saved is not None:  # over already: its calendar was never made anew
             self.calendar = calendar_of(self, self.saved.times)
-        fit.restored = fit.before = self.saved = None
+        fit.restored = fit.before = fit.exchanged = self.saved = None
         fit.resumed = False
         if stage == "fit":
             spawned.hand_over(self, trainer)
@@ -343,17 +297,6 @@ class SparsityCallback(Method, AnyCallback):
     def _state_to_resume(self, trainer: Trainer, module: LightningModule) -> Mapping[str, Any] | None:
         """The state that this fit goes on from; None for a start with new masks."""
         return state_to_resume(self, self.fit_state.restored, trainer.ckpt_path)
-
-    def _begin_calendar(self, trainer: Trainer) -> None:
-        self.calendar = self.make_calendar(optimizer_lives.length_of(trainer))
-        saved = () if self.saved is None else self.saved.times
-        if text := self.calendar.why_other_times(saved, type(self).__name__):
-            rank_zero_warn(text)
-        new_run = trainer.global_step == 0 and not trainer.fast_dev_run
-        if new_run:
-            length = accumulation.run_length(trainer)
-            if reason := self.progress.why_idle(self.times, length, type(self).__name__):
-                rank_zero_warn(reason)
 
     def _gradients_to_save(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Accumulated gradients for a checkpoint, which one rank writes for all: their mean."""
@@ -383,6 +326,9 @@ class SparsityCallback(Method, AnyCallback):
         clip_again(module)
         self.fit_state.watch, self.fit_state.given, self.fit_state.rests = None, [], False
         self.fit_state.averages.end()
+        if self.fit_state.first_use is not None:  # the first batch has failed
+            self.fit_state.first_use.end()
+            self.fit_state.first_use = None
         self.engine.unbind()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -54,15 +54,13 @@ def outputs(
             # the Trainer's limits are about its own loaders; a loader that was given for this pass is taken as it is
             given = data_pass.EveryNthBatch(loader_given, world, rank)
             return given, data_pass.batch_count(given, fraction)
-        batches = data_pass.in_order(trainer.train_dataloader, world, rank, bool(train), _users_sampler)
+        batches = data_pass.in_order(trainer.train_dataloader, world, rank, bool(train), users_sampler)
         _warn_if_random(trainer, batches, rank)
         return batches, data_pass.batch_count(batches, fraction, _limit(trainer))
 
-    logging = [m for m in module.modules() if callable(getattr(m, "log", None)) and hasattr(m, "log_dict")]
-
     @contextmanager
     def context() -> Iterator[None]:
-        with trainer.precision_plugin.forward_context(), _unlogged(logging):
+        with trainer.precision_plugin.forward_context(), unlogged(module):
             yield
 
     yield from data_pass.outputs(
@@ -76,25 +74,26 @@ def outputs(
 
 
 @contextmanager
-def _unlogged(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """``log`` and ``log_dict`` of these LightningModules do nothing: the pass is none of the hooks that log."""
+def unlogged(module: nn.Module) -> Iterator[None]:
+    """``log`` and ``log_dict`` of all LightningModules in ``module`` do nothing: a pass is none of the hooks that log."""
+    modules = [m for m in module.modules() if callable(getattr(m, "log", None)) and hasattr(m, "log_dict")]
     # the instance's attributes hide the methods of the class
     before = [{n: v for n, v in vars(m).items() if n in ("log", "log_dict")} for m in modules]
-    for module in modules:
-        vars(module).update(log=_nothing, log_dict=_nothing)
+    for logs in modules:
+        vars(logs).update(log=_nothing, log_dict=_nothing)
     try:
         yield
     finally:
-        for module, own in zip(modules, before, strict=True):
-            del vars(module)["log"], vars(module)["log_dict"]
-            vars(module).update(own)
+        for logs, own in zip(modules, before, strict=True):
+            del vars(logs)["log"], vars(logs)["log_dict"]
+            vars(logs).update(own)
 
 
 def _nothing(*_: object, **__: object) -> None:
     return None
 
 
-def _users_sampler(sampler: Any) -> Any:
+def users_sampler(sampler: Any) -> Any:
     """The sampler that the user gave: Lightning puts it into a data set of its own, to split that over ranks."""
     while (inner := getattr(getattr(sampler, "dataset", None), "_sampler", None)) is not None:
         sampler = inner

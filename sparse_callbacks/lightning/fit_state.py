@@ -2,11 +2,15 @@
 
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
+from torch import nn
 from torch.optim import Optimizer
 
 from sparse_callbacks.core.averages import HeldAverages
 from sparse_callbacks.core.before_run import BeforeRun
+from sparse_callbacks.core.exchange import Exchanged
+from sparse_callbacks.core.first_use import FirstUse
 from sparse_callbacks.core.unseen_steps import StepWatch
 
 
@@ -46,3 +50,14 @@ class FitState:
     """The epoch of the latest batch."""
     resumed: bool = False
     """Training has begun, and goes on from a checkpoint."""
+    exchanged: Exchanged | None = None
+    """The layers that this fit has exchanged, with the dense ones, which a fit that is refused gives back; None from its
+    first batch on."""
+    were_dense: dict[str, "ref[nn.Parameter]"] = field(default_factory=dict)
+    """Dense Parameters whose layers were exchanged, in this fit or an earlier one, by name."""
+    first_use: FirstUse | None = None
+    """Looks which exchanged layers the first batch uses, until it is over."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is about no layers of a model: it trains another one, or in another process."""
+        return {**vars(self), "exchanged": None, "first_use": None, "were_dense": {}}

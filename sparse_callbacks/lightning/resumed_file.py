@@ -5,27 +5,35 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pytorch_lightning import LightningModule
 from pytorch_lightning.core.saving import get_filesystem  # type: ignore[attr-defined]  # where Lightning uses it
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
 from sparse_callbacks.core.awaited import with_awaited
-from sparse_callbacks.core.checkpoint import SavedRun, check_state, misfit
+from sparse_callbacks.core.checkpoint import SavedRun, check_state, misfit, other_storage
 from sparse_callbacks.core.checkpoint_file import refuse_broken
 from sparse_callbacks.core.cut_weights import count_cut
 from sparse_callbacks.core.error_text import first_line
 from sparse_callbacks.core.initial_masks import find_masks, sharing_entries
+from sparse_callbacks.core.live_masks import exchanged_layers
 from sparse_callbacks.core.method import Method
+from sparse_callbacks.core.saved_patterns import storage_of, units_of
 from sparse_callbacks.core.selection import NOT_TRAINED, select
 from sparse_callbacks.core.state_claims import planned_otherwise, refuse_impossible
-from sparse_callbacks.core.state_layout import inventory, is_count, shown_short, why_not_whole
+from sparse_callbacks.core.state_layout import damaged, inventory, is_count, shown_short, why_not_whole
 from sparse_callbacks.lightning import sharded
 from sparse_callbacks.lightning.averaging import weights_beside_averages
+from sparse_callbacks.lightning.dense_shapes import dense_shapes
+from sparse_callbacks.lightning.exchanging import exchange_layers_of
+from sparse_callbacks.lightning.hidden_calls import call_instead
+from sparse_callbacks.lightning.loaded_places import take_places
 from sparse_callbacks.lightning.refusals import is_tuner_checkpoint, overrides
+
+if TYPE_CHECKING:
+    from sparse_callbacks.lightning.callback import SparsityCallback
 
 _ADVICE = "Resume from another checkpoint of the run (ckpt_path=)."
 _VERSION = re.compile(r"\d+(\.\d+)*([.+-]?\w+)*")
@@ -45,33 +53,33 @@ _INVENTORY = "sparse_callbacks"
 _COUNTERS = ("ready", "started", "processed", "completed")
 
 
-def look_before_loading(trainer: Any, module: LightningModule, methods: Sequence[Method]) -> None:
+def look_before_loading(trainer: Any, module: LightningModule, methods: Sequence["SparsityCallback"]) -> None:
     """Let the fit that begins look at its checkpoint before it loads anything from it.
 
     Lightning loads a checkpoint part by part: what is found wrong with the state of a callback leaves a model with other
-    weights. No hook comes before that, so for the one call with which Lightning reads the file the strategy's method is
-    hidden by an attribute of the instance.
+    weights. No hook comes before that, so the call with which Lightning reads the file is caught.
 
     Args:
         trainer: the Trainer, in ``setup`` of a fit.
         module: its LightningModule.
         methods: all sparsity callbacks of the Trainer.
     """
-    strategy = trainer.strategy
-    stop_looking(trainer)
-    read = strategy.load_checkpoint
 
-    def load_checkpoint(path: Any, **options: Any) -> Any:
-        stop_looking(trainer)
+    def load_checkpoint(read: Callable[..., Any], path: Any, **options: Any) -> Any:
         loads_at_once = sharded.shards_model(trainer)  # into the model, too late for a look
         if loads_at_once:
             found = sharded.content_of(path, _ADVICE)
         else:
-            found = _read(lambda: read(path, **options), path, type(strategy.checkpoint_io).__name__)
+            found = _read(lambda: read(path, **options), path, type(trainer.strategy.checkpoint_io).__name__)
         if not is_tuner_checkpoint(path):
             refuse_other_parts(found, path)
             _refuse_other_progress(found["loops"], path, trainer)
-            resumed = [(m, _refuse_other_state(m, found, module, path)) for m in methods if not m.fresh_start]
+            if any(method.fresh_start for method in methods):  # new masks over the weights of the checkpoint
+                take_places(module, found)
+            resumed = [(m, _saved_run(m, found, module, path)) for m in methods if not m.fresh_start]
+            for method, saved in resumed:
+                exchange_layers_of(method, trainer, module, saved)
+            resumed = [(method, _refuse_other_state(method, saved, module)) for method, saved in resumed]
             # of shards in a folder torch compares names and shapes before it loads any
             in_shards = loads_at_once and Path(path).is_dir()
             if not in_shards and not _others_load(trainer, module, methods):
@@ -81,7 +89,7 @@ def look_before_loading(trainer: Any, module: LightningModule, methods: Sequence
                         _refuse_cut_weights(method, saved, weights)
         return read(path, **options) if loads_at_once else found
 
-    strategy.load_checkpoint = load_checkpoint
+    call_instead(trainer, "load_checkpoint", load_checkpoint)
 
 
 def add_inventory(key: str, checkpoint: dict[str, Any]) -> None:
@@ -107,11 +115,6 @@ def _with_inventory(key: str, checkpoint: Mapping[str, Any]) -> Any:
     if not isinstance(written, Mapping) or written.keys() != {"zeros", "names"}:
         written = {"names": shown_short(written)}  # which is refused
     return {**state, **written}
-
-
-def stop_looking(trainer: Any) -> None:
-    """Undo :func:`look_before_loading`."""
-    vars(trainer.strategy).pop("load_checkpoint", None)
 
 
 def _read(read: Callable[[], Any], path: Any, reader: str) -> Any:
@@ -190,22 +193,29 @@ def _why_other_progress(there: Any, here: Any, name: str) -> str:
     return next((why for pair in pairs if (why := _why_other_progress(*pair))), "")
 
 
-def _refuse_other_state(method: Method, found: Mapping[str, Any], module: LightningModule, path: object) -> SavedRun:
-    """The saved run of a method, which can go on from it."""
+def _saved_run(method: Method, found: Mapping[str, Any], module: LightningModule, path: object) -> SavedRun:
+    """The saved run of a method with these arguments, whose masks and patterns are of the model's layers."""
     state = _with_inventory(getattr(method, "state_key", ""), found)
     saved = SavedRun.of(check_state(state, method.arguments, type(method).__name__, path), path)
     if not found["optimizer_states"]:  # which Lightning would not notice
         raise ValueError(f"{path} is damaged: it has no states of optimizers, and steps were taken. {_ADVICE}")
-    here = dict(module.named_parameters())
-    if wrong := [n for n, m in saved.masks.items() if n not in here or here[n].shape != m.shape]:
+    here = dense_shapes(module)
+    wrong = [n for n, m in saved.masks.items() if here.get(n) != m.shape]
+    if wrong := [*wrong, *(n for n in saved.patterns if n not in here)]:
         raise misfit(wrong, path)
+    _refuse_other_layers(saved, module, here, path)
+    return saved
+
+
+def _refuse_other_state(method: Method, saved: SavedRun, module: LightningModule) -> SavedRun:
+    """The saved run of a method, which can go on from it."""
     # which parameters the optimizers will have is not known yet, and was known when the masks were made
     chosen = select(module, method.include, method.exclude, method.keep_dense)
-    entries = with_awaited(method, chosen, saved.masks, saved.awaited or ())
-    if any(e.reason.startswith(NOT_TRAINED) for e in entries if e.name in saved.masks):
+    entries = with_awaited(method, chosen, saved.names, saved.awaited or ())
+    if any(e.reason.startswith(NOT_TRAINED) for e in entries if e.name in saved.names):
         return saved  # frozen now: whether a callback thaws it before on_fit_start shows there
     saved = planned_otherwise(saved, entries)
-    entries = [e if e.name in saved.masks else replace(e, reason=e.reason or "not in the checkpoint") for e in entries]
+    entries = [e if e.name in saved.names else replace(e, reason=e.reason or "not in the checkpoint") for e in entries]
     method.saved = saved  # some methods plan by the saved masks
     try:
         sharing = sharing_entries(method, entries)
@@ -217,9 +227,25 @@ def _refuse_other_state(method: Method, found: Mapping[str, Any], module: Lightn
     return saved
 
 
-def _fits(value: Any, parameter: Tensor) -> bool:
-    """Whether a parameter can take ``value``."""
-    if not isinstance(value, Tensor) or value.shape != parameter.shape:
+def _refuse_other_layers(saved: SavedRun, module: LightningModule, shapes: Mapping[str, Any], path: object) -> None:
+    """Refuse patterns that are none of these layers, and layers that an earlier fit has exchanged otherwise."""
+    layers = exchanged_layers(module)
+    storages = dict.fromkeys(saved.masks, "masked") | {n: storage_of(p) for n, p in saved.patterns.items()}
+    for name, there in storages.items():
+        if name in layers and layers[name].storage != there:
+            raise other_storage(
+                f"{name} was saved with storage={there!r} (the checkpoint is {path})", repr(layers[name].storage)
+            )
+    for name, pattern in saved.patterns.items():
+        try:
+            units_of(pattern, tuple(shapes[name]))
+        except ValueError as error:
+            raise damaged(f"of the pattern of {name}: {error}", path) from error
+
+
+def _fits(value: Any, shape: torch.Size) -> bool:
+    """Whether a parameter of ``shape`` can take ``value``."""
+    if not isinstance(value, Tensor) or value.shape != shape:
         return False
     # a subclass of Tensor keeps its values as it likes
     return type(value) is not Tensor or not why_not_whole(value)
@@ -227,7 +253,7 @@ def _fits(value: Any, parameter: Tensor) -> bool:
 
 def _renames_keys(module: torch.nn.Module) -> bool:
     """Whether code of the user's loads the module's weights, under other names perhaps."""
-    ours = type(module)._load_from_state_dict.__module__.startswith("torch.")
+    ours = type(module)._load_from_state_dict.__module__.startswith(("torch.", "sparse_callbacks."))
     return bool(module._load_state_dict_pre_hooks) or not ours
 
 
@@ -243,7 +269,7 @@ def _others_load(trainer: Any, module: LightningModule, methods: Sequence[Method
 
 def _refuse_cut_weights(method: Method, saved: SavedRun, weights: Mapping[str, Any]) -> None:
     """Refuse weights of another run than that of the masks, which would cut them."""
-    for name in saved.masks:
+    for name in saved.names:
         if name in weights and (cut := count_cut(method, saved, name, weights[name])):
             raise ValueError(
                 f"{saved.path} holds weights of {name} that its own masks cut: {cut} of them are not 0 where the mask is. "
@@ -253,9 +279,8 @@ def _refuse_cut_weights(method: Method, saved: SavedRun, weights: Mapping[str, A
 
 def _refuse_other_weights(weights: Mapping[str, Any], module: LightningModule, path: object) -> None:
     """Refuse weights that the model cannot take, of which torch would load those that come first."""
-    # lazy parameters have no shape yet
-    here = {n: p for n, p in module.named_parameters() if not is_lazy(p)}
-    lost = [n for n in here if n not in weights] if module.strict_loading else []
+    here = dense_shapes(module)
+    lost = [n for n in here if n not in weights and f"{n}.values" not in weights] if module.strict_loading else []
     wrong = [n for n, t in weights.items() if n in here and not _fits(t, here[n])]
     if lost or wrong:
         text = ", ".join([*lost, *wrong])

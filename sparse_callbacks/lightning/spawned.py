@@ -11,7 +11,6 @@ import os
 import tempfile
 import uuid
 import weakref
-from collections.abc import Mapping
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
@@ -22,13 +21,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pytorch_lightning.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.files import replacing
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.restored import describe, take_saved
+from sparse_callbacks.core.saved_patterns import live_in
 from sparse_callbacks.core.selection import Entry
+from sparse_callbacks.lightning.dense_shapes import dense_shapes
 from sparse_callbacks.lightning.refusals import has_class_named
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def bring_back(callback: Method) -> None:
     brought = torch.load(handover.path, map_location="cpu", weights_only=True)
     _remove(handover.path, handover.launcher)
     model, saved = callback.attachment.model, SavedRun.of(brought["state"], handover.path)
-    if model is not None and fits(saved.masks, model):
+    if model is not None and fits(saved, model):
         # a ValueError: the model of an earlier fit, which the launched one did not train
         with suppress(ValueError):
             take_saved(callback, model, saved, brought["owned"])
@@ -145,27 +146,39 @@ def forget_brought(callback: Method) -> None:
         handover.brought = None
 
 
+def run_brought(callback: Method, model: nn.Module) -> SavedRun | None:
+    """The run that was brought back, if a fit of ``model`` goes on from it; None where it does not.
+
+    Args:
+        callback: the callback of the fit that begins.
+        model: its model.
+    """
+    handover, state = _handover_of(callback), state_brought(callback)
+    if handover is None or handover.brought is None or state is None:
+        return None
+    if handover.brought["model"] not in (UNKNOWN, id(model)):
+        return None  # a forked process had the same objects, and trained another model
+    # a copy: in processes that were spawned together these tensors lie in memory that they share, and training writes
+    saved = SavedRun.of(deepcopy(state), handover.path)
+    return saved if fits(saved, model) else None
+
+
 def adopt(callback: Method, model: nn.Module) -> None:
     """A fit of ``model`` begins: it goes on from what was brought back, unless it is another model.
 
     Raises:
         ValueError: the model has parameters of these names and shapes, and the masks do not belong to its weights.
     """
-    handover, state = _handover_of(callback), state_brought(callback)
-    if handover is None or handover.brought is None or state is None:
-        return
-    if handover.brought["model"] not in (UNKNOWN, id(model)):
-        return  # a forked process had the same objects, and trained another model
-    # a copy: in processes that were spawned together these tensors lie in memory that they share, and training writes
-    saved = SavedRun.of(deepcopy(state), handover.path)
-    if fits(saved.masks, model):
+    handover, saved = _handover_of(callback), run_brought(callback, model)
+    if handover is not None and handover.brought is not None and saved is not None:
         take_saved(callback, model, saved, handover.brought["owned"])
 
 
-def fits(masks: Mapping[str, Tensor], model: nn.Module) -> bool:
-    """Whether any of ``masks`` has the name and shape of a parameter of ``model``."""
-    parameters = dict(model.named_parameters())
-    return any(n in parameters and parameters[n].shape == m.shape for n, m in masks.items())
+def fits(saved: SavedRun, model: nn.Module) -> bool:
+    """Whether any mask or pattern of ``saved`` has the name and shape of a parameter of ``model``."""
+    shapes = dense_shapes(model)
+    of_masks = any(shapes.get(n) == m.shape for n, m in saved.masks.items())
+    return of_masks or any(n in shapes and live_in(p, tuple(shapes[n])) for n, p in saved.patterns.items())
 
 
 def _remove(path: Path, launcher: int) -> None:

@@ -8,15 +8,17 @@ from torch import Tensor
 from sparse_callbacks.core.calendar import Time
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.distributions import Distribution
+from sparse_callbacks.core.growth import moved_mask, uniform_numbers
 from sparse_callbacks.core.initial_masks import InitialMask, StartsSparse
 from sparse_callbacks.core.method import Options
-from sparse_callbacks.core.ops import drop_and_grow, drop_count
+from sparse_callbacks.core.patterns import group_of
 from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.schedules import Schedule, as_schedule
-from sparse_callbacks.core.shards import count_of
 from sparse_callbacks.core.state_claims import Zeros, as_planned, possible_zeros
 from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.storage import Rows, StorageByLayer, why_no_exchange
 from sparse_callbacks.core.topology import Update
+from sparse_callbacks.methods.unit_updates import grown_units, moved_units
 
 
 class DropAndGrow(StartsSparse):
@@ -28,6 +30,8 @@ class DropAndGrow(StartsSparse):
 
     schedulable: ClassVar[str] = "drop_fraction"
     explores = True
+    candidates: float | None = None
+    """Candidates for each active weight, from which those with the largest scores grow; None: all that were not kept."""
 
     def __init__(
         self,
@@ -40,6 +44,10 @@ class DropAndGrow(StartsSparse):
         drop_fraction: float | str | Schedule = 0.3,
         initial_mask: InitialMask = "random",
         rescale: Rescale | None = None,
+        pattern: str | None = None,
+        storage: StorageByLayer = "masked",
+        group: int = 64,
+        rows: Rows | None = None,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         seed: int = 0,
@@ -49,6 +57,10 @@ class DropAndGrow(StartsSparse):
             sparsity,
             initial_mask=initial_mask,
             rescale=rescale,
+            pattern=pattern,
+            storage=storage,
+            group=group,
+            rows=rows,
             distribution=distribution,
             include=include,
             exclude=exclude,
@@ -79,24 +91,44 @@ class DropAndGrow(StartsSparse):
         return self.new_masks(step) if step.due else None
 
     def grow_scores(self, step: Step, name: str) -> Tensor | None:
-        """Score of every position of a parameter, by magnitude; None: leave its mask alone in this update."""
+        """Score of every position of a parameter, by magnitude, or under a pattern of every column of each block; None:
+        leave its mask alone in this update."""
         raise NotImplementedError
 
     def new_masks(self, step: Step) -> Update:
         fraction, new = self.fraction_at(step.number), {}
-
-        # counted in the mask and not planned: whatever a layer has, it has as many after the update
-        def moved(_: str, mask: Tensor, drop: Tensor, grow: Tensor) -> Tensor:
-            return drop_and_grow(mask, drop, grow, drop_count(count_of(mask), fraction))
+        keys, slots = dict[str, Tensor](), dict[str, Tensor]()
 
         # only the parameters of the optimizer that has stepped: several optimizers take their steps at different times
         for name in step.names:
+            if (layer := self.weights.layers_stored.get(name)) is not None:
+                if (moved_there := moved_units(self, step, name, layer, fraction)) is not None:
+                    keys[name], slots[name] = moved_there
+                continue
             scores = self.grow_scores(step, name)
             if scores is not None:  # the parameter took part in this step
-                new[name] = self.weights.by_layer(
-                    name, moved, self.weights.masks[name], self.params[name].detach(), scores
-                )
-        return Update(new, {"update/drop_fraction": fraction})
+                new[name] = self._moved(step, name, scores, fraction)
+        return Update(new, {"update/drop_fraction": fraction}, keys, slots)
+
+    def _moved(self, step: Step, name: str, scores: Tensor, fraction: float) -> Tensor:
+        """The mask of a parameter after an update."""
+        group = group_of(self, self.weights.entries[name])
+        tensors = [self.weights.masks[name], self.params[name].detach(), scores]
+        if self.candidates is not None:
+            tensors.append(uniform_numbers(self, name, step.number))
+
+        def moved(_: str, mask: Tensor, weight: Tensor, grow: Tensor, chances: Tensor | None = None) -> Tensor:
+            return moved_mask(mask, weight, grow, fraction, group, self.candidates, chances)
+
+        return self.weights.by_layer(name, moved, *tensors)
+
+
+@why_no_exchange.register
+def _(method: DropAndGrow) -> str:
+    kind = next((c for c in type(method).__mro__ if c in grown_units.registry), object)
+    if kind is object or any(getattr(type(method), n) is not getattr(kind, n) for n in ("grow_scores", "new_masks")):
+        return "chooses what to grow by a score of every weight, and an exchanged layer has its live weights alone"
+    return ""
 
 
 @possible_zeros.register

@@ -14,6 +14,7 @@ from sparse_callbacks.core.schedules import Schedule, pruning_curve
 from sparse_callbacks.core.shards import count_of, size_of
 from sparse_callbacks.core.state_claims import Zeros, possible_zeros, rises_to
 from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.storage import why_no_exchange
 from sparse_callbacks.core.thawed import by_step, masks_by_magnitude
 from sparse_callbacks.core.topology import Update
 
@@ -125,3 +126,8 @@ def _(method: GMP, names: Sequence[str]) -> dict[str, Tensor]:
     for number, mine in by_step(method, names):
         masks |= method._pruned(method.weights.all_active(mine), method.sparsity_at(number))
     return masks
+
+
+@why_no_exchange.register
+def _(method: GMP) -> str:
+    return "starts dense and prunes step by step, so sparse storage has nothing to save before its last update"

@@ -1,14 +1,23 @@
 """RigL: drop small weights, grow where the dense gradient is large."""
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, Unpack
 
 from torch import Tensor
 
-from sparse_callbacks.core.ops import drop_count
+from sparse_callbacks.core.calendar import Time
+from sparse_callbacks.core.distributions import Distribution
+from sparse_callbacks.core.growth import candidate_count, checked_candidates, moved_count
+from sparse_callbacks.core.initial_masks import InitialMask
+from sparse_callbacks.core.method import Options
+from sparse_callbacks.core.rescaling import Rescale
+from sparse_callbacks.core.schedules import Schedule
 from sparse_callbacks.core.shards import size_of
 from sparse_callbacks.core.step import ReplacesSteps, Step
+from sparse_callbacks.core.storage import Rows, StorageByLayer
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
+from sparse_callbacks.methods.unit_updates import grown_units, units_to_move
 
 
 class RigL(ReplacesSteps, DropAndGrow):
@@ -29,6 +38,13 @@ class RigL(ReplacesSteps, DropAndGrow):
     shift t; ties go to the lower index instead of to noise; and pruned weights hold zero, where the code hides their
     last value.
 
+    With ``candidates`` the k positions are the largest |dL/dw| among candidates alone, drawn uniformly and without
+    repetition from all others: int(candidates * active) of them, at least k. This is guided stochastic exploration (GSE,
+    Heddes et al. 2024) with its uniform draw. Differs from that paper: weights are dropped before others grow, where there
+    a weight that has grown is safe from the drop that follows; candidates are drawn from what was not kept, where the
+    released code draws from all positions, with repetition; layers of less than 50 % sparsity have candidates as well; and
+    draws by activity (GraBo, GraEst) are not offered.
+
     Args:
         sparsity: fraction of zeros over the selected weights, in [0, 1); None: 0.9, or what ``initial_mask`` holds.
         distribution: name, ``{glob: sparsity or name}`` or callable; see :class:`~sparse_callbacks.core.method.Method`.
@@ -37,7 +53,12 @@ class RigL(ReplacesSteps, DropAndGrow):
         start, stop: first and last time of an update, in the same units.
         drop_fraction: fraction of a layer's active weights that an update replaces; a number falls by a cosine to 0 at
             ``stop``; a schedule or its text (``"constant(0.3)"``) is taken as it is.
-        initial_mask, rescale: see :class:`~sparse_callbacks.core.initial_masks.StartsSparse`.
+        initial_mask, rescale, pattern, storage, group, rows: see
+            :class:`~sparse_callbacks.core.initial_masks.StartsSparse`. Under a pattern k is
+            counted in each block of rows, as the columns that leave it: those with the smallest sum of |w| over its rows;
+            the columns with the largest sum of |dL/dw| come.
+        candidates: candidates for each active weight (under a pattern for each active column), from which those with the
+            largest gradients grow; the paper finds 1 to 2 enough. None: all positions that were not kept.
         include, exclude: globs on the names of parameters that become sparse or stay dense.
         seed: seed of the initial mask and everything random.
         **options: ``keep_dense`` ("first", "last" or "both"; default None), ``print_plan`` (default True) and
@@ -54,10 +75,52 @@ class RigL(ReplacesSteps, DropAndGrow):
         0.9
 
     Reference: Evci, Gale, Menick, Castro, Elsen: Rigging the Lottery: Making All Tickets Winners. ICML 2020, algorithm
-    1.
+    1. For ``candidates``: Heddes, Srinivasa, Givargis, Nicolau: Always-Sparse Training by Growing Connections with Guided
+    Stochastic Exploration. arXiv 2401.06898, 2024, algorithm 1.
     """
 
     first_update: ClassVar[int] = 0  # the calendar is asked before a step, with the steps taken so far
+
+    def __init__(
+        self,
+        sparsity: float | None = None,
+        *,
+        distribution: Distribution = "erdos_renyi_kernel",
+        every: Time | None = None,
+        start: Time = 0,
+        stop: Time = 0.75,
+        drop_fraction: float | str | Schedule = 0.3,
+        initial_mask: InitialMask = "random",
+        rescale: Rescale | None = None,
+        pattern: str | None = None,
+        storage: StorageByLayer = "masked",
+        group: int = 64,
+        rows: Rows | None = None,
+        candidates: float | None = None,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        seed: int = 0,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(
+            sparsity,
+            distribution=distribution,
+            every=every,
+            start=start,
+            stop=stop,
+            drop_fraction=drop_fraction,
+            initial_mask=initial_mask,
+            rescale=rescale,
+            pattern=pattern,
+            storage=storage,
+            group=group,
+            rows=rows,
+            include=include,
+            exclude=exclude,
+            seed=seed,
+            **options,
+        )
+        self.candidates = checked_candidates(candidates)
 
     def before_step(self, step: Step) -> None:
         # at the end of the cosine every count is 0: such an update would cost a gradient step and change nothing
@@ -78,11 +141,31 @@ class RigL(ReplacesSteps, DropAndGrow):
         return step.gradient(name)
 
     def _counts(self, step: Step) -> list[int]:
-        """The number of weights that an update would replace in each layer."""
+        """The number of weights that an update would replace in each layer, or of columns in each block."""
         fraction = self.fraction_at(step.number)
+        masks, exchanged = self.weights.held_masks, self.weights.layers_stored
         # from the planned counts, which are those of the masks: counting the masks would wait for the device
-        return [
-            drop_count(size_of(part) - self.planned_zeros(layer, size_of(part)), fraction)
+        masked = [
+            moved_count(
+                self, self.weights.entries[name], size_of(part) - self.planned_zeros(layer, size_of(part)), fraction
+            )
             for name in step.names
-            for layer, (part,) in self.weights.layers(name, self.weights.masks[name])
+            if name in masks
+            for layer, (part,) in self.weights.layers(name, masks[name])
         ]
+        return masked + [units_to_move(exchanged[name], fraction) for name in step.names if name in exchanged]
+
+
+@grown_units.register
+def _(method: RigL, step: Step, name: str, kept: Tensor, count: int) -> Tensor | None:
+    if step.gradient(name) is None:
+        return None
+    if method.candidates is None:
+        return step.largest_units(name, kept, count)
+    layer, parts = method.weights.layers_stored[name], 1
+    if layer.storage == "grouped":  # all counts are those of a block
+        parts = layer.block_rows
+    units = layer.live // layer.group
+    free = (layer.block_rows * layer.in_features - kept.numel()) // parts
+    drawn = candidate_count(method.candidates, units // parts, count, free)
+    return step.largest_units(name, kept, count, drawn, method.generator(name, step.number))

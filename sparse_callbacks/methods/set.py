@@ -2,9 +2,11 @@
 
 from torch import Tensor
 
-from sparse_callbacks.core.randomness import uniform_like
+from sparse_callbacks.core.drawn_places import drawn_units
+from sparse_callbacks.core.growth import uniform_numbers
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
+from sparse_callbacks.methods.unit_updates import grown_units
 
 
 class SET(DropAndGrow):
@@ -24,8 +26,8 @@ class SET(DropAndGrow):
     in steps and not epochs.
 
     Args:
-        sparsity, distribution, every, start, stop, drop_fraction, initial_mask, rescale, include, exclude, seed,
-            **options: as in :class:`~sparse_callbacks.RigL`.
+        sparsity, distribution, every, start, stop, drop_fraction, initial_mask, rescale, pattern, storage, group, rows, include, exclude,
+            seed, **options: as in :class:`~sparse_callbacks.RigL`.
 
     Raises:
         ValueError: arguments out of range, or a model, optimizer or checkpoint that does not fit; before the first
@@ -41,6 +43,11 @@ class SET(DropAndGrow):
     """
 
     def grow_scores(self, step: Step, name: str) -> Tensor:
-        # derived from seed, step and name: every rank and every resumed run draws the same without a state to save. The
-        # largest of independent uniform numbers are a uniform draw without replacement
-        return uniform_like(self.params[name], self.generator(name, step.number))
+        return uniform_numbers(self, name, step.number)
+
+
+@grown_units.register
+def _(method: SET, step: Step, name: str, kept: Tensor, count: int) -> Tensor:
+    layer = method.weights.layers_stored[name]
+    shape, source = (layer.block_rows, layer.in_features), method.generator(name, step.number)
+    return drawn_units(shape, kept, count, source, per_block=layer.storage == "grouped")

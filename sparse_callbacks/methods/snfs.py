@@ -14,6 +14,7 @@ from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.schedules import Schedule
 from sparse_callbacks.core.state_claims import Kept, expected_aux
 from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.storage import why_no_exchange
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
 
@@ -121,3 +122,8 @@ class SNFS(DropAndGrow):
 @expected_aux.register
 def _(method: SNFS, saved: SavedRun, model: nn.Module) -> Mapping[str, Kept]:
     return {f"smoothed/{name}": Kept(tuple(mask.shape)) for name, mask in saved.masks.items()}
+
+
+@why_no_exchange.register
+def _(method: SNFS) -> str:
+    return "keeps a momentum of the gradient of every weight, pruned ones too, so sparse storage has nothing to save"

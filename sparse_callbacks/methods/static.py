@@ -10,6 +10,7 @@ from sparse_callbacks.core.initial_masks import InitialMask, StartsSparse, one_o
 from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.state_claims import Zeros, as_planned, possible_zeros
+from sparse_callbacks.core.storage import Rows, StorageByLayer, why_no_exchange
 
 
 class Static(StartsSparse):
@@ -23,7 +24,7 @@ class Static(StartsSparse):
         distribution: name, ``{glob: sparsity or name}`` or callable; see :class:`~sparse_callbacks.core.method.Method`.
         from_checkpoint: path of a checkpoint, or a state dict, whose zeros are the mask; another name of
             ``initial_mask``.
-        initial_mask, rescale: see :class:`~sparse_callbacks.core.initial_masks.StartsSparse`.
+        initial_mask, rescale, pattern, storage, group, rows: see :class:`~sparse_callbacks.core.initial_masks.StartsSparse`.
         include, exclude, seed, **options: see :class:`~sparse_callbacks.core.method.Method`.
 
     Raises:
@@ -44,6 +45,10 @@ class Static(StartsSparse):
         from_checkpoint: str | Path | Mapping[str, Any] | None = None,
         initial_mask: InitialMask = "random",
         rescale: Rescale | None = None,
+        pattern: str | None = None,
+        storage: StorageByLayer = "masked",
+        group: int = 64,
+        rows: Rows | None = None,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         seed: int = 0,
@@ -59,6 +64,10 @@ class Static(StartsSparse):
             sparsity,
             initial_mask=one_of(initial_mask, "from_checkpoint", from_checkpoint),
             rescale=rescale,
+            pattern=pattern,
+            storage=storage,
+            group=group,
+            rows=rows,
             distribution=distribution,
             include=include,
             exclude=exclude,
@@ -72,3 +81,8 @@ class Static(StartsSparse):
 @possible_zeros.register
 def _(method: Static, saved: SavedRun, planned: Mapping[str, int]) -> list[Zeros]:
     return as_planned(planned)
+
+
+@why_no_exchange.register
+def _(method: Static) -> str:
+    return ""

@@ -81,13 +81,12 @@ def summary_table(
 
 def _add_sparsity(out: Table, metrics: Mapping[str, float], method: SparsityCallback) -> None:
     """Add the rows of a sparse run."""
-    masks = method.masks
-    active = sum(int(mask.sum()) for mask in masks.values())
-    size = sum(mask.numel() for mask in masks.values())
-    out.add_row("sparsity", f"{metrics['sparsity/total']:.6f}  ({active:,} of {size:,} weights left)")
+    weights, active = method.weights, method.weights.active_counts  # masks of exchanged layers would be made for it
+    left = f"{sum(active.values()):,} of {weights.size_of_all:,} weights left"
+    out.add_row("sparsity", f"{metrics['sparsity/total']:.6f}  ({left})")
     out.add_row("sparsity of the whole model", f"{metrics['sparsity/model']:.6f}")
-    for name, mask in masks.items():
-        out.add_row(f"  {name}", f"{metrics[f'sparsity/{name}']:.6f}  ({int(mask.sum()):,} of {mask.numel():,})")
+    for name in method.params:
+        out.add_row(f"  {name}", f"{metrics[f'sparsity/{name}']:.6f}  ({active[name]:,} of {weights.size(name):,})")
     out.add_row("topology updates", f"{metrics['updates']:g}")
     for label, reached in method.outcome().items():
         out.add_row(label, reached)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sparse_callbacks.channels.clock import milliseconds
 from sparse_callbacks.channels.costs import Layer, layers
 from sparse_callbacks.channels.latency.fit import fitted, layer_sum, smaller
 from sparse_callbacks.channels.latency.probes import kinds_of, probe, random_input
 from sparse_callbacks.channels.latency.table import Grid, Table, environment
+from sparse_callbacks.core.clock import milliseconds
 
 
 # random inputs and fresh layers leave the user's generator as it is; they are made on the CPU, so no GPU's is moved

@@ -16,6 +16,7 @@ from sparse_callbacks.core.schedules import Schedule, pruning_curve, to_steps
 from sparse_callbacks.core.selection import Entry, layer_shapes
 from sparse_callbacks.core.shards import layout_of, size_of
 from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.storage import why_no_exchange
 from sparse_callbacks.core.thawed import by_step, masks_by_magnitude
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.dpf import filters
@@ -276,3 +277,8 @@ def _(method: DPF, names: Sequence[str]) -> dict[str, Tensor]:
     for number, mine in by_step(method, names):
         masks |= method._largest(mine, method.sparsity_at(number))
     return masks
+
+
+@why_no_exchange.register
+def _(method: DPF) -> str:
+    return "trains the pruned weights on, in a dense copy, so sparse storage has nothing to save"

@@ -18,6 +18,7 @@ from sparse_callbacks.core.optimizer_life import RestartsOptimizers
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.storage import why_no_exchange
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.gap.partitions import Partitions, check_partitions, number_of, split_layers
 from sparse_callbacks.methods.gap.phases import check_phases, phase_steps
@@ -313,3 +314,8 @@ class GaP(RestartsOptimizers, StartsSparse):
             f"{self.measured_sparsity()['sparsity/total']:.4f} instead of {self.plan().total:.4f}. The last phase ends "
             f"at step {self.times.stop}: train longer, or give shorter phases."
         )
+
+
+@why_no_exchange.register
+def _(method: GaP) -> str:
+    return "makes layers dense in turn, so sparse storage has nothing to save"

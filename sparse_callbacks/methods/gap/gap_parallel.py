@@ -17,6 +17,7 @@ from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.randomness import seed_everything
 from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.storage import why_no_exchange
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.gap import worker_schedule
 from sparse_callbacks.methods.gap.gap import GaP, Init
@@ -311,3 +312,8 @@ class ParallelGaP(TrainsInTurns, GaP):
         load_tensors(self.model, self._mine["weights"])
         dense = self.weights.all_active(self.blocks()[distributed.rank()]) if self._begun == self.phase else {}
         self.weights.set_masks({**self._networks.masks, **dense})
+
+
+@why_no_exchange.register
+def _(method: ParallelGaP) -> str:
+    return "makes layers dense in turn, so sparse storage has nothing to save"

@@ -15,6 +15,7 @@ from sparse_callbacks.core.ops import zeros_for
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.storage import why_no_exchange
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.l0 import gates, norm_check, report
 from sparse_callbacks.methods.l0.arguments import Densities, plain, refuse_gate_arguments, refuse_sparsity
@@ -297,3 +298,8 @@ class ConstrainedL0(Method):
         multipliers = {label: self.aux[c.key] for label, c in zip(labels, self._constraints, strict=True)}
         shares = shares_of(self.gated.sizes(self.gated.members))
         return report.gate_figures(multipliers, expected, purged, shares)
+
+
+@why_no_exchange.register
+def _(method: ConstrainedL0) -> str:
+    return "has a gate for every weight or channel, closed ones too, so sparse storage has nothing to save"

@@ -16,6 +16,7 @@ from sparse_callbacks.core.calendar import Time
 from sparse_callbacks.core.method import Method, Options
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.storage import why_no_exchange
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.smcp import allocation, budget
 from sparse_callbacks.methods.smcp import score_windows as windows
@@ -336,3 +337,8 @@ class SMCP(Method):
 
 def _shapes(params: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {name: p.shape for name, p in params.items()}
+
+
+@why_no_exchange.register
+def _(method: SMCP) -> str:
+    return "has a gate for every channel, closed ones too, so sparse storage has nothing to save"

@@ -17,7 +17,12 @@ FEWEST = 3
 
 
 def milliseconds(
-    calls: Sequence[Callable[[], Any]], readings: int, devices: Iterable[torch.device] = (), patience: float = math.inf
+    calls: Sequence[Callable[[], Any]],
+    readings: int,
+    devices: Iterable[torch.device] = (),
+    patience: float = math.inf,
+    settled: Callable[[list[float]], bool] = lambda medians: False,
+    cpu_time: bool = False,
 ) -> list[float]:
     """Median time of one call of each of ``calls``.
 
@@ -26,7 +31,13 @@ def milliseconds(
         readings: number of readings of which the median is taken, of 0.5 ms or more each. One more warms up.
         devices: devices that work for the calls; a reading ends when the GPUs among them are idle.
         patience: seconds after which no reading beyond the :data:`FEWEST` is taken.
+        settled: asked after each reading of every call whether these medians, in the order of ``calls``, answer the
+            caller's question; no further reading is taken then.
+        cpu_time: whether only the CPU time of this thread counts, which other processes do not lengthen: for calls that
+            work in this thread alone. Where the system counts it too coarsely it is the time on the wall all the same.
     """
+    fine = time.get_clock_info("thread_time").resolution < SHORTEST / 10
+    now = time.thread_time if cpu_time and fine else time.perf_counter
     gpus = [d for d in {*devices} if d.type == "cuda"]
 
     def wait() -> None:
@@ -35,11 +46,11 @@ def milliseconds(
 
     def reading(call: Callable[[], Any], repeats: int) -> float:
         wait()
-        begun = time.perf_counter()
+        begun = now()
         for _ in range(repeats):
             call()
         wait()
-        return time.perf_counter() - begun
+        return now() - begun
 
     def repeats_of(call: Callable[[], Any]) -> tuple[int, float]:
         """How often a call must be repeated to last long enough, and the seconds that finding it took."""
@@ -54,9 +65,13 @@ def milliseconds(
     warmed_up = [repeats_of(call) for call in calls]
     spent = sum(seconds for _, seconds in warmed_up)
     rounds: list[list[float]] = []
+    medians: list[float] = []
     while len(rounds) < readings and (len(rounds) < FEWEST or spent < patience):
         # the calls take turns, so that what slows the machine down for a while slows all of them down
         seconds = [reading(call, repeats) for call, (repeats, _) in zip(calls, warmed_up, strict=True)]
         rounds.append([s / repeats for s, (repeats, _) in zip(seconds, warmed_up, strict=True)])
         spent += sum(seconds)
-    return [1e3 * statistics.median(times) for times in zip(*rounds, strict=True)]
+        medians = [1e3 * statistics.median(times) for times in zip(*rounds, strict=True)]
+        if settled(medians):
+            break
+    return medians

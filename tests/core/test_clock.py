@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sparse_callbacks.channels import clock
-from sparse_callbacks.channels.clock import milliseconds
+from sparse_callbacks.core import clock
+from sparse_callbacks.core.clock import milliseconds
 
 
 def test_the_clock_gives_the_median_time_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,6 +50,29 @@ def test_slow_calls_are_timed_less_often(patience: float, calls: int, monkeypatc
     monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
     assert milliseconds([call], 9, patience=patience) == [1000.0]
     assert called[0] == calls  # one of them warms up
+
+
+def test_no_further_reading_is_taken_once_the_medians_answer_the_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, called, asked = [0.0], [0], []
+
+    def call() -> None:
+        called[0] += 1
+        now[0] += 1.0
+
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
+    assert milliseconds([call], 9, settled=lambda medians: asked.append(medians) or len(asked) == 2) == [1000.0]
+    assert asked == [[1000.0], [1000.0]]
+    assert called[0] == 3  # one of them warms up
+
+
+def test_cpu_time_does_not_count_what_the_thread_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = [0.0]
+
+    def call() -> None:
+        own[0] += 0.001  # the wall clock does not matter
+
+    monkeypatch.setattr(clock.time, "thread_time", lambda: own[0])
+    assert milliseconds([call], 3, cpu_time=True) == [pytest.approx(1.0)]
 
 
 def test_a_clock_that_stands_still_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,102 @@
+"""The file of figures of real_speed.py, and the tables that are written from it."""
+
+import json
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from real_speed_parts import accuracy, layers, memory, peers, steps, updates
+
+RESULTS = Path(__file__).parents[1] / "results" / "real_speed.json"
+Figures = dict[str, dict[str, Any]]
+Rows = list[dict[str, Any]]
+
+
+def both(*tables: Callable[[Rows], str]) -> Callable[[Rows], str]:
+    return lambda rows: "\n\n".join(table(rows) for table in tables)
+
+
+# the heading of each part, what its figures are, and what makes text of its rows
+PARTS: dict[str, tuple[str, str, Callable[[Rows], str]]] = {
+    "steps": ("Whole Lightning steps", steps.ABOUT, both(steps.table, steps.goals)),
+    "updates": ("Updates", updates.ABOUT, both(updates.table, updates.goals)),
+    "set_mlp": ("SET-MLP", peers.ABOUT, peers.set_mlp_table),
+    "accuracy": ("Accuracy at equal epochs", accuracy.ABOUT, accuracy.table),
+    "memory": ("Peak memory and sizes of files", memory.ABOUT, memory.table),
+    "differences": ("Masked and sparse in float32", memory.ABOUT_DIFFERENCES, memory.differences_table),
+    "largest": ("The largest network", memory.ABOUT_LARGEST, memory.largest_table),
+    "layers": ("One layer over density and width", layers.ABOUT, layers.table),
+}
+BY_ITSELF = ("steps", "updates", "memory", "differences", "layers")  # parts that need neither files nor much memory
+KEYS = {"steps": ("network", "optimizer", "sparsity"), "largest": ("neurons",), "memory": ("network",)}
+
+
+def machine() -> str:
+    """The processor's name and its cores."""
+    found = Path("/proc/cpuinfo")
+    lines = found.read_text().splitlines() if found.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {len(names) or '?'} cores, {platform.machine()}"
+
+
+def rounded(value: Any) -> Any:
+    """Numbers with four digits, in lists too; more are not measured."""
+    if isinstance(value, list):
+        return [rounded(each) for each in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def take(figures: Figures, part: str, rows: Rows) -> None:
+    """Put the rows of a part in, in place of those that it had of the same cells."""
+    keys = KEYS.get(part, ())
+    rows = [{key: rounded(value) for key, value in row.items()} for row in rows]
+    new = {tuple(row[key] for key in keys) for row in rows}
+    kept = [row for row in figures.get(part, {}).get("rows", []) if tuple(row[key] for key in keys) not in new]
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, pytorch-lightning {pl.__version__}"
+    command = " ".join(["python benchmarks/real_speed.py", *shown(sys.argv[1:])])
+    figures[part] = {"machine": machine(), "versions": versions, "command": command, "rows": [*kept, *rows]}
+
+
+def shown(arguments: list[str]) -> list[str]:
+    """The arguments of the command with FOLDER for folders of the user's."""
+    folders = ("--data", "--set-mlp", "--out")
+    return ["FOLDER" if before in folders else word for before, word in zip(["", *arguments], arguments, strict=False)]
+
+
+def read(file: Path) -> Figures:
+    """The figures that the file has, none where there is no file."""
+    found: Figures = json.loads(file.read_text()) if file.is_file() else {}
+    return found
+
+
+def write(figures: Figures, file: Path) -> None:
+    """Write the figures, one row a line, and beside them the tables."""
+    parts = []
+    for part, found in figures.items():
+        head = {key: value for key, value in found.items() if key != "rows"}
+        rows = ",\n    ".join(json.dumps(row) for row in found["rows"])
+        parts.append(f'  {json.dumps(part)}: {json.dumps(head)[:-1]}, "rows": [\n    {rows}\n  ]}}')
+    file.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    file.with_suffix(".md").write_text(text(figures))
+
+
+def text(figures: Figures) -> str:
+    """All tables as Markdown, with the command and the machine of each."""
+    found = [
+        "# What truly sparse storage gains\n\nWritten by `python benchmarks/real_speed.py` from the figures in `real_speed.json`. "
+        "One thread, CPU time of the process, interleaved rounds: ratios are medians over rounds of the run's time over the "
+        "baseline's in the same round, with their quartiles in brackets.\n"
+    ]
+    for part, (heading, about, table) in PARTS.items():
+        if part in figures:
+            of = figures[part]
+            source = f"`{of['command']}`; {of['machine']}; {of['versions']}."
+            found.append(f"## {heading}\n\n{about}\n\n{table(of['rows'])}\n\n{source}\n")
+        else:
+            found.append(f"## {heading}\n\n{about}\n\nNot run.\n")
+    return "\n".join(found)

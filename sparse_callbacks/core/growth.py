@@ -1,0 +1,135 @@
+"""One update of a layer's mask: small weights leave, and others come, from all or from candidates."""
+
+import math
+from numbers import Real
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from sparse_callbacks.core.ops import drop_and_grow, drop_count, keep_largest
+from sparse_callbacks.core.patterns import as_mask, column_numbers, column_sums, group_of, largest_in_rows
+from sparse_callbacks.core.randomness import uniform_like
+from sparse_callbacks.core.selection import Entry
+from sparse_callbacks.core.shards import count_of, size_of
+
+if TYPE_CHECKING:
+    from sparse_callbacks.core.method import Method
+
+
+def moved_count(method: object, entry: Entry, active: int, fraction: float) -> int:
+    """Weights that an update replaces in a layer, or columns that it replaces in each block under a pattern.
+
+    Args:
+        method: the method of the run.
+        entry: the parameter that holds the layer.
+        active: active weights of the layer.
+        fraction: the share of them that an update replaces.
+    """
+    # under a pattern every row has as many active weights as its block has columns
+    return drop_count(active if group_of(method, entry) is None else active // entry.shape[0], fraction)
+
+
+def checked_candidates(candidates: float | None) -> float | None:
+    """``candidates``, where it is possible.
+
+    Raises:
+        ValueError: it is not a number above 0, or None.
+    """
+    number = isinstance(candidates, Real) and not isinstance(candidates, bool) and math.isfinite(candidates)
+    if candidates is not None and not (number and candidates > 0):
+        raise ValueError(
+            f"candidates={candidates!r} is not a number above 0: it is how many candidates for growth are drawn for each "
+            "active weight. Give for example 2.0, or None to let all positions compete."
+        )
+    return None if candidates is None else float(candidates)
+
+
+def candidate_count(candidates: float, active: int, moved: int, free: int) -> int:
+    """Positions that growth may choose from: ``candidates`` times the active ones, truncated as in the released code; as
+    many as come at least, and all that are free at most.
+
+    Args:
+        candidates: candidates for each active position.
+        active: active positions before the update.
+        moved: positions that come.
+        free: positions that were not kept.
+
+    >>> candidate_count(2.0, 10, 3, 93), candidate_count(2.0, 10, 3, 15), candidate_count(0.1, 10, 3, 93)
+    (20, 15, 3)
+    """
+    return min(free, max(moved, int(candidates * active)))
+
+
+def uniform_numbers(method: "Method", name: str, number: int) -> Tensor:
+    """A uniform number for each position of a parameter, or under a pattern for each column of each block.
+
+    They derive from (seed, number, name): every rank and every resumed run draws the same without a state to save. The
+    largest of independent uniform numbers are a uniform draw without replacement.
+
+    Args:
+        method: the method of the run.
+        name: the name of the parameter.
+        number: the number of the step.
+    """
+    parameter, entry = method.params[name], method.weights.entries[name]
+    source = method.generator(name, number)
+    if (group := group_of(method, entry)) is None:
+        return uniform_like(parameter, source)
+    rows, inputs = entry.shape
+    return column_numbers(rows // group, inputs, source).to(parameter.device)
+
+
+def moved_mask(
+    mask: Tensor,
+    weight: Tensor,
+    grow: Tensor,
+    fraction: float,
+    group: int | None = None,
+    candidates: float | None = None,
+    chances: Tensor | None = None,
+) -> Tensor:
+    """The mask of a layer after an update: the smallest weights leave, and as many come among all that were not kept, so
+    that what has just left can come straight back.
+
+    Args:
+        mask: bool, the active positions; it has as many after the update.
+        weight: the weights, of the shape of ``mask``.
+        grow: score to come, by magnitude: of each position, or under a pattern of each column of each block.
+        fraction: the share of the active weights, or of the active columns of each block, that the update replaces.
+        group: the group of the mask's pattern; None for a mask without a pattern.
+        candidates: candidates for each active position or column, from which the largest scores come; None: all that were
+            not kept.
+        chances: uniform numbers of the shape of positions or columns, which draw the candidates.
+    """
+    if group is not None:
+        return _moved_columns(mask, weight, grow, fraction, group, candidates, chances)
+    # counted in the mask and not planned: whatever a layer has, it has as many after the update
+    active = count_of(mask)
+    moved = drop_count(active, fraction)
+    if candidates is None or chances is None:
+        return drop_and_grow(mask, weight, grow, moved)
+    kept = keep_largest(weight, active - moved, among=mask)
+    many = candidate_count(candidates, active, moved, size_of(weight) - active + moved)
+    return kept | keep_largest(grow, moved, among=keep_largest(chances, many, among=~kept))
+
+
+def _moved_columns(
+    mask: Tensor,
+    weight: Tensor,
+    grow: Tensor,
+    fraction: float,
+    group: int,
+    candidates: float | None,
+    chances: Tensor | None,
+) -> Tensor:
+    columns = mask[::group]
+    active, inputs = int(columns[0].count_nonzero()), columns.shape[1]
+    moved = drop_count(active, fraction)
+    kept = largest_in_rows(column_sums(weight, group), active - moved, columns)
+    among = ~kept
+    if candidates is not None and chances is not None:
+        many = candidate_count(candidates, active, moved, inputs - active + moved)
+        among = largest_in_rows(chances, many, among)
+    # in groups of one row the scores of positions are those of columns, but for their sign
+    scores = column_sums(grow, group) if len(grow) == len(mask) else grow
+    return as_mask(kept | largest_in_rows(scores, moved, among), group)

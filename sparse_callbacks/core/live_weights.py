@@ -1,0 +1,110 @@
+"""Other places for the live weights of exchanged layers: what is born, what is dropped, and what moves with the values."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from sparse_callbacks.core import distributed
+from sparse_callbacks.core.optimizer_state import state_tensors
+from sparse_callbacks.core.optimizers import Ownership
+from sparse_callbacks.core.sparse_linear import SparseLinear
+from sparse_callbacks.core.weights import SparseWeights
+
+
+@dataclass(frozen=True)
+class Move:
+    """Other units of an exchanged layer that live from now on, before it is carried out.
+
+    Attributes:
+        before: ascending keys of the units that live now.
+        keys: ascending keys of those that live from now on.
+        slots: where each of these is among those of now, -1 where it is born.
+    """
+
+    before: Tensor
+    keys: Tensor
+    slots: Tensor
+
+    @cached_property
+    def born(self) -> Tensor:
+        """Keys of the units that are born."""
+        return self.keys[self.slots < 0]
+
+    @cached_property
+    def dropped(self) -> Tensor:
+        """Keys of the units that are dropped."""
+        gone = torch.ones(self.before.shape, dtype=torch.bool, device=self.before.device)
+        gone[self.slots[self.slots >= 0]] = False
+        return self.before[gone]
+
+
+def moves_of(
+    weights: SparseWeights, keys: Mapping[str, Tensor], slots: Mapping[str, Tensor] | None = None
+) -> dict[str, Move]:
+    """The moves that an update makes, those of rank 0 on every rank.
+
+    Args:
+        weights: the exchanged layers, among others.
+        keys: ascending keys of the units that live from now on, by parameter name.
+        slots: where each of them is now, -1 where it is born; what is missing is searched for.
+    """
+    known = slots or {}
+    found: dict[str, Move] = {}
+    for name, new in keys.items():
+        places = weights.layers_stored[name].places
+        both = torch.stack([new, known[name] if name in known else places.slots_of(new)])
+        if distributed.world_size() > 1:
+            both = distributed.from_owners({name: both}, {name: 0})[name]
+        found[name] = Move(places.keys(), both[0], both[1])
+    return found
+
+
+def carry_out(
+    weights: SparseWeights,
+    owners: Ownership | None,
+    moves: Mapping[str, Move],
+    new_weights: Callable[[str], Tensor | None],
+) -> tuple[int, int]:
+    """Let other units live: values and optimizer state move along, and what is born starts afresh.
+
+    Args:
+        weights: the exchanged layers, among others.
+        owners: the optimizers whose state moves; None where they are started anew instead.
+        moves: what lives from now on, by parameter name.
+        new_weights: a function that takes a parameter's name and returns values of its shape for the born weights, or None
+            where they start from zero.
+
+    Returns:
+        How many connections were dropped or born, and how many were active before and after.
+    """
+    changed = total = 0
+    for name, move in moves.items():
+        layer = weights.layers_stored[name]
+        state = [] if owners is None else _state_of(owners, name, layer)
+        born = layer.move_to(move.keys, state, move.slots)
+        layer.values.grad = None  # it was one of other places
+        changed += layer.group * (move.born.numel() + move.dropped.numel())
+        total += layer.group * (move.keys.numel() + move.before.numel())
+        if not move.born.numel():
+            continue
+        if (values := new_weights(name)) is not None:
+            weights.write_grown(name, born, values)
+        if owners is not None:
+            owners.clear(name, born)  # behind the values, which some state starts from
+    return changed, total
+
+
+def _state_of(owners: Ownership, name: str, layer: SparseLinear) -> list[Tensor]:
+    """What optimizers keep for each live value of a layer."""
+    values = layer.values
+    found = {
+        id(tensor): tensor
+        for optimizer, names in zip(owners.optimizers, owners.steps, strict=True)
+        if name in names
+        for _, tensor in state_tensors(optimizer, values)
+        if tensor.shape == values.shape and tensor is not values
+    }
+    return list(found.values())

@@ -1,0 +1,267 @@
+"""Patterns of masks: in ``fan_in/G`` every G consecutive rows of a linear layer read the same inputs.
+
+Here G is the *group*, G consecutive rows are a *block*, and a *column* is one input of one block: all G weights of it are
+active, or none is. Every block of a layer has as many active columns.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from sparse_callbacks.core import moved_places
+from sparse_callbacks.core.attachment import Choice
+from sparse_callbacks.core.largest import widened
+from sparse_callbacks.core.moved_places import BELOW_ZERO, NEVER
+from sparse_callbacks.core.selection import Entry
+
+_FAN_IN = re.compile(r"fan_in/([1-9][0-9]*)")
+
+
+def parsed(pattern: str | None) -> int | None:
+    """The group of a pattern; None without one.
+
+    Raises:
+        ValueError: no such pattern is known.
+
+    >>> parsed("fan_in/64")
+    64
+    """
+    if pattern is None:
+        return None
+    found = _FAN_IN.fullmatch(pattern) if isinstance(pattern, str) else None
+    if found is None:
+        raise ValueError(
+            f"pattern={pattern!r} is not known. Give 'fan_in/64', in which every 64 consecutive output rows of a linear "
+            "layer read the same inputs (or another whole number from 1), or None for masks without a pattern."
+        )
+    return int(found.group(1))
+
+
+def refuse_pattern(pattern: str | None, storage: str | Mapping[str, str], group: int) -> None:
+    """Refuse a pattern that is not known, or that layers of another storage cannot have.
+
+    Args:
+        pattern: the pattern; None for none.
+        storage: the storage of the layers, of all or by glob.
+        group: the rows that read the same inputs in grouped storage.
+
+    Raises:
+        ValueError: says which of the arguments to change.
+    """
+    mine, stored = parsed(pattern), [storage] if isinstance(storage, str) else list(storage.values())
+    if mine is None:
+        return
+    for name in ("sparse", "auto"):
+        if name in stored:
+            raise ValueError(
+                f"pattern={pattern!r} and storage={storage!r} differ: sparse storage holds its live weights one by one, "
+                f"without a pattern. Give storage='grouped' and group={mine}, storage='masked', or no pattern=."
+            )
+    if "grouped" in stored and group != mine:
+        raise ValueError(
+            f"pattern={pattern!r} and storage={storage!r} with group={group} differ in the rows that read the same inputs. "
+            f"Give group={mine}, or no pattern=."
+        )
+
+
+def columns_for(density: float, inputs: int) -> int:
+    """Active columns of each block at ``density`` (the share of active weights): rounded as Python does, at least 1.
+
+    >>> columns_for(0.1, 784), columns_for(0.01, 20)
+    (78, 1)
+    """
+    return min(inputs, max(1, round(density * inputs)))
+
+
+# ---------------------------------------------------------------------- which layers have the pattern
+
+
+def group_of(method: object, entry: Entry) -> int | None:
+    """The group of the pattern in which the masks of a parameter are; None where they have no pattern.
+
+    Args:
+        method: the method of the run.
+        entry: the parameter.
+    """
+    if (choice := _choices(method).get(entry.name)) is not None and choice.storage == "grouped":
+        return choice.group
+    group = parsed(getattr(method, "pattern", None))
+    return None if group is None or why_unstructured(entry, group) else group
+
+
+def _choices(method: object) -> Mapping[str, Choice]:
+    """The storage of each parameter, as far as it was chosen."""
+    attachment = getattr(method, "attachment", None)
+    return {} if attachment is None else attachment.choices
+
+
+def live_zeros(method: object, entries: Iterable[Entry]) -> dict[str, list[int]]:
+    """The zeros of each layer in the parameters that are exchanged already, and keep the number of their live weights.
+
+    Args:
+        method: the method of the run.
+        entries: the parameters.
+    """
+    kept = {name: choice.live for name, choice in _choices(method).items() if choice.live is not None}
+    return {e.name: [e.size - kept[e.name]] for e in entries if e.name in kept}
+
+
+def why_unstructured(entry: Entry, group: int) -> str:
+    """The reason why a parameter has masks without a pattern where others have one; empty where it has it."""
+    if not entry.linear:
+        return "a convolution" if len(entry.shape) > 2 else "not the weight of a linear layer"
+    rows = entry.shape[0]
+    return f"{rows} rows do not divide into groups of {group}" if rows % group else ""
+
+
+def pattern_remarks(method: object, entries: Iterable[Entry], zeros: Mapping[str, int]) -> dict[str, str]:
+    """What a plan says of the pattern of each sparse parameter, by its name.
+
+    Args:
+        method: the method that plans.
+        entries: all parameters.
+        zeros: planned zeros of the sparse parameters.
+    """
+    asked = parsed(getattr(method, "pattern", None))
+    found: dict[str, str] = {}
+    for entry in entries:
+        if entry.reason or not zeros.get(entry.name):
+            continue
+        if (group := group_of(method, entry)) is not None:
+            rows, inputs = entry.shape
+            active = inputs - zeros[entry.name] // rows
+            found[entry.name] = f"fan_in/{group}: {active} of {inputs} inputs"
+        elif asked is not None:
+            found[entry.name] = f"unstructured: {why_unstructured(entry, asked)}"
+    return found
+
+
+def warning_of_no_pattern(method: object, entries: Iterable[Entry]) -> str:
+    """What the user should know where a pattern is asked for and no mask has it; empty otherwise.
+
+    Args:
+        method: the method of the run.
+        entries: the sparse parameters.
+    """
+    group, listed = parsed(getattr(method, "pattern", None)), list(entries)
+    if group is None or any(group_of(method, e) is not None for e in listed):
+        return ""
+    reasons = ", ".join(f"{e.name} ({why_unstructured(e, group)})" for e in listed)
+    return f"no layer has masks of pattern='fan_in/{group}': {reasons}. Give a number that divides the rows of linear layers."
+
+
+def reached_targets(method: object, targets: Mapping[str, float], entries: Sequence[Entry]) -> dict[str, float]:
+    """``targets`` by layer, with the sparsity that whole columns reach in the layers that have the pattern, and that exchanged
+    layers have.
+
+    Args:
+        method: the method that plans.
+        targets: target sparsity by layer.
+        entries: all parameters; those without a reason have a target.
+    """
+    found, kept = dict(targets), live_zeros(method, entries)
+    for entry in entries:
+        if entry.name in kept and not entry.reason:
+            found[entry.name] = share_of(kept[entry.name][0], entry.size)
+        elif not entry.reason and group_of(method, entry) is not None:
+            rows, inputs = entry.shape
+            zeros = (inputs - columns_for(1 - targets[entry.name], inputs)) * rows
+            found[entry.name] = share_of(zeros, entry.size)
+    return found
+
+
+def share_of(zeros: int, size: int) -> float:
+    """The sparsity of which :func:`~sparse_callbacks.core.ops.zeros_for` makes exactly ``zeros`` in a layer of ``size``
+    weights."""
+    share = zeros / size if size else 0.0
+    return share if math.floor(share * size) == zeros else math.nextafter(share, 1.0)
+
+
+def why_other_pattern(method: object, masks: Mapping[str, Tensor], entries: Iterable[Entry]) -> str:
+    """The name of the first parameter whose mask is not of the pattern that it should have, and why it is not; empty where
+    there is none.
+
+    Args:
+        method: the method of the run.
+        masks: bool masks by parameter name.
+        entries: the parameters.
+    """
+    for entry in entries:
+        group = group_of(method, entry)
+        if group is None or entry.name not in masks:
+            continue
+        blocks = in_blocks(masks[entry.name], group)
+        counts = blocks[:, 0].count_nonzero(1)
+        if not bool((blocks == blocks[:, :1]).all()):
+            return f"{entry.name} has groups of {group} rows that do not read the same inputs"
+        if not bool((counts == counts[:1]).all()):
+            return f"{entry.name} has groups of {group} rows with other numbers of inputs than other groups"
+    return ""
+
+
+# ---------------------------------------------------------------------- columns
+
+
+def largest_in_rows(scores: Tensor, count: int, among: Tensor | None = None) -> Tensor:
+    """Mask of the ``count`` largest numbers in each row; of equal numbers the lower column wins, and NaN ranks last.
+
+    Args:
+        scores: numbers that are not negative, in rows.
+        count: numbers to take in each row; there are as many.
+        among: bool, of the shape of ``scores``; only its True positions are taken. None: all.
+    """
+    # below zero, which is the least that a number can be, and above what must not be taken
+    ranked = torch.where(scores.isnan(), BELOW_ZERO, scores)
+    return moved_places.largest_in_rows(ranked if among is None else ranked.masked_fill_(~among, NEVER), count)
+
+
+def drawn_columns(blocks: int, inputs: int, count: int, source: torch.Generator, among: Tensor | None = None) -> Tensor:
+    """Mask of ``count`` columns in each block, every choice equally likely: first columns, and those that grow at random.
+
+    Args:
+        blocks: the number of blocks.
+        inputs: the number of columns of each block.
+        count: columns to draw in each block.
+        source: a generator of the CPU.
+        among: bool, blocks by inputs; only its True positions are drawn. None: all.
+    """
+    return largest_in_rows(column_numbers(blocks, inputs, source), count, among)
+
+
+def column_numbers(blocks: int, inputs: int, source: torch.Generator) -> Tensor:
+    """A uniform number for each column of each block, of which the largest are a uniform draw; in float64, see
+    :func:`~sparse_callbacks.core.randomness.uniform_like`."""
+    return torch.rand(blocks, inputs, dtype=torch.float64, generator=source)
+
+
+def block_sums(blocks: Tensor) -> Tensor:
+    """Sum of magnitudes over the rows of each block, as numbers of at least 32 bits: (blocks, group, n) becomes (blocks, n).
+
+    Row is added to row in their order, so that a column has the same sum bit by bit whatever lies beside it.
+    """
+    rows = blocks.detach().to(widened(blocks.dtype)).abs().unbind(1)
+    return reduce(torch.add, rows)
+
+
+def column_sums(matrix: Tensor, group: int) -> Tensor:
+    """:func:`block_sums` of a matrix of outputs by inputs."""
+    return block_sums(in_blocks(matrix, group))
+
+
+def in_blocks(matrix: Tensor, group: int) -> Tensor:
+    """A matrix of outputs by inputs as (blocks, group, inputs)."""
+    return matrix.reshape(-1, group, matrix.shape[1])
+
+
+def as_mask(columns: Tensor, group: int) -> Tensor:
+    """The mask of a layer, outputs by inputs, in which every block has its ``columns`` (bool, blocks by inputs)."""
+    return columns.repeat_interleave(group, 0)
+
+
+def largest_columns(weight: Tensor, count: int, group: int) -> Tensor:
+    """The mask of the ``count`` columns of each block with the largest sums of magnitudes."""
+    return as_mask(largest_in_rows(column_sums(weight, group), count), group)

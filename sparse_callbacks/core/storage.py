@@ -1,0 +1,82 @@
+"""The arguments that say how sparse layers are stored, and the methods that have none."""
+
+from collections.abc import Callable, Mapping
+from functools import singledispatch, wraps
+from inspect import signature
+from numbers import Integral
+from typing import Any, Literal
+
+from sparse_callbacks.core.state_layout import shown_short
+
+StorageName = Literal["masked", "sparse", "grouped", "auto"]
+StorageByLayer = StorageName | Mapping[str, StorageName]
+"""One storage for all layers, or one by glob on the names of parameters; what no glob matches is masked."""
+Rows = int | Mapping[str, int]
+"""Rows that a layer sees in a step (the batch, times the length of a sequence), of all layers or by glob."""
+_NAMES = ("masked", "sparse", "grouped", "auto")
+
+
+@singledispatch
+def why_no_exchange(method: object) -> str:
+    """Why the layers of ``method`` have masks alone, as a clause that follows its name; empty where they may have other
+    storage. A method registers a function of its own."""
+    return "may need every weight of a layer, pruned ones too, so sparse storage has nothing to save"
+
+
+def refuse_storage(method: object, storage: Any) -> None:
+    """Refuse any storage but masks for a method that keeps something for pruned weights.
+
+    Raises:
+        ValueError: says what it keeps.
+    """
+    if storage != "masked" and (why := why_no_exchange(method)):
+        raise ValueError(f"storage={storage!r}: {type(method).__name__} {why}. Use RigL or SET, or storage='masked'.")
+
+
+def refusing_storage(init: Callable[..., None]) -> Callable[..., None]:
+    """``init``, the constructor of a method, which answers ``storage=`` where the method has no such argument: it takes
+    ``"masked"``, and refuses others in words."""
+    if "storage" in signature(init).parameters:
+        return init
+
+    @wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        if "storage" in kwargs and why_no_exchange(self):
+            refuse_storage(self, kwargs.pop("storage"))
+        init(self, *args, **kwargs)
+
+    return checked
+
+
+def check_storage(method: object, storage: Any, group: Any, rows: Any, pattern: str | None) -> None:
+    """Refuse arguments that are not a storage, a group of rows, or numbers of rows, or a pattern that is not of the storage.
+
+    Raises:
+        ValueError: says which one, and what to give.
+    """
+    names = list(storage.values()) if isinstance(storage, Mapping) else [storage]
+    if not names or any(not isinstance(name, str) or name not in _NAMES for name in names):
+        raise ValueError(
+            f"storage={shown_short(storage)} is not known. Give {', '.join(map(repr, _NAMES))}, or a mapping of globs on "
+            "parameter names to these."
+        )
+    refuse_storage(method, storage)
+    if not _is_positive(group):
+        raise ValueError(
+            f"group={group!r} is not a number of output rows that read the same inputs. Give for example 64."
+        )
+    if not (rows is None or all(map(_is_positive, rows.values() if isinstance(rows, Mapping) else [rows]))):
+        raise ValueError(
+            f"rows={shown_short(rows)} is not the number of rows that a layer sees in a step. Give the size of the batch "
+            "(times the length of its sequences), or a mapping of globs on parameter names to such numbers."
+        )
+    fitting = {"masked", "grouped"} if pattern == f"fan_in/{group}" else {"masked"}
+    if pattern is not None and not fitting.issuperset(names):
+        raise ValueError(
+            f"pattern={pattern!r} is one of masked storage, and storage={shown_short(storage)} with group={group!r} has another. "
+            "For the same pattern without the pruned weights give storage='grouped' and its group=."
+        )
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0

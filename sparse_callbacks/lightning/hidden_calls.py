@@ -1,0 +1,35 @@
+"""Methods of a strategy that are hidden for one call, where Lightning has no hook."""
+
+from collections.abc import Callable
+from typing import Any
+
+from sparse_callbacks.lightning.namespaces import Trainer
+
+_HIDDEN = ("load_checkpoint", "setup")
+
+
+def call_instead(trainer: Trainer, name: str, call: Callable[..., Any]) -> None:
+    """Let the next call of a method of the strategy, and no other, be one of ``call``.
+
+    An attribute of the instance hides the method of its class until then.
+
+    Args:
+        trainer: the Trainer whose strategy it is.
+        name: the name of the method.
+        call: a function that takes the usual method and its arguments.
+    """
+    strategy = trainer.strategy
+    vars(strategy).pop(name, None)
+    usual = getattr(strategy, name)
+
+    def once(*arguments: Any, **options: Any) -> Any:
+        vars(strategy).pop(name, None)
+        return call(usual, *arguments, **options)
+
+    setattr(strategy, name, once)
+
+
+def find_again(trainer: Trainer) -> None:
+    """Undo :func:`call_instead` for all methods, whether the call has come or not."""
+    for name in _HIDDEN:
+        vars(trainer.strategy).pop(name, None)

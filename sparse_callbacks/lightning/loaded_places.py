@@ -1,0 +1,114 @@
+"""The places of live weights in a checkpoint, which sparse layers take before its weights are loaded into them."""
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_callbacks.core.live_layout import why_not_pattern
+from sparse_callbacks.core.live_masks import exchanged_layers
+from sparse_callbacks.core.saved_patterns import Pattern, keys_of, mask_of
+from sparse_callbacks.core.sparse_linear import SparseLinear
+from sparse_callbacks.core.state_layout import LAYOUT
+from sparse_callbacks.lightning.dense_shapes import dense_shapes
+from sparse_callbacks.lightning.hidden_calls import call_instead
+from sparse_callbacks.lightning.namespaces import Trainer
+
+
+def take_places_of_checkpoint(trainer: Trainer, module: nn.Module) -> None:
+    """Let the checkpoint that is about to be tested, validated or predicted with fit the layers of the module.
+
+    Sparse layers take its places. No hook comes between the call that reads it and the loading of its weights, so that call is
+    caught.
+
+    Args:
+        trainer: the Trainer, in ``setup`` of anything but a fit.
+        module: its LightningModule.
+    """
+
+    def load_checkpoint(read: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        found = read(*arguments, **options)
+        take_places(module, found)
+        return found
+
+    call_instead(trainer, "load_checkpoint", load_checkpoint)
+
+
+def take_places(module: nn.Module, found: Any) -> None:
+    """Let sparse layers have the places of a checkpoint, and let its compact weights fit dense layers.
+
+    What does not fit is left to whoever loads the weights, and refuses them with the name of the layer.
+
+    Args:
+        module: the model.
+        found: the content of the checkpoint; compact weights of layers that are dense are replaced in it.
+    """
+    weights = found.get("state_dict") if isinstance(found, Mapping) else None
+    if not isinstance(weights, MutableMapping):
+        return
+    patterns, layers = dict(_saved_patterns(found)), exchanged_layers(module)
+    for name, layer in layers.items():
+        keys = _keys_in(patterns.get(name), layer)
+        if keys is None and isinstance(weight := weights.get(name), Tensor):
+            keys = _keys_of_weight(weight, layer)
+        if keys is not None:
+            layer.set_places(keys)
+    for name, shape in dense_shapes(module).items():
+        if name not in layers and f"{name}.values" in weights:
+            _unfold(weights, name, tuple(shape))
+
+
+def _saved_patterns(found: Mapping[str, Any]) -> Iterator[tuple[str, Pattern]]:
+    """Names and patterns in the states of all callbacks."""
+    states = found.get("callbacks")
+    for state in states.values() if isinstance(states, Mapping) else ():
+        patterns = state.get("patterns") if isinstance(state, Mapping) else None
+        for name, pattern in patterns.items() if isinstance(patterns, Mapping) else ():
+            if not LAYOUT["patterns"]({name: pattern}):
+                yield name, pattern
+
+
+def _keys_in(pattern: Pattern | None, layer: SparseLinear) -> Tensor | None:
+    """Keys of the units that live in a saved pattern; None where it is not one of this layer."""
+    try:
+        return None if pattern is None else keys_of(pattern, layer)
+    except ValueError:
+        return None
+
+
+def _keys_of_weight(weight: Tensor, layer: SparseLinear) -> Tensor | None:
+    """Keys of the units that a dense weight needs, as many as live now; those that it leaves over are some that live now.
+
+    A weight that lives and is zero cannot be told from a pruned one, and it makes no difference to what is computed.
+    None where the weight does not fit, or has too many of them.
+    """
+    places = layer.places
+    if weight.shape != (places.outputs, places.inputs):
+        return None
+    blocks = (weight.to(places.device) != 0).view(places.blocks, -1, places.inputs).any(1)
+    needed, live = blocks.flatten().nonzero().flatten(), layer.keys()
+    spare = live[~torch.isin(live, needed)]
+    if layer.storage == "sparse":
+        found = torch.cat([needed, spare[: live.numel() - needed.numel()]])
+        return found.sort().values if found.numel() == live.numel() else None
+    count, rows = places.units // max(1, places.blocks), []
+    for block in range(places.blocks):
+        first, last = block * places.inputs, (block + 1) * places.inputs
+        mine = needed[(needed >= first) & (needed < last)]
+        fills = spare[(spare >= first) & (spare < last)][: count - mine.numel()]
+        rows.append(torch.cat([mine, fills]).sort().values)
+    return torch.cat(rows) if all(row.numel() == count for row in rows) else None
+
+
+def _unfold(weights: MutableMapping[str, Any], name: str, shape: tuple[int, ...]) -> None:
+    """Replace the compact weight of a layer by its dense matrix."""
+    parts = {key: weights.get(f"{name}.{key}") for key in ("crow", "col", "idx")}
+    pattern, values = {key: t for key, t in parts.items() if t is not None}, weights[f"{name}.values"]
+    if LAYOUT["patterns"]({name: pattern}) or len(shape) != 2:
+        return
+    mask = mask_of(pattern, shape)
+    # rows of a group read the same inputs, in the order of columns, so that values lie as the matrix does
+    weights[name] = torch.zeros(shape, dtype=values.dtype).masked_scatter_(mask, values.flatten())
+    for key in ("values", *pattern):
+        del weights[f"{name}.{key}"]

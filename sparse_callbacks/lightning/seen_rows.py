@@ -1,0 +1,79 @@
+"""How many rows each layer sees in a training step of a Trainer, found out before its loaders are made."""
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule
+from torch import nn
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader
+
+from sparse_callbacks.core import data_pass
+from sparse_callbacks.core.inspection import run
+from sparse_callbacks.core.undisturbed import undisturbed
+from sparse_callbacks.lightning.data_pass import unlogged, users_sampler
+from sparse_callbacks.lightning.namespaces import Trainer
+
+Rows = Mapping[str, int]
+
+
+def seen_rows(
+    trainer: Trainer, module: LightningModule, rows_of: Callable[[nn.Module, Callable[[], Any]], Rows]
+) -> Rows:
+    """Rows of the flattened input of each layer in one training step; none where nobody can know them yet.
+
+    A batch of the training data is preferred to ``example_input_array``, which often has a single row. Everything is
+    as before afterwards: the batch is fetched by a loader of its own, without workers, from a data set with indices.
+
+    Args:
+        trainer: the Trainer, before it has made its loaders.
+        module: its LightningModule.
+        rows_of: a function of the model and of a call that runs it once, which gives the rows by layer.
+    """
+    with undisturbed(module), unlogged(module):
+        for call in _calls(trainer, module):
+            try:
+                if found := rows_of(module, call):
+                    return found
+            except Exception:  # whatever a forward pass raises on what it is not made for; the fit will raise it too
+                continue
+    return {}
+
+
+def _calls(trainer: Trainer, module: LightningModule) -> Iterator[Callable[[], Any]]:
+    """Ways to run the module once, on the input that is most like a training step's first."""
+    batch = _first_batch(trainer)
+    if batch is not None:
+        yield lambda: data_pass.call(module, _as_parameters(module, batch))
+    example = module.example_input_array
+    if example is not None:
+        yield lambda: run(module, _as_parameters(module, example))
+
+
+def _first_batch(trainer: Trainer) -> Any:
+    """A batch of the training data, whatever the order; None where it cannot be fetched without a trace."""
+    source = trainer.fit_loop._data_source
+    try:
+        if not source.is_defined():
+            return None
+        ordered = data_pass.in_order(source.dataloader(), unwrap=users_sampler)
+        if isinstance(ordered, DataLoader):
+            ordered = DataLoader(
+                ordered.dataset,
+                batch_size=ordered.batch_size,
+                sampler=list(islice(ordered.sampler, ordered.batch_size or 1)),
+                collate_fn=ordered.collate_fn,
+            )
+        return next(iter(ordered), None)
+    except Exception:  # not to be had: a stream, a custom sampler, a data set that only workers can read
+        return None
+
+
+def _as_parameters(module: nn.Module, batch: Any) -> Any:
+    """The batch where the parameters are and, where it is of floats, of their type, which the precision is yet to set."""
+    first = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    return tree_map_only(
+        torch.Tensor, lambda t: t.to(first.device, first.dtype if t.is_floating_point() else None), batch
+    )

@@ -1,0 +1,54 @@
+"""Updates of exchanged layers by methods that drop and grow: the same choice as in masked layers, without a dense tensor."""
+
+from functools import singledispatch
+
+from torch import Tensor
+
+from sparse_callbacks.core.moved_places import kept_units, merged
+from sparse_callbacks.core.ops import drop_count
+from sparse_callbacks.core.sparse_linear import SparseLinear
+from sparse_callbacks.core.step import Step
+
+
+@singledispatch
+def grown_units(method: object, step: Step, name: str, kept: Tensor, count: int) -> Tensor | None:
+    """Ascending keys of the units that an update grows in an exchanged layer; None: leave the layer alone. A method that
+    can have such layers registers a function of its own.
+
+    Args:
+        method: the method of the run.
+        step: the step that the update follows or replaces.
+        name: the name of the layer's weight.
+        kept: ascending keys of the units that stay.
+        count: how many grow; of a grouped layer in each block of rows.
+    """
+    raise NotImplementedError
+
+
+def units_to_move(layer: SparseLinear, fraction: float) -> int:
+    """How many units an update replaces in an exchanged layer; of a grouped one in each block of rows.
+
+    Args:
+        layer: the layer.
+        fraction: the share of active weights that the update replaces.
+    """
+    return drop_count(layer.live if layer.storage == "sparse" else layer.values.shape[-1], fraction)
+
+
+def moved_units(
+    method: object, step: Step, name: str, layer: SparseLinear, fraction: float
+) -> tuple[Tensor, Tensor] | None:
+    """Ascending keys of the units that live after an update, and where each of them is now (-1: born); None: leave the
+    layer alone.
+
+    Args:
+        method: the method of the run.
+        step: the step that the update follows or replaces.
+        name: the name of the layer's weight.
+        layer: the layer.
+        fraction: the share of active weights that the update replaces.
+    """
+    count, keys = units_to_move(layer, fraction), layer.keys()
+    stay = kept_units(layer.unit_magnitudes(), count, None if layer.storage == "sparse" else layer.values.shape[-1])
+    new = grown_units(method, step, name, keys[stay], count)
+    return None if new is None else merged(keys, stay, new)
