@@ -140,7 +140,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], d
         ) from error
     if version not in COMPACT_VERSIONS:
         raise ValueError(
-            f"{path} is of version {version}, and this release reads versions up to {COMPACT_VERSIONS[-1]}. Save it anew."
+            f"{path} is of version {version}, and this release reads versions {' and '.join(map(str, COMPACT_VERSIONS))}. Save it anew."
         )
     return tensors, parts, description
 

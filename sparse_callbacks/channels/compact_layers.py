@@ -108,8 +108,6 @@ def why_other_patterns(
         if _weight(name) not in parts:
             continue
         stated = layers[name]
-        if module is model and not isinstance(module, SparseLinear):
-            return "it is an nn.Linear here, which cannot become a SparseLinear in its place"
         here = {a: getattr(module, a, stated[a]) for a in _FIXED}
         for attribute, value in here.items():
             if value != stated[attribute]:
