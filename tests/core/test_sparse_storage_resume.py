@@ -48,7 +48,12 @@ def saved_at(step: int, kind: Any, storage: str, optimizer: str, micro: int = 0)
     for _ in range(micro):
         loss_of(model, next(data)).backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    found = {"model": model.state_dict(), "optimizer": stepper.state_dict(), "run": run.state_dict(), "grads": gradients}
+    found = {
+        "model": model.state_dict(),
+        "optimizer": stepper.state_dict(),
+        "run": run.state_dict(),
+        "grads": gradients,
+    }
     return through_a_file(found)
 
 
@@ -180,7 +185,9 @@ def test_another_storage_than_the_saved_one_is_refused_with_the_remedy() -> None
     saved = saved_at(STOP, SET, "sparse", "sgd")["run"]
     for storage in ("masked", "grouped"):
         model = net()
-        with pytest.raises(ValueError, match=f"saved with storage='sparse', and this run has storage='{storage}'.*fresh_start"):
+        with pytest.raises(
+            ValueError, match=f"saved with storage='sparse', and this run has storage='{storage}'.*fresh_start"
+        ):
             begin(made(SET, storage), model, OPTIMIZERS["sgd"](model.parameters()), saved)
     model = net()
     begin(made(SET, "masked", fresh_start=True), model, OPTIMIZERS["sgd"](model.parameters()), saved)
