@@ -157,6 +157,8 @@ THEIR_PRIVATE = {
     "_parameters",  # the parameters of one module alone, None where it has none
     "_buffers",  # the same for buffers
     "_modules",  # the same for children, in the order of registration
+    "_backward_hooks",  # functions that a tensor's gradient is given to
+    "_post_accumulate_grad_hooks",  # the same, once it is accumulated
     "_version",  # how often a tensor was written in place
     "_input_metadata",  # a node of autograd: the shapes that it takes
     "_saved_self_sym_sizes",  # a node of autograd: the sizes of its input
@@ -327,6 +329,7 @@ def test_parameter_values_are_written_by_sparse_weights_alone() -> None:
         ("core/weights.py", "write_values"),
         ("core/weights.py", "effective"),
         ("core/dense_copy.py", "_exchange"),
+        ("core/live_weight.py", "set_places"),  # loading: a Parameter of live values takes another number of them
         ("core/local_parts.py", "follow"),  # writes no value: a view moves to the memory that its parameter has now
     }, sorted(about_parameters)
 

@@ -25,15 +25,12 @@ class BeforeRun:
         self._fields = {name: _kept(value) for name, value in vars(method).items() if name not in _OF_HOSTS}
         self.values: dict[str, Tensor] = {}
         """Values of the sparse parameters before masks were written."""
-        self._places: dict[str, Tensor] = {}  # of exchanged layers in which others are to live
         self._gradients: list[tuple[nn.Parameter, Tensor | None]] = []
         self._random: dict[str, Any] = {}
 
     def keep_weights(self, method: Method) -> None:
         """Masks are written next: keep the values of the sparse parameters, and which gradients there are."""
         self.values = {name: p.detach().clone() for name, p in method.params.items()}
-        layers = method.weights.layers_stored
-        self._places = {name: layers[name].keys() for name in method.weights.places_to_come}
         self._gradients = [(p, p.grad) for p in method.model.parameters()]
 
     def keep_random_states(self) -> None:
@@ -42,8 +39,6 @@ class BeforeRun:
 
     def bring_back(self, method: Method) -> None:
         """The run was refused: give everything back."""
-        for name, keys in self._places.items():
-            method.weights.layers_stored[name].set_places(keys)
         method.weights.write_values(self.values)
         for parameter, gradient in self._gradients:
             parameter.grad = gradient

@@ -60,11 +60,11 @@ class ResumedWeights:
         method: the method that goes on, with its masks written.
         saved: the state that the run was given.
         values: the values of the sparse parameters before the masks were written.
-        moved: names of exchanged layers in which other weights lived before, or whose dense weights were cut.
+        foreign: names of exchanged layers in which other weights lived before, or whose dense weights were cut.
     """
 
     def __init__(
-        self, method: Method, saved: SavedRun, values: Mapping[str, Tensor], moved: Iterable[str] = ()
+        self, method: Method, saved: SavedRun, values: Mapping[str, Tensor], foreign: Iterable[str] = ()
     ) -> None:
         self._method, self._saved = method, saved
         # where a mask leaves nothing, the weights of the run are the same as those that were cut
@@ -73,7 +73,7 @@ class ResumedWeights:
             for n, mask in saved.masks.items()
             if n in values and bool(mask.any()) and count_cut(method, saved, n, values[n])
         ]
-        self._left = {name: method.params[name].detach().clone() for name in (*cut, *moved)}
+        self._left = {name: method.params[name].detach().clone() for name in (*cut, *foreign)}
 
     def refuse_foreign(self) -> None:
         """The first step is about to be taken.

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from sparse_callbacks.core.attachment import Choice
 from sparse_callbacks.core.auto_storage import RowsSeen, decided
 from sparse_callbacks.core.awaited import for_targets, with_awaited
-from sparse_callbacks.core.checkpoint import SavedRun, misfit
+from sparse_callbacks.core.checkpoint import SavedRun
+from sparse_callbacks.core.cut_weights import count_cut
 from sparse_callbacks.core.first_places import first_keys, is_drawn_by_rejection, sparse_twin
 from sparse_callbacks.core.initial_masks import find_masks, forget_given
 from sparse_callbacks.core.live_masks import exchanged_layers
@@ -35,12 +36,14 @@ class Exchanged:
         originals: the dense Parameters that were exchanged, by name.
         layers: the layers that have taken their place, by the same names.
         report: what times have decided, for the log; empty where they have decided nothing.
+        foreign: names of the layers whose weights were not those of the saved run that goes on.
     """
 
     def __init__(self, method: Method, model: nn.Module) -> None:
         self.originals: dict[str, nn.Parameter] = {}
         self.layers: dict[str, SparseLinear] = {}
         self.report = ""
+        self.foreign: list[str] = []
         self._model, self._undo = model, ExitStack()
         attachment, choices = method.attachment, method.attachment.choices
         self.on_undo(lambda: attachment.choose(model, choices))
@@ -221,13 +224,25 @@ def _put_saved(
     choices = {name: c if c.live is not None else replace(c, storage="masked") for name, c in choices.items()}
     for name, pattern in saved.patterns.items():
         if name not in layers or name not in choices or choices[name].refused:
-            raise misfit([name], saved.path)
+            why = (
+                choices[name].note
+                if name in choices
+                else "the model has no linear layer of that name that becomes sparse"
+            )
+            raise ValueError(
+                f"the checkpoint {saved.path} has sparse storage for {name}, which this run cannot give it: {why}. Resume with the "
+                "model and the arguments of the interrupted run, or give fresh_start=True."
+            )
         shape = next(e.full_shape for e in entries if e.name == name)
         keys, _, group = units_of(pattern, shape)
         if name in here:
+            if not torch.equal(here[name].keys(), keys):
+                done.foreign.append(name)
             done.move(here[name], keys)
         else:
             linear: Any = layers[name].module
+            if count_cut(method, saved, name, linear.weight):
+                done.foreign.append(name)
             done.put(name, linear, sparse_twin(linear, storage_of(pattern), group, keys))
         choices[name] = kept(here.get(name) or done.layers[name], choices[name].note)
     method.attachment.choose(model, choices)

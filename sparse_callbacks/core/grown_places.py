@@ -11,7 +11,7 @@ from sparse_callbacks.core.moved_places import BELOW_ZERO, NEVER, largest_in_row
 from sparse_callbacks.core.ops import keep_largest
 from sparse_callbacks.core.patterns import block_sums, column_sums
 from sparse_callbacks.core.quick_places import largest_places, places_above, true_places
-from sparse_callbacks.core.sparse_products import add_sampled
+from sparse_callbacks.core.sparse_kernels import add_sampled
 
 CACHED = 2**20  # entries of a row block of the dense gradient that stay in a core's cache
 ENTRIES = 2**22  # of one that is summed over processes: fewer and larger messages

@@ -5,45 +5,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparse_callbacks.core import distributed, grown_places
+from sparse_callbacks.core import distributed
+from sparse_callbacks.core.grown_places import candidate_units, largest_units
 from sparse_callbacks.core.sparse_linear import SparseLinear
 
 
-def largest_in_layer(layer: SparseLinear, kept: Tensor, count: int) -> Tensor:
-    """Ascending keys of the units with the largest gradients that the layer has recorded, over all ranks.
-
-    Args:
-        layer: an exchanged layer in the window of an update.
-        kept: ascending keys of the units that are not to be among them.
-        count: how many; of a grouped layer in each block of rows.
-    """
-    return grown_places.largest_units(
-        layer.records or [],
-        (layer.out_features, layer.in_features),
-        layer.group,
-        kept,
-        count,
-        dtype=layer.values.dtype,
-        per_block=layer.storage == "grouped",
-        reduce=_over_ranks(),
-    )
-
-
-def largest_of_candidates(
-    layer: SparseLinear, kept: Tensor, count: int, candidates: int, source: torch.Generator
+def largest_in_layer(
+    layer: SparseLinear, kept: Tensor, count: int, candidates: int | None, source: torch.Generator | None
 ) -> Tensor:
-    """:func:`largest_in_layer` among so many ``candidates`` that are drawn from ``source``."""
-    return grown_places.candidate_units(
-        layer.records or [],
-        (layer.out_features, layer.in_features),
-        layer.group,
-        kept,
-        count,
-        candidates,
-        source,
-        dtype=layer.values.dtype,
-        per_block=layer.storage == "grouped",
-        reduce=_over_ranks(),
+    """See :meth:`~sparse_callbacks.core.step.Step.largest_units`; of the passes that the layer has recorded."""
+    shape, per_block = (layer.out_features, layer.in_features), layer.storage == "grouped"
+    records, dtype, reduce = layer.records or [], layer.values.dtype, _over_ranks()
+    if candidates is None:
+        return largest_units(records, shape, layer.group, kept, count, dtype=dtype, per_block=per_block, reduce=reduce)
+    assert source is not None  # candidates are drawn
+    return candidate_units(
+        records, shape, layer.group, kept, count, candidates, source, dtype=dtype, per_block=per_block, reduce=reduce
     )
 
 

@@ -23,6 +23,11 @@ def why_not_pattern(value: Any) -> str:
     return ""
 
 
+def units_in(pattern: Mapping[str, Tensor]) -> int:
+    """How many units live in a pattern: weights, or columns of a group of rows."""
+    return pattern["col" if "col" in pattern else "idx"].numel()
+
+
 def why_not_records(value: Any) -> str:
     """Why a value is not the records of some layer, as the end of a sentence; empty where it may be."""
     if not isinstance(value, list) or not all(isinstance(tensors, list) for tensors in value):

@@ -1,16 +1,14 @@
 """Inputs and output gradients of exchanged layers, kept for an update that looks at gradients of pruned weights."""
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor
 
 from sparse_callbacks.core import distributed
-
-if TYPE_CHECKING:
-    from sparse_callbacks.core.sparse_linear import SparseLinear
+from sparse_callbacks.core.sparse_linear import SparseLinear
 
 Record = tuple[Tensor, Tensor]
 """Inputs ``[in, n]`` and output gradients ``[out, n]`` of one pass through a layer."""
@@ -29,7 +27,7 @@ class WindowRecords(list[Record]):
         begun: records of the window before it was interrupted, of which the gradient is made as it is.
     """
 
-    def __init__(self, layer: "SparseLinear", begun: Iterable[Record] = ()) -> None:
+    def __init__(self, layer: SparseLinear, begun: Iterable[Record] = ()) -> None:
         super().__init__(begun)
         self._values = layer.values
         self._within_pass = False
@@ -88,7 +86,7 @@ class _PassOver:
             records.pass_over()
 
 
-def record(layer: "SparseLinear", wanted: bool) -> None:
+def record(layer: SparseLinear, wanted: bool) -> None:
     """Switch the records of a layer on or off; those that are on go on."""
     if wanted and layer.records is None:
         layer.records = WindowRecords(layer)
@@ -97,14 +95,14 @@ def record(layer: "SparseLinear", wanted: bool) -> None:
         layer.records = None
 
 
-def forget_records(layers: "Iterable[SparseLinear]") -> None:
+def forget_records(layers: Iterable[SparseLinear]) -> None:
     """The window is over without a step, as a GradScaler has skipped it."""
     for layer in layers:
         if layer.records is not None:
             layer.records.clear()
 
 
-def are_finite(layers: "Iterable[SparseLinear]") -> bool:
+def are_finite(layers: Iterable[SparseLinear]) -> bool:
     """Whether all gradients of the layers that record are finite, those of pruned weights too, on every rank; True where
     none of them records."""
     recording = [layer.records for layer in layers if layer.records is not None]
@@ -116,13 +114,13 @@ def are_finite(layers: "Iterable[SparseLinear]") -> bool:
     return not bool(failed)
 
 
-def saved_records(layers: "Mapping[str, SparseLinear]") -> SavedRecords:
+def saved_records(layers: Mapping[str, SparseLinear]) -> SavedRecords:
     """Copies of the records of this process in a window that is open, by parameter name."""
     found = {name: layer.records for name, layer in layers.items() if layer.records}
     return {name: [[tensor.clone() for pair in records for tensor in pair]] for name, records in found.items()}
 
 
-def gathered_records(layers: "Mapping[str, SparseLinear]") -> SavedRecords:
+def gathered_records(layers: Mapping[str, SparseLinear]) -> SavedRecords:
     """:func:`saved_records` of all ranks, on rank 0; all of them must call it together."""
     mine = saved_records(layers)
     if distributed.world_size() == 1:
@@ -133,7 +131,7 @@ def gathered_records(layers: "Mapping[str, SparseLinear]") -> SavedRecords:
     return {name: [ranks[i] for ranks in found] for i, name in enumerate(names) if any(ranks[i] for ranks in found)}
 
 
-def put_back_records(layers: "Mapping[str, SparseLinear]", saved: SavedRecords) -> None:
+def put_back_records(layers: Mapping[str, SparseLinear], saved: SavedRecords) -> None:
     """Let layers that record go on from the records of a window that was open when they were saved.
 
     Every process has the mean over ranks as its gradient then. So each takes its own records where there are as many ranks

@@ -11,6 +11,7 @@ from sparse_callbacks.core.quick_places import true_places
 from sparse_callbacks.core.sparse_state import values_for_weight, written
 
 LARGEST_DENSE = 2**31  # entries of a layer that may be made dense
+PRODUCTS_RUN_ON = ("cpu", "meta")  # devices of "sparse" storage
 
 
 class LiveWeight(nn.Module):
@@ -113,6 +114,9 @@ class LiveWeight(nn.Module):
 
         Returns:
             Where values were born, a bool tensor of their shape. They are 0.
+
+        Raises:
+            ValueError: There are not as many units as before. Nothing has moved.
         """
         places = self.places
         if keys.shape != (places.units,):
@@ -120,9 +124,9 @@ class LiveWeight(nn.Module):
         slots = places.slots_of(keys) if slots is None else slots
         born = slots < 0
         source, new = slots.clamp(min=0), true_places(born)
+        places.set_keys(keys)  # first, as it may refuse them
         for tensor in (self.values, *tensors):
             tensor.copy_(places.from_units(places.taken(tensor, source, new)))
-        places.set_keys(keys)
         return places.of_units(born)
 
     @torch.no_grad()
@@ -132,7 +136,14 @@ class LiveWeight(nn.Module):
         Args:
             keys: The ascending keys of its units.
             values: The values there; those that are live now are kept and others are 0 where it is None.
+
+        Raises:
+            ValueError: There are not as many values as places.
         """
+        if values is not None and values.numel() != keys.numel() * self.group:
+            raise ValueError(
+                f"{self.called} was given {values.numel()} values for {keys.numel() * self.group} live places"
+            )
         if self.values.is_meta:
             self.places.set_keys(keys)
             values = torch.empty(self.places.values_shape, dtype=self.values.dtype, device="meta")
@@ -147,7 +158,7 @@ class LiveWeight(nn.Module):
             self.values.copy_(values)
         else:
             self.values.grad = None
-            self.values.data = values.detach().to(self.values)
+            self.values.data = values.detach().view(self.places.values_shape).to(self.values)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("weight", "values"):
@@ -195,7 +206,7 @@ class LiveWeight(nn.Module):
 
 def refuse_device(storage: str, device: torch.device) -> None:
     """Refuse "sparse" storage on a device where its products would be slower than dense ones."""
-    if storage == "sparse" and device.type not in ("cpu", "meta"):
+    if storage == "sparse" and device.type not in PRODUCTS_RUN_ON:
         raise ValueError(
             f"storage='sparse' runs on the CPU, and this layer was asked to go to {device}: there a masked layer is faster. Use "
             "storage='masked', or 'grouped', or to_dense(module) first"

@@ -41,6 +41,33 @@ def parsed(pattern: str | None) -> int | None:
     return int(found.group(1))
 
 
+def refuse_pattern(pattern: str | None, storage: str | Mapping[str, str], group: int) -> None:
+    """Refuse a pattern that is not known, or that layers of another storage cannot have.
+
+    Args:
+        pattern: the pattern; None for none.
+        storage: the storage of the layers, of all or by glob.
+        group: the rows that read the same inputs in grouped storage.
+
+    Raises:
+        ValueError: says which of the arguments to change.
+    """
+    mine, stored = parsed(pattern), [storage] if isinstance(storage, str) else list(storage.values())
+    if mine is None:
+        return
+    for name in ("sparse", "auto"):
+        if name in stored:
+            raise ValueError(
+                f"pattern={pattern!r} and storage={storage!r} differ: sparse storage holds its live weights one by one, "
+                f"without a pattern. Give storage='grouped' and group={mine}, storage='masked', or no pattern=."
+            )
+    if "grouped" in stored and group != mine:
+        raise ValueError(
+            f"pattern={pattern!r} and storage={storage!r} with group={group} differ in the rows that read the same inputs. "
+            f"Give group={mine}, or no pattern=."
+        )
+
+
 def columns_for(density: float, inputs: int) -> int:
     """Active columns of each block at ``density`` (the share of active weights): rounded as Python does, at least 1.
 

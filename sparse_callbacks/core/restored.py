@@ -6,19 +6,28 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.core.attachment import Attachment
+from sparse_callbacks.core.attachment import Attachment, Choice
 from sparse_callbacks.core.awaited import with_awaited
 from sparse_callbacks.core.calendar import Calendar
 from sparse_callbacks.core.checkpoint import SavedRun, misfit, refuse_foreign_weights, refuse_other_model
 from sparse_callbacks.core.ever_live import as_truths
 from sparse_callbacks.core.initial_masks import find_masks, sharing_entries
+from sparse_callbacks.core.live_layout import units_in
 from sparse_callbacks.core.live_masks import exchanged_layers
 from sparse_callbacks.core.live_runs import note_places
 from sparse_callbacks.core.local_parts import local_parameter
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.progress import Progress
-from sparse_callbacks.core.saved_patterns import keys_of, mask_of, matrix_of_units, units_of
+from sparse_callbacks.core.saved_patterns import (
+    Pattern,
+    keys_of,
+    live_in,
+    mask_of,
+    matrix_of_units,
+    storage_of,
+    units_of,
+)
 from sparse_callbacks.core.selection import NOT_TRAINED, Entry, select
 from sparse_callbacks.core.shards import cut
 from sparse_callbacks.core.sparse_linear import SparseLinear
@@ -72,13 +81,15 @@ def _take(method: Method, model: nn.Module, saved: SavedRun, owned: Sequence[Seq
     refuse_impossible(method, saved, model, planned, len(saved.progress["steps"]))
     params = {n: local_parameter(p) for n, p in params.items()}
     refuse_foreign_weights(cut(saved.masks, params), params, everywhere=True)
-    _refuse_other_places(saved, layers)
+    refuse_other_places(saved, layers)
     _describe(method, entries, targets, params, saved, method.owners.owns if owned is None else owned, layers)
     if method.keeps_dense:
         method.start_copies(cut(saved.dense, params), new=())
     if method.explores:
         EverActive(method.aux, method.weights).add(params)
+    choices = method.attachment.choices_of(model)
     method.attachment = Attachment()
+    method.attachment.choose(model, choices)
     method.attachment.know(model)
     method.saved = saved  # a method that asks in `attach` whether its run has begun finds that it has
     method.attach(model)
@@ -108,6 +119,17 @@ def describe(
     _describe(method, entries, targets, params, with_masks(saved, masks), owned, {})
 
 
+def choice_of(pattern: Pattern, shape: tuple[int, ...]) -> Choice:
+    """The storage of a layer of which a pattern was saved.
+
+    Args:
+        pattern: the pattern.
+        shape: the shape of the layer's matrix.
+    """
+    live = live_in(pattern, shape)
+    return Choice(storage_of(pattern), group=live // max(1, units_in(pattern)), live=live)
+
+
 def with_masks(saved: SavedRun, shapes: Mapping[str, tuple[int, ...]]) -> SavedRun:
     """``saved`` with masks in place of the patterns of layers that are dense in a model.
 
@@ -134,8 +156,12 @@ def with_masks(saved: SavedRun, shapes: Mapping[str, tuple[int, ...]]) -> SavedR
     return replace(saved, masks={**saved.masks, **masks}, patterns=patterns, aux=aux)
 
 
-def _refuse_other_places(saved: SavedRun, layers: Mapping[str, SparseLinear]) -> None:
-    """Refuse to describe exchanged layers by a run whose live weights are others."""
+def refuse_other_places(saved: SavedRun, layers: Mapping[str, SparseLinear]) -> None:
+    """Refuse a saved run whose live weights are others than those of the exchanged layers.
+
+    Raises:
+        ValueError: a layer has other places.
+    """
     others = [n for n, layer in layers.items() if not torch.equal(keys_of(saved.patterns[n], layer), layer.keys())]
     if others:
         raise ValueError(
@@ -171,6 +197,10 @@ def _entries_and_targets(method: Method, model: nn.Module, saved: SavedRun) -> t
     found = select(model, method.include, method.exclude, method.keep_dense)
     found = [e if e.reason or e.name in saved.names else replace(e, reason=NOT_TRAINED[1]) for e in found]
     entries = with_awaited(method, found, saved.names)
+    shapes = {e.name: e.full_shape for e in found}
+    kept = {n: pattern for n, pattern in saved.patterns.items() if n in shapes}
+    method.attachment = Attachment()
+    method.attachment.choose(model, {n: choice_of(pattern, shapes[n]) for n, pattern in kept.items()})
     find_masks(method, model, entries, saved)
     targets = method.share_out(sharing_entries(method, entries))
     return list(method.further_members(model, entries)), targets

@@ -8,16 +8,16 @@ from torch.optim import Optimizer
 
 from sparse_callbacks.core.awaited import for_targets, names_awaited, with_awaited
 from sparse_callbacks.core.checkpoint import refuse_foreign_weights, refuse_other_model
+from sparse_callbacks.core.fresh_weights import refuse_rescaling
 from sparse_callbacks.core.gradient_mask import refuse_lost_gradients
-from sparse_callbacks.core.initial_masks import find_masks, refuse_rescaling
+from sparse_callbacks.core.initial_masks import find_masks
 from sparse_callbacks.core.live_runs import layers_of_run, refuse_foreign_places, same_places
 from sparse_callbacks.core.local_parts import local_parameter
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_needs import refuse_optimizers
 from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.progress import Progress
-from sparse_callbacks.core.restored import aux_on_devices
-from sparse_callbacks.core.saved_patterns import keys_of
+from sparse_callbacks.core.restored import aux_on_devices, refuse_other_places
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.shards import cut
 from sparse_callbacks.core.state_claims import PLAN_CHANGED, planned_otherwise, refuse_impossible
@@ -77,6 +77,7 @@ class RunBeginning:
             if not admits:  # otherwise it is the run's own state
                 planned = method.parameter_zeros(self._entries, self._targets)
                 refuse_impossible(method, self._saved, model, planned, len(optimizers))
+                refuse_other_places(self._saved, self._layers)
             self._dense: Mapping[str, Tensor] = cut(self._saved.dense, self._params)
         else:
             refuse_foreign_weights(self._kept, self._params, everywhere=True)
@@ -124,7 +125,7 @@ class RunBeginning:
         masks = cut(self._begin_masks(earlier), params)
         method.aux = cut(method.aux, params)
         method.progress.begin(len(self.owners.optimizers))
-        method.weights = SparseWeights(params, self._sparse, masks, self._layers, self._saved_places())
+        method.weights = SparseWeights(params, self._sparse, masks, self._layers)
         if method.keeps_dense:
             before = self._kept if self._saved is None else self._saved.masks
             method.start_copies(self._dense, new=params.keys() - before.keys())
@@ -151,8 +152,3 @@ class RunBeginning:
         if gone:  # the targets of other layers may be others, and these masks keep their counts
             method.aux[PLAN_CHANGED] = torch.tensor(True)
         return kept if len(kept) == len(method.params) else {**method.initial_masks(), **kept}
-
-    def _saved_places(self) -> dict[str, Tensor]:
-        """The units that live in the saved run, by the name of the exchanged layer."""
-        patterns = {} if self._saved is None else self._saved.patterns
-        return {name: keys_of(patterns[name], layer) for name, layer in self._layers.items() if name in patterns}

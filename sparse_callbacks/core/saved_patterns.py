@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sparse_callbacks.core.live_layout import STORAGE_OF_KEYS
+from sparse_callbacks.core.live_layout import STORAGE_OF_KEYS, units_in
 from sparse_callbacks.core.live_places import GroupPlaces, LivePlaces, RowPlaces
 from sparse_callbacks.core.sparse_linear import SparseLinear
 
@@ -80,9 +80,8 @@ def live_in(pattern: Pattern, shape: tuple[int, ...]) -> int:
         pattern: the pattern.
         shape: the shape of the matrix.
     """
-    if storage_of(pattern) == "sparse":
-        return pattern["col"].numel()
-    return pattern["idx"].numel() * (shape[0] // max(1, pattern["idx"].shape[0]))
+    rows = 1 if storage_of(pattern) == "sparse" else shape[0] // max(1, pattern["idx"].shape[0])
+    return units_in(pattern) * rows
 
 
 def _empty_places(pattern: Pattern, shape: tuple[int, ...]) -> LivePlaces:

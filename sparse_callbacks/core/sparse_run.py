@@ -17,8 +17,8 @@ from sparse_callbacks.core.cut_weights import ResumedWeights
 from sparse_callbacks.core.distributions import why_all_active
 from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.exchange import Exchanged
+from sparse_callbacks.core.fresh_weights import refuse_rescaled_checkpoint
 from sparse_callbacks.core.host import Forward
-from sparse_callbacks.core.initial_masks import refuse_rescaled_checkpoint
 from sparse_callbacks.core.loop_binding import LoopBinding, ValuesBeforeMasks
 from sparse_callbacks.core.loop_driver import NOT_COPIED, Clip, LoopDriver
 from sparse_callbacks.core.loop_exchange import FirstBatchOfLoop, exchange_for_loop
@@ -82,7 +82,7 @@ class SparseRun:
             self._binding.refuse_shared(e.name for e in entries if not e.reason)
             self._prepare(entries, state)
             before.keep_weights(method)
-            self._start(before.values)
+            self._start(before.values, done.foreign)
         except BaseException:
             self._release()
             before.bring_back(method)
@@ -126,19 +126,19 @@ class SparseRun:
             self._host.inform(str(method.plan()))
         self._warn(entries)
 
-    def _start(self, values: Mapping[str, Tensor]) -> None:
+    def _start(self, values: Mapping[str, Tensor], foreign: Sequence[str]) -> None:
         """Write the masks, and listen to the optimizers.
 
         Args:
             values: the values of the sparse parameters before masks are written.
+            foreign: names of exchanged layers whose weights were not those of the saved run that goes on.
         """
         method, engine, driver = self.method, self._engine, self._driver
-        moved = list(method.weights.places_to_come)
         engine.begin_weights()
         if method.saved is None:
             driver.before_masks = ValuesBeforeMasks(values, method.params)
         else:
-            driver.resumed = ResumedWeights(method, method.saved, values, moved)
+            driver.resumed = ResumedWeights(method, method.saved, values, foreign)
         method.attachment.in_training = True
         engine.events |= method.begin_training(self._epoch)
         engine.expect_gradients(self._epoch, self._length.epoch())

@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from sparse_callbacks.core.live_layout import why_not_pattern, why_not_records
+from sparse_callbacks.core.live_layout import units_in, why_not_pattern, why_not_records
 
 Check = Callable[[Any], str]
 """A function that says what is wrong with a value, as the end of a sentence; empty where nothing is."""
@@ -158,7 +158,7 @@ def _by_name(value: Any, check: Check, tensors: Callable[[Any], Iterable[Tensor]
     return ""
 
 
-_LISTED = ("arguments", "aux", "dense")
+_LISTED = ("arguments", "aux", "dense", "patterns")
 LAYOUT: Mapping[str, Check] = {
     "arguments": _texts,
     "times": _calendar,
@@ -169,6 +169,7 @@ LAYOUT: Mapping[str, Check] = {
     "patterns": _patterns,
     "records": _records,
     "zeros": _counts_by_name,
+    "units": _counts_by_name,
     "names": _names_by_part,
     "aux": _tensors(why_not_whole),
     "dense": _tensors(_floats),
@@ -192,6 +193,7 @@ _MAY_LACK = (
     "averages",
     "patterns",
     "records",
+    "units",
 )
 
 
@@ -202,10 +204,11 @@ def inventory(state: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         state: the state of a method, as it is saved.
     """
+    units = {name: units_in(pattern) for name, pattern in state.get("patterns", {}).items()}
     return {
         "zeros": {name: int((~mask).sum()) for name, mask in state["masks"].items()},
-        "names": {part: sorted(state[part]) for part in _LISTED},
-    }
+        "names": {part: sorted(state[part]) for part in _LISTED if part in state},
+    } | ({"units": units} if units else {})
 
 
 def refuse_damaged(state: Mapping[str, Any], path: object) -> None:
@@ -242,6 +245,11 @@ def _contradiction(state: Mapping[str, Any]) -> str:
     if wrong := [name for name in zeros if zeros[name] != counts[name]]:
         counted = f"has {zeros[wrong[0]]} zeros, and {counts[wrong[0]]} were counted when it was saved"
         return f"its mask of {shown_short(wrong[0])} {counted}"
+    live = {name: units_in(pattern) for name, pattern in state.get("patterns", {}).items()}
+    for name, counted_then in state.get("units", {}).items():
+        if live.get(name, counted_then) != counted_then:
+            has = f"has {live[name]} live units, and {counted_then} were counted when it was saved"
+            return f"its pattern of {shown_short(name)} {has}"
     for born in (kept["born"] for kept in state.get("averages", {}).values()):
         if wrong := [name for name, where in born.items() if not _lies_in(where, state["masks"].get(name))]:
             return (

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -130,16 +131,24 @@ class Step:
             )
         return self._gradients.of(name, self.optimizer, self.tick)
 
-    def largest_units(self, name: str, kept: Tensor, count: int) -> Tensor:
-        """Keys of the units of an exchanged layer with the largest gradient, ascending; see
-        :func:`~sparse_callbacks.core.live_growth.largest_in_layer`.
+    def largest_units(
+        self,
+        name: str,
+        kept: Tensor,
+        count: int,
+        candidates: int | None = None,
+        source: torch.Generator | None = None,
+    ) -> Tensor:
+        """Keys of the units of an exchanged layer with the largest gradients over all ranks, ascending.
 
         Args:
             name: the name of the layer's weight.
             kept: ascending keys of the units that are not to be among them.
             count: how many; of a grouped layer in each block of rows.
+            candidates: among how many that are drawn at random, of a grouped layer in each block; None: among all.
+            source: the generator of that draw; None without one.
         """
-        return largest_in_layer(self._weights.layers_stored[name], kept, count)
+        return largest_in_layer(self._weights.layers_stored[name], kept, count, candidates, source)
 
     def mask_gradients(self) -> None:
         """Zero the gradients of pruned weights, unless nobody reads them before the step: then masking the weights

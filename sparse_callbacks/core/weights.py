@@ -37,7 +37,6 @@ class SparseWeights:
         entries: what each of them is.
         masks: the masks to begin with, of any device; every rank takes those of rank 0.
         layers: exchanged layers by the name of their weight; their places take the place of a mask.
-        places: ascending keys of the units that are to live in them, where these are not those that do; by name.
     """
 
     def __init__(
@@ -46,24 +45,15 @@ class SparseWeights:
         entries: Mapping[str, Entry],
         masks: Mapping[str, Tensor],
         layers: Mapping[str, SparseLinear] | None = None,
-        places: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.params = dict(params)
         self.entries = dict(entries)
         self.layers_stored = dict(layers or {})
         """Exchanged layers by the name of their weight. They hold live values alone, so nothing is masked in them."""
         self._held: dict[str, Tensor] = {}
-        self.places_to_come = {
-            name: keys
-            for name, keys in (places or {}).items()
-            if not torch.equal(keys, self.layers_stored[name].keys())
-        }
-        """Units that are to live in exchanged layers from :meth:`take_places` on, by name."""
         self.last_places: dict[str, int] = {}
         """Checksums of the places that a run has left in exchanged layers, by name."""
         self._counts: dict[str, int] = {name: layer.live for name, layer in self.layers_stored.items()}
-        for name, keys in self.places_to_come.items():
-            self._counts[name] = keys.numel() * self.layers_stored[name].group
         self._uncounted: dict[str, Tensor] = {}
         self._factors: dict[str, Tensor] = {}  # gates, of those that set_factor was called for
         self._lasting: dict[str, Tensor] = {}  # the same without those that are taken for a while
@@ -317,14 +307,6 @@ class SparseWeights:
         if bits is None or bits.element_size() != tensor.element_size():
             return tensor.masked_fill(self.masks[name], 0)
         return (tensor.view(bits.dtype) & ~bits).view(tensor.dtype)
-
-    # ------------------------------------------------------------------ places of exchanged layers
-
-    def take_places(self) -> None:
-        """Let those units live that are to come: a saved run goes on in its own places."""
-        for name, keys in self.places_to_come.items():
-            self.layers_stored[name].set_places(keys)
-        self.places_to_come = {}
 
     # ------------------------------------------------------------------ dense values of pruned weights that learn on
 

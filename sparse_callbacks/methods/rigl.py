@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparse_callbacks.core.calendar import Time
 from sparse_callbacks.core.distributions import Distribution
-from sparse_callbacks.core.growth import checked_candidates, moved_count
+from sparse_callbacks.core.growth import candidate_count, checked_candidates, moved_count
 from sparse_callbacks.core.initial_masks import InitialMask
 from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.rescaling import Rescale
@@ -158,4 +158,14 @@ class RigL(ReplacesSteps, DropAndGrow):
 
 @grown_units.register
 def _(method: RigL, step: Step, name: str, kept: Tensor, count: int) -> Tensor | None:
-    return None if step.gradient(name) is None else step.largest_units(name, kept, count)
+    if step.gradient(name) is None:
+        return None
+    if method.candidates is None:
+        return step.largest_units(name, kept, count)
+    layer, parts = method.weights.layers_stored[name], 1
+    if layer.storage == "grouped":  # all counts are those of a block
+        parts = layer.block_rows
+    units = layer.live // layer.group
+    free = (layer.block_rows * layer.in_features - kept.numel()) // parts
+    drawn = candidate_count(method.candidates, units // parts, count, free)
+    return step.largest_units(name, kept, count, drawn, method.generator(name, step.number))

@@ -78,11 +78,6 @@ class Static(StartsSparse):
         self.sparsity, self.initial_mask = sparsity, initial_mask
 
 
-@why_no_exchange.register
-def _(method: Static) -> str:
-    return ""
-
-
 @possible_zeros.register
 def _(method: Static, saved: SavedRun, planned: Mapping[str, int]) -> list[Zeros]:
     return as_planned(planned)

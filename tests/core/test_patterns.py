@@ -40,6 +40,20 @@ def test_a_method_without_patterns_refuses_one_in_words(make: Any) -> None:
     make(0.5, pattern=None)
 
 
+@pytest.mark.parametrize("make", [Static, SET, RigL])
+def test_a_pattern_beside_a_storage_without_it_is_refused_in_words(make: Any) -> None:
+    for storage in ("sparse", "auto", {"head.*": "sparse"}, {"a.*": "grouped", "*": "auto"}):
+        with pytest.raises(
+            ValueError, match=r"pattern='fan_in/4' and storage=.* differ: sparse storage holds its live"
+        ):
+            make(0.5, pattern="fan_in/4", storage=storage, group=4)
+        make(0.5, storage=storage, group=4)
+    with pytest.raises(ValueError, match=r"pattern='fan_in/4' and storage='grouped' with group=64 differ in the rows"):
+        make(0.5, pattern="fan_in/4", storage="grouped")
+    make(0.5, pattern="fan_in/4", storage={"a.*": "grouped"}, group=4)
+    make(0.5, pattern="fan_in/4", group=64)
+
+
 def test_a_pattern_is_read_and_none_is_the_default() -> None:
     assert (parsed(None), parsed("fan_in/1"), parsed("fan_in/128")) == (None, 1, 128)
     assert [Static().pattern, SET().pattern, RigL().pattern] == [None] * 3

@@ -35,29 +35,46 @@ def random_start(method: type, **changes: Any) -> Any:
     return method(0.8, **MOVING | changes)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("method", [SET, RigL])
-def test_masks_after_each_update_and_weights_are_those_of_masked_storage(method: type, optimizer: str) -> None:
-    masks = first_masks(net())
-    masked, one = history(given(method), OPTIMIZERS[optimizer], net(), UPDATES)
-    sparse, other = history(random_start(method), OPTIMIZERS[optimizer], exchange(net(), masks), UPDATES)
-    assert len(masked) == len(sparse) == UPDATES
-    for number, (there, here) in enumerate(zip(masked, sparse, strict=True)):
-        for name in masks:
-            assert torch.equal(there[0][name], here[0][name]), (number, name)
-            assert (there[1][name] - here[1][name]).abs().max() < 1e-10, (number, name)
-    assert not torch.equal(masked[0][0]["2.weight"], masked[-1][0]["2.weight"])
-    assert one.figures() == other.figures()  # the share that changed and that was ever active included
+def same_history(method: type, optimizer: str, masked: Any, exchanged: Any, updates: int, size: int = 16) -> None:
+    """Masks are equal after each update, and weights within 1e-10."""
+    there, one = history(method(0.8, **MOVING | masked), OPTIMIZERS[optimizer], net(), updates, size)
+    here, other = history(method(0.8, **MOVING | exchanged), OPTIMIZERS[optimizer], net(), updates, size)
+    assert not one.method.weights.layers_stored
+    assert set(other.method.weights.layers_stored) == {"0.weight", "2.weight"}
+    assert len(there) == len(here) == updates
+    for number, (expected, found) in enumerate(zip(there, here, strict=True)):
+        for name in expected[0]:
+            assert torch.equal(expected[0][name], found[0][name]), (number, name)
+            assert (expected[1][name] - found[1][name]).abs().max() < 1e-10, (number, name)
+    assert not torch.equal(there[0][0]["2.weight"], there[-1][0]["2.weight"])
+    assert one.figures() == other.figures()  # the shares that changed and that were ever active included
     assert one.step == other.step
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("method", [SET, RigL])
-def test_batches_that_are_worked_off_in_pieces_train_the_same(method: type) -> None:
-    masked, _ = history(given(method), OPTIMIZERS["adam"], net(), 3, size=300)
-    sparse, _ = history(random_start(method), OPTIMIZERS["adam"], exchange(net(), first_masks(net())), 3, size=300)
-    for there, here in zip(masked, sparse, strict=True):
-        assert all(torch.equal(there[0][n], here[0][n]) for n in there[0])
-        assert all((there[1][n] - here[1][n]).abs().max() < 1e-10 for n in there[1])
+def test_masks_after_each_update_and_weights_are_those_of_masked_storage(method: type, optimizer: str) -> None:
+    same_history(method, optimizer, {}, {"storage": "sparse"}, UPDATES)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("method", [SET, RigL])
+def test_a_grouped_layer_is_trained_as_a_masked_one_of_its_pattern(method: type, optimizer: str) -> None:
+    same_history(method, optimizer, {"pattern": "fan_in/4"}, {"storage": "grouped", "group": 4}, UPDATES)
+
+
+@pytest.mark.parametrize("pattern", [None, "fan_in/4"])
+def test_growth_among_candidates_is_that_of_masked_storage(pattern: str | None) -> None:
+    storage = {"storage": "sparse"} if pattern is None else {"storage": "grouped", "group": 4}
+    some = {"candidates": 1.5}
+    same_history(RigL, "adam", some | {"pattern": pattern}, some | storage, 6)
+
+
+@pytest.mark.parametrize("storage", ["sparse", "grouped"])
+@pytest.mark.parametrize("method", [SET, RigL])
+def test_batches_that_are_worked_off_in_pieces_train_the_same(method: type, storage: str) -> None:
+    pattern = {"pattern": "fan_in/4"} if storage == "grouped" else {}
+    same_history(method, "adam", pattern, {"storage": storage, "group": 4}, 3, size=300)
 
 
 @pytest.mark.parametrize("optimizer", ALL_ELEMENTWISE)
@@ -105,7 +122,8 @@ def test_plan_and_sparsity_are_those_of_masked_storage() -> None:
     shown = []
     for model, method in ((net(), given(SET)), (exchange(net(), first_masks(net())), random_start(SET))):
         run = sparsify(method, model, torch.optim.SGD(model.parameters(), 0.1), steps=10)
-        shown.append((str(run.plan()).splitlines()[1:], run.measured_sparsity(), method.weights.active_counts))
+        rows = [(row.name, row.shape, row.size, row.zeros) for row in run.plan()]
+        shown.append((rows, run.measured_sparsity(), method.weights.active_counts))
     assert shown[0] == shown[1]
     assert shown[1][2] == {"0.weight": 128, "2.weight": 205}
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks import SparseLinear, SparseRun, SparsityCallback, sparsify
+from sparse_callbacks import SparseLinear, SparseRun, SparsityCallback, exchange_layers, sparsify
 from sparse_callbacks.core.randomness import generator
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -109,6 +109,7 @@ def history(
     size: int = 16,
 ) -> tuple[list[tuple[dict[str, Tensor], dict[str, Tensor]]], SparseRun]:
     """Masks and weights after each of so many updates."""
+    exchange_layers(method, model)  # Adagrad makes its state at once
     optimizer = make(model.parameters())
     steps = 2 * updates + 2
     run, found = sparsify(method, model, optimizer, steps=10**6), []
