@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.core.live_layout import why_not_pattern
 from sparse_callbacks.core.live_masks import exchanged_layers
 from sparse_callbacks.core.saved_patterns import Pattern, keys_of, mask_of
 from sparse_callbacks.core.sparse_linear import SparseLinear
