@@ -26,7 +26,8 @@ ATTENTION = (
 def forward_flops(model: nn.Module, example_input: Any) -> int:
     """FLOPs of the matrix products, convolutions, attention and recurrent layers of one pass; a multiply-add is two.
 
-    Exchanged layers count as dense ones. Attention counts in full under any mask, and with every head of the queries where they share keys and values. Some
+    Exchanged layers count as dense ones. Attention
+    counts in full under any mask, and with every head of the queries where they share keys and values. Some
     kernels for GPUs in half precision pad the width of heads to a multiple of 8; the padding counts.
 
     Args:
