@@ -1,23 +1,26 @@
 """`SparseLinear`, a linear layer that holds its live weights alone."""
 
 import math
-from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.core.live_places import GroupPlaces, LivePlaces, RowPlaces, Storage, keys_of_mask, places_of
+from sparse_callbacks.core.live_places import (
+    GroupPlaces,
+    LivePlaces,
+    RowPlaces,
+    Storage,
+    keys_of_mask,
+    places_of,
+    refuse_storage,
+)
+from sparse_callbacks.core.live_weight import LiveWeight, as_parameter
 from sparse_callbacks.core.pattern_draws import fan_in_columns
 from sparse_callbacks.core.product_records import CallRecords, Use
-from sparse_callbacks.core.quick_places import true_places
 from sparse_callbacks.core.sparse_products import linear_by_groups, linear_by_rows
-from sparse_callbacks.core.sparse_state import values_for_weight, written
-
-LARGEST_DENSE = 2**31  # entries of a layer that may be made dense
 
 
-class SparseLinear(nn.Module):
+class SparseLinear(LiveWeight):
     """A linear layer whose pruned weights do not exist: it costs what its live weights cost, in time and in memory.
 
     Made by `from_dense` or `random`. The live values are one Parameter, `values`, which `named_parameters` calls ``weight``
@@ -49,18 +52,9 @@ class SparseLinear(nn.Module):
             bias: The bias ``[out_features]``, or None.
             feature_major: Whether outputs are views of feature-major memory.
         """
-        super().__init__()
-        self.in_features, self.out_features = places.inputs, places.outputs
-        self.storage: Storage = "sparse" if isinstance(places, RowPlaces) else "grouped"
-        self.group = places.group
+        super().__init__(places, values)
         self.feature_major = feature_major
-        self.compact_state = self.is_too_large
-        self.name = ""
         self.records: list[tuple[Tensor, Tensor]] | None = None
-        self.pattern_follows = self.weight_was_read = False
-        self.places = places
-        refuse_device(self.storage, values.device)
-        self.register_parameter("weight", as_parameter(values))
         self.register_parameter("bias", None if bias is None else as_parameter(bias))
 
     @classmethod
@@ -88,6 +82,7 @@ class SparseLinear(nn.Module):
         weight = linear.weight
         if mask.shape != weight.shape:
             raise ValueError(f"the mask has shape {tuple(mask.shape)} and the weight {tuple(weight.shape)}")
+        refuse_storage(storage)
         keys = keys_of_mask(mask.to(torch.bool), 1 if storage == "sparse" else group)
         places = places_of(storage, weight.shape[0], weight.shape[1], group, keys)
         if weight.device.type != "meta":
@@ -164,75 +159,6 @@ class SparseLinear(nn.Module):
                 drawn = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
                 tensor.copy_(drawn.uniform_(-bound, bound, generator=generator))
 
-    @property
-    def values(self) -> nn.Parameter:
-        """The live values: ``[1, live]`` for "sparse", ``[blocks, group, k]`` for "grouped"."""
-        values = self._parameters["weight"]
-        assert values is not None
-        return values
-
-    def register_values(self, values: nn.Parameter) -> None:
-        """Hold another Parameter of live values, in the shape that the pattern asks for."""
-        refuse_device(self.storage, values.device)
-        self._parameters["weight"] = values
-        self.let_pattern_follow()
-
-    @property
-    def called(self) -> str:
-        """The layer in a message."""
-        return self.name or "a SparseLinear"
-
-    @property
-    def is_too_large(self) -> bool:
-        """Whether the layer has too many entries for a dense matrix."""
-        return self.out_features * self.in_features > LARGEST_DENSE
-
-    def refuse_dense(self, what: str) -> None:
-        """Refuse what needs the dense matrix of a layer that is too large for one."""
-        if self.is_too_large:
-            raise ValueError(
-                f"{self.called} has {self.out_features} x {self.in_features} entries, too many for a dense "
-                f"matrix: {what} cannot be made. Use values, keys() and the compact state_dict"
-            )
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense matrix ``[out_features, in_features]``, a copy; differentiable by the live values."""
-        if "weight" not in self.__dict__.get("_parameters", {}):
-            raise AttributeError("weight")
-        self.refuse_dense("weight")
-        object.__setattr__(self, "weight_was_read", True)
-        return self.places.dense(self.values)
-
-    @property
-    def mask(self) -> Tensor:
-        """Where weights live, a bool tensor ``[out_features, in_features]``, made when asked for."""
-        self.refuse_dense("mask")
-        return self.places.dense(torch.ones(self.values.shape, dtype=torch.bool, device=self.places.device))
-
-    @property
-    def live(self) -> int:
-        """The number of live weights."""
-        return self.values.numel()
-
-    @property
-    def density(self) -> float:
-        """The fraction of the weights that live."""
-        return self.live / max(1, self.out_features * self.in_features)
-
-    @property
-    def block_rows(self) -> int:
-        """The number of blocks of rows, each with live inputs of its own."""
-        return self.places.blocks
-
-    def keys(self) -> Tensor:
-        """Ascending int64 keys of the live units: ``block row * in_features + input``."""
-        return self.places.keys()
-
-    def unit_magnitudes(self) -> Tensor:
-        """Of each live unit the sum of its rows' absolute values, in the order of `keys` and at least in float32."""
-        return self.places.sums(self.values.detach().abs())
-
     def forward(self, x: Tensor) -> Tensor:
         """``x W' + b`` for ``x [..., in_features]``."""
         if x.shape[-1] != self.in_features:
@@ -267,50 +193,6 @@ class SparseLinear(nn.Module):
             y = y.contiguous()
         return y if x.dim() == 2 else y.reshape(*x.shape[:-1], self.out_features)
 
-    @torch.no_grad()
-    def move_to(self, keys: Tensor, tensors: Iterable[Tensor] = (), slots: Tensor | None = None) -> Tensor:
-        """Let other units live, as many as before (for "grouped", as many in each block). All is written in place.
-
-        Args:
-            keys: The ascending keys of the units that live from now on.
-            tensors: Further tensors of the values' shape that move with them, such as optimizer state.
-            slots: Where each of these units was before, -1 for those that are born; searched for where it is None.
-
-        Returns:
-            Where values were born, a bool tensor of their shape. They are 0.
-        """
-        places = self.places
-        if keys.shape != (places.units,):
-            raise ValueError(f"{self.called} has {places.units} live units and was given {keys.numel()} keys")
-        slots = places.slots_of(keys) if slots is None else slots
-        born = slots < 0
-        source, new = slots.clamp(min=0), true_places(born)
-        for tensor in (self.values, *tensors):
-            tensor.copy_(places.from_units(places.taken(tensor, source, new)))
-        places.set_keys(keys)
-        return places.of_units(born)
-
-    @torch.no_grad()
-    def set_places(self, keys: Tensor, values: Tensor | None = None) -> None:
-        """Take another pattern, of any number of units.
-
-        Args:
-            keys: The ascending keys of its units.
-            values: The values there; those that are live now are kept and others are 0 where it is None.
-        """
-        if values is None:
-            slots = self.places.slots_of(keys)
-            by_unit = self.places.taken(self.values, slots.clamp(min=0), true_places(slots < 0))
-            self.places.set_keys(keys)
-            values = self.places.from_units(by_unit)
-        else:
-            self.places.set_keys(keys)
-        if values.shape == self.values.shape:
-            self.values.copy_(values)
-        else:
-            self.values.grad = None
-            self.values.data = values.detach().to(self.values)
-
     def to_dense(self) -> nn.Linear:
         """The `nn.Linear` with the same weights, zeros where none live."""
         self.refuse_dense("an nn.Linear")
@@ -329,60 +211,3 @@ class SparseLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"storage={self.storage!r}{group}, live={self.live}, density={self.density:.3g}"
         )
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("weight", "values"):
-            super().__setattr__(name, value)
-        elif isinstance(value, nn.Parameter) and value.shape == self.places.values_shape:
-            self.register_values(value)  # so does load_state_dict(assign=True) set them
-        else:
-            raise AttributeError(
-                f"{self.called}: {name} cannot be set, as pruned weights do not exist. Write into its live values, "
-                "layer.values.data.copy_(...), or set another pattern with set_places(keys, values)"
-            )
-
-    def __delattr__(self, name: str) -> None:
-        if name in ("weight", "values"):
-            raise AttributeError(f"{self.called}: {name} cannot be deleted, and a SparseLinear cannot be parametrized")
-        super().__delattr__(name)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "SparseLinear":
-        refuse_device(self.storage, fn(torch.empty(0, dtype=self.values.dtype, device=self.values.device)).device)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.let_pattern_follow()
-        return self
-
-    def let_pattern_follow(self) -> None:
-        """Move the pattern to where the values are. It stays real where they are on the meta device: `to_empty` keeps it."""
-        values = self.values
-        if values.is_meta:
-            return
-        self.places.to(values.device)
-        if values.is_shared():  # type: ignore[no-untyped-call]
-            self.places.share_memory()
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        written(self, destination, prefix, keep_vars)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # registered last: it sees what the user's own hooks have made of the state
-        handle = self.register_load_state_dict_pre_hook(values_for_weight)  # type: ignore[no-untyped-call]
-        try:
-            super()._load_from_state_dict(state_dict, prefix, *args)
-        finally:
-            handle.remove()
-
-
-def refuse_device(storage: str, device: torch.device) -> None:
-    """Refuse "sparse" storage on a device where its products would be slower than dense ones."""
-    if storage == "sparse" and device.type not in ("cpu", "meta"):
-        raise ValueError(
-            f"storage='sparse' runs on the CPU, and this layer was asked to go to {device}: there a masked layer is faster. Use "
-            "storage='masked', or 'grouped', or to_dense(module) first"
-        )
-
-
-def as_parameter(tensor: Tensor) -> nn.Parameter:
-    """The tensor as a Parameter, itself where it is one."""
-    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)

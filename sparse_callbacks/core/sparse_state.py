@@ -1,4 +1,4 @@
-"""What a `SparseLinear` writes into a ``state_dict`` and reads from one."""
+"""What a truly sparse layer writes into a ``state_dict`` and reads from one."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from sparse_callbacks.core.sparse_linear import SparseLinear
+    from sparse_callbacks.core.live_weight import LiveWeight
 
 
-def written(layer: "SparseLinear", destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+def written(layer: "LiveWeight", destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
     """Put the weight of a layer into a ``state_dict``: the dense matrix, or live values and pattern.
 
     Args:
@@ -30,7 +30,7 @@ def written(layer: "SparseLinear", destination: dict[str, Any], prefix: str, kee
     destination.update(rest)
 
 
-def dense_of(layer: "SparseLinear", values: Tensor) -> Tensor:
+def dense_of(layer: "LiveWeight", values: Tensor) -> Tensor:
     """The dense matrix of a layer; on the meta device an empty one."""
     if values.is_meta:
         return torch.empty(layer.out_features, layer.in_features, dtype=values.dtype, device="meta")
@@ -38,7 +38,7 @@ def dense_of(layer: "SparseLinear", values: Tensor) -> Tensor:
 
 
 def values_for_weight(
-    layer: "SparseLinear",
+    layer: "LiveWeight",
     state: dict[str, Any],
     prefix: str,
     local_metadata: dict[str, Any],
@@ -76,7 +76,7 @@ def values_for_weight(
 
 
 @torch.no_grad()
-def compact_values(layer: "SparseLinear", compact: dict[str, Tensor]) -> Tensor:
+def compact_values(layer: "LiveWeight", compact: dict[str, Tensor]) -> Tensor:
     """The values of a compact weight, whose pattern the layer takes.
 
     Raises:
@@ -91,7 +91,7 @@ def compact_values(layer: "SparseLinear", compact: dict[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def values_of_dense(layer: "SparseLinear", dense: Tensor) -> Tensor:
+def values_of_dense(layer: "LiveWeight", dense: Tensor) -> Tensor:
     """The entries of a dense matrix at the live places.
 
     Raises:
