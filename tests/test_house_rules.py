@@ -157,6 +157,8 @@ THEIR_PRIVATE = {
     "_parameters",  # the parameters of one module alone, None where it has none
     "_buffers",  # the same for buffers
     "_modules",  # the same for children, in the order of registration
+    "_backward_hooks",  # functions that a tensor's gradient is given to
+    "_post_accumulate_grad_hooks",  # the same, once it is accumulated
     "_version",  # how often a tensor was written in place
     "_input_metadata",  # a node of autograd: the shapes that it takes
     "_saved_self_sym_sizes",  # a node of autograd: the sizes of its input

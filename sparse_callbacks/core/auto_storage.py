@@ -1,4 +1,4 @@
-"""What ``storage="auto"`` comes to: each layer's storage by the times that its steps take, the same on every rank."""
+"""What ``storage="auto"`` comes to by the times of a layer's steps, the same on every rank."""
 
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase

@@ -12,6 +12,7 @@ from sparse_callbacks.core.quick_places import largest_places, places_above, tru
 
 LARGEST_SAME = 2**26  # units up to which the draw is that of masked storage
 BITS = 53  # of a random float64: it is an integer of so many bits, over 2^53
+SPREAD = 8.0  # standard deviations: one draw in 10^15 has to be repeated
 CACHED = 2**17  # numbers of a piece: they fit a core's cache
 BLOCKS = 2**22  # numbers that are drawn at a time for blocks that choose by themselves
 
@@ -55,9 +56,9 @@ def largest_of_all(size: int, kept: Tensor, count: int, source: torch.Generator)
 
     Only numbers from a bound on are held, which is almost certainly below the least of them.
     """
-    state, spread = source.get_state(), 8.0
+    state, spread = source.get_state(), SPREAD
     while True:
-        # the numbers above the bound are expected to be more than enough by eight standard deviations
+        # the numbers above the bound are expected to be more than enough by so many standard deviations
         share = (count + spread * math.sqrt(count) + spread**2) / (size - kept.numel())
         places, numbers = numbers_above(max(-1, math.floor((1 - share) * 2**BITS)), size, kept, source)
         if len(places) >= count:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparse_callbacks.core.attachment import Choice
 from sparse_callbacks.core.auto_storage import RowsSeen, decided
 from sparse_callbacks.core.awaited import for_targets, with_awaited
-from sparse_callbacks.core.checkpoint import SavedRun, misfit
+from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.cut_weights import count_cut
 from sparse_callbacks.core.first_places import first_keys, is_drawn_by_rejection, sparse_twin
 from sparse_callbacks.core.initial_masks import find_masks, forget_given
@@ -224,7 +224,15 @@ def _put_saved(
     choices = {name: c if c.live is not None else replace(c, storage="masked") for name, c in choices.items()}
     for name, pattern in saved.patterns.items():
         if name not in layers or name not in choices or choices[name].refused:
-            raise misfit([name], saved.path)
+            why = (
+                choices[name].note
+                if name in choices
+                else "the model has no linear layer of that name that becomes sparse"
+            )
+            raise ValueError(
+                f"the checkpoint {saved.path} has sparse storage for {name}, which this run cannot give it: {why}. Resume with the "
+                "model and the arguments of the interrupted run, or give fresh_start=True."
+            )
         shape = next(e.full_shape for e in entries if e.name == name)
         keys, _, group = units_of(pattern, shape)
         if name in here:

@@ -9,10 +9,11 @@ from torch import Tensor
 from sparse_callbacks.core.drawn_places import drawn_units
 from sparse_callbacks.core.moved_places import BELOW_ZERO, NEVER, largest_in_rows
 from sparse_callbacks.core.ops import keep_largest
+from sparse_callbacks.core.patterns import block_sums, column_sums
 from sparse_callbacks.core.quick_places import largest_places, places_above, true_places
-from sparse_callbacks.core.sparse_products import add_sampled
+from sparse_callbacks.core.sparse_kernels import add_sampled
 
-CACHED = 2**18  # entries of a row block of the dense gradient that stay in a core's cache
+CACHED = 2**20  # entries of a row block of the dense gradient that stay in a core's cache
 ENTRIES = 2**22  # of one that is summed over processes: fewer and larger messages
 SAMPLE = 2**16  # entries of the gradient from which a bound is guessed
 SPARE = 2  # times as many as are needed are expected above the bound, since rows and columns differ in scale
@@ -83,9 +84,8 @@ def look_at_all(
     for number, start in enumerate(range(0, blocks, rows)):
         stop = min(start + rows, blocks)
         gradient = buffer[: (stop - start) * group]
-        scores = row_block(records, slice(start * group, stop * group), gradient, reduce).abs_()
-        if group > 1:
-            scores = scores.view(stop - start, group, inputs).sum(1)
+        gradient = row_block(records, slice(start * group, stop * group), gradient, reduce)
+        scores = gradient.abs_() if group == 1 else column_sums(gradient, group)
         best.add(scores, kept[ends[number] : ends[number + 1]] - start * inputs, start * inputs)
 
 
@@ -225,7 +225,7 @@ def candidate_units(
     columns = drawn.view(blocks, -1) - torch.arange(blocks, device=drawn.device)[:, None] * inputs
     gradients = gradient_of_columns(records, columns, group, dtype)
     gradients = gradients if reduce is None else reduce(gradients)
-    ranked = gradients.abs_().sum(1).nan_to_num_(BELOW_ZERO, torch.inf)
+    ranked = block_sums(gradients).nan_to_num_(BELOW_ZERO, torch.inf)
     return drawn[true_places(largest_in_rows(ranked, count))]
 
 

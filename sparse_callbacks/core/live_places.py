@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparse_callbacks.core.largest import widened
-from sparse_callbacks.core.moved_places import compressed, transposed
+from sparse_callbacks.core.moved_places import by_column, fill_columns, fill_rows
 from sparse_callbacks.core.place_units import Groups, LivePlaces, Rows, checked
 
 __all__ = ["GroupPlaces", "LivePlaces", "RowPlaces", "Storage", "keys_of_mask", "places_of"]
@@ -47,8 +47,10 @@ class RowPlaces(LivePlaces):
         """
         if col.numel() > LARGEST_INT32:
             raise ValueError(f"a layer may have {LARGEST_INT32} live weights, and this one would have {col.numel()}")
-        crow_t, col_t, perm = transposed(rows, col, self.inputs)
-        self.replace(crow=crow, col=col, crow_t=crow_t, col_t=col_t, perm=perm)
+        self.replace(crow=crow, col=col)
+        crow_t = self.room("crow_t", (self.inputs + 1,), col)
+        col_t, perm = (self.room(name, col.shape, col) for name in ("col_t", "perm"))
+        fill_columns(rows, col, crow_t, col_t, perm)
 
     @property
     def units(self) -> int:
@@ -72,7 +74,8 @@ class RowPlaces(LivePlaces):
         return torch.repeat_interleave(rows, self.crow.diff()).mul_(self.inputs).add_(self.col)
 
     def set_keys(self, keys: Tensor) -> None:
-        self.set_rows(*compressed(keys, self.outputs, self.inputs))
+        crow, col = self.room("crow", (self.outputs + 1,), keys), self.room("col", keys.shape, keys)
+        self.set_rows(crow, col, fill_rows(keys, self.inputs, crow, col))
 
     def saved(self) -> dict[str, Tensor]:
         return {"crow": self.crow, "col": self.col}
@@ -152,8 +155,7 @@ class GroupPlaces(LivePlaces):
 
     def set_columns(self, columns: Tensor) -> None:
         flat = columns.reshape(-1)
-        offsets, _, places = transposed(flat, flat, self.inputs)
-        self.replace(idx=columns, places=places, offsets=offsets)
+        self.replace(idx=columns, places=by_column(flat, self.room("offsets", (self.inputs + 1,), flat)))
 
     def first_keys(self, device: torch.device) -> Tensor:
         """The key of the first input of each block, ``[blocks, 1]``."""
@@ -207,12 +209,17 @@ def places_of(storage: Storage, outputs: int, inputs: int, group: int, keys: Ten
     Raises:
         ValueError: The storage is unknown, ``group`` does not divide the outputs, or the keys are not of the pattern.
     """
+    refuse_storage(storage)
     if storage == "sparse":
         return RowPlaces(outputs, inputs, keys)
-    if storage != "grouped":
-        raise ValueError(f"storage={storage!r} is not known. Give 'sparse' or 'grouped'")
     refuse_group(outputs, group)
     return GroupPlaces(outputs, inputs, group, keys)
+
+
+def refuse_storage(storage: str) -> None:
+    """Refuse a storage that is not known."""
+    if storage not in ("sparse", "grouped"):
+        raise ValueError(f"storage={storage!r} is not known. Give 'sparse' or 'grouped'")
 
 
 def refuse_group(outputs: int, group: int) -> None:

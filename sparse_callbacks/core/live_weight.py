@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.core.live_places import LivePlaces, RowPlaces, Storage
-from sparse_callbacks.core.moved_places import true_places
+from sparse_callbacks.core.quick_places import true_places
 from sparse_callbacks.core.sparse_state import values_for_weight, written
 
 LARGEST_DENSE = 2**31  # entries of a layer that may be made dense
+PRODUCTS_RUN_ON = ("cpu", "meta")  # devices of "sparse" storage
 
 
 class LiveWeight(nn.Module):
@@ -195,7 +196,7 @@ class LiveWeight(nn.Module):
 
 def refuse_device(storage: str, device: torch.device) -> None:
     """Refuse "sparse" storage on a device where its products would be slower than dense ones."""
-    if storage == "sparse" and device.type not in ("cpu", "meta"):
+    if storage == "sparse" and device.type not in PRODUCTS_RUN_ON:
         raise ValueError(
             f"storage='sparse' runs on the CPU, and this layer was asked to go to {device}: there a masked layer is faster. Use "
             "storage='masked', or 'grouped', or to_dense(module) first"

@@ -1,4 +1,4 @@
-"""One module in the place of another: wherever it is held, with its hooks and everything that users have set on it."""
+"""One module takes the place of another, with its hooks and what users have set on it."""
 
 from collections.abc import Iterator
 from functools import cache

@@ -4,12 +4,15 @@ A unit is one input column of a row, or of a block of rows that read the same in
 column``, and keys are always ascending. Results are those of masked storage (`core.ops`), ties and NaN included.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from sparse_callbacks.core.quick_places import counts_below, largest_places, true_places
 
 BELOW_ZERO, NEVER = -1.0, -2.0  # what stands among magnitudes for NaN, and for what cannot be chosen
+CACHED = 2**17  # units of a piece that fits a core's cache
 SHORT = 2**15  # numbers that int16 holds: the fewer bits, the faster their sort
 
 
@@ -60,24 +63,37 @@ def merged(keys: Tensor, kept: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
         kept: ascending slots of those that stay.
         new: ascending keys that come, none of which stays.
     """
-    # only what comes is searched for; what stays is counted
-    before = counts_below(keys, new)
-    stays = torch.zeros(keys.numel() + 1, dtype=torch.int32, device=keys.device)
-    stays[1:].index_fill_(0, kept, 1)
-    places = stays.cumsum_(0).index_select(0, before) + torch.arange(new.numel(), device=keys.device)
-    others = places_without(places, kept.numel() + new.numel())
-    joined = torch.empty(others.numel() + places.numel(), dtype=torch.int64, device=keys.device)
+    joined = torch.empty(kept.numel() + new.numel(), dtype=torch.int64, device=keys.device)
     slots = torch.empty_like(joined)
-    joined.scatter_(0, places, new).scatter_(0, others, keys.index_select(0, kept))
-    slots.scatter_(0, places, slots_at(keys, new, before)).scatter_(0, others, kept)
+    # in pieces: what is made in between stays in the cache, and memory fresh from the system costs more than the work
+    firsts = torch.arange(0, max(1, keys.numel()), CACHED, device=keys.device)
+    of_kept = [*torch.searchsorted(kept, firsts).tolist(), kept.numel()]
+    of_new = [0, *torch.searchsorted(new, keys[firsts[1:]]).tolist(), new.numel()]
+    for piece, first in enumerate(firsts.tolist()):
+        stay, come = (slice(*ends[piece : piece + 2]) for ends in (of_kept, of_new))
+        place = slice(stay.start + come.start, stay.stop + come.stop)
+        merge_piece(keys[first : first + CACHED], first, kept[stay], new[come], joined[place], slots[place])
     return joined, slots
 
 
-def slots_at(keys: Tensor, wanted: Tensor, before: Tensor) -> Tensor:
+def merge_piece(keys: Tensor, first: int, kept: Tensor, new: Tensor, joined: Tensor, slots: Tensor) -> None:
+    """Write the joined keys and their slots of a piece of the keys, of which ``first`` is the slot of the first."""
+    # only what comes is searched for; what stays is counted
+    before = counts_below(keys, new)
+    stays = torch.zeros(keys.numel() + 1, dtype=torch.int32, device=keys.device)
+    stays[1:].index_fill_(0, kept - first, 1)
+    places = stays.cumsum_(0).index_select(0, before) + torch.arange(new.numel(), device=keys.device)
+    others = places_without(places, joined.numel())
+    joined.scatter_(0, places, new).scatter_(0, others, keys.index_select(0, kept - first))
+    slots.scatter_(0, places, slots_at(keys, first, new, before)).scatter_(0, others, kept)
+
+
+def slots_at(keys: Tensor, first: int, wanted: Tensor, before: Tensor) -> Tensor:
     """The slots of the wanted keys, -1 for those that are none of the ascending ``keys``.
 
     Args:
         keys: ascending keys.
+        first: the slot of the first of them.
         wanted: keys that are looked for.
         before: the number of keys below each of them.
     """
@@ -86,7 +102,7 @@ def slots_at(keys: Tensor, wanted: Tensor, before: Tensor) -> Tensor:
     found = before.clamp(max=keys.numel() - 1)
     other = keys.index_select(0, found) != wanted
     # or with -1, all of whose bits are set: several times as fast as a fill of random places
-    return found.bitwise_or_(other.to(torch.int64).neg_())
+    return found.add_(first).bitwise_or_(other.to(torch.int64).neg_())
 
 
 def places_without(places: Tensor, size: int) -> Tensor:
@@ -95,26 +111,50 @@ def places_without(places: Tensor, size: int) -> Tensor:
     return true_places(others.index_fill_(0, places, False))
 
 
-def compressed(keys: Tensor, outputs: int, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The compressed rows of ascending keys: ``crow``, ``col`` and the row of each key, int32."""
-    begins = torch.arange(outputs + 1, device=keys.device) * inputs
-    crow = torch.searchsorted(keys, begins)
-    lengths = crow.diff()
-    col = (keys - torch.repeat_interleave(begins[:-1], lengths)).to(torch.int32)
-    rows = torch.arange(outputs, dtype=torch.int32, device=keys.device)
-    return crow.to(torch.int32), col, torch.repeat_interleave(rows, lengths)
+def fill_rows(keys: Tensor, inputs: int, crow: Tensor, col: Tensor) -> Tensor:
+    """Write the compressed rows of ascending keys, and give the row of each key, int32.
+
+    Args:
+        keys: ascending keys.
+        inputs: the number of columns.
+        crow: takes the number of keys before each row, int32.
+        col: takes their columns, int32.
+    """
+    begins = torch.arange(crow.numel(), device=keys.device) * inputs
+    torch.searchsorted(keys, begins, out_int32=True, out=crow)
+    numbers = torch.arange(crow.numel() - 1, dtype=torch.int32, device=keys.device)
+    rows = torch.repeat_interleave(numbers, crow.diff(), output_size=keys.numel())
+    for piece in pieces(keys.numel()):
+        col[piece] = keys[piece] - rows[piece].to(torch.int64).mul_(inputs)
+    return rows
 
 
-def transposed(rows: Tensor, col: Tensor, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The compressed columns of a matrix in compressed rows: ``crow_t``, ``col_t`` and ``perm``, int32.
+def fill_columns(rows: Tensor, col: Tensor, crow_t: Tensor, col_t: Tensor, perm: Tensor) -> None:
+    """Write the compressed columns of a matrix in compressed rows.
 
     Args:
         rows: the row of each live weight, ascending, int32.
         col: its column.
-        inputs: the number of columns.
+        crow_t: takes the number of weights before each column, int32.
+        col_t: takes the row of each weight, by column, int32.
+        perm: takes its slot in the compressed rows, int32.
     """
-    short = torch.int16 if inputs < SHORT else torch.int32
+    slots = by_column(col, crow_t)
+    torch.index_select(rows, 0, slots, out=col_t)
+    perm.copy_(slots)
+
+
+def by_column(col: Tensor, crow_t: Tensor) -> Tensor:
+    """The places of columns in ascending order, equal ones in the order of their places; and where each begins, in ``crow_t``."""
+    short = torch.int16 if crow_t.numel() <= SHORT else torch.int32
     # a radix sort, linear in the number of bits
-    ordered, perm = col.to(short).sort(stable=True)
-    crow_t = torch.searchsorted(ordered, torch.arange(inputs + 1, dtype=short, device=col.device), out_int32=True)
-    return crow_t, rows.index_select(0, perm), perm.to(torch.int32)
+    ordered, places = col.to(short).sort(stable=True)
+    columns = torch.arange(crow_t.numel(), dtype=short, device=col.device)
+    torch.searchsorted(ordered, columns, out_int32=True, out=crow_t)
+    return places
+
+
+def pieces(size: int) -> Iterator[slice]:
+    """Slices that together are ``size`` long, each of which fits a core's cache."""
+    for start in range(0, size, CACHED):
+        yield slice(start, min(start + CACHED, size))

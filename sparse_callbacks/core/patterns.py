@@ -12,8 +12,10 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from sparse_callbacks.core import moved_places
 from sparse_callbacks.core.attachment import Choice
 from sparse_callbacks.core.largest import widened
+from sparse_callbacks.core.moved_places import BELOW_ZERO, NEVER
 from sparse_callbacks.core.selection import Entry
 
 _FAN_IN = re.compile(r"fan_in/([1-9][0-9]*)")
@@ -212,16 +214,9 @@ def largest_in_rows(scores: Tensor, count: int, among: Tensor | None = None) -> 
         count: numbers to take in each row; there are as many.
         among: bool, of the shape of ``scores``; only its True positions are taken. None: all.
     """
-    if count == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
     # below zero, which is the least that a number can be, and above what must not be taken
-    ranked = torch.where(scores.isnan(), -1.0, scores)
-    if among is not None:
-        ranked = ranked.masked_fill(~among, -2.0)
-    least = ranked.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)
-    above, equal = ranked > least, ranked == least
-    need = count - above.sum(1, keepdim=True)
-    return above | (equal & (equal.cumsum(1) <= need))
+    ranked = torch.where(scores.isnan(), BELOW_ZERO, scores)
+    return moved_places.largest_in_rows(ranked if among is None else ranked.masked_fill_(~among, NEVER), count)
 
 
 def drawn_columns(blocks: int, inputs: int, count: int, source: torch.Generator, among: Tensor | None = None) -> Tensor:

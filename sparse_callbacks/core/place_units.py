@@ -1,11 +1,14 @@
 """What patterns of truly sparse layers have in common, and the tensors of them that products read."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from sparse_callbacks.core.moved_places import slots_at
+from sparse_callbacks.core.quick_places import counts_below
 
 
 class Rows(NamedTuple):
@@ -144,11 +147,16 @@ class LivePlaces(ABC):
     def replace(self, **tensors: Tensor) -> None:
         """Take these tensors for the pattern: in place where the shapes are those that are there."""
         for name, tensor in tensors.items():
-            old = getattr(self, name, None)
-            if old is not None and old.shape == tensor.shape:
-                old.copy_(tensor)
-            else:
-                setattr(self, name, tensor)
+            self.room(name, tensor.shape, tensor).copy_(tensor)
+
+    def room(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        """The tensor of the pattern with this name, to be written: a new one, on the device of ``like``, where there is none
+        of this shape."""
+        old = getattr(self, name, None)
+        if old is None or old.shape != torch.Size(shape):
+            setattr(self, name, torch.empty(shape, dtype=torch.int32, device=like.device))
+        room: Tensor = getattr(self, name)
+        return room
 
     def slots_of(self, keys: Tensor) -> Tensor:
         """The slots that units have now, -1 where they are not live.
@@ -157,10 +165,7 @@ class LivePlaces(ABC):
             keys: The ascending keys of the units.
         """
         old = self.keys()
-        if not old.numel():
-            return torch.full_like(keys, -1)
-        slots = torch.searchsorted(old, keys).clamp_(max=old.numel() - 1)
-        return slots.masked_fill_(old[slots] != keys, -1)
+        return slots_at(old, 0, keys, counts_below(old, keys))
 
 
 def checked(keys: Tensor, columns: Tensor, inputs: int) -> Tensor:

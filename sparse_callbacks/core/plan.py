@@ -14,7 +14,7 @@ _MASKED = Choice("masked")
 class Row:
     """One parameter: ``zeros`` of its ``size`` weights will be pruned at the target; ``reason`` says why it stays
     dense, and ``remark`` what else there is to say of a sparse one, such as the pattern of its mask. ``storage`` is
-    ``"masked"``, ``"sparse"``, ``"grouped"``, or ``"decided at fit"``; empty where it stays dense.
+    ``"masked"`` (of dense ones too), ``"sparse"``, ``"grouped"``, or ``"decided at fit"``.
 
     ``zeros`` and ``sparsity`` are None where one threshold over all layers decides during training.
     """
@@ -25,7 +25,7 @@ class Row:
     zeros: int | None
     reason: str
     remark: str = ""
-    storage: str = ""
+    storage: str = "masked"
 
     @property
     def sparsity(self) -> float | None:
@@ -119,7 +119,7 @@ class Plan:
         return replace(self, rows=tuple(_stored(row, choices.get(row.name, _MASKED)) for row in self.rows))
 
     def __str__(self) -> str:
-        stored = any(r.storage not in ("", "masked") for r in self.rows)
+        stored = any(r.storage != "masked" for r in self.rows)
         head = ("parameter", "shape", "weights", "sparsity", "zeros", *(["storage"] if stored else []), "why dense")
         body = [
             (
@@ -132,7 +132,7 @@ class Plan:
                 if r.sparsity is None
                 else f"{r.sparsity:.4f}",
                 "" if r.name not in self.selected or r.zeros is None else f"{r.zeros:,}",
-                *([r.storage] if stored else []),
+                *([r.storage if r.name in self.selected and r.zeros != 0 else ""] if stored else []),
                 "; ".join(filter(None, (r.reason, r.remark))),
             )
             for r in self.rows

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from sparse_callbacks.core.ops import keep_largest
 
-_SMALL = 8192  # numbers below which a sample costs more than it saves
-_SIGMAS = 3.0  # half width of the bracket in standard deviations of the sampled rank
+SMALL = 8192  # numbers below which a sample costs more than it saves
+SIGMAS = 3.0  # half width of the bracket in standard deviations of the sampled rank
 
 
-def _numpy(tensor: Tensor) -> Any:
+def numpy_for(tensor: Tensor) -> Any:
     """The module numpy, where it is imported and can read the tensor; else None."""
     # this package does not need numpy, which has no bfloat16
     readable = tensor.device.type == "cpu" and tensor.dtype is not torch.bfloat16
@@ -25,21 +25,21 @@ def _numpy(tensor: Tensor) -> Any:
 
 def true_places(mask: Tensor) -> Tensor:
     """The row-major places of a mask's True, ascending."""
-    if (numpy := _numpy(mask)) is not None:
+    if (numpy := numpy_for(mask)) is not None:
         return torch.from_numpy(numpy.flatnonzero(mask.numpy()))
     return mask.reshape(-1).nonzero().squeeze(1)
 
 
 def places_above(numbers: Tensor, bound: float) -> Tensor:
     """The places of numbers above a bound, ascending; NaN is above nothing."""
-    if (numpy := _numpy(numbers)) is not None:
+    if (numpy := numpy_for(numbers)) is not None:
         return torch.from_numpy(numpy.flatnonzero(numpy.greater(numbers.numpy(), bound)))
     return (numbers > bound).nonzero().squeeze(1)
 
 
 def counts_below(ascending: Tensor, wanted: Tensor) -> Tensor:
     """How many of the ascending numbers are below each of the wanted ones."""
-    if (numpy := _numpy(ascending)) is not None:
+    if (numpy := numpy_for(ascending)) is not None:
         return torch.from_numpy(numpy.searchsorted(ascending.numpy(), wanted.numpy()))
     return torch.searchsorted(ascending, wanted)
 
@@ -51,12 +51,17 @@ def largest_places(scores: Tensor, count: int) -> Tensor:
         ValueError: `count` is negative or exceeds the scores.
     """
     size = scores.numel()
-    if (numpy := _numpy(scores)) is not None and size > _SMALL and 0 < count < size:
-        least = _least_of_largest(scores, count, numpy)
-        places = torch.from_numpy(numpy.flatnonzero(scores.numpy() >= least))
-        # another number of places: the bracket was beside the threshold, or there are ties or NaN
-        if len(places) == count:
-            return places
+    if (numpy := numpy_for(scores)) is not None and size > SMALL and 0 < count < size:
+        flat, least = scores.numpy(), _least_of_largest(scores, count, numpy)
+        places = numpy.flatnonzero(flat >= least)
+        surplus = len(places) - count
+        if surplus > 0:
+            # of equal scores the last ones are too many
+            equal = numpy.flatnonzero(flat[places] == least)
+            places = numpy.delete(places, equal[-surplus:])
+        if surplus >= 0:
+            return torch.from_numpy(places)
+    # the bracket was beside the threshold, or NaN is among the largest
     return true_places(keep_largest(scores, count))
 
 
@@ -66,7 +71,7 @@ def _least_of_largest(scores: Tensor, count: int, numpy: Any) -> float:
     sample = flat[:: round(size ** (1 / 3)) | 1].copy()
     sample.sort()
     rank = (1 - count / size) * len(sample)
-    spread = _SIGMAS * math.sqrt(rank * count / size) + 1
+    spread = SIGMAS * math.sqrt(rank * count / size) + 1
     first, last = math.floor(rank - spread), math.ceil(rank + spread)
     low = sample[first] if first >= 0 else 0.0
     high = sample[last] if last < len(sample) else math.inf

@@ -5,7 +5,15 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.core.live_places import GroupPlaces, LivePlaces, RowPlaces, Storage, keys_of_mask, places_of
+from sparse_callbacks.core.live_places import (
+    GroupPlaces,
+    LivePlaces,
+    RowPlaces,
+    Storage,
+    keys_of_mask,
+    places_of,
+    refuse_storage,
+)
 from sparse_callbacks.core.live_weight import LiveWeight, as_parameter
 from sparse_callbacks.core.pattern_draws import fan_in_columns
 from sparse_callbacks.core.product_records import CallRecords, Use
@@ -74,6 +82,7 @@ class SparseLinear(LiveWeight):
         weight = linear.weight
         if mask.shape != weight.shape:
             raise ValueError(f"the mask has shape {tuple(mask.shape)} and the weight {tuple(weight.shape)}")
+        refuse_storage(storage)
         keys = keys_of_mask(mask.to(torch.bool), 1 if storage == "sparse" else group)
         places = places_of(storage, weight.shape[0], weight.shape[1], group, keys)
         if weight.device.type != "meta":

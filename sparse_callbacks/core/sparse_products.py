@@ -4,8 +4,6 @@ Activations are feature-major inside, ``[features, batch]``, so that a live weig
 Functions return fresh tensors and views are made outside of them: torch refuses to write into a view that a Function made.
 """
 
-import functools
-import warnings
 from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any
@@ -16,68 +14,9 @@ from torch.nn import functional
 
 from sparse_callbacks.core.place_units import Groups, Rows
 from sparse_callbacks.core.product_records import Use, of_gradient
+from sparse_callbacks.core.sparse_kernels import add_sampled, rows_product, sampled
 
 WIDTH = 128  # columns of a piece of the batch: its rows of 512 bytes stay in the nearest cache
-ENTRIES = 2**20  # that the sampled product without MKL makes at a time
-
-
-@functools.cache
-def has_sampled_product() -> bool:
-    """Whether torch has the sampled product of compressed rows on this CPU; it comes with MKL."""
-    crow, col = torch.tensor([0, 1], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-    one = torch.ones(1, 1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says once in a process that its compressed rows are in beta
-        try:
-            pattern = torch.sparse_csr_tensor(crow, col, torch.zeros(1), (1, 1), check_invariants=False)
-            return bool(torch.sparse.sampled_addmm(pattern, one, one).values() == 1)
-        except RuntimeError:
-            return False
-
-
-def rows_product(crow: Tensor, col: Tensor, values: Tensor, x: Tensor) -> Tensor:
-    """The product of a matrix in compressed rows with ``x [inputs, batch]``: ``[outputs, batch]``."""
-    if not x.numel() or not values.numel():
-        return x.new_zeros(crow.numel() - 1, x.shape[1])
-    return functional.embedding_bag(col, x, crow, mode="sum", per_sample_weights=values, include_last_offset=True)
-
-
-def add_sampled(crow: Tensor, col: Tensor, dy: Tensor, x: Tensor, into: Tensor) -> None:
-    """Add the entries of ``dy x'`` at the live places to ``into``.
-
-    Args:
-        crow: Where each row begins in ``col``.
-        col: Columns of the live places.
-        dy: ``[outputs, batch]``.
-        x: ``[inputs, batch]``.
-        into: The live entries so far, ``[live]``.
-    """
-    if not into.numel() or not x.numel():
-        return
-    if into.dtype in (torch.float32, torch.float64) and has_sampled_product():
-        # both tensors are views of `into`: neither pattern nor gradient is copied
-        pattern = torch.sparse_csr_tensor(crow, col, into, (dy.shape[0], x.shape[0]), check_invariants=False)
-        torch.sparse.sampled_addmm(pattern, dy, x.t(), beta=1.0, out=pattern)
-        return
-    step = max(1, ENTRIES // x.shape[1])
-    for start in range(0, col.numel(), step):
-        some = col[start : start + step]
-        places = torch.arange(start, start + some.numel(), dtype=torch.int32, device=col.device)
-        rows = torch.searchsorted(crow, places, right=True).sub_(1)
-        into[start : start + step] += (dy.index_select(0, rows) * x.index_select(0, some)).sum(1)
-
-
-@torch.library.custom_op("sparse_callbacks::sampled", mutates_args=())
-def sampled_in_graph(crow: Tensor, col: Tensor, dy: Tensor, x: Tensor) -> Tensor:
-    """The entries of ``dy x'`` at the live places, as one operation for compiled graphs; it costs too much elsewhere."""
-    into = torch.zeros(col.numel(), dtype=dy.dtype, device=dy.device)
-    add_sampled(crow, col, dy.contiguous(), x.contiguous(), into)
-    return into
-
-
-@sampled_in_graph.register_fake
-def _(crow: Tensor, col: Tensor, dy: Tensor, x: Tensor) -> Tensor:
-    return dy.new_empty(col.shape)
 
 
 class RowsProduct(torch.autograd.Function):
@@ -183,16 +122,6 @@ def plus(y: Tensor, bias: Tensor | None) -> Tensor:
 def asks_for_graph() -> bool:
     """Whether a backward pass is to be differentiated itself."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-def sampled(rows: Rows, x: Tensor, dy: Tensor) -> Tensor:
-    """The entries of ``dy x'`` at the live places, ``[1, live]``."""
-    if torch.compiler.is_compiling():
-        entries: Tensor = sampled_in_graph(rows.crow, rows.col, dy, x)
-        return entries.view(1, -1)
-    into = dy.new_zeros(1, rows.col.numel())
-    add_sampled(rows.crow, rows.col, dy, x, into.view(-1))
-    return into
 
 
 def feature_major(batch: Tensor, keep: bool = False) -> Iterator[Tensor]:

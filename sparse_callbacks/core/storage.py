@@ -1,4 +1,4 @@
-"""How sparse layers are stored: the arguments of a method that say so, and the methods that cannot have them."""
+"""The arguments that say how sparse layers are stored, and the methods that have none."""
 
 from collections.abc import Callable, Mapping
 from functools import singledispatch, wraps
@@ -48,8 +48,8 @@ def refusing_storage(init: Callable[..., None]) -> Callable[..., None]:
     return checked
 
 
-def check_storage(method: object, storage: Any, group: Any, rows: Any) -> None:
-    """Refuse arguments that are not a storage, a group of rows, or numbers of rows.
+def check_storage(method: object, storage: Any, group: Any, rows: Any, pattern: str | None) -> None:
+    """Refuse arguments that are not a storage, a group of rows, or numbers of rows, or a pattern that is not of the storage.
 
     Raises:
         ValueError: says which one, and what to give.
@@ -69,6 +69,12 @@ def check_storage(method: object, storage: Any, group: Any, rows: Any) -> None:
         raise ValueError(
             f"rows={shown_short(rows)} is not the number of rows that a layer sees in a step. Give the size of the batch "
             "(times the length of its sequences), or a mapping of globs on parameter names to such numbers."
+        )
+    fitting = {"masked", "grouped"} if pattern == f"fan_in/{group}" else {"masked"}
+    if pattern is not None and not fitting.issuperset(names):
+        raise ValueError(
+            f"pattern={pattern!r} is one of masked storage, and storage={shown_short(storage)} with group={group!r} has another. "
+            "For the same pattern without the pruned weights give storage='grouped' and its group=."
         )
 
 

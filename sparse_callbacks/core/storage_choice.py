@@ -1,4 +1,4 @@
-"""Which storage each sparse layer of a model gets, and why a layer stays masked that was to have another."""
+"""Which storage each sparse layer of a model gets, and why one stays masked."""
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace

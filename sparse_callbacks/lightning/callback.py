@@ -280,7 +280,7 @@ class SparsityCallback(Method, AnyCallback):
             exchanging.bring_dense_back(self.fit_state)
         elif fit.before is not None and self.saved is not None:  # over already: its calendar was never made anew
             self.calendar = calendar_of(self, self.saved.times)
-        fit.restored = fit.before = fit.exchanged = fit.first_use = self.saved = None
+        fit.restored = fit.before = fit.exchanged = self.saved = None
         fit.resumed = False
         if stage == "fit":
             spawned.hand_over(self, trainer)
@@ -326,6 +326,9 @@ class SparsityCallback(Method, AnyCallback):
         clip_again(module)
         self.fit_state.watch, self.fit_state.given, self.fit_state.rests = None, [], False
         self.fit_state.averages.end()
+        if self.fit_state.first_use is not None:  # the first batch has failed
+            self.fit_state.first_use.end()
+            self.fit_state.first_use = None
         self.engine.unbind()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -182,9 +182,10 @@ def watch_first_use(fit: FitState) -> None:
 
 def warn_of_first_use(fit: FitState) -> None:
     """The first batch is over: say which exchanged layers it made no use of, or used otherwise than by calling them."""
-    first_use, fit.first_use = fit.first_use, None
-    if first_use is not None and (text := first_use.warning()):
+    assert fit.first_use is not None
+    if text := fit.first_use.warning():
         rank_zero_warn(text)
+    fit.first_use = None
 
 
 def bring_dense_back(fit: FitState) -> None:

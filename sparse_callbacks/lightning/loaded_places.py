@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.core.live_layout import why_not_pattern
 from sparse_callbacks.core.live_masks import exchanged_layers
 from sparse_callbacks.core.saved_patterns import Pattern, keys_of, mask_of
 from sparse_callbacks.core.sparse_linear import SparseLinear
+from sparse_callbacks.core.state_layout import LAYOUT
 from sparse_callbacks.lightning.dense_shapes import dense_shapes
 from sparse_callbacks.lightning.hidden_calls import call_instead
 from sparse_callbacks.lightning.namespaces import Trainer
@@ -64,7 +64,7 @@ def _saved_patterns(found: Mapping[str, Any]) -> Iterator[tuple[str, Pattern]]:
     for state in states.values() if isinstance(states, Mapping) else ():
         patterns = state.get("patterns") if isinstance(state, Mapping) else None
         for name, pattern in patterns.items() if isinstance(patterns, Mapping) else ():
-            if not why_not_pattern(pattern):
+            if not LAYOUT["patterns"]({name: pattern}):
                 yield name, pattern
 
 
@@ -104,7 +104,7 @@ def _unfold(weights: MutableMapping[str, Any], name: str, shape: tuple[int, ...]
     """Replace the compact weight of a layer by its dense matrix."""
     parts = {key: weights.get(f"{name}.{key}") for key in ("crow", "col", "idx")}
     pattern, values = {key: t for key, t in parts.items() if t is not None}, weights[f"{name}.values"]
-    if why_not_pattern(pattern) or len(shape) != 2:
+    if LAYOUT["patterns"]({name: pattern}) or len(shape) != 2:
         return
     mask = mask_of(pattern, shape)
     # rows of a group read the same inputs, in the order of columns, so that values lie as the matrix does

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.engine import Engine
+from sparse_callbacks.core.live_records import gathered_records
 from sparse_callbacks.core.local_parts import laid_out
 from sparse_callbacks.lightning.fit_state import FitState
 
@@ -46,8 +47,10 @@ def state_of_window(
     if not fit.waiting or engine.method.attachment.model is None:
         return {}
     held = {n: p.grad for n, p in engine.method.model.named_parameters() if p.grad is not None}
+    # of exchanged layers, whose gradient of pruned weights cannot be made anew
+    records = gathered_records(engine.method.weights.layers_stored)
     return {
         "grads": shared(held),
         "dense_grads": shared(engine.dense_gradients.kept),
         "window_open": fit.window_open,
-    }
+    } | ({"records": records} if records else {})

@@ -74,7 +74,12 @@ def look_before_loading(trainer: Any, module: LightningModule, methods: Sequence
         if not is_tuner_checkpoint(path):
             refuse_other_parts(found, path)
             _refuse_other_progress(found["loops"], path, trainer)
-            resumed = [(m, _refuse_other_state(m, found, module, path)) for m in methods if not m.fresh_start]
+            if any(method.fresh_start for method in methods):  # new masks over the weights of the checkpoint
+                take_places(module, found)
+            resumed = [(m, _saved_run(m, found, module, path)) for m in methods if not m.fresh_start]
+            for method, saved in resumed:
+                exchange_layers_of(method, trainer, module, saved)
+            resumed = [(method, _refuse_other_state(method, saved, module)) for method, saved in resumed]
             # of shards in a folder torch compares names and shapes before it loads any
             in_shards = loads_at_once and Path(path).is_dir()
             if not in_shards and not _others_load(trainer, module, methods):
@@ -82,10 +87,6 @@ def look_before_loading(trainer: Any, module: LightningModule, methods: Sequence
                     _refuse_other_weights(weights, module, path)
                     for method, saved in resumed:
                         _refuse_cut_weights(method, saved, weights)
-            if len(resumed) < len(methods):  # new masks over the weights of the checkpoint
-                take_places(module, found)
-            for method, saved in resumed:
-                exchange_layers_of(method, trainer, module, saved)
         return read(path, **options) if loads_at_once else found
 
     call_instead(trainer, "load_checkpoint", load_checkpoint)
@@ -111,7 +112,7 @@ def _with_inventory(key: str, checkpoint: Mapping[str, Any]) -> Any:
     written = listed.get(key, {}) if isinstance(listed, Mapping) else listed
     if not isinstance(state, Mapping) or written == {}:  # version 0.1 wrote none
         return state
-    if not isinstance(written, Mapping) or written.keys() != {"zeros", "names"}:
+    if not isinstance(written, Mapping) or written.keys() - {"units"} != {"zeros", "names"}:
         written = {"names": shown_short(written)}  # which is refused
     return {**state, **written}
 
@@ -192,8 +193,8 @@ def _why_other_progress(there: Any, here: Any, name: str) -> str:
     return next((why for pair in pairs if (why := _why_other_progress(*pair))), "")
 
 
-def _refuse_other_state(method: Method, found: Mapping[str, Any], module: LightningModule, path: object) -> SavedRun:
-    """The saved run of a method, which can go on from it."""
+def _saved_run(method: Method, found: Mapping[str, Any], module: LightningModule, path: object) -> SavedRun:
+    """The saved run of a method with these arguments, whose masks and patterns are of the model's layers."""
     state = _with_inventory(getattr(method, "state_key", ""), found)
     saved = SavedRun.of(check_state(state, method.arguments, type(method).__name__, path), path)
     if not found["optimizer_states"]:  # which Lightning would not notice
@@ -203,13 +204,18 @@ def _refuse_other_state(method: Method, found: Mapping[str, Any], module: Lightn
     if wrong := [*wrong, *(n for n in saved.patterns if n not in here)]:
         raise misfit(wrong, path)
     _refuse_other_layers(saved, module, here, path)
+    return saved
+
+
+def _refuse_other_state(method: Method, saved: SavedRun, module: LightningModule) -> SavedRun:
+    """The saved run of a method, which can go on from it."""
     # which parameters the optimizers will have is not known yet, and was known when the masks were made
     chosen = select(module, method.include, method.exclude, method.keep_dense)
-    entries = with_awaited(method, chosen, saved.masks, saved.awaited or ())
-    if any(e.reason.startswith(NOT_TRAINED) for e in entries if e.name in saved.masks):
+    entries = with_awaited(method, chosen, saved.names, saved.awaited or ())
+    if any(e.reason.startswith(NOT_TRAINED) for e in entries if e.name in saved.names):
         return saved  # frozen now: whether a callback thaws it before on_fit_start shows there
     saved = planned_otherwise(saved, entries)
-    entries = [e if e.name in saved.masks else replace(e, reason=e.reason or "not in the checkpoint") for e in entries]
+    entries = [e if e.name in saved.names else replace(e, reason=e.reason or "not in the checkpoint") for e in entries]
     method.saved = saved  # some methods plan by the saved masks
     try:
         sharing = sharing_entries(method, entries)

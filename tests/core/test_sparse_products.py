@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_callbacks import SparseLinear
-from sparse_callbacks.core import sparse_products
+from sparse_callbacks.core import sparse_kernels, sparse_products
 
 SHAPES = [(10,), (1, 10), (5, 10), (3, 7, 10), (2, 2, 3, 10), (0, 10), (2, 0, 10), (9, 10)]
 
@@ -22,8 +22,8 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def without_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparse_products, "has_sampled_product", lambda: False)
-    monkeypatch.setattr(sparse_products, "ENTRIES", 21)
+    monkeypatch.setattr(sparse_kernels, "has_sampled_product", lambda: False)
+    monkeypatch.setattr(sparse_kernels, "ENTRIES", 21)
     monkeypatch.setattr(torch.sparse, "sampled_addmm", None)
 
 
@@ -70,7 +70,7 @@ def test_mkl_is_found_by_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("MKL is not there")
 
     monkeypatch.setattr(torch.sparse, "sampled_addmm", fails)
-    assert sparse_products.has_sampled_product.__wrapped__() is False
+    assert sparse_kernels.has_sampled_product.__wrapped__() is False
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -148,8 +148,12 @@ def products_made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(owner, name, call)
 
-    for name in ("rows_product", "add_sampled"):
-        watched(sparse_products, name)
+    for owner, name in (
+        (sparse_products, "rows_product"),
+        (sparse_products, "add_sampled"),
+        (sparse_kernels, "add_sampled"),
+    ):
+        watched(owner, name)
     watched(torch, "bmm")
     return made
 

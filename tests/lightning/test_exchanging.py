@@ -1,6 +1,7 @@
 """Layers that a Trainer's fit exchanges for sparse ones: when, which, and what a fit that is refused gives back."""
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -260,3 +261,42 @@ def test_static_callbacks_share_a_model_between_two_storages() -> None:
     assert isinstance(module.net[1], SparseLinear)
     assert_counts(first)
     assert_counts(second)
+
+
+# ---------------------------------------------------------------------- how the first batch uses them
+
+
+class ReadsTheWeight(Classifier):
+    """Has a layer that nobody calls, and one whose dense weight is read."""
+
+    def __init__(self) -> None:
+        super().__init__(matrices(0))
+        self.unused = nn.Linear(8, 8).double()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) + self.net[3].weight.square().sum()
+
+
+def warned(module: Any, *more: Any) -> list[str]:
+    """Warnings of a fit that name a layer."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(sparse("set"), module, *more)
+    return [text for w in caught if "net." in (text := str(w.message)) or "unused" in text]
+
+
+def test_one_warning_names_layers_that_the_first_batch_does_not_call_or_reads() -> None:
+    (text,) = [t for t in warned(ReadsTheWeight()) if "first batch" in t]
+    assert "did not call unused.weight" in text
+    assert "reads net.3.weight" in text
+    assert [t for t in warned(mlp()) if "first batch" in t] == []
+
+
+def test_a_first_batch_that_fails_leaves_no_hook() -> None:
+    module = mlp()
+    module.training_step = refuse
+    with pytest.raises(RefusedError):
+        fit(sparse("set"), module)
+    layers = layers_of(module).values()
+    assert len(layers) == 3
+    assert not any(layer._forward_pre_hooks or layer.values._post_accumulate_grad_hooks for layer in layers)

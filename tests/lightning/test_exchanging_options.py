@@ -16,7 +16,7 @@ from sparse_callbacks.core.storage_timing import rows_of_layers
 from sparse_callbacks.lightning.seen_rows import seen_rows
 from sparse_callbacks.testing.comparison import assert_counts, differences
 from sparse_callbacks.testing.data import Batches
-from sparse_callbacks.testing.networks import ByHand
+from sparse_callbacks.testing.networks import ByHand, Classifier
 from sparse_callbacks.testing.runs import trainer_for, watch
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -24,28 +24,30 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 # ---------------------------------------------------------------------- gradients
 
 
-class Norms(pl.Callback):
-    """The norm of all gradients that the step gets, clipped or not."""
+class Clipped(Classifier):
+    """Keeps the norm of the gradients that each step gets."""
 
     def __init__(self) -> None:
-        self.seen: list[float] = []
+        super().__init__(matrices(0))
+        self.norms: list[tuple[float, float]] = []
 
-    def on_before_zero_grad(self, trainer: Any, module: Any, optimizer: Any) -> None:
-        found = [p.grad.norm() for p in module.parameters() if p.grad is not None]
-        if found:
-            self.seen.append(float(torch.stack(found).norm()))
+    def norm(self) -> float:
+        return float(torch.stack([p.grad.norm() for p in self.parameters()]).norm())
+
+    def configure_gradient_clipping(self, *arguments: Any, **options: Any) -> None:
+        before = self.norm()
+        super().configure_gradient_clipping(*arguments, **options)
+        self.norms.append((before, self.norm()))
 
 
 @pytest.mark.parametrize("how", ["norm", "value"])
 def test_gradients_are_clipped_as_under_masked_storage(how: str) -> None:
-    norms = {storage: Norms() for storage in ("masked", "sparse", "grouped")}
-    # of a pattern that both storages take
-    options = {"gradient_clip_val": 0.02, "gradient_clip_algorithm": how, "max_epochs": 1}
-    masked, exchanged = mlp(), mlp()
-    fit(sparse("set", "masked"), masked, norms["masked"], **options)
-    fit(sparse("set", "sparse"), exchanged, norms["sparse"], **options)
-    assert norms["masked"].seen
-    assert norms["masked"].seen == pytest.approx(norms["sparse"].seen, rel=1e-9)
+    masked, exchanged = Clipped(), Clipped()
+    for module, storage in ((masked, "masked"), (exchanged, "sparse")):
+        fit(sparse("set", storage), module, gradient_clip_val=0.02, gradient_clip_algorithm=how)
+    assert len(masked.norms) == 16
+    assert all(before > after for before, after in exchanged.norms)
+    assert torch.allclose(torch.tensor(masked.norms), torch.tensor(exchanged.norms), rtol=1e-6)
     for name, value in masked.state_dict().items():
         assert torch.allclose(value, exchanged.state_dict()[name], rtol=0, atol=1e-10), name
 
@@ -94,8 +96,8 @@ def test_steps_that_a_grad_scaler_skips_move_nothing(name: str) -> None:
     module, callback = mlp(dtype=torch.float32), sparse(name)
     usual, seen = module.training_step, []
 
-    def step(batch: Any, index: int) -> Any:
-        loss = usual(batch, index)
+    def step(batch: Any, batch_idx: int) -> Any:
+        loss = usual(batch, batch_idx)
         return loss * float("inf") if module.trainer.global_step in (4, 5) else loss
 
     module.training_step = step

@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks import SET, RigL, SparseLinear, SparsityCallback, Static
+from sparse_callbacks import SET, RigL, SparseLinear, Static
 from sparse_callbacks.testing.comparison import snapshot
 from sparse_callbacks.testing.data import Batches
 from sparse_callbacks.testing.networks import Classifier
@@ -16,13 +16,21 @@ from sparse_callbacks.testing.runs import Stops, trainer_for
 from support.processes import matrices
 
 GROUP = 4
-METHODS: dict[str, type[SparsityCallback]] = {"static": Static, "set": SET, "rigl": RigL}
+METHODS: dict[str, Any] = {"static": Static, "set": SET, "rigl": RigL}
 
 
 def sparse(name: str = "rigl", storage: Any = "sparse", **options: Any) -> Any:
     """A callback whose masks move after every third step, up to the eleventh of sixteen."""
-    times = {} if name == "static" else {"every": 3, "start": 0, "stop": 11, "distribution": "uniform"}
-    return METHODS[name](0.75, storage=storage, group=GROUP, **({"print_plan": False} | times | options))
+    given: dict[str, Any] = {
+        "print_plan": False,
+        "distribution": "uniform",
+        "every": 3,
+        "start": 0,
+        "stop": 11,
+    } | options
+    if name == "static":
+        given = {key: value for key, value in given.items() if key not in ("every", "start", "stop")}
+    return METHODS[name](0.75, storage=storage, group=GROUP, **given)
 
 
 def mlp(optimizer: str = "sgd", dtype: torch.dtype = torch.float64, seed: int = 0) -> Classifier:

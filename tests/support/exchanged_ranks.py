@@ -1,115 +1,111 @@
-"""Runs of two processes with sparse storage: what each rank has after every batch, beside one process on all of the data."""
+"""Loops over exchanged layers in two processes: plain DistributedDataParallel with accumulation, and Fabric."""
 
 import os
 import sys
 import warnings
-from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from pytorch_lightning.strategies import DDPStrategy
-from torch import nn
+from lightning_fabric import Fabric
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparse_callbacks.testing.comparison import snapshot
-from sparse_callbacks.testing.data import Batches
-from sparse_callbacks.testing.networks import Classifier
-from sparse_callbacks.testing.runs import Stops, fit, watch
-from support.exchanged import patterns_of, sparse
-from support.processes import matrices
+from sparse_callbacks import SET, RigL, SparseLinear, SparsityCallback, exchange_layers, sparsify
+from sparse_callbacks.core.live_masks import exchanged_layers
+from support.exchanged_loops import MOVING, batches, loss_of, net
 
-RUNS = {(name, storage): {} for name in ("static", "set", "rigl") for storage in ("sparse", "grouped")}
-STOP = 7  # inside an accumulation window
+WINDOW, STEPS = 2, 8
 
 
-def train(
-    name: str, storage: str, rank: int, world: int, *more: Any, seed: int = 0, ckpt_path: Any = None, **changes: Any
-) -> dict[str, Any]:
-    """Places after every batch, and all state at the end. Ranks begin with other weights, and take those of the first."""
-    module, callback = Classifier(matrices(seed)), sparse(name, storage, every=2, stop=8)
-    places: list[Any] = []
-    see = watch(lambda *_: places.append(patterns_of(module)))
-    options = {
-        "accumulate_grad_batches": 2,
-        "gradient_clip_val": 0.5,
-        "devices": world,
-        "strategy": "ddp" if world > 1 else "auto",
+def methods() -> dict[str, SparsityCallback]:
+    grouped = {"storage": "grouped", "group": 4}
+    return {
+        "set": SET(0.8, storage="sparse", **MOVING),
+        "rigl": RigL(0.8, storage="sparse", **MOVING),
+        "rigl grouped": RigL(0.8, **MOVING | grouped),
+        "rigl candidates": RigL(0.8, storage="sparse", candidates=1.5, **MOVING),
     }
-    loader = Batches(size=12, rank=rank, world=world)
-    trainer = fit(module, callback, see, *more, loader=loader, ckpt_path=ckpt_path, **(options | changes))
-    return {"places": places, "end": snapshot(trainer, module, callback)}
 
 
-class Unused(Classifier):
-    """Has a layer that no batch calls."""
-
-    def __init__(self) -> None:
-        super().__init__(matrices(0))
-        self.unused = nn.Linear(8, 8).double()
+def places(model: nn.Module) -> dict[str, Tensor]:
+    return {name: layer.keys() for name, layer in exchanged_layers(model).items()}
 
 
-def without_a_layer(rank: int, world: int) -> dict[str, Any]:
-    """Training with a layer that gets no gradient."""
-    module, callback = Unused(), sparse("rigl", every=2, stop=8)
-    strategy = DDPStrategy(find_unused_parameters=True)
-    trainer = fit(module, callback, loader=Batches(rank=rank, world=world), devices=world, strategy=strategy)
-    return snapshot(trainer, module, callback)
+def train(method: SparsityCallback, rank: int, world: int) -> dict[str, Any]:
+    """Keys after each step, and the live values at the end; each micro-batch is divided among the processes."""
+    model = net(seed=0)
+    exchange_layers(method, model)
+    wrapped: Any = DistributedDataParallel(model) if world > 1 else model
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1, momentum=0.9)
+    run, seen, data = sparsify(method, wrapped, optimizer, 10**6), [], batches(size=16)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        for micro in range(WINDOW):
+            x, y = next(data)
+            last = micro == WINDOW - 1
+            with nullcontext() if last or world == 1 else wrapped.no_sync():
+                loss_of(wrapped, (x[rank::world], y[rank::world])).backward()
+        optimizer.step()
+        seen.append(places(model))
+    return {"seen": seen, "updates": run.updates, "values": {n: p.detach() for n, p in model.named_parameters()}}
 
 
-def broadcast_buffers(rank: int, world: int) -> Counter[str]:
-    """How many tensors DistributedDataParallel broadcasts in its forward passes, of which patterns are none."""
-    counted: Counter[str] = Counter()
-    usual = DistributedDataParallel._sync_buffers
-
-    def sync(self: Any) -> None:
-        counted["buffers"] += len(list(self.module.buffers()))
-        usual(self)
-
-    DistributedDataParallel._sync_buffers = sync  # type: ignore[method-assign]
+def train_in_fabric(set_up_first: bool) -> dict[str, Any]:
+    """The same under Fabric; refused where the layers were not exchanged before ``fabric.setup``."""
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
+    fabric.launch()
+    method, model = RigL(0.8, storage="sparse", **MOVING), net(seed=fabric.global_rank, dtype=torch.float32)
+    if not set_up_first:
+        exchange_layers(method, model)
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1)
+    wrapped, optimizer = fabric.setup(model, optimizer)
     try:
-        train("set", "sparse", rank, world)
-    finally:
-        DistributedDataParallel._sync_buffers = usual  # type: ignore[method-assign]
-    return counted
+        run = sparsify(method, wrapped, optimizer, 10**6)
+    except ValueError as error:
+        return {"refused": str(error), "exchanged": any(isinstance(m, SparseLinear) for m in model.modules())}
+    data = batches(first=100 * fabric.global_rank, size=8, dtype=torch.float32)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        for micro in range(WINDOW):
+            with fabric.no_backward_sync(wrapped, enabled=micro < WINDOW - 1):
+                fabric.backward(loss_of(wrapped, next(data)))
+        optimizer.step()
+    return {"updates": run.updates, "places": places(model), "values": [p.detach() for p in model.parameters()]}
 
 
-def moved_apart(rank: int, world: int) -> str:
-    """What is said where one rank has other places than the others."""
-    module, callback = Classifier(matrices(0)), sparse("set", every=2, stop=8)
-
-    def move(trainer: Any, _: Any, batches: int) -> None:
-        if rank == 1 and batches == 2:
-            layer = module.net[1]
-            keys = layer.keys()
-            gone = torch.ones(layer.out_features * layer.in_features, dtype=torch.bool)
-            gone[keys] = False
-            keys[0] = gone.nonzero()[0]
-            layer.set_places(keys.sort().values)
-
+def refused(rank: int) -> str:
+    """A rank that holds other places is found at the next update."""
+    method, model = SET(0.8, storage="sparse", **MOVING), net()
+    exchange_layers(method, model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsify(method, model, optimizer, 10**6)
+    layer: Any = model[0]
+    if rank:
+        keys = layer.keys()
+        layer.set_places(torch.arange(keys.numel()), layer.values.detach().clone())
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
     try:
-        fit(module, callback, watch(move), loader=Batches(rank=rank, world=world), devices=world, strategy="ddp")
-    except (RuntimeError, ValueError) as error:
+        optimizer.step()
+    except RuntimeError as error:
         return str(error)
     return ""
 
 
-def main(folder: Path) -> None:
-    rank, world = int(os.environ["LOCAL_RANK"]), 2
-    found: dict[Any, Any] = {}
-    for name, storage in RUNS:
-        stops = Stops(folder / f"{name}-{storage}", (STOP,))
-        whole = train(name, storage, rank, world, stops, seed=rank)
-        dist.barrier()
-        resumed = train(name, storage, rank, world, seed=rank + 5, ckpt_path=stops.path(STOP))
-        found[name, storage] = {"whole": whole, "resumed": resumed}
-    found["unused"] = without_a_layer(rank, world)
-    found["buffers"] = broadcast_buffers(rank, world)
-    found["apart"] = moved_apart(rank, world)
+def run_all(folder: Path) -> None:
+    rank = int(os.environ["LOCAL_RANK"])
+    os.environ["RANK"] = os.environ["LOCAL_RANK"]
+    dist.init_process_group("gloo")
+    found: dict[str, Any] = {name: train(method, rank, 2) for name, method in methods().items()}
+    found["refused"] = refused(rank)
+    found["fabric"] = train_in_fabric(set_up_first=False)
+    found["fabric first"] = train_in_fabric(set_up_first=True)
     torch.save(found, folder / f"{rank}.pt")
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    main(Path(sys.argv[2]))
+    run_all(Path(sys.argv[2]))
