@@ -174,7 +174,7 @@ class SparseLinear(LiveWeight):
         """What `forward` returns."""
         values: Tensor = self.values
         bias: Tensor | None = self.bias
-        rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), self.in_features)
+        rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), self.in_features)
         use = None
         if self.records is not None:
             use = Use(CallRecords(self.records))
