@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_callbacks import ops
-from sparse_callbacks.core import grown_places, sparse_products
+from sparse_callbacks.core import grown_places, sparse_kernels
 from sparse_callbacks.core.drawn_places import drawn_units
 from sparse_callbacks.core.grown_places import Best, candidate_units, largest_units
 from sparse_callbacks.core.moved_places import kept_units, merged
@@ -194,8 +194,8 @@ def test_the_table_of_a_group_shared_update() -> None:
 @pytest.mark.parametrize("mkl", [True, False])
 def test_candidates_are_drawn_and_the_largest_of_them_grow(mkl: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not mkl:
-        monkeypatch.setattr(sparse_products, "has_sampled_product", lambda: False)
-        monkeypatch.setattr(sparse_products, "ENTRIES", 50)
+        monkeypatch.setattr(sparse_kernels, "has_sampled_product", lambda: False)
+        monkeypatch.setattr(sparse_kernels, "MULTIPLIED", 50)
     shape, records = (20, 30), some_records(20, 30)
     kept, gradient = torch.arange(0, 90, 2), dense_gradient(records)
     for count, candidates in ((0, 0), (5, 5), (5, 60), (40, 555)):
