@@ -12,10 +12,9 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from sparse_callbacks.core import moved_places
 from sparse_callbacks.core.attachment import Choice
 from sparse_callbacks.core.largest import widened
-from sparse_callbacks.core.moved_places import BELOW_ZERO, NEVER
+from sparse_callbacks.core.moved_places import BELOW_ZERO, NEVER, largest_ranked
 from sparse_callbacks.core.selection import Entry
 
 _FAN_IN = re.compile(r"fan_in/([1-9][0-9]*)")
@@ -216,7 +215,7 @@ def largest_in_rows(scores: Tensor, count: int, among: Tensor | None = None) -> 
     """
     # below zero, which is the least that a number can be, and above what must not be taken
     ranked = torch.where(scores.isnan(), BELOW_ZERO, scores)
-    return moved_places.largest_in_rows(ranked if among is None else ranked.masked_fill_(~among, NEVER), count)
+    return largest_ranked(ranked if among is None else ranked.masked_fill_(~among, NEVER), count)
 
 
 def drawn_columns(blocks: int, inputs: int, count: int, source: torch.Generator, among: Tensor | None = None) -> Tensor:
