@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from sparse_callbacks.channels.slim import slim
     from sparse_callbacks.core.calendar import Time
     from sparse_callbacks.core.exchange import exchange_layers, to_dense
+    from sparse_callbacks.core.inference import to_inference
     from sparse_callbacks.core.loop import sparsify
     from sparse_callbacks.core.method import Method, Options
     from sparse_callbacks.core.plan import Plan
@@ -74,6 +75,7 @@ __all__ = [
     "slim",
     "sparsify",
     "to_dense",
+    "to_inference",
 ]
 
 # Where each name lives; it is imported when it is first asked for (PEP 562), so that `sparse_callbacks.core` and
@@ -101,6 +103,7 @@ _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
     "slim": "channels.slim",
     "sparsify": "core.loop",
     "to_dense": "core.exchange",
+    "to_inference": "core.inference",
 }
 _MODULES = ("distributions", "ops", "schedules")
 

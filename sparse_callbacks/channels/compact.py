@@ -16,6 +16,7 @@ from sparse_callbacks.channels.compact_format import (
     refuse_other_model,
     sizes,
 )
+from sparse_callbacks.channels.compact_layers import compact_states, put_sparse
 from sparse_callbacks.core.argument_types import checked
 from sparse_callbacks.core.files import replacing
 from sparse_callbacks.core.inspection import extra
@@ -27,6 +28,9 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
 
     The description is JSON with the classes, sizes and forms of layers: ``slim.json`` beside ``slim.safetensors``. To a
     name that does not end in ``.safetensors``, ``.json`` is appended. Reload with :func:`load_compact`.
+
+    A `SparseLinear` takes the place of its live weights: their values and, in int32, their columns. Where a network was
+    trained with masks, its layers are dense ones, and so are they in the file.
 
     Args:
         model: the model; hooks and modes are not saved.
@@ -45,7 +49,8 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
             f"There is no folder {path.parent} to write {path.name} to. Make it, or give another path."
         )
     safetensors = extra("safetensors.torch", "channels")
-    state = model.state_dict()
+    with compact_states(model):
+        state = model.state_dict()
     strange = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if strange:
         raise ValueError(
@@ -73,7 +78,8 @@ def load_compact(model: nn.Module, path: str | Path) -> nn.Module:
     """Turn ``model`` into the model that :func:`save_compact` wrote.
 
     Layers take the sizes of the checkpoint, and parameters and buffers its tensors, on the devices that they are on
-    (from the meta device: on the CPU). Nothing is unpickled.
+    (from the meta device: on the CPU). Nothing is unpickled. Layers that were `SparseLinear` are that again, whether they
+    are here or are an ``nn.Linear``; for dense ones call ``to_dense(model)`` afterwards.
 
     Args:
         model: an instance of the original class in the original size.
@@ -90,13 +96,14 @@ def load_compact(model: nn.Module, path: str | Path) -> nn.Module:
             tensors.
     """
     path = Path(path)
-    tensors, description = read(path)
-    refuse_other_model(model, tensors, description, path)
+    tensors, parts, description = read(path)
+    refuse_other_model(model, tensors, parts, description, path)
     # every refusal came before this, so that a model that is refused stays as it is
     for name, module in model.named_modules():
         for attribute in sizes(module):
             setattr(module, attribute, description["layers"][name][attribute])
-    _take(model, tensors)
+    _take(model, {name: tensor for name, tensor in tensors.items() if name not in parts})
+    put_sparse(model, parts, description["layers"])
     return model
 
 

@@ -9,11 +9,21 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from sparse_callbacks.channels.compact_layers import (
+    class_name,
+    described_layer,
+    is_sparse,
+    split,
+    state_names,
+    why_other_patterns,
+)
 from sparse_callbacks.channels.module_sizes import BATCH_NORMS
 from sparse_callbacks.core.inspection import extra
+from sparse_callbacks.core.sparse_linear import SparseLinear
 from sparse_callbacks.core.state_layout import is_count, shown_short
 
-COMPACT_VERSION = 1
+COMPACT_VERSIONS = (1, 2)
+"""Versions of the format: the second has truly sparse layers, and what has none is written in the first."""
 SIZES = (
     "in_channels",
     "out_channels",
@@ -41,13 +51,21 @@ def described(model: nn.Module, shared: Mapping[str, str]) -> dict[str, Any]:
         shared: for each tensor that is stored under another name, that name.
     """
     # classes without their modules, so that a class may move to another file
-    layers = {n: {"class": type(m).__name__, **sizes(m), **_form(m)} for n, m in model.named_modules()}
-    return {"version": COMPACT_VERSION, "class": type(model).__qualname__, "layers": layers, "shared": dict(shared)}
+    layers = {
+        n: {"class": class_name(m), **sizes(m), **_form(m), **described_layer(m)} for n, m in model.named_modules()
+    }
+    version = COMPACT_VERSIONS[any(map(is_sparse, layers.values()))]
+    return {"version": version, "class": _own_class(model), "layers": layers, "shared": dict(shared)}
+
+
+def _own_class(model: nn.Module) -> str:
+    """The class of the whole model."""
+    return class_name(model) if isinstance(model, SparseLinear) else type(model).__qualname__
 
 
 def sizes(module: nn.Module) -> dict[str, int]:
     """Attributes in which a layer or norm states its size, and their values; empty for other modules."""
-    if not isinstance(module, (nn.Linear, nn.PReLU, _ConvNd, *BATCH_NORMS)):
+    if not isinstance(module, (nn.Linear, SparseLinear, nn.PReLU, _ConvNd, *BATCH_NORMS)):
         return {}
     return {a: int(getattr(module, a)) for a in SIZES if hasattr(module, a)}
 
@@ -86,8 +104,10 @@ def description_path(path: Path) -> Path:
     return path.with_suffix(".json") if path.suffix == ".safetensors" else path.with_name(path.name + ".json")
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and description of the compact checkpoint in ``path``; nothing is unpickled.
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Tensors, parts of sparse weights and description of the compact checkpoint in ``path``; nothing is unpickled.
+
+    For the parts see :func:`~sparse_callbacks.channels.compact_layers.split`.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
@@ -104,36 +124,42 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors: dict[str, Tensor] = load(path)
         description = dict(json.loads(words.read_text()))
         version = description["version"]
-        if version == COMPACT_VERSION:  # another version may have other keys, and gets the error about versions
+        parts: dict[str, dict[str, Tensor]] = {}
+        if version in COMPACT_VERSIONS:  # another version may have other keys, and gets the error about versions
             tensors |= {n: tensors[other] for n, other in description["shared"].items()}
             _ = description["class"]  # a KeyError here is better than one in the middle of loading
             _ = [layer["class"] for layer in description["layers"].values()]
             # those of version 0.1 have no checksum
             if description.get("checksum", checksum(path)) != checksum(path):
                 raise ValueError("the tensors are not those that were written: their checksum is another")
+            tensors, parts = split(tensors, description["layers"])
     except Exception as error:  # whatever safetensors and json find in a file that was cut off, or is another
         raise ValueError(
             f"{path} and {words.name} are not a compact checkpoint of this library ({type(error).__name__}: {error}). "
             "Write them anew with save_compact, and copy both files."
         ) from error
-    if version != COMPACT_VERSION:
+    if version not in COMPACT_VERSIONS:
         raise ValueError(
-            f"{path} is of version {version}, and this release reads version {COMPACT_VERSION}. Save it anew."
+            f"{path} is of version {version}, and this release reads versions {' and '.join(map(str, COMPACT_VERSIONS))}. Save it anew."
         )
-    return tensors, description
+    return tensors, parts, description
 
 
 # ---------------------------------------------------------------------- whether a model is the one described
 
 
 def refuse_other_model(
-    model: nn.Module, tensors: Mapping[str, Tensor], description: Mapping[str, Any], path: Path
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    parts: Mapping[str, Mapping[str, Tensor]],
+    description: Mapping[str, Any],
+    path: Path,
 ) -> None:
     """Refuse a checkpoint of another class or other arguments than ``model``'s, or one that contradicts itself.
 
     Args:
         model: the model that would take the tensors.
-        tensors, description: content of the checkpoint.
+        tensors, parts, description: content of the checkpoint, as :func:`read` gives it.
         path: file of the tensors, for the error.
 
     Raises:
@@ -147,6 +173,7 @@ def refuse_other_model(
         or _why_other_forms(model, description["layers"])
         or _why_other_limits(model, tensors)
         or _why_contradictory(model, tensors, description["layers"])
+        or why_other_patterns(model, parts, description["layers"])
     )
     if difference:
         raise ValueError(
@@ -157,11 +184,13 @@ def refuse_other_model(
 
 def _why_other_classes(model: nn.Module, description: Mapping[str, Any]) -> str:
     """Where the classes of the model and its modules differ from those described; empty where they do not."""
-    own = type(model).__qualname__
+    own = _own_class(model)
     if own != description["class"]:
         return f"it is {own} here and {description['class']} there"
-    found = {n: type(m).__name__ for n, m in model.named_modules()}
+    found = {n: class_name(m) for n, m in model.named_modules()}
     expected = {n: layer["class"] for n, layer in description["layers"].items()}
+    linear = {n for n, m in model.named_modules() if type(m) is nn.Linear}  # which become sparse layers
+    found |= {n: expected[n] for n in linear if is_sparse(description["layers"].get(n, {"class": ""}))}
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
             return f"{name!r} is {found.get(name, 'missing')} here and {expected.get(name, 'missing')} there"
@@ -170,7 +199,7 @@ def _why_other_classes(model: nn.Module, description: Mapping[str, Any]) -> str:
 
 def _why_other_names(model: nn.Module, tensors: Iterable[str]) -> str:
     """A tensor that only one of model and checkpoint has; empty if none. Slimming may add biases."""
-    own, there = set(model.state_dict()), set(tensors)
+    own, there = state_names(model), set(tensors)
     # constants of removed channels go into a bias, also of a layer that had none
     added = {n for n in there - own if n.rpartition(".")[2] == "bias" and f"{n.rpartition('.')[0]}.weight" in own}
     differing = sorted((own ^ there) - added)
@@ -219,6 +248,8 @@ def _why_other_limits(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
     buffers = {n: b for n, b in model.named_buffers(remove_duplicate=False) if n in tensors}
     for name, own in [*model.named_parameters(remove_duplicate=False), *buffers.items()]:
         module, there = model.get_submodule(name.rpartition(".")[0]), tensors[name].shape
+        if isinstance(module, SparseLinear) and name.endswith("weight"):
+            continue  # of live values; its size is compared with its pattern
         fixed = type(module).__module__ in _NEVER_CUT and not sizes(module)
         # slimming only removes, so no size may be larger than the original one
         if len(there) != own.ndim or any(a > b or (fixed and a != b) for a, b in zip(there, own.shape, strict=True)):
@@ -263,6 +294,6 @@ def _shape(module: nn.Module, local: str, stated: Mapping[str, Any]) -> list[Any
         # transposed convolutions store their inputs first
         first, second = (into, out) if isinstance(module, _ConvTransposeNd) else (out, into)
         return [out] if local == "bias" else [first, second // groups, *module.kernel_size]
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear | SparseLinear):
         return [stated["out_features"]] if local == "bias" else [stated["out_features"], stated["in_features"]]
     return [stated["num_features" if "num_features" in stated else "num_parameters"]]

@@ -12,10 +12,10 @@ from sparse_callbacks.core import topology
 from sparse_callbacks.core.agreement import refuse_unequal_weights
 from sparse_callbacks.core.checkpoint import SavedRun, state_of
 from sparse_callbacks.core.first_gradients import SilenceWarning
+from sparse_callbacks.core.fresh_weights import rescale_fresh, warnings_of_start
 from sparse_callbacks.core.gradient_care import GradientCare
 from sparse_callbacks.core.gradients import DenseGradients
 from sparse_callbacks.core.host import Host
-from sparse_callbacks.core.initial_masks import rescale_fresh, warnings_of_start
 from sparse_callbacks.core.live_records import put_back_records
 from sparse_callbacks.core.live_runs import note_places, refuse_matrix_optimizers
 from sparse_callbacks.core.live_weights import same_everywhere

@@ -1,7 +1,7 @@
 """Where first masks come from: chance, magnitudes, the zeros of the model, or a checkpoint."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +34,12 @@ from sparse_callbacks.core.patterns import (
     reached_targets,
     refuse_pattern,
     share_of,
-    warning_of_no_pattern,
     why_other_pattern,
 )
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.rescaling import (
     RESCALES,
     Rescale,
-    counted_norm,
-    rescale_weights,
-    starved_layers,
-    why_not_fresh,
-    zeros_among,
 )
 from sparse_callbacks.core.selection import Entry, select
 from sparse_callbacks.core.shards import layout_of
@@ -240,9 +234,10 @@ class StartsSparse(Method):
             if together and self._start == "nonzero":  # in a loop ranks may still have weights of their own
                 masks = distributed.masks_of_first_rank(masks)
             if why := why_other_pattern(self, masks, missing):
+                pattern = "storage='grouped'" if self.pattern is None else f"pattern={self.pattern!r}"
                 raise ValueError(
-                    f"{_spelled(self)} holds masks that are not of pattern={self.pattern!r}: {why}. Give masks of that "
-                    "pattern, or leave pattern= out."
+                    f"{_spelled(self)} holds masks that are not of {pattern}: {why}. Give masks of that pattern, or leave "
+                    f"{pattern.partition('=')[0]}= out."
                 )
             if not known:  # what is added to a run may be dense
                 advice = f"Give {_argument(self)}= another checkpoint, or sparsity= for a new mask."
@@ -311,6 +306,28 @@ def forget_given(method: Method) -> None:
         method._given = None
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where the first masks of a method lie.
+
+    Attributes:
+        shown: the argument that says so, for errors.
+        at_random: they are drawn.
+        brings_counts: the counts of the masks are found and not planned.
+        given: masks that were found, until a run takes them.
+    """
+
+    shown: str
+    at_random: bool
+    brings_counts: bool
+    given: GivenMasks | None
+
+
+def start_of(method: StartsSparse) -> Start:
+    """Where the first masks of a method lie."""
+    return Start(_spelled(method), method._start == "random", method._brings_counts, method._given)
+
+
 def draws_at_random(method: Method) -> bool:
     """Whether the first masks are drawn at random, and not by a rule of a subclass."""
     ours = type(method).initial_masks is StartsSparse.initial_masks
@@ -338,83 +355,6 @@ def joining_masks(method: StartsSparse, names: Sequence[str]) -> dict[str, Tenso
 
 
 masks_by_magnitude.register(StartsSparse, joining_masks)
-
-
-def refuse_rescaling(method: Method, model: nn.Module, params: Mapping[str, Tensor]) -> None:
-    """Refuse to rescale weights that are known to be trained, when a new run is about to begin.
-
-    Raises:
-        ValueError: the method was asked to.
-    """
-    if not isinstance(method, StartsSparse) or method.rescale is None:
-        return
-    why = why_not_fresh(model, params, method._brings_counts)
-    if not why and method._given is not None:
-        why = _why_of_given(method._given, params)
-    if why:
-        raise ValueError(
-            f"rescale={method.rescale!r} is for fresh weights, and those of the model are trained: {why}. Leave rescale= "
-            "out. (A run that goes on from its own state, by ckpt_path= or sparsify(state=), is never rescaled.)"
-        )
-
-
-def _why_of_given(given: GivenMasks, params: Mapping[str, Tensor]) -> str:
-    """Why weights beside which masks are given are known to be trained; empty where nobody knows."""
-    mine = {n: params[n].detach() for n in given.masks if n in params}
-    for name, weight in given.weights.items() if given.trained else ():
-        if name in mine and _same_where(given.masks[name], mine[name], weight):
-            return f"{name} is as in the checkpoint of a trained network"
-    if not any(bool(weight[~given.masks[n].to(weight.device)].any()) for n, weight in mine.items()):
-        return "they are zero already where the given masks are, as after a run with these masks"
-    return ""
-
-
-def rescale_fresh(method: Method) -> None:
-    """Make the masked weights of a new run larger, where the method was asked to."""
-    if isinstance(method, StartsSparse) and method.rescale is not None:
-        rescale_weights(method.weights, method.rescale)
-
-
-def refuse_rescaled_checkpoint(method: Method, path: object) -> None:
-    """Refuse to rescale the weights of a checkpoint that a new run begins with, by ``fresh_start=True``.
-
-    Raises:
-        ValueError: the method was asked to.
-    """
-    if isinstance(method, StartsSparse) and method.rescale is not None:
-        raise ValueError(
-            f"rescale={method.rescale!r} is for fresh weights, and with fresh_start=True a new run begins with the trained "
-            f"ones of the checkpoint {path}. Leave rescale= out."
-        )
-
-
-def warnings_of_start(method: Method, model: nn.Module) -> Iterator[str]:
-    """What the user should know of the masks and weights that a new run begins with, which are not written yet."""
-    if not isinstance(method, StartsSparse):
-        return
-    if dead := [n for n, count in method.weights.active_counts.items() if not count and method._brings_counts]:
-        yield f"{', '.join(dead)} has no active weight in {_spelled(method)}, and so never trains. exclude= leaves it dense."
-    if unused := warning_of_no_pattern(method, method.weights.entries.values()):
-        yield unused
-    name, at_random = type(method).__name__, method._start == "random"
-    if method._brings_counts:
-        return
-    if at_random and (share := zeros_among(model, method.params)):
-        yield (
-            f"{name} draws its masks at random, and {share:.1%} of the weights are zero already: a pruned network loses "
-            "most of what it has learnt. Give initial_mask='nonzero' to go on with its masks."
-        )
-    elif at_random and (norm := counted_norm(model, method.params)):
-        yield (
-            f"{name} draws its masks at random, and the network was trained before: {norm} has counted batches. Give "
-            "initial_mask='magnitude' to keep its largest weights."
-        )
-    elif method.rescale is None and (starved := starved_layers(model, method.weights)):
-        listed = ", ".join(f"{layer} ({inputs:.1f})" for layer, inputs in starved.items())
-        yield (
-            f"few inputs are left for each output of {listed}, with no norm in between: the signal fades from layer to "
-            f"layer, and the network may not learn. {name}(rescale='fan_in') makes fresh weights larger for it."
-        )
 
 
 # ---------------------------------------------------------------------- parts
@@ -449,9 +389,3 @@ def _argument(method: StartsSparse) -> str:
 def _spelled(method: StartsSparse) -> str:
     given = method._start
     return f"{_argument(method)}=" + ("" if isinstance(given, Mapping) else repr(str(given)))
-
-
-def _same_where(mask: Tensor, mine: Tensor, theirs: Tensor) -> bool:
-    """Whether two tensors have the same values, and any, where ``mask`` is True."""
-    mask = mask.to(mine.device)
-    return bool(mask.any()) and torch.equal(mine[mask], theirs.to(mine)[mask])

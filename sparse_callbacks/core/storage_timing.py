@@ -144,11 +144,11 @@ def _measured(
         if group is not None:
             layers["grouped"] = _grouped(shape, units, group, dtype, source)
         steps = [_step_of(layer, rows, source) for layer in layers.values()]
-        times = measure(steps, READINGS, patience=PATIENCE, settled=_are_clear, cpu_time=threads == 1)
+        times = measure(steps, READINGS, patience=PATIENCE, settled=are_clear, cpu_time=threads == 1)
     return dict(zip(layers, times, strict=True))
 
 
-def _are_clear(medians: Sequence[float]) -> bool:
+def are_clear(medians: Sequence[float]) -> bool:
     """Whether all of them are so far apart that more readings would change nothing."""
     return all(larger > CLEAR * smaller for smaller, larger in pairwise(sorted(medians)))
 

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from sparse_callbacks.core.awaited import names_awaited
 from sparse_callbacks.core.checkpoint import check_state
-from sparse_callbacks.core.initial_masks import refuse_rescaled_checkpoint
+from sparse_callbacks.core.fresh_weights import refuse_rescaled_checkpoint
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizers import is_elementwise
 from sparse_callbacks.core.two_pass import refuse_two_calls

@@ -112,7 +112,7 @@ def _with_inventory(key: str, checkpoint: Mapping[str, Any]) -> Any:
     written = listed.get(key, {}) if isinstance(listed, Mapping) else listed
     if not isinstance(state, Mapping) or written == {}:  # version 0.1 wrote none
         return state
-    if not isinstance(written, Mapping) or written.keys() != {"zeros", "names"}:
+    if not isinstance(written, Mapping) or written.keys() - {"units"} != {"zeros", "names"}:
         written = {"names": shown_short(written)}  # which is refused
     return {**state, **written}
 

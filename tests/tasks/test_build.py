@@ -60,8 +60,10 @@ def test_method_keys_reach_the_method(composed: Compose) -> None:
     assert (rigl.drop_fraction, rigl.every, rigl.seed) == (0.2, 7, 9)
     patterned = build.build_method(composed("method=rigl", "method.pattern=fan_in/64", "method.candidates=2.0"))
     assert (patterned.pattern, patterned.candidates) == ("fan_in/64", 2.0)  # type: ignore[union-attr]
-    stored = build.build_method(composed("method=set", "method.storage={'model.1.*': grouped}", "method.group=8"))
-    assert (stored.storage, stored.group, stored.rows) == ({"model.1.*": "grouped"}, 8, None)  # type: ignore[union-attr]
+    stored = build.build_method(
+        composed("method=set", "method.storage={model.1.*: grouped, *: masked}", "method.group=8")
+    )
+    assert (stored.storage, stored.group, stored.rows) == ({"model.1.*": "grouped", "*": "masked"}, 8, None)  # type: ignore[union-attr]
     assert build.build_method(composed("method=none")) is None
 
 
