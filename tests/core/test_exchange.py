@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from support import loops
 from torch import Tensor, nn
 
 from sparse_callbacks import SparseLinear, exchange_layers, sparsify, to_dense
 from sparse_callbacks.methods import SET, RigL, Static
-from tests.support import loops
 
 
 def net() -> nn.Sequential:

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from support import loops
 from torch import Tensor, nn
 
 import sparse_callbacks.core.auto_storage as auto_storage
 from sparse_callbacks import SparseLinear, exchange_layers, methods
 from sparse_callbacks.core.exchange import exchange
 from sparse_callbacks.methods import SET, RigL, Static
-from tests.support import loops
 
 KINDS = {
     "SNFS": "momentum of the gradient of every weight",
