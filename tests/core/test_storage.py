@@ -247,6 +247,25 @@ def test_another_device_is_refused_and_auto_stays_masked_there() -> None:
     assert exchange(RigL(0.5, storage="grouped", group=4), net(), device=cuda).layers
 
 
+def test_a_head_that_shares_its_weight_with_an_embedding_is_dense_and_refuses_nothing() -> None:
+    model = nn.ModuleDict(
+        {"embedding": nn.Embedding(8, 16), "body": nn.Linear(16, 16), "head": nn.Linear(16, 8, bias=False)}
+    )
+    model["head"].weight = model["embedding"].weight
+    assert list(exchange_layers(SET(0.5, storage="sparse"), model)) == ["body.weight"]
+    with pytest.raises(ValueError, match=r"embedding.weight and head.weight are one tensor"):
+        exchange_layers(SET(0.5, storage="sparse", include=["head.weight", "body*"]), model)
+
+
+def test_a_lazy_layer_that_has_its_shape_is_exchanged() -> None:
+    model = nn.Sequential(nn.LazyLinear(16), nn.LazyLinear(8, bias=False))
+    with pytest.raises(ValueError, match="no shape yet"):
+        exchange_layers(SET(0.5, storage="sparse"), model)
+    model(torch.zeros(1, 4))
+    assert list(exchange_layers(SET(0.5, storage="sparse"), model)) == ["0.weight", "1.weight"]
+    assert model[1].bias is None
+
+
 # ---------------------------------------------------------------------- auto
 
 
