@@ -9,7 +9,8 @@ from torch.optim import Optimizer
 
 from sparse_callbacks.core.auto_storage import RowsSeen
 from sparse_callbacks.core.checkpoint import SavedRun
-from sparse_callbacks.core.exchange import Exchanged, exchange
+from sparse_callbacks.core.exchange import exchange
+from sparse_callbacks.core.exchanged import Exchanged
 from sparse_callbacks.core.first_use import FirstUse
 from sparse_callbacks.core.method import Method
 
