@@ -7,7 +7,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.tuner import Tuner
-from support.exchanged import fit, layers_of, mlp, patterns_of, sparse
+from support.exchanged import Hooked, fit, layers_of, mlp, patterns_of, sparse
 from support.processes import matrices
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -105,6 +105,26 @@ def test_a_checkpoint_of_weights_alone_is_evaluated_with_the_places_of_its_weigh
         evaluate("test", callback, module, path)
         assert torch.allclose(module(Batches().x), outputs_of(path), rtol=1e-12)
         assert_counts(callback)
+
+
+@pytest.mark.parametrize("storage", ["sparse", "grouped"])
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_a_compact_checkpoint_is_evaluated_by_dense_and_by_sparse_layers(
+    exchanged: bool, storage: str, tmp_path: Path
+) -> None:
+    def make_compact(trainer: Any, module: Any) -> None:
+        for layer in layers_of(module).values():
+            layer.compact_state = True
+
+    trained = sparse("set", storage)
+    _, module = fit(trained, None, Hooked("on_train_start", make_compact), Stops(tmp_path, (16,)))
+    other, callback = mlp(seed=3), sparse("set", storage)
+    if exchanged:
+        fit(sparse("set", storage, seed=8), other, max_epochs=1)
+    evaluate("test", callback, other, tmp_path / "16.ckpt")
+    assert bool(layers_of(other)) == exchanged
+    assert torch.allclose(module(Batches().x), other(Batches().x), rtol=1e-12)
+    assert differences({**trained.masks}, {**callback.masks}) == []
 
 
 def test_a_checkpoint_of_a_dense_network_is_refused_with_the_name_of_the_layer(tmp_path: Path) -> None:
