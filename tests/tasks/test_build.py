@@ -60,7 +60,9 @@ def test_method_keys_reach_the_method(composed: Compose) -> None:
     assert (rigl.drop_fraction, rigl.every, rigl.seed) == (0.2, 7, 9)
     patterned = build.build_method(composed("method=rigl", "method.pattern=fan_in/64", "method.candidates=2.0"))
     assert (patterned.pattern, patterned.candidates) == ("fan_in/64", 2.0)  # type: ignore[union-attr]
-    stored = build.build_method(composed("method=set", "method.storage={model.1.*: grouped, *: masked}", "method.group=8"))
+    stored = build.build_method(
+        composed("method=set", "method.storage={model.1.*: grouped, *: masked}", "method.group=8")
+    )
     assert (stored.storage, stored.group, stored.rows) == ({"model.1.*": "grouped", "*": "masked"}, 8, None)  # type: ignore[union-attr]
     assert build.build_method(composed("method=none")) is None
 
@@ -102,7 +104,10 @@ def test_no_schedule_is_the_methods_own(composed: Compose) -> None:
         (("method=rigl", "method.storage=dense"), "storage='dense' is not known"),
         (("method=set", "method.group=0"), "group=0 is not a number of output rows"),
         (("method=static", "method.rows=many"), "rows='many' is not the number of rows"),
-        (("method=set", "method.storage=sparse", "method.pattern=fan_in/4"), "pattern='fan_in/4' and storage='sparse'"),
+        (
+            ("method=set", "method.storage=sparse", "method.pattern=fan_in/4"),
+            "pattern='fan_in/4' is one of masked storage, and storage='sparse'",
+        ),
         (("method=rigl", "method.candidates=-1"), "candidates=-1 is not a number above 0"),
         (("optim.name=lbfgs",), "optim.name='lbfgs' is not known. Choose one of sgd, adam, adamw"),
         (("optim.lr_schedule=plateau",), "optim.lr_schedule='plateau' is not known"),
