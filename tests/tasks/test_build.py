@@ -106,7 +106,7 @@ def test_no_schedule_is_the_methods_own(composed: Compose) -> None:
         (("method=static", "method.rows=many"), "rows='many' is not the number of rows"),
         (
             ("method=set", "method.storage=sparse", "method.pattern=fan_in/4"),
-            "pattern='fan_in/4' is one of masked storage, and storage='sparse'",
+            "pattern='fan_in/4' is one of masked",
         ),
         (("method=rigl", "method.candidates=-1"), "candidates=-1 is not a number above 0"),
         (("optim.name=lbfgs",), "optim.name='lbfgs' is not known. Choose one of sgd, adam, adamw"),
