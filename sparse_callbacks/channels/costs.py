@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from sparse_callbacks.channels.forward_flops import forward_flops
+from sparse_callbacks.core.exchange import dense_twin
 from sparse_callbacks.core.inspection import quiet, run, tensors_in
+from sparse_callbacks.core.sparse_linear import SparseLinear
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def layers(model: nn.Module, example_input: Any) -> dict[str, Layer]:
     samples = tensors_in(example_input)[0].shape[0]
     with ExitStack() as hooks, quiet(model):
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear | _ConvNd):
+            if isinstance(module, nn.Linear | SparseLinear | _ConvNd):
                 hooks.enter_context(module.register_forward_hook(_recorder(name, found, samples), with_kwargs=True))
         run(model, example_input)
     # in the order of registration, so that tables and error messages do not depend on the order of calls
@@ -177,6 +179,7 @@ def cost_outside_layers(model: nn.Module, example_input: Any, found: Mapping[str
 
     Multiply-adds are half of what :func:`~sparse_callbacks.channels.forward_flops.forward_flops` counts.
     """
+    model = dense_twin(model)
     called: set[nn.Module] = set()
     samples = tensors_in(example_input)[0].shape[0]
     with ExitStack() as hooks, quiet(model):

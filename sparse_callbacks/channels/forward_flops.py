@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sparse_callbacks.core.exchange import dense_twin
 from sparse_callbacks.core.inspection import run, tensors_in
 
 ATTENTION = (
@@ -25,13 +26,15 @@ ATTENTION = (
 def forward_flops(model: nn.Module, example_input: Any) -> int:
     """FLOPs of the matrix products, convolutions, attention and recurrent layers of one pass; a multiply-add is two.
 
-    Attention counts in full under any mask, and with every head of the queries where they share keys and values. Some
+    Exchanged layers count as dense ones. Attention
+    counts in full under any mask, and with every head of the queries where they share keys and values. Some
     kernels for GPUs in half precision pad the width of heads to a multiple of 8; the padding counts.
 
     Args:
         model: the model; it runs once, in the mode that it is in.
         example_input: a tensor, a tuple of positional arguments or a mapping of named arguments.
     """
+    model = dense_twin(model)
     # torch's own formulas leave out the kernel for CPUs, and some versions refuse heads that share keys and values
     formulas = {getattr(torch.ops.aten, name): attention for name in ATTENTION if hasattr(torch.ops.aten, name)}
     before: dict[nn.Module, int] = {}

@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from sparse_callbacks.channels.obstacles import refuse_unmatched_globs, why_layers_stay
 from sparse_callbacks.channels.trace import Place, Trace
 from sparse_callbacks.core.argument_types import checked
+from sparse_callbacks.core.exchange import to_dense
 from sparse_callbacks.core.inspection import copied, traceable, training_branches
 
 
@@ -122,7 +123,9 @@ def channel_groups(
         raise ValueError(f"seconds={seconds!r} leaves no time for the search. Give more than 0, e.g. seconds=60.")
     globs = [exclude] if isinstance(exclude, str) else list(exclude or ())
     refuse_unmatched_globs(globs, model)
-    model = copied(model)  # a trace leaves hooks where it fails, and its graph where a forward pass stores tensors
+    model = to_dense(
+        copied(model)
+    )  # a trace leaves hooks where it fails, and its graph where a forward pass stores tensors
     reasons = why_layers_stay(model, globs)
     groups = []
     with traceable(model):

@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 
 from sparse_callbacks.core.inspection import quiet, run
+from sparse_callbacks.core.sparse_linear import SparseLinear
 
 
 def norm_of_layer(model: nn.Module, example_input: Any) -> dict[str, str]:
@@ -40,7 +41,7 @@ def norm_inputs(model: nn.Module, example_input: Any) -> dict[str, list[str]]:
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if isinstance(module, nn.Linear | _ConvNd):
+            if isinstance(module, nn.Linear | SparseLinear | _ConvNd):
                 made[id(output)] = name, output, output._version
             elif inputs:
                 layer, _, version = made.get(id(inputs[0]), ("", None, -1))
@@ -51,7 +52,7 @@ def norm_inputs(model: nn.Module, example_input: Any) -> dict[str, list[str]]:
 
     with ExitStack() as hooks, quiet(model):
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear | _ConvNd | _BatchNorm):
+            if isinstance(module, nn.Linear | SparseLinear | _ConvNd | _BatchNorm):
                 hooks.enter_context(module.register_forward_hook(watch(name)))
         run(model, example_input)
     return found

@@ -15,6 +15,7 @@ from sparse_callbacks.channels.cuts import Cuts, Surgery, masked_copy, nonzero_c
 from sparse_callbacks.channels.groups import Group, Member, channel_groups
 from sparse_callbacks.channels.proof import GroupChange, Proof, prove
 from sparse_callbacks.core.argument_types import checked
+from sparse_callbacks.core.exchange import dense_twin
 from sparse_callbacks.core.inspection import copied, quiet, training_branches
 
 
@@ -81,6 +82,7 @@ def slim(
         >>> small[0].out_features, proof.removed
         (3, 3)
     """
+    model = dense_twin(model)
     masked, full_masks = masked_copy(model, masks)
     cut = nonzero_cut(model, full_masks)
     if cut:
@@ -105,6 +107,7 @@ def slimmable_groups(
 
     Args: see :func:`~sparse_callbacks.channels.groups.channel_groups`.
     """
+    model = dense_twin(model)
     groups = channel_groups(model, example_input, exclude, seconds)
     trial = copied(model)
     with quiet(trial):

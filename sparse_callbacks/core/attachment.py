@@ -20,6 +20,7 @@ class Choice:
         refused: whether ``note`` is a reason to refuse the run, unless the layer stays dense.
         group: the output rows that read the same inputs, of ``"grouped"`` storage.
         live: the live weights of a layer that is exchanged already, and keeps their number.
+        as_given: the user has made the layer so, with values for so many inputs.
     """
 
     storage: str
@@ -27,6 +28,7 @@ class Choice:
     refused: bool = False
     group: int = 1
     live: int | None = None
+    as_given: bool = False
 
 
 class Attachment:
@@ -66,6 +68,11 @@ class Attachment:
     def choices_of(self, model: nn.Module) -> Mapping[str, Choice]:
         """The storages that were chosen for ``model``; empty where none were."""
         return self.choices if self._chosen_for() is model else {}
+
+    @property
+    def given_layers(self) -> set[str]:
+        """Names of the weights whose layers the user has made with live weights alone."""
+        return {name for name, choice in self.choices.items() if choice.as_given}
 
     def leave(self) -> None:
         """The run is over. Its model stays known: a second fit of the same model goes on with its masks."""

@@ -15,6 +15,7 @@ from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.cut_weights import count_cut
 from sparse_callbacks.core.first_places import first_keys, is_drawn_by_rejection, sparse_twin
 from sparse_callbacks.core.initial_masks import find_masks, forget_given
+from sparse_callbacks.core.inspection import copied
 from sparse_callbacks.core.live_masks import exchanged_layers
 from sparse_callbacks.core.live_places import keys_of_mask
 from sparse_callbacks.core.method import Method
@@ -246,6 +247,11 @@ def _put_saved(
             done.put(name, linear, sparse_twin(linear, storage_of(pattern), group, keys))
         choices[name] = kept(here.get(name) or done.layers[name], choices[name].note)
     method.attachment.choose(model, choices)
+
+
+def dense_twin(model: nn.Module) -> nn.Module:
+    """``model`` itself, or where layers of it are exchanged a copy whose layers are dense."""
+    return to_dense(copied(model)) if exchanged_layers(model) else model
 
 
 def to_dense(module: _M) -> _M | nn.Linear:

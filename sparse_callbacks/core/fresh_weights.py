@@ -45,7 +45,7 @@ def _why_of_given(given: GivenMasks, params: Mapping[str, Tensor]) -> str:
 def rescale_fresh(method: Method) -> None:
     """Make the masked weights of a new run larger, where the method was asked to."""
     if isinstance(method, StartsSparse) and method.rescale is not None:
-        rescale_weights(method.weights, method.rescale)
+        rescale_weights(method.weights, method.rescale, method.attachment.given_layers)
 
 
 def refuse_rescaled_checkpoint(method: Method, path: object) -> None:
@@ -82,7 +82,7 @@ def warnings_of_start(method: Method, model: nn.Module) -> Iterator[str]:
             f"{name} draws its masks at random, and the network was trained before: {norm} has counted batches. Give "
             "initial_mask='magnitude' to keep its largest weights."
         )
-    elif method.rescale is None and (starved := starved_layers(model, method.weights)):
+    elif method.rescale is None and (starved := starved_layers(model, method.weights, method.attachment.given_layers)):
         listed = ", ".join(f"{layer} ({inputs:.1f})" for layer, inputs in starved.items())
         yield (
             f"few inputs are left for each output of {listed}, with no norm in between: the signal fades from layer to "

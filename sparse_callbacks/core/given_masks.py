@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from sparse_callbacks.core.checkpoint_file import read_mapping
+from sparse_callbacks.core.live_layout import why_not_pattern
+from sparse_callbacks.core.saved_patterns import mask_of, matrix_of
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.shards import layout_of
 from sparse_callbacks.core.state_layout import damaged, is_count, shown_short, why_not_whole
@@ -97,7 +99,7 @@ def _weights_in(found: Mapping[str, Any], entries: Sequence[Entry], shown: str, 
         raise ValueError(f"{shown}: its state_dict is {shown_short(weights)}. {advice}")
     # a loop of the user's own saves a state dict under a name of its own
     inner = [part for part in found.values() if isinstance(part, Mapping)]
-    plain = (_multiplied(w, entries) for w in (weights, *inner))
+    plain = (_made_dense(_multiplied(w, entries), entries, shown, advice) for w in (weights, *inner))
     weights = next((w for w in plain if not _missing(w, entries)), weights)
     # checked before anything is computed with them: a damaged file may give a tensor any shape
     if missing := _missing(weights, entries):
@@ -118,6 +120,35 @@ def _multiplied(weights: Mapping[str, Any], entries: Sequence[Entry]) -> Mapping
     }
     products = {e.name: w * m for e, (w, m) in pairs.items() if _is_weight(w, e) and _is_weight(m, e)}
     return {**weights, **products} if products else weights
+
+
+def _made_dense(weights: Mapping[str, Any], entries: Sequence[Entry], shown: str, advice: str) -> Mapping[str, Any]:
+    """``weights``, with the matrices of those that an exchanged layer has saved as live values and their places."""
+    found = {}
+    for e in entries:
+        if (parts := compact_parts(weights, e.name)) and e.name not in weights:
+            found[e.name] = _of_pattern(parts, e, parts["values"], shown, advice)
+    return {**weights, **found} if found else weights
+
+
+def compact_parts(weights: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """Live values and places of a weight as a compact ``state_dict`` holds them; empty where it does not."""
+    prefix = f"{name}."
+    parts = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    return parts if "values" in parts and not why_not_pattern({k: v for k, v in parts.items() if k != "values"}) else {}
+
+
+def _of_pattern(parts: Mapping[str, Tensor], entry: Entry, values: Tensor | None, shown: str, advice: str) -> Tensor:
+    """The matrix of live values, or without any the mask, that a pattern of a parameter says.
+
+    Raises:
+        ValueError: it is not a pattern of this parameter.
+    """
+    pattern = {key: value for key, value in parts.items() if key != "values"}
+    try:
+        return mask_of(pattern, entry.full_shape) if values is None else matrix_of(pattern, values, entry.full_shape)
+    except ValueError as error:
+        raise ValueError(f"{shown}: of the live weights of {entry.name} there, {error}. {advice}") from error
 
 
 def _missing(weights: Mapping[str, Any], entries: Sequence[Entry]) -> list[str]:
@@ -156,11 +187,16 @@ def _saved_masks(
         ValueError: a mask is damaged, or is not that of the weights beside it.
     """
     saved: dict[str, Tensor] = {}
+    # a compact state dict says itself where weights live, also those that are zero
+    patterns = {e.name: parts for e in entries if (parts := compact_parts(found.get("state_dict", found), e.name))}
     for state in _states_in(found, shown, advice):
         if not isinstance(state["masks"], Mapping):
             raise ValueError(f"{shown}: masks in it are {shown_short(state['masks'])}. {advice}")
         saved |= state["masks"]
+        patterns |= _patterns_in(state, shown, advice)
     for entry in entries:
+        if entry.name in patterns:
+            saved[entry.name] = _of_pattern(patterns[entry.name], entry, None, shown, advice)
         if entry.name not in saved:
             continue
         mask = saved[entry.name]
@@ -175,6 +211,21 @@ def _saved_masks(
                 f"together. {advice}"
             )
     return {e.name: saved[e.name] for e in entries if e.name in saved}
+
+
+def _patterns_in(state: Mapping[str, Any], shown: str, advice: str) -> Mapping[str, Any]:
+    """The patterns of exchanged layers in a saved state.
+
+    Raises:
+        ValueError: one is damaged.
+    """
+    patterns = state.get("patterns", {})
+    if not isinstance(patterns, Mapping):
+        raise ValueError(f"{shown}: patterns in it are {shown_short(patterns)}. {advice}")
+    for name, pattern in patterns.items():
+        if why := why_not_pattern(pattern):
+            raise ValueError(f"{shown}: what it has for the live weights of {name} {why}. {advice}")
+    return patterns
 
 
 def _is_trained(found: Mapping[str, Any]) -> bool:

@@ -108,7 +108,7 @@ def probable_bound(
     None where the gradient is so small that all of it can be held.
     """
     size = shape[0] * shape[1]
-    if size <= CACHED:
+    if size <= SAMPLE:
         return None
     # odd strides, so that they do not stay in one column of an image
     stride = math.ceil(math.sqrt(size / SAMPLE)) | 1

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from sparse_callbacks.core.error_text import with_class
+from sparse_callbacks.core.sparse_linear import SparseLinear
 from sparse_callbacks.core.undisturbed import undisturbed
 
 BOUND_BY_LIGHTNING = ("forward", "training_step", "validation_step", "test_step", "predict_step", "_compiler_ctx")
@@ -158,7 +159,7 @@ def training_branches(model: nn.Module, example_input: Any) -> list[str]:
         model: the model, in eval mode; it runs up to twice.
         example_input: see :func:`run`.
     """
-    layers = {m for m in model.modules() if isinstance(m, nn.Linear | _ConvNd)}
+    layers = {m for m in model.modules() if isinstance(m, nn.Linear | SparseLinear | _ConvNd)}
     idle = layers - _called(layers, model, example_input)
     if not idle:
         return []

@@ -1,4 +1,4 @@
-"""Patterns of truly sparse layers: which places of a weight matrix are live, in the forms that its products read."""
+"""Patterns of truly sparse layers: live places of a matrix, as products read them."""
 
 from functools import reduce
 from typing import Literal
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparse_callbacks.core.largest import widened
 from sparse_callbacks.core.moved_places import by_column, fill_columns, fill_rows
-from sparse_callbacks.core.place_units import Groups, LivePlaces, Rows, checked
+from sparse_callbacks.core.place_units import GroupPattern, LivePlaces, RowPattern, checked_keys
 
 __all__ = ["GroupPlaces", "LivePlaces", "RowPlaces", "Storage", "keys_of_mask", "places_of"]
 
@@ -65,9 +65,9 @@ class RowPlaces(LivePlaces):
         return (1, self.units)
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> RowPattern:
         """The pattern as the products read it."""
-        return Rows(self.crow, self.col, self.crow_t, self.col_t, self.perm)
+        return RowPattern(self.crow, self.col, self.crow_t, self.col_t, self.perm)
 
     def keys(self) -> Tensor:
         rows = torch.arange(self.outputs, device=self.device)
@@ -91,7 +91,7 @@ class RowPlaces(LivePlaces):
         ):
             raise ValueError(f"its crow does not describe {self.outputs} rows of {col.numel()} live weights")
         keys = torch.repeat_interleave(torch.arange(self.outputs, device=col.device), lengths) * self.inputs + col
-        return checked(keys, col, self.inputs)
+        return checked_keys(keys, col, self.inputs)
 
     def sums(self, values: Tensor) -> Tensor:
         return values.flatten().to(widened(values.dtype))
@@ -133,9 +133,9 @@ class GroupPlaces(LivePlaces):
         return self.idx.device
 
     @property
-    def groups(self) -> Groups:
+    def groups(self) -> GroupPattern:
         """The pattern as the products read it."""
-        return Groups(self.idx, self.places, self.offsets)
+        return GroupPattern(self.idx, self.places, self.offsets)
 
     @property
     def values_shape(self) -> tuple[int, ...]:
@@ -168,7 +168,7 @@ class GroupPlaces(LivePlaces):
         idx = saved["idx"].to(torch.int64)
         if idx.dim() != 2 or idx.shape[0] != self.blocks:
             raise ValueError(f"its idx does not describe {self.blocks} groups of {self.group} rows")
-        return checked((idx + self.first_keys(idx.device)).flatten(), idx.flatten(), self.inputs)
+        return checked_keys((idx + self.first_keys(idx.device)).flatten(), idx.flatten(), self.inputs)
 
     def sums(self, values: Tensor) -> Tensor:
         # row is added to row in their order, so that a unit has the same sum bit by bit whatever lies beside it
@@ -209,14 +209,14 @@ def places_of(storage: Storage, outputs: int, inputs: int, group: int, keys: Ten
     Raises:
         ValueError: The storage is unknown, ``group`` does not divide the outputs, or the keys are not of the pattern.
     """
-    refuse_storage(storage)
+    refuse_unknown(storage)
     if storage == "sparse":
         return RowPlaces(outputs, inputs, keys)
     refuse_group(outputs, group)
     return GroupPlaces(outputs, inputs, group, keys)
 
 
-def refuse_storage(storage: str) -> None:
+def refuse_unknown(storage: str) -> None:
     """Refuse a storage that is not known."""
     if storage not in ("sparse", "grouped"):
         raise ValueError(f"storage={storage!r} is not known. Give 'sparse' or 'grouped'")

@@ -1,4 +1,4 @@
-"""Inputs and output gradients of exchanged layers, kept for an update that looks at gradients of pruned weights."""
+"""What exchanged layers record in a window whose update looks at gradients of pruned weights."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

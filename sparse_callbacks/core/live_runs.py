@@ -1,4 +1,4 @@
-"""Exchanged layers in a run: which methods and optimizers they can have, and whether their places are those of the run."""
+"""Exchanged layers in a run: which methods and optimizers they can have, and whose places they hold."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 

@@ -114,6 +114,9 @@ class LiveWeight(nn.Module):
 
         Returns:
             Where values were born, a bool tensor of their shape. They are 0.
+
+        Raises:
+            ValueError: There are not as many units as before. Nothing has moved.
         """
         places = self.places
         if keys.shape != (places.units,):
@@ -121,9 +124,9 @@ class LiveWeight(nn.Module):
         slots = places.slots_of(keys) if slots is None else slots
         born = slots < 0
         source, new = slots.clamp(min=0), true_places(born)
+        places.set_keys(keys)  # first, as it may refuse them
         for tensor in (self.values, *tensors):
             tensor.copy_(places.from_units(places.taken(tensor, source, new)))
-        places.set_keys(keys)
         return places.of_units(born)
 
     @torch.no_grad()
@@ -133,7 +136,14 @@ class LiveWeight(nn.Module):
         Args:
             keys: The ascending keys of its units.
             values: The values there; those that are live now are kept and others are 0 where it is None.
+
+        Raises:
+            ValueError: There are not as many values as places.
         """
+        if values is not None and values.numel() != keys.numel() * self.group:
+            raise ValueError(
+                f"{self.called} was given {values.numel()} values for {keys.numel() * self.group} live places"
+            )
         if self.values.is_meta:
             self.places.set_keys(keys)
             values = torch.empty(self.places.values_shape, dtype=self.values.dtype, device="meta")
@@ -148,7 +158,7 @@ class LiveWeight(nn.Module):
             self.values.copy_(values)
         else:
             self.values.grad = None
-            self.values.data = values.detach().to(self.values)
+            self.values.data = values.detach().view(self.places.values_shape).to(self.values)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("weight", "values"):

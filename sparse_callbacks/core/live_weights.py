@@ -1,4 +1,4 @@
-"""Other places for the live weights of exchanged layers: what is born, what is dropped, and what moves with the values."""
+"""Moves of exchanged layers to other places, with values and optimizer state."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

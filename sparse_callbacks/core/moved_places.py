@@ -4,8 +4,6 @@ A unit is one input column of a row, or of a block of rows that read the same in
 column``, and keys are always ascending. Results are those of masked storage (`core.ops`), ties and NaN included.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -124,8 +122,8 @@ def fill_rows(keys: Tensor, inputs: int, crow: Tensor, col: Tensor) -> Tensor:
     torch.searchsorted(keys, begins, out_int32=True, out=crow)
     numbers = torch.arange(crow.numel() - 1, dtype=torch.int32, device=keys.device)
     rows = torch.repeat_interleave(numbers, crow.diff(), output_size=keys.numel())
-    for piece in pieces(keys.numel()):
-        col[piece] = keys[piece] - rows[piece].to(torch.int64).mul_(inputs)
+    # modulo 2^32, below which the columns are: products and keys of a large layer are not
+    torch.mul(rows, inputs, out=col).neg_().add_(keys.to(torch.int32))
     return rows
 
 
@@ -152,9 +150,3 @@ def by_column(col: Tensor, crow_t: Tensor) -> Tensor:
     columns = torch.arange(crow_t.numel(), dtype=short, device=col.device)
     torch.searchsorted(ordered, columns, out_int32=True, out=crow_t)
     return places
-
-
-def pieces(size: int) -> Iterator[slice]:
-    """Slices that together are ``size`` long, each of which fits a core's cache."""
-    for start in range(0, size, CACHED):
-        yield slice(start, min(start + CACHED, size))

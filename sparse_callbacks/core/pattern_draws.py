@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-ENTRIES = 2**19  # of one block of rows: what is drawn at a time
+DRAWN = 2**19  # entries of a block of rows, drawn at a time
 
 
 def fan_in_columns(blocks: int, inputs: int, fan_in: int, source: torch.Generator | None) -> Tensor:
@@ -23,7 +23,7 @@ def fan_in_columns(blocks: int, inputs: int, fan_in: int, source: torch.Generato
         4 * fan_in > inputs
     )  # where most places are live, looking at all of them is faster than drawing until they fit
     draw = chosen_of_all if dense else drawn_apart
-    step = max(1, ENTRIES // max(1, inputs if dense else fan_in))
+    step = max(1, DRAWN // max(1, inputs if dense else fan_in))
     for start in range(0, blocks, step):
         rows = min(step, blocks - start)
         columns[start : start + rows] = draw(rows, inputs, fan_in, source)

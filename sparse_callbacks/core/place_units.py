@@ -11,7 +11,7 @@ from sparse_callbacks.core.moved_places import slots_at
 from sparse_callbacks.core.quick_places import counts_below
 
 
-class Rows(NamedTuple):
+class RowPattern(NamedTuple):
     """A pattern in compressed rows, and the same of the transposed matrix, whose values are ``values[perm]``."""
 
     crow: Tensor
@@ -20,15 +20,15 @@ class Rows(NamedTuple):
     col_t: Tensor
     perm: Tensor
 
-    def transposed(self) -> "Rows":
+    def transposed(self) -> "RowPattern":
         """The pattern of the transposed matrix."""
         places = torch.arange(self.perm.numel(), dtype=self.perm.dtype, device=self.perm.device)
-        return Rows(
+        return RowPattern(
             self.crow_t, self.col_t, self.crow, self.col, torch.empty_like(places).scatter_(0, self.perm.long(), places)
         )
 
 
-class Groups(NamedTuple):
+class GroupPattern(NamedTuple):
     """The inputs ``idx [blocks, k]`` of each group of rows; and the same sorted by input: ``places`` of ``idx`` and, in them,
     ``offsets [inputs + 1]``."""
 
@@ -168,7 +168,7 @@ class LivePlaces(ABC):
         return slots_at(old, 0, keys, counts_below(old, keys))
 
 
-def checked(keys: Tensor, columns: Tensor, inputs: int) -> Tensor:
+def checked_keys(keys: Tensor, columns: Tensor, inputs: int) -> Tensor:
     """Keys as they are.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What products of truly sparse layers record for the dense gradient of their weight, which is never made."""
+"""What a truly sparse layer records for the dense gradient of its weight, which is never made."""
 
 from typing import Any, NamedTuple
 

@@ -1,6 +1,6 @@
 """Rescaling of fresh weights, so that a signal keeps its variance where only some inputs are left."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -69,9 +69,17 @@ def _of_units(mask: Tensor, entry: Entry) -> Tensor:
     return found.repeat_interleave(by_group.shape[1], 0).view(*mask.shape[:2], *kernel)
 
 
-def rescale_weights(weights: SparseWeights, rescale: Rescale) -> None:
-    """Multiply all active weights, which no step has trained yet, with their :func:`factors`."""
+def rescale_weights(weights: SparseWeights, rescale: Rescale, given: Container[str] = ()) -> None:
+    """Multiply all active weights, which no step has trained yet, with their :func:`factors`.
+
+    Args:
+        weights: the weights.
+        rescale: by what.
+        given: names of those that were made for the inputs that they have, and stay.
+    """
     for name, p in weights.params.items():
+        if name in given:
+            continue
         if (layer := weights.layers_stored.get(name)) is not None:
             factor = factors_of_live(layer, rescale)
         else:
@@ -133,13 +141,21 @@ def why_not_fresh(model: nn.Module, params: Mapping[str, Tensor], zeros_are_mean
 # ---------------------------------------------------------------------- layers that want it
 
 
-def starved_layers(model: nn.Module, weights: SparseWeights) -> dict[str, float]:
+def starved_layers(model: nn.Module, weights: SparseWeights, given: Container[str] = ()) -> dict[str, float]:
     """Inputs that an output keeps on average, of the layers that keep few; none where little of the signal is lost in the
-    layers between two norms, each of which gives the next layer a signal of variance 1 again."""
+    layers between two norms, each of which gives the next layer a signal of variance 1 again.
+
+    Args:
+        model: the model.
+        weights: its sparse weights.
+        given: names of those that were made for the inputs that they have.
+    """
     starved: dict[str, float] = {}
     for names in _between_norms(model, weights):
         found, left = {}, 1.0
         for name in names:
+            if name in given:
+                continue
             entry = weights.entries[name]
             for layer, share in _densities(weights, name).items():
                 inputs = share * torch.Size(entry.shape[1:]).numel()

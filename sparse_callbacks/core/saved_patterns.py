@@ -48,6 +48,25 @@ def mask_of(pattern: Pattern, shape: tuple[int, ...]) -> Tensor:
     return matrix_of_units(torch.zeros(units, dtype=torch.bool).index_fill_(0, keys, True), shape, group)
 
 
+def matrix_of(pattern: Pattern, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The dense matrix of live values.
+
+    Args:
+        pattern: where they are.
+        values: the values, in the shape that a layer holds them in.
+        shape: the shape of the matrix.
+
+    Raises:
+        ValueError: they are not of a pattern of such a layer.
+    """
+    keys, _, group = units_of(pattern, shape)
+    places = _empty_places(pattern, shape)
+    places.set_keys(keys)
+    if values.numel() != keys.numel() * group:
+        raise ValueError(f"there are {values.numel()} values in a pattern of {keys.numel() * group}")
+    return places.dense(values.view(places.values_shape))
+
+
 def matrix_of_units(units: Tensor, shape: tuple[int, ...], group: int) -> Tensor:
     """What each unit of a layer has, for each weight.
 

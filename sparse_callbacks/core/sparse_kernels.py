@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparse_callbacks.core.place_units import Rows
+from sparse_callbacks.core.place_units import RowPattern
 
-ENTRIES = 2**20  # that the sampled product without MKL makes at a time
+MULTIPLIED = 2**20  # that the sampled product without MKL makes at a time
 
 
 @functools.cache
@@ -53,7 +53,7 @@ def add_sampled(crow: Tensor, col: Tensor, dy: Tensor, x: Tensor, into: Tensor) 
         pattern = torch.sparse_csr_tensor(crow, col, into, (dy.shape[0], x.shape[0]), check_invariants=False)
         torch.sparse.sampled_addmm(pattern, dy, x.t(), beta=1.0, out=pattern)
         return
-    step = max(1, ENTRIES // x.shape[1])
+    step = max(1, MULTIPLIED // x.shape[1])
     for start in range(0, col.numel(), step):
         some = col[start : start + step]
         places = torch.arange(start, start + some.numel(), dtype=torch.int32, device=col.device)
@@ -74,7 +74,7 @@ def _(crow: Tensor, col: Tensor, dy: Tensor, x: Tensor) -> Tensor:
     return dy.new_empty(col.shape)
 
 
-def sampled(rows: Rows, x: Tensor, dy: Tensor) -> Tensor:
+def sampled(rows: RowPattern, x: Tensor, dy: Tensor) -> Tensor:
     """The entries of ``dy x'`` at the live places, ``[1, live]``."""
     if torch.compiler.is_compiling():
         entries: Tensor = sampled_in_graph(rows.crow, rows.col, dy, x)

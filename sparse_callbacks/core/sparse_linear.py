@@ -12,7 +12,7 @@ from sparse_callbacks.core.live_places import (
     Storage,
     keys_of_mask,
     places_of,
-    refuse_storage,
+    refuse_unknown,
 )
 from sparse_callbacks.core.live_weight import LiveWeight, as_parameter
 from sparse_callbacks.core.pattern_draws import fan_in_columns
@@ -82,7 +82,7 @@ class SparseLinear(LiveWeight):
         weight = linear.weight
         if mask.shape != weight.shape:
             raise ValueError(f"the mask has shape {tuple(mask.shape)} and the weight {tuple(weight.shape)}")
-        refuse_storage(storage)
+        refuse_unknown(storage)
         keys = keys_of_mask(mask.to(torch.bool), 1 if storage == "sparse" else group)
         places = places_of(storage, weight.shape[0], weight.shape[1], group, keys)
         if weight.device.type != "meta":
@@ -174,7 +174,7 @@ class SparseLinear(LiveWeight):
         """What `forward` returns."""
         values: Tensor = self.values
         bias: Tensor | None = self.bias
-        rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), self.in_features)
+        rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), self.in_features)
         use = None
         if self.records is not None:
             use = Use(CallRecords(self.records))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparse_callbacks.core.place_units import Groups, Rows
+from sparse_callbacks.core.place_units import GroupPattern, RowPattern
 from sparse_callbacks.core.product_records import Use, of_gradient
 from sparse_callbacks.core.sparse_kernels import add_sampled, rows_product, sampled
 
@@ -23,7 +23,7 @@ class RowsProduct(torch.autograd.Function):
     """``W x + b`` for ``x [inputs, batch]``, W in compressed rows: ``[outputs, batch]``."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, bias: Tensor | None, rows: Rows, use: Use | None, x: Tensor) -> Tensor:
+    def forward(ctx: Any, values: Tensor, bias: Tensor | None, rows: RowPattern, use: Use | None, x: Tensor) -> Tensor:
         ctx.rows, ctx.use = rows, use
         ctx.save_for_backward(values, x if ctx.needs_input_grad[0] else None)
         return plus(rows_product(rows.crow, rows.col, values.view(-1), x), bias)
@@ -53,7 +53,7 @@ class SampledProduct(torch.autograd.Function):
     """Entries of ``dY x'`` at the live places, ``[1, live]``."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Rows, x: Tensor, dy: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: RowPattern, x: Tensor, dy: Tensor) -> Tensor:
         ctx.rows = rows
         ctx.save_for_backward(x, dy)
         return sampled(rows, x, dy)
@@ -74,7 +74,7 @@ class WideProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, bias: Tensor | None, rows: Rows, use: Use | None, x: Tensor) -> Tensor:
+    def forward(ctx: Any, values: Tensor, bias: Tensor | None, rows: RowPattern, use: Use | None, x: Tensor) -> Tensor:
         ctx.rows, ctx.use = rows, use
         ctx.save_for_backward(values, x if ctx.needs_input_grad[0] else None)
         y = x.new_empty(x.shape[0], rows.crow.numel() - 1)
@@ -108,7 +108,7 @@ class WideProduct(torch.autograd.Function):
         return d_values, d_bias, None, None, d_x
 
 
-def turned_product(values: Tensor, rows: Rows, use: Use | None, dy: Tensor) -> Tensor:
+def turned_product(values: Tensor, rows: RowPattern, use: Use | None, dy: Tensor) -> Tensor:
     """``W' dY``, differentiable: a product with the transposed matrix, whose rows are the columns of W."""
     d_x: Tensor = RowsProduct.apply(values.index_select(1, rows.perm), None, rows.transposed(), of_gradient(use), dy)
     return d_x
@@ -138,7 +138,7 @@ def feature_major(batch: Tensor, keep: bool = False) -> Iterator[Tensor]:
 
 
 def gradients_with_graph(
-    rows: Rows, needs: Sequence[bool], use: Use | None, values: Tensor, x: Tensor, grad: Tensor
+    rows: RowPattern, needs: Sequence[bool], use: Use | None, values: Tensor, x: Tensor, grad: Tensor
 ) -> tuple[Tensor | None, ...]:
     """The gradients of `WideProduct`, by operations that have gradients themselves."""
     d_values = d_x = None
@@ -155,7 +155,7 @@ def gradients_with_graph(
     return d_values, grad.sum(0) if needs[1] else None, None, None, d_x
 
 
-def linear_by_rows(values: Tensor, bias: Tensor | None, rows: Rows, x: Tensor, use: Use | None = None) -> Tensor:
+def linear_by_rows(values: Tensor, bias: Tensor | None, rows: RowPattern, x: Tensor, use: Use | None = None) -> Tensor:
     """``x W' + b``, W in compressed rows.
 
     Args:
@@ -179,7 +179,9 @@ class GroupsProduct(torch.autograd.Function):
     """``W x + b`` for ``x [inputs, batch]``, W in groups of rows that read the same inputs: ``[blocks, group, batch]``."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, bias: Tensor | None, groups: Groups, use: Use | None, x: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, values: Tensor, bias: Tensor | None, groups: GroupPattern, use: Use | None, x: Tensor
+    ) -> Tensor:
         ctx.groups, ctx.use, ctx.inputs = groups, use, x.shape[0]
         ctx.save_for_backward(values, x if ctx.needs_input_grad[0] else None)
         y = torch.bmm(values, gathered(x, groups.idx))
@@ -202,7 +204,7 @@ class TurnedGroups(torch.autograd.Function):
     """``W' dY`` for ``dY [blocks, group, batch]``, W in groups of rows that read the same inputs: ``[inputs, batch]``."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, groups: Groups, use: Use | None, inputs: int, dy: Tensor) -> Tensor:
+    def forward(ctx: Any, values: Tensor, groups: GroupPattern, use: Use | None, inputs: int, dy: Tensor) -> Tensor:
         ctx.groups, ctx.use = groups, use
         ctx.save_for_backward(values, dy)
         parts = torch.bmm(values.transpose(1, 2), dy).flatten(0, 1)
@@ -224,7 +226,9 @@ def gathered(x: Tensor, idx: Tensor) -> Tensor:
     return x.index_select(0, idx.view(-1)).view(idx.shape[0], idx.shape[1], x.shape[1])
 
 
-def linear_by_groups(values: Tensor, bias: Tensor | None, groups: Groups, x: Tensor, use: Use | None = None) -> Tensor:
+def linear_by_groups(
+    values: Tensor, bias: Tensor | None, groups: GroupPattern, x: Tensor, use: Use | None = None
+) -> Tensor:
     """``x W' + b``, W in groups of rows that read the same inputs.
 
     Args:

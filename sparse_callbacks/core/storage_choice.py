@@ -88,7 +88,9 @@ def choices_for(
             note = "" if asked == "masked" else "only linear layers have another storage"
             found[entry.name] = Choice("masked", note)
         elif isinstance(layer.module, SparseLinear):
-            found[entry.name] = kept(layer.module)
+            known = method.attachment.choices_of(model).get(entry.name)
+            as_given = known is None or known.live is None or known.as_given
+            found[entry.name] = replace(kept(layer.module, known.note if known else ""), as_given=as_given)
         else:
             found[entry.name] = _choice(asked, entry, layer, getattr(method, "group", 1), device, strict)
     for name, layer in layers.items():  # their weight is not a parameter of the model

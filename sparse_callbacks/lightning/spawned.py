@@ -195,13 +195,17 @@ def _private(path: str, flags: int) -> int:
 
 def _content(callback: "SparsityCallback", model: int = UNKNOWN) -> dict[str, Any]:
     """Everything that describes the latest run where its model is not known: tensors, numbers and strings only."""
+    weights = {n: p.detach().clone() for n, p in callback.params.items()}
+    # as they come back, by the weights of a module whose layers are dense
+    for name, layer in callback.weights.layers_stored.items():
+        weights[name] = layer.places.dense(layer.values.detach())
     return {
         "model": model,
         "state": callback.engine.state(),
         "entries": [asdict(e) for e in callback.entries],
         "targets": dict(callback.targets),
         "owned": [list(names) for names in callback.owners.owns],
-        "weights": {n: p.detach().clone() for n, p in callback.params.items()},
+        "weights": weights,
     }
 
 

@@ -31,7 +31,7 @@ def test_each_set_of_inputs_is_equally_likely(inputs: int, fan_in: int) -> None:
 
 @pytest.mark.parametrize("fan_in", [100, 249, 251, 990])
 def test_fan_ins_whose_square_exceeds_the_inputs_end_soon(fan_in: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pattern_draws, "ENTRIES", 7000)  # several blocks of rows, the last one smaller
+    monkeypatch.setattr(pattern_draws, "DRAWN", 7000)  # several blocks of rows, the last one smaller
     columns = fan_in_columns(33, 1000, fan_in, torch.Generator().manual_seed(0))
     assert bool((columns.diff(dim=1) > 0).all())
     assert 0 <= int(columns.min()) <= int(columns.max()) < 1000

@@ -292,3 +292,27 @@ def test_parameters_in_no_group_of_an_optimizer_are_left_alone() -> None:
     assert len(optimizer.param_groups[0]["params"]) == 1
     done.undo()
     assert isinstance(model[0], nn.Linear)
+
+
+@pytest.mark.parametrize("rescale", [None, "fan_in"])
+def test_layers_that_the_user_has_made_sparse_are_neither_rescaled_nor_warned_of(rescale: Any) -> None:
+    def model() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(*(SparseLinear.random(24, 24, fan_in=2) for _ in range(4)), nn.Linear(24, 24))
+
+    mine = model()
+    optimizer = torch.optim.SGD(mine.parameters(), 0.1)
+    before = [layer.values.detach().clone() for layer in mine[:4]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sparsify(method(SET, rescale=rescale), mine, optimizer, 6)
+    assert all(torch.equal(layer.values, old) for layer, old in zip(mine[:4], before, strict=True))
+    if rescale is None:
+        thinned = nn.Sequential(*(nn.Linear(24, 24) for _ in range(4)))
+        with pytest.warns(UserWarning, match="few inputs are left"):
+            sparsify(
+                SET(0.92, storage="sparse", distribution="uniform", print_plan=False, every=2),
+                thinned,
+                torch.optim.SGD(thinned.parameters(), 0.1),
+                6,
+            )

@@ -215,21 +215,28 @@ def test_units_keep_their_slots_also_where_they_leave_and_come_back(
         assert slots.tolist() == [where.get(key, -1) for key in joined.tolist()]
 
 
-@pytest.mark.parametrize("inputs", [1, 30, 2**15 - 1, 2**15, 70_000])
-def test_rows_and_columns_of_keys(inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moved_places, "CACHED", 50)
+@pytest.mark.parametrize("inputs", [1, 30, 2**15 - 1, 2**15, 70_000, 10**9])
+def test_rows_and_columns_of_keys(inputs: int) -> None:
     outputs = 9
     keys = torch.randint(outputs * inputs, (300,), generator=torch.Generator().manual_seed(0)).unique()
-    crow, crow_t = (torch.empty(size + 1, dtype=torch.int32) for size in (outputs, inputs))
-    col, col_t, perm = (torch.empty(len(keys), dtype=torch.int32) for _ in range(3))
+    crow, col = torch.empty(outputs + 1, dtype=torch.int32), torch.empty(len(keys), dtype=torch.int32)
     rows = fill_rows(keys, inputs, crow, col)
-    fill_columns(rows, col, crow_t, col_t, perm)
     places = [divmod(key, inputs) for key in keys.tolist()]
-    by_column = sorted(range(len(keys)), key=lambda slot: (places[slot][1], slot))
     assert list(zip(rows.tolist(), col.tolist(), strict=True)) == places
+    assert crow.tolist() == [sum(row < r for row, _ in places) for r in range(outputs + 1)]
+
+
+@pytest.mark.parametrize("inputs", [1, 30, 2**15 - 1, 2**15, 70_000])
+def test_columns_of_rows(inputs: int) -> None:
+    keys = torch.randint(9 * inputs, (300,), generator=torch.Generator().manual_seed(0)).unique()
+    places = [divmod(key, inputs) for key in keys.tolist()]
+    rows, col = torch.tensor(places, dtype=torch.int32).unbind(1)
+    crow_t = torch.empty(inputs + 1, dtype=torch.int32)
+    col_t, perm = (torch.empty(len(keys), dtype=torch.int32) for _ in range(2))
+    fill_columns(rows, col, crow_t, col_t, perm)
+    by_column = sorted(range(len(keys)), key=lambda slot: (places[slot][1], slot))
     assert perm.tolist() == by_column
     assert col_t.tolist() == [places[slot][0] for slot in by_column]
-    assert crow.tolist() == [sum(row < r for row, _ in places) for r in range(outputs + 1)]
     columns = torch.tensor([column for _, column in places]).sort().values
     assert torch.equal(crow_t.long(), torch.searchsorted(columns, torch.arange(inputs + 1)))
 

@@ -195,14 +195,19 @@ def test_known_slots_spare_the_search(storage: str) -> None:
 @STORED
 def test_as_many_places_must_come_as_leave(storage: str) -> None:
     layer, keys = moved(storage)
+    before, old_keys = layer.values.detach().clone(), layer.keys()
     with pytest.raises(ValueError, match=r"has \d+ live units and was given \d+ keys"):
         layer.move_to(keys[1:])
+    with pytest.raises(ValueError, match=r"was given 1 values for \d+ live places"):
+        layer.set_places(keys, torch.zeros(1, 1))
     if storage == "grouped":
         uneven = torch.arange(9)
         with pytest.raises(ValueError, match="do not all read the same number of inputs"):
             layer.move_to(torch.where(uneven < 5, uneven, uneven + 15))
         with pytest.raises(ValueError, match="cannot be as many for each of 3 groups"):
             layer.set_places(keys[1:])
+    assert torch.equal(layer.values, before)
+    assert torch.equal(layer.keys(), old_keys)
 
 
 @pytest.mark.parametrize("share", [0.2, 0.9])

@@ -23,7 +23,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def without_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparse_kernels, "has_sampled_product", lambda: False)
-    monkeypatch.setattr(sparse_kernels, "ENTRIES", 21)
+    monkeypatch.setattr(sparse_kernels, "MULTIPLIED", 21)
     monkeypatch.setattr(torch.sparse, "sampled_addmm", None)
 
 

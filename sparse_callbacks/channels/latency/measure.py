@@ -13,6 +13,7 @@ from sparse_callbacks.channels.latency.fit import fitted, layer_sum, smaller
 from sparse_callbacks.channels.latency.probes import kinds_of, probe, random_input
 from sparse_callbacks.channels.latency.table import Grid, Table, environment
 from sparse_callbacks.core.clock import milliseconds
+from sparse_callbacks.core.exchange import to_dense
 
 
 # random inputs and fresh layers leave the user's generator as it is; they are made on the CPU, so no GPU's is moved
@@ -50,7 +51,7 @@ def measure(
         report: takes a line for each kind of layer, and one about the whole model.
         save: takes the unfinished table after each kind of layer, so that measuring can be interrupted.
     """
-    place, model = torch.device(device), copy.deepcopy(model).float().cpu().eval()
+    place, model = torch.device(device), to_dense(copy.deepcopy(model)).float().cpu().eval()
     # a network with batch norms has one after nearly every convolution, so they are measured together
     norm = any(isinstance(m, _BatchNorm) for m in model.modules())
     example = torch.randn(batch, *size)
