@@ -40,33 +40,6 @@ def parsed(pattern: str | None) -> int | None:
     return int(found.group(1))
 
 
-def refuse_pattern(pattern: str | None, storage: str | Mapping[str, str], group: int) -> None:
-    """Refuse a pattern that is not known, or that layers of another storage cannot have.
-
-    Args:
-        pattern: the pattern; None for none.
-        storage: the storage of the layers, of all or by glob.
-        group: the rows that read the same inputs in grouped storage.
-
-    Raises:
-        ValueError: says which of the arguments to change.
-    """
-    mine, stored = parsed(pattern), [storage] if isinstance(storage, str) else list(storage.values())
-    if mine is None:
-        return
-    for name in ("sparse", "auto"):
-        if name in stored:
-            raise ValueError(
-                f"pattern={pattern!r} and storage={storage!r} differ: sparse storage holds its live weights one by one, "
-                f"without a pattern. Give storage='grouped' and group={mine}, storage='masked', or no pattern=."
-            )
-    if "grouped" in stored and group != mine:
-        raise ValueError(
-            f"pattern={pattern!r} and storage={storage!r} with group={group} differ in the rows that read the same inputs. "
-            f"Give group={mine}, or no pattern=."
-        )
-
-
 def columns_for(density: float, inputs: int) -> int:
     """Active columns of each block at ``density`` (the share of active weights): rounded as Python does, at least 1.
 
@@ -205,7 +178,7 @@ def why_other_pattern(method: object, masks: Mapping[str, Tensor], entries: Iter
 # ---------------------------------------------------------------------- columns
 
 
-def largest_in_rows(scores: Tensor, count: int, among: Tensor | None = None) -> Tensor:
+def largest_among(scores: Tensor, count: int, among: Tensor | None = None) -> Tensor:
     """Mask of the ``count`` largest numbers in each row; of equal numbers the lower column wins, and NaN ranks last.
 
     Args:
@@ -228,7 +201,7 @@ def drawn_columns(blocks: int, inputs: int, count: int, source: torch.Generator,
         source: a generator of the CPU.
         among: bool, blocks by inputs; only its True positions are drawn. None: all.
     """
-    return largest_in_rows(column_numbers(blocks, inputs, source), count, among)
+    return largest_among(column_numbers(blocks, inputs, source), count, among)
 
 
 def column_numbers(blocks: int, inputs: int, source: torch.Generator) -> Tensor:
@@ -263,4 +236,4 @@ def as_mask(columns: Tensor, group: int) -> Tensor:
 
 def largest_columns(weight: Tensor, count: int, group: int) -> Tensor:
     """The mask of the ``count`` columns of each block with the largest sums of magnitudes."""
-    return as_mask(largest_in_rows(column_sums(weight, group), count), group)
+    return as_mask(largest_among(column_sums(weight, group), count), group)
