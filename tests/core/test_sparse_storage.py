@@ -118,6 +118,17 @@ def test_no_dense_tensor_is_made_in_a_run(monkeypatch: pytest.MonkeyPatch) -> No
         assert method.plan()["0.weight"].size == 640
 
 
+def test_a_gradient_of_other_places_is_gone_after_an_update() -> None:
+    model = exchange(net(), first_masks(net()))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    run = sparsify(random_start(SET), model, optimizer, steps=10)
+    gradients = []
+    for _ in range(2):
+        train(model, optimizer, 0, 1)
+        gradients.append((run.updates, model[0].values.grad is None))
+    assert gradients == [(1, True), (1, False)]
+
+
 def test_plan_and_sparsity_are_those_of_masked_storage() -> None:
     shown = []
     for model, method in ((net(), given(SET)), (exchange(net(), first_masks(net())), random_start(SET))):
