@@ -1,11 +1,12 @@
 """Layers of a model are exchanged for sparse ones before optimizers are made, and dense ones put back."""
 
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
+from sparse_callbacks.core.argument_types import checked
 from sparse_callbacks.core.attachment import Choice
 from sparse_callbacks.core.auto_storage import RowsSeen, decided
 from sparse_callbacks.core.awaited import for_targets, with_awaited
@@ -22,14 +23,14 @@ from sparse_callbacks.core.module_swap import enter_fast_paths, holders_of, leav
 from sparse_callbacks.core.saved_patterns import storage_of, units_of
 from sparse_callbacks.core.selection import Entry, select
 from sparse_callbacks.core.sparse_linear import SparseLinear
-from sparse_callbacks.core.storage import Rows, why_no_exchange
+from sparse_callbacks.core.storage import Rows, refuse_rows, why_no_exchange
 from sparse_callbacks.core.storage_choice import choices_for, kept, linear_layers, refuse_choices
 from sparse_callbacks.core.wrappers import plain_model, set_up_by
 
-_M = TypeVar("_M", bound=nn.Module)
 _MASKED = Choice("masked")
 
 
+@checked
 def exchange_layers(method: Method, model: nn.Module, rows: Rows | None = None) -> dict[str, SparseLinear]:
     """Exchange the layers of ``model`` that are to have another storage than masks, as ``method`` says.
 
@@ -59,6 +60,7 @@ def exchange_layers(method: Method, model: nn.Module, rows: Rows | None = None) 
         >>> list(layers), model[0].density
         (['0.weight', '2.weight'], 0.25)
     """
+    refuse_rows(rows)
     if wrapper := set_up_by(model, ()):
         raise ValueError(
             f"model= is a {wrapper}, which knows the layers that storage= would exchange. Give the module that it was made from, "
@@ -201,7 +203,8 @@ def dense_twin(model: nn.Module) -> nn.Module:
     return to_dense(copied(model)) if exchanged_layers(model) else model
 
 
-def to_dense(module: _M) -> _M | nn.Linear:
+@checked
+def to_dense(module: nn.Module) -> nn.Module:
     """Put an ``nn.Linear`` in the place of every `SparseLinear` inside ``module``, with zeros where no weight lives.
 
     It is done in place, as by the functions of ``torch.nn.utils``; hooks and attributes move along, and the Parameters of
@@ -235,4 +238,4 @@ def to_dense(module: _M) -> _M | nn.Linear:
         put_in(holders.get(id(layer), []), dense)
         made = dense if layer is module else made
     enter_fast_paths(made)
-    return made  # type: ignore[return-value]
+    return made

@@ -66,7 +66,7 @@ def _first_keys(
     try:
         return keys_of_mask(mask.to(weight.device, torch.bool), group)
     except ValueError as error:
-        raise ValueError(f"{entry.name}: {error}") from error
+        raise ValueError(f"{entry.name} cannot have storage='grouped' in groups of {group} rows: {error}") from error
 
 
 def is_drawn_by_rejection(method: Method, entry: Entry, weight: Tensor) -> bool:
