@@ -114,17 +114,20 @@ class FirstBatchOfLoop:
 
     def __init__(self, done: Exchanged, optimizers: Iterable[Optimizer], warn: Callable[[str], object]) -> None:
         self._use, self._warn = FirstUse(done.layers), warn
-        self._waits = {id(o): o.register_step_post_hook(self._stepped) for o in optimizers} if done.layers else {}
+        stepping = list(optimizers) if done.layers else []
+        self._waits = set(map(id, stepping))
+        self._handles = [o.register_step_post_hook(self._stepped) for o in stepping]
 
     def _stepped(self, optimizer: Optimizer, *_: object) -> None:
-        if (handle := self._waits.pop(id(optimizer), None)) is not None:
-            handle.remove()
+        # the hooks stay until the run ends: torch is going through them
+        if id(optimizer) in self._waits:
+            self._waits.remove(id(optimizer))
             if not self._waits and (text := self._use.warning()):
                 self._warn(text)
 
     def end(self) -> None:
         """The run is over: look no more."""
-        for handle in self._waits.values():
+        for handle in self._handles:
             handle.remove()
-        self._waits = {}
+        self._handles = []
         self._use.end()
