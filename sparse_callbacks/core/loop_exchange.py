@@ -114,12 +114,12 @@ class FirstBatchOfLoop:
 
     def __init__(self, done: Exchanged, optimizers: Iterable[Optimizer], warn: Callable[[str], object]) -> None:
         self._use, self._warn = FirstUse(done.layers), warn
-        stepping = list(optimizers) if done.layers else []
-        self._waits = set(map(id, stepping))
-        self._handles = [o.register_step_post_hook(self._stepped) for o in stepping]
+        looked_at = list(optimizers) if done.layers else []
+        self._waits = set(map(id, looked_at))
+        self._handles = [o.register_step_post_hook(self._stepped) for o in looked_at]
 
     def _stepped(self, optimizer: Optimizer, *_: object) -> None:
-        # the hooks stay until the run ends: torch is going through them
+        # the hook stays: torch goes through the hooks of the optimizer now, and others may follow
         if id(optimizer) in self._waits:
             self._waits.remove(id(optimizer))
             if not self._waits and (text := self._use.warning()):
@@ -129,5 +129,5 @@ class FirstBatchOfLoop:
         """The run is over: look no more."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._waits = set()
         self._use.end()

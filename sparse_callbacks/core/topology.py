@@ -21,24 +21,19 @@ class Update:
     Attributes:
         masks: new bool masks by parameter name, each of its parameter's shape. Parameters that are missing keep theirs.
         figures: figures of the update for the log, by their full names (``"update/drop_fraction"``).
-        keys: of exchanged layers, in place of masks, the ascending keys of the units that live from now on, by parameter
-            name.
-        slots: where each of these units is among those that live now, -1 where it is born; searched for where it is
-            missing.
+        moves: of exchanged layers, in place of masks, the units that live from now on, by parameter name.
     """
 
     masks: Mapping[str, Tensor]
     figures: Mapping[str, float] = field(default_factory=dict)
-    keys: Mapping[str, Tensor] = field(default_factory=dict)
-    slots: Mapping[str, Tensor] = field(default_factory=dict)
+    moves: Mapping[str, Move] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse what is not tensors and numbers by name, which an update would stumble over later."""
-        for name, kind in (("masks", "bool tensors"), ("keys", "tensors of keys"), ("slots", "tensors of slots")):
-            if not fits(getattr(self, name), Mapping[str, Tensor]):
-                raise TypeError(
-                    f"{name}={shown_short(getattr(self, name))} is not a mapping of tensors. Give {kind} by parameter name."
-                )
+        if not fits(self.masks, Mapping[str, Tensor]):
+            raise TypeError(
+                f"masks={shown_short(self.masks)} is not a mapping of tensors. Give bool tensors by parameter name."
+            )
         # not by their annotation: a figure may be NaN, or a tensor of one number
         if not fits(self.figures, Mapping[str, Real | Tensor]):
             raise TypeError(

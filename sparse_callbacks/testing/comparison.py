@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparse_callbacks.core.live_masks import exchanged_layers
 from sparse_callbacks.lightning.callback import SparsityCallback
 
 
@@ -58,8 +59,9 @@ def _bits(tensor: Tensor) -> bytes:
 
 
 def sparse_weights(module: nn.Module, *callbacks: SparsityCallback) -> dict[str, tuple[Tensor, Tensor]]:
-    """(weight, mask) by name."""
+    """(weight, mask) by name, of layers with live values alone their whole matrix."""
     weights = {n: p.detach() for n, p in module.named_parameters()}
+    weights |= {n: layer.places.dense(layer.values.detach()) for n, layer in exchanged_layers(module).items()}
     return {n: (weights[n], m) for c in callbacks for n, m in c.masks.items()}
 
 

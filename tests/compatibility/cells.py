@@ -24,6 +24,7 @@ GROUPS = (
     "checkpoints",
     "loaders",
     "models",
+    "storage",
     "processes",
     "launchers",
 )

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from support.methods import METHODS
 
-from compatibility import launching, models, training
+from compatibility import launching, models, storage, training
 from compatibility.cells import Feature, Outcome, ordered, outcome_of
 from compatibility.page import PAGE, by_name, read, written
 
-PARTS = (training, models, launching)
+PARTS = (training, models, storage, launching)
 """The modules that make the rows."""
 
 

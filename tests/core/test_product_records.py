@@ -17,7 +17,8 @@ STORED = pytest.mark.parametrize("storage", STORAGES)
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of four rows, so that small batches are wide."""
-    monkeypatch.setattr(sparse_products, "WIDTH", 4)
+    monkeypatch.setattr(sparse_products, "NARROW", 4)
+    monkeypatch.setattr(sparse_products, "PIECE", 4)
 
 
 def recording(storage: str) -> tuple[nn.Linear, SparseLinear]:

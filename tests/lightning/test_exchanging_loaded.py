@@ -6,11 +6,15 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from support.exchanged import fit, layers_of, mlp, patterns_of, sparse
+from pytorch_lightning.tuner import Tuner
+from support.exchanged import Hooked, fit, layers_of, mlp, patterns_of, sparse
+from support.processes import matrices
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 from sparse_callbacks.testing.comparison import assert_counts, differences
 from sparse_callbacks.testing.data import Batches
+from sparse_callbacks.testing.networks import Classifier
 from sparse_callbacks.testing.runs import Stops, trainer_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -103,6 +107,26 @@ def test_a_checkpoint_of_weights_alone_is_evaluated_with_the_places_of_its_weigh
         assert_counts(callback)
 
 
+@pytest.mark.parametrize("storage", ["sparse", "grouped"])
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_a_compact_checkpoint_is_evaluated_by_dense_and_by_sparse_layers(
+    exchanged: bool, storage: str, tmp_path: Path
+) -> None:
+    def make_compact(trainer: Any, module: Any) -> None:
+        for layer in layers_of(module).values():
+            layer.compact_state = True
+
+    trained = sparse("set", storage)
+    _, module = fit(trained, None, Hooked("on_train_start", make_compact), Stops(tmp_path, (16,)))
+    other, callback = mlp(seed=3), sparse("set", storage)
+    if exchanged:
+        fit(sparse("set", storage, seed=8), other, max_epochs=1)
+    evaluate("test", callback, other, tmp_path / "16.ckpt")
+    assert bool(layers_of(other)) == exchanged
+    assert torch.allclose(module(Batches().x), other(Batches().x), rtol=1e-12)
+    assert differences({**trained.masks}, {**callback.masks}) == []
+
+
 def test_a_checkpoint_of_a_dense_network_is_refused_with_the_name_of_the_layer(tmp_path: Path) -> None:
     module, callback, dense = mlp(), sparse("set"), mlp()
     trainer = trainer_for([Stops(tmp_path, (STOP,))])
@@ -135,27 +159,47 @@ def test_weights_that_are_loaded_by_hand_have_the_pattern_or_are_refused_with_th
 # ---------------------------------------------------------------------- Lightning's tuner
 
 
-@pytest.mark.parametrize("how", ["callback", "tuner"])
-def test_the_learning_rate_finder_leaves_the_run_that_would_have_been_without_it(how: str) -> None:
-    class WithRate(type(mlp())):  # type: ignore[misc]
-        lr = 0.05
+class Tuned(Classifier):
+    """Has a learning rate and a batch size that a tuner can change."""
 
-    def module() -> Any:
-        made = mlp()
-        made.lr = 0.05
-        return made
+    def __init__(self) -> None:
+        super().__init__(matrices(0))
+        self.lr, self.batch_size = 0.05, 2
 
-    alone, tuned = module(), module()
-    fit(sparse("set"), alone)
-    callback = sparse("set")
-    options = {"num_training_steps": 6} if how == "callback" else {"num_training": 6}
-    if how == "callback":
-        finder = pl.callbacks.LearningRateFinder(update_attr=False, **options)
-        fit([callback, finder], tuned)
-    else:
-        trainer = trainer_for(callback)
-        pl.tuner.Tuner(trainer).lr_find(tuned, Batches(), update_attr=False, **options)
-        assert not layers_of(tuned)
-        fit(callback, tuned)
+    def train_dataloader(self) -> Any:
+        data = Batches()
+        return DataLoader(TensorDataset(data.x, data.y), batch_size=self.batch_size)
+
+    def val_dataloader(self) -> Any:
+        return []
+
+
+TUNERS: dict[str, Any] = {
+    "lr": lambda tuner, module: tuner.lr_find(module, num_training=8, update_attr=False),
+    "batch size": lambda tuner, module: tuner.scale_batch_size(module, steps_per_trial=4, max_trials=2),
+}
+
+
+@pytest.mark.parametrize("storage", ["sparse", "grouped"])
+@pytest.mark.parametrize("what", list(TUNERS))
+def test_a_fit_after_a_tuner_is_the_one_without_it(what: str, storage: str, tmp_path: Path) -> None:
+    tuned, callback = Tuned(), sparse("set", storage)
+    trainer = trainer_for(callback, tmp_path)
+    TUNERS[what](Tuner(trainer), tuned)
+    assert not layers_of(tuned)  # no batch of the fit itself has come
+    trainer.fit(tuned)
+    alone = Tuned()
+    alone.batch_size = tuned.batch_size
+    trainer_for(sparse("set", storage), tmp_path).fit(alone)
+    assert len(layers_of(tuned)) == 3
+    assert differences(alone.state_dict(), tuned.state_dict()) == []
+    assert differences(patterns_of(alone), patterns_of(tuned)) == []
+
+
+def test_a_learning_rate_finder_within_a_fit_leaves_no_trace() -> None:
+    finder = pl.callbacks.LearningRateFinder(num_training_steps=8, update_attr=False)
+    alone, tuned = Tuned(), Tuned()
+    trainer_for(sparse("set")).fit(alone)
+    trainer_for([sparse("set"), finder]).fit(tuned)
     assert differences(alone.state_dict(), tuned.state_dict()) == []
     assert differences(patterns_of(alone), patterns_of(tuned)) == []

@@ -1,16 +1,18 @@
 """Sparse storage under a Trainer's options: precision, clipping, manual optimization, and the rows that are found out."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins import MixedPrecision
-from support.exchanged import fit, layers_of, mlp, patterns_of, sparse
+from support.exchanged import fit, layers_of, left, mlp, patterns_of, sparse
 from support.processes import matrices
 from torch.utils.data import DataLoader, TensorDataset
 
+from sparse_callbacks.core import auto_storage
 from sparse_callbacks.core.randomness import random_states
 from sparse_callbacks.core.storage_timing import rows_of_layers
 from sparse_callbacks.lightning.seen_rows import seen_rows
@@ -177,3 +179,38 @@ def test_a_look_at_the_rows_changes_no_batch_of_the_fit() -> None:
         fit(sparse("set", storage, **more), module, loader=shuffled(generator=torch.Generator().manual_seed(1)))
     for key, value in modules[0].state_dict().items():
         assert torch.allclose(value, modules[1].state_dict()[key], rtol=0, atol=1e-10), key
+
+
+# ---------------------------------------------------------------------- storage="auto"
+
+
+def times(shape: tuple[int, int], *_: Any, **__: Any) -> dict[str, float]:
+    """Two layers of three are faster sparse."""
+    return {"masked": 1.0, "sparse": 0.5 if shape[0] > 4 else 2.0}
+
+
+def not_timed(*_: Any, **__: Any) -> dict[str, float]:
+    raise AssertionError("timed again")
+
+
+def test_what_times_decide_is_logged_and_taken_from_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(auto_storage, "times_of", times)
+    callback = sparse("set", "auto")
+    with caplog.at_level("INFO"):
+        expected = left(*fit(callback, mlp(), loader=shuffled(), folder=tmp_path, stops=(8,)), callback)
+    assert "net.3.weight: storage 'sparse' (0.5 ms, masked 1" in caplog.text
+    assert "0.5 ms, masked 1" in str(callback.plan())
+    monkeypatch.setattr(auto_storage, "times_of", not_timed)
+    callback, module = sparse("set", "auto"), mlp()
+    found = left(*fit(callback, module, loader=shuffled(), ckpt_path=tmp_path / "8.ckpt"), callback)
+    assert set(layers_of(module)) == {"net.1", "net.3"}
+    assert differences(expected["patterns"].keys(), found["patterns"].keys()) == []
+
+
+def test_without_a_batch_or_an_example_layers_stay_masked_and_the_plan_says_what_to_give() -> None:
+    module, callback = mlp(), sparse("set", "auto")
+    fit(callback, module, loader=iter(list(Batches())), max_epochs=1)
+    assert not layers_of(module)
+    assert "give rows=" in str(callback.plan())

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import exchanged_ranks
-from support.exchanged_ranks import RUNS, STOP, train
+from support import exchanged_processes
+from support.exchanged_processes import RUNS, STOP, train
 from support.processes import run_processes
 
 from sparse_callbacks.testing.comparison import differences
@@ -18,7 +18,7 @@ each_run = pytest.mark.parametrize(("name", "storage"), list(RUNS))
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     """What each of two processes found; one launch for all."""
-    return run_processes("all", tmp_path_factory.mktemp("ranks"), script=exchanged_ranks.__file__)
+    return run_processes("all", tmp_path_factory.mktemp("ranks"), script=exchanged_processes.__file__)
 
 
 @each_run

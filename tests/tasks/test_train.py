@@ -99,6 +99,21 @@ def test_the_sparsity_is_exact(run: Run) -> None:
     assert metrics["sparsity/model"] == zeros / (64 * 24 + 24 + 24 * 10 + 10)
 
 
+def test_storage_is_an_override_and_the_run_ends_slim(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ("model=mlp", "model.hidden=[32,16]", "method=rigl", "test=best", "slim=true")
+    masked, sparse = run(*few, folder="masked"), run(*few, "method.storage=sparse", folder="sparse")
+    assert {k: v for k, v in masked.items() if k.startswith("sparsity")} == {
+        k: v for k, v in sparse.items() if k.startswith("sparsity")
+    }
+    assert sparse["slim/difference"] < 1e-6  # float32
+    assert sparse["slim/test/acc"] == sparse["test/acc"]
+    assert "sparse" in capsys.readouterr().out
+    state = torch.load(tmp_path / "sparse" / "checkpoints" / "best.ckpt", weights_only=False)
+    assert any("patterns" in held for held in state["callbacks"].values())
+
+
 def test_the_same_seed_gives_the_same_run_and_another_one_another(run: Run) -> None:
     a, b, c = (run("method=rigl", f"seed={seed}") for seed in (0, 0, 1))
     assert a["test/loss"] == b["test/loss"] != c["test/loss"]
