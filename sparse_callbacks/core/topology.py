@@ -61,11 +61,19 @@ def take(
             None where they start from zero.
         moves: other units of exchanged layers that live from now on, by parameter name.
 
+    Raises:
+        ValueError: there is a mask for an exchanged layer.
+
     Returns:
         The share of connections that the update replaced: dropped and born ones over those active before and after.
     """
     # each rank has computed them, from sums that may differ in the last bit, and unequal masks would stay unequal
     masks = weights.same_everywhere(masks)
+    if exchanged := [name for name in masks if name in weights.layers_stored]:
+        raise ValueError(
+            f"{', '.join(exchanged)} have sparse storage, and an update gave masks of them. Give Update(moves=) for such layers, or "
+            "storage='masked'."
+        )
     changed, total = carry_out(weights, owners, moves or {}, new_weights)
     born_in: dict[str, Tensor] = {}
     for name, mask in masks.items():
