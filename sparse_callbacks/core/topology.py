@@ -61,12 +61,32 @@ def take(
             None where they start from zero.
         moves: other units of exchanged layers that live from now on, by parameter name.
 
+    Raises:
+        ValueError: there is a mask for an exchanged layer.
+
     Returns:
         The share of connections that the update replaced: dropped and born ones over those active before and after.
     """
+    if exchanged := [name for name in masks if name in weights.layers_stored]:
+        raise ValueError(
+            f"{', '.join(exchanged)} have sparse storage, and an update gave masks of them. Give Update(moves=) for such layers, or "
+            "storage='masked'."
+        )
+    moved, there = carry_out(weights, owners, moves or {}, new_weights)
+    changed, total = _take_masks(weights, owners, masks, new_weights)
+    return (moved + changed) / max(1, there + total)
+
+
+def _take_masks(
+    weights: SparseWeights,
+    owners: Ownership | None,
+    masks: Mapping[str, Tensor],
+    new_weights: Callable[[str], Tensor | None],
+) -> tuple[int, int]:
+    """How many connections were dropped or born under the masks, and how many were active before and after."""
     # each rank has computed them, from sums that may differ in the last bit, and unequal masks would stay unequal
     masks = weights.same_everywhere(masks)
-    changed, total = carry_out(weights, owners, moves or {}, new_weights)
+    changed = total = 0
     born_in: dict[str, Tensor] = {}
     for name, mask in masks.items():
         before, grown = weights.active_counts[name], mask & ~weights.masks[name]
@@ -83,7 +103,7 @@ def take(
             weights.write_grown(name, grown, values)
         if owners is not None:
             owners.clear(name, grown)  # behind the values, which some state starts from
-    return changed / max(1, total)
+    return changed, total
 
 
 class EverActive:

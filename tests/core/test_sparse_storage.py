@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sparse_callbacks import GMP, SET, SNFS, RigL, SparseLinear, Static, sparsify
 from sparse_callbacks.core.optimizer_state import state_tensors
+from sparse_callbacks.core.topology import Update
 
 UPDATES = 20
 
@@ -188,8 +189,16 @@ class GrowsByScore(SET):
 
 
 class OwnMasks(Static):
-    def after_step(self, step: Any) -> Any:
-        return self.new_masks(step)
+    def after_step(self, step: Any) -> Update:
+        return Update(dict(self.masks))
+
+
+def test_masks_for_an_exchanged_layer_are_an_error() -> None:
+    model = exchange(net(), first_masks(net()))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    sparsify(OwnMasks(0.8, exclude=HEAD, print_plan=False), model, optimizer, steps=4)
+    with pytest.raises(ValueError, match=r"0\.weight, 2\.weight have sparse storage, and an update gave masks"):
+        train(model, optimizer, 0, 1)
 
 
 @pytest.mark.parametrize("method", [GMP, SNFS, GrowsByScore])
