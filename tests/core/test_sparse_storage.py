@@ -1,5 +1,6 @@
 """Exchanged layers are trained as masked ones are: the same masks after each update, and the same weights."""
 
+import weakref
 from typing import Any
 
 import pytest
@@ -19,8 +20,10 @@ from support.exchanged_loops import (
 from torch import Tensor
 
 from sparse_callbacks import GMP, SET, SNFS, RigL, SparseLinear, Static, sparsify
+from sparse_callbacks.core.live_weights import Move
 from sparse_callbacks.core.optimizer_state import state_tensors
 from sparse_callbacks.core.topology import Update
+from sparse_callbacks.methods.unit_updates import moved_units
 
 UPDATES = 20
 
@@ -227,3 +230,21 @@ def test_in_float32_few_places_differ_after_a_run(method: type, capsys: pytest.C
     with capsys.disabled():
         print(f"\n{method.__name__}, float32: {differ} of {size} places differ after {UPDATES} updates")
     assert differ <= size // 20
+
+
+def test_a_move_is_forgotten_before_the_next_layer_looks_for_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    earlier: list[Any] = []
+
+    def found(*given: Any) -> Move | None:
+        assert [move for move in (known() for known in earlier) if move is not None] == []
+        move = moved_units(*given)
+        assert move is not None
+        earlier.append(weakref.ref(move))
+        return move
+
+    monkeypatch.setattr("sparse_callbacks.methods.drop_and_grow.moved_units", found)
+    model = exchange(net(), first_masks(net()))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    sparsify(random_start(SET), model, optimizer, steps=10)
+    train(model, optimizer, 0, 3)
+    assert len(earlier) == 4
