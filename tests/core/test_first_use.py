@@ -61,3 +61,16 @@ def test_a_compiled_layer_is_known_to_be_used_by_its_gradient() -> None:
             nn.functional.cross_entropy(compiled(x), y).backward()
             optimizer.step()
             optimizer.zero_grad()
+
+
+def test_a_model_that_is_converted_after_the_run_has_begun_goes_on() -> None:
+    model = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 4))
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    run = sparsify(SET(0.5, storage="sparse", distribution="uniform", print_plan=False, every=2), model, optimizer, 6)
+    model.double()
+    for x, y in [*loops.data()][:6]:
+        nn.functional.cross_entropy(model(x.double()), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert run.updates == 2
+    assert model[0].values.dtype == torch.float64
