@@ -144,15 +144,15 @@ def test_plan_and_sparsity_are_those_of_masked_storage() -> None:
 
 
 @pytest.mark.parametrize("rescale", ["layer", "fan_in"])
-def test_live_values_are_rescaled_as_masked_weights_are(rescale: str) -> None:
-    model, twin = exchange(net(), first_masks(net())), net()
-    state = {n: m.double() for n, m in first_masks(net()).items()}
-    method = Static(0.8, distribution="uniform", exclude=HEAD, rescale=rescale, print_plan=False)
-    one = sparsify(method, model, torch.optim.SGD(model.parameters(), 0.1), steps=4)
-    given_masks = Static(initial_mask=state, exclude=HEAD, rescale=rescale, print_plan=False)
-    sparsify(given_masks, twin, torch.optim.SGD(twin.parameters(), 0.1), steps=4)
-    for name, weight in weights_of(model, one).items():
-        assert torch.equal(weight, twin.get_parameter(name))
+def test_live_values_are_rescaled_as_masked_weights_are(rescale: Any) -> None:
+    found = []
+    for storage in ({}, {"storage": "sparse"}, {"pattern": "fan_in/4"}, {"storage": "grouped", "group": 4}):
+        model, more = net(), {"distribution": "uniform", "exclude": HEAD, "rescale": rescale, "print_plan": False}
+        run = sparsify(Static(0.8, **more | storage), model, torch.optim.SGD(model.parameters(), 0.1), steps=4)
+        found.append(weights_of(model, run))
+    for name, weight in found[0].items():
+        assert torch.equal(weight, found[1][name])
+        assert torch.equal(found[2][name], found[3][name])
         assert weight.norm() > net().get_parameter(name).norm() / 2
 
 
