@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence, Set
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -18,7 +19,6 @@ from sparse_callbacks.core.gradients import DenseGradients
 from sparse_callbacks.core.host import Host
 from sparse_callbacks.core.live_records import put_back_records
 from sparse_callbacks.core.live_runs import note_places, refuse_matrix_optimizers
-from sparse_callbacks.core.live_weights import same_everywhere
 from sparse_callbacks.core.loop_steps import next_tick
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_hold import OptimizerHold
@@ -357,16 +357,14 @@ class Engine:
         method = self.method
         refuse_unequal_weights(method, step.names)  # before all ranks take one mask, behind which other weights may lie
         owners = method.owners if keeps_optimizers(method) else None
-        moves = same_everywhere(update.moves)
-        changed = topology.take(
-            method.weights, owners, update.masks, lambda name: method.new_weights(step, name), moves
-        )
+        ever_active = EverActive(method.aux, method.weights)
+        note = {"note": ever_active.note} if method.explores else {}
+        new_weights = partial(method.new_weights, step)
+        changed = topology.take(method.weights, owners, update.masks, new_weights, update.moves, **note)
         method.progress.mark_done(step.index)
         self.events |= {**update.figures, "update/changed": changed}
         if method.explores:
-            ever_active = EverActive(method.aux, method.weights)
             ever_active.add(update.masks)
-            ever_active.note(moves)
             self.events["update/ever_active"] = ever_active.share()
         method.after_update(step)
         # of all, and last: a method may have ended dense copies

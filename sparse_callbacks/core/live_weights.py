@@ -42,22 +42,28 @@ class Move:
         return self.before.index_select(0, true_places(gone.index_fill_(0, self.slots, False)[:-1]))
 
 
-def same_everywhere(moves: Mapping[str, Move]) -> Mapping[str, Move]:
-    """The moves of rank 0 on every rank."""
-    if distributed.world_size() == 1 or not moves:
-        return moves
-    mine = {name: torch.stack([move.keys, move.slots]) for name, move in moves.items()}
-    found = distributed.from_owners(mine, dict.fromkeys(mine, 0))
-    return {name: Move(move.before, *found[name].unbind()) for name, move in moves.items()}
+Moves = Mapping[str, Callable[[], Move | None]]
+"""By parameter name a function that finds the move of an exchanged layer; it gives None where the layer stays as it is."""
+
+
+def _same_everywhere(move: Move) -> Move:
+    """The move of rank 0 on every rank."""
+    if distributed.world_size() == 1:
+        return move
+    mine = {"": torch.stack([move.keys, move.slots])}
+    return Move(move.before, *distributed.from_owners(mine, {"": 0})[""].unbind())
 
 
 def carry_out(
     weights: SparseWeights,
     owners: Ownership | None,
-    moves: Mapping[str, Move],
+    moves: Moves,
     new_weights: Callable[[str], Tensor | None],
+    note: Callable[[str, Move], object],
 ) -> tuple[int, int]:
     """Let other units live: values and optimizer state move along, and what is born starts afresh.
+
+    One layer after the other: a move takes several times the memory of the live values of its layer.
 
     Args:
         weights: the exchanged layers, among others.
@@ -65,25 +71,41 @@ def carry_out(
         moves: what lives from now on, by parameter name.
         new_weights: a function that takes a parameter's name and returns values of its shape for the born weights, or None
             where they start from zero.
+        note: told of each move that was carried out.
 
     Returns:
         How many connections were dropped or born, and how many were active before and after.
     """
     changed = total = 0
-    for name, move in moves.items():
-        layer = weights.layers_stored[name]
-        state = [] if owners is None else _state_of(owners, name, layer)
-        born = layer.move_to(move.keys, state, move.slots)
-        layer.values.grad = None  # it was one of other places
-        changed += layer.group * 2 * move.born.numel()  # as many are dropped
-        total += layer.group * 2 * move.keys.numel()
-        if not move.born.numel():
-            continue
+    for name, find in moves.items():
+        # in a function of its own, so that nothing of a move is left when the next one is found
+        dropped, active = _carry_out(weights, owners, name, find, new_weights, note)
+        changed, total = changed + 2 * dropped, total + 2 * active
+    return changed, total
+
+
+def _carry_out(
+    weights: SparseWeights,
+    owners: Ownership | None,
+    name: str,
+    find: Callable[[], Move | None],
+    new_weights: Callable[[str], Tensor | None],
+    note: Callable[[str, Move], object],
+) -> tuple[int, int]:
+    """How many connections of a layer were dropped, which as many were born, and how many are active."""
+    if (found := find()) is None:
+        return 0, 0
+    layer, move = weights.layers_stored[name], _same_everywhere(found)
+    state = [] if owners is None else _state_of(owners, name, layer)
+    born = layer.move_to(move.keys, state, move.slots)
+    layer.values.grad = None  # it was one of other places
+    note(name, move)
+    if move.born.numel():
         if (values := new_weights(name)) is not None:
             weights.write_grown(name, born, values)
         if owners is not None:
             owners.clear(name, born)  # behind the values, which some state starts from
-    return changed, total
+    return layer.group * move.born.numel(), layer.live
 
 
 def _state_of(owners: Ownership, name: str, layer: SparseLinear) -> list[Tensor]:

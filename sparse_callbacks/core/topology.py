@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparse_callbacks.core import ever_live
 from sparse_callbacks.core.argument_types import fits
-from sparse_callbacks.core.live_weights import Move, carry_out
+from sparse_callbacks.core.live_weights import Move, Moves, carry_out
 from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.state_layout import shown_short
 from sparse_callbacks.core.weights import SparseWeights
@@ -21,12 +21,12 @@ class Update:
     Attributes:
         masks: new bool masks by parameter name, each of its parameter's shape. Parameters that are missing keep theirs.
         figures: figures of the update for the log, by their full names (``"update/drop_fraction"``).
-        moves: of exchanged layers, in place of masks, the units that live from now on, by parameter name.
+        moves: of exchanged layers, in place of masks, functions that find which units live from now on, by parameter name.
     """
 
     masks: Mapping[str, Tensor]
     figures: Mapping[str, float] = field(default_factory=dict)
-    moves: Mapping[str, Move] = field(default_factory=dict)
+    moves: Moves = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse what is not tensors and numbers by name, which an update would stumble over later."""
@@ -46,7 +46,8 @@ def take(
     owners: Ownership | None,
     masks: Mapping[str, Tensor],
     new_weights: Callable[[str], Tensor | None],
-    moves: Mapping[str, Move] | None = None,
+    moves: Moves | None = None,
+    note: Callable[[str, Move], object] = lambda *_: None,
 ) -> float:
     """Make ``masks`` those of the network, and carry out the ``moves`` of exchanged layers: every rank takes those of rank
     0.
@@ -60,6 +61,7 @@ def take(
         new_weights: a function that takes a parameter's name and returns values of its shape for the born weights, or
             None where they start from zero.
         moves: other units of exchanged layers that live from now on, by parameter name.
+        note: told of each of these that was carried out.
 
     Raises:
         ValueError: there is a mask for an exchanged layer.
@@ -72,7 +74,7 @@ def take(
             f"{', '.join(exchanged)} have sparse storage, and an update gave masks of them. Give Update(moves=) for such layers, or "
             "storage='masked'."
         )
-    moved, there = carry_out(weights, owners, moves or {}, new_weights)
+    moved, there = carry_out(weights, owners, moves or {}, new_weights, note)
     changed, total = _take_masks(weights, owners, masks, new_weights)
     return (moved + changed) / max(1, there + total)
 
@@ -129,12 +131,11 @@ class EverActive:
             ever = self._aux.get(f"ever_active/{name}", mask).to(mask.device)
             self._aux[f"ever_active/{name}"] = ever | mask
 
-    def note(self, moves: Mapping[str, Move]) -> None:
-        """Count in what the ``moves`` of exchanged layers make active."""
-        for name, move in moves.items():
-            layer, key = self._weights.layers_stored[name], f"once_active/{name}"
-            units = layer.block_rows * layer.in_features
-            self._aux[key] = ever_live.moved_on(self._aux[key], move.dropped, move.born, units)
+    def note(self, name: str, move: Move) -> None:
+        """Count in what the move of an exchanged layer makes active."""
+        layer, key = self._weights.layers_stored[name], f"once_active/{name}"
+        units = layer.block_rows * layer.in_features
+        self._aux[key] = ever_live.moved_on(self._aux[key], move.dropped, move.born, units)
 
     def share(self) -> float:
         """Share of all sparse weights that were ever active."""

@@ -1,6 +1,7 @@
 """What RigL, SET and SNFS share: at each update drop small weights, and grow as many elsewhere."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import ClassVar, Unpack
 
 from torch import Tensor
@@ -98,13 +99,12 @@ class DropAndGrow(StartsSparse):
 
     def new_masks(self, step: Step) -> Update:
         fraction, new = self.fraction_at(step.number), {}
-        moves: dict[str, Move] = {}
+        moves: dict[str, Callable[[], Move | None]] = {}
 
         # only the parameters of the optimizer that has stepped: several optimizers take their steps at different times
         for name in step.names:
             if (layer := self.weights.layers_stored.get(name)) is not None:
-                if (move := moved_units(self, step, name, layer, fraction)) is not None:
-                    moves[name] = move
+                moves[name] = partial(moved_units, self, step, name, layer, fraction)
                 continue
             scores = self.grow_scores(step, name)
             if scores is not None:  # the parameter took part in this step

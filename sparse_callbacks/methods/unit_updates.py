@@ -1,4 +1,4 @@
-"""Updates of exchanged layers by methods that drop and grow: the same choice as in masked layers, without a dense tensor."""
+"""Updates of exchanged layers by methods that drop and grow, without a dense tensor."""
 
 from functools import singledispatch
 

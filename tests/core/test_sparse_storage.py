@@ -1,5 +1,6 @@
 """Exchanged layers are trained as masked ones are: the same masks after each update, and the same weights."""
 
+import weakref
 from typing import Any
 
 import pytest
@@ -19,8 +20,10 @@ from support.exchanged_loops import (
 from torch import Tensor
 
 from sparse_callbacks import GMP, SET, SNFS, RigL, SparseLinear, Static, sparsify
+from sparse_callbacks.core.live_weights import Move
 from sparse_callbacks.core.optimizer_state import state_tensors
 from sparse_callbacks.core.topology import Update
+from sparse_callbacks.methods.unit_updates import moved_units
 
 UPDATES = 20
 
@@ -141,15 +144,15 @@ def test_plan_and_sparsity_are_those_of_masked_storage() -> None:
 
 
 @pytest.mark.parametrize("rescale", ["layer", "fan_in"])
-def test_live_values_are_rescaled_as_masked_weights_are(rescale: str) -> None:
-    model, twin = exchange(net(), first_masks(net())), net()
-    state = {n: m.double() for n, m in first_masks(net()).items()}
-    method = Static(0.8, distribution="uniform", exclude=HEAD, rescale=rescale, print_plan=False)
-    one = sparsify(method, model, torch.optim.SGD(model.parameters(), 0.1), steps=4)
-    given_masks = Static(initial_mask=state, exclude=HEAD, rescale=rescale, print_plan=False)
-    sparsify(given_masks, twin, torch.optim.SGD(twin.parameters(), 0.1), steps=4)
-    for name, weight in weights_of(model, one).items():
-        assert torch.equal(weight, twin.get_parameter(name))
+def test_live_values_are_rescaled_as_masked_weights_are(rescale: Any) -> None:
+    found = []
+    for storage in ({}, {"storage": "sparse"}, {"pattern": "fan_in/4"}, {"storage": "grouped", "group": 4}):
+        model, more = net(), {"distribution": "uniform", "exclude": HEAD, "rescale": rescale, "print_plan": False}
+        run = sparsify(Static(0.8, **more | storage), model, torch.optim.SGD(model.parameters(), 0.1), steps=4)
+        found.append(weights_of(model, run))
+    for name, weight in found[0].items():
+        assert torch.equal(weight, found[1][name])
+        assert torch.equal(found[2][name], found[3][name])
         assert weight.norm() > net().get_parameter(name).norm() / 2
 
 
@@ -227,3 +230,21 @@ def test_in_float32_few_places_differ_after_a_run(method: type, capsys: pytest.C
     with capsys.disabled():
         print(f"\n{method.__name__}, float32: {differ} of {size} places differ after {UPDATES} updates")
     assert differ <= size // 20
+
+
+def test_a_move_is_forgotten_before_the_next_layer_looks_for_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    earlier: list[Any] = []
+
+    def found(*given: Any) -> Move | None:
+        assert [move for move in (known() for known in earlier) if move is not None] == []
+        move = moved_units(*given)
+        assert move is not None
+        earlier.append(weakref.ref(move))
+        return move
+
+    monkeypatch.setattr("sparse_callbacks.methods.drop_and_grow.moved_units", found)
+    model = exchange(net(), first_masks(net()))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    sparsify(random_start(SET), model, optimizer, steps=10)
+    train(model, optimizer, 0, 3)
+    assert len(earlier) == 4
