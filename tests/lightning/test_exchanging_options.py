@@ -8,12 +8,11 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins import MixedPrecision
-from support.exchanged import fit, layers_of, left, mlp, patterns_of, sparse
+from support.exchanged import fit, layers_of, left, mlp, patterns_of, random_numbers, sparse
 from support.processes import matrices
 from torch.utils.data import DataLoader, TensorDataset
 
 from sparse_callbacks.core import auto_storage
-from sparse_callbacks.core.randomness import random_states
 from sparse_callbacks.core.storage_timing import rows_of_layers
 from sparse_callbacks.lightning.seen_rows import seen_rows
 from sparse_callbacks.testing.comparison import assert_counts, differences
@@ -119,9 +118,9 @@ def found_rows(module: Any, loader: Any = None, datamodule: Any = None) -> Any:
 
     class Looks(pl.Callback):
         def setup(self, trainer: Any, module: Any, stage: str) -> None:
-            before = random_states()
+            before = random_numbers()
             rows.append(seen_rows(trainer, module, rows_of_layers))
-            assert str(before) == str(random_states())
+            assert before == random_numbers()
 
     trainer = trainer_for([Looks()], max_epochs=1)
     trainer.fit(module, loader, datamodule=datamodule)
