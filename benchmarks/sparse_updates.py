@@ -95,7 +95,7 @@ class Case:
 
     def dense_gradient(self) -> None:
         """The dense gradient in the row blocks in which RigL looks at it."""
-        rows = max(1, grown_places.CACHED // self.width)
+        rows = max(1, grown_places.LOOKED_AT // self.width)
         into = torch.empty(rows, self.width)
         for start in range(0, self.width, rows):
             stop = min(start + rows, self.width)

@@ -188,9 +188,20 @@ def test_cells_that_are_measured_again_replace_theirs_alone(parts: Any, tmp_path
     assert parts.report.read(tmp_path / "a.json") == figures
 
 
-def test_folders_of_the_user_are_not_published(parts: Any) -> None:
-    words = ["--data", "/home/me", "--rounds", "3"]
-    assert parts.report.shown(words) == ["--data", "FOLDER", "--rounds", "3"]
+def test_cells_that_stay_keep_their_command(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: dict[str, Any] = {}
+    for words, rows in (("--rounds 3", ["sgd", "adamw"]), ("--rounds 5", ["sgd"]), ("--rounds 7", ["sgd", "adamw"])):
+        monkeypatch.setattr(sys, "argv", ["real_speed.py", *words.split()])
+        parts.report.take(figures, "steps", [row("sparse", 0.5, optimizer) for optimizer in rows])
+        sources = figures["steps"]["sources"]
+        assert len(sources) == (2 if words == "--rounds 5" else 1)
+        assert f"--parts steps {words}`" in sources[0]
+
+
+def test_a_command_names_its_part_alone_and_no_folder_of_the_user(parts: Any) -> None:
+    words = ["--parts", "steps", "accuracy", "--data", "/home/me", "--rounds", "3"]
+    command = "python benchmarks/real_speed.py --parts accuracy --data FOLDER --rounds 3"
+    assert parts.report.command("accuracy", words) == command
 
 
 # ---------------------------------------------------------------------- what is published

@@ -7,7 +7,7 @@ from typing import Any
 
 from real_speed_parts import accuracy, layers, memory, steps, updates
 from real_speed_parts.networks import NETWORKS
-from real_speed_parts.report import Figures
+from real_speed_parts.report import Figures, source
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE, PICTURE = DOCS / "real_speed.md", DOCS / "real_speed.svg"
@@ -62,11 +62,6 @@ def picture(rows: list[Row], file: Path) -> None:
 # ---------------------------------------------------------------------- blocks of the page
 
 
-def source(figures: Figures, part: str) -> str:
-    """The command and the machine of a part's figures."""
-    return f"`{figures[part]['command']}`, {figures[part]['machine']}, {figures[part]['versions']}."
-
-
 def steps_block(figures: Figures) -> str:
     """The mean over optimizers of each network, sparsity and storage, over dense."""
     cells = steps.keyed(figures["steps"]["rows"])
@@ -77,6 +72,20 @@ def steps_block(figures: Figures) -> str:
         found = [f"{sum(by[storage]['ratio'][1] for by in of) / len(of):.2f}" for storage in storages]
         lines.append(f"| {NETWORKS[network].title} | {sparsity:g} | {' | '.join(found)} |")
     return "\n".join([*lines, "", f"Means over SGD and AdamW. {source(figures, 'steps')}"])
+
+
+def updates_block(figures: Figures) -> str:
+    """Updates in steps of the layer, for each layer, storage and method."""
+    found: dict[tuple[int, float], dict[tuple[str, str], float]] = {}
+    for row in figures["updates"]["rows"]:
+        cell = found.setdefault((row["width"], row["sparsity"]), {})
+        cell[row["storage"], row["method"]] = updates.in_steps(row)
+    kinds = [(storage, method) for storage in updates.STORAGES for method in updates.METHODS]
+    head = ["an update, in steps of the layer", *(f"{method}, {storage}" for storage, method in kinds)]
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    for (width, sparsity), by in found.items():
+        lines.append(f"| {width} x {width} at {sparsity:g} | {' | '.join(f'{by[kind]:.1f}' for kind in kinds)} |")
+    return "\n".join([*lines, "", source(figures, "updates")])
 
 
 def picture_block(figures: Figures) -> str:
@@ -90,7 +99,7 @@ def table_block(part: str, table: Callable[[list[Row]], str]) -> Callable[[Figur
 BLOCKS: dict[str, Callable[[Figures], str]] = {
     "steps": steps_block,
     "layers": picture_block,
-    "updates": table_block("updates", updates.table),
+    "updates": updates_block,
     "accuracy": table_block("accuracy", accuracy.table),
     "memory": table_block("memory", memory.table),
     "largest": table_block("largest", memory.largest_table),

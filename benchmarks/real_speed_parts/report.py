@@ -53,19 +53,29 @@ def rounded(value: Any) -> Any:
 
 def take(figures: Figures, part: str, rows: Rows) -> None:
     """Put the rows of a part in, in place of those that it had of the same cells."""
-    keys = KEYS.get(part, ())
+    keys, old = KEYS.get(part, ()), figures.get(part, {})
     rows = [{key: rounded(value) for key, value in row.items()} for row in rows]
     new = {tuple(row[key] for key in keys) for row in rows}
-    kept = [row for row in figures.get(part, {}).get("rows", []) if tuple(row[key] for key in keys) not in new]
+    kept = [row for row in old.get("rows", []) if tuple(row[key] for key in keys) not in new]
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, pytorch-lightning {pl.__version__}"
-    command = " ".join(["python benchmarks/real_speed.py", *shown(sys.argv[1:])])
-    figures[part] = {"machine": machine(), "versions": versions, "command": command, "rows": [*kept, *rows]}
+    source = f"`{command(part, sys.argv[1:])}`; {machine()}; {versions}"
+    sources = [source, *(other for other in old.get("sources", []) if kept and other != source)]
+    figures[part] = {"sources": sources, "rows": [*kept, *rows]}
 
 
-def shown(arguments: list[str]) -> list[str]:
-    """The arguments of the command with FOLDER for folders of the user's."""
-    folders = ("--data", "--set-mlp", "--out")
-    return ["FOLDER" if before in folders else word for before, word in zip(["", *arguments], arguments, strict=False)]
+def command(part: str, arguments: list[str]) -> str:
+    """The command that measures a part as the given one does, with FOLDER for folders of the user's."""
+    words, option = ["python benchmarks/real_speed.py", "--parts", part], ""
+    for word in arguments:
+        option = word if word.startswith("--") else option
+        if option != "--parts":
+            words.append("FOLDER" if option in ("--data", "--set-mlp", "--out") and word != option else word)
+    return " ".join(words)
+
+
+def source(figures: Figures, part: str) -> str:
+    """The commands, machines and versions of a part's figures."""
+    return "; ".join(figures[part]["sources"]) + "."
 
 
 def read(file: Path) -> Figures:
@@ -94,9 +104,7 @@ def text(figures: Figures) -> str:
     ]
     for part, (heading, about, table) in PARTS.items():
         if part in figures:
-            of = figures[part]
-            source = f"`{of['command']}`; {of['machine']}; {of['versions']}."
-            found.append(f"## {heading}\n\n{about}\n\n{table(of['rows'])}\n\n{source}\n")
+            found.append(f"## {heading}\n\n{about}\n\n{table(figures[part]['rows'])}\n\n{source(figures, part)}\n")
         else:
             found.append(f"## {heading}\n\n{about}\n\nNot run.\n")
     return "\n".join(found)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from sparse_callbacks.core import distributed
@@ -62,7 +63,8 @@ def _timed(name: str, layer: Layer, zeros: int, rows: int | None) -> Choice:
     if rows is None:
         return Choice("masked", _NO_ROWS)
     weight: Any = layer.module._parameters["weight"]
-    times = times_of(tuple(weight.shape), rows, 1 - zeros / weight.numel(), weight.dtype)
+    with torch.device("cpu"):
+        times = times_of(tuple(weight.shape), rows, 1 - zeros / weight.numel(), weight.dtype)
     storage = faster(times)
     return Choice(storage, times_text(times, storage))
 

@@ -34,6 +34,7 @@ _LATER = {
     "rescale": "None",
     "storage": "'masked'",
     "group": "64",
+    "rows": "None",
     "candidates": "None",
     "pattern": "None",
 }

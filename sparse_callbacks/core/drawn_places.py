@@ -1,4 +1,4 @@
-"""Units of a sparse layer drawn at random: the same as masked storage draws, or by rejection where that is too large."""
+"""Units of a sparse layer drawn at random: those of masked storage, or by rejection."""
 
 import functools
 import math
@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sparse_callbacks.core.moved_places import NEVER, largest_in_rows, places_without
+from sparse_callbacks.core.moved_places import NEVER, largest_ranked, places_without
 from sparse_callbacks.core.quick_places import largest_places, places_above, true_places
 
 LARGEST_SAME = 2**26  # units up to which the draw is that of masked storage
 BITS = 53  # of a random float64: it is an integer of so many bits, over 2^53
 SPREAD = 8.0  # standard deviations: one draw in 10^15 has to be repeated
-CACHED = 2**17  # numbers of a piece: they fit a core's cache
+DRAWN_AT_ONCE = 2**17  # numbers of a piece, which fit a core's cache
 BLOCKS = 2**22  # numbers that are drawn at a time for blocks that choose by themselves
 
 
@@ -77,9 +77,9 @@ def numbers_above(bound: int, size: int, kept: Tensor, source: torch.Generator) 
         source: the generator of the random numbers.
     """
     places, values = [], []
-    ends = torch.searchsorted(kept, torch.arange(0, size + CACHED, CACHED)).tolist()
+    ends = torch.searchsorted(kept, torch.arange(0, size + DRAWN_AT_ONCE, DRAWN_AT_ONCE)).tolist()
     for piece, numbers in enumerate(random_numbers(size, source)):
-        start = piece * CACHED
+        start = piece * DRAWN_AT_ONCE
         numbers.index_fill_(0, kept[ends[piece] : ends[piece + 1]] - start, -1)
         found = places_above(numbers, bound)
         values.append(numbers.index_select(0, found))
@@ -89,9 +89,9 @@ def numbers_above(bound: int, size: int, kept: Tensor, source: torch.Generator) 
 
 def random_numbers(size: int, source: torch.Generator) -> Iterator[Tensor]:
     """The numbers of ``torch.rand(size, dtype=float64)`` times 2^53, in pieces; each is there until the next one."""
-    buffer = torch.empty(min(size, CACHED), dtype=torch.int64)
-    for start in range(0, size, CACHED):
-        numbers = buffer[: min(CACHED, size - start)]
+    buffer = torch.empty(min(size, DRAWN_AT_ONCE), dtype=torch.int64)
+    for start in range(0, size, DRAWN_AT_ONCE):
+        numbers = buffer[: min(DRAWN_AT_ONCE, size - start)]
         if integers_are_same():
             yield numbers.random_(generator=source).bitwise_and_(2**BITS - 1)
         else:
@@ -114,7 +114,7 @@ def largest_of_blocks(blocks: int, inputs: int, kept: Tensor, count: int, source
     for start in range(0, blocks, step):
         numbers = torch.rand(min(step, blocks - start), inputs, dtype=torch.float64, generator=source)
         numbers.scatter_(1, columns[start : start + step], NEVER)
-        drawn.append(true_places(largest_in_rows(numbers, count)).add_(start * inputs))
+        drawn.append(true_places(largest_ranked(numbers, count)).add_(start * inputs))
     return torch.cat(drawn)
 
 

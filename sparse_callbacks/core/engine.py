@@ -18,7 +18,7 @@ from sparse_callbacks.core.gradients import DenseGradients
 from sparse_callbacks.core.host import Host
 from sparse_callbacks.core.live_records import put_back_records
 from sparse_callbacks.core.live_runs import note_places, refuse_matrix_optimizers
-from sparse_callbacks.core.live_weights import moves_of
+from sparse_callbacks.core.live_weights import same_everywhere
 from sparse_callbacks.core.loop_steps import next_tick
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_hold import OptimizerHold
@@ -357,7 +357,7 @@ class Engine:
         method = self.method
         refuse_unequal_weights(method, step.names)  # before all ranks take one mask, behind which other weights may lie
         owners = method.owners if keeps_optimizers(method) else None
-        moves = moves_of(method.weights, update.keys, update.slots)
+        moves = same_everywhere(update.moves)
         changed = topology.take(
             method.weights, owners, update.masks, lambda name: method.new_weights(step, name), moves
         )

@@ -1,18 +1,18 @@
 """Layers of a model are exchanged for sparse ones before optimizers are made, and dense ones put back."""
 
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from sparse_callbacks.core.argument_types import checked
 from sparse_callbacks.core.attachment import Choice
 from sparse_callbacks.core.auto_storage import RowsSeen, decided
 from sparse_callbacks.core.awaited import for_targets, with_awaited
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.cut_weights import count_cut
+from sparse_callbacks.core.exchanged import Exchanged
 from sparse_callbacks.core.first_places import first_keys, is_drawn_by_rejection, sparse_twin
 from sparse_callbacks.core.initial_masks import find_masks, forget_given
 from sparse_callbacks.core.inspection import copied
@@ -23,66 +23,14 @@ from sparse_callbacks.core.module_swap import enter_fast_paths, holders_of, leav
 from sparse_callbacks.core.saved_patterns import storage_of, units_of
 from sparse_callbacks.core.selection import Entry, select
 from sparse_callbacks.core.sparse_linear import SparseLinear
-from sparse_callbacks.core.storage import Rows, why_no_exchange
+from sparse_callbacks.core.storage import Rows, refuse_rows, why_no_exchange
 from sparse_callbacks.core.storage_choice import choices_for, kept, linear_layers, refuse_choices
+from sparse_callbacks.core.wrappers import plain_model, set_up_by
 
-_M = TypeVar("_M", bound=nn.Module)
 _MASKED = Choice("masked")
 
 
-class Exchanged:
-    """What an exchange has done, so that a run that is refused can undo it.
-
-    Attributes:
-        originals: the dense Parameters that were exchanged, by name.
-        layers: the layers that have taken their place, by the same names.
-        report: what times have decided, for the log; empty where they have decided nothing.
-        foreign: names of the layers whose weights were not those of the saved run that goes on.
-    """
-
-    def __init__(self, method: Method, model: nn.Module) -> None:
-        self.originals: dict[str, nn.Parameter] = {}
-        self.layers: dict[str, SparseLinear] = {}
-        self.report = ""
-        self.foreign: list[str] = []
-        self._model, self._undo = model, ExitStack()
-        attachment, choices = method.attachment, method.attachment.choices
-        self.on_undo(lambda: attachment.choose(model, choices))
-
-    def on_undo(self, act: Callable[[], object]) -> None:
-        """Let ``act`` be called where the exchange is undone, before what was done earlier is."""
-        self._undo.callback(act)
-
-    def put(self, name: str, linear: Any, layer: SparseLinear) -> None:
-        """Let ``layer`` take the place of ``linear``, whose weight has this name."""
-        self.originals[name], self.layers[name] = linear.weight, layer
-        layer.name = name.rpartition(".")[0]
-        self._swap(linear, layer)
-        self.on_undo(lambda: self._swap(layer, linear))
-
-    def _swap(self, old: nn.Module, new: nn.Module) -> None:
-        take_over(old, new)
-        put_in(holders_of(self._model)[id(old)], new)
-
-    def move(self, layer: SparseLinear, keys: Tensor) -> None:
-        """Let other places live in a layer that is exchanged already."""
-        places, values = layer.keys(), layer.values.detach().clone()
-        if torch.equal(places, keys):
-            return
-        layer.set_places(keys)
-        self.on_undo(lambda: layer.set_places(places, values))
-
-    def undo(self) -> None:
-        """Put the dense layers back, and what the method knew of storages."""
-        self._undo.close()
-        enter_fast_paths(self._model)
-
-    def forget(self) -> None:
-        """The run has begun: let go of the dense layers."""
-        self._undo.pop_all()
-        self.originals = {}
-
-
+@checked
 def exchange_layers(method: Method, model: nn.Module, rows: Rows | None = None) -> dict[str, SparseLinear]:
     """Exchange the layers of ``model`` that are to have another storage than masks, as ``method`` says.
 
@@ -112,10 +60,15 @@ def exchange_layers(method: Method, model: nn.Module, rows: Rows | None = None) 
         >>> list(layers), model[0].density
         (['0.weight', '2.weight'], 0.25)
     """
-    done = exchange(method, model, rows=rows)
-    layers = done.layers
+    refuse_rows(rows)
+    if wrapper := set_up_by(model, ()):
+        raise ValueError(
+            f"model= is a {wrapper}, which knows the layers that storage= would exchange. Give the module that it was made from, "
+            "before it is made."
+        )
+    done = exchange(method, plain_model(model), rows=rows)
     done.forget()
-    return layers
+    return done.layers
 
 
 def exchange(
@@ -195,15 +148,14 @@ def _put_first(
         if choice.storage == "masked" or choice.live is not None:
             continue
         linear: Any = layers[entry.name].module
+        note = [choice.note] if choice.note else []
         if entry.name in known:
             keys = keys_of_mask(known[entry.name].to(linear.weight.device), choice.group)
         else:
             keys = first_keys(method, entry, linear.weight, choice.group, targets, device or linear.weight.device)
-        note = (
-            f"{choice.note}; drawn by rejection" if is_drawn_by_rejection(method, entry, linear.weight) else choice.note
-        )
+            note += ["drawn by rejection"] if is_drawn_by_rejection(method, entry, linear.weight) else []
         done.put(entry.name, linear, sparse_twin(linear, choice.storage, choice.group, keys))
-        choices[entry.name] = kept(done.layers[entry.name], note.removeprefix("; "))
+        choices[entry.name] = kept(done.layers[entry.name], "; ".join(note))
     forget_given(method)
     method.attachment.choose(model, choices)
 
@@ -224,12 +176,9 @@ def _put_saved(
     layers, here = linear_layers(model), exchanged_layers(model)
     choices = {name: c if c.live is not None else replace(c, storage="masked") for name, c in choices.items()}
     for name, pattern in saved.patterns.items():
-        if name not in layers or name not in choices or choices[name].refused:
-            why = (
-                choices[name].note
-                if name in choices
-                else "the model has no linear layer of that name that becomes sparse"
-            )
+        found = name in layers and name in choices
+        why = choices[name].note if found else "the model has no linear layer of that name that becomes sparse"
+        if why and name not in here:
             raise ValueError(
                 f"the checkpoint {saved.path} has sparse storage for {name}, which this run cannot give it: {why}. Resume with the "
                 "model and the arguments of the interrupted run, or give fresh_start=True."
@@ -254,7 +203,8 @@ def dense_twin(model: nn.Module) -> nn.Module:
     return to_dense(copied(model)) if exchanged_layers(model) else model
 
 
-def to_dense(module: _M) -> _M | nn.Linear:
+@checked
+def to_dense(module: nn.Module) -> nn.Module:
     """Put an ``nn.Linear`` in the place of every `SparseLinear` inside ``module``, with zeros where no weight lives.
 
     It is done in place, as by the functions of ``torch.nn.utils``; hooks and attributes move along, and the Parameters of
@@ -288,4 +238,4 @@ def to_dense(module: _M) -> _M | nn.Linear:
         put_in(holders.get(id(layer), []), dense)
         made = dense if layer is module else made
     enter_fast_paths(made)
-    return made  # type: ignore[return-value]
+    return made

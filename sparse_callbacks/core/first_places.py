@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core.drawn_places import LARGEST_SAME, rejected
 from sparse_callbacks.core.initial_masks import draws_at_random, given_mask
-from sparse_callbacks.core.live_places import LivePlaces, keys_of_mask, places_of
+from sparse_callbacks.core.live_places import LivePlaces, Storage, keys_of_mask, places_of
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.sparse_linear import SparseLinear
@@ -32,13 +32,25 @@ def first_keys(
     Raises:
         ValueError: the masks that were given are not of the pattern.
     """
+    # a model may be made inside `with torch.device(...)`, where tensors lie elsewhere or have no memory
+    with torch.device("cpu"):
+        return _first_keys(method, entry, weight, group, targets, device)
+
+
+def _first_keys(
+    method: Method, entry: Entry, weight: nn.Parameter, group: int, targets: Mapping[str, float], device: torch.device
+) -> Tensor:
     if is_drawn_by_rejection(method, entry, weight):
         with _planned(method, entry, weight, targets):
             active = entry.size - method.planned_zeros(entry.name, entry.size)
         rows, inputs = entry.full_shape
         blocks = (rows // group, inputs, active // rows) if group > 1 else (1, rows * inputs, active)
         return rejected(
-            blocks[0], blocks[1], torch.empty(0, dtype=torch.int64), blocks[2], method.generator(entry.name, 0)
+            blocks[0],
+            blocks[1],
+            torch.empty(0, dtype=torch.int64, device="cpu"),
+            blocks[2],
+            method.generator(entry.name, 0),
         )
     if weight.is_meta:
         raise ValueError(
@@ -54,7 +66,7 @@ def first_keys(
     try:
         return keys_of_mask(mask.to(weight.device, torch.bool), group)
     except ValueError as error:
-        raise ValueError(f"{entry.name}: {error}") from error
+        raise ValueError(f"{entry.name} cannot have storage='grouped' in groups of {group} rows: {error}") from error
 
 
 def is_drawn_by_rejection(method: Method, entry: Entry, weight: Tensor) -> bool:
@@ -85,9 +97,9 @@ def sparse_twin(linear: nn.Linear, storage: str, group: int, keys: Tensor) -> Sp
         keys: ascending keys of the units that live.
     """
     weight = linear.weight
-    places: LivePlaces = places_of(
-        "grouped" if storage == "grouped" else "sparse", weight.shape[0], weight.shape[1], group, keys.cpu()
-    )
+    kind: Storage = "grouped" if storage == "grouped" else "sparse"
+    with torch.device("cpu"):
+        places: LivePlaces = places_of(kind, weight.shape[0], weight.shape[1], group, keys.cpu())
     if weight.is_meta:
         values = torch.empty(places.values_shape, dtype=weight.dtype, device="meta")
     else:

@@ -122,9 +122,10 @@ class GradientCare:
         method = self._method
         if not (layers := self._exchanged(method.owners.owns[index])):
             return
-        wanted = method.wants_dense_gradients(self._step(index, tick=-1))
-        if wanted and method.calendar is not None:
-            wanted = method.progress.due(index, method.calendar)  # exactly, where it is near
+        calendar, progress = method.calendar, method.progress
+        wanted = progress.may_be_due(index) and method.wants_dense_gradients(self._step(index, tick=-1))
+        if wanted and calendar is not None:
+            wanted = progress.due(index, calendar)  # exactly, where it is near
         for layer in layers:
             record(layer, wanted)
 

@@ -1,4 +1,4 @@
-"""Units of a sparse layer with the largest gradients, found in row blocks of the dense gradient or among candidates."""
+"""Units of a sparse layer with the largest gradients, in row blocks or among candidates."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from sparse_callbacks.core.best_units import Best, BestOfBlocks
 from sparse_callbacks.core.drawn_places import drawn_units
-from sparse_callbacks.core.moved_places import BELOW_ZERO, NEVER, largest_in_rows
+from sparse_callbacks.core.moved_places import BELOW_ZERO, largest_ranked
 from sparse_callbacks.core.ops import keep_largest
 from sparse_callbacks.core.patterns import block_sums, column_sums
-from sparse_callbacks.core.quick_places import largest_places, places_above, true_places
+from sparse_callbacks.core.quick_places import true_places
 from sparse_callbacks.core.sparse_kernels import add_sampled
 
-CACHED = 2**20  # entries of a row block of the dense gradient that stay in a core's cache
+LOOKED_AT = 2**20  # entries of a row block of the dense gradient, which stay in a core's cache
 ENTRIES = 2**22  # of one that is summed over processes: fewer and larger messages
 SAMPLE = 2**16  # entries of the gradient from which a bound is guessed
 SPARE = 2  # times as many as are needed are expected above the bound, since rows and columns differ in scale
@@ -59,7 +60,7 @@ def largest_units(
     if per_block:
         best: Best | BestOfBlocks = BestOfBlocks(count)
     else:
-        best = Best(count, probable_bound(records, shape, count, dtype, reduce))
+        best = Best(count, probable_bound(records, shape, count, dtype, reduce, kept.device))
     look_at_all(best, records, shape, group, kept, dtype, reduce)
     if not best.enough:
         best = Best(count, None)
@@ -68,7 +69,7 @@ def largest_units(
 
 
 def look_at_all(
-    best: "Best | BestOfBlocks",
+    best: Best | BestOfBlocks,
     records: Records,
     shape: tuple[int, int],
     group: int,
@@ -78,7 +79,7 @@ def look_at_all(
 ) -> None:
     """Let ``best`` look at the scores of all units, in row blocks."""
     blocks, inputs = shape[0] // group, shape[1]
-    rows = max(1, (CACHED if reduce is None else ENTRIES) // max(1, group * inputs))
+    rows = max(1, (LOOKED_AT if reduce is None else ENTRIES) // max(1, group * inputs))
     ends = torch.searchsorted(kept, torch.arange(0, blocks + rows, rows, device=kept.device) * inputs).tolist()
     buffer = torch.empty(min(rows, blocks) * group, inputs, dtype=dtype, device=kept.device)
     for number, start in enumerate(range(0, blocks, rows)):
@@ -101,7 +102,12 @@ def row_block(records: Records, rows: slice, into: Tensor, reduce: Reduce | None
 
 
 def probable_bound(
-    records: Records, shape: tuple[int, int], count: int, dtype: torch.dtype, reduce: Reduce | None
+    records: Records,
+    shape: tuple[int, int],
+    count: int,
+    dtype: torch.dtype,
+    reduce: Reduce | None,
+    device: torch.device,
 ) -> float | None:
     """A magnitude that likely more than `count` of the gradient exceed, from a grid of rows and columns.
 
@@ -114,83 +120,12 @@ def probable_bound(
     stride = math.ceil(math.sqrt(size / SAMPLE)) | 1
     grid = [(x[::stride], dy[::stride]) for x, dy in records]
     rows, columns = (-(-length // stride) for length in shape)
-    into = torch.empty(rows, columns, dtype=dtype, device=records[0][0].device if records else None)
+    into = torch.empty(rows, columns, dtype=dtype, device=device)
     sample = row_block(grid, slice(0, rows), into, reduce).abs_().nan_to_num_(BELOW_ZERO, torch.inf).view(-1)
-    rank = math.ceil(SPARE * count / size * len(sample)) + 1
+    expected = SPARE * count / size * len(sample)
+    # three standard deviations more, since few of the sample say little
+    rank = math.ceil(expected + 3 * math.sqrt(expected)) + 1
     return None if rank > len(sample) else float(sample.kthvalue(len(sample) + 1 - rank).values)
-
-
-class Best:
-    """The units with the largest scores so far, held in memory of a few times their number.
-
-    Args:
-        count: the number of units.
-        bound: scores above it are looked at; all are where it is None.
-    """
-
-    def __init__(self, count: int, bound: float | None) -> None:
-        self.count, self.bound, self.held = count, bound, 0
-        self.found: list[tuple[Tensor, Tensor]] = []
-
-    @property
-    def enough(self) -> bool:
-        """Whether so many units were found."""
-        return self.held >= self.count
-
-    def add(self, scores: Tensor, kept: Tensor, first: int) -> None:
-        """Look at further units, whose keys follow those of the last.
-
-        Args:
-            scores: not negative; written to.
-            kept: places in the scores that cannot grow.
-            first: the key of the first score.
-        """
-        flat = scores.view(-1)
-        if self.bound is None:
-            free = torch.ones(flat.shape, dtype=torch.bool, device=flat.device)
-            places = true_places(free.index_fill_(0, kept, False))
-        else:
-            # an equal score further on loses against those that are held; NaN is above nothing
-            places = places_above(flat.index_fill_(0, kept, NEVER), self.bound)
-        self.found.append((places + first, flat.index_select(0, places)))
-        self.held += places.numel()
-        if self.held > SPARE * SPARE * self.count:
-            self.shrink()
-
-    def shrink(self) -> None:
-        """Leave all but the largest, and look at no smaller ones any more."""
-        keys, scores = (torch.cat(parts) for parts in zip(*self.found, strict=True))
-        largest = largest_places(scores, self.count)
-        keys, scores = keys.index_select(0, largest), scores.index_select(0, largest)
-        self.found, self.held = [(keys, scores)], self.count
-        self.bound = float(scores.nan_to_num(BELOW_ZERO, torch.inf).min())
-
-    def keys(self) -> Tensor:
-        """Their ascending keys."""
-        self.shrink()
-        return self.found[0][0]
-
-
-class BestOfBlocks:
-    """The same for blocks that choose by themselves.
-
-    Args:
-        count: the number of units of each block.
-    """
-
-    def __init__(self, count: int) -> None:
-        self.count, self.enough = count, True
-        self.found: list[Tensor] = []
-
-    def add(self, scores: Tensor, kept: Tensor, first: int) -> None:
-        """Look at whole blocks; as in `Best`."""
-        ranked = scores.nan_to_num_(BELOW_ZERO, torch.inf)
-        ranked.view(-1).index_fill_(0, kept, NEVER)
-        self.found.append(true_places(largest_in_rows(ranked, self.count)).add_(first))
-
-    def keys(self) -> Tensor:
-        """Their ascending keys."""
-        return torch.cat(self.found)
 
 
 def candidate_units(
@@ -226,7 +161,7 @@ def candidate_units(
     gradients = gradient_of_columns(records, columns, group, dtype)
     gradients = gradients if reduce is None else reduce(gradients)
     ranked = block_sums(gradients).nan_to_num_(BELOW_ZERO, torch.inf)
-    return drawn[true_places(largest_in_rows(ranked, count))]
+    return drawn[true_places(largest_ranked(ranked, count))]
 
 
 def gradient_of_keys(records: Records, keys: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

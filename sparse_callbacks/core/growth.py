@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from sparse_callbacks.core.ops import drop_and_grow, drop_count, keep_largest
-from sparse_callbacks.core.patterns import as_mask, column_numbers, column_sums, group_of, largest_in_rows
+from sparse_callbacks.core.patterns import as_mask, column_numbers, column_sums, group_of, largest_among
 from sparse_callbacks.core.randomness import uniform_like
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.shards import count_of, size_of
@@ -125,11 +125,11 @@ def _moved_columns(
     columns = mask[::group]
     active, inputs = int(columns[0].count_nonzero()), columns.shape[1]
     moved = drop_count(active, fraction)
-    kept = largest_in_rows(column_sums(weight, group), active - moved, columns)
+    kept = largest_among(column_sums(weight, group), active - moved, columns)
     among = ~kept
     if candidates is not None and chances is not None:
         many = candidate_count(candidates, active, moved, inputs - active + moved)
-        among = largest_in_rows(chances, many, among)
+        among = largest_among(chances, many, among)
     # in groups of one row the scores of positions are those of columns, but for their sign
     scores = column_sums(grow, group) if len(grow) == len(mask) else grow
-    return as_mask(kept | largest_in_rows(scores, moved, among), group)
+    return as_mask(kept | largest_among(scores, moved, among), group)

@@ -1,4 +1,4 @@
-"""Sparse layers after training: products without gradients, by the kernel that is fastest for the size of the batch."""
+"""Sparse layers for inference: products without gradients, by the fastest kernel for each batch."""
 
 import sys
 import warnings

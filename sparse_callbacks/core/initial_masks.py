@@ -31,8 +31,8 @@ from sparse_callbacks.core.patterns import (
     drawn_columns,
     group_of,
     largest_columns,
+    parsed,
     reached_targets,
-    refuse_pattern,
     share_of,
     why_other_pattern,
 )
@@ -109,7 +109,7 @@ class StartsSparse(Method):
                 "of a checkpoint or a state dict."
             )
         refuse_unknown({"rescale": rescale}, {"rescale": (None, *RESCALES)})
-        refuse_pattern(pattern, storage, group)
+        parsed(pattern)
         if pattern is not None and "pattern" not in argument_names(type(self), Options):
             raise ValueError(f"{type(self).__name__} takes no pattern=: Static, SET and RigL keep one. Leave it out.")
         self.initial_mask, self.rescale, self.pattern = initial_mask, rescale, pattern

@@ -10,17 +10,18 @@ from torch import Tensor
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core.optimizer_state import state_tensors
 from sparse_callbacks.core.optimizers import Ownership
+from sparse_callbacks.core.quick_places import true_places
 from sparse_callbacks.core.sparse_linear import SparseLinear
 from sparse_callbacks.core.weights import SparseWeights
 
 
 @dataclass(frozen=True)
 class Move:
-    """Other units of an exchanged layer that live from now on, before it is carried out.
+    """Other units of an exchanged layer that live from now on.
 
     Attributes:
         before: ascending keys of the units that live now.
-        keys: ascending keys of those that live from now on.
+        keys: ascending keys of those that live from now on, as many.
         slots: where each of these is among those of now, -1 where it is born.
     """
 
@@ -31,35 +32,23 @@ class Move:
     @cached_property
     def born(self) -> Tensor:
         """Keys of the units that are born."""
-        return self.keys[self.slots < 0]
+        return self.keys.index_select(0, true_places(self.slots < 0))
 
     @cached_property
     def dropped(self) -> Tensor:
-        """Keys of the units that are dropped."""
-        gone = torch.ones(self.before.shape, dtype=torch.bool, device=self.before.device)
-        gone[self.slots[self.slots >= 0]] = False
-        return self.before[gone]
+        """Keys of the units that are dropped, as many as are born."""
+        # the slot -1 is that of the element after the last one
+        gone = torch.ones(self.before.numel() + 1, dtype=torch.bool, device=self.before.device)
+        return self.before.index_select(0, true_places(gone.index_fill_(0, self.slots, False)[:-1]))
 
 
-def moves_of(
-    weights: SparseWeights, keys: Mapping[str, Tensor], slots: Mapping[str, Tensor] | None = None
-) -> dict[str, Move]:
-    """The moves that an update makes, those of rank 0 on every rank.
-
-    Args:
-        weights: the exchanged layers, among others.
-        keys: ascending keys of the units that live from now on, by parameter name.
-        slots: where each of them is now, -1 where it is born; what is missing is searched for.
-    """
-    known = slots or {}
-    found: dict[str, Move] = {}
-    for name, new in keys.items():
-        places = weights.layers_stored[name].places
-        both = torch.stack([new, known[name] if name in known else places.slots_of(new)])
-        if distributed.world_size() > 1:
-            both = distributed.from_owners({name: both}, {name: 0})[name]
-        found[name] = Move(places.keys(), both[0], both[1])
-    return found
+def same_everywhere(moves: Mapping[str, Move]) -> Mapping[str, Move]:
+    """The moves of rank 0 on every rank."""
+    if distributed.world_size() == 1 or not moves:
+        return moves
+    mine = {name: torch.stack([move.keys, move.slots]) for name, move in moves.items()}
+    found = distributed.from_owners(mine, dict.fromkeys(mine, 0))
+    return {name: Move(move.before, *found[name].unbind()) for name, move in moves.items()}
 
 
 def carry_out(
@@ -86,8 +75,8 @@ def carry_out(
         state = [] if owners is None else _state_of(owners, name, layer)
         born = layer.move_to(move.keys, state, move.slots)
         layer.values.grad = None  # it was one of other places
-        changed += layer.group * (move.born.numel() + move.dropped.numel())
-        total += layer.group * (move.keys.numel() + move.before.numel())
+        changed += layer.group * 2 * move.born.numel()  # as many are dropped
+        total += layer.group * 2 * move.keys.numel()
         if not move.born.numel():
             continue
         if (values := new_weights(name)) is not None:

@@ -9,7 +9,8 @@ from torch.optim import Optimizer
 
 from sparse_callbacks.core.auto_storage import RowsSeen
 from sparse_callbacks.core.checkpoint import SavedRun
-from sparse_callbacks.core.exchange import Exchanged, exchange
+from sparse_callbacks.core.exchange import exchange
+from sparse_callbacks.core.exchanged import Exchanged
 from sparse_callbacks.core.first_use import FirstUse
 from sparse_callbacks.core.method import Method
 
@@ -113,17 +114,20 @@ class FirstBatchOfLoop:
 
     def __init__(self, done: Exchanged, optimizers: Iterable[Optimizer], warn: Callable[[str], object]) -> None:
         self._use, self._warn = FirstUse(done.layers), warn
-        self._waits = {id(o): o.register_step_post_hook(self._stepped) for o in optimizers} if done.layers else {}
+        looked_at = list(optimizers) if done.layers else []
+        self._waits = set(map(id, looked_at))
+        self._handles = [o.register_step_post_hook(self._stepped) for o in looked_at]
 
     def _stepped(self, optimizer: Optimizer, *_: object) -> None:
-        if (handle := self._waits.pop(id(optimizer), None)) is not None:
-            handle.remove()
+        # the hook stays: torch goes through the hooks of the optimizer now, and others may follow
+        if id(optimizer) in self._waits:
+            self._waits.remove(id(optimizer))
             if not self._waits and (text := self._use.warning()):
                 self._warn(text)
 
     def end(self) -> None:
         """The run is over: look no more."""
-        for handle in self._waits.values():
+        for handle in self._handles:
             handle.remove()
-        self._waits = {}
+        self._waits = set()
         self._use.end()

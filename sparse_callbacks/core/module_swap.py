@@ -44,7 +44,7 @@ def take_over(old: nn.Module, new: nn.Module) -> None:
         old: an ``nn.Linear``, or a `SparseLinear`.
         new: the module of the other kind that takes its place; it keeps its own weight.
     """
-    attributes = vars(old).keys() - names_of_own(SparseLinear if isinstance(old, SparseLinear) else nn.Linear)
+    attributes = vars(old).keys() - names_of_own(nn.Linear) - names_of_own(SparseLinear)
     vars(new).update({key: vars(old)[key] for key in attributes})
     weight = new._parameters["weight"]
     kept = {key: weight if key == "weight" else parameter for key, parameter in old._parameters.items()}

@@ -1,4 +1,4 @@
-"""Which units of a sparse layer stay at an update, and where the others are found after it: pure functions of keys.
+"""Units of a sparse layer that stay at an update, and where all are found after it.
 
 A unit is one input column of a row, or of a block of rows that read the same inputs. Its key is ``block * inputs +
 column``, and keys are always ascending. Results are those of masked storage (`core.ops`), ties and NaN included.
@@ -10,7 +10,7 @@ from torch import Tensor
 from sparse_callbacks.core.quick_places import counts_below, largest_places, true_places
 
 BELOW_ZERO, NEVER = -1.0, -2.0  # what stands among magnitudes for NaN, and for what cannot be chosen
-CACHED = 2**17  # units of a piece that fits a core's cache
+JOINED_AT_ONCE = 2**17  # units of a piece that fits a core's cache
 SHORT = 2**15  # numbers that int16 holds: the fewer bits, the faster their sort
 
 
@@ -28,10 +28,10 @@ def kept_units(magnitudes: Tensor, count: int, per_block: int | None = None) -> 
     if per_block is None:
         return largest_places(magnitudes, magnitudes.numel() - count)
     ranked = magnitudes.view(-1, per_block).nan_to_num(BELOW_ZERO, torch.inf)
-    return true_places(largest_in_rows(ranked, per_block - count))
+    return true_places(largest_ranked(ranked, per_block - count))
 
 
-def largest_in_rows(ranked: Tensor, count: int) -> Tensor:
+def largest_ranked(ranked: Tensor, count: int) -> Tensor:
     """Mask of the `count` largest numbers of each row; of equal ones the lower column wins.
 
     Args:
@@ -64,13 +64,13 @@ def merged(keys: Tensor, kept: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
     joined = torch.empty(kept.numel() + new.numel(), dtype=torch.int64, device=keys.device)
     slots = torch.empty_like(joined)
     # in pieces: what is made in between stays in the cache, and memory fresh from the system costs more than the work
-    firsts = torch.arange(0, max(1, keys.numel()), CACHED, device=keys.device)
+    firsts = torch.arange(0, max(1, keys.numel()), JOINED_AT_ONCE, device=keys.device)
     of_kept = [*torch.searchsorted(kept, firsts).tolist(), kept.numel()]
     of_new = [0, *torch.searchsorted(new, keys[firsts[1:]]).tolist(), new.numel()]
     for piece, first in enumerate(firsts.tolist()):
         stay, come = (slice(*ends[piece : piece + 2]) for ends in (of_kept, of_new))
         place = slice(stay.start + come.start, stay.stop + come.stop)
-        merge_piece(keys[first : first + CACHED], first, kept[stay], new[come], joined[place], slots[place])
+        merge_piece(keys[first : first + JOINED_AT_ONCE], first, kept[stay], new[come], joined[place], slots[place])
     return joined, slots
 
 

@@ -12,10 +12,9 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from sparse_callbacks.core import moved_places
 from sparse_callbacks.core.attachment import Choice
 from sparse_callbacks.core.largest import widened
-from sparse_callbacks.core.moved_places import BELOW_ZERO, NEVER
+from sparse_callbacks.core.moved_places import BELOW_ZERO, NEVER, largest_ranked
 from sparse_callbacks.core.selection import Entry
 
 _FAN_IN = re.compile(r"fan_in/([1-9][0-9]*)")
@@ -39,33 +38,6 @@ def parsed(pattern: str | None) -> int | None:
             "layer read the same inputs (or another whole number from 1), or None for masks without a pattern."
         )
     return int(found.group(1))
-
-
-def refuse_pattern(pattern: str | None, storage: str | Mapping[str, str], group: int) -> None:
-    """Refuse a pattern that is not known, or that layers of another storage cannot have.
-
-    Args:
-        pattern: the pattern; None for none.
-        storage: the storage of the layers, of all or by glob.
-        group: the rows that read the same inputs in grouped storage.
-
-    Raises:
-        ValueError: says which of the arguments to change.
-    """
-    mine, stored = parsed(pattern), [storage] if isinstance(storage, str) else list(storage.values())
-    if mine is None:
-        return
-    for name in ("sparse", "auto"):
-        if name in stored:
-            raise ValueError(
-                f"pattern={pattern!r} and storage={storage!r} differ: sparse storage holds its live weights one by one, "
-                f"without a pattern. Give storage='grouped' and group={mine}, storage='masked', or no pattern=."
-            )
-    if "grouped" in stored and group != mine:
-        raise ValueError(
-            f"pattern={pattern!r} and storage={storage!r} with group={group} differ in the rows that read the same inputs. "
-            f"Give group={mine}, or no pattern=."
-        )
 
 
 def columns_for(density: float, inputs: int) -> int:
@@ -206,7 +178,7 @@ def why_other_pattern(method: object, masks: Mapping[str, Tensor], entries: Iter
 # ---------------------------------------------------------------------- columns
 
 
-def largest_in_rows(scores: Tensor, count: int, among: Tensor | None = None) -> Tensor:
+def largest_among(scores: Tensor, count: int, among: Tensor | None = None) -> Tensor:
     """Mask of the ``count`` largest numbers in each row; of equal numbers the lower column wins, and NaN ranks last.
 
     Args:
@@ -216,7 +188,7 @@ def largest_in_rows(scores: Tensor, count: int, among: Tensor | None = None) -> 
     """
     # below zero, which is the least that a number can be, and above what must not be taken
     ranked = torch.where(scores.isnan(), BELOW_ZERO, scores)
-    return moved_places.largest_in_rows(ranked if among is None else ranked.masked_fill_(~among, NEVER), count)
+    return largest_ranked(ranked if among is None else ranked.masked_fill_(~among, NEVER), count)
 
 
 def drawn_columns(blocks: int, inputs: int, count: int, source: torch.Generator, among: Tensor | None = None) -> Tensor:
@@ -229,7 +201,7 @@ def drawn_columns(blocks: int, inputs: int, count: int, source: torch.Generator,
         source: a generator of the CPU.
         among: bool, blocks by inputs; only its True positions are drawn. None: all.
     """
-    return largest_in_rows(column_numbers(blocks, inputs, source), count, among)
+    return largest_among(column_numbers(blocks, inputs, source), count, among)
 
 
 def column_numbers(blocks: int, inputs: int, source: torch.Generator) -> Tensor:
@@ -264,4 +236,4 @@ def as_mask(columns: Tensor, group: int) -> Tensor:
 
 def largest_columns(weight: Tensor, count: int, group: int) -> Tensor:
     """The mask of the ``count`` columns of each block with the largest sums of magnitudes."""
-    return as_mask(largest_in_rows(column_sums(weight, group), count), group)
+    return as_mask(largest_among(column_sums(weight, group), count), group)

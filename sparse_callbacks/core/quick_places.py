@@ -1,4 +1,4 @@
-"""Places in flat tensors: where a mask is True, what exceeds a bound, the largest, and how many are below.
+"""Places in flat tensors: of True, of what exceeds a bound, of the largest, and how many are below.
 
 numpy does all of this several times as fast as torch, and is used where somebody has imported it: results are the same.
 """

@@ -93,8 +93,11 @@ class RunBeginning:
         if self._method.attachment.model is not model:
             return {}
         params = self._params
-        held = self._method.weights.held_masks
-        return {n: whole(m) for n, m in held.items() if n in params and m.shape == params[n].shape}
+        weights = self._method.weights
+        found = {n: whole(m) for n, m in weights.held_masks.items() if n in params and m.shape == params[n].shape}
+        # a layer that was exchanged in the last run and is dense now goes on under a mask
+        dense = [n for n in weights.layers_stored if n in params and n not in self._layers]
+        return found | {n: weights.masks[n] for n in dense if weights.entries[n].full_shape == params[n].shape}
 
     def _layers_of_last_run(self, model: nn.Module) -> set[str]:
         """Names of the exchanged layers that go on where a second fit of the same model begins without a checkpoint.

@@ -16,7 +16,9 @@ from sparse_callbacks.core.place_units import GroupPattern, RowPattern
 from sparse_callbacks.core.product_records import Use, of_gradient
 from sparse_callbacks.core.sparse_kernels import add_sampled, rows_product, sampled
 
-WIDTH = 128  # columns of a piece of the batch: its rows of 512 bytes stay in the nearest cache
+NARROW = 128  # rows of a batch that may stay whole
+PIECE = 64  # rows of a piece of any other
+CACHE = 2**18  # numbers of x or y that the second cache of a core holds
 
 
 class RowsProduct(torch.autograd.Function):
@@ -69,7 +71,7 @@ class SampledProduct(torch.autograd.Function):
 class WideProduct(torch.autograd.Function):
     """``x W' + b`` for ``x [batch, inputs]`` of many rows, W in compressed rows: ``[batch, outputs]``.
 
-    Pieces of `WIDTH` rows are turned feature-major one after another in the same memory: to fill fresh memory costs as much
+    Pieces of `PIECE` rows are turned feature-major one after another in the same memory: to fill fresh memory costs as much
     as to turn them. So they are turned again in backward, and x itself is kept.
     """
 
@@ -78,7 +80,7 @@ class WideProduct(torch.autograd.Function):
         ctx.rows, ctx.use = rows, use
         ctx.save_for_backward(values, x if ctx.needs_input_grad[0] else None)
         y = x.new_empty(x.shape[0], rows.crow.numel() - 1)
-        for part, piece in zip(torch.split(y, WIDTH), feature_major(x), strict=True):
+        for part, piece in zip(torch.split(y, PIECE), feature_major(x), strict=True):
             part.copy_(plus(rows_product(rows.crow, rows.col, values.view(-1), piece), bias).t())
         return y
 
@@ -95,11 +97,11 @@ class WideProduct(torch.autograd.Function):
         turned = values.view(-1).index_select(0, rows.perm) if needs[4] else None
         xs = feature_major(x, keep=use is not None) if needs[0] else None
         pairs = []
-        for start, dy in zip(count(0, WIDTH), feature_major(grad, keep=use is not None), strict=False):
+        for start, dy in zip(count(0, PIECE), feature_major(grad, keep=use is not None), strict=False):
             if d_bias is not None:
                 d_bias += dy.sum(1)
             if d_x is not None and turned is not None:
-                d_x[start : start + WIDTH] = rows_product(rows.crow_t, rows.col_t, turned, dy).t()
+                d_x[start : start + PIECE] = rows_product(rows.crow_t, rows.col_t, turned, dy).t()
             if d_values is not None and xs is not None:
                 pairs.append((next(xs), dy))
                 add_sampled(rows.crow, rows.col, dy, pairs[-1][0], d_values.view(-1))
@@ -125,15 +127,15 @@ def asks_for_graph() -> bool:
 
 
 def feature_major(batch: Tensor, keep: bool = False) -> Iterator[Tensor]:
-    """Pieces of a batch ``[batch, features]``, one after another, each ``[features, up to WIDTH]`` and contiguous.
+    """Pieces of a batch ``[batch, features]``, one after another, each ``[features, up to PIECE]`` and contiguous.
 
     Args:
         batch: The batch.
         keep: Whether each piece has memory of its own. Otherwise it is overwritten by the next.
     """
     memory = None
-    for part in torch.split(batch, WIDTH):
-        memory = batch.new_empty(batch.shape[1] * WIDTH) if memory is None or keep else memory
+    for part in torch.split(batch, PIECE):
+        memory = batch.new_empty(batch.shape[1] * PIECE) if memory is None or keep else memory
         yield memory[: part.numel()].view(part.shape[1], part.shape[0]).copy_(part.t())
 
 
@@ -142,9 +144,9 @@ def gradients_with_graph(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of `WideProduct`, by operations that have gradients themselves."""
     d_values = d_x = None
-    dys = [dy.t().contiguous() for dy in torch.split(grad, WIDTH)]
+    dys = [dy.t().contiguous() for dy in torch.split(grad, PIECE)]
     if needs[0]:
-        xs = [part.t().contiguous() for part in torch.split(x, WIDTH)]
+        xs = [part.t().contiguous() for part in torch.split(x, PIECE)]
         if use is not None:
             use.take(list(zip(xs, dys, strict=True)))
         d_values = torch.cat([SampledProduct.apply(rows, *pair) for pair in zip(xs, dys, strict=True)]).sum(
@@ -155,6 +157,16 @@ def gradients_with_graph(
     return d_values, grad.sum(0) if needs[1] else None, None, None, d_x
 
 
+def is_narrow(rows: int, features: int) -> bool:
+    """Whether a batch is multiplied whole. Of wider ones each live weight would read rows that no near cache holds.
+
+    Args:
+        rows: The number of rows.
+        features: The number of inputs or outputs, whichever are more.
+    """
+    return rows <= PIECE or (rows <= NARROW and rows * features <= CACHE)
+
+
 def linear_by_rows(values: Tensor, bias: Tensor | None, rows: RowPattern, x: Tensor, use: Use | None = None) -> Tensor:
     """``x W' + b``, W in compressed rows.
 
@@ -162,13 +174,13 @@ def linear_by_rows(values: Tensor, bias: Tensor | None, rows: RowPattern, x: Ten
         values: Live values ``[1, live]``.
         bias: The bias ``[outputs]``.
         rows: The pattern.
-        x: The batch ``[batch, inputs]``. It is not copied where it is a transposed view of at most `WIDTH` rows.
+        x: The batch ``[batch, inputs]``. It is not copied where it is a transposed view and `is_narrow`.
         use: Where backward records x and dY; None where it does not.
 
     Returns:
-        ``[batch, outputs]``: a transposed view up to `WIDTH` rows.
+        ``[batch, outputs]``: a transposed view where the batch `is_narrow`.
     """
-    if x.shape[0] > WIDTH and not torch.compiler.is_compiling():
+    if not (is_narrow(x.shape[0], max(x.shape[1], rows.crow.numel() - 1)) or torch.compiler.is_compiling()):
         wide: Tensor = WideProduct.apply(values, bias, rows, use, x)
         return wide
     y: Tensor = RowsProduct.apply(values, bias, rows, use, x.t().contiguous())
@@ -190,7 +202,9 @@ class GroupsProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         values, x = ctx.saved_tensors
-        groups, needs, dy = ctx.groups, ctx.needs_input_grad, grad.contiguous()
+        groups, needs = ctx.groups, ctx.needs_input_grad
+        # torch turns a matrix in half the time that it takes for three dimensions
+        dy = grad.flatten(0, 1).contiguous().view(grad.shape)
         if ctx.use is not None and needs[0]:
             ctx.use.take([(x, dy.flatten(0, 1))])
         # x is gathered again: to keep it gathered would cost more memory than the values

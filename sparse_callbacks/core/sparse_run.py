@@ -16,7 +16,7 @@ from sparse_callbacks.core.checkpoint import refuse_other_model
 from sparse_callbacks.core.cut_weights import ResumedWeights
 from sparse_callbacks.core.distributions import why_all_active
 from sparse_callbacks.core.engine import Engine
-from sparse_callbacks.core.exchange import Exchanged
+from sparse_callbacks.core.exchanged import Exchanged
 from sparse_callbacks.core.fresh_weights import refuse_rescaled_checkpoint
 from sparse_callbacks.core.host import Forward
 from sparse_callbacks.core.loop_binding import LoopBinding, ValuesBeforeMasks

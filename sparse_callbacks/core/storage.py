@@ -65,16 +65,25 @@ def check_storage(method: object, storage: Any, group: Any, rows: Any, pattern: 
         raise ValueError(
             f"group={group!r} is not a number of output rows that read the same inputs. Give for example 64."
         )
-    if not (rows is None or all(map(_is_positive, rows.values() if isinstance(rows, Mapping) else [rows]))):
-        raise ValueError(
-            f"rows={shown_short(rows)} is not the number of rows that a layer sees in a step. Give the size of the batch "
-            "(times the length of its sequences), or a mapping of globs on parameter names to such numbers."
-        )
+    refuse_rows(rows)
     fitting = {"masked", "grouped"} if pattern == f"fan_in/{group}" else {"masked"}
     if pattern is not None and not fitting.issuperset(names):
         raise ValueError(
             f"pattern={pattern!r} is one of masked storage, and storage={shown_short(storage)} with group={group!r} has another. "
             "For the same pattern without the pruned weights give storage='grouped' and its group=."
+        )
+
+
+def refuse_rows(rows: Any) -> None:
+    """Refuse what is not a number of rows, or such numbers by glob.
+
+    Raises:
+        ValueError: says what to give.
+    """
+    if not (rows is None or all(map(_is_positive, rows.values() if isinstance(rows, Mapping) else [rows]))):
+        raise ValueError(
+            f"rows={shown_short(rows)} is not the number of rows that a layer sees in a step. Give the size of the batch "
+            "(times the length of its sequences), or a mapping of globs on parameter names to such numbers."
         )
 
 

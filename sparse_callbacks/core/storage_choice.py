@@ -36,26 +36,18 @@ class Layer:
 def linear_layers(model: nn.Module) -> dict[str, Layer]:
     """The linear layers of a model by the first name of their weight; those too whose weight is computed from others."""
     names: dict[int, list[str]] = {}
-    modules: dict[int, nn.Module] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    found: dict[str, Layer] = {}
     in_attention: set[int] = set()
-    for name, module in model.named_modules(remove_duplicate=False):
+    for prefix, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             in_attention.update(map(id, module.children()))
         if isinstance(module, nn.Linear | SparseLinear):
             weight = module._parameters.get("weight")
-            names.setdefault(id(module if weight is None else weight), []).append(
-                f"{name}.weight" if name else "weight"
-            )
-            modules.setdefault(id(module if weight is None else weight), module)
-    for name, parameter in model.named_parameters(
-        remove_duplicate=False
-    ):  # of a module of another kind, as an embedding
-        if id(parameter) in names and name not in names[id(parameter)]:
-            names[id(parameter)].append(name)
-    return {
-        found[0]: Layer(tuple(found), modules[key], id(modules[key]) in in_attention, modules[key] is model)
-        for key, found in names.items()
-    }
+            mine = [f"{prefix}.weight" if prefix else "weight"] if weight is None else names[id(weight)]
+            found.setdefault(mine[0], Layer(tuple(mine), module, id(module) in in_attention, module is model))
+    return found
 
 
 def choices_for(

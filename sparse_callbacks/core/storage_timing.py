@@ -155,9 +155,9 @@ def are_clear(medians: Sequence[float]) -> bool:
 
 def _masked(shape: tuple[int, int], dtype: torch.dtype, source: torch.Generator) -> nn.Linear:
     """A dense layer, which takes the same time whatever its mask is."""
-    layer = nn.Linear(shape[1], shape[0], device="meta", dtype=dtype).to_empty(device="cpu")
-    for parameter in layer.parameters():
-        parameter.data.uniform_(-1, 1, generator=source)
+    layer = nn.Linear(shape[1], shape[0], device="meta")
+    layer.weight = nn.Parameter(torch.empty(shape, dtype=dtype).uniform_(-1, 1, generator=source))
+    layer.bias = nn.Parameter(torch.zeros(shape[0], dtype=dtype))
     return layer
 
 

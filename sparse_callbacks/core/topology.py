@@ -21,24 +21,19 @@ class Update:
     Attributes:
         masks: new bool masks by parameter name, each of its parameter's shape. Parameters that are missing keep theirs.
         figures: figures of the update for the log, by their full names (``"update/drop_fraction"``).
-        keys: of exchanged layers, in place of masks, the ascending keys of the units that live from now on, by parameter
-            name.
-        slots: where each of these units is among those that live now, -1 where it is born; searched for where it is
-            missing.
+        moves: of exchanged layers, in place of masks, the units that live from now on, by parameter name.
     """
 
     masks: Mapping[str, Tensor]
     figures: Mapping[str, float] = field(default_factory=dict)
-    keys: Mapping[str, Tensor] = field(default_factory=dict)
-    slots: Mapping[str, Tensor] = field(default_factory=dict)
+    moves: Mapping[str, Move] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse what is not tensors and numbers by name, which an update would stumble over later."""
-        for name, kind in (("masks", "bool tensors"), ("keys", "tensors of keys"), ("slots", "tensors of slots")):
-            if not fits(getattr(self, name), Mapping[str, Tensor]):
-                raise TypeError(
-                    f"{name}={shown_short(getattr(self, name))} is not a mapping of tensors. Give {kind} by parameter name."
-                )
+        if not fits(self.masks, Mapping[str, Tensor]):
+            raise TypeError(
+                f"masks={shown_short(self.masks)} is not a mapping of tensors. Give bool tensors by parameter name."
+            )
         # not by their annotation: a figure may be NaN, or a tensor of one number
         if not fits(self.figures, Mapping[str, Real | Tensor]):
             raise TypeError(
@@ -66,12 +61,32 @@ def take(
             None where they start from zero.
         moves: other units of exchanged layers that live from now on, by parameter name.
 
+    Raises:
+        ValueError: there is a mask for an exchanged layer.
+
     Returns:
         The share of connections that the update replaced: dropped and born ones over those active before and after.
     """
+    if exchanged := [name for name in masks if name in weights.layers_stored]:
+        raise ValueError(
+            f"{', '.join(exchanged)} have sparse storage, and an update gave masks of them. Give Update(moves=) for such layers, or "
+            "storage='masked'."
+        )
+    moved, there = carry_out(weights, owners, moves or {}, new_weights)
+    changed, total = _take_masks(weights, owners, masks, new_weights)
+    return (moved + changed) / max(1, there + total)
+
+
+def _take_masks(
+    weights: SparseWeights,
+    owners: Ownership | None,
+    masks: Mapping[str, Tensor],
+    new_weights: Callable[[str], Tensor | None],
+) -> tuple[int, int]:
+    """How many connections were dropped or born under the masks, and how many were active before and after."""
     # each rank has computed them, from sums that may differ in the last bit, and unequal masks would stay unequal
     masks = weights.same_everywhere(masks)
-    changed, total = carry_out(weights, owners, moves or {}, new_weights)
+    changed = total = 0
     born_in: dict[str, Tensor] = {}
     for name, mask in masks.items():
         before, grown = weights.active_counts[name], mask & ~weights.masks[name]
@@ -88,7 +103,7 @@ def take(
             weights.write_grown(name, grown, values)
         if owners is not None:
             owners.clear(name, grown)  # behind the values, which some state starts from
-    return changed / max(1, total)
+    return changed, total
 
 
 class EverActive:

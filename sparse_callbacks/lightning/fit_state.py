@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from sparse_callbacks.core.averages import HeldAverages
 from sparse_callbacks.core.before_run import BeforeRun
-from sparse_callbacks.core.exchange import Exchanged
+from sparse_callbacks.core.exchanged import Exchanged
 from sparse_callbacks.core.first_use import FirstUse
 from sparse_callbacks.core.unseen_steps import StepWatch
 

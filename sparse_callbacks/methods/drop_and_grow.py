@@ -10,6 +10,7 @@ from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.distributions import Distribution
 from sparse_callbacks.core.growth import moved_mask, uniform_numbers
 from sparse_callbacks.core.initial_masks import InitialMask, StartsSparse
+from sparse_callbacks.core.live_weights import Move
 from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.patterns import group_of
 from sparse_callbacks.core.rescaling import Rescale
@@ -97,18 +98,18 @@ class DropAndGrow(StartsSparse):
 
     def new_masks(self, step: Step) -> Update:
         fraction, new = self.fraction_at(step.number), {}
-        keys, slots = dict[str, Tensor](), dict[str, Tensor]()
+        moves: dict[str, Move] = {}
 
         # only the parameters of the optimizer that has stepped: several optimizers take their steps at different times
         for name in step.names:
             if (layer := self.weights.layers_stored.get(name)) is not None:
-                if (moved_there := moved_units(self, step, name, layer, fraction)) is not None:
-                    keys[name], slots[name] = moved_there
+                if (move := moved_units(self, step, name, layer, fraction)) is not None:
+                    moves[name] = move
                 continue
             scores = self.grow_scores(step, name)
             if scores is not None:  # the parameter took part in this step
                 new[name] = self._moved(step, name, scores, fraction)
-        return Update(new, {"update/drop_fraction": fraction}, keys, slots)
+        return Update(new, {"update/drop_fraction": fraction}, moves)
 
     def _moved(self, step: Step, name: str, scores: Tensor, fraction: float) -> Tensor:
         """The mask of a parameter after an update."""

@@ -4,6 +4,7 @@ from functools import singledispatch
 
 from torch import Tensor
 
+from sparse_callbacks.core.live_weights import Move
 from sparse_callbacks.core.moved_places import kept_units, merged
 from sparse_callbacks.core.ops import drop_count
 from sparse_callbacks.core.sparse_linear import SparseLinear
@@ -35,11 +36,8 @@ def units_to_move(layer: SparseLinear, fraction: float) -> int:
     return drop_count(layer.live if layer.storage == "sparse" else layer.values.shape[-1], fraction)
 
 
-def moved_units(
-    method: object, step: Step, name: str, layer: SparseLinear, fraction: float
-) -> tuple[Tensor, Tensor] | None:
-    """Ascending keys of the units that live after an update, and where each of them is now (-1: born); None: leave the
-    layer alone.
+def moved_units(method: object, step: Step, name: str, layer: SparseLinear, fraction: float) -> Move | None:
+    """The units that live after an update; None: leave the layer alone.
 
     Args:
         method: the method of the run.
@@ -51,4 +49,4 @@ def moved_units(
     count, keys = units_to_move(layer, fraction), layer.keys()
     stay = kept_units(layer.unit_magnitudes(), count, None if layer.storage == "sparse" else layer.values.shape[-1])
     new = grown_units(method, step, name, keys[stay], count)
-    return None if new is None else merged(keys, stay, new)
+    return None if new is None else Move(keys, *merged(keys, stay, new))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import loops
 from torch import nn
 
 from sparse_callbacks import SparseLinear, channel_groups, exchange_layers, slim, sparsify, to_dense
@@ -13,7 +14,6 @@ from sparse_callbacks.channels.costs import cost_outside_layers, layers, multipl
 from sparse_callbacks.channels.forward_flops import forward_flops
 from sparse_callbacks.channels.norms import norm_inputs
 from sparse_callbacks.methods import SET, Static
-from tests.support import loops
 
 STORAGES: dict[str, dict[str, Any]] = {"sparse": {"storage": "sparse"}, "grouped": {"storage": "grouped", "group": 4}}
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from support import loops
 from torch import Tensor, nn
 
 from sparse_callbacks import SparseLinear, exchange_layers, sparsify, to_dense
 from sparse_callbacks.methods import SET, RigL, Static
-from tests.support import loops
 
 
 def net() -> nn.Sequential:
@@ -33,8 +33,7 @@ STARTS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-@pytest.mark.parametrize("start", STARTS)
-@pytest.mark.parametrize("group", [None, 4])
+@pytest.mark.parametrize(("start", "group"), [*((start, None) for start in STARTS), ("random", 4), ("magnitude", 4)])
 def test_the_first_masks_are_those_of_masked_storage(start: str, group: int | None) -> None:
     model = net()
     if start == "nonzero":
@@ -45,8 +44,6 @@ def test_the_first_masks_are_those_of_masked_storage(start: str, group: int | No
     storage = {"storage": "grouped", "group": group} if group else {"storage": "sparse"}
     twin = copy.deepcopy(model)
     initial = STARTS[start](model)
-    if group and start not in ("random", "magnitude"):
-        pytest.skip("such masks are not of the pattern")
     method = RigL(initial_mask=initial, seed=3, **pattern)
     sparsify(method, twin, torch.optim.SGD(twin.parameters(), 0.1), 10).close()
     exchanged = RigL(initial_mask=initial, seed=3, **storage)
@@ -135,6 +132,35 @@ def test_a_layer_on_the_meta_device_is_never_dense_and_stays_there_until_it_gets
     assert torch.equal(again[0].keys(), keys)
     with pytest.raises(ValueError, match=r"0.weight is on the meta device .*initial_mask='random'"):
         exchange_layers(SET(initial_mask="magnitude", storage="sparse"), nn.Sequential(nn.Linear(8, 8, device="meta")))
+
+
+def test_an_exchange_where_another_device_is_the_default_is_the_same() -> None:
+    model = net()
+    twin = copy.deepcopy(model)
+    sparse(model)
+    with torch.device("meta"):
+        exchange_layers(RigL(0.5, storage={"0*": "grouped", "*": "sparse"}, group=4, distribution="uniform"), twin)
+    assert torch.equal(model[2].values, twin[2].values)
+    assert torch.equal(model[2].keys(), twin[2].keys())
+    assert twin[0].values.device.type == "cpu"
+
+
+def test_a_model_that_a_wrapper_has_set_up_is_not_exchanged() -> None:
+    class Wrapped(nn.parallel.DistributedDataParallel):
+        def __init__(self, module: nn.Module) -> None:
+            nn.Module.__init__(self)
+            self.module = module
+
+    model = net()
+    with pytest.raises(ValueError, match=r"model= is a DistributedDataParallel.* before it is made"):
+        exchange_layers(RigL(0.5, storage="sparse"), Wrapped(model))
+    compiled = torch.compile(model, backend="eager")
+    assert list(exchange_layers(RigL(0.5, storage="sparse", distribution="uniform"), compiled)) == [
+        "0.weight",
+        "2.weight",
+        "4.weight",
+    ]
+    assert compiled(torch.zeros(1, 12)).shape == (1, 4)
 
 
 def test_layers_that_are_sparse_already_keep_their_places_and_their_count() -> None:

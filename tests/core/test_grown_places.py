@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from sparse_callbacks import ops
-from sparse_callbacks.core import grown_places, sparse_products
+from sparse_callbacks.core import grown_places, sparse_kernels
+from sparse_callbacks.core.best_units import Best
 from sparse_callbacks.core.drawn_places import drawn_units
-from sparse_callbacks.core.grown_places import Best, candidate_units, largest_units
+from sparse_callbacks.core.grown_places import candidate_units, largest_units
 from sparse_callbacks.core.moved_places import kept_units, merged
 from sparse_callbacks.core.randomness import generator
 
@@ -42,7 +43,7 @@ def dense_gradient(records: Records) -> Tensor:
 
 @pytest.fixture(params=[(2**20, 2**16), (64, 16)], ids=["one block", "many blocks"])
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, size in zip(("CACHED", "SAMPLE"), request.param, strict=True):
+    for name, size in zip(("LOOKED_AT", "SAMPLE"), request.param, strict=True):
         monkeypatch.setattr(grown_places, name, size)
 
 
@@ -98,10 +99,11 @@ def test_little_more_than_the_largest_is_held_and_no_block_is_larger_than_asked(
         held.append(best.held)
 
     monkeypatch.setattr(Best, "add", watched)
-    monkeypatch.setattr(grown_places, "CACHED", 1000)
-    monkeypatch.setattr(grown_places, "SAMPLE", 500)
-    records = [(torch.randn(100, 4), torch.randn(200, 4))]
-    for count in (20, 500):
+    monkeypatch.setattr(grown_places, "LOOKED_AT", 1000)
+    monkeypatch.setattr(grown_places, "SAMPLE", 5000)
+    source = torch.Generator().manual_seed(0)
+    records = [(torch.randn(100, 4, generator=source), torch.randn(200, 4, generator=source))]
+    for count in (50, 500):
         largest_units(records, (200, 100), 1, torch.arange(0), count, dtype=torch.float32)
         assert max(held) <= 4 * count
         assert max(sizes) <= 1000
@@ -194,8 +196,8 @@ def test_the_table_of_a_group_shared_update() -> None:
 @pytest.mark.parametrize("mkl", [True, False])
 def test_candidates_are_drawn_and_the_largest_of_them_grow(mkl: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not mkl:
-        monkeypatch.setattr(sparse_products, "has_sampled_product", lambda: False)
-        monkeypatch.setattr(sparse_products, "ENTRIES", 50)
+        monkeypatch.setattr(sparse_kernels, "has_sampled_product", lambda: False)
+        monkeypatch.setattr(sparse_kernels, "MULTIPLIED", 50)
     shape, records = (20, 30), some_records(20, 30)
     kept, gradient = torch.arange(0, 90, 2), dense_gradient(records)
     for count, candidates in ((0, 0), (5, 5), (5, 60), (40, 555)):

@@ -3,10 +3,13 @@
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support import exchange_ranks, loops, sam
+from support.processes import run_processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -14,7 +17,6 @@ import sparse_callbacks.core.auto_storage as auto_storage
 from sparse_callbacks import SparseLinear, exchange_layers, sparsify
 from sparse_callbacks.core.loop_exchange import exchange_for_loop
 from sparse_callbacks.methods import SET, RigL, Static
-from tests.support import loops, sam
 
 
 def net() -> nn.Sequential:
@@ -224,44 +226,6 @@ def test_a_state_of_masked_storage_is_refused() -> None:
     assert list(again) == held
 
 
-# ---------------------------------------------------------------------- the first batch
-
-
-class Idle(nn.Module):
-    """Its second layer is not called, and the weight of its third is read."""
-
-    def __init__(self, calls: bool, reads: bool) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.idle, self.read = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 4)
-        self.calls, self.reads = calls, reads
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        x = self.idle(x) if self.calls else x
-        return nn.functional.linear(x, self.read.weight, self.read.bias) if self.reads else self.read(x)
-
-
-@pytest.mark.parametrize("calls", [True, False])
-@pytest.mark.parametrize("reads", [True, False])
-def test_one_warning_names_layers_that_the_first_batch_did_not_call_and_weights_that_are_read(
-    calls: bool, reads: bool
-) -> None:
-    model = Idle(calls, reads)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    sparsify(method(SET), model, optimizer, 6)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        train(model, optimizer, 3)
-    texts = [str(w.message) for w in caught if "sparse storage" in str(w.message) or "dense matrix" in str(w.message)]
-    assert len(texts) == (0 if calls and not reads else 1)
-    if not calls:
-        assert "did not call idle.weight, which" in texts[0] or "did not call idle.weight, read.weight" in texts[0]
-    if reads:
-        assert "reads read.weight" in texts[0]
-    assert not model.first._forward_pre_hooks
-
-
 def test_auto_in_a_loop_times_the_rows_of_a_batch(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -292,6 +256,19 @@ def test_parameters_in_no_group_of_an_optimizer_are_left_alone() -> None:
     assert len(optimizer.param_groups[0]["params"]) == 1
     done.undo()
     assert isinstance(model[0], nn.Linear)
+
+
+def test_ranks_exchange_the_same_layers_into_the_same_places(tmp_path: Path) -> None:
+    one, other = run_processes("exchanged", tmp_path, 2, exchange_ranks.__file__)
+    assert one.keys() == other.keys()
+    for start, layers in one.items():
+        if start == "remark":
+            assert layers == other[start]
+            continue
+        assert layers.keys() == other[start].keys(), start
+        assert layers
+        for name, pattern in layers.items():
+            assert all(torch.equal(tensor, other[start][name][key]) for key, tensor in pattern.items()), (start, name)
 
 
 @pytest.mark.parametrize("rescale", [None, "fan_in"])

@@ -88,7 +88,7 @@ def by_units(mask: Tensor, weight: Tensor, count: int, source: torch.Generator) 
 def test_set_draws_the_places_of_masked_storage(
     shape: tuple[int, int], integers: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drawn_places, "CACHED", 512)
+    monkeypatch.setattr(drawn_places, "DRAWN_AT_ONCE", 512)
     monkeypatch.setattr(drawn_places, "integers_are_same", lambda: integers)
     for seed, density in enumerate((0.02, 0.1, 0.5, 0.9, 1.0)):
         mask = some_mask(shape, density, seed)
@@ -203,7 +203,7 @@ def test_a_layer_of_a_million_squared_is_drawn_in_the_memory_of_its_live_weights
 def test_units_keep_their_slots_also_where_they_leave_and_come_back(
     cached: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(moved_places, "CACHED", cached)
+    monkeypatch.setattr(moved_places, "JOINED_AT_ONCE", cached)
     for seed, (density, share, grown) in enumerate(((0.0, 0, 0.1), (0.1, 0.5, 0.1), (0.5, 0.9, 0.9), (1.0, 0.3, 0.5))):
         keys = keys_of(some_mask((30, 20), density, seed))
         kept = keys_of(some_mask((1, len(keys)), 1 - share, seed))

@@ -15,7 +15,7 @@ from sparse_callbacks.core.patterns import (
     block_sums,
     columns_for,
     drawn_columns,
-    largest_in_rows,
+    largest_among,
     parsed,
     share_of,
     why_other_pattern,
@@ -44,11 +44,11 @@ def test_a_method_without_patterns_refuses_one_in_words(make: Any) -> None:
 def test_a_pattern_beside_a_storage_without_it_is_refused_in_words(make: Any) -> None:
     for storage in ("sparse", "auto", {"head.*": "sparse"}, {"a.*": "grouped", "*": "auto"}):
         with pytest.raises(
-            ValueError, match=r"pattern='fan_in/4' and storage=.* differ: sparse storage holds its live"
+            ValueError, match=r"pattern='fan_in/4' is one of masked storage, and storage=.* has another"
         ):
             make(0.5, pattern="fan_in/4", storage=storage, group=4)
         make(0.5, storage=storage, group=4)
-    with pytest.raises(ValueError, match=r"pattern='fan_in/4' and storage='grouped' with group=64 differ in the rows"):
+    with pytest.raises(ValueError, match=r"pattern='fan_in/4' .*, and storage='grouped' with group=64 has another"):
         make(0.5, pattern="fan_in/4", storage="grouped")
     make(0.5, pattern="fan_in/4", storage={"a.*": "grouped"}, group=4)
     make(0.5, pattern="fan_in/4", group=64)
@@ -132,7 +132,7 @@ def test_the_largest_in_each_row_are_those_of_a_sort_with_ties_to_the_lower_colu
         scores[2, seed % 9] = torch.inf
         ranked = scores.nan_to_num(-1.0, torch.inf).tolist()
         for given, count in ((None, 4), (among, int(among.sum(1).min())), (among, 0)):
-            found = largest_in_rows(scores, count, given)
+            found = largest_among(scores, count, given)
             for row in range(3):
                 allowed = [c for c in range(9) if given is None or given[row, c]]
                 assert found[row].nonzero().flatten().tolist() == fan_in.best(ranked[row], count, allowed)

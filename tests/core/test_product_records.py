@@ -17,7 +17,8 @@ STORED = pytest.mark.parametrize("storage", STORAGES)
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of four rows, so that small batches are wide."""
-    monkeypatch.setattr(sparse_products, "WIDTH", 4)
+    monkeypatch.setattr(sparse_products, "NARROW", 4)
+    monkeypatch.setattr(sparse_products, "PIECE", 4)
 
 
 def recording(storage: str) -> tuple[nn.Linear, SparseLinear]:
@@ -82,6 +83,26 @@ def test_a_penalty_on_gradients_is_recorded_whole(storage: str, rows: int) -> No
         loss = net(given).tanh().square().sum()
         (slope,) = torch.autograd.grad(loss, given, create_graph=True)
         (loss + slope.square().sum()).backward()
+    torch.testing.assert_close(recorded(layer), linear.weight.grad)
+
+
+@ROWS
+@STORED
+def test_each_pass_through_one_graph_records_what_it_uses(storage: str, rows: int) -> None:
+    """A penalty alone, whose backward pass does not reach the output; then the loss alone."""
+    linear, layer = recording(storage)
+    x = torch.randn(rows, 10, dtype=torch.float64)
+    for net in (linear, layer):
+        given = x.clone().requires_grad_()
+        loss = net(given).sum()
+        (slope,) = torch.autograd.grad(loss, given, create_graph=True)
+        slope.square().sum().backward(retain_graph=True)
+        if net is linear:
+            assert linear.weight.grad is not None
+            penalty = linear.weight.grad.clone()
+        else:
+            torch.testing.assert_close(recorded(layer), penalty)
+        loss.backward()
     torch.testing.assert_close(recorded(layer), linear.weight.grad)
 
 

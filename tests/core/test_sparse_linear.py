@@ -245,7 +245,7 @@ def test_a_layer_on_the_meta_device_keeps_its_pattern(storage: str) -> None:
     keys = layer.keys()
     assert all(p.is_meta for p in layer.parameters())
     assert layer.to_dense().weight.is_meta
-    nn.Sequential(layer).to_empty(device="cpu")
+    nn.Sequential(layer).to("meta").to_empty(device="cpu")
     layer.reset_parameters()
     assert torch.equal(layer.keys(), keys)
     assert (layer.mask.sum(1) == 3).all()

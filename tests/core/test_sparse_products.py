@@ -17,7 +17,8 @@ SHAPES = [(10,), (1, 10), (5, 10), (3, 7, 10), (2, 2, 3, 10), (0, 10), (2, 0, 10
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of four rows, so that small batches are wide."""
-    monkeypatch.setattr(sparse_products, "WIDTH", 4)
+    monkeypatch.setattr(sparse_products, "NARROW", 4)
+    monkeypatch.setattr(sparse_products, "PIECE", 4)
 
 
 @pytest.fixture
@@ -280,6 +281,14 @@ def test_inputs_of_another_width_are_refused() -> None:
     layer.name = "net.0"
     with pytest.raises(ValueError, match=r"net.0 has 10 inputs and was given \(2, 9\)"):
         layer(torch.randn(2, 9))
+
+
+@pytest.mark.parametrize(
+    ("rows", "features", "whole"),
+    [(128, 2048, True), (128, 2049, False), (129, 10, False), (64, 10**6, True), (65, 10**6, False)],
+)
+def test_batches_are_cut_where_they_would_leave_the_caches(rows: int, features: int, whole: bool) -> None:
+    assert sparse_products.is_narrow(rows, features) == whole
 
 
 def test_masks_of_the_support_have_empty_rows_and_columns() -> None:

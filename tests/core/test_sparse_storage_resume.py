@@ -154,6 +154,20 @@ def test_a_second_run_of_the_model_goes_on_and_one_after_other_places_were_loade
             speak()
 
 
+def test_a_second_run_under_masks_goes_on_with_the_places_of_exchanged_layers() -> None:
+    model, method = net(), made(SET)
+    with begin(method, model, OPTIMIZERS["sgd"](model.parameters())) as run:
+        masks = {n: m.clone() for n, m in run.masks.items()}
+    to_dense(model)
+    method.storage = "masked"
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    run = begin(method, model, optimizer)
+    assert all(isinstance(model[i], nn.Linear) for i in (0, 2))
+    assert all(torch.equal(run.masks[n], m) for n, m in masks.items())
+    train(model, optimizer, 0, 3)
+    assert run.updates == 2
+
+
 def test_a_dense_model_is_described_by_the_state_of_exchanged_layers() -> None:
     for storage in ("sparse", "grouped"):
         saved = saved_at(STOP, RigL, storage, "momentum")

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from support import loops
 from torch import Tensor, nn
 
 import sparse_callbacks.core.auto_storage as auto_storage
 from sparse_callbacks import SparseLinear, exchange_layers, methods
 from sparse_callbacks.core.exchange import exchange
 from sparse_callbacks.methods import SET, RigL, Static
-from tests.support import loops
 
 KINDS = {
     "SNFS": "momentum of the gradient of every weight",
@@ -245,6 +245,25 @@ def test_another_device_is_refused_and_auto_stays_masked_there() -> None:
     assert not exchange(method, net(), device=cuda).layers
     assert "runs on the CPU" in method.attachment.choices["0.weight"].note
     assert exchange(RigL(0.5, storage="grouped", group=4), net(), device=cuda).layers
+
+
+def test_a_head_that_shares_its_weight_with_an_embedding_is_dense_and_refuses_nothing() -> None:
+    model = nn.ModuleDict(
+        {"embedding": nn.Embedding(8, 16), "body": nn.Linear(16, 16), "head": nn.Linear(16, 8, bias=False)}
+    )
+    model["head"].weight = model["embedding"].weight
+    assert list(exchange_layers(SET(0.5, storage="sparse"), model)) == ["body.weight"]
+    with pytest.raises(ValueError, match=r"embedding.weight and head.weight are one tensor"):
+        exchange_layers(SET(0.5, storage="sparse", include=["head.weight", "body*"]), model)
+
+
+def test_a_lazy_layer_that_has_its_shape_is_exchanged() -> None:
+    model = nn.Sequential(nn.LazyLinear(16), nn.LazyLinear(8, bias=False))
+    with pytest.raises(ValueError, match="no shape yet"):
+        exchange_layers(SET(0.5, storage="sparse"), model)
+    model(torch.zeros(1, 4))
+    assert list(exchange_layers(SET(0.5, storage="sparse"), model)) == ["0.weight", "1.weight"]
+    assert model[1].bias is None
 
 
 # ---------------------------------------------------------------------- auto

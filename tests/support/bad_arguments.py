@@ -126,6 +126,8 @@ def _for_networks(name: str) -> dict[str, Any]:
             "optimizer": loops.sgd(model),
             "steps": 20,
         },
+        "exchange_layers": {"method": sparse_callbacks.RigL(0.5, storage="sparse"), "model": model},
+        "to_dense": {"module": model},
         "slim": {"model": model, "masks": {}, "example_input": torch.ones(2, 12)},
         "channel_groups": {"model": model, "example_input": torch.ones(2, 12)},
         "export_onnx": {"model": model, "path": "/nowhere/a.onnx", "example_input": torch.ones(2, 12)},

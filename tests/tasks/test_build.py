@@ -104,7 +104,10 @@ def test_no_schedule_is_the_methods_own(composed: Compose) -> None:
         (("method=rigl", "method.storage=dense"), "storage='dense' is not known"),
         (("method=set", "method.group=0"), "group=0 is not a number of output rows"),
         (("method=static", "method.rows=many"), "rows='many' is not the number of rows"),
-        (("method=set", "method.storage=sparse", "method.pattern=fan_in/4"), "pattern='fan_in/4' and storage='sparse'"),
+        (
+            ("method=set", "method.storage=sparse", "method.pattern=fan_in/4"),
+            "pattern='fan_in/4' is one of masked",
+        ),
         (("method=rigl", "method.candidates=-1"), "candidates=-1 is not a number above 0"),
         (("optim.name=lbfgs",), "optim.name='lbfgs' is not known. Choose one of sgd, adam, adamw"),
         (("optim.lr_schedule=plateau",), "optim.lr_schedule='plateau' is not known"),
