@@ -1,4 +1,4 @@
-"""Sparse storage under a Trainer: layers are exchanged before its optimizers are made, and come back where a fit is refused."""
+"""Sparse storage under a Trainer: layers are exchanged in time, and come back where a fit is refused."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

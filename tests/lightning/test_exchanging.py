@@ -12,7 +12,6 @@ from support.processes import matrices
 from support.refusing import RefusedError, refuse
 from torch import nn
 
-from sparse_callbacks import SET, SparseLinear
 from sparse_callbacks.testing.comparison import assert_counts, differences, structure
 from sparse_callbacks.testing.data import Batches
 from sparse_callbacks.testing.networks import Classifier
@@ -249,17 +248,6 @@ def test_averages_of_weights_leave_layers_masked_where_storage_is_chosen() -> No
     fit([callback, pl.callbacks.WeightAveraging()], module)
     assert not layers_of(module)
     assert "WeightAveraging" in str(callback.plan())
-
-
-def test_static_callbacks_share_a_model_between_two_storages() -> None:
-    module = mlp()
-    first = sparse("static", "sparse", include="net.1.*")
-    second = SET(0.5, include="net.3.*", print_plan=False)
-    fit([first, second], module)
-    assert set(layers_of(module)) == {"net.1"}
-    assert isinstance(module.net[1], SparseLinear)
-    assert_counts(first)
-    assert_counts(second)
 
 
 # ---------------------------------------------------------------------- how the first batch uses them

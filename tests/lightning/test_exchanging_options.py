@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ from support.exchanged import fit, layers_of, left, mlp, patterns_of, random_num
 from support.processes import matrices
 from torch.utils.data import DataLoader, TensorDataset
 
+from sparse_callbacks import SET
 from sparse_callbacks.core import auto_storage
 from sparse_callbacks.core.storage_timing import rows_of_layers
+from sparse_callbacks.lightning.exchanging import refuse_storage
 from sparse_callbacks.lightning.seen_rows import seen_rows
 from sparse_callbacks.testing.comparison import assert_counts, differences
 from sparse_callbacks.testing.data import Batches
@@ -213,3 +216,37 @@ def test_without_a_batch_or_an_example_layers_stay_masked_and_the_plan_says_what
     fit(callback, module, loader=iter(list(Batches())), max_epochs=1)
     assert not layers_of(module)
     assert "give rows=" in str(callback.plan())
+
+
+# ---------------------------------------------------------------------- strategies
+
+
+class ModelParallelStrategy:
+    """Is known by its name, as the two packages of Lightning have a class each."""
+
+    launcher = None
+
+
+def test_sharded_parameters_are_refused_with_sparse_storage() -> None:
+    trainer = SimpleNamespace(callbacks=[], strategy=ModelParallelStrategy())
+    refuse_storage(sparse("set", "auto"), trainer, mlp())  # whose layers stay masked there
+    with pytest.raises(
+        ValueError, match=r"storage='grouped': ModelParallelStrategy shards parameters.*storage='masked'"
+    ):
+        refuse_storage(sparse("set", "grouped"), trainer, mlp())
+    fit(sparse("set"), module := mlp())
+    with pytest.raises(ValueError, match=r"a SparseLinear \(net\.1\.weight\).*to_dense\(module\)"):
+        refuse_storage(sparse("set", "masked"), trainer, module)
+
+
+# ---------------------------------------------------------------------- several callbacks
+
+
+def test_two_callbacks_share_a_model_between_two_storages() -> None:
+    module = mlp()
+    first = sparse("static", "sparse", include="net.1.*")
+    second = SET(0.5, include="net.3.*", print_plan=False)
+    fit([first, second], module)
+    assert set(layers_of(module)) == {"net.1"}
+    assert_counts(first)
+    assert_counts(second)
