@@ -70,9 +70,11 @@ def test_manual_optimization_trains_the_network_of_masked_storage(name: str) -> 
 # ---------------------------------------------------------------------- precision
 
 
-@pytest.mark.parametrize("storage", ["sparse", "grouped"])
-@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true", "bf16-true", "32-true"])
-def test_a_fit_in_each_precision_moves_places_and_learns(precision: str, storage: str) -> None:
+@pytest.mark.parametrize(
+    ("storage", "precision"),
+    [*((s, p) for s in ("sparse", "grouped") for p in ("32-true", "64-true", "bf16-mixed")), ("grouped", "bf16-true")],
+)
+def test_a_fit_in_each_precision_moves_places_and_learns(storage: str, precision: str) -> None:
     module, callback = mlp(dtype=torch.float32), sparse("rigl", storage)
     first = patterns_of(module)
     fit(callback, module, precision=precision)
@@ -83,6 +85,15 @@ def test_a_fit_in_each_precision_moves_places_and_learns(precision: str, storage
     assert callback.updates > 0
     assert_counts(callback)
     assert first == {}
+
+
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
+def test_weights_of_16_bits_are_refused_and_leave_layers_masked_where_storage_is_chosen(precision: str) -> None:
+    with pytest.raises(ValueError, match=rf"precision='{precision}' converts weights.*storage='grouped'"):
+        fit(sparse("set"), module := mlp(dtype=torch.float32), precision=precision)
+    fit(callback := sparse("set", "auto", rows=64), module, precision=precision)
+    assert not layers_of(module)
+    assert "converts weights to 16 bits" in str(callback.plan())
 
 
 def test_places_do_not_depend_on_the_precision_that_is_set_up_later() -> None:
@@ -228,7 +239,7 @@ class ModelParallelStrategy:
 
 
 def test_sharded_parameters_are_refused_with_sparse_storage() -> None:
-    trainer = SimpleNamespace(callbacks=[], strategy=ModelParallelStrategy())
+    trainer = SimpleNamespace(callbacks=[], strategy=ModelParallelStrategy(), precision="32-true")
     refuse_storage(sparse("set", "auto"), trainer, mlp())  # whose layers stay masked there
     with pytest.raises(
         ValueError, match=r"storage='grouped': ModelParallelStrategy shards parameters.*storage='masked'"
