@@ -76,8 +76,8 @@ def test_a_sparse_language_model_learns(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_a_million_neurons_hold_their_live_weights_alone() -> None:
-    """A hundredth of the example's hundred million, in as many layers, in a process of its own."""
-    command = [sys.executable, str(FOLDER / "hundred_million_neurons.py"), "--neurons", "1000000", "--width", "10000"]
+    """A hundredth of the example, in fifty layers, in a process of its own."""
+    command = [sys.executable, str(FOLDER / "hundred_million_neurons.py"), "--neurons", "1000000", "--width", "20000"]
     environment = os.environ | {"PYTHONPATH": str(FOLDER.parent), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

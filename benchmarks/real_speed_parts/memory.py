@@ -23,10 +23,10 @@ STORAGES = ("dense", "masked", "sparse", "grouped")
 SPARSITY, STEPS, EVERY = 0.9, 6, 3
 FOLDER = Path(__file__).parents[1]
 EXAMPLE = FOLDER.parent / "examples" / "hundred_million_neurons.py"
-# buffers of a megabyte and more go back to the system when they are freed
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+# buffers of 200 kB and more go back to the system when they are freed
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "200000"}
 ABOUT = (
-    f"A process for each run: AdamW at {SPARSITY}, {STEPS} steps of RigL with two updates, `MALLOC_MMAP_THRESHOLD_=1000000`. Peaks are "
+    f"A process for each run: AdamW at {SPARSITY}, {STEPS} steps of RigL with two updates, `MALLOC_MMAP_THRESHOLD_=200000`. Peaks are "
     "over what the process held before the module was made, of steps without and with an update; the checkpoint is "
     "`trainer.save_checkpoint`'s, the compact file `save_compact`'s."
 )
