@@ -1,4 +1,4 @@
-"""Sparse storage under a Trainer: layers are exchanged before its optimizers are made, and come back where a fit is refused."""
+"""Sparse storage under a Trainer: layers are exchanged in time, and come back where a fit is refused."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -46,7 +46,8 @@ def refuse_storage(method: Method, trainer: Trainer, module: LightningModule) ->
         module: its LightningModule, which an earlier fit may have exchanged layers of.
 
     Raises:
-        ValueError: sparse storage was asked for, or is there, beside averages or under a strategy that it does not fit.
+        ValueError: sparse storage was asked for, or is there, beside averages or under a strategy or precision that it does not
+            fit.
     """
     asked = sorted(wanted_storages(method) - {"auto"})
     layers = exchanged_layers(module)
@@ -55,6 +56,8 @@ def refuse_storage(method: Method, trainer: Trainer, module: LightningModule) ->
     what = f"storage={asked[0]!r}" if asked else f"a SparseLinear ({next(iter(layers))})"
     if why := _why_masked(trainer):
         raise ValueError(f"{what}: {why}. Use storage='masked'; to_dense(module) makes layers dense again.")
+    if "sparse" in asked and (why := _why_too_short(trainer)):
+        raise ValueError(f"storage='sparse': {why}. Use precision='bf16-mixed', storage='grouped' or storage='masked'.")
     if layers and has_class_named(trainer.strategy.launcher, ("_MultiProcessingLauncher",)):
         raise ValueError(
             f"{next(iter(layers))} is of a SparseLinear, and weights come back from the processes that this Trainer starts into the "
@@ -73,6 +76,14 @@ def _why_masked(trainer: Trainer) -> str:
         return (
             f"{type(trainer.strategy).__name__} shards parameters, and live weights are not in the shape of their layer"
         )
+    return ""
+
+
+def _why_too_short(trainer: Trainer) -> str:
+    """Why a Trainer's precision does not fit layers with storage "sparse"; empty where it does."""
+    # layers are converted when the strategy is set up, after they were exchanged
+    if trainer.precision in ("16-true", "bf16-true"):
+        return f"it computes in float32 and float64, and precision={trainer.precision!r} converts weights to 16 bits"
     return ""
 
 
@@ -117,7 +128,7 @@ def exchange_layers_of(
         rows=partial(seen_rows, trainer, module, rows_of_layers),
         device=trainer.strategy.root_device,
         saved=saved,
-        why_masked=_why_masked(trainer),
+        why_masked=_why_masked(trainer) or _why_too_short(trainer),
     )
     if exchanged.report:
         rank_zero_info(exchanged.report)

@@ -1,4 +1,4 @@
-"""A fit begins: the method is bound to the optimizers of a Trainer, and training starts from its masks."""
+"""A fit begins: the method takes hold of optimizers and weights, and training starts from its masks."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""The places of live weights in a checkpoint, which sparse layers take before its weights are loaded into them."""
+"""The places of live weights in a checkpoint: sparse layers take them before its weights are loaded."""
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""How many rows each layer sees in a training step of a Trainer, found out before its loaders are made."""
+"""How many rows each layer sees in a training step, found out before the Trainer makes its loaders."""
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice

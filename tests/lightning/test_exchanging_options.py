@@ -2,19 +2,21 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins import MixedPrecision
-from support.exchanged import fit, layers_of, left, mlp, patterns_of, sparse
+from support.exchanged import fit, layers_of, left, mlp, patterns_of, random_numbers, sparse
 from support.processes import matrices
 from torch.utils.data import DataLoader, TensorDataset
 
+from sparse_callbacks import SET
 from sparse_callbacks.core import auto_storage
-from sparse_callbacks.core.randomness import random_states
 from sparse_callbacks.core.storage_timing import rows_of_layers
+from sparse_callbacks.lightning.exchanging import refuse_storage
 from sparse_callbacks.lightning.seen_rows import seen_rows
 from sparse_callbacks.testing.comparison import assert_counts, differences
 from sparse_callbacks.testing.data import Batches
@@ -68,9 +70,11 @@ def test_manual_optimization_trains_the_network_of_masked_storage(name: str) -> 
 # ---------------------------------------------------------------------- precision
 
 
-@pytest.mark.parametrize("storage", ["sparse", "grouped"])
-@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true", "bf16-true", "32-true"])
-def test_a_fit_in_each_precision_moves_places_and_learns(precision: str, storage: str) -> None:
+@pytest.mark.parametrize(
+    ("storage", "precision"),
+    [*((s, p) for s in ("sparse", "grouped") for p in ("32-true", "64-true", "bf16-mixed")), ("grouped", "bf16-true")],
+)
+def test_a_fit_in_each_precision_moves_places_and_learns(storage: str, precision: str) -> None:
     module, callback = mlp(dtype=torch.float32), sparse("rigl", storage)
     first = patterns_of(module)
     fit(callback, module, precision=precision)
@@ -81,6 +85,15 @@ def test_a_fit_in_each_precision_moves_places_and_learns(precision: str, storage
     assert callback.updates > 0
     assert_counts(callback)
     assert first == {}
+
+
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
+def test_weights_of_16_bits_are_refused_and_leave_layers_masked_where_storage_is_chosen(precision: str) -> None:
+    with pytest.raises(ValueError, match=rf"precision='{precision}' converts weights.*storage='grouped'"):
+        fit(sparse("set"), module := mlp(dtype=torch.float32), precision=precision)
+    fit(callback := sparse("set", "auto", rows=64), module, precision=precision)
+    assert not layers_of(module)
+    assert "converts weights to 16 bits" in str(callback.plan())
 
 
 def test_places_do_not_depend_on_the_precision_that_is_set_up_later() -> None:
@@ -119,9 +132,9 @@ def found_rows(module: Any, loader: Any = None, datamodule: Any = None) -> Any:
 
     class Looks(pl.Callback):
         def setup(self, trainer: Any, module: Any, stage: str) -> None:
-            before = random_states()
+            before = random_numbers()
             rows.append(seen_rows(trainer, module, rows_of_layers))
-            assert str(before) == str(random_states())
+            assert before == random_numbers()
 
     trainer = trainer_for([Looks()], max_epochs=1)
     trainer.fit(module, loader, datamodule=datamodule)
@@ -214,3 +227,37 @@ def test_without_a_batch_or_an_example_layers_stay_masked_and_the_plan_says_what
     fit(callback, module, loader=iter(list(Batches())), max_epochs=1)
     assert not layers_of(module)
     assert "give rows=" in str(callback.plan())
+
+
+# ---------------------------------------------------------------------- strategies
+
+
+class ModelParallelStrategy:
+    """Is known by its name, as the two packages of Lightning have a class each."""
+
+    launcher = None
+
+
+def test_sharded_parameters_are_refused_with_sparse_storage() -> None:
+    trainer = SimpleNamespace(callbacks=[], strategy=ModelParallelStrategy(), precision="32-true")
+    refuse_storage(sparse("set", "auto"), trainer, mlp())  # whose layers stay masked there
+    with pytest.raises(
+        ValueError, match=r"storage='grouped': ModelParallelStrategy shards parameters.*storage='masked'"
+    ):
+        refuse_storage(sparse("set", "grouped"), trainer, mlp())
+    fit(sparse("set"), module := mlp())
+    with pytest.raises(ValueError, match=r"a SparseLinear \(net\.1\.weight\).*to_dense\(module\)"):
+        refuse_storage(sparse("set", "masked"), trainer, module)
+
+
+# ---------------------------------------------------------------------- several callbacks
+
+
+def test_two_callbacks_share_a_model_between_two_storages() -> None:
+    module = mlp()
+    first = sparse("static", "sparse", include="net.1.*")
+    second = SET(0.5, include="net.3.*", print_plan=False)
+    fit([first, second], module)
+    assert set(layers_of(module)) == {"net.1"}
+    assert_counts(first)
+    assert_counts(second)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks import SET, RigL, SparseLinear, Static
+from sparse_callbacks.core.randomness import random_states
 from sparse_callbacks.testing.comparison import snapshot
 from sparse_callbacks.testing.data import Batches
 from sparse_callbacks.testing.networks import Classifier
@@ -77,3 +78,9 @@ class Hooked(pl.Callback):
 
     def __init__(self, hook: str, call: Callable[..., Any]) -> None:
         setattr(self, hook, call)
+
+
+def random_numbers() -> list[Any]:
+    """States of the random generators in full, as numbers to compare."""
+    states = random_states()
+    return [states["torch"].tolist(), states["python"], [part.tolist() for part in states["numpy"][1:2]]]
