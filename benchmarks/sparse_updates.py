@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from sparse_callbacks import SparseLinear, ops
-from sparse_callbacks.core import grown_places
-from sparse_callbacks.core.drawn_places import drawn_units, random_numbers
-from sparse_callbacks.core.grown_places import largest_units
-from sparse_callbacks.core.moved_places import kept_units, merged
+from sparse_callbacks.core.sparse_layers import grown_places
+from sparse_callbacks.core.sparse_layers.drawn_places import drawn_units, random_numbers
+from sparse_callbacks.core.sparse_layers.grown_places import largest_units
+from sparse_callbacks.core.sparse_layers.moved_places import kept_units, merged
 
 DROP_FRACTION = 0.3
 RESULTS = Path(__file__).parent / "results" / "sparse_updates.md"

@@ -10,15 +10,15 @@ if TYPE_CHECKING:
     from sparse_callbacks.channels.onnx import export_onnx
     from sparse_callbacks.channels.slim import slim
     from sparse_callbacks.core.calendar import Time
-    from sparse_callbacks.core.exchange import exchange_layers, to_dense
     from sparse_callbacks.core.inference import to_inference
     from sparse_callbacks.core.loop import sparsify
     from sparse_callbacks.core.method import Method, Options
     from sparse_callbacks.core.plan import Plan
     from sparse_callbacks.core.schedules import pruning_curve
-    from sparse_callbacks.core.sparse_linear import SparseLinear
+    from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
     from sparse_callbacks.core.sparse_run import SparseRun
     from sparse_callbacks.core.step import Step
+    from sparse_callbacks.core.storages.exchange import exchange_layers, to_dense
     from sparse_callbacks.core.topology import Update
     from sparse_callbacks.lightning.callback import SparsityCallback
     from sparse_callbacks.lightning.methods import (
@@ -86,7 +86,7 @@ _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
     "Method": "core.method",
     "Options": "core.method",
     "Plan": "core.plan",
-    "SparseLinear": "core.sparse_linear",
+    "SparseLinear": "core.sparse_layers.sparse_linear",
     "SparseRun": "core.sparse_run",
     "SparsityCallback": "lightning.callback",
     "Step": "core.step",
@@ -94,7 +94,7 @@ _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
     "Update": "core.topology",
     "channel_groups": "channels.groups",
     "combine": "methods.gap.combination",
-    "exchange_layers": "core.exchange",
+    "exchange_layers": "core.storages.exchange",
     "export_onnx": "channels.onnx",
     "horizon": "lightning.optimizer_lives",
     "load_compact": "channels.compact",
@@ -102,7 +102,7 @@ _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
     "save_compact": "channels.compact",
     "slim": "channels.slim",
     "sparsify": "core.loop",
-    "to_dense": "core.exchange",
+    "to_dense": "core.storages.exchange",
     "to_inference": "core.inference",
 }
 _MODULES = ("distributions", "ops", "schedules")

@@ -329,7 +329,10 @@ def test_parameter_values_are_written_by_sparse_weights_alone() -> None:
         ("core/weights.py", "write_values"),
         ("core/weights.py", "effective"),
         ("core/dense_copy.py", "_exchange"),
-        ("core/live_weight.py", "set_places"),  # loading: a Parameter of live values takes another number of them
+        (
+            "core/sparse_layers/live_weight.py",
+            "set_places",
+        ),  # loading: a Parameter of live values takes another number of them
         ("core/local_parts.py", "follow"),  # writes no value: a view moves to the memory that its parameter has now
     }, sorted(about_parameters)
 

@@ -19,7 +19,7 @@ from sparse_callbacks.channels.compact_layers import (
 )
 from sparse_callbacks.channels.module_sizes import BATCH_NORMS
 from sparse_callbacks.core.inspection import extra
-from sparse_callbacks.core.sparse_linear import SparseLinear
+from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 from sparse_callbacks.core.state_layout import is_count, shown_short
 
 COMPACT_VERSIONS = (1, 2)

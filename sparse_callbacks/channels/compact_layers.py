@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.core.live_places import LivePlaces, places_of
-from sparse_callbacks.core.module_swap import holders_of, leave_fast_paths, put_in, take_over
-from sparse_callbacks.core.sparse_linear import SparseLinear
+from sparse_callbacks.core.sparse_layers.live_places import LivePlaces, places_of
+from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
+from sparse_callbacks.core.storages.module_swap import holders_of, leave_fast_paths, put_in, take_over
 
 _PARTS = {"sparse": ("values", "crow", "col"), "grouped": ("values", "idx")}
 """Names of the tensors of each storage, after ``weight.``."""

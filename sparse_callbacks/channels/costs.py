@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from sparse_callbacks.channels.forward_flops import forward_flops
-from sparse_callbacks.core.exchange import dense_twin
 from sparse_callbacks.core.inspection import quiet, run, tensors_in
-from sparse_callbacks.core.sparse_linear import SparseLinear
+from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
+from sparse_callbacks.core.storages.exchange import dense_twin
 
 
 @dataclass(frozen=True)

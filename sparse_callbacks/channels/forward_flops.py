@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparse_callbacks.core.exchange import dense_twin
 from sparse_callbacks.core.inspection import run, tensors_in
+from sparse_callbacks.core.storages.exchange import dense_twin
 
 ATTENTION = (
     "_scaled_dot_product_attention_math_for_mps",

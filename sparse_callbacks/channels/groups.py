@@ -11,8 +11,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from sparse_callbacks.channels.obstacles import refuse_unmatched_globs, why_layers_stay
 from sparse_callbacks.channels.trace import Place, Trace
 from sparse_callbacks.core.argument_types import checked
-from sparse_callbacks.core.exchange import to_dense
 from sparse_callbacks.core.inspection import copied, traceable, training_branches
+from sparse_callbacks.core.storages.exchange import to_dense
 
 
 @dataclass(frozen=True)

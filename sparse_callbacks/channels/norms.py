@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 
 from sparse_callbacks.core.inspection import quiet, run
-from sparse_callbacks.core.sparse_linear import SparseLinear
+from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 
 
 def norm_of_layer(model: nn.Module, example_input: Any) -> dict[str, str]:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from sparse_callbacks.channels.comparison import Difference, compare, outputs_on, why_not_equal
 from sparse_callbacks.core.argument_types import checked
-from sparse_callbacks.core.exchange import to_dense
 from sparse_callbacks.core.inspection import copied, extra, map_tensors, quiet, tensors_in
-from sparse_callbacks.core.module_swap import holders_of, put_in
-from sparse_callbacks.core.sparse_linear import SparseLinear
+from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
+from sparse_callbacks.core.storages.exchange import to_dense
+from sparse_callbacks.core.storages.module_swap import holders_of, put_in
 
 
 @checked

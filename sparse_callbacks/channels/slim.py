@@ -15,8 +15,8 @@ from sparse_callbacks.channels.cuts import Cuts, Surgery, masked_copy, nonzero_c
 from sparse_callbacks.channels.groups import Group, Member, channel_groups
 from sparse_callbacks.channels.proof import GroupChange, Proof, prove
 from sparse_callbacks.core.argument_types import checked
-from sparse_callbacks.core.exchange import dense_twin
 from sparse_callbacks.core.inspection import copied, quiet, training_branches
+from sparse_callbacks.core.storages.exchange import dense_twin
 
 
 # parameters that are made in inference mode could never be trained

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Self
 from torch import Tensor
 
 from sparse_callbacks.core.awaited import names_awaited
-from sparse_callbacks.core.live_records import SavedRecords, saved_records
-from sparse_callbacks.core.saved_patterns import Pattern, live_in, pattern_of, storage_of
+from sparse_callbacks.core.live.live_records import SavedRecords, saved_records
+from sparse_callbacks.core.live.saved_patterns import Pattern, live_in, pattern_of, storage_of
 from sparse_callbacks.core.schedules import Schedule
 from sparse_callbacks.core.shards import collected, layout_of
-from sparse_callbacks.core.sparse_linear import SparseLinear
+from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 from sparse_callbacks.core.state_layout import damaged, is_count, refuse_damaged, shown_short
 from sparse_callbacks.core.weights import whole
 

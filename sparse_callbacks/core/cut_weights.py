@@ -7,8 +7,8 @@ from torch import Tensor
 
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.hooks import Hooks
+from sparse_callbacks.core.live.saved_patterns import Pattern, units_of
 from sparse_callbacks.core.method import Method
-from sparse_callbacks.core.saved_patterns import Pattern, units_of
 
 
 def count_cut(method: Method, saved: SavedRun, name: str, weight: Tensor) -> int:

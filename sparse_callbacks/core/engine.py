@@ -17,8 +17,8 @@ from sparse_callbacks.core.fresh_weights import rescale_fresh, warnings_of_start
 from sparse_callbacks.core.gradient_care import GradientCare
 from sparse_callbacks.core.gradients import DenseGradients
 from sparse_callbacks.core.host import Host
-from sparse_callbacks.core.live_records import put_back_records
-from sparse_callbacks.core.live_runs import note_places, refuse_matrix_optimizers
+from sparse_callbacks.core.live.live_records import put_back_records
+from sparse_callbacks.core.live.live_runs import note_places, refuse_matrix_optimizers
 from sparse_callbacks.core.loop_steps import next_tick
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_hold import OptimizerHold

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sparse_callbacks.core.checkpoint_file import read_mapping
-from sparse_callbacks.core.live_layout import why_not_pattern
-from sparse_callbacks.core.saved_patterns import mask_of, matrix_of
+from sparse_callbacks.core.live.live_layout import why_not_pattern
+from sparse_callbacks.core.live.saved_patterns import mask_of, matrix_of
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.shards import layout_of
 from sparse_callbacks.core.state_layout import damaged, is_count, shown_short, why_not_whole

@@ -8,9 +8,9 @@ from torch.optim import Optimizer
 from sparse_callbacks.core import optimizers as torch_optimizers
 from sparse_callbacks.core.gradient_mask import MasksGradients, refuse_unannounced_mask
 from sparse_callbacks.core.gradients import DenseGradients
-from sparse_callbacks.core.live_records import are_finite, forget_records, record
+from sparse_callbacks.core.live.live_records import are_finite, forget_records, record
 from sparse_callbacks.core.method import Method
-from sparse_callbacks.core.sparse_linear import SparseLinear
+from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 from sparse_callbacks.core.step import Step
 
 

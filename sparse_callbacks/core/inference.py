@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from sparse_callbacks.core.argument_types import checked
 from sparse_callbacks.core.clock import milliseconds
 from sparse_callbacks.core.inspection import copied
-from sparse_callbacks.core.live_places import GroupPlaces, LivePlaces, RowPlaces
-from sparse_callbacks.core.module_swap import enter_fast_paths, holders_of, leave_fast_paths, put_in, take_over
-from sparse_callbacks.core.sparse_linear import SparseLinear
-from sparse_callbacks.core.storage_choice import linear_layers, why_not_exchanged
-from sparse_callbacks.core.storage_timing import MARGIN, PATIENCE, READINGS, are_clear
+from sparse_callbacks.core.sparse_layers.live_places import GroupPlaces, LivePlaces, RowPlaces
+from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
+from sparse_callbacks.core.storages.module_swap import enter_fast_paths, holders_of, leave_fast_paths, put_in, take_over
+from sparse_callbacks.core.storages.storage_choice import linear_layers, why_not_exchanged
+from sparse_callbacks.core.storages.storage_timing import MARGIN, PATIENCE, READINGS, are_clear
 
 LEAST_SPARSITY = 0.5  # below it no product of live weights is faster than the dense one
 

@@ -23,7 +23,7 @@ from sparse_callbacks.core.given_masks import (
     refuse_other_masks,
     zeros_in,
 )
-from sparse_callbacks.core.live_runs import zeros_of_live
+from sparse_callbacks.core.live.live_runs import zeros_of_live
 from sparse_callbacks.core.method import DEFAULT_SPARSITY, Method, Options
 from sparse_callbacks.core.ops import keep_largest
 from sparse_callbacks.core.patterns import (
@@ -44,8 +44,8 @@ from sparse_callbacks.core.rescaling import (
 from sparse_callbacks.core.selection import Entry, select
 from sparse_callbacks.core.shards import layout_of
 from sparse_callbacks.core.state_layout import shown_short
-from sparse_callbacks.core.storage import Rows, StorageByLayer, check_storage
-from sparse_callbacks.core.storage_choice import planned_choices, refuse_choices
+from sparse_callbacks.core.storages.storage import Rows, StorageByLayer, check_storage
+from sparse_callbacks.core.storages.storage_choice import planned_choices, refuse_choices
 from sparse_callbacks.core.thawed import masks_by_magnitude
 
 InitialMask = Source

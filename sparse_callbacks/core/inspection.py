@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from sparse_callbacks.core.error_text import with_class
-from sparse_callbacks.core.sparse_linear import SparseLinear
+from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 from sparse_callbacks.core.undisturbed import undisturbed
 
 BOUND_BY_LIGHTNING = ("forward", "training_step", "validation_step", "test_step", "predict_step", "_compiler_ctx")

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from sparse_callbacks.core import data_pass, distributed
 from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.host import Forward
-from sparse_callbacks.core.storage_timing import rows_of_layers
+from sparse_callbacks.core.storages.storage_timing import rows_of_layers
 
 
 class LoopHost:

@@ -16,7 +16,7 @@ from sparse_callbacks.core.constructors import argument_names, checks_arguments
 from sparse_callbacks.core.distributions import Distribution, check_rules, is_epsilon
 from sparse_callbacks.core.hooks import Hooks
 from sparse_callbacks.core.host import Host
-from sparse_callbacks.core.live_runs import refuse_foreign_places
+from sparse_callbacks.core.live.live_runs import refuse_foreign_places
 from sparse_callbacks.core.ops import random_mask, zeros_for
 from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.patterns import pattern_remarks
@@ -27,7 +27,7 @@ from sparse_callbacks.core.shards import layout_of
 from sparse_callbacks.core.signatures import refuse_old_hooks
 from sparse_callbacks.core.sparsity import joint_sparsity, layer_sparsity
 from sparse_callbacks.core.state_layout import shown_short
-from sparse_callbacks.core.storage import refusing_storage
+from sparse_callbacks.core.storages.storage import refusing_storage
 from sparse_callbacks.core.targets import layer_targets, zeros_by_parameter
 from sparse_callbacks.core.weights import SparseWeights, whole
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sparse_callbacks.core.attachment import Choice
 from sparse_callbacks.core.largest import widened
-from sparse_callbacks.core.moved_places import BELOW_ZERO, NEVER, largest_ranked
 from sparse_callbacks.core.selection import Entry
+from sparse_callbacks.core.sparse_layers.moved_places import BELOW_ZERO, NEVER, largest_ranked
 
 _FAN_IN = re.compile(r"fan_in/([1-9][0-9]*)")
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sparse_callbacks.core.selection import Entry, is_norm
 from sparse_callbacks.core.shards import count_of, layout_of, size_of
-from sparse_callbacks.core.sparse_linear import SparseLinear
+from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 from sparse_callbacks.core.weights import SparseWeights
 
 Rescale = Literal["layer", "fan_in"]

@@ -10,16 +10,12 @@ from sparse_callbacks.core.attachment import Attachment, Choice
 from sparse_callbacks.core.awaited import with_awaited
 from sparse_callbacks.core.calendar import Calendar
 from sparse_callbacks.core.checkpoint import SavedRun, misfit, refuse_foreign_weights, refuse_other_model
-from sparse_callbacks.core.ever_live import as_truths
 from sparse_callbacks.core.initial_masks import find_masks, sharing_entries
-from sparse_callbacks.core.live_layout import units_in
-from sparse_callbacks.core.live_masks import exchanged_layers
-from sparse_callbacks.core.live_runs import note_places
-from sparse_callbacks.core.local_parts import local_parameter
-from sparse_callbacks.core.method import Method
-from sparse_callbacks.core.optimizers import Ownership
-from sparse_callbacks.core.progress import Progress
-from sparse_callbacks.core.saved_patterns import (
+from sparse_callbacks.core.live.ever_live import as_truths
+from sparse_callbacks.core.live.live_layout import units_in
+from sparse_callbacks.core.live.live_masks import exchanged_layers
+from sparse_callbacks.core.live.live_runs import note_places
+from sparse_callbacks.core.live.saved_patterns import (
     Pattern,
     keys_of,
     live_in,
@@ -28,9 +24,13 @@ from sparse_callbacks.core.saved_patterns import (
     storage_of,
     units_of,
 )
+from sparse_callbacks.core.local_parts import local_parameter
+from sparse_callbacks.core.method import Method
+from sparse_callbacks.core.optimizers import Ownership
+from sparse_callbacks.core.progress import Progress
 from sparse_callbacks.core.selection import NOT_TRAINED, Entry, select
 from sparse_callbacks.core.shards import cut
-from sparse_callbacks.core.sparse_linear import SparseLinear
+from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 from sparse_callbacks.core.state_claims import planned_otherwise, refuse_impossible
 from sparse_callbacks.core.topology import EverActive
 from sparse_callbacks.core.weights import SparseWeights

@@ -11,7 +11,7 @@ from sparse_callbacks.core.checkpoint import refuse_foreign_weights, refuse_othe
 from sparse_callbacks.core.fresh_weights import refuse_rescaling
 from sparse_callbacks.core.gradient_mask import refuse_lost_gradients
 from sparse_callbacks.core.initial_masks import find_masks
-from sparse_callbacks.core.live_runs import layers_of_run, refuse_foreign_places, same_places
+from sparse_callbacks.core.live.live_runs import layers_of_run, refuse_foreign_places, same_places
 from sparse_callbacks.core.local_parts import local_parameter
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_needs import refuse_optimizers

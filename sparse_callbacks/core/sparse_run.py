@@ -16,12 +16,10 @@ from sparse_callbacks.core.checkpoint import refuse_other_model
 from sparse_callbacks.core.cut_weights import ResumedWeights
 from sparse_callbacks.core.distributions import why_all_active
 from sparse_callbacks.core.engine import Engine
-from sparse_callbacks.core.exchanged import Exchanged
 from sparse_callbacks.core.fresh_weights import refuse_rescaled_checkpoint
 from sparse_callbacks.core.host import Forward
 from sparse_callbacks.core.loop_binding import LoopBinding, ValuesBeforeMasks
 from sparse_callbacks.core.loop_driver import NOT_COPIED, Clip, LoopDriver
-from sparse_callbacks.core.loop_exchange import FirstBatchOfLoop, exchange_for_loop
 from sparse_callbacks.core.loop_host import LoopHost
 from sparse_callbacks.core.loop_optimizers import LoopOptimizers
 from sparse_callbacks.core.loop_refusals import averaged_model, refuse_arguments, refuse_hostless
@@ -30,6 +28,8 @@ from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.selection import Entry, layer_shapes
 from sparse_callbacks.core.state_claims import refuse_impossible
+from sparse_callbacks.core.storages.exchanged import Exchanged
+from sparse_callbacks.core.storages.loop_exchange import FirstBatchOfLoop, exchange_for_loop
 from sparse_callbacks.core.wrappers import plain_model, set_up_by
 
 

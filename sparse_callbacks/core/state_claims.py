@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from sparse_callbacks.core.awaited import names_awaited
 from sparse_callbacks.core.checkpoint import SavedRun
-from sparse_callbacks.core.ever_live import why_not_former
+from sparse_callbacks.core.live.ever_live import why_not_former
+from sparse_callbacks.core.live.saved_patterns import units_of
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.patterns import why_other_pattern
-from sparse_callbacks.core.saved_patterns import units_of
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.selection import entries as all_entries
 from sparse_callbacks.core.state_layout import damaged, shown_short

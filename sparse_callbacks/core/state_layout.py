@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from sparse_callbacks.core.live_layout import units_in, why_not_pattern, why_not_records
+from sparse_callbacks.core.live.live_layout import units_in, why_not_pattern, why_not_records
 
 Check = Callable[[Any], str]
 """A function that says what is wrong with a value, as the end of a sentence; empty where nothing is."""

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from sparse_callbacks.core.calendar import Calendar
 from sparse_callbacks.core.gradients import DenseGradients
-from sparse_callbacks.core.live_growth import largest_in_layer
+from sparse_callbacks.core.live.live_growth import largest_in_layer
 from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.progress import Progress
 from sparse_callbacks.core.weights import SparseWeights

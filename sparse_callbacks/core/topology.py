@@ -6,9 +6,9 @@ from numbers import Real
 
 from torch import Tensor
 
-from sparse_callbacks.core import ever_live
 from sparse_callbacks.core.argument_types import fits
-from sparse_callbacks.core.live_weights import Move, Moves, carry_out
+from sparse_callbacks.core.live import ever_live
+from sparse_callbacks.core.live.live_weights import Move, Moves, carry_out
 from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.state_layout import shown_short
 from sparse_callbacks.core.weights import SparseWeights

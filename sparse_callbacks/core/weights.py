@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core.dense_copy import DenseCopy, undone
-from sparse_callbacks.core.live_masks import MasksOnDemand
+from sparse_callbacks.core.live.live_masks import MasksOnDemand
 from sparse_callbacks.core.local_parts import LocalPart, follow
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.shards import layout_of
-from sparse_callbacks.core.sparse_linear import SparseLinear
+from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 
 # integers of as many bytes as a float has: a bitwise `and` with all ones or all zeros masks whatever the float is, inf and
 # NaN too, as fast as a product does, which would leave NaN there

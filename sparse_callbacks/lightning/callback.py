@@ -16,7 +16,7 @@ from sparse_callbacks.core.before_run import BeforeRun
 from sparse_callbacks.core.checkpoint import SavedRun, check_state
 from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.hooks import BatchEnd
-from sparse_callbacks.core.live_masks import exchanged_layers
+from sparse_callbacks.core.live.live_masks import exchanged_layers
 from sparse_callbacks.core.local_parts import is_sharded, whole_tensors
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.restored import calendar_of

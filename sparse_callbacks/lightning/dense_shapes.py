@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from sparse_callbacks.core.live_masks import exchanged_layers
+from sparse_callbacks.core.live.live_masks import exchanged_layers
 
 
 def dense_shapes(model: nn.Module) -> dict[str, torch.Size]:

@@ -9,13 +9,13 @@ from pytorch_lightning import LightningModule
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from sparse_callbacks.core.checkpoint import SavedRun
-from sparse_callbacks.core.exchange import exchange
-from sparse_callbacks.core.first_use import FirstUse
-from sparse_callbacks.core.live_masks import exchanged_layers
+from sparse_callbacks.core.live.live_masks import exchanged_layers
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizers import parameter_ids
 from sparse_callbacks.core.selection import NOT_TRAINED, Entry
-from sparse_callbacks.core.storage_timing import rows_of_layers
+from sparse_callbacks.core.storages.exchange import exchange
+from sparse_callbacks.core.storages.first_use import FirstUse
+from sparse_callbacks.core.storages.storage_timing import rows_of_layers
 from sparse_callbacks.lightning import sharded, spawned
 from sparse_callbacks.lightning.averaging import averaging_callbacks
 from sparse_callbacks.lightning.fit_state import FitState

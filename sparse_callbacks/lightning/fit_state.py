@@ -9,8 +9,8 @@ from torch.optim import Optimizer
 
 from sparse_callbacks.core.averages import HeldAverages
 from sparse_callbacks.core.before_run import BeforeRun
-from sparse_callbacks.core.exchanged import Exchanged
-from sparse_callbacks.core.first_use import FirstUse
+from sparse_callbacks.core.storages.exchanged import Exchanged
+from sparse_callbacks.core.storages.first_use import FirstUse
 from sparse_callbacks.core.unseen_steps import StepWatch
 
 

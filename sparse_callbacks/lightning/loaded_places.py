@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.core.live_masks import exchanged_layers
-from sparse_callbacks.core.saved_patterns import Pattern, keys_of, mask_of
-from sparse_callbacks.core.sparse_linear import SparseLinear
+from sparse_callbacks.core.live.live_masks import exchanged_layers
+from sparse_callbacks.core.live.saved_patterns import Pattern, keys_of, mask_of
+from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 from sparse_callbacks.core.state_layout import LAYOUT
 from sparse_callbacks.lightning.dense_shapes import dense_shapes
 from sparse_callbacks.lightning.hidden_calls import call_instead

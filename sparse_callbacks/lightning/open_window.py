@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.engine import Engine
-from sparse_callbacks.core.live_records import gathered_records
+from sparse_callbacks.core.live.live_records import gathered_records
 from sparse_callbacks.core.local_parts import laid_out
 from sparse_callbacks.lightning.fit_state import FitState
 

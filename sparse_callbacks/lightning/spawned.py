@@ -25,9 +25,9 @@ from torch import nn
 
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.files import replacing
+from sparse_callbacks.core.live.saved_patterns import live_in
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.restored import describe, take_saved
-from sparse_callbacks.core.saved_patterns import live_in
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.lightning.dense_shapes import dense_shapes
 from sparse_callbacks.lightning.refusals import has_class_named

@@ -14,7 +14,7 @@ from sparse_callbacks.core.schedules import Schedule, pruning_curve
 from sparse_callbacks.core.shards import count_of, size_of
 from sparse_callbacks.core.state_claims import Zeros, possible_zeros, rises_to
 from sparse_callbacks.core.step import Step
-from sparse_callbacks.core.storage import why_no_exchange
+from sparse_callbacks.core.storages.storage import why_no_exchange
 from sparse_callbacks.core.thawed import by_step, masks_by_magnitude
 from sparse_callbacks.core.topology import Update
 

@@ -14,7 +14,7 @@ from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.schedules import Schedule
 from sparse_callbacks.core.shards import size_of
 from sparse_callbacks.core.step import ReplacesSteps, Step
-from sparse_callbacks.core.storage import Rows, StorageByLayer
+from sparse_callbacks.core.storages.storage import Rows, StorageByLayer
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
 from sparse_callbacks.methods.unit_updates import grown_units, units_to_move

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from sparse_callbacks.core.drawn_places import drawn_units
 from sparse_callbacks.core.growth import uniform_numbers
+from sparse_callbacks.core.sparse_layers.drawn_places import drawn_units
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
 from sparse_callbacks.methods.unit_updates import grown_units

@@ -14,7 +14,7 @@ from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.schedules import Schedule
 from sparse_callbacks.core.state_claims import Kept, expected_aux
 from sparse_callbacks.core.step import Step
-from sparse_callbacks.core.storage import why_no_exchange
+from sparse_callbacks.core.storages.storage import why_no_exchange
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
 

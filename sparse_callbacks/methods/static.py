@@ -10,7 +10,7 @@ from sparse_callbacks.core.initial_masks import InitialMask, StartsSparse, one_o
 from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.state_claims import Zeros, as_planned, possible_zeros
-from sparse_callbacks.core.storage import Rows, StorageByLayer, why_no_exchange
+from sparse_callbacks.core.storages.storage import Rows, StorageByLayer, why_no_exchange
 
 
 class Static(StartsSparse):

@@ -4,10 +4,10 @@ from functools import singledispatch
 
 from torch import Tensor
 
-from sparse_callbacks.core.live_weights import Move
-from sparse_callbacks.core.moved_places import kept_units, merged
+from sparse_callbacks.core.live.live_weights import Move
 from sparse_callbacks.core.ops import drop_count
-from sparse_callbacks.core.sparse_linear import SparseLinear
+from sparse_callbacks.core.sparse_layers.moved_places import kept_units, merged
+from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 from sparse_callbacks.core.step import Step
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparse_callbacks.core.live_masks import exchanged_layers
+from sparse_callbacks.core.live.live_masks import exchanged_layers
 from sparse_callbacks.lightning.callback import SparsityCallback
 
 

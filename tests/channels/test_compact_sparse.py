@@ -32,7 +32,7 @@ def refuse_dense(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(SparseLinear, "refuse_dense", refused)
     monkeypatch.setattr(
-        "sparse_callbacks.core.sparse_state.dense_of", lambda *args: refused(*args[:1], "a dense weight")
+        "sparse_callbacks.core.sparse_layers.sparse_state.dense_of", lambda *args: refused(*args[:1], "a dense weight")
     )
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_callbacks.core.ever_live import as_truths, count_of_former, moved_on, none_yet, why_not_former
+from sparse_callbacks.core.live.ever_live import as_truths, count_of_former, moved_on, none_yet, why_not_former
 
 
 def drawn(units: int, count: int, seed: int) -> Tensor:

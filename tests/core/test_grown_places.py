@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from sparse_callbacks import ops
-from sparse_callbacks.core import grown_places, sparse_kernels
-from sparse_callbacks.core.best_units import Best
-from sparse_callbacks.core.drawn_places import drawn_units
-from sparse_callbacks.core.grown_places import candidate_units, largest_units
-from sparse_callbacks.core.moved_places import kept_units, merged
 from sparse_callbacks.core.randomness import generator
+from sparse_callbacks.core.sparse_layers import grown_places, sparse_kernels
+from sparse_callbacks.core.sparse_layers.best_units import Best
+from sparse_callbacks.core.sparse_layers.drawn_places import drawn_units
+from sparse_callbacks.core.sparse_layers.grown_places import candidate_units, largest_units
+from sparse_callbacks.core.sparse_layers.moved_places import kept_units, merged
 
 Records = list[tuple[Tensor, Tensor]]
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from sparse_callbacks import SparseLinear
-from sparse_callbacks.core import pattern_draws
-from sparse_callbacks.core.live_places import GroupPlaces, RowPlaces
-from sparse_callbacks.core.pattern_draws import fan_in_columns
+from sparse_callbacks.core.sparse_layers import pattern_draws
+from sparse_callbacks.core.sparse_layers.live_places import GroupPlaces, RowPlaces
+from sparse_callbacks.core.sparse_layers.pattern_draws import fan_in_columns
 
 
 @pytest.mark.parametrize(("inputs", "fan_in"), [(7, 3), (9, 2), (40, 1), (6, 6), (5, 0)])

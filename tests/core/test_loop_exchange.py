@@ -13,9 +13,9 @@ from support.processes import run_processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import sparse_callbacks.core.auto_storage as auto_storage
+import sparse_callbacks.core.storages.auto_storage as auto_storage
 from sparse_callbacks import SparseLinear, exchange_layers, sparsify
-from sparse_callbacks.core.loop_exchange import exchange_for_loop
+from sparse_callbacks.core.storages.loop_exchange import exchange_for_loop
 from sparse_callbacks.methods import SET, RigL, Static
 
 

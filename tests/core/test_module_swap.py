@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sparse_callbacks import SparseLinear, exchange_layers, to_dense
-from sparse_callbacks.core.exchange import exchange
+from sparse_callbacks.core.storages.exchange import exchange
 from sparse_callbacks.methods import SET, RigL
 
 

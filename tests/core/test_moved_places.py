@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_callbacks import SparseLinear, ops
-from sparse_callbacks.core import drawn_places, moved_places, quick_places
-from sparse_callbacks.core.drawn_places import drawn_units
-from sparse_callbacks.core.moved_places import fill_columns, fill_rows, kept_units, merged
 from sparse_callbacks.core.randomness import generator, uniform_like
+from sparse_callbacks.core.sparse_layers import drawn_places, moved_places, quick_places
+from sparse_callbacks.core.sparse_layers.drawn_places import drawn_units
+from sparse_callbacks.core.sparse_layers.moved_places import fill_columns, fill_rows, kept_units, merged
 
 SHAPES = [(1, 1), (1, 40), (13, 7), (40, 90), (120, 100)]
 

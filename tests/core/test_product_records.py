@@ -8,7 +8,7 @@ from support.sparse_layers import STORAGES, twins
 from torch import Tensor, nn
 
 from sparse_callbacks import SparseLinear
-from sparse_callbacks.core import sparse_products
+from sparse_callbacks.core.sparse_layers import sparse_products
 
 ROWS = pytest.mark.parametrize("rows", [3, 6])
 STORED = pytest.mark.parametrize("storage", STORAGES)

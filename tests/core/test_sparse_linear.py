@@ -263,7 +263,7 @@ def test_sparse_storage_stays_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Non
     _, layer = twins("sparse", torch.float32)
     net = nn.Sequential(layer)
     elsewhere = torch.empty(0, device="meta")
-    monkeypatch.setattr("sparse_callbacks.core.live_weight.PRODUCTS_RUN_ON", ("cpu",))
+    monkeypatch.setattr("sparse_callbacks.core.sparse_layers.live_weight.PRODUCTS_RUN_ON", ("cpu",))
     with pytest.raises(ValueError, match=r"was asked to go to meta.*storage='masked'.*'grouped'.*to_dense"):
         net.to(elsewhere.device)
     assert layer.values.device.type == layer.places.device.type == "cpu"

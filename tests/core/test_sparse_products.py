@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_callbacks import SparseLinear
-from sparse_callbacks.core import sparse_kernels, sparse_products
+from sparse_callbacks.core.sparse_layers import sparse_kernels, sparse_products
 
 SHAPES = [(10,), (1, 10), (5, 10), (3, 7, 10), (2, 2, 3, 10), (0, 10), (2, 0, 10), (9, 10)]
 

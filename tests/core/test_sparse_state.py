@@ -12,7 +12,7 @@ from support.sparse_layers import GROUP, STORAGES, mask_of, twins
 from torch import Tensor, nn
 
 from sparse_callbacks import SparseLinear
-from sparse_callbacks.core import live_weight
+from sparse_callbacks.core.sparse_layers import live_weight
 
 STORED = pytest.mark.parametrize("storage", STORAGES)
 

@@ -20,7 +20,7 @@ from support.exchanged_loops import (
 from torch import Tensor
 
 from sparse_callbacks import GMP, SET, SNFS, RigL, SparseLinear, Static, sparsify
-from sparse_callbacks.core.live_weights import Move
+from sparse_callbacks.core.live.live_weights import Move
 from sparse_callbacks.core.optimizer_state import state_tensors
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.unit_updates import moved_units
@@ -109,7 +109,7 @@ def test_no_dense_tensor_is_made_in_a_run(monkeypatch: pytest.MonkeyPatch) -> No
 
     masks = first_masks(net())
     monkeypatch.setattr(SparseLinear, "mask", property(refused))
-    monkeypatch.setattr("sparse_callbacks.core.live_places.RowPlaces.dense", refused)
+    monkeypatch.setattr("sparse_callbacks.core.sparse_layers.live_places.RowPlaces.dense", refused)
     static = Static(0.8, distribution="uniform", exclude=HEAD, print_plan=True)
     for method in (random_start(SET), random_start(RigL, rescale="fan_in"), static):
         model = exchange(net(), masks)

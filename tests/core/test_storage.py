@@ -9,9 +9,9 @@ import torch
 from support import loops
 from torch import Tensor, nn
 
-import sparse_callbacks.core.auto_storage as auto_storage
+import sparse_callbacks.core.storages.auto_storage as auto_storage
 from sparse_callbacks import SparseLinear, exchange_layers, methods
-from sparse_callbacks.core.exchange import exchange
+from sparse_callbacks.core.storages.exchange import exchange
 from sparse_callbacks.methods import SET, RigL, Static
 
 KINDS = {

@@ -9,8 +9,8 @@ import torch
 from support.nets import mlp
 from torch import Tensor, nn
 
-from sparse_callbacks.core.sparse_linear import SparseLinear
-from sparse_callbacks.core.storage_timing import faster, rows_of_layers, times_of, times_text
+from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
+from sparse_callbacks.core.storages.storage_timing import faster, rows_of_layers, times_of, times_text
 
 SHAPE, ROWS, DENSITY = (32, 24), 10, 0.25
 

@@ -14,8 +14,8 @@ from support.processes import matrices
 from torch.utils.data import DataLoader, TensorDataset
 
 from sparse_callbacks import SET
-from sparse_callbacks.core import auto_storage
-from sparse_callbacks.core.storage_timing import rows_of_layers
+from sparse_callbacks.core.storages import auto_storage
+from sparse_callbacks.core.storages.storage_timing import rows_of_layers
 from sparse_callbacks.lightning.exchanging import refuse_storage
 from sparse_callbacks.lightning.seen_rows import seen_rows
 from sparse_callbacks.testing.comparison import assert_counts, differences

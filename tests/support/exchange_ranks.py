@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import sparse_callbacks.core.auto_storage as auto_storage
+import sparse_callbacks.core.storages.auto_storage as auto_storage
 from sparse_callbacks import SparseLinear, exchange_layers
 from sparse_callbacks.methods import SET, Static
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparse_callbacks import SET, RigL, SparseLinear, SparsityCallback, exchange_layers, sparsify
-from sparse_callbacks.core.live_masks import exchanged_layers
+from sparse_callbacks.core.live.live_masks import exchanged_layers
 from support.exchanged_loops import MOVING, batches, loss_of, net
 
 WINDOW, STEPS = 2, 8

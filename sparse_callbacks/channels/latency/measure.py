@@ -13,7 +13,7 @@ from sparse_callbacks.channels.latency.fit import fitted, layer_sum, smaller
 from sparse_callbacks.channels.latency.probes import kinds_of, probe, random_input
 from sparse_callbacks.channels.latency.table import Grid, Table, environment
 from sparse_callbacks.core.clock import milliseconds
-from sparse_callbacks.core.exchange import to_dense
+from sparse_callbacks.core.storages.exchange import to_dense
 
 
 # random inputs and fresh layers leave the user's generator as it is; they are made on the CPU, so no GPU's is moved

@@ -20,7 +20,7 @@ from sparse_callbacks.core.randomness import uniform_like
 from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.schedules import Schedule, as_schedule
 from sparse_callbacks.core.step import Step
-from sparse_callbacks.core.storage import why_no_exchange
+from sparse_callbacks.core.storages.storage import why_no_exchange
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.ctre.activations import measure_similarity
 from sparse_callbacks.methods.ctre.growth import GrowthFigures, growth_bound, propose_growth, replace_regrown

@@ -16,7 +16,7 @@ from sparse_callbacks.core.schedules import Schedule, pruning_curve, to_steps
 from sparse_callbacks.core.selection import Entry, layer_shapes
 from sparse_callbacks.core.shards import layout_of, size_of
 from sparse_callbacks.core.step import Step
-from sparse_callbacks.core.storage import why_no_exchange
+from sparse_callbacks.core.storages.storage import why_no_exchange
 from sparse_callbacks.core.thawed import by_step, masks_by_magnitude
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.dpf import filters

@@ -18,7 +18,7 @@ from sparse_callbacks.core.optimizer_life import RestartsOptimizers
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.step import Step
-from sparse_callbacks.core.storage import why_no_exchange
+from sparse_callbacks.core.storages.storage import why_no_exchange
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.gap.partitions import Partitions, check_partitions, number_of, split_layers
 from sparse_callbacks.methods.gap.phases import check_phases, phase_steps

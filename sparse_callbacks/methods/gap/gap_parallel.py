@@ -17,7 +17,7 @@ from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.randomness import seed_everything
 from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.step import Step
-from sparse_callbacks.core.storage import why_no_exchange
+from sparse_callbacks.core.storages.storage import why_no_exchange
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.gap import worker_schedule
 from sparse_callbacks.methods.gap.gap import GaP, Init

@@ -15,7 +15,7 @@ from sparse_callbacks.core.ops import zeros_for
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.step import Step
-from sparse_callbacks.core.storage import why_no_exchange
+from sparse_callbacks.core.storages.storage import why_no_exchange
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.l0 import gates, norm_check, report
 from sparse_callbacks.methods.l0.arguments import Densities, plain, refuse_gate_arguments, refuse_sparsity

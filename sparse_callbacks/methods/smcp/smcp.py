@@ -16,7 +16,7 @@ from sparse_callbacks.core.calendar import Time
 from sparse_callbacks.core.method import Method, Options
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.step import Step
-from sparse_callbacks.core.storage import why_no_exchange
+from sparse_callbacks.core.storages.storage import why_no_exchange
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.smcp import allocation, budget
 from sparse_callbacks.methods.smcp import score_windows as windows

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sparse_callbacks.core.moved_places import NEVER, largest_ranked, places_without
-from sparse_callbacks.core.quick_places import largest_places, places_above, true_places
+from sparse_callbacks.core.sparse_layers.moved_places import NEVER, largest_ranked, places_without
+from sparse_callbacks.core.sparse_layers.quick_places import largest_places, places_above, true_places
 
 LARGEST_SAME = 2**26  # units up to which the draw is that of masked storage
 BITS = 53  # of a random float64: it is an integer of so many bits, over 2^53

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparse_callbacks.core.place_units import RowPattern
+from sparse_callbacks.core.sparse_layers.place_units import RowPattern
 
 MULTIPLIED = 2**20  # that the sampled product without MKL makes at a time
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_callbacks.core.moved_places import slots_at
-from sparse_callbacks.core.quick_places import counts_below
+from sparse_callbacks.core.sparse_layers.moved_places import slots_at
+from sparse_callbacks.core.sparse_layers.quick_places import counts_below
 
 
 class RowPattern(NamedTuple):

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparse_callbacks.core.sparse_linear import SparseLinear
+from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 
 
 def exchanged_layers(model: nn.Module) -> dict[str, SparseLinear]:

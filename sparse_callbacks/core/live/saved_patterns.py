@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sparse_callbacks.core.live_layout import STORAGE_OF_KEYS, units_in
-from sparse_callbacks.core.live_places import GroupPlaces, LivePlaces, RowPlaces
-from sparse_callbacks.core.sparse_linear import SparseLinear
+from sparse_callbacks.core.live.live_layout import STORAGE_OF_KEYS, units_in
+from sparse_callbacks.core.sparse_layers.live_places import GroupPlaces, LivePlaces, RowPlaces
+from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 
 Pattern = Mapping[str, Tensor]
 """``{"crow", "col"}`` of compressed rows, or ``{"idx"}`` of groups of rows."""

@@ -8,23 +8,23 @@ from torch import nn
 
 from sparse_callbacks.core.argument_types import checked
 from sparse_callbacks.core.attachment import Choice
-from sparse_callbacks.core.auto_storage import RowsSeen, decided
 from sparse_callbacks.core.awaited import for_targets, with_awaited
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.cut_weights import count_cut
-from sparse_callbacks.core.exchanged import Exchanged
-from sparse_callbacks.core.first_places import first_keys, is_drawn_by_rejection, sparse_twin
 from sparse_callbacks.core.initial_masks import find_masks, forget_given
 from sparse_callbacks.core.inspection import copied
-from sparse_callbacks.core.live_masks import exchanged_layers
-from sparse_callbacks.core.live_places import keys_of_mask
+from sparse_callbacks.core.live.live_masks import exchanged_layers
+from sparse_callbacks.core.live.saved_patterns import storage_of, units_of
 from sparse_callbacks.core.method import Method
-from sparse_callbacks.core.module_swap import enter_fast_paths, holders_of, leave_fast_paths, put_in, take_over
-from sparse_callbacks.core.saved_patterns import storage_of, units_of
 from sparse_callbacks.core.selection import Entry, select
-from sparse_callbacks.core.sparse_linear import SparseLinear
-from sparse_callbacks.core.storage import Rows, refuse_rows, why_no_exchange
-from sparse_callbacks.core.storage_choice import choices_for, kept, linear_layers, refuse_choices
+from sparse_callbacks.core.sparse_layers.live_places import keys_of_mask
+from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
+from sparse_callbacks.core.storages.auto_storage import RowsSeen, decided
+from sparse_callbacks.core.storages.exchanged import Exchanged
+from sparse_callbacks.core.storages.first_places import first_keys, is_drawn_by_rejection, sparse_twin
+from sparse_callbacks.core.storages.module_swap import enter_fast_paths, holders_of, leave_fast_paths, put_in, take_over
+from sparse_callbacks.core.storages.storage import Rows, refuse_rows, why_no_exchange
+from sparse_callbacks.core.storages.storage_choice import choices_for, kept, linear_layers, refuse_choices
 from sparse_callbacks.core.wrappers import plain_model, set_up_by
 
 _MASKED = Choice("masked")

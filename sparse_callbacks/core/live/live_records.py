@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_callbacks.core import distributed
-from sparse_callbacks.core.sparse_linear import SparseLinear
+from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 
 Record = tuple[Tensor, Tensor]
 """Inputs ``[in, n]`` and output gradients ``[out, n]`` of one pass through a layer."""

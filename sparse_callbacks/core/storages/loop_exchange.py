@@ -7,12 +7,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparse_callbacks.core.auto_storage import RowsSeen
 from sparse_callbacks.core.checkpoint import SavedRun
-from sparse_callbacks.core.exchange import exchange
-from sparse_callbacks.core.exchanged import Exchanged
-from sparse_callbacks.core.first_use import FirstUse
 from sparse_callbacks.core.method import Method
+from sparse_callbacks.core.storages.auto_storage import RowsSeen
+from sparse_callbacks.core.storages.exchange import exchange
+from sparse_callbacks.core.storages.exchanged import Exchanged
+from sparse_callbacks.core.storages.first_use import FirstUse
 
 _BEFORE = "Call exchange_layers(method, model) before you make the optimizer, and before fabric.setup() or DistributedDataParallel."
 
@@ -34,7 +34,7 @@ def exchange_for_loop(
         optimizers: the torch optimizers of the loop, and those that they hold for their steps.
         saved: the run that goes on.
         wrapper: the class that has set up the model or an optimizer already; empty where none has.
-        rows: see :func:`~sparse_callbacks.core.exchange.exchange`.
+        rows: see :func:`~sparse_callbacks.core.storages.exchange.exchange`.
 
     Raises:
         ValueError: a layer cannot be exchanged, or an optimizer knows the dense ones too well. Nothing was changed then.

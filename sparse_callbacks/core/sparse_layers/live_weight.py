@@ -6,9 +6,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.core.live_places import LivePlaces, RowPlaces, Storage
-from sparse_callbacks.core.quick_places import true_places
-from sparse_callbacks.core.sparse_state import values_for_weight, written
+from sparse_callbacks.core.sparse_layers.live_places import LivePlaces, RowPlaces, Storage
+from sparse_callbacks.core.sparse_layers.quick_places import true_places
+from sparse_callbacks.core.sparse_layers.sparse_state import values_for_weight, written
 
 LARGEST_DENSE = 2**31  # entries of a layer that may be made dense
 PRODUCTS_RUN_ON = ("cpu", "meta")  # devices of "sparse" storage

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from sparse_callbacks.core.attachment import Choice
-from sparse_callbacks.core.module_swap import names_added, names_of_sparse
 from sparse_callbacks.core.selection import NOT_TRAINED, Entry
-from sparse_callbacks.core.sparse_linear import SparseLinear
+from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
+from sparse_callbacks.core.storages.module_swap import names_added, names_of_sparse
 
 _TYPES = (torch.float32, torch.float64)
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from sparse_callbacks.core.best_units import Best, BestOfBlocks
-from sparse_callbacks.core.drawn_places import drawn_units
-from sparse_callbacks.core.moved_places import BELOW_ZERO, largest_ranked
 from sparse_callbacks.core.ops import keep_largest
 from sparse_callbacks.core.patterns import block_sums, column_sums
-from sparse_callbacks.core.quick_places import true_places
-from sparse_callbacks.core.sparse_kernels import add_sampled
+from sparse_callbacks.core.sparse_layers.best_units import Best, BestOfBlocks
+from sparse_callbacks.core.sparse_layers.drawn_places import drawn_units
+from sparse_callbacks.core.sparse_layers.moved_places import BELOW_ZERO, largest_ranked
+from sparse_callbacks.core.sparse_layers.quick_places import true_places
+from sparse_callbacks.core.sparse_layers.sparse_kernels import add_sampled
 
 LOOKED_AT = 2**20  # entries of a row block of the dense gradient, which stay in a core's cache
 ENTRIES = 2**22  # of one that is summed over processes: fewer and larger messages

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from sparse_callbacks.core.clock import milliseconds
 from sparse_callbacks.core.error_text import with_class
-from sparse_callbacks.core.live_places import RowPlaces
 from sparse_callbacks.core.selection import Entry
-from sparse_callbacks.core.sparse_linear import SparseLinear
+from sparse_callbacks.core.sparse_layers.live_places import RowPlaces
+from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 from sparse_callbacks.core.undisturbed import undisturbed
 from sparse_callbacks.core.weights import SparseWeights
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core.optimizer_state import state_tensors
 from sparse_callbacks.core.optimizers import Ownership
-from sparse_callbacks.core.quick_places import true_places
-from sparse_callbacks.core.sparse_linear import SparseLinear
+from sparse_callbacks.core.sparse_layers.quick_places import true_places
+from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 from sparse_callbacks.core.weights import SparseWeights
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from sparse_callbacks.core.live_weight import LiveWeight
+    from sparse_callbacks.core.sparse_layers.live_weight import LiveWeight
 
 
 def written(layer: "LiveWeight", destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparse_callbacks.core.place_units import GroupPattern, RowPattern
-from sparse_callbacks.core.product_records import Use, of_gradient
-from sparse_callbacks.core.sparse_kernels import add_sampled, rows_product, sampled
+from sparse_callbacks.core.sparse_layers.place_units import GroupPattern, RowPattern
+from sparse_callbacks.core.sparse_layers.product_records import Use, of_gradient
+from sparse_callbacks.core.sparse_layers.sparse_kernels import add_sampled, rows_product, sampled
 
 NARROW = 128  # rows of a batch that may stay whole
 PIECE = 64  # rows of a piece of any other

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.core.live_places import (
+from sparse_callbacks.core.sparse_layers.live_places import (
     GroupPlaces,
     LivePlaces,
     RowPlaces,
@@ -14,10 +14,10 @@ from sparse_callbacks.core.live_places import (
     places_of,
     refuse_unknown,
 )
-from sparse_callbacks.core.live_weight import LiveWeight, as_parameter
-from sparse_callbacks.core.pattern_draws import fan_in_columns
-from sparse_callbacks.core.product_records import CallRecords, Use
-from sparse_callbacks.core.sparse_products import linear_by_groups, linear_by_rows
+from sparse_callbacks.core.sparse_layers.live_weight import LiveWeight, as_parameter
+from sparse_callbacks.core.sparse_layers.pattern_draws import fan_in_columns
+from sparse_callbacks.core.sparse_layers.product_records import CallRecords, Use
+from sparse_callbacks.core.sparse_layers.sparse_products import linear_by_groups, linear_by_rows
 
 
 class SparseLinear(LiveWeight):

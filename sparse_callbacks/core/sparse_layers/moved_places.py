@@ -7,7 +7,7 @@ column``, and keys are always ascending. Results are those of masked storage (`c
 import torch
 from torch import Tensor
 
-from sparse_callbacks.core.quick_places import counts_below, largest_places, true_places
+from sparse_callbacks.core.sparse_layers.quick_places import counts_below, largest_places, true_places
 
 BELOW_ZERO, NEVER = -1.0, -2.0  # what stands among magnitudes for NaN, and for what cannot be chosen
 JOINED_AT_ONCE = 2**17  # units of a piece that fits a core's cache

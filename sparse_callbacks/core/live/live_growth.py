@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from sparse_callbacks.core import distributed
-from sparse_callbacks.core.grown_places import candidate_units, largest_units
-from sparse_callbacks.core.sparse_linear import SparseLinear
+from sparse_callbacks.core.sparse_layers.grown_places import candidate_units, largest_units
+from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 
 
 def largest_in_layer(

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from sparse_callbacks.core.moved_places import BELOW_ZERO, NEVER, largest_ranked
-from sparse_callbacks.core.quick_places import largest_places, places_above, true_places
+from sparse_callbacks.core.sparse_layers.moved_places import BELOW_ZERO, NEVER, largest_ranked
+from sparse_callbacks.core.sparse_layers.quick_places import largest_places, places_above, true_places
 
 HELD = 4  # times as many units as are wanted, at which all but the largest are let go
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from sparse_callbacks.core.largest import widened
-from sparse_callbacks.core.moved_places import by_column, fill_columns, fill_rows
-from sparse_callbacks.core.place_units import GroupPattern, LivePlaces, RowPattern, checked_keys
+from sparse_callbacks.core.sparse_layers.moved_places import by_column, fill_columns, fill_rows
+from sparse_callbacks.core.sparse_layers.place_units import GroupPattern, LivePlaces, RowPattern, checked_keys
 
 __all__ = ["GroupPlaces", "LivePlaces", "RowPlaces", "Storage", "keys_of_mask", "places_of"]
 

@@ -8,7 +8,7 @@ from weakref import ReferenceType, ref
 import torch
 from torch import nn
 
-from sparse_callbacks.core.sparse_linear import SparseLinear
+from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 
 # Modules of torch that read the weights of layers inside them in eval mode, for a kernel that computes the whole block, and
 # the attribute by which they can be told not to. What they then run calls the layers.

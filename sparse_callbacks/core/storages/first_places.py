@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.core import distributed
-from sparse_callbacks.core.drawn_places import LARGEST_SAME, rejected
 from sparse_callbacks.core.initial_masks import draws_at_random, given_mask
-from sparse_callbacks.core.live_places import LivePlaces, Storage, keys_of_mask, places_of
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.selection import Entry
-from sparse_callbacks.core.sparse_linear import SparseLinear
+from sparse_callbacks.core.sparse_layers.drawn_places import LARGEST_SAME, rejected
+from sparse_callbacks.core.sparse_layers.live_places import LivePlaces, Storage, keys_of_mask, places_of
+from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 from sparse_callbacks.core.weights import SparseWeights
 
 

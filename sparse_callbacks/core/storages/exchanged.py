@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.core.method import Method
-from sparse_callbacks.core.module_swap import enter_fast_paths, holders_of, put_in, take_over
-from sparse_callbacks.core.sparse_linear import SparseLinear
+from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
+from sparse_callbacks.core.storages.module_swap import enter_fast_paths, holders_of, put_in, take_over
 
 
 class Exchanged:

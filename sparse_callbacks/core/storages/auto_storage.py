@@ -10,9 +10,9 @@ import torch.distributed as dist
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core.attachment import Choice
 from sparse_callbacks.core.method import Method
-from sparse_callbacks.core.storage import Rows
-from sparse_callbacks.core.storage_choice import Layer
-from sparse_callbacks.core.storage_timing import faster, times_of, times_text
+from sparse_callbacks.core.storages.storage import Rows
+from sparse_callbacks.core.storages.storage_choice import Layer
+from sparse_callbacks.core.storages.storage_timing import faster, times_of, times_text
 
 RowsSeen = Rows | Callable[[], Mapping[str, int]] | None
 """Rows that layers see in a step: a number, numbers by a layer's name or a glob, or a function that finds these out."""

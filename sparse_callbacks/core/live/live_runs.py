@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparse_callbacks.core.checkpoint import SavedRun
-from sparse_callbacks.core.live_masks import exchanged_layers
+from sparse_callbacks.core.live.live_masks import exchanged_layers
 from sparse_callbacks.core.optimizers import is_elementwise, parameter_ids
 from sparse_callbacks.core.selection import Entry
-from sparse_callbacks.core.sparse_linear import SparseLinear
-from sparse_callbacks.core.storage import why_no_exchange
+from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
+from sparse_callbacks.core.storages.storage import why_no_exchange
 from sparse_callbacks.core.weights import SparseWeights
 
 

@@ -1,0 +1,1 @@
+"""Exchanged layers in a run: their places, updates, records and state."""

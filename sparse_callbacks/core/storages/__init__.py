@@ -1,0 +1,1 @@
+"""Which storage each layer gets, and the exchange of dense layers for sparse ones."""
