@@ -1,10 +1,26 @@
 """Which units have lived and do not live now: the same in either form, as a set of Python would have it."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_callbacks.core.live.ever_live import as_truths, count_of_former, moved_on, none_yet, why_not_former
+
+
+class LargestStorage(TorchDispatchMode):
+    """Sees the largest memory that a result has."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for one in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(one, Tensor):
+                self.bytes = max(self.bytes, one.untyped_storage().nbytes())
+        return result
 
 
 def drawn(units: int, count: int, seed: int) -> Tensor:
@@ -47,3 +63,14 @@ def test_what_no_run_can_have_kept_is_named(former: Tensor, words: str) -> None:
 
 def test_units_beyond_the_layer_are_named() -> None:
     assert "beyond the 39" in why_not_former(torch.tensor([0, 0, 0, 0, 128], dtype=torch.uint8), torch.tensor([7]), 39)
+
+
+def test_a_large_field_is_counted_piece_by_piece() -> None:
+    """A number of 8 bytes for each byte of the field would take as much as a mask of the layer."""
+    units = 8 * 2**20 + 3
+    live = drawn(units, 200_000, 0)
+    former = moved_on(none_yet(torch.device("cpu")), live, drawn(0, 0, 0), units)
+    assert former.dtype == torch.uint8
+    with LargestStorage() as seen:
+        assert count_of_former(former) == 200_000
+    assert seen.bytes <= max(former.numel(), 8 * 2**18)

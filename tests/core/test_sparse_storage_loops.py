@@ -116,6 +116,25 @@ def test_a_layer_that_thaws_joins_with_a_mask(method: type) -> None:
     same(loop, method, storage={"0.weight": "sparse"})
 
 
+@pytest.mark.parametrize("method", [SET, RigL])
+def test_a_layer_that_is_frozen_for_a_while_stays_as_it_is(method: type) -> None:
+    """Through windows whose step is an update, too."""
+
+    def loop(made: Any, model: nn.Sequential) -> tuple[SparseRun, nn.Module]:
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        run, data = sparsify(made, model, optimizer, steps=100), batches()
+        for number in range(24):
+            if number in (6, 16):
+                model[2].requires_grad_(number == 16)
+            loss_of(model, next(data)).backward()
+            if number % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+        return run, model
+
+    same(loop, method)
+
+
 def test_a_model_that_is_converted_within_a_window_goes_on() -> None:
     def loop(made: Any, model: nn.Sequential) -> tuple[SparseRun, nn.Module]:
         model.float()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 # A key takes 64 bits and a unit in a bit field one: from this share of a layer's units on the field is smaller.
 _KEYS_UP_TO = 64
+_COUNTED = 2**18  # bytes of a field that are counted at a time: they become 8 bytes each
 
 
 def none_yet(device: torch.device) -> Tensor:
@@ -38,7 +39,9 @@ def count_of_former(former: Tensor) -> int:
     """How many units have lived and do not live now."""
     if former.dtype != torch.uint8:
         return former.numel()
-    return int(_bits_in_bytes().to(former.device)[former.int()].sum())
+    counts = _bits_in_bytes().to(former.device)
+    pieces: tuple[Tensor, ...] = torch.split(former, _COUNTED)
+    return sum(int(counts[piece.int()].sum()) for piece in pieces)
 
 
 def as_truths(former: Tensor, units: int) -> Tensor:

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Mapping
 from typing import Any
-from weakref import ref
+from weakref import finalize, ref
 
 import torch
 from torch import Tensor
 
 from sparse_callbacks.core import distributed
+from sparse_callbacks.core.live.uncompiled import UNCOMPILED
 from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 
 Record = tuple[Tensor, Tensor]
@@ -34,6 +35,8 @@ class WindowRecords(list[Record]):
         self._note_gradient()
         values: Any = self._values  # the hook has no types in torch
         self._handle = values.register_post_accumulate_grad_hook(_PassOver(self))
+        UNCOMPILED.enter()
+        self._leave = finalize(self, UNCOMPILED.leave)  # a run may be dropped within a window
 
     def append(self, record: Record) -> None:
         """A backward pass has gone through the layer."""
@@ -68,6 +71,7 @@ class WindowRecords(list[Record]):
     def end(self) -> None:
         """Nothing is recorded any more."""
         self._handle.remove()
+        self._leave()
         self.clear()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -87,8 +91,8 @@ class _PassOver:
 
 
 def record(layer: SparseLinear, wanted: bool) -> None:
-    """Switch the records of a layer on or off; those that are on go on."""
-    if wanted and layer.records is None:
+    """Switch the records of a layer on or off; those that are on go on. One that is frozen meanwhile has none."""
+    if wanted and layer.records is None and layer.values.requires_grad:
         layer.records = WindowRecords(layer)
     elif not wanted and isinstance(layer.records, WindowRecords):
         layer.records.end()

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from typing import Any
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
 
+from sparse_callbacks.core.live.uncompiled import UNCOMPILED
 from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 
 
@@ -29,10 +31,16 @@ class FirstUse:
                 values: Any = layer.values
                 self._handles.append(values.register_post_accumulate_grad_hook(self._noting(name)))
             self._handles.append(layer.register_forward_pre_hook(self._noting_call(name)))
+        # torch would compile once with these hooks and once without
+        self._compile_again = finalize(self, UNCOMPILED.leave) if self._handles else None
+        if self._handles:
+            UNCOMPILED.enter()
 
     def _noting(self, name: str) -> Any:
+        used = self._used  # and not self, which would never be collected: see `_PassOver` in live_records
+
         def note(_: Tensor) -> None:
-            self._used.add(name)
+            used.add(name)
 
         return note
 
@@ -43,8 +51,14 @@ class FirstUse:
 
         return note
 
+    def step_over(self) -> None:
+        """The first step was taken: compiled models may run compiled, also where another optimizer never steps."""
+        if self._compile_again is not None:
+            self._compile_again()
+
     def end(self) -> None:
         """Look no more."""
+        self.step_over()
         for handle in self._handles:
             handle.remove()
         self._handles = []

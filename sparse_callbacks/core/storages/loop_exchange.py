@@ -119,6 +119,7 @@ class FirstBatchOfLoop:
         self._handles = [o.register_step_post_hook(self._stepped) for o in looked_at]
 
     def _stepped(self, optimizer: Optimizer, *_: object) -> None:
+        self._use.step_over()
         # the hook stays: torch goes through the hooks of the optimizer now, and others may follow
         if id(optimizer) in self._waits:
             self._waits.remove(id(optimizer))
