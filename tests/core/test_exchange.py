@@ -209,3 +209,13 @@ def test_a_second_exchange_after_to_dense_goes_on_with_the_masks_of_the_last_run
         sparsify(method, model, torch.optim.SGD(model.parameters(), 0.1), 2).close()
     assert isinstance(model[0], SparseLinear)
     assert all(torch.equal(m, masks[n]) for n, m in method.masks.items())
+
+
+@pytest.mark.parametrize("given", ["argument", "method"])
+def test_rows_for_a_name_that_no_layer_has_are_refused(given: str) -> None:
+    rows, model = {"typo*": 8}, net()
+    method = RigL(0.75, storage="auto", rows=rows if given == "method" else None)
+    with pytest.raises(ValueError, match=r"rows= has a value for 'typo\*', which matches no parameter.*0\.weight"):
+        exchange_layers(method, model, rows=None if given == "method" else rows)
+    assert all(type(layer) is not SparseLinear for layer in model)
+    exchange_layers(RigL(0.75, storage="auto", rows={"0": 8, "*.weight": 4}), model)  # of a layer or of its weight

@@ -145,6 +145,7 @@ def test_fan_in_must_fit_the_inputs() -> None:
         SparseLinear.random(10, 12, 3, storage="grouped")
     assert SparseLinear.random(10, 12, 10).density == 1
     assert SparseLinear.random(10, 12, 0).live == 0
+    assert SparseLinear.random(0, 12, 0)(torch.ones(3, 0)).shape == (3, 12)
 
 
 # ---------------------------------------------------------------------- places move

@@ -209,14 +209,14 @@ def places_of(storage: Storage, outputs: int, inputs: int, group: int, keys: Ten
     Raises:
         ValueError: The storage is unknown, ``group`` does not divide the outputs, or the keys are not of the pattern.
     """
-    refuse_unknown(storage)
+    refuse_unknown_storage(storage)
     if storage == "sparse":
         return RowPlaces(outputs, inputs, keys)
     refuse_group(outputs, group)
     return GroupPlaces(outputs, inputs, group, keys)
 
 
-def refuse_unknown(storage: str) -> None:
+def refuse_unknown_storage(storage: str) -> None:
     """Refuse a storage that is not known."""
     if storage not in ("sparse", "grouped"):
         raise ValueError(f"storage={storage!r} is not known. Give 'sparse' or 'grouped'")

@@ -69,7 +69,7 @@ class LiveWeight(nn.Module):
     def weight(self) -> Tensor:
         """The dense matrix ``[out_features, in_features]``, a copy; differentiable by the live values."""
         if "weight" not in self.__dict__.get("_parameters", {}):
-            raise AttributeError("weight")
+            raise AttributeError("weight: the dense matrix is made of the live values, and this layer has none")
         self.refuse_dense("weight")
         object.__setattr__(self, "weight_was_read", True)
         return self.places.dense(self.values)

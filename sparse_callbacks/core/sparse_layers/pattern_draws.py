@@ -19,6 +19,8 @@ def fan_in_columns(blocks: int, inputs: int, fan_in: int, source: torch.Generato
         int32 ``[blocks, fan_in]``.
     """
     columns = torch.empty(blocks, fan_in, dtype=torch.int32, device="cpu")
+    if not fan_in:
+        return columns
     dense = (
         4 * fan_in > inputs
     )  # where most places are live, looking at all of them is faster than drawing until they fit

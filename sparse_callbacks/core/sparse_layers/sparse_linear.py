@@ -12,7 +12,7 @@ from sparse_callbacks.core.sparse_layers.live_places import (
     Storage,
     keys_of_mask,
     places_of,
-    refuse_unknown,
+    refuse_unknown_storage,
 )
 from sparse_callbacks.core.sparse_layers.live_weight import LiveWeight, as_parameter
 from sparse_callbacks.core.sparse_layers.pattern_draws import fan_in_columns
@@ -82,7 +82,7 @@ class SparseLinear(LiveWeight):
         weight = linear.weight
         if mask.shape != weight.shape:
             raise ValueError(f"the mask has shape {tuple(mask.shape)} and the weight {tuple(weight.shape)}")
-        refuse_unknown(storage)
+        refuse_unknown_storage(storage)
         keys = keys_of_mask(mask.to(torch.bool), 1 if storage == "sparse" else group)
         places = places_of(storage, weight.shape[0], weight.shape[1], group, keys)
         if weight.device.type != "meta":

@@ -24,7 +24,13 @@ from sparse_callbacks.core.storages.exchanged import Exchanged
 from sparse_callbacks.core.storages.first_places import first_keys, is_drawn_by_rejection, sparse_twin
 from sparse_callbacks.core.storages.module_swap import enter_fast_paths, holders_of, leave_fast_paths, put_in, take_over
 from sparse_callbacks.core.storages.storage import Rows, refuse_rows, why_no_exchange
-from sparse_callbacks.core.storages.storage_choice import choices_for, kept, linear_layers, refuse_choices
+from sparse_callbacks.core.storages.storage_choice import (
+    choices_for,
+    kept,
+    linear_layers,
+    refuse_choices,
+    refuse_idle_globs,
+)
 from sparse_callbacks.core.wrappers import plain_model, set_up_by
 
 _MASKED = Choice("masked")
@@ -132,6 +138,7 @@ def _put_first(
     why_masked: str,
 ) -> None:
     """Exchange layers for a run that is new, or goes on with the masks of the method's last one."""
+    refuse_idle_globs(rows, entries, "rows")
     method.attachment.choose(model, choices)
     shared = for_targets(entries)
     find_masks(method, model, shared, None, together=True)

@@ -69,6 +69,7 @@ def choices_for(
     """
     storage, layers = getattr(method, "storage", "masked"), linear_layers(model)
     refuse_idle_globs(storage, entries, "storage")
+    refuse_idle_globs(getattr(method, "rows", None), entries, "rows")
     strict = isinstance(storage, str) and storage != "auto"
     found = {}
     for entry in entries:
@@ -188,8 +189,9 @@ def refuse_idle_globs(given: Any, entries: Sequence[Entry], argument: str) -> No
         ValueError: lists what there is.
     """
     candidates = [e.name for e in entries if e.shape]
+    names = {name.removesuffix(".weight") for name in candidates if argument == "rows"}.union(candidates)
     for glob in given if isinstance(given, Mapping) else ():
-        if not any(fnmatchcase(name, glob) for name in candidates):
+        if not any(fnmatchcase(name, glob) for name in names):
             raise ValueError(
                 f"{argument}= has a value for {glob!r}, which matches no parameter that can be sparse. Candidates: "
                 f"{', '.join(candidates)}."
