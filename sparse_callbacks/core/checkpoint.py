@@ -224,7 +224,8 @@ def other_storage(there: str, here: str) -> ValueError:
     """
     return ValueError(
         f"{there}, and this run has storage={here}: optimizer states differ in shape. Give the same storage, or "
-        "fresh_start=True."
+        "begin a new run with these weights: load them by load_state_dict(), or resume with fresh_start=True where optimizers "
+        "had no state."
     )
 
 

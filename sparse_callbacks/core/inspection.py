@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -78,8 +79,12 @@ def _is_record(nest: Any) -> bool:
     return dataclasses.is_dataclass(nest) and not isinstance(nest, type)
 
 
-def copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module, known: Mapping[int, Any] = MappingProxyType({})) -> nn.Module:
     """A deep copy, with ordinary tensors also when it is made in inference mode.
+
+    Args:
+        model: the model.
+        known: what the copy has in the place of objects, by their id, that are not to be copied.
 
     Raises:
         ValueError: the model cannot be copied; the message says what to do about it.
@@ -90,7 +95,7 @@ def copied(model: nn.Module) -> nn.Module:
         )
     try:
         with torch.inference_mode(False):
-            made = copy.deepcopy(model)
+            made = copy.deepcopy(model, dict(known))
     except Exception as error:  # deepcopy runs the code of the model's own classes, which may raise anything
         # these keep a weight computed from others, and a tensor with a graph cannot be copied
         names = [n for n, _ in model.named_parameters() if n.endswith(("_orig", "_g"))]

@@ -93,16 +93,17 @@ class Progress:
         found = [calendar.next(c.read(), begin, self.done.get(i)) for i, c in self.counts.items()]
         return min((f for f in found if f is not None), default=None)
 
-    def why_idle(self, calendar: Calendar, length: float, method: str) -> str:
+    def why_idle(self, calendar: Calendar, length: float, method: str, *, replaces: bool) -> str:
         """Why no update can fall in a new run, as a sentence for the user; empty where one can.
 
         Args:
             calendar: when updates fall.
             length: the optimizer steps of the run.
             method: name of the method, for the sentence.
+            replaces: an update takes the place of the coming step, so that none can fall after the last one.
         """
         upcoming, taken = self.upcoming(calendar), self.most()
-        if upcoming is not None and upcoming - taken < length:
+        if upcoming is not None and upcoming - taken <= length - replaces:
             return ""
         if upcoming is not None:
             when = f"the first would be at step {upcoming}, after the run's {length:g}"

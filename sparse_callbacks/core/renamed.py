@@ -42,7 +42,7 @@ RENAMED = {
     "load_data_states": "The host of TurnTaking has it: turns_host.load_loader_states(states).",
     "average_gradients": "The host of TurnTaking has it: turns_host.average_gradients(on).",
     "_arguments": "Write the property arguments.",
-    "_idleness": "The progress has it: progress.why_idle(calendar, length, method).",
+    "_idleness": "The progress has it: progress.why_idle(calendar, length, method, replaces=...).",
     # what the callback called: the engine is an object of its own
     "before_optimizer_step": "The engine does it, Engine.before; a method writes before_step(self, step).",
     "_after_optimizer_step": "The engine does it, Engine.after; a method writes after_step(self, step).",

@@ -28,6 +28,7 @@ from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.selection import Entry, layer_shapes
 from sparse_callbacks.core.state_claims import refuse_impossible
+from sparse_callbacks.core.step import ReplacesSteps
 from sparse_callbacks.core.storages.exchanged import Exchanged
 from sparse_callbacks.core.storages.loop_exchange import FirstBatchOfLoop, exchange_for_loop
 from sparse_callbacks.core.wrappers import plain_model, set_up_by
@@ -159,7 +160,8 @@ class SparseRun:
         if method.saved is not None:
             text = method.calendar.why_other_times(method.saved.times, name)
         else:
-            text = method.progress.why_idle(method.calendar, self._length.total(), name)
+            replaces = isinstance(method, ReplacesSteps)
+            text = method.progress.why_idle(method.calendar, self._length.total(), name, replaces=replaces)
         if text:
             self._host.warn(text)
 

@@ -6,8 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_callbacks.core.checkpoint import other_storage
+from sparse_callbacks.core.inspection import tensors_in
 from sparse_callbacks.core.live.live_masks import exchanged_layers
 from sparse_callbacks.core.live.saved_patterns import Pattern, keys_of, mask_of
+from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 from sparse_callbacks.core.state_layout import LAYOUT
 from sparse_callbacks.lightning.dense_shapes import dense_shapes
@@ -111,3 +114,26 @@ def _unfold(weights: MutableMapping[str, Any], name: str, shape: tuple[int, ...]
     weights[name] = torch.zeros(shape, dtype=values.dtype).masked_scatter_(mask, values.flatten())
     for key in ("values", *pattern):
         del weights[f"{name}.{key}"]
+
+
+def refuse_other_storage(method: Method, found: Mapping[str, Any], path: object) -> None:
+    """Refuse a fresh start with another storage, whose optimizers could not take the states in the file.
+
+    Args:
+        method: the method, with ``fresh_start=True``.
+        found: the content of the checkpoint.
+        path: where it was read, for the error.
+
+    Raises:
+        ValueError: the storage differs, and optimizers have states of the shapes of the other one.
+    """
+    state = found.get("callbacks", {}).get(getattr(method, "state_key", ""))
+    given = state.get("arguments") if isinstance(state, Mapping) else None
+    here = method.arguments.get("storage")
+    if not isinstance(given, Mapping) or here is None:
+        return
+    masked = "'masked'"  # arguments are kept as code; those of older versions have no storage
+    there = given.get("storage", masked)
+    may_differ = there != here and (bool(state.get("patterns")) or here != masked)
+    if may_differ and any(t.dim() for t in tensors_in([o.get("state") for o in found["optimizer_states"]])):
+        raise other_storage(f"the checkpoint {path} was saved with storage={there}", here)

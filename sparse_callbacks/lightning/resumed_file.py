@@ -29,7 +29,7 @@ from sparse_callbacks.lightning.averaging import weights_beside_averages
 from sparse_callbacks.lightning.dense_shapes import dense_shapes
 from sparse_callbacks.lightning.exchanging import exchange_layers_of
 from sparse_callbacks.lightning.hidden_calls import call_instead
-from sparse_callbacks.lightning.loaded_places import take_places
+from sparse_callbacks.lightning.loaded_places import refuse_other_storage, take_places
 from sparse_callbacks.lightning.refusals import is_tuner_checkpoint, overrides
 
 if TYPE_CHECKING:
@@ -74,7 +74,9 @@ def look_before_loading(trainer: Any, module: LightningModule, methods: Sequence
         if not is_tuner_checkpoint(path):
             refuse_other_parts(found, path)
             _refuse_other_progress(found["loops"], path, trainer)
-            if any(method.fresh_start for method in methods):  # new masks over the weights of the checkpoint
+            if fresh := [method for method in methods if method.fresh_start]:  # new masks over its weights
+                for method in fresh:
+                    refuse_other_storage(method, found, path)
                 take_places(module, found)
             resumed = [(m, _saved_run(m, found, module, path)) for m in methods if not m.fresh_start]
             for method, saved in resumed:

@@ -1,6 +1,7 @@
 """How many rows each layer sees in a training step, found out before the Trainer makes its loaders."""
 
 from collections.abc import Callable, Iterator, Mapping
+from inspect import signature
 from itertools import islice
 from typing import Any
 
@@ -8,10 +9,10 @@ import torch
 from pytorch_lightning import LightningModule
 from torch import nn
 from torch.utils._pytree import tree_map_only
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from sparse_callbacks.core import data_pass
-from sparse_callbacks.core.inspection import run
+from sparse_callbacks.core.inspection import copied, run
 from sparse_callbacks.core.undisturbed import undisturbed
 from sparse_callbacks.lightning.data_pass import unlogged, users_sampler
 from sparse_callbacks.lightning.namespaces import Trainer
@@ -26,6 +27,8 @@ def seen_rows(
 
     A batch of the training data is preferred to ``example_input_array``, which often has a single row. Everything is
     as before afterwards: the batch is fetched by a loader of its own, without workers, from a data set with indices.
+    Where ``forward`` does not take the batch, ``training_step`` is run in automatic optimization, of a copy that knows no
+    Trainer.
 
     Args:
         trainer: the Trainer, before it has made its loaders.
@@ -33,23 +36,48 @@ def seen_rows(
         rows_of: a function of the model and of a call that runs it once, which gives the rows by layer.
     """
     with undisturbed(module), unlogged(module):
-        for call in _calls(trainer, module):
+        for model, call in _calls(trainer, module):
             try:
-                if found := rows_of(module, call):
+                if found := rows_of(model, call):
                     return found
             except Exception:  # whatever a forward pass raises on what it is not made for; the fit will raise it too
                 continue
     return {}
 
 
-def _calls(trainer: Trainer, module: LightningModule) -> Iterator[Callable[[], Any]]:
-    """Ways to run the module once, on the input that is most like a training step's first."""
+def _calls(trainer: Trainer, module: LightningModule) -> Iterator[tuple[nn.Module, Callable[[], Any]]]:
+    """Ways to run the module once, on the input that is most like a training step's first, each with the module it runs."""
     batch = _first_batch(trainer)
     if batch is not None:
-        yield lambda: data_pass.call(module, _as_parameters(module, batch))
+        yield module, lambda: data_pass.call(module, _as_parameters(module, batch))
+        if module.automatic_optimization and (twin := _without_trainer(module)) is not None:
+            yield twin, lambda: twin.training_step(_as_parameters(module, batch), *_batch_index(twin))
     example = module.example_input_array
     if example is not None:
-        yield lambda: run(module, _as_parameters(module, example))
+        yield module, lambda: run(module, _as_parameters(module, example))
+
+
+def _without_trainer(module: LightningModule) -> Any:
+    """A copy whose step reaches neither the Trainer nor its loggers, and changes nothing of the user's module; None where
+    it cannot be copied.
+
+    It shares the Parameters, so that no second network is made, and data sets.
+    """
+    known: dict[int, Any] = {id(p): p for p in module.parameters()}
+    for part in module.modules():
+        known |= {id(v): v for v in vars(part).values() if isinstance(v, Dataset | DataLoader)}
+        if (attached := vars(part).get("_trainer")) is not None:
+            known[id(attached)] = None
+    try:
+        made = copied(module, known)
+    except ValueError:
+        return None
+    return None if "training_step" in vars(made) else made  # a step of the instance belongs to the original
+
+
+def _batch_index(module: LightningModule) -> tuple[int, ...]:
+    """The further argument of a ``training_step``, which may leave it out."""
+    return (0,) if len(signature(module.training_step).parameters) > 1 else ()
 
 
 def _first_batch(trainer: Trainer) -> Any:

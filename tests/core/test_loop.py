@@ -302,6 +302,16 @@ def test_a_run_without_updates_is_announced() -> None:
         sparsify(RigL(0.8, every=5, start=30, stop=40, print_plan=False), model, sgd(model), STEPS)
 
 
+def test_an_update_after_the_last_step_is_not_announced_as_none() -> None:
+    model = net()
+    optimizer = sgd(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run = sparsify(SET(0.8, every=5, start=STEPS, stop=40, print_plan=False), model, optimizer, STEPS)
+    train(run, model, optimizer)
+    assert run.updates == 1
+
+
 # ---------------------------------------------------------------------- what some methods need
 
 

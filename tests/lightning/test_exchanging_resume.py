@@ -99,6 +99,19 @@ def test_a_checkpoint_of_another_storage_is_refused_in_words_and_nothing_changes
     assert not layers_of(module)
 
 
+@pytest.mark.parametrize(("there", "here"), [("masked", "sparse"), ("sparse", "masked"), ("grouped", "auto")])
+def test_a_fresh_start_with_optimizer_states_of_another_storage_is_refused(
+    there: str, here: str, tmp_path: Path
+) -> None:
+    fit(sparse("set", there), folder=tmp_path, stops=(STOP,))
+    module = mlp(seed=3)
+    before = {n: t.clone() for n, t in module.state_dict().items()}
+    with pytest.raises(ValueError, match=f"storage='{there}', and this run has storage='{here}'.*load_state_dict"):
+        fit(sparse("set", here, fresh_start=True), module, ckpt_path=tmp_path / f"{STOP}.ckpt")
+    assert differences(before, module.state_dict()) == []
+    assert not layers_of(module)
+
+
 @pytest.mark.parametrize("start", ["random", "magnitude"])
 def test_fresh_start_draws_new_masks_over_the_loaded_weights_as_masked_storage_does(start: str, tmp_path: Path) -> None:
     fit(sparse("set"), folder=tmp_path, stops=(STOP,))

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from support.nets import Regression
 from support.rig import copied_masks, fit_steps, short_callback
 from torch import nn
 
-from sparse_callbacks import GMP, SET, SNFS, RigL, Static
+from sparse_callbacks import DPF, GMP, SET, SNFS, RigL, Static
 from sparse_callbacks.testing.comparison import assert_effective
 from sparse_callbacks.testing.runs import trainer_for
 
@@ -104,6 +105,16 @@ def test_a_run_that_ends_before_its_first_update_is_warned_about(tmp_path: Path)
         UserWarning, match=r"RigL will not move a mask in this run: the first would be at step 50, after the run's 6"
     ):
         fit_steps(tmp_path, RigL(0.5, every=2, start=50, stop=60), Regression(), 6)
+
+
+@pytest.mark.parametrize(("make", "moves"), [(SET, True), (SNFS, True), (GMP, True), (DPF, True), (RigL, False)])
+def test_an_update_after_the_last_step_is_an_update(make: Any, moves: bool, tmp_path: Path) -> None:
+    callback = make(0.5, every=6, start=6, stop=12, print_plan=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit_steps(tmp_path, callback, Regression(), 6)
+    assert (callback.updates > 0) is moves
+    assert any("will not move a mask" in str(w.message) for w in caught) is not moves
 
 
 def test_a_resumed_run_needs_the_checkpoint_of_its_mask_no_more(tmp_path: Path) -> None:

@@ -1,0 +1,81 @@
+"""The rows that layers see are found out by a training step too, of a copy that leaves no trace."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from support.exchanged import random_numbers
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from sparse_callbacks.core.storages.storage_timing import rows_of_layers
+from sparse_callbacks.lightning.seen_rows import seen_rows
+from sparse_callbacks.testing.data import Batches
+from sparse_callbacks.testing.runs import trainer_for
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+class Pair(pl.LightningModule):
+    """Has no ``forward``; its step logs, draws random numbers and keeps a list."""
+
+    def __init__(self, shows: bool = False) -> None:
+        super().__init__()
+        self.body, self.head, self.shows = nn.Linear(50, 8), nn.Linear(8, 4), shows
+        self.losses: list[float] = []
+
+    def training_step(self, batch: Any) -> Any:
+        if self.shows:
+            logger: Any = self.logger
+            logger.experiment.add_text("loss", "of a step")
+        x, y = batch
+        loss = nn.functional.cross_entropy(self.head(self.body(x.flatten(1)).relu()), y) + 0 * torch.rand(1).sum()
+        self.log("loss", loss)
+        self.losses.append(float(loss.detach()))
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def found_rows(module: Pair, *callbacks: Any) -> Any:
+    """What is known of the rows when the fit exchanges layers."""
+    rows: list[Any] = []
+
+    class Looks(pl.Callback):
+        def setup(self, trainer: Any, module: Any, stage: str) -> None:
+            before = random_numbers()
+            rows.append(seen_rows(trainer, module, rows_of_layers))
+            assert before == random_numbers()
+
+    data = Batches(size=12)
+    loader = DataLoader(TensorDataset(data.x, data.y), batch_size=12, shuffle=True)
+    trainer_for([Looks(), *callbacks], max_epochs=1).fit(module, loader)
+    return rows[0]
+
+
+def test_rows_of_a_module_without_forward_are_those_of_a_training_step_of_a_copy() -> None:
+    module = Pair()
+    parameters = list(module.parameters())
+    kept: list[Any] = []
+    start = pl.callbacks.LambdaCallback(on_train_start=lambda *_: kept.append(list(module.losses)))
+    assert found_rows(module, start) == {"body": 12, "head": 12}
+    assert kept == [[]]
+    assert all(a is b for a, b in zip(parameters, module.parameters(), strict=True))
+    assert module.trainer is not None
+
+
+def test_the_step_of_the_copy_reaches_no_logger() -> None:
+    written: list[str] = []
+
+    class Shows(Pair):
+        @property
+        def logger(self) -> Any:
+            assert self.trainer
+            return SimpleNamespace(experiment=SimpleNamespace(add_text=lambda *_: written.append("text")))
+
+    module = Shows(shows=True)
+    assert found_rows(module) == {}  # such a step cannot be run apart
+    assert len(written) == len(module.losses) > 0
