@@ -1,11 +1,12 @@
 """Patterns of truly sparse layers: live places of a matrix, as products read them."""
 
 from functools import reduce
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from sparse_callbacks.core.arguments import refuse_unknown
 from sparse_callbacks.core.largest import widened
 from sparse_callbacks.core.sparse_layers.moved_places import by_column, fill_columns, fill_rows
 from sparse_callbacks.core.sparse_layers.place_units import GroupPattern, LivePlaces, RowPattern, checked_keys
@@ -209,17 +210,11 @@ def places_of(storage: Storage, outputs: int, inputs: int, group: int, keys: Ten
     Raises:
         ValueError: The storage is unknown, ``group`` does not divide the outputs, or the keys are not of the pattern.
     """
-    refuse_unknown(storage)
+    refuse_unknown({"storage": storage}, {"storage": get_args(Storage)})
     if storage == "sparse":
         return RowPlaces(outputs, inputs, keys)
     refuse_group(outputs, group)
     return GroupPlaces(outputs, inputs, group, keys)
-
-
-def refuse_unknown(storage: str) -> None:
-    """Refuse a storage that is not known."""
-    if storage not in ("sparse", "grouped"):
-        raise ValueError(f"storage={storage!r} is not known. Give 'sparse' or 'grouped'")
 
 
 def refuse_group(outputs: int, group: int) -> None:

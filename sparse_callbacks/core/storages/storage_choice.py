@@ -10,7 +10,7 @@ from torch import nn
 
 from sparse_callbacks.core.attachment import Choice
 from sparse_callbacks.core.selection import NOT_TRAINED, Entry
-from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
+from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear, weight_name
 from sparse_callbacks.core.storages.module_swap import names_added, names_of_sparse
 
 _TYPES = (torch.float32, torch.float64)
@@ -45,7 +45,7 @@ def linear_layers(model: nn.Module) -> dict[str, Layer]:
             in_attention.update(map(id, module.children()))
         if isinstance(module, nn.Linear | SparseLinear):
             weight = module._parameters.get("weight")
-            mine = [f"{prefix}.weight" if prefix else "weight"] if weight is None else names[id(weight)]
+            mine = [weight_name(prefix)] if weight is None else names[id(weight)]
             found.setdefault(mine[0], Layer(tuple(mine), module, id(module) in in_attention, module is model))
     return found
 
