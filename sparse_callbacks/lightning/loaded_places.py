@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.core.live.live_masks import exchanged_layers
-from sparse_callbacks.core.live.saved_patterns import Pattern, keys_of, mask_of
+from sparse_callbacks.core.live.saved_patterns import Pattern, keys_of, matrix_of
 from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 from sparse_callbacks.core.state_layout import LAYOUT
 from sparse_callbacks.lightning.dense_shapes import dense_shapes
@@ -104,10 +104,11 @@ def _unfold(weights: MutableMapping[str, Any], name: str, shape: tuple[int, ...]
     """Replace the compact weight of a layer by its dense matrix."""
     parts = {key: weights.get(f"{name}.{key}") for key in ("crow", "col", "idx")}
     pattern, values = {key: t for key, t in parts.items() if t is not None}, weights[f"{name}.values"]
-    if LAYOUT["patterns"]({name: pattern}) or len(shape) != 2:
+    if LAYOUT["patterns"]({name: pattern}) or not isinstance(values, Tensor):
         return
-    mask = mask_of(pattern, shape)
-    # rows of a group read the same inputs, in the order of columns, so that values lie as the matrix does
-    weights[name] = torch.zeros(shape, dtype=values.dtype).masked_scatter_(mask, values.flatten())
+    try:
+        weights[name] = matrix_of(pattern, values, shape)
+    except ValueError:
+        return
     for key in ("values", *pattern):
         del weights[f"{name}.{key}"]
