@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_callbacks.core.given_masks import compact_parts
 from sparse_callbacks.core.live.live_masks import exchanged_layers
 from sparse_callbacks.core.live.saved_patterns import Pattern, keys_of, matrix_of
 from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
@@ -102,13 +103,13 @@ def _keys_of_weight(weight: Tensor, layer: SparseLinear) -> Tensor | None:
 
 def _unfold(weights: MutableMapping[str, Any], name: str, shape: tuple[int, ...]) -> None:
     """Replace the compact weight of a layer by its dense matrix."""
-    parts = {key: weights.get(f"{name}.{key}") for key in ("crow", "col", "idx")}
-    pattern, values = {key: t for key, t in parts.items() if t is not None}, weights[f"{name}.values"]
-    if LAYOUT["patterns"]({name: pattern}) or not isinstance(values, Tensor):
+    parts = compact_parts(weights, name)
+    pattern = {key: tensor for key, tensor in parts.items() if key != "values"}
+    if LAYOUT["patterns"]({name: pattern}) or not isinstance(parts["values"], Tensor):
         return
     try:
-        weights[name] = matrix_of(pattern, values, shape)
+        weights[name] = matrix_of(pattern, parts["values"], shape)
     except ValueError:
         return
-    for key in ("values", *pattern):
+    for key in parts:
         del weights[f"{name}.{key}"]
