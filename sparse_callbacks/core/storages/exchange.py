@@ -24,7 +24,13 @@ from sparse_callbacks.core.storages.exchanged import Exchanged
 from sparse_callbacks.core.storages.first_places import first_keys, is_drawn_by_rejection, sparse_twin
 from sparse_callbacks.core.storages.module_swap import enter_fast_paths, holders_of, leave_fast_paths, put_in, take_over
 from sparse_callbacks.core.storages.storage import Rows, refuse_rows, why_no_exchange
-from sparse_callbacks.core.storages.storage_choice import choices_for, kept, linear_layers, refuse_choices
+from sparse_callbacks.core.storages.storage_choice import (
+    choices_for,
+    kept,
+    linear_layers,
+    refuse_choices,
+    refuse_idle_globs,
+)
 from sparse_callbacks.core.wrappers import plain_model, set_up_by
 
 _MASKED = Choice("masked")
@@ -100,6 +106,7 @@ def exchange(
         return done
     try:
         entries = with_awaited(method, select(model, method.include, method.exclude, method.keep_dense))
+        refuse_idle_globs(rows, entries, "rows")
         choices = choices_for(method, model, entries, device)
         if saved is not None:
             _put_saved(done, method, model, entries, choices, saved)

@@ -69,6 +69,7 @@ def choices_for(
     """
     storage, layers = getattr(method, "storage", "masked"), linear_layers(model)
     refuse_idle_globs(storage, entries, "storage")
+    refuse_idle_globs(getattr(method, "rows", None), entries, "rows")
     strict = isinstance(storage, str) and storage != "auto"
     found = {}
     for entry in entries:
@@ -135,6 +136,7 @@ def _choice(asked: str, entry: Entry, layer: Layer, group: int, device: torch.de
         return Choice("masked")
     weight = layer.module._parameters["weight"]
     assert weight is not None  # it has an entry
+    # never a reason to refuse: no user can change what torch's attention reads
     if layer.in_attention:
         return Choice("masked", "the attention reads this weight itself")
     if why := why_not_exchanged(layer) or why_not_frozen(entry):
@@ -188,8 +190,10 @@ def refuse_idle_globs(given: Any, entries: Sequence[Entry], argument: str) -> No
         ValueError: lists what there is.
     """
     candidates = [e.name for e in entries if e.shape]
+    # rows are those of a layer, which may be called by its own name
+    names = [*candidates, *(n.removesuffix(".weight") for n in candidates)] if argument == "rows" else candidates
     for glob in given if isinstance(given, Mapping) else ():
-        if not any(fnmatchcase(name, glob) for name in candidates):
+        if not any(fnmatchcase(name, glob) for name in names):
             raise ValueError(
                 f"{argument}= has a value for {glob!r}, which matches no parameter that can be sparse. Candidates: "
                 f"{', '.join(candidates)}."
