@@ -109,7 +109,7 @@ def _unfold(weights: MutableMapping[str, Any], name: str, shape: tuple[int, ...]
         return
     try:
         weights[name] = matrix_of(pattern, parts["values"], shape)
-    except ValueError:
+    except ValueError:  # whoever loads the weights says so, with the name of the layer
         return
     for key in parts:
         del weights[f"{name}.{key}"]
