@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.core.sparse_layers.live_places import LivePlaces, places_of
-from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
+from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear, weight_name
 from sparse_callbacks.core.storages.module_swap import holders_of, leave_fast_paths, put_in, take_over
 
 _PARTS = {"sparse": ("values", "crow", "col"), "grouped": ("values", "idx")}
@@ -52,7 +52,7 @@ def state_names(model: nn.Module) -> set[str]:
         names = set(model.state_dict())
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, SparseLinear):
-            weight = _weight(name)
+            weight = weight_name(name)
             names = names - {f"{weight}.{part}" for part in _PARTS[module.storage]} | {weight}
     return names
 
@@ -70,7 +70,7 @@ def split(
     Raises:
         KeyError: a part of a sparse layer is missing.
     """
-    weights = {_weight(name): layer for name, layer in layers.items() if is_sparse(layer)}
+    weights = {weight_name(name): layer for name, layer in layers.items() if is_sparse(layer)}
     # a module with two names is described under the first of them, and its tensors have both
     described = {id(tensors[f"{weight}.values"]): layer for weight, layer in weights.items()}
     for key, tensor in tensors.items():
@@ -87,10 +87,6 @@ def split(
     return others, parts
 
 
-def _weight(name: str) -> str:
-    return f"{name}.weight" if name else "weight"
-
-
 # ---------------------------------------------------------------------- loading
 
 
@@ -105,7 +101,7 @@ def why_other_patterns(
         layers: the description of each module.
     """
     for name, module in model.named_modules():
-        if _weight(name) not in parts:
+        if weight_name(name) not in parts:
             continue
         stated = layers[name]
         here = {a: getattr(module, a, stated[a]) for a in _FIXED}
@@ -113,7 +109,7 @@ def why_other_patterns(
             if value != stated[attribute]:
                 return f"{attribute} of {name!r} is {value} here and {stated[attribute]} there"
         try:
-            _places(stated, parts[_weight(name)])
+            _places(stated, parts[weight_name(name)])
         except ValueError as error:
             return f"the pattern of {name!r} contradicts itself: {error}"
     return ""
@@ -140,9 +136,9 @@ def put_sparse(
     """Let sparse layers take values and patterns, and dense ones become sparse layers; see `why_other_patterns`."""
     holders = holders_of(model)
     for name, module in list(model.named_modules()):
-        if _weight(name) not in parts:
+        if weight_name(name) not in parts:
             continue
-        stated, there = layers[name], parts[_weight(name)]
+        stated, there = layers[name], parts[weight_name(name)]
         old = module._parameters["weight"]
         assert old is not None  # it is an nn.Linear or a SparseLinear
         device = torch.device("cpu") if old.is_meta else old.device

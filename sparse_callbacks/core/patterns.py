@@ -15,6 +15,7 @@ from torch import Tensor
 from sparse_callbacks.core.attachment import Choice
 from sparse_callbacks.core.largest import widened
 from sparse_callbacks.core.selection import Entry
+from sparse_callbacks.core.sparse_layers.live_places import why_not_grouped
 from sparse_callbacks.core.sparse_layers.moved_places import BELOW_ZERO, NEVER, largest_ranked
 
 _FAN_IN = re.compile(r"fan_in/([1-9][0-9]*)")
@@ -164,14 +165,8 @@ def why_other_pattern(method: object, masks: Mapping[str, Tensor], entries: Iter
     """
     for entry in entries:
         group = group_of(method, entry)
-        if group is None or entry.name not in masks:
-            continue
-        blocks = in_blocks(masks[entry.name], group)
-        counts = blocks[:, 0].count_nonzero(1)
-        if not bool((blocks == blocks[:, :1]).all()):
-            return f"{entry.name} has groups of {group} rows that do not read the same inputs"
-        if not bool((counts == counts[:1]).all()):
-            return f"{entry.name} has groups of {group} rows with other numbers of inputs than other groups"
+        if group is not None and entry.name in masks and (why := why_not_grouped(masks[entry.name], group)):
+            return f"{entry.name} {why}"
     return ""
 
 
@@ -191,17 +186,16 @@ def largest_among(scores: Tensor, count: int, among: Tensor | None = None) -> Te
     return largest_ranked(ranked if among is None else ranked.masked_fill_(~among, NEVER), count)
 
 
-def drawn_columns(blocks: int, inputs: int, count: int, source: torch.Generator, among: Tensor | None = None) -> Tensor:
-    """Mask of ``count`` columns in each block, every choice equally likely: first columns, and those that grow at random.
+def drawn_columns(blocks: int, inputs: int, count: int, source: torch.Generator) -> Tensor:
+    """Mask of ``count`` columns in each block, every choice equally likely: the first columns of a layer.
 
     Args:
         blocks: the number of blocks.
         inputs: the number of columns of each block.
         count: columns to draw in each block.
         source: a generator of the CPU.
-        among: bool, blocks by inputs; only its True positions are drawn. None: all.
     """
-    return largest_among(column_numbers(blocks, inputs, source), count, among)
+    return largest_among(column_numbers(blocks, inputs, source), count)
 
 
 def column_numbers(blocks: int, inputs: int, source: torch.Generator) -> Tensor:

@@ -96,7 +96,7 @@ class SparsityCallback(Method, AnyCallback):
             refuse_host(trainer)
             averaging.refuse_averages(self, trainer)
             sharded.refuse_sharding(trainer, self)
-            exchanging.refuse_storage(self, trainer, pl_module)
+            exchanging.refuse_unfit_trainer(self, trainer, pl_module)
             look_before_loading(trainer, pl_module, peers_of(trainer))
             exchanging.exchange_before_optimizers(trainer, pl_module, peers_of(trainer))
             self.saved = None  # of an earlier fit; what this one resumes from is restored after setup

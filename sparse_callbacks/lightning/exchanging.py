@@ -15,7 +15,6 @@ from sparse_callbacks.core.optimizers import parameter_ids
 from sparse_callbacks.core.selection import NOT_TRAINED, Entry
 from sparse_callbacks.core.storages.exchange import exchange
 from sparse_callbacks.core.storages.first_use import FirstUse
-from sparse_callbacks.core.storages.storage_timing import rows_of_layers
 from sparse_callbacks.lightning import sharded, spawned
 from sparse_callbacks.lightning.averaging import averaging_callbacks
 from sparse_callbacks.lightning.fit_state import FitState
@@ -37,7 +36,7 @@ def wanted_storages(method: Method) -> set[str]:
     return set(storage.values() if isinstance(storage, Mapping) else [storage]) - {"masked"}
 
 
-def refuse_storage(method: Method, trainer: Trainer, module: LightningModule) -> None:
+def refuse_unfit_trainer(method: Method, trainer: Trainer, module: LightningModule) -> None:
     """Refuse a Trainer under which live weights would not be trained as they should.
 
     Args:
@@ -125,7 +124,7 @@ def exchange_layers_of(
     exchanged = exchange(
         callback,
         module,
-        rows=partial(seen_rows, trainer, module, rows_of_layers),
+        rows=partial(seen_rows, trainer, module),
         device=trainer.strategy.root_device,
         saved=saved,
         why_masked=_why_masked(trainer) or _why_too_short(trainer),

@@ -23,6 +23,7 @@ def call_instead(trainer: Trainer, name: str, call: Callable[..., Any]) -> None:
     usual = getattr(strategy, name)
 
     def once(*arguments: Any, **options: Any) -> Any:
+        # before the call, which may raise
         vars(strategy).pop(name, None)
         return call(usual, *arguments, **options)
 

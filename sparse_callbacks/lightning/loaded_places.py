@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.core.checkpoint import other_storage
+from sparse_callbacks.core.given_masks import compact_parts
 from sparse_callbacks.core.inspection import tensors_in
 from sparse_callbacks.core.live.live_masks import exchanged_layers
-from sparse_callbacks.core.live.saved_patterns import Pattern, keys_of, mask_of
+from sparse_callbacks.core.live.saved_patterns import Pattern, keys_of, matrix_of
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 from sparse_callbacks.core.state_layout import LAYOUT
@@ -105,14 +106,15 @@ def _keys_of_weight(weight: Tensor, layer: SparseLinear) -> Tensor | None:
 
 def _unfold(weights: MutableMapping[str, Any], name: str, shape: tuple[int, ...]) -> None:
     """Replace the compact weight of a layer by its dense matrix."""
-    parts = {key: weights.get(f"{name}.{key}") for key in ("crow", "col", "idx")}
-    pattern, values = {key: t for key, t in parts.items() if t is not None}, weights[f"{name}.values"]
-    if LAYOUT["patterns"]({name: pattern}) or len(shape) != 2:
+    parts = compact_parts(weights, name)
+    pattern = {key: tensor for key, tensor in parts.items() if key != "values"}
+    if LAYOUT["patterns"]({name: pattern}) or not isinstance(parts["values"], Tensor):
         return
-    mask = mask_of(pattern, shape)
-    # rows of a group read the same inputs, in the order of columns, so that values lie as the matrix does
-    weights[name] = torch.zeros(shape, dtype=values.dtype).masked_scatter_(mask, values.flatten())
-    for key in ("values", *pattern):
+    try:
+        weights[name] = matrix_of(pattern, parts["values"], shape)
+    except ValueError:  # whoever loads the weights says so, with the name of the layer
+        return
+    for key in parts:
         del weights[f"{name}.{key}"]
 
 

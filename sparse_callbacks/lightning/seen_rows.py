@@ -13,16 +13,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from sparse_callbacks.core import data_pass
 from sparse_callbacks.core.inspection import copied, run
+from sparse_callbacks.core.storages.storage_timing import rows_of_layers
 from sparse_callbacks.core.undisturbed import undisturbed
 from sparse_callbacks.lightning.data_pass import unlogged, users_sampler
 from sparse_callbacks.lightning.namespaces import Trainer
 
-Rows = Mapping[str, int]
 
-
-def seen_rows(
-    trainer: Trainer, module: LightningModule, rows_of: Callable[[nn.Module, Callable[[], Any]], Rows]
-) -> Rows:
+def seen_rows(trainer: Trainer, module: LightningModule) -> Mapping[str, int]:
     """Rows of the flattened input of each layer in one training step; none where nobody can know them yet.
 
     A batch of the training data is preferred to ``example_input_array``, which often has a single row. Everything is
@@ -33,12 +30,11 @@ def seen_rows(
     Args:
         trainer: the Trainer, before it has made its loaders.
         module: its LightningModule.
-        rows_of: a function of the model and of a call that runs it once, which gives the rows by layer.
     """
     with undisturbed(module), unlogged(module):
         for model, call in _calls(trainer, module):
             try:
-                if found := rows_of(model, call):
+                if found := rows_of_layers(model, call):
                     return found
             except Exception:  # whatever a forward pass raises on what it is not made for; the fit will raise it too
                 continue

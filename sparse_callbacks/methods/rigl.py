@@ -17,7 +17,7 @@ from sparse_callbacks.core.step import ReplacesSteps, Step
 from sparse_callbacks.core.storages.storage import Rows, StorageByLayer
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
-from sparse_callbacks.methods.unit_updates import grown_units, units_to_move
+from sparse_callbacks.methods.unit_updates import active_units, free_units, grown_units, units_to_move
 
 
 class RigL(ReplacesSteps, DropAndGrow):
@@ -162,10 +162,6 @@ def _(method: RigL, step: Step, name: str, kept: Tensor, count: int) -> Tensor |
         return None
     if method.candidates is None:
         return step.largest_units(name, kept, count)
-    layer, parts = method.weights.layers_stored[name], 1
-    if layer.storage == "grouped":  # all counts are those of a block
-        parts = layer.block_rows
-    units = layer.live // layer.group
-    free = (layer.block_rows * layer.in_features - kept.numel()) // parts
-    drawn = candidate_count(method.candidates, units // parts, count, free)
+    layer = method.weights.layers_stored[name]
+    drawn = candidate_count(method.candidates, active_units(layer), count, free_units(layer, kept))
     return step.largest_units(name, kept, count, drawn, method.generator(name, step.number))

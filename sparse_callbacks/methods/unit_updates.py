@@ -26,6 +26,22 @@ def grown_units(method: object, step: Step, name: str, kept: Tensor, count: int)
     raise NotImplementedError
 
 
+def active_units(layer: SparseLinear) -> int:
+    """Units that live in an exchanged layer; in a grouped one those of each block of rows, which chooses by itself."""
+    return layer.values.shape[-1]
+
+
+def free_units(layer: SparseLinear, kept: Tensor) -> int:
+    """Units that may grow in an exchanged layer; of a grouped one in each block of rows.
+
+    Args:
+        layer: the layer.
+        kept: keys of the units that stay.
+    """
+    blocks = max(1, layer.block_rows) if layer.storage == "grouped" else 1
+    return (layer.block_rows * layer.in_features - kept.numel()) // blocks
+
+
 def units_to_move(layer: SparseLinear, fraction: float) -> int:
     """How many units an update replaces in an exchanged layer; of a grouped one in each block of rows.
 
@@ -33,7 +49,7 @@ def units_to_move(layer: SparseLinear, fraction: float) -> int:
         layer: the layer.
         fraction: the share of active weights that the update replaces.
     """
-    return drop_count(layer.live if layer.storage == "sparse" else layer.values.shape[-1], fraction)
+    return drop_count(active_units(layer), fraction)
 
 
 def moved_units(method: object, step: Step, name: str, layer: SparseLinear, fraction: float) -> Move | None:
@@ -47,6 +63,6 @@ def moved_units(method: object, step: Step, name: str, layer: SparseLinear, frac
         fraction: the share of active weights that the update replaces.
     """
     count, keys = units_to_move(layer, fraction), layer.keys()
-    stay = kept_units(layer.unit_magnitudes(), count, None if layer.storage == "sparse" else layer.values.shape[-1])
+    stay = kept_units(layer.unit_magnitudes(), count, active_units(layer) if layer.storage == "grouped" else None)
     new = grown_units(method, step, name, keys[stay], count)
     return None if new is None else Move(keys, *merged(keys, stay, new))

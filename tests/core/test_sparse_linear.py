@@ -77,13 +77,13 @@ def test_masks_that_are_not_of_the_pattern_are_refused() -> None:
         SparseLinear.from_dense(linear, mask[:, 1:])
     with pytest.raises(ValueError, match="groups of 5 do not divide 12 rows"):
         SparseLinear.from_dense(linear, mask, storage="grouped", group=5)
-    with pytest.raises(ValueError, match="every 4 rows must read the same inputs"):
+    with pytest.raises(ValueError, match="groups of 4 rows that do not read the same inputs"):
         SparseLinear.from_dense(linear, mask_of("sparse"), storage="grouped", group=GROUP)
     uneven = mask.clone()
     uneven[:4] |= mask[4:8]
-    with pytest.raises(ValueError, match=r"groups of 4 rows read from 3 to \d inputs"):
+    with pytest.raises(ValueError, match=r"groups of 4 rows that read from 3 to \d inputs"):
         SparseLinear.from_dense(linear, uneven, storage="grouped", group=GROUP)
-    with pytest.raises(ValueError, match="storage='csr' is not known"):
+    with pytest.raises(TypeError, match="storage='csr' is not of a type that"):
         SparseLinear.from_dense(linear, mask, storage="csr")  # type: ignore[arg-type]
 
 
@@ -139,7 +139,7 @@ def test_the_generator_decides_pattern_and_values(storage: str) -> None:
 
 
 def test_fan_in_must_fit_the_inputs() -> None:
-    with pytest.raises(ValueError, match="fan_in=11 of 10 inputs: give a number from 0 to 10"):
+    with pytest.raises(ValueError, match=r"fan_in=11 of a layer of 10 inputs, .*: give a number from 0 to 10"):
         SparseLinear.random(10, 12, 11)
     with pytest.raises(ValueError, match="groups of 64 do not divide 12 rows"):
         SparseLinear.random(10, 12, 3, storage="grouped")

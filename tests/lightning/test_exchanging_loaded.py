@@ -9,9 +9,11 @@ import torch
 from pytorch_lightning.tuner import Tuner
 from support.exchanged import Hooked, fit, layers_of, mlp, patterns_of, sparse
 from support.processes import matrices
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from sparse_callbacks import SparseLinear
+from sparse_callbacks.lightning.loaded_places import take_places
 from sparse_callbacks.testing.comparison import assert_counts, differences
 from sparse_callbacks.testing.data import Batches
 from sparse_callbacks.testing.networks import Classifier
@@ -203,3 +205,17 @@ def test_a_learning_rate_finder_within_a_fit_leaves_no_trace() -> None:
     trainer_for([sparse("set"), finder]).fit(tuned)
     assert differences(alone.state_dict(), tuned.state_dict()) == []
     assert differences(patterns_of(alone), patterns_of(tuned)) == []
+
+
+@pytest.mark.parametrize("storage", ["sparse", "grouped"])
+@pytest.mark.parametrize("fault", ["another model", "too few values"])
+def test_compact_weights_that_do_not_fit_are_refused_with_the_name_of_their_layer(storage: Any, fault: str) -> None:
+    saved = nn.Sequential(SparseLinear.random(8, 8, 2, storage=storage, group=4))
+    saved[0].compact_state = True
+    weights = dict(saved.state_dict())
+    if fault == "too few values":
+        weights["0.weight.values"] = weights["0.weight.values"].flatten()[:3]
+    model = nn.Sequential(nn.Linear(6, 6) if fault == "another model" else nn.Linear(8, 8))
+    take_places(model, {"state_dict": weights})
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "0.weight.values"'):
+        model.load_state_dict(weights)

@@ -15,8 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sparse_callbacks import SET
 from sparse_callbacks.core.storages import auto_storage
-from sparse_callbacks.core.storages.storage_timing import rows_of_layers
-from sparse_callbacks.lightning.exchanging import refuse_storage
+from sparse_callbacks.lightning.exchanging import refuse_unfit_trainer
 from sparse_callbacks.lightning.seen_rows import seen_rows
 from sparse_callbacks.testing.comparison import assert_counts, differences
 from sparse_callbacks.testing.data import Batches
@@ -133,7 +132,7 @@ def found_rows(module: Any, loader: Any = None, datamodule: Any = None) -> Any:
     class Looks(pl.Callback):
         def setup(self, trainer: Any, module: Any, stage: str) -> None:
             before = random_numbers()
-            rows.append(seen_rows(trainer, module, rows_of_layers))
+            rows.append(seen_rows(trainer, module))
             assert before == random_numbers()
 
     trainer = trainer_for([Looks()], max_epochs=1)
@@ -240,14 +239,14 @@ class ModelParallelStrategy:
 
 def test_sharded_parameters_are_refused_with_sparse_storage() -> None:
     trainer = SimpleNamespace(callbacks=[], strategy=ModelParallelStrategy(), precision="32-true")
-    refuse_storage(sparse("set", "auto"), trainer, mlp())  # whose layers stay masked there
+    refuse_unfit_trainer(sparse("set", "auto"), trainer, mlp())  # whose layers stay masked there
     with pytest.raises(
         ValueError, match=r"storage='grouped': ModelParallelStrategy shards parameters.*storage='masked'"
     ):
-        refuse_storage(sparse("set", "grouped"), trainer, mlp())
+        refuse_unfit_trainer(sparse("set", "grouped"), trainer, mlp())
     fit(sparse("set"), module := mlp())
     with pytest.raises(ValueError, match=r"a SparseLinear \(net\.1\.weight\).*to_dense\(module\)"):
-        refuse_storage(sparse("set", "masked"), trainer, module)
+        refuse_unfit_trainer(sparse("set", "masked"), trainer, module)
 
 
 # ---------------------------------------------------------------------- several callbacks

@@ -9,6 +9,7 @@ import collections.abc
 import contextlib
 import inspect
 import math
+import operator
 import re
 import signal
 import tempfile
@@ -98,18 +99,26 @@ def subjects(*modules: Any) -> Iterator[tuple[str, Callable[..., Any]]]:
             own = getattr(found, "__module__", "").startswith("sparse_callbacks") and not name.startswith("_")
             if own and callable(found) and name not in NOT_CALLED and not typing.get_origin(found):
                 yield f"{module.__name__.rpartition('.')[2]}.{name}", found
+        for name in MADE_OTHERWISE if module is sparse_callbacks else ():
+            yield name, operator.attrgetter(name)(module)
 
 
 # Bases that are not made by users, what the library itself makes, and what a decorator or a class takes.
 NOT_CALLED = (
     "Method", "DropAndGrow", "SparsityCallback", "SparseRun", "Plan", "Step", "Update", "Options", "Time",
-    "Distribution", "Shapes", "horizon", "contract", "Settings",
+    "Distribution", "Shapes", "horizon", "contract", "Settings", "SparseLinear",
 )  # fmt: skip
+MADE_OTHERWISE = ("SparseLinear.from_dense", "SparseLinear.random")
+"""Class methods that users call in place of a constructor."""
 
 
 def good(name: str) -> dict[str, Any]:
     """Arguments with which a subject works, where it has some without a default."""
     module, _, own = name.partition(".")
+    if module == "SparseLinear":
+        linear = torch.nn.Linear(4, 6)
+        sizes = {"in_features": 4, "out_features": 6, "fan_in": 2}
+        return {"linear": linear, "mask": linear.weight > 0} if own == "from_dense" else sizes
     if own == "Schedule":
         return {"curve": "linear", "initial": 0.5, "final": 0.0}
     if own[0].isupper():
@@ -128,6 +137,7 @@ def _for_networks(name: str) -> dict[str, Any]:
         },
         "exchange_layers": {"method": sparse_callbacks.RigL(0.5, storage="sparse"), "model": model},
         "to_dense": {"module": model},
+        "to_inference": {"module": model},
         "slim": {"model": model, "masks": {}, "example_input": torch.ones(2, 12)},
         "channel_groups": {"model": model, "example_input": torch.ones(2, 12)},
         "export_onnx": {"model": model, "path": "/nowhere/a.onnx", "example_input": torch.ones(2, 12)},

@@ -5,16 +5,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
+from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear, weight_name
 
 
 def exchanged_layers(model: nn.Module) -> dict[str, SparseLinear]:
     """The exchanged layers of a model, by the name of their weight in ``named_parameters``."""
-    return {
-        f"{prefix}.weight" if prefix else "weight": module
-        for prefix, module in model.named_modules()
-        if isinstance(module, SparseLinear)
-    }
+    return {weight_name(name): module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
 
 
 class MasksOnDemand(Mapping[str, Tensor]):

@@ -36,9 +36,7 @@ def drawn_units(
     """
     size = math.prod(shape)
     blocks, inputs = shape if per_block else (1, size)
-    free = inputs - kept.numel() // max(1, blocks)
-    if not 0 <= count <= free:
-        raise ValueError(f"count={count} units cannot be drawn: {free} are free. Give 0 to {free}.")
+    refuse_more_than_free(count, inputs - kept.numel() // max(1, blocks))
     if not count or not blocks:
         return kept.new_empty(0)
     # drawn on the CPU, so that the numbers are the same wherever the layer is
@@ -49,6 +47,16 @@ def drawn_units(
     else:
         drawn = largest_of_all(size, kept.cpu(), count, source)
     return drawn.to(kept.device)
+
+
+def refuse_more_than_free(count: int, free: int) -> None:
+    """Refuse more units than are free.
+
+    Raises:
+        ValueError: `count` is negative or exceeds ``free``.
+    """
+    if not 0 <= count <= free:
+        raise ValueError(f"count={count} units cannot come: {free} are free. Give 0 to {free}.")
 
 
 def largest_of_all(size: int, kept: Tensor, count: int, source: torch.Generator) -> Tensor:
@@ -143,6 +151,6 @@ def rejected(blocks: int, inputs: int, kept: Tensor, count: int, source: torch.G
         lack = few - torch.searchsorted(numbers, torch.arange(0, (blocks + 1) * free, free)).diff()
     if few < count:
         numbers = places_without(numbers, blocks * free)
-    # the n-th free unit is behind as many kept ones as have at most n free units before them
+    # the n-th free unit comes after as many kept ones as have at most n free units before them
     before = kept - torch.arange(kept.numel())
     return numbers + torch.searchsorted(before, numbers, right=True)

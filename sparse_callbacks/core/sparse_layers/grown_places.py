@@ -9,7 +9,7 @@ from torch import Tensor
 from sparse_callbacks.core.ops import keep_largest
 from sparse_callbacks.core.patterns import block_sums, column_sums
 from sparse_callbacks.core.sparse_layers.best_units import Best, BestOfBlocks
-from sparse_callbacks.core.sparse_layers.drawn_places import drawn_units
+from sparse_callbacks.core.sparse_layers.drawn_places import drawn_units, refuse_more_than_free
 from sparse_callbacks.core.sparse_layers.moved_places import BELOW_ZERO, largest_ranked
 from sparse_callbacks.core.sparse_layers.quick_places import true_places
 from sparse_callbacks.core.sparse_layers.sparse_kernels import add_sampled
@@ -52,9 +52,9 @@ def largest_units(
         ValueError: `count` is negative or exceeds the units that are free.
     """
     blocks, inputs = shape[0] // group, shape[1]
-    free = (inputs if per_block else blocks * inputs) - kept.numel() // (max(1, blocks) if per_block else 1)
-    if not 0 <= count <= free:
-        raise ValueError(f"count={count} units cannot grow: {free} are free. Give 0 to {free}.")
+    refuse_more_than_free(
+        count, inputs - kept.numel() // max(1, blocks) if per_block else blocks * inputs - kept.numel()
+    )
     if not count:
         return kept.new_empty(0)
     if per_block:

@@ -1,11 +1,12 @@
 """Patterns of truly sparse layers: live places of a matrix, as products read them."""
 
 from functools import reduce
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from sparse_callbacks.core.arguments import refuse_unknown
 from sparse_callbacks.core.largest import widened
 from sparse_callbacks.core.sparse_layers.moved_places import by_column, fill_columns, fill_rows
 from sparse_callbacks.core.sparse_layers.place_units import GroupPattern, LivePlaces, RowPattern, checked_keys
@@ -209,17 +210,11 @@ def places_of(storage: Storage, outputs: int, inputs: int, group: int, keys: Ten
     Raises:
         ValueError: The storage is unknown, ``group`` does not divide the outputs, or the keys are not of the pattern.
     """
-    refuse_unknown_storage(storage)
+    refuse_unknown({"storage": storage}, {"storage": get_args(Storage)})
     if storage == "sparse":
         return RowPlaces(outputs, inputs, keys)
     refuse_group(outputs, group)
     return GroupPlaces(outputs, inputs, group, keys)
-
-
-def refuse_unknown_storage(storage: str) -> None:
-    """Refuse a storage that is not known."""
-    if storage not in ("sparse", "grouped"):
-        raise ValueError(f"storage={storage!r} is not known. Give 'sparse' or 'grouped'")
 
 
 def refuse_group(outputs: int, group: int) -> None:
@@ -237,18 +232,24 @@ def keys_of_mask(mask: Tensor, group: int) -> Tensor:
     """
     if group == 1:
         return mask.reshape(-1).nonzero().flatten()
-    outputs, inputs = mask.shape
-    refuse_group(outputs, group)
-    blocks = mask.reshape(outputs // group, group, inputs)
-    rows = blocks[:, 0]
-    if not bool((blocks == rows[:, None]).all()):
-        raise ValueError(
-            f"its mask is not of the pattern: every {group} rows must read the same inputs. Make it with "
-            f"pattern='fan_in/{group}', or give storage='sparse'"
-        )
-    counts = rows.sum(1)
+    refuse_group(mask.shape[0], group)
+    if why := why_not_grouped(mask, group):
+        raise ValueError(f"its mask {why}. Make it with pattern='fan_in/{group}', or give storage='sparse'")
+    return mask[::group].reshape(-1).nonzero().flatten()
+
+
+def why_not_grouped(mask: Tensor, group: int) -> str:
+    """Why a mask is not of the pattern in which every group of rows reads the same inputs, as many for each group; the end of a
+    sentence, empty where it is.
+
+    Args:
+        mask: ``[outputs, inputs]``.
+        group: The number of rows, which divides the outputs.
+    """
+    first = mask[::group]
+    if not torch.equal(mask, first.repeat_interleave(group, 0)):
+        return f"has groups of {group} rows that do not read the same inputs"
+    counts = first.sum(1)
     if counts.numel() and int(counts.min()) != int(counts.max()):
-        raise ValueError(
-            f"its groups of {group} rows read from {int(counts.min())} to {int(counts.max())} inputs: each must read as many"
-        )
-    return rows.reshape(-1).nonzero().flatten()
+        return f"has groups of {group} rows that read from {int(counts.min())} to {int(counts.max())} inputs, not as many each"
+    return ""

@@ -69,7 +69,8 @@ class LiveWeight(nn.Module):
     def weight(self) -> Tensor:
         """The dense matrix ``[out_features, in_features]``, a copy; differentiable by the live values."""
         if "weight" not in self.__dict__.get("_parameters", {}):
-            raise AttributeError("weight: the dense matrix is made of the live values, and this layer has none")
+            # register_parameter asks whether there is an attribute of that name already
+            raise AttributeError("a SparseLinear has no weight before its live values are registered")
         self.refuse_dense("weight")
         object.__setattr__(self, "weight_was_read", True)
         return self.places.dense(self.values)

@@ -21,9 +21,8 @@ def fan_in_columns(blocks: int, inputs: int, fan_in: int, source: torch.Generato
     columns = torch.empty(blocks, fan_in, dtype=torch.int32, device="cpu")
     if not fan_in:
         return columns
-    dense = (
-        4 * fan_in > inputs
-    )  # where most places are live, looking at all of them is faster than drawing until they fit
+    # where many places are live, looking at all of them is faster than drawing until they fit
+    dense = 4 * fan_in > inputs
     draw = chosen_of_all if dense else drawn_apart
     step = max(1, DRAWN // max(1, inputs if dense else fan_in))
     for start in range(0, blocks, step):

@@ -5,14 +5,15 @@ import math
 import torch
 from torch import Tensor, nn
 
+from sparse_callbacks.core.argument_types import checked
 from sparse_callbacks.core.sparse_layers.live_places import (
+    LARGEST_INT32,
     GroupPlaces,
     LivePlaces,
     RowPlaces,
     Storage,
     keys_of_mask,
     places_of,
-    refuse_unknown_storage,
 )
 from sparse_callbacks.core.sparse_layers.live_weight import LiveWeight, as_parameter
 from sparse_callbacks.core.sparse_layers.pattern_draws import fan_in_columns
@@ -58,6 +59,7 @@ class SparseLinear(LiveWeight):
         self.register_parameter("bias", None if bias is None else as_parameter(bias))
 
     @classmethod
+    @checked
     def from_dense(
         cls,
         linear: nn.Linear,
@@ -82,14 +84,9 @@ class SparseLinear(LiveWeight):
         weight = linear.weight
         if mask.shape != weight.shape:
             raise ValueError(f"the mask has shape {tuple(mask.shape)} and the weight {tuple(weight.shape)}")
-        refuse_unknown_storage(storage)
         keys = keys_of_mask(mask.to(torch.bool), 1 if storage == "sparse" else group)
         places = places_of(storage, weight.shape[0], weight.shape[1], group, keys)
-        if weight.device.type != "meta":
-            places.to(weight.device)
-            values = places.read(weight.detach())
-        else:
-            values = torch.empty(places.values_shape, dtype=weight.dtype, device="meta")
+        values = values_at(places, weight)
         bias = None if linear.bias is None else linear.bias.detach().clone()
         layer = cls(places, values, bias, feature_major=feature_major)
         layer.values.requires_grad_(weight.requires_grad)
@@ -98,6 +95,7 @@ class SparseLinear(LiveWeight):
         return layer.train(linear.training)
 
     @classmethod
+    @checked
     def random(
         cls,
         in_features: int,
@@ -130,13 +128,13 @@ class SparseLinear(LiveWeight):
             feature_major: Whether outputs are views of feature-major memory.
 
         Raises:
-            ValueError: ``fan_in`` is not between 0 and ``in_features``, or ``group`` does not divide the outputs.
+            ValueError: ``fan_in`` is not between 0 and ``in_features``, ``group`` does not divide the outputs, a size is
+                negative or exceeds 2^31 - 1, as the number of live weights must not, or no such device is known.
         """
-        if not 0 <= fan_in <= in_features:
-            raise ValueError(f"fan_in={fan_in} of {in_features} inputs: give a number from 0 to {in_features}")
+        refuse_sizes(in_features, out_features, fan_in)
+        where = torch.get_default_device() if device is None else device_of(device)
         places = places_of(storage, out_features, in_features, group, torch.empty(0, dtype=torch.int64, device="cpu"))
         places.set_columns(fan_in_columns(places.blocks, in_features, fan_in, generator))
-        where = torch.device(device) if device is not None else torch.get_default_device()
         values = torch.empty(places.values_shape, dtype=dtype, device=where)
         offset = torch.empty(out_features, dtype=dtype, device=where) if bias else None
         layer = cls(places, values, offset, feature_major=feature_major)
@@ -211,3 +209,52 @@ class SparseLinear(LiveWeight):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"storage={self.storage!r}{group}, live={self.live}, density={self.density:.3g}"
         )
+
+
+def values_at(places: LivePlaces, weight: Tensor) -> Tensor:
+    """The live values of a dense weight. The pattern moves to its device, but stays where the values are on the meta device.
+
+    Args:
+        places: The pattern.
+        weight: The matrix ``[outputs, inputs]``.
+    """
+    if weight.is_meta:
+        return torch.empty(places.values_shape, dtype=weight.dtype, device="meta")
+    places.to(weight.device)
+    return places.read(weight.detach())
+
+
+def weight_name(layer: str) -> str:
+    """The name of a layer's weight in ``named_parameters``.
+
+    Args:
+        layer: The layer's name; empty for the model itself.
+    """
+    return f"{layer}.weight" if layer else "weight"
+
+
+def refuse_sizes(in_features: int, out_features: int, fan_in: int) -> None:
+    """Refuse a layer that cannot be: patterns count in int32.
+
+    Raises:
+        ValueError: says which number is out of range.
+    """
+    most = {"in_features": LARGEST_INT32, "out_features": LARGEST_INT32 // max(1, fan_in), "fan_in": in_features}
+    for name, value in {"in_features": in_features, "out_features": out_features, "fan_in": fan_in}.items():
+        if not 0 <= value <= most[name]:
+            raise ValueError(
+                f"{name}={value} of a layer of {in_features} inputs, {out_features} outputs and fan-in {fan_in}: give a "
+                f"number from 0 to {most[name]}"
+            )
+
+
+def device_of(device: torch.device | str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ValueError: torch knows none.
+    """
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} is not known to torch. Give for example 'cpu' or 'meta'.") from error

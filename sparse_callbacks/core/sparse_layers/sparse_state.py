@@ -22,12 +22,13 @@ def written(layer: "LiveWeight", destination: dict[str, Any], prefix: str, keep_
     if not (layer.compact_state or layer.is_too_large):
         destination[f"{prefix}weight"] = dense_of(layer, values)  # in its place, before the bias
         return
-    rest = {key: destination.pop(key) for key in list(destination) if key.startswith(prefix)}
-    del rest[f"{prefix}weight"]
+    # all that torch has put there is put behind the parts of the weight, so that the weight stays first
+    others = {key: destination.pop(key) for key in list(destination) if key.startswith(prefix)}
+    del others[f"{prefix}weight"]
     destination[f"{prefix}weight.values"] = values
     for name, tensor in layer.places.saved().items():
         destination[f"{prefix}weight.{name}"] = tensor
-    destination.update(rest)
+    destination.update(others)
 
 
 def dense_of(layer: "LiveWeight", values: Tensor) -> Tensor:

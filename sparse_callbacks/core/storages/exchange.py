@@ -106,6 +106,7 @@ def exchange(
         return done
     try:
         entries = with_awaited(method, select(model, method.include, method.exclude, method.keep_dense))
+        refuse_idle_globs(rows, entries, "rows")
         choices = choices_for(method, model, entries, device)
         if saved is not None:
             _put_saved(done, method, model, entries, choices, saved)

@@ -44,6 +44,7 @@ class Exchanged:
 
     def _swap(self, old: nn.Module, new: nn.Module) -> None:
         take_over(old, new)
+        # looked up anew: an undo comes later, when other modules may hold it
         put_in(holders_of(self._model)[id(old)], new)
 
     def move(self, layer: SparseLinear, keys: Tensor) -> None:

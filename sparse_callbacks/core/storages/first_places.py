@@ -11,8 +11,8 @@ from sparse_callbacks.core.initial_masks import draws_at_random, given_mask
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.sparse_layers.drawn_places import LARGEST_SAME, rejected
-from sparse_callbacks.core.sparse_layers.live_places import LivePlaces, Storage, keys_of_mask, places_of
-from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
+from sparse_callbacks.core.sparse_layers.live_places import Storage, keys_of_mask, places_of
+from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear, values_at
 from sparse_callbacks.core.weights import SparseWeights
 
 
@@ -44,14 +44,9 @@ def _first_keys(
         with _planned(method, entry, weight, targets):
             active = entry.size - method.planned_zeros(entry.name, entry.size)
         rows, inputs = entry.full_shape
-        blocks = (rows // group, inputs, active // rows) if group > 1 else (1, rows * inputs, active)
-        return rejected(
-            blocks[0],
-            blocks[1],
-            torch.empty(0, dtype=torch.int64, device="cpu"),
-            blocks[2],
-            method.generator(entry.name, 0),
-        )
+        blocks, units, count = (rows // group, inputs, active // rows) if group > 1 else (1, rows * inputs, active)
+        none_kept = torch.empty(0, dtype=torch.int64, device="cpu")
+        return rejected(blocks, units, none_kept, count, method.generator(entry.name, 0))
     if weight.is_meta:
         raise ValueError(
             f"{entry.name} is on the meta device and has no values to choose its first mask by. Give "
@@ -99,13 +94,9 @@ def sparse_twin(linear: nn.Linear, storage: str, group: int, keys: Tensor) -> Sp
     weight = linear.weight
     kind: Storage = "grouped" if storage == "grouped" else "sparse"
     with torch.device("cpu"):
-        places: LivePlaces = places_of(kind, weight.shape[0], weight.shape[1], group, keys.cpu())
-    if weight.is_meta:
-        values = torch.empty(places.values_shape, dtype=weight.dtype, device="meta")
-    else:
-        places.to(weight.device)
-        values = places.read(weight.detach())
-    layer = SparseLinear(places, nn.Parameter(values, requires_grad=weight.requires_grad), None)
+        places = places_of(kind, weight.shape[0], weight.shape[1], group, keys.cpu())
+    values = nn.Parameter(values_at(places, weight), requires_grad=weight.requires_grad)
+    layer = SparseLinear(places, values, None)
     vars(layer.values).update(vars(weight))
     if weight.grad is not None:
         layer.values.grad = places.read(weight.grad)

@@ -44,9 +44,11 @@ def take_over(old: nn.Module, new: nn.Module) -> None:
         old: an ``nn.Linear``, or a `SparseLinear`.
         new: the module of the other kind that takes its place; it keeps its own weight.
     """
+    # the dictionaries themselves and no copies: handles of hooks look for their entry in them
     attributes = vars(old).keys() - names_of_own(nn.Linear) - names_of_own(SparseLinear)
     vars(new).update({key: vars(old)[key] for key in attributes})
     weight = new._parameters["weight"]
+    # in the order of the old module, in which optimizers number the Parameters of a checkpoint
     kept = {key: weight if key == "weight" else parameter for key, parameter in old._parameters.items()}
     new._parameters.clear()
     new._parameters.update(kept)

@@ -10,7 +10,7 @@ from torch import nn
 
 from sparse_callbacks.core.attachment import Choice
 from sparse_callbacks.core.selection import NOT_TRAINED, Entry
-from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
+from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear, weight_name
 from sparse_callbacks.core.storages.module_swap import names_added, names_of_sparse
 
 _TYPES = (torch.float32, torch.float64)
@@ -45,7 +45,7 @@ def linear_layers(model: nn.Module) -> dict[str, Layer]:
             in_attention.update(map(id, module.children()))
         if isinstance(module, nn.Linear | SparseLinear):
             weight = module._parameters.get("weight")
-            mine = [f"{prefix}.weight" if prefix else "weight"] if weight is None else names[id(weight)]
+            mine = [weight_name(prefix)] if weight is None else names[id(weight)]
             found.setdefault(mine[0], Layer(tuple(mine), module, id(module) in in_attention, module is model))
     return found
 
@@ -136,6 +136,7 @@ def _choice(asked: str, entry: Entry, layer: Layer, group: int, device: torch.de
         return Choice("masked")
     weight = layer.module._parameters["weight"]
     assert weight is not None  # it has an entry
+    # never a reason to refuse: no user can change what torch's attention reads
     if layer.in_attention:
         return Choice("masked", "the attention reads this weight itself")
     if why := why_not_exchanged(layer) or why_not_frozen(entry):
@@ -189,7 +190,8 @@ def refuse_idle_globs(given: Any, entries: Sequence[Entry], argument: str) -> No
         ValueError: lists what there is.
     """
     candidates = [e.name for e in entries if e.shape]
-    names = {name.removesuffix(".weight") for name in candidates if argument == "rows"}.union(candidates)
+    # rows are those of a layer, which may be called by its own name
+    names = [*candidates, *(n.removesuffix(".weight") for n in candidates)] if argument == "rows" else candidates
     for glob in given if isinstance(given, Mapping) else ():
         if not any(fnmatchcase(name, glob) for name in names):
             raise ValueError(

@@ -33,7 +33,6 @@ def times_of(
     rows: int,
     density: float,
     dtype: torch.dtype,
-    group: int | None = None,
     measure: Measure = milliseconds,
 ) -> dict[str, float]:
     """Milliseconds that one training step of a linear layer takes on the CPU, by storage.
@@ -49,14 +48,13 @@ def times_of(
         rows: rows of its flattened input.
         density: the fraction of its weights that is live.
         dtype: the type of its weights.
-        group: the number of rows that read the same inputs, where "grouped" is to be timed too.
         measure: what times the steps.
 
     Returns:
-        The times of "masked", "sparse" and, where it was asked for, "grouped".
+        The times of "masked" and "sparse". "grouped" is another pattern, which is never chosen for a user.
     """
     units = max(1, round(density * shape[1]))
-    return dict(_measured(shape, min(rows, MOST_ROWS), units, dtype, group, torch.get_num_threads(), measure))
+    return dict(_measured(shape, min(rows, MOST_ROWS), units, dtype, torch.get_num_threads(), measure))
 
 
 def faster(times: Mapping[str, float]) -> str:
@@ -130,7 +128,6 @@ def _measured(
     rows: int,
     units: int,
     dtype: torch.dtype,
-    group: int | None,
     threads: int,  # part of the question: products share their work between threads in different ways
     measure: Measure,
 ) -> Mapping[str, float]:
@@ -141,8 +138,6 @@ def _measured(
             "masked": _masked(shape, dtype, source),
             "sparse": _sparse(shape, units, dtype, source),
         }
-        if group is not None:
-            layers["grouped"] = _grouped(shape, units, group, dtype, source)
         steps = [_step_of(layer, rows, source) for layer in layers.values()]
         times = measure(steps, READINGS, patience=PATIENCE, settled=are_clear, cpu_time=threads == 1)
     return dict(zip(layers, times, strict=True))
@@ -169,13 +164,6 @@ def _sparse(shape: tuple[int, int], units: int, dtype: torch.dtype, source: torc
     places = RowPlaces(*shape, keys[keys < shape[0] * shape[1]])
     values = torch.empty(places.values_shape, dtype=dtype).uniform_(-1, 1, generator=source)
     return SparseLinear(places, values, torch.zeros(shape[0], dtype=dtype))
-
-
-def _grouped(
-    shape: tuple[int, int], units: int, group: int, dtype: torch.dtype, source: torch.Generator
-) -> SparseLinear:
-    """A layer whose groups of rows read ``units`` inputs each."""
-    return SparseLinear.random(shape[1], shape[0], units, storage="grouped", group=group, generator=source, dtype=dtype)
 
 
 def _step_of(layer: nn.Linear | SparseLinear, rows: int, source: torch.Generator) -> Callable[[], None]:
