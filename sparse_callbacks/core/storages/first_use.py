@@ -69,7 +69,7 @@ class FirstUse:
         texts = []
         if unused := [name for name in self._layers if name not in self._used]:
             texts.append(
-                f"the first batch did not call {', '.join(unused)}, which have sparse storage: what computes with another "
+                f"the first batch did not call layers with sparse storage ({', '.join(unused)}): what computes with another "
                 "reference to these layers, or with their dense weights, does not train them. Leave them out with exclude=, "
                 "or give storage='masked'."
             )
