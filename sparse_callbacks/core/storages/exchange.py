@@ -139,7 +139,6 @@ def _put_first(
     why_masked: str,
 ) -> None:
     """Exchange layers for a run that is new, or goes on with the masks of the method's last one."""
-    refuse_idle_globs(rows, entries, "rows")
     method.attachment.choose(model, choices)
     shared = for_targets(entries)
     find_masks(method, model, shared, None, together=True)
