@@ -240,7 +240,7 @@ def _refuse_other_layers(saved: SavedRun, module: LightningModule, shapes: Mappi
         try:
             units_of(pattern, tuple(shapes[name]))
         except ValueError as error:
-            raise damaged(f"of the pattern of {name}: {error}", path) from error
+            raise damaged(f"of the pattern that it has saved of {name}: {error}", path) from error
 
 
 def _fits(value: Any, shape: torch.Size) -> bool:
