@@ -312,6 +312,9 @@ class SparseRun:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave, before the first step; the model may be loaded before or after.
 
+        With ``storage="sparse"`` or ``"grouped"`` load it after: the layers that this run has exchanged have no pruned weights
+        left. ``sparsify(..., state=)`` takes a model that was loaded before.
+
         Raises:
             RuntimeError: a step was taken already.
             ValueError: the state is not of this method, these arguments and this model.
