@@ -51,19 +51,20 @@ class FreshState:
                 raise _unknown(path, rule)
 
     @torch.no_grad()
-    def write(self, parameter: Tensor, where: Tensor) -> None:
+    def write(self, parameter: Tensor, where: Tensor, is_zero: bool = False) -> None:
         """Give ``parameter`` fresh state at some positions. Scalars such as Adam's ``step`` stay, and state of another
         shape does.
 
         Args:
             parameter: a parameter of the optimizer, which holds the values of fresh weights already.
             where: a bool tensor of its shape, True at these positions.
+            is_zero: whether state of its shape is 0 there already, and need not be written where it starts from 0.
 
         Raises:
             UnknownStateError: see :meth:`learn`.
         """
         try:
-            self._write(self._optimizer, parameter, whole_of(parameter), where)
+            self._write(self._optimizer, parameter, whole_of(parameter), where, is_zero)
         except UnknownStateError as error:
             raise UnknownStateError(
                 f"weights have grown, and with {type(self._optimizer).__name__} they cannot start afresh: {error}. Use another "
@@ -80,11 +81,14 @@ class FreshState:
         """
         self._write(shadow.optimizer, shadow.stand_ins[id(parameter)], parameter, where)
 
-    def _write(self, optimizer: Optimizer, stepped: Tensor, parameter: Tensor, where: Tensor) -> None:
+    def _write(
+        self, optimizer: Optimizer, stepped: Tensor, parameter: Tensor, where: Tensor, is_zero: bool = False
+    ) -> None:
         for path, tensor in state_tensors(optimizer, stepped):
             for part, state in by_weight(path, tensor, stepped) if tensor is not stepped else ():
                 rule = self._rule(parameter, part, state)
-                if rule is not None:
+                written = is_zero and state is tensor and state.shape == where.shape and rule == Fresh(0.0, False)
+                if rule is not None and not written:
                     write_rule(state, where, rule, stepped.detach())
 
     def _rule(self, parameter: Tensor, path: Path, tensor: Tensor) -> Fresh | None:

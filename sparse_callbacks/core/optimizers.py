@@ -91,12 +91,12 @@ class Ownership:
         """Position of ``optimizer`` among the optimizers of the run."""
         return self.optimizers.index(optimizer)
 
-    def clear(self, name: str, where: Tensor) -> None:
+    def clear(self, name: str, where: Tensor, is_zero: bool = False) -> None:
         """Give a parameter the state of fresh weights at ``where`` (bool, of its shape), in every optimizer that steps
-        it."""
+        it; ``is_zero`` says that state of its shape is 0 there already."""
         for fresh, names in zip(self.fresh, self.steps, strict=True):
             if name in names:
-                fresh.write(self._params[name], where)
+                fresh.write(self._params[name], where, is_zero)
 
 
 def group_numbers(optimizer: Optimizer) -> list[dict[str, float]]:

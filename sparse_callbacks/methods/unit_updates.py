@@ -64,5 +64,5 @@ def moved_units(method: object, step: Step, name: str, layer: SparseLinear, frac
     """
     count, keys = units_to_move(layer, fraction), layer.keys()
     stay = kept_units(layer.unit_magnitudes(), count, active_units(layer) if layer.storage == "grouped" else None)
-    new = grown_units(method, step, name, keys[stay], count)
+    new = grown_units(method, step, name, keys.index_select(0, stay), count)
     return None if new is None else Move(keys, *merged(keys, stay, new))

@@ -104,7 +104,7 @@ def _carry_out(
         if (values := new_weights(name)) is not None:
             weights.write_grown(name, born, values)
         if owners is not None:
-            owners.clear(name, born)  # after the values, which some state starts from
+            owners.clear(name, born, is_zero=True)  # after the values, which some state starts from
     return layer.group * move.born.numel(), layer.live
 
 

@@ -71,8 +71,8 @@ class RowPlaces(LivePlaces):
         return RowPattern(self.crow, self.col, self.crow_t, self.col_t, self.perm)
 
     def keys(self) -> Tensor:
-        rows = torch.arange(self.outputs, device=self.device)
-        return torch.repeat_interleave(rows, self.crow.diff()).mul_(self.inputs).add_(self.col)
+        firsts = torch.arange(self.outputs, device=self.device).mul_(self.inputs)
+        return torch.repeat_interleave(firsts, self.crow.diff(), output_size=self.units).add_(self.col)
 
     def set_keys(self, keys: Tensor) -> None:
         crow, col = self.room("crow", (self.outputs + 1,), keys), self.room("col", keys.shape, keys)

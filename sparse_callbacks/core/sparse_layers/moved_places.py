@@ -7,7 +7,7 @@ column``, and keys are always ascending. Results are those of masked storage (`c
 import torch
 from torch import Tensor
 
-from sparse_callbacks.core.sparse_layers.quick_places import counts_below, largest_places, true_places
+from sparse_callbacks.core.sparse_layers.quick_places import joined_ascending, largest_places, true_places
 
 BELOW_ZERO, NEVER = -1.0, -2.0  # what stands among magnitudes for NaN, and for what cannot be chosen
 JOINED_AT_ONCE = 2**17  # units of a piece that fits a core's cache
@@ -76,14 +76,27 @@ def merged(keys: Tensor, kept: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
 
 def merge_piece(keys: Tensor, first: int, kept: Tensor, new: Tensor, joined: Tensor, slots: Tensor) -> None:
     """Write the joined keys and their slots of a piece of the keys, of which ``first`` is the slot of the first."""
-    # only what comes is searched for; what stays is counted
-    before = counts_below(keys, new)
-    stays = torch.zeros(keys.numel() + 1, dtype=torch.int32, device=keys.device)
-    stays[1:].index_fill_(0, kept - first, 1)
-    places = stays.cumsum_(0).index_select(0, before) + torch.arange(new.numel(), device=keys.device)
-    others = places_without(places, joined.numel())
-    joined.scatter_(0, places, new).scatter_(0, others, keys.index_select(0, kept - first))
-    slots.scatter_(0, places, slots_at(keys, first, new, before)).scatter_(0, others, kept)
+    stay = kept - first
+    ascending, order = joined_ascending(keys.index_select(0, stay), new)
+    joined.copy_(ascending)
+    torch.index_select(torch.cat([kept, slots_of_new(keys, first, stay, new)]), 0, order, out=slots)
+
+
+def slots_of_new(keys: Tensor, first: int, stay: Tensor, new: Tensor) -> Tensor:
+    """The slots of new keys that come back in the update in which they leave, -1 for the others.
+
+    Args:
+        keys: ascending keys before the update.
+        first: the slot of the first of them.
+        stay: ascending places of those that stay.
+        new: ascending keys that come, none of which stays.
+    """
+    gone = places_without(stay, keys.numel())
+    ascending, order = joined_ascending(keys.index_select(0, gone), new)
+    back = true_places(ascending[1:] == ascending[:-1])
+    slots = torch.full_like(new, -1)
+    slots[order[back + 1] - gone.numel()] = gone[order[back]] + first
+    return slots
 
 
 def slots_at(keys: Tensor, first: int, wanted: Tensor, before: Tensor) -> Tensor:

@@ -44,6 +44,18 @@ def counts_below(ascending: Tensor, wanted: Tensor) -> Tensor:
     return torch.searchsorted(ascending, wanted)
 
 
+def joined_ascending(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """The numbers of two ascending lists as one, and where each is in them, one behind the other; equal ones of the first
+    come first."""
+    both = torch.cat([first, second])
+    if (numpy := numpy_for(both)) is not None:
+        # timsort, which merges two ascending lists in linear time
+        order = torch.from_numpy(numpy.argsort(both.numpy(), kind="stable"))
+    else:
+        order = both.argsort(stable=True)
+    return both.index_select(0, order), order
+
+
 def largest_places(scores: Tensor, count: int) -> Tensor:
     """Ascending places of the `count` largest of scores that are not negative; ties and NaN as in `keep_largest`.
 
