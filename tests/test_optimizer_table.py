@@ -56,7 +56,7 @@ def test_the_table_has_no_row_of_what_is_silently_wrong() -> None:
 
 
 def test_a_trial_finds_state_that_is_zeroed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def zero(self: Any, parameter: Tensor, where: Tensor) -> None:
+    def zero(self: Any, parameter: Tensor, where: Tensor, is_zero: bool = False) -> None:
         for value in self._optimizer.state[parameter].values():
             if value.shape == parameter.shape:
                 value.masked_fill_(where, 0)

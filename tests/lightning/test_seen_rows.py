@@ -10,7 +10,6 @@ from support.exchanged import random_numbers
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sparse_callbacks.core.storages.storage_timing import rows_of_layers
 from sparse_callbacks.lightning.seen_rows import seen_rows
 from sparse_callbacks.testing.data import Batches
 from sparse_callbacks.testing.runs import trainer_for
@@ -47,7 +46,7 @@ def found_rows(module: Pair, *callbacks: Any) -> Any:
     class Looks(pl.Callback):
         def setup(self, trainer: Any, module: Any, stage: str) -> None:
             before = random_numbers()
-            rows.append(seen_rows(trainer, module, rows_of_layers))
+            rows.append(seen_rows(trainer, module))
             assert before == random_numbers()
 
     data = Batches(size=12)

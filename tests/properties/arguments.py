@@ -102,6 +102,11 @@ DRAWN: dict[str, Draw] = {
     "from_checkpoint": lambda w: st.just({"zeros": 0.6}),  # replaced by the state of a network with as many zeros
     "initial_mask": lambda w: st.sampled_from(["random", "magnitude"]),
     "rescale": lambda w: st.sampled_from(["layer", "fan_in"]),
+    "pattern": lambda w: st.sampled_from(["fan_in/2", "fan_in/4"]),
+    "candidates": lambda w: st.sampled_from([0.3, 2.0]),
+    "storage": lambda w: st.sampled_from(["masked", "sparse", "grouped", "auto", {"*0*": "sparse", "*": "auto"}]),
+    "group": lambda w: st.sampled_from([1, 2, 4]),
+    "rows": lambda w: st.sampled_from([8, 64]),
     "every": lambda w: st.nothing(),  # with the times, below
 }
 # what a method understands differently
@@ -118,6 +123,7 @@ _TWO_WAYS_TO_SAY_IT = [
     ("epsilon", ("sparsity", "distribution")),
     ("from_checkpoint", ("sparsity", "distribution", "initial_mask", "rescale")),
     ("init", ("initial_mask",)),
+    ("pattern", ("storage",)),
 ]
 
 
