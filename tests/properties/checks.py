@@ -11,9 +11,17 @@ from torch import Tensor, nn
 
 from properties.cases import Case
 from properties.setup import make_optimizers
+from sparse_callbacks import to_dense
+from sparse_callbacks.core.live.live_masks import exchanged_layers
 from sparse_callbacks.core.ops import zeros_for
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
-from sparse_callbacks.testing.comparison import assert_counts, assert_effective, per_element_state, structure
+from sparse_callbacks.testing.comparison import (
+    assert_counts,
+    assert_effective,
+    differences,
+    per_element_state,
+    structure,
+)
 
 # an error says what is wrong in a sentence, and in another what to do
 SENTENCE = re.compile(r"[a-z)\]'\"=0-9].*\.(\s|$)", re.DOTALL)
@@ -101,6 +109,8 @@ class Watch:
             if not born.any():
                 continue
             self.born += int(born.sum())
+            if (layer := method.weights.layers_stored.get(name)) is not None:  # whose Parameter has live weights alone
+                born = layer.places.read(born)
             weight = parameters[name].detach()
             if method.keeps_dense:  # a copy that has just ended gave its values all the same
                 assert torch.equal(weight[born], method.weights.dense_values(name)[born]), name
@@ -142,6 +152,16 @@ def same_values(before: Any, after: Any) -> bool:
 def facts(net: nn.Module) -> dict[str, Any]:
     """What training must leave as it was: everything in a model but the values of its tensors."""
     return structure(net) | {"modes": {n: m.training for n, m in net.named_modules()}}
+
+
+def assert_left_as_it_was(before: Mapping[str, Any], net: nn.Module) -> None:
+    """A run has left in a model what :func:`facts` found in it, once exchanged layers are dense again."""
+    if not exchanged_layers(net):
+        assert differences(before, facts(net)) == []
+        return
+    after = facts(to_dense(copy.deepcopy(net)))
+    # a copy has Parameters of its own
+    assert differences({**before, "parameters": None}, {**after, "parameters": None}) == []
 
 
 def assert_no_hooks(optimizers: Any) -> None:

@@ -11,9 +11,9 @@ from pytorch_lightning.plugins.precision import MixedPrecision
 from support.methods import CONTRACTS
 
 from properties.cases import EPOCHS, Case
-from properties.checks import Watch, assert_no_hooks, facts, is_documented_refusal, same_values
+from properties.checks import Watch, assert_left_as_it_was, assert_no_hooks, facts, is_documented_refusal, same_values
 from properties.setup import CLIP, Data, Refused, built, ends_window, loss_factor, loss_of, make_optimizers, method_of
-from sparse_callbacks.testing.comparison import differences, snapshot
+from sparse_callbacks.testing.comparison import snapshot
 from sparse_callbacks.testing.runs import Stops, trainer_for, watch
 
 
@@ -84,7 +84,7 @@ def train_under_a_trainer(case: Case, folder: Path, resume: int | None) -> tuple
             raise Refused from error
         raise
     assert task.seen == EPOCHS * case.batches - (resume or 0)
-    assert differences(before, facts(task.net)) == []
+    assert_left_as_it_was(before, task.net)
     assert_no_hooks(trainer.optimizers)
     return snapshot(trainer, task, callback), watched
 

@@ -9,7 +9,7 @@ import torch
 from support.methods import CONTRACTS
 
 from properties.cases import Case
-from properties.checks import Watch, assert_no_hooks, facts, is_documented_refusal, same_values
+from properties.checks import Watch, assert_left_as_it_was, assert_no_hooks, facts, is_documented_refusal, same_values
 from properties.setup import (
     CLIP,
     Data,
@@ -25,7 +25,6 @@ from properties.setup import (
 )
 from sparse_callbacks import SparseRun, methods, sparsify
 from sparse_callbacks.core.hooks import Hooks
-from sparse_callbacks.testing.comparison import differences
 
 
 class Loop:
@@ -111,6 +110,6 @@ def train_in_a_loop(case: Case, folder: Path, resume: int | None) -> tuple[Any, 
             torch.save(loop.state(run), folder / "loop.pt")
             waiting = False
     run.close()
-    assert differences(before, facts(net)) == []
+    assert_left_as_it_was(before, net)
     assert_no_hooks(loop.optimizers)
     return copy.deepcopy(loop.state(run)), watched
