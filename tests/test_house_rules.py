@@ -105,7 +105,7 @@ def test_the_public_names_are_there() -> None:
 
 # ---------------------------------------------------------------------- where things are
 
-ORDER = ["core", "channels", "methods", "lightning", "tasks", "testing"]
+ORDER = ["core", "channels", "methods", "reporting", "lightning", "tasks", "testing"]
 HOSTLESS = ("core", "channels", "methods")
 ROOT_MODULES = {
     "__init__.py",
