@@ -1,6 +1,7 @@
 """Numbers as people read them: counts, FLOPs, bytes, shares, and how many times fewer."""
 
 import math
+from datetime import datetime
 
 _LARGE = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 UNKNOWN = "not recorded"
@@ -23,6 +24,13 @@ def count(value: float | None) -> str:
         if abs(rounded) >= size:
             return f"{_digits(rounded / size)} {letter}"
     return f"{value:.3g}"
+
+
+def tick(value: float | None) -> str:
+    """A number beside an axis: four digits, so that ticks that differ read differently; from 10,000 on as :func:`count`."""
+    if value is None or not math.isfinite(value):
+        return UNKNOWN
+    return count(value) if abs(value) >= 10_000 else f"{int(value):,}" if value == int(value) else f"{value:.4g}"
 
 
 def _digits(value: float) -> str:
@@ -64,6 +72,16 @@ def seconds(value: float | None) -> str:
         return f"{whole // 60} min {whole % 60} s" if whole % 60 else f"{whole // 60} min"
     hours, minutes = divmod(round(value / 60), 60)
     return f"{hours:,} h {minutes} min" if minutes else f"{hours:,} h"
+
+
+def moment(text: str) -> str:
+    """A time of ISO 8601 to the minute: ``"2026-01-01 12:30 UTC"``; another text as it is."""
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        return text
+    zone = "" if found.tzinfo is None else " UTC" if not found.utcoffset() else found.strftime(" %z")
+    return found.strftime("%Y-%m-%d %H:%M") + zone
 
 
 def fewer(value: float | None, reference: float | None, than: str = "") -> str:

@@ -92,6 +92,19 @@ def drawing() -> Iterator[Any]:
         yield figures
 
 
+def arrange(figure: "Figure") -> "Figure":
+    """Place what a finished figure consists of, once for every file that is made of it; gives the figure back.
+
+    A layout that is computed anew for each file doubles the time of a page.
+    """
+    with drawing():
+        engine = figure.get_layout_engine()
+        if engine is not None:
+            engine.execute(figure)
+            figure.set_layout_engine(None)
+    return figure
+
+
 def figure_svg(figure: "Figure", label: str = "") -> str:
     """A figure as ``<svg>`` for the inside of a page, which it takes its text colour and its fonts from.
 
