@@ -213,8 +213,9 @@ class SparsityCallback(Method, AnyCallback):
         leads = peers[0] is self  # one callback speaks for the whole network
         if leads and (batch_idx == 0 or any(c.engine.events for c in peers) or fit.logged_at < 0):
             pl_module.log("sparsity/total", curves.whole_network(peers)["sparsity/total"], prog_bar=True, logger=False)
-        if engine.events or curves.row_is_due(trainer.global_step, fit.logged_at, trainer.log_every_n_steps):
-            self._log(trainer)
+        step = curves.step_number(trainer)
+        if engine.events or (step != fit.logged_at and curves.row_is_due(trainer)):
+            self._log(trainer, step)
 
     @unless_at_rest
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -231,8 +232,10 @@ class SparsityCallback(Method, AnyCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_unequal_weights(self, self.params)
-        if self.figures() and trainer.global_step not in (0, self.fit_state.logged_at):  # which go on between updates
-            self._log(trainer)
+        step = curves.step_number(trainer) - 1  # of the last batch that ended in a step
+        going_on = self.figures() and step != self.fit_state.logged_at  # they go on between updates
+        if step >= 0 and (going_on or self.engine.events):  # events: an update at the end of the last epoch
+            self._log(trainer, step)
         if trainer.fast_dev_run:
             return
         if not self.at_target:
@@ -314,13 +317,12 @@ class SparsityCallback(Method, AnyCallback):
         optimizer_lives.switch_through_wrappers(trainer)
         optimizer_lives.check_schedules(trainer, self)
 
-    def _log(self, trainer: Trainer) -> None:
-        """A row of curves to every logger."""
+    def _log(self, trainer: Trainer, step: int) -> None:
+        """A row of curves to every logger, under the number of one optimizer step."""
         figures = curves.row(self, self.engine.events, peers_of(trainer))
-        for logger in trainer.loggers:
-            logger.log_metrics(figures, step=trainer.global_step)
+        curves.log_row(trainer, figures, step, max(0, self.fit_state.last_epoch))
         self.engine.events = {}
-        self.fit_state.logged_at = trainer.global_step
+        self.fit_state.logged_at = step
 
     def _leave(self, module: LightningModule) -> None:
         clip_again(module)

@@ -107,7 +107,7 @@ def begin_training(
     refuse_unequal_runs(callback, lambda: accumulation.run_length(trainer))
     optimizer_lives.check_schedules(trainer, callback)
     fit.accumulates = accumulation.factor_in(trainer, trainer.current_epoch)
-    fit.last_epoch, fit.cut_off = -1, False
+    fit.last_epoch, fit.logged_at, fit.cut_off = -1, -1, False
     callback.rehearse()
     if fit.before is not None:  # others may still refuse the fit
         fit.before.keep_weights(callback)
