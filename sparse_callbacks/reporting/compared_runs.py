@@ -96,7 +96,7 @@ def read_run(folder: Path, metric: str) -> ComparedRun | str:
     if failure.is_file():
         return f"failed: {failure.read_text(encoding='utf-8').strip()}"
     metrics = [name for name in run.values if name not in (*COSTS, *SPARSITIES, "compression", "speedup")]
-    return f"has no {metric}, but {', '.join(sorted(metrics))}" if metrics else "did not finish: it has no results"
+    return f"has no {metric}, but {', '.join(sorted(metrics))}" if metrics else "has no results: it did not finish, or has written them to another output_dir"
 
 
 def _from_record(folder: Path) -> ComparedRun:

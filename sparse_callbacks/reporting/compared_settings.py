@@ -101,8 +101,7 @@ def _problem(title: str, runs: Sequence[ComparedRun]) -> Problem:
     settings: list[Setting] = []
     for of_method in grouped(runs, lambda run: run.method).values():
         varying = differing_values([line_values(run) for run in of_method])
-        for members in grouped(of_method, lambda run: _text(setting_values(run))).values():
-            settings.append(_setting(members, varying))
+        settings += [_setting(members, varying) for members in grouped(of_method, _setting_key).values()]
     settings.sort(key=lambda s: (s.method != "dense", s.line, s.level if s.level is not None else 2.0, str(s.target)))
     shared = [{k: v for k, v in setting_values(s.runs[0]).items() if _is_shared(k)} for s in settings]
     return Problem(title, settings, differing_values(shared), [text for s in settings for text in _repeated(s)])
@@ -195,6 +194,10 @@ def _is_of_the_problem(key: str) -> bool:
 
 def _is_shared(key: str) -> bool:
     return not key.startswith("method.") and not _is_of_the_problem(key)
+
+
+def _setting_key(run: ComparedRun) -> str:
+    return _text(setting_values(run))
 
 
 def _problem_key(run: ComparedRun) -> str:

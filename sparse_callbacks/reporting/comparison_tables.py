@@ -17,7 +17,7 @@ from sparse_callbacks.reporting.comparison import (
     transposed,
 )
 
-MISSING = "–"
+MISSING = "-"
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,12 @@ def sparsity_table(problem: Problem, metric: str) -> ComparedTable | None:
         chosen = best_setting(settings, metric)
         if chosen is not None and len(settings) > 1:
             best.add(([line for line, _ in rows].index(chosen.line), column))
-    for setting in problem.settings:
-        if setting.method == "dense":
-            texts.append([setting.name, _score_of(setting, metric), *[""] * (len(columns) - 1)])
+    dense = [setting for setting in problem.settings if setting.method == "dense"]
+    texts += [[setting.name, _score_of(setting, metric), *[""] * (len(columns) - 1)] for setting in dense]
     counts = sorted({len(s.runs) for s in problem.settings})
     runs = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     explanation = f"Mean ± standard deviation over {runs} runs; the best of each column stands out."
-    if any(s.method == "dense" for s in problem.settings):
+    if dense:
         explanation += " A dense network has no sparsity: its row has one value."
     return ComparedTable(
         f"{_titled(metric)} by sparsity",
