@@ -39,7 +39,7 @@ METHODS = {
     "ParallelGaP": (MORE[2], ">"),
 }
 _RC = {
-    "font.size": 9.0, "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelsize": 9.0,
+    "font.family": "DejaVu Sans", "font.size": 9.0, "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelsize": 9.0,
     "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "legend.fontsize": 8.5, "legend.frameon": False, "lines.linewidth": 1.8,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.linewidth": 0.7,
     "grid.color": GRID, "axes.prop_cycle": "cycler('color', {})", "figure.facecolor": "white", "image.interpolation": "none",
