@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from sparse_callbacks.lightning.callback import SparsityCallback
-from sparse_callbacks.tasks import build, loggers, slim, summary, system_errors
+from sparse_callbacks.tasks import build, loggers, multirun, objective, slim, summary, system_errors
 from sparse_callbacks.tasks.at_target import BestAtTarget
 from sparse_callbacks.tasks.safe_stop import RunStopped
 
@@ -56,6 +56,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     cfg = cfg.copy()
     folder = run_folder(cfg)
     cfg.output_dir = str(folder)
+    build.set_threads(cfg)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     # everything cheap that can be refused comes first, before data is read and loggers are started
     build.check_choices(cfg)
@@ -155,14 +156,16 @@ def _report(
 
 
 @hydra.main(version_base=None, config_path=str(Path(__file__).parent.resolve() / "conf"), config_name="train")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
     """Run `train`; a run that was stopped, by a signal or by a full disk, prints the command that resumes it.
 
-    The exit status is that of the signal, or 1.
+    The exit status is that of the signal, or 1. A sweeper gets the metrics that `objective` names.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
+    # refused before the first batch
+    names = objective.objective_names(cfg)
     try:
-        train(cfg)
+        metrics = train(cfg)
     except RunStopped as stopped:
         print(f"Run {stopped}.", file=sys.stderr)
         if stopped.checkpoint is not None:
@@ -178,6 +181,7 @@ def main(cfg: DictConfig) -> None:
             _print_resume_command(checkpoint, folder)
         print("HYDRA_FULL_ERROR=1 shows where it happened.", file=sys.stderr)
         sys.exit(1)
+    return objective.objective_values(metrics, names, required=objective.is_read(HydraConfig.get()))
 
 
 def _print_resume_command(checkpoint: Path, folder: Path) -> None:
@@ -187,4 +191,5 @@ def _print_resume_command(checkpoint: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with multirun.multirun_shown():
+        main()

@@ -113,7 +113,8 @@ ORDER = ["core", "channels", "methods", "reporting", "lightning", "tasks", "test
 HOSTLESS = ("core", "channels", "methods")
 ROOT_MODULES = {
     "__init__.py",
-    "latency.py",  # the face, and the command
+    "latency.py",
+    "compare.py",  # the face, and the commands
     "distributions.py",
     "ops.py",
     "schedules.py",  # one-line modules for import paths that users have

@@ -47,6 +47,21 @@ def check_choices(cfg: DictConfig) -> None:
         )
 
 
+def set_threads(cfg: DictConfig) -> None:
+    """Let torch use the number of threads of the root key `threads`; null leaves it as it is.
+
+    Raises:
+        ValueError: it is not a whole number from 1 on.
+    """
+    # configurations of older versions lack the key
+    threads = cfg.get("threads")
+    if threads is None:
+        return
+    if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
+        raise ValueError(f"threads={threads!r} is not a number of threads. Give 1 or more, or null for torch's own choice.")
+    torch.set_num_threads(threads)
+
+
 def method_arguments(
     method: Mapping[str, Any], defaults: Mapping[str, Any], schedulable: str | None, sparsity: Any, curve: str | None
 ) -> dict[str, Any]:
