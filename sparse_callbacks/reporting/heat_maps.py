@@ -1,6 +1,5 @@
 """Layers over time: heat maps of their sparsity, and of what moved in them."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -80,9 +79,10 @@ def short_names(names: Sequence[str], most: int = 20) -> list[str]:
     """Names without ``.weight``; long ones without the part that all begin with, or without their middle."""
     bare = [name.removesuffix(".weight") for name in names]
     if len(bare) > 1 and max(map(len, bare)) > most:
-        shared = os.path.commonprefix(bare)
-        cut = shared.rfind(".") + 1
-        bare = [name[cut:] or name for name in bare]
+        parts = [name.split(".") for name in bare]
+        # the last part stays, also of a name that is the beginning of another
+        shared = next(i for i in range(len(parts[0])) if i + 1 in map(len, parts) or len({p[i] for p in parts}) > 1)
+        bare = [".".join(p[shared:]) for p in parts]
     half = (most - 1) // 2
     return [name if len(name) <= most else f"{name[:half]}…{name[-half:]}" for name in bare]
 

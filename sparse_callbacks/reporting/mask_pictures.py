@@ -110,7 +110,7 @@ def mask_figure(run: RecordedRun, layer: LayerRecord, name: str) -> "Figure":
             aspect="equal" if 0.12 <= rows / columns <= 1.1 else "auto",
         )  # fmt: skip
         axes.grid(False)
-        axes.set_title(f"{name}  ({' × '.join(map(str, layer.shape))})")
+        axes.set_title(f"{name} ({readable.shape_text(layer.shape)})")
         axes.set_xlabel("inputs" if len(layer.shape) == 2 else "inputs, each a kernel wide")
         axes.set_ylabel("outputs")
         axes.locator_params(nbins=5, integer=True)

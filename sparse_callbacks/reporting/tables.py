@@ -57,7 +57,7 @@ def _plan_row(layer: LayerRecord, figures: Mapping[str, Any]) -> list[str]:
     target = "" if not layer.sparse else "in training" if layer.target is None else readable.share(layer.target)
     return [
         layer.name,
-        " × ".join(map(str, layer.shape)) or "scalar",
+        readable.shape_text(layer.shape),
         f"{layer.size:,}",
         target,
         reached,
