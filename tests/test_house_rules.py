@@ -114,7 +114,8 @@ HOSTLESS = ("core", "channels", "methods")
 ROOT_MODULES = {
     "__init__.py",
     "latency.py",
-    "compare.py",  # the face, and the commands
+    "compare.py",
+    "report.py",  # the face, and the commands
     "distributions.py",
     "ops.py",
     "schedules.py",  # one-line modules for import paths that users have

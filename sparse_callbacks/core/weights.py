@@ -65,6 +65,9 @@ class SparseWeights:
         self._parts = [p for p in self.params.values() if isinstance(p, LocalPart)]
         self.watchers: list[Callable[[str, Tensor, Tensor], None]] = []
         """Called with a parameter's name, its mask so far and its new one wherever a mask changes."""
+        self.changes = 0
+        """How often a mask or a dense copy has come or gone: while it stays, so do counts. Moves of exchanged layers change
+        none."""
         self.may_hold_inf = False
         """A gradient or a dense value has held inf or NaN, so that a product with a closed gate may be NaN from here
         on."""
@@ -121,6 +124,7 @@ class SparseWeights:
     def _take(self, name: str, mask: Tensor) -> None:
         before = self._held.get(name, mask)
         self._held[name] = mask
+        self.changes += 1
         for watcher in self.watchers:
             watcher(name, before, mask)
 
@@ -325,11 +329,13 @@ class SparseWeights:
             p = self.params[name].detach()
             dense = torch.where(self.masks[name], p, value.to(p))
             self._copy.start(name, dense)
+            self.changes += 1
             self.may_hold_inf |= not bool(dense.isfinite().all())
 
     def end_copy(self, names: Iterable[str]) -> None:
         """Keep no dense values of these parameters any more."""
         self._copy.end(names)
+        self.changes += 1
 
     def dense_values(self, name: str) -> Tensor:
         """Dense values of a parameter, wherever they are; its own where no copy is kept."""

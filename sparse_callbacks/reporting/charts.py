@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from sparse_callbacks.core.record.record_file import RecordedRun
 from sparse_callbacks.reporting import readable
 from sparse_callbacks.reporting.series import AXES, curve, metrics
-from sparse_callbacks.reporting.style import INK, PALETTE, colour, drawing, figure_svg
+from sparse_callbacks.reporting.style import INK, PALETTE, arrange, colour, drawing, figure_svg
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,7 +44,7 @@ class Chart:
     title: str
     lines: Sequence[Line]
     caption: str = ""
-    write: Callable[[float | None], str] = readable.count
+    write: Callable[[float | None], str] = readable.tick
     limits: tuple[float | None, float | None] = (None, None)
 
 
@@ -62,19 +62,21 @@ def chart_figure(chart: Chart, axis: str = "steps") -> "Figure | None":
         figure: Figure = figures.Figure(figsize=SIZE, layout="constrained")
         axes = figure.subplots()
         for line, (xs, ys) in drawn:
-            axes.plot(xs, ys, line.dashes, color=line.colour, marker=_marker(xs), markersize=5, label=line.label)
+            axes.plot(xs, ys, line.dashes, color=line.colour, marker=_marker(line, xs), markersize=5, label=line.label)
         axes.set_title(chart.title)
         axes.set_xlabel(AXES[axis][1])
-        axes.set_ylim(*chart.limits)
+        axes.set_ylim(*_limits(chart, [y for _, (_, ys) in drawn for y in ys]))
         axes.margins(x=0.02)
-        axes.xaxis.set_major_formatter(_written(readable.count))
+        axes.xaxis.set_major_formatter(_written(readable.tick))
         axes.yaxis.set_major_formatter(_written(chart.write))
-        axes.locator_params(axis="x", nbins=6)
-        axes.locator_params(axis="y", nbins=5)
-        # below the frame, where it hides no curve
-        long = any(len(line.label) > 22 for line, _ in drawn)
-        figure.legend(loc="outside lower left", ncols=1 if long else 2)
-    return figure
+        axes.locator_params(axis="x", nbins=6, steps=[1, 2, 5, 10])
+        axes.locator_params(axis="y", nbins=5, steps=[1, 2, 2.5, 5, 10])
+        if [line.label for line, _ in drawn] != [chart.title]:
+            # below the frame, where it hides no curve
+            long = any(len(line.label) > 22 for line, _ in drawn)
+            figure.legend(loc="outside lower left", ncols=1 if long else 2)
+    # names and numbers of another axis are as high: the margins stay
+    return arrange(figure)
 
 
 def chart_views(chart: Chart, figure: "Figure", axes: Iterable[str]) -> list[tuple[str, str]]:
@@ -82,7 +84,7 @@ def chart_views(chart: Chart, figure: "Figure", axes: Iterable[str]) -> list[tup
 
     Args:
         chart: what is drawn.
-        figure: its :func:`chart_figure`, which is changed: a new one for each axis would take three times as long.
+        figure: its :func:`chart_figure`, which is changed: a new one for each axis would take twice as long.
         axes: keys of :data:`~sparse_callbacks.reporting.series.AXES`.
     """
     [frame] = figure.axes
@@ -97,14 +99,20 @@ def chart_views(chart: Chart, figure: "Figure", axes: Iterable[str]) -> list[tup
         frame.autoscale_view(scaley=False)
         known = any(points[str(label)][0] for label in lines)
         found.append((axis, figure_svg(figure, chart_label(chart, axis)) if known else ""))
-        # margins are measured once: names and numbers of another axis are as high
-        figure.set_layout_engine(None)
     return found
 
 
-def _marker(xs: Sequence[float]) -> str:
-    """Points that are few are shown, as one alone would be no line."""
-    return "." if len(xs) <= 40 else ""
+def _limits(chart: Chart, ys: Sequence[float]) -> tuple[float | None, float | None]:
+    """The ends of the vertical axis, with a margin above the highest point."""
+    low, high = chart.limits
+    if low is None or high is not None:
+        return low, high
+    return low, low + 1.08 * (max(ys) - low) if max(ys) > low else low + 1
+
+
+def _marker(line: Line, xs: Sequence[float]) -> str:
+    """Points that are few are shown; of dashes one alone, which would be no line."""
+    return "." if len(xs) == 1 or (len(xs) <= 30 and line.dashes == "-") else ""
 
 
 def chart_label(chart: Chart, axis: str) -> str:
@@ -135,12 +143,14 @@ def progress_charts(run: RecordedRun, dense: RecordedRun | None) -> list[Chart]:
     if accuracies:
         shares = all(v is None or 0 <= v <= 1 for name in accuracies for v in curve(run, name)[1])
         lines = _metric_lines(run, dense, accuracies)
-        charts.append(Chart("accuracy", "Accuracy", lines, "", readable.share if shares else readable.count))
+        charts.append(Chart("accuracy", "Accuracy", lines, "", readable.share if shares else readable.tick))
     if losses:
         charts.append(Chart("loss", "Loss", _metric_lines(run, dense, losses)))
     others = [name for name in left if name not in accuracies and name not in losses]
     # more than a handful would bury what the page is about; the record has them
-    charts += [Chart(f"metric_{i}", name, _metric_lines(run, dense, [name])) for i, name in enumerate(others[:4])]
+    for name in others[:4]:
+        lowest = 0.0 if all(value >= 0 for value in curve(run, name)[1]) else None
+        charts.append(Chart(name, name, _metric_lines(run, dense, [name]), limits=(lowest, None)))
     return charts
 
 
@@ -186,7 +196,7 @@ def movement_charts(run: RecordedRun) -> list[Chart]:
         Chart(
             "age", "Mean age of active connections", ages,
             "Optimizer steps since a connection was last grown; it rises by one a step where nothing moves.",
-            readable.count, (0.0, None),
+            readable.tick, (0.0, None),
         ),
     ]  # fmt: skip
 
@@ -218,6 +228,6 @@ def cost_charts(run: RecordedRun, dense: RecordedRun | None) -> list[Chart]:
 
 def dead_chart(run: RecordedRun) -> Chart:
     """Dead units over time."""
-    lines = [Line("dead units", run, "topology/dead_units", colour(run.run.method))]
+    lines = [Line("Dead units", run, "topology/dead_units", colour(run.run.method))]
     caption = "Units without an active connection to any input, or to any output."
     return Chart("dead_units", "Dead units", lines, caption, limits=(0.0, None))

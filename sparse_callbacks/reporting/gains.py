@@ -43,9 +43,13 @@ def final(run: RecordedRun | None, name: str) -> float | None:
     return found if found is not None else last(run, name)
 
 
-def gains(run: RecordedRun, dense: RecordedRun | None) -> list[Gain]:
-    """Every figure of the run that has a counterpart, in the order of the report."""
-    return [*_metric_gains(run, dense), *_weight_gains(run), *_flops_gains(run, dense), *_other_gains(run, dense)]
+def gains(run: RecordedRun, dense: RecordedRun | None) -> dict[str, list[Gain]]:
+    """The figures of the run beside those of a dense one, by what they are about; none without figures."""
+    found = {
+        "Results and weights": [*_metric_gains(run, dense), *_weight_gains(run)],
+        "FLOPs, memory and time": [*_flops_gains(run, dense), *_other_gains(run, dense)],
+    }
+    return {title: given for title, given in found.items() if given}
 
 
 def _metric_gains(run: RecordedRun, dense: RecordedRun | None) -> list[Gain]:
@@ -60,6 +64,7 @@ def _metric_gains(run: RecordedRun, dense: RecordedRun | None) -> list[Gain]:
         if other is not None:
             points = readable.is_accuracy(name) and 0 <= own <= 1 and 0 <= other <= 1
             difference = f"{100 * (own - other):+.2f} points" if points else f"{own - other:+.3g}"
+            difference = difference.replace("-", "\N{MINUS SIGN}", 1)
         found.append(Gain(f"{name}, at the end", readable.score(name, own), _text(name, other), difference))
         if name in logged and readable.is_accuracy(name):
             top, other = best(run, name), None if dense is None else best(dense, name)
@@ -120,16 +125,18 @@ def _other_gains(run: RecordedRun, dense: RecordedRun | None) -> list[Gain]:
         own, other = last(run, f"bytes/{key}"), None if dense is None else last(dense, f"bytes/{key}")
         if own is not None:
             beside = "" if other is None else readable.size(other)
-            found.append(Gain(f"memory during training: {text}", readable.size(own), beside, readable.fewer(own, other)))
+            found.append(Gain(f"memory in training: {text}", readable.size(own), beside, readable.fewer(own, other)))
     duration, other = last(run, "seconds"), None if dense is None else last(dense, "seconds")
     if duration is not None:
         beside = "" if other is None else readable.seconds(other)
         found.append(Gain("time of the training", readable.seconds(duration), beside, readable.fewer(duration, other)))
     before, after = (channel_costs(run, when) for when in ("before", "after"))
     if "latency" in before and "latency" in after:
-        slower = readable.fewer(after["latency"], before["latency"]).replace("fewer", "faster").replace("more", "slower")
+        slower = (
+            readable.fewer(after["latency"], before["latency"]).replace("fewer", "faster").replace("more", "slower")
+        )
         texts = (f"{costs['latency']:.3g} ms" for costs in (after, before))
-        found.append(Gain("latency of the slim network, beside the masked one", *texts, slower))
+        found.append(Gain("latency, slim beside masked", *texts, slower))
     return found
 
 
@@ -155,7 +162,11 @@ def tiles(run: RecordedRun, dense: RecordedRun | None) -> list[tuple[str, str, s
         spent, reference = last(run, f"flops/{key}"), last(run, f"flops/{key}_dense")
         found.append((text, readable.count(spent), readable.fewer(spent, reference, "dense")))
     known = [value for key in MEMORY if (value := last(run, f"bytes/{key}")) is not None]
-    parts = ", ".join(f"{text} {readable.size(last(run, f'bytes/{key}'))}" for key, text in MEMORY.items() if last(run, f"bytes/{key}"))
+    parts = ", ".join(
+        f"{text} {readable.size(last(run, f'bytes/{key}'))}"
+        for key, text in MEMORY.items()
+        if last(run, f"bytes/{key}")
+    )
     found.append(("memory in training", readable.size(sum(known)) if known else readable.UNKNOWN, parts))
     return [*found, _latency_tile(run)]
 
@@ -165,4 +176,8 @@ def _latency_tile(run: RecordedRun) -> tuple[str, str, str]:
     measured = after.get("latency", number(run.run.results, "slim/latency"))
     if measured is None:
         return ("latency", "not measured", "slimming measures it (slim=true)")
-    return ("latency, slim network", f"{measured:.3g} ms", f"masked: {before['latency']:.3g} ms" if "latency" in before else "")
+    return (
+        "latency, slim network",
+        f"{measured:.3g} ms",
+        f"masked: {before['latency']:.3g} ms" if "latency" in before else "",
+    )

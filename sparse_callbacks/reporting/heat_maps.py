@@ -1,6 +1,5 @@
 """Layers over time: heat maps of their sparsity, and of what moved in them."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -8,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparse_callbacks.core.record.record_file import LayerRecord, RecordedRun
 from sparse_callbacks.core.inspection import extra
+from sparse_callbacks.core.record.record_file import LayerRecord, RecordedRun
 from sparse_callbacks.reporting import readable
 from sparse_callbacks.reporting.series import layer_figures, layer_rows, number, thinned
-from sparse_callbacks.reporting.style import drawing
+from sparse_callbacks.reporting.style import arrange, drawing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,13 +75,14 @@ def _value(row: Mapping[str, Any], layer: LayerRecord, key: str) -> float:
     return 1 - found / max(1, layer.size) if key == "sparsity" else float(found)
 
 
-def short_names(names: Sequence[str], most: int = 26) -> list[str]:
-    """Names without ``.weight`` and without the part that all begin with; long ones without their middle."""
+def short_names(names: Sequence[str], most: int = 20) -> list[str]:
+    """Names without ``.weight``; long ones without the part that all begin with, or without their middle."""
     bare = [name.removesuffix(".weight") for name in names]
-    if len(bare) > 1:
-        shared = os.path.commonprefix(bare)
-        cut = shared.rfind(".") + 1
-        bare = [name[cut:] or name for name in bare]
+    if len(bare) > 1 and max(map(len, bare)) > most:
+        parts = [name.split(".") for name in bare]
+        # the last part stays, also of a name that is the beginning of another
+        shared = next(i for i in range(len(parts[0])) if i + 1 in map(len, parts) or len({p[i] for p in parts}) > 1)
+        bare = [".".join(p[shared:]) for p in parts]
     half = (most - 1) // 2
     return [name if len(name) <= most else f"{name[:half]}…{name[-half:]}" for name in bare]
 
@@ -92,8 +92,8 @@ def heat_map_figure(heat: HeatMap) -> "Figure":
     layers = len(heat.names)
     named = range(0, layers, -(-layers // LABELS))
     with drawing() as figures:
-        height = 1.25 + min(6.5, 0.19 * layers)
-        figure: Figure = figures.Figure(figsize=(6.6, height), layout="constrained")
+        height = 1.0 + min(6.5, max(0.9, 0.19 * layers))
+        figure: Figure = figures.Figure(figsize=(4.5, height), layout="constrained")
         axes = figure.subplots()
         grid = _even(heat)
         end = heat.steps[-1] if heat.steps[-1] > heat.steps[0] else heat.steps[0] + 1
@@ -107,13 +107,13 @@ def heat_map_figure(heat: HeatMap) -> "Figure":
         axes.set_yticks(list(named), [heat.names[i] for i in named], fontsize=8.5 if layers <= 24 else 7)
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel("optimizer steps")
-        axes.xaxis.set_major_formatter(lambda value, _: readable.count(value))
-        axes.locator_params(axis="x", nbins=6)
+        axes.xaxis.set_major_formatter(lambda value, _: readable.tick(value))
+        axes.locator_params(axis="x", nbins=5, steps=[1, 2, 5, 10])
         ticks = extra("matplotlib.ticker", "report").MaxNLocator(5)
-        bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=30 if layers > 12 else 12, ticks=ticks)
+        bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=30 if layers > 12 else 10, ticks=ticks)
         bar.ax.yaxis.set_major_formatter(lambda value, _: readable.share(value))
         bar.outline.set_visible(False)  # type: ignore[operator]
-    return figure
+    return arrange(figure)
 
 
 def _range(grid: Tensor) -> tuple[float, float]:

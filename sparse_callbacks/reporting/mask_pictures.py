@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparse_callbacks.core.record.record_file import LayerRecord, RecordedRun
 from sparse_callbacks.core.inspection import extra
+from sparse_callbacks.core.record.record_file import LayerRecord, RecordedRun
 from sparse_callbacks.reporting import readable
-from sparse_callbacks.reporting.style import drawing
+from sparse_callbacks.reporting.style import arrange, drawing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,10 +20,9 @@ MOST = 12
 STATES = {
     "kept": ("#0072B2", "active at the beginning and at the end"),
     "grown": ("#E69F00", "grown"),
-    "dropped": ("#B9BFC9", "dropped"),
+    "dropped": ("#999999", "dropped"),
 }
 """What became of a connection: the colour and the text of each state."""
-
 
 
 def as_picture(mask: Tensor) -> Tensor:
@@ -102,19 +101,21 @@ def mask_figure(run: RecordedRun, layer: LayerRecord, name: str) -> "Figure":
     rows, columns = as_picture(last).shape
     with drawing() as figures:
         # as high as it is in truth, but neither a line nor a tower
-        figure: Figure = figures.Figure(figsize=(4.5, 0.75 + 4.0 * min(1.1, max(0.12, rows / columns))), layout="constrained")
+        figure: Figure = figures.Figure(
+            figsize=(3.5, 0.75 + 2.8 * min(1.1, max(0.12, rows / columns))), layout="constrained"
+        )
         axes = figure.subplots()
         axes.imshow(
             mask_picture(first, last).numpy(), interpolation="none", extent=(0, columns, rows, 0),
             aspect="equal" if 0.12 <= rows / columns <= 1.1 else "auto",
         )  # fmt: skip
         axes.grid(False)
-        axes.set_title(f"{name}  ({' × '.join(map(str, layer.shape))})")
+        axes.set_title(f"{name} ({readable.shape_text(layer.shape)})")
         axes.set_xlabel("inputs" if len(layer.shape) == 2 else "inputs, each a kernel wide")
         axes.set_ylabel("outputs")
         axes.locator_params(nbins=5, integer=True)
         axes.spines[["top", "right"]].set_visible(True)
-    return figure
+    return arrange(figure)
 
 
 def input_figure(run: RecordedRun) -> "Figure | None":
@@ -125,15 +126,17 @@ def input_figure(run: RecordedRun) -> "Figure | None":
     if seen is None:
         return None
     with drawing() as figures:
-        figure: Figure = figures.Figure(figsize=(4.5, 3.6), layout="constrained")
+        figure: Figure = figures.Figure(figsize=(3.5, 2.9), layout="constrained")
         axes = figure.subplots()
         image = axes.imshow(seen.numpy(), cmap="viridis", interpolation="none", vmin=0)
         axes.grid(False)
         axes.set_title("Connections of each input pixel")
         axes.locator_params(nbins=5, integer=True)
-        bar = figure.colorbar(image, ax=axes, pad=0.02, ticks=extra("matplotlib.ticker", "report").MaxNLocator(5, integer=True))
+        bar = figure.colorbar(
+            image, ax=axes, pad=0.02, ticks=extra("matplotlib.ticker", "report").MaxNLocator(5, integer=True)
+        )
         bar.outline.set_visible(False)  # type: ignore[operator]
-    return figure
+    return arrange(figure)
 
 
 def mask_label(run: RecordedRun, layer: LayerRecord) -> str:

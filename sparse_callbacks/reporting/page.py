@@ -6,11 +6,11 @@ from typing import Any
 
 from sparse_callbacks.core.record.record_file import RecordedRun, read_record
 from sparse_callbacks.reporting import tables
-from sparse_callbacks.reporting.gains import gains, main_metric, tiles
+from sparse_callbacks.reporting.gains import gains, tiles
 from sparse_callbacks.reporting.html_pages import write_page
 from sparse_callbacks.reporting.mask_pictures import MOST, STATES, pictured
 from sparse_callbacks.reporting.pictures import Picture, figures, known_axes, pictures
-from sparse_callbacks.reporting.readable import seconds
+from sparse_callbacks.reporting.readable import moment, seconds
 from sparse_callbacks.reporting.series import AXES, last
 from sparse_callbacks.reporting.style import figure_png
 
@@ -92,10 +92,10 @@ def _values(run: RecordedRun, dense: RecordedRun | None, drawn: Mapping[str, Seq
         "pictures": shown,
         "why": _why(run),
         "tiles": tiles(run, dense),
-        "gains": [(g.name, g.own, g.dense, g.difference) for g in gains(run, dense)],
-        "dense_title": "dense" if dense is None else "dense, or the dense run",
+        "gains": {
+            title: [(g.name, g.own, g.dense, g.difference) for g in given] for title, given in gains(run, dense).items()
+        },
         "gains_caption": _gains_caption(dense),
-        "heat_choices": [(p.name, _HEAT_NAMES[p.name]) for p in drawn["layers"]],
         "states": STATES.values(),
         "masks_note": _masks_note(run),
         "dead": tables.dead_table(run),
@@ -110,14 +110,6 @@ def _values(run: RecordedRun, dense: RecordedRun | None, drawn: Mapping[str, Seq
         "command": said.command,
         "reproduction": tables.reproduction_table(run),
     }
-
-
-_HEAT_NAMES = {
-    "layers_sparsity": "sparsity",
-    "layers_churn": "churn",
-    "layers_distance_first": "distance to the first mask",
-    "layers_ever_active": "ever active",
-}
 
 
 def _title(run: RecordedRun) -> str:
@@ -140,7 +132,7 @@ def _facts(run: RecordedRun) -> list[tuple[str, str]]:
     found.append(("parameters", f"{sum(layer.size for layer in said.layers):,}"))
     if said.seed is not None:
         found.append(("seed", str(said.seed)))
-    return [*found, ("started", said.started[:16].replace("T", " ") + " UTC")]
+    return [*found, ("started", moment(said.started))]
 
 
 def _gains_caption(dense: RecordedRun | None) -> str:
@@ -177,7 +169,8 @@ def _why(run: RecordedRun) -> dict[str, str]:
         "layers": rows or no_masks or "No row holds figures of sparse layers.",
         "moved": rows or no_masks or "No row holds figures of the topology.",
         "cost": rows or "No row holds FLOPs: they need the sizes of outputs, which the first batch tells.",
-        "masks": no_masks or "The record holds no mask: only those of small layers and of layers that read the input are kept.",
+        "masks": no_masks
+        or "The record holds no mask: only those of small layers and of layers that read the input are kept.",
         "dead": rows or no_masks or "No row holds numbers of dead units.",
         "configuration": "The record holds no configuration: the run was not started by train.py.",
     }

@@ -118,7 +118,9 @@ def _named_apart(sections: dict[str, list[Picture]]) -> dict[str, list[Picture]]
         found[section] = []
         for p in given:
             bare = re.sub(r"[^\w.-]+", "_", p.name).strip("._")[:80] or "figure"
-            name = next(n for i in range(len(taken) + 1) if (n := f"{bare}_{i + 1}" if i else bare).lower() not in taken)
+            name = next(
+                n for i in range(len(taken) + 1) if (n := f"{bare}_{i + 1}" if i else bare).lower() not in taken
+            )
             # file systems that do not tell capital letters apart would lose one
             taken.add(name.lower())
             found[section].append(Picture(name, p.figure, p.label, p.caption, p.chart))

@@ -1,9 +1,12 @@
 """Numbers as people read them: counts, FLOPs, bytes, shares, and how many times fewer."""
 
 import math
+from collections.abc import Sequence
+from datetime import datetime
 
 _LARGE = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 UNKNOWN = "not recorded"
+TIMES = "\N{MULTIPLICATION SIGN}"
 
 
 def count(value: float | None) -> str:
@@ -23,6 +26,13 @@ def count(value: float | None) -> str:
         if abs(rounded) >= size:
             return f"{_digits(rounded / size)} {letter}"
     return f"{value:.3g}"
+
+
+def tick(value: float | None) -> str:
+    """A number beside an axis: four digits, so that ticks that differ read differently; from 10,000 on as :func:`count`."""
+    if value is None or not math.isfinite(value):
+        return UNKNOWN
+    return count(value) if abs(value) >= 10_000 else f"{int(value):,}" if value == int(value) else f"{value:.4g}"
 
 
 def _digits(value: float) -> str:
@@ -66,8 +76,18 @@ def seconds(value: float | None) -> str:
     return f"{hours:,} h {minutes} min" if minutes else f"{hours:,} h"
 
 
+def moment(text: str) -> str:
+    """A time of ISO 8601 to the minute: ``"2026-01-01 12:30 UTC"``; another text as it is."""
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        return text
+    zone = "" if found.tzinfo is None else " UTC" if not found.utcoffset() else found.strftime(" %z")
+    return found.strftime("%Y-%m-%d %H:%M") + zone
+
+
 def fewer(value: float | None, reference: float | None, than: str = "") -> str:
-    """How many times fewer a figure is than a reference: ``"4.1 × fewer"``; empty where that is unknown.
+    """How many times fewer a figure is than a reference: ``"4.1 x fewer"``, with :data:`TIMES`; empty where that is unknown.
 
     Args:
         value: the figure.
@@ -75,15 +95,15 @@ def fewer(value: float | None, reference: float | None, than: str = "") -> str:
         than: what the reference is called; empty leaves it out.
 
     Example:
-        >>> fewer(10, 41, "dense"), fewer(12, 10), fewer(10, 10)
-        ('4.1 × fewer than dense', '1.2 × more', 'the same')
+        >>> fewer(10, 41, "dense").replace(TIMES, "x"), fewer(10, 10)
+        ('4.1 x fewer than dense', 'the same')
     """
     if not value or not reference or value < 0 or reference < 0:
         return ""
     ratio = reference / value
     if 0.995 < ratio < 1.005:
         return f"the same as {than}" if than else "the same"
-    times = f"{_times(ratio)} × fewer" if ratio > 1 else f"{_times(1 / ratio)} × more"
+    times = f"{_times(ratio)} {TIMES} fewer" if ratio > 1 else f"{_times(1 / ratio)} {TIMES} more"
     return f"{times} than {than}" if than else times
 
 
@@ -96,6 +116,11 @@ def score(name: str, value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return UNKNOWN
     return f"{100 * value:.2f} %" if is_accuracy(name) and 0 <= value <= 1 else f"{value:.4g}"
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """A shape as text: its sides with :data:`TIMES` between them."""
+    return f" {TIMES} ".join(map(str, shape)) or "scalar"
 
 
 def is_accuracy(name: str) -> bool:

@@ -28,7 +28,11 @@ class Table:
 
 
 def _cut(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int]) -> Table:
-    return Table(caption, head, rows[:ROWS], numbers, max(0, len(rows) - ROWS))
+    """A table without the columns that no row fills, and with as many rows as a page takes."""
+    kept = [i for i in range(len(head)) if i == 0 or any(row[i] for row in rows)]
+    cells = [[row[i] for i in kept] for row in rows[:ROWS]]
+    right = [kept.index(i) for i in numbers if i in kept]
+    return Table(caption, [head[i] for i in kept], cells, right, max(0, len(rows) - ROWS))
 
 
 def cut_text(text: str) -> str:
@@ -42,7 +46,8 @@ def plan_table(run: RecordedRun) -> Table:
     end: Row = rows[-1] if rows else {"layers": {}}
     lines = [_plan_row(layer, layer_figures(end, layer.name)) for layer in run.run.layers]
     head = ("parameter", "shape", "weights", "target", "reached", "active", "fan-in", "fan-out", "why dense")
-    return _cut("Every parameter of the model.", head, lines, (2, 3, 4, 5, 6, 7))
+    caption = "Every parameter of the model. Fan-in and fan-out: minimum / median / maximum at the end."
+    return _cut(caption, head, lines, (2, 3, 4, 5, 6, 7))
 
 
 def _plan_row(layer: LayerRecord, figures: Mapping[str, Any]) -> list[str]:
@@ -52,7 +57,7 @@ def _plan_row(layer: LayerRecord, figures: Mapping[str, Any]) -> list[str]:
     target = "" if not layer.sparse else "in training" if layer.target is None else readable.share(layer.target)
     return [
         layer.name,
-        " × ".join(map(str, layer.shape)) or "scalar",
+        readable.shape_text(layer.shape),
         f"{layer.size:,}",
         target,
         reached,
@@ -73,22 +78,22 @@ def _spread(found: Any) -> str:
 
 def dead_table(run: RecordedRun) -> Table | None:
     """Units without connections in each sparse layer at the end; None where no row tells."""
-    heads = {"dead_in": "units without input", "dead_out": "units without output", "on_no_path": "hidden units on no path"}
+    heads = {
+        "dead_in": "units without input",
+        "dead_out": "units without output",
+        "on_no_path": "hidden units on no path",
+    }
     rows = layer_rows(run)
     if not rows:
         return None
     names = [layer.name for layer in run.run.layers if layer.sparse]
     told = {name: [number(layer_figures(rows[-1], name), key) for key in heads] for name in names}
     lines = [
-        [name, *("" if n is None else f"{n:,g}" for n in counts)] for name, counts in told.items() if any(n is not None for n in counts)
+        [name, *("" if n is None else f"{n:,g}" for n in counts)]
+        for name, counts in told.items()
+        if any(n is not None for n in counts)
     ]
-    # a column that nobody fills is left out: paths are known of chains alone
-    kept = [0, *(i for i in range(1, 4) if any(line[i] for line in lines))]
-    if len(kept) == 1:
-        return None
-    head = ["layer", *heads.values()]
-    cells = [[line[i] for i in kept] for line in lines]
-    return _cut("At the end of the run.", [head[i] for i in kept], cells, range(1, len(kept)))
+    return _cut("At the end of the run.", ["layer", *heads.values()], lines, (1, 2, 3)) if lines else None
 
 
 def cost_table(run: RecordedRun) -> Table | None:
@@ -119,7 +124,9 @@ def group_table(run: RecordedRun) -> Table | None:
         left = "" if units is None or removed is None else f"{units - removed:,g}"
         said = ["" if n is None else f"{n:,g}" for n in (units, removed)]
         lines.append([str(group.get("name", "")), *said, left, str(group.get("reason") or "")])
-    return _cut("Channel groups.", ("group", "units before", "removed", "units after", "why units stay"), lines, (1, 2, 3))
+    return _cut(
+        "Channel groups.", ("group", "units before", "removed", "units after", "why units stay"), lines, (1, 2, 3)
+    )
 
 
 def configuration_text(run: RecordedRun) -> str:
@@ -149,7 +156,7 @@ def reproduction_table(run: RecordedRun) -> Table:
     planned = "" if said.length is None else f"{said.length:,}"
     times = ", ".join(f"{key} {value:,}" for key, value in said.calendar.items() if value is not None)
     pairs = {
-        "started": said.started,
+        "started": readable.moment(said.started),
         "seed": "" if said.seed is None else str(said.seed),
         "optimizer steps": f"{steps} of {planned} planned" if steps and planned else steps or planned,
         "samples of a step": "" if said.batch is None else f"{said.batch:,}",

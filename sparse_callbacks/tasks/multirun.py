@@ -19,7 +19,7 @@ from sparse_callbacks.reporting.comparison_page import highlights, notes, write_
 from sparse_callbacks.reporting.comparison_tables import settings_table
 
 log = logging.getLogger(__name__)
-LEFT_TO_THE_PAGE = ("sparsity", "inference FLOPs", "training FLOPs", "time", "on the fronts")
+LEFT_TO_THE_PAGE = ("to dense", "sparsity", "inference FLOPs", "training FLOPs", "time", "on the fronts")
 _unfinished: list[tuple[Path, str]] = []
 """Folder and metric of multiruns of this process whose end was not shown yet."""
 
@@ -88,7 +88,10 @@ def show_comparison(folder: Path, metric: str) -> None:
     console = Console()
     comparison = compared([folder], metric)
     for problem in comparison.problems:
-        console.print(comparison_table(problem, comparison))
+        table = comparison_table(problem, comparison)
+        # a log file has no width that a line could exceed
+        width = None if console.is_terminal else Console(width=1000).measure(table).maximum
+        Console(width=width).print(table)
     for note in notes(comparison):
         console.print(note, style="yellow", highlight=False, markup=False)
     if not comparison.runs:
@@ -108,9 +111,12 @@ def comparison_table(problem: Problem, comparison: Comparison) -> Table:
     best = [f"{name}: {value} ({beside})" for name, value, beside in highlights(problem, comparison.metric)]
     out = Table(title=problem.title, title_justify="left", caption="\n".join(best), caption_justify="left")
     # the page has the others: a terminal may have 80 columns
-    places = [place for place, title in enumerate(found.head) if title not in LEFT_TO_THE_PAGE]
+    left_out = (*LEFT_TO_THE_PAGE, *(title for title in found.head if title.startswith(f"{comparison.metric}5")))
+    places = [place for place, title in enumerate(found.head) if title not in left_out]
+    longest = max(len(word) for row in found.rows for word in row[0].split())
     for place in places:
-        out.add_column(found.head[place], justify="right" if place else "left", overflow="fold", no_wrap=place > 0)
+        own = {"justify": "right", "no_wrap": True} if place else {"min_width": longest}
+        out.add_column(found.head[place], overflow="fold", **own)
     for row in found.rows:
         out.add_row(*(row[place] for place in places))
     return out
