@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from sparse_callbacks.lightning.callback import SparsityCallback
 from sparse_callbacks.tasks import build, loggers, multirun, objective, slim, summary, system_errors
 from sparse_callbacks.tasks.at_target import BestAtTarget
+from sparse_callbacks.tasks.initial_weights import load_initial_weights
 from sparse_callbacks.tasks.safe_stop import RunStopped
 
 
@@ -67,6 +68,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     build.refuse_sparse_checkpoint(resumed, method)
     data = hydra.utils.instantiate(cfg.data)
     module = build.build_module(cfg, data)
+    if cfg.get("initial_weights") is not None and resumed is None:
+        load_initial_weights(module, Path(cfg.initial_weights))
     callbacks = build.build_callbacks(cfg, method, folder / "checkpoints", logged=bool(cfg.get("logger")))
     # not named `loggers`, which is the module that ends them
     used_loggers = build.build_loggers(cfg)

@@ -17,6 +17,10 @@ FAILURE = "failure.txt"
 """File in the folder of a job that has failed: why, in a line."""
 
 
+SHOWN_PATHS = 6
+"""Paths of one reason that are named."""
+
+
 @dataclass(frozen=True)
 class ComparedRun:
     """One run, as far as its files tell.
@@ -39,7 +43,7 @@ class ComparedRun:
     values: Mapping[str, float] = field(default_factory=dict)
 
 
-def read_runs(paths: Iterable[Path], metric: str) -> tuple[list[ComparedRun], list[str]]:
+def read_runs(paths: Iterable[Path], metric: str) -> tuple[list[ComparedRun], list[tuple[Path, str]]]:
     """The runs in folders, or in folders of them, that have reached a metric.
 
     Args:
@@ -47,16 +51,16 @@ def read_runs(paths: Iterable[Path], metric: str) -> tuple[list[ComparedRun], li
         metric: a metric of the end, such as ``"test/acc"``.
 
     Returns:
-        The runs, each folder once, and a line about everything that is left out.
+        The runs, each folder once, and what is left out: path and reason.
     """
     runs, left_out, seen = [], [], set[Path]()
     for path in paths:
         if not path.is_dir():
-            left_out.append(f"{path}: {'a file' if path.exists() else 'it is not there'}; give folders of runs")
+            left_out.append((path, "a file; give folders of runs" if path.exists() else "not there; give folders of runs"))
             continue
         folders = list(run_folders(path))
         if not folders:
-            left_out.append(f"{path}: holds no run (record/run.json, or metrics.json and .hydra/config.yaml)")
+            left_out.append((path, "holds no run (record/run.json, or metrics.json and .hydra/config.yaml)"))
         for folder in folders:
             if folder.resolve() in seen:
                 continue
@@ -65,8 +69,20 @@ def read_runs(paths: Iterable[Path], metric: str) -> tuple[list[ComparedRun], li
             if isinstance(found, ComparedRun):
                 runs.append(found)
             else:
-                left_out.append(f"{folder}: {found}")
+                left_out.append((folder, found.rstrip(".")))
     return runs, left_out
+
+
+def left_out_lines(left_out: Iterable[tuple[Path, str]]) -> list[str]:
+    """What is left out, one line for each reason, with the first of the paths that it holds of."""
+    by_reason: dict[str, list[str]] = {}
+    for path, reason in left_out:
+        by_reason.setdefault(reason, []).append(shown_path(path))
+    lines = []
+    for reason, paths in by_reason.items():
+        more = f" and {len(paths) - SHOWN_PATHS} more" if len(paths) > SHOWN_PATHS else ""
+        lines.append(f"{', '.join(paths[:SHOWN_PATHS])}{more}: {reason}")
+    return lines
 
 
 def run_folders(path: Path) -> Iterator[Path]:

@@ -45,13 +45,13 @@ class Comparison:
         problems: the settings by data set and model.
         metric: what they are compared by, such as ``"test/acc"``.
         axis: the name of the axis (of ``COMPARED_AXES``) that comes first.
-        left_out: a line about each run or file that is not compared.
+        left_out: each folder or file that is not compared, and why.
     """
 
     problems: Sequence[Problem]
     metric: str
     axis: str
-    left_out: Sequence[str]
+    left_out: Sequence[tuple[Path, str]]
 
     @property
     def runs(self) -> list[ComparedRun]:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparse_callbacks.reporting.compared_runs import common_folder, shown_path
+from sparse_callbacks.reporting.compared_runs import common_folder, left_out_lines, shown_path
 from sparse_callbacks.reporting.comparison import COMPARED_AXES, compared
 from sparse_callbacks.reporting.comparison_page import highlights, write_comparison
 
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     given = parser.parse_args(arguments)
     comparison = compared(given.runs, given.metric, given.x)
-    for line in comparison.left_out:
+    for line in left_out_lines(comparison.left_out):
         print(f"left out: {line}", file=sys.stderr)
     if not comparison.runs:
         parser.error("there is no run to compare. Give folders of runs that have ended, or folders of them.")

@@ -8,7 +8,7 @@ from sparse_callbacks.core.inspection import extra
 from sparse_callbacks.reporting import readable
 from sparse_callbacks.reporting.compared_settings import Problem, Setting, Spread
 from sparse_callbacks.reporting.comparison import COMPARED_AXES, Axis, front
-from sparse_callbacks.reporting.style import INK, colour, drawing, marker
+from sparse_callbacks.reporting.style import INK, arrange, colour, drawing, marker
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,7 +52,7 @@ def comparison_figure(problem: Problem, metric: str, axis_name: str) -> "Figure 
         axes.locator_params(axis="y", nbins=6)
         if readable.is_accuracy(metric):
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
-    return figure
+    return arrange(figure)
 
 
 def legend_figure(problem: Problem, metric: str) -> "Figure":

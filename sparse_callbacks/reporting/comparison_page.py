@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_callbacks.core.files import replacing
-from sparse_callbacks.reporting.compared_runs import ComparedRun, shown_path
+from sparse_callbacks.reporting.compared_runs import ComparedRun, left_out_lines, shown_path
 from sparse_callbacks.reporting.compared_settings import Problem, Setting
 from sparse_callbacks.reporting.comparison import (
     COMPARED_AXES,
@@ -80,7 +80,7 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
 
 def notes(comparison: Comparison) -> list[str]:
     """What a reader should know first: what is left out, kept apart, repeated, or rests on few seeds."""
-    found = [f"Left out: {line}." for line in comparison.left_out]
+    found = [f"Left out: {line}." for line in left_out_lines(comparison.left_out)]
     if len(comparison.problems) > 1:
         found.append(
             f"{len(comparison.problems)} data sets and models are kept apart: their accuracies say nothing about each other."

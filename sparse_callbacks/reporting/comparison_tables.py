@@ -113,7 +113,7 @@ def settings_table(problem: Problem, metric: str) -> ComparedTable:
         "speed-up": lambda s: _mean(s, "speedup", _times),
         "inference FLOPs": lambda s: _mean(s, "flops/inference", readable.count),
         "training FLOPs": lambda s: _mean(s, "flops/training", readable.count),
-        "of a dense run": _training_share,
+        "of dense training": _training_share,
         "time": lambda s: _mean(s, "seconds", readable.seconds),
         "on the fronts": lambda s: ", ".join(name for name, found in fronts.items() if s in found) or MISSING,
     }

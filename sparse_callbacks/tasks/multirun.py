@@ -12,13 +12,14 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from sparse_callbacks.reporting.compared_runs import FAILURE
+from sparse_callbacks.reporting.compared_runs import FAILURE, run_folders
 from sparse_callbacks.reporting.compared_settings import Problem
 from sparse_callbacks.reporting.comparison import Comparison, compared
 from sparse_callbacks.reporting.comparison_page import highlights, notes, write_comparison
 from sparse_callbacks.reporting.comparison_tables import settings_table
 
 log = logging.getLogger(__name__)
+LEFT_TO_THE_PAGE = ("to dense", "sparsity", "inference FLOPs", "training FLOPs", "time", "on the fronts")
 _unfinished: list[tuple[Path, str]] = []
 """Folder and metric of multiruns of this process whose end was not shown yet."""
 
@@ -81,12 +82,16 @@ def show_comparison(folder: Path, metric: str) -> None:
         folder: the folder of the multirun.
         metric: a metric of the end of the runs.
     """
-    if not folder.is_dir():
+    # no job has begun, for instance as its configuration cannot be composed
+    if not folder.is_dir() or not any(run_folders(folder)):
         return
     console = Console()
     comparison = compared([folder], metric)
     for problem in comparison.problems:
-        console.print(comparison_table(problem, comparison))
+        table = comparison_table(problem, comparison)
+        # a log file has no width that a line could exceed
+        width = None if console.is_terminal else Console(width=1000).measure(table).maximum
+        Console(width=width).print(table)
     for note in notes(comparison):
         console.print(note, style="yellow", highlight=False, markup=False)
     if not comparison.runs:
@@ -105,8 +110,13 @@ def comparison_table(problem: Problem, comparison: Comparison) -> Table:
     found = settings_table(problem, comparison.metric)
     best = [f"{name}: {value} ({beside})" for name, value, beside in highlights(problem, comparison.metric)]
     out = Table(title=problem.title, title_justify="left", caption="\n".join(best), caption_justify="left")
-    for place, title in enumerate(found.head):
-        out.add_column(title, justify="right" if place else "left", overflow="fold")
+    # the page has the others: a terminal may have 80 columns
+    left_out = (*LEFT_TO_THE_PAGE, *(title for title in found.head if title.startswith(f"{comparison.metric}5")))
+    places = [place for place, title in enumerate(found.head) if title not in left_out]
+    longest = max(len(word) for row in found.rows for word in row[0].split())
+    for place in places:
+        own = {"justify": "right", "no_wrap": True} if place else {"min_width": longest}
+        out.add_column(found.head[place], overflow="fold", **own)
     for row in found.rows:
-        out.add_row(*row)
+        out.add_row(*(row[place] for place in places))
     return out
