@@ -230,12 +230,14 @@ class SparseRun:
         if self.is_closed:
             return
         engine, method = self._engine, self.method
-        self._driver.finish()
-        if not method.at_target:
-            self._host.warn(method.shortfall())
-        elif text := method.progress.why_unfinished(method.calendar, engine.skipped, type(method).__name__):
-            self._host.warn(text)
-        self._release()
+        try:
+            self._driver.finish()
+            if not method.at_target:
+                self._host.warn(method.shortfall())
+            elif text := method.progress.why_unfinished(method.calendar, engine.skipped, type(method).__name__):
+                self._host.warn(text)
+        finally:  # a warning may be an error
+            self._release()
 
     @property
     def is_closed(self) -> bool:
@@ -247,9 +249,10 @@ class SparseRun:
             raise RuntimeError("this run is closed. Begin another one with sparsify().")
 
     def _release(self) -> None:
-        self._averages.end()
         if self._first_batch is not None:
             self._first_batch.end()
+        self._engine.end_window()
+        self._averages.end()
         self._driver.stop()
         self._binding.release()
 
@@ -261,10 +264,12 @@ class SparseRun:
     ) -> None:
         if kind is None:
             self.close()
-        elif not self.is_closed:  # it may have come between the optimizer's step and ours
-            self._engine.write()
-            self._engine.batch_over()
-            self._release()
+        elif not self.is_closed:
+            try:  # it may have come between the optimizer's step and ours
+                self._engine.write()
+                self._engine.batch_over()
+            finally:
+                self._release()
 
     # ------------------------------------------------------------------ what it has come to
 
