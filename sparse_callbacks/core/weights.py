@@ -202,6 +202,13 @@ class SparseWeights:
         made = [make(layer, *views) for layer, views in self.layers(name, *tensors)]
         return made[0] if len(made) == 1 else torch.cat(made)
 
+    def mask_tensors(self) -> Iterator[Tensor]:
+        """Every tensor that says which weights are active: masks, their bits, gates, and patterns of exchanged layers."""
+        for held in (self._held, self._bits, self._factors, self._lasting):
+            yield from held.values()
+        for layer in self.layers_stored.values():
+            yield from (tensor for _, tensor in layer.places.tensors())
+
     # ------------------------------------------------------------------ parameter values
 
     @torch.no_grad()
