@@ -57,7 +57,9 @@ class SparsityReport(AnyCallback):
         command: str | None = None,
     ) -> None:
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
-            raise ValueError(f"every={every!r} is not a number of optimizer steps. Give a whole number from 1 on, or None.")
+            raise ValueError(
+                f"every={every!r} is not a number of optimizer steps. Give a whole number from 1 on, or None."
+            )
         self.every, self.title, self.page = every, title, page
         self.configuration, self.command = configuration, command
         self.given_folder = None if folder is None else Path(folder)
@@ -232,8 +234,9 @@ class SparsityReport(AnyCallback):
 
     def _metrics(self) -> dict[str, float]:
         metrics = curves.logged_metrics(self._trainer)
-        groups = [group for optimizer in self._trainer.optimizers[:1] for group in optimizer.param_groups[:1]]
-        return {**{"lr": float(group["lr"]) for group in groups if "lr" in group}, **metrics}
+        optimizers = self._trainer.optimizers
+        rate = optimizers[0].param_groups[0].get("lr") if optimizers else None
+        return metrics if rate is None else {"lr": float(rate), **metrics}
 
     def _goes_on(self, trainer: Trainer, module: LightningModule) -> bool:
         """A second fit of the same Trainer goes on where the first one ended."""

@@ -2,10 +2,25 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sparse_callbacks.core import distributed
-from sparse_callbacks.core.record.multiply_adds import StepCost
+
+
+class SampleCost(NamedTuple):
+    """Multiply-adds for one sample, of a window of training or of one forward pass; times two they are FLOPs.
+
+    Attributes:
+        sparse: of the sparse layers.
+        sparse_dense: of the same layers in a dense run.
+        whole: of the whole model.
+        whole_dense: of the whole model in a dense run.
+    """
+
+    sparse: int
+    sparse_dense: int
+    whole: int
+    whole_dense: int
 
 
 @dataclass
@@ -40,7 +55,7 @@ class Account:
         """Of all processes, at the last :meth:`gather`."""
         self._mine = Amounts()  # of this process since
 
-    def charge(self, samples: int, cost: StepCost, active: int) -> None:
+    def charge(self, samples: int, cost: SampleCost, active: int) -> None:
         """A window of training is over.
 
         Args:
@@ -57,7 +72,7 @@ class Account:
         mine.sparse += samples * cost.sparse
         mine.sparse_dense += samples * cost.sparse_dense
 
-    def charge_pass(self, samples: int, forward: StepCost, similarities: int) -> None:
+    def charge_pass(self, samples: int, forward: SampleCost, similarities: int) -> None:
         """Samples were passed through the network in order to look at its activations.
 
         Args:
@@ -100,4 +115,3 @@ class Account:
         self.steps, self.active_sum = int(state["steps"]), int(state["active_sum"])
         self.gathered = Amounts(**{name: int(state[name]) for name in asdict(Amounts())})
         self._mine = Amounts()
-

@@ -8,7 +8,6 @@ from types import ModuleType
 from sparse_callbacks.core.error_text import with_class
 from sparse_callbacks.core.inspection import extra
 
-
 PAGE = "report.html"
 
 

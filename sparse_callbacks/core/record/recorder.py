@@ -210,6 +210,10 @@ class Recorder:
             self._first_batch.end()
             self._first_batch = None
 
+    def warned(self, text: str) -> None:
+        """The user was warned of something: the page shows it too."""
+        self.said["warnings"] = [*self.said.get("warnings", ()), text]
+
     # ------------------------------------------------------------------ what is written
 
     def say(self, **further: Any) -> None:
@@ -234,7 +238,9 @@ class Recorder:
         row |= numbers_of(metrics) | dict(found.figures) | inference_figures(self._costs.forward(found.active))
         self._sparse_active = sum(found.active.values())
         active = self._sparse_active + self._others
-        row |= account.figures() | {"active/mean": account.active_sum / account.steps if account.steps else float(active)}
+        row |= account.figures() | {
+            "active/mean": account.active_sum / account.steps if account.steps else float(active)
+        }
         if event != "log":
             row |= {**found.topology, "layers": dict(found.layers)}
         self.file.add([row], at_once=event != "log")
@@ -297,9 +303,7 @@ class Recorder:
         self._uses = {name: Use(*use) for name, use in state["uses"].items()}
         self._order, self._chain = list(state["order"]), Chain(tuple(state["chain"][0]), state["chain"][1])
         self._history.load(state["history"])
-        self._first_masks = self.file.go_on(
-            Path(state["folder"]), self.said["started"], self.step, state["rows"]
-        )
+        self._first_masks = self.file.go_on(Path(state["folder"]), self.said["started"], self.step, state["rows"])
         self._price()
         self._count_active()
         self._masks_looked = self._masks_seen

@@ -8,9 +8,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sparse_callbacks.core.method import Method
+from sparse_callbacks.core.record.account import SampleCost
 from sparse_callbacks.core.record.byte_counts import byte_counts
 from sparse_callbacks.core.record.chains import chain_figures
-from sparse_callbacks.core.record.multiply_adds import StepCost
 from sparse_callbacks.core.record.topology_statistics import TopologyHistory
 from sparse_callbacks.core.sparsity import joint_sparsity
 
@@ -72,7 +72,7 @@ def with_paths(found: Snapshot, model: nn.Module, methods: Sequence[Method], cha
     return replace(found, topology={**found.topology, **paths}, layers=layers)
 
 
-def inference_figures(forward: StepCost) -> dict[str, int]:
+def inference_figures(forward: SampleCost) -> dict[str, int]:
     """FLOPs of one forward pass for one sample; a multiply-add is two."""
     return {
         "flops/inference": 2 * forward.whole,

@@ -84,7 +84,9 @@ class RowFile:
 
     def keep_masks(self, first: Mapping[str, Tensor], last: Mapping[str, Tensor]) -> None:
         """Write first and last masks by parameter name."""
-        self._try(write_masks, {name: {"first": mask, "last": last[name]} for name, mask in first.items() if name in last})
+        self._try(
+            write_masks, {name: {"first": mask, "last": last[name]} for name, mask in first.items() if name in last}
+        )
 
     def add(self, rows: Sequence[Mapping[str, Any]], at_once: bool) -> None:
         """Add rows; they reach the file at once, or when many have come together."""

@@ -16,7 +16,9 @@ def samples_in(batch: Any) -> int | None:
     8
     """
     first = batch[0] if isinstance(batch, list | tuple) and batch else batch
-    if not isinstance(first, torch.Tensor):  # the usual batch is asked at every step, so its other parts are not looked at
+    if not isinstance(
+        first, torch.Tensor
+    ):  # the usual batch is asked at every step, so its other parts are not looked at
         first = next((t for t in tensors_in(batch) if t.ndim), None)
     return None if first is None or not first.ndim else int(first.shape[0])
 

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sparse_callbacks.core.method import Method
+from sparse_callbacks.core.record.account import SampleCost
 from sparse_callbacks.core.record.first_batch import Use
-from sparse_callbacks.core.record.multiply_adds import StepCost, WeightsInStep, multiply_adds, step_multiply_adds
+from sparse_callbacks.core.record.multiply_adds import WeightsInStep, multiply_adds, step_multiply_adds
 from sparse_callbacks.core.step import Step
 
 Kind = tuple[int, int, bool]
@@ -87,7 +88,7 @@ class WindowCosts:
         """A step was taken in the window that is open."""
         return bool(self._window)
 
-    def window(self) -> StepCost:
+    def window(self) -> SampleCost:
         """The cost of the window that is over; the next one begins."""
         sparse = dense = 0
         noted, self._window = self._window, {}
@@ -99,7 +100,7 @@ class WindowCosts:
                 if known.cost is None:
                     known.cost = self._priced(known)
                 sparse, dense = sparse + known.cost[0], dense + known.cost[1]
-        return StepCost(sparse, dense, sparse + self._rest[1], dense + self._rest[1])
+        return SampleCost(sparse, dense, sparse + self._rest[1], dense + self._rest[1])
 
     def _without_step(self, method: Method, names: Sequence[str]) -> _Known:
         return _Known((0, 0), names, _of(names, WeightsInStep(method.weights.active_counts, {})))
@@ -111,7 +112,7 @@ class WindowCosts:
 
     # ------------------------------------------------------------------ inference
 
-    def forward(self, active: Mapping[str, int]) -> StepCost:
+    def forward(self, active: Mapping[str, int]) -> SampleCost:
         """One forward pass, as inference needs it.
 
         Args:
@@ -120,7 +121,7 @@ class WindowCosts:
         positions = {name: self._uses[name].inference for name in active if name in self._uses}
         sparse = multiply_adds(active, positions)
         dense = multiply_adds({name: self._sizes[name] for name in active}, positions)
-        return StepCost(sparse, dense, sparse + self._rest[0], dense + self._rest[0])
+        return SampleCost(sparse, dense, sparse + self._rest[0], dense + self._rest[0])
 
     def similarities(self, method: Method) -> int:
         """Products of each input with each output of the sparse layers of a method, for one sample."""
