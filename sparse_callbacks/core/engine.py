@@ -27,6 +27,7 @@ from sparse_callbacks.core.optimizer_modes import mask_averages
 from sparse_callbacks.core.optimizer_needs import keeps_optimizers, refuse_optimizers, refuse_replaced_steps
 from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.progress import Progress
+from sparse_callbacks.core.record.recorder import Recorder
 from sparse_callbacks.core.run_beginning import RunBeginning
 from sparse_callbacks.core.selection import Entry, select
 from sparse_callbacks.core.step import ReplacesSteps, Step
@@ -57,6 +58,8 @@ class Engine:
         """The optimizers and their schedules shall be configured anew before the next batch that opens a window."""
         self.skipped = 0
         """Announced steps of this fit that were not taken, by a GradScaler's choice."""
+        self.recorder: Recorder | None = None
+        """Keeps the record of the run, where somebody wants one."""
         self._silence = SilenceWarning(self.method)
         self._seen: set[int] = set()  # optimizers of this run that have taken a step
         self._begins_anew = False  # the weights of a new run are not written yet
@@ -339,6 +342,8 @@ class Engine:
             return
         step.taken = True
         self._seen.add(index)
+        if self.recorder is not None:
+            self.recorder.step_taken(method, step)
         for group, numbers in zip(optimizer.param_groups, step.group_numbers, strict=False):
             group.update(numbers)  # of a step that moved nothing: what optimizers count for a whole group stays too
         self._conclude(step)
@@ -379,6 +384,11 @@ class Engine:
         method.after_update(step)
         # of all, and last: a method may have ended dense copies
         mask_averages(method.owners.optimizers, method.weights, step.names)
+
+    def passed(self, batch: Any) -> None:
+        """A batch has passed through the network for the method to look at, and not to train."""
+        if self.recorder is not None and self.method.attachment.in_training:
+            self.recorder.passed(self.method, batch)
 
     def batch_over(self) -> None:
         """A batch is over: forget the gradients of replaced steps, and what a step that was not taken had prepared."""
@@ -425,6 +435,7 @@ class Engine:
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         vars(self).update(state)
+        self.recorder = None
         self._silence = SilenceWarning(self.method)
         self._seen, self._begins_anew = set(), False
         self._release()

@@ -187,6 +187,11 @@ class SparseWeights:
         """Positions at which ``where`` (bool, a parameter's shape) is True, over all processes that hold a part."""
         return layout_of(self.params[name]).total(int(where.count_nonzero()))
 
+    @property
+    def has_gates(self) -> bool:
+        """Some weights are under gates, which move in every step."""
+        return bool(self._lasting)
+
     def size(self, name: str) -> int:
         """Weights of a parameter, active or not."""
         if name in self.layers_stored:
