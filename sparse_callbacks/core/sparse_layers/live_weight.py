@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.core.sparse_layers.live_places import LivePlaces, RowPlaces, Storage
-from sparse_callbacks.core.sparse_layers.quick_places import true_places
+from sparse_callbacks.core.sparse_layers.quick_places import mask_below, true_places
 from sparse_callbacks.core.sparse_layers.sparse_state import values_for_weight, written
 
 LARGEST_DENSE = 2**31  # entries of a layer that may be made dense
@@ -132,7 +132,7 @@ class LiveWeight(nn.Module):
         if keys.shape != (places.units,):
             raise ValueError(f"{self.called} has {places.units} live units and was given {keys.numel()} keys")
         slots = places.slots_of(keys) if slots is None else slots
-        born = slots < 0
+        born = mask_below(slots, 0)
         source, new = slots.clamp(min=0), true_places(born)
         places.set_keys(keys)  # first, as it may refuse them
         for tensor in (self.values, *tensors):
