@@ -13,10 +13,12 @@ from pathlib import Path
 import hydra
 import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from sparse_callbacks.lightning.callback import SparsityCallback
-from sparse_callbacks.tasks import build, loggers, slim, summary, system_errors
+from sparse_callbacks.lightning.curves import step_number
+from sparse_callbacks.lightning.logged_network import log_network, log_pictures
+from sparse_callbacks.tasks import build, loggers, recorded_config, slim, summary, system_errors
 from sparse_callbacks.tasks.at_target import BestAtTarget
 from sparse_callbacks.tasks.safe_stop import RunStopped
 
@@ -36,11 +38,12 @@ def run_folder(cfg: DictConfig) -> Path:
     return folder.absolute()
 
 
-def train(cfg: DictConfig) -> dict[str, float]:
+def train(cfg: DictConfig, config_file: Path | None = None) -> dict[str, float]:
     """One run: training, test, and the results in its folder.
 
     Args:
         cfg: the configuration, composed from conf/train.yaml.
+        config_file: the file that holds it already, which is corrected where the run has another sparsity than it says.
 
     Returns:
         The metrics by key: test/acc, val/acc (of the last epoch), sparsity/total, sparsity/model,
@@ -64,14 +67,18 @@ def train(cfg: DictConfig) -> dict[str, float]:
         slim.check(method)
     resumed = build.checkpoint_to_resume(cfg)
     build.refuse_sparse_checkpoint(resumed, method)
+    recorded = recorded_config.as_run(cfg, method)
+    if config_file is not None:
+        recorded_config.correct_file(config_file, recorded)
     data = hydra.utils.instantiate(cfg.data)
     module = build.build_module(cfg, data)
     callbacks = build.build_callbacks(cfg, method, folder / "checkpoints", logged=bool(cfg.get("logger")))
     # not named `loggers`, which is the module that ends them
-    used_loggers = build.build_loggers(cfg)
+    used_loggers = build.build_loggers(recorded, method)
     failed = True
     try:
         trainer = build.build_trainer(cfg, callbacks, used_loggers)
+        loggers.log_settings(trainer.loggers, recorded_config.settings(recorded))
         metrics = _fit_and_test(trainer, module, data, method, cfg, resumed)
         if trainer.is_global_zero:
             slim_error = None
@@ -83,9 +90,11 @@ def train(cfg: DictConfig) -> dict[str, float]:
                 except Exception as error:
                     # raised again below: a failure of slimming must not lose the results of the training
                     slim_error = error
+            _log_end(metrics, trainer, method, folder)
             _report(metrics, method, trainer, folder, resumed is not None, slim_error)
             if slim_error is not None:
                 raise slim_error
+            loggers.upload(trainer.loggers, [folder / name for name in ("report.html", slim.FILE)])
         failed = False
     finally:
         loggers.finish(used_loggers, failed)
@@ -101,9 +110,6 @@ def _fit_and_test(
     resumed: str | None,
 ) -> dict[str, float]:
     """Train and test; the metrics of the run, without those of slimming."""
-    settings = OmegaConf.to_container(cfg, resolve=True)
-    for logger in trainer.loggers:
-        logger.log_hyperparams(settings)  # type: ignore[arg-type]
     began = time.perf_counter()
     trainer.fit(module, data, ckpt_path=resumed, weights_only=True if resumed else None)
     seconds = time.perf_counter() - began
@@ -135,6 +141,18 @@ def best_checkpoint(trainer: pl.Trainer) -> str:
     return keepers[0].best_model_path
 
 
+def _log_end(metrics: dict[str, float], trainer: pl.Trainer, method: SparsityCallback | None, folder: Path) -> None:
+    """Tell the loggers what is known at the end only: the slim network, layers, figures, and what a budget came to."""
+    step = step_number(trainer)
+    loggers.log_results(trainer.loggers, {k: v for k, v in metrics.items() if k.startswith("slim/")}, step)
+    loggers.summarize(trainer.loggers, metrics)
+    if recorded_config.target_sparsity(method) is None:
+        loggers.add_settings(trainer.loggers, {"sparsity": round(metrics["sparsity/total"], 4)})
+    loggers.log_comparison(trainer.loggers, metrics, step)
+    log_network(trainer.loggers, [] if method is None else [method], step)
+    log_pictures(trainer.loggers, folder / "report", step)
+
+
 def _report(
     metrics: dict[str, float],
     method: SparsityCallback | None,
@@ -162,7 +180,7 @@ def main(cfg: DictConfig) -> None:
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        train(cfg)
+        train(cfg, recorded_config.hydra_file())
     except RunStopped as stopped:
         print(f"Run {stopped}.", file=sys.stderr)
         if stopped.checkpoint is not None:
