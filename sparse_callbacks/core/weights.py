@@ -65,6 +65,9 @@ class SparseWeights:
         self._parts = [p for p in self.params.values() if isinstance(p, LocalPart)]
         self.watchers: list[Callable[[str, Tensor, Tensor], None]] = []
         """Called with a parameter's name, its mask so far and its new one wherever a mask changes."""
+        self.changes = 0
+        """How often a mask or a dense copy has come or gone: while it stays, so do counts. Moves of exchanged layers change
+        none."""
         self.may_hold_inf = False
         """A gradient or a dense value has held inf or NaN, so that a product with a closed gate may be NaN from here
         on."""
@@ -121,6 +124,7 @@ class SparseWeights:
     def _take(self, name: str, mask: Tensor) -> None:
         before = self._held.get(name, mask)
         self._held[name] = mask
+        self.changes += 1
         for watcher in self.watchers:
             watcher(name, before, mask)
 
@@ -197,6 +201,13 @@ class SparseWeights:
         """``make(layer name, that layer's view of each tensor)`` for each layer in a parameter, joined to its shape."""
         made = [make(layer, *views) for layer, views in self.layers(name, *tensors)]
         return made[0] if len(made) == 1 else torch.cat(made)
+
+    def mask_tensors(self) -> Iterator[Tensor]:
+        """Every tensor that says which weights are active: masks, their bits, gates, and patterns of exchanged layers."""
+        for held in (self._held, self._bits, self._factors, self._lasting):
+            yield from held.values()
+        for layer in self.layers_stored.values():
+            yield from (tensor for _, tensor in layer.places.tensors())
 
     # ------------------------------------------------------------------ parameter values
 
@@ -325,11 +336,13 @@ class SparseWeights:
             p = self.params[name].detach()
             dense = torch.where(self.masks[name], p, value.to(p))
             self._copy.start(name, dense)
+            self.changes += 1
             self.may_hold_inf |= not bool(dense.isfinite().all())
 
     def end_copy(self, names: Iterable[str]) -> None:
         """Keep no dense values of these parameters any more."""
         self._copy.end(names)
+        self.changes += 1
 
     def dense_values(self, name: str) -> Tensor:
         """Dense values of a parameter, wherever they are; its own where no copy is kept."""
