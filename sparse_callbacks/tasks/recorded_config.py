@@ -1,4 +1,4 @@
-"""The configuration of a run as it ran, for its loggers and its folder: one sparsity, and when the masks move."""
+"""The configuration that ran, for loggers and the run folder: one sparsity, and when the masks move."""
 
 from collections.abc import Mapping
 from pathlib import Path

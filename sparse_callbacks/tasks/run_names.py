@@ -73,8 +73,9 @@ def group_name(recorded: DictConfig, method: SparsityCallback | None) -> str:
 
 
 def tags(cfg: DictConfig, method: SparsityCallback | None) -> list[str]:
-    """Method, model and data, by which runs are filtered."""
-    return [method_name(method), part_name(cfg.model), part_name(cfg.data)]
+    """Method, model and data, by which runs are filtered, and whether a run goes on from a checkpoint."""
+    resumed = ["resumed"] if cfg.ckpt_path is not None else []
+    return [method_name(method), part_name(cfg.model), part_name(cfg.data), *resumed]
 
 
 def for_wandb(recorded: DictConfig, method: SparsityCallback | None, environment: Mapping[str, str]) -> dict[str, Any]:

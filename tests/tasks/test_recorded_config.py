@@ -147,3 +147,8 @@ def test_names_that_the_user_gives_are_kept(composed: Composed) -> None:
     assert made["group"].startswith("rigl-0.9-mlp-digits-")
     environment = {"WANDB_NAME": "theirs", "WANDB_RUN_GROUP": "g"}
     assert run_names.for_wandb(cfg, method, environment).keys() == {"tags"}
+
+
+def test_a_resumed_run_has_a_tag(composed: Composed) -> None:
+    tags = [run_names.tags(composed(*overrides), None) for overrides in ((), ("ckpt_path=last.ckpt",))]
+    assert tags == [["dense", "mlp", "digits"], ["dense", "mlp", "digits", "resumed"]]
