@@ -34,7 +34,7 @@ from sparse_callbacks.lightning.added_epoch import enter_epoch, move_again, unle
 from sparse_callbacks.lightning.clipping import call_instead_of_clipping, clip_again
 from sparse_callbacks.lightning.fit_beginning import begin, begin_training
 from sparse_callbacks.lightning.fit_state import FitState
-from sparse_callbacks.lightning.hidden_calls import find_again
+from sparse_callbacks.lightning.hidden_calls import find_again, run_as_usual
 from sparse_callbacks.lightning.loaded_checkpoint import take_state_of_checkpoint
 from sparse_callbacks.lightning.loaded_places import take_places_of_checkpoint
 from sparse_callbacks.lightning.namespaces import Trainer, callback_classes
@@ -249,6 +249,7 @@ class SparsityCallback(Method, AnyCallback):
         spawned.discard(self)
         move_again(trainer)
         find_again(trainer)
+        run_as_usual(trainer)
         before, self.fit_state.before = self.fit_state.before, None
         if before is not None:
             self._leave(pl_module)
@@ -256,10 +257,12 @@ class SparsityCallback(Method, AnyCallback):
             exchanging.bring_dense_back(self.fit_state)
             self.fit_state.restored = None
             return
-        if self.attachment.in_training:  # it may have come between the optimizer's step and ours
-            self.engine.write()
-            self.engine.batch_over()
-        self._leave(pl_module)
+        try:
+            if self.attachment.in_training:  # it may have come between the optimizer's step and ours
+                self.engine.write()
+                self.engine.batch_over()
+        finally:
+            self._leave(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         if not self.masks:
@@ -272,6 +275,7 @@ class SparsityCallback(Method, AnyCallback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         move_again(trainer)
         find_again(trainer)
+        run_as_usual(trainer)
         if stage == "fit":
             averaging.end_with_averages(self, trainer, pl_module)
         self._leave(pl_module)
@@ -327,11 +331,16 @@ class SparsityCallback(Method, AnyCallback):
     def _leave(self, module: LightningModule) -> None:
         clip_again(module)
         self.fit_state.watch, self.fit_state.given, self.fit_state.rests = None, [], False
+        self._training_is_left()
         self.fit_state.averages.end()
+        self.engine.unbind()
+
+    def _training_is_left(self) -> None:
+        """The loop of training was left, by an error too: nothing that lasts for a while only may outlive it."""
         if self.fit_state.first_use is not None:  # the first batch has failed
             self.fit_state.first_use.end()
             self.fit_state.first_use = None
-        self.engine.unbind()
+        self.engine.end_window()
 
     def __getstate__(self) -> dict[str, Any]:
         handover = spawned.handover_for_copy(self)
