@@ -56,9 +56,7 @@ def read_runs(paths: Iterable[Path], metric: str) -> tuple[list[ComparedRun], li
     runs, left_out, seen = [], [], set[Path]()
     for path in paths:
         if not path.is_dir():
-            left_out.append(
-                (path, "a file; give folders of runs" if path.exists() else "not there; give folders of runs")
-            )
+            left_out.append((path, "a file; give folders of runs" if path.exists() else "not there; give folders of runs"))
             continue
         folders = list(run_folders(path))
         if not folders:
@@ -114,11 +112,7 @@ def read_run(folder: Path, metric: str) -> ComparedRun | str:
     if failure.is_file():
         return f"failed: {failure.read_text(encoding='utf-8').strip()}"
     metrics = [name for name in run.values if name not in (*COSTS, *SPARSITIES, "compression", "speedup")]
-    return (
-        f"has no {metric}, but {', '.join(sorted(metrics))}"
-        if metrics
-        else "has no results: it did not finish, or has written them to another output_dir"
-    )
+    return f"has no {metric}, but {', '.join(sorted(metrics))}" if metrics else "has no results: it did not finish, or has written them to another output_dir"
 
 
 def _from_record(folder: Path) -> ComparedRun:
