@@ -58,7 +58,9 @@ def set_threads(cfg: DictConfig) -> None:
     if threads is None:
         return
     if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
-        raise ValueError(f"threads={threads!r} is not a number of threads. Give 1 or more, or null for torch's own choice.")
+        raise ValueError(
+            f"threads={threads!r} is not a number of threads. Give 1 or more, or null for torch's own choice."
+        )
     torch.set_num_threads(threads)
 
 
