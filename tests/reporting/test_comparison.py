@@ -26,10 +26,9 @@ from sparse_callbacks.reporting.comparison_tables import method_correlations, se
 
 
 def setting(line: str, accuracies: Sequence[float], sparsity: float, flops: float = 1.0) -> Setting:
-    runs = [
-        ComparedRun(Path(f"{line}{n}"), line, n, {}, {}, {"test/acc": a, "test/loss": 1 - a, "sparsity/total": sparsity, "flops/training": flops})
-        for n, a in enumerate(accuracies)
-    ]  # fmt: skip
+    costs = {"sparsity/total": sparsity, "flops/training": flops}
+    values = [{"test/acc": accuracy, "test/loss": 1 - accuracy} | costs for accuracy in accuracies]
+    runs = [ComparedRun(Path(f"{line}{seed}"), line, seed, {}, {}, each) for seed, each in enumerate(values)]
     return Setting(line, line, sparsity, sparsity, runs)
 
 
