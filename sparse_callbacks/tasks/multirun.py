@@ -1,4 +1,4 @@
-"""The end of a multirun: one table of all its runs, the page compare.html, and the jobs that have failed."""
+"""The end of a multirun: a table of its runs, the page compare.html, and the jobs that failed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ _unfinished: list[tuple[Path, str]] = []
 """Folder and metric of multiruns of this process whose end was not shown yet."""
 
 
-class MultirunComparison(Callback):  # type: ignore[misc]
+class MultirunComparison(Callback):
     """Hydra's callback that compares the runs of a multirun when it ends; single runs do not concern it.
 
     Args:

@@ -20,7 +20,7 @@ def test_one_metric_is_a_number_and_a_list_a_tuple(composed: Callable[..., DictC
 
 @pytest.mark.parametrize("given", ["[]", "''", "null", "3", "[val/acc,val/acc]", "[val/acc,null]", "{a: b}"])
 def test_what_names_no_metric_is_refused(given: str, composed: Callable[..., DictConfig]) -> None:
-    with pytest.raises(ValueError, match="names no metric of a run. Give one, such as objective=val/acc"):
+    with pytest.raises(ValueError, match=r"names no metric of a run\. Give one, such as objective=val/acc"):
         objective_names(composed(f"objective={given}"))
 
 
