@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from sparse_callbacks.lightning.callback import SparsityCallback
-from sparse_callbacks.tasks import build, loggers, multirun, objective, slim, summary, system_errors
+from sparse_callbacks.tasks import build, loggers, multirun, objective, reports, slim, summary, system_errors
 from sparse_callbacks.tasks.at_target import BestAtTarget
 from sparse_callbacks.tasks.initial_weights import load_initial_weights
 from sparse_callbacks.tasks.safe_stop import RunStopped
@@ -70,7 +70,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
     module = build.build_module(cfg, data)
     if cfg.get("initial_weights") is not None and resumed is None:
         load_initial_weights(module, Path(cfg.initial_weights))
-    callbacks = build.build_callbacks(cfg, method, folder / "checkpoints", logged=bool(cfg.get("logger")))
+    report = reports.build_report(cfg, folder, OmegaConf.to_container(cfg, resolve=True))
+    logged = bool(cfg.get("logger"))
+    callbacks = build.build_callbacks(cfg, method, folder / "checkpoints", logged, report)
     # not named `loggers`, which is the module that ends them
     used_loggers = build.build_loggers(cfg)
     failed = True
@@ -78,7 +80,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
         trainer = build.build_trainer(cfg, callbacks, used_loggers)
         metrics = _fit_and_test(trainer, module, data, method, cfg, resumed)
         if trainer.is_global_zero:
-            slim_error = None
+            slim_error, proof = None, None
             if cfg.slim and method is not None:
                 try:
                     slim_metrics, proof = slim.slimmed(trainer, module, data, method, folder)
@@ -87,7 +89,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
                 except Exception as error:
                     # raised again below: a failure of slimming must not lose the results of the training
                     slim_error = error
-            _report(metrics, method, trainer, folder, resumed is not None, slim_error)
+            why_no_page = "" if report is None else reports.finish(report, metrics, proof)
+            _report(metrics, method, trainer, folder, resumed is not None, slim_error, why_no_page)
             if slim_error is not None:
                 raise slim_error
         failed = False
@@ -146,14 +149,18 @@ def _report(
     folder: Path,
     resumed: bool,
     slim_error: Exception | None,
+    why_no_page: str,
 ) -> None:
-    """Write metrics.json and print the table, which also says why slimming failed."""
+    """Write metrics.json and print the table, which also says why slimming failed, or why there is no report."""
     summary.write_metrics(folder / "metrics.json", metrics)
-    possible = ["checkpoints/last.ckpt", "checkpoints/best.ckpt", "metrics.json", slim.FILE, ".hydra/config.yaml"]
+    possible = ["report.html", "checkpoints/last.ckpt", "checkpoints/best.ckpt", "metrics.json", slim.FILE]
+    possible += ["record/rows.jsonl", ".hydra/config.yaml"]
     written = [name for name in possible if (folder / name).exists()]
     places = {"folder": summary.relative(folder), "in it": ", ".join(written)}
     if slim_error is not None:
         places["slim"] = f"failed: {slim_error}"
+    if why_no_page:
+        places["report"] = why_no_page
     places |= dict(loggers.place(logger) for logger in trainer.loggers)
     summary.show(metrics, method, places, resumed)
 

@@ -61,6 +61,9 @@ class Hooks:
     explores: ClassVar[bool] = False
     """Connections come and go, so that the share of weights that were ever active is worth knowing."""
 
+    measures_similarity: ClassVar[bool] = False
+    """A pass over the data compares each input of a layer with each of its outputs."""
+
     # ------------------------------------------------------------------ what a method overrides
 
     def attach(self, model: nn.Module) -> None:

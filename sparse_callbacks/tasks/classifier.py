@@ -126,8 +126,9 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor | None:
 class Classifier(pl.LightningModule):
     """Trains a classifier by cross-entropy.
 
-    Logs train/loss, train/acc, val/loss, val/acc, test/loss, test/acc and grad_norm; with more than five classes also
-    val/acc5 and test/acc5, the share of samples whose class is among the five largest logits.
+    Logs train/loss, train/acc, val/loss, val/acc, test/loss, test/acc and train/grad_norm; with more than five classes also
+    val/acc5 and test/acc5, the share of samples whose class is among the five largest logits. The learning rate is named
+    train/lr for `LearningRateMonitor`.
 
     Args:
         model: the network, from images [batch, channels, height, width] to logits [batch, num_classes].
@@ -192,11 +193,11 @@ class Classifier(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Lightning calls this after the hooks of the callbacks, so the gradients are masked, and before it clips them
         trainer: Any = self.trainer
-        # the coming step is counted only after it was taken
-        if trainer.log_every_n_steps and (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+        # asked of Lightning, so that the norm is computed for those steps alone that have a row
+        if trainer._logger_connector.should_update_logs:
             norm = gradient_norm(self.parameters())
             if norm is not None:
-                self.log("grad_norm", norm)
+                self.log("train/grad_norm", norm)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         trainer = self.trainer
@@ -210,4 +211,7 @@ class Classifier(pl.LightningModule):
             return self.optim.factor(step, lambda: horizon(trainer))
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "train/lr"},
+        }

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from support import loops
 from torch import Tensor, nn
 
 from sparse_callbacks import (
@@ -25,7 +24,6 @@ from sparse_callbacks import (
 )
 from sparse_callbacks.channels import costs
 from sparse_callbacks.core.record.multiply_adds import (
-    StepCosts,
     WeightsInStep,
     multiply_adds,
     positions_in_use,
@@ -134,18 +132,19 @@ def method_for(kind: str, name: str) -> SparsityCallback:
     return made[name]()
 
 
-def spent(method: SparsityCallback, model: nn.Module, shape: tuple[int, ...], kind: str, steps: int) -> list[int]:
+def spent(
+    method: SparsityCallback, model: nn.Module, shape: tuple[int, ...], kind: str, steps: int, data: Any = None
+) -> list[int]:
     """Multiply-adds per sample of each step of a run."""
     found, before = [], method.before_step
 
     def before_step(step: Step) -> None:
         before(step)
-        found.append(account.of(step).sparse)
+        found.append(step_multiply_adds(method.weights_in_step(step), POSITIONS[kind]))
 
     method.before_step = before_step  # type: ignore[method-assign]
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    account = StepCosts(method, POSITIONS[kind])
-    with sparsify(method, model, optimizer, steps=steps) as run:
+    with sparsify(method, model, optimizer, steps=steps, data=data) as run:
         for _ in range(steps):
             optimizer.zero_grad()
             with run.batch():
@@ -180,14 +179,11 @@ def test_a_run_costs_what_was_worked_by_hand(kind: str, name: str) -> None:
 def test_a_forward_pass_costs_the_active_weights_at_their_positions(kind: str) -> None:
     dense, sparse = FORWARD[kind]
     assert multiply_adds(SIZES[kind], POSITIONS[kind]) == dense
-    assert multiply_adds(KEPT[kind], POSITIONS[kind]) == sparse
     model, _ = network(kind)
     method = method_for(kind, "static")
-    account = StepCosts(method, POSITIONS[kind], other=1000)
-    optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    with sparsify(method, model, optimizer, steps=3):
-        assert account.forward() == (sparse, dense, sparse + 1000, dense + 1000)
-        assert account.similarities() == dense
+    with sparsify(method, model, torch.optim.SGD(model.parameters(), 0.01), steps=3):
+        assert method.weights.active_counts == KEPT[kind]
+        assert multiply_adds(method.weights.active_counts, POSITIONS[kind]) == sparse
     assert 3 * STEPS * dense == TOTALS[kind]["dense"]
 
 
@@ -203,17 +199,16 @@ def test_positions_are_those_of_the_outputs(kind: str) -> None:
 
 def test_ctre_passes_over_the_data_cost_a_forward_pass_and_similarities_are_apart() -> None:
     # 3 epochs of 4 batches of 8: two passes, at the start of the second and the third epoch
-    sparse, dense, samples = 110, 1089, 32
-    model, _ = network("mlp")
+    samples = 32
+    model, shape = network("mlp")
     method = CTRE(0.9, distribution="uniform", print_plan=False)
-    account = StepCosts(method, POSITIONS["mlp"])
-    optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    loader = torch.utils.data.DataLoader(torch.randn(samples, 21), batch_size=8)
-    with sparsify(method, model, optimizer, steps=12, data=loader):
-        assert 3 * 12 * 8 * account.forward().sparse == 31680
-        assert 2 * samples * account.forward().sparse == 7040
-        assert 2 * samples * account.similarities() == 69696
-    assert (account.forward().sparse, account.forward().sparse_dense) == (sparse, dense)
+    loader = torch.utils.data.DataLoader(torch.randn(samples, *shape), batch_size=8)
+    found = spent(method, model, shape, "mlp", 12, loader)
+    active = multiply_adds(method.weights.active_counts, POSITIONS["mlp"])
+    assert 8 * sum(found) == 31680
+    assert method.updates == 2  # after a pass each
+    assert 2 * samples * active == 7040
+    assert 2 * samples * multiply_adds(SIZES["mlp"], POSITIONS["mlp"]) == 69696
 
 
 def test_an_update_among_candidates_costs_the_gradients_of_candidates() -> None:
@@ -261,28 +256,6 @@ def test_workers_that_train_at_once_cost_what_they_do_in_turn(monkeypatch: pytes
     counts = method.weights_in_step(_step([])).forward
     # in turn: fc1 dense and fc2 at 40, then fc1 at 70 and fc2 dense
     assert counts == {"fc1.weight": round((693 + 70) / 2), "fc2.weight": (396 + 40) // 2}
-
-
-def test_the_rest_of_the_model_costs_three_passes_in_a_step_of_the_first_optimizer() -> None:
-    model = loops.net()
-    method = Static(0.5, distribution="uniform", print_plan=False)
-    positions = {"0.weight": 1, "2.weight": 1, "4.weight": 1}
-    account, found = StepCosts(method, positions, other=100), {}
-    before = method.before_step
-
-    def before_step(step: Step) -> None:
-        before(step)
-        found[step.index] = account.of(step)
-
-    method.before_step = before_step  # type: ignore[method-assign]
-    optimizers = [torch.optim.SGD(model[0].parameters(), 0.1), torch.optim.SGD(model[2:].parameters(), 0.1)]
-    with sparsify(method, model, optimizers, steps=2):
-        model(torch.randn(4, 12)).square().mean().backward()
-        for optimizer in optimizers:
-            optimizer.step()
-    first, later = 12 * 24, 24 * 24 + 24 * 4
-    assert found[0] == (3 * first // 2, 3 * first, 3 * first // 2 + 300, 3 * first + 300)
-    assert found[1] == (3 * later // 2, 3 * later, 3 * later // 2, 3 * later)
 
 
 # ---------------------------------------------------------------------- against a slow count

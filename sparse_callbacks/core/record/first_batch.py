@@ -1,8 +1,8 @@
 """Where the weights of a model are used, found in its first batch by hooks that go afterwards."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 from weakref import finalize
 
@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from sparse_callbacks.core.inspection import tensors_in
 from sparse_callbacks.core.live.uncompiled import UNCOMPILED
+from sparse_callbacks.core.record.find_chain import LayerCall
 from sparse_callbacks.core.record.samples import samples_in
 from sparse_callbacks.core.selection import is_norm
 from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
@@ -41,36 +42,18 @@ class Use:
 
 
 @dataclass(frozen=True)
-class LayerCall:
-    """One call of a layer in the forward pass.
-
-    Attributes:
-        name: name of its weight.
-        module: the layer.
-        input, output: the tensors that it has taken and given.
-    """
-
-    name: str
-    module: nn.Module
-    input: Tensor
-    output: Tensor
-
-
-@dataclass(frozen=True)
 class Uses:
     """What the first batch has shown.
 
     Attributes:
         of: the use of each parameter in the batch by name. Missing: nobody has seen what its weights are used for.
-        samples: samples of the module that was called first; None where no tensor tells.
-        first: the module that was called first; None where none was.
         order: names of the weights in the order in which their layers were called first.
+        calls: the calls of the watched layers in the first forward pass.
     """
 
     of: Mapping[str, Use]
-    samples: int | None
-    first: nn.Module | None
-    order: list[str] = field(default_factory=list)
+    order: Sequence[str] = ()
+    calls: Sequence[LayerCall] = ()
 
 
 class FirstBatch:
@@ -82,33 +65,36 @@ class FirstBatch:
 
     Args:
         model: the model.
-        watched: names of the weights whose calls are handed to ``forward_over``.
-        forward_over: called with the calls of the watched layers when the first forward pass is over and its graph alive.
+        watched: names of the weights whose calls are kept, with their places in autograd's graph.
+        around: a wrapper of the model that a loop calls in its place; None where there is none.
+        called: called with the module that is called first, the model as a rule, and the samples of its inputs.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        watched: frozenset[str] = frozenset(),
-        forward_over: Callable[[list[LayerCall]], object] | None = None,
+        watched: Collection[str] = (),
+        around: nn.Module | None = None,
+        called: Callable[[nn.Module, int], object] | None = None,
     ) -> None:
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._uses = {name: Use() for name in _never_multiplied(model, self._names)}
-        self._watched, self._forward_over = watched, forward_over
+        self._watched = frozenset(watched)
         self._calls: list[LayerCall] = []
         self._order: list[str] = []
-        self._first: nn.Module | None = None
-        self._samples: int | None = None
+        self._tell_first = called
         self._backward_began = False
         self._handles: list[Any] = []
         self._plant(model)
+        if called is not None:
+            modules = [*model.modules(), *([] if around is None else [around])]
+            self._handles += [m.register_forward_pre_hook(self._begins, with_kwargs=True) for m in modules]
         # torch would compile once with these hooks and once without
         self._compile_again = finalize(self, UNCOMPILED.leave)
         UNCOMPILED.enter()
 
     def _plant(self, model: nn.Module) -> None:
         for module in model.modules():
-            self._handles.append(module.register_forward_pre_hook(self._begins, with_kwargs=True))
             if rows_by_weight(module) is not None:
                 self._handles.append(module.register_forward_hook(self._called, with_kwargs=True))
         for p in model.parameters():
@@ -117,25 +103,12 @@ class FirstBatch:
                 self._handles.append(hooked.register_post_accumulate_grad_hook(self._gradient_comes))
 
     def _begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if self._first is None and torch.is_grad_enabled():
-            self._first, self._samples = module, samples_in([*args, *kwargs.values()])
-            if self._forward_over is not None:
-                self._handles.append(module.register_forward_hook(self._first_is_over))
-
-    def _first_is_over(self, *_: object) -> None:
-        if self._watched <= {call.name for call in self._calls}:  # otherwise the network is more than this module
-            self._tell()
-
-    def _tell(self) -> None:
-        if self._forward_over is not None:
-            tell, self._forward_over = self._forward_over, None
-            tell(self._calls)
-        self._calls = []  # which hold activations
+        if self._tell_first is not None and torch.is_grad_enabled():
+            tell, self._tell_first = self._tell_first, None
+            tell(module, samples_in([*args, *kwargs.values()]) or 0)
 
     def _gradient_comes(self, _: Tensor) -> None:
-        if not self._backward_began:
-            self._backward_began = True
-            self._tell()
+        self._backward_began = True
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         find = rows_by_weight(module)
@@ -160,17 +133,17 @@ class FirstBatch:
             use.forward += rows
             use.by_input += rows * learns
             use.by_weight += rows * (learns and p.requires_grad)
-            if self._forward_over is not None and name in self._watched and given and made:
-                self._calls.append(LayerCall(name, module, given[0], made[0]))
+            if name in self._watched and not self._backward_began:
+                self._calls.append(LayerCall.of(name, given[0], made[0]))
 
     def end(self) -> Uses:
         """Look no more, and tell what was seen."""
-        self._tell()
         for handle in self._handles:
             handle.remove()
         self._handles = []
         self._compile_again()
-        return Uses(self._uses, self._samples, self._first, self._order)
+        calls, self._calls = self._calls, []  # which hold the graph
+        return Uses(self._uses, self._order, calls)
 
 
 def rows_by_weight(module: nn.Module) -> Callable[..., dict[str, int]] | None:

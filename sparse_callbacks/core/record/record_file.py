@@ -1,4 +1,4 @@
-"""The files of a run's record: ``run.json``, ``rows.jsonl`` and ``masks.pt`` in the folder ``record`` of the run's folder."""
+"""The files of a run's record: ``run.json``, ``rows.jsonl`` and ``masks.pt`` in ``record``."""
 
 import json
 import math
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from sparse_callbacks.core.files import replacing
 
-VERSION = 1
+RECORD_VERSION = 1
 FOLDER = "record"
 STATUSES = ("running", "finished", "stopped", "failed")
-Row = Mapping[str, Any]
+RecordedRow = Mapping[str, Any]
 """Figures of one time by their full names, ``layers`` among them: figures of each sparse layer by parameter name."""
 
 
@@ -111,7 +111,7 @@ class RecordedRun:
 
     folder: Path
     run: RunRecord
-    rows: Sequence[Row]
+    rows: Sequence[RecordedRow]
     masks: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
@@ -135,10 +135,10 @@ def write_run(folder: Path, run: RunRecord) -> None:
     place = folder / FOLDER
     place.mkdir(parents=True, exist_ok=True)
     with replacing(place / "run.json") as beside:
-        beside.write_text(json.dumps({"version": VERSION, **asdict(run)}, indent=1, allow_nan=False) + "\n")
+        beside.write_text(json.dumps({"version": RECORD_VERSION, **asdict(run)}, indent=1, allow_nan=False) + "\n")
 
 
-def append_rows(folder: Path, rows: Iterable[Row]) -> None:
+def append_rows(folder: Path, rows: Iterable[RecordedRow]) -> None:
     """Add rows at the end of ``rows.jsonl``; numbers that are not finite become null, which JSON has in their place."""
     place = folder / FOLDER
     place.mkdir(parents=True, exist_ok=True)
@@ -191,8 +191,8 @@ def read_record(folder: Path) -> RecordedRun:
     try:
         found = json.loads((place / "run.json").read_text(encoding="utf-8"))
         version = found.pop("version")
-        if version > VERSION:
-            raise ValueError(f"it has version {version}, and this package knows {VERSION}: install a later one")
+        if version > RECORD_VERSION:
+            raise ValueError(f"it has version {version}, and this package knows {RECORD_VERSION}: install a later one")
         layers = [LayerRecord(**{**layer, "shape": tuple(layer["shape"])}) for layer in found.pop("layers")]
         run = replace(RunRecord(**found, layers=()), layers=tuple(layers))
         rows = _read_rows(place / "rows.jsonl") if (place / "rows.jsonl").exists() else []

@@ -16,7 +16,9 @@ def samples_in(batch: Any) -> int | None:
     8
     """
     first = batch[0] if isinstance(batch, list | tuple) and batch else batch
-    if not isinstance(first, torch.Tensor):  # the usual batch is asked at every step, so its other parts are not looked at
+    if not isinstance(
+        first, torch.Tensor
+    ):  # the usual batch is asked at every step, so its other parts are not looked at
         first = next((t for t in tensors_in(batch) if t.ndim), None)
     return None if first is None or not first.ndim else int(first.shape[0])
 
@@ -38,9 +40,9 @@ class LoopSamples:
         self._handle: Any = None
 
     def follow(self, module: nn.Module, first: int) -> None:
-        """Count by the inputs of ``module``, whose first batch had ``first`` samples."""
+        """Count by the inputs of ``module``, whose first batch begins and has ``first`` samples."""
         self.stop()
-        self.usual = first
+        self.usual = self._forward = first
         self._handle = module.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def stop(self) -> None:
@@ -52,10 +54,6 @@ class LoopSamples:
     def _count(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             self._forward = samples_in([*args, *kwargs.values()]) or 0
-
-    def add_first(self, samples: int) -> None:
-        """The forward pass of the first batch had so many samples."""
-        self._forward = samples
 
     def backward(self, optimizer: int) -> None:
         """A backward pass has reached the parameters of an optimizer."""
