@@ -14,7 +14,7 @@ JOINED_AT_ONCE = 2**17  # units of a piece that fits a core's cache
 SHORT = 2**15  # numbers that int16 holds: the fewer bits, the faster their sort
 
 
-def kept_units(magnitudes: Tensor, count: int, per_block: int | None = None) -> Tensor:
+def surviving_units(magnitudes: Tensor, count: int, per_block: int | None = None) -> Tensor:
     """Ascending slots of the units that stay: all but the `count` with the smallest magnitude.
 
     Args:
