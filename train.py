@@ -16,8 +16,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from sparse_callbacks.lightning.callback import SparsityCallback
-from sparse_callbacks.tasks import build, loggers, slim, summary, system_errors
+from sparse_callbacks.tasks import build, loggers, multirun, objective, reports, slim, summary, system_errors
 from sparse_callbacks.tasks.at_target import BestAtTarget
+from sparse_callbacks.tasks.initial_weights import load_initial_weights
 from sparse_callbacks.tasks.safe_stop import RunStopped
 
 
@@ -56,6 +57,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     cfg = cfg.copy()
     folder = run_folder(cfg)
     cfg.output_dir = str(folder)
+    build.set_threads(cfg)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     # everything cheap that can be refused comes first, before data is read and loggers are started
     build.check_choices(cfg)
@@ -66,7 +68,11 @@ def train(cfg: DictConfig) -> dict[str, float]:
     build.refuse_sparse_checkpoint(resumed, method)
     data = hydra.utils.instantiate(cfg.data)
     module = build.build_module(cfg, data)
-    callbacks = build.build_callbacks(cfg, method, folder / "checkpoints", logged=bool(cfg.get("logger")))
+    if cfg.get("initial_weights") is not None and resumed is None:
+        load_initial_weights(module, Path(cfg.initial_weights))
+    report = reports.build_report(cfg, folder, OmegaConf.to_container(cfg, resolve=True))
+    logged = bool(cfg.get("logger"))
+    callbacks = build.build_callbacks(cfg, method, folder / "checkpoints", logged, report)
     # not named `loggers`, which is the module that ends them
     used_loggers = build.build_loggers(cfg)
     failed = True
@@ -74,7 +80,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
         trainer = build.build_trainer(cfg, callbacks, used_loggers)
         metrics = _fit_and_test(trainer, module, data, method, cfg, resumed)
         if trainer.is_global_zero:
-            slim_error = None
+            slim_error, proof = None, None
             if cfg.slim and method is not None:
                 try:
                     slim_metrics, proof = slim.slimmed(trainer, module, data, method, folder)
@@ -83,7 +89,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
                 except Exception as error:
                     # raised again below: a failure of slimming must not lose the results of the training
                     slim_error = error
-            _report(metrics, method, trainer, folder, resumed is not None, slim_error)
+            why_no_page = "" if report is None else reports.finish(report, metrics, proof)
+            _report(metrics, method, trainer, folder, resumed is not None, slim_error, why_no_page)
             if slim_error is not None:
                 raise slim_error
         failed = False
@@ -142,27 +149,33 @@ def _report(
     folder: Path,
     resumed: bool,
     slim_error: Exception | None,
+    why_no_page: str,
 ) -> None:
-    """Write metrics.json and print the table, which also says why slimming failed."""
+    """Write metrics.json and print the table, which also says why slimming failed, or why there is no report."""
     summary.write_metrics(folder / "metrics.json", metrics)
-    possible = ["checkpoints/last.ckpt", "checkpoints/best.ckpt", "metrics.json", slim.FILE, ".hydra/config.yaml"]
+    possible = ["report.html", "checkpoints/last.ckpt", "checkpoints/best.ckpt", "metrics.json", slim.FILE]
+    possible += ["record/rows.jsonl", ".hydra/config.yaml"]
     written = [name for name in possible if (folder / name).exists()]
     places = {"folder": summary.relative(folder), "in it": ", ".join(written)}
     if slim_error is not None:
         places["slim"] = f"failed: {slim_error}"
+    if why_no_page:
+        places["report"] = why_no_page
     places |= dict(loggers.place(logger) for logger in trainer.loggers)
     summary.show(metrics, method, places, resumed)
 
 
 @hydra.main(version_base=None, config_path=str(Path(__file__).parent.resolve() / "conf"), config_name="train")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
     """Run `train`; a run that was stopped, by a signal or by a full disk, prints the command that resumes it.
 
-    The exit status is that of the signal, or 1.
+    The exit status is that of the signal, or 1. A sweeper gets the metrics that `objective` names.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
+    # refused before the first batch
+    names = objective.objective_names(cfg)
     try:
-        train(cfg)
+        metrics = train(cfg)
     except RunStopped as stopped:
         print(f"Run {stopped}.", file=sys.stderr)
         if stopped.checkpoint is not None:
@@ -178,6 +191,7 @@ def main(cfg: DictConfig) -> None:
             _print_resume_command(checkpoint, folder)
         print("HYDRA_FULL_ERROR=1 shows where it happened.", file=sys.stderr)
         sys.exit(1)
+    return objective.objective_values(metrics, names, required=objective.is_read(HydraConfig.get()))
 
 
 def _print_resume_command(checkpoint: Path, folder: Path) -> None:
@@ -187,4 +201,5 @@ def _print_resume_command(checkpoint: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with multirun.multirun_shown():
+        main()

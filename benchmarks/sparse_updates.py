@@ -81,8 +81,8 @@ class Case:
         layer, state = self.layer, self.optimizer.state[self.layer.values]
         old = layer.keys()
         kept = kept_units(layer.unit_magnitudes(), self.count, self.units if self.per_block else None)
-        keys, slots = merged(old, kept, grown(old.index_select(0, kept)))
-        layer.move_to(keys, [state["exp_avg"], state["exp_avg_sq"]], slots)
+        move = merged(old, kept, grown(old.index_select(0, kept)))
+        layer.move_to(move.keys, [state["exp_avg"], state["exp_avg_sq"]], move.slots)
 
     def drawn(self, kept: Tensor) -> Tensor:
         return drawn_units((self.layer.block_rows, self.width), kept, self.count, self.source, self.per_block)

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from sparse_callbacks.core.checkpoint_file import read_mapping
+from sparse_callbacks.core.checkpoint_file import is_safetensors, read_mapping, read_tensors
 from sparse_callbacks.core.live.live_layout import why_not_pattern
 from sparse_callbacks.core.live.saved_patterns import mask_of, matrix_of
 from sparse_callbacks.core.selection import Entry
@@ -107,6 +107,8 @@ def _content(source: Source, argument: str, shown: str, advice: str) -> Mapping[
     if isinstance(source, Mapping):
         return source
     if Path(source).exists():
+        if is_safetensors(Path(source)):
+            return read_tensors(Path(source), advice)
         return read_mapping(Path(source), advice, mapped=True)
     words = "'random', 'magnitude', 'nonzero', " if argument == "initial_mask" else ""
     raise ValueError(f"{shown} is not a file. Give {words}the path of a checkpoint or a state dict.")
@@ -123,11 +125,17 @@ def _weights_in(found: Mapping[str, Any], entries: Sequence[Entry], shown: str, 
     weights = next((w for w in plain if not _missing(w, entries)), weights)
     # checked before anything is computed with them: a damaged file may give a tensor any shape
     if missing := _missing(weights, entries):
+        if _is_run(found):
+            raise ValueError(
+                f"{shown} is the state of a run alone, which has masks and no weights. Save the weights beside it, "
+                "torch.save({'model': model.state_dict(), 'run': run.state_dict()}, path), and give that, or go on with the "
+                "run by sparsify(..., state=)."
+            )
         known = ", ".join(k for k, v in weights.items() if isinstance(v, Tensor) and v.ndim > 1)
         raise ValueError(
             f"{shown} does not fit the model: {', '.join(missing)} not found with the same shape. The "
-            f"checkpoint has: {known}. Names must be those of the LightningModule; rename the keys, or leave layers "
-            "out with include= or exclude=."
+            f"checkpoint has: {known or 'no matrix of weights'}. Names must be those of the LightningModule; rename the keys, or "
+            "leave layers out with include= or exclude=."
         )
     checked: Mapping[str, Any] = weights
     return checked
@@ -194,6 +202,11 @@ def _is_mask(value: object, entry: Entry) -> TypeGuard[Tensor]:
     return _is_weight(value, entry) and value.dtype == torch.bool
 
 
+def _is_run(state: object) -> bool:
+    """Whether ``state`` is what a loop's run has saved."""
+    return isinstance(state, Mapping) and {"version", "arguments", "masks"} <= state.keys()
+
+
 def _states_in(found: Mapping[str, Any], shown: str, advice: str) -> Iterator[Mapping[str, Any]]:
     """The states that callbacks or loops of this package have saved."""
     states = found.get("callbacks", {})
@@ -203,7 +216,7 @@ def _states_in(found: Mapping[str, Any], shown: str, advice: str) -> Iterator[Ma
         if isinstance(state, Mapping) and "masks" in state:
             yield state
     for state in found.values():  # of run.state_dict(), which a loop saves beside its model
-        if isinstance(state, Mapping) and {"version", "arguments", "masks"} <= state.keys():
+        if _is_run(state):
             yield state
 
 

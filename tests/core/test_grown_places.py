@@ -60,7 +60,7 @@ def test_rigl_grows_the_places_of_masked_storage(shape: tuple[int, int], dtype: 
             kept = kept_units(weight.view(-1)[keys].abs(), count)
             grown = largest_units(records, shape, 1, keys[kept], count, dtype=dtype)
             expected = ops.drop_and_grow(mask, weight, gradient, count)
-            assert torch.equal(merged(keys, kept, grown)[0], keys_of(expected))
+            assert torch.equal(merged(keys, kept, grown).keys, keys_of(expected))
 
 
 @pytest.mark.usefixtures("blocks")
@@ -152,7 +152,7 @@ def test_each_group_grows_the_inputs_with_the_largest_sums(group: int) -> None:
         keys = keys_of(mask)
         grown = largest_units(records, (12, inputs), group, keys[kept], count, dtype=torch.float32, per_block=True)
         rows = [ops.drop_and_grow(m, w, s, count) for m, w, s in zip(mask, weight, scores, strict=True)]
-        assert torch.equal(merged(keys, kept, grown)[0], keys_of(torch.stack(rows)))
+        assert torch.equal(merged(keys, kept, grown).keys, keys_of(torch.stack(rows)))
 
 
 def test_the_table_of_a_group_shared_update() -> None:
@@ -185,7 +185,8 @@ def test_the_table_of_a_group_shared_update() -> None:
     grown = largest_units(records, (6, 8), 2, keys[kept], count, dtype=torch.float32, per_block=True)
     assert (keys[kept] % 8).tolist() == [3, 4, 1, 2, 3, 4]
     assert (grown % 8).tolist() == [5, 6, 5, 7, 0, 2]
-    after, slots = merged(keys, kept, grown)
+    move = merged(keys, kept, grown)
+    after, slots = move.keys, move.slots
     assert (after % 8).tolist() == [3, 4, 5, 6, 1, 2, 5, 7, 0, 2, 3, 4]
     assert slots.tolist() == [1, 2, -1, 3, 4, 5, -1, 7, -1, 8, 9, 10]
 

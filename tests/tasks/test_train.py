@@ -167,8 +167,8 @@ def test_wandb_offline_has_the_curves_the_config_and_the_end(run: Run, tmp_path:
         "update/drop_fraction",
         "update/changed",
         "update/ever_active",
-        "lr",
-        "grad_norm",
+        "train/lr",
+        "train/grad_norm",
         "train/loss",
         "val/acc",
         "test/acc",
@@ -179,8 +179,8 @@ def test_wandb_offline_has_the_curves_the_config_and_the_end(run: Run, tmp_path:
         steps = [step for step, _ in curves[key]]
         assert steps == sorted(steps)
         assert 0 <= steps[0] <= steps[-1] <= 27
-    assert curves["lr"][0][1] == pytest.approx(0.07, rel=0.01)
-    assert curves["lr"][-1][1] < 0.01
+    assert curves["train/lr"][0][1] == pytest.approx(0.07, rel=0.01)
+    assert curves["train/lr"][-1][1] < 0.01
     assert wandb_file.config(path)["method"]["_target_"] == "sparse_callbacks.RigL"
     assert wandb_file.config(path)["optim"]["lr"] == 0.07
     assert wandb_file.exit_codes(path) == [0]
