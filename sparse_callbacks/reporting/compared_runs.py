@@ -13,6 +13,7 @@ from sparse_callbacks.core.record.record_file import RecordedRun, has_record, re
 
 COSTS = ("flops/inference", "flops/inference_dense", "flops/training", "flops/training_dense")
 SPARSITIES = ("sparsity/total", "sparsity/model")
+_NO_METRICS = ("active/", "bytes/", "flops/", "sparsity/", "topology/", "compression", "speedup")
 FAILURE = "failure.txt"
 """File in the folder of a job that has failed: why, in a line."""
 
@@ -113,9 +114,9 @@ def read_run(folder: Path, metric: str) -> ComparedRun | str:
     failure = folder / FAILURE
     if failure.is_file():
         return f"failed: {failure.read_text(encoding='utf-8').strip()}"
-    metrics = [name for name in run.values if name not in (*COSTS, *SPARSITIES, "compression", "speedup")]
+    metrics = sorted(name for name in run.values if not name.startswith(_NO_METRICS))
     return (
-        f"has no {metric}, but {', '.join(sorted(metrics))}"
+        f"has no {metric}, but {', '.join(metrics)}"
         if metrics
         else "has no results: it did not finish, or has written them to another output_dir"
     )
