@@ -144,7 +144,8 @@ def _other_gains(run: RecordedRun, dense: RecordedRun | None) -> list[Gain]:
     duration, other = last(run, "seconds"), None if dense is None else last(dense, "seconds")
     if duration is not None:
         texts = (readable.seconds(duration), "" if other is None else readable.seconds(other))
-        found.append(Gain("time of the training", *texts, readable.fewer(duration, other, words=("shorter", "longer"))))
+        # without a ratio: two runs seldom had their machine to themselves alike
+        found.append(Gain("time of the training", *texts))
     before, after = (channel_costs(run, when).get("latency") for when in ("before", "after"))
     if before is not None and after is not None:
         change = readable.fewer(after, before, words=("faster", "slower"))

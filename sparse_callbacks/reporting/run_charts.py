@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from sparse_callbacks.core.record.record_file import RecordedRun
 from sparse_callbacks.reporting import readable
 from sparse_callbacks.reporting.charts import Chart, Line
-from sparse_callbacks.reporting.series import curve, events_of, metrics
+from sparse_callbacks.reporting.series import curve, events_of, last, metrics, stayed_zero
 from sparse_callbacks.reporting.style import INK, PALETTE, colour
 
 
@@ -15,7 +15,7 @@ def progress_charts(run: RecordedRun, dense: RecordedRun | None) -> list[Chart]:
     own = colour(run.run.method)
     zeros = [Line("sparse layers", run, "sparsity/total", own), Line("whole model", run, "sparsity/model", INK, ":")]
     charts = [
-        Chart("sparsity", "Sparsity", zeros, "The share of weights that are zero.", readable.share, (0.0, 1.03)),
+        Chart("sparsity", "Sparsity", zeros, _sparsity_caption(run), readable.share, (0.0, 1.03)),
     ]
     left = metrics(run)
     accuracies = [name for name in left if readable.is_accuracy(name)]
@@ -36,6 +36,14 @@ def progress_charts(run: RecordedRun, dense: RecordedRun | None) -> list[Chart]:
         lowest = 0.0 if all(value >= 0 for value in curve(run, name)[1]) else None
         charts.append(Chart(name, name, _metric_lines(run, dense, [name]), limits=(lowest, None)))
     return charts
+
+
+def _sparsity_caption(run: RecordedRun) -> str:
+    total, model = last(run, "sparsity/total"), last(run, "sparsity/model")
+    caption = "The share of weights that are zero"
+    if total is None or model is None:
+        return f"{caption}."
+    return f"{caption}; at the end {readable.share(total)} in the sparse layers and {readable.share(model)} in the whole model."
 
 
 def _is_rate(name: str) -> bool:
@@ -65,7 +73,12 @@ def _metric_line(label: str, run: RecordedRun, name: str, shade: str, dashes: st
 
 
 def movement_charts(run: RecordedRun) -> list[Chart]:
-    """What moved: connections exchanged at each update, how far the masks went, and how old connections are."""
+    """What moved: connections exchanged at each update, how far the masks went, and how old connections are.
+
+    None where nothing has moved: a sentence says it better than lines of zeros.
+    """
+    if stayed_zero(run, "topology/distance_first"):
+        return []
     own = colour(run.run.method)
     others = [c for c in PALETTE if c != own]
     moved = [
@@ -128,8 +141,10 @@ def cost_charts(run: RecordedRun, dense: RecordedRun | None) -> list[Chart]:
     ]  # fmt: skip
 
 
-def dead_chart(run: RecordedRun) -> Chart:
-    """Dead units over time."""
+def dead_charts(run: RecordedRun) -> list[Chart]:
+    """Dead units over time; none where there never was one."""
+    if stayed_zero(run, "topology/dead_units"):
+        return []
     lines = [Line("Dead units", run, "topology/dead_units", colour(run.run.method))]
     caption = "Units whose connections to inputs are all masked."
-    return Chart("dead_units", "Dead units", lines, caption, limits=(0.0, None))
+    return [Chart("dead_units", "Dead units", lines, caption, limits=(0.0, None))]

@@ -32,6 +32,12 @@ def last(run: RecordedRun, key: str) -> float | None:
     return next((found for row in reversed(run.rows) if (found := number(row, key)) is not None), None)
 
 
+def stayed_zero(run: RecordedRun, key: str) -> bool:
+    """Whether the rows have numbers under a key, and all of them are zero."""
+    found = [value for row in run.rows if (value := number(row, key)) is not None]
+    return bool(found) and not any(found)
+
+
 def best(run: RecordedRun, key: str, largest: bool = True) -> float | None:
     """The best number that the rows have under a key; None where they have none."""
     found = [value for row in run.rows if (value := number(row, key)) is not None]
