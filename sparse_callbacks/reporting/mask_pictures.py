@@ -165,7 +165,7 @@ def input_figure(run: RecordedRun) -> "Figure | None":
         bar = figure.colorbar(
             image, ax=axes, pad=0.02, ticks=extra("matplotlib.ticker", "report").MaxNLocator(5, integer=True)
         )
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
     return arrange(figure)
 
 
