@@ -168,6 +168,7 @@ THEIR_PRIVATE = {
     "_backward_hooks",  # functions that a tensor's gradient is given to
     "_post_accumulate_grad_hooks",  # the same, once it is accumulated
     "_version",  # how often a tensor was written in place
+    "_new_with_weak_ptr",  # the memory behind a weak reference, None where nobody holds it any more
     "_input_metadata",  # a node of autograd: the shapes that it takes
     "_saved_self_sym_sizes",  # a node of autograd: the sizes of its input
     "_saved_pad",  # a node of autograd: the padding that it has applied
@@ -343,6 +344,8 @@ def test_parameter_values_are_written_by_sparse_weights_alone() -> None:
             "core/sparse_layers/live_weight.py",
             "set_places",
         ),  # loading: a Parameter of live values takes another number of them
+        ("core/storages/offloading.py", "offload"),  # write no value: the same ones lie elsewhere
+        ("core/storages/offloading.py", "_move_back"),
         ("core/local_parts.py", "follow"),  # writes no value: a view moves to the memory that its parameter has now
     }, sorted(about_parameters)
 

@@ -61,20 +61,24 @@ def _damaged_entry(file: IO[bytes]) -> str | None:
         return archive.testzip() if any(entry.CRC for entry in archive.infolist()) else None
 
 
-def read_mapping(path: Path, advice: str) -> Mapping[str, Any]:
+def read_mapping(path: Path, advice: str, mapped: bool = False) -> Mapping[str, Any]:
     """What a torch file holds, on the CPU, read with ``weights_only=True``: a checkpoint that somebody else wrote must
     not run code.
 
     Args:
         path: a path that exists.
         advice: what to do instead, as a sentence for the error.
+        mapped: its tensors stay in the file, from which the system reads what is looked at. Only for who lets go of them
+            before anybody else may write to the file.
 
     Raises:
         ValueError: it is not a torch file, or holds something besides a mapping of tensors and plain values.
     """
     refuse_broken(path, advice)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        # the files that torch wrote before they were archives cannot be mapped
+        mapped = mapped and zipfile.is_zipfile(path)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds objects besides tensors, numbers and texts, or is damaged, and is not read for safety "
