@@ -168,7 +168,7 @@ class SparsityReport(AnyCallback):
         recorder.window_over(trainer.global_step, self._epoch, self._metrics_of_training)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._before_validation = curves.logged_metrics(trainer) if self._begun else {}
+        self._before_validation = self._metrics() if self._begun else {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._recorder is not None and self._begun and not trainer.sanity_checking and trainer.state.fn == "fit":
