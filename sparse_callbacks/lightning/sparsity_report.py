@@ -241,9 +241,11 @@ class SparsityReport(AnyCallback):
 
     def _metrics(self) -> dict[str, float]:
         metrics = curves.logged_metrics(self._trainer)
-        optimizers = self._trainer.optimizers
-        rate = optimizers[0].param_groups[0].get("lr") if optimizers else None
-        return metrics if rate is None else {"lr": float(rate), **metrics}
+        if not any(name == "lr" or name.endswith("/lr") or name.startswith("lr-") for name in metrics):  # by a monitor
+            optimizers = self._trainer.optimizers
+            rate = optimizers[0].param_groups[0].get("lr") if optimizers else None
+            return metrics if rate is None else {"lr": float(rate), **metrics}
+        return metrics
 
     def _metrics_of_training(self) -> dict[str, float]:
         """The metrics without those of an earlier validation, which would be told again as if they were new."""
