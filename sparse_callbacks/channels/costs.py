@@ -71,6 +71,15 @@ def multiply_adds(layer: Layer, inputs: int, outputs: int) -> float:
     return float(layer.weights(inputs, outputs) * sum(layer.positions))
 
 
+def flops(layer: Layer, inputs: int, outputs: int) -> float:
+    """FLOPs for one sample, without biases: two for each multiply-add.
+
+    >>> flops(Layer("fc", 64, 128), 64, 10)
+    1280.0
+    """
+    return 2.0 * multiply_adds(layer, inputs, outputs)
+
+
 # ---------------------------------------------------------------------- the layers of a model
 
 

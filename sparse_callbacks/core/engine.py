@@ -19,6 +19,7 @@ from sparse_callbacks.core.gradients import DenseGradients
 from sparse_callbacks.core.host import Host
 from sparse_callbacks.core.live.live_records import put_back_records
 from sparse_callbacks.core.live.live_runs import note_places, refuse_matrix_optimizers
+from sparse_callbacks.core.live.uncompiled import leave_abandoned_runs
 from sparse_callbacks.core.loop_steps import next_tick
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_hold import OptimizerHold
@@ -96,6 +97,8 @@ class Engine:
             two_pass: those of the optimizers that take the steps of another one, which perturbs weights before.
         """
         method = self.method
+        self.end_window()  # of a run whose end nobody has announced
+        leave_abandoned_runs()
         self.skipped, self.restart_wanted = 0, False
         self._seen = set()
         beginning = RunBeginning(method, model, entries, optimizers)
@@ -173,8 +176,9 @@ class Engine:
     def _take_hold(self, owners: Ownership, gradients_read: Sequence[bool], two_pass: Sequence[Optimizer]) -> None:
         method = self.method
         self._hold.move_on()
+        recorder = self._care.recorder
         self._release()
-        self._care = GradientCare(method, method.params, gradients_read, two_pass)
+        self._care = GradientCare(method, method.params, gradients_read, two_pass, recorder)
         method.owners = owners
         self._hold = OptimizerHold(owners, method.weights, self.after)
 
@@ -194,14 +198,20 @@ class Engine:
     def unbind(self) -> None:
         """The run is over: take all hooks away; masks and counters stay."""
         method = self.method
+        self.end_window()  # first: whatever fails below, compiled code of this process runs again
         if method.attachment.in_training:  # a last pruning, which no step has followed
             mask_averages(method.owners.optimizers, method.weights)
         self._hold.end_run()
-        self._care.end()
+        dense = self._care.dense
         self._release()
+        self._care.dense = dense  # a checkpoint of a run that was broken off within a window holds them
         note_places(method.weights)
         method.attachment.leave()
         method.owners = Ownership.between_runs(method.owners.owns, method.params, len(method.owners.owns))
+
+    def end_window(self) -> None:
+        """Training has ended, in whatever way: nothing is recorded any more, and compiled code runs compiled."""
+        self._care.end()
 
     @property
     def is_bound(self) -> bool:
@@ -407,6 +417,7 @@ class Engine:
     def begin_window(self) -> None:
         """Training begins or goes on, perhaps within an accumulation window: see :meth:`GradientCare.look_ahead`."""
         method = self.method
+        method.weights.left_records = {}
         for index in range(len(method.owners.optimizers)):
             self._care.look_ahead(index)
         if method.saved is not None:

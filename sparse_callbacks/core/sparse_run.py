@@ -245,12 +245,16 @@ class SparseRun:
         if self.is_closed:
             return
         engine, method = self._engine, self.method
-        self._driver.finish()
-        if not method.at_target:
-            self._host.warn(method.shortfall())
-        elif text := method.progress.why_unfinished(method.calendar, engine.skipped, type(method).__name__):
-            self._host.warn(text)
-        self._release(status="finished")
+        status = "failed"
+        try:
+            self._driver.finish()
+            if not method.at_target:
+                self._host.warn(method.shortfall())
+            elif text := method.progress.why_unfinished(method.calendar, engine.skipped, type(method).__name__):
+                self._host.warn(text)
+            status = "finished"
+        finally:  # a warning may be an error
+            self._release(status)
 
     def report(
         self,
@@ -322,9 +326,10 @@ class SparseRun:
         if self._driver.record is not None:
             self._driver.record.finish(status)
             self._driver.record = None
-        self._averages.end()
         if self._first_batch is not None:
             self._first_batch.end()
+        self._engine.end_window()
+        self._averages.end()
         self._driver.stop()
         self._binding.release()
 
@@ -336,10 +341,12 @@ class SparseRun:
     ) -> None:
         if kind is None:
             self.close()
-        elif not self.is_closed:  # it may have come between the optimizer's step and ours
-            self._engine.write()
-            self._engine.batch_over()
-            self._release("failed" if issubclass(kind, Exception) else "stopped")
+        elif not self.is_closed:
+            try:  # it may have come between the optimizer's step and ours
+                self._engine.write()
+                self._engine.batch_over()
+            finally:
+                self._release("failed" if issubclass(kind, Exception) else "stopped")
 
     # ------------------------------------------------------------------ what it has come to
 
