@@ -172,7 +172,7 @@ class SparsityReport(AnyCallback):
         recorder.window_over(trainer.global_step, self._epoch, self._metrics_of_training)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._before_validation = curves.logged_metrics(trainer) if self._begun else {}
+        self._before_validation = self._metrics() if self._begun else {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._recorder is not None and self._begun and not trainer.sanity_checking and trainer.state.fn == "fit":
@@ -249,9 +249,11 @@ class SparsityReport(AnyCallback):
 
     def _metrics(self) -> dict[str, float]:
         metrics = curves.logged_metrics(self._trainer)
-        optimizers = self._trainer.optimizers
-        rate = optimizers[0].param_groups[0].get("lr") if optimizers else None
-        return metrics if rate is None else {"lr": float(rate), **metrics}
+        if not any(name == "lr" or name.endswith("/lr") or name.startswith("lr-") for name in metrics):  # by a monitor
+            optimizers = self._trainer.optimizers
+            rate = optimizers[0].param_groups[0].get("lr") if optimizers else None
+            return metrics if rate is None else {"lr": float(rate), **metrics}
+        return metrics
 
     def _metrics_of_training(self) -> dict[str, float]:
         """The metrics without those of an earlier validation, which would be told again as if they were new."""
