@@ -12,7 +12,6 @@ from sparse_callbacks.core.sparse_layers.moved_places import Move
 from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 from sparse_callbacks.core.weights import SparseWeights
 
-
 Moves = Mapping[str, Callable[[], Move | None]]
 """By parameter name a function that finds the move of an exchanged layer; it gives None where the layer stays as it is."""
 
