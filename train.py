@@ -13,10 +13,22 @@ from pathlib import Path
 import hydra
 import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from sparse_callbacks.lightning.callback import SparsityCallback
-from sparse_callbacks.tasks import build, loggers, multirun, objective, reports, slim, summary, system_errors
+from sparse_callbacks.lightning.curves import step_number
+from sparse_callbacks.lightning.logged_network import log_network, log_pictures
+from sparse_callbacks.tasks import (
+    build,
+    loggers,
+    multirun,
+    objective,
+    recorded_config,
+    reports,
+    slim,
+    summary,
+    system_errors,
+)
 from sparse_callbacks.tasks.at_target import BestAtTarget
 from sparse_callbacks.tasks.initial_weights import load_initial_weights
 from sparse_callbacks.tasks.safe_stop import RunStopped
@@ -37,11 +49,12 @@ def run_folder(cfg: DictConfig) -> Path:
     return folder.absolute()
 
 
-def train(cfg: DictConfig) -> dict[str, float]:
+def train(cfg: DictConfig, config_file: Path | None = None) -> dict[str, float]:
     """One run: training, test, and the results in its folder.
 
     Args:
         cfg: the configuration, composed from conf/train.yaml.
+        config_file: the file that holds it already, which is corrected where the run has another sparsity than it says.
 
     Returns:
         The metrics by key: test/acc, val/acc (of the last epoch), sparsity/total, sparsity/model,
@@ -66,18 +79,22 @@ def train(cfg: DictConfig) -> dict[str, float]:
         slim.check(method)
     resumed = build.checkpoint_to_resume(cfg)
     build.refuse_sparse_checkpoint(resumed, method)
+    recorded = recorded_config.as_run(cfg, method)
+    if config_file is not None:
+        recorded_config.correct_file(config_file, recorded)
     data = hydra.utils.instantiate(cfg.data)
     module = build.build_module(cfg, data)
     if cfg.get("initial_weights") is not None and resumed is None:
         load_initial_weights(module, Path(cfg.initial_weights))
-    report = reports.build_report(cfg, folder, OmegaConf.to_container(cfg, resolve=True))
+    report = reports.build_report(cfg, folder, recorded_config.settings(recorded))
     logged = bool(cfg.get("logger"))
     callbacks = build.build_callbacks(cfg, method, folder / "checkpoints", logged, report)
     # not named `loggers`, which is the module that ends them
-    used_loggers = build.build_loggers(cfg)
+    used_loggers = build.build_loggers(recorded, method)
     failed = True
     try:
         trainer = build.build_trainer(cfg, callbacks, used_loggers)
+        loggers.log_settings(trainer.loggers, recorded_config.settings(recorded))
         metrics = _fit_and_test(trainer, module, data, method, cfg, resumed)
         if trainer.is_global_zero:
             slim_error, proof = None, None
@@ -91,8 +108,10 @@ def train(cfg: DictConfig) -> dict[str, float]:
                     slim_error = error
             why_no_page = "" if report is None else reports.finish(report, metrics, proof)
             _report(metrics, method, trainer, folder, resumed is not None, slim_error, why_no_page)
+            _log_end(metrics, trainer, method, folder)
             if slim_error is not None:
                 raise slim_error
+            loggers.upload(trainer.loggers, [folder / name for name in ("report.html", slim.FILE)])
         failed = False
     finally:
         loggers.finish(used_loggers, failed)
@@ -108,9 +127,6 @@ def _fit_and_test(
     resumed: str | None,
 ) -> dict[str, float]:
     """Train and test; the metrics of the run, without those of slimming."""
-    settings = OmegaConf.to_container(cfg, resolve=True)
-    for logger in trainer.loggers:
-        logger.log_hyperparams(settings)  # type: ignore[arg-type]
     began = time.perf_counter()
     trainer.fit(module, data, ckpt_path=resumed, weights_only=True if resumed else None)
     seconds = time.perf_counter() - began
@@ -140,6 +156,18 @@ def best_checkpoint(trainer: pl.Trainer) -> str:
     """The path of the best checkpoint at target sparsity; empty where no epoch was at target."""
     keepers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, BestAtTarget)]
     return keepers[0].best_model_path
+
+
+def _log_end(metrics: dict[str, float], trainer: pl.Trainer, method: SparsityCallback | None, folder: Path) -> None:
+    """Tell the loggers what is known at the end only: the slim network, layers, figures, and what a budget came to."""
+    step = step_number(trainer)
+    loggers.log_results(trainer.loggers, {k: v for k, v in metrics.items() if k.startswith("slim/")}, step)
+    loggers.summarize(trainer.loggers, metrics)
+    if recorded_config.target_sparsity(method) is None:
+        loggers.add_settings(trainer.loggers, {"sparsity": round(metrics["sparsity/total"], 4)})
+    loggers.log_comparison(trainer.loggers, metrics, step)
+    log_network(trainer.loggers, [] if method is None else [method], step)
+    log_pictures(trainer.loggers, folder / "report", step)
 
 
 def _report(
@@ -175,7 +203,7 @@ def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
     # refused before the first batch
     names = objective.objective_names(cfg)
     try:
-        metrics = train(cfg)
+        metrics = train(cfg, recorded_config.hydra_file())
     except RunStopped as stopped:
         print(f"Run {stopped}.", file=sys.stderr)
         if stopped.checkpoint is not None:

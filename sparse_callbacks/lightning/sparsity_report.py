@@ -75,6 +75,8 @@ class SparsityReport(AnyCallback):
         self._begun, self._page_wanted, self._epoch, self._batch = False, False, 0.0, 0
         self._trained: list[bool] = []
         self._knows_samples = True
+        self._before_validation: dict[str, float] = {}
+        self._measured: set[str] = set()  # names of metrics that a validation has logged
 
     # ------------------------------------------------------------------ Lightning's hooks, in their order
 
@@ -163,12 +165,17 @@ class SparsityReport(AnyCallback):
         batches = trainer.num_training_batches
         done = (self._batch + 1) / batches if batches and not math.isinf(batches) else 0.0
         self._epoch = trainer.current_epoch + done
-        recorder.window_over(trainer.global_step, self._epoch, self._metrics)
+        recorder.window_over(trainer.global_step, self._epoch, self._metrics_of_training)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._before_validation = curves.logged_metrics(trainer) if self._begun else {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._recorder is not None and self._begun and not trainer.sanity_checking and trainer.state.fn == "fit":
             self._catch_up()
-            self._recorder.validated(self._epoch, self._metrics())
+            metrics, before = self._metrics(), self._before_validation
+            self._measured |= {name for name, value in metrics.items() if before.get(name) != value}
+            self._recorder.validated(self._epoch, metrics)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._recorder is not None and self._begun:
@@ -237,6 +244,10 @@ class SparsityReport(AnyCallback):
         optimizers = self._trainer.optimizers
         rate = optimizers[0].param_groups[0].get("lr") if optimizers else None
         return metrics if rate is None else {"lr": float(rate), **metrics}
+
+    def _metrics_of_training(self) -> dict[str, float]:
+        """The metrics without those of an earlier validation, which would be told again as if they were new."""
+        return {name: value for name, value in self._metrics().items() if name not in self._measured}
 
     def _goes_on(self, trainer: Trainer, module: LightningModule) -> bool:
         """A second fit of the same Trainer goes on where the first one ended."""

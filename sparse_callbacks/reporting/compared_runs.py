@@ -13,6 +13,7 @@ from sparse_callbacks.core.record.record_file import RecordedRun, has_record, re
 
 COSTS = ("flops/inference", "flops/inference_dense", "flops/training", "flops/training_dense")
 SPARSITIES = ("sparsity/total", "sparsity/model")
+_NO_METRICS = ("active/", "bytes/", "flops/", "sparsity/", "topology/", "compression", "speedup")
 FAILURE = "failure.txt"
 """File in the folder of a job that has failed: why, in a line."""
 
@@ -56,7 +57,9 @@ def read_runs(paths: Iterable[Path], metric: str) -> tuple[list[ComparedRun], li
     runs, left_out, seen = [], [], set[Path]()
     for path in paths:
         if not path.is_dir():
-            left_out.append((path, "a file; give folders of runs" if path.exists() else "not there; give folders of runs"))
+            left_out.append(
+                (path, "a file; give folders of runs" if path.exists() else "not there; give folders of runs")
+            )
             continue
         folders = list(run_folders(path))
         if not folders:
@@ -111,8 +114,12 @@ def read_run(folder: Path, metric: str) -> ComparedRun | str:
     failure = folder / FAILURE
     if failure.is_file():
         return f"failed: {failure.read_text(encoding='utf-8').strip()}"
-    metrics = [name for name in run.values if name not in (*COSTS, *SPARSITIES, "compression", "speedup")]
-    return f"has no {metric}, but {', '.join(sorted(metrics))}" if metrics else "has no results: it did not finish, or has written them to another output_dir"
+    metrics = sorted(name for name in run.values if not name.startswith(_NO_METRICS))
+    return (
+        f"has no {metric}, but {', '.join(metrics)}"
+        if metrics
+        else "has no results: it did not finish, or has written them to another output_dir"
+    )
 
 
 def _from_record(folder: Path) -> ComparedRun:

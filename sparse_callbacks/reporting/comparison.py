@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sparse_callbacks.reporting.compared_runs import ComparedRun, read_runs
 from sparse_callbacks.reporting.compared_settings import Problem, Setting, problems_of
@@ -130,7 +131,7 @@ def by_level(problem: Problem) -> dict[str, dict[float, Setting]]:
     return found
 
 
-def rank_correlations(rows: Mapping[str, Mapping[float, float]]) -> dict[tuple[str, str], float]:
+def rank_correlations(rows: Mapping[str, Mapping[Any, float]]) -> dict[tuple[str, str], float]:
     """Spearman's correlation of each two rows over the columns that both have; those with fewer than three are left out.
 
     Args:

@@ -14,7 +14,7 @@ from sparse_callbacks.reporting.comparison import COMPARED_AXES, compared
 from sparse_callbacks.reporting.comparison_page import highlights, write_comparison
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def compare_main(arguments: Sequence[str] | None = None) -> None:
     """Compare the runs that the command line names.
 
     Args:

@@ -1,4 +1,4 @@
-"""Figures of a comparison: the metric against sparsity and FLOPs, one line for each method, with the Pareto front."""
+"""Figures of a comparison: the metric against sparsity and FLOPs, with the Pareto front."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,8 +16,14 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT = 4.5, 3.0
 """Inches of a figure."""
 _DASHES = ("-", "--", ":", "-.")  # of lines of one method, which share its colour
-_DENSE = {"linewidth": 1.0, "linestyle": (0, (5, 3))}
-_FRONT = {"color": INK, "alpha": 0.16, "linewidth": 9, "solid_capstyle": "round", "solid_joinstyle": "round"}
+_DENSE: dict[str, Any] = {"linewidth": 1.0, "linestyle": (0, (5, 3))}
+_FRONT: dict[str, Any] = {
+    "color": INK,
+    "alpha": 0.16,
+    "linewidth": 9,
+    "solid_capstyle": "round",
+    "solid_joinstyle": "round",
+}
 Point = tuple[float, Spread]
 """The place on the axis, and the metric over the seeds."""
 

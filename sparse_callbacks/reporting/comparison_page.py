@@ -1,4 +1,4 @@
-"""The files of a comparison: ``compare.html``, ``compare.md``, ``compare.csv`` and ``compare_runs.csv``."""
+"""The files of a comparison: a page, Markdown, and CSV of settings and of runs."""
 
 import csv
 import io

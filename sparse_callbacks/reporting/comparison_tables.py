@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sparse_callbacks.reporting import readable
 from sparse_callbacks.reporting.compared_runs import ComparedRun, shown_path
@@ -171,9 +172,7 @@ def level_correlations(problem: Problem, metric: str) -> ComparedTable | None:
     return _correlation_table(transposed(means_by_level(problem, metric)), "sparsity", explanation)
 
 
-def _correlation_table(
-    rows: Mapping[str, Mapping[float, float]] | Mapping[str, Mapping[str, float]], what: str, explanation: str
-) -> ComparedTable | None:
+def _correlation_table(rows: Mapping[str, Mapping[Any, float]], what: str, explanation: str) -> ComparedTable | None:
     found = rank_correlations(rows)
     if not found:
         return None

@@ -1,5 +1,6 @@
 """Layers over time: heat maps of their sparsity, and of what moved in them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -53,17 +54,17 @@ _MAPS = {
 
 def heat_maps(run: RecordedRun) -> list[HeatMap]:
     """The heat maps that the rows have figures for."""
-    rows = thinned([row for row in layer_rows(run) if number(row, "step") is not None], COLUMNS)
-    # with masks, in the model's order; figures may also lack for some of them
+    rows = [row for row in layer_rows(run) if number(row, "step") is not None]
     layers = [layer for layer in run.run.layers if layer.sparse]
-    if not rows or not layers:
-        return []
-    steps = [number(row, "step") or 0.0 for row in rows]
+    names = short_names([layer.name for layer in layers])
     found = []
     for key, (title, caption) in _MAPS.items():
-        values = torch.tensor([[_value(row, layer, key) for row in rows] for layer in layers])
-        if not values.isnan().all():
-            found.append(HeatMap(f"layers_{key}", title, caption, short_names([x.name for x in layers]), steps, values))
+        # rows without this figure, as those of validations may be, would leave gaps
+        told = thinned([row for row in rows if any(not math.isnan(_value(row, x, key)) for x in layers)], COLUMNS)
+        if told:
+            steps = [number(row, "step") or 0.0 for row in told]
+            values = torch.tensor([[_value(row, layer, key) for row in told] for layer in layers])
+            found.append(HeatMap(f"layers_{key}", title, caption, names, steps, values))
     return found
 
 
@@ -124,13 +125,13 @@ def _range(grid: Tensor) -> tuple[float, float]:
 
 
 def _even(heat: HeatMap) -> Tensor:
-    """The columns at even distances in steps, each with the figures of the last row before its middle."""
-    steps = torch.tensor(heat.steps)
+    """The columns at even distances in steps, each with the figures of the last row before its end."""
+    steps = torch.tensor(heat.steps, dtype=torch.float64)
     if len(steps) == 1:
         return heat.values
-    width = (steps[-1] - steps[0]) / COLUMNS
-    middles = steps[0] + width * (torch.arange(COLUMNS) + 0.5)
-    return heat.values[:, torch.searchsorted(steps, middles, right=True) - 1]
+    ends = torch.linspace(0, 1, COLUMNS + 1, dtype=torch.float64)[1:] * (steps[-1] - steps[0]) + steps[0]
+    ends[-1] = steps[-1]
+    return heat.values[:, torch.searchsorted(steps, ends, right=True) - 1]
 
 
 def heat_map_label(heat: HeatMap) -> str:

@@ -12,7 +12,7 @@ from sparse_callbacks.reporting.mask_pictures import MOST, STATES, pictured
 from sparse_callbacks.reporting.pictures import Picture, figures, known_axes, pictures
 from sparse_callbacks.reporting.readable import moment, seconds
 from sparse_callbacks.reporting.series import AXES, last
-from sparse_callbacks.reporting.style import figure_png
+from sparse_callbacks.reporting.style import drawing, figure_png
 
 __all__ = ["FILE", "PICTURES", "figures", "write_report"]
 
@@ -56,11 +56,12 @@ def write_report(folder: Path, dense: Path | None = None, png: bool = True) -> P
     """
     run = read_record(folder)
     other = None if dense is None else _dense_record(dense)
-    drawn = pictures(run, other)
-    if png:
-        for picture in (p for section in drawn.values() for p in section):
-            figure_png(picture.figure, folder / PICTURES / f"{picture.name}.png")
-    return write_page(folder / FILE, "report.html.j2", **_values(run, other, drawn))
+    with drawing():
+        drawn = pictures(run, other)
+        if png:
+            for picture in (p for section in drawn.values() for p in section):
+                figure_png(picture.figure, folder / PICTURES / f"{picture.name}.png")
+        return write_page(folder / FILE, "report.html.j2", **_values(run, other, drawn))
 
 
 def _dense_record(folder: Path) -> RecordedRun:
@@ -84,7 +85,7 @@ def _values(run: RecordedRun, dense: RecordedRun | None, drawn: Mapping[str, Seq
     return {
         "title": _title(run),
         "facts": _facts(run),
-        "warnings": [str(warning) for warning in getattr(said, "warnings", ())],
+        "warnings": said.warnings,
         "sections": list(_SECTIONS.items()),
         "section_names": _SECTIONS,
         "axes": [(axis, "FLOPs" if axis == "flops" else axis) for axis in axes],
@@ -113,6 +114,8 @@ def _values(run: RecordedRun, dense: RecordedRun | None, drawn: Mapping[str, Seq
 
 
 def _title(run: RecordedRun) -> str:
+    if run.run.title:
+        return run.run.title
     total = last(run, "sparsity/total")
     if run.run.method == "dense" or total is None:
         return "Dense run" if run.run.method == "dense" else run.run.method

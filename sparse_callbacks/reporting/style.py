@@ -76,7 +76,9 @@ def marker(method: str) -> str:
 
 @contextmanager
 def drawing() -> Iterator[Any]:
-    """The context that figures are made in: gives the module ``matplotlib.figure``, and puts the settings back.
+    """The context that figures are made and saved in: gives the module ``matplotlib.figure``, and puts the settings back.
+
+    Who makes many figures opens it once around all of them.
 
     Raises:
         ImportError: matplotlib is missing; the message names the extra `report`.
@@ -87,6 +89,10 @@ def drawing() -> Iterator[Any]:
             figure.subplots().plot([1, 2], color=colour("RigL"))
     """
     matplotlib, figures = extra("matplotlib", "report"), extra("matplotlib.figure", "report")
+    if matplotlib.rcParams["svg.hashsalt"] == _RC["svg.hashsalt"]:
+        # inside another: to set 300 values anew for each figure would take longer than to draw it
+        yield figures
+        return
     cycle = {"axes.prop_cycle": f"cycler('color', {list(PALETTE)})"}
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_RC, **cycle}):
         yield figures

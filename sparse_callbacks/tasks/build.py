@@ -5,6 +5,7 @@ Whatever is refused here is refused before the first batch.
 
 import inspect
 import logging
+import os
 import warnings
 from collections.abc import Mapping
 from numbers import Real
@@ -25,6 +26,7 @@ from sparse_callbacks.core.schedules import with_curve
 from sparse_callbacks.lightning.callback import SparsityCallback
 from sparse_callbacks.lightning.resumed_file import refuse_other_parts
 from sparse_callbacks.lightning.sparsity_report import SparsityReport
+from sparse_callbacks.tasks import recorded_config, run_names
 from sparse_callbacks.tasks.at_target import BestAtTarget, EarlyStoppingAtTarget
 from sparse_callbacks.tasks.classifier import Classifier, Optim
 from sparse_callbacks.tasks.data.module import MemoryData
@@ -59,7 +61,9 @@ def set_threads(cfg: DictConfig) -> None:
     if threads is None:
         return
     if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
-        raise ValueError(f"threads={threads!r} is not a number of threads. Give 1 or more, or null for torch's own choice.")
+        raise ValueError(
+            f"threads={threads!r} is not a number of threads. Give 1 or more, or null for torch's own choice."
+        )
     torch.set_num_threads(threads)
 
 
@@ -155,11 +159,21 @@ def build_module(cfg: DictConfig, data: MemoryData) -> Classifier:
     return Classifier(model, data.num_classes, Optim(**options))
 
 
-def build_loggers(cfg: DictConfig) -> list[Logger]:
-    """One logger for each entry of the group `logger`."""
-    entries = (cfg.get("logger") or {}).values()
+def build_loggers(cfg: DictConfig, method: SparsityCallback | None) -> list[Logger]:
+    """One logger for each entry of the group `logger`; a W&B run that was given no name, group or tags gets those of
+    `run_names`.
+
+    Args:
+        cfg: the configuration as it runs, see `recorded_config.as_run`.
+        method: the sparsity callback; None for a dense run.
+    """
     # `logger.wandb=null` on the command line takes a logger out of the group
-    return [instantiate(entry) for entry in entries if entry is not None]
+    entries = [dict(entry) for entry in (cfg.get("logger") or {}).values() if entry is not None]
+    for entry in entries:
+        if str(entry["_target_"]).endswith(".wandb_logger"):
+            named = run_names.for_wandb(cfg, method, dict(os.environ))
+            entry |= {key: value for key, value in named.items() if entry.get(key) is None}
+    return [instantiate(entry) for entry in entries]
 
 
 def build_callbacks(
@@ -187,7 +201,7 @@ def build_callbacks(
     if cfg.trainer.enable_progress_bar:
         callbacks.append(ShortProgressBar())
     if logged:
-        callbacks.append(LearningRateMonitor(logging_interval="step"))
+        callbacks += [LearningRateMonitor(logging_interval="step"), recorded_config.fit_recorder(method)]
     if cfg.early_stopping is not None:
         callbacks.append(EarlyStoppingAtTarget(cfg.early_stopping))
     callbacks.append(BestAtTarget(str(folder)))

@@ -186,8 +186,9 @@ class Classifier(pl.LightningModule):
         self.log(f"{stage}/acc", metric, prog_bar=True, batch_size=len(labels))
         if self.top_accuracy:
             top = self.top_accuracy[f"{stage}_top"]
+            assert isinstance(top, MeanMetric)
             top.update(top_k_hits(logits, labels, TOP).float())
-            self.log(f"{stage}/acc{TOP}", top, batch_size=len(labels))  # type: ignore[arg-type]
+            self.log(f"{stage}/acc{TOP}", top, batch_size=len(labels))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Lightning calls this after the hooks of the callbacks, so the gradients are masked, and before it clips them

@@ -1,6 +1,5 @@
-"""The end of a multirun: one table of all its runs, the page compare.html, and the jobs that have failed."""
+"""The end of a multirun: a table of its runs, the page compare.html, and the jobs that failed."""
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +17,12 @@ from sparse_callbacks.reporting.comparison import Comparison, compared
 from sparse_callbacks.reporting.comparison_page import highlights, notes, write_comparison
 from sparse_callbacks.reporting.comparison_tables import settings_table
 
-log = logging.getLogger(__name__)
 LEFT_TO_THE_PAGE = ("to dense", "sparsity", "inference FLOPs", "training FLOPs", "time", "on the fronts")
 _unfinished: list[tuple[Path, str]] = []
 """Folder and metric of multiruns of this process whose end was not shown yet."""
 
 
-class MultirunComparison(Callback):  # type: ignore[misc]
+class MultirunComparison(Callback):
     """Hydra's callback that compares the runs of a multirun when it ends; single runs do not concern it.
 
     Args:
@@ -99,7 +97,9 @@ def show_comparison(folder: Path, metric: str) -> None:
     try:
         page, *_ = write_comparison(comparison, folder, [folder])
     except (ImportError, OSError) as error:
-        log.warning("The comparison of the runs in %s was not written: %s", folder, error)
+        console.print(
+            f"The page of the comparison was not written: {error}", style="yellow", highlight=False, markup=False
+        )
     else:
         # never cut: it is there to be copied
         console.print(f"compared in {page}", soft_wrap=True, highlight=False, markup=False)

@@ -60,8 +60,9 @@ class FirstBatch:
     """Watches the layers of a model from here until :meth:`end`.
 
     Linear layers use each weight at every row of their input, convolutions at every place of their output (transposed ones
-    of their input), recurrent layers at every step of a sequence, attention at every token. What a layer computes again in
-    the backward pass, as under activation checkpointing, is not counted. Compiled models run eagerly meanwhile.
+    of their input), recurrent layers at every step of a sequence, attention at every token. Passes without gradients are not
+    training and not counted, nor is what a layer computes again in the backward pass, under activation checkpointing. Compiled
+    models run eagerly meanwhile.
 
     Args:
         model: the model.
@@ -82,6 +83,7 @@ class FirstBatch:
         self._watched = frozenset(watched)
         self._calls: list[LayerCall] = []
         self._order: list[str] = []
+        self._silent: dict[str, int] = {}  # positions of calls without gradients, which a checkpoint may repeat
         self._tell_first = called
         self._backward_began = False
         self._handles: list[Any] = []
@@ -98,7 +100,7 @@ class FirstBatch:
             if rows_by_weight(module) is not None:
                 self._handles.append(module.register_forward_hook(self._called, with_kwargs=True))
         for p in model.parameters():
-            if p.requires_grad and p.is_leaf:
+            if p.requires_grad and p.is_leaf and not isinstance(p, nn.parameter.UninitializedParameter):
                 hooked: Any = p  # the hook has no types in torch
                 self._handles.append(hooked.register_post_accumulate_grad_hook(self._gradient_comes))
 
@@ -121,20 +123,22 @@ class FirstBatch:
             p = owner._parameters.get(local.rpartition(".")[2])
             if p is None or (name := self._names.get(id(p))) is None:
                 continue  # reparametrised, or gathered from shards
-            use = self._uses.setdefault(name, Use())
             if name not in self._order:
                 self._order.append(name)
-            if again:
-                # a checkpoint may have run the layer without gradients before
-                use.by_input = min(use.forward, use.by_input + rows * learns)
-                use.by_weight = min(use.forward, use.by_weight + rows * (learns and p.requires_grad))
-                continue
-            use.inference += 0 if self._backward_began else rows
-            use.forward += rows
-            use.by_input += rows * learns
-            use.by_weight += rows * (learns and p.requires_grad)
-            if name in self._watched and not self._backward_began:
+            if not torch.is_grad_enabled():
+                self._silent[name] = self._silent.get(name, 0) + rows
+            elif not again or self._silent.get(name, 0) >= rows:
+                self._silent[name] = self._silent.get(name, 0) - rows * again
+                self._add(name, rows, learns, learns and p.requires_grad, again)
+            if name in self._watched and not again and learns and not self._backward_began:
                 self._calls.append(LayerCall.of(name, given[0], made[0]))
+
+    def _add(self, name: str, rows: int, learns: bool, weight_learns: bool, again: bool) -> None:
+        use = self._uses.setdefault(name, Use())
+        use.inference += rows if again or not self._backward_began else 0
+        use.forward += rows
+        use.by_input += rows * learns
+        use.by_weight += rows * weight_learns
 
     def end(self) -> Uses:
         """Look no more, and tell what was seen."""

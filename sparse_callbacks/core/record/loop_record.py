@@ -75,7 +75,8 @@ class LoopRecord:
 
     def begin(self, state: Mapping[str, Any] | None, epoch: int) -> None:
         """The run begins, or goes on from the ``state`` of its record, in ``epoch`` (from 0)."""
-        self._samples, self._epoch, self._in_epoch, self._metrics = LoopSamples(), epoch, 0, dict[str, Any]()
+        self._samples, self._epoch = LoopSamples(), epoch
+        self._in_epoch, self._metrics = (0, {}) if state is None else (state["in_epoch"], dict(state["metrics"]))
         device = next((p.device for p in self._model.parameters()), None)
         said = {
             "libraries": libraries(),
@@ -111,7 +112,7 @@ class LoopRecord:
         """Every optimizer has stepped."""
         self._in_epoch += 1
         self._recorder.add_samples(self._samples.take(self._engine.has_two_passes))
-        self._recorder.window_over(self._recorder.step + 1, self._epochs_done(), lambda: self._metrics)
+        self._recorder.window_over(self._recorder.step + 1, self._epochs_done(), dict)
 
     def _epochs_done(self) -> float:
         return self._epoch + (0.0 if math.isinf(self._epoch_length) else self._in_epoch / self._epoch_length)
@@ -151,4 +152,4 @@ class LoopRecord:
 
     def state(self) -> dict[str, Any]:
         """The state of the record, for a checkpoint."""
-        return self._recorder.state(gather=False)
+        return {**self._recorder.state(gather=False), "in_epoch": self._in_epoch, "metrics": self._metrics}

@@ -133,6 +133,7 @@ class Recorder:
                 started = with_paths(started, self._model, self._methods, self._chain.names)
             self.said["batch"] = distributed.sums_of([samples])[0]
             self._first_masks = kept_masks(self._methods, self._order)
+            self._keep_masks()
             self.say()
             self._add("start", self._last_look, self._began_epoch, {}, started)
 
@@ -201,7 +202,7 @@ class Recorder:
         if status == "finished" and not self._start:
             self._charge()
             self._add("end", self.step, epoch, metrics)
-            self._keep_masks()
+        self._keep_masks()
         self.say()
 
     def stop_looking(self) -> None:
@@ -286,6 +287,7 @@ class Recorder:
             "rows": self.file.written,
             "last_row": self._last_row,
             "last_look": self._last_look,
+            "moved": self._changes() != self._masks_looked,
             "seconds": self._time(),
             "samples": self._samples,
             "account": self._account.state(),
@@ -306,6 +308,6 @@ class Recorder:
         self._first_masks = self.file.go_on(Path(state["folder"]), self.said["started"], self.step, state["rows"])
         self._price()
         self._count_active()
-        self._masks_looked = self._masks_seen
+        self._masks_looked = None if state["moved"] else self._masks_seen
         self.said["status"] = "running"
         self.say()
