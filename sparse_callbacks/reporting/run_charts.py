@@ -53,8 +53,8 @@ def _is_rate(name: str) -> bool:
 
 def _metric_lines(run: RecordedRun, dense: RecordedRun | None, names: Sequence[str]) -> list[Line]:
     """The curves of metrics: those of the dense run are dashed in the same order, dark."""
-    # metrics of validation first: they are what runs are compared by
-    ordered = sorted(names, key=lambda name: ("val" not in name.lower(), names.index(name)))[:6]
+    # metrics of validation first: they are what runs are compared by; those of five guesses (acc5, top5) last
+    ordered = sorted(names, key=lambda name: (name[-1:].isdigit(), "val" not in name.lower()))[:6]
     own = colour(run.run.method)
     colours = [own, *(c for c in PALETTE if c != own)]
     lines = [_metric_line(name, run, name, colours[i % len(colours)]) for i, name in enumerate(ordered)]
