@@ -1,4 +1,4 @@
-"""Curves of recorded runs in one frame: what is drawn, the drawing, and its views against several axes."""
+"""Curves of recorded runs in one frame: what is drawn, the drawing, and its views."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

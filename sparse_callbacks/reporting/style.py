@@ -1,4 +1,4 @@
-"""How figures look: one colour and marker for each method, lines and text for light and dark pages, SVG and PNG."""
+"""The look of figures: colours of methods, text that follows the page, SVG and PNG."""
 
 import hashlib
 import html
