@@ -3,7 +3,6 @@
 import json
 import math
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from support.pages import Page, read_page, refuse_faults
 from support.recorded import SHAPES, recorded
 
@@ -148,7 +148,7 @@ def test_names_and_values_of_users_are_texts_and_nothing_else(tmp_path: Path) ->
         channels={"proof": NASTY, "groups": [{"name": NASTY}]}, results={NASTY: 0.5, f"acc{NASTY}": 0.25}, calendar={NASTY: 3},
     )  # fmt: skip
     row = {"step": 300, NASTY: 1.0, f"acc{NASTY}": 0.5, "layers": {NASTY + "a": {"active": 3, "dead_in": 1}}}
-    append_rows(folder, [row])
+    rewrite(folder, [row])
     write_masks(folder, {NASTY + "a": {"first": torch.ones(4, 4).bool(), "last": torch.eye(4).bool()}})
     page = read_page(write_report(folder))
     refuse_faults(page)
@@ -164,8 +164,18 @@ def without_rows(folder: Path) -> None:
 
 
 def with_one_row(folder: Path) -> None:
-    path = folder / "record" / "rows.jsonl"
-    path.write_text(path.read_text().split("\n")[0] + "\n")
+    rewrite(
+        folder,
+        [
+            {
+                "step": 3,
+                "sparsity/total": 0.9,
+                "val/acc": 0.5,
+                "topology/churn": 0.1,
+                "layers": {"net.0.weight": {"active": 3}},
+            }
+        ],
+    )
 
 
 def with_nothing_in_its_rows(folder: Path) -> None:
@@ -202,11 +212,11 @@ def test_a_run_that_records_nothing_but_its_method_has_a_page(tmp_path: Path) ->
     assert "status running" in page.text
 
 
-def large(folder: Path, layers: int = 300, rows: int = 40) -> Path:
+def large(folder: Path, layers: int = 300, rows: int = 40, **said: Any) -> Path:
     """The record of a run with many layers, convolutions among them."""
     shapes = {f"backbone.stage{i // 30}.block{i % 30}.conv.weight": (64, 32, 3, 3) for i in range(layers)}
     records = [LayerRecord(name, shape, True, 0.9, "", 64) for name, shape in shapes.items()]
-    folder = recorded(folder, layers=records, steps=20)
+    folder = recorded(folder, layers=records, steps=20, **said)
     source = torch.Generator().manual_seed(0)
     made = []
     for step in range(rows):
@@ -227,27 +237,33 @@ def large(folder: Path, layers: int = 300, rows: int = 40) -> Path:
     return folder
 
 
-def test_a_run_of_300_layers_has_a_page_of_a_fair_size_in_fair_time(tmp_path: Path) -> None:
-    folder = large(tmp_path)
-    started = time.process_time()
-    page = read_page(write_report(folder))
-    # 5 s on a machine with nothing else to do; processor time, as tests run beside others
-    assert time.process_time() - started < 8
+def test_a_long_run_of_300_layers_has_a_page_of_a_fair_size_with_few_drawings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configuration = {f"key{i}": "value" * 20 for i in range(20_000)}
+    folder = large(tmp_path, configuration=configuration, plan="p" * 2_000_000)
+    append_rows(folder, [{"step": i, "epoch": i / 9, "val/acc": math.sin(i)} for i in range(200, 6_000)])
+    drawn = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *given, **named: (drawn.append(named["format"]), save(self, *given, **named))
+    )
+    path = write_report(folder)
+    # a drawing takes up to 30 ms, and all time is theirs: a page may take 5 s, which a test beside others cannot measure
+    assert drawn.count("png") == len(list((folder / "report").iterdir())) <= 30
+    assert drawn.count("svg") <= 75
+    assert path.stat().st_size < 3_000_000
+    page = read_page(path)
     refuse_faults(page)
-    assert len(page.source) < 3_000_000
     assert "backbone.stage9.block29.conv.weight" in page.text
     assert "1 / 20.5 / 60" in page.text
     assert "12 of 20 masks in the record are shown" in page.text
 
 
-def test_a_page_stays_small_with_thousands_of_rows_and_layers(tmp_path: Path) -> None:
+def test_tables_of_thousands_of_layers_are_cut() -> None:
     layers = [LayerRecord(f"layer{i}.weight", (8, 8), True, 0.5, "", 1) for i in range(3000)]
-    configuration = {f"key{i}": "value" * 20 for i in range(20_000)}
-    folder = recorded(tmp_path, layers=layers, configuration=configuration, plan="p" * 2_000_000)
-    append_rows(folder, [{"step": i, "epoch": i / 9, "val/acc": math.sin(i)} for i in range(200, 6_000)])
-    path = write_report(folder, png=False)
-    assert path.stat().st_size < 3_000_000
-    assert "2,600 more rows" in read_page(path).text
+    table = tables.plan_table(RecordedRun(Path("run"), RunRecord("RigL", {}, layers, ""), []))
+    assert (len(table.rows), table.left_out) == (400, 2600)
 
 
 def test_another_kind_of_run_is_not_taken_for_the_dense_one(run: Path, tmp_path: Path) -> None:
@@ -267,6 +283,7 @@ def test_the_command_writes_what_it_can_and_says_what_it_cannot(
     tmp_path: Path, dense: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = recorded(tmp_path / "run", steps=20)
+    with_bare_rows(folder)
     (tmp_path / "other").mkdir()
     with pytest.raises(SystemExit, match="2"):
         main([str(tmp_path / "other"), str(folder), "--dense", str(dense), "--no-pictures"])
@@ -312,7 +329,7 @@ ROWS = st.lists(
 )
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(ROWS)
 def test_any_record_gives_a_page(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]) -> None:
     folder = recorded(tmp_path_factory.mktemp("any"), steps=20)
@@ -346,7 +363,8 @@ def test_every_picture_has_a_description_and_its_own_name(drawn: list[pictures.P
 
 def test_figures_are_given_by_their_names(tmp_path: Path) -> None:
     folder = recorded(tmp_path, steps=20)
+    with_one_row(folder)
     write_masks(folder, {})
     found = figures(read_record(folder))
-    assert {"sparsity", "training_flops", "layers_sparsity"} <= set(found)
+    assert list(found) == ["sparsity", "accuracy", "layers_sparsity", "churn"]
     assert found["sparsity"].axes[0].get_title(loc="left") == "Sparsity"
