@@ -78,7 +78,7 @@ def chart_figure(chart: Chart, axis: str = "steps") -> "Figure | None":
         figure: Figure = figures.Figure(figsize=SIZE, layout="constrained")
         axes = figure.subplots()
         for place, line, (xs, ys) in drawn:
-            look = {"color": line.colour, "marker": _marker(line, xs), "markersize": 5}
+            look: dict[str, Any] = {"color": line.colour, "marker": _marker(line, xs), "markersize": 5}
             # the name that chart_views knows it by, as several may have one label
             axes.plot(xs, ys, line.dashes, label=_in_legend(line.label), gid=str(place), **look)
         axes.set_title(readable.shortened(chart.title, 44))

@@ -219,6 +219,11 @@ def test_kernels_are_tiles_and_towers_are_folded() -> None:
     folded = as_picture(torch.arange(16 * 9).reshape(16, 1, 3, 3))
     assert folded.shape == (12, 12)
     assert torch.equal(folded[3:6, :3].flatten(), torch.arange(4 * 9, 5 * 9))
+    # outputs side by side, each with its inputs side by side
+    both = torch.arange(8 * 2 * 9).reshape(8, 2, 3, 3)
+    assert as_picture(both).shape == (12, 12)
+    assert torch.equal(as_picture(both)[:3, 3:6], both[0, 1])
+    assert torch.equal(as_picture(both)[:3, 6:9], both[1, 0])
     assert as_picture(torch.ones(7)).shape == (1, 7)
     assert as_picture(torch.ones(4, 2, 3)).shape == (4, 6)
     # all weights are there, whatever the shape
