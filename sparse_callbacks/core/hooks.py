@@ -63,6 +63,9 @@ class Hooks:
     grows_by_gradient: ClassVar[bool] = False
     """An update grows the weights whose gradients are the largest in its step."""
 
+    measures_similarity: ClassVar[bool] = False
+    """A pass over the data compares each input of a layer with each of its outputs."""
+
     # ------------------------------------------------------------------ what a method overrides
 
     def attach(self, model: nn.Module) -> None:

@@ -135,7 +135,7 @@ class EverActive:
         """Count in what the move of an exchanged layer makes active."""
         layer, key = self._weights.layers_stored[name], f"once_active/{name}"
         units = layer.block_rows * layer.in_features
-        self._aux[key] = ever_live.moved_on(self._aux[key], move.dropped, move.born, units)
+        self._aux[key] = ever_live.moved_on(self._aux[key], move.leaving, move.coming, units)
 
     def share(self) -> float:
         """Share of all sparse weights that were ever active."""

@@ -1,6 +1,6 @@
 """Masks of a model's sparse parameters, and the one place where parameter values are written."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core.dense_copy import DenseCopy, undone
 from sparse_callbacks.core.live.live_masks import MasksOnDemand
+from sparse_callbacks.core.live.live_records import Record
 from sparse_callbacks.core.local_parts import LocalPart, follow
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.shards import layout_of
@@ -51,6 +52,8 @@ class SparseWeights:
         self.layers_stored = dict(layers or {})
         """Exchanged layers by the name of their weight. They hold live values alone, so nothing is masked in them."""
         self._held: dict[str, Tensor] = {}
+        self.left_records: dict[str, list[Record]] = {}
+        """What exchanged layers had recorded in the window that was open when the run ended, by name."""
         self.last_places: dict[str, int] = {}
         """Checksums of the places that a run has left in exchanged layers, by name."""
         self._counts: dict[str, int] = {name: layer.live for name, layer in self.layers_stored.items()}
@@ -107,6 +110,16 @@ class SparseWeights:
     def held_masks(self) -> Mapping[str, Tensor]:
         """The masks that exist: of all sparse parameters but those of exchanged layers."""
         return self._held
+
+    @property
+    def records(self) -> Mapping[str, Sequence[Record]]:
+        """What exchanged layers have recorded in a window that is open, or was when the run ended; of each that records."""
+        now = {name: layer.records for name, layer in self.layers_stored.items() if layer.records is not None}
+        return now or self.left_records
+
+    def keep_records(self) -> None:
+        """The run is over: a checkpoint that is written now has the :attr:`records` of its open window all the same."""
+        self.left_records = {name: list(records) for name, records in self.records.items()}
 
     def set_mask(self, name: str, mask: Tensor) -> None:
         """Take ``mask`` (bool, shape of the parameter); :meth:`write_masked` brings it into the values."""
@@ -173,6 +186,11 @@ class SparseWeights:
     def count(self, name: str, where: Tensor) -> int:
         """Positions at which ``where`` (bool, a parameter's shape) is True, over all processes that hold a part."""
         return layout_of(self.params[name]).total(int(where.count_nonzero()))
+
+    @property
+    def has_gates(self) -> bool:
+        """Some weights are under gates, which move in every step."""
+        return bool(self._lasting)
 
     def size(self, name: str) -> int:
         """Weights of a parameter, active or not."""

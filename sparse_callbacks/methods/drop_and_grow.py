@@ -11,11 +11,11 @@ from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.distributions import Distribution
 from sparse_callbacks.core.growth import moved_mask, uniform_numbers
 from sparse_callbacks.core.initial_masks import InitialMask, StartsSparse
-from sparse_callbacks.core.live.live_weights import Move
 from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.patterns import group_of
 from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.schedules import Schedule, as_schedule
+from sparse_callbacks.core.sparse_layers.moved_places import Move
 from sparse_callbacks.core.state_claims import Zeros, as_planned, possible_zeros
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.storages.storage import Rows, StorageByLayer, why_no_exchange

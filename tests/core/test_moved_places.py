@@ -13,7 +13,7 @@ from sparse_callbacks import SparseLinear, ops
 from sparse_callbacks.core.randomness import generator, uniform_like
 from sparse_callbacks.core.sparse_layers import drawn_places, moved_places, quick_places
 from sparse_callbacks.core.sparse_layers.drawn_places import drawn_units
-from sparse_callbacks.core.sparse_layers.moved_places import fill_columns, fill_rows, kept_units, merged
+from sparse_callbacks.core.sparse_layers.moved_places import Move, fill_columns, fill_rows, merged, surviving_units
 
 SHAPES = [(1, 1), (1, 40), (13, 7), (40, 90), (120, 100)]
 
@@ -50,22 +50,22 @@ def test_those_stay_that_masked_storage_keeps(size: int, kind: str, monkeypatch:
     monkeypatch.setattr(quick_places, "SMALL", 0)
     for seed, share in enumerate((0.0, 0.01, 0.3, 0.99, 1.0)):
         magnitudes, count = some_magnitudes(size, kind, seed), round(share * size)
-        assert torch.equal(kept_units(magnitudes, count), keys_of(ops.keep_largest(magnitudes, size - count)))
+        assert torch.equal(surviving_units(magnitudes, count), keys_of(ops.keep_largest(magnitudes, size - count)))
 
 
 def test_each_block_loses_its_own_smallest_units() -> None:
     for kind in ("plain", "ties", "not finite"):
         magnitudes = some_magnitudes(6 * 20, kind, 1)
         rows = [ops.keep_largest(row, 13) for row in magnitudes.view(6, 20)]
-        assert torch.equal(kept_units(magnitudes, 7, per_block=20), keys_of(torch.stack(rows)))
+        assert torch.equal(surviving_units(magnitudes, 7, per_block=20), keys_of(torch.stack(rows)))
 
 
 @pytest.mark.parametrize("count", [-1, 11])
 def test_no_more_units_leave_than_there_are(count: int) -> None:
     with pytest.raises(ValueError, match="count="):
-        kept_units(torch.rand(10), count)
+        surviving_units(torch.rand(10), count)
     with pytest.raises(ValueError, match="count="):
-        kept_units(torch.rand(20), count, per_block=10)
+        surviving_units(torch.rand(20), count, per_block=10)
 
 
 # ---------------------------------------------------------------------- draws that are those of masked storage
@@ -78,8 +78,8 @@ def by_masked_storage(mask: Tensor, weight: Tensor, count: int, source: torch.Ge
 
 def by_units(mask: Tensor, weight: Tensor, count: int, source: torch.Generator) -> Tensor:
     keys = keys_of(mask)
-    kept = kept_units(weight.view(-1)[keys].abs(), count)
-    return merged(keys, kept, drawn_units(tuple(mask.shape), keys[kept], count, source))[0]
+    kept = surviving_units(weight.view(-1)[keys].abs(), count)
+    return merged(keys, kept, drawn_units(tuple(mask.shape), keys[kept], count, source)).keys
 
 
 @pytest.mark.usefixtures("with_or_without_numpy")
@@ -172,15 +172,15 @@ def test_each_choice_is_equally_likely(count: int) -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the largest tensor that any operation gives."""
+    """Notes the bytes of the largest tensor that any operation gives."""
 
-    entries = 0
+    bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else [result]:
             if isinstance(tensor, Tensor):
-                self.entries = max(self.entries, tensor.numel())
+                self.bytes = max(self.bytes, tensor.nbytes)
         return result
 
 
@@ -189,10 +189,10 @@ def test_a_layer_of_a_million_squared_is_drawn_in_the_memory_of_its_live_weights
     kept = torch.randint(neurons**2, (live,), generator=torch.Generator().manual_seed(0)).unique()
     with LargestTensor() as seen:
         drawn = drawn_units((neurons, neurons), kept, live // 2, generator(0, 0, ""))
-        keys, _ = merged(kept, torch.arange(len(kept)), drawn)
+        keys = merged(kept, torch.arange(len(kept)), drawn).keys
     assert keys.numel() == len(kept) + live // 2
     assert (keys.diff() > 0).all()
-    assert seen.entries <= 2 * live
+    assert seen.bytes <= 2 * 8 * live
 
 
 # ---------------------------------------------------------------------- where units lie afterwards
@@ -209,12 +209,18 @@ def test_units_keep_their_slots_also_where_they_leave_and_come_back(
         kept = keys_of(some_mask((1, len(keys)), 1 - share, seed))
         free = torch.ones(600, dtype=torch.bool).index_fill_(0, keys[kept], False)
         new = keys_of(free & (torch.rand(600) < grown))
-        joined, slots = merged(keys, kept, new)
+        move = merged(keys, kept, new)
         where = {key: slot for slot, key in enumerate(keys.tolist())}
-        assert joined.tolist() == sorted([*keys[kept].tolist(), *new.tolist()])
-        assert slots.tolist() == [where.get(key, -1) for key in joined.tolist()]
+        assert move.keys.tolist() == sorted([*keys[kept].tolist(), *new.tolist()])
+        assert move.slots.tolist() == [where.get(key, -1) for key in move.keys.tolist()]
+        assert move.coming.tolist() == new.tolist()
+        assert move.leaving.tolist() == sorted(set(keys.tolist()) - set(keys[kept].tolist()))
+        same = Move.between(keys, move.keys, move.slots)
+        assert same.coming.tolist() == sorted(set(move.keys.tolist()) - set(keys.tolist()))
+        assert same.leaving.tolist() == sorted(set(keys.tolist()) - set(move.keys.tolist()))
 
 
+@pytest.mark.usefixtures("with_or_without_numpy")
 @pytest.mark.parametrize("inputs", [1, 30, 2**15 - 1, 2**15, 70_000, 10**9])
 def test_rows_and_columns_of_keys(inputs: int) -> None:
     outputs = 9
@@ -226,9 +232,18 @@ def test_rows_and_columns_of_keys(inputs: int) -> None:
     assert crow.tolist() == [sum(row < r for row, _ in places) for r in range(outputs + 1)]
 
 
-@pytest.mark.parametrize("inputs", [1, 30, 2**15 - 1, 2**15, 70_000])
-def test_columns_of_rows(inputs: int) -> None:
-    keys = torch.randint(9 * inputs, (300,), generator=torch.Generator().manual_seed(0)).unique()
+@pytest.mark.usefixtures("with_or_without_numpy")
+@pytest.mark.parametrize("vectors", [True, False])
+@pytest.mark.parametrize("pieces", [2**17, 16])
+# the last one has more bits in its columns and slots than an int32
+@pytest.mark.parametrize(
+    ("inputs", "live"), [(1, 300), (30, 300), (2**15 - 1, 300), (2**15, 300), (70_000, 300), (70_000, 34_000)]
+)
+def test_columns_of_rows(inputs: int, live: int, pieces: int, vectors: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moved_places, "JOINED_AT_ONCE", pieces)
+    if not vectors:
+        monkeypatch.setattr(moved_places, "sorts_by_vectors", lambda numbers: False)
+    keys = torch.randint(9 * inputs, (live,), generator=torch.Generator().manual_seed(0)).unique()
     places = [divmod(key, inputs) for key in keys.tolist()]
     rows, col = torch.tensor(places, dtype=torch.int32).unbind(1)
     crow_t = torch.empty(inputs + 1, dtype=torch.int32)
@@ -241,13 +256,13 @@ def test_columns_of_rows(inputs: int) -> None:
     assert torch.equal(crow_t.long(), torch.searchsorted(columns, torch.arange(inputs + 1)))
 
 
-def updates(layer: SparseLinear) -> Iterator[tuple[Tensor, Tensor]]:
-    """Keys and slots of updates that drop a third and draw as many."""
+def updates(layer: SparseLinear) -> Iterator[Move]:
+    """Updates that drop a third and draw as many."""
     per_block = layer.live // layer.group // layer.block_rows if layer.storage == "grouped" else None
     units = layer.keys().numel() if per_block is None else per_block
     for number in range(3):
         old = layer.keys()
-        kept = kept_units(layer.unit_magnitudes(), units // 3, per_block)
+        kept = surviving_units(layer.unit_magnitudes(), units // 3, per_block)
         shape = (layer.block_rows, layer.in_features)
         new = drawn_units(shape, old[kept], units // 3, generator(0, number, ""), per_block is not None)
         yield merged(old, kept, new)
@@ -257,11 +272,11 @@ def updates(layer: SparseLinear) -> Iterator[tuple[Tensor, Tensor]]:
 def test_values_and_states_move_with_their_units(storage: str) -> None:
     layer = SparseLinear.random(40, 24, 9, storage=storage, group=4, generator=torch.Generator().manual_seed(0))
     state, pattern = torch.rand(layer.values.shape), dict(layer.places.tensors())
-    for keys, slots in updates(layer):
+    for move in updates(layer):
         mask, weight = layer.mask, layer.weight.detach().clone()
         dense_state, version = layer.places.dense(state), layer.values._version
-        born = layer.move_to(keys, [state], slots)
-        assert torch.equal(layer.keys(), keys)
+        born = layer.move_to(move.keys, [state], move.slots)
+        assert torch.equal(layer.keys(), move.keys)
         assert layer.values._version > version
         assert torch.equal(layer.weight, weight * layer.mask)
         assert torch.equal(born, ~layer.places.read(mask))

@@ -20,8 +20,8 @@ from support.exchanged_loops import (
 from torch import Tensor
 
 from sparse_callbacks import GMP, SET, SNFS, RigL, SparseLinear, Static, sparsify
-from sparse_callbacks.core.live.live_weights import Move
 from sparse_callbacks.core.optimizer_state import state_tensors
+from sparse_callbacks.core.sparse_layers.moved_places import Move
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.unit_updates import moved_units
 

@@ -1,6 +1,6 @@
 """Asks the checks of a run at their times, and gives each warning once."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -60,10 +60,11 @@ class Doctor:
 
     Args:
         method: the method of the run. What was said is kept in its ``aux``, under ``doctor/<name of the check>``.
+        listener: called with the text of each warning.
     """
 
-    def __init__(self, method: Method) -> None:
-        self._method = method
+    def __init__(self, method: Method, listener: Callable[[str], object]) -> None:
+        self._method, self._listener = method, listener
         self.forget()
 
     def forget(self) -> None:
@@ -79,7 +80,9 @@ class Doctor:
         if not text or key in method.aux:
             return
         method.aux[key] = torch.tensor(True)
-        method.host.warn(f"{key}: {type(method).__name__}: {text}. {REMEDIES[name]}".strip(), DoctorWarning)
+        words = f"{key}: {type(method).__name__}: {text}. {REMEDIES[name]}".strip()
+        method.host.warn(words, DoctorWarning)
+        self._listener(words)
 
     # ------------------------------------------------------------------ a run begins
 
@@ -128,7 +131,7 @@ class Doctor:
 
     def note(self, name: str, move: Move) -> None:
         """An update has moved units of an exchanged layer."""
-        self._units[name] = move.dropped, move.born
+        self._units[name] = move.leaving, move.coming
 
     def masks_before(self, update: Update) -> dict[str, Tensor]:
         """The masks that an update is about to replace, as they are: the engine takes other tensors in their place."""

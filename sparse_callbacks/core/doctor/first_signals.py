@@ -7,7 +7,7 @@ from weakref import finalize, ref
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.core.live.uncompiled import UNCOMPILED
+from sparse_callbacks.core.live.uncompiled import run_uncompiled
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.record.find_chain import LayerCall, find_chain
 from sparse_callbacks.core.selection import is_norm
@@ -35,8 +35,9 @@ class FirstSignals:
             for name in method.params
             if name.endswith("weight")  # of other parameters there is more than one in a layer
         ]
-        UNCOMPILED.enter()
-        self._stop = finalize(self, _stop, self._handles)
+        # of a run that nobody has closed, whose model may live on
+        finalize(self, _take_away, self._handles).atexit = False
+        self._compile_again = run_uncompiled(self)
 
     def called(self, name: str, args: tuple[Any, ...], output: Any) -> None:
         """A layer was called."""
@@ -55,7 +56,8 @@ class FirstSignals:
 
     def end(self) -> None:
         """Look no more."""
-        self._stop()
+        self._compile_again()
+        _take_away(self._handles)
 
     def chain(self) -> tuple[str, ...]:
         """Names of the sparse layers' weights from input to output; empty where they are no chain. Ask once."""
@@ -102,10 +104,9 @@ class _Hook:
         return _Hook, ()
 
 
-def _stop(handles: Sequence[Any]) -> None:
+def _take_away(handles: Sequence[Any]) -> None:
     for handle in handles:
         handle.remove()
-    UNCOMPILED.leave()
 
 
 @torch.no_grad()

@@ -93,7 +93,7 @@ class GrownWeights:
 
         Args:
             moved: masks before and after it, by parameter name.
-            units: of exchanged layers ascending keys of the units that were dropped and born.
+            units: of exchanged layers keys of the units that leave, and of those that come; some may do both.
             fraction: the share of active weights that the update replaces; of a large one grown weights must expect to go.
         """
         lost = there = 0
@@ -103,11 +103,11 @@ class GrownWeights:
                 lost += count_of_bits(grown & ~new)
                 there += count_of_bits(grown)
             self._grown[name] = new & ~old
-        for name, (dropped, born) in units.items():
+        for name, (leaving, coming) in units.items():
             if (grown := self._grown.get(name)) is not None:
-                lost += int(torch.isin(grown, dropped, assume_unique=True).sum())
+                lost += int((torch.isin(grown, leaving) & ~torch.isin(grown, coming)).sum())
                 there += grown.numel()
-            self._grown[name] = born
+            self._grown[name] = coming[~torch.isin(coming, leaving)]
         if there:
             self._shares.append((lost, there))
         lost, there = (sum(column) for column in zip(*self._shares, strict=True)) if self._shares else (0, 0)

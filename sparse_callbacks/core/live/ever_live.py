@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from sparse_callbacks.core.packed_bits import count_of_bits
-from sparse_callbacks.core.sparse_layers.quick_places import joined_ascending, true_places
+from sparse_callbacks.core.sparse_layers.moved_places import places_of_common, places_without
+from sparse_callbacks.core.sparse_layers.quick_places import merged_runs, true_places
 
 # A key takes 64 bits and a unit in a bit field one: from this share of a layer's units on the field is smaller.
 _KEYS_UP_TO = 64
@@ -15,21 +16,20 @@ def none_yet(device: torch.device) -> Tensor:
     return torch.empty(0, dtype=torch.int64, device=device)
 
 
-def moved_on(former: Tensor, dropped: Tensor, born: Tensor, units: int) -> Tensor:
+def moved_on(former: Tensor, leaving: Tensor, coming: Tensor, units: int) -> Tensor:
     """The former units after a move.
 
     Args:
         former: those before: ascending keys (int64), or a field with a bit for each unit (uint8).
-        dropped: ascending keys of units that lived until now.
-        born: ascending keys of units that live from now on.
+        leaving: ascending keys of units that lived until now.
+        coming: ascending keys of units that live from now on, of which some may be among those that leave.
         units: how many units the layer could have.
     """
     if former.dtype == torch.uint8:
-        return _in_field(_in_field(former.clone(), dropped, 1), born[_has(former, born)], -1)
-    again = _among(born, former)
-    left = torch.ones(former.shape, dtype=torch.bool, device=former.device)
-    left[torch.searchsorted(former, born[again])] = False
-    keys, _ = joined_ascending(former.index_select(0, true_places(left)), dropped)
+        field = _in_field(former.clone(), leaving, 1)
+        return _in_field(field, coming.index_select(0, true_places(_has(field, coming))), -1)
+    keys = merged_runs(torch.cat([former, leaving]))
+    keys = keys.index_select(0, places_without(places_of_common(coming, keys)[1], keys.numel()))
     if keys.numel() * _KEYS_UP_TO <= units:
         return keys
     return _in_field(torch.zeros(-(-units // 8), dtype=torch.uint8, device=keys.device), keys, 1)
@@ -77,10 +77,10 @@ def _among(some: Tensor, keys: Tensor) -> Tensor:
 
 
 def _has(field: Tensor, keys: Tensor) -> Tensor:
-    return (field[keys >> 3] >> (keys & 7).to(torch.uint8)) & 1 == 1
+    return (field.index_select(0, keys >> 3) >> (keys & 7).to(torch.uint8)).bitwise_and_(1) == 1
 
 
 def _in_field(field: Tensor, keys: Tensor, sign: int) -> Tensor:
     """Set bits that are all unset, or (with -1) unset bits that are all set, in place: their sum is then what `or` gives."""
-    bits = (torch.ones_like(keys) << (keys & 7)).to(torch.uint8)
+    bits = torch.ones(keys.shape, dtype=torch.uint8, device=keys.device) << (keys & 7).to(torch.uint8)
     return field.index_add_(0, keys >> 3, bits, alpha=sign)

@@ -1,7 +1,8 @@
-"""The files of a run's record: ``run.json``, ``rows.jsonl`` and ``masks.pt`` in the folder ``record`` of the run's folder."""
+"""The files of a run's record: ``run.json``, ``rows.jsonl`` and ``masks.pt`` in ``record``."""
 
 import json
 import math
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,10 +13,10 @@ from torch import Tensor
 
 from sparse_callbacks.core.files import replacing
 
-VERSION = 1
+RECORD_VERSION = 1
 FOLDER = "record"
 STATUSES = ("running", "finished", "stopped", "failed")
-Row = Mapping[str, Any]
+RecordedRow = Mapping[str, Any]
 """Figures of one time by their full names, ``layers`` among them: figures of each sparse layer by parameter name."""
 
 
@@ -71,6 +72,8 @@ class RunRecord:
         results: the metrics of the end by name, such as ``test/acc``.
         channels: what slimming has changed: ``before`` and ``after`` (each ``parameters``, ``flops``, ``latency``),
             ``groups`` (rows of ``name``, ``units``, ``removed``, ``reason``) and ``proof``, its text; empty without slimming.
+        warnings: what the run has warned of, each with its remedy, in the order in which it did.
+        title: the headline of the report; empty where nobody gave one.
     """
 
     method: str
@@ -91,6 +94,8 @@ class RunRecord:
     status: str = "running"
     results: Mapping[str, float] = field(default_factory=dict)
     channels: Mapping[str, Any] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+    title: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,8 +111,23 @@ class RecordedRun:
 
     folder: Path
     run: RunRecord
-    rows: Sequence[Row]
+    rows: Sequence[RecordedRow]
     masks: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+
+
+def begin_files(folder: Path) -> None:
+    """Make the folder of a new record; what an earlier run has recorded there is removed."""
+    place = folder / FOLDER
+    place.mkdir(parents=True, exist_ok=True)
+    for name in ("run.json", "rows.jsonl", "masks.pt"):
+        (place / name).unlink(missing_ok=True)
+
+
+def copy_files(source: Path, folder: Path) -> None:
+    """Begin the record in ``folder`` with the files of the run in ``source``, which goes on there."""
+    begin_files(folder)
+    for path in (source / FOLDER).iterdir():
+        shutil.copyfile(path, folder / FOLDER / path.name)
 
 
 def write_run(folder: Path, run: RunRecord) -> None:
@@ -115,10 +135,10 @@ def write_run(folder: Path, run: RunRecord) -> None:
     place = folder / FOLDER
     place.mkdir(parents=True, exist_ok=True)
     with replacing(place / "run.json") as beside:
-        beside.write_text(json.dumps({"version": VERSION, **asdict(run)}, indent=1, allow_nan=False) + "\n")
+        beside.write_text(json.dumps({"version": RECORD_VERSION, **asdict(run)}, indent=1, allow_nan=False) + "\n")
 
 
-def append_rows(folder: Path, rows: Iterable[Row]) -> None:
+def append_rows(folder: Path, rows: Iterable[RecordedRow]) -> None:
     """Add rows at the end of ``rows.jsonl``; numbers that are not finite become null, which JSON has in their place."""
     place = folder / FOLDER
     place.mkdir(parents=True, exist_ok=True)
@@ -126,12 +146,18 @@ def append_rows(folder: Path, rows: Iterable[Row]) -> None:
         file.writelines(json.dumps(_finite(row), separators=(",", ":"), allow_nan=False) + "\n" for row in rows)
 
 
-def cut_rows(folder: Path, step: int) -> None:
-    """Remove the rows after an optimizer step, from which a resumed run goes on."""
+def cut_rows(folder: Path, step: int, most: int | None = None) -> None:
+    """Remove the rows after an optimizer step, from which a resumed run goes on.
+
+    Args:
+        folder: the folder of the run.
+        step: the latest step whose rows stay.
+        most: how many rows stay at most; None: any number.
+    """
     path = folder / FOLDER / "rows.jsonl"
     if not path.exists():
         return
-    kept = [row for row in _read_rows(path) if row["step"] <= step]
+    kept = [row for row in _read_rows(path) if row["step"] <= step][:most]
     with replacing(path) as beside:
         beside.write_text("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in kept), encoding="utf-8")
 
@@ -165,8 +191,8 @@ def read_record(folder: Path) -> RecordedRun:
     try:
         found = json.loads((place / "run.json").read_text(encoding="utf-8"))
         version = found.pop("version")
-        if version > VERSION:
-            raise ValueError(f"it has version {version}, and this package knows {VERSION}: install a later one")
+        if version > RECORD_VERSION:
+            raise ValueError(f"it has version {version}, and this package knows {RECORD_VERSION}: install a later one")
         layers = [LayerRecord(**{**layer, "shape": tuple(layer["shape"])}) for layer in found.pop("layers")]
         run = replace(RunRecord(**found, layers=()), layers=tuple(layers))
         rows = _read_rows(place / "rows.jsonl") if (place / "rows.jsonl").exists() else []

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from sparse_callbacks.core.arguments import refuse_unknown
 from sparse_callbacks.core.largest import widened
-from sparse_callbacks.core.sparse_layers.moved_places import by_column, fill_columns, fill_rows
+from sparse_callbacks.core.sparse_layers.moved_places import fill_by_column, fill_columns, fill_rows
 from sparse_callbacks.core.sparse_layers.place_units import GroupPattern, LivePlaces, RowPattern, checked_keys
+from sparse_callbacks.core.sparse_layers.quick_places import fresh, repeated
 
 __all__ = ["GroupPlaces", "LivePlaces", "RowPlaces", "Storage", "keys_of_mask", "places_of"]
 
@@ -71,8 +72,13 @@ class RowPlaces(LivePlaces):
         return RowPattern(self.crow, self.col, self.crow_t, self.col_t, self.perm)
 
     def keys(self) -> Tensor:
-        firsts = torch.arange(self.outputs, device=self.device).mul_(self.inputs)
-        return torch.repeat_interleave(firsts, self.crow.diff(), output_size=self.units).add_(self.col)
+        # products of numbers of one type, which is small where all keys fit, take a fraction of the time
+        small = self.outputs * self.inputs <= LARGEST_INT32
+        firsts = torch.arange(self.outputs, dtype=torch.int32 if small else torch.int64, device=self.device).mul_(
+            self.inputs
+        )
+        keys = repeated(firsts, self.crow.diff(), self.units).add_(self.col)
+        return fresh(self.units, torch.int64, self.device).copy_(keys) if small else keys
 
     def set_keys(self, keys: Tensor) -> None:
         crow, col = self.room("crow", (self.outputs + 1,), keys), self.room("col", keys.shape, keys)
@@ -156,7 +162,8 @@ class GroupPlaces(LivePlaces):
 
     def set_columns(self, columns: Tensor) -> None:
         flat = columns.reshape(-1)
-        self.replace(idx=columns, places=by_column(flat, self.room("offsets", (self.inputs + 1,), flat)))
+        self.replace(idx=columns)
+        fill_by_column(flat, self.room("offsets", (self.inputs + 1,), flat), self.room("places", flat.shape, flat))
 
     def first_keys(self, device: torch.device) -> Tensor:
         """The key of the first input of each block, ``[blocks, 1]``."""

@@ -4,17 +4,60 @@ A unit is one input column of a row, or of a block of rows that read the same in
 column``, and keys are always ascending. Results are those of masked storage (`core.ops`), ties and NaN included.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from sparse_callbacks.core.sparse_layers.quick_places import joined_ascending, largest_places, true_places
+from sparse_callbacks.core.sparse_layers.quick_places import (
+    counts_below,
+    fresh,
+    largest_places,
+    mask_below,
+    merged_runs,
+    repeated,
+    sorts_by_vectors,
+    true_places,
+)
 
 BELOW_ZERO, NEVER = -1.0, -2.0  # what stands among magnitudes for NaN, and for what cannot be chosen
 JOINED_AT_ONCE = 2**17  # units of a piece that fits a core's cache
 SHORT = 2**15  # numbers that int16 holds: the fewer bits, the faster their sort
+TABLE_BITS = 19  # of a table that fits a core's cache
 
 
-def kept_units(magnitudes: Tensor, count: int, per_block: int | None = None) -> Tensor:
+@dataclass(frozen=True)
+class Move:
+    """Other units of a layer that live from now on.
+
+    Attributes:
+        keys: ascending keys of the units that live from now on, int64.
+        slots: where each of these is among those that live now, -1 where it is born, int32.
+        leaving: ascending keys of the units that do not stay. Some may come back at once, and keep their slots.
+        coming: ascending keys of those that come.
+    """
+
+    keys: Tensor
+    slots: Tensor
+    leaving: Tensor
+    coming: Tensor
+
+    @classmethod
+    def between(cls, before: Tensor, keys: Tensor, slots: Tensor) -> "Move":
+        """The move from the units that live now.
+
+        Args:
+            before: their ascending keys.
+            keys: as in `Move`.
+            slots: as in `Move`.
+        """
+        born = mask_below(slots, 0)
+        stay = slots.index_select(0, true_places(~born)).to(torch.int64)
+        leaving = before.index_select(0, places_without(stay, before.numel()))
+        return cls(keys, slots, leaving, keys.index_select(0, true_places(born)))
+
+
+def surviving_units(magnitudes: Tensor, count: int, per_block: int | None = None) -> Tensor:
     """Ascending slots of the units that stay: all but the `count` with the smallest magnitude.
 
     Args:
@@ -51,52 +94,66 @@ def largest_ranked(ranked: Tensor, count: int) -> Tensor:
     return above.logical_or_(equal.logical_and_(equal.cumsum(1, dtype=torch.int32) <= need))
 
 
-def merged(keys: Tensor, kept: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-    """The ascending keys after an update, and the slots that they had before it, -1 for those that are born.
-
-    A unit that leaves and comes back in one update has its slot.
+def merged(keys: Tensor, kept: Tensor, new: Tensor) -> Move:
+    """The move of an update. A unit that leaves and comes back in one update keeps its slot.
 
     Args:
         keys: ascending keys before the update.
         kept: ascending slots of those that stay.
         new: ascending keys that come, none of which stays.
     """
-    joined = torch.empty(kept.numel() + new.numel(), dtype=torch.int64, device=keys.device)
-    slots = torch.empty_like(joined)
+    size = kept.numel() + new.numel()
+    joined, slots = fresh(size, torch.int64, keys.device), fresh(size, torch.int32, keys.device)
     # in pieces: what is made in between stays in the cache, and memory fresh from the system costs more than the work
     firsts = torch.arange(0, max(1, keys.numel()), JOINED_AT_ONCE, device=keys.device)
-    of_kept = [*torch.searchsorted(kept, firsts).tolist(), kept.numel()]
-    of_new = [0, *torch.searchsorted(new, keys[firsts[1:]]).tolist(), new.numel()]
+    of_kept = [*counts_below(kept, firsts).tolist(), kept.numel()]
+    of_new = [0, *counts_below(new, keys[firsts[1:]]).tolist(), new.numel()]
+    leaving = []
     for piece, first in enumerate(firsts.tolist()):
         stay, come = (slice(*ends[piece : piece + 2]) for ends in (of_kept, of_new))
         place = slice(stay.start + come.start, stay.stop + come.stop)
-        merge_piece(keys[first : first + JOINED_AT_ONCE], first, kept[stay], new[come], joined[place], slots[place])
-    return joined, slots
+        units = keys[first : first + JOINED_AT_ONCE]
+        leaving.append(merge_piece(units, first, kept[stay], new[come], joined[place], slots[place]))
+    return Move(joined, slots, torch.cat(leaving), new)
 
 
-def merge_piece(keys: Tensor, first: int, kept: Tensor, new: Tensor, joined: Tensor, slots: Tensor) -> None:
-    """Write the joined keys and their slots of a piece of the keys, of which ``first`` is the slot of the first."""
-    stay = kept - first
-    ascending, order = joined_ascending(keys.index_select(0, stay), new)
-    joined.copy_(ascending)
-    torch.index_select(torch.cat([kept, slots_of_new(keys, first, stay, new)]), 0, order, out=slots)
-
-
-def slots_of_new(keys: Tensor, first: int, stay: Tensor, new: Tensor) -> Tensor:
-    """The slots of new keys that come back in the update in which they leave, -1 for the others.
+def merge_piece(keys: Tensor, first: int, kept: Tensor, new: Tensor, joined: Tensor, slots: Tensor) -> Tensor:
+    """Merge a piece of the keys with the new ones in it, and give the keys of the units that leave.
 
     Args:
-        keys: ascending keys before the update.
-        first: the slot of the first of them.
-        stay: ascending places of those that stay.
-        new: ascending keys that come, none of which stays.
+        keys, kept, new: as in `merged`.
+        first: the slot of the first key.
+        joined: takes the ascending keys after the update.
+        slots: takes their slots.
     """
+    stay = kept - first
+    staying = keys.index_select(0, stay)
+    # the bit below each key says whether it comes
+    marked = torch.cat([staying, new]).bitwise_left_shift_(1)
+    marked[stay.numel() :].bitwise_or_(1)
+    marked = merged_runs(marked)
+    torch.bitwise_right_shift(marked, 1, out=joined)
+    stayed = true_places(marked.to(torch.uint8).bitwise_and_(1) == 0)
+    slots.fill_(-1).scatter_(0, stayed, kept.to(torch.int32))
     gone = places_without(stay, keys.numel())
-    ascending, order = joined_ascending(keys.index_select(0, gone), new)
-    back = true_places(ascending[1:] == ascending[:-1])
-    slots = torch.full_like(new, -1)
-    slots[order[back + 1] - gone.numel()] = gone[order[back]] + first
-    return slots
+    leaving = keys.index_select(0, gone)
+    back, again = places_of_common(leaving, new)
+    places = counts_below(staying, new.index_select(0, again)).add_(again)
+    slots.scatter_(0, places, gone.index_select(0, back).add_(first).to(torch.int32))
+    return leaving
+
+
+def places_of_common(some: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """The places of the numbers that two ascending lists have in common, in both."""
+    # a table of the last bits sorts out most, and a search, which is slow, looks for the rest
+    last_bits = 2 ** min(TABLE_BITS, (8 * others.numel()).bit_length()) - 1
+    table = torch.zeros(last_bits + 1, dtype=torch.bool, device=some.device)
+    table.index_fill_(0, others & last_bits, True)
+    places = true_places(table.index_select(0, some & last_bits))
+    wanted = some.index_select(0, places)
+    found = counts_below(others, wanted).clamp_(max=others.numel() - 1)
+    same = true_places(others[found] == wanted)
+    return places[same], found[same]
 
 
 def slots_at(keys: Tensor, first: int, wanted: Tensor, before: Tensor) -> Tensor:
@@ -134,9 +191,9 @@ def fill_rows(keys: Tensor, inputs: int, crow: Tensor, col: Tensor) -> Tensor:
     begins = torch.arange(crow.numel(), device=keys.device) * inputs
     torch.searchsorted(keys, begins, out_int32=True, out=crow)
     numbers = torch.arange(crow.numel() - 1, dtype=torch.int32, device=keys.device)
-    rows = torch.repeat_interleave(numbers, crow.diff(), output_size=keys.numel())
+    rows = repeated(numbers, crow.diff(), keys.numel())
     # modulo 2^32, below which the columns are: products and keys of a large layer are not
-    torch.mul(rows, inputs, out=col).neg_().add_(keys.to(torch.int32))
+    col.copy_(keys).sub_(rows, alpha=inputs)
     return rows
 
 
@@ -150,16 +207,39 @@ def fill_columns(rows: Tensor, col: Tensor, crow_t: Tensor, col_t: Tensor, perm:
         col_t: takes the row of each weight, by column, int32.
         perm: takes its slot in the compressed rows, int32.
     """
-    slots = by_column(col, crow_t)
-    torch.index_select(rows, 0, slots, out=col_t)
-    perm.copy_(slots)
+    fill_by_column(col, crow_t, perm)
+    torch.index_select(rows, 0, perm, out=col_t)
 
 
-def by_column(col: Tensor, crow_t: Tensor) -> Tensor:
-    """The places of columns in ascending order, equal ones in the order of their places; and where each begins, in ``crow_t``."""
-    short = torch.int16 if crow_t.numel() <= SHORT else torch.int32
-    # a radix sort, linear in the number of bits
-    ordered, places = col.to(short).sort(stable=True)
-    columns = torch.arange(crow_t.numel(), dtype=short, device=col.device)
-    torch.searchsorted(ordered, columns, out_int32=True, out=crow_t)
-    return places
+def fill_by_column(col: Tensor, begins: Tensor, places: Tensor) -> None:
+    """Sort columns.
+
+    Args:
+        col: the columns, int32.
+        begins: takes the number of columns below each one, and of all, int32.
+        places: takes the places of the columns in ascending order, equal ones in the order of their places, int32.
+    """
+    width = begins.numel() - 1
+    if sorts_by_vectors(col):
+        bits = max(1, col.numel() - 1).bit_length()
+        ordered = pairs_of_columns(col, width, bits)
+        ordered.numpy().sort()
+        torch.bitwise_and(ordered, 2**bits - 1, out=places)
+    else:
+        # a radix sort, linear in the number of bits
+        bits = 0
+        ordered, slots = col.to(torch.int16 if width < SHORT else torch.int32).sort(stable=True)
+        places.copy_(slots)
+    columns = torch.arange(width, dtype=ordered.dtype, device=col.device).bitwise_left_shift_(bits)
+    torch.searchsorted(ordered, columns, out_int32=True, out=begins[:-1])
+    begins[-1] = col.numel()
+
+
+def pairs_of_columns(col: Tensor, width: int, bits: int) -> Tensor:
+    """Each column with its place in the last ``bits`` as one number, of 32 bits where they fit."""
+    pairs = fresh(col.numel(), torch.int32 if width << bits <= 2**31 else torch.int64, col.device)
+    numbers = torch.arange(min(col.numel(), JOINED_AT_ONCE), dtype=pairs.dtype, device=col.device)
+    for first in range(0, col.numel(), JOINED_AT_ONCE):
+        piece = pairs[first : first + JOINED_AT_ONCE].copy_(col[first : first + JOINED_AT_ONCE])
+        piece.bitwise_left_shift_(bits).add_(numbers[: piece.numel()]).add_(first)
+    return pairs
