@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import sparse_callbacks
 from sparse_callbacks import RigL, Static, methods
 from sparse_callbacks.channels.latency import command
+from sparse_callbacks.reporting import report_command
 from sparse_callbacks.tasks import build
 from sparse_callbacks.testing.networks import Classifier
 
@@ -147,6 +148,7 @@ def test_there_are_examples_and_commands() -> None:
         "loops",
         "methods",
         "real_speed",
+        "report",
         "sharpness",
         "slimming",
         "wandb",
@@ -186,6 +188,8 @@ def test_commands_are_understood(page: Path) -> None:
                 given = command._parser().parse_args(arguments)
                 module, name = given.model.split(":")
                 assert callable(getattr(importlib.import_module(module), name))
+            case ["python", "-m", "sparse_callbacks.report", *arguments]:
+                assert report_command._parser().parse_args(arguments).runs
             case ["python", script, *arguments]:
                 saved = dict(SAVED.findall(page.read_text()))
                 source = saved[script] if script in saved else (ROOT / script).read_text()
@@ -208,7 +212,7 @@ def understood_by_train(overrides: list[str]) -> None:
     for choice in range(4 if "-m" in overrides else 1):
         config = composed([picked(o, choice) for o in swept])
         method = build.build_method(config)
-        assert isinstance(method, sparse_callbacks.SparsityCallback)
+        assert "method=none" in swept or isinstance(method, sparse_callbacks.SparsityCallback)
 
 
 def picked(override: str, choice: int) -> str:

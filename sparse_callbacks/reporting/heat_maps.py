@@ -108,6 +108,8 @@ def heat_map_figure(heat: HeatMap) -> "Figure":
             grid.numpy(), aspect="auto", cmap="viridis", interpolation="none", vmin=low, vmax=high,
             extent=(heat.steps[0], end, layers - 0.5, -0.5),
         )  # fmt: skip
+        # drawn to its edges, whatever the ticks
+        axes.set(xlim=(heat.steps[0], end), ylim=(layers - 0.5, -0.5), autoscale_on=False)
         axes.grid(False)
         axes.set_title(heat.title)
         axes.set_yticks(list(named), [heat.names[i] for i in named], fontsize=8.5 if layers <= 24 else 7)

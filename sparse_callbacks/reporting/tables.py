@@ -109,7 +109,13 @@ def cost_table(run: RecordedRun) -> Table | None:
 
 
 def _cost_text(key: str, value: float) -> str:
-    return f"{value:.3g} ms" if key == "latency" else f"{value:,.0f}" if key == "parameters" else readable.count(value)
+    return (
+        readable.milliseconds(value)
+        if key == "latency"
+        else f"{value:,.0f}"
+        if key == "parameters"
+        else readable.count(value)
+    )
 
 
 def group_table(run: RecordedRun) -> Table | None:
