@@ -274,7 +274,8 @@ class SparseRun:
 
         Args:
             path: the folder of the run; it is made where it is absent, and an earlier record in it is replaced.
-            every: optimizer steps between two rows; at most one update in so many has a row. None: 50.
+            every: optimizer steps between two rows; at most one update in so many has a row. None: about 200 rows of
+                the run, at least 50 steps apart.
             dense: the folder of a recorded dense run, which the page compares with.
             title: the headline of the page; default: the method.
             page: whether the page is written at the end.
