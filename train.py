@@ -13,11 +13,24 @@ from pathlib import Path
 import hydra
 import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from sparse_callbacks.lightning.callback import SparsityCallback
-from sparse_callbacks.tasks import build, loggers, slim, summary, system_errors
+from sparse_callbacks.lightning.curves import step_number
+from sparse_callbacks.lightning.logged_network import log_end
+from sparse_callbacks.tasks import (
+    build,
+    loggers,
+    multirun,
+    objective,
+    recorded_config,
+    reports,
+    slim,
+    summary,
+    system_errors,
+)
 from sparse_callbacks.tasks.at_target import BestAtTarget
+from sparse_callbacks.tasks.initial_weights import load_initial_weights
 from sparse_callbacks.tasks.safe_stop import RunStopped
 
 
@@ -36,11 +49,12 @@ def run_folder(cfg: DictConfig) -> Path:
     return folder.absolute()
 
 
-def train(cfg: DictConfig) -> dict[str, float]:
+def train(cfg: DictConfig, config_file: Path | None = None) -> dict[str, float]:
     """One run: training, test, and the results in its folder.
 
     Args:
         cfg: the configuration, composed from conf/train.yaml.
+        config_file: the file that holds it already, which is corrected where the run has another sparsity than it says.
 
     Returns:
         The metrics by key: test/acc, val/acc (of the last epoch), sparsity/total, sparsity/model,
@@ -56,6 +70,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     cfg = cfg.copy()
     folder = run_folder(cfg)
     cfg.output_dir = str(folder)
+    build.set_threads(cfg)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     # everything cheap that can be refused comes first, before data is read and loggers are started
     build.check_choices(cfg)
@@ -64,17 +79,25 @@ def train(cfg: DictConfig) -> dict[str, float]:
         slim.check(method)
     resumed = build.checkpoint_to_resume(cfg)
     build.refuse_sparse_checkpoint(resumed, method)
+    recorded = recorded_config.as_run(cfg, method)
+    if config_file is not None:
+        recorded_config.correct_file(config_file, recorded)
     data = hydra.utils.instantiate(cfg.data)
     module = build.build_module(cfg, data)
-    callbacks = build.build_callbacks(cfg, method, folder / "checkpoints", logged=bool(cfg.get("logger")))
+    if cfg.get("initial_weights") is not None and resumed is None:
+        load_initial_weights(module, Path(cfg.initial_weights))
+    report = reports.build_report(cfg, folder, recorded_config.settings(recorded))
+    logged = bool(cfg.get("logger"))
+    callbacks = build.build_callbacks(cfg, method, folder / "checkpoints", logged, report)
     # not named `loggers`, which is the module that ends them
-    used_loggers = build.build_loggers(cfg)
+    used_loggers = build.build_loggers(recorded, method)
     failed = True
     try:
         trainer = build.build_trainer(cfg, callbacks, used_loggers)
+        loggers.log_settings(trainer.loggers, recorded_config.settings(recorded))
         metrics = _fit_and_test(trainer, module, data, method, cfg, resumed)
         if trainer.is_global_zero:
-            slim_error = None
+            slim_error, proof = None, None
             if cfg.slim and method is not None:
                 try:
                     slim_metrics, proof = slim.slimmed(trainer, module, data, method, folder)
@@ -83,9 +106,12 @@ def train(cfg: DictConfig) -> dict[str, float]:
                 except Exception as error:
                     # raised again below: a failure of slimming must not lose the results of the training
                     slim_error = error
-            _report(metrics, method, trainer, folder, resumed is not None, slim_error)
+            why_no_page = "" if report is None else reports.finish(report, metrics, proof, with_page=cfg.get("report", True) is True)
+            _report(metrics, method, trainer, folder, resumed is not None, slim_error, why_no_page)
+            _log_end(metrics, trainer, method, folder)
             if slim_error is not None:
                 raise slim_error
+            loggers.upload(trainer.loggers, [folder / name for name in ("report.html", slim.FILE)])
         failed = False
     finally:
         loggers.finish(used_loggers, failed)
@@ -101,9 +127,6 @@ def _fit_and_test(
     resumed: str | None,
 ) -> dict[str, float]:
     """Train and test; the metrics of the run, without those of slimming."""
-    settings = OmegaConf.to_container(cfg, resolve=True)
-    for logger in trainer.loggers:
-        logger.log_hyperparams(settings)  # type: ignore[arg-type]
     began = time.perf_counter()
     trainer.fit(module, data, ckpt_path=resumed, weights_only=True if resumed else None)
     seconds = time.perf_counter() - began
@@ -135,6 +158,17 @@ def best_checkpoint(trainer: pl.Trainer) -> str:
     return keepers[0].best_model_path
 
 
+def _log_end(metrics: dict[str, float], trainer: pl.Trainer, method: SparsityCallback | None, folder: Path) -> None:
+    """Tell the loggers what is known at the end only: the slim network, layers, figures, and what a budget came to."""
+    step = step_number(trainer)
+    loggers.log_results(trainer.loggers, {k: v for k, v in metrics.items() if k.startswith("slim/")}, step)
+    loggers.summarize(trainer.loggers, metrics)
+    if recorded_config.target_sparsity(method) is None:
+        loggers.add_settings(trainer.loggers, {"sparsity": round(metrics["sparsity/total"], 4)})
+    loggers.log_comparison(trainer.loggers, metrics, step)
+    log_end(trainer.loggers, [] if method is None else [method], folder, step)
+
+
 def _report(
     metrics: dict[str, float],
     method: SparsityCallback | None,
@@ -142,27 +176,33 @@ def _report(
     folder: Path,
     resumed: bool,
     slim_error: Exception | None,
+    why_no_page: str,
 ) -> None:
-    """Write metrics.json and print the table, which also says why slimming failed."""
+    """Write metrics.json and print the table, which also says why slimming failed, or why there is no report."""
     summary.write_metrics(folder / "metrics.json", metrics)
-    possible = ["checkpoints/last.ckpt", "checkpoints/best.ckpt", "metrics.json", slim.FILE, ".hydra/config.yaml"]
+    possible = ["report.html", "checkpoints/last.ckpt", "checkpoints/best.ckpt", "metrics.json", slim.FILE]
+    possible += ["record/rows.jsonl", ".hydra/config.yaml"]
     written = [name for name in possible if (folder / name).exists()]
     places = {"folder": summary.relative(folder), "in it": ", ".join(written)}
     if slim_error is not None:
         places["slim"] = f"failed: {slim_error}"
+    if why_no_page:
+        places["report"] = why_no_page
     places |= dict(loggers.place(logger) for logger in trainer.loggers)
     summary.show(metrics, method, places, resumed)
 
 
 @hydra.main(version_base=None, config_path=str(Path(__file__).parent.resolve() / "conf"), config_name="train")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
     """Run `train`; a run that was stopped, by a signal or by a full disk, prints the command that resumes it.
 
-    The exit status is that of the signal, or 1.
+    The exit status is that of the signal, or 1. A sweeper gets the metrics that `objective` names.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
+    # refused before the first batch
+    names = objective.objective_names(cfg)
     try:
-        train(cfg)
+        metrics = train(cfg, recorded_config.hydra_file())
     except RunStopped as stopped:
         print(f"Run {stopped}.", file=sys.stderr)
         if stopped.checkpoint is not None:
@@ -178,6 +218,7 @@ def main(cfg: DictConfig) -> None:
             _print_resume_command(checkpoint, folder)
         print("HYDRA_FULL_ERROR=1 shows where it happened.", file=sys.stderr)
         sys.exit(1)
+    return objective.objective_values(metrics, names, required=objective.is_read(HydraConfig.get()))
 
 
 def _print_resume_command(checkpoint: Path, folder: Path) -> None:
@@ -187,4 +228,5 @@ def _print_resume_command(checkpoint: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with multirun.multirun_shown():
+        main()

@@ -26,7 +26,7 @@ from sparse_callbacks import SparseLinear, ops
 from sparse_callbacks.core.sparse_layers import grown_places
 from sparse_callbacks.core.sparse_layers.drawn_places import drawn_units, random_numbers
 from sparse_callbacks.core.sparse_layers.grown_places import largest_units
-from sparse_callbacks.core.sparse_layers.moved_places import kept_units, merged
+from sparse_callbacks.core.sparse_layers.moved_places import merged, surviving_units
 
 DROP_FRACTION = 0.3
 RESULTS = Path(__file__).parent / "results" / "sparse_updates.md"
@@ -80,7 +80,7 @@ class Case:
     def update(self, grown: Callable[[Tensor], Tensor]) -> None:
         layer, state = self.layer, self.optimizer.state[self.layer.values]
         old = layer.keys()
-        kept = kept_units(layer.unit_magnitudes(), self.count, self.units if self.per_block else None)
+        kept = surviving_units(layer.unit_magnitudes(), self.count, self.units if self.per_block else None)
         move = merged(old, kept, grown(old.index_select(0, kept)))
         layer.move_to(move.keys, [state["exp_avg"], state["exp_avg_sq"]], move.slots)
 

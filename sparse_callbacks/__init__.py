@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         Static,
     )
     from sparse_callbacks.lightning.optimizer_lives import horizon
+    from sparse_callbacks.lightning.sparsity_report import SparsityReport
     from sparse_callbacks.methods.drop_and_grow import DropAndGrow
     from sparse_callbacks.methods.gap.combination import combine
 
@@ -57,6 +58,7 @@ __all__ = [
     "SparseLinear",
     "SparseRun",
     "SparsityCallback",
+    "SparsityReport",
     "Static",
     "Step",
     "Time",
@@ -89,6 +91,7 @@ _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
     "SparseLinear": "core.sparse_layers.sparse_linear",
     "SparseRun": "core.sparse_run",
     "SparsityCallback": "lightning.callback",
+    "SparsityReport": "lightning.sparsity_report",
     "Step": "core.step",
     "Time": "core.calendar",
     "Update": "core.topology",

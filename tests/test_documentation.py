@@ -149,6 +149,7 @@ def test_there_are_examples_and_commands() -> None:
         "real_speed",
         "sharpness",
         "slimming",
+        "wandb",
         "writing_a_method",
     ]
     assert {page.stem for page in PAGES if commands(page)} >= {"README", "channels", "results"}

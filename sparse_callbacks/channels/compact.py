@@ -8,17 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.channels.compact_format import (
-    checksum,
-    described,
-    description_path,
-    read,
-    refuse_other_model,
-    sizes,
-)
+from sparse_callbacks.channels.compact_format import described, read, refuse_other_model, sizes
 from sparse_callbacks.channels.compact_layers import compact_states, put_sparse
 from sparse_callbacks.core.argument_types import checked
-from sparse_callbacks.core.files import replacing
+from sparse_callbacks.core.files import checksum, description_path, replacing
 from sparse_callbacks.core.inspection import extra
 
 

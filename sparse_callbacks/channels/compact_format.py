@@ -1,7 +1,6 @@
 """What a compact checkpoint says of its model, and whether another model is the one it describes."""
 
 import json
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from sparse_callbacks.channels.compact_layers import (
     why_other_patterns,
 )
 from sparse_callbacks.channels.module_sizes import BATCH_NORMS
+from sparse_callbacks.core.files import checksum, description_path
 from sparse_callbacks.core.inspection import extra
 from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 from sparse_callbacks.core.state_layout import is_count, shown_short
@@ -77,31 +77,6 @@ def _form(module: nn.Module) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------- files
-
-
-def checksum(path: Path) -> str:
-    """CRC-32 of a file, which shows that a bit in it was flipped: safetensors keeps none itself."""
-    found = 0
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            found = zlib.crc32(block, found)
-    return f"{found:08x}"
-
-
-def description_path(path: Path) -> Path:
-    """The file that describes the tensors in ``path``: ``x.json`` for ``x.safetensors``, else ``path`` with ``.json``.
-
-    Raises:
-        ValueError: ``path`` itself ends in ``.json``, or has no name.
-    """
-    if not path.name:
-        raise ValueError(f"path={str(path)!r} has no file name. Give a name like slim.safetensors.")
-    if path.suffix == ".json":
-        raise ValueError(
-            f"{path} would hold the tensors, and .json is for the description. Give a name like slim.safetensors."
-        )
-    # only this ending is replaced: net-0.5 and net-0.3 would otherwise have one description
-    return path.with_suffix(".json") if path.suffix == ".safetensors" else path.with_name(path.name + ".json")
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], dict[str, Any]]:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.core.sparse_layers.live_places import LivePlaces, places_of
+from sparse_callbacks.core.live.saved_patterns import places_in
+from sparse_callbacks.core.sparse_layers.live_places import LivePlaces
 from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear, weight_name
 from sparse_callbacks.core.storages.module_swap import holders_of, leave_fast_paths, put_in, take_over
 
@@ -121,9 +122,10 @@ def _places(stated: Mapping[str, Any], parts: Mapping[str, Tensor]) -> LivePlace
     Raises:
         ValueError: its parts do not fit each other.
     """
-    arguments = stated["storage"], stated["out_features"], stated["in_features"], stated["group"]
-    nothing = places_of(*arguments, torch.empty(0, dtype=torch.int64, device="cpu"))
-    places = places_of(*arguments, nothing.keys_of_saved({n: t for n, t in parts.items() if n != "values"}))
+    pattern = {name: tensor for name, tensor in parts.items() if name != "values"}
+    places = places_in(pattern, (stated["out_features"], stated["in_features"]))
+    if places.group != stated["group"]:
+        raise ValueError(f"its groups have {places.group} rows, and {stated['group']} are described")
     values = parts["values"]
     if tuple(values.shape) != places.values_shape:
         raise ValueError(f"its values have shape {list(values.shape)}, and the pattern {list(places.values_shape)}")

@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from sparse_callbacks.channels.forward_flops import forward_flops
 from sparse_callbacks.core.inspection import quiet, run, tensors_in
+from sparse_callbacks.core.record.multiply_adds import positions_in_use
 from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 from sparse_callbacks.core.storages.exchange import dense_twin
 
@@ -70,6 +71,15 @@ def multiply_adds(layer: Layer, inputs: int, outputs: int) -> float:
     return float(layer.weights(inputs, outputs) * sum(layer.positions))
 
 
+def flops(layer: Layer, inputs: int, outputs: int) -> float:
+    """FLOPs for one sample, without biases: two for each multiply-add.
+
+    >>> flops(Layer("fc", 64, 128), 64, 10)
+    1280.0
+    """
+    return 2.0 * multiply_adds(layer, inputs, outputs)
+
+
 # ---------------------------------------------------------------------- the layers of a model
 
 
@@ -125,18 +135,15 @@ def layer_in_use(
         samples: number of samples that the network ran on.
     """
     if not isinstance(module, _ConvNd):
-        rows = math.prod(input_shape[:-1]) // samples
+        rows = positions_in_use(module, input_shape, output_shape, samples)
         return Layer(name, input_shape[-1], output_shape[-1], maps=((rows,),), positions=(rows,))
     dimensions = len(module.kernel_size)
     # more rows than samples: a model may put parts of an image, or the time steps of a video, into the batch
     rows = math.prod(input_shape[: -dimensions - 1]) // samples
-    input_size, output_size = tuple(input_shape[-dimensions:]), tuple(output_shape[-dimensions:])
-    transposed = isinstance(module, _ConvTransposeNd)
+    input_size, transposed = tuple(input_shape[-dimensions:]), isinstance(module, _ConvTransposeNd)
     stride, padding, dilation = (size_text(s) for s in (module.stride, module.padding, module.dilation))
     settings = f"stride {stride} padding {padding} dilation {dilation}"
     settings += f" transposed {size_text(module.output_padding)}" if transposed else ""
-    # a transposed convolution applies its kernel at every place of its input, any other at every place of its output
-    places = rows * math.prod(input_size if transposed else output_size)
     return Layer(
         name,
         module.in_channels,
@@ -145,7 +152,7 @@ def layer_in_use(
         module.groups,
         settings,
         maps=((rows, *input_size),),
-        positions=(places,),
+        positions=(positions_in_use(module, input_shape, output_shape, samples),),
     )
 
 

@@ -21,7 +21,8 @@ PATIENCE = 2.0
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Parameters of a model, FLOPs of a forward pass (a multiply-add is two), and its median time in milliseconds."""
+    """Parameters of a model, FLOPs of a forward pass on the whole sample that was given (a multiply-add is two), and its
+    median time in milliseconds."""
 
     parameters: int
     flops: int

@@ -126,7 +126,7 @@ def state_of(method: "Method") -> dict[str, Any]:
     """
     awaited, weights = names_awaited(method.entries), method.weights
     patterns = {name: pattern_of(layer) for name, layer in weights.layers_stored.items()}
-    later = {"awaited": awaited, "patterns": patterns, "records": saved_records(weights.layers_stored)}
+    later = {"awaited": awaited, "patterns": patterns, "records": saved_records(weights.records)}
     return {
         "version": VERSION,
         "arguments": {k: text for k, text in method.arguments.items() if _LATER.get(k) != text},

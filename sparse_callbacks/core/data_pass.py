@@ -29,6 +29,7 @@ def outputs(
     train: Sequence[nn.Module] = (),
     move: Callable[[Any], Any] | None = None,
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    passed: Callable[[Any], object] | None = None,
 ) -> Iterator[Any]:
     """Outputs of the network for each batch of one pass, in eval mode and without gradients.
 
@@ -45,6 +46,7 @@ def outputs(
             statistics are collected.
         move: gives a batch as the training step would receive it. None: with its tensors on the module's device.
         precision: makes the context in which training runs its forward passes.
+        passed: called with each batch that has passed through the network. None: nobody counts them.
 
     Raises:
         ValueError: the network does not accept the batches.
@@ -58,6 +60,8 @@ def outputs(
             with torch.no_grad(), precision(), torch.compiler.set_stance("force_eager"):
                 moved = to_device(module, batch) if move is None else move(batch)
                 found = call(module, moved) if forward is None else forward(module, moved)
+            if passed is not None:
+                passed(moved)
             yield found  # outside of the contexts, so that the caller's code between two batches runs in its own mode
 
 

@@ -1,11 +1,13 @@
 """Collective operations that keep masks and statistics the same on every rank of a run."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+PART = 40  # bits of the parts in which whole numbers of any size are summed
 
 
 def world_size() -> int:
@@ -27,6 +29,18 @@ def total(tensors: Iterable[Tensor]) -> None:
             dist.all_reduce(summed)
             if summed is not tensor:
                 tensor.copy_(summed)
+
+
+def sums_of(numbers: Sequence[int]) -> list[int]:
+    """The sum over ranks of each whole number, exactly, however large: up to 2^120."""
+    if world_size() == 1:
+        return list(numbers)
+    # in parts, as torch knows no such numbers; gloo sums on the CPU, NCCL on the device alone
+    device = torch.device("cuda" if "nccl" in dist.get_backend() else "cpu")
+    parts = [[number >> (PART * i) & ((1 << PART) - 1) for i in range(3)] for number in numbers]
+    sums = torch.tensor(parts, dtype=torch.int64, device=device)
+    dist.all_reduce(sums)
+    return [sum(part << (PART * i) for i, part in enumerate(row)) for row in sums.tolist()]
 
 
 def masks_of_first_rank(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:

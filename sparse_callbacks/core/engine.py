@@ -19,6 +19,7 @@ from sparse_callbacks.core.gradients import DenseGradients
 from sparse_callbacks.core.host import Host
 from sparse_callbacks.core.live.live_records import put_back_records
 from sparse_callbacks.core.live.live_runs import note_places, refuse_matrix_optimizers
+from sparse_callbacks.core.live.uncompiled import leave_abandoned_runs
 from sparse_callbacks.core.loop_steps import next_tick
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_hold import OptimizerHold
@@ -26,6 +27,7 @@ from sparse_callbacks.core.optimizer_modes import mask_averages
 from sparse_callbacks.core.optimizer_needs import keeps_optimizers, refuse_optimizers, refuse_replaced_steps
 from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.progress import Progress
+from sparse_callbacks.core.record.recorder import Recorder
 from sparse_callbacks.core.run_beginning import RunBeginning
 from sparse_callbacks.core.selection import Entry, select
 from sparse_callbacks.core.step import ReplacesSteps, Step
@@ -56,6 +58,8 @@ class Engine:
         """The optimizers and their schedules shall be configured anew before the next batch that opens a window."""
         self.skipped = 0
         """Announced steps of this fit that were not taken, by a GradScaler's choice."""
+        self.recorder: Recorder | None = None
+        """Keeps the record of the run, where somebody wants one."""
         self._silence = SilenceWarning(self.method)
         self._seen: set[int] = set()  # optimizers of this run that have taken a step
         self._begins_anew = False  # the weights of a new run are not written yet
@@ -93,6 +97,8 @@ class Engine:
             two_pass: those of the optimizers that take the steps of another one, which perturbs weights before.
         """
         method = self.method
+        self.end_window()  # of a run whose end nobody has announced
+        leave_abandoned_runs()
         self.skipped, self.restart_wanted = 0, False
         self._seen = set()
         beginning = RunBeginning(method, model, entries, optimizers)
@@ -170,8 +176,9 @@ class Engine:
     def _take_hold(self, owners: Ownership, gradients_read: Sequence[bool], two_pass: Sequence[Optimizer]) -> None:
         method = self.method
         self._hold.move_on()
+        recorder = self._care.recorder
         self._release()
-        self._care = GradientCare(method, method.params, gradients_read, two_pass)
+        self._care = GradientCare(method, method.params, gradients_read, two_pass, recorder)
         method.owners = owners
         self._hold = OptimizerHold(owners, method.weights, self.after)
 
@@ -191,14 +198,20 @@ class Engine:
     def unbind(self) -> None:
         """The run is over: take all hooks away; masks and counters stay."""
         method = self.method
+        self.end_window()  # first: whatever fails below, compiled code of this process runs again
         if method.attachment.in_training:  # a last pruning, which no step has followed
             mask_averages(method.owners.optimizers, method.weights)
         self._hold.end_run()
-        self._care.end()
+        dense = self._care.dense
         self._release()
+        self._care.dense = dense  # a checkpoint of a run that was broken off within a window holds them
         note_places(method.weights)
         method.attachment.leave()
         method.owners = Ownership.between_runs(method.owners.owns, method.params, len(method.owners.owns))
+
+    def end_window(self) -> None:
+        """Training has ended, in whatever way: nothing is recorded any more, and compiled code runs compiled."""
+        self._care.end()
 
     @property
     def is_bound(self) -> bool:
@@ -329,6 +342,8 @@ class Engine:
             return
         step.taken = True
         self._seen.add(index)
+        if self.recorder is not None:
+            self.recorder.step_taken(method, step)
         for group, numbers in zip(optimizer.param_groups, step.group_numbers, strict=False):
             group.update(numbers)  # of a step that moved nothing: what optimizers count for a whole group stays too
         self._conclude(step)
@@ -370,6 +385,11 @@ class Engine:
         # of all, and last: a method may have ended dense copies
         mask_averages(method.owners.optimizers, method.weights, step.names)
 
+    def passed(self, batch: Any) -> None:
+        """A batch has passed through the network for the method to look at, and not to train."""
+        if self.recorder is not None and self.method.attachment.in_training:
+            self.recorder.passed(self.method, batch)
+
     def batch_over(self) -> None:
         """A batch is over: forget the gradients of replaced steps, and what a step that was not taken had prepared."""
         for step in self._steps.values():
@@ -397,6 +417,7 @@ class Engine:
     def begin_window(self) -> None:
         """Training begins or goes on, perhaps within an accumulation window: see :meth:`GradientCare.look_ahead`."""
         method = self.method
+        method.weights.left_records = {}
         for index in range(len(method.owners.optimizers)):
             self._care.look_ahead(index)
         if method.saved is not None:
@@ -414,6 +435,7 @@ class Engine:
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         vars(self).update(state)
+        self.recorder = None
         self._silence = SilenceWarning(self.method)
         self._seen, self._begins_anew = set(), False
         self._release()

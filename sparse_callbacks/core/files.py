@@ -1,8 +1,9 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and the two files of a compact checkpoint."""
 
 import os
 import stat
 import uuid
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,3 +36,28 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 def _permissions(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
+
+
+def checksum(path: Path) -> str:
+    """CRC-32 of a file, which shows that a bit in it was flipped: safetensors keeps none itself."""
+    found = 0
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            found = zlib.crc32(block, found)
+    return f"{found:08x}"
+
+
+def description_path(path: Path) -> Path:
+    """The file that describes the tensors in ``path``: ``x.json`` for ``x.safetensors``, else ``path`` with ``.json``.
+
+    Raises:
+        ValueError: ``path`` itself ends in ``.json``, or has no name.
+    """
+    if not path.name:
+        raise ValueError(f"path={str(path)!r} has no file name. Give a name like slim.safetensors.")
+    if path.suffix == ".json":
+        raise ValueError(
+            f"{path} would hold the tensors, and .json is for the description. Give a name like slim.safetensors."
+        )
+    # only this ending is replaced: net-0.5 and net-0.3 would otherwise have one description
+    return path.with_suffix(".json") if path.suffix == ".safetensors" else path.with_name(path.name + ".json")

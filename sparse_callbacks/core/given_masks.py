@@ -1,22 +1,50 @@
 """Masks that a checkpoint or a state dict gives: those that a run has saved, otherwise its non-zeros."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from sparse_callbacks.core.checkpoint_file import read_mapping
+from sparse_callbacks.core.checkpoint_file import is_safetensors, read_mapping, read_tensors
 from sparse_callbacks.core.live.live_layout import why_not_pattern
 from sparse_callbacks.core.live.saved_patterns import mask_of, matrix_of
 from sparse_callbacks.core.selection import Entry
-from sparse_callbacks.core.shards import layout_of
 from sparse_callbacks.core.state_layout import damaged, is_count, shown_short, why_not_whole
 
 Source = str | Path | Mapping[str, Any]
 """The path of a checkpoint or of a state dict, or what such a file holds."""
+
+_PIECE = 2**20
+
+
+class TensorsOnDemand(Mapping[str, Tensor]):
+    """Tensors by name, each made when it is asked for and kept by nobody: of a whole network one exists at a time.
+
+    Args:
+        names: the names, in order.
+        make: makes the tensor of a name.
+    """
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], Tensor]) -> None:
+        self._names, self._make = dict.fromkeys(names), make
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclass(frozen=True)
@@ -24,8 +52,8 @@ class GivenMasks:
     """Masks from a checkpoint, and the weights that were saved beside them.
 
     Attributes:
-        masks: bool masks by parameter name.
-        weights: values of the same parameters.
+        masks: bool masks by parameter name; those of a whole network may be made one at a time, when they are asked for.
+        weights: values of the same parameters, which may still lie in the file; whoever keeps some copies them.
         trained: the checkpoint says that it was saved after training steps.
     """
 
@@ -53,41 +81,35 @@ def masks_in(source: Source, entries: Sequence[Entry], argument: str) -> GivenMa
     # saved masks go first: a weight that was just grown is zero and yet active, so the non-zeros would lose it
     saved = _saved_masks(found, weights, entries, shown, advice)
     # beside masks that were saved, zeros of a parameter without one may be pruned, grown a moment ago, or as they were made
-    if unclear := [n for n in (e.name for e in entries) if saved and n not in saved and bool((weights[n] == 0).any())]:
+    names = [e.name for e in entries]
+    if unclear := [n for n in names if saved and n not in saved and bool((weights[n] == 0).any())]:
         raise ValueError(
             f"{shown} has masks, and none of {', '.join(unclear)}, where there are zeros as well. Leave these layers out "
             "with exclude=, or give a checkpoint with their masks, or a state dict without any."
         )
-    if broken := [e.name for e in entries if e.name not in saved and not bool(weights[e.name].isfinite().all())]:
+    if broken := [n for n in names if n not in saved and not _is_finite(weights[n])]:
         raise ValueError(f"{shown}: {broken[0]} there has values that are not finite. {advice}")
-    masks = {e.name: saved[e.name] if e.name in saved else weights[e.name] != 0 for e in entries}
-    return GivenMasks(masks, {e.name: weights[e.name] for e in entries}, _is_trained(found))
+    masks = TensorsOnDemand(names, partial(_mask_of, saved, weights))
+    return GivenMasks(masks, TensorsOnDemand(names, weights.__getitem__), _is_trained(found))
 
 
-def refuse_no_masks(masks: Mapping[str, Tensor], shown: str, advice: str) -> None:
-    """Refuse masks that leave every weight active, or none.
+def _is_finite(weight: Tensor) -> bool:
+    """Whether all values are finite; in pieces, as torch looks at a copy of all magnitudes."""
+    return all(bool(piece.isfinite().all()) for piece in torch.split(weight.flatten(), _PIECE))
 
-    Args:
-        masks: bool masks by parameter name.
-        shown: where they come from, for errors.
-        advice: what to do instead, as a sentence.
 
-    Raises:
-        ValueError: there is nothing to keep.
-    """
-    if all(bool(m.all()) for m in masks.values()):
-        raise ValueError(
-            f"{shown} holds no zeros in the selected weights, so there is no mask to keep. Give sparsity= instead."
-        )
-    if not any(bool(m.any()) for m in masks.values()):
-        raise ValueError(f"{shown} holds nothing but zeros in the selected weights, so nothing would train. {advice}")
+def _mask_of(saved: Mapping[str, Tensor], weights: Mapping[str, Tensor], name: str) -> Tensor:
+    """The mask of a parameter, which nobody else holds: the run may write to it, and others to the file."""
+    return saved[name].clone() if name in saved else weights[name] != 0
 
 
 def _content(source: Source, argument: str, shown: str, advice: str) -> Mapping[str, Any]:
     if isinstance(source, Mapping):
         return source
     if Path(source).exists():
-        return read_mapping(Path(source), advice)
+        if is_safetensors(Path(source)):
+            return read_tensors(Path(source), advice)
+        return read_mapping(Path(source), advice, mapped=True)
     words = "'random', 'magnitude', 'nonzero', " if argument == "initial_mask" else ""
     raise ValueError(f"{shown} is not a file. Give {words}the path of a checkpoint or a state dict.")
 
@@ -103,11 +125,17 @@ def _weights_in(found: Mapping[str, Any], entries: Sequence[Entry], shown: str, 
     weights = next((w for w in plain if not _missing(w, entries)), weights)
     # checked before anything is computed with them: a damaged file may give a tensor any shape
     if missing := _missing(weights, entries):
+        if _is_run(found):
+            raise ValueError(
+                f"{shown} is the state of a run alone, which has masks and no weights. Save the weights beside it, "
+                "torch.save({'model': model.state_dict(), 'run': run.state_dict()}, path), and give that, or go on with the "
+                "run by sparsify(..., state=)."
+            )
         known = ", ".join(k for k, v in weights.items() if isinstance(v, Tensor) and v.ndim > 1)
         raise ValueError(
             f"{shown} does not fit the model: {', '.join(missing)} not found with the same shape. The "
-            f"checkpoint has: {known}. Names must be those of the LightningModule; rename the keys, or leave layers "
-            "out with include= or exclude=."
+            f"checkpoint has: {known or 'no matrix of weights'}. Names must be those of the LightningModule; rename the keys, or "
+            "leave layers out with include= or exclude=."
         )
     checked: Mapping[str, Any] = weights
     return checked
@@ -118,17 +146,26 @@ def _multiplied(weights: Mapping[str, Any], entries: Sequence[Entry]) -> Mapping
     pairs = {
         e: (weights.get(f"{e.name}_orig"), weights.get(f"{e.name}_mask")) for e in entries if e.name not in weights
     }
-    products = {e.name: w * m for e, (w, m) in pairs.items() if _is_weight(w, e) and _is_weight(m, e)}
-    return {**weights, **products} if products else weights
+    return _with_made(
+        weights,
+        {e.name: partial(torch.mul, w, m) for e, (w, m) in pairs.items() if _is_weight(w, e) and _is_weight(m, e)},
+    )
 
 
 def _made_dense(weights: Mapping[str, Any], entries: Sequence[Entry], shown: str, advice: str) -> Mapping[str, Any]:
     """``weights``, with the matrices of those that an exchanged layer has saved as live values and their places."""
-    found = {}
-    for e in entries:
-        if (parts := compact_parts(weights, e.name)) and e.name not in weights:
-            found[e.name] = _of_pattern(parts, e, parts["values"], shown, advice)
-    return {**weights, **found} if found else weights
+    parts = {e: compact_parts(weights, e.name) for e in entries if e.name not in weights}
+    return _with_made(
+        weights,
+        {e.name: partial(_of_pattern, p, e, p["values"], shown, advice) for e, p in parts.items() if p},
+    )
+
+
+def _with_made(weights: Mapping[str, Any], made: Mapping[str, Callable[[], Tensor]]) -> Mapping[str, Any]:
+    """``weights``, and further ones that are made when they are asked for."""
+    if not made:
+        return weights
+    return TensorsOnDemand([*weights, *made], lambda name: made[name]() if name in made else weights[name])
 
 
 def compact_parts(weights: Mapping[str, Any], name: str) -> dict[str, Tensor]:
@@ -165,6 +202,11 @@ def _is_mask(value: object, entry: Entry) -> TypeGuard[Tensor]:
     return _is_weight(value, entry) and value.dtype == torch.bool
 
 
+def _is_run(state: object) -> bool:
+    """Whether ``state`` is what a loop's run has saved."""
+    return isinstance(state, Mapping) and {"version", "arguments", "masks"} <= state.keys()
+
+
 def _states_in(found: Mapping[str, Any], shown: str, advice: str) -> Iterator[Mapping[str, Any]]:
     """The states that callbacks or loops of this package have saved."""
     states = found.get("callbacks", {})
@@ -174,43 +216,43 @@ def _states_in(found: Mapping[str, Any], shown: str, advice: str) -> Iterator[Ma
         if isinstance(state, Mapping) and "masks" in state:
             yield state
     for state in found.values():  # of run.state_dict(), which a loop saves beside its model
-        if isinstance(state, Mapping) and {"version", "arguments", "masks"} <= state.keys():
+        if _is_run(state):
             yield state
 
 
 def _saved_masks(
     found: Mapping[str, Any], weights: Mapping[str, Tensor], entries: Sequence[Entry], shown: str, advice: str
-) -> dict[str, Tensor]:
+) -> Mapping[str, Tensor]:
     """The masks of ``entries`` that runs of this package have saved.
 
     Raises:
         ValueError: a mask is damaged, or is not that of the weights beside it.
     """
-    saved: dict[str, Tensor] = {}
+    held: dict[str, Any] = {}
     # a compact state dict says itself where weights live, also those that are zero
     patterns = {e.name: parts for e in entries if (parts := compact_parts(found.get("state_dict", found), e.name))}
     for state in _states_in(found, shown, advice):
         if not isinstance(state["masks"], Mapping):
             raise ValueError(f"{shown}: masks in it are {shown_short(state['masks'])}. {advice}")
-        saved |= state["masks"]
+        held |= state["masks"]
         patterns |= _patterns_in(state, shown, advice)
-    for entry in entries:
-        if entry.name in patterns:
-            saved[entry.name] = _of_pattern(patterns[entry.name], entry, None, shown, advice)
-        if entry.name not in saved:
-            continue
+    made = {
+        e.name: partial(_of_pattern, patterns[e.name], e, None, shown, advice) for e in entries if e.name in patterns
+    }
+    saved = _with_made(held, made)
+    for entry in (e for e in entries if e.name in saved):
         mask = saved[entry.name]
         if not _is_mask(mask, entry):
             raise ValueError(
                 f"{shown}: the mask of {entry.name} is {shown_short(mask)}, and should be one of truth values of shape "
                 f"{list(entry.full_shape)}. {advice}"
             )
-        if bool(weights[entry.name][~mask].any()):
+        if bool(((weights[entry.name] != 0) & ~mask).any()):
             raise ValueError(
                 f"{shown}: {entry.name} has weights that its mask there says are pruned, so the two do not belong "
                 f"together. {advice}"
             )
-    return {e.name: saved[e.name] for e in entries if e.name in saved}
+    return TensorsOnDemand([e.name for e in entries if e.name in saved], saved.__getitem__)
 
 
 def _patterns_in(state: Mapping[str, Any], shown: str, advice: str) -> Mapping[str, Any]:
@@ -235,40 +277,6 @@ def _is_trained(found: Mapping[str, Any]) -> bool:
         steps = state.get("steps") if isinstance(state, Mapping) else None
         counted += steps.values() if isinstance(steps, Mapping) else []
     return any(is_count(c) and c > 0 for c in counted)
-
-
-# ---------------------------------------------------------------------- their counts
-
-
-def zeros_in(mask: Tensor) -> int:
-    """The zeros of a mask, over all processes that hold a part of it."""
-    layout = layout_of(mask)
-    return layout.total(mask.numel() - int(mask.count_nonzero()))
-
-
-def known_zeros(entry: Entry, aux: Mapping[str, Tensor], masks: Mapping[str, Tensor], path: object) -> list[int]:
-    """The zeros of each layer in a parameter of a run that goes on with given masks.
-
-    Args:
-        entry: the parameter.
-        aux: the tensors of the run.
-        masks: its masks.
-        path: where it was saved, for errors.
-
-    Raises:
-        ValueError: the run has saved counts that no layer can have.
-    """
-    found = aux.get(f"planned/{entry.name}")
-    if found is None:  # of Static, whose masks never move
-        return [zeros_in(part) for part in entry.split(masks[entry.name])]
-    zeros: Any = found.tolist()
-    if tuple(found.shape) != (entry.parts,) or found.is_floating_point() or found.is_complex():
-        raise damaged(
-            f"its planned/{entry.name} is {shown_short(found)}, and should be {entry.parts} whole numbers", path
-        )
-    if not all(0 <= n <= entry.size // entry.parts for n in zeros):
-        raise damaged(f"its planned/{entry.name} has other counts than layers can have", path)
-    return [int(n) for n in zeros]
 
 
 def refuse_other_masks(masks: Mapping[str, Tensor], entries: Sequence[Entry], path: object) -> None:

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from sparse_callbacks.core import optimizers as torch_optimizers
 from sparse_callbacks.core.gradient_mask import MasksGradients, refuse_unannounced_mask
 from sparse_callbacks.core.gradients import DenseGradients
-from sparse_callbacks.core.live.live_records import are_finite, forget_records, record
+from sparse_callbacks.core.live.live_records import Recorder, are_finite, forget_records
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 from sparse_callbacks.core.step import Step
@@ -22,6 +22,7 @@ class GradientCare:
         params: the sparse parameters by name; none where no run goes on.
         gradients_read: for each optimizer, whether anybody reads gradients between backward and its step.
         two_pass: those of the optimizers that take the steps of another one, which perturbs weights before.
+        recorder: switches the records of exchanged layers, which may have begun under an earlier care of the same run.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class GradientCare:
         params: Mapping[str, nn.Parameter],
         gradients_read: Sequence[bool] = (),
         two_pass: Sequence[Optimizer] = (),
+        recorder: Recorder | None = None,
     ) -> None:
         self.dense = DenseGradients(params)
         """Dense gradients of the steps that are to come."""
@@ -37,6 +39,8 @@ class GradientCare:
         """Optimizers that take the steps of another one."""
         self.finite: Tensor | bool = True
         """Whether the gradients of the latest step were finite; a tensor where nobody has waited for it yet."""
+        self.recorder = Recorder() if recorder is None else recorder
+        """Switches the records of exchanged layers."""
         self._method, self._gradients_read = method, list(gradients_read)
         self._masks_early = False  # gradients were masked after a backward pass, by the masks of the weights
 
@@ -127,16 +131,16 @@ class GradientCare:
         if wanted and calendar is not None:
             wanted = progress.due(index, calendar)  # exactly, where it is near
         for layer in layers:
-            record(layer, wanted)
+            self.recorder.record(layer, wanted)
 
     def skipped(self, step: Step) -> None:
         """A GradScaler has skipped the step: its gradients count for nothing."""
         forget_records(self._exchanged(step.names))
 
     def end(self) -> None:
-        """The run is over: nothing is recorded any more."""
-        for layer in self._method.weights.layers_stored.values():
-            record(layer, False)
+        """The run is over: nothing is recorded any more. What an open window has recorded is kept for a checkpoint."""
+        self._method.weights.keep_records()
+        self.recorder.end()
 
     def _exchanged(self, names: Sequence[str]) -> list[SparseLinear]:
         layers = self._method.weights.layers_stored

@@ -5,6 +5,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from sparse_callbacks.core.record.multiply_adds import WeightsInStep
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.topology import Update
@@ -60,6 +61,9 @@ class Hooks:
     explores: ClassVar[bool] = False
     """Connections come and go, so that the share of weights that were ever active is worth knowing."""
 
+    measures_similarity: ClassVar[bool] = False
+    """A pass over the data compares each input of a layer with each of its outputs."""
+
     # ------------------------------------------------------------------ what a method overrides
 
     def attach(self, model: nn.Module) -> None:
@@ -78,6 +82,16 @@ class Hooks:
         """The coming ``step`` needs gradients of pruned weights (asked in manual optimization, where they are masked
         early)."""
         return False
+
+    def weights_in_step(self, step: Step) -> WeightsInStep:
+        """How many weights a step multiplies, and of how many it needs the gradient, for the account of what training costs.
+
+        By default the active ones; and the gradient of all weights of a parameter with a dense copy, and of every parameter
+        where an update replaces the step. Asked once for each kind of step after masks have moved, not at every step.
+        """
+        weights = self.weights
+        learning = step.names if step.replaced else [n for n in step.names if weights.has_copy(n)]
+        return WeightsInStep(weights.active_counts, {n: weights.size(n) for n in learning})
 
     def before_step(self, step: Step) -> None:
         """Gradients are dense, reduced over ranks and unscaled, and not yet clipped. Edit or replace them; keep no

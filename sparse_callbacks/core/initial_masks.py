@@ -8,22 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.core import distributed
 from sparse_callbacks.core.arguments import refuse_unknown
 from sparse_callbacks.core.awaited import for_targets
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.constructors import argument_names
 from sparse_callbacks.core.distributions import is_epsilon
-from sparse_callbacks.core.given_masks import (
-    GivenMasks,
-    Source,
-    known_zeros,
-    masks_in,
-    refuse_no_masks,
-    refuse_other_masks,
-    zeros_in,
-)
-from sparse_callbacks.core.live.live_runs import zeros_of_live
+from sparse_callbacks.core.found_masks import WAITING, FoundMasks, MaskSource, found_masks
+from sparse_callbacks.core.given_masks import GivenMasks, Source
 from sparse_callbacks.core.method import DEFAULT_SPARSITY, Method, Options
 from sparse_callbacks.core.ops import keep_largest
 from sparse_callbacks.core.patterns import (
@@ -34,7 +25,6 @@ from sparse_callbacks.core.patterns import (
     parsed,
     reached_targets,
     share_of,
-    why_other_pattern,
 )
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.rescaling import (
@@ -50,10 +40,6 @@ from sparse_callbacks.core.thawed import masks_by_magnitude
 
 InitialMask = Source
 """``"random"``, ``"magnitude"``, ``"nonzero"``, the path of a checkpoint, or a state dict."""
-
-
-# in aux, where given masks of layers lie that wait to be trained
-_WAITING = "waiting"
 
 
 class StartsSparse(Method):
@@ -113,32 +99,28 @@ class StartsSparse(Method):
         if pattern is not None and "pattern" not in argument_names(type(self), Options):
             raise ValueError(f"{type(self).__name__} takes no pattern=: Static, SET and RigL keep one. Leave it out.")
         self.initial_mask, self.rescale, self.pattern = initial_mask, rescale, pattern
-        self._start = initial_mask  # a subclass that has another name for it keeps each argument as it was given
-        self._zeros: dict[str, int] = {}  # found in each layer, where the masks bring their own counts
-        self._found_sparsity = 0.0
-        self._given: GivenMasks | None = None  # from _find to initial_masks
-        if not self._brings_counts:
+        # a subclass that has another name for it keeps each argument as it was given
+        argument = "from_checkpoint" if getattr(self, "from_checkpoint", None) is not None else "initial_mask"
+        self._source = MaskSource(initial_mask, argument)
+        self._found = FoundMasks({}, 0.0, None)
+        if not self._source.brings_counts:
             return
         if is_epsilon(self.distribution):
             raise ValueError(
-                f"{_spelled(self)} and distribution={self.distribution!r} both say how many weights there are. Give one "
+                f"{self._source.shown} and distribution={self.distribution!r} both say how many weights there are. Give one "
                 "of them."
             )
         if sparsity is None:
             self.sparsity = None  # a resumed run compares the arguments
 
     @property
-    def _brings_counts(self) -> bool:
-        """The counts of the masks are found and not planned."""
-        return self._start not in ("random", "magnitude")
-
-    @property
     def target_sparsity(self) -> float:
-        if self._brings_counts:
-            if not self._found_sparsity and self.entries:  # of a run in another process, which has found them there
+        if self._source.brings_counts:
+            if not self._found.sparsity and self.entries:  # of a run in another process, which has found them there
                 planned = self.parameter_zeros(self.entries, self.targets)
-                self._found_sparsity = sum(planned.values()) / sum(e.size for e in self.entries if e.name in planned)
-            return self._found_sparsity
+                size = sum(e.size for e in self.entries if e.name in planned)
+                self._found = replace(self._found, sparsity=sum(planned.values()) / size)
+            return self._found.sparsity
         return DEFAULT_SPARSITY if self.sparsity is None else float(self.sparsity)
 
     def plan(self, model: nn.Module | None = None) -> Plan:
@@ -148,7 +130,7 @@ class StartsSparse(Method):
             entries = select(plain, self.include, self.exclude, self.keep_dense)
             self.attachment.choices = planned_choices(self, plain, entries)
             find_masks(self, plain, entries, self.saved)
-            self._given = None  # a run looks again
+            self._forget_given()  # a run looks again
         try:
             made, choices = super().plan(model), self.attachment.choices
             refuse_choices(self.storage, choices, {row.name for row in made if row.zeros == 0})
@@ -157,35 +139,37 @@ class StartsSparse(Method):
             self.attachment.choices = known
 
     def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
-        if not self._brings_counts:
+        if not self._source.brings_counts:
             return reached_targets(self, super().share_out(entries), entries)
         chosen = [e for e in entries if not e.reason]
-        if not all(layer in self._zeros for e in chosen for layer in e.layers):
+        if not all(layer in self._found.zeros for e in chosen for layer in e.layers):
             self._find(self.attachment.model, entries, self.saved)
-        return {layer: share_of(self._zeros[layer], e.size // e.parts) for e in chosen for layer in e.layers}
+        return {layer: share_of(self._found.zeros[layer], e.size // e.parts) for e in chosen for layer in e.layers}
 
     def initial_masks(self) -> dict[str, Tensor]:
-        if self._start == "random":
+        if self._source.start == "random":
             return super().initial_masks()
-        if self._start == "magnitude":
+        if self._source.start == "magnitude":
             return {n: self.weights.by_layer(n, self._largest, p.detach()) for n, p in self.params.items()}
-        assert self._given is not None
-        return self._take_given(n for n in self.params if n in self._given.masks)
+        given = self._found.given
+        assert given is not None
+        return self._take_given(n for n in self.params if n in given.masks)
 
     def _take_given(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The masks that were found for ``names``; those of layers that wait to be trained are kept until they are."""
-        assert self._given is not None
-        masks, taken = self._given.masks, list(names)
+        given = self._found.given
+        assert given is not None
+        masks, taken = given.masks, list(names)
         # kept where masks move: part of the network may be dense for a while, and a saved mask may be damaged
         for name in taken if self.explores or self.arrives_at_stop else ():
             layers = self.weights.entries[name].layers
-            self.aux[f"planned/{name}"] = torch.tensor([self._zeros[layer] for layer in layers])
-        for name, mask in masks.items():  # a resumed run needs them, and what they came from may be gone
+            self.aux[f"planned/{name}"] = torch.tensor([self._found.zeros[layer] for layer in layers])
+        for name in masks:  # a resumed run needs them, and what they came from may be gone
             if name in taken:
-                self.aux.pop(f"{_WAITING}/{name}", None)
+                self.aux.pop(f"{WAITING}/{name}", None)
             else:
-                self.aux[f"{_WAITING}/{name}"] = mask.clone()
-        self._given = None
+                self.aux[f"{WAITING}/{name}"] = masks[name].clone()
+        self._forget_given()
         return {n: masks[n] for n in taken}
 
     def _random_mask(self, layer: str, weight: Tensor) -> Tensor:
@@ -210,66 +194,13 @@ class StartsSparse(Method):
         """The planned number of active columns in each block of a layer."""
         return weight.shape[1] - self.planned_zeros(layer, weight.numel()) // weight.shape[0]
 
-    # ------------------------------------------------------------------ masks that are found
-
     def _find(
         self, model: nn.Module | None, entries: Sequence[Entry], saved: SavedRun | None, together: bool = False
     ) -> None:
-        chosen = [e for e in entries if not e.reason]
-        aux, masks = (saved.aux, saved.masks) if saved is not None else (self.aux, self.weights.held_masks)
-        if saved is None and self.attachment.model is not model:
-            aux, masks = {}, {}
-        path = None if saved is None else saved.path
-        held = [e for e in chosen if e.name in masks and tuple(masks[e.name].shape) == e.full_shape]
-        known = {e.name: known_zeros(e, aux, masks, path) for e in held}
-        known |= zeros_of_live(model, chosen, saved)
-        if missing := [e for e in chosen if e.name not in known]:
-            waiting = {e.name: aux[key] for e in missing if (key := f"{_WAITING}/{e.name}") in aux}
-            refuse_other_masks(waiting, missing, path)
-            self._given = GivenMasks(waiting, {}, False)
-            if others := [e for e in missing if e.name not in waiting]:
-                found = self._masks_of(model, others)
-                self._given = replace(found, masks={**waiting, **found.masks})
-            masks = self._given.masks
-            if together and self._start == "nonzero":  # in a loop ranks may still have weights of their own
-                masks = distributed.masks_of_first_rank(masks)
-            if why := why_other_pattern(self, masks, missing):
-                pattern = "storage='grouped'" if self.pattern is None else f"pattern={self.pattern!r}"
-                raise ValueError(
-                    f"{_spelled(self)} holds masks that are not of {pattern}: {why}. Give masks of that pattern, or leave "
-                    f"{pattern.partition('=')[0]}= out."
-                )
-            if not known:  # what is added to a run may be dense
-                advice = f"Give {_argument(self)}= another checkpoint, or sparsity= for a new mask."
-                refuse_no_masks(masks, _spelled(self), advice)
-            known |= {e.name: [zeros_in(part) for part in e.split(masks[e.name])] for e in missing}
-        self._zeros = {layer: n for e in chosen for layer, n in zip(e.layers, known[e.name], strict=True)}
-        zeros, size = sum(self._zeros.values()), sum(e.size for e in chosen)
-        self._found_sparsity = zeros / max(1, size)
-        if missing:
-            # each layer rounds its zeros down, or its columns to the next whole number
-            rounded = sum(1 if group_of(self, e) is None else e.parts * e.shape[0] for e in chosen)
-            self._refuse_other_sparsity(zeros, size, max(rounded, len(self._zeros)))
+        self._found = found_masks(self, self._source, model, entries, saved, together)
 
-    def _masks_of(self, model: nn.Module | None, entries: Sequence[Entry]) -> GivenMasks:
-        if self._start != "nonzero":
-            return masks_in(self._start, entries, _argument(self))
-        if model is None:
-            raise ValueError(
-                "initial_mask='nonzero' plans by the weights of a model, and none is known. Give plan(model)."
-            )
-        parameters = dict(model.named_parameters())
-        return GivenMasks({e.name: parameters[e.name].detach() != 0 for e in entries}, {}, False)
-
-    def _refuse_other_sparsity(self, zeros: int, size: int, rounded: int) -> None:
-        # a plan shows four decimals
-        if self.sparsity is None or abs(zeros - self.sparsity * size) <= max(rounded, 5e-5 * size):
-            return
-        raise ValueError(
-            f"sparsity={self.sparsity!r} and {_spelled(self)} differ: the masks there have {zeros:,} zeros in {size:,} "
-            f"weights, which is {zeros / size:.4f}, and {type(self).__name__} keeps the counts that it begins with. "
-            "Leave sparsity= out, or give other masks."
-        )
+    def _forget_given(self) -> None:
+        self._found = replace(self._found, given=None)
 
 
 # ---------------------------------------------------------------------- what a run asks before it begins
@@ -290,20 +221,20 @@ def find_masks(
     Raises:
         ValueError: there is no mask, or it does not fit the model or the other arguments.
     """
-    if isinstance(method, StartsSparse) and method._brings_counts:
+    if isinstance(method, StartsSparse) and method._source.brings_counts:
         method._find(model, entries, saved, together)
 
 
 def given_mask(method: Method, name: str) -> Tensor | None:
     """The mask that was found for a parameter; None where the method makes one."""
-    given = method._given if isinstance(method, StartsSparse) else None
+    given = method._found.given if isinstance(method, StartsSparse) else None
     return None if given is None else given.masks.get(name)
 
 
 def forget_given(method: Method) -> None:
     """Let go of the masks that were found: a run looks for those that it needs again."""
     if isinstance(method, StartsSparse):
-        method._given = None
+        method._forget_given()
 
 
 @dataclass(frozen=True)
@@ -325,19 +256,20 @@ class Start:
 
 def start_of(method: StartsSparse) -> Start:
     """Where the first masks of a method lie."""
-    return Start(_spelled(method), method._start == "random", method._brings_counts, method._given)
+    source = method._source
+    return Start(source.shown, source.start == "random", source.brings_counts, method._found.given)
 
 
 def draws_at_random(method: Method) -> bool:
     """Whether the first masks are drawn at random, and not by a rule of a subclass."""
     ours = type(method).initial_masks is StartsSparse.initial_masks
-    return ours and isinstance(method, StartsSparse) and method._start == "random"
+    return ours and isinstance(method, StartsSparse) and method._source.start == "random"
 
 
 def sharing_entries(method: Method, entries: Sequence[Entry]) -> Sequence[Entry]:
     """``entries`` as a distribution sees them, for a run that is only described: found masks need no share for a layer
     that waits to be trained, and the file that holds its mask may be gone."""
-    if isinstance(method, StartsSparse) and method._brings_counts:
+    if isinstance(method, StartsSparse) and method._source.brings_counts:
         return entries
     return for_targets(entries)
 
@@ -349,43 +281,9 @@ def joining_masks(method: StartsSparse, names: Sequence[str]) -> dict[str, Tenso
         method: the method of the run; its parameters are those with the new layers.
         names: names of the parameters that join.
     """
-    if method._brings_counts:
+    if method._source.brings_counts:
         return method._take_given(names)
     return {n: method.weights.by_layer(n, method._largest, method.params[n].detach()) for n in names}
 
 
 masks_by_magnitude.register(StartsSparse, joining_masks)
-
-
-# ---------------------------------------------------------------------- parts
-
-
-def one_of(initial_mask: InitialMask, argument: str, value: Any) -> InitialMask:
-    """``initial_mask``, which a method may also be given under an older name.
-
-    Args:
-        initial_mask: the argument; ``"random"`` where it was not given.
-        argument: the older name.
-        value: what was given under it; None for nothing.
-
-    Raises:
-        ValueError: both are given.
-    """
-    if value is None:
-        return initial_mask
-    if initial_mask != "random":
-        raise ValueError(
-            f"initial_mask= and {argument}= are both given, and both decide the first masks. Give one of them."
-        )
-    given: InitialMask = value
-    return given
-
-
-def _argument(method: StartsSparse) -> str:
-    """The name under which the masks were given."""
-    return "from_checkpoint" if getattr(method, "from_checkpoint", None) is not None else "initial_mask"
-
-
-def _spelled(method: StartsSparse) -> str:
-    given = method._start
-    return f"{_argument(method)}=" + ("" if isinstance(given, Mapping) else repr(str(given)))

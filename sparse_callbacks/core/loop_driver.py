@@ -17,6 +17,7 @@ from sparse_callbacks.core.loop_binding import LoopBinding, ValuesBeforeMasks
 from sparse_callbacks.core.loop_hooks import LoopHooks
 from sparse_callbacks.core.loop_steps import CalledOnce, StepInLoop, next_tick
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
+from sparse_callbacks.core.record.loop_record import LoopRecord
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.unseen_steps import StepWatch
 from sparse_callbacks.core.wrappers import plain_optimizer
@@ -55,6 +56,10 @@ class LoopDriver:
         """What the masks have cut, until the first step."""
         self.resumed: ResumedWeights | None = None
         """The weights of the state that the run was given, until the first step."""
+        self.record: LoopRecord | None = None
+        """The record of the run, where the loop wants one."""
+        self.has_stepped = False
+        """An optimizer has taken a step since the run began, or went on."""
         self._steps = [StepInLoop() for _ in self._optimizers.steppers]
         self._watch: StepWatch | None = None
         self._trained: object = None  # who was trained at the last look
@@ -187,7 +192,10 @@ class LoopDriver:
         mine = self._steps[self._optimizers.index(optimizer)]
         if not mine.running:
             return  # the outer hook of a subclass that calls its parent's step
+        if mine.stepped and self.record is not None:  # another optimizer of the loop steps more seldom
+            self.record.batch_over()
         mine.running, mine.stepped, mine.window_open, mine.called = False, True, False, False
+        self.has_stepped = True
         self.before_masks.drop()  # a step was taken: no other state can be loaded now
         drivers = _sharing(optimizer)
         if any(d._is_within_step(optimizer) for d in drivers):
@@ -209,6 +217,8 @@ class LoopDriver:
         engine = self._engine
         engine.batch_over()
         engine.events |= self._method.batch_end(BatchEnd(False, False, False, engine.skipped))
+        if self.record is not None:
+            self.record.batch_over()
         self.batches.next()
         self._method.window_start(self.batches.number)
 
@@ -218,7 +228,7 @@ class LoopDriver:
         A gradient that is another tensor than the last one, with no step in between, tells of a step that a GradScaler
         skipped: its hooks did not fire. GaP lays its last phase by how many there were.
         """
-        mine, gradient = self._steps[index], parameter.grad
+        mine, gradient, skipped = self._steps[index], parameter.grad, self._engine.skipped
         if self._watch is not None:
             self._look_for_steps()
         self.batches.backward()
@@ -233,6 +243,8 @@ class LoopDriver:
             self._engine.skipped += 1
         mine.window_open, mine.running = True, False
         mine.remember(gradient)
+        if self.record is not None:
+            self.record.backward(index, self._engine.skipped > skipped)
 
     def _look_for_steps(self, epoch_over: bool = False) -> None:
         """A backward pass has begun a batch, or an epoch is over: were there steps of every optimizer?"""

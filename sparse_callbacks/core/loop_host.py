@@ -62,7 +62,9 @@ class LoopHost:
                 batches = data_pass.EveryNthBatch(given, world, rank)
             return batches, data_pass.batch_count(batches, fraction)
 
-        yield from data_pass.outputs(self._model, choose, forward=forward or self._forward, train=train)
+        yield from data_pass.outputs(
+            self._model, choose, forward=forward or self._forward, train=train, passed=self._engine.passed
+        )
 
     def rows_seen(self) -> dict[str, int]:
         """The rows that each linear layer sees in one batch of the loop's data, by its name; empty where it gave none."""

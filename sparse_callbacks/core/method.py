@@ -125,6 +125,8 @@ class Method(Hooks):
         self.every: Time | None = None
         self.start: Time | None = None
         self.stop: Time = 0
+        self.why_masked = ""
+        """Why ``storage="auto"`` leaves all layers masked, for the plan; empty where it decides, or nobody asked for it."""
         self.aux: dict[str, Tensor] = {}
         """Tensors of the method that must survive a resume. A key ends in the name of a parameter on whose device it
         lies."""
@@ -317,7 +319,7 @@ class Method(Hooks):
             raise ValueError("plan() knows no model yet. Give one, plan(model), or call it after fit has started.")
         target = self.distribution if is_epsilon(self.distribution) else f"sparsity {self.target_sparsity:g}"
         rows = plan_rows(entries, zeros, pattern_remarks(self, entries, zeros))
-        return Plan(f"{type(self).__name__}: {target}", rows, frozenset(zeros))
+        return Plan(f"{type(self).__name__}: {target}", rows, frozenset(zeros), remark=self.why_masked)
 
     def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
         """Target sparsity of every layer."""

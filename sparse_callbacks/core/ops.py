@@ -26,6 +26,8 @@ __all__ = [
     "zeros_for",
 ]
 
+_INDICES = 2**20  # positions that are written together
+
 
 @checked_after
 def zeros_for(sparsity: float, size: int) -> int:
@@ -174,6 +176,10 @@ def random_mask(shape: Sequence[int], count: int, generator: torch.Generator | N
         raise ValueError(f"count={count} positions cannot be drawn from {size}. Give 0 to {size}.")
     device = "cpu" if generator is None else generator.device
     mask = torch.zeros(size, dtype=torch.bool, device=device)
+    # on a CPU permutations of both types are the same numbers, and the shorter type takes half the memory
+    short = torch.device(device).type == "cpu" and size < 2**31
     # a permutation: random numbers under a threshold would not give an exact count
-    mask[torch.randperm(size, generator=generator, device=device)[:count]] = True
+    order = torch.randperm(size, generator=generator, device=device, dtype=torch.int32 if short else torch.int64)
+    for chosen in torch.split(order[:count], _INDICES):  # torch makes int64 of what it takes for an index
+        mask[chosen] = True
     return mask.reshape(tuple(shape))

@@ -40,7 +40,7 @@ class Plan:
     ``total`` is the sparsity over the selected weights (those without a reason, or dense by the distribution's choice),
     ``model`` over all parameters. ``joint`` is the number of zeros that all selected weights share under one threshold;
     None where each row has its own. ``decided_by`` names what else decides during training how many zeros there are,
-    such as a budget; ``total`` and ``model`` are 0 then.
+    such as a budget; ``total`` and ``model`` are 0 then. ``remark`` is a sentence about all rows.
     """
 
     title: str
@@ -48,6 +48,7 @@ class Plan:
     selected: frozenset[str]
     joint: int | None = None
     decided_by: str = ""
+    remark: str = ""
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -147,7 +148,7 @@ class Plan:
         ]
         foot = [(*row, *[""] * (len(head) - len(row))) for row in foot]
         table = _aligned([head, *body, *foot], rules=(1, 1 + len(body)))
-        return "\n".join([self.title, *table, *([self.note] if self.note else [])])
+        return "\n".join([self.title, *table, *filter(None, [self.remark, self.note])])
 
 
 def _stored(row: Row, choice: Choice) -> Row:

@@ -71,6 +71,15 @@ class Schedule:
         # in this form both ends are exact: initial + (final - initial) is not always final
         return self.initial * left + self.final * (1.0 - left)
 
+    def way(self, step: float, start: float, stop: float) -> float:
+        """Part of the way from `initial` to `final` that is done at `step`, in [0, 1], also where they are equal; of a
+        constant, which is there from the beginning, 1.
+
+        >>> cubic(0.0, 0.0).way(step=50, start=0, stop=100)
+        0.875
+        """
+        return 1.0 if self.curve == "constant" else Schedule(self.curve, 0.0, 1.0, self.power)(step, start, stop)
+
     def __repr__(self) -> str:
         # `final` even where it is the default: of a text with one number, some arguments make a rising curve
         numbers = [self.initial] if self.curve == "constant" else [self.initial, self.final]

@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sparse_callbacks.core.packed_bits import packed, unpacked
+
 
 class Processes(Protocol):
     """The processes that together hold a parameter. All of them make the same calls in the same order."""
@@ -99,10 +101,10 @@ class Shards(Layout):
         padded = part.new_zeros(shape)
         padded.narrow(self.dim, 0, self.length).copy_(part)
         packs = part.dtype == torch.bool
-        found = self.processes.collect(_packed(padded) if packs else padded)
+        found = self.processes.collect(packed(padded) if packs else padded)
         if not found:
             return None
-        slices = [_unpacked(t, padded) if packs else t for t in found]
+        slices = [unpacked(t, padded.numel()).view(padded.shape) if packs else t for t in found]
         # every slice but the last ones is as long as the longest, so what was filled up lies at the end
         return torch.cat(slices, self.dim).narrow(self.dim, 0, self.shape[self.dim]).contiguous()
 
@@ -193,15 +195,3 @@ def collected(tensors: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> di
 
 def _name_in(key: str) -> str:
     return key.split("/", 1)[-1]
-
-
-def _packed(mask: Tensor) -> Tensor:
-    """Truth values, eight in a byte."""
-    flat = mask.reshape(-1).to(torch.uint8)
-    rows = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
-    return (rows << torch.arange(8, dtype=torch.uint8, device=rows.device)).sum(1, dtype=torch.uint8)
-
-
-def _unpacked(packed: Tensor, like: Tensor) -> Tensor:
-    bits = (packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
-    return bits.reshape(-1)[: like.numel()].view(like.shape).bool()

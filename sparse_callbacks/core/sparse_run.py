@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -26,6 +27,7 @@ from sparse_callbacks.core.loop_refusals import averaged_model, refuse_arguments
 from sparse_callbacks.core.loop_state import LoopState, saved_state
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.plan import Plan
+from sparse_callbacks.core.record.loop_record import LoopRecord, Wishes
 from sparse_callbacks.core.selection import Entry, layer_shapes
 from sparse_callbacks.core.state_claims import refuse_impossible
 from sparse_callbacks.core.step import ReplacesSteps
@@ -66,6 +68,9 @@ class SparseRun:
         self._averages, self._averaged = HeldAverages(), list[nn.Module]()
         self._wrapper = set_up_by(model, self._optimizers.called)
         self._first_batch: FirstBatchOfLoop | None = None
+        self._called = model
+        self._record: LoopRecord | None = None
+        self._saved_record: Mapping[str, Any] | None = None  # of the state that the run goes on from
         self._begin(state)
 
     # ------------------------------------------------------------------ the run begins
@@ -93,6 +98,14 @@ class SparseRun:
             self._host.inform(done.report)
         done.forget()
         self._first_batch = FirstBatchOfLoop(done, self._optimizers.steppers, self._host.warn)
+        self._saved_record = None if state is None or method.fresh_start else state.get("record")
+        self._begin_record()
+
+    def _begin_record(self) -> None:
+        """Let the record begin that the loop has asked for; of a run that goes on, where it was left."""
+        if self._record is not None:
+            self._record.begin(self._saved_record, self._epoch)
+            self._driver.record = self._record
 
     def _exchange(self, state: Mapping[str, Any] | None) -> Exchanged:
         """Let the model have the layers that the method's storage asks for."""
@@ -218,6 +231,8 @@ class SparseRun:
         found = {name: float(value) for name, value in (metrics or {}).items()}
         self.method.validation_end(found, self._epoch)
         self.method.epoch_end(found, self._epoch)
+        if self._record is not None:
+            self._record.epoch_end(found)
         self._epoch += 1
         self.method.epoch_start(self._epoch)
 
@@ -230,12 +245,73 @@ class SparseRun:
         if self.is_closed:
             return
         engine, method = self._engine, self.method
-        self._driver.finish()
-        if not method.at_target:
-            self._host.warn(method.shortfall())
-        elif text := method.progress.why_unfinished(method.calendar, engine.skipped, type(method).__name__):
-            self._host.warn(text)
-        self._release()
+        status = "failed"
+        try:
+            self._driver.finish()
+            if not method.at_target:
+                self._host.warn(method.shortfall())
+            elif text := method.progress.why_unfinished(method.calendar, engine.skipped, type(method).__name__):
+                self._host.warn(text)
+            status = "finished"
+        finally:  # a warning may be an error
+            self._release(status)
+
+    def report(
+        self,
+        path: str | Path,
+        *,
+        every: int | None = None,
+        dense: str | Path | None = None,
+        title: str = "",
+        page: bool = True,
+    ) -> Path:
+        """Keep a record of the run in a folder, and write its page, ``report.html``, when the run is over.
+
+        The first call comes before the first step and begins the record; a later one with the same folder writes the page of
+        the run so far. :meth:`epoch_end` adds a row with the metrics of a validation. See ``docs/recording.md``.
+
+        Args:
+            path: the folder of the run; it is made where it is absent, and an earlier record in it is replaced.
+            every: optimizer steps between two rows; at most one update in so many has a row. None: 50.
+            dense: the folder of a recorded dense run, which the page compares with.
+            title: the headline of the page; default: the method.
+            page: whether the page is written at the end.
+
+        Returns:
+            The path of the page.
+
+        Raises:
+            RuntimeError: the record is to begin, and steps were taken already; or the run is recorded in another folder.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from sparse_callbacks import sparsify
+            >>> from sparse_callbacks.methods import Static
+            >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> with sparsify(Static(0.5, print_plan=False), model, optimizer, steps=2) as run:
+            ...     _ = run.report(tempfile.mkdtemp(), page=False)
+            ...     for _ in range(2):
+            ...         model(torch.randn(4, 8)).square().mean().backward()
+            ...         optimizer.step()
+            ...         optimizer.zero_grad()
+        """
+        folder = Path(path)
+        if self._record is not None:
+            return self._record.write_page(folder)
+        self._refuse_closed()
+        if self._driver.has_stepped:
+            raise RuntimeError(
+                "report() comes too late: steps were taken already, and a record holds the whole run. Call it right after "
+                "sparsify()."
+            )
+        wishes = Wishes(folder, every, None if dense is None else Path(dense), title, page)
+        length, epoch, steppers = self._length.total(), self._length.epoch(), self._optimizers
+        self._record = LoopRecord(
+            wishes, self._engine, self._model, self._called, lambda: steppers.steppers, length, epoch, self._host.warn
+        )
+        self._begin_record()
+        return self._record.page
 
     @property
     def is_closed(self) -> bool:
@@ -246,10 +322,14 @@ class SparseRun:
         if self.is_closed:
             raise RuntimeError("this run is closed. Begin another one with sparsify().")
 
-    def _release(self) -> None:
-        self._averages.end()
+    def _release(self, status: str = "stopped") -> None:
+        if self._driver.record is not None:
+            self._driver.record.finish(status)
+            self._driver.record = None
         if self._first_batch is not None:
             self._first_batch.end()
+        self._engine.end_window()
+        self._averages.end()
         self._driver.stop()
         self._binding.release()
 
@@ -261,10 +341,12 @@ class SparseRun:
     ) -> None:
         if kind is None:
             self.close()
-        elif not self.is_closed:  # it may have come between the optimizer's step and ours
-            self._engine.write()
-            self._engine.batch_over()
-            self._release()
+        elif not self.is_closed:
+            try:  # it may have come between the optimizer's step and ours
+                self._engine.write()
+                self._engine.batch_over()
+            finally:
+                self._release("failed" if issubclass(kind, Exception) else "stopped")
 
     # ------------------------------------------------------------------ what it has come to
 
@@ -301,7 +383,8 @@ class SparseRun:
         """Everything that a resume needs beside the model's and the optimizer's own states: tensors, numbers and strings,
         which ``torch.load(weights_only=True)`` reads."""
         state = saved_state(self._engine, self._epoch, self._optimizers.first_groups)
-        return state | self._averages.state()
+        record = {} if self._record is None else {"record": self._record.state()}
+        return state | self._averages.state() | record
 
     def _read(self, state: Mapping[str, Any], path: str) -> LoopState:
         return LoopState.read(state, self.method, self._optimizers.first_groups, path)

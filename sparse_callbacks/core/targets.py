@@ -22,6 +22,30 @@ def layer_targets(distribution: Distribution, entries: Sequence[Entry], sparsity
     return resolve(distribution, layer_shapes(entries), sparsity)
 
 
+def on_the_way(target: float, now: float, final: float, way: float) -> float:
+    """Sparsity of a layer while that of all selected weights moves along a curve; at the curve's end its own target.
+
+    Zeros rise in the same proportion in each layer, and where the curve falls active weights do.
+
+    Args:
+        target: the layer's own target.
+        now: the value of the curve, over all selected weights.
+        final: its value at the end.
+        way: the part of the curve's way that is done. It decides where the curve stays at zero, which has no proportion,
+            and layers have targets of their own.
+
+    >>> on_the_way(0.8, now=0.25, final=0.5, way=0.3)
+    0.4
+    >>> on_the_way(0.8, now=0.0, final=0.0, way=0.5)
+    0.4
+    >>> on_the_way(0.5, now=0.5, final=0.0, way=0.1)
+    0.75
+    """
+    if now > final:
+        return now if target == final else 1.0 - (1.0 - target) * ((1.0 - now) / (1.0 - final))
+    return target * (now / final if final else way)
+
+
 def zeros_by_parameter(entries: Sequence[Entry], targets: Mapping[str, float]) -> dict[str, int]:
     """Planned zeros of every selected parameter.
 

@@ -1,6 +1,6 @@
 """Masks of a model's sparse parameters, and the one place where parameter values are written."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core.dense_copy import DenseCopy, undone
 from sparse_callbacks.core.live.live_masks import MasksOnDemand
+from sparse_callbacks.core.live.live_records import Record
 from sparse_callbacks.core.local_parts import LocalPart, follow
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.shards import layout_of
@@ -51,6 +52,8 @@ class SparseWeights:
         self.layers_stored = dict(layers or {})
         """Exchanged layers by the name of their weight. They hold live values alone, so nothing is masked in them."""
         self._held: dict[str, Tensor] = {}
+        self.left_records: dict[str, list[Record]] = {}
+        """What exchanged layers had recorded in the window that was open when the run ended, by name."""
         self.last_places: dict[str, int] = {}
         """Checksums of the places that a run has left in exchanged layers, by name."""
         self._counts: dict[str, int] = {name: layer.live for name, layer in self.layers_stored.items()}
@@ -65,6 +68,9 @@ class SparseWeights:
         self._parts = [p for p in self.params.values() if isinstance(p, LocalPart)]
         self.watchers: list[Callable[[str, Tensor, Tensor], None]] = []
         """Called with a parameter's name, its mask so far and its new one wherever a mask changes."""
+        self.changes = 0
+        """How often a mask or a dense copy has come or gone: while it stays, so do counts. Moves of exchanged layers change
+        none."""
         self.may_hold_inf = False
         """A gradient or a dense value has held inf or NaN, so that a product with a closed gate may be NaN from here
         on."""
@@ -105,6 +111,16 @@ class SparseWeights:
         """The masks that exist: of all sparse parameters but those of exchanged layers."""
         return self._held
 
+    @property
+    def records(self) -> Mapping[str, Sequence[Record]]:
+        """What exchanged layers have recorded in a window that is open, or was when the run ended; of each that records."""
+        now = {name: layer.records for name, layer in self.layers_stored.items() if layer.records is not None}
+        return now or self.left_records
+
+    def keep_records(self) -> None:
+        """The run is over: a checkpoint that is written now has the :attr:`records` of its open window all the same."""
+        self.left_records = {name: list(records) for name, records in self.records.items()}
+
     def set_mask(self, name: str, mask: Tensor) -> None:
         """Take ``mask`` (bool, shape of the parameter); :meth:`write_masked` brings it into the values."""
         # whole filters may come as an expanded view, into which nothing could be written
@@ -121,6 +137,7 @@ class SparseWeights:
     def _take(self, name: str, mask: Tensor) -> None:
         before = self._held.get(name, mask)
         self._held[name] = mask
+        self.changes += 1
         for watcher in self.watchers:
             watcher(name, before, mask)
 
@@ -170,6 +187,11 @@ class SparseWeights:
         """Positions at which ``where`` (bool, a parameter's shape) is True, over all processes that hold a part."""
         return layout_of(self.params[name]).total(int(where.count_nonzero()))
 
+    @property
+    def has_gates(self) -> bool:
+        """Some weights are under gates, which move in every step."""
+        return bool(self._lasting)
+
     def size(self, name: str) -> int:
         """Weights of a parameter, active or not."""
         if name in self.layers_stored:
@@ -197,6 +219,13 @@ class SparseWeights:
         """``make(layer name, that layer's view of each tensor)`` for each layer in a parameter, joined to its shape."""
         made = [make(layer, *views) for layer, views in self.layers(name, *tensors)]
         return made[0] if len(made) == 1 else torch.cat(made)
+
+    def mask_tensors(self) -> Iterator[Tensor]:
+        """Every tensor that says which weights are active: masks, their bits, gates, and patterns of exchanged layers."""
+        for held in (self._held, self._bits, self._factors, self._lasting):
+            yield from held.values()
+        for layer in self.layers_stored.values():
+            yield from (tensor for _, tensor in layer.places.tensors())
 
     # ------------------------------------------------------------------ parameter values
 
@@ -325,11 +354,13 @@ class SparseWeights:
             p = self.params[name].detach()
             dense = torch.where(self.masks[name], p, value.to(p))
             self._copy.start(name, dense)
+            self.changes += 1
             self.may_hold_inf |= not bool(dense.isfinite().all())
 
     def end_copy(self, names: Iterable[str]) -> None:
         """Keep no dense values of these parameters any more."""
         self._copy.end(names)
+        self.changes += 1
 
     def dense_values(self, name: str) -> Tensor:
         """Dense values of a parameter, wherever they are; its own where no copy is kept."""

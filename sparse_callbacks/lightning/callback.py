@@ -34,7 +34,7 @@ from sparse_callbacks.lightning.added_epoch import enter_epoch, move_again, unle
 from sparse_callbacks.lightning.clipping import call_instead_of_clipping, clip_again
 from sparse_callbacks.lightning.fit_beginning import begin, begin_training
 from sparse_callbacks.lightning.fit_state import FitState
-from sparse_callbacks.lightning.hidden_calls import find_again
+from sparse_callbacks.lightning.hidden_calls import find_again, run_as_usual
 from sparse_callbacks.lightning.loaded_checkpoint import take_state_of_checkpoint
 from sparse_callbacks.lightning.loaded_places import take_places_of_checkpoint
 from sparse_callbacks.lightning.namespaces import Trainer, callback_classes
@@ -213,8 +213,9 @@ class SparsityCallback(Method, AnyCallback):
         leads = peers[0] is self  # one callback speaks for the whole network
         if leads and (batch_idx == 0 or any(c.engine.events for c in peers) or fit.logged_at < 0):
             pl_module.log("sparsity/total", curves.whole_network(peers)["sparsity/total"], prog_bar=True, logger=False)
-        if engine.events or curves.row_is_due(trainer.global_step, fit.logged_at, trainer.log_every_n_steps):
-            self._log(trainer)
+        step = curves.step_number(trainer)
+        if engine.events or (step != fit.logged_at and curves.row_is_due(trainer)):
+            self._log(trainer, step)
 
     @unless_at_rest
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -231,8 +232,10 @@ class SparsityCallback(Method, AnyCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_unequal_weights(self, self.params)
-        if self.figures() and trainer.global_step not in (0, self.fit_state.logged_at):  # which go on between updates
-            self._log(trainer)
+        step = curves.step_number(trainer) - 1  # of the last batch that ended in a step
+        going_on = self.figures() and step != self.fit_state.logged_at  # they go on between updates
+        if step >= 0 and (going_on or self.engine.events):  # events: an update at the end of the last epoch
+            self._log(trainer, step)
         if trainer.fast_dev_run:
             return
         if not self.at_target:
@@ -246,6 +249,7 @@ class SparsityCallback(Method, AnyCallback):
         spawned.discard(self)
         move_again(trainer)
         find_again(trainer)
+        run_as_usual(trainer)
         before, self.fit_state.before = self.fit_state.before, None
         if before is not None:
             self._leave(pl_module)
@@ -253,10 +257,12 @@ class SparsityCallback(Method, AnyCallback):
             exchanging.bring_dense_back(self.fit_state)
             self.fit_state.restored = None
             return
-        if self.attachment.in_training:  # it may have come between the optimizer's step and ours
-            self.engine.write()
-            self.engine.batch_over()
-        self._leave(pl_module)
+        try:
+            if self.attachment.in_training:  # it may have come between the optimizer's step and ours
+                self.engine.write()
+                self.engine.batch_over()
+        finally:
+            self._leave(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         if not self.masks:
@@ -269,6 +275,7 @@ class SparsityCallback(Method, AnyCallback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         move_again(trainer)
         find_again(trainer)
+        run_as_usual(trainer)
         if stage == "fit":
             averaging.end_with_averages(self, trainer, pl_module)
         self._leave(pl_module)
@@ -314,22 +321,26 @@ class SparsityCallback(Method, AnyCallback):
         optimizer_lives.switch_through_wrappers(trainer)
         optimizer_lives.check_schedules(trainer, self)
 
-    def _log(self, trainer: Trainer) -> None:
-        """A row of curves to every logger."""
+    def _log(self, trainer: Trainer, step: int) -> None:
+        """A row of curves to every logger, under the number of one optimizer step."""
         figures = curves.row(self, self.engine.events, peers_of(trainer))
-        for logger in trainer.loggers:
-            logger.log_metrics(figures, step=trainer.global_step)
+        curves.log_row(trainer, figures, step, max(0, self.fit_state.last_epoch))
         self.engine.events = {}
-        self.fit_state.logged_at = trainer.global_step
+        self.fit_state.logged_at = step
 
     def _leave(self, module: LightningModule) -> None:
         clip_again(module)
         self.fit_state.watch, self.fit_state.given, self.fit_state.rests = None, [], False
+        self._training_is_left()
         self.fit_state.averages.end()
+        self.engine.unbind()
+
+    def _training_is_left(self) -> None:
+        """The loop of training was left, by an error too: nothing that lasts for a while only may outlive it."""
         if self.fit_state.first_use is not None:  # the first batch has failed
             self.fit_state.first_use.end()
             self.fit_state.first_use = None
-        self.engine.unbind()
+        self.engine.end_window()
 
     def __getstate__(self) -> dict[str, Any]:
         handover = spawned.handover_for_copy(self)

@@ -1,10 +1,15 @@
 """Curves of a run: rows for the loggers, and the sparsity in the progress bar."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.sparsity import joint_sparsity, layer_sparsity
 from sparse_callbacks.lightning.namespaces import Trainer
+
+RECORDED = ("flops/", "active/", "bytes/", "topology/")
+"""How figures of a run's record begin that loggers get too; metrics they have already."""
 
 
 def row(method: Method, events: dict[str, float], methods: Sequence[Method]) -> dict[str, float]:
@@ -30,12 +35,39 @@ def logged_metrics(trainer: Trainer) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
-def row_is_due(number: int, last_logged: int, every: int | None) -> bool:
-    """Whether the Trainer logs at this optimizer step, and no row was logged for it yet.
+def step_number(trainer: Trainer) -> int:
+    """The number that Lightning logs the current batch under: how many batches ended in an optimizer step before it.
+
+    It is not ``trainer.global_step``, which has counted the current step already when a batch ends, and counts every optimizer
+    of a module that steps several by hand. After training it is the number of all such batches.
+    """
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def row_is_due(trainer: Trainer) -> bool:
+    """Whether Lightning logs a row of training metrics for the current batch; asked when the batch ends."""
+    accumulates = trainer.lightning_module.automatic_optimization and trainer.fit_loop.epoch_loop._should_accumulate()
+    return bool(trainer._logger_connector.should_update_logs and not accumulates)
+
+
+def log_row(trainer: Trainer, figures: dict[str, float], step: int, epoch: int) -> None:
+    """Send a row to every logger.
 
     Args:
-        number: the number of optimizer steps that the Trainer has counted.
-        last_logged: the number of the optimizer step of the latest row.
-        every: the argument ``log_every_n_steps`` of the Trainer; None or 0 where it logs nothing.
+        trainer: the Trainer with the loggers.
+        figures: the row.
+        step: the number of :func:`step_number`.
+        epoch: the epoch of that step, which Lightning adds to each of its rows too.
     """
-    return bool(every and number not in (0, last_logged) and number % every == 0)
+    for logger in trainer.loggers:
+        logger.log_metrics({**figures, "epoch": epoch}, step=step)
+
+
+def log_recorded(trainer: Trainer, recorded: Mapping[str, Any]) -> None:
+    """Send to every logger what a row of the run's record says besides metrics."""
+    if not trainer.loggers or recorded["event"] == "start":
+        return  # the first step has a row of its own
+    step = step_number(trainer) - (recorded["event"] == "end")  # by then the last batch is counted
+    figures = {key: value for key, value in recorded.items() if key.startswith(RECORDED)}
+    # the epoch that the step lies in and not how many are done, as in Lightning's rows
+    log_row(trainer, figures, step, max(0, math.ceil(recorded["epoch"]) - 1))

@@ -1,7 +1,7 @@
 """A pass over the training data of a Trainer, with its limits, its precision and its device."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
@@ -23,6 +23,7 @@ def outputs(
     world: int,
     rank: int,
     train: Sequence[nn.Module] = (),
+    passed: Callable[[Any], object] | None = None,
 ) -> Iterator[Any]:
     """Outputs of the network for each batch of one pass: eval mode, no gradients, training's precision and device.
 
@@ -43,6 +44,7 @@ def outputs(
         rank: the rank of this process.
         train: the modules that stay in train mode and keep what the pass makes of them, such as norms whose running
             statistics are collected.
+        passed: called with each batch that has passed through the network. None: nobody counts them.
 
     Raises:
         ValueError: the data cannot be iterated in order, or the network does not accept its batches.
@@ -70,6 +72,7 @@ def outputs(
         train=train,
         move=lambda batch: _as_in_training(trainer, module, batch),
         precision=context,
+        passed=passed,
     )
 
 

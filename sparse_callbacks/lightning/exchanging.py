@@ -111,7 +111,11 @@ def exchange_before_optimizers(
 
 
 def exchange_layers_of(
-    callback: "SparsityCallback", trainer: Trainer, module: LightningModule, saved: SavedRun | None
+    callback: "SparsityCallback",
+    trainer: Trainer,
+    module: LightningModule,
+    saved: SavedRun | None,
+    why_masked: str = "",
 ) -> None:
     """Exchange the layers that are to have other storage than masks.
 
@@ -120,6 +124,7 @@ def exchange_layers_of(
         trainer: its Trainer.
         module: its LightningModule.
         saved: the run that goes on, whose layers and places are taken before its weights are loaded; None for a new one.
+        why_masked: why ``"auto"`` leaves all layers masked; empty where times decide.
     """
     exchanged = exchange(
         callback,
@@ -127,7 +132,7 @@ def exchange_layers_of(
         rows=partial(seen_rows, trainer, module),
         device=trainer.strategy.root_device,
         saved=saved,
-        why_masked=_why_masked(trainer) or _why_too_short(trainer),
+        why_masked=why_masked or _why_masked(trainer) or _why_too_short(trainer),
     )
     if exchanged.report:
         rank_zero_info(exchanged.report)

@@ -23,7 +23,7 @@ from sparse_callbacks.lightning import (
     spawned,
 )
 from sparse_callbacks.lightning.added_epoch import enter_epoch
-from sparse_callbacks.lightning.hidden_calls import find_again
+from sparse_callbacks.lightning.hidden_calls import call_after_training, find_again
 from sparse_callbacks.lightning.namespaces import Trainer
 from sparse_callbacks.lightning.refusals import refuse_unsteppable, warnings_for
 from sparse_callbacks.lightning.thawing import warn_of_thaw_to_come
@@ -66,6 +66,8 @@ def begin(callback: "SparsityCallback", trainer: Trainer, module: LightningModul
     reads, twice = optimizers.gradients_read, optimizers.two_pass
     callback.engine.bind(module, entries, optimizers.steppers, reads, host, twice)
     callback.engine.announce_by_hooks()
+    if callback.weights.layers_stored:
+        call_after_training(trainer, callback._training_is_left)
     optimizer_lives.switch_through_wrappers(trainer)
     _inform(callback, trainer, entries, optimizers)
 
@@ -107,7 +109,7 @@ def begin_training(
     refuse_unequal_runs(callback, lambda: accumulation.run_length(trainer))
     optimizer_lives.check_schedules(trainer, callback)
     fit.accumulates = accumulation.factor_in(trainer, trainer.current_epoch)
-    fit.last_epoch, fit.cut_off = -1, False
+    fit.last_epoch, fit.logged_at, fit.cut_off = -1, -1, False
     callback.rehearse()
     if fit.before is not None:  # others may still refuse the fit
         fit.before.keep_weights(callback)

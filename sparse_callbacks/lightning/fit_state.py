@@ -33,7 +33,7 @@ class FitState:
     given: list[Optimizer] = field(default_factory=list)
     """The optimizers of the Trainer at the latest look at who is trained."""
     logged_at: int = -1
-    """The Trainer's optimizer step of the latest row of curves."""
+    """The step number of the latest row of curves of this fit; -1 before the first."""
     accumulates: int = 1
     """How many batches make an optimizer step, as far as the run's length took account of it."""
     cut_off: bool = False

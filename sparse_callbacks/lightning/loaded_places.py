@@ -118,24 +118,36 @@ def _unfold(weights: MutableMapping[str, Any], name: str, shape: tuple[int, ...]
         del weights[f"{name}.{key}"]
 
 
-def refuse_other_storage(method: Method, found: Mapping[str, Any], path: object) -> None:
-    """Refuse a fresh start with another storage, whose optimizers could not take the states in the file.
+def refuse_other_states(method: Method, module: nn.Module, found: Mapping[str, Any], path: object) -> None:
+    """Refuse a fresh start whose optimizers could not take the states in the file, or would take those of other weights.
 
     Args:
         method: the method, with ``fresh_start=True``.
+        module: the model; layers of it that are sparse already take the places in the file.
         found: the content of the checkpoint.
         path: where it was read, for the error.
 
     Raises:
-        ValueError: the storage differs, and optimizers have states of the shapes of the other one.
+        ValueError: optimizers have states of live weights alone, or of another storage.
     """
     state = found.get("callbacks", {}).get(getattr(method, "state_key", ""))
     given = state.get("arguments") if isinstance(state, Mapping) else None
     here = method.arguments.get("storage")
-    if not isinstance(given, Mapping) or here is None:
+    if not isinstance(given, Mapping) or here is None or not has_optimizer_states(found):
         return
     masked = "'masked'"  # arguments are kept as code; those of older versions have no storage
-    there = given.get("storage", masked)
-    may_differ = there != here and (bool(state.get("patterns")) or here != masked)
-    if may_differ and any(t.dim() for t in tensors_in([o.get("state") for o in found["optimizer_states"]])):
+    there, patterns = given.get("storage", masked), state.get("patterns")
+    if there != here and (patterns or here != masked):
         raise other_storage(f"the checkpoint {path} was saved with storage={there}", here)
+    here_already = exchanged_layers(module)
+    if drawn := [name for name in patterns or () if name not in here_already]:
+        raise ValueError(
+            f"the checkpoint {path} holds optimizer states of the live weights of {', '.join(drawn)} alone, in their order, "
+            "and fresh_start=True draws other places for them. Begin a new run with these weights: load them by "
+            "load_state_dict(), and give no ckpt_path=."
+        )
+
+
+def has_optimizer_states(found: Mapping[str, Any]) -> bool:
+    """Whether an optimizer's states in a checkpoint have the shapes of the weights that it steps."""
+    return any(tensor.dim() for tensor in tensors_in([o.get("state") for o in found["optimizer_states"]]))

@@ -48,7 +48,7 @@ def state_of_window(
         return {}
     held = {n: p.grad for n, p in engine.method.model.named_parameters() if p.grad is not None}
     # of exchanged layers, whose gradient of pruned weights cannot be made anew
-    records = gathered_records(engine.method.weights.layers_stored)
+    records = gathered_records(engine.method.weights.records)
     return {
         "grads": shared(held),
         "dense_grads": shared(engine.dense_gradients.kept),

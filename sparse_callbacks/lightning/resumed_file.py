@@ -17,7 +17,7 @@ from sparse_callbacks.core.checkpoint import SavedRun, check_state, misfit, othe
 from sparse_callbacks.core.checkpoint_file import refuse_broken
 from sparse_callbacks.core.cut_weights import count_cut
 from sparse_callbacks.core.error_text import first_line
-from sparse_callbacks.core.initial_masks import find_masks, sharing_entries
+from sparse_callbacks.core.initial_masks import find_masks, forget_given, sharing_entries
 from sparse_callbacks.core.live.live_masks import exchanged_layers
 from sparse_callbacks.core.live.saved_patterns import storage_of, units_of
 from sparse_callbacks.core.method import Method
@@ -29,7 +29,7 @@ from sparse_callbacks.lightning.averaging import weights_beside_averages
 from sparse_callbacks.lightning.dense_shapes import dense_shapes
 from sparse_callbacks.lightning.exchanging import exchange_layers_of
 from sparse_callbacks.lightning.hidden_calls import call_instead
-from sparse_callbacks.lightning.loaded_places import refuse_other_storage, take_places
+from sparse_callbacks.lightning.loaded_places import has_optimizer_states, refuse_other_states, take_places
 from sparse_callbacks.lightning.refusals import is_tuner_checkpoint, overrides
 
 if TYPE_CHECKING:
@@ -76,8 +76,13 @@ def look_before_loading(trainer: Any, module: LightningModule, methods: Sequence
             _refuse_other_progress(found["loops"], path, trainer)
             if fresh := [method for method in methods if method.fresh_start]:  # new masks over its weights
                 for method in fresh:
-                    refuse_other_storage(method, found, path)
+                    refuse_other_states(method, module, found, path)
                 take_places(module, found)
+                for method in fresh if has_optimizer_states(found) else ():
+                    # of layers that are dense now: so "auto" decides as it did there, whatever the times are now
+                    exchange_layers_of(
+                        method, trainer, module, None, "the checkpoint has optimizer states of its masked weights"
+                    )
             resumed = [(m, _saved_run(m, found, module, path)) for m in methods if not m.fresh_start]
             for method, saved in resumed:
                 exchange_layers_of(method, trainer, module, saved)
@@ -226,6 +231,7 @@ def _refuse_other_state(method: Method, saved: SavedRun, module: LightningModule
         refuse_impossible(method, saved, module, planned, optimizers=0)
     finally:
         method.saved = None
+        forget_given(method)
     return saved
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from pytorch_lightning import LightningModule
 from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 from torch.utils.data import DataLoader, Dataset
 
 from sparse_callbacks.core import data_pass
@@ -17,6 +17,7 @@ from sparse_callbacks.core.storages.storage_timing import rows_of_layers
 from sparse_callbacks.core.undisturbed import undisturbed
 from sparse_callbacks.lightning.data_pass import unlogged, users_sampler
 from sparse_callbacks.lightning.namespaces import Trainer
+from sparse_callbacks.lightning.refusals import has_class_named
 
 
 def seen_rows(trainer: Trainer, module: LightningModule) -> Mapping[str, int]:
@@ -82,17 +83,26 @@ def _first_batch(trainer: Trainer) -> Any:
     try:
         if not source.is_defined():
             return None
-        ordered = data_pass.in_order(source.dataloader(), unwrap=users_sampler)
-        if isinstance(ordered, DataLoader):
-            ordered = DataLoader(
-                ordered.dataset,
-                batch_size=ordered.batch_size,
-                sampler=list(islice(ordered.sampler, ordered.batch_size or 1)),
-                collate_fn=ordered.collate_fn,
-            )
-        return next(iter(ordered), None)
+        loaders = source.dataloader()
+        if has_class_named(loaders, ("CombinedLoader",)):
+            loaders = loaders.iterables
+        # of several loaders a step sees a batch of each, in the collection in which they were given
+        return tree_map(_first_of, loaders)
     except Exception:  # not to be had: a stream, a custom sampler, a data set that only workers can read
         return None
+
+
+def _first_of(loader: Any) -> Any:
+    """The first batch of one loader in the order of its data set."""
+    ordered = data_pass.in_order(loader, unwrap=users_sampler)
+    if isinstance(ordered, DataLoader):
+        ordered = DataLoader(
+            ordered.dataset,
+            batch_size=ordered.batch_size,
+            sampler=list(islice(ordered.sampler, ordered.batch_size or 1)),
+            collate_fn=ordered.collate_fn,
+        )
+    return next(iter(ordered))
 
 
 def _as_parameters(module: nn.Module, batch: Any) -> Any:

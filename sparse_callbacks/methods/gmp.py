@@ -15,6 +15,7 @@ from sparse_callbacks.core.shards import count_of, size_of
 from sparse_callbacks.core.state_claims import Zeros, possible_zeros, rises_to
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.storages.storage import why_no_exchange
+from sparse_callbacks.core.targets import on_the_way
 from sparse_callbacks.core.thawed import by_step, masks_by_magnitude
 from sparse_callbacks.core.topology import Update
 
@@ -92,23 +93,25 @@ class GMP(Method):
         return self._curve(number, self.times.start, self.times.stop)
 
     def initial_masks(self) -> dict[str, Tensor]:
-        return self._pruned(self.weights.all_active(self.params), self._curve.initial)
+        return self._pruned(self.weights.all_active(self.params), self._curve.initial, self._curve.way(0, 0, 1))
 
     def after_step(self, step: Step) -> Update | None:
         return self.new_masks(step) if step.due else None
 
     def new_masks(self, step: Step) -> Update:
         current = {name: self.weights.masks[name] for name in step.names}
-        return Update(self._pruned(current, self.sparsity_at(step.number)))
+        return Update(self._pruned(current, *self._at(step.number)))
 
-    def _pruned(self, masks: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
-        """``masks`` with the smallest weights taken out, layer by layer, until the target's share of ``sparsity`` is
-        reached."""
-        # how far the curve has come, for every layer alike: with a distribution each rises to its own target
-        share = sparsity / self.target_sparsity if self.target_sparsity else 0.0
+    def _at(self, number: int) -> tuple[float, float]:
+        """s_t after ``number`` gradient steps, and the part of the curve's way that is done."""
+        return self.sparsity_at(number), self._curve.way(number, self.times.start, self.times.stop)
+
+    def _pruned(self, masks: Mapping[str, Tensor], sparsity: float, way: float) -> dict[str, Tensor]:
+        """``masks`` with the smallest weights taken out, layer by layer, until each is as far on the way to its own target
+        as ``sparsity`` is on that of all weights."""
 
         def prune(layer: str, mask: Tensor, weight: Tensor) -> Tensor:
-            zeros = zeros_for(self.targets[layer] * share, size_of(weight))
+            zeros = zeros_for(on_the_way(self.targets[layer], sparsity, self.target_sparsity, way), size_of(weight))
             # a run that goes on longer steps back along its curve: the mask then has fewer than planned, and keeps them
             return keep_largest(weight, min(count_of(mask), size_of(weight) - zeros), among=mask)
 
@@ -124,7 +127,7 @@ def _(method: GMP, saved: SavedRun, planned: Mapping[str, int]) -> list[Zeros]:
 def _(method: GMP, names: Sequence[str]) -> dict[str, Tensor]:
     masks: dict[str, Tensor] = {}
     for number, mine in by_step(method, names):
-        masks |= method._pruned(method.weights.all_active(mine), method.sparsity_at(number))
+        masks |= method._pruned(method.weights.all_active(mine), *method._at(number))
     return masks
 
 

@@ -1,5 +1,6 @@
 """RigL: drop small weights, grow where the dense gradient is large."""
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar, Unpack
 
@@ -10,6 +11,8 @@ from sparse_callbacks.core.distributions import Distribution
 from sparse_callbacks.core.growth import candidate_count, checked_candidates, moved_count
 from sparse_callbacks.core.initial_masks import InitialMask
 from sparse_callbacks.core.method import Options
+from sparse_callbacks.core.patterns import group_of
+from sparse_callbacks.core.record.multiply_adds import WeightsInStep
 from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.schedules import Schedule
 from sparse_callbacks.core.shards import size_of
@@ -136,6 +139,27 @@ class RigL(ReplacesSteps, DropAndGrow):
     def wants_dense_gradients(self, step: Step) -> bool:
         # manual optimization asks before the step is counted: an upper bound, which need not wait for the device
         return step.may_be_due
+
+    def weights_in_step(self, step: Step) -> WeightsInStep:
+        counts = super().weights_in_step(step)
+        if self.candidates is None or not step.replaced:
+            return counts
+        return WeightsInStep(counts.forward, {name: self._candidates_of(step, name) for name in step.names})
+
+    def _candidates_of(self, step: Step, name: str) -> int:
+        """Weights of a parameter whose gradients an update looks at."""
+        assert self.candidates is not None
+        entry, fraction = self.weights.entries[name], self.fraction_at(step.number)
+        size = math.prod(entry.shape)
+        # under a pattern each block of rows draws columns, and a column has a weight in each of its rows
+        draws = 1 if group_of(self, entry) is None else entry.shape[0]
+        found = 0
+        for layer in entry.layers:
+            active = size - self.planned_zeros(layer, size)
+            moved = moved_count(self, entry, active, fraction)
+            free = (size - active) // draws + moved
+            found += draws * candidate_count(self.candidates, active // draws, moved, free)
+        return found
 
     def grow_scores(self, step: Step, name: str) -> Tensor | None:
         return step.gradient(name)

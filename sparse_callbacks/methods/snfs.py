@@ -10,6 +10,7 @@ from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.distributions import Distribution
 from sparse_callbacks.core.initial_masks import InitialMask
 from sparse_callbacks.core.method import Options
+from sparse_callbacks.core.record.multiply_adds import WeightsInStep
 from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.schedules import Schedule
 from sparse_callbacks.core.state_claims import Kept, expected_aux
@@ -93,6 +94,9 @@ class SNFS(DropAndGrow):
 
     def wants_dense_gradients(self, step: Step) -> bool:
         return True  # every step is smoothed, not only those before an update
+
+    def weights_in_step(self, step: Step) -> WeightsInStep:
+        return WeightsInStep(self.weights.active_counts, {n: self.weights.size(n) for n in step.names})
 
     def before_step(self, step: Step) -> None:
         # not in aux yet: a GradScaler may still skip the step, and its gradients would stay in the mean for good

@@ -6,7 +6,8 @@ from typing import Any, Unpack
 
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.distributions import Distribution
-from sparse_callbacks.core.initial_masks import InitialMask, StartsSparse, one_of
+from sparse_callbacks.core.found_masks import one_of
+from sparse_callbacks.core.initial_masks import InitialMask, StartsSparse
 from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.state_claims import Zeros, as_planned, possible_zeros

@@ -5,7 +5,7 @@ from functools import singledispatch
 from torch import Tensor
 
 from sparse_callbacks.core.ops import drop_count
-from sparse_callbacks.core.sparse_layers.moved_places import Move, kept_units, merged
+from sparse_callbacks.core.sparse_layers.moved_places import Move, merged, surviving_units
 from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 from sparse_callbacks.core.step import Step
 
@@ -62,6 +62,6 @@ def moved_units(method: object, step: Step, name: str, layer: SparseLinear, frac
         fraction: the share of active weights that the update replaces.
     """
     count, keys = units_to_move(layer, fraction), layer.keys()
-    stay = kept_units(layer.unit_magnitudes(), count, active_units(layer) if layer.storage == "grouped" else None)
+    stay = surviving_units(layer.unit_magnitudes(), count, active_units(layer) if layer.storage == "grouped" else None)
     new = grown_units(method, step, name, keys.index_select(0, stay), count)
     return None if new is None else merged(keys, stay, new)

@@ -6,6 +6,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 
 from sparse_callbacks.lightning.callback import SparsityCallback
+from sparse_callbacks.tasks.loggers import summarize
 from sparse_callbacks.tasks.safe_stop import save_atomically
 
 
@@ -54,6 +55,9 @@ class BestAtTarget(ModelCheckpoint):
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(self)
+            # only the best epoch so far is saved here, and a run that is killed has told it already
+            best = float(trainer.callback_metrics[str(self.monitor)])
+            summarize(trainer.loggers, {f"best/{self.monitor}": best, "best/epoch": trainer.current_epoch})
 
 
 class EarlyStoppingAtTarget(EarlyStopping):

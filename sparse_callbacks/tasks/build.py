@@ -5,6 +5,7 @@ Whatever is refused here is refused before the first batch.
 
 import inspect
 import logging
+import os
 import warnings
 from collections.abc import Mapping
 from numbers import Real
@@ -24,6 +25,8 @@ from sparse_callbacks.core.method import DEFAULT_SPARSITY
 from sparse_callbacks.core.schedules import with_curve
 from sparse_callbacks.lightning.callback import SparsityCallback
 from sparse_callbacks.lightning.resumed_file import refuse_other_parts
+from sparse_callbacks.lightning.sparsity_report import SparsityReport
+from sparse_callbacks.tasks import recorded_config, run_names
 from sparse_callbacks.tasks.at_target import BestAtTarget, EarlyStoppingAtTarget
 from sparse_callbacks.tasks.classifier import Classifier, Optim
 from sparse_callbacks.tasks.data.module import MemoryData
@@ -45,6 +48,23 @@ def check_choices(cfg: DictConfig) -> None:
             f"test={cfg.test!r} does not name a network. "
             "Use test=last, or test=best for the best epoch by validation accuracy."
         )
+
+
+def set_threads(cfg: DictConfig) -> None:
+    """Let torch use the number of threads of the root key `threads`; null leaves it as it is.
+
+    Raises:
+        ValueError: it is not a whole number from 1 on.
+    """
+    # configurations of older versions lack the key
+    threads = cfg.get("threads")
+    if threads is None:
+        return
+    if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
+        raise ValueError(
+            f"threads={threads!r} is not a number of threads. Give 1 or more, or null for torch's own choice."
+        )
+    torch.set_num_threads(threads)
 
 
 def method_arguments(
@@ -139,14 +159,30 @@ def build_module(cfg: DictConfig, data: MemoryData) -> Classifier:
     return Classifier(model, data.num_classes, Optim(**options))
 
 
-def build_loggers(cfg: DictConfig) -> list[Logger]:
-    """One logger for each entry of the group `logger`."""
-    entries = (cfg.get("logger") or {}).values()
+def build_loggers(cfg: DictConfig, method: SparsityCallback | None) -> list[Logger]:
+    """One logger for each entry of the group `logger`; a W&B run that was given no name, group or tags gets those of
+    `run_names`.
+
+    Args:
+        cfg: the configuration as it runs, see `recorded_config.as_run`.
+        method: the sparsity callback; None for a dense run.
+    """
     # `logger.wandb=null` on the command line takes a logger out of the group
-    return [instantiate(entry) for entry in entries if entry is not None]
+    entries = [dict(entry) for entry in (cfg.get("logger") or {}).values() if entry is not None]
+    for entry in entries:
+        if str(entry["_target_"]).endswith(".wandb_logger"):
+            named = run_names.for_wandb(cfg, method, dict(os.environ))
+            entry |= {key: value for key, value in named.items() if entry.get(key) is None}
+    return [instantiate(entry) for entry in entries]
 
 
-def build_callbacks(cfg: DictConfig, method: SparsityCallback | None, folder: Path, logged: bool) -> list[Callback]:
+def build_callbacks(
+    cfg: DictConfig,
+    method: SparsityCallback | None,
+    folder: Path,
+    logged: bool,
+    report: SparsityReport | None = None,
+) -> list[Callback]:
     """All callbacks of a run, in the order in which Lightning calls them.
 
     Args:
@@ -154,15 +190,18 @@ def build_callbacks(cfg: DictConfig, method: SparsityCallback | None, folder: Pa
         method: the sparsity callback; None for a dense run.
         folder: the folder of the checkpoints.
         logged: whether the run has a logger, which the monitor of the learning rate needs.
+        report: the callback that records the run; None where nobody does.
     """
     # the method comes first, so that what follows sees the masks and weights that it leaves
     callbacks: list[Callback] = [] if method is None else [method]
+    if report is not None:
+        callbacks.append(report)
     # sparsity callbacks save the gradients of an unfinished accumulation window themselves
     callbacks.append(RunState(gradients=method is None))
     if cfg.trainer.enable_progress_bar:
         callbacks.append(ShortProgressBar())
     if logged:
-        callbacks.append(LearningRateMonitor(logging_interval="step"))
+        callbacks += [LearningRateMonitor(logging_interval="step"), recorded_config.fit_recorder(method)]
     if cfg.early_stopping is not None:
         callbacks.append(EarlyStoppingAtTarget(cfg.early_stopping))
     callbacks.append(BestAtTarget(str(folder)))

@@ -10,12 +10,15 @@ import torch
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from sparse_callbacks.lightning.optimizer_lives import horizon
+from sparse_callbacks.reporting.measures import top_k_hits
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 LR_SCHEDULES = ("constant", "cosine", "steps")
+TOP = 5  # classes that may be named for top-5 accuracy
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,9 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor | None:
 class Classifier(pl.LightningModule):
     """Trains a classifier by cross-entropy.
 
-    Logs train/loss, train/acc, val/loss, val/acc, test/loss, test/acc and grad_norm.
+    Logs train/loss, train/acc, val/loss, val/acc, test/loss, test/acc and train/grad_norm; with more than five classes also
+    val/acc5 and test/acc5, the share of samples whose class is among the five largest logits. The learning rate is named
+    train/lr for `LearningRateMonitor`.
 
     Args:
         model: the network, from images [batch, channels, height, width] to logits [batch, num_classes].
@@ -142,6 +147,9 @@ class Classifier(pl.LightningModule):
                 for stage in ("train", "val", "test")
             }
         )
+        # own metrics and not torchmetrics' top_k, which puts equal logits, such as all of a collapsed network, in any order
+        tops = {f"{stage}_top": MeanMetric() for stage in ("val", "test")} if num_classes > TOP else {}
+        self.top_accuracy = nn.ModuleDict(tops)
 
     def _metric(self, stage: str) -> MulticlassAccuracy:
         metric = self.accuracy[f"{stage}_accuracy"]
@@ -176,15 +184,20 @@ class Classifier(pl.LightningModule):
         loss = functional.cross_entropy(logits, labels)
         self.log(f"{stage}/loss", loss, batch_size=len(labels), sync_dist=True)
         self.log(f"{stage}/acc", metric, prog_bar=True, batch_size=len(labels))
+        if self.top_accuracy:
+            top = self.top_accuracy[f"{stage}_top"]
+            assert isinstance(top, MeanMetric)
+            top.update(top_k_hits(logits, labels, TOP).float())
+            self.log(f"{stage}/acc{TOP}", top, batch_size=len(labels))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Lightning calls this after the hooks of the callbacks, so the gradients are masked, and before it clips them
         trainer: Any = self.trainer
-        # the coming step is counted only after it was taken
-        if trainer.log_every_n_steps and (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+        # asked of Lightning, so that the norm is computed for those steps alone that have a row
+        if trainer._logger_connector.should_update_logs:
             norm = gradient_norm(self.parameters())
             if norm is not None:
-                self.log("grad_norm", norm)
+                self.log("train/grad_norm", norm)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         trainer = self.trainer
@@ -198,4 +211,7 @@ class Classifier(pl.LightningModule):
             return self.optim.factor(step, lambda: horizon(trainer))
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "train/lr"},
+        }

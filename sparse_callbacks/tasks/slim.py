@@ -49,14 +49,15 @@ def slimmed(
         folder: the folder of the run, which the files are written into.
 
     Returns:
-        The metrics and the proof. The metrics are slim/parameters, slim/flops and slim/latency (milliseconds for a
-        batch of 8), each also as a share of the masked network's (slim/parameters_share, ...), slim/removed
+        The metrics and the proof. The metrics are slim/parameters, slim/flops (of a forward pass for one image; a
+        multiply-add is two) and slim/latency (milliseconds for a batch of 8), each also as a share of the masked network's (slim/parameters_share, ...), slim/removed
         (channels), slim/difference (of the outputs, relative) and slim/test/acc.
     """
     # after `test=best` they are those of that checkpoint, as the weights are
     masks = {name.removeprefix("model."): mask for name, mask in method.masks.items()}
     images, _ = next(iter(data.test_dataloader()))
-    small, proof = slim(module.model, masks, images[:BATCH].to(module.device))
+    sample = images[:BATCH].to(module.device)
+    small, proof = slim(module.model, masks, sample)
     save_compact(small, folder / FILE)
     metrics = {
         "slim/removed": float(proof.removed),
@@ -64,7 +65,8 @@ def slimmed(
     }
     for cost in ("parameters", "flops", "latency"):
         before, after = float(getattr(proof.before, cost)), float(getattr(proof.after, cost))
-        metrics |= {f"slim/{cost}": after, f"slim/{cost}_share": after / before}
+        shown = after / len(sample) if cost == "flops" else after  # the proof counts those of the whole sample
+        metrics |= {f"slim/{cost}": shown, f"slim/{cost}_share": after / before}
     if trainer.limit_test_batches != 0:
         metrics["slim/test/acc"] = _test_accuracy(small, trainer, data, module.device)
     return metrics, proof

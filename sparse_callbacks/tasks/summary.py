@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sparse_callbacks.core.files import replacing
@@ -75,7 +76,7 @@ def summary_table(
         _add_sparsity(out, metrics, method)
     out.add_section()
     for what, where in places.items():
-        out.add_row(what, where)
+        out.add_row(what, escape(where))  # an extra's name in brackets is text, and no markup of rich
     return out
 
 
@@ -92,7 +93,7 @@ def _add_sparsity(out: Table, metrics: Mapping[str, float], method: SparsityCall
         out.add_row(label, reached)
     warning = target_warning(method)
     if warning is not None:
-        out.add_row("target", warning, style="yellow")
+        out.add_row("target", escape(warning), style="yellow")
 
 
 def show(

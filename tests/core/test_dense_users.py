@@ -1,7 +1,9 @@
 """What needs dense layers takes exchanged ones: cutting, counting, and first masks from what they have saved."""
 
 import copy
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from support import loops
 from torch import nn
 
-from sparse_callbacks import SparseLinear, channel_groups, exchange_layers, slim, sparsify, to_dense
+from sparse_callbacks import SparseLinear, channel_groups, exchange_layers, save_compact, slim, sparsify, to_dense
 from sparse_callbacks.channels.costs import cost_outside_layers, layers, multiply_adds
 from sparse_callbacks.channels.forward_flops import forward_flops
 from sparse_callbacks.channels.norms import norm_inputs
@@ -60,8 +62,8 @@ def test_flops_and_costs_of_exchanged_layers_are_those_of_dense_ones(storage: st
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("layout", ["dense", "compact", "a loop's", "a callback's"])
-def test_first_masks_come_from_what_exchanged_layers_have_saved(storage: str, layout: str) -> None:
+@pytest.mark.parametrize("layout", ["dense", "compact", "a compact file", "a loop's", "a callback's"])
+def test_first_masks_come_from_what_exchanged_layers_have_saved(storage: str, layout: str, tmp_path: Path) -> None:
     model = exchanged(storage)
     live = [m for m in model if isinstance(m, SparseLinear)]
     with torch.no_grad():
@@ -73,6 +75,10 @@ def test_first_masks_come_from_what_exchanged_layers_have_saved(storage: str, la
             layer.compact_state = True
         source = model.state_dict()
         assert "0.weight" not in source
+    elif layout == "a compact file":
+        pytest.importorskip("safetensors")
+        source = tmp_path / "net.safetensors"
+        save_compact(model, source)
     elif layout in ("a loop's", "a callback's"):
         method = Static(initial_mask="nonzero", print_plan=False)
         run = sparsify(method, model, torch.optim.SGD(model.parameters(), 0.1), 5)
@@ -106,3 +112,48 @@ def test_a_compact_state_dict_that_is_damaged_is_refused_in_words(damage: str) -
         state["0.weight.crow"] = state["0.weight.crow"][:-1]
     with pytest.raises(ValueError, match=r"of the live weights of 0.weight there, .*Give from_checkpoint= another"):
         Static(from_checkpoint=state).plan(to_dense(copy.deepcopy(model)))
+
+
+def dense_twin() -> nn.Module:
+    return to_dense(exchanged("grouped"))
+
+
+def test_a_file_of_safetensors_that_nobody_describes_gives_its_zeros(tmp_path: Path) -> None:
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    model = to_dense(exchanged("sparse"))
+    save_file(model.state_dict(), tmp_path / "net.safetensors")
+    plan = Static(from_checkpoint=tmp_path / "net.safetensors").plan(dense_twin())
+    assert plan.zeros == sum(int((model[i].weight == 0).sum()) for i in (0, 3, 5))
+
+
+@pytest.mark.parametrize("damage", ["cut off", "a bit flipped", "description of another"])
+def test_a_damaged_compact_file_gives_no_masks(damage: str, tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    path = tmp_path / "net.safetensors"
+    save_compact(exchanged("sparse"), path)
+    whole = path.read_bytes()
+    if damage == "cut off":
+        path.write_bytes(whole[:-9])
+    elif damage == "a bit flipped":
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    else:
+        words = path.with_suffix(".json")
+        words.write_text(json.dumps(json.loads(words.read_text()) | {"checksum": "0"}))
+    with pytest.raises(ValueError, match=r"net\.safetensors cannot be read .*Give from_checkpoint= another"):
+        Static(from_checkpoint=path).plan(dense_twin())
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_the_state_of_a_run_alone_gives_no_masks_and_the_error_says_what_to_save(as_file: bool, tmp_path: Path) -> None:
+    model = exchanged("sparse")
+    with sparsify(
+        Static(initial_mask="nonzero", print_plan=False), model, torch.optim.SGD(model.parameters(), 0.1), 5
+    ) as run:
+        state: Any = run.state_dict()
+    if as_file:
+        torch.save(state, tmp_path / "run.pt")
+        state = tmp_path / "run.pt"
+    with pytest.raises(ValueError, match=r"is the state of a run alone.*'model': model\.state_dict\(\).*state=\)"):
+        Static(from_checkpoint=state).plan(to_dense(model))
+    with pytest.raises(ValueError, match=r"The checkpoint has: no matrix of weights\. Names must"):
+        Static(from_checkpoint={"epoch": 3}).plan(to_dense(model))

@@ -13,7 +13,7 @@ from sparse_callbacks.core.sparse_layers import grown_places, sparse_kernels
 from sparse_callbacks.core.sparse_layers.best_units import Best
 from sparse_callbacks.core.sparse_layers.drawn_places import drawn_units
 from sparse_callbacks.core.sparse_layers.grown_places import candidate_units, largest_units
-from sparse_callbacks.core.sparse_layers.moved_places import kept_units, merged
+from sparse_callbacks.core.sparse_layers.moved_places import merged, surviving_units
 
 Records = list[tuple[Tensor, Tensor]]
 
@@ -57,7 +57,7 @@ def test_rigl_grows_the_places_of_masked_storage(shape: tuple[int, int], dtype: 
         mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density
         weight, keys = whole_numbers(*shape, seed=seed) * mask, keys_of(mask)
         for count in sorted({0, len(keys) // 3, len(keys)}):
-            kept = kept_units(weight.view(-1)[keys].abs(), count)
+            kept = surviving_units(weight.view(-1)[keys].abs(), count)
             grown = largest_units(records, shape, 1, keys[kept], count, dtype=dtype)
             expected = ops.drop_and_grow(mask, weight, gradient, count)
             assert torch.equal(merged(keys, kept, grown).keys, keys_of(expected))
@@ -148,7 +148,7 @@ def test_each_group_grows_the_inputs_with_the_largest_sums(group: int) -> None:
     mask = torch.stack([ops.keep_largest(row, k) for row in torch.rand(12 // group, inputs)])
     weight = torch.rand(12 // group, inputs) * mask
     for count in range(k + 1):
-        kept = kept_units(weight.view(-1)[keys_of(mask)], count, per_block=k)
+        kept = surviving_units(weight.view(-1)[keys_of(mask)], count, per_block=k)
         keys = keys_of(mask)
         grown = largest_units(records, (12, inputs), group, keys[kept], count, dtype=torch.float32, per_block=True)
         rows = [ops.drop_and_grow(m, w, s, count) for m, w, s in zip(mask, weight, scores, strict=True)]
@@ -179,7 +179,7 @@ def test_the_table_of_a_group_shared_update() -> None:
     )
     keys = keys_of(in_groups(weight, 2) > 0)
     count = ops.drop_count(4, 0.5)
-    kept = kept_units(in_groups(weight, 2).view(-1)[keys], count, per_block=4)
+    kept = surviving_units(in_groups(weight, 2).view(-1)[keys], count, per_block=4)
     # the gradient of inputs that are unit vectors is the gradient of the outputs
     records = [(torch.eye(8), gradient)]
     grown = largest_units(records, (6, 8), 2, keys[kept], count, dtype=torch.float32, per_block=True)

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sparse_callbacks.core.storages.auto_storage as auto_storage
 from sparse_callbacks import SparseLinear, exchange_layers, sparsify
+from sparse_callbacks.core.storages import offloading
 from sparse_callbacks.core.storages.loop_exchange import exchange_for_loop
 from sparse_callbacks.methods import SET, RigL, Static
 
@@ -106,6 +107,12 @@ def refused_by_a_list(model: nn.Sequential) -> Any:
 
 REFUSED: dict[str, tuple[Callable[[nn.Sequential], Any], str]] = {
     "a state": (refused_by_state, f"AdamW has a state for .* which is one of its dense weight{ADVICE}"),
+    "a step": (lambda m: refused_by_adagrads_step(m), f"Adagrad has a state for .*{ADVICE}"),
+    "a state of noise": (lambda m: (m, Counts(m.parameters())), f"Counts has a state for .*{ADVICE}"),
+    "another reason": (
+        lambda m: (m, made_by_constructor()([*m[:4].parameters(), m[4].bias])),
+        "4.weight .*in no optimizer",
+    ),
     "DDP": (refused_by_ddp, f"DistributedDataParallel has set up the model{ADVICE}"),
     "Fabric": (refused_by_fabric, f"_FabricOptimizer has set up the model or its optimizer{ADVICE}"),
     "a list": (refused_by_a_list, f"AdamW keeps .*0.weight.* outside of its parameter groups{ADVICE}"),
@@ -115,7 +122,8 @@ REFUSED: dict[str, tuple[Callable[[nn.Sequential], Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_a_refused_run_gives_the_dense_layers_and_the_groups_back(kind: str) -> None:
+def test_a_refused_run_gives_the_dense_layers_and_the_groups_back(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offloading, "SMALLEST", 1)  # as large layers, whose dense values lie in files
     make, why = REFUSED[kind]
     model = net()
     given, optimizer = make(model)
@@ -139,6 +147,46 @@ def test_what_was_exchanged_before_the_optimizer_was_made_is_taken_as_it_is(kind
     run = sparsify(mine, given, optimizer, 6)
     assert all(torch.equal(layer.keys(), places[name]) for name, layer in layers.items())
     assert run.method.weights.layers_stored.keys() == layers.keys()
+
+
+def made_by_constructor(**options: Any) -> Any:
+    return lambda parameters: torch.optim.Adagrad(parameters, 0.1, **options)
+
+
+class Counts(torch.optim.SGD):
+    """Its constructor makes a state that is not the same for all weights."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, 0.1)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] = {"step": 0, "noise": torch.rand_like(p)}
+
+
+@pytest.mark.parametrize("kind", [RigL, SET])
+@pytest.mark.parametrize("options", [{}, {"initial_accumulator_value": 0.1, "lr_decay": 0.01}])
+def test_a_state_that_the_constructor_has_made_is_made_anew_for_live_values(kind: type[Any], options: Any) -> None:
+    found = []
+    for before in (True, False):
+        model, mine = net().double(), method(kind)
+        if before:
+            exchange_layers(mine, model)
+        optimizer = made_by_constructor(**options)(model.parameters())
+        run = sparsify(mine, model, optimizer, 6)
+        assert [p.shape for p in optimizer.state] == [p.shape for p in model.parameters()]
+        train(model, optimizer)
+        assert run.updates > 1
+        found.append((model.state_dict(), optimizer.state_dict()["state"]))
+        run.close()
+    for name, tensor in found[0][0].items():
+        assert torch.equal(tensor, found[1][0][name]), name
+    torch.testing.assert_close(*(state for _, state in found), rtol=0, atol=0)
+
+
+def refused_by_adagrads_step(model: nn.Sequential) -> Any:
+    optimizer = made_by_constructor()(model.parameters())
+    train(model, optimizer, 1)
+    return model, optimizer
 
 
 def test_an_optimizer_that_has_stepped_other_parameters_alone_is_taken() -> None:

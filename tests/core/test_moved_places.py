@@ -13,7 +13,7 @@ from sparse_callbacks import SparseLinear, ops
 from sparse_callbacks.core.randomness import generator, uniform_like
 from sparse_callbacks.core.sparse_layers import drawn_places, moved_places, quick_places
 from sparse_callbacks.core.sparse_layers.drawn_places import drawn_units
-from sparse_callbacks.core.sparse_layers.moved_places import Move, fill_columns, fill_rows, kept_units, merged
+from sparse_callbacks.core.sparse_layers.moved_places import Move, fill_columns, fill_rows, merged, surviving_units
 
 SHAPES = [(1, 1), (1, 40), (13, 7), (40, 90), (120, 100)]
 
@@ -50,22 +50,22 @@ def test_those_stay_that_masked_storage_keeps(size: int, kind: str, monkeypatch:
     monkeypatch.setattr(quick_places, "SMALL", 0)
     for seed, share in enumerate((0.0, 0.01, 0.3, 0.99, 1.0)):
         magnitudes, count = some_magnitudes(size, kind, seed), round(share * size)
-        assert torch.equal(kept_units(magnitudes, count), keys_of(ops.keep_largest(magnitudes, size - count)))
+        assert torch.equal(surviving_units(magnitudes, count), keys_of(ops.keep_largest(magnitudes, size - count)))
 
 
 def test_each_block_loses_its_own_smallest_units() -> None:
     for kind in ("plain", "ties", "not finite"):
         magnitudes = some_magnitudes(6 * 20, kind, 1)
         rows = [ops.keep_largest(row, 13) for row in magnitudes.view(6, 20)]
-        assert torch.equal(kept_units(magnitudes, 7, per_block=20), keys_of(torch.stack(rows)))
+        assert torch.equal(surviving_units(magnitudes, 7, per_block=20), keys_of(torch.stack(rows)))
 
 
 @pytest.mark.parametrize("count", [-1, 11])
 def test_no_more_units_leave_than_there_are(count: int) -> None:
     with pytest.raises(ValueError, match="count="):
-        kept_units(torch.rand(10), count)
+        surviving_units(torch.rand(10), count)
     with pytest.raises(ValueError, match="count="):
-        kept_units(torch.rand(20), count, per_block=10)
+        surviving_units(torch.rand(20), count, per_block=10)
 
 
 # ---------------------------------------------------------------------- draws that are those of masked storage
@@ -78,7 +78,7 @@ def by_masked_storage(mask: Tensor, weight: Tensor, count: int, source: torch.Ge
 
 def by_units(mask: Tensor, weight: Tensor, count: int, source: torch.Generator) -> Tensor:
     keys = keys_of(mask)
-    kept = kept_units(weight.view(-1)[keys].abs(), count)
+    kept = surviving_units(weight.view(-1)[keys].abs(), count)
     return merged(keys, kept, drawn_units(tuple(mask.shape), keys[kept], count, source)).keys
 
 
@@ -275,7 +275,7 @@ def updates(layer: SparseLinear) -> Iterator[Move]:
     units = layer.keys().numel() if per_block is None else per_block
     for number in range(3):
         old = layer.keys()
-        kept = kept_units(layer.unit_magnitudes(), units // 3, per_block)
+        kept = surviving_units(layer.unit_magnitudes(), units // 3, per_block)
         shape = (layer.block_rows, layer.in_features)
         new = drawn_units(shape, old[kept], units // 3, generator(0, number, ""), per_block is not None)
         yield merged(old, kept, new)

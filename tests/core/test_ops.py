@@ -251,6 +251,14 @@ def test_random_masks_have_the_count_and_no_favourites() -> None:
     assert (total / 4000 - 7 / 20).abs().max() < 0.04
 
 
+def test_random_masks_are_those_of_a_permutation_of_int64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparse_callbacks.core.ops._INDICES", 7)
+    mine, other = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    expected = torch.zeros(400, dtype=torch.bool).index_fill_(0, torch.randperm(400, generator=other)[:90], True)
+    assert torch.equal(ops.random_mask((20, 20), 90, mine).flatten(), expected)
+    assert torch.equal(mine.get_state(), other.get_state())
+
+
 def test_random_masks_follow_the_generator() -> None:
     first, again, other = (ops.random_mask((30, 30), 90, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert torch.equal(first, again)

@@ -298,3 +298,26 @@ def test_transforms_of_functions_refuse_it_in_torchs_words(storage: str) -> None
     _, layer = twins(storage)
     with pytest.raises(RuntimeError, match="setup_context"):
         torch.func.grad(lambda x: layer(x).sum())(torch.randn(5, 10, dtype=torch.float64))
+
+
+PARAMETRIZED: dict[str, Any] = {
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "parametrizations.weight_norm": nn.utils.parametrizations.weight_norm,
+    "parametrizations.orthogonal": nn.utils.parametrizations.orthogonal,
+    "prune": lambda layer: nn.utils.prune.random_unstructured(layer, "weight", 0.5),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", PARAMETRIZED)
+def test_what_would_compute_its_weight_from_others_is_refused_in_words(name: str) -> None:
+    _, layer = twins("sparse")
+    layer.name = "net.0"
+    with pytest.raises(AttributeError, match=r"net\.0.* cannot be parametrized.*Parametrize the nn\.Linear before"):
+        PARAMETRIZED[name](layer)
+    if name == "weight_norm":  # torch takes the Parameter away before it asks for anything
+        with pytest.raises(RuntimeError, match=r"net\.0 has lost its live values.*weight_norm"):
+            layer(torch.randn(5, 10, dtype=torch.float64))
+    else:
+        assert layer(torch.randn(5, 10, dtype=torch.float64)).shape == (5, 12)

@@ -1,6 +1,8 @@
 """Which storage each layer gets, why one stays masked, and what the plan says of it."""
 
 import math
+import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -36,12 +38,23 @@ def storages(method: Any, model: nn.Module) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("storage", ["sparse", "grouped", "auto", {"0*": "sparse"}])
+@pytest.mark.parametrize("storage", ["sparse", "grouped", {"0*": "sparse", "*": "auto"}, "csr", None, {}])
 def test_methods_that_keep_something_for_pruned_weights_say_what(name: str, storage: Any) -> None:
     with pytest.raises(ValueError, match=f"{name} .*{KINDS[name]}.*storage='masked'"):
         getattr(methods, name)(storage=storage)
     made = getattr(methods, name)(storage="masked")
     assert "storage" not in made.arguments
+    assert "masked" not in str(made.plan(net()))
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+@pytest.mark.parametrize("storage", ["auto", {"0*": "masked", "*": "auto"}])
+def test_methods_with_masks_alone_take_auto_and_the_plan_says_why_it_is_masked(name: str, storage: Any) -> None:
+    made = getattr(methods, name)(storage=storage, print_plan=False)
+    assert "storage" not in made.arguments
+    assert re.search(f"is masked: {name} .*{KINDS[name]}", str(made.plan(net())))
+    copied = pickle.loads(pickle.dumps(made))
+    assert str(copied.plan(net())) == str(made.plan(net()))
 
 
 def test_a_subclass_that_hands_its_arguments_on_may_have_storage_where_its_base_may() -> None:
@@ -69,6 +82,9 @@ class Scores(SET):
 def test_a_rule_that_scores_every_weight_is_refused() -> None:
     with pytest.raises(ValueError, match="Scores chooses what to grow by a score of every weight"):
         Scores(0.5, storage="sparse")
+    plan = Scores(0.5, storage="auto", distribution="uniform").plan(net())
+    assert {row.storage for row in plan} == {"masked"}
+    assert plan["0.weight"].remark.startswith("Scores chooses what to grow by a score of every weight")
 
 
 @pytest.mark.parametrize(

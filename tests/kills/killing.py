@@ -180,7 +180,9 @@ class Folder:
             return {(int(r["step"]), k, v) for r in rows for k, v in r.items() if v and k not in ("step", "epoch")}
         path = max(self.path.glob("wandb/offline-run-*/*.wandb"), key=lambda p: p.stat().st_mtime)
         found = curves(path).items()
-        return {(int(s), k, repr(v)) for k, points in found if k[0] != "_" for s, v in points if s is not None}
+        # numbers alone: tables and pictures have names of files that differ from run to run
+        figures = [(k, points) for k, points in found if k[0] != "_" and isinstance(points[0][1], int | float)]
+        return {(int(s), k, repr(v)) for k, points in figures for s, v in points if s is not None}
 
 
 def content(path: Path) -> dict[str, Any]:

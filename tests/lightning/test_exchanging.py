@@ -12,6 +12,7 @@ from support.processes import matrices
 from support.refusing import RefusedError, refuse
 from torch import nn
 
+from sparse_callbacks.core.storages import offloading
 from sparse_callbacks.testing.comparison import assert_counts, differences, structure
 from sparse_callbacks.testing.data import Batches
 from sparse_callbacks.testing.networks import Classifier
@@ -141,7 +142,10 @@ def hooks_before_the_first_batch() -> list[str]:
 
 @pytest.mark.parametrize("storage", ["sparse", "grouped"])
 @pytest.mark.parametrize("hook", hooks_before_the_first_batch())
-def test_a_fit_that_is_refused_leaves_the_dense_layers_that_were_there(hook: str, storage: str) -> None:
+def test_a_fit_that_is_refused_leaves_the_dense_layers_that_were_there(
+    hook: str, storage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offloading, "SMALLEST", 1)  # as large layers, whose dense values lie in files
     module, callback = mlp(), sparse("rigl", storage)
     before, objects = structure(module), list(module.modules())
     values = copy.deepcopy(module.state_dict())

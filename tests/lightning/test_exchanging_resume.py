@@ -10,6 +10,7 @@ from support.exchanged import fit, layers_of, left, mlp, patterns_of, sparse
 from support.processes import matrices
 from torch import nn
 
+from sparse_callbacks.core.storages import auto_storage
 from sparse_callbacks.testing.comparison import assert_counts, differences
 from sparse_callbacks.testing.networks import ByHand, Classifier
 from sparse_callbacks.testing.runs import Stops
@@ -110,6 +111,72 @@ def test_a_fresh_start_with_optimizer_states_of_another_storage_is_refused(
         fit(sparse("set", here, fresh_start=True), module, ckpt_path=tmp_path / f"{STOP}.ckpt")
     assert differences(before, module.state_dict()) == []
     assert not layers_of(module)
+
+
+@pytest.mark.parametrize("storage", ["sparse", "grouped", {"net.1.*": "sparse"}])
+def test_a_fresh_start_with_optimizer_states_of_other_places_is_refused(storage: Any, tmp_path: Path) -> None:
+    """They have the right shapes where as many weights live, and are those of other weights."""
+    fit(sparse("set", storage), folder=tmp_path, stops=(STOP,))
+    module = mlp(seed=3)
+    before = {n: t.clone() for n, t in module.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"of the live weights of net\.1\.weight.*load_state_dict\(\), and give no ckpt_path"
+    ):
+        fit(sparse("set", storage, fresh_start=True, seed=5), module, ckpt_path=tmp_path / f"{STOP}.ckpt")
+    assert differences(before, module.state_dict()) == []
+    assert not layers_of(module)
+
+
+@pytest.mark.parametrize("storage", ["sparse", "grouped"])
+def test_a_fresh_start_of_layers_that_are_sparse_already_goes_on_from_the_places_in_the_file(
+    storage: str, tmp_path: Path
+) -> None:
+    fit(sparse("static", storage), mlp(), folder=tmp_path, stops=(STOP,))
+    path, module = tmp_path / f"{STOP}.ckpt", mlp(seed=3)
+    fit(sparse("static", storage, seed=7), module, max_epochs=1)
+    fit(sparse("static", storage, fresh_start=True, seed=5), module, ckpt_path=path)
+    other = mlp(seed=4)
+    fit(sparse("static", storage), other, ckpt_path=path)
+    assert differences(patterns_of(other), patterns_of(module)) == []
+    assert differences(other.state_dict(), module.state_dict()) == []
+
+
+def timed(faster: str) -> Any:
+    """Times by which this storage is the faster one for each layer."""
+    return lambda *_, **__: {"masked": 1.0, "sparse": 2.0} | {faster: 0.1}
+
+
+@pytest.mark.parametrize(("there", "here"), [("masked", "sparse"), ("sparse", "masked"), ("sparse", "sparse")])
+def test_auto_with_a_fresh_start_decides_as_the_states_of_the_optimizers_need_it(
+    there: str, here: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto_storage, "times_of", timed(there))
+    fit(sparse("set", "auto", rows=6), folder=tmp_path, stops=(STOP,))
+    monkeypatch.setattr(auto_storage, "times_of", timed(here))
+    callback, module = sparse("set", "auto", rows=6, fresh_start=True), mlp(seed=3)
+    if there == "sparse":
+        with pytest.raises(ValueError, match=r"of the live weights of net\.1\.weight"):
+            fit(callback, module, ckpt_path=tmp_path / f"{STOP}.ckpt")
+        return
+    fit(callback, module, ckpt_path=tmp_path / f"{STOP}.ckpt")
+    assert not layers_of(module)
+    assert "the checkpoint has optimizer states of its masked weights" in str(callback.plan())
+    assert_counts(callback)
+
+
+def test_auto_with_a_fresh_start_times_anew_where_optimizers_had_no_states(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Plain(Classifier):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    monkeypatch.setattr(auto_storage, "times_of", timed("masked"))
+    fit(sparse("set", "auto", rows=6), Plain(matrices(0)), folder=tmp_path, stops=(STOP,))
+    monkeypatch.setattr(auto_storage, "times_of", timed("sparse"))
+    module = Plain(matrices(3))
+    fit(sparse("set", "auto", rows=6, fresh_start=True), module, ckpt_path=tmp_path / f"{STOP}.ckpt")
+    assert len(layers_of(module)) == 3
 
 
 @pytest.mark.parametrize("start", ["random", "magnitude"])

@@ -37,21 +37,20 @@ def logged(path: Path, callbacks: Any, steps: int = 12, **options: Any) -> dict[
 def test_sparsity_is_logged_every_n_steps_and_updates_when_they_happen(tmp_path: Path) -> None:
     callback = RigL(0.6, distribution="uniform", every=4, stop=40, drop_fraction="constant(0.5)")
     found = logged(tmp_path, callback, 17)
-    # updates replace the optimizer steps 0, 5 and 10, so global_step counts 1, 6 and 11 after them, and 16 after the
-    # last
-    assert sorted(found) == [1, 5, 6, 10, 11, 15, 16]
+    # updates replace the optimizer steps 0, 5, 10 and 15; Lightning's rows of every five steps are at 4, 9 and 14
+    assert sorted(found) == [0, 4, 5, 9, 10, 14, 15]
     for step, figures in found.items():
-        assert figures.keys() == (ALWAYS | UPDATE if step in (1, 6, 11, 16) else ALWAYS)
+        assert figures.keys() == (ALWAYS | UPDATE if step in (0, 5, 10, 15) else ALWAYS)
         assert figures["sparsity/total"] == pytest.approx(callback.measured_sparsity()["sparsity/total"])
         assert figures["sparsity/model"] == pytest.approx(216 / 386)
         assert figures["sparsity/net.0.weight"] == figures["sparsity/net.2.weight"] == pytest.approx(0.6)
 
 
-@pytest.mark.parametrize(("method", "steps"), [(SET, [1, 5, 9]), (SNFS, [1, 5, 9])], ids=["SET", "SNFS"])
+@pytest.mark.parametrize(("method", "steps"), [(SET, [0, 4, 8]), (SNFS, [0, 4, 8])], ids=["SET", "SNFS"])
 def test_updates_after_a_step_are_logged_at_that_step(method: Any, steps: list[int], tmp_path: Path) -> None:
     found = logged(tmp_path, method(0.6, every=4, stop=40))
     assert [s for s, figures in sorted(found.items()) if figures.keys() >= UPDATE] == steps
-    assert sorted(found) == sorted({*steps, 5, 10})
+    assert sorted(found) == sorted({*steps, 4, 9})
 
 
 class Follow(Callback):
@@ -72,7 +71,7 @@ class Follow(Callback):
         moved = sum(int((after[n] ^ self.before[n]).sum()) for n in after)
         active = sum(int(after[n].sum() + self.before[n].sum()) for n in after)
         ever = sum(int(m.sum()) for m in self.ever.values()) / sum(m.numel() for m in after.values())
-        self.figures[made.global_step] = {"update/changed": moved / active, "update/ever_active": ever}
+        self.figures[made.global_step - 1] = {"update/changed": moved / active, "update/ever_active": ever}
 
 
 @pytest.mark.parametrize("method", [RigL, SET, SNFS], ids=lambda m: m.__name__)
@@ -99,14 +98,14 @@ def test_gradual_pruning_logs_its_rise(tmp_path: Path) -> None:
     assert curve == sorted(curve)
     assert curve[0] < 0.2
     assert curve[-1] == pytest.approx(0.8)
-    assert [s for s in sorted(found) if "update/changed" in found[s]] == [1, 6, 11, 16]
+    assert [s for s in sorted(found) if "update/changed" in found[s]] == [0, 5, 10, 15]
     assert not any("update/drop_fraction" in f or "update/ever_active" in f for f in found.values())
-    assert all(0 < found[s]["update/changed"] < 1 for s in (1, 6, 11, 16))
+    assert all(0 < found[s]["update/changed"] < 1 for s in (0, 5, 10, 15))
 
 
 def test_a_static_mask_logs_no_updates(tmp_path: Path) -> None:
     found = logged(tmp_path, Static(0.5))
-    assert sorted(found) == [5, 10]
+    assert sorted(found) == [4, 9]
     assert all(figures.keys() == ALWAYS for figures in found.values())
 
 
@@ -124,7 +123,7 @@ def test_accumulation_logs_each_step_once(tmp_path: Path) -> None:
         Static(0.5), tmp_path, logger=logger, log_every_n_steps=2, max_steps=6, accumulate_grad_batches=3
     )
     logged_steps.fit(Regression(), loader(18))
-    assert lines == [2, 4, 6]
+    assert lines == [1, 3, 5]
 
 
 def test_every_logger_gets_the_figures(tmp_path: Path) -> None:
@@ -148,9 +147,9 @@ def test_two_callbacks_speak_of_one_network(tmp_path: Path) -> None:
         if "sparsity/total" in figures:
             assert figures["sparsity/total"] == pytest.approx(joint)
             assert figures["sparsity/model"] == pytest.approx(210 / 386)
-    assert all(found[s].keys() >= ALWAYS for s in (5, 10, 15))
-    assert found[5]["sparsity/net.0.weight"] == pytest.approx(0.5)
-    assert found[5]["sparsity/net.2.weight"] == pytest.approx(0.75)
+    assert all(found[s].keys() >= ALWAYS for s in (4, 9, 14))
+    assert found[4]["sparsity/net.0.weight"] == pytest.approx(0.5)
+    assert found[4]["sparsity/net.2.weight"] == pytest.approx(0.75)
 
 
 def test_the_trainers_metrics_and_the_progress_bar_have_the_total(tmp_path: Path) -> None:

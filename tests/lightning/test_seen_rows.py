@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import CombinedLoader
 from support.exchanged import random_numbers
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -39,7 +40,12 @@ class Pair(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def found_rows(module: Pair, *callbacks: Any) -> Any:
+def shuffled(size: int) -> DataLoader[Any]:
+    data = Batches(size=12)
+    return DataLoader(TensorDataset(data.x, data.y), batch_size=size, shuffle=True)
+
+
+def found_rows(module: Pair, *callbacks: Any, loader: Any = None) -> Any:
     """What is known of the rows when the fit exchanges layers."""
     rows: list[Any] = []
 
@@ -49,9 +55,7 @@ def found_rows(module: Pair, *callbacks: Any) -> Any:
             rows.append(seen_rows(trainer, module))
             assert before == random_numbers()
 
-    data = Batches(size=12)
-    loader = DataLoader(TensorDataset(data.x, data.y), batch_size=12, shuffle=True)
-    trainer_for([Looks(), *callbacks], max_epochs=1).fit(module, loader)
+    trainer_for([Looks(), *callbacks], max_epochs=1).fit(module, shuffled(12) if loader is None else loader)
     return rows[0]
 
 
@@ -78,3 +82,28 @@ def test_the_step_of_the_copy_reaches_no_logger() -> None:
     module = Shows(shows=True)
     assert found_rows(module) == {}  # such a step cannot be run apart
     assert len(written) == len(module.losses) > 0
+
+
+class OfSeveral(Pair):
+    """Its step has a batch of each of two loaders."""
+
+    def training_step(self, batch: Any) -> Any:
+        first, second = batch.values() if isinstance(batch, dict) else batch
+        return super().training_step([torch.cat(pair) for pair in zip(first, second, strict=True)])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: {"small": shuffled(5), "large": shuffled(12)},
+        lambda: [shuffled(5), shuffled(12)],
+        lambda: CombinedLoader({"small": shuffled(5), "large": shuffled(12)}, "min_size"),
+    ],
+)
+def test_a_step_sees_a_batch_of_each_of_several_loaders(make: Any) -> None:
+    assert found_rows(OfSeveral(), loader=make()) == {"body": 17, "head": 17}
+
+
+def test_one_loader_of_several_that_shows_no_batch_leaves_the_rows_unknown() -> None:
+    stream = iter([(torch.zeros(5, 2, 5, 5), torch.zeros(5, dtype=torch.long))])
+    assert found_rows(OfSeveral(), loader={"stream": stream, "large": shuffled(12)}) == {}

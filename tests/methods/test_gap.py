@@ -248,7 +248,7 @@ def test_curves_of_phase_partition_and_round(tmp_path: Path) -> None:
     keys = ("step", "gap/phase", "gap/dense_partition", "gap/round", "update/ever_active")
     table = [[float(r.split(",")[header.index(k)] or "nan") for k in keys] for r in rows[1:]]
     moved = [[int(x) for x in row[:4]] for row in table if row[1] == row[1]]
-    assert moved == [[1, 0, 0, 0], [2, 1, 1, 0], [4, 2, 0, 1], [6, 3, 1, 1], [8, 4, -1, 2]]
+    assert moved == [[0, 0, 0, 0], [1, 1, 1, 0], [3, 2, 0, 1], [5, 3, 1, 1], [7, 4, -1, 2]]
     assert [row[4] for row in table if row[1] == row[1]][1:] == [1.0] * 4
 
 

@@ -266,7 +266,7 @@ def test_curves(tmp_path: Path) -> None:
     rows = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
     table = [dict(zip(rows[0].split(","), r.split(","), strict=True)) for r in rows[1:]]
     steps = [int(r["step"]) for r in table if r["l0/expected/total"]]
-    assert steps == [50, 100, 104]  # and the end
+    assert steps == [49, 99, 103]  # and the end
     kernels = ("net.0.weight", "net.4.weight", "net.7.weight")
     assert {f"l0/{kind}/{n}" for kind in ("multiplier", "expected", "purged") for n in kernels} <= set(table[0])
     figures = callback.figures()

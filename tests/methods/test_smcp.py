@@ -118,7 +118,7 @@ def test_the_slimmed_network_meets_the_budget_and_equals_the_masked_one(
     assert torch.allclose(small(x), module(x), atol=1e-5)
     assert proof.removed == sum(g.size for g in callback.groups) - sum(callback.kept)
     found = costs.layers(small, x)
-    each = {"parameters": costs.parameters, "flops": costs.multiply_adds}[cost]
+    each = {"parameters": costs.parameters, "flops": costs.flops}[cost]
     assert sum(each(layer, layer.inputs, layer.outputs) for layer in found.values()) == callback.network.realised(
         callback.kept
     )

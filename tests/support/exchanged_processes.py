@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from pytorch_lightning.strategies import DDPStrategy
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sparse_callbacks.core.live.live_records import gathered_records
 from sparse_callbacks.testing.comparison import snapshot
 from sparse_callbacks.testing.data import Batches
 from sparse_callbacks.testing.networks import Classifier
@@ -95,6 +96,17 @@ def moved_apart(rank: int, world: int) -> str:
     return ""
 
 
+def records_of_rank(rank: int) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """Records of three layers: each rank has seen another number of passes of the first, one alone the second, and nobody the
+    third."""
+
+    def pairs(layer: int, count: int) -> list[tuple[Tensor, Tensor]]:
+        numbers = [100 * rank + 10 * layer + i for i in range(count)]
+        return [(torch.full((3, 2), float(n)), torch.full((4, 2), -float(n))) for n in numbers]
+
+    return {"a": pairs(0, 1 + rank), "b": pairs(1, rank), "c": pairs(2, 0)}
+
+
 def main(folder: Path) -> None:
     rank, world = int(os.environ["LOCAL_RANK"]), 2
     found: dict[Any, Any] = {}
@@ -103,10 +115,13 @@ def main(folder: Path) -> None:
         whole = train(name, storage, rank, world, stops, seed=rank)
         dist.barrier()
         resumed = train(name, storage, rank, world, seed=rank + 5, ckpt_path=stops.path(STOP))
-        found[name, storage] = {"whole": whole, "resumed": resumed}
+        saved = next(iter(torch.load(stops.path(STOP), weights_only=True)["callbacks"].values()))
+        found[name, storage] = {"whole": whole, "resumed": resumed, "records": saved.get("records", {})}
     found["unused"] = without_a_layer(rank, world)
     found["buffers"] = broadcast_buffers(rank, world)
     found["apart"] = moved_apart(rank, world)
+    dist.barrier()
+    found["gathered"] = gathered_records(records_of_rank(rank))
     torch.save(found, folder / f"{rank}.pt")
 
 

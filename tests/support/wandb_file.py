@@ -79,3 +79,18 @@ def step_metrics(path: Path) -> set[str]:
     found = [record.metric for record in records(path) if record.WhichOneof("record_type") == "metric"]
     names = {metric.name for metric in found}
     return {metric.step_metric for metric in found if metric.step_metric} & names
+
+
+def summary(path: Path) -> dict[str, Any]:
+    """The columns of the run in a table of runs: the latest value of every key."""
+    out: dict[str, Any] = {}
+    for record in records(path):
+        if record.WhichOneof("record_type") == "summary":
+            out |= {key_of(item): json.loads(item.value_json) for item in record.summary.update}
+    return out
+
+
+def named(path: Path) -> tuple[str, str, list[str]]:
+    """Name, group and tags of the run."""
+    (run,) = [record.run for record in records(path) if record.WhichOneof("record_type") == "run"]
+    return run.display_name, run.run_group, list(run.tags)

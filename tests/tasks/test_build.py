@@ -32,8 +32,9 @@ def test_the_yaml_spells_out_every_argument_with_its_default(name: str) -> None:
     cfg = OmegaConf.load(CONF / f"method/{name}.yaml")
     parameters = inspect.signature(get_class(cfg.pop("_target_"))).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
-    options = {"keep_dense": None, "print_plan": True, "fresh_start": False}
-    assert OmegaConf.to_container(cfg) == defaults | options
+    # of methods without sparse storage too, which say so in words
+    options = {"keep_dense": None, "print_plan": True, "fresh_start": False, "storage": "masked"}
+    assert OmegaConf.to_container(cfg) == options | defaults
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("none", *GATED)])
@@ -64,6 +65,9 @@ def test_method_keys_reach_the_method(composed: Compose) -> None:
         composed("method=set", "method.storage={model.1.*: grouped, *: masked}", "method.group=8")
     )
     assert (stored.storage, stored.group, stored.rows) == ({"model.1.*": "grouped", "*": "masked"}, 8, None)  # type: ignore[union-attr]
+    masked = build.build_method(composed("method=gap_parallel", "method.storage=auto"))
+    assert masked is not None
+    assert "makes layers dense in turn" in masked.why_masked
     assert build.build_method(composed("method=none")) is None
 
 
@@ -102,6 +106,8 @@ def test_no_schedule_is_the_methods_own(composed: Compose) -> None:
         (("method=static", "method.pattern=fan_in/none"), "pattern='fan_in/none' is not known"),
         (("method=set", "method.pattern=64"), "pattern=64 is not known"),
         (("method=rigl", "method.storage=dense"), "storage='dense' is not known"),
+        (("method=gmp", "method.storage=sparse"), r"storage='sparse': GMP starts dense.*storage='masked'"),
+        (("method=smcp", "method.storage={model.1.*: grouped}"), "SMCP has a gate for every channel.*storage='masked'"),
         (("method=set", "method.group=0"), "group=0 is not a number of output rows"),
         (("method=static", "method.rows=many"), "rows='many' is not the number of rows"),
         (

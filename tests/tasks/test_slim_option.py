@@ -32,6 +32,7 @@ def test_the_tested_network_is_made_smaller_tested_again_and_saved(
     assert metrics["smcp/cost"] == metrics["slim/flops_share"] == 0.5
     assert metrics["smcp/kept/model.1"] == metrics["slim/removed"] == 12
     assert metrics["slim/parameters"] == 64 * 12 + 12 + 12 * 10 + 10
+    assert metrics["slim/flops"] == 2 * (64 * 12 + 12 * 10)  # of one image
     assert metrics["slim/difference"] < 1e-6
     assert metrics["slim/latency"] > 0 < metrics["slim/latency_share"]
     assert metrics["slim/test/acc"] == metrics["test/acc"]

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from conftest import ROOT, SHORT
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
@@ -157,36 +156,6 @@ def test_testing_the_best_checkpoint_tests_its_weights(run: Run, tmp_path: Path)
     assert metrics["test/acc"] == pytest.approx(float(accuracy))
 
 
-def test_wandb_offline_has_the_curves_the_config_and_the_end(run: Run, tmp_path: Path) -> None:
-    run("method=rigl", "logger=[wandb,csv]", "trainer.log_every_n_steps=1", "optim.lr=0.07")
-    (path,) = wandb_files(tmp_path)
-    assert "offline-run" in str(path)
-    curves = wandb_file.curves(path)
-    wanted = {"sparsity/total", "sparsity/model", "sparsity/model.1.weight", "sparsity/model.3.weight"}
-    wanted |= {
-        "update/drop_fraction",
-        "update/changed",
-        "update/ever_active",
-        "lr",
-        "grad_norm",
-        "train/loss",
-        "val/acc",
-        "test/acc",
-    }
-    assert wanted <= curves.keys()
-    assert wandb_file.step_metrics(path) == {"trainer/global_step"}
-    for key in wanted:
-        steps = [step for step, _ in curves[key]]
-        assert steps == sorted(steps)
-        assert 0 <= steps[0] <= steps[-1] <= 27
-    assert curves["lr"][0][1] == pytest.approx(0.07, rel=0.01)
-    assert curves["lr"][-1][1] < 0.01
-    assert wandb_file.config(path)["method"]["_target_"] == "sparse_callbacks.RigL"
-    assert wandb_file.config(path)["optim"]["lr"] == 0.07
-    assert wandb_file.exit_codes(path) == [0]
-    assert list(tmp_path.rglob("csv/version_0/metrics.csv"))
-
-
 def test_a_failed_run_is_finished_too(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
         raise RuntimeError("out of luck")
@@ -252,27 +221,6 @@ def test_multirun_makes_one_folder_and_one_wandb_run_a_job(command: Callable[...
     assert all(wandb_file.exit_codes(path) == [0] for path in files)
     settings = {(wandb_file.config(path)["method"]["_target_"], wandb_file.config(path)["seed"]) for path in files}
     assert settings == {(f"sparse_callbacks.{name}", seed) for name in ("SET", "RigL") for seed in (0, 1)}
-
-
-def agent_arguments(sweep: dict[str, Any]) -> list[str]:
-    """What an agent puts in the place of ${args_no_hyphens}: key=value for one point of the sweep."""
-    words = []
-    for key, choice in sweep["parameters"].items():
-        value = choice.get("value", choice["values"][-1] if "values" in choice else choice.get("min"))
-        words.append(f"{key}={value}")
-    return words
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "conf/sweep").glob("*.yaml")), ids=lambda path: path.stem)
-def test_sweep_files_run_as_an_agent_runs_them(path: Path, command: Callable[..., None], tmp_path: Path) -> None:
-    sweep = yaml.safe_load(path.read_text())
-    assert sweep["command"] == ["${env}", "${interpreter}", "${program}", "${args_no_hyphens}"]
-    assert (ROOT / sweep["program"]).is_file()
-    command(*agent_arguments(sweep))
-    (written,) = tmp_path.rglob("metrics.json")
-    assert sweep["metric"]["name"] in json.loads(written.read_text())
-    (log,) = wandb_files(tmp_path)
-    assert sweep["metric"]["name"] in wandb_file.curves(log)
 
 
 def test_a_stopped_command_exits_with_the_signal_and_prints_how_to_resume(

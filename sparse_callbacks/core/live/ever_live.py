@@ -1,8 +1,9 @@
 """Units of an exchanged layer that have lived and do not live now, in as little memory as they need."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from sparse_callbacks.core.packed_bits import count_of_bits
 from sparse_callbacks.core.sparse_layers.moved_places import places_of_common, places_without
 from sparse_callbacks.core.sparse_layers.quick_places import merged_runs, true_places
 
@@ -38,12 +39,7 @@ def count_of_former(former: Tensor) -> int:
     """How many units have lived and do not live now."""
     if former.dtype != torch.uint8:
         return former.numel()
-    # the bits of 64 at a time: sums of two bits, of four, of a byte, and by the product of all eight bytes in the highest one
-    words = nn.functional.pad(former, (0, -former.numel() % 8)).view(torch.int64)
-    words = words - ((words >> 1) & 0x5555555555555555)
-    words = (words & 0x3333333333333333) + ((words >> 2) & 0x3333333333333333)
-    words = (words + (words >> 4)) & 0x0F0F0F0F0F0F0F0F
-    return int((words * 0x0101010101010101 >> 56).sum())
+    return count_of_bits(former)
 
 
 def as_truths(former: Tensor, units: int) -> Tensor:

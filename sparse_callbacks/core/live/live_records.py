@@ -1,14 +1,14 @@
 """What exchanged layers record in a window whose update looks at gradients of pruned weights."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-from weakref import finalize, ref
+from weakref import WeakSet, finalize, ref
 
 import torch
 from torch import Tensor
 
 from sparse_callbacks.core import distributed
-from sparse_callbacks.core.live.uncompiled import UNCOMPILED
+from sparse_callbacks.core.live.uncompiled import run_uncompiled
 from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 
 Record = tuple[Tensor, Tensor]
@@ -35,8 +35,7 @@ class WindowRecords(list[Record]):
         self._note_gradient()
         values: Any = self._values  # the hook has no types in torch
         self._handle = values.register_post_accumulate_grad_hook(_PassOver(self))
-        UNCOMPILED.enter()
-        self._leave = finalize(self, UNCOMPILED.leave)  # a run may be dropped within a window
+        self._leave = run_uncompiled(self)
 
     def append(self, record: Record) -> None:
         """A backward pass has gone through the layer."""
@@ -90,13 +89,36 @@ class _PassOver:
             records.pass_over()
 
 
-def record(layer: SparseLinear, wanted: bool) -> None:
-    """Switch the records of a layer on or off; those that are on go on. One that is frozen meanwhile has none."""
-    if wanted and layer.records is None and layer.values.requires_grad:
-        layer.records = WindowRecords(layer)
-    elif not wanted and isinstance(layer.records, WindowRecords):
-        layer.records.end()
-        layer.records = None
+class Recorder:
+    """Switches the records of the layers of one run.
+
+    A run that nobody has closed takes them along when it is collected: its model may live on, and would keep compiled code
+    of the whole process switched off.
+    """
+
+    def __init__(self) -> None:
+        self._layers: WeakSet[SparseLinear] = WeakSet()
+        finalize(self, end_records, self._layers).atexit = False
+
+    def record(self, layer: SparseLinear, wanted: bool) -> None:
+        """Switch the records of a layer on or off; those that are on go on. One that is frozen meanwhile has none."""
+        if not wanted:
+            end_records([layer])
+        elif layer.records is None and layer.values.requires_grad:
+            layer.records = WindowRecords(layer)
+            self._layers.add(layer)
+
+    def end(self) -> None:
+        """No layer records any more."""
+        end_records(self._layers)
+
+
+def end_records(layers: Iterable[SparseLinear]) -> None:
+    """Layers record no more: their run is over, or they have left its model."""
+    for layer in list(layers):
+        if isinstance(layer.records, WindowRecords):
+            layer.records.end()
+            layer.records = None
 
 
 def forget_records(layers: Iterable[SparseLinear]) -> None:
@@ -118,18 +140,22 @@ def are_finite(layers: Iterable[SparseLinear]) -> bool:
     return not bool(failed)
 
 
-def saved_records(layers: Mapping[str, SparseLinear]) -> SavedRecords:
-    """Copies of the records of this process in a window that is open, by parameter name."""
-    found = {name: layer.records for name, layer in layers.items() if layer.records}
+def saved_records(open_records: Mapping[str, Sequence[Record]]) -> SavedRecords:
+    """Copies of the records of this process in a window that is open, by parameter name.
+
+    Args:
+        open_records: the records of each layer that has a window of them.
+    """
+    found = {name: records for name, records in open_records.items() if records}
     return {name: [[tensor.clone() for pair in records for tensor in pair]] for name, records in found.items()}
 
 
-def gathered_records(layers: Mapping[str, SparseLinear]) -> SavedRecords:
+def gathered_records(open_records: Mapping[str, Sequence[Record]]) -> SavedRecords:
     """:func:`saved_records` of all ranks, on rank 0; all of them must call it together."""
-    mine = saved_records(layers)
+    mine = saved_records(open_records)
     if distributed.world_size() == 1:
         return mine
-    names = sorted(name for name, layer in layers.items() if layer.records is not None)
+    names = sorted(open_records)
     found = distributed.gather([mine.get(name, [[]])[0] for name in names]) if names else []
     # one rank may have seen no batch of a layer
     return {name: [ranks[i] for ranks in found] for i, name in enumerate(names) if any(ranks[i] for ranks in found)}

@@ -59,11 +59,9 @@ def matrix_of(pattern: Pattern, values: Tensor, shape: tuple[int, ...]) -> Tenso
     Raises:
         ValueError: they are not of a pattern of such a layer.
     """
-    keys, _, group = units_of(pattern, shape)
-    places = _empty_places(pattern, shape)
-    places.set_keys(keys)
-    if values.numel() != keys.numel() * group:
-        raise ValueError(f"there are {values.numel()} values in a pattern of {keys.numel() * group}")
+    places = places_in(pattern, shape)
+    if values.numel() != (live := places.units * places.group):
+        raise ValueError(f"there are {values.numel()} values in a pattern of {live}")
     return places.dense(values.view(places.values_shape))
 
 
@@ -101,6 +99,21 @@ def live_in(pattern: Pattern, shape: tuple[int, ...]) -> int:
     """
     rows = 1 if storage_of(pattern) == "sparse" else shape[0] // max(1, pattern["idx"].shape[0])
     return units_in(pattern) * rows
+
+
+def places_in(pattern: Pattern, shape: tuple[int, ...]) -> LivePlaces:
+    """The places that a saved pattern says, on the CPU.
+
+    Args:
+        pattern: the pattern.
+        shape: the shape of the layer's matrix.
+
+    Raises:
+        ValueError: it is not a pattern of such a layer.
+    """
+    places = _empty_places(pattern, shape)
+    places.set_keys(_keys(pattern, places))
+    return places
 
 
 def _empty_places(pattern: Pattern, shape: tuple[int, ...]) -> LivePlaces:

@@ -11,6 +11,11 @@ from sparse_callbacks.core.sparse_layers.quick_places import mask_below, true_pl
 from sparse_callbacks.core.sparse_layers.sparse_state import values_for_weight, written
 
 LARGEST_DENSE = 2**31  # entries of a layer that may be made dense
+_OF_COMPUTED_WEIGHTS = ("weight_g", "weight_v", "weight_orig")  # of weight_norm, spectral_norm and prune
+_PARAMETRIZE_BEFORE = (
+    "Parametrize the nn.Linear before layers are exchanged: storage='auto' leaves it masked. to_dense(module) makes it an "
+    "nn.Linear again, unless its values are lost already"
+)
 PRODUCTS_RUN_ON = ("cpu", "meta")  # devices of "sparse" storage
 
 
@@ -37,8 +42,12 @@ class LiveWeight(nn.Module):
     @property
     def values(self) -> nn.Parameter:
         """The live values: ``[1, live]`` for "sparse", ``[blocks, group, k]`` for "grouped"."""
-        values = self._parameters["weight"]
-        assert values is not None
+        values = self._parameters.get("weight")
+        if values is None:
+            raise RuntimeError(
+                f"{self.called} has lost its live values: somebody has taken the Parameter named weight away, as "
+                f"torch.nn.utils.weight_norm does. {_PARAMETRIZE_BEFORE}"
+            )
         return values
 
     def register_values(self, values: nn.Parameter) -> None:
@@ -174,8 +183,18 @@ class LiveWeight(nn.Module):
 
     def __delattr__(self, name: str) -> None:
         if name in ("weight", "values"):
-            raise AttributeError(f"{self.called}: {name} cannot be deleted, and a SparseLinear cannot be parametrized")
+            raise AttributeError(
+                f"{self.called}: {name} cannot be deleted, and a SparseLinear cannot be parametrized. {_PARAMETRIZE_BEFORE}"
+            )
         super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """See `nn.Module`; what torch.nn.utils would compute the weight from is refused."""
+        if name in _OF_COMPUTED_WEIGHTS:
+            raise AttributeError(
+                f"{self.called} cannot be parametrized or pruned by torch.nn.utils. {_PARAMETRIZE_BEFORE}"
+            )
+        super().register_parameter(name, param)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         refuse_device(self.storage, fn(torch.empty(0, dtype=self.values.dtype, device=self.values.device)).device)

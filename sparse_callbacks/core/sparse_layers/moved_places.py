@@ -57,7 +57,7 @@ class Move:
         return cls(keys, slots, leaving, keys.index_select(0, true_places(born)))
 
 
-def kept_units(magnitudes: Tensor, count: int, per_block: int | None = None) -> Tensor:
+def surviving_units(magnitudes: Tensor, count: int, per_block: int | None = None) -> Tensor:
     """Ascending slots of the units that stay: all but the `count` with the smallest magnitude.
 
     Args:

@@ -110,6 +110,7 @@ def values_of_dense(layer: "LiveWeight", dense: Tensor) -> Tensor:
     if outside and not layer.pattern_follows:
         raise ValueError(
             f"its weight has {outside} non-zeros outside of the {layer.live} live places. Load the checkpoint of a run with "
-            "the same pattern or a compact state_dict, or mask the weight; to_dense(module) makes dense layers, which load any"
+            "the same pattern or a compact state_dict, or mask the weight; for a run that goes on call sparsify(..., state=) "
+            "before, which gives layers its places. to_dense(module) makes dense layers, which load any"
         )
     return values.to(dense.device)

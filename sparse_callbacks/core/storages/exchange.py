@@ -14,6 +14,7 @@ from sparse_callbacks.core.cut_weights import count_cut
 from sparse_callbacks.core.initial_masks import find_masks, forget_given
 from sparse_callbacks.core.inspection import copied
 from sparse_callbacks.core.live.live_masks import exchanged_layers
+from sparse_callbacks.core.live.live_records import end_records
 from sparse_callbacks.core.live.saved_patterns import storage_of, units_of
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.selection import Entry, select
@@ -243,6 +244,7 @@ def to_dense(module: nn.Module) -> nn.Module:
         dense = layer.to_dense()
         take_over(layer, dense)
         put_in(holders.get(id(layer), []), dense)
+        end_records([layer])  # of a run that was broken off, and that nobody has closed
         made = dense if layer is module else made
     enter_fast_paths(made)
     return made

@@ -10,13 +10,21 @@ from torch import Tensor, nn
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 from sparse_callbacks.core.storages.module_swap import enter_fast_paths, holders_of, put_in, take_over
+from sparse_callbacks.core.storages.offloading import offload
 
 
 class Exchanged:
     """What an exchange has done, so that a run that is refused can undo it.
 
+    Until its first batch a run may still be refused, by another callback as well, and then the user's network is to be what
+    it was, pruned values included. Nothing that is left in memory gives these back, and all checks made before the exchange
+    would not help, as others refuse too. Kept in memory, they would make the beginning the peak of the whole run: all of the
+    dense layers with all of the sparse ones. So each dense weight, and a gradient that it has, goes into a temporary file as
+    soon as its layer is exchanged (`offload`), and one layer at a time has both forms in memory. It is the same Parameter
+    all the while, with the same values, whoever holds it.
+
     Attributes:
-        originals: the dense Parameters that were exchanged, by name.
+        originals: the dense Parameters that were exchanged, by name; large ones lie in files.
         layers: the layers that have taken their place, by the same names.
         report: what times have decided, for the log; empty where they have decided nothing.
         foreign: names of the layers whose weights were not those of the saved run that goes on.
@@ -41,6 +49,9 @@ class Exchanged:
         layer.name = name.rpartition(".")[0]
         self._swap(linear, layer)
         self.on_undo(lambda: self._swap(layer, linear))
+        for dense in (linear.weight, linear.weight.grad):
+            if dense is not None:
+                self.on_undo(offload(dense))  # undone first: a layer that is put back has its values in memory
 
     def _swap(self, old: nn.Module, new: nn.Module) -> None:
         take_over(old, new)

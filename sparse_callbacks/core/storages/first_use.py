@@ -7,7 +7,7 @@ from weakref import finalize
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.core.live.uncompiled import UNCOMPILED
+from sparse_callbacks.core.live.uncompiled import run_uncompiled
 from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 
 
@@ -31,10 +31,10 @@ class FirstUse:
                 values: Any = layer.values
                 self._handles.append(values.register_post_accumulate_grad_hook(self._noting(name)))
             self._handles.append(layer.register_forward_pre_hook(self._noting_call(name)))
+        # of a run that nobody has closed, whose model may live on
+        finalize(self, _take_away, self._handles).atexit = False
         # torch would compile once with these hooks and once without
-        self._compile_again = finalize(self, UNCOMPILED.leave) if self._handles else None
-        if self._handles:
-            UNCOMPILED.enter()
+        self._compile_again = run_uncompiled(self) if self._handles else None
 
     def _noting(self, name: str) -> Any:
         used = self._used  # and not self, which would never be collected: see `_PassOver` in live_records
@@ -45,9 +45,11 @@ class FirstUse:
         return note
 
     def _noting_call(self, name: str) -> Any:
+        used = self._used
+
         def note(_: nn.Module, __: Any) -> None:
             if not torch.compiler.is_compiling():
-                self._used.add(name)
+                used.add(name)
 
         return note
 
@@ -59,9 +61,7 @@ class FirstUse:
     def end(self) -> None:
         """Look no more."""
         self.step_over()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        _take_away(self._handles)
 
     def warning(self) -> str:
         """The first batch is over: which layers it has not used, or used otherwise; empty where all is well."""
@@ -79,3 +79,9 @@ class FirstUse:
                 "is written into it is lost. Call the layer, use its values, or give storage='masked'."
             )
         return " ".join(texts)
+
+
+def _take_away(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()

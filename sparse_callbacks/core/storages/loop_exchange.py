@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -57,27 +58,49 @@ def _hand_over(done: Exchanged, optimizer: Optimizer, resumes: bool) -> None:
     """Let an optimizer step the live values of exchanged layers in place of their dense weights."""
     new = {id(dense): (name, dense, done.layers[name].values) for name, dense in done.originals.items()}
     mine = {id(p) for group in optimizer.param_groups for p in group["params"]} & new.keys()
-    kind = type(optimizer).__name__
+    kind, moved = type(optimizer).__name__, dict[nn.Parameter, tuple[nn.Parameter, Any]]()
     if held := [new[key][0] for key in _held_elsewhere(optimizer) & new.keys()]:
         raise ValueError(f"{kind} keeps {', '.join(held)} outside of its parameter groups. {_BEFORE}")
     for key in mine:
         name, dense, values = new[key]
         state = optimizer.state.get(dense)
-        if state and not (resumes and _fits(state, values)):
+        made = _as_constructed(state, dense, values) if state else None
+        if state and made is None and not (resumes and _fits(state, values)):
             raise ValueError(
                 f"{kind} has a state for {name}, which is one of its dense weight, and storage= would exchange the layer. {_BEFORE}"
             )
-        if state:  # loaded for the run that goes on, before its layers were here
-            _move_state(done, optimizer, dense, values)
+        if state:  # or it was loaded for the run that goes on, before its layers were here
+            moved[dense] = values, state if made is None else made
+    if moved:
+        states = list(optimizer.state.items())
+        _set_states(optimizer, [moved.get(p, (p, state)) for p, state in states])
+        done.on_undo(partial(_set_states, optimizer, states))
     for group in optimizer.param_groups:
         before = list(group["params"])
         group["params"][:] = [new[id(p)][2] if id(p) in new else p for p in before]
         done.on_undo(partial(group["params"].__setitem__, slice(None), before))
 
 
-def _move_state(done: Exchanged, optimizer: Optimizer, dense: nn.Parameter, values: nn.Parameter) -> None:
-    optimizer.state[values] = optimizer.state.pop(dense)
-    done.on_undo(lambda: optimizer.state.__setitem__(dense, optimizer.state.pop(values)))
+def _as_constructed(state: Mapping[str, Any], dense: Tensor, values: Tensor) -> dict[str, Any] | None:
+    """The state that an optimizer's constructor would have made for live values, as Adagrad's does; None where steps were
+    taken, or this one is of another kind."""
+    if float(state.get("step", 1)) != 0:
+        return None
+    made = dict(state)
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or value.numel() == 1:
+            continue
+        if value.shape != dense.shape or bool((value != value.flatten()[0]).any()):
+            return None
+        made[key] = torch.full_like(values, value.flatten()[0].item(), dtype=value.dtype, requires_grad=False)
+    return made
+
+
+def _set_states(optimizer: Optimizer, states: Iterable[tuple[Any, Any]]) -> None:
+    """Let an optimizer have these states, in this order, in the mapping that it has."""
+    kept = list(states)
+    optimizer.state.clear()
+    optimizer.state.update(kept)
 
 
 def _fits(state: Mapping[str, Any], values: Tensor) -> bool:

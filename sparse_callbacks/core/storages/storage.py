@@ -24,28 +24,38 @@ def why_no_exchange(method: object) -> str:
 
 
 def refuse_storage(method: object, storage: Any) -> None:
-    """Refuse any storage but masks for a method that keeps something for pruned weights.
+    """Refuse a storage that was asked for by name, other than masks, for a method that keeps something for pruned weights.
 
     Raises:
         ValueError: says what it keeps.
     """
-    if storage != "masked" and (why := why_no_exchange(method)):
+    names = _names_of(storage)
+    if (why := why_no_exchange(method)) and not (names and names <= {"masked", "auto"}):
         raise ValueError(f"storage={storage!r}: {type(method).__name__} {why}. Use RigL or SET, or storage='masked'.")
 
 
 def refusing_storage(init: Callable[..., None]) -> Callable[..., None]:
     """``init``, the constructor of a method, which answers ``storage=`` where the method has no such argument: it takes
-    ``"masked"``, and refuses others in words."""
+    ``"masked"``, and ``"auto"``, which is masked then with the reason in the plan, and refuses others in words."""
     if "storage" in signature(init).parameters:
         return init
 
     @wraps(init)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        storage = "masked"
         if "storage" in kwargs and why_no_exchange(self):
-            refuse_storage(self, kwargs.pop("storage"))
+            refuse_storage(self, storage := kwargs.pop("storage"))
         init(self, *args, **kwargs)
+        if "auto" in _names_of(storage):
+            self.why_masked = f"storage={storage!r} is masked: {type(self).__name__} {why_no_exchange(self)}."
 
     return checked
+
+
+def _names_of(storage: Any) -> set[Any]:
+    """The storages in an argument, whatever it is."""
+    names = list(storage.values()) if isinstance(storage, Mapping) else [storage]
+    return {name if isinstance(name, str) else repr(name) for name in names}
 
 
 def check_storage(method: object, storage: Any, group: Any, rows: Any, pattern: str | None) -> None:

@@ -12,6 +12,7 @@ from sparse_callbacks.core.attachment import Choice
 from sparse_callbacks.core.selection import NOT_TRAINED, Entry
 from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear, weight_name
 from sparse_callbacks.core.storages.module_swap import names_added, names_of_sparse
+from sparse_callbacks.core.storages.storage import why_no_exchange
 
 _TYPES = (torch.float32, torch.float64)
 
@@ -70,14 +71,16 @@ def choices_for(
     storage, layers = getattr(method, "storage", "masked"), linear_layers(model)
     refuse_idle_globs(storage, entries, "storage")
     refuse_idle_globs(getattr(method, "rows", None), entries, "rows")
-    strict = isinstance(storage, str) and storage != "auto"
+    strict, why = isinstance(storage, str) and storage != "auto", why_no_exchange(method)
     found = {}
     for entry in entries:
         layer = layers.pop(entry.name, None)
         if entry.reason and not (layer and any(why in entry.reason for why in NOT_TRAINED)):
             continue
         asked = asked_for(storage, layer.names if layer else (entry.name,))
-        if layer is None:
+        if asked != "masked" and why:
+            found[entry.name] = Choice("masked", f"{type(method).__name__} {why}")
+        elif layer is None:
             note = "" if asked == "masked" else "only linear layers have another storage"
             found[entry.name] = Choice("masked", note)
         elif isinstance(layer.module, SparseLinear):

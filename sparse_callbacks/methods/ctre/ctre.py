@@ -93,6 +93,7 @@ class CTRE(DropAndGrow):
     """
 
     reads_dense_gradients: ClassVar[bool] = False
+    measures_similarity: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ from sparse_callbacks.core.selection import Entry, layer_shapes
 from sparse_callbacks.core.shards import layout_of, size_of
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.storages.storage import why_no_exchange
+from sparse_callbacks.core.targets import on_the_way
 from sparse_callbacks.core.thawed import by_step, masks_by_magnitude
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.dpf import filters
@@ -123,12 +124,19 @@ class DPF(Method):
         # between runs no optimizer owns anything: then those that the steps were counted for
         owners = [i for i, names in enumerate(self.owners.owns) if names] or list(self.progress.counts)
         arrived = all(self.progress.done.get(i, 0) >= self.calendar.stop for i in owners)
-        return arrived or self._curve.initial == self._curve.final
+        if self._curve.final:
+            return arrived or self._curve.initial == self._curve.final
+        # on a curve that ends at zero layers move to targets of their own
+        return arrived or self._curve.curve == "constant" or not (self._curve.initial or any(self.targets.values()))
 
     def sparsity_at(self, number: int) -> float:
         """s_t after ``number`` gradient steps, over all selected weights."""
         # the cubic of Zhu and Gupta (2017), which the paper takes over, unless a schedule was given
         return self._curve(number, self.times.start, self.times.stop)
+
+    def _at(self, number: int) -> tuple[float, float]:
+        """s_t after ``number`` gradient steps, and the part of the curve's way that is done."""
+        return self.sparsity_at(number), self._curve.way(number, self.times.start, self.times.stop)
 
     # ------------------------------------------------------------------ plan and calendar
 
@@ -183,7 +191,8 @@ class DPF(Method):
 
     def initial_masks(self) -> dict[str, Tensor]:
         groups = [names for names in self.owners.owns if names]
-        return {n: mask for names in groups for n, mask in self._largest(names, self._curve.initial).items()}
+        way = self._curve.way(0, 0, 1)
+        return {n: mask for names in groups for n, mask in self._largest(names, self._curve.initial, way).items()}
 
     def start_copies(self, dense: Mapping[str, Tensor], new: Iterable[str]) -> None:
         learning = set(new)
@@ -199,7 +208,7 @@ class DPF(Method):
 
     def new_masks(self, step: Step) -> Update:
         # algorithm 1 takes the largest of all dense weights, not of the active ones alone: so pruned ones come back
-        masks = self._largest(step.names, self.sparsity_at(step.number))
+        masks = self._largest(step.names, *self._at(step.number))
         back = sum(self.weights.count(n, mask & ~self.weights.masks[n]) for n, mask in masks.items())
         # in aux, so that the count goes on where a run is resumed
         total = self.aux.setdefault("reactivated/total", torch.zeros((), dtype=torch.int64))
@@ -222,16 +231,17 @@ class DPF(Method):
             norms.append(layout_of(self.params[name]).norm(norm))
         return float(torch.linalg.vector_norm(torch.stack(norms)))
 
-    def _largest(self, names: Sequence[str], sparsity: float) -> dict[str, Tensor]:
-        """Masks of the weights or filters of ``names`` with the largest dense magnitude."""
+    def _largest(self, names: Sequence[str], sparsity: float, way: float) -> dict[str, Tensor]:
+        """Masks of the weights or filters of ``names`` with the largest dense magnitude, where the curve has come to
+        ``sparsity`` and this part of its way is done."""
         layers = {x: t for n in names for x, (t,) in self.weights.layers(n, self.weights.dense_values(n))}
         entries = {x: self.weights.entries[n] for n in names for x in self.weights.entries[n].layers}
         if self._is_global:
             chosen = self._jointly(layers, entries, sparsity)
         else:
-            # how far the curve has come, for every layer alike: each rises to its own target
-            share = sparsity / self.target_sparsity if self.target_sparsity else 0.0
-            chosen = {x: self._in_layer(t, entries[x], self.targets[x] * share) for x, t in layers.items()}
+            final = self.target_sparsity
+            shares = {x: on_the_way(self.targets[x], sparsity, final, way) for x in layers}
+            chosen = {x: self._in_layer(t, entries[x], shares[x]) for x, t in layers.items()}
         return {
             n: self.weights.by_layer(n, lambda layer, _: chosen[layer], self.weights.dense_values(n)) for n in names
         }
@@ -275,7 +285,7 @@ def _(method: DPF, names: Sequence[str]) -> dict[str, Tensor]:
     # under one threshold the layers that join share theirs at first; the next refresh takes one for all
     masks: dict[str, Tensor] = {}
     for number, mine in by_step(method, names):
-        masks |= method._largest(mine, method.sparsity_at(number))
+        masks |= method._largest(mine, *method._at(number))
     return masks
 
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from sparse_callbacks.core.awaited import AWAITED, for_targets
 from sparse_callbacks.core.calendar import Calendar, RunLength, Time
 from sparse_callbacks.core.distributions import Distribution
+from sparse_callbacks.core.found_masks import one_of
 from sparse_callbacks.core.hooks import BatchEnd, Figures
-from sparse_callbacks.core.initial_masks import InitialMask, StartsSparse, one_of
+from sparse_callbacks.core.initial_masks import InitialMask, StartsSparse
 from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.ops import keep_largest
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers

@@ -15,6 +15,7 @@ from sparse_callbacks.core.host import Forward, TrainsInTurns
 from sparse_callbacks.core.initial_masks import InitialMask, StartsSparse
 from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.randomness import seed_everything
+from sparse_callbacks.core.record.multiply_adds import WeightsInStep
 from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.storages.storage import why_no_exchange
@@ -234,6 +235,16 @@ class ParallelGaP(TrainsInTurns, GaP):
 
     def _pass(self, train: Sequence[nn.Module] = ()) -> Generator[Any, None, None]:
         return self.host.data_pass(forward=self.forward, loader=self.statistics_dataloader, train=train)
+
+    def weights_in_step(self, step: Step) -> WeightsInStep:
+        counts = super().weights_in_step(step)
+        if not self.trains_apart:
+            return counts
+        # each process trains a worker whose own partition is dense: what they cost on average, to half a weight of a layer
+        zeros = self.parameter_zeros(self.entries, self.targets)
+        sizes, workers = {n: self.weights.size(n) for n in self.params}, self.workers
+        mean = {n: round(size - zeros[n] * (workers - 1) / workers) for n, size in sizes.items()}
+        return WeightsInStep(mean, {})
 
     def after_step(self, step: Step) -> Update | None:
         return None  # phases end with epochs, not with steps

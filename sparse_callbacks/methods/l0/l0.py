@@ -13,6 +13,7 @@ from sparse_callbacks.core.hooks import BatchEnd, Figures
 from sparse_callbacks.core.method import Method, Options
 from sparse_callbacks.core.ops import zeros_for
 from sparse_callbacks.core.plan import Plan
+from sparse_callbacks.core.record.multiply_adds import WeightsInStep
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.storages.storage import why_no_exchange
@@ -238,6 +239,11 @@ class ConstrainedL0(Method):
         return {}
 
     # ------------------------------------------------------------------ the step
+
+    def weights_in_step(self, step: Step) -> WeightsInStep:
+        # gates are drawn anew at every step, so that any weight may take part in it: a step costs what a dense one costs
+        every = {n: self.weights.size(n) for n in self.params}
+        return WeightsInStep(every, every)
 
     def before_step(self, step: Step) -> None:
         for kernel in self._gated_in(step):

@@ -14,7 +14,7 @@ from sparse_callbacks.core.inspection import tensors_in
 from sparse_callbacks.methods.smcp import allocation
 
 TABLE_TOLERANCE = 0.01  # relative; larger differences between two sums of times are taken for two models
-COSTS: dict[str, costs.LayerCost] = {"parameters": costs.parameters, "flops": costs.multiply_adds}
+COSTS: dict[str, costs.LayerCost] = {"parameters": costs.parameters, "flops": costs.flops}
 
 
 def cost_name(cost: str) -> str:
@@ -46,7 +46,7 @@ def priced_network(
     if cost in COSTS:
         # what no group makes cheaper is counted too, as the budget is a share of the whole network's cost
         other = costs.cost_outside_layers(model, example, layers)
-        constant = other.parameters if cost == "parameters" else other.multiply_adds
+        constant = other.parameters if cost == "parameters" else 2 * other.multiply_adds
         return Network(layers, groups, COSTS[cost], constant)
     table = Table.load(cost)
     # without the batch: a table is measured for a batch size of its own, and the example has one sample
@@ -103,10 +103,9 @@ def refuse_budget(
         advice.append("a smaller round_to= or chunk=" if chunk > 1 else "a smaller round_to=")
         if stem is not None:
             advice.append(f"prune_stem=True (the outputs of {stem} stay now)")
-        unit = 2 if cost == "flops" else 1  # counted in multiply-adds, each of which is two FLOPs
         raise ValueError(
             f"budget={budget:g} of the {cost_name(cost)} cannot be met: with the fewest channels that may stay the "
-            f"network costs {unit * least:.6g} of {unit * dense:.6g}. Give {', or '.join(advice)}."
+            f"network costs {least:.6g} of {dense:.6g}. Give {', or '.join(advice)}."
         )
 
 

@@ -56,7 +56,7 @@ class SMCP(Method):
 
     Args:
         budget: cost of the pruned network as a share of the dense one's, in (0, 1).
-        cost: ``"parameters"``, ``"flops"`` (multiply-adds) or the path of a latency table (``.json``), measured by
+        cost: ``"parameters"``, ``"flops"`` (a multiply-add is two) or the path of a latency table (``.json``), measured by
             ``python -m sparse_callbacks.latency``. Counted is what the forward pass of one sample calls: attention,
             recurrent layers and embeddings as they are, biases and norms not.
         importance: ``"taylor"``, or ``"magnitude"``: the sum of \\|w\\| at the solve.
