@@ -1,12 +1,13 @@
 """Curves of a recorded run, beside those of a dense run: what is drawn, and the drawing of it."""
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparse_callbacks.core.record.record_file import RecordedRun
 from sparse_callbacks.reporting import readable
-from sparse_callbacks.reporting.series import AXES, curve, metrics
+from sparse_callbacks.reporting.series import AXES, curve, events_of, metrics
 from sparse_callbacks.reporting.style import INK, PALETTE, arrange, colour, drawing, figure_svg
 
 if TYPE_CHECKING:
@@ -18,13 +19,27 @@ SIZE = (4.5, 2.9)
 
 @dataclass(frozen=True)
 class Line:
-    """A figure over time: its name, the run and the key of its rows that it is read from, its colour and dashes."""
+    """A figure over time.
+
+    Attributes:
+        label: its name.
+        run: the run whose rows hold it.
+        key: its key in the rows.
+        colour: ``"#rrggbb"``.
+        dashes: matplotlib's letters for a line.
+        events: the events of the rows that it is read from; none for all rows.
+    """
 
     label: str
     run: RecordedRun
     key: str
     colour: str
     dashes: str = "-"
+    events: tuple[str, ...] = ()
+
+    def points(self, axis: str) -> tuple[list[float], list[float]]:
+        """Places on an axis, and figures."""
+        return curve(self.run, self.key, axis, self.events)
 
 
 @dataclass(frozen=True)
@@ -55,7 +70,7 @@ def chart_figure(chart: Chart, axis: str = "steps") -> "Figure | None":
         chart: what is drawn.
         axis: a key of :data:`~sparse_callbacks.reporting.series.AXES`.
     """
-    drawn = [(line, points) for line in chart.lines if (points := curve(line.run, line.key, axis))[0]]
+    drawn = [(line, points) for line in chart.lines if (points := line.points(axis))[0]]
     if not drawn:
         return None
     with drawing() as figures:
@@ -70,7 +85,8 @@ def chart_figure(chart: Chart, axis: str = "steps") -> "Figure | None":
         axes.xaxis.set_major_formatter(_written(readable.tick))
         axes.yaxis.set_major_formatter(_written(chart.write))
         axes.locator_params(axis="x", nbins=6, steps=[1, 2, 5, 10])
-        axes.locator_params(axis="y", nbins=5, steps=[1, 2, 2.5, 5, 10])
+        whole = all(y == int(y) for _, (_, ys) in drawn for y in ys)
+        axes.locator_params(axis="y", nbins=5, steps=[1, 2, 5, 10] if whole else [1, 2, 2.5, 5, 10], integer=whole)
         if [line.label for line, _ in drawn] != [chart.title]:
             # below the frame, where it hides no curve
             long = any(len(line.label) > 22 for line, _ in drawn)
@@ -91,7 +107,7 @@ def chart_views(chart: Chart, figure: "Figure", axes: Iterable[str]) -> list[tup
     lines = {drawn.get_label(): drawn for drawn in frame.lines}
     found = []
     for axis in axes:
-        points = {line.label: curve(line.run, line.key, axis) for line in chart.lines}
+        points = {line.label: line.points(axis) for line in chart.lines}
         for label, drawn in lines.items():
             drawn.set_data(*points[str(label)])
         frame.set_xlabel(AXES[axis][1])
@@ -119,7 +135,7 @@ def chart_label(chart: Chart, axis: str) -> str:
     """What a chart shows, for readers who cannot see it: each curve with its first and last number."""
     said = []
     for line in chart.lines:
-        _, ys = curve(line.run, line.key, axis)
+        _, ys = line.points(axis)
         if ys:
             said.append(f"{line.label} from {chart.write(ys[0])} to {chart.write(ys[-1])}")
     return f"{chart.title} against {AXES[axis][1]}: {'; '.join(said)}"
@@ -146,12 +162,20 @@ def progress_charts(run: RecordedRun, dense: RecordedRun | None) -> list[Chart]:
         charts.append(Chart("accuracy", "Accuracy", lines, "", readable.share if shares else readable.tick))
     if losses:
         charts.append(Chart("loss", "Loss", _metric_lines(run, dense, losses)))
-    others = [name for name in left if name not in accuracies and name not in losses]
+    rates = [name for name in left if _is_rate(name)]
+    if rates:
+        charts.append(Chart("learning_rate", "Learning rate", _metric_lines(run, dense, rates), limits=(0.0, None)))
+    others = [name for name in left if name not in {*accuracies, *losses, *rates}]
     # more than a handful would bury what the page is about; the record has them
     for name in others[:4]:
         lowest = 0.0 if all(value >= 0 for value in curve(run, name)[1]) else None
         charts.append(Chart(name, name, _metric_lines(run, dense, [name]), limits=(lowest, None)))
     return charts
+
+
+def _is_rate(name: str) -> bool:
+    """Whether a metric is a learning rate: one may be logged under several names, and each group of parameters has its own."""
+    return re.fullmatch(r"(.*/)?(lr|learning_rate)([-_/].*)?", name, re.IGNORECASE) is not None
 
 
 def _metric_lines(run: RecordedRun, dense: RecordedRun | None, names: Sequence[str]) -> list[Line]:
@@ -160,11 +184,16 @@ def _metric_lines(run: RecordedRun, dense: RecordedRun | None, names: Sequence[s
     ordered = sorted(names, key=lambda name: ("val" not in name.lower(), names.index(name)))[:6]
     own = colour(run.run.method)
     colours = [own, *(c for c in PALETTE if c != own)]
-    lines = [Line(name, run, name, colours[i % len(colours)]) for i, name in enumerate(ordered)]
+    lines = [
+        Line(name, run, name, colours[i % len(colours)], "-", events_of(run, name)) for i, name in enumerate(ordered)
+    ]
     if dense is not None:
         known = set(metrics(dense))
         compared = [name for name in ordered if name in known][:2]
-        lines += [Line(f"dense: {name}", dense, name, INK, "--" if i == 0 else ":") for i, name in enumerate(compared)]
+        lines += [
+            Line(f"dense: {name}", dense, name, INK, "--" if i == 0 else ":", events_of(dense, name))
+            for i, name in enumerate(compared)
+        ]
     return lines
 
 
@@ -173,14 +202,16 @@ def movement_charts(run: RecordedRun) -> list[Chart]:
     own = colour(run.run.method)
     others = [c for c in PALETTE if c != own]
     moved = [
-        Line("churn", run, "topology/churn", own),
-        Line("distance to the previous mask", run, "topology/distance_previous", others[0]),
+        # between updates nothing moves: rows of other events would be zeros between them
+        Line("churn", run, "topology/churn", own, events=("update",)),
+        Line("distance to the previous mask", run, "topology/distance_previous", others[0], events=("update",)),
     ]
     gone = [
         Line("distance to the first mask", run, "topology/distance_first", own),
         Line("ever active", run, "topology/ever_active", others[1]),
     ]
-    ages = [Line("mean age", run, "topology/mean_age", own)]
+    ages = [Line("Mean age of active connections", run, "topology/mean_age", own)]
+    paths = [Line("Paths from inputs to outputs", run, "topology/paths", own)]
     return [
         Chart(
             "churn", "Connections that moved at an update", moved,
@@ -197,6 +228,10 @@ def movement_charts(run: RecordedRun) -> list[Chart]:
             "age", "Mean age of active connections", ages,
             "Optimizer steps since a connection was last grown; it rises by one a step where nothing moves.",
             readable.tick, (0.0, None),
+        ),
+        Chart(
+            "paths", "Paths from inputs to outputs", paths,
+            "Ways through active connections, one of each layer.", readable.tick, (0.0, None),
         ),
     ]  # fmt: skip
 
@@ -229,5 +264,5 @@ def cost_charts(run: RecordedRun, dense: RecordedRun | None) -> list[Chart]:
 def dead_chart(run: RecordedRun) -> Chart:
     """Dead units over time."""
     lines = [Line("Dead units", run, "topology/dead_units", colour(run.run.method))]
-    caption = "Units without an active connection to any input, or to any output."
+    caption = "Units whose connections to inputs are all masked."
     return Chart("dead_units", "Dead units", lines, caption, limits=(0.0, None))

@@ -65,7 +65,7 @@ class Setting:
     @property
     def name(self) -> str:
         """The line and the target."""
-        return self.line if self.target is None else f"{self.line}, {self.target}"
+        return self.line if self.target is None else f"{self.line}, {_said(self.target)}"
 
     def over_seeds(self, key: str) -> Spread | None:
         """Mean and spread of a value; None where no run has it."""
@@ -240,6 +240,8 @@ def _short(key: str) -> str:
 
 
 def _said(value: Any) -> str:
+    if value is None:
+        return "null"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -123,20 +123,19 @@ def _other_gains(run: RecordedRun, dense: RecordedRun | None) -> list[Gain]:
     found = []
     for key, text in MEMORY.items():
         own, other = last(run, f"bytes/{key}"), None if dense is None else last(dense, f"bytes/{key}")
-        if own is not None:
-            beside = "" if other is None else readable.size(other)
-            found.append(Gain(f"memory in training: {text}", readable.size(own), beside, readable.fewer(own, other)))
+        if own or (own is not None and other):
+            texts = (readable.size(own), "" if other is None else readable.size(other))
+            found.append(
+                Gain(f"memory in training: {text}", *texts, readable.fewer(own, other, words=("less", "more")))
+            )
     duration, other = last(run, "seconds"), None if dense is None else last(dense, "seconds")
     if duration is not None:
-        beside = "" if other is None else readable.seconds(other)
-        found.append(Gain("time of the training", readable.seconds(duration), beside, readable.fewer(duration, other)))
-    before, after = (channel_costs(run, when) for when in ("before", "after"))
-    if "latency" in before and "latency" in after:
-        slower = (
-            readable.fewer(after["latency"], before["latency"]).replace("fewer", "faster").replace("more", "slower")
-        )
-        texts = (f"{costs['latency']:.3g} ms" for costs in (after, before))
-        found.append(Gain("latency, slim beside masked", *texts, slower))
+        texts = (readable.seconds(duration), "" if other is None else readable.seconds(other))
+        found.append(Gain("time of the training", *texts, readable.fewer(duration, other, words=("shorter", "longer"))))
+    before, after = (channel_costs(run, when).get("latency") for when in ("before", "after"))
+    if before is not None and after is not None:
+        change = readable.fewer(after, before, words=("faster", "slower"))
+        found.append(Gain("latency, slim beside masked", f"{after:.3g} ms", f"{before:.3g} ms", change))
     return found
 
 

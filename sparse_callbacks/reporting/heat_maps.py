@@ -59,11 +59,16 @@ def heat_maps(run: RecordedRun) -> list[HeatMap]:
     names = short_names([layer.name for layer in layers])
     found = []
     for key, (title, caption) in _MAPS.items():
-        # rows without this figure, as those of validations may be, would leave gaps
-        told = thinned([row for row in rows if any(not math.isnan(_value(row, x, key)) for x in layers)], COLUMNS)
+        # rows without this figure would leave gaps
+        known = [row for row in rows if any(not math.isnan(_value(row, layer, key)) for layer in layers)]
+        # between updates nothing moves: rows of other events would be zeros between them
+        updates = [row for row in known if row.get("event") == "update"] if key == "churn" else []
+        told = thinned(updates or known, COLUMNS)
         if told:
             steps = [number(row, "step") or 0.0 for row in told]
             values = torch.tensor([[_value(row, layer, key) for row in told] for layer in layers])
+            if key != "sparsity" and len(set(values[~values.isnan()].tolist())) == 1:
+                continue  # one colour: the curves say the same
             found.append(HeatMap(f"layers_{key}", title, caption, names, steps, values))
     return found
 
@@ -110,10 +115,10 @@ def heat_map_figure(heat: HeatMap) -> "Figure":
         axes.set_xlabel("optimizer steps")
         axes.xaxis.set_major_formatter(lambda value, _: readable.tick(value))
         axes.locator_params(axis="x", nbins=5, steps=[1, 2, 5, 10])
-        ticks = extra("matplotlib.ticker", "report").MaxNLocator(5)
+        ticks = extra("matplotlib.ticker", "report").MaxNLocator(5, steps=[1, 2, 2.5, 5, 10])
         bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=30 if layers > 12 else 10, ticks=ticks)
         bar.ax.yaxis.set_major_formatter(lambda value, _: readable.share(value))
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
     return arrange(figure)
 
 
@@ -121,7 +126,7 @@ def _range(grid: Tensor) -> tuple[float, float]:
     """The ends of the colours: those of the figures, or around them where all are the same."""
     known = grid[~grid.isnan()]
     low, high = float(known.min()), float(known.max())
-    return (low, high) if high - low > 1e-6 else (max(0.0, low - 0.05), low + 0.05)
+    return (low, high) if high - low > 1e-6 else (max(0.0, low - 0.05), min(1.0, low + 0.05))
 
 
 def _even(heat: HeatMap) -> Tensor:

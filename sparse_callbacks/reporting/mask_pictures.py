@@ -1,6 +1,6 @@
 """Pictures of masks: what became of each connection between the beginning and the end, and the inputs that are read."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,27 +18,34 @@ SIDE = 256
 MOST = 12
 """Pictures of masks in a report at most."""
 STATES = {
-    "kept": ("#0072B2", "active at the beginning and at the end"),
-    "grown": ("#E69F00", "grown"),
-    "dropped": ("#999999", "dropped"),
+    "kept": ("#0072B2", 1.0, "active at the beginning and at the end"),
+    "grown": ("#E69F00", 1.0, "grown"),
+    "dropped": ("#999999", 0.45, "dropped"),
 }
-"""What became of a connection: the colour and the text of each state."""
+"""What became of a connection: the colour, its opacity and the text of each state."""
 
 
 def as_picture(mask: Tensor) -> Tensor:
-    """A mask as a matrix: outputs down, inputs across; each kernel of a convolution is a tile of its own.
+    """A mask as a matrix: outputs down, inputs across.
+
+    Each kernel of a convolution is a tile. Outputs with few inputs stand side by side, where they would make a tower.
 
     Args:
-        mask: of any shape.
+        mask: bool, of any shape.
 
     Returns:
-        [rows, columns], a view or a copy.
+        bool [rows, columns].
     """
-    if mask.ndim < 2:
-        return mask.reshape(1, -1)
-    kernel = mask.reshape(mask.shape[0], mask.shape[1], -1, mask.shape[-1] if mask.ndim > 3 else 1)
-    outputs, inputs, height, width = kernel.shape
-    return kernel.permute(0, 2, 1, 3).reshape(outputs * height, inputs * width)
+    if mask.ndim < 3:
+        return mask.reshape(-1, mask.shape[-1] if mask.ndim else 1)
+    kernels = mask.reshape(*mask.shape[:2], -1, mask.shape[-1])
+    outputs, inputs, height, width = kernels.shape
+    down, across = outputs * height, inputs * width
+    beside = round((down / across) ** 0.5) if down > 2 * across else 1
+    # places without an output are those of connections that were never active
+    filled = torch.cat([kernels, kernels.new_zeros(-outputs % beside, inputs, height, width)])
+    tiles = filled.reshape(-1, beside, inputs, height, width)
+    return tiles.permute(0, 3, 1, 2, 4).reshape(-1, beside * across)
 
 
 def mask_picture(first: Tensor, last: Tensor) -> Tensor:
@@ -52,9 +59,15 @@ def mask_picture(first: Tensor, last: Tensor) -> Tensor:
     parts = {"kept": before & after, "grown": ~before & after, "dropped": before & ~after}
     shares = torch.stack([_averaged(part) for part in parts.values()], dim=-1)
     shades = torch.tensor([[int(STATES[p][0][i : i + 2], 16) / 255 for i in (1, 3, 5)] for p in parts])
-    cover = shares.sum(-1, keepdim=True)
-    # where several connections share a pixel: their mean colour, as opaque as there are many of them
-    return torch.cat([shares @ shades / cover.clamp(min=1e-9), cover.clamp(max=1).sqrt()], dim=-1)
+    opacity = shares * torch.tensor([STATES[p][1] for p in parts])
+    cover = opacity.sum(-1, keepdim=True)
+    # where several connections share a pixel: their mean colour, more opaque than they are many, or few would not be seen
+    return torch.cat([opacity @ shades / cover.clamp(min=1e-9), (cover * _strength(shares)).clamp(max=1)], dim=-1)
+
+
+def _strength(shares: Tensor) -> Tensor:
+    """The factor that makes the opacity of a pixel with a share ``s`` of connections that of ``sqrt(s)``."""
+    return shares.sum(-1, keepdim=True).clamp(min=1e-9).rsqrt()
 
 
 def _averaged(part: Tensor) -> Tensor:
@@ -99,23 +112,40 @@ def mask_figure(run: RecordedRun, layer: LayerRecord, name: str) -> "Figure":
     """
     first, last = (run.masks[layer.name][key] for key in ("first", "last"))
     rows, columns = as_picture(last).shape
+    # as high as it is in truth, but neither a line nor a tower
+    height = min(1.1, max(0.3, rows / columns))
     with drawing() as figures:
-        # as high as it is in truth, but neither a line nor a tower
-        figure: Figure = figures.Figure(
-            figsize=(3.5, 0.75 + 2.8 * min(1.1, max(0.12, rows / columns))), layout="constrained"
-        )
+        figure: Figure = figures.Figure(figsize=(3.5, 0.75 + 2.8 * height), layout="constrained")
         axes = figure.subplots()
         axes.imshow(
             mask_picture(first, last).numpy(), interpolation="none", extent=(0, columns, rows, 0),
-            aspect="equal" if 0.12 <= rows / columns <= 1.1 else "auto",
+            aspect="equal" if height == rows / columns else "auto",
         )  # fmt: skip
         axes.grid(False)
         axes.set_title(f"{name} ({readable.shape_text(layer.shape)})")
-        axes.set_xlabel("inputs" if len(layer.shape) == 2 else "inputs, each a kernel wide")
-        axes.set_ylabel("outputs")
-        axes.locator_params(nbins=5, integer=True)
         axes.spines[["top", "right"]].set_visible(True)
-    return arrange(figure)
+        if last.ndim < 3:
+            axes.set_xlabel("inputs")
+            axes.set_ylabel("outputs")
+            axes.locator_params(axis="x", nbins=5, integer=True)
+            axes.locator_params(axis="y", nbins=5 if height > 0.5 else 2, integer=True)
+        else:
+            axes.set_xlabel("kernels, each a tile")
+            _mark_tiles(axes, rows, columns, last)
+        return arrange(figure)
+
+
+def _mark_tiles(axes: Any, rows: int, columns: int, mask: Tensor) -> None:
+    """Lines between the kernels of a convolution, where they are wide enough to be told apart."""
+    width = mask.shape[-1]
+    height = mask[0, 0].numel() // width
+    axes.set_xticks([])
+    axes.set_yticks([])
+    if max(rows, columns) <= 100 and height * width > 1:
+        axes.set_xticks(range(width, columns, width), minor=True)
+        axes.set_yticks(range(height, rows, height), minor=True)
+        axes.grid(which="minor", linewidth=0.5)
+        axes.tick_params(which="minor", length=0)
 
 
 def input_figure(run: RecordedRun) -> "Figure | None":
@@ -135,7 +165,7 @@ def input_figure(run: RecordedRun) -> "Figure | None":
         bar = figure.colorbar(
             image, ax=axes, pad=0.02, ticks=extra("matplotlib.ticker", "report").MaxNLocator(5, integer=True)
         )
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
     return arrange(figure)
 
 

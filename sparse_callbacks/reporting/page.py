@@ -106,7 +106,7 @@ def _values(run: RecordedRun, dense: RecordedRun | None, drawn: Mapping[str, Seq
         "costs": tables.cost_table(run),
         "groups": tables.group_table(run),
         "proof": tables.cut_text(str(said.channels.get("proof") or "")),
-        "arguments": tables.argument_table(run),
+        "constructor": tables.constructor_text(run),
         "configuration": tables.configuration_text(run),
         "command": said.command,
         "reproduction": tables.reproduction_table(run),
@@ -149,7 +149,10 @@ def _gains_caption(dense: RecordedRun | None) -> str:
 
 def _masks_note(run: RecordedRun) -> str:
     shown, held = len(pictured(run)), len(run.masks)
-    note = "Small layers, and those that read the input. Each row is an output, each column an input."
+    note = (
+        "Small layers, and those that read the input. Each row is an output, each column an input; in convolutions each tile is a "
+        "kernel."
+    )
     return f"{note} {shown} of {held} masks in the record are shown." if held > min(shown, MOST) else note
 
 

@@ -86,13 +86,16 @@ def moment(text: str) -> str:
     return found.strftime("%Y-%m-%d %H:%M") + zone
 
 
-def fewer(value: float | None, reference: float | None, than: str = "") -> str:
+def fewer(
+    value: float | None, reference: float | None, than: str = "", words: tuple[str, str] = ("fewer", "more")
+) -> str:
     """How many times fewer a figure is than a reference: ``"4.1 x fewer"``, with :data:`TIMES`; empty where that is unknown.
 
     Args:
         value: the figure.
         reference: what it is compared with.
         than: what the reference is called; empty leaves it out.
+        words: what a smaller and a larger figure is.
 
     Example:
         >>> fewer(10, 41, "dense").replace(TIMES, "x"), fewer(10, 10)
@@ -103,7 +106,7 @@ def fewer(value: float | None, reference: float | None, than: str = "") -> str:
     ratio = reference / value
     if 0.995 < ratio < 1.005:
         return f"the same as {than}" if than else "the same"
-    times = f"{_times(ratio)} {TIMES} fewer" if ratio > 1 else f"{_times(1 / ratio)} {TIMES} more"
+    times = f"{_times(ratio)} {TIMES} {words[0]}" if ratio > 1 else f"{_times(1 / ratio)} {TIMES} {words[1]}"
     return f"{times} than {than}" if than else times
 
 

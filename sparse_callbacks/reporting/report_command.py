@@ -25,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     given = parser.parse_args(arguments)
     if given.dense is not None and not has_record(given.dense):
-        parser.error(f"--dense {given.dense} holds no record. Give the folder of a dense run, with record/run.json in it.")
+        parser.error(
+            f"--dense {given.dense} holds no record. Give the folder of a dense run, with record/run.json in it."
+        )
     failed = False
     for folder in given.runs:
         try:
@@ -44,7 +46,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Write report.html into the folder of a recorded run: what was gained, how the topology moved, and what the "
         "training cost. The page is one file, which opens offline. Its figures are also written as PNG, to the folder report.",
     )
-    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folder of a run, which holds the folder record")
-    parser.add_argument("--dense", metavar="RUN", type=Path, help="folder of a dense run, which the runs are compared with")
+    parser.add_argument(
+        "runs", metavar="RUN", type=Path, nargs="+", help="folder of a run, which holds the folder record"
+    )
+    parser.add_argument(
+        "--dense", metavar="RUN", type=Path, help="folder of a dense run, which the runs are compared with"
+    )
     parser.add_argument("--no-pictures", dest="pictures", action="store_false", help="write no PNG files")
     return parser

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparse_callbacks.core.record.record_file import RecordedRun, Row
+from sparse_callbacks.core.record.record_file import RecordedRow, RecordedRun
 
 AXES = {
     "steps": ("step", "optimizer steps"),
@@ -38,18 +38,42 @@ def best(run: RecordedRun, key: str, largest: bool = True) -> float | None:
     return (max if largest else min)(found) if found else None
 
 
-def curve(run: RecordedRun, key: str, axis: str = "steps") -> tuple[list[float], list[float]]:
+def curve(
+    run: RecordedRun, key: str, axis: str = "steps", events: Sequence[str] = ()
+) -> tuple[list[float], list[float]]:
     """Where, and how large: the points of a figure over time, at most :data:`POINTS` of them with the last one.
 
     Args:
         run: the recorded run.
         key: the figure's key in the rows.
         axis: a key of :data:`AXES`.
+        events: the rows that are read, by their event; none, or where no row has one of them: all.
     """
     against = AXES[axis][0]
-    points = [(number(row, against), number(row, key)) for row in run.rows]
+    rows = [row for row in run.rows if row.get("event") in events and number(row, key) is not None] or run.rows
+    points = [(number(row, against), number(row, key)) for row in rows]
     known = thinned([(x, y) for x, y in points if x is not None and y is not None], POINTS)
     return [x for x, _ in known], [y for _, y in known]
+
+
+VALIDATIONS = ("validation", "end")
+
+
+def events_of(run: RecordedRun, key: str) -> tuple[str, ...]:
+    """The events that a metric is taken at: those of validations where other rows only repeat it, else none in particular.
+
+    A row repeats what was logged last: drawn at every row, an accuracy of validations would look like stairs.
+    """
+    before, seen = None, False
+    for row in run.rows:
+        found = number(row, key)
+        if found is None:
+            continue
+        seen = seen or row.get("event") == "validation"
+        if found != before and row.get("event") not in VALIDATIONS:
+            return ()
+        before = found
+    return VALIDATIONS if seen else ()
 
 
 def thinned(items: Sequence[Any], most: int) -> list[Any]:
@@ -67,12 +91,12 @@ def metrics(run: RecordedRun) -> list[str]:
     return [name for name in names if name not in _TIMES and not name.startswith(_OURS)]
 
 
-def layer_rows(run: RecordedRun) -> list[Row]:
+def layer_rows(run: RecordedRun) -> list[RecordedRow]:
     """The rows that have figures of layers."""
     return [row for row in run.rows if isinstance(row.get("layers"), Mapping) and row["layers"]]
 
 
-def layer_figures(row: Row, name: str) -> Mapping[str, Any]:
+def layer_figures(row: RecordedRow, name: str) -> Mapping[str, Any]:
     """The figures of one layer in a row; empty where it has none."""
     found = row["layers"].get(name)
     return found if isinstance(found, Mapping) else {}

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparse_callbacks.core.record.record_file import LayerRecord, RecordedRun, Row
+from sparse_callbacks.core.record.record_file import LayerRecord, RecordedRow, RecordedRun
 from sparse_callbacks.reporting import readable
 from sparse_callbacks.reporting.gains import channel_costs
 from sparse_callbacks.reporting.series import layer_figures, layer_rows, number
@@ -43,7 +43,7 @@ def cut_text(text: str) -> str:
 def plan_table(run: RecordedRun) -> Table:
     """Every parameter: its planned and its reached sparsity, or why it stays dense."""
     rows = layer_rows(run)
-    end: Row = rows[-1] if rows else {"layers": {}}
+    end: RecordedRow = rows[-1] if rows else {"layers": {}}
     lines = [_plan_row(layer, layer_figures(end, layer.name)) for layer in run.run.layers]
     head = ("parameter", "shape", "weights", "target", "reached", "active", "fan-in", "fan-out", "why dense")
     caption = "Every parameter of the model. Fan-in and fan-out: minimum / median / maximum at the end."
@@ -78,11 +78,7 @@ def _spread(found: Any) -> str:
 
 def dead_table(run: RecordedRun) -> Table | None:
     """Units without connections in each sparse layer at the end; None where no row tells."""
-    heads = {
-        "dead_in": "units without input",
-        "dead_out": "units without output",
-        "on_no_path": "hidden units on no path",
-    }
+    heads = {"dead_in": "no input", "dead_out": "no output", "on_no_path": "on no path"}
     rows = layer_rows(run)
     if not rows:
         return None
@@ -93,24 +89,27 @@ def dead_table(run: RecordedRun) -> Table | None:
         for name, counts in told.items()
         if any(n is not None for n in counts)
     ]
-    return _cut("At the end of the run.", ["layer", *heads.values()], lines, (1, 2, 3)) if lines else None
+    caption = "Units at the end: of each layer's outputs those without an active input, of its inputs those without an active output, "
+    caption += "and hidden units that no path from input to output leads through."
+    return _cut(caption, ["layer", *heads.values()], lines, (1, 2, 3)) if lines else None
 
 
 def cost_table(run: RecordedRun) -> Table | None:
     """Parameters, FLOPs and latency before and after slimming; None without slimming."""
     before, after = channel_costs(run, "before"), channel_costs(run, "after")
-    texts = {
-        "parameters": ("parameters", lambda v: f"{v:,.0f}"),
-        "flops": ("FLOPs of a forward pass", readable.count),
-        "latency": ("latency", lambda v: f"{v:.3g} ms"),
-    }
     lines = []
-    for key, (name, write) in texts.items():
+    for key, name in {"parameters": "parameters", "flops": "FLOPs of a forward pass", "latency": "latency"}.items():
         if key in before and key in after:
-            lines.append([name, write(before[key]), write(after[key]), readable.fewer(after[key], before[key])])
+            words = ("faster", "slower") if key == "latency" else ("fewer", "more")
+            change = readable.fewer(after[key], before[key], words=words)
+            lines.append([name, *(_cost_text(key, costs[key]) for costs in (before, after)), change])
     if not lines:
         return None
-    return Table("Of the masked network, and of the slim one.", ("", "before", "after", "change"), lines, (1, 2))
+    return Table("Of the masked network, and of the slim one.", ("", "before", "after", "change"), lines, (1, 2, 3))
+
+
+def _cost_text(key: str, value: float) -> str:
+    return f"{value:.3g} ms" if key == "latency" else f"{value:,.0f}" if key == "parameters" else readable.count(value)
 
 
 def group_table(run: RecordedRun) -> Table | None:
@@ -142,10 +141,12 @@ def _flat(values: Any, path: str = "") -> list[tuple[str, str]]:
     return [(path, values if isinstance(values, str) else json.dumps(values, default=str, ensure_ascii=False))]
 
 
-def argument_table(run: RecordedRun) -> Table | None:
-    """The constructor arguments of the method; None where it has none."""
-    lines = [[str(name), str(value)] for name, value in run.run.arguments.items()]
-    return _cut(f"Arguments of {run.run.method}.", ("argument", "value"), lines, ()) if lines else None
+def constructor_text(run: RecordedRun) -> str:
+    """The method as it would be constructed; empty for a dense run."""
+    if run.run.method == "dense":
+        return ""
+    given = ", ".join(f"{name}={value}" for name, value in run.run.arguments.items())
+    return cut_text(f"{run.run.method}({given})")
 
 
 def reproduction_table(run: RecordedRun) -> Table:
@@ -161,8 +162,8 @@ def reproduction_table(run: RecordedRun) -> Table:
         "optimizer steps": f"{steps} of {planned} planned" if steps and planned else steps or planned,
         "samples of a step": "" if said.batch is None else f"{said.batch:,}",
         "updates of the masks": f"{times} (optimizer steps)" if times else "",
-        **{f"machine: {key}": str(value) for key, value in said.machine.items()},
-        **{f"version: {key}": str(value) for key, value in said.libraries.items()},
+        "machine": ", ".join(f"{key} {value}" for key, value in said.machine.items()),
+        "versions": ", ".join(f"{key} {value}" for key, value in said.libraries.items()),
     }
     lines = [[name, text] for name, text in pairs.items() if text]
     return Table("What the run depended on.", ("", ""), lines)

@@ -75,7 +75,7 @@ def test_tables_mark_the_best_and_give_differences_in_points() -> None:
     assert by_sparsity.best == {(0, 1), (1, 2)}
     every = settings_table(given, "test/acc")
     assert [row[every.head.index("to dense")] for row in every.rows] == ["-", "-10.00", "-25.00", "-11.00", "-15.00"]
-    assert "speed-up" not in every.head  # nobody has recorded it
+    assert "speedup" not in every.head  # nobody has recorded it
     assert method_correlations(given, "test/acc") is None  # two sparsities say nothing
 
 

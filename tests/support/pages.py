@@ -1,6 +1,7 @@
 """HTML pages as tests see them: their ids, headings, texts and addresses, read without a browser."""
 
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 EMPTY = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
@@ -66,8 +67,12 @@ class Page(HTMLParser):
 
     @property
     def text(self) -> str:
-        """All that is read, with single spaces."""
-        return " ".join(" ".join(self.texts).split())
+        """All that is read, with single spaces, and with the signs that keyboards have."""
+        return (
+            " ".join(" ".join(self.texts).split())
+            .replace("\N{MULTIPLICATION SIGN}", "x")
+            .replace("\N{MINUS SIGN}", "-")
+        )
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         """The attributes of every element of a kind."""
@@ -88,7 +93,7 @@ def refuse_faults(page: Page) -> None:
     levels = [level for level, _ in page.headings]
     assert levels[0] == 1
     assert levels.count(1) == 1
-    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False)), page.headings
+    assert all(after <= before + 1 for before, after in pairwise(levels)), page.headings
     assert all(text.strip() for _, text in page.headings)
     # what it refers to lies in itself
     assert all(address.startswith(("#", "data:image/png;base64,")) for address in page.addresses), page.addresses

@@ -81,7 +81,7 @@ def repeated(numbers: Tensor, times: Tensor, size: int) -> Tensor:
 
 def merged_runs(numbers: Tensor) -> Tensor:
     """Numbers that are two ascending lists, one behind the other, in ascending order; written in place where it is quicker."""
-    if (numpy := numpy_for(numbers)) is not None:
+    if numpy_for(numbers) is not None:
         numbers.numpy().sort(kind="stable")  # timsort, which merges two ascending lists in linear time
         return numbers
     return numbers.sort().values
