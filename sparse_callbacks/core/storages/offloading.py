@@ -86,7 +86,7 @@ def _written(values: Tensor, folder: str) -> Tensor:
         # not by torch.save, which in torch 2.8 holds on to the memory until garbage is collected, nor by writing to a map of
         # the file, which ends the process where the disk is full
         path.write_bytes((ctypes.c_char * values.nbytes).from_address(values.data_ptr()))
-        mapped = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=values.nbytes)
+        mapped: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=values.nbytes)
     return torch.empty(0, dtype=values.dtype, device="cpu").set_(mapped, 0, values.size(), values.stride())
 
 
