@@ -1,4 +1,4 @@
-"""What can be said of a run before its first step: that it ends too early, or that its optimizer is slow."""
+"""What can be said of a run before its first step: it ends too early, or its optimizer is slow."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ MANY_WEIGHTS = 1_000_000
 
 
 def why_too_short(method: Method, length: float) -> str:
-    """Why a run ends before its target, as a sentence for the user; empty where it does not, or nobody knows.
+    """Why a run ends before its target, as the beginning of a sentence; empty where it does not, or nobody knows.
 
     Args:
         method: the method of the run, with its calendar.
@@ -25,12 +25,7 @@ def why_too_short(method: Method, length: float) -> str:
     ends = method.progress.most() + length
     if calendar.stop <= ends:
         return ""
-    name = type(method).__name__
-    return (
-        f"{name} reaches its target at step {calendar.stop}, and this run ends at step {ends:g}: its network will be "
-        f"denser than asked for. Train longer, or give a stop= of at most {ends:g}, or as a share of the run, such as "
-        "stop=0.75."
-    )
+    return f"the target is due at step {calendar.stop}, and this run ends at step {ends:g}: its network will be denser than asked for"
 
 
 def why_too_small(method: Method) -> str:
@@ -54,7 +49,7 @@ def why_too_small(method: Method) -> str:
 
 
 def why_slow(optimizers: Sequence[Optimizer]) -> str:
-    """Which optimizers take several times as long as they need, as a sentence for the user; empty where none does.
+    """Which optimizer takes several times as long as it needs, as the beginning of a sentence; empty where none does.
 
     On the CPU the plain SGD, Adam and AdamW of torch pass over the memory of all weights once for each operation, and the fused
     ones once in all: measured on 25 million weights, the default of SGD takes 2.5 times as long as a copy of them, that with
@@ -72,9 +67,8 @@ def why_slow(optimizers: Sequence[Optimizer]) -> str:
             for p in weights
         ):
             continue
-        name = type(optimizer).__name__
         return (
-            f"{name} steps {size:,} weights on the CPU, and goes through all of their memory once for each of its operations. "
-            f"Give fused=True, {name}(..., fused=True), which goes through it once: the same steps in half of the time or less."
+            f"{type(optimizer).__name__} steps {size:,} weights on the CPU, and goes through all of their memory once for each of "
+            "its operations"
         )
     return ""

@@ -1,4 +1,4 @@
-"""The signals of the first batch: whether they reach the last sparse layer, and in which chain the layers stand."""
+"""The signals of the first batch: whether they fade on their way to the last sparse layer."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.record.find_chain import LayerCall, find_chain
 from sparse_callbacks.core.selection import is_norm
 
-FADED = 1e-2
+SIGNAL_LEFT = 1e-2
 """Share of the standard deviation of a signal that must be left of it."""
 
 
@@ -76,7 +76,7 @@ class FirstSignals:
             return ""
         (_, first), (name, last) = self._spreads[0], self._spreads[-1]
         given, left = float(first), float(last)  # waits for the device
-        if not 0 < given < float("inf") or not left < FADED * given:
+        if not 0 < given < float("inf") or not left < SIGNAL_LEFT * given:
             return ""
         return (
             f"the signal of the first batch has faded: samples differ {given / left:.0f} times less in the inputs of {name} "

@@ -1,4 +1,4 @@
-"""Whether the gradients of pruned weights, by which updates grow, are more than the noise of one batch."""
+"""Whether gradients of pruned weights, by which updates grow, are more than the noise of a batch."""
 
 import math
 
@@ -9,7 +9,7 @@ from sparse_callbacks.core.step import Step
 
 LOOKS = 8
 """Updates that are looked at before something is said."""
-STEPS = 8
+COMPARED_STEPS = 8
 """Steps after an update whose gradients are compared."""
 SIGNAL = 0.1
 """Share of a gradient's squared norm that should be common to all batches."""
@@ -76,7 +76,7 @@ class GradientNoise:
         direction = whole / torch.linalg.vector_norm(whole)  # NaN where all are zero, which closes with no figure
         self._sum = direction if self._sum is None else self._sum + direction
         self._count += 1
-        if self._count < STEPS:
+        if self._count < COMPARED_STEPS:
             return ""
         self._close()
         return self._verdict()

@@ -1,4 +1,4 @@
-"""Updates of masks that change nothing: none is moved, weights stand still, or what grows is dropped at once."""
+"""Updates of masks that change nothing: no weight is replaced, none learns, or all that grow go."""
 
 from collections import deque
 from collections.abc import Mapping
