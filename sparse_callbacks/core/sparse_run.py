@@ -177,6 +177,8 @@ class SparseRun:
             text = method.progress.why_idle(method.calendar, self._length.total(), name, replaces=replaces)
         if text:
             self._host.warn(text)
+        elif method.saved is None:
+            self._engine.doctor.length_known(self._length.total())
 
     # ------------------------------------------------------------------ in the loop
 
@@ -272,7 +274,8 @@ class SparseRun:
 
         Args:
             path: the folder of the run; it is made where it is absent, and an earlier record in it is replaced.
-            every: optimizer steps between two rows; at most one update in so many has a row. None: 50.
+            every: optimizer steps between two rows; at most one update in so many has a row. None: about 200 rows of
+                the run, at least 50 steps apart.
             dense: the folder of a recorded dense run, which the page compares with.
             title: the headline of the page; default: the method.
             page: whether the page is written at the end.

@@ -1,5 +1,6 @@
 """The recorder of a run: told of batches and steps, it keeps the account and writes rows."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -16,7 +17,14 @@ from sparse_callbacks.core.record.description import described, now
 from sparse_callbacks.core.record.find_chain import Chain, find_chain
 from sparse_callbacks.core.record.first_batch import FirstBatch, Use
 from sparse_callbacks.core.record.kept_masks import kept_masks
-from sparse_callbacks.core.record.row_figures import Snapshot, inference_figures, numbers_of, snapshot, with_paths
+from sparse_callbacks.core.record.row_figures import (
+    Snapshot,
+    inference_figures,
+    numbers_of,
+    snapshot,
+    with_paths,
+    without_dead_units,
+)
 from sparse_callbacks.core.record.row_file import RowFile
 from sparse_callbacks.core.record.samples import samples_in
 from sparse_callbacks.core.record.topology_statistics import TopologyHistory
@@ -25,7 +33,24 @@ from sparse_callbacks.core.selection import entries
 from sparse_callbacks.core.step import Step
 
 STATE_VERSION = 1
-EVERY = 50  # optimizer steps between two rows where nobody says otherwise
+ROWS = 200  # about so many rows of a run where nobody says how often
+SMALL_CHAIN = 1 << 18  # sparse weights of a chain whose paths are followed at each update, and not at validations alone
+
+
+def steps_between_rows(given: int | None, length: float, least: int = 50) -> int:
+    """Optimizer steps between two rows.
+
+    Args:
+        given: what the user wants; None: about 200 rows of the run.
+        length: optimizer steps of the run; infinite where nobody knows.
+        least: the fewest steps that nobody has asked for.
+
+    >>> steps_between_rows(None, 78_000), steps_between_rows(None, 900), steps_between_rows(10, 900)
+    (390, 50, 10)
+    """
+    if given is not None:
+        return given
+    return least if math.isinf(length) else max(least, int(length) // ROWS)
 
 
 class Recorder:
@@ -236,7 +261,11 @@ class Recorder:
         """A row. Every process comes here: amounts are added up over all of them."""
         account = self._account
         account.gather()
-        found = self._snapshot(look=event != "log") if found is None else found
+        found = (
+            self._snapshot(look=event != "log", paths=event != "update" or self._follows_paths)
+            if found is None
+            else found
+        )
         row: dict[str, Any] = {"step": step, "epoch": epoch, "samples": 0, "seconds": self._time(), "event": event}
         row |= numbers_of(metrics) | dict(found.figures) | inference_figures(self._costs.forward(found.active))
         self._sparse_active = sum(found.active.values())
@@ -246,16 +275,25 @@ class Recorder:
         }
         if event != "log":
             row |= {**found.topology, "layers": dict(found.layers)}
-        self.file.add([row], at_once=event != "log")
+        self.file.add([row], at_once=event not in ("log", "update"))
         self._last_row = step
         self.tell(row)
 
-    def _snapshot(self, look: bool) -> Snapshot:
+    @property
+    def _follows_paths(self) -> bool:
+        """Paths are followed wherever somebody looks at the masks: it takes twice as long as all else."""
+        return sum(m.weights.size(name) for m in self._methods for name in m.params) <= SMALL_CHAIN
+
+    def _snapshot(self, look: bool, paths: bool = True) -> Snapshot:
         # the first process writes; the others need no history
         history = self._history if look and distributed.rank() == 0 else None
         if look:
             self._last_look, self._masks_looked = self.step, self._changes()
-        return snapshot(self._model, self._methods, self._optimizers(), history, self.step, self._chain.names)
+        found = snapshot(self._model, self._methods, self._optimizers(), history, self.step)
+        if paths:
+            return with_paths(found, self._model, self._methods, self._chain.names)
+        # of a chain dead units are those between its layers; elsewhere other ones have the name
+        return without_dead_units(found) if self._chain.names else found
 
     def _time(self) -> float:
         return self._seconds + time.perf_counter() - self._began
