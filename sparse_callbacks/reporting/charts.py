@@ -1,4 +1,4 @@
-"""Curves of recorded runs in one frame: what is drawn, the drawing, and its views against several axes."""
+"""Curves of recorded runs in one frame: what is drawn, the drawing, and its views."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -71,26 +71,28 @@ def chart_figure(chart: Chart, axis: str = "steps") -> "Figure | None":
         chart: what is drawn.
         axis: a key of :data:`~sparse_callbacks.reporting.series.AXES`.
     """
-    drawn = [(line, points) for line in chart.lines if (points := line.points(axis))[0]]
+    drawn = [(place, line, points) for place, line in enumerate(chart.lines) if (points := line.points(axis))[0]]
     if not drawn:
         return None
     with drawing() as figures:
         figure: Figure = figures.Figure(figsize=SIZE, layout="constrained")
         axes = figure.subplots()
-        for line, (xs, ys) in drawn:
-            axes.plot(xs, ys, line.dashes, color=line.colour, marker=_marker(line, xs), markersize=5, label=line.label)
-        axes.set_title(chart.title)
+        for place, line, (xs, ys) in drawn:
+            look = {"color": line.colour, "marker": _marker(line, xs), "markersize": 5}
+            # the name that chart_views knows it by, as several may have one label
+            axes.plot(xs, ys, line.dashes, label=_in_legend(line.label), gid=str(place), **look)
+        axes.set_title(readable.shortened(chart.title, 44))
         axes.set_xlabel(AXES[axis][1])
-        axes.set_ylim(*_limits(chart, [y for _, (_, ys) in drawn for y in ys]))
+        axes.set_ylim(*_limits(chart, [y for _, _, (_, ys) in drawn for y in ys]))
         axes.margins(x=0.02)
         axes.xaxis.set_major_formatter(_written(readable.tick))
         axes.yaxis.set_major_formatter(_written(chart.write))
         axes.locator_params(axis="x", nbins=6, steps=[1, 2, 5, 10])
-        whole = all(y == int(y) for _, (_, ys) in drawn for y in ys)
+        whole = all(y == int(y) for _, _, (_, ys) in drawn for y in ys)
         axes.locator_params(axis="y", nbins=5, steps=[1, 2, 5, 10] if whole else [1, 2, 2.5, 5, 10], integer=whole)
-        if [line.label for line, _ in drawn] != [chart.title]:
+        if [line.label for _, line, _ in drawn] != [chart.title]:
             # below the frame, where it hides no curve
-            long = any(len(line.label) > 22 for line, _ in drawn)
+            long = any(len(line.label) > 22 for _, line, _ in drawn)
             figure.legend(loc="outside lower left", ncols=1 if long else 2)
     # names and numbers of another axis are as high: the margins stay
     return arrange(figure)
@@ -105,16 +107,15 @@ def chart_views(chart: Chart, figure: "Figure", axes: Iterable[str]) -> list[tup
         axes: keys of :data:`~sparse_callbacks.reporting.series.AXES`.
     """
     [frame] = figure.axes
-    lines = {drawn.get_label(): drawn for drawn in frame.lines}
     found = []
     for axis in axes:
-        points = {line.label: line.points(axis) for line in chart.lines}
-        for label, drawn in lines.items():
-            drawn.set_data(*points[str(label)])
+        points = [chart.lines[int(str(drawn.get_gid()))].points(axis) for drawn in frame.lines]
+        for drawn, (xs, ys) in zip(frame.lines, points, strict=True):
+            drawn.set_data(xs, ys)
         frame.set_xlabel(AXES[axis][1])
         frame.relim()
         frame.autoscale_view(scaley=False)
-        known = any(points[str(label)][0] for label in lines)
+        known = any(xs for xs, _ in points)
         found.append((axis, figure_svg(figure, chart_label(chart, axis)) if known else ""))
     return found
 
@@ -125,6 +126,12 @@ def _limits(chart: Chart, ys: Sequence[float]) -> tuple[float | None, float | No
     if low is None or high is not None:
         return low, high
     return low, low + 1.08 * (max(ys) - low) if max(ys) > low else low + 1
+
+
+def _in_legend(label: str) -> str:
+    """A label as matplotlib shows it: one that begins with an underscore would be left out of the legend."""
+    short = readable.shortened(label, 48)
+    return f" {short}" if short.startswith("_") else short
 
 
 def _marker(line: Line, xs: Sequence[float]) -> str:

@@ -1,4 +1,4 @@
-"""Pictures of masks: what became of each connection between the beginning and the end, and the inputs that are read."""
+"""Pictures of masks: what became of each connection, and which inputs are read."""
 
 from typing import TYPE_CHECKING, Any
 

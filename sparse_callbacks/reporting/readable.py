@@ -126,6 +126,12 @@ def score(name: str, value: float | None) -> str:
     return f"{100 * value:.2f} %" if is_accuracy(name) and 0 <= value <= 1 else f"{value:.4g}"
 
 
+def shortened(text: str, most: int) -> str:
+    """A text without its middle where it has more than ``most`` letters."""
+    half = (most - 1) // 2
+    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
+
+
 def shape_text(shape: Sequence[int]) -> str:
     """A shape as text: its sides with :data:`TIMES` between them."""
     return f" {TIMES} ".join(map(str, shape)) or "scalar"

@@ -1,4 +1,4 @@
-"""Tables and texts of a report: the plan with what was reached, dead units, channels, configuration, reproduction."""
+"""Tables and texts of a report: plan, dead units, channels, configuration, reproduction."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -34,7 +34,7 @@ SECTIONS = [
     "What was gained", "Sparsity and accuracy over time", "Layers over time", "What moved", "Training FLOPs", "Masks",
     "Dead units", "Plan", "Channels before and after", "Configuration", "How to reproduce it",
 ]  # fmt: skip
-NASTY = "<i>&\"'$x_1${{ 7*7 }}</style><script>alert(1)</script>"
+NASTY = "_\\1\\g<2>\u4e2d<i>&\"'$x_1${{ 7*7 }}</style><script>alert(1)</script>"
 CHANNELS = {
     "before": {"parameters": 1000, "flops": 40_000, "latency": 2.0},
     "after": {"parameters": 250, "flops": 10_000, "latency": 1.0},

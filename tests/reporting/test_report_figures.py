@@ -286,6 +286,28 @@ def test_settings_of_users_neither_change_figures_nor_are_changed() -> None:
         assert matplotlib.rcParams["font.size"] == 30
 
 
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("font: 8.5px 'DejaVu Sans', 'Verdana'; fill: #1b1f26", "font-size: 8.5px; fill: currentColor"),
+        ("fill: #1b1f26; font: 700 9px 'DejaVu Sans'", "fill: currentColor; font-weight: 700; font-size: 9px"),
+        ("font-size: 9px; font-family: 'DejaVu Sans'; stroke: #d5d9e0", "font-size: 9px; stroke: var(--grid)"),
+        ("stroke: #1b1f267f", "stroke: #1b1f267f"),
+    ],
+)
+def test_fonts_of_drawings_are_those_of_the_page_in_every_version(
+    written: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with drawing() as made:
+        figure = made.Figure(figsize=(1, 1))
+    monkeypatch.setattr(
+        type(figure),
+        "savefig",
+        lambda self, file, **options: file.write(f'<svg viewBox="0 0 1 1"><text style="{written}"/></svg>'),
+    )
+    assert f'<text style="{expected}"/>' in figure_svg(figure, "a")
+
+
 def test_drawings_of_one_page_share_no_ids() -> None:
     with drawing() as made:
         figure = made.Figure(figsize=(2, 2))
