@@ -11,7 +11,8 @@ from pytorch_lightning.utilities import rank_zero_warn
 
 from sparse_callbacks.core.record.description import command, libraries, machine
 from sparse_callbacks.core.record.page import PAGE, page_or_warning, why_no_page
-from sparse_callbacks.core.record.recorder import STATE_VERSION, Recorder, steps_between_rows
+from sparse_callbacks.core.record.recorder import STATE_VERSION, Recorder
+from sparse_callbacks.core.record.row_times import steps_between_rows
 from sparse_callbacks.core.record.samples import samples_in
 from sparse_callbacks.lightning import accumulation, curves
 from sparse_callbacks.lightning.callback import AnyCallback, peers_of

@@ -13,7 +13,8 @@ from sparse_callbacks.core import distributed
 from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.record.description import command, libraries, machine
 from sparse_callbacks.core.record.page import PAGE, page_or_warning, why_no_page, write_page
-from sparse_callbacks.core.record.recorder import Recorder, steps_between_rows
+from sparse_callbacks.core.record.recorder import Recorder
+from sparse_callbacks.core.record.row_times import steps_between_rows
 from sparse_callbacks.core.record.samples import LoopSamples
 
 
