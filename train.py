@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from sparse_callbacks.lightning.callback import SparsityCallback
 from sparse_callbacks.lightning.curves import step_number
-from sparse_callbacks.lightning.logged_network import log_network, log_pictures
+from sparse_callbacks.lightning.logged_network import log_end
 from sparse_callbacks.tasks import (
     build,
     loggers,
@@ -106,7 +106,11 @@ def train(cfg: DictConfig, config_file: Path | None = None) -> dict[str, float]:
                 except Exception as error:
                     # raised again below: a failure of slimming must not lose the results of the training
                     slim_error = error
-            why_no_page = "" if report is None else reports.finish(report, metrics, proof)
+            why_no_page = (
+                ""
+                if report is None
+                else reports.finish(report, metrics, proof, with_page=cfg.get("report", True) is True)
+            )
             _report(metrics, method, trainer, folder, resumed is not None, slim_error, why_no_page)
             _log_end(metrics, trainer, method, folder)
             if slim_error is not None:
@@ -166,8 +170,7 @@ def _log_end(metrics: dict[str, float], trainer: pl.Trainer, method: SparsityCal
     if recorded_config.target_sparsity(method) is None:
         loggers.add_settings(trainer.loggers, {"sparsity": round(metrics["sparsity/total"], 4)})
     loggers.log_comparison(trainer.loggers, metrics, step)
-    log_network(trainer.loggers, [] if method is None else [method], step)
-    log_pictures(trainer.loggers, folder / "report", step)
+    log_end(trainer.loggers, [] if method is None else [method], folder, step)
 
 
 def _report(

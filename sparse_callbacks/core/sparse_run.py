@@ -168,6 +168,8 @@ class SparseRun(RecordedLoop):
             text = method.progress.why_idle(method.calendar, self._length.total(), name, replaces=replaces)
         if text:
             self._host.warn(text)
+        elif method.saved is None:
+            self._engine.doctor.length_known(self._length.total())
 
     # ------------------------------------------------------------------ in the loop
 

@@ -1,10 +1,15 @@
 """Curves of a run: rows for the loggers, and the sparsity in the progress bar."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.sparsity import joint_sparsity, layer_sparsity
 from sparse_callbacks.lightning.namespaces import Trainer
+
+RECORDED = ("flops/", "active/", "bytes/", "topology/")
+"""How figures of a run's record begin that loggers get too; metrics they have already."""
 
 
 def row(method: Method, events: dict[str, float], methods: Sequence[Method]) -> dict[str, float]:
@@ -56,3 +61,13 @@ def log_row(trainer: Trainer, figures: dict[str, float], step: int, epoch: int) 
     """
     for logger in trainer.loggers:
         logger.log_metrics({**figures, "epoch": epoch}, step=step)
+
+
+def log_recorded(trainer: Trainer, recorded: Mapping[str, Any]) -> None:
+    """Send to every logger what a row of the run's record says besides metrics."""
+    if not trainer.loggers or recorded["event"] == "start":
+        return  # the first step has a row of its own
+    step = step_number(trainer) - (recorded["event"] == "end")  # by then the last batch is counted
+    figures = {key: value for key, value in recorded.items() if key.startswith(RECORDED)}
+    # the epoch that the step lies in and not how many are done, as in Lightning's rows
+    log_row(trainer, figures, step, max(0, math.ceil(recorded["epoch"]) - 1))

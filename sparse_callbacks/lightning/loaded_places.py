@@ -118,11 +118,12 @@ def _unfold(weights: MutableMapping[str, Any], name: str, shape: tuple[int, ...]
         del weights[f"{name}.{key}"]
 
 
-def refuse_other_states(method: Method, found: Mapping[str, Any], path: object) -> None:
+def refuse_other_states(method: Method, module: nn.Module, found: Mapping[str, Any], path: object) -> None:
     """Refuse a fresh start whose optimizers could not take the states in the file, or would take those of other weights.
 
     Args:
         method: the method, with ``fresh_start=True``.
+        module: the model; layers of it that are sparse already take the places in the file.
         found: the content of the checkpoint.
         path: where it was read, for the error.
 
@@ -138,9 +139,10 @@ def refuse_other_states(method: Method, found: Mapping[str, Any], path: object) 
     there, patterns = given.get("storage", masked), state.get("patterns")
     if there != here and (patterns or here != masked):
         raise other_storage(f"the checkpoint {path} was saved with storage={there}", here)
-    if patterns:
+    here_already = exchanged_layers(module)
+    if drawn := [name for name in patterns or () if name not in here_already]:
         raise ValueError(
-            f"the checkpoint {path} holds optimizer states of the live weights of {', '.join(patterns)} alone, in their order, "
+            f"the checkpoint {path} holds optimizer states of the live weights of {', '.join(drawn)} alone, in their order, "
             "and fresh_start=True draws other places for them. Begin a new run with these weights: load them by "
             "load_state_dict(), and give no ckpt_path=."
         )

@@ -172,3 +172,9 @@ def log_pictures(loggers: Iterable[Logger], folder: Path, step: int) -> None:
             elif isinstance(logger, TensorBoardLogger):
                 picture = extra("matplotlib.image", "report").imread(path)  # [height, width, channels] in [0, 1]
                 logger.experiment.add_image(f"figures/{path.stem}", picture, step, dataformats="HWC")
+
+
+def log_end(loggers: Iterable[Logger], methods: Sequence[Method], folder: Path, step: int) -> None:
+    """`log_network`, and the figures of the report in the folder of the run."""
+    log_network(loggers, methods, step)
+    log_pictures(loggers, folder / "report", step)

@@ -76,10 +76,10 @@ def look_before_loading(trainer: Any, module: LightningModule, methods: Sequence
             _refuse_other_progress(found["loops"], path, trainer)
             if fresh := [method for method in methods if method.fresh_start]:  # new masks over its weights
                 for method in fresh:
-                    refuse_other_states(method, found, path)
+                    refuse_other_states(method, module, found, path)
                 take_places(module, found)
                 for method in fresh if has_optimizer_states(found) else ():
-                    # all are of masked storage: so "auto" decides as it did there, whatever the times are now
+                    # of layers that are dense now: so "auto" decides as it did there, whatever the times are now
                     exchange_layers_of(
                         method, trainer, module, None, "the checkpoint has optimizer states of its masked weights"
                     )

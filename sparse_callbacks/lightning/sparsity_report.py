@@ -16,6 +16,7 @@ from sparse_callbacks.core.record.row_times import steps_between_rows
 from sparse_callbacks.core.record.samples import samples_in
 from sparse_callbacks.lightning import accumulation, curves
 from sparse_callbacks.lightning.callback import AnyCallback, peers_of
+from sparse_callbacks.lightning.logged_network import log_end
 from sparse_callbacks.lightning.namespaces import Trainer
 
 
@@ -24,8 +25,10 @@ class SparsityReport(AnyCallback):
 
     The record (``record/run.json``, ``rows.jsonl`` and ``masks.pt``) holds what the network was at each time and what it had
     cost by then: sparsity, FLOPs of inference and training, bytes, topology, and every metric that was logged, by optimizer
-    step. It is written by the first process, goes on where a run is resumed, and needs no logger. A dense run, without
-    sparsity callbacks, is recorded in the same way, to compare with. Where the callback stands among others does not matter.
+    step. It is written by the first process, goes on where a run is resumed, and needs no logger. Loggers of the Trainer get
+    its FLOPs, bytes and topology as curves, and W&B and TensorBoard at the end a table of layers, histograms and the figures
+    of the page. A dense run, without sparsity callbacks, is recorded in the same way, to compare with. Where the callback
+    stands among others does not matter.
 
     Nothing is recorded of ``fast_dev_run``, of trial runs of tuners, and of ``validate``, ``test`` and ``predict``.
 
@@ -117,6 +120,7 @@ class SparsityReport(AnyCallback):
         self._recorder = Recorder(
             self.folder, pl_module, peers, lambda: trainer.optimizers, every, said, rank_zero_warn
         )
+        self._recorder.tell = self._log
         for peer in peers:  # a pass over the data may come before the first batch
             peer.engine.recorder = self._recorder
 
@@ -186,9 +190,13 @@ class SparsityReport(AnyCallback):
             self._recorder.finish("finished", self._epoch, self._metrics())
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._begun and self._page_wanted and trainer.is_global_zero:
-            assert self.folder is not None
+        if not self._begun or not trainer.is_global_zero:
+            return
+        assert self.folder is not None
+        if self._page_wanted:
             page_or_warning(self.folder, self.dense, rank_zero_warn)
+        if self.page:  # otherwise somebody else writes it, later, and shows loggers what is known then
+            log_end(trainer.loggers, peers_of(trainer), self.folder, curves.step_number(trainer))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._recorder is not None and self._begun:
@@ -258,6 +266,10 @@ class SparsityReport(AnyCallback):
         metrics, before = self._metrics(), self._told
         self._told = metrics
         return {n: v for n, v in metrics.items() if n in always or before.get(n) != v or _is_rate(n)}
+
+    def _log(self, row: Mapping[str, Any]) -> None:
+        if self._trainer is not None:
+            curves.log_recorded(self._trainer, row)
 
     def _goes_on(self, trainer: Trainer, module: LightningModule) -> bool:
         """A second fit of the same Trainer goes on where the first one ended."""

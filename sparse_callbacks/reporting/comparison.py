@@ -163,5 +163,5 @@ def transposed(rows: Mapping[str, Mapping[float, float]]) -> dict[str, dict[str,
     found: dict[str, dict[str, float]] = {}
     for line, row in rows.items():
         for level, value in row.items():
-            found.setdefault(f"{level:g}", {})[line] = value
+            found.setdefault(f"{level:.4g}", {})[line] = value
     return dict(sorted(found.items(), key=lambda pair: float(pair[0])))

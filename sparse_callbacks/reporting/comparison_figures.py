@@ -1,6 +1,7 @@
 """Figures of a comparison: the metric against sparsity and FLOPs, with the Pareto front."""
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 4.5, 3.0
 """Inches of a figure."""
+LETTERS_OF_A_NAME = 46
+"""In a line of the legend."""
 _DASHES = ("-", "--", ":", "-.")  # of lines of one method, which share its colour
 _DENSE: dict[str, Any] = {"linewidth": 1.0, "linestyle": (0, (5, 3))}
 _FRONT: dict[str, Any] = {
@@ -65,11 +68,14 @@ def legend_figure(problem: Problem, metric: str) -> "Figure":
     """The lines of the figures of a problem by colour and marker, in a drawing of its own."""
     names = [line for line in _lines(problem) if any(s.over_seeds(metric) for s in problem.settings if s.line == line)]
     columns = 1 if max(map(len, names), default=0) > 24 else 2
+    # a long name would end outside of the figure
+    texts = {name: textwrap.fill(name, LETTERS_OF_A_NAME, subsequent_indent="  ") for name in names}
+    rows = sum(text.count("\n") + 1 for text in texts.values()) + 1
     with drawing() as figures:
         make = extra("matplotlib.lines", "report").Line2D
-        figure: Figure = figures.Figure(figsize=(WIDTH, 0.205 * math.ceil((len(names) + 1) / columns) + 0.04))
+        figure: Figure = figures.Figure(figsize=(WIDTH, 0.205 * math.ceil(rows / columns) + 0.04))
         styles = _styles(problem)
-        handles = [make([], [], label=name, **styles[name]) for name in names]
+        handles = [make([], [], label=texts[name], **styles[name]) for name in names]
         handles.append(make([], [], label="Pareto front", **_FRONT))
         figure.legend(handles=handles, loc="upper left", ncols=columns, borderaxespad=0, handlelength=2.6)
     return figure
@@ -134,7 +140,7 @@ def _draw_line(axes: Any, points: Sequence[Point], style: dict[str, Any]) -> Non
 def _write_places(axes: Any, places: Sequence[float], axis: Axis) -> None:
     """Ticks: at the sparsities that there are, or at 1, 2 and 5 times powers of ten."""
     if axis.more_is_better:
-        texts = {place: f"{1 - 10**-place:.2g}" if place < 2 else f"{1 - 10**-place:.4g}" for place in sorted(places)}
+        texts = {place: f"{1 - 10**-place:.3g}" if place < 2 else f"{1 - 10**-place:.4g}" for place in sorted(places)}
         # of sparsities that are written alike the first has the tick
         ticks = {text: place for place, text in reversed(texts.items())}
         values = sorted(ticks.values())

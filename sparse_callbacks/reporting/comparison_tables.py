@@ -85,7 +85,7 @@ def sparsity_table(problem: Problem, metric: str) -> ComparedTable | None:
     return ComparedTable(
         f"{_titled(metric)} by sparsity",
         explanation,
-        ["method", *(f"{level:g}" for level in columns)],
+        ["method", *(f"{level:.4g}" for level in columns)],
         texts,
         frozenset(best),
     )
@@ -111,7 +111,7 @@ def settings_table(problem: Problem, metric: str) -> ComparedTable:
         "to dense": lambda s: _difference(s, dense, metric),
         "sparsity": lambda s: _mean(s, "sparsity/total", lambda v: f"{v:.4f}"),
         "compression": lambda s: _mean(s, "compression", _times),
-        "speed-up": lambda s: _mean(s, "speedup", _times),
+        "speedup": lambda s: _mean(s, "speedup", _times),
         "inference FLOPs": lambda s: _mean(s, "flops/inference", readable.count),
         "training FLOPs": lambda s: _mean(s, "flops/training", readable.count),
         "of dense training": _training_share,
@@ -125,7 +125,7 @@ def settings_table(problem: Problem, metric: str) -> ComparedTable:
 
 
 def _target(setting: Setting) -> str:
-    return setting.target if isinstance(setting.target, str) else f"{setting.target:g}"
+    return setting.target if isinstance(setting.target, str) else f"{setting.target:.4g}"
 
 
 def _mean(setting: Setting, key: str, written: Callable[[float], str]) -> str:

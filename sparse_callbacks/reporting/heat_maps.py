@@ -67,7 +67,7 @@ def heat_maps(run: RecordedRun) -> list[HeatMap]:
         if told:
             steps = [number(row, "step") or 0.0 for row in told]
             values = torch.tensor([[_value(row, layer, key) for row in told] for layer in layers])
-            if key != "sparsity" and len(values[~values.isnan()].unique()) == 1:
+            if key != "sparsity" and len(set(values[~values.isnan()].tolist())) == 1:
                 continue  # one colour: the curves say the same
             found.append(HeatMap(f"layers_{key}", title, caption, names, steps, values))
     return found
@@ -108,6 +108,8 @@ def heat_map_figure(heat: HeatMap) -> "Figure":
             grid.numpy(), aspect="auto", cmap="viridis", interpolation="none", vmin=low, vmax=high,
             extent=(heat.steps[0], end, layers - 0.5, -0.5),
         )  # fmt: skip
+        # drawn to its edges, whatever the ticks
+        axes.set(xlim=(heat.steps[0], end), ylim=(layers - 0.5, -0.5), autoscale_on=False)
         axes.grid(False)
         axes.set_title(heat.title)
         axes.set_yticks(list(named), [heat.names[i] for i in named], fontsize=8.5 if layers <= 24 else 7)
@@ -118,7 +120,7 @@ def heat_map_figure(heat: HeatMap) -> "Figure":
         ticks = extra("matplotlib.ticker", "report").MaxNLocator(5, steps=[1, 2, 2.5, 5, 10])
         bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=30 if layers > 12 else 10, ticks=ticks)
         bar.ax.yaxis.set_major_formatter(lambda value, _: readable.share(value))
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
     return arrange(figure)
 
 

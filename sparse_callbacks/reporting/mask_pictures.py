@@ -121,6 +121,8 @@ def mask_figure(run: RecordedRun, layer: LayerRecord, name: str) -> "Figure":
             mask_picture(first, last).numpy(), interpolation="none", extent=(0, columns, rows, 0),
             aspect="equal" if height == rows / columns else "auto",
         )  # fmt: skip
+        # drawn to its edges, whatever the ticks
+        axes.set(xlim=(0, columns), ylim=(rows, 0), autoscale_on=False)
         axes.grid(False)
         axes.set_title(f"{name} ({readable.shape_text(layer.shape)})")
         axes.spines[["top", "right"]].set_visible(True)
@@ -165,7 +167,7 @@ def input_figure(run: RecordedRun) -> "Figure | None":
         bar = figure.colorbar(
             image, ax=axes, pad=0.02, ticks=extra("matplotlib.ticker", "report").MaxNLocator(5, integer=True)
         )
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
     return arrange(figure)
 
 

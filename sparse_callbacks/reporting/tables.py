@@ -97,18 +97,25 @@ def dead_table(run: RecordedRun) -> Table | None:
 def cost_table(run: RecordedRun) -> Table | None:
     """Parameters, FLOPs and latency before and after slimming; None without slimming."""
     before, after = channel_costs(run, "before"), channel_costs(run, "after")
-    texts = {
-        "parameters": ("parameters", lambda v: f"{v:,.0f}"),
-        "flops": ("FLOPs of a forward pass", readable.count),
-        "latency": ("latency", lambda v: f"{v:.3g} ms"),
-    }
     lines = []
-    for key, (name, write) in texts.items():
+    for key, name in {"parameters": "parameters", "flops": "FLOPs of a forward pass", "latency": "latency"}.items():
         if key in before and key in after:
-            lines.append([name, write(before[key]), write(after[key]), readable.fewer(after[key], before[key])])
+            words = ("faster", "slower") if key == "latency" else ("fewer", "more")
+            change = readable.fewer(after[key], before[key], words=words)
+            lines.append([name, *(_cost_text(key, costs[key]) for costs in (before, after)), change])
     if not lines:
         return None
-    return Table("Of the masked network, and of the slim one.", ("", "before", "after", "change"), lines, (1, 2))
+    return Table("Of the masked network, and of the slim one.", ("", "before", "after", "change"), lines, (1, 2, 3))
+
+
+def _cost_text(key: str, value: float) -> str:
+    return (
+        readable.milliseconds(value)
+        if key == "latency"
+        else f"{value:,.0f}"
+        if key == "parameters"
+        else readable.count(value)
+    )
 
 
 def group_table(run: RecordedRun) -> Table | None:

@@ -17,6 +17,8 @@ from sparse_callbacks.lightning.sparsity_report import SparsityReport
 
 COSTS = ("parameters", "flops", "latency")
 
+REPORTS = (True, False, "record")  # values of the root key `report`
+
 
 def build_report(cfg: DictConfig, folder: Path, configuration: Any) -> SparsityReport | None:
     """The callback that records the run into its folder; None with `report=false`.
@@ -30,8 +32,12 @@ def build_report(cfg: DictConfig, folder: Path, configuration: Any) -> SparsityR
 
     Raises:
         FileNotFoundError: `dense_run` names a folder without a record.
-        ValueError: `dense_run` is given, and `report=false`.
+        ValueError: `dense_run` is given, and `report=false`; or `report` is none of its choices.
     """
+    if cfg.get("report", True) not in REPORTS:
+        raise ValueError(
+            f"report={cfg.report!r} is not known. Use report=true, report=record for a record without a page, or report=false."
+        )
     if not cfg.get("report", True):
         if cfg.get("dense_run") is not None:
             raise ValueError(f"dense_run={cfg.dense_run} is compared with in the report, and report=false writes none.")
@@ -52,22 +58,25 @@ def typed_command() -> str | None:
     return shlex.join(["python", Path(sys.argv[0]).name, *HydraConfig.get().overrides.task])
 
 
-def finish(report: SparsityReport, metrics: Mapping[str, float], proof: Proof | None) -> str:
+def finish(report: SparsityReport, metrics: Mapping[str, float], proof: Proof | None, with_page: bool) -> str:
     """Add to the record what the end of a run has shown, and write its page.
 
     Args:
         report: the callback that has recorded the run.
         metrics: the results of the run by name.
         proof: what slimming has changed; None without slimming.
+        with_page: whether the page is wanted, as with `report=true`.
 
     Returns:
-        Why there is no page, as a sentence for the user; empty where it was written.
+        Why there is no page, as a sentence for the user; empty where it was written or is not wanted.
     """
     if report.folder is None or not report.is_recorded:
         return ""  # no batch came, or a trial run
     try:
         channels = {} if proof is None else channels_of(proof)
         report.add(results={name: float(value) for name, value in metrics.items()}, channels=channels)
+        if not with_page:
+            return ""
         if text := why_no_page():
             return text
         write_page(report.folder, report.dense)

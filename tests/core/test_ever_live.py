@@ -35,8 +35,10 @@ def test_units_that_leave_are_remembered_until_they_come_back(units: int) -> Non
         back = torch.tensor(sorted(lived)[: 2 * seed % 17], dtype=torch.int64)
         new = torch.cat([live[seed % 3 :: 3], drawn(units, 30, seed), back]).unique()
         before, now = set(live.tolist()), set(new.tolist())
-        dropped, born = torch.tensor(sorted(before - now)), torch.tensor(sorted(now - before))
-        former = moved_on(former, dropped, born, units)
+        # some that leave come back at once
+        at_once = set(sorted(before & now)[: seed % 4])
+        leaving, coming = (torch.tensor(sorted(moved | at_once)) for moved in (before - now, now - before))
+        former = moved_on(former, leaving, coming, units)
         lived, live = (lived | before) - now, new
         forms.add(former.dtype)
         assert count_of_former(former) == len(lived)

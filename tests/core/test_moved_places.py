@@ -98,6 +98,19 @@ def test_set_draws_the_places_of_masked_storage(
             assert torch.equal(one, other)
 
 
+def test_the_same_places_are_drawn_where_denormal_numbers_are_flushed() -> None:
+    mask = some_mask((40, 90), 0.1, 0)
+    plain, expected = (by(mask, mask.float(), 100, generator(0, 1, "a")) for by in (by_units, by_masked_storage))
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush denormal numbers")
+    try:
+        flushed = by_units(mask, mask.float(), 100, generator(0, 1, "a"))
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(plain, expected)
+    assert torch.equal(flushed, expected)
+
+
 def test_random_integers_have_the_bits_of_random_floats() -> None:
     assert drawn_places.integers_are_same()  # otherwise updates are slower, and still the same
 
@@ -220,6 +233,7 @@ def test_units_keep_their_slots_also_where_they_leave_and_come_back(
         assert same.leaving.tolist() == sorted(set(keys.tolist()) - set(move.keys.tolist()))
 
 
+@pytest.mark.usefixtures("with_or_without_numpy")
 @pytest.mark.parametrize("inputs", [1, 30, 2**15 - 1, 2**15, 70_000, 10**9])
 def test_rows_and_columns_of_keys(inputs: int) -> None:
     outputs = 9
@@ -231,9 +245,18 @@ def test_rows_and_columns_of_keys(inputs: int) -> None:
     assert crow.tolist() == [sum(row < r for row, _ in places) for r in range(outputs + 1)]
 
 
-@pytest.mark.parametrize("inputs", [1, 30, 2**15 - 1, 2**15, 70_000])
-def test_columns_of_rows(inputs: int) -> None:
-    keys = torch.randint(9 * inputs, (300,), generator=torch.Generator().manual_seed(0)).unique()
+@pytest.mark.usefixtures("with_or_without_numpy")
+@pytest.mark.parametrize("vectors", [True, False])
+@pytest.mark.parametrize("pieces", [2**17, 16])
+# the last one has more bits in its columns and slots than an int32
+@pytest.mark.parametrize(
+    ("inputs", "live"), [(1, 300), (30, 300), (2**15 - 1, 300), (2**15, 300), (70_000, 300), (70_000, 34_000)]
+)
+def test_columns_of_rows(inputs: int, live: int, pieces: int, vectors: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moved_places, "JOINED_AT_ONCE", pieces)
+    if not vectors:
+        monkeypatch.setattr(moved_places, "sorts_by_vectors", lambda numbers: False)
+    keys = torch.randint(9 * inputs, (live,), generator=torch.Generator().manual_seed(0)).unique()
     places = [divmod(key, inputs) for key in keys.tolist()]
     rows, col = torch.tensor(places, dtype=torch.int32).unbind(1)
     crow_t = torch.empty(inputs + 1, dtype=torch.int32)

@@ -127,6 +127,20 @@ def test_a_fresh_start_with_optimizer_states_of_other_places_is_refused(storage:
     assert not layers_of(module)
 
 
+@pytest.mark.parametrize("storage", ["sparse", "grouped"])
+def test_a_fresh_start_of_layers_that_are_sparse_already_goes_on_from_the_places_in_the_file(
+    storage: str, tmp_path: Path
+) -> None:
+    fit(sparse("static", storage), mlp(), folder=tmp_path, stops=(STOP,))
+    path, module = tmp_path / f"{STOP}.ckpt", mlp(seed=3)
+    fit(sparse("static", storage, seed=7), module, max_epochs=1)
+    fit(sparse("static", storage, fresh_start=True, seed=5), module, ckpt_path=path)
+    other = mlp(seed=4)
+    fit(sparse("static", storage), other, ckpt_path=path)
+    assert differences(patterns_of(other), patterns_of(module)) == []
+    assert differences(other.state_dict(), module.state_dict()) == []
+
+
 def timed(faster: str) -> Any:
     """Times by which this storage is the faster one for each layer."""
     return lambda *_, **__: {"masked": 1.0, "sparse": 2.0} | {faster: 0.1}

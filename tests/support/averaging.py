@@ -1,6 +1,7 @@
 """Runs with Lightning's averaging callbacks, and what they leave."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from torch import Tensor
+from torch.optim.swa_utils import SWALR
 
 from sparse_callbacks import SparsityCallback
 from sparse_callbacks.testing.comparison import snapshot
@@ -63,6 +65,14 @@ def average_of(averager: Any) -> dict[str, Tensor]:
     return dict(getattr(module, "module", module).named_parameters())
 
 
+@cache
+def saves_a_function() -> bool:
+    """Whether torch saves a function with the schedule of StochasticWeightAveraging, as torch 2.8 does: Lightning reads such a
+    checkpoint with ``fit(weights_only=False)`` alone."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    return any(map(callable, SWALR(optimizer, swa_lr=0.1).state_dict().values()))
+
+
 def fit(
     callbacks: list[Any],
     folder: Path | None = None,
@@ -76,7 +86,9 @@ def fit(
     module = Classifier() if module is None else module
     listed = [*callbacks, Stops(folder, stops)] if folder is not None and stops else callbacks
     trainer = trainer_for(listed, folder, **({"max_epochs": 3} | options))
-    trainer.fit(module, Batches(), Batches(1) if validate else None, ckpt_path=ckpt_path)
+    whole = saves_a_function() and any(isinstance(c, StochasticWeightAveraging) for c in callbacks)
+    weights_only = False if whole else None
+    trainer.fit(module, Batches(), Batches(1) if validate else None, ckpt_path=ckpt_path, weights_only=weights_only)
     return trainer, module
 
 

@@ -29,7 +29,7 @@ def moved_on(former: Tensor, leaving: Tensor, coming: Tensor, units: int) -> Ten
         field = _in_field(former.clone(), leaving, 1)
         return _in_field(field, coming.index_select(0, true_places(_has(field, coming))), -1)
     keys = merged_runs(torch.cat([former, leaving]))
-    keys = keys.index_select(0, places_without(places_of_common(keys, coming)[0], keys.numel()))
+    keys = keys.index_select(0, places_without(places_of_common(coming, keys)[1], keys.numel()))
     if keys.numel() * _KEYS_UP_TO <= units:
         return keys
     return _in_field(torch.zeros(-(-units // 8), dtype=torch.uint8, device=keys.device), keys, 1)

@@ -64,6 +64,8 @@ class Recorder:
         """Optimizer steps of the run so far, as the host numbers them."""
         self.said: dict[str, Any] = {"started": now(), **said}
         """Fields of RunRecord that are known besides the methods and layers."""
+        self.tell: Callable[[Mapping[str, Any]], object] = lambda row: None
+        """Receives each row, on every process, when it has been added: for loggers of the host."""
         self._model, self._methods, self._optimizers, self._every = model, list(methods), optimizers, every
         self._account, self._costs = Account(), WindowCosts(methods)
         self._history = TopologyHistory(model)
@@ -240,6 +242,7 @@ class Recorder:
             row |= {**found.topology, "layers": dict(found.layers)}
         self.file.add([row], at_once=event not in ("log", "update"))
         self._last_row = step
+        self.tell(row)
 
     @property
     def _follows_paths(self) -> bool:

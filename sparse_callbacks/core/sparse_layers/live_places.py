@@ -74,7 +74,9 @@ class RowPlaces(LivePlaces):
     def keys(self) -> Tensor:
         # products of numbers of one type, which is small where all keys fit, take a fraction of the time
         small = self.outputs * self.inputs <= LARGEST_INT32
-        firsts = torch.arange(self.outputs, dtype=torch.int32 if small else torch.int64, device=self.device).mul_(self.inputs)
+        firsts = torch.arange(self.outputs, dtype=torch.int32 if small else torch.int64, device=self.device).mul_(
+            self.inputs
+        )
         keys = repeated(firsts, self.crow.diff(), self.units).add_(self.col)
         return fresh(self.units, torch.int64, self.device).copy_(keys) if small else keys
 

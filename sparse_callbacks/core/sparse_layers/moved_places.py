@@ -189,7 +189,7 @@ def fill_rows(keys: Tensor, inputs: int, crow: Tensor, col: Tensor) -> Tensor:
         col: takes their columns, int32.
     """
     begins = torch.arange(crow.numel(), device=keys.device) * inputs
-    crow.copy_(counts_below(keys, begins))
+    torch.searchsorted(keys, begins, out_int32=True, out=crow)
     numbers = torch.arange(crow.numel() - 1, dtype=torch.int32, device=keys.device)
     rows = repeated(numbers, crow.diff(), keys.numel())
     # modulo 2^32, below which the columns are: products and keys of a large layer are not
@@ -220,19 +220,18 @@ def fill_by_column(col: Tensor, begins: Tensor, places: Tensor) -> None:
         places: takes the places of the columns in ascending order, equal ones in the order of their places, int32.
     """
     width = begins.numel() - 1
-    columns = torch.arange(width, device=col.device)
     if sorts_by_vectors(col):
         bits = max(1, col.numel() - 1).bit_length()
-        pairs = pairs_of_columns(col, width, bits)
-        pairs.numpy().sort()
-        begins[:-1] = counts_below(pairs, columns.to(pairs.dtype).bitwise_left_shift_(bits))
-        torch.bitwise_and(pairs, 2**bits - 1, out=places)
+        ordered = pairs_of_columns(col, width, bits)
+        ordered.numpy().sort()
+        torch.bitwise_and(ordered, 2**bits - 1, out=places)
     else:
         # a radix sort, linear in the number of bits
-        short = torch.int16 if width < SHORT else torch.int32
-        ordered, slots = col.to(short).sort(stable=True)
-        begins[:-1] = torch.searchsorted(ordered, columns.to(short))
+        bits = 0
+        ordered, slots = col.to(torch.int16 if width < SHORT else torch.int32).sort(stable=True)
         places.copy_(slots)
+    columns = torch.arange(width, dtype=ordered.dtype, device=col.device).bitwise_left_shift_(bits)
+    torch.searchsorted(ordered, columns, out_int32=True, out=begins[:-1])
     begins[-1] = col.numel()
 
 
