@@ -8,7 +8,7 @@ from torch import nn
 
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.record.find_chain import Chain, find_chain
-from sparse_callbacks.core.record.first_batch import FirstBatch, Use
+from sparse_callbacks.core.record.first_batch import FirstBatch, WeightUse
 
 
 class KnownUses:
@@ -20,7 +20,7 @@ class KnownUses:
     """
 
     def __init__(self, model: nn.Module, methods: Sequence[Method]) -> None:
-        self.of: dict[str, Use] = {}
+        self.of: dict[str, WeightUse] = {}
         """The use of each parameter by name; empty before the first batch."""
         self.chain = Chain((), "no batch has come yet")
         """The sparse layers from input to output, or why they are no chain."""
@@ -36,7 +36,7 @@ class KnownUses:
         return self._batch is not None
 
     def measure(self, again: bool, **options: Any) -> None:
-        """Look in the coming batch; see :meth:`~sparse_callbacks.core.record.recorder.Recorder.measure`."""
+        """Look in the coming batch; see :meth:`~sparse_callbacks.core.record.recorder.RunRecorder.measure`."""
         self._counts = again or not self.of
         if self._batch is None:
             watched = [name for method in self._methods for name in method.params]
@@ -67,5 +67,5 @@ class KnownUses:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state` gave."""
-        self.of = {name: Use(*use) for name, use in state["uses"].items()}
+        self.of = {name: WeightUse(*use) for name, use in state["uses"].items()}
         self.order, self.chain = list(state["order"]), Chain(tuple(state["chain"][0]), state["chain"][1])

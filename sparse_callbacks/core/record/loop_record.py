@@ -13,7 +13,7 @@ from sparse_callbacks.core import distributed
 from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.record.description import command, libraries, machine
 from sparse_callbacks.core.record.page import PAGE, page_or_warning, why_no_page, write_page
-from sparse_callbacks.core.record.recorder import Recorder
+from sparse_callbacks.core.record.recorder import RunRecorder
 from sparse_callbacks.core.record.row_times import steps_between_rows
 from sparse_callbacks.core.record.samples import LoopSamples
 
@@ -88,7 +88,9 @@ class LoopRecord:
         }
         every = steps_between_rows(self.wishes.every, self._length)
         method = self._engine.method
-        self._recorder = Recorder(self.wishes.folder, self._model, [method], self._optimizers, every, said, self._warn)
+        self._recorder = RunRecorder(
+            self.wishes.folder, self._model, [method], self._optimizers, every, said, self._warn
+        )
         self._engine.recorder = self._recorder
         self._recorder.begin(state)
         # in a resumed run too, for the samples of its batches

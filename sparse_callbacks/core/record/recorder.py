@@ -33,7 +33,7 @@ STATE_VERSION = 1
 SMALL_CHAIN = 1 << 18  # sparse weights of a chain whose paths are followed at each update, and not at validations alone
 
 
-class Recorder:
+class RunRecorder:
     """Keeps the record of one run: what the network was at each time, and what it had cost by then.
 
     The engine calls :meth:`step_taken` and :meth:`passed`, the host the rest. Every process of a run has a recorder and calls
