@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning import LightningModule
 from pytorch_lightning.utilities import rank_zero_warn
@@ -15,9 +15,14 @@ from sparse_callbacks.core.record.recorder import STATE_VERSION, RunRecorder
 from sparse_callbacks.core.record.row_times import steps_between_rows
 from sparse_callbacks.core.record.samples import samples_in
 from sparse_callbacks.lightning import accumulation, curves
-from sparse_callbacks.lightning.callback import AnyCallback, peers_of
+from sparse_callbacks.lightning.callback import peers_of
 from sparse_callbacks.lightning.logged_network import log_end
 from sparse_callbacks.lightning.namespaces import Trainer
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback as AnyCallback
+else:
+    from sparse_callbacks.lightning.callback import AnyCallback
 
 
 class SparsityReport(AnyCallback):

@@ -121,8 +121,8 @@ class FirstBatch:
         given, made = tensors_in([*args, *kwargs.values()]), tensors_in(output)
         learns = any(t.requires_grad for t in made)
         for local, rows in find(module, args, kwargs, made).items():
-            owner = module.out_proj if local == "out_proj.weight" else module
-            p = owner._parameters.get(local.rpartition(".")[2])
+            holder, _, own = local.rpartition(".")
+            p = module.get_submodule(holder)._parameters.get(own)
             if p is None or (name := self._names.get(id(p))) is None:
                 continue  # reparametrised, or gathered from shards
             if name not in self._order:

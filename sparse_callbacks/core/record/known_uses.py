@@ -1,4 +1,4 @@
-"""What a run knows of its layers since its first batch: where each weight is used, and whether they are a chain."""
+"""Where each weight of a run is used, and whether its layers are a chain, since its first batch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict

@@ -77,7 +77,8 @@ class LoopRecord:
     def begin(self, state: Mapping[str, Any] | None, epoch: int) -> None:
         """The run begins, or goes on from the ``state`` of its record, in ``epoch`` (from 0)."""
         self._samples, self._epoch = LoopSamples(), epoch
-        self._in_epoch, self._metrics = (0, {}) if state is None else (state["in_epoch"], dict(state["metrics"]))
+        self._in_epoch: int = 0 if state is None else state["in_epoch"]
+        self._metrics: dict[str, float] = {} if state is None else dict(state["metrics"])
         device = next((p.device for p in self._model.parameters()), None)
         said = {
             "libraries": libraries(),
