@@ -29,7 +29,7 @@ from sparse_callbacks.core.optimizer_modes import mask_averages
 from sparse_callbacks.core.optimizer_needs import keeps_optimizers, refuse_optimizers, refuse_replaced_steps
 from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.progress import Progress
-from sparse_callbacks.core.record.recorder import Recorder
+from sparse_callbacks.core.record.recorder import RunRecorder
 from sparse_callbacks.core.run_beginning import RunBeginning
 from sparse_callbacks.core.selection import Entry, select
 from sparse_callbacks.core.step import ReplacesSteps, Step
@@ -62,7 +62,7 @@ class Engine:
         """Announced steps of this fit that were not taken, by a GradScaler's choice."""
         self.doctor = Doctor(method, self._warned)
         """Warns of what goes wrong in the run."""
-        self.recorder: Recorder | None = None
+        self.recorder: RunRecorder | None = None
         """Keeps the record of the run, where somebody wants one."""
         self._silence = SilenceWarning(self.method)
         self._seen: set[int] = set()  # optimizers of this run that have taken a step

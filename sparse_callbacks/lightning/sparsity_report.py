@@ -4,19 +4,25 @@ import math
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning import LightningModule
 from pytorch_lightning.utilities import rank_zero_warn
 
 from sparse_callbacks.core.record.description import command, libraries, machine
 from sparse_callbacks.core.record.page import PAGE, page_or_warning, why_no_page
-from sparse_callbacks.core.record.recorder import STATE_VERSION, Recorder, steps_between_rows
+from sparse_callbacks.core.record.recorder import STATE_VERSION, RunRecorder
+from sparse_callbacks.core.record.row_times import steps_between_rows
 from sparse_callbacks.core.record.samples import samples_in
 from sparse_callbacks.lightning import accumulation, curves
-from sparse_callbacks.lightning.callback import AnyCallback, peers_of
+from sparse_callbacks.lightning.callback import peers_of
 from sparse_callbacks.lightning.logged_network import log_end
 from sparse_callbacks.lightning.namespaces import Trainer
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback as AnyCallback
+else:
+    from sparse_callbacks.lightning.callback import AnyCallback
 
 
 class SparsityReport(AnyCallback):
@@ -69,7 +75,7 @@ class SparsityReport(AnyCallback):
         self.dense = None if dense is None else Path(dense)
         self.folder: Path | None = None
         """The folder of the latest recorded fit; None before one."""
-        self._recorder: Recorder | None = None
+        self._recorder: RunRecorder | None = None
         self._restored: Mapping[str, Any] | None = None
         self._trainer: Trainer = None
         self._forget_fit()
@@ -116,7 +122,7 @@ class SparsityReport(AnyCallback):
         every = steps_between_rows(self.every, length, trainer.log_every_n_steps or 50)
         said = self._said(length, pl_module)
         self._trainer, self._module = trainer, pl_module
-        self._recorder = Recorder(
+        self._recorder = RunRecorder(
             self.folder, pl_module, peers, lambda: trainer.optimizers, every, said, rank_zero_warn
         )
         self._recorder.tell = self._log

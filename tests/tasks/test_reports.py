@@ -16,6 +16,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture
+def run(run: Run) -> Run:
+    """A run that is recorded, which those of other tests are not."""
+    return lambda *overrides, **options: run(*(["report=true"] + list(overrides)), **options)
+
+
+@pytest.fixture
 def pages(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, Path | None]]:
     """The pages that were asked for, by folder and dense run; nothing is drawn."""
     asked: list[tuple[Path, Path | None]] = []

@@ -28,7 +28,7 @@ class Snapshot:
 
     active: Mapping[str, int]
     figures: Mapping[str, float]
-    topology: Mapping[str, float] = field(default_factory=dict)
+    topology: Mapping[str, float | None] = field(default_factory=dict)
     layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
