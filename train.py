@@ -106,7 +106,11 @@ def train(cfg: DictConfig, config_file: Path | None = None) -> dict[str, float]:
                 except Exception as error:
                     # raised again below: a failure of slimming must not lose the results of the training
                     slim_error = error
-            why_no_page = "" if report is None else reports.finish(report, metrics, proof, with_page=cfg.get("report", True) is True)
+            why_no_page = (
+                ""
+                if report is None
+                else reports.finish_report(report, metrics, proof, with_page=cfg.get("report", True) is True)
+            )
             _report(metrics, method, trainer, folder, resumed is not None, slim_error, why_no_page)
             _log_end(metrics, trainer, method, folder)
             if slim_error is not None:

@@ -112,7 +112,12 @@ def _setting(runs: Sequence[ComparedRun], varying: Mapping[str, Sequence[str]]) 
     details = [f"{_short(key)}={_said(own[key])}" for key in sorted(varying) if key in own]
     line = f"{first.method} ({', '.join(details)})" if details else first.method
     target, level = target_of(first)
-    return Setting(first.method, line, target, level, sorted(runs, key=lambda run: (run.seed is None, run.seed or 0)))
+    return Setting(first.method, line, target, level, sorted(runs, key=_by_seed))
+
+
+def _by_seed(run: ComparedRun) -> tuple[bool, int, str]:
+    # the configurations of other people may hold a seed as text
+    return (not isinstance(run.seed, int), run.seed if isinstance(run.seed, int) else 0, str(run.seed))
 
 
 def _repeated(setting: Setting) -> list[str]:

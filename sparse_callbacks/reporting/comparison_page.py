@@ -115,7 +115,7 @@ def _problem_values(problem: Problem, comparison: Comparison) -> dict[str, Any]:
         # a line of its own is no place for a sign of percent
         "tiles": [(name, value.replace(" ", "\u00a0"), beside) for name, value, beside in highlights(problem, metric)],
         "figures": figures,
-        "missing": f"No run has recorded {' or '.join(missing)}." if missing else "",
+        "missing": f"Not drawn, as no run has it: {', '.join(missing)}." if missing else "",
         "tables": problem_tables(problem, metric),
         "differing": problem.differing,
         "runs": sum(len(setting.runs) for setting in problem.settings),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from support.recorded import recorded
 
+from sparse_callbacks.core.record.record_file import append_rows
 from sparse_callbacks.reporting import comparison_command
 from sparse_callbacks.reporting.compared_runs import ComparedRun
 from sparse_callbacks.reporting.compared_settings import Problem, Setting
@@ -145,7 +146,7 @@ def test_the_page_has_the_figures_of_every_axis_and_a_legend(files: dict[str, st
     assert len(drawn) == 3 + 2  # a dense run has no place on the axis of sparsity
     assert "against FLOPs of the whole training" in drawn[0]  # the axis that was asked for
     assert sum("colours and markers" in label for label in labels) == 2
-    assert "No run has recorded sparsity of the sparse layers" in files["compare.html"]
+    assert "Not drawn, as no run has it: sparsity of the sparse layers." in files["compare.html"]
 
 
 def test_names_of_users_are_text(files: dict[str, str]) -> None:
@@ -227,3 +228,25 @@ def test_without_matplotlib_the_command_names_the_extra(
     with pytest.raises(SystemExit, match="2"):
         comparison_command.compare_main([str(folder), "--out", str(tmp_path)])
     assert "pip install 'sparse-callbacks[report]'" in " ".join(capsys.readouterr().err.split())
+
+
+def test_any_record_can_be_compared(tmp_path: Path) -> None:
+    """Rows without figures, without layers, with null, and none at all."""
+    odd = [
+        {
+            "step": 0,
+            "event": "end",
+            "layers": {"net.0.weight": {"churn": 0.1}},
+            "flops/inference": None,
+            "sparsity/total": 1.0,
+        },
+        {"step": 1, "event": "end", "layers": {}, "flops/training": 0},
+        {"step": 2, "event": "end", "layers": {"net.0.weight": {"active": 1920}}, "flops/inference_dense": 5},
+    ]
+    for number, rows in enumerate([odd, odd[:1], odd[1:2], []]):
+        folder = recorded(tmp_path / str(number), seed=number, configuration={"seed": "x" if number else number})
+        (folder / "record" / "rows.jsonl").unlink()
+        append_rows(folder, rows)
+    text = write_comparison(compared([tmp_path]), tmp_path, [tmp_path])[0].read_text()
+    assert "Comparison of 4 runs" in text
+    assert "FLOPs of inference for one sample, FLOPs of the whole training." in text

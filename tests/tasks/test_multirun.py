@@ -193,11 +193,10 @@ def test_shrinkbench_small_has_the_ratios_and_both_baselines() -> None:
     assert [float(text) for text in params["sparsity"]] == pytest.approx(expected, abs=1e-6)
 
 
-@with_joblib
 @pytest.mark.parametrize("name", ["random", "magnitude", "set", "rigl", "gmp", "dpf"])
 def test_the_methods_of_shrinkbench_reach_the_ratio(name: str) -> None:
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        overrides = ["experiment=shrinkbench_small", f"shrinkbench={name}", "sparsity=0.943293"]
+        overrides = ["experiment=shrinkbench_small", "hydra/launcher=basic", f"shrinkbench={name}", "sparsity=0.943293"]
         config = compose("train", overrides=overrides, return_hydra_config=True)
     config.initial_weights = None
     method = build.build_method(config)
