@@ -109,7 +109,7 @@ def train(cfg: DictConfig, config_file: Path | None = None) -> dict[str, float]:
             why_no_page = (
                 ""
                 if report is None
-                else reports.finish(report, metrics, proof, with_page=cfg.get("report", True) is True)
+                else reports.finish_report(report, metrics, proof, with_page=cfg.get("report", True) is True)
             )
             _report(metrics, method, trainer, folder, resumed is not None, slim_error, why_no_page)
             _log_end(metrics, trainer, method, folder)

@@ -171,7 +171,11 @@ def rigl_torch_scheduler(net: nn.Module, optimizer: torch.optim.Optimizer, every
 
 
 def lightning_run(
-    workload: Workload, rounds: Sequence[int], module: Net, callback: SparsityCallback | None = None
+    workload: Workload,
+    rounds: Sequence[int],
+    module: Net,
+    callback: SparsityCallback | None = None,
+    further: Sequence[pl.Callback] = (),
 ) -> Run:
     """A Trainer in a thread of its own that makes the steps of one round at a time.
 
@@ -180,6 +184,7 @@ def lightning_run(
         rounds: the number of steps of each round.
         module: the module that is trained.
         callback: the sparsity callback; None for none.
+        further: other callbacks.
     """
 
     def updates() -> int:
@@ -193,7 +198,7 @@ def lightning_run(
         logger=False,
         max_epochs=1,
         gradient_clip_val=workload.clip,
-        callbacks=[turns] if callback is None else [turns, callback],
+        callbacks=[turns, *([] if callback is None else [callback]), *further],
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,

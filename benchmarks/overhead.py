@@ -16,6 +16,7 @@ import logging
 import os
 import platform
 import statistics
+import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ from interleaved_runs import (
 )
 from torch import nn
 
-from sparse_callbacks import DPF, SMCP, ConstrainedL0, RigL, SparsityCallback, Static
+from sparse_callbacks import DPF, SMCP, ConstrainedL0, RigL, SparsityCallback, SparsityReport, Static
 from sparse_callbacks.tasks.models import mlp, resnet20
 
 EVERY = 100  # steps between two updates that "ms a step" stands for
@@ -105,6 +106,7 @@ WORKLOADS = {
 
 
 BASE, RAW, RIGL, DPF_LABEL, SMCP_LABEL = "Lightning, no callback", "raw loop", "ours: RigL", "ours: DPF", "ours: SMCP"
+RECORDED = "ours: RigL + record"
 # the published numbers of steps between two updates where they are not EVERY
 PUBLISHED_EVERY = {DPF_LABEL: 16, SMCP_LABEL: 80}
 
@@ -116,13 +118,20 @@ def runs_of(workload: Workload, rounds: Sequence[int]) -> dict[str, tuple[str, R
 
     dpf_every = min(every, PUBLISHED_EVERY[DPF_LABEL])
 
-    def lightning(callback: SparsityCallback | None = None, module: Net | None = None) -> Run:
-        return lightning_run(workload, rounds, module or Net(workload), callback)
+    def lightning(
+        callback: SparsityCallback | None = None, module: Net | None = None, further: Sequence[pl.Callback] = ()
+    ) -> Run:
+        return lightning_run(workload, rounds, module or Net(workload), callback, further)
+
+    def rigl() -> RigL:
+        return RigL(SPARSITY, every=every, stop=1.0, print_plan=False)
 
     found = {
         BASE: (BASE, lightning()),
         "ours: Static": (BASE, lightning(Static(SPARSITY, print_plan=False))),
-        RIGL: (BASE, lightning(RigL(SPARSITY, every=every, stop=1.0, print_plan=False))),
+        RIGL: (BASE, lightning(rigl())),
+        # a row of each update, and one between two of them
+        RECORDED: (RIGL, lightning(rigl(), further=[SparsityReport(tempfile.mkdtemp(), every=every, page=False)])),
         DPF_LABEL: (BASE, lightning(DPF(f"constant({SPARSITY})", every=dpf_every, stop=1.0, print_plan=False))),
     }
     if workload.gates:
@@ -244,6 +253,7 @@ The data is random and made before the clock starts. Written by `python benchmar
   The ratio "without updates" leaves the updates out, and the "update step" stands alone (median; n of them were timed).
   RigL's update replaces the optimizer's step; DPF's, a global mask from the dense weights, comes on top of it, and so does
   SMCP's, a knapsack.
+- The baseline of the recorded run is the same method without SparsityReport; each of its updates has a row.
 - The gates of ConstrainedL0 have no updates: every step samples them, and steps gates and multiplier. "Gates by autograd"
   is the parametrization w * z as it is usually written, without a constraint.
 - Our masks are drawn by Erdos-Renyi-kernel over all layers; rigl-torch leaves the first layer dense, so it masks fewer

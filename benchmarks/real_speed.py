@@ -9,7 +9,8 @@
 Figures are kept in benchmarks/results/real_speed.json, each part with its command and machine; the tables
 (benchmarks/results/real_speed.md), the blocks of docs/real_speed.md and its picture are written from them after each
 part, and by `--parts page` alone. A part that is measured again replaces its figures; `steps` with a choice of networks,
-sparsities or optimizers replaces theirs. One thread, CPU time of the process, interleaved rounds.
+sparsities or optimizers replaces theirs, and so does `updates` with a choice of widths. One thread, CPU time of the
+process, interleaved rounds.
 """
 
 import argparse

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from sparse_callbacks.channels.onnx import export_onnx
     from sparse_callbacks.channels.slim import slim
     from sparse_callbacks.core.calendar import Time
+    from sparse_callbacks.core.doctor.warning import DoctorWarning
     from sparse_callbacks.core.inference import to_inference
     from sparse_callbacks.core.loop import sparsify
     from sparse_callbacks.core.method import Method, Options
@@ -48,6 +49,7 @@ __all__ = [
     "SMCP",
     "SNFS",
     "ConstrainedL0",
+    "DoctorWarning",
     "DropAndGrow",
     "GaP",
     "Method",
@@ -84,6 +86,7 @@ __all__ = [
 # `sparse_callbacks.methods` work where Lightning is not installed.
 _CALLBACKS = ("CTRE", "DPF", "GMP", "SET", "SMCP", "SNFS", "ConstrainedL0", "GaP", "ParallelGaP", "RigL", "Static")
 _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
+    "DoctorWarning": "core.doctor.warning",
     "DropAndGrow": "methods.drop_and_grow",
     "Method": "core.method",
     "Options": "core.method",

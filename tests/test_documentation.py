@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import sparse_callbacks
 from sparse_callbacks import RigL, Static, methods
 from sparse_callbacks.channels.latency import command
-from sparse_callbacks.reporting import comparison_command
+from sparse_callbacks.reporting import comparison_command, report_command
 from sparse_callbacks.tasks import build
 from sparse_callbacks.testing.networks import Classifier
 
@@ -149,6 +149,7 @@ def test_there_are_examples_and_commands() -> None:
         "loops",
         "methods",
         "real_speed",
+        "report",
         "sharpness",
         "slimming",
         "wandb",
@@ -188,6 +189,8 @@ def test_commands_are_understood(page: Path) -> None:
                 given = command._parser().parse_args(arguments)
                 module, name = given.model.split(":")
                 assert callable(getattr(importlib.import_module(module), name))
+            case ["python", "-m", "sparse_callbacks.report", *arguments]:
+                assert report_command._parser().parse_args(arguments).runs
             case ["python", "-m", "sparse_callbacks.compare", *arguments]:
                 if "RUNS" not in arguments:
                     comparison_command._parser().parse_args(arguments)

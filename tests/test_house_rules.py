@@ -165,6 +165,7 @@ THEIR_PRIVATE = {
     "_parameters",  # the parameters of one module alone, None where it has none
     "_buffers",  # the same for buffers
     "_modules",  # the same for children, in the order of registration
+    "_forward_hooks",  # the forward hooks of a module, from which one may take itself away
     "_backward_hooks",  # functions that a tensor's gradient is given to
     "_post_accumulate_grad_hooks",  # the same, once it is accumulated
     "_version",  # how often a tensor was written in place

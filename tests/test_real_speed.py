@@ -229,3 +229,10 @@ def test_a_picture_has_a_line_for_each_storage(parts: Any, tmp_path: Path) -> No
     parts.page.picture(rows, tmp_path / "a.svg")
     text = (tmp_path / "a.svg").read_text()
     assert all(f">{label}<" in text for label in parts.page.LABELS.values())
+
+
+def test_updates_of_a_width_replace_those_of_that_width_alone(parts: Any) -> None:
+    figures: dict[str, Any] = {}
+    for widths, step in (((1000, 2048), 1.0), ((2048,), 2.0)):
+        parts.report.take(figures, "updates", [{"width": width, "step_ms": step} for width in widths])
+    assert {row["width"]: row["step_ms"] for row in figures["updates"]["rows"]} == {1000: 1.0, 2048: 2.0}

@@ -33,7 +33,12 @@ PARTS: dict[str, tuple[str, str, Callable[[Rows], str]]] = {
     "layers": ("One layer over density and width", layers.ABOUT, layers.table),
 }
 BY_ITSELF = ("steps", "updates", "memory", "differences", "layers")  # parts that need neither files nor much memory
-KEYS = {"steps": ("network", "optimizer", "sparsity"), "largest": ("neurons",), "memory": ("network",)}
+KEYS = {
+    "steps": ("network", "optimizer", "sparsity"),
+    "updates": ("width",),
+    "largest": ("neurons",),
+    "memory": ("network",),
+}
 
 
 def machine() -> str:

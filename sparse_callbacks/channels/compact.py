@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparse_callbacks.channels.compact_format import described, read, refuse_other_model, sizes
 from sparse_callbacks.channels.compact_layers import compact_states, put_sparse
 from sparse_callbacks.core.argument_types import checked
-from sparse_callbacks.core.files import checksum, description_path, replacing
+from sparse_callbacks.core.files import description_path, file_checksum, replacing
 from sparse_callbacks.core.inspection import extra
 
 
@@ -63,7 +63,7 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
     }
     with replacing(path) as beside, replacing(words) as words_beside:
         safetensors.save_file(tensors, beside)
-        words_beside.write_text(json.dumps(described(model, shared) | {"checksum": checksum(beside)}, indent=1))
+        words_beside.write_text(json.dumps(described(model, shared) | {"checksum": file_checksum(beside)}, indent=1))
 
 
 @checked

@@ -17,7 +17,7 @@ from sparse_callbacks.channels.compact_layers import (
     why_other_patterns,
 )
 from sparse_callbacks.channels.module_sizes import BATCH_NORMS
-from sparse_callbacks.core.files import checksum, description_path
+from sparse_callbacks.core.files import description_path, file_checksum
 from sparse_callbacks.core.inspection import extra
 from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 from sparse_callbacks.core.state_layout import is_count, shown_short
@@ -105,7 +105,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], d
             _ = description["class"]  # a KeyError here is better than one in the middle of loading
             _ = [layer["class"] for layer in description["layers"].values()]
             # those of version 0.1 have no checksum
-            if description.get("checksum", checksum(path)) != checksum(path):
+            if description.get("checksum", file_checksum(path)) != file_checksum(path):
                 raise ValueError("the tensors are not those that were written: their checksum is another")
             tensors, parts = split(tensors, description["layers"])
     except Exception as error:  # whatever safetensors and json find in a file that was cut off, or is another

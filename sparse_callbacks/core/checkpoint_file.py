@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparse_callbacks.core.error_text import first_line
-from sparse_callbacks.core.files import checksum, description_path
+from sparse_callbacks.core.files import description_path, file_checksum
 from sparse_callbacks.core.inspection import extra
 
 _ZIP = b"PK\x03\x04"
@@ -115,7 +115,7 @@ def read_tensors(path: Path, advice: str) -> dict[str, Tensor]:
     try:
         words = description_path(path)
         description = dict(json.loads(words.read_text())) if words.is_file() else {}
-        if description.get("checksum", checksum(path)) != checksum(path):
+        if description.get("checksum", file_checksum(path)) != file_checksum(path):
             raise ValueError("the tensors are not those that were written: their checksum is another")
         tensors: dict[str, Tensor] = load(path)
         return tensors | {name: tensors[other] for name, other in description.get("shared", {}).items()}

@@ -12,6 +12,7 @@ from sparse_callbacks.core import optimizers as torch_optimizers
 from sparse_callbacks.core import topology
 from sparse_callbacks.core.agreement import refuse_unequal_weights
 from sparse_callbacks.core.checkpoint import SavedRun, state_of
+from sparse_callbacks.core.doctor.doctor import Doctor
 from sparse_callbacks.core.first_gradients import SilenceWarning
 from sparse_callbacks.core.fresh_weights import rescale_fresh, warnings_of_start
 from sparse_callbacks.core.gradient_care import GradientCare
@@ -19,6 +20,7 @@ from sparse_callbacks.core.gradients import DenseGradients
 from sparse_callbacks.core.host import Host
 from sparse_callbacks.core.live.live_records import put_back_records
 from sparse_callbacks.core.live.live_runs import note_places, refuse_matrix_optimizers
+from sparse_callbacks.core.live.live_weights import Move
 from sparse_callbacks.core.live.uncompiled import leave_abandoned_runs
 from sparse_callbacks.core.loop_steps import next_tick
 from sparse_callbacks.core.method import Method
@@ -27,7 +29,7 @@ from sparse_callbacks.core.optimizer_modes import mask_averages
 from sparse_callbacks.core.optimizer_needs import keeps_optimizers, refuse_optimizers, refuse_replaced_steps
 from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.progress import Progress
-from sparse_callbacks.core.record.recorder import Recorder
+from sparse_callbacks.core.record.recorder import RunRecorder
 from sparse_callbacks.core.run_beginning import RunBeginning
 from sparse_callbacks.core.selection import Entry, select
 from sparse_callbacks.core.step import ReplacesSteps, Step
@@ -58,7 +60,9 @@ class Engine:
         """The optimizers and their schedules shall be configured anew before the next batch that opens a window."""
         self.skipped = 0
         """Announced steps of this fit that were not taken, by a GradScaler's choice."""
-        self.recorder: Recorder | None = None
+        self.doctor = Doctor(method, self._warned)
+        """Warns of what goes wrong in the run."""
+        self.recorder: RunRecorder | None = None
         """Keeps the record of the run, where somebody wants one."""
         self._silence = SilenceWarning(self.method)
         self._seen: set[int] = set()  # optimizers of this run that have taken a step
@@ -101,6 +105,7 @@ class Engine:
         leave_abandoned_runs()
         self.skipped, self.restart_wanted = 0, False
         self._seen = set()
+        self.doctor.forget()
         beginning = RunBeginning(method, model, entries, optimizers)
         if beginning.is_new:
             self.forget()
@@ -190,10 +195,12 @@ class Engine:
             steps: the number of optimizer steps in an epoch, as far as it is known.
         """
         self._silence.expect(epoch, steps)
+        self.doctor.begin()
 
     def epoch_over(self) -> None:
         """An epoch is over; of interest is the first one, see :meth:`expect_gradients`."""
         self._silence.epoch_over()
+        self.doctor.epoch_over()
 
     def unbind(self) -> None:
         """The run is over: take all hooks away; masks and counters stay."""
@@ -201,6 +208,7 @@ class Engine:
         self.end_window()  # first: whatever fails below, compiled code of this process runs again
         if method.attachment.in_training:  # a last pruning, which no step has followed
             mask_averages(method.owners.optimizers, method.weights)
+        self.doctor.end()
         self._hold.end_run()
         dense = self._care.dense
         self._release()
@@ -248,6 +256,8 @@ class Engine:
         if step.names:
             self._silence.look(step)
             self._care.note_finite(step)
+            if self.doctor.waits:
+                self.doctor.look(step)
             method.before_step(step)
             self._care.edited(step)
         return step
@@ -373,15 +383,21 @@ class Engine:
         refuse_unequal_weights(method, step.names)  # before all ranks take one mask, behind which other weights may lie
         owners = method.owners if keeps_optimizers(method) else None
         ever_active = EverActive(method.aux, method.weights)
-        note = {"note": ever_active.note} if method.explores else {}
-        new_weights = partial(method.new_weights, step)
-        changed = topology.take(method.weights, owners, update.masks, new_weights, update.moves, **note)
+        new_weights, before = partial(method.new_weights, step), self.doctor.masks_before(update)
+
+        def note(name: str, move: Move) -> None:
+            self.doctor.note(name, move)
+            if method.explores:
+                ever_active.note(name, move)
+
+        changed = topology.take(method.weights, owners, update.masks, new_weights, update.moves, note)
         method.progress.mark_done(step.index)
         self.events |= {**update.figures, "update/changed": changed}
         if method.explores:
             ever_active.add(update.masks)
             self.events["update/ever_active"] = ever_active.share()
         method.after_update(step)
+        self.doctor.updated(step, before, update.figures, changed)
         # of all, and last: a method may have ended dense copies
         mask_averages(method.owners.optimizers, method.weights, step.names)
 
@@ -389,6 +405,10 @@ class Engine:
         """A batch has passed through the network for the method to look at, and not to train."""
         if self.recorder is not None and self.method.attachment.in_training:
             self.recorder.passed(self.method, batch)
+
+    def _warned(self, text: str) -> None:
+        if self.recorder is not None:
+            self.recorder.warned(text)
 
     def batch_over(self) -> None:
         """A batch is over: forget the gradients of replaced steps, and what a step that was not taken had prepared."""
@@ -435,7 +455,7 @@ class Engine:
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         vars(self).update(state)
-        self.recorder = None
+        self.recorder, self.doctor = None, Doctor(self.method, self._warned)
         self._silence = SilenceWarning(self.method)
         self._seen, self._begins_anew = set(), False
         self._release()

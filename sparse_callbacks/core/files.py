@@ -38,7 +38,7 @@ def _permissions(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def checksum(path: Path) -> str:
+def file_checksum(path: Path) -> str:
     """CRC-32 of a file, which shows that a bit in it was flipped: safetensors keeps none itself."""
     found = 0
     with path.open("rb") as file:

@@ -82,12 +82,19 @@ def warnings_of_start(method: Method, model: nn.Module) -> Iterator[str]:
             f"{name} draws its masks at random, and the network was trained before: {norm} has counted batches. Give "
             "initial_mask='magnitude' to keep its largest weights."
         )
-    elif method.rescale is None and (starved := starved_layers(model, method.weights, method.attachment.given_layers)):
+    elif starved := layers_of_few_inputs(method, model):
         listed = ", ".join(f"{layer} ({inputs:.1f})" for layer, inputs in starved.items())
         yield (
             f"few inputs are left for each output of {listed}, with no norm in between: the signal fades from layer to "
             f"layer, and the network may not learn. {name}(rescale='fan_in') makes fresh weights larger for it."
         )
+
+
+def layers_of_few_inputs(method: Method, model: nn.Module) -> dict[str, float]:
+    """Inputs that an output keeps on average, by layer, where a new run loses its signal and nothing is done about it."""
+    if not isinstance(method, StartsSparse) or method.rescale is not None or start_of(method).brings_counts:
+        return {}
+    return starved_layers(model, method.weights, method.attachment.given_layers)
 
 
 def _same_where(mask: Tensor, mine: Tensor, theirs: Tensor) -> bool:

@@ -47,7 +47,7 @@ class Host(Protocol):
     def inform(self, text: str) -> None:
         """Show the user a sentence, on rank 0."""
 
-    def warn(self, text: str) -> None:
+    def warn(self, text: str, category: type[Warning] = UserWarning) -> None:
         """Warn the user, on rank 0."""
 
 

@@ -90,14 +90,14 @@ class LoopHost:
         if distributed.rank() == 0:
             print(text, flush=True)
 
-    def warn(self, text: str) -> None:
+    def warn(self, text: str, category: type[Warning] = UserWarning) -> None:
         """See :meth:`~sparse_callbacks.core.host.Host.warn`."""
         if distributed.rank() == 0:
             # to the line of the loop: the first one outside of this package
             level, frame = 1, inspect.currentframe()
             while frame is not None and frame.f_globals.get("__name__", "").startswith("sparse_callbacks."):
                 level, frame = level + 1, frame.f_back
-            warnings.warn(text, stacklevel=level)
+            warnings.warn(text, category, stacklevel=level)
 
 
 def _can_be_ordered(data: Any) -> bool:

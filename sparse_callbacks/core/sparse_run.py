@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,7 +26,7 @@ from sparse_callbacks.core.loop_refusals import averaged_model, refuse_arguments
 from sparse_callbacks.core.loop_state import LoopState, saved_state
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.plan import Plan
-from sparse_callbacks.core.record.loop_record import LoopRecord, Wishes
+from sparse_callbacks.core.recorded_loop import RecordedLoop
 from sparse_callbacks.core.selection import Entry, layer_shapes
 from sparse_callbacks.core.state_claims import refuse_impossible
 from sparse_callbacks.core.step import ReplacesSteps
@@ -36,7 +35,7 @@ from sparse_callbacks.core.storages.loop_exchange import FirstBatchOfLoop, excha
 from sparse_callbacks.core.wrappers import plain_model, set_up_by
 
 
-class SparseRun:
+class SparseRun(RecordedLoop):
     """A run of one method in a hand-written loop; :func:`sparsify` begins it.
 
     Use it as a context manager, or call :meth:`close` after the loop.
@@ -55,6 +54,7 @@ class SparseRun:
         state: Mapping[str, Any] | None,
         on_restart: Callable[[], object] | None,
     ) -> None:
+        super().__init__()
         refuse_arguments(method, model, steps, epoch, forward, clip, on_restart)
         self.method, self._model = method, plain_model(model)
         self._optimizers = LoopOptimizers(optimizer)
@@ -69,8 +69,6 @@ class SparseRun:
         self._wrapper = set_up_by(model, self._optimizers.called)
         self._first_batch: FirstBatchOfLoop | None = None
         self._called = model
-        self._record: LoopRecord | None = None
-        self._saved_record: Mapping[str, Any] | None = None  # of the state that the run goes on from
         self._begin(state)
 
     # ------------------------------------------------------------------ the run begins
@@ -98,14 +96,7 @@ class SparseRun:
             self._host.inform(done.report)
         done.forget()
         self._first_batch = FirstBatchOfLoop(done, self._optimizers.steppers, self._host.warn)
-        self._saved_record = None if state is None or method.fresh_start else state.get("record")
-        self._begin_record()
-
-    def _begin_record(self) -> None:
-        """Let the record begin that the loop has asked for; of a run that goes on, where it was left."""
-        if self._record is not None:
-            self._record.begin(self._saved_record, self._epoch)
-            self._driver.record = self._record
+        self._begin_record(None if state is None or method.fresh_start else state.get("record"))
 
     def _exchange(self, state: Mapping[str, Any] | None) -> Exchanged:
         """Let the model have the layers that the method's storage asks for."""
@@ -177,6 +168,8 @@ class SparseRun:
             text = method.progress.why_idle(method.calendar, self._length.total(), name, replaces=replaces)
         if text:
             self._host.warn(text)
+        elif method.saved is None:
+            self._engine.doctor.length_known(self._length.total())
 
     # ------------------------------------------------------------------ in the loop
 
@@ -231,8 +224,8 @@ class SparseRun:
         found = {name: float(value) for name, value in (metrics or {}).items()}
         self.method.validation_end(found, self._epoch)
         self.method.epoch_end(found, self._epoch)
-        if self._record is not None:
-            self._record.epoch_end(found)
+        if self._driver.record is not None:
+            self._driver.record.epoch_end(found)
         self._epoch += 1
         self.method.epoch_start(self._epoch)
 
@@ -256,63 +249,6 @@ class SparseRun:
         finally:  # a warning may be an error
             self._release(status)
 
-    def report(
-        self,
-        path: str | Path,
-        *,
-        every: int | None = None,
-        dense: str | Path | None = None,
-        title: str = "",
-        page: bool = True,
-    ) -> Path:
-        """Keep a record of the run in a folder, and write its page, ``report.html``, when the run is over.
-
-        The first call comes before the first step and begins the record; a later one with the same folder writes the page of
-        the run so far. :meth:`epoch_end` adds a row with the metrics of a validation. See ``docs/recording.md``.
-
-        Args:
-            path: the folder of the run; it is made where it is absent, and an earlier record in it is replaced.
-            every: optimizer steps between two rows; at most one update in so many has a row. None: 50.
-            dense: the folder of a recorded dense run, which the page compares with.
-            title: the headline of the page; default: the method.
-            page: whether the page is written at the end.
-
-        Returns:
-            The path of the page.
-
-        Raises:
-            RuntimeError: the record is to begin, and steps were taken already; or the run is recorded in another folder.
-
-        Example:
-            >>> import tempfile, torch
-            >>> from sparse_callbacks import sparsify
-            >>> from sparse_callbacks.methods import Static
-            >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
-            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            >>> with sparsify(Static(0.5, print_plan=False), model, optimizer, steps=2) as run:
-            ...     _ = run.report(tempfile.mkdtemp(), page=False)
-            ...     for _ in range(2):
-            ...         model(torch.randn(4, 8)).square().mean().backward()
-            ...         optimizer.step()
-            ...         optimizer.zero_grad()
-        """
-        folder = Path(path)
-        if self._record is not None:
-            return self._record.write_page(folder)
-        self._refuse_closed()
-        if self._driver.has_stepped:
-            raise RuntimeError(
-                "report() comes too late: steps were taken already, and a record holds the whole run. Call it right after "
-                "sparsify()."
-            )
-        wishes = Wishes(folder, every, None if dense is None else Path(dense), title, page)
-        length, epoch, steppers = self._length.total(), self._length.epoch(), self._optimizers
-        self._record = LoopRecord(
-            wishes, self._engine, self._model, self._called, lambda: steppers.steppers, length, epoch, self._host.warn
-        )
-        self._begin_record()
-        return self._record.page
-
     @property
     def is_closed(self) -> bool:
         """The run is over: steps of its optimizers are no longer masked."""
@@ -323,9 +259,7 @@ class SparseRun:
             raise RuntimeError("this run is closed. Begin another one with sparsify().")
 
     def _release(self, status: str = "stopped") -> None:
-        if self._driver.record is not None:
-            self._driver.record.finish(status)
-            self._driver.record = None
+        self._end_record(status)
         if self._first_batch is not None:
             self._first_batch.end()
         self._engine.end_window()
@@ -383,8 +317,7 @@ class SparseRun:
         """Everything that a resume needs beside the model's and the optimizer's own states: tensors, numbers and strings,
         which ``torch.load(weights_only=True)`` reads."""
         state = saved_state(self._engine, self._epoch, self._optimizers.first_groups)
-        record = {} if self._record is None else {"record": self._record.state()}
-        return state | self._averages.state() | record
+        return state | self._averages.state() | self._record_state()
 
     def _read(self, state: Mapping[str, Any], path: str) -> LoopState:
         return LoopState.read(state, self.method, self._optimizers.first_groups, path)

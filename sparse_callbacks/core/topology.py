@@ -8,8 +8,9 @@ from torch import Tensor
 
 from sparse_callbacks.core.argument_types import fits
 from sparse_callbacks.core.live import ever_live
-from sparse_callbacks.core.live.live_weights import Move, Moves, carry_out
+from sparse_callbacks.core.live.live_weights import Moves, carry_out
 from sparse_callbacks.core.optimizers import Ownership
+from sparse_callbacks.core.sparse_layers.moved_places import Move
 from sparse_callbacks.core.state_layout import shown_short
 from sparse_callbacks.core.weights import SparseWeights
 

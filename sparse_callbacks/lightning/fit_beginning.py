@@ -141,3 +141,5 @@ def _begin_calendar(callback: "SparsityCallback", trainer: Trainer) -> None:
         name, replaces = type(callback).__name__, isinstance(callback, ReplacesSteps)
         if reason := callback.progress.why_idle(callback.times, length, name, replaces=replaces):
             rank_zero_warn(reason)
+        else:
+            callback.engine.doctor.length_known(length)

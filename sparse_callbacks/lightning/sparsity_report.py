@@ -2,21 +2,27 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning import LightningModule
 from pytorch_lightning.utilities import rank_zero_warn
 
 from sparse_callbacks.core.record.description import command, libraries, machine
 from sparse_callbacks.core.record.page import PAGE, page_or_warning, why_no_page
-from sparse_callbacks.core.record.recorder import EVERY, STATE_VERSION, Recorder
+from sparse_callbacks.core.record.recorder import STATE_VERSION, RunRecorder
+from sparse_callbacks.core.record.row_times import steps_between_rows
 from sparse_callbacks.core.record.samples import samples_in
 from sparse_callbacks.lightning import accumulation, curves
-from sparse_callbacks.lightning.callback import AnyCallback, peers_of
+from sparse_callbacks.lightning.callback import peers_of
 from sparse_callbacks.lightning.logged_network import log_end
 from sparse_callbacks.lightning.namespaces import Trainer
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback as AnyCallback
+else:
+    from sparse_callbacks.lightning.callback import AnyCallback
 
 
 class SparsityReport(AnyCallback):
@@ -34,8 +40,8 @@ class SparsityReport(AnyCallback):
     Args:
         folder: the folder of the run; an earlier record in it is replaced. None: where ModelCheckpoint would make its folder,
             by the first logger, or ``default_root_dir``.
-        every: optimizer steps between two rows; at most one update in so many has a row. None: ``log_every_n_steps`` of the
-            Trainer, and 50 where it logs nothing.
+        every: optimizer steps between two rows; at most one update in so many has a row. None: about 200 rows of the run, at
+            least ``log_every_n_steps`` of the Trainer apart (50 where it logs nothing).
         dense: the folder of a recorded dense run, which the page compares with.
         title: the headline of the page; default: the method.
         page: whether the page is written at the end. It needs the extra ``report``; a warning says so where it is missing.
@@ -69,7 +75,7 @@ class SparsityReport(AnyCallback):
         self.dense = None if dense is None else Path(dense)
         self.folder: Path | None = None
         """The folder of the latest recorded fit; None before one."""
-        self._recorder: Recorder | None = None
+        self._recorder: RunRecorder | None = None
         self._restored: Mapping[str, Any] | None = None
         self._trainer: Trainer = None
         self._forget_fit()
@@ -80,6 +86,7 @@ class SparsityReport(AnyCallback):
         self._knows_samples = True
         self._before_validation: dict[str, float] = {}
         self._measured: set[str] = set()  # names of metrics that a validation has logged
+        self._told: dict[str, float] = {}  # metrics when the last row was written
 
     # ------------------------------------------------------------------ Lightning's hooks, in their order
 
@@ -111,10 +118,11 @@ class SparsityReport(AnyCallback):
             self._restored = earlier.state(gather=True)
         if any(peer.fresh_start for peer in peers):
             self._restored = None
-        every = self.every or trainer.log_every_n_steps or EVERY
-        said = self._said(trainer, pl_module)
+        length = accumulation.run_length(trainer)
+        every = steps_between_rows(self.every, length, trainer.log_every_n_steps or 50)
+        said = self._said(length, pl_module)
         self._trainer, self._module = trainer, pl_module
-        self._recorder = Recorder(
+        self._recorder = RunRecorder(
             self.folder, pl_module, peers, lambda: trainer.optimizers, every, said, rank_zero_warn
         )
         self._recorder.tell = self._log
@@ -169,7 +177,7 @@ class SparsityReport(AnyCallback):
         batches = trainer.num_training_batches
         done = (self._batch + 1) / batches if batches and not math.isinf(batches) else 0.0
         self._epoch = trainer.current_epoch + done
-        recorder.window_over(trainer.global_step, self._epoch, self._metrics_of_training)
+        recorder.window_over(trainer.global_step, self._epoch, self._new_metrics)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._before_validation = self._metrics() if self._begun else {}
@@ -177,9 +185,9 @@ class SparsityReport(AnyCallback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._recorder is not None and self._begun and not trainer.sanity_checking and trainer.state.fn == "fit":
             self._catch_up()
-            metrics, before = self._metrics(), self._before_validation
-            self._measured |= {name for name, value in metrics.items() if before.get(name) != value}
-            self._recorder.validated(self._epoch, metrics)
+            before = self._before_validation
+            self._measured |= {name for name, value in self._metrics().items() if before.get(name) != value}
+            self._recorder.validated(self._epoch, self._new_metrics(self._measured))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._recorder is not None and self._begun:
@@ -235,8 +243,7 @@ class SparsityReport(AnyCallback):
         path = None if self.folder is None else self.folder / PAGE
         return path if path is not None and path.exists() else None
 
-    def _said(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-        length = accumulation.run_length(trainer)
+    def _said(self, length: float, module: LightningModule) -> dict[str, Any]:
         given = self.configuration if self.configuration is not None else getattr(module, "hparams_initial", {})
         return {
             "libraries": libraries(("pytorch-lightning", "lightning")),
@@ -249,15 +256,21 @@ class SparsityReport(AnyCallback):
 
     def _metrics(self) -> dict[str, float]:
         metrics = curves.logged_metrics(self._trainer)
-        if not any(name == "lr" or name.endswith("/lr") or name.startswith("lr-") for name in metrics):  # by a monitor
+        if not any(map(_is_rate, metrics)):  # which a monitor may have logged
             optimizers = self._trainer.optimizers
             rate = optimizers[0].param_groups[0].get("lr") if optimizers else None
             return metrics if rate is None else {"lr": float(rate), **metrics}
         return metrics
 
-    def _metrics_of_training(self) -> dict[str, float]:
-        """The metrics without those of an earlier validation, which would be told again as if they were new."""
-        return {name: value for name, value in self._metrics().items() if name not in self._measured}
+    def _new_metrics(self, always: Collection[str] = ()) -> dict[str, float]:
+        """Metrics that have changed since the last row: the others would be told again as if they were new.
+
+        Args:
+            always: names of those that were measured just now, whatever they came to.
+        """
+        metrics, before = self._metrics(), self._told
+        self._told = metrics
+        return {n: v for n, v in metrics.items() if n in always or before.get(n) != v or _is_rate(n)}
 
     def _log(self, row: Mapping[str, Any]) -> None:
         if self._trainer is not None:
@@ -281,6 +294,11 @@ def folder_of(trainer: Trainer) -> str:
     logger = trainer.loggers[0]
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
     return os.path.join(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
+
+
+def _is_rate(metric: str) -> bool:
+    """Whether a metric is a learning rate, by the names that Lightning and ``train.py`` give it."""
+    return metric == "lr" or metric.endswith("/lr") or metric.startswith("lr-")
 
 
 def _trained(module: LightningModule) -> list[bool]:

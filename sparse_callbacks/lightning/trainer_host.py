@@ -57,6 +57,6 @@ class TrainerHost:
         """See :meth:`~sparse_callbacks.core.host.Host.inform`."""
         rank_zero_info(text)
 
-    def warn(self, text: str) -> None:
+    def warn(self, text: str, category: type[Warning] = UserWarning) -> None:
         """See :meth:`~sparse_callbacks.core.host.Host.warn`."""
-        rank_zero_warn(text)
+        rank_zero_warn(text, category=category)

@@ -1,1 +1,1 @@
-"""Reports of recorded runs: pages that open offline, tables, and comparisons of several runs. Reads files alone."""
+"""Reports of recorded runs, and comparisons of several: pages that open offline, and tables."""

@@ -1,14 +1,13 @@
-"""Curves of a recorded run, beside those of a dense run: what is drawn, and the drawing of it."""
+"""Curves of recorded runs in one frame: what is drawn, the drawing, and its views."""
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparse_callbacks.core.record.record_file import RecordedRun
 from sparse_callbacks.reporting import readable
-from sparse_callbacks.reporting.series import AXES, curve, events_of, metrics
-from sparse_callbacks.reporting.style import INK, PALETTE, arrange, colour, drawing, figure_svg
+from sparse_callbacks.reporting.series import AXES, curve
+from sparse_callbacks.reporting.style import arrange, drawing, figure_svg
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,6 +27,7 @@ class Line:
         colour: ``"#rrggbb"``.
         dashes: matplotlib's letters for a line.
         events: the events of the rows that it is read from; none for all rows.
+        repeated: whether a row that repeats the row before has a point.
     """
 
     label: str
@@ -36,10 +36,11 @@ class Line:
     colour: str
     dashes: str = "-"
     events: tuple[str, ...] = ()
+    repeated: bool = True
 
     def points(self, axis: str) -> tuple[list[float], list[float]]:
         """Places on an axis, and figures."""
-        return curve(self.run, self.key, axis, self.events)
+        return curve(self.run, self.key, axis, self.events, self.repeated)
 
 
 @dataclass(frozen=True)
@@ -70,26 +71,28 @@ def chart_figure(chart: Chart, axis: str = "steps") -> "Figure | None":
         chart: what is drawn.
         axis: a key of :data:`~sparse_callbacks.reporting.series.AXES`.
     """
-    drawn = [(line, points) for line in chart.lines if (points := line.points(axis))[0]]
+    drawn = [(place, line, points) for place, line in enumerate(chart.lines) if (points := line.points(axis))[0]]
     if not drawn:
         return None
     with drawing() as figures:
         figure: Figure = figures.Figure(figsize=SIZE, layout="constrained")
         axes = figure.subplots()
-        for line, (xs, ys) in drawn:
-            axes.plot(xs, ys, line.dashes, color=line.colour, marker=_marker(line, xs), markersize=5, label=line.label)
-        axes.set_title(chart.title)
+        for place, line, (xs, ys) in drawn:
+            look = {"color": line.colour, "marker": _marker(line, xs), "markersize": 5}
+            # the name that chart_views knows it by, as several may have one label
+            axes.plot(xs, ys, line.dashes, label=_in_legend(line.label), gid=str(place), **look)
+        axes.set_title(readable.shortened(chart.title, 44))
         axes.set_xlabel(AXES[axis][1])
-        axes.set_ylim(*_limits(chart, [y for _, (_, ys) in drawn for y in ys]))
+        axes.set_ylim(*_limits(chart, [y for _, _, (_, ys) in drawn for y in ys]))
         axes.margins(x=0.02)
         axes.xaxis.set_major_formatter(_written(readable.tick))
         axes.yaxis.set_major_formatter(_written(chart.write))
         axes.locator_params(axis="x", nbins=6, steps=[1, 2, 5, 10])
-        whole = all(y == int(y) for _, (_, ys) in drawn for y in ys)
+        whole = all(y == int(y) for _, _, (_, ys) in drawn for y in ys)
         axes.locator_params(axis="y", nbins=5, steps=[1, 2, 5, 10] if whole else [1, 2, 2.5, 5, 10], integer=whole)
-        if [line.label for line, _ in drawn] != [chart.title]:
+        if [line.label for _, line, _ in drawn] != [chart.title]:
             # below the frame, where it hides no curve
-            long = any(len(line.label) > 22 for line, _ in drawn)
+            long = any(len(line.label) > 22 for _, line, _ in drawn)
             figure.legend(loc="outside lower left", ncols=1 if long else 2)
     # names and numbers of another axis are as high: the margins stay
     return arrange(figure)
@@ -104,16 +107,15 @@ def chart_views(chart: Chart, figure: "Figure", axes: Iterable[str]) -> list[tup
         axes: keys of :data:`~sparse_callbacks.reporting.series.AXES`.
     """
     [frame] = figure.axes
-    lines = {drawn.get_label(): drawn for drawn in frame.lines}
     found = []
     for axis in axes:
-        points = {line.label: line.points(axis) for line in chart.lines}
-        for label, drawn in lines.items():
-            drawn.set_data(*points[str(label)])
+        points = [chart.lines[int(str(drawn.get_gid()))].points(axis) for drawn in frame.lines]
+        for drawn, (xs, ys) in zip(frame.lines, points, strict=True):
+            drawn.set_data(xs, ys)
         frame.set_xlabel(AXES[axis][1])
         frame.relim()
         frame.autoscale_view(scaley=False)
-        known = any(points[str(label)][0] for label in lines)
+        known = any(xs for xs, _ in points)
         found.append((axis, figure_svg(figure, chart_label(chart, axis)) if known else ""))
     return found
 
@@ -124,6 +126,12 @@ def _limits(chart: Chart, ys: Sequence[float]) -> tuple[float | None, float | No
     if low is None or high is not None:
         return low, high
     return low, low + 1.08 * (max(ys) - low) if max(ys) > low else low + 1
+
+
+def _in_legend(label: str) -> str:
+    """A label as matplotlib shows it: one that begins with an underscore would be left out of the legend."""
+    short = readable.shortened(label, 48)
+    return f" {short}" if short.startswith("_") else short
 
 
 def _marker(line: Line, xs: Sequence[float]) -> str:
@@ -144,125 +152,3 @@ def chart_label(chart: Chart, axis: str) -> str:
 def _written(write: Callable[[float | None], str]) -> Callable[[float, Any], str]:
     # 1e-16 beside ticks of 0.1 is a zero
     return lambda value, _: write(0.0 if abs(value) < 1e-12 else value)
-
-
-def progress_charts(run: RecordedRun, dense: RecordedRun | None) -> list[Chart]:
-    """Sparsity, accuracies, losses, and what else the run has logged, over time."""
-    own = colour(run.run.method)
-    zeros = [Line("sparse layers", run, "sparsity/total", own), Line("whole model", run, "sparsity/model", INK, ":")]
-    charts = [
-        Chart("sparsity", "Sparsity", zeros, "The share of weights that are zero.", readable.share, (0.0, 1.03)),
-    ]
-    left = metrics(run)
-    accuracies = [name for name in left if readable.is_accuracy(name)]
-    losses = [name for name in left if "loss" in name.lower()]
-    if accuracies:
-        shares = all(v is None or 0 <= v <= 1 for name in accuracies for v in curve(run, name)[1])
-        lines = _metric_lines(run, dense, accuracies)
-        charts.append(Chart("accuracy", "Accuracy", lines, "", readable.share if shares else readable.tick))
-    if losses:
-        charts.append(Chart("loss", "Loss", _metric_lines(run, dense, losses)))
-    rates = [name for name in left if _is_rate(name)]
-    if rates:
-        charts.append(Chart("learning_rate", "Learning rate", _metric_lines(run, dense, rates), limits=(0.0, None)))
-    others = [name for name in left if name not in {*accuracies, *losses, *rates}]
-    # more than a handful would bury what the page is about; the record has them
-    for name in others[:4]:
-        lowest = 0.0 if all(value >= 0 for value in curve(run, name)[1]) else None
-        charts.append(Chart(name, name, _metric_lines(run, dense, [name]), limits=(lowest, None)))
-    return charts
-
-
-def _is_rate(name: str) -> bool:
-    """Whether a metric is a learning rate: one may be logged under several names, and each group of parameters has its own."""
-    return re.fullmatch(r"(.*/)?(lr|learning_rate)([-_/].*)?", name, re.IGNORECASE) is not None
-
-
-def _metric_lines(run: RecordedRun, dense: RecordedRun | None, names: Sequence[str]) -> list[Line]:
-    """The curves of metrics: those of the dense run are dashed in the same order, dark."""
-    # metrics of validation first: they are what runs are compared by
-    ordered = sorted(names, key=lambda name: ("val" not in name.lower(), names.index(name)))[:6]
-    own = colour(run.run.method)
-    colours = [own, *(c for c in PALETTE if c != own)]
-    lines = [
-        Line(name, run, name, colours[i % len(colours)], "-", events_of(run, name)) for i, name in enumerate(ordered)
-    ]
-    if dense is not None:
-        known = set(metrics(dense))
-        compared = [name for name in ordered if name in known][:2]
-        lines += [
-            Line(f"dense: {name}", dense, name, INK, "--" if i == 0 else ":", events_of(dense, name))
-            for i, name in enumerate(compared)
-        ]
-    return lines
-
-
-def movement_charts(run: RecordedRun) -> list[Chart]:
-    """What moved: connections exchanged at each update, how far the masks went, and how old connections are."""
-    own = colour(run.run.method)
-    others = [c for c in PALETTE if c != own]
-    moved = [
-        # between updates nothing moves: rows of other events would be zeros between them
-        Line("churn", run, "topology/churn", own, events=("update",)),
-        Line("distance to the previous mask", run, "topology/distance_previous", others[0], events=("update",)),
-    ]
-    gone = [
-        Line("distance to the first mask", run, "topology/distance_first", own),
-        Line("ever active", run, "topology/ever_active", others[1]),
-    ]
-    ages = [Line("Mean age of active connections", run, "topology/mean_age", own)]
-    paths = [Line("Paths from inputs to outputs", run, "topology/paths", own)]
-    return [
-        Chart(
-            "churn", "Connections that moved at an update", moved,
-            "Churn: the share of active connections that an update has exchanged. Distance: Jaccard, the share of "
-            "connections in either mask that are not in both.",
-            readable.share, (0.0, None),
-        ),
-        Chart(
-            "exploration", "How far the masks went", gone,
-            "Distance to the first mask (Jaccard), and the share of all weights that were active at some time.",
-            readable.share, (0.0, 1.03),
-        ),
-        Chart(
-            "age", "Mean age of active connections", ages,
-            "Optimizer steps since a connection was last grown; it rises by one a step where nothing moves.",
-            readable.tick, (0.0, None),
-        ),
-        Chart(
-            "paths", "Paths from inputs to outputs", paths,
-            "Ways through active connections, one of each layer.", readable.tick, (0.0, None),
-        ),
-    ]  # fmt: skip
-
-
-def cost_charts(run: RecordedRun, dense: RecordedRun | None) -> list[Chart]:
-    """FLOPs of training so far, and of inference, beside those of a dense network."""
-    own = colour(run.run.method)
-    trained = [
-        Line("this run", run, "flops/training", own),
-        Line("the same steps, dense", run, "flops/training_dense", INK, "--"),
-    ]
-    if dense is not None:
-        trained.append(Line("the dense run", dense, "flops/training", INK, ":"))
-    inference = [
-        Line("this network", run, "flops/inference", own),
-        Line("dense network", run, "flops/inference_dense", INK, "--"),
-    ]
-    return [
-        Chart(
-            "training_flops", "FLOPs of training so far", trained,
-            "Forward and backward passes of all samples, whole model; a multiply-add is two FLOPs.", limits=(0.0, None),
-        ),
-        Chart(
-            "inference_flops", "FLOPs of one sample at inference", inference,
-            "What the masks leave of a forward pass, whole model.", limits=(0.0, None),
-        ),
-    ]  # fmt: skip
-
-
-def dead_chart(run: RecordedRun) -> Chart:
-    """Dead units over time."""
-    lines = [Line("Dead units", run, "topology/dead_units", colour(run.run.method))]
-    caption = "Units whose connections to inputs are all masked."
-    return Chart("dead_units", "Dead units", lines, caption, limits=(0.0, None))

@@ -53,23 +53,36 @@ def gains(run: RecordedRun, dense: RecordedRun | None) -> dict[str, list[Gain]]:
 
 
 def _metric_gains(run: RecordedRun, dense: RecordedRun | None) -> list[Gain]:
-    found = []
     logged = metrics(run)
-    names = dict.fromkeys([main_metric(run), *run.run.results, *(n for n in logged if "val" in n.lower())])
-    for name in [n for n in names if n and not n.startswith(("slim/", "sparsity/"))][:8]:
+    main = main_metric(run)
+    # results of tests, then of validations; the figures that methods add have their curves
+    named = sorted({n for n in (*run.run.results, *logged) if n.lower().startswith(("test", "val"))}, key=_order)
+    found = []
+    for name in dict.fromkeys([main, *named][:8] if main else named[:8]):
         own, other = final(run, name), final(dense, name)
         if own is None:
             continue
-        difference = ""
-        if other is not None:
-            points = readable.is_accuracy(name) and 0 <= own <= 1 and 0 <= other <= 1
-            difference = f"{100 * (own - other):+.2f} points" if points else f"{own - other:+.3g}"
-            difference = difference.replace("-", "\N{MINUS SIGN}", 1)
-        found.append(Gain(f"{name}, at the end", readable.score(name, own), _text(name, other), difference))
-        if name in logged and readable.is_accuracy(name):
-            top, other = best(run, name), None if dense is None else best(dense, name)
-            found.append(Gain(f"{name}, best", readable.score(name, top), _text(name, other)))
+        difference = "" if other is None else _difference(name, own, other)
+        found.append(Gain(name, readable.score(name, own), _text(name, other), difference))
+        top = best(run, name) if name in logged and readable.is_accuracy(name) else None
+        if top is not None and top != own:
+            other = None if dense is None else best(dense, name)
+            difference = "" if other is None else _difference(name, top, other)
+            found.append(Gain(f"{name}, best", readable.score(name, top), _text(name, other), difference))
     return found
+
+
+def _order(name: str) -> tuple[bool, bool, str]:
+    return not name.lower().startswith("test"), not readable.is_accuracy(name), name
+
+
+def _difference(name: str, own: float, other: float) -> str:
+    """A metric's difference from that of a dense run: of accuracies in points of percent."""
+    if own == other:
+        return "the same"
+    points = readable.is_accuracy(name) and 0 <= own <= 1 and 0 <= other <= 1
+    text = f"{100 * (own - other):+.2f} points" if points else f"{own - other:+.3g}"
+    return text.replace("-", "\N{MINUS SIGN}", 1)
 
 
 def _text(name: str, value: float | None) -> str:
@@ -131,11 +144,14 @@ def _other_gains(run: RecordedRun, dense: RecordedRun | None) -> list[Gain]:
     duration, other = last(run, "seconds"), None if dense is None else last(dense, "seconds")
     if duration is not None:
         texts = (readable.seconds(duration), "" if other is None else readable.seconds(other))
-        found.append(Gain("time of the training", *texts, readable.fewer(duration, other, words=("shorter", "longer"))))
+        # without a ratio: two runs seldom had their machine to themselves alike
+        found.append(Gain("time of the training", *texts))
     before, after = (channel_costs(run, when).get("latency") for when in ("before", "after"))
     if before is not None and after is not None:
         change = readable.fewer(after, before, words=("faster", "slower"))
-        found.append(Gain("latency, slim beside masked", f"{after:.3g} ms", f"{before:.3g} ms", change))
+        found.append(
+            Gain("latency, slim beside masked", readable.milliseconds(after), readable.milliseconds(before), change)
+        )
     return found
 
 
@@ -175,8 +191,5 @@ def _latency_tile(run: RecordedRun) -> tuple[str, str, str]:
     measured = after.get("latency", number(run.run.results, "slim/latency"))
     if measured is None:
         return ("latency", "not measured", "slimming measures it (slim=true)")
-    return (
-        "latency, slim network",
-        f"{measured:.3g} ms",
-        f"masked: {before['latency']:.3g} ms" if "latency" in before else "",
-    )
+    masked = f"masked: {readable.milliseconds(before['latency'])}" if "latency" in before else ""
+    return ("latency, slim network", readable.milliseconds(measured), masked)

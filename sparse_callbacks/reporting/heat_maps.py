@@ -89,8 +89,7 @@ def short_names(names: Sequence[str], most: int = 20) -> list[str]:
         # the last part stays, also of a name that is the beginning of another
         shared = next(i for i in range(len(parts[0])) if i + 1 in map(len, parts) or len({p[i] for p in parts}) > 1)
         bare = [".".join(p[shared:]) for p in parts]
-    half = (most - 1) // 2
-    return [name if len(name) <= most else f"{name[:half]}…{name[-half:]}" for name in bare]
+    return [readable.shortened(name, most) for name in bare]
 
 
 def heat_map_figure(heat: HeatMap) -> "Figure":
@@ -108,6 +107,8 @@ def heat_map_figure(heat: HeatMap) -> "Figure":
             grid.numpy(), aspect="auto", cmap="viridis", interpolation="none", vmin=low, vmax=high,
             extent=(heat.steps[0], end, layers - 0.5, -0.5),
         )  # fmt: skip
+        # drawn to its edges, whatever the ticks
+        axes.set(xlim=(heat.steps[0], end), ylim=(layers - 0.5, -0.5), autoscale_on=False)
         axes.grid(False)
         axes.set_title(heat.title)
         axes.set_yticks(list(named), [heat.names[i] for i in named], fontsize=8.5 if layers <= 24 else 7)

@@ -1,4 +1,4 @@
-"""Pictures of masks: what became of each connection between the beginning and the end, and the inputs that are read."""
+"""Pictures of masks: what became of each connection, and which inputs are read."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +121,8 @@ def mask_figure(run: RecordedRun, layer: LayerRecord, name: str) -> "Figure":
             mask_picture(first, last).numpy(), interpolation="none", extent=(0, columns, rows, 0),
             aspect="equal" if height == rows / columns else "auto",
         )  # fmt: skip
+        # drawn to its edges, whatever the ticks
+        axes.set(xlim=(0, columns), ylim=(rows, 0), autoscale_on=False)
         axes.grid(False)
         axes.set_title(f"{name} ({readable.shape_text(layer.shape)})")
         axes.spines[["top", "right"]].set_visible(True)

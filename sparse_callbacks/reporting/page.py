@@ -11,7 +11,7 @@ from sparse_callbacks.reporting.html_pages import write_page
 from sparse_callbacks.reporting.mask_pictures import MOST, STATES, pictured
 from sparse_callbacks.reporting.pictures import Picture, figures, known_axes, pictures
 from sparse_callbacks.reporting.readable import moment, seconds
-from sparse_callbacks.reporting.series import AXES, last
+from sparse_callbacks.reporting.series import AXES, last, stayed_zero
 from sparse_callbacks.reporting.style import drawing, figure_png
 
 __all__ = ["FILE", "PICTURES", "figures", "write_report"]
@@ -169,14 +169,20 @@ def _why(run: RecordedRun) -> dict[str, str]:
     """Why a section is empty."""
     rows = "" if run.rows else "The record has no rows: the run ended before its first. "
     no_masks = "A dense run has no masks." if run.run.method == "dense" else ""
+    still = "The masks stayed as they began." if stayed_zero(run, "topology/distance_first") else ""
+    alive = (
+        "Every unit had active inputs, whenever the run was recorded."
+        if stayed_zero(run, "topology/dead_units")
+        else ""
+    )
     return {
         "gained": rows or "No row holds figures that could be compared.",
         "progress": rows or "No row holds a sparsity or a metric.",
         "layers": rows or no_masks or "No row holds figures of sparse layers.",
-        "moved": rows or no_masks or "No row holds figures of the topology.",
+        "moved": rows or no_masks or still or "No row holds figures of the topology.",
         "cost": rows or "No row holds FLOPs: they need the sizes of outputs, which the first batch tells.",
         "masks": no_masks
         or "The record holds no mask: only those of small layers and of layers that read the input are kept.",
-        "dead": rows or no_masks or "No row holds numbers of dead units.",
+        "dead": rows or no_masks or alive or "No row holds numbers of dead units.",
         "configuration": "The record holds no configuration: the run was not started by train.py.",
     }

@@ -6,18 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sparse_callbacks.core.record.record_file import RecordedRun
-from sparse_callbacks.reporting.charts import (
-    Chart,
-    chart_figure,
-    chart_label,
-    chart_views,
-    cost_charts,
-    dead_chart,
-    movement_charts,
-    progress_charts,
-)
+from sparse_callbacks.reporting.charts import Chart, chart_figure, chart_label, chart_views
 from sparse_callbacks.reporting.heat_maps import heat_map_figure, heat_map_label, heat_maps, short_names
 from sparse_callbacks.reporting.mask_pictures import input_figure, mask_figure, mask_label, pictured
+from sparse_callbacks.reporting.run_charts import cost_charts, dead_charts, movement_charts, progress_charts
 from sparse_callbacks.reporting.series import AXES, number
 from sparse_callbacks.reporting.style import figure_svg
 
@@ -72,7 +64,7 @@ def pictures(run: RecordedRun, dense: RecordedRun | None = None) -> dict[str, li
         "moved": _charts(movement_charts(run), axes),
         "cost": _charts(cost_charts(run, dense), axes),
         "masks": list(_masks(run)),
-        "dead": _charts([dead_chart(run)], axes),
+        "dead": _charts(dead_charts(run), axes),
     }
     return _named_apart(found)
 

@@ -76,6 +76,11 @@ def seconds(value: float | None) -> str:
     return f"{hours:,} h {minutes} min" if minutes else f"{hours:,} h"
 
 
+def milliseconds(value: float) -> str:
+    """A latency: ``"12.3 ms"``, below a tenth of a millisecond in microseconds."""
+    return f"{value:.3g} ms" if value >= 0.1 else f"{1000 * value:.3g} \N{MICRO SIGN}s"
+
+
 def moment(text: str) -> str:
     """A time of ISO 8601 to the minute: ``"2026-01-01 12:30 UTC"``; another text as it is."""
     try:
@@ -119,6 +124,12 @@ def score(name: str, value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return UNKNOWN
     return f"{100 * value:.2f} %" if is_accuracy(name) and 0 <= value <= 1 else f"{value:.4g}"
+
+
+def shortened(text: str, most: int) -> str:
+    """A text without its middle where it has more than ``most`` letters."""
+    half = (most - 1) // 2
+    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
 
 
 def shape_text(shape: Sequence[int]) -> str:

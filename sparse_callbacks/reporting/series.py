@@ -32,6 +32,12 @@ def last(run: RecordedRun, key: str) -> float | None:
     return next((found for row in reversed(run.rows) if (found := number(row, key)) is not None), None)
 
 
+def stayed_zero(run: RecordedRun, key: str) -> bool:
+    """Whether the rows have numbers under a key, and all of them are zero."""
+    found = [value for row in run.rows if (value := number(row, key)) is not None]
+    return bool(found) and not any(found)
+
+
 def best(run: RecordedRun, key: str, largest: bool = True) -> float | None:
     """The best number that the rows have under a key; None where they have none."""
     found = [value for row in run.rows if (value := number(row, key)) is not None]
@@ -39,7 +45,7 @@ def best(run: RecordedRun, key: str, largest: bool = True) -> float | None:
 
 
 def curve(
-    run: RecordedRun, key: str, axis: str = "steps", events: Sequence[str] = ()
+    run: RecordedRun, key: str, axis: str = "steps", events: Sequence[str] = (), repeated: bool = True
 ) -> tuple[list[float], list[float]]:
     """Where, and how large: the points of a figure over time, at most :data:`POINTS` of them with the last one.
 
@@ -48,12 +54,16 @@ def curve(
         key: the figure's key in the rows.
         axis: a key of :data:`AXES`.
         events: the rows that are read, by their event; none, or where no row has one of them: all.
+        repeated: whether a figure that is that of the row before is a point, but for the last one.
     """
     against = AXES[axis][0]
     rows = [row for row in run.rows if row.get("event") in events and number(row, key) is not None] or run.rows
     points = [(number(row, against), number(row, key)) for row in rows]
-    known = thinned([(x, y) for x, y in points if x is not None and y is not None], POINTS)
-    return [x for x, _ in known], [y for _, y in known]
+    known = [(x, y) for x, y in points if x is not None and y is not None]
+    if not repeated:
+        known = [p for i, p in enumerate(known) if i in (0, len(known) - 1) or p[1] != known[i - 1][1]]
+    shown = thinned(known, POINTS)
+    return [x for x, _ in shown], [y for _, y in shown]
 
 
 VALIDATIONS = ("validation", "end")

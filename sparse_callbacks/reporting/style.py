@@ -1,9 +1,10 @@
-"""How figures look: one colour and marker for each method, lines and text for light and dark pages, SVG and PNG."""
+"""The look of figures: colours of methods, text that follows the page, SVG and PNG."""
 
 import hashlib
 import html
 import io
 import re
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,7 +95,9 @@ def drawing() -> Iterator[Any]:
         yield figures
         return
     cycle = {"axes.prop_cycle": f"cycler('color', {list(PALETTE)})"}
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_RC, **cycle}):
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_RC, **cycle}), warnings.catch_warnings():
+        # names in a script that the font lacks: pages take other fonts, and pictures have boxes
+        warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
         yield figures
 
 
@@ -130,18 +133,15 @@ def figure_svg(figure: "Figure", label: str = "") -> str:
     text = _unique_ids(text, label)
     # the names of XML, which HTML knows, would look like addresses of other sites
     text = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
-    text = re.sub(rf"(?<=: ){INK}(?=[;\"])", "currentColor", text)
-    text = re.sub(rf"(?<=: ){GRID}(?=[;\"])", "var(--grid)", text)
-    # the page's fonts are narrower than the one that matplotlib has measured, so that nothing overlaps
-    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
+    text = re.sub(r'style="[^"]*"', lambda found: _of_the_page(found[0]), text)
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)
     text = re.sub(r' (?:d|x|y|transform)="[^"]*"', lambda m: re.sub(r"(\.\d\d)\d+|\s*\n", r"\1", m[0]), text)
     size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)
     ratio = f"{float(size[1]):.0f} / {float(size[2]):.0f}" if size else "auto"
     said = f'role="img" aria-label="{html.escape(label)}"' if label else 'aria-hidden="true"'
-    text = re.sub(
-        r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 {said} style="aspect-ratio: {ratio}">', text, count=1
-    )
+    opening = f'{said} style="aspect-ratio: {ratio}">'
+    # a function, since a label may hold backslashes
+    text = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', lambda found: f"<svg {found[1]} {opening}", text, count=1)
     return re.sub(r"\n\s*", "\n", text).strip()
 
 
@@ -156,6 +156,17 @@ def figure_png(figure: "Figure", path: Path, dpi: int = 150) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with drawing():
         figure.savefig(path, format="png", dpi=dpi, metadata={"Software": None})
+
+
+def _of_the_page(style: str) -> str:
+    """The style of a part of a drawing, with colours and fonts of the page that it stands in."""
+    style = re.sub(rf"(?<=: ){INK}(?=[;\"])", "currentColor", style)
+    style = re.sub(rf"(?<=: ){GRID}(?=[;\"])", "var(--grid)", style)
+    # the page's fonts are narrower than the one that matplotlib has measured, so that nothing overlaps
+    style = re.sub(r"font-family: [^;\"]*;? ?", "", style)
+    # as matplotlib writes it before 3.10: weight, size and family in one
+    weighted = re.sub(r"(?<=[; \"])font: (bold|\d+) ([\d.]+px)[^;\"]*", r"font-weight: \1; font-size: \2", style)
+    return re.sub(r"(?<=[; \"])font: ([\d.]+px)[^;\"]*", r"font-size: \1", weighted)
 
 
 def _unique_ids(text: str, label: str) -> str:

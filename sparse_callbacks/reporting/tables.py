@@ -1,4 +1,4 @@
-"""Tables and texts of a report: the plan with what was reached, dead units, channels, configuration, reproduction."""
+"""Tables and texts of a report: plan, dead units, channels, configuration, reproduction."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -109,7 +109,13 @@ def cost_table(run: RecordedRun) -> Table | None:
 
 
 def _cost_text(key: str, value: float) -> str:
-    return f"{value:.3g} ms" if key == "latency" else f"{value:,.0f}" if key == "parameters" else readable.count(value)
+    return (
+        readable.milliseconds(value)
+        if key == "latency"
+        else f"{value:,.0f}"
+        if key == "parameters"
+        else readable.count(value)
+    )
 
 
 def group_table(run: RecordedRun) -> Table | None:

@@ -23,7 +23,7 @@ REPORTS = (True, False, "record")  # values of the root key `report`
 def build_report(cfg: DictConfig, folder: Path, configuration: Any) -> SparsityReport | None:
     """The callback that records the run into its folder; None with `report=false`.
 
-    The page is written by `finish`, when the run has been tested.
+    The page is written by `finish_report`, when the run has been tested.
 
     Args:
         cfg: the configuration.
@@ -58,7 +58,7 @@ def typed_command() -> str | None:
     return shlex.join(["python", Path(sys.argv[0]).name, *HydraConfig.get().overrides.task])
 
 
-def finish(report: SparsityReport, metrics: Mapping[str, float], proof: Proof | None, with_page: bool) -> str:
+def finish_report(report: SparsityReport, metrics: Mapping[str, float], proof: Proof | None, with_page: bool) -> str:
     """Add to the record what the end of a run has shown, and write its page.
 
     Args:

@@ -50,8 +50,9 @@ def slimmed(
 
     Returns:
         The metrics and the proof. The metrics are slim/parameters, slim/flops (of a forward pass for one image; a
-        multiply-add is two) and slim/latency (milliseconds for a batch of 8), each also as a share of the masked network's (slim/parameters_share, ...), slim/removed
-        (channels), slim/difference (of the outputs, relative) and slim/test/acc.
+        multiply-add is two) and slim/latency (milliseconds for a batch of 8), each also as a share of the masked network's
+        (slim/parameters_share, ...), slim/removed (channels), slim/difference (of the outputs, relative) and
+        slim/test/acc.
     """
     # after `test=best` they are those of that checkpoint, as the weights are
     masks = {name.removeprefix("model."): mask for name, mask in method.masks.items()}

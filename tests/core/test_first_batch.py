@@ -10,13 +10,13 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from sparse_callbacks import exchange_layers
-from sparse_callbacks.core.record.first_batch import FirstBatch, Use
+from sparse_callbacks.core.record.first_batch import FirstBatch, WeightUse
 from sparse_callbacks.methods import Static
 
 SAMPLES = 4
 
 
-def uses_of(model: nn.Module, *inputs: Any, run: Callable[..., Any] | None = None) -> dict[str, Use]:
+def uses_of(model: nn.Module, *inputs: Any, run: Callable[..., Any] | None = None) -> dict[str, WeightUse]:
     """The use of each parameter by one sample of a batch with a backward pass."""
     first = FirstBatch(model)
     found = (run or model)(*inputs)
@@ -27,9 +27,9 @@ def uses_of(model: nn.Module, *inputs: Any, run: Callable[..., Any] | None = Non
     return {name: use.of_a_sample(SAMPLES) for name, use in uses.items()}
 
 
-def everywhere(positions: int) -> Use:
+def everywhere(positions: int) -> WeightUse:
     """The use of a weight in a network that passes once over a batch."""
-    return Use(positions, positions, positions, positions)
+    return WeightUse(positions, positions, positions, positions)
 
 
 @pytest.mark.parametrize(
@@ -164,9 +164,9 @@ def test_frozen_layers_have_no_gradient_of_their_weights() -> None:
     model[0].requires_grad_(False)
     model[2].requires_grad_(False)
     found = uses_of(model, torch.randn(SAMPLES, 3))
-    assert found["0.weight"] == Use(1, 1, 0, 0)  # no gradient reaches it
+    assert found["0.weight"] == WeightUse(1, 1, 0, 0)  # no gradient reaches it
     assert found["1.weight"] == everywhere(1)
-    assert found["2.weight"] == Use(1, 1, 1, 0)
+    assert found["2.weight"] == WeightUse(1, 1, 1, 0)
 
 
 def test_passes_after_the_first_backward_are_training_and_not_inference() -> None:
@@ -176,7 +176,7 @@ def test_passes_after_the_first_backward_are_training_and_not_inference() -> Non
         model(x).square().mean().backward()
         return model(x)  # type: ignore[no-any-return]
 
-    assert uses_of(model, torch.randn(SAMPLES, 3), run=run)["weight"] == Use(1, 2, 2, 2)
+    assert uses_of(model, torch.randn(SAMPLES, 3), run=run)["weight"] == WeightUse(1, 2, 2, 2)
 
 
 def test_an_exchanged_layer_is_used_as_a_dense_one() -> None:
@@ -196,4 +196,4 @@ def test_a_compiled_model_runs_eagerly_in_its_first_batch() -> None:
 def test_what_one_batch_computes_once_is_a_position_of_each_sample() -> None:
     model = nn.Linear(3, 4)
     assert uses_of(model, torch.randn(1, 3))["weight"] == everywhere(1)
-    assert Use(9, 9, 9, 9).of_a_sample(4) == everywhere(3)
+    assert WeightUse(9, 9, 9, 9).of_a_sample(4) == everywhere(3)

@@ -98,6 +98,19 @@ def test_set_draws_the_places_of_masked_storage(
             assert torch.equal(one, other)
 
 
+def test_the_same_places_are_drawn_where_denormal_numbers_are_flushed() -> None:
+    mask = some_mask((40, 90), 0.1, 0)
+    plain, expected = (by(mask, mask.float(), 100, generator(0, 1, "a")) for by in (by_units, by_masked_storage))
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush denormal numbers")
+    try:
+        flushed = by_units(mask, mask.float(), 100, generator(0, 1, "a"))
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(plain, expected)
+    assert torch.equal(flushed, expected)
+
+
 def test_random_integers_have_the_bits_of_random_floats() -> None:
     assert drawn_places.integers_are_same()  # otherwise updates are slower, and still the same
 

@@ -117,7 +117,14 @@ def test_a_small_tensor_stays_in_memory(monkeypatch: pytest.MonkeyPatch) -> None
     assert [m.expired() for m in memories] == [False, True]
 
 
-@pytest.mark.parametrize("why", ["full", "missing", "no right", "fails half way"])
+def refuse_with(error: Exception) -> Any:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("why", ["full", "missing", "no right", "full after all", "no file can be mapped"])
 def test_a_tensor_stays_in_memory_where_no_file_can_be_written(
     why: str, monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
@@ -127,14 +134,10 @@ def test_a_tensor_stays_in_memory_where_no_file_can_be_written(
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * weight.nbytes - 1))
     elif why == "missing":
         monkeypatch.setattr(offloading, "_folder", lambda: str(folder / "missing"))
+    elif why == "no file can be mapped":
+        monkeypatch.setattr(torch.UntypedStorage, "from_file", refuse_with(RuntimeError("mmap")))
     else:
-        error = PermissionError() if why == "no right" else RuntimeError("PytorchStreamWriter failed writing file")
-
-        def fail(values: Tensor, path: Path) -> None:
-            path.write_bytes(b"half")
-            raise error
-
-        monkeypatch.setattr(torch, "save", fail)
+        monkeypatch.setattr(Path, "write_bytes", refuse_with(PermissionError() if why == "no right" else OSError(28)))
     offload(weight)()
     assert weight.data_ptr() == address
     assert torch.equal(weight, before)
@@ -253,7 +256,7 @@ def test_each_dense_layer_leaves_memory_before_the_next_one_is_exchanged(
     method = SET(**start(kind, model, tmp_path), storage="sparse", print_plan=False, every=2)
     counted = Counted(monkeypatch, model)
     if host == "sparsify":
-        sparsify(method, model, torch.optim.SGD(model.parameters(), 0.1), 6)
+        sparsify(method, model, torch.optim.SGD(model.parameters(), 0.1), 6).close()
     else:
         exchange_layers(method, model)
     assert counted.dense == [4, 3, 2, 1]

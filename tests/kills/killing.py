@@ -39,6 +39,8 @@ OPTIONS = (
 # what some methods need in a network of 32 units
 OWN = {"smcp": ("method.round_to=1",)}
 LOGGERS = ("csv", "wandb")
+# of callbacks in a checkpoint: the score of the last file written, and of the record the folder, the clock and the machine
+MOMENTS = ("best_k_models", "current_score", "folder", "said", "seconds")
 # for temporary files: what is written there first is then copied to its place, which takes time
 OTHER_DISK = Path("/dev/shm")
 
@@ -186,12 +188,12 @@ class Folder:
 
 
 def content(path: Path) -> dict[str, Any]:
-    """Everything in a checkpoint but paths, the score of the last file written, and Lightning's progress counters."""
+    """Everything in a checkpoint but paths, `MOMENTS`, and Lightning's progress counters."""
     saved = torch.load(path, weights_only=True)
     names = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch", "run_state", "callbacks")
     kept = {name: saved[name] for name in names}
     for state in kept["callbacks"].values():
-        for key in [key for key in state if "path" in key or key in ("best_k_models", "current_score")]:
+        for key in [key for key in state if "path" in key or key in MOMENTS]:
             del state[key]
     return kept
 

@@ -1,5 +1,6 @@
 """Rows of the callbacks carry the step numbers of Lightning's own rows, whatever steps the optimizers."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,9 @@ def test_losses_learning_rates_and_sparsities_share_their_steps(accumulate: int)
     assert sorted({*rows.steps("lr")}) == rows.steps("loss")
     assert rows.steps("loss") == list(range(2, 33 if accumulate == 1 else 12, 3))
     assert rows.epochs("sparsity/total") == rows.epochs("loss")
+    # at the end of a window and not at its first batch, so the next row is Lightning's of the same batch
+    for (_, row), (_, following) in pairwise(rows.rows):
+        assert "sparsity/total" not in row or "loss" in following
 
 
 def test_an_update_has_the_step_of_its_batch_and_the_last_row_that_of_the_last_batch() -> None:

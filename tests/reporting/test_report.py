@@ -34,7 +34,7 @@ SECTIONS = [
     "What was gained", "Sparsity and accuracy over time", "Layers over time", "What moved", "Training FLOPs", "Masks",
     "Dead units", "Plan", "Channels before and after", "Configuration", "How to reproduce it",
 ]  # fmt: skip
-NASTY = "<i>&\"'$x_1${{ 7*7 }}</style><script>alert(1)</script>"
+NASTY = "_\\1\\g<2>\u4e2d<i>&\"'$x_1${{ 7*7 }}</style><script>alert(1)</script>"
 CHANNELS = {
     "before": {"parameters": 1000, "flops": 40_000, "latency": 2.0},
     "after": {"parameters": 250, "flops": 10_000, "latency": 1.0},
@@ -71,7 +71,7 @@ def test_a_page_says_what_was_gained_beside_the_dense_run(page: Page) -> None:
     assert "inference FLOPs 544 10 x fewer than dense" in page.text
     assert "training FLOPs 20.9 M 10 x fewer than dense" in page.text
     assert "latency, slim network 1 ms masked: 2 ms" in page.text
-    assert "test/acc, at the end 87.20 % 89.00 % -1.80 points" in page.text
+    assert "test/acc 87.20 % 89.00 % -1.80 points" in page.text
     assert "weights in the sparse layers 272 2,720 10 x fewer" in page.text
     assert "FLOPs of the training, beside the dense run 20.9 M 209 M 10 x fewer" in page.text
     assert "latency, slim beside masked 1 ms 2 ms 2 x faster" in page.text

@@ -6,14 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from support.pages import read_page
 from support.recorded import recorded
 
-from sparse_callbacks.core.record.record_file import LayerRecord, RecordedRun, RunRecord, read_record
+from sparse_callbacks.core.record.record_file import LayerRecord, RecordedRun, RunRecord, append_rows, read_record
 from sparse_callbacks.reporting import readable
-from sparse_callbacks.reporting.charts import Chart, Line, chart_figure, chart_label, progress_charts
+from sparse_callbacks.reporting.charts import Chart, Line, chart_figure, chart_label
 from sparse_callbacks.reporting.gains import gains, main_metric, tiles
 from sparse_callbacks.reporting.heat_maps import HeatMap, heat_map_figure, heat_map_label, heat_maps, short_names
 from sparse_callbacks.reporting.mask_pictures import SIDE, STATES, as_picture, input_picture, mask_picture
+from sparse_callbacks.reporting.page import write_report
+from sparse_callbacks.reporting.run_charts import dead_charts, movement_charts, progress_charts
 from sparse_callbacks.reporting.series import POINTS, curve, events_of, metrics, thinned
 from sparse_callbacks.reporting.style import METHODS, colour, drawing, figure_svg, marker
 
@@ -97,6 +100,9 @@ def test_metrics_of_validations_are_not_drawn_where_rows_repeat_them() -> None:
     run = of_rows(rows)
     assert curve(run, "val/acc", events=events_of(run, "val/acc")) == ([1, 3, 4], [0.1, 0.3, 0.3])
     assert curve(run, "lr", events=events_of(run, "lr")) == ([1, 2, 3, 4], [1.0, 0.5, 0.5, 0.25])
+    # a loss of an epoch is repeated until the next one
+    rows = [{"step": step, "loss": loss} for step, loss in enumerate([3.0, 3.0, 2.0, 2.0, 2.0, 1.0, 1.0])]
+    assert curve(of_rows(rows), "loss", repeated=False) == ([0, 2, 5, 6], [3.0, 2.0, 1.0, 1.0])
     # a run without validations has all of its points
     assert events_of(of_rows([{"step": 1, "event": "log", "loss": 1.0}]), "loss") == ()
 
@@ -107,6 +113,24 @@ def test_learning_rates_share_a_chart_and_other_metrics_do_not() -> None:
     assert charts["Learning rate"] == ["train/lr", "lr-SGD/pg1", "lr-SGD/pg2"]
     assert charts["colr"] == ["colr"]
     assert charts["train/grad_norm"] == ["train/grad_norm"]
+
+
+def test_lines_of_zeros_are_sentences(tmp_path: Path) -> None:
+    rows = [
+        {"step": step, "topology/distance_first": 0.0, "topology/dead_units": 0, "topology/churn": 0.0}
+        for step in (0, 9)
+    ]
+    still = of_rows(rows, method="Static")
+    assert movement_charts(still) == dead_charts(still) == []
+    moved = of_rows([*rows, {"step": 10, "topology/distance_first": 0.1, "topology/dead_units": 1}])
+    assert len(movement_charts(moved)) == 4
+    assert len(dead_charts(moved)) == 1
+    folder = recorded(tmp_path, method="Static", steps=20)
+    (folder / "record" / "rows.jsonl").unlink()
+    append_rows(folder, rows)
+    text = read_page(write_report(folder, png=False)).text
+    assert "The masks stayed as they began." in text
+    assert "Every unit had active inputs" in text
 
 
 def test_the_main_metric_is_an_accuracy_of_tests_if_there_is_one() -> None:
@@ -120,6 +144,7 @@ def test_the_main_metric_is_an_accuracy_of_tests_if_there_is_one() -> None:
 def test_latency_is_that_of_slimming_or_not_measured() -> None:
     assert tiles(of_rows([]), None)[-1][:2] == ("latency", "not measured")
     assert tiles(of_rows([], results={"slim/latency": 1.5}), None)[-1][1] == "1.5 ms"
+    assert tiles(of_rows([], results={"slim/latency": 0.0713}), None)[-1][1] == "71.3 \N{MICRO SIGN}s"
     costs = {"before": {"latency": 4.0}, "after": {"latency": 2.0}}
     assert tiles(of_rows([], channels=costs), None)[-1] == ("latency, slim network", "2 ms", "masked: 4 ms")
     [gain] = gains(of_rows([], channels=costs), None)["FLOPs, memory and time"]
@@ -259,6 +284,28 @@ def test_settings_of_users_neither_change_figures_nor_are_changed() -> None:
     ):
         assert drawn() == plain
         assert matplotlib.rcParams["font.size"] == 30
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("font: 8.5px 'DejaVu Sans', 'Verdana'; fill: #1b1f26", "font-size: 8.5px; fill: currentColor"),
+        ("fill: #1b1f26; font: 700 9px 'DejaVu Sans'", "fill: currentColor; font-weight: 700; font-size: 9px"),
+        ("font-size: 9px; font-family: 'DejaVu Sans'; stroke: #d5d9e0", "font-size: 9px; stroke: var(--grid)"),
+        ("stroke: #1b1f267f", "stroke: #1b1f267f"),
+    ],
+)
+def test_fonts_of_drawings_are_those_of_the_page_in_every_version(
+    written: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with drawing() as made:
+        figure = made.Figure(figsize=(1, 1))
+    monkeypatch.setattr(
+        type(figure),
+        "savefig",
+        lambda self, file, **options: file.write(f'<svg viewBox="0 0 1 1"><text style="{written}"/></svg>'),
+    )
+    assert f'<text style="{expected}"/>' in figure_svg(figure, "a")
 
 
 def test_drawings_of_one_page_share_no_ids() -> None:

@@ -15,6 +15,7 @@ if str(ROOT) not in sys.path:
 
 SHORT = (
     "logger=[]",
+    "report=false",  # whose figures take seconds
     "trainer.enable_progress_bar=false",
     "trainer.max_epochs=3",
     "data.batch_size=128",

@@ -16,6 +16,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture
+def run(run: Run) -> Run:
+    """A run that is recorded, which those of other tests are not."""
+    return lambda *overrides, **options: run(*(["report=true"] + list(overrides)), **options)
+
+
+@pytest.fixture
 def pages(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, Path | None]]:
     """The pages that were asked for, by folder and dense run; nothing is drawn."""
     asked: list[tuple[Path, Path | None]] = []
@@ -90,7 +96,7 @@ def test_nothing_is_recorded_where_nobody_wants_it(run: Run, pages: Any, tmp_pat
 
 
 def test_a_dense_run_without_a_record_is_refused(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="dense_run=.* holds no record"):
+    with pytest.raises(FileNotFoundError, match=r"dense_run=.* holds no record"):
         run("method=static", f"dense_run={tmp_path}")
     with pytest.raises(ValueError, match="report=false writes none"):
         run("method=static", f"dense_run={tmp_path}", "report=false")

@@ -19,7 +19,7 @@ from sparse_callbacks.tasks import build, slim
 
 SWEEPS = sorted((ROOT / "conf" / "sweep").glob("*.yaml"))
 METRICS = ("val/acc", "test/acc")  # `check_logged` finds them in runs
-SHORT = ("trainer.enable_progress_bar=false", "data.batch_size=128", "model.hidden=[24]")
+SHORT = ("report=false", "trainer.enable_progress_bar=false", "data.batch_size=128", "model.hidden=[24]")
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from hydra import compose, initialize_config_dir
 from support import wandb_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sparse_callbacks.tasks import loggers
+from sparse_callbacks.tasks import loggers, reports
 
 Run = Callable[..., dict[str, float]]
 LAYERS = ("model.1.weight", "model.3.weight")
@@ -60,20 +60,25 @@ class Recorded:
         return [step for step, _ in self.curves[key]]
 
 
+def draw_one(folder: Path, dense: Path | None = None) -> None:
+    """Stands in for the report, whose figures take seconds."""
+    (folder / "report").mkdir()
+    matplotlib.image.imsave(folder / "report" / "training_flops.png", np.linspace(0, 1, 48).reshape(4, 4, 3))
+
+
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     from train import train
 
     folder, home = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("home")
-    (folder / "report").mkdir()
-    matplotlib.image.imsave(folder / "report" / "a_figure.png", np.linspace(0, 1, 48).reshape(4, 4, 3))
     short = [text for text in SHORT if not text.startswith("logger")]
-    options = ("method=rigl", "sparsity=0.8", "method.every=5", "optim.lr=0.07", "slim=true", "seed=3")
+    options = ("method=rigl", "sparsity=0.8", "method.every=5", "optim.lr=0.07", "slim=true", "seed=3", "report=true")
     with pytest.MonkeyPatch.context() as patch, initialize_config_dir(str(ROOT / "conf"), version_base=None):
         for name in [name for name in os.environ if name.startswith("WANDB_")]:
             patch.delenv(name)
         patch.setenv("HOME", str(home))
         patch.setenv("NETRC", str(home / "no-netrc"))
+        patch.setattr(reports, "write_page", draw_one)
         loggers = ("logger=[wandb,csv,tensorboard]", "trainer.log_every_n_steps=3", f"output_dir={folder}")
         metrics = train(compose("train", overrides=[*short, *options, *loggers]))
         assert "WANDB_DATA_DIR" not in os.environ
@@ -170,9 +175,17 @@ def test_the_layers_are_a_table_and_histograms(recorded: Recorded) -> None:
 
 
 def test_figures_of_the_report_are_images(recorded: Recorded) -> None:
-    assert recorded.curves["figures/a_figure/_type"][0][1] == "images/separated"
-    assert list(recorded.file.parent.glob("files/media/images/figures/a_figure*.png"))
-    assert recorded.board.Images("figures/a_figure")[0].height == 4
+    assert recorded.curves["figures/training_flops/_type"][0][1] == "images/separated"
+    assert recorded.steps("figures/training_flops/count") == [STEPS]
+    assert list(recorded.file.parent.glob("files/media/images/figures/training_flops*.png"))
+    assert recorded.board.Images("figures/training_flops")[0].height == 4
+
+
+def test_costs_and_topology_are_curves(recorded: Recorded) -> None:
+    for key in ("flops/training", "flops/training_dense", "flops/inference", "bytes/weights", "active/mean"):
+        assert recorded.curves[key][-1][1] == recorded.board.Scalars(key)[-1].value > 0
+        assert set(range(2, STEPS, 3)) <= set(recorded.steps(key))
+    assert recorded.steps("topology/churn")[-1] == STEPS - 1
 
 
 def test_the_runs_compare_in_the_table_of_tensorboard(recorded: Recorded) -> None:

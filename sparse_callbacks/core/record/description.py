@@ -14,7 +14,7 @@ from torch import nn
 
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core.method import Method
-from sparse_callbacks.core.record.first_batch import Use
+from sparse_callbacks.core.record.first_batch import WeightUse
 from sparse_callbacks.core.record.record_file import LayerRecord, RunRecord
 from sparse_callbacks.core.selection import Entry, entries
 
@@ -22,7 +22,7 @@ DENSE = "dense"
 LIBRARIES = ("sparse-callbacks", "torch")
 
 
-def described(model: nn.Module, methods: Sequence[Method], uses: Mapping[str, Use], **said: object) -> RunRecord:
+def described(model: nn.Module, methods: Sequence[Method], uses: Mapping[str, WeightUse], **said: object) -> RunRecord:
     """The record of a run that goes on.
 
     Args:
@@ -51,7 +51,7 @@ def _arguments(methods: Sequence[Method]) -> dict[str, str]:
     return {f"{i}.{name}": text for i, m in enumerate(methods) for name, text in m.arguments.items()}
 
 
-def _layers(model: nn.Module, methods: Sequence[Method], uses: Mapping[str, Use]) -> Iterable[LayerRecord]:
+def _layers(model: nn.Module, methods: Sequence[Method], uses: Mapping[str, WeightUse]) -> Iterable[LayerRecord]:
     of = {name: method for method in methods for name in method.params}
     planned = {name: zeros for m in methods for name, zeros in _planned(m).items()}
     # each method keeps dense what another one prunes: the reason of the last stands for the parameters of none

@@ -1,4 +1,4 @@
-"""Whether sparse layers are a chain, in which each reads the outputs of the one before and nothing else."""
+"""Whether sparse layers are a chain, in which each reads the outputs of the one before alone."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise

@@ -22,7 +22,7 @@ NOT_MULTIPLIED = (nn.Embedding, nn.EmbeddingBag)
 
 
 @dataclass
-class Use:
+class WeightUse:
     """At how many positions a batch uses each weight of a parameter, all calls of its layer together.
 
     Attributes:
@@ -36,9 +36,11 @@ class Use:
     by_input: int = 0
     by_weight: int = 0
 
-    def of_a_sample(self, samples: int) -> "Use":
+    def of_a_sample(self, samples: int) -> "WeightUse":
         """The same for one sample, rounded up: what a batch computes once is charged to each sample as a position."""
-        return Use(*(-(-value // samples) for value in (self.inference, self.forward, self.by_input, self.by_weight)))
+        return WeightUse(
+            *(-(-value // samples) for value in (self.inference, self.forward, self.by_input, self.by_weight))
+        )
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Uses:
         calls: the calls of the watched layers in the first forward pass.
     """
 
-    of: Mapping[str, Use]
+    of: Mapping[str, WeightUse]
     order: Sequence[str] = ()
     calls: Sequence[LayerCall] = ()
 
@@ -79,7 +81,7 @@ class FirstBatch:
         called: Callable[[nn.Module, int], object] | None = None,
     ) -> None:
         self._names = {id(p): name for name, p in model.named_parameters()}
-        self._uses = {name: Use() for name in _never_multiplied(model, self._names)}
+        self._uses = {name: WeightUse() for name in _never_multiplied(model, self._names)}
         self._watched = frozenset(watched)
         self._calls: list[LayerCall] = []
         self._order: list[str] = []
@@ -119,8 +121,8 @@ class FirstBatch:
         given, made = tensors_in([*args, *kwargs.values()]), tensors_in(output)
         learns = any(t.requires_grad for t in made)
         for local, rows in find(module, args, kwargs, made).items():
-            owner = module.out_proj if local == "out_proj.weight" else module
-            p = owner._parameters.get(local.rpartition(".")[2])
+            holder, _, own = local.rpartition(".")
+            p = module.get_submodule(holder)._parameters.get(own)
             if p is None or (name := self._names.get(id(p))) is None:
                 continue  # reparametrised, or gathered from shards
             if name not in self._order:
@@ -134,7 +136,7 @@ class FirstBatch:
                 self._calls.append(LayerCall.of(name, given[0], made[0]))
 
     def _add(self, name: str, rows: int, learns: bool, weight_learns: bool, again: bool) -> None:
-        use = self._uses.setdefault(name, Use())
+        use = self._uses.setdefault(name, WeightUse())
         use.inference += rows if again or not self._backward_began else 0
         use.forward += rows
         use.by_input += rows * learns

@@ -7,7 +7,7 @@ from torch import Tensor
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.shards import WHOLE, layout_of
 
-SMALL = 1 << 16  # weights of a layer whose masks are kept
+SMALL_LAYER = 1 << 16  # weights of a layer whose masks are kept
 READS_INPUT = 1 << 22  # the same for the first layer of the network
 MOST = 12  # layers
 
@@ -21,6 +21,6 @@ def kept_masks(methods: Sequence[Method], order: Sequence[str]) -> dict[str, Ten
     """
     sizes = {name: m.weights.size(name) for m in methods for name in m.params if layout_of(m.params[name]) is WHOLE}
     called = [name for name in order if name in sizes] or list(sizes)
-    chosen = [n for n in called if sizes[n] <= (READS_INPUT if n == called[0] else SMALL)][:MOST]
+    chosen = [n for n in called if sizes[n] <= (READS_INPUT if n == called[0] else SMALL_LAYER)][:MOST]
     of: Mapping[str, Method] = {name: m for m in methods for name in m.params}
     return {name: of[name].weights.masks[name].cpu().clone() for name in chosen}

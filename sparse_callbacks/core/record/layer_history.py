@@ -1,4 +1,4 @@
-"""The past of a sparse layer's connections: its first mask, the one before, what was ever active, and when."""
+"""The past of a sparse layer: its first mask, the one before, what was ever active, and since when."""
 
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass

@@ -13,7 +13,8 @@ from sparse_callbacks.core import distributed
 from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.record.description import command, libraries, machine
 from sparse_callbacks.core.record.page import PAGE, page_or_warning, why_no_page, write_page
-from sparse_callbacks.core.record.recorder import EVERY, Recorder
+from sparse_callbacks.core.record.recorder import RunRecorder
+from sparse_callbacks.core.record.row_times import steps_between_rows
 from sparse_callbacks.core.record.samples import LoopSamples
 
 
@@ -23,7 +24,7 @@ class Wishes:
 
     Attributes:
         folder: the folder of the run.
-        every: optimizer steps between two rows; None: 50.
+        every: optimizer steps between two rows; None: about 200 rows of the run, and 50 steps at least.
         dense: the folder of a dense run to compare with; None for none.
         title: the headline of the page.
         page: whether it is written when the run is over.
@@ -76,7 +77,8 @@ class LoopRecord:
     def begin(self, state: Mapping[str, Any] | None, epoch: int) -> None:
         """The run begins, or goes on from the ``state`` of its record, in ``epoch`` (from 0)."""
         self._samples, self._epoch = LoopSamples(), epoch
-        self._in_epoch, self._metrics = (0, {}) if state is None else (state["in_epoch"], dict(state["metrics"]))
+        self._in_epoch: int = 0 if state is None else state["in_epoch"]
+        self._metrics: dict[str, float] = {} if state is None else dict(state["metrics"])
         device = next((p.device for p in self._model.parameters()), None)
         said = {
             "libraries": libraries(),
@@ -85,9 +87,11 @@ class LoopRecord:
             "command": command(),
             "title": self.wishes.title,
         }
-        every = self.wishes.every or EVERY
+        every = steps_between_rows(self.wishes.every, self._length)
         method = self._engine.method
-        self._recorder = Recorder(self.wishes.folder, self._model, [method], self._optimizers, every, said, self._warn)
+        self._recorder = RunRecorder(
+            self.wishes.folder, self._model, [method], self._optimizers, every, said, self._warn
+        )
         self._engine.recorder = self._recorder
         self._recorder.begin(state)
         # in a resumed run too, for the samples of its batches

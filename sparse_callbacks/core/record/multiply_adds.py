@@ -1,4 +1,4 @@
-"""Multiply-adds of training and inference, from active weights and the positions that they are used at.
+"""Multiply-adds of training and inference, from active weights and the positions they are used at.
 
 A multiply-add is two FLOPs. Of a weight that is used at ``p`` positions of a sample (1 in a linear layer, the area of the
 output in a convolution) the forward pass makes ``p`` multiply-adds, the gradient by the layer's input ``p``, and the gradient

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,16 @@ from sparse_callbacks.core import distributed
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.record.account import Account
 from sparse_callbacks.core.record.description import described, now
-from sparse_callbacks.core.record.find_chain import Chain, find_chain
-from sparse_callbacks.core.record.first_batch import FirstBatch, Use
 from sparse_callbacks.core.record.kept_masks import kept_masks
-from sparse_callbacks.core.record.row_figures import Snapshot, inference_figures, numbers_of, snapshot, with_paths
+from sparse_callbacks.core.record.known_uses import KnownUses
+from sparse_callbacks.core.record.row_figures import (
+    Snapshot,
+    inference_figures,
+    numbers_of,
+    snapshot,
+    with_paths,
+    without_dead_units,
+)
 from sparse_callbacks.core.record.row_file import RowFile
 from sparse_callbacks.core.record.samples import samples_in
 from sparse_callbacks.core.record.topology_statistics import TopologyHistory
@@ -25,10 +30,10 @@ from sparse_callbacks.core.selection import entries
 from sparse_callbacks.core.step import Step
 
 STATE_VERSION = 1
-EVERY = 50  # optimizer steps between two rows where nobody says otherwise
+SMALL_CHAIN = 1 << 18  # sparse weights of a chain whose paths are followed at each update, and not at validations alone
 
 
-class Recorder:
+class RunRecorder:
     """Keeps the record of one run: what the network was at each time, and what it had cost by then.
 
     The engine calls :meth:`step_taken` and :meth:`passed`, the host the rest. Every process of a run has a recorder and calls
@@ -64,11 +69,8 @@ class Recorder:
         self._model, self._methods, self._optimizers, self._every = model, list(methods), optimizers, every
         self._account, self._costs = Account(), WindowCosts(methods)
         self._history = TopologyHistory(model)
-        self._uses: dict[str, Use] = {}
-        self._chain, self._order = Chain((), "no batch has come yet"), list[str]()
+        self._known = KnownUses(model, self._methods)
         self._first_masks: dict[str, Tensor] = {}
-        self._first_batch: FirstBatch | None = None
-        self._counts = False  # what it shows
         self._start: Snapshot | None = None  # of a new run, until its first batch has shown what it costs
         self._samples = 0  # of the window that is open
         self._began, self._seconds, self._began_epoch = time.perf_counter(), 0.0, 0.0
@@ -98,7 +100,7 @@ class Recorder:
     @property
     def is_new(self) -> bool:
         """Nobody knows yet where each weight is used."""
-        return not self._uses
+        return not self._known.of
 
     def measure(self, again: bool = False, **options: Any) -> None:
         """Look in the coming batch where each weight is used.
@@ -107,34 +109,24 @@ class Recorder:
             again: whether that counts from then on where it is known already: other layers are trained.
             options: those of FirstBatch.
         """
-        self._counts = again or self.is_new
-        if self._first_batch is None:
-            watched = [name for method in self._methods for name in method.params]
-            self._first_batch = FirstBatch(self._model, watched, **options)
+        self._known.measure(again, **options)
 
     @property
     def measures(self) -> bool:
         """The coming batch shows where each weight is used."""
-        return self._first_batch is not None
+        return self._known.measures
 
     def _end_first_batch(self) -> None:
         """The first window is over, and its cost known from here on."""
-        if self._first_batch is None:
+        if not self._known.end_batch(self._samples):
             return
-        found, self._first_batch = self._first_batch.end(), None
-        if not self._counts:
-            return
-        samples = max(1, self._samples)
-        self._uses = {name: use.of_a_sample(samples) for name, use in found.of.items()}
-        self._order = list(found.order)
-        self._chain = find_chain(found.calls, [m.weights.entries[n] for m in self._methods for n in m.params])
         self._price()
         if self._start is not None:
             started, self._start = self._start, None
             if self._masks_looked == self._changes():  # a first step that moves masks leaves none to follow paths in
-                started = with_paths(started, self._model, self._methods, self._chain.names)
-            self.said["batch"] = distributed.sums_of([samples])[0]
-            self._first_masks = kept_masks(self._methods, self._order)
+                started = with_paths(started, self._model, self._methods, self._known.chain.names)
+            self.said["batch"] = distributed.sums_of([self._samples])[0]
+            self._first_masks = kept_masks(self._methods, self._known.order)
             self._keep_masks()
             self.say()
             self._add("start", self._last_look, self._began_epoch, {}, started)
@@ -144,7 +136,7 @@ class Recorder:
         sizes = {entry.name: entry.size for entry in listed}
         sparse = {name for method in self._methods for name in method.params}
         self._others = sum(size for name, size in sizes.items() if name not in sparse)
-        self._costs.set_uses(self._uses, sizes)
+        self._costs.set_uses(self._known.of, sizes)
 
     # ------------------------------------------------------------------ training goes on
 
@@ -209,9 +201,7 @@ class Recorder:
 
     def stop_looking(self) -> None:
         """No batch will show where weights are used."""
-        if self._first_batch is not None:
-            self._first_batch.end()
-            self._first_batch = None
+        self._known.stop()
 
     def warned(self, text: str) -> None:
         """The user was warned of something: the page shows it too."""
@@ -222,13 +212,13 @@ class Recorder:
     def say(self, **further: Any) -> None:
         """Write what is said once, with further fields of RunRecord."""
         self.said |= further
-        chain = {"chain": self._chain.names, "chain_reason": self._chain.reason}
+        chain = {"chain": self._known.chain.names, "chain_reason": self._known.chain.reason}
         if distributed.rank() == 0:
-            self.file.say(described(self._model, self._methods, self._uses, **chain, **self.said))
+            self.file.say(described(self._model, self._methods, self._known.of, **chain, **self.said))
 
     def _keep_masks(self) -> None:
         if self._first_masks and distributed.rank() == 0:
-            self.file.keep_masks(self._first_masks, kept_masks(self._methods, self._order))
+            self.file.keep_masks(self._first_masks, kept_masks(self._methods, self._known.order))
 
     def _add(
         self, event: str, step: int, epoch: float, metrics: Mapping[str, Any], found: Snapshot | None = None
@@ -236,7 +226,11 @@ class Recorder:
         """A row. Every process comes here: amounts are added up over all of them."""
         account = self._account
         account.gather()
-        found = self._snapshot(look=event != "log") if found is None else found
+        found = (
+            self._snapshot(look=event != "log", paths=event != "update" or self._follows_paths)
+            if found is None
+            else found
+        )
         row: dict[str, Any] = {"step": step, "epoch": epoch, "samples": 0, "seconds": self._time(), "event": event}
         row |= numbers_of(metrics) | dict(found.figures) | inference_figures(self._costs.forward(found.active))
         self._sparse_active = sum(found.active.values())
@@ -246,16 +240,25 @@ class Recorder:
         }
         if event != "log":
             row |= {**found.topology, "layers": dict(found.layers)}
-        self.file.add([row], at_once=event != "log")
+        self.file.add([row], at_once=event not in ("log", "update"))
         self._last_row = step
         self.tell(row)
 
-    def _snapshot(self, look: bool) -> Snapshot:
+    @property
+    def _follows_paths(self) -> bool:
+        """Paths are followed wherever somebody looks at the masks: it takes twice as long as all else."""
+        return sum(m.weights.size(name) for m in self._methods for name in m.params) <= SMALL_CHAIN
+
+    def _snapshot(self, look: bool, paths: bool = True) -> Snapshot:
         # the first process writes; the others need no history
         history = self._history if look and distributed.rank() == 0 else None
         if look:
             self._last_look, self._masks_looked = self.step, self._changes()
-        return snapshot(self._model, self._methods, self._optimizers(), history, self.step, self._chain.names)
+        found = snapshot(self._model, self._methods, self._optimizers(), history, self.step)
+        if paths:
+            return with_paths(found, self._model, self._methods, self._known.chain.names)
+        # of a chain dead units are those between its layers; elsewhere other ones have the name
+        return without_dead_units(found) if self._known.chain.names else found
 
     def _time(self) -> float:
         return self._seconds + time.perf_counter() - self._began
@@ -294,9 +297,7 @@ class Recorder:
             "seconds": self._time(),
             "samples": self._samples,
             "account": self._account.state(),
-            "uses": {name: list(asdict(use).values()) for name, use in self._uses.items()},
-            "order": list(self._order),
-            "chain": [list(self._chain.names), self._chain.reason],
+            **self._known.state(),
             "history": self._history.state(),
         }
 
@@ -305,8 +306,7 @@ class Recorder:
         self._seconds, self._samples = state["seconds"], state["samples"]
         self.said |= state["said"]
         self._account.load(state["account"])
-        self._uses = {name: Use(*use) for name, use in state["uses"].items()}
-        self._order, self._chain = list(state["order"]), Chain(tuple(state["chain"][0]), state["chain"][1])
+        self._known.load(state)
         self._history.load(state["history"])
         self._first_masks = self.file.go_on(Path(state["folder"]), self.said["started"], self.step, state["rows"])
         self._price()

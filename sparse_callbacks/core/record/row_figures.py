@@ -28,7 +28,7 @@ class Snapshot:
 
     active: Mapping[str, int]
     figures: Mapping[str, float]
-    topology: Mapping[str, float] = field(default_factory=dict)
+    topology: Mapping[str, float | None] = field(default_factory=dict)
     layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
@@ -38,7 +38,6 @@ def snapshot(
     optimizers: Sequence[Optimizer],
     history: TopologyHistory | None,
     step: int,
-    chain: Sequence[str],
 ) -> Snapshot:
     """The network as it is.
 
@@ -48,7 +47,6 @@ def snapshot(
         optimizers: its optimizers.
         history: the looks at the masks before, which one is added to; None where nobody looks.
         step: optimizer steps taken.
-        chain: names of the layers of a chain from input to output; empty where the network is none.
     """
     active = {name: count for method in methods for name, count in method.weights.active_counts.items()}
     figures: dict[str, float] = {"sparsity/total": 0.0, "sparsity/model": 0.0}
@@ -60,11 +58,23 @@ def snapshot(
     if history is None or not methods:
         return Snapshot(active, figures)
     topology, layers = history.look(step, [method.weights for method in methods])
-    return with_paths(Snapshot(active, figures, topology, layers), model, methods, chain)
+    return Snapshot(active, figures, topology, layers)
+
+
+def without_dead_units(found: Snapshot) -> Snapshot:
+    """The snapshot without the number of dead units of the whole network."""
+    return replace(found, topology={k: v for k, v in found.topology.items() if k != "topology/dead_units"})
 
 
 def with_paths(found: Snapshot, model: nn.Module, methods: Sequence[Method], chain: Sequence[str]) -> Snapshot:
-    """A snapshot of the present masks, with the figures of the paths through a chain."""
+    """A snapshot of the present masks, with the figures of the paths through a chain.
+
+    Args:
+        found: the snapshot.
+        model: the model.
+        methods: the methods of the run.
+        chain: names of the layers of the chain from input to output; empty where the network is none.
+    """
     if not chain or not found.topology:
         return found
     paths, off = chain_figures(chain, [method.weights for method in methods], model)

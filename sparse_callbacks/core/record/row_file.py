@@ -1,5 +1,6 @@
 """Writes the files of a record on the first process, and never lets a full disk end a training run."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from sparse_callbacks.core.record.record_file import (
 )
 
 MOST_WAITING = 50  # rows that are kept in memory until they are written
+LONGEST = 5.0  # seconds that they are kept
 
 
 class RowFile:
@@ -38,6 +40,7 @@ class RowFile:
         """Rows of the run so far, those that wait included."""
         self._warn, self._writes = warn, distributed.rank() == 0
         self._waiting: list[Mapping[str, Any]] = []
+        self._flushed = time.monotonic()
 
     def _try(self, write: Callable[..., object], *args: Any) -> None:
         if not self._writes:
@@ -89,15 +92,16 @@ class RowFile:
         )
 
     def add(self, rows: Sequence[Mapping[str, Any]], at_once: bool) -> None:
-        """Add rows; they reach the file at once, or when many have come together."""
+        """Add rows; they reach the file at once, or when many have come together or some seconds have passed."""
         self.written += len(rows)
         if self._writes:
             self._waiting += rows
-        if at_once or len(self._waiting) >= MOST_WAITING:
+        if at_once or len(self._waiting) >= MOST_WAITING or time.monotonic() - self._flushed > LONGEST:
             self.flush()
 
     def flush(self) -> None:
         """Write all rows that wait."""
+        self._flushed = time.monotonic()
         waiting, self._waiting = self._waiting, []
         if waiting:
             self._try(append_rows, waiting)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.record.account import SampleCost
-from sparse_callbacks.core.record.first_batch import Use
+from sparse_callbacks.core.record.first_batch import WeightUse
 from sparse_callbacks.core.record.multiply_adds import WeightsInStep, multiply_adds, step_multiply_adds
 from sparse_callbacks.core.step import Step
 
@@ -49,11 +49,11 @@ class WindowCosts:
         self._methods = list(methods)
         self._known: dict[Kind, _Known] = {}
         self._window: dict[tuple[int, int], _Known] = {}
-        self._uses: Mapping[str, Use] = {}
+        self._uses: Mapping[str, WeightUse] = {}
         self._sizes: Mapping[str, int] = {}
         self._rest = (0, 0)
 
-    def set_uses(self, uses: Mapping[str, Use], sizes: Mapping[str, int]) -> None:
+    def set_uses(self, uses: Mapping[str, WeightUse], sizes: Mapping[str, int]) -> None:
         """What one sample needs.
 
         Args:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_callbacks.core.sparse_layers.moved_places import NEVER, largest_ranked, places_without
-from sparse_callbacks.core.sparse_layers.quick_places import counts_below, largest_places, mask_above, true_places
+from sparse_callbacks.core.sparse_layers.quick_places import counts_below, largest_places, others_above, true_places
 
 LARGEST_SAME = 2**26  # units up to which the draw is that of masked storage
 BITS = 53  # of a random float64: it is an integer of so many bits, over 2^53
@@ -88,11 +88,10 @@ def numbers_above(bound: int, size: int, kept: Tensor, source: torch.Generator) 
     ends = counts_below(kept, torch.arange(0, size + DRAWN_AT_ONCE, DRAWN_AT_ONCE)).tolist()
     mask = torch.empty(min(size, DRAWN_AT_ONCE), dtype=torch.bool)
     for piece, numbers in enumerate(random_numbers(size, source)):
-        start = piece * DRAWN_AT_ONCE
-        above = mask_above(numbers, bound, out=mask[: numbers.numel()])
-        found = true_places(above.index_fill_(0, kept[ends[piece] : ends[piece + 1]] - start, False))
-        values.append(numbers.index_select(0, found))
-        places.append(found.add_(start))
+        left_out = kept[ends[piece] : ends[piece + 1]]
+        found = others_above(numbers, bound, left_out, piece * DRAWN_AT_ONCE, mask[: numbers.numel()])
+        places.append(found[0])
+        values.append(found[1])
     return torch.cat(places), torch.cat(values)
 
 

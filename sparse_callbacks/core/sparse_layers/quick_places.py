@@ -33,21 +33,36 @@ def true_places(mask: Tensor) -> Tensor:
 
 def places_above(numbers: Tensor, bound: float) -> Tensor:
     """The places of numbers above a bound, ascending; NaN is above nothing."""
-    return true_places(mask_above(numbers, bound))
+    if (numpy := numpy_for(numbers)) is not None:
+        return torch.from_numpy(numpy.flatnonzero(numpy.greater(numbers.numpy(), bound)))
+    return (numbers > bound).nonzero().squeeze(1)
 
 
-def mask_above(numbers: Tensor, bound: float, out: Tensor | None = None) -> Tensor:
-    """Which numbers are above a bound; NaN is above nothing.
+def others_above(numbers: Tensor, bound: int, left_out: Tensor, first: int, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The places, ascending, and the values of numbers above a bound, without those that are left out.
 
     Args:
-        numbers: the numbers.
-        bound: the bound.
-        out: takes the mask; a new one where it is None.
+        numbers: a piece of all numbers: integers below 2^53 and not negative, int64.
+        bound: at least -1.
+        left_out: ascending places that do not count.
+        first: the place of the first number of the piece.
+        mask: as many bools, which are overwritten: to fill fresh memory for each piece costs more than the rest.
     """
     if (numpy := numpy_for(numbers)) is not None:
-        into = None if out is None else out.numpy()
-        return torch.from_numpy(numpy.greater(numbers.numpy(), bound, out=into))
-    return torch.gt(numbers, bound, out=out)
+        flat, above = numbers.numpy(), mask.numpy()
+        if bound >= 2**52:
+            # floats with the same bits have the same order and are compared twice as fast. Below the bound they may be
+            # denormal, and compare as 0 where the processor is told to flush them; the bound itself is not.
+            numpy.greater(flat.view(numpy.float64), numpy.int64(bound).view(numpy.float64), out=above)
+        else:
+            numpy.greater(flat, bound, out=above)
+        above[left_out.numpy() - first] = False
+        places = above.nonzero()[0]
+        values = torch.from_numpy(flat[places])
+        places += first
+        return torch.from_numpy(places), values
+    found = torch.gt(numbers, bound, out=mask).index_fill_(0, left_out - first, False).nonzero().squeeze(1)
+    return found + first, numbers.index_select(0, found)
 
 
 def mask_below(numbers: Tensor, bound: float) -> Tensor:

@@ -58,7 +58,7 @@ def _hand_over(done: Exchanged, optimizer: Optimizer, resumes: bool) -> None:
     """Let an optimizer step the live values of exchanged layers in place of their dense weights."""
     new = {id(dense): (name, dense, done.layers[name].values) for name, dense in done.originals.items()}
     mine = {id(p) for group in optimizer.param_groups for p in group["params"]} & new.keys()
-    kind, moved = type(optimizer).__name__, dict[nn.Parameter, tuple[nn.Parameter, Any]]()
+    kind, moved = type(optimizer).__name__, dict[Tensor, tuple[Tensor, Any]]()
     if held := [new[key][0] for key in _held_elsewhere(optimizer) & new.keys()]:
         raise ValueError(f"{kind} keeps {', '.join(held)} outside of its parameter groups. {_BEFORE}")
     for key in mine:

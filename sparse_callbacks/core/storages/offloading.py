@@ -1,5 +1,6 @@
 """Values of a dense tensor in a temporary file, out of memory, until somebody asks for them back."""
 
+import ctypes
 import os
 import shutil
 from collections.abc import Callable
@@ -42,7 +43,10 @@ def offload(tensor: Tensor) -> Callable[[], None]:
         if shutil.disk_usage(folder).free < 2 * values.nbytes:
             return _stays
         on_disk = _written(values, folder)
-    except (OSError, RuntimeError):  # no right to write, or no room after all: torch's writer raises the second
+    except (
+        OSError,
+        RuntimeError,
+    ):  # no right to write, or no room after all; torch raises the second where it cannot map
         return _stays
     memory = StorageWeakRef(values.untyped_storage())  # type: ignore[no-untyped-call]
     view = values.storage_offset(), values.size(), values.stride()
@@ -54,9 +58,8 @@ def offload(tensor: Tensor) -> Callable[[], None]:
 def _move_back(tensor: Tensor, memory: StorageWeakRef, view: tuple[Any, ...]) -> None:
     """Give the tensor the memory that it had where others have kept it, and a copy in new memory otherwise."""
     kept = torch.UntypedStorage._new_with_weak_ptr(memory.cdata)
-    with torch.device("cpu"):
-        values = torch.empty(0, dtype=tensor.dtype)
-        tensor.data = tensor.detach().clone() if kept is None else values.set_(kept, *view)
+    values = torch.empty(0, dtype=tensor.dtype, device="cpu")
+    tensor.data = tensor.detach().clone() if kept is None else values.set_(kept, *view)
 
 
 def _stays() -> None:
@@ -78,11 +81,13 @@ def _can_leave(tensor: Tensor) -> bool:
 
 def _written(values: Tensor, folder: str) -> Tensor:
     """The same values in a file without a name."""
-    with TemporaryDirectory(prefix="sparse_callbacks-", dir=folder) as inner, torch.device("cpu"):
-        path = Path(inner) / "dense.pt"
-        torch.save(values, path)
-        mapped: Tensor = torch.load(path, mmap=True, weights_only=True)
-    return mapped
+    with TemporaryDirectory(prefix="sparse_callbacks-", dir=folder) as inner:
+        path = Path(inner) / "dense"
+        # not by torch.save, which in torch 2.8 holds on to the memory until garbage is collected, nor by writing to a map of
+        # the file, which ends the process where the disk is full
+        path.write_bytes((ctypes.c_char * values.nbytes).from_address(values.data_ptr()))
+        mapped: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=values.nbytes)
+    return torch.empty(0, dtype=values.dtype, device="cpu").set_(mapped, 0, values.size(), values.stride())
 
 
 def _folder() -> str:
