@@ -21,7 +21,7 @@ from sparse_callbacks.reporting.comparison import Comparison, compared
 from sparse_callbacks.reporting.comparison_page import highlights, notes, write_comparison
 from sparse_callbacks.reporting.comparison_tables import settings_table
 
-LEFT_TO_THE_PAGE = ("to dense", "sparsity", "inference FLOPs", "training FLOPs", "time", "on the fronts")
+LEFT_TO_THE_PAGE = ("to dense", "sparsity", "inference FLOPs", "training FLOPs", "time", "fronts")
 _unfinished: list[tuple[Path, str]] = []
 """Folder and metric of multiruns of this process whose end was not shown yet."""
 
