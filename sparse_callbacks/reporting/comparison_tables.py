@@ -116,12 +116,14 @@ def settings_table(problem: Problem, metric: str) -> ComparedTable:
         "training FLOPs": lambda s: _mean(s, "flops/training", readable.count),
         "of dense training": _training_share,
         "time": lambda s: _mean(s, "seconds", readable.seconds),
-        "on the fronts": lambda s: ", ".join(name for name, found in fronts.items() if s in found) or MISSING,
+        "fronts": lambda s: " ".join(name[0].upper() for name, found in fronts.items() if s in found) or MISSING,
     }
     cells = {title: [write(s) for s in problem.settings] for title, write in columns.items()}
     kept = [title for title, texts in cells.items() if set(texts) != {MISSING}]
     rows = [[s.line, *(cells[title][index] for title in kept)] for index, s in enumerate(problem.settings)]
-    return ComparedTable("Every setting", "Means over its runs.", ["method", *kept], rows)
+    letters = ", ".join(f"{name[0].upper()} {axis.short}" for name, axis in COMPARED_AXES.items())
+    explanation = f"Means over its runs. Fronts: the Pareto fronts that it is on, against {letters}."
+    return ComparedTable("Every setting", explanation, ["method", *kept], rows)
 
 
 def _target(setting: Setting) -> str:

@@ -1,8 +1,12 @@
 """The end of a multirun: a table of its runs, the page compare.html, and the jobs that failed."""
 
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
@@ -17,7 +21,7 @@ from sparse_callbacks.reporting.comparison import Comparison, compared
 from sparse_callbacks.reporting.comparison_page import highlights, notes, write_comparison
 from sparse_callbacks.reporting.comparison_tables import settings_table
 
-LEFT_TO_THE_PAGE = ("to dense", "sparsity", "inference FLOPs", "training FLOPs", "time", "on the fronts")
+LEFT_TO_THE_PAGE = ("to dense", "sparsity", "inference FLOPs", "training FLOPs", "time", "fronts")
 _unfinished: list[tuple[Path, str]] = []
 """Folder and metric of multiruns of this process whose end was not shown yet."""
 
@@ -59,10 +63,20 @@ def multirun_shown() -> Iterator[None]:
     A sweeper raises the error of a failed job once all jobs of the batch are over, and Hydra then calls no
     ``on_multirun_end``.
     """
+    stopped = signal.getsignal(signal.SIGTERM)
+    # SIGTERM would end the process at once, with nothing shown; in a job it is the run that answers it
+    if stopped is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _leave)
     try:
         yield
     finally:
+        if signal.getsignal(signal.SIGTERM) is _leave:
+            signal.signal(signal.SIGTERM, stopped)
         _show_unfinished()
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
 
 
 def _show_unfinished() -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ with_joblib = pytest.mark.skipif(not PLUGINS["joblib_launcher"], reason="pip ins
 with_optuna = pytest.mark.skipif(not PLUGINS["optuna_sweeper"], reason="pip install 'sparse-callbacks[sweeps]'")
 
 
-def pretended(cfg: DictConfig) -> dict[str, float]:
+def pretended(cfg: DictConfig, *config_file: Path) -> dict[str, float]:
     """A run that takes no time: its accuracy is 1 - lr."""
     if cfg.optim.lr > 1:
         raise ValueError(f"optim.lr={cfg.optim.lr} is too large.\nThe second line is not shown.")
@@ -92,6 +93,27 @@ def test_jobs_that_fail_are_shown_and_hide_none(
     # the same folder again: job 1 does not fail any more
     command("seed=0", "optim.lr=0.5,0.2")
     assert "sweep/1" not in capsys.readouterr().out
+
+
+def test_a_stopped_multirun_shows_what_it_has(
+    command: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import train
+
+    def stopped(cfg: DictConfig, *config_file: Path) -> dict[str, float]:
+        if cfg.seed == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return pretended(cfg)
+
+    monkeypatch.setattr(train, "train", stopped)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"):
+        command("seed=0,1,2")
+    assert signal.getsignal(signal.SIGTERM) is before
+    printed = capsys.readouterr().out
+    assert "digits, mlp" in printed
+    assert "sweep/1: has no results" in " ".join(printed.split())
+    assert (tmp_path / "sweep" / "compare.html").is_file()
 
 
 def test_a_job_that_was_killed_is_said(
