@@ -13,7 +13,7 @@ from sparse_callbacks.core.record.description import command, libraries, machine
 from sparse_callbacks.core.record.page import PAGE, page_or_warning, why_no_page
 from sparse_callbacks.core.record.record_file import refuse_unrecorded
 from sparse_callbacks.core.record.recorder import STATE_VERSION, RunRecorder
-from sparse_callbacks.core.record.row_times import steps_between_rows
+from sparse_callbacks.core.record.row_times import refuse_interval, steps_between_rows
 from sparse_callbacks.core.record.samples import samples_in
 from sparse_callbacks.lightning import accumulation, curves
 from sparse_callbacks.lightning.callback import peers_of
