@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pytorch_lightning import LightningModule
 from pytorch_lightning.utilities import rank_zero_warn
 
-from sparse_callbacks.core.record.description import command, libraries, machine
+from sparse_callbacks.core.record.description import as_json, command, libraries, machine
 from sparse_callbacks.core.record.page import PAGE, page_or_warning, why_no_page
 from sparse_callbacks.core.record.record_file import refuse_unrecorded
 from sparse_callbacks.core.record.recorder import STATE_VERSION, RunRecorder
@@ -249,7 +249,7 @@ class SparsityReport(AnyCallback):
             "libraries": libraries(("pytorch-lightning", "lightning")),
             "machine": machine(module.device),
             "length": None if math.isinf(length) else int(length),
-            "configuration": plain(given),
+            "configuration": as_json(given),
             "command": command() if self.command is None else self.command,
             "title": self.title,
         }
@@ -303,14 +303,3 @@ def _is_rate(metric: str) -> bool:
 
 def _trained(module: LightningModule) -> list[bool]:
     return [p.requires_grad for p in module.parameters()]
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON can hold it: what is neither number, text, list nor mapping becomes its text."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value if isinstance(value, str | int | float | bool) or value is None else str(value)
