@@ -12,6 +12,8 @@ from sparse_callbacks.core.loop_driver import LoopDriver
 from sparse_callbacks.core.loop_host import LoopHost
 from sparse_callbacks.core.loop_optimizers import LoopOptimizers
 from sparse_callbacks.core.record.loop_record import LoopRecord, Wishes
+from sparse_callbacks.core.record.record_file import refuse_unrecorded
+from sparse_callbacks.core.record.row_times import refuse_interval
 
 
 class RecordedLoop:
@@ -56,6 +58,8 @@ class RecordedLoop:
             The path of the page.
 
         Raises:
+            ValueError: ``every`` is not a number of steps.
+            FileNotFoundError: ``dense`` holds no record.
             RuntimeError: the record is to begin, and steps were taken already; or the run is recorded in another folder.
 
         Example:
@@ -80,6 +84,9 @@ class RecordedLoop:
                 "report() comes too late: steps were taken already, and a record holds the whole run. Call it right after "
                 "sparsify()."
             )
+        refuse_interval(every)
+        if dense is not None:
+            refuse_unrecorded(Path(dense), "dense")
         wishes = Wishes(folder, every, None if dense is None else Path(dense), title, page)
         length, epoch, steppers = self._length.total(), self._length.epoch(), self._optimizers
         self._record = LoopRecord(

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from pytorch_lightning import LightningModule
 from pytorch_lightning.utilities import rank_zero_warn
 
-from sparse_callbacks.core.record.description import command, libraries, machine
+from sparse_callbacks.core.record.description import as_json, command, libraries, machine
 from sparse_callbacks.core.record.page import PAGE, page_or_warning, why_no_page
+from sparse_callbacks.core.record.record_file import refuse_unrecorded
 from sparse_callbacks.core.record.recorder import STATE_VERSION, RunRecorder
-from sparse_callbacks.core.record.row_times import steps_between_rows
+from sparse_callbacks.core.record.row_times import refuse_interval, steps_between_rows
 from sparse_callbacks.core.record.samples import samples_in
 from sparse_callbacks.lightning import accumulation, curves
 from sparse_callbacks.lightning.callback import peers_of
@@ -65,10 +66,7 @@ class SparsityReport(AnyCallback):
         configuration: Mapping[str, Any] | None = None,
         command: str | None = None,
     ) -> None:
-        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
-            raise ValueError(
-                f"every={every!r} is not a number of optimizer steps. Give a whole number from 1 on, or None."
-            )
+        refuse_interval(every)
         self.every, self.title, self.page = every, title, page
         self.configuration, self.command = configuration, command
         self.given_folder = None if folder is None else Path(folder)
@@ -94,6 +92,8 @@ class SparsityReport(AnyCallback):
         if stage != "fit" or trainer.fast_dev_run:
             return
         self._forget_fit()
+        if self.dense is not None:
+            refuse_unrecorded(self.dense, "dense")
         self.folder = Path(trainer.strategy.broadcast(str(self.given_folder or folder_of(trainer))))
         self._page_wanted = self.page
         if self.page and (text := why_no_page()):
@@ -249,7 +249,7 @@ class SparsityReport(AnyCallback):
             "libraries": libraries(("pytorch-lightning", "lightning")),
             "machine": machine(module.device),
             "length": None if math.isinf(length) else int(length),
-            "configuration": plain(given),
+            "configuration": as_json(given),
             "command": command() if self.command is None else self.command,
             "title": self.title,
         }
@@ -303,14 +303,3 @@ def _is_rate(metric: str) -> bool:
 
 def _trained(module: LightningModule) -> list[bool]:
     return [p.requires_grad for p in module.parameters()]
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON can hold it: what is neither number, text, list nor mapping becomes its text."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value if isinstance(value, str | int | float | bool) or value is None else str(value)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from sparse_callbacks.channels.proof import Proof
 from sparse_callbacks.core.error_text import with_class
 from sparse_callbacks.core.record.page import PAGE, why_no_page, write_page
-from sparse_callbacks.core.record.record_file import has_record
+from sparse_callbacks.core.record.record_file import refuse_unrecorded
 from sparse_callbacks.lightning.sparsity_report import SparsityReport
 
 COSTS = ("parameters", "flops", "latency")
@@ -42,10 +42,8 @@ def build_report(cfg: DictConfig, folder: Path, configuration: Any) -> SparsityR
         if cfg.get("dense_run") is not None:
             raise ValueError(f"dense_run={cfg.dense_run} is compared with in the report, and report=false writes none.")
         return None
-    if cfg.get("dense_run") is not None and not has_record(Path(cfg.dense_run)):
-        raise FileNotFoundError(
-            f"dense_run={cfg.dense_run} holds no record of a run. Give the folder of a run of train.py method=none."
-        )
+    if cfg.get("dense_run") is not None:
+        refuse_unrecorded(Path(cfg.dense_run), "dense_run")
     return SparsityReport(
         folder, dense=cfg.get("dense_run"), page=False, configuration=configuration, command=typed_command()
     )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparse_callbacks import CTRE, GMP, sparsify
 from sparse_callbacks.core.method import Method
-from sparse_callbacks.core.record.record_file import RecordedRun, read_record
+from sparse_callbacks.core.record.record_file import RecordedRun, has_record, read_record
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods import SET, RigL, Static
@@ -435,6 +435,17 @@ def test_a_record_begins_before_the_first_step(tmp_path: Path) -> None:
     run.close()
     with pytest.raises(RuntimeError, match="closed"):
         run.report(tmp_path)
+
+
+def test_what_cannot_be_recorded_is_refused(tmp_path: Path) -> None:
+    model, _ = network("mlp")
+    run = sparsify(Static(0.9, print_plan=False), model, torch.optim.SGD(model.parameters(), 0.01), steps=6)
+    with pytest.raises(ValueError, match="every=0 is not a number of optimizer steps"):
+        run.report(tmp_path, every=0)
+    with pytest.raises(FileNotFoundError, match=r"dense=.* holds no record"):
+        run.report(tmp_path, dense=tmp_path / "dense")
+    assert not has_record(tmp_path)
+    run.close()
 
 
 def test_a_run_has_one_record(tmp_path: Path) -> None:

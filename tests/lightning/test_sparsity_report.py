@@ -12,6 +12,7 @@ from pytorch_lightning.callbacks import BaseFinetuning, EarlyStopping
 from pytorch_lightning.loggers import CSVLogger
 from support import recorded_processes
 from support.processes import run_processes
+from support.recorded import recorded
 from support.recorded_processes import Net, rigl, samples
 from torch import Tensor
 
@@ -320,6 +321,13 @@ def test_a_state_of_a_later_version_is_refused() -> None:
         report(None).load_state_dict({"version": 99})
 
 
+def test_a_dense_run_without_a_record_is_refused_before_the_first_batch(tmp_path: Path) -> None:
+    module = Net()
+    with pytest.raises(FileNotFoundError, match=r"dense=.* holds no record"):
+        fit(tmp_path, report(tmp_path, dense=tmp_path / "dense"), module=module)
+    assert not has_record(tmp_path)
+
+
 @pytest.mark.parametrize("every", [0, -1, True, 2.5])
 def test_an_interval_is_a_number_of_steps(every: Any) -> None:
     with pytest.raises(ValueError, match=r"every=.* is not a number of optimizer steps"):
@@ -349,6 +357,7 @@ def test_the_page_is_written_when_the_fit_is_over(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr("sparse_callbacks.core.record.page.write_page", write)
     monkeypatch.setattr("sparse_callbacks.lightning.sparsity_report.why_no_page", lambda: "")
+    recorded(tmp_path / "dense", method="dense")
     fit(tmp_path, report(tmp_path, page=True, dense=tmp_path / "dense"), max_epochs=1)
     assert written == [(tmp_path, tmp_path / "dense", "finished")]
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @pytest.fixture
 def run(run: Run) -> Run:
     """A run that is recorded, which those of other tests are not."""
-    return lambda *overrides, **options: run(*(["report=true"] + list(overrides)), **options)
+    return lambda *overrides, **options: run("report=true", *overrides, **options)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What is said once of a recorded run: its methods, its layers, its libraries and its machine."""
 
+import math
 import os
 import platform
 import shlex
@@ -8,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -120,3 +122,14 @@ def command() -> str:
     if script.suffix != ".py" or "site-packages" in script.parts:
         return ""
     return shlex.join(["python", *sys.argv])
+
+
+def as_json(value: Any) -> Any:
+    """A value as JSON can hold it: what is neither number, text, list nor mapping becomes its text."""
+    if isinstance(value, Mapping):
+        return {str(key): as_json(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if isinstance(value, str | int | float | bool) or value is None else str(value)

@@ -175,6 +175,23 @@ def has_record(folder: Path) -> bool:
     return (folder / FOLDER / "run.json").is_file()
 
 
+def refuse_unrecorded(folder: Path, argument: str) -> None:
+    """Refuse the folder of a run to compare with that holds no record.
+
+    Args:
+        folder: the folder.
+        argument: the name of the argument that has given it.
+
+    Raises:
+        FileNotFoundError: it holds none.
+    """
+    if not has_record(folder):
+        raise FileNotFoundError(
+            f"{argument}={str(folder)!r} holds no record of a run ({FOLDER}/run.json). Give the folder of a dense run that "
+            "was recorded, as that of train.py method=none."
+        )
+
+
 def read_record(folder: Path) -> RecordedRun:
     """The record in the folder of a run.
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -196,8 +197,12 @@ class RunRecorder:
         if status == "finished" and not self._start:
             self._charge()
             self._add("end", self.step, epoch, metrics)
-        self._keep_masks()
-        self.say()
+            self._keep_masks()
+            self.say()
+            return
+        with suppress(Exception):  # what has ended the run is what the user must see
+            self._keep_masks()
+            self.say()
 
     def stop_looking(self) -> None:
         """No batch will show where weights are used."""

@@ -19,3 +19,13 @@ def steps_between_rows(given: int | None, length: float, least: int = 50) -> int
     if given is not None:
         return given
     return least if math.isinf(length) else max(least, int(length) // ROWS)
+
+
+def refuse_interval(every: object) -> None:
+    """Refuse what is not a number of steps between two rows.
+
+    Raises:
+        ValueError: neither a whole number from 1 on nor None.
+    """
+    if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+        raise ValueError(f"every={every!r} is not a number of optimizer steps. Give a whole number from 1 on, or None.")
