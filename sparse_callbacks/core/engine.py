@@ -20,7 +20,6 @@ from sparse_callbacks.core.gradients import DenseGradients
 from sparse_callbacks.core.host import Host
 from sparse_callbacks.core.live.live_records import put_back_records
 from sparse_callbacks.core.live.live_runs import note_places, refuse_matrix_optimizers
-from sparse_callbacks.core.live.live_weights import Move
 from sparse_callbacks.core.live.uncompiled import leave_abandoned_runs
 from sparse_callbacks.core.loop_steps import next_tick
 from sparse_callbacks.core.method import Method
@@ -32,6 +31,7 @@ from sparse_callbacks.core.progress import Progress
 from sparse_callbacks.core.record.recorder import RunRecorder
 from sparse_callbacks.core.run_beginning import RunBeginning
 from sparse_callbacks.core.selection import Entry, select
+from sparse_callbacks.core.sparse_layers.moved_places import Move
 from sparse_callbacks.core.step import ReplacesSteps, Step
 from sparse_callbacks.core.thawed import have_moved, thawed_names
 from sparse_callbacks.core.topology import EverActive, Update

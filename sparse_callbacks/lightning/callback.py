@@ -340,6 +340,7 @@ class SparsityCallback(Method, AnyCallback):
         if self.fit_state.first_use is not None:  # the first batch has failed
             self.fit_state.first_use.end()
             self.fit_state.first_use = None
+        self.engine.doctor.end()
         self.engine.end_window()
 
     def __getstate__(self) -> dict[str, Any]:

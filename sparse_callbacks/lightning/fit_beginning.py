@@ -66,8 +66,7 @@ def begin(callback: "SparsityCallback", trainer: Trainer, module: LightningModul
     reads, twice = optimizers.gradients_read, optimizers.two_pass
     callback.engine.bind(module, entries, optimizers.steppers, reads, host, twice)
     callback.engine.announce_by_hooks()
-    if callback.weights.layers_stored:
-        call_after_training(trainer, callback._training_is_left)
+    call_after_training(trainer, callback._training_is_left)
     optimizer_lives.switch_through_wrappers(trainer)
     _inform(callback, trainer, entries, optimizers)
 

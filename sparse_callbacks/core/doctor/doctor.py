@@ -14,9 +14,9 @@ from sparse_callbacks.core.doctor.movement import GrownWeights, StandingWeights,
 from sparse_callbacks.core.doctor.warning import DoctorWarning
 from sparse_callbacks.core.fresh_weights import layers_of_few_inputs
 from sparse_callbacks.core.initial_masks import StartsSparse
-from sparse_callbacks.core.live.live_weights import Move
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.shards import WHOLE, layout_of
+from sparse_callbacks.core.sparse_layers.moved_places import Move
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.topology import Update
 
