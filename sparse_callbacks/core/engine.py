@@ -406,6 +406,12 @@ class Engine:
         if self.recorder is not None and self.method.attachment.in_training:
             self.recorder.passed(self.method, batch)
 
+    def record_by(self, recorder: RunRecorder) -> None:
+        """Tell ``recorder`` of the run from here on, and of the warnings that were given before."""
+        self.recorder = recorder
+        for text in self.doctor.given:
+            recorder.warned(text)
+
     def _warned(self, text: str) -> None:
         if self.recorder is not None:
             self.recorder.warned(text)

@@ -127,7 +127,7 @@ class SparsityReport(AnyCallback):
         )
         self._recorder.tell = self._log
         for peer in peers:  # a pass over the data may come before the first batch
-            peer.engine.recorder = self._recorder
+            peer.engine.record_by(self._recorder)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._recorder is None or self._trainer is None:

@@ -185,6 +185,21 @@ def test_stacked_matrices_are_no_chain() -> None:
     assert "not the weight of a linear layer" in find_chain([], entries).reason
 
 
+def test_gates_of_biases_and_norms_do_not_hide_a_chain() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    params = dict(model.named_parameters())
+    entries = [Entry(n, p.numel(), tuple(p.shape), tuple(p.shape)) for n, p in params.items()]
+    calls: list[LayerCall] = []
+    for name in ("0.weight", "1.weight", "4.weight"):  # a norm is called between the layers, as the doctor sees it
+
+        def called(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
+            calls.append(LayerCall.of(name, inputs[0], output))
+
+        model[int(name[0])].register_forward_hook(called)
+    model(torch.randn(5, 1, 4, 4))
+    assert find_chain(calls, entries) == Chain(("0.weight", "4.weight"))
+
+
 # ---------------------------------------------------------------------- paths by slow counts
 
 

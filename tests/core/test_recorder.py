@@ -55,6 +55,12 @@ def timeless(rows: Any) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
+def test_warnings_that_come_before_the_record_are_in_it(tmp_path: Path) -> None:
+    model, shape = network("mlp")
+    warnings = fit(tmp_path, GMP(0.9, stop=50, print_plan=False), model, shape, 12).run.warnings
+    assert [text.partition(":")[0] for text in warnings] == ["doctor/short_run"]
+
+
 # ---------------------------------------------------------------------- what training has cost
 
 

@@ -77,6 +77,14 @@ def test_a_fit_is_recorded(whole: RecordedRun) -> None:
     assert "pytorch-lightning" in said.libraries
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_warnings_are_recorded_wherever_the_callback_stands(tmp_path: Path, first: bool) -> None:
+    method, recorded = GMP(0.9, stop=50, print_plan=False), report(tmp_path)
+    ordered = [recorded, method] if first else [method, recorded]
+    warnings = fit(tmp_path, *ordered).run.warnings
+    assert [text.partition(":")[0] for text in warnings] == ["doctor/short_run"]
+
+
 def test_metrics_of_a_validation_are_in_its_row_and_at_the_end(whole: RecordedRun) -> None:
     with_loss = [row["event"] for row in whole.rows if "val/loss" in row]
     assert with_loss == ["validation", "validation", "end"]

@@ -74,6 +74,8 @@ class Doctor:
         self._stuck, self._standing = StuckMasks(), StandingWeights()
         self._grown, self._noise = GrownWeights(), GradientNoise()
         self._units: dict[str, tuple[Tensor, Tensor]] = {}
+        self.given: list[str] = []
+        """The texts of the warnings that were given since."""
 
     def _say(self, name: str, text: str) -> None:
         method, key = self._method, f"doctor/{name}"
@@ -82,6 +84,7 @@ class Doctor:
         method.aux[key] = torch.tensor(True)
         words = f"{key}: {type(method).__name__}: {text}. {REMEDIES[name]}"
         method.host.warn(words, DoctorWarning)
+        self.given.append(words)
         self._listener(words)
 
     # ------------------------------------------------------------------ a run begins

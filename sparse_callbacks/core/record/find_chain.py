@@ -67,9 +67,11 @@ def find_chain(calls: Sequence[LayerCall], entries: Sequence[Entry]) -> Chain:
         calls: the calls of the sparse layers in one forward pass that recorded a graph, in order; ask while it lives.
         entries: the sparse parameters.
     """
+    # biases and gains that gates close connect nothing: they close with the channel of their layer
+    kinds = {e.name: e for e in entries if len(e.shape) > 1}
+    calls = [call for call in calls if call.name in kinds]
     names = [call.name for call in calls]
-    kinds = {e.name: e for e in entries}
-    if odd := [n for n, e in kinds.items() if e.parts > 1 or len(e.shape) < 2]:
+    if odd := [n for n, e in kinds.items() if e.parts > 1]:
         return Chain((), f"{odd[0]} is not the weight of a linear layer or a convolution")
     if idle := [n for n in kinds if n not in names]:
         return Chain((), f"{idle[0]} was not called in the forward pass")

@@ -92,7 +92,7 @@ class LoopRecord:
         self._recorder = RunRecorder(
             self.wishes.folder, self._model, [method], self._optimizers, every, said, self._warn
         )
-        self._engine.recorder = self._recorder
+        self._engine.record_by(self._recorder)
         self._recorder.begin(state)
         # in a resumed run too, for the samples of its batches
         around = None if self._called is self._model else self._called

@@ -210,7 +210,9 @@ class RunRecorder:
 
     def warned(self, text: str) -> None:
         """The user was warned of something: the page shows it too."""
-        self.said["warnings"] = [*self.said.get("warnings", ()), text]
+        earlier = self.said.get("warnings", [])
+        if text not in earlier:
+            self.said["warnings"] = [*earlier, text]
 
     # ------------------------------------------------------------------ what is written
 
@@ -309,7 +311,10 @@ class RunRecorder:
     def _go_on(self, state: Mapping[str, Any]) -> None:
         self.step, self._last_row, self._last_look = state["step"], state["last_row"], state["last_look"]
         self._seconds, self._samples = state["seconds"], state["samples"]
+        given = self.said.pop("warnings", [])  # while the run was set up again
         self.said |= state["said"]
+        for text in given:
+            self.warned(text)
         self._account.load(state["account"])
         self._known.load(state)
         self._history.load(state["history"])
