@@ -1,6 +1,6 @@
 """The end of a multirun: one table, one page, and failures of single jobs."""
 
-import importlib.util
+import importlib.metadata
 import json
 import os
 import signal
@@ -20,12 +20,11 @@ from omegaconf import DictConfig, OmegaConf
 from sparse_callbacks.reporting.measures import share_to_keep
 from sparse_callbacks.tasks import build, models, multirun
 
-PLUGINS = {
-    name: importlib.util.find_spec(f"hydra_plugins.hydra_{name}") is not None
-    for name in ("joblib_launcher", "optuna_sweeper")
-}
-with_joblib = pytest.mark.skipif(not PLUGINS["joblib_launcher"], reason="pip install 'sparse-callbacks[sweeps]'")
-with_optuna = pytest.mark.skipif(not PLUGINS["optuna_sweeper"], reason="pip install 'sparse-callbacks[sweeps]'")
+
+def needs(distribution: str) -> pytest.MarkDecorator:
+    """Skips a test where a plugin of Hydra is not installed."""
+    installed = distribution in {found.metadata["Name"] for found in importlib.metadata.distributions()}
+    return pytest.mark.skipif(not installed, reason="pip install 'sparse-callbacks[sweeps]'")
 
 
 def pretended(cfg: DictConfig, *config_file: Path) -> dict[str, float]:
@@ -161,7 +160,7 @@ def test_main_gives_the_objective_back(command: Callable[..., None], monkeypatch
     assert given == [0.75, (0.75, 0.75), None]
 
 
-@with_optuna
+@needs("hydra-optuna-sweeper")
 def test_optuna_optimizes_the_objective(command: Callable[..., None], tmp_path: Path) -> None:
     search = [
         "hydra/sweeper=optuna",
@@ -229,7 +228,7 @@ def test_the_methods_of_shrinkbench_reach_the_ratio(name: str) -> None:
 
 
 @pytest.mark.slow
-@with_joblib
+@needs("hydra-joblib-launcher")
 def test_jobs_beside_each_other_end_with_one_page(tmp_path: Path) -> None:
     """Real runs in processes of joblib's, of which one fails."""
     overrides = [
