@@ -16,7 +16,7 @@ METHODS = sorted(path.stem for path in (Path(__file__).parents[2] / "conf/method
 def test_no_preset_is_warned_about(method: str, composed: Callable[..., DictConfig], tmp_path: Path) -> None:
     from train import train
 
-    short = ("logger=[]", "trainer.enable_progress_bar=false", "trainer.max_epochs=4", f"output_dir={tmp_path}")
+    short = ("logger=[]", "trainer.enable_progress_bar=false", "trainer.max_epochs=2", f"output_dir={tmp_path}")
     with warnings.catch_warnings():
         warnings.simplefilter("error", DoctorWarning)
         train(composed(*short, f"method={method}"))
