@@ -9,6 +9,7 @@ from sparse_callbacks.reporting.compared_runs import ComparedRun, read_runs
 from sparse_callbacks.reporting.compared_settings import Problem, Setting, problems_of
 from sparse_callbacks.reporting.measures import pareto_front, spearman
 
+USUAL_METRICS = ("test/acc", "val/acc")
 LOWER_IS_BETTER = ("loss", "error", "perplexity", "mae", "mse")
 FEWEST_SHARED = 3
 """Settings that two methods must share before their rank correlation says anything."""
@@ -65,12 +66,12 @@ class Comparison:
         return sorted(COMPARED_AXES, key=lambda name: name != self.axis)
 
 
-def compared(paths: Sequence[Path], metric: str = "test/acc", axis: str = "sparsity") -> Comparison:
+def compared(paths: Sequence[Path], metric: str | None = None, axis: str = "sparsity") -> Comparison:
     """Compare the runs in folders.
 
     Args:
         paths: folders of runs, or folders of them.
-        metric: a metric of the end.
+        metric: a metric of the end; None: ``"test/acc"``, or ``"val/acc"`` where no run has been tested.
         axis: ``"sparsity"``, ``"inference"`` or ``"training"``: what comes first.
 
     Raises:
@@ -78,8 +79,11 @@ def compared(paths: Sequence[Path], metric: str = "test/acc", axis: str = "spars
     """
     if axis not in COMPARED_AXES:
         raise ValueError(f"axis={axis!r} is not known. Choose one of {', '.join(COMPARED_AXES)}.")
-    runs, left_out = read_runs(paths, metric)
-    return Comparison(problems_of(runs), metric, axis, left_out)
+    for wanted in USUAL_METRICS if metric is None else (metric,):
+        runs, left_out = read_runs(paths, wanted)
+        if runs:
+            break
+    return Comparison(problems_of(runs), wanted, axis, left_out)
 
 
 def is_better_when_lower(metric: str) -> bool:

@@ -26,7 +26,10 @@ def compare_main(arguments: Sequence[str] | None = None) -> None:
     for line in left_out_lines(comparison.left_out):
         print(f"left out: {line}", file=sys.stderr)
     if not comparison.runs:
-        parser.error("there is no run to compare. Give folders of runs that have ended, or folders of them.")
+        parser.error(
+            "there is no run to compare. Give folders of runs that have ended, or folders of them; --metric names a metric that they "
+            "have."
+        )
     folder = given.out or _own_folder(given.runs)
     try:
         files = write_comparison(comparison, folder, given.runs)
@@ -61,5 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--out", type=Path, metavar="FOLDER", help="where the files go; by default the folder that all runs lie in")
     add("--x", choices=list(COMPARED_AXES), default="sparsity", help="the axis that comes first")
-    add("--metric", default="test/acc", help="a metric of the end of the runs, e.g. val/acc; by default test/acc")
+    add(
+        "--metric", help="a metric of the end of the runs; by default test/acc, or val/acc where no run has been tested"
+    )
     return parser

@@ -221,6 +221,16 @@ def test_the_command_refuses_what_holds_no_run(tmp_path: Path, capsys: pytest.Ca
         write_comparison(compared([tmp_path]), tmp_path, [])
 
 
+def test_runs_that_were_not_tested_are_compared_by_their_validation(tmp_path: Path) -> None:
+    """As those of a Trainer that is never asked to test."""
+    recorded(tmp_path / "a", results={"val/acc": 0.8})
+    recorded(tmp_path / "b", method="SET", results={"val/acc": 0.7})
+    found = compared([tmp_path])
+    assert (found.metric, len(found.runs)) == ("val/acc", 2)
+    recorded(tmp_path / "c", method="GMP", results={"val/acc": 0.7, "test/acc": 0.6})
+    assert (compared([tmp_path]).metric, len(compared([tmp_path]).runs)) == ("test/acc", 1)
+
+
 def test_without_matplotlib_the_command_names_the_extra(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
