@@ -117,13 +117,14 @@ def test_before_clipping_is_called_once_for_a_step_and_for_an_optimizer_of_the_r
 def test_a_fused_optimizer_under_a_scaler_is_refused_at_its_first_step() -> None:
     model = net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
-    begin("rigl", model, optimizer)
+    run = begin("rigl", model, optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     scaler.scale(loss_of(model, next(batches(data(), 0, 1)))).backward()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     with pytest.raises(ValueError, match=r"AdamW\(fused=True\) under a GradScaler unscales .* or fused=False"):
         scaler.step(optimizer)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    run.close()
 
 
 def test_a_fused_optimizer_without_a_scaler_trains() -> None:

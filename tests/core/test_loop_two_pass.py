@@ -249,6 +249,7 @@ def test_both_passes_have_one_sample_of_the_gates_or_are_refused() -> None:
     run = begin(ConstrainedL0(density=0.3, gate_lr=0.1, dual_lr=0.1, print_plan=False), model, optimizer)
     with pytest.raises(RuntimeError, match="Take the whole step within it"), run.batch():
         loss_of(model, next(iter(data()))).backward()
+    run.close()
 
 
 # ---------------------------------------------------------------------- what is refused, and what is not of this kind

@@ -1,4 +1,4 @@
-"""Places in flat tensors: of True, of what exceeds a bound, of the largest; sorted, merged and repeated numbers.
+"""Places in flat tensors: of True, of the largest; sorted, merged and repeated numbers.
 
 numpy does all of this several times as fast as torch, and is used where somebody has imported it: results are the same. Large
 results of numpy also come in huge pages of the system where it has them, which are there in a tenth of the time.
