@@ -60,11 +60,6 @@ class Hooks:
     """What the method's own figures are logged under; by default the lower-case name of the class."""
     explores: ClassVar[bool] = False
     """Connections come and go, so that the share of weights that were ever active is worth knowing."""
-    grows_by_gradient: ClassVar[bool] = False
-    """An update grows the weights whose gradients are the largest in its step."""
-
-    measures_similarity: ClassVar[bool] = False
-    """A pass over the data compares each input of a layer with each of its outputs."""
 
     # ------------------------------------------------------------------ what a method overrides
 

@@ -178,6 +178,10 @@ class Step:
         self._owners.clear(name, where)
 
 
+class MeasuresSimilarity:
+    """A method whose passes over the data compare each input of a layer with each of its outputs."""
+
+
 class ReplacesSteps:
     """A method some of whose updates take the place of a step (:meth:`Step.replace`).
 

@@ -82,7 +82,6 @@ class RigL(ReplacesSteps, DropAndGrow):
     Stochastic Exploration. arXiv 2401.06898, 2024, algorithm 1.
     """
 
-    grows_by_gradient: ClassVar[bool] = True
     first_update: ClassVar[int] = 0  # the calendar is asked before a step, with the steps taken so far
 
     def __init__(

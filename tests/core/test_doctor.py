@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from support.stance import stance
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.data import DataLoader, TensorDataset
 
 from sparse_callbacks import (
@@ -31,6 +34,7 @@ from sparse_callbacks import (
 )
 from sparse_callbacks.core.doctor import at_start, movement
 from sparse_callbacks.core.doctor.doctor import REMEDIES
+from sparse_callbacks.core.doctor.gradient_noise import COMPARED_STEPS, GradientNoise
 from sparse_callbacks.testing.networks import Classifier
 from sparse_callbacks.testing.runs import trainer_for
 
@@ -210,6 +214,37 @@ def test_models_are_copied_and_saved_before_the_first_step_without_the_doctor() 
 
 
 # ---------------------------------------------------------------------- updates
+
+
+def test_a_run_that_begins_and_never_steps_leaves_compiled_code_compiled() -> None:
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+    run = sparsify(Static(0.5, print_plan=False), net, torch.optim.SGD(net.parameters(), lr=0.1), steps=2)
+    assert stance() == "default"
+    run.close()
+
+
+def test_a_compiled_module_is_compiled_once_and_gets_no_hooks() -> None:
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+    counter = CompileCounterWithBackend("eager")
+    torch.compiler.reset()
+    net.compile(backend=counter, fullgraph=True)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with sparsify(Static(0.5, print_plan=False), net, optimizer, steps=3):
+        assert not any(module._forward_hooks for module in net)
+        for _ in range(3):
+            net(torch.randn(4, 8)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert counter.frame_count == 1
+
+
+def test_a_layer_that_joins_between_two_gradients_begins_the_look_at_noise_anew() -> None:
+    noise, generator = GradientNoise(), torch.Generator().manual_seed(0)
+    noise.updated(0)
+    for size in [5] * 3 + [9] * COMPARED_STEPS:
+        step = SimpleNamespace(index=0, masking=False, gradient=lambda _, n=size: torch.randn(n, generator=generator))
+        noise.look(step, {"weight": torch.ones(size, dtype=torch.bool)})
+    assert not noise.waits  # all looks of the larger one, and none of the smaller
 
 
 def test_grown_weights_that_the_next_update_drops_are_warned_about() -> None:

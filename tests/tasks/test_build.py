@@ -154,13 +154,17 @@ def test_no_gpu(run: Run) -> None:
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
 def test_experiments_compose_and_their_method_fits_the_model(composed: Compose, name: str) -> None:
-    cfg = composed(f"experiment={name}")
+    side_by_side = "two_jobs" in (CONF / f"experiment/{name}.yaml").read_text()  # by a launcher that is an extra
+    cfg = composed(f"experiment={name}", *(["hydra/launcher=basic"] if side_by_side else []))
     method = build.build_method(cfg)
+    if method is None:
+        assert name == "shrinkbench_dense"
+        return
     shapes = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32), "madelon": (500,)}
     shape = shapes[cfg.data.get("name") or cfg.data._target_.rpartition(".")[2]]
     module = build.build_module(cfg, SimpleNamespace(input_shape=shape, num_classes=10))  # type: ignore[arg-type]
-    plan = method.plan(module)  # type: ignore[union-attr]
-    assert 0.5 < plan.total < 1 or not method.plans_counts  # type: ignore[union-attr]
+    plan = method.plan(module)
+    assert 0.5 < plan.total < 1 or not method.plans_counts
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])

@@ -8,7 +8,7 @@ from torch import Tensor
 from sparse_callbacks.core.calendar import SHORTEST_INTERVAL
 from sparse_callbacks.core.doctor.at_start import why_slow, why_too_short, why_too_small
 from sparse_callbacks.core.doctor.collapse import why_collapsing, why_no_path
-from sparse_callbacks.core.doctor.first_signals import FirstSignals
+from sparse_callbacks.core.doctor.first_signals import FirstSignals, is_compiled
 from sparse_callbacks.core.doctor.gradient_noise import ELEMENTS, GradientNoise
 from sparse_callbacks.core.doctor.movement import GrownWeights, StandingWeights, StuckMasks
 from sparse_callbacks.core.doctor.warning import DoctorWarning
@@ -17,7 +17,7 @@ from sparse_callbacks.core.initial_masks import StartsSparse
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.shards import WHOLE, layout_of
 from sparse_callbacks.core.sparse_layers.moved_places import Move
-from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.step import ReplacesSteps, Step
 from sparse_callbacks.core.topology import Update
 
 REMEDIES = {
@@ -98,7 +98,7 @@ class Doctor:
         method = self._method
         self._say("slow_optimizer", why_slow(method.owners.optimizers))
         self._say("stuck_masks", why_too_small(method))
-        if not method.progress.most():
+        if not method.progress.most() and not is_compiled(method.model):
             self._signals = FirstSignals(method)
 
     def end(self) -> None:
@@ -158,7 +158,7 @@ class Doctor:
             moved = {name: (mask, method.weights.held_masks[name]) for name, mask in before.items()}
             if method.times.every < SHORTEST_INTERVAL and not self._was_said("short_interval"):
                 self._say("short_interval", self._grown.look(moved, units, figures["update/drop_fraction"]))
-            if method.grows_by_gradient and moved and not self._was_said("gradient_noise"):
+            if isinstance(method, ReplacesSteps) and moved and not self._was_said("gradient_noise"):
                 self._say("gradient_noise", self._noise.updated(step.index))
         self._look_at_layers()
 

@@ -7,7 +7,6 @@ from weakref import finalize, ref
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.core.live.uncompiled import run_uncompiled
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.record.find_chain import LayerCall, find_chain
 from sparse_callbacks.core.selection import is_norm
@@ -19,7 +18,7 @@ SIGNAL_LEFT = 1e-2
 class FirstSignals:
     """Watches the sparse layers in the first forward pass with gradients, until :meth:`end`.
 
-    Compiled models run eagerly meanwhile: torch would compile once with the hooks and once without.
+    Where compiled code calls the layers nothing is seen; what is known to be compiled gets no hooks, see :func:`is_compiled`.
 
     Args:
         method: the method of a run that begins.
@@ -37,7 +36,6 @@ class FirstSignals:
         ]
         # of a run that nobody has closed, whose model may live on
         finalize(self, _take_away, self._handles).atexit = False
-        self._compile_again = run_uncompiled(self)
 
     def called(self, name: str, args: tuple[Any, ...], output: Any) -> None:
         """A layer was called."""
@@ -47,16 +45,16 @@ class FirstSignals:
         if not args or not isinstance(args[0], Tensor):
             return
         if not self._calls:
-            output.register_hook(self._backward_comes)
+            output.register_hook(_BackwardComes(self))
         self._calls.append(LayerCall.of(name, args[0], output))
         self._spreads.append((name, _spread(args[0])))
 
-    def _backward_comes(self, _: Tensor) -> None:
-        self._is_over = True  # what is called from here on is of another pass
+    def backward_comes(self) -> None:
+        """The backward pass has begun: what is called from here on is of another pass."""
+        self._is_over = True
 
     def end(self) -> None:
         """Look no more."""
-        self._compile_again()
         _take_away(self._handles)
 
     def chain(self) -> tuple[str, ...]:
@@ -93,6 +91,8 @@ class _Hook:
         self._name, self._signals = name, None if signals is None else ref(signals)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         signals = None if self._signals is None else self._signals()
         if signals is not None:
             signals.called(self._name, args, output)
@@ -102,6 +102,18 @@ class _Hook:
 
     def __reduce__(self) -> Any:
         return _Hook, ()
+
+
+class _BackwardComes:
+    """Tells of a backward pass. It holds what it tells weakly: torch keeps such hooks where Python's collector does not see
+    them."""
+
+    def __init__(self, signals: FirstSignals) -> None:
+        self._signals = ref(signals)
+
+    def __call__(self, _: Tensor) -> None:
+        if (signals := self._signals()) is not None:
+            signals.backward_comes()
 
 
 def _take_away(handles: Sequence[Any]) -> None:
@@ -114,3 +126,10 @@ def _spread(x: Tensor) -> Tensor:
     """The root of the mean variance over samples, on the device of ``x``; NaN of a single sample."""
     rows = x.detach().float().flatten(1)
     return rows.var(0).mean().sqrt() if rows.shape[0] > 1 else rows.new_full((), float("nan"))
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether the model, or a module of it, is known to run compiled: by ``module.compile()``, or under a LightningModule that
+    is. torch would compile it once with hooks and once without."""
+    # the second one is where Lightning notes that it was compiled
+    return any(vars(m).get("_compiled_call_impl") or "_compiler_ctx" in vars(m) for m in model.modules())

@@ -74,6 +74,8 @@ class GradientNoise:
             return ""  # of a layer that had no part in this batch
         whole = torch.cat(parts)
         direction = whole / torch.linalg.vector_norm(whole)  # NaN where all are zero, which closes with no figure
+        if self._sum is not None and self._sum.shape != direction.shape:
+            self._sum, self._count = None, 0  # a layer has joined meanwhile
         self._sum = direction if self._sum is None else self._sum + direction
         self._count += 1
         if self._count < COMPARED_STEPS:

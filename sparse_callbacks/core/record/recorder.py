@@ -28,7 +28,7 @@ from sparse_callbacks.core.record.samples import samples_in
 from sparse_callbacks.core.record.topology_statistics import TopologyHistory
 from sparse_callbacks.core.record.window_costs import WindowCosts
 from sparse_callbacks.core.selection import entries
-from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.step import MeasuresSimilarity, Step
 
 STATE_VERSION = 1
 SMALL_CHAIN = 1 << 18  # sparse weights of a chain whose paths are followed at each update, and not at validations alone
@@ -149,7 +149,7 @@ class RunRecorder:
         """A batch has passed through the network without training, for ``method`` to look at."""
         samples = samples_in(batch) or 0
         forward = self._costs.forward(self._active_counts())
-        similarities = self._costs.similarities(method) if method.measures_similarity else 0
+        similarities = self._costs.similarities(method) if isinstance(method, MeasuresSimilarity) else 0
         self._account.charge_pass(samples, forward, similarities)
 
     def add_samples(self, samples: int) -> None:

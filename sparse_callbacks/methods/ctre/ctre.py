@@ -19,7 +19,7 @@ from sparse_callbacks.core.ops import drop_and_grow, drop_count
 from sparse_callbacks.core.randomness import uniform_like
 from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.schedules import Schedule, as_schedule
-from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.step import MeasuresSimilarity, Step
 from sparse_callbacks.core.storages.storage import why_no_exchange
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.ctre.activations import measure_similarity
@@ -32,7 +32,7 @@ Variant = Literal["sim", "seq", "pure"]
 PUBLISHED = "erdos_renyi"
 
 
-class CTRE(DropAndGrow):
+class CTRE(MeasuresSimilarity, DropAndGrow):
     """CTRE: drop small weights, grow between neurons that fire alike (Atashgahi et al., 2022).
 
     Once an epoch, before its first step, a pass over the training data (eval mode, in order, without gradients) gives
@@ -93,7 +93,6 @@ class CTRE(DropAndGrow):
     """
 
     reads_dense_gradients: ClassVar[bool] = False
-    measures_similarity: ClassVar[bool] = True
 
     def __init__(
         self,
