@@ -111,6 +111,13 @@ def copied(model: nn.Module, known: Mapping[int, Any] = MappingProxyType({})) ->
     return made
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether the model, or a module of it, is known to run compiled: by ``module.compile()``, or under a LightningModule that
+    is. torch would compile it once with hooks and once without."""
+    # the second one is where Lightning notes that it was compiled
+    return any(vars(m).get("_compiled_call_impl") or "_compiler_ctx" in vars(m) for m in model.modules())
+
+
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, nothing compiled; afterwards everything is as before that

@@ -8,12 +8,13 @@ from torch import Tensor
 from sparse_callbacks.core.calendar import SHORTEST_INTERVAL
 from sparse_callbacks.core.doctor.at_start import why_slow, why_too_short, why_too_small
 from sparse_callbacks.core.doctor.collapse import why_collapsing, why_no_path
-from sparse_callbacks.core.doctor.first_signals import FirstSignals, is_compiled
+from sparse_callbacks.core.doctor.first_signals import FirstSignals
 from sparse_callbacks.core.doctor.gradient_noise import ELEMENTS, GradientNoise
 from sparse_callbacks.core.doctor.movement import GrownWeights, StandingWeights, StuckMasks
 from sparse_callbacks.core.doctor.warning import DoctorWarning
 from sparse_callbacks.core.fresh_weights import layers_of_few_inputs
 from sparse_callbacks.core.initial_masks import StartsSparse
+from sparse_callbacks.core.inspection import is_compiled
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.shards import WHOLE, layout_of
 from sparse_callbacks.core.sparse_layers.moved_places import Move

@@ -18,7 +18,7 @@ SIGNAL_LEFT = 1e-2
 class FirstSignals:
     """Watches the sparse layers in the first forward pass with gradients, until :meth:`end`.
 
-    Where compiled code calls the layers nothing is seen; what is known to be compiled gets no hooks, see :func:`is_compiled`.
+    Where compiled code calls the layers nothing is seen; what is known to be compiled gets no hooks, see :func:`~sparse_callbacks.core.inspection.is_compiled`.
 
     Args:
         method: the method of a run that begins.
@@ -126,10 +126,3 @@ def _spread(x: Tensor) -> Tensor:
     """The root of the mean variance over samples, on the device of ``x``; NaN of a single sample."""
     rows = x.detach().float().flatten(1)
     return rows.var(0).mean().sqrt() if rows.shape[0] > 1 else rows.new_full((), float("nan"))
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Whether the model, or a module of it, is known to run compiled: by ``module.compile()``, or under a LightningModule that
-    is. torch would compile it once with hooks and once without."""
-    # the second one is where Lightning notes that it was compiled
-    return any(vars(m).get("_compiled_call_impl") or "_compiler_ctx" in vars(m) for m in model.modules())
