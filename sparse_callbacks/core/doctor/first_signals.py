@@ -18,7 +18,8 @@ SIGNAL_LEFT = 1e-2
 class FirstSignals:
     """Watches the sparse layers in the first forward pass with gradients, until :meth:`end`.
 
-    Where compiled code calls the layers nothing is seen; what is known to be compiled gets no hooks, see :func:`~sparse_callbacks.core.inspection.is_compiled`.
+    Where compiled code calls the layers nothing is seen; what is known to be compiled gets no hooks (see
+    :func:`~sparse_callbacks.core.inspection.is_compiled`).
 
     Args:
         method: the method of a run that begins.
