@@ -106,7 +106,7 @@ def subjects(*modules: Any) -> Iterator[tuple[str, Callable[..., Any]]]:
 # Bases that are not made by users, what the library itself makes, and what a decorator or a class takes.
 NOT_CALLED = (
     "Method", "DropAndGrow", "SparsityCallback", "SparseRun", "Plan", "Step", "Update", "Options", "Time",
-    "Distribution", "Shapes", "horizon", "contract", "Settings", "SparseLinear",
+    "Distribution", "Shapes", "horizon", "contract", "Settings", "SparseLinear", "DoctorWarning",
 )  # fmt: skip
 MADE_OTHERWISE = ("SparseLinear.from_dense", "SparseLinear.random")
 """Class methods that users call in place of a constructor."""

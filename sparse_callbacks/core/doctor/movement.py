@@ -59,7 +59,7 @@ class StandingWeights:
             optimizer: the optimizer of the layers that were updated.
             changed: the share of connections that the update has replaced.
         """
-        stands = all(float(group["lr"]) == 0 for group in optimizer.param_groups)
+        stands = all(float(group.get("lr", 1.0)) == 0 for group in optimizer.param_groups)  # an optimizer may have none
         if not stands:
             self._row[index] = 0
         elif changed:
