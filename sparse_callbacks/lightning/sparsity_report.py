@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pytorch_lightning import LightningModule
 from pytorch_lightning.utilities import rank_zero_warn
 
+from sparse_callbacks.core.argument_types import checked
 from sparse_callbacks.core.record.description import as_json, command, libraries, machine
 from sparse_callbacks.core.record.page import PAGE, page_or_warning, why_no_page
 from sparse_callbacks.core.record.record_file import refuse_unrecorded
@@ -55,6 +56,7 @@ class SparsityReport(AnyCallback):
         >>> # pl.Trainer(callbacks=callbacks).fit(module, data)
     """
 
+    @checked
     def __init__(
         self,
         folder: str | Path | None = None,
