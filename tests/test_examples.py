@@ -75,7 +75,6 @@ def test_a_sparse_language_model_learns(capsys: pytest.CaptureFixture[str]) -> N
     assert "sparsity 90.0%" in capsys.readouterr().out
 
 
-@pytest.mark.xfail(reason="41 to 44 bytes a live weight, bound 40; 37 before the doctor, which keeps the moves of all layers at once")
 def test_a_million_neurons_hold_their_live_weights_alone() -> None:
     """A hundredth of the example, in fifty layers, in a process of its own."""
     command = [sys.executable, str(FOLDER / "hundred_million_neurons.py"), "--neurons", "1000000", "--width", "20000"]

@@ -27,7 +27,7 @@ from sparse_callbacks.core.shards import layout_of
 from sparse_callbacks.core.signatures import refuse_old_hooks
 from sparse_callbacks.core.sparsity import joint_sparsity, layer_sparsity
 from sparse_callbacks.core.state_layout import shown_short
-from sparse_callbacks.core.storages.storage import refusing_storage
+from sparse_callbacks.core.storages.storage import refusing_storage, storage_asked, storage_remark
 from sparse_callbacks.core.targets import layer_targets, zeros_by_parameter
 from sparse_callbacks.core.weights import SparseWeights, whole
 
@@ -125,8 +125,6 @@ class Method(Hooks):
         self.every: Time | None = None
         self.start: Time | None = None
         self.stop: Time = 0
-        self.why_masked = ""
-        """Why ``storage="auto"`` leaves all layers masked, for the plan; empty where it decides, or nobody asked for it."""
         self.aux: dict[str, Tensor] = {}
         """Tensors of the method that must survive a resume. A key ends in the name of a parameter on whose device it
         lies."""
@@ -319,7 +317,7 @@ class Method(Hooks):
             raise ValueError("plan() knows no model yet. Give one, plan(model), or call it after fit has started.")
         target = self.distribution if is_epsilon(self.distribution) else f"sparsity {self.target_sparsity:g}"
         rows = plan_rows(entries, zeros, pattern_remarks(self, entries, zeros))
-        return Plan(f"{type(self).__name__}: {target}", rows, frozenset(zeros), remark=self.why_masked)
+        return Plan(f"{type(self).__name__}: {target}", rows, frozenset(zeros), remark=storage_remark(self))
 
     def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
         """Target sparsity of every layer."""
@@ -335,7 +333,8 @@ class Method(Hooks):
         return {name: checkpoint.shown(getattr(self, name)) for name in argument_names(type(self), Options)}
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in self.arguments.items())})"
+        asked = {name: checkpoint.shown(value) for name, value in storage_asked(self).items()}
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in (self.arguments | asked).items())})"
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the hold on a model, its optimizers and the host stay behind."""

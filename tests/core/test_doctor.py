@@ -35,6 +35,7 @@ from sparse_callbacks import (
 from sparse_callbacks.core.doctor import at_start, movement
 from sparse_callbacks.core.doctor.doctor import REMEDIES
 from sparse_callbacks.core.doctor.gradient_noise import COMPARED_STEPS, GradientNoise
+from sparse_callbacks.core.sparse_layers.moved_places import Move
 from sparse_callbacks.testing.networks import Classifier
 from sparse_callbacks.testing.runs import trainer_for
 
@@ -258,6 +259,29 @@ def test_grown_weights_that_the_next_update_drops_are_warned_about() -> None:
 def test_grown_units_of_exchanged_layers_that_the_next_update_drops_are_warned_about() -> None:
     often = SET(0.8, every=1, stop=1000, drop_fraction="constant(0.3)", storage="sparse", **QUIET)
     assert warned(often, wide(), 12, lr=0.01, length=1000) == ["short_interval"]
+
+
+def test_units_and_masks_count_the_same_weights_as_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(movement, "LOST", 0.0)  # any share is told of
+    generator = torch.Generator().manual_seed(0)
+    masks = [torch.zeros(500, dtype=torch.bool), torch.arange(500) < 100]
+    while len(masks) < movement.POOLED + 2:
+        worth = torch.rand(500, generator=generator) + masks[-1]  # 30 of 100 are dropped, and 30 others grow
+        kept = worth.where(masks[-1], 0).topk(70).indices
+        grown = worth.where(~masks[-1], 0).topk(30).indices
+        masks.append(torch.zeros_like(masks[0]).index_fill_(0, torch.cat([kept, grown]), True))
+    by_masks, by_moves = movement.GrownWeights(), movement.GrownWeights()
+    lost = there = 0
+    for earlier, before, after in zip([masks[0], *masks], masks, masks[1:], strict=False):
+        old, keys = before.nonzero().flatten(), after.nonzero().flatten()
+        slots = (before.cumsum(0) - 1)[keys].where(before[keys], -1).int()
+        by_masks.masked("weight", before, after)
+        by_moves.moved("weight", Move.between(old, keys, slots))
+        grown = before & ~earlier
+        lost, there = lost + int((grown & ~after).sum()), there + int(grown.sum())
+        said = by_masks.look(0.0), by_moves.look(0.0)
+    words = f"of the weights that the last updates have grown, {lost / there:.0%} were dropped by the very next one"
+    assert said == (words, words)
 
 
 class Still(SET):

@@ -336,9 +336,17 @@ def test_a_dense_run_without_a_record_is_refused_before_the_first_batch(tmp_path
     assert not has_record(tmp_path)
 
 
-@pytest.mark.parametrize("every", [0, -1, True, 2.5])
-def test_an_interval_is_a_number_of_steps(every: Any) -> None:
-    with pytest.raises(ValueError, match=r"every=.* is not a number of optimizer steps"):
+@pytest.mark.parametrize(
+    ("every", "error", "words"),
+    [
+        (0, ValueError, r"every=0 is not a number of optimizer steps"),
+        (-1, ValueError, r"every=-1 is not a number of optimizer steps"),
+        (True, TypeError, r"every=True is not .* Give a whole number or None"),
+        (2.5, TypeError, r"every=2\.5 is not .* Give a whole number or None"),
+    ],
+)
+def test_an_interval_is_a_number_of_steps(every: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
         SparsityReport(every=every)
 
 

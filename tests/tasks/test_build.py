@@ -67,7 +67,10 @@ def test_method_keys_reach_the_method(composed: Compose) -> None:
     assert (stored.storage, stored.group, stored.rows) == ({"model.1.*": "grouped", "*": "masked"}, 8, None)  # type: ignore[union-attr]
     masked = build.build_method(composed("method=gap_parallel", "method.storage=auto"))
     assert masked is not None
-    assert "makes layers dense in turn" in masked.why_masked
+    assert "makes layers dense in turn" in str(
+        masked.plan(torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3))))
+    )
+    assert "storage='auto'" in repr(masked)
     assert build.build_method(composed("method=none")) is None
 
 

@@ -74,7 +74,6 @@ class Doctor:
         self._chain: tuple[str, ...] = ()
         self._stuck, self._standing = StuckMasks(), StandingWeights()
         self._grown, self._noise = GrownWeights(), GradientNoise()
-        self._units: dict[str, tuple[Tensor, Tensor]] = {}
         self.given: list[str] = []
         """The texts of the warnings that were given since."""
 
@@ -135,7 +134,8 @@ class Doctor:
 
     def note(self, name: str, move: Move) -> None:
         """An update has moved units of an exchanged layer."""
-        self._units[name] = move.leaving, move.coming
+        if self._counts_grown:
+            self._grown.moved(name, move)
 
     def masks_before(self, update: Update) -> dict[str, Tensor]:
         """The masks that an update is about to replace, as they are: the engine takes other tensors in their place."""
@@ -151,17 +151,22 @@ class Doctor:
             figures: figures of the update.
             changed: the share of connections that it has replaced.
         """
-        method, units, self._units = self._method, self._units, {}
+        method = self._method
         self._say("stuck_masks", self._stuck.look(changed, figures))
         self._say("zero_rate", self._standing.look(step.index, step.optimizer, changed))
         # of methods that replace a share of their weights: others let go of what they have grown by design
         if "update/drop_fraction" in figures and not self._is_sharded:
-            moved = {name: (mask, method.weights.held_masks[name]) for name, mask in before.items()}
-            if method.times.every < SHORTEST_INTERVAL and not self._was_said("short_interval"):
-                self._say("short_interval", self._grown.look(moved, units, figures["update/drop_fraction"]))
-            if isinstance(method, ReplacesSteps) and moved and not self._was_said("gradient_noise"):
+            if self._counts_grown:
+                for name, mask in before.items():
+                    self._grown.masked(name, mask, method.weights.held_masks[name])
+                self._say("short_interval", self._grown.look(figures["update/drop_fraction"]))
+            if isinstance(method, ReplacesSteps) and before and not self._was_said("gradient_noise"):
                 self._say("gradient_noise", self._noise.updated(step.index))
         self._look_at_layers()
+
+    @property
+    def _counts_grown(self) -> bool:
+        return self._method.times.every < SHORTEST_INTERVAL and not self._was_said("short_interval")
 
     @property
     def _is_sharded(self) -> bool:

@@ -4,11 +4,11 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sparse_callbacks.core.packed_bits import count_of_bits, packed
+from sparse_callbacks.core.packed_bits import count_of_bits, packed, unpacked
+from sparse_callbacks.core.sparse_layers.moved_places import Move
 
 IN_A_ROW = 3
 """Updates in a row after which something is taken for a rule."""
@@ -75,39 +75,42 @@ class GrownWeights:
     Grown weights start at zero, and the next update drops the smallest: with too few steps in between, those that were just
     grown are the smallest whatever they are worth, and the rest of the mask never changes. Asked about intervals alone that
     are shorter than any that this package chooses by itself: after longer ones weights may go that were of no use. Held is a
-    bit for each weight under a mask, and the keys of grown units of exchanged layers.
+    bit for each weight under a mask, and for each unit of an exchanged layer.
     """
 
     def __init__(self) -> None:
         self._grown: dict[str, Tensor] = {}
+        self._lost = self._there = 0
         self._shares: deque[tuple[int, int]] = deque(maxlen=POOLED)
 
-    def look(
-        self,
-        moved: Mapping[str, tuple[Tensor, Tensor]],
-        units: Mapping[str, tuple[Tensor, Tensor]],
-        fraction: float,
-    ) -> str:
+    def masked(self, name: str, before: Tensor, after: Tensor) -> None:
+        """An update has given a parameter another mask."""
+        old, new = packed(before), packed(after)
+        if (grown := self._grown.get(name)) is not None and grown.shape == old.shape:
+            self._count(count_of_bits(grown & ~new), count_of_bits(grown))
+        self._grown[name] = new & ~old
+
+    def moved(self, name: str, move: Move) -> None:
+        """An update has moved units of an exchanged layer. Its places are counted here, and nothing of it is kept."""
+        born = packed(move.slots < 0)
+        if (grown := self._grown.get(name)) is not None and grown.shape == born.shape:
+            # of a unit that is born, slot -1, another one is read, and does not count
+            stay = packed(unpacked(grown, move.slots.numel()).index_select(0, move.slots.clamp_min(0))) & ~born
+            there = count_of_bits(grown)
+            self._count(there - count_of_bits(stay), there)
+        self._grown[name] = born
+
+    def _count(self, lost: int, there: int) -> None:
+        self._lost, self._there = self._lost + lost, self._there + there
+
+    def look(self, fraction: float) -> str:
         """An update is over: what has become of weights that were grown before, as the beginning of a sentence; empty where
         enough of them stay.
 
         Args:
-            moved: masks before and after it, by parameter name.
-            units: of exchanged layers keys of the units that leave, and of those that come; some may do both.
             fraction: the share of active weights that the update replaces; of a large one grown weights must expect to go.
         """
-        lost = there = 0
-        for name, (before, after) in moved.items():
-            old, new = packed(before), packed(after)
-            if (grown := self._grown.get(name)) is not None and grown.shape == old.shape:
-                lost += count_of_bits(grown & ~new)
-                there += count_of_bits(grown)
-            self._grown[name] = new & ~old
-        for name, (leaving, coming) in units.items():
-            if (grown := self._grown.get(name)) is not None:
-                lost += int((torch.isin(grown, leaving) & ~torch.isin(grown, coming)).sum())
-                there += grown.numel()
-            self._grown[name] = coming[~torch.isin(coming, leaving)]
+        lost, there, self._lost, self._there = self._lost, self._there, 0, 0
         if there:
             self._shares.append((lost, there))
         lost, there = (sum(column) for column in zip(*self._shares, strict=True)) if self._shares else (0, 0)

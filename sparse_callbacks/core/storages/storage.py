@@ -13,6 +13,7 @@ StorageByLayer = StorageName | Mapping[str, StorageName]
 """One storage for all layers, or one by glob on the names of parameters; what no glob matches is masked."""
 Rows = int | Mapping[str, int]
 """Rows that a layer sees in a step (the batch, times the length of a sequence), of all layers or by glob."""
+_ASKED = "_storage_asked_of_masks"
 _NAMES = ("masked", "sparse", "grouped", "auto")
 
 
@@ -42,14 +43,28 @@ def refusing_storage(init: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(init)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        storage = "masked"
+        asked = {}
         if "storage" in kwargs and why_no_exchange(self):
-            refuse_storage(self, storage := kwargs.pop("storage"))
+            asked[_ASKED] = kwargs.pop("storage")
+            refuse_storage(self, asked[_ASKED])
         init(self, *args, **kwargs)
-        if "auto" in _names_of(storage):
-            self.why_masked = f"storage={storage!r} is masked: {type(self).__name__} {why_no_exchange(self)}."
+        vars(self).update(asked)
 
     return checked
+
+
+def storage_remark(method: object) -> str:
+    """Why ``storage="auto"`` leaves all layers of ``method`` masked, as a sentence; empty where it decides, or nobody asked
+    for it."""
+    asked = storage_asked(method).get("storage")
+    if "auto" not in _names_of(asked):
+        return ""
+    return f"storage={asked!r} is masked: {type(method).__name__} {why_no_exchange(method)}."
+
+
+def storage_asked(method: object) -> dict[str, Any]:
+    """``storage=`` as it was given to a method that has no such argument, by its name; empty where it was not."""
+    return {"storage": vars(method)[_ASKED]} if _ASKED in vars(method) else {}
 
 
 def _names_of(storage: Any) -> set[Any]:
