@@ -1,17 +1,19 @@
 """Channel groups: weights, norms and depthwise layers that can only lose channels together."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from sparse_callbacks.channels.axes import AnyAxis, Concatenation, MisfitError, Run, resolved, runs_in, units
+from sparse_callbacks.channels.module_sizes import BATCH_NORMS, depthwise_names, is_layer, output_dim
 from sparse_callbacks.channels.obstacles import refuse_unmatched_globs, why_layers_stay
-from sparse_callbacks.channels.trace import Place, Trace
+from sparse_callbacks.channels.trace import Trace
 from sparse_callbacks.core.argument_types import checked
-from sparse_callbacks.core.inspection import copied, traceable, training_branches
+from sparse_callbacks.core.inspection import copied, quiet, training_branches
 from sparse_callbacks.core.storages.exchange import to_dense
 
 
@@ -123,127 +125,112 @@ def channel_groups(
         raise ValueError(f"seconds={seconds!r} leaves no time for the search. Give more than 0, e.g. seconds=60.")
     globs = [exclude] if isinstance(exclude, str) else list(exclude or ())
     refuse_unmatched_globs(globs, model)
-    model = to_dense(
-        copied(model)
-    )  # a trace leaves hooks where it fails, and its graph where a forward pass stores tensors
+    model = to_dense(copied(model))  # its forward pass may store tensors
     reasons = why_layers_stay(model, globs)
-    groups = []
-    with traceable(model):
+    with quiet(model), torch.inference_mode(False):
         trace = _traced(model, example_input, seconds)
-        covered: set[tuple[str, int]] = set()
-        for layer in trace.layers():
-            # a layer's outputs may belong to several groups, and a walk from another layer may have found them all
-            channels = [c for c in range(trace.outputs_of(layer)) if (layer, c) not in covered]
-            if not channels:
-                continue
-            walk = trace.walk(layer, channels)
-            covered |= {(layer, c) for c in channels}
-            covered |= {(p.name, c) for p in walk.places if p.side == "out" for c in p.roots}
-            group = _group(layer, channels, walk.places, model)
-            # in this order: the members of a group whose shape was misread say nothing about the weights
-            reason = walk.reason or _why_misread(group, model) or _why_group_stays(group, reasons)
-            groups.append(replace(group, reason=reason))
-    return groups + _untraced(model, trace, groups)
+        found = _Search(model, trace, reasons).groups()
+    return found + _untraced(model, trace)
 
 
 def _traced(model: nn.Module, example_input: Any, seconds: float) -> Trace:
     """A trace, together with the branches of train mode if there are any and they can be traced."""
-    trace = Trace(model, example_input, seconds)
-    # a second trace takes as long again, so it is made only if the first one lacks layers
-    if all(n in trace.nodes for n, m in model.named_modules() if isinstance(m, nn.Linear | _ConvNd)):
-        return trace
+
+    def branches(trace: Trace) -> Sequence[str]:
+        # it takes passes of its own, so it is asked only if the first one lacks layers
+        layers = [n for n, m in model.named_modules() if is_layer(m)]
+        return () if all(f"{n}.weight" in trace.called for n in layers) else training_branches(model, example_input)
+
+    begin = time.monotonic()
     try:
-        branches = training_branches(model, example_input)
-        return Trace(model, example_input, seconds, branches, trace.begin) if branches else trace
-    except ValueError:  # slimming will compare the outputs in train mode
-        return trace
+        return Trace(model, example_input, seconds, branches)
+    except ValueError:  # slimming will compare the outputs in train mode; a model that cannot be traced fails here again
+        return Trace(model, example_input, seconds - (time.monotonic() - begin))
 
 
-def _group(name: str, channels: Sequence[int], places: Sequence[Place], model: nn.Module) -> Group:
-    """The group of ``channels`` of layer ``name``: channels that meet anywhere become one unit.
-
-    Args:
-        name: name of the layer.
-        channels: its outputs in the group.
-        places: where a walk from them arrived.
-        model: the model.
-    """
-    leader = {c: c for c in channels}  # union-find: channels with the same last leader are one unit
-
-    def find(c: int) -> int:
-        while leader[c] != c:
-            leader[c] = c = leader[leader[c]]  # and shorten the way for the next search
-        return c
-
-    folded = [(p, _by_slice(p, model)) for p in places if not _is_shared(p, model)]
-    for _, slices in folded:
-        for first, *others in slices.values():
-            for other in others:
-                leader[find(other)] = find(first)
-    numbers: dict[int, int] = {}  # units are numbered in the order of their first channels
-    unit = {c: numbers.setdefault(find(c), len(numbers)) for c in channels}
-    members = [_member(p, slices, unit, model) for p, slices in folded if p.name]
-    sides = {side: tuple(m for m in members if m.side == side) for side in ("out", "in", "both")}
-    return Group(name, len(numbers), sides["out"], sides["in"], sides["both"])
-
-
-def _is_shared(place: Place, model: nn.Module) -> bool:
-    """Whether a place is a PReLU with one slope for all channels, of which nothing is cut."""
-    return place.kind == "PRELU" and getattr(model.get_submodule(place.name), "num_parameters", 0) == 1
-
-
-def _by_slice(place: Place, model: nn.Module) -> dict[int, list[int]]:
-    """The roots that arrive at each slice of a weight.
-
-    A grouped convolution stores the inputs of one group only, and its groups of outputs must stay equally large. So
-    what has the same place in any of its groups goes together.
-    """
-    module = model.get_submodule(place.name) if place.kind == "CONV" else None
-    span = 0
-    if isinstance(module, _ConvNd) and module.groups > 1:
-        span = (module.out_channels if place.side == "out" else module.in_channels) // module.groups
-    slices: dict[int, list[int]] = {}
-    for local, roots in sorted(place.roots.items()):
-        slices.setdefault(local % span if span else local, []).extend(sorted(roots))
-    return slices
-
-
-def _member(place: Place, slices: Mapping[int, Sequence[int]], unit: Mapping[int, int], model: nn.Module) -> Member:
-    """The member of a group at one place.
+class _Search:
+    """The groups of a traced model.
 
     Args:
-        place: the place.
-        slices: the roots that arrive at each slice of the weight.
-        unit: the unit of each root.
         model: the model.
+        trace: its trace.
+        reasons: modules and parameters that must not be cut.
     """
-    if place.kind == "PARAMETER":
-        shape = model.get_parameter(place.name).shape
-        dim = max((d for d, size in enumerate(shape) if size > 1), default=0)  # the dimension that torch-pruning takes
-        return Member(place.name.rpartition(".")[0], place.name, dim, place.side, _units(slices, unit, shape[dim]))
-    module = model.get_submodule(place.name)
-    # layers store outputs in dimension 0 and inputs in 1, transposed convolutions the other way round
-    is_input, is_transposed = place.side == "in", isinstance(module, _ConvTransposeNd)
-    dim = 1 if place.side != "both" and is_input != is_transposed else 0
-    units = _units(slices, unit, _slices(module, dim))
-    if place.kind == "CONV" and isinstance(module, _ConvNd) and dim == 0:
-        # slices were folded onto one group of the convolution, and dimension 0 holds those of every group
-        units = units[: len(units) // module.groups].repeat(module.groups)
-    return Member(place.name, f"{place.name}.weight", dim, place.side, units)
 
+    def __init__(self, model: nn.Module, trace: Trace, reasons: Mapping[str, str]) -> None:
+        self._model, self._trace, self._reasons = model, trace, reasons
+        self._uses = trace.uses()
+        self._depthwise = depthwise_names(model)
+        self._seen: set[int] = set()
 
-def _units(slices: Mapping[int, Sequence[int]], unit: Mapping[int, int], size: int) -> Tensor:
-    """The unit of each of ``size`` slices, -1 for none; longer where the trace finds more slices than there are."""
-    units = torch.full((max([size, *(s + 1 for s in slices)]),), -1, dtype=torch.int64)
-    for position, roots in slices.items():
-        units[position] = unit[roots[0]]
-    return units
+    def groups(self) -> list[Group]:
+        """Every group once, by its first producer, in the model's order."""
+        found: list[Group] = []
+        for name, axes in self._trace.axes.items():
+            for dim, axis in enumerate(axes):
+                if self._makes_channels(name, dim):
+                    found += self._made_by(name, axis)
+        return found
 
+    def _makes_channels(self, name: str, dim: int) -> bool:
+        if "out" in self._trace.sides(name, dim):
+            return True
+        # a layer whose weight went into an operation that nothing is known of
+        module, _, local = name.rpartition(".")
+        layer = self._model.get_submodule(module)
+        is_output = local == "weight" and is_layer(layer) and dim == output_dim(layer)
+        return is_output and name in self._trace.called and module not in self._depthwise
 
-def _slices(module: nn.Module, dim: int) -> int:
-    """Number of slices along ``dim`` of a layer's weight; the number of channels of a norm without a weight."""
-    weight = getattr(module, "weight", None)
-    return weight.shape[dim] if isinstance(weight, Tensor) else int(module.num_features)  # type: ignore[arg-type]
+    def _made_by(self, name: str, axis: AnyAxis) -> list[Group]:
+        """The groups of the channels that a parameter makes, of those that were not seen before."""
+        now = resolved(axis)
+        found: list[Group] = []
+        staying: list[Run] = []
+        size = 0
+        for part in now.parts if isinstance(now, Concatenation) else [now]:
+            runs = [*runs_in(part)]
+            open_ones = [r for r in runs if not r.reason and r.size > 1]
+            if not open_ones and any(id(r) not in self._seen for r in runs):
+                staying, size = [*staying, *runs], size + part.size
+            found += [self._group(name, [r], r.size) for r in open_ones if id(r) not in self._seen]
+            self._seen |= {id(r) for r in runs}
+        if staying:
+            found.append(self._group(name, staying, size))
+        layer = name.removesuffix(".weight")
+        names = [layer, *(f"{layer}, part {number}" for number in range(2, len(found) + 1))]
+        return [replace(g, name=n) for g, n in zip(found, names, strict=False)]
+
+    def _group(self, name: str, runs: Sequence[Run], size: int) -> Group:
+        members: dict[tuple[str, int], Member] = {}
+        reason = min(((r.since, r.reason) for r in runs if r.reason), default=(0, ""))[1]
+        for run in runs:
+            for parameter, dim in self._uses[id(run)]:
+                member, why = self._member(parameter, dim, run, len(runs) == 1)
+                if member is not None:
+                    members.setdefault(member.key, member)
+                reason = reason or why
+        sides = {side: tuple(m for m in members.values() if m.side == side) for side in ("out", "in", "both")}
+        group = Group(name, size, sides["out"], sides["in"], sides["both"])
+        return replace(group, reason=reason or _why_group_stays(group, self._reasons))
+
+    def _member(self, parameter: str, dim: int, run: Run, is_whole: bool) -> tuple[Member | None, str]:
+        """The part of a group that lies in a parameter, and why it must stay; None where it goes by another one."""
+        name, _, local = parameter.rpartition(".")
+        module = self._model.get_submodule(name)
+        if local == "bias" and is_layer(module):
+            return None, ""
+        axis = self._trace.axes[parameter][dim]
+        try:
+            entries = units(axis, run) if is_whole else [-1] * axis.size
+        except MisfitError as error:
+            return None, f"{parameter}: {error}"
+        if isinstance(module, BATCH_NORMS):  # its statistics go by its gain
+            return Member(name, f"{name}.weight", 0, "both", torch.tensor(entries)), ""
+        sides = self._trace.sides(parameter, dim)
+        why = f"{parameter} makes these channels and reads them" if len(sides) == 2 else ""
+        if local == "weight" and name in self._depthwise and dim == 0:
+            sides = set()
+        return Member(name, parameter, dim, min(sides, default="both"), torch.tensor(entries)), why
 
 
 # ---------------------------------------------------------------------- what has to stay
@@ -266,21 +253,8 @@ def _why_group_stays(group: Group, reasons: Mapping[str, str]) -> str:
     return ""
 
 
-def _why_misread(group: Group, model: nn.Module) -> str:
-    """Where the trace finds another number of channels than there are; empty where it misread no shape."""
-    parameters = dict(model.named_parameters())
-    for member in group.members:
-        weight = parameters.get(member.parameter)
-        if weight is not None and weight.shape[member.dim] != len(member.units):
-            slices = weight.shape[member.dim]
-            return f"{member.parameter} has {slices} slices, and the trace finds {len(member.units)}"
-    return ""
-
-
-def _untraced(model: nn.Module, trace: Trace, groups: Sequence[Group]) -> list[Group]:
-    """The layers that the trace's outputs do not depend on, as groups that have to stay."""
-    reason = "not found in the trace: never called there, or without gradients"
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | _ConvNd)]
-    known = {m.module for g in groups for m in (*g.producers, *g.followers)} | set(trace.nodes)
-    sizes = {n: int(m.out_features if isinstance(m, nn.Linear) else m.out_channels) for n, m in layers}
-    return [Group(n, sizes[n], (), (), (), reason) for n, _ in layers if n not in known]
+def _untraced(model: nn.Module, trace: Trace) -> list[Group]:
+    """The layers that the pass has not called, as groups that have to stay."""
+    layers = [(n, m) for n, m in model.named_modules() if is_layer(m) and f"{n}.weight" not in trace.called]
+    sizes = {n: int(m.out_features if isinstance(m, nn.Linear) else m.out_channels) for n, m in layers}  # type: ignore[arg-type]
+    return [Group(n, sizes[n], (), (), (), "not found in the trace: never called there") for n, _ in layers]

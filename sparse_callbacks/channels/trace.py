@@ -1,89 +1,47 @@
-"""Which channels of which layers depend on each other: torch-pruning's trace, channel by channel.
+"""A trace of a forward pass: which axes of which parameters hold the same channels.
 
-torch-pruning (extra ``channels``) gives three things: the nodes of one traced forward pass, the dependencies between
-them, and how an index moves along a dependency (flattening, concatenation, split). The walk is ours: it moves single
-channels, finds where two of them meet, knows which operations it may pass, and ends in time.
+A dispatch mode sees every aten operation that the pass calls, with its tensors. The rules of
+:mod:`~sparse_callbacks.channels.operations` say what becomes of their axes, and what meets anywhere is joined. What the
+modules are called, and how operations are called above aten, does not matter.
 """
 
 import time
-import warnings
-from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
-from sparse_callbacks.channels.channel_padding import channel_padding, map_through
-from sparse_callbacks.channels.obstacles import FOLLOWERS, LAYERS, why_not_passed, why_padding_stays
+from sparse_callbacks.channels.axes import AnyAxis, Concatenation, Product, Run, block, resolved, runs_in
+from sparse_callbacks.channels.operations import rule_of
+from sparse_callbacks.channels.recorded_call import Call
 from sparse_callbacks.core.error_text import with_class
-from sparse_callbacks.core.inspection import extra, map_tensors, run, tensors_in, training
+from sparse_callbacks.core.inspection import run, tensors_in, training
 
-
-@dataclass
-class Place:
-    """One side of a module, or a parameter of its own, that the walk has reached.
-
-    It may also be a split, without a name, whose parts must stay equally large.
-
-    Attributes:
-        name: name of the module or parameter.
-        kind: kind of node, as torch-pruning calls it.
-        side: ``"out"`` or ``"in"``; ``"both"`` of a follower, which has the same channels on both sides.
-        roots: by the local index of a channel, the channels of the root layer that arrive there.
-    """
-
-    name: str
-    kind: str
-    side: str
-    roots: dict[int, set[int]] = field(default_factory=dict)
-
-
-@dataclass
-class Walk:
-    """Everything that shares channels with the outputs of one layer.
-
-    Attributes:
-        places: where they arrive.
-        reason: why these channels cannot be removed; empty where they can.
-    """
-
-    places: list[Place]
-    reason: str = ""
-
-
-class _Channel(NamedTuple):
-    """A channel: its index here, and at the root layer. torch-pruning's index mappings read these names."""
-
-    idx: int
-    root_idx: int
-
-
-class _Sized:
-    """A backward node under the attribute names of older torch versions, which torch-pruning looks for."""
-
-    def __init__(self, node: Any) -> None:
-        self._node = node
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._node, "_saved_self_sym_sizes" if name == "_saved_self_sizes" else name)
+INPUT = "shares channels with the network's input"
+OUTPUT = "these are outputs of the network"
 
 
 class Trace:
-    """One traced forward pass of a model.
+    """One traced forward pass of a model, and a second one with some modules in train mode.
 
     Args:
-        model: in the state of :func:`~sparse_callbacks.core.inspection.traceable`.
+        model: in the state of :func:`~sparse_callbacks.core.inspection.quiet`.
         example_input: see :func:`~sparse_callbacks.core.inspection.run`.
-        seconds: time limit of tracing and of all walks together.
-        branches: names of modules that are in train mode in a second pass, whose operations are traced together with
-            those of the first pass.
-        begin: reading of the monotonic clock from which the time counts; None: now.
+        seconds: time limit.
+        branches: gives the names of modules that are in train mode in the second pass, once the first one is over.
 
     Raises:
-        ImportError: torch-pruning is not installed.
         TimeoutError: the limit is exceeded.
         ValueError: the model cannot be traced.
+
+    Attributes:
+        axes: of every parameter and buffer, by its first name, one for each dimension.
+        called: names of the parameters and buffers that some operation has read.
     """
 
     def __init__(
@@ -91,75 +49,48 @@ class Trace:
         model: nn.Module,
         example_input: Any,
         seconds: float,
-        branches: Sequence[str] = (),
-        begin: float | None = None,
+        branches: Callable[["Trace"], Sequence[str]] = lambda _: (),
     ) -> None:
-        pruning = extra("torch_pruning", "channels")
         # not the time of day, which may be set while a search runs
-        self.begin = time.monotonic() if begin is None else begin
-        self.seconds, self._deadline = seconds, self.begin + seconds
-        self.graph = self._watched(pruning.DependencyGraph)
-        self._names: dict[Any, str] = {m: n for n, m in model.named_modules()}
-        # parameters too: a node may stand for one that belongs to no layer, such as a scale
-        self._names |= {p: n for n, p in model.named_parameters()}
-        self._build(model, example_input, [model.get_submodule(n) for n in branches])
-        self.nodes = {self._names[m]: node for m, node in self.graph.module2node.items() if m in self._names}
-
-    def _build(self, model: nn.Module, example_input: Any, in_training: Sequence[nn.Module]) -> None:
-        """Trace the forward pass, and once more with these modules in train mode if there are any."""
-
-        def passes(module: nn.Module, example: Any) -> list[Any]:
-            found = [run(module, example)]
-            if in_training:
-                with training(in_training):
-                    found.append(run(module, example))
-            return found
-
+        self.seconds, self._deadline = seconds, time.monotonic() + seconds
+        self._names: dict[int, str] = {}
+        self._tensors: list[Tensor] = []  # held, so that no other tensor gets the id of one
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if id(tensor) not in self._names:
+                self._names[id(tensor)] = name
+                self._tensors.append(tensor)
+        self.axes: dict[str, list[AnyAxis]] = {
+            self._names[id(t)]: [Run(s) for s in t.shape] for t in self._tensors
+        }
+        self.called: set[str] = set()
+        self._products: dict[str, dict[str, list[AnyAxis]]] = {}
+        self._of_others: Any = WeakIdKeyDictionary()
+        self._count = 0
+        self._modules: list[tuple[str, str]] = [("", type(model).__name__)]
+        self._module_names = {m: n for n, m in model.named_modules()}
         try:
-            with warnings.catch_warnings():
-                # torch-pruning warns of operations that it does not know, for which the walk gives a reason
-                warnings.simplefilter("ignore")
-                inputs = map_tensors(_marked, example_input)
-                self.graph.build_dependency(
-                    model, inputs, forward_fn=passes, output_transform=_through_one_more_operation, verbose=False
-                )
-        except TimeoutError:  # of check_time, which says what to do
+            self._pass(model, example_input)
+            if in_training := branches(self):
+                with training(model.get_submodule(n) for n in in_training):
+                    self._pass(model, example_input)
+        except TimeoutError:
             raise
         except Exception as error:
             raise ValueError(
                 f"{type(model).__name__} cannot be traced ({with_class(error)}). "
                 "Give an example_input that the model takes: a tensor, a tuple of positional or a mapping of named "
-                "arguments; its output must depend on the parameters."
+                "arguments."
             ) from error
 
-    def _watched(self, base: Any) -> Any:
-        """A dependency graph of torch-pruning that keeps to the time limit, and understands ``chunk`` and padding.
-
-        torch-pruning has no place to put these in, so methods that it calls while it builds the graph are overridden.
-        """
-        check = self.check_time
-
-        class Graph(base):  # type: ignore[misc]  # a class of an optional dependency
-            def get_pruner_of_module(self, module: Any) -> Any:  # asked at every step of its recursions
-                check()
-                return super().get_pruner_of_module(module)
-
-            def _build_dependency(self, module2node: dict[Any, Any]) -> None:
-                for node in module2node.values():
-                    if hasattr(node.grad_fn, "_saved_self_sym_sizes"):  # a chunk, in newer versions of torch
-                        node.grad_fn = _Sized(node.grad_fn)
-                super()._build_dependency(module2node)
-                map_through(module2node.values())
-
-            def get_out_channels(self, module_or_node: Any) -> Any:
-                padding = channel_padding(module_or_node) if hasattr(module_or_node, "grad_fn") else None
-                return super().get_out_channels(module_or_node) if padding is None else padding.channels
-
-            def get_in_channels(self, module_or_node: Any) -> Any:
-                padding = channel_padding(module_or_node) if hasattr(module_or_node, "grad_fn") else None
-                return super().get_in_channels(module_or_node) if padding is None else padding.inside
-
-        return Graph()
+    def _pass(self, model: nn.Module, example_input: Any) -> None:
+        for tensor in tensors_in(example_input):
+            for axis in self._axes_of(tensor):
+                block(axis, INPUT, 0)
+        with _with_attention_in_steps(), _told_of_modules(self._enter, self._leave), _Recorder(self._record):
+            output = run(model, example_input)
+        for tensor in tensors_in(output):
+            for axis in self._axes_of(tensor):
+                block(axis, OUTPUT, self._count)
 
     def check_time(self) -> None:
         """Raise TimeoutError once the time limit is exceeded."""
@@ -169,109 +100,134 @@ class Trace:
                 "longer seconds=, or leave the model's channels alone."
             )
 
-    def layers(self) -> list[str]:
-        """Names of the convolutions and linear layers that the trace found, in the model's order."""
-        found = {n for n, node in self.nodes.items() if node.type.name in LAYERS}
-        return [n for n in self._names.values() if n in found]
+    # ------------------------------------------------------------------ during a pass
 
-    def outputs_of(self, name: str) -> int:
-        """Number of outputs of layer ``name``."""
-        module = self.nodes[name].module
-        return int(module.out_channels if hasattr(module, "out_channels") else module.out_features)
+    def _enter(self, module: nn.Module) -> None:
+        self._modules.append((self._module_names.get(module, ""), type(module).__name__))
 
-    def walk(self, name: str, channels: Sequence[int]) -> Walk:
-        """Follow ``channels`` of the outputs of layer ``name`` to every place that must lose them too.
+    def _leave(self, module: nn.Module) -> None:
+        self._modules.pop()
 
-        A place is a node together with the side that loses channels, which torch-pruning calls a handler. Channels that
-        arrive at a place again are dropped, so the walk ends although the graph has cycles.
-        """
-        start = self.nodes[name]
-        begin = self.graph.get_pruner_of_module(start.module).prune_out_channels
-        seen: dict[tuple[Any, Any], set[tuple[int, int]]] = {}
-        queue = deque([(start, begin, [_Channel(i, i) for i in channels])])
-        while queue:  # nearest places first, so that the reason that is given is the nearest one
-            self.check_time()
-            node, handler, arriving = queue.popleft()
-            known = seen.get((node, handler), set())
-            # pairs and not places alone, as channels of several roots may meet at one place
-            fresh = [i for i in arriving if (i.idx, i.root_idx) not in known]
-            if not fresh:  # also where a concatenation hands on none of the channels
-                continue
-            fresh += self._tied(node, handler, fresh, known)
-            seen.setdefault((node, handler), set()).update((i.idx, i.root_idx) for i in fresh)
-            if why_not_passed(node, self._name_of(node)):
-                continue  # what lies on the other side needs no walk, as the whole group stays
-            ways = [d for d in node.dependencies if d.is_triggered_by(handler)]
-            queue.extend((d.target, d.handler, _moved(d, fresh)) for d in ways)
-        return self._described(seen)
+    def _record(self, operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+        """Follow the axes through one operation that was carried out."""
+        self.check_time()
+        self._count += 1
+        named = {a.name: a.default_value for a in operation._schema.arguments if a.has_default_value()}
+        named |= {a.name: value for a, value in zip(operation._schema.arguments, args, strict=False)}
+        named |= kwargs
+        name = operation._schema.name.replace("::", ".").rstrip("_")
+        call = Call(
+            name, named, output, self._axes_of, self._is_weight, self._note_product, self._count, self._modules[-1]
+        )
+        inputs = call.tensors()
+        self.called |= {self._names[id(t)] for t in inputs if id(t) in self._names}
+        made = [t for t in tensors_in(output) if id(t) not in self._names]
+        sources = [self._sources(t) for t in inputs]
+        weights = frozenset[str]().union(*sources) if all(sources) else frozenset[str]()
+        found = rule_of(name, inputs)(call)
+        for tensor, axes in zip([t for t in _flat(output)], found, strict=True):
+            if any(tensor is t for t in inputs):  # written in place: it keeps the axes that it has, joined with the new ones
+                for old, new in zip(self._axes_of(tensor), axes, strict=True):
+                    call.join(old, new)
+            elif any(tensor is t for t in made):
+                self._of_others[tensor] = (axes, weights)
 
-    def _tied(self, node: Any, handler: Any, fresh: Sequence[Any], known: set[tuple[int, int]]) -> list[Any]:
-        """Channels that go with the fresh ones because they have the same places in other groups of a convolution.
+    def _axes_of(self, tensor: Tensor) -> list[AnyAxis]:
+        if (name := self._names.get(id(tensor))) is not None:
+            return self.axes[name]
+        if tensor not in self._of_others:
+            # a tensor that the model holds somewhere, or made where nobody saw it
+            self._of_others[tensor] = ([Run(s) for s in tensor.shape], frozenset[str]())
+        found: list[AnyAxis] = self._of_others[tensor][0]
+        return found
 
-        A grouped convolution stores one weight for the same place in all groups, so these go together, whatever layers
-        they come from. Those that have been reached before are left out.
-        """
-        groups = getattr(node.module, "groups", 1) if node.type.name == "CONV" else 1
-        if groups == 1 or not fresh:
-            return []
-        module = node.module
-        is_output = self.graph.is_out_channel_pruning_fn(handler)
-        span = (module.out_channels if is_output else module.in_channels) // groups
-        reached = {idx for idx, _ in known} | {i.idx for i in fresh}
-        roots = {i.idx % span: i.root_idx for i in fresh}
-        return [
-            _Channel(place + group * span, root)
-            for place, root in roots.items()
-            for group in range(groups)
-            if place + group * span not in reached
-        ]
+    def _sources(self, tensor: Tensor) -> frozenset[str]:
+        """The parameters and buffers out of which alone a tensor was computed; none where activations went into it."""
+        if (name := self._names.get(id(tensor))) is not None:
+            return frozenset([name])
+        return self._of_others[tensor][1] if tensor in self._of_others else frozenset()
 
-    def _name_of(self, node: Any) -> str:
-        return self._names.get(node.module, "")
+    def _is_weight(self, tensor: Tensor) -> bool:
+        return bool(self._sources(tensor))
 
-    def _described(self, seen: Mapping[tuple[Any, Any], set[tuple[int, int]]]) -> Walk:
-        """What a walk has seen: for each node and side the pairs of a channel's local index and its root."""
-        walk = Walk([])
-        for (node, handler), pairs in seen.items():
-            # nodes are in the order in which the walk met them, so the first reason is the nearest
-            if not walk.reason:
-                walk.reason = why_not_passed(node, self._name_of(node)) or why_padding_stays(node, pairs)
-            kind = node.type.name
-            if kind == "SPLIT" and node.module.split_sizes:
-                # chunk() makes equal parts of what is left, so they must lose the same channels
-                walk.places.append(_parts(pairs, node.module.split_sizes[0]))
-            if kind not in LAYERS + FOLLOWERS:
-                continue
-            side = "out" if self.graph.is_out_channel_pruning_fn(handler) else "in"
-            place = Place(self._name_of(node), kind, "both" if kind in FOLLOWERS else side)
-            for local, root in pairs:
-                place.roots.setdefault(local, set()).add(root)
-            walk.places.append(place)
-        return walk
+    def _note_product(self, weight: Tensor, read: Sequence[AnyAxis], made: Sequence[AnyAxis]) -> None:
+        for name in self._sources(weight):
+            noted = self._products.setdefault(name, {"in": [], "out": []})
+            noted["in"] += read
+            noted["out"] += made
 
+    # ------------------------------------------------------------------ what it has found
 
-def _parts(pairs: set[tuple[int, int]], size: int) -> Place:
-    """The roots that arrive at the same place of the parts of a split, each of ``size`` channels."""
-    place = Place("", "SPLIT", "")
-    for local, root in pairs:
-        # parts begin at multiples of their size
-        place.roots.setdefault(local % size, set()).add(root)
-    return place
+    def sides(self, name: str, dim: int) -> set[str]:
+        """``"in"`` where an axis of a parameter is summed over in a product, ``"out"`` where it makes channels; empty where it
+        has one entry for each channel."""
+        products = self._products.get(name, {})
+        leaves = {id(leaf) for leaf in _leaves(self.axes[name][dim])}
+        found = {side for side, axes in products.items() if any(id(r) in leaves for a in axes for r in _leaves(a))}
+        if found:
+            return found
+        # a product with what was computed from the parameter, or cut out of it
+        now = {id(run) for run in runs_in(self.axes[name][dim])}
+        return {side for side, axes in products.items() if any(id(r) in now for a in axes for r in runs_in(a))}
+
+    def uses(self) -> dict[int, list[tuple[str, int]]]:
+        """The parameters and buffers, with the dimension, in whose axes each run occurs, by the id of the run."""
+        found: dict[int, list[tuple[str, int]]] = {}
+        for name, axes in self.axes.items():
+            for dim, axis in enumerate(axes):
+                for leaf in {id(r): r for r in runs_in(axis)}:
+                    found.setdefault(leaf, []).append((name, dim))
+        return found
 
 
-def _moved(dependency: Any, indices: list[Any]) -> list[Any]:
-    """The channels after a dependency, which has up to two mappings of indices."""
-    for mapping in dependency.index_mapping:
-        indices = indices if mapping is None else mapping(indices)
-    return indices
+def _leaves(axis: AnyAxis) -> Iterator[Run]:
+    """The runs that an axis itself was made of or taken apart into, whatever they were joined with."""
+    if isinstance(axis, Run):
+        yield axis
+        if axis.taken_apart is not None:
+            yield from _leaves(axis.taken_apart)
+    elif isinstance(axis, Product):
+        for factor in axis.factors:
+            yield from _leaves(factor)
+    elif isinstance(axis, Concatenation):
+        for part in axis.parts:
+            yield from _leaves(part)
 
 
-def _marked(tensor: Tensor) -> Tensor:
-    """The same values behind a clone without inputs, by which the walk knows an input of the network."""
-    return tensor.detach().clone().requires_grad_().clone() if tensor.is_floating_point() else tensor
+def _flat(output: Any) -> list[Tensor]:
+    made = output if isinstance(output, tuple | list) else [output]
+    return [t for t in made if isinstance(t, Tensor)]
 
 
-def _through_one_more_operation(nest: Any) -> list[Tensor]:
-    """The network's outputs after one more operation, so that none of them is itself the output of a layer."""
-    # integers, such as predicted labels, have no gradient and so no place in the trace
-    return [t * 1 for t in tensors_in(nest) if t.requires_grad]
+class _Recorder(TorchDispatchMode):
+    def __init__(self, record: Callable[..., None]) -> None:
+        super().__init__()
+        self._record = record
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        self._record(func, args, kwargs, output)
+        return output
+
+
+@contextmanager
+def _told_of_modules(enter: Callable[[nn.Module], None], leave: Callable[[nn.Module], None]) -> Iterator[None]:
+    before = register_module_forward_pre_hook(lambda module, _: enter(module))
+    after = register_module_forward_hook(lambda module, _, __: leave(module), always_call=True)
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
+
+
+@contextmanager
+def _with_attention_in_steps() -> Iterator[None]:
+    """No encoder layer in one operation, of which nothing can be told."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)

@@ -1,0 +1,318 @@
+"""Axes of tensors, as a forward pass joins, splits and reshapes them: which entries of which axes are one channel.
+
+An axis is a run of channels, a product of axes (two that were flattened into one, the first one outermost), or a
+concatenation of axes. Runs are joined where two of them meet entry by entry, and taken apart where an operation needs their
+parts: the heads of attention come out of a ``view``, the branches of a network out of a ``cat``. Everything that is said of a
+run holds for all runs that are joined with it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+Axis = "Run | Product | Concatenation"
+
+
+class MisfitError(Exception):
+    """An axis cannot be taken apart as an operation wants it."""
+
+
+@dataclass(eq=False)
+class Run:
+    """Channels that lie one after the other.
+
+    Attributes:
+        size: how many.
+        reason: why none of them can be removed; empty where they can.
+        since: a number that grows in the order of the forward pass: when the reason was found.
+    """
+
+    size: int
+    reason: str = ""
+    since: int = 0
+    same: "Run | None" = field(default=None, repr=False)
+    taken_apart: "Product | Concatenation | None" = field(default=None, repr=False)
+
+    def leader(self) -> "Run":
+        """The run that stands for all that are joined."""
+        run = self
+        while run.same is not None:
+            if run.same.same is not None:
+                run.same = run.same.same  # a shorter way for the next search
+            run = run.same
+        return run
+
+    def stay(self, reason: str, since: int) -> None:
+        """Say why its channels must stay, unless something said so before."""
+        first = self.leader()
+        if first.taken_apart is not None:
+            for run in runs_in(first):
+                run.stay(reason, since)
+        elif not first.reason or since < first.since:
+            first.reason, first.since = reason, since
+
+
+@dataclass(eq=False)
+class Product:
+    """Axes that were flattened into one, the outermost first."""
+
+    factors: "list[Run | Product | Concatenation]"
+
+    @property
+    def size(self) -> int:
+        return prod(f.size for f in self.factors)
+
+
+@dataclass(eq=False)
+class Concatenation:
+    """Axes that lie one behind the other."""
+
+    parts: "list[Run | Product | Concatenation]"
+
+    @property
+    def size(self) -> int:
+        return sum(p.size for p in self.parts)
+
+
+AnyAxis = Run | Product | Concatenation
+
+
+def resolved(axis: AnyAxis) -> AnyAxis:
+    """An axis as it is known now: its runs are leaders that were not taken apart, and nothing is nested without need."""
+    if isinstance(axis, Run):
+        run = axis.leader()
+        return run if run.taken_apart is None else resolved(run.taken_apart)
+    if isinstance(axis, Product):
+        return product([resolved(f) for f in axis.factors])
+    return concatenation([resolved(p) for p in axis.parts])
+
+
+def product(factors: Sequence[AnyAxis]) -> AnyAxis:
+    """Resolved axes flattened into one."""
+    flat = [g for f in factors for g in (f.factors if isinstance(f, Product) else [f]) if g.size != 1]
+    return flat[0] if len(flat) == 1 else Product(flat) if flat else Run(1)
+
+
+def concatenation(parts: Sequence[AnyAxis]) -> AnyAxis:
+    """Resolved axes one behind the other."""
+    flat = [q for p in parts for q in (p.parts if isinstance(p, Concatenation) else [p]) if q.size]
+    return flat[0] if len(flat) == 1 else Concatenation(flat) if flat else Run(0)
+
+
+def runs_in(axis: AnyAxis) -> Iterator[Run]:
+    """The runs that an axis is made of now."""
+    now = resolved(axis)
+    if isinstance(now, Run):
+        yield now
+    else:
+        for inner in now.factors if isinstance(now, Product) else now.parts:
+            yield from runs_in(inner)
+
+
+def block(axis: AnyAxis, reason: str, since: int) -> None:
+    """All channels of an axis must stay."""
+    for run in [*runs_in(axis)]:
+        run.stay(reason, since)
+
+
+# ---------------------------------------------------------------------- taken apart
+
+
+def parted(axis: AnyAxis, place: int) -> tuple[AnyAxis, AnyAxis]:
+    """The first ``place`` entries of an axis, and the others.
+
+    Raises:
+        MisfitError: the place lies inside a product.
+    """
+    now = resolved(axis)
+    if place in (0, now.size):
+        return (Run(0), now) if not place else (now, Run(0))
+    if isinstance(now, Run):
+        parts: list[AnyAxis] = [Run(place), Run(now.size - place)]
+        _take_apart(now, Concatenation(parts))
+        return parts[0], parts[1]
+    if isinstance(now, Concatenation):
+        before: list[AnyAxis] = []
+        for number, part in enumerate(now.parts):
+            if place >= part.size:
+                before, place = [*before, part], place - part.size
+                continue
+            first, second = parted(part, place)
+            return concatenation([*before, first]), concatenation([second, *now.parts[number + 1 :]])
+    assert isinstance(now, Product)
+    outer, inner = now.factors[0], now.factors[1:]
+    width = prod(f.size for f in inner)
+    if place % width:
+        raise MisfitError(f"{place} entries of {now.size} end within a block of {width}")
+    first, second = parted(outer, place // width)
+    return product([first, *inner]), product([second, *inner])
+
+
+def factored(axis: AnyAxis, count: int) -> tuple[AnyAxis, AnyAxis]:
+    """An axis as a product of two, the outer one of ``count`` entries.
+
+    Raises:
+        MisfitError: it has no such factors.
+    """
+    now = resolved(axis)
+    if count in (1, now.size):
+        return (Run(1), now) if count == 1 else (now, Run(1))
+    width, rest = divmod(now.size, count)
+    if rest:
+        raise MisfitError(f"{now.size} entries are no product of {count}")
+    if isinstance(now, Run):
+        outer, inner = Run(count), Run(width)
+        _take_apart(now, Product([outer, inner]))
+        return outer, inner
+    if isinstance(now, Product):
+        return _factored_product(now, count)
+    return _factored_concatenation(now, width)
+
+
+def _factored_product(now: Product, count: int) -> tuple[AnyAxis, AnyAxis]:
+    outer: list[AnyAxis] = []
+    for number, factor in enumerate(now.factors):
+        if count % factor.size == 0:
+            outer, count = [*outer, factor], count // factor.size
+            continue
+        if factor.size % count:
+            raise MisfitError(f"a factor of {factor.size} entries is no product of {count}")
+        first, second = factored(factor, count)
+        return product([*outer, first]), product([second, *now.factors[number + 1 :]])
+    raise MisfitError("a product has no such factors")  # unreachable where the sizes agree
+
+
+def _factored_concatenation(now: Concatenation, width: int) -> tuple[AnyAxis, AnyAxis]:
+    """Blocks of ``width`` entries, all of which are joined: what goes at one place goes at that place of every block."""
+    outers: list[AnyAxis] = []
+    blocks: list[AnyAxis] = []
+    rest: AnyAxis = now
+    while rest.size:
+        rest = resolved(rest)
+        head = rest.parts[0] if isinstance(rest, Concatenation) else rest
+        # whole blocks of a part at once, or one block that reaches over several parts
+        taken = max(width, head.size // width * width)
+        first, rest = parted(rest, taken)
+        outer, inner = factored(first, taken // width) if taken > width else (Run(1), first)
+        outers, blocks = [*outers, outer], [*blocks, inner]
+    for other in blocks[1:]:
+        join(blocks[0], other)
+    return concatenation(outers), resolved(blocks[0])
+
+
+def _take_apart(run: Run, into: "Product | Concatenation") -> None:
+    for part in into.factors if isinstance(into, Product) else into.parts:
+        if isinstance(part, Run) and run.reason:
+            part.stay(run.reason, run.since)
+    run.taken_apart = into
+
+
+# ---------------------------------------------------------------------- joined
+
+
+def join(one: AnyAxis, other: AnyAxis) -> None:
+    """Two axes of the same size meet entry by entry.
+
+    Raises:
+        MisfitError: they are made of parts that do not fit together.
+    """
+    a, b = resolved(one), resolved(other)
+    if a is b:
+        return
+    if a.size != b.size:
+        raise MisfitError(f"{a.size} entries meet {b.size}")
+    if isinstance(a, Run) and isinstance(b, Run):
+        if b.reason:
+            a.stay(b.reason, b.since)
+        b.same = a
+    elif isinstance(a, Run) or isinstance(b, Run):
+        run, made = (a, b) if isinstance(a, Run) else (b, a)
+        assert isinstance(run, Run)
+        assert not isinstance(made, Run)
+        if any(run is part for part in runs_in(made)):
+            raise MisfitError("an axis meets a part of itself")
+        if run.reason:
+            block(made, run.reason, run.since)
+        run.taken_apart = made
+    elif isinstance(a, Product) and isinstance(b, Product):
+        count = min(a.factors[0].size, b.factors[0].size)
+        (outer_a, inner_a), (outer_b, inner_b) = factored(a, count), factored(b, count)
+        join(outer_a, outer_b)
+        join(inner_a, inner_b)
+    elif isinstance(a, Concatenation) and isinstance(b, Concatenation):
+        count = min(a.parts[0].size, b.parts[0].size)
+        (first_a, rest_a), (first_b, rest_b) = parted(a, count), parted(b, count)
+        join(first_a, first_b)
+        join(rest_a, rest_b)
+    else:
+        parts, factors = (a, b) if isinstance(a, Concatenation) else (b, a)
+        assert isinstance(parts, Concatenation)
+        assert isinstance(factors, Product)
+        _join_parts(parts, factors)
+
+
+def _join_parts(parts: Concatenation, factors: Product) -> None:
+    width = prod(f.size for f in factors.factors[1:])
+    if all(p.size % width == 0 for p in parts.parts):
+        rest: AnyAxis = factors
+        for part in parts.parts:
+            first, rest = parted(rest, part.size)
+            join(part, first)
+    else:
+        outer, inner = factored(parts, factors.factors[0].size)
+        join(outer, factors.factors[0])
+        join(inner, product(factors.factors[1:]))
+
+
+def joined(axes: Sequence[AnyAxis], since: int, mixes: str) -> AnyAxis:
+    """Axes that meet entry by entry, as one. Where they do not fit together all of them stay.
+
+    Args:
+        axes: one or more axes of one size.
+        since: the place in the forward pass.
+        mixes: the reason where they do not fit.
+    """
+    for other in axes[1:]:
+        try:
+            join(axes[0], other)
+        except MisfitError:
+            block(axes[0], mixes, since)
+            block(other, mixes, since)
+    return axes[0]
+
+
+def reshaped(axes: Sequence[AnyAxis], shape: Sequence[int]) -> list[AnyAxis]:
+    """The axes of a tensor in another shape.
+
+    Raises:
+        MisfitError: they cannot be taken apart that way.
+    """
+    found: list[AnyAxis] = []
+    rest: AnyAxis = product([resolved(a) for a in axes])
+    for size in shape:
+        outer, rest = factored(rest, size)
+        found.append(outer)
+    return found
+
+
+def units(axis: AnyAxis, run: Run) -> list[int]:
+    """The channel of ``run`` that each entry of an axis belongs to, -1 for none.
+
+    Raises:
+        MisfitError: an entry belongs to two of them.
+    """
+    now = resolved(axis)
+    if isinstance(now, Run):
+        return [*range(now.size)] if now is run else [-1] * now.size
+    if isinstance(now, Concatenation):
+        return [u for p in now.parts for u in units(p, run)]
+    found = [units(f, run) for f in now.factors]
+    with_run = [number for number, u in enumerate(found) if max(u) >= 0]
+    if len(with_run) > 1:
+        raise MisfitError("a channel meets itself in a product")
+    if not with_run:
+        return [-1] * now.size
+    number = with_run[0]
+    outside = prod(f.size for f in now.factors[:number])
+    inside = prod(f.size for f in now.factors[number + 1 :])
+    return [u for u in found[number] for _ in range(inside)] * outside
