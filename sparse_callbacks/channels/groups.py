@@ -127,10 +127,11 @@ def channel_groups(
     refuse_unmatched_globs(globs, model)
     model = to_dense(copied(model))  # its forward pass may store tensors
     reasons = why_layers_stay(model, globs)
-    with quiet(model), torch.inference_mode(False):
+    # a caller may be in inference mode, whose tensors nothing else may use; leaving it switches gradients on
+    with quiet(model), torch.inference_mode(False), torch.no_grad():
         trace = _traced(model, example_input, seconds)
         found = _Search(model, trace, reasons).groups()
-    return found + _untraced(model, trace)
+    return found + _untraced(model, trace, reasons)
 
 
 def _traced(model: nn.Module, example_input: Any, seconds: float) -> Trace:
@@ -211,7 +212,7 @@ class _Search:
                 reason = reason or why
         sides = {side: tuple(m for m in members.values() if m.side == side) for side in ("out", "in", "both")}
         group = Group(name, size, sides["out"], sides["in"], sides["both"])
-        return replace(group, reason=reason or _why_group_stays(group, self._reasons))
+        return replace(group, reason=_why_excluded(group, self._reasons) or reason or _why_nothing_is_left(group))
 
     def _member(self, parameter: str, dim: int, run: Run, is_whole: bool) -> tuple[Member | None, str]:
         """The part of a group that lies in a parameter, and why it must stay; None where it goes by another one."""
@@ -228,6 +229,8 @@ class _Search:
             return Member(name, f"{name}.weight", 0, "both", torch.tensor(entries)), ""
         sides = self._trace.sides(parameter, dim)
         why = f"{parameter} makes these channels and reads them" if len(sides) == 2 else ""
+        if type(module) is nn.MultiheadAttention:
+            why = f"{name}: nn.MultiheadAttention cannot run with fewer heads"
         if local == "weight" and name in self._depthwise and dim == 0:
             sides = set()
         return Member(name, parameter, dim, min(sides, default="both"), torch.tensor(entries)), why
@@ -236,16 +239,19 @@ class _Search:
 # ---------------------------------------------------------------------- what has to stay
 
 
-def _why_group_stays(group: Group, reasons: Mapping[str, str]) -> str:
-    """Why a group that the walk may cut has to stay; empty where it can go.
+def _why_excluded(group: Group, reasons: Mapping[str, str]) -> str:
+    """Why a module or parameter of a group must not be cut; empty where all may be.
 
     Args:
         group: the group.
         reasons: modules and parameters that must not be cut.
     """
-    for name in [m.module for m in group.members] + [f.parameter for f in group.followers]:
-        if name in reasons:
-            return reasons[name]
+    names = [n for m in group.members for n in (m.module, m.parameter)]
+    return next((reasons[name] for name in names if name in reasons), "")
+
+
+def _why_nothing_is_left(group: Group) -> str:
+    """Why a group whose channels nothing mixes has to stay; empty where it can go."""
     if not group.consumers:
         return "no layer takes these channels as its inputs"
     if group.size < 2:
@@ -253,8 +259,9 @@ def _why_group_stays(group: Group, reasons: Mapping[str, str]) -> str:
     return ""
 
 
-def _untraced(model: nn.Module, trace: Trace) -> list[Group]:
+def _untraced(model: nn.Module, trace: Trace, reasons: Mapping[str, str]) -> list[Group]:
     """The layers that the pass has not called, as groups that have to stay."""
     layers = [(n, m) for n, m in model.named_modules() if is_layer(m) and f"{n}.weight" not in trace.called]
     sizes = {n: int(m.out_features if isinstance(m, nn.Linear) else m.out_channels) for n, m in layers}  # type: ignore[arg-type]
-    return [Group(n, sizes[n], (), (), (), "not found in the trace: never called there") for n, _ in layers]
+    never = "not found in the trace: never called there"
+    return [Group(n, sizes[n], (), (), (), reasons.get(n, never)) for n, _ in layers]

@@ -20,7 +20,11 @@ def why_layers_stay(model: nn.Module, globs: Sequence[str]) -> dict[str, str]:
     for name, module in model.named_modules():
         # _orig is left by torch.nn.utils.prune, _g by the old weight_norm
         if parametrize.is_parametrized(module) or any(k.endswith(("_orig", "_g")) for k in module._parameters):
-            found[name] = f"{name} is parametrized: its weight is computed from others"
+            found |= {
+                f"{name}{'.' if name and inner else ''}{inner}": f"{name} is parametrized: its weight is computed from others"
+                for inner, _ in module.named_modules()
+                if not inner or "parametrizations" in inner
+            }
         for local, p in module._parameters.items():
             full = f"{name}.{local}" if name else local
             if p is not None and (reason := why_not_ranked(p)):

@@ -20,7 +20,7 @@ from sparse_callbacks.channels.axes import AnyAxis, Concatenation, Product, Run,
 from sparse_callbacks.channels.operations import rule_of
 from sparse_callbacks.channels.recorded_call import Call
 from sparse_callbacks.core.error_text import with_class
-from sparse_callbacks.core.inspection import run, tensors_in, training
+from sparse_callbacks.core.inspection import map_tensors, run, tensors_in, training
 
 INPUT = "shares channels with the network's input"
 OUTPUT = "these are outputs of the network"
@@ -83,11 +83,13 @@ class Trace:
             ) from error
 
     def _pass(self, model: nn.Module, example_input: Any) -> None:
-        for tensor in tensors_in(example_input):
+        # a model may write to its inputs
+        inputs = map_tensors(lambda t: t.detach().clone(), example_input)
+        for tensor in tensors_in(inputs):
             for axis in self._axes_of(tensor):
                 block(axis, INPUT, 0)
         with _with_attention_in_steps(), _told_of_modules(self._enter, self._leave), _Recorder(self._record):
-            output = run(model, example_input)
+            output = run(model, inputs)
         for tensor in tensors_in(output):
             for axis in self._axes_of(tensor):
                 block(axis, OUTPUT, self._count)

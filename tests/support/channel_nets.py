@@ -238,6 +238,27 @@ def one_dimensional() -> nn.Module:
     return nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 4, 3))
 
 
+class Functional(nn.Module):
+    """A kernel of its own, norms of single images, and groups of several inputs with one output each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8, affine=True), nn.Conv2d(2, 4, 1)
+        self.kernel = nn.Parameter(torch.randn(8, 8, 1, 1))
+        self.groups = nn.Conv2d(8, 2, 1, groups=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.conv2d(self.norm(self.first(x)).relu(), self.kernel)
+        return self.last(self.groups(x.relu()).relu())
+
+
+class NormAct(nn.BatchNorm2d):
+    """A batch norm with an activation inside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.silu(super().forward(x))
+
+
 NETS: dict[str, Callable[[], nn.Module]] = {
     "residual": Residual,
     "padded": Padded,
@@ -252,6 +273,8 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "chunked": Chunked,
     "split": Split,
     "joined": Joined,
+    "functional": Functional,
+    "norm_with_activation": lambda: nn.Sequential(nn.Conv2d(3, 8, 3), NormAct(8), nn.Conv2d(8, 4, 3)),
     "transposed_depthwise": transposed_depthwise,
     "subclass": lambda: nn.Sequential(Kernel(3, 8, 3), nn.ReLU(), Kernel(8, 4, 3)),
 }
