@@ -77,7 +77,7 @@ def test_the_package_imports_with_its_core_dependencies_alone() -> None:
     program = """
 import sys, torch, pytorch_lightning
 optional = ("hydra", "omegaconf", "wandb", "torchvision", "sklearn", "matplotlib", "rich", "lightning", "rigl_torch", "tensorboard",
-    "torch_pruning", "safetensors", "onnx", "onnxscript", "onnxruntime")
+    "safetensors", "onnx", "onnxscript", "onnxruntime")
 for name in [n for n in sys.modules if n.split(".")[0] in optional]:
     del sys.modules[name]
 class Blocked:
@@ -159,7 +159,7 @@ def test_names_of_0_1_are_found_under_modules_that_are_still_there() -> None:
     }
 
 
-# private names of torch, torch-pruning and the standard library that have no public counterpart
+# private names of torch and the standard library that have no public counterpart
 THEIR_PRIVATE = {
     "_BatchNorm",  # the common base of torch's batch norms
     "_parameters",  # the parameters of one module alone, None where it has none
@@ -170,12 +170,8 @@ THEIR_PRIVATE = {
     "_post_accumulate_grad_hooks",  # the same, once it is accumulated
     "_version",  # how often a tensor was written in place
     "_new_with_weak_ptr",  # the memory behind a weak reference, None where nobody holds it any more
-    "_input_metadata",  # a node of autograd: the shapes that it takes
-    "_saved_self_sym_sizes",  # a node of autograd: the sizes of its input
-    "_saved_pad",  # a node of autograd: the padding that it has applied
     "_reversed_padding_repeated_twice",  # a convolution's padding as torch pads with it
-    "_build_dependency",  # torch-pruning: the walk that this package refines
-    "_replace",  # of a NamedTuple, public in all but its name
+    "_schema",  # the names and defaults of an operation's arguments
     "_C",  # torch's own module, for the next one
     "_current_graph_task_id",  # whether a backward pass is running
     "_orig_mod",  # the module under torch.compile's wrapper

@@ -99,9 +99,9 @@ def channel_groups(
 
     Channels are followed through residual sums, concatenations, paddings of channels, depthwise and grouped
     convolutions, squeeze-excite, flattening into linear layers, and the operations in
-    :data:`sparse_callbacks.channels.obstacles.KEEPS_CHANNELS`. Anything else gives the group a ``reason``: a LayerNorm,
-    GroupNorm or attention over the channels, the network's input, its outputs. A trace cannot see everything; a channel
-    shuffle looks like a flattening. Whether removal changes the outputs is found by
+    :mod:`sparse_callbacks.channels.operations`. Anything else gives the group a ``reason``: a LayerNorm or GroupNorm over
+    the channels, the network's input, its outputs. A trace cannot see everything, such as sizes that the model's code
+    fixes. Whether removal changes the outputs is found by
     :func:`sparse_callbacks.channels.slim.slimmable_groups` and :func:`sparse_callbacks.channels.slim.slim`.
 
     Args:
@@ -112,7 +112,6 @@ def channel_groups(
         seconds: time limit.
 
     Raises:
-        ImportError: torch-pruning (extra ``channels``) is missing.
         TimeoutError: the time limit is exceeded.
         ValueError: the model cannot be copied or traced, a glob matches nothing, or ``seconds`` is not positive.
 

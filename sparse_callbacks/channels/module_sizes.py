@@ -46,7 +46,7 @@ def update_sizes(module: nn.Module, is_depthwise: bool) -> None:
             module.out_channels, module.in_channels = first, second * module.groups
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
-    elif isinstance(module, nn.modules.batchnorm._NormBase):  # instance norms too
+    elif isinstance(module, (*BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)):
         module.num_features = len(weight)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(weight)

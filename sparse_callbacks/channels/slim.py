@@ -70,7 +70,6 @@ def slim(
         the slim model, an ordinary module in the modes of ``model``, and the proof; ``print(proof)`` shows it.
 
     Raises:
-        ImportError: torch-pruning (extra ``channels``) is missing.
         TimeoutError: the search takes too long.
         ValueError: there are no masks, one does not fit or is not bool, the model cannot be copied or traced, or its
             outputs would show no error.

@@ -129,26 +129,6 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def traceable(model: nn.Module) -> Iterator[None]:
-    """As :func:`quiet`, but with every floating-point parameter in autograd's graph.
-
-    Afterwards ``requires_grad`` of every parameter is as before.
-    """
-    flags = {p: p.requires_grad for p in model.parameters()}
-    with quiet(model):
-        try:
-            for p in flags:
-                if p.is_floating_point():  # integers, as in quantised layers, cannot require a gradient
-                    p.requires_grad = True
-            # a caller may be in validation, where Lightning switches inference mode on, and that records no graph
-            with torch.inference_mode(False), torch.enable_grad():
-                yield
-        finally:
-            for p, flag in flags.items():
-                p.requires_grad = flag
-
-
-@contextmanager
 def training(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Train mode for these modules alone; modules inside them keep their modes."""
     modes = [(m, m.training) for m in modules]

@@ -32,8 +32,7 @@ def check(method: SparsityCallback | None) -> None:
         raise ValueError(
             "slim=true, but method=none has no masks to remove channels by. Choose a method, e.g. method=smcp."
         )
-    for module in ("torch_pruning", "safetensors.torch"):
-        extra(module, "channels")
+    extra("safetensors.torch", "channels")
 
 
 def slimmed(

@@ -31,7 +31,6 @@ def exchanged(storage: str) -> nn.Sequential:
 
 @pytest.mark.parametrize("storage", STORAGES)
 def test_a_network_of_exchanged_layers_is_cut_and_counted_as_its_dense_twin(storage: str) -> None:
-    pytest.importorskip("torch_pruning")
     model, x = exchanged(storage).eval(), torch.randn(2, 12)
     twin = to_dense(copy.deepcopy(model))
     mask = torch.arange(24) % 3 != 0

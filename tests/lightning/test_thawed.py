@@ -178,7 +178,6 @@ def test_where_no_layer_can_join_the_plan_says_why_and_thawing_warns(make: Any, 
 
 
 def test_channels_that_a_frozen_layer_reads_stay_with_the_reason(tmp_path: Path) -> None:
-    pytest.importorskip("torch_pruning")
     module = Transfer()
     module.backbone[1].requires_grad_(False)
     module.example_input_array = torch.zeros(1, 2, 5, 5)

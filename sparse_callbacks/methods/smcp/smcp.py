@@ -77,7 +77,6 @@ class SMCP(Method):
     Raises:
         ValueError: arguments out of range, a model without channels to remove, a budget that cannot be met; before the
             first batch.
-        ImportError: torch-pruning (extra ``channels``) is missing.
 
     Example:
         >>> from sparse_callbacks import SMCP
