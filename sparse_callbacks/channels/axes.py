@@ -1,4 +1,4 @@
-"""Axes of tensors, as a forward pass joins, splits and reshapes them: which entries of which axes are one channel.
+"""The axes of tensors: which entries of which axes are one channel after a forward pass.
 
 An axis is a run of channels, a product of axes (two that were flattened into one, the first one outermost), or a
 concatenation of axes. Runs are joined where two of them meet entry by entry, and taken apart where an operation needs their
@@ -179,7 +179,7 @@ def _factored_product(now: Product, count: int) -> tuple[AnyAxis, AnyAxis]:
             raise MisfitError(f"a factor of {factor.size} entries is no product of {count}")
         first, second = factored(factor, count)
         return product([*outer, first]), product([second, *now.factors[number + 1 :]])
-    raise MisfitError("a product has no such factors")  # unreachable where the sizes agree
+    raise MisfitError(f"{now.size} entries, a product, have no factors of {count} entries")
 
 
 def _factored_concatenation(now: Concatenation, width: int) -> tuple[AnyAxis, AnyAxis]:
@@ -220,7 +220,7 @@ def join(one: AnyAxis, other: AnyAxis) -> None:
     if a is b:
         return
     if a.size != b.size:
-        raise MisfitError(f"{a.size} entries meet {b.size}")
+        raise MisfitError(f"an axis of {a.size} entries meets one of {b.size}")
     if isinstance(a, Run) and isinstance(b, Run):
         if b.reason:
             a.stay(b.reason, b.since)
@@ -230,7 +230,7 @@ def join(one: AnyAxis, other: AnyAxis) -> None:
         assert isinstance(run, Run)
         assert not isinstance(made, Run)
         if any(run is part for part in runs_in(made)):
-            raise MisfitError("an axis meets a part of itself")
+            raise MisfitError(f"an axis of {run.size} entries meets a part of itself")
         if run.reason:
             block(made, run.reason, run.since)
         run.taken_apart = made
@@ -309,7 +309,7 @@ def units(axis: AnyAxis, run: Run) -> list[int]:
     found = [units(f, run) for f in now.factors]
     with_run = [number for number, u in enumerate(found) if max(u) >= 0]
     if len(with_run) > 1:
-        raise MisfitError("a channel meets itself in a product")
+        raise MisfitError(f"a channel of {run.size} meets itself in a product")
     if not with_run:
         return [-1] * now.size
     number = with_run[0]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.channels.compact_format import described, read, refuse_other_model, sizes
+from sparse_callbacks.channels.compact_format import completed, described, read, refuse_other_model, sizes
 from sparse_callbacks.channels.compact_layers import compact_states, put_sparse
 from sparse_callbacks.core.argument_types import checked
 from sparse_callbacks.core.files import description_path, file_checksum, replacing
@@ -90,6 +90,7 @@ def load_compact(model: nn.Module, path: str | Path) -> nn.Module:
     """
     path = Path(path)
     tensors, parts, description = read(path)
+    description = completed(model, description)
     refuse_other_model(model, tensors, parts, description, path)
     # every refusal came before this, so that a model that is refused stays as it is
     for name, module in model.named_modules():

@@ -16,7 +16,7 @@ from sparse_callbacks.channels.compact_layers import (
     state_names,
     why_other_patterns,
 )
-from sparse_callbacks.channels.module_sizes import BATCH_NORMS
+from sparse_callbacks.channels.module_sizes import BATCH_NORMS, INSTANCE_NORMS
 from sparse_callbacks.core.files import description_path, file_checksum
 from sparse_callbacks.core.inspection import extra
 from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
@@ -65,7 +65,7 @@ def _own_class(model: nn.Module) -> str:
 
 def sizes(module: nn.Module) -> dict[str, int]:
     """Attributes in which a layer or norm states its size, and their values; empty for other modules."""
-    if not isinstance(module, (nn.Linear, SparseLinear, nn.PReLU, _ConvNd, *BATCH_NORMS)):
+    if not isinstance(module, (nn.Linear, SparseLinear, nn.PReLU, _ConvNd, *BATCH_NORMS, *INSTANCE_NORMS)):
         return {}
     return {a: int(getattr(module, a)) for a in SIZES if hasattr(module, a)}
 
@@ -118,6 +118,15 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], d
             f"{path} is of version {version}, and this release reads versions {' and '.join(map(str, COMPACT_VERSIONS))}. Save it anew."
         )
     return tensors, parts, description
+
+
+def completed(model: nn.Module, description: Mapping[str, Any]) -> dict[str, Any]:
+    """A description with the sizes of instance norms, which files of versions 1 and 2 do not hold: they lost no channels."""
+    layers = {n: dict(layer) for n, layer in description["layers"].items()}
+    for name, module in model.named_modules():
+        if isinstance(module, INSTANCE_NORMS) and name in layers:
+            layers[name] = sizes(module) | layers[name]
+    return {**description, "layers": layers}
 
 
 # ---------------------------------------------------------------------- whether a model is the one described

@@ -144,7 +144,9 @@ def _traced(model: nn.Module, example_input: Any, seconds: float) -> Trace:
     begin = time.monotonic()
     try:
         return Trace(model, example_input, seconds, branches)
-    except ValueError:  # slimming will compare the outputs in train mode; a model that cannot be traced fails here again
+    except (
+        ValueError
+    ):  # slimming will compare the outputs in train mode; a model that cannot be traced fails here again
         return Trace(model, example_input, seconds - (time.monotonic() - begin))
 
 
@@ -261,6 +263,6 @@ def _why_nothing_is_left(group: Group) -> str:
 def _untraced(model: nn.Module, trace: Trace, reasons: Mapping[str, str]) -> list[Group]:
     """The layers that the pass has not called, as groups that have to stay."""
     layers = [(n, m) for n, m in model.named_modules() if is_layer(m) and f"{n}.weight" not in trace.called]
-    sizes = {n: int(m.out_features if isinstance(m, nn.Linear) else m.out_channels) for n, m in layers}  # type: ignore[arg-type]
+    sizes = {n: int(m.out_features if isinstance(m, nn.Linear) else m.out_channels) for n, m in layers}
     never = "not found in the trace: never called there"
     return [Group(n, sizes[n], (), (), (), reasons.get(n, never)) for n, _ in layers]

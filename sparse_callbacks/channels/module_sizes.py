@@ -5,6 +5,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 """Norms that can lose channels, as they treat each by itself."""
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+"""The same, of single images."""
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -46,7 +48,7 @@ def update_sizes(module: nn.Module, is_depthwise: bool) -> None:
             module.out_channels, module.in_channels = first, second * module.groups
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
-    elif isinstance(module, (*BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)):
+    elif isinstance(module, (*BATCH_NORMS, *INSTANCE_NORMS)):
         module.num_features = len(weight)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(weight)

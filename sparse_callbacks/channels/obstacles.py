@@ -8,6 +8,7 @@ from torch.nn.utils import parametrize
 
 from sparse_callbacks.core.selection import why_not_ranked
 
+
 def why_layers_stay(model: nn.Module, globs: Sequence[str]) -> dict[str, str]:
     """The modules and parameters that must not be cut: reasons by their names.
 

@@ -1,4 +1,4 @@
-"""One call of an aten operation, as the rules of `operations` see it: its arguments, and the axes of its tensors."""
+"""A call of an aten operation: its arguments, and the axes of its tensors."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """A trace of a forward pass: which axes of which parameters hold the same channels.
 
 A dispatch mode sees every aten operation that the pass calls, with its tensors. The rules of
-:mod:`~sparse_callbacks.channels.operations` say what becomes of their axes, and what meets anywhere is joined. What the
+`~sparse_callbacks.channels.operations` say what becomes of their axes, and what meets anywhere is joined. What the
 modules are called, and how operations are called above aten, does not matter.
 """
 
@@ -16,12 +16,15 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sparse_callbacks.channels.axes import AnyAxis, Concatenation, Product, Run, block, resolved, runs_in
-from sparse_callbacks.channels.operations import rule_of
+from sparse_callbacks.channels.axes import AnyAxis, Concatenation, Product, Run, block, runs_in
+from sparse_callbacks.channels.operations import along, entrywise, images, norms, products, shapes
+from sparse_callbacks.channels.operations.table import rule_of
 from sparse_callbacks.channels.recorded_call import Call
 from sparse_callbacks.core.error_text import with_class
 from sparse_callbacks.core.inspection import map_tensors, run, tensors_in, training
 
+KINDS = (entrywise, along, shapes, images, products, norms)
+"""The modules whose import fills the table of operations."""
 INPUT = "shares channels with the network's input"
 OUTPUT = "these are outputs of the network"
 
@@ -59,9 +62,7 @@ class Trace:
             if id(tensor) not in self._names:
                 self._names[id(tensor)] = name
                 self._tensors.append(tensor)
-        self.axes: dict[str, list[AnyAxis]] = {
-            self._names[id(t)]: [Run(s) for s in t.shape] for t in self._tensors
-        }
+        self.axes: dict[str, list[AnyAxis]] = {self._names[id(t)]: [Run(s) for s in t.shape] for t in self._tensors}
         self.called: set[str] = set()
         self._products: dict[str, dict[str, list[AnyAxis]]] = {}
         self._of_others: Any = WeakIdKeyDictionary()
@@ -127,8 +128,10 @@ class Trace:
         sources = [self._sources(t) for t in inputs]
         weights = frozenset[str]().union(*sources) if all(sources) else frozenset[str]()
         found = rule_of(name, inputs)(call)
-        for tensor, axes in zip([t for t in _flat(output)], found, strict=True):
-            if any(tensor is t for t in inputs):  # written in place: it keeps the axes that it has, joined with the new ones
+        for tensor, axes in zip(_flat(output), found, strict=True):
+            if any(
+                tensor is t for t in inputs
+            ):  # written in place: it keeps the axes that it has, joined with the new ones
                 for old, new in zip(self._axes_of(tensor), axes, strict=True):
                     call.join(old, new)
             elif any(tensor is t for t in made):
@@ -201,9 +204,9 @@ def _flat(output: Any) -> list[Tensor]:
     return [t for t in made if isinstance(t, Tensor)]
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, record: Callable[..., None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._record = record
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -7,7 +7,6 @@ import support.channel_nets as nets
 import torch
 from support.channel_nets import IMAGE, OUTPUTS, made
 from torch import Tensor, nn
-from torch.nn import functional
 
 from sparse_callbacks.channels.groups import Group, channel_groups
 from sparse_callbacks.testing.comparison import differences, structure

@@ -254,9 +254,7 @@ def test_a_group_that_changes_the_outputs_in_train_mode_is_put_back() -> None:
         masks | {"second.weight": torch.arange(8) < 5, "aside.conv.weight": torch.arange(8) < 5},
         x,
     )[1]
-    assert noisy.left_out["first"].startswith(
-        "without them, in train mode, the network fails (RuntimeError"
-    )
+    assert noisy.left_out["first"].startswith("without them, in train mode, the network fails (RuntimeError")
 
 
 def test_memory_formats_stay() -> None:

@@ -1,0 +1,1 @@
+"""What each aten operation does with the axes of its tensors."""

@@ -1,0 +1,68 @@
+"""Products of matrices, and attention."""
+
+from torch import Tensor
+
+from sparse_callbacks.channels.axes import Run
+from sparse_callbacks.channels.operations.table import Axes, outputs, rule, unknown
+from sparse_callbacks.channels.recorded_call import Call
+
+
+def _product(call: Call, left: Tensor, right: Tensor, added: Tensor | None = None) -> list[Axes]:
+    """A product of matrices, or of batches of them."""
+    a, b = call.axes_of(left), call.axes_of(right)
+    # a vector has no rows, or no columns
+    columns = b[-1:] if right.ndim > 1 else []
+    rows = a[-2:-1] if left.ndim > 1 else []
+    over = call.join(a[-1], b[-2] if right.ndim > 1 else b[-1])
+    batch = [call.join(*axes) for axes in zip(a[:-2], b[:-2], strict=True)]
+    by_weight = call.is_weight(right), call.is_weight(left)
+    if by_weight[0] and not by_weight[1]:
+        call.note_product(right, [over], columns)
+    elif by_weight[1] and not by_weight[0]:
+        call.note_product(left, [over], rows)
+    elif not any(by_weight):
+        call.block([over, *rows, *columns], "what is multiplied with other activations is never cut singly (attention)")
+    made = [*batch, *rows, *columns]
+    if added is not None:
+        for axis, other in zip(made[::-1], call.axes_of(added)[::-1], strict=False):
+            if axis.size == other.size != 1:
+                call.join(axis, other)
+    return [made]
+
+
+@rule("mm", "bmm", "mv", "dot", "matmul")
+def _multiplied(call: Call) -> list[Axes]:
+    left, right = call.tensors()[:2]
+    if call.name == "aten.matmul" and left.ndim != right.ndim:
+        return unknown(call)
+    return _product(call, left, right)
+
+
+@rule("addmm", "addmv", "baddbmm", "addbmm", "_addmm_activation")
+def _multiplied_and_added(call: Call) -> list[Axes]:
+    added, left, right = call.tensors()[:3]
+    if call.name == "aten.addbmm":
+        return unknown(call)
+    return _product(call, left, right, added)
+
+
+@rule(
+    *(
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_cudnn_attention",
+    ),
+    *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_attention_math", "scaled_dot_product_attention"),
+)
+def _attended(call: Call) -> list[Axes]:
+    query, key, value = (call.axes_of(call.named[n]) for n in ("query", "key", "value"))
+    reason = "what is multiplied with other activations is never cut singly (attention)"
+    call.block([*query[-2:], *key[-2:], *value[-2:]], reason)
+    batch = [call.join(*axes) for axes in zip(query[:-2], key[:-2], value[:-2], strict=True)]
+    mask = call.named.get("attn_mask", call.named.get("attn_bias"))
+    if isinstance(mask, Tensor):
+        for axis, other in zip(batch[::-1], call.axes_of(mask)[-3::-1], strict=False):
+            if axis.size == other.size != 1:
+                call.join(axis, other)
+    made = [*batch, query[-2], value[-1]]
+    return [made if t.shape == outputs(call)[0].shape else [Run(s) for s in t.shape] for t in outputs(call)]
