@@ -46,6 +46,19 @@ def _multiplied_and_added(call: Call) -> list[Axes]:
     return _product(call, left, right, added)
 
 
+def _heads(call: Call, query: AnyAxis, key: AnyAxis, value: AnyAxis) -> AnyAxis:
+    """The heads of attention, or a batch: one key and value may serve all queries, or several of them."""
+    for other in (key, value):
+        if other.size == query.size:
+            call.join(query, other)
+        elif other.size > 1:
+            try:
+                call.join(factored(query, other.size)[0], other)
+            except MisfitError:
+                call.block([query, other])
+    return query
+
+
 @rule(
     *(
         "_scaled_dot_product_flash_attention_for_cpu",
@@ -58,7 +71,7 @@ def _attended(call: Call) -> list[Axes]:
     query, key, value = (call.axes_of(call.named[n]) for n in ("query", "key", "value"))
     reason = "what is multiplied with other activations is never cut singly (attention)"
     call.block([*query[-2:], *key[-2:], *value[-2:]], reason)
-    batch = [call.join(*axes) for axes in zip(query[:-2], key[:-2], value[:-2], strict=True)]
+    batch = [_heads(call, *axes) for axes in zip(query[:-2], key[:-2], value[:-2], strict=True)]
     mask = call.named.get("attn_mask", call.named.get("attn_bias"))
     if isinstance(mask, Tensor):
         for axis, other in zip(batch[::-1], call.axes_of(mask)[-3::-1], strict=False):
