@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from sparse_callbacks.channels.axes import Run
+from sparse_callbacks.channels.axes import AnyAxis, MisfitError, Run, factored
 from sparse_callbacks.channels.operations.table import Axes, outputs, rule, unknown
 from sparse_callbacks.channels.recorded_call import Call
 
