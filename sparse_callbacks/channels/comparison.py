@@ -14,6 +14,11 @@ TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4}
 """Largest relative difference of outputs that counts as equal, by their type; integers and bools must be the same."""
 COARSE_TOLERANCE = 5e-2
 """The same for half precision, whose rounding is large; a wrong cut differs by more."""
+RANDOM = (
+    "the outputs are random in eval mode, as two passes over the same input differ, so nothing can be compared; look for "
+    "noise, sampling, or dropout that is always on"
+)
+"""Why a group stays in a model whose outputs differ whatever is cut."""
 
 
 @dataclass(frozen=True)
@@ -118,10 +123,19 @@ class Reference:
         now = partial(outputs_on, self.model, self.samples)
         changed = _why_changed("without them", now, self.expected)
         if changed:
-            return changed
+            # asked only where something differs, as it takes another pass
+            return RANDOM if self._is_random_now() else changed
         # only where eval mode shows nothing, as the pass in train mode costs as much again
         lead, expected = "without them, in train mode,", self.expected_in_training
         return _why_changed(lead, self._outputs_in_training, expected, only_shapes=self.is_random)
+
+    def _is_random_now(self) -> bool:
+        """Whether two passes over the same samples differ; a model that fails is not random."""
+        try:
+            first, second = (outputs_on(self.model, self.samples) for _ in range(2))
+        except Exception:  # whatever the user's forward does with sizes that it does not expect
+            return False
+        return bool(why_not_equal(first, second))
 
     def difference(self) -> tuple[Difference, torch.dtype]:
         """Difference from the outputs at first, and the precision of the first of them that has one."""

@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from sparse_callbacks.channels.comparison import outputs_on
 from sparse_callbacks.core.inspection import map_tensors, quiet, run, tensors_in
 
+NOISE = 0.01
+"""Standard deviation of the noise that is added to an example, in standard deviations of its tensors."""
+NOISY_DRAWS = 3
+"""How many such inputs are drawn."""
+
 
 def precise(masked: nn.Module, samples: Sequence[Any]) -> tuple[nn.Module, list[Any]]:
     """A copy of the model and the samples in float64, where rounding hides no error.
@@ -34,8 +39,14 @@ def refuse_telling_nothing(outputs: Sequence[Tensor], samples: Sequence[Any]) ->
         samples: inputs, of which the last two are random.
 
     Raises:
-        ValueError: the outputs are NaN, none of them is finite, or they are the same on both random inputs.
+        ValueError: the outputs are NaN, none of them is finite, all of them are empty, or they are the same on both
+            random inputs.
     """
+    if outputs and not any(t.numel() for t in outputs):
+        raise ValueError(
+            "All outputs of the masked model are empty, as of a detector that finds no box, so nothing can be compared. "
+            "Give an example_input on which it finds some, or lower its threshold of scores."
+        )
     if not any(bool(t.isfinite().any()) for t in outputs) or any(bool(t.isnan().any()) for t in outputs):
         raise ValueError(
             "The masked model gives NaN, or no finite outputs, in eval mode, so nothing can be compared. Look for inf "
@@ -43,6 +54,9 @@ def refuse_telling_nothing(outputs: Sequence[Tensor], samples: Sequence[Any]) ->
         )
     each = len(outputs) // len(samples)
     last, before_last = outputs[-each:], outputs[-2 * each : -each]
+    # nothing was found on these, but on other samples
+    if not any(t.numel() for t in (*last, *before_last)):
+        return
     alike = all(torch.equal(a, b) for a, b in zip(last, before_last, strict=True))
     # integers of the random inputs may be those of the example, on which equal outputs are right
     if alike and any(t.is_floating_point() for t in tensors_in(samples[-1])):
@@ -53,15 +67,18 @@ def refuse_telling_nothing(outputs: Sequence[Tensor], samples: Sequence[Any]) ->
 
 
 def random_samples(model: nn.Module, example_input: Any, seed: int) -> list[Any]:
-    """Two random inputs like ``example_input``.
+    """Random inputs like ``example_input``: two, or five where the model gives empty outputs on these.
 
-    They hold normal numbers of standard deviation 1 and 10, bools that are true half of the time, and in the second one
-    integers in another order. Where the model fails on such an input, or gives values that are not finite where it
-    gives finite ones otherwise, the numbers have standard deviation 1, and bools and integers are those of
+    The first two hold normal numbers of standard deviation 1 and 10, bools that are true half of the time, and in the
+    second one integers in another order. Where the model fails on such an input, or gives values that are not finite
+    where it gives finite ones otherwise, the numbers have standard deviation 1, and bools and integers are those of
     ``example_input``.
 
+    A detector seldom finds a box in noise. Where an output is empty on one of these two that is not on
+    ``example_input``, three more are that input with noise of 1 % of the standard deviation of each of its tensors.
+
     Args:
-        model: runs three times, in eval mode, as a copy.
+        model: runs up to five times, in eval mode, as a copy.
         example_input: a tensor, a tuple of positional arguments or a mapping of named arguments.
         seed: seed of the random numbers.
     """
@@ -69,14 +86,18 @@ def random_samples(model: nn.Module, example_input: Any, seed: int) -> list[Any]
     generator = torch.Generator().manual_seed(seed)
     model = copy.deepcopy(model)
     with quiet(model):
-        usual = [t.isfinite() for t in outputs_on(model, [example_input])]
-        found = []
+        usual = outputs_on(model, [example_input])
+        found, is_empty = [], False
         for scale, reorder in ((1.0, False), (10.0, True)):
             # drawn in any case, so that the second input does not depend on whether the model took the first
             plain = map_tensors(partial(_normal, generator=generator), example_input)
             varied = map_tensors(partial(_varied, generator=generator, scale=scale, reorder=reorder), example_input)
-            found.append(varied if _is_taken(model, varied, usual) else plain)
-        return found
+            outputs = _outputs_if_finite(model, varied, usual)
+            found.append(plain if outputs is None else varied)
+            is_empty |= any(not b.numel() for a, b in zip(usual, outputs or (), strict=False) if a.numel())
+    if is_empty:
+        found += [map_tensors(partial(_noisy, generator=generator), example_input) for _ in range(NOISY_DRAWS)]
+    return found
 
 
 def first_entry(model: nn.Module, sample: Any) -> Any:
@@ -94,13 +115,21 @@ def first_entry(model: nn.Module, sample: Any) -> Any:
     return first if good else sample
 
 
-def _is_taken(model: nn.Module, sample: Any, usual: Sequence[Tensor]) -> bool:
-    """Whether the outputs on ``sample`` are finite where they are ``usual``."""
+def _outputs_if_finite(model: nn.Module, sample: Any, usual: Sequence[Tensor]) -> list[Tensor] | None:
+    """The outputs on ``sample``; None where the model fails, or they are not finite where the ``usual`` ones are.
+
+    A tensor of another shape than usual, such as of another number of boxes, has to be finite throughout.
+    """
     try:
-        found = [t.isfinite() for t in outputs_on(model, [sample])]
+        found = outputs_on(model, [sample])
     except Exception:  # such as a mask that leaves nothing, or lengths that have to be sorted
-        return False
-    return len(found) == len(usual) and all(torch.equal(a, b) for a, b in zip(found, usual, strict=True))
+        return None
+    if len(found) != len(usual):
+        return None
+    for a, b in zip(usual, found, strict=True):
+        if not (torch.equal(a.isfinite(), b.isfinite()) if a.shape == b.shape else bool(b.isfinite().all())):
+            return None
+    return found
 
 
 def _double(tensor: Tensor) -> Tensor:
@@ -122,3 +151,10 @@ def _varied(tensor: Tensor, generator: torch.Generator, scale: float, reorder: b
         return _normal(tensor, generator, scale)
     order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
     return tensor.flatten()[order].view(tensor.shape)
+
+
+def _noisy(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """``tensor`` with noise of 1 % of its standard deviation; integers and bools as they are."""
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor + NOISE * tensor.std(correction=0) * _normal(tensor, generator)
