@@ -31,11 +31,11 @@ class ModelCost:
 
 @dataclass(frozen=True)
 class GroupChange:
-    """What became of one channel group.
+    """What became of one channel group, or of a mask that removed nothing and belongs to no group.
 
     Attributes:
-        name: name of the group.
-        size: number of units that it had.
+        name: name of the group, or of the parameter.
+        size: number of units that it had, or of entries of the mask.
         units: number of units that were removed.
         channels: number of channels that its first producer lost with them.
         reason: why units stay that the masks might have let go; empty where there is nothing to say.
@@ -63,7 +63,7 @@ class Proof:
         checked: difference of outputs on all of these inputs, in ``precision``.
         precision: float64, or the model's own precision where it does not run in float64.
         before, after: costs of the masked and the slim model, on the example input.
-        rows: what became of each group.
+        rows: what became of each group, and of masks that removed nothing without any group saying so.
         cut: number of weights that the masks cut and that were not zero in the model as it was given.
     """
 
@@ -84,7 +84,8 @@ class Proof:
 
     @property
     def left_out(self) -> dict[str, str]:
-        """The reason of every group that lost nothing and has one, by the name of the group."""
+        """The reason of every group that lost nothing and has one, by the name of the group, and of such masks by that of
+        the parameter."""
         # a group that lost some of its units may have a reason too, for the units that stayed
         return {r.name: r.reason for r in self.rows if r.reason and not r.units}
 

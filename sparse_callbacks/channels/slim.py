@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from sparse_callbacks.channels.comparison import Difference, Reference
 from sparse_callbacks.channels.comparison_inputs import first_entry, precise, random_samples, refuse_telling_nothing
-from sparse_callbacks.channels.constants import ArrivingRange, arriving_ranges, bias_shifts, foldable
 from sparse_callbacks.channels.cuts import Cuts, Surgery, masked_copy, nonzero_cut
-from sparse_callbacks.channels.groups import Group, Member, channel_groups
+from sparse_callbacks.channels.dead_units import with_dead_units
+from sparse_callbacks.channels.groups import Group, channel_groups
+from sparse_callbacks.channels.idle_masks import with_idle_masks
 from sparse_callbacks.channels.proof import GroupChange, Proof, prove
 from sparse_callbacks.core.argument_types import checked
 from sparse_callbacks.core.inspection import copied, quiet, training_branches
@@ -35,9 +36,9 @@ def slim(
     """A copy of ``model`` without its dead channels, and a proof that it computes the same as the masked model.
 
     A channel is dead in two cases. Either no layer reads it: the masks of all its readers are zero for it. Or no layer
-    makes it: the masks of all its makers are zero for it, and what its readers get is a constant. A constant of zero is
-    left out; any other goes into the bias of the reader, but not through zero padding, which would make it another
-    value at the border. One unit stays in every group.
+    makes it: the masks of all its makers, or that of the gain of a norm behind them, are zero for it, and what its
+    readers get is a constant. A constant of zero is left out; any other goes into the bias of the reader, but not through
+    zero padding, which would make it another value at the border. One unit stays in every group.
 
     Groups are cut one after the other, from the outputs to the inputs, in a copy in eval mode, in float64 where the
     model runs in it. After each group the outputs are compared with those of the masked model on one random sample, and
@@ -90,6 +91,7 @@ def slim(
     groups = channel_groups(masked, example_input, exclude, seconds)
     given, random = [example_input, *inputs], random_samples(masked, example_input, seed)
     cuts, rows, checked = _cut_all(masked, groups, full_masks, [*given, *random])
+    rows = with_idle_masks(rows, groups, cuts, full_masks, masked)
     # the cuts were tried in float64 where that is possible, and are made here in the precision of the model
     small = copied(masked)
     Surgery(small).cut(cuts, [m for g in groups for m in g.members])
@@ -185,7 +187,7 @@ def _cut(
     for group in reversed(groups):
         row = GroupChange(group.name, group.size, reason=group.reason)
         if not group.reason:
-            row, trial = _with_dead_units(group, surgery, cuts, masks, samples)
+            row, trial = with_dead_units(group, surgery, cuts, masks, samples)
             surgery.cut(trial, group.members)
             problem = reference.why_changed() if row.units else ""
             if problem:  # cut the group's modules as they were before
@@ -194,42 +196,3 @@ def _cut(
             cuts = trial
         rows.append(row)
     return cuts, rows[::-1]
-
-
-def _with_dead_units(
-    group: Group, surgery: Surgery, cuts: Cuts, masks: Mapping[str, Tensor], samples: Sequence[Any]
-) -> tuple[GroupChange, Cuts]:
-    """What is dead in ``group``, and the cuts with it."""
-    # unread: masked at all consumers. silent: masked at all producers, so a constant may arrive at the consumers, and
-    # the unit can go only if their biases can stand for it.
-    unread = ~_alive(group.consumers, group.size, masks, cuts)
-    silent = ~_alive(group.producers, group.size, masks, cuts) & ~unread
-    arriving: dict[str, ArrivingRange] = {}
-    reason = ""
-    if silent.any():
-        arriving = arriving_ranges(group, surgery, cuts, samples)
-        constant = foldable(group, arriving, surgery.model)
-        stuck = int((silent & ~constant).sum())
-        if stuck:
-            reason = f"{stuck} units stay: what they hold is not a constant, or one that zero padding would change"
-        silent &= constant
-    keep = ~(unread | silent)
-    if not keep.any():  # a layer needs a channel at least
-        keep[0], reason = True, "all units are dead; one stays"
-    added = bias_shifts(group, silent & ~keep, arriving, surgery)
-    units = group.producers[0].units
-    channels = int((~keep[units[units >= 0]]).sum())
-    row = GroupChange(group.name, group.size, int((~keep).sum()), channels, reason)
-    return row, cuts.with_group(group, keep, added)
-
-
-def _alive(members: Sequence[Member], size: int, masks: Mapping[str, Tensor], cuts: Cuts) -> Tensor:
-    """Bool [units]: whether some weight of some member is active for the unit, among those that the cuts leave."""
-    alive = torch.zeros(size, dtype=torch.bool)
-    for member in members:
-        mask = masks.get(member.parameter)
-        if mask is None:  # a dense layer
-            return torch.ones(size, dtype=torch.bool)
-        active = cuts.without_cut(member.parameter, mask.cpu()).movedim(member.dim, 0).flatten(1).any(1)
-        alive[member.units[(member.units >= 0) & active]] = True
-    return alive
