@@ -1,6 +1,5 @@
 """The inputs on which outputs are compared: random ones, single entries, and in which precision."""
 
-import copy
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.channels.comparison import outputs_on
-from sparse_callbacks.core.inspection import map_tensors, quiet, run, tensors_in
+from sparse_callbacks.core.inspection import calls_noted, copied, map_tensors, quiet, tensors_in, training_branches
 
 NOISE = 0.01
 """Standard deviation of the noise that is added to an example, in standard deviations of its tensors."""
@@ -17,31 +16,49 @@ NOISY_DRAWS = 3
 """How many such inputs are drawn."""
 
 
-def precise(masked: nn.Module, samples: Sequence[Any]) -> tuple[nn.Module, list[Any]]:
+def precise(masked: nn.Module, samples: Sequence[Any]) -> tuple[nn.Module, list[Any], list[list[Tensor]], list[str]]:
     """A copy of the model and the samples in float64, where rounding hides no error.
 
     Where the model fails in float64, for example since it makes tensors of another type itself, both stay as they are.
+
+    Returns:
+        the copy, its samples, its outputs on the first of them, and the branches that only run in train mode (see
+        :func:`~sparse_callbacks.core.inspection.training_branches`).
     """
-    doubled, samples_in_double = copy.deepcopy(masked).double(), [map_tensors(_double, x) for x in samples]
     try:
-        with quiet(doubled):
-            run(doubled, samples_in_double[0])
+        return _looked_at(_doubled(masked), [map_tensors(_double, x) for x in samples])
     except Exception:  # a forward pass may well assert its types
-        return copy.deepcopy(masked), list(samples)
-    return doubled, samples_in_double
+        return _looked_at(copied(masked), list(samples))
 
 
-def refuse_telling_nothing(outputs: Sequence[Tensor], samples: Sequence[Any]) -> None:
+def _looked_at(model: nn.Module, samples: list[Any]) -> tuple[nn.Module, list[Any], list[list[Tensor]], list[str]]:
+    with quiet(model):
+        with calls_noted(model) as called:
+            first = outputs_on(model, samples[:1])
+        return model, samples, [first], training_branches(model, samples[0], called)
+
+
+def _doubled(model: nn.Module) -> nn.Module:
+    """A copy in float64, made without a copy in the model's own precision."""
+    known: dict[int, Any] = {}
+    for p in model.parameters():
+        if p.is_floating_point():
+            known[id(p)] = nn.Parameter(p.detach().double(), requires_grad=p.requires_grad)
+    return copied(model, known).double()
+
+
+def refuse_telling_nothing(expected: Sequence[list[Tensor]], samples: Sequence[Any]) -> None:
     """Refuse outputs in which an error would not show.
 
     Args:
-        outputs: the outputs on ``samples``, in one list.
+        expected: the outputs on each of ``samples``.
         samples: inputs, of which the last two are random.
 
     Raises:
         ValueError: the outputs are NaN, none of them is finite, all of them are empty, or they are the same on both
             random inputs.
     """
+    outputs = [t for each in expected for t in each]
     if outputs and not any(t.numel() for t in outputs):
         raise ValueError(
             "All outputs of the masked model are empty, as of a detector that finds no box, so nothing can be compared. "
@@ -52,8 +69,7 @@ def refuse_telling_nothing(outputs: Sequence[Tensor], samples: Sequence[Any]) ->
             "The masked model gives NaN, or no finite outputs, in eval mode, so nothing can be compared. Look for inf "
             "or NaN in its weights and in example_input, and for a forward pass that returns no tensors."
         )
-    each = len(outputs) // len(samples)
-    last, before_last = outputs[-each:], outputs[-2 * each : -each]
+    before_last, last = expected[-2:]
     # nothing was found on these, but on other samples
     if not any(t.numel() for t in (*last, *before_last)):
         return
@@ -78,13 +94,12 @@ def random_samples(model: nn.Module, example_input: Any, seed: int) -> list[Any]
     ``example_input``, three more are that input with noise of 1 % of the standard deviation of each of its tensors.
 
     Args:
-        model: runs up to five times, in eval mode, as a copy.
+        model: runs three times, in eval mode.
         example_input: a tensor, a tuple of positional arguments or a mapping of named arguments.
         seed: seed of the random numbers.
     """
     # on the CPU, so that a seed gives the same numbers whatever device the model is on
     generator = torch.Generator().manual_seed(seed)
-    model = copy.deepcopy(model)
     with quiet(model):
         usual = outputs_on(model, [example_input])
         found, is_empty = [], False
@@ -100,19 +115,28 @@ def random_samples(model: nn.Module, example_input: Any, seed: int) -> list[Any]
     return found
 
 
-def first_entry(model: nn.Module, sample: Any) -> Any:
-    """The first entry of a batch, on which a comparison is fast; the whole batch if the model does not take it."""
+def first_entry(model: nn.Module, sample: Any, outputs: list[Tensor]) -> tuple[Any, list[Tensor]]:
+    """The first entry of a batch, on which a comparison is fast; the whole batch if the model does not take it.
+
+    Args:
+        model: in the state of :func:`~sparse_callbacks.core.inspection.quiet`.
+        sample: an input.
+        outputs: the outputs on it.
+
+    Returns:
+        the input, and the outputs on it.
+    """
     sizes = {t.shape[:1] for t in tensors_in(sample)}
     # tensors of several lengths have no common batch, and a batch of one is its own first entry
     if len(sizes) != 1 or sizes <= {torch.Size([]), torch.Size([1])}:
-        return sample
+        return sample, outputs
     first = map_tensors(lambda t: t[:1], sample)
     try:
-        with quiet(model):
-            good = all(bool(t.isfinite().all()) and t.numel() > 0 for t in outputs_on(model, [first]))
+        found = outputs_on(model, [first])
     except Exception:  # whatever the user's forward does with a batch of one
-        return sample
-    return first if good else sample
+        return sample, outputs
+    good = all(bool(t.isfinite().all()) and t.numel() > 0 for t in found)
+    return (first, found) if good else (sample, outputs)
 
 
 def _outputs_if_finite(model: nn.Module, sample: Any, usual: Sequence[Tensor]) -> list[Tensor] | None:

@@ -1,7 +1,6 @@
 """Which units of a group are dead under the masks, and may go."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -9,13 +8,27 @@ from torch import Tensor
 from sparse_callbacks.channels.constants import ArrivingRange, arriving_ranges, bias_shifts, foldable
 from sparse_callbacks.channels.cuts import Cuts, Surgery
 from sparse_callbacks.channels.groups import Group, Member
+from sparse_callbacks.channels.masked_model import active_slices
 from sparse_callbacks.channels.proof import GroupChange
 
 
 def with_dead_units(
-    group: Group, surgery: Surgery, cuts: Cuts, masks: Mapping[str, Tensor], samples: Sequence[Any]
+    group: Group,
+    surgery: Surgery,
+    cuts: Cuts,
+    masks: Mapping[str, Tensor],
+    observed: Callable[[], Mapping[str, ArrivingRange]],
 ) -> tuple[GroupChange, Cuts]:
-    """What is dead in ``group``, and the cuts with it."""
+    """What is dead in ``group``, and the cuts with it; nothing is cut here.
+
+    Args:
+        group: a group that may be cut.
+        surgery: holds the model.
+        cuts: what is cut already.
+        masks: see :class:`~sparse_callbacks.channels.masked_model.Masked`.
+        observed: gives what arrives at the consumers of every group in the model without cuts; asked only where that
+            decides.
+    """
     # unread: masked at all consumers. silent: masked at all producers, or in a follower such as the gain of a norm, so a
     # constant may arrive at the consumers, and the unit can go only if their biases can stand for it.
     unread = ~_alive(group.consumers, group.size, masks, cuts)
@@ -23,7 +36,7 @@ def with_dead_units(
     arriving: dict[str, ArrivingRange] = {}
     reason = ""
     if silent.any():
-        arriving = arriving_ranges(group, surgery, cuts, samples)
+        arriving = arriving_ranges(group, observed(), cuts, surgery.model)
         constant = foldable(group, arriving, surgery.model)
         stuck = int((silent & ~constant).sum())
         if stuck:
@@ -46,7 +59,7 @@ def _alive(members: Sequence[Member], size: int, masks: Mapping[str, Tensor], cu
         mask = masks.get(member.parameter)
         if mask is None:  # a dense layer
             return torch.ones(size, dtype=torch.bool)
-        active = active_slices(cuts.without_cut(member.parameter, mask.cpu()), member.dim)
+        active = active_slices(cuts.without_cut(member.parameter, mask), member.dim, len(member.units))
         alive[member.units[(member.units >= 0) & active]] = True
     return alive
 
@@ -64,8 +77,3 @@ def _muted(group: Group, masks: Mapping[str, Tensor], cuts: Cuts) -> Tensor:
         has_entry[member.units[member.units >= 0]] = True
         muted |= has_entry & ~alive
     return muted
-
-
-def active_slices(mask: Tensor, dim: int) -> Tensor:
-    """Bool [slices]: where some entry of a slice of ``mask`` along ``dim`` is true."""
-    return mask.movedim(dim, 0).reshape(mask.shape[dim], -1).any(1)

@@ -6,8 +6,8 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from sparse_callbacks.channels.cuts import Cuts
-from sparse_callbacks.channels.dead_units import active_slices
 from sparse_callbacks.channels.groups import Group, Member
+from sparse_callbacks.channels.masked_model import active_slices
 from sparse_callbacks.channels.proof import GroupChange
 
 NOTHING_DEAD = "no unit is dead: under the masks something still makes and something still reads each of them"
@@ -26,13 +26,13 @@ def with_idle_masks(
     """The rows of the groups, with a reason for every mask that cuts weights and removed no unit.
 
     The reason stands in the rows of the groups that the mask's parameter belongs to, where these lost nothing. Otherwise
-    it has a row of its own, under the name of the parameter, whose size is the number of entries of the mask.
+    it has a row of its own, under the name of the parameter, whose size is the number of its entries.
 
     Args:
         rows: what became of each group.
         groups: the groups, in the same order.
         cuts: what was removed.
-        masks: bool masks of the parameters' shapes.
+        masks: see :class:`~sparse_callbacks.channels.masked_model.Masked`.
         model: the masked model.
     """
     found = list(rows)
@@ -40,13 +40,15 @@ def with_idle_masks(
         if mask.all():
             continue
         touched = [place for place, group in enumerate(groups) if _touches(group, name)]
-        if any(_removes(groups[place], name, mask.cpu(), cuts) for place in touched):
+        if any(_removes(groups[place], name, mask, model, cuts) for place in touched):
             continue
         for place in touched:
             if not (found[place].units or found[place].reason):
                 found[place] = replace(found[place], reason=NOTHING_DEAD)
         if not any(found[place].reason and not found[place].units for place in touched):
-            found.append(GroupChange(name, mask.numel(), reason=_why_idle(name, bool(touched), model)))
+            found.append(
+                GroupChange(name, model.get_parameter(name).numel(), reason=_why_idle(name, bool(touched), model))
+            )
     return found
 
 
@@ -65,14 +67,14 @@ def _entries(group: Group, name: str) -> list[tuple[Member, int]]:
     return own or beside
 
 
-def _removes(group: Group, name: str, mask: Tensor, cuts: Cuts) -> bool:
+def _removes(group: Group, name: str, mask: Tensor, model: nn.Module, cuts: Cuts) -> bool:
     """Whether some slice that was removed with units of ``group`` is masked as a whole."""
     for member, dim in _entries(group, name):
         stays = cuts.kept.get(member.key)
         if stays is None:
             continue
         gone = ~stays & (member.units >= 0)
-        is_masked = ~active_slices(mask, dim)
+        is_masked = ~active_slices(mask, dim, model.get_parameter(name).shape[dim])
         # the bias of a grouped transposed convolution is as long as all groups, its weight only as one
         if bool((gone.repeat(len(is_masked) // len(gone)) & is_masked).any()):
             return True
