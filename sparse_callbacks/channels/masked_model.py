@@ -25,7 +25,7 @@ class Masked(NamedTuple):
     cut: dict[str, int]
 
 
-def masked_copy(model: nn.Module, masks: Mapping[str, Tensor]) -> Masked:
+def under_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> Masked:
     """A copy of ``model`` under ``masks``.
 
     If there are masks for several names of one parameter, a weight is active where all of them keep it.

@@ -13,11 +13,11 @@ from sparse_callbacks.channels.comparison_inputs import first_entry, precise, ra
 from sparse_callbacks.channels.cuts import Cuts, Surgery
 from sparse_callbacks.channels.groups import Group, channel_groups
 from sparse_callbacks.channels.idle_masks import with_idle_masks
-from sparse_callbacks.channels.masked_model import masked_copy
+from sparse_callbacks.channels.masked_model import under_masks
 from sparse_callbacks.channels.proof import GroupChange, Proof, prove
 from sparse_callbacks.channels.trials import Trials
 from sparse_callbacks.core.argument_types import checked
-from sparse_callbacks.core.inspection import copied, quiet, training_branches
+from sparse_callbacks.core.inspection import copied, copied_around_parameters, quiet, training_branches
 from sparse_callbacks.core.storages.exchange import dense_twin
 
 
@@ -85,18 +85,21 @@ def slim(
         (3, 3)
     """
     model = dense_twin(model)
-    masked, full_masks, cut = masked_copy(model, masks)
+    masked, full_masks, cut = under_masks(model, masks)
     if cut:
         warnings.warn(_foreign(cut), stacklevel=3)  # 3: the decorator's frame lies between
     groups = channel_groups(masked, example_input, exclude, seconds)
-    running = copied(masked)  # forward passes may write to their modules
+    # forward passes may write to what modules hold besides parameters
+    running = copied_around_parameters(masked)
     given, random = [example_input, *inputs], random_samples(running, example_input, seed)
     cuts, rows, checked = _cut_all(masked, groups, full_masks, [*given, *random])
     rows = with_idle_masks(rows, groups, cuts, full_masks, masked)
     # the cuts were tried in float64 where that is possible, and are made here in the precision of the model
-    small = copied(masked)
+    small = copied_around_parameters(masked)  # cut parameters are replaced
     Surgery(small).cut(cuts, [m for g in groups for m in g.members])
-    return small, replace(prove(running, copied(small), rows, checked, given, random), cut=sum(cut.values()))
+    return small, replace(
+        prove(running, copied_around_parameters(small), rows, checked, given, random), cut=sum(cut.values())
+    )
 
 
 def slimmable_groups(

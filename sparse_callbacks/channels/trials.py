@@ -1,4 +1,4 @@
-"""Cuts the dead units of groups out of a model, many groups at once, and finds those that change its outputs."""
+"""Cuts the dead units of many groups at once, and finds the groups that change the outputs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

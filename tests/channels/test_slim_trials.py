@@ -15,7 +15,7 @@ from sparse_callbacks.channels.constants import observed_ranges
 from sparse_callbacks.channels.cuts import Cuts, Surgery
 from sparse_callbacks.channels.dead_units import with_dead_units
 from sparse_callbacks.channels.groups import Group, channel_groups
-from sparse_callbacks.channels.masked_model import masked_copy
+from sparse_callbacks.channels.masked_model import under_masks
 from sparse_callbacks.channels.proof import GroupChange
 from sparse_callbacks.channels.slim import slim
 from sparse_callbacks.channels.trials import Trials
@@ -96,7 +96,7 @@ def both(net: nn.Module, masks: dict[str, Tensor], x: Tensor) -> list[tuple[Cuts
     groups = channel_groups(net, x)
     found = []
     for together in (True, False):
-        model, masked_by, _ = masked_copy(net, masks)
+        model, masked_by, _ = under_masks(net, masks)
         running = copied(model)
         with quiet(running):
             surgery, reference = Surgery(running), Reference(running, [x, 2 * x])
