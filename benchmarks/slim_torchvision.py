@@ -36,7 +36,7 @@ HEAD = """# Half of all channels, over torchvision's classifiers
 
 Every group of channels that the graph offers is masked at random: half of its units, in multiples of 8 where its size allows.
 Differences are the largest over outputs, relative to the largest output; parameters and FLOPs are shares of the dense model's;
-latency is the median of nine passes of one image on one thread (fewer if they take more than two seconds), and only a hint where
+latency is the median of three passes of one image on one thread, and only a hint where
 other programs run at the same time; time is that of `slim` with its checks. googlenet and inception_v3 count their auxiliary heads:
 googlenet's lose channels as the others do, inception_v3's takes no images of this size and stays dense. How `slim` works and why
 channels stay is explained in [slimming](../../docs/slimming.md). Written by `python benchmarks/slim_torchvision.py` on {where}.

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +13,11 @@ TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4}
 """Largest relative difference of outputs that counts as equal, by their type; integers and bools must be the same."""
 COARSE_TOLERANCE = 5e-2
 """The same for half precision, whose rounding is large; a wrong cut differs by more."""
+RANDOM = (
+    "the outputs are random in eval mode, as two passes over the same input differ, so nothing can be compared; look for "
+    "noise, sampling, or dropout that is always on"
+)
+"""Why a group stays in a model whose outputs differ whatever is cut."""
 
 
 @dataclass(frozen=True)
@@ -104,30 +108,57 @@ class Reference:
         branches: names of the modules that are put in train mode for a further pass on the first sample, from
             :func:`~sparse_callbacks.core.inspection.training_branches`. Where two such passes differ by chance, only
             the shapes of their outputs are compared.
+        known: the outputs on the first samples, as far as they are known; on the others the model runs.
+
+    Attributes:
+        expected: the outputs on each sample.
     """
 
-    def __init__(self, model: nn.Module, samples: Sequence[Any], branches: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        samples: Sequence[Any],
+        branches: Sequence[str] = (),
+        known: Sequence[list[Tensor]] = (),
+    ) -> None:
         self.model, self.samples, self.branches = model, list(samples), list(branches)
-        self.expected = outputs_on(model, samples)
+        self.expected = [*known, *(outputs_on(model, [x]) for x in self.samples[len(known) :])]
+        # the outputs when they were found to be the same the last time
+        self._same = _joined(self.expected)
         self.expected_in_training = self._outputs_in_training()
         # a branch may draw random numbers, and then no difference between its outputs means anything
         self.is_random = bool(branches) and bool(why_not_equal(self.expected_in_training, self._outputs_in_training()))
 
     def why_changed(self) -> str:
         """How the model's outputs differ from those at first; empty where they are the same."""
-        now = partial(outputs_on, self.model, self.samples)
-        changed = _why_changed("without them", now, self.expected)
+        found: list[Tensor] = []
+
+        def look() -> list[Tensor]:
+            found.extend(outputs_on(self.model, self.samples))
+            return found
+
+        changed = _why_changed("without them", look, _joined(self.expected))
         if changed:
-            return changed
+            # asked only where something differs, as it takes another pass
+            return RANDOM if self._is_random_now(found) else changed
         # only where eval mode shows nothing, as the pass in train mode costs as much again
         lead, expected = "without them, in train mode,", self.expected_in_training
-        return _why_changed(lead, self._outputs_in_training, expected, only_shapes=self.is_random)
+        changed = _why_changed(lead, self._outputs_in_training, expected, only_shapes=self.is_random)
+        if not changed:
+            self._same = found
+        return changed
+
+    def _is_random_now(self, found: Sequence[Tensor]) -> bool:
+        """Whether another pass gives other outputs than those that were found; a model that fails is not random."""
+        return bool(found) and bool(why_not_equal(found, outputs_on(self.model, self.samples)))
 
     def difference(self) -> tuple[Difference, torch.dtype]:
-        """Difference from the outputs at first, and the precision of the first of them that has one."""
+        """Difference from the outputs at first when nothing was found to have changed the last time, and the precision of
+        the first of them that has one."""
+        expected = _joined(self.expected)
         # a model may give labels beside its scores; rounding is a matter of the scores
-        precision = next((t.dtype for t in self.expected if t.is_floating_point()), self.expected[0].dtype)
-        return compare(self.expected, outputs_on(self.model, self.samples)), precision
+        precision = next((t.dtype for t in expected if t.is_floating_point()), expected[0].dtype)
+        return compare(expected, self._same), precision
 
     def _outputs_in_training(self) -> list[Tensor]:
         """Outputs in train mode on the first sample; none where no branch needs that mode."""
@@ -135,6 +166,10 @@ class Reference:
             return []
         with training(self.model.get_submodule(n) for n in self.branches):
             return outputs_on(self.model, self.samples[:1])
+
+
+def _joined(outputs: Sequence[list[Tensor]]) -> list[Tensor]:
+    return [t for each in outputs for t in each]
 
 
 def _why_changed(

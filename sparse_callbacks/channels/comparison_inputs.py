@@ -1,6 +1,5 @@
 """The inputs on which outputs are compared: random ones, single entries, and in which precision."""
 
-import copy
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -9,40 +8,71 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.channels.comparison import outputs_on
-from sparse_callbacks.core.inspection import map_tensors, quiet, run, tensors_in
+from sparse_callbacks.core.inspection import calls_noted, copied, map_tensors, quiet, tensors_in, training_branches
+
+NOISE = 0.01
+"""Standard deviation of the noise that is added to an example, in standard deviations of its tensors."""
+NOISY_DRAWS = 3
+"""How many such inputs are drawn."""
 
 
-def precise(masked: nn.Module, samples: Sequence[Any]) -> tuple[nn.Module, list[Any]]:
+def precise(masked: nn.Module, samples: Sequence[Any]) -> tuple[nn.Module, list[Any], list[list[Tensor]], list[str]]:
     """A copy of the model and the samples in float64, where rounding hides no error.
 
     Where the model fails in float64, for example since it makes tensors of another type itself, both stay as they are.
+
+    Returns:
+        the copy, its samples, its outputs on the first of them, and the branches that only run in train mode (see
+        :func:`~sparse_callbacks.core.inspection.training_branches`).
     """
-    doubled, samples_in_double = copy.deepcopy(masked).double(), [map_tensors(_double, x) for x in samples]
     try:
-        with quiet(doubled):
-            run(doubled, samples_in_double[0])
+        return _looked_at(_doubled(masked), [map_tensors(_double, x) for x in samples])
     except Exception:  # a forward pass may well assert its types
-        return copy.deepcopy(masked), list(samples)
-    return doubled, samples_in_double
+        return _looked_at(copied(masked), list(samples))
 
 
-def refuse_telling_nothing(outputs: Sequence[Tensor], samples: Sequence[Any]) -> None:
+def _looked_at(model: nn.Module, samples: list[Any]) -> tuple[nn.Module, list[Any], list[list[Tensor]], list[str]]:
+    with quiet(model):
+        with calls_noted(model) as called:
+            first = outputs_on(model, samples[:1])
+        return model, samples, [first], training_branches(model, samples[0], called)
+
+
+def _doubled(model: nn.Module) -> nn.Module:
+    """A copy in float64, made without a copy in the model's own precision."""
+    known: dict[int, Any] = {}
+    for p in model.parameters():
+        if p.is_floating_point():
+            known[id(p)] = nn.Parameter(p.detach().double(), requires_grad=p.requires_grad)
+    return copied(model, known).double()
+
+
+def refuse_telling_nothing(expected: Sequence[list[Tensor]], samples: Sequence[Any]) -> None:
     """Refuse outputs in which an error would not show.
 
     Args:
-        outputs: the outputs on ``samples``, in one list.
+        expected: the outputs on each of ``samples``.
         samples: inputs, of which the last two are random.
 
     Raises:
-        ValueError: the outputs are NaN, none of them is finite, or they are the same on both random inputs.
+        ValueError: the outputs are NaN, none of them is finite, all of them are empty, or they are the same on both
+            random inputs.
     """
+    outputs = [t for each in expected for t in each]
+    if outputs and not any(t.numel() for t in outputs):
+        raise ValueError(
+            "All outputs of the masked model are empty, as of a detector that finds no box, so nothing can be compared. "
+            "Give an example_input on which it finds some, or lower its threshold of scores."
+        )
     if not any(bool(t.isfinite().any()) for t in outputs) or any(bool(t.isnan().any()) for t in outputs):
         raise ValueError(
             "The masked model gives NaN, or no finite outputs, in eval mode, so nothing can be compared. Look for inf "
             "or NaN in its weights and in example_input, and for a forward pass that returns no tensors."
         )
-    each = len(outputs) // len(samples)
-    last, before_last = outputs[-each:], outputs[-2 * each : -each]
+    before_last, last = expected[-2:]
+    # nothing was found on these, but on other samples
+    if not any(t.numel() for t in (*last, *before_last)):
+        return
     alike = all(torch.equal(a, b) for a, b in zip(last, before_last, strict=True))
     # integers of the random inputs may be those of the example, on which equal outputs are right
     if alike and any(t.is_floating_point() for t in tensors_in(samples[-1])):
@@ -53,54 +83,77 @@ def refuse_telling_nothing(outputs: Sequence[Tensor], samples: Sequence[Any]) ->
 
 
 def random_samples(model: nn.Module, example_input: Any, seed: int) -> list[Any]:
-    """Two random inputs like ``example_input``.
+    """Random inputs like ``example_input``: two, or five where the model gives empty outputs on these.
 
-    They hold normal numbers of standard deviation 1 and 10, bools that are true half of the time, and in the second one
-    integers in another order. Where the model fails on such an input, or gives values that are not finite where it
-    gives finite ones otherwise, the numbers have standard deviation 1, and bools and integers are those of
+    The first two hold normal numbers of standard deviation 1 and 10, bools that are true half of the time, and in the
+    second one integers in another order. Where the model fails on such an input, or gives values that are not finite
+    where it gives finite ones otherwise, the numbers have standard deviation 1, and bools and integers are those of
     ``example_input``.
 
+    A detector seldom finds a box in noise. Where an output is empty on one of these two that is not on
+    ``example_input``, three more are that input with noise of 1 % of the standard deviation of each of its tensors.
+
     Args:
-        model: runs three times, in eval mode, as a copy.
+        model: runs three times, in eval mode.
         example_input: a tensor, a tuple of positional arguments or a mapping of named arguments.
         seed: seed of the random numbers.
     """
     # on the CPU, so that a seed gives the same numbers whatever device the model is on
     generator = torch.Generator().manual_seed(seed)
-    model = copy.deepcopy(model)
     with quiet(model):
-        usual = [t.isfinite() for t in outputs_on(model, [example_input])]
-        found = []
+        usual = outputs_on(model, [example_input])
+        found, is_empty = [], False
         for scale, reorder in ((1.0, False), (10.0, True)):
             # drawn in any case, so that the second input does not depend on whether the model took the first
             plain = map_tensors(partial(_normal, generator=generator), example_input)
             varied = map_tensors(partial(_varied, generator=generator, scale=scale, reorder=reorder), example_input)
-            found.append(varied if _is_taken(model, varied, usual) else plain)
-        return found
+            outputs = _outputs_if_finite(model, varied, usual)
+            found.append(plain if outputs is None else varied)
+            is_empty |= any(not b.numel() for a, b in zip(usual, outputs or (), strict=False) if a.numel())
+    if is_empty:
+        found += [map_tensors(partial(_noisy, generator=generator), example_input) for _ in range(NOISY_DRAWS)]
+    return found
 
 
-def first_entry(model: nn.Module, sample: Any) -> Any:
-    """The first entry of a batch, on which a comparison is fast; the whole batch if the model does not take it."""
+def first_entry(model: nn.Module, sample: Any, outputs: list[Tensor]) -> tuple[Any, list[Tensor]]:
+    """The first entry of a batch, on which a comparison is fast; the whole batch if the model does not take it.
+
+    Args:
+        model: in the state of :func:`~sparse_callbacks.core.inspection.quiet`.
+        sample: an input.
+        outputs: the outputs on it.
+
+    Returns:
+        the input, and the outputs on it.
+    """
     sizes = {t.shape[:1] for t in tensors_in(sample)}
     # tensors of several lengths have no common batch, and a batch of one is its own first entry
     if len(sizes) != 1 or sizes <= {torch.Size([]), torch.Size([1])}:
-        return sample
+        return sample, outputs
     first = map_tensors(lambda t: t[:1], sample)
     try:
-        with quiet(model):
-            good = all(bool(t.isfinite().all()) and t.numel() > 0 for t in outputs_on(model, [first]))
+        found = outputs_on(model, [first])
     except Exception:  # whatever the user's forward does with a batch of one
-        return sample
-    return first if good else sample
+        return sample, outputs
+    good = all(bool(t.isfinite().all()) and t.numel() > 0 for t in found)
+    return (first, found) if good else (sample, outputs)
 
 
-def _is_taken(model: nn.Module, sample: Any, usual: Sequence[Tensor]) -> bool:
-    """Whether the outputs on ``sample`` are finite where they are ``usual``."""
+def _outputs_if_finite(model: nn.Module, sample: Any, usual: Sequence[Tensor]) -> list[Tensor] | None:
+    """The outputs on ``sample``; None where the model fails, or they are not finite where the ``usual`` ones are.
+
+    A tensor of another shape than usual, such as of another number of boxes, has to be finite throughout.
+    """
     try:
-        found = [t.isfinite() for t in outputs_on(model, [sample])]
+        found = outputs_on(model, [sample])
     except Exception:  # such as a mask that leaves nothing, or lengths that have to be sorted
-        return False
-    return len(found) == len(usual) and all(torch.equal(a, b) for a, b in zip(found, usual, strict=True))
+        return None
+    if len(found) != len(usual):
+        return None
+    for a, b in zip(usual, found, strict=True):
+        if not (torch.equal(a.isfinite(), b.isfinite()) if a.shape == b.shape else bool(b.isfinite().all())):
+            return None
+    return found
 
 
 def _double(tensor: Tensor) -> Tensor:
@@ -122,3 +175,10 @@ def _varied(tensor: Tensor, generator: torch.Generator, scale: float, reorder: b
         return _normal(tensor, generator, scale)
     order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
     return tensor.flatten()[order].view(tensor.shape)
+
+
+def _noisy(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """``tensor`` with noise of 1 % of its standard deviation; integers and bools as they are."""
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor + NOISE * tensor.std(correction=0) * _normal(tensor, generator)

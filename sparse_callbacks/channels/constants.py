@@ -1,6 +1,6 @@
 """Channels that hold a constant, and how a constant goes into the biases of the layers that read it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -46,63 +46,76 @@ class ArrivingRange:
         return largest * ROUNDING_STEPS * precision
 
 
-def arriving_ranges(group: Group, surgery: Surgery, cuts: Cuts, samples: Sequence[Any]) -> dict[str, ArrivingRange]:
-    """What arrives at the consumers of ``group``, by the name of the module.
+def observed_ranges(model: nn.Module, consumers: Iterable[Member], samples: Sequence[Any]) -> dict[str, ArrivingRange]:
+    """What arrives at layers, by the name of the module.
 
-    Consumers that run in train mode only are seen in a pass over the first sample in that mode. What arrives at a
-    consumer that never runs is NaN, which is not a constant.
+    Layers that run in train mode only are seen in a pass over the first sample in that mode. What arrives at a layer that
+    never runs is NaN, which is not a constant.
 
     Args:
-        group: the group whose units may be constants.
-        surgery: holds the model, as ``cuts`` leave it.
-        cuts: what was cut before.
+        model: the model without any cut, in the state of :func:`~sparse_callbacks.core.inspection.quiet`.
+        consumers: members whose modules are looked at.
         samples: inputs that the model runs on.
     """
-    seen: dict[str, list[Tensor]] = {c.module: [] for c in group.consumers}
+    members = {c.module: c for c in consumers}
+    seen: dict[str, ArrivingRange] = {}
 
     def watch(name: str) -> Any:
-        module = surgery.model.get_submodule(name)
+        module = model.get_submodule(name)
         # counted from the end, as an input may have no batch
         axis = -1 - (len(module.kernel_size) if isinstance(module, _ConvNd) else 0)
 
         def look(_: nn.Module, args: Any, named: Any) -> None:
-            values = tensors_in((args, named))[0].detach().movedim(axis, 0)
-            seen[name].append(values.reshape(len(values), -1))  # a vector becomes one column
+            arriving = tensors_in((args, named))
+            # an empty tensor, as of a detector that finds no box, tells nothing, and complex numbers have no order
+            if not arriving or not arriving[0].numel() or arriving[0].is_complex():
+                return
+            values = arriving[0].detach().movedim(axis, 0)
+            low, high = torch.aminmax(values.reshape(len(values), -1), dim=1)  # a vector becomes one column
+            before = seen.get(name)
+            seen[name] = ArrivingRange(
+                low if before is None else torch.minimum(low, before.low),
+                high if before is None else torch.maximum(high, before.high),
+            )
 
         return module.register_forward_pre_hook(look, with_kwargs=True)
 
     with ExitStack() as hooks:
-        for name in seen:
+        for name in members:
             hooks.enter_context(watch(name))
         for sample in samples:
-            run(surgery.model, sample)
-        if not all(seen.values()):
-            branches = training_branches(surgery.model, samples[0])
-            with training(surgery.model.get_submodule(n) for n in branches):
-                run(surgery.model, samples[0])
-    return {c.module: _range(seen[c.module], c, surgery.model, cuts) for c in group.consumers}
+            run(model, sample)
+        if len(seen) < len(members):
+            branches = training_branches(model, samples[0])
+            with training(model.get_submodule(n) for n in branches):
+                run(model, samples[0])
+    found = {n: ArrivingRange(r.low.cpu(), r.high.cpu()) for n, r in seen.items()}
+    for name, member in members.items():
+        if name not in found:
+            # NaN fails every comparison, so a channel that was never seen counts neither as a constant nor as zero
+            nothing = torch.full((len(member.units) * _repetitions(model.get_submodule(name), member),), torch.nan)
+            found[name] = ArrivingRange(nothing, nothing)
+    return found
 
 
-def _range(seen: Sequence[Tensor], member: Member, model: nn.Module, cuts: Cuts) -> ArrivingRange:
-    """Extremes of what was seen, at the positions that the channels have in the original layer.
+def arriving_ranges(
+    group: Group, observed: Mapping[str, ArrivingRange], cuts: Cuts, model: nn.Module
+) -> dict[str, ArrivingRange]:
+    """What arrives at the consumers of ``group`` after ``cuts``, by the name of the module.
 
     Args:
-        seen: inputs of the layer, [channels that are left, values] each.
-        member: the layer's member of the group.
+        group: the group whose units may be constants.
+        observed: from :func:`observed_ranges`.
+        cuts: what was cut; channels that are gone count as zeros, and others hold what they held before.
         model: the model.
-        cuts: what was cut before; channels that are gone count as zeros.
     """
-    times = _repetitions(model.get_submodule(member.module), member)
-    everything = torch.ones(len(member.units), dtype=torch.bool)
-    stays = cuts.kept.get(member.key, everything).repeat(times)
-    if not seen:
-        # NaN fails every comparison, so a channel that was never seen counts neither as a constant nor as zero
-        nothing = torch.full((len(stays),), torch.nan)
-        return ArrivingRange(nothing, nothing)
-    values = torch.cat([*seen], 1).cpu()
-    low, high = torch.zeros(len(stays), dtype=values.dtype), torch.zeros(len(stays), dtype=values.dtype)
-    low[stays], high[stays] = values.amin(1), values.amax(1)
-    return ArrivingRange(low, high)
+    found = {}
+    for member in group.consumers:
+        times, whole = _repetitions(model.get_submodule(member.module), member), observed[member.module]
+        everything = torch.ones(len(member.units), dtype=torch.bool)
+        stays = cuts.kept.get(member.key, everything).repeat(times)
+        found[member.module] = ArrivingRange(torch.where(stays, whole.low, 0), torch.where(stays, whole.high, 0))
+    return found
 
 
 def foldable(group: Group, arriving: Mapping[str, ArrivingRange], model: nn.Module) -> Tensor:

@@ -1,5 +1,6 @@
 """Exports a model to ONNX, runs the file in onnxruntime and compares the outputs."""
 
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.onnx.errors import OnnxExporterError
 
 from sparse_callbacks.channels.comparison import Difference, compare, outputs_on, why_not_equal
 from sparse_callbacks.core.argument_types import checked
+from sparse_callbacks.core.error_text import with_class
 from sparse_callbacks.core.inspection import copied, extra, map_tensors, quiet, tensors_in
 from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 from sparse_callbacks.core.storages.exchange import to_dense
@@ -66,7 +69,8 @@ def export_onnx(
                 # at two sizes: a graph may hold the traced size as a constant, and fail only with another
                 return _written(model, path, [example_input, _larger(example_input)], tolerance)
             except Exception as error:  # whatever the exporter makes of a model that is not made for other sizes
-                reason = f"{type(error).__name__}: {str(error)[:200]}"
+                # some errors quote whole tensors, so only the beginning is shown
+                reason = with_class(_cause(error))[:300]
         found = _written(model, path, [example_input], tolerance)
     if dynamic_batch:
         message = f"{path} takes batches of the size of example_input only. With another size: {reason}"
@@ -130,7 +134,9 @@ def _export(model: nn.Module, path: Path, sample: Any, dynamic: bool) -> None:
     positional: tuple[Any, ...] = ()
     if named is None:
         positional = tuple(sample) if isinstance(sample, tuple | list) else (sample,)
-    shapes = _dynamic_shapes(positional if named is None else named) if dynamic else None
+    # by the arguments of forward, as torch.export compares them: *args is a tuple in itself, **kwargs a mapping
+    bound = inspect.signature(model.forward).bind(*positional, **(named or {})).arguments if dynamic else {}
+    shapes = _dynamic_shapes(dict(bound)) if dynamic else None
     if positional and isinstance(positional[-1], dict):
         positional += ({},)  # torch.onnx.export takes a last mapping for named arguments
     torch.onnx.export(
@@ -143,6 +149,13 @@ def _export(model: nn.Module, path: Path, sample: Any, dynamic: bool) -> None:
         verbose=False,
         dynamic_shapes=shapes,
     )
+
+
+def _cause(error: Exception) -> Exception:
+    """What went wrong in an export: the exporter's own errors, one in the other, say first of all how to report a bug."""
+    while isinstance(error, OnnxExporterError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return error
 
 
 def _larger(example_input: Any) -> Any:

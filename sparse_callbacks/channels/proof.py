@@ -1,6 +1,5 @@
 """What slimming changed, as a table: outputs, parameters, FLOPs, latency, and every group."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +12,8 @@ from sparse_callbacks.channels.forward_flops import forward_flops
 from sparse_callbacks.core.clock import milliseconds
 from sparse_callbacks.core.inspection import quiet, run, tensors_in
 
-READINGS = 9
-"""Forward passes that are timed."""
-PATIENCE = 2.0
-"""Seconds after which no more of them are timed than the clock takes at least."""
+READINGS = 3
+"""Forward passes that are timed, the fewest that the clock takes: more would be most of the time of slimming."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +28,11 @@ class ModelCost:
 
 @dataclass(frozen=True)
 class GroupChange:
-    """What became of one channel group.
+    """What became of one channel group, or of a mask that removed nothing and belongs to no group.
 
     Attributes:
-        name: name of the group.
-        size: number of units that it had.
+        name: name of the group, or of the parameter.
+        size: number of units that it had, or of entries of the mask.
         units: number of units that were removed.
         channels: number of channels that its first producer lost with them.
         reason: why units stay that the masks might have let go; empty where there is nothing to say.
@@ -63,7 +60,7 @@ class Proof:
         checked: difference of outputs on all of these inputs, in ``precision``.
         precision: float64, or the model's own precision where it does not run in float64.
         before, after: costs of the masked and the slim model, on the example input.
-        rows: what became of each group.
+        rows: what became of each group, and of masks that removed nothing without any group saying so.
         cut: number of weights that the masks cut and that were not zero in the model as it was given.
     """
 
@@ -84,7 +81,8 @@ class Proof:
 
     @property
     def left_out(self) -> dict[str, str]:
-        """The reason of every group that lost nothing and has one, by the name of the group."""
+        """The reason of every group that lost nothing and has one, by the name of the group, and of such masks by that of
+        the parameter."""
         # a group that lost some of its units may have a reason too, for the units that stayed
         return {r.name: r.reason for r in self.rows if r.reason and not r.units}
 
@@ -129,13 +127,12 @@ def prove(
     """Compare and measure the masked and the slim model.
 
     Args:
-        masked, small: the two models.
+        masked, small: the two models, or copies of them, as forward passes may write to their modules.
         rows: what became of each group.
         checked: the difference of outputs that was allowed to stand, and its precision.
         given: inputs of the user; the first of them is timed.
         drawn: random inputs.
     """
-    masked, small = copy.deepcopy(masked), copy.deepcopy(small)  # forward passes may write to their modules
     with quiet(masked), quiet(small):
         # in the precision that the user runs the model in; that the cut is right was checked in float64 before
         on_drawn, on_given = (compare(outputs_on(masked, x), outputs_on(small, x)) for x in (drawn, given))
@@ -150,5 +147,5 @@ def _cost(model: nn.Module, sample: Any) -> ModelCost:
     # the clock waits for every GPU among them, or it would time only the start of the work
     devices = {t.device for t in (*parameters, *tensors_in(sample))}
     flops = forward_flops(model, sample)
-    [latency] = milliseconds([lambda: run(model, sample)], READINGS, devices, PATIENCE)
+    [latency] = milliseconds([lambda: run(model, sample)], READINGS, devices)
     return ModelCost(sum(p.numel() for p in parameters), flops, latency)

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from sparse_callbacks.channels.comparison import Difference, Reference
 from sparse_callbacks.channels.comparison_inputs import first_entry, precise, random_samples, refuse_telling_nothing
-from sparse_callbacks.channels.constants import ArrivingRange, arriving_ranges, bias_shifts, foldable
-from sparse_callbacks.channels.cuts import Cuts, Surgery, masked_copy, nonzero_cut
-from sparse_callbacks.channels.groups import Group, Member, channel_groups
+from sparse_callbacks.channels.cuts import Cuts, Surgery
+from sparse_callbacks.channels.groups import Group, channel_groups
+from sparse_callbacks.channels.idle_masks import with_idle_masks
+from sparse_callbacks.channels.masked_model import under_masks
 from sparse_callbacks.channels.proof import GroupChange, Proof, prove
+from sparse_callbacks.channels.trials import Trials
 from sparse_callbacks.core.argument_types import checked
-from sparse_callbacks.core.inspection import copied, quiet, training_branches
+from sparse_callbacks.core.inspection import copied, copied_around_parameters, quiet, training_branches
 from sparse_callbacks.core.storages.exchange import dense_twin
 
 
@@ -35,15 +37,15 @@ def slim(
     """A copy of ``model`` without its dead channels, and a proof that it computes the same as the masked model.
 
     A channel is dead in two cases. Either no layer reads it: the masks of all its readers are zero for it. Or no layer
-    makes it: the masks of all its makers are zero for it, and what its readers get is a constant. A constant of zero is
-    left out; any other goes into the bias of the reader, but not through zero padding, which would make it another
-    value at the border. One unit stays in every group.
+    makes it: the masks of all its makers, or that of the gain of a norm behind them, are zero for it, and what its
+    readers get is a constant. A constant of zero is left out; any other goes into the bias of the reader, but not through
+    zero padding, which would make it another value at the border. One unit stays in every group.
 
-    Groups are cut one after the other, from the outputs to the inputs, in a copy in eval mode, in float64 where the
-    model runs in it. After each group the outputs are compared with those of the masked model on one random sample, and
-    at the end on all of ``example_input``, ``inputs`` and the random inputs. If they differ at the end, everything is
-    cut again and compared on all inputs after each group. A group that changes the outputs, or makes the model fail, is
-    put back. Where layers run in train mode only, such as auxiliary heads, outputs in train mode are compared too, on
+    All groups are cut together, in a copy in eval mode, in float64 where the model runs in it, and the outputs compared
+    with those of the masked model on all of ``example_input``, ``inputs`` and the random inputs. If they differ, groups
+    are tried by halves, from the outputs to the inputs, on one random sample, and where that does not show what all inputs
+    show, again on all of them: each group on top of those accepted. A group that changes the outputs, or makes the model
+    fail, is put back. Where layers run in train mode only, such as auxiliary heads, outputs in train mode are compared too, on
     ``example_input``, with norms and dropouts in eval mode. Nothing is known of branches that fail on it.
 
     What is a constant is judged on the same inputs: ``example_input``, ``inputs``, and two random ones with normal
@@ -82,17 +84,21 @@ def slim(
         (3, 3)
     """
     model = dense_twin(model)
-    masked, full_masks = masked_copy(model, masks)
-    cut = nonzero_cut(model, full_masks)
+    masked, full_masks, cut = under_masks(model, masks)
     if cut:
         warnings.warn(_foreign(cut), stacklevel=3)  # 3: the decorator's frame lies between
     groups = channel_groups(masked, example_input, exclude, seconds)
-    given, random = [example_input, *inputs], random_samples(masked, example_input, seed)
+    # forward passes may write to what modules hold besides parameters
+    running = copied_around_parameters(masked)
+    given, random = [example_input, *inputs], random_samples(running, example_input, seed)
     cuts, rows, checked = _cut_all(masked, groups, full_masks, [*given, *random])
+    rows = with_idle_masks(rows, groups, cuts, full_masks, masked)
     # the cuts were tried in float64 where that is possible, and are made here in the precision of the model
-    small = copied(masked)
+    small = copied_around_parameters(masked)  # cut parameters are replaced
     Surgery(small).cut(cuts, [m for g in groups for m in g.members])
-    return small, replace(prove(masked, small, rows, checked, given, random), cut=sum(cut.values()))
+    return small, replace(
+        prove(running, copied_around_parameters(small), rows, checked, given, random), cut=sum(cut.values())
+    )
 
 
 def slimmable_groups(
@@ -156,79 +162,19 @@ def _cut_all(
     Returns:
         the cuts, what became of each group, and the difference of outputs at the end with its precision.
     """
-    model, samples = precise(masked, samples)
+    model, samples, known, branches = precise(masked, samples)
     with quiet(model):
-        branches = training_branches(model, samples[0])
-        on_all, surgery = Reference(model, samples, branches), Surgery(model)
+        on_all = Reference(model, samples, branches, known)
         refuse_telling_nothing(on_all.expected, samples)
-        # one entry of the random sample of standard deviation 1: comparing on everything after each group takes long
-        single = first_entry(model, samples[-2])
-        on_one = Reference(model, [single], training_branches(model, single) if branches else ())
-        cuts, rows = _cut(groups, surgery, masks, samples, on_one)
-        if on_all.why_changed():  # some input shows what the single entry did not
-            surgery.restore()
-            cuts, rows = _cut(groups, surgery, masks, samples, on_all)
-        return cuts, rows, on_all.difference()
-
-
-def _cut(
-    groups: Sequence[Group],
-    surgery: Surgery,
-    masks: Mapping[str, Tensor],
-    samples: Sequence[Any],
-    reference: Reference,
-) -> tuple[Cuts, list[GroupChange]]:
-    """Cut one group after the other; the cuts that leave the outputs as they are, and what became of each group."""
-    cuts, rows = Cuts(), []
-    # the last group first: once its channels are gone, the weights that made them no longer read earlier channels
-    for group in reversed(groups):
-        row = GroupChange(group.name, group.size, reason=group.reason)
-        if not group.reason:
-            row, trial = _with_dead_units(group, surgery, cuts, masks, samples)
-            surgery.cut(trial, group.members)
-            problem = reference.why_changed() if row.units else ""
-            if problem:  # cut the group's modules as they were before
-                surgery.cut(cuts, group.members)
-                row, trial = replace(row, units=0, channels=0, reason=problem), cuts
-            cuts = trial
-        rows.append(row)
-    return cuts, rows[::-1]
-
-
-def _with_dead_units(
-    group: Group, surgery: Surgery, cuts: Cuts, masks: Mapping[str, Tensor], samples: Sequence[Any]
-) -> tuple[GroupChange, Cuts]:
-    """What is dead in ``group``, and the cuts with it."""
-    # unread: masked at all consumers. silent: masked at all producers, so a constant may arrive at the consumers, and
-    # the unit can go only if their biases can stand for it.
-    unread = ~_alive(group.consumers, group.size, masks, cuts)
-    silent = ~_alive(group.producers, group.size, masks, cuts) & ~unread
-    arriving: dict[str, ArrivingRange] = {}
-    reason = ""
-    if silent.any():
-        arriving = arriving_ranges(group, surgery, cuts, samples)
-        constant = foldable(group, arriving, surgery.model)
-        stuck = int((silent & ~constant).sum())
-        if stuck:
-            reason = f"{stuck} units stay: what they hold is not a constant, or one that zero padding would change"
-        silent &= constant
-    keep = ~(unread | silent)
-    if not keep.any():  # a layer needs a channel at least
-        keep[0], reason = True, "all units are dead; one stays"
-    added = bias_shifts(group, silent & ~keep, arriving, surgery)
-    units = group.producers[0].units
-    channels = int((~keep[units[units >= 0]]).sum())
-    row = GroupChange(group.name, group.size, int((~keep).sum()), channels, reason)
-    return row, cuts.with_group(group, keep, added)
-
-
-def _alive(members: Sequence[Member], size: int, masks: Mapping[str, Tensor], cuts: Cuts) -> Tensor:
-    """Bool [units]: whether some weight of some member is active for the unit, among those that the cuts leave."""
-    alive = torch.zeros(size, dtype=torch.bool)
-    for member in members:
-        mask = masks.get(member.parameter)
-        if mask is None:  # a dense layer
-            return torch.ones(size, dtype=torch.bool)
-        active = cuts.without_cut(member.parameter, mask.cpu()).movedim(member.dim, 0).flatten(1).any(1)
-        alive[member.units[(member.units >= 0) & active]] = True
-    return alive
+        # one entry of the random sample of standard deviation 1: comparing on everything after each trial takes long
+        single, outputs = first_entry(model, samples[-2], on_all.expected[-2])
+        on_one = Reference(model, [single], training_branches(model, single) if branches else (), [outputs])
+        trials = Trials(groups, Surgery(model), masks, samples)
+        problem = trials.cut_all(on_all)
+        if problem:
+            trials.cut(on_one)
+            # what was accepted on one entry is compared on everything; where it is all there is, that has been done
+            problem = on_all.why_changed() if trials.has_refused else problem
+            if problem:  # some input shows what the single entry did not
+                trials.cut(on_all, "" if trials.has_refused else problem)
+        return trials.cuts, trials.rows, on_all.difference()

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -111,6 +111,15 @@ def copied(model: nn.Module, known: Mapping[int, Any] = MappingProxyType({})) ->
     return made
 
 
+def copied_around_parameters(model: nn.Module) -> nn.Module:
+    """A deep copy of all but the parameters, which both have: fast, for models whose forward pass does not write to them.
+
+    Raises:
+        ValueError: see :func:`copied`.
+    """
+    return copied(model, {id(p): p for p in model.parameters()})
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Whether the model, or a module of it, is known to run compiled: by ``module.compile()``, or under a LightningModule that
     is. torch would compile it once with hooks and once without."""
@@ -141,7 +150,7 @@ def training(modules: Iterable[nn.Module]) -> Iterator[None]:
             module.training = mode
 
 
-def training_branches(model: nn.Module, example_input: Any) -> list[str]:
+def training_branches(model: nn.Module, example_input: Any, called: Collection[nn.Module] | None = None) -> list[str]:
     """Names of the modules that must be in train mode for layers to run that never run in eval mode.
 
     Auxiliary heads are such layers. Only modules that hold them are named, so norms and dropouts stay in eval mode.
@@ -150,26 +159,33 @@ def training_branches(model: nn.Module, example_input: Any) -> list[str]:
     Args:
         model: the model, in eval mode; it runs up to twice.
         example_input: see :func:`run`.
+        called: the layers that run in eval mode, from :func:`calls_noted`; None: a pass finds them.
     """
-    layers = {m for m in model.modules() if isinstance(m, nn.Linear | SparseLinear | _ConvNd)}
-    idle = layers - _called(layers, model, example_input)
+    if called is None:
+        with calls_noted(model) as called:
+            run(model, example_input)
+    idle = set(_layers(model)) - set(called)
     if not idle:
         return []
     holders = {n: m for n, m in model.named_modules() if not idle.isdisjoint(m.modules()) and m not in idle}
     try:
         # all of them at first: which of their forwards looks at the mode is not known
-        with training(holders.values()):
-            woken = idle & _called(idle, model, example_input)
+        with training(holders.values()), calls_noted(model) as woken:
+            run(model, example_input)
     except Exception:  # whatever a forward pass does in train mode that this input is too small for
         return []
-    return [n for n, m in holders.items() if not woken.isdisjoint(m.modules())]
+    return [n for n, m in holders.items() if not (idle & woken).isdisjoint(m.modules())]
 
 
-def _called(layers: Iterable[nn.Module], model: nn.Module, example_input: Any) -> set[nn.Module]:
-    """The ``layers`` that one pass runs."""
+@contextmanager
+def calls_noted(model: nn.Module) -> Iterator[set[nn.Module]]:
+    """Collect the convolutions and linear layers of ``model`` that run meanwhile."""
     found: set[nn.Module] = set()
     with ExitStack() as hooks:
-        for layer in layers:
+        for layer in _layers(model):
             hooks.enter_context(layer.register_forward_pre_hook(lambda m, _: found.add(m)))
-        run(model, example_input)
-    return found
+        yield found
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, nn.Linear | SparseLinear | _ConvNd)]

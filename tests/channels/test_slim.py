@@ -20,6 +20,7 @@ from support.channel_nets import (
 from torch import Tensor, nn
 
 from sparse_callbacks.channels.groups import channel_groups
+from sparse_callbacks.channels.idle_masks import NOTHING_DEAD
 from sparse_callbacks.channels.slim import slim, slimmable_groups
 from sparse_callbacks.testing.comparison import differences, structure
 from sparse_callbacks.testing.networks import Classifier
@@ -99,7 +100,9 @@ def test_only_what_every_reader_leaves_goes() -> None:
         ),
     )
     assert proof.removed == 2
-    assert slim(net, {"inner.weight": masks["inner.weight"]}, x)[1].left_out == {"head": OUTPUTS}  # not even tried
+    # the other reader has no mask, and the units of "inner" itself are not masked at all
+    idle = slim(net, {"inner.weight": masks["inner.weight"]}, x)[1].left_out
+    assert idle == {"stem": NOTHING_DEAD, "inner": NOTHING_DEAD, "head": OUTPUTS}
 
 
 def test_masks_of_single_weights_remove_what_they_leave_unread() -> None:

@@ -6,6 +6,7 @@ from support.channel_nets import IMAGE, OUTPUTS, Concat, Residual, dead_rows, ma
 from torch import Tensor, nn
 
 from sparse_callbacks import DPF
+from sparse_callbacks.channels.idle_masks import NOTHING_DEAD
 from sparse_callbacks.channels.slim import slim
 from sparse_callbacks.testing.networks import Classifier, conv_net
 from sparse_callbacks.testing.runs import fit
@@ -54,7 +55,8 @@ def test_zero_padding_lets_only_zeros_pass() -> None:
 
 def test_a_dead_output_that_is_added_to_a_living_one_stays() -> None:
     small, proof = slim(made(Residual), {"outer.weight": dead_rows(4, 8)}, torch.randn(IMAGE))
-    assert (small.outer.out_channels, proof.left_out) == (8, {"head": OUTPUTS})
+    assert small.outer.out_channels == 8
+    assert proof.left_out == {"stem": NOTHING_DEAD, "inner": NOTHING_DEAD, "head": OUTPUTS}
 
 
 @pytest.mark.parametrize("turned", [False, True])

@@ -1,0 +1,139 @@
+"""Slimming: masks of the gains and shifts of norms, and masks that remove nothing."""
+
+from typing import Any
+
+import pytest
+import torch
+from support.channel_nets import IMAGE, NETS, OUTPUTS, Concat, Residual, dead_rows, made, masked, outputs
+from torch import Tensor, nn
+
+from sparse_callbacks.channels.idle_masks import NOT_ITS_DOING, NOTHING_DEAD, SHIFT_ALONE
+from sparse_callbacks.channels.slim import slim
+
+# masks are made for dense networks here
+pytestmark = pytest.mark.filterwarnings("ignore:the masks cut weights:UserWarning")
+
+KEEP = torch.tensor([1, 0, 1, 1, 0, 0, 1, 1]).bool()
+
+
+def normed(padding: int, act: type[nn.Module] = nn.ReLU) -> nn.Module:
+    return made(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), act(), nn.Conv2d(8, 4, 3, padding=padding)
+        )
+    ).double()
+
+
+def slimmed(net: nn.Module, masks: dict[str, Tensor]) -> tuple[Any, Any]:
+    x = torch.randn(IMAGE, dtype=torch.float64)
+    small, proof = slim(net, masks, x)
+    torch.testing.assert_close(outputs(small, 3 * x), outputs(masked(net, masks), 3 * x), rtol=1e-10, atol=1e-10)
+    return small, proof
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_channels_whose_gain_and_shift_are_masked_go(padding: int) -> None:
+    small, proof = slimmed(normed(padding), {"1.weight": KEEP, "1.bias": KEEP})
+    assert (small[0].out_channels, small[1].num_features, small[3].in_channels) == (5, 5, 5)
+    assert proof.removed == 3
+    assert proof.left_out == {"3": OUTPUTS}
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.Sigmoid])
+def test_with_the_gain_alone_the_shift_goes_into_the_bias_of_the_reader(act: type[nn.Module]) -> None:
+    net = normed(0, act)
+    small, proof = slimmed(net, {"1.weight": KEEP})
+    assert small[0].out_channels == 5
+    assert not torch.equal(small[3].bias, net[3].bias)
+    assert proof.removed == 3
+
+
+def test_zero_padding_keeps_shifts_that_are_not_zero_behind_the_activation() -> None:
+    net = normed(1)
+    with torch.no_grad():
+        net[1].bias.copy_(torch.tensor([1, 1, 1, 1, -1, 1, 1, 1.0]))  # ReLU makes a zero of the one of channel 4
+    small, proof = slimmed(net, {"1.weight": KEEP})
+    assert small[0].out_channels == 7
+    assert proof.rows[0].reason.startswith("2 units stay: what they hold is not a constant, or one that zero padding")
+
+
+def test_a_gain_in_one_of_two_branches_removes_nothing() -> None:
+    """The other branch is added, so the channels of the sum live."""
+    _, proof = slimmed(made(Residual).double(), {"norm.weight": KEEP, "norm.bias": KEEP})
+    assert proof.removed == 0
+    assert proof.left_out["stem"].startswith("3 units stay: what they hold is not a constant")
+
+
+def test_a_norm_behind_a_concatenation_removes_from_each_branch() -> None:
+    gain = torch.tensor([1, 0, 1, 1, 0, 0, 0, 1, 1, 1]).bool()
+    small, proof = slimmed(made(Concat).double(), {"norm.weight": gain, "norm.bias": gain})
+    assert (small.a.out_channels, small.b.out_channels, small.norm.num_features) == (3, 3, 6)
+    assert proof.removed == 4
+
+
+def test_a_depthwise_convolution_and_a_scale_silence_channels_too() -> None:
+    small, proof = slimmed(made(NETS["squeeze_excite"]).double(), {"depthwise.0.weight": dead_rows(3, 8)})
+    assert proof.rows[0].reason.startswith("3 units stay: what they hold is not a constant")  # the shift times the gate
+    small, _ = slimmed(made(NETS["scaled"]).double(), {"scale": (torch.arange(8) > 2).view(8, 1, 1)})
+    assert small.first.out_channels == 5
+
+
+# ---------------------------------------------------------------------- masks that remove nothing
+
+
+class Mixed(nn.Module):
+    """A LayerNorm and a GroupNorm, a table, and layers whose units can go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.layer_norm = nn.Embedding(5, 6), nn.LayerNorm(6)
+        self.up, self.down, self.out = nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 3)
+        self.group_norm = nn.GroupNorm(2, 6)
+
+    def forward(self, x: Tensor, words: Tensor) -> Tensor:
+        x = self.layer_norm(x + self.table(words))
+        return self.out(self.group_norm(self.down(self.up(x).relu())))
+
+
+def mixed(masks: dict[str, Tensor]) -> dict[str, str]:
+    torch.manual_seed(0)
+    net = Mixed().double()
+    rows = slim(net, masks, (torch.randn(4, 6, dtype=torch.float64), torch.tensor([0, 3, 1, 4])))[1].left_out
+    return {name: reason for name, reason in rows.items() if name not in ("down", "out")}
+
+
+LIVE = {"down.weight": torch.arange(8) < 6}
+SOME = torch.ones(8, 6, dtype=torch.bool).index_put_((torch.tensor(0), torch.tensor(1)), torch.tensor(False))
+
+
+@pytest.mark.parametrize(
+    ("masks", "rows"),
+    [
+        (
+            {"layer_norm.weight": torch.arange(6) < 3},
+            {"layer_norm.weight": "LayerNorm takes its statistics over several"},
+        ),
+        ({"group_norm.bias": torch.arange(6) < 3}, {"group_norm.bias": "GroupNorm takes its statistics over several"}),
+        (
+            {"table.weight": torch.arange(6) < 3},
+            {"table.weight": "no group of channels has this parameter of Embedding"},
+        ),
+        ({"up.weight": SOME}, {"up": NOTHING_DEAD}),
+        ({"up.bias": torch.arange(8) < 3}, {"up": NOTHING_DEAD}),
+        (LIVE, {}),
+        (LIVE | {"up.weight": SOME}, {"up.weight": NOT_ITS_DOING}),
+        (LIVE | {"up.bias": torch.arange(8) < 4}, {}),
+        (LIVE | {"up.bias": torch.arange(8) != 3}, {"up.bias": SHIFT_ALONE}),
+        ({"layer_norm.weight": torch.ones(6).bool()}, {}),
+    ],
+    ids=["layer_norm", "group_norm", "table", "weights", "bias", "live", "other", "with", "shift", "all"],
+)
+def test_masks_that_remove_nothing_have_a_row_with_the_reason(masks: dict[str, Tensor], rows: dict[str, str]) -> None:
+    found = mixed(masks)
+    assert list(found) == list(rows)
+    assert all(found[name].startswith(reason) for name, reason in rows.items())
+
+
+def test_a_mask_of_a_layer_whose_group_stays_is_spoken_of_by_the_group() -> None:
+    _, proof = slim(made(Residual), {"head.weight": torch.ones(5, 8).bool().triu()}, torch.randn(IMAGE))
+    assert proof.left_out == {"stem": NOTHING_DEAD, "head": OUTPUTS}
