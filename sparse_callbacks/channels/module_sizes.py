@@ -12,6 +12,14 @@ def is_layer(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | _ConvNd)
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is a ``Conv1D`` of transformers: a linear layer whose weight is [inputs, outputs]."""
+    # by name, so that transformers need not be there
+    return any(
+        f"{kind.__module__}.{kind.__qualname__}" == "transformers.pytorch_utils.Conv1D" for kind in type(module).__mro__
+    )
+
+
 def output_dim(module: nn.Module) -> int:
     """Dimension of the outputs in a layer's weight: 1 for transposed convolutions, which store their inputs first."""
     return int(isinstance(module, _ConvTransposeNd))
@@ -50,3 +58,8 @@ def update_sizes(module: nn.Module, is_depthwise: bool) -> None:
         module.num_features = len(weight)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(weight)
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = weight.shape[1]
+    elif is_conv1d(module):
+        for attribute, size in zip(("nx", "nf"), weight.shape, strict=True):
+            setattr(module, attribute, size)
