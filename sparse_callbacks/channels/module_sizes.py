@@ -1,10 +1,32 @@
 """Modules and their sizes: which can be cut, along which dimension, and the sizes that they state."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
+
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 """Norms that can lose channels, as they treat each by itself."""
+
+
+SIZES = (
+    "in_channels",
+    "out_channels",
+    "groups",
+    "in_features",
+    "out_features",
+    "num_features",
+    "num_parameters",
+    "embedding_dim",
+    "nx",
+    "nf",
+)
+"""Attributes in which a module states its size, which slimming changes."""
+_LATER = ("embedding_dim", "nx", "nf")
+"""Those of them that the descriptions of earlier releases do not have; they did not cut such modules."""
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -63,3 +85,16 @@ def update_sizes(module: nn.Module, is_depthwise: bool) -> None:
     elif is_conv1d(module):
         for attribute, size in zip(("nx", "nf"), weight.shape, strict=True):
             setattr(module, attribute, size)
+
+
+def sizes(module: nn.Module) -> dict[str, int]:
+    """Attributes in which a layer or norm states its size, and their values; empty for other modules."""
+    kinds = (nn.Linear, SparseLinear, nn.PReLU, nn.Embedding, _ConvNd, *BATCH_NORMS)
+    if not isinstance(module, kinds) and not is_conv1d(module):
+        return {}
+    return {a: int(getattr(module, a)) for a in SIZES if hasattr(module, a)}
+
+
+def stated_sizes(module: nn.Module, layer: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes of ``module`` that its description ``layer`` states."""
+    return {a: layer.get(a) for a in sizes(module) if a in layer or a not in _LATER}

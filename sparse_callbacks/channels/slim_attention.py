@@ -1,16 +1,15 @@
-"""`SlimAttention`: multi-head attention that can lose heads, in the place of torch's own."""
+"""`SlimAttention`: multi-head attention that can lose heads."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from sparse_callbacks.channels.attention_masks import Mask, added_mask
 from sparse_callbacks.core.argument_types import checked
-
-Mask = Tensor | None
 
 
 class SlimAttention(nn.MultiheadAttention):
@@ -75,8 +74,8 @@ class SlimAttention(nn.MultiheadAttention):
         # not that of nn.MultiheadAttention, which refuses these sizes
         nn.Module.__init__(self)
         inner, k_size, v_size = num_heads * size, kdim or embed_dim, vdim or embed_dim
-        self.embed_dim, self.head_dim, self.kdim, self.vdim = embed_dim, size, k_size, v_size
-        self.dropout, self.batch_first, self.add_zero_attn = dropout, batch_first, add_zero_attn
+        self.head_dim, self.dropout = size, dropout
+        self.batch_first, self.add_zero_attn = batch_first, add_zero_attn
         packed = k_size == v_size == embed_dim
         shapes = {
             "in_proj_weight": (3 * inner, embed_dim) if packed else None,
@@ -140,10 +139,27 @@ class SlimAttention(nn.MultiheadAttention):
             new.out_proj.register_parameter(name, parameter)
         return new.train(attention.training)
 
+    # Sizes are read off the weights and never stored, so that a cut needs to change weights alone.
+
     @property
     def num_heads(self) -> int:
-        """Number of heads that the weights have now."""
+        """Number of heads."""
         return int(self.out_proj.weight.shape[1] // self.head_dim)
+
+    @property
+    def embed_dim(self) -> int:
+        """Channels of the outputs."""
+        return int(self.out_proj.weight.shape[0])
+
+    @property
+    def kdim(self) -> int:
+        """Channels of the keys."""
+        return int((self.k_proj_weight if self.in_proj_weight is None else self.in_proj_weight).shape[1])
+
+    @property
+    def vdim(self) -> int:
+        """Channels of the values."""
+        return int((self.v_proj_weight if self.in_proj_weight is None else self.in_proj_weight).shape[1])
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
@@ -223,7 +239,7 @@ class SlimAttention(nn.MultiheadAttention):
         if is_causal and padding is None and not need_weights:
             total = None  # the kernel makes the causal mask itself
         else:
-            total = _added(mask, padding, (len(q), self.num_heads, q.shape[2], length), q.dtype)
+            total = added_mask(mask, padding, (len(q), self.num_heads, q.shape[2], length), q.dtype)
             is_causal = False
         if self.add_zero_attn:
             k, v = (functional.pad(x, (0, 0, 0, 1)) for x in (k, v))
@@ -262,74 +278,3 @@ class SlimAttention(nn.MultiheadAttention):
         padding = torch.stack([places >= length for length in lengths])
         out, _ = self._attend([padded] * 3, padding, None, False, False)
         return torch.nested.as_nested_tensor([x[:n] for x, n in zip(out, lengths, strict=True)], layout=batch.layout)
-
-
-def _added(mask: Mask, padding: Mask, sizes: tuple[int, int, int, int], dtype: torch.dtype) -> Mask:
-    """What is added to the scores, [N or 1, heads or 1, L or 1, S]; None for nothing.
-
-    Args:
-        mask: attention mask [L, S] or [N * heads, L, S].
-        padding: mask of keys [N, S].
-        sizes: batch, heads, length of queries, length of keys.
-        dtype: of the scores.
-    """
-    batch, heads, length, keys = sizes
-    _refuse_mask("attn_mask", mask, [(length, keys), (batch * heads, length, keys)])
-    _refuse_mask("key_padding_mask", padding, [(batch, keys)])
-    over_pairs = (
-        None if mask is None else _as_scores(mask, dtype).view(batch if mask.ndim == 3 else 1, -1, length, keys)
-    )
-    over_keys = None if padding is None else _as_scores(padding, dtype).view(batch, 1, 1, keys)
-    return over_keys if over_pairs is None else over_pairs if over_keys is None else over_pairs + over_keys
-
-
-def _refuse_mask(name: str, mask: Mask, allowed: list[tuple[int, ...]]) -> None:
-    """Refuse a mask of another shape than the ``allowed`` ones, or of another type than bool and floats."""
-    if mask is None:
-        return
-    if tuple(mask.shape) not in allowed:
-        fitting = " or ".join(str(list(shape)) for shape in allowed)
-        raise ValueError(
-            f"{name} has shape {list(mask.shape)}, which does not fit the inputs and heads that there are. Give {fitting}."
-        )
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise ValueError(f"{name} is of {mask.dtype}. Give bools, True where nothing is attended to, or floats to add.")
-
-
-def _as_scores(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A float mask as it is, and for a bool one minus infinity where it is True."""
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf) if mask.dtype == torch.bool else mask
-
-
-# ---------------------------------------------------------------------- in the place of nn.MultiheadAttention
-
-
-def put_slim_attention(model: nn.Module) -> list[str]:
-    """Let every ``nn.MultiheadAttention`` in ``model`` be a `SlimAttention` from here on; subclasses stay as they are.
-
-    The modules stay the same objects with the same hooks, names and Parameters, and compute the same.
-
-    Returns:
-        the names of these modules, for :func:`put_back_attention`.
-    """
-    found = [(name, module) for name, module in model.named_modules() if type(module) is nn.MultiheadAttention]
-    for _, module in found:
-        # as torch does for parametrizations and lazy modules: a new object would lose what others hold of the old one
-        module.__class__ = SlimAttention
-    return [name for name, _ in found]
-
-
-def put_back_attention(model: nn.Module, names: Iterable[str]) -> None:
-    """Undo :func:`put_slim_attention` where no head was lost.
-
-    Args:
-        model: the model, or a copy of it.
-        names: what :func:`put_slim_attention` returned.
-    """
-    for name in names:
-        module = model.get_submodule(name)
-        if isinstance(module, SlimAttention) and module.num_heads * module.head_dim == module.embed_dim:
-            own, packed = {"num_heads": module.num_heads}, module.in_proj_weight is not None
-            module.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
-            # what a SlimAttention finds in its weights is an attribute there
-            vars(module).update(own, _qkv_same_embed_dim=packed)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks import SlimAttention
-from sparse_callbacks.channels.slim_attention import put_back_attention, put_slim_attention
+from sparse_callbacks.channels.attention_exchange import put_back_attention, put_slim_attention
 
 N, L, S, EMBED, HEADS = 2, 5, 4, 16, 4
 EXACT = {"rtol": 0, "atol": 1e-12}  # float64; torch adds in another order in its fused kernels
@@ -178,8 +178,8 @@ def test_it_works_in_an_encoder(padded: bool, more: dict[str, bool], grad: bool)
     options = {"src_key_padding_mask": padding} if padded else {}
     with torch.set_grad_enabled(grad):
         expected = model(x, **options)  # in no_grad with padding: nested tensors and fused kernels
-        names = put_slim_attention(model)
-        assert names == ["layers.0.self_attn", "layers.1.self_attn"]
+        put_slim_attention(model)
+        assert all(type(layer.self_attn) is SlimAttention for layer in model.layers)
         torch.testing.assert_close(model(x, **options), expected, **EXACT)
         # one layer loses a head: fused kernels would fail, or read the weights in a wrong way
         masked = copy.deepcopy(model)
@@ -210,7 +210,8 @@ def test_it_works_in_a_decoder() -> None:
         "memory_key_padding_mask": torch.zeros(3, 4).double().index_fill(1, torch.tensor([3]), -torch.inf),
     }
     expected = model(target, memory, **options)
-    assert len(put_slim_attention(model)) == 4
+    put_slim_attention(model)
+    assert sum(type(m) is SlimAttention for m in model.modules()) == 4
     torch.testing.assert_close(model(target, memory, **options), expected, **EXACT)
 
 
@@ -229,19 +230,18 @@ def test_modules_are_exchanged_and_put_back_with_hooks() -> None:
     before = dict(model.items())
     states = {name: dict(vars(module)) for name, module in model.items()}
     handle = model["a"].register_forward_hook(lambda *_: calls.append(1))
-    names = put_slim_attention(model)
-    assert names == ["a", "b"]
-    assert type(model["own"]) is _Own
+    put_slim_attention(model)
+    assert [type(m) for m in model.values()] == [SlimAttention, _Own, SlimAttention, SlimAttention]
     x = torch.randn(3, 1, 8)
     model["a"](x, x, x)
     assert calls == [1]
     small = copy.deepcopy(model)
     without_head(small["b"], 0)
-    put_back_attention(small, names)
+    put_back_attention(small)
     assert type(small["b"]) is SlimAttention
     assert type(small["a"]) is nn.MultiheadAttention
     assert small["a"] is small["again"]
-    put_back_attention(model, names)
+    put_back_attention(model)
     handle.remove()
     for name, module in model.items():
         assert module is before[name]
@@ -254,7 +254,8 @@ def test_modules_are_exchanged_and_put_back_with_hooks() -> None:
 
 def test_a_slim_attention_of_the_user_is_never_put_back() -> None:
     model = nn.Sequential(SlimAttention(8, 2))
-    put_back_attention(model, put_slim_attention(model))
+    put_slim_attention(model)
+    put_back_attention(model)
     assert type(model[0]) is SlimAttention
 
 
