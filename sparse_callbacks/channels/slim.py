@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_callbacks.channels.attention_exchange import put_back_attention, put_slim_attention
 from sparse_callbacks.channels.comparison import Difference, Reference
 from sparse_callbacks.channels.comparison_inputs import first_entry, precise, random_samples, refuse_telling_nothing
 from sparse_callbacks.channels.constants import ArrivingRange, arriving_ranges, bias_shifts, foldable
@@ -31,6 +32,7 @@ def slim(
     inputs: Sequence[Any] = (),
     seconds: float = 60.0,
     seed: int = 0,
+    replace_modules: bool = True,
 ) -> tuple[nn.Module, Proof]:
     """A copy of ``model`` without its dead channels, and a proof that it computes the same as the masked model.
 
@@ -65,6 +67,8 @@ def slim(
         inputs: further inputs to compare on, such as batches of real data.
         seconds: time limit for the search for groups.
         seed: seed of the random inputs.
+        replace_modules: whether an ``nn.MultiheadAttention`` that loses heads may become a
+            :class:`~sparse_callbacks.channels.slim_attention.SlimAttention`; otherwise its heads stay.
 
     Returns:
         the slim model, an ordinary module in the modes of ``model``, and the proof; ``print(proof)`` shows it.
@@ -87,17 +91,25 @@ def slim(
     cut = nonzero_cut(model, full_masks)
     if cut:
         warnings.warn(_foreign(cut), stacklevel=3)  # 3: the decorator's frame lies between
+    if replace_modules:
+        put_slim_attention(masked)
     groups = channel_groups(masked, example_input, exclude, seconds)
     given, random = [example_input, *inputs], random_samples(masked, example_input, seed)
     cuts, rows, checked = _cut_all(masked, groups, full_masks, [*given, *random])
     # the cuts were tried in float64 where that is possible, and are made here in the precision of the model
     small = copied(masked)
     Surgery(small).cut(cuts, [m for g in groups for m in g.members])
+    for whole in (masked, small):  # what lost no head is what it was, and so is what the costs are compared with
+        put_back_attention(whole)
     return small, replace(prove(masked, small, rows, checked, given, random), cut=sum(cut.values()))
 
 
 def slimmable_groups(
-    model: nn.Module, example_input: Any, exclude: str | Sequence[str] | None = None, seconds: float = 60.0
+    model: nn.Module,
+    example_input: Any,
+    exclude: str | Sequence[str] | None = None,
+    seconds: float = 60.0,
+    replace_modules: bool = True,
 ) -> list[Group]:
     """:func:`~sparse_callbacks.channels.groups.channel_groups`, with every group tried out.
 
@@ -105,11 +117,12 @@ def slimmable_groups(
     own precision; as in :func:`slim`, also in train mode where layers run in that mode alone. A group whose removal
     changes the outputs gets that as its reason. The model is left as it is.
 
-    Args: see :func:`~sparse_callbacks.channels.groups.channel_groups`.
+    Args: see :func:`~sparse_callbacks.channels.groups.channel_groups`, and for ``replace_modules`` :func:`slim`.
     """
-    model = dense_twin(model)
-    groups = channel_groups(model, example_input, exclude, seconds)
-    trial = copied(model)
+    trial = copied(dense_twin(model))
+    if replace_modules:
+        put_slim_attention(trial)
+    groups = channel_groups(trial, example_input, exclude, seconds)
     with quiet(trial):
         branches = training_branches(trial, example_input)
         return [
