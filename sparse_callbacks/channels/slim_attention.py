@@ -38,7 +38,7 @@ class SlimAttention(nn.MultiheadAttention):
     Shapes: those of ``nn.MultiheadAttention``.
 
     Raises:
-        ValueError: a size is not positive.
+        ValueError: a size is not positive, ``dropout`` is not between 0 and 1, or torch cannot make the weights.
 
     Example:
         >>> attention = SlimAttention(8, num_heads=3, head_dim=4)
@@ -61,22 +61,22 @@ class SlimAttention(nn.MultiheadAttention):
         kdim: int | None = None,
         vdim: int | None = None,
         batch_first: bool = False,
-        device: torch.device | str | int | None = None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         head_dim: int | None = None,
     ) -> None:
         size = embed_dim // max(1, num_heads) if head_dim is None else head_dim
-        if min(embed_dim, num_heads, size) < 1:
-            raise ValueError(
-                f"embed_dim={embed_dim}, num_heads={num_heads}, head_dim={size}: attention has at least one channel in "
-                "one head. Give positive numbers."
-            )
+        k_size, v_size = (embed_dim if other is None else other for other in (kdim, vdim))
+        stated = f"embed_dim={embed_dim}, num_heads={num_heads}, head_dim={size}, kdim={k_size}, vdim={v_size}"
+        if min(embed_dim, num_heads, size, k_size, v_size) < 1:
+            raise ValueError(f"{stated}: attention has at least one channel in one head. Give positive numbers.")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout={dropout} is not a probability. Give a number between 0 and 1.")
         # not that of nn.MultiheadAttention, which refuses these sizes
         nn.Module.__init__(self)
-        inner, k_size, v_size = num_heads * size, kdim or embed_dim, vdim or embed_dim
         self.head_dim, self.dropout = size, dropout
         self.batch_first, self.add_zero_attn = batch_first, add_zero_attn
-        packed = k_size == v_size == embed_dim
+        inner, packed = num_heads * size, k_size == v_size == embed_dim
         shapes = {
             "in_proj_weight": (3 * inner, embed_dim) if packed else None,
             "q_proj_weight": None if packed else (inner, embed_dim),
@@ -86,11 +86,17 @@ class SlimAttention(nn.MultiheadAttention):
             "bias_k": (1, 1, inner) if add_bias_kv else None,
             "bias_v": (1, 1, inner) if add_bias_kv else None,
         }
-        for name, shape in shapes.items():
-            new = None if shape is None else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-            self.register_parameter(name, new)
-        # the class that nn.MultiheadAttention has there: quantization must leave it, as its weight is read directly
-        self.out_proj = NonDynamicallyQuantizableLinear(inner, embed_dim, bias=bias, device=device, dtype=dtype)
+        try:
+            for name, shape in shapes.items():
+                new = None if shape is None else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+                self.register_parameter(name, new)
+            # the class that nn.MultiheadAttention has there: quantization must leave it, as its weight is read directly
+            self.out_proj = NonDynamicallyQuantizableLinear(inner, embed_dim, bias=bias, device=device, dtype=dtype)
+        except (RuntimeError, TypeError, OverflowError) as error:
+            raise ValueError(
+                f"{stated}, device={str(device)!r}, dtype={dtype}: torch cannot make these weights ({error}). Give smaller "
+                "sizes, or another device or type."
+            ) from error
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:

@@ -269,8 +269,12 @@ def test_what_is_refused() -> None:
         SlimAttention.from_attention(_Own(8, 2))
     with pytest.raises(ValueError, match=r"embed_dim=8, num_heads=0"):
         SlimAttention(8, 0)
-    with pytest.raises(ValueError, match=r"head_dim=0: attention has"):
+    with pytest.raises(ValueError, match=r"head_dim=0, kdim=8, vdim=8: attention has"):
         SlimAttention(8, 16)
+    with pytest.raises(ValueError, match=r"dropout=1.5 is not a probability"):
+        SlimAttention(8, 2, dropout=1.5)
+    with pytest.raises(ValueError, match=r"device='nowhere', dtype=None: torch cannot make these weights"):
+        SlimAttention(8, 2, device="nowhere")
     with pytest.raises(ValueError, match=r"query, key and value have shapes \[3, 2, 8\], \[3, 2, 8\], \[2, 2, 8\]"):
         attention(x, x, x[:2])
     with pytest.raises(ValueError, match=r"attn_mask is None"):
