@@ -245,7 +245,7 @@ class SlimAttention(nn.MultiheadAttention):
         if is_causal and padding is None and not need_weights:
             total = None  # the kernel makes the causal mask itself
         else:
-            total = added_mask(mask, padding, (len(q), self.num_heads, q.shape[2], length), q.dtype)
+            total = added_mask(mask, padding, (q.shape[0], self.num_heads, q.shape[2], length), q.dtype)
             is_causal = False
         if self.add_zero_attn:
             k, v = (functional.pad(x, (0, 0, 0, 1)) for x in (k, v))
@@ -273,7 +273,7 @@ class SlimAttention(nn.MultiheadAttention):
         bq, bk, bv = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         q, k, v = functional.linear(query, wq, bq), functional.linear(key, wk, bk), functional.linear(value, wv, bv)
         if self.bias_k is not None and self.bias_v is not None:
-            k, v = (torch.cat([x, b.expand(len(x), 1, -1)], 1) for x, b in ((k, self.bias_k), (v, self.bias_v)))
+            k, v = (torch.cat([x, b.expand(x.shape[0], 1, -1)], 1) for x, b in ((k, self.bias_k), (v, self.bias_v)))
         return q, k, v
 
     def _nested(self, batch: Tensor) -> Tensor:
