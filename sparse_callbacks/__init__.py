@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from sparse_callbacks.channels.groups import channel_groups
     from sparse_callbacks.channels.onnx import export_onnx
     from sparse_callbacks.channels.slim import slim
+    from sparse_callbacks.channels.slim_attention import SlimAttention
     from sparse_callbacks.core.calendar import Time
     from sparse_callbacks.core.doctor.warning import DoctorWarning
     from sparse_callbacks.core.inference import to_inference
@@ -57,6 +58,7 @@ __all__ = [
     "ParallelGaP",
     "Plan",
     "RigL",
+    "SlimAttention",
     "SparseLinear",
     "SparseRun",
     "SparsityCallback",
@@ -91,6 +93,7 @@ _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
     "Method": "core.method",
     "Options": "core.method",
     "Plan": "core.plan",
+    "SlimAttention": "channels.slim_attention",
     "SparseLinear": "core.sparse_layers.sparse_linear",
     "SparseRun": "core.sparse_run",
     "SparsityCallback": "lightning.callback",

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.channels.compact_format import completed, described, read, refuse_other_model, sizes
+from sparse_callbacks.channels.compact_format import completed, described, read, refuse_other_model
+from sparse_callbacks.channels.compact_heads import put_slim, state_heads
 from sparse_callbacks.channels.compact_layers import compact_states, put_sparse
+from sparse_callbacks.channels.module_sizes import stated_sizes
 from sparse_callbacks.core.argument_types import checked
 from sparse_callbacks.core.files import description_path, file_checksum, replacing
 from sparse_callbacks.core.inspection import extra
@@ -23,7 +25,8 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
     name that does not end in ``.safetensors``, ``.json`` is appended. Reload with :func:`load_compact`.
 
     A `SparseLinear` takes the place of its live weights: their values and, in int32, their columns. Where a network was
-    trained with masks, its layers are dense ones, and so are they in the file.
+    trained with masks, its layers are dense ones, and so are they in the file. Attention modules are written with the
+    number of heads that they have now.
 
     Args:
         model: the model; hooks and modes are not saved.
@@ -72,7 +75,8 @@ def load_compact(model: nn.Module, path: str | Path) -> nn.Module:
 
     Layers take the sizes of the checkpoint, and parameters and buffers its tensors, on the devices that they are on
     (from the meta device: on the CPU). Nothing is unpickled. Layers that were `SparseLinear` are that again, whether they
-    are here or are an ``nn.Linear``; for dense ones call ``to_dense(model)`` afterwards.
+    are here or are an ``nn.Linear``; for dense ones call ``to_dense(model)`` afterwards. An ``nn.MultiheadAttention`` that
+    lost heads becomes the `SlimAttention` that it was, and attention modules of timm and transformers state their heads.
 
     Args:
         model: an instance of the original class in the original size.
@@ -93,11 +97,13 @@ def load_compact(model: nn.Module, path: str | Path) -> nn.Module:
     description = completed(model, description)
     refuse_other_model(model, tensors, parts, description, path)
     # every refusal came before this, so that a model that is refused stays as it is
+    put_slim(model, description["layers"])
     for name, module in model.named_modules():
-        for attribute in sizes(module):
-            setattr(module, attribute, description["layers"][name][attribute])
+        for attribute, size in stated_sizes(module, description["layers"][name]).items():
+            setattr(module, attribute, size)
     _take(model, {name: tensor for name, tensor in tensors.items() if name not in parts})
     put_sparse(model, parts, description["layers"])
+    state_heads(model)
     return model
 
 

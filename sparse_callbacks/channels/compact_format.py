@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from operator import gt
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from sparse_callbacks.channels.compact_heads import becomes_slim, described_heads, why_other_heads
 from sparse_callbacks.channels.compact_layers import (
     class_name,
     described_layer,
@@ -16,31 +18,23 @@ from sparse_callbacks.channels.compact_layers import (
     state_names,
     why_other_patterns,
 )
-from sparse_callbacks.channels.module_sizes import BATCH_NORMS, INSTANCE_NORMS
+from sparse_callbacks.channels.module_sizes import INSTANCE_NORMS, sizes, stated_sizes
 from sparse_callbacks.core.files import description_path, file_checksum
 from sparse_callbacks.core.inspection import extra
 from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 from sparse_callbacks.core.state_layout import is_count, shown_short
 
-COMPACT_VERSIONS = (1, 2)
-"""Versions of the format: the second has truly sparse layers, and what has none is written in the first."""
-SIZES = (
-    "in_channels",
-    "out_channels",
-    "groups",
-    "in_features",
-    "out_features",
-    "num_features",
-    "num_parameters",
-)
-"""Attributes in which a module states its size, which slimming changes."""
+COMPACT_VERSIONS = (1, 2, 3)
+"""Versions of the format: the second has truly sparse layers, the third attention heads and ``Conv1D`` of transformers.
+
+A model is written in the first that has what it needs."""
 FORMS = ("kernel_size", "stride", "padding", "dilation", "output_padding", "padding_mode")
 """Attributes of a convolution that slimming leaves as they are."""
 _NEVER_CUT = tuple(
     f"torch.nn.modules.{name}"
     for name in ("normalization", "sparse", "activation", "rnn", "instancenorm", "transformer")
 )
-"""Modules of torch whose tensors slimming leaves as they are, unless they have :data:`SIZES`."""
+"""Modules of torch whose tensors slimming leaves as they are, unless their sizes are stated."""
 
 
 def described(model: nn.Module, shared: Mapping[str, str]) -> dict[str, Any]:
@@ -52,22 +46,17 @@ def described(model: nn.Module, shared: Mapping[str, str]) -> dict[str, Any]:
     """
     # classes without their modules, so that a class may move to another file
     layers = {
-        n: {"class": class_name(m), **sizes(m), **_form(m), **described_layer(m)} for n, m in model.named_modules()
+        n: {"class": class_name(m), **sizes(m), **_form(m), **described_layer(m), **described_heads(m)}
+        for n, m in model.named_modules()
     }
-    version = COMPACT_VERSIONS[any(map(is_sparse, layers.values()))]
+    has_third = any("heads" in layer or "nf" in layer for layer in layers.values())
+    version = 3 if has_third else 2 if any(map(is_sparse, layers.values())) else 1
     return {"version": version, "class": _own_class(model), "layers": layers, "shared": dict(shared)}
 
 
 def _own_class(model: nn.Module) -> str:
     """The class of the whole model."""
     return class_name(model) if isinstance(model, SparseLinear) else type(model).__qualname__
-
-
-def sizes(module: nn.Module) -> dict[str, int]:
-    """Attributes in which a layer or norm states its size, and their values; empty for other modules."""
-    if not isinstance(module, (nn.Linear, SparseLinear, nn.PReLU, _ConvNd, *BATCH_NORMS, *INSTANCE_NORMS)):
-        return {}
-    return {a: int(getattr(module, a)) for a in SIZES if hasattr(module, a)}
 
 
 def _form(module: nn.Module) -> dict[str, Any]:
@@ -115,7 +104,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], d
         ) from error
     if version not in COMPACT_VERSIONS:
         raise ValueError(
-            f"{path} is of version {version}, and this release reads versions {' and '.join(map(str, COMPACT_VERSIONS))}. Save it anew."
+            f"{path} is of version {version}, and this release reads versions {', '.join(map(str, COMPACT_VERSIONS))}. Save it anew."
         )
     return tensors, parts, description
 
@@ -155,8 +144,9 @@ def refuse_other_model(
         or _why_other_names(model, tensors)
         or _why_other_ties(model, tensors)
         or _why_other_forms(model, description["layers"])
-        or _why_other_limits(model, tensors)
+        or _why_other_limits(model, tensors, description["layers"])
         or _why_contradictory(model, tensors, description["layers"])
+        or why_other_heads(model, tensors, description["layers"])
         or why_other_patterns(model, parts, description["layers"])
     )
     if difference:
@@ -169,12 +159,13 @@ def refuse_other_model(
 def _why_other_classes(model: nn.Module, description: Mapping[str, Any]) -> str:
     """Where the classes of the model and its modules differ from those described; empty where they do not."""
     own = _own_class(model)
-    if own != description["class"]:
+    if own != description["class"] and not becomes_slim(model, description["class"]):
         return f"it is {own} here and {description['class']} there"
     found = {n: class_name(m) for n, m in model.named_modules()}
     expected = {n: layer["class"] for n, layer in description["layers"].items()}
     linear = {n for n, m in model.named_modules() if type(m) is nn.Linear}  # which become sparse layers
     found |= {n: expected[n] for n in linear if is_sparse(description["layers"].get(n, {"class": ""}))}
+    found |= {n: expected[n] for n, m in model.named_modules() if becomes_slim(m, expected.get(n, ""))}
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
             return f"{name!r} is {found.get(name, 'missing')} here and {expected.get(name, 'missing')} there"
@@ -216,7 +207,7 @@ def _why_other_forms(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) 
             there = layers[name].get(attribute)
             if value != there:
                 return f"{attribute} of {name!r} is {value} here and {there} there"
-        for attribute in sizes(module):
+        for attribute in stated_sizes(module, layers[name]):
             there = layers[name].get(attribute)
             # the description is a text file, and layers are about to take this number as their size
             if not is_count(there) or there < 1:
@@ -227,16 +218,19 @@ def _why_other_forms(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) 
     return ""
 
 
-def _why_other_limits(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
+def _why_other_limits(model: nn.Module, tensors: Mapping[str, Tensor], layers: Mapping[str, Mapping[str, Any]]) -> str:
     """A tensor that is larger than the model's, or smaller where slimming never cuts; empty if none."""
     buffers = {n: b for n, b in model.named_buffers(remove_duplicate=False) if n in tensors}
+    layer_of = {module: layers[name] for name, module in model.named_modules()}  # a module may have further names
     for name, own in [*model.named_parameters(remove_duplicate=False), *buffers.items()]:
         module, there = model.get_submodule(name.rpartition(".")[0]), tensors[name].shape
         if isinstance(module, SparseLinear) and name.endswith("weight"):
             continue  # of live values; its size is compared with its pattern
-        fixed = type(module).__module__ in _NEVER_CUT and not sizes(module)
+        layer = layer_of[module]
+        fixed = type(module).__module__ in _NEVER_CUT and "heads" not in layer and not stated_sizes(module, layer)
+        as_many = own.ndim if fixed else int(isinstance(module, nn.Embedding))  # leading dimensions that are never cut
         # slimming only removes, so no size may be larger than the original one
-        if len(there) != own.ndim or any(a > b or (fixed and a != b) for a, b in zip(there, own.shape, strict=True)):
+        if there[:as_many] != own.shape[:as_many] or len(there) != own.ndim or any(map(gt, there, own.shape)):
             return f"{name} has shape {list(own.shape)} here and {list(there)} there"
         # a weight may be of another precision there, and not of another kind of numbers
         if (own.is_floating_point(), own.is_complex()) != (
@@ -250,7 +244,7 @@ def _why_other_limits(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
 def _why_contradictory(model: nn.Module, tensors: Mapping[str, Tensor], layers: Mapping[str, Mapping[str, Any]]) -> str:
     """A tensor whose shape is not the one that the described sizes of its layer give; empty if none."""
     for name, module in model.named_modules():
-        if not sizes(module):
+        if not stated_sizes(module, layers[name]):
             continue
         prefix = f"{name}." if name else ""
         for local in ("weight", "bias", "running_mean", "running_var"):
@@ -280,4 +274,8 @@ def _shape(module: nn.Module, local: str, stated: Mapping[str, Any]) -> list[Any
         return [out] if local == "bias" else [first, second // groups, *module.kernel_size]
     if isinstance(module, nn.Linear | SparseLinear):
         return [stated["out_features"]] if local == "bias" else [stated["out_features"], stated["in_features"]]
+    if isinstance(module, nn.Embedding):
+        return [module.num_embeddings, stated["embedding_dim"]]
+    if "nf" in stated:
+        return [stated["nf"]] if local == "bias" else [stated["nx"], stated["nf"]]
     return [stated["num_features" if "num_features" in stated else "num_parameters"]]

@@ -1,7 +1,12 @@
 """Modules and their sizes: which can be cut, along which dimension, and the sizes that they state."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 """Norms that can lose channels, as they treat each by itself."""
@@ -9,9 +14,34 @@ INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 """The same, of single images."""
 
 
+SIZES = (
+    "in_channels",
+    "out_channels",
+    "groups",
+    "in_features",
+    "out_features",
+    "num_features",
+    "num_parameters",
+    "embedding_dim",
+    "nx",
+    "nf",
+)
+"""Attributes in which a module states its size, which slimming changes."""
+_LATER = ("embedding_dim", "nx", "nf")
+"""Those of them that the descriptions of earlier releases do not have; they did not cut such modules."""
+
+
 def is_layer(module: nn.Module) -> bool:
     """Whether a module is a convolution or a linear layer."""
     return isinstance(module, nn.Linear | _ConvNd)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is a ``Conv1D`` of transformers: a linear layer whose weight is [inputs, outputs]."""
+    # by name, so that transformers need not be there
+    return any(
+        f"{kind.__module__}.{kind.__qualname__}" == "transformers.pytorch_utils.Conv1D" for kind in type(module).__mro__
+    )
 
 
 def output_dim(module: nn.Module) -> int:
@@ -52,3 +82,21 @@ def update_sizes(module: nn.Module, is_depthwise: bool) -> None:
         module.num_features = len(weight)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(weight)
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = weight.shape[1]
+    elif is_conv1d(module):
+        for attribute, size in zip(("nx", "nf"), weight.shape, strict=True):
+            setattr(module, attribute, size)
+
+
+def sizes(module: nn.Module) -> dict[str, int]:
+    """Attributes in which a layer or norm states its size, and their values; empty for other modules."""
+    kinds = (nn.Linear, SparseLinear, nn.PReLU, nn.Embedding, _ConvNd, *BATCH_NORMS, *INSTANCE_NORMS)
+    if not isinstance(module, kinds) and not is_conv1d(module):
+        return {}
+    return {a: int(getattr(module, a)) for a in SIZES if hasattr(module, a)}
+
+
+def stated_sizes(module: nn.Module, layer: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes of ``module`` that its description ``layer`` states."""
+    return {a: layer.get(a) for a in sizes(module) if a in layer or a not in _LATER}

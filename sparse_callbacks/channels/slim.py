@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_callbacks.channels.attention_exchange import put_back_attention, put_slim_attention
 from sparse_callbacks.channels.comparison import Difference, Reference
 from sparse_callbacks.channels.comparison_inputs import first_entry, precise, random_samples, refuse_telling_nothing
 from sparse_callbacks.channels.cuts import Cuts, Surgery
@@ -33,6 +34,7 @@ def slim(
     inputs: Sequence[Any] = (),
     seconds: float = 60.0,
     seed: int = 0,
+    replace_modules: bool = True,
 ) -> tuple[nn.Module, Proof]:
     """A copy of ``model`` without its dead channels, and a proof that it computes the same as the masked model.
 
@@ -67,6 +69,8 @@ def slim(
         inputs: further inputs to compare on, such as batches of real data.
         seconds: time limit for the search for groups.
         seed: seed of the random inputs.
+        replace_modules: whether an ``nn.MultiheadAttention`` that loses heads may become a
+            :class:`~sparse_callbacks.channels.slim_attention.SlimAttention`; otherwise its heads stay.
 
     Returns:
         the slim model, an ordinary module in the modes of ``model``, and the proof; ``print(proof)`` shows it.
@@ -87,6 +91,8 @@ def slim(
     masked, full_masks, cut = under_masks(model, masks)
     if cut:
         warnings.warn(_foreign(cut), stacklevel=3)  # 3: the decorator's frame lies between
+    if replace_modules:
+        put_slim_attention(masked)
     groups = channel_groups(masked, example_input, exclude, seconds)
     # forward passes may write to what modules hold besides parameters
     running = copied_around_parameters(masked)
@@ -96,13 +102,19 @@ def slim(
     # the cuts were tried in float64 where that is possible, and are made here in the precision of the model
     small = copied_around_parameters(masked)  # cut parameters are replaced
     Surgery(small).cut(cuts, [m for g in groups for m in g.members])
+    for whole in (running, small):  # what lost no head is what it was, and so is what the costs are compared with
+        put_back_attention(whole)
     return small, replace(
         prove(running, copied_around_parameters(small), rows, checked, given, random), cut=sum(cut.values())
     )
 
 
 def slimmable_groups(
-    model: nn.Module, example_input: Any, exclude: str | Sequence[str] | None = None, seconds: float = 60.0
+    model: nn.Module,
+    example_input: Any,
+    exclude: str | Sequence[str] | None = None,
+    seconds: float = 60.0,
+    replace_modules: bool = True,
 ) -> list[Group]:
     """:func:`~sparse_callbacks.channels.groups.channel_groups`, with every group tried out.
 
@@ -110,11 +122,12 @@ def slimmable_groups(
     own precision; as in :func:`slim`, also in train mode where layers run in that mode alone. A group whose removal
     changes the outputs gets that as its reason. The model is left as it is.
 
-    Args: see :func:`~sparse_callbacks.channels.groups.channel_groups`.
+    Args: see :func:`~sparse_callbacks.channels.groups.channel_groups`, and for ``replace_modules`` :func:`slim`.
     """
-    model = dense_twin(model)
-    groups = channel_groups(model, example_input, exclude, seconds)
-    trial = copied(model)
+    trial = copied(dense_twin(model))
+    if replace_modules:
+        put_slim_attention(trial)
+    groups = channel_groups(trial, example_input, exclude, seconds)
     with quiet(trial):
         branches = training_branches(trial, example_input)
         return [

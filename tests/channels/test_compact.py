@@ -176,7 +176,7 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     path.with_suffix(".json").write_text('{"version": 9}')
     compact.save_compact(nn.Linear(4, 4), tmp_path / "whole")
     (tmp_path / "whole.json").write_text('{"version": 9}')
-    with pytest.raises(ValueError, match="is of version 9, and this release reads versions 1 and 2"):
+    with pytest.raises(ValueError, match="is of version 9, and this release reads versions 1, 2, 3"):
         compact.load_compact(nn.Linear(4, 4), tmp_path / "whole")
     with pytest.raises(FileNotFoundError, match=r"There is no folder .*nowhere to write small.safetensors to"):
         compact.save_compact(nn.Linear(4, 4), tmp_path / "nowhere" / "small.safetensors")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_callbacks.channels.attention_exchange import put_back_attention, put_slim_attention
 from sparse_callbacks.channels.costs import Layer, LayerCost, layers
 from sparse_callbacks.channels.cuts import Cuts, Surgery
 from sparse_callbacks.channels.groups import Group
@@ -138,10 +139,12 @@ def smaller(model: nn.Module, example: Tensor) -> tuple[list[nn.Module], str]:
 def shrunk(model: nn.Module, groups: Sequence[Group], share: float) -> nn.Module:
     """A copy of ``model`` with the first units of each group, as many as :func:`units_of_share` says."""
     small, cuts = copy.deepcopy(model), Cuts()
+    put_slim_attention(small)  # for heads among the groups
     for group in groups:
         # which units stay does not matter to the time, only how many
         cuts = cuts.with_group(group, torch.arange(group.size) < units_of_share(group.size, share))
     Surgery(small).cut(cuts, [m for g in groups for m in g.members])
+    put_back_attention(small)
     return small
 
 
