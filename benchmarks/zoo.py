@@ -4,9 +4,9 @@
     python benchmarks/zoo.py                                          # all of them, into benchmarks/results/zoo.md and zoo.json
     python benchmarks/zoo.py --models 'timm/*' smp/unet-resnet18 --out some/file.md
 
-Half of the units of each open group are masked and removed, and the outputs compared in float64; the tables say what is left,
-what it costs, and what stays for which reason. Every model runs in a process of its own with one thread and with limits of
-time and memory. Without `--out` a choice of models is printed and not written.
+Half of the units of each open group of channels are masked and removed, and the outputs compared in float64; the tables say
+what is left, what it costs, and what stays for which reason. Every model runs in a process of its own with one thread and with
+limits of time and memory. A choice of models is printed, and written only with `--out`.
 """
 
 import argparse
@@ -17,46 +17,42 @@ import time
 import warnings
 from pathlib import Path
 
+import torch
 from zoo_parts import page, processes
+from zoo_parts.memory import limit_memory
 from zoo_parts.models import MAKERS, built, chosen
+from zoo_parts.stages import SIDES, measured
 
 RESULTS = Path(__file__).parent / "results" / "zoo.md"
 
 
-def measure_one(name: str, stages: list[str], memory: float) -> None:
-    """Measure one model in this process; each stage prints its row as a line of JSON."""
-    import torch
-
-    from zoo_parts.measure import stages as measured
-
+def measure_one(name: str, sides: list[str], memory: float) -> None:
+    """Measure one model in this process; each side prints its row as a line of JSON."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    processes.limit_memory(memory)
-    for stage, row in measured(lambda: built(name), stages):
-        print(json.dumps({stage: row}), flush=True)
+    limit_memory(memory)
+    for side, row in measured(lambda: built(name), sides):
+        print(json.dumps({side: row}), flush=True)
 
 
-def measure(names: list[str], jobs: int, seconds: float, memory: float, out: Path | None) -> None:
-    """Measure models and write the tables after each of them."""
-    source = f"Written by `{command()}` on {page.machine()}; {page.versions()}."
-    rows, order = [], {name: place for place, name in enumerate(names)}
-    begun = time.perf_counter()
-    for row in processes.all_rows(names, jobs, seconds, memory, Path(__file__)):
-        rows = sorted([*rows, row], key=lambda r: order[r["name"]])
-        print(f"{len(rows)} of {len(names)}, {time.perf_counter() - begun:.0f} s: {json.dumps(page.rounded(row))}", flush=True)
+def measure(names: list[str], given: argparse.Namespace, out: Path | None) -> None:
+    """Measure models, and write the tables after each of them.
+
+    Args:
+        names: names of the models.
+        given: the options.
+        out: the file of the tables; None for the screen alone.
+    """
+    source = page.source(sys.argv[1:])
+    rows, begun = [], time.perf_counter()
+    for row in processes.all_rows(names, given.jobs, given.seconds, given.memory, Path(__file__)):
+        rows = sorted([*rows, row], key=lambda r: names.index(r["name"]))
+        head = f"{len(rows)} of {len(names)}, {time.perf_counter() - begun:.0f} s:"
+        print(head, json.dumps(page.rounded(row)), flush=True)
         if out is not None:
             page.write(rows, source, out)
     print(page.text(rows, source))
-
-
-def command() -> str:
-    """The command as it was given, without the file that is written."""
-    words = sys.argv[1:]
-    if "--out" in words:
-        place = words.index("--out")
-        words = [*words[:place], *words[place + 2 :]]
-    return " ".join(["python benchmarks/zoo.py", *words])
 
 
 def main() -> None:
@@ -66,17 +62,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the page that is written, with a .json beside it")
     parser.add_argument("--seconds", type=float, default=300, help="limit of each side of a model")
     parser.add_argument("--memory", type=float, default=12, help="limit of each process, in GiB")
-    parser.add_argument("--one", choices=list(MAKERS), help=argparse.SUPPRESS)
-    parser.add_argument("--stages", nargs="+", choices=processes.STAGES, help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=MAKERS, metavar="NAME", help="measure one model in this process, for its JSON")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="of --one")
     given = parser.parse_args()
     if given.one:
-        return measure_one(given.one, given.stages or list(processes.STAGES), given.memory)
+        measure_one(given.one, given.sides, given.memory)
+        return
     try:
         names = chosen(given.models or ["*"])
     except ValueError as error:
         parser.error(str(error))
-    out = given.out or (None if given.models else RESULTS)
-    return measure(names, given.jobs, given.seconds, given.memory, out)
+    measure(names, given, given.out or (None if given.models else RESULTS))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -12,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from zoo_parts.stages import SIDES
+
 Row = dict[str, Any]
-STAGES = ("ours", "peer")
-GIB = 1 << 30
 
 
 def all_rows(names: Sequence[str], jobs: int, seconds: float, memory: float, script: Path) -> Iterator[Row]:
@@ -23,9 +22,10 @@ def all_rows(names: Sequence[str], jobs: int, seconds: float, memory: float, scr
     Args:
         names: names of models.
         jobs: processes at a time, of one thread each.
-        seconds: limit of each stage.
+        seconds: limit of each side of a model.
         memory: limit of each process's own memory, in GiB.
-        script: the file that measures one model with ``--one NAME --stages ... --memory ...``.
+        script: the file that measures one model with ``--one NAME --sides ... --memory ...``, and prints a line of JSON
+            for each side.
     """
     with ThreadPoolExecutor(jobs) as pool:
         running = {pool.submit(one_row, name, seconds, memory, script): name for name in names}
@@ -34,23 +34,23 @@ def all_rows(names: Sequence[str], jobs: int, seconds: float, memory: float, scr
 
 
 def one_row(name: str, seconds: float, memory: float, script: Path) -> Row:
-    """The stages of one model. A stage that hangs or is killed is named so, and the others run in a new process."""
+    """Both sides of one model. If one hangs or is killed the row says so, and the other runs in a new process."""
     row: Row = {}
-    left = list(STAGES)
+    left = list(SIDES)
     while left:
         found, problem = one_process(name, left, seconds * len(left), memory, script)
         row |= found
-        missing = [stage for stage in left if stage not in found]
+        missing = [side for side in left if side not in found]
         if missing:
             row[missing[0]] = {"failed": problem}
         left = missing[1:]
     return row
 
 
-def one_process(name: str, stages: Sequence[str], seconds: float, memory: float, script: Path) -> tuple[Row, str]:
-    """The rows of the stages that a process ended, and why it did not end the others."""
-    command = [sys.executable, "-W", "ignore", str(script), "--one", name, "--stages", *stages, "--memory", str(memory)]
-    # in a file, which keeps the rows of the stages before one that hangs
+def one_process(name: str, sides: Sequence[str], seconds: float, memory: float, script: Path) -> tuple[Row, str]:
+    """The rows of the sides that a process has ended, and why it has not ended the others."""
+    command = [sys.executable, "-W", "ignore", str(script), "--one", name, "--sides", *sides, "--memory", str(memory)]
+    # files and not pipes: they keep the row of the side before one that hangs
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=out, stderr=errors, env=environment(), start_new_session=True)
         problem = ""
@@ -63,20 +63,13 @@ def one_process(name: str, stages: Sequence[str], seconds: float, memory: float,
         out.seek(0)
         errors.seek(0)
         lines = [line for line in out.read().splitlines() if line.startswith("{")]
-        found = {key: row for line in lines for key, row in json.loads(line).items()}
-        if not problem:
-            last = (errors.read().strip().splitlines() or [""])[-1]
-            problem = f"the process ended with {process.returncode}: {last[:200]}"
-    return found, problem
+        found = {side: row for line in lines for side, row in json.loads(line).items()}
+        last = (errors.read().strip().splitlines() or ["it says nothing"])[-1]
+    return found, problem or f"the process ended with {process.returncode}: {last[:200]}"
 
 
 def environment() -> dict[str, str]:
-    """The environment of a measuring process: one thread, and no look at the network for weights."""
-    folder = str(Path(__file__).parents[2])
-    path = os.pathsep.join(part for part in (os.environ.get("PYTHONPATH", ""), folder) if part)
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": path}
-
-
-def limit_memory(gib: float) -> None:
-    """Let allocations of this process fail beyond ``gib``, so that a model that eats memory stops nothing else."""
-    resource.setrlimit(resource.RLIMIT_DATA, (int(gib * GIB), int(gib * GIB)))
+    """The environment of a measuring process: one thread, and no weights from the network."""
+    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join(part for part in (os.environ.get("PYTHONPATH", ""), root) if part)
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
