@@ -187,6 +187,17 @@ def test_constant_weights_become_random_and_others_stay(parts: Any) -> None:
     assert model[2].weight.any()
 
 
+def test_norms_hold_the_statistics_of_inputs(parts: Any, entry: Any) -> None:
+    bn, seen = entry.model.bn, []
+    momentum = bn.momentum
+    parts.entries.settle(entry, batch=16)
+    bn.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    entry.model(entry.inputs(torch.Generator().manual_seed(0), 16))
+    torch.testing.assert_close(bn.running_mean, seen[0].mean((0, 2, 3)))
+    torch.testing.assert_close(bn.running_var, seen[0].transpose(0, 1).flatten(1).var(1))
+    assert (bn.training, bn.momentum) == (False, momentum)
+
+
 # ---------------------------------------------------------------------- torch-pruning's side
 
 
@@ -333,6 +344,7 @@ def test_the_page_is_that_of_the_figures_beside_it(parts: Any, tmp_path: Path) -
     text = (tmp_path / "zoo.md").read_text()
     assert "| smp/b | **no** | inf |" in text
     assert "Written by a test." in text
+    assert "Infinity" not in (tmp_path / "zoo.json").read_text()  # is no JSON
 
 
 @pytest.mark.skipif(not PUBLISHED.is_file(), reason="the zoo was not measured")

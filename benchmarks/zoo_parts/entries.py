@@ -1,6 +1,6 @@
 """One model of the zoo with its inputs, and the random numbers that it gets."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,13 @@ def numbers(*shape: int) -> Inputs:
     return lambda generator, batch: torch.randn(batch, *shape, generator=generator)
 
 
+def call(model: nn.Module, inputs: Any) -> Any:
+    """The outputs of ``model`` for a tensor, a tuple of positional arguments or a mapping of named arguments."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
 # ---------------------------------------------------------------------- random weights
 
 
@@ -79,3 +86,24 @@ def _is_constant(tensor: Tensor, local: str) -> bool:
     """Whether a parameter, or a buffer in the place of one, holds the same number everywhere."""
     is_weight = isinstance(tensor, nn.Parameter) or local in ("weight", "bias")
     return is_weight and tensor.numel() > 0 and bool((tensor == tensor.flatten()[0]).all())
+
+
+@torch.no_grad()
+def settle(entry: Entry, batch: int = 4) -> None:
+    """Give norms the statistics of a batch of random inputs, as training would.
+
+    With others the signal of a deep network dies away among its biases, and the outputs are the same for all inputs.
+    """
+    norms = [
+        m
+        for m in entry.model.modules()
+        if isinstance(getattr(m, "running_mean", None), Tensor) and hasattr(m, "momentum")
+    ]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.training, norm.momentum = True, 1.0
+    try:
+        call(entry.model, entry.inputs(torch.Generator().manual_seed(0), batch))
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.training, norm.momentum = False, momentum

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoo_parts.entries import Entry, Inputs, image_lists, images, named, numbers, shake, tokens
+from zoo_parts.entries import Entry, Inputs, image_lists, images, named, numbers, settle, shake, tokens
 
 # ---------------------------------------------------------------------- timm
 
@@ -235,4 +235,5 @@ def built(name: str) -> Entry:
     torch.manual_seed(0)
     entry = MAKERS[name]()
     shake(entry.model.eval())
+    settle(entry)
     return entry

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo_parts.entries import Entry
+from zoo_parts.entries import Entry, call
 
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4}
 """Largest difference of outputs that counts as equal, relative to the largest output of the same tensor."""
@@ -17,13 +17,6 @@ BATCHES = (1, 3)
 """Sizes of the batches of fresh inputs on which the two models are compared."""
 FRESH = 1234
 """Seed of the fresh inputs; the example is drawn with seed 0."""
-
-
-def call(model: nn.Module, inputs: Any) -> Any:
-    """The outputs of ``model`` for a tensor, a tuple of positional arguments or a mapping of named arguments."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 def tensors_of(nest: Any) -> list[Tensor]:

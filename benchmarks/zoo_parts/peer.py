@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from zoo_parts.entries import Entry
-from zoo_parts.outputs import call, tensors_of
+from zoo_parts.entries import Entry, call
+from zoo_parts.outputs import tensors_of
 
 RATIO = 0.5
 

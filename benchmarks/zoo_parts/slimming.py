@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from sparse_callbacks.channels.groups import Group, channel_groups
 from sparse_callbacks.channels.slim import slim
-from zoo_parts.entries import Entry
+from zoo_parts.entries import Entry, call
 from zoo_parts.memory import forget_peak, peak
-from zoo_parts.outputs import call, equality
+from zoo_parts.outputs import equality
 
 Row = dict[str, Any]
 
