@@ -43,6 +43,9 @@ def measure(names: list[str], given: argparse.Namespace, out: Path | None) -> No
         names: names of the models.
         given: the options.
         out: the file of the tables; None for the screen alone.
+
+    Raises:
+        SystemExit: a slim network does not compute what the masked one does.
     """
     source = page.source(sys.argv[1:])
     rows, begun = [], time.perf_counter()
@@ -53,6 +56,9 @@ def measure(names: list[str], given: argparse.Namespace, out: Path | None) -> No
         if out is not None:
             page.write(rows, source, out)
     print(page.text(rows, source))
+    wrong = [row["name"] for row in rows if not row["ours"].get("equal", True)]
+    if wrong:
+        sys.exit(f"not equal: {', '.join(wrong)}")
 
 
 def main() -> None:

@@ -83,6 +83,7 @@ def test_reasons_that_differ_in_names_and_numbers_are_of_one_kind(parts: Any) ->
     kind = parts.slimming.kind_of
     assert kind("runs into a.0.norm (LayerNorm), of 12", names) == kind("runs into b (LayerNorm), of 7", names)
     assert kind("outputs differ by 1.2e-03", names) == kind("outputs differ by 4e-01", names)
+    assert kind("the network fails (IndexError: 7 of a.0)", names) == "the network fails (IndexError)"
     assert kind("runs into a.0 (GroupNorm)", names) != kind("runs into b (LayerNorm)", names)
     assert "Conv2d" in kind("refused by Conv2d", names)
 

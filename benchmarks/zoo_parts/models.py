@@ -103,7 +103,6 @@ TRANSFORMERS: Mapping[str, tuple[str, Mapping[str, Any], Inputs]] = {
     "bart": (
         "BartForConditionalGeneration",
         {**BOTH_SIDES, "max_position_embeddings": 64},
-        # its sequence of labels must hold the token that ends it, which the last place of every row is
         named(input_ids=tokens(16), decoder_input_ids=tokens(8)),
     ),
     "whisper": (

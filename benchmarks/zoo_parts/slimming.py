@@ -153,7 +153,8 @@ def what_stays(model: nn.Module, groups: Sequence[Group], reasons: Mapping[str, 
 
 
 def kind_of(reason: str, names: set[str]) -> str:
-    """A reason without the names of the model's modules and parameters, and without numbers, so that like ones meet."""
+    """A reason without names of the model's modules and parameters, numbers and what an error says, so that like ones meet."""
+    reason = re.sub(r"\((\w+): .*", r"(\1)", reason, flags=re.DOTALL)
     words = re.split(r"([\s,;:()\[\]`']+)", reason)
     kind = "".join("…" if word and word.rstrip(".") in names else word for word in words)
     return re.sub(r"(?<![A-Za-z_])\d[\d.,]*(e[-+]?\d+)?", "#", kind)[:160]
