@@ -1,0 +1,1 @@
+"""The parts of zoo.py: its models, what is measured of each, and the tables."""
