@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_callbacks.channels.attention_heads import why_heads_stay
 from sparse_callbacks.channels.axes import AnyAxis, Concatenation, MisfitError, Run, resolved, runs_in, units
 from sparse_callbacks.channels.module_sizes import BATCH_NORMS, depthwise_names, is_layer, output_dim
 from sparse_callbacks.channels.obstacles import refuse_unmatched_globs, why_layers_stay
@@ -232,6 +233,9 @@ class _Search:
         why = f"{parameter} makes these channels and reads them" if len(sides) == 2 else ""
         if type(module) is nn.MultiheadAttention:
             why = f"{name}: nn.MultiheadAttention cannot run with fewer heads"
+        elif "out" in sides and not isinstance(resolved(axis), Run):  # heads are factors of an axis
+            around = [name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)]
+            why = why or next(filter(None, (why_heads_stay(self._model.get_submodule(n)) for n in around)), "")
         if local == "weight" and name in self._depthwise and dim == 0:
             sides = set()
         return Member(name, parameter, dim, min(sides, default="both"), torch.tensor(entries)), why
