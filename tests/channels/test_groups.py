@@ -184,6 +184,39 @@ def test_the_units_of_a_transformers_mlp_are_channels() -> None:
     assert [p.parameter for p in residual.producers] == ["attention.out_proj.weight", "down.weight"]
 
 
+def test_rotary_attention_gives_heads_and_units_of_the_mlp() -> None:
+    """The halves of a head are exchanged and added to it, so that the axis meets itself."""
+    found = groups_of(made(nets.Rotary), (1, 6, 16))
+    assert {n: (g.size, g.reason) for n, g in found.items()} == {
+        "q": (2, ""),
+        "o": (16, "shares channels with the network's input"),
+        "up": (32, ""),
+        "head": (5, OUTPUTS),
+    }
+    heads = found["q"]
+    assert parts(heads) == (["k.weight", "q.weight", "v.weight"], ["o.weight"], [])
+    assert all(m.units.tolist() == [0] * 8 + [1] * 8 for m in heads.members)
+    assert groups_of(made(nets.Rotary), (1, 6, 16), exclude=["q", "k"])["q"].reason == "q is excluded"
+
+
+def test_a_key_that_serves_several_queries_is_one_unit_with_them() -> None:
+    found = groups_of(made(lambda: nets.GroupedQueries(heads=4, shared=2)), (1, 5, 12))
+    heads = found["q"]
+    assert (heads.size, heads.reason) == (2, "")
+    units = {m.parameter: m.units.tolist() for m in heads.members}
+    assert units["q.weight"] == units["o.weight"] == [0] * 6 + [1] * 6
+    assert units["k.weight"] == units["v.weight"] == [0] * 3 + [1] * 3
+
+
+def test_vectors_in_buffers_follow() -> None:
+    found = groups_of(made(nets.Frozen))
+    assert parts(found["first"]) == (
+        ["first.weight"],
+        ["last.weight"],
+        ["norm.bias", "norm.mean", "norm.scale"],
+    )
+
+
 # ---------------------------------------------------------------------- what has to stay
 
 

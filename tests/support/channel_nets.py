@@ -252,6 +252,74 @@ class Functional(nn.Module):
         return self.last(self.groups(x.relu()).relu())
 
 
+class Rotary(nn.Module):
+    """Tokens [batch, 6, 16]: attention with a rotary embedding, and an MLP."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(16, 16, bias=False) for _ in range(4))
+        self.up, self.down, self.head = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 5)
+        angles = torch.arange(6)[:, None] / 10 ** torch.arange(4).repeat(2)
+        self.register_buffer("cos", angles.cos())
+        self.register_buffer("sin", angles.sin())
+
+    def turned(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return x * self.cos + torch.cat([-second, first], -1) * self.sin
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).view(*x.shape[:2], -1, 8).transpose(1, 2) for f in (self.q, self.k, self.v))
+        weights = (self.turned(q) @ self.turned(k).transpose(2, 3)).softmax(-1)
+        x = x + self.o((weights @ v).transpose(1, 2).flatten(2))
+        return self.head(x + self.down(torch.relu(self.up(x))))
+
+
+class GroupedQueries(nn.Module):
+    """Tokens [batch, n, 12]: attention whose keys and values serve several queries each, of 3 channels a head."""
+
+    def __init__(self, heads: int, shared: int) -> None:
+        super().__init__()
+        self.heads, self.shared = heads, shared
+        self.q, self.o = nn.Linear(12, 3 * heads), nn.Linear(3 * heads, 12)
+        self.k, self.v = nn.Linear(12, 3 * shared), nn.Linear(12, 3 * shared)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (-1, 3)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], 1) for z in (k, v))
+        mixed = functional.scaled_dot_product_attention(q, k, v)
+        return self.head(self.o(mixed.transpose(1, 2).flatten(2)).relu())
+
+
+class FrozenNorm(nn.Module):
+    """A batch norm whose vectors are buffers."""
+
+    scale: Tensor
+    mean: Tensor
+    bias: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name in ("scale", "mean", "bias"):
+            self.register_buffer(name, torch.rand(channels) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, mean, bias = (v.view(1, -1, 1, 1) for v in (self.scale, self.mean, self.bias))
+        return (x - mean) * scale + bias
+
+
+class Frozen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(3, 8, 3), FrozenNorm(8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(x)).relu())
+
+
 class NormAct(nn.BatchNorm2d):
     """A batch norm with an activation inside."""
 
@@ -274,6 +342,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "split": Split,
     "joined": Joined,
     "functional": Functional,
+    "frozen": Frozen,
     "norm_with_activation": lambda: nn.Sequential(nn.Conv2d(3, 8, 3), NormAct(8), nn.Conv2d(8, 4, 3)),
     "transposed_depthwise": transposed_depthwise,
     "subclass": lambda: nn.Sequential(Kernel(3, 8, 3), nn.ReLU(), Kernel(8, 4, 3)),
