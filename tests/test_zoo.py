@@ -255,7 +255,7 @@ for side in sides:
 def test_a_model_that_hangs_or_dies_stops_nothing(parts: Any, tmp_path: Path) -> None:
     script = tmp_path / "one.py"
     script.write_text(SCRIPT)
-    rows = {r["name"]: r for r in parts.processes.all_rows(["hangs", "dies", "works"], 3, 1.5, 1, script)}
+    rows = {r["name"]: r for r in parts.processes.all_rows(["hangs", "dies", "works"], 3, 3, 1, script)}
     assert rows["hangs"]["ours"] == {"failed": "no end within 3 s"}
     assert rows["dies"]["ours"] == {"failed": "the process ended with 1: no more memory"}
     assert all(row["peer"] == {"seconds": 1} for row in rows.values())

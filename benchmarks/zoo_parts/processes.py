@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -38,7 +39,7 @@ def one_row(name: str, seconds: float, memory: float, script: Path) -> Row:
     row: Row = {}
     left = list(SIDES)
     while left:
-        found, problem = one_process(name, left, seconds * len(left), memory, script)
+        found, problem = one_process(name, left, seconds, memory, script)
         row |= found
         missing = [side for side in left if side not in found]
         if missing:
@@ -53,19 +54,29 @@ def one_process(name: str, sides: Sequence[str], seconds: float, memory: float, 
     # files and not pipes: they keep the row of the side before one that hangs
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=out, stderr=errors, env=environment(), start_new_session=True)
-        problem = ""
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            problem = f"no end within {seconds:.0f} s"
+        problem = "" if ends(process, out.fileno(), seconds) else f"no end within {seconds:.0f} s"
         out.seek(0)
         errors.seek(0)
         lines = [line for line in out.read().splitlines() if line.startswith("{")]
         found = {side: row for line in lines for side, row in json.loads(line).items()}
         last = (errors.read().strip().splitlines() or ["it says nothing"])[-1]
     return found, problem or f"the process ended with {process.returncode}: {last[:200]}"
+
+
+def ends(process: subprocess.Popen[bytes], out: int, seconds: float) -> bool:
+    """Wait for a process, and kill it once it has written nothing to the file ``out`` for ``seconds``; whether it ended."""
+    size, deadline = 0, time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            process.wait(min(0.5, seconds))
+            return True
+        except subprocess.TimeoutExpired:
+            written = os.fstat(out).st_size
+            if written > size:  # a side has ended, and the time of the next begins
+                size, deadline = written, time.monotonic() + seconds
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return False
 
 
 def environment() -> dict[str, str]:
