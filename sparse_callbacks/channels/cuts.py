@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from sparse_callbacks.channels.attention_heads import update_heads_around
 from sparse_callbacks.channels.groups import Group, Member
 from sparse_callbacks.channels.module_sizes import BATCH_NORMS, depthwise_names, is_layer, output_dim, update_sizes
-from sparse_callbacks.core.inspection import copied
 
 Key = tuple[str, int]
 """Name and dimension of a parameter."""
@@ -165,79 +164,3 @@ def zeroed(old: Tensor, gone: Tensor) -> nn.Parameter:
     """A parameter like ``old`` with zeros where ``gone`` is true (bool, broadcasts)."""
     new = old.detach().clone()  # clone() keeps the memory format, the masked_fill that is not in place does not
     return nn.Parameter(new.masked_fill_(gone.to(new.device), 0), requires_grad=old.requires_grad)
-
-
-def masked_copy(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A copy of ``model`` with zeros where the masks say so, and the masks in the shapes of the parameters.
-
-    A parameter that several modules share stays one, under its first name. If there are masks for several of its names,
-    a weight is active where all of them keep it.
-
-    Args:
-        model: the model; it is left as it is.
-        masks: see :func:`~sparse_callbacks.channels.slim.slim`.
-
-    Raises:
-        ValueError: there is no mask, a mask belongs to no parameter, is not bool or has another shape, or the model
-            cannot be copied.
-    """
-    if not masks:
-        raise ValueError(
-            "masks= is empty, so no channel is dead and the slim network would be the dense one. Give masks by parameter "
-            "name; a callback has them once its fit has begun."
-        )
-    masked = copied(model)
-    # masks may be given under any name of a shared parameter
-    every = dict(masked.named_parameters(remove_duplicate=False))
-    first = {p: n for n, p in masked.named_parameters()}
-    full: dict[str, Tensor] = {}
-    for given, mask in masks.items():
-        fitted = _fitted(given, mask, masked, every)
-        name = first[every[given]]
-        full[name] = full[name] & fitted if name in full else fitted
-    for name, mask in full.items():
-        new = zeroed(every[name], ~mask)
-        # in all modules that share it, or it would be two parameters from here on
-        for module in masked.modules():
-            for local in [n for n, p in module._parameters.items() if p is every[name]]:
-                module.register_parameter(local, new)
-    return masked, full
-
-
-def nonzero_cut(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, int]:
-    """How many weights that are not zero the masks cut, by the names of the parameters that have any.
-
-    Args:
-        model: the model before it is masked.
-        masks: bool masks of the parameters' shapes, by their first names.
-    """
-    parameters = dict(model.named_parameters())
-    counts = {n: int(parameters[n].detach()[~m.to(parameters[n].device)].count_nonzero()) for n, m in masks.items()}
-    return {n: count for n, count in counts.items() if count}
-
-
-def _fitted(name: str, mask: Tensor, model: nn.Module, parameters: Mapping[str, Tensor]) -> Tensor:
-    """``mask`` in the shape of its parameter."""
-    if name not in parameters:
-        known = ", ".join([*parameters][:6])
-        raise ValueError(f"masks names {name!r}, and the model has no such parameter. There are for example {known}.")
-    shape = parameters[name].shape
-    if not isinstance(mask, Tensor):
-        raise ValueError(f"The mask of {name} is a {type(mask).__name__}. Give a bool tensor.")
-    mask = mask.to(parameters[name].device)
-    if mask.ndim == 1 and len(shape) > 2:  # a mask of input channels
-        inputs = 1 - output_dim(model.get_submodule(name.rpartition(".")[0]))
-        mask = mask.view([-1 if d == inputs else 1 for d in range(len(shape))])
-    try:
-        fitted = mask.expand(shape)
-    except RuntimeError as error:
-        raise ValueError(
-            f"The mask of {name} has shape {list(mask.shape)} and the parameter {list(shape)}. Give a mask of that "
-            "shape, or one that broadcasts against it."
-        ) from error
-    if mask.dtype != torch.bool:
-        raise ValueError(
-            f"The mask of {name} is not of bool but of {mask.dtype}, and which of its values mean an active weight is not "
-            "known. Give `mask != 0` where zeros are pruned weights, also of gates and other soft masks."
-        )
-    return fitted
