@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.channel_nets import IMAGE, Residual, made
+from support.channel_nets import IMAGE, Residual, made, times_channels
 from torch import Tensor, nn
 
 from sparse_callbacks.channels.comparison import RANDOM
@@ -15,20 +15,20 @@ pytestmark = pytest.mark.filterwarnings("ignore:the masks cut weights:UserWarnin
 
 
 class Detector(nn.Module):
-    """Gives the features of pixels that are brighter than 20, as boxes with their classes; the channels of ``first`` meet in
-    another order, which the trace does not see."""
+    """Gives the features of pixels that are brighter than 20, as boxes with their classes; the number of channels of
+    ``first`` counts where ``counted``, which the trace does not see."""
 
-    def __init__(self, shuffled: bool = False) -> None:
+    def __init__(self, counted: bool = False) -> None:
         super().__init__()
-        self.shuffled = shuffled
+        self.counted = counted
         self.first, self.second, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 4, 1)
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         found = []
         for image in images:
             x = self.first(image[None]).relu()
-            if self.shuffled:
-                x = x.view(1, 2, -1, *x.shape[2:]).transpose(1, 2).reshape(x.shape)
+            if self.counted:
+                x = times_channels(x)
             boxes = self.last(self.second(x).relu())[0][:, image.amin(0) > 20].T
             found.append({"boxes": boxes, "labels": boxes.argmax(1)})
         return found
@@ -58,7 +58,7 @@ def test_a_detector_that_finds_nothing_in_noise_is_compared_near_the_example() -
 
 def test_what_changes_the_boxes_near_the_example_is_put_back() -> None:
     example = bright(21)
-    small, proof = slim(Detector(shuffled=True), MASKS, example)
+    small, proof = slim(Detector(counted=True), MASKS, example)
     assert (small.first.out_channels, small.second.out_channels) == (8, 3)
     assert proof.left_out["first"].startswith("without them the outputs differ by")
 
@@ -71,7 +71,7 @@ def test_outputs_that_are_all_empty_prove_nothing() -> None:
 
 
 def test_boxes_on_given_inputs_alone_are_enough() -> None:
-    _, proof = slim(Detector(shuffled=True), MASKS, bright(1), inputs=[bright(21)])
+    _, proof = slim(Detector(counted=True), MASKS, bright(1), inputs=[bright(21)])
     assert set(proof.left_out) == {"first", "last"}
     assert proof.removed == 3
 

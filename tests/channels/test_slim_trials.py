@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.channel_nets import IMAGE, made
+from support.channel_nets import IMAGE, made, times_channels
 from torch import Tensor, nn
 
 from sparse_callbacks.channels.comparison import RANDOM, Reference
@@ -26,24 +26,24 @@ pytestmark = pytest.mark.filterwarnings("ignore:the masks cut weights:UserWarnin
 
 
 class Block(nn.Module):
-    """Two convolutions; between them the channels meet in another order where ``shuffled``, which the trace does not see."""
+    """Two convolutions; between them the number of channels counts where ``counted``, which the trace does not see."""
 
-    def __init__(self, shuffled: bool) -> None:
+    def __init__(self, counted: bool) -> None:
         super().__init__()
-        self.shuffled = shuffled
+        self.counted = counted
         self.first, self.norm, self.last = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(self.first(x)).relu()
-        if self.shuffled:
-            h = h.view(h.shape[0], 2, -1, *h.shape[2:]).transpose(1, 2).reshape(h.shape)
+        if self.counted:
+            h = times_channels(h)
         return x + self.last(h)
 
 
 class Blocks(nn.Module):
-    def __init__(self, shuffled: Sequence[bool]) -> None:
+    def __init__(self, counted: Sequence[bool]) -> None:
         super().__init__()
-        self.stem, self.blocks = nn.Conv2d(3, 8, 1), nn.Sequential(*(Block(s) for s in shuffled))
+        self.stem, self.blocks = nn.Conv2d(3, 8, 1), nn.Sequential(*(Block(s) for s in counted))
         self.head = nn.Conv2d(8, 4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ def test_a_random_model_is_looked_at_once() -> None:
 
 
 class Chain(nn.Module):
-    """Four convolutions, with a shuffle behind the second."""
+    """Four convolutions, with a factor behind the second that depends on the number of channels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ class Chain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.second(self.first(x).relu()).relu()
-        x = x.view(x.shape[0], 2, -1, *x.shape[2:]).transpose(1, 2).reshape(x.shape)
+        x = times_channels(x)
         return self.last(self.third(x).relu())
 
 

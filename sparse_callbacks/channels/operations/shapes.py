@@ -91,7 +91,7 @@ def _sliced(call: Call) -> list[Axes]:
         return [axes]
     try:
         if step != 1:
-            raise MisfitError(f"every {step}th entry")
+            raise MisfitError(f"every {step}th entry of {size} is no run of entries")
         _, rest = parted(axes[dim], start)
         axes[dim], _ = parted(rest, max(end - start, 0))
     except MisfitError:
