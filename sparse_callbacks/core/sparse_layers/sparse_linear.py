@@ -55,7 +55,6 @@ class SparseLinear(LiveWeight):
         """
         super().__init__(places, values)
         self.feature_major = feature_major
-        self.records: list[tuple[Tensor, Tensor]] | None = None
         self.register_parameter("bias", None if bias is None else as_parameter(bias))
 
     @classmethod
