@@ -6,6 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from sparse_callbacks.core.sparse_layers.handed_out import HandedOut
 from sparse_callbacks.core.sparse_layers.live_places import LivePlaces, RowPlaces, Storage
 from sparse_callbacks.core.sparse_layers.product_records import Pair, recorded_matrix
 from sparse_callbacks.core.sparse_layers.quick_places import mask_below, true_places
@@ -36,6 +37,7 @@ class LiveWeight(nn.Module):
         self.name = ""
         self.pattern_follows = self.weight_was_read = False
         self.records: list[Pair] | None = None
+        self.handed_out = HandedOut()
         self.places = places
         self.compact_state = self.is_too_large
         refuse_device(self.storage, values.device)
@@ -85,8 +87,11 @@ class LiveWeight(nn.Module):
         self.refuse_dense("weight")
         object.__setattr__(self, "weight_was_read", True)
         if self.records is None or not torch.is_grad_enabled():
-            return self.places.dense(self.values)
-        return recorded_matrix(self.places.dense, self.values, self.records)
+            dense = self.places.dense(self.values)
+        else:
+            dense = recorded_matrix(self.places.dense, self.values, self.records)
+        self.handed_out.watch(dense)
+        return dense
 
     @property
     def mask(self) -> Tensor:
