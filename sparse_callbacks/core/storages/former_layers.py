@@ -24,7 +24,7 @@ class FormerLinear(nn.Linear):
         self._refuse("calls")
 
     @property
-    def weight(self) -> Any:
+    def weight(self) -> Any:  # type: ignore[override]
         """Refused; the dense Parameter is in ``_parameters`` still."""
         self._refuse("reads the weight of")
 
