@@ -23,8 +23,6 @@ import torch
 from real_speed_parts import accuracy, layers, memory, page, peers, report, steps, updates
 from real_speed_parts.networks import NETWORKS, OPTIMIZERS, STORAGES
 
-SPARSITIES = (0.8, 0.9, 0.95, 0.98)
-
 
 def measured(part: str, chosen: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of a part, printed while they come."""
@@ -50,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=[*report.PARTS, "page"], default=list(report.BY_ITSELF))
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--sparsities", nargs="+", type=float, default=list(SPARSITIES))
+    parser.add_argument("--sparsities", nargs="+", type=float, default=list(steps.SPARSITIES))
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     parser.add_argument("--storages", nargs="+", choices=STORAGES, default=list(STORAGES))
     parser.add_argument("--widths", nargs="+", type=int, default=list(updates.WIDTHS), help="of the part `updates`")

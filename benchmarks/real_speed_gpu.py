@@ -145,6 +145,19 @@ def masked_table(chosen: argparse.Namespace) -> str:
     return "\n".join([*lines, *masked_rows(chosen)])
 
 
+def why_not(device: str) -> str:
+    """Why nothing can be measured on a device; empty where it can be."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # a build of torch without the device raises the second
+        first = str(error).splitlines()[0]
+        return (
+            f"--device {device} cannot be used here ({first}). Run this on a machine with a GPU and its driver, or give "
+            "--device cpu --eager for a trial"
+        )
+    return ""
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
@@ -155,6 +168,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--eager", action="store_true", help="do not compile the layers of the first table")
     parser.add_argument("--out", type=Path, default=RESULTS)
     chosen = parser.parse_args(arguments)
+    if why := why_not(chosen.device):
+        parser.error(why)
     torch.manual_seed(0)
     name = platform.processor() if chosen.device == "cpu" else torch.get_device_module(chosen.device).get_device_name()
     text = (

@@ -5,6 +5,10 @@
 
 No dense matrix is ever made: a hidden layer of a million neurons would have 10^12 entries. One step of SGD with momentum and
 one update of SET are taken under a Trainer, and the peak of the process's memory is printed (Linux).
+
+Steps and updates take one layer after the other, and what they need in passing is about as much as all that a layer holds. So few
+layers are the worst case: with a million neurons a layer, 64 bytes a live weight in a network of one hidden layer, 40 in one of
+four, 29 in one of a hundred.
 """
 
 # ruff: noqa: E402

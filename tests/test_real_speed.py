@@ -160,6 +160,38 @@ def test_goals_are_of_the_mean_over_optimizers_and_what_misses_them_is_named(par
     assert "| 4 x 2048, batch 128: grouped | 0.25 | 0.30 | **missed** |" in text
 
 
+def test_cells_that_were_not_measured_are_named(parts: Any) -> None:
+    rows = [
+        {**row("sparse", 0.5, optimizer), "network": network, "sparsity": sparsity}
+        for network in parts.steps.NETWORKS
+        for sparsity in parts.steps.SPARSITIES
+        for optimizer in parts.steps.OPTIMIZERS
+    ]
+    assert parts.steps.not_measured(rows) == ""
+    rows = [r for r in rows if (r["network"], r["sparsity"]) != ("mlp-4096", 0.8)]
+    rows = [r for r in rows if (r["network"], r["sparsity"], r["optimizer"]) != ("mlp-2048", 0.9, "sgd")]
+    words = "Not measured: 4 x 2048, batch 128 at 0.9 under sgd; 4 x 4096, batch 128 at 0.8."
+    assert parts.steps.not_measured(rows) == words
+    figures = {"steps": {"sources": ["`command`"], "rows": rows}}
+    assert words in parts.page.steps_block(figures)
+    assert words in parts.report.text(figures)
+
+
+def test_parts_that_need_more_than_a_command_say_why_they_were_not_run(parts: Any) -> None:
+    text = parts.report.text({})
+    assert "Not run: no checkout of that code" in text
+    assert text.count("Not run") == len(parts.report.PARTS)
+
+
+def test_a_gpu_that_is_not_there_is_refused_in_a_sentence(parts: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    import real_speed_gpu
+
+    assert real_speed_gpu.why_not("cpu") == ""
+    with pytest.raises(SystemExit):
+        real_speed_gpu.main(["--device", "xpu"])
+    assert "--device xpu cannot be used here" in capsys.readouterr().err
+
+
 def test_auto_is_held_to_the_better_of_masked_and_sparse(parts: Any) -> None:
     rows = [row("masked", 1, ms=10), row("sparse", 1, ms=5), row("auto", 1, ms=5.4)]
     rows += [row("masked", 1, "adamw", 5), row("sparse", 1, "adamw", 10), row("auto", 1, "adamw", 5.6)]

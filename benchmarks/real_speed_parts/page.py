@@ -71,7 +71,9 @@ def steps_block(figures: Figures) -> str:
         of = [by for (n, _, s), by in cells.items() if (n, s) == (network, sparsity)]
         found = [f"{sum(by[storage]['ratio'][1] for by in of) / len(of):.2f}" for storage in storages]
         lines.append(f"| {NETWORKS[network].title} | {sparsity:g} | {' | '.join(found)} |")
-    return "\n".join([*lines, "", f"Means over SGD and AdamW. {source(figures, 'steps')}"])
+    missing = steps.not_measured(figures["steps"]["rows"])
+    words = " ".join(filter(None, ["Means over SGD and AdamW.", missing, source(figures, "steps")]))
+    return "\n".join([*lines, "", words])
 
 
 def updates_block(figures: Figures) -> str:

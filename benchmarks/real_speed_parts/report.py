@@ -18,12 +18,12 @@ Rows = list[dict[str, Any]]
 
 
 def both(*tables: Callable[[Rows], str]) -> Callable[[Rows], str]:
-    return lambda rows: "\n\n".join(table(rows) for table in tables)
+    return lambda rows: "\n\n".join(text for table in tables if (text := table(rows)))
 
 
 # the heading of each part, what its figures are, and what makes text of its rows
 PARTS: dict[str, tuple[str, str, Callable[[Rows], str]]] = {
-    "steps": ("Whole Lightning steps", steps.ABOUT, both(steps.table, steps.goals)),
+    "steps": ("Whole Lightning steps", steps.ABOUT, both(steps.table, steps.not_measured, steps.goals)),
     "updates": ("Updates", updates.ABOUT, both(updates.table, updates.goals)),
     "set_mlp": ("SET-MLP", peers.ABOUT, peers.set_mlp_table),
     "accuracy": ("Accuracy at equal epochs", accuracy.ABOUT, accuracy.table),
@@ -31,6 +31,13 @@ PARTS: dict[str, tuple[str, str, Callable[[Rows], str]]] = {
     "differences": ("Masked and sparse in float32", memory.ABOUT_DIFFERENCES, memory.differences_table),
     "largest": ("The largest network", memory.ABOUT_LARGEST, memory.largest_table),
     "layers": ("One layer over density and width", layers.ABOUT, layers.table),
+}
+# why a part has no figures
+NOT_RUN = {
+    "set_mlp": "Not run: no checkout of that code was at hand where the other figures were measured, and this package holds no "
+    "copy of it. With one, `python benchmarks/real_speed.py --parts set_mlp --set-mlp FOLDER` writes the table.",
+    "accuracy": "Not run: it needs the data sets, in the folder that `--data FOLDER` names.",
+    "largest": "Not run: it needs up to 20 GiB of memory, and is asked for with `--parts largest`.",
 }
 BY_ITSELF = ("steps", "updates", "memory", "differences", "layers")  # parts that need neither files nor much memory
 KEYS = {
@@ -111,5 +118,5 @@ def text(figures: Figures) -> str:
         if part in figures:
             found.append(f"## {heading}\n\n{about}\n\n{table(figures[part]['rows'])}\n\n{source(figures, part)}\n")
         else:
-            found.append(f"## {heading}\n\n{about}\n\nNot run.\n")
+            found.append(f"## {heading}\n\n{about}\n\n{NOT_RUN.get(part, 'Not run.')}\n")
     return "\n".join(found)

@@ -6,11 +6,12 @@ from typing import Any
 
 from interleaved_runs import Run, lightning_run
 
-from real_speed_parts.networks import NETWORKS, Network, TrainedNet, quartiles, rounds_of
+from real_speed_parts.networks import NETWORKS, OPTIMIZERS, Network, TrainedNet, quartiles, rounds_of
 from real_speed_parts.peers import PEER, peer_net
 from sparse_callbacks import RigL
 
 WARM_UP = 2
+SPARSITIES = (0.8, 0.9, 0.95, 0.98)
 ABOUT = (
     "RigL under a Trainer beside the same Trainer without a callback (`dense`); every layer but the head of ten classes has the "
     "same sparsity. Ordinary steps: an update is in another table. SGD has momentum 0.9, both optimizers torch's defaults. Grouped: "
@@ -88,6 +89,18 @@ def table(rows: list[Row]) -> str:
                 found.append("")
         lines.append(f"| {' | '.join(found)} |")
     return "\n".join(lines)
+
+
+def not_measured(rows: list[Row]) -> str:
+    """The networks and sparsities that the figures lack, as a sentence; empty where they are whole."""
+    cells, missing = keyed(rows), []
+    for name, network in NETWORKS.items():
+        for sparsity in SPARSITIES:
+            lacking = [optimizer for optimizer in OPTIMIZERS if (name, optimizer, sparsity) not in cells]
+            if lacking:
+                under = "" if len(lacking) == len(OPTIMIZERS) else f" under {' and '.join(lacking)}"
+                missing.append(f"{network.title} at {sparsity:g}{under}")
+    return f"Not measured: {'; '.join(missing)}." if missing else ""
 
 
 def goals(rows: list[Row]) -> str:

@@ -20,6 +20,7 @@ from sparse_callbacks.core.gradients import DenseGradients
 from sparse_callbacks.core.host import Host
 from sparse_callbacks.core.live.live_records import put_back_records
 from sparse_callbacks.core.live.live_runs import note_places, refuse_matrix_optimizers
+from sparse_callbacks.core.live.lost_writes import LostWrites
 from sparse_callbacks.core.live.uncompiled import leave_abandoned_runs
 from sparse_callbacks.core.loop_steps import next_tick
 from sparse_callbacks.core.method import Method
@@ -64,7 +65,7 @@ class Engine:
         """Warns of what goes wrong in the run."""
         self.recorder: RunRecorder | None = None
         """Keeps the record of the run, where somebody wants one."""
-        self._silence = SilenceWarning(self.method)
+        self._silence, self._lost_writes = SilenceWarning(self.method), LostWrites(self.method)
         self._seen: set[int] = set()  # optimizers of this run that have taken a step
         self._begins_anew = False  # the weights of a new run are not written yet
         self._release()
@@ -104,7 +105,7 @@ class Engine:
         self.end_window()  # of a run whose end nobody has announced
         leave_abandoned_runs()
         self.skipped, self.restart_wanted = 0, False
-        self._seen = set()
+        self._seen, self._lost_writes = set(), LostWrites(method)
         self.doctor.forget()
         beginning = RunBeginning(method, model, entries, optimizers)
         if beginning.is_new:
@@ -209,6 +210,7 @@ class Engine:
         if method.attachment.in_training:  # a last pruning, which no step has followed
             mask_averages(method.owners.optimizers, method.weights)
         self.doctor.end()
+        self._lost_writes.look()
         self._hold.end_run()
         dense = self._care.dense
         self._release()
@@ -249,6 +251,7 @@ class Engine:
         """
         method = self.method
         index = method.owners.index(optimizer)
+        self._lost_writes.look()
         last = self._steps.get(index)
         if last is not None and last.tick == tick:
             raise ValueError(torch_optimizers.second_gradient(type(optimizer).__name__))
@@ -462,6 +465,6 @@ class Engine:
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         vars(self).update(state)
         self.recorder, self.doctor = None, Doctor(self.method, self._warned)
-        self._silence = SilenceWarning(self.method)
+        self._silence, self._lost_writes = SilenceWarning(self.method), LostWrites(self.method)
         self._seen, self._begins_anew = set(), False
         self._release()

@@ -1,6 +1,6 @@
 """What a run of a method may have saved for a model: counts of masks, and tensors of its own."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import singledispatch
@@ -152,11 +152,12 @@ def _why_other_patterns(saved: SavedRun, shapes: Mapping[str, tuple[int, ...]]) 
         return f"it has records of {shown_short(foreign[0])}, and no pattern"
     for name, pattern in saved.patterns.items():
         try:
-            keys, units, _ = units_of(pattern, shapes[name])
+            keys, units, group = units_of(pattern, shapes[name])
         except ValueError as error:
             return f"of the live weights of {name}, {error}"
-        records = [tensor for tensors in saved.records.get(name, ()) for tensor in tensors]
-        if [t.shape[0] for t in records] != [n for _ in records[::2] for n in reversed(shapes[name])]:
+        if not all(
+            _are_records(tensors, shapes[name], keys.numel() * group) for tensors in saved.records.get(name, ())
+        ):
             return (
                 f"its records of {name} are not of a layer with {shapes[name][1]} inputs and {shapes[name][0]} outputs"
             )
@@ -164,6 +165,13 @@ def _why_other_patterns(saved: SavedRun, shapes: Mapping[str, tuple[int, ...]]) 
         if former is not None and (why := why_not_former(former, keys, units)):
             return f"its once_active/{name} {why}"
     return ""
+
+
+def _are_records(tensors: Sequence[Tensor], shape: tuple[int, ...], live: int) -> bool:
+    """Whether they are inputs and output gradients of a layer in turn, and perhaps at the end a gradient of live values."""
+    pairs = len(tensors) // 2
+    expected = [*(n for _ in range(pairs) for n in reversed(shape)), *([1] if len(tensors) % 2 else [])]
+    return [t.shape[0] for t in tensors] == expected and (len(tensors) % 2 == 0 or tensors[-1].shape[1] == live)
 
 
 def _why_other_counts(

@@ -138,8 +138,9 @@ class Step:
         count: int,
         candidates: int | None = None,
         source: torch.Generator | None = None,
-    ) -> Tensor:
-        """Keys of the units of an exchanged layer with the largest gradients over all ranks, ascending.
+    ) -> Tensor | None:
+        """Keys of the units of an exchanged layer with the largest gradients over all ranks, ascending; None where the layer
+        has no gradient, or one of which no pass is known that it comes from.
 
         Args:
             name: the name of the layer's weight.
@@ -148,7 +149,8 @@ class Step:
             candidates: among how many that are drawn at random, of a grouped layer in each block; None: among all.
             source: the generator of that draw; None without one.
         """
-        return largest_in_layer(self._weights.layers_stored[name], kept, count, candidates, source)
+        gradient, layer = self.gradient(name), self._weights.layers_stored[name]
+        return None if gradient is None else largest_in_layer(layer, gradient, kept, count, candidates, source)
 
     def mask_gradients(self) -> None:
         """Zero the gradients of pruned weights, unless nobody reads them before the step: then masking the weights

@@ -1,6 +1,6 @@
 """Masks of a model's sparse parameters, and the one place where parameter values are written."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core.dense_copy import DenseCopy, undone
 from sparse_callbacks.core.live.live_masks import MasksOnDemand
-from sparse_callbacks.core.live.live_records import Record
 from sparse_callbacks.core.local_parts import LocalPart, follow
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.shards import layout_of
+from sparse_callbacks.core.sparse_layers.product_records import Records
 from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 
 # integers of as many bytes as a float has: a bitwise `and` with all ones or all zeros masks whatever the float is, inf and
@@ -52,7 +52,7 @@ class SparseWeights:
         self.layers_stored = dict(layers or {})
         """Exchanged layers by the name of their weight. They hold live values alone, so nothing is masked in them."""
         self._held: dict[str, Tensor] = {}
-        self.left_records: dict[str, list[Record]] = {}
+        self.left_records: dict[str, Records] = {}
         """What exchanged layers had recorded in the window that was open when the run ended, by name."""
         self.last_places: dict[str, int] = {}
         """Checksums of the places that a run has left in exchanged layers, by name."""
@@ -112,14 +112,14 @@ class SparseWeights:
         return self._held
 
     @property
-    def records(self) -> Mapping[str, Sequence[Record]]:
+    def records(self) -> Mapping[str, Records]:
         """What exchanged layers have recorded in a window that is open, or was when the run ended; of each that records."""
-        now = {name: layer.records for name, layer in self.layers_stored.items() if layer.records is not None}
+        now = {n: layer.records for n, layer in self.layers_stored.items() if isinstance(layer.records, Records)}
         return now or self.left_records
 
     def keep_records(self) -> None:
         """The run is over: a checkpoint that is written now has the :attr:`records` of its open window all the same."""
-        self.left_records = {name: list(records) for name, records in self.records.items()}
+        self.left_records = {name: records.copied() for name, records in self.records.items()}
 
     def set_mask(self, name: str, mask: Tensor) -> None:
         """Take ``mask`` (bool, shape of the parameter); :meth:`write_masked` brings it into the values."""

@@ -182,10 +182,19 @@ class RigL(ReplacesSteps, DropAndGrow):
 
 @grown_units.register
 def _(method: RigL, step: Step, name: str, kept: Tensor, count: int) -> Tensor | None:
-    if step.gradient(name) is None:
+    gradient = step.gradient(name)
+    if gradient is None:
         return None
     if method.candidates is None:
-        return step.largest_units(name, kept, count)
-    layer = method.weights.layers_stored[name]
-    drawn = candidate_count(method.candidates, active_units(layer), count, free_units(layer, kept))
-    return step.largest_units(name, kept, count, drawn, method.generator(name, step.number))
+        new = step.largest_units(name, kept, count)
+    else:
+        layer = method.weights.layers_stored[name]
+        drawn = candidate_count(method.candidates, active_units(layer), count, free_units(layer, kept))
+        new = step.largest_units(name, kept, count, drawn, method.generator(name, step.number))
+    if new is None and bool(gradient.any()):
+        method.host.warn(
+            f"RigL has left the places of {name} as they are: its live values have a gradient, and no backward pass through the "
+            "layer since the last step has made it, so that gradients of pruned weights are not known. Call the layer between "
+            f"two steps and let backward() make the gradient, or leave it masked, storage={{{name!r}: 'masked', '*': 'sparse'}}."
+        )
+    return new

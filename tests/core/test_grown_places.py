@@ -14,6 +14,7 @@ from sparse_callbacks.core.sparse_layers.best_units import Best
 from sparse_callbacks.core.sparse_layers.drawn_places import drawn_units
 from sparse_callbacks.core.sparse_layers.grown_places import candidate_units, largest_units
 from sparse_callbacks.core.sparse_layers.moved_places import merged, surviving_units
+from sparse_callbacks.core.sparse_layers.unit_gradients import UnitGradients
 
 Records = list[tuple[Tensor, Tensor]]
 
@@ -227,3 +228,30 @@ def test_each_group_grows_among_candidates_of_its_own(group: int) -> None:
 def test_more_cannot_grow_than_there_are_candidates() -> None:
     with pytest.raises(ValueError, match="count=5"):
         candidate_units([], (4, 5), 1, torch.arange(3), 5, 4, generator(0, 0, ""), dtype=torch.float32)
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("per_block", [False, True])
+def test_a_gradient_of_single_units_is_a_part_of_the_dense_one(group: int, per_block: bool) -> None:
+    records, units = some_records(20, 30), 20 // group * 30
+    live = torch.rand(units, generator=torch.Generator().manual_seed(1)).argsort()[: units // 4].sort().values
+    extra = whole_numbers(len(live), group, seed=2) * 50
+    direct = UnitGradients(live, extra, 30)
+    dense = torch.zeros(units, group).index_copy_(0, live, extra).view(-1, 30, group).transpose(1, 2).reshape(20, 30)
+    x = torch.cat([x for x, _ in records] + [torch.eye(30)], 1)
+    dy = torch.cat([dy for _, dy in records] + [dense], 1)
+    none = torch.arange(0)
+    given = {"dtype": torch.float32, "per_block": per_block}
+    expected = largest_units([(x, dy)], (20, 30), group, none, 9, **given)
+    assert torch.equal(largest_units(records, (20, 30), group, none, 9, direct=direct, **given), expected)
+    assert not torch.equal(largest_units(records, (20, 30), group, none, 9, **given), expected)
+
+    def among(records: Records, direct: UnitGradients | None) -> torch.Tensor:
+        drawn = 25 if per_block else 140
+        source = generator(0, 0, "")
+        return candidate_units(records, (20, 30), group, none, 9, drawn, source, direct=direct, **given)
+
+    if group == 1 or per_block:
+        assert torch.equal(among(records, direct), among([(x, dy)], None))
+        assert not torch.equal(among(records, None), among([(x, dy)], None))

@@ -321,3 +321,26 @@ def test_what_would_compute_its_weight_from_others_is_refused_in_words(name: str
             layer(torch.randn(5, 10, dtype=torch.float64))
     else:
         assert layer(torch.randn(5, 10, dtype=torch.float64)).shape == (5, 12)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_batch_of_another_type_is_refused_where_a_dense_layer_refuses_it(
+    storage: str, kind: torch.dtype, autocast: bool
+) -> None:
+    linear, layer = (module.float() for module in twins(storage))
+    for x in (torch.ones(3, 10, dtype=kind), torch.ones(200, 10, dtype=kind)):
+        with torch.autocast("cpu", enabled=autocast):
+            try:
+                linear(x)
+            except RuntimeError:
+                with pytest.raises(RuntimeError):
+                    layer(x)
+            else:
+                layer(x)
+
+
+def test_the_refusal_names_both_types() -> None:
+    with pytest.raises(RuntimeError, match="holds float32 and was given a batch of float64"):
+        SparseLinear.random(8, 8, 2, dtype=torch.float32)(torch.ones(2, 8, dtype=torch.float64))

@@ -1,40 +1,13 @@
 """What an update of RigL sees of an accumulation window: exactly the gradient that the step would have been taken with."""
 
 import copy
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from support.exchanged_loops import HEAD, MOVING, batches, exchange, first_masks, loss_of, net
+from support.exchanged_loops import HEAD, MOVING, batches, both, exchange, first_masks, loss_of, net
 from torch import Tensor, nn
 
 from sparse_callbacks import RigL, SparseRun, sparsify
-
-Loop = Callable[[nn.Module, torch.optim.Optimizer, SparseRun], None]
-
-
-def both(
-    loop: Loop, make: Callable[[], nn.Module] = net, masks: dict[str, Tensor] | None = None, **changes: Any
-) -> list[SparseRun]:
-    """The loop under masked storage and with exchanged layers, which end with the same masks."""
-    runs, seen = list[SparseRun](), list[dict[str, Tensor]]()
-    masks = first_masks(make()) if masks is None else masks
-    for sparse in (False, True):
-        start: Any = 0.8 if sparse else None
-        more = {} if sparse else {"initial_mask": {n: m.double() for n, m in masks.items()}}
-        model = exchange(make(), masks) if sparse else make()
-        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-        run = sparsify(RigL(start, **MOVING | more | changes), model, optimizer, steps=100)
-        loop(model, optimizer, run)
-        runs.append(run)
-        seen.append({n: m.clone() for n, m in run.masks.items()})
-    assert runs[0].updates == runs[1].updates > 0
-    assert (runs[0].step, runs[0].figures()) == (runs[1].step, runs[1].figures())
-    for name, mask in seen[0].items():
-        assert torch.equal(mask, seen[1][name]), name
-        assert not torch.equal(mask, masks[name]), name
-    return runs
 
 
 @pytest.mark.parametrize("to_none", [True, False])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks import SparseLinear, SparseRun, SparsityCallback, exchange_layers, sparsify
+from sparse_callbacks import RigL, SparseLinear, SparseRun, SparsityCallback, exchange_layers, sparsify
 from sparse_callbacks.core.randomness import generator
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -27,6 +27,7 @@ ALL_ELEMENTWISE = OPTIMIZERS | {
     "rprop": lambda p: torch.optim.Rprop(p, 1e-3),
 }
 HEAD = "4.weight"  # dense
+Loop = Callable[[nn.Module, torch.optim.Optimizer, SparseRun], None]
 MOVING = {
     "distribution": "uniform",
     "every": 2,
@@ -123,3 +124,38 @@ def history(
         if len(found) == updates:
             return found, run
     raise AssertionError(f"{len(found)} updates")
+
+
+def both(
+    loop: Loop,
+    make: Callable[[], nn.Module] = net,
+    masks: dict[str, Tensor] | None = None,
+    grouped: dict[str, Any] | None = None,
+    **changes: Any,
+) -> list[SparseRun]:
+    """RigL in the loop under masked storage and with exchanged layers, which end with the same masks.
+
+    Args:
+        loop: the loop, which takes model, optimizer and run.
+        make: makes the model.
+        masks: the first masks; random ones where it is None.
+        grouped: storage and group of the exchanged layers; None for "sparse".
+        **changes: arguments of RigL.
+    """
+    runs, seen = list[SparseRun](), list[dict[str, Tensor]]()
+    masks = first_masks(make()) if masks is None else masks
+    for sparse in (False, True):
+        start: Any = 0.8 if sparse else None
+        more = {} if sparse else {"initial_mask": {n: m.double() for n, m in masks.items()}}
+        model = exchange(make(), masks, **grouped or {}) if sparse else make()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        run = sparsify(RigL(start, **MOVING | more | changes), model, optimizer, steps=100)
+        loop(model, optimizer, run)
+        runs.append(run)
+        seen.append({n: m.clone() for n, m in run.masks.items()})
+    assert runs[0].updates == runs[1].updates > 0
+    assert (runs[0].step, runs[0].figures()) == (runs[1].step, runs[1].figures())
+    for name, mask in seen[0].items():
+        assert torch.equal(mask, seen[1][name]), name
+        assert not torch.equal(mask, masks[name]), name
+    return runs

@@ -48,7 +48,7 @@ class FirstSignals:
         if not self._calls:
             output.register_hook(_BackwardComes(self))
         self._calls.append(LayerCall.of(name, args[0], output))
-        self._spreads.append((name, _spread(args[0])))
+        self._spreads.append((name, spread(args[0])))
 
     def backward_comes(self) -> None:
         """The backward pass has begun: what is called from here on is of another pass."""
@@ -123,7 +123,17 @@ def _take_away(handles: Sequence[Any]) -> None:
 
 
 @torch.no_grad()
-def _spread(x: Tensor) -> Tensor:
-    """The root of the mean variance over samples, on the device of ``x``; NaN of a single sample."""
-    rows = x.detach().float().flatten(1)
-    return rows.var(0).mean().sqrt() if rows.shape[0] > 1 else rows.new_full((), float("nan"))
+def spread(x: Tensor) -> Tensor:
+    """The root of the mean variance over samples, on the device of ``x``; NaN where inputs are no signals of several samples:
+    of a single sample, with or without a dimension of it, of no features, and of numbers that are not floating-point, which
+    are names of things rather than amounts."""
+    if (
+        x.ndim < 2
+        or x.shape[0] < 2
+        or not x.numel()
+        or not x.is_floating_point()
+        or x.is_nested
+        or x.layout != torch.strided
+    ):
+        return torch.full((), float("nan"), device=x.device)
+    return x.detach().float().flatten(1).var(0).mean().sqrt()

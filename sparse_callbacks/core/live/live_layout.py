@@ -35,6 +35,7 @@ def why_not_records(value: Any) -> str:
     for tensors in value:
         if not all(isinstance(t, Tensor) and t.ndim == 2 and t.is_floating_point() for t in tensors):
             return "is not of matrices of floating-point numbers"
-        if [t.shape[1] for t in tensors[::2]] != [t.shape[1] for t in tensors[1::2]]:
+        pairs = tensors[: len(tensors) // 2 * 2]  # one more is the gradient of live values beyond the products
+        if [t.shape[1] for t in pairs[::2]] != [t.shape[1] for t in pairs[1::2]]:
             return "has other numbers of inputs than of output gradients"
     return ""

@@ -1,6 +1,7 @@
 """What exchanged layers record in a window whose update looks at gradients of pruned weights."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet, finalize, ref
 
@@ -9,32 +10,43 @@ from torch import Tensor
 
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core.live.uncompiled import run_uncompiled
+from sparse_callbacks.core.sparse_layers.product_records import Records
 from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 
 Record = tuple[Tensor, Tensor]
 """Inputs ``[in, n]`` and output gradients ``[out, n]`` of one pass through a layer."""
 SavedRecords = Mapping[str, list[list[Tensor]]]
-"""By parameter name, for each rank inputs and output gradients in turn."""
+"""By parameter name, for each rank inputs and output gradients in turn. A last one without partner is the gradient ``[1, live]``
+that reached the live values otherwise."""
 
 
-class WindowRecords(list[Record]):
+class WindowRecords(Records):
     """The records of one layer in an accumulation window: those that its gradient is made of.
 
     A backward pass that begins where the gradient was set to None or to zero begins the window anew, however often the pass
-    goes through the layer.
+    goes through the layer. A pass that adds nothing to the gradient, as ``torch.autograd.grad`` makes it, does not count,
+    unless its gradient is what somebody has set as the gradient of the values.
 
     Args:
         layer: the layer.
-        begun: records of the window before it was interrupted, of which the gradient is made as it is.
     """
 
-    def __init__(self, layer: SparseLinear, begun: Iterable[Record] = ()) -> None:
-        super().__init__(begun)
+    def __init__(self, layer: SparseLinear) -> None:
+        super().__init__()
         self._values = layer.values
-        self._within_pass = False
+        self._passes: dict[int, _Pass] = {}
         self._note_gradient()
-        values: Any = self._values  # the hook has no types in torch
-        self._handle = values.register_post_accumulate_grad_hook(_PassOver(self))
+        values: Any = self._values  # the second hook has no types in torch
+        trained = values.requires_grad
+        values.requires_grad_(
+            True
+        )  # torch hangs no hook on a layer that is frozen, and it may be thawed within the window
+        hooks = _HooksOfPass(self)
+        self._handles = [
+            values.register_hook(hooks.comes),
+            values.register_post_accumulate_grad_hook(hooks.over),
+        ]
+        values.requires_grad_(trained)
         self._leave = run_uncompiled(self)
 
     def append(self, record: Record) -> None:
@@ -43,16 +55,65 @@ class WindowRecords(list[Record]):
 
     def extend(self, records: Iterable[Record]) -> None:
         """A backward pass has gone through the layer, in several pieces."""
-        if not self._within_pass:
-            self._within_pass = True
-            if not self._gradient_goes_on():
-                self.clear()
-        super().extend(records)
+        self._pass().pairs.extend(records)
+
+    def reached(self, grad: Tensor) -> None:
+        now = self._pass()
+        # in the order of the engine, which adds them up too: where nothing else reaches the values both sums are one
+        now.through = grad if now.through is None else now.through + grad
+
+    def gradient_comes(self, grad: Tensor) -> None:
+        """The whole gradient of a backward pass is about to be added to that of the values."""
+        now = self._pass()
+        now.total, now.goes_on = grad.detach().clone(), self._gradient_goes_on()  # torch may add the next one in place
+        now.direct = now.total if now.through is None else now.total - now.through
 
     def pass_over(self) -> None:
         """The backward pass has added to the gradient, which it does once, after it has gone through the layer."""
-        self._within_pass = False
+        now = self._passes.pop(_running_pass(), None)
+        if now is not None:
+            if not now.goes_on:
+                self._forget()
+            self._take(now)
         self._note_gradient()
+
+    def find_pass_of(self, gradient: Tensor) -> None:
+        """Somebody has set this gradient of the values: take the records of the pass that has found it, if there is one."""
+        found = [p for p in self._passes.values() if p.total is not None and torch.equal(p.total, gradient)]
+        if found and not self and self.direct is None:
+            self._take(found[-1])
+
+    def put_back(self, records: Iterable[Record], direct: Tensor | None) -> None:
+        """Go on from the records of a window that was open when they were saved."""
+        super().extend(records)
+        self._add_direct(direct)
+
+    def clear(self) -> None:
+        self._forget()
+        self._passes.clear()
+
+    def end(self) -> None:
+        """Nothing is recorded any more."""
+        for handle in self._handles:
+            handle.remove()
+        self._leave()
+        self.clear()
+
+    def _pass(self) -> "_Pass":
+        """What is known of the backward pass that runs now; within it another one may, for a checkpoint."""
+        return self._passes.setdefault(_running_pass(), _Pass())
+
+    def _take(self, one: "_Pass") -> None:
+        super().extend(one.pairs)
+        self._add_direct(one.direct)
+
+    def _add_direct(self, gradient: Tensor | None) -> None:
+        if gradient is not None and bool(gradient.any()):
+            self.direct = gradient if self.direct is None else self.direct + gradient
+
+    def _forget(self) -> None:
+        super().clear()
+        self.direct = None
 
     def _note_gradient(self) -> None:
         gradient = self._values.grad
@@ -67,24 +128,47 @@ class WindowRecords(list[Record]):
         # somebody may have written to it since, such as the reduction over ranks
         return (known() is gradient and gradient._version == version) or bool(gradient.any())
 
-    def end(self) -> None:
-        """Nothing is recorded any more."""
-        self._handle.remove()
-        self._leave()
-        self.clear()
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         return type(None), ()  # a copy of the layer records nothing
 
 
-class _PassOver:
+@dataclass
+class _Pass:
+    """One backward pass through a layer.
+
+    Attributes:
+        pairs: what it has recorded.
+        through: the gradient that it has brought to the values through products and dense copies of the weight.
+        total: all that it brings to them.
+        direct: what it brings to them beside that.
+        goes_on: whether it adds to a gradient that is there.
+    """
+
+    pairs: list[Record] = field(default_factory=list)
+    through: Tensor | None = None
+    total: Tensor | None = None
+    direct: Tensor | None = None
+    goes_on: bool = True
+
+
+def _running_pass() -> int:
+    return torch._C._current_graph_task_id()
+
+
+class _HooksOfPass:
     """Tells records of the end of a backward pass. It holds them weakly: torch keeps such hooks where Python's collector of
     garbage does not see them."""
 
     def __init__(self, records: WindowRecords) -> None:
         self._records = ref(records)
 
-    def __call__(self, _: Tensor) -> None:
+    def comes(self, grad: Tensor) -> None:
+        """The gradient is about to be added to the one that is there."""
+        if (records := self._records()) is not None:
+            records.gradient_comes(grad)
+
+    def over(self, _: Tensor) -> None:
+        """It was added."""
         if (records := self._records()) is not None:
             records.pass_over()
 
@@ -101,10 +185,10 @@ class Recorder:
         finalize(self, end_records, self._layers).atexit = False
 
     def record(self, layer: SparseLinear, wanted: bool) -> None:
-        """Switch the records of a layer on or off; those that are on go on. One that is frozen meanwhile has none."""
+        """Switch the records of a layer on or off; those that are on go on. One that is frozen may be thawed in time."""
         if not wanted:
             end_records([layer])
-        elif layer.records is None and layer.values.requires_grad:
+        elif layer.records is None:
             layer.records = WindowRecords(layer)
             self._layers.add(layer)
 
@@ -140,17 +224,23 @@ def are_finite(layers: Iterable[SparseLinear]) -> bool:
     return not bool(failed)
 
 
-def saved_records(open_records: Mapping[str, Sequence[Record]]) -> SavedRecords:
+def saved_records(open_records: Mapping[str, Records]) -> SavedRecords:
     """Copies of the records of this process in a window that is open, by parameter name.
 
     Args:
         open_records: the records of each layer that has a window of them.
     """
-    found = {name: records for name, records in open_records.items() if records}
-    return {name: [[tensor.clone() for pair in records for tensor in pair]] for name, records in found.items()}
+    found = {name: _tensors_of(records) for name, records in open_records.items()}
+    return {name: [[tensor.clone() for tensor in tensors]] for name, tensors in found.items() if tensors}
 
 
-def gathered_records(open_records: Mapping[str, Sequence[Record]]) -> SavedRecords:
+def _tensors_of(records: Records) -> list[Tensor]:
+    """Inputs and output gradients in turn, and at the end what has reached the live values otherwise, ``[1, live]``."""
+    tensors = [tensor for pair in records for tensor in pair]
+    return tensors if records.direct is None else [*tensors, records.direct.reshape(1, -1)]
+
+
+def gathered_records(open_records: Mapping[str, Records]) -> SavedRecords:
     """:func:`saved_records` of all ranks, on rank 0; all of them must call it together."""
     mine = saved_records(open_records)
     if distributed.world_size() == 1:
@@ -173,10 +263,11 @@ def put_back_records(layers: Mapping[str, SparseLinear], saved: SavedRecords) ->
     """
     for name, layer in layers.items():
         lists = saved.get(name, [])
-        if not lists or layer.records is None:
+        if not lists or not isinstance(layer.records, WindowRecords):
             continue
         alone = len(lists) == distributed.world_size()
         chosen, share = ([lists[distributed.rank()]], 1.0) if alone else (lists, 1 / len(lists))
         for tensors in chosen:
             moved = [tensor.to(layer.values.device) for tensor in tensors]
-            list.extend(layer.records, ((x, dy * share) for x, dy in zip(moved[::2], moved[1::2], strict=True)))
+            direct = share * moved.pop().view(layer.values.shape) if len(moved) % 2 else None
+            layer.records.put_back(((x, dy * share) for x, dy in zip(moved[::2], moved[1::2], strict=True)), direct)

@@ -13,6 +13,7 @@ from sparse_callbacks.core.sparse_layers.drawn_places import drawn_units, refuse
 from sparse_callbacks.core.sparse_layers.moved_places import BELOW_ZERO, largest_ranked
 from sparse_callbacks.core.sparse_layers.quick_places import true_places
 from sparse_callbacks.core.sparse_layers.sparse_kernels import add_sampled
+from sparse_callbacks.core.sparse_layers.unit_gradients import UnitGradients
 
 LOOKED_AT = 2**20  # entries of a row block of the dense gradient, which stay in a core's cache
 ENTRIES = 2**22  # of one that is summed over processes: fewer and larger messages
@@ -33,6 +34,7 @@ def largest_units(
     dtype: torch.dtype,
     per_block: bool = False,
     reduce: Reduce | None = None,
+    direct: UnitGradients | None = None,
 ) -> Tensor:
     """Ascending keys of the `count` units with the largest dense gradient outside of those that are kept.
 
@@ -47,6 +49,7 @@ def largest_units(
         dtype: the type of the gradient.
         per_block: whether each block gets its own `count` units.
         reduce: sums a row block of the gradient over processes, and is called as often in each; None for one process.
+        direct: what this process adds to the gradient of single units; None where it adds nothing.
 
     Raises:
         ValueError: `count` is negative or exceeds the units that are free.
@@ -61,10 +64,10 @@ def largest_units(
         best: Best | BestOfBlocks = BestOfBlocks(count)
     else:
         best = Best(count, probable_bound(records, shape, count, dtype, reduce, kept.device))
-    look_at_all(best, records, shape, group, kept, dtype, reduce)
+    look_at_all(best, records, shape, group, kept, dtype, reduce, direct)
     if not best.enough:
         best = Best(count, None)
-        look_at_all(best, records, shape, group, kept, dtype, reduce)
+        look_at_all(best, records, shape, group, kept, dtype, reduce, direct)
     return best.keys()
 
 
@@ -76,6 +79,7 @@ def look_at_all(
     kept: Tensor,
     dtype: torch.dtype,
     reduce: Reduce | None,
+    direct: UnitGradients | None,
 ) -> None:
     """Let ``best`` look at the scores of all units, in row blocks."""
     blocks, inputs = shape[0] // group, shape[1]
@@ -85,12 +89,14 @@ def look_at_all(
     for number, start in enumerate(range(0, blocks, rows)):
         stop = min(start + rows, blocks)
         gradient = buffer[: (stop - start) * group]
-        gradient = row_block(records, slice(start * group, stop * group), gradient, reduce)
+        gradient = row_block(records, slice(start * group, stop * group), gradient, reduce, direct)
         scores = gradient.abs_() if group == 1 else column_sums(gradient, group)
         best.add(scores, kept[ends[number] : ends[number + 1]] - start * inputs, start * inputs)
 
 
-def row_block(records: Records, rows: slice, into: Tensor, reduce: Reduce | None) -> Tensor:
+def row_block(
+    records: Records, rows: slice, into: Tensor, reduce: Reduce | None, direct: UnitGradients | None = None
+) -> Tensor:
     """Some rows of the dense gradient."""
     into.zero_()
     for x, dy in records:
@@ -98,6 +104,8 @@ def row_block(records: Records, rows: slice, into: Tensor, reduce: Reduce | None
             into.addmm_(dy[rows], x.t())
         else:
             into.add_(dy[rows] @ x.t())
+    if direct is not None:
+        direct.add_to(into, rows.start)
     return into if reduce is None else reduce(into)
 
 
@@ -140,11 +148,12 @@ def candidate_units(
     dtype: torch.dtype,
     per_block: bool = False,
     reduce: Reduce | None = None,
+    direct: UnitGradients | None = None,
 ) -> Tensor:
     """Ascending keys of the `count` units with the largest gradient among randomly drawn ones.
 
     Args:
-        records, shape, group, kept, count, dtype, per_block, reduce: as in `largest_units`.
+        records, shape, group, kept, count, dtype, per_block, reduce, direct: as in `largest_units`.
         candidates: the number of units that are drawn outside of those that stay; of each block with ``per_block``.
         source: the generator of the draw.
 
@@ -155,10 +164,13 @@ def candidate_units(
     drawn = drawn_units((blocks, inputs), kept, candidates, source, per_block)
     if not per_block:
         gradient = gradient_of_keys(records, drawn, shape, dtype)
+        gradient = gradient if direct is None else gradient + direct.at(drawn)[:, 0]
         gradient = gradient if reduce is None else reduce(gradient)
         return drawn[true_places(keep_largest(gradient, count))]
     columns = drawn.view(blocks, -1) - torch.arange(blocks, device=drawn.device)[:, None] * inputs
     gradients = gradient_of_columns(records, columns, group, dtype)
+    if direct is not None:
+        gradients += direct.at(drawn).view(blocks, -1, group).transpose(1, 2)
     gradients = gradients if reduce is None else reduce(gradients)
     ranked = block_sums(gradients).nan_to_num_(BELOW_ZERO, torch.inf)
     return drawn[true_places(largest_ranked(ranked, count))]

@@ -6,7 +6,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from sparse_callbacks.core.sparse_layers.handed_out import HandedOut
 from sparse_callbacks.core.sparse_layers.live_places import LivePlaces, RowPlaces, Storage
+from sparse_callbacks.core.sparse_layers.product_records import Pair, recorded_matrix
 from sparse_callbacks.core.sparse_layers.quick_places import mask_below, true_places
 from sparse_callbacks.core.sparse_layers.sparse_state import values_for_weight, written
 
@@ -34,6 +36,8 @@ class LiveWeight(nn.Module):
         self.group = places.group
         self.name = ""
         self.pattern_follows = self.weight_was_read = False
+        self.records: list[Pair] | None = None
+        self.handed_out = HandedOut()
         self.places = places
         self.compact_state = self.is_too_large
         refuse_device(self.storage, values.device)
@@ -82,7 +86,12 @@ class LiveWeight(nn.Module):
             raise AttributeError("a SparseLinear has no weight before its live values are registered")
         self.refuse_dense("weight")
         object.__setattr__(self, "weight_was_read", True)
-        return self.places.dense(self.values)
+        if self.records is None or not torch.is_grad_enabled():
+            dense = self.places.dense(self.values)
+        else:
+            dense = recorded_matrix(self.places.dense, self.values, self.records)
+        self.handed_out.watch(dense)
+        return dense
 
     @property
     def mask(self) -> Tensor:

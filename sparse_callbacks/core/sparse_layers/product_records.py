@@ -1,11 +1,37 @@
 """What a truly sparse layer records for the dense gradient of its weight, which is never made."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]  # x [inputs, batch] and dY [outputs, batch]: dY x' is their part of the dense gradient
+
+
+class Records(list[Pair]):
+    """Pairs of a window, and the gradient that reached the live values otherwise.
+
+    Attributes:
+        direct: What the gradient of the live values has beyond the products, such as that of a penalty on parameters; in
+            their shape, None where there is nothing.
+    """
+
+    direct: Tensor | None = None
+
+    def copied(self) -> "Records":
+        """The same pairs in a list of their own, which records nothing."""
+        copy = Records(self)
+        copy.direct = self.direct
+        return copy
+
+    def reached(self, grad: Tensor) -> None:
+        """The gradient of a call, whose pairs have joined, has reached the live values.
+
+        Args:
+            grad: The gradient, in the shape of the live values.
+        """
 
 
 class CallRecords:
@@ -25,11 +51,17 @@ class CallRecords:
         tapped: Tensor = Tap.apply(values, self)
         return tapped
 
-    def complete(self) -> None:
-        """Let the pairs found since the last time join the records."""
+    def complete(self, grad: Tensor) -> None:
+        """Let the pairs found since the last time join the records.
+
+        Args:
+            grad: The gradient of the live values that they are of.
+        """
         for pairs in self.pairs.values():
             self.records.extend(pairs)
         self.pairs.clear()
+        if isinstance(self.records, Records):
+            self.records.reached(grad.detach())
 
 
 class Tap(torch.autograd.Function):
@@ -42,7 +74,7 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        ctx.call.complete()
+        ctx.call.complete(grad)
         return grad, None
 
 
@@ -65,6 +97,28 @@ class Use(NamedTuple):
         """The use by a product with the transposed weight, in which input and output change places."""
         self.call.uses += 1
         return Use(self.call, self.call.uses, swapped=not self.swapped)
+
+
+def recorded_matrix(matrix: Callable[[Tensor], Tensor], values: Tensor, records: list[Pair]) -> Tensor:
+    """A dense matrix of live values, whose gradient is recorded: it is the dense gradient, or a part of it.
+
+    Args:
+        matrix: Makes the matrix ``[outputs, inputs]`` of live values.
+        values: The live values.
+        records: The records of the layer.
+    """
+    call = CallRecords(records)
+    dense = matrix(call.tapped(values))
+    if dense.requires_grad:
+        dense.register_hook(partial(_take_matrix, Use(call)))  # type: ignore[no-untyped-call]
+    return dense
+
+
+def _take_matrix(use: Use, grad: Tensor) -> None:
+    """Record a dense gradient ``[outputs, inputs]`` as a pair, one of which is the identity; the smaller of the two."""
+    outputs, inputs = grad.shape
+    identity = torch.eye(min(outputs, inputs), dtype=grad.dtype, device=grad.device)
+    use.take([(identity, grad) if inputs <= outputs else (grad.t(), identity)])
 
 
 def of_gradient(use: Use | None) -> Use | None:

@@ -40,6 +40,7 @@ class SparseLinear(LiveWeight):
         records: Where it is a list, each backward pass appends the inputs and output gradients ``[features, batch]``.
         pattern_follows: Whether a dense matrix is loaded though it has weights outside of the live places.
         weight_was_read: Whether somebody has asked for the dense `weight`.
+        handed_out: Watches the dense copies, into which somebody may write.
     """
 
     bias: nn.Parameter | None
@@ -55,7 +56,6 @@ class SparseLinear(LiveWeight):
         """
         super().__init__(places, values)
         self.feature_major = feature_major
-        self.records: list[tuple[Tensor, Tensor]] | None = None
         self.register_parameter("bias", None if bias is None else as_parameter(bias))
 
     @classmethod
@@ -178,18 +178,37 @@ class SparseLinear(LiveWeight):
             use = Use(CallRecords(self.records))
             values = use.call.tapped(values)
         if isinstance(self.places, RowPlaces):
-            y = linear_by_rows(values, bias, self.places.rows, rows.to(values.dtype), use)
+            y = linear_by_rows(values, bias, self.places.rows, self.as_values(rows), use)
         else:
             assert isinstance(self.places, GroupPlaces)
-            kind = x.device.type
-            if torch.is_autocast_enabled(kind):
-                # bmm within a Function is not autocast's business
-                dtype = torch.get_autocast_dtype(kind)
-                values, rows, bias = values.to(dtype), rows.to(dtype), None if bias is None else bias.to(dtype)
+            values, rows, bias = self.autocast(values, rows, bias)
             y = linear_by_groups(values, bias, self.places.groups, rows, use)
         if not self.feature_major:
             y = y.contiguous()
         return y if x.dim() == 2 else y.reshape(*x.shape[:-1], self.out_features)
+
+    def as_values(self, x: Tensor) -> Tensor:
+        """A batch in the type of the values, which autocast alone may change.
+
+        Raises:
+            RuntimeError: It is of another type, as in `nn.Linear`.
+        """
+        dtype: torch.dtype = self.values.dtype
+        if x.dtype == dtype:
+            return x
+        if not is_cast(x, self.values):
+            raise RuntimeError(
+                f"{self.called} holds {_short(dtype)} and was given a batch of {_short(x.dtype)}: convert one of them, with "
+                "x.to(layer.values.dtype) or module.to(x.dtype)"
+            )
+        return x.to(dtype)
+
+    def autocast(self, values: Tensor, rows: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Values, batch and bias in the type of autocast, where that is on: bmm within a Function is not its business."""
+        if not is_cast(rows, values):
+            return values, self.as_values(rows), bias
+        dtype = torch.get_autocast_dtype(rows.device.type)
+        return values.to(dtype), rows.to(dtype), None if bias is None else bias.to(dtype)
 
     def to_dense(self) -> nn.Linear:
         """The `nn.Linear` with the same weights, zeros where none live."""
@@ -246,6 +265,16 @@ def refuse_sizes(in_features: int, out_features: int, fan_in: int) -> None:
                 f"{name}={value} of a layer of {in_features} inputs, {out_features} outputs and fan-in {fan_in}: give a "
                 f"number from 0 to {most[name]}"
             )
+
+
+def is_cast(x: Tensor, values: Tensor) -> bool:
+    """Whether autocast is on and changes the types of a batch and of live values, as it does with all but float64."""
+    on = torch.is_autocast_enabled(x.device.type)
+    return on and all(t.is_floating_point() and t.dtype != torch.float64 for t in (x, values))
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def device_of(device: torch.device | str) -> torch.device:

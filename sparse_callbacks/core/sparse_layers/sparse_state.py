@@ -20,7 +20,8 @@ def written(layer: "LiveWeight", destination: dict[str, Any], prefix: str, keep_
     """
     values = layer.values if keep_vars else layer.values.detach()
     if not (layer.compact_state or layer.is_too_large):
-        destination[f"{prefix}weight"] = dense_of(layer, values)  # in its place, before the bias
+        dense = destination[f"{prefix}weight"] = dense_of(layer, values)  # in its place, before the bias
+        layer.handed_out.watch(dense)
         return
     # all that torch has put there is put behind the parts of the weight, so that the weight stays first
     others = {key: destination.pop(key) for key in list(destination) if key.startswith(prefix)}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
+from sparse_callbacks.core.storages.former_layers import reinstate, retire
 from sparse_callbacks.core.storages.module_swap import enter_fast_paths, holders_of, put_in, take_over
 from sparse_callbacks.core.storages.offloading import offload
 
@@ -45,11 +46,14 @@ class Exchanged:
 
     def put(self, name: str, linear: Any, layer: SparseLinear) -> None:
         """Let ``layer`` take the place of ``linear``, whose weight has this name."""
-        self.originals[name], self.layers[name] = linear.weight, layer
+        weight = self.originals[name] = linear.weight
+        self.layers[name] = layer
         layer.name = name.rpartition(".")[0]
         self._swap(linear, layer)
         self.on_undo(lambda: self._swap(layer, linear))
-        for dense in (linear.weight, linear.weight.grad):
+        retire(linear, layer.name)
+        self.on_undo(lambda: reinstate(linear))
+        for dense in (weight, weight.grad):
             if dense is not None:
                 self.on_undo(offload(dense))  # undone first: a layer that is put back has its values in memory
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from typing import Any
-from weakref import finalize
+from weakref import finalize, ref
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class FirstUse:
             if layer.values.requires_grad:
                 values: Any = layer.values
                 self._handles.append(values.register_post_accumulate_grad_hook(self._noting(name)))
-            self._handles.append(layer.register_forward_pre_hook(self._noting_call(name)))
+            self._handles.append(layer.register_forward_pre_hook(self._noting_call(name, ref(layer))))
         # of a run that nobody has closed, whose model may live on
         finalize(self, _take_away, self._handles).atexit = False
         # torch would compile once with these hooks and once without
@@ -44,11 +44,12 @@ class FirstUse:
 
         return note
 
-    def _noting_call(self, name: str) -> Any:
+    def _noting_call(self, name: str, layer: "ref[SparseLinear]") -> Any:
         used = self._used
 
-        def note(_: nn.Module, __: Any) -> None:
-            if not torch.compiler.is_compiling():
+        def note(called: nn.Module, _: Any) -> None:
+            # the layer whose place it has taken shares its hooks
+            if not torch.compiler.is_compiling() and called is layer():
                 used.add(name)
 
         return note

@@ -11,6 +11,7 @@ from torch import nn
 from sparse_callbacks.core.attachment import Choice
 from sparse_callbacks.core.selection import NOT_TRAINED, Entry
 from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear, weight_name
+from sparse_callbacks.core.storages.former_layers import held_elsewhere
 from sparse_callbacks.core.storages.module_swap import names_added, names_of_sparse
 from sparse_callbacks.core.storages.storage import why_no_exchange
 
@@ -73,6 +74,11 @@ def choices_for(
     refuse_idle_globs(getattr(method, "rows", None), entries, "rows")
     strict, why = isinstance(storage, str) and storage != "auto", why_no_exchange(method)
     found = {}
+    elsewhere = (
+        held_elsewhere(model)
+        if "auto" in (storage, *(storage.values() if isinstance(storage, Mapping) else ()))
+        else {}
+    )
     for entry in entries:
         layer = layers.pop(entry.name, None)
         if entry.reason and not (layer and any(why in entry.reason for why in NOT_TRAINED)):
@@ -87,6 +93,8 @@ def choices_for(
             known = method.attachment.choices_of(model).get(entry.name)
             as_given = known is None or known.live is None or known.as_given
             found[entry.name] = replace(kept(layer.module, known.note if known else ""), as_given=as_given)
+        elif asked == "auto" and (holder := elsewhere.get(id(layer.module))):
+            found[entry.name] = Choice("masked", f"{holder} holds the layer too, and would call the dense one")
         else:
             found[entry.name] = _choice(asked, entry, layer, getattr(method, "group", 1), device, strict)
     for name, layer in layers.items():  # their weight is not a parameter of the model
