@@ -15,8 +15,6 @@ from sparse_callbacks.core.record.page import PAGE, why_no_page, write_page
 from sparse_callbacks.core.record.record_file import refuse_unrecorded
 from sparse_callbacks.lightning.sparsity_report import SparsityReport
 
-COSTS = ("parameters", "flops", "latency")
-
 REPORTS = (True, False, "record")  # values of the root key `report`
 
 
@@ -84,8 +82,14 @@ def finish_report(report: SparsityReport, metrics: Mapping[str, float], proof: P
 
 
 def channels_of(proof: Proof) -> dict[str, Any]:
-    """What slimming has changed, as a record keeps it."""
+    """What slimming has changed, as a record keeps it: FLOPs for one sample, and the latency of as many as ``samples`` says."""
+    samples = proof.samples or 1
     sides = {"before": proof.before, "after": proof.after}
-    costs = {side: {cost: float(getattr(found, cost)) for cost in COSTS} for side, found in sides.items()}
+    costs: dict[str, Any] = {
+        side: {"parameters": float(found.parameters), "flops": found.flops / samples, "latency": found.latency}
+        for side, found in sides.items()
+    }
+    if proof.samples is not None:
+        costs["samples"] = proof.samples
     groups = [{"name": g.name, "units": g.size, "removed": g.units, "reason": g.reason} for g in proof.rows]
     return {**costs, "groups": groups, "proof": str(proof)}

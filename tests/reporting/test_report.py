@@ -36,8 +36,9 @@ SECTIONS = [
 ]  # fmt: skip
 NASTY = "_\\1\\g<2>\u4e2d<i>&\"'$x_1${{ 7*7 }}</style><script>alert(1)</script>"
 CHANNELS = {
-    "before": {"parameters": 1000, "flops": 40_000, "latency": 2.0},
-    "after": {"parameters": 250, "flops": 10_000, "latency": 1.0},
+    "before": {"parameters": 1000, "flops": 5440, "latency": 2.0},
+    "after": {"parameters": 250, "flops": 272, "latency": 1.0},
+    "samples": 8,
     "groups": [{"name": "net.0", "units": 30, "removed": 12, "reason": f"the rest is read {NASTY}"}],
     "proof": "outputs in float64: the same",
 }
@@ -68,13 +69,17 @@ def test_the_sections_stand_in_their_order_on_a_page_that_needs_nothing_else(pag
 def test_a_page_says_what_was_gained_beside_the_dense_run(page: Page) -> None:
     assert "test/acc 87.20 % dense run: 89.00 %" in page.text
     assert "zeros 90 % of the sparse layers; whole model 90.2 %" in page.text
-    assert "inference FLOPs 544 10 x fewer than dense" in page.text
+    assert "inference FLOPs 544 10 x fewer than dense; slim network: 272" in page.text
     assert "training FLOPs 20.9 M 10 x fewer than dense" in page.text
     assert "latency, slim network 1 ms masked: 2 ms" in page.text
     assert "test/acc 87.20 % 89.00 % -1.80 points" in page.text
     assert "weights in the sparse layers 272 2,720 10 x fewer" in page.text
     assert "FLOPs of the training, beside the dense run 20.9 M 209 M 10 x fewer" in page.text
     assert "latency, slim beside masked 1 ms 2 ms 2 x faster" in page.text
+    # of one sample, as all FLOPs of the page: a record holds those of slimming so
+    assert "FLOPs of one sample at inference 544 5,440 10 x fewer" in page.text
+    assert "… of the slim network 272 5,440 20 x fewer" in page.text
+    assert "FLOPs of one sample at inference 5,440 272 20 x fewer latency of 8 samples 2 ms 1 ms" in page.text
 
 
 def test_a_page_tells_plan_channels_configuration_and_command(page: Page) -> None:

@@ -62,7 +62,13 @@ def test_the_proof_of_slimming_is_in_the_record(run: Run, pages: Any, tmp_path: 
     metrics = run("method=rigl", "sparsity=0.9", "slim=true", "trainer.max_epochs=1")
     channels = read_record(tmp_path / "run").run.channels
     assert channels["after"]["parameters"] == metrics["slim/parameters"]
-    assert channels["before"]["flops"] >= channels["after"]["flops"] > 0
+    # of one image, as those of the rows, of which none has an attention product
+    assert channels["before"]["flops"] == read_record(tmp_path / "run").rows[-1]["flops/inference_dense"]
+    assert channels["after"]["flops"] == metrics["slim/flops"] <= channels["before"]["flops"]
+    assert channels["samples"] == 8
+    first = next(line for line in channels["proof"].splitlines() if line.startswith("FLOPs "))
+    assert float(first.split()[1].replace(",", "")) == channels["before"]["flops"]
+    assert "FLOPs of a forward pass, per sample (a multiply-add is two); latency of 8" in channels["proof"]
     assert sum(group["removed"] for group in channels["groups"]) == metrics["slim/removed"]
     assert "outputs on given inputs" in channels["proof"]
 
