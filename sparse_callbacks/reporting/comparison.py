@@ -162,10 +162,20 @@ def means_by_level(problem: Problem, metric: str) -> dict[str, dict[float, float
     }
 
 
+def level_texts(levels: Sequence[float]) -> dict[float, str]:
+    """Sparsities as texts of four digits, or of as many as tell them apart.
+
+    >>> level_texts([0.9, 1 - 1 / 3]), level_texts([0.99991, 0.99992])
+    ({0.9: '0.9', 0.6666666666666667: '0.6667'}, {0.99991: '0.99991', 0.99992: '0.99992'})
+    """
+    for digits in range(4, 17):
+        texts = {level: f"{level:.{digits}g}" for level in levels}
+        if len(set(texts.values())) == len(texts):
+            break
+    return texts
+
+
 def transposed(rows: Mapping[str, Mapping[float, float]]) -> dict[str, dict[str, float]]:
     """The same values by level, as text, and line."""
-    found: dict[str, dict[str, float]] = {}
-    for line, row in rows.items():
-        for level, value in row.items():
-            found.setdefault(f"{level:.4g}", {})[line] = value
-    return dict(sorted(found.items(), key=lambda pair: float(pair[0])))
+    texts = level_texts(sorted({level for row in rows.values() for level in row}))
+    return {text: {line: row[level] for line, row in rows.items() if level in row} for level, text in texts.items()}

@@ -39,15 +39,15 @@ def _of_faded_signals(method: Method) -> str:
 
 def _of_short_run(method: Method) -> str:
     share = isinstance(getattr(method, "stop", None), float)
-    return f"Train longer, or give an earlier stop={'' if share else ', best as a share of the run, such as stop=0.75'}."
+    return (
+        f"Train longer, or give an earlier stop={'' if share else ', best as a share of the run, such as stop=0.75'}."
+    )
 
 
 def _of_slow_optimizer(method: Method) -> str:
     groups = [group for optimizer in method.owners.optimizers for group in optimizer.param_groups]
     where = "all of its groups" if any(group.get("fused") for group in groups) else "it"
-    return (
-        f"Give {where} fused=True: it goes through the memory once, and takes the same steps in half of the time or less."
-    )
+    return f"Give {where} fused=True: it goes through the memory once, and takes the same steps in half of the time or less."
 
 
 REMEDIES: Mapping[str, str | Callable[[Method], str]] = {
