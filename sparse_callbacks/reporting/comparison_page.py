@@ -18,7 +18,7 @@ from sparse_callbacks.reporting.comparison import (
     front,
     validation_metric,
 )
-from sparse_callbacks.reporting.comparison_figures import comparison_figure, figure_label, legend_figure
+from sparse_callbacks.reporting.comparison_figures import comparison_figure, figure_label, has_off_axis, legend_figure
 from sparse_callbacks.reporting.comparison_tables import ComparedTable, as_score, problem_tables
 from sparse_callbacks.reporting.html_pages import write_page
 from sparse_callbacks.reporting.readable import plural
@@ -107,7 +107,7 @@ def _problem_values(problem: Problem, comparison: Comparison) -> dict[str, Any]:
         figures.append((figure_svg(figure, label), ""))
     if figures:
         legend = figure_svg(legend_figure(problem, metric), f"{problem.title}: what the colours and markers mean")
-        figures.insert(1, (legend, "Points are means over seeds, bars one standard deviation to each side."))
+        figures.insert(1, (legend, _legend_caption(problem, comparison)))
     return {
         "title": problem.title,
         # a line of its own is no place for a sign of percent
@@ -118,6 +118,13 @@ def _problem_values(problem: Problem, comparison: Comparison) -> dict[str, Any]:
         "differing": problem.differing,
         "runs": plural(sum(len(setting.runs) for setting in problem.settings), "run"),
     }
+
+
+def _legend_caption(problem: Problem, comparison: Comparison) -> str:
+    caption = "Points are means over seeds, bars one standard deviation to each side."
+    if any(has_off_axis(problem, comparison.metric, name) for name in comparison.axes):
+        caption += " An arrow gives the mean of a setting that lies off the axis."
+    return caption
 
 
 def highlights(problem: Problem, metric: str) -> list[tuple[str, str, str]]:

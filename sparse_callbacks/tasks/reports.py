@@ -15,6 +15,8 @@ from sparse_callbacks.core.record.page import PAGE, why_no_page, write_page
 from sparse_callbacks.core.record.record_file import refuse_unrecorded
 from sparse_callbacks.lightning.sparsity_report import SparsityReport
 
+OF_THE_RUN = ("hydra.run.", "hydra.job.")
+"""How the arguments of Hydra begin that belong to one run."""
 REPORTS = (True, False, "record")  # values of the root key `report`
 
 
@@ -51,7 +53,10 @@ def typed_command() -> str | None:
     """The command of this run alone, also where it is one of a multirun; None outside of Hydra."""
     if not HydraConfig.initialized():
         return None
-    return shlex.join(["python", Path(sys.argv[0]).name, *HydraConfig.get().overrides.task])
+    typed = HydraConfig.get().overrides
+    # of Hydra's own arguments those of this run: the others made a multirun of it, which this is one job of
+    own = [text for text in typed.hydra if text.lstrip("+~").startswith(OF_THE_RUN)]
+    return shlex.join(["python", Path(sys.argv[0]).name, *typed.task, *own])
 
 
 def finish_report(report: SparsityReport, metrics: Mapping[str, float], proof: Proof | None, with_page: bool) -> str:

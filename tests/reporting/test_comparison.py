@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from support.pages import read_page, refuse_faults
 from support.recorded import recorded
 
 from sparse_callbacks.core.record.record_file import append_rows
@@ -137,8 +138,12 @@ def test_the_page_stands_alone_and_is_in_order(files: dict[str, str]) -> None:
     assert not re.search(r"https?://|url\(['\"]?[^#'\")]", text)
     assert page.headings[0] == 1
     assert all(after <= before + 1 for before, after in zip(page.headings, page.headings[1:], strict=False))
-    assert "prefers-color-scheme: dark" in text
     assert len(text) < 1_000_000
+
+
+def test_the_page_of_a_comparison_has_no_faults(tmp_path: Path) -> None:
+    recorded(tmp_path / "0")
+    refuse_faults(read_page(write_comparison(compared([tmp_path]), tmp_path, [tmp_path])[0]))
 
 
 def test_the_page_has_the_figures_of_every_axis_and_a_legend(files: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -91,6 +92,18 @@ def test_a_page_tells_plan_channels_configuration_and_command(page: Page) -> Non
     assert "model._target_=mlp" in page.text
     assert "python train.py method=rigl" in page.text
     assert "updates of the masks start 0, stop 150, every 20 (optimizer steps)" in page.text
+
+
+def test_lines_that_are_wider_than_a_phone_break_or_show_that_they_scroll(page: Page) -> None:
+    classes = [str(given.get("class") or "") for tag, given in page.attributes if tag == "pre"]
+    assert classes == ["", "tall", "wrapped", "columns", "wrapped"]  # plan, proof, method, configuration, command
+    assert (
+        "pre.columns { columns: 340px 3; column-gap: 28px; white-space: pre-wrap; overflow-wrap: anywhere; }"
+        in page.source
+    )
+    assert "overflow-wrap: normal" not in page.source
+    (rule,) = re.findall(r"\.scroll, pre \{(.*?)\}", page.source.partition("@media print")[0], re.DOTALL)
+    assert rule.count("var(--shade)") == rule.count(" local") == rule.count(" scroll") == 2
 
 
 def test_warnings_stand_before_everything_else(page: Page) -> None:
