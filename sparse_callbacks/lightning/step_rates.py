@@ -1,4 +1,4 @@
-"""Learning rates that an optimizer step was taken with, in place of those that somebody has logged at another time."""
+"""Learning rates that optimizer steps were taken with, in place of those that were logged earlier."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""How much of a metric's axis a figure shows, where few settings have collapsed and the others lie close together."""
+"""The part of a metric's axis that a figure shows where a few settings have collapsed."""
 
 from collections.abc import Sequence
 
