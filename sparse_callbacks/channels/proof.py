@@ -62,6 +62,8 @@ class Proof:
         before, after: costs of the masked and the slim model, on the example input.
         rows: what became of each group, and of masks that removed nothing without any group saying so.
         cut: number of weights that the masks cut and that were not zero in the model as it was given.
+        samples: how many samples the example input holds, where the caller knows it: the text then gives FLOPs for one of
+            them. None: for the whole input, which may be no batch at all.
     """
 
     random: Difference
@@ -72,6 +74,7 @@ class Proof:
     after: ModelCost
     rows: tuple[GroupChange, ...]
     cut: int = 0
+    samples: int | None = None
 
     @property
     def removed(self) -> int:
@@ -87,11 +90,16 @@ class Proof:
         return {r.name: r.reason for r in self.rows if r.reason and not r.units}
 
     def __str__(self) -> str:
-        before, after = self.before, self.after
+        before, after, samples = self.before, self.after, self.samples or 1
         costs = [
             ("parameters", f"{before.parameters:,}", f"{after.parameters:,}", after.parameters / before.parameters),
             # a model without matrix products has no FLOPs
-            ("FLOPs", f"{before.flops:,}", f"{after.flops:,}", after.flops / max(1, before.flops)),
+            (
+                "FLOPs",
+                f"{before.flops / samples:,.0f}",
+                f"{after.flops / samples:,.0f}",
+                after.flops / max(1, before.flops),
+            ),
             ("latency", f"{before.latency:.2f} ms", f"{after.latency:.2f} ms", after.latency / before.latency),
         ]
         precision = str(self.precision).removeprefix("torch.")
@@ -100,6 +108,7 @@ class Proof:
         lines = [
             f"{'':12}{'before':>18}{'after':>18}{'ratio':>8}",
             *[f"{name:12}{old:>18}{new:>18}{ratio:8.3f}" for name, old, new, ratio in costs],
+            self._input_note,
             f"outputs on given inputs:  {self.given}",
             f"outputs on random inputs: {self.random}",
             f"outputs in {precision + ':':14}{self.checked}",
@@ -114,6 +123,12 @@ class Proof:
             *[f"{r.name:{width}}{r.size:7}{r.units:9}  {r.reason}".rstrip() for r in self.rows],
         ]
         return "\n".join(lines)
+
+    @property
+    def _input_note(self) -> str:
+        if self.samples is None:
+            return "FLOPs and latency of a forward pass on the whole example input; a multiply-add is two FLOPs"
+        return f"FLOPs of a forward pass, per sample (a multiply-add is two); latency of {self.samples}"
 
 
 def prove(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning import LightningModule
 from pytorch_lightning.utilities import rank_zero_warn
+from torch.optim import Optimizer
 
 from sparse_callbacks.core.argument_types import checked
 from sparse_callbacks.core.record.description import as_json, command, libraries, machine
@@ -20,6 +21,7 @@ from sparse_callbacks.lightning import accumulation, curves
 from sparse_callbacks.lightning.callback import peers_of
 from sparse_callbacks.lightning.logged_network import log_end
 from sparse_callbacks.lightning.namespaces import Trainer
+from sparse_callbacks.lightning.step_rates import StepRates, is_rate
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback as AnyCallback
@@ -87,6 +89,7 @@ class SparsityReport(AnyCallback):
         self._before_validation: dict[str, float] = {}
         self._measured: set[str] = set()  # names of metrics that a validation has logged
         self._told: dict[str, float] = {}  # metrics when the last row was written
+        self._rates = StepRates()
 
     # ------------------------------------------------------------------ Lightning's hooks, in their order
 
@@ -152,6 +155,7 @@ class SparsityReport(AnyCallback):
         assert self._recorder is not None
         self._begun = True
         restored, self._restored = self._restored, None
+        self._rates.load((restored or {}).get("rates", []), trainer.optimizers)
         epoch = float(trainer.current_epoch)
         self._epoch = epoch
         self._recorder.begin(restored, trainer.global_step, epoch)
@@ -165,6 +169,10 @@ class SparsityReport(AnyCallback):
         if (trained := _trained(module)) != self._trained:
             self._trained = trained
             self._recorder.measure(again=True)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self._recorder is not None:
+            self._rates.note(optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -224,7 +232,8 @@ class SparsityReport(AnyCallback):
         self._catch_up()
         if self._recorder is None or not self._begun:
             return dict(self._restored or {})
-        return self._recorder.state(gather=self._trainer is not None)
+        rates = {} if self._trainer is None else {"rates": self._rates.state(self._trainer.optimizers)}
+        return {**self._recorder.state(gather=self._trainer is not None), **rates}
 
     # ------------------------------------------------------------------ what a run says
 
@@ -257,12 +266,7 @@ class SparsityReport(AnyCallback):
         }
 
     def _metrics(self) -> dict[str, float]:
-        metrics = curves.logged_metrics(self._trainer)
-        if not any(map(_is_rate, metrics)):  # which a monitor may have logged
-            optimizers = self._trainer.optimizers
-            rate = optimizers[0].param_groups[0].get("lr") if optimizers else None
-            return metrics if rate is None else {"lr": float(rate), **metrics}
-        return metrics
+        return self._rates.in_place_of(curves.logged_metrics(self._trainer), self._trainer)
 
     def _new_metrics(self, always: Collection[str] = ()) -> dict[str, float]:
         """Metrics that have changed since the last row: the others would be told again as if they were new.
@@ -272,7 +276,7 @@ class SparsityReport(AnyCallback):
         """
         metrics, before = self._metrics(), self._told
         self._told = metrics
-        return {n: v for n, v in metrics.items() if n in always or before.get(n) != v or _is_rate(n)}
+        return {n: v for n, v in metrics.items() if n in always or before.get(n) != v or is_rate(n)}
 
     def _log(self, row: Mapping[str, Any]) -> None:
         if self._trainer is not None:
@@ -296,11 +300,6 @@ def folder_of(trainer: Trainer) -> str:
     logger = trainer.loggers[0]
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
     return os.path.join(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
-
-
-def _is_rate(metric: str) -> bool:
-    """Whether a metric is a learning rate, by the names that Lightning and ``train.py`` give it."""
-    return metric == "lr" or metric.endswith("/lr") or metric.startswith("lr-")
 
 
 def _trained(module: LightningModule) -> list[bool]:

@@ -3,17 +3,19 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sparse_callbacks.core.inspection import extra
-from sparse_callbacks.core.record.record_file import RecordedRun, has_record, read_record
+from sparse_callbacks.core.record.record_file import FOLDER, RecordedRun, has_record, read_record
 
 COSTS = ("flops/inference", "flops/inference_dense", "flops/training", "flops/training_dense")
 SPARSITIES = ("sparsity/total", "sparsity/model")
 _NO_METRICS = ("active/", "bytes/", "flops/", "sparsity/", "topology/", "compression", "speedup")
+CONFIGURATION = ".hydra/config.yaml"
+"""File in the folder of a run of ``train.py``: what it was configured with."""
 FAILURE = "failure.txt"
 """File in the folder of a job that has failed: why, in a line."""
 
@@ -61,9 +63,8 @@ def read_runs(paths: Iterable[Path], metric: str) -> tuple[list[ComparedRun], li
                 (path, "a file; give folders of runs" if path.exists() else "not there; give folders of runs")
             )
             continue
-        folders = list(run_folders(path))
-        if not folders:
-            left_out.append((path, "holds no run (record/run.json, or metrics.json and .hydra/config.yaml)"))
+        folders, others = found_folders(path)
+        left_out += [(other, _why_no_run(other)) for other in others]
         for folder in folders:
             if folder.resolve() in seen:
                 continue
@@ -88,15 +89,44 @@ def left_out_lines(left_out: Iterable[tuple[Path, str]]) -> list[str]:
     return lines
 
 
-def run_folders(path: Path) -> Iterator[Path]:
+def run_folders(path: Path) -> list[Path]:
     """Folders of runs at and below a folder, in the order of their names, numbers by size; also of runs that did not end."""
-    if has_record(path) or (path / ".hydra" / "config.yaml").is_file():
-        yield path
-        return
+    return found_folders(path)[0]
+
+
+def found_folders(path: Path) -> tuple[list[Path], list[Path]]:
+    """The folders of runs at and below a folder, and the other folders there: those that neither are a run, nor hold one, nor
+    lie in such a folder."""
+    if has_record(path) or (path / CONFIGURATION).is_file():
+        return [path], []
+    runs, others = list[Path](), list[Path]()
     for below in sorted((entry for entry in path.iterdir() if entry.is_dir()), key=_by_number):
-        # a folder of hidden files is nobody's run, and a link may lead back up
-        if not below.name.startswith(".") and not below.is_symlink():
-            yield from run_folders(below)
+        # a folder of hidden files is nobody's run; a link is not followed, as it may lead back up
+        if below.name.startswith(".") or (below.is_symlink() and _lies_along(below.resolve(), path.resolve())):
+            continue
+        within, without = ([], [below]) if below.is_symlink() else found_folders(below)
+        runs, others = runs + within, others + without
+    return (runs, others) if runs else ([], [path])
+
+
+def _lies_along(one: Path, other: Path) -> bool:
+    """One of two paths lies in the other."""
+    return one.is_relative_to(other) or other.is_relative_to(one)
+
+
+def _why_no_run(path: Path) -> str:
+    """Why a folder is left out in which no run was found."""
+    if path.is_symlink():
+        return "a link, which is not followed; give the folder that it leads to"
+    parts = {
+        "record": f"without {FOLDER}/run.json",
+        "metrics.json": f"without {CONFIGURATION}",
+        "checkpoints": "but no record",
+    }
+    half = [f"{name} {lacks}" for name, lacks in parts.items() if (path / name).exists()]
+    if half:
+        return f"holds a part of a run alone ({half[0]})"
+    return f"holds no run ({FOLDER}/run.json, or metrics.json and {CONFIGURATION})"
 
 
 def _by_number(path: Path) -> tuple[int, str]:
@@ -163,9 +193,9 @@ def _measures(recorded: RecordedRun, values: Mapping[str, Any]) -> dict[str, flo
 
 def _from_metrics(folder: Path) -> ComparedRun:
     """A run of an older version, or of one without a record: metrics.json and Hydra's configuration."""
-    configuration = extra("yaml", "train").safe_load((folder / ".hydra" / "config.yaml").read_text(encoding="utf-8"))
+    configuration = extra("yaml", "train").safe_load((folder / CONFIGURATION).read_text(encoding="utf-8"))
     if not isinstance(configuration, Mapping):
-        raise ValueError(".hydra/config.yaml is not a configuration; run again, or leave this folder out")
+        raise ValueError(f"{CONFIGURATION} is not a configuration; run again, or leave this folder out")
     metrics = folder / "metrics.json"
     try:
         values = dict(json.loads(metrics.read_text(encoding="utf-8"))) if metrics.exists() else {}

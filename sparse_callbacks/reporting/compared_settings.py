@@ -21,6 +21,7 @@ _NOT_SETTINGS = {
     "report",
     "dense_run",
     "threads",
+    "slim",  # what becomes of the network once it is trained and tested
 }
 _NOT_SETTINGS_ANYWHERE = {"seed", "root", "save_dir", "download", "num_workers", "print_plan", "enable_progress_bar"}
 _NOT_SETTINGS_ANYWHERE |= {"enable_model_summary", "log_every_n_steps", "fresh_start"}

@@ -91,13 +91,14 @@ def is_better_when_lower(metric: str) -> bool:
     return any(word in metric.rpartition("/")[2].lower() for word in LOWER_IS_BETTER)
 
 
-def _goodness(metric: str) -> Callable[[float], float]:
+def goodness(metric: str) -> Callable[[float], float]:
+    """A function that gives of a metric's value a number of which more is better, and of that the value."""
     return (lambda value: -value) if is_better_when_lower(metric) else (lambda value: value)
 
 
 def front(problem: Problem, metric: str, axis: Axis) -> list[Setting]:
     """The settings whose mean no other setting beats in both the metric and the axis, in the order of the axis."""
-    good, sign = _goodness(metric), 1 if axis.more_is_better else -1
+    good, sign = goodness(metric), 1 if axis.more_is_better else -1
     points = [(s, s.over_seeds(axis.key), s.over_seeds(metric)) for s in problem.settings]
     known = [(s, x.mean, y.mean) for s, x, y in points if x is not None and y is not None]
     chosen = pareto_front([(sign * x, good(y)) for _, x, y in known])
@@ -107,13 +108,13 @@ def front(problem: Problem, metric: str, axis: Axis) -> list[Setting]:
 def best_setting(settings: Sequence[Setting], metric: str) -> Setting | None:
     """The setting with the best mean; the earliest of equals."""
     known = [(spread.mean, s) for s in settings if (spread := s.over_seeds(metric)) is not None]
-    return max(known, key=lambda pair: _goodness(metric)(pair[0]))[1] if known else None
+    return max(known, key=lambda pair: goodness(metric)(pair[0]))[1] if known else None
 
 
 def best_run(runs: Sequence[ComparedRun], metric: str) -> ComparedRun | None:
     """The run with the best value; the earliest of equals."""
     known = [run for run in runs if metric in run.values]
-    return max(known, key=lambda run: _goodness(metric)(run.values[metric])) if known else None
+    return max(known, key=lambda run: goodness(metric)(run.values[metric])) if known else None
 
 
 def validation_metric(metric: str) -> str | None:
@@ -162,10 +163,20 @@ def means_by_level(problem: Problem, metric: str) -> dict[str, dict[float, float
     }
 
 
+def level_texts(levels: Sequence[float]) -> dict[float, str]:
+    """Sparsities as texts of four digits, or of as many as tell them apart.
+
+    >>> level_texts([0.9, 1 - 1 / 3]), level_texts([0.99991, 0.99992])
+    ({0.9: '0.9', 0.6666666666666667: '0.6667'}, {0.99991: '0.99991', 0.99992: '0.99992'})
+    """
+    for digits in range(4, 17):
+        texts = {level: f"{level:.{digits}g}" for level in levels}
+        if len(set(texts.values())) == len(texts):
+            break
+    return texts
+
+
 def transposed(rows: Mapping[str, Mapping[float, float]]) -> dict[str, dict[str, float]]:
     """The same values by level, as text, and line."""
-    found: dict[str, dict[str, float]] = {}
-    for line, row in rows.items():
-        for level, value in row.items():
-            found.setdefault(f"{level:.4g}", {})[line] = value
-    return dict(sorted(found.items(), key=lambda pair: float(pair[0])))
+    texts = level_texts(sorted({level for row in rows.values() for level in row}))
+    return {text: {line: row[level] for line, row in rows.items() if level in row} for level, text in texts.items()}

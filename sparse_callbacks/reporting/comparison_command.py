@@ -12,6 +12,7 @@ from pathlib import Path
 from sparse_callbacks.reporting.compared_runs import common_folder, left_out_lines, shown_path
 from sparse_callbacks.reporting.comparison import COMPARED_AXES, compared
 from sparse_callbacks.reporting.comparison_page import highlights, write_comparison
+from sparse_callbacks.reporting.readable import plural
 
 
 def compare_main(arguments: Sequence[str] | None = None) -> None:
@@ -36,7 +37,7 @@ def compare_main(arguments: Sequence[str] | None = None) -> None:
     except (ImportError, OSError) as error:
         parser.error(str(error))
     for problem in comparison.problems:
-        print(f"{problem.title}: {len(problem.settings)} settings")
+        print(f"{problem.title}: {plural(len(problem.settings), 'setting')}")
         for name, value, beside in highlights(problem, comparison.metric):
             print(f"  {name}: {value} ({beside})")
     print("\n".join(shown_path(file) for file in files))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from sparse_callbacks.core.inspection import extra
 from sparse_callbacks.reporting import readable
 from sparse_callbacks.reporting.compared_settings import Problem, Setting, Spread
-from sparse_callbacks.reporting.comparison import COMPARED_AXES, Axis, front
+from sparse_callbacks.reporting.comparison import COMPARED_AXES, Axis, front, goodness, is_better_when_lower
+from sparse_callbacks.reporting.shown_range import worst_shown
 from sparse_callbacks.reporting.style import INK, arrange, colour, drawing, marker
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ def comparison_figure(problem: Problem, metric: str, axis_name: str) -> "Figure 
     """The metric of every setting against an axis, means with standard deviations; None where no run has both.
 
     Sparsity is drawn by the logarithm of the weights that are left: from 0.9 to 0.99 is as far as from 0.99 to 0.999.
-    FLOPs are drawn by their logarithm. Dense runs are a horizontal line, and against FLOPs a point too.
+    FLOPs are drawn by their logarithm. Where a few settings have collapsed, the axis ends above them: each has its marker
+    there, with an arrow and its mean. Dense runs are a horizontal line, and against FLOPs a point too.
 
     Args:
         problem: the settings.
@@ -55,10 +57,13 @@ def comparison_figure(problem: Problem, metric: str, axis_name: str) -> "Figure 
         styles = _styles(problem)
         for line, points in lines.items():
             _draw_line(axes, points, styles[line])
+        if off := _off_axis(problem, metric, axis):
+            _end_axis(axes, problem, metric, axis, off)
+            _draw_off_axis(axes, [(x, spread, styles[s.line]) for s, x, spread in off], metric)
         _write_places(axes, [x for points in lines.values() for x, _ in points], axis)
         axes.set_title(f"{metric} against {axis.short}")
         axes.set_xlabel(axis.title)
-        axes.locator_params(axis="y", nbins=6)
+        axes.locator_params(axis="y", nbins=6)  # after the limits, which would bring their own ticks
         if readable.is_accuracy(metric):
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
     return arrange(figure)
@@ -137,6 +142,63 @@ def _draw_line(axes: Any, points: Sequence[Point], style: dict[str, Any]) -> Non
     axes.errorbar(xs, means, yerr=deviations, capsize=2.5, elinewidth=1.0, zorder=3, **style)
 
 
+# ---------------------------------------------------------------------- settings that have collapsed
+
+
+def _drawn(problem: Problem, metric: str, axis: Axis) -> list[tuple[Setting, float, Spread]]:
+    """The settings that have a place on an axis, with it and the metric."""
+    found = []
+    for setting in problem.settings:
+        [*places] = _places([setting], metric, axis)
+        found += [(setting, x, spread) for x, spread in places]
+    return found
+
+
+def _off_axis(problem: Problem, metric: str, axis: Axis) -> list[tuple[Setting, float, Spread]]:
+    """The few that have collapsed, without which the others can be told apart: they are left off the axis of the metric."""
+    good, drawn = goodness(metric), _drawn(problem, metric, axis)
+    limit = worst_shown([good(spread.mean) for _, _, spread in drawn])
+    return [] if limit is None else [point for point in drawn if good(point[2].mean) < limit]
+
+
+def _end_axis(
+    axes: Any, problem: Problem, metric: str, axis: Axis, off: Sequence[tuple[Setting, float, Spread]]
+) -> None:
+    """Let the axis of the metric end beyond the other settings, with room for what is said of those off it."""
+    good, names = goodness(metric), {setting.name for setting, _, _ in off}
+    spreads = [spread for setting, _, spread in _drawn(problem, metric, axis) if setting.name not in names]
+    spreads += [spread for s in problem.settings if s.method == "dense" and (spread := s.over_seeds(metric))]
+    means = [good(spread.mean) for spread in spreads]
+    best, worst = max(means), min(means)
+    length = best - worst
+    # a bar may be longer than all else
+    above = max(min(s.deviation or 0.0, length) + good(s.mean) for s in spreads) + 0.06 * length
+    below = min(good(s.mean) - min(s.deviation or 0.0, length / 2) for s in spreads) - 0.3 * length
+    axes.set_ylim(*sorted((good(below), good(above))))
+
+
+def _draw_off_axis(axes: Any, points: Sequence[tuple[float, Spread, dict[str, Any]]], metric: str) -> None:
+    """A marker at the end of the axis for each point beyond it, with an arrow and its mean."""
+    low, high = axes.get_xlim()
+    lower, written = not is_better_when_lower(metric), list[tuple[float, int]]()
+    for x, spread, style in sorted(
+        points, key=lambda point: goodness(metric)(point[1].mean)
+    ):  # the worst at the very end
+        beside = {row for place, row in written if abs(place - x) < 0.3 * (high - low)}
+        row = next(row for row in range(len(points)) if row not in beside)
+        written.append((x, row))
+        share = 0.045 + 0.085 * row
+        where = (x, share if lower else 1 - share)
+        across = axes.get_xaxis_transform()
+        axes.plot(*where, transform=across, clip_on=False, zorder=4, **{**style, "linestyle": "none"})
+        left = x > (low + high) / 2
+        value = f"{100 * spread.mean:.1f} %" if readable.is_accuracy(metric) else f"{spread.mean:.3g}"
+        axes.annotate(
+            f"{'↓' if lower else '↑'} {value}", where, xycoords=across, xytext=(-6 if left else 6, 0), textcoords="offset points",
+            ha="right" if left else "left", va="center", fontsize=8, zorder=4,
+        )  # fmt: skip
+
+
 def _write_places(axes: Any, places: Sequence[float], axis: Axis) -> None:
     """Ticks: at the sparsities that there are, or at 1, 2 and 5 times powers of ten."""
     if axis.more_is_better:
@@ -171,4 +233,11 @@ def figure_label(problem: Problem, metric: str, axis_name: str, written: Callabl
     """
     axis = COMPARED_AXES[axis_name]
     best = "; ".join(f"{s.name}: {written(s)}" for s in front(problem, metric, axis))
-    return f"{problem.title}: {metric} against {axis.title}. On the Pareto front: {best}."
+    beyond = "; ".join(f"{s.name}: {written(s)}" for s, _, _ in _off_axis(problem, metric, axis))
+    said = f" Off the axis: {beyond}." if beyond else ""
+    return f"{problem.title}: {metric} against {axis.title}. On the Pareto front: {best}.{said}"
+
+
+def has_off_axis(problem: Problem, metric: str, axis_name: str) -> bool:
+    """Whether a figure leaves settings off its axis, and gives their means beside an arrow."""
+    return bool(_off_axis(problem, metric, COMPARED_AXES[axis_name]))

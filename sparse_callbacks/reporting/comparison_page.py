@@ -18,9 +18,10 @@ from sparse_callbacks.reporting.comparison import (
     front,
     validation_metric,
 )
-from sparse_callbacks.reporting.comparison_figures import comparison_figure, figure_label, legend_figure
+from sparse_callbacks.reporting.comparison_figures import comparison_figure, figure_label, has_off_axis, legend_figure
 from sparse_callbacks.reporting.comparison_tables import ComparedTable, as_score, problem_tables
 from sparse_callbacks.reporting.html_pages import write_page
+from sparse_callbacks.reporting.readable import plural
 from sparse_callbacks.reporting.style import figure_svg
 
 HTML, MARKDOWN, CSV, RUNS_CSV = "compare.html", "compare.md", "compare.csv", "compare_runs.csv"
@@ -47,7 +48,7 @@ def write_comparison(comparison: Comparison, folder: Path, paths: Sequence[Path]
         raise ValueError("there is no run to compare. Give folders of runs that have ended.")
     folder.mkdir(parents=True, exist_ok=True)
     values = {
-        "title": f"Comparison of {_plural(len(comparison.runs), 'run')}",
+        "title": f"Comparison of {plural(len(comparison.runs), 'run')}",
         "facts": _facts(comparison),
         "notes": notes(comparison),
         "problems": [_problem_values(problem, comparison) for problem in comparison.problems],
@@ -59,10 +60,6 @@ def write_comparison(comparison: Comparison, folder: Path, paths: Sequence[Path]
         with replacing(folder / name) as beside:
             beside.write_text(text, encoding="utf-8")
     return [page, *(folder / name for name in texts)]
-
-
-def _plural(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _command(comparison: Comparison, paths: Sequence[Path]) -> str:
@@ -89,8 +86,9 @@ def notes(comparison: Comparison) -> list[str]:
         found += [f"{line}." for line in problem.repeated]
         few = [setting for setting in problem.settings if len(setting.runs) < ENOUGH_SEEDS]
         if few:
+            have = "has" if len(few) == 1 else "have"
             found.append(
-                f"{problem.title}: {len(few)} of {_plural(len(problem.settings), 'setting')} have fewer than {ENOUGH_SEEDS} seeds, "
+                f"{problem.title}: {len(few)} of {plural(len(problem.settings), 'setting')} {have} fewer than {ENOUGH_SEEDS} seeds, "
                 "too few to tell a difference from chance."
             )
     return found
@@ -109,7 +107,7 @@ def _problem_values(problem: Problem, comparison: Comparison) -> dict[str, Any]:
         figures.append((figure_svg(figure, label), ""))
     if figures:
         legend = figure_svg(legend_figure(problem, metric), f"{problem.title}: what the colours and markers mean")
-        figures.insert(1, (legend, "Points are means over seeds, bars one standard deviation to each side."))
+        figures.insert(1, (legend, _legend_caption(problem, comparison)))
     return {
         "title": problem.title,
         # a line of its own is no place for a sign of percent
@@ -118,8 +116,15 @@ def _problem_values(problem: Problem, comparison: Comparison) -> dict[str, Any]:
         "missing": f"Not drawn, as no run has it: {', '.join(missing)}." if missing else "",
         "tables": problem_tables(problem, metric),
         "differing": problem.differing,
-        "runs": sum(len(setting.runs) for setting in problem.settings),
+        "runs": plural(sum(len(setting.runs) for setting in problem.settings), "run"),
     }
+
+
+def _legend_caption(problem: Problem, comparison: Comparison) -> str:
+    caption = "Points are means over seeds, bars one standard deviation to each side."
+    if any(has_off_axis(problem, comparison.metric, name) for name in comparison.axes):
+        caption += " An arrow gives the mean of a setting that lies off the axis."
+    return caption
 
 
 def highlights(problem: Problem, metric: str) -> list[tuple[str, str, str]]:
@@ -140,7 +145,7 @@ def highlights(problem: Problem, metric: str) -> list[tuple[str, str, str]]:
             found.append((name, _one(metric, run), f"{runs[run.folder].name}, seed {run.seed}"))
     dense = [setting for setting in problem.settings if setting.method == "dense"]
     found += [
-        ("dense", as_score(metric, setting.over_seeds(metric)), _plural(len(setting.runs), "run")) for setting in dense
+        ("dense", as_score(metric, setting.over_seeds(metric)), plural(len(setting.runs), "run")) for setting in dense
     ]
     return found
 
@@ -154,7 +159,7 @@ def _one(metric: str, run: ComparedRun) -> str:
 
 def as_markdown(comparison: Comparison) -> str:
     """The comparison as Markdown, without figures."""
-    lines = [f"# Comparison of {_plural(len(comparison.runs), 'run')} by {comparison.metric}", ""]
+    lines = [f"# Comparison of {plural(len(comparison.runs), 'run')} by {comparison.metric}", ""]
     lines += [f"- {note}" for note in notes(comparison)]
     for problem in comparison.problems:
         lines += ["", f"## {problem.title}", ""]
@@ -192,7 +197,8 @@ def _markdown_row(cells: Iterable[str]) -> str:
 
 
 def _settings_csv(comparison: Comparison) -> str:
-    keys = [comparison.metric, f"{comparison.metric}5", *_MEANS]
+    # the metric may be one of the costs, and sparsity is an axis too
+    keys = list(dict.fromkeys([comparison.metric, f"{comparison.metric}5", *_MEANS]))
     head = [
         "problem",
         "method",
@@ -220,10 +226,14 @@ def _runs_csv(comparison: Comparison) -> str:
         for setting in problem.settings
         for run in setting.runs
     ]
-    return _csv(["problem", "method", "target", "seed", *keys, "folder"], rows)
+    own = ["problem", "method", "target", "seed"]
+    # results have whatever names their run gave them
+    return _csv([*own, *(f"metric {key}" if key in {*own, "folder"} else key for key in keys), "folder"], rows)
 
 
 def _csv(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table as CSV. Columns of one name would hide each other from whoever reads rows by name."""
+    assert len(set(head)) == len(head), head
     text = io.StringIO()
     writer: Callable[[Iterable[Any]], Any] = csv.writer(text, lineterminator="\n").writerow
     writer(head)

@@ -12,6 +12,7 @@ from sparse_callbacks.reporting.comparison import (
     best_setting,
     by_level,
     front,
+    level_texts,
     levels,
     means_by_level,
     rank_correlations,
@@ -19,6 +20,8 @@ from sparse_callbacks.reporting.comparison import (
 )
 
 MISSING = "-"
+_OF_SETTINGS = ("method", "target", "runs", "sparsity", "compression", "speedup", "time", "fronts")
+_OF_RUNS = ("setting", "seed", "folder")
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,10 @@ def in_cell(metric: str, spread: Spread | None) -> str:
     return _with_deviation(spread, lambda value: f"{value:.4g}")
 
 
-def _titled(metric: str) -> str:
+def _titled(metric: str, beside: Sequence[str] = ()) -> str:
+    """The title of the metric's column; another one than those beside it, whatever a run has called its results."""
+    if metric in beside:
+        return f"metric {metric}"
     return f"{metric}, %" if readable.is_accuracy(metric) else metric
 
 
@@ -78,14 +84,17 @@ def sparsity_table(problem: Problem, metric: str) -> ComparedTable | None:
     dense = [setting for setting in problem.settings if setting.method == "dense"]
     texts += [[setting.name, _score_of(setting, metric), *[""] * (len(columns) - 1)] for setting in dense]
     counts = sorted({len(s.runs) for s in problem.settings})
-    runs = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    explanation = f"Mean ± standard deviation over {runs} runs; the best of each column stands out."
+    if counts == [1]:
+        explanation = "One run each, so without a standard deviation; the best of each column stands out."
+    else:
+        runs = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        explanation = f"Mean ± standard deviation over {runs} runs; the best of each column stands out."
     if dense:
         explanation += " A dense network has no sparsity: its row has one value."
     return ComparedTable(
         f"{_titled(metric)} by sparsity",
         explanation,
-        ["method", *(f"{level:.4g}" for level in columns)],
+        ["method", *level_texts(columns).values()],
         texts,
         frozenset(best),
     )
@@ -106,7 +115,7 @@ def settings_table(problem: Problem, metric: str) -> ComparedTable:
     columns: dict[str, Callable[[Setting], str]] = {
         "target": lambda s: MISSING if s.target is None else _target(s),
         "runs": lambda s: str(len(s.runs)),
-        _titled(metric): lambda s: _score_of(s, metric),
+        _titled(metric, _OF_SETTINGS): lambda s: _score_of(s, metric),
         _titled(top_5): lambda s: _score_of(s, top_5),
         "to dense": lambda s: _difference(s, dense, metric),
         "sparsity": lambda s: _mean(s, "sparsity/total", lambda v: f"{v:.4f}"),
@@ -199,7 +208,7 @@ def runs_table(problem: Problem, metric: str) -> ComparedTable:
     rows = [
         [s.name, _seed(run), _score(run, metric), shown_path(run.folder)] for s in problem.settings for run in s.runs
     ]
-    return ComparedTable("Every run", "", ["setting", "seed", _titled(metric), "folder"], rows)
+    return ComparedTable("Every run", "", ["setting", "seed", _titled(metric, _OF_RUNS), "folder"], rows)
 
 
 def _seed(run: ComparedRun) -> str:

@@ -110,12 +110,16 @@ def _flops_gains(run: RecordedRun, dense: RecordedRun | None) -> list[Gain]:
     texts = {
         "inference": "FLOPs of one sample at inference",
         "inference_sparse_layers": "… in the sparse layers",
+        "slim": "… of the slim network",
         "training": "FLOPs of the training",
         "training_sparse_layers": "… in the sparse layers",
     }
     found = []
     for key, text in texts.items():
         own, other = last(run, f"flops/{key}"), last(run, f"flops/{key}_dense")
+        if key == "slim":
+            # before slimming every weight was multiplied, zero or not: that is the dense network
+            own, other = (channel_costs(run, when).get("flops") for when in ("after", "before"))
         if own is not None:
             beside = "" if other is None else readable.count(other)
             found.append(Gain(text, readable.count(own), beside, readable.fewer(own, other)))
@@ -156,7 +160,8 @@ def _other_gains(run: RecordedRun, dense: RecordedRun | None) -> list[Gain]:
 
 
 def channel_costs(run: RecordedRun, when: str) -> Mapping[str, float]:
-    """``parameters``, ``flops`` and ``latency`` of the network ``"before"`` or ``"after"`` slimming, those that are known."""
+    """``parameters``, ``flops`` (of one sample) and ``latency`` of the network ``"before"`` or ``"after"`` slimming, those that
+    are known."""
     found = run.run.channels.get(when)
     known: dict[str, Any] = dict(found) if isinstance(found, Mapping) else {}
     costs = {key: number(known, key) for key in ("parameters", "flops", "latency")}
@@ -175,7 +180,10 @@ def tiles(run: RecordedRun, dense: RecordedRun | None) -> list[tuple[str, str, s
     found.append(("zeros", readable.share(total), whole))
     for key, text in {"inference": "inference FLOPs", "training": "training FLOPs"}.items():
         spent, reference = last(run, f"flops/{key}"), last(run, f"flops/{key}_dense")
-        found.append((text, readable.count(spent), readable.fewer(spent, reference, "dense")))
+        beside = [readable.fewer(spent, reference, "dense")]
+        if key == "inference" and (slim := channel_costs(run, "after").get("flops")) is not None:
+            beside.append(f"slim network: {readable.count(slim)}")
+        found.append((text, readable.count(spent), "; ".join(filter(None, beside))))
     known = [value for key in MEMORY if (value := last(run, f"bytes/{key}")) is not None]
     parts = ", ".join(
         f"{text} {readable.size(last(run, f'bytes/{key}'))}"

@@ -28,6 +28,11 @@ def count(value: float | None) -> str:
     return f"{value:.3g}"
 
 
+def plural(number: int, what: str) -> str:
+    """A number of things: ``"1 run"``, ``"3 runs"``."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
 def tick(value: float | None) -> str:
     """A number beside an axis: four digits, so that ticks that differ read differently; from 10,000 on as :func:`count`."""
     if value is None or not math.isfinite(value):

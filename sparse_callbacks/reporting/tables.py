@@ -98,14 +98,21 @@ def cost_table(run: RecordedRun) -> Table | None:
     """Parameters, FLOPs and latency before and after slimming; None without slimming."""
     before, after = channel_costs(run, "before"), channel_costs(run, "after")
     lines = []
-    for key, name in {"parameters": "parameters", "flops": "FLOPs of a forward pass", "latency": "latency"}.items():
+    samples = number(run.run.channels, "samples")
+    names = {
+        "parameters": "parameters",
+        "flops": "FLOPs of one sample at inference",
+        "latency": "latency" if samples is None else f"latency of {samples:,g} samples",
+    }
+    for key, name in names.items():
         if key in before and key in after:
             words = ("faster", "slower") if key == "latency" else ("fewer", "more")
             change = readable.fewer(after[key], before[key], words=words)
             lines.append([name, *(_cost_text(key, costs[key]) for costs in (before, after)), change])
     if not lines:
         return None
-    return Table("Of the masked network, and of the slim one.", ("", "before", "after", "change"), lines, (1, 2, 3))
+    caption = "Of the masked network, which multiplies by its zeros too, and of the slim one."
+    return Table(caption, ("", "before", "after", "change"), lines, (1, 2, 3))
 
 
 def _cost_text(key: str, value: float) -> str:

@@ -15,8 +15,8 @@ from sparse_callbacks.core.record.page import PAGE, why_no_page, write_page
 from sparse_callbacks.core.record.record_file import refuse_unrecorded
 from sparse_callbacks.lightning.sparsity_report import SparsityReport
 
-COSTS = ("parameters", "flops", "latency")
-
+OF_THE_RUN = ("hydra.run.", "hydra.job.")
+"""How the arguments of Hydra begin that belong to one run."""
 REPORTS = (True, False, "record")  # values of the root key `report`
 
 
@@ -53,7 +53,10 @@ def typed_command() -> str | None:
     """The command of this run alone, also where it is one of a multirun; None outside of Hydra."""
     if not HydraConfig.initialized():
         return None
-    return shlex.join(["python", Path(sys.argv[0]).name, *HydraConfig.get().overrides.task])
+    typed = HydraConfig.get().overrides
+    # of Hydra's own arguments those of this run: the others made a multirun of it, which this is one job of
+    own = [text for text in typed.hydra if text.lstrip("+~").startswith(OF_THE_RUN)]
+    return shlex.join(["python", Path(sys.argv[0]).name, *typed.task, *own])
 
 
 def finish_report(report: SparsityReport, metrics: Mapping[str, float], proof: Proof | None, with_page: bool) -> str:
@@ -84,8 +87,14 @@ def finish_report(report: SparsityReport, metrics: Mapping[str, float], proof: P
 
 
 def channels_of(proof: Proof) -> dict[str, Any]:
-    """What slimming has changed, as a record keeps it."""
+    """What slimming has changed, as a record keeps it: FLOPs for one sample, and the latency of as many as ``samples`` says."""
+    samples = proof.samples or 1
     sides = {"before": proof.before, "after": proof.after}
-    costs = {side: {cost: float(getattr(found, cost)) for cost in COSTS} for side, found in sides.items()}
+    costs: dict[str, Any] = {
+        side: {"parameters": float(found.parameters), "flops": found.flops / samples, "latency": found.latency}
+        for side, found in sides.items()
+    }
+    if proof.samples is not None:
+        costs["samples"] = proof.samples
     groups = [{"name": g.name, "units": g.size, "removed": g.units, "reason": g.reason} for g in proof.rows]
     return {**costs, "groups": groups, "proof": str(proof)}

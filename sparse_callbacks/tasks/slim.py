@@ -1,5 +1,6 @@
 """The option `slim=true`: removes dead channels of the trained network, compares, tests and saves it."""
 
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -58,6 +59,7 @@ def slimmed(
     images, _ = next(iter(data.test_dataloader()))
     sample = images[:BATCH].to(module.device)
     small, proof = slim(module.model, masks, sample)
+    proof = replace(proof, samples=len(sample))
     save_compact(small, folder / FILE)
     metrics = {
         "slim/removed": float(proof.removed),

@@ -1,6 +1,7 @@
 """Slimming: the small network computes what the masked one did, and is really smaller."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,6 +83,11 @@ def test_the_proof_is_a_table() -> None:
     assert lines[0].split() == ["before", "after", "ratio"]
     assert [line.split()[0] for line in lines[1:4]] == ["parameters", "FLOPs", "latency"]
     assert "outputs in float64:" in str(proof)
+    # nobody has said what is a sample of the input
+    assert lines[4] == "FLOPs and latency of a forward pass on the whole example input; a multiply-add is two FLOPs"
+    whole, one = lines[2], str(replace(proof, samples=2)).splitlines()[2]
+    counts = [[int(text.replace(",", "")) for text in line.split()[1:3]] for line in (whole, one)]
+    assert counts[0] == [proof.before.flops, proof.after.flops] == [2 * count for count in counts[1]]
     assert lines[-2].split() == ["inner", "6", "3"]
     assert lines[-1].split() == ["head", "5", "0", "these", "are", "outputs", "of", "the", "network"]
     assert proof.left_out == {"head": OUTPUTS}

@@ -33,8 +33,8 @@ from sparse_callbacks import (
     sparsify,
 )
 from sparse_callbacks.core.doctor import at_start, movement
-from sparse_callbacks.core.doctor.doctor import REMEDIES
 from sparse_callbacks.core.doctor.gradient_noise import COMPARED_STEPS, GradientNoise
+from sparse_callbacks.core.doctor.remedies import REMEDIES, remedy
 from sparse_callbacks.core.sparse_layers.moved_places import Move
 from sparse_callbacks.testing.networks import Classifier
 from sparse_callbacks.testing.runs import trainer_for
@@ -416,6 +416,46 @@ def test_gates_that_close_a_layer_are_warned_about_at_the_end_of_an_epoch() -> N
     method = ConstrainedL0(density=0.9, print_plan=False)
     assert warned(method, normed(), 3, then=closes) == ["collapse"]
     assert warned(ConstrainedL0(density=0.9, print_plan=False), normed(), 3, then=lambda run: run.epoch_end()) == []
+
+
+def owning(method: Any, *groups: dict[str, Any]) -> Any:
+    """A method whose optimizer has these groups of parameters."""
+    params = [{"params": [nn.Parameter(torch.zeros(2))], **group} for group in groups]
+    method.owners = SimpleNamespace(optimizers=[torch.optim.SGD(params, 0.1)])
+    return method
+
+
+@pytest.mark.parametrize(
+    ("name", "follows", "does_not", "advice"),
+    [
+        ("faded_signals", Static(0.5, rescale="fan_in"), Static(0.5), "Give rescale="),
+        ("faded_signals", SET(0.5, rescale="layer"), SET(0.5), "Give rescale="),
+        ("collapse", Static(0.5), Static(0.5, distribution="uniform"), "distribution="),
+        ("collapse", Static(0.5, distribution="erdos_renyi"), GMP(0.5), "distribution="),
+        ("short_run", GMP(0.5, stop=0.75), GMP(0.5, stop=500), "as a share of the run"),
+        ("slow_optimizer", owning(GMP(0.5), {"fused": True}, {}), owning(GMP(0.5), {}, {}), "Give it fused=True"),
+    ],
+)
+def test_no_remedy_is_what_the_run_does_already(name: str, follows: Any, does_not: Any, advice: str) -> None:
+    assert advice in remedy(name, does_not)
+    assert advice not in remedy(name, follows)
+    assert remedy(name, follows).endswith(".")
+
+
+def test_a_signal_that_fades_under_rescaled_masks_is_said_with_what_is_left_to_do() -> None:
+    """Weights that are too small before any mask."""
+    model = deep(9)
+    with torch.no_grad():
+        for module in model:
+            if isinstance(module, nn.Linear):
+                module.weight.mul_(0.4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with (
+        pytest.warns(DoctorWarning, match=r"faded_signals.* rescale='fan_in' has given back .* give norms") as caught,
+        sparsify(Static(0.5, rescale="fan_in", **QUIET), model, optimizer, steps=2) as run,
+    ):
+        steps_of(run, model, optimizer, 2)
+    assert "Give rescale" not in str([str(w.message) for w in caught])
 
 
 def test_every_warning_has_a_test_that_gives_it() -> None:

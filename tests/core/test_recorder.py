@@ -312,22 +312,23 @@ def test_topology_is_what_was_worked_by_hand(tmp_path: Path) -> None:
 
 
 def test_a_run_without_an_end_keeps_the_rows_so_far(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), interrupted(tmp_path):
+    with pytest.raises(ZeroDivisionError), three_steps(tmp_path):
         raise ZeroDivisionError
     found = read_record(tmp_path)
     assert found.run.status == "failed"
     assert [row["event"] for row in found.rows] == ["start", "log"]
-    with pytest.raises(KeyboardInterrupt), interrupted(tmp_path):
+    with pytest.raises(KeyboardInterrupt), three_steps(tmp_path):
         raise KeyboardInterrupt
     assert read_record(tmp_path).run.status == "stopped"
 
 
 @contextmanager
-def interrupted(folder: Path) -> Iterator[None]:
+def three_steps(folder: Path, planned: int = 10, every: int = 2) -> Iterator[None]:
+    """A recorded run that is left after three of its steps."""
     model, shape = network("mlp")
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    with sparsify(Static(0.9, print_plan=False), model, optimizer, steps=10) as run:
-        run.report(folder, every=2, page=False)
+    with sparsify(Static(0.9, print_plan=False), model, optimizer, steps=planned) as run:
+        run.report(folder, every=every, page=False)
         for _ in range(3):
             model(torch.randn(BATCH, *shape)).square().mean().backward()
             optimizer.step()
@@ -468,19 +469,12 @@ def test_a_full_disk_ends_the_record_and_not_the_run(tmp_path: Path, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("sparse_callbacks.core.record.row_file.append_rows", full)
-    model, shape = network("mlp")
-    with pytest.warns(UserWarning, match="No space left on device.*training goes on") as caught:
-        fit_unread(tmp_path, model, shape)
+    with (
+        pytest.warns(UserWarning, match="No space left on device.*training goes on") as caught,
+        three_steps(tmp_path, planned=3, every=1),
+    ):
+        pass
     assert len([w for w in caught if "record of this run" in str(w.message)]) == 1
-
-
-def fit_unread(folder: Path, model: nn.Module, shape: tuple[int, ...]) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    with sparsify(Static(0.9, print_plan=False), model, optimizer, steps=3) as run:
-        run.report(folder, every=1, page=False)
-        for _ in range(3):
-            model(torch.randn(BATCH, *shape)).square().mean().backward()
-            optimizer.step()
 
 
 def test_a_page_that_fails_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

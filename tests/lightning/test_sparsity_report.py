@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import BaseFinetuning, EarlyStopping
+from pytorch_lightning.callbacks import BaseFinetuning, EarlyStopping, LearningRateMonitor
 from pytorch_lightning.loggers import CSVLogger
 from support import recorded_processes
 from support.processes import run_processes
@@ -89,6 +89,48 @@ def test_metrics_of_a_validation_are_in_its_row_and_at_the_end(whole: RecordedRu
     with_loss = [row["event"] for row in whole.rows if "val/loss" in row]
     assert with_loss == ["validation", "validation", "end"]
     assert all("train/loss" in row for row in whole.rows if row["event"] in ("log", "update"))
+
+
+class Scheduled(Net):
+    """Whose learning rate is another one in each step, and those of its two groups too."""
+
+    groups = 1
+
+    def configure_optimizers(self) -> Any:
+        weights = list(self.parameters())
+        halves = [weights] if self.groups == 1 else [weights[:2], weights[2:]]
+        optimizer = torch.optim.SGD([{"params": p, "lr": 0.1 * 10**i} for i, p in enumerate(halves)], 0.1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+@pytest.mark.parametrize("method", [rigl, None])
+@pytest.mark.parametrize("monitored", [True, False])
+def test_the_learning_rate_of_a_row_is_that_of_its_own_step(tmp_path: Path, method: Any, monitored: bool) -> None:
+    """A monitor logs it every few steps, and when a batch is over the schedule has gone on."""
+    monitors = [LearningRateMonitor(logging_interval="step")] if monitored else []
+    callbacks = [report(tmp_path), *monitors, *([method()] if method else [])]
+    found = fit(tmp_path, *callbacks, module=Scheduled(), logger=CSVLogger(tmp_path), log_every_n_steps=7)
+    name = "lr-SGD" if monitored else "lr"
+    rates = {row["step"]: row[name] for row in found.rows if name in row}
+    assert len(rates) > 5
+    assert rates == {step: pytest.approx(0.1 / step) for step in rates}
+
+
+def test_each_group_has_its_own_rate_and_other_figures_of_a_monitor_stay(tmp_path: Path) -> None:
+    module = Scheduled()
+    module.groups = 2
+    monitor = LearningRateMonitor(logging_interval="step", log_momentum=True)
+    found = fit(tmp_path, report(tmp_path), monitor, module=module, logger=CSVLogger(tmp_path), log_every_n_steps=7)
+    rows = [row for row in found.rows if "lr-SGD/pg1" in row]
+    assert len(rows) > 5
+    for row in rows:
+        assert (row["lr-SGD/pg1"], row["lr-SGD/pg2"]) == (
+            pytest.approx(0.1 / row["step"]),
+            pytest.approx(1 / row["step"]),
+        )
+    momenta = {value for row in rows for name, value in row.items() if "momentum" in name}
+    assert momenta == {0.0}
 
 
 def test_its_place_among_callbacks_does_not_matter(whole: RecordedRun, tmp_path: Path) -> None:

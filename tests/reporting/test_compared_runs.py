@@ -44,6 +44,28 @@ def test_what_is_no_run_is_left_out_with_the_reason(tmp_path: Path) -> None:
     assert "not there" in reasons["gone"]
 
 
+def test_folders_beside_runs_are_left_out_with_the_reason_wherever_they_lie(tmp_path: Path) -> None:
+    folder = recorded(tmp_path / "sweep/deep/0")
+    recorded(tmp_path / "elsewhere")
+    for name in ("empty/in it", "deep/checkpoints"):
+        (tmp_path / "sweep" / name).mkdir(parents=True)
+    recorded(tmp_path / "sweep/half")
+    (tmp_path / "sweep/half/record/run.json").unlink()
+    older(tmp_path / "sweep/9", {"test/acc": 0.5})
+    (tmp_path / "sweep/9/.hydra/config.yaml").unlink()
+    (tmp_path / "sweep/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "sweep/deep/gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "sweep/notes.txt").write_text("a file beside runs is nobody's question")
+    runs, left_out = read_runs([tmp_path / "sweep"], "test/acc")
+    assert [run.folder for run in runs] == [folder]
+    reasons = {path.relative_to(tmp_path / "sweep").as_posix(): reason for path, reason in left_out}
+    assert reasons.keys() == {"empty", "deep/checkpoints", "half", "9", "link"}
+    assert reasons["empty"].startswith("holds no run (record/run.json, or")
+    assert reasons["half"] == "holds a part of a run alone (record without record/run.json)"
+    assert reasons["9"] == "holds a part of a run alone (metrics.json without .hydra/config.yaml)"
+    assert "give the folder that it leads to" in reasons["link"]
+
+
 def test_runs_without_results_are_left_out_with_the_reason(tmp_path: Path) -> None:
     recorded(tmp_path / "0", status="running", results={})
     recorded(tmp_path / "1", status="failed", results={})

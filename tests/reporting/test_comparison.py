@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from support.pages import read_page, refuse_faults
 from support.recorded import recorded
 
 from sparse_callbacks.core.record.record_file import append_rows
@@ -20,6 +21,7 @@ from sparse_callbacks.reporting.comparison import (
     compared,
     front,
     rank_correlations,
+    transposed,
     validation_metric,
 )
 from sparse_callbacks.reporting.comparison_page import notes, write_comparison
@@ -136,8 +138,12 @@ def test_the_page_stands_alone_and_is_in_order(files: dict[str, str]) -> None:
     assert not re.search(r"https?://|url\(['\"]?[^#'\")]", text)
     assert page.headings[0] == 1
     assert all(after <= before + 1 for before, after in zip(page.headings, page.headings[1:], strict=False))
-    assert "prefers-color-scheme: dark" in text
     assert len(text) < 1_000_000
+
+
+def test_the_page_of_a_comparison_has_no_faults(tmp_path: Path) -> None:
+    recorded(tmp_path / "0")
+    refuse_faults(read_page(write_comparison(compared([tmp_path]), tmp_path, [tmp_path])[0]))
 
 
 def test_the_page_has_the_figures_of_every_axis_and_a_legend(files: dict[str, str]) -> None:
@@ -177,6 +183,44 @@ def test_the_csv_files_have_every_setting_and_every_run(files: dict[str, str]) -
     assert float(by_method["RigL", "0.9"]["test/acc mean"]) == pytest.approx(0.99 - 0.09 - 0.04)
     assert by_method["RigL", "0.9"]["test/acc sd"] == ""
     assert all(float(row["flops/training"]) > 0 for row in runs)
+
+
+def test_no_table_has_two_columns_of_one_name(tmp_path: Path) -> None:
+    """Whatever is compared by, and whatever the results are called."""
+    for number, level in enumerate((0.99991, 0.99992)):
+        results = {"test/acc": 0.9, "seed": 3.0, "folder": 1.0, "compression": 2.0, "target": 0.5}
+        recorded(
+            tmp_path / str(number), "SET", level, arguments={"sparsity": str(level)}, configuration={}, results=results
+        )
+    recorded(tmp_path / "2", "SMCP", arguments={"budget": "0.5"}, configuration={}, results={"test/acc": 0.5})
+    for metric in ("test/acc", "sparsity/total", "compression", "flops/training", "seed", "target"):
+        found = compared([tmp_path], metric)
+        assert len(found.runs) > 1
+        for path in write_comparison(found, tmp_path, [tmp_path]):
+            if path.suffix == ".csv":
+                lines = path.read_text().splitlines()
+                head = next(csv.reader(lines))
+                assert len(set(head)) == len(head) == len(next(csv.DictReader(lines)))
+            if path.suffix == ".md":
+                heads = re.findall(r"^(\|.*)\n\| ---", path.read_text(), re.MULTILINE)
+                columns = [[cell.strip() for cell in head.strip("|").split("|")] for head in heads]
+                assert columns
+                assert all(len(set(each)) == len(each) for each in columns), columns
+    runs = list(csv.DictReader((tmp_path / "compare_runs.csv").read_text().splitlines()))
+    assert {(row["seed"], row["metric seed"]) for row in runs} == {("0", "3.0")}
+    assert transposed({"A": {0.99991: 1.0, 0.99992: 2.0}, "B": {0.99991: 3.0}}) == {
+        "0.99991": {"A": 1.0, "B": 3.0},
+        "0.99992": {"A": 2.0},
+    }
+
+
+def test_one_run_is_not_called_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recorded(tmp_path / "0")
+    comparison_command.compare_main([str(tmp_path)])
+    said = capsys.readouterr().out + (tmp_path / "compare.md").read_text() + (tmp_path / "compare.html").read_text()
+    assert ": 1 setting\n" in said
+    assert not re.search(r"\b1 (runs|settings|seeds)\b", said)
+    assert "One run each, so without a standard deviation" in said
 
 
 def test_few_seeds_and_what_is_left_out_are_noted(folder: Path) -> None:

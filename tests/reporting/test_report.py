@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,8 +37,9 @@ SECTIONS = [
 ]  # fmt: skip
 NASTY = "_\\1\\g<2>\u4e2d<i>&\"'$x_1${{ 7*7 }}</style><script>alert(1)</script>"
 CHANNELS = {
-    "before": {"parameters": 1000, "flops": 40_000, "latency": 2.0},
-    "after": {"parameters": 250, "flops": 10_000, "latency": 1.0},
+    "before": {"parameters": 1000, "flops": 5440, "latency": 2.0},
+    "after": {"parameters": 250, "flops": 272, "latency": 1.0},
+    "samples": 8,
     "groups": [{"name": "net.0", "units": 30, "removed": 12, "reason": f"the rest is read {NASTY}"}],
     "proof": "outputs in float64: the same",
 }
@@ -68,13 +70,17 @@ def test_the_sections_stand_in_their_order_on_a_page_that_needs_nothing_else(pag
 def test_a_page_says_what_was_gained_beside_the_dense_run(page: Page) -> None:
     assert "test/acc 87.20 % dense run: 89.00 %" in page.text
     assert "zeros 90 % of the sparse layers; whole model 90.2 %" in page.text
-    assert "inference FLOPs 544 10 x fewer than dense" in page.text
+    assert "inference FLOPs 544 10 x fewer than dense; slim network: 272" in page.text
     assert "training FLOPs 20.9 M 10 x fewer than dense" in page.text
     assert "latency, slim network 1 ms masked: 2 ms" in page.text
     assert "test/acc 87.20 % 89.00 % -1.80 points" in page.text
     assert "weights in the sparse layers 272 2,720 10 x fewer" in page.text
     assert "FLOPs of the training, beside the dense run 20.9 M 209 M 10 x fewer" in page.text
     assert "latency, slim beside masked 1 ms 2 ms 2 x faster" in page.text
+    # of one sample, as all FLOPs of the page: a record holds those of slimming so
+    assert "FLOPs of one sample at inference 544 5,440 10 x fewer" in page.text
+    assert "… of the slim network 272 5,440 20 x fewer" in page.text
+    assert "FLOPs of one sample at inference 5,440 272 20 x fewer latency of 8 samples 2 ms 1 ms" in page.text
 
 
 def test_a_page_tells_plan_channels_configuration_and_command(page: Page) -> None:
@@ -86,6 +92,18 @@ def test_a_page_tells_plan_channels_configuration_and_command(page: Page) -> Non
     assert "model._target_=mlp" in page.text
     assert "python train.py method=rigl" in page.text
     assert "updates of the masks start 0, stop 150, every 20 (optimizer steps)" in page.text
+
+
+def test_lines_that_are_wider_than_a_phone_break_or_show_that_they_scroll(page: Page) -> None:
+    classes = [str(given.get("class") or "") for tag, given in page.attributes if tag == "pre"]
+    assert classes == ["", "tall", "wrapped", "columns", "wrapped"]  # plan, proof, method, configuration, command
+    assert (
+        "pre.columns { columns: 340px 3; column-gap: 28px; white-space: pre-wrap; overflow-wrap: anywhere; }"
+        in page.source
+    )
+    assert "overflow-wrap: normal" not in page.source
+    (rule,) = re.findall(r"\.scroll, pre \{(.*?)\}", page.source.partition("@media print")[0], re.DOTALL)
+    assert rule.count("var(--shade)") == rule.count(" local") == rule.count(" scroll") == 2
 
 
 def test_warnings_stand_before_everything_else(page: Page) -> None:

@@ -106,6 +106,10 @@ def refuse_faults(page: Page) -> None:
     assert any(m.get("name") == "viewport" and "width=device-width" in str(m["content"]) for m in page.all("meta"))
     assert "@media (prefers-color-scheme: dark)" in page.source
     assert "@media print" in page.source
+    printed = page.source.partition("@media print")[2]
+    # nothing that stays in sight on a screen lies over the lines of a printed table, and no rule behind this one brings it back
+    assert "tbody th, thead th:first-child { position: static; background: none;" in printed
+    assert "position: sticky" not in printed
     assert page.all("html")[0].get("lang") == "en"
     # drawings are described, cells belong to rows and columns, buttons have names
     assert all(s.get("aria-label") and s.get("role") == "img" for s in page.all("svg"))

@@ -4,11 +4,14 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
 
 from sparse_callbacks.core.record.record_file import has_record, read_record
+from sparse_callbacks.tasks.reports import typed_command
 
 Run = Callable[..., dict[str, float]]
 
@@ -62,9 +65,33 @@ def test_the_proof_of_slimming_is_in_the_record(run: Run, pages: Any, tmp_path: 
     metrics = run("method=rigl", "sparsity=0.9", "slim=true", "trainer.max_epochs=1")
     channels = read_record(tmp_path / "run").run.channels
     assert channels["after"]["parameters"] == metrics["slim/parameters"]
-    assert channels["before"]["flops"] >= channels["after"]["flops"] > 0
+    # of one image, as those of the rows, of which none has an attention product
+    assert channels["before"]["flops"] == read_record(tmp_path / "run").rows[-1]["flops/inference_dense"]
+    assert channels["after"]["flops"] == metrics["slim/flops"] <= channels["before"]["flops"]
+    assert channels["samples"] == 8
+    first = next(line for line in channels["proof"].splitlines() if line.startswith("FLOPs "))
+    assert float(first.split()[1].replace(",", "")) == channels["before"]["flops"]
+    assert "FLOPs of a forward pass, per sample (a multiply-add is two); latency of 8" in channels["proof"]
     assert sum(group["removed"] for group in channels["groups"]) == metrics["slim/removed"]
     assert "outputs on given inputs" in channels["proof"]
+
+
+@pytest.mark.parametrize(
+    ("own", "kept"),
+    [
+        (["hydra.run.dir=/a b/run", "hydra.mode=RUN"], "python train.py method=rigl seed=3 'hydra.run.dir=/a b/run'"),
+        (["hydra.job.chdir=true"], "python train.py method=rigl seed=3 hydra.job.chdir=true"),
+        (["hydra.sweep.dir=/x", "hydra/launcher=joblib", "hydra.mode=MULTIRUN"], "python train.py method=rigl seed=3"),
+    ],
+)
+def test_the_command_has_the_arguments_of_hydra_that_belong_to_the_run(
+    own: list[str], kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = SimpleNamespace(overrides=SimpleNamespace(task=["method=rigl", "seed=3"], hydra=own))
+    monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
+    monkeypatch.setattr(HydraConfig, "get", lambda: typed)
+    monkeypatch.setattr("sys.argv", ["/somewhere/train.py"])
+    assert typed_command() == kept
 
 
 def test_a_report_that_fails_loses_no_results(

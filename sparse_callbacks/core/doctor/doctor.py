@@ -11,6 +11,7 @@ from sparse_callbacks.core.doctor.collapse import why_collapsing, why_no_path
 from sparse_callbacks.core.doctor.first_signals import FirstSignals
 from sparse_callbacks.core.doctor.gradient_noise import ELEMENTS, GradientNoise
 from sparse_callbacks.core.doctor.movement import GrownWeights, StandingWeights, StuckMasks
+from sparse_callbacks.core.doctor.remedies import remedy
 from sparse_callbacks.core.doctor.warning import DoctorWarning
 from sparse_callbacks.core.fresh_weights import layers_of_few_inputs
 from sparse_callbacks.core.initial_masks import StartsSparse
@@ -20,40 +21,6 @@ from sparse_callbacks.core.shards import WHOLE, layout_of
 from sparse_callbacks.core.sparse_layers.moved_places import Move
 from sparse_callbacks.core.step import ReplacesSteps, Step
 from sparse_callbacks.core.topology import Update
-
-REMEDIES = {
-    "collapse": (
-        "Most outputs of such a layer are constant. Give it more weights (distribution='erdos_renyi_kernel', a lower "
-        "sparsity), or leave it dense with exclude=."
-    ),
-    "no_path": (
-        "Nothing that goes in changes what comes out. Give a lower sparsity, another distribution= or pattern=, or leave the "
-        "narrowest layers dense with exclude=."
-    ),
-    "faded_signals": (
-        "A network that starts so may not learn. Give rescale='fan_in', which gives back what masks take of it; what is missing "
-        "then was missing before: norms between the layers, or larger initial weights."
-    ),
-    "short_interval": (
-        "Grown weights start at zero and are the smallest until they have learnt, so the same part of the mask changes over "
-        "and over. Give a longer every= or a smaller drop_fraction=."
-    ),
-    "stuck_masks": (
-        "Either drop_fraction= of a layer's active weights is less than one, or what is dropped grows straight back: give a "
-        "larger drop_fraction=, or Static, which holds one mask for less."
-    ),
-    "zero_rate": (
-        "Weights that grow there stay at zero and are dropped again. Give an earlier stop=, or a learning rate schedule that "
-        "ends later."
-    ),
-    "gradient_noise": (
-        "Give larger batches, or accumulate more of them in a step; or take SNFS, which averages gradients over steps, or SET, "
-        "which grows at random and needs none."
-    ),
-    "short_run": "Train longer, or give an earlier stop=, best as a share of the run, such as stop=0.75.",
-    "slow_optimizer": "Give it fused=True: it goes through the memory once, and takes the same steps in half of the time or less.",
-}
-"""What to do about each warning, by the name of its check."""
 
 
 class Doctor:
@@ -82,7 +49,7 @@ class Doctor:
         if not text or key in method.aux:
             return
         method.aux[key] = torch.tensor(True)
-        words = f"{key}: {type(method).__name__}: {text}. {REMEDIES[name]}"
+        words = f"{key}: {type(method).__name__}: {text}. {remedy(name, method)}"
         method.host.warn(words, DoctorWarning)
         self.given.append(words)
         self._listener(words)

@@ -77,7 +77,8 @@ def matrix_of_units(units: Tensor, shape: tuple[int, ...], group: int) -> Tensor
 
 
 def units_of(pattern: Pattern, shape: tuple[int, ...]) -> tuple[Tensor, int, int]:
-    """The ascending keys of the units that live in a saved pattern, how many units there are, and the rows in a unit.
+    """What a saved pattern says, as keys alone: those of the units that live, ascending, how many units the layer has, live or
+    not, and the rows in a unit. For comparisons of sets of units; nothing is made that a product needs.
 
     Args:
         pattern: the pattern.
@@ -102,7 +103,8 @@ def live_in(pattern: Pattern, shape: tuple[int, ...]) -> int:
 
 
 def places_in(pattern: Pattern, shape: tuple[int, ...]) -> LivePlaces:
-    """The places that a saved pattern says, on the CPU.
+    """What a saved pattern says, as the places of a layer: with them values become a matrix (:func:`units_of` gives the keys
+    alone). They lie on the CPU.
 
     Args:
         pattern: the pattern.

@@ -142,6 +142,11 @@ class FirstBatch:
         use.by_input += rows * learns
         use.by_weight += rows * weight_learns
 
+    @property
+    def calls(self) -> Sequence[LayerCall]:
+        """The calls of the watched layers in the first forward pass, as far as it has come."""
+        return self._calls
+
     def end(self) -> Uses:
         """Look no more, and tell what was seen."""
         for handle in self._handles:

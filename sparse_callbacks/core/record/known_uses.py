@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from sparse_callbacks.core.method import Method
-from sparse_callbacks.core.record.find_chain import Chain, find_chain
+from sparse_callbacks.core.record.find_chain import Chain, LayerCall, find_chain
 from sparse_callbacks.core.record.first_batch import FirstBatch, WeightUse
 
 
@@ -51,8 +51,15 @@ class KnownUses:
             return False
         self.of = {name: use.of_a_sample(max(1, samples)) for name, use in found.of.items()}
         self.order = list(found.order)
-        self.chain = find_chain(found.calls, [m.weights.entries[n] for m in self._methods for n in m.params])
+        self.chain = self._chain_of(found.calls)
         return True
+
+    def chain_shown(self) -> Chain:
+        """The chain that the batch has shown so far: asked in its optimizer step, before the masks move."""
+        return self.chain if self._batch is None else self._chain_of(self._batch.calls)
+
+    def _chain_of(self, calls: Sequence[LayerCall]) -> Chain:
+        return find_chain(calls, [m.weights.entries[n] for m in self._methods for n in m.params])
 
     def stop(self) -> None:
         """No batch will show anything."""

@@ -123,14 +123,20 @@ class RunRecorder:
             return
         self._price()
         if self._start is not None:
+            self._follow_first_paths(self._known.chain.names)
             started, self._start = self._start, None
-            if self._masks_looked == self._changes():  # a first step that moves masks leaves none to follow paths in
-                started = with_paths(started, self._model, self._methods, self._known.chain.names)
+            if self._known.chain.names and not started.has_paths:
+                started = without_dead_units(started)
             self.said["batch"] = distributed.sums_of([self._samples])[0]
             self._first_masks = kept_masks(self._methods, self._known.order)
             self._keep_masks()
             self.say()
             self._add("start", self._last_look, self._began_epoch, {}, started)
+
+    def _follow_first_paths(self, chain: Sequence[str]) -> None:
+        """Add the figures of paths to the snapshot of the start, if the masks are still those of the start."""
+        if self._start is not None and not self._start.has_paths and self._masks_looked == self._changes():
+            self._start = with_paths(self._start, self._model, self._methods, chain)
 
     def _price(self) -> None:
         listed = self._methods[0].entries if self._methods else entries(self._model)
@@ -144,6 +150,8 @@ class RunRecorder:
     def step_taken(self, method: Method, step: Step) -> None:
         """An optimizer has stepped, or an update has replaced its step; masks are still those of the step."""
         self._costs.note(method, step)
+        if self._start is not None:  # the update that may follow at once leaves no first masks to follow paths in
+            self._follow_first_paths(self._known.chain_shown().names)
 
     def passed(self, method: Method, batch: Any) -> None:
         """A batch has passed through the network without training, for ``method`` to look at."""
@@ -264,7 +272,6 @@ class RunRecorder:
         found = snapshot(self._model, self._methods, self._optimizers(), history, self.step)
         if paths:
             return with_paths(found, self._model, self._methods, self._known.chain.names)
-        # of a chain dead units are those between its layers; elsewhere other ones have the name
         return without_dead_units(found) if self._known.chain.names else found
 
     def _time(self) -> float:

@@ -31,6 +31,11 @@ class Snapshot:
     topology: Mapping[str, float | None] = field(default_factory=dict)
     layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
+    @property
+    def has_paths(self) -> bool:
+        """The paths through a chain were followed."""
+        return "topology/paths" in self.topology
+
 
 def snapshot(
     model: nn.Module,
@@ -62,7 +67,11 @@ def snapshot(
 
 
 def without_dead_units(found: Snapshot) -> Snapshot:
-    """The snapshot without the number of dead units of the whole network."""
+    """The snapshot without the number of dead units of the whole network.
+
+    Of a chain dead units are those between its layers. Where its paths were not followed, the number in the snapshot has the
+    other meaning, of networks that are no chain.
+    """
     return replace(found, topology={k: v for k, v in found.topology.items() if k != "topology/dead_units"})
 
 
