@@ -36,6 +36,11 @@ SUMMED = (
 """Operations that may end an axis without a reason: they sum over it, so that entries of zero can go."""
 
 
+def words(text: str) -> list[str]:
+    """The words of a text, such as names of operations."""
+    return text.split()
+
+
 @dataclass
 class Sizes:
     """The numbers that a model computes from sizes, for the tensors of a sample, whole or with entries removed.

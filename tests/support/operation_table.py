@@ -9,7 +9,7 @@ import torchvision  # noqa: F401 - brings operations of its own
 
 from sparse_callbacks.channels import trace  # noqa: F401 - fills the table
 from sparse_callbacks.channels.operations.table import RULES
-from support import layer_samples, operation_samples
+from support import along_samples, entry_samples, layer_samples, shape_samples
 from support.operation_probe import Sample, probed, stricter_than_needed
 
 _GPU = "runs on GPUs alone"
@@ -24,16 +24,18 @@ OTHER_DEVICES = {
     "aten.mkldnn_max_pool2d": "takes tensors in MKL-DNN's own layout",
 }
 """Rows that no sample reaches on a CPU, with the reason."""
+if hasattr(torch.ops.aten, "_fused_rms_norm") and not layer_samples.HAS_FUSED_RMS_NORM:
+    OTHER_DEVICES["aten._fused_rms_norm"] = "this torch has it on GPUs alone"
 
 SAMPLES: list[Sample] = [
-    *operation_samples.entrywise(),
-    *operation_samples.makers(),
-    *operation_samples.readers(),
-    *operation_samples.along(),
-    *operation_samples.picking(),
-    *layer_samples.reshaping(),
-    *layer_samples.joining(),
-    *layer_samples.images(),
+    *entry_samples.entrywise(),
+    *entry_samples.makers(),
+    *entry_samples.readers(),
+    *along_samples.along(),
+    *along_samples.picking(),
+    *shape_samples.reshaping(),
+    *shape_samples.joining(),
+    *shape_samples.images(),
     *layer_samples.convolutions(),
     *layer_samples.products(),
     *layer_samples.norms(),
