@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -71,10 +72,12 @@ class Call:
 
     def in_shape(self, tensor: Tensor, shape: Sequence[int]) -> list[AnyAxis]:
         """The axes of a tensor in another shape, dimension by dimension as far as the sizes agree."""
-        old, axes = [*tensor.shape], self.axes_of(tensor)
-        new = [*shape]
+        axes = self.axes_of(tensor)
+        return self._in_sizes(axes, [a.size for a in axes], [*shape])
+
+    def _in_sizes(self, axes: Sequence[AnyAxis], old: Sequence[int], new: Sequence[int]) -> list[AnyAxis]:
         if 0 in old:
-            return [Run(s) for s in new]
+            return self._around_nothing(axes, old, new)
         found: list[AnyAxis] = []
         i = 0
         while len(found) < len(new):
@@ -96,3 +99,12 @@ class Call:
                 self.block(piece, f"{self.mixes.partition(',')[0]}, which takes them apart")
                 found += [Run(s) for s in new[j:end]]
         return found
+
+    def _around_nothing(self, axes: Sequence[AnyAxis], old: Sequence[int], new: Sequence[int]) -> list[AnyAxis]:
+        """The axes of a tensor without entries, such as the boxes that a detector has not found, in another shape."""
+        i, j = [*old].index(0), [*new].index(0)
+        if prod(old[:i]) == prod(new[:j]) and prod(old[i + 1 :]) == prod(new[j + 1 :]):
+            before = self._in_sizes(axes[:i], old[:i], new[:j])
+            return [*before, axes[i], *self._in_sizes(axes[i + 1 :], old[i + 1 :], new[j + 1 :])]
+        self.block(axes)
+        return [Run(s) for s in new]

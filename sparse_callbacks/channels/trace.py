@@ -129,9 +129,10 @@ class Trace:
         weights = frozenset[str]().union(*sources) if all(sources) else frozenset[str]()
         found = rule_of(name, inputs)(call)
         for tensor, axes in zip(_flat(output), found, strict=True):
-            if any(
-                tensor is t for t in inputs
-            ):  # written in place: it keeps the axes that it has, joined with the new ones
+            written = any(tensor is t for t in inputs)
+            if written and torch.Tag.inplace_view in operation.tags:  # the same tensor in another shape
+                self._of_others[tensor] = (axes, weights)
+            elif written:  # in place: it keeps the axes that it has, joined with the new ones
                 for old, new in zip(self._axes_of(tensor), axes, strict=True):
                     call.join(old, new)
             elif any(tensor is t for t in made):

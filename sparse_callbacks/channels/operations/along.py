@@ -1,11 +1,21 @@
 """Operations along whole axes: sums, softmax, choices by numbers."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from sparse_callbacks.channels.axes import MisfitError, Run, parted
 from sparse_callbacks.channels.operations.entrywise import entry_by_entry
 from sparse_callbacks.channels.operations.table import Axes, outputs, rule
 from sparse_callbacks.channels.recorded_call import Call
+
+
+def _dims(call: Call, given: int | Sequence[int] | None) -> list[int]:
+    """The dimensions that an operation goes along, counted from the front; all of them where none are given."""
+    count = call.named["self"].ndim
+    if not count:  # a number has none, though -1 may be given
+        return []
+    return [call.axis(d) for d in ([given] if isinstance(given, int) else given or range(count))]
 
 
 @rule(
@@ -31,7 +41,7 @@ def _reduced(call: Call) -> list[Axes]:
         return entry_by_entry(call)
     x = call.named["self"]
     axes, dims = call.axes_of(x), call.named.get("dim")
-    over = [call.axis(d) for d in ([dims] if isinstance(dims, int) else dims or range(x.ndim))]
+    over = _dims(call, dims)
     call.block([axes[d] for d in over])
     keep = bool(call.named.get("keepdim"))
     left: Axes = [Run(1) if d in over else a for d, a in enumerate(axes) if keep or d not in over]
@@ -54,12 +64,11 @@ def _reduced(call: Call) -> list[Axes]:
     *("sort", "argsort", "rot90"),
 )
 def _mixed_along(call: Call) -> list[Axes]:
-    x = call.named["self"]
-    dims = call.named.get("dim", call.named.get("dims"))
-    over = [call.axis(d) for d in ([dims] if isinstance(dims, int) else dims or range(x.ndim))]
-    axes = call.axes_of(x)
+    over = _dims(call, call.named.get("dim", call.named.get("dims")))
+    axes = call.axes_of(call.named["self"])
     call.block([axes[d] for d in over])
-    left: Axes = [Run(x.shape[d]) if d in over else a for d, a in enumerate(axes)]
+    sizes = outputs(call)[0].shape  # a turned image has others
+    left: Axes = [Run(sizes[d]) if d in over else a for d, a in enumerate(axes)]
     return [list(left) for _ in outputs(call)]
 
 
@@ -76,7 +85,7 @@ def _chosen_along(call: Call) -> list[Axes]:
     return [list(axes) for _ in outputs(call)]
 
 
-@rule("gather", "index_select", "scatter", "scatter_add", "index_add", "index_fill", "index_copy", "take_along_dim")
+@rule("gather", "index_select", "scatter", "scatter_add", "index_add", "index_fill", "index_copy")
 def _picked_along(call: Call) -> list[Axes]:
     dim = call.axis(call.named["dim"])
     axes = [*call.axes_of(call.named["self"])]
@@ -90,13 +99,17 @@ def _picked_along(call: Call) -> list[Axes]:
             if d != dim and index.shape[d] == call.named["self"].shape[d]:
                 call.join(axes[d], others[d])
             elif d != dim:
-                call.block([axes[d]])
+                call.block([axes[d], others[d]])
                 axes[d] = Run(out.shape[d])
+        call.block([others[dim]])
+    else:
+        call.block(call.axes_of(index))
     axes[dim] = Run(out.shape[dim])
     source = call.named.get("src", call.named.get("source"))
     if isinstance(source, Tensor) and source.ndim == out.ndim:
         for d, axis in enumerate(call.axes_of(source)):
-            if d != dim and source.shape[d] == out.shape[d]:
+            reached = index.ndim == 1 or index.shape[d] == out.shape[d]
+            if d != dim and reached and source.shape[d] == out.shape[d]:
                 call.join(axes[d], axis)
             else:
                 call.block([axis])

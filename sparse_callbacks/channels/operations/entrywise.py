@@ -84,12 +84,26 @@ def entry_by_entry(call: Call) -> list[Axes]:
 
 
 @rule(
-    *("empty", "empty_strided", "empty_permuted", "zeros", "ones", "full", "arange", "rand", "randn", "randint", "eye"),
-    *("scalar_tensor", "linspace", "randperm", "tril_indices", "triu_indices", "new_empty", "new_zeros", "new_ones"),
-    *("new_full", "new_empty_strided", "uniform", "normal"),
+    *("empty", "empty_strided", "empty_permuted", "zeros", "ones", "full", "rand", "randn", "randint", "scalar_tensor"),
+    *("new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided"),
 )
 def _made(call: Call) -> list[Axes]:
     return fresh(call)
+
+
+@rule("arange", "linspace", "eye", "randperm", "tril_indices", "triu_indices")
+def _numbered(call: Call) -> list[Axes]:
+    """Entries that go by their places: with fewer of them, other channels would get their values."""
+    made = fresh(call)
+    for axes in made:
+        call.block(axes, f"meets the result of {call.name.removeprefix('aten.')}, whose entries are counted")
+    return made
+
+
+@rule("uniform", "normal")
+def _drawn(call: Call) -> list[Axes]:
+    """Random numbers, in place of others or with a mean and deviation for each entry."""
+    return entry_by_entry(call) if call.tensors() else fresh(call)
 
 
 @rule("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")

@@ -38,35 +38,39 @@ def _of_image(call: Call, name: str = "self") -> int:
 def _place_by_place(call: Call) -> list[Axes]:
     places = _of_image(call)
     axes = call.axes_of(call.named["self"])
+    call.block(axes[-places:])
     if isinstance(indices := call.named.get("indices"), Tensor):
         for axis, other in zip(axes[:-places], call.axes_of(indices)[:-places], strict=True):
             call.join(axis, other)
+        call.block(call.axes_of(indices)[-places:])
     return [[*axes[:-places], *(Run(s) for s in t.shape[-places:])] for t in outputs(call)]
 
 
 @rule("grid_sampler_2d", "grid_sampler_3d")
 def _sampled(call: Call) -> list[Axes]:
     axes, grid = call.axes_of(call.named["input"]), call.axes_of(call.named["grid"])
-    call.block(grid[1:])
+    call.block([*axes[2:], *grid[1:]])
     return [[call.join(axes[0], grid[0]), axes[1], *(Run(s) for s in call.output.shape[2:])]]
 
 
 @rule("torchvision.roi_align", "torchvision.roi_pool")
 def _regions(call: Call) -> list[Axes]:
     axes = call.axes_of(call.named["input"])
-    call.block([axes[0], *call.axes_of(call.named["rois"])])
+    call.block([axes[0], *axes[2:], *call.axes_of(call.named["rois"])])
     return [[Run(t.shape[0]), axes[1], *(Run(s) for s in t.shape[2:])] for t in outputs(call)]
 
 
 @rule("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution", "conv2d", "conv1d", "conv3d")
 def _convolved(call: Call) -> list[Axes]:
-    x, weight, bias, groups = (call.named[n] for n in ("input", "weight", "bias", "groups"))
+    x, weight, groups = call.named.get("input", call.named.get("self")), call.named["weight"], call.named["groups"]
+    bias = call.named.get("bias")
     transposed = call.named.get("transposed", False)
     places = weight.ndim - 2
     axes, of_weight = call.axes_of(x), call.axes_of(weight)
     given = len(axes) - places - 1  # an image may come without a batch
     reads, makes = (of_weight[0], of_weight[1]) if transposed else (of_weight[1], of_weight[0])
     channels = axes[given]
+    call.block([*axes[given + 1 :], *of_weight[2:]])
     made: AnyAxis
     if groups == 1:
         channels = call.join(channels, reads)

@@ -7,6 +7,11 @@ from sparse_callbacks.channels.operations.table import Axes, outputs, rule, unkn
 from sparse_callbacks.channels.recorded_call import Call
 
 
+def _either(call: Call, one: AnyAxis, other: AnyAxis) -> AnyAxis:
+    """Two axes that meet entry by entry, or one of them and a single entry."""
+    return call.join(one, other) if one.size == other.size else max(one, other, key=lambda axis: axis.size)
+
+
 def _product(call: Call, left: Tensor, right: Tensor, added: Tensor | None = None) -> list[Axes]:
     """A product of matrices, or of batches of them."""
     a, b = call.axes_of(left), call.axes_of(right)
@@ -14,7 +19,7 @@ def _product(call: Call, left: Tensor, right: Tensor, added: Tensor | None = Non
     columns = b[-1:] if right.ndim > 1 else []
     rows = a[-2:-1] if left.ndim > 1 else []
     over = call.join(a[-1], b[-2] if right.ndim > 1 else b[-1])
-    batch = [call.join(*axes) for axes in zip(a[:-2], b[:-2], strict=True)]
+    batch = [_either(call, *axes) for axes in zip(a[:-2], b[:-2], strict=True)]
     by_weight = call.is_weight(right), call.is_weight(left)
     if by_weight[0] and not by_weight[1]:
         call.note_product(right, [over], columns)
@@ -47,7 +52,9 @@ def _multiplied_and_added(call: Call) -> list[Axes]:
 
 
 def _heads(call: Call, query: AnyAxis, key: AnyAxis, value: AnyAxis) -> AnyAxis:
-    """The heads of attention, or a batch: one key and value may serve all queries, or several of them."""
+    """The heads of attention, or a batch: one key and value may serve all queries, or several of them, or one query all keys."""
+    if query.size == 1:
+        return _either(call, key, value)
     for other in (key, value):
         if other.size == query.size:
             call.join(query, other)
@@ -74,8 +81,16 @@ def _attended(call: Call) -> list[Axes]:
     batch = [_heads(call, *axes) for axes in zip(query[:-2], key[:-2], value[:-2], strict=True)]
     mask = call.named.get("attn_mask", call.named.get("attn_bias"))
     if isinstance(mask, Tensor):
+        call.block(call.axes_of(mask)[-2:], reason)
         for axis, other in zip(batch[::-1], call.axes_of(mask)[-3::-1], strict=False):
             if axis.size == other.size != 1:
                 call.join(axis, other)
-    made = [*batch, query[-2], value[-1]]
-    return [made if t.shape == outputs(call)[0].shape else [Run(s) for s in t.shape] for t in outputs(call)]
+    made: list[Axes] = []
+    for number, tensor in enumerate(outputs(call)):
+        sizes, count = tensor.shape, len(batch)
+        if number == 0:
+            made.append([*batch, query[-2], value[-1]])
+        else:  # sums or scores of each head, and numbers of a random generator
+            ahead = batch if [*sizes[:count]] == [a.size for a in batch] else [Run(s) for s in sizes[:count]]
+            made.append([*ahead, *(Run(s) for s in sizes[count:])])
+    return made

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import torch
+
 from sparse_callbacks.channels.axes import AnyAxis, Concatenation, MisfitError, Product, Run, factored, parted
 from sparse_callbacks.channels.operations.table import Axes, outputs, rule, unknown
 from sparse_callbacks.channels.recorded_call import Call
@@ -22,7 +24,7 @@ def _one_more_or_less(call: Call) -> list[Axes]:
     return [call.in_shape(call.named["self"], call.output.shape)]
 
 
-@rule("permute", "transpose", "t", "movedim", "swapaxes", "numpy_T", "mT")
+@rule("permute", "transpose", "t", "numpy_T")
 def _permuted(call: Call) -> list[Axes]:
     axes = call.axes_of(call.named["self"])
     if "dims" in call.named:
@@ -42,12 +44,17 @@ def _expanded(call: Call) -> list[Axes]:
     return [[axes[d - front] if d >= front and x.shape[d - front] == s else Run(s) for d, s in enumerate(shape)]]
 
 
-@rule("repeat", "tile")
+@rule("repeat")
 def _repeated(call: Call) -> list[Axes]:
     times: Sequence[int] = call.named["repeats"]
     axes = call.axes_of(call.named["self"])
     padded: Axes = [*(Run(1) for _ in range(len(times) - len(axes))), *axes]
-    return [[a if n == 1 else Product([Run(n), a]) for n, a in zip(times, padded, strict=True)]]
+    found: Axes = []
+    for count, axis in zip(times, padded, strict=True):
+        copies = Run(count)
+        call.block([copies], f"runs into {call.name.removeprefix('aten.')}, whose copies the model counts")
+        found.append(axis if count == 1 else Product([copies, axis]))
+    return [found]
 
 
 @rule("cat")
@@ -79,7 +86,7 @@ def _selected(call: Call) -> list[Axes]:
     return [axes]
 
 
-@rule("slice", "narrow")
+@rule("slice")
 def _sliced(call: Call) -> list[Axes]:
     x = call.named["self"]
     dim = call.axis(call.named["dim"])
@@ -115,9 +122,12 @@ def _split(call: Call) -> list[Axes]:
     except MisfitError:
         call.block([axes[dim]])
         parts = [Run(size) for size in sizes]
-    # chunk() makes equal parts of what is left, so they must lose the same channels
-    if "sizes" not in call.name and len(set(sizes)) == 1:
-        call.join(*parts)
+    # chunk() makes equal parts of what is left, so they must lose the same channels; a smaller last part cannot stay one
+    if "sizes" not in call.name:
+        if len(set(sizes)) == 1:
+            call.join(*parts)
+        else:
+            call.block(parts, f"{call.mixes.partition(',')[0]}, which makes parts of different sizes")
     return [[part if d == dim else a for d, a in enumerate(axes)] for part in parts]
 
 
@@ -136,6 +146,7 @@ def _unbound(call: Call) -> list[Axes]:
     "reflection_pad3d",
     "replication_pad1d",
     "replication_pad2d",
+    "replication_pad3d",
 )
 def _padded(call: Call) -> list[Axes]:
     x, widths = call.named["self"], call.named.get("pad", call.named.get("padding"))
@@ -165,6 +176,7 @@ def _shuffled(call: Call) -> list[Axes]:
     except MisfitError:
         call.block([axes[-3]])
         axes[-3] = Run(channels)
+    call.block(axes[-2:])
     return [[*axes[:-2], *(Run(s) for s in call.output.shape[-2:])]]
 
 
@@ -172,7 +184,7 @@ def _shuffled(call: Call) -> list[Axes]:
 def _unshuffled(call: Call) -> list[Axes]:
     axes = [*call.axes_of(call.named["self"])]
     inner = Run(call.named["downscale_factor"] ** 2)
-    call.block([inner])
+    call.block([inner, *axes[-2:]])
     return [[*axes[:-3], Product([axes[-3], inner]), *(Run(s) for s in call.output.shape[-2:])]]
 
 
@@ -181,7 +193,7 @@ def _unfolded(call: Call) -> list[Axes]:
     axes = call.axes_of(call.named["self"])
     height, width = call.named["kernel_size"]
     inner = Run(height * width)
-    call.block([inner])
+    call.block([inner, *axes[-2:]])
     return [[*axes[:-3], Product([axes[-3], inner]), Run(call.output.shape[-1])]]
 
 
@@ -213,7 +225,14 @@ def _triangle(call: Call) -> list[Axes]:
 def _indexed(call: Call) -> list[Axes]:
     axes = call.axes_of(call.named["self"])
     indices = call.named["indices"]
-    with_index = [d for d, index in enumerate(indices) if index is not None]
+    with_index: list[int] = []
+    dim = 0
+    for index in indices:
+        # a mask of several dimensions chooses in as many
+        count = index.ndim if index is not None and index.dtype in (torch.bool, torch.uint8) else 1
+        if index is not None:
+            with_index += range(dim, dim + count)
+        dim += count
     call.block([axes[d] for d in with_index], f"{call.mixes.partition(',')[0]}, which picks them by numbers")
     for index in (i for i in indices if i is not None):
         call.block(call.axes_of(index))
