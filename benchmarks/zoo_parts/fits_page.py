@@ -20,8 +20,8 @@ network through `save_compact` and `load_compact` into a new instance, and that 
   largest output of a tensor, in the precision that is given; right are 1e-8 in float64 and 1e-4 in float32, with outputs that move
   with the inputs and differ from those before the fit.
 - **slim - loaded**: the same for the loaded one, in float32; right is 0.
-- **loaded - ONNX**: the same for the file in onnxruntime, in float32; right is {ONNX_TOLERANCE:g}. **batch** is the size of the batch, while the
-  example of the export was one sample.
+- **loaded - ONNX**: the same for the file in onnxruntime, in float32; right is {ONNX_TOLERANCE:g}. **batch** is the size of the batch,
+  while the example of the export was one sample.
 - **seconds** are wall time on one thread: a hint only where other programs run.
 """
 

@@ -9,13 +9,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparse_callbacks.channels.costs import Layer
+from sparse_callbacks.channels.slim_attention import SlimAttention
 from sparse_callbacks.core.inspection import quiet, run, tensors_in
 
 _SEPARATE = (("q_proj_weight", "query"), ("k_proj_weight", "key"), ("v_proj_weight", "value"))
 
 
 def projections(model: nn.Module, example_input: Any) -> dict[str, Layer]:
-    """The projections of every ``nn.MultiheadAttention`` that a forward pass uses, by name.
+    """The projections of every ``nn.MultiheadAttention`` or `SlimAttention` that a forward pass uses, by name.
 
     The output projection has the name of its module, ``attention.out_proj``; the others, which have no module, that of
     their parameter: ``attention.in_proj_weight``, or ``attention.q_proj_weight`` and so on. The products of queries with
@@ -26,7 +27,8 @@ def projections(model: nn.Module, example_input: Any) -> dict[str, Layer]:
         example_input: a tensor, a tuple of positional arguments or a mapping of named arguments.
     """
     found: dict[str, Layer] = {}
-    attentions = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
+    # a subclass, which may take other arguments and compute anything, loses no heads
+    attentions = [(n, m) for n, m in model.named_modules() if type(m) in (nn.MultiheadAttention, SlimAttention)]
     if not attentions:
         return found
     samples = tensors_in(example_input)[0].shape[0]
@@ -61,6 +63,7 @@ def _in_use(prefix: str, module: nn.MultiheadAttention, given: Mapping[str, Tens
         samples: number of samples that the network ran on.
     """
     rows = {which: given[which].numel() // given[which].shape[-1] // samples for _, which in _SEPARATE}
+    weights: list[tuple[str, Tensor, int]]
     if module.in_proj_weight is None:
         weights = [(local, getattr(module, local), rows[which]) for local, which in _SEPARATE]
     else:  # queries, keys and values have a third of the weight each
