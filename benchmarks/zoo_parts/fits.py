@@ -66,7 +66,9 @@ def fitted(make: Make, side: str) -> Row:
         masks = trained_masks(entry, side)
     with timed(row, "slim_seconds"):
         small, proof = slim(entry.model, masks, example)
-    row["units"] = units_by_kind(entry.model, channel_groups(entry.model, example), {r.name: r.units for r in proof.rows})
+    row["units"] = units_by_kind(
+        entry.model, channel_groups(entry.model, example), {r.name: r.units for r in proof.rows}
+    )
     row["parameters"] = [proof.before.parameters, proof.after.parameters]
     row["foreign"] = proof.cut
     row |= equality(make().model, entry.model, small, entry)
@@ -131,7 +133,12 @@ def trained_masks(entry: Entry, side: str) -> dict[str, Tensor]:
     """
     pl.seed_everything(0, verbose=False)
     task, callback = Task(entry).train(), SIDES[side]()
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     trainer = pl.Trainer(max_epochs=1, accelerator="cpu", callbacks=[callback], **quiet)
     trainer.fit(task, DataLoader(Batches(entry), batch_size=None))
     entry.model.eval()

@@ -15,7 +15,8 @@ ABOUT = f"""# Short fits on models of other packages
 {STEPS} steps with batches of {BATCH} random inputs, from random weights; then the masks of the callback go to `slim`, the slim
 network through `save_compact` and `load_compact` into a new instance, and that one through `export_onnx`.
 
-- **removed**: units that are gone, of those in groups that may lose some. A head of attention is one unit.
+- **removed**: units that are gone, of those in groups that may lose some. A head of attention is one unit. The gates
+  of ConstrainedL0 close single inputs of the output projection, so a head goes only where all of its inputs are closed.
 - **masked - slim**: difference of the trained model and the slim one on fresh inputs in batches of one and of three, relative to the
   largest output of a tensor, in the precision that is given; right are 1e-8 in float64 and 1e-4 in float32, with outputs that move
   with the inputs and differ from those before the fit.
@@ -31,9 +32,7 @@ def text(rows: Sequence[Row], source: str) -> str:
     parts = [ABOUT, f"{source}\n"]
     for side, title in TITLES.items():
         parts += [f"## {title}\n", _table(rows, side), ""]
-    notes = [
-        f"- {row['name']}, {side}: {why}" for row in rows for side in TITLES for why in [_note(row[side])] if why
-    ]
+    notes = [f"- {row['name']}, {side}: {why}" for row in rows for side in TITLES for why in [_note(row[side])] if why]
     return "\n".join([*parts, "## What failed, or takes one batch size only\n", "\n".join(notes) or "None.", ""])
 
 

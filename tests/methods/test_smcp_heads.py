@@ -127,7 +127,13 @@ def test_round_to_and_chunk_count_the_channels_of_heads() -> None:
 def test_active_outputs_are_those_of_the_weight_and_not_of_another_in_its_module() -> None:
     """Queries and keys lie in one module; the channels that both read are made in front of it."""
     heads = [
-        Group("k", 2, (member("a.q", "out", [0, 1]), member("a.k", "out", [0, 1])), (member("o.weight", "in", [0, 1]),), ())
+        Group(
+            "k",
+            2,
+            (member("a.q", "out", [0, 1]), member("a.k", "out", [0, 1])),
+            (member("o.weight", "in", [0, 1]),),
+            (),
+        )
     ]
     inputs = [Group("x", 2, (member("x.weight", "out", [0, 1]),), (member("a.q", "in", [0, 1]),), ())]
     keep = torch.tensor([True, False])
