@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,11 @@ def text(rows: Sequence[Row], source: str) -> str:
     return "\n".join(parts) + "\n"
 
 
-def write(rows: Sequence[Row], source: str, file: Path) -> None:
-    """Write the figures, one model a line, and the page of what they say."""
+def write(rows: Sequence[Row], source: str, file: Path, page: Callable[[Sequence[Row], str], str] = text) -> None:
+    """Write the figures, one model a line, and the page of what they say, which ``page`` makes of them."""
     rows = [rounded(row) for row in rows]
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.with_suffix(".md").write_text(text(rows, source))
+    file.with_suffix(".md").write_text(page(rows, source))
     lines = ",\n    ".join(json.dumps(row) for row in rows)
     file.with_suffix(".json").write_text(f'{{"source": {json.dumps(source)}, "rows": [\n    {lines}\n]}}\n')
 
@@ -64,13 +64,19 @@ def rounded(value: Any) -> Any:
 # ---------------------------------------------------------------------- where the figures come from
 
 
-def source(arguments: Sequence[str]) -> str:
-    """The command without the file that it writes, the machine, and the versions."""
+def source(arguments: Sequence[str], script: str = "zoo.py", packages: Sequence[str] = PACKAGES) -> str:
+    """The command without the file that it writes, the machine, and the versions.
+
+    Args:
+        arguments: those of the command.
+        script: its file in ``benchmarks``.
+        packages: whose versions to name.
+    """
     words = list(arguments)
     if "--out" in words:
         place = words.index("--out")
         del words[place : place + 2]
-    return f"Written by `{' '.join(['python benchmarks/zoo.py', *words])}` on {machine()}; {versions()}."
+    return f"Written by `{' '.join([f'python benchmarks/{script}', *words])}` on {machine()}; {versions(packages)}."
 
 
 def machine() -> str:
@@ -81,10 +87,10 @@ def machine() -> str:
     return f"{names[0] if names else platform.processor()}, {len(names) or '?'} cores, {platform.machine()}"
 
 
-def versions() -> str:
+def versions(packages: Sequence[str] = PACKAGES) -> str:
     """Versions of Python and of the packages that the figures depend on."""
     found = [f"Python {platform.python_version()}"]
-    for package in PACKAGES:
+    for package in packages:
         try:
             found.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:

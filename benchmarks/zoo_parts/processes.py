@@ -17,7 +17,9 @@ from zoo_parts.stages import SIDES
 Row = dict[str, Any]
 
 
-def all_rows(names: Sequence[str], jobs: int, seconds: float, memory: float, script: Path) -> Iterator[Row]:
+def all_rows(
+    names: Sequence[str], jobs: int, seconds: float, memory: float, script: Path, sides: Sequence[str] = SIDES
+) -> Iterator[Row]:
     """A row for each model, in the order in which they end.
 
     Args:
@@ -27,17 +29,18 @@ def all_rows(names: Sequence[str], jobs: int, seconds: float, memory: float, scr
         memory: limit of each process's own memory, in GiB.
         script: the file that measures one model with ``--one NAME --sides ... --memory ...``, and prints a line of JSON
             for each side.
+        sides: what is measured of each model.
     """
     with ThreadPoolExecutor(jobs) as pool:
-        running = {pool.submit(one_row, name, seconds, memory, script): name for name in names}
+        running = {pool.submit(one_row, name, seconds, memory, script, sides): name for name in names}
         for done in as_completed(running):
             yield {"name": running[done], **done.result()}
 
 
-def one_row(name: str, seconds: float, memory: float, script: Path) -> Row:
-    """Both sides of one model. If one hangs or is killed the row says so, and the other runs in a new process."""
+def one_row(name: str, seconds: float, memory: float, script: Path, sides: Sequence[str] = SIDES) -> Row:
+    """All sides of one model. If one hangs or is killed the row says so, and those after it run in a new process."""
     row: Row = {}
-    left = list(SIDES)
+    left = list(sides)
     while left:
         found, problem = one_process(name, left, seconds, memory, script)
         row |= found

@@ -19,6 +19,9 @@ ROUNDING_STEPS = 1e3
 Below float32 that would be as much as the numbers themselves, so there only exact constants count.
 """
 
+LARGE = 1e3
+"""How many times the largest weight the random numbers are that show whether a unit depends on the weights that make it."""
+
 
 @dataclass(frozen=True)
 class ArrivingRange:
@@ -129,6 +132,44 @@ def foldable(group: Group, arriving: Mapping[str, ArrivingRange], model: nn.Modu
         units = member.units.repeat(_repetitions(module, member))
         found[units[(units >= 0) & ~fits]] = False
     return found
+
+
+@torch.no_grad()
+def made_by_nothing(group: Group, units: Tensor, model: nn.Module, sample: Any) -> Tensor:
+    """Bool [units]: which of ``units`` hold what they do whatever the weights that make them are, by a trial.
+
+    A unit may hold a constant on every sample because an activation function is 0 there, and another value elsewhere. So
+    the weights that make it, where they are not zero, become large random numbers, once positive and once negative.
+
+    Args:
+        group: the group.
+        units: bool [units].
+        model: the model without any cut, in the state of :func:`~sparse_callbacks.core.inspection.quiet`; it is left as it
+            is.
+        sample: what the model runs on.
+    """
+    generator = torch.Generator().manual_seed(0)
+    makers = {p.parameter: model.get_parameter(p.parameter) for p in group.producers}
+    before = {name: maker.detach().clone() for name, maker in makers.items()}
+    seen = [observed_ranges(model, group.consumers, [sample])]
+    for sign in (1, -1):
+        for member in group.producers:
+            maker = makers[member.parameter]
+            chosen = member.mask(~units, maker.ndim).logical_not().to(maker.device) & (maker != 0)
+            large = sign * LARGE * maker.abs().max() * torch.rand(maker.shape, generator=generator).to(maker)
+            maker.copy_(torch.where(chosen, large, maker))
+        seen.append(observed_ranges(model, group.consumers, [sample]))
+        for name, maker in makers.items():
+            maker.copy_(before[name])
+    # a single value in all three runs
+    joined = {
+        name: ArrivingRange(
+            torch.stack([ranges[name].low for ranges in seen]).amin(0),
+            torch.stack([ranges[name].high for ranges in seen]).amax(0),
+        )
+        for name in seen[0]
+    }
+    return units & foldable(group, joined, model)
 
 
 def bias_shifts(

@@ -21,7 +21,7 @@ class Layer:
     """A convolution or linear layer, described by everything that its cost depends on.
 
     Attributes:
-        name: name of the module.
+        name: name of the module; of the parameter where a module reads several weights.
         inputs, outputs: number of input and output channels (or features) of the whole layer.
         kernel: size of the kernel; empty for a linear layer.
         groups: groups of the convolution. A depthwise convolution has one for each input, and loses one with each
@@ -182,9 +182,14 @@ class OtherCosts:
 
 
 def cost_outside_layers(model: nn.Module, example_input: Any, found: Mapping[str, Layer]) -> OtherCosts:
-    """What a forward pass costs outside ``found``, the :func:`layers` of the model.
+    """What a forward pass costs outside ``found``.
 
     Multiply-adds are half of what :func:`~sparse_callbacks.channels.forward_flops.forward_flops` counts.
+
+    Args:
+        model, example_input: as for :func:`layers`.
+        found: the :func:`layers` of the model, with or without the
+            :func:`~sparse_callbacks.channels.attention_costs.projections` of its attention.
     """
     model = dense_twin(model)
     called: set[nn.Module] = set()
@@ -197,7 +202,9 @@ def cost_outside_layers(model: nn.Module, example_input: Any, found: Mapping[str
         total = forward_flops(model, example_input) / 2 / samples
     # torch's attention reads the weight of its output projection without ever calling that layer
     inside_attention = {m for a in called if isinstance(a, nn.MultiheadAttention) for m in a.modules()}
-    counted = {id(p) for name in found for p in model.get_submodule(name).parameters(recurse=False)}
+    # a layer has the name of its module or, without one, that of its parameter
+    every = model.named_parameters(remove_duplicate=False)
+    counted = {id(p) for name, p in every if name in found or name.rpartition(".")[0] in found}
     others = {
         id(p): p.numel()
         for module in called | inside_attention

@@ -18,6 +18,7 @@ def with_dead_units(
     cuts: Cuts,
     masks: Mapping[str, Tensor],
     observed: Callable[[], Mapping[str, ArrivingRange]],
+    made_by_nothing: Callable[[Group, Tensor], Tensor],
 ) -> tuple[GroupChange, Cuts]:
     """What is dead in ``group``, and the cuts with it; nothing is cut here.
 
@@ -28,16 +29,22 @@ def with_dead_units(
         masks: see :class:`~sparse_callbacks.channels.masked_model.Masked`.
         observed: gives what arrives at the consumers of every group in the model without cuts; asked only where that
             decides.
+        made_by_nothing: :func:`~sparse_callbacks.channels.constants.made_by_nothing` in that model.
     """
     # unread: masked at all consumers. silent: masked at all producers, or in a follower such as the gain of a norm, so a
     # constant may arrive at the consumers, and the unit can go only if their biases can stand for it.
     unread = ~_alive(group.consumers, group.size, masks, cuts)
-    silent = (~_alive(group.producers, group.size, masks, cuts) | _muted(group, masks, cuts)) & ~unread
+    made = _alive(group.producers, group.size, masks, cuts)
+    silent = (~made | _muted(group, masks, cuts)) & ~unread
     arriving: dict[str, ArrivingRange] = {}
     reason = ""
     if silent.any():
         arriving = arriving_ranges(group, observed(), cuts, surgery.model)
         constant = foldable(group, arriving, surgery.model)
+        # a norm in one branch of a sum says nothing about the others, which an activation function may hide on all samples
+        doubtful = silent & made & constant
+        if doubtful.any():
+            constant &= ~doubtful | made_by_nothing(group, doubtful)
         stuck = int((silent & ~constant).sum())
         if stuck:
             reason = f"{stuck} units stay: what they hold is not a constant, or one that zero padding would change"

@@ -55,10 +55,11 @@ class Network:
     ) -> None:
         self.layers, self.cost, self.constant = dict(layers), cost, constant
         self.sizes = [g.size for g in groups]
-        members = [(g, m) for g, group in enumerate(groups) for m in group.members if m.module in layers]
+        placed = [(g, _layer_of(m, layers), m) for g, group in enumerate(groups) for m in group.members]
+        members = [(g, name, m) for g, name, m in placed if name is not None]
         # a depthwise convolution has the same channels on both sides, so its member counts for both
-        readers = [(g, m) for g, m in members if m.side != "out"]
-        makers = [(g, m) for g, m in members if m.side != "in"]
+        readers = [(g, name, m) for g, name, m in members if m.side != "out"]
+        makers = [(g, name, m) for g, name, m in members if m.side != "in"]
         self._inputs = {name: _side(name, layer.inputs, readers) for name, layer in layers.items()}
         self._outputs = {name: _side(name, layer.outputs, makers) for name, layer in layers.items()}
         # looked up once: a search prices thousands of networks that differ in one group
@@ -133,15 +134,22 @@ class Network:
         return math.fsum(shares)
 
 
-def _side(name: str, channels: int, members: Sequence[tuple[int, Member]]) -> _Side:
+def _layer_of(member: Member, layers: Mapping[str, Layer]) -> str | None:
+    """Name of the layer whose weight a member lies in; None where it lies in another parameter."""
+    # a layer may hold further parameters with one entry for each channel, such as the gain of a convolution
+    names = [member.module, member.parameter] if member.parameter.rpartition(".")[2] == "weight" else [member.parameter]
+    return next((name for name in names if name in layers), None)
+
+
+def _side(name: str, channels: int, members: Sequence[tuple[int, str, Member]]) -> _Side:
     """The inputs or outputs of layer ``name``, which has ``channels`` of them.
 
     Args:
         name: name of the layer.
         channels: number of its inputs or outputs.
-        members: pairs of a group's index and one of its members, of any layer.
+        members: the index of a group, the name of a layer, and the member of that group in the layer's weight.
     """
-    units_by_group = [(g, m.units) for g, m in members if m.module == name]
+    units_by_group = [(g, m.units) for g, layer, m in members if layer == name]
     # a layer without a member is in no group, and one slice can stand for all its channels
     slices = max([len(units) for _, units in units_by_group], default=1)
     return _Side(channels / slices, slices, {g: int((units >= 0).sum()) for g, units in units_by_group})

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from sparse_callbacks.channels.comparison import RANDOM, Reference
-from sparse_callbacks.channels.constants import ArrivingRange, observed_ranges
+from sparse_callbacks.channels.constants import ArrivingRange, made_by_nothing, observed_ranges
 from sparse_callbacks.channels.cuts import Cuts, Surgery
 from sparse_callbacks.channels.dead_units import with_dead_units
 from sparse_callbacks.channels.groups import Group
@@ -26,7 +26,7 @@ class Trials:
         groups: all groups, in the model's order.
         surgery: holds the masked model, in the state of :func:`~sparse_callbacks.core.inspection.quiet`.
         masks: see :class:`~sparse_callbacks.channels.masked_model.Masked`.
-        samples: inputs on which it is judged what is a constant.
+        samples: inputs on which it is judged what is a constant; the last but one is random, with standard deviation 1.
 
     Attributes:
         cuts: what is cut.
@@ -120,7 +120,7 @@ class Trials:
         for group in self.groups[len(self._rows) : end]:
             row = GroupChange(group.name, group.size, reason=group.reason)
             if not group.reason:
-                row, cuts = with_dead_units(group, self.surgery, cuts, self.masks, self._ranges)
+                row, cuts = with_dead_units(group, self.surgery, cuts, self.masks, self._ranges, self._made_by_nothing)
             rows.append(row)
         return rows, cuts
 
@@ -130,5 +130,15 @@ class Trials:
             consumers = [m for g in self.groups if not g.reason for m in g.consumers]
             self.surgery.restore()
             self._observed = observed_ranges(self.surgery.model, consumers, self.samples)
-            self.surgery.cut(self.cuts, [m for g in self.groups if not g.reason for m in g.members])
+            self._cut_again()
         return self._observed
+
+    def _made_by_nothing(self, group: Group, units: Tensor) -> Tensor:
+        """:func:`~sparse_callbacks.channels.constants.made_by_nothing` for ``group`` in the model without cuts."""
+        self.surgery.restore()
+        found = made_by_nothing(group, units, self.surgery.model, self.samples[-2])
+        self._cut_again()
+        return found
+
+    def _cut_again(self) -> None:
+        self.surgery.cut(self.cuts, [m for g in self.groups if not g.reason for m in g.members])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sparse_callbacks.channels.groups import Group
 from sparse_callbacks.channels.network_cost import Network
 from sparse_callbacks.methods.smcp import exchange
 from sparse_callbacks.methods.smcp.knapsack import ROUNDING, InfeasibleError, solve
@@ -51,6 +52,21 @@ def options_of(size: int, round_to: int, chunk: int = 1) -> Tensor:
     step = math.lcm(round_to, chunk) if size % round_to == 0 else chunk
     # a size that is not a whole number of chunks stays as it is here; budget.refuse_budget names such groups
     return torch.arange(step, size + 1, step) if size % step == 0 else torch.tensor([size])
+
+
+def in_units(channels: int, group: Group) -> int:
+    """The fewest units of ``group`` that make a multiple of so many channels in each of its layers.
+
+    A unit is one channel as a rule, and the channels of a whole head in attention: of heads with 16 channels any number
+    makes a multiple of 8 channels.
+
+    Args:
+        channels: number of channels.
+        group: the group.
+    """
+    # a layer that reads a flattened image has several inputs for each channel, so the fewest slices are what counts
+    slices = [int((m.units >= 0).sum()) // group.size for m in (*group.producers, *group.consumers)]
+    return channels // math.gcd(channels, min(slices))
 
 
 def values_of(scores: Tensor, options: Tensor, chunk: int = 1) -> Tensor:

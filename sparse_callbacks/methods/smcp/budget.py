@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparse_callbacks.channels import costs
+from sparse_callbacks.channels.attention_costs import projections
 from sparse_callbacks.channels.groups import Group
 from sparse_callbacks.channels.latency.table import Table
 from sparse_callbacks.channels.network_cost import Network
@@ -44,6 +45,8 @@ def priced_network(
         ValueError: there is no table, or the table is that of another model or input.
     """
     if cost in COSTS:
+        # tables of latencies time modules that are called alone, and nothing calls the projections of torch's attention
+        layers = {**layers, **projections(model, example)}
         # what no group makes cheaper is counted too, as the budget is a share of the whole network's cost
         other = costs.cost_outside_layers(model, example, layers)
         constant = other.parameters if cost == "parameters" else 2 * other.multiply_adds
@@ -70,7 +73,7 @@ def refuse_budget(
     network: Network,
     groups: Sequence[Group],
     options: Sequence[Tensor],
-    chunk: int,
+    chunks: Sequence[int],
     stem: str | None,
 ) -> None:
     """Refuse a budget that no choice of options meets, and a chunk that does not divide every group.
@@ -81,14 +84,15 @@ def refuse_budget(
         network: the network with its cost.
         groups: the groups whose units can go.
         options: numbers of units that each group may keep.
-        chunk: number of neighbours that go together.
+        chunks: for each group the number of neighbouring units that go together.
         stem: name of the first convolution if its outputs stay, and need not; None otherwise.
 
     Raises:
         ValueError: says the smallest cost that can be met.
     """
     # first, as the options of such a group are its full size alone, which would be blamed on the budget below
-    undivided = [f"{g.name} ({g.size})" for g in groups if g.size % chunk]
+    undivided = [f"{g.name} ({g.size})" for g, chunk in zip(groups, chunks, strict=True) if g.size % chunk]
+    chunk = max(chunks)  # what was given, but for groups whose units are several channels
     if undivided:
         raise ValueError(
             f"chunk={chunk} does not divide the units of {', '.join(undivided)}. Give a chunk that divides all of "

@@ -87,11 +87,12 @@ def active_outputs(groups: Sequence[Group], keeps: Sequence[Tensor]) -> dict[str
         groups: all groups.
         keeps: bool [size], the units that each group keeps.
     """
-    readers = {c.module: c.parameter for g in groups for c in g.consumers}
+    # by parameter: an attention may have several weights in one module
+    readers = {c.parameter for g in groups for c in g.consumers}
     active: dict[str, Tensor] = {}
     for group, keep in zip(groups, keeps, strict=True):
-        for producer in (p for p in group.producers if p.module in readers):
-            name, kept = readers[producer.module], producer.kept(keep)
+        for producer in (p for p in group.producers if p.parameter in readers):
+            name, kept = producer.parameter, producer.kept(keep)
             # outputs may be channels of several groups (before a split); each group leaves those of the others alone
             active[name] = kept & active.get(name, torch.ones_like(kept))
     return active

@@ -57,11 +57,13 @@ class SMCP(Method):
     Args:
         budget: cost of the pruned network as a share of the dense one's, in (0, 1).
         cost: ``"parameters"``, ``"flops"`` (a multiply-add is two) or the path of a latency table (``.json``), measured by
-            ``python -m sparse_callbacks.latency``. Counted is what the forward pass of one sample calls: attention,
-            recurrent layers and embeddings as they are, biases and norms not.
+            ``python -m sparse_callbacks.latency``. Counted is what the forward pass of one sample calls:
+            recurrent layers, embeddings and the products of attention (in tables all of ``nn.MultiheadAttention``) as
+            they are, biases and norms not.
         importance: ``"taylor"``, or ``"magnitude"``: the sum of \\|w\\| at the solve.
-        round_to: number of channels of which a group keeps a multiple, where its own number is one.
-        chunk: number of neighbouring channels that are kept or pruned together.
+        round_to: number of channels of which a group keeps a multiple, where its own number is one; a head of attention
+            counts with all of its channels.
+        chunk: number of neighbouring channels that are kept or pruned together, counted likewise.
         curve: shape of the ramp: ``"exp"``, ``"linear"`` or ``"exp2"``.
         every: optimizer steps (int) or fraction of the run (float) between solves; None: 80, shortened, with a
             message, in short runs.
@@ -160,10 +162,15 @@ class SMCP(Method):
         self._grouped = _shapes(self.params)
         self._norms = norms.norm_of_layer(model, example) if self.norm_scaling else {}
         self.network = budget.priced_network(model, example, layers, self.groups, self.cost, self._warn)
-        self._options = [allocation.options_of(g.size, self.round_to, self.chunk) for g in self.groups]
+        self._chunks = [allocation.in_units(self.chunk, g) for g in self.groups]
+        rounding = [allocation.in_units(self.round_to, g) for g in self.groups]
+        self._options = [
+            allocation.options_of(g.size, *of_group)
+            for g, *of_group in zip(self.groups, rounding, self._chunks, strict=True)
+        ]
         # prune_stem= is advice only where it is the stem that keeps channels from going
         stays = stem if any(why.endswith("is the stem") for why in self.left_out.values()) else None
-        budget.refuse_budget(self.budget, self.cost, self.network, self.groups, self._options, self.chunk, stays)
+        budget.refuse_budget(self.budget, self.cost, self.network, self.groups, self._options, self._chunks, stays)
         if self.print_plan and distributed.rank() == 0:
             print(budget.overview(self.groups, self._options, self.left_out, self.network, self.cost), flush=True)
         # only inputs of consumers are ever pruned: a dense copy of any other weight would be memory for nothing
@@ -275,11 +282,11 @@ class SMCP(Method):
         self._scores = scores = self.scores()
         share = self.share_at(step.number)
         options = self._options_at(step, share * self.network.dense)
-        values = [allocation.values_of(s, o, self.chunk) for s, o in zip(scores, options, strict=True)]
+        values = [allocation.values_of(*given) for given in zip(scores, options, self._chunks, strict=True)]
         found = allocation.allocate(self.network, options, values, share * self.network.dense, self.kept)
         # each optimizer moves the masks of its own layers only, in a step that it has taken
         own = self._stepped_by(step)
-        keeps = [allocation.best_units(scores[g], found.kept[g], self.chunk) for g in own]
+        keeps = [allocation.best_units(scores[g], found.kept[g], self._chunks[g]) for g in own]
         masks = prunable.consumer_masks([self.groups[g] for g in own], keeps, self.params)
         return Update(masks, self.own_figures(share=share, gap=found.gap))
 
