@@ -343,6 +343,7 @@ def test_parameter_values_are_written_by_sparse_weights_alone() -> None:
         ),  # loading: a Parameter of live values takes another number of them
         ("core/storages/offloading.py", "offload"),  # write no value: the same ones lie elsewhere
         ("core/storages/offloading.py", "_move_back"),
+        ("core/sparse_layers/handed_out.py", "watch"),  # writes no value: a detached view lets go of its memory
         ("core/local_parts.py", "follow"),  # writes no value: a view moves to the memory that its parameter has now
     }, sorted(about_parameters)
 

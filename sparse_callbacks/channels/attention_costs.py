@@ -1,4 +1,4 @@
-"""The projections of ``nn.MultiheadAttention`` as layers with a cost: it reads their weights and never calls a layer."""
+"""The cost of the projections of ``nn.MultiheadAttention``, which calls no layer for them."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping

@@ -10,8 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-Axis = "Run | Product | Concatenation"
-
 
 class MisfitError(Exception):
     """An axis cannot be taken apart as an operation wants it."""

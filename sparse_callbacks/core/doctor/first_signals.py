@@ -48,7 +48,7 @@ class FirstSignals:
         if not self._calls:
             output.register_hook(_BackwardComes(self))
         self._calls.append(LayerCall.of(name, args[0], output))
-        self._spreads.append((name, spread(args[0])))
+        self._spreads.append((name, spread_of_samples(args[0])))
 
     def backward_comes(self) -> None:
         """The backward pass has begun: what is called from here on is of another pass."""
@@ -123,7 +123,7 @@ def _take_away(handles: Sequence[Any]) -> None:
 
 
 @torch.no_grad()
-def spread(x: Tensor) -> Tensor:
+def spread_of_samples(x: Tensor) -> Tensor:
     """The root of the mean variance over samples, on the device of ``x``; NaN where inputs are no signals of several samples:
     of a single sample, with or without a dimension of it, of no features, and of numbers that are not floating-point, which
     are names of things rather than amounts."""

@@ -1,4 +1,4 @@
-"""Warns of values that a user writes into a dense copy of an exchanged layer's weight, which changes nothing."""
+"""Warns of values that are written into a dense copy of a weight, which changes nothing."""
 
 from sparse_callbacks.core.method import Method
 

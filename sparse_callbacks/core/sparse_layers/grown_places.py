@@ -20,12 +20,12 @@ ENTRIES = 2**22  # of one that is summed over processes: fewer and larger messag
 SAMPLE = 2**16  # entries of the gradient from which a bound is guessed
 SPARE = 2  # times as many as are needed are expected above the bound, since rows and columns differ in scale
 
-Records = Sequence[tuple[Tensor, Tensor]]
+Pairs = Sequence[tuple[Tensor, Tensor]]
 Reduce = Callable[[Tensor], Tensor]
 
 
 def largest_units(
-    records: Records,
+    records: Pairs,
     shape: tuple[int, int],
     group: int,
     kept: Tensor,
@@ -73,7 +73,7 @@ def largest_units(
 
 def look_at_all(
     best: Best | BestOfBlocks,
-    records: Records,
+    records: Pairs,
     shape: tuple[int, int],
     group: int,
     kept: Tensor,
@@ -95,7 +95,7 @@ def look_at_all(
 
 
 def row_block(
-    records: Records, rows: slice, into: Tensor, reduce: Reduce | None, direct: UnitGradients | None = None
+    records: Pairs, rows: slice, into: Tensor, reduce: Reduce | None, direct: UnitGradients | None = None
 ) -> Tensor:
     """Some rows of the dense gradient."""
     into.zero_()
@@ -110,7 +110,7 @@ def row_block(
 
 
 def probable_bound(
-    records: Records,
+    records: Pairs,
     shape: tuple[int, int],
     count: int,
     dtype: torch.dtype,
@@ -137,7 +137,7 @@ def probable_bound(
 
 
 def candidate_units(
-    records: Records,
+    records: Pairs,
     shape: tuple[int, int],
     group: int,
     kept: Tensor,
@@ -176,7 +176,7 @@ def candidate_units(
     return drawn[true_places(largest_ranked(ranked, count))]
 
 
-def gradient_of_keys(records: Records, keys: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def gradient_of_keys(records: Pairs, keys: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """The gradient at ascending keys of single weights."""
     outputs, inputs = shape
     crow = torch.searchsorted(keys, torch.arange(outputs + 1, device=keys.device) * inputs)
@@ -188,7 +188,7 @@ def gradient_of_keys(records: Records, keys: Tensor, shape: tuple[int, int], dty
     return total
 
 
-def gradient_of_columns(records: Records, columns: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+def gradient_of_columns(records: Pairs, columns: Tensor, group: int, dtype: torch.dtype) -> Tensor:
     """The gradient of each block of rows at columns of its own: ``[blocks, group, columns]``."""
     blocks, chosen = columns.shape
     total = torch.zeros(blocks, group, chosen, dtype=dtype, device=columns.device)

@@ -1,4 +1,4 @@
-"""Which of the dense copies that a sparse layer has handed out were written into, where the writing is lost."""
+"""Dense copies that a sparse layer has handed out: which were written into."""
 
 from typing import Any
 

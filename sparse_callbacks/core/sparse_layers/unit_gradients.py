@@ -1,4 +1,4 @@
-"""Gradients of single units of a sparse layer, as a part of the dense gradient that no product of a batch gives."""
+"""Gradients of single units of a sparse layer, which no product of a batch gives."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Layers whose place in their model an exchanged layer has taken, and which somebody may still hold elsewhere."""
+"""Layers whose place in a model others have taken, and which somebody may hold elsewhere."""
 
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 DEPTH = 4  # of lists within lists that are looked into
-MOST = 1000  # entries of a list that are looked at: longer ones hold data
+MOST_ENTRIES = 1000  # entries of a list that are looked at: longer ones hold data
 KEPT_ARGUMENTS = "_hparams"  # of a LightningModule, which nobody calls
 
 
@@ -78,7 +78,7 @@ def _layers_in(value: Any, registered: set[int], depth: int) -> Iterator[nn.Line
     elif isinstance(value, nn.Module) and id(value) in registered:
         return  # its layers are exchanged within it
     elif depth:
-        for inner in islice(_entries(value), MOST):
+        for inner in islice(_entries(value), MOST_ENTRIES):
             yield from _layers_in(inner, registered, depth - 1)
 
 
