@@ -156,9 +156,10 @@ class RandomNetwork(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.uniform_(module.weight, 0.5, 2.0)
-                nn.init.normal_(module.bias)
-                module.running_mean.normal_()
-                module.running_var.uniform_(0.5, 2.0)
+                nn.init.normal_(module.bias, 0.2)
+                # near to those of the images, so that few channels are zero behind every ReLU
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.05, 0.2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.pool(self.blocks(self.stem(x))).flatten(1))
