@@ -19,8 +19,8 @@ EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "12"))
 BLOCK = st.tuples(st.integers(0, len(BLOCKS) - 1), st.integers(3, 6))
 
 
-def check(blocks: list[tuple[int, int]], seed: int) -> list[str]:
-    """Cut a network, compare it, and give the groups that had to be put back."""
+def check(blocks: list[tuple[int, int]], seed: int) -> list[str] | None:
+    """Cut a network, compare it, and give the groups that had to be put back; None for a network with constant outputs."""
     net = RandomNetwork(blocks, seed).double().eval()
     draw = torch.Generator().manual_seed(seed)
     x, other = (torch.randn(n, 3, 6, 6, generator=draw, dtype=torch.float64) for n in (2, 3))
@@ -35,7 +35,8 @@ def check(blocks: list[tuple[int, int]], seed: int) -> list[str]:
     with torch.no_grad():
         for name, mask in masks.items():
             masked.get_parameter(name).mul_(mask)
-        assume(len(masked(x).unique(dim=0)) > 1)  # activations may have left nothing of it
+        if len(masked(x).unique(dim=0)) == 1:  # activations have left nothing of the images
+            return None
         small, proof = slim(net, masks, x)
         for images in (x, other):
             torch.testing.assert_close(small(images), masked(images), rtol=1e-9, atol=1e-9)
@@ -51,6 +52,7 @@ def test_half_of_every_group_goes_and_only_what_code_fixes_is_put_back(
     blocks: list[tuple[int, int]], seed: int
 ) -> None:
     back = check(blocks, seed)
+    assume(back is not None)
     event(f"put back: {back}")
     assert not back or any(BLOCKS[number] in FIXED for number, _ in blocks), back
 
@@ -58,4 +60,5 @@ def test_half_of_every_group_goes_and_only_what_code_fixes_is_put_back(
 @pytest.mark.parametrize("number", range(len(BLOCKS)), ids=lambda n: BLOCKS[n].__name__)
 def test_a_block_of_each_kind_alone(number: int) -> None:
     back = check([(number, 8)], 0)
+    assert back is not None
     assert bool(back) == (BLOCKS[number] in FIXED)
