@@ -39,7 +39,7 @@ def along() -> list[Sample]:
         "median",
         "nansum",
     ):
-        found.append(Sample(f"aten.{name}", lambda x, _, n=name: getattr(torch, n)(x), [SHAPE]))
+        found += [Sample(f"aten.{name}", lambda x, _, n=name: getattr(torch, n)(x), [SHAPE])]
     for name in ("max", "min", "argmax", "argmin", "prod", "any", "all", "median", "aminmax"):
         for dim, keep in ((1, False), (-1, True), (0, False)):
             found.append(
@@ -68,13 +68,7 @@ def along() -> list[Sample]:
             found.append(Sample("aten.norm", lambda x, _, d=dims, k=keep: aten.norm.ScalarOpt_dim(x, 2, d, k), [SHAPE]))
     for name in ("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "argsort"):
         for dim in (0, 1, -1):
-            found.append(
-                Sample(
-                    f"aten.{name}",
-                    lambda x, _, n=name, d=dim: getattr(aten, n)(x, d),
-                    [SHAPE],
-                )
-            )
+            found += [Sample(f"aten.{name}", lambda x, _, n=name, d=dim: getattr(aten, n)(x, d), [SHAPE])]
     for dim in (1, -1):
         found += [
             Sample("aten._softmax", lambda x, _, d=dim: x.softmax(d), [SHAPE]),

@@ -233,13 +233,13 @@ def images() -> list[Sample]:
             )
         )
     for kind in ("bilinear", "bicubic"):
-        found.append(
+        found += [
             Sample(
                 f"aten._upsample_{kind}2d_aa",
                 lambda x, _, k=kind: functional.interpolate(x, scale_factor=0.5, mode=k, antialias=True),
                 [sizes[2]],
             )
-        )
+        ]
     boxes = torch.tensor([[0, 0.0, 0.0, 4.0, 4.0], [2, 1.0, 1.0, 5.0, 3.0]], dtype=torch.float64)
     return [
         *found,
