@@ -68,9 +68,7 @@ def fitted(make: Make, side: str) -> Row:
         masks = trained_masks(entry, side)
     with timed(row, "slim_seconds"):
         small, proof = slim(entry.model, masks, example)
-    row["units"] = units_by_kind(
-        entry.model, channel_groups(entry.model, example), {r.name: r.units for r in proof.rows}
-    )
+    row["units"] = units_by_kind(entry.model, example, {r.name: r.units for r in proof.rows})
     row["parameters"] = [proof.before.parameters, proof.after.parameters]
     row["foreign"] = proof.cut
     row |= equality(make().model, entry.model, small, entry)

@@ -1,4 +1,7 @@
-"""The projections of ``nn.MultiheadAttention`` as layers with a cost: it reads their weights and never calls a layer."""
+"""The projections of torch's attention as layers with a cost.
+
+``nn.MultiheadAttention`` reads their weights and never calls a layer, so no hook of a layer sees them.
+"""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
