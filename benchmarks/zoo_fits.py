@@ -26,7 +26,7 @@ from zoo_parts.models import built
 RESULTS = Path(__file__).parent / "results" / "zoo_fits.md"
 MODELS = (
     "timm/resnet26d", "timm/efficientnet_lite0", "timm/deit_tiny_patch16_224", "timm/convnext_atto", "smp/unet-resnet18",
-    "transformers/bert", "transformers/vit", "transformers/llama", "torchvision/vit_b_16",
+    "transformers/bert", "transformers/vit", "transformers/llama",
 )  # fmt: skip
 """Convolutions with shortcuts, depthwise ones, attention of either library, and a network that joins its own layers."""
 

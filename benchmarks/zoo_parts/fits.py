@@ -1,5 +1,6 @@
 """One short fit of a model with SMCP or ConstrainedL0, and what comes of its masks: slim, saved, loaded, exported."""
 
+import copy
 import tempfile
 import time
 import warnings
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from sparse_callbacks import SMCP, ConstrainedL0
+from sparse_callbacks.channels.attention_exchange import put_slim_attention
 from sparse_callbacks.channels.attention_heads import has_heads
 from sparse_callbacks.channels.compact import load_compact, save_compact
 from sparse_callbacks.channels.groups import Group, channel_groups
@@ -66,9 +68,7 @@ def fitted(make: Make, side: str) -> Row:
         masks = trained_masks(entry, side)
     with timed(row, "slim_seconds"):
         small, proof = slim(entry.model, masks, example)
-    row["units"] = units_by_kind(
-        entry.model, channel_groups(entry.model, example), {r.name: r.units for r in proof.rows}
-    )
+    row["units"] = units_by_kind(entry.model, example, {r.name: r.units for r in proof.rows})
     row["parameters"] = [proof.before.parameters, proof.after.parameters]
     row["foreign"] = proof.cut
     row |= equality(make().model, entry.model, small, entry)
@@ -148,16 +148,18 @@ def trained_masks(entry: Entry, side: str) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------- what it says
 
 
-def units_by_kind(model: nn.Module, groups: Sequence[Group], removed: Mapping[str, int]) -> dict[str, list[int]]:
+def units_by_kind(model: nn.Module, example: Any, removed: Mapping[str, int]) -> dict[str, list[int]]:
     """For each of :data:`KINDS` the units that were removed, and those that there were in groups that may lose some.
 
     Args:
         model: the model before it was slimmed.
-        groups: its groups.
-        removed: the number of units that each lost, by name; of an attention that slimming exchanges too.
+        example: inputs of one sample.
+        removed: the number of units that each of its groups lost, by name.
     """
     found = {kind: [0, 0] for kind in KINDS}
-    for group in groups:
+    model = copy.deepcopy(model)
+    put_slim_attention(model)  # as slimming does
+    for group in channel_groups(model, example):
         gone = removed.get(group.name, 0)
         if gone or not group.reason:
             kind = kind_of_units(model, group)
@@ -169,7 +171,7 @@ def kind_of_units(model: nn.Module, group: Group) -> str:
     """Which of :data:`KINDS` the units of ``group`` are."""
     makers = [p.module for p in group.producers]
     around = {name.rsplit(".", depth)[0] for name in makers for depth in range(name.count(".") + 1)}
-    if any(has_heads(m) or isinstance(m, nn.MultiheadAttention) for m in map(model.get_submodule, around)):
+    if any(has_heads(m) for m in map(model.get_submodule, around)):
         return "heads"
     layers = [model.get_submodule(name) for name in makers]
     return "MLP units" if all(isinstance(m, nn.Linear) or is_conv1d(m) for m in layers) else "channels"

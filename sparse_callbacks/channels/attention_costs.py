@@ -1,4 +1,7 @@
-"""The cost of the projections of ``nn.MultiheadAttention``, which calls no layer for them."""
+"""The projections of torch's attention as layers with a cost.
+
+``nn.MultiheadAttention`` reads their weights and never calls a layer, so no hook of a layer sees them.
+"""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping

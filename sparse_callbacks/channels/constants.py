@@ -19,7 +19,7 @@ ROUNDING_STEPS = 1e3
 Below float32 that would be as much as the numbers themselves, so there only exact constants count.
 """
 
-LARGE = 1e3
+LARGE = 1e6
 """How many times the largest weight the random numbers are that show whether a unit depends on the weights that make it."""
 
 

@@ -64,6 +64,47 @@ def test_a_gain_in_one_of_two_branches_removes_nothing() -> None:
     assert proof.left_out["stem"].startswith("3 units stay: what they hold is not a constant")
 
 
+class Hidden(nn.Module):
+    """A sum of two layers, one of them behind a norm; a large negative shift there lets ReLU hide the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.norm = nn.Linear(4, 8), nn.Linear(4, 8), nn.BatchNorm1d(8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.one(x) + self.norm(self.two(x))).relu())
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_relu_hides_on_all_samples_is_not_taken_for_a_constant(sign: int) -> None:
+    torch.manual_seed(0)
+    net = Hidden().double().eval()
+    with torch.no_grad():
+        net.norm.bias.fill_(-500.0)
+        net.norm.bias[3] = 5.0  # one unit that shows
+        net.one.weight.abs_().mul_(sign)
+    x = torch.randn(2, 4, dtype=torch.float64)
+    keep = torch.arange(8) != 5
+    masks = {"norm.weight": keep}
+    small, proof = slim(net, masks, x)
+    assert proof.removed == 0
+    far = torch.full((1, 4), sign * 1e4, dtype=torch.float64)
+    assert (masked(net, masks)(far) - net.head(torch.zeros(8).double())).abs().max() > 1
+    torch.testing.assert_close(small(far), masked(net, masks)(far))
+    # with the other branch masked as well nothing makes the unit
+    small, proof = slim(net, masks | {"one.weight": keep[:, None]}, x)
+    assert proof.removed == 1
+
+
+def test_looking_for_what_makes_a_unit_leaves_the_weights_as_they_are() -> None:
+    net = normed(0)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    small, _ = slimmed(net, {"1.weight": KEEP})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert torch.equal(small[0].weight, before["0.weight"][KEEP])
+
+
 def test_a_norm_behind_a_concatenation_removes_from_each_branch() -> None:
     gain = torch.tensor([1, 0, 1, 1, 0, 0, 0, 1, 1, 1]).bool()
     small, proof = slimmed(made(Concat).double(), {"norm.weight": gain, "norm.bias": gain})

@@ -11,7 +11,7 @@ from support.channel_nets import IMAGE, made, times_channels
 from torch import Tensor, nn
 
 from sparse_callbacks.channels.comparison import RANDOM, Reference
-from sparse_callbacks.channels.constants import observed_ranges
+from sparse_callbacks.channels.constants import made_by_nothing, observed_ranges
 from sparse_callbacks.channels.cuts import Cuts, Surgery
 from sparse_callbacks.channels.dead_units import with_dead_units
 from sparse_callbacks.channels.groups import Group, channel_groups
@@ -76,11 +76,18 @@ def one_after_the_other(
 ) -> tuple[Cuts, list[GroupChange]]:
     """The same, by one comparison after each group."""
     observed = observed_ranges(surgery.model, [m for g in groups if not g.reason for m in g.consumers], samples)
-    cuts, rows = Cuts(), []
+    cuts, rows, whole = Cuts(), [], copied(surgery.model)
     for group in reversed(groups):
         row = GroupChange(group.name, group.size, reason=group.reason)
         if not group.reason:
-            row, trial = with_dead_units(group, surgery, cuts, masks, lambda: observed)
+            row, trial = with_dead_units(
+                group,
+                surgery,
+                cuts,
+                masks,
+                lambda: observed,
+                lambda g, units: made_by_nothing(g, units, whole, samples[-2]),
+            )
             surgery.cut(trial, group.members)
             problem = reference.why_changed() if row.units else ""
             if problem:
