@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sparse_callbacks import sparsify
-from sparse_callbacks.core.doctor.first_signals import spread
+from sparse_callbacks.core.doctor.first_signals import spread_of_samples
 from sparse_callbacks.methods import SET
 
 
@@ -40,5 +40,5 @@ def test_inputs_of_every_shape_are_looked_at_or_left(shape: tuple[int, ...], sto
     ],
 )
 def test_the_spread_of_samples_is_that_of_floating_point_batches_alone(x: torch.Tensor, expected: float) -> None:
-    found = float(spread(x))
+    found = float(spread_of_samples(x))
     assert found == expected or (math.isnan(found) and math.isnan(expected))
