@@ -24,7 +24,7 @@ class Member:
 
     Attributes:
         module: name of the module.
-        parameter: name of the parameter.
+        parameter: name of the parameter or buffer.
         dim: dimension of the parameter that the slices lie along.
         side: ``"out"`` of a producer, ``"in"`` of a consumer, ``"both"`` of a follower.
         units: the unit of each slice, int [slices]; -1 where a slice belongs to no unit of the group. A linear layer
@@ -61,14 +61,14 @@ class Group:
     """Channels that layers share, in units that can be removed one by one.
 
     A unit is one channel, or several that have to go together: a grouped convolution must lose the same inputs in each
-    of its groups, and the parts of a ``chunk`` the same channels.
+    of its groups, the parts of a ``chunk`` the same channels, and attention whole heads.
 
     Attributes:
         name: name of the first producer.
         size: number of units.
         producers: layers that have the channels as outputs.
         consumers: layers that have them as inputs.
-        followers: norms, depthwise convolutions and single parameters that have one entry for each channel.
+        followers: norms, depthwise convolutions, and single parameters and buffers that have one entry for each channel.
         reason: why the channels have to stay; empty where they can go.
     """
 
