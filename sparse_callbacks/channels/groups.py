@@ -231,9 +231,7 @@ class _Search:
             return Member(name, f"{name}.weight", 0, "both", torch.tensor(entries)), ""
         sides = self._trace.sides(parameter, dim)
         why = f"{parameter} makes these channels and reads them" if len(sides) == 2 else ""
-        if type(module) is nn.MultiheadAttention:
-            why = f"{name}: nn.MultiheadAttention cannot run with fewer heads"
-        elif "out" in sides and not isinstance(resolved(axis), Run):  # heads are factors of an axis
+        if "out" in sides and not isinstance(resolved(axis), Run):  # heads are factors of an axis
             around = [name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)]
             why = why or next(filter(None, (why_heads_stay(self._model.get_submodule(n)) for n in around)), "")
         if local == "weight" and name in self._depthwise and dim == 0:

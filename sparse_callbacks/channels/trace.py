@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sparse_callbacks.channels.axes import AnyAxis, Concatenation, Product, Run, block, runs_in
 from sparse_callbacks.channels.operations import along, entrywise, images, norms, products, shapes
-from sparse_callbacks.channels.operations.table import rule_of
+from sparse_callbacks.channels.operations.table import outputs, rule_of
 from sparse_callbacks.channels.recorded_call import Call
 from sparse_callbacks.core.error_text import with_class
 from sparse_callbacks.core.inspection import map_tensors, run, tensors_in, training
@@ -124,18 +124,17 @@ class Trace:
         )
         inputs = call.tensors()
         self.called |= {self._names[id(t)] for t in inputs if id(t) in self._names}
-        made = [t for t in tensors_in(output) if id(t) not in self._names]
         sources = [self._sources(t) for t in inputs]
         weights = frozenset[str]().union(*sources) if all(sources) else frozenset[str]()
         found = rule_of(name, inputs)(call)
-        for tensor, axes in zip(_flat(output), found, strict=True):
+        for tensor, axes in zip(outputs(call), found, strict=True):
             written = any(tensor is t for t in inputs)
             if written and torch.Tag.inplace_view in operation.tags:  # the same tensor in another shape
                 self._of_others[tensor] = (axes, weights)
             elif written:  # in place: it keeps the axes that it has, joined with the new ones
                 for old, new in zip(self._axes_of(tensor), axes, strict=True):
                     call.join(old, new)
-            elif any(tensor is t for t in made):
+            elif id(tensor) not in self._names:
                 self._of_others[tensor] = (axes, weights)
 
     def _axes_of(self, tensor: Tensor) -> list[AnyAxis]:
@@ -198,11 +197,6 @@ def _leaves(axis: AnyAxis) -> Iterator[Run]:
     elif isinstance(axis, Concatenation):
         for part in axis.parts:
             yield from _leaves(part)
-
-
-def _flat(output: Any) -> list[Tensor]:
-    made = output if isinstance(output, tuple | list) else [output]
-    return [t for t in made if isinstance(t, Tensor)]
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
