@@ -10,10 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from pytorch_lightning.strategies import DDPStrategy
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparse_callbacks.core.live.live_records import gathered_records
+from sparse_callbacks.core.sparse_layers.product_records import Records
 from sparse_callbacks.testing.comparison import snapshot
 from sparse_callbacks.testing.data import Batches
 from sparse_callbacks.testing.networks import Classifier
@@ -96,13 +97,13 @@ def moved_apart(rank: int, world: int) -> str:
     return ""
 
 
-def records_of_rank(rank: int) -> dict[str, list[tuple[Tensor, Tensor]]]:
+def records_of_rank(rank: int) -> dict[str, Records]:
     """Records of three layers: each rank has seen another number of passes of the first, one alone the second, and nobody the
     third."""
 
-    def pairs(layer: int, count: int) -> list[tuple[Tensor, Tensor]]:
+    def pairs(layer: int, count: int) -> Records:
         numbers = [100 * rank + 10 * layer + i for i in range(count)]
-        return [(torch.full((3, 2), float(n)), torch.full((4, 2), -float(n))) for n in numbers]
+        return Records((torch.full((3, 2), float(n)), torch.full((4, 2), -float(n))) for n in numbers)
 
     return {"a": pairs(0, 1 + rank), "b": pairs(1, rank), "c": pairs(2, 0)}
 
