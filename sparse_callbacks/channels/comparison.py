@@ -19,6 +19,9 @@ RANDOM = (
 )
 """Why a group stays in a model whose outputs differ whatever is cut."""
 
+FILL = 1e4
+"""A number that is so many times the median of its tensor, and the same before and after, is a fill and no scale."""
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -93,7 +96,15 @@ def _gap(a: Tensor, b: Tensor) -> tuple[float, float]:
     if not torch.allclose(a[~finite], b[~finite], rtol=0, atol=0, equal_nan=True):
         return float("inf"), 1.0
     a, b = a[finite], b[finite]
-    return (float((a - b).abs().max()), float(a.abs().max())) if a.numel() else (0.0, 1.0)
+    if not a.numel():
+        return 0.0, 1.0
+    sizes = a.abs()
+    # a model may also rule out classes with a number like -1e9, which no other one is to be measured by
+    middle = sizes.median()
+    large = sizes > FILL * middle
+    if middle and large.any() and not large.all() and torch.equal(a[large], b[large]):
+        sizes = sizes[~large]
+    return float((a - b).abs().max()), float(sizes.max())
 
 
 # ---------------------------------------------------------------------- one model before and after

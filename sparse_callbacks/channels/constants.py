@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from sparse_callbacks.channels.cuts import Cuts, Surgery
 from sparse_callbacks.channels.groups import Group, Member
+from sparse_callbacks.channels.module_sizes import is_layer
 from sparse_callbacks.core.inspection import run, tensors_in, training, training_branches
 
 ROUNDING_STEPS = 1e3
@@ -49,6 +50,11 @@ class ArrivingRange:
         return largest * ROUNDING_STEPS * precision
 
 
+def is_read_by_layer(member: Member, model: nn.Module) -> bool:
+    """Whether a consumer is the weight of a convolution or linear layer, whose inputs are those of the module."""
+    return member.parameter == f"{member.module}.weight" and is_layer(model.get_submodule(member.module))
+
+
 def observed_ranges(model: nn.Module, consumers: Iterable[Member], samples: Sequence[Any]) -> dict[str, ArrivingRange]:
     """What arrives at layers, by the name of the module.
 
@@ -60,7 +66,7 @@ def observed_ranges(model: nn.Module, consumers: Iterable[Member], samples: Sequ
         consumers: members whose modules are looked at.
         samples: inputs that the model runs on.
     """
-    members = {c.module: c for c in consumers}
+    members = {c.module: c for c in consumers if is_read_by_layer(c, model)}
     seen: dict[str, ArrivingRange] = {}
 
     def watch(name: str) -> Any:

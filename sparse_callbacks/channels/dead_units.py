@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sparse_callbacks.channels.constants import ArrivingRange, arriving_ranges, bias_shifts, foldable
+from sparse_callbacks.channels.constants import ArrivingRange, arriving_ranges, bias_shifts, foldable, is_read_by_layer
 from sparse_callbacks.channels.cuts import Cuts, Surgery
 from sparse_callbacks.channels.groups import Group, Member
 from sparse_callbacks.channels.masked_model import active_slices
@@ -38,6 +38,9 @@ def with_dead_units(
     silent = (~made | _muted(group, masks, cuts)) & ~unread
     arriving: dict[str, ArrivingRange] = {}
     reason = ""
+    if silent.any() and not all(is_read_by_layer(c, surgery.model) for c in group.consumers):
+        reason = f"{int(silent.sum())} units that nothing makes stay: no convolution or linear layer reads them"
+        silent &= False
     if silent.any():
         arriving = arriving_ranges(group, observed(), cuts, surgery.model)
         constant = foldable(group, arriving, surgery.model)

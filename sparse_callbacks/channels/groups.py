@@ -164,7 +164,9 @@ class _Search:
         self._model, self._trace, self._reasons = model, trace, reasons
         self._uses = trace.uses()
         self._depthwise = depthwise_names(model)
+        self._saved = model.state_dict().keys()
         self._seen: set[int] = set()
+        self._parts: dict[tuple[str, int], dict[int, list[tuple[int, AnyAxis]]]] = {}
 
     def groups(self) -> list[Group]:
         """Every group once, by its first producer, in the model's order."""
@@ -204,6 +206,7 @@ class _Search:
         return [replace(g, name=n) for g, n in zip(found, names, strict=False)]
 
     def _group(self, name: str, runs: Sequence[Run], size: int) -> Group:
+        self._trace.check_time()
         members: dict[tuple[str, int], Member] = {}
         reason = min(((r.since, r.reason) for r in runs if r.reason), default=(0, ""))[1]
         for run in runs:
@@ -224,19 +227,38 @@ class _Search:
             return None, ""
         axis = self._trace.axes[parameter][dim]
         try:
-            entries = units(axis, run) if is_whole else [-1] * axis.size
+            entries = self._entries(parameter, dim, run) if is_whole else torch.full((axis.size,), -1)
         except MisfitError as error:
             return None, f"{parameter}: {error}"
         if isinstance(module, BATCH_NORMS):  # its statistics go by its gain
-            return Member(name, f"{name}.weight", 0, "both", torch.tensor(entries)), ""
+            return Member(name, f"{name}.weight", 0, "both", entries), ""
         sides = self._trace.sides(parameter, dim)
+        if parameter not in self._saved:
+            return None, f"{parameter} is a buffer that no checkpoint holds (persistent=False)"
         why = f"{parameter} makes these channels and reads them" if len(sides) == 2 else ""
         if "out" in sides and not isinstance(resolved(axis), Run):  # heads are factors of an axis
             around = [name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)]
             why = why or next(filter(None, (why_heads_stay(self._model.get_submodule(n)) for n in around)), "")
         if local == "weight" and name in self._depthwise and dim == 0:
             sides = set()
-        return Member(name, parameter, dim, min(sides, default="both"), torch.tensor(entries)), why
+        return Member(name, parameter, dim, min(sides, default="both"), entries), why
+
+    def _entries(self, parameter: str, dim: int, run: Run) -> Tensor:
+        """The channel of ``run`` that each entry of an axis belongs to, int64; -1 for none."""
+        if (parameter, dim) not in self._parts:
+            # once for each axis: that behind many concatenations has many parts, and each run is in few of them
+            now = resolved(self._trace.axes[parameter][dim])
+            found: dict[int, list[tuple[int, AnyAxis]]] = {}
+            begin = 0
+            for part in now.parts if isinstance(now, Concatenation) else [now]:
+                for inner in {id(r) for r in runs_in(part)}:
+                    found.setdefault(inner, []).append((begin, part))
+                begin += part.size
+            self._parts[parameter, dim] = found
+        entries = torch.full((self._trace.axes[parameter][dim].size,), -1)
+        for begin, part in self._parts[parameter, dim].get(id(run), []):
+            entries[begin : begin + part.size] = torch.tensor(units(part, run))
+        return entries
 
 
 # ---------------------------------------------------------------------- what has to stay

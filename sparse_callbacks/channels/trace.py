@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sparse_callbacks.channels.axes import AnyAxis, Concatenation, Product, Run, block, runs_in
 from sparse_callbacks.channels.operations import along, entrywise, images, norms, products, shapes
-from sparse_callbacks.channels.operations.table import outputs, rule_of
+from sparse_callbacks.channels.operations.table import outputs, rule_of, unknown
 from sparse_callbacks.channels.recorded_call import Call
 from sparse_callbacks.core.error_text import with_class
 from sparse_callbacks.core.inspection import map_tensors, run, tensors_in, training
@@ -126,7 +126,10 @@ class Trace:
         self.called |= {self._names[id(t)] for t in inputs if id(t) in self._names}
         sources = [self._sources(t) for t in inputs]
         weights = frozenset[str]().union(*sources) if all(sources) else frozenset[str]()
-        found = rule_of(name, inputs)(call)
+        try:
+            found = rule_of(name, inputs)(call)
+        except (IndexError, KeyError, TypeError, ValueError):  # a call that its rule does not expect
+            found = unknown(call)
         for tensor, axes in zip(outputs(call), found, strict=True):
             written = any(tensor is t for t in inputs)
             if written and torch.Tag.inplace_view in operation.tags:  # the same tensor in another shape

@@ -208,6 +208,30 @@ def test_a_key_that_serves_several_queries_is_one_unit_with_them() -> None:
     assert units["k.weight"] == units["v.weight"] == [0] * 3 + [1] * 3
 
 
+class SharedKeys(nets.GroupedQueries):
+    """The same without repeating keys and values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (-1, 3)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return self.head(self.o(mixed.transpose(1, 2).flatten(2)).relu())
+
+
+def test_queries_that_share_a_key_go_with_it_alone() -> None:
+    found = groups_of(made(lambda: SharedKeys(heads=4, shared=2)), (1, 5, 12))
+    assert [(n, g.size) for n, g in found.items() if not g.reason] == [("q", 2), ("o", 12)]
+    assert found["q"].producers[0].units.tolist() == [0] * 6 + [1] * 6
+    single = groups_of(made(lambda: SharedKeys(heads=4, shared=1)), (1, 5, 12))
+    assert [n for n, g in single.items() if not g.reason] == ["o"]
+    assert single["q"].reason == "query heads that share a key and value go together alone"
+
+
+def test_vectors_that_no_checkpoint_holds_stay() -> None:
+    net = made(nets.Frozen)
+    net.norm.register_buffer("mean", net.norm.mean, persistent=False)
+    assert groups_of(net)["first"].reason == "norm.mean is a buffer that no checkpoint holds (persistent=False)"
+
+
 def test_vectors_in_buffers_follow() -> None:
     found = groups_of(made(nets.Frozen))
     assert parts(found["first"]) == (

@@ -193,6 +193,33 @@ def test_mismatches_are_judged_tensor_by_tensor() -> None:
     assert why_not_equal([one * 1j], [one * 1j + 1]) == "outputs differ by 5.0e-01 (relative)"
 
 
+def test_a_fill_is_no_scale() -> None:
+    logits = torch.tensor([0.1, -0.2, -1e9, 0.05], dtype=torch.float64)
+    assert why_not_equal([logits], [logits + torch.tensor([1e-3, 0, 0, 0])]).startswith("outputs differ by 5")
+    assert why_not_equal([logits], [logits + torch.tensor([0, 0, 1e3, 0])]) != ""
+    assert why_not_equal([logits], [logits.clone()]) == ""
+
+
+class Raw(nn.Module):
+    """Parameters of its own in the place of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.shift = nn.Parameter(torch.randn(16, 4)), nn.Parameter(torch.randn(16))
+        self.last = nn.Parameter(torch.randn(3, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(nn.functional.linear(x, self.first, self.shift).relu(), self.last)
+
+
+def test_units_that_nothing_makes_stay_where_no_layer_reads_them() -> None:
+    net, x, half = made(Raw), torch.randn(5, 4), torch.arange(16) % 2 == 0
+    _, proof = slim(net, {"first": half[:, None].expand(16, 4)}, x)
+    assert proof.left_out["first"] == "8 units that nothing makes stay: no convolution or linear layer reads them"
+    small, proof = slim(net, {"last": half.expand(3, 16)}, x)
+    assert (proof.removed, small.first.shape) == (8, (8, 4))
+
+
 class Barred(nn.Module):
     """One of four classes is impossible."""
 

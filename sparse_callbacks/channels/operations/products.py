@@ -51,8 +51,12 @@ def _multiplied_and_added(call: Call) -> list[Axes]:
     return _product(call, left, right, added)
 
 
+SHARED = "query heads that share a key and value go together alone"
+
+
 def _heads(call: Call, query: AnyAxis, key: AnyAxis, value: AnyAxis) -> AnyAxis:
-    """The heads of attention, or a batch: one key and value may serve all queries, or several of them, or one query all keys."""
+    """The heads of attention, or a batch: one key and value may serve several queries, which go with it alone, or all of them,
+    which stay, or one query all keys."""
     if query.size == 1:
         return _either(call, key, value)
     for other in (key, value):
@@ -60,9 +64,13 @@ def _heads(call: Call, query: AnyAxis, key: AnyAxis, value: AnyAxis) -> AnyAxis:
             call.join(query, other)
         elif other.size > 1:
             try:
-                call.join(factored(query, other.size)[0], other)
+                shared, queries = factored(query, other.size)
+                call.join(shared, other)
+                call.block([queries], SHARED)
             except MisfitError:
                 call.block([query, other])
+        else:
+            call.block([query], SHARED)
     return query
 
 
