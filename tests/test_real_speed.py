@@ -162,7 +162,8 @@ def test_goals_are_of_the_mean_over_optimizers_and_what_misses_them_is_named(par
 
 def test_cells_that_were_not_measured_are_named(parts: Any) -> None:
     rows = [
-        {**row("sparse", 0.5, optimizer), "network": network, "sparsity": sparsity}
+        {**row(storage, ratio, optimizer), "network": network, "sparsity": sparsity}
+        for storage, ratio in (("dense", 1.0), ("sparse", 0.5))
         for network in parts.steps.NETWORKS
         for sparsity in parts.steps.SPARSITIES
         for optimizer in parts.steps.OPTIMIZERS

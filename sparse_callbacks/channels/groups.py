@@ -123,9 +123,16 @@ def channel_groups(
     """
     if not seconds > 0:
         raise ValueError(f"seconds={seconds!r} leaves no time for the search. Give more than 0, e.g. seconds=60.")
+    return groups_of_copy(to_dense(copied(model)), example_input, exclude, seconds)
+
+
+def groups_of_copy(
+    model: nn.Module, example_input: Any, exclude: str | Sequence[str] | None, seconds: float
+) -> list[Group]:
+    """:func:`channel_groups` of a dense model that is a copy already. A copy of a copy is more than some objects that models
+    hold can give, such as the optimizers of Fabric."""
     globs = [exclude] if isinstance(exclude, str) else list(exclude or ())
     refuse_unmatched_globs(globs, model)
-    model = to_dense(copied(model))  # its forward pass may store tensors
     reasons = why_layers_stay(model, globs)
     # a caller may be in inference mode, whose tensors nothing else may use; leaving it switches gradients on
     with quiet(model), torch.inference_mode(False), torch.no_grad():

@@ -12,7 +12,7 @@ from sparse_callbacks.channels.attention_exchange import put_back_attention, put
 from sparse_callbacks.channels.comparison import Difference, Reference
 from sparse_callbacks.channels.comparison_inputs import first_entry, precise, random_samples, refuse_telling_nothing
 from sparse_callbacks.channels.cuts import Cuts, Surgery
-from sparse_callbacks.channels.groups import Group, channel_groups
+from sparse_callbacks.channels.groups import Group, channel_groups, groups_of_copy
 from sparse_callbacks.channels.idle_masks import with_idle_masks
 from sparse_callbacks.channels.masked_model import under_masks
 from sparse_callbacks.channels.proof import GroupChange, Proof, prove
@@ -127,7 +127,7 @@ def slimmable_groups(
     trial = copied(dense_twin(model))
     if replace_modules:
         put_slim_attention(trial)
-    groups = channel_groups(trial, example_input, exclude, seconds)
+    groups = groups_of_copy(trial, example_input, exclude, seconds)
     with quiet(trial):
         branches = training_branches(trial, example_input)
         return [
