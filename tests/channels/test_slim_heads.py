@@ -50,6 +50,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
         return [GROUP]
 
     monkeypatch.setattr(slim_module, "channel_groups", groups)
+    monkeypatch.setattr(slim_module, "groups_of_copy", groups)
     return models
 
 
