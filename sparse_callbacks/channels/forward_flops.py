@@ -1,15 +1,15 @@
 """FLOPs of one forward pass, the same for every version and every kernel of torch."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparse_callbacks.core.inspection import run, tensors_in
+from sparse_callbacks.core.inspection import attention_in_steps, run, tensors_in
 from sparse_callbacks.core.storages.exchange import dense_twin
 
 ATTENTION = (
@@ -40,7 +40,7 @@ def forward_flops(model: nn.Module, example_input: Any) -> int:
     before: dict[nn.Module, int] = {}
     recurrent: list[int] = []
     with ExitStack() as stack:
-        stack.enter_context(_slow_path())
+        stack.enter_context(attention_in_steps())
         counter = stack.enter_context(FlopCounterMode(display=False, custom_mapping=formulas))
 
         def start(module: nn.Module, inputs: Any) -> None:
@@ -74,17 +74,3 @@ def attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_
     """
     scores = math.prod(query[:-1]) * key[-2]
     return 2 * scores * (query[-1] + value[-1])
-
-
-@contextmanager
-def _slow_path() -> Iterator[None]:
-    """Attention and transformer layers run as several operations.
-
-    In eval mode torch runs them as one operation, which its counter does not know.
-    """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)

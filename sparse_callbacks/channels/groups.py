@@ -95,7 +95,7 @@ def channel_groups(
 ) -> list[Group]:
     """Groups of channels of every convolution and linear layer, in the model's order.
 
-    A copy of the model runs in eval mode, with autograd; the model and random generators are left as they are. Where
+    A copy of the model runs in eval mode, without gradients; the model and random generators are left as they are. Where
     layers run in train mode only, such as auxiliary heads, a pass in that mode is traced too.
 
     Channels are followed through residual sums, concatenations, paddings of channels, depthwise and grouped
@@ -121,8 +121,6 @@ def channel_groups(
         >>> [(g.name, g.size, g.reason) for g in channel_groups(net, torch.zeros(1, 3, 8, 8))]
         [('0', 8, ''), ('3', 4, 'these are outputs of the network')]
     """
-    if not seconds > 0:
-        raise ValueError(f"seconds={seconds!r} leaves no time for the search. Give more than 0, e.g. seconds=60.")
     return groups_of_copy(to_dense(copied(model)), example_input, exclude, seconds)
 
 
@@ -131,6 +129,8 @@ def groups_of_copy(
 ) -> list[Group]:
     """:func:`channel_groups` of a dense model that is a copy already. A copy of a copy is more than some objects that models
     hold can give, such as the optimizers of Fabric."""
+    if not seconds > 0:
+        raise ValueError(f"seconds={seconds!r} leaves no time for the search. Give more than 0, e.g. seconds=60.")
     globs = [exclude] if isinstance(exclude, str) else list(exclude or ())
     refuse_unmatched_globs(globs, model)
     reasons = why_layers_stay(model, globs)
@@ -152,9 +152,8 @@ def _traced(model: nn.Module, example_input: Any, seconds: float) -> Trace:
     begin = time.monotonic()
     try:
         return Trace(model, example_input, seconds, branches)
-    except (
-        ValueError
-    ):  # slimming will compare the outputs in train mode; a model that cannot be traced fails here again
+    except ValueError:
+        # slimming will compare the outputs in train mode; a model that cannot be traced at all fails here again
         return Trace(model, example_input, seconds - (time.monotonic() - begin))
 
 

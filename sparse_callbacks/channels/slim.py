@@ -109,6 +109,7 @@ def slim(
     )
 
 
+@checked
 def slimmable_groups(
     model: nn.Module,
     example_input: Any,

@@ -21,7 +21,7 @@ from sparse_callbacks.channels.operations import along, entrywise, images, norms
 from sparse_callbacks.channels.operations.table import outputs, rule_of, unknown
 from sparse_callbacks.channels.recorded_call import Call
 from sparse_callbacks.core.error_text import with_class
-from sparse_callbacks.core.inspection import map_tensors, run, tensors_in, training
+from sparse_callbacks.core.inspection import attention_in_steps, map_tensors, run, tensors_in, training
 
 KINDS = (entrywise, along, shapes, images, products, norms)
 """The modules whose import fills the table of operations."""
@@ -89,7 +89,7 @@ class Trace:
         for tensor in tensors_in(inputs):
             for axis in self._axes_of(tensor):
                 block(axis, INPUT, 0)
-        with _with_attention_in_steps(), _told_of_modules(self._enter, self._leave), _Recorder(self._record):
+        with attention_in_steps(), _told_of_modules(self._enter, self._leave), _Recorder(self._record):
             output = run(model, inputs)
         for tensor in tensors_in(output):
             for axis in self._axes_of(tensor):
@@ -223,14 +223,3 @@ def _told_of_modules(enter: Callable[[nn.Module], None], leave: Callable[[nn.Mod
     finally:
         before.remove()
         after.remove()
-
-
-@contextmanager
-def _with_attention_in_steps() -> Iterator[None]:
-    """No encoder layer in one operation, of which nothing can be told."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)

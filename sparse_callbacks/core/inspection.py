@@ -138,6 +138,20 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def attention_in_steps() -> Iterator[None]:
+    """Attention and transformer layers run as several operations.
+
+    In eval mode torch runs them as one, of which neither its counter of FLOPs nor a trace can tell anything.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
 def training(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Train mode for these modules alone; modules inside them keep their modes."""
     modes = [(m, m.training) for m in modules]

@@ -9,6 +9,7 @@ from support.channel_nets import IMAGE, OUTPUTS, made
 from torch import Tensor, nn
 
 from sparse_callbacks.channels.groups import Group, channel_groups
+from sparse_callbacks.channels.slim import slimmable_groups
 from sparse_callbacks.testing.comparison import differences, structure
 
 
@@ -440,6 +441,15 @@ class Named(nn.Module):
 def test_inputs_may_be_several_and_outputs_a_dictionary(given: object) -> None:
     first, last = channel_groups(Named(), given)
     assert (first.name, last.reason) == ("first", OUTPUTS)
+
+
+@pytest.mark.parametrize("search", [channel_groups, slimmable_groups])
+def test_a_limit_that_leaves_no_time_is_refused(search: object) -> None:
+    net = made(nets.Residual)
+    with pytest.raises(ValueError, match=r"seconds=0.0 leaves no time for the search"):
+        search(net, torch.zeros(IMAGE), seconds=0.0)
+    with pytest.raises(TypeError, match=r"seconds='x' is not of a type"):
+        search(net, torch.zeros(IMAGE), seconds="x")
 
 
 def test_a_search_that_takes_too_long_is_given_up() -> None:

@@ -6,6 +6,9 @@ from sparse_callbacks.channels.axes import AnyAxis, MisfitError, Run, factored
 from sparse_callbacks.channels.operations.table import Axes, outputs, rule, unknown
 from sparse_callbacks.channels.recorded_call import Call
 
+MULTIPLIED = "what is multiplied with other activations is never cut singly (attention)"
+SHARED = "query heads that share a key and value go together alone"
+
 
 def _either(call: Call, one: AnyAxis, other: AnyAxis) -> AnyAxis:
     """Two axes that meet entry by entry, or one of them and a single entry."""
@@ -26,7 +29,7 @@ def _product(call: Call, left: Tensor, right: Tensor, added: Tensor | None = Non
     elif by_weight[1] and not by_weight[0]:
         call.note_product(left, [over], rows)
     elif not any(by_weight):
-        call.block([over, *rows, *columns], "what is multiplied with other activations is never cut singly (attention)")
+        call.block([over, *rows, *columns], MULTIPLIED)
     made = [*batch, *rows, *columns]
     if added is not None:
         for axis, other in zip(made[::-1], call.axes_of(added)[::-1], strict=False):
@@ -49,9 +52,6 @@ def _multiplied_and_added(call: Call) -> list[Axes]:
     if call.name == "aten.addbmm":
         return unknown(call)
     return _product(call, left, right, added)
-
-
-SHARED = "query heads that share a key and value go together alone"
 
 
 def _heads(call: Call, query: AnyAxis, key: AnyAxis, value: AnyAxis) -> AnyAxis:
@@ -84,12 +84,11 @@ def _heads(call: Call, query: AnyAxis, key: AnyAxis, value: AnyAxis) -> AnyAxis:
 )
 def _attended(call: Call) -> list[Axes]:
     query, key, value = (call.axes_of(call.named[n]) for n in ("query", "key", "value"))
-    reason = "what is multiplied with other activations is never cut singly (attention)"
-    call.block([*query[-2:], *key[-2:], *value[-2:]], reason)
+    call.block([*query[-2:], *key[-2:], *value[-2:]], MULTIPLIED)
     batch = [_heads(call, *axes) for axes in zip(query[:-2], key[:-2], value[:-2], strict=True)]
     mask = call.named.get("attn_mask", call.named.get("attn_bias"))
     if isinstance(mask, Tensor):
-        call.block(call.axes_of(mask)[-2:], reason)
+        call.block(call.axes_of(mask)[-2:], MULTIPLIED)
         for axis, other in zip(batch[::-1], call.axes_of(mask)[-3::-1], strict=False):
             if axis.size == other.size != 1:
                 call.join(axis, other)
