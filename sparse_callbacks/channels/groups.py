@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.channels.attention_heads import why_heads_stay
-from sparse_callbacks.channels.axes import AnyAxis, Concatenation, MisfitError, Run, resolved, runs_in, units
+from sparse_callbacks.channels.axes import AnyAxis, Concatenation, MisfitError, Run, resolved, runs_in
+from sparse_callbacks.channels.met_axes import units
 from sparse_callbacks.channels.module_sizes import BATCH_NORMS, depthwise_names, is_layer, output_dim
 from sparse_callbacks.channels.obstacles import refuse_unmatched_globs, why_layers_stay
 from sparse_callbacks.channels.trace import Trace

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_callbacks.channels.axes import AnyAxis, MisfitError, Run, block, joined, reshaped
+from sparse_callbacks.channels.axes import AnyAxis, MisfitError, Run, block
+from sparse_callbacks.channels.met_axes import joined, reshaped
 from sparse_callbacks.core.inspection import tensors_in
 
 

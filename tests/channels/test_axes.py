@@ -12,11 +12,10 @@ from sparse_callbacks.channels.axes import (
     factored,
     join,
     parted,
-    reshaped,
     resolved,
     runs_in,
-    units,
 )
+from sparse_callbacks.channels.met_axes import reshaped, units
 
 
 def labels(*axes: AnyAxis) -> list[list[tuple[tuple[int, int], ...]]]:

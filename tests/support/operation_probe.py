@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparse_callbacks.channels.axes import AnyAxis, Run, resolved, runs_in, units
+from sparse_callbacks.channels.axes import AnyAxis, Run, resolved, runs_in
+from sparse_callbacks.channels.met_axes import units
 from sparse_callbacks.channels.trace import Trace
 
 SUMMED = (
