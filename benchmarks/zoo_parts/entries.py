@@ -51,6 +51,11 @@ def tokens(length: int, vocabulary: int = 100) -> Inputs:
     return lambda generator, batch: torch.randint(0, vocabulary, (batch, length), generator=generator)
 
 
+def attended(length: int, padding: int = 3) -> Inputs:
+    """The mask of rows whose last tokens are padding."""
+    return lambda generator, batch: (torch.arange(length) < length - padding).long().expand(batch, -1).clone()
+
+
 def numbers(*shape: int) -> Inputs:
     """Normal numbers of this shape, after the batch dimension."""
     return lambda generator, batch: torch.randn(batch, *shape, generator=generator)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoo_parts.entries import Entry, Inputs, image_lists, images, named, numbers, settle, shake, tokens
+from zoo_parts.entries import Entry, Inputs, attended, image_lists, images, named, numbers, settle, shake, tokens
 
 # ---------------------------------------------------------------------- timm
 
@@ -52,6 +52,9 @@ BOTH_SIDES = {
     "encoder_ffn_dim": 256, "decoder_ffn_dim": 256, "vocab_size": 100, "use_cache": False, **SPECIAL, "decoder_start_token_id": 1,
 }  # fmt: skip
 
+PADDED = named(input_ids=tokens(16), attention_mask=attended(16))
+"""Rows with padding, for those whose key-value heads several queries share: where the mask meets the repeated heads."""
+
 TRANSFORMERS: Mapping[str, tuple[str, Mapping[str, Any], Inputs]] = {
     "bert": ("BertForSequenceClassification", TEXT, named(input_ids=tokens(16))),
     "roberta": ("RobertaForSequenceClassification", {**TEXT, **SPECIAL}, named(input_ids=tokens(16))),
@@ -83,13 +86,13 @@ TRANSFORMERS: Mapping[str, tuple[str, Mapping[str, Any], Inputs]] = {
         {**DECODER, "ffn_dim": 256, "word_embed_proj_dim": 64},
         named(input_ids=tokens(16)),
     ),
-    "llama": ("LlamaForCausalLM", {**DECODER, "num_key_value_heads": 4}, named(input_ids=tokens(16))),
-    "mistral": ("MistralForCausalLM", {**DECODER, "num_key_value_heads": 2}, named(input_ids=tokens(16))),
-    "qwen2": ("Qwen2ForCausalLM", {**DECODER, "num_key_value_heads": 2}, named(input_ids=tokens(16))),
+    "llama": ("LlamaForCausalLM", {**DECODER, "num_key_value_heads": 4}, PADDED),
+    "mistral": ("MistralForCausalLM", {**DECODER, "num_key_value_heads": 2}, PADDED),
+    "qwen2": ("Qwen2ForCausalLM", {**DECODER, "num_key_value_heads": 2}, PADDED),
     "gemma2": (
         "Gemma2ForCausalLM",
         {**DECODER, "num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16},
-        named(input_ids=tokens(16)),
+        PADDED,
     ),
     "phi": ("PhiForCausalLM", {**DECODER, "num_key_value_heads": 4}, named(input_ids=tokens(16))),
     "t5": (
