@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -169,7 +170,7 @@ class _Search:
 
     def __init__(self, model: nn.Module, trace: Trace, reasons: Mapping[str, str]) -> None:
         self._model, self._trace, self._reasons = model, trace, reasons
-        self._uses = trace.uses()
+        self._uses, self._sides = trace.uses(), cache(trace.sides)  # a slice of thousands asks for those of the whole axis
         self._depthwise = depthwise_names(model)
         self._saved = model.state_dict().keys()
         self._seen: set[int] = set()
@@ -185,7 +186,7 @@ class _Search:
         return found
 
     def _makes_channels(self, name: str, dim: int) -> bool:
-        if "out" in self._trace.sides(name, dim):
+        if "out" in self._sides(name, dim):
             return True
         # a layer whose weight went into an operation that nothing is known of
         module, _, local = name.rpartition(".")
@@ -239,7 +240,7 @@ class _Search:
             return None, f"{parameter}: {error}"
         if isinstance(module, BATCH_NORMS):  # its statistics go by its gain
             return Member(name, f"{name}.weight", 0, "both", entries), ""
-        sides = self._trace.sides(parameter, dim)
+        sides = self._sides(parameter, dim)
         if parameter not in self._saved:
             return None, f"{parameter} is a buffer that no checkpoint holds (persistent=False)"
         why = f"{parameter} makes these channels and reads them" if len(sides) == 2 else ""

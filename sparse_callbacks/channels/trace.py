@@ -190,16 +190,17 @@ class Trace:
 
 def _leaves(axis: AnyAxis) -> Iterator[Run]:
     """The runs that an axis itself was made of or taken apart into, whatever they were joined with."""
-    if isinstance(axis, Run):
-        yield axis
-        if axis.taken_apart is not None:
-            yield from _leaves(axis.taken_apart)
-    elif isinstance(axis, Product):
-        for factor in axis.factors:
-            yield from _leaves(factor)
-    elif isinstance(axis, Concatenation):
-        for part in axis.parts:
-            yield from _leaves(part)
+    left = [axis]
+    while left:
+        now = left.pop()
+        if isinstance(now, Product):
+            left += reversed(now.factors)
+        elif isinstance(now, Concatenation):
+            left += reversed(now.parts)
+        else:
+            yield now
+            if now.taken_apart is not None:
+                left.append(now.taken_apart)
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
