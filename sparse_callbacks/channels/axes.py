@@ -168,13 +168,11 @@ def parted(axis: AnyAxis, place: int) -> tuple[AnyAxis, AnyAxis]:
         _take_apart(now, Concatenation(parts))
         return parts[0], parts[1]
     if isinstance(now, Concatenation):
-        before: list[AnyAxis] = []
         for number, part in enumerate(now.parts):
-            if place >= part.size:
-                before, place = [*before, part], place - part.size
-                continue
-            first, second = parted(part, place)
-            return concatenation([*before, first]), concatenation([second, *now.parts[number + 1 :]])
+            if place < part.size:
+                first, second = parted(part, place)
+                return concatenation([*now.parts[:number], first]), concatenation([second, *now.parts[number + 1 :]])
+            place -= part.size
     assert isinstance(now, Product)
     outer, inner = now.factors[0], now.factors[1:]
     width = prod(f.size for f in inner)
