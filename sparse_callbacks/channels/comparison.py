@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.core.inspection import run, tensors_in, training
+from sparse_callbacks.channels.outputs import output_tensors
+from sparse_callbacks.core.inspection import run, training
 
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4}
 """Largest relative difference of outputs that counts as equal, by their type; integers and bools must be the same."""
 COARSE_TOLERANCE = 5e-2
-"""The same for half precision, whose rounding is large; a wrong cut differs by more."""
+"""The same for half precision, whose rounding is large; most wrong cuts differ by more, and the proof says so."""
 RANDOM = (
     "the outputs are random in eval mode, as two passes over the same input differ, so nothing can be compared; look for "
     "noise, sampling, or dropout that is always on"
@@ -38,8 +39,13 @@ class Difference:
 
 
 def outputs_on(model: nn.Module, samples: Sequence[Any]) -> list[Tensor]:
-    """The tensors that ``model`` gives on each of ``samples``, in one list."""
-    return [t.detach() for sample in samples for t in tensors_in(run(model, sample))]
+    """Copies of the tensors that ``model`` gives on each of ``samples``, in one list.
+
+    Raises:
+        OpaqueOutputError: see :func:`~sparse_callbacks.channels.outputs.output_tensors`.
+    """
+    # copies: a model may give the same buffer each time, and write the outputs into it
+    return [t.detach().clone() for sample in samples for t in output_tensors(run(model, sample))]
 
 
 def compare(expected: Sequence[Tensor], found: Sequence[Tensor]) -> Difference:
@@ -164,11 +170,12 @@ class Reference:
         return bool(found) and bool(why_not_equal(found, outputs_on(self.model, self.samples)))
 
     def difference(self) -> tuple[Difference, torch.dtype]:
-        """Difference from the outputs at first when nothing was found to have changed the last time, and the precision of
-        the first of them that has one."""
+        """Difference from the outputs at first when nothing was found to have changed the last time, and the lowest precision
+        that some of them has."""
         expected = _joined(self.expected)
         # a model may give labels beside its scores; rounding is a matter of the scores
-        precision = next((t.dtype for t in expected if t.is_floating_point()), expected[0].dtype)
+        precisions = {t.dtype for t in expected if t.is_floating_point() or t.is_complex()} or {expected[0].dtype}
+        precision = max(precisions, key=lambda p: torch.finfo(p).eps if p.is_floating_point or p.is_complex else 0.0)
         return compare(expected, self._same), precision
 
     def _outputs_in_training(self) -> list[Tensor]:

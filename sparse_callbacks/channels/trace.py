@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sparse_callbacks.channels.axes import AnyAxis, Concatenation, Product, Run, block, runs_in
 from sparse_callbacks.channels.operations import along, entrywise, images, norms, products, shapes
 from sparse_callbacks.channels.operations.table import outputs, rule_of, unknown
+from sparse_callbacks.channels.outputs import OpaqueOutputError, output_tensors
 from sparse_callbacks.channels.recorded_call import Call
 from sparse_callbacks.core.error_text import with_class
 from sparse_callbacks.core.inspection import attention_in_steps, map_tensors, run, tensors_in, training
@@ -40,7 +41,7 @@ class Trace:
 
     Raises:
         TimeoutError: the limit is exceeded.
-        ValueError: the model cannot be traced.
+        ValueError: the model cannot be traced, or its outputs cannot be looked at.
 
     Attributes:
         axes: of every parameter and buffer, by its first name, one for each dimension.
@@ -74,7 +75,7 @@ class Trace:
             if in_training := branches(self):
                 with training(model.get_submodule(n) for n in in_training):
                     self._pass(model, example_input)
-        except TimeoutError:
+        except (TimeoutError, OpaqueOutputError):
             raise
         except Exception as error:
             raise ValueError(
@@ -91,7 +92,7 @@ class Trace:
                 block(axis, INPUT, 0)
         with attention_in_steps(), _told_of_modules(self._enter, self._leave), _Recorder(self._record):
             output = run(model, inputs)
-        for tensor in tensors_in(output):
+        for tensor in output_tensors(output):
             for axis in self._axes_of(tensor):
                 block(axis, OUTPUT, self._count)
 
