@@ -19,6 +19,11 @@ RANDOM = (
     "noise, sampling, or dropout that is always on"
 )
 """Why a group stays in a model whose outputs differ whatever is cut."""
+WRITES = (
+    "the model writes into its buffer {} in eval mode, so two passes over the same input differ, and nothing can be compared; "
+    "write to it in train mode alone, or exclude it from the outputs"
+)
+"""The same, where the cause is known."""
 
 FILL = 1e4
 """A number that is so many times the median of its tensor, and the same before and after, is a fill and no scale."""
@@ -129,6 +134,7 @@ class Reference:
 
     Attributes:
         expected: the outputs on each sample.
+        is_unsteady: whether the outputs were found to differ the last time whatever is cut.
     """
 
     def __init__(
@@ -139,6 +145,7 @@ class Reference:
         known: Sequence[list[Tensor]] = (),
     ) -> None:
         self.model, self.samples, self.branches = model, list(samples), list(branches)
+        self.is_unsteady = False
         self.expected = [*known, *(outputs_on(model, [x]) for x in self.samples[len(known) :])]
         # the outputs when they were found to be the same the last time
         self._same = _joined(self.expected)
@@ -157,7 +164,9 @@ class Reference:
         changed = _why_changed("without them", look, _joined(self.expected))
         if changed:
             # asked only where something differs, as it takes another pass
-            return RANDOM if self._is_random_now(found) else changed
+            unsteady = self._why_unsteady(found)
+            self.is_unsteady = bool(unsteady)
+            return unsteady or changed
         # only where eval mode shows nothing, as the pass in train mode costs as much again
         lead, expected = "without them, in train mode,", self.expected_in_training
         changed = _why_changed(lead, self._outputs_in_training, expected, only_shapes=self.is_random)
@@ -165,9 +174,16 @@ class Reference:
             self._same = found
         return changed
 
-    def _is_random_now(self, found: Sequence[Tensor]) -> bool:
-        """Whether another pass gives other outputs than those that were found; a model that fails is not random."""
-        return bool(found) and bool(why_not_equal(found, outputs_on(self.model, self.samples)))
+    def _why_unsteady(self, found: Sequence[Tensor]) -> str:
+        """Why another pass gives other outputs than those that were found; empty where it does not, or the model fails."""
+        if not found:
+            return ""
+        before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        if not why_not_equal(found, outputs_on(self.model, self.samples)):
+            return ""
+        now = dict(self.model.named_buffers())
+        written = [n for n, b in now.items() if n not in before or not torch.equal(b, before[n])]
+        return WRITES.format(", ".join(written)) if written else RANDOM
 
     def difference(self) -> tuple[Difference, torch.dtype]:
         """Difference from the outputs at first when nothing was found to have changed the last time, and the lowest precision

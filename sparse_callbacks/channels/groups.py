@@ -13,7 +13,7 @@ from sparse_callbacks.channels.attention_heads import why_heads_stay
 from sparse_callbacks.channels.axes import AnyAxis, Concatenation, MisfitError, Run, resolved, runs_in
 from sparse_callbacks.channels.met_axes import units
 from sparse_callbacks.channels.module_sizes import BATCH_NORMS, depthwise_names, is_layer, output_dim
-from sparse_callbacks.channels.obstacles import refuse_unmatched_globs, why_layers_stay
+from sparse_callbacks.channels.obstacles import refuse_uncuttable, refuse_unmatched_globs, why_layers_stay
 from sparse_callbacks.channels.trace import Trace
 from sparse_callbacks.core.argument_types import checked
 from sparse_callbacks.core.inspection import copied, quiet, training_branches
@@ -116,13 +116,15 @@ def channel_groups(
 
     Raises:
         TimeoutError: the time limit is exceeded.
-        ValueError: the model cannot be copied or traced, a glob matches nothing, or ``seconds`` is not positive.
+        ValueError: the model cannot be copied or traced, is scripted or has layers without sizes, a glob matches nothing, or
+            ``seconds`` is not positive.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
         >>> [(g.name, g.size, g.reason) for g in channel_groups(net, torch.zeros(1, 3, 8, 8))]
         [('0', 8, ''), ('3', 4, 'these are outputs of the network')]
     """
+    refuse_uncuttable(model)
     return groups_of_copy(to_dense(copied(model)), example_input, exclude, seconds)
 
 

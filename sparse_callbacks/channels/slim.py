@@ -16,6 +16,7 @@ from sparse_callbacks.channels.cuts import Cuts, Surgery
 from sparse_callbacks.channels.groups import Group, channel_groups, groups_of_copy
 from sparse_callbacks.channels.idle_masks import with_idle_masks
 from sparse_callbacks.channels.masked_model import under_masks
+from sparse_callbacks.channels.obstacles import refuse_uncuttable, refuse_without_values
 from sparse_callbacks.channels.proof import GroupChange, Proof, prove
 from sparse_callbacks.channels.trials import Trials
 from sparse_callbacks.core.argument_types import checked
@@ -78,8 +79,8 @@ def slim(
 
     Raises:
         TimeoutError: the search takes too long.
-        ValueError: there are no masks, one does not fit or is not bool, the model cannot be copied or traced, or its
-            outputs would show no error.
+        ValueError: there are no masks, one does not fit or is not bool, the model cannot be copied or traced, is scripted, on
+            the meta device or has layers without sizes, or its outputs cannot be looked at or would show no error.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
@@ -88,6 +89,8 @@ def slim(
         >>> small[0].out_features, proof.removed
         (3, 3)
     """
+    refuse_uncuttable(model)
+    refuse_without_values(model)
     model = dense_twin(model)
     masked, full_masks, cut = under_masks(model, masks)
     if cut:
@@ -127,6 +130,8 @@ def slimmable_groups(
 
     Args: see :func:`~sparse_callbacks.channels.groups.channel_groups`, and for ``replace_modules`` :func:`slim`.
     """
+    refuse_uncuttable(model)
+    refuse_without_values(model)
     trial = copied(dense_twin(model))
     if replace_modules:
         put_slim_attention(trial)
