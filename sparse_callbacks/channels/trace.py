@@ -17,14 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sparse_callbacks.channels.axes import AnyAxis, Concatenation, Product, Run, block, runs_in
-from sparse_callbacks.channels.operations import along, entrywise, images, norms, products, shapes
+from sparse_callbacks.channels.operations import along, entrywise, images, indexing, norms, products, recurrent, shapes
 from sparse_callbacks.channels.operations.table import outputs, rule_of, unknown
 from sparse_callbacks.channels.outputs import OpaqueOutputError, output_tensors
 from sparse_callbacks.channels.recorded_call import Call
 from sparse_callbacks.core.error_text import with_class
 from sparse_callbacks.core.inspection import attention_in_steps, map_tensors, run, tensors_in, training
 
-KINDS = (entrywise, along, shapes, images, products, norms)
+KINDS = (entrywise, along, indexing, shapes, images, products, norms, recurrent)
 """The modules whose import fills the table of operations."""
 INPUT = "shares channels with the network's input"
 OUTPUT = "these are outputs of the network"
