@@ -254,7 +254,15 @@ def _why_contradictory(model: nn.Module, tensors: Mapping[str, Tensor], layers: 
         if not stated_sizes(module, layers[name]):
             continue
         prefix = f"{name}." if name else ""
-        for local in ("weight", "bias", "running_mean", "running_var", "weight_ih", "weight_ih_l0", "weight_ih_l0_reverse"):
+        for local in (
+            "weight",
+            "bias",
+            "running_mean",
+            "running_var",
+            "weight_ih",
+            "weight_ih_l0",
+            "weight_ih_l0_reverse",
+        ):
             there = tensors.get(prefix + local)
             if there is None:
                 continue

@@ -29,7 +29,7 @@ def everything_in_double() -> Iterator[None]:
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with _Double():
+        with _Double():  # type: ignore[no-untyped-call]
             yield
     finally:
         torch.set_default_dtype(default)

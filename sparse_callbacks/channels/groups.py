@@ -88,7 +88,11 @@ class Group:
 
     def masks(self, model: nn.Module, keep: Tensor) -> dict[str, Tensor]:
         """Input masks of the consumers for the units in ``keep`` (bool [size]), by parameter name."""
-        return {c.parameter: c.mask(keep, model.get_parameter(c.parameter).ndim) for c in self.consumers}
+        found: dict[str, Tensor] = {}
+        for member in self.consumers:  # a bilinear layer may read the same channels along two dimensions
+            mask = member.mask(keep, model.get_parameter(member.parameter).ndim)
+            found[member.parameter] = found[member.parameter] & mask if member.parameter in found else mask
+        return found
 
 
 @checked
@@ -172,7 +176,10 @@ class _Search:
 
     def __init__(self, model: nn.Module, trace: Trace, reasons: Mapping[str, str]) -> None:
         self._model, self._trace, self._reasons = model, trace, reasons
-        self._uses, self._sides = trace.uses(), cache(trace.sides)  # a slice of thousands asks for those of the whole axis
+        self._uses, self._sides = (
+            trace.uses(),
+            cache(trace.sides),
+        )  # a slice of thousands asks for those of the whole axis
         self._depthwise = depthwise_names(model)
         self._saved = model.state_dict().keys()
         self._seen: set[int] = set()

@@ -68,10 +68,7 @@ def update_sizes(module: nn.Module, is_depthwise: bool) -> None:
         is_depthwise: whether it was a depthwise convolution at first.
     """
     if isinstance(module, RECURRENT):
-        first = module.weight_ih_l0 if isinstance(module, nn.RNNBase) else module.weight_ih
-        assert isinstance(first, Tensor)
-        module.input_size = first.shape[1]
-        renew_flat_weights(module)
+        _update_inputs(module)
         return
     # a norm without a gain has no weight, and its statistics have the size
     candidates = (getattr(module, "weight", None), getattr(module, "running_mean", None))
@@ -100,6 +97,14 @@ def update_sizes(module: nn.Module, is_depthwise: bool) -> None:
     elif is_conv1d(module):
         for attribute, size in zip(("nx", "nf"), weight.shape, strict=True):
             setattr(module, attribute, size)
+
+
+def _update_inputs(module: nn.Module) -> None:
+    """Set the number of inputs that a recurrent layer states of itself."""
+    weights = {n: w for n, w in module.named_parameters(recurse=False) if n in ("weight_ih", "weight_ih_l0")}
+    for weight in weights.values():
+        setattr(module, "input_size", weight.shape[1])  # noqa: B010 - a type checker knows it as a module or a tensor
+    renew_flat_weights(module)
 
 
 def renew_flat_weights(module: nn.Module) -> None:

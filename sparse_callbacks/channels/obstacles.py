@@ -67,7 +67,9 @@ def refuse_uncuttable(model: nn.Module) -> None:
                 f"{f'{name} is' if name else 'This is'} a ScriptModule, made by torch.jit.script or torch.jit.trace, whose layers "
                 "cannot be replaced. Give the model with the module that it was scripted from, and script the slim one."
             )
-        local = next((n for n, t in [*module._parameters.items(), *module._buffers.items()] if t is not None and is_lazy(t)), "")
+        local = next(
+            (n for n, t in [*module._parameters.items(), *module._buffers.items()] if t is not None and is_lazy(t)), ""
+        )
         if local:
             raise ValueError(
                 f"{name}{'.' if name else ''}{local} has no shape yet, as {type(module).__name__} learns its sizes in the first "

@@ -43,7 +43,7 @@ def output_tensors(output: Any) -> list[Tensor]:
 
 
 def _collect(value: Any, path: str, found: list[Tensor], seen: dict[int, Any]) -> None:
-    if value is None or isinstance(value, _ATOMS) or id(value) in seen and not isinstance(value, Tensor):
+    if value is None or isinstance(value, _ATOMS) or (id(value) in seen and not isinstance(value, Tensor)):
         return
     seen[id(value)] = value  # held, so that no other object gets its id
     if isinstance(value, Tensor):
@@ -102,7 +102,9 @@ def _attributes(value: Any) -> list[tuple[str, Any]]:
             is_private = slot.startswith("__") and not slot.endswith("__")
             names.append(f"_{kind.__name__.lstrip('_')}{slot}" if is_private else slot)
     names += [*getattr(value, "__dict__", {})]
-    held = [(name, getattr(value, name, None)) for name in dict.fromkeys(names) if name not in ("__dict__", "__weakref__")]
+    held = [
+        (name, getattr(value, name, None)) for name in dict.fromkeys(names) if name not in ("__dict__", "__weakref__")
+    ]
     return [(f".{name}", part) for name, part in held]
 
 

@@ -21,10 +21,10 @@ def _dims(call: Call, given: int | Sequence[int] | None) -> list[int]:
 _REDUCTIONS = """
 mean sum amax amin logsumexp var std var_mean std_mean max min argmax argmin prod any all linalg_vector_norm norm median
 nansum nanmean aminmax mode nanmedian count_nonzero
-""".split()
+"""
 
 
-@rule(*_REDUCTIONS)
+@rule(_REDUCTIONS)
 def _reduced(call: Call) -> list[Axes]:
     if isinstance(call.named.get("other"), Tensor):  # the maximum of two tensors
         return entry_by_entry(call)
@@ -40,10 +40,10 @@ def _reduced(call: Call) -> list[Axes]:
 _MIXED = """
 _softmax _log_softmax _safe_softmax cumsum cumprod cummax cummin logcumsumexp flip roll sort argsort rot90
 _fft_r2c _fft_c2c _fft_c2r
-""".split()
+"""
 
 
-@rule(*_MIXED)
+@rule(_MIXED)
 def _mixed_along(call: Call) -> list[Axes]:
     over = _dims(call, call.named.get("dim", call.named.get("dims")))
     axes = call.axes_of(call.named["self"])

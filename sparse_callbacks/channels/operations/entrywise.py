@@ -4,7 +4,6 @@ from sparse_callbacks.channels.axes import Run
 from sparse_callbacks.channels.operations.table import Axes, fresh, outputs, rule
 from sparse_callbacks.channels.recorded_call import Call
 
-
 _OF_ONE = """
 abs neg exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal square floor ceil round trunc frac sgn sign signbit
 sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh sinc deg2rad rad2deg angle frexp nan_to_num
@@ -14,21 +13,21 @@ special_bessel_j0 special_bessel_j1 special_bessel_y0 special_bessel_y1
 relu relu6 gelu silu mish elu celu selu hardtanh hardswish hardsigmoid leaky_relu rrelu_with_noise softplus softshrink
 hardshrink threshold log_sigmoid_forward clamp clamp_min clamp_max
 logical_not bitwise_not isnan isinf isfinite isposinf isneginf
-""".split()
+"""
 _OF_SEVERAL = """
 add sub rsub mul div pow float_power maximum minimum fmax fmin fmod remainder floor_divide
 atan2 hypot copysign nextafter heaviside ldexp logaddexp logaddexp2 xlogy special_xlog1py special_zeta igamma igammac
 eq ne lt gt le ge logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor
-where masked_fill lerp addcmul addcdiv _prelu_kernel binary_cross_entropy_with_logits
-""".split()
+where masked_fill lerp addcmul addcdiv _prelu_kernel
+"""
 _OF_VALUES = """
 clone alias detach lift_fresh lift_fresh_copy contiguous _to_copy copy fill zero native_dropout bernoulli
 view_as_real resolve_conj real imag conj complex polar fake_quantize_per_tensor_affine_cachemask
-""".split()
+"""
 """Operations that hand values on, change their type or take them apart."""
 
 
-@rule(*_OF_ONE, *_OF_SEVERAL, *_OF_VALUES)
+@rule(_OF_ONE, _OF_SEVERAL, _OF_VALUES)
 def entry_by_entry(call: Call) -> list[Axes]:
     tensors = call.tensors()
     made = [call.broadcast(tensors, t.shape[: max(x.ndim for x in tensors)]) for t in outputs(call)]
@@ -39,15 +38,15 @@ def entry_by_entry(call: Call) -> list[Axes]:
 _MAKERS = """
 empty empty_strided empty_permuted zeros ones full rand randn randint scalar_tensor
 new_empty new_zeros new_ones new_full new_empty_strided
-""".split()
+"""
 
 
-@rule(*_MAKERS)
+@rule(_MAKERS)
 def _made(call: Call) -> list[Axes]:
     return fresh(call)
 
 
-@rule("mse_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss", "binary_cross_entropy")
+@rule("mse_loss smooth_l1_loss huber_loss soft_margin_loss binary_cross_entropy binary_cross_entropy_with_logits")
 def _lost(call: Call) -> list[Axes]:
     if call.named["reduction"] == 0:  # one for each entry
         return entry_by_entry(call)

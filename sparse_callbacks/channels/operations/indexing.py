@@ -118,7 +118,9 @@ def _embedded_in_bags(call: Call) -> list[Axes]:
     size = weight[1].size
     # of a maximum also the number of the row that each entry comes from
     numbers: list[Axes] = [
-        [*(Run(s) for s in t.shape[:-1]), weight[1]] if t.ndim == 2 and t.shape[-1] == size else [Run(s) for s in t.shape]
+        [*(Run(s) for s in t.shape[:-1]), weight[1]]
+        if t.ndim == 2 and t.shape[-1] == size
+        else [Run(s) for s in t.shape]
         for t in more
     ]
     return [[Run(made.shape[0]), weight[1]], *numbers]

@@ -87,14 +87,13 @@ def _heads(call: Call, query: AnyAxis, key: AnyAxis, value: AnyAxis) -> AnyAxis:
     return query
 
 
-@rule(
-    *(
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_cudnn_attention",
-    ),
-    *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_attention_math", "scaled_dot_product_attention"),
-)
+_ATTENTIONS = """
+_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention _scaled_dot_product_cudnn_attention
+_scaled_dot_product_efficient_attention _scaled_dot_product_attention_math scaled_dot_product_attention
+"""
+
+
+@rule(_ATTENTIONS)
 def _attended(call: Call) -> list[Axes]:
     query, key, value = (call.axes_of(call.named[n]) for n in ("query", "key", "value"))
     call.block([*query[-2:], *key[-2:], *value[-2:]], MULTIPLIED)

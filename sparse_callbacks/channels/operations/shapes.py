@@ -147,15 +147,13 @@ def _unbound(call: Call) -> list[Axes]:
     return [[a for d, a in enumerate(axes) if d != dim] for _ in outputs(call)]
 
 
-@rule(
-    "constant_pad_nd",
-    "reflection_pad1d",
-    "reflection_pad2d",
-    "reflection_pad3d",
-    "replication_pad1d",
-    "replication_pad2d",
-    "replication_pad3d",
-)
+_PADDINGS = """
+constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
+replication_pad3d
+"""
+
+
+@rule(_PADDINGS)
 def _padded(call: Call) -> list[Axes]:
     x, widths = call.named["self"], call.named.get("pad", call.named.get("padding"))
     axes = [*call.axes_of(x)]
