@@ -6,6 +6,7 @@ parts: the heads of attention come out of a ``view``, the branches of a network 
 run holds for all runs that are joined with it.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -23,6 +24,9 @@ class Run:
         size: how many.
         reason: why none of them can be removed; empty where they can.
         since: a number that grows in the order of the forward pass: when the reason was found.
+        same: a run that it was joined with, which stands for it.
+        taken_apart: what it turned out to be made of.
+        known: that, as it was resolved the last time.
     """
 
     size: int
@@ -30,6 +34,7 @@ class Run:
     since: int = 0
     same: "Run | None" = field(default=None, repr=False)
     taken_apart: "Product | Concatenation | None" = field(default=None, repr=False)
+    known: "Run | Product | Concatenation | None" = field(default=None, repr=False)
 
     def leader(self) -> "Run":
         """The run that stands for all that are joined."""
@@ -77,12 +82,44 @@ AnyAxis = Run | Product | Concatenation
 
 def resolved(axis: AnyAxis) -> AnyAxis:
     """An axis as it is known now: its runs are leaders that were not taken apart, and nothing is nested without need."""
-    if isinstance(axis, Run):
-        run = axis.leader()
-        return run if run.taken_apart is None else resolved(run.taken_apart)
-    if isinstance(axis, Product):
-        return product([resolved(f) for f in axis.factors])
-    return concatenation([resolved(p) for p in axis.parts])
+    # with a list of what is left to do: an axis of which thousands of slices were taken, one from what the last one left, is
+    # nested deeper than Python calls
+    done: list[AnyAxis] = []
+    left: list[tuple[AnyAxis | None, _Nest]] = [(axis, _Nest(None, 0))]
+    while left:
+        now, around = left.pop()
+        if now is None:
+            around.close(done)
+            continue
+        run = now.leader() if isinstance(now, Run) else None
+        if run is not None:
+            now = run.known or run.taken_apart or run
+        if isinstance(now, Run):
+            done.append(now)
+            continue
+        if type(now) is not around.kind:
+            around = _Nest(type(now), len(done), run)
+            left.append((None, around))
+        left += [(part, around) for part in reversed(now.factors if isinstance(now, Product) else now.parts)]
+    return done[0]
+
+
+@dataclass
+class _Nest:
+    """A product or concatenation that is being resolved; one that lies in another one of its kind is a part of that."""
+
+    kind: "type[Product | Concatenation] | None"
+    begin: int
+    run: Run | None = None
+
+    def close(self, done: list[AnyAxis]) -> None:
+        """Put it in the place of its resolved parts, which are ``done`` from ``begin`` on."""
+        inner = done[self.begin :]
+        found = product(inner) if self.kind is Product else concatenation(inner)
+        done[self.begin :] = [found]
+        if self.run is not None:
+            # of 2,000 slices each one would go through those before it again
+            self.run.known = found
 
 
 def product(factors: Sequence[AnyAxis]) -> AnyAxis:
@@ -99,12 +136,13 @@ def concatenation(parts: Sequence[AnyAxis]) -> AnyAxis:
 
 def runs_in(axis: AnyAxis) -> Iterator[Run]:
     """The runs that an axis is made of now."""
-    now = resolved(axis)
-    if isinstance(now, Run):
-        yield now
-    else:
-        for inner in now.factors if isinstance(now, Product) else now.parts:
-            yield from runs_in(inner)
+    left = [resolved(axis)]
+    while left:
+        now = left.pop()
+        if isinstance(now, Run):
+            yield now
+        else:
+            left += reversed(now.factors if isinstance(now, Product) else now.parts)
 
 
 def block(axis: AnyAxis, reason: str, since: int) -> None:
@@ -130,13 +168,11 @@ def parted(axis: AnyAxis, place: int) -> tuple[AnyAxis, AnyAxis]:
         _take_apart(now, Concatenation(parts))
         return parts[0], parts[1]
     if isinstance(now, Concatenation):
-        before: list[AnyAxis] = []
         for number, part in enumerate(now.parts):
-            if place >= part.size:
-                before, place = [*before, part], place - part.size
-                continue
-            first, second = parted(part, place)
-            return concatenation([*before, first]), concatenation([second, *now.parts[number + 1 :]])
+            if place < part.size:
+                first, second = parted(part, place)
+                return concatenation([*now.parts[:number], first]), concatenation([second, *now.parts[number + 1 :]])
+            place -= part.size
     assert isinstance(now, Product)
     outer, inner = now.factors[0], now.factors[1:]
     width = prod(f.size for f in inner)
@@ -238,15 +274,28 @@ def join(one: AnyAxis, other: AnyAxis) -> None:
         join(outer_a, outer_b)
         join(inner_a, inner_b)
     elif isinstance(a, Concatenation) and isinstance(b, Concatenation):
-        count = min(a.parts[0].size, b.parts[0].size)
-        (first_a, rest_a), (first_b, rest_b) = parted(a, count), parted(b, count)
-        join(first_a, first_b)
-        join(rest_a, rest_b)
+        _join_concatenations(a, b)
     else:
         parts, factors = (a, b) if isinstance(a, Concatenation) else (b, a)
         assert isinstance(parts, Concatenation)
         assert isinstance(factors, Product)
         _join_parts(parts, factors)
+
+
+def _join_concatenations(one: Concatenation, other: Concatenation) -> None:
+    left, right = deque(one.parts), deque(other.parts)
+    while left and right:
+        # what was joined before may have taken them apart
+        a, b = resolved(left.popleft()), resolved(right.popleft())
+        if isinstance(a, Concatenation) or isinstance(b, Concatenation):
+            left.extendleft(reversed(a.parts if isinstance(a, Concatenation) else [a]))
+            right.extendleft(reversed(b.parts if isinstance(b, Concatenation) else [b]))
+            continue
+        count = min(a.size, b.size)
+        (first_a, rest_a), (first_b, rest_b) = parted(a, count), parted(b, count)
+        left.extendleft([rest_a] if rest_a.size else [])
+        right.extendleft([rest_b] if rest_b.size else [])
+        join(first_a, first_b)
 
 
 def _join_parts(parts: Concatenation, factors: Product) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparse_callbacks.channels.compact_format import completed, described, read, refuse_other_model
 from sparse_callbacks.channels.compact_heads import put_slim, state_heads
 from sparse_callbacks.channels.compact_layers import compact_states, put_sparse
-from sparse_callbacks.channels.module_sizes import stated_sizes
+from sparse_callbacks.channels.module_sizes import renew_flat_weights, stated_sizes
 from sparse_callbacks.core.argument_types import checked
 from sparse_callbacks.core.files import description_path, file_checksum, replacing
 from sparse_callbacks.core.inspection import extra
@@ -102,6 +102,8 @@ def load_compact(model: nn.Module, path: str | Path) -> nn.Module:
         for attribute, size in stated_sizes(module, description["layers"][name]).items():
             setattr(module, attribute, size)
     _take(model, {name: tensor for name, tensor in tensors.items() if name not in parts})
+    for module in model.modules():
+        renew_flat_weights(module)
     put_sparse(model, parts, description["layers"])
     state_heads(model)
     return model

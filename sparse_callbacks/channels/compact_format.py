@@ -18,7 +18,7 @@ from sparse_callbacks.channels.compact_layers import (
     state_names,
     why_other_patterns,
 )
-from sparse_callbacks.channels.module_sizes import INSTANCE_NORMS, sizes, stated_sizes
+from sparse_callbacks.channels.module_sizes import INSTANCE_NORMS, RECURRENT, sizes, stated_sizes
 from sparse_callbacks.core.files import description_path, file_checksum
 from sparse_callbacks.core.inspection import extra
 from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
@@ -228,7 +228,7 @@ def _why_other_limits(model: nn.Module, tensors: Mapping[str, Tensor], layers: M
             continue  # of live values; its size is compared with its pattern
         layer = layer_of[module]
         fixed = type(module).__module__ in _NEVER_CUT and "heads" not in layer and not stated_sizes(module, layer)
-        as_many = own.ndim if fixed else int(isinstance(module, nn.Embedding))  # leading dimensions that are never cut
+        as_many = own.ndim if fixed else _never_cut(module, name)
         # slimming only removes, so no size may be larger than the original one
         if there[:as_many] != own.shape[:as_many] or len(there) != own.ndim or any(map(gt, there, own.shape)):
             return f"{name} has shape {list(own.shape)} here and {list(there)} there"
@@ -241,13 +241,28 @@ def _why_other_limits(model: nn.Module, tensors: Mapping[str, Tensor], layers: M
     return ""
 
 
+def _never_cut(module: nn.Module, name: str) -> int:
+    """How many leading dimensions of a tensor are never cut."""
+    if isinstance(module, RECURRENT):
+        return 1 if name.rpartition(".")[2].startswith("weight_ih") else 2
+    return int(isinstance(module, nn.Embedding | nn.EmbeddingBag))
+
+
 def _why_contradictory(model: nn.Module, tensors: Mapping[str, Tensor], layers: Mapping[str, Mapping[str, Any]]) -> str:
     """A tensor whose shape is not the one that the described sizes of its layer give; empty if none."""
     for name, module in model.named_modules():
         if not stated_sizes(module, layers[name]):
             continue
         prefix = f"{name}." if name else ""
-        for local in ("weight", "bias", "running_mean", "running_var"):
+        for local in (
+            "weight",
+            "bias",
+            "running_mean",
+            "running_var",
+            "weight_ih",
+            "weight_ih_l0",
+            "weight_ih_l0_reverse",
+        ):
             there = tensors.get(prefix + local)
             if there is None:
                 continue
@@ -274,7 +289,13 @@ def _shape(module: nn.Module, local: str, stated: Mapping[str, Any]) -> list[Any
         return [out] if local == "bias" else [first, second // groups, *module.kernel_size]
     if isinstance(module, nn.Linear | SparseLinear):
         return [stated["out_features"]] if local == "bias" else [stated["out_features"], stated["in_features"]]
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, RECURRENT):
+        gates: int = getattr(module, local).shape[0]
+        return [gates, stated["input_size"]]
+    if isinstance(module, nn.Bilinear):
+        out = stated["out_features"]
+        return [out] if local == "bias" else [out, stated["in1_features"], stated["in2_features"]]
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return [module.num_embeddings, stated["embedding_dim"]]
     if "nf" in stated:
         return [stated["nf"]] if local == "bias" else [stated["nx"], stated["nf"]]

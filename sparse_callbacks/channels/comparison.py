@@ -7,17 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.core.inspection import run, tensors_in, training
+from sparse_callbacks.channels.outputs import output_tensors
+from sparse_callbacks.core.inspection import run, training
 
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4}
 """Largest relative difference of outputs that counts as equal, by their type; integers and bools must be the same."""
 COARSE_TOLERANCE = 5e-2
-"""The same for half precision, whose rounding is large; a wrong cut differs by more."""
+"""The same for half precision, whose rounding is large; most wrong cuts differ by more, and the proof says so."""
 RANDOM = (
     "the outputs are random in eval mode, as two passes over the same input differ, so nothing can be compared; look for "
     "noise, sampling, or dropout that is always on"
 )
 """Why a group stays in a model whose outputs differ whatever is cut."""
+WRITES = (
+    "the model writes into its buffer {} in eval mode, so two passes over the same input differ, and nothing can be compared; "
+    "write to it in train mode alone, or exclude it from the outputs"
+)
+"""The same, where the cause is known."""
 
 FILL = 1e4
 """A number that is so many times the median of its tensor, and the same before and after, is a fill and no scale."""
@@ -38,8 +44,13 @@ class Difference:
 
 
 def outputs_on(model: nn.Module, samples: Sequence[Any]) -> list[Tensor]:
-    """The tensors that ``model`` gives on each of ``samples``, in one list."""
-    return [t.detach() for sample in samples for t in tensors_in(run(model, sample))]
+    """Copies of the tensors that ``model`` gives on each of ``samples``, in one list.
+
+    Raises:
+        OpaqueOutputError: see :func:`~sparse_callbacks.channels.outputs.output_tensors`.
+    """
+    # copies: a model may give the same buffer each time, and write the outputs into it
+    return [t.detach().clone() for sample in samples for t in output_tensors(run(model, sample))]
 
 
 def compare(expected: Sequence[Tensor], found: Sequence[Tensor]) -> Difference:
@@ -123,6 +134,7 @@ class Reference:
 
     Attributes:
         expected: the outputs on each sample.
+        is_unsteady: whether the outputs were found to differ the last time whatever is cut.
     """
 
     def __init__(
@@ -133,6 +145,7 @@ class Reference:
         known: Sequence[list[Tensor]] = (),
     ) -> None:
         self.model, self.samples, self.branches = model, list(samples), list(branches)
+        self.is_unsteady = False
         self.expected = [*known, *(outputs_on(model, [x]) for x in self.samples[len(known) :])]
         # the outputs when they were found to be the same the last time
         self._same = _joined(self.expected)
@@ -151,7 +164,9 @@ class Reference:
         changed = _why_changed("without them", look, _joined(self.expected))
         if changed:
             # asked only where something differs, as it takes another pass
-            return RANDOM if self._is_random_now(found) else changed
+            unsteady = self._why_unsteady(found)
+            self.is_unsteady = bool(unsteady)
+            return unsteady or changed
         # only where eval mode shows nothing, as the pass in train mode costs as much again
         lead, expected = "without them, in train mode,", self.expected_in_training
         changed = _why_changed(lead, self._outputs_in_training, expected, only_shapes=self.is_random)
@@ -159,16 +174,24 @@ class Reference:
             self._same = found
         return changed
 
-    def _is_random_now(self, found: Sequence[Tensor]) -> bool:
-        """Whether another pass gives other outputs than those that were found; a model that fails is not random."""
-        return bool(found) and bool(why_not_equal(found, outputs_on(self.model, self.samples)))
+    def _why_unsteady(self, found: Sequence[Tensor]) -> str:
+        """Why another pass gives other outputs than those that were found; empty where it does not, or the model fails."""
+        if not found:
+            return ""
+        before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        if not why_not_equal(found, outputs_on(self.model, self.samples)):
+            return ""
+        now = dict(self.model.named_buffers())
+        written = [n for n, b in now.items() if n not in before or not torch.equal(b, before[n])]
+        return WRITES.format(", ".join(written)) if written else RANDOM
 
     def difference(self) -> tuple[Difference, torch.dtype]:
-        """Difference from the outputs at first when nothing was found to have changed the last time, and the precision of
-        the first of them that has one."""
+        """Difference from the outputs at first when nothing was found to have changed the last time, and the lowest precision
+        that some of them has."""
         expected = _joined(self.expected)
         # a model may give labels beside its scores; rounding is a matter of the scores
-        precision = next((t.dtype for t in expected if t.is_floating_point()), expected[0].dtype)
+        precisions = {t.dtype for t in expected if t.is_floating_point() or t.is_complex()} or {expected[0].dtype}
+        precision = max(precisions, key=lambda p: torch.finfo(p).eps if p.is_floating_point or p.is_complex else 0.0)
         return compare(expected, self._same), precision
 
     def _outputs_in_training(self) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """The inputs on which outputs are compared: random ones, single entries, and in which precision."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.channels.comparison import outputs_on
+from sparse_callbacks.channels.double_precision import everything_in_double
 from sparse_callbacks.core.inspection import calls_noted, copied, map_tensors, quiet, tensors_in, training_branches
 
 NOISE = 0.01
@@ -16,19 +18,24 @@ NOISY_DRAWS = 3
 """How many such inputs are drawn."""
 
 
-def precise(masked: nn.Module, samples: Sequence[Any]) -> tuple[nn.Module, list[Any], list[list[Tensor]], list[str]]:
+def precise(
+    masked: nn.Module, samples: Sequence[Any]
+) -> tuple[nn.Module, list[Any], list[list[Tensor]], list[str], Callable[[], AbstractContextManager[None]]]:
     """A copy of the model and the samples in float64, where rounding hides no error.
 
-    Where the model fails in float64, for example since it makes tensors of another type itself, both stay as they are.
+    Casts inside of the model go to float64 too. Where it fails then, for example since it asserts its types, model and
+    samples stay as they are.
 
     Returns:
-        the copy, its samples, its outputs on the first of them, and the branches that only run in train mode (see
-        :func:`~sparse_callbacks.core.inspection.training_branches`).
+        the copy, its samples, its outputs on the first of them, the branches that only run in train mode (see
+        :func:`~sparse_callbacks.core.inspection.training_branches`), and the context that every pass has to be in.
     """
     try:
-        return _looked_at(_doubled(masked), [map_tensors(_double, x) for x in samples])
+        model, doubled = _doubled(masked), [map_tensors(_double, x) for x in samples]
+        with everything_in_double():
+            return *_looked_at(model, doubled), everything_in_double
     except Exception:  # a forward pass may well assert its types
-        return _looked_at(copied(masked), list(samples))
+        return *_looked_at(copied(masked), list(samples)), nullcontext
 
 
 def _looked_at(model: nn.Module, samples: list[Any]) -> tuple[nn.Module, list[Any], list[list[Tensor]], list[str]]:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from sparse_callbacks.channels.attention_heads import why_heads_stay
 from sparse_callbacks.channels.axes import AnyAxis, Concatenation, MisfitError, Run, resolved, runs_in
 from sparse_callbacks.channels.met_axes import units
 from sparse_callbacks.channels.module_sizes import BATCH_NORMS, depthwise_names, is_layer, output_dim
-from sparse_callbacks.channels.obstacles import refuse_unmatched_globs, why_layers_stay
+from sparse_callbacks.channels.obstacles import refuse_uncuttable, refuse_unmatched_globs, why_layers_stay
 from sparse_callbacks.channels.trace import Trace
 from sparse_callbacks.core.argument_types import checked
 from sparse_callbacks.core.inspection import copied, quiet, training_branches
@@ -87,7 +88,11 @@ class Group:
 
     def masks(self, model: nn.Module, keep: Tensor) -> dict[str, Tensor]:
         """Input masks of the consumers for the units in ``keep`` (bool [size]), by parameter name."""
-        return {c.parameter: c.mask(keep, model.get_parameter(c.parameter).ndim) for c in self.consumers}
+        found: dict[str, Tensor] = {}
+        for member in self.consumers:  # a bilinear layer may read the same channels along two dimensions
+            mask = member.mask(keep, model.get_parameter(member.parameter).ndim)
+            found[member.parameter] = found[member.parameter] & mask if member.parameter in found else mask
+        return found
 
 
 @checked
@@ -115,13 +120,15 @@ def channel_groups(
 
     Raises:
         TimeoutError: the time limit is exceeded.
-        ValueError: the model cannot be copied or traced, a glob matches nothing, or ``seconds`` is not positive.
+        ValueError: the model cannot be copied or traced, is scripted or has layers without sizes, a glob matches nothing, or
+            ``seconds`` is not positive.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
         >>> [(g.name, g.size, g.reason) for g in channel_groups(net, torch.zeros(1, 3, 8, 8))]
         [('0', 8, ''), ('3', 4, 'these are outputs of the network')]
     """
+    refuse_uncuttable(model)
     return groups_of_copy(to_dense(copied(model)), example_input, exclude, seconds)
 
 
@@ -169,7 +176,10 @@ class _Search:
 
     def __init__(self, model: nn.Module, trace: Trace, reasons: Mapping[str, str]) -> None:
         self._model, self._trace, self._reasons = model, trace, reasons
-        self._uses = trace.uses()
+        self._uses, self._sides = (
+            trace.uses(),
+            cache(trace.sides),
+        )  # a slice of thousands asks for those of the whole axis
         self._depthwise = depthwise_names(model)
         self._saved = model.state_dict().keys()
         self._seen: set[int] = set()
@@ -185,7 +195,7 @@ class _Search:
         return found
 
     def _makes_channels(self, name: str, dim: int) -> bool:
-        if "out" in self._trace.sides(name, dim):
+        if "out" in self._sides(name, dim):
             return True
         # a layer whose weight went into an operation that nothing is known of
         module, _, local = name.rpartition(".")
@@ -239,7 +249,7 @@ class _Search:
             return None, f"{parameter}: {error}"
         if isinstance(module, BATCH_NORMS):  # its statistics go by its gain
             return Member(name, f"{name}.weight", 0, "both", entries), ""
-        sides = self._trace.sides(parameter, dim)
+        sides = self._sides(parameter, dim)
         if parameter not in self._saved:
             return None, f"{parameter} is a buffer that no checkpoint holds (persistent=False)"
         why = f"{parameter} makes these channels and reads them" if len(sides) == 2 else ""

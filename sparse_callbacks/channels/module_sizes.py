@@ -12,6 +12,8 @@ BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 """Norms that can lose channels, as they treat each by itself."""
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 """The same, of single images."""
+RECURRENT = (nn.RNNBase, nn.modules.rnn.RNNCellBase)
+"""Recurrent layers, which can lose inputs."""
 
 
 SIZES = (
@@ -25,9 +27,12 @@ SIZES = (
     "embedding_dim",
     "nx",
     "nf",
+    "input_size",
+    "in1_features",
+    "in2_features",
 )
 """Attributes in which a module states its size, which slimming changes."""
-_LATER = ("embedding_dim", "nx", "nf")
+_LATER = ("embedding_dim", "nx", "nf", "input_size", "in1_features", "in2_features")
 """Those of them that the descriptions of earlier releases do not have; they did not cut such modules."""
 
 
@@ -62,6 +67,9 @@ def update_sizes(module: nn.Module, is_depthwise: bool) -> None:
         module: any module.
         is_depthwise: whether it was a depthwise convolution at first.
     """
+    if isinstance(module, RECURRENT):
+        _update_inputs(module)
+        return
     # a norm without a gain has no weight, and its statistics have the size
     candidates = (getattr(module, "weight", None), getattr(module, "running_mean", None))
     weight = next((t for t in candidates if isinstance(t, Tensor)), None)
@@ -82,16 +90,36 @@ def update_sizes(module: nn.Module, is_depthwise: bool) -> None:
         module.num_features = len(weight)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(weight)
-    elif isinstance(module, nn.Embedding):
+    elif isinstance(module, nn.Bilinear):
+        module.out_features, module.in1_features, module.in2_features = weight.shape
+    elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
         module.embedding_dim = weight.shape[1]
     elif is_conv1d(module):
         for attribute, size in zip(("nx", "nf"), weight.shape, strict=True):
             setattr(module, attribute, size)
 
 
+def _update_inputs(module: nn.Module) -> None:
+    """Set the number of inputs that a recurrent layer states of itself."""
+    weights = {n: w for n, w in module.named_parameters(recurse=False) if n in ("weight_ih", "weight_ih_l0")}
+    for weight in weights.values():
+        setattr(module, "input_size", weight.shape[1])  # noqa: B010 - a type checker knows it as a module or a tensor
+    renew_flat_weights(module)
+
+
+def renew_flat_weights(module: nn.Module) -> None:
+    """Let a recurrent layer read its present parameters, of which it keeps a list beside them."""
+    if isinstance(module, nn.RNNBase):
+        module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
+        module.flatten_parameters()
+
+
 def sizes(module: nn.Module) -> dict[str, int]:
     """Attributes in which a layer or norm states its size, and their values; empty for other modules."""
-    kinds = (nn.Linear, SparseLinear, nn.PReLU, nn.Embedding, _ConvNd, *BATCH_NORMS, *INSTANCE_NORMS)
+    kinds = (
+        *(nn.Linear, nn.Bilinear, SparseLinear, nn.PReLU, nn.Embedding, nn.EmbeddingBag, _ConvNd),
+        *(*BATCH_NORMS, *INSTANCE_NORMS, *RECURRENT),
+    )
     if not isinstance(module, kinds) and not is_conv1d(module):
         return {}
     return {a: int(getattr(module, a)) for a in SIZES if hasattr(module, a)}

@@ -1,9 +1,11 @@
-"""Why channels have to stay: layers that must not be cut."""
+"""Why channels have to stay: layers that must not be cut, and models of which none can be."""
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from sparse_callbacks.core.selection import why_not_ranked
@@ -51,3 +53,39 @@ def refuse_unmatched_globs(globs: Sequence[str], model: nn.Module) -> None:
         if not any(fnmatchcase(n, glob) for n in names):
             examples = ", ".join(filter(None, names[:6]))
             raise ValueError(f"exclude={glob!r} matches no module and no parameter. There are for example {examples}.")
+
+
+def refuse_uncuttable(model: nn.Module) -> None:
+    """Refuse models whose layers cannot be replaced, or have no sizes yet.
+
+    Raises:
+        ValueError: names a module that was scripted or traced, or a layer without sizes.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"{f'{name} is' if name else 'This is'} a ScriptModule, made by torch.jit.script or torch.jit.trace, whose layers "
+                "cannot be replaced. Give the model with the module that it was scripted from, and script the slim one."
+            )
+        local = next(
+            (n for n, t in [*module._parameters.items(), *module._buffers.items()] if t is not None and is_lazy(t)), ""
+        )
+        if local:
+            raise ValueError(
+                f"{name}{'.' if name else ''}{local} has no shape yet, as {type(module).__name__} learns its sizes in the first "
+                "forward pass, so it is not known which channels belong together. Call the model on an input first."
+            )
+
+
+def refuse_without_values(model: nn.Module) -> None:
+    """Refuse models on the meta device, whose tensors have shapes and no values.
+
+    Raises:
+        ValueError: names a tensor of them.
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device and has no values, so outputs before and after a cut cannot be compared. Load the "
+                "weights first: model.to_empty(device='cpu') and load_state_dict, or load_state_dict(..., assign=True)."
+            )

@@ -7,13 +7,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_callbacks.channels.comparison import Difference, compare, outputs_on
+from sparse_callbacks.channels.comparison import COARSE_TOLERANCE, Difference, compare, outputs_on
 from sparse_callbacks.channels.forward_flops import forward_flops
 from sparse_callbacks.core.clock import milliseconds
 from sparse_callbacks.core.inspection import quiet, run, tensors_in
 
 READINGS = 3
 """Forward passes that are timed, the fewest that the clock takes: more would be most of the time of slimming."""
+
+
+COARSE = (
+    f"compared in half precision alone, where differences up to {COARSE_TOLERANCE:.0%} count as rounding: the model does not "
+    "run in float64, so a small error would not show"
+)
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,11 @@ class Proof:
     samples: int | None = None
 
     @property
+    def is_coarse(self) -> bool:
+        """Whether outputs were compared in half precision, as the model does not run in a higher one."""
+        return self.precision in (torch.float16, torch.bfloat16)
+
+    @property
     def removed(self) -> int:
         """Channels removed, counted at the first producer of each group."""
         # at the first producer alone: the other producers of a group have the same channels, which would count again
@@ -112,6 +123,7 @@ class Proof:
             f"outputs on given inputs:  {self.given}",
             f"outputs on random inputs: {self.random}",
             f"outputs in {precision + ':':14}{self.checked}",
+            *([COARSE] if self.is_coarse else []),
             f"channels removed: {self.removed}",
             *(
                 [f"cut by the masks: {self.cut:,} weights that were not zero; compared is the masked model"]

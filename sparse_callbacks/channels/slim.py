@@ -1,7 +1,8 @@
 """From masks to a smaller network: dead channels are removed, and the outputs compared."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -9,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.channels.attention_exchange import put_back_attention, put_slim_attention
-from sparse_callbacks.channels.comparison import Difference, Reference
+from sparse_callbacks.channels.comparison import TOLERANCES, Difference, Reference, outputs_on
 from sparse_callbacks.channels.comparison_inputs import first_entry, precise, random_samples, refuse_telling_nothing
 from sparse_callbacks.channels.cuts import Cuts, Surgery
 from sparse_callbacks.channels.groups import Group, channel_groups, groups_of_copy
 from sparse_callbacks.channels.idle_masks import with_idle_masks
 from sparse_callbacks.channels.masked_model import under_masks
+from sparse_callbacks.channels.obstacles import refuse_uncuttable, refuse_without_values
 from sparse_callbacks.channels.proof import GroupChange, Proof, prove
 from sparse_callbacks.channels.trials import Trials
 from sparse_callbacks.core.argument_types import checked
@@ -77,8 +79,8 @@ def slim(
 
     Raises:
         TimeoutError: the search takes too long.
-        ValueError: there are no masks, one does not fit or is not bool, the model cannot be copied or traced, or its
-            outputs would show no error.
+        ValueError: there are no masks, one does not fit or is not bool, the model cannot be copied or traced, is scripted, on
+            the meta device or has layers without sizes, or its outputs cannot be looked at or would show no error.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
@@ -87,6 +89,8 @@ def slim(
         >>> small[0].out_features, proof.removed
         (3, 3)
     """
+    refuse_uncuttable(model)
+    refuse_without_values(model)
     model = dense_twin(model)
     masked, full_masks, cut = under_masks(model, masks)
     if cut:
@@ -120,20 +124,34 @@ def slimmable_groups(
     """:func:`~sparse_callbacks.channels.groups.channel_groups`, with every group tried out.
 
     Every other unit of a group is masked in its consumers, then removed, and the outputs are compared in the model's
-    own precision; as in :func:`slim`, also in train mode where layers run in that mode alone. A group whose removal
-    changes the outputs gets that as its reason. The model is left as it is.
+    own precision, or in float64 where it gives outputs in half precision; as in :func:`slim`, also in train mode where
+    layers run in that mode alone. A group whose removal changes the outputs gets that as its reason. The model is left as
+    it is.
 
     Args: see :func:`~sparse_callbacks.channels.groups.channel_groups`, and for ``replace_modules`` :func:`slim`.
     """
+    refuse_uncuttable(model)
+    refuse_without_values(model)
     trial = copied(dense_twin(model))
     if replace_modules:
         put_slim_attention(trial)
     groups = groups_of_copy(trial, example_input, exclude, seconds)
-    with quiet(trial):
-        branches = training_branches(trial, example_input)
+    context: Callable[[], AbstractContextManager[None]] = nullcontext
+    branches = _branches(trial, example_input)
+    if branches is None:
+        trial, [example_input], _, branches, context = precise(trial, [example_input])
+    with quiet(trial), context():
         return [
             g if g.reason else replace(g, reason=_why_outputs_change(trial, g, example_input, branches)) for g in groups
         ]
+
+
+def _branches(model: nn.Module, sample: Any) -> list[str] | None:
+    """The branches that only run in train mode; None where some output is in half precision, in which little would show."""
+    with quiet(model):
+        if any(t.is_floating_point() and t.dtype not in TOLERANCES for t in outputs_on(model, [sample])):
+            return None
+        return training_branches(model, sample)
 
 
 def _why_outputs_change(model: nn.Module, group: Group, example_input: Any, branches: Sequence[str]) -> str:
@@ -176,8 +194,8 @@ def _cut_all(
     Returns:
         the cuts, what became of each group, and the difference of outputs at the end with its precision.
     """
-    model, samples, known, branches = precise(masked, samples)
-    with quiet(model):
+    model, samples, known, branches, context = precise(masked, samples)
+    with quiet(model), context():
         on_all = Reference(model, samples, branches, known)
         refuse_telling_nothing(on_all.expected, samples)
         # one entry of the random sample of standard deviation 1: comparing on everything after each trial takes long

@@ -17,13 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sparse_callbacks.channels.axes import AnyAxis, Concatenation, Product, Run, block, runs_in
-from sparse_callbacks.channels.operations import along, entrywise, images, norms, products, shapes
+from sparse_callbacks.channels.operations import along, entrywise, images, indexing, norms, products, recurrent, shapes
 from sparse_callbacks.channels.operations.table import outputs, rule_of, unknown
+from sparse_callbacks.channels.outputs import OpaqueOutputError, output_tensors
 from sparse_callbacks.channels.recorded_call import Call
 from sparse_callbacks.core.error_text import with_class
 from sparse_callbacks.core.inspection import attention_in_steps, map_tensors, run, tensors_in, training
 
-KINDS = (entrywise, along, shapes, images, products, norms)
+KINDS = (entrywise, along, indexing, shapes, images, products, norms, recurrent)
 """The modules whose import fills the table of operations."""
 INPUT = "shares channels with the network's input"
 OUTPUT = "these are outputs of the network"
@@ -40,7 +41,7 @@ class Trace:
 
     Raises:
         TimeoutError: the limit is exceeded.
-        ValueError: the model cannot be traced.
+        ValueError: the model cannot be traced, or its outputs cannot be looked at.
 
     Attributes:
         axes: of every parameter and buffer, by its first name, one for each dimension.
@@ -74,7 +75,7 @@ class Trace:
             if in_training := branches(self):
                 with training(model.get_submodule(n) for n in in_training):
                     self._pass(model, example_input)
-        except TimeoutError:
+        except (TimeoutError, OpaqueOutputError):
             raise
         except Exception as error:
             raise ValueError(
@@ -91,7 +92,7 @@ class Trace:
                 block(axis, INPUT, 0)
         with attention_in_steps(), _told_of_modules(self._enter, self._leave), _Recorder(self._record):
             output = run(model, inputs)
-        for tensor in tensors_in(output):
+        for tensor in output_tensors(output):
             for axis in self._axes_of(tensor):
                 block(axis, OUTPUT, self._count)
 
@@ -190,16 +191,17 @@ class Trace:
 
 def _leaves(axis: AnyAxis) -> Iterator[Run]:
     """The runs that an axis itself was made of or taken apart into, whatever they were joined with."""
-    if isinstance(axis, Run):
-        yield axis
-        if axis.taken_apart is not None:
-            yield from _leaves(axis.taken_apart)
-    elif isinstance(axis, Product):
-        for factor in axis.factors:
-            yield from _leaves(factor)
-    elif isinstance(axis, Concatenation):
-        for part in axis.parts:
-            yield from _leaves(part)
+    left = [axis]
+    while left:
+        now = left.pop()
+        if isinstance(now, Product):
+            left += reversed(now.factors)
+        elif isinstance(now, Concatenation):
+            left += reversed(now.parts)
+        else:
+            yield now
+            if now.taken_apart is not None:
+                left.append(now.taken_apart)
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]

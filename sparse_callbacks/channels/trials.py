@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_callbacks.channels.comparison import RANDOM, Reference
+from sparse_callbacks.channels.comparison import Reference
 from sparse_callbacks.channels.constants import ArrivingRange, made_by_nothing, observed_ranges
 from sparse_callbacks.channels.cuts import Cuts, Surgery
 from sparse_callbacks.channels.dead_units import with_dead_units
@@ -97,9 +97,9 @@ class Trials:
         if not problem or not changing:
             self._rows, self.cuts = self._rows + rows, cuts
             return ""
-        if problem == RANDOM or len(changing) == 1:
+        if reference.is_unsteady or len(changing) == 1:
             # in a random model every other group would be found to change the outputs as well
-            self._refuse(end if problem == RANDOM else changing[0] + 1, problem)
+            self._refuse(end if reference.is_unsteady else changing[0] + 1, problem)
             self._settle(end, reference)
             return problem
         middle = changing[(len(changing) - 1) // 2] + 1

@@ -54,6 +54,23 @@ def along() -> list[Sample]:
             found.append(
                 Sample(f"aten.{name}", lambda x, _, n=name, g=given, m=more: getattr(aten, n)(x, g, *m.values()), [()])
             )
+    for dim in (0, 1, -1):
+        found += [
+            *(Sample(f"aten.{n}", lambda x, _, n=n, d=dim: getattr(x, n)(d), [SHAPE]) for n in ("mode", "nanmedian")),
+            *(
+                Sample(f"aten.{n}", lambda x, _, n=n, d=dim: getattr(x, n)(d, True), [SHAPE])
+                for n in ("mode", "nanmedian")
+            ),
+            Sample("aten.count_nonzero", lambda x, _, d=dim: (x > 0).count_nonzero(d), [SHAPE]),
+            Sample("aten._fft_r2c", lambda x, _, d=dim: torch.fft.fft(x, dim=d), [SHAPE]),
+            Sample("aten._fft_r2c", lambda x, _, d=dim: torch.fft.rfft(x, dim=d), [SHAPE]),
+            Sample("aten._fft_c2c", lambda x, _, d=dim: torch.fft.ifft(torch.complex(x, x), dim=d), [SHAPE]),
+            Sample("aten._fft_c2r", lambda x, _, d=dim: torch.fft.irfft(torch.complex(x, x), n=6, dim=d), [SHAPE]),
+        ]
+    found += [
+        Sample("aten.nanmedian", lambda x, _: x.nanmedian(), [SHAPE]),
+        Sample("aten.count_nonzero", lambda x, _: x.count_nonzero(), [SHAPE]),
+    ]
     for other in BROADCASTS:  # the larger one of two tensors
         found.append(Sample("aten.maximum", lambda x, y, _: torch.max(x, y), [SHAPE, other]))
         found.append(Sample("aten.max", lambda x, y, _: aten.max(x, y), [SHAPE, other]))
@@ -110,6 +127,17 @@ def picking() -> list[Sample]:
                     "aten.scatter_add", lambda x, i, y, _, d=dim: x.clone().scatter_add_(d, i, y), [SHAPE, where, SHAPE]
                 ),
             ]
+            found.append(
+                Sample(
+                    "aten.scatter_reduce",
+                    lambda x, i, y, _, d=dim: x.scatter_reduce(d, i % 1, y, "amax"),
+                    [SHAPE, where, SHAPE],
+                )
+            )
+        found += [
+            Sample("aten.select_scatter", lambda x, y, _, d=dim: x.select_scatter(y, d, 1), [SHAPE, _without(dim)]),
+            Sample("aten.slice_scatter", lambda x, y, _, d=dim: x.slice_scatter(y, d, 1, 3), [SHAPE, _with_two(dim)]),
+        ]
         source = [*SHAPE]
         source[dim] = 4
         found += [
@@ -139,6 +167,8 @@ def picking() -> list[Sample]:
         (lambda x, m, _: x[m], (torch.arange(60).view(SHAPE) % 3 == 0,)),
     ]
     found += [Sample("aten.index", f, [SHAPE, *more]) for f, more in indices]
+    found += _putting(index, mask)
+    found += _looking_up()
     four = (3, 4, 5, 6)
     found += [
         Sample("aten.index", lambda x, m, i, _: x[m, :, i], [four, mask, torch.tensor([0, 1, 2, 3, 4, 0])]),
@@ -146,4 +176,68 @@ def picking() -> list[Sample]:
         Sample("aten.embedding", lambda i, w, _: torch.nn.functional.embedding(i, w), [NUMBERS, (7, 8)]),
         Sample("aten.embedding", lambda i, w, _: torch.nn.functional.embedding(i, w, 0), [NUMBERS[0], (7, 8)]),
     ]
+    return found
+
+
+def _without(dim: int) -> list[int]:
+    return [s for d, s in enumerate(SHAPE) if d != dim % 3]
+
+
+def _with_two(dim: int) -> list[int]:
+    return [2 if d == dim % 3 else s for d, s in enumerate(SHAPE)]
+
+
+def _putting(index: Tensor, mask: Tensor) -> list[Sample]:
+    """Of writing to entries that are chosen by their numbers, or by a mask."""
+    whole = torch.arange(60).view(SHAPE) % 3 == 0
+    rows = torch.tensor([2, 0])
+    calls: list[tuple[Any, list[Any]]] = [
+        (lambda x, m, _: x.index_put((m,), x.new_tensor(2.0)), [SHAPE, whole]),
+        (lambda x, m, _: x.index_put((m,), x.new_tensor([2.0])), [SHAPE, mask]),
+        (lambda x, m, v, _: x.index_put((m,), v), [SHAPE, mask, (6, 5)]),
+        (lambda x, m, v, _: x.index_put((m,), v), [SHAPE, mask, (5,)]),
+        (lambda x, m, v, _: x.index_put((m,), v), [SHAPE, whole, (20,)]),
+        (lambda x, i, v, _: x.index_put((i,), v), [SHAPE, rows, (2, 4, 5)]),
+        (lambda x, i, v, _: x.index_put((i,), v), [SHAPE, rows, (4, 1)]),
+        (lambda x, i, v, _: x.index_put((i,), v, accumulate=True), [SHAPE, index % 3, (4, 4, 5)]),
+        (lambda x, i, v, _: _put(x, v, i), [SHAPE, index[:2], (3, 2, 5)]),
+        (lambda x, i, j, v, _: x.index_put((i, j), v), [SHAPE, rows, rows, (2, 5)]),
+        (lambda x, i, v, _: x.index_put((i,), v), [SHAPE, rows.view(2, 1), (2, 1, 4, 5)]),
+    ]
+    found = [Sample("aten.index_put", f, shapes) for f, shapes in calls]
+    return [
+        *found,
+        Sample("aten._index_put_impl", lambda x, i, v, _: aten._index_put_impl(x, [i], v), [SHAPE, rows, (5,)]),
+    ]
+
+
+def _put(x: Tensor, values: Tensor, index: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, index] = values
+    return x
+
+
+def _looking_up() -> list[Sample]:
+    """Of entries that are looked up in a table."""
+    table = torch.linspace(-1, 1, 5, dtype=torch.float64)
+    bag, starts = NUMBERS.flatten()[:8], torch.tensor([0, 3, 5])
+    found = [
+        Sample("aten.bucketize", lambda x, t, _: torch.bucketize(x, t), [SHAPE, table]),
+        Sample("aten.searchsorted", lambda x, t, _: torch.searchsorted(t, x), [SHAPE, table]),
+        Sample(
+            "aten.searchsorted", lambda x, t, _: torch.searchsorted(t.expand(3, 4, 5).contiguous(), x), [SHAPE, table]
+        ),
+        Sample("aten.isin", lambda x, t, _: torch.isin(x, t), [NUMBERS, torch.tensor([1, 4])]),
+        Sample("aten.isin", lambda x, _: torch.isin(x, 4), [NUMBERS]),
+        Sample("aten.isin", lambda t, _: torch.isin(4, t), [NUMBERS]),
+    ]
+    for mode in (0, 1, 2):
+        found += [
+            Sample(
+                f"aten.{name}",
+                lambda w, i, s, _, n=name, m=mode: getattr(aten, n)(w, i, s, False, m)[0],
+                [(7, 6), bag, starts],
+            )
+            for name in ("_embedding_bag", "_embedding_bag_forward_only")
+        ]
     return found

@@ -20,10 +20,12 @@ _FLAGGED = words("bitwise_and bitwise_or bitwise_xor logical_and logical_or logi
 _ONE = words("""abs neg exp exp2 expm1 sin cos tan tanh atan sinh cosh erf erfc sigmoid sgn sign floor ceil round
 trunc frac relu relu6 gelu silu mish elu celu selu hardtanh hardswish hardsigmoid leaky_relu
 softplus softshrink hardshrink square log_sigmoid_forward nan_to_num logical_not isnan isinf
-isfinite signbit clone alias detach lift_fresh lift_fresh_copy zero resolve_conj""")
-_POSITIVE = words("""log log2 log10 log1p sqrt rsqrt reciprocal asin acos""")
-_TWO = words("""add sub rsub mul div pow maximum minimum fmax fmin fmod remainder floor_divide atan2 logaddexp xlogy
-eq ne lt gt le ge""")
+isfinite isposinf isneginf signbit asinh sinc deg2rad rad2deg angle frexp i0 special_i0e special_i1 special_i1e
+special_erfcx special_log_ndtr special_bessel_j0 special_bessel_j1 clone alias detach lift_fresh lift_fresh_copy zero resolve_conj""")
+_POSITIVE = words("""log log2 log10 log1p sqrt rsqrt reciprocal asin acos atanh erfinv logit lgamma digamma special_ndtri
+special_entr special_bessel_y0 special_bessel_y1""")
+_TWO = words("""add sub rsub mul div pow maximum minimum fmax fmin fmod remainder floor_divide atan2 logaddexp logaddexp2 xlogy
+eq ne lt gt le ge float_power hypot copysign nextafter heaviside special_xlog1py""")
 
 
 def _op(name: str) -> Callable[..., Any]:
@@ -81,7 +83,51 @@ def entrywise() -> list[Sample]:
             Sample("aten.clamp_min", lambda x, y, _: aten.clamp_min(x, y), [SHAPE, other]),
             Sample("aten.clamp_max", lambda x, y, _: aten.clamp_max(x, y), [SHAPE, other]),
         ]
+    larger = [(POSITIVE + 1.0)[:, :1], POSITIVE + 1.5]
     found += [
+        *(
+            Sample(f"aten.{n}", lambda x, y, _, n=n: _op(n)(x, y), larger)
+            for n in ("special_zeta", "igamma", "igammac")
+        ),
+        Sample("aten.acosh", lambda x, _: torch.acosh(x), [POSITIVE + 1.0]),
+        Sample("aten.polygamma", lambda x, _: torch.polygamma(1, x), [POSITIVE]),
+        Sample("aten.mvlgamma", lambda x, _: aten.mvlgamma(x, 2), [POSITIVE + 1.0]),
+        Sample("aten.logit", lambda x, _: torch.logit(x, 1e-3), [SHAPE]),
+        Sample("aten.ldexp", lambda x, y, _: aten.ldexp(x, y), [SHAPE, NUMBERS[0]]),
+        Sample("aten.rrelu_with_noise", lambda x, _: torch.rrelu(x), [SHAPE]),
+        Sample("aten.rrelu_with_noise", lambda x, _: torch.rrelu(x, training=True), [SHAPE], random=True),
+        *(Sample(f"aten.{n}", lambda x, y, _, n=n: _op(n)(x, y), [SHAPE, (3, 4, 5)]) for n in ("complex", "polar")),
+        Sample("aten.view_as_complex", lambda x, _: torch.view_as_complex(x), [(3, 4, 2)]),
+        Sample(
+            "aten.fake_quantize_per_tensor_affine_cachemask",
+            lambda x, _: torch.fake_quantize_per_tensor_affine(x, 0.1, 0, -128, 127),
+            [SHAPE],
+            dtype=torch.float32,
+        ),
+        *(
+            Sample(
+                "aten.fake_quantize_per_channel_affine_cachemask",
+                lambda x, s, z, _, d=dim: torch.fake_quantize_per_channel_affine(x, s, z, d, -128, 127),
+                [SHAPE, torch.arange(1, SHAPE[dim] + 1) / 10, torch.arange(SHAPE[dim], dtype=torch.int32)],
+                dtype=torch.float32,
+            )
+            for dim in (0, 1, 2)
+        ),
+    ]
+    for name in ("mse_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss", "binary_cross_entropy"):
+        for reduction in (0, 1, 2):
+            found.append(
+                Sample(
+                    f"aten.{name}", lambda x, y, _, n=name, r=reduction: _loss(n, x, y, r), [POSITIVE, POSITIVE.flip(0)]
+                )
+            )
+    found += [
+        Sample(
+            "aten.binary_cross_entropy_with_logits",
+            lambda x, y, w, _: aten.binary_cross_entropy_with_logits(x, y, None, w, 0),
+            [SHAPE, SHAPE, POSITIVE[0, 0]],
+        ),
+        Sample("aten.binary_cross_entropy_with_logits", lambda x, y, _: _loss(_LOGITS, x, y), [SHAPE, POSITIVE]),
         Sample("aten.threshold", lambda x, _: aten.threshold(x, 0.1, 2.0), [SHAPE]),
         Sample("aten.clamp", lambda x, _: x.clamp(-0.5, 0.5), [SHAPE]),
         Sample("aten.bitwise_not", lambda x, _: ~x, [NUMBERS]),
@@ -104,6 +150,16 @@ def entrywise() -> list[Sample]:
         ),
     ]
     return found
+
+
+_LOGITS = "binary_cross_entropy_with_logits"
+
+
+def _loss(name: str, x: Tensor, y: Tensor, reduction: int = 1) -> Any:
+    more = {"binary_cross_entropy": [None], _LOGITS: [None, None]}.get(name, [])
+    if name == "binary_cross_entropy":  # takes probabilities
+        x, y = x.sigmoid(), y.sigmoid()
+    return getattr(aten, name)(x, y, *more, reduction)
 
 
 def _written(x: Tensor, y: Tensor, sizes: Any) -> Tensor:

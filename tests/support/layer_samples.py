@@ -264,3 +264,38 @@ def norms() -> list[Sample]:
                 Sample("aten._fused_rms_norm", lambda x, w, _: aten._fused_rms_norm(x, w.shape, w, 1e-5), [SHAPE, over])
             )
     return found
+
+
+def recurrent() -> list[Sample]:
+    """Of recurrent layers that run as one operation, bilinear ones, and packed sequences."""
+    lengths = torch.tensor([4, 3, 1])
+    four = [(24, 5), (24, 6), (24,), (24,)]
+    return [
+        Sample(
+            "aten.mkldnn_rnn_layer",
+            lambda x, w, u, a, b, h, c, _: aten.mkldnn_rnn_layer(
+                *(x, w, u, a, b, h, c), False, [], 2, 6, 1, True, False, False, False
+            )[:3],
+            [(4, 3, 5), *four, (1, 3, 6), (1, 3, 6)],
+            dtype=torch.float32,
+        ),
+        Sample("aten._trilinear", lambda x, y, w, _: torch.bilinear(x, y, w), [(3, 4), (3, 5), (6, 4, 5)]),
+        Sample("aten._trilinear", lambda x, y, w, _: torch.bilinear(x, y, w), [(2, 3, 4), (2, 3, 5), (6, 4, 5)]),
+        Sample("aten._trilinear", lambda x, y, w, _: aten._trilinear(x, w, y, [], [], [], [0]), [SHAPE, SHAPE, SHAPE]),
+        *(
+            Sample(
+                "aten._pack_padded_sequence",
+                lambda x, n, _, f=first: aten._pack_padded_sequence(x, n, f),
+                [(3, 4, 5) if first else (4, 3, 5), lengths],
+            )
+            for first in (True, False)
+        ),
+        *(
+            Sample(
+                "aten._pad_packed_sequence",
+                lambda x, n, _, f=first: aten._pad_packed_sequence(x, n, f, 0.0, 4),
+                [(8, 5), torch.tensor([3, 2, 2, 1])],
+            )
+            for first in (True, False)
+        ),
+    ]

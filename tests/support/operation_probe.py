@@ -33,6 +33,8 @@ SUMMED = (
     "conv2d",
     "conv3d",
     "mkldnn_convolution",
+    "mkldnn_rnn_layer",
+    "_trilinear",
 )
 """Operations that may end an axis without a reason: they sum over it, so that entries of zero can go."""
 

@@ -17,6 +17,7 @@ OTHER_DEVICES = {
     "aten.cudnn_convolution": _GPU,
     "aten.cudnn_batch_norm": _GPU,
     "aten.miopen_batch_norm": _GPU,
+    "aten._cudnn_rnn": _GPU,
     "aten._scaled_dot_product_flash_attention": _GPU,
     "aten._scaled_dot_product_cudnn_attention": _GPU,
     "aten._scaled_dot_product_efficient_attention": _GPU,
@@ -39,6 +40,7 @@ SAMPLES: list[Sample] = [
     *layer_samples.convolutions(),
     *layer_samples.products(),
     *layer_samples.norms(),
+    *layer_samples.recurrent(),
 ]
 
 

@@ -111,6 +111,11 @@ def reshaping() -> list[Sample]:
     for shape in ((2, 3, 4, 6), (3, 4, 6)):
         found.append(Sample("aten.pixel_unshuffle", lambda x, _: functional.pixel_unshuffle(x, 2), [shape]))
         found.append(Sample("aten.im2col", lambda x, _: functional.unfold(x, (2, 3)), [shape]))
+    for shape in ((2, 12, 6), (12, 6)):
+        found.append(Sample("aten.col2im", lambda x, _: functional.fold(x, (3, 4), 2), [shape]))
+    for name in ("channel_shuffle", "native_channel_shuffle"):
+        for groups in (2, 3, 6):
+            found.append(Sample(f"aten.{name}", lambda x, _, n=name, g=groups: getattr(aten, n)(x, g), [(2, 6, 3, 4)]))
     for dim in (1, -1):
         found.append(Sample("aten.unfold", lambda x, _, d=dim: x.unfold(d, 2, 1), [SHAPE]))
     for dims in ((0, 1), (-1, 1), (2, 0)):

@@ -18,24 +18,13 @@ def _dims(call: Call, given: int | Sequence[int] | None) -> list[int]:
     return [call.axis(d) for d in ([given] if isinstance(given, int) else given or range(count))]
 
 
-@rule(
-    *(
-        "mean",
-        "sum",
-        "amax",
-        "amin",
-        "logsumexp",
-        "var",
-        "std",
-        "var_mean",
-        "std_mean",
-        "max",
-        "min",
-        "argmax",
-        "argmin",
-    ),
-    *("prod", "any", "all", "linalg_vector_norm", "norm", "median", "nansum", "nanmean", "aminmax"),
-)
+_REDUCTIONS = """
+mean sum amax amin logsumexp var std var_mean std_mean max min argmax argmin prod any all linalg_vector_norm norm median
+nansum nanmean aminmax mode nanmedian count_nonzero
+"""
+
+
+@rule(_REDUCTIONS)
 def _reduced(call: Call) -> list[Axes]:
     if isinstance(call.named.get("other"), Tensor):  # the maximum of two tensors
         return entry_by_entry(call)
@@ -48,21 +37,13 @@ def _reduced(call: Call) -> list[Axes]:
     return [list(left) for _ in outputs(call)]
 
 
-@rule(
-    *(
-        "_softmax",
-        "_log_softmax",
-        "_safe_softmax",
-        "cumsum",
-        "cumprod",
-        "cummax",
-        "cummin",
-        "logcumsumexp",
-        "flip",
-        "roll",
-    ),
-    *("sort", "argsort", "rot90"),
-)
+_MIXED = """
+_softmax _log_softmax _safe_softmax cumsum cumprod cummax cummin logcumsumexp flip roll sort argsort rot90
+_fft_r2c _fft_c2c _fft_c2r
+"""
+
+
+@rule(_MIXED)
 def _mixed_along(call: Call) -> list[Axes]:
     over = _dims(call, call.named.get("dim", call.named.get("dims")))
     axes = call.axes_of(call.named["self"])
@@ -85,7 +66,7 @@ def _chosen_along(call: Call) -> list[Axes]:
     return [list(axes) for _ in outputs(call)]
 
 
-@rule("gather", "index_select", "scatter", "scatter_add", "index_add", "index_fill", "index_copy")
+@rule("gather", "index_select", "scatter", "scatter_add", "index_add", "index_fill", "index_copy", "scatter_reduce")
 def _picked_along(call: Call) -> list[Axes]:
     dim = call.axis(call.named["dim"])
     axes = [*call.axes_of(call.named["self"])]

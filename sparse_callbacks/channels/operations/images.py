@@ -15,26 +15,16 @@ def _of_image(call: Call, name: str = "self") -> int:
     return int(digits[0]) if digits else call.named[name].ndim - 2
 
 
-@rule(
-    *("avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d_with_indices", "max_pool3d_with_indices"),
-    *(
-        "_adaptive_avg_pool2d",
-        "_adaptive_avg_pool3d",
-        "adaptive_avg_pool1d",
-        "adaptive_max_pool2d",
-        "adaptive_max_pool3d",
-    ),
-    *(
-        "mkldnn_adaptive_avg_pool2d",
-        "mkldnn_max_pool2d",
-        "upsample_nearest1d",
-        "upsample_nearest2d",
-        "upsample_nearest3d",
-    ),
-    *("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "upsample_linear1d"),
-    *("upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bilinear2d_aa"),
-    *("_upsample_bicubic2d_aa", "max_unpool2d", "max_unpool3d"),
-)
+_PLACE_BY_PLACE = """
+avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d_with_indices max_pool3d_with_indices _adaptive_avg_pool2d
+_adaptive_avg_pool3d adaptive_avg_pool1d adaptive_max_pool2d adaptive_max_pool3d mkldnn_adaptive_avg_pool2d
+mkldnn_max_pool2d upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
+_upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d
+upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa max_unpool2d max_unpool3d
+"""
+
+
+@rule(_PLACE_BY_PLACE)
 def _place_by_place(call: Call) -> list[Axes]:
     places = _of_image(call)
     axes = call.axes_of(call.named["self"])

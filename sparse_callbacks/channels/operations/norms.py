@@ -8,11 +8,13 @@ from sparse_callbacks.channels.axes import AnyAxis, Run
 from sparse_callbacks.channels.operations.table import Axes, outputs, rule
 from sparse_callbacks.channels.recorded_call import Call
 
+_BATCH_NORMS = """
+native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm
+_batch_norm_with_update _batch_norm_no_update miopen_batch_norm
+"""
 
-@rule(
-    *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm"),
-    *("_batch_norm_with_update", "_batch_norm_no_update", "miopen_batch_norm"),
-)
+
+@rule(_BATCH_NORMS)
 def _batch_normed(call: Call) -> list[Axes]:
     x = call.named["input"]
     axes = call.axes_of(x)

@@ -54,6 +54,19 @@ def _multiplied_and_added(call: Call) -> list[Axes]:
     return _product(call, left, right, added)
 
 
+@rule("_trilinear")
+def _bilinear(call: Call) -> list[Axes]:
+    """``nn.Bilinear``: the sum of w[o, i, j] x[..., i] y[..., j], with the sizes of x, w and y that it calls this with."""
+    given = tuple([*call.named[n]] for n in ("expand1", "expand2", "expand3", "sumdim"))
+    left, weight, right = (call.axes_of(call.named[n]) for n in ("i1", "i2", "i3"))
+    if given != ([1, 3], [0], [1, 2], [2, 3]) or not call.is_weight(call.named["i2"]):
+        return unknown(call)
+    call.join(left[1], weight[1])
+    call.join(right[1], weight[2])
+    call.note_product(call.named["i2"], weight[1:], weight[:1])
+    return [[call.join(left[0], right[0]), weight[0]]]
+
+
 def _heads(call: Call, query: AnyAxis, key: AnyAxis, value: AnyAxis) -> AnyAxis:
     """The heads of attention, or a batch: one key and value may serve several queries, which go with it alone, or all of them,
     which stay, or one query all keys."""
@@ -74,14 +87,13 @@ def _heads(call: Call, query: AnyAxis, key: AnyAxis, value: AnyAxis) -> AnyAxis:
     return query
 
 
-@rule(
-    *(
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_cudnn_attention",
-    ),
-    *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_attention_math", "scaled_dot_product_attention"),
-)
+_ATTENTIONS = """
+_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention _scaled_dot_product_cudnn_attention
+_scaled_dot_product_efficient_attention _scaled_dot_product_attention_math scaled_dot_product_attention
+"""
+
+
+@rule(_ATTENTIONS)
 def _attended(call: Call) -> list[Axes]:
     query, key, value = (call.axes_of(call.named[n]) for n in ("query", "key", "value"))
     call.block([*query[-2:], *key[-2:], *value[-2:]], MULTIPLIED)

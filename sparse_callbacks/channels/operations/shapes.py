@@ -2,9 +2,17 @@
 
 from collections.abc import Sequence
 
-import torch
-
-from sparse_callbacks.channels.axes import AnyAxis, Concatenation, MisfitError, Product, Run, factored, parted
+from sparse_callbacks.channels.axes import (
+    AnyAxis,
+    Concatenation,
+    MisfitError,
+    Product,
+    Run,
+    factored,
+    parted,
+    product,
+    resolved,
+)
 from sparse_callbacks.channels.operations.table import Axes, outputs, rule, unknown
 from sparse_callbacks.channels.recorded_call import Call
 
@@ -139,15 +147,13 @@ def _unbound(call: Call) -> list[Axes]:
     return [[a for d, a in enumerate(axes) if d != dim] for _ in outputs(call)]
 
 
-@rule(
-    "constant_pad_nd",
-    "reflection_pad1d",
-    "reflection_pad2d",
-    "reflection_pad3d",
-    "replication_pad1d",
-    "replication_pad2d",
-    "replication_pad3d",
-)
+_PADDINGS = """
+constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
+replication_pad3d
+"""
+
+
+@rule(_PADDINGS)
 def _padded(call: Call) -> list[Axes]:
     x, widths = call.named["self"], call.named.get("pad", call.named.get("padding"))
     axes = [*call.axes_of(x)]
@@ -197,6 +203,33 @@ def _unfolded(call: Call) -> list[Axes]:
     return [[*axes[:-3], Product([axes[-3], inner]), Run(call.output.shape[-1])]]
 
 
+@rule("col2im")
+def _folded(call: Call) -> list[Axes]:
+    axes = call.axes_of(call.named["self"])
+    places = Run(call.output.shape[-2]), Run(call.output.shape[-1])
+    made: AnyAxis
+    try:
+        made, inner = factored(axes[-2], call.output.shape[-3])
+        call.block([inner, axes[-1]])
+    except MisfitError:
+        call.block(axes[-2:])
+        made = Run(call.output.shape[-3])
+    return [[*axes[:-2], made, *places]]
+
+
+@rule("channel_shuffle", "native_channel_shuffle")
+def _channels_shuffled(call: Call) -> list[Axes]:
+    axes = [*call.axes_of(call.named["self"])]
+    try:
+        outer, inner = factored(axes[1], call.named["groups"])
+        call.block([outer], f"{call.mixes.partition(',')[0]}, whose groups must stay as many as they are")
+        axes[1] = product([resolved(inner), resolved(outer)])
+    except MisfitError:
+        call.block([axes[1]])
+        axes[1] = Run(call.output.shape[1])
+    return [axes]
+
+
 @rule("unfold")
 def _windows(call: Call) -> list[Axes]:
     axes = [*call.axes_of(call.named["self"])]
@@ -219,34 +252,3 @@ def _triangle(call: Call) -> list[Axes]:
     axes = call.axes_of(call.named["self"])
     call.block(axes[-2:])
     return [list(axes)]
-
-
-@rule("index")
-def _indexed(call: Call) -> list[Axes]:
-    axes = call.axes_of(call.named["self"])
-    indices = call.named["indices"]
-    with_index: list[int] = []
-    dim = 0
-    for index in indices:
-        # a mask of several dimensions chooses in as many
-        count = index.ndim if index is not None and index.dtype in (torch.bool, torch.uint8) else 1
-        if index is not None:
-            with_index += range(dim, dim + count)
-        dim += count
-    call.block([axes[d] for d in with_index], f"{call.mixes.partition(',')[0]}, which picks them by numbers")
-    for index in (i for i in indices if i is not None):
-        call.block(call.axes_of(index))
-    adjoining = with_index == [*range(with_index[0], with_index[-1] + 1)]
-    before = with_index[0] if adjoining else 0
-    rest = [a for d, a in enumerate(axes) if d not in with_index]
-    count = call.output.ndim - len(rest)
-    made: Axes = [Run(s) for s in call.output.shape[before : before + count]]
-    return [[*rest[:before], *made, *rest[before:]]]
-
-
-@rule("embedding")
-def _embedded(call: Call) -> list[Axes]:
-    weight = call.axes_of(call.named["weight"])
-    call.block(weight[:1])
-    call.note_product(call.named["weight"], [], weight[1:])
-    return [[*call.axes_of(call.named["indices"]), *weight[1:]]]

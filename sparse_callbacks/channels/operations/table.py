@@ -21,10 +21,15 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Enter a function into the table, under these names: ``"add"`` stands for ``"aten.add"``."""
+    """Enter a function into the table.
+
+    Args:
+        names: names of operations, several in one text with spaces between them; ``"add"`` stands for ``"aten.add"``.
+    """
 
     def known(function: Rule) -> Rule:
-        RULES.update({f"aten.{name}" if "." not in name else name: function for name in names})
+        words = " ".join(names).split()
+        RULES.update({f"aten.{name}" if "." not in name else name: function for name in words})
         return function
 
     return known
