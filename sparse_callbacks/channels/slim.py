@@ -12,7 +12,7 @@ from sparse_callbacks.channels.attention_exchange import put_back_attention, put
 from sparse_callbacks.channels.comparison import Difference, Reference
 from sparse_callbacks.channels.comparison_inputs import first_entry, precise, random_samples, refuse_telling_nothing
 from sparse_callbacks.channels.cuts import Cuts, Surgery
-from sparse_callbacks.channels.groups import Group, channel_groups, groups_of_copy
+from sparse_callbacks.channels.groups import Group, groups_of_copy
 from sparse_callbacks.channels.idle_masks import with_idle_masks
 from sparse_callbacks.channels.masked_model import under_masks
 from sparse_callbacks.channels.proof import GroupChange, Proof, prove
@@ -88,25 +88,24 @@ def slim(
         (3, 3)
     """
     model = dense_twin(model)
-    masked, full_masks, cut = under_masks(model, masks)
+    small, full_masks, cut = under_masks(model, masks)
     if cut:
         warnings.warn(_foreign(cut), stacklevel=3)  # 3: the decorator's frame lies between
+    # forward passes may write to what modules hold besides parameters, so what is returned never runs
+    running = copied_around_parameters(small)
     if replace_modules:
-        put_slim_attention(masked)
-    groups = channel_groups(masked, example_input, exclude, seconds)
-    # forward passes may write to what modules hold besides parameters
-    running = copied_around_parameters(masked)
-    given, random = [example_input, *inputs], random_samples(running, example_input, seed)
-    cuts, rows, checked = _cut_all(masked, groups, full_masks, [*given, *random])
-    rows = with_idle_masks(rows, groups, cuts, full_masks, masked)
+        for whole in (running, small):
+            put_slim_attention(whole)
+    groups = groups_of_copy(running, example_input, exclude, seconds)
+    put_back_attention(running)  # what the slim model is compared with has the modules that it had
+    given, drawn = [example_input, *inputs], random_samples(running, example_input, seed)
+    cuts, rows, checked = _cut_all(small, groups, full_masks, [*given, *drawn.samples])
+    rows = with_idle_masks(rows, groups, cuts, full_masks, small)
     # the cuts were tried in float64 where that is possible, and are made here in the precision of the model
-    small = copied_around_parameters(masked)  # cut parameters are replaced
-    Surgery(small).cut(cuts, [m for g in groups for m in g.members])
-    for whole in (running, small):  # what lost no head is what it was, and so is what the costs are compared with
-        put_back_attention(whole)
-    return small, replace(
-        prove(running, copied_around_parameters(small), rows, checked, given, random), cut=sum(cut.values())
-    )
+    Surgery(small).cut(cuts, [m for g in groups for m in g.members])  # cut parameters are replaced
+    put_back_attention(small)  # where it lost no head
+    proof = prove(running, copied_around_parameters(small), rows, checked, given, drawn)
+    return small, replace(proof, cut=sum(cut.values()))
 
 
 @checked
