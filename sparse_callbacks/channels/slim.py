@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.channels.attention_exchange import put_back_attention, put_slim_attention
-from sparse_callbacks.channels.comparison import Difference, Reference
+from sparse_callbacks.channels.comparison import RANDOM, Difference, Reference
 from sparse_callbacks.channels.comparison_inputs import first_entry, precise, random_samples, refuse_telling_nothing
 from sparse_callbacks.channels.cuts import Cuts, Surgery
 from sparse_callbacks.channels.groups import Group, groups_of_copy
@@ -20,6 +20,10 @@ from sparse_callbacks.channels.trials import Trials
 from sparse_callbacks.core.argument_types import checked
 from sparse_callbacks.core.inspection import copied, copied_around_parameters, quiet, training_branches
 from sparse_callbacks.core.storages.exchange import dense_twin
+
+TRIED_TOGETHER = 8
+"""Groups that are removed at a time to see whether the outputs change. With many more, what is left of a signal behind so
+many layers without half of their channels could be too small to show."""
 
 
 # parameters that are made in inference mode could never be trained
@@ -120,7 +124,8 @@ def slimmable_groups(
 
     Every other unit of a group is masked in its consumers, then removed, and the outputs are compared in the model's
     own precision; as in :func:`slim`, also in train mode where layers run in that mode alone. A group whose removal
-    changes the outputs gets that as its reason. The model is left as it is.
+    changes the outputs gets that as its reason. Several groups are tried at a time, and each half of them by itself where
+    the outputs differ. The model is left as it is.
 
     Args: see :func:`~sparse_callbacks.channels.groups.channel_groups`, and for ``replace_modules`` :func:`slim`.
     """
@@ -129,23 +134,37 @@ def slimmable_groups(
         put_slim_attention(trial)
     groups = groups_of_copy(trial, example_input, exclude, seconds)
     with quiet(trial):
-        branches = training_branches(trial, example_input)
-        return [
-            g if g.reason else replace(g, reason=_why_outputs_change(trial, g, example_input, branches)) for g in groups
-        ]
+        surgery, branches = Surgery(trial), training_branches(trial, example_input)
+        opened = [g for g in groups if not g.reason]
+        reasons: list[str] = []
+        for begin in range(0, len(opened), TRIED_TOGETHER):
+            reasons += _reasons(surgery, opened[begin : begin + TRIED_TOGETHER], example_input, branches)
+    found = iter(reasons)
+    return [g if g.reason else replace(g, reason=next(found)) for g in groups]
 
 
-def _why_outputs_change(model: nn.Module, group: Group, example_input: Any, branches: Sequence[str]) -> str:
-    """How the outputs change when every other unit of ``group`` is removed; empty where they do not."""
-    keep = torch.arange(group.size) % 2 == 0
-    surgery = Surgery(model)
+def _reasons(surgery: Surgery, groups: Sequence[Group], example_input: Any, branches: Sequence[str]) -> list[str]:
+    """For each group how the outputs change when every other unit of it is removed; empty where they do not."""
+    problem = _why_outputs_change(surgery, groups, example_input, branches)
+    if not problem or problem == RANDOM or len(groups) == 1:
+        return [problem] * len(groups)
+    middle = len(groups) // 2
+    return [r for half in (groups[:middle], groups[middle:]) for r in _reasons(surgery, half, example_input, branches)]
+
+
+def _why_outputs_change(surgery: Surgery, groups: Sequence[Group], example_input: Any, branches: Sequence[str]) -> str:
+    """How the outputs change when every other unit of all ``groups`` is removed; empty where they do not."""
+    cuts, consumers = Cuts(), [m for g in groups for m in g.consumers]
     try:
         # first masked only, since removing channels must change nothing in a model that does not read them
-        for member in group.consumers:
-            surgery.mask(member, keep)
-        surgery.cut(Cuts(), group.consumers)
-        reference = Reference(model, [example_input], branches)
-        surgery.cut(Cuts().with_group(group, keep), group.members)
+        for group in groups:
+            keep = torch.arange(group.size) % 2 == 0
+            for member in group.consumers:
+                surgery.mask(member, keep)
+            cuts = cuts.with_group(group, keep)
+        surgery.cut(Cuts(), consumers)
+        reference = Reference(surgery.model, [example_input], branches)
+        surgery.cut(cuts, [m for g in groups for m in g.members])
         return reference.why_changed()
     finally:
         surgery.restore()
