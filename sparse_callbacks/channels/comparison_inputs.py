@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,21 @@ def refuse_telling_nothing(expected: Sequence[list[Tensor]], samples: Sequence[A
         )
 
 
-def random_samples(model: nn.Module, example_input: Any, seed: int) -> list[Any]:
+class Drawn(NamedTuple):
+    """Random inputs, and what a model gives on them.
+
+    Attributes:
+        samples: the random inputs.
+        usual: the model's outputs on the example that they are like.
+        outputs: its outputs on all of them, in one list.
+    """
+
+    samples: list[Any]
+    usual: list[Tensor]
+    outputs: list[Tensor]
+
+
+def random_samples(model: nn.Module, example_input: Any, seed: int) -> Drawn:
     """Random inputs like ``example_input``: two, or five where the model gives empty outputs on these.
 
     The first two hold normal numbers of standard deviation 1 and 10, bools that are true half of the time, and in the
@@ -101,7 +115,7 @@ def random_samples(model: nn.Module, example_input: Any, seed: int) -> list[Any]
     ``example_input``, three more are that input with noise of 1 % of the standard deviation of each of its tensors.
 
     Args:
-        model: runs three times, in eval mode.
+        model: runs in eval mode, once on ``example_input`` and on each random input.
         example_input: a tensor, a tuple of positional arguments or a mapping of named arguments.
         seed: seed of the random numbers.
     """
@@ -109,17 +123,20 @@ def random_samples(model: nn.Module, example_input: Any, seed: int) -> list[Any]
     generator = torch.Generator().manual_seed(seed)
     with quiet(model):
         usual = outputs_on(model, [example_input])
-        found, is_empty = [], False
+        drawn, is_empty = Drawn([], usual, []), False
         for scale, reorder in ((1.0, False), (10.0, True)):
             # drawn in any case, so that the second input does not depend on whether the model took the first
             plain = map_tensors(partial(_normal, generator=generator), example_input)
             varied = map_tensors(partial(_varied, generator=generator, scale=scale, reorder=reorder), example_input)
             outputs = _outputs_if_finite(model, varied, usual)
-            found.append(plain if outputs is None else varied)
+            drawn.samples.append(plain if outputs is None else varied)
+            drawn.outputs.extend(outputs_on(model, [plain]) if outputs is None else outputs)
             is_empty |= any(not b.numel() for a, b in zip(usual, outputs or (), strict=False) if a.numel())
-    if is_empty:
-        found += [map_tensors(partial(_noisy, generator=generator), example_input) for _ in range(NOISY_DRAWS)]
-    return found
+        if is_empty:
+            noisy = [map_tensors(partial(_noisy, generator=generator), example_input) for _ in range(NOISY_DRAWS)]
+            drawn.samples.extend(noisy)
+            drawn.outputs.extend(outputs_on(model, noisy))
+    return drawn
 
 
 def first_entry(model: nn.Module, sample: Any, outputs: list[Tensor]) -> tuple[Any, list[Tensor]]:

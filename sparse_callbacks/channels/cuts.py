@@ -95,11 +95,12 @@ class Surgery:
         """Give the model back the very parameters that it had at first."""
         self.tensors = dict(self._first)
         self._refresh(self._touched, Cuts())
+        self._touched = set()
 
     def _refresh(self, modules: Iterable[str], cuts: Cuts) -> None:
         """Give every tensor of these modules, and the sizes that they state, what ``cuts`` leave of them."""
+        self._touched = self._touched.union(modules)
         for name in modules:
-            self._touched = self._touched | {name}
             module, prefix = self.model.get_submodule(name), f"{name}." if name else ""
             for local in (*module._parameters, *module._buffers):
                 _put(module, local, self._cut_tensor(module, prefix, local, cuts))

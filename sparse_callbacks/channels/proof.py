@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from sparse_callbacks.channels.comparison import COARSE_TOLERANCE, Difference, compare, outputs_on
+from sparse_callbacks.channels.comparison_inputs import Drawn
 from sparse_callbacks.channels.forward_flops import forward_flops
 from sparse_callbacks.core.clock import milliseconds
 from sparse_callbacks.core.inspection import quiet, run, tensors_in
@@ -149,7 +151,7 @@ def prove(
     rows: Sequence[GroupChange],
     checked: tuple[Difference, torch.dtype],
     given: Sequence[Any],
-    drawn: Sequence[Any],
+    drawn: Drawn,
 ) -> Proof:
     """Compare and measure the masked and the slim model.
 
@@ -158,21 +160,28 @@ def prove(
         rows: what became of each group.
         checked: the difference of outputs that was allowed to stand, and its precision.
         given: inputs of the user; the first of them is timed.
-        drawn: random inputs.
+        drawn: random inputs like the first of these, and the outputs of the masked model.
     """
+    first, *others = given
     with quiet(masked), quiet(small):
-        # in the precision that the user runs the model in; that the cut is right was checked in float64 before
-        on_drawn, on_given = (compare(outputs_on(masked, x), outputs_on(small, x)) for x in (drawn, given))
+        # in the precision that the user runs the model in; that the cut is right was checked in float64 before. The inputs
+        # have the order in which the masked model had them, as a model may keep something from one pass to the next
+        usual = outputs_on(small, [first])
+        on_drawn = compare(drawn.outputs, outputs_on(small, drawn.samples))
+        on_given = compare([*drawn.usual, *outputs_on(masked, others)], [*usual, *outputs_on(small, others)])
         # on the user's own input, as the time of a pass depends on its size
-        before, after = (_cost(model, given[0]) for model in (masked, small))
+        before, after = _costs(masked, small, first)
     return Proof(on_drawn, on_given, *checked, before, after, tuple(rows))
 
 
-def _cost(model: nn.Module, sample: Any) -> ModelCost:
-    """Parameters, FLOPs and latency of ``model`` on ``sample``."""
-    parameters = list(model.parameters())
+def _costs(masked: nn.Module, small: nn.Module, sample: Any) -> list[ModelCost]:
+    """Parameters, FLOPs and latency of both models on ``sample``."""
+    models = (masked, small)
     # the clock waits for every GPU among them, or it would time only the start of the work
-    devices = {t.device for t in (*parameters, *tensors_in(sample))}
-    flops = forward_flops(model, sample)
-    [latency] = milliseconds([lambda: run(model, sample)], READINGS, devices)
-    return ModelCost(sum(p.numel() for p in parameters), flops, latency)
+    devices = {t.device for t in (*masked.parameters(), *small.parameters(), *tensors_in(sample))}
+    counted = [forward_flops(model, sample) for model in models]  # the pass also warms up
+    times = milliseconds([partial(run, model, sample) for model in models], READINGS, devices, warm=True)
+    return [
+        ModelCost(sum(p.numel() for p in model.parameters()), flops, latency)
+        for model, flops, latency in zip(models, counted, times, strict=True)
+    ]

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.channels.attention_exchange import put_back_attention, put_slim_attention
-from sparse_callbacks.channels.comparison import TOLERANCES, Difference, Reference, outputs_on
+from sparse_callbacks.channels.comparison import RANDOM, TOLERANCES, Difference, Reference, outputs_on
 from sparse_callbacks.channels.comparison_inputs import first_entry, precise, random_samples, refuse_telling_nothing
 from sparse_callbacks.channels.cuts import Cuts, Surgery
-from sparse_callbacks.channels.groups import Group, channel_groups, groups_of_copy
+from sparse_callbacks.channels.groups import Group, groups_of_copy
 from sparse_callbacks.channels.idle_masks import with_idle_masks
 from sparse_callbacks.channels.masked_model import under_masks
 from sparse_callbacks.channels.obstacles import refuse_uncuttable, refuse_without_values
@@ -22,6 +22,10 @@ from sparse_callbacks.channels.trials import Trials
 from sparse_callbacks.core.argument_types import checked
 from sparse_callbacks.core.inspection import copied, copied_around_parameters, quiet, training_branches
 from sparse_callbacks.core.storages.exchange import dense_twin
+
+TRIED_TOGETHER = 8
+"""Groups that are removed at a time to see whether the outputs change. With many more, what is left of a signal behind so
+many layers without half of their channels could be too small to show."""
 
 
 # parameters that are made in inference mode could never be trained
@@ -92,25 +96,24 @@ def slim(
     refuse_uncuttable(model)
     refuse_without_values(model)
     model = dense_twin(model)
-    masked, full_masks, cut = under_masks(model, masks)
+    small, full_masks, cut = under_masks(model, masks)
     if cut:
         warnings.warn(_foreign(cut), stacklevel=3)  # 3: the decorator's frame lies between
+    # forward passes may write to what modules hold besides parameters, so what is returned never runs
+    running = copied_around_parameters(small)
     if replace_modules:
-        put_slim_attention(masked)
-    groups = channel_groups(masked, example_input, exclude, seconds)
-    # forward passes may write to what modules hold besides parameters
-    running = copied_around_parameters(masked)
-    given, random = [example_input, *inputs], random_samples(running, example_input, seed)
-    cuts, rows, checked = _cut_all(masked, groups, full_masks, [*given, *random])
-    rows = with_idle_masks(rows, groups, cuts, full_masks, masked)
+        for whole in (running, small):
+            put_slim_attention(whole)
+    groups = groups_of_copy(running, example_input, exclude, seconds)
+    put_back_attention(running)  # what the slim model is compared with has the modules that it had
+    given, drawn = [example_input, *inputs], random_samples(running, example_input, seed)
+    cuts, rows, checked = _cut_all(small, groups, full_masks, [*given, *drawn.samples])
+    rows = with_idle_masks(rows, groups, cuts, full_masks, small)
     # the cuts were tried in float64 where that is possible, and are made here in the precision of the model
-    small = copied_around_parameters(masked)  # cut parameters are replaced
-    Surgery(small).cut(cuts, [m for g in groups for m in g.members])
-    for whole in (running, small):  # what lost no head is what it was, and so is what the costs are compared with
-        put_back_attention(whole)
-    return small, replace(
-        prove(running, copied_around_parameters(small), rows, checked, given, random), cut=sum(cut.values())
-    )
+    Surgery(small).cut(cuts, [m for g in groups for m in g.members])  # cut parameters are replaced
+    put_back_attention(small)  # where it lost no head
+    proof = prove(running, copied_around_parameters(small), rows, checked, given, drawn)
+    return small, replace(proof, cut=sum(cut.values()))
 
 
 @checked
@@ -125,8 +128,8 @@ def slimmable_groups(
 
     Every other unit of a group is masked in its consumers, then removed, and the outputs are compared in the model's
     own precision, or in float64 where it gives outputs in half precision; as in :func:`slim`, also in train mode where
-    layers run in that mode alone. A group whose removal changes the outputs gets that as its reason. The model is left as
-    it is.
+    layers run in that mode alone. A group whose removal changes the outputs gets that as its reason. Several groups are
+    tried at a time, and each half of them by itself where the outputs differ. The model is left as it is.
 
     Args: see :func:`~sparse_callbacks.channels.groups.channel_groups`, and for ``replace_modules`` :func:`slim`.
     """
@@ -141,9 +144,12 @@ def slimmable_groups(
     if branches is None:
         trial, [example_input], _, branches, context = precise(trial, [example_input])
     with quiet(trial), context():
-        return [
-            g if g.reason else replace(g, reason=_why_outputs_change(trial, g, example_input, branches)) for g in groups
-        ]
+        surgery, opened = Surgery(trial), [g for g in groups if not g.reason]
+        reasons: list[str] = []
+        for begin in range(0, len(opened), TRIED_TOGETHER):
+            reasons += _reasons(surgery, opened[begin : begin + TRIED_TOGETHER], example_input, branches)
+    found = iter(reasons)
+    return [g if g.reason else replace(g, reason=next(found)) for g in groups]
 
 
 def _branches(model: nn.Module, sample: Any) -> list[str] | None:
@@ -154,17 +160,28 @@ def _branches(model: nn.Module, sample: Any) -> list[str] | None:
         return training_branches(model, sample)
 
 
-def _why_outputs_change(model: nn.Module, group: Group, example_input: Any, branches: Sequence[str]) -> str:
-    """How the outputs change when every other unit of ``group`` is removed; empty where they do not."""
-    keep = torch.arange(group.size) % 2 == 0
-    surgery = Surgery(model)
+def _reasons(surgery: Surgery, groups: Sequence[Group], example_input: Any, branches: Sequence[str]) -> list[str]:
+    """For each group how the outputs change when every other unit of it is removed; empty where they do not."""
+    problem = _why_outputs_change(surgery, groups, example_input, branches)
+    if not problem or problem == RANDOM or len(groups) == 1:
+        return [problem] * len(groups)
+    middle = len(groups) // 2
+    return [r for half in (groups[:middle], groups[middle:]) for r in _reasons(surgery, half, example_input, branches)]
+
+
+def _why_outputs_change(surgery: Surgery, groups: Sequence[Group], example_input: Any, branches: Sequence[str]) -> str:
+    """How the outputs change when every other unit of all ``groups`` is removed; empty where they do not."""
+    cuts, consumers = Cuts(), [m for g in groups for m in g.consumers]
     try:
         # first masked only, since removing channels must change nothing in a model that does not read them
-        for member in group.consumers:
-            surgery.mask(member, keep)
-        surgery.cut(Cuts(), group.consumers)
-        reference = Reference(model, [example_input], branches)
-        surgery.cut(Cuts().with_group(group, keep), group.members)
+        for group in groups:
+            keep = torch.arange(group.size) % 2 == 0
+            for member in group.consumers:
+                surgery.mask(member, keep)
+            cuts = cuts.with_group(group, keep)
+        surgery.cut(Cuts(), consumers)
+        reference = Reference(surgery.model, [example_input], branches)
+        surgery.cut(cuts, [m for g in groups for m in g.members])
         return reference.why_changed()
     finally:
         surgery.restore()

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import importlib
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
@@ -18,6 +19,10 @@ from sparse_callbacks.core.undisturbed import undisturbed
 
 BOUND_BY_LIGHTNING = ("forward", "training_step", "validation_step", "test_step", "predict_step", "_compiler_ctx")
 """Attributes that Lightning stores in a module when it compiles it; a copy's would call the original module."""
+
+
+# exactly these types: a class of somebody else may hold more than what is put into it
+_CONTAINERS = frozenset({dict, OrderedDict, list, set})
 
 
 def extra(module: str, name: str) -> Any:
@@ -95,7 +100,7 @@ def copied(model: nn.Module, known: Mapping[int, Any] = MappingProxyType({})) ->
         )
     try:
         with torch.inference_mode(False):
-            made = copy.deepcopy(model, dict(known))
+            made = copy.deepcopy(model, {**_empty_containers(model), **known})
     except Exception as error:  # deepcopy runs the code of the model's own classes, which may raise anything
         # these keep a weight computed from others, and a tensor with a graph cannot be copied
         names = [n for n, _ in model.named_parameters() if n.endswith(("_orig", "_g"))]
@@ -109,6 +114,15 @@ def copied(model: nn.Module, known: Mapping[int, Any] = MappingProxyType({})) ->
         for name in BOUND_BY_LIGHTNING:
             vars(made).pop(name, None)
     return made
+
+
+def _empty_containers(model: nn.Module) -> dict[int, Any]:
+    """New ones for the empty containers that modules hold, by the id of the old.
+
+    Most of what a module holds are such, as for its hooks, and ``copy.deepcopy`` takes long over each that it does not know.
+    """
+    values = (v for m in model.modules() for v in vars(m).values())
+    return {id(v): type(v)() for v in values if type(v) in _CONTAINERS and not v}
 
 
 def copied_around_parameters(model: nn.Module) -> nn.Module:

@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Collection, Iterable, Iterator, MutableMapping
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ _STRUCTURE = frozenset(vars(nn.Module())) - {"_buffers"}
 # Exactly these types: a class of somebody else may do more than hold what is put into it.
 _MAPPINGS = (dict, OrderedDict, defaultdict, Counter)
 _SEQUENCES = (list, deque)
+_ATOMS = frozenset({str, int, float, bool, type(None)})
 
 
 @contextmanager
@@ -62,16 +63,18 @@ class ModuleState:
         self._generators: list[tuple[torch.Generator, Tensor]] = []
         self._seen: set[int] = set()  # tied buffers, and lists that hold themselves
         for module in modules:
-            for _, buffer in module.named_buffers(recurse=False):  # those of a ScriptModule are in no attribute
-                self._keep(buffer)
+            if isinstance(module, torch.jit.ScriptModule):  # its buffers are in no attribute
+                for _, buffer in module.named_buffers(recurse=False):
+                    self._keep(buffer)
             attributes = vars(module)
             kept = {name: value for name, value in attributes.items() if name not in _STRUCTURE}
             self._attributes.append((attributes, kept))
             for value in kept.values():
-                self._keep(value)
+                if type(value) not in _ATOMS:  # asked here, as they are most of what modules hold
+                    self._keep(value)
 
     def _keep(self, value: Any) -> None:
-        if isinstance(value, str | int | float | None) or id(value) in self._seen:
+        if type(value) in _ATOMS or id(value) in self._seen:
             return
         self._seen.add(id(value))
         if isinstance(value, Tensor):
@@ -110,7 +113,7 @@ class ModuleState:
 
 def _parts(container: Any) -> Collection[Any]:
     """What a container holds; of a mapping the values."""
-    return container.values() if isinstance(container, MutableMapping) else container
+    return container.values() if isinstance(container, dict) else container
 
 
 def _has_tensors(value: Any) -> bool:
@@ -128,7 +131,7 @@ def _refill(container: Any, contents: Any) -> None:
     if not (_has_tensors(container) or _has_tensors(contents)):
         return
     container.clear()
-    if isinstance(container, MutableMapping):
+    if isinstance(container, dict):
         container.update(contents)
     else:
         container.extend(contents)

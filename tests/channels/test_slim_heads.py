@@ -49,7 +49,6 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
         models.append(model)
         return [GROUP]
 
-    monkeypatch.setattr(slim_module, "channel_groups", groups)
     monkeypatch.setattr(slim_module, "groups_of_copy", groups)
     return models
 

@@ -44,7 +44,7 @@ MASKS = {"second.weight": torch.arange(8) < 4, "last.weight": torch.arange(6) < 
 
 def test_a_detector_that_finds_nothing_in_noise_is_compared_near_the_example() -> None:
     net, example = Detector(), bright(21)
-    samples = random_samples(net, example, 0)
+    samples = random_samples(net, example, 0).samples
     [image] = tensors_in(example)
     assert [len(net(*s)[0]["boxes"]) for s in samples[:2]] == [0, 0]
     noise = torch.stack([tensors_in(s)[0] - image for s in samples[2:]])
@@ -90,4 +90,4 @@ def test_a_model_that_is_random_in_eval_mode_is_named_as_such() -> None:
 
 
 def test_inputs_without_empty_outputs_are_two() -> None:
-    assert len(random_samples(made(Residual), torch.randn(IMAGE), 0)) == 2
+    assert len(random_samples(made(Residual), torch.randn(IMAGE), 0).samples) == 2
