@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_callbacks.channels.axes import AnyAxis, MisfitError, Run, block
+from sparse_callbacks.channels.axes import AnyAxis, MisfitError, Run
 from sparse_callbacks.channels.met_axes import joined, reshaped
 from sparse_callbacks.core.inspection import tensors_in
 
@@ -23,6 +23,7 @@ class Call:
         axes_of: gives the axes of a tensor argument, one for each dimension.
         is_weight: whether a tensor was computed from parameters and buffers alone.
         note_product: told of a product with a weight: the weight, the axes that are summed over, and those that are made.
+        note_block: told of an axis whose channels stay if anything depends on the call, and of the reason.
         since: the place in the forward pass.
         module: name and class of the innermost module that runs.
     """
@@ -33,6 +34,7 @@ class Call:
     axes_of: Callable[[Tensor], list[AnyAxis]]
     is_weight: Callable[[Tensor], bool]
     note_product: Callable[[Tensor, Sequence[AnyAxis], Sequence[AnyAxis]], None]
+    note_block: Callable[[AnyAxis, str, int], None]
     since: int
     module: tuple[str, str]
 
@@ -53,9 +55,9 @@ class Call:
         return f"runs into {self.name.removeprefix('aten.')}{where}, which mixes these channels"
 
     def block(self, axes: Iterable[AnyAxis], reason: str | None = None) -> None:
-        """These channels stay."""
+        """These channels stay, if the network's outputs depend on the call."""
         for axis in axes:
-            block(axis, reason or self.mixes, self.since)
+            self.note_block(axis, reason or self.mixes, self.since)
 
     def join(self, *axes: AnyAxis) -> AnyAxis:
         """Axes that meet entry by entry."""

@@ -20,6 +20,7 @@ from sparse_callbacks.channels.axes import AnyAxis, Concatenation, Product, Run,
 from sparse_callbacks.channels.operations import along, entrywise, images, indexing, norms, products, recurrent, shapes
 from sparse_callbacks.channels.operations.table import outputs, rule_of, unknown
 from sparse_callbacks.channels.outputs import OpaqueOutputError, output_tensors
+from sparse_callbacks.channels.reach import Reach
 from sparse_callbacks.channels.recorded_call import Call
 from sparse_callbacks.core.error_text import with_class
 from sparse_callbacks.core.inspection import attention_in_steps, map_tensors, run, tensors_in, training
@@ -67,6 +68,8 @@ class Trace:
         self.called: set[str] = set()
         self._products: dict[str, dict[str, list[AnyAxis]]] = {}
         self._of_others: Any = WeakIdKeyDictionary()
+        self._reach = Reach()
+        self._blocks: list[tuple[AnyAxis, str, int]] = []
         self._count = 0
         self._modules: list[tuple[str, str]] = [("", type(model).__name__)]
         self._module_names = {m: n for n, m in model.named_modules()}
@@ -92,7 +95,13 @@ class Trace:
                 block(axis, INPUT, 0)
         with attention_in_steps(), _told_of_modules(self._enter, self._leave), _Recorder(self._record):
             output = run(model, inputs)
-        for tensor in output_tensors(output):
+        made = output_tensors(output)
+        reached = self._reach.reached(made)
+        for axis, reason, call in self._blocks:
+            if call in reached:
+                block(axis, reason, call)
+        self._blocks.clear()
+        for tensor in made:
             for axis in self._axes_of(tensor):
                 block(axis, OUTPUT, self._count)
 
@@ -121,9 +130,10 @@ class Trace:
         named |= kwargs
         name = operation._schema.name.replace("::", ".").rstrip("_")
         call = Call(
-            name, named, output, self._axes_of, self._is_weight, self._note_product, self._count, self._modules[-1]
-        )
-        inputs = call.tensors()
+            name, named, output, self._axes_of, self._is_weight, self._note_product, self._note_block, self._count,
+            self._modules[-1],
+        )  # fmt: skip
+        inputs, made = call.tensors(), outputs(call)
         self.called |= {self._names[id(t)] for t in inputs if id(t) in self._names}
         sources = [self._sources(t) for t in inputs]
         weights = frozenset[str]().union(*sources) if all(sources) else frozenset[str]()
@@ -131,7 +141,8 @@ class Trace:
             found = rule_of(name, inputs)(call)
         except (IndexError, KeyError, TypeError, ValueError):  # a call that its rule does not expect
             found = unknown(call)
-        for tensor, axes in zip(outputs(call), found, strict=True):
+        self._reach.note(self._count, inputs, made)
+        for tensor, axes in zip(made, found, strict=True):
             written = any(tensor is t for t in inputs)
             if written and torch.Tag.inplace_view in operation.tags:  # the same tensor in another shape
                 self._of_others[tensor] = (axes, weights)
@@ -158,6 +169,9 @@ class Trace:
 
     def _is_weight(self, tensor: Tensor) -> bool:
         return bool(self._sources(tensor))
+
+    def _note_block(self, axis: AnyAxis, reason: str, call: int) -> None:
+        self._blocks.append((axis, reason, call))
 
     def _note_product(self, weight: Tensor, read: Sequence[AnyAxis], made: Sequence[AnyAxis]) -> None:
         for name in self._sources(weight):

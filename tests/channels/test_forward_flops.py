@@ -186,3 +186,18 @@ def test_a_layer_that_is_called_twice_counts_twice() -> None:
 def test_of_packed_sequences_the_steps_that_they_have_count() -> None:
     packed = pack_padded_sequence(torch.randn(3, 5, 6), torch.tensor([5, 3, 2]), batch_first=True)
     assert forward_flops(nn.LSTM(6, 4), {"input": packed}) == 2 * (5 + 3 + 2) * 4 * 4 * (6 + 4)
+
+
+class Queries(nn.Module):
+    """A module that is called with a view of a parameter, as decoders with learnt queries are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.layer = nn.Parameter(torch.zeros(1, 5, 4)), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.queries.expand(len(x), -1, -1))
+
+
+def test_modules_may_take_views_of_parameters() -> None:
+    assert forward_flops(Queries(), torch.zeros(2, 1)) == 2 * (2 * 5) * 4 * 3

@@ -1,0 +1,70 @@
+"""What a network computes and nobody reads ties no channels; what its code reads does."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparse_callbacks import slim
+from sparse_callbacks.channels.groups import channel_groups
+
+
+class Attended(nn.Module):
+    def __init__(self, **options: bool) -> None:
+        super().__init__()
+        self.first, self.attention, self.last = (
+            nn.Linear(6, 16),
+            nn.MultiheadAttention(16, 4, batch_first=True),
+            nn.Linear(16, 3),
+        )
+        self.options, self.shown = options, False
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.first(x)
+        out, weights = self.attention(x, x, x, **self.options)
+        out = self.last(torch.tanh(x + out))
+        return (out, weights) if self.shown else out
+
+
+@pytest.mark.parametrize("options", [{}, {"average_attn_weights": False}, {"need_weights": False}])
+def test_heads_go_where_nobody_reads_the_weights_of_attention(options: dict[str, bool]) -> None:
+    torch.manual_seed(0)
+    net, x = Attended(**options).eval(), torch.randn(2, 5, 6)
+    masks = {"attention.out_proj.weight": torch.arange(16) // 4 != 1}
+    with torch.no_grad():
+        net.attention.out_proj.weight.mul_(masks["attention.out_proj.weight"])
+    small, proof = slim(net, masks, x)
+    assert small.attention.num_heads == 3
+    assert proof.removed == 1
+    torch.testing.assert_close(small(x), net(x))
+
+
+def test_heads_stay_where_the_averaged_weights_are_outputs() -> None:
+    net = Attended()
+    net.shown = True
+    reasons = {g.name: g.reason for g in channel_groups(net, torch.randn(2, 5, 6))}
+    assert any("mean" in reason or "multiplied" in reason for name, reason in reasons.items() if "attention" in name)
+
+
+class Branching(nn.Module):
+    """Reads a mean over its channels as a number, or writes it into its output."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.first, self.last, self.kind = nn.Linear(4, 8), nn.Linear(8, 2), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        mean = x.mean(-1, keepdim=True)
+        out = self.last(torch.relu(x))
+        if self.kind == "number" and float(mean.sum()) > 0:
+            out = -out
+        if self.kind == "written":
+            out[..., :1].copy_(mean)
+        return out
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("unread", ""), ("number", "mean"), ("written", "mean")])
+def test_a_mean_over_channels_ties_them_if_it_is_read(kind: str, reason: str) -> None:
+    first = channel_groups(Branching(kind), torch.randn(3, 4))[0]
+    assert first.name == "first"
+    assert (reason in first.reason) if reason else not first.reason
