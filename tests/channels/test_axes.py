@@ -135,3 +135,32 @@ def test_a_reason_holds_for_all_parts_taken_out_before_and_after() -> None:
     join(met, Product([Run(2), Run(3)]))
     met.stay("late", 2)
     assert {r.reason for r in runs_in(met)} == {"late"}
+
+
+def test_thousands_of_slices_and_branches_are_followed_without_recursion() -> None:
+    whole, rest = Run(4000), Run(4000)
+    join(whole, rest)
+    tail: AnyAxis = rest
+    for _ in range(2000):  # each one is cut off what the last one has left
+        _, tail = parted(tail, 2)
+    assert len([*runs_in(whole)]) == 2000
+    grown: AnyAxis = Run(2)
+    for _ in range(1999):  # each one is put behind what was joined before
+        grown = Concatenation([grown, Run(2)])
+    branches = Concatenation([Run(1) for _ in range(4000)])
+    join(grown, whole)
+    join(branches, whole)
+    assert [r.size for r in runs_in(grown)] == [1] * 4000
+    assert [id(r) for r in runs_in(whole)] == [id(r) for r in runs_in(branches)]
+    assert units(whole, [*runs_in(grown)][-1]) == [-1] * 3999 + [0]
+
+
+def test_what_an_axis_was_resolved_to_is_not_kept_beyond_a_later_part() -> None:
+    run = Run(8)
+    parted(run, 4)
+    assert [r.size for r in runs_in(run)] == [4, 4]
+    parted(run, 2)
+    first, _ = parted(run, 1)
+    assert [r.size for r in runs_in(run)] == [1, 1, 2, 4]
+    join(first, Run(1, reason="stays", since=1))
+    assert next(runs_in(run)).reason == "stays"
