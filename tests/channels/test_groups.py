@@ -408,7 +408,7 @@ def stored() -> nn.Module:
         ),
         (
             lambda: torch.jit.script(nn.Linear(4, 2)),
-            "This is a ScriptModule, whose layers cannot be replaced. Give the module that it",
+            "This is a ScriptModule, made by torch.jit.script or torch.jit.trace, whose layers cannot be replaced.",
         ),
     ],
 )
