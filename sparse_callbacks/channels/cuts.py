@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from sparse_callbacks.channels.attention_heads import update_heads_around
 from sparse_callbacks.channels.groups import Group, Member
 from sparse_callbacks.channels.module_sizes import BATCH_NORMS, depthwise_names, is_layer, output_dim, update_sizes
+from sparse_callbacks.channels.split_sizes import update_splits_around
 
 Key = tuple[str, int]
 """Name and dimension of a parameter."""
@@ -105,6 +106,7 @@ class Surgery:
                 _put(module, local, self._cut_tensor(module, prefix, local, cuts))
             update_sizes(module, name in self.depthwise)
         update_heads_around(self.model, modules)
+        update_splits_around(self.model, modules)
 
     def _cut_tensor(self, module: nn.Module, prefix: str, local: str, cuts: Cuts) -> Tensor | None:
         """What ``cuts`` leave of the tensor ``local`` of a module; None where the module has none of that name."""
