@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparse_callbacks.channels.attention_heads import why_heads_stay
 from sparse_callbacks.channels.axes import AnyAxis, Concatenation, MisfitError, Run, resolved, runs_in
 from sparse_callbacks.channels.met_axes import units
-from sparse_callbacks.channels.module_sizes import BATCH_NORMS, depthwise_groups, is_layer, output_dim
+from sparse_callbacks.channels.module_sizes import BATCH_NORMS, depthwise_groups, goes_by_input, is_layer, output_dim
 from sparse_callbacks.channels.obstacles import refuse_unmatched_globs, why_layers_stay
 from sparse_callbacks.channels.trace import Trace
 from sparse_callbacks.core.argument_types import checked
@@ -246,7 +246,7 @@ class _Search:
         if "out" in sides and not isinstance(resolved(axis), Run):  # heads are factors of an axis
             around = [name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)]
             why = why or next(filter(None, (why_heads_stay(self._model.get_submodule(n)) for n in around)), "")
-        if local == "weight" and name in self._depthwise and dim == 0 and _by_group(entries, self._depthwise[name]):
+        if local == "weight" and name in self._depthwise and dim == 0 and goes_by_input(entries, self._depthwise[name]):
             sides = set()
         return Member(name, parameter, dim, min(sides, default="both"), entries), why
 
@@ -280,12 +280,6 @@ def _why_excluded(group: Group, reasons: Mapping[str, str]) -> str:
     """
     names = [n for m in group.members for n in (m.module, m.parameter)]
     return next((reasons[name] for name in names if name in reasons), "")
-
-
-def _by_group(entries: Tensor, groups: int) -> bool:
-    """Whether a depthwise convolution has one unit for all outputs of an input, and not the same one for every input."""
-    outputs = entries.view(groups, -1)
-    return outputs.shape[1] == 1 or bool((entries >= 0).any() and (outputs == outputs[:, :1]).all())
 
 
 def _why_nothing_is_left(group: Group) -> str:

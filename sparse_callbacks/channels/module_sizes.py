@@ -62,6 +62,17 @@ def depthwise_groups(model: nn.Module) -> dict[str, int]:
     }
 
 
+def goes_by_input(entries: Tensor, groups: int) -> bool:
+    """Whether a depthwise convolution has one unit for all outputs of an input, and not the same one for every input.
+
+    Args:
+        entries: the unit of each output, int [outputs]; -1 for none.
+        groups: number of its groups.
+    """
+    outputs = entries.view(groups, -1)
+    return outputs.shape[1] == 1 or bool((entries >= 0).any() and (outputs == outputs[:, :1]).all())
+
+
 def update_sizes(module: nn.Module, groups: int | None) -> None:
     """Set the sizes that ``module`` states of itself to those of its tensors.
 

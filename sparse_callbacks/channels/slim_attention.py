@@ -21,11 +21,10 @@ class SlimAttention(nn.MultiheadAttention):
     have ``embed_dim`` channels, and between them lie ``num_heads * head_dim``.
 
     Differs from ``nn.MultiheadAttention``: torch's fused kernels for whole layers in eval mode are not used, as they read
-    the number of heads from ``embed_dim``. Where those give NaN, for queries all of whose keys are masked and without
-    ``need_weights``, the outputs are what torch computes with gradients: those of values of 0. A nested batch of torch's
-    encoders is padded for the attention. A three-dimensional ``attn_mask`` has one matrix for each head that is left.
-    The output projection is called as a layer, with its hooks. ``torch.export`` and ``torch.jit.trace`` take it, and
-    ``torch.jit.script`` is refused.
+    the number of heads from ``embed_dim``. They give NaN for queries all of whose keys are masked; here the outputs are
+    what torch computes with gradients, of values of 0 (NaN with ``need_weights``). A nested batch of torch's encoders is
+    padded. A three-dimensional ``attn_mask`` has one matrix for each head that is left. The output projection is called
+    as a layer, with its hooks. ``torch.export`` takes it, ``torch.jit.script`` does not.
 
     Args:
         embed_dim: channels of queries and outputs.
@@ -180,11 +179,7 @@ class SlimAttention(nn.MultiheadAttention):
         return False
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """Called by ``torch.jit.script``, which cannot compile a number of heads that follows from the weights.
-
-        Raises:
-            NotImplementedError: always.
-        """
+        """Refuses ``torch.jit.script``, which calls it, with a NotImplementedError."""
         raise NotImplementedError(
             "torch.jit.script does not take a SlimAttention, whose number of heads follows from its weights. Use "
             "torch.export.export, or torch.jit.trace."
