@@ -1,4 +1,4 @@
-"""Attention heads and sizes of splits in a compact checkpoint: what it says of them, and how a model takes them."""
+"""Attention heads and sizes of splits in a compact checkpoint, and how a model takes them."""
 
 from collections.abc import Mapping
 from typing import Any
