@@ -1,16 +1,12 @@
-"""Numbers of heads that attention modules state of themselves, and what they are after heads were cut.
+"""Numbers of heads that attention modules state of themselves, and what they are after heads were cut."""
 
-The modules of timm and transformers are known by the qualified names of their classes; neither package is imported.
-"""
-
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import nn
 
+from sparse_callbacks.channels.known_classes import Shape, inner_shape, known_as, modules_around
 from sparse_callbacks.channels.slim_attention import SlimAttention
-
-Shape = Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -141,7 +137,7 @@ STAYING = {
 
 def has_heads(module: nn.Module) -> bool:
     """Whether ``module`` is an attention that works with fewer heads of the same size, once it states their number."""
-    return isinstance(module, SlimAttention) or _known_as(module, KNOWN) != ""
+    return isinstance(module, SlimAttention) or known_as(module, KNOWN) != ""
 
 
 def why_heads_stay(module: nn.Module) -> str:
@@ -153,7 +149,7 @@ def why_heads_stay(module: nn.Module) -> str:
         return (
             f"{what} divides its width by the number of heads, so it cannot lose one; a SlimAttention in its place can"
         )
-    known = _known_as(module, STAYING)
+    known = known_as(module, STAYING)
     return STAYING[known].format(name=type(module).__name__) if known else ""
 
 
@@ -167,9 +163,9 @@ def head_sizes(module: nn.Module, shape_of: Callable[[str], Shape | None] | None
         shape_of: the shape of a parameter by its name inside the module, None where there is none; by default that of
             the module's own.
     """
-    shape_of = shape_of or (lambda name: _own_shape(module, name))
+    shape_of = shape_of or (lambda name: inner_shape(module, name))
     found: dict[str, int] = {}
-    for entry in KNOWN.get(_known_as(module, KNOWN), ()):
+    for entry in KNOWN.get(known_as(module, KNOWN), ()):
         shape, size = shape_of(entry.weight), getattr(module, entry.size) if entry.size else 1
         if shape is None or shape[entry.dim] % size:
             continue
@@ -196,30 +192,5 @@ def update_heads(module: nn.Module) -> None:
 
 def update_heads_around(model: nn.Module, names: Iterable[str]) -> None:
     """:func:`update_heads` for the modules of these names and every module that they are inside of."""
-    around = {".".join(parts[:n]) for parts in (name.split(".") for name in names) for n in range(len(parts) + 1)}
-    for name in sorted(around):
-        update_heads(model.get_submodule(name))
-
-
-def _own_shape(module: nn.Module, name: str) -> Shape | None:
-    """Shape of a parameter inside ``module``; None where there is none of that name."""
-    *path, last = name.split(".")
-    inner: nn.Module | None = module
-    for part in path:
-        inner = None if inner is None else inner._modules.get(part)
-    parameter = None if inner is None else getattr(inner, last, None)
-    return None if parameter is None else tuple(parameter.shape)
-
-
-def _known_as(module: nn.Module, table: Container[str]) -> str:
-    """The name in ``table`` of the class whose forward ``module`` has; empty where there is none.
-
-    A subclass with a forward of its own may do anything.
-    """
-    for kind in type(module).__mro__:
-        name = f"{kind.__module__}.{kind.__qualname__}"
-        if name in table:
-            return name
-        if "forward" in vars(kind):
-            return ""
-    return ""
+    for module in modules_around(model, names):
+        update_heads(module)

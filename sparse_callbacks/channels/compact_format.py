@@ -25,7 +25,8 @@ from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 from sparse_callbacks.core.state_layout import is_count, shown_short
 
 COMPACT_VERSIONS = (1, 2, 3)
-"""Versions of the format: the second has truly sparse layers, the third attention heads and ``Conv1D`` of transformers.
+"""Versions of the format: the second has truly sparse layers, the third attention heads, sizes of splits and ``Conv1D``
+of transformers.
 
 A model is written in the first that has what it needs."""
 FORMS = ("kernel_size", "stride", "padding", "dilation", "output_padding", "padding_mode")
@@ -49,7 +50,7 @@ def described(model: nn.Module, shared: Mapping[str, str]) -> dict[str, Any]:
         n: {"class": class_name(m), **sizes(m), **_form(m), **described_layer(m), **described_heads(m)}
         for n, m in model.named_modules()
     }
-    has_third = any("heads" in layer or "nf" in layer for layer in layers.values())
+    has_third = any(layer.keys() & {"heads", "splits", "nf"} for layer in layers.values())
     version = 3 if has_third else 2 if any(map(is_sparse, layers.values())) else 1
     return {"version": version, "class": _own_class(model), "layers": layers, "shared": dict(shared)}
 

@@ -134,7 +134,7 @@ def foldable(group: Group, arriving: Mapping[str, ArrivingRange], model: nn.Modu
     for member in group.consumers:
         module, values = model.get_submodule(member.module), arriving[member.module]
         # zero padding puts zeros beside a constant at the border, so there only a constant of 0 may go
-        fits = values.constant if _keeps_constants(module) else values.zero
+        fits = values.constant if _keeps_constants(module) and not _depends_on_length(model, member) else values.zero
         units = member.units.repeat(_repetitions(module, member))
         found[units[(units >= 0) & ~fits]] = False
     return found
@@ -222,3 +222,9 @@ def _keeps_constants(module: nn.Module) -> bool:
     padded = module.padding != "valid" and any(p != 0 for p in module.padding)
     # an output of a transposed convolution meets only some weights of the kernel, which ones depends on its place
     return not isinstance(module, _ConvTransposeNd) and (not padded or module.padding_mode != "zeros")
+
+
+def _depends_on_length(model: nn.Module, member: Member) -> bool:
+    """Whether what arrives at a consumer may be constant for one number of keys alone: a learnt or zero key is one of them."""
+    around = model.get_submodule(member.module.rpartition(".")[0])
+    return isinstance(around, nn.MultiheadAttention) and (around.bias_k is not None or around.add_zero_attn)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from sparse_callbacks.channels.attention_heads import update_heads_around
 from sparse_callbacks.channels.groups import Group, Member
-from sparse_callbacks.channels.module_sizes import BATCH_NORMS, depthwise_names, is_layer, output_dim, update_sizes
+from sparse_callbacks.channels.module_sizes import BATCH_NORMS, depthwise_groups, is_layer, output_dim, update_sizes
+from sparse_callbacks.channels.split_sizes import update_splits_around
 
 Key = tuple[str, int]
 """Name and dimension of a parameter."""
@@ -78,7 +79,7 @@ class Surgery:
             **dict(model.named_buffers(remove_duplicate=False)),
         }
         # asked once: a convolution whose channels are cut may look depthwise, or no longer so
-        self.depthwise = depthwise_names(model)
+        self.depthwise = depthwise_groups(model)
         self._first = dict(self.tensors)
         self._touched: set[str] = set()
 
@@ -104,8 +105,14 @@ class Surgery:
             module, prefix = self.model.get_submodule(name), f"{name}." if name else ""
             for local in (*module._parameters, *module._buffers):
                 _put(module, local, self._cut_tensor(module, prefix, local, cuts))
-            update_sizes(module, name in self.depthwise)
+            update_sizes(module, self._groups_left(name, cuts))
         update_heads_around(self.model, modules)
+        update_splits_around(self.model, modules)
+
+    def _groups_left(self, name: str, cuts: Cuts) -> int | None:
+        """The groups that ``cuts`` leave a depthwise convolution; None for every other module."""
+        stays, groups = cuts.kept.get((f"{name}.weight", 0)), self.depthwise.get(name)
+        return groups if groups is None or stays is None else int(stays.view(groups, -1).any(1).sum())
 
     def _cut_tensor(self, module: nn.Module, prefix: str, local: str, cuts: Cuts) -> Tensor | None:
         """What ``cuts`` leave of the tensor ``local`` of a module; None where the module has none of that name."""

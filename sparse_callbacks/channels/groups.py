@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparse_callbacks.channels.attention_heads import why_heads_stay
 from sparse_callbacks.channels.axes import AnyAxis, Concatenation, MisfitError, Run, resolved, runs_in
 from sparse_callbacks.channels.met_axes import units
-from sparse_callbacks.channels.module_sizes import BATCH_NORMS, depthwise_names, is_layer, output_dim
+from sparse_callbacks.channels.module_sizes import BATCH_NORMS, depthwise_groups, goes_by_input, is_layer, output_dim
 from sparse_callbacks.channels.obstacles import refuse_uncuttable, refuse_unmatched_globs, why_layers_stay
 from sparse_callbacks.channels.trace import Trace
 from sparse_callbacks.core.argument_types import checked
@@ -176,11 +176,9 @@ class _Search:
 
     def __init__(self, model: nn.Module, trace: Trace, reasons: Mapping[str, str]) -> None:
         self._model, self._trace, self._reasons = model, trace, reasons
-        self._uses, self._sides = (
-            trace.uses(),
-            cache(trace.sides),
-        )  # a slice of thousands asks for those of the whole axis
-        self._depthwise = depthwise_names(model)
+        self._uses = trace.uses()
+        self._sides = cache(trace.sides)  # a slice of thousands asks for those of the whole axis
+        self._depthwise = depthwise_groups(model)
         self._saved = model.state_dict().keys()
         self._seen: set[int] = set()
         self._parts: dict[tuple[str, int], dict[int, list[tuple[int, AnyAxis]]]] = {}
@@ -256,7 +254,7 @@ class _Search:
         if "out" in sides and not isinstance(resolved(axis), Run):  # heads are factors of an axis
             around = [name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)]
             why = why or next(filter(None, (why_heads_stay(self._model.get_submodule(n)) for n in around)), "")
-        if local == "weight" and name in self._depthwise and dim == 0:
+        if local == "weight" and name in self._depthwise and dim == 0 and goes_by_input(entries, self._depthwise[name]):
             sides = set()
         return Member(name, parameter, dim, min(sides, default="both"), entries), why
 
@@ -294,6 +292,8 @@ def _why_excluded(group: Group, reasons: Mapping[str, str]) -> str:
 
 def _why_nothing_is_left(group: Group) -> str:
     """Why a group whose channels nothing mixes has to stay; empty where it can go."""
+    if not group.producers:
+        return "no layer makes these channels"
     if not group.consumers:
         return "no layer takes these channels as its inputs"
     if group.size < 2:

@@ -54,18 +54,36 @@ def output_dim(module: nn.Module) -> int:
     return int(isinstance(module, _ConvTransposeNd))
 
 
-def depthwise_names(model: nn.Module) -> frozenset[str]:
-    """Names of the convolutions with one input and one output in every group."""
+def depthwise_groups(model: nn.Module) -> dict[str, int]:
+    """Names of the convolutions with one input in every group, each with the number of its groups.
+
+    Every input may have several outputs, except in transposed convolutions.
+    """
     convolutions = [(n, m) for n, m in model.named_modules() if isinstance(m, _ConvNd)]
-    return frozenset(n for n, m in convolutions if m.groups == m.in_channels == m.out_channels > 1)
+    return {
+        n: m.groups
+        for n, m in convolutions
+        if m.groups == m.in_channels > 1 and (m.groups == m.out_channels or not isinstance(m, _ConvTransposeNd))
+    }
 
 
-def update_sizes(module: nn.Module, is_depthwise: bool) -> None:
+def goes_by_input(entries: Tensor, groups: int) -> bool:
+    """Whether a depthwise convolution has one unit for all outputs of an input, and not the same one for every input.
+
+    Args:
+        entries: the unit of each output, int [outputs]; -1 for none.
+        groups: number of its groups.
+    """
+    outputs = entries.view(groups, -1)
+    return outputs.shape[1] == 1 or bool((entries >= 0).any() and (outputs == outputs[:, :1]).all())
+
+
+def update_sizes(module: nn.Module, groups: int | None) -> None:
     """Set the sizes that ``module`` states of itself to those of its tensors.
 
     Args:
         module: any module.
-        is_depthwise: whether it was a depthwise convolution at first.
+        groups: of a convolution that was depthwise at first, the groups that it has now; None for every other module.
     """
     if isinstance(module, RECURRENT):
         _update_inputs(module)
@@ -77,9 +95,10 @@ def update_sizes(module: nn.Module, is_depthwise: bool) -> None:
         return
     if isinstance(module, _ConvNd):
         first, second = weight.shape[:2]
-        if is_depthwise:
+        if groups is not None:
             # it stays depthwise: with fewer channels it has fewer groups
-            module.in_channels = module.out_channels = module.groups = first
+            module.in_channels = module.groups = groups
+            module.out_channels = first
         elif isinstance(module, _ConvTransposeNd):
             module.in_channels, module.out_channels = first, second * module.groups
         else:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,10 @@ class SlimAttention(nn.MultiheadAttention):
     have ``embed_dim`` channels, and between them lie ``num_heads * head_dim``.
 
     Differs from ``nn.MultiheadAttention``: torch's fused kernels for whole layers in eval mode are not used, as they read
-    the number of heads from ``embed_dim``. A nested batch of torch's encoders is padded for the attention. A
-    three-dimensional ``attn_mask`` has one matrix for each head that is left.
+    the number of heads from ``embed_dim``. They give NaN for queries all of whose keys are masked; here the outputs are
+    what torch computes with gradients, of values of 0 (NaN with ``need_weights``). A nested batch of torch's encoders is
+    padded. A three-dimensional ``attn_mask`` has one matrix for each head that is left. The output projection is called
+    as a layer, with its hooks. ``torch.export`` takes it, ``torch.jit.script`` does not.
 
     Args:
         embed_dim: channels of queries and outputs.
@@ -48,6 +51,9 @@ class SlimAttention(nn.MultiheadAttention):
         >>> attention(x, x, x)[0].shape
         torch.Size([5, 2, 8])
     """
+
+    calls_out_proj = True
+    """The output projection is called as a layer; ``nn.MultiheadAttention`` reads its weight."""
 
     @checked
     def __init__(
@@ -90,7 +96,7 @@ class SlimAttention(nn.MultiheadAttention):
             for name, shape in shapes.items():
                 new = None if shape is None else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
                 self.register_parameter(name, new)
-            # the class that nn.MultiheadAttention has there: quantization must leave it, as its weight is read directly
+            # the class that nn.MultiheadAttention has there
             self.out_proj = NonDynamicallyQuantizableLinear(inner, embed_dim, bias=bias, device=device, dtype=dtype)
         except (RuntimeError, TypeError, OverflowError) as error:
             raise ValueError(
@@ -171,6 +177,13 @@ class SlimAttention(nn.MultiheadAttention):
     def _qkv_same_embed_dim(self) -> bool:
         """False: by this, ``nn.TransformerEncoderLayer`` decides to call its attention and not a fused kernel."""
         return False
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuses ``torch.jit.script``, which calls it, with a NotImplementedError."""
+        raise NotImplementedError(
+            "torch.jit.script does not take a SlimAttention, whose number of heads follows from its weights. Use "
+            "torch.export.export, or torch.jit.trace."
+        )
 
     def extra_repr(self) -> str:
         return f"{self.embed_dim}, num_heads={self.num_heads}, head_dim={self.head_dim}"
@@ -261,8 +274,8 @@ class SlimAttention(nn.MultiheadAttention):
             heads = weights @ v
         else:
             heads = functional.scaled_dot_product_attention(q, k, v, total, dropout, is_causal)
-        out = functional.linear(heads.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
-        return out, weights
+        # slimming sees by its hooks what arrives there
+        return self.out_proj(heads.transpose(1, 2).flatten(2)), weights
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of all heads, [N, length, inner], the learnt key and value among them."""

@@ -185,6 +185,10 @@ class Trace:
         """``"in"`` where an axis of a parameter is summed over in a product, ``"out"`` where it makes channels; empty where it
         has one entry for each channel."""
         products = self._products.get(name, {})
+        own = self.axes[name]
+        if all(any(axis is one for one in own) for axes in products.values() for axis in axes):
+            # the parameter itself went into every product: its axes tell apart what a skip connection joins
+            return {side for side, axes in products.items() if any(axis is own[dim] for axis in axes)}
         leaves = {id(leaf) for leaf in _leaves(self.axes[name][dim])}
         found = {side for side, axes in products.items() if any(id(r) in leaves for a in axes for r in _leaves(a))}
         if found:

@@ -241,7 +241,7 @@ def test_tables_and_layers_of_other_packages_state_their_sizes() -> None:
     conv, table = Conv1D(), nn.Embedding(5, 6)
     for module in (conv, table):
         module.weight = nn.Parameter(torch.zeros(5, 4))
-        update_sizes(module, False)
+        update_sizes(module, None)
     assert (conv.nx, conv.nf, table.num_embeddings, table.embedding_dim) == (5, 4, 5, 4)
 
 

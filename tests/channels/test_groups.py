@@ -9,7 +9,7 @@ from support.channel_nets import IMAGE, OUTPUTS, made
 from torch import Tensor, nn
 
 from sparse_callbacks.channels.groups import Group, channel_groups
-from sparse_callbacks.channels.slim import slimmable_groups
+from sparse_callbacks.channels.slim import slim, slimmable_groups
 from sparse_callbacks.testing.comparison import differences, structure
 
 
@@ -222,9 +222,56 @@ def test_queries_that_share_a_key_go_with_it_alone() -> None:
     found = groups_of(made(lambda: SharedKeys(heads=4, shared=2)), (1, 5, 12))
     assert [(n, g.size) for n, g in found.items() if not g.reason] == [("q", 2), ("o", 12)]
     assert found["q"].producers[0].units.tolist() == [0] * 6 + [1] * 6
-    single = groups_of(made(lambda: SharedKeys(heads=4, shared=1)), (1, 5, 12))
-    assert [n for n, g in single.items() if not g.reason] == ["o"]
-    assert single["q"].reason == "query heads that share a key and value go together alone"
+
+
+@pytest.mark.filterwarnings("ignore:the masks cut weights:UserWarning")
+def test_queries_that_all_share_one_key_go_singly() -> None:
+    net = made(lambda: SharedKeys(heads=4, shared=1))
+    found = groups_of(net, (1, 5, 12))
+    assert [(n, g.size) for n, g in found.items() if not g.reason] == [("q", 4), ("o", 12)]
+    assert parts(found["q"]) == (["q.weight"], ["o.weight"], [])
+    small, proof = slim(net, {"o.weight": torch.arange(12) // 3 != 1}, torch.randn(1, 5, 12))
+    assert (small.q.out_features, small.k.out_features, proof.removed) == (9, 3, 3)
+
+
+def test_a_depthwise_convolution_with_several_outputs_of_an_input_loses_groups_and_outputs() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 1), nn.Conv2d(6, 18, 3, groups=6), nn.BatchNorm2d(18), nn.Conv2d(18, 2, 1)
+    ).eval()
+    found = groups_of(net)
+    assert {n: (g.size, g.reason) for n, g in found.items()} == {"0": (6, ""), "1": (3, ""), "3": (2, OUTPUTS)}
+    assert parts(found["0"]) == (["0.weight"], ["3.weight"], ["1.weight", "2.weight"])
+    assert found["1"].producers[0].units.tolist() == [0, 1, 2] * 6
+    for inputs, outputs in [((1, 4), ()), ((), (2,)), ((1, 4), (2,))]:
+        keep = torch.tensor([i not in inputs and o not in outputs for i in range(6) for o in range(3)])
+        masked = copy.deepcopy(net)
+        masked[3].weight.data *= keep.view(1, -1, 1, 1)
+        small, _ = slim(masked, {"3.weight": keep}, torch.randn(2, 3, 8, 8))
+        left = (6 - len(inputs), 6 - len(inputs), (6 - len(inputs)) * (3 - len(outputs)))
+        assert (small[1].groups, small[1].in_channels, small[1].out_channels) == left
+        x = torch.randn(2, 3, 8, 8)
+        torch.testing.assert_close(small(x), masked(x))
+
+
+class SkippedDepthwise(nn.Module):
+    """A layer with a skip connection around it alone, on channels that are a product of two axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.twice = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 1, groups=4)
+        self.around, self.last = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.twice(self.first(x))
+        return self.last((x + self.around(x)).relu())
+
+
+def test_a_skip_connection_around_one_layer_keeps_its_two_sides_apart() -> None:
+    found = groups_of(made(SkippedDepthwise))
+    assert {n: (g.size, g.reason) for n, g in found.items() if n != "last"} == {"first": (4, ""), "twice": (2, "")}
+    sides = {(m.parameter, m.dim): m.side for m in found["first"].members}
+    assert (sides["around.weight", 0], sides["around.weight", 1]) == ("out", "in")
 
 
 def test_vectors_that_no_checkpoint_holds_stay() -> None:
@@ -262,14 +309,14 @@ class Lonely(nn.Module):
     [
         (nn.GroupNorm(2, 4), "runs into operation (GroupNorm), of which no single channels can be removed"),
         (nn.Softmax(1), "runs into _softmax in operation (Softmax), which mixes these channels"),
-        (nn.Conv2d(4, 8, 1, groups=4), "operation: its groups must stay as many as they are"),
+        (nn.ConvTranspose2d(4, 8, 1, groups=4), "operation: its groups must stay as many as they are"),
         (nn.LayerNorm([4, 8, 8]), "runs into operation (LayerNorm), of which no single channels can be removed"),
     ],
     ids=str,
 )
 def test_what_ties_channels_is_named(operation: object, reason: str) -> None:
     net = Lonely(operation)
-    if isinstance(operation, nn.Conv2d):
+    if isinstance(operation, nn.ConvTranspose2d):
         net.last = nn.Conv2d(operation.out_channels, 2, 1)
     found = groups_of(net)
     assert found["first"].reason == reason

@@ -161,6 +161,117 @@ def test_a_head_that_is_cut_is_a_head_that_is_masked(arguments: str) -> None:
     torch.testing.assert_close(copy.deepcopy(cut)(query, key, value)[0], expected, **EXACT)
 
 
+LEFT = [0, 2, 3]
+OPTIONS = {
+    "plain": {},
+    "no weights": {"need_weights": False},
+    "every head's weights": {"average_attn_weights": False},
+    "bool padding": {"key_padding_mask": torch.arange(S) >= torch.tensor([[4], [2]])},
+    "float padding": {"key_padding_mask": torch.linspace(-2, 1, N * S).double().view(N, S)},
+    "bool pairs": {"attn_mask": torch.arange(S) > torch.arange(L).view(L, 1)},
+    "float pairs": {"attn_mask": torch.linspace(-1, 1, L * S).double().view(L, S)},
+    "each head": {"attn_mask": torch.linspace(-1, 1, N * HEADS * L * S).double().sin().view(N * HEADS, L, S)},
+    "bool each head": {"attn_mask": (torch.arange(N * HEADS * L * S) % 3 == 1).view(N * HEADS, L, S)},
+    "causal": {"attn_mask": torch.arange(S) > torch.arange(L).view(L, 1), "is_causal": True, "need_weights": False},
+    "both": {
+        "attn_mask": torch.arange(S) > torch.arange(L).view(L, 1),
+        "key_padding_mask": torch.arange(S) >= torch.tensor([[4], [2]]),
+        "need_weights": False,
+    },
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("arguments", [a for a in ARGUMENTS if "dropout" not in ARGUMENTS[a]], ids=str)
+def test_heads_that_are_left_learn_what_they_learn_beside_a_masked_one(
+    arguments: str, options: str, training: bool
+) -> None:
+    for batch_first, batched in itertools.product([True, False], repeat=2):
+        torch.manual_seed(0)
+        whole = filled(nn.MultiheadAttention(EMBED, HEADS, batch_first=batch_first, **ARGUMENTS[arguments])).train(
+            training
+        )
+        with torch.no_grad():
+            whole.out_proj.weight[:, 4:8] = 0
+        cut = SlimAttention.from_attention(copy.deepcopy(whole))
+        without_head(cut, 1)
+        given = dict(OPTIONS[options])
+        inputs = [torch.randn(N, n, c).double() for n, c in ((L, EMBED), (S, whole.kdim), (S, whole.vdim))]
+        if not batched:
+            inputs = [x[0] for x in inputs]
+            if "key_padding_mask" in given:
+                given["key_padding_mask"] = given["key_padding_mask"][0]
+        elif not batch_first:
+            inputs = [x.transpose(0, 1) for x in inputs]
+        results = []
+        for module in (whole, cut):
+            mine, own = dict(given), [x.clone().requires_grad_() for x in inputs]
+            if given.get("attn_mask", inputs[0][0]).ndim == 3:  # one matrix for each head that there is
+                mask = given["attn_mask"].view(N, HEADS, L, S)[: N if batched else 1]
+                mine["attn_mask"] = (mask if module is whole else mask[:, LEFT]).flatten(0, 1)
+            out, weights = module(*own, **mine)
+            out.sin().sum().backward()
+            results.append((out, weights, [x.grad for x in own], module))
+        (expected, every, of_inputs, _), (out, weights, found, _) = results
+        torch.testing.assert_close(out, expected, **EXACT)
+        torch.testing.assert_close(found, of_inputs, **EXACT)
+        if every is None:
+            assert weights is None
+        elif given.get("average_attn_weights", True):
+            # the mean over the heads that there are, not over those that there were
+            again = whole(*inputs, **{**_of_whole(given, batched), "average_attn_weights": False})[1]
+            torch.testing.assert_close(weights, again[..., LEFT, :, :].mean(-3), **EXACT)
+        else:
+            torch.testing.assert_close(weights, every[..., LEFT, :, :], **EXACT)
+        rows = torch.cat([torch.arange(4), torch.arange(8, 16)])
+        torch.testing.assert_close(cut.out_proj.weight.grad, whole.out_proj.weight.grad[:, rows], **EXACT)
+        for name, parameter in cut.named_parameters(recurse=False):
+            dim = parameter.ndim - 1 if name.startswith("bias_") else 0
+            times = whole.get_parameter(name).shape[dim] // EMBED
+            kept = torch.cat([rows + EMBED * time for time in range(times)])
+            wanted = whole.get_parameter(name).grad.index_select(dim, kept)
+            torch.testing.assert_close(parameter.grad, wanted, **EXACT)
+
+
+def _of_whole(given: dict[str, object], batched: bool) -> dict[str, object]:
+    mask = given.get("attn_mask")
+    if mask is None or mask.ndim == 2:
+        return given
+    return {**given, "attn_mask": mask if batched else mask[:HEADS]}
+
+
+@pytest.mark.parametrize("arguments", ["plain", "bias_kv", "zero_attn"])
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_queries_without_any_key_give_what_torch_gives(need_weights: bool, arguments: str) -> None:
+    """NaN with weights and numbers without; only torch's kernel of eval mode without gradients gives NaN in both cases."""
+    attention = filled(nn.MultiheadAttention(EMBED, HEADS, batch_first=True, **ARGUMENTS[arguments])).eval()
+    slim, x = SlimAttention.from_attention(attention), torch.randn(3, L, EMBED).double()
+    padding, pairs = torch.zeros(3, L, dtype=torch.bool), torch.zeros(L, L, dtype=torch.bool)
+    padding[1], pairs[2] = True, True
+    masks = [{"key_padding_mask": padding}, {"attn_mask": pairs}, {"attn_mask": pairs, "key_padding_mask": padding}]
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        for options, grad in itertools.product(masks, [True, False]):
+            with torch.set_grad_enabled(grad):
+                expected, weights = attention(x, x, x, need_weights=need_weights, **options)
+                found, own = slim(x, x, x, need_weights=need_weights, **options)
+            assert expected.isnan().any() == (need_weights and arguments == "plain")
+            torch.testing.assert_close(found, expected, equal_nan=True, **EXACT)
+            if need_weights:
+                torch.testing.assert_close(own, weights, equal_nan=True, **EXACT)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+def test_torch_jit_script_is_refused_with_a_word() -> None:
+    for model in (SlimAttention(8, 3, head_dim=4), nn.Sequential(SlimAttention(8, 3, head_dim=4))):
+        with pytest.raises(NotImplementedError, match=r"torch.jit.script does not take a SlimAttention.*torch.export"):
+            torch.jit.script(model)
+
+
 def test_it_is_exported_with_any_batch() -> None:
     model = SlimAttention(16, 3, head_dim=4, batch_first=True, add_bias_kv=True).eval()
     inputs = [torch.randn(n, 5, 16) for n in (2, 7)]

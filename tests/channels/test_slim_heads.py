@@ -91,3 +91,46 @@ def test_heads_are_tried_out(seen: list[nn.Module]) -> None:
     assert [g.reason for g in slimmable_groups(Net().eval(), X)] == [""]
     # nn.MultiheadAttention cannot run without them
     assert slimmable_groups(Net().eval(), X, replace_modules=False)[0].reason != ""
+
+
+class Mixed(nn.Module):
+    def __init__(self, **arguments: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 16), nn.Linear(16, 3)
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True, **arguments)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(x + self.attention(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "biases", "heads"),
+    [
+        ({}, False, 3),
+        ({}, True, 3),  # the softmax sums to 1, so the bias of the values arrives as it is
+        ({"bias": False}, False, 3),
+        ({"add_zero_attn": True}, False, 3),
+        # a bias has a share of the softmax that depends on the number of keys
+        ({"add_zero_attn": True}, True, 4),
+        ({"add_bias_kv": True}, False, 4),
+    ],
+)
+def test_a_head_that_nothing_makes_goes(arguments: dict[str, bool], biases: bool, heads: int) -> None:
+    torch.manual_seed(0)
+    net = Mixed(**arguments).eval()
+    mask = torch.ones(3, 4, 4, 16, dtype=torch.bool)
+    mask[:, 1] = False
+    mask = mask.flatten(0, 2)
+    with torch.no_grad():
+        net.attention.in_proj_weight.mul_(mask)
+        if biases:
+            net.attention.in_proj_bias.normal_()
+    small, proof = slim(net, {"attention.in_proj_weight": mask}, torch.randn(2, 5, 16))
+    assert small.attention.num_heads == heads
+    assert [r.reason for r in proof.rows if "constant" in r.reason] == (
+        [] if heads == 3 else ["1 units stay: what they hold is not a constant, or one that zero padding would change"]
+    )
+    for length in (5, 9):  # also of another length than those that it was slimmed on
+        x = torch.randn(2, length, 16)
+        torch.testing.assert_close(small(x), net(x))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from sparse_callbacks import exchange_layers
+from sparse_callbacks import SlimAttention, exchange_layers
 from sparse_callbacks.core.record.first_batch import FirstBatch, WeightUse
 from sparse_callbacks.methods import Static
 
@@ -92,6 +92,10 @@ def test_attention_is_used_at_every_token() -> None:
     model = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16, batch_first=True)
     found = uses_of(model, torch.randn(SAMPLES, 5, 8))
     names = ["self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight"]
+    assert {name: found[name] for name in names} == dict.fromkeys(names, everywhere(5))
+    # an attention that calls its output projection counts it there, once
+    model.self_attn = SlimAttention(8, 3, head_dim=2, batch_first=True)
+    found = uses_of(model, torch.randn(SAMPLES, 5, 8))
     assert {name: found[name] for name in names} == dict.fromkeys(names, everywhere(5))
 
 

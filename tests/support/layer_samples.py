@@ -27,6 +27,7 @@ def convolutions() -> list[Sample]:
                 (6, 4, 2),
                 (4, 4, 4),
                 (4, 8, 4),
+                (2, 6, 2),
                 (4, 4, 2),
                 (6, 3, 3),
             ):
@@ -36,17 +37,20 @@ def convolutions() -> list[Sample]:
                     ([x, (outputs, inputs // groups, *kernel)], plain),
                     ([x, (inputs, outputs // groups, *kernel)], turned),
                 ):
-                    # a depthwise convolution has as many groups as it is given channels
-                    fixed = None if groups == inputs == outputs else groups
+                    # a depthwise convolution has as many groups as it is given channels, also with several outputs of each
+                    is_depthwise = groups == inputs and (call is plain or inputs == outputs)
+                    fixed = None if is_depthwise else groups
                     found.append(
                         Sample(
-                            "aten.convolution", lambda x, w, _, c=call, g=fixed: c(x, w, groups=g or w.shape[0]), shapes
+                            "aten.convolution",
+                            lambda x, w, _, c=call, g=fixed, d=dims: c(x, w, groups=g or x.shape[-1 - d]),
+                            shapes,
                         )
                     )
                     found.append(
                         Sample(
                             "aten.convolution",
-                            lambda x, w, b, _, c=call, g=fixed: c(x, w, b, groups=g or w.shape[0]),
+                            lambda x, w, b, _, c=call, g=fixed, d=dims: c(x, w, b, groups=g or x.shape[-1 - d]),
                             [*shapes, (outputs,)],
                         )
                     )

@@ -82,8 +82,10 @@ def _convolved(call: Call) -> list[Axes]:
 
 def _in_groups(call: Call, channels: AnyAxis, weight: Sequence[AnyAxis], groups: int, transposed: bool) -> AnyAxis:
     """The outputs of a grouped convolution, whose groups all have the same places: what goes in one goes in all."""
-    outer, inner = factored(channels, groups)
     held, place = factored(weight[0], groups)
+    if channels.size == groups and not transposed:  # depthwise, with several outputs of each input
+        return Product([call.join(channels, held), place])
+    outer, inner = factored(channels, groups)
     call.join(outer, held)
     call.block([outer], f"{call.module[0] or 'a convolution'}: its groups must stay as many as they are")
     call.join(inner, place if transposed else weight[1])

@@ -21,13 +21,14 @@ def _product(call: Call, left: Tensor, right: Tensor, added: Tensor | None = Non
     # a vector has no rows, or no columns
     columns = b[-1:] if right.ndim > 1 else []
     rows = a[-2:-1] if left.ndim > 1 else []
-    over = call.join(a[-1], b[-2] if right.ndim > 1 else b[-1])
+    of_right = b[-2] if right.ndim > 1 else b[-1]
+    over = call.join(a[-1], of_right)
     batch = [_either(call, *axes) for axes in zip(a[:-2], b[:-2], strict=True)]
     by_weight = call.is_weight(right), call.is_weight(left)
     if by_weight[0] and not by_weight[1]:
-        call.note_product(right, [over], columns)
+        call.note_product(right, [of_right], columns)
     elif by_weight[1] and not by_weight[0]:
-        call.note_product(left, [over], rows)
+        call.note_product(left, [a[-1]], rows)
     elif not any(by_weight):
         call.block([over, *rows, *columns], MULTIPLIED)
     made = [*batch, *rows, *columns]
@@ -69,7 +70,7 @@ def _bilinear(call: Call) -> list[Axes]:
 
 def _heads(call: Call, query: AnyAxis, key: AnyAxis, value: AnyAxis) -> AnyAxis:
     """The heads of attention, or a batch: one key and value may serve several queries, which go with it alone, or all of them,
-    which stay, or one query all keys."""
+    or one query all keys."""
     if query.size == 1:
         return _either(call, key, value)
     for other in (key, value):
@@ -82,8 +83,6 @@ def _heads(call: Call, query: AnyAxis, key: AnyAxis, value: AnyAxis) -> AnyAxis:
                 call.block([queries], SHARED)
             except MisfitError:
                 call.block([query, other])
-        else:
-            call.block([query], SHARED)
     return query
 
 

@@ -189,7 +189,9 @@ def _of_attention(module: Any, args: Any, kwargs: Any, made: list[Tensor]) -> di
     q, k, v = (_rows(given[name]) for name in ("query", "key", "value"))
     # the three projections lie in one parameter, where keys may be more tokens than queries
     joint = -(-(q + k + v) // 3)
-    return {"in_proj_weight": joint, "q_proj_weight": q, "k_proj_weight": k, "v_proj_weight": v, "out_proj.weight": q}
+    found = {"in_proj_weight": joint, "q_proj_weight": q, "k_proj_weight": k, "v_proj_weight": v}
+    # a layer that is called is counted there
+    return found if getattr(module, "calls_out_proj", False) else found | {"out_proj.weight": q}
 
 
 def _of_recurrent(module: Any, args: Any, kwargs: Any, made: list[Tensor]) -> dict[str, int]:
