@@ -15,7 +15,8 @@ class _QuickConv2d(nn.Conv2d):
             depthwise_here = self.groups == len(weight) == input.shape[1:2].numel() and weight.shape[1] == 1
             if depthwise_here and _is_slow(input, weight) and _fits(input, weight, self.padding, self.dilation):
                 return depthwise(input, weight, bias, self.stride, self.padding, self.dilation)
-        return super()._conv_forward(input, weight, bias)
+        found: Tensor = super()._conv_forward(input, weight, bias)
+        return found
 
 
 def quicken_depthwise(model: nn.Module) -> None:
