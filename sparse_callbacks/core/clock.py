@@ -54,6 +54,8 @@ def milliseconds(
         wait()
         return now() - begun
 
+    spent = 0.0
+
     def repeats_of(call: Callable[[], Any]) -> tuple[int, float]:
         """How often a call must be repeated to last long enough, and the seconds that it takes then."""
         nonlocal spent
@@ -65,7 +67,6 @@ def milliseconds(
                 return repeats, seconds
             repeats = max(2 * repeats, math.ceil(repeats * SHORTEST / max(seconds, 1e-9)))
 
-    spent = 0.0
     warmed_up = [repeats_of(call) for call in calls]
     rounds = [[seconds / repeats for repeats, seconds in warmed_up]] if warm else []
     medians = [1e3 * seconds for seconds in rounds[0]] if warm else []

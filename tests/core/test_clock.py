@@ -52,6 +52,18 @@ def test_slow_calls_are_timed_less_often(patience: float, calls: int, monkeypatc
     assert called[0] == calls  # one of them warms up
 
 
+def test_calls_that_were_made_before_are_not_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, called = [0.0], [0]
+
+    def call() -> None:
+        called[0] += 1
+        now[0] += float(called[0])
+
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
+    assert milliseconds([call], 3, warm=True) == [2000.0]
+    assert called[0] == 3  # and no more
+
+
 def test_no_further_reading_is_taken_once_the_medians_answer_the_question(monkeypatch: pytest.MonkeyPatch) -> None:
     now, called, asked = [0.0], [0], []
 
