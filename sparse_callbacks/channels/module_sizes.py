@@ -129,7 +129,8 @@ def _update_inputs(module: nn.Module) -> None:
 def renew_flat_weights(module: nn.Module) -> None:
     """Let a recurrent layer read its present parameters, of which it keeps a list beside them."""
     if isinstance(module, nn.RNNBase):
-        module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
+        for name, weight in [*module.named_parameters(recurse=False)]:
+            setattr(module, name, weight)  # writes it into the list too
         module.flatten_parameters()
 
 
