@@ -59,9 +59,9 @@ def with_dead_units(
 
 def _why_no_constant(arriving: Mapping[str, ArrivingConstants]) -> str:
     """Why units that nothing makes are not constants where they are read."""
-    where = next((a.reason for a in arriving.values() if a.reason), "")
-    if where:
-        return f"what they hold is not a constant for all inputs and sizes: it runs into {where}"
+    found = next((a.reason for a in arriving.values() if a.reason), "")
+    if found:
+        return f"what they hold is not a constant for all inputs and sizes: {found}"
     return "what they hold is not a constant, or one that zero padding would change"
 
 

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -21,6 +22,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         output = func(*args, **kwargs)
         self._record(func, args, kwargs, output)
         return output
+
+
+class NumbersTaken(TorchFunctionMode):
+    """Calls ``taken(tensors, name)`` before a tensor gives its numbers to Python without any aten operation."""
+
+    def __init__(self, taken: Callable[[list[Tensor], str], None]) -> None:
+        super().__init__()
+        self._taken = taken
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__):
+            self._taken([args[0]], func.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 def operation_name(operation: Any) -> str:

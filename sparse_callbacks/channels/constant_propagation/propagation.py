@@ -7,6 +7,7 @@ these belong to the samples; behind code that reads values of activations nothin
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +16,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sparse_callbacks.channels.constant_propagation import along, entrywise, products, shapes
 from sparse_callbacks.channels.constant_propagation.table import RULES, Known, Step, everywhere, varying
-from sparse_callbacks.channels.recording import Recorder, named_arguments, operation_name, told_of_modules
+from sparse_callbacks.channels.recording import NumbersTaken, Recorder, named_arguments, operation_name, told_of_modules
 from sparse_callbacks.core.inspection import attention_in_steps, map_tensors, run, tensors_in, training, training_branches
 
 KINDS = (entrywise, along, shapes, products)
 """The modules whose import fills the table."""
-READS_VALUES = ("aten._local_scalar_dense", "aten.item", "aten.is_nonzero", "aten.equal")
-"""Operations by which Python code reads values, and may then do anything."""
 MAKE_CHANNELS = (
     *("aten.convolution", "aten._convolution", "aten.mkldnn_convolution", "aten.cudnn_convolution", "aten.mm"),
     *("aten.bmm", "aten.addmm", "aten.baddbmm", "aten._addmm_activation", "aten.cat", "aten.stack"),
@@ -42,7 +41,7 @@ class ArrivingConstants:
     Attributes:
         proved: bool: whether a constant arrives that the layer's bias can stand for, or that is 0, whatever the inputs are.
         value: that constant; elsewhere any number.
-        reason: which operation made constants vary on the way; empty where none did.
+        reason: why constants on the way are none here; empty where nothing was found to change them.
     """
 
     proved: Tensor
@@ -51,7 +50,7 @@ class ArrivingConstants:
 
 
 def arriving_constants(
-    model: nn.Module, weights: Collection[str], samples: Sequence[Any], tried: Iterable[Any] = ()
+    model: nn.Module, weights: Collection[str], samples: Sequence[Any], others: Iterable[Sequence[Any]] = ()
 ) -> dict[str, ArrivingConstants]:
     """What arrives at weights in every pass, by their names. A weight that no pass reads is not there.
 
@@ -60,9 +59,9 @@ def arriving_constants(
         weights: names of parameters. Where some are read in train mode alone, a pass over the first sample in that mode is
             looked at, too.
         samples: inputs that the model runs on.
-        tried: further inputs, such as of other sizes, on which it may fail.
+        others: further inputs, such as of other sizes, on which it may fail: the first that it takes of each sequence.
     """
-    search = _Propagation(model)
+    search, others = _Propagation(model), list(others)
     while True:  # once more where a pass wrote to a buffer that it, or an earlier one, had read as a constant
         known = set(search.written)
         search.found = {}
@@ -72,8 +71,8 @@ def arriving_constants(
             branches = training_branches(model, samples[0])
             with training(model.get_submodule(n) for n in branches):
                 search.look(samples[0])
-        for sample in tried:
-            search.try_out(sample)
+        for alternatives in others:
+            any(search.try_out(sample) for sample in alternatives)
         if search.written == known:
             return {name: search.found[name] for name in weights if name in search.found}
 
@@ -88,9 +87,12 @@ class _Propagation:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._names = {id(t): n for n, t in (*model.named_buffers(), *model.named_parameters())}
+        named = [*model.named_buffers(), *model.named_parameters()]
+        self._names = {id(t): n for n, t in named}
+        self._tensors = [t for _, t in named]  # held, so that no other tensor gets the id of one
         self._module_names = {m: n for n, m in model.named_modules()}
         self._of_weights: dict[str, Known] = {}
+        self._is_looking = False
         self.found: dict[str, ArrivingConstants] = {}
         self.written: set[str] = set()
 
@@ -100,16 +102,19 @@ class _Propagation:
         self._modules: list[tuple[str, str]] = [("", type(self._model).__name__)]
         self._read_values = ""
         inputs = map_tensors(lambda t: t.detach().clone(), sample)  # a model may write to its inputs
-        with attention_in_steps(), told_of_modules(self._enter, self._leave), Recorder(self._record):
+        modules = told_of_modules(self._enter, self._leave)
+        with attention_in_steps(), modules, NumbersTaken(self._take), Recorder(self._record):
             run(self._model, inputs)
 
-    def try_out(self, sample: Any) -> None:
-        """:meth:`look`, of which nothing stays where the model fails."""
+    def try_out(self, sample: Any) -> bool:
+        """:meth:`look`, of which nothing stays where the model fails; whether it did not."""
         before = dict(self.found)
         try:
             self.look(sample)
         except Exception:  # whatever a forward pass does with sizes that it does not expect
             self.found = before
+            return False
+        return True
 
     # ------------------------------------------------------------------ during a pass
 
@@ -126,11 +131,13 @@ class _Propagation:
             self._others[output] = self._with_zeros(output, gone)
 
     def _record(self, operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+        if self._is_looking:
+            return
         name, named = operation_name(operation), named_arguments(operation, args, kwargs)
         inputs, made = tensors_in(named), tensors_in(output)
         before = [self._known(t) for t in inputs]
-        if name in READS_VALUES and not all(bool(k.constant.all()) for k in before):
-            self._read_values = self._read_values or self._where(name)
+        if _tells_values(operation, named):
+            self._take(inputs, name)
         found = self._constants(Step(name, named, output, self._known, self._read))
         self._forget_written(operation, named)
         reason, sources = self._reason(name, before, found), _sources(before)
@@ -142,6 +149,14 @@ class _Propagation:
             if is_turned and before[0].weight:
                 known = Known(known.constant, known.zero, "", before[0].weight, not before[0].transposed, sources)
             self._others[tensor] = known
+
+    def _take(self, tensors: Sequence[Tensor], name: str) -> None:
+        """Python code gets to know values, and may do anything with them."""
+        # where a function of Python takes them, what is looked at here is recorded as well
+        self._is_looking, was_looking = True, self._is_looking
+        if not all(bool(self._known(t).constant.all()) for t in tensors):
+            self._read_values = self._read_values or self._where(name)
+        self._is_looking = was_looking
 
     def _constants(self, step: Step) -> list[Tensor]:
         made = tensors_in(step.output)
@@ -170,8 +185,8 @@ class _Propagation:
         for other in list(self._others):
             if other.untyped_storage().data_ptr() in places:
                 self._others[other] = _unknown(other)
-        for tensor in (*self._model.buffers(), *self._model.parameters()):
-            if tensor.untyped_storage().data_ptr() in places and id(tensor) in self._names:
+        for tensor in self._tensors:
+            if tensor.untyped_storage().data_ptr() in places:
                 self.written.add(self._names[id(tensor)])
 
     def _known(self, tensor: Tensor) -> Known:
@@ -198,7 +213,7 @@ class _Propagation:
 
     def _where(self, name: str) -> str:
         module, kind = self._modules[-1]
-        return f"{name.partition('.')[2]} in {module or 'the forward'} ({kind})"
+        return f"it runs into {name.removeprefix('aten.')} in {module or 'the forward'} ({kind})"
 
     def _reason(self, name: str, before: Sequence[Known], found: Sequence[Tensor]) -> str:
         activations = [k for k in before if not k.sources]
@@ -224,15 +239,16 @@ class _Propagation:
             turned = isinstance(stored, nn.modules.conv._ConvTransposeNd)
             is_itself = of_weight.weight == name and over == (1 if turned == of_weight.transposed else 0)
             constant, zero = known.constant, known.zero
+            reason = known.reason
+            if self._read_values and bool((constant & ~zero).any()):
+                # zeros that masks make stay zeros in whatever is called
+                constant, reason = zero, reason or self._read_values
             if not is_itself or with_zeros or any(constant.shape[d] != 1 for d in others):
                 near = (value.abs() <= rounding).view([-1 if d == dim else 1 for d in range(tensor.ndim)])
                 constant = constant & near if all(constant.shape[d] == 1 for d in others) else zero
             for d in others:
                 constant = constant.all(d, keepdim=True)
             proved = constant.flatten().expand(tensor.shape[dim]).cpu()
-            reason = known.reason
-            if self._read_values:
-                proved, reason = torch.zeros_like(proved), self._read_values
             self._note(name, ArrivingConstants(proved, value.detach().cpu(), reason), rounding)
 
     def _note(self, name: str, new: ArrivingConstants, rounding: float) -> None:
@@ -242,8 +258,21 @@ class _Propagation:
         if old is not None:
             # a layer that is used twice may get two constants
             same = (old.value - new.value).abs() <= rounding
-            new = ArrivingConstants(old.proved & new.proved & same, old.value, old.reason or new.reason)
+            both = old.proved & new.proved
+            another = "it is another number at another size, or where the layer is used again"
+            reason = old.reason or new.reason or ("" if bool(same[both].all()) else another)
+            new = ArrivingConstants(both & same, old.value, reason)
         self.found[name] = new
+
+
+def _tells_values(operation: Any, named: Mapping[str, Any]) -> bool:
+    """Whether an operation gives Python code values of its tensors, or sizes that go by them."""
+    if torch.Tag.data_dependent_output in operation.tags:
+        return True
+    chosen_by = [i for i in named.get("indices") or () if i is not None] if "indices" in named else None
+    if isinstance(chosen_by, list) and not any(i.dtype in (torch.bool, torch.uint8) for i in chosen_by):
+        return False  # by numbers, as many as there are
+    return torch.Tag.dynamic_output_shape in operation.tags
 
 
 def _unknown(tensor: Tensor) -> Known:
@@ -264,8 +293,8 @@ def _rounding(tensor: Tensor) -> float:
     return float(tensor.abs().max()) * ROUNDING_STEPS * precision
 
 
-def other_sizes(sample: Any) -> Iterator[Any]:
-    """Inputs like ``sample`` with one size that is larger, by one and then twice as large: first the batch, then each other.
+def other_sizes(sample: Any) -> Iterator[list[Any]]:
+    """Inputs like ``sample`` with one size that is larger, by one or twice as large: first the batch, then each other.
 
     A size is changed in every dimension that has it; the new entries repeat those that there are.
     """
@@ -273,8 +302,8 @@ def other_sizes(sample: Any) -> Iterator[Any]:
     batches = sorted({s[0] for s in shapes_in})
     others = sorted({size for s in shapes_in for size in s[1:]}, reverse=True)
     for chosen, size in [*((_is_first, b) for b in batches), *((_is_behind, s) for s in others)]:
-        for larger in dict.fromkeys((size + 1, 2 * size)):
-            yield map_tensors(lambda t, c=chosen, s=size, n=larger: _grown(t, c, s, n), sample)
+        larger = dict.fromkeys((size + 1, 2 * size))
+        yield [map_tensors(partial(_grown, chosen=chosen, size=size, larger=n), sample) for n in larger]
 
 
 def _is_first(dim: int) -> bool:
