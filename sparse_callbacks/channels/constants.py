@@ -11,6 +11,7 @@ from sparse_callbacks.channels.cuts import Cuts, Surgery
 from sparse_callbacks.channels.groups import Group, Member
 from sparse_callbacks.channels.module_sizes import is_layer
 
+
 def is_read_by_layer(member: Member, model: nn.Module) -> bool:
     """Whether a consumer is the weight of a convolution or linear layer, whose inputs are those of the module."""
     return member.parameter == f"{member.module}.weight" and is_layer(model.get_submodule(member.module))

@@ -7,11 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from sparse_callbacks.channels.comparison import RANDOM, Reference
-from sparse_callbacks.channels.constant_propagation.propagation import (
-    ArrivingConstants,
-    arriving_constants,
-    other_sizes,
-)
+from sparse_callbacks.channels.constant_propagation.other_sizes import other_sizes
+from sparse_callbacks.channels.constant_propagation.propagation import ArrivingConstants, arriving_constants
 from sparse_callbacks.channels.cuts import Cuts, Surgery
 from sparse_callbacks.channels.dead_units import with_dead_units
 from sparse_callbacks.channels.groups import Group

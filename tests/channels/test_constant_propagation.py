@@ -9,7 +9,8 @@ from support.channel_nets import dead_rows, made, masked
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sparse_callbacks.channels.constant_propagation.propagation import arriving_constants, other_sizes
+from sparse_callbacks.channels.constant_propagation.other_sizes import other_sizes
+from sparse_callbacks.channels.constant_propagation.propagation import arriving_constants
 from sparse_callbacks.channels.slim import slim
 from sparse_callbacks.core.inspection import map_tensors, quiet, run
 
@@ -22,7 +23,12 @@ class Between(nn.Module):
 
     def __init__(self, between: Callable[..., Tensor], reader: nn.Module) -> None:
         super().__init__()
-        self.first, self.norm, self.between, self.reader = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), between, reader
+        self.first, self.norm, self.between, self.reader = (
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            between,
+            reader,
+        )
 
     def forward(self, x: Tensor, *others: Tensor) -> Tensor:
         return self.reader(self.between(self.norm(self.first(x)), *others))
@@ -37,7 +43,9 @@ def between(how: Callable[..., Tensor], reader: Callable[[], nn.Module]) -> nn.M
 
 def slimmed(net: nn.Module, example: Any, *others: Any, mask: str = "norm.weight") -> tuple[int, str]:
     """How many channels go, the slim network being right on all inputs, and why others stay."""
-    example, *others = (map_tensors(lambda t: t.double() if t.is_floating_point() else t, x) for x in (example, *others))
+    example, *others = (
+        map_tensors(lambda t: t.double() if t.is_floating_point() else t, x) for x in (example, *others)
+    )
     small, proof = slim(net, {mask: KEEP}, example)
     full = masked(net, {mask: KEEP})
     with torch.no_grad():
@@ -180,6 +188,22 @@ def test_one_time_step_for_one_image() -> None:
         (IMAGES[0], torch.tensor([3, 9])),
     )
     assert (removed, "mul in the forward (Between)" in reason) == (0, True)
+
+
+def test_a_sum_over_places_with_a_part_of_a_weight_goes_by_the_size() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(200, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(2) @ self.weight[: x.shape[2] * x.shape[3]]
+
+    net = between(Mixed(), lambda: nn.Conv1d(8, 3, 1)).double()
+    with torch.no_grad():
+        net.first.weight.zero_()
+        found = arriving_constants(net, ["reader.weight"], [IMAGES[0].double()])
+    assert not found["reader.weight"].proved.any()
 
 
 def test_a_sum_is_a_constant_where_all_its_parts_are() -> None:

@@ -74,7 +74,9 @@ def test_an_example_input_array_is_taken_as_it_is() -> None:
 def test_an_example_input_array_that_the_forward_does_not_take_is_named() -> None:
     model: Any = Warm()
     model.example_input_array = torch.zeros(2, 5)
-    with pytest.raises(ValueError, match=r"Warm is looked at with its example_input_array.*TypeError.*Set example_input"):
+    with pytest.raises(
+        ValueError, match=r"Warm is looked at with its example_input_array.*TypeError.*Set example_input"
+    ):
         example_inputs(model, batches(model, WARM))
 
 
@@ -97,7 +99,11 @@ def test_smcp_prunes_by_such_examples(network: type[nn.Module], example: Any) ->
 
 def test_costs_are_those_of_one_sample_or_of_an_input_that_is_no_batch() -> None:
     assert samples_in(GRAPH) == 1
-    assert {name: layer.positions for name, layer in layers(Graph(), GRAPH).items()} == {"a": (9,), "m": (9,), "o": (1,)}
+    assert {name: layer.positions for name, layer in layers(Graph(), GRAPH).items()} == {
+        "a": (9,),
+        "m": (9,),
+        "o": (1,),
+    }
     assert samples_in(WARM) == 9
     assert {name: layer.positions for name, layer in layers(Warm(), WARM).items()} == {"a": (1,), "o": (1,)}
     # a layer that runs once for all of the batch costs something too

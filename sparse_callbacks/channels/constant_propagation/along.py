@@ -105,11 +105,8 @@ def _padded(step: Step) -> list[Tensor]:
             continue
         if min(ends) < 0:
             return [varying(step.output)]
-        known = torch.cat(
-            [torch.ones_like(known.narrow(dim, 0, 1)).repeat_interleave(ends[0], dim), known]
-            + [torch.ones_like(known.narrow(dim, 0, 1)).repeat_interleave(ends[1], dim)],
-            dim,
-        )
+        ends_known = [torch.ones_like(known.narrow(dim, 0, 1)).repeat_interleave(end, dim) for end in ends]
+        known = torch.cat([ends_known[0], known, ends_known[1]], dim)
     return [known]
 
 

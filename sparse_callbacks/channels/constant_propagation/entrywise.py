@@ -25,7 +25,9 @@ def _some_zero(step: Step, *names: str) -> Tensor:
     return reduce(torch.logical_or, broadcast(zeros, made), varying(made))
 
 
-@rule(*(name for name, of_axes in OF_AXES.items() if of_axes is entry_by_entry and name not in BY_CHANCE + OTHER_NUMBERS))
+@rule(
+    *(name for name, of_axes in OF_AXES.items() if of_axes is entry_by_entry and name not in BY_CHANCE + OTHER_NUMBERS)
+)
 def _entry_by_entry(step: Step) -> list[Tensor]:
     return [_all_constant(step)]
 

@@ -5,9 +5,8 @@ buffers are constants, inputs are not. What Python code decides by sizes shows i
 these belong to the samples; behind code that reads values of activations nothing is proved.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sparse_callbacks.channels.constant_propagation import along, entrywise, products, shapes
 from sparse_callbacks.channels.constant_propagation.table import RULES, Known, Step, everywhere, varying
 from sparse_callbacks.channels.recording import NumbersTaken, Recorder, named_arguments, operation_name, told_of_modules
-from sparse_callbacks.core.inspection import attention_in_steps, map_tensors, run, tensors_in, training, training_branches
+from sparse_callbacks.core.inspection import (
+    attention_in_steps,
+    map_tensors,
+    run,
+    tensors_in,
+    training,
+    training_branches,
+)
 
 KINDS = (entrywise, along, shapes, products)
 """The modules whose import fills the table."""
@@ -178,7 +184,9 @@ class _Propagation:
     def _forget_written(self, operation: Any, named: Mapping[str, Any]) -> None:
         """Nothing is known any more of what an operation writes to, nor of what shares its memory."""
         arguments = operation._schema.arguments
-        changed = [t for a in arguments if a.alias_info and a.alias_info.is_write for t in tensors_in(named.get(a.name))]
+        changed = [
+            t for a in arguments if a.alias_info and a.alias_info.is_write for t in tensors_in(named.get(a.name))
+        ]
         if not changed or torch.Tag.inplace_view in operation.tags:
             return
         places = {t.untyped_storage().data_ptr() for t in changed}
@@ -291,32 +299,3 @@ def _rounding(tensor: Tensor) -> float:
     if precision > torch.finfo(torch.float32).eps:
         return 0.0
     return float(tensor.abs().max()) * ROUNDING_STEPS * precision
-
-
-def other_sizes(sample: Any) -> Iterator[list[Any]]:
-    """Inputs like ``sample`` with one size that is larger, by one or twice as large: first the batch, then each other.
-
-    A size is changed in every dimension that has it; the new entries repeat those that there are.
-    """
-    shapes_in = [t.shape for t in tensors_in(sample) if t.ndim]
-    batches = sorted({s[0] for s in shapes_in})
-    others = sorted({size for s in shapes_in for size in s[1:]}, reverse=True)
-    for chosen, size in [*((_is_first, b) for b in batches), *((_is_behind, s) for s in others)]:
-        larger = dict.fromkeys((size + 1, 2 * size))
-        yield [map_tensors(partial(_grown, chosen=chosen, size=size, larger=n), sample) for n in larger]
-
-
-def _is_first(dim: int) -> bool:
-    return dim == 0
-
-
-def _is_behind(dim: int) -> bool:
-    return dim > 0
-
-
-def _grown(tensor: Tensor, chosen: Callable[[int], bool], size: int, larger: int) -> Tensor:
-    if not size:
-        return tensor
-    for dim in (d for d in range(tensor.ndim) if chosen(d) and tensor.shape[d] == size):
-        tensor = tensor.index_select(dim, torch.arange(larger, device=tensor.device) % size)
-    return tensor

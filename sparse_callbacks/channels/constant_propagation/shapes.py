@@ -79,7 +79,9 @@ def _repeated(step: Step) -> list[Tensor]:
 def _one_behind_the_other(parts: Sequence[Tensor], sizes: Sequence[int], dim: int) -> Tensor:
     """What is known of parts, put together along ``dim``, along which each has a size."""
     shape = [max(p.shape[d] for p in parts) for d in range(parts[0].ndim)]
-    expanded = [p.expand([size if d == dim else s for d, s in enumerate(shape)]) for p, size in zip(parts, sizes, strict=True)]
+    expanded = [
+        p.expand([size if d == dim else s for d, s in enumerate(shape)]) for p, size in zip(parts, sizes, strict=True)
+    ]
     return torch.cat(expanded, dim)
 
 
