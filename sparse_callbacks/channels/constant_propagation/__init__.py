@@ -1,1 +1,1 @@
-"""Constant propagation: which channels hold one number whatever the inputs of a network and their sizes are."""
+"""Constant propagation: which channels hold one number for all inputs and sizes."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sparse_callbacks.channels.constant_propagation.table import Step, alike_along, returned, rule, varying
+from sparse_callbacks.channels.constant_propagation.table import Step, alike_along, constant_rule, returned, varying
 
 
 def reduced(known: Tensor, dims: list[int], keep: bool) -> Tensor:
@@ -20,7 +20,7 @@ def _dims(step: Step) -> list[int]:
     return [d % count for d in ([given] if isinstance(given, int) else given or range(count))]
 
 
-@rule("mean", "amax", "amin", "nanmean")
+@constant_rule("mean", "amax", "amin", "nanmean")
 def _one_of_all(step: Step) -> list[Tensor]:
     dims, keep = _dims(step), bool(step.named.get("keepdim"))
     # along a dimension whose entries differ the result hangs on how many there are of each
@@ -28,7 +28,7 @@ def _one_of_all(step: Step) -> list[Tensor]:
     return [reduced(known, dims, keep)]
 
 
-@rule("max", "min", "median")
+@constant_rule("max", "min", "median")
 def _extreme(step: Step) -> list[Tensor]:
     if isinstance(other := step.named.get("other"), Tensor):
         both = step.constant() & step.known(other).constant
@@ -37,7 +37,7 @@ def _extreme(step: Step) -> list[Tensor]:
     return [*_one_of_all(step), *(varying(t) for t in returned(step)[1:])]
 
 
-@rule("sum", "nansum", "linalg_vector_norm", "norm", "cumsum")
+@constant_rule("sum", "nansum", "linalg_vector_norm", "norm", "cumsum")
 def _sums(step: Step) -> list[Tensor]:
     if step.name == "aten.cumsum":
         return [step.zero()]
@@ -57,7 +57,7 @@ def _through_image(step: Step, known: Tensor) -> list[Tensor]:
     return [known, *(varying(t) for t in returned(step)[1:])]
 
 
-@rule(
+@constant_rule(
     *("max_pool1d", "max_pool2d_with_indices", "max_pool3d_with_indices", "mkldnn_max_pool2d"),
     *("_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d", "mkldnn_adaptive_avg_pool2d"),
     *("adaptive_max_pool2d", "adaptive_max_pool3d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d"),
@@ -71,7 +71,7 @@ def _weighted_mean(step: Step) -> list[Tensor]:
     return _through_image(step, step.constant())
 
 
-@rule("avg_pool1d", "avg_pool2d", "avg_pool3d")
+@constant_rule("avg_pool1d", "avg_pool2d", "avg_pool3d")
 def _average(step: Step) -> list[Tensor]:
     padding = step.named.get("padding") or 0
     padded = any(padding) if isinstance(padding, list | tuple) else bool(padding)
@@ -80,19 +80,19 @@ def _average(step: Step) -> list[Tensor]:
     return _through_image(step, step.zero() if with_zeros or by_number else step.constant())
 
 
-@rule("grid_sampler_2d", "grid_sampler_3d")
+@constant_rule("grid_sampler_2d", "grid_sampler_3d")
 def _sampled(step: Step) -> list[Tensor]:
     known = step.zero("input")
     return [reduced(known, [*range(2, known.ndim)], keep=True)]
 
 
-@rule("torchvision.roi_align", "torchvision.roi_pool")
+@constant_rule("torchvision.roi_align", "torchvision.roi_pool")
 def _regions(step: Step) -> list[Tensor]:
     known = reduced(step.zero("input"), [0, 2, 3], keep=True)
     return [known, *(varying(t) for t in returned(step)[1:])]
 
 
-@rule("constant_pad_nd")
+@constant_rule("constant_pad_nd")
 def _padded(step: Step) -> list[Tensor]:
     """The widths may go by the size, also where they are 0 here, so the number that is put in must be the constant itself."""
     x, widths, value = step.named["self"], step.named["pad"], step.named.get("value") or 0
@@ -120,7 +120,7 @@ def _by_channel(step: Step, name: str, ndim: int) -> Tensor | None:
     return step.zero(name).view([1, -1] + [1] * (ndim - 2))
 
 
-@rule(
+@constant_rule(
     *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm"),
     *("_batch_norm_with_update", "_batch_norm_no_update", "miopen_batch_norm"),
 )
@@ -131,14 +131,14 @@ def _batch_normed(step: Step) -> list[Tensor]:
     return [known if gain is None else known | gain, *(varying(t) for t in returned(step)[1:])]
 
 
-@rule("native_group_norm", "group_norm")
+@constant_rule("native_group_norm", "group_norm")
 def _group_normed(step: Step) -> list[Tensor]:
     x = step.named.get("input", step.named.get("self"))
     gain = _by_channel(step, "weight", x.ndim)
     return [varying(t) if gain is None or n else gain for n, t in enumerate(returned(step))]
 
 
-@rule("native_layer_norm", "_fused_rms_norm", "rms_norm", "layer_norm")
+@constant_rule("native_layer_norm", "_fused_rms_norm", "rms_norm", "layer_norm")
 def _layer_normed(step: Step) -> list[Tensor]:
     made = returned(step)
     if not isinstance(weight := step.named.get("weight"), Tensor):

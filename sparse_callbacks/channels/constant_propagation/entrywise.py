@@ -5,7 +5,14 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from sparse_callbacks.channels.constant_propagation.table import Step, broadcast, everywhere, returned, rule, varying
+from sparse_callbacks.channels.constant_propagation.table import (
+    Step,
+    broadcast,
+    constant_rule,
+    everywhere,
+    returned,
+    varying,
+)
 from sparse_callbacks.channels.operations.entrywise import entry_by_entry
 from sparse_callbacks.channels.operations.table import RULES as OF_AXES
 
@@ -25,31 +32,31 @@ def _some_zero(step: Step, *names: str) -> Tensor:
     return reduce(torch.logical_or, broadcast(zeros, made), varying(made))
 
 
-@rule(
+@constant_rule(
     *(name for name, of_axes in OF_AXES.items() if of_axes is entry_by_entry and name not in BY_CHANCE + OTHER_NUMBERS)
 )
 def _entry_by_entry(step: Step) -> list[Tensor]:
     return [_all_constant(step)]
 
 
-@rule("mul")
+@constant_rule("mul")
 def _multiplied(step: Step) -> list[Tensor]:
     return [_all_constant(step) | _some_zero(step, "self", "other")]
 
 
-@rule("div")
+@constant_rule("div")
 def _divided(step: Step) -> list[Tensor]:
     return [_all_constant(step) | _some_zero(step, "self")]
 
 
-@rule("masked_fill")
+@constant_rule("masked_fill")
 def _filled_under_a_mask(step: Step) -> list[Tensor]:
     value = step.named["value"]
     same = _some_zero(step, "self") if not isinstance(value, Tensor) and value == 0 else varying(step.output)
     return [_all_constant(step) | same]
 
 
-@rule("where")
+@constant_rule("where")
 def _chosen(step: Step) -> list[Tensor]:
     if not all(isinstance(step.named.get(n), Tensor) for n in ("self", "other")):
         return [_all_constant(step)]
@@ -57,12 +64,12 @@ def _chosen(step: Step) -> list[Tensor]:
     return [_all_constant(step) | (zeros[0] & zeros[1])]
 
 
-@rule("copy")
+@constant_rule("copy")
 def _copied(step: Step) -> list[Tensor]:
     return broadcast([step.constant("src")], step.output)
 
 
-@rule("fill")
+@constant_rule("fill")
 def _filled(step: Step) -> list[Tensor]:
     value = step.named["value"]
     if isinstance(value, Tensor):
@@ -70,6 +77,8 @@ def _filled(step: Step) -> list[Tensor]:
     return [everywhere(step.output)]
 
 
-@rule("zero", "zeros", "ones", "full", "scalar_tensor", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like")
+@constant_rule(
+    "zero", "zeros", "ones", "full", "scalar_tensor", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like"
+)
 def _made(step: Step) -> list[Tensor]:
     return [everywhere(t) for t in returned(step)]

@@ -4,10 +4,17 @@ import torch
 from torch import Tensor
 
 from sparse_callbacks.channels.constant_propagation.along import reduced
-from sparse_callbacks.channels.constant_propagation.table import Step, alike_along, broadcast, returned, rule, varying
+from sparse_callbacks.channels.constant_propagation.table import (
+    Step,
+    alike_along,
+    broadcast,
+    constant_rule,
+    returned,
+    varying,
+)
 
 
-@rule("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution")
+@constant_rule("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution")
 def _convolved(step: Step) -> list[Tensor]:
     name = "input" if "input" in step.named else "self"
     x, weight, groups = step.named[name], step.named["weight"], step.named["groups"]
@@ -56,20 +63,20 @@ def _product(step: Step, left: Tensor, right: Tensor) -> Tensor:
     return varies == 0
 
 
-@rule("mm", "bmm")
+@constant_rule("mm", "bmm")
 def _multiplied(step: Step) -> list[Tensor]:
     left, right = step.tensors()[:2]
     return [_product(step, left, right)]
 
 
-@rule("addmm", "baddbmm", "_addmm_activation")
+@constant_rule("addmm", "baddbmm", "_addmm_activation")
 def _multiplied_and_added(step: Step) -> list[Tensor]:
     added, left, right = step.tensors()[:3]
     found = _product(step, left, right)
     return [found & broadcast([step.known(added).constant], step.output)[0]]
 
 
-@rule(
+@constant_rule(
     *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention"),
     *("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_efficient_attention"),
     *("_scaled_dot_product_attention_math", "scaled_dot_product_attention"),

@@ -1,4 +1,4 @@
-"""Constant propagation through forward passes: what arrives at layers whatever the inputs and their sizes are.
+"""Constant propagation through forward passes: which constants arrive at layers for all inputs.
 
 A dispatch mode sees every aten operation and what the table knows of it, as the trace of channels does. Parameters and
 buffers are constants, inputs are not. What Python code decides by sizes shows in passes over inputs of other sizes only, so
@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sparse_callbacks.channels.constant_propagation import along, entrywise, products, shapes
-from sparse_callbacks.channels.constant_propagation.table import RULES, Known, Step, everywhere, varying
+from sparse_callbacks.channels.constant_propagation.table import CONSTANT_RULES, Known, Step, everywhere, varying
 from sparse_callbacks.channels.recording import NumbersTaken, Recorder, named_arguments, operation_name, told_of_modules
 from sparse_callbacks.core.inspection import (
     attention_in_steps,
@@ -25,14 +26,14 @@ from sparse_callbacks.core.inspection import (
     training_branches,
 )
 
-KINDS = (entrywise, along, shapes, products)
+PROPAGATED_KINDS = (entrywise, along, shapes, products)
 """The modules whose import fills the table."""
 MAKE_CHANNELS = (
     *("aten.convolution", "aten._convolution", "aten.mkldnn_convolution", "aten.cudnn_convolution", "aten.mm"),
     *("aten.bmm", "aten.addmm", "aten.baddbmm", "aten._addmm_activation", "aten.cat", "aten.stack"),
 )
 """Operations whose outputs are other channels than their inputs, or more of them."""
-INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+PLAIN_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 ROUNDING_STEPS = 1e3
 """How far numbers may differ by rounding, in steps of their precision at the layer's largest input.
 
@@ -130,7 +131,7 @@ class _Propagation:
     def _leave(self, module: nn.Module, output: Any) -> None:
         self._modules.pop()
         # torch makes one norm over batch times channels of it, in which the channels can no longer be told apart
-        if type(module) in INSTANCE_NORMS and isinstance(module.weight, Tensor) and isinstance(output, Tensor):
+        if type(module) in PLAIN_INSTANCE_NORMS and isinstance(module.weight, Tensor) and isinstance(output, Tensor):
             places = int(type(module).__name__[-2])
             channels = output.ndim - places - 1
             gone = self._known(module.weight).zero.view([-1 if d == channels else 1 for d in range(output.ndim)])
@@ -166,7 +167,7 @@ class _Propagation:
 
     def _constants(self, step: Step) -> list[Tensor]:
         made = tensors_in(step.output)
-        rule = RULES.get(step.name)
+        rule = CONSTANT_RULES.get(step.name)
         nothing = [varying(t) for t in made]
         if rule is None or not made:
             return nothing
@@ -244,7 +245,7 @@ class _Propagation:
         for name in of_weight.sources:
             # the bias stands for a constant times the parameter itself, along its inputs
             stored = self._model.get_submodule(name.rpartition(".")[0])
-            turned = isinstance(stored, nn.modules.conv._ConvTransposeNd)
+            turned = isinstance(stored, _ConvTransposeNd)
             is_itself = of_weight.weight == name and over == (1 if turned == of_weight.transposed else 0)
             constant, zero = known.constant, known.zero
             reason = known.reason

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_callbacks.channels.constant_propagation.along import reduced
-from sparse_callbacks.channels.constant_propagation.table import Step, alike_along, returned, rule, varying
+from sparse_callbacks.channels.constant_propagation.table import Step, alike_along, constant_rule, returned, varying
 
 
 def _in_shape(known: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
@@ -35,41 +35,43 @@ def _in_shape(known: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
     return known.expand(full).reshape(shape)
 
 
-@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy", "unsqueeze", "squeeze")
+@constant_rule(
+    "view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy", "unsqueeze", "squeeze"
+)
 def _viewed(step: Step) -> list[Tensor]:
     if step.named.get("dtype") is not None:  # other numbers out of the same bytes
         return [varying(step.output)]
     return [_in_shape(step.constant(), step.named["self"].shape, step.output.shape)]
 
 
-@rule("permute")
+@constant_rule("permute")
 def _permuted(step: Step) -> list[Tensor]:
     return [step.constant().permute(step.named["dims"])]
 
 
-@rule("transpose")
+@constant_rule("transpose")
 def _transposed(step: Step) -> list[Tensor]:
     return [step.constant().transpose(step.named["dim0"], step.named["dim1"])]
 
 
-@rule("t", "numpy_T")
+@constant_rule("t", "numpy_T")
 def _turned(step: Step) -> list[Tensor]:
     return [step.constant().t()]
 
 
-@rule("flip", "roll")
+@constant_rule("flip", "roll")
 def _moved(step: Step) -> list[Tensor]:
     known, dims = step.constant(), step.named["dims"]
     return [known if dims and alike_along(known, dims) else varying(step.output)]
 
 
-@rule("expand")
+@constant_rule("expand")
 def _expanded(step: Step) -> list[Tensor]:
     known = step.constant()
     return [known.view([1] * (step.output.ndim - known.ndim) + [*known.shape])]
 
 
-@rule("repeat")
+@constant_rule("repeat")
 def _repeated(step: Step) -> list[Tensor]:
     known, times = step.constant(), step.named["repeats"]
     known = known.view([1] * (len(times) - known.ndim) + [*known.shape])
@@ -85,7 +87,7 @@ def _one_behind_the_other(parts: Sequence[Tensor], sizes: Sequence[int], dim: in
     return torch.cat(expanded, dim)
 
 
-@rule("cat")
+@constant_rule("cat")
 def _joined_up(step: Step) -> list[Tensor]:
     tensors = [t for t in step.named["tensors"] if t.shape != (0,)]
     dim = step.named["dim"] % step.output.ndim
@@ -95,7 +97,7 @@ def _joined_up(step: Step) -> list[Tensor]:
     return [_one_behind_the_other(parts, [t.shape[dim] for t in tensors], dim)]
 
 
-@rule("stack")
+@constant_rule("stack")
 def _stacked(step: Step) -> list[Tensor]:
     dim = step.named["dim"] % step.output.ndim
     parts = [step.known(t).constant.unsqueeze(dim) for t in step.named["tensors"]]
@@ -112,7 +114,7 @@ def _part(step: Step, dim: int, begin: int, size: int) -> Tensor:
     return part if size > 1 else torch.zeros_like(part)
 
 
-@rule("slice")
+@constant_rule("slice")
 def _sliced(step: Step) -> list[Tensor]:
     x = step.named["self"]
     dim = step.named["dim"] % x.ndim
@@ -123,7 +125,7 @@ def _sliced(step: Step) -> list[Tensor]:
     return [cut if cut.shape[dim] > 1 else varying(step.output)]
 
 
-@rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk")
+@constant_rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk")
 def _split(step: Step) -> list[Tensor]:
     dim = step.named["dim"] % step.named["self"].ndim
     found, begin = [], 0
@@ -133,7 +135,7 @@ def _split(step: Step) -> list[Tensor]:
     return found
 
 
-@rule("select")
+@constant_rule("select")
 def _selected(step: Step) -> list[Tensor]:
     x, known = step.named["self"], step.constant()
     dim = step.named["dim"] % x.ndim
@@ -143,7 +145,7 @@ def _selected(step: Step) -> list[Tensor]:
     return [varying(step.output) if step.known(x).sources else known.select(dim, step.named["index"])]
 
 
-@rule("unbind")
+@constant_rule("unbind")
 def _unbound(step: Step) -> list[Tensor]:
     known, dim = step.constant(), step.named["dim"] % step.named["self"].ndim
     if known.shape[dim] == 1:
@@ -153,7 +155,7 @@ def _unbound(step: Step) -> list[Tensor]:
     return [known.select(dim, place) for place in range(known.shape[dim])]
 
 
-@rule("index")
+@constant_rule("index")
 def _indexed(step: Step) -> list[Tensor]:
     known, indices = step.constant(), step.named["indices"]
     given = [(d, i) for d, i in enumerate(indices) if i is not None]
@@ -163,13 +165,13 @@ def _indexed(step: Step) -> list[Tensor]:
     return [known.reshape([*known.shape[:dim], *[1] * index.ndim, *known.shape[dim + 1 :]])]
 
 
-@rule("index_select")
+@constant_rule("index_select")
 def _picked(step: Step) -> list[Tensor]:
     known, dim = step.constant(), step.named["dim"]
     return [known if known.ndim and known.shape[dim] == 1 else varying(step.output)]
 
 
-@rule("index_add", "scatter_add")
+@constant_rule("index_add", "scatter_add")
 def _added_at(step: Step) -> list[Tensor]:
     source = step.named.get("source", step.named.get("src"))
     zero, added, dim = step.zero(), step.known(source).zero, step.named["dim"]
@@ -178,13 +180,13 @@ def _added_at(step: Step) -> list[Tensor]:
     return [zero & added]
 
 
-@rule("embedding")
+@constant_rule("embedding")
 def _embedded(step: Step) -> list[Tensor]:
     zero, indices = step.zero("weight"), step.named["indices"]
     return [reduced(zero, [0], keep=False).view([1] * indices.ndim + [-1])]
 
 
-@rule("glu")
+@constant_rule("glu")
 def _gated(step: Step) -> list[Tensor]:
     dim, known, zero = step.named["dim"] % step.output.ndim, step.constant(), step.zero()
     if known.shape[dim] == 1:

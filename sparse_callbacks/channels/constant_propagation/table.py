@@ -1,4 +1,4 @@
-"""The table of operations through which constants are followed, by name, and what is known of a tensor.
+"""The table of operations that constants are followed through, and what is known of a tensor.
 
 It lists what is known to keep a constant one. Whatever runs through an operation that is not in it, varies.
 """
@@ -69,18 +69,18 @@ class Step:
         return self.known(self.named[name]).zero
 
 
-Rule = Callable[[Step], list[Tensor]]
+ConstantRule = Callable[[Step], list[Tensor]]
 """Gives :attr:`Known.constant` of every tensor that an operation returns; the last one may stand for those behind it."""
 
-RULES: dict[str, Rule] = {}
+CONSTANT_RULES: dict[str, ConstantRule] = {}
 """The rule of each operation by its name without overload and trailing underscore."""
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
+def constant_rule(*names: str) -> Callable[[ConstantRule], ConstantRule]:
     """Enter a function into the table, under these names: ``"add"`` stands for ``"aten.add"``."""
 
-    def entered(function: Rule) -> Rule:
-        RULES.update({f"aten.{name}" if "." not in name else name: function for name in names})
+    def entered(function: ConstantRule) -> ConstantRule:
+        CONSTANT_RULES.update({f"aten.{name}" if "." not in name else name: function for name in names})
         return function
 
     return entered
