@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparse_callbacks.channels.costs import Layer
+from sparse_callbacks.channels.costs import Layer, samples_in
 from sparse_callbacks.channels.slim_attention import SlimAttention
-from sparse_callbacks.core.inspection import quiet, run, tensors_in
+from sparse_callbacks.core.inspection import quiet, run
 
 _SEPARATE = (("q_proj_weight", "query"), ("k_proj_weight", "key"), ("v_proj_weight", "value"))
 
@@ -34,7 +34,7 @@ def projections(model: nn.Module, example_input: Any) -> dict[str, Layer]:
     attentions = [(n, m) for n, m in model.named_modules() if type(m) in (nn.MultiheadAttention, SlimAttention)]
     if not attentions:
         return found
-    samples = tensors_in(example_input)[0].shape[0]
+    samples = samples_in(example_input)
     with ExitStack() as hooks, quiet(model):
         for name, module in attentions:
             hooks.enter_context(module.register_forward_hook(_recorder(name, found, samples), with_kwargs=True))

@@ -83,6 +83,18 @@ def flops(layer: Layer, inputs: int, outputs: int) -> float:
 # ---------------------------------------------------------------------- the layers of a model
 
 
+def samples_in(example_input: Any) -> int:
+    """How many samples an input holds: the first size of all its tensors. Where they have no common one it counts as one.
+
+    >>> import torch
+    >>> samples_in((torch.zeros(4, 3), torch.tensor(0.5))), samples_in((torch.zeros(9, 6), torch.zeros(2, 20)))
+    (4, 1)
+    """
+    sizes = {t.shape[0] for t in tensors_in(example_input) if t.ndim}
+    # an empty batch holds nothing that a cost could be divided by
+    return max(1, sizes.pop()) if len(sizes) == 1 else 1
+
+
 def layers(model: nn.Module, example_input: Any) -> dict[str, Layer]:
     """Every convolution and linear layer that a forward pass uses, by module name.
 
@@ -90,10 +102,11 @@ def layers(model: nn.Module, example_input: Any) -> dict[str, Layer]:
 
     Args:
         model: the network.
-        example_input: a tensor, a tuple of positional arguments or a mapping of named arguments.
+        example_input: a tensor, a tuple of positional arguments or a mapping of named arguments; costs are those of one of
+            its :func:`samples_in`.
     """
     found: dict[str, Layer] = {}
-    samples = tensors_in(example_input)[0].shape[0]
+    samples = samples_in(example_input)
     with ExitStack() as hooks, quiet(model):
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear | SparseLinear | _ConvNd):
@@ -135,11 +148,12 @@ def layer_in_use(
         samples: number of samples that the network ran on.
     """
     if not isinstance(module, _ConvNd):
-        rows = positions_in_use(module, input_shape, output_shape, samples)
+        # a layer may run once for all samples, as on what a graph was pooled to
+        rows = max(1, positions_in_use(module, input_shape, output_shape, samples))
         return Layer(name, input_shape[-1], output_shape[-1], maps=((rows,),), positions=(rows,))
     dimensions = len(module.kernel_size)
     # more rows than samples: a model may put parts of an image, or the time steps of a video, into the batch
-    rows = math.prod(input_shape[: -dimensions - 1]) // samples
+    rows = max(1, math.prod(input_shape[: -dimensions - 1]) // samples)
     input_size, transposed = tuple(input_shape[-dimensions:]), isinstance(module, _ConvTransposeNd)
     stride, padding, dilation = (size_text(s) for s in (module.stride, module.padding, module.dilation))
     settings = f"stride {stride} padding {padding} dilation {dilation}"
@@ -152,7 +166,7 @@ def layer_in_use(
         module.groups,
         settings,
         maps=((rows, *input_size),),
-        positions=(positions_in_use(module, input_shape, output_shape, samples),),
+        positions=(max(1, positions_in_use(module, input_shape, output_shape, samples)),),
     )
 
 
@@ -193,7 +207,7 @@ def cost_outside_layers(model: nn.Module, example_input: Any, found: Mapping[str
     """
     model = dense_twin(model)
     called: set[nn.Module] = set()
-    samples = tensors_in(example_input)[0].shape[0]
+    samples = samples_in(example_input)
     with ExitStack() as hooks, quiet(model):
         # only modules that are called count: a head that the pass leaves out costs nothing
         for module in model.modules():

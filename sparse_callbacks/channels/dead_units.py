@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sparse_callbacks.channels.constants import ArrivingRange, arriving_ranges, bias_shifts, foldable, is_read_by_layer
+from sparse_callbacks.channels.constant_propagation.propagation import ArrivingConstants
+from sparse_callbacks.channels.constants import bias_shifts, constants_after_cuts, foldable, is_read_by_layer
 from sparse_callbacks.channels.cuts import Cuts, Surgery
 from sparse_callbacks.channels.groups import Group, Member
 from sparse_callbacks.channels.masked_model import active_slices
@@ -17,8 +18,7 @@ def with_dead_units(
     surgery: Surgery,
     cuts: Cuts,
     masks: Mapping[str, Tensor],
-    observed: Callable[[], Mapping[str, ArrivingRange]],
-    made_by_nothing: Callable[[Group, Tensor], Tensor],
+    arriving_before: Callable[[], Mapping[str, ArrivingConstants]],
 ) -> tuple[GroupChange, Cuts]:
     """What is dead in ``group``, and the cuts with it; nothing is cut here.
 
@@ -27,30 +27,25 @@ def with_dead_units(
         surgery: holds the model.
         cuts: what is cut already.
         masks: see :class:`~sparse_callbacks.channels.masked_model.Masked`.
-        observed: gives what arrives at the consumers of every group in the model without cuts; asked only where that
-            decides.
-        made_by_nothing: :func:`~sparse_callbacks.channels.constants.made_by_nothing` in that model.
+        arriving_before: gives the constants that arrive at the consumers of every group in the model without cuts; asked
+            only where that decides.
     """
     # unread: masked at all consumers. silent: masked at all producers, or in a follower such as the gain of a norm, so a
     # constant may arrive at the consumers, and the unit can go only if their biases can stand for it.
     unread = ~_alive(group.consumers, group.size, masks, cuts)
     made = _alive(group.producers, group.size, masks, cuts)
     silent = (~made | _muted(group, masks, cuts)) & ~unread
-    arriving: dict[str, ArrivingRange] = {}
+    arriving: dict[str, ArrivingConstants] = {}
     reason = ""
     if silent.any() and not all(is_read_by_layer(c, surgery.model) for c in group.consumers):
         reason = f"{int(silent.sum())} units that nothing makes stay: no convolution or linear layer reads them"
         silent &= False
     if silent.any():
-        arriving = arriving_ranges(group, observed(), cuts, surgery.model)
+        arriving = constants_after_cuts(group, arriving_before(), cuts, surgery.model)
         constant = foldable(group, arriving, surgery.model)
-        # a norm in one branch of a sum says nothing about the others, which an activation function may hide on all samples
-        doubtful = silent & made & constant
-        if doubtful.any():
-            constant &= ~doubtful | made_by_nothing(group, doubtful)
         stuck = int((silent & ~constant).sum())
         if stuck:
-            reason = f"{stuck} units stay: what they hold is not a constant, or one that zero padding would change"
+            reason = f"{stuck} units stay: {_why_no_constant(arriving)}"
         silent &= constant
     keep = ~(unread | silent)
     if not keep.any():  # a layer needs a channel at least
@@ -60,6 +55,14 @@ def with_dead_units(
     channels = int((~keep[units[units >= 0]]).sum())
     row = GroupChange(group.name, group.size, int((~keep).sum()), channels, reason)
     return row, cuts.with_group(group, keep, added)
+
+
+def _why_no_constant(arriving: Mapping[str, ArrivingConstants]) -> str:
+    """Why units that nothing makes are not constants where they are read."""
+    found = next((a.reason for a in arriving.values() if a.reason), "")
+    if found:
+        return f"what they hold is not a constant for all inputs and sizes: {found}"
+    return "what they hold is not a constant, or one that zero padding would change"
 
 
 def _alive(members: Sequence[Member], size: int, masks: Mapping[str, Tensor], cuts: Cuts) -> Tensor:

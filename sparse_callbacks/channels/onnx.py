@@ -49,7 +49,7 @@ def export_onnx(
     Raises:
         ImportError: onnx, onnxscript or onnxruntime (extra ``onnx``) is missing.
         ValueError: onnxruntime computes something else, or cannot run the file, for example as it has no convolutions
-            of the model's type.
+            of the model's type, or the model cannot be exported at all.
     """
     # asked for before the export, which takes far longer
     for module in ("onnx", "onnxscript", "onnxruntime"):
@@ -71,7 +71,14 @@ def export_onnx(
             except Exception as error:  # whatever the exporter makes of a model that is not made for other sizes
                 # some errors quote whole tensors, so only the beginning is shown
                 reason = with_class(_cause(error))[:300]
-        found = _written(model, path, [example_input], tolerance)
+        try:
+            found = _written(model, path, [example_input], tolerance)
+        except OnnxExporterError as error:
+            raise ValueError(
+                f"{type(model).__name__} cannot be exported to ONNX ({with_class(_cause(error))[:300]}). A forward pass in "
+                "which Python code decides by values of tensors, such as how many tokens an expert gets, has no graph of its "
+                "own: write it with operations on whole tensors. The exporter's whole report is the cause of this error."
+            ) from error
     if dynamic_batch:
         message = f"{path} takes batches of the size of example_input only. With another size: {reason}"
         warnings.warn(message, stacklevel=2)

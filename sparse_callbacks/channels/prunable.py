@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from sparse_callbacks.channels.groups import Group
 from sparse_callbacks.channels.slim import slimmable_groups
-from sparse_callbacks.core.inspection import map_tensors
+from sparse_callbacks.core.error_text import with_class
+from sparse_callbacks.core.inspection import map_tensors, quiet, run, tensors_in
 
 
 def prunable_groups(
@@ -59,16 +60,17 @@ def _why_not_chosen(group: Group, optimizers: Sequence[set[str]], stem: str | No
 
 
 def example_inputs(model: nn.Module, batches: Generator[Any, None, None]) -> Any:
-    """Inputs of one sample, as the model's forward takes them.
+    """Inputs that the model's forward takes.
 
-    They are the model's ``example_input_array``, or else what its forward gets from the first of ``batches``.
+    They are the model's ``example_input_array`` as it is, or else what its forward gets from the first of ``batches``: its
+    first sample, where all tensors have one first size and the forward takes a single sample, otherwise the whole batch.
 
     Args:
         model: the model that is trained.
         batches: passes over data that call the model, one batch at a time; closed at the end.
 
     Raises:
-        ValueError: neither gives any.
+        ValueError: neither gives any, or the forward does not take the ``example_input_array``.
     """
     example = getattr(model, "example_input_array", None)
     seen: list[Any] = [] if example is None else [example]
@@ -94,11 +96,33 @@ def example_inputs(model: nn.Module, batches: Generator[Any, None, None]) -> Any
         handle.remove()
     like = next((p for p in model.parameters() if p.is_floating_point()), next(model.parameters()))
 
-    def one_sample(tensor: Tensor) -> Tensor:
+    def in_place(tensor: Tensor) -> Tensor:
         # an example may be float32 where the model is float64; whole numbers, such as tokens, must stay whole
-        return tensor.detach()[:1].to(like if tensor.is_floating_point() else like.device)
+        return tensor.detach().to(like if tensor.is_floating_point() else like.device)
 
-    return map_tensors(one_sample, seen[0])
+    found = map_tensors(in_place, seen[0])
+    if example is not None:
+        if problem := _why_not_taken(model, found):
+            raise ValueError(
+                f"{type(model).__name__} is looked at with its example_input_array, which its forward does not take "
+                f"({problem}). Set example_input_array to what forward takes: a tensor, a tuple of positional or a mapping "
+                "of named arguments."
+            )
+        return found
+    if len({t.shape[0] for t in tensors_in(found) if t.ndim}) != 1:  # no common size that would be that of the batch
+        return found
+    single = map_tensors(lambda t: t[:1] if t.ndim else t, found)
+    return found if _why_not_taken(model, single) else single
+
+
+def _why_not_taken(model: nn.Module, inputs: Any) -> str:
+    """The error of a forward pass; empty where there is none."""
+    try:
+        with quiet(model):
+            run(model, inputs)
+    except Exception as error:  # whatever the user's forward raises
+        return with_class(error)
+    return ""
 
 
 def kept_units(group: Group, masks: Mapping[str, Tensor]) -> Tensor:

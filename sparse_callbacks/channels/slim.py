@@ -56,9 +56,9 @@ def slim(
     fail, is put back. Where layers run in train mode only, such as auxiliary heads, outputs in train mode are compared too, on
     ``example_input``, with norms and dropouts in eval mode. Nothing is known of branches that fail on it.
 
-    What is a constant is judged on the same inputs: ``example_input``, ``inputs``, and two random ones with normal
-    numbers of standard deviation 1 and 10, random bools, and integers in another order. Give ``inputs`` on which masks
-    and switches take other values than there. Below float32 only what is exactly constant counts.
+    What is a constant is proved along the forward pass, so that it is one for other inputs, masks and sizes too; see
+    :mod:`sparse_callbacks.channels.constant_propagation`. Below float32 only what is exactly constant counts. The random
+    inputs hold normal numbers of standard deviation 1 and 10, random bools, and integers in another order.
 
     Hooks of the model run in every pass, on copies, and stay on the slim model. The model must be one that
     ``copy.deepcopy`` copies; for modules with ``torch.nn.utils.prune`` or the old ``weight_norm``, call

@@ -7,13 +7,10 @@ modules are called, and how operations are called above aten, does not matter.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sparse_callbacks.channels.axes import AnyAxis, Concatenation, Product, Run, block, runs_in
@@ -22,6 +19,7 @@ from sparse_callbacks.channels.operations.table import outputs, rule_of, unknown
 from sparse_callbacks.channels.outputs import OpaqueOutputError, output_tensors
 from sparse_callbacks.channels.reach import Reach
 from sparse_callbacks.channels.recorded_call import Call
+from sparse_callbacks.channels.recording import Recorder, named_arguments, operation_name, told_of_modules
 from sparse_callbacks.core.error_text import with_class
 from sparse_callbacks.core.inspection import attention_in_steps, map_tensors, run, tensors_in, training
 
@@ -93,7 +91,7 @@ class Trace:
         for tensor in tensors_in(inputs):
             for axis in self._axes_of(tensor):
                 block(axis, INPUT, 0)
-        with attention_in_steps(), _told_of_modules(self._enter, self._leave), _Recorder(self._record):
+        with attention_in_steps(), told_of_modules(self._enter, self._leave), Recorder(self._record):
             output = run(model, inputs)
         made = output_tensors(output)
         reached = self._reach.reached(made)
@@ -118,17 +116,14 @@ class Trace:
     def _enter(self, module: nn.Module) -> None:
         self._modules.append((self._module_names.get(module, ""), type(module).__name__))
 
-    def _leave(self, module: nn.Module) -> None:
+    def _leave(self, module: nn.Module, output: Any) -> None:
         self._modules.pop()
 
     def _record(self, operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
         """Follow the axes through one operation that was carried out."""
         self.check_time()
         self._count += 1
-        named = {a.name: a.default_value for a in operation._schema.arguments if a.has_default_value()}
-        named |= {a.name: value for a, value in zip(operation._schema.arguments, args, strict=False)}
-        named |= kwargs
-        name = operation._schema.name.replace("::", ".").rstrip("_")
+        named, name = named_arguments(operation, args, kwargs), operation_name(operation)
         call = Call(
             name, named, output, self._axes_of, self._is_weight, self._note_product, self._note_block, self._count,
             self._modules[-1],
@@ -220,26 +215,3 @@ def _leaves(axis: AnyAxis) -> Iterator[Run]:
             yield now
             if now.taken_apart is not None:
                 left.append(now.taken_apart)
-
-
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self, record: Callable[..., None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._record = record
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        self._record(func, args, kwargs, output)
-        return output
-
-
-@contextmanager
-def _told_of_modules(enter: Callable[[nn.Module], None], leave: Callable[[nn.Module], None]) -> Iterator[None]:
-    before = register_module_forward_pre_hook(lambda module, _: enter(module))
-    after = register_module_forward_hook(lambda module, _, __: leave(module), always_call=True)
-    try:
-        yield
-    finally:
-        before.remove()
-        after.remove()

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from sparse_callbacks.channels.comparison import Reference
-from sparse_callbacks.channels.constants import ArrivingRange, made_by_nothing, observed_ranges
+from sparse_callbacks.channels.constant_propagation.other_sizes import other_sizes
+from sparse_callbacks.channels.constant_propagation.propagation import ArrivingConstants, arriving_constants
 from sparse_callbacks.channels.cuts import Cuts, Surgery
 from sparse_callbacks.channels.dead_units import with_dead_units
 from sparse_callbacks.channels.groups import Group
@@ -26,7 +27,7 @@ class Trials:
         groups: all groups, in the model's order.
         surgery: holds the masked model, in the state of :func:`~sparse_callbacks.core.inspection.quiet`.
         masks: see :class:`~sparse_callbacks.channels.masked_model.Masked`.
-        samples: inputs on which it is judged what is a constant; the last but one is random, with standard deviation 1.
+        samples: inputs that the model runs on; the last but one is random, with standard deviation 1.
 
     Attributes:
         cuts: what is cut.
@@ -41,7 +42,7 @@ class Trials:
         self.has_refused = False
         """Whether some group was put back."""
         self._rows: list[GroupChange] = []
-        self._observed: dict[str, ArrivingRange] = {}
+        self._arriving: dict[str, ArrivingConstants] | None = None
 
     @property
     def rows(self) -> list[GroupChange]:
@@ -120,25 +121,16 @@ class Trials:
         for group in self.groups[len(self._rows) : end]:
             row = GroupChange(group.name, group.size, reason=group.reason)
             if not group.reason:
-                row, cuts = with_dead_units(group, self.surgery, cuts, self.masks, self._ranges, self._made_by_nothing)
+                row, cuts = with_dead_units(group, self.surgery, cuts, self.masks, self._constants)
             rows.append(row)
         return rows, cuts
 
-    def _ranges(self) -> dict[str, ArrivingRange]:
+    def _constants(self) -> dict[str, ArrivingConstants]:
         """What arrives at the consumers of every group that may be cut, in the model without cuts; it is looked at once."""
-        if not self._observed:
-            consumers = [m for g in self.groups if not g.reason for m in g.consumers]
+        if self._arriving is None:
+            readers = {m.parameter for g in self.groups if not g.reason for m in g.consumers}
             self.surgery.restore()
-            self._observed = observed_ranges(self.surgery.model, consumers, self.samples)
-            self._cut_again()
-        return self._observed
-
-    def _made_by_nothing(self, group: Group, units: Tensor) -> Tensor:
-        """:func:`~sparse_callbacks.channels.constants.made_by_nothing` for ``group`` in the model without cuts."""
-        self.surgery.restore()
-        found = made_by_nothing(group, units, self.surgery.model, self.samples[-2])
-        self._cut_again()
-        return found
-
-    def _cut_again(self) -> None:
-        self.surgery.cut(self.cuts, [m for g in self.groups if not g.reason for m in g.members])
+            sizes = other_sizes(self.samples[-2])
+            self._arriving = arriving_constants(self.surgery.model, readers, self.samples, sizes)
+            self.surgery.cut(self.cuts, [m for g in self.groups if not g.reason for m in g.members])
+        return self._arriving

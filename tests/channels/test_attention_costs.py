@@ -31,7 +31,7 @@ class Reads(nn.Module):
 
 
 EXAMPLE = (torch.ones(7, 2, 6), torch.ones(4, 2, 5))
-"""Seven queries and four keys; the batch is not the first dimension, so all of it counts as one sample of seven."""
+"""Seven queries and four keys; the batch is not the first dimension, so all of it counts as one sample."""
 SIZES = {"attend.in_proj_weight": (12, 36), "attend.out_proj": (12, 12)}
 SEPARATE = {
     "attend.q_proj_weight": (12, 12),
@@ -52,9 +52,9 @@ def test_projections_have_the_sizes_of_their_weights_and_leave_nothing_out(kdim:
     counted = sum(parameters(layer, layer.inputs, layer.outputs) for layer in every.values())
     assert counted == sum(p.numel() for p in net.parameters() if p.ndim > 1)
     if kdim:
-        # of one sample of seven: 14 queries, and 8 keys and values, each rounded down
+        # 14 queries, and 8 keys and values
         rows = {name: layer.positions for name, layer in found.items()}
-        assert rows == dict(zip(SEPARATE, [(2,), (1,), (1,), (2,)], strict=True))
+        assert rows == dict(zip(SEPARATE, [(14,), (8,), (8,), (14,)], strict=True))
 
 
 class Encoder(nn.Module):

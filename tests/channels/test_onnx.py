@@ -199,3 +199,23 @@ def test_without_the_extra_the_error_names_it(
     write = compact.save_compact if name == "channels" else lambda net, path: export_onnx(net, path, torch.zeros(1, 2))
     with pytest.raises(ImportError, match=rf"pip install 'sparse-callbacks\[{name}\]'"):
         write(nn.Linear(2, 2), tmp_path / "x")
+
+
+def test_a_model_that_has_no_graph_says_so_first(tmp_path: Path) -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.experts = nn.Linear(6, 2), nn.ModuleList(nn.Linear(6, 3) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            chosen, y = self.gate(x).argmax(1), x.new_zeros(len(x), 3)
+            for number, expert in enumerate(self.experts):
+                rows = (chosen == number).nonzero()[:, 0]
+                if len(rows) > 1:
+                    y = y.index_add(0, rows, expert(x[rows]))
+            return y
+
+    with pytest.raises(ValueError, match=r"^Experts cannot be exported to ONNX \(.*data-dependent") as caught:
+        export_onnx(Experts().eval(), tmp_path / "net.onnx", torch.randn(9, 6), dynamic_batch=False)
+    assert len(str(caught.value)) < 800
+    assert len(str(caught.value).splitlines()) == 1

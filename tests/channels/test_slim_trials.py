@@ -11,7 +11,7 @@ from support.channel_nets import IMAGE, made, times_channels
 from torch import Tensor, nn
 
 from sparse_callbacks.channels.comparison import RANDOM, Reference
-from sparse_callbacks.channels.constants import made_by_nothing, observed_ranges
+from sparse_callbacks.channels.constant_propagation.propagation import arriving_constants
 from sparse_callbacks.channels.cuts import Cuts, Surgery
 from sparse_callbacks.channels.dead_units import with_dead_units
 from sparse_callbacks.channels.groups import Group, channel_groups
@@ -75,8 +75,9 @@ def one_after_the_other(
     groups: Sequence[Group], surgery: Surgery, masks: dict[str, Tensor], samples: Sequence[Any], reference: Reference
 ) -> tuple[Cuts, list[GroupChange]]:
     """The same, by one comparison after each group."""
-    observed = observed_ranges(surgery.model, [m for g in groups if not g.reason for m in g.consumers], samples)
-    cuts, rows, whole = Cuts(), [], copied(surgery.model)
+    readers = {m.parameter for g in groups if not g.reason for m in g.consumers}
+    arriving = arriving_constants(surgery.model, readers, samples)
+    cuts, rows = Cuts(), []
     for group in reversed(groups):
         row = GroupChange(group.name, group.size, reason=group.reason)
         if not group.reason:
@@ -85,8 +86,7 @@ def one_after_the_other(
                 surgery,
                 cuts,
                 masks,
-                lambda: observed,
-                lambda g, units: made_by_nothing(g, units, whole, samples[-2]),
+                lambda: arriving,
             )
             surgery.cut(trial, group.members)
             problem = reference.why_changed() if row.units else ""

@@ -1,0 +1,1 @@
+"""Constant propagation: which channels hold one number for all inputs and sizes."""
