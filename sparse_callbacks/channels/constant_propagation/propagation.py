@@ -278,9 +278,10 @@ def _tells_values(operation: Any, named: Mapping[str, Any]) -> bool:
     """Whether an operation gives Python code values of its tensors, or sizes that go by them."""
     if torch.Tag.data_dependent_output in operation.tags:
         return True
-    chosen_by = [i for i in named.get("indices") or () if i is not None] if "indices" in named else None
-    if isinstance(chosen_by, list) and not any(i.dtype in (torch.bool, torch.uint8) for i in chosen_by):
-        return False  # by numbers, as many as there are
+    chosen_by = named.get("indices")
+    if isinstance(chosen_by, list | tuple):
+        # by numbers there are as many as are given; bools have to be counted
+        return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in chosen_by)
     return torch.Tag.dynamic_output_shape in operation.tags
 
 
