@@ -128,9 +128,9 @@ def test_a_head_that_nothing_makes_goes(arguments: dict[str, bool], biases: bool
             net.attention.in_proj_bias.normal_()
     small, proof = slim(net, {"attention.in_proj_weight": mask}, torch.randn(2, 5, 16))
     assert small.attention.num_heads == heads
-    assert [r.reason for r in proof.rows if "constant" in r.reason] == (
-        [] if heads == 3 else ["1 units stay: what they hold is not a constant, or one that zero padding would change"]
-    )
+    reasons = [r.reason for r in proof.rows if "constant" in r.reason]
+    assert len(reasons) == heads - 3
+    assert all(r.startswith("1 units stay: what they hold is not a constant for all inputs and sizes") for r in reasons)
     for length in (5, 9):  # also of another length than those that it was slimmed on
         x = torch.randn(2, length, 16)
         torch.testing.assert_close(small(x), net(x))
