@@ -123,13 +123,13 @@ def test_a_depthwise_convolution_and_a_scale_silence_channels_too() -> None:
 
 
 class Mixed(nn.Module):
-    """A LayerNorm and a GroupNorm, a table, and layers whose units can go."""
+    """A LayerNorm and a GroupNorm, a table, layers whose units can go, and one that is never called."""
 
     def __init__(self) -> None:
         super().__init__()
         self.table, self.layer_norm = nn.EmbeddingBag(5, 6), nn.LayerNorm(6)
         self.up, self.down, self.out = nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 3)
-        self.group_norm = nn.GroupNorm(2, 6)
+        self.group_norm, self.spare = nn.GroupNorm(2, 6), nn.PReLU(6)
 
     def forward(self, x: Tensor, words: Tensor) -> Tensor:
         x = self.layer_norm(x + self.table(words))
@@ -140,7 +140,7 @@ def mixed(masks: dict[str, Tensor]) -> dict[str, str]:
     torch.manual_seed(0)
     net = Mixed().double()
     rows = slim(net, masks, (torch.randn(4, 6, dtype=torch.float64), torch.tensor([[0], [3], [1], [4]])))[1].left_out
-    return {name: reason for name, reason in rows.items() if name not in ("down", "out")}
+    return {name: reason for name, reason in rows.items() if name not in ("table", "down", "out")}
 
 
 LIVE = {"down.weight": torch.arange(8) < 6}
@@ -150,29 +150,34 @@ SOME = torch.ones(8, 6, dtype=torch.bool).index_put_((torch.tensor(0), torch.ten
 @pytest.mark.parametrize(
     ("masks", "rows"),
     [
-        (
-            {"layer_norm.weight": torch.arange(6) < 3},
-            {"layer_norm.weight": "LayerNorm takes its statistics over several"},
-        ),
+        ({"layer_norm.weight": torch.arange(6) < 3}, {}),  # the row of ``table`` says that it meets the network's input
         ({"group_norm.bias": torch.arange(6) < 3}, {}),  # the row of ``down`` says that its channels run into the norm
         (
-            {"table.weight": torch.arange(6) < 3},
-            {"table.weight": "no group of channels has this parameter of EmbeddingBag"},
+            {"spare.weight": torch.arange(6) < 3},
+            {"spare.weight": "no group of channels has this parameter of PReLU"},
         ),
         ({"up.weight": SOME}, {"up": NOTHING_DEAD}),
         ({"up.bias": torch.arange(8) < 3}, {"up": NOTHING_DEAD}),
         (LIVE, {}),
-        (LIVE | {"up.weight": SOME}, {"up.weight": NOT_ITS_DOING}),
+        (LIVE | {"up.weight": SOME}, {}),  # the row of ``table``, whose channels it reads
         (LIVE | {"up.bias": torch.arange(8) < 4}, {}),
         (LIVE | {"up.bias": torch.arange(8) != 3}, {"up.bias": SHIFT_ALONE}),
         ({"layer_norm.weight": torch.ones(6).bool()}, {}),
     ],
-    ids=["layer_norm", "group_norm", "table", "weights", "bias", "live", "other", "with", "shift", "all"],
+    ids=["layer_norm", "group_norm", "spare", "weights", "bias", "live", "other", "with", "shift", "all"],
 )
 def test_masks_that_remove_nothing_have_a_row_with_the_reason(masks: dict[str, Tensor], rows: dict[str, str]) -> None:
     found = mixed(masks)
     assert list(found) == list(rows)
     assert all(found[name].startswith(reason) for name, reason in rows.items())
+
+
+def test_a_mask_beside_the_one_that_removes_has_a_row_of_its_own() -> None:
+    net, masks = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), {"2.weight": torch.arange(8) < 6}
+    assert slim(net, masks | {"0.weight": SOME}, torch.randn(4, 6))[1].left_out == {
+        "0.weight": NOT_ITS_DOING,
+        "2": OUTPUTS,
+    }
 
 
 def test_a_mask_of_a_layer_whose_group_stays_is_spoken_of_by_the_group() -> None:
