@@ -1,6 +1,6 @@
 """Numbers of heads that attention modules state of themselves, and what they are after heads were cut."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -151,6 +151,18 @@ def why_heads_stay(module: nn.Module) -> str:
         )
     known = known_as(module, STAYING)
     return STAYING[known].format(name=type(module).__name__) if known else ""
+
+
+def shares_keys(model: nn.Module, parameters: Container[str]) -> bool:
+    """Whether queries of a grouped-query attention are among ``parameters`` and the keys that they share are not.
+
+    Such an attention states how many queries each key has, which stays as it is.
+    """
+    return any(
+        f"{name}.q_proj.weight" in parameters and f"{name}.k_proj.weight" not in parameters
+        for name, module in model.named_modules()
+        if KNOWN.get(known_as(module, KNOWN)) is _LLAMA
+    )
 
 
 def head_sizes(module: nn.Module, shape_of: Callable[[str], Shape | None] | None = None) -> dict[str, int]:

@@ -10,6 +10,8 @@ from torch.nn.utils import parametrize
 
 from sparse_callbacks.core.selection import why_not_ranked
 
+CUT_TYPES = "lose no channels, only those in float16, bfloat16, float32 and float64 do"
+
 
 def why_layers_stay(model: nn.Module, globs: Sequence[str]) -> dict[str, str]:
     """The modules and parameters that must not be cut: reasons by their names.
@@ -21,17 +23,17 @@ def why_layers_stay(model: nn.Module, globs: Sequence[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     first_names: dict[nn.Parameter, str] = {}
     for name, module in model.named_modules():
-        # _orig is left by torch.nn.utils.prune, _g by the old weight_norm
-        if parametrize.is_parametrized(module) or any(k.endswith(("_orig", "_g")) for k in module._parameters):
+        if remedy := _way_to_plain_weights(module):
+            reason = f"{name} is parametrized: its weight is computed from others; {remedy} makes it a plain one"
             found |= {
-                f"{name}{'.' if name and inner else ''}{inner}": f"{name} is parametrized: its weight is computed from others"
+                f"{name}{'.' if name and inner else ''}{inner}": reason
                 for inner, _ in module.named_modules()
                 if not inner or "parametrizations" in inner
             }
         for local, p in module._parameters.items():
             full = f"{name}.{local}" if name else local
-            if p is not None and (reason := why_not_ranked(p)):
-                found[name] = found[full] = f"{name or full}: {reason}"
+            if p is not None and why_not_ranked(p):
+                found[name] = found[full] = f"{name or full}: weights in {str(p.dtype).removeprefix('torch.')} {CUT_TYPES}"
             # a parameter of two modules would lose the same slices in both, and other channels arrive at each
             other = full if p is None else first_names.setdefault(p, full)
             if other != full:
@@ -40,6 +42,17 @@ def why_layers_stay(model: nn.Module, globs: Sequence[str]) -> dict[str, str]:
             if any(fnmatchcase(full, g) or fnmatchcase(name, g) for g in globs):
                 found[name] = found[full] = f"{name or full} is excluded"
     return found
+
+
+def _way_to_plain_weights(module: nn.Module) -> str:
+    """The function of torch after which no parameter of ``module`` itself is computed from others; empty where none is."""
+    if parametrize.is_parametrized(module):
+        return "torch.nn.utils.parametrize.remove_parametrizations"
+    if any(name.endswith("_g") for name in module._parameters):
+        return "torch.nn.utils.remove_weight_norm"
+    if any(name.endswith("_orig") for name in module._parameters):
+        return "torch.nn.utils.prune.remove (or remove_spectral_norm)"
+    return ""
 
 
 def refuse_unmatched_globs(globs: Sequence[str], model: nn.Module) -> None:

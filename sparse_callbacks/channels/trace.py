@@ -6,7 +6,7 @@ modules are called, and how operations are called above aten, does not matter.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sparse_callbacks.channels.axes import AnyAxis, Concatenation, Product, Run, block, runs_in
+from sparse_callbacks.channels.axes import AnyAxis, Concatenation, Product, Run, block, resolved, runs_in
 from sparse_callbacks.channels.operations import along, entrywise, images, indexing, norms, products, recurrent, shapes
 from sparse_callbacks.channels.operations.table import outputs, rule_of, unknown
 from sparse_callbacks.channels.outputs import OpaqueOutputError, output_tensors
@@ -47,6 +47,7 @@ class Trace:
     Attributes:
         axes: of every parameter and buffer, by its first name, one for each dimension.
         called: names of the parameters and buffers that some operation has read.
+        filled: names of those out of which an operation computes a weight that is not 0 where they are 0, and its name.
     """
 
     def __init__(
@@ -66,11 +67,17 @@ class Trace:
                 self._tensors.append(tensor)
         self.axes: dict[str, list[AnyAxis]] = {self._names[id(t)]: [Run(s) for s in t.shape] for t in self._tensors}
         self.called: set[str] = set()
+        self.filled: dict[str, str] = {}
         self._products: dict[str, dict[str, list[AnyAxis]]] = {}
         self._of_others: Any = WeakIdKeyDictionary()
         self._reach = Reach()
         self._blocks: list[tuple[AnyAxis, str, int]] = []
+        self._heads: list[tuple[AnyAxis, str, int]] = []
+        self._scores: Any = WeakIdKeyDictionary()
+        self._multiplied_by = ""
         self._count = 0
+        self._grouped = {f"{n}.weight" for n, m in model.named_modules() if getattr(m, "groups", 1) != 1}
+        self._readers: list[tuple[AnyAxis, str]] = []
         self._modules: list[tuple[str, str]] = [("", type(model).__name__)]
         self._module_names = {m: n for n, m in model.named_modules()}
         try:
@@ -100,7 +107,9 @@ class Trace:
         for axis, reason, call in self._blocks:
             if call in reached:
                 block(axis, reason, call)
+        self._keep_heads_whole(reached)
         self._blocks.clear()
+        self._heads.clear()
         for tensor in made:
             for axis in self._axes_of(tensor):
                 block(axis, OUTPUT, self._count)
@@ -130,18 +139,23 @@ class Trace:
         named |= kwargs
         name = operation._schema.name.replace("::", ".").rstrip("_")
         call = Call(
-            name, named, output, self._axes_of, self._is_weight, self._note_product, self._note_block, self._count,
-            self._modules[-1],
+            name, named, output, self._axes_of, self._is_weight, self._is_own, self._is_score, self._note_product,
+            self._note_scores, self._note_heads, self._note_block, self._count, self._modules[-1],
         )  # fmt: skip
         inputs, made = call.tensors(), outputs(call)
         self.called |= {self._names[id(t)] for t in inputs if id(t) in self._names}
         sources = [self._sources(t) for t in inputs]
         weights = frozenset[str]().union(*sources) if all(sources) else frozenset[str]()
+        self._multiplied_by = ""
         try:
             found = rule_of(name, inputs)(call)
         except (IndexError, KeyError, TypeError, ValueError):  # a call that its rule does not expect
             found = unknown(call)
         self._reach.note(self._count, inputs, made)
+        if self._multiplied_by == "activations" or (not self._multiplied_by and any(map(self._is_score, inputs))):
+            self._scores.update((tensor, True) for tensor in made)
+        if len(inputs) == 1 and weights and rule_of(name, inputs) is entrywise.entry_by_entry:
+            self._note_filled(operation, args, kwargs, weights)
         for tensor, axes in zip(made, found, strict=True):
             written = any(tensor is t for t in inputs)
             if written and torch.Tag.inplace_view in operation.tags:  # the same tensor in another shape
@@ -170,14 +184,51 @@ class Trace:
     def _is_weight(self, tensor: Tensor) -> bool:
         return bool(self._sources(tensor))
 
+    def _is_own(self, tensor: Tensor) -> bool:
+        return any(name.rpartition(".")[0] == self._modules[-1][0] for name in self._sources(tensor))
+
+    def _is_score(self, tensor: Tensor) -> bool:
+        return tensor in self._scores
+
+    def _note_scores(self) -> None:
+        self._multiplied_by = "activations"
+
+    def _note_heads(self, axis: AnyAxis, reason: str, call: int) -> None:
+        self._heads.append((axis, reason, call))
+
     def _note_block(self, axis: AnyAxis, reason: str, call: int) -> None:
         self._blocks.append((axis, reason, call))
 
     def _note_product(self, weight: Tensor, read: Sequence[AnyAxis], made: Sequence[AnyAxis]) -> None:
+        self._multiplied_by = "weights"
+        if id(weight) not in self._names:
+            self._readers += [(axis, name) for axis in read for name in self._sources(weight)]
         for name in self._sources(weight):
             noted = self._products.setdefault(name, {"in": [], "out": []})
             noted["in"] += read
             noted["out"] += made
+
+    def _note_filled(self, operation: Any, args: Any, kwargs: Any, weights: Iterable[str]) -> None:
+        """Note an operation that makes something else of zeros in a weight."""
+        if not operation._schema.is_mutable:
+            given = map_tensors(lambda t: t.new_zeros([1] * t.ndim), [args, kwargs])
+            if any(t.any() for t in tensors_in(operation(*given[0], **given[1]))):
+                self.filled |= dict.fromkeys(weights, operation._schema.name.removeprefix("aten::"))
+
+    def _keep_heads_whole(self, reached: Container[int]) -> None:
+        """What makes channels in several factors makes heads: neither a channel of each nor one of several queries goes."""
+        inner: dict[int, Run] = {}
+        for made in (resolved(a) for n, noted in self._products.items() if n not in self._grouped for a in noted["out"]):
+            for part in made.parts if isinstance(made, Concatenation) else [made]:
+                if isinstance(part, Product):
+                    inner |= {id(run): run for factor in part.factors[1:] for run in runs_in(factor)}
+        for axis, reason, call in self._heads:
+            for run in runs_in(axis):
+                if call in reached and id(run) in inner:
+                    run.stay(reason, call)
+        for run in inner.values():
+            if run.copies:
+                run.stay(products.SHARED, self._count)
 
     # ------------------------------------------------------------------ what it has found
 
@@ -196,6 +247,15 @@ class Trace:
         # a product with what was computed from the parameter, or cut out of it
         now = {id(run) for run in runs_in(self.axes[name][dim])}
         return {side for side, axes in products.items() if any(id(r) in now for a in axes for r in runs_in(a))}
+
+    def sources_of_readers(self, run: Run) -> list[str]:
+        """The parameters and buffers from which weights are computed that read the channels of a run."""
+        return list(dict.fromkeys(name for axis, name in self._readers if any(run is r for r in runs_in(axis))))
+
+    def is_called(self, layer: str) -> bool:
+        """Whether some operation has read the weight of a layer, or what it is computed from."""
+        computed = f"{layer}.parametrizations.weight.".lstrip(".")
+        return f"{layer}.weight" in self.called or any(name.startswith(computed) for name in self.called)
 
     def uses(self) -> dict[int, list[tuple[str, int]]]:
         """The parameters and buffers, with the dimension, in whose axes each run occurs, by the id of the run."""
