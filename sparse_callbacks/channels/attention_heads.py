@@ -158,11 +158,8 @@ def shares_keys(model: nn.Module, parameters: Container[str]) -> bool:
 
     Such an attention states how many queries each key has, which stays as it is.
     """
-    return any(
-        f"{name}.q_proj.weight" in parameters and f"{name}.k_proj.weight" not in parameters
-        for name, module in model.named_modules()
-        if KNOWN.get(known_as(module, KNOWN)) is _LLAMA
-    )
+    prefixes = [f"{n}." if n else "" for n, m in model.named_modules() if KNOWN.get(known_as(m, KNOWN)) is _LLAMA]
+    return any(f"{p}q_proj.weight" in parameters and f"{p}k_proj.weight" not in parameters for p in prefixes)
 
 
 def head_sizes(module: nn.Module, shape_of: Callable[[str], Shape | None] | None = None) -> dict[str, int]:

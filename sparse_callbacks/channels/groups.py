@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -14,7 +14,14 @@ from sparse_callbacks.channels.attention_heads import shares_keys, why_heads_sta
 from sparse_callbacks.channels.axes import AnyAxis, Concatenation, MisfitError, Run, resolved, runs_in
 from sparse_callbacks.channels.met_axes import units
 from sparse_callbacks.channels.module_sizes import BATCH_NORMS, depthwise_groups, goes_by_input, is_layer, output_dim
-from sparse_callbacks.channels.obstacles import refuse_uncuttable, refuse_unmatched_globs, why_layers_stay
+from sparse_callbacks.channels.obstacles import (
+    layer_of,
+    refuse_uncuttable,
+    refuse_unmatched_globs,
+    uncalled_layers,
+    why_excluded,
+    why_layers_stay,
+)
 from sparse_callbacks.channels.operations.products import SHARED
 from sparse_callbacks.channels.trace import Trace
 from sparse_callbacks.core.argument_types import checked
@@ -148,7 +155,9 @@ def groups_of_copy(
     with quiet(model), torch.inference_mode(False), torch.no_grad():
         trace = _traced(model, example_input, seconds)
         found = _Search(model, trace, reasons).groups()
-    return found + _untraced(model, trace, reasons, {g.name for g in found})
+    named = {g.name for g in found}
+    uncalled = uncalled_layers(model, trace.called, reasons)
+    return found + [Group(n, size, (), (), (), why) for n, (size, why) in uncalled.items() if n not in named]
 
 
 def _traced(model: nn.Module, example_input: Any, seconds: float) -> Trace:
@@ -219,7 +228,7 @@ class _Search:
             self._seen |= {id(r) for r in runs}
         if staying:
             found.append(self._group(name, staying, size))
-        return [replace(g, name=self._free_name(_layer_of(name))) for g in found]
+        return [replace(g, name=self._free_name(layer_of(name))) for g in found]
 
     def _free_name(self, layer: str) -> str:
         """A name for another group that a layer makes."""
@@ -238,7 +247,8 @@ class _Search:
                 reason = reason or why
         sides = {side: tuple(m for m in members.values() if m.side == side) for side in ("out", "in", "both")}
         group = Group(name, size, sides["out"], sides["in"], sides["both"])
-        return replace(group, reason=_why_excluded(group, self._reasons) or reason or self._why_nothing_is_left(group, runs))
+        excluded = why_excluded([n for m in group.members for n in (m.module, m.parameter)], self._reasons)
+        return replace(group, reason=excluded or reason or self._why_nothing_is_left(group, runs))
 
     def _why_nothing_is_left(self, group: Group, runs: Sequence[Run]) -> str:
         """Why a group whose channels nothing mixes has to stay; empty where it can go."""
@@ -251,7 +261,10 @@ class _Search:
             computed = list(dict.fromkeys(n for r in runs for n in self._trace.sources_of_readers(r)))
             reasons = (self._reasons.get(n) or self._reasons.get(n.rpartition(".")[0]) for n in computed)
             if computed:
-                return next(filter(None, reasons), f"the weight that reads these channels is computed from {', '.join(computed)}")
+                return next(
+                    filter(None, reasons),
+                    f"the weight that reads these channels is computed from {', '.join(computed)}",
+                )
             return "no layer takes these channels as its inputs"
         if group.size < 2:
             return "a single unit: grouped convolutions or chunks tie all the channels"
@@ -301,35 +314,3 @@ class _Search:
         for begin, part in self._parts[parameter, dim].get(id(run), []):
             entries[begin : begin + part.size] = torch.tensor(units(part, run))
         return entries
-
-
-# ---------------------------------------------------------------------- what has to stay
-
-
-def _why_excluded(group: Group, reasons: Mapping[str, str]) -> str:
-    """Why a module or parameter of a group must not be cut; empty where all may be.
-
-    Args:
-        group: the group.
-        reasons: modules and parameters that must not be cut.
-    """
-    names = [n for m in group.members for n in (m.module, m.parameter)]
-    return next((reasons[name] for name in names if name in reasons), "")
-
-
-def _layer_of(parameter: str) -> str:
-    """The name of the layer that a parameter belongs to, or its own where it is not the weight of one."""
-    layer, _, computed = parameter.rpartition("parametrizations.")
-    return layer.rstrip(".") or computed.partition(".")[0] if computed != parameter else parameter.removesuffix(".weight")
-
-
-NEVER_CALLED = (
-    "not found in the trace: never called there. It keeps its sizes, so an input that calls it may make the slim network fail"
-)
-
-
-def _untraced(model: nn.Module, trace: Trace, reasons: Mapping[str, str], named: Container[str]) -> list[Group]:
-    """The layers whose weights the pass has not read, as groups that have to stay, but for those that are ``named`` already."""
-    layers = [(n, m) for n, m in model.named_modules() if is_layer(m) and f"{n}.weight" not in trace.called]
-    sizes = {n: int(m.out_features if isinstance(m, nn.Linear) else m.out_channels) for n, m in layers}
-    return [Group(n, sizes[n], (), (), (), reasons.get(n, NEVER_CALLED)) for n, _ in layers if n not in named]

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sparse_callbacks.channels.axes import AnyAxis, Concatenation, Product, Run, block, resolved, runs_in
+from sparse_callbacks.channels.met_axes import leaves
 from sparse_callbacks.channels.operations import along, entrywise, images, indexing, norms, products, recurrent, shapes
 from sparse_callbacks.channels.operations.table import outputs, rule_of, unknown
 from sparse_callbacks.channels.outputs import OpaqueOutputError, output_tensors
@@ -218,17 +219,19 @@ class Trace:
     def _keep_heads_whole(self, reached: Container[int]) -> None:
         """What makes channels in several factors makes heads: neither a channel of each nor one of several queries goes."""
         inner: dict[int, Run] = {}
-        for made in (resolved(a) for n, noted in self._products.items() if n not in self._grouped for a in noted["out"]):
+        for made in (
+            resolved(a) for n, noted in self._products.items() if n not in self._grouped for a in noted["out"]
+        ):
             for part in made.parts if isinstance(made, Concatenation) else [made]:
                 if isinstance(part, Product):
                     inner |= {id(run): run for factor in part.factors[1:] for run in runs_in(factor)}
         for axis, reason, call in self._heads:
-            for run in runs_in(axis):
-                if call in reached and id(run) in inner:
-                    run.stay(reason, call)
-        for run in inner.values():
-            if run.copies:
-                run.stay(products.SHARED, self._count)
+            for held in runs_in(axis):
+                if call in reached and id(held) in inner:
+                    held.stay(reason, call)
+        for held in inner.values():
+            if held.copies:
+                held.stay(products.SHARED, self._count)
 
     # ------------------------------------------------------------------ what it has found
 
@@ -240,8 +243,8 @@ class Trace:
         if all(any(axis is one for one in own) for axes in products.values() for axis in axes):
             # the parameter itself went into every product: its axes tell apart what a skip connection joins
             return {side for side, axes in products.items() if any(axis is own[dim] for axis in axes)}
-        leaves = {id(leaf) for leaf in _leaves(self.axes[name][dim])}
-        found = {side for side, axes in products.items() if any(id(r) in leaves for a in axes for r in _leaves(a))}
+        own_leaves = {id(leaf) for leaf in leaves(self.axes[name][dim])}
+        found = {side for side, axes in products.items() if any(id(r) in own_leaves for a in axes for r in leaves(a))}
         if found:
             return found
         # a product with what was computed from the parameter, or cut out of it
@@ -265,21 +268,6 @@ class Trace:
                 for leaf in {id(r): r for r in runs_in(axis)}:
                     found.setdefault(leaf, []).append((name, dim))
         return found
-
-
-def _leaves(axis: AnyAxis) -> Iterator[Run]:
-    """The runs that an axis itself was made of or taken apart into, whatever they were joined with."""
-    left = [axis]
-    while left:
-        now = left.pop()
-        if isinstance(now, Product):
-            left += reversed(now.factors)
-        elif isinstance(now, Concatenation):
-            left += reversed(now.parts)
-        else:
-            yield now
-            if now.taken_apart is not None:
-                left.append(now.taken_apart)
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]

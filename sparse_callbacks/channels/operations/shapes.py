@@ -50,7 +50,10 @@ def _expanded(call: Call) -> list[Axes]:
     front = len(shape) - x.ndim
     axes = call.axes_of(x)
     return [
-        [axes[d - front] if d >= front and x.shape[d - front] == s else Run(s, copies=True) for d, s in enumerate(shape)]
+        [
+            axes[d - front] if d >= front and x.shape[d - front] == s else Run(s, copies=True)
+            for d, s in enumerate(shape)
+        ]
     ]
 
 
