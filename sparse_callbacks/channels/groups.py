@@ -255,7 +255,7 @@ class _Search:
         names = {m.parameter: None for m in group.members}
         if not group.producers:
             return f"only weights, and no activations, are multiplied here: one is computed from {', '.join(names)}"
-        if all(len(m.units) == 1 for m in group.producers):
+        if group.size == 1 and all((m.units >= 0).sum() == 1 for m in group.producers):
             return "a single channel, and a layer keeps one at least"
         if not group.consumers:
             computed = list(dict.fromkeys(n for r in runs for n in self._trace.sources_of_readers(r)))

@@ -75,6 +75,8 @@ class Trace:
         self._blocks: list[tuple[AnyAxis, str, int]] = []
         self._heads: list[tuple[AnyAxis, str, int]] = []
         self._scores: Any = WeakIdKeyDictionary()
+        self._filled_by: Any = WeakIdKeyDictionary()
+        self._parameters = {name for name, _ in model.named_parameters()}
         self._multiplied_by = ""
         self._count = 0
         self._grouped = {f"{n}.weight" for n, m in model.named_modules() if getattr(m, "groups", 1) != 1}
@@ -155,8 +157,10 @@ class Trace:
         self._reach.note(self._count, inputs, made)
         if self._multiplied_by == "activations" or (not self._multiplied_by and any(map(self._is_score, inputs))):
             self._scores.update((tensor, True) for tensor in made)
-        if len(inputs) == 1 and weights and rule_of(name, inputs) is entrywise.entry_by_entry:
-            self._note_filled(operation, args, kwargs, weights)
+        if weights & self._parameters and not self._multiplied_by:
+            by = self._fills(operation, args, kwargs) if rule_of(name, inputs) is entrywise.entry_by_entry else ""
+            by = by or next((self._filled_by[t] for t in inputs if t in self._filled_by), "")
+            self._filled_by.update((tensor, by) for tensor in made if by)
         for tensor, axes in zip(made, found, strict=True):
             written = any(tensor is t for t in inputs)
             if written and torch.Tag.inplace_view in operation.tags:  # the same tensor in another shape
@@ -204,17 +208,23 @@ class Trace:
         self._multiplied_by = "weights"
         if id(weight) not in self._names:
             self._readers += [(axis, name) for axis in read for name in self._sources(weight)]
-        for name in self._sources(weight):
+        sources = self._sources(weight)
+        # a buffer that goes into a weight beside a parameter, as a mask does, goes by it
+        makers = sources & self._parameters or sources
+        if weight in self._filled_by:
+            self.filled |= dict.fromkeys(makers, self._filled_by[weight])
+        for name in makers:
             noted = self._products.setdefault(name, {"in": [], "out": []})
             noted["in"] += read
             noted["out"] += made
 
-    def _note_filled(self, operation: Any, args: Any, kwargs: Any, weights: Iterable[str]) -> None:
-        """Note an operation that makes something else of zeros in a weight."""
-        if not operation._schema.is_mutable:
-            given = map_tensors(lambda t: t.new_zeros([1] * t.ndim), [args, kwargs])
-            if any(t.any() for t in tensors_in(operation(*given[0], **given[1]))):
-                self.filled |= dict.fromkeys(weights, operation._schema.name.removeprefix("aten::"))
+    def _fills(self, operation: Any, args: Any, kwargs: Any) -> str:
+        """The name of an operation on weights that makes something else of parameters that are 0; empty where it does not."""
+        if operation._schema.is_mutable:
+            return ""
+        given = map_tensors(lambda t: t if self._sources(t).isdisjoint(self._parameters) else t * 0, [args, kwargs])
+        made = tensors_in(operation(*given[0], **given[1]))
+        return operation._schema.name.removeprefix("aten::") if any(t.any() for t in made) else ""
 
     def _keep_heads_whole(self, reached: Container[int]) -> None:
         """What makes channels in several factors makes heads: neither a channel of each nor one of several queries goes."""

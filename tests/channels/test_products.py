@@ -141,11 +141,11 @@ class ExpandedKeys(nn.Module):
     def __init__(self, keys: int = 2) -> None:
         super().__init__()
         self.keys, self.copies = keys, 4 // keys
-        self.q, self.o, self.last = nn.Linear(6, 12), nn.Linear(12, 8), nn.Linear(8, 5)
-        self.k, self.v = nn.Linear(6, 3 * keys), nn.Linear(6, 3 * keys)
+        self.q_proj, self.o, self.last = nn.Linear(6, 12), nn.Linear(12, 8), nn.Linear(8, 5)
+        self.k_proj, self.v = nn.Linear(6, 3 * keys), nn.Linear(6, 3 * keys)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (f(x).unflatten(-1, (-1, 3)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k, v = (f(x).unflatten(-1, (-1, 3)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v))
         k, v = (z[:, :, None].expand(-1, -1, self.copies, -1, -1).flatten(1, 2) for z in (k, v))
         mixed = (q @ k.transpose(-1, -2)).softmax(-1) @ v
         return self.last(self.o(mixed.transpose(1, 2).flatten(2)).relu())
@@ -153,22 +153,13 @@ class ExpandedKeys(nn.Module):
 
 def test_queries_of_a_key_that_is_expanded_go_with_it_alone() -> None:
     found = groups_of(ExpandedKeys(), (torch.randn(1, 5, 6),))
-    assert [(n, g.size) for n, g in found.items() if not g.reason] == [("q", 2), ("o", 8)]
-    assert found["q"].producers[0].units.tolist() == [0] * 6 + [1] * 6
+    assert [(n, g.size) for n, g in found.items() if not g.reason] == [("q_proj", 2), ("o", 8)]
+    assert found["q_proj"].producers[0].units.tolist() == [0] * 6 + [1] * 6
 
 
 def test_queries_of_one_key_stay_where_the_class_counts_them() -> None:
-    class Llama(ExpandedKeys):
-        def __init__(self) -> None:
-            super().__init__(keys=1)
-            self.q_proj, self.k_proj = self.q, self.k
-            del self.q, self.k
-
-        def __getattr__(self, name: str) -> object:
-            return super().__getattr__({"q": "q_proj", "k": "k_proj"}.get(name, name))
-
-    net = Llama()
+    net = ExpandedKeys(keys=1)
     assert groups_of(net, (torch.randn(1, 5, 6),))["q_proj"].reason == ""
-    Llama.forward = ExpandedKeys.forward
-    Llama.__module__, Llama.__qualname__ = "transformers.models.llama.modeling_llama", "LlamaAttention"
+    name = {"__module__": "transformers.models.llama.modeling_llama", "__qualname__": "LlamaAttention"}
+    net.__class__ = type("LlamaAttention", (ExpandedKeys,), {**name, "forward": ExpandedKeys.forward})
     assert groups_of(net, (torch.randn(1, 5, 6),))["q_proj"].reason == SHARED
