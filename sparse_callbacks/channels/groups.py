@@ -289,6 +289,8 @@ class _Search:
         if parameter not in self._saved:
             return None, f"{parameter} is a buffer that no checkpoint holds (persistent=False)"
         why = f"{parameter} makes these channels and reads them" if len(sides) == 2 else ""
+        if "in" in sides and local in module._buffers:
+            why = why or f"{parameter} reads these channels, a buffer: only parameters have masks"
         if "in" in sides and (filled := self._trace.filled.get(parameter)):
             why = why or f"the weight is {filled} of {parameter}, so it is not zero where a mask makes {parameter} zero"
         if "out" in sides and not isinstance(resolved(axis), Run):  # heads are factors of an axis

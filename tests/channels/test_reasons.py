@@ -53,7 +53,7 @@ def test_a_weight_that_makes_and_reads_channels_says_so() -> None:
 
 
 class Table(nn.Module):
-    """A table of positions that layers compute from a buffer."""
+    """A table of positions that layers compute from a buffer, as the one of Swin v2 with an end that is nowhere 0."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Table(nn.Module):
         self.embed = nn.Linear(6, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last((self.embed(x) + self.second(self.first(self.places).relu())).relu())
+        return self.last((self.embed(x) + self.second(self.first(self.places).relu()).sigmoid()).relu())
 
 
 @pytest.mark.filterwarnings("ignore:the masks cut weights:UserWarning")
@@ -114,6 +114,38 @@ class Positive(nn.Module):
 def test_weights_that_are_not_zero_where_a_mask_is_keep_their_inputs(function: object, name: str) -> None:
     expected = f"the weight is {name} of raw, so it is not zero where a mask makes raw zero" if name else ""
     assert reasons(Positive(function), torch.randn(4, 6))["first"] == expected
+
+
+class Beside(nn.Module):
+    """A buffer that goes into the weight, by ``function``."""
+
+    def __init__(self, function: object) -> None:
+        super().__init__()
+        self.first, self.second, self.function = nn.Linear(6, 16), nn.Linear(16, 3), function
+        self.register_buffer("beside", torch.ones(3, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(self.first(x).relu(), self.function(self.second.weight, self.beside))
+
+
+@pytest.mark.filterwarnings("ignore:the masks cut weights:UserWarning")
+def test_a_buffer_that_scales_a_weight_goes_with_it() -> None:
+    torch.manual_seed(0)
+    net, x = Beside(torch.mul), torch.randn(4, 6)
+    (first, _) = channel_groups(net.eval(), x)
+    small, proof = slim(net, first.masks(net, torch.arange(16) % 2 == 0), x)
+    assert (proof.removed, small.beside.shape) == (8, (3, 8))
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (torch.add, "the weight is add of second.weight, so it is not zero where a mask makes second.weight zero"),
+        (lambda _, b: b.cos(), "beside reads these channels, a buffer: only parameters have masks"),
+    ],
+)
+def test_a_buffer_that_is_left_where_the_weight_is_masked_keeps_the_channels(function: object, reason: str) -> None:
+    assert reasons(Beside(function), torch.randn(4, 6))["first"] == reason
 
 
 class Complex(nn.Module):
