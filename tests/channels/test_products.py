@@ -135,6 +135,26 @@ def test_heads_whose_scores_are_sums_go_whole() -> None:
     assert found["first"].producers[0].units.tolist() == [0] * 4 + [1] * 4 + [2] * 4
 
 
+class GraphHeads(nn.Module):
+    """3 heads of 4 channels, each with neighbours of its own, which are an input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor, neighbours: Tensor) -> Tensor:
+        x = neighbours @ self.first(x).unflatten(-1, (-1, 4)).transpose(0, 1)
+        return self.last(x.transpose(0, 1).flatten(1).relu())
+
+
+def test_heads_lose_no_single_channels_whatever_their_scores_are() -> None:
+    found = groups_of(GraphHeads(), (torch.randn(7, 6), torch.rand(3, 7, 7)))
+    assert {n: g.reason for n, g in found.items()} == {
+        "first": "shares channels with the network's input",
+        "last": OUTPUTS,
+    }
+
+
 class ExpandedKeys(nn.Module):
     """2 keys that serve 2 queries each, by an expansion whose number the model fixes, in attention without a fused kernel."""
 

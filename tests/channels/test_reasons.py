@@ -74,6 +74,22 @@ def test_layers_that_compute_a_table_lose_channels() -> None:
     assert (small.first.out_features, small.second.in_features, proof.removed) == (8, 8, 8)
 
 
+class Computed(Table):
+    """Layers that compute the weight of another one, with values that are nowhere 0 on the way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(self.embed(x).relu(), self.second(self.first(self.places).sigmoid()))
+
+
+@pytest.mark.filterwarnings("ignore:the masks cut weights:UserWarning")
+def test_layers_that_compute_a_weight_lose_channels() -> None:
+    torch.manual_seed(0)
+    net = Computed()
+    assert reasons(net, torch.randn(3, 6))["first"] == ""
+    small, proof = slim(net, {"second.weight": torch.arange(16) % 2 == 0}, torch.randn(3, 6))
+    assert (small.first.out_features, proof.removed) == (8, 8)
+
+
 class LowRank(nn.Module):
     """Two layers whose weights are multiplied before any activations are."""
 
