@@ -1,6 +1,6 @@
 """Numbers of heads that attention modules state of themselves, and what they are after heads were cut."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -151,6 +151,15 @@ def why_heads_stay(module: nn.Module) -> str:
         )
     known = known_as(module, STAYING)
     return STAYING[known].format(name=type(module).__name__) if known else ""
+
+
+def shares_keys(model: nn.Module, parameters: Container[str]) -> bool:
+    """Whether queries of a grouped-query attention are among ``parameters`` and the keys that they share are not.
+
+    Such an attention states how many queries each key has, which stays as it is.
+    """
+    prefixes = [f"{n}." if n else "" for n, m in model.named_modules() if KNOWN.get(known_as(m, KNOWN)) is _LLAMA]
+    return any(f"{p}q_proj.weight" in parameters and f"{p}k_proj.weight" not in parameters for p in prefixes)
 
 
 def head_sizes(module: nn.Module, shape_of: Callable[[str], Shape | None] | None = None) -> dict[str, int]:

@@ -27,6 +27,7 @@ class Run:
         same: a run that it was joined with, which stands for it.
         taken_apart: what it turned out to be made of.
         known: that, as it was resolved the last time.
+        copies: whether it counts copies of what an operation has expanded.
     """
 
     size: int
@@ -35,6 +36,7 @@ class Run:
     same: "Run | None" = field(default=None, repr=False)
     taken_apart: "Product | Concatenation | None" = field(default=None, repr=False)
     known: "Run | Product | Concatenation | None" = field(default=None, repr=False)
+    copies: bool = field(default=False, repr=False)
 
     def leader(self) -> "Run":
         """The run that stands for all that are joined."""
@@ -258,7 +260,7 @@ def join(one: AnyAxis, other: AnyAxis) -> None:
     if isinstance(a, Run) and isinstance(b, Run):
         if b.reason:
             a.stay(b.reason, b.since)
-        b.same = a
+        b.same, a.copies = a, a.copies or b.copies
     elif isinstance(a, Run) or isinstance(b, Run):
         run, made = (a, b) if isinstance(a, Run) else (b, a)
         assert isinstance(run, Run)

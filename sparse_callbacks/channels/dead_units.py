@@ -37,8 +37,13 @@ def with_dead_units(
     silent = (~made | _muted(group, masks, cuts)) & ~unread
     arriving: dict[str, ArrivingConstants] = {}
     reason = ""
-    if silent.any() and not all(is_read_by_layer(c, surgery.model) for c in group.consumers):
-        reason = f"{int(silent.sum())} units that nothing makes stay: no convolution or linear layer reads them"
+    other = next((c for c in group.consumers if not is_read_by_layer(c, surgery.model)), None)
+    if silent.any() and other is not None:
+        kind = type(surgery.model.get_submodule(other.module)).__name__
+        reason = (
+            f"{int(silent.sum())} units that nothing makes stay: {other.parameter} ({kind}) reads them, and constants go into "
+            "the bias of an nn.Linear or a convolution alone"
+        )
         silent &= False
     if silent.any():
         arriving = constants_after_cuts(group, arriving_before(), cuts, surgery.model)

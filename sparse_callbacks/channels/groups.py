@@ -1,6 +1,7 @@
 """Channel groups: weights, norms and depthwise layers that can only lose channels together."""
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -9,11 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.channels.attention_heads import why_heads_stay
+from sparse_callbacks.channels.attention_heads import shares_keys, why_heads_stay
 from sparse_callbacks.channels.axes import AnyAxis, Concatenation, MisfitError, Run, resolved, runs_in
 from sparse_callbacks.channels.met_axes import units
 from sparse_callbacks.channels.module_sizes import BATCH_NORMS, depthwise_groups, goes_by_input, is_layer, output_dim
-from sparse_callbacks.channels.obstacles import refuse_uncuttable, refuse_unmatched_globs, why_layers_stay
+from sparse_callbacks.channels.obstacles import (
+    layer_of,
+    refuse_uncuttable,
+    refuse_unmatched_globs,
+    uncalled_layers,
+    why_excluded,
+    why_layers_stay,
+)
+from sparse_callbacks.channels.operations.products import SHARED
 from sparse_callbacks.channels.trace import Trace
 from sparse_callbacks.core.argument_types import checked
 from sparse_callbacks.core.inspection import copied, quiet, training_branches
@@ -146,7 +155,9 @@ def groups_of_copy(
     with quiet(model), torch.inference_mode(False), torch.no_grad():
         trace = _traced(model, example_input, seconds)
         found = _Search(model, trace, reasons).groups()
-    return found + _untraced(model, trace, reasons)
+    named = {g.name for g in found}
+    uncalled = uncalled_layers(model, trace.called, reasons)
+    return found + [Group(n, size, (), (), (), why) for n, (size, why) in uncalled.items() if n not in named]
 
 
 def _traced(model: nn.Module, example_input: Any, seconds: float) -> Trace:
@@ -155,7 +166,7 @@ def _traced(model: nn.Module, example_input: Any, seconds: float) -> Trace:
     def branches(trace: Trace) -> Sequence[str]:
         # it takes passes of its own, so it is asked only if the first one lacks layers
         layers = [n for n, m in model.named_modules() if is_layer(m)]
-        return () if all(f"{n}.weight" in trace.called for n in layers) else training_branches(model, example_input)
+        return () if all(trace.is_called(n) for n in layers) else training_branches(model, example_input)
 
     begin = time.monotonic()
     try:
@@ -181,6 +192,7 @@ class _Search:
         self._depthwise = depthwise_groups(model)
         self._saved = model.state_dict().keys()
         self._seen: set[int] = set()
+        self._named: Counter[str] = Counter()
         self._parts: dict[tuple[str, int], dict[int, list[tuple[int, AnyAxis]]]] = {}
 
     def groups(self) -> list[Group]:
@@ -216,9 +228,12 @@ class _Search:
             self._seen |= {id(r) for r in runs}
         if staying:
             found.append(self._group(name, staying, size))
-        layer = name.removesuffix(".weight")
-        names = [layer, *(f"{layer}, part {number}" for number in range(2, len(found) + 1))]
-        return [replace(g, name=n) for g, n in zip(found, names, strict=False)]
+        return [replace(g, name=self._free_name(layer_of(name))) for g in found]
+
+    def _free_name(self, layer: str) -> str:
+        """A name for another group that a layer makes."""
+        self._named[layer] += 1
+        return layer if self._named[layer] == 1 else f"{layer}, part {self._named[layer]}"
 
     def _group(self, name: str, runs: Sequence[Run], size: int) -> Group:
         self._trace.check_time()
@@ -232,7 +247,30 @@ class _Search:
                 reason = reason or why
         sides = {side: tuple(m for m in members.values() if m.side == side) for side in ("out", "in", "both")}
         group = Group(name, size, sides["out"], sides["in"], sides["both"])
-        return replace(group, reason=_why_excluded(group, self._reasons) or reason or _why_nothing_is_left(group))
+        excluded = why_excluded([n for m in group.members for n in (m.module, m.parameter)], self._reasons)
+        return replace(group, reason=excluded or reason or self._why_nothing_is_left(group, runs))
+
+    def _why_nothing_is_left(self, group: Group, runs: Sequence[Run]) -> str:
+        """Why a group whose channels nothing mixes has to stay; empty where it can go."""
+        names = {m.parameter: None for m in group.members}
+        if not group.producers:
+            return f"only weights, and no activations, are multiplied here: one is computed from {', '.join(names)}"
+        if group.size == 1 and all((m.units >= 0).sum() == 1 for m in group.producers):
+            return "a single channel, and a layer keeps one at least"
+        if not group.consumers:
+            computed = list(dict.fromkeys(n for r in runs for n in self._trace.sources_of_readers(r)))
+            reasons = (self._reasons.get(n) or self._reasons.get(n.rpartition(".")[0]) for n in computed)
+            if computed:
+                return next(
+                    filter(None, reasons),
+                    f"the weight that reads these channels is computed from {', '.join(computed)}",
+                )
+            return "no layer takes these channels as its inputs"
+        if group.size < 2:
+            return "a single unit: grouped convolutions or chunks tie all the channels"
+        if shares_keys(self._model, names):
+            return SHARED
+        return ""
 
     def _member(self, parameter: str, dim: int, run: Run, is_whole: bool) -> tuple[Member | None, str]:
         """The part of a group that lies in a parameter, and why it must stay; None where it goes by another one."""
@@ -251,6 +289,10 @@ class _Search:
         if parameter not in self._saved:
             return None, f"{parameter} is a buffer that no checkpoint holds (persistent=False)"
         why = f"{parameter} makes these channels and reads them" if len(sides) == 2 else ""
+        if "in" in sides and local in module._buffers:
+            why = why or f"{parameter} reads these channels, a buffer: only parameters have masks"
+        if "in" in sides and (filled := self._trace.filled.get(parameter)):
+            why = why or f"the weight is {filled} of {parameter}, so it is not zero where a mask makes {parameter} zero"
         if "out" in sides and not isinstance(resolved(axis), Run):  # heads are factors of an axis
             around = [name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)]
             why = why or next(filter(None, (why_heads_stay(self._model.get_submodule(n)) for n in around)), "")
@@ -274,36 +316,3 @@ class _Search:
         for begin, part in self._parts[parameter, dim].get(id(run), []):
             entries[begin : begin + part.size] = torch.tensor(units(part, run))
         return entries
-
-
-# ---------------------------------------------------------------------- what has to stay
-
-
-def _why_excluded(group: Group, reasons: Mapping[str, str]) -> str:
-    """Why a module or parameter of a group must not be cut; empty where all may be.
-
-    Args:
-        group: the group.
-        reasons: modules and parameters that must not be cut.
-    """
-    names = [n for m in group.members for n in (m.module, m.parameter)]
-    return next((reasons[name] for name in names if name in reasons), "")
-
-
-def _why_nothing_is_left(group: Group) -> str:
-    """Why a group whose channels nothing mixes has to stay; empty where it can go."""
-    if not group.producers:
-        return "no layer makes these channels"
-    if not group.consumers:
-        return "no layer takes these channels as its inputs"
-    if group.size < 2:
-        return "a single unit: grouped convolutions or chunks tie all the channels"
-    return ""
-
-
-def _untraced(model: nn.Module, trace: Trace, reasons: Mapping[str, str]) -> list[Group]:
-    """The layers that the pass has not called, as groups that have to stay."""
-    layers = [(n, m) for n, m in model.named_modules() if is_layer(m) and f"{n}.weight" not in trace.called]
-    sizes = {n: int(m.out_features if isinstance(m, nn.Linear) else m.out_channels) for n, m in layers}
-    never = "not found in the trace: never called there"
-    return [Group(n, sizes[n], (), (), (), reasons.get(n, never)) for n, _ in layers]

@@ -1,12 +1,13 @@
 """What becomes of axes in a forward pass: they meet, are reshaped, and hold channels of runs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 
 from sparse_callbacks.channels.axes import (
     AnyAxis,
     Concatenation,
     MisfitError,
+    Product,
     Run,
     block,
     factored,
@@ -68,3 +69,18 @@ def units(axis: AnyAxis, run: Run) -> list[int]:
     outside = prod(f.size for f in now.factors[:number])
     inside = prod(f.size for f in now.factors[number + 1 :])
     return [u for u in found[number] for _ in range(inside)] * outside
+
+
+def leaves(axis: AnyAxis) -> Iterator[Run]:
+    """The runs that an axis itself was made of or taken apart into, whatever they were joined with."""
+    left = [axis]
+    while left:
+        now = left.pop()
+        if isinstance(now, Product):
+            left += reversed(now.factors)
+        elif isinstance(now, Concatenation):
+            left += reversed(now.parts)
+        else:
+            yield now
+            if now.taken_apart is not None:
+                left.append(now.taken_apart)

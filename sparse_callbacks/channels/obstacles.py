@@ -1,6 +1,6 @@
 """Why channels have to stay: layers that must not be cut, and models of which none can be."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -8,7 +8,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from sparse_callbacks.channels.module_sizes import is_layer
 from sparse_callbacks.core.selection import why_not_ranked
+
+NEVER_CALLED = "not found in the trace: never called there. It keeps its sizes, so an input that calls it may make the slim network fail"
+CUT_TYPES = "lose no channels, only those in float16, bfloat16, float32 and float64 do"
 
 
 def why_layers_stay(model: nn.Module, globs: Sequence[str]) -> dict[str, str]:
@@ -21,17 +25,19 @@ def why_layers_stay(model: nn.Module, globs: Sequence[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     first_names: dict[nn.Parameter, str] = {}
     for name, module in model.named_modules():
-        # _orig is left by torch.nn.utils.prune, _g by the old weight_norm
-        if parametrize.is_parametrized(module) or any(k.endswith(("_orig", "_g")) for k in module._parameters):
+        if remedy := _way_to_plain_weights(module):
+            reason = f"{name} is parametrized: its weight is computed from others; {remedy} makes it a plain one"
             found |= {
-                f"{name}{'.' if name and inner else ''}{inner}": f"{name} is parametrized: its weight is computed from others"
+                f"{name}{'.' if name and inner else ''}{inner}": reason
                 for inner, _ in module.named_modules()
                 if not inner or "parametrizations" in inner
             }
         for local, p in module._parameters.items():
             full = f"{name}.{local}" if name else local
-            if p is not None and (reason := why_not_ranked(p)):
-                found[name] = found[full] = f"{name or full}: {reason}"
+            if p is not None and why_not_ranked(p):
+                found[name] = found[full] = (
+                    f"{name or full}: weights in {str(p.dtype).removeprefix('torch.')} {CUT_TYPES}"
+                )
             # a parameter of two modules would lose the same slices in both, and other channels arrive at each
             other = full if p is None else first_names.setdefault(p, full)
             if other != full:
@@ -40,6 +46,46 @@ def why_layers_stay(model: nn.Module, globs: Sequence[str]) -> dict[str, str]:
             if any(fnmatchcase(full, g) or fnmatchcase(name, g) for g in globs):
                 found[name] = found[full] = f"{name or full} is excluded"
     return found
+
+
+def why_excluded(names: Iterable[str], reasons: Mapping[str, str]) -> str:
+    """Why a module or parameter of a group must not be cut; empty where all may be.
+
+    Args:
+        names: names of the group's modules and parameters.
+        reasons: from :func:`why_layers_stay`.
+    """
+    return next((reasons[name] for name in names if name in reasons), "")
+
+
+def uncalled_layers(model: nn.Module, called: Container[str], reasons: Mapping[str, str]) -> dict[str, tuple[int, str]]:
+    """The layers whose weights a pass has not read, by name: number of outputs, and why they stay.
+
+    Args:
+        model: the model.
+        called: names of the parameters that the pass has read.
+        reasons: from :func:`why_layers_stay`.
+    """
+    layers = [(n, m) for n, m in model.named_modules() if is_layer(m) and f"{n}.weight" not in called]
+    sizes = {n: int(m.out_features if isinstance(m, nn.Linear) else m.out_channels) for n, m in layers}
+    return {n: (sizes[n], reasons.get(n, NEVER_CALLED)) for n, _ in layers}
+
+
+def layer_of(parameter: str) -> str:
+    """The name of the layer that a parameter belongs to, or its own where it is not the weight of one."""
+    layer, found, computed = parameter.rpartition("parametrizations.")
+    return layer.rstrip(".") or computed.partition(".")[0] if found else parameter.removesuffix(".weight")
+
+
+def _way_to_plain_weights(module: nn.Module) -> str:
+    """The function of torch after which no parameter of ``module`` itself is computed from others; empty where none is."""
+    if parametrize.is_parametrized(module):
+        return "torch.nn.utils.parametrize.remove_parametrizations"
+    if any(name.endswith("_g") for name in module._parameters):
+        return "torch.nn.utils.remove_weight_norm"
+    if any(name.endswith("_orig") for name in module._parameters):
+        return "torch.nn.utils.prune.remove (or remove_spectral_norm)"
+    return ""
 
 
 def refuse_unmatched_globs(globs: Sequence[str], model: nn.Module) -> None:

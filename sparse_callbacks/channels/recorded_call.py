@@ -22,7 +22,12 @@ class Call:
         output: what it returned.
         axes_of: gives the axes of a tensor argument, one for each dimension.
         is_weight: whether a tensor was computed from parameters and buffers alone.
+        is_own: whether a tensor was computed from parameters of the module that runs, among others.
+        is_score: whether a tensor holds products of activations that no weight was multiplied with since, as the scores of
+            attention.
         note_product: told of a product with a weight: the weight, the axes that are summed over, and those that are made.
+        note_scores: told that the call multiplies activations with each other.
+        note_heads: told of an axis whose channels stay where they are the channels of heads, and of the reason.
         note_block: told of an axis whose channels stay if anything depends on the call, and of the reason.
         since: the place in the forward pass.
         module: name and class of the innermost module that runs.
@@ -33,7 +38,11 @@ class Call:
     output: Any
     axes_of: Callable[[Tensor], list[AnyAxis]]
     is_weight: Callable[[Tensor], bool]
+    is_own: Callable[[Tensor], bool]
+    is_score: Callable[[Tensor], bool]
     note_product: Callable[[Tensor, Sequence[AnyAxis], Sequence[AnyAxis]], None]
+    note_scores: Callable[[], None]
+    note_heads: Callable[[AnyAxis, str, int], None]
     note_block: Callable[[AnyAxis, str, int], None]
     since: int
     module: tuple[str, str]
@@ -69,7 +78,7 @@ class Call:
         every = [(t.shape, self.axes_of(t)) for t in tensors]
         for place in range(-len(shape), 0):
             size = shape[place]
-            met = [axes[place] for sizes, axes in every if -place <= len(sizes) and sizes[place] == size != 1]
+            met = [axes[place] for sizes, axes in every if -place <= len(sizes) and sizes[place] == size]
             found.append(self.join(*met) if met else Run(size))
         return found
 

@@ -6,14 +6,15 @@ modules are called, and how operations are called above aten, does not matter.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sparse_callbacks.channels.axes import AnyAxis, Concatenation, Product, Run, block, runs_in
+from sparse_callbacks.channels.axes import AnyAxis, Concatenation, Product, Run, block, resolved, runs_in
+from sparse_callbacks.channels.met_axes import leaves
 from sparse_callbacks.channels.operations import along, entrywise, images, indexing, norms, products, recurrent, shapes
 from sparse_callbacks.channels.operations.table import outputs, rule_of, unknown
 from sparse_callbacks.channels.outputs import OpaqueOutputError, output_tensors
@@ -45,6 +46,7 @@ class Trace:
     Attributes:
         axes: of every parameter and buffer, by its first name, one for each dimension.
         called: names of the parameters and buffers that some operation has read.
+        filled: names of those out of which an operation computes a weight that is not 0 where they are 0, and its name.
     """
 
     def __init__(
@@ -64,11 +66,19 @@ class Trace:
                 self._tensors.append(tensor)
         self.axes: dict[str, list[AnyAxis]] = {self._names[id(t)]: [Run(s) for s in t.shape] for t in self._tensors}
         self.called: set[str] = set()
+        self.filled: dict[str, str] = {}
         self._products: dict[str, dict[str, list[AnyAxis]]] = {}
         self._of_others: Any = WeakIdKeyDictionary()
         self._reach = Reach()
         self._blocks: list[tuple[AnyAxis, str, int]] = []
+        self._heads: list[tuple[AnyAxis, str, int]] = []
+        self._scores: Any = WeakIdKeyDictionary()
+        self._filled_by: Any = WeakIdKeyDictionary()
+        self._parameters = {name for name, _ in model.named_parameters()}
+        self._multiplied_by = ""
         self._count = 0
+        self._grouped = {f"{n}.weight" for n, m in model.named_modules() if getattr(m, "groups", 1) != 1}
+        self._readers: list[tuple[AnyAxis, str]] = []
         self._modules: list[tuple[str, str]] = [("", type(model).__name__)]
         self._module_names = {m: n for n, m in model.named_modules()}
         try:
@@ -98,7 +108,9 @@ class Trace:
         for axis, reason, call in self._blocks:
             if call in reached:
                 block(axis, reason, call)
+        self._keep_heads_whole(reached)
         self._blocks.clear()
+        self._heads.clear()
         for tensor in made:
             for axis in self._axes_of(tensor):
                 block(axis, OUTPUT, self._count)
@@ -125,18 +137,25 @@ class Trace:
         self._count += 1
         named, name = named_arguments(operation, args, kwargs), operation_name(operation)
         call = Call(
-            name, named, output, self._axes_of, self._is_weight, self._note_product, self._note_block, self._count,
-            self._modules[-1],
+            name, named, output, self._axes_of, self._is_weight, self._is_own, self._is_score, self._note_product,
+            self._note_scores, self._note_heads, self._note_block, self._count, self._modules[-1],
         )  # fmt: skip
         inputs, made = call.tensors(), outputs(call)
         self.called |= {self._names[id(t)] for t in inputs if id(t) in self._names}
         sources = [self._sources(t) for t in inputs]
         weights = frozenset[str]().union(*sources) if all(sources) else frozenset[str]()
+        self._multiplied_by = ""
         try:
             found = rule_of(name, inputs)(call)
         except (IndexError, KeyError, TypeError, ValueError):  # a call that its rule does not expect
             found = unknown(call)
         self._reach.note(self._count, inputs, made)
+        if self._multiplied_by == "activations" or (not self._multiplied_by and any(map(self._is_score, inputs))):
+            self._scores.update((tensor, True) for tensor in made)
+        if weights & self._parameters and not self._multiplied_by:
+            by = self._fills(operation, args, kwargs) if rule_of(name, inputs) is entrywise.entry_by_entry else ""
+            by = by or next((self._filled_by[t] for t in inputs if t in self._filled_by), "")
+            self._filled_by.update((tensor, by) for tensor in made if by)
         for tensor, axes in zip(made, found, strict=True):
             written = any(tensor is t for t in inputs)
             if written and torch.Tag.inplace_view in operation.tags:  # the same tensor in another shape
@@ -165,14 +184,59 @@ class Trace:
     def _is_weight(self, tensor: Tensor) -> bool:
         return bool(self._sources(tensor))
 
+    def _is_own(self, tensor: Tensor) -> bool:
+        return any(name.rpartition(".")[0] == self._modules[-1][0] for name in self._sources(tensor))
+
+    def _is_score(self, tensor: Tensor) -> bool:
+        return tensor in self._scores
+
+    def _note_scores(self) -> None:
+        self._multiplied_by = "activations"
+
+    def _note_heads(self, axis: AnyAxis, reason: str, call: int) -> None:
+        self._heads.append((axis, reason, call))
+
     def _note_block(self, axis: AnyAxis, reason: str, call: int) -> None:
         self._blocks.append((axis, reason, call))
 
     def _note_product(self, weight: Tensor, read: Sequence[AnyAxis], made: Sequence[AnyAxis]) -> None:
-        for name in self._sources(weight):
+        self._multiplied_by = "weights"
+        if id(weight) not in self._names:
+            self._readers += [(axis, name) for axis in read for name in self._sources(weight)]
+        sources = self._sources(weight)
+        # a buffer that goes into a weight beside a parameter, as a mask does, goes by it
+        makers = sources & self._parameters or sources
+        if weight in self._filled_by:
+            self.filled |= dict.fromkeys(makers, self._filled_by[weight])
+        for name in makers:
             noted = self._products.setdefault(name, {"in": [], "out": []})
             noted["in"] += read
             noted["out"] += made
+
+    def _fills(self, operation: Any, args: Any, kwargs: Any) -> str:
+        """The name of an operation on weights that makes something else of parameters that are 0; empty where it does not."""
+        if operation._schema.is_mutable:
+            return ""
+        given = map_tensors(lambda t: t if self._sources(t).isdisjoint(self._parameters) else t * 0, [args, kwargs])
+        made = tensors_in(operation(*given[0], **given[1]))
+        return operation._schema.name.removeprefix("aten::") if any(t.any() for t in made) else ""
+
+    def _keep_heads_whole(self, reached: Container[int]) -> None:
+        """What makes channels in several factors makes heads: neither a channel of each nor one of several queries goes."""
+        inner: dict[int, Run] = {}
+        for made in (
+            resolved(a) for n, noted in self._products.items() if n not in self._grouped for a in noted["out"]
+        ):
+            for part in made.parts if isinstance(made, Concatenation) else [made]:
+                if isinstance(part, Product):
+                    inner |= {id(run): run for factor in part.factors[1:] for run in runs_in(factor)}
+        for axis, reason, call in self._heads:
+            for held in runs_in(axis):
+                if call in reached and id(held) in inner:
+                    held.stay(reason, call)
+        for held in inner.values():
+            if held.copies:
+                held.stay(products.SHARED, self._count)
 
     # ------------------------------------------------------------------ what it has found
 
@@ -184,13 +248,22 @@ class Trace:
         if all(any(axis is one for one in own) for axes in products.values() for axis in axes):
             # the parameter itself went into every product: its axes tell apart what a skip connection joins
             return {side for side, axes in products.items() if any(axis is own[dim] for axis in axes)}
-        leaves = {id(leaf) for leaf in _leaves(self.axes[name][dim])}
-        found = {side for side, axes in products.items() if any(id(r) in leaves for a in axes for r in _leaves(a))}
+        own_leaves = {id(leaf) for leaf in leaves(self.axes[name][dim])}
+        found = {side for side, axes in products.items() if any(id(r) in own_leaves for a in axes for r in leaves(a))}
         if found:
             return found
         # a product with what was computed from the parameter, or cut out of it
         now = {id(run) for run in runs_in(self.axes[name][dim])}
         return {side for side, axes in products.items() if any(id(r) in now for a in axes for r in runs_in(a))}
+
+    def sources_of_readers(self, run: Run) -> list[str]:
+        """The parameters and buffers from which weights are computed that read the channels of a run."""
+        return list(dict.fromkeys(name for axis, name in self._readers if any(run is r for r in runs_in(axis))))
+
+    def is_called(self, layer: str) -> bool:
+        """Whether some operation has read the weight of a layer, or what it is computed from."""
+        computed = f"{layer}.parametrizations.weight.".lstrip(".")
+        return f"{layer}.weight" in self.called or any(name.startswith(computed) for name in self.called)
 
     def uses(self) -> dict[int, list[tuple[str, int]]]:
         """The parameters and buffers, with the dimension, in whose axes each run occurs, by the id of the run."""
@@ -200,18 +273,3 @@ class Trace:
                 for leaf in {id(r): r for r in runs_in(axis)}:
                     found.setdefault(leaf, []).append((name, dim))
         return found
-
-
-def _leaves(axis: AnyAxis) -> Iterator[Run]:
-    """The runs that an axis itself was made of or taken apart into, whatever they were joined with."""
-    left = [axis]
-    while left:
-        now = left.pop()
-        if isinstance(now, Product):
-            left += reversed(now.factors)
-        elif isinstance(now, Concatenation):
-            left += reversed(now.parts)
-        else:
-            yield now
-            if now.taken_apart is not None:
-                left.append(now.taken_apart)

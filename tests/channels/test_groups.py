@@ -9,6 +9,7 @@ from support.channel_nets import IMAGE, OUTPUTS, made
 from torch import Tensor, nn
 
 from sparse_callbacks.channels.groups import Group, channel_groups
+from sparse_callbacks.channels.obstacles import NEVER_CALLED
 from sparse_callbacks.channels.slim import slim, slimmable_groups
 from sparse_callbacks.testing.comparison import differences, structure
 
@@ -320,7 +321,7 @@ def test_what_ties_channels_is_named(operation: object, reason: str) -> None:
         net.last = nn.Conv2d(operation.out_channels, 2, 1)
     found = groups_of(net)
     assert found["first"].reason == reason
-    assert found["unused"].reason == "not found in the trace: never called there"
+    assert found["unused"].reason == NEVER_CALLED
 
 
 def test_channels_that_no_layer_reads_stay() -> None:

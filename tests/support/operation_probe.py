@@ -125,7 +125,7 @@ def _in_mode(sample: Sample) -> Iterator[None]:
 
 
 class _Model(nn.Module):
-    """A sample's inputs as buffers, and for each output a buffer that it is added to, and that gets its axes."""
+    """A sample's inputs as buffers, and for each output a buffer that is added to it, so that it gets its axes."""
 
     def __init__(self, sample: Sample, outputs: Sequence[Tensor]) -> None:
         super().__init__()
@@ -133,12 +133,12 @@ class _Model(nn.Module):
         for number, tensor in enumerate(sample.inputs()):
             self.register_buffer(f"input{number}", tensor)
         for number, tensor in enumerate(outputs):
-            self.register_buffer(f"output{number}", torch.zeros(tensor.shape, dtype=tensor.dtype))
+            self.register_buffer(f"output{number}", torch.zeros_like(tensor))
 
     def forward(self) -> None:
         inputs = [self.get_buffer(f"input{n}") for n in range(len(self.sample.shapes))]
         for number, made in enumerate(self.sample.call(inputs, self.sample.whole())):
-            self.get_buffer(f"output{number}").add_(made)  # in place, which counts as read
+            self.get_buffer(f"output{number}").add_(made)  # in place, so that it counts without being an output
 
 
 def _called(sample: Sample) -> tuple[list[Tensor], set[str]]:

@@ -6,7 +6,8 @@ from sparse_callbacks.channels.axes import AnyAxis, MisfitError, Run, factored
 from sparse_callbacks.channels.operations.table import Axes, outputs, rule, unknown
 from sparse_callbacks.channels.recorded_call import Call
 
-MULTIPLIED = "what is multiplied with other activations is never cut singly (attention)"
+SUMMED = "is summed over in a product of activations, so no channel of it goes alone"
+WHOLE = "attention loses whole heads, and no single channel of its queries, keys and values"
 SHARED = "query heads that share a key and value go together alone"
 
 
@@ -25,18 +26,34 @@ def _product(call: Call, left: Tensor, right: Tensor, added: Tensor | None = Non
     over = call.join(a[-1], of_right)
     batch = [_either(call, *axes) for axes in zip(a[:-2], b[:-2], strict=True)]
     by_weight = call.is_weight(right), call.is_weight(left)
+    if all(by_weight):  # of a table that layers compute, such as one of positions, only the layer's own is the weight
+        by_weight = call.is_own(right), call.is_own(left)
     if by_weight[0] and not by_weight[1]:
         call.note_product(right, [of_right], columns)
     elif by_weight[1] and not by_weight[0]:
         call.note_product(left, [a[-1]], rows)
-    elif not any(by_weight):
-        call.block([over, *rows, *columns], MULTIPLIED)
+    elif not (call.is_weight(right) and call.is_weight(left)):
+        _of_activations(call, left, right, over, [*rows], [*columns])
     made = [*batch, *rows, *columns]
     if added is not None:
         for axis, other in zip(made[::-1], call.axes_of(added)[::-1], strict=False):
             if axis.size == other.size != 1:
                 call.join(axis, other)
     return [made]
+
+
+def _of_activations(call: Call, left: Tensor, right: Tensor, over: AnyAxis, rows: Axes, columns: Axes) -> None:
+    """A product in which neither matrix is a weight: rows and columns are mixed with nothing.
+
+    But the values that the scores of attention are multiplied with are channels of a head.
+    """
+    call.block([over], SUMMED)
+    for axes, other in ((rows, right), (columns, left)):
+        if call.is_score(other):
+            call.block(axes, WHOLE)
+        for axis in axes:
+            call.note_heads(axis, WHOLE, call.since)
+    call.note_scores()
 
 
 @rule("mm", "bmm", "mv", "dot", "matmul")
@@ -95,11 +112,11 @@ _scaled_dot_product_efficient_attention _scaled_dot_product_attention_math scale
 @rule(_ATTENTIONS)
 def _attended(call: Call) -> list[Axes]:
     query, key, value = (call.axes_of(call.named[n]) for n in ("query", "key", "value"))
-    call.block([*query[-2:], *key[-2:], *value[-2:]], MULTIPLIED)
+    call.block([*query[-2:], *key[-2:], *value[-2:]], WHOLE)
     batch = [_heads(call, *axes) for axes in zip(query[:-2], key[:-2], value[:-2], strict=True)]
     mask = call.named.get("attn_mask", call.named.get("attn_bias"))
     if isinstance(mask, Tensor):
-        call.block(call.axes_of(mask)[-2:], MULTIPLIED)
+        call.block(call.axes_of(mask)[-2:], WHOLE)
         for axis, other in zip(batch[::-1], call.axes_of(mask)[-3::-1], strict=False):
             if axis.size == other.size != 1:
                 call.join(axis, other)

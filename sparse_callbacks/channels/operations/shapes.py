@@ -49,7 +49,12 @@ def _expanded(call: Call) -> list[Axes]:
     x, shape = call.named["self"], call.output.shape
     front = len(shape) - x.ndim
     axes = call.axes_of(x)
-    return [[axes[d - front] if d >= front and x.shape[d - front] == s else Run(s) for d, s in enumerate(shape)]]
+    return [
+        [
+            axes[d - front] if d >= front and x.shape[d - front] == s else Run(s, copies=True)
+            for d, s in enumerate(shape)
+        ]
+    ]
 
 
 @rule("repeat")
