@@ -118,6 +118,7 @@ class CurvatureMonitor(AnyCallback):
         self._samples: int | None = None
         self._begun = 0.0  # when the measured step began, in seconds
         self._found: Tensor | None = None  # radii of this process, and the milliseconds that they took
+        self._unseen: list[str] = []  # layers that no gradient has come to
 
     # ------------------------------------------------------------------ Lightning's hooks, in their order
 
@@ -141,7 +142,9 @@ class CurvatureMonitor(AnyCallback):
         self._layers = watchable_layers(pl_module, self.include, self.exclude)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._stop_watching()  # where another callback has let the batch before out, no hook came
+        if self._watched is not None:  # the module or another callback has left the rest of the epoch out, and no hook came
+            self._stop_watching()
+            self._step = -1
         step = curves.step_number(trainer)
         if step % self.every or step == self._step:
             return
@@ -181,6 +184,7 @@ class CurvatureMonitor(AnyCallback):
         if watched is None:
             return
         calls = watched.end()
+        self._unseen = [name for name, found in calls.items() if not found]
         wait_for([module.device])
         begun = time.perf_counter()
         samples = self._samples or next((len(found[0].inputs) for found in calls.values() if found), 1)
@@ -207,7 +211,7 @@ class CurvatureMonitor(AnyCallback):
         found, self._found = self._found, None
         *radii, spent, rest = _means_over_ranks([*found.tolist(), whole - float(found[-1])], module.device)
         self.radii = {name: r for name, r in zip(self._layers, radii, strict=True) if math.isfinite(r)}
-        self._tell_missing()
+        self._tell_unseen()
         if not self.radii:
             return
         figures = {f"curvature/{name}": radius for name, radius in self.radii.items()}
@@ -215,15 +219,14 @@ class CurvatureMonitor(AnyCallback):
         figures |= {"curvature/milliseconds": spent, "curvature/share_of_step": spent / rest}
         curves.log_row(trainer, figures, self._step, trainer.current_epoch)
 
-    def _tell_missing(self) -> None:
+    def _tell_unseen(self) -> None:
         """Say once which layers have no figure, where that is not what was asked for."""
-        missing = [name for name in self._layers if name not in self.radii]
-        if self._told or not missing or (self.include is None and self.radii):
+        if self._told or not self._unseen or (self.include is None and len(self._unseen) < len(self._layers)):
             return
         self._told = True
         rank_zero_warn(
-            f"CurvatureMonitor has no figure for {', '.join(missing)}: frozen, not called as a layer in the measured batch, "
-            "without a gradient, or with one that is inf or NaN."
+            f"CurvatureMonitor has no figure for {', '.join(self._unseen)}: frozen, not called as a layer in the measured "
+            "batch, or without a gradient there."
         )
 
     def __getstate__(self) -> dict[str, Any]:
