@@ -142,7 +142,9 @@ class CurvatureMonitor(AnyCallback):
         self._layers = watchable_layers(pl_module, self.include, self.exclude)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._watched is not None:  # the module or another callback has left the rest of the epoch out, and no hook came
+        if (
+            self._watched is not None
+        ):  # the module or another callback has left the rest of the epoch out, and no hook came
             self._stop_watching()
             self._step = -1
         step = curves.step_number(trainer)

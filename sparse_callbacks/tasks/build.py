@@ -24,8 +24,8 @@ from sparse_callbacks.core.checkpoint_file import read_mapping
 from sparse_callbacks.core.method import DEFAULT_SPARSITY
 from sparse_callbacks.core.schedules import with_curve
 from sparse_callbacks.lightning.callback import SparsityCallback
-from sparse_callbacks.lightning.resumed_file import refuse_other_parts
 from sparse_callbacks.lightning.curvature_monitor import CurvatureMonitor
+from sparse_callbacks.lightning.resumed_file import refuse_other_parts
 from sparse_callbacks.lightning.sparsity_report import SparsityReport
 from sparse_callbacks.tasks import recorded_config, run_names
 from sparse_callbacks.tasks.at_target import BestAtTarget, EarlyStoppingAtTarget

@@ -120,7 +120,9 @@ def test_convolutions_without_formed_patches() -> None:
     assert found == pytest.approx(radii(trained(model), loss, 2), rel=0.02)
 
 
-@pytest.mark.parametrize("layer", [nn.Linear(4, 3), nn.Linear(4, 3, bias=False), nn.Conv2d(4, 3, 6), nn.Conv2d(4, 3, 6, bias=False)])
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(4, 3), nn.Linear(4, 3, bias=False), nn.Conv2d(4, 3, 6), nn.Conv2d(4, 3, 6, bias=False)]
+)
 def test_of_one_sample_at_one_position_it_is_the_squared_norm_of_its_gradient(layer: nn.Module) -> None:
     """The block is the outer product of the gradient with itself then; equal samples of a mean loss do not change it."""
     model = nn.Sequential(layer, nn.Tanh(), nn.Flatten()).double()

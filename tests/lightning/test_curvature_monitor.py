@@ -12,9 +12,9 @@ import pytorch_lightning as pl
 import torch
 from oracles.curvature import radii
 from pytorch_lightning.loggers import CSVLogger
-from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.plugins import MixedPrecision
 from support import curvature_ranks
+from support.curvature_ranks import COSTS, Rows
 from support.data import loader
 from support.nets import Regression
 from support.processes import run_processes
@@ -30,26 +30,6 @@ from sparse_callbacks.testing.runs import Stops, fit, trainer_for, watch
 
 EXACT: dict[str, Any] = {"iterations": 1000, "tolerance": 0.0}
 ROUNDING = 1e-5
-COSTS = {"curvature/milliseconds", "curvature/share_of_step"}
-
-
-class Rows(DummyLogger):
-    """Keeps what it is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: dict[int, dict[str, float]] = {}
-
-    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        self.rows.setdefault(int(step or 0), {}).update(metrics)
-
-    def curvature(self) -> dict[int, dict[str, float]]:
-        """Rows of the monitor by step, without costs and prefix."""
-        found = {}
-        for step, row in self.rows.items():
-            if kept := {k.partition("/")[2]: v for k, v in row.items() if k.startswith("curvature/") and k not in COSTS}:
-                found[step] = kept
-        return found
 
 
 class Expected(pl.Callback):
@@ -101,7 +81,7 @@ def test_every_third_step_has_the_radii_of_its_batch(sparse: bool) -> None:
         assert row == with_max(expected.found[step])
         assert row.keys() == {"net.0.weight", "net.4.weight", "net.7.weight", "max"}
         assert rows.rows[step]["epoch"] == step // 8
-        assert COSTS <= rows.rows[step].keys()
+        assert rows.rows[step].keys() >= COSTS
         assert rows.rows[step]["curvature/milliseconds"] > 0
         assert rows.rows[step]["curvature/share_of_step"] > 0
     assert monitor.radii == {name: value for name, value in found[15].items() if name != "max"}
@@ -226,7 +206,12 @@ def test_a_layer_that_is_thawed_has_figures_from_then_on() -> None:
     module.net[0].requires_grad_(False)
     thaw = watch(lambda trainer, module, batch: module.net[0].requires_grad_(batch >= 3) and None)
     fit(module, thaw, CurvatureMonitor(every=2), logger=rows, max_epochs=1)
-    assert {step: "net.0.weight" in row for step, row in rows.curvature().items()} == {0: False, 2: False, 4: True, 6: True}
+    assert {step: "net.0.weight" in row for step, row in rows.curvature().items()} == {
+        0: False,
+        2: False,
+        4: True,
+        6: True,
+    }
 
 
 def test_layers_that_hold_live_weights_alone() -> None:
@@ -318,11 +303,21 @@ def test_a_resumed_fit_measures_the_same_steps(tmp_path: Path) -> None:
 
 
 def test_it_can_be_copied_and_sent_to_a_process() -> None:
-    monitor = CurvatureMonitor(every=7, include=["a*"])
-    looks = watch(lambda *_: (pickle.dumps(monitor), copy.deepcopy(monitor)) and None)
-    monitor.include = None
-    fit(Classifier(), monitor, looks, max_epochs=1)
-    assert pickle.loads(pickle.dumps(monitor)).every == 7
+    monitor = pickle.loads(pickle.dumps(CurvatureMonitor(every=7)))
+    states: list[Any] = []
+
+    class Looks(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            states.append(monitor.__getstate__())
+            return super().training_step(batch, batch_idx)
+
+    fit(Looks(), monitor, max_steps=1)
+    assert len(monitor.radii) == 3
+    assert (states[0]["every"], states[0]["_watched"], states[0]["_layers"]) == (7, None, {})
+    copied = CurvatureMonitor()
+    vars(copied).update(states[0])
+    fit(Classifier(), copied, max_steps=1)
+    assert copied.radii == pytest.approx(monitor.radii)
 
 
 def test_a_record_finds_the_same_chain(tmp_path: Path) -> None:
@@ -353,7 +348,7 @@ def test_refused_arguments(options: Any, match: str) -> None:
 
 
 def test_an_argument_of_another_type_is_refused() -> None:
-    with pytest.raises(TypeError, match="every='x' is not of a type that CurvatureMonitor takes. Give a whole number"):
+    with pytest.raises(TypeError, match=r"every='x' is not of a type that CurvatureMonitor takes. Give a whole number"):
         CurvatureMonitor(every="x")  # type: ignore[arg-type]
 
 

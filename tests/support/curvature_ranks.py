@@ -17,17 +17,28 @@ from sparse_callbacks.testing.data import Batches
 from sparse_callbacks.testing.networks import Classifier, conv_net
 from sparse_callbacks.testing.runs import fit
 
+COSTS = {"curvature/milliseconds", "curvature/share_of_step"}
+
 
 class Rows(DummyLogger):
-    """Keeps the figures of the monitor in the first row."""
+    """Keeps what it is given."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first: dict[str, float] = {}
+        self.rows: dict[int, dict[str, float]] = {}
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        if step == 0:
-            self.first |= {k.partition("/")[2]: v for k, v in metrics.items() if k.startswith("curvature/")}
+        self.rows.setdefault(int(step or 0), {}).update(metrics)
+
+    def curvature(self) -> dict[int, dict[str, float]]:
+        """Rows of the monitor by step, without costs and prefix."""
+        found = {}
+        for step, row in self.rows.items():
+            if kept := {
+                k.partition("/")[2]: v for k, v in row.items() if k.startswith("curvature/") and k not in COSTS
+            }:
+                found[step] = kept
+        return found
 
 
 def measure(rank: int) -> dict[str, Any]:
@@ -38,11 +49,8 @@ def measure(rank: int) -> dict[str, Any]:
     layers = {f"net.{name}": some for name, some in watchable_layers(net).items()}
     own = radii(layers, lambda: nn.functional.cross_entropy(net(x.double()), y), len(x))
     monitor, rows = CurvatureMonitor(iterations=1000, tolerance=0.0), Rows()
-    fit(
-        Classifier(conv_net().double()), monitor, loader=batches, devices=2, strategy="ddp", logger=rows, max_steps=2
-    )
-    logged = {name: value for name, value in rows.first.items() if name not in ("milliseconds", "share_of_step")}
-    return {"own": own, "logged": logged, "radii": monitor.radii}
+    fit(Classifier(conv_net().double()), monitor, loader=batches, devices=2, strategy="ddp", logger=rows, max_steps=2)
+    return {"own": own, "logged": rows.curvature().get(0), "radii": monitor.radii}
 
 
 if __name__ == "__main__":
