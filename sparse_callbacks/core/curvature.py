@@ -115,7 +115,8 @@ def kfac_spectral_radius(
         unit = unit.clamp_min(torch.finfo(unit.dtype).tiny)
         by_gradients = _largest([_of_rows(r / unit, iterations) for r in rows], iterations, tolerance)
         positions = sum(r.shape[1] for r in rows)
-        radius = float((by_inputs.double() * by_gradients.double()).max()) * float(unit) ** 2
+        # on the CPU, as not every device has float64
+        radius = float((by_inputs.cpu().double() * by_gradients.cpu().double()).max()) * float(unit) ** 2
     return radius / positions * scale**2 / samples
 
 
@@ -131,7 +132,7 @@ def _largest(factors: Sequence[tuple[Product, Tensor]], iterations: int, toleran
 def _start(groups: int, size: int, like: Tensor) -> Tensor:
     """First vectors ``[groups, size]``, the same in each measurement, drawn without moving torch's own generators."""
     drawn = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return drawn.to(like.device, like.dtype).expand(groups, size)
+    return drawn.to(like.dtype).to(like.device).expand(groups, size)
 
 
 def _working(tensor: Tensor) -> Tensor:

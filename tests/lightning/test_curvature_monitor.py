@@ -18,7 +18,9 @@ from support.curvature_ranks import COSTS, Rows
 from support.data import loader
 from support.nets import Regression
 from support.processes import run_processes
+from support.sam import ClosureTwice
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from sparse_callbacks import CurvatureMonitor, ParallelGaP, RigL, SparsityReport, Static
 from sparse_callbacks.core.record.record_file import read_record
@@ -175,6 +177,21 @@ def test_a_backward_pass_without_a_hook() -> None:
     assert rows.curvature()[4] == with_max(expected.found[4])
 
 
+def test_of_an_optimizer_of_two_passes_the_first_pass_is_measured() -> None:
+    """At the weights themselves, and not where it has moved them for the second one."""
+
+    class Sharp(Classifier):
+        def configure_optimizers(self) -> Any:
+            return ClosureTwice(self.parameters(), rho=0.5, lr=0.05)
+
+    rows, expected = Rows(), Expected()
+    fit(Sharp(conv_net().double()), expected, CurvatureMonitor(every=4, **EXACT), logger=rows, max_epochs=1)
+    found = rows.curvature()
+    assert list(found) == [0, 4]
+    for step, row in found.items():
+        assert row == with_max(expected.found[step])
+
+
 def test_two_processes_log_the_mean_of_what_each_measures(tmp_path: Path) -> None:
     ranks = run_processes("", tmp_path, script=curvature_ranks.__file__)
     first, second = (rank["own"] for rank in ranks)
@@ -199,6 +216,41 @@ def test_globs_choose_layers_and_what_has_no_figure_is_said_once() -> None:
     rows = Rows()
     fit(Classifier(), CurvatureMonitor(exclude="net.7.*"), logger=rows, max_steps=1)
     assert rows.curvature()[0].keys() == {"net.0.weight", "net.4.weight", "max"}
+
+
+def test_a_transformer_and_batches_of_a_class_of_their_own() -> None:
+    """Its samples are counted by the inputs of the layers."""
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.blocks = nn.TransformerEncoderLayer(10, 2, 12, dropout=0.0, batch_first=True)
+            self.head = nn.Linear(10, 4)
+            self.double()
+
+        def forward(self, x: Tensor) -> Any:
+            return self.head(self.blocks(x.flatten(1).unflatten(1, (5, 10))).mean(1))
+
+    class Own:
+        def __init__(self, x: Tensor, y: Tensor) -> None:
+            self.pair = (x, y)
+
+        def __getitem__(self, i: int) -> Tensor:
+            return self.pair[i]
+
+    rows, expected, batches = Rows(), Expected(), Batches(size=3)
+    own = [Own(x, y) for x, y in batches.all(1)]
+    module = Classifier(Tokens())
+    module.loss = lambda batch: nn.functional.cross_entropy(module.net(batch[0].double()), batch[1])  # type: ignore[method-assign]
+    data: Any = DataLoader(own, batch_size=None, collate_fn=lambda batch: batch)  # type: ignore[arg-type]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        fit(module, expected, CurvatureMonitor(**EXACT), loader=data, logger=rows, max_steps=1)
+    assert not [w for w in warned if "no figure" in str(w.message)]
+    names = {"net.blocks.linear1.weight", "net.blocks.linear2.weight", "net.head.weight"}
+    assert rows.curvature()[0].keys() == names | {"max"}
+    assert rows.curvature()[0] == with_max(expected.found[0])
 
 
 def test_a_layer_that_is_thawed_has_figures_from_then_on() -> None:
