@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sparse_callbacks.core.storages.exchange import exchange_layers, to_dense
     from sparse_callbacks.core.topology import Update
     from sparse_callbacks.lightning.callback import SparsityCallback
+    from sparse_callbacks.lightning.curvature_monitor import CurvatureMonitor
     from sparse_callbacks.lightning.methods import (
         CTRE,
         DPF,
@@ -50,6 +51,7 @@ __all__ = [
     "SMCP",
     "SNFS",
     "ConstrainedL0",
+    "CurvatureMonitor",
     "DoctorWarning",
     "DropAndGrow",
     "GaP",
@@ -88,6 +90,7 @@ __all__ = [
 # `sparse_callbacks.methods` work where Lightning is not installed.
 _CALLBACKS = ("CTRE", "DPF", "GMP", "SET", "SMCP", "SNFS", "ConstrainedL0", "GaP", "ParallelGaP", "RigL", "Static")
 _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
+    "CurvatureMonitor": "lightning.curvature_monitor",
     "DoctorWarning": "core.doctor.warning",
     "DropAndGrow": "methods.drop_and_grow",
     "Method": "core.method",

@@ -40,18 +40,14 @@ def milliseconds(
     """
     fine = time.get_clock_info("thread_time").resolution < SHORTEST / 10
     now = time.thread_time if cpu_time and fine else time.perf_counter
-    gpus = [d for d in {*devices} if d.type == "cuda"]
-
-    def wait() -> None:
-        for gpu in gpus:  # each by itself: synchronize() alone would wait for the current GPU, which may be another
-            torch.cuda.synchronize(gpu)
+    working = {*devices}
 
     def reading(call: Callable[[], Any], repeats: int) -> float:
-        wait()
+        wait_for(working)
         begun = now()
         for _ in range(repeats):
             call()
-        wait()
+        wait_for(working)
         return now() - begun
 
     spent = 0.0
@@ -79,3 +75,10 @@ def milliseconds(
         if settled(medians):
             break
     return medians
+
+
+def wait_for(devices: Iterable[torch.device]) -> None:
+    """Return when the GPUs among ``devices`` are idle."""
+    for device in devices:  # each by itself: synchronize() alone would wait for the current GPU, which may be another
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)

@@ -46,8 +46,12 @@ def step_number(trainer: Trainer) -> int:
 
 def row_is_due(trainer: Trainer) -> bool:
     """Whether Lightning logs a row of training metrics for the current batch; asked when the batch ends."""
-    accumulates = trainer.lightning_module.automatic_optimization and trainer.fit_loop.epoch_loop._should_accumulate()
-    return bool(trainer._logger_connector.should_update_logs and not accumulates)
+    return bool(trainer._logger_connector.should_update_logs and not accumulates(trainer))
+
+
+def accumulates(trainer: Trainer) -> bool:
+    """Whether the current batch adds to gradients and is not followed by a step; asked when the batch ends."""
+    return bool(trainer.lightning_module.automatic_optimization and trainer.fit_loop.epoch_loop._should_accumulate())
 
 
 def log_row(trainer: Trainer, figures: dict[str, float], step: int, epoch: int) -> None:

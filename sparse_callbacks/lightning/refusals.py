@@ -18,7 +18,7 @@ from sparse_callbacks.lightning.added_epoch import epochs_to_train
 
 # Classes are recognised by name, because they exist twice (in pytorch_lightning and in lightning.pytorch) and not in
 # every version.
-_SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "FSDP2Strategy")
+SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "FSDP2Strategy")
 # How the names of the checkpoints begin that Lightning's tuner writes.
 _TUNER_PREFIXES = (".lr_find_", ".scale_batch_size_")
 
@@ -39,7 +39,7 @@ def refuse_host(trainer: Any) -> None:
     Raises:
         ValueError: a sharded strategy, or ModelPruning.
     """
-    if has_class_named(trainer.strategy, _SHARDED):
+    if has_class_named(trainer.strategy, SHARDED):
         raise ValueError(
             f"{type(trainer.strategy).__name__} keeps parameters in pieces that do not follow their shapes, and masks are made for "
             "parameters. Use ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1), strategy='ddp' or one "

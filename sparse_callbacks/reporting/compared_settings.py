@@ -18,6 +18,7 @@ _NOT_SETTINGS = {
     "output_dir",
     "ckpt_path",
     "checkpoint_every",
+    "curvature",
     "report",
     "dense_run",
     "threads",

@@ -24,6 +24,7 @@ from sparse_callbacks.core.checkpoint_file import read_mapping
 from sparse_callbacks.core.method import DEFAULT_SPARSITY
 from sparse_callbacks.core.schedules import with_curve
 from sparse_callbacks.lightning.callback import SparsityCallback
+from sparse_callbacks.lightning.curvature_monitor import CurvatureMonitor
 from sparse_callbacks.lightning.resumed_file import refuse_other_parts
 from sparse_callbacks.lightning.sparsity_report import SparsityReport
 from sparse_callbacks.tasks import recorded_config, run_names
@@ -196,6 +197,8 @@ def build_callbacks(
     callbacks: list[Callback] = [] if method is None else [method]
     if report is not None:
         callbacks.append(report)
+    if cfg.get("curvature") is not None:
+        callbacks.append(CurvatureMonitor(every=cfg.curvature))
     # sparsity callbacks save the gradients of an unfinished accumulation window themselves
     callbacks.append(RunState(gradients=method is None))
     if cfg.trainer.enable_progress_bar:

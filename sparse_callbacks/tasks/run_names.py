@@ -13,7 +13,7 @@ from sparse_callbacks.tasks.recorded_config import settings, target_sparsity
 
 NOT_OF_THE_RUN = (
     *("seed", "output_dir", "ckpt_path", "checkpoint_every", "logger"),
-    *("initial_weights", "objective", "threads", "report", "dense_run"),
+    *("initial_weights", "objective", "threads", "report", "dense_run", "curvature"),
 )
 """Root keys that may differ between runs of one group: seeds (also by the weights of a dense run of each seed), places of
 files, and what has no part in what comes out."""

@@ -10,7 +10,7 @@ from support.data import loader
 from support.nets import mlp
 from support.rig import copied_masks
 
-from sparse_callbacks import GMP, SET, SNFS, RigL, SparsityCallback, Static
+from sparse_callbacks import GMP, SET, SNFS, CurvatureMonitor, RigL, SparsityCallback, Static
 
 lightning = pytest.importorskip("lightning.pytorch")
 
@@ -102,3 +102,9 @@ def test_a_tested_checkpoint_brings_its_masks(tmp_path: Path) -> None:
     assert any(not torch.equal(m, late[n]) for n, m in one.masks.items())
     parameters = dict(module.named_parameters())
     assert not any(parameters[n][~m].any() for n, m in one.masks.items())
+
+
+def test_curvature_is_measured(tmp_path: Path) -> None:
+    monitor = CurvatureMonitor(every=2)
+    made(tmp_path, [callback(Static), monitor], 1).fit(Task(), loader(4))
+    assert monitor.radii.keys() == {"net.0.weight", "net.2.weight"}

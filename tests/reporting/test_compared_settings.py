@@ -27,7 +27,7 @@ def test_seeds_paths_and_what_does_not_train_make_no_setting() -> None:
     others = {
         "data__seed": 1, "data__root": "/b", "output_dir": "/b", "ckpt_path": "b.ckpt", "logger__wandb__name": "b", "threads": 2,
         "method__print_plan": False, "method__initial_mask": "/b/last.ckpt", "trainer__enable_progress_bar": False, "objective": "b",
-        "slim": True,
+        "slim": True, "curvature": 10,
     }  # fmt: skip
     first = dict.fromkeys(others, "a") | {"method__initial_mask": "/a/last.ckpt"}
     (setting,) = only([made("RigL", 0.8, 1, **others), made("RigL", 0.9, 0, **first)]).settings

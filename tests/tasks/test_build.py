@@ -207,3 +207,13 @@ def test_trainer_groups_build(composed: Compose, name: str, tmp_path: Path) -> N
     trainer = build.build_trainer(cfg, [], [])
     assert isinstance(trainer, pl.Trainer)
     assert trainer.max_epochs == 30
+
+
+def test_curvature_is_logged_where_the_root_key_says_how_often(run: Run, tmp_path: Path) -> None:
+    run("curvature=5", "logger=[csv]", "report=false")
+    (path,) = (tmp_path / "run").rglob("metrics.csv")
+    header, *rows = [line.split(",") for line in path.read_text().splitlines()]
+    step, largest = header.index("step"), header.index("curvature/max")
+    assert [int(row[step]) for row in rows if row[largest]] == [0, 5, 10, 15, 20, 25]
+    with pytest.raises(ValueError, match="every=0: 0 is out of range"):
+        run("curvature=0", folder="other")

@@ -123,7 +123,7 @@ def test_a_group_has_all_seeds_of_one_setting_however_it_was_written(composed: C
         ("method.seed=5", "data.seed=6"),
         ("sparsity=0.9",),
         ("method.sparsity=0.9",),
-        ("output_dir=there", "ckpt_path=x.ckpt", "checkpoint_every=10", "logger=[csv]"),
+        ("output_dir=there", "ckpt_path=x.ckpt", "checkpoint_every=10", "logger=[csv]", "curvature=10"),
         ("trainer.enable_progress_bar=false",),
     ]
     assert {group(composed, *overrides) for overrides in same} == {plain}
