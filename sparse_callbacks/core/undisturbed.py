@@ -17,6 +17,7 @@ _STRUCTURE = frozenset(vars(nn.Module())) - {"_buffers"}
 # Exactly these types: a class of somebody else may do more than hold what is put into it.
 _MAPPINGS = (dict, OrderedDict, defaultdict, Counter)
 _SEQUENCES = (list, deque)
+_running: list[nn.Module] = []  # modules that run undisturbed now
 
 
 @contextmanager
@@ -32,13 +33,20 @@ def undisturbed(module: nn.Module, changing: Iterable[nn.Module] = ()) -> Iterat
     excepted = {inner for part in changing for inner in part.modules()}
     state = ModuleState(m for m in module.modules() if m not in excepted)
     states = random_states()
+    _running.append(module)
     try:
         yield
     finally:
+        _running.remove(module)
         state.restore()
         for m, training in flags:
             m.training = training
         restore_random_states(states)
+
+
+def no_training() -> bool:
+    """Whether a module runs undisturbed now: what its hooks see is not of the training, also where gradients are on."""
+    return bool(_running)
 
 
 class ModuleState:

@@ -1,0 +1,177 @@
+"""Scores of channels from derivatives of the loss on calibration batches: Taylor 2017 and SOSP."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from sparse_callbacks.channels.feature_maps import FeatureMap, maps_read, unit_sums
+from sparse_callbacks.channels.groups import Group, Member
+from sparse_callbacks.core.calibration import BatchLoss, requiring_grad
+from sparse_callbacks.core.largest import widened
+
+
+def taylor_2017(activations: Tensor, gradients: Tensor) -> Tensor:
+    """Mean over samples of \\|mean over positions of activation * gradient\\|, for each channel, [channels].
+
+    Molchanov et al. 2017; :func:`normalised` makes the scores of a layer of it.
+
+    Args:
+        activations: feature maps, [samples, channels, ...].
+        gradients: derivatives of the loss by them, of the same shape.
+    """
+    return (activations * gradients).flatten(2).mean(2).abs().mean(0)
+
+
+def normalised(scores: Tensor) -> Tensor:
+    """The scores of a layer divided by their L2 norm, [channels]; zeros stay."""
+    norm = scores.norm()
+    return scores / torch.where(norm > 0, norm, torch.ones_like(norm))
+
+
+def sosp(first: Tensor, second: Tensor) -> Tensor:
+    """Saliency of structures in SOSP-H, \\|first\\| + \\|second\\| / 2, [structures] (Nonnenmacher et al. 2022).
+
+    Args:
+        first: for each structure s the product theta_s . g of its weights with their gradient.
+        second: theta_s . (H theta)_s, where theta holds the weights of all structures, and 0 for every other weight.
+    """
+    return first.abs() + 0.5 * second.abs()
+
+
+# ---------------------------------------------------------------------- for groups of channels
+
+
+def taylor_2017_scores(model: nn.Module, groups: Sequence[Group], losses: Iterable[BatchLoss]) -> list[Tensor]:
+    """:func:`taylor_2017` of what the consumers of each group read, normalised in each group, [size] each.
+
+    A unit may have several channels, and its map several consumers: the products of all of them are summed before the
+    absolute value of a sample is taken, as removing the unit takes it from all of them. They are divided by the entries
+    of the largest map. Where layers see other numbers of samples (regions of images), each number is averaged by itself.
+
+    Args:
+        model: the network.
+        groups: the groups.
+        losses: the loss of each batch, computed when it is asked for.
+
+    Raises:
+        ValueError: the loss does not depend on what a group's consumers read, or its channels cannot be told apart.
+    """
+    readers = dict.fromkeys(c.parameter for g in groups for c in g.consumers)
+    sums: list[Tensor | None] = [None] * len(groups)
+    for batch, maps in maps_read(model, readers, losses):
+        read = [m for m in maps if m.values.requires_grad]
+        # frozen beginnings of a network may read without a graph, and branches may not come to the loss
+        gradients = torch.autograd.grad(batch.loss, [m.values for m in read], allow_unused=True) if read else ()
+        products = {m: (m.values * g).detach() for m, g in zip(read, gradients, strict=True) if g is not None}
+        for index, group in enumerate(groups):
+            found = _of_batch(group, products, batch.samples)
+            if found is not None:
+                before = sums[index]
+                sums[index] = found if before is None else before + found
+    return [normalised(_known(found, group)) for found, group in zip(sums, groups, strict=True)]
+
+
+def _of_batch(group: Group, products: Mapping[FeatureMap, Tensor], samples: int | None) -> Tensor | None:
+    """The score of each unit in a batch, before it is normalised, [size]; None where nothing comes to the group."""
+    sums: dict[int, Tensor] = {}  # by the number of samples, as only products of the same sample may be summed
+    entries: dict[int, int] = {}
+    for consumer in group.consumers:
+        for seen in (m for m in products if m.parameter == consumer.parameter):
+            wide = products[seen].to(widened(products[seen].dtype))
+            units, count = unit_sums(wide, seen.spatial, consumer, group.size, samples)
+            number = len(units)
+            sums[number] = sums[number] + units.to(sums[number]) if number in sums else units
+            entries[number] = max(count, entries.get(number, 0))
+    each = [units.abs().mean(0) / entries[number] for number, units in sums.items()]
+    return torch.stack([e.to(each[0]) for e in each]).sum(0) if each else None
+
+
+def sosp_scores(
+    model: nn.Module, groups: Sequence[Group], live: Sequence[Tensor], losses: Iterable[BatchLoss]
+) -> list[Tensor]:
+    """:func:`sosp` of the units of each group, [size] each.
+
+    A unit's weights are the filters of all producers that make it, and its depthwise weights; biases, norms and the layers
+    that read it have no part in theta. Gradient and product are means over the batches.
+
+    Args:
+        model: the network.
+        groups: the groups.
+        live: for each group the units that there are still, bool [size]; the weights of others are 0 in theta.
+        losses: the loss of each batch, computed when it is asked for, to be differentiated twice.
+
+    Raises:
+        ValueError: the loss does not depend on a group's weights.
+    """
+    members = [unit_weights(model, group) for group in groups]
+    theta = _weights_of_units(model, groups, members, live)
+    weights = [*theta]
+    gradient = {w: torch.zeros_like(v) for w, v in theta.items()}
+    product = {w: torch.zeros_like(v) for w, v in theta.items()}
+    count, used = 0, set[nn.Parameter]()
+    with requiring_grad(weights):
+        for count, batch in enumerate(losses, 1):
+            firsts = torch.autograd.grad(batch.loss, weights, create_graph=True, allow_unused=True)
+            known = [(w, g) for w, g in zip(weights, firsts, strict=True) if g is not None]
+            used |= {w for w, _ in known}
+            along = torch.stack([(g * theta[w].to(g)).sum() for w, g in known]).sum() if known else batch.loss.detach()
+            # a loss that is linear in the weights has no second derivative, and no graph of the first
+            seconds = torch.autograd.grad(along, weights, allow_unused=True) if along.requires_grad else ()
+            for w, g in known:
+                gradient[w] += g.detach()
+            for w, h in zip(weights, seconds, strict=False):
+                if h is not None:
+                    product[w] += h
+    found = []
+    for group, own in zip(groups, members, strict=True):
+        parts = [(m, model.get_parameter(m.parameter)) for m in own]
+        sums = [
+            torch.stack([_by_unit(theta[w] * of[w] / count, m, group.size) for m, w in parts]).sum(0)
+            if used.intersection(w for _, w in parts)
+            else None
+            for of in (gradient, product)
+        ]
+        found.append(sosp(_known(sums[0], group), _known(sums[1], group)))
+    return found
+
+
+def unit_weights(model: nn.Module, group: Group) -> list[Member]:
+    """The weights that make a group's units: filters of its producers, and of the depthwise convolutions behind them."""
+    parameters = dict(model.named_parameters())
+    filters = [m for m in group.producers if m.parameter in parameters and parameters[m.parameter].ndim > 1]
+    convolutions = [m for m in group.followers if isinstance(model.get_submodule(m.module), _ConvNd)]
+    return filters + [m for m in convolutions if m.parameter.endswith("weight")]
+
+
+def _weights_of_units(
+    model: nn.Module, groups: Sequence[Group], members: Sequence[Sequence[Member]], live: Sequence[Tensor]
+) -> dict[nn.Parameter, Tensor]:
+    """Copies of the parameters in which only the weights of live units are not zero."""
+    keep: dict[nn.Parameter, Tensor] = {}
+    for group, own, alive in zip(groups, members, live, strict=True):
+        for member in own:
+            weight = model.get_parameter(member.parameter)
+            units = member.units.to(weight.device)
+            mine = (units >= 0) & alive.to(weight.device)[units.clamp(min=0)]
+            shape = [-1 if d == member.dim else 1 for d in range(weight.ndim)]
+            # a parameter may make the channels of several groups, each in slices of its own
+            keep[weight] = keep[weight] | mine.view(shape) if weight in keep else mine.view(shape)
+    return {w: (w.detach() * mask).to(widened(w.dtype)) for w, mask in keep.items()}
+
+
+def _by_unit(values: Tensor, member: Member, size: int) -> Tensor:
+    """The sum of a parameter's entries over the slices of each unit, [size]."""
+    slices, units = values.movedim(member.dim, 0).flatten(1).sum(1), member.units.to(values.device)
+    owned = units >= 0
+    return slices.new_zeros(size).index_add(0, units[owned], slices[owned])
+
+
+def _known(found: Tensor | None, group: Group) -> Tensor:
+    if found is None:
+        raise ValueError(
+            f"the loss of the calibration batches does not depend on the channels of {group.name}, so they have no score. "
+            "Leave the layer out with exclude=, or give a criterion of weights, such as 'l1'."
+        )
+    return found
