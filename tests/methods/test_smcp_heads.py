@@ -10,7 +10,7 @@ from sparse_callbacks import SMCP, ConstrainedL0, sparsify
 from sparse_callbacks.channels.groups import Group, Member
 from sparse_callbacks.channels.slim import slim
 from sparse_callbacks.core.method import Method
-from sparse_callbacks.methods.smcp.allocation import in_units
+from sparse_callbacks.methods.channels.allocation import in_units
 from sparse_callbacks.methods.smcp.scores import active_outputs
 
 EXAMPLE = torch.ones(1, 5, 6)

@@ -33,11 +33,12 @@ def begin_window(aux: _Aux, window: str, size: int, device: torch.device) -> Non
     aux.setdefault(f"steps.{window}", torch.zeros((), dtype=torch.int64, device=device))
 
 
-def refuse_lost_windows(saved: SavedRun, sizes: Mapping[str, int]) -> None:
+def refuse_lost_windows(saved: SavedRun, method: str, sizes: Mapping[str, int]) -> None:
     """Refuse a saved run without the scores of a group since the last solve: it would solve by other means.
 
     Args:
         saved: the saved run.
+        method: name of the method, for the error.
         sizes: the number of units of each window's group, by the window's name.
 
     Raises:
@@ -46,7 +47,7 @@ def refuse_lost_windows(saved: SavedRun, sizes: Mapping[str, int]) -> None:
     for window, size in sizes.items():
         for key in (f"scores.{window}", f"steps.{window}"):
             if key not in saved.aux:
-                raise damaged(f"it has no {key}, which a run of SMCP saves", saved.path)
+                raise damaged(f"it has no {key}, which a run of {method} saves", saved.path)
         for key, shape in ((f"scores.{window}", (size,)), (f"steps.{window}", ()), (f"latest.{window}", (size,))):
             if key in saved.aux and tuple(saved.aux[key].shape) != shape:
                 raise damaged(f"its {key} is {shown_short(saved.aux[key])}, and should be {list(shape)}", saved.path)
