@@ -106,35 +106,42 @@ def sosp_scores(
         ValueError: the loss does not depend on a group's weights.
     """
     members = [unit_weights(model, group) for group in groups]
-    theta = _weights_of_units(model, groups, members, live)
-    weights = [*theta]
-    gradient = {w: torch.zeros_like(v) for w, v in theta.items()}
-    product = {w: torch.zeros_like(v) for w, v in theta.items()}
-    count, used = 0, set[nn.Parameter]()
-    with requiring_grad(weights):
-        for count, batch in enumerate(losses, 1):
-            firsts = torch.autograd.grad(batch.loss, weights, create_graph=True, allow_unused=True)
-            known = [(w, g) for w, g in zip(weights, firsts, strict=True) if g is not None]
-            used |= {w for w, _ in known}
-            along = torch.stack([(g * theta[w].to(g)).sum() for w, g in known]).sum() if known else batch.loss.detach()
-            # a loss that is linear in the weights has no second derivative, and no graph of the first
-            seconds = torch.autograd.grad(along, weights, allow_unused=True) if along.requires_grad else ()
-            for w, g in known:
-                gradient[w] += g.detach()
-            for w, h in zip(weights, seconds, strict=False):
-                if h is not None:
-                    product[w] += h
+    theta = _live_weights(model, members, live)
+    with requiring_grad(theta):
+        first, second = _derivatives_along(theta, losses)
     found = []
     for group, own in zip(groups, members, strict=True):
-        parts = [(m, model.get_parameter(m.parameter)) for m in own]
+        parts = [(m, w) for m in own if (w := model.get_parameter(m.parameter)) in first]
         sums = [
-            torch.stack([_by_unit(theta[w] * of[w] / count, m, group.size) for m, w in parts]).sum(0)
-            if used.intersection(w for _, w in parts)
-            else None
-            for of in (gradient, product)
+            torch.stack([_by_unit(theta[w] * of[w], m, group.size) for m, w in parts]).sum(0) if parts else None
+            for of in (first, second)
         ]
-        found.append(sosp(_known(sums[0], group), _known(sums[1], group)))
+        found.append(sosp(*(_known(one, group) for one in sums)))
     return found
+
+
+def _derivatives_along(
+    theta: Mapping[nn.Parameter, Tensor], losses: Iterable[BatchLoss]
+) -> tuple[dict[nn.Parameter, Tensor], dict[nn.Parameter, Tensor]]:
+    """The gradient g of the mean loss over batches by each parameter, and H theta; of parameters that it depends on."""
+    weights, batches = [*theta], 0
+    first, second = dict[nn.Parameter, Tensor](), dict[nn.Parameter, Tensor]()
+    for batch in losses:
+        batches += 1
+        found = torch.autograd.grad(batch.loss, weights, create_graph=True, allow_unused=True)
+        gradients = {w: g for w, g in zip(weights, found, strict=True) if g is not None}
+        along = torch.stack(
+            [(g.to(theta[w]) * theta[w]).sum().cpu() for w, g in gradients.items()] or [torch.zeros(())]
+        )
+        # a loss that is linear in the weights has no second derivative, and its gradient no graph
+        if along.requires_grad:
+            for w, h in zip(weights, torch.autograd.grad(along.sum(), weights, allow_unused=True), strict=True):
+                if h is not None:
+                    second[w] = second.get(w, 0) + h.to(theta[w])
+        for w, g in gradients.items():
+            first[w] = first.get(w, 0) + g.detach().to(theta[w])
+    zeros = {w: torch.zeros_like(theta[w]) for w in first}
+    return {w: g / batches for w, g in first.items()}, {w: second.get(w, zeros[w]) / batches for w in first}
 
 
 def unit_weights(model: nn.Module, group: Group) -> list[Member]:
@@ -145,12 +152,12 @@ def unit_weights(model: nn.Module, group: Group) -> list[Member]:
     return filters + [m for m in convolutions if m.parameter.endswith("weight")]
 
 
-def _weights_of_units(
-    model: nn.Module, groups: Sequence[Group], members: Sequence[Sequence[Member]], live: Sequence[Tensor]
+def _live_weights(
+    model: nn.Module, members: Iterable[Sequence[Member]], live: Iterable[Tensor]
 ) -> dict[nn.Parameter, Tensor]:
     """Copies of the parameters in which only the weights of live units are not zero."""
     keep: dict[nn.Parameter, Tensor] = {}
-    for group, own, alive in zip(groups, members, live, strict=True):
+    for own, alive in zip(members, live, strict=True):
         for member in own:
             weight = model.get_parameter(member.parameter)
             units = member.units.to(weight.device)
