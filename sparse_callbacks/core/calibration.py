@@ -24,6 +24,10 @@ LOSS_ADVICE = (
 )
 BATCHES_ADVICE = "Give batches=, a list or loader of the batches that scores are computed on."
 
+PASSES = (1, 3, 9)
+"""What a loss costs in forward passes, by how many times it is differentiated: backward is two products for each one of
+forward, and these have two each in turn, behind which the way goes back through forward once more."""
+
 
 class BatchLoss(NamedTuple):
     """The loss on one batch of a calibration.
@@ -53,7 +57,7 @@ class Calibration:
         seed: of everything random.
         move: gives a batch as the loss would receive it.
         context: makes the context in which training computes its losses.
-        passed: told of each batch that has passed through the network.
+        passed: told of each batch and of what is computed with it, in forward passes.
     """
 
     def __init__(
@@ -66,7 +70,7 @@ class Calibration:
         seed: int = 0,
         move: Callable[[Any], Any] = lambda batch: batch,
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        passed: Callable[[Any], object] = lambda batch: None,
+        passed: Callable[[Any, int], object] = lambda batch, passes: None,
     ) -> None:
         self._module, self._draw, self._loss, self._size, self._seed = module, draw, loss, size, seed
         self._move, self._context, self._passed = move, context, passed
@@ -76,8 +80,8 @@ class Calibration:
         """The losses of the batches, one after the other, within a ``with`` block in which gradients are on.
 
         Args:
-            order: how many times a loss is going to be differentiated: 0 for no graph, 2 for second derivatives, for
-                which attention runs in kernels that have them.
+            order: how many times a loss is going to be differentiated: 0 for no graph, 1, or 2, for which attention runs
+                in kernels that have second derivatives.
             limit: the number of batches at most; None: all of the list.
 
         Raises:
@@ -102,7 +106,7 @@ class Calibration:
             with self._context(), differentiable_kernels(self._module, order):
                 loss = self._loss(self._module, batch)
             _refuse_no_loss(loss, order)
-            self._passed(batch)
+            self._passed(batch, PASSES[order])
             yield BatchLoss(loss, samples_in(batch))
         if number < 0:
             raise ValueError(f"scores are computed on batches of data, and there is none. {BATCHES_ADVICE}")

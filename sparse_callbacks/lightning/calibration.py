@@ -20,7 +20,7 @@ def calibration(
     batches: int | Iterable[Any],
     loss: Loss | None,
     seed: int,
-    passed: Callable[[Any], object],
+    passed: Callable[[Any, int], object],
 ) -> Calibration:
     """See :meth:`~sparse_callbacks.core.host.Host.calibration`; nothing is logged by the module or its loggers.
 
@@ -28,7 +28,7 @@ def calibration(
         trainer: the Trainer of the run.
         module: the LightningModule of the run.
         batches, loss, seed: see there.
-        passed: told of each batch that has passed through the network.
+        passed: told of each batch, and of what is computed with it in forward passes.
 
     Raises:
         ValueError: the module is in manual optimization and there is no ``loss``, or ``batches`` cannot be used.
