@@ -1,6 +1,7 @@
 """Methods that prune whole channels under a budget: what they share, and pruning by published criteria."""
 
 # these register criteria, and what a checkpoint may hold
+from sparse_callbacks.methods.channels import calibrated_criteria as calibrated_criteria
 from sparse_callbacks.methods.channels import gate_criteria as gate_criteria
 from sparse_callbacks.methods.channels import saved as saved
 from sparse_callbacks.methods.channels import weight_criteria as weight_criteria

@@ -1,23 +1,23 @@
 """Channel pruning: whole channels go by a published criterion, and stay gone, until a budget is met."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import ClassVar, Unpack
+from typing import Any, ClassVar, Unpack
 
 import torch
 
 from sparse_callbacks.core.arguments import refuse_unknown
 from sparse_callbacks.core.calendar import Calendar, RunLength, Time, resolve_times
+from sparse_callbacks.core.calibration import Loss, size_of
 from sparse_callbacks.core.hooks import Figures
-from sparse_callbacks.core.host import Forward
 from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.storages.storage import why_no_exchange
 from sparse_callbacks.core.topology import Update
-from sparse_callbacks.methods.channels.arguments import refuse_counts_below_one, refuse_negative
+from sparse_callbacks.methods.channels.arguments import refuse_negative
 from sparse_callbacks.methods.channels.budgeted import START, STOP, BudgetedChannels
 from sparse_callbacks.methods.channels.criteria import CRITERIA, ScoredNetwork
-from sparse_callbacks.methods.channels.rankings import RANKINGS, Choice, Offer
+from sparse_callbacks.methods.channels.rankings import RANKINGS, Choice, Offer, equal_shares
 
 
 class ChannelPruning(BudgetedChannels):
@@ -44,6 +44,13 @@ class ChannelPruning(BudgetedChannels):
       plus bias * its gradient; of a unit with several producers the sum over them, before it is squared.
     - ``"bn_gain"``: \\|gain\\| summed over its batch norms; ``penalty * sign(gain)`` joins the gradient of the gains until the
       last pruning. Groups without a norm are refused.
+    - ``"taylor_2017"``: \|mean over positions of activation * gradient\| of the feature map that the group's consumers read,
+      its mean over the samples of ``batches``, divided by the group's L2 norm.
+    - ``"sosp"``: \|theta_s . g\| + \|theta_s . (H theta)_s\| / 2 of a unit's weights theta_s, the filters of its producers and
+      depthwise convolutions, where theta holds those of all units; one Hessian-vector product for each of ``batches``.
+    - ``"ispasp"``: the set of units that keeps the output of the next layer closest to what it was on ``batches``, the best
+      one seen in 20 exchanges; with ``ranking="layer"`` and ``start == stop``. Groups that several layers make or read go by
+      ``"l1"``.
     - ``"random"``: a draw from (seed, step, group), which others have to be better than.
 
     The rankings choose how many units of each group stay: ``"knapsack"`` so that the sum of scores is largest, as in SMCP;
@@ -69,7 +76,8 @@ class ChannelPruning(BudgetedChannels):
             with a message, in short runs.
         start, stop: when the ramp begins and ends, in the same units.
         penalty: of ``"bn_gain"``.
-        batches: number of batches, for criteria that take passes of their own over the data.
+        batches: for criteria that take passes of their own over the data: number of batches, whose samples are drawn from
+            the training data with ``seed``, or a list or loader of the batches.
         loss: a function of module and batch that gives the loss, for such criteria; None: the module's training step.
         prune_stem: the stem's outputs may go too.
         include, exclude, seed, **options: see :class:`~sparse_callbacks.core.method.Method`; inputs and outputs of layers
@@ -107,8 +115,8 @@ class ChannelPruning(BudgetedChannels):
         start: Time = START,
         stop: Time = STOP,
         penalty: float = 1e-4,
-        batches: int = 8,
-        loss: Forward | None = None,
+        batches: int | Iterable[Any] = 8,
+        loss: Loss | None = None,
         prune_stem: bool = False,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
@@ -134,7 +142,7 @@ class ChannelPruning(BudgetedChannels):
         self.batches, self.loss = batches, loss
         refuse_unknown({"criterion": criterion, "ranking": ranking}, {"criterion": CRITERIA, "ranking": RANKINGS})
         refuse_negative(penalty=penalty)
-        refuse_counts_below_one({"batches": batches}, "batches")
+        size_of(batches)
         self._rule = CRITERIA[criterion]()
         self._refuse_combinations()
         self._figures: Figures = {}  # of a pruning before the first step, until training begins
@@ -207,13 +215,17 @@ class ChannelPruning(BudgetedChannels):
         return figures
 
     def choose(self, number: int, offer: Offer) -> Choice:
-        scores = self._rule.scores(self._scored(), number)
         # what is pruned stays pruned: no option is larger than what is kept, and no pruned unit is among the best
-        options = [o[o <= kept] for o, kept in zip(offer.options, offer.kept, strict=True)]
+        offer = replace(offer, options=[o[o <= kept] for o, kept in zip(offer.options, offer.kept, strict=True)])
+        if self._rule.needs_counts:
+            counts = equal_shares(offer, [g.size for g in self.groups])
+            scores = self._rule.scores_for(self._scored(), number, counts, self.chunks)
+        else:
+            scores = self._rule.scores(self._scored(), number)
         among_live = [
             own.masked_fill(~live.to(own.device), -torch.inf) for own, live in zip(scores, self.live, strict=True)
         ]
-        return RANKINGS[self.ranking](replace(offer, options=options), among_live)
+        return RANKINGS[self.ranking](offer, among_live)
 
     def _scored(self) -> ScoredNetwork:
         return ScoredNetwork(

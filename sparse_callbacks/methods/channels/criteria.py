@@ -1,15 +1,16 @@
 """What scores the units of channel groups: the interface of a criterion, and the criteria by name."""
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.channels.groups import Group, Member
+from sparse_callbacks.core.calibration import Loss
 from sparse_callbacks.core.checkpoint import SavedRun
-from sparse_callbacks.core.host import Forward, Host
+from sparse_callbacks.core.host import Host
 from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.methods.channels.score_windows import key_parameter
@@ -46,8 +47,8 @@ class ScoredNetwork:
     saved: SavedRun | None
     generator: Callable[[str, int], torch.Generator]
     penalty: float
-    batches: int
-    loss: Forward | None
+    batches: int | Iterable[Any]
+    loss: Loss | None
 
     def device_of(self, group: Group) -> torch.device:
         """The device that the scores of a group lie on."""
@@ -67,6 +68,8 @@ class Criterion:
     """It prunes once: ``start`` and ``stop`` are the same."""
     rankings: ClassVar[Sequence[str]] = ("knapsack", "global", "layer")
     """The rankings that its scores are good for."""
+    needs_counts: ClassVar[bool] = False
+    """Its scores are of sets of units, so it has to know how many of each group are kept; see :meth:`scores_for`."""
 
     def begin(self, network: ScoredNetwork) -> None:
         """Refuse before the first batch what this criterion cannot score, and make what it keeps in ``aux``.
@@ -98,6 +101,19 @@ class Criterion:
             number: the gradient steps taken.
         """
         raise NotImplementedError(f"{type(self).__name__} has no scores(): override it, and return one tensor a group.")
+
+    def scores_for(
+        self, network: ScoredNetwork, number: int, counts: Sequence[int], chunks: Sequence[int]
+    ) -> list[Tensor]:
+        """:meth:`scores` for a choice of which the counts are known; asked of a criterion that ``needs_counts``.
+
+        Args:
+            network: the network.
+            number: the gradient steps taken.
+            counts: the number of units that each group is going to keep.
+            chunks: for each group the number of neighbouring units that go together.
+        """
+        return self.scores(network, number)
 
     def after_update(self, network: ScoredNetwork, groups: Sequence[int]) -> None:
         """The masks of the groups with these indices follow a new choice."""

@@ -113,17 +113,28 @@ def removals(options: Sequence[Tensor], scores: Sequence[Tensor], chunks: Sequen
 def by_equal_shares(offer: Offer, scores: Sequence[Tensor]) -> Choice:
     """The units that stay when every group keeps the same share of its units, those with the largest scores.
 
-    It is the largest share whose real cost fits the capacity. A group keeps its largest option that is no more than that
-    share, or the smallest one.
-
     Args:
         offer: what may be chosen.
         scores: score of each unit of each group, [size] each.
 
     Raises:
+        InfeasibleError: see :func:`equal_shares`.
+    """
+    return Choice(best_of_groups(scores, equal_shares(offer, [len(own) for own in scores]), offer.chunks))
+
+
+def equal_shares(offer: Offer, sizes: Sequence[int]) -> list[int]:
+    """The number of units that each group keeps at the largest share, the same for all, whose real cost fits the capacity.
+
+    A group keeps its largest option that is no more than that share, or the smallest one.
+
+    Args:
+        offer: what may be chosen.
+        sizes: the number of units of each group.
+
+    Raises:
         InfeasibleError: the smallest options do not fit; the error carries their cost.
     """
-    sizes = [len(own) for own in scores]
     options = [sorted(o.tolist()) for o in offer.options]
     # as fractions, so that 8 of 16 and 16 of 32 are one share
     shares = {Fraction(o, size) for size, counts in zip(sizes, options, strict=True) for o in counts}
@@ -135,7 +146,7 @@ def by_equal_shares(offer: Offer, scores: Sequence[Tensor]) -> Choice:
         ]
         cost = offer.network.realised(kept)
         if allocation.fits(cost, offer.capacity):
-            return Choice(best_of_groups(scores, kept, offer.chunks))
+            return kept
     raise InfeasibleError(offer.capacity, cost)
 
 
