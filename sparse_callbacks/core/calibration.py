@@ -45,9 +45,10 @@ class Calibration:
     """The network's loss on a fixed list of batches, as often as it is asked for.
 
     Modules are in eval mode (norms take their running statistics, nothing is dropped out), autocast is off, compiled
-    modules run eagerly, and every random draw follows from the seed. Every rank sees the batches of rank 0. Nothing is
-    left of it: random states, buffers, flags and gradients are put back, and hooks that wait for a gradient to be
-    accumulated hear nothing, as derivatives are asked of ``torch.autograd.grad``.
+    modules run eagerly, and every random draw follows from the seed. Every rank sees the batches of rank 0, and meanwhile
+    has its running statistics, which are those of a checkpoint. Nothing is left of it: random states, buffers, flags and
+    gradients are put back, and hooks that wait for a gradient to be accumulated hear nothing, as derivatives are asked of
+    ``torch.autograd.grad``.
 
     Args:
         module: the module.
@@ -94,6 +95,7 @@ class Calibration:
             torch.set_grad_enabled(order > 0),
         ):
             self._module.eval()
+            _take_buffers_of_first_rank(self._module)
             seed_restorable(self._seed)
             yield self._each(order, limit)
 
@@ -190,6 +192,17 @@ def _gradients_aside(module: nn.Module) -> Iterator[None]:
     finally:
         for p, gradient in kept:
             p.grad = gradient
+
+
+@torch.no_grad()
+def _take_buffers_of_first_rank(module: nn.Module) -> None:
+    """Give every rank the buffers that a checkpoint would hold: under DDP each one has running statistics of its own."""
+    if distributed.world_size() == 1:
+        return
+    saved = module.state_dict().keys()
+    buffers = {name: b for name, b in module.named_buffers() if name in saved}
+    for name, value in distributed.from_owners(buffers, dict.fromkeys(buffers, 0)).items():
+        buffers[name].copy_(value)
 
 
 def _refuse_no_loss(loss: Any, order: int) -> None:

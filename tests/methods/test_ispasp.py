@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from sparse_callbacks.channels.feature_maps import maps_read
 from sparse_callbacks.channels.groups import Group, Member, channel_groups
 from sparse_callbacks.methods.channels import ispasp as module
+from sparse_callbacks.methods.channels.allocation import best_units
+from sparse_callbacks.methods.channels.calibrated_criteria import set_scores
 from sparse_callbacks.methods.channels.ispasp import (
     Contributions,
     contributions,
@@ -227,3 +229,38 @@ def test_a_consumer_that_no_batch_calls_is_refused_by_name() -> None:
     )
     with pytest.raises(ValueError, match=r"no batch of the calibration calls layer\.linear2, .* exclude=.*'l1'"):
         contributions(net, [group], [torch.zeros(())])
+
+
+# ---------------------------------------------------------------------- as scores of units
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_the_largest_scores_are_the_set(count: int) -> None:
+    units = of_table("best seen")
+    scores = set_scores(units, torch.ones(8, dtype=torch.bool), count, 1)
+    assert best_units(scores, count).nonzero()[:, 0].tolist() == ispasp(units, count).tolist()
+
+
+def test_the_largest_scores_of_chunks_are_the_set_of_chunks() -> None:
+    table = ISPASP["best seen"]
+    hidden, weight = torch.tensor(table["hidden"], dtype=D), torch.tensor(table["weight"], dtype=D)
+    scores = set_scores(Contributions.of(hidden, weight), torch.ones(8, dtype=torch.bool), 4, 2)
+    # in pairs, from outputs: an iteration of the search by hand
+    pairs = [[0, 1], [2, 3], [4, 5], [6, 7]]
+    importance = (weight.T @ weight @ hidden).sum(1).view(4, 2).sum(1)
+    candidates = importance.argsort(descending=True)[:4]
+    activity = hidden.abs().sum(1).view(4, 2).sum(1)
+    first = sorted(activity.argsort(descending=True)[:2].tolist())
+    assert len(candidates) == 4
+    kept = sorted(best_units(scores, 4, 2).nonzero()[:, 0].tolist())
+    assert kept == sorted(pairs[first[0]] + pairs[first[1]])
+
+
+def test_units_that_are_gone_are_not_in_the_set() -> None:
+    units = of_table("best seen")
+    live = torch.ones(8, dtype=torch.bool)
+    live[[5, 7]] = False
+    left = live.nonzero()[:, 0]
+    small = Contributions(units.products[left][:, left], units.pull[left][:, left], units.activity[left])
+    scores = set_scores(units, live, 2, 1).masked_fill(~live, -torch.inf)
+    assert best_units(scores, 2).nonzero()[:, 0].tolist() == left[ispasp(small, 2)].tolist()

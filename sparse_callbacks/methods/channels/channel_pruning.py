@@ -44,9 +44,9 @@ class ChannelPruning(BudgetedChannels):
       plus bias * its gradient; of a unit with several producers the sum over them, before it is squared.
     - ``"bn_gain"``: \\|gain\\| summed over its batch norms; ``penalty * sign(gain)`` joins the gradient of the gains until the
       last pruning. Groups without a norm are refused.
-    - ``"taylor_2017"``: \|mean over positions of activation * gradient\| of the feature map that the group's consumers read,
+    - ``"taylor_2017"``: \\|mean over positions of activation * gradient\\| of the feature map that the group's consumers read,
       its mean over the samples of ``batches``, divided by the group's L2 norm.
-    - ``"sosp"``: \|theta_s . g\| + \|theta_s . (H theta)_s\| / 2 of a unit's weights theta_s, the filters of its producers and
+    - ``"sosp"``: \\|theta_s . g\\| + \\|theta_s . (H theta)_s\\| / 2 of a unit's weights theta_s, the filters of its producers and
       depthwise convolutions, where theta holds those of all units; one Hessian-vector product for each of ``batches``.
     - ``"ispasp"``: the set of units that keeps the output of the next layer closest to what it was on ``batches``, the best
       one seen in 20 exchanges; with ``ranking="layer"`` and ``start == stop``. Groups that several layers make or read go by
