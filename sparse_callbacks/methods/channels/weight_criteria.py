@@ -78,8 +78,8 @@ class NormGain(Criterion):
         if without := [g.name for g in network.groups if not _gains(network, g)]:
             raise ValueError(
                 f"criterion='bn_gain' scores channels by the gains of their batch norms, and the outputs of "
-                f"{', '.join(without)} pass through none that has any. Leave these layers out with exclude=, or give "
-                "another criterion, such as 'l1'."
+                f"{', '.join(without)} pass through none that has any. Leave these layers out, as with "
+                f"exclude=['{without[0]}.*'], or give another criterion, such as 'l1'."
             )
         idle = [n for n, names in enumerate(network.owners.owns) if not names]
         ids = parameter_ids(*(network.owners.optimizers[n] for n in idle))
