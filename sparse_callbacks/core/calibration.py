@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from itertools import count, islice
+from itertools import islice
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -117,7 +117,7 @@ class Calibration:
         """The batches of rank 0, on every rank."""
         batches = self._draw()  # on every rank, so that all of them refuse what cannot be drawn from
         drawn = islice(iter(batches), self._size) if distributed.rank() == 0 else iter(())
-        for _ in count():
+        while True:
             # in a list, which is empty behind the last one
             sent: list[Any] = distributed.of_first_rank([*islice(drawn, 1)])
             if not sent:

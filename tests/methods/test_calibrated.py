@@ -20,8 +20,8 @@ from sparse_callbacks.methods.channels.calibrated import (
     sosp_scores,
     taylor_2017,
     taylor_2017_scores,
-    unit_weights,
 )
+from sparse_callbacks.methods.channels.criteria import unit_weights
 
 D = torch.float64
 

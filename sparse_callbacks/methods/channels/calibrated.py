@@ -4,12 +4,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from sparse_callbacks.channels.feature_maps import FeatureMap, maps_read, unit_sums
 from sparse_callbacks.channels.groups import Group, Member
 from sparse_callbacks.core.calibration import BatchLoss, requiring_grad
 from sparse_callbacks.core.largest import widened
+from sparse_callbacks.methods.channels.criteria import unit_scores, unit_weights
 
 
 def taylor_2017(activations: Tensor, gradients: Tensor) -> Tensor:
@@ -144,14 +144,6 @@ def _derivatives_along(
     return {w: g / batches for w, g in first.items()}, {w: second.get(w, zeros[w]) / batches for w in first}
 
 
-def unit_weights(model: nn.Module, group: Group) -> list[Member]:
-    """The weights that make a group's units: filters of its producers, and of the depthwise convolutions behind them."""
-    parameters = dict(model.named_parameters())
-    filters = [m for m in group.producers if m.parameter in parameters and parameters[m.parameter].ndim > 1]
-    convolutions = [m for m in group.followers if isinstance(model.get_submodule(m.module), _ConvNd)]
-    return filters + [m for m in convolutions if m.parameter.endswith("weight")]
-
-
 def _live_weights(
     model: nn.Module, members: Iterable[Sequence[Member]], live: Iterable[Tensor]
 ) -> dict[nn.Parameter, Tensor]:
@@ -170,9 +162,7 @@ def _live_weights(
 
 def _by_unit(values: Tensor, member: Member, size: int) -> Tensor:
     """The sum of a parameter's entries over the slices of each unit, [size]."""
-    slices, units = values.movedim(member.dim, 0).flatten(1).sum(1), member.units.to(values.device)
-    owned = units >= 0
-    return slices.new_zeros(size).index_add(0, units[owned], slices[owned])
+    return unit_scores(values.movedim(member.dim, 0).flatten(1).sum(1), member, size)
 
 
 def _known(found: Tensor | None, group: Group) -> Tensor:

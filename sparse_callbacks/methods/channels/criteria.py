@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.channels.groups import Group, Member
+from sparse_callbacks.channels.module_sizes import is_layer
 from sparse_callbacks.core.calibration import Loss
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.host import Host
@@ -146,3 +147,13 @@ def unit_scores(entries: Tensor, member: Member, size: int) -> Tensor:
     units = member.units.to(entries.device)
     owned = units >= 0  # -1 marks slices that are channels of another group, or of none
     return torch.zeros(size, dtype=entries.dtype, device=entries.device).index_add(0, units[owned], entries[owned])
+
+
+def unit_weights(model: nn.Module, group: Group) -> list[Member]:
+    """The group's members in the weights that make its units: filters of its producers and depthwise convolutions.
+
+    Biases, norms, buffers and single parameters that scale channels are not among them.
+    """
+    parameters = dict(model.named_parameters())
+    filters = [m for m in group.producers if m.parameter in parameters and parameters[m.parameter].ndim > 1]
+    return [*filters, *(f for f in group.followers if is_layer(model.get_submodule(f.module)))]

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from sparse_callbacks.channels.groups import Group, Member
-from sparse_callbacks.channels.module_sizes import BATCH_NORMS, is_layer
+from sparse_callbacks.channels.module_sizes import BATCH_NORMS
 from sparse_callbacks.core.largest import widened
 from sparse_callbacks.core.optimizers import parameter_ids
 from sparse_callbacks.core.step import Step
-from sparse_callbacks.methods.channels.criteria import Criterion, ScoredNetwork, criterion, unit_scores
+from sparse_callbacks.methods.channels.criteria import Criterion, ScoredNetwork, criterion, unit_scores, unit_weights
 
 
 def filter_norms(weight: Tensor, dim: int, order: int) -> Tensor:
@@ -36,7 +36,7 @@ class FilterNorm(Criterion):
     order = 1
 
     def scores(self, network: ScoredNetwork, number: int) -> list[Tensor]:
-        return [_summed(network, g, _filters(network, g), self._norms) for g in network.groups]
+        return [_summed(network, g, unit_weights(network.model, g), self._norms) for g in network.groups]
 
     def _norms(self, weight: Tensor, member: Member) -> Tensor:
         return filter_norms(weight, member.dim, self.order)
@@ -105,12 +105,6 @@ class NormGain(Criterion):
 
     def scores(self, network: ScoredNetwork, number: int) -> list[Tensor]:
         return [_summed(network, g, _gains(network, g), _sizes) for g in network.groups]
-
-
-def _filters(network: ScoredNetwork, group: Group) -> list[Member]:
-    """The group's members in the weights that make its units, those of depthwise convolutions included."""
-    depthwise = [f for f in group.followers if is_layer(network.model.get_submodule(f.module))]
-    return [*group.producers, *depthwise]
 
 
 def _gains(network: ScoredNetwork, group: Group) -> list[Member]:
