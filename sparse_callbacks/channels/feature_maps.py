@@ -76,11 +76,11 @@ class FeatureMaps(TorchFunctionMode):
 
     def __enter__(self) -> "FeatureMaps":
         put_slim_attention(self._model)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
         put_back_attention(self._model)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

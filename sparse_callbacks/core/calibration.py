@@ -125,7 +125,7 @@ class Calibration:
             yield sent[0]
 
 
-def size_of(batches: object) -> int | None:
+def number_of_batches(batches: object) -> int | None:
     """The number of batches of the training data that ``batches`` asks for; None where it holds the batches themselves.
 
     Raises:
@@ -174,11 +174,11 @@ def requiring_grad(parameters: Iterable[Tensor]) -> Iterator[None]:
     flags = [(p, p.requires_grad) for p in parameters]
     try:
         for p, _ in flags:
-            p.requires_grad_(True)
+            p.requires_grad = True
         yield
     finally:
         for p, flag in flags:
-            p.requires_grad_(flag)
+            p.requires_grad = flag
 
 
 @contextmanager

@@ -9,7 +9,14 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from sparse_callbacks.core import data_pass, distributed
-from sparse_callbacks.core.calibration import BATCHES_ADVICE, LOSS_ADVICE, Calibration, Loss, sampling, size_of
+from sparse_callbacks.core.calibration import (
+    BATCHES_ADVICE,
+    LOSS_ADVICE,
+    Calibration,
+    Loss,
+    number_of_batches,
+    sampling,
+)
 from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.host import Forward
 from sparse_callbacks.core.storages.storage_timing import rows_of_layers
@@ -79,7 +86,7 @@ class LoopHost:
             raise ValueError(
                 f"{self._name} computes scores from the loss, which a loop of your own does not show. {LOSS_ADVICE}"
             )
-        data, size = self._data, size_of(batches)
+        data, size = self._data, number_of_batches(batches)
         if size is not None and data is None:
             raise ValueError(
                 f"{self._name} computes scores on batches of the training data. Give sparsify(..., data=loader), the loader "

@@ -8,7 +8,14 @@ from pytorch_lightning.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
 from sparse_callbacks.core import data_pass
-from sparse_callbacks.core.calibration import BATCHES_ADVICE, LOSS_ADVICE, Calibration, Loss, sampling, size_of
+from sparse_callbacks.core.calibration import (
+    BATCHES_ADVICE,
+    LOSS_ADVICE,
+    Calibration,
+    Loss,
+    number_of_batches,
+    sampling,
+)
 from sparse_callbacks.lightning.data_pass import as_in_training, unlogged, users_sampler
 from sparse_callbacks.lightning.namespaces import Trainer
 from sparse_callbacks.lightning.seen_rows import batch_index
@@ -38,7 +45,7 @@ def calibration(
             f"scores are computed from the loss, and {type(module).__name__} is in manual optimization, where training_step "
             f"takes steps of its own. {LOSS_ADVICE}"
         )
-    size = size_of(batches)
+    size = number_of_batches(batches)
 
     def draw() -> Any:
         if size is None:

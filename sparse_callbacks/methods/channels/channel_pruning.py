@@ -8,7 +8,7 @@ import torch
 
 from sparse_callbacks.core.arguments import refuse_unknown
 from sparse_callbacks.core.calendar import Calendar, RunLength, Time, resolve_times
-from sparse_callbacks.core.calibration import Loss, size_of
+from sparse_callbacks.core.calibration import Loss, number_of_batches
 from sparse_callbacks.core.hooks import Figures
 from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.step import Step
@@ -142,7 +142,7 @@ class ChannelPruning(BudgetedChannels):
         self.batches, self.loss = batches, loss
         refuse_unknown({"criterion": criterion, "ranking": ranking}, {"criterion": CRITERIA, "ranking": RANKINGS})
         refuse_negative(penalty=penalty)
-        size_of(batches)
+        number_of_batches(batches)
         self._rule = CRITERIA[criterion]()
         self._refuse_combinations()
         self._figures: Figures = {}  # of a pruning before the first step, until training begins

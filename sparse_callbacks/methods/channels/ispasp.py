@@ -153,7 +153,8 @@ class _Sums:
     """
 
     def __init__(self, model: nn.Module, group: Group) -> None:
-        self._group, self._reader = group, model.get_submodule(group.consumers[0].module)
+        self._group = group
+        self._reader: Any = model.get_submodule(group.consumers[0].module)
         self._pairs: Tensor | None = None  # of unfolded entries, [entries, entries]
         self._read: Tensor | None = None  # sum of each entry over the positions at which a tap reads, [taps, entries]
         self._activity: Tensor | None = None  # of channels
@@ -172,7 +173,7 @@ class _Sums:
         entries = x.shape[1] * kernel[0] * kernel[1]
         inside = functional.unfold(functional.pad(torch.ones_like(x[:1, :1]), padding), kernel, **options)[0]
         at_once = max(1, UNFOLDED // (entries * inside.shape[1]))
-        for part in x.split(at_once):
+        for part in torch.split(x, at_once):
             unfolded = functional.unfold(functional.pad(part, padding), kernel, **options)
             flat = unfolded.transpose(0, 1).flatten(1)
             pairs, read = (flat @ flat.T).double(), (inside @ unfolded.sum(0).T).double()
@@ -194,7 +195,7 @@ class _Sums:
                 f"no batch of the calibration calls {consumer.module}, which reads the channels of {self._group.name}. Leave "
                 "it out with exclude=, or give a criterion of weights, such as 'l1'."
             )
-        weight = self._reader.weight.detach().flatten(1).double()
+        weight: Tensor = self._reader.weight.detach().flatten(1).double()
         taps = len(self._read)
         of_channel = consumer.units.to(weight.device)
         owned = of_channel >= 0
