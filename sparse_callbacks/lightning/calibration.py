@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 from pytorch_lightning.loggers.logger import DummyLogger
@@ -44,6 +45,12 @@ def calibration(
         raise ValueError(
             f"scores are computed from the loss, and {type(module).__name__} is in manual optimization, where training_step "
             f"takes steps of its own. {LOSS_ADVICE}"
+        )
+    step: Any = module.training_step
+    if loss is None and "dataloader_iter" in signature(step).parameters:
+        raise ValueError(
+            f"scores are computed from the loss on a batch, and {type(module).__name__}.training_step fetches its own from "
+            f"dataloader_iter. {LOSS_ADVICE}"
         )
     size = number_of_batches(batches)
 

@@ -145,6 +145,18 @@ def test_manual_optimization_with_a_loss() -> None:
     assert callback.at_target
 
 
+class Fetches(Classifier):
+    """Fetches its batches by itself."""
+
+    def training_step(self, dataloader_iter: Any) -> Any:
+        return self.loss(next(dataloader_iter)[0])
+
+
+def test_a_step_that_fetches_its_batches_needs_a_loss() -> None:
+    with pytest.raises(ValueError, match=r"Fetches\.training_step fetches its own from dataloader_iter\. Give loss="):
+        run(Fetches(conv_net()), callback=method("sosp", stop=3))
+
+
 class Skips(Classifier):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         return None

@@ -64,7 +64,7 @@ def taylor_2017_scores(model: nn.Module, groups: Sequence[Group], losses: Iterab
         read = [m for m in maps if m.values.requires_grad]
         # frozen beginnings of a network may read without a graph, and branches may not come to the loss
         gradients = torch.autograd.grad(batch.loss, [m.values for m in read], allow_unused=True) if read else ()
-        products = {m: (m.values * g).detach() for m, g in zip(read, gradients, strict=True) if g is not None}
+        products = {m: _products(m.values, g) for m, g in zip(read, gradients, strict=True) if g is not None}
         for index, group in enumerate(groups):
             found = _of_batch(group, products, batch.samples)
             if found is not None:
@@ -73,14 +73,18 @@ def taylor_2017_scores(model: nn.Module, groups: Sequence[Group], losses: Iterab
     return [normalised(_known(found, group)) for found, group in zip(sums, groups, strict=True)]
 
 
+def _products(values: Tensor, gradient: Tensor) -> Tensor:
+    wide = widened(values.dtype)
+    return values.detach().to(wide) * gradient.to(wide)
+
+
 def _of_batch(group: Group, products: Mapping[FeatureMap, Tensor], samples: int | None) -> Tensor | None:
     """The score of each unit in a batch, before it is normalised, [size]; None where nothing comes to the group."""
     sums: dict[int, Tensor] = {}  # by the number of samples, as only products of the same sample may be summed
     entries: dict[int, int] = {}
     for consumer in group.consumers:
         for seen in (m for m in products if m.parameter == consumer.parameter):
-            wide = products[seen].to(widened(products[seen].dtype))
-            units, count = unit_sums(wide, seen.spatial, consumer, group.size, samples)
+            units, count = unit_sums(products[seen], seen.spatial, consumer, group.size, samples)
             number = len(units)
             sums[number] = sums[number] + units.to(sums[number]) if number in sums else units
             entries[number] = max(count, entries.get(number, 0))
