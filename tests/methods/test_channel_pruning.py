@@ -13,9 +13,11 @@ from support.pruning import at_once, nested, pruning
 from support.smcp import Residual, conv_net, mlp, normed
 from torch import Tensor, nn
 
-from sparse_callbacks import ChannelPruning, sparsify
+from sparse_callbacks import ChannelPruning, SparsityCallback, sparsify
 from sparse_callbacks.channels.groups import channel_groups
 from sparse_callbacks.channels.slim import slim
+from sparse_callbacks.methods.channels.budgeted import BudgetedChannels
+from sparse_callbacks.methods.channels.criteria import CRITERIA, Criterion
 from sparse_callbacks.testing.comparison import assert_effective, differences, snapshot
 from sparse_callbacks.testing.data import Batches
 from sparse_callbacks.testing.networks import Classifier
@@ -23,8 +25,7 @@ from sparse_callbacks.testing.runs import Stops, fit, watch
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
-CRITERIA = ["l1", "l2", "random", "taylor_fo"]
-ALL = [*CRITERIA, "bn_gain"]
+ALL = ["l1", "l2", "random", "taylor_fo", "bn_gain"]
 RANKINGS = ["knapsack", "global", "layer"]
 
 
@@ -323,6 +324,31 @@ class Halves(Batches):
 def test_arguments_that_cannot_work(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         ChannelPruning(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("facts", "arguments", "message"),
+    [
+        ({"rankings": ("layer",)}, {"ranking": "global"}, r"ranking='global' cannot be used.*Give ranking='layer'\."),
+        ({"one_shot": True}, {"start": 3}, r"criterion='mine' prunes once, and start=3 and stop=14 are a ramp"),
+        ({"needs_steps": True}, {"start": 0, "stop": 0, "every": None}, "there are none before the pruning"),
+        ({}, {}, r"Mine has no scores\(\): override it"),
+    ],
+)
+def test_what_a_criterion_cannot_do_is_refused(
+    facts: dict[str, Any], arguments: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CRITERIA, "mine", type("Mine", (Criterion,), facts))
+    with pytest.raises((ValueError, NotImplementedError), match=message):
+        fit(Classifier(conv_net()), pruning(**({"criterion": "mine"} | arguments)))
+
+
+def test_a_method_under_a_budget_says_how_it_chooses() -> None:
+    class Mine(BudgetedChannels, SparsityCallback):
+        """Chooses nothing."""
+
+    with pytest.raises(NotImplementedError, match=r"Mine has no choose\(\): override it, and return a Choice"):
+        fit(Classifier(conv_net()), Mine(0.5, start=1, stop=4, every=1, round_to=1, print_plan=False))
 
 
 def test_a_budget_that_no_network_meets_is_refused_with_the_smallest_one() -> None:

@@ -254,8 +254,7 @@ class ChannelPruning(BudgetedChannels):
     # ------------------------------------------------------------------ the step
 
     def before_step(self, step: Step) -> None:
-        over = self.progress.done.get(step.index, -1) >= step.calendar.last
-        self._rule.before_step(self._scored(), step, over)
+        self._rule.before_step(self._scored(), step, last=self.at_target)
         super().before_step(step)
 
     def after_step(self, step: Step) -> Update | None:
