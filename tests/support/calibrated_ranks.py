@@ -20,6 +20,12 @@ def data(seed: int = 0, count: int = 64) -> TensorDataset:
     return TensorDataset(torch.randn(count, 2, 5, 5, generator=draw), torch.arange(count) % 4)
 
 
+def noisy_loss(module: Any, batch: Any) -> torch.Tensor:
+    """A loss that draws: the first process has drawn its data before, the other has not."""
+    loss: torch.Tensor = module.loss((batch[0] + torch.randn_like(batch[0]), batch[1]))
+    return loss
+
+
 class Scores(pl.Callback):
     """Calibrates in the middle of an accumulation window, and notes scores, gradients and random states."""
 
@@ -30,7 +36,7 @@ class Scores(pl.Callback):
         if index != 1:
             return
         before = [p.grad.clone() for p in module.parameters()]
-        calibration = self.callback.host.calibration(2, seed=4)
+        calibration = self.callback.host.calibration(2, loss=noisy_loss, seed=4)
         with calibration.losses() as losses:
             values = [float(b.loss) for b in losses]
         same = all(torch.equal(p.grad, b) for p, b in zip(module.parameters(), before, strict=True))
