@@ -214,7 +214,9 @@ def test_what_watches_the_first_batch_does_not_see_it() -> None:
     run = sparsify(method, net, torch.optim.SGD(net.parameters(), 0.1), steps=10, data=[[*data().tensors]])
     signals, uses, samples = FirstSignals(method), FirstBatch(net, ["1.weight"]), LoopSamples()
     samples.follow(net, 0)
+    early = FirstSignals(method)
     gradients(run._host.calibration(1, loss=loss_of), net)
+    assert early.chain() == ()
     loss_of(net, [*data().tensors]).backward()
     assert uses.calls
     assert uses.end().of["1.weight"].forward == 24

@@ -161,6 +161,27 @@ def test_frozen_layers_before_a_consumer_do_not_matter() -> None:
         assert torch.equal(one, other)
 
 
+def test_channels_that_cannot_be_told_apart_are_refused() -> None:
+    net = nn.Linear(6, 2)
+    member = Member("", "weight", 1, "in", torch.arange(4))
+    with pytest.raises(
+        ValueError, match=r"weight reads 6 channels, and its channels are known as 4\. .*exclude=.*'l1'"
+    ):
+        taylor_2017_scores(
+            net, [Group("maker", 4, (), (member,), ())], (BatchLoss(net(torch.ones(3, 6)).sum(), 3) for _ in range(1))
+        )
+
+
+def test_products_of_half_precision_are_made_in_float32() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).bfloat16()
+    (group, _) = channel_groups(net, torch.zeros(1, 3, dtype=torch.bfloat16))
+    x = torch.ones(2, 3, dtype=torch.bfloat16)
+    (found,) = taylor_2017_scores(net, [group], (BatchLoss(net(x).sum(), 2) for _ in range(1)))
+    assert found.dtype == torch.float32
+    (found,) = sosp_scores(net, [group], everything([group]), (BatchLoss(net(x).sum(), 2) for _ in range(1)))
+    assert found.dtype == torch.float32
+
+
 @pytest.mark.parametrize("scores", [taylor_2017_scores, lambda *a: sosp_scores(*a[:2], everything(a[1]), a[2])])
 def test_a_group_that_the_loss_does_not_depend_on_is_refused_by_name(scores: Any) -> None:
     net, groups, batches = network("residual")
