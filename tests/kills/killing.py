@@ -87,7 +87,8 @@ def random_kills(number: int, seed: int) -> Iterator[Kill]:
         first = max(1, math.ceil((index + source.random()) / number * last))
         steps = (first, min(last - 1, first + source.randint(3, 20))) if index % 7 == 6 else (first,)
         method = METHODS[index * 5 % len(METHODS)]  # 5 has no divisor in common with their number
-        yield Kill(method, LOGGERS[index % 2], steps, index % 5 == 4, source.random() * 0.01)
+        logger = LOGGERS[index // len(METHODS) % 2]  # the other one when all methods have had a turn
+        yield Kill(method, logger, steps, index % 5 == 4, source.random() * 0.01)
 
 
 class Nursery:
