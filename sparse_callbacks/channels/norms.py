@@ -21,8 +21,17 @@ def norm_of_layer(model: nn.Module, example_input: Any) -> dict[str, str]:
         model, example_input: see :func:`norm_inputs`.
     """
     with_gain = {n for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.affine}
+    return {layer: norm for layer, norm in norm_behind(model, example_input).items() if norm in with_gain}
+
+
+def norm_behind(model: nn.Module, example_input: Any) -> dict[str, str]:
+    """As :func:`norm_of_layer`, norms without a gain included.
+
+    Args:
+        model, example_input: see :func:`norm_inputs`.
+    """
     inputs = norm_inputs(model, example_input)
-    return {layer: norm for norm, layers in inputs.items() if norm in with_gain for layer in layers if layer}
+    return {layer: norm for norm, layers in inputs.items() for layer in layers if layer}
 
 
 def norm_inputs(model: nn.Module, example_input: Any) -> dict[str, list[str]]:

@@ -115,6 +115,9 @@ def in_order(
     rank: int = 0,
     whole: bool = False,
     unwrap: Callable[[Any], Any] = lambda sampler: sampler,
+    *,
+    shuffled: torch.Generator | None = None,
+    advice: str = "Give statistics_dataloader=, a loader with the batches that the statistics are taken from.",
 ) -> Any:
     """A loader of the same batches in the order of the data set, without shuffling or dropping.
 
@@ -129,6 +132,8 @@ def in_order(
         whole: True to leave out an incomplete last batch that the loader itself drops, or that is a single sample, from
             which norms cannot take statistics.
         unwrap: gives the user's sampler of one that a host has put around it.
+        shuffled: draws the order of the samples; None: that of the data set.
+        advice: what the user may do where the loader is refused, a sentence.
 
     Raises:
         ValueError: the loader is not a DataLoader over a data set with indices, or its batch size is not known.
@@ -139,16 +144,18 @@ def in_order(
         kind = f"{type(loader).__name__}{' over an IterableDataset' if isinstance(loader, DataLoader) else ''}"
         raise ValueError(
             "a pass over the training data needs a torch DataLoader over a data set with indices, and this is a "
-            f"{kind}. Give statistics_dataloader=, a loader with the batches that the statistics are taken from."
+            f"{kind}. {advice}"
         )
     size = loader.batch_size if loader.batch_sampler is None else getattr(loader.batch_sampler, "batch_size", None)
     if loader.batch_sampler is not None and not isinstance(size, int):
         raise ValueError(
             f"{type(loader.batch_sampler).__name__} makes the batches and has no batch_size, so they cannot be made in "
-            "order. Give statistics_dataloader=, a loader with the batches that the statistics are taken from."
+            f"order. {advice}"
         )
     # not as a DistributedSampler does, which repeats samples until all ranks have the same number
     indices = _indices(loader, unwrap)[rank::world]
+    if shuffled is not None:
+        indices = [indices[i] for i in torch.randperm(len(indices), generator=shuffled).tolist()]
     if whole and size is not None and (loader.drop_last or len(indices) % size == 1) and len(indices) > size:
         indices = indices[: len(indices) // size * size]
     # without the generator of the loader, which a second iteration would move on

@@ -109,3 +109,12 @@ def gather(mine: Any) -> list[Any]:
     everybody: list[Any] = [None] * world_size()
     dist.gather_object(mine, everybody if rank() == 0 else None)
     return everybody if rank() == 0 else []
+
+
+def of_first_rank(mine: Any) -> Any:
+    """The object that rank 0 gives, copied to every rank."""
+    if world_size() == 1:
+        return mine
+    sent = [mine if rank() == 0 else None]
+    dist.broadcast_object_list(sent, src=0)
+    return sent[0]

@@ -404,10 +404,15 @@ class Engine:
         # of all, and last: a method may have ended dense copies
         mask_averages(method.owners.optimizers, method.weights, step.names)
 
-    def passed(self, batch: Any) -> None:
-        """A batch has passed through the network for the method to look at, and not to train."""
+    def passed(self, batch: Any, passes: int = 1) -> None:
+        """A batch has passed through the network for the method to look at, and not to train.
+
+        Args:
+            batch: the batch.
+            passes: what was computed, in forward passes.
+        """
         if self.recorder is not None and self.method.attachment.in_training:
-            self.recorder.passed(self.method, batch)
+            self.recorder.passed(self.method, batch, passes)
 
     def record_by(self, recorder: RunRecorder) -> None:
         """Tell ``recorder`` of the run from here on, and of the warnings that were given before."""

@@ -1,9 +1,11 @@
 """What an engine and its method may ask of whoever runs the training loop."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
+
+from sparse_callbacks.core.calibration import Calibration, Loss
 
 Forward = Callable[[nn.Module, Any], Any]
 """A function of the module and a batch that gives the network's output."""
@@ -39,6 +41,26 @@ class Host(Protocol):
                 with arguments that follow from the type of the batch.
             loader: a loader of the batches to pass over. None: the training data in order.
             train: the modules that stay in train mode and keep what the pass makes of them.
+        """
+
+    def calibration(
+        self,
+        batches: int | Iterable[Any],
+        *,
+        loss: Loss | None = None,
+        seed: int = 0,
+    ) -> Calibration:
+        """The loss of the network on a fixed list of batches, the same on every rank, to be differentiated.
+
+        Nothing runs until the losses are asked for.
+
+        Args:
+            batches: how many batches of the training data, whose samples are drawn with ``seed``; or the batches.
+            loss: a function of the module and a batch that gives the loss, a scalar. None: that of the training step.
+            seed: of the draw, and of what is random in data and loss.
+
+        Raises:
+            ValueError: there is no loss or no data to take, or ``batches`` can be iterated only once.
         """
 
     def request_restart(self) -> None:

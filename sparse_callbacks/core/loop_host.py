@@ -9,6 +9,14 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from sparse_callbacks.core import data_pass, distributed
+from sparse_callbacks.core.calibration import (
+    BATCHES_ADVICE,
+    LOSS_ADVICE,
+    Calibration,
+    Loss,
+    number_of_batches,
+    sampling,
+)
 from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.host import Forward
 from sparse_callbacks.core.storages.storage_timing import rows_of_layers
@@ -64,6 +72,42 @@ class LoopHost:
 
         yield from data_pass.outputs(
             self._model, choose, forward=forward or self._forward, train=train, passed=self._engine.passed
+        )
+
+    def calibration(
+        self,
+        batches: int | Iterable[Any],
+        *,
+        loss: Loss | None = None,
+        seed: int = 0,
+    ) -> Calibration:
+        """See :meth:`~sparse_callbacks.core.host.Host.calibration`."""
+        if loss is None:
+            raise ValueError(
+                f"{self._name} computes scores from the loss, which a loop of your own does not show. {LOSS_ADVICE}"
+            )
+        data, size = self._data, number_of_batches(batches)
+        if size is not None and data is None:
+            raise ValueError(
+                f"{self._name} computes scores on batches of the training data. Give sparsify(..., data=loader), the loader "
+                "of the training data, or batches=, a list of them."
+            )
+
+        def draw() -> Any:
+            if size is None:
+                return batches
+            if not _can_be_ordered(data):
+                return data
+            return data_pass.in_order(data, whole=True, shuffled=sampling(seed), advice=BATCHES_ADVICE)
+
+        return Calibration(
+            self._model,
+            draw,
+            loss,
+            size=size,
+            seed=seed,
+            move=lambda batch: data_pass.to_device(self._model, batch),
+            passed=self._engine.passed,
         )
 
     def rows_seen(self) -> dict[str, int]:

@@ -32,6 +32,14 @@ def uniform_like(parameter: Tensor, source: torch.Generator) -> Tensor:
 def seed_everything(seed: int) -> None:
     """Seed torch on all devices, Python and, where it is imported, numpy."""
     torch.manual_seed(seed)
+    seed_restorable(seed)
+
+
+def seed_restorable(seed: int) -> None:
+    """Seed every generator whose state :func:`random_states` takes now, and no other."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(seed)
     random.seed(seed)
     # only where somebody has imported it: this package does not need numpy
     if (numpy := sys.modules.get("numpy")) is not None:

@@ -18,6 +18,7 @@ _STRUCTURE = frozenset(vars(nn.Module())) - {"_buffers"}
 _MAPPINGS = (dict, OrderedDict, defaultdict, Counter)
 _SEQUENCES = (list, deque)
 _ATOMS = frozenset({str, int, float, bool, type(None)})
+_running: list[nn.Module] = []  # modules that run undisturbed now
 
 
 @contextmanager
@@ -33,13 +34,20 @@ def undisturbed(module: nn.Module, changing: Iterable[nn.Module] = ()) -> Iterat
     excepted = {inner for part in changing for inner in part.modules()}
     state = ModuleState(m for m in module.modules() if m not in excepted)
     states = random_states()
+    _running.append(module)
     try:
         yield
     finally:
+        _running.remove(module)
         state.restore()
         for m, training in flags:
             m.training = training
         restore_random_states(states)
+
+
+def no_training() -> bool:
+    """Whether a module runs undisturbed now: what its hooks see is not of the training, also where gradients are on."""
+    return bool(_running)
 
 
 class ModuleState:

@@ -70,7 +70,7 @@ def outputs(
         choose,
         forward=forward,
         train=train,
-        move=lambda batch: _as_in_training(trainer, module, batch),
+        move=lambda batch: as_in_training(trainer, module, batch),
         precision=context,
         passed=passed,
     )
@@ -111,7 +111,7 @@ def _limit(trainer: Any) -> int | None:
         return None
 
 
-def _as_in_training(trainer: Any, module: nn.Module, batch: Any) -> Any:
+def as_in_training(trainer: Any, module: nn.Module, batch: Any) -> Any:
     """The batch with the precision and on the device that the training step would receive it."""
     # in the order of a training step: the hooks of a LightningModule see the batch before it moves to the device
     batch = trainer.precision_plugin.convert_input(batch)

@@ -48,7 +48,7 @@ def _calls(trainer: Trainer, module: LightningModule) -> Iterator[tuple[nn.Modul
     if batch is not None:
         yield module, lambda: data_pass.call(module, _as_parameters(module, batch))
         if module.automatic_optimization and (twin := _without_trainer(module)) is not None:
-            yield twin, lambda: twin.training_step(_as_parameters(module, batch), *_batch_index(twin))
+            yield twin, lambda: twin.training_step(_as_parameters(module, batch), *batch_index(twin))
     example = module.example_input_array
     if example is not None:
         yield module, lambda: run(module, _as_parameters(module, example))
@@ -72,7 +72,7 @@ def _without_trainer(module: LightningModule) -> Any:
     return None if "training_step" in vars(made) else made  # a step of the instance belongs to the original
 
 
-def _batch_index(module: LightningModule) -> tuple[int, ...]:
+def batch_index(module: LightningModule) -> tuple[int, ...]:
     """The further argument of a ``training_step``, which may leave it out."""
     return (0,) if len(signature(module.training_step).parameters) > 1 else ()
 

@@ -1,15 +1,17 @@
 """A Trainer as the host of a method: what methods may use of it, and nothing else."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from sparse_callbacks.core import distributed
+from sparse_callbacks.core.calibration import Calibration, Loss
 from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.host import Forward
 from sparse_callbacks.lightning import data_pass
+from sparse_callbacks.lightning.calibration import calibration
 from sparse_callbacks.lightning.namespaces import Trainer
 
 
@@ -47,6 +49,16 @@ class TrainerHost:
     def _share_of_data(self) -> tuple[int, int]:
         """Into how many shares a pass divides the data, and which of them is this rank's."""
         return distributed.world_size(), distributed.rank()
+
+    def calibration(
+        self,
+        batches: int | Iterable[Any],
+        *,
+        loss: Loss | None = None,
+        seed: int = 0,
+    ) -> Calibration:
+        """See :meth:`~sparse_callbacks.core.host.Host.calibration`."""
+        return calibration(self.trainer, self.module, batches, loss, seed, self._engine.passed)
 
     def request_restart(self) -> None:
         """See :meth:`~sparse_callbacks.core.host.Host.request_restart`."""

@@ -37,7 +37,7 @@ OPTIONS = (
     "checkpoint_every=5",
 )
 # what some methods need in a network of 32 units
-OWN = {"smcp": ("method.round_to=1",)}
+OWN = dict.fromkeys(("smcp", "channels"), ("method.round_to=1",))
 LOGGERS = ("csv", "wandb")
 # of callbacks in a checkpoint: the score of the last file written, and of the record the folder, the clock and the machine
 MOMENTS = ("best_k_models", "current_score", "folder", "said", "seconds")
@@ -87,7 +87,8 @@ def random_kills(number: int, seed: int) -> Iterator[Kill]:
         first = max(1, math.ceil((index + source.random()) / number * last))
         steps = (first, min(last - 1, first + source.randint(3, 20))) if index % 7 == 6 else (first,)
         method = METHODS[index * 5 % len(METHODS)]  # 5 has no divisor in common with their number
-        yield Kill(method, LOGGERS[index % 2], steps, index % 5 == 4, source.random() * 0.01)
+        logger = LOGGERS[index // len(METHODS) % 2]  # the other one when all methods have had a turn
+        yield Kill(method, logger, steps, index % 5 == 4, source.random() * 0.01)
 
 
 class Nursery:

@@ -10,7 +10,7 @@ import torch
 from oracles.smcp import BEST, CONDENSED, COSTS, VALUES
 from torch import Tensor
 
-from sparse_callbacks.methods.smcp.knapsack import InfeasibleError, solve, undominated
+from sparse_callbacks.methods.channels.knapsack import InfeasibleError, solve, undominated
 
 
 def tensors(rows: list[list[float]]) -> list[Tensor]:

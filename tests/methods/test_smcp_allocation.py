@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparse_callbacks.channels.costs import multiply_adds, parameters
 from sparse_callbacks.channels.network_cost import Network
-from sparse_callbacks.methods.smcp.allocation import (
+from sparse_callbacks.methods.channels.allocation import (
     allocate,
     cost_reduction,
     options_of,
@@ -18,7 +18,7 @@ from sparse_callbacks.methods.smcp.allocation import (
     solve_once,
     values_of,
 )
-from sparse_callbacks.methods.smcp.knapsack import InfeasibleError
+from sparse_callbacks.methods.channels.knapsack import InfeasibleError
 
 IMAGE = torch.zeros(1, 3, 8, 8)
 

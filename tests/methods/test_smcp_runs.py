@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sparse_callbacks import SMCP
 from sparse_callbacks.channels.latency.table import Grid, Table
 from sparse_callbacks.channels.slim import slim
-from sparse_callbacks.methods.smcp import allocation
+from sparse_callbacks.methods.channels import allocation
 from sparse_callbacks.testing.comparison import assert_effective, differences, snapshot
 from sparse_callbacks.testing.data import Batches
 from sparse_callbacks.testing.networks import Classifier

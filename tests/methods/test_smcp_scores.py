@@ -16,7 +16,7 @@ from oracles.smcp import (
 )
 
 from sparse_callbacks.channels.groups import Member
-from sparse_callbacks.methods.smcp.allocation import best_units, options_of, ranking, values_of
+from sparse_callbacks.methods.channels.allocation import best_units, options_of, ranking, values_of
 from sparse_callbacks.methods.smcp.scores import input_scores, magnitude, taylor, unit_scores
 
 # ---------------------------------------------------------------------- importance

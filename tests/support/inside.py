@@ -166,12 +166,12 @@ def waits_for(callback: Any) -> Any:
 
 def count_kept_channels(callback: Any) -> None:
     """SMCP: read anew from the masks which channels are kept."""
-    callback._note_kept()
+    callback.note_kept()
 
 
 def owners_of_groups(callback: Any) -> list[int]:
     """SMCP: the optimizer that steps each group of channels."""
-    return list(callback._optimizer_of)
+    return list(callback.optimizer_of)
 
 
 def kept_of_the_round(callback: Any) -> set[str]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.record.find_chain import LayerCall, find_chain
 from sparse_callbacks.core.selection import is_norm
+from sparse_callbacks.core.undisturbed import no_training
 
 SIGNAL_LEFT = 1e-2
 """Share of the standard deviation of a signal that must be left of it."""
@@ -41,7 +42,12 @@ class FirstSignals:
     def called(self, name: str, args: tuple[Any, ...], output: Any) -> None:
         """A layer was called."""
         # within a backward pass a checkpoint computes layers again
-        if self._is_over or torch._C._current_graph_task_id() != -1 or not getattr(output, "requires_grad", False):
+        if (
+            self._is_over
+            or no_training()
+            or torch._C._current_graph_task_id() != -1
+            or not getattr(output, "requires_grad", False)
+        ):
             return
         if not args or not isinstance(args[0], Tensor):
             return

@@ -16,6 +16,7 @@ from sparse_callbacks.core.record.find_chain import LayerCall
 from sparse_callbacks.core.record.samples import samples_in
 from sparse_callbacks.core.selection import is_norm
 from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
+from sparse_callbacks.core.undisturbed import no_training
 
 ROW_BY_ROW = (nn.Linear, SparseLinear, nn.Bilinear)  # each weight is used once for each row of the input
 NOT_MULTIPLIED = (nn.Embedding, nn.EmbeddingBag)
@@ -107,7 +108,7 @@ class FirstBatch:
                 self._handles.append(hooked.register_post_accumulate_grad_hook(self._gradient_comes))
 
     def _begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if self._tell_first is not None and torch.is_grad_enabled():
+        if self._tell_first is not None and torch.is_grad_enabled() and not no_training():
             tell, self._tell_first = self._tell_first, None
             tell(module, samples_in([*args, *kwargs.values()]) or 0)
 
@@ -115,6 +116,8 @@ class FirstBatch:
         self._backward_began = True
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        if no_training():
+            return
         find = rows_by_weight(module)
         assert find is not None  # only such modules have this hook
         again = torch._C._current_graph_task_id() != -1  # within a backward pass: the layer is computed again

@@ -153,9 +153,15 @@ class RunRecorder:
         if self._start is not None:  # the update that may follow at once leaves no first masks to follow paths in
             self._follow_first_paths(self._known.chain_shown().names)
 
-    def passed(self, method: Method, batch: Any) -> None:
-        """A batch has passed through the network without training, for ``method`` to look at."""
-        samples = samples_in(batch) or 0
+    def passed(self, method: Method, batch: Any, passes: int = 1) -> None:
+        """A batch has passed through the network without training, for ``method`` to look at.
+
+        Args:
+            method: the method.
+            batch: the batch.
+            passes: what was computed, in forward passes.
+        """
+        samples = passes * (samples_in(batch) or 0)
         forward = self._costs.forward(self._active_counts())
         similarities = self._costs.similarities(method) if isinstance(method, MeasuresSimilarity) else 0
         self._account.charge_pass(samples, forward, similarities)

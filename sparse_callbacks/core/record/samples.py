@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sparse_callbacks.core.inspection import tensors_in
+from sparse_callbacks.core.undisturbed import no_training
 
 
 def samples_in(batch: Any) -> int | None:
@@ -52,7 +53,7 @@ class LoopSamples:
             self._handle = None
 
     def _count(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled() and not no_training():
             self._forward = samples_in([*args, *kwargs.values()]) or 0
 
     def backward(self, optimizer: int) -> None:

@@ -4,26 +4,9 @@ from collections.abc import Collection, Mapping
 
 from torch import nn
 
-from sparse_callbacks.core.awaited import why_never
 from sparse_callbacks.core.checkpoint import SavedRun
-from sparse_callbacks.core.state_claims import Kept, Zeros, copied_names, expected_aux, possible_zeros
+from sparse_callbacks.core.state_claims import Kept, copied_names, expected_aux
 from sparse_callbacks.methods.smcp.smcp import SMCP
-
-
-@why_never.register
-def _(method: SMCP) -> str:
-    return "SMCP forms its groups of channels, and prices them, when a fit starts"
-
-
-@possible_zeros.register
-def _(method: SMCP, saved: SavedRun, planned: Mapping[str, int]) -> list[Zeros]:
-    # the knapsack leaves a channel of each group at least
-    claims = [Zeros((name,), range(mask.numel())) for name, mask in saved.masks.items()]
-    # Every solve has a budget below the dense cost. Of several optimizers each moves its own layers only, and its solve
-    # may save in those of the others, so that none prunes anything.
-    solved = len(saved.progress["steps"]) == 1 and bool(saved.progress["done"])
-    size = sum(mask.numel() for mask in saved.masks.values())
-    return [*claims, Zeros(tuple(saved.masks), range(int(solved), size))]
 
 
 @copied_names.register

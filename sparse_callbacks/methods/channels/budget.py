@@ -12,7 +12,7 @@ from sparse_callbacks.channels.groups import Group
 from sparse_callbacks.channels.latency.table import Table
 from sparse_callbacks.channels.network_cost import Network
 from sparse_callbacks.core.inspection import tensors_in
-from sparse_callbacks.methods.smcp import allocation
+from sparse_callbacks.methods.channels import allocation
 
 TABLE_TOLERANCE = 0.01  # relative; larger differences between two sums of times are taken for two models
 COSTS: dict[str, costs.LayerCost] = {"parameters": costs.parameters, "flops": costs.flops}

@@ -1,4 +1,4 @@
-"""Arguments of SMCP: the values that they may have before the model is known."""
+"""Arguments of methods under a budget: the values that they may have before the model is known."""
 
 import math
 from collections.abc import Mapping
@@ -6,13 +6,7 @@ from numbers import Integral, Real
 from typing import TypeGuard
 
 from sparse_callbacks.core.arguments import refuse_unknown
-from sparse_callbacks.methods.smcp import allocation, budget
-
-WORDS = {
-    "importance": ("taylor", "magnitude"),
-    "curve": allocation.CURVES,
-    "norm_scaling": (None, "kept", "importance"),
-}
+from sparse_callbacks.methods.channels import allocation, budget
 
 
 def refuse_sparsity_for_budget(options: Mapping[str, object], method: str) -> None:
@@ -32,16 +26,13 @@ def refuse_sparsity_for_budget(options: Mapping[str, object], method: str) -> No
         )
 
 
-def refuse_budget_arguments(
-    share: object, decay: object, channels: Mapping[str, object], words: Mapping[str, object], cost: object
-) -> None:
+def refuse_budget_arguments(share: object, channels: Mapping[str, object], curve: object, cost: object) -> None:
     """Refuse arguments that no model can make right.
 
     Args:
         share: the budget, as a share of the dense network's cost.
-        decay: coefficient of the decay of pruned weights.
         channels: the given number of channels by argument.
-        words: the given word by argument, for each of :data:`WORDS`.
+        curve: the name of a ramp's shape.
         cost: the name of a cost, or the path of a latency table.
 
     Raises:
@@ -49,17 +40,42 @@ def refuse_budget_arguments(
     """
     if not _is_number(share) or not 0.0 < share < 1.0:
         raise ValueError(f"budget={share!r} is out of range. Give a number above 0 and below 1.")
-    if not _is_number(decay) or not 0.0 <= decay < math.inf:
-        raise ValueError(f"decay={decay!r} is out of range. Give a number that is at least 0.")
-    for name, value in channels.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"{name}={value!r} is not a number of channels. Give a whole number from 1 on.")
-    refuse_unknown(words, WORDS)
+    refuse_counts_below_one(channels, "channels")
+    refuse_unknown({"curve": curve}, {"curve": allocation.CURVES})
     # whether there is a table at a path shows when training starts: it may be measured after the callback is made
     if cost not in budget.COSTS and not str(cost).endswith(".json"):
         raise ValueError(
             f"cost={cost!r} is not known. Give 'parameters', 'flops' or the path of a latency table (.json)."
         )
+
+
+def refuse_counts_below_one(counts: Mapping[str, object], what: str) -> None:
+    """Refuse what is not a whole number from 1 on.
+
+    Args:
+        counts: the given number by argument.
+        what: what is counted, for the error.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name}={value!r} is not a number of {what}. Give a whole number from 1 on.")
+
+
+def refuse_negative(**numbers: object) -> None:
+    """Refuse what is not a finite number from 0 on.
+
+    Args:
+        **numbers: the given number by argument.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    for name, value in numbers.items():
+        if not _is_number(value) or not 0.0 <= value < math.inf:
+            raise ValueError(f"{name}={value!r} is out of range. Give a number that is at least 0.")
 
 
 def _is_number(value: object) -> TypeGuard[float]:

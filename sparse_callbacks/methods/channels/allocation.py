@@ -9,8 +9,8 @@ from torch import Tensor
 
 from sparse_callbacks.channels.groups import Group
 from sparse_callbacks.channels.network_cost import Network
-from sparse_callbacks.methods.smcp import exchange
-from sparse_callbacks.methods.smcp.knapsack import ROUNDING, InfeasibleError, solve
+from sparse_callbacks.methods.channels import exchange
+from sparse_callbacks.methods.channels.knapsack import ROUNDING, InfeasibleError, solve
 
 CURVES = ("exp", "linear", "exp2")
 RAMP_RATE = 2.8  # published: 0.05 an epoch over a ramp of 55 epochs and one more
@@ -158,7 +158,7 @@ def allocate(
     network costs more than the solve has counted; where it removes some, less, and budget is left. So the solve is
     repeated with outputs half way to those that it leaves, and of the choices whose network fits, the most valuable is
     taken. If none fits, the capacity of the solve is lowered. What is left of the budget then buys single options, and
-    groups exchange options while that pays (:mod:`~sparse_callbacks.methods.smcp.exchange`).
+    groups exchange options while that pays (:mod:`~sparse_callbacks.methods.channels.exchange`).
 
     Args:
         network: the network to be paid for.

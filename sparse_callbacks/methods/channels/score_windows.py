@@ -1,7 +1,8 @@
 """Windows of scores: each group's sum over the steps since the last solve, and their number.
 
 Both are in ``aux``, under ``scores.<window>`` and ``steps.<window>``: a run that is resumed between two solves must not
-lose the steps before. Of several optimizers the means of the last solve are there too, under ``latest.<window>``.
+lose the steps before. Of several optimizers the means of the last solve are there too, under ``latest.<window>``; methods
+whose scores have momentum keep those of the last solve under ``former.<window>``.
 """
 
 from collections.abc import Iterable, Mapping, MutableMapping
@@ -33,11 +34,12 @@ def begin_window(aux: _Aux, window: str, size: int, device: torch.device) -> Non
     aux.setdefault(f"steps.{window}", torch.zeros((), dtype=torch.int64, device=device))
 
 
-def refuse_lost_windows(saved: SavedRun, sizes: Mapping[str, int]) -> None:
+def refuse_lost_windows(saved: SavedRun, method: str, sizes: Mapping[str, int]) -> None:
     """Refuse a saved run without the scores of a group since the last solve: it would solve by other means.
 
     Args:
         saved: the saved run.
+        method: name of the method, for the error.
         sizes: the number of units of each window's group, by the window's name.
 
     Raises:
@@ -46,8 +48,9 @@ def refuse_lost_windows(saved: SavedRun, sizes: Mapping[str, int]) -> None:
     for window, size in sizes.items():
         for key in (f"scores.{window}", f"steps.{window}"):
             if key not in saved.aux:
-                raise damaged(f"it has no {key}, which a run of SMCP saves", saved.path)
-        for key, shape in ((f"scores.{window}", (size,)), (f"steps.{window}", ()), (f"latest.{window}", (size,))):
+                raise damaged(f"it has no {key}, which a run of {method} saves", saved.path)
+        shapes = {"scores": (size,), "steps": (), "latest": (size,), "former": (size,)}
+        for key, shape in ((f"{kind}.{window}", shape) for kind, shape in shapes.items()):
             if key in saved.aux and tuple(saved.aux[key].shape) != shape:
                 raise damaged(f"its {key} is {shown_short(saved.aux[key])}, and should be {list(shape)}", saved.path)
 
