@@ -3,10 +3,9 @@
 from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import torch
 from support.smcp import Residual
-from torch import Tensor, nn
+from torch import nn
 
 from sparse_callbacks import SMCP
 from sparse_callbacks.channels.norms import normalized_outputs
@@ -37,10 +36,9 @@ def test_the_deviation_left_is_what_outputs_of_uncorrelated_inputs_have(together
     torch.manual_seed(0)
     weight, kept, x = torch.randn(6, 40), torch.rand(40) < 0.3, torch.randn(50_000, 40)
     masked, every = x @ (weight * kept).T, x @ weight.T
-    if together == 1:
-        expected = masked.std(0) / every.std(0)
-    else:  # a layer norm takes the deviation over the outputs of one sample
-        expected = (masked.var(0).mean() / every.var(0).mean()).sqrt().expand(6)
+    # a layer norm takes the deviation over the outputs of one sample
+    variances = [y.var(0) if together == 1 else y.var(0).mean().expand(6) for y in (masked, every)]
+    expected = (variances[0] / variances[1]).sqrt()
     # a standard deviation over 50,000 samples is right to about 1 in 300
     assert torch.allclose(deviation_left(weight, 1, kept, together), expected, rtol=0.02)
 
