@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         SET,
         SMCP,
         SNFS,
+        ChannelPruning,
         ConstrainedL0,
         GaP,
         ParallelGaP,
@@ -49,6 +50,7 @@ __all__ = [
     "SET",
     "SMCP",
     "SNFS",
+    "ChannelPruning",
     "ConstrainedL0",
     "DoctorWarning",
     "DropAndGrow",
@@ -86,7 +88,10 @@ __all__ = [
 
 # Where each name lives; it is imported when it is first asked for (PEP 562), so that `sparse_callbacks.core` and
 # `sparse_callbacks.methods` work where Lightning is not installed.
-_CALLBACKS = ("CTRE", "DPF", "GMP", "SET", "SMCP", "SNFS", "ConstrainedL0", "GaP", "ParallelGaP", "RigL", "Static")
+_CALLBACKS = (
+    *("CTRE", "DPF", "GMP", "SET", "SMCP", "SNFS", "ChannelPruning", "ConstrainedL0"),
+    *("GaP", "ParallelGaP", "RigL", "Static"),
+)
 _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
     "DoctorWarning": "core.doctor.warning",
     "DropAndGrow": "methods.drop_and_grow",

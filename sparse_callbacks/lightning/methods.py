@@ -31,6 +31,10 @@ class SNFS(methods.SNFS, SparsityCallback):
     __doc__ = methods.SNFS.__doc__
 
 
+class ChannelPruning(methods.ChannelPruning, SparsityCallback):
+    __doc__ = methods.ChannelPruning.__doc__
+
+
 class ConstrainedL0(methods.ConstrainedL0, SparsityCallback):
     __doc__ = methods.ConstrainedL0.__doc__
 

@@ -1,5 +1,6 @@
 """The methods: one file each, or one folder where a method needs modules of its own."""
 
+from sparse_callbacks.methods.channels import ChannelPruning
 from sparse_callbacks.methods.ctre import CTRE
 from sparse_callbacks.methods.dpf import DPF
 from sparse_callbacks.methods.gap import GaP, ParallelGaP
@@ -11,4 +12,17 @@ from sparse_callbacks.methods.smcp import SMCP
 from sparse_callbacks.methods.snfs import SNFS
 from sparse_callbacks.methods.static import Static
 
-__all__ = ["CTRE", "DPF", "GMP", "SET", "SMCP", "SNFS", "ConstrainedL0", "GaP", "ParallelGaP", "RigL", "Static"]
+__all__ = [
+    "CTRE",
+    "DPF",
+    "GMP",
+    "SET",
+    "SMCP",
+    "SNFS",
+    "ChannelPruning",
+    "ConstrainedL0",
+    "GaP",
+    "ParallelGaP",
+    "RigL",
+    "Static",
+]

@@ -35,6 +35,7 @@ METHODS = {
     "CTRE": (PALETTE[5], "X"),
     "Static": (PALETTE[6], "d"),
     "SMCP": (MORE[0], "h"),
+    "ChannelPruning": (MORE[0], "p"),
     "L0": (MORE[1], "*"),
     "GaP": (MORE[2], "<"),
     "ParallelGaP": (MORE[2], ">"),

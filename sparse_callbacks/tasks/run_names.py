@@ -19,7 +19,7 @@ NOT_OF_THE_RUN = (
 files, and what has no part in what comes out."""
 
 
-SPOKEN = {"ConstrainedL0": "l0", "ParallelGaP": "gap_parallel"}
+SPOKEN = {"ChannelPruning": "channels", "ConstrainedL0": "l0", "ParallelGaP": "gap_parallel"}
 """Classes whose name in conf/method is not the name of the class in small letters."""
 
 

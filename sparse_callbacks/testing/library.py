@@ -11,6 +11,15 @@ from sparse_callbacks.testing.subject import Contract
 _SHORT: Mapping[str, Any] = {"sparsity": 0.8, "every": 3, "stop": 14, "print_plan": False}
 # and they move enough weights for some to come straight back
 _MANY: Mapping[str, Any] = {**_SHORT, "drop_fraction": 0.5}
+# several choices in 16 steps; the networks of the contract have few channels
+_CHANNELS: Mapping[str, Any] = {
+    "round_to": 1,
+    "start": 1,
+    "prune_stem": True,
+    "every": 3,
+    "stop": 14,
+    "print_plan": False,
+}
 
 LIBRARY: dict[str, Settings] = {
     "CTRE": Settings(
@@ -46,6 +55,13 @@ LIBRARY: dict[str, Settings] = {
             "updates at an interval": "its phases are whole epochs",
         },
     ),
+    "ChannelPruning": Settings(
+        {"budget": 0.6, "criterion": "taylor_fo", **_CHANNELS},
+        promises_not_made={
+            "planned counts": "its budget decides how many channels go",
+            "growth": "what is pruned stays pruned",
+        },
+    ),
     "ConstrainedL0": Settings(
         # nothing depends on the length of a run; it has a density in place of a sparsity
         {"print_plan": False},
@@ -61,8 +77,7 @@ LIBRARY: dict[str, Settings] = {
     "RigL": Settings(_MANY),
     "SET": Settings(_MANY),
     "SMCP": Settings(
-        # several solves in 16 steps; the networks of the contract have few channels
-        {"budget": 0.6, "round_to": 1, "start": 1, "prune_stem": True, "every": 3, "stop": 14, "print_plan": False},
+        {"budget": 0.6, **_CHANNELS},
         gradients="free",
         promises_not_made={
             "planned counts": "its budget decides how many channels go",

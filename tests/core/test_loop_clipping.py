@@ -12,7 +12,7 @@ from torch.nn.utils import clip_grad_norm_
 from sparse_callbacks import DPF, RigL, SparseRun, Static, sparsify
 
 INF_AT = (5, 9)
-NO_BATCH = ("static", "set", "rigl", "snfs", "gmp", "dpf", "smcp", "ctre")
+NO_BATCH = ("static", "set", "rigl", "snfs", "gmp", "dpf", "smcp", "channels", "ctre")
 
 
 def small(parameters: list[nn.Parameter]) -> None:

@@ -126,7 +126,7 @@ def saved(run: SparseRun, model: nn.Module, optimizer: Optimizer) -> Any:
 
 
 @pytest.mark.parametrize("closed", [False, True], ids=["in_the_run", "after_it"])
-@pytest.mark.parametrize("method", ["rigl", "gmp", "dpf", "smcp", "l0"])
+@pytest.mark.parametrize("method", ["rigl", "gmp", "dpf", "smcp", "channels", "l0"])
 def test_a_run_saved_in_eval_mode_resumes_exactly(method: str, closed: bool) -> None:
     make = schedule_free("stand-in/SGDScheduleFree")
     model = net()

@@ -24,6 +24,7 @@ KINDS = {
     "ParallelGaP": "makes layers dense in turn",
     "ConstrainedL0": "a gate for every weight",
     "SMCP": "a gate for every channel",
+    "ChannelPruning": "starts dense and removes whole channels",
     "CTRE": "similarity of its neurons",
 }
 

@@ -37,7 +37,7 @@ OPTIONS = (
     "checkpoint_every=5",
 )
 # what some methods need in a network of 32 units
-OWN = {"smcp": ("method.round_to=1",)}
+OWN = dict.fromkeys(("smcp", "channels"), ("method.round_to=1",))
 LOGGERS = ("csv", "wandb")
 # of callbacks in a checkpoint: the score of the last file written, and of the record the folder, the clock and the machine
 MOMENTS = ("best_k_models", "current_score", "folder", "said", "seconds")

@@ -189,7 +189,7 @@ def test_averages_on_another_device_and_of_buffers_as_lightning_takes_them() -> 
 # ---------------------------------------------------------------------- after the fit
 
 
-@pytest.mark.parametrize("name", ["rigl", "dpf", "l0", "smcp"])
+@pytest.mark.parametrize("name", ["rigl", "dpf", "l0", "smcp", "channels"])
 def test_a_tested_checkpoint_is_that_of_the_averages(name: str, tmp_path: Path) -> None:
     callback, averager = made(name, "ema")
     trainer, module = fit([callback, averager], tmp_path, stops=(14,))
@@ -205,7 +205,7 @@ def test_a_tested_checkpoint_is_that_of_the_averages(name: str, tmp_path: Path) 
     assert 0 < zeros["sparsity/total"] < 1
 
 
-@pytest.mark.parametrize("name", ["rigl", "dpf", "l0", "smcp"])
+@pytest.mark.parametrize("name", ["rigl", "dpf", "l0", "smcp", "channels"])
 def test_a_second_fit_goes_on_from_the_averages(name: str) -> None:
     callback, averager = made(name, "ema")
     _, module = fit([callback, averager])

@@ -33,7 +33,7 @@ def what_trains(found: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("ours_first", [True, False])
 @pytest.mark.parametrize("kind", ["ema", "third", "epochs", "swa"])
-@pytest.mark.parametrize("name", ["set", "dpf", "l0", "smcp", "gap"])
+@pytest.mark.parametrize("name", ["set", "dpf", "l0", "smcp", "channels", "gap"])
 def test_within_an_epoch_and_behind_its_last_batch(name: str, kind: str, ours_first: bool, tmp_path: Path) -> None:
     def run(**options: Any) -> dict[str, Any]:
         pair = made(name, kind)

@@ -22,6 +22,7 @@ OWN = {
     "GMP": ("every", "0.25", 0.25),
     "SET": ("drop_fraction", "0.2", 0.2),
     "SMCP": ("budget", "0.4", 0.4),
+    "ChannelPruning": ("criterion", "taylor_fo", "taylor_fo"),
     "SNFS": ("distribution", "uniform", "uniform"),
     "ConstrainedL0": ("density", "0.3", 0.3),
     "GaP": ("partitions", "2", 2),

@@ -8,7 +8,7 @@ import torch
 from support.loops import data, sgd
 from torch import Tensor, nn
 
-from sparse_callbacks import CTRE, SMCP, ConstrainedL0, SparsityCallback, sparsify
+from sparse_callbacks import CTRE, SMCP, ChannelPruning, ConstrainedL0, SparsityCallback, sparsify
 
 
 class Watched(nn.Module):
@@ -51,6 +51,7 @@ class Module(pl.LightningModule):
 METHODS = {
     "l0": lambda: ConstrainedL0(density=0.5, print_plan=False),
     "smcp": lambda: SMCP(budget=0.9, every=2, print_plan=False, round_to=1, prune_stem=True),
+    "channels": lambda: ChannelPruning(budget=0.9, every=2, print_plan=False, round_to=1, prune_stem=True),
     "ctre": lambda: CTRE(0.5, every=2, print_plan=False),
 }
 

@@ -14,7 +14,20 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader, TensorDataset
 
-from sparse_callbacks import CTRE, DPF, GMP, SET, SMCP, SNFS, ConstrainedL0, GaP, RigL, SparsityCallback, Static
+from sparse_callbacks import (
+    CTRE,
+    DPF,
+    GMP,
+    SET,
+    SMCP,
+    SNFS,
+    ChannelPruning,
+    ConstrainedL0,
+    GaP,
+    RigL,
+    SparsityCallback,
+    Static,
+)
 from sparse_callbacks.core.loop import sparsify
 
 EPOCHS, BATCHES = 4, 12
@@ -27,6 +40,7 @@ METHODS: dict[str, Callable[[], SparsityCallback]] = {
     "gmp": lambda: GMP(0.8, every=4, print_plan=False),
     "dpf": lambda: DPF(0.8, every=4, print_plan=False),
     "smcp": lambda: SMCP(budget=0.5, every=4, print_plan=False),
+    "channels": lambda: ChannelPruning(budget=0.5, criterion="taylor_fo", every=4, print_plan=False),
     "ctre": lambda: CTRE(0.8, every=4, print_plan=False),
     "l0": lambda: ConstrainedL0(density=0.3, gate_lr=0.1, dual_lr=0.1, print_plan=False),
     "gap": lambda: GaP(0.8, partitions=2, restart=False, print_plan=False),

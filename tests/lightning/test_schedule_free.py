@@ -105,7 +105,7 @@ class Recorded(pl.Callback):
         self.weights = {n: t.clone() for n, t in module.state_dict().items()}
 
 
-@pytest.mark.parametrize("method", ["rigl", "gmp", "dpf", "smcp", "l0", "gap"])
+@pytest.mark.parametrize("method", ["rigl", "gmp", "dpf", "smcp", "channels", "l0", "gap"])
 def test_a_checkpoint_in_eval_mode_resumes_exactly(method: str, tmp_path: Path) -> None:
     whole, end, keeper = METHODS[method](), Recorded(), ModelCheckpoint(tmp_path, save_top_k=-1)
     fit(Switches(watched=whole), whole, tmp_path, end, keeper, enable_checkpointing=True)

@@ -14,6 +14,8 @@ from sparse_callbacks.core.method import Options
 NOT_DRAWN = {
     "forward": "the batches of the examples need no function of their own",
     "statistics_dataloader": "the training data is used",
+    "loss": "the batches of the examples need no function of their own",
+    "batches": "of criteria that take passes over the data, which have tests of their own",
     "print_plan": "a thousand plans on the terminal help nobody",
     "fresh_start": "its tests are those of resume",
     "epochs": "drawn with the phases",
@@ -85,6 +87,9 @@ DRAWN: dict[str, Draw] = {
     "budget": lambda w: st.sampled_from([0.3, 0.6, 0.9]),
     "cost": lambda w: st.sampled_from(["parameters", "flops"]),
     "importance": lambda w: st.sampled_from(["taylor", "magnitude"]),
+    "criterion": lambda w: st.sampled_from(["l1", "l2", "random", "taylor_fo"]),
+    "ranking": lambda w: st.sampled_from(["knapsack", "global", "layer"]),
+    "penalty": lambda w: st.sampled_from([0.0, 1e-3]),
     "round_to": lambda w: st.sampled_from([1, 2]),
     "chunk": lambda w: st.sampled_from([1, 2]),
     "curve": lambda w: st.sampled_from(["exp", "linear", "exp2"]),
@@ -118,6 +123,8 @@ _OWN: dict[tuple[str, str], Draw] = {
     ("ConstrainedL0", "unit"): lambda w: st.sampled_from(["weight", "channel"]),
     ("SMCP", "exclude"): lambda w: st.nothing(),  # small networks then have no channels left
     ("SMCP", "include"): lambda w: st.nothing(),
+    ("ChannelPruning", "exclude"): lambda w: st.nothing(),
+    ("ChannelPruning", "include"): lambda w: st.nothing(),
 }
 _TWO_WAYS_TO_SAY_IT = [
     ("epsilon", ("sparsity", "distribution")),

@@ -97,11 +97,14 @@ def _ways(optimizer: str, may_fuse: bool) -> list[str]:
     return ["", "loop", "foreach"] + ["fused"] * (may_fuse and optimizer.split(" ")[0] in _FUSED)
 
 
+_UNDER_A_BUDGET = ("smcp", "channels")
+
+
 @st.composite
 def cases(draw: st.DrawFn, method: str | None = None) -> Case:
     """Runs of a method, by default of any."""
     name = draw(st.sampled_from(METHODS)) if method is None else method
-    network = draw(networks(convolutions_only=name == "smcp", simple=not promises(name, "any layer")))
+    network = draw(networks(convolutions_only=name in _UNDER_A_BUDGET, simple=not promises(name, "any layer")))
     name_of_optimizer = draw(st.sampled_from(list(OPTIMIZERS)))
     # ParallelGaP needs a Trainer
     host = draw(st.sampled_from(["trainer", "loop"])) if promises(name, "one network") else "trainer"
@@ -113,7 +116,7 @@ def cases(draw: st.DrawFn, method: str | None = None) -> Case:
         name_of_optimizer,
         0.0 if name_of_optimizer in _NO_DECAY else draw(st.sampled_from([0.0, 0.0, 1e-2])),
         draw(st.sampled_from(_ways(name_of_optimizer, may_fuse))),
-        two=(manual or host == "loop") and name != "smcp" and draw(st.booleans()),
+        two=(manual or host == "loop") and name not in _UNDER_A_BUDGET and draw(st.booleans()),
         groups=name_of_optimizer != "LBFGS" and draw(st.booleans()),
     )
     case = Case(

@@ -1,3 +1,9 @@
-"""Methods that prune whole channels under a budget: what they share."""
+"""Methods that prune whole channels under a budget: what they share, and pruning by published criteria."""
 
-from sparse_callbacks.methods.channels import saved as saved  # registers what a checkpoint of them may hold
+# these register criteria, and what a checkpoint may hold
+from sparse_callbacks.methods.channels import gate_criteria as gate_criteria
+from sparse_callbacks.methods.channels import saved as saved
+from sparse_callbacks.methods.channels import weight_criteria as weight_criteria
+from sparse_callbacks.methods.channels.channel_pruning import ChannelPruning
+
+__all__ = ["ChannelPruning"]

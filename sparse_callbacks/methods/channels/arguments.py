@@ -40,15 +40,28 @@ def refuse_budget_arguments(share: object, channels: Mapping[str, object], curve
     """
     if not _is_number(share) or not 0.0 < share < 1.0:
         raise ValueError(f"budget={share!r} is out of range. Give a number above 0 and below 1.")
-    for name, value in channels.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"{name}={value!r} is not a number of channels. Give a whole number from 1 on.")
+    refuse_counts_below_one(channels, "channels")
     refuse_unknown({"curve": curve}, {"curve": allocation.CURVES})
     # whether there is a table at a path shows when training starts: it may be measured after the callback is made
     if cost not in budget.COSTS and not str(cost).endswith(".json"):
         raise ValueError(
             f"cost={cost!r} is not known. Give 'parameters', 'flops' or the path of a latency table (.json)."
         )
+
+
+def refuse_counts_below_one(counts: Mapping[str, object], what: str) -> None:
+    """Refuse what is not a whole number from 1 on.
+
+    Args:
+        counts: the given number by argument.
+        what: what is counted, for the error.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name}={value!r} is not a number of {what}. Give a whole number from 1 on.")
 
 
 def refuse_negative(**numbers: object) -> None:

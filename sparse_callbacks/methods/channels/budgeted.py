@@ -195,7 +195,7 @@ class BudgetedChannels(Method):
         # they take part as well, and follow in choices of their own, unless they have had their last one
         for settled in (number, self.times.stop):
             options = [
-                torch.tensor([kept]) if done.get(optimizer, 0) >= settled else all_options
+                torch.tensor([kept]) if done.get(optimizer, -1) >= settled else all_options
                 for all_options, kept, optimizer in zip(self._options, self.kept, self.optimizer_of, strict=True)
             ]
             if allocation.fits(allocation.smallest_cost(self.network, options), capacity):
@@ -224,7 +224,7 @@ class BudgetedChannels(Method):
     def at_target(self) -> bool:
         stop = math.inf if self.calendar is None else self.calendar.stop
         solved = self.optimizer_of or list(self.progress.done)  # without groups those that have had a choice
-        return bool(solved) and all(self.progress.done.get(o, 0) >= stop for o in solved)
+        return bool(solved) and all(self.progress.done.get(o, -1) >= stop for o in solved)
 
     def figures(self) -> dict[str, float]:
         """Cost of the pruned network as a share of the dense one's, and the units that each group keeps."""

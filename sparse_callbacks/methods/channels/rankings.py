@@ -1,12 +1,18 @@
-"""Which units each group keeps under a capacity: by a knapsack of their scores."""
+"""Which units each group keeps under a capacity: by a knapsack, over the whole network, or in each group alike."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
+import torch
 from torch import Tensor
 
 from sparse_callbacks.channels.network_cost import Network
 from sparse_callbacks.methods.channels import allocation
+from sparse_callbacks.methods.channels.knapsack import InfeasibleError
 
 
 @dataclass(frozen=True)
@@ -59,3 +65,80 @@ def by_knapsack(offer: Offer, scores: Sequence[Tensor]) -> Choice:
 def best_of_groups(scores: Sequence[Tensor], counts: Sequence[int], chunks: Sequence[int]) -> list[Tensor]:
     """For each group bool [size]: its ``counts[g]`` most important units."""
     return [allocation.best_units(*given) for given in zip(scores, counts, chunks, strict=True)]
+
+
+def by_global_order(offer: Offer, scores: Sequence[Tensor]) -> Choice:
+    """The units that stay when the lowest scores of the whole network go first, until its real cost fits the capacity.
+
+    A group goes from one of its options to the next smaller one, and of such steps the one goes first whose units have the
+    lowest mean score; of equal ones that of the earlier group. With an option for every number of units, single units go.
+
+    Args:
+        offer: what may be chosen.
+        scores: score of each unit of each group, [size] each.
+
+    Raises:
+        InfeasibleError: the smallest options do not fit either; the error carries their cost.
+    """
+    network, kept = offer.network, [int(o.max()) for o in offer.options]
+    costs = network.by_layer(kept)
+    for group, count in removals(offer.options, scores, offer.chunks):
+        if allocation.fits(network.total(costs), offer.capacity):
+            break
+        kept[group] = count
+        costs |= network.by_layer(kept, group)
+    if not allocation.fits(network.total(costs), offer.capacity):
+        raise InfeasibleError(offer.capacity, network.total(costs))
+    return Choice(best_of_groups(scores, kept, offer.chunks))
+
+
+def removals(options: Sequence[Tensor], scores: Sequence[Tensor], chunks: Sequence[int]) -> list[tuple[int, int]]:
+    """The steps in which units go, the lowest mean score first: (group, number of units that it keeps after the step).
+
+    Args:
+        options: numbers of units that each group may keep, ascending int [n] each.
+        scores: score of each unit of each group, [size] each.
+        chunks: for each group the number of neighbouring units that are ranked together.
+    """
+    steps: list[tuple[float, int, int]] = []
+    for group, (own, counts, chunk) in enumerate(zip(scores, options, chunks, strict=True)):
+        totals = [0.0, *allocation.values_of(own, torch.arange(1, len(own) + 1), chunk).tolist()]
+        for few, many in itertools.pairwise(counts.tolist()):
+            steps.append(((totals[many] - totals[few]) / (many - few), group, -few))
+    # by rounding of sums a larger step may seem to come after the smaller one that it leads to, so groups are walked down
+    order: dict[int, list[int]] = {g: sorted(o.tolist()[:-1], reverse=True) for g, o in enumerate(options)}
+    return [(group, order[group].pop(0)) for _, group, _ in sorted(steps)]
+
+
+def by_equal_shares(offer: Offer, scores: Sequence[Tensor]) -> Choice:
+    """The units that stay when every group keeps the same share of its units, those with the largest scores.
+
+    It is the largest share whose real cost fits the capacity. A group keeps its largest option that is no more than that
+    share, or the smallest one.
+
+    Args:
+        offer: what may be chosen.
+        scores: score of each unit of each group, [size] each.
+
+    Raises:
+        InfeasibleError: the smallest options do not fit; the error carries their cost.
+    """
+    sizes = [len(own) for own in scores]
+    options = [sorted(o.tolist()) for o in offer.options]
+    # as fractions, so that 8 of 16 and 16 of 32 are one share
+    shares = {Fraction(o, size) for size, counts in zip(sizes, options, strict=True) for o in counts}
+    cost = math.inf
+    for share in sorted(shares, reverse=True):
+        kept = [
+            counts[max(0, bisect_right(counts, share.numerator * size // share.denominator) - 1)]
+            for size, counts in zip(sizes, options, strict=True)
+        ]
+        cost = offer.network.realised(kept)
+        if allocation.fits(cost, offer.capacity):
+            return Choice(best_of_groups(scores, kept, offer.chunks))
+    raise InfeasibleError(offer.capacity, cost)
+
+
+Ranking = Callable[[Offer, Sequence[Tensor]], Choice]
+RANKINGS: Mapping[str, Ranking] = {"knapsack": by_knapsack, "global": by_global_order, "layer": by_equal_shares}
+"""The rankings by name."""

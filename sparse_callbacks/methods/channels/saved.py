@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping
 
+from torch import nn
+
 from sparse_callbacks.core.awaited import why_never
 from sparse_callbacks.core.checkpoint import SavedRun
-from sparse_callbacks.core.state_claims import Zeros, possible_zeros
+from sparse_callbacks.core.state_claims import Kept, Zeros, expected_aux, possible_zeros
 from sparse_callbacks.methods.channels.budgeted import BudgetedChannels
+from sparse_callbacks.methods.channels.channel_pruning import ChannelPruning
 
 
 @why_never.register
@@ -22,3 +25,12 @@ def _(method: BudgetedChannels, saved: SavedRun, planned: Mapping[str, int]) -> 
     solved = len(saved.progress["steps"]) == 1 and bool(saved.progress["done"])
     size = sum(mask.numel() for mask in saved.masks.values())
     return [*claims, Zeros(tuple(saved.masks), range(int(solved), size))]
+
+
+@expected_aux.register
+def _(method: ChannelPruning, saved: SavedRun, model: nn.Module) -> Mapping[str, Kept]:
+    return {
+        "scores.*": Kept(None, low=0),
+        "former.*": Kept(None, low=0),
+        "steps.*": Kept(dtype="int", low=0),
+    }

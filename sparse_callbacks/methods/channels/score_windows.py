@@ -1,7 +1,8 @@
 """Windows of scores: each group's sum over the steps since the last solve, and their number.
 
 Both are in ``aux``, under ``scores.<window>`` and ``steps.<window>``: a run that is resumed between two solves must not
-lose the steps before. Of several optimizers the means of the last solve are there too, under ``latest.<window>``.
+lose the steps before. Of several optimizers the means of the last solve are there too, under ``latest.<window>``; methods
+whose scores have momentum keep those of the last solve under ``former.<window>``.
 """
 
 from collections.abc import Iterable, Mapping, MutableMapping
@@ -48,7 +49,8 @@ def refuse_lost_windows(saved: SavedRun, method: str, sizes: Mapping[str, int]) 
         for key in (f"scores.{window}", f"steps.{window}"):
             if key not in saved.aux:
                 raise damaged(f"it has no {key}, which a run of {method} saves", saved.path)
-        for key, shape in ((f"scores.{window}", (size,)), (f"steps.{window}", ()), (f"latest.{window}", (size,))):
+        shapes = {"scores": (size,), "steps": (), "latest": (size,), "former": (size,)}
+        for key, shape in ((f"{kind}.{window}", shape) for kind, shape in shapes.items()):
             if key in saved.aux and tuple(saved.aux[key].shape) != shape:
                 raise damaged(f"its {key} is {shown_short(saved.aux[key])}, and should be {list(shape)}", saved.path)
 

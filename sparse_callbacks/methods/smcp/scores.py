@@ -23,9 +23,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sparse_callbacks.channels.groups import Group, Member
+from sparse_callbacks.channels.groups import Group
 from sparse_callbacks.channels.prunable import kept_units
 from sparse_callbacks.core.largest import widened
+from sparse_callbacks.methods.channels.criteria import unit_scores
 
 
 def input_scores(scores: Tensor, dim: int, outputs: Tensor | None = None) -> Tensor:
@@ -78,21 +79,6 @@ def taylor(weight: Tensor, gradient: Tensor) -> Tensor:
         return -wide * wide_gradient
     # einsum makes no tensor of all products, which would be as large as the weight
     return -torch.einsum("abk,abk->ab", wide.flatten(2), wide_gradient.flatten(2))
-
-
-def unit_scores(inputs: Tensor, member: Member, size: int) -> Tensor:
-    """Importance of each unit of a group in one of its consumers, [size], signed.
-
-    The importance of the group is the sum over its consumers, and the absolute value is taken last.
-
-    Args:
-        inputs: scores of the consumer's inputs, see :func:`input_scores`.
-        member: the consumer.
-        size: number of units of the group.
-    """
-    units = member.units.to(inputs.device)
-    owned = units >= 0  # -1 marks inputs that are channels of another group, or of none
-    return torch.zeros(size, dtype=inputs.dtype, device=inputs.device).index_add(0, units[owned], inputs[owned])
 
 
 def kept_importance(

@@ -1,0 +1,254 @@
+"""Channel pruning: whole channels go by a published criterion, and stay gone, until a budget is met."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar, Unpack
+
+import torch
+
+from sparse_callbacks.core.arguments import refuse_unknown
+from sparse_callbacks.core.calendar import Calendar, RunLength, Time, resolve_times
+from sparse_callbacks.core.hooks import Figures
+from sparse_callbacks.core.host import Forward
+from sparse_callbacks.core.method import Options
+from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.storages.storage import why_no_exchange
+from sparse_callbacks.core.topology import Update
+from sparse_callbacks.methods.channels.arguments import refuse_counts_below_one, refuse_negative
+from sparse_callbacks.methods.channels.budgeted import START, STOP, BudgetedChannels
+from sparse_callbacks.methods.channels.criteria import CRITERIA, ScoredNetwork
+from sparse_callbacks.methods.channels.rankings import RANKINGS, Choice, Offer
+
+
+class ChannelPruning(BudgetedChannels):
+    """Channel pruning: the least important channels go, and stay gone, until the network costs no more than a budget.
+
+    Every ``every`` steps from ``start`` on, and at ``stop``, with optimizer step t::
+
+        r = (1 - budget) * (1 - e^(-2.8 x)) / (1 - e^-2.8)  with x = (t - start + every) / (stop - start + every)
+        m = of the channels that are left those that the ranking chooses by the criterion's scores, so that the network
+            costs at most (1 - r) * the dense cost
+
+    A group is the channels that can only go together, through sums, concatenations, depthwise layers and flattening; the
+    inputs of all its consumers are masked, and :func:`~sparse_callbacks.channels.slim.slim` removes the channels. The stem,
+    a convolution that comes first, and the network's outputs stay. With ``start == stop`` all goes at once, with
+    ``start=0, stop=0`` before the first step: for networks that are trained already. Groups are found as in
+    :class:`~sparse_callbacks.methods.smcp.smcp.SMCP`; ``groups`` and ``left_out`` hold them, and why others stay.
+
+    The criteria score a unit of a group by
+
+    - ``"l1"``, ``"l2"``: the norm of its filters, summed over producers and depthwise convolutions.
+    - ``"taylor_fo"``: (gradient of the loss at a gate of one)^2 of each optimizer step's whole batch, its mean over the
+      steps since the last pruning, 0.9 of the former score and 0.1 of that mean. No gates are inserted: behind a batch norm
+      the gradient is gain * its gradient + shift * its gradient, elsewhere the sum of weight * gradient over the filter,
+      plus bias * its gradient; of a unit with several producers the sum over them, before it is squared.
+    - ``"bn_gain"``: \\|gain\\| summed over its batch norms; ``penalty * sign(gain)`` joins the gradient of the gains until the
+      last pruning. Groups without a norm are refused.
+    - ``"random"``: a draw from (seed, step, group), which others have to be better than.
+
+    The rankings choose how many units of each group stay: ``"knapsack"`` so that the sum of scores is largest, as in SMCP;
+    ``"global"`` by removing the lowest scores of the whole network, one unit (or ``round_to`` channels) at a time;
+    ``"layer"`` the same share of every group. Scores of norms say little across layers: with ``"l1"`` and ``"l2"``
+    ``ranking="layer"`` is the paper's.
+
+    Differs from the papers: budgets are exact, of the real network; Li et al. give a number of filters for each layer by
+    hand, Molchanov et al. a number of units for each pruning, Liu et al. a share of the gains. No group loses all its
+    channels. Scores of residual sums are not divided by numbers of layers. The released Taylor code inverts the condition
+    under which momentum is reset; here what is pruned counts 0. In manual optimization gradients are read, and the penalty
+    is added, after the user has clipped them.
+
+    Args:
+        budget: cost of the pruned network as a share of the dense one's, in (0, 1).
+        cost: ``"parameters"``, ``"flops"`` (a multiply-add is two) or the path of a latency table (``.json``); see SMCP.
+        criterion: the criterion's name.
+        ranking: ``"knapsack"``, ``"global"`` or ``"layer"``.
+        round_to: number of channels of which a group keeps a multiple, where its own number is one.
+        chunk: number of neighbouring channels that are kept or pruned together.
+        curve: shape of the ramp: ``"exp"``, ``"linear"`` or ``"exp2"``.
+        every: optimizer steps (int) or fraction of the run (float) between prunings; None: 30 (Molchanov et al.), shortened,
+            with a message, in short runs.
+        start, stop: when the ramp begins and ends, in the same units.
+        penalty: of ``"bn_gain"``.
+        batches: number of batches, for criteria that take passes of their own over the data.
+        loss: a function of module and batch that gives the loss, for such criteria; None: the module's training step.
+        prune_stem: the stem's outputs may go too.
+        include, exclude, seed, **options: see :class:`~sparse_callbacks.core.method.Method`; inputs and outputs of layers
+            that ``exclude`` or ``keep_dense`` name stay.
+
+    Raises:
+        ValueError: arguments out of range, a model without channels to remove, a budget that cannot be met, groups that the
+            criterion cannot score; before the first batch.
+
+    Example:
+        >>> from sparse_callbacks import ChannelPruning
+        >>> ChannelPruning(budget=0.5, criterion="taylor_fo", ranking="global").criterion
+        'taylor_fo'
+
+    Reference: Li et al.: Pruning Filters for Efficient ConvNets. ICLR 2017. Molchanov et al.: Importance Estimation for
+    Neural Network Pruning. CVPR 2019. Liu et al.: Learning Efficient Convolutional Networks through Network Slimming. ICCV
+    2017.
+    """
+
+    published_every: ClassVar[int] = 30
+    first_update: ClassVar[int] = 0  # one that falls before the first step is made in `rehearse`
+    figure_prefix: ClassVar[str] = "channels"
+
+    def __init__(
+        self,
+        budget: float = 0.5,
+        *,
+        cost: str = "flops",
+        criterion: str = "l1",
+        ranking: str = "knapsack",
+        round_to: int = 8,
+        chunk: int = 1,
+        curve: str = "exp",
+        every: Time | None = None,
+        start: Time = START,
+        stop: Time = STOP,
+        penalty: float = 1e-4,
+        batches: int = 8,
+        loss: Forward | None = None,
+        prune_stem: bool = False,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        seed: int = 0,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(
+            budget,
+            cost=cost,
+            round_to=round_to,
+            chunk=chunk,
+            curve=curve,
+            every=every,
+            start=start,
+            stop=stop,
+            prune_stem=prune_stem,
+            include=include,
+            exclude=exclude,
+            seed=seed,
+            **options,
+        )
+        self.criterion, self.ranking, self.penalty = criterion, ranking, penalty
+        self.batches, self.loss = batches, loss
+        refuse_unknown({"criterion": criterion, "ranking": ranking}, {"criterion": CRITERIA, "ranking": RANKINGS})
+        refuse_negative(penalty=penalty)
+        refuse_counts_below_one({"batches": batches}, "batches")
+        self._rule = CRITERIA[criterion]()
+        self._refuse_combinations()
+        self._figures: Figures = {}  # of a pruning before the first step, until training begins
+
+    def _refuse_combinations(self) -> None:
+        """Refuse times and a ranking that the criterion cannot have.
+
+        Raises:
+            ValueError: says which.
+        """
+        rule, name = self._rule, self.criterion
+        if self.ranking not in rule.rankings:
+            raise ValueError(
+                f"ranking={self.ranking!r} cannot be used with criterion={name!r}, whose scores say nothing across "
+                f"groups. Give ranking={' or '.join(map(repr, rule.rankings))}."
+            )
+        if rule.one_shot and not self.is_one_shot:
+            raise ValueError(
+                f"criterion={name!r} prunes once, and start={self.start!r} and stop={self.stop!r} are a ramp. Give the "
+                "same start= and stop=, such as start=0, stop=0 for a network that is trained already."
+            )
+        if rule.needs_steps and self.is_before_training:
+            raise ValueError(
+                f"criterion={name!r} scores channels by the gradients of training steps, and with start=0, stop=0 there "
+                "are none before the pruning. Give a later start= and stop=, such as start=100, stop=100."
+            )
+
+    # ------------------------------------------------------------------ times
+
+    @property
+    def is_one_shot(self) -> bool:
+        """All channels go at once."""
+        return type(self.start) is type(self.stop) and self.start == self.stop
+
+    @property
+    def is_before_training(self) -> bool:
+        """All channels go before the first step."""
+        return self.is_one_shot and self.stop == 0
+
+    def set_times(self, every: Time | None, start: Time, stop: Time) -> None:
+        # elsewhere a last update before the first step moves no mask, and is refused
+        zero = [not isinstance(time, bool) and isinstance(time, int | float) and time == 0 for time in (start, stop)]
+        if every is None and all(zero):
+            self.every, self.start, self.stop = every, start, stop
+        else:
+            super().set_times(every, start, stop)
+
+    def make_calendar(self, run: RunLength) -> Calendar:
+        if not self.is_one_shot or self.start is None:
+            return super().make_calendar(run)
+        return resolve_times(None, self.start, self.stop, 1, run, final=True)  # without a word about an interval
+
+    # ------------------------------------------------------------------ the choice
+
+    def rehearse(self) -> None:
+        super().rehearse()
+        self._rule.begin(self._scored())
+        if self.is_before_training and not self.progress.done:
+            update = self.chosen(0)
+            # masks alone: values are written next, as those of any run that begins
+            for name, mask in self.weights.same_everywhere(update.masks).items():
+                self.weights.set_mask(name, mask)
+            for optimizer in sorted(set(self.optimizer_of)):
+                self.progress.mark_done(optimizer)
+            self.note_kept()
+            self._figures = update.figures
+
+    def begin_training(self, epoch: int) -> Figures:
+        figures, self._figures = self._figures, {}
+        return figures
+
+    def choose(self, number: int, offer: Offer) -> Choice:
+        scores = self._rule.scores(self._scored(), number)
+        # what is pruned stays pruned: no option is larger than what is kept, and no pruned unit is among the best
+        options = [o[o <= kept] for o, kept in zip(offer.options, offer.kept, strict=True)]
+        among_live = [
+            own.masked_fill(~live.to(own.device), -torch.inf) for own, live in zip(scores, self.live, strict=True)
+        ]
+        return RANKINGS[self.ranking](replace(offer, options=options), among_live)
+
+    def _scored(self) -> ScoredNetwork:
+        return ScoredNetwork(
+            method=type(self).__name__,
+            model=self.model,
+            groups=self.groups,
+            live=self.live,
+            norm_behind=self.norm_behind,
+            optimizer_of=self.optimizer_of,
+            owners=self.owners,
+            host=self.host,
+            aux=self.aux,
+            saved=self.saved,
+            generator=self.generator,
+            penalty=self.penalty,
+            batches=self.batches,
+            loss=self.loss,
+        )
+
+    # ------------------------------------------------------------------ the step
+
+    def before_step(self, step: Step) -> None:
+        over = self.progress.done.get(step.index, -1) >= step.calendar.last
+        self._rule.before_step(self._scored(), step, over)
+        super().before_step(step)
+
+    def after_step(self, step: Step) -> Update | None:
+        self._rule.after_step(self._scored(), step)
+        return super().after_step(step)
+
+    def after_update(self, step: Step) -> None:
+        super().after_update(step)
+        self._rule.after_update(self._scored(), self.groups_of(step.index))
+
+
+@why_no_exchange.register
+def _(method: ChannelPruning) -> str:
+    return "starts dense and removes whole channels, so sparse storage has nothing to save before its last pruning"

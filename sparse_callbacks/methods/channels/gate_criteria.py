@@ -1,0 +1,179 @@
+"""Taylor importance of gates that need not exist: a gate of one after each unit, and the loss's gradient at it."""
+
+from collections.abc import Callable, Mapping, Sequence, Set
+
+import torch
+from torch import Tensor, nn
+
+from sparse_callbacks.channels.groups import Group, Member
+from sparse_callbacks.core.largest import widened
+from sparse_callbacks.core.optimizers import parameter_ids
+from sparse_callbacks.core.state_layout import damaged
+from sparse_callbacks.core.step import Step
+from sparse_callbacks.methods.channels import score_windows as windows
+from sparse_callbacks.methods.channels.criteria import Criterion, ScoredNetwork, criterion, unit_scores
+
+MOMENTUM = 0.9  # published: of the former score, at each pruning
+
+
+def gates_of_slices(weight: Tensor, gradient: Tensor, dim: int = 0) -> Tensor:
+    """Gradient of the loss at a gate of one on each output of a layer without a bias, or on each input, [slices].
+
+    It is the sum of weight * gradient over the slice. Of a bias it is bias * its gradient, which is to be added.
+
+    Args:
+        weight, gradient: the layer's weight and the gradient of the loss.
+        dim: the dimension along which the outputs, or the inputs, lie.
+    """
+    wide, wide_gradient = weight.detach().to(widened(weight.dtype)), gradient.to(widened(gradient.dtype))
+    products = (wide * wide_gradient).movedim(dim, 0)
+    return products.reshape(len(products), -1).sum(1)
+
+
+def gates_of_norm(gain: Tensor, gain_gradient: Tensor, shift: Tensor, shift_gradient: Tensor) -> Tensor:
+    """Gradient of the loss at a gate of one behind a batch norm: gain * its gradient + shift * its gradient, [channels]."""
+    wide = widened(gain.dtype)
+    return gain.detach().to(wide) * gain_gradient.to(wide) + shift.detach().to(wide) * shift_gradient.to(wide)
+
+
+def with_momentum(former: Tensor, contribution: Tensor, momentum: float = MOMENTUM) -> Tensor:
+    """The score at a pruning after the first: momentum * former score + (1 - momentum) * contribution of the period."""
+    return momentum * former + (1 - momentum) * contribution
+
+
+_Known = Callable[[str], tuple[Tensor, Tensor] | None]  # a parameter and its gradient, None where it has none
+
+
+def gate_gradients(group: Group, model: nn.Module, norm_behind: Mapping[str, str], ids: Set[int]) -> Tensor | None:
+    """Gradient of the loss at a gate of one on each unit of a group, [size]; None where no consumer has a gradient.
+
+    A gate stands behind the batch norm of each producer, or behind the producer where it has none, and gradients are
+    summed over producers. The gates stand before the consumers, over which gradients are summed, where a unit is several
+    channels of a producer (a head of attention, the halves of a gated unit), and where the gradient at a producer's gate
+    cannot be known: of a norm without a gain, or of frozen parameters.
+
+    Args:
+        group: the group.
+        model: the model, with the gradients of a step.
+        norm_behind: the batch norm that takes the output of a layer unchanged, by the layer's name.
+        ids: ``id`` of every parameter whose gradients are those of the step.
+    """
+
+    def known(name: str) -> tuple[Tensor, Tensor] | None:
+        tensor = model.get_parameter(name)
+        return (tensor, tensor.grad) if tensor.grad is not None and id(tensor) in ids else None
+
+    gates = _behind_producers(group, model, norm_behind, known) or _before_consumers(group, known)
+    found = [unit_scores(entries, member, group.size) for entries, member in gates]
+    return torch.stack([f.to(found[0]) for f in found]).sum(0) if found else None
+
+
+def _before_consumers(group: Group, known: _Known) -> list[tuple[Tensor, Member]]:
+    return [(gates_of_slices(*pair, c.dim), c) for c in group.consumers if (pair := known(c.parameter)) is not None]
+
+
+def _behind_producers(
+    group: Group, model: nn.Module, norm_behind: Mapping[str, str], known: _Known
+) -> list[tuple[Tensor, Member]]:
+    """Gradients at the gates behind each producer, and the member whose slices they are of; none where one is not known."""
+    if any(int((p.units >= 0).sum()) > group.size for p in group.producers):
+        return []  # parts of a unit are multiplied with each other, and one gate on all of them is another thing
+    found: dict[str, tuple[Tensor, Member] | None] = {}
+    for producer in group.producers:
+        norm = norm_behind.get(producer.module)
+        if norm is None:
+            found[producer.parameter] = _behind_layer(producer, model, known)
+        elif norm not in found:  # of a norm that takes several producers the gradients are sums already
+            found[norm] = _behind_norm(group, norm, model, known)
+    return [] if None in found.values() else [gates for gates in found.values() if gates is not None]
+
+
+def _behind_norm(group: Group, norm: str, model: nn.Module, known: _Known) -> tuple[Tensor, Member] | None:
+    member = next((f for f in group.followers if f.module == norm), None)
+    if member is None or not model.get_submodule(norm).affine:
+        return None
+    gain, shift = known(f"{norm}.weight"), known(f"{norm}.bias")
+    return None if gain is None or shift is None else (gates_of_norm(*gain, *shift), member)
+
+
+def _behind_layer(producer: Member, model: nn.Module, known: _Known) -> tuple[Tensor, Member] | None:
+    weight = known(producer.parameter)
+    if weight is None:
+        return None
+    gates = gates_of_slices(*weight, producer.dim)
+    name = producer.parameter.removesuffix("weight") + "bias"
+    if getattr(model.get_submodule(producer.module), name.rpartition(".")[2], None) is None:
+        return gates, producer
+    bias = known(name)
+    if bias is None:
+        return None
+    # a grouped transposed convolution has one slice for channels of all its groups, and a bias for each of them
+    return gates + gates_of_slices(*bias).view(-1, len(gates)).sum(0), producer
+
+
+@criterion("taylor_fo")
+class GateTaylor(Criterion):
+    """(gate * gradient of the loss at the gate)^2 of each optimizer step, its mean over the steps since the last pruning,
+    and 0.9 of the former score (Molchanov, Mallya, Tyree, Frosio, Kautz: Importance Estimation for Neural Network Pruning.
+    CVPR 2019).
+
+    The gradient is that of the step's whole batch, over ranks and accumulation; the first pruning takes the mean as it is.
+    """
+
+    needs_steps = True
+
+    def __init__(self) -> None:
+        # by optimizer, since another one may be announced before this one steps: scores by window, not in aux yet
+        self._fresh: dict[int, dict[str, Tensor]] = {}
+
+    def begin(self, network: ScoredNetwork) -> None:
+        names, saved = _windows(network), network.saved
+        if saved is not None:
+            sizes = dict(zip(names, (g.size for g in network.groups), strict=True))
+            windows.refuse_lost_windows(saved, network.method, sizes)
+            pruned = {int(optimizer) for optimizer in saved.progress["done"]}
+            for name, optimizer in zip(names, network.optimizer_of, strict=True):
+                if optimizer in pruned and f"former.{name}" not in saved.aux:
+                    raise damaged(f"it has no former.{name}, which a run of {network.method} saves", saved.path)
+        for name, group in zip(names, network.groups, strict=True):
+            windows.begin_window(network.aux, name, group.size, network.device_of(group))
+
+    def before_step(self, network: ScoredNetwork, step: Step, last: bool) -> None:
+        self._fresh[step.index] = {}
+        if last:
+            return
+        ids = parameter_ids(step.optimizer)
+        for name, group, optimizer in zip(_windows(network), network.groups, network.optimizer_of, strict=True):
+            gates = None if optimizer != step.index else gate_gradients(group, network.model, network.norm_behind, ids)
+            if gates is not None:
+                self._fresh[step.index][name] = gates.square()
+
+    def after_step(self, network: ScoredNetwork, step: Step) -> None:
+        for name, scores in self._fresh.pop(step.index, {}).items():
+            # of weights that are pruned alone the step knows whether gradients are finite, and gains are none of them
+            finite = torch.as_tensor(step.finite_flag, device=scores.device) & scores.isfinite().all()
+            windows.add_to_window(network.aux, name, scores, finite)
+
+    def scores(self, network: ScoredNetwork, number: int) -> list[Tensor]:
+        return [_score(network, name) for name in _windows(network)]
+
+    def after_update(self, network: ScoredNetwork, groups: Sequence[int]) -> None:
+        names = _windows(network)
+        for group in groups:
+            # what is pruned counts nothing from here on
+            network.aux[f"former.{names[group]}"] = _score(network, names[group]) * network.live[group]
+        windows.reset_windows(network.aux, [names[g] for g in groups], keep_means=False)
+
+
+def _windows(network: ScoredNetwork) -> list[str]:
+    return [windows.window_of(index, group) for index, group in enumerate(network.groups)]
+
+
+def _score(network: ScoredNetwork, window: str) -> Tensor:
+    contribution = windows.mean_of_window(network.aux, window)
+    former = network.aux.get(f"former.{window}")
+    if former is None:
+        return contribution
+    # no step of its optimizer since the last pruning, as in a choice that another optimizer brings: the score stays
+    counted = network.aux[f"steps.{window}"] > 0
+    return torch.where(counted, with_momentum(former, contribution), former)
