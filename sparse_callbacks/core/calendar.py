@@ -69,8 +69,8 @@ class Calendar:
         if not saved or list(saved) == now:
             return ""
         return (
-            f"{method} goes on with other times than it was saved with, because the run's length differs: (every, "
-            f"start, stop) were {list(saved)} steps and are {now}."
+            f"{method} goes on with other times than it was saved with, because the run's length or batch size differs: "
+            f"(every, start, stop) were {list(saved)} steps and are {now}."
         )
 
     def next(self, number: int, first_update: int, done: int | None) -> int | None:

@@ -121,7 +121,7 @@ class SMCP(BudgetedChannels):
         every: Time | None = None,
         start: Time = START,
         stop: Time = STOP,
-        hysteresis: float = 1.0,
+        hysteresis: float = 0.5,
         decay: float = 2e-4,
         norm_scaling: str | None = None,
         prune_stem: bool = False,
@@ -183,6 +183,11 @@ class SMCP(BudgetedChannels):
         # only inputs of consumers are ever pruned: a dense copy of any other weight would be memory for nothing
         consumers = {c.parameter for g in self.groups for c in g.consumers}
         self.weights.end_copy([n for n in self.weights.copied if n not in consumers])
+        if CORRECTED not in self.aux and self.saved is not None:
+            self.host.inform(
+                f"{type(self).__name__} goes on from {self.saved.path} by the rule that it was saved under: scores without "
+                "regard to norms, hysteresis=1, and 80 steps where every= is None. Give fresh_start=True for the present one."
+            )
         if self.importance != "taylor":
             return
         self._inputs_of = {c.parameter: c.dim for g in self.groups for c in g.consumers}
@@ -282,8 +287,9 @@ class SMCP(BudgetedChannels):
 
     def choose(self, number: int, offer: Offer) -> Choice:
         self._scores = self.scores()
-        # sluggish channels: a small advantage, which the next batches may take back, is not worth an exchange
-        weighed = [torch.where(kept, s, s * self.hysteresis) for s, kept in zip(self._scores, self.live, strict=True)]
+        # training takes the gradient of a kept channel to zero and leaves that of a pruned one: on equal terms it would return
+        factor = self.hysteresis if CORRECTED in self.aux else 1.0
+        weighed = [torch.where(kept, s, s * factor) for s, kept in zip(self._scores, self.live, strict=True)]
         return by_knapsack(offer, weighed)
 
     def _dense(self, names: Iterable[str]) -> dict[str, Tensor]:
