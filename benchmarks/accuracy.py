@@ -10,6 +10,7 @@ KEPT after a change to the code.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -196,6 +197,12 @@ def runs(report: Report, seeds: int) -> list[tuple[str, ...]]:
     return list(dict.fromkeys(found))
 
 
+def folder_of(words: Sequence[str], kept: Path) -> Path:
+    """The folder of a run in ``kept``, by its overrides; of many of them a part and a hash, as file systems limit names."""
+    name = ",".join(words)
+    return kept / (name if len(name) <= 240 else f"{name[:200]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}")
+
+
 def results(
     todo: Sequence[tuple[str, ...]], root: str | None, kept: Path, jobs: int
 ) -> Iterator[tuple[tuple[str, ...], Metrics]]:
@@ -207,7 +214,7 @@ def results(
         kept: the folder of the folders of the runs.
         jobs: the number of runs at a time.
     """
-    folders = {words: kept / ",".join(words) for words in todo}
+    folders = {words: folder_of(words, kept) for words in todo}
     done = {words: folder / "metrics.json" for words, folder in folders.items() if (folder / "metrics.json").exists()}
     yield from ((words, json.loads(path.read_text())) for words, path in done.items())
     # threads are enough, since each of them only waits for the process of its run

@@ -25,7 +25,7 @@ from pathlib import Path
 import onnxruntime
 import pytorch_lightning as pl
 import torch
-from accuracy import Metrics, results
+from accuracy import Metrics, folder_of, results
 from torch import Tensor, nn
 
 from sparse_callbacks import SMCP, export_onnx, load_compact, slim
@@ -51,18 +51,22 @@ LATENCY_BUDGETS = (0.8, 0.65, 0.5)
 READINGS = 41
 
 
-def words(name: str, seed: int) -> tuple[str, ...]:
-    return (*ROWS[name], *SHARED, f"seed={seed}")
+Rows = Mapping[str, tuple[str, ...]]
+"""Overrides of each row by its name."""
 
 
-def accuracy_table(found: Mapping[tuple[str, ...], Metrics], seeds: int) -> str:
+def words(name: str, seed: int, rows: Rows = ROWS) -> tuple[str, ...]:
+    return (*rows[name], *SHARED, f"seed={seed}")
+
+
+def accuracy_table(found: Mapping[tuple[str, ...], Metrics], seeds: int, rows: Rows = ROWS) -> str:
     lines = [
         "| network | test accuracy, mean | spread | each seed | slim, mean | FLOPs left | parameters left | largest "
         "difference |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name in ROWS:
-        runs = [found[words(name, s)] for s in range(seeds) if words(name, s) in found]
+    for name in rows:
+        runs = [found[words(name, s, rows)] for s in range(seeds) if words(name, s, rows) in found]
         if not runs:
             continue
         tested = [100 * m["test/acc"] for m in runs]
@@ -191,7 +195,7 @@ def slim_models(kept: Path) -> dict[str, nn.Module]:
     """The dense network and those of the first seed's runs with soft masks."""
     models: dict[str, nn.Module] = {"dense": resnet20(SHAPE, 10).eval()}
     for budget in BUDGETS:
-        path = kept / ",".join(words(f"soft masks, {budget:g}", 0)) / "slim.safetensors"
+        path = folder_of(words(f"soft masks, {budget:g}", 0), kept) / "slim.safetensors"
         if path.exists():
             models[f"budget {budget:g}"] = load_compact(resnet20(SHAPE, 10), path).eval()
     return models

@@ -38,7 +38,7 @@ def sparsify(
         steps: optimizer steps of the whole run, those before a resume included; ``math.inf`` where nobody knows.
         epoch: optimizer steps of an epoch; default: ``len(data)``. Methods with times in epochs need it.
         data: the loader of the training data, for the methods that look at activations or at one batch: CTRE, SMCP,
-            and ConstrainedL0 with gated channels.
+            ChannelPruning, and ConstrainedL0 with gated channels.
         forward: a function of the model and a batch of ``data`` that gives the network's output; default: by the
             batch's type, ``model(batch)``, ``model(batch[0])`` or ``model(**batch)``.
         clip: clips the gradients of a list of parameters in place, inside the step, when they are unscaled and

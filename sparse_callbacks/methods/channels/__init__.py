@@ -1,4 +1,4 @@
-"""Methods that prune whole channels under a budget: what they share, and pruning by published criteria."""
+"""Pruning of whole channels by published criteria, and what all methods under a budget share."""
 
 # these register criteria, and what a checkpoint may hold
 from sparse_callbacks.methods.channels import gate_criteria as gate_criteria

@@ -132,7 +132,9 @@ class ChannelPruning(BudgetedChannels):
         )
         self.criterion, self.ranking, self.penalty = criterion, ranking, penalty
         self.batches, self.loss = batches, loss
-        refuse_unknown({"criterion": criterion, "ranking": ranking}, {"criterion": CRITERIA, "ranking": RANKINGS})
+        refuse_unknown(
+            {"criterion": criterion, "ranking": ranking}, {"criterion": sorted(CRITERIA), "ranking": RANKINGS}
+        )
         refuse_negative(penalty=penalty)
         refuse_counts_below_one({"batches": batches}, "batches")
         self._rule = CRITERIA[criterion]()
@@ -175,9 +177,13 @@ class ChannelPruning(BudgetedChannels):
         return self.is_one_shot and self.stop == 0
 
     def set_times(self, every: Time | None, start: Time, stop: Time) -> None:
+        if every is not None and type(start) is type(stop) and start == stop:
+            raise ValueError(
+                f"every={every!r} is an interval, and with start={start!r}, stop={stop!r} all channels go at once. Leave "
+                "every= out, or give a later stop=."
+            )
         # elsewhere a last update before the first step moves no mask, and is refused
-        zero = [not isinstance(time, bool) and isinstance(time, int | float) and time == 0 for time in (start, stop)]
-        if every is None and all(zero):
+        if all(isinstance(time, int | float) and not isinstance(time, bool) and time == 0 for time in (start, stop)):
             self.every, self.start, self.stop = every, start, stop
         else:
             super().set_times(every, start, stop)
@@ -236,8 +242,7 @@ class ChannelPruning(BudgetedChannels):
     # ------------------------------------------------------------------ the step
 
     def before_step(self, step: Step) -> None:
-        over = self.progress.done.get(step.index, -1) >= step.calendar.last
-        self._rule.before_step(self._scored(), step, over)
+        self._rule.before_step(self._scored(), step, last=self.at_target)
         super().before_step(step)
 
     def after_step(self, step: Step) -> Update | None:

@@ -84,7 +84,7 @@ class Criterion:
         Args:
             network: the network.
             step: the optimizer step that is about to be taken.
-            last: the last pruning of the step's optimizer is over, so no scores are needed any more.
+            last: the last pruning is over, so no scores are needed any more.
         """
 
     def after_step(self, network: ScoredNetwork, step: Step) -> None:

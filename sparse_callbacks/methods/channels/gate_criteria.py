@@ -1,4 +1,4 @@
-"""Taylor importance of gates that need not exist: a gate of one after each unit, and the loss's gradient at it."""
+"""Taylor importance of a gate of one on each unit, which need not exist."""
 
 from collections.abc import Callable, Mapping, Sequence, Set
 

@@ -1,4 +1,4 @@
-"""Which units each group keeps under a capacity: by a knapsack, over the whole network, or in each group alike."""
+"""Which units stay under a capacity: by a knapsack, in a global order, or equal shares of groups."""
 
 import itertools
 import math
@@ -87,8 +87,9 @@ def by_global_order(offer: Offer, scores: Sequence[Tensor]) -> Choice:
             break
         kept[group] = count
         costs |= network.by_layer(kept, group)
-    if not allocation.fits(network.total(costs), offer.capacity):
-        raise InfeasibleError(offer.capacity, network.total(costs))
+    capacity, cost = offer.capacity, network.total(costs)
+    if not allocation.fits(cost, capacity):
+        raise InfeasibleError(capacity, cost)
     return Choice(best_of_groups(scores, kept, offer.chunks))
 
 
@@ -127,16 +128,16 @@ def by_equal_shares(offer: Offer, scores: Sequence[Tensor]) -> Choice:
     options = [sorted(o.tolist()) for o in offer.options]
     # as fractions, so that 8 of 16 and 16 of 32 are one share
     shares = {Fraction(o, size) for size, counts in zip(sizes, options, strict=True) for o in counts}
-    cost = math.inf
+    capacity, cost = offer.capacity, math.inf
     for share in sorted(shares, reverse=True):
         kept = [
             counts[max(0, bisect_right(counts, share.numerator * size // share.denominator) - 1)]
             for size, counts in zip(sizes, options, strict=True)
         ]
         cost = offer.network.realised(kept)
-        if allocation.fits(cost, offer.capacity):
+        if allocation.fits(cost, capacity):
             return Choice(best_of_groups(scores, kept, offer.chunks))
-    raise InfeasibleError(offer.capacity, cost)
+    raise InfeasibleError(capacity, cost)
 
 
 Ranking = Callable[[Offer, Sequence[Tensor]], Choice]

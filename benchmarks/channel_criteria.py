@@ -1,0 +1,123 @@
+"""Measures the criteria of ChannelPruning on ResNet-20: accuracy under budgets of FLOPs, and times of the slim networks.
+
+    python benchmarks/channel_criteria.py --root FOLDER --jobs 2 --runs KEPT
+
+The setting is that of channels.py: Fashion-MNIST, equal epochs for every row, and FOLDER holds torchvision's files. Each
+criterion has the ranking of its paper. With `--runs KEPT` finished runs are kept and not repeated. `--rows 'l1*'` runs some
+rows alone, and `--more trainer.max_epochs=1` changes all of them, to see that everything works. Then the slim network of every
+row is timed beside the dense one, which means something on an idle machine only. Writes
+benchmarks/results/channel_criteria.md.
+"""
+
+import argparse
+import platform
+import tempfile
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import onnxruntime
+import torch
+from accuracy import Metrics, folder_of, results
+from channels import BUDGETS, READINGS, ROOT, SHAPE, SHARED, Rows, accuracy_table, latency_table, words
+from torch import nn
+
+from sparse_callbacks import load_compact
+from sparse_callbacks.tasks.models import resnet20
+
+PRUNING = ("method=channels", "method.round_to=4", "slim=true")
+# with the ranking of the paper, or what its scores are made for; bn_gain is bound to a penalty on gains
+CRITERIA = {
+    "random": "layer",
+    "l1": "layer",
+    "l2": "layer",
+    "taylor_2017": "global",
+    "taylor_fo": "global",
+    "sosp": "global",
+    "bn_gain": "global",
+}
+# between warm-up and cool-down, where the ramps of the other rows are halfway
+ONCE = ("method.start=0.4", "method.stop=0.4")
+
+
+def row(criterion: str, ranking: str, budget: float, *more: str) -> tuple[str, ...]:
+    chosen = (f"method.criterion={criterion}", f"method.ranking={ranking}", f"method.budget={budget:g}")
+    return (*PRUNING, *chosen, *more)
+
+
+ROWS: Rows = {
+    "dense": ("method=none",),
+    **{f"{name}, {budget:g}": row(name, ranking, budget) for budget in BUDGETS for name, ranking in CRITERIA.items()},
+    "ispasp, at once, 0.5": row("ispasp", "layer", 0.5, *ONCE),
+    "l1, at once, 0.5": row("l1", "layer", 0.5, *ONCE),
+    "l1, knapsack, 0.5": row("l1", "knapsack", 0.5),
+    "taylor_fo, knapsack, 0.5": row("taylor_fo", "knapsack", 0.5),
+}
+
+
+def slim_networks(kept: Path, rows: Rows, more: tuple[str, ...]) -> dict[str, nn.Module]:
+    """The dense network and those of the first seed's runs."""
+    models: dict[str, nn.Module] = {"dense": resnet20(SHAPE, 10).eval()}
+    for name in rows:
+        path = folder_of(words(name, 0, rows) + more, kept) / "slim.safetensors"
+        if path.exists():
+            models[name] = load_compact(resnet20(SHAPE, 10), path).eval()
+    return models
+
+
+def text(accuracies: str, times: str, rows: Rows, more: tuple[str, ...]) -> str:
+    """The whole file."""
+    return f"""# Criteria for channels of ResNet-20 under a budget
+
+Written by `python benchmarks/channel_criteria.py --root FOLDER`. Python {platform.python_version()}, torch {torch.__version__}, onnxruntime
+{onnxruntime.__version__}, {platform.machine()}, one thread.
+
+## Accuracy on Fashion-MNIST
+
+`python train.py {" ".join((*SHARED, *more))}`
+with the overrides below and seeds from 0; the last network is tested. 55,000 training images, of which an epoch sees half; 5,000
+validate. Spread is the standard deviation over seeds, in points. Budgets are shares of the dense FLOPs, met by the masked network as
+solved; the slim network has the dead channels removed. All rows train for the same number of epochs, from the same start; channels go
+along a ramp, or at once where the row says so.
+
+{accuracies}
+
+{chr(10).join(f"- {name}: `{' '.join(overrides)}`" for name, overrides in rows.items())}
+
+## Time of the slim networks
+
+Seed 0. A forward pass, median of {READINGS} readings; ratios are taken reading by reading against the dense network in the same form, with
+quartiles.
+
+{times}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", required=True, help="folder of torchvision's files")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--runs", type=Path, help="keeps the folders of the runs, and gives those that are finished")
+    parser.add_argument("--rows", default="*", help="a glob on the names of rows; 'dense' always runs")
+    parser.add_argument("--more", nargs="*", default=[], help="further overrides of every run")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "channel_criteria.md")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = {name: overrides for name, overrides in ROWS.items() if name == "dense" or fnmatchcase(name, given.rows)}
+    more, found = tuple(given.more), dict[tuple[str, ...], Metrics]()
+    with tempfile.TemporaryDirectory() as temporary:
+        kept = (given.runs or Path(temporary)).absolute()
+        # by the words without the further ones, as the table looks them up
+        plain: Mapping[tuple[str, ...], tuple[str, ...]] = {
+            words(name, seed, rows) + more: words(name, seed, rows) for seed in range(given.seeds) for name in rows
+        }
+        for one, metrics in results(list(plain), str(Path(given.root).absolute()), kept, given.jobs):
+            found[plain[one]] = metrics
+            print(f"{len(found)} of {len(plain)}: {100 * metrics['test/acc']:.2f} % {' '.join(one)}", flush=True)
+        times = latency_table(slim_networks(kept, rows, more), Path(temporary))
+    given.out.write_text(text(accuracy_table(found, given.seeds, rows), times, rows, more))
+
+
+if __name__ == "__main__":
+    main()
