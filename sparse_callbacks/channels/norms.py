@@ -56,7 +56,7 @@ def normalized_outputs(model: nn.Module, example_input: Any) -> dict[str, tuple[
     }
 
 
-def _divided_together(layer: nn.Module, norm: nn.Module) -> int:
+def _divided_together(layer: Any, norm: nn.Module) -> int:
     spatial = len(layer.kernel_size) if isinstance(layer, _ConvNd) else 0
     outputs = int(layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features)
     if isinstance(norm, nn.GroupNorm):
@@ -81,7 +81,7 @@ def norm_inputs(
     Args:
         model: the model.
         example_input: a tensor, a tuple of positional arguments or a mapping of named arguments.
-        kinds: classes of the norms.
+        kinds: classes of the norms; by default batch norms.
     """
     # The tensors are kept too: an id is given to a new object once the old one is gone.
     made: dict[int, tuple[str, Tensor, int]] = {}
@@ -98,9 +98,10 @@ def norm_inputs(
 
         return hook
 
+    watched: tuple[type[nn.Module], ...] = (nn.Linear, SparseLinear, _ConvNd, *kinds)
     with ExitStack() as hooks, quiet(model):
         for name, module in model.named_modules():
-            if isinstance(module, (nn.Linear, SparseLinear, _ConvNd, *kinds)):
+            if isinstance(module, watched):
                 hooks.enter_context(module.register_forward_hook(watch(name)))
         run(model, example_input)
     return found
