@@ -121,7 +121,7 @@ class SMCP(BudgetedChannels):
         every: Time | None = None,
         start: Time = START,
         stop: Time = STOP,
-        hysteresis: float = 0.5,
+        hysteresis: float = 0.25,
         decay: float = 2e-4,
         norm_scaling: str | None = None,
         prune_stem: bool = False,
