@@ -53,6 +53,23 @@ def test_the_tested_network_is_made_smaller_tested_again_and_saved(
     torch.testing.assert_close(small(x), full(x))
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        ("method.criterion=taylor_fo", "method.start=2", "method.stop=15", "method.every=3"),
+        ("method.criterion=l1", "method.ranking=layer", "method.start=0", "method.stop=0"),
+    ],
+    ids=["gradual", "before training"],
+)
+def test_channels_of_a_published_criterion_are_removed(how: tuple[str, ...], run: Run, tmp_path: Path) -> None:
+    metrics = run("method=channels", "method.round_to=4", *how, "slim=true")
+    assert metrics["channels/cost"] == metrics["slim/flops_share"] == 0.5
+    assert metrics["channels/kept/model.1"] == metrics["slim/removed"] == 12
+    assert metrics["slim/difference"] < 1e-6
+    small: Any = slim_model(tmp_path / "run")
+    assert small[1].weight.shape == (12, 64)
+
+
 def test_a_method_of_single_weights_loses_what_is_dead(run: Run, tmp_path: Path) -> None:
     metrics = run(
         "method=gmp", "method.stop=0.5", "method.every=1", "sparsity=0.98", "slim=true", "trainer.limit_test_batches=0"

@@ -169,12 +169,12 @@ class ChannelPruning(BudgetedChannels):
     @property
     def is_one_shot(self) -> bool:
         """All channels go at once."""
-        return type(self.start) is type(self.stop) and self.start == self.stop
+        return self.is_before_training or (type(self.start) is type(self.stop) and self.start == self.stop)
 
     @property
     def is_before_training(self) -> bool:
         """All channels go before the first step."""
-        return self.is_one_shot and self.stop == 0
+        return self.start == self.stop == 0
 
     def set_times(self, every: Time | None, start: Time, stop: Time) -> None:
         if every is not None and type(start) is type(stop) and start == stop:
