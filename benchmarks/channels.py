@@ -38,10 +38,13 @@ SHARED = (
     "model=resnet20", "data=fashion_mnist", "data.batch_size=128", "optim.lr=0.1", "trainer.max_epochs=4", "trainer.limit_train_batches=0.5"
 )  # fmt: skip
 ROWS = {"dense": ("method=none",)} | {
-    f"{kind} masks, {budget:g}": ("method=smcp", "method.round_to=4", f"method.budget={budget:g}", "slim=true", *target)
+    f"{kind}, {budget:g}": ("method=smcp", "method.round_to=4", f"method.budget={budget:g}", "slim=true", *target)
     for budget in BUDGETS
     for kind, target in (
-        ("soft", ()), ("soft (magnitude)", ("method.importance=magnitude",)), ("hard", ("method._target_=hard_masks.HardSMCP",))
+        ("soft masks", ()),
+        ("soft (magnitude) masks", ("method.importance=magnitude",)),
+        ("hard masks", ("method._target_=hard_masks.HardSMCP",)),
+        ("hard, weights kept and gradients masked", ("method._target_=hard_masks.FrozenSMCP",)),
     )
 }  # fmt: skip
 LATENCY_BUDGETS = (0.8, 0.65, 0.5)
@@ -210,7 +213,8 @@ Written by `python benchmarks/channels.py --root FOLDER`. Python {platform.pytho
 `python train.py {" ".join(SHARED)}`
 with the overrides below and seeds from 0; the last network is tested. 55,000 training images, of which an epoch sees half; 5,000
 validate. Spread is the standard deviation over seeds, in points. Budgets are shares of the dense FLOPs, met by the masked network as
-solved; the slim network has the dead channels removed. Hard masks: what is pruned learns nothing and never comes back
+solved; the slim network has the dead channels removed. Hard masks: what is pruned learns nothing and never comes back. With
+weights kept and gradients masked it learns nothing, and may come back by the importance of the weights that it had
 (`benchmarks/hard_masks.py`). Importance is Taylor's, except where magnitudes are said.
 
 {accuracies}

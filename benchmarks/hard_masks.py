@@ -1,14 +1,17 @@
-"""SMCP with hard masks, which `channels.py` compares with SMCP.
+"""SMCP with hard masks, which `channels.py` compares with SMCP."""
 
-Under hard masks pruned weights learn nothing, so channels never come back.
-"""
+from torch import Tensor
 
 from sparse_callbacks import SMCP
 from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.topology import Update
 
 
 class HardSMCP(SMCP):
-    """SMCP with zeros for pruned weights in the dense copy too, which makes their Taylor importance zero."""
+    """SMCP with zeros for pruned weights in the dense copy too, which makes their Taylor importance zero.
+
+    Pruned weights learn nothing, so channels never come back.
+    """
 
     def before_step(self, step: Step) -> None:
         copied = [n for n in step.names if self.weights.has_copy(n)]
@@ -21,3 +24,22 @@ class HardSMCP(SMCP):
             gradient = self.params[name].grad
             if gradient is not None:
                 gradient.mul_(self.masks[name])
+
+
+class FrozenSMCP(SMCP):
+    """SMCP whose pruned weights stay as they were when they were pruned: no gradient, decay or momentum moves them.
+
+    Their importance is that of the weights that they kept, so channels may come back.
+    """
+
+    def before_step(self, step: Step) -> None:
+        super().before_step(step)
+        self._frozen: dict[str, Tensor] = {
+            n: self.weights.dense_values(n).clone() for n in step.names if self.weights.has_copy(n)
+        }
+
+    def after_step(self, step: Step) -> Update | None:
+        for name, values in self._frozen.items():
+            dense = self.weights.dense_values(name)
+            dense.copy_(dense.where(self.masks[name], values))
+        return super().after_step(step)

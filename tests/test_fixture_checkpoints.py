@@ -42,6 +42,7 @@ from omegaconf import OmegaConf
 
 import sparse_callbacks
 from sparse_callbacks import SMCP, Static, load_compact
+from sparse_callbacks.methods.smcp.smcp import CORRECTED
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 CONFIGURATIONS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
@@ -60,6 +61,8 @@ NAMES = {
 }
 # the methods of version 0.1.0: a later one has no checkpoint and no configuration that this version wrote
 METHODS_OF_0_1_0 = set(NAMES["sparse_callbacks.methods"].split())
+# Runs that a later version begins by another rule: SMCP corrects scores for the norms behind layers, and hysteresis counts.
+OTHER_RULE = ("smcp", "smcp_importance", "smcp_magnitude", "smcp_cool_down")
 every_run = pytest.mark.parametrize("name", RUNS)
 
 
@@ -85,13 +88,32 @@ def test_a_kept_checkpoint_resumes_to_the_same_end(name: str) -> None:
     assert differences(kept["end"], end, close) == []
 
 
-@every_run
+@pytest.mark.parametrize("name", [name for name in RUNS if name not in OTHER_RULE])
 def test_the_same_run_begun_anew_has_the_same_end(name: str, tmp_path: Path) -> None:
     """First masks, random numbers and calendars are those of version 0.1.0 too."""
     kept, _ = resumed(name)
     trainer, _ = RUNS[name].fit(RUNS[name].callbacks())
     near = same_bits if computes_as_the_writer(name) else close
     assert differences(kept["end"], end_of(trainer, tmp_path / "end.ckpt"), near) == []
+
+
+def test_saved_runs_of_smcp_go_on_by_the_rule_that_they_began_with(tmp_path: Path) -> None:
+    for name in OTHER_RULE:
+        (state,) = resumed(name)[1]["callbacks"].values()
+        assert CORRECTED not in state["aux"]
+        assert "hysteresis" not in state["arguments"]
+        trainer, _ = RUNS[name].fit(RUNS[name].callbacks())  # begun anew
+        (state,) = end_of(trainer, tmp_path / f"{name}.ckpt")["callbacks"].values()
+        assert bool(state["aux"][CORRECTED])
+
+
+def test_a_resumed_run_of_smcp_says_that_it_goes_on_by_another_rule(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint, _ = unpacked("smcp", tmp_path)
+    with caplog.at_level("INFO"):
+        RUNS["smcp"].fit(RUNS["smcp"].callbacks(), ckpt_path=checkpoint)
+    assert "by the rule that it was saved under: scores without regard to norms" in caplog.text
 
 
 @cache

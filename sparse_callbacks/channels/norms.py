@@ -1,4 +1,4 @@
-"""Which batch norm takes the output of which layer, and gains that are rescaled."""
+"""Which norm takes the output of which layer, and gains that are rescaled."""
 
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import Optimizer
 
 from sparse_callbacks.core.inspection import quiet, run
 from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
+
+_NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 def norm_of_layer(model: nn.Module, example_input: Any) -> dict[str, str]:
@@ -34,8 +37,43 @@ def norm_behind(model: nn.Module, example_input: Any) -> dict[str, str]:
     return {layer: norm for norm, layers in inputs.items() for layer in layers if layer}
 
 
-def norm_inputs(model: nn.Module, example_input: Any) -> dict[str, list[str]]:
-    """For each batch norm, the layers whose outputs it takes unchanged, one name for each of its calls.
+def normalized_outputs(model: nn.Module, example_input: Any) -> dict[str, tuple[str, int]]:
+    """For each convolution or linear layer whose output a norm takes unchanged, the norm's name and how many
+    neighbouring outputs of the layer it divides by one number.
+
+    Batch norms and instance norms divide each channel by a number of its own, group norms and layer norms several
+    channels by one.
+
+    Args:
+        model, example_input: see :func:`norm_inputs`.
+    """
+    inputs = norm_inputs(model, example_input, _NORMS)
+    return {
+        layer: (norm, _divided_together(model.get_submodule(layer), model.get_submodule(norm)))
+        for norm, layers in inputs.items()
+        for layer in layers
+        if layer
+    }
+
+
+def _divided_together(layer: Any, norm: nn.Module) -> int:
+    spatial = len(layer.kernel_size) if isinstance(layer, _ConvNd) else 0
+    outputs = int(layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features)
+    if isinstance(norm, nn.GroupNorm):
+        return outputs // norm.num_groups
+    # a norm over the last dimensions of an image alone leaves its channels apart
+    return outputs if isinstance(norm, nn.LayerNorm | nn.RMSNorm) and len(norm.normalized_shape) > spatial else 1
+
+
+def divides_by_own_statistics(norm: nn.Module) -> bool:
+    """Whether a norm divides by statistics of what it takes, and not by running ones."""
+    return norm.training or getattr(norm, "running_var", None) is None
+
+
+def norm_inputs(
+    model: nn.Module, example_input: Any, kinds: tuple[type[nn.Module], ...] = (_BatchNorm,)
+) -> dict[str, list[str]]:
+    """For each norm, the layers whose outputs it takes unchanged, one name for each of its calls.
 
     The name is that of a convolution or linear layer, or "" where the norm takes anything else. The model runs once, in
     eval mode, and is left as it was.
@@ -43,6 +81,7 @@ def norm_inputs(model: nn.Module, example_input: Any) -> dict[str, list[str]]:
     Args:
         model: the model.
         example_input: a tensor, a tuple of positional arguments or a mapping of named arguments.
+        kinds: classes of the norms; by default batch norms.
     """
     # The tensors are kept too: an id is given to a new object once the old one is gone.
     made: dict[int, tuple[str, Tensor, int]] = {}
@@ -59,9 +98,10 @@ def norm_inputs(model: nn.Module, example_input: Any) -> dict[str, list[str]]:
 
         return hook
 
+    watched: tuple[type[nn.Module], ...] = (nn.Linear, SparseLinear, _ConvNd, *kinds)
     with ExitStack() as hooks, quiet(model):
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear | SparseLinear | _ConvNd | _BatchNorm):
+            if isinstance(module, watched):
                 hooks.enter_context(module.register_forward_hook(watch(name)))
         run(model, example_input)
     return found

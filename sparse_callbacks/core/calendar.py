@@ -23,11 +23,14 @@ class RunLength:
         total: a function that returns the optimizer steps of the run; infinite where the run has no known end.
         epoch: a function that returns the optimizer steps of an epoch; infinite where the loader has no length.
         lenient: True for a trial run (``fast_dev_run``): times that do not fit are cut instead of refused.
+        samples: the training samples of an optimizer step, over ranks and accumulation; None where the batch size is
+            unknown.
     """
 
     total: Callable[[], float]
     epoch: Callable[[], float]
     lenient: bool = False
+    samples: Callable[[], float | None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,8 @@ class Calendar:
         if not saved or list(saved) == now:
             return ""
         return (
-            f"{method} goes on with other times than it was saved with, because the run's length differs: (every, "
-            f"start, stop) were {list(saved)} steps and are {now}."
+            f"{method} goes on with other times than it was saved with, because the run's length or batch size differs: "
+            f"(every, start, stop) were {list(saved)} steps and are {now}."
         )
 
     def next(self, number: int, first_update: int, done: int | None) -> int | None:

@@ -37,6 +37,7 @@ _LATER = {
     "rows": "None",
     "candidates": "None",
     "pattern": "None",
+    "hysteresis": "0.25",
 }
 
 

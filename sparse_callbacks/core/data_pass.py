@@ -146,8 +146,8 @@ def in_order(
             "a pass over the training data needs a torch DataLoader over a data set with indices, and this is a "
             f"{kind}. {advice}"
         )
-    size = loader.batch_size if loader.batch_sampler is None else getattr(loader.batch_sampler, "batch_size", None)
-    if loader.batch_sampler is not None and not isinstance(size, int):
+    size = batch_size(loader)
+    if loader.batch_sampler is not None and size is None:
         raise ValueError(
             f"{type(loader.batch_sampler).__name__} makes the batches and has no batch_size, so they cannot be made in "
             f"order. {advice}"
@@ -169,6 +169,13 @@ def in_order(
         multiprocessing_context=loader.multiprocessing_context,
         pin_memory=loader.pin_memory,
     )
+
+
+def batch_size(loader: Any) -> int | None:
+    """Samples in a batch of a loader, on one process; None where it does not say."""
+    batches = getattr(loader, "batch_sampler", None)
+    size = getattr(loader if batches is None else batches, "batch_size", None)
+    return size if isinstance(size, int) else None
 
 
 def _indices(loader: DataLoader[Any], unwrap: Callable[[Any], Any]) -> Sequence[int]:

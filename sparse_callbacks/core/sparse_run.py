@@ -14,6 +14,8 @@ from sparse_callbacks.core.before_run import BeforeRun
 from sparse_callbacks.core.calendar import RunLength
 from sparse_callbacks.core.checkpoint import refuse_other_model
 from sparse_callbacks.core.cut_weights import ResumedWeights
+from sparse_callbacks.core.data_pass import batch_size
+from sparse_callbacks.core.distributed import world_size
 from sparse_callbacks.core.distributions import why_all_active
 from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.fresh_weights import refuse_rescaled_checkpoint
@@ -58,7 +60,9 @@ class SparseRun(RecordedLoop):
         refuse_arguments(method, model, steps, epoch, forward, clip, on_restart)
         self.method, self._model = method, plain_model(model)
         self._optimizers = LoopOptimizers(optimizer)
-        self._length = RunLength(lambda: float(steps), lambda: _epoch_length(epoch, data))
+        self._length = RunLength(
+            lambda: float(steps), lambda: _epoch_length(epoch, data), samples=lambda: _samples_of_step(epoch, data)
+        )
         self._on_restart = on_restart
         self._engine = Engine(method)
         self._host = LoopHost(self._model, self._engine, type(method).__name__, data, forward)
@@ -353,6 +357,16 @@ class SparseRun(RecordedLoop):
         self._begin(state)
         for one in averaged:
             self.average(one)
+
+
+def _samples_of_step(epoch: int | None, data: Any | None) -> float | None:
+    """Training samples of an optimizer step, over processes; None where nobody knows."""
+    size, batches = batch_size(data), _epoch_length(None, data)
+    if size is None:
+        return None
+    # fewer steps in an epoch than batches: the loop accumulates gradients
+    accumulated = batches / epoch if epoch is not None and math.isfinite(batches) else 1.0
+    return size * max(1.0, accumulated) * world_size()
 
 
 def _epoch_length(epoch: int | None, data: Any | None) -> float:

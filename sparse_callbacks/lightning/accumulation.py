@@ -7,6 +7,7 @@ from typing import Any
 
 from pytorch_lightning.utilities import rank_zero_warn
 
+from sparse_callbacks.core.data_pass import batch_size
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.lightning.added_epoch import epochs_to_train
 from sparse_callbacks.lightning.fit_state import FitState
@@ -76,6 +77,23 @@ def factor_in(trainer: Trainer, epoch: int) -> int:
     # asked for and not read from its dictionary: a subclass may compute it
     factor = trainer.accumulate_grad_batches if scheduler is None else scheduler.get_accumulate_grad_batches(epoch)
     return int(factor)
+
+
+def samples_of_step(trainer: Trainer) -> float | None:
+    """Training samples of an optimizer step, over devices and accumulation; None where the loader has no batch size.
+
+    Where a scheduler changes how many batches make a step it is the mean over the epochs.
+    """
+    if trainer.train_dataloader is None:
+        trainer.fit_loop.setup_data()
+    size = batch_size(trainer.train_dataloader)
+    if size is None:
+        return None
+    epochs = _epochs(trainer)
+    last = epochs if math.isfinite(epochs) else _last_change(trainer) + 1
+    factors = [factor_in(trainer, epoch) for epoch in range(max(1, int(last)))]
+    shares = trainer.distributed_sampler_kwargs  # how a sampler shares out the data; None on one device
+    return size * sum(factors) / len(factors) * (1 if shares is None else shares["num_replicas"])
 
 
 def why_cut_off(trainer: Trainer, expected: int, ahead: int, every: int, method: str) -> str:

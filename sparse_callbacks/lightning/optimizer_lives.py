@@ -13,7 +13,7 @@ from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
 from sparse_callbacks.core.optimizer_modes import switch_through, take_over_mode
 from sparse_callbacks.core.optimizers import parameter_ids
-from sparse_callbacks.lightning.accumulation import epoch_length, epochs_of, run_length, shortest_epoch
+from sparse_callbacks.lightning.accumulation import epoch_length, epochs_of, run_length, samples_of_step, shortest_epoch
 from sparse_callbacks.lightning.averaging import averages_epochs
 from sparse_callbacks.lightning.namespaces import Trainer
 
@@ -61,7 +61,10 @@ def horizon(trainer: Trainer) -> float:
 
 def length_of(trainer: Trainer) -> RunLength:
     """The length of the Trainer's run, in the form that methods take it."""
-    return RunLength(lambda: run_length(trainer), lambda: epoch_length(trainer), bool(trainer.fast_dev_run))
+    trial = bool(trainer.fast_dev_run)
+    return RunLength(
+        lambda: run_length(trainer), lambda: epoch_length(trainer), trial, lambda: samples_of_step(trainer)
+    )
 
 
 def restart(trainer: Trainer) -> None:

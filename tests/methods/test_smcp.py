@@ -26,6 +26,7 @@ from sparse_callbacks.channels import costs, norms
 from sparse_callbacks.channels.groups import Group, Member
 from sparse_callbacks.channels.latency.table import Grid, Table, signature
 from sparse_callbacks.channels.slim import slim
+from sparse_callbacks.methods.smcp import smcp
 from sparse_callbacks.methods.smcp.scores import group_scores, reader_scores
 from sparse_callbacks.testing.comparison import assert_effective, differences
 from sparse_callbacks.testing.data import Batches
@@ -240,7 +241,8 @@ def test_scores_are_the_mean_over_the_window_of_what_each_step_says() -> None:
     seen = record_scores(callback)
     fit(module, pl.callbacks.LambdaCallback(on_before_optimizer_step=look), callback, max_steps=6)
     assert torch.allclose(seen[0], torch.stack(by_hand).mean(0))
-    kept = [t for key, t in callback.aux.items() if not key.startswith("doctor/")]
+    kept = [t for key, t in callback.aux.items() if key.startswith(("scores.", "steps."))]
+    assert len(kept) == 4
     assert all(not t.any() for t in kept)  # the next window begins
 
 
@@ -307,6 +309,41 @@ def test_a_pruned_channel_whose_importance_is_raised_returns_at_the_next_solve(i
 
     fit(module, callback, watch(raise_one))
     assert found[1:] == [-1]
+
+
+@pytest.mark.parametrize("importance", ["taylor", "magnitude"])
+def test_scores_of_pruned_channels_count_less_at_a_solve(importance: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    callback = method(0.3, importance=importance, hysteresis=0.25, round_to=1)
+    scores, weighed, kept = record_scores(callback), list[Tensor](), list[Tensor]()
+    choose = smcp.by_knapsack
+
+    def record(offer: Any, given: Any) -> Any:
+        weighed.extend(given)
+        kept.extend(callback.live)
+        return choose(offer, given)
+
+    monkeypatch.setattr(smcp, "by_knapsack", record)
+    fit(Classifier(mlp()), callback)
+    assert len(scores) == 2 * callback.updates == 10
+    for found, given, live in zip(scores, weighed, kept, strict=True):
+        assert torch.equal(given[live], found[live])
+        assert torch.equal(given[~live], 0.25 * found[~live])
+    assert sum(int((~live).sum()) for live in kept) > 20
+
+
+def test_hysteresis_keeps_pruned_channels_from_coming_back() -> None:
+    def returned(hysteresis: float) -> int:
+        callback, count, before = method(0.3, hysteresis=hysteresis, round_to=1), [0], list[Tensor]()
+
+        def look(*_: Any) -> None:
+            count[0] += sum(int((now & ~then).sum()) for now, then in zip(callback.live, before, strict=False))
+            before[:] = callback.live
+
+        fit(Classifier(mlp()), callback, watch(look))
+        return count[0]
+
+    # a few come back all the same: the knapsack may give a group more room
+    assert 2 * returned(1e-9) < returned(1.0)
 
 
 def test_accumulated_micro_batches_are_one_batch() -> None:

@@ -30,7 +30,7 @@ class BudgetedChannels(Method):
 
     The channels of a group go together: the inputs of all its consumers are masked. Groups are found, and priced, before
     the first batch. A subclass overrides :meth:`choose`, and may read ``groups``, ``network``, ``live``, ``kept``,
-    ``chunks``, ``optimizer_of`` and ``norm_behind``.
+    ``chunks``, ``optimizer_of``, ``norm_behind`` and ``divided_by``.
 
     Args:
         budget: cost of the pruned network as a share of the dense one's, in (0, 1).
@@ -88,6 +88,8 @@ class BudgetedChannels(Method):
         """Index of the optimizer that steps the consumers of each group."""
         self.norm_behind: dict[str, str] = {}
         """The batch norm that takes the output of a layer unchanged, by the layer's name."""
+        self.divided_by: dict[str, tuple[str, int]] = {}
+        """For each layer whose output a norm takes unchanged the norm, and the number of outputs that it divides together."""
         self._grouped: dict[str, torch.Size] = {}  # shapes of the parameters that the groups were found with
 
     # ------------------------------------------------------------------ what can go
@@ -117,6 +119,7 @@ class BudgetedChannels(Method):
         self.groups, self.left_out = prunable.prunable_groups(model, example, stay, self.owners.owns, stem)
         self._grouped = _shapes(self.params)
         self.norm_behind = norms.norm_behind(model, example)
+        self.divided_by = norms.normalized_outputs(model, example)
         self.network = budget.priced_network(model, example, layers, self.groups, self.cost, self._warn)
         self.chunks = [allocation.in_units(self.chunk, g) for g in self.groups]
         rounding = [allocation.in_units(self.round_to, g) for g in self.groups]

@@ -6,7 +6,7 @@ from torch import nn
 
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.state_claims import Kept, copied_names, expected_aux
-from sparse_callbacks.methods.smcp.smcp import SMCP
+from sparse_callbacks.methods.smcp.smcp import CORRECTED, SMCP
 
 
 @copied_names.register
@@ -23,4 +23,5 @@ def _(method: SMCP, saved: SavedRun, model: nn.Module) -> Mapping[str, Kept]:
         "latest.*": Kept(None),
         "steps.*": Kept(dtype="int", low=0),
         "norm/*": Kept(low=0),
+        CORRECTED: Kept(dtype="bool"),
     }

@@ -1,4 +1,22 @@
-"""Importance of channels: of each input of a layer, and of the units of a group."""
+"""Importance of channels: of each input of a layer, and of the units of a group.
+
+**Behind a norm** the Taylor score of an input depends on how many other inputs are kept, unless that is undone. Let
+y_o = sum_i w_oi m_i x_i be an output of a layer and s_o its standard deviation, by which a norm divides it. The loss then
+depends on w_o through y_o / s_o alone, so its gradient has the factor 1 / s_o, and a gain that was scaled by
+``norm_scaling`` is another factor f. Where few inputs are kept, s_o is small, so every input of the layer, kept or pruned,
+seems more important, by about sqrt(all / kept). The next solve gives the whole group back, s_o grows, the scores fall,
+and the solve after that prunes it again.
+
+What counts is how the loss changes when an input goes from the layer in one and the same unit for every mask: the
+standard deviation S_o with all inputs. So the score of a pair of output and input is multiplied by s_o / (S_o f). The
+variance of a sum of uncorrelated inputs with equal variances v is v ||w_o||^2, so
+
+    s_o / S_o = ||m w_o|| / ||w_o||
+
+for the dense weights w, where w_o takes in the kernel. Where a norm divides several outputs by one number (layer norms,
+group norms), both squares are summed over these outputs. No data is needed, nothing changes while nothing is pruned, and
+layers without a norm directly behind them have factor 1.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,17 +29,37 @@ from sparse_callbacks.core.largest import widened
 from sparse_callbacks.methods.channels.criteria import unit_scores
 
 
-def input_scores(scores: Tensor, dim: int, active: Tensor | None = None) -> Tensor:
+def input_scores(scores: Tensor, dim: int, outputs: Tensor | None = None) -> Tensor:
     """Importance of each slice of inputs, summed over the outputs, signed.
 
     Args:
         scores: a matrix as of :func:`taylor`.
         dim: the dimension of ``scores`` along which the inputs lie.
-        active: bool [outputs], the outputs that are kept; None: all.
+        outputs: [outputs], the factor of each output; bool where it says which of them are kept. None: 1 for all.
     """
     by_input = scores.movedim(dim, 0)
     # a product with zeros and ones: with a bool index the size of the result would have to be read from the device
-    return by_input.sum(1) if active is None else by_input @ active.to(by_input)
+    return by_input.sum(1) if outputs is None else by_input @ outputs.to(by_input)
+
+
+def deviation_left(weight: Tensor, dim: int, kept: Tensor, together: int = 1) -> Tensor:
+    """Standard deviation of each output of a layer with the kept inputs alone, as a share of that with all of them.
+
+    The inputs are taken as uncorrelated and of equal variance; see the module's first lines. The result is in float32 at
+    least, and 1 for an output without weights.
+
+    Args:
+        weight: the dense weight.
+        dim: the dimension along which the inputs lie, 0 or 1.
+        kept: bool [inputs].
+        together: number of neighbouring outputs that a norm divides by one number.
+    """
+    wide = weight.to(widened(weight.dtype)).unsqueeze(-1).flatten(2)
+    squares = torch.einsum("abk,abk->ab", wide, wide).movedim(dim, 1)
+    every, left = squares.sum(1), squares @ kept.to(squares)
+    if together > 1:
+        every, left = (v.view(-1, together).sum(1).repeat_interleave(together) for v in (every, left))
+    return torch.where(every > 0, left / every, 1).sqrt()
 
 
 def magnitude(weight: Tensor) -> Tensor:
@@ -88,7 +126,7 @@ def reader_scores(
     groups: Sequence[Group],
     weights: Mapping[str, Tensor],
     gradients: Mapping[str, Tensor] | None,
-    active: Mapping[str, Tensor],
+    outputs: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Importance of each input of every consumer in ``weights``, by parameter name.
 
@@ -99,14 +137,14 @@ def reader_scores(
         weights: dense weights by parameter name.
         gradients: gradients by parameter name, for Taylor importance; consumers without a gradient are left out. None:
             importance by magnitude.
-        active: outputs that are kept, see :func:`active_outputs`.
+        outputs: which outputs are kept, see :func:`active_outputs`, or the factor of each; by parameter name.
     """
     # by parameter: one that several groups read (a concatenation) is scored once, and unit_scores picks from it
     dims = {c.parameter: c.dim for g in groups for c in g.consumers}
     if gradients is None:
-        return {n: input_scores(magnitude(weights[n]), dim, active.get(n)) for n, dim in dims.items() if n in weights}
+        return {n: input_scores(magnitude(weights[n]), dim, outputs.get(n)) for n, dim in dims.items() if n in weights}
     with_gradient = {n: dim for n, dim in dims.items() if n in weights and n in gradients}
-    return {n: input_scores(taylor(weights[n], gradients[n]), dim, active.get(n)) for n, dim in with_gradient.items()}
+    return {n: input_scores(taylor(weights[n], gradients[n]), dim, outputs.get(n)) for n, dim in with_gradient.items()}
 
 
 def group_scores(group: Group, inputs: Mapping[str, Tensor]) -> Tensor | None:

@@ -1,14 +1,15 @@
 """SMCP: channels chosen by a knapsack under a budget of weights, FLOPs or measured time."""
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_callbacks.channels import norms
 from sparse_callbacks.core.arguments import refuse_unknown
-from sparse_callbacks.core.calendar import Time
+from sparse_callbacks.core.calendar import Calendar, RunLength, Time
 from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.storages.storage import why_no_exchange
@@ -17,9 +18,18 @@ from sparse_callbacks.methods.channels import score_windows as windows
 from sparse_callbacks.methods.channels.arguments import refuse_negative
 from sparse_callbacks.methods.channels.budgeted import START, STOP, BudgetedChannels
 from sparse_callbacks.methods.channels.rankings import Choice, Offer, by_knapsack
-from sparse_callbacks.methods.smcp.scores import active_outputs, group_scores, kept_importance, reader_scores
+from sparse_callbacks.methods.smcp.scores import (
+    active_outputs,
+    deviation_left,
+    group_scores,
+    kept_importance,
+    reader_scores,
+)
 
 WORDS = {"importance": ("taylor", "magnitude"), "norm_scaling": (None, "kept", "importance")}
+CORRECTED = "rule/corrected"
+"""Key in ``aux`` of runs whose scores have the factor u and whose interval counts images. Runs that were saved before lack it,
+and go on by the rule that they began with."""
 
 
 class SMCP(BudgetedChannels):
@@ -28,22 +38,27 @@ class SMCP(BudgetedChannels):
 
     With dense weights w, a mask m over the input channels of each group, and optimizer step t::
 
-        every step      score[c] += | sum of -w * (gradient of the loss at m * w) |,
-                            over the group's layers, active outputs and kernel
+        every step      score[c] += | sum of -w * (gradient of the loss at m * w) * u |,
+                            over the group's layers, active outputs and kernel;
+                            u = ||m * w|| / ||w|| of the output's weights where a norm is right behind it, else 1
                         w = w - optimizer(that gradient, not masked, + decay * (1 - m) * w)
         every ``every`` r = (1 - budget) * (1 - e^(-2.8 x)) / (1 - e^-2.8)
                             with x = (t - start + every) / (stop - start + every)
-                        m = the channels with the largest mean score; how many of each group a knapsack decides:
+                        m = the channels with the largest mean score, times ``hysteresis`` where they are pruned;
+                            how many of each group a knapsack decides:
                             the largest total score whose network costs at most (1 - r) * the dense cost
 
     A group is the channels that can only go together, through sums, concatenations, depthwise layers and flattening.
     The stem, a convolution that comes first, and the network's outputs stay. Pruned channels go on to learn and may
     come back. After ``stop`` masks stay and the dense weights are dropped; :func:`~sparse_callbacks.channels.slim.slim`
-    then removes the channels. Groups are found with the LightningModule's ``example_input_array``, or else the first
+    then removes the channels. With u scores do not depend on how much of the group is kept; :mod:`~sparse_callbacks.methods.smcp.scores`
+    derives it. Groups are found with the LightningModule's ``example_input_array``, or else the first
     training batch of a torch DataLoader over an indexed set; ``groups`` and ``left_out`` hold them, and why others
     stay.
 
-    Differs from the paper: the last solve has the full budget (the released schedule stops one short). A solve is
+    Differs from the paper: u is 1 there, so a norm makes the scores of a group larger the more of it is pruned, and whole
+    groups are pruned and given back in turn; its remedy is ``norm_scaling``, whose factors u takes out of the scores. There is no
+    ``hysteresis``. The last solve has the full budget (the released schedule stops one short). A solve is
     repeated with the outputs that it leaves, so that the network really fits the budget; the paper counts the outputs
     of the solve before. Scores are means, over the steps since the last solve, of each step's absolute value; the
     released code takes the latest batch. No group loses all its channels. Gains under ``norm_scaling`` are multiplied
@@ -56,14 +71,18 @@ class SMCP(BudgetedChannels):
             ``python -m sparse_callbacks.latency``. Counted is what the forward pass of one sample calls:
             recurrent layers, embeddings and the products of attention (in tables all of ``nn.MultiheadAttention``) as
             they are, biases and norms not.
-        importance: ``"taylor"``, or ``"magnitude"``: the sum of \\|w\\| at the solve.
+        importance: ``"taylor"``, as in the paper, or ``"magnitude"``: the sum of \\|w\\| at the solve, which is the default of
+            the released code.
         round_to: number of channels of which a group keeps a multiple, where its own number is one; a head of attention
             counts with all of its channels.
         chunk: number of neighbouring channels that are kept or pruned together, counted likewise.
         curve: shape of the ramp: ``"exp"``, ``"linear"`` or ``"exp2"``.
-        every: optimizer steps (int) or fraction of the run (float) between solves; None: 80, shortened, with a
-            message, in short runs.
+        every: optimizer steps (int) or fraction of the run (float) between solves; None: as many as see
+            20,480 training images over all ranks and accumulated batches, as the authors count (80 steps of 256 images), or
+            80 where the batch size is unknown; shortened, with a message, in short runs.
         start, stop: when the ramp begins and ends, in the same units.
+        hysteresis: factor on the scores of pruned channels at a solve, in (0, 1]: below 1 a channel comes back only if it
+            is clearly more important than those that are kept.
         decay: added to the gradient of a pruned weight, times the weight.
         norm_scaling: the gain of a batch norm that takes the output of a pruned layer shrinks with the inputs of that
             layer: to the share ``"kept"``, or to their share in ``"importance"``; None (the released default): it does
@@ -86,6 +105,7 @@ class SMCP(BudgetedChannels):
     """
 
     published_every: ClassVar[int] = 80
+    published_images: ClassVar[int] = 80 * 256
     keeps_dense: ClassVar[bool] = True
     figure_prefix: ClassVar[str] = "smcp"
 
@@ -101,6 +121,7 @@ class SMCP(BudgetedChannels):
         every: Time | None = None,
         start: Time = START,
         stop: Time = STOP,
+        hysteresis: float = 0.25,
         decay: float = 2e-4,
         norm_scaling: str | None = None,
         prune_stem: bool = False,
@@ -125,7 +146,13 @@ class SMCP(BudgetedChannels):
             **options,
         )
         self.importance, self.decay, self.norm_scaling = importance, decay, norm_scaling
-        refuse_negative(decay=decay)
+        refuse_negative(decay=decay, hysteresis=hysteresis)
+        if not 0.0 < hysteresis <= 1.0:
+            raise ValueError(
+                f"hysteresis={hysteresis!r} is a factor on scores of pruned channels: 0 would make all of them equal, and more "
+                "than 1 prefer them. Give a number above 0 and at most 1."
+            )
+        self.hysteresis = float(hysteresis)  # 1 is written as 1.0
         refuse_unknown({"importance": importance, "norm_scaling": norm_scaling}, WORDS)
         self._active: dict[str, Tensor] = {}  # which outputs of a consumer are kept
         self._fresh: dict[
@@ -133,6 +160,19 @@ class SMCP(BudgetedChannels):
         ] = {}  # scores by window, of the step that each optimizer is about to take
         self._norms: dict[str, str] = {}  # the batch norm with a gain that takes each layer's output
         self._scores: list[Tensor] = []  # of the latest solve
+        self._inputs_of: dict[str, int] = {}  # the dimension of each consumer's weight along which its inputs lie
+
+    # ------------------------------------------------------------------ the rule of the run
+
+    def attach(self, model: nn.Module) -> None:
+        super().attach(model)
+        if self.attachment.host is not None and self.saved is None and not self.step:
+            self.aux[CORRECTED] = torch.tensor(True)
+
+    def make_calendar(self, run: RunLength) -> Calendar:
+        samples = run.samples() if CORRECTED in self.aux else None
+        interval = self.published_every if samples is None else math.ceil(self.published_images / samples)
+        return self.calendar_with(interval, run)
 
     # ------------------------------------------------------------------ what can go
 
@@ -143,8 +183,14 @@ class SMCP(BudgetedChannels):
         # only inputs of consumers are ever pruned: a dense copy of any other weight would be memory for nothing
         consumers = {c.parameter for g in self.groups for c in g.consumers}
         self.weights.end_copy([n for n in self.weights.copied if n not in consumers])
+        if CORRECTED not in self.aux and self.saved is not None:
+            self.host.inform(
+                f"{type(self).__name__} goes on from {self.saved.path} by the rule that it was saved under: scores without "
+                "regard to norms, hysteresis=1, and 80 steps where every= is None. Give fresh_start=True for the present one."
+            )
         if self.importance != "taylor":
             return
+        self._inputs_of = {c.parameter: c.dim for g in self.groups for c in g.consumers}
         if self.saved is not None:
             sizes = dict(zip(self._windows(), (g.size for g in self.groups), strict=True))
             windows.refuse_lost_windows(self.saved, type(self).__name__, sizes)
@@ -167,7 +213,8 @@ class SMCP(BudgetedChannels):
             self.weights.absorb_if_written(copied)  # such as a model that was loaded after the state of its run
             gradients = {n: g for n in copied if (g := step.gradient(n)) is not None}
             # dense weights times the gradient at the pruned ones: so pruned channels have scores too, and may come back
-            inputs = reader_scores(self.groups, self._dense(gradients), gradients, self._active)
+            dense = self._dense(gradients)
+            inputs = reader_scores(self.groups, dense, gradients, self._output_factors(dense))
             found = {w: group_scores(g, inputs) for w, g in zip(self._windows(), self.groups, strict=True)}
             self._fresh[step.index] = {window: scores for window, scores in found.items() if scores is not None}
         # after the scores are taken: decay is not part of the gradient of the loss
@@ -206,6 +253,26 @@ class SMCP(BudgetedChannels):
                 self.model.get_parameter(f"{norm}.weight"), share / float(before), self.owners.optimizers
             )
 
+    def _output_factors(self, dense: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """For each consumer the factor of each output's scores: 0 where it is pruned, and what a norm behind it asks for.
+
+        Args:
+            dense: dense weights by parameter name.
+        """
+        factors = dict(self._active)
+        for name, weight in dense.items() if CORRECTED in self.aux else ():
+            norm, together = self.divided_by.get(name.rpartition(".")[0], ("", 0))
+            if not norm or self.weights.active_counts[name] == self.weights.size(name):
+                continue
+            if not norms.divides_by_own_statistics(self.model.get_submodule(norm)):
+                continue
+            dim = self._inputs_of[name]
+            # whole inputs are masked, so the first output's say which
+            kept = self.weights.masks[name].select(1 - dim, 0).reshape(weight.shape[dim], -1)[:, 0]
+            undone = deviation_left(weight, dim, kept, together) / self.aux.get(f"norm/{name}", 1.0)
+            factors[name] = undone * factors[name] if name in factors else undone
+        return factors
+
     def _windows(self) -> list[str]:
         """Name of the window of each group's scores."""
         return [windows.window_of(index, group) for index, group in enumerate(self.groups)]
@@ -220,7 +287,10 @@ class SMCP(BudgetedChannels):
 
     def choose(self, number: int, offer: Offer) -> Choice:
         self._scores = self.scores()
-        return by_knapsack(offer, self._scores)
+        # training takes the gradient of a kept channel to zero and leaves that of a pruned one: on equal terms it would return
+        factor = self.hysteresis if CORRECTED in self.aux else 1.0
+        weighed = [torch.where(kept, s, s * factor) for s, kept in zip(self._scores, self.live, strict=True)]
+        return by_knapsack(offer, weighed)
 
     def _dense(self, names: Iterable[str]) -> dict[str, Tensor]:
         return {n: self.weights.dense_values(n) for n in names}
