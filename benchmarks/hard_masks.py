@@ -10,7 +10,8 @@ from sparse_callbacks.core.topology import Update
 class HardSMCP(SMCP):
     """SMCP with zeros for pruned weights in the dense copy too, which makes their Taylor importance zero.
 
-    Pruned weights learn nothing, so channels never come back.
+    Pruned weights learn nothing, so channels never come back. What SMCP makes good for norms, and its hysteresis, have no effect
+    here: the zeros are the dense weights, and their importance is zero.
     """
 
     def before_step(self, step: Step) -> None:
