@@ -1,4 +1,4 @@
-"""Short fits with SMCP and ConstrainedL0 on eight models of other packages; each is slimmed, saved, loaded and exported.
+"""Short fits with the channel methods on eight models of other packages; each is slimmed, saved, loaded and exported.
 
     pip install -e ".[all]" && pip install timm transformers segmentation-models-pytorch
     python benchmarks/zoo_fits.py                              # all of them, into benchmarks/results/zoo_fits.md and .json

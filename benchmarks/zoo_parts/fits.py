@@ -1,4 +1,4 @@
-"""One short fit of a model with SMCP or ConstrainedL0, and what comes of its masks: slim, saved, loaded, exported."""
+"""One short fit of a model with a channel method, and what comes of its masks: slim, saved, loaded, exported."""
 
 import copy
 import tempfile
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from sparse_callbacks import SMCP, ConstrainedL0
+from sparse_callbacks import SMCP, ChannelPruning, ConstrainedL0
 from sparse_callbacks.channels.attention_exchange import put_slim_attention
 from sparse_callbacks.channels.attention_heads import has_heads
 from sparse_callbacks.channels.compact import load_compact, save_compact
@@ -31,8 +31,10 @@ STEPS, BATCH = 20, 4
 ONNX_TOLERANCE = 1e-4
 """Largest difference of the ONNX file's outputs that counts as equal, relative to the largest output of a tensor."""
 KINDS = ("channels", "MLP units", "heads")
+BUDGETED: Mapping[str, Any] = {"cost": "parameters", "start": 1, "stop": 16, "prune_stem": True, "print_plan": False}
 SIDES: Mapping[str, Callable[[], Any]] = {
-    "smcp": lambda: SMCP(0.6, cost="parameters", every=2, start=1, stop=16, prune_stem=True, print_plan=False),
+    "smcp": lambda: SMCP(0.6, every=2, **BUDGETED),
+    "pruning": lambda: ChannelPruning(0.6, criterion="taylor_fo", every=2, **BUDGETED),
     # learning rates at which gates close within the few steps that there are
     "l0": lambda: ConstrainedL0(0.3, gate_lr=0.3, dual_lr=0.1, print_plan=False),
 }

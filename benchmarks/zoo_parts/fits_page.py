@@ -9,7 +9,11 @@ PACKAGES = (
     "torch", "pytorch-lightning", "torchvision", "timm", "transformers", "segmentation-models-pytorch", "safetensors", "onnx",
     "onnxscript", "onnxruntime",
 )  # fmt: skip
-TITLES = {"smcp": "SMCP, 0.6 of the parameters", "l0": "ConstrainedL0, density 0.3"}
+TITLES = {
+    "smcp": "SMCP, 0.6 of the parameters",
+    "pruning": "ChannelPruning by taylor_fo, 0.6 of the parameters",
+    "l0": "ConstrainedL0, density 0.3",
+}
 ABOUT = f"""# Short fits on models of other packages
 
 {STEPS} steps with batches of {BATCH} random inputs, from random weights; then the masks of the callback go to `slim`, the slim

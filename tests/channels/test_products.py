@@ -71,7 +71,7 @@ class Context(nn.Module):
         (Pooled, (torch.randn(7, 6),), "weigh"),
         (Context, (torch.randn(2, 3, 4, 5),), "first"),
     ],
-    ids=str,
+    ids=["graph", "graph, twice", "pooled", "weights of pooling", "context"],
 )
 @pytest.mark.filterwarnings("ignore:the masks cut weights:UserWarning")
 def test_channels_that_a_product_does_not_sum_over_go(build: type, inputs: tuple[Tensor, ...], name: str) -> None:
