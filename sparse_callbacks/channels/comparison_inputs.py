@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.channels.comparison import outputs_on
-from sparse_callbacks.channels.double_precision import everything_in_double
+from sparse_callbacks.channels.double_precision import Casts, everything_in_double, made_in_double
 from sparse_callbacks.channels.quick_depthwise import quicken_depthwise
 from sparse_callbacks.core.inspection import calls_noted, copied, map_tensors, quiet, tensors_in, training_branches
 
@@ -33,8 +33,11 @@ def precise(
     """
     try:
         model, doubled = _doubled(masked), [map_tensors(_double, x) for x in samples]
-        with everything_in_double():
-            return *_looked_at(model, doubled), everything_in_double
+        casts = Casts()
+        with everything_in_double(casts):
+            found = _looked_at(model, doubled)
+        # without any, the passes that follow need not be watched
+        return *found, everything_in_double if casts.seen else made_in_double
     except Exception:  # a forward pass may well assert its types
         return *_looked_at(copied(masked), list(samples)), nullcontext
 
