@@ -111,7 +111,7 @@ def outer_flops(model: nn.Module, entry: Entry, example: Any) -> int:
     found: list[int] = []
 
     def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        weight = module.get_parameter("weight")
+        weight: Tensor = module.weight  # of a parametrized layer it is no parameter
         found.append(2 * weight[0].numel() * output.numel())
 
     handles = [
