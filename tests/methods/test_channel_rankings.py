@@ -63,7 +63,7 @@ def lowest_first(offer: Offer, scores: Sequence[Tensor]) -> list[int]:
 
 def share_of(offer: Offer) -> Fraction:
     """The least upper bound of the shares whose nearest options fit, by trying shares that lie close together."""
-    sizes, steps = offer.network.sizes, 840  # halves of counts of 4, 5, 6, 7, 8 and 12 units are whole numbers of it
+    sizes, steps = offer.network.sizes, 480  # half a unit of 4, 5, 6, 8, 16 and 24 is a whole number of these
     for step in range(steps, -1, -1):
         kept = [
             min(o.tolist(), key=lambda n, size=size: (abs(steps * n - step * size), -n))
