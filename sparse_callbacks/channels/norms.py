@@ -65,6 +65,19 @@ def _divided_together(layer: Any, norm: nn.Module) -> int:
     return outputs if isinstance(norm, nn.LayerNorm | nn.RMSNorm) and len(norm.normalized_shape) > spatial else 1
 
 
+def normalizes(module: nn.Module) -> bool:
+    """Whether a module is a norm: it divides what it takes by a deviation, of a batch or of a sample."""
+    return isinstance(module, _NORMS)
+
+
+def hides_its_channels(module: nn.Module) -> bool:
+    """Whether a norm may divide each channel by a number of its own and has no entry for any: nothing tells which ones."""
+    if isinstance(module, _BatchNorm | _InstanceNorm):
+        return not module.affine and getattr(module, "running_var", None) is None
+    # over more than the last dimension it may be one of the positions of an image
+    return isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) > 1
+
+
 def divides_by_own_statistics(norm: nn.Module) -> bool:
     """Whether a norm divides by statistics of what it takes, and not by running ones."""
     return norm.training or getattr(norm, "running_var", None) is None

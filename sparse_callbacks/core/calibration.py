@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparse_callbacks.core import distributed
+from sparse_callbacks.core.error_text import with_class
 from sparse_callbacks.core.inspection import attention_in_steps
 from sparse_callbacks.core.randomness import generator, seed_restorable
 from sparse_callbacks.core.record.samples import samples_in
@@ -106,7 +107,14 @@ class Calibration:
             # again for each: the first rank has drawn its data in between
             seed_restorable(self._seed + 1 + number)
             with self._context(), differentiable_kernels(self._module, order):
-                loss = self._loss(self._module, batch)
+                try:
+                    loss = self._loss(self._module, batch)
+                except (AttributeError, IndexError, KeyError, TypeError) as error:
+                    raise ValueError(
+                        f"the loss of {type(self._module).__name__} cannot be computed on batch {number} of those that scores "
+                        f"are computed on, a {type(drawn).__name__} ({with_class(error)}). Give batches= as the training "
+                        f"data has them. {LOSS_ADVICE}"
+                    ) from error
             _refuse_no_loss(loss, order)
             self._passed(batch, PASSES[order])
             yield BatchLoss(loss, samples_in(batch))

@@ -336,6 +336,61 @@ def test_where_a_norm_has_no_gradient_the_gates_stand_before_the_consumers(
     assert torch.allclose(found, net[2].gate.grad, rtol=1e-9)
 
 
+def behind_activation() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3), nn.Flatten())
+
+
+def behind_pooling() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(2, 6, 2), nn.MaxPool2d(2), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 2), nn.Flatten())
+
+
+def behind_depthwise() -> nn.Sequential:
+    return nn.Sequential(
+        *(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False)),
+        *(nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3), nn.Flatten()),
+    )
+
+
+def instance_norm() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 3), nn.InstanceNorm2d(6, affine=True), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten()
+    )
+
+
+def instance_norm_without_parameters() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.InstanceNorm2d(6), nn.Conv2d(6, 4, 3), nn.Flatten())
+
+
+def norm_over_positions() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.LayerNorm([3, 3]), nn.Conv2d(6, 4, 3), nn.Flatten())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        behind_activation,
+        behind_pooling,
+        behind_depthwise,
+        instance_norm,
+        instance_norm_without_parameters,
+        norm_over_positions,
+    ],
+)
+def test_where_a_norm_follows_later_the_gates_stand_before_the_consumers(make: Callable[[], nn.Sequential]) -> None:
+    torch.manual_seed(0)
+    net = make().double()
+    network = scored(net, IMAGE.double())
+    x, y = torch.randn(5, 2, 5, 5, dtype=torch.float64), torch.randint(4, (5,))
+    nn.functional.cross_entropy(net(x), y).backward()
+    found = gate_gradients(network.groups[0], net, network.norm_behind, ids(net))
+    last = len(net) - 3  # what the layer that reads the channels takes
+    net[last] = Gated(net[last], 6)
+    net.zero_grad()
+    nn.functional.cross_entropy(net(x), y).backward()
+    assert torch.allclose(found, net[last].gate.grad, rtol=1e-9)
+    assert found.abs().min() > 1e-6
+
+
 def test_the_gate_of_a_head_stands_on_its_output() -> None:
     net = Encoder().double()
     x = torch.randn(3, 5, 6, dtype=torch.float64)

@@ -306,6 +306,15 @@ class Halves(Batches):
         ({"budget": 1.0}, r"budget=1\.0 is out of range"),
         ({"penalty": -1.0}, r"penalty=-1\.0 is out of range\. Give a number that is at least 0"),
         ({"batches": 0}, r"batches=0 is not a number of batches\. Give a whole number from 1 on"),
+        ({"penalty": 0.1}, r"penalty=0\.1 says nothing to criterion='l1'.*or give criterion='bn_gain'\."),
+        ({"batches": 4}, r"batches=4 says nothing to criterion='l1'.*criterion='ispasp' or 'sosp' or 'taylor_2017'\."),
+        ({"criterion": "bn_gain", "batches": [torch.ones(2)]}, r"says nothing to criterion='bn_gain'"),
+        ({"loss": len}, r"loss=.* says nothing to criterion='l1'"),
+        (
+            {"hysteresis": 0.5},
+            r"hysteresis= is not an argument of ChannelPruning\. It takes budget=, cost=, criterion=",
+        ),
+        ({"distribution": "uniform"}, r"distribution= is not an argument of ChannelPruning: how many channels"),
         ({"curve": "cubic"}, r"curve='cubic' is not known"),
         ({"sparsity": 0.9}, r"sparsity= is not an argument of ChannelPruning"),
         ({"criterion": "taylor_fo", "start": 0, "stop": 0}, r"start=0, stop=0 there are none before the pruning"),
@@ -361,6 +370,25 @@ def test_a_budget_that_no_network_meets_is_refused_with_the_smallest_one() -> No
         callback = pruning(feasible, ranking=ranking)
         fit(Classifier(conv_net()), callback)
         assert callback.kept == [4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        ({"round_to": 1}, r"Give budget=\S+ or more\."),
+        ({"round_to": 4}, r"a smaller round_to=\."),
+        ({"round_to": 1, "chunk": 2}, r"a smaller chunk=\."),
+        ({"round_to": 4, "chunk": 2}, r"a smaller round_to= or chunk=\."),
+    ],
+)
+def test_a_budget_is_refused_with_advice_that_can_be_followed(arguments: dict[str, int], advice: str) -> None:
+    with pytest.raises(ValueError, match=advice):
+        fit(Classifier(conv_net()), pruning(0.001, **arguments))
+
+
+def test_batches_that_the_loss_cannot_take_are_refused_in_words() -> None:
+    with pytest.raises(ValueError, match=r"cannot be computed on batch 0 .*, a int \(TypeError.*Give batches= as the"):
+        fit(Classifier(conv_net()), pruning(criterion="taylor_2017", batches=[1, 2]))
 
 
 def test_the_plan_names_the_budget_and_the_run_what_it_has_missed() -> None:

@@ -163,9 +163,11 @@ def test_the_plan_names_the_budget() -> None:
         ({"budget": "half"}, "budget='half' is out of"),
         ({"decay": -1.0}, r"decay=-1\.0 is out of range"),
         ({"decay": float("nan")}, "decay=nan is out of range"),
-        ({"hysteresis": 0.0}, r"hysteresis=0\.0 is a factor on scores.*Give a number above 0 and at most 1"),
-        ({"hysteresis": 1.5}, r"hysteresis=1\.5 is a factor"),
-        ({"hysteresis": "half"}, "hysteresis='half' is out of range"),
+        ({"hysteresis": 0.0}, r"hysteresis=0\.0 is not a factor on scores.*Give a number above 0 and at most 1"),
+        ({"hysteresis": 1.5}, r"hysteresis=1\.5 is not a factor"),
+        ({"hysteresis": "half"}, "hysteresis='half' is not a factor.*Give a number above 0 and at most 1"),
+        ({"hysteresis": float("nan")}, "hysteresis=nan is not a factor.*Give a number above 0"),
+        ({"criterion": "l1"}, r"criterion= is not an argument of SMCP\. It takes budget=, cost=, importance="),
         ({"round_to": 0}, r"round_to=0 is not a number of channels\. Give a whole"),
         ({"chunk": 1.5}, "chunk=1.5 is not a number of channels"),
         ({"importance": "l2"}, r"importance='l2' is not known\. Give 'taylor' or 'magnitude'"),
@@ -178,7 +180,7 @@ def test_the_plan_names_the_budget() -> None:
     ],
 )
 def test_arguments_that_cannot_work(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         SMCP(**arguments)
 
 

@@ -6,24 +6,38 @@ from numbers import Integral, Real
 from typing import TypeGuard
 
 from sparse_callbacks.core.arguments import refuse_unknown
+from sparse_callbacks.core.constructors import argument_names
+from sparse_callbacks.core.method import Options
 from sparse_callbacks.methods.channels import allocation, budget
 
 
-def refuse_sparsity_for_budget(options: Mapping[str, object], method: str) -> None:
-    """Refuse the argument that other methods have in place of a budget.
+def refuse_other_options(options: Mapping[str, object], method: type) -> None:
+    """Refuse arguments that a method under a budget does not take.
 
     Args:
         options: the arguments that the method's constructor does not name.
-        method: the name of the method's class.
+        method: the method's class.
 
     Raises:
-        ValueError: ``sparsity`` is among them.
+        ValueError: ``sparsity`` or ``distribution`` is among them, which other methods have in place of a budget.
+        TypeError: an argument that is not known.
     """
     if "sparsity" in options:
         raise ValueError(
-            f"sparsity= is not an argument of {method}. Give budget=, what is left of the network's cost: 0.5 for half "
+            f"sparsity= is not an argument of {method.__name__}. Give budget=, what is left of the network's cost: 0.5 for half "
             "of it."
         )
+    if "distribution" in options:
+        raise ValueError(
+            f"distribution= is not an argument of {method.__name__}: how many channels of each layer go follows from the "
+            "budget. Leave it out."
+        )
+    known = argument_names(method, Options)
+    for name in options:
+        if name not in known:
+            raise TypeError(
+                f"{name}= is not an argument of {method.__name__}. It takes {', '.join(f'{k}=' for k in known)}."
+            )
 
 
 def refuse_budget_arguments(share: object, channels: Mapping[str, object], curve: object, cost: object) -> None:
@@ -76,6 +90,22 @@ def refuse_negative(**numbers: object) -> None:
     for name, value in numbers.items():
         if not _is_number(value) or not 0.0 <= value < math.inf:
             raise ValueError(f"{name}={value!r} is out of range. Give a number that is at least 0.")
+
+
+def refuse_hysteresis(hysteresis: object) -> None:
+    """Refuse what is not a number above 0 and at most 1.
+
+    Args:
+        hysteresis: the factor on scores of pruned channels.
+
+    Raises:
+        ValueError: it is out of range.
+    """
+    if not _is_number(hysteresis) or not 0.0 < hysteresis <= 1.0:
+        raise ValueError(
+            f"hysteresis={hysteresis!r} is not a factor on scores of pruned channels: 0 would make all of them equal, and more "
+            "than 1 prefer them. Give a number above 0 and at most 1."
+        )
 
 
 def _is_number(value: object) -> TypeGuard[float]:

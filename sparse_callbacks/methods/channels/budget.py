@@ -75,6 +75,7 @@ def refuse_budget(
     options: Sequence[Tensor],
     chunks: Sequence[int],
     stem: str | None,
+    finer: Sequence[str],
 ) -> None:
     """Refuse a budget that no choice of options meets, and a chunk that does not divide every group.
 
@@ -86,6 +87,7 @@ def refuse_budget(
         options: numbers of units that each group may keep.
         chunks: for each group the number of neighbouring units that go together.
         stem: name of the first convolution if its outputs stay, and need not; None otherwise.
+        finer: the arguments, such as ``"round_to="``, with which a smaller number would leave more options.
 
     Raises:
         ValueError: says the smallest cost that can be met.
@@ -104,12 +106,14 @@ def refuse_budget(
         share = math.ceil(1e4 * least / dense) / 1e4  # rounded up, so that the budget that is advised can be met
         if share < 1:
             advice.append(f"budget={share:g} or more")
-        advice.append("a smaller round_to= or chunk=" if chunk > 1 else "a smaller round_to=")
+        if finer:
+            advice.append(f"a smaller {' or '.join(finer)}")
         if stem is not None:
             advice.append(f"prune_stem=True (the outputs of {stem} stay now)")
         raise ValueError(
             f"budget={budget:g} of the {cost_name(cost)} cannot be met: with the fewest channels that may stay the "
-            f"network costs {least:.6g} of {dense:.6g}. Give {', or '.join(advice)}."
+            f"network costs {least:.6g} of {dense:.6g}. "
+            + (f"Give {', or '.join(advice)}." if advice else "Leave fewer layers out with exclude= or keep_dense=.")
         )
 
 

@@ -18,7 +18,7 @@ from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.channels import allocation, budget
-from sparse_callbacks.methods.channels.arguments import refuse_budget_arguments, refuse_sparsity_for_budget
+from sparse_callbacks.methods.channels.arguments import refuse_budget_arguments, refuse_other_options
 from sparse_callbacks.methods.channels.rankings import Choice, Offer
 from sparse_callbacks.methods.channels.score_windows import key_parameter
 
@@ -67,7 +67,7 @@ class BudgetedChannels(Method):
         seed: int = 0,
         **options: Unpack[Options],
     ) -> None:
-        refuse_sparsity_for_budget(options, type(self).__name__)
+        refuse_other_options(options, type(self))
         super().__init__(0.0, distribution="uniform", include=include, exclude=exclude, seed=seed, **options)
         self.budget, self.cost, self.curve = budget, cost, curve
         self.round_to, self.chunk, self.prune_stem = round_to, chunk, prune_stem
@@ -129,7 +129,11 @@ class BudgetedChannels(Method):
         ]
         # prune_stem= is advice only where it is the stem that keeps channels from going
         stays = stem if any(why.endswith("is the stem") for why in self.left_out.values()) else None
-        budget.refuse_budget(self.budget, self.cost, self.network, self.groups, self._options, self.chunks, stays)
+        coarse = {"round_to=": max(rounding, default=1), "chunk=": max(self.chunks, default=1)}
+        finer = [name for name, units in coarse.items() if units > 1]
+        budget.refuse_budget(
+            self.budget, self.cost, self.network, self.groups, self._options, self.chunks, stays, finer
+        )
         if self.print_plan and distributed.rank() == 0:
             print(budget.overview(self.groups, self._options, self.left_out, self.network, self.cost), flush=True)
         self.optimizer_of = [

@@ -30,6 +30,8 @@ class FeatureMapTaylor(Criterion):
     is subtracted, as ``cost`` counts them.
     """
 
+    arguments: ClassVar[Sequence[str]] = ("batches", "loss")
+
     def begin(self, network: ScoredNetwork) -> None:
         self._of_batches(network, 1)  # fails now where it would fail at the first pruning
 
@@ -46,6 +48,8 @@ class HessianSaliency(Criterion):
     """|theta_s . g| + |theta_s . (H theta)_s| / 2 of each unit's weights theta_s, where theta holds the weights of all units
     (SOSP-H: Nonnenmacher, Pfeil, Steinwart, Reeb: SOSP: Efficiently Capturing Global Correlations by Second-Order Structured
     Pruning. ICLR 2022). One Hessian-vector product for each batch."""
+
+    arguments: ClassVar[Sequence[str]] = ("batches", "loss")
 
     def begin(self, network: ScoredNetwork) -> None:
         self._of_batches(network, 1)
@@ -67,6 +71,7 @@ class GreedyReconstruction(Criterion):
     one; weights are not trained between layers; outputs are those before a norm.
     """
 
+    arguments: ClassVar[Sequence[str]] = ("batches", "loss")
     one_shot: ClassVar[bool] = True
     needs_counts: ClassVar[bool] = True
     rankings: ClassVar[Sequence[str]] = ("layer",)

@@ -1,5 +1,6 @@
 """Channel pruning: whole channels go by a published criterion, and stay gone, until a budget is met."""
 
+import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Unpack
@@ -41,7 +42,9 @@ class ChannelPruning(BudgetedChannels):
     - ``"taylor_fo"``: (gradient of the loss at a gate of one)^2 of each optimizer step's whole batch, its mean over the
       steps since the last pruning, 0.9 of the former score and 0.1 of that mean. No gates are inserted: behind a batch norm
       the gradient is gain * its gradient + shift * its gradient, elsewhere the sum of weight * gradient over the filter,
-      plus bias * its gradient; of a unit with several producers the sum over them, before it is squared.
+      plus bias * its gradient; of a unit with several producers the sum over them, before it is squared. Where another norm
+      follows before the consumers, as behind a depthwise layer, the gate is before these: in front of the norm the loss does
+      not depend on it.
     - ``"bn_gain"``: \\|gain\\| summed over its batch norms; ``penalty * sign(gain)`` joins the gradient of the gains until the
       last pruning. Groups without a norm are refused.
     - ``"taylor_2017"``: \\|mean over positions of activation * gradient\\| of the feature map that the group's consumers read,
@@ -55,7 +58,8 @@ class ChannelPruning(BudgetedChannels):
 
     The rankings choose how many units of each group stay: ``"knapsack"`` so that the sum of scores is largest, as in SMCP;
     ``"global"`` by removing the lowest scores of the whole network, one unit (or ``round_to`` channels) at a time;
-    ``"layer"`` the same share of every group. Scores of norms say little across layers: with ``"l1"`` and ``"l2"``
+    ``"layer"`` the same share of every group, to one of its steps (a unit, or ``round_to`` channels): what is left of the
+    budget goes to the groups that are furthest below the share. Scores of norms say little across layers: with ``"l1"`` and ``"l2"``
     ``ranking="layer"`` is the paper's.
 
     Differs from the papers: budgets are exact, of the real network; Li et al. give a number of filters for each layer by
@@ -150,7 +154,7 @@ class ChannelPruning(BudgetedChannels):
         self._figures: Figures = {}  # of a pruning before the first step, until training begins
 
     def _refuse_combinations(self) -> None:
-        """Refuse times and a ranking that the criterion cannot have.
+        """Refuse times, a ranking and arguments that the criterion cannot have.
 
         Raises:
             ValueError: says which.
@@ -161,6 +165,17 @@ class ChannelPruning(BudgetedChannels):
                 f"ranking={self.ranking!r} cannot be used with criterion={name!r}, whose scores say nothing across "
                 f"groups. Give ranking={' or '.join(map(repr, rule.rankings))}."
             )
+        for argument in ("penalty", "batches", "loss"):
+            given, usual = getattr(self, argument), inspect.signature(ChannelPruning).parameters[argument].default
+            same = given is usual or (isinstance(given, int | float) and given == usual)
+            if argument not in rule.arguments and not same:
+                readers = " or ".join(
+                    repr(known) for known in sorted(CRITERIA) if argument in CRITERIA[known].arguments
+                )
+                raise ValueError(
+                    f"{argument}={given!r} says nothing to criterion={name!r}, which does not read it. Leave {argument}= "
+                    f"out, or give criterion={readers}."
+                )
         if rule.one_shot and not self.is_one_shot:
             raise ValueError(
                 f"criterion={name!r} prunes once, and start={self.start!r} and stop={self.stop!r} are a ramp. Give the "

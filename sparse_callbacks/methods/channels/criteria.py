@@ -69,6 +69,8 @@ class Criterion:
     """It prunes once: ``start`` and ``stop`` are the same."""
     rankings: ClassVar[Sequence[str]] = ("knapsack", "global", "layer")
     """The rankings that its scores are good for."""
+    arguments: ClassVar[Sequence[str]] = ()
+    """Those of ``penalty``, ``batches`` and ``loss`` that it reads; others are refused."""
     needs_counts: ClassVar[bool] = False
     """Its scores are of sets of units, so it has to know how many of each group are kept; see :meth:`scores_for`."""
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.channels.groups import Group, Member
+from sparse_callbacks.channels.norms import hides_its_channels, normalizes
 from sparse_callbacks.core.largest import widened
 from sparse_callbacks.core.optimizers import parameter_ids
 from sparse_callbacks.core.state_layout import damaged
@@ -48,9 +49,14 @@ def gate_gradients(group: Group, model: nn.Module, norm_behind: Mapping[str, str
     """Gradient of the loss at a gate of one on each unit of a group, [size]; None where no consumer has a gradient.
 
     A gate stands behind the batch norm of each producer, or behind the producer where it has none, and gradients are
-    summed over producers. The gates stand before the consumers, over which gradients are summed, where a unit is several
-    channels of a producer (a head of attention, the halves of a gated unit), and where the gradient at a producer's gate
-    cannot be known: of a norm without a gain, or of frozen parameters.
+    summed over producers. The gates stand before the consumers, over which gradients are summed,
+
+    - where a unit is several channels of a producer (a head of attention, the halves of a gated unit),
+    - where the gradient at a producer's gate cannot be known: of a norm without a gain, or of frozen parameters,
+    - where another norm follows before the consumers (behind an activation, pooling or a depthwise layer, or an instance
+      norm): it divides a gate out again, so the gradient at a gate in front of it is 0 up to rounding. Of a norm without
+      parameters and statistics, over single channels or positions, it is not known which channels it takes, and in a
+      model with one all gates stand before the consumers.
 
     Args:
         group: the group.
@@ -78,6 +84,8 @@ def _behind_producers(
     """Gradients at the gates behind each producer, and the member whose slices they are of; none where one is not known."""
     if any(int((p.units >= 0).sum()) > group.size for p in group.producers):
         return []  # parts of a unit are multiplied with each other, and one gate on all of them is another thing
+    if _is_normalized_again(group, model, norm_behind):
+        return []
     found: dict[str, tuple[Tensor, Member] | None] = {}
     for producer in group.producers:
         norm = norm_behind.get(producer.module)
@@ -86,6 +94,14 @@ def _behind_producers(
         elif norm not in found:  # of a norm that takes several producers the gradients are sums already
             found[norm] = _behind_norm(group, norm, model, known)
     return [] if None in found.values() else [gates for gates in found.values() if gates is not None]
+
+
+def _is_normalized_again(group: Group, model: nn.Module, norm_behind: Mapping[str, str]) -> bool:
+    """Whether the loss may not depend on the scale of a unit as its producers give it, or the norms right behind them."""
+    followers = {f.module for f in group.followers} - {norm_behind.get(p.module) for p in group.producers}
+    return any(normalizes(model.get_submodule(name)) for name in followers) or any(
+        hides_its_channels(module) for module in model.modules()
+    )
 
 
 def _behind_norm(group: Group, norm: str, model: nn.Module, known: _Known) -> tuple[Tensor, Member] | None:
@@ -118,6 +134,7 @@ class GateTaylor(Criterion):
     CVPR 2019).
 
     The gradient is that of the step's whole batch, over ranks and accumulation; the first pruning takes the mean as it is.
+    Where the gates stand, :func:`gate_gradients` says.
     """
 
     needs_steps = True

@@ -112,7 +112,7 @@ def removals(options: Sequence[Tensor], scores: Sequence[Tensor], chunks: Sequen
 
 
 def by_equal_shares(offer: Offer, scores: Sequence[Tensor]) -> Choice:
-    """The units that stay when every group keeps the same share of its units, those with the largest scores.
+    """The units that stay when every group keeps the same share of its units to one step, those with the largest scores.
 
     Args:
         offer: what may be chosen.
@@ -127,7 +127,10 @@ def by_equal_shares(offer: Offer, scores: Sequence[Tensor]) -> Choice:
 def equal_shares(offer: Offer, sizes: Sequence[int]) -> list[int]:
     """The number of units that each group keeps at the largest share, the same for all, whose real cost fits the capacity.
 
-    A group keeps its largest option that is no more than that share, or the smallest one.
+    A group keeps the option nearest to that share of its units, of two as near ones the larger. Groups take their steps at
+    different shares, and at the share at which no more fit, what is left of the capacity goes to the groups that are below
+    it: one option at a time, to the group that is furthest below, of equal ones to the earlier one, where its cost fits. So
+    no group is further from the share than one step, and none that is below it could take another step.
 
     Args:
         offer: what may be chosen.
@@ -137,18 +140,36 @@ def equal_shares(offer: Offer, sizes: Sequence[int]) -> list[int]:
         InfeasibleError: the smallest options do not fit; the error carries their cost.
     """
     options = [sorted(o.tolist()) for o in offer.options]
-    # as fractions, so that 8 of 16 and 16 of 32 are one share
-    shares = {Fraction(o, size) for size, counts in zip(sizes, options, strict=True) for o in counts}
-    capacity, cost = offer.capacity, math.inf
-    for share in sorted(shares, reverse=True):
-        kept = [
-            counts[max(0, bisect_right(counts, share.numerator * size // share.denominator) - 1)]
-            for size, counts in zip(sizes, options, strict=True)
-        ]
+    # half way between two options, as fractions, so that 8 of 16 and 16 of 32 are one share
+    turns = [
+        [Fraction(few + many, 2 * size) for few, many in itertools.pairwise(counts)]
+        for size, counts in zip(sizes, options, strict=True)
+    ]
+    above, capacity, cost = Fraction(1), offer.capacity, math.inf
+    for share in sorted({Fraction(0), *itertools.chain(*turns)}, reverse=True):
+        kept = [counts[bisect_right(own, share)] for counts, own in zip(options, turns, strict=True)]
         cost = offer.network.realised(kept)
         if allocation.fits(cost, capacity):
-            return kept
+            return _filled_up(offer, kept, [above * size for size in sizes], sizes)
+        above = share
     raise InfeasibleError(capacity, cost)
+
+
+def _filled_up(offer: Offer, kept: Sequence[int], shares: Sequence[Fraction], sizes: Sequence[int]) -> list[int]:
+    """Number of units of each group, with single steps of groups below their ``shares`` while these fit."""
+    network, counts = offer.network, list(kept)
+    costs = network.by_layer(counts)
+    while True:
+        below = [g for g, now in enumerate(counts) if now < min(shares[g], int(offer.options[g].max()))]
+        for group in sorted(below, key=lambda g: Fraction(counts[g] - shares[g]) / sizes[g]):
+            tried = list(counts)
+            tried[group] = min(n for n in offer.options[group].tolist() if n > counts[group])
+            changed = costs | network.by_layer(tried, group)
+            if allocation.fits(network.total(changed), offer.capacity):
+                counts, costs = tried, changed
+                break
+        else:
+            return counts
 
 
 Ranking = Callable[[Offer, Sequence[Tensor]], Choice]

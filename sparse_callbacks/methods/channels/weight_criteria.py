@@ -1,6 +1,7 @@
 """Criteria that read weights alone, or nothing: norms of filters, gains of batch norms, and chance."""
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -73,6 +74,8 @@ class NormGain(Criterion):
 
     Until the last pruning ``penalty * sign(gain)`` joins the gradient of each gain, before gradients are clipped.
     """
+
+    arguments: ClassVar[Sequence[str]] = ("penalty",)
 
     def begin(self, network: ScoredNetwork) -> None:
         if without := [g.name for g in network.groups if not _gains(network, g)]:

@@ -15,7 +15,7 @@ from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.storages.storage import why_no_exchange
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.channels import score_windows as windows
-from sparse_callbacks.methods.channels.arguments import refuse_negative
+from sparse_callbacks.methods.channels.arguments import refuse_hysteresis, refuse_negative
 from sparse_callbacks.methods.channels.budgeted import START, STOP, BudgetedChannels
 from sparse_callbacks.methods.channels.rankings import Choice, Offer, by_knapsack
 from sparse_callbacks.methods.smcp.scores import (
@@ -146,12 +146,8 @@ class SMCP(BudgetedChannels):
             **options,
         )
         self.importance, self.decay, self.norm_scaling = importance, decay, norm_scaling
-        refuse_negative(decay=decay, hysteresis=hysteresis)
-        if not 0.0 < hysteresis <= 1.0:
-            raise ValueError(
-                f"hysteresis={hysteresis!r} is a factor on scores of pruned channels: 0 would make all of them equal, and more "
-                "than 1 prefer them. Give a number above 0 and at most 1."
-            )
+        refuse_negative(decay=decay)
+        refuse_hysteresis(hysteresis)
         self.hysteresis = float(hysteresis)  # 1 is written as 1.0
         refuse_unknown({"importance": importance, "norm_scaling": norm_scaling}, WORDS)
         self._active: dict[str, Tensor] = {}  # which outputs of a consumer are kept
