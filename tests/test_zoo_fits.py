@@ -55,7 +55,9 @@ def test_a_fit_is_slimmed_saved_loaded_and_exported(parts: Any, side: str) -> No
     assert {kind: every for kind, (_, every) in row["units"].items()} == {"channels": 8, "MLP units": 32, "heads": 4}
     assert sum(gone for gone, _ in row["units"].values()) > 0
     assert (row["batch"], row["loaded"], row["foreign"]) == (3, 0, 0)
-    text = parts.page.text([{"name": "net", "smcp": row, "pruning": row, "l0": {"failed": "it does not run"}}], "Written by hand.")
+    text = parts.page.text(
+        [{"name": "net", "smcp": row, "pruning": row, "l0": {"failed": "it does not run"}}], "Written by hand."
+    )
     assert f"{row['parameters'][0]:,} | {row['parameters'][1]:,}" in text
     assert "- net, l0: it does not run" in text
 

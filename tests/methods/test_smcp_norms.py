@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from support.smcp import Residual
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sparse_callbacks import SMCP
 from sparse_callbacks.channels.normalized import normalized_outputs
