@@ -112,7 +112,8 @@ def text(found: dict[str, list[Result]], steps: int) -> str:
         lines.append(f"| {name} | {statistics.mean(a for a, _ in runs):.2f} % | {each} | {back} |")
     return f"""# Scores of SMCP behind norms
 
-Written by `python benchmarks/smcp_scores.py --root FOLDER`. Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, one thread.
+Written by `python benchmarks/smcp_scores.py --root FOLDER`. Python {platform.python_version()}, torch
+{torch.__version__}, {platform.machine()}, one thread.
 
 ResNet-20 on Fashion-MNIST pooled to 14 x 14, {steps} steps of batch {BATCH}, SGD with Nesterov momentum (0.1, cosine), {BUDGET:g} of
 the FLOPs, `round_to=4`, seeds from 0; the masked network after the last step is tested. Channels that came back are counted over

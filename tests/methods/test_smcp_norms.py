@@ -7,7 +7,6 @@ import pytest
 import torch
 from support.smcp import Residual
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sparse_callbacks import SMCP
 from sparse_callbacks.channels.normalized import normalized_outputs
@@ -77,7 +76,11 @@ def test_the_deviation_left_of_every_layer_before_every_norm(kind: str, groups: 
     weight = layer.weight.detach()
     masked = weight * kept.view(-1, *[1] * (weight.ndim - 1 - dim))
     # the response to each input alone; in a shape of one position, [inputs, outputs]
-    make = F.linear if not dims else getattr(F, f"conv_transpose{dims}d" if dim == 0 else f"conv{dims}d")
+    make = (
+        nn.functional.linear
+        if not dims
+        else getattr(nn.functional, f"conv_transpose{dims}d" if dim == 0 else f"conv{dims}d")
+    )
     extra = {"groups": groups} if dims else {}
     squares = [
         make(torch.eye(16).view(16, 16, *[1] * dims), w, **extra).flatten(1).square().sum(0) for w in (masked, weight)
@@ -138,10 +141,13 @@ BETWEEN: dict[str, tuple[Callable[[Any, Tensor], Tensor], bool]] = {
     "named argument": (lambda m, y: m.norm(input=y), True),
     "relu": (lambda m, y: m.norm(y.relu()), True),
     "in place": (lambda m, y: m.norm(y.relu_()), True),
-    "leaky relu, average pooling": (lambda m, y: m.norm(F.avg_pool2d(F.leaky_relu(y), 2)), True),
-    "max pooling, a constant": (lambda m, y: m.norm(F.max_pool2d(y, 2) * 2.0 / 3), True),
+    "leaky relu, average pooling": (
+        lambda m, y: m.norm(nn.functional.avg_pool2d(nn.functional.leaky_relu(y), 2)),
+        True,
+    ),
+    "max pooling, a constant": (lambda m, y: m.norm(nn.functional.max_pool2d(y, 2) * 2.0 / 3), True),
     "a factor of each channel": (lambda m, y: m.norm(y * m.gain), True),
-    "means over the image": (lambda m, y: m.norm(F.adaptive_avg_pool2d(y, 1)), True),
+    "means over the image": (lambda m, y: m.norm(nn.functional.adaptive_avg_pool2d(y, 1)), True),
     "depthwise": (lambda m, y: m.norm(m.depthwise(y)), True),
     "other shapes": (lambda m, y: m.norm(y.flatten(2).permute(0, 2, 1).transpose(1, 2).unsqueeze(-1)), True),
     "two norms": (lambda m, y: m.norm(y) + m.other(y.relu()), True),
@@ -150,7 +156,7 @@ BETWEEN: dict[str, tuple[Callable[[Any, Tensor], Tensor], bool]] = {
     "a sum before": (lambda m, y: m.norm(y + 1), False),
     "sigmoid": (lambda m, y: m.norm(y.sigmoid()), False),
     "a square": (lambda m, y: m.norm(y * y), False),
-    "relu6": (lambda m, y: m.norm(F.relu6(y)), False),
+    "relu6": (lambda m, y: m.norm(nn.functional.relu6(y)), False),
     "biased": (lambda m, y: m.norm(m.biased(y)), False),
     "mixed channels": (lambda m, y: m.norm(y.mean(1, keepdim=True).expand_as(y)), False),
     "no norm": (lambda m, y: y.relu(), False),

@@ -51,10 +51,10 @@ class SMCP(BudgetedChannels):
     A group is the channels that can only go together, through sums, concatenations, depthwise layers and flattening.
     The stem, a convolution that comes first, and the network's outputs stay. Pruned channels go on to learn and may
     come back. After ``stop`` masks stay and the dense weights are dropped; :func:`~sparse_callbacks.channels.slim.slim`
-    then removes the channels. With u scores behind norms hardly depend on how much of the group is kept;
-    :mod:`~sparse_callbacks.methods.smcp.scores` derives it and says where it holds. Groups are found with the LightningModule's ``example_input_array``, or else the first
-    training batch of a torch DataLoader over an indexed set; ``groups`` and ``left_out`` hold them, and why others
-    stay.
+    then removes the channels. With u scores behind norms hardly depend on how much of the group is kept; where it holds
+    is in :mod:`~sparse_callbacks.methods.smcp.scores`. Groups are found with the LightningModule's
+    ``example_input_array``, or else the first training batch of a torch DataLoader over an indexed set; ``groups`` and
+    ``left_out`` hold them, and why others stay.
 
     Differs from the paper: u is 1 there, so a norm makes the scores of a group larger the more of it is pruned, and whole
     groups are pruned and given back in turn; its remedy is ``norm_scaling``, whose factors u takes out of the scores. There is no
