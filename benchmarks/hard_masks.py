@@ -1,10 +1,11 @@
-"""SMCP with hard masks, which `channels.py` compares with SMCP."""
+"""SMCP with hard masks and with the scores of version 0.1, which `channels.py` and `smcp_scores.py` compare with SMCP."""
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_callbacks import SMCP
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.topology import Update
+from sparse_callbacks.methods.smcp.smcp import CORRECTED
 
 
 class HardSMCP(SMCP):
@@ -44,3 +45,11 @@ class FrozenSMCP(SMCP):
             dense = self.weights.dense_values(name)
             dense.copy_(dense.where(self.masks[name], values))
         return super().after_step(step)
+
+
+class UncorrectedSMCP(SMCP):
+    """SMCP by the rule of runs that version 0.1 saved: no correction for norms, and no hysteresis."""
+
+    def attach(self, model: nn.Module) -> None:
+        super().attach(model)
+        self.aux.pop(CORRECTED, None)

@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from sparse_callbacks.core.inspection import quiet, run
 from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 
-_NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+"""Classes that divide what they take by a deviation, of a batch or of a sample."""
 
 
 def norm_of_layer(model: nn.Module, example_input: Any) -> dict[str, str]:
@@ -37,37 +38,9 @@ def norm_behind(model: nn.Module, example_input: Any) -> dict[str, str]:
     return {layer: norm for norm, layers in inputs.items() for layer in layers if layer}
 
 
-def normalized_outputs(model: nn.Module, example_input: Any) -> dict[str, tuple[str, int]]:
-    """For each convolution or linear layer whose output a norm takes unchanged, the norm's name and how many
-    neighbouring outputs of the layer it divides by one number.
-
-    Batch norms and instance norms divide each channel by a number of its own, group norms and layer norms several
-    channels by one.
-
-    Args:
-        model, example_input: see :func:`norm_inputs`.
-    """
-    inputs = norm_inputs(model, example_input, _NORMS)
-    return {
-        layer: (norm, _divided_together(model.get_submodule(layer), model.get_submodule(norm)))
-        for norm, layers in inputs.items()
-        for layer in layers
-        if layer
-    }
-
-
-def _divided_together(layer: Any, norm: nn.Module) -> int:
-    spatial = len(layer.kernel_size) if isinstance(layer, _ConvNd) else 0
-    outputs = int(layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features)
-    if isinstance(norm, nn.GroupNorm):
-        return outputs // norm.num_groups
-    # a norm over the last dimensions of an image alone leaves its channels apart
-    return outputs if isinstance(norm, nn.LayerNorm | nn.RMSNorm) and len(norm.normalized_shape) > spatial else 1
-
-
 def normalizes(module: nn.Module) -> bool:
-    """Whether a module is a norm: it divides what it takes by a deviation, of a batch or of a sample."""
-    return isinstance(module, _NORMS)
+    """Whether a module is one of :data:`NORMS`."""
+    return isinstance(module, NORMS)
 
 
 def hides_its_channels(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparse_callbacks.channels import costs, norms, prunable
 from sparse_callbacks.channels.groups import Group
+from sparse_callbacks.channels.normalized import normalized_outputs
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core.calendar import Time
 from sparse_callbacks.core.method import Method, Options
@@ -88,7 +89,7 @@ class BudgetedChannels(Method):
         """Index of the optimizer that steps the consumers of each group."""
         self.norm_behind: dict[str, str] = {}
         """The batch norm that takes the output of a layer unchanged, by the layer's name."""
-        self.divided_by: dict[str, tuple[str, int]] = {}
+        self.divided_by: dict[str, tuple[tuple[str, ...], int]] = {}
         """For each layer whose output a norm takes unchanged the norm, and the number of outputs that it divides together."""
         self._grouped: dict[str, torch.Size] = {}  # shapes of the parameters that the groups were found with
 
@@ -119,7 +120,7 @@ class BudgetedChannels(Method):
         self.groups, self.left_out = prunable.prunable_groups(model, example, stay, self.owners.owns, stem)
         self._grouped = _shapes(self.params)
         self.norm_behind = norms.norm_behind(model, example)
-        self.divided_by = norms.normalized_outputs(model, example)
+        self.divided_by = normalized_outputs(model, example)
         self.network = budget.priced_network(model, example, layers, self.groups, self.cost, self._warn)
         self.chunks = [allocation.in_units(self.chunk, g) for g in self.groups]
         rounding = [allocation.in_units(self.round_to, g) for g in self.groups]

@@ -14,8 +14,13 @@ variance of a sum of uncorrelated inputs with equal variances v is v ||w_o||^2, 
     s_o / S_o = ||m w_o|| / ||w_o||
 
 for the dense weights w, where w_o takes in the kernel. Where a norm divides several outputs by one number (layer norms,
-group norms), both squares are summed over these outputs. No data is needed, nothing changes while nothing is pruned, and
-layers without a norm directly behind them have factor 1.
+group norms), both squares are summed over these outputs. No data is needed, and nothing changes while nothing is pruned.
+
+It is so where every path from the output to the loss runs through norms, and up to them through functions that give c times
+as much for c times the output and keep channels apart (:func:`~sparse_callbacks.channels.normalized.normalized_outputs`). All
+other layers have factor 1: where a norm takes a sum of the output and something else, scores still rise with what is
+pruned, between not at all and by sqrt(all / kept). The factor is as good as its assumption: correlated inputs, biases and
+means (of a ReLU between layer and norm, and where a norm is RMS) make it inexact.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,31 +40,41 @@ def input_scores(scores: Tensor, dim: int, outputs: Tensor | None = None) -> Ten
     Args:
         scores: a matrix as of :func:`taylor`.
         dim: the dimension of ``scores`` along which the inputs lie.
-        outputs: [outputs], the factor of each output; bool where it says which of them are kept. None: 1 for all.
+        outputs: [outputs], the factor of each output; bool where it says which of them are kept; or shaped as ``scores``,
+            that of each pair. None: 1 for all.
     """
     by_input = scores.movedim(dim, 0)
+    if outputs is not None and outputs.ndim == 2:
+        return (scores * outputs.to(scores)).sum(1 - dim)
     # a product with zeros and ones: with a bool index the size of the result would have to be read from the device
     return by_input.sum(1) if outputs is None else by_input @ outputs.to(by_input)
 
 
-def deviation_left(weight: Tensor, dim: int, kept: Tensor, together: int = 1) -> Tensor:
+def deviation_left(weight: Tensor, dim: int, kept: Tensor, together: int = 1, groups: int = 1) -> Tensor:
     """Standard deviation of each output of a layer with the kept inputs alone, as a share of that with all of them.
 
-    The inputs are taken as uncorrelated and of equal variance; see the module's first lines. The result is in float32 at
-    least, and 1 for an output without weights.
+    The inputs are taken as uncorrelated and of equal variance; see the module's first lines. The result is [outputs], or
+    [inputs, outputs / groups] for a weight whose inputs lie along dimension 0 in several groups (a grouped transposed
+    convolution); in float32 at least, and 1 for an output without weights.
 
     Args:
         weight: the dense weight.
         dim: the dimension along which the inputs lie, 0 or 1.
-        kept: bool [inputs].
+        kept: bool, which inputs are kept, of the weight's size along ``dim``.
         together: number of neighbouring outputs that a norm divides by one number.
+        groups: the layer's number of groups.
     """
     wide = weight.to(widened(weight.dtype)).unsqueeze(-1).flatten(2)
-    squares = torch.einsum("abk,abk->ab", wide, wide).movedim(dim, 1)
-    every, left = squares.sum(1), squares @ kept.to(squares)
+    squares = torch.einsum("abk,abk->ab", wide, wide)
+    # [outputs, inputs] of one group or of all; along dimension 1 the outputs of all groups lie one after another already
+    by_group = groups if dim == 0 else 1
+    parts = squares.movedim(dim, 1) if by_group == 1 else squares.unflatten(0, (groups, -1)).mT.flatten(0, 1)
+    held = kept.to(squares).view(by_group, 1, -1).expand(-1, parts.shape[0] // by_group, -1).flatten(0, 1)
+    every, left = parts.sum(1), (parts * held).sum(1)
     if together > 1:
         every, left = (v.view(-1, together).sum(1).repeat_interleave(together) for v in (every, left))
-    return torch.where(every > 0, left / every, 1).sqrt()
+    share = torch.where(every > 0, left / every, 1).sqrt()
+    return share if by_group == 1 else share.view(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)
 
 
 def magnitude(weight: Tensor) -> Tensor:

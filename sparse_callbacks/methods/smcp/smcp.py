@@ -40,7 +40,7 @@ class SMCP(BudgetedChannels):
 
         every step      score[c] += | sum of -w * (gradient of the loss at m * w) * u |,
                             over the group's layers, active outputs and kernel;
-                            u = ||m * w|| / ||w|| of the output's weights where a norm is right behind it, else 1
+                            u = ||m * w|| / ||w|| of the output's weights where only norms take it, else 1
                         w = w - optimizer(that gradient, not masked, + decay * (1 - m) * w)
         every ``every`` r = (1 - budget) * (1 - e^(-2.8 x)) / (1 - e^-2.8)
                             with x = (t - start + every) / (stop - start + every)
@@ -51,10 +51,10 @@ class SMCP(BudgetedChannels):
     A group is the channels that can only go together, through sums, concatenations, depthwise layers and flattening.
     The stem, a convolution that comes first, and the network's outputs stay. Pruned channels go on to learn and may
     come back. After ``stop`` masks stay and the dense weights are dropped; :func:`~sparse_callbacks.channels.slim.slim`
-    then removes the channels. With u scores do not depend on how much of the group is kept; :mod:`~sparse_callbacks.methods.smcp.scores`
-    derives it. Groups are found with the LightningModule's ``example_input_array``, or else the first
-    training batch of a torch DataLoader over an indexed set; ``groups`` and ``left_out`` hold them, and why others
-    stay.
+    then removes the channels. With u scores behind norms hardly depend on how much of the group is kept; where it holds
+    is in :mod:`~sparse_callbacks.methods.smcp.scores`. Groups are found with the LightningModule's
+    ``example_input_array``, or else the first training batch of a torch DataLoader over an indexed set; ``groups`` and
+    ``left_out`` hold them, and why others stay.
 
     Differs from the paper: u is 1 there, so a norm makes the scores of a group larger the more of it is pruned, and whole
     groups are pruned and given back in turn; its remedy is ``norm_scaling``, whose factors u takes out of the scores. There is no
@@ -257,15 +257,17 @@ class SMCP(BudgetedChannels):
         """
         factors = dict(self._active)
         for name, weight in dense.items() if CORRECTED in self.aux else ():
-            norm, together = self.divided_by.get(name.rpartition(".")[0], ("", 0))
-            if not norm or self.weights.active_counts[name] == self.weights.size(name):
+            layer = name.rpartition(".")[0]
+            behind, together = self.divided_by.get(layer, ((), 0))
+            if not behind or self.weights.active_counts[name] == self.weights.size(name):
                 continue
-            if not norms.divides_by_own_statistics(self.model.get_submodule(norm)):
+            if not all(norms.divides_by_own_statistics(self.model.get_submodule(norm)) for norm in behind):
                 continue
             dim = self._inputs_of[name]
             # whole inputs are masked, so the first output's say which
             kept = self.weights.masks[name].select(1 - dim, 0).reshape(weight.shape[dim], -1)[:, 0]
-            undone = deviation_left(weight, dim, kept, together) / self.aux.get(f"norm/{name}", 1.0)
+            parts = getattr(self.model.get_submodule(layer), "groups", 1)
+            undone = deviation_left(weight, dim, kept, together, parts) / self.aux.get(f"norm/{name}", 1.0)
             factors[name] = undone * factors[name] if name in factors else undone
         return factors
 
