@@ -160,7 +160,7 @@ def _filled_up(offer: Offer, kept: Sequence[int], shares: Sequence[Fraction], si
     network, counts = offer.network, list(kept)
     costs = network.by_layer(counts)
     while True:
-        below = [g for g, now in enumerate(counts) if now < min(shares[g], int(offer.options[g].max()))]
+        below = [g for g, now in enumerate(counts) if now < min(shares[g], Fraction(int(offer.options[g].max())))]
         for group in sorted(below, key=lambda g: Fraction(counts[g] - shares[g]) / sizes[g]):
             tried = list(counts)
             tried[group] = min(n for n in offer.options[group].tolist() if n > counts[group])

@@ -68,7 +68,7 @@ def deviation_left(weight: Tensor, dim: int, kept: Tensor, together: int = 1, gr
     squares = torch.einsum("abk,abk->ab", wide, wide)
     # [outputs, inputs] of one group or of all; along dimension 1 the outputs of all groups lie one after another already
     by_group = groups if dim == 0 else 1
-    parts = squares.movedim(dim, 1) if by_group == 1 else squares.unflatten(0, (groups, -1)).mT.flatten(0, 1)
+    parts = squares.movedim(dim, 1) if by_group == 1 else squares.view(groups, -1, squares.shape[1]).mT.flatten(0, 1)
     held = kept.to(squares).view(by_group, 1, -1).expand(-1, parts.shape[0] // by_group, -1).flatten(0, 1)
     every, left = parts.sum(1), (parts * held).sum(1)
     if together > 1:
