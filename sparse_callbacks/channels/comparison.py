@@ -1,6 +1,6 @@
 """The outputs of a model before and after a cut, and which differences count as equal."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,19 +71,25 @@ def compare(expected: Sequence[Tensor], found: Sequence[Tensor]) -> Difference:
     return Difference(absolute, relative)
 
 
-def why_not_equal(expected: Sequence[Tensor], found: Sequence[Tensor], tolerance: float | None = None) -> str:
+Tolerance = float | Mapping[torch.dtype, float] | None
+"""Largest relative difference of floating-point tensors: one number, or by their type, or None for :data:`TOLERANCES`."""
+
+
+def why_not_equal(expected: Sequence[Tensor], found: Sequence[Tensor], tolerance: Tolerance = None) -> str:
     """How two lists of tensors differ by more than is allowed; empty where they do not.
 
     Every tensor is compared by itself: one in half precision must not hide an error in another.
 
     Args:
         expected, found: tensors in the same order.
-        tolerance: largest relative difference of floating-point tensors; None: :data:`TOLERANCES` by their type.
+        tolerance: largest relative difference of floating-point tensors, also by their type; of types that are not
+            named it is :data:`COARSE_TOLERANCE`. None: :data:`TOLERANCES`.
     """
     if len(expected) != len(found):
         return f"outputs are {len(found)} in the place of {len(expected)}"
     for a, b in zip(expected, found, strict=True):
-        limit = TOLERANCES.get(a.dtype, COARSE_TOLERANCE) if tolerance is None else tolerance
+        limits = TOLERANCES if tolerance is None else tolerance
+        limit = limits if isinstance(limits, float) else limits.get(a.dtype, COARSE_TOLERANCE)
         # labels, indices and masks: rounding leaves them as they are
         if not (a.is_floating_point() or a.is_complex()):
             limit = 0.0
@@ -144,7 +150,7 @@ class Reference:
         samples: Sequence[Any],
         branches: Sequence[str] = (),
         known: Sequence[list[Tensor]] = (),
-        tolerance: float | None = None,
+        tolerance: Tolerance = None,
     ) -> None:
         self.tolerance = tolerance
         self.model, self.samples, self.branches = model, list(samples), list(branches)
@@ -214,7 +220,7 @@ def _why_changed(
     look: Callable[[], list[Tensor]],
     expected: Sequence[Tensor],
     only_shapes: bool = False,
-    tolerance: float | None = None,
+    tolerance: Tolerance = None,
 ) -> str:
     """How the outputs that ``look`` gives differ from the expected ones, after the words ``lead``; or empty."""
     try:

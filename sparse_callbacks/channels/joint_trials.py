@@ -31,6 +31,7 @@ ALIVE = 1 / 3
 """The share of the difference between two inputs that has to be left."""
 JOINT_TOLERANCE = 0.1
 """Tolerance of a joint trial, in tolerances of a single one."""
+_JOINT_TOLERANCES = {t: JOINT_TOLERANCE * limit for t, limit in TOLERANCES.items()}
 
 
 def reasons_to_stay(
@@ -55,31 +56,33 @@ class _GroupTrials:
     def __init__(self, model: nn.Module, groups: Sequence[Group], example_input: Any, branches: Sequence[str]) -> None:
         self._surgery, self._example, self._branches = Surgery(model), example_input, branches
         self._readers = list(dict.fromkeys(m.module for g in groups for m in g.consumers))
-        self._other, self._whole, self._tolerance = None, [], 0.0
+        self._other: Any = None
+        self._whole: list[float] = []
         if branches or len(groups) == 1:
             return
         usual = outputs_on(model, [example_input])
-        self._tolerance = JOINT_TOLERANCE * min((TOLERANCES[t.dtype] for t in usual if t.dtype in TOLERANCES), default=0)
+        if not any(t.dtype in TOLERANCES for t in usual) or any(t.is_complex() for t in usual):
+            return
         self._other = another_sample(model, example_input, usual)
         if self._other is not None:
-            self._whole = self._signal()
+            self._whole = self._signal(self._seen(self._example)[0])
 
     @property
     def together(self) -> int:
         """How many groups can be tried at a time."""
-        return TRIED_TOGETHER if self._tolerance and any(s > 0 for s in self._whole) else 1
+        return TRIED_TOGETHER if any(s > 0 for s in self._whole) else 1
 
     def reasons(self, groups: Sequence[Group]) -> list[str]:
         """How the outputs change with each of ``groups``."""
         if len(groups) == 1:
-            return [self._why_changed(groups, [_every_other(groups[0])], None)]
-        problem = self._why_changed(groups, _shares(groups), self._tolerance)
+            return [self._why_changed(groups, [_every_other(groups[0])])]
+        problem = self._why_changed(groups, _shares(groups))
         if not problem or problem == RANDOM:
             return [problem] * len(groups)
         middle = len(groups) // 2
         return [r for half in (groups[:middle], groups[middle:]) for r in self.reasons(half)]
 
-    def _why_changed(self, groups: Sequence[Group], keeps: Sequence[Tensor], tolerance: float | None) -> str:
+    def _why_changed(self, groups: Sequence[Group], keeps: Sequence[Tensor]) -> str:
         """How the outputs change when all units that are not in ``keeps`` are removed, or why nothing would show."""
         cuts, consumers = Cuts(), [m for g in groups for m in g.consumers]
         try:
@@ -89,42 +92,48 @@ class _GroupTrials:
                     self._surgery.mask(member, keep)
                 cuts = cuts.with_group(group, keep)
             self._surgery.cut(Cuts(), consumers)
-            if tolerance is not None and not self._is_alive():
-                return "too little of the signal is left with all of them masked"
-            reference = Reference(self._surgery.model, [self._example], self._branches, tolerance=tolerance)
+            known: list[list[Tensor]] = []
+            if len(groups) > 1:
+                seen, outputs = self._seen(self._example)
+                if not self._is_alive(seen):
+                    return "too little of the signal is left with all of them masked"
+                known = [outputs]
+            tolerance = _JOINT_TOLERANCES if known else None
+            reference = Reference(self._surgery.model, [self._example], self._branches, known, tolerance)
             self._surgery.cut(cuts, [m for g in groups for m in g.members])
             return reference.why_changed()
         finally:
             self._surgery.restore()
 
-    def _is_alive(self) -> bool:
-        left = self._signal()
+    def _is_alive(self, seen: list[Tensor]) -> bool:
+        left = self._signal(seen)
         return len(left) == len(self._whole) and all(
             b >= ALIVE * a for a, b in zip(self._whole, left, strict=True) if a > 0
         )
 
-    def _signal(self) -> list[float]:
-        """How far outputs and what the layers give that read the groups differ between two inputs, relative to their size."""
-        one, two = (self._seen(x) for x in (self._example, self._other))
-        if [t.shape for t in one] != [t.shape for t in two]:
+    def _signal(self, seen: list[Tensor]) -> list[float]:
+        """How far what is seen on the example differs from that on another input, relative to its size."""
+        other, _ = self._seen(self._other)
+        if [t.shape for t in seen] != [t.shape for t in other]:
             return []
-        return [compare([a], [b]).relative for a, b in zip(one, two, strict=True)]
+        return [compare([a], [b]).relative for a, b in zip(seen, other, strict=True)]
 
-    def _seen(self, sample: Any) -> list[Tensor]:
-        """The floating-point outputs of the model and of the layers that read the groups."""
-        model, found = self._surgery.model, list[Tensor]()
+    def _seen(self, sample: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """The floating-point outputs of the layers that read the groups and of the model; and all outputs of the model."""
+        model = self._surgery.model
+        found: list[Tensor] = []
 
         def note(_: nn.Module, __: Any, output: Any) -> None:
             if isinstance(output, Tensor):
-                found.append(output.clone())
+                found.append(output.clone())  # what follows may write into it
 
         hooks = [model.get_submodule(name).register_forward_hook(note) for name in self._readers if name]
         try:
-            found += outputs_on(model, [sample])
+            outputs = outputs_on(model, [sample])
         finally:
             for hook in hooks:
                 hook.remove()
-        return [t for t in found if t.is_floating_point()]
+        return [t for t in (*found, *outputs) if t.is_floating_point()], outputs
 
 
 def _every_other(group: Group) -> Tensor:

@@ -4,7 +4,7 @@ A forward pass may go by the type of its tensors, as with ``torch.finfo(h.dtype)
 the float64 copy in which cuts are accepted, and nothing but a comparison in the model's own precision shows that.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,10 +21,10 @@ ROUNDING_FACTOR = 10.0
 about as many times as a layer has operations behind it, and these are a few."""
 
 
-def exceeded_limit(masked: nn.Module, samples: Sequence[Any], compared: Compared) -> float | None:
-    """The relative difference that counts as rounding, where the outputs differ by more; None where they do not.
+def exceeded_limit(masked: nn.Module, samples: Sequence[Any], compared: Compared) -> dict[torch.dtype, float] | None:
+    """The relative differences that count as rounding, by type, where the outputs differ by more; None where they do not.
 
-    It is the tolerance of their types. Only where that is exceeded, more is asked, as it takes two passes: rounding may
+    They are the tolerances of the types. Only where that is exceeded, more is asked, as it takes two passes: rounding may
     go further in a model that is deep, or casts to half precision. So every weight of the masked model is moved by one
     unit of its lowest precision, up or down at random, and :data:`ROUNDING_FACTOR` times the effect allowed.
 
@@ -37,18 +37,20 @@ def exceeded_limit(masked: nn.Module, samples: Sequence[Any], compared: Compared
     pairs = [_floating(*compared.given), _floating(*compared.random)]
     if not any(why_not_equal(a, b) for a, b in pairs):
         return None
-    limit = max(_tolerance(pairs), ROUNDING_FACTOR * _effect_of_rounding(masked, samples))
-    return limit if any(why_not_equal(a, b, limit) for a, b in pairs) else None
+    least = ROUNDING_FACTOR * _effect_of_rounding(masked, samples)
+    types = {t.dtype for expected, _ in pairs for t in expected}
+    limits = {t: max(TOLERANCES.get(t, COARSE_TOLERANCE), least) for t in types}
+    return limits if any(why_not_equal(a, b, limits) for a, b in pairs) else None
 
 
-def refuse_differing(compared: Compared, limit: float) -> None:
-    """Refuse a slim model whose outputs differ by more than ``limit`` although its cuts were tried in its own precision.
+def refuse_differing(compared: Compared, limits: Mapping[torch.dtype, float]) -> None:
+    """Refuse a slim model whose outputs differ by more than ``limits`` although its cuts were tried in its own precision.
 
     Raises:
         ValueError: they do.
     """
     for pair in (compared.given, compared.random):
-        problem = why_not_equal(*_floating(*pair), limit)
+        problem = why_not_equal(*_floating(*pair), limits)
         if problem:
             raise ValueError(
                 f"In the precision of the model the {problem} from those of the masked model, and in float64 they do not: the "
@@ -64,11 +66,6 @@ def _floating(expected: Sequence[Tensor], found: Sequence[Tensor]) -> tuple[list
         return [t for t in tensors if t.is_floating_point() or t.is_complex()]
 
     return kept(expected), kept(found)
-
-
-def _tolerance(pairs: Sequence[tuple[list[Tensor], list[Tensor]]]) -> float:
-    """The largest tolerance of the types of the outputs."""
-    return max((TOLERANCES.get(t.dtype, COARSE_TOLERANCE) for expected, _ in pairs for t in expected), default=0.0)
 
 
 def _effect_of_rounding(masked: nn.Module, samples: Sequence[Any]) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.channels.attention_exchange import put_back_attention, put_slim_attention
-from sparse_callbacks.channels.comparison import TOLERANCES, Difference, Reference, outputs_on
+from sparse_callbacks.channels.comparison import TOLERANCES, Difference, Reference, Tolerance, outputs_on
 from sparse_callbacks.channels.comparison_inputs import (
     Precise,
     as_it_runs,
@@ -31,6 +31,7 @@ from sparse_callbacks.channels.trials import Trials
 from sparse_callbacks.core.argument_types import checked
 from sparse_callbacks.core.inspection import copied, copied_around_parameters, quiet, training_branches
 from sparse_callbacks.core.storages.exchange import dense_twin
+
 
 # parameters that are made in inference mode could never be trained
 @torch.inference_mode(False)
@@ -58,7 +59,9 @@ def slim(
     are tried by halves, from the outputs to the inputs, on one random sample, and where that does not show what all inputs
     show, again on all of them: each group on top of those accepted. A group that changes the outputs, or makes the model
     fail, is put back. Where the slim model gives other outputs in the precision of ``model`` than the masked one, by more
-    than rounding can, since a forward pass goes by ``h.dtype``, all of this is done again in that precision. Where layers run in train mode only, such as auxiliary heads, outputs in train mode are compared too, on
+    than rounding can, since its forward pass goes by the type of its tensors, all of this is done again in that precision.
+
+    Where layers run in train mode only, such as auxiliary heads, outputs in train mode are compared too, on
     ``example_input``, with norms and dropouts in eval mode. Nothing is known of branches that fail on it.
 
     What is a constant is proved along the forward pass, so that it is one for other inputs, masks and sizes too; see
@@ -118,18 +121,18 @@ def slim(
     # the cuts were tried in float64 where that is possible, and are made in the precision of the model
     trial, idle = _cut(small, cuts, rows, groups, full_masks)
     compared = outputs_of_both(running, trial, given, drawn)
-    limit = exceeded_limit(running, samples, compared) if any(r.units for r in rows) else None
-    if limit is not None:
+    limits = exceeded_limit(running, samples, compared) if any(r.units for r in rows) else None
+    if limits is not None:
         # the forward pass goes by the type of its tensors, so all is decided again in the type that they have
         small = under_masks(model, masks).model
         if replace_modules:
             put_slim_attention(small)
         kept = [g if r.units else replace(g, reason=g.reason or r.reason) for g, r in zip(groups, rows, strict=True)]
-        cuts, rows, checked = _cut_all(as_it_runs(small, samples), kept, full_masks, limit)
+        cuts, rows, checked = _cut_all(as_it_runs(small, samples), kept, full_masks, limits)
         trial, idle = _cut(small, cuts, rows, groups, full_masks)
         compared = outputs_of_both(running, trial, given, drawn)
         if any(r.units for r in rows):
-            refuse_differing(compared, limit)
+            refuse_differing(compared, limits)
     proof = prove(running, trial, idle, checked, compared, example_input)
     return small, replace(proof, cut=sum(cut.values()))
 
@@ -212,7 +215,7 @@ def _cut(
 
 
 def _cut_all(
-    looked_at: Precise, groups: Sequence[Group], masks: Mapping[str, Tensor], tolerance: float | None = None
+    looked_at: Precise, groups: Sequence[Group], masks: Mapping[str, Tensor], tolerance: Tolerance = None
 ) -> tuple[Cuts, list[GroupChange], tuple[Difference, torch.dtype]]:
     """Cut every group that can be cut, in a copy of the masked model and on its samples.
 
