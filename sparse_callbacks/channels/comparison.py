@@ -1,6 +1,6 @@
 """The outputs of a model before and after a cut, and which differences count as equal."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,19 +71,25 @@ def compare(expected: Sequence[Tensor], found: Sequence[Tensor]) -> Difference:
     return Difference(absolute, relative)
 
 
-def why_not_equal(expected: Sequence[Tensor], found: Sequence[Tensor], tolerance: float | None = None) -> str:
+Tolerance = float | Mapping[torch.dtype, float] | None
+"""Largest relative difference of floating-point tensors: one number, or by their type, or None for :data:`TOLERANCES`."""
+
+
+def why_not_equal(expected: Sequence[Tensor], found: Sequence[Tensor], tolerance: Tolerance = None) -> str:
     """How two lists of tensors differ by more than is allowed; empty where they do not.
 
     Every tensor is compared by itself: one in half precision must not hide an error in another.
 
     Args:
         expected, found: tensors in the same order.
-        tolerance: largest relative difference of floating-point tensors; None: :data:`TOLERANCES` by their type.
+        tolerance: largest relative difference of floating-point tensors, also by their type; of types that are not
+            named it is :data:`COARSE_TOLERANCE`. None: :data:`TOLERANCES`.
     """
     if len(expected) != len(found):
         return f"outputs are {len(found)} in the place of {len(expected)}"
     for a, b in zip(expected, found, strict=True):
-        limit = TOLERANCES.get(a.dtype, COARSE_TOLERANCE) if tolerance is None else tolerance
+        limits = TOLERANCES if tolerance is None else tolerance
+        limit = limits if isinstance(limits, float) else limits.get(a.dtype, COARSE_TOLERANCE)
         # labels, indices and masks: rounding leaves them as they are
         if not (a.is_floating_point() or a.is_complex()):
             limit = 0.0
@@ -131,6 +137,7 @@ class Reference:
             :func:`~sparse_callbacks.core.inspection.training_branches`. Where two such passes differ by chance, only
             the shapes of their outputs are compared.
         known: the outputs on the first samples, as far as they are known; on the others the model runs.
+        tolerance: see :func:`why_not_equal`.
 
     Attributes:
         expected: the outputs on each sample.
@@ -143,7 +150,9 @@ class Reference:
         samples: Sequence[Any],
         branches: Sequence[str] = (),
         known: Sequence[list[Tensor]] = (),
+        tolerance: Tolerance = None,
     ) -> None:
+        self.tolerance = tolerance
         self.model, self.samples, self.branches = model, list(samples), list(branches)
         self.is_unsteady = False
         self.expected = [*known, *(outputs_on(model, [x]) for x in self.samples[len(known) :])]
@@ -161,7 +170,7 @@ class Reference:
             found.extend(outputs_on(self.model, self.samples))
             return found
 
-        changed = _why_changed("without them", look, _joined(self.expected))
+        changed = _why_changed("without them", look, _joined(self.expected), tolerance=self.tolerance)
         if changed:
             # asked only where something differs, as it takes another pass
             unsteady = self._why_unsteady(found)
@@ -169,7 +178,7 @@ class Reference:
             return unsteady or changed
         # only where eval mode shows nothing, as the pass in train mode costs as much again
         lead, expected = "without them, in train mode,", self.expected_in_training
-        changed = _why_changed(lead, self._outputs_in_training, expected, only_shapes=self.is_random)
+        changed = _why_changed(lead, self._outputs_in_training, expected, self.is_random, self.tolerance)
         if not changed:
             self._same = found
         return changed
@@ -207,7 +216,11 @@ def _joined(outputs: Sequence[list[Tensor]]) -> list[Tensor]:
 
 
 def _why_changed(
-    lead: str, look: Callable[[], list[Tensor]], expected: Sequence[Tensor], only_shapes: bool = False
+    lead: str,
+    look: Callable[[], list[Tensor]],
+    expected: Sequence[Tensor],
+    only_shapes: bool = False,
+    tolerance: Tolerance = None,
 ) -> str:
     """How the outputs that ``look`` gives differ from the expected ones, after the words ``lead``; or empty."""
     try:
@@ -218,5 +231,5 @@ def _why_changed(
     # random outputs differ in any case, but a wrong shape or a failing branch still shows
     if only_shapes:
         expected, found = [torch.zeros_like(t) for t in expected], [torch.zeros_like(t) for t in found]
-    difference = why_not_equal(expected, found)
+    difference = why_not_equal(expected, found, tolerance)
     return f"{lead} the {difference}" if difference else ""

@@ -19,9 +19,11 @@ NOISY_DRAWS = 3
 """How many such inputs are drawn."""
 
 
-def precise(
-    masked: nn.Module, samples: Sequence[Any]
-) -> tuple[nn.Module, list[Any], list[list[Tensor]], list[str], Callable[[], AbstractContextManager[None]]]:
+Precise = tuple[nn.Module, list[Any], list[list[Tensor]], list[str], Callable[[], AbstractContextManager[None]]]
+"""What :func:`precise` returns."""
+
+
+def precise(masked: nn.Module, samples: Sequence[Any]) -> Precise:
     """A copy of the model and the samples in float64, where rounding hides no error.
 
     Casts inside of the model go to float64 too. Where it fails then, for example since it asserts its types, model and
@@ -39,7 +41,12 @@ def precise(
         # without any, the passes that follow need not be watched
         return *found, everything_in_double if casts.seen else made_in_double
     except Exception:  # a forward pass may well assert its types
-        return *_looked_at(copied(masked), list(samples)), nullcontext
+        return as_it_runs(masked, samples)
+
+
+def as_it_runs(masked: nn.Module, samples: Sequence[Any]) -> Precise:
+    """What :func:`precise` gives, in the model's own precision."""
+    return *_looked_at(copied(masked), list(samples)), nullcontext
 
 
 def _looked_at(model: nn.Module, samples: list[Any]) -> tuple[nn.Module, list[Any], list[list[Tensor]], list[str]]:
@@ -143,6 +150,20 @@ def random_samples(model: nn.Module, example_input: Any, seed: int) -> Drawn:
             drawn.samples.extend(noisy)
             drawn.outputs.extend(outputs_on(model, noisy))
     return drawn
+
+
+def another_sample(model: nn.Module, example_input: Any, usual: Sequence[Tensor]) -> Any:
+    """An input of the same shapes: normal numbers, random bools, and integers in another order; None where the model fails
+    on it, or gives values that are not finite.
+
+    Args:
+        model: in the state of :func:`~sparse_callbacks.core.inspection.quiet`.
+        example_input: an input.
+        usual: the outputs on it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    drawn = map_tensors(partial(_varied, generator=generator, scale=1.0, reorder=True), example_input)
+    return None if _outputs_if_finite(model, drawn, usual) is None else drawn
 
 
 def first_entry(model: nn.Module, sample: Any, outputs: list[Tensor]) -> tuple[Any, list[Tensor]]:

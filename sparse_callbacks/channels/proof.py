@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparse_callbacks.channels.comparison import COARSE_TOLERANCE, Difference, compare, outputs_on
 from sparse_callbacks.channels.comparison_inputs import Drawn
@@ -66,7 +66,7 @@ class Proof:
         random, given: differences of outputs on random inputs and on given inputs, in the model's own precision, in
             eval mode.
         checked: difference of outputs on all of these inputs, in ``precision``.
-        precision: float64, or the model's own precision where it does not run in float64.
+        precision: float64, or the model's own precision where it does not run in float64 or computes something else there.
         before, after: costs of the masked and the slim model, on the example input.
         rows: what became of each group, and of masks that removed nothing without any group saying so.
         cut: number of weights that the masks cut and that were not zero in the model as it was given.
@@ -145,33 +145,53 @@ class Proof:
         return f"FLOPs of a forward pass, per sample (a multiply-add is two); latency of {self.samples}"
 
 
+class Compared(NamedTuple):
+    """Outputs of the masked and of the slim model, in their own precision: on the inputs of the user, and on random ones."""
+
+    given: tuple[list[Tensor], list[Tensor]]
+    random: tuple[list[Tensor], list[Tensor]]
+
+
+def outputs_of_both(masked: nn.Module, small: nn.Module, given: Sequence[Any], drawn: Drawn) -> Compared:
+    """Run the slim model on every input, and the masked one where its outputs are not known.
+
+    Args:
+        masked, small: the two models, or copies of them, as forward passes may write to their modules.
+        given: inputs of the user.
+        drawn: random inputs like the first of these, and the outputs of the masked model.
+    """
+    first, *others = given
+    with quiet(masked), quiet(small):
+        # the inputs have the order in which the masked model had them, as a model may keep something from pass to pass
+        usual = outputs_on(small, [first])
+        random = drawn.outputs, outputs_on(small, drawn.samples)
+        return Compared(
+            ([*drawn.usual, *outputs_on(masked, others)], [*usual, *outputs_on(small, others)]),
+            random,
+        )
+
+
 def prove(
     masked: nn.Module,
     small: nn.Module,
     rows: Sequence[GroupChange],
     checked: tuple[Difference, torch.dtype],
-    given: Sequence[Any],
-    drawn: Drawn,
+    compared: Compared,
+    example_input: Any,
 ) -> Proof:
-    """Compare and measure the masked and the slim model.
+    """Measure the masked and the slim model, and put together what is known of them.
 
     Args:
         masked, small: the two models, or copies of them, as forward passes may write to their modules.
         rows: what became of each group.
         checked: the difference of outputs that was allowed to stand, and its precision.
-        given: inputs of the user; the first of them is timed.
-        drawn: random inputs like the first of these, and the outputs of the masked model.
+        compared: outputs of both.
+        example_input: the input that is timed.
     """
-    first, *others = given
     with quiet(masked), quiet(small):
-        # in the precision that the user runs the model in; that the cut is right was checked in float64 before. The inputs
-        # have the order in which the masked model had them, as a model may keep something from one pass to the next
-        usual = outputs_on(small, [first])
-        on_drawn = compare(drawn.outputs, outputs_on(small, drawn.samples))
-        on_given = compare([*drawn.usual, *outputs_on(masked, others)], [*usual, *outputs_on(small, others)])
         # on the user's own input, as the time of a pass depends on its size
-        before, after = _costs(masked, small, first)
-    return Proof(on_drawn, on_given, *checked, before, after, tuple(rows))
+        before, after = _costs(masked, small, example_input)
+    return Proof(compare(*compared.random), compare(*compared.given), *checked, before, after, tuple(rows))
 
 
 def _costs(masked: nn.Module, small: nn.Module, sample: Any) -> list[ModelCost]:

@@ -10,22 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.channels.attention_exchange import put_back_attention, put_slim_attention
-from sparse_callbacks.channels.comparison import RANDOM, TOLERANCES, Difference, Reference, outputs_on
-from sparse_callbacks.channels.comparison_inputs import first_entry, precise, random_samples, refuse_telling_nothing
+from sparse_callbacks.channels.comparison import TOLERANCES, Difference, Reference, Tolerance, outputs_on
+from sparse_callbacks.channels.comparison_inputs import (
+    Precise,
+    as_it_runs,
+    first_entry,
+    precise,
+    random_samples,
+    refuse_telling_nothing,
+)
 from sparse_callbacks.channels.cuts import Cuts, Surgery
 from sparse_callbacks.channels.groups import Group, groups_of_copy
 from sparse_callbacks.channels.idle_masks import with_idle_masks
+from sparse_callbacks.channels.joint_trials import reasons_to_stay
 from sparse_callbacks.channels.masked_model import under_masks
 from sparse_callbacks.channels.obstacles import refuse_uncuttable, refuse_without_values
-from sparse_callbacks.channels.proof import GroupChange, Proof, prove
+from sparse_callbacks.channels.own_precision import exceeded_limit, refuse_differing
+from sparse_callbacks.channels.proof import GroupChange, Proof, outputs_of_both, prove
 from sparse_callbacks.channels.trials import Trials
 from sparse_callbacks.core.argument_types import checked
 from sparse_callbacks.core.inspection import copied, copied_around_parameters, quiet, training_branches
 from sparse_callbacks.core.storages.exchange import dense_twin
-
-TRIED_TOGETHER = 8
-"""Groups that are removed at a time to see whether the outputs change. With many more, what is left of a signal behind so
-many layers without half of their channels could be too small to show."""
 
 
 # parameters that are made in inference mode could never be trained
@@ -53,7 +58,10 @@ def slim(
     with those of the masked model on all of ``example_input``, ``inputs`` and the random inputs. If they differ, groups
     are tried by halves, from the outputs to the inputs, on one random sample, and where that does not show what all inputs
     show, again on all of them: each group on top of those accepted. A group that changes the outputs, or makes the model
-    fail, is put back. Where layers run in train mode only, such as auxiliary heads, outputs in train mode are compared too, on
+    fail, is put back. Where the slim model gives other outputs in the precision of ``model`` than the masked one, by more
+    than rounding can, since its forward pass goes by the type of its tensors, all of this is done again in that precision.
+
+    Where layers run in train mode only, such as auxiliary heads, outputs in train mode are compared too, on
     ``example_input``, with norms and dropouts in eval mode. Nothing is known of branches that fail on it.
 
     What is a constant is proved along the forward pass, so that it is one for other inputs, masks and sizes too; see
@@ -84,7 +92,8 @@ def slim(
     Raises:
         TimeoutError: the search takes too long.
         ValueError: there are no masks, one does not fit or is not bool, the model cannot be copied or traced, is scripted, on
-            the meta device or has layers without sizes, or its outputs cannot be looked at or would show no error.
+            the meta device or has layers without sizes, or its outputs cannot be looked at or would show no error, or
+            are others in the precision of the model whatever is put back.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
@@ -107,12 +116,24 @@ def slim(
     groups = groups_of_copy(running, example_input, exclude, seconds)
     put_back_attention(running)  # what the slim model is compared with has the modules that it had
     given, drawn = [example_input, *inputs], random_samples(running, example_input, seed)
-    cuts, rows, checked = _cut_all(small, groups, full_masks, [*given, *drawn.samples])
-    rows = with_idle_masks(rows, groups, cuts, full_masks, small)
-    # the cuts were tried in float64 where that is possible, and are made here in the precision of the model
-    Surgery(small).cut(cuts, [m for g in groups for m in g.members])  # cut parameters are replaced
-    put_back_attention(small)  # where it lost no head
-    proof = prove(running, copied_around_parameters(small), rows, checked, given, drawn)
+    samples = [*given, *drawn.samples]
+    cuts, rows, checked = _cut_all(precise(small, samples), groups, full_masks)
+    # the cuts were tried in float64 where that is possible, and are made in the precision of the model
+    trial, idle = _cut(small, cuts, rows, groups, full_masks)
+    compared = outputs_of_both(running, trial, given, drawn)
+    limits = exceeded_limit(running, samples, compared) if any(r.units for r in rows) else None
+    if limits is not None:
+        # the forward pass goes by the type of its tensors, so all is decided again in the type that they have
+        small = under_masks(model, masks).model
+        if replace_modules:
+            put_slim_attention(small)
+        kept = [g if r.units else replace(g, reason=g.reason or r.reason) for g, r in zip(groups, rows, strict=True)]
+        cuts, rows, checked = _cut_all(as_it_runs(small, samples), kept, full_masks, limits)
+        trial, idle = _cut(small, cuts, rows, groups, full_masks)
+        compared = outputs_of_both(running, trial, given, drawn)
+        if any(r.units for r in rows):
+            refuse_differing(compared, limits)
+    proof = prove(running, trial, idle, checked, compared, example_input)
     return small, replace(proof, cut=sum(cut.values()))
 
 
@@ -129,7 +150,8 @@ def slimmable_groups(
     Every other unit of a group is masked in its consumers, then removed, and the outputs are compared in the model's
     own precision, or in float64 where it gives outputs in half precision; as in :func:`slim`, also in train mode where
     layers run in that mode alone. A group whose removal changes the outputs gets that as its reason. Several groups are
-    tried at a time, and each half of them by itself where the outputs differ. The model is left as it is.
+    tried at a time where that would show what each of them alone does, see
+    :mod:`sparse_callbacks.channels.joint_trials`. The model is left as it is.
 
     Args: see :func:`~sparse_callbacks.channels.groups.channel_groups`, and for ``replace_modules`` :func:`slim`.
     """
@@ -143,11 +165,9 @@ def slimmable_groups(
     branches = _branches(trial, example_input)
     if branches is None:
         trial, [example_input], _, branches, context = precise(trial, [example_input])
+    opened = [g for g in groups if not g.reason]
     with quiet(trial), context():
-        surgery, opened = Surgery(trial), [g for g in groups if not g.reason]
-        reasons: list[str] = []
-        for begin in range(0, len(opened), TRIED_TOGETHER):
-            reasons += _reasons(surgery, opened[begin : begin + TRIED_TOGETHER], example_input, branches)
+        reasons = reasons_to_stay(trial, opened, example_input, branches)
     found = iter(reasons)
     return [g if g.reason else replace(g, reason=next(found)) for g in groups]
 
@@ -158,33 +178,6 @@ def _branches(model: nn.Module, sample: Any) -> list[str] | None:
         if any(t.is_floating_point() and t.dtype not in TOLERANCES for t in outputs_on(model, [sample])):
             return None
         return training_branches(model, sample)
-
-
-def _reasons(surgery: Surgery, groups: Sequence[Group], example_input: Any, branches: Sequence[str]) -> list[str]:
-    """For each group how the outputs change when every other unit of it is removed; empty where they do not."""
-    problem = _why_outputs_change(surgery, groups, example_input, branches)
-    if not problem or problem == RANDOM or len(groups) == 1:
-        return [problem] * len(groups)
-    middle = len(groups) // 2
-    return [r for half in (groups[:middle], groups[middle:]) for r in _reasons(surgery, half, example_input, branches)]
-
-
-def _why_outputs_change(surgery: Surgery, groups: Sequence[Group], example_input: Any, branches: Sequence[str]) -> str:
-    """How the outputs change when every other unit of all ``groups`` is removed; empty where they do not."""
-    cuts, consumers = Cuts(), [m for g in groups for m in g.consumers]
-    try:
-        # first masked only, since removing channels must change nothing in a model that does not read them
-        for group in groups:
-            keep = torch.arange(group.size) % 2 == 0
-            for member in group.consumers:
-                surgery.mask(member, keep)
-            cuts = cuts.with_group(group, keep)
-        surgery.cut(Cuts(), consumers)
-        reference = Reference(surgery.model, [example_input], branches)
-        surgery.cut(cuts, [m for g in groups for m in g.members])
-        return reference.why_changed()
-    finally:
-        surgery.restore()
 
 
 def _foreign(cut: Mapping[str, int]) -> str:
@@ -203,21 +196,40 @@ def _foreign(cut: Mapping[str, int]) -> str:
 # ---------------------------------------------------------------------- what is removed
 
 
+def _cut(
+    small: nn.Module,
+    cuts: Cuts,
+    rows: Sequence[GroupChange],
+    groups: Sequence[Group],
+    masks: Mapping[str, Tensor],
+) -> tuple[nn.Module, list[GroupChange]]:
+    """Cut the masked model ``small`` in place.
+
+    Returns:
+        a copy with the same parameters, to run, and the rows with those of masks that removed nothing.
+    """
+    idle = with_idle_masks(rows, groups, cuts, masks, small)
+    Surgery(small).cut(cuts, [m for g in groups for m in g.members])  # cut parameters are replaced
+    put_back_attention(small)  # where it lost no head
+    return copied_around_parameters(small), idle
+
+
 def _cut_all(
-    masked: nn.Module, groups: Sequence[Group], masks: Mapping[str, Tensor], samples: Sequence[Any]
+    looked_at: Precise, groups: Sequence[Group], masks: Mapping[str, Tensor], tolerance: Tolerance = None
 ) -> tuple[Cuts, list[GroupChange], tuple[Difference, torch.dtype]]:
-    """Cut every group that can be cut, in a copy.
+    """Cut every group that can be cut, in a copy of the masked model and on its samples.
 
     Returns:
         the cuts, what became of each group, and the difference of outputs at the end with its precision.
     """
-    model, samples, known, branches, context = precise(masked, samples)
+    model, samples, known, branches, context = looked_at
     with quiet(model), context():
-        on_all = Reference(model, samples, branches, known)
+        on_all = Reference(model, samples, branches, known, tolerance)
         refuse_telling_nothing(on_all.expected, samples)
         # one entry of the random sample of standard deviation 1: comparing on everything after each trial takes long
         single, outputs = first_entry(model, samples[-2], on_all.expected[-2])
-        on_one = Reference(model, [single], training_branches(model, single) if branches else (), [outputs])
+        in_training = training_branches(model, single) if branches else ()
+        on_one = Reference(model, [single], in_training, [outputs], tolerance)
         trials = Trials(groups, Surgery(model), masks, samples)
         problem = trials.cut_all(on_all)
         if problem:
