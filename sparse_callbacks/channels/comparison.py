@@ -89,7 +89,7 @@ def why_not_equal(expected: Sequence[Tensor], found: Sequence[Tensor], tolerance
         return f"outputs are {len(found)} in the place of {len(expected)}"
     for a, b in zip(expected, found, strict=True):
         limits = TOLERANCES if tolerance is None else tolerance
-        limit = limits if isinstance(limits, float) else limits.get(a.dtype, COARSE_TOLERANCE)
+        limit = limits.get(a.dtype, COARSE_TOLERANCE) if isinstance(limits, Mapping) else limits
         # labels, indices and masks: rounding leaves them as they are
         if not (a.is_floating_point() or a.is_complex()):
             limit = 0.0

@@ -1,4 +1,4 @@
-"""Whether channel groups can go, tried several at a time where that shows what each of them alone would.
+"""Trials of channel groups, several at a time where that shows what each of them alone would.
 
 A group is tried by masking some of its units and then removing them, which must change nothing. With many groups masked,
 less of a signal gets through the network, so an error might no longer show; and two errors might cancel. So in a joint

@@ -1,4 +1,4 @@
-"""Whether a slim model, made in float64, gives the outputs of the masked one in the model's own precision too.
+"""Whether a slim model gives the outputs of the masked one in the model's own precision too.
 
 A forward pass may go by the type of its tensors, as with ``torch.finfo(h.dtype).eps``. It then computes other constants in
 the float64 copy in which cuts are accepted, and nothing but a comparison in the model's own precision shows that.
@@ -73,15 +73,17 @@ def _effect_of_rounding(masked: nn.Module, samples: Sequence[Any]) -> float:
 
     Zeros stay zeros, so that what is dead stays so.
     """
-    model = copied(masked)
+    with quiet(masked), _Lowest() as seen:
+        expected = outputs_on(masked, samples)
+    generator = torch.Generator().manual_seed(0)
+    moved: dict[int, Any] = {}
+    for p in masked.parameters():
+        if p.is_floating_point():
+            signs = torch.randint(2, p.shape, generator=generator).to(p.device) * 2 - 1
+            values = p.detach() * (1 + seen.eps * signs).to(p.dtype)
+            moved[id(p)] = nn.Parameter(values, requires_grad=p.requires_grad)
+    model = copied(masked, moved)
     with quiet(model):
-        with _Lowest() as seen:
-            expected = outputs_on(model, samples)
-        generator = torch.Generator().manual_seed(0)
-        for p in model.parameters():
-            if p.is_floating_point():
-                signs = torch.randint(2, p.shape, generator=generator).to(p.device) * 2 - 1
-                p.data = p.data * (1 + seen.eps * signs).to(p.dtype)
         return compare(*_floating(expected, outputs_on(model, samples))).relative
 
 

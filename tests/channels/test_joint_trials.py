@@ -37,6 +37,18 @@ def narrow(*layers: nn.Module) -> nn.Sequential:
     return net.eval()
 
 
+def wire(*layers: nn.Module) -> nn.Sequential:
+    """The layers, of which all but the first read only the first unit, so that a mask of it leaves nothing of the signal."""
+    net = nn.Sequential(*layers)
+    with torch.no_grad():
+        for place, layer in enumerate(m for m in net.modules() if isinstance(m, nn.Linear)):
+            layer.weight.abs_()
+            layer.bias.zero_()
+            if place:
+                layer.weight.zero_()[:, 0] = 1
+    return net.eval()
+
+
 class Cancelling(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -53,6 +65,8 @@ NETS = {
     "narrow": lambda: narrow(*chain(4, 6)),
     "deep": lambda: nn.Sequential(*chain(12, 7)).eval(),
     "dead branch": lambda: narrow(Residual(*chain(4, 6, 8, 8))),
+    "wire": lambda: wire(*chain(12, 6)),
+    "wire in a branch": lambda: wire(Residual(*chain(12, 6, 8, 8))),
     "cancelling": lambda: Cancelling().eval(),
 }
 
