@@ -29,10 +29,10 @@ class OpaqueOutputError(ValueError):
 def output_tensors(output: Any, model: nn.Module | None = None) -> list[Tensor]:
     """All tensors in what a model returns, in an order that two passes share.
 
-    They are looked for in mappings and their keys, sequences, dataclasses, futures that are done, modules, and in the attributes and slots of any other object, such as a
-    ``torch.distributions.Distribution``, a ``SimpleNamespace``, and a function with what it has enclosed. Arrays of numpy
-    count as tensors. Numbers do not, nor do the parameters and buffers of ``model`` in its own modules, nor a ``Cache`` of transformers, which the model
-    itself reads in its next call.
+    They are looked for in mappings and their keys, sequences, dataclasses, futures that are done, modules, and in the attributes
+    and slots of any other object, such as a ``torch.distributions.Distribution``, a ``SimpleNamespace``, and a function with
+    what it has enclosed. Arrays of numpy count as tensors. Numbers do not, nor do the parameters and buffers of ``model`` in
+    its own modules, nor a ``Cache`` of transformers, which the model itself reads in its next call.
 
     Args:
         output: what the model returns.

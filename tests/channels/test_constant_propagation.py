@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.channel_nets import dead_rows, made, masked
@@ -380,3 +381,78 @@ def test_dead_rows_behind_attention() -> None:
             net.qkv.bias[32:][~rows] = bias
             found = arriving_constants(net, ["out.weight"], [torch.randn(2, 5, 6).double()])
         assert int(found["out.weight"].proved.sum()) == expected
+
+
+class Silent(nn.Module):
+    """Units that read nothing, of which zeros are left behind a ReLU, and code that reads the input."""
+
+    def __init__(self, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.skip, self.change = nn.Linear(8, 12), nn.Linear(12, 4), nn.Linear(8, 4), change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.change(torch.relu(self.first(x)), x)) + self.skip(x)
+
+
+def is_large(x: Tensor) -> bool:
+    return bool(x.abs().max() > 80)
+
+
+READ: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "factor": lambda h, x: (h + 1) * float(is_large(x)),
+    "summand": lambda h, x: h + 0.1 * int(is_large(x)),
+    "alpha": lambda h, x: torch.add(h, torch.ones(()), alpha=int(is_large(x))),
+    "made tensor": lambda h, x: h + torch.full(h.shape, float(is_large(x))),
+    "product with a made tensor": lambda h, x: (h + 1) * torch.full(h.shape, float(is_large(x))),
+    "branch": lambda h, x: h + 1 if is_large(x) else h,
+    "branch by numpy": lambda h, x: h + 1 if x.numpy().max() > 80 else h,
+    "branch by dlpack": lambda h, x: h + 1 if np.from_dlpack(x).max() > 80 else h,
+    "branch by a list": lambda h, x: h + 1 if max(map(max, x.tolist())) > 80 else h,
+    "fill": lambda h, x: h.masked_fill(h <= 0, float(is_large(x))),
+    "clamp": lambda h, x: h.clamp_min(float(is_large(x))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_what_is_zero_by_chance_behind_values_that_were_read_stays(kind: str) -> None:
+    torch.manual_seed(0)
+    net, rows = Silent(READ[kind]).eval(), torch.arange(12) % 2 == 0
+    nn.init.uniform_(net.first.bias, -1, -0.2)
+    _, proof = slim(net, {"first.weight": rows[:, None].expand(12, 8)}, torch.randn(4, 8))
+    assert (proof.removed, "runs into" in proof.rows[0].reason) == (0, True)
+
+
+LAST: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a factor": lambda h, x: h * float(is_large(x)),
+    "functions, products and sums of two": lambda h, x: functional.silu(h * x.mean() if is_large(x) + 1 else h) + h / 2,
+    "other shapes": lambda h, x: h[: 99 - is_large(x)].unsqueeze(1).mT.contiguous().flatten(1),
+}
+
+
+@pytest.mark.parametrize("kind", LAST)
+def test_zeros_of_parameters_last_behind_values_that_were_read(kind: str) -> None:
+    torch.manual_seed(0)
+    net, rows = Silent(LAST[kind]).double().eval(), torch.arange(12) % 2 == 0
+    with torch.no_grad():
+        net.first.bias[~rows] = 0
+    masks = {"first.weight": rows[:, None].expand(12, 8)}
+    x = torch.randn(4, 8).double()
+    small, proof = slim(net, masks, x)
+    assert proof.removed == 6
+    full = masked(net, masks)
+    for each in (x, 100 * x):
+        torch.testing.assert_close(small(each), full(each))
+
+
+def test_memory_that_code_may_write_to_is_no_constant() -> None:
+    def written(h: Tensor, x: Tensor) -> Tensor:
+        factor = torch.ones(12)
+        factor.numpy()[:] = 1 + (len(x) > 99)
+        return h * factor
+
+    net, x = Silent(written), torch.randn(4, 8)
+    with torch.no_grad():
+        net.first.weight.zero_()
+        net.first.bias.fill_(1)
+        found = arriving_constants(net, ["last.weight"], [x])
+    assert not found["last.weight"].proved.any()
