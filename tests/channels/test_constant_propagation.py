@@ -1,5 +1,6 @@
 """Constants that are proved: on inputs of other sizes, and with other masks and lengths, the slim network is the masked one."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -262,10 +263,37 @@ def test_a_buffer_that_the_forward_pass_writes_to_is_no_constant() -> None:
 def test_inputs_of_other_sizes() -> None:
     x, ids = torch.randn(2, 3, 8, 8), torch.arange(10).view(2, 5)
     shapes = [[tuple(t.shape for t in sample) for sample in alternatives] for alternatives in other_sizes((x, ids))]
-    assert shapes[0] == [((3, 3, 8, 8), (3, 5)), ((4, 3, 8, 8), (4, 5))]
-    assert shapes[1] == [((2, 3, 9, 9), (2, 5)), ((2, 3, 16, 16), (2, 5))]
-    assert shapes[2] == [((2, 3, 8, 8), (2, 6)), ((2, 3, 8, 8), (2, 10))]
-    assert len(shapes) == 4
+    assert shapes[:2] == [[((3, 3, 8, 8), (3, 5)), ((4, 3, 8, 8), (4, 5))], [((1, 3, 8, 8), (1, 5))]]
+    assert shapes[2] == [((2, 3, 9, 9), (2, 5)), ((2, 3, 16, 16), (2, 5))]
+    assert shapes[3:5] == [[((2, 3, 4, 4), (2, 5))], [((2, 3, 1, 1), (2, 5))]]
+    assert shapes[5] == [((2, 3, 8, 8), (2, 6)), ((2, 3, 8, 8), (2, 10))]
+    assert shapes[6:8] == [[((2, 3, 8, 8), (2, 2))], [((2, 3, 8, 8), (2, 1))]]
+    assert len(shapes) == 10
+
+
+class Places(nn.Module):
+    """Divides by the length, of which it has places for 16 at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entry, self.places = nn.Embedding(50, 8), nn.Embedding(16, 8)
+        self.first, self.last = nn.Linear(8, 12), nn.Linear(12, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        length = ids.shape[1]
+        x = self.entry(ids) + self.places.weight[:length]
+        return self.last(torch.relu(self.first(x)) / math.sqrt(length))
+
+
+def test_a_number_that_is_another_one_at_smaller_sizes() -> None:
+    torch.manual_seed(0)
+    net, rows = Places().eval(), torch.arange(12) % 2 == 0
+    nn.init.uniform_(net.first.bias, 0.2, 1)
+    ids = torch.randint(50, (3, 16))
+    _, proof = slim(net, {"first.weight": rows[:, None].expand(12, 8)}, ids)
+    assert (proof.removed, "another number at another size" in proof.rows[0].reason) == (0, True)
+    removed, reason = slimmed(between(lambda x: x / 2 if len(x) < 2 else x, conv), IMAGES[0], IMAGES[2])
+    assert (removed, "another number at another size" in reason) == (0, True)
 
 
 # ---------------------------------------------------------------------- random networks
