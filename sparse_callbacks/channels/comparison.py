@@ -50,7 +50,7 @@ def outputs_on(model: nn.Module, samples: Sequence[Any]) -> list[Tensor]:
         OpaqueOutputError: see :func:`~sparse_callbacks.channels.outputs.output_tensors`.
     """
     # copies: a model may give the same buffer each time, and write the outputs into it
-    return [t.detach().clone() for sample in samples for t in output_tensors(run(model, sample))]
+    return [t.detach().clone() for sample in samples for t in output_tensors(run(model, sample), model)]
 
 
 def compare(expected: Sequence[Tensor], found: Sequence[Tensor]) -> Difference:

@@ -35,6 +35,10 @@ class Reach:
         for tensor in outputs:
             self._made_by[tensor] = call
 
+    def note_taken(self, tensors: Iterable[Tensor]) -> None:
+        """Note that the model's code gets the numbers of these tensors: what they come from always counts."""
+        self._seen_anyhow |= {self._made_by[t] for t in tensors if t in self._made_by}
+
     def reached(self, outputs: Iterable[Tensor]) -> set[int]:
         """Numbers of the calls that the network's ``outputs``, or the model's code, depend on."""
         left = [*self._seen_anyhow, *(self._made_by[t] for t in outputs if t in self._made_by)]

@@ -24,16 +24,30 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return output
 
 
+GIVES_VALUES = frozenset(["tolist", "numpy", "__array__", "__dlpack__", "__cuda_array_interface__", "__deepcopy__"])
+"""Methods and properties of tensors by which numbers leave them without any aten operation."""
+TAKES_NUMBERS = GIVES_VALUES | {
+    *("storage", "_typed_storage", "untyped_storage", "data_ptr", "const_data_ptr", "mutable_data_ptr")
+}
+"""These, and those that give the memory or its address, through which code may read and write."""
+
+
 class NumbersTaken(TorchFunctionMode):
-    """Calls ``taken(tensors, name)`` before a tensor gives its numbers to Python without any aten operation."""
+    """Calls ``taken(tensors, name)`` before a tensor gives its numbers away without any aten operation.
+
+    Those are :data:`TAKES_NUMBERS`. ``torch.utils.dlpack.to_dlpack`` is not seen: torch tells no mode of it.
+    """
 
     def __init__(self, taken: Callable[[list[Tensor], str], None]) -> None:
         super().__init__()
         self._taken = taken
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__):
-            self._taken([args[0]], func.__name__)
+        name = getattr(func, "__name__", "")
+        if name == "__get__":  # of a property, which alone knows its name
+            name = getattr(getattr(getattr(func, "__self__", None), "fget", None), "__name__", "")
+        if name in TAKES_NUMBERS and args and isinstance(args[0], Tensor):
+            self._taken([args[0]], name)
         return func(*args, **(kwargs or {}))
 
 

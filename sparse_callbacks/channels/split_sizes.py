@@ -62,8 +62,9 @@ def _bands(_: Any, number: Number) -> Sizes:
 
 
 def _partial(_: Any, number: Number) -> Sizes:
+    # what the convolution makes takes the place of what it reads, and may be of another size
     mixed = number("spatial_mixing.partial_conv3.weight", 1)
-    untouched = number("mlp.0.weight", 1) - mixed
+    untouched = number("mlp.0.weight", 1) - number("spatial_mixing.partial_conv3.weight", 0)
     return {"spatial_mixing.dim_conv3": mixed, "spatial_mixing.dim_untouched": untouched}
 
 

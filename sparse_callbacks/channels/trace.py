@@ -20,7 +20,14 @@ from sparse_callbacks.channels.operations.table import outputs, rule_of, unknown
 from sparse_callbacks.channels.outputs import OpaqueOutputError, output_tensors
 from sparse_callbacks.channels.reach import Reach
 from sparse_callbacks.channels.recorded_call import Call
-from sparse_callbacks.channels.recording import Recorder, named_arguments, operation_name, told_of_modules
+from sparse_callbacks.channels.recording import (
+    GIVES_VALUES,
+    NumbersTaken,
+    Recorder,
+    named_arguments,
+    operation_name,
+    told_of_modules,
+)
 from sparse_callbacks.core.error_text import with_class
 from sparse_callbacks.core.inspection import attention_in_steps, map_tensors, run, tensors_in, training
 
@@ -28,6 +35,7 @@ KINDS = (entrywise, along, indexing, shapes, images, products, norms, recurrent)
 """The modules whose import fills the table of operations."""
 INPUT = "shares channels with the network's input"
 OUTPUT = "these are outputs of the network"
+TAKEN = "the network's code takes them out of torch by {}"
 
 
 class Trace:
@@ -101,9 +109,10 @@ class Trace:
         for tensor in tensors_in(inputs):
             for axis in self._axes_of(tensor):
                 block(axis, INPUT, 0)
-        with attention_in_steps(), told_of_modules(self._enter, self._leave), Recorder(self._record):
+        modules, numbers = told_of_modules(self._enter, self._leave), NumbersTaken(self._take)
+        with attention_in_steps(), modules, numbers, Recorder(self._record):
             output = run(model, inputs)
-        made = output_tensors(output)
+        made = output_tensors(output, model)
         reached = self._reach.reached(made)
         for axis, reason, call in self._blocks:
             if call in reached:
@@ -130,6 +139,15 @@ class Trace:
 
     def _leave(self, module: nn.Module, output: Any) -> None:
         self._modules.pop()
+
+    def _take(self, tensors: Sequence[Tensor], name: str) -> None:
+        """Numbers that leave torch are as outputs: nobody sees what they are used for."""
+        self._reach.note_taken(tensors)
+        for tensor in tensors:
+            # code may ask where a parameter lies, and read nothing
+            if id(tensor) not in self._names or name in GIVES_VALUES:
+                for axis in self._axes_of(tensor):
+                    block(axis, TAKEN.format(name), self._count)
 
     def _record(self, operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
         """Follow the axes through one operation that was carried out."""

@@ -1,8 +1,10 @@
 """Constants that are proved: on inputs of other sizes, and with other masks and lengths, the slim network is the masked one."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.channel_nets import dead_rows, made, masked
@@ -261,10 +263,38 @@ def test_a_buffer_that_the_forward_pass_writes_to_is_no_constant() -> None:
 def test_inputs_of_other_sizes() -> None:
     x, ids = torch.randn(2, 3, 8, 8), torch.arange(10).view(2, 5)
     shapes = [[tuple(t.shape for t in sample) for sample in alternatives] for alternatives in other_sizes((x, ids))]
-    assert shapes[0] == [((3, 3, 8, 8), (3, 5)), ((4, 3, 8, 8), (4, 5))]
-    assert shapes[1] == [((2, 3, 9, 9), (2, 5)), ((2, 3, 16, 16), (2, 5))]
-    assert shapes[2] == [((2, 3, 8, 8), (2, 6)), ((2, 3, 8, 8), (2, 10))]
-    assert len(shapes) == 4
+    assert shapes[:2] == [[((3, 3, 8, 8), (3, 5)), ((4, 3, 8, 8), (4, 5))], [((1, 3, 8, 8), (1, 5))]]
+    assert shapes[2] == [((2, 3, 9, 9), (2, 5)), ((2, 3, 16, 16), (2, 5))]
+    assert shapes[3:5] == [[((2, 3, 4, 4), (2, 5))], [((2, 3, 1, 1), (2, 5))]]
+    assert shapes[5] == [((2, 3, 8, 8), (2, 6)), ((2, 3, 8, 8), (2, 10))]
+    assert shapes[6:8] == [[((2, 3, 8, 8), (2, 2))], [((2, 3, 8, 8), (2, 1))]]
+    assert len(shapes) == 10
+
+
+class Places(nn.Module):
+    """Divides by the length, of which it has places for 16 at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entry, self.places = nn.Embedding(50, 8), nn.Embedding(16, 8)
+        self.first, self.last = nn.Linear(8, 12), nn.Linear(12, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        length = ids.shape[1]
+        x = self.entry(ids) + self.places.weight[:length]
+        return self.last(torch.relu(self.first(x)) / math.sqrt(length))
+
+
+def test_a_number_that_is_another_one_at_smaller_sizes() -> None:
+    torch.manual_seed(0)
+    net, rows = Places().eval(), torch.arange(12) % 2 == 0
+    nn.init.uniform_(net.first.bias, 0.2, 1)
+    ids = torch.randint(50, (3, 16))
+    _, proof = slim(net, {"first.weight": rows[:, None].expand(12, 8)}, ids)
+    [why] = [row.reason for row in proof.rows if row.name == "first"]
+    assert (proof.removed, "another number at another size" in why) == (0, True)
+    removed, reason = slimmed(between(lambda x: x / 2 if len(x) < 2 else x, conv), IMAGES[0], IMAGES[2])
+    assert (removed, "another number at another size" in reason) == (0, True)
 
 
 # ---------------------------------------------------------------------- random networks
@@ -380,3 +410,78 @@ def test_dead_rows_behind_attention() -> None:
             net.qkv.bias[32:][~rows] = bias
             found = arriving_constants(net, ["out.weight"], [torch.randn(2, 5, 6).double()])
         assert int(found["out.weight"].proved.sum()) == expected
+
+
+class Silent(nn.Module):
+    """Units that read nothing, of which zeros are left behind a ReLU, and code that reads the input."""
+
+    def __init__(self, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.skip, self.change = nn.Linear(8, 12), nn.Linear(12, 4), nn.Linear(8, 4), change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.change(torch.relu(self.first(x)), x)) + self.skip(x)
+
+
+def is_large(x: Tensor) -> bool:
+    return bool(x.abs().max() > 80)
+
+
+READ: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "factor": lambda h, x: (h + 1) * float(is_large(x)),
+    "summand": lambda h, x: h + 0.1 * int(is_large(x)),
+    "alpha": lambda h, x: torch.add(h, torch.ones(()), alpha=int(is_large(x))),
+    "made tensor": lambda h, x: h + torch.full(h.shape, float(is_large(x))),
+    "product with a made tensor": lambda h, x: (h + 1) * torch.full(h.shape, float(is_large(x))),
+    "branch": lambda h, x: h + 1 if is_large(x) else h,
+    "branch by numpy": lambda h, x: h + 1 if x.numpy().max() > 80 else h,
+    "branch by dlpack": lambda h, x: h + 1 if np.from_dlpack(x).max() > 80 else h,
+    "branch by a list": lambda h, x: h + 1 if max(map(max, x.tolist())) > 80 else h,
+    "fill": lambda h, x: h.masked_fill(h <= 0, float(is_large(x))),
+    "clamp": lambda h, x: h.clamp_min(float(is_large(x))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_what_is_zero_by_chance_behind_values_that_were_read_stays(kind: str) -> None:
+    torch.manual_seed(0)
+    net, rows = Silent(READ[kind]).eval(), torch.arange(12) % 2 == 0
+    nn.init.uniform_(net.first.bias, -1, -0.2)
+    _, proof = slim(net, {"first.weight": rows[:, None].expand(12, 8)}, torch.randn(4, 8))
+    assert (proof.removed, "runs into" in proof.rows[0].reason) == (0, True)
+
+
+LAST: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a factor": lambda h, x: h * float(is_large(x)),
+    "functions, products and sums of two": lambda h, x: functional.silu(h * x.mean() if is_large(x) + 1 else h) + h / 2,
+    "other shapes": lambda h, x: h[: 99 - is_large(x)].unsqueeze(1).mT.contiguous().flatten(1),
+}
+
+
+@pytest.mark.parametrize("kind", LAST)
+def test_zeros_of_parameters_last_behind_values_that_were_read(kind: str) -> None:
+    torch.manual_seed(0)
+    net, rows = Silent(LAST[kind]).double().eval(), torch.arange(12) % 2 == 0
+    with torch.no_grad():
+        net.first.bias[~rows] = 0
+    masks = {"first.weight": rows[:, None].expand(12, 8)}
+    x = torch.randn(4, 8).double()
+    small, proof = slim(net, masks, x)
+    assert proof.removed == 6
+    full = masked(net, masks)
+    for each in (x, 100 * x):
+        torch.testing.assert_close(small(each), full(each))
+
+
+def test_memory_that_code_may_write_to_is_no_constant() -> None:
+    def written(h: Tensor, x: Tensor) -> Tensor:
+        factor = torch.ones(12)
+        factor.numpy()[:] = 1 + (len(x) > 99)
+        return h * factor
+
+    net, x = Silent(written), torch.randn(4, 8)
+    with torch.no_grad():
+        net.first.weight.zero_()
+        net.first.bias.fill_(1)
+        found = arriving_constants(net, ["last.weight"], [x])
+    assert not found["last.weight"].proved.any()

@@ -57,6 +57,18 @@ def stored(h: Tensor) -> nn.Module:
     return module
 
 
+class Buffered(nn.Module):
+    def __init__(self, h: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("seen", h.detach())
+
+
+def done(h: Tensor) -> Any:
+    future: Any = torch.futures.Future()
+    future.set_result(h)
+    return future
+
+
 # checking its arguments, which torch does unless Dynamo was imported, makes the program depend on all of them
 normal = functools.partial(distributions.Normal, validate_args=False)
 HOLDERS: dict[str, Callable[[Tensor], Any]] = {
@@ -80,6 +92,11 @@ HOLDERS: dict[str, Callable[[Tensor], Any]] = {
     "partial": lambda h: functools.partial(torch.add, h),
     "method": lambda h: Record(h).__eq__,
     "module": stored,
+    "buffer": lambda h: nn.Sequential(Buffered(h)),
+    "future": done,
+    "key": lambda h: {(h,): 1},
+    "values": lambda h: {"h": h}.values(),
+    "items": lambda h: {"h": h}.items(),
 }
 
 
@@ -106,6 +123,13 @@ def test_channels_that_an_object_among_the_outputs_holds_stay(name: str) -> None
 
 def test_arrays_of_numpy_are_compared() -> None:
     net, x = Holding(lambda h: h.detach().numpy()), torch.randn(3, 4)
+    assert len(output_tensors(net(x))) == 2
+    assert slimmable_groups(net, x)[0].reason == "the network's code takes them out of torch by numpy"
+    assert slim(net, {"last.weight": torch.arange(6) < 3}, x)[1].removed == 0
+
+
+def test_parameters_of_modules_that_are_not_the_models_own_are_compared() -> None:
+    net, x = Holding(lambda h: nn.ParameterList([h])), torch.randn(3, 4)
     assert slimmable_groups(net, x)[0].reason.startswith("without them the outputs differ")
     assert slim(net, {"last.weight": torch.arange(6) < 3}, x)[1].removed == 0
 
@@ -116,6 +140,9 @@ def test_arrays_of_numpy_are_compared() -> None:
         (lambda h: (t for t in [h]), r"returns a generator \(output\[1\]\), whose tensors cannot be looked at"),
         (lambda h: types.SimpleNamespace(rows=iter([h])), r"returns a list_iterator \(output\[1\].rows\)"),
         (lambda h: {"both": {h, h + 1}}, r"returns a set of 2 tensors \(output\[1\]\['both'\]\), which has no order"),
+        (lambda h: [h.to_sparse()], r"returns a sparse \(sparse_coo\) tensor \(output\[1\]\[0\]\), whose entries"),
+        (lambda h: h.to_sparse_csr(), r"returns a sparse \(sparse_csr\) tensor \(output\[1\]\), whose entries"),
+        (lambda h: torch.futures.Future(), r"returns a future \(output\[1\]\) that is not done"),
     ],
 )
 @pytest.mark.parametrize("search", [channel_groups, slimmable_groups])
@@ -128,9 +155,10 @@ def test_numbers_modules_parameters_and_empty_cells_are_no_outputs() -> None:
     def unset() -> Any:
         return later
 
-    assert (
-        output_tensors([1, 2.0, None, "text", torch.Size([2]), torch.float32, nn.Linear(2, 2), range(2), unset]) == []
-    )
+    own = nn.Linear(2, 2)
+    nothing = [1, 2.0, None, "text", torch.Size([2]), torch.float32, own, range(2), unset]
+    assert output_tensors(nothing, nn.Sequential(own)) == []
+    assert len(output_tensors([own], nn.Sequential())) == 2
     later = 0
 
 

@@ -233,6 +233,13 @@ def test_what_is_left_splits_by_what_it_has(name: str, tmp_path: Path) -> None:
     check(STAND_INS[name], tmp_path)
 
 
+def test_a_convolution_of_a_part_may_make_fewer_channels_than_it_reads() -> None:
+    model = net(Partial())
+    small, proof = slim(model, {"1.mlp.0.weight": torch.arange(WIDTH) >= 3}, X)
+    assert proof.removed == 3
+    assert split_sizes(small[1]) == {"spatial_mixing.dim_conv3": 4, "spatial_mixing.dim_untouched": 12}
+
+
 def test_every_function_of_the_table_has_a_stand_in() -> None:
     stand_ins = {f"{type(m).__module__}.{type(m).__qualname__}" for m in (make() for make in STAND_INS.values())}
     assert {SPLITS[name] for name in stand_ins} == set(SPLITS.values())

@@ -1,5 +1,13 @@
 """What a network computes and nobody reads ties no channels; what its code reads does."""
 
+import array
+import copy
+import ctypes
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -71,3 +79,48 @@ def test_a_mean_over_channels_ties_them_if_it_is_read(kind: str, reason: str) ->
     first = channel_groups(Branching(kind), torch.randn(3, 4))[0]
     assert first.name == "first"
     assert (reason in first.reason) if reason else not first.reason
+
+
+class Taken(nn.Module):
+    """Gives what code does with its units, beside its output."""
+
+    def __init__(self, take: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.first, self.last, self.take = nn.Linear(4, 8), nn.Linear(8, 2), take
+
+    def forward(self, x: Tensor) -> Any:
+        x = torch.relu(self.first(x))
+        return self.last(x), self.take(x.softmax(1).amax(1)), self.take(x)
+
+
+TAKES: dict[str, Callable[[Tensor], Any]] = {
+    "numpy": lambda t: float(t.numpy().max()),
+    "list": lambda t: t.tolist(),
+    "array": lambda t: array.array("d", t.flatten().tolist()),
+    "bytes": lambda t: t.numpy().tobytes(),
+    "numpy.asarray": lambda t: float(np.asarray(t).max()),
+    "dlpack": lambda t: float(np.from_dlpack(t).max()),
+    "storage": lambda t: bytes(t.untyped_storage()),
+    "typed storage": lambda t: [*t.storage()],
+    "address": lambda t: ctypes.string_at(t.data_ptr(), 4),
+    "copy": lambda t: float(copy.deepcopy(t).max()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize("place", [1, 2])
+@pytest.mark.parametrize("kind", TAKES)
+def test_numbers_that_leave_torch_are_read(kind: str, place: int) -> None:
+    take, calls = TAKES[kind], itertools.count()
+    net = Taken(lambda t: take(t) if next(calls) % 2 == place - 1 else None)
+    reason = channel_groups(net, torch.randn(3, 4))[0].reason
+    assert ("softmax" if place == 1 else "the network's code takes them out of torch by ") in reason
+
+
+def test_an_address_of_a_parameter_is_no_reading() -> None:
+    class Asking(Taken):
+        def forward(self, x: Tensor) -> Any:
+            assert self.first.weight.data_ptr() != 0
+            return super().forward(x)
+
+    assert channel_groups(Asking(lambda t: None), torch.randn(3, 4))[0].reason == ""

@@ -2,11 +2,11 @@
 
 A dispatch mode sees every aten operation and what the table knows of it, as the trace of channels does. Parameters and
 buffers are constants, inputs are not. What Python code decides by sizes shows in passes over inputs of other sizes only, so
-these belong to the samples; behind code that reads values of activations nothing is proved.
+these belong to the samples; behind code that reads values of activations only zeros count that come from those of parameters.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,8 +15,16 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sparse_callbacks.channels.constant_propagation import along, entrywise, products, shapes
+from sparse_callbacks.channels.constant_propagation.lasting import is_lasting
 from sparse_callbacks.channels.constant_propagation.table import CONSTANT_RULES, Known, Step, everywhere, varying
-from sparse_callbacks.channels.recording import NumbersTaken, Recorder, named_arguments, operation_name, told_of_modules
+from sparse_callbacks.channels.recording import (
+    TAKES_NUMBERS,
+    NumbersTaken,
+    Recorder,
+    named_arguments,
+    operation_name,
+    told_of_modules,
+)
 from sparse_callbacks.core.inspection import (
     attention_in_steps,
     map_tensors,
@@ -135,7 +143,8 @@ class _Propagation:
             places = int(type(module).__name__[-2])
             channels = output.ndim - places - 1
             gone = self._known(module.weight).zero.view([-1 if d == channels else 1 for d in range(output.ndim)])
-            self._others[output] = self._with_zeros(output, gone)
+            known = self._with_zeros(output, gone)
+            self._others[output] = replace(known, dead=known.zero)
 
     def _record(self, operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
         if self._is_looking:
@@ -146,23 +155,32 @@ class _Propagation:
         if _tells_values(operation, named):
             self._take(inputs, name)
         found = self._constants(Step(name, named, output, self._known, self._read))
+        dead = [varying(t) for t in made]
+        if is_lasting(name, any(isinstance(named.get(n), int | float | complex) for n in ("self", "other"))):
+            dead = self._constants(Step(name, named, output, self._dead, lambda *_: None))
+        found = dead if self._read_values else found
         self._forget_written(operation, named)
         reason, sources = self._reason(name, before, found), _sources(before)
         is_turned = name in ("aten.t", "aten.transpose") and len(before) == 1 and inputs[0].ndim == 2
-        for tensor, constant in zip(made, found, strict=True):
+        for tensor, constant, lasting in zip(made, found, dead, strict=True):
             if id(tensor) in self._names:
                 continue
             known = self._with_zeros(tensor, constant, reason, sources)
             if is_turned and before[0].weight:
                 known = Known(known.constant, known.zero, "", before[0].weight, not before[0].transposed, sources)
-            self._others[tensor] = known
+            self._others[tensor] = replace(known, dead=self._with_zeros(tensor, lasting).zero)
 
     def _take(self, tensors: Sequence[Tensor], name: str) -> None:
         """Python code gets to know values, and may do anything with them."""
+        if self._is_looking:
+            return
         # where a function of Python takes them, what is looked at here is recorded as well
         self._is_looking, was_looking = True, self._is_looking
         if not all(bool(self._known(t).constant.all()) for t in tensors):
             self._read_values = self._read_values or self._where(name)
+        # memory may be written to; that of parameters is asked for as an address
+        if name in TAKES_NUMBERS and any(id(t) not in self._names for t in tensors):
+            self._forget([t for t in tensors if id(t) not in self._names])
         self._is_looking = was_looking
 
     def _constants(self, step: Step) -> list[Tensor]:
@@ -188,8 +206,12 @@ class _Propagation:
         changed = [
             t for a in arguments if a.alias_info and a.alias_info.is_write for t in tensors_in(named.get(a.name))
         ]
-        if not changed or torch.Tag.inplace_view in operation.tags:
-            return
+        if changed and torch.Tag.inplace_view not in operation.tags:
+            self._forget(changed)
+
+    def _forget(self, changed: Sequence[Tensor]) -> None:
+        # it is no code of the model that asks for memory here
+        self._is_looking, was_looking = True, self._is_looking
         places = {t.untyped_storage().data_ptr() for t in changed}
         for other in list(self._others):
             if other.untyped_storage().data_ptr() in places:
@@ -197,8 +219,19 @@ class _Propagation:
         for tensor in self._tensors:
             if tensor.untyped_storage().data_ptr() in places:
                 self.written.add(self._names[id(tensor)])
+        self._is_looking = was_looking
 
     def _known(self, tensor: Tensor) -> Known:
+        """What is known of a tensor, or was before values were read; the code may have made it by them since."""
+        return self._dead(tensor) if self._read_values and id(tensor) not in self._names else self._unread(tensor)
+
+    def _dead(self, tensor: Tensor) -> Known:
+        """Its zeros that come from those of parameters, as constants; others are none."""
+        known = self._unread(tensor)
+        zero = varying(tensor) if known.dead is None else known.dead
+        return replace(known, constant=zero, zero=zero)
+
+    def _unread(self, tensor: Tensor) -> Known:
         name = self._names.get(id(tensor))
         if name is None:
             # an input, or a tensor that the model holds somewhere
@@ -207,7 +240,7 @@ class _Propagation:
             return _unknown(tensor)
         if name not in self._of_weights:
             constant = everywhere(tensor).expand(tensor.shape)
-            self._of_weights[name] = Known(constant, tensor == 0, "", name, False, frozenset([name]))
+            self._of_weights[name] = Known(constant, tensor == 0, "", name, False, frozenset([name]), tensor == 0)
         return self._of_weights[name]
 
     def _with_zeros(
@@ -248,10 +281,7 @@ class _Propagation:
             turned = isinstance(stored, _ConvTransposeNd)
             is_itself = of_weight.weight == name and over == (1 if turned == of_weight.transposed else 0)
             constant, zero = known.constant, known.zero
-            reason = known.reason
-            if self._read_values and bool((constant & ~zero).any()):
-                # zeros that masks make stay zeros in whatever is called
-                constant, reason = zero, reason or self._read_values
+            reason = known.reason or self._read_values
             if not is_itself or with_zeros or any(constant.shape[d] != 1 for d in others):
                 near = (value.abs() <= rounding).view([-1 if d == dim else 1 for d in range(tensor.ndim)])
                 constant = constant & near if all(constant.shape[d] == 1 for d in others) else zero

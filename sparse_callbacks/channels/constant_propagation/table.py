@@ -27,6 +27,8 @@ class Known:
         transposed: whether it is that parameter transposed.
         sources: names of the parameters and buffers out of which alone the tensor was computed; empty where activations went
             into it, or nothing did.
+        dead: like ``zero``: where the entry is 0 because parameters are, whatever numbers the model's code puts in; None
+            where none is.
     """
 
     constant: Tensor
@@ -35,6 +37,7 @@ class Known:
     weight: str = ""
     transposed: bool = False
     sources: frozenset[str] = frozenset()
+    dead: Tensor | None = None
 
 
 @dataclass(frozen=True)
