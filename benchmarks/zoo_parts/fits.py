@@ -36,7 +36,7 @@ SIDES: Mapping[str, Callable[[], Any]] = {
     "smcp": lambda: SMCP(0.6, every=2, **BUDGETED),
     "pruning": lambda: ChannelPruning(0.6, criterion="taylor_fo", every=2, **BUDGETED),
     # learning rates at which gates close within the few steps that there are
-    "l0": lambda: ConstrainedL0(0.3, gate_lr=0.3, dual_lr=0.1, print_plan=False),
+    "l0": lambda: ConstrainedL0(0.5, gate_lr=0.3, dual_lr=0.1, print_plan=False),
 }
 """What makes each callback, by the name that its rows have it under."""
 

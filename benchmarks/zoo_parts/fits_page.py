@@ -12,7 +12,7 @@ PACKAGES = (
 TITLES = {
     "smcp": "SMCP, 0.6 of the parameters",
     "pruning": "ChannelPruning by taylor_fo, 0.6 of the parameters",
-    "l0": "ConstrainedL0, density 0.3",
+    "l0": "ConstrainedL0, density 0.5",
 }
 ABOUT = f"""# Short fits on models of other packages
 
