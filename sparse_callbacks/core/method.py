@@ -157,20 +157,12 @@ class Method(Hooks):
         Raises:
             ValueError: times that the run cannot have.
         """
-        return self.calendar_with(self.published_every, run)
-
-    def calendar_with(self, interval: int, run: RunLength) -> Calendar:
-        """The calendar of the run that begins, with ``interval`` optimizer steps between updates where ``every`` is None.
-
-        Raises:
-            ValueError: times that the run cannot have.
-        """
         assert self.start is not None
         return resolve_times(
             self.every,
             self.start,
             self.stop,
-            interval,
+            self.published_every,
             run,
             final=self.arrives_at_stop,
             inform=self.host.inform,

@@ -94,6 +94,7 @@ DRAWN: dict[str, Draw] = {
     "chunk": lambda w: st.sampled_from([1, 2]),
     "curve": lambda w: st.sampled_from(["exp", "linear", "exp2"]),
     "decay": lambda w: st.sampled_from([0.0, 1e-2]),
+    "hysteresis": lambda w: st.sampled_from([0.25, 0.5, 1.0]),
     "norm_scaling": lambda w: st.sampled_from(["kept", "importance"]),
     "prune_stem": lambda w: st.booleans(),
     "density": lambda w: _DENSITY,

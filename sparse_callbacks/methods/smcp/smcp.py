@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparse_callbacks.channels import norms
 from sparse_callbacks.core.arguments import refuse_unknown
-from sparse_callbacks.core.calendar import Calendar, RunLength, Time
+from sparse_callbacks.core.calendar import Calendar, RunLength, Time, resolve_times
 from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.storages.storage import why_no_exchange
@@ -168,7 +168,9 @@ class SMCP(BudgetedChannels):
     def make_calendar(self, run: RunLength) -> Calendar:
         samples = run.samples() if CORRECTED in self.aux else None
         interval = self.published_every if samples is None else math.ceil(self.published_images / samples)
-        return self.calendar_with(interval, run)
+        assert self.start is not None
+        ends = self.arrives_at_stop
+        return resolve_times(self.every, self.start, self.stop, interval, run, final=ends, inform=self.host.inform)
 
     # ------------------------------------------------------------------ what can go
 
