@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.channels.comparison import RANDOM, TOLERANCES, Reference, compare, outputs_on
+from sparse_callbacks.channels.comparison import TOLERANCES, Reference, compare, outputs_on
 from sparse_callbacks.channels.comparison_inputs import another_sample
 from sparse_callbacks.channels.cuts import Cuts, Surgery
 from sparse_callbacks.channels.groups import Group
@@ -56,6 +56,7 @@ class _GroupTrials:
     def __init__(self, model: nn.Module, groups: Sequence[Group], example_input: Any, branches: Sequence[str]) -> None:
         self._surgery, self._example, self._branches = Surgery(model), example_input, branches
         self._readers = list(dict.fromkeys(m.module for g in groups for m in g.consumers))
+        self._is_unsteady = False  # in the latest trial the outputs differed whatever is cut
         self._other: Any = None
         self._whole: list[float] = []
         if branches or len(groups) == 1:
@@ -77,14 +78,14 @@ class _GroupTrials:
         if len(groups) == 1:
             return [self._why_changed(groups, [_every_other(groups[0])])]
         problem = self._why_changed(groups, _shares(groups))
-        if not problem or problem == RANDOM:
+        if not problem or self._is_unsteady:
             return [problem] * len(groups)
         middle = len(groups) // 2
         return [r for half in (groups[:middle], groups[middle:]) for r in self.reasons(half)]
 
     def _why_changed(self, groups: Sequence[Group], keeps: Sequence[Tensor]) -> str:
         """How the outputs change when all units that are not in ``keeps`` are removed, or why nothing would show."""
-        cuts, consumers = Cuts(), [m for g in groups for m in g.consumers]
+        cuts, consumers, self._is_unsteady = Cuts(), [m for g in groups for m in g.consumers], False
         try:
             # first masked only, since removing channels must change nothing in a model that does not read them
             for group, keep in zip(groups, keeps, strict=True):
@@ -101,7 +102,9 @@ class _GroupTrials:
             tolerance = _JOINT_TOLERANCES if known else None
             reference = Reference(self._surgery.model, [self._example], self._branches, known, tolerance)
             self._surgery.cut(cuts, [m for g in groups for m in g.members])
-            return reference.why_changed()
+            problem = reference.why_changed()
+            self._is_unsteady = reference.is_unsteady
+            return problem
         finally:
             self._surgery.restore()
 
