@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -16,6 +17,16 @@ from torch import nn
 ROOT = Path(__file__).parents[1]
 PUBLISHED = ROOT / "benchmarks" / "results" / "zoo.md"
 MIB = 1 << 20
+PEAKS = """
+from zoo_parts.memory import forget_peak, peak
+large = bytearray(256 << 20)
+peaks = [peak()]
+del large
+forget_peak()
+peaks.append(peak())
+small = bytearray(48 << 20)  # more than what an allocator takes from memory that it kept
+print(*peaks, peak())
+"""
 
 
 @pytest.fixture
@@ -276,14 +287,15 @@ def test_memory_beyond_the_limit_is_refused(parts: Any) -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_the_peak_is_counted_from_where_it_was_forgotten(parts: Any) -> None:
-    large = bytearray(128 * MIB)
-    del large
-    parts.memory.forget_peak()
-    before = parts.memory.peak()
-    small = bytearray(48 * MIB)  # more than what an allocator takes from memory that it kept
-    assert 47 * MIB < parts.memory.peak() - before < 72 * MIB
-    assert len(small) == 48 * MIB
+def test_the_peak_is_counted_from_where_it_was_forgotten() -> None:
+    """In a process of its own: what this one frees and takes again says nothing of a peak."""
+    found = subprocess.run(
+        [sys.executable, "-c", PEAKS], cwd=ROOT / "benchmarks", capture_output=True, text=True, check=True
+    )
+    large, before, after = (int(word) for word in found.stdout.split())
+    if before >= large:
+        pytest.skip("this system keeps the peak of a process for its whole life")
+    assert 47 * MIB < after - before < 72 * MIB
 
 
 # ---------------------------------------------------------------------- the list and the tables

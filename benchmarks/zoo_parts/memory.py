@@ -15,7 +15,7 @@ def peak() -> int:
 
 
 def forget_peak() -> None:
-    """Let the peak be what the process holds now, where the system can."""
+    """Let the peak be what the process holds now, where the system can (not in a sandbox without that file, nor elsewhere)."""
     file = Path("/proc/self/clear_refs")
     if file.exists():
         file.write_text("5")
