@@ -57,7 +57,9 @@ def test_sosp_of_a_quadratic_loss() -> None:
     theta, gradient, hessian = (tensor(SOSP_QUADRATIC[key]) for key in ("theta", "gradient", "hessian"))
     along = hessian @ theta
     assert torch.allclose(along, tensor(SOSP_QUADRATIC["along"]), rtol=1e-12, atol=0)
-    found = sosp((theta * gradient).view(2, 2).sum(1), (theta * along).view(2, 2).sum(1))
+    first = (theta * gradient).view(2, 2).sum(1)
+    assert torch.allclose(first.abs(), tensor(SOSP_QUADRATIC["first_order"]), rtol=1e-12, atol=0)
+    found = sosp(first, (theta * along).view(2, 2).sum(1))
     assert torch.allclose(found, tensor(SOSP_QUADRATIC["saliency"]), rtol=1e-12, atol=0)
 
 
@@ -68,6 +70,7 @@ def test_sosp_of_a_network() -> None:
     (group, _) = channel_groups(net, x)
     (found,) = sosp_scores(net, [group], everything([group]), [BatchLoss(0.5 * (net(x) - y).square().mean(), 4)])
     assert torch.allclose(found, tensor(SOSP_TANH["saliency"]), rtol=0, atol=1e-10)
+    assert found.argsort().tolist() == SOSP_TANH["pruned_first"]
 
 
 # ---------------------------------------------------------------------- Taylor, from the weights of the consumers alone
@@ -84,7 +87,7 @@ def taylor_by_samples(net: nn.Module, group: Group, batches: Sequence[tuple[Tens
     weights = [net.get_parameter(c.parameter) for c in group.consumers]
     for x, y in batches:
         for n in range(len(x)):
-            loss = functional.cross_entropy(net(x[n : n + 1]), y[n : n + 1]) / len(x)
+            loss = functional.cross_entropy(net(x[n : n + 1]), y[n : n + 1])
             gradients = torch.autograd.grad(loss, weights)
             for unit in range(group.size):
                 parts = zip(group.consumers, weights, gradients, strict=True)
@@ -98,6 +101,24 @@ def test_taylor_is_that_of_the_weights_that_read_a_unit(name: str) -> None:
     for group, found in zip(groups, taylor_2017_scores(net, groups, losses(net, batches)), strict=True):
         # the order of sums differs
         assert torch.allclose(found, taylor_by_samples(net, group, batches), rtol=1e-8, atol=1e-12), group.name
+
+
+def uneven(batches: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """The same samples in batches of 7, 4 and 1."""
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    return list(zip(x.split([7, 4, 1]), y.split([7, 4, 1]), strict=True))
+
+
+@pytest.mark.parametrize("name", ["parts", "residual"])
+def test_each_sample_counts_the_same_in_batches_of_any_size(name: str) -> None:
+    net, groups, batches = network(name)
+    whole = [(torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]))]
+    for group, found in zip(groups, taylor_2017_scores(net, groups, losses(net, uneven(batches))), strict=True):
+        assert torch.allclose(found, taylor_by_samples(net, group, whole), rtol=1e-8, atol=1e-12), group.name
+    live = everything(groups)
+    found = sosp_scores(net, groups, live, losses(net, uneven(batches)))
+    for group, one, other in zip(groups, found, sosp_by_hvp(net, groups, live, whole), strict=True):
+        assert torch.allclose(one, other, rtol=1e-8, atol=1e-14), group.name  # the order of sums differs
 
 
 def test_the_networks_have_units_of_every_kind() -> None:

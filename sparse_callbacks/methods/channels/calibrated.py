@@ -49,6 +49,7 @@ def taylor_2017_scores(model: nn.Module, groups: Sequence[Group], losses: Iterab
     A unit may have several channels, and its map several consumers: the products of all of them are summed before the
     absolute value of a sample is taken, as removing the unit takes it from all of them. They are divided by the entries
     of the largest map. Where layers see other numbers of samples (regions of images), each number is averaged by itself.
+    The loss of a batch is taken as the mean over its samples, so that each sample counts the same in batches of any size.
 
     Args:
         model: the network.
@@ -68,6 +69,8 @@ def taylor_2017_scores(model: nn.Module, groups: Sequence[Group], losses: Iterab
         for index, group in enumerate(groups):
             found = _of_batch(group, products, batch.samples)
             if found is not None:
+                # once as the mean loss divides each sample's gradient by it, and once for the mean over samples of all batches
+                found = found * float(batch.samples or 1) ** 2
                 before = sums[index]
                 sums[index] = found if before is None else before + found
     return [normalised(_known(found, group)) for found, group in zip(sums, groups, strict=True)]
@@ -98,7 +101,8 @@ def sosp_scores(
     """:func:`sosp` of the units of each group, [size] each.
 
     A unit's weights are the filters of all producers that make it, and its depthwise weights; biases, norms and the layers
-    that read it have no part in theta. Gradient and product are means over the batches.
+    that read it have no part in theta. Gradient and product are those of the mean loss over all samples: means over the
+    batches, each with the weight of its number of samples.
 
     Args:
         model: the network.
@@ -127,12 +131,13 @@ def sosp_scores(
 def _derivatives_along(
     theta: Mapping[nn.Parameter, Tensor], losses: Iterable[BatchLoss]
 ) -> tuple[dict[nn.Parameter, Tensor], dict[nn.Parameter, Tensor]]:
-    """The gradient g of the mean loss over batches by each parameter, and H theta; of parameters that it depends on."""
-    weights, batches = [*theta], 0
+    """The gradient g of the mean loss over samples by each parameter, and H theta; of parameters that it depends on."""
+    weights, samples = [*theta], 0
     first, second = dict[nn.Parameter, Tensor](), dict[nn.Parameter, Tensor]()
     for batch in losses:
-        batches += 1
-        found = torch.autograd.grad(batch.loss, weights, create_graph=True, allow_unused=True)
+        count = batch.samples or 1
+        samples += count
+        found = torch.autograd.grad(batch.loss * count, weights, create_graph=True, allow_unused=True)
         gradients = {w: g for w, g in zip(weights, found, strict=True) if g is not None}
         along = torch.stack(
             [(g.to(theta[w]) * theta[w]).sum().cpu() for w, g in gradients.items()] or [torch.zeros(())]
@@ -145,7 +150,7 @@ def _derivatives_along(
         for w, g in gradients.items():
             first[w] = first.get(w, 0) + g.detach().to(theta[w])
     zeros = {w: torch.zeros_like(theta[w]) for w in first}
-    return {w: g / batches for w, g in first.items()}, {w: second.get(w, zeros[w]) / batches for w in first}
+    return {w: g / samples for w, g in first.items()}, {w: second.get(w, zeros[w]) / samples for w in first}
 
 
 def _live_weights(
