@@ -1,6 +1,6 @@
 """Which norm takes the output of which layer, and gains that are rescaled."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,24 +18,19 @@ NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 """Classes that divide what they take by a deviation, of a batch or of a sample."""
 
 
-def norm_of_layer(model: nn.Module, example_input: Any) -> dict[str, str]:
-    """For each convolution or linear layer, the batch norm with a gain that takes its output unchanged, by name.
-
-    Args:
-        model, example_input: see :func:`norm_inputs`.
-    """
-    with_gain = {n for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.affine}
-    return {layer: norm for layer, norm in norm_behind(model, example_input).items() if norm in with_gain}
-
-
 def norm_behind(model: nn.Module, example_input: Any) -> dict[str, str]:
-    """As :func:`norm_of_layer`, norms without a gain included.
+    """For each convolution or linear layer, the batch norm that takes its output unchanged, by name.
 
     Args:
         model, example_input: see :func:`norm_inputs`.
     """
     inputs = norm_inputs(model, example_input)
     return {layer: norm for norm, layers in inputs.items() for layer in layers if layer}
+
+
+def with_gains(model: nn.Module, norm_of: Mapping[str, str]) -> dict[str, str]:
+    """Those layers of :func:`norm_behind` whose norm has a gain."""
+    return {layer: norm for layer, norm in norm_of.items() if getattr(model.get_submodule(norm), "affine", False)}
 
 
 def normalizes(module: nn.Module) -> bool:

@@ -419,11 +419,12 @@ def test_gains_take_the_steps_of_the_papers_gradient_rule(scaling: str) -> None:
 
 def test_norms_behind_layers_are_found_by_what_flows() -> None:
     net = conv_net()
-    assert norms.norm_of_layer(net, torch.zeros(1, 2, 5, 5)) == {
+    assert norms.with_gains(net, norms.norm_behind(net, torch.zeros(1, 2, 5, 5))) == {
         "0": "1",
         "3.one": "3.norms.0",
         "3.two": "3.norms.1",
         "6": "7",
     }
-    assert norms.norm_of_layer(normed(), torch.zeros(1, 2, 5, 5).double()) == {"0": "1", "3": "4"}
+    double = normed()
+    assert norms.with_gains(double, norms.norm_behind(double, torch.zeros(1, 2, 5, 5).double())) == {"0": "1", "3": "4"}
     assert all(not m._forward_hooks for m in net.modules())

@@ -176,8 +176,7 @@ class SMCP(BudgetedChannels):
 
     def rehearse(self) -> None:
         super().rehearse()
-        gains = {n for n, m in self.model.named_modules() if getattr(m, "affine", False)} if self.norm_scaling else ()
-        self._norms = {layer: norm for layer, norm in self.norm_behind.items() if norm in gains}
+        self._norms = norms.with_gains(self.model, self.norm_behind) if self.norm_scaling else {}
         # only inputs of consumers are ever pruned: a dense copy of any other weight would be memory for nothing
         consumers = {c.parameter for g in self.groups for c in g.consumers}
         self.weights.end_copy([n for n in self.weights.copied if n not in consumers])
