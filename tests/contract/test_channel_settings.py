@@ -1,6 +1,7 @@
 """Further settings of the channel methods under the contract, beside those of conf/method/."""
 
 from dataclasses import replace
+from typing import Any
 
 from sparse_callbacks import SMCP, ChannelPruning
 from sparse_callbacks.testing import Settings, contract
@@ -14,7 +15,7 @@ def changed(method: str, **arguments: object) -> Settings:
 
 
 TestFilterNorms = contract(ChannelPruning, changed("ChannelPruning", criterion="l1", ranking="layer"))
-TestNormGains = contract(ChannelPruning, changed("ChannelPruning", criterion="bn_gain", ranking="global"))
+TestNormGains: Any = contract(ChannelPruning, changed("ChannelPruning", criterion="bn_gain", ranking="global"))
 # one case trains a network without batch norms, which this criterion refuses
 del TestNormGains.test_micro_batches_equal_one_large_batch
 TestWithoutHysteresis = contract(SMCP, changed("SMCP", hysteresis=1.0))
