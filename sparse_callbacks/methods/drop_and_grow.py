@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import ClassVar, Unpack
+from typing import ClassVar, Literal, Unpack
 
 from torch import Tensor
 
 from sparse_callbacks.core.calendar import Time
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.distributions import Distribution
-from sparse_callbacks.core.growth import moved_mask, uniform_numbers
+from sparse_callbacks.core.growth import moved_by_sign, moved_mask, uniform_numbers
 from sparse_callbacks.core.initial_masks import InitialMask, StartsSparse
 from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.patterns import group_of
@@ -21,6 +21,8 @@ from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.storages.storage import Rows, StorageByLayer, why_no_exchange
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.unit_updates import grown_units, moved_units
+
+Drop = Literal["magnitude", "signed"]
 
 
 class DropAndGrow(StartsSparse):
@@ -34,6 +36,8 @@ class DropAndGrow(StartsSparse):
     explores = True
     candidates: float | None = None
     """Candidates for each active weight, from which those with the largest scores grow; None: all that were not kept."""
+    drop: Drop = "magnitude"
+    """Which active weights leave: the smallest magnitudes; or of positive and of negative weights each their share."""
 
     def __init__(
         self,
@@ -97,6 +101,11 @@ class DropAndGrow(StartsSparse):
         leave its mask alone in this update."""
         raise NotImplementedError
 
+    def mask_before(self, step: Step, name: str) -> Tensor:
+        """The mask that an update of a parameter begins with: the current one. A method whose counts fall gives a smaller
+        one."""
+        return self.weights.masks[name]
+
     def new_masks(self, step: Step) -> Update:
         fraction, new = self.fraction_at(step.number), {}
         moves: dict[str, Callable[[], Move | None]] = {}
@@ -104,7 +113,7 @@ class DropAndGrow(StartsSparse):
         # only the parameters of the optimizer that has stepped: several optimizers take their steps at different times
         for name in step.names:
             if (layer := self.weights.layers_stored.get(name)) is not None:
-                moves[name] = partial(moved_units, self, step, name, layer, fraction)
+                moves[name] = partial(moved_units, self, step, name, layer, fraction, self.drop == "signed")
                 continue
             scores = self.grow_scores(step, name)
             if scores is not None:  # the parameter took part in this step
@@ -114,11 +123,13 @@ class DropAndGrow(StartsSparse):
     def _moved(self, step: Step, name: str, scores: Tensor, fraction: float) -> Tensor:
         """The mask of a parameter after an update."""
         group = group_of(self, self.weights.entries[name])
-        tensors = [self.weights.masks[name], self.params[name].detach(), scores]
+        tensors = [self.mask_before(step, name), self.params[name].detach(), scores]
         if self.candidates is not None:
             tensors.append(uniform_numbers(self, name, step.number))
 
         def moved(_: str, mask: Tensor, weight: Tensor, grow: Tensor, chances: Tensor | None = None) -> Tensor:
+            if self.drop == "signed":
+                return moved_by_sign(mask, weight, grow, fraction)
             return moved_mask(mask, weight, grow, fraction, group, self.candidates, chances)
 
         return self.weights.by_layer(name, moved, *tensors)
