@@ -207,8 +207,6 @@ class SET(DropAndGrow):
             self._refuse_shapes(None, "grouped")
         if self.neuron_importance is not None:
             self._refuse_without_hidden(self.entries)
-            for name in hidden_layers(self.entries):
-                self._refuse_shapes(None, layers[name].storage if name in layers else "masked")
 
     def _refuse_without_hidden(self, entries: Sequence[Entry]) -> None:
         if not hidden_layers(entries):
@@ -223,7 +221,7 @@ class SET(DropAndGrow):
         before, share = self.progress.done.get(step.index), self.neuron_importance
         if share is None or self._importance_times is None or name not in hidden_layers(self.entries):
             return None
-        if name in self.weights.layers_stored or not self._importance_times.falls(before, step.number):
+        if not self._importance_times.falls(before, step.number):
             return None
         return unimportant_neurons(self.params[name], self.weights.masks[name], share)
 
@@ -231,10 +229,10 @@ class SET(DropAndGrow):
 
     def new_masks(self, step: Step) -> Update:
         update = super().new_masks(step)
-        removed = [rows for name in step.names if (rows := self._removed_neurons(step, name)) is not None]
-        if not removed:
+        if self.neuron_importance is None:
             return update
-        neurons = float(sum(int(rows.sum()) for rows in removed))
+        removed = [rows for name in step.names if (rows := self._removed_neurons(step, name)) is not None]
+        neurons = float(sum(int(rows.count_nonzero()) for rows in removed))
         return replace(update, figures={**update.figures, "update/removed_neurons": neurons})
 
     def mask_before(self, step: Step, name: str) -> Tensor:
