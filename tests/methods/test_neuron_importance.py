@@ -11,7 +11,7 @@ from support.nets import mlp
 from support.rig import copied_masks
 from torch import Tensor, nn
 
-from sparse_callbacks import SET, exchange_layers
+from sparse_callbacks import SET, exchange_layers, sparsify
 from sparse_callbacks.core.calendar import Calendar, RunLength
 from sparse_callbacks.methods.neuron_importance import (
     ImportanceTimes,
@@ -21,7 +21,7 @@ from sparse_callbacks.methods.neuron_importance import (
 )
 from sparse_callbacks.testing.cases_resume import resumed_differently
 from sparse_callbacks.testing.networks import Classifier
-from sparse_callbacks.testing.runs import Stops, fit
+from sparse_callbacks.testing.runs import fit
 
 TABLE: dict[str, Any] = {
     "weights_in_out": [[0.1, 0.8, -0.3, 0.0, 0.05], [0.2, -0.7, 0.1, 0.4, 0.0]],
@@ -235,16 +235,31 @@ def test_a_resumed_fit_is_bitwise_the_uninterrupted_one(tmp_path: Path) -> None:
         fit(Classifier(), made(neuron_importance=None), ckpt_path=tmp_path / "3.ckpt")
 
 
-def test_a_state_with_fewer_zeros_than_planned_is_not_of_such_a_run(tmp_path: Path) -> None:
-    fit(Classifier(), removing(stop=16), Stops(tmp_path, (11,)))
-    path = tmp_path / "11.ckpt"
-    checkpoint = torch.load(path, weights_only=True)
-    (state,) = checkpoint["callbacks"].values()
-    name = next(iter(state["masks"]))
-    state["masks"][name][:] = True
-    torch.save(checkpoint, path)
-    with pytest.raises(ValueError, match=rf"its masks have 0 zeros in {name}, and a run of SET has"):
-        fit(Classifier(), removing(stop=16), ckpt_path=path)
+def test_a_state_may_have_more_zeros_than_planned_and_not_fewer() -> None:
+    def begun(method: SET, state: Any = None) -> Any:
+        model = loops.net()
+        return sparsify(method, model, loops.sgd(model), loops.STEPS, state=state)
+
+    run = begun(removing())
+    state = run.state_dict()
+    run.close()
+    del state["zeros"]  # a state of a Trainer has no such checksum
+    ever = {k: t | True for k, t in state["aux"].items()}
+    name, mask = "2.weight", state["masks"]["2.weight"].clone()
+    fewer, emptied = mask.clone(), mask & False
+    fewer.view(-1)[int(mask.view(-1).int().argmin())] = True
+    more = mask.clone()
+    more[:3] = False
+    begun(removing(), {**state, "aux": ever, "masks": {**state["masks"], name: more}}).close()
+    for wrong in (fewer, emptied):
+        with pytest.raises(
+            ValueError, match=rf"its masks have \d+ zeros in {name}, and a run of SET has \d+ to \d+ there"
+        ):
+            begun(removing(), {**state, "aux": ever, "masks": {**state["masks"], name: wrong}})
+    plain = {**state["arguments"], "neuron_importance": "None"}
+    other = {**state, "arguments": plain, "aux": ever, "masks": {**state["masks"], name: more}}
+    with pytest.raises(ValueError, match=rf"its masks have \d+ zeros in {name}, and a run of SET has \d+ there"):
+        begun(removing(neuron_importance=None), other)
 
 
 @pytest.mark.parametrize(

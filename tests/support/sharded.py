@@ -25,6 +25,7 @@ from support.methods import method
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "static": ("static", {}),
     "set": ("set", {"every": 2, "stop": 14}),
+    "set as published": ("set", {"every": 2, "stop": 14, "drop": "signed", "new_weights": "uniform"}),
     "rigl": ("rigl", {"every": 2, "stop": 14}),
     "rigl with candidates": ("rigl", {"every": 2, "stop": 14, "candidates": 0.5}),
     "gmp": ("gmp", {"every": 2, "stop": 12}),
