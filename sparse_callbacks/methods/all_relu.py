@@ -1,11 +1,12 @@
 """AllReLU: the activation of truly sparse multilayer perceptrons."""
 
-from numbers import Integral
+import math
+from numbers import Integral, Real
 
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sparse_callbacks.core.arguments import refuse_outside
+from sparse_callbacks.core.state_layout import shown_short
 
 
 class AllReLU(nn.Module):
@@ -36,8 +37,7 @@ class AllReLU(nn.Module):
 
     def __init__(self, alpha: float = 0.6, *, layer: int) -> None:
         super().__init__()
-        refuse_outside(alpha, "alpha", 0.0, float("inf"))
-        _refuse_layer(layer)
+        _refuse(alpha, layer)
         self.alpha, self.layer = float(alpha), int(layer)
 
     @property
@@ -53,8 +53,13 @@ class AllReLU(nn.Module):
         return f"alpha={self.alpha:g}, layer={self.layer}"
 
 
-def _refuse_layer(layer: object) -> None:
+def _refuse(alpha: object, layer: object) -> None:
+    number = isinstance(alpha, Real) and not isinstance(alpha, bool) and math.isfinite(alpha)
+    if not (number and float(alpha) >= 0):  # type: ignore[arg-type]
+        raise ValueError(
+            f"alpha={shown_short(alpha)} is not the magnitude of a slope: a finite number of at least 0. The published one is 0.6."
+        )
     if isinstance(layer, bool) or not isinstance(layer, Integral) or int(layer) < 0:
         raise ValueError(
-            f"layer={layer!r} is not the number of a hidden layer. Give 0 for the first one, 1 for the second, and so on."
+            f"layer={shown_short(layer)} is not the number of a hidden layer. Give 0 for the first one, 1 for the second, and so on."
         )

@@ -1,8 +1,8 @@
 """What RigL, SET and SNFS share: at each update drop small weights, and grow as many elsewhere."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import ClassVar, Literal, Unpack
+from functools import partial, singledispatch
+from typing import ClassVar, Unpack
 
 from torch import Tensor
 
@@ -22,8 +22,6 @@ from sparse_callbacks.core.storages.storage import Rows, StorageByLayer, why_no_
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.unit_updates import grown_units, moved_units
 
-Drop = Literal["magnitude", "signed"]
-
 
 class DropAndGrow(StartsSparse):
     """Sparse from the first step to the last; the number of active weights in a layer never changes.
@@ -36,8 +34,6 @@ class DropAndGrow(StartsSparse):
     explores = True
     candidates: float | None = None
     """Candidates for each active weight, from which those with the largest scores grow; None: all that were not kept."""
-    drop: Drop = "magnitude"
-    """Which active weights leave: the smallest magnitudes; or of positive and of negative weights each their share."""
 
     def __init__(
         self,
@@ -101,11 +97,6 @@ class DropAndGrow(StartsSparse):
         leave its mask alone in this update."""
         raise NotImplementedError
 
-    def mask_before(self, step: Step, name: str) -> Tensor:
-        """The mask that an update of a parameter begins with: the current one. A method whose counts fall gives a smaller
-        one."""
-        return self.weights.masks[name]
-
     def new_masks(self, step: Step) -> Update:
         fraction, new = self.fraction_at(step.number), {}
         moves: dict[str, Callable[[], Move | None]] = {}
@@ -113,7 +104,7 @@ class DropAndGrow(StartsSparse):
         # only the parameters of the optimizer that has stepped: several optimizers take their steps at different times
         for name in step.names:
             if (layer := self.weights.layers_stored.get(name)) is not None:
-                moves[name] = partial(moved_units, self, step, name, layer, fraction, self.drop == "signed")
+                moves[name] = partial(moved_units, self, step, name, layer, fraction, _leave_by_sign(self))
                 continue
             scores = self.grow_scores(step, name)
             if scores is not None:  # the parameter took part in this step
@@ -123,16 +114,35 @@ class DropAndGrow(StartsSparse):
     def _moved(self, step: Step, name: str, scores: Tensor, fraction: float) -> Tensor:
         """The mask of a parameter after an update."""
         group = group_of(self, self.weights.entries[name])
-        tensors = [self.mask_before(step, name), self.params[name].detach(), scores]
+        tensors = [mask_before(self, step, name), self.params[name].detach(), scores]
+        by_sign = _leave_by_sign(self)
         if self.candidates is not None:
             tensors.append(uniform_numbers(self, name, step.number))
 
         def moved(_: str, mask: Tensor, weight: Tensor, grow: Tensor, chances: Tensor | None = None) -> Tensor:
-            if self.drop == "signed":
+            if by_sign:
                 return moved_by_sign(mask, weight, grow, fraction)
             return moved_mask(mask, weight, grow, fraction, group, self.candidates, chances)
 
         return self.weights.by_layer(name, moved, *tensors)
+
+
+@singledispatch
+def mask_before(method: DropAndGrow, step: Step, name: str) -> Tensor:
+    """The mask of a parameter that an update begins with: the current one. A method whose counts fall registers a function
+    that gives a smaller one.
+
+    Args:
+        method: the method of the run.
+        step: the step that the update follows or replaces.
+        name: the name of the parameter.
+    """
+    return method.weights.masks[name]
+
+
+def _leave_by_sign(method: DropAndGrow) -> bool:
+    """Whether positive and negative weights leave separately; of methods without the argument the smallest magnitudes do."""
+    return getattr(method, "drop", "magnitude") == "signed"
 
 
 @why_no_exchange.register

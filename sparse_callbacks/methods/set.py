@@ -25,7 +25,7 @@ from sparse_callbacks.core.state_claims import Zeros, as_planned, possible_zeros
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.storages.storage import Rows, StorageByLayer, why_no_exchange
 from sparse_callbacks.core.topology import Update
-from sparse_callbacks.methods.drop_and_grow import Drop, DropAndGrow
+from sparse_callbacks.methods.drop_and_grow import DropAndGrow, mask_before
 from sparse_callbacks.methods.neuron_importance import (
     ImportanceTimes,
     check_importance_times,
@@ -35,6 +35,7 @@ from sparse_callbacks.methods.neuron_importance import (
 )
 from sparse_callbacks.methods.unit_updates import grown_units
 
+Drop = Literal["magnitude", "signed"]
 NewWeights = Literal["zero", "uniform"]
 
 
@@ -195,8 +196,8 @@ class SET(DropAndGrow):
             for r in made
         )
         remark = (
-            f"neuron_importance={self.neuron_importance:g}: these are the zeros of the beginning. Layers that lose neurons have more "
-            f"and more of them from importance_start={self.importance_start!r} on."
+            f"neuron_importance={float(self.neuron_importance):g}: these are the zeros of the beginning. Layers that lose "
+            f"neurons have more and more of them from importance_start={self.importance_start!r} on."
         )
         return replace(made, rows=rows, remark=" ".join(filter(None, [made.remark, remark])))
 
@@ -235,10 +236,6 @@ class SET(DropAndGrow):
         neurons = float(sum(int(rows.count_nonzero()) for rows in removed))
         return replace(update, figures={**update.figures, "update/removed_neurons": neurons})
 
-    def mask_before(self, step: Step, name: str) -> Tensor:
-        mask, removed = super().mask_before(step, name), self._removed_neurons(step, name)
-        return mask if removed is None else mask & ~removed[:, None]
-
     def grow_scores(self, step: Step, name: str) -> Tensor:
         return uniform_numbers(self, name, step.number)
 
@@ -253,6 +250,12 @@ def _refuse_share(share: Any) -> None:
         f"neuron_importance={share!r} is not a share of the hidden neurons between 0 and 1. The published value is 0.2; None "
         "removes no neurons."
     )
+
+
+@mask_before.register
+def _(method: SET, step: Step, name: str) -> Tensor:
+    mask, removed = method.weights.masks[name], method._removed_neurons(step, name)
+    return mask if removed is None else mask & ~removed[:, None]
 
 
 @grown_units.register

@@ -94,9 +94,9 @@ def test_what_is_not_a_layer_is_refused(layer: Any) -> None:
         AllReLU(layer=layer)
 
 
-@pytest.mark.parametrize("alpha", [-0.1, float("nan"), float("inf"), True, "0.6"], ids=repr)
+@pytest.mark.parametrize("alpha", [-0.1, float("nan"), float("inf"), True, "0.6", {"*": 0.6}], ids=repr)
 def test_what_is_not_a_slope_is_refused(alpha: Any) -> None:
-    with pytest.raises(ValueError, match=r"alpha=.* is out of range"):
+    with pytest.raises(ValueError, match=r"alpha=.* is not the magnitude of a slope"):
         AllReLU(alpha, layer=0)
 
 

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
-from sparse_callbacks import DPF, Static, sparsify
+from sparse_callbacks import DPF, SET, Static, sparsify
 from sparse_callbacks.testing.data import Batches
 from sparse_callbacks.testing.networks import Classifier
 from sparse_callbacks.testing.runs import Stops, trainer_for
@@ -186,6 +186,7 @@ def refusals() -> dict[str, str]:
         "two dimensions": refused(Static(0.5, **static), OverTwoDimensions()),
         "start": refused(Static(0.5, initial_mask="magnitude", **static)),
         "rescaled": refused(Static(0.5, rescale="layer", **static)),
+        "neurons": refused(SET(0.5, neuron_importance=0.2, print_plan=False)),
         "pattern": refused(Static(0.5, pattern="fan_in/2", **static)),
         "averages": refused(Static(0.5, **static), more=[WeightAveraging()]),
         "frozen": refused(Static(0.5, **static), Frozen()),
