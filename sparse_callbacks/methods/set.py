@@ -224,7 +224,7 @@ class SET(DropAndGrow):
             return None
         if not self._importance_times.falls(before, step.number):
             return None
-        return unimportant_neurons(self.params[name], self.weights.masks[name], share)
+        return unimportant_neurons(self.params[name], self.weights.masks[name], float(share))
 
     # ------------------------------------------------------------------ updates
 
