@@ -96,6 +96,8 @@ class SET(DropAndGrow):
     ``neuron_importance``: Curci, Mocanu, Pechenizkiy: Truly Sparse Neural Networks at Scale. arXiv 2102.01732, 2021.
     """
 
+    neuron_importance: float | None = None  # asked for before the constructor of a subclass has run
+
     def __init__(
         self,
         sparsity: float | None = None,
