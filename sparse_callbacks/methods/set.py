@@ -67,9 +67,9 @@ class SET(DropAndGrow):
     Differs from the paper: by default the smallest magnitudes are dropped and grown weights start at zero (see above for
     both as published); the drop fraction falls by a cosine, where the paper holds it constant
     (``drop_fraction="constant(0.3)"``); the interval is in steps and not epochs; a weight drawn again at once keeps its value
-    and momentum, where the released code draws a new value; and that code never updates the output layer. The percentile of neurons is over those that
-    are live, where the released code counts dead ones, which once they are a fifth of all let no more neurons go; where a
-    removal would take every live neuron of a layer it takes none.
+    and momentum, where the released code draws a new value; and that code never updates the output layer. The percentile of
+    neurons is over those that are live, where the released code counts dead ones, which once they are a fifth of all let no
+    more neurons go; where a removal would take every live neuron of a layer it takes none.
 
     Args:
         sparsity, distribution, every, start, stop, drop_fraction, initial_mask, rescale, pattern, storage, group, rows, include, exclude,
