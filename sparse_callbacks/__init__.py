@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     )
     from sparse_callbacks.lightning.optimizer_lives import horizon
     from sparse_callbacks.lightning.sparsity_report import SparsityReport
+    from sparse_callbacks.methods.all_relu import AllReLU
     from sparse_callbacks.methods.drop_and_grow import DropAndGrow
     from sparse_callbacks.methods.gap.combination import combine
 
@@ -51,6 +52,7 @@ __all__ = [
     "SET",
     "SMCP",
     "SNFS",
+    "AllReLU",
     "ChannelPruning",
     "ConstrainedL0",
     "CurvatureMonitor",
@@ -95,6 +97,7 @@ _CALLBACKS = (
     *("GaP", "ParallelGaP", "RigL", "Static"),
 )
 _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
+    "AllReLU": "methods.all_relu",
     "CurvatureMonitor": "lightning.curvature_monitor",
     "DoctorWarning": "core.doctor.warning",
     "DropAndGrow": "methods.drop_and_grow",

@@ -38,6 +38,11 @@ _LATER = {
     "candidates": "None",
     "pattern": "None",
     "hysteresis": "0.25",
+    "drop": "'magnitude'",
+    "new_weights": "'zero'",
+    "neuron_importance": "None",
+    "importance_start": "0.4",
+    "importance_every": "0.02",
 }
 
 

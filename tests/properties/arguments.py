@@ -77,6 +77,11 @@ DRAWN: dict[str, Draw] = {
     "keep_dense": lambda w: st.sampled_from(["first", "last", "both"]) if len(w.sparse) > 3 else st.nothing(),
     "seed": lambda w: st.integers(0, 2**31),
     "drop_fraction": lambda w: _FRACTION,
+    "drop": lambda w: st.just("signed"),
+    "new_weights": lambda w: st.just("uniform"),
+    "neuron_importance": lambda w: st.sampled_from([0.05, 0.2, 0.6]),
+    "importance_start": lambda w: st.sampled_from([0, 2, 0.1]),
+    "importance_every": lambda w: st.sampled_from([1, 3, 0.2]),
     "smoothing": lambda w: st.sampled_from([0.0, 0.5, 0.99]),
     "unit": lambda w: st.nothing(),  # by method, below
     "variant": lambda w: st.sampled_from(["sim", "pure"]),
@@ -132,6 +137,7 @@ _TWO_WAYS_TO_SAY_IT = [
     ("from_checkpoint", ("sparsity", "distribution", "initial_mask", "rescale")),
     ("init", ("initial_mask",)),
     ("pattern", ("storage",)),
+    ("neuron_importance", ("pattern", "storage")),
 ]
 
 
@@ -155,6 +161,8 @@ def arguments(draw: st.DrawFn, method: str, wanted: Wanted) -> dict[str, Any]:
     made = {k: v for k, v in (base | given).items() if v is not None}
     for name, others in _TWO_WAYS_TO_SAY_IT:
         made = {k: v for k, v in made.items() if name not in made or k not in others}
+    if made.get("drop") == "signed":  # the rows of a group have signs of their own
+        made = {k: v for k, v in made.items() if k != "pattern" and (k, v) != ("storage", "grouped")}
     return made
 
 

@@ -121,6 +121,8 @@ def good(name: str) -> dict[str, Any]:
         return {"linear": linear, "mask": linear.weight > 0} if own == "from_dense" else sizes
     if own == "Schedule":
         return {"curve": "linear", "initial": 0.5, "final": 0.0}
+    if own == "AllReLU":
+        return {"layer": 0}
     if own == "SlimAttention":
         return {"embed_dim": 8, "num_heads": 2}
     if own[0].isupper():

@@ -163,7 +163,8 @@ def test_experiments_compose_and_their_method_fits_the_model(composed: Compose, 
     if method is None:
         assert name == "shrinkbench_dense"
         return
-    shapes = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32), "madelon": (500,)}
+    images = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+    shapes = {**images, "madelon": (500,)}
     shape = shapes[cfg.data.get("name") or cfg.data._target_.rpartition(".")[2]]
     module = build.build_module(cfg, SimpleNamespace(input_shape=shape, num_classes=10))  # type: ignore[arg-type]
     plan = method.plan(module)
