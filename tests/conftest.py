@@ -3,7 +3,8 @@ everything; no test may leave compiled code switched off."""
 
 import gc
 import os
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 
 # the networks are tiny: two threads gain nothing, and on a busy machine they wait for each other most of the time
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,6 +14,43 @@ import torch
 from support.stance import stance
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-combinations",
+        action="store_true",
+        help="run every combination of arguments of tests marked `combinations`",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a test marked ``combinations`` leave as many as it takes that every value of every argument occurs."""
+    if config.getoption("--all-combinations"):
+        return
+    by_test: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("combinations") and hasattr(item, "callspec"):
+            by_test[item.nodeid.partition("[")[0]].append(item)
+    left_out = {item for tests in by_test.values() for item in tests} - {
+        i for t in by_test.values() for i in covering(t)
+    }
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
+
+
+def covering(items: Sequence[pytest.Item]) -> list[pytest.Item]:
+    """Some of ``items``, runs of one test, in which each value of each argument occurs, and about as often as the others."""
+    # by identity: a value is the same object in all runs, and need not be hashable
+    values = {item: {(n, id(v)) for n, v in item.callspec.params.items()} for item in items}  # type: ignore[attr-defined]
+    missing, times, kept = set().union(*values.values()), Counter[tuple[str, int]](), []
+    while missing:
+        # the first of equals, the same on every worker
+        best = max(items, key=lambda item: (len(values[item] & missing), -sum(times[v] for v in values[item])))
+        kept.append(best)
+        missing -= values[best]
+        times.update(values[best])
+    return kept
 
 
 @pytest.fixture(autouse=True)

@@ -70,6 +70,7 @@ MASKS = [
 ]
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("itself", [True, False])
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
@@ -181,6 +182,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("arguments", [a for a in ARGUMENTS if "dropout" not in ARGUMENTS[a]], ids=str)

@@ -152,6 +152,7 @@ def closure_of(run: SparseRun, model: nn.Module, optimizer: torch.optim.Optimize
     return closure
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("by_name", [True, False])
 @pytest.mark.parametrize("clip", [None, small])
 @pytest.mark.parametrize("method", METHODS)
@@ -228,6 +229,7 @@ class Handing(torch.optim.SGD):
         return super().step(closure)
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("closures", [True, False])
 @pytest.mark.parametrize("kind", [Plain, Handing])
 @pytest.mark.parametrize("method", METHODS)

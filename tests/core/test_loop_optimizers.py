@@ -210,6 +210,7 @@ class Net(nn.Module):
         return self.head(self.module(x))
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -289,6 +290,7 @@ class Failing(torch.optim.SGD):
         return loss
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("clip", [None, lambda parameters: clip_grad_norm_(parameters, 0.1)])
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("method", METHODS)
@@ -340,6 +342,7 @@ def test_a_failed_step_can_be_tried_again() -> None:
     assert_same(*found)
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("clip", [None, lambda parameters: clip_grad_norm_(parameters, 0.1)])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_model_that_is_converted_after_the_call_trains_as_one_converted_before(method: str, clip: Any) -> None:

@@ -50,6 +50,7 @@ def same_run(one: SparseRun, other: SparseRun) -> None:
         assert all(torch.equal(second[key][n], t) for n, t in first[key].items())
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("order", ["state=", "model first", "model last", "optimizer last"])
 @pytest.mark.parametrize("make", [sgd, adamw])
 @pytest.mark.parametrize("method", METHODS)

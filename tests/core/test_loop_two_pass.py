@@ -61,6 +61,7 @@ def train_plain(run: SparseRun, model: nn.Module, optimizer: Optimizer) -> None:
         optimizer.zero_grad()
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("method", METHODS)
 def test_with_a_radius_of_0_every_method_trains_as_with_the_inner_optimizer(method: str, form: str) -> None:
@@ -172,6 +173,7 @@ def test_a_replaced_step_moves_nothing(form: str) -> None:
     assert replaced == run.updates > 3
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("method", ["rigl", "dpf", "l0", "gap"])
 def test_a_run_resumes_exactly(method: str, form: str) -> None:

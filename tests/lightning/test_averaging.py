@@ -28,6 +28,7 @@ def made(name: str, kind: str) -> tuple[Any, Any]:
     return method(name, every=3, stop=20, restart=False, gate_lr=0.3, dual_lr=0.1), AVERAGING[kind]()
 
 
+@pytest.mark.combinations
 @every_steady_method
 @every_averaging
 def test_averages_are_sparse_and_no_order_matters(name: str, kind: str, tmp_path: Path) -> None:

@@ -162,6 +162,7 @@ def same(one: nn.Module, other: nn.Module) -> None:
         assert torch.equal(tensor, other.state_dict()[name]), name
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("method", METHODS)

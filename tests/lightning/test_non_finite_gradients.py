@@ -101,6 +101,7 @@ def run(module: Any, callback: Any) -> None:
     assert sum(module.seen) > 0
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @every_method
@@ -114,6 +115,7 @@ def test_in_every_precision(name: str) -> None:
         run(Spoilt(conv_net().to(dtype)), method(name, restart=False))
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
 @every_method
 def test_a_clip_by_hand_does_not_spread_them(name: str, bad: float) -> None:

@@ -139,6 +139,7 @@ def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("method", METHODS)
 def test_with_a_radius_of_0_every_method_trains_as_with_the_inner_optimizer(
@@ -154,6 +155,7 @@ def test_with_a_radius_of_0_every_method_trains_as_with_the_inner_optimizer(
     assert callback.step + (callback.updates if method == "rigl" else 0) == 24
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("method", ["static", "rigl", "snfs", "gmp", "dpf", "gap"])
 def test_pruned_weights_are_zero_in_both_passes(method: str, form: Any, tmp_path: Path) -> None:
@@ -196,6 +198,7 @@ class Saves(pl.Callback):
             trainer.save_checkpoint(self.path)
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("method", ["rigl", "dpf", "l0", "gap"])
 def test_a_run_resumes_exactly(method: str, form: Any, tmp_path: Path) -> None:

@@ -185,6 +185,7 @@ def test_a_loop_prunes_before_its_first_step_too() -> None:
 # ---------------------------------------------------------------------- runs that go on
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("after", [1, 6, 9, 15])
 @pytest.mark.parametrize("criterion", ALL)
 def test_resume_is_bitwise_in_the_middle_of_a_ramp(criterion: str, after: int, tmp_path: Path) -> None:
