@@ -283,14 +283,20 @@ def text(report: Report, found: Mapping[tuple[str, ...], Metrics], seeds: int) -
     return "\n\n".join([head, *(section(group, found, seeds) for group in report.groups)]) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", choices=list(REPORTS), default="digits")
-    parser.add_argument("--root", help="folder of torchvision's files, for --table lenet5")
+def options_of_runs(description: str | None, out: Path | None = None) -> argparse.ArgumentParser:
+    """A parser of the options that every script of such runs has; the data's folder is required beside ``out``."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", required=out is not None, help="folder of torchvision's files")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="number of runs at a time, with one thread each")
     parser.add_argument("--runs", type=Path, help="folder that keeps the runs; finished runs in it are not repeated")
-    parser.add_argument("--out", type=Path, help="file of the table, by default in benchmarks/results")
+    parser.add_argument("--out", type=Path, default=out, help="file of the table, by default in benchmarks/results")
+    return parser
+
+
+def main() -> None:
+    parser = options_of_runs(__doc__)
+    parser.add_argument("--table", choices=list(REPORTS), default="digits")
     arguments = parser.parse_args()
     report = REPORTS[arguments.table]
     if report.needs_root and arguments.root is None:

@@ -9,7 +9,6 @@ row is timed beside the dense one, which means something on an idle machine only
 benchmarks/results/channel_criteria.md.
 """
 
-import argparse
 import platform
 import tempfile
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import onnxruntime
 import torch
-from accuracy import Metrics, folder_of, results
+from accuracy import Metrics, folder_of, options_of_runs, results
 from channels import BUDGETS, READINGS, ROOT, SHAPE, SHARED, Rows, accuracy_table, latency_table, words
 from torch import nn
 
@@ -94,14 +93,9 @@ quartiles.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", required=True, help="folder of torchvision's files")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--runs", type=Path, help="keeps the folders of the runs, and gives those that are finished")
+    parser = options_of_runs(__doc__, ROOT / "benchmarks" / "results" / "channel_criteria.md")
     parser.add_argument("--rows", default="*", help="a glob on the names of rows; 'dense' always runs")
     parser.add_argument("--more", nargs="*", default=[], help="further overrides of every run")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "channel_criteria.md")
     given = parser.parse_args()
     torch.set_num_threads(1)
     rows = {name: overrides for name, overrides in ROWS.items() if name == "dense" or fnmatchcase(name, given.rows)}

@@ -11,7 +11,6 @@ network trained under it and slimmed, and its time compared. The times mean some
 benchmarks/results/channels.md.
 """
 
-import argparse
 import copy
 import os
 import platform
@@ -25,7 +24,7 @@ from pathlib import Path
 import onnxruntime
 import pytorch_lightning as pl
 import torch
-from accuracy import Metrics, folder_of, results
+from accuracy import Metrics, folder_of, options_of_runs, results
 from torch import Tensor, nn
 
 from sparse_callbacks import SMCP, export_onnx, load_compact, slim
@@ -237,12 +236,7 @@ The network is trained for ten steps on random images under a table that was mea
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", required=True, help="folder of torchvision's files")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--runs", type=Path, help="keeps the folders of the runs, and gives those that are finished")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "channels.md")
+    parser = options_of_runs(__doc__, ROOT / "benchmarks" / "results" / "channels.md")
     given = parser.parse_args()
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
