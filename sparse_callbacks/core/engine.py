@@ -14,7 +14,7 @@ from sparse_callbacks.core.agreement import refuse_unequal_weights
 from sparse_callbacks.core.checkpoint import SavedRun, state_of
 from sparse_callbacks.core.doctor.doctor import Doctor
 from sparse_callbacks.core.first_gradients import SilenceWarning
-from sparse_callbacks.core.fresh_weights import rescale_fresh, warnings_of_start
+from sparse_callbacks.core.fresh_weights import rescale_fresh, warn_of_start
 from sparse_callbacks.core.gradient_care import GradientCare
 from sparse_callbacks.core.gradients import DenseGradients
 from sparse_callbacks.core.host import Host
@@ -31,6 +31,7 @@ from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.progress import Progress
 from sparse_callbacks.core.record.recorder import RunRecorder
 from sparse_callbacks.core.run_beginning import RunBeginning
+from sparse_callbacks.core.scored_start import awaits_scores, take_scores
 from sparse_callbacks.core.selection import Entry, select
 from sparse_callbacks.core.sparse_layers.moved_places import Move
 from sparse_callbacks.core.step import ReplacesSteps, Step
@@ -113,8 +114,8 @@ class Engine:
         beginning.take_effect()
         method.attachment.enter(model, host)
         self._begins_anew = beginning.is_new
-        for warning in warnings_of_start(method, model) if beginning.is_new else ():
-            host.warn(warning)
+        if beginning.is_new and not awaits_scores(method):
+            warn_of_start(method)
         self._take_hold(beginning.owners, gradients_read, two_pass)
         method.attach(model)
 
@@ -436,7 +437,10 @@ class Engine:
         self._care.dense.free(self.method.owners.optimizers)
 
     def begin_weights(self) -> None:
-        """Training begins: :meth:`write` the masks, and make the weights of a new run larger where the method rescales."""
+        """Training begins: a new run makes its masks by a score where the method has one. :meth:`write` the masks, and make
+        the weights of a new run larger where the method rescales."""
+        if self._begins_anew:
+            take_scores(self.method)
         self.write()
         if self._begins_anew:
             rescale_fresh(self.method)
