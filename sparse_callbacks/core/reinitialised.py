@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from sparse_callbacks.core.randomness import random_states, restore_random_states, seed_restorable
 
 
-def holders_of(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+def modules_holding(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     """The modules that hold parameters, by the modules' names.
 
     Args:
@@ -29,7 +29,7 @@ def refuse_unresettable(model: nn.Module, names: Iterable[str]) -> None:
     """
     lacking = {
         f"{name} ({type(module).__name__})" if name else type(module).__name__
-        for name, module in holders_of(model, names).items()
+        for name, module in modules_holding(model, names).items()
         if not callable(getattr(module, "reset_parameters", None))
     }
     if lacking:
@@ -50,7 +50,7 @@ def reset_weights(model: nn.Module, names: Iterable[str], seed: int) -> None:
     states = random_states()
     try:
         seed_restorable(seed)
-        for module in holders_of(model, names).values():
+        for module in modules_holding(model, names).values():
             frozen = {n: p.detach().clone() for n, p in module.named_parameters(recurse=False) if not p.requires_grad}
             reset = getattr(module, "reset_parameters")  # noqa: B009  # a module of any class
             reset()
@@ -70,7 +70,7 @@ class LayersBefore:
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         self._kept: list[tuple[nn.Module, Mapping[str, Tensor]]] = [
-            (m, {k: t.clone() for k, t in m.state_dict().items()}) for m in holders_of(model, names).values()
+            (m, {k: t.clone() for k, t in m.state_dict().items()}) for m in modules_holding(model, names).values()
         ]
 
     def bring_back(self) -> None:

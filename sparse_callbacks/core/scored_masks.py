@@ -64,7 +64,7 @@ def scores_of(method: Method, score: Score, masks: Mapping[str, Tensor] | None =
                 f"score={score.name!r} of {name} is not finite: the loss or its derivatives overflow on these batches. Give "
                 "other batches=, weights that are not trained, or weights in float32."
             )
-    return {name: in_order(values) for name, values in found.items()} if score.rule.signed else found
+    return {name: as_magnitudes(values) for name, values in found.items()} if score.rule.signed else found
 
 
 def _raw_scores(method: Method, score: Score, masks: Mapping[str, Tensor] | None) -> functions.Scores:
@@ -74,9 +74,9 @@ def _raw_scores(method: Method, score: Score, masks: Mapping[str, Tensor] | None
     scope: Any = nullcontext(method.params) if masks is None else masked(method.model, masks)
     with scope as params:
         if score.name == "magnitude":
-            return functions.magnitude(params)
+            return functions.magnitude_scores(params)
         if score.name == "random":
-            return functions.random(params, lambda name: method.generator(f"score/{name}", 0))
+            return functions.random_scores(params, lambda name: method.generator(f"score/{name}", 0))
         losses = calibration_of(method, score).losses
         if score.name == "grasp":
             return functions.grasp_scores(losses, params, masks)
@@ -91,7 +91,7 @@ def calibration_of(method: Method, score: Score) -> Calibration:
     return method.host.calibration(score.batches, loss=score.loss, seed=seed)
 
 
-def in_order(signed: Tensor) -> Tensor:
+def as_magnitudes(signed: Tensor) -> Tensor:
     """Numbers that are not negative, in the order of signed ones: magnitudes rank as the signed numbers do.
 
     Exact for float32; of float64 the last 11 of 52 bits of the fraction are lost.

@@ -94,12 +94,12 @@ def fisher_scores(losses: Losses, params: Params) -> Scores:
     return {name: 0.5 * _values(params[name]).square() * s / batches for name, s in squares.items()}
 
 
-def magnitude(params: Params) -> Scores:
+def magnitude_scores(params: Params) -> Scores:
     """\\|w\\|."""
     return {name: _values(p).abs() for name, p in params.items()}
 
 
-def random(params: Params, generator: Callable[[str], torch.Generator]) -> Scores:
+def random_scores(params: Params, generator: Callable[[str], torch.Generator]) -> Scores:
     """Uniform numbers in [0, 1), in float64.
 
     Args:
