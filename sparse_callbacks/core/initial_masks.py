@@ -93,8 +93,8 @@ class StartsSparse(Method):
         self.group, self.rows = group, dict(rows) if isinstance(rows, Mapping) else rows
         if not isinstance(initial_mask, str | Path | Mapping | Score) or not initial_mask:
             raise ValueError(
-                f"initial_mask={shown_short(initial_mask)} is not known. Give 'random', 'magnitude', 'nonzero', a score such as "
-                "'snip', the path of a checkpoint or a state dict."
+                f"initial_mask={shown_short(initial_mask)} is not known. Give 'random', 'magnitude', 'nonzero', the path "
+                "of a checkpoint, a state dict, or a score such as 'snip'."
             )
         refuse_unknown({"rescale": rescale}, {"rescale": (None, *RESCALES)})
         parsed(pattern)
@@ -185,7 +185,7 @@ class StartsSparse(Method):
 
     @property
     def renews_weights(self) -> bool:
-        """Whether :meth:`scores_taken` writes the weights of layers anew."""
+        """Whether the layers of a new run get fresh initial weights once its masks are made."""
         return False
 
     def scores_taken(self) -> None:

@@ -1,6 +1,6 @@
-"""Masks made by a score, in one or more rounds: scores of the network as it is, and its weights ranked by them."""
+"""Masks made by a score in rounds: scores of the network as it is, and its weights ranked by them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -33,16 +33,32 @@ def pruned_in_rounds(method: Method, score: Score, rank: Rank) -> dict[str, Tens
         ValueError: there is no loss, no data or no input to compute scores from, or they are not finite.
     """
     masks = method.weights.all_active(method.params)
-    rounds = score.number_of_rounds
+    rounds, unscored = score.number_of_rounds, list[str]()
     for number in range(1, rounds + 1):
         found = scores_of(method, score, masks if number > 1 else None)
+        unscored = [name for name in method.params if name not in found]
+        ranked = rank(found, {name: masks[name] for name in found}, number / rounds)
         # of rank 0: in a loop ranks may have weights of their own until they are made equal
-        masks = dict(method.weights.same_everywhere(rank(found, masks, number / rounds)))
-    return masks
+        masks |= method.weights.same_everywhere(ranked)
+    if unscored:
+        method.host.warn(
+            f"score={score.name!r}: in eval mode nothing that is scored depends on {', '.join(unscored)}, which keep their "
+            "largest weights. Leave layers that take no part out with exclude=."
+        )
+    return masks | _largest(method, unscored)
+
+
+def _largest(method: Method, names: Sequence[str]) -> dict[str, Tensor]:
+    """Masks of the largest weights of each layer, as many as planned."""
+    if not names:
+        return {}
+    params = {name: method.params[name] for name in names}
+    return within_layers(method, functions.magnitude_scores(params), method.weights.all_active(names), 1.0)
 
 
 def scores_of(method: Method, score: Score, masks: Mapping[str, Tensor] | None = None) -> functions.Scores:
-    """Scores of all sparse parameters of a run, of which the largest are kept; none is negative.
+    """Scores of the sparse parameters of a run, of which the largest are kept; none is negative. Parameters that nothing
+    depends on are missing.
 
     Args:
         method: the method of the run, whose host is known.

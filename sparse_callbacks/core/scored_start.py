@@ -1,8 +1,11 @@
-"""A new run takes the masks that a score makes, once data and loss are there and before any weight is written."""
+"""A new run takes the masks that a score makes, before any weight is written."""
+
+import torch
 
 from sparse_callbacks.core.fresh_weights import warn_of_start
 from sparse_callbacks.core.initial_masks import StartsSparse
 from sparse_callbacks.core.method import Method
+from sparse_callbacks.core.reinitialised import reset_weights
 from sparse_callbacks.core.topology import EverActive
 
 
@@ -31,3 +34,10 @@ def take_scores(method: Method) -> None:
         EverActive(method.aux, weights).add(method.params)
     warn_of_start(method)
     method.scores_taken()
+
+
+def renew_weights(method: Method) -> None:
+    """Give layers fresh initial weights where a new run of ``method`` has them made anew after scoring."""
+    if isinstance(method, StartsSparse) and method.renews_weights:
+        seed = int(torch.randint(2**62, (), generator=method.generator("reinit", 0)))
+        reset_weights(method.model, method.params, seed)

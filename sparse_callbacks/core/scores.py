@@ -1,8 +1,8 @@
-"""Scores of weights at the start of training: SNIP, GraSP, CroP, SynFlow, Fisher, magnitude and chance.
+"""Scores of weights at the start of training: SNIP, GraSP, CroP, SynFlow, Fisher and others.
 
-Each function gives a score for every weight, by parameter name; weights with the largest scores are kept. Scores of the loss
-are derivatives of its mean over all samples, so that the absolute value is taken after the mean over batches: a loss counts as
-the mean over the samples of its batch.
+Each function gives scores by parameter name; weights with the largest scores are kept. A parameter that the loss does not
+depend on is missing there. Scores of the loss are derivatives of its mean over all samples, so that the absolute value is taken
+after the mean over batches: a loss counts as the mean over the samples of its batch.
 """
 
 from collections.abc import Callable, Mapping
@@ -50,7 +50,7 @@ def snip_scores(losses: Losses, params: Params) -> Scores:
         params: the weights by name.
 
     Raises:
-        ValueError: the loss does not depend on a parameter.
+        ValueError: the loss depends on none of them.
     """
     found = mean_gradients(losses, params)
     return {name: (_values(params[name]) * g).abs() for name, g in found.items()}
@@ -90,7 +90,7 @@ def fisher_scores(losses: Losses, params: Params) -> Scores:
             batches += 1
             for name, g in _gradients(batch.loss, params).items():
                 squares[name] = squares.get(name, 0) + g.detach().to(_wide(params[name])).square()
-    _refuse_independent(squares, params)
+    _refuse_none(squares)
     return {name: 0.5 * _values(params[name]).square() * s / batches for name, s in squares.items()}
 
 
@@ -123,7 +123,7 @@ def synflow_scores(module: nn.Module, inputs: Any, names: Mapping[str, Any], mas
         masks: bool masks by name of the weights that are left; None: all.
 
     Raises:
-        ValueError: the outputs do not depend on a parameter.
+        ValueError: the outputs depend on none of the parameters.
     """
     with (
         undisturbed(module),
@@ -138,7 +138,7 @@ def synflow_scores(module: nn.Module, inputs: Any, names: Mapping[str, Any], mas
         mine = {name: params[name] for name in names}
         gradients = _gradients(total, mine) if total.requires_grad else {}
         scores = {name: (mine[name].detach() * g).abs() for name, g in gradients.items()}
-    _refuse_independent(scores, mine, "sum of the outputs")
+    _refuse_none(scores, "sum of the outputs")
     return scores
 
 
@@ -158,9 +158,10 @@ def gradient_flow(losses: Losses, params: Params, masks: Masks | None = None) ->
             None: all.
 
     Raises:
-        ValueError: the loss does not depend on a parameter.
+        ValueError: the loss depends on none of them.
     """
     gradients = mean_gradients(losses, params)
+    params = {name: params[name] for name in gradients}
     if masks is not None:
         gradients = {name: g * masks[name] for name, g in gradients.items()}
     sums = {name: torch.zeros_like(g) for name, g in gradients.items()}
@@ -186,7 +187,7 @@ def mean_gradients(losses: Losses, params: Params) -> Scores:
         losses, params: as in :func:`snip_scores`.
 
     Raises:
-        ValueError: the loss does not depend on a parameter.
+        ValueError: the loss depends on none of them.
     """
     sums, total = Scores(), 0.0
     with requiring_grad(params.values()), losses(1) as batch_losses:
@@ -195,8 +196,8 @@ def mean_gradients(losses: Losses, params: Params) -> Scores:
             for name, g in _gradients(batch.loss, params).items():
                 sums[name] = sums.get(name, 0) + share * g.detach().to(_wide(params[name]))
             total += share
-    _refuse_independent(sums, params)
-    return {name: sums[name] / total for name in params}
+    _refuse_none(sums)
+    return {name: sums[name] / total for name in params if name in sums}
 
 
 def _weight(batch: BatchLoss) -> float:
@@ -218,9 +219,9 @@ def _values(parameter: Tensor) -> Tensor:
     return parameter.detach().to(_wide(parameter))
 
 
-def _refuse_independent(found: Mapping[str, Any], params: Mapping[str, Any], what: str = "loss") -> None:
-    if missing := [name for name in params if name not in found]:
+def _refuse_none(found: Mapping[str, Any], what: str = "loss") -> None:
+    if not found:
         raise ValueError(
-            f"the {what} does not depend on {', '.join(missing)}, so these weights have no score. Leave the layers out with "
-            "exclude=, or give score='magnitude'."
+            f"the {what} does not depend on any of the sparse weights, so they have no score. Give include= the weights that it "
+            "depends on, or masks by magnitude."
         )

@@ -13,7 +13,7 @@ from sparse_callbacks.core.initial_masks import InitialMask, StartsSparse
 from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.ops import zeros_for
 from sparse_callbacks.core.plan import Plan
-from sparse_callbacks.core.reinitialised import refuse_unresettable, reset_weights
+from sparse_callbacks.core.reinitialised import refuse_unresettable
 from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.score_options import Score
 from sparse_callbacks.core.scored_masks import over_all_layers, sparsity_after, within_layers
@@ -21,7 +21,7 @@ from sparse_callbacks.core.selection import Entry, layer_shapes
 from sparse_callbacks.core.state_claims import Kept, Zeros, as_planned, expected_aux, possible_zeros
 from sparse_callbacks.core.storages.storage import why_no_exchange
 
-GLOBAL = "global"
+_GLOBAL = "global"
 
 
 class PruneAtStart(StartsSparse):
@@ -88,7 +88,7 @@ class PruneAtStart(StartsSparse):
         rounds: int | None = None,
         least: int = 0,
         reinit_after: bool = False,
-        distribution: Distribution = GLOBAL,
+        distribution: Distribution = _GLOBAL,
         loss: Loss | None = None,
         rescale: Rescale | None = None,
         include: str | Sequence[str] | None = None,
@@ -130,7 +130,7 @@ class PruneAtStart(StartsSparse):
 
     @property
     def _is_global(self) -> bool:
-        return isinstance(self.distribution, str) and self.distribution == GLOBAL
+        return isinstance(self.distribution, str) and self.distribution == _GLOBAL
 
     # ------------------------------------------------------------------ counts
 
@@ -157,17 +157,30 @@ class PruneAtStart(StartsSparse):
     def ranked(self, scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], way: float) -> dict[str, Tensor]:
         if not self._is_global:
             return within_layers(self, scores, masks, way)
-        size = sum(self.weights.size(name) for name in self.params)
-        zeros = zeros_for(sparsity_after(self.target_sparsity, way), size)
-        self._refuse_least(size - zeros)
+        sparsity = sparsity_after(self.target_sparsity, way)
+        size = sum(m.numel() for m in masks.values())
+        zeros = zeros_for(sparsity, size) if way < 1 else self._zeros_of_all() - self._zeros_beside(masks)
+        self._refuse_least(size - zeros, masks)
         found = over_all_layers(self, scores, masks, zeros, self.least)
         if self.least and way == 1:
             self._tell_of_least(found, over_all_layers(self, scores, masks, zeros))
         return found
 
-    def _refuse_least(self, kept: int) -> None:
+    def _zeros_of_all(self) -> int:
+        return zeros_for(self.target_sparsity, sum(p.numel() for p in self.params.values()))
+
+    def _zeros_beside(self, scored: Mapping[str, Tensor]) -> int:
+        """Zeros of the parameters that have no score, and keep their largest weights."""
+        others = {n: p for n, p in self.params.items() if n not in scored}
+        return sum(
+            self.planned_zeros(layer, views[0].numel())
+            for n, p in others.items()
+            for layer, views in self.weights.layers(n, p)
+        )
+
+    def _refuse_least(self, kept: int, masks: Mapping[str, Tensor]) -> None:
         wanted = sum(
-            min(self.least, views[0].numel()) for n, p in self.params.items() for _, views in self.weights.layers(n, p)
+            min(self.least, views[0].numel()) for n, m in masks.items() for _, views in self.weights.layers(n, m)
         )
         if wanted > kept:
             raise ValueError(
@@ -201,9 +214,6 @@ class PruneAtStart(StartsSparse):
                 f"score={self.score!r} at sparsity {self.target_sparsity:g} leaves no weight in {', '.join(empty)}: nothing passes "
                 "through these layers. Give least=, more rounds=, a distribution= other than 'global', or a lower sparsity."
             )
-        if self.reinit_after:
-            seed = int(torch.randint(2**62, (), generator=self.generator("reinit", 0)))
-            reset_weights(self.model, self.params, seed)
 
 
 @possible_zeros.register
