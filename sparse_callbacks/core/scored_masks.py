@@ -15,6 +15,7 @@ from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.ops import keep_largest, keep_largest_jointly, zeros_for
 from sparse_callbacks.core.replaced_parameters import masked
 from sparse_callbacks.core.score_options import Score
+from sparse_callbacks.core.selection import entries as all_entries
 from sparse_callbacks.core.shards import size_of
 
 Rank = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], float], dict[str, Tensor]]
@@ -94,11 +95,21 @@ def _raw_scores(method: Method, score: Score, masks: Mapping[str, Tensor] | None
         if score.name == "random":
             return functions.random_scores(params, lambda name: method.generator(f"score/{name}", 0))
         losses = calibration_of(method, score).losses
-        if score.name == "grasp":
-            return functions.grasp_scores(losses, params, masks)
-        if score.name == "crop":
-            return functions.crop_scores(losses, params, masks)
+        if score.name in ("grasp", "crop"):
+            return _of_gradient_flow(method, score, losses, masks or {})
         return (functions.fisher_scores if score.name == "fisher" else functions.snip_scores)(losses, params)
+
+
+def _of_gradient_flow(
+    method: Method, score: Score, losses: functions.Losses, masks: Mapping[str, Tensor]
+) -> functions.Scores:
+    """GraSP or CroP. The gradient is that of every weight that could be sparse, whatever include= and exclude= say, so that the
+    scores of a layer do not depend on who prunes the others."""
+    parameters = dict(method.model.named_parameters())
+    flows = [e.name for e in all_entries(method.model) if not e.reason and parameters[e.name].requires_grad]
+    named = {name: parameters[name] for name in dict.fromkeys([*flows, *method.params])}
+    found = (functions.grasp_scores if score.name == "grasp" else functions.crop_scores)(losses, named, masks)
+    return {name: found[name] for name in method.params if name in found}
 
 
 def calibration_of(method: Method, score: Score) -> Calibration:

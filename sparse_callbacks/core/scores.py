@@ -154,8 +154,8 @@ def gradient_flow(losses: Losses, params: Params, masks: Masks | None = None) ->
     Args:
         losses: the losses of the calibration batches.
         params: the weights by name; g and H are those of these weights alone.
-        masks: bool masks by name of the weights that are left: the gradient flow of the pruned network has no part in others.
-            None: all.
+        masks: bool masks by name of the weights that are left, as the gradient flow of a pruned network has no part in others;
+            of parameters without one, all are.
 
     Raises:
         ValueError: the loss depends on none of them.
@@ -163,7 +163,7 @@ def gradient_flow(losses: Losses, params: Params, masks: Masks | None = None) ->
     gradients = mean_gradients(losses, params)
     params = {name: params[name] for name in gradients}
     if masks is not None:
-        gradients = {name: g * masks[name] for name, g in gradients.items()}
+        gradients = {name: g * masks[name] if name in masks else g for name, g in gradients.items()}
     sums = {name: torch.zeros_like(g) for name, g in gradients.items()}
     total = 0.0
     with requiring_grad(params.values()), losses(2) as batch_losses:

@@ -1,5 +1,6 @@
 """The methods of conf/method/*.yaml under the contract, for the suite and for tests over every method."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from sparse_callbacks import SparsityCallback
+from sparse_callbacks.core.score_rules import SCORES
 from sparse_callbacks.testing import Settings, contract
 from sparse_callbacks.testing.library import LIBRARY
 
@@ -40,6 +42,12 @@ def method(name: str, **changes: Any) -> SparsityCallback:
     """The callback of ``conf/method/<name>.yaml`` for a short run; ``changes`` that this method does not take are left
     out."""
     return CONTRACTS[name]().method(**changes)
+
+
+def same_batches(name: str, batches: Iterable[Any]) -> dict[str, Any]:
+    """Arguments with which a method computes its scores on these batches, of however many processes; none for others."""
+    reads = CONFIGS[name]["_target_"].endswith(".PruneAtStart") and SCORES[CONFIGS[name]["score"]].of_loss
+    return {"batches": list(batches)} if reads else {}
 
 
 def promises(name: str, promise: str) -> bool:
