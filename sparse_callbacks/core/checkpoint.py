@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 from torch import Tensor
 
 from sparse_callbacks.core.awaited import names_awaited
+from sparse_callbacks.core.inspection import tensors_in
 from sparse_callbacks.core.live.live_records import SavedRecords, saved_records
 from sparse_callbacks.core.live.saved_patterns import Pattern, live_in, pattern_of, storage_of
 from sparse_callbacks.core.schedules import Schedule
@@ -141,7 +142,8 @@ def state_of(method: "Method") -> dict[str, Any]:
 
 
 def shown(value: object) -> str:
-    """An argument as text that is the same in every process: a function by its name, a state dict not in full."""
+    """An argument as text that is the same in every process: a function and a loader by their names, a state dict and batches
+    not in full."""
     if isinstance(value, Real) and not isinstance(value, bool):  # numpy's numbers, which show their type
         return repr(int(value) if isinstance(value, Integral) else float(value))
     # the repr of a function holds its address in memory, which is another one in the process that resumes
@@ -149,7 +151,10 @@ def shown(value: object) -> str:
         return str(getattr(value, "__qualname__", type(value).__qualname__))
     if isinstance(value, Mapping) and any(isinstance(v, Tensor | Mapping) for v in value.values()):
         return f"<state dict of {len(value)}>"
-    return repr(value)
+    if isinstance(value, list | tuple) and tensors_in(value):
+        return f"<{len(value)} batches>"
+    # such as of a loader: the repr that every object has holds an address too
+    return type(value).__qualname__ if type(value).__repr__ is object.__repr__ else repr(value)
 
 
 def check_state(
