@@ -18,6 +18,7 @@ from sparse_callbacks import (
     SET,
     SNFS,
     GaP,
+    PruneAtStart,
     RigL,
     SparsityCallback,
     Static,
@@ -32,6 +33,7 @@ SIZES = {BACKBONE[0]: 50 * 16, BACKBONE[1]: 16 * 10, HEAD: 10 * 4}
 # every method whose layers may join a run, in a run of four epochs of four steps
 JOINING: dict[str, Callable[..., SparsityCallback]] = {
     "static": lambda **more: Static(0.8, print_plan=False, **more),
+    "snip": lambda **more: PruneAtStart(0.8, print_plan=False, **more),
     "set": lambda **more: SET(0.8, every=2, stop=14, print_plan=False, **more),
     "rigl": lambda **more: RigL(0.8, every=2, stop=14, print_plan=False, **more),
     "snfs": lambda **more: SNFS(0.8, every=2, stop=14, print_plan=False, **more),
