@@ -190,7 +190,7 @@ def test_a_joint_selection_takes_what_is_allowed_alone() -> None:
     one, three = torch.tensor([True, False]), torch.tensor([True, True, True])
     found = keep_largest_jointly([torch.zeros(2), torch.ones(3)], 3, 2, [one, three])
     assert [m.tolist() for m in found] == [[True, False], [True, True, False]]
-    with pytest.raises(ValueError, match=r"among= has 1 masks for 2 tensors of values. Give one for each"):
+    with pytest.raises(ValueError, match=r"among= has 1 tensors, and values= has 2. Give one for each"):
         keep_largest_jointly(values, 2, among=among[:1])
 
 
