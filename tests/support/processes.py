@@ -199,7 +199,7 @@ def train_in_windows(
     name: str, rank: int, world: int, *more: pl.Callback, ckpt_path: Path | None = None
 ) -> dict[str, Any]:
     """Masks after every batch and all state at the end of a run in manual optimization."""
-    module, callback = InWindows(rank), method(name, every=1, stop=6)
+    module, callback = InWindows(rank), method(name, every=1, stop=6, **same_batches(name, Batches()))
     masks: list[dict[str, torch.Tensor]] = []
     see = watch(lambda *_: masks.append({n: m.clone() for n, m in callback.masks.items()}))
     trainer = fit(
