@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sparse_callbacks.core.method import Method, Options
     from sparse_callbacks.core.plan import Plan
     from sparse_callbacks.core.schedules import pruning_curve
+    from sparse_callbacks.core.score_options import Score
     from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
     from sparse_callbacks.core.sparse_run import SparseRun
     from sparse_callbacks.core.step import Step
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         ConstrainedL0,
         GaP,
         ParallelGaP,
+        PruneAtStart,
         RigL,
         Static,
     )
@@ -61,7 +63,9 @@ __all__ = [
     "Options",
     "ParallelGaP",
     "Plan",
+    "PruneAtStart",
     "RigL",
+    "Score",
     "SlimAttention",
     "SparseLinear",
     "SparseRun",
@@ -92,7 +96,7 @@ __all__ = [
 # `sparse_callbacks.methods` work where Lightning is not installed.
 _CALLBACKS = (
     *("CTRE", "DPF", "GMP", "SET", "SMCP", "SNFS", "ChannelPruning", "ConstrainedL0"),
-    *("GaP", "ParallelGaP", "RigL", "Static"),
+    *("GaP", "ParallelGaP", "PruneAtStart", "RigL", "Static"),
 )
 _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
     "CurvatureMonitor": "lightning.curvature_monitor",
@@ -101,6 +105,7 @@ _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
     "Method": "core.method",
     "Options": "core.method",
     "Plan": "core.plan",
+    "Score": "core.score_options",
     "SlimAttention": "channels.slim_attention",
     "SparseLinear": "core.sparse_layers.sparse_linear",
     "SparseRun": "core.sparse_run",

@@ -14,7 +14,7 @@ from sparse_callbacks.core.agreement import refuse_unequal_weights
 from sparse_callbacks.core.checkpoint import SavedRun, state_of
 from sparse_callbacks.core.doctor.doctor import Doctor
 from sparse_callbacks.core.first_gradients import SilenceWarning
-from sparse_callbacks.core.fresh_weights import rescale_fresh, warnings_of_start
+from sparse_callbacks.core.fresh_weights import rescale_fresh, warn_of_start
 from sparse_callbacks.core.gradient_care import GradientCare
 from sparse_callbacks.core.gradients import DenseGradients
 from sparse_callbacks.core.host import Host
@@ -31,6 +31,7 @@ from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.progress import Progress
 from sparse_callbacks.core.record.recorder import RunRecorder
 from sparse_callbacks.core.run_beginning import RunBeginning
+from sparse_callbacks.core.scored_start import awaits_scores, renew_weights, take_scores
 from sparse_callbacks.core.selection import Entry, select
 from sparse_callbacks.core.sparse_layers.moved_places import Move
 from sparse_callbacks.core.step import ReplacesSteps, Step
@@ -68,6 +69,7 @@ class Engine:
         self._silence, self._lost_writes = SilenceWarning(self.method), LostWrites(self.method)
         self._seen: set[int] = set()  # optimizers of this run that have taken a step
         self._begins_anew = False  # the weights of a new run are not written yet
+        self._has_scored = False
         self._release()
 
     def _release(self) -> None:
@@ -112,9 +114,9 @@ class Engine:
             self.forget()
         beginning.take_effect()
         method.attachment.enter(model, host)
-        self._begins_anew = beginning.is_new
-        for warning in warnings_of_start(method, model) if beginning.is_new else ():
-            host.warn(warning)
+        self._begins_anew, self._has_scored = beginning.is_new, False
+        if beginning.is_new and not awaits_scores(method):
+            warn_of_start(method)
         self._take_hold(beginning.owners, gradients_read, two_pass)
         method.attach(model)
 
@@ -435,8 +437,19 @@ class Engine:
         self.method.weights.swap_out(self.method.params)
         self._care.dense.free(self.method.owners.optimizers)
 
+    def make_scores(self) -> None:
+        """Let a new run make its masks by a score where the method has one. No weight is written, so that several methods of
+        a model all score the weights that it came with."""
+        if self._begins_anew and not self._has_scored:
+            take_scores(self.method)
+        self._has_scored = True
+
     def begin_weights(self) -> None:
-        """Training begins: :meth:`write` the masks, and make the weights of a new run larger where the method rescales."""
+        """Training begins: a new run makes its masks by a score where the method has one. :meth:`write` the masks, and make
+        the weights of a new run larger where the method rescales."""
+        self.make_scores()
+        if self._begins_anew:
+            renew_weights(self.method)
         self.write()
         if self._begins_anew:
             rescale_fresh(self.method)
@@ -471,5 +484,5 @@ class Engine:
         vars(self).update(state)
         self.recorder, self.doctor = None, Doctor(self.method, self._warned)
         self._silence, self._lost_writes = SilenceWarning(self.method), LostWrites(self.method)
-        self._seen, self._begins_anew = set(), False
+        self._seen, self._begins_anew, self._has_scored = set(), False, False
         self._release()

@@ -43,6 +43,10 @@ class GaP(methods.GaP, SparsityCallback):
     __doc__ = methods.GaP.__doc__
 
 
+class PruneAtStart(methods.PruneAtStart, SparsityCallback):
+    __doc__ = methods.PruneAtStart.__doc__
+
+
 class RigL(methods.RigL, SparsityCallback):
     __doc__ = methods.RigL.__doc__
 

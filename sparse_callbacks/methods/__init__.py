@@ -6,6 +6,7 @@ from sparse_callbacks.methods.dpf import DPF
 from sparse_callbacks.methods.gap import GaP, ParallelGaP
 from sparse_callbacks.methods.gmp import GMP
 from sparse_callbacks.methods.l0 import ConstrainedL0
+from sparse_callbacks.methods.prune_at_start import PruneAtStart
 from sparse_callbacks.methods.rigl import RigL
 from sparse_callbacks.methods.set import SET
 from sparse_callbacks.methods.smcp import SMCP
@@ -23,6 +24,7 @@ __all__ = [
     "ConstrainedL0",
     "GaP",
     "ParallelGaP",
+    "PruneAtStart",
     "RigL",
     "Static",
 ]

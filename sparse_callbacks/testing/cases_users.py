@@ -1,5 +1,6 @@
 """The contract with other code: nothing is added, one compiled graph, several callbacks."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,7 @@ def test_repr_shows_the_arguments(self: Contract) -> None:
     assert "seed=3" in text
     assert "distribution" not in self.settings.arguments or "distribution={'*conv*': 0.5, '*': 'uniform'}" in text
     names = vars(schedules) | {self.callback_class.__name__: self.callback_class}
+    names |= {value.__qualname__: value for value in self.settings.arguments.values() if inspect.isfunction(value)}
     for one in (
         callback,
         self.method(),

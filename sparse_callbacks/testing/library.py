@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparse_callbacks.lightning import methods
+from sparse_callbacks.testing.networks import loss_on
 from sparse_callbacks.testing.settings import Settings
 from sparse_callbacks.testing.subject import Contract
 
@@ -72,6 +73,15 @@ LIBRARY: dict[str, Settings] = {
             "growth": "gates open again by themselves",
             "pruned weights rest": "dense weights stand behind the gates",
             "updates at an interval": "gates move at every step",
+        },
+    ),
+    "PruneAtStart": Settings(
+        # scores of all batches, which are the same however many processes there are
+        {"sparsity": 0.8, "batches": 16, "loss": loss_on, "print_plan": False},
+        promises_not_made={
+            "several updates": "its masks never move",
+            "growth": "its masks never move",
+            "updates at an interval": "its masks never move",
         },
     ),
     "RigL": Settings(_MANY),

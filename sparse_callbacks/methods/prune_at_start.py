@@ -1,0 +1,236 @@
+"""PruneAtStart: one mask by a score of the fresh network, held from the first step to the last."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from sparse_callbacks.core.calibration import Loss
+from sparse_callbacks.core.checkpoint import SavedRun
+from sparse_callbacks.core.distributions import Distribution, resolve
+from sparse_callbacks.core.initial_masks import InitialMask, StartsSparse
+from sparse_callbacks.core.method import Options
+from sparse_callbacks.core.ops import zeros_for
+from sparse_callbacks.core.plan import Plan
+from sparse_callbacks.core.reinitialised import refuse_unresettable
+from sparse_callbacks.core.rescaling import Rescale
+from sparse_callbacks.core.score_options import Score
+from sparse_callbacks.core.scored_masks import over_all_layers, sparsity_after, within_layers
+from sparse_callbacks.core.selection import Entry, layer_shapes
+from sparse_callbacks.core.state_claims import Kept, Zeros, as_planned, expected_aux, possible_zeros
+from sparse_callbacks.core.storages.storage import why_no_exchange
+
+_GLOBAL = "global"
+
+
+class PruneAtStart(StartsSparse):
+    """Pruning at initialisation: one mask by a score of the fresh network, held from the first step to the last.
+
+    Before the first batch, in rounds k = 1 .. n, with g the gradient of the mean loss over ``batches`` and H its Hessian::
+
+        s_k  = 1 - (1 - sparsity)^(k / n)
+        keep  the weights that are left with the largest scores, all but floor(s_k * size) of all layers together
+
+    - ``"snip"``: \\|w * g\\| (Lee et al. 2019).
+    - ``"grasp"``: w * (H g), with its sign: what is removed would have held the gradient down (Wang et al. 2020).
+    - ``"crop"``: \\|w * (H g)\\| (Rachwan et al. 2022).
+    - ``"synflow"``: \\|w\\| * dR / d\\|w\\|, with R the sum of the outputs for an input of ones, of the network with absolute
+      parameters; without data, in float64, in 100 rounds (Tanaka et al. 2020). The input has the shape of the module's
+      ``example_input_array``, or of one sample of a batch.
+    - ``"fisher"``: w^2 / 2 * mean over batches of g^2 (Theis et al. 2018).
+    - ``"magnitude"``: \\|w\\|; ``"random"``: a uniform number.
+
+    Scores are those of the weights as the model has them, in eval mode and without autocast. A run that goes on keeps its masks,
+    and nothing is scored again. Layers that are trained later join with their largest weights, floor(sparsity * size) zeros each.
+
+    Differs from the papers: zeros are counted exactly, floor(sparsity * size). SNIP's reference scores biases too. GraSP's
+    released code divides outputs by a temperature of 200. CroP's reference computes its scores on test data, and removes
+    one weight more.
+
+    Args:
+        sparsity: fraction of zeros over the selected weights, in [0, 1).
+        score: the name of the score.
+        batches: number of batches, whose samples are drawn from the training data with ``seed``; or a list or loader of the
+            batches.
+        rounds: how often scores are computed and weights pruned; None: 100 for ``"synflow"``, otherwise 1.
+        least: active weights that every layer keeps at least, with ``distribution="global"``; what it changes is said.
+        reinit_after: after scoring, the model gets fresh initial weights by the ``reset_parameters()`` of its modules, with
+            ``seed``, as in SNIP's reference.
+        distribution: ``"global"``: one ranking over all selected weights, in which a layer may lose all of its weights, of
+            which a warning tells. Anything else, see :class:`~sparse_callbacks.core.method.Method`: a ranking in each layer.
+        loss: a function of module and batch that gives the loss, a scalar; None: that of the training step. Manual optimization
+            and loops of your own need it.
+        rescale: see :class:`~sparse_callbacks.core.initial_masks.StartsSparse`; scores see the weights before that.
+        include, exclude, seed, **options: see :class:`~sparse_callbacks.core.method.Method`.
+
+    Raises:
+        ValueError: arguments out of range, no loss or data for the score, a loss that does not depend on a layer; before the
+            first batch.
+
+    Example:
+        >>> from sparse_callbacks import PruneAtStart
+        >>> PruneAtStart(0.95, score="synflow").rounds is None
+        True
+
+    Reference: Lee, Ajanthan, Torr: SNIP: Single-shot Network Pruning based on Connection Sensitivity. ICLR 2019. Wang, Zhang,
+    Grosse: Picking Winning Tickets Before Training by Preserving Gradient Flow. ICLR 2020. Tanaka, Kunin, Yamins, Ganguli:
+    Pruning neural networks without any data by iteratively conserving synaptic flow. NeurIPS 2020. Rachwan et al.: Winning the
+    Lottery Ahead of Time. ICML 2022.
+    """
+
+    def __init__(
+        self,
+        sparsity: float = 0.9,
+        *,
+        score: str = "snip",
+        batches: int | Iterable[Any] = 1,
+        rounds: int | None = None,
+        least: int = 0,
+        reinit_after: bool = False,
+        distribution: Distribution = _GLOBAL,
+        loss: Loss | None = None,
+        rescale: Rescale | None = None,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        seed: int = 0,
+        **options: Unpack[Options],
+    ) -> None:
+        if "initial_mask" in options:
+            raise ValueError(
+                f"initial_mask= is not an argument of {type(self).__name__}, whose first mask is made by score=. Give Static or "
+                "RigL initial_mask=."
+            )
+        if not isinstance(reinit_after, bool):
+            raise ValueError(
+                f"reinit_after={reinit_after!r} is neither True nor False: it says whether the model gets fresh initial weights "
+                "after scoring."
+            )
+        super().__init__(
+            sparsity,
+            initial_mask=Score(score, batches, loss, rounds, least),
+            rescale=rescale,
+            distribution=distribution,
+            include=include,
+            exclude=exclude,
+            seed=seed,
+            **options,
+        )
+        self.score, self.batches, self.loss, self.rounds, self.least = score, batches, loss, rounds, least
+        self.reinit_after = reinit_after
+        if least and not self._is_global:
+            raise ValueError(
+                f"least={least!r} is of one ranking over all layers, and distribution={distribution!r} plans how many weights "
+                "each layer keeps. Leave least= out, or give distribution='global'."
+            )
+
+    @staticmethod
+    def score_of(initial_mask: InitialMask) -> Score | None:
+        return initial_mask if isinstance(initial_mask, Score) else None
+
+    @property
+    def _is_global(self) -> bool:
+        return isinstance(self.distribution, str) and self.distribution == _GLOBAL
+
+    # ------------------------------------------------------------------ counts
+
+    def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
+        # one threshold decides how many of each layer go, and no layer has a target: uniform ones give the total
+        if self._is_global:
+            return resolve("uniform", layer_shapes(entries), self.target_sparsity)
+        return super().share_out(entries)
+
+    def plan(self, model: nn.Module | None = None) -> Plan:
+        plan = super().plan(model)
+        return plan.joined(zeros_for(self.target_sparsity, plan.weights)) if self._is_global else plan
+
+    # ------------------------------------------------------------------ the masks
+
+    @property
+    def renews_weights(self) -> bool:
+        return self.reinit_after
+
+    def rehearse(self) -> None:
+        if self.reinit_after:
+            refuse_unresettable(self.model, self.params)
+
+    def ranked(self, scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], way: float) -> dict[str, Tensor]:
+        if not self._is_global:
+            return within_layers(self, scores, masks, way)
+        sparsity = sparsity_after(self.target_sparsity, way)
+        size = sum(m.numel() for m in masks.values())
+        zeros = zeros_for(sparsity, size) if way < 1 else self._zeros_of_all() - self._zeros_beside(masks)
+        self._refuse_least(size - zeros, masks)
+        found = over_all_layers(self, scores, masks, zeros, self.least)
+        if self.least and way == 1:
+            self._tell_of_least(found, over_all_layers(self, scores, masks, zeros))
+        return found
+
+    def _zeros_of_all(self) -> int:
+        return zeros_for(self.target_sparsity, sum(p.numel() for p in self.params.values()))
+
+    def _zeros_beside(self, scored: Mapping[str, Tensor]) -> int:
+        """Zeros of the parameters that have no score, and keep their largest weights."""
+        others = {n: p for n, p in self.params.items() if n not in scored}
+        return sum(
+            self.planned_zeros(layer, views[0].numel())
+            for n, p in others.items()
+            for layer, views in self.weights.layers(n, p)
+        )
+
+    def _refuse_least(self, kept: int, masks: Mapping[str, Tensor]) -> None:
+        wanted = sum(
+            min(self.least, views[0].numel()) for n, m in masks.items() for _, views in self.weights.layers(n, m)
+        )
+        if wanted > kept:
+            raise ValueError(
+                f"least={self.least} keeps {wanted:,} weights of all layers, and sparsity={self.sparsity!r} leaves {kept:,}. "
+                "Give a smaller least= or sparsity=."
+            )
+
+    def _tell_of_least(self, found: Mapping[str, Tensor], otherwise: Mapping[str, Tensor]) -> None:
+        """Say what ``least`` has changed."""
+        short = [
+            f"{layer} {int(mask.sum())} instead of {int(other.sum())}"
+            for name in found
+            for layer, (mask, other) in self.weights.layers(name, found[name], otherwise[name])
+            if int(mask.sum()) > int(other.sum())
+        ]
+        if short:
+            self.host.inform(f"least={self.least} keeps more weights than one ranking would: {', '.join(short)}.")
+
+    def scores_taken(self) -> None:
+        if self._is_global:
+            # layers that join later have counts of their own
+            self.aux |= {f"scored/{name}": torch.tensor(True) for name in self.params}
+        empty = [
+            layer
+            for name, mask in self.masks.items()
+            for layer, views in self.weights.layers(name, mask)
+            if not bool(views[0].any())
+        ]
+        if empty:
+            self.host.warn(
+                f"score={self.score!r} at sparsity {self.target_sparsity:g} leaves no weight in {', '.join(empty)}: nothing passes "
+                "through these layers. Give least=, more rounds=, a distribution= other than 'global', or a lower sparsity."
+            )
+
+
+@possible_zeros.register
+def _(method: PruneAtStart, saved: SavedRun, planned: Mapping[str, int]) -> list[Zeros]:
+    together = {n: m.numel() for n, m in saved.masks.items() if f"scored/{n}" in saved.aux}
+    claims = as_planned({n: zeros for n, zeros in planned.items() if n not in together})
+    if together:
+        zeros = zeros_for(method.target_sparsity, sum(together.values()))
+        claims.append(Zeros(tuple(together), (zeros,)))
+    return claims
+
+
+@expected_aux.register
+def _(method: PruneAtStart, saved: SavedRun, model: nn.Module) -> Mapping[str, Kept]:
+    return {"scored/*": Kept(dtype="bool")}
+
+
+@why_no_exchange.register
+def _(method: PruneAtStart) -> str:
+    return "scores every weight before it prunes, so its layers begin with all of them"
