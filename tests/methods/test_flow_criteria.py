@@ -17,7 +17,8 @@ from torch.nn import functional
 from sparse_callbacks import ChannelPruning
 from sparse_callbacks.channels.groups import Group, Member, channel_groups
 from sparse_callbacks.core.calibration import BatchLoss
-from sparse_callbacks.methods.channels.flow_criteria import CroP, GraSP, Losses, gate_flow
+from sparse_callbacks.core.scores import Losses
+from sparse_callbacks.methods.channels.flow_criteria import CroP, GraSP, gate_flow
 from sparse_callbacks.methods.channels.rankings import best_of_groups
 from sparse_callbacks.testing.networks import Classifier
 from sparse_callbacks.testing.runs import fit

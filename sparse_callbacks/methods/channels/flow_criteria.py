@@ -1,20 +1,15 @@
 """Criteria of gradient flow, CroP and GraSP: how a gate of one on a unit, which need not exist, changes ||g||^2."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.channels.groups import Group
-from sparse_callbacks.core.calibration import BatchLoss
-from sparse_callbacks.core.largest import widened
+from sparse_callbacks.core.scores import Losses, gradient_flow
 from sparse_callbacks.methods.channels.calibrated_criteria import calibration_of
 from sparse_callbacks.methods.channels.criteria import Criterion, ScoredNetwork, criterion, unit_scores
-
-Losses = Callable[[int], AbstractContextManager[Iterable[BatchLoss]]]
-"""A function of the order of derivatives that gives the losses of the batches, the same ones at each call."""
 
 
 def flow_of_slices(weight: Tensor, gradient: Tensor, product: Tensor, dim: int) -> Tensor:
@@ -35,7 +30,7 @@ def flow_of_slices(weight: Tensor, gradient: Tensor, product: Tensor, dim: int) 
 def gate_flow(model: nn.Module, groups: Sequence[Group], live: Sequence[Tensor], losses: Losses) -> list[Tensor]:
     """Half the derivative of \\|\\|g\\|\\|^2 by a gate of one on each unit of each group, [size] each, float32 at least.
 
-    g is the gradient of the mean loss over the batches by every trained weight of two dimensions or more, and not by the
+    g is the gradient of the mean loss over all samples by every trained weight of two dimensions or more, and not by the
     gates. A gate stands before the layers that read the unit, behind any norm and activation: what it multiplies is what the
     mask of the unit takes away. For activations with a(c x) = c a(x), c > 0, one at the producer without a norm is the same.
 
@@ -43,76 +38,42 @@ def gate_flow(model: nn.Module, groups: Sequence[Group], live: Sequence[Tensor],
         model: the network.
         groups: the groups.
         live: for each group the units that there are still, bool [size]; the others have gates of zero.
-        losses: see :data:`Losses`.
+        losses: see :data:`~sparse_callbacks.core.scores.Losses`.
 
     Raises:
         ValueError: the loss does not depend on what a group's consumers read.
     """
-    closed = _closed(model, groups, live)
-    weights = [p for p in model.parameters() if p.ndim > 1 and p.requires_grad and p.is_floating_point()]
-    with losses(1) as each:
-        gradient = _mean_gradient(weights, each, closed)
-    readers = dict.fromkeys(model.get_parameter(c.parameter) for g in groups for c in g.consumers)
-    with losses(2) as each:
-        product = _mean_product([*readers], gradient, each)
+    weights = {n: p for n, p in model.named_parameters() if p.ndim > 1 and p.requires_grad and p.is_floating_point()}
+    gradients, products = gradient_flow(losses, weights, _masks(model, groups, live))
     found = []
     for group in groups:
-        parts = [(c, w) for c in group.consumers if (w := model.get_parameter(c.parameter)) in gradient]
+        parts = [(c, c.parameter) for c in group.consumers if c.parameter in products]
         if not parts:
             raise ValueError(
                 f"the loss of the calibration batches does not depend on the layers that read {group.name}, so its channels have "
                 "no score. Leave the layer out with exclude=, or give a criterion of weights, such as 'l1'."
             )
-        flows = [unit_scores(flow_of_slices(w, gradient[w], product[w], c.dim), c, group.size) for c, w in parts]
+        flows = [
+            unit_scores(
+                flow_of_slices(model.get_parameter(name), gradients[name], products[name], c.dim), c, group.size
+            )
+            for c, name in parts
+        ]
         found.append(torch.stack([f.to(flows[0]) for f in flows]).sum(0))
     return found
 
 
-def _closed(model: nn.Module, groups: Sequence[Group], live: Sequence[Tensor]) -> dict[nn.Parameter, Tensor]:
+def _masks(model: nn.Module, groups: Sequence[Group], live: Sequence[Tensor]) -> dict[str, Tensor]:
     """Masks of the weights that read pruned units: their gradients are zero behind a gate of zero."""
-    found: dict[nn.Parameter, Tensor] = {}
+    found: dict[str, Tensor] = {}
     for group, alive in zip(groups, live, strict=True):
         for name, mask in group.masks(model, alive).items():
-            weight = model.get_parameter(name)
-            mask = mask.to(weight.device)
-            found[weight] = found[weight] & mask if weight in found else mask
+            mask = mask.to(model.get_parameter(name).device)
+            found[name] = found[name] & mask if name in found else mask
     return found
 
 
-def _mean_gradient(
-    weights: Sequence[nn.Parameter], losses: Iterable[BatchLoss], closed: Mapping[nn.Parameter, Tensor]
-) -> dict[nn.Parameter, Tensor]:
-    """The gradient of the mean loss by each weight that it depends on."""
-    sums, batches = dict[nn.Parameter, Tensor](), 0
-    for batch in losses:
-        batches += 1
-        for w, g in zip(weights, torch.autograd.grad(batch.loss, weights, allow_unused=True), strict=True):
-            if g is not None:
-                sums[w] = sums.get(w, 0) + g.to(widened(g.dtype))
-    return {w: g / batches * closed[w] if w in closed else g / batches for w, g in sums.items()}
-
-
-def _mean_product(
-    readers: Sequence[nn.Parameter], gradient: Mapping[nn.Parameter, Tensor], losses: Iterable[BatchLoss]
-) -> dict[nn.Parameter, Tensor]:
-    """The parts of H g that belong to ``readers``, where g is ``gradient``: the derivative of z = <g, g(theta)> by them."""
-    weights, sums, batches = [*gradient], {w: torch.zeros_like(gradient[w]) for w in readers if w in gradient}, 0
-    for batch in losses:
-        batches += 1
-        now = torch.autograd.grad(batch.loss, weights, create_graph=True, allow_unused=True)
-        terms = [
-            (g.to(gradient[w]) * gradient[w]).sum().cpu() for w, g in zip(weights, now, strict=True) if g is not None
-        ]
-        z = torch.stack([torch.zeros(()), *terms]).sum()
-        # a loss that is linear in the weights has no second derivative, and its gradient no graph
-        found = torch.autograd.grad(z, [*sums], allow_unused=True) if z.requires_grad and sums else ()
-        for w, h in zip(sums, found, strict=False):
-            if h is not None:
-                sums[w] += h.to(sums[w])
-    return {w: h / batches for w, h in sums.items()}
-
-
-class GradientFlow(Criterion):
+class FlowThroughGates(Criterion):
     """Gates on the units, and what they do to the flow of gradients; a subclass says which units are good for it."""
 
     arguments: ClassVar[Sequence[str]] = ("batches", "loss")
@@ -129,7 +90,7 @@ class GradientFlow(Criterion):
 
 
 @criterion("crop")
-class CroP(GradientFlow):
+class CroP(FlowThroughGates):
     """|dz/dgate| of each unit with z = <g, g(gates)>, half the derivative of ||g||^2 (Rachwan, Zuegner, Charpentier, Geisler,
     Ayle, Guennemann: Winning the Lottery Ahead of Time: Efficient Early Network Pruning. ICML 2022)."""
 
@@ -138,7 +99,7 @@ class CroP(GradientFlow):
 
 
 @criterion("grasp")
-class GraSP(GradientFlow):
+class GraSP(FlowThroughGates):
     """dz/dgate of each unit, signed: removed are the units with the largest -dz/dgate (Wang, Zhang, Grosse: Picking Winning
     Tickets Before Training by Preserving Gradient Flow. ICLR 2020)."""
 
