@@ -1,4 +1,4 @@
-"""The trigger of EarlyCroP: pruning falls where weights have nearly ceased to move away from their initial values."""
+"""The trigger of EarlyCroP: pruning falls once the distance from the initial weights hardly changes."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,5 +1,4 @@
-"""When a method that prunes once does so: before the first step, at a time, or where weights have settled; and new optimizers
-after it."""
+"""When a method that prunes once does so, and whether optimizers start anew after it."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal

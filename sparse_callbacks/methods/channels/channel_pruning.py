@@ -18,9 +18,10 @@ from sparse_callbacks.core.storages.storage import why_no_exchange
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.channels.arguments import refuse_negative
 from sparse_callbacks.methods.channels.budgeted import START, STOP, BudgetedChannels
-from sparse_callbacks.methods.channels.combinations import When, refuse_combinations, refuse_when
+from sparse_callbacks.methods.channels.combinations import refuse_combinations, refuse_when
 from sparse_callbacks.methods.channels.criteria import CRITERIA, ScoredNetwork
 from sparse_callbacks.methods.channels.rankings import RANKINGS, Choice, Offer, equal_shares
+from sparse_callbacks.methods.pruning_time import When
 
 
 class ChannelPruning(BudgetedChannels):

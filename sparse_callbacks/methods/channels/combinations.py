@@ -1,7 +1,7 @@
-"""Arguments of ChannelPruning that do not go together, and times that ``when`` gives in one word."""
+"""Arguments of ChannelPruning that do not go together."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from sparse_callbacks.core.calendar import Time, check_times
 from sparse_callbacks.methods.channels.budgeted import START, STOP
@@ -9,9 +9,6 @@ from sparse_callbacks.methods.channels.criteria import CRITERIA, Criterion
 
 if TYPE_CHECKING:
     from sparse_callbacks.methods.channels.channel_pruning import ChannelPruning
-
-When = Literal["start", "distance"] | Time
-"""All channels go before the first step, where the distance from the initial weights settles, or at a time."""
 
 
 def refuse_combinations(method: "ChannelPruning", rule: Criterion, usual: Mapping[str, object]) -> None:

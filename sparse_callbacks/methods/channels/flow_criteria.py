@@ -1,4 +1,4 @@
-"""Criteria of gradient flow, CroP and GraSP: how a gate of one on a unit, which need not exist, changes ||g||^2."""
+"""CroP and GraSP of channels: how a gate of one on a unit, which need not exist, changes ||g||^2."""
 
 from collections.abc import Sequence
 from typing import ClassVar
