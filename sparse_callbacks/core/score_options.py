@@ -10,6 +10,7 @@ from sparse_callbacks.core.arguments import refuse_unknown
 from sparse_callbacks.core.calibration import Loss, number_of_batches
 from sparse_callbacks.core.checkpoint import shown
 from sparse_callbacks.core.score_rules import MADE_OF_NETWORK, SCORES, ScoreRule
+from sparse_callbacks.core.state_layout import shown_short
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +42,10 @@ class Score:
     least: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise ValueError(
+                f"score={shown_short(self.name)} is not a name. Give one of {', '.join(map(repr, SCORES))}."
+            )
         refuse_unknown({"score": self.name}, {"score": SCORES})
         rule = SCORES[self.name]
         number_of_batches(self.batches)

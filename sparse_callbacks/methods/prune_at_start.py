@@ -179,7 +179,13 @@ class PruneAtStart(PrunesOnce, StartsSparse):
 
     def plan(self, model: nn.Module | None = None) -> Plan:
         plan = super().plan(model)
-        return plan.joined(zeros_for(self.target_sparsity, plan.weights)) if self._is_global else plan
+        if not self._is_global:
+            return plan
+        scored = [] if model is not None else [r.size for r in plan if f"scored/{r.name}" in self.aux]
+        later = [r for r in plan if scored and r.name in plan.selected and f"scored/{r.name}" not in self.aux]
+        # layers that have joined the run since have counts of their own
+        zeros = zeros_for(self.target_sparsity, sum(scored) or plan.weights) + sum(r.zeros or 0 for r in later)
+        return plan.joined(zeros)
 
     # ------------------------------------------------------------------ the pruning
 

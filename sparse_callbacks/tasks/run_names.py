@@ -19,8 +19,8 @@ NOT_OF_THE_RUN = (
 files, and what has no part in what comes out."""
 
 
-SPOKEN = {"ChannelPruning": "channels", "ConstrainedL0": "l0", "ParallelGaP": "gap_parallel"}
-"""Classes whose name in conf/method is not the name of the class in small letters."""
+SPOKEN = {"ChannelPruning": "channels", "ConstrainedL0": "l0", "ParallelGaP": "gap_parallel", "PruneAtStart": "{score}"}
+"""Classes whose name in conf/method is not the name of the class in small letters, but another one or that of an argument."""
 
 
 def method_name(method: SparsityCallback | None) -> str:
@@ -28,7 +28,7 @@ def method_name(method: SparsityCallback | None) -> str:
     if method is None:
         return "dense"
     name = type(method).__name__
-    return SPOKEN.get(name, name.lower())
+    return SPOKEN.get(name, name.lower()).format(**vars(method))
 
 
 def part_name(part: Mapping[str, Any]) -> str:

@@ -27,6 +27,7 @@ OWN = {
     "ConstrainedL0": ("density", "0.3", 0.3),
     "GaP": ("partitions", "2", 2),
     "ParallelGaP": ("rounds", "2", 2),
+    "PruneAtStart": ("score", "grasp", "grasp"),
     "RigL": ("sparsity", "0.8", 0.8),
     "Static": ("keep_dense", "last", "last"),
 }

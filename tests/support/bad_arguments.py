@@ -123,6 +123,8 @@ def good(name: str) -> dict[str, Any]:
         return {"curve": "linear", "initial": 0.5, "final": 0.0}
     if own == "SlimAttention":
         return {"embed_dim": 8, "num_heads": 2}
+    if own == "Score":
+        return {"name": "snip"}
     if own[0].isupper():
         return {}  # every argument of a method has a default
     return _for_networks(own) if module == "sparse_callbacks" else _for_numbers(name)
