@@ -21,6 +21,8 @@ NOT_DRAWN = {
     "epochs": "drawn with the phases",
     "partitions": "drawn with the phases",
     "rounds": "drawn with the phases",
+    "score": "each has a file of its own",
+    "reinit_after": "some layers of the examples cannot be made anew",
     "start": "drawn with the times",
     "stop": "drawn with the times",
     "finetune": "drawn with the times",
@@ -109,6 +111,7 @@ DRAWN: dict[str, Draw] = {
     "epsilon": lambda w: st.sampled_from([0.3, 1.0]),
     "from_checkpoint": lambda w: st.just({"zeros": 0.6}),  # replaced by the state of a network with as many zeros
     "initial_mask": lambda w: st.sampled_from(["random", "magnitude"]),
+    "least": lambda w: st.sampled_from([0, 1]),
     "rescale": lambda w: st.sampled_from(["layer", "fan_in"]),
     "pattern": lambda w: st.sampled_from(["fan_in/2", "fan_in/4"]),
     "candidates": lambda w: st.sampled_from([0.3, 2.0]),
@@ -123,6 +126,7 @@ _OWN: dict[tuple[str, str], Draw] = {
     ("DPF", "sparsity"): lambda w: st.one_of(_SHARE, st.sampled_from(["linear(0.2, 0.8)", "constant(0.7)"])),
     ("DPF", "distribution"): lambda w: st.one_of(st.just("global"), _NAMED, _mapping(w)),
     ("DPF", "unit"): lambda w: st.sampled_from(["weight", "filter"]),
+    ("PruneAtStart", "distribution"): lambda w: st.one_of(st.just("global"), _NAMED, _mapping(w)),
     ("ConstrainedL0", "unit"): lambda w: st.sampled_from(["weight", "channel"]),
     ("SMCP", "exclude"): lambda w: st.nothing(),  # small networks then have no channels left
     ("SMCP", "include"): lambda w: st.nothing(),
@@ -134,6 +138,7 @@ _TWO_WAYS_TO_SAY_IT = [
     ("from_checkpoint", ("sparsity", "distribution", "initial_mask", "rescale")),
     ("init", ("initial_mask",)),
     ("pattern", ("storage",)),
+    ("least", ("distribution",)),
 ]
 
 
