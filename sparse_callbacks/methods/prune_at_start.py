@@ -77,7 +77,7 @@ class PruneAtStart(PrunesOnce, StartsSparse):
         when: ``"start"``: before the first batch. A time, in optimizer steps (int) or as a fraction of the run (float), or
             ``"distance"``, at the end of the epoch in which weights have settled (:class:`EarlyCroP`): until then training is
             dense, and all rounds fall one after the other.
-        stop: the latest time of a pruning by distance, which then comes with a warning.
+        stop: the latest time with ``when="distance"``, at which the pruning comes with a warning; not read otherwise.
         lr_after: ``"continue"``: optimizers and schedules go on over a later pruning; ``"restart"``: they are configured anew.
         rescale: see :class:`~sparse_callbacks.core.initial_masks.StartsSparse`; scores see the weights before that.
         include, exclude, seed, **options: see :class:`~sparse_callbacks.core.method.Method`.

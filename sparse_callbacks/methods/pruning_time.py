@@ -37,7 +37,7 @@ class PrunesOnce(RestartsOptimizers, Method):
 
         Args:
             when: see :data:`When`.
-            stop: the latest time, with ``when="distance"``.
+            stop: the latest time, with ``when="distance"``; not read otherwise.
             lr_after: ``"continue"`` or ``"restart"``.
 
         Raises:
@@ -51,13 +51,7 @@ class PrunesOnce(RestartsOptimizers, Method):
             raise ValueError(f"when={when!r} is before the first step. Give when='start' for that, or a later time.")
         else:
             check_times(when, when, None)
-        if when == "distance":
-            check_times(0, stop, None)
-        elif stop != LATEST:
-            raise ValueError(
-                f"stop={stop!r} is the latest time of a pruning with when='distance', and when={when!r} says already when it "
-                "falls. Leave stop= out."
-            )
+        check_times(0, stop, None)
         refuse_unknown({"lr_after": lr_after}, {"lr_after": ("continue", "restart")})
         if lr_after == "restart" and when == "start":
             raise ValueError(

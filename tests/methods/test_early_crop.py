@@ -336,16 +336,12 @@ def test_a_loop_starts_its_optimizers_anew() -> None:
         ({"when": "soon"}, r"when='soon'"),
         ({"when": 0}, r"when=0 is before the first step\. Give when='start'"),
         ({"when": 1.5}, r"outside \[0, 1\]"),
-        (
-            {"when": 5, "stop": 9},
-            r"stop=9 is the latest time of a pruning with when='distance', and when=5 says already",
-        ),
         ({"when": "start", "lr_after": "restart"}, r"lr_after='restart' starts optimizers anew after the pruning"),
         ({"lr_after": "again"}, r"lr_after='again'"),
         ({"stop": 2.0}, r"outside \[0, 1\]"),
         ({"score": "magnitude", "batches": 1}, r"rounds=7: score='magnitude' is the same in every round"),
     ],
-    ids=["word", "zero", "fraction", "stop", "restart", "after", "late", "rounds"],
+    ids=["word", "zero", "fraction", "restart", "after", "late", "rounds"],
 )
 def test_arguments_that_no_run_can_use_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
