@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         SNFS,
         ChannelPruning,
         ConstrainedL0,
+        EarlyCroP,
         GaP,
         ParallelGaP,
         PruneAtStart,
@@ -60,6 +61,7 @@ __all__ = [
     "CurvatureMonitor",
     "DoctorWarning",
     "DropAndGrow",
+    "EarlyCroP",
     "GaP",
     "Method",
     "Options",
@@ -98,7 +100,7 @@ __all__ = [
 # `sparse_callbacks.methods` work where Lightning is not installed.
 _CALLBACKS = (
     *("CTRE", "DPF", "GMP", "SET", "SMCP", "SNFS", "ChannelPruning", "ConstrainedL0"),
-    *("GaP", "ParallelGaP", "PruneAtStart", "RigL", "Static"),
+    *("EarlyCroP", "GaP", "ParallelGaP", "PruneAtStart", "RigL", "Static"),
 )
 _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
     "AllReLU": "methods.all_relu",

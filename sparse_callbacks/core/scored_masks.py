@@ -146,7 +146,11 @@ def sparsity_after(sparsity: float, way: float) -> float:
 
 
 def within_layers(
-    method: Method, scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], way: float
+    method: Method,
+    scores: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    way: float,
+    after: Callable[[float, float], float] = sparsity_after,
 ) -> dict[str, Tensor]:
     """Masks that keep in each layer the active weights with the largest scores, at last as many as planned.
 
@@ -155,10 +159,11 @@ def within_layers(
         scores: scores by parameter name; none is negative.
         masks: bool masks of the weights that are left.
         way: the part of all rounds that is done, in (0, 1].
+        after: gives a layer's sparsity after that part, of its target.
     """
 
     def rank(layer: str, values: Tensor, mask: Tensor) -> Tensor:
-        zeros = zeros_for(sparsity_after(method.targets[layer], way), size_of(values))
+        zeros = zeros_for(after(method.targets[layer], way), size_of(values))
         return keep_largest(values, size_of(values) - zeros, mask)
 
     return {name: method.weights.by_layer(name, rank, s, masks[name]) for name, s in scores.items()}

@@ -39,6 +39,10 @@ class ConstrainedL0(methods.ConstrainedL0, SparsityCallback):
     __doc__ = methods.ConstrainedL0.__doc__
 
 
+class EarlyCroP(methods.EarlyCroP, SparsityCallback):
+    __doc__ = methods.EarlyCroP.__doc__
+
+
 class GaP(methods.GaP, SparsityCallback):
     __doc__ = methods.GaP.__doc__
 

@@ -3,6 +3,7 @@
 from sparse_callbacks.methods.channels import ChannelPruning
 from sparse_callbacks.methods.ctre import CTRE
 from sparse_callbacks.methods.dpf import DPF
+from sparse_callbacks.methods.early_crop import EarlyCroP
 from sparse_callbacks.methods.gap import GaP, ParallelGaP
 from sparse_callbacks.methods.gmp import GMP
 from sparse_callbacks.methods.l0 import ConstrainedL0
@@ -22,6 +23,7 @@ __all__ = [
     "SNFS",
     "ChannelPruning",
     "ConstrainedL0",
+    "EarlyCroP",
     "GaP",
     "ParallelGaP",
     "PruneAtStart",

@@ -1,30 +1,43 @@
 """PruneAtStart: one mask by a score of the fresh network, held from the first step to the last."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
+from sparse_callbacks.core.calendar import Time
 from sparse_callbacks.core.calibration import Loss
 from sparse_callbacks.core.checkpoint import SavedRun
+from sparse_callbacks.core.distance_trigger import PRUNED, expected_of_trigger
 from sparse_callbacks.core.distributions import Distribution, resolve
-from sparse_callbacks.core.initial_masks import InitialMask, StartsSparse
+from sparse_callbacks.core.hooks import Figures
+from sparse_callbacks.core.initial_masks import InitialMask, StartsSparse, joining_masks
 from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.ops import zeros_for
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.reinitialised import refuse_unresettable
 from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.score_options import Score
-from sparse_callbacks.core.scored_masks import over_all_layers, sparsity_after, within_layers
+from sparse_callbacks.core.scored_masks import (
+    over_all_layers,
+    pruned_in_rounds,
+    scores_of,
+    sparsity_after,
+    within_layers,
+)
 from sparse_callbacks.core.selection import Entry, layer_shapes
 from sparse_callbacks.core.state_claims import Kept, Zeros, as_planned, expected_aux, possible_zeros
+from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.storages.storage import why_no_exchange
+from sparse_callbacks.core.thawed import masks_by_magnitude
+from sparse_callbacks.core.topology import Update
+from sparse_callbacks.methods.pruning_time import LATEST, PENDING, PrunesOnce, When
 
 _GLOBAL = "global"
 
 
-class PruneAtStart(StartsSparse):
+class PruneAtStart(PrunesOnce, StartsSparse):
     """Pruning at initialisation: one mask by a score of the fresh network, held from the first step to the last.
 
     Before the first batch, in rounds k = 1 .. n, with g the gradient of the mean loss over ``batches`` and H its Hessian::
@@ -61,6 +74,11 @@ class PruneAtStart(StartsSparse):
             which a warning tells. Anything else, see :class:`~sparse_callbacks.core.method.Method`: a ranking in each layer.
         loss: a function of module and batch that gives the loss, a scalar; None: that of the training step. Manual optimization
             and loops of your own need it.
+        when: ``"start"``: before the first batch. A time, in optimizer steps (int) or as a fraction of the run (float), or
+            ``"distance"``, at the end of the epoch in which weights have settled (:class:`EarlyCroP`): until then training is
+            dense, and all rounds fall one after the other.
+        stop: the latest time with ``when="distance"``, at which the pruning comes with a warning; not read otherwise.
+        lr_after: ``"continue"``: optimizers and schedules go on over a later pruning; ``"restart"``: they are configured anew.
         rescale: see :class:`~sparse_callbacks.core.initial_masks.StartsSparse`; scores see the weights before that.
         include, exclude, seed, **options: see :class:`~sparse_callbacks.core.method.Method`.
 
@@ -79,6 +97,8 @@ class PruneAtStart(StartsSparse):
     Lottery Ahead of Time. ICML 2022.
     """
 
+    figure_prefix: ClassVar[str] = "pruning"
+
     def __init__(
         self,
         sparsity: float = 0.9,
@@ -90,6 +110,9 @@ class PruneAtStart(StartsSparse):
         reinit_after: bool = False,
         distribution: Distribution = _GLOBAL,
         loss: Loss | None = None,
+        when: When = "start",
+        stop: Time = LATEST,
+        lr_after: str = "continue",
         rescale: Rescale | None = None,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
@@ -118,11 +141,25 @@ class PruneAtStart(StartsSparse):
         )
         self.score, self.batches, self.loss, self.rounds, self.least = score, batches, loss, rounds, least
         self.reinit_after = reinit_after
+        self._score = self.first_score
+        self.set_pruning_time(when, stop, lr_after)
+        if when != "start":
+            self.first_score = None  # the run begins dense
+            self._refuse_of_start()
         if least and not self._is_global:
             raise ValueError(
                 f"least={least!r} is of one ranking over all layers, and distribution={distribution!r} plans how many weights "
                 "each layer keeps. Leave least= out, or give distribution='global'."
             )
+
+    def _refuse_of_start(self) -> None:
+        """Refuse what a trained network cannot have."""
+        for argument, given in (("reinit_after", self.reinit_after), ("rescale", self.rescale)):
+            if given:
+                raise ValueError(
+                    f"{argument}={given!r} is of fresh weights, and with when={self.when!r} they are trained when they are pruned. "
+                    f"Leave {argument}= out, or give when='start'."
+                )
 
     @staticmethod
     def score_of(initial_mask: InitialMask) -> Score | None:
@@ -150,6 +187,32 @@ class PruneAtStart(StartsSparse):
         zeros = zeros_for(self.target_sparsity, sum(scored) or plan.weights) + sum(r.zeros or 0 for r in later)
         return plan.joined(zeros)
 
+    # ------------------------------------------------------------------ the pruning
+
+    def attach(self, model: nn.Module) -> None:
+        self.begin_trigger()
+
+    def begin_training(self, epoch: int) -> Figures:
+        self.begin_trigger()
+        return {}
+
+    def initial_masks(self) -> dict[str, Tensor]:
+        return self.weights.all_active(self.params) if self.is_dense else super().initial_masks()
+
+    def after_step(self, step: Step) -> Update | None:
+        if masks := self.waiting_part(step):
+            return Update(masks)
+        return self.new_masks(step) if self.pruned_now(step) else None
+
+    def new_masks(self, step: Step) -> Update:
+        assert self._score is not None  # score_of gives the one of the arguments
+        return Update(self.own_part(step, pruned_in_rounds(self, self._score, self.ranked)))
+
+    def after_update(self, step: Step) -> None:
+        if self.at_target:
+            self.scores_taken()
+        self.restart_if_pruned()
+
     # ------------------------------------------------------------------ the masks
 
     @property
@@ -159,11 +222,22 @@ class PruneAtStart(StartsSparse):
     def rehearse(self) -> None:
         if self.reinit_after:
             refuse_unresettable(self.model, self.params)
+        if self.is_dense and self._score is not None and self.params:
+            scores_of(self, self._score.of_one_batch())  # fails now where it would fail at the pruning
+
+    def sparsity_after(self, sparsity: float, way: float) -> float:
+        """The sparsity that rounds have come to, of the network or of a layer.
+
+        Args:
+            sparsity: its target.
+            way: the part of all rounds that is done, in (0, 1].
+        """
+        return sparsity_after(sparsity, way)
 
     def ranked(self, scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], way: float) -> dict[str, Tensor]:
         if not self._is_global:
-            return within_layers(self, scores, masks, way)
-        sparsity = sparsity_after(self.target_sparsity, way)
+            return within_layers(self, scores, masks, way, self.sparsity_after)
+        sparsity = self.sparsity_after(self.target_sparsity, way)
         size = sum(m.numel() for m in masks.values())
         zeros = zeros_for(sparsity, size) if way < 1 else self._zeros_of_all() - self._zeros_beside(masks)
         self._refuse_least(size - zeros, masks)
@@ -224,6 +298,10 @@ class PruneAtStart(StartsSparse):
 
 @possible_zeros.register
 def _(method: PruneAtStart, saved: SavedRun, planned: Mapping[str, int]) -> list[Zeros]:
+    if method.when != "start" and PRUNED not in saved.aux:
+        return as_planned(dict.fromkeys(planned, 0))
+    if waiting := [n for n in saved.masks if f"{PENDING}/{n}" in saved.aux]:
+        return as_planned(dict.fromkeys(waiting, 0))
     together = {n: m.numel() for n, m in saved.masks.items() if f"scored/{n}" in saved.aux}
     claims = as_planned({n: zeros for n, zeros in planned.items() if n not in together})
     if together:
@@ -234,7 +312,15 @@ def _(method: PruneAtStart, saved: SavedRun, planned: Mapping[str, int]) -> list
 
 @expected_aux.register
 def _(method: PruneAtStart, saved: SavedRun, model: nn.Module) -> Mapping[str, Kept]:
-    return {"scored/*": Kept(dtype="bool")}
+    of_trigger = expected_of_trigger(saved) if method.when == "distance" else {}
+    pending = {f"{PENDING}/{name}": Kept(tuple(mask.shape), "bool") for name, mask in saved.masks.items()}
+    return of_trigger | pending | {"scored/*": Kept(dtype="bool")}
+
+
+@masks_by_magnitude.register
+def _(method: PruneAtStart, names: Sequence[str]) -> dict[str, Tensor]:
+    # before the pruning a layer that joins is dense, as the others are
+    return method.weights.all_active(names) if method.is_dense else joining_masks(method, names)
 
 
 @why_no_exchange.register

@@ -19,7 +19,13 @@ NOT_OF_THE_RUN = (
 files, and what has no part in what comes out."""
 
 
-SPOKEN = {"ChannelPruning": "channels", "ConstrainedL0": "l0", "ParallelGaP": "gap_parallel", "PruneAtStart": "{score}"}
+SPOKEN = {
+    "ChannelPruning": "channels",
+    "ConstrainedL0": "l0",
+    "EarlyCroP": "early_crop",
+    "ParallelGaP": "gap_parallel",
+    "PruneAtStart": "{score}",
+}
 """Classes whose name in conf/method is not the name of the class in small letters, but another one or that of an argument."""
 
 

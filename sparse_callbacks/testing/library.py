@@ -38,6 +38,15 @@ LIBRARY: dict[str, Settings] = {
             "pruned weights rest": "a dense copy takes the step",
         },
     ),
+    "EarlyCroP": Settings(
+        # at the end of the first of two epochs
+        {"sparsity": 0.8, "batches": 16, "rounds": 3, "loss": loss_on, "print_plan": False},
+        promises_not_made={
+            "several updates": "it prunes once",
+            "growth": "what is pruned stays pruned",
+            "updates at an interval": "it prunes once",
+        },
+    ),
     "GMP": Settings(_SHORT, promises_not_made={"growth": "what is pruned stays pruned"}),
     "GaP": Settings(
         # four phases of three steps, and fine-tuning

@@ -49,6 +49,10 @@ class Contract:
         """The method has several updates in a short run."""
         return self.promises("several updates")
 
+    def moves_at_all(self) -> bool:
+        """Masks move in a short run, be it once, on the way to a target."""
+        return self.moves() or bool(self.method().arrives_at_stop)
+
     def gradient(self, mask: Tensor, dense: Tensor, aux: Mapping[str, Tensor]) -> Tensor:
         """What the optimizer sees of a dense gradient."""
         if callable(self.settings.gradients):

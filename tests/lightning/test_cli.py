@@ -25,6 +25,7 @@ OWN = {
     "ChannelPruning": ("criterion", "taylor_fo", "taylor_fo"),
     "SNFS": ("distribution", "uniform", "uniform"),
     "ConstrainedL0": ("density", "0.3", 0.3),
+    "EarlyCroP": ("lr_after", "restart", "restart"),
     "GaP": ("partitions", "2", 2),
     "ParallelGaP": ("rounds", "2", 2),
     "PruneAtStart": ("score", "grasp", "grasp"),

@@ -26,6 +26,8 @@ NOT_DRAWN = {
     "start": "drawn with the times",
     "stop": "drawn with the times",
     "finetune": "drawn with the times",
+    "when": "the time of one pruning, which has tests of its own",
+    "lr_after": "new optimizers after one pruning, which have tests of their own",
     "mode": "drawn with monitor",
     "patience": "drawn with monitor",
 }
@@ -190,7 +192,7 @@ def _times(draw: st.DrawFn, cls: str, known: list[str], steps: int) -> dict[str,
     """Times of updates in steps or in fractions of the run, or those that the method has by itself."""
     if "partitions" in known:
         return draw(_phases(known, steps))
-    if "stop" not in known:
+    if not {"every", "stop"} <= set(known):
         return {}
     start, stop = draw(st.sampled_from([0, 0.1, 0.25])), draw(st.sampled_from([0.5, 0.75, 1.0]))
     every, finetune = draw(st.sampled_from([0.07, 0.13, 0.25])), draw(st.sampled_from([None, 0.9, 1.0]))
