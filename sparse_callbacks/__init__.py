@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from sparse_callbacks.lightning.sparsity_report import SparsityReport
     from sparse_callbacks.methods.drop_and_grow import DropAndGrow
     from sparse_callbacks.methods.gap.combination import combine
+    from sparse_callbacks.methods.spdy.spdy import Spdy
 
 __version__ = "0.1.0"
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "SparseRun",
     "SparsityCallback",
     "SparsityReport",
+    "Spdy",
     "Static",
     "Step",
     "Time",
@@ -106,6 +108,7 @@ _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
     "SparseRun": "core.sparse_run",
     "SparsityCallback": "lightning.callback",
     "SparsityReport": "lightning.sparsity_report",
+    "Spdy": "methods.spdy.spdy",
     "Step": "core.step",
     "Time": "core.calendar",
     "Update": "core.topology",
