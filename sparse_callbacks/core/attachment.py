@@ -44,7 +44,10 @@ class Attachment:
         """A run is going on: everything is restored and the masks are written."""
         self.choices: Mapping[str, Choice] = {}
         """The storage of each parameter of the latest model, by name; empty where all are masked."""
+        self.shares: Mapping[str, float] = {}
+        """Sparsities by layer that a distribution which sees the model has found, for whoever is asked for targets next."""
         self._chosen_for: Callable[[], nn.Module | None] = _no_model
+        self._shared_for: Callable[[], nn.Module | None] = _no_model
         self._model: Callable[[], nn.Module | None] = _no_model
 
     @property
@@ -69,6 +72,18 @@ class Attachment:
         """The storages that were chosen for ``model``; empty where none were."""
         return self.choices if self._chosen_for() is model else {}
 
+    def share(self, model: nn.Module) -> None:
+        """:attr:`shares` are those with which the next run of ``model`` begins, whatever becomes of its weights before."""
+        self._shared_for = ref(model)
+
+    def shares_of(self, model: nn.Module) -> Mapping[str, float]:
+        """The shares with which the next run of ``model`` begins; empty where they are yet to be found."""
+        return self.shares if self._shared_for() is model else {}
+
+    def shares_are_taken(self) -> None:
+        """A run has begun with its shares, and keeps them itself."""
+        self._shared_for = _no_model
+
     @property
     def given_layers(self) -> set[str]:
         """Names of the weights whose layers the user has made with live weights alone."""
@@ -88,7 +103,9 @@ class Attachment:
             "_model": _no_model,
             "in_training": False,
             "choices": self.choices,
+            "shares": self.shares,
             "_chosen_for": _no_model,
+            "_shared_for": _no_model,
         }
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
+from sparse_callbacks.core.allocations.sees_model import SeesModel, shown_object
 from sparse_callbacks.core.awaited import names_awaited
 from sparse_callbacks.core.live.live_records import SavedRecords, saved_records
 from sparse_callbacks.core.live.saved_patterns import Pattern, live_in, pattern_of, storage_of
@@ -144,6 +145,8 @@ def shown(value: object) -> str:
     if isinstance(value, Real) and not isinstance(value, bool):  # numpy's numbers, which show their type
         return repr(int(value) if isinstance(value, Integral) else float(value))
     # the repr of a function holds its address in memory, which is another one in the process that resumes
+    if isinstance(value, SeesModel):
+        return shown_object(value)
     if callable(value) and not isinstance(value, Schedule):
         return str(getattr(value, "__qualname__", type(value).__qualname__))
     if isinstance(value, Mapping) and any(isinstance(v, Tensor | Mapping) for v in value.values()):

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from numbers import Real
 from typing import Any
 
+from sparse_callbacks.core.allocations.sees_model import SeesModel, shown_object
 from sparse_callbacks.core.argument_types import checked_after
 from sparse_callbacks.core.ops import zeros_for
 
@@ -26,7 +27,9 @@ __all__ = [
 ]
 
 Shapes = Mapping[str, tuple[int, ...]]
-Distribution = str | Mapping[str, float | str] | Callable[[dict[str, tuple[int, ...]], float], Mapping[str, float]]
+Distribution = (
+    str | Mapping[str, float | str] | Callable[[dict[str, tuple[int, ...]], float], Mapping[str, float]] | SeesModel
+)
 
 
 @checked_after
@@ -163,6 +166,11 @@ def is_epsilon(distribution: Any) -> bool:
     return isinstance(distribution, str) and distribution.strip().startswith("epsilon")
 
 
+def decides_total(distribution: Any) -> bool:
+    """Whether a distribution decides how many weights there are, so that a target sparsity has nothing to say."""
+    return is_epsilon(distribution) or isinstance(distribution, SeesModel)
+
+
 def _epsilon(text: str) -> float | str:
     """The number in "epsilon(1)"; other text as it is."""
     inside = re.fullmatch(r"\s*epsilon\(\s*((\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)\s*\)\s*", text)
@@ -223,9 +231,14 @@ def resolve(distribution: Distribution, shapes: Shapes, sparsity: float) -> dict
         return _by_name(distribution, shapes, sparsity)
     if isinstance(distribution, Mapping):
         return _by_glob(distribution, shapes, sparsity)
+    if isinstance(distribution, SeesModel):
+        raise ValueError(
+            f"distribution={shown_object(distribution)} looks at a model, and here are shapes alone. Ask plan(model) of a "
+            "method with this distribution, or its shares(model, entries)."
+        )
     if callable(distribution):
         _check_reachable(shapes, sparsity)  # first, or an error would blame the callable for the target
-        return _checked_result(distribution(dict(shapes), sparsity), shapes)
+        return checked_shares(distribution(dict(shapes), sparsity), shapes)
     raise TypeError(
         f"distribution={distribution!r} is neither a name ({', '.join(_NAMED)}), a mapping from globs to sparsities or "
         "names, nor a callable(shapes, sparsity). Give one of these."
@@ -299,20 +312,27 @@ def _refuse_idle(glob: str, shapes: Shapes) -> None:
     )
 
 
-def _checked_result(result: Any, shapes: Shapes) -> dict[str, float]:
+def checked_shares(result: Any, shapes: Shapes, whose: str = "the callable") -> dict[str, float]:
+    """The sparsities that a distribution of the user's has given, in the order of the layers.
+
+    Args:
+        result: what it returned.
+        shapes: (out, in, *kernel) by layer name.
+        whose: what returned it, for the error.
+
+    Raises:
+        ValueError: it is not a sparsity in [0, 1) for each layer and for no other.
+    """
     if not isinstance(result, Mapping):
-        raise ValueError(
-            f"distribution: the callable returned {result!r}. It must return a dict {{layer name: sparsity}}."
-        )
+        raise ValueError(f"distribution: {whose} returned {result!r}. It must return a dict {{layer name: sparsity}}.")
     if set(result) != set(shapes):
         missing, unknown = sorted(set(shapes) - set(result)), sorted(map(str, set(result) - set(shapes)))
         raise ValueError(
-            f"distribution: the callable's result does not fit the layers: missing {missing}, unknown {unknown}. "
+            f"distribution: {whose}'s result does not fit the layers: missing {missing}, unknown {unknown}. "
             "Return a sparsity for each name that it was given and for no other."
         )
     return {
-        name: _fraction(result[name], f"distribution: the callable's sparsity {result[name]!r} of {name}")
-        for name in shapes
+        name: _fraction(result[name], f"distribution: {whose}'s sparsity {result[name]!r} of {name}") for name in shapes
     }
 
 

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from sparse_callbacks.core.arguments import refuse_unknown
 from sparse_callbacks.core.awaited import for_targets
-from sparse_callbacks.core.checkpoint import SavedRun
+from sparse_callbacks.core.checkpoint import SavedRun, shown
 from sparse_callbacks.core.constructors import argument_names
-from sparse_callbacks.core.distributions import is_epsilon
+from sparse_callbacks.core.distributions import decides_total
 from sparse_callbacks.core.found_masks import WAITING, FoundMasks, MaskSource, found_masks
+from sparse_callbacks.core.found_shares import find_shares
 from sparse_callbacks.core.given_masks import GivenMasks, Source
 from sparse_callbacks.core.method import DEFAULT_SPARSITY, Method, Options
 from sparse_callbacks.core.ops import keep_largest
@@ -105,9 +106,9 @@ class StartsSparse(Method):
         self._found = FoundMasks({}, 0.0, None)
         if not self._source.brings_counts:
             return
-        if is_epsilon(self.distribution):
+        if decides_total(self.distribution):
             raise ValueError(
-                f"{self._source.shown} and distribution={self.distribution!r} both say how many weights there are. Give one "
+                f"{self._source.shown} and distribution={shown(self.distribution)} both say how many weights there are. Give one "
                 "of them."
             )
         if sparsity is None:
@@ -223,6 +224,19 @@ def find_masks(
     """
     if isinstance(method, StartsSparse) and method._source.brings_counts:
         method._find(model, entries, saved, together)
+
+
+def planned_targets(
+    method: Method, model: nn.Module, entries: Sequence[Entry], saved: SavedRun | None, together: bool = False
+) -> dict[str, float]:
+    """Target sparsity of every layer, after the method has looked for what its targets follow from; see
+    :func:`find_masks` and :func:`~sparse_callbacks.core.found_shares.find_shares`."""
+    find_masks(method, model, entries, saved, together)
+    if isinstance(method, StartsSparse) and method._source.brings_counts:
+        method.attachment.shares = {}  # the masks that were found have their own counts
+    else:
+        find_shares(method, model, entries, saved, together)
+    return method.share_out(entries)
 
 
 def given_mask(method: Method, name: str) -> Tensor | None:

@@ -13,7 +13,8 @@ from sparse_callbacks.core.awaited import for_targets, with_awaited
 from sparse_callbacks.core.calendar import Calendar, RunLength, Time, check_times, resolve_times
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.constructors import argument_names, checks_arguments
-from sparse_callbacks.core.distributions import Distribution, check_rules, is_epsilon
+from sparse_callbacks.core.distributions import Distribution, check_rules, decides_total
+from sparse_callbacks.core.found_shares import find_shares, follow_from_model, found_targets
 from sparse_callbacks.core.hooks import Hooks
 from sparse_callbacks.core.host import Host
 from sparse_callbacks.core.live.live_runs import refuse_foreign_places
@@ -107,9 +108,9 @@ class Method(Hooks):
         fresh_start: bool = False,
     ) -> None:
         check_sparsity(sparsity)
-        if is_epsilon(distribution) and float(sparsity) != DEFAULT_SPARSITY:
+        if decides_total(distribution) and float(sparsity) != DEFAULT_SPARSITY:
             raise ValueError(
-                f"sparsity={sparsity} and distribution={distribution!r} both say how many weights there are. Leave "
+                f"sparsity={sparsity} and distribution={checkpoint.shown(distribution)} both say how many weights there are. Leave "
                 "sparsity= out, or choose a distribution that shares out a target."
             )
         if isinstance(distribution, Mapping):
@@ -310,17 +311,24 @@ class Method(Hooks):
         if model is not None:
             model = getattr(model, "_orig_mod", model)  # of torch.compile
             entries = with_awaited(self, select(model, self.include, self.exclude, self.keep_dense))
+            known = self.attachment.shares
+            find_shares(self, model, for_targets(entries), self.saved)
             zeros = self.parameter_zeros(entries, self.share_out(for_targets(entries)))
+            self.attachment.shares = known
         elif self.entries:
             entries, zeros = self.entries, self.parameter_zeros(self.entries, self.targets)
         else:
             raise ValueError("plan() knows no model yet. Give one, plan(model), or call it after fit has started.")
-        target = self.distribution if is_epsilon(self.distribution) else f"sparsity {self.target_sparsity:g}"
+        asked = self.distribution
+        total = asked if isinstance(asked, str | Mapping) else checkpoint.shown(asked)
+        target = total if decides_total(asked) else f"sparsity {self.target_sparsity:g}"
         rows = plan_rows(entries, zeros, pattern_remarks(self, entries, zeros))
         return Plan(f"{type(self).__name__}: {target}", rows, frozenset(zeros), remark=storage_remark(self))
 
     def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
         """Target sparsity of every layer."""
+        if follow_from_model(self):
+            return found_targets(self, entries)
         return layer_targets(self.distribution, entries, self.target_sparsity)
 
     def parameter_zeros(self, entries: Sequence[Entry], targets: Mapping[str, float]) -> dict[str, int]:

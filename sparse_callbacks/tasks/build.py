@@ -148,6 +148,9 @@ def build_method(cfg: DictConfig) -> SparsityCallback | None:
     group = {str(key): value for key, value in method.items()}
     arguments = method_arguments(group, defaults, cls.schedulable, cfg.sparsity, curve)
     del arguments["_target_"]
+    for name, value in arguments.items():  # an object, such as a distribution that sees the model
+        if isinstance(value, dict) and "_target_" in value:
+            arguments[name] = instantiate(value)
     callback: SparsityCallback = cls(**arguments)
     return callback
 

@@ -11,7 +11,7 @@ from pytorch_lightning.callbacks import LambdaCallback
 from pytorch_lightning.utilities import rank_zero_only
 
 from sparse_callbacks.core.calendar import Calendar
-from sparse_callbacks.core.distributions import is_epsilon
+from sparse_callbacks.core.distributions import decides_total
 from sparse_callbacks.core.files import replacing
 from sparse_callbacks.lightning.callback import SparsityCallback
 from sparse_callbacks.tasks import loggers
@@ -34,7 +34,7 @@ def target_sparsity(method: SparsityCallback | None) -> float | None:
         return 0.0
     if isinstance(getattr(method, "density", None), Mapping) and not method.entries:
         return None  # one density for each layer, and no layer is known
-    if is_epsilon(method.distribution):
+    if decides_total(method.distribution):
         return round(method.plan().total, 6) if method.entries else None
     # a budget has no target and gives 0, as do masks of a file before anybody has looked at them
     if method.target_sparsity == 0 and not (method.plans_counts and method.sparsity == 0):

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from sparse_callbacks.core.distributions import is_epsilon
+from sparse_callbacks.core.distributions import decides_total
 from sparse_callbacks.lightning.callback import SparsityCallback
 from sparse_callbacks.tasks.recorded_config import settings, target_sparsity
 
@@ -37,11 +37,14 @@ def part_name(part: Mapping[str, Any]) -> str:
 
 
 def target_text(method: SparsityCallback | None) -> str:
-    """The target as it was asked for: a sparsity, an epsilon or a budget; empty where a file decides or nothing does."""
+    """The target as it was asked for: a sparsity, a budget, or what decides the total, an epsilon or an object by its class;
+    empty where a file decides or nothing does."""
     if method is None:
         return ""
-    if is_epsilon(method.distribution):
-        return str(method.distribution) if isinstance(method.distribution, str) else "epsilon"
+    shared = method.distribution
+    if decides_total(shared):
+        named = "epsilon" if isinstance(shared, Mapping) else type(shared).__name__.lower()
+        return shared if isinstance(shared, str) else named
     sparsity = target_sparsity(method)
     asked = getattr(method, "budget", None) if sparsity is None else sparsity
     return "" if asked is None else f"{asked:g}"

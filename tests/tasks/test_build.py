@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import sparse_callbacks
 from sparse_callbacks import schedules
-from sparse_callbacks.tasks import build
+from sparse_callbacks.tasks import build, recorded_config, run_names
 from sparse_callbacks.tasks.classifier import Optim, gradient_norm
 
 Compose = Callable[..., DictConfig]
@@ -217,3 +217,18 @@ def test_curvature_is_logged_where_the_root_key_says_how_often(run: Run, tmp_pat
     assert [int(row[step]) for row in rows if row[largest]] == [0, 5, 10, 15, 20, 25]
     with pytest.raises(ValueError, match="every=0: 0 is out of range"):
         run("curvature=0", folder="other")
+
+
+def test_a_distribution_may_be_an_object(composed: Compose) -> None:
+    cfg = composed("method=rigl", "method.distribution={_target_:support.shares.BySize,least:0.3}")
+    method = build.build_method(cfg)
+    assert method is not None
+    assert method.arguments["distribution"] == "BySize(0.3)"
+    assert run_names.target_text(method) == "bysize"
+    assert recorded_config.target_sparsity(method) is None  # no model is known
+    model = torch.nn.Linear(20, 10)
+    assert 0.3 < method.plan(model).total < 0.8
+    with pytest.raises(ValueError, match=r"sparsity=0.7 and distribution=BySize\(0.3\) both say"):
+        build.build_method(
+            composed("method=rigl", "sparsity=0.7", "method.distribution={_target_:support.shares.BySize,least:0.3}")
+        )

@@ -1,0 +1,122 @@
+"""Shares of layers that follow from a model: found when a run begins, and kept with the run."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from sparse_callbacks.core import distributed
+from sparse_callbacks.core.allocations.sees_model import SeesModel
+from sparse_callbacks.core.checkpoint import SavedRun
+from sparse_callbacks.core.distributions import checked_shares
+from sparse_callbacks.core.ops import zeros_for
+from sparse_callbacks.core.patterns import share_of
+from sparse_callbacks.core.selection import Entry, layer_shapes
+from sparse_callbacks.core.state_layout import damaged, shown_short
+
+if TYPE_CHECKING:
+    from sparse_callbacks.core.method import Method
+
+ALLOCATED = "allocated"
+"""In ``aux``, where the zeros lie that a distribution which sees the model has given the layers of each parameter."""
+
+
+def follow_from_model(method: "Method") -> bool:
+    """Whether the targets of a method follow from the model, and a run keeps those that it began with."""
+    return isinstance(method.distribution, SeesModel)
+
+
+def find_shares(
+    method: "Method", model: nn.Module, entries: Sequence[Entry], saved: SavedRun | None, together: bool = False
+) -> None:
+    """Let a distribution that sees the model look at it, before the method is asked for its targets.
+
+    A run that goes on has the shares that it began with, and only layers that are new to it get theirs now.
+
+    Args:
+        method: the method, of any kind.
+        model: the model.
+        entries: all parameters of it as distributions see them.
+        saved: the run that goes on; None for that of ``method.aux``, or a new one.
+        together: whether all ranks ask, which then take what the first has found.
+
+    Raises:
+        ValueError: the distribution gives no sparsity for a layer, or one that no layer can have; the saved run is damaged.
+    """
+    if not follow_from_model(method):
+        method.attachment.shares = {}
+        return
+    chosen = [e for e in entries if not e.reason]
+    known = dict(method.attachment.shares_of(model))
+    if saved is not None:
+        known = _kept(saved.aux, chosen, saved.path)
+    elif method.attachment.model is model:
+        known = _kept(method.aux, chosen, None)
+    if any(layer not in known for e in chosen for layer in e.layers):
+        found = _new_shares(method, model, entries)
+        # in a loop ranks may still have weights of their own
+        known = {**(distributed.of_first_rank(found) if together else found), **known}
+    method.attachment.shares = known
+
+
+def found_targets(method: "Method", entries: Sequence[Entry]) -> dict[str, float]:
+    """Target sparsity of every layer, as :func:`find_shares` has found it.
+
+    Args:
+        method: a method whose targets follow from the model.
+        entries: all parameters of the model; those without a reason have targets.
+
+    Raises:
+        ValueError: nobody has looked at the model yet.
+    """
+    layers, shares = layer_shapes(entries), method.attachment.shares
+    if missing := [layer for layer in layers if layer not in shares]:
+        raise ValueError(
+            f"distribution={method.arguments['distribution']} looks at a model, and has seen none with {missing[0]}. Ask "
+            "plan(model), or let a run begin."
+        )
+    return {layer: shares[layer] for layer in layers}
+
+
+def shares_to_keep(method: "Method", entries: Iterable[Entry]) -> dict[str, Tensor]:
+    """What a run keeps in ``aux``, so that it has the same targets when it goes on: the zeros of the layers of each
+    parameter. Nothing for methods whose targets follow from their arguments, or from masks that were found."""
+    shares = method.attachment.shares
+    return {
+        f"{ALLOCATED}/{e.name}": torch.tensor([zeros_for(shares[x], e.size // e.parts) for x in e.layers])
+        for e in entries
+        if not e.reason and e.layers[0] in shares
+    }
+
+
+def _new_shares(method: "Method", model: nn.Module, entries: Sequence[Entry]) -> dict[str, float]:
+    distribution = method.distribution
+    assert isinstance(distribution, SeesModel)
+    shapes = layer_shapes(entries)
+    given = checked_shares(distribution.shares(model, entries), shapes, f"{type(distribution).__name__}.shares")
+    # through whole zeros, as the run keeps them: a run that goes on must have the very same targets
+    sizes = {layer: e.size // e.parts for e in entries if not e.reason for layer in e.layers}
+    return {layer: share_of(zeros_for(given[layer], size), size) for layer, size in sizes.items()}
+
+
+def _kept(aux: Mapping[str, Tensor], entries: Iterable[Entry], path: object) -> dict[str, float]:
+    """The shares that a run has kept, of those of its layers that had one.
+
+    Raises:
+        ValueError: they are none that a run can have saved.
+    """
+    known: dict[str, float] = {}
+    for entry in entries:
+        found = aux.get(f"{ALLOCATED}/{entry.name}")
+        if found is None:
+            continue
+        size = entry.size // entry.parts
+        whole = not found.is_floating_point() and not found.is_complex() and tuple(found.shape) == (entry.parts,)
+        if not whole or not all(0 <= n <= size for n in found.tolist()):
+            raise damaged(
+                f"its {ALLOCATED}/{entry.name} is {shown_short(found)}, and should be {entry.parts} whole numbers up to {size}",
+                path,
+            )
+        known |= {layer: share_of(int(n), size) for layer, n in zip(entry.layers, found.tolist(), strict=True)}
+    return known
