@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.core import distributed
-from sparse_callbacks.core.allocations.sees_model import SeesModel
+from sparse_callbacks.core.allocations.sees_model import SeesData, SeesModel
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.distributions import checked_shares
+from sparse_callbacks.core.host import Host
 from sparse_callbacks.core.ops import zeros_for
 from sparse_callbacks.core.patterns import share_of
 from sparse_callbacks.core.selection import Entry, layer_shapes
@@ -54,7 +55,7 @@ def find_shares(
     elif method.attachment.model is model:
         known = _kept(method.aux, chosen, None)
     if any(layer not in known for e in chosen for layer in e.layers):
-        found = _new_shares(method, model, entries)
+        found = _new_shares(method, model, entries, method.attachment.beginning if together else None)
         # in a loop ranks may still have weights of their own
         known = {**(distributed.of_first_rank(found) if together else found), **known}
     method.attachment.shares = known
@@ -90,11 +91,15 @@ def shares_to_keep(method: "Method", entries: Iterable[Entry]) -> dict[str, Tens
     }
 
 
-def _new_shares(method: "Method", model: nn.Module, entries: Sequence[Entry]) -> dict[str, float]:
+def _new_shares(method: "Method", model: nn.Module, entries: Sequence[Entry], host: Host | None) -> dict[str, float]:
     distribution = method.distribution
     assert isinstance(distribution, SeesModel)
     shapes = layer_shapes(entries)
-    given = checked_shares(distribution.shares(model, entries), shapes, f"{type(distribution).__name__}.shares")
+    if host is not None and isinstance(distribution, SeesData):
+        answer = distribution.shares_in_run(model, entries, host)
+    else:
+        answer = distribution.shares(model, entries)
+    given = checked_shares(answer, shapes, f"{type(distribution).__name__}.shares")
     # through whole zeros, as the run keeps them: a run that goes on must have the very same targets
     sizes = {layer: e.size // e.parts for e in entries if not e.reason for layer in e.layers}
     return {layer: share_of(zeros_for(given[layer], size), size) for layer, size in sizes.items()}

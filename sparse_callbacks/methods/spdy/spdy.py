@@ -107,20 +107,25 @@ class Spdy:
         parts = [f"{n}={shown(v)}" for n, v in given.items() if n in always or v != defaults[n]]
         return f"{type(self).__name__}({', '.join(parts)})"
 
-    def shares(self, model: nn.Module, entries: Sequence[Entry], host: Host | None = None) -> dict[str, float]:
-        """The sparsity of every selected layer by its name.
+    def shares(self, model: nn.Module, entries: Sequence[Entry]) -> dict[str, float]:
+        """See :class:`~sparse_callbacks.core.allocations.sees_model.SeesModel`."""
+        return self.layer_shares(model, entries).sparsities
+
+    def shares_in_run(self, model: nn.Module, entries: Sequence[Entry], host: Host) -> dict[str, float]:
+        """See :class:`~sparse_callbacks.core.allocations.sees_model.SeesData`."""
+        return self.layer_shares(model, entries, host).sparsities
+
+    def layer_shares(self, model: nn.Module, entries: Sequence[Entry], host: Host | None = None) -> LayerShares:
+        """What :meth:`shares` gives, with the costs that it follows from.
 
         Args:
             model: the model, which is left as it was.
             entries: all parameters of it; those without a reason are selected.
-            host: the training loop of a run; None: there is no data.
-        """
-        found = self.layer_shares(model, entries, host).sparsities
-        # the last bit of a sum of squares may be another on another device
-        return found if host is None else distributed.of_first_rank(found)
+            host: the training loop of a run that begins; None: there is no data.
 
-    def layer_shares(self, model: nn.Module, entries: Sequence[Entry], host: Host | None = None) -> LayerShares:
-        """What :meth:`shares` gives, with the costs that it follows from."""
+        Raises:
+            ValueError: see the class.
+        """
         if self.error == "calibration" and host is None:
             raise ValueError(
                 f"{self!r} takes losses on training data, and there is none outside of a run. Call plan() without a model "
@@ -148,7 +153,7 @@ class Spdy:
     ) -> dict[str, list[float]]:
         unweighted = {layer: index_errors(len(levels)) for layer, levels in costs.levels.items()}
         best_levels(costs, unweighted, self.budget)  # refuses a budget before the first pass
-        calibration = host.calibration(self.batches, loss=self.loss, seed=self.seed)
+        calibration = host.calibration(self.batches, loss=self.loss, seed=self.seed).held()
         network = Stitched(model, entries, costs.levels, calibration)
 
         def errors(coefficients: Sequence[float]) -> dict[str, list[float]]:
