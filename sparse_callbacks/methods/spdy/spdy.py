@@ -15,6 +15,7 @@ from sparse_callbacks.core.arguments import check_seed, refuse_unknown
 from sparse_callbacks.core.calibration import Loss
 from sparse_callbacks.core.checkpoint import shown
 from sparse_callbacks.core.host import Host
+from sparse_callbacks.core.local_parts import is_sharded
 from sparse_callbacks.core.randomness import generator
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.storages.exchange import dense_twin
@@ -171,6 +172,11 @@ class Spdy:
 
 def _errors_by_magnitude(model: nn.Module, entries: Sequence[Entry], costs: LayerCosts) -> dict[str, list[float]]:
     weights: Mapping[str, Tensor] = dict(dense_twin(model).named_parameters())
+    if sharded := [e.name for e in entries if not e.reason and is_sharded(weights[e.name])]:
+        raise ValueError(
+            f"Spdy looks at whole weights, and {sharded[0]} is sharded over processes. Give distribution= the sparsities that "
+            "plan(model) shows of the model before it is sharded, as a mapping."
+        )
     parts = [pair for e in entries if not e.reason for pair in zip(e.layers, e.split(weights[e.name]), strict=True)]
     return {layer: magnitude_errors(part, costs.levels[layer]) for layer, part in parts}
 
