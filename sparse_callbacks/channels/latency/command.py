@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("model", help="module:callable that gives the model, e.g. torchvision.models:resnet18")
-    add("--arguments", type=named_arguments, default={}, help="of the callable, as JSON, e.g. '{\"num_classes\": 10}'")
+    add("--arguments", type=json_arguments, default={}, help="of the callable, as JSON, e.g. '{\"num_classes\": 10}'")
     add("--batch", type=count_of, default=1, help="samples of a batch; as many as the model will be given")
     size = "size of one sample, a float tensor, e.g. 3 32 32"
     add("--input", type=count_of, nargs="+", required=True, help=size)
@@ -99,7 +99,7 @@ def count_of(text: str) -> int:
     return int(text)
 
 
-def named_arguments(text: str) -> dict[str, Any]:
+def json_arguments(text: str) -> dict[str, Any]:
     """A word of the command line as named arguments, from JSON."""
     try:
         found = json.loads(text)

@@ -13,7 +13,7 @@ import torch
 from sparse_callbacks.channels.latency.command import (
     built,
     count_of,
-    named_arguments,
+    json_arguments,
     refuse_size,
     why_not_written,
 )
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("model", help="module:callable that gives the model, e.g. torchvision.models:resnet18")
-    add("--arguments", type=named_arguments, default={}, help="of the callable, as JSON, e.g. '{\"num_classes\": 10}'")
+    add("--arguments", type=json_arguments, default={}, help="of the callable, as JSON, e.g. '{\"num_classes\": 10}'")
     add(
         "--input",
         type=_size,

@@ -1,4 +1,4 @@
-"""Measures the table of times of a model: a training step of each layer alone, at each level of sparsity."""
+"""Measures the times of a model: a training step of each layer alone, at each level of sparsity."""
 
 import copy
 import statistics
