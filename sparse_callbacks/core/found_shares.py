@@ -9,12 +9,17 @@ from torch import Tensor, nn
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core.allocations.sees_model import SeesData, SeesModel
 from sparse_callbacks.core.checkpoint import SavedRun
-from sparse_callbacks.core.distributions import checked_shares
+from sparse_callbacks.core.distributions import checked_shares, reads_weights
 from sparse_callbacks.core.host import Host
+from sparse_callbacks.core.joint_thresholds import are_joint
+from sparse_callbacks.core.live.live_masks import exchanged_layers
+from sparse_callbacks.core.local_parts import local_parameter
 from sparse_callbacks.core.ops import zeros_for
 from sparse_callbacks.core.patterns import share_of
 from sparse_callbacks.core.selection import Entry, layer_shapes
+from sparse_callbacks.core.shards import layout_of
 from sparse_callbacks.core.state_layout import damaged, shown_short
+from sparse_callbacks.core.targets import layer_targets
 
 if TYPE_CHECKING:
     from sparse_callbacks.core.method import Method
@@ -25,7 +30,8 @@ ALLOCATED = "allocated"
 
 def follow_from_model(method: "Method") -> bool:
     """Whether the targets of a method follow from the model, and a run keeps those that it began with."""
-    return isinstance(method.distribution, SeesModel)
+    once = reads_weights(method.distribution) and not are_joint(method)
+    return isinstance(method.distribution, SeesModel) or once
 
 
 def find_shares(
@@ -93,16 +99,42 @@ def shares_to_keep(method: "Method", entries: Iterable[Entry]) -> dict[str, Tens
 
 def _new_shares(method: "Method", model: nn.Module, entries: Sequence[Entry], host: Host | None) -> dict[str, float]:
     distribution = method.distribution
-    assert isinstance(distribution, SeesModel)
-    shapes = layer_shapes(entries)
-    if host is not None and isinstance(distribution, SeesData):
-        answer = distribution.shares_in_run(model, entries, host)
+    if isinstance(distribution, SeesModel):
+        if host is not None and isinstance(distribution, SeesData):
+            result = distribution.shares_in_run(model, entries, host)
+        else:
+            result = distribution.shares(model, entries)
+        given = checked_shares(result, layer_shapes(entries), f"{type(distribution).__name__}.shares")
     else:
-        answer = distribution.shares(model, entries)
-    given = checked_shares(answer, shapes, f"{type(distribution).__name__}.shares")
+        given = layer_targets(distribution, entries, method.target_sparsity, weights_of(model, entries))
     # through whole zeros, as the run keeps them: a run that goes on must have the very same targets
     sizes = {layer: e.size // e.parts for e in entries if not e.reason for layer in e.layers}
     return {layer: share_of(zeros_for(given[layer], size), size) for layer, size in sizes.items()}
+
+
+def weights_of(model: nn.Module, entries: Iterable[Entry]) -> dict[str, Tensor]:
+    """The weights of each layer of the selected parameters, of sharded ones this process's parts.
+
+    Args:
+        model: the model.
+        entries: all parameters of it; those without a reason are selected.
+
+    Raises:
+        ValueError: a weight is on the meta device.
+    """
+    params, live = dict(model.named_parameters()), exchanged_layers(model)
+    found: dict[str, Tensor] = {}
+    for entry in (e for e in entries if not e.reason):
+        layer = live.get(entry.name)
+        weight = local_parameter(params[entry.name]) if layer is None else layer.places.dense(layer.values.detach())
+        if weight.is_meta:
+            raise ValueError(
+                f"{entry.name} is on the meta device and has no values, by which distribution= would share out the target. "
+                "Let it have values before, or choose a distribution that reads shapes alone."
+            )
+        views = layout_of(weight).layers(weight.detach(), entry.parts)
+        found |= dict(zip(entry.layers, views, strict=True))
+    return found
 
 
 def _kept(aux: Mapping[str, Tensor], entries: Iterable[Entry], path: object) -> dict[str, float]:

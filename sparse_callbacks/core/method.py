@@ -17,6 +17,7 @@ from sparse_callbacks.core.distributions import Distribution, check_rules, decid
 from sparse_callbacks.core.found_shares import find_shares, follow_from_model, found_targets
 from sparse_callbacks.core.hooks import Hooks
 from sparse_callbacks.core.host import Host
+from sparse_callbacks.core.joint_thresholds import are_joint, planned_total, with_joint_rows, without_thresholds
 from sparse_callbacks.core.live.live_runs import refuse_foreign_places
 from sparse_callbacks.core.ops import random_mask, zeros_for
 from sparse_callbacks.core.optimizers import Ownership
@@ -59,8 +60,12 @@ class Method(Hooks):
 
     Args:
         sparsity: target fraction of zeros over the selected weights, in [0, 1).
-        distribution: how layers share the target: ``"uniform"``, ``"erdos_renyi"``, ``"erdos_renyi_kernel"``, a mapping
-            ``{glob: sparsity or name}`` (first match wins), or a callable ``(shapes, sparsity) -> {layer: sparsity}``.
+        distribution: how layers share the target: ``"uniform"``, ``"uniform_plus"``, ``"erdos_renyi"``,
+            ``"erdos_renyi_kernel"``; ``"global"`` (each layer keeps a weight; ``"global(0)"``: or none) and ``"lamp"``, one
+            threshold over all magnitudes or scores, renewed at each selection by GMP and DPF and else found once, when a run
+            begins; ``"epsilon(1)"``, in place of a target; a mapping ``{glob: sparsity or name}`` (first match wins); a
+            callable ``(shapes, sparsity) -> {layer: sparsity}``; or an object that sees the model, in place of a target
+            (:class:`~sparse_callbacks.core.allocations.sees_model.SeesModel`).
         include: globs on parameter names; default: the weights of all supported layers except embeddings.
         exclude: globs on the names of parameters that stay dense.
         seed: of everything random here; draws derive from (seed, step, parameter name).
@@ -256,7 +261,7 @@ class Method(Hooks):
         """False while the network is still on its way to the target sparsity."""
         if not self.arrives_at_stop:
             return True
-        planned = sum(self.parameter_zeros(self.entries, self.targets).values())
+        planned = planned_total(self, self.entries, self.targets)
         return bool(self.masks) and self.weights.size_of_all - sum(self.weights.active_counts.values()) >= planned
 
     def measured_sparsity(self) -> dict[str, float]:
@@ -313,23 +318,26 @@ class Method(Hooks):
             entries = with_awaited(self, select(model, self.include, self.exclude, self.keep_dense))
             known = self.attachment.shares
             find_shares(self, model, for_targets(entries), self.saved)
-            zeros = self.parameter_zeros(entries, self.share_out(for_targets(entries)))
+            targets = self.share_out(for_targets(entries))
             self.attachment.shares = known
         elif self.entries:
-            entries, zeros = self.entries, self.parameter_zeros(self.entries, self.targets)
+            entries, targets = self.entries, self.targets
         else:
             raise ValueError("plan() knows no model yet. Give one, plan(model), or call it after fit has started.")
         asked = self.distribution
         total = asked if isinstance(asked, str | Mapping) else checkpoint.shown(asked)
         target = total if decides_total(asked) else f"sparsity {self.target_sparsity:g}"
+        zeros = self.parameter_zeros(entries, targets)
         rows = plan_rows(entries, zeros, pattern_remarks(self, entries, zeros))
-        return Plan(f"{type(self).__name__}: {target}", rows, frozenset(zeros), remark=storage_remark(self))
+        made = Plan(f"{type(self).__name__}: {target}", rows, frozenset(zeros), remark=storage_remark(self))
+        return with_joint_rows(self, made, entries, targets)
 
     def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
         """Target sparsity of every layer."""
         if follow_from_model(self):
             return found_targets(self, entries)
-        return layer_targets(self.distribution, entries, self.target_sparsity)
+        shared = without_thresholds(self.distribution) if are_joint(self) else self.distribution
+        return layer_targets(shared, entries, self.target_sparsity)
 
     def parameter_zeros(self, entries: Sequence[Entry], targets: Mapping[str, float]) -> dict[str, int]:
         """Planned zeros of every sparse parameter."""

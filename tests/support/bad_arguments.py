@@ -106,7 +106,7 @@ def subjects(*modules: Any) -> Iterator[tuple[str, Callable[..., Any]]]:
 # Bases that are not made by users, what the library itself makes, and what a decorator or a class takes.
 NOT_CALLED = (
     "Method", "DropAndGrow", "SparsityCallback", "SparseRun", "Plan", "Step", "Update", "Options", "Time",
-    "Distribution", "Shapes", "horizon", "contract", "Settings", "SparseLinear", "DoctorWarning",
+    "Distribution", "SeesModel", "Shapes", "horizon", "contract", "Settings", "SparseLinear", "DoctorWarning",
 )  # fmt: skip
 MADE_OTHERWISE = ("SparseLinear.from_dense", "SparseLinear.random")
 """Class methods that users call in place of a constructor."""
@@ -177,6 +177,8 @@ def _for_numbers(name: str) -> dict[str, Any]:
         "distributions.resolve": {"distribution": "uniform", "shapes": shapes, "sparsity": 0.5},
         "distributions.epsilon_sparsity": {"shapes": shapes, "epsilon": 1.0},
         "distributions.is_epsilon": {"distribution": "uniform"},
+        "distributions.global_magnitude": {"weights": {"a": values}, "sparsity": 0.5},
+        "distributions.lamp": {"weights": {"a": values}, "sparsity": 0.5},
     }.get(name, {})
 
 

@@ -1,24 +1,24 @@
 """SPDY: the sparsity of each layer that spoils least of all that the network can afford."""
 
 import warnings
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparse_callbacks.channels.prunable import example_inputs, why_not_taken
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core.arguments import check_seed, refuse_unknown
 from sparse_callbacks.core.calibration import Loss
 from sparse_callbacks.core.checkpoint import shown
+from sparse_callbacks.core.found_shares import weights_of
 from sparse_callbacks.core.host import Host
 from sparse_callbacks.core.local_parts import is_sharded
 from sparse_callbacks.core.randomness import generator
 from sparse_callbacks.core.selection import Entry
-from sparse_callbacks.core.storages.exchange import dense_twin
 from sparse_callbacks.methods.spdy.errors import index_errors, magnitude_errors
 from sparse_callbacks.methods.spdy.levels import LayerCosts, flop_costs
 from sparse_callbacks.methods.spdy.search import best_levels, searched
@@ -171,14 +171,13 @@ class Spdy:
 
 
 def _errors_by_magnitude(model: nn.Module, entries: Sequence[Entry], costs: LayerCosts) -> dict[str, list[float]]:
-    weights: Mapping[str, Tensor] = dict(dense_twin(model).named_parameters())
-    if sharded := [e.name for e in entries if not e.reason and is_sharded(weights[e.name])]:
+    params = dict(model.named_parameters())
+    if sharded := [e.name for e in entries if not e.reason and is_sharded(params[e.name])]:
         raise ValueError(
             f"Spdy looks at whole weights, and {sharded[0]} is sharded over processes. Give distribution= the sparsities that "
             "plan(model) shows of the model before it is sharded, as a mapping."
         )
-    parts = [pair for e in entries if not e.reason for pair in zip(e.layers, e.split(weights[e.name]), strict=True)]
-    return {layer: magnitude_errors(part, costs.levels[layer]) for layer, part in parts}
+    return {layer: magnitude_errors(w, costs.levels[layer]) for layer, w in weights_of(model, entries).items()}
 
 
 def _example_of(model: nn.Module, size: Sequence[int] | None, host: Host | None) -> Any:
