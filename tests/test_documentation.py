@@ -166,7 +166,7 @@ def test_callbacks_within_sentences_can_be_made(page: Path) -> None:
     for code in inline(page):
         if re.match(rf"({'|'.join(methods.__all__)})\(.*\)$", code):
             assert isinstance(
-                eval(code, {name: getattr(sparse_callbacks, name) for name in methods.__all__}),
+                eval(code, {name: getattr(sparse_callbacks, name) for name in (*methods.__all__, "Spdy")}),
                 sparse_callbacks.SparsityCallback,
             )
 
