@@ -11,6 +11,7 @@ on an idle machine only. Writes benchmarks/results/allocation.md.
 """
 
 import argparse
+import math
 import os
 import platform
 import statistics
@@ -25,7 +26,9 @@ from torch import Tensor, nn
 
 from sparse_callbacks import Spdy, Static, sparsify
 from sparse_callbacks.core.clock import milliseconds
-from sparse_callbacks.core.selection import select
+from sparse_callbacks.core.distributions import resolve
+from sparse_callbacks.core.ops import zeros_for
+from sparse_callbacks.core.selection import layer_shapes, select
 from sparse_callbacks.methods.spdy.levels import flop_costs
 from sparse_callbacks.methods.spdy.time_table import TimeTable
 from sparse_callbacks.methods.spdy.timing import measured_times
@@ -75,9 +78,12 @@ def interpolated(ms: Mapping[float, float], sparsity: float) -> float:
     return (1 - share) * ms[below] + share * ms[above]
 
 
-def shares_of(net: nn.Module, distribution: object, sparsity: float = 0.9) -> dict[str, float]:
-    plan = Static(sparsity, distribution=distribution, print_plan=False).plan(net)  # type: ignore[arg-type]
-    return {row.name: row.sparsity or 0.0 for row in plan if row.name in plan.selected}
+def shares_of(net: nn.Module, distribution: str, sparsity: float) -> dict[str, float]:
+    """Sparsity of each layer in whole zeros."""
+    shapes = layer_shapes(select(net))
+    sizes = {layer: math.prod(shape) for layer, shape in shapes.items()}
+    shares = resolve(distribution, shapes, sparsity)
+    return {layer: zeros_for(share, sizes[layer]) / sizes[layer] for layer, share in shares.items()}
 
 
 def sparsity_within(net: nn.Module, distribution: str, budget: float, cost: Cost) -> float:
@@ -133,10 +139,10 @@ def ended(metrics: Metrics, layer: str) -> float:
     return next((v for k, v in metrics.items() if k.startswith("sparsity/") and k.endswith(f".{layer}")), 0.0)
 
 
-def step_of(distribution: object, sparsity: float) -> Callable[[], None]:
-    """A training step of 784-1000x3-10 with storage "sparse"."""
+def step_of(shares: Mapping[str, float]) -> Callable[[], None]:
+    """A training step of 784-1000x3-10 with storage "sparse" and these sparsities."""
     torch.manual_seed(0)
-    net, method = wide(), Static(sparsity, distribution=distribution, storage="sparse", print_plan=False)  # type: ignore[arg-type]
+    net, method = wide(), Static(distribution=dict(shares), storage="sparse", print_plan=False)
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-6, momentum=0.9)
     sparsify(method, net, optimizer, 10**6)
     x, y = torch.randn(BATCH, *SHAPE), torch.randint(10, (BATCH,))
@@ -154,18 +160,16 @@ def step_table(budgets: Sequence[float], cost: Cost, path: Path, readings: int) 
     """Measured times of whole training steps beside those of the table."""
     lines = ["| budget | allocation | by the table | a step, ms | of dense |", "| --- " * 5 + "|"]
     for budget in budgets:
-        chosen: dict[str, tuple[object, float]] = {
-            name: (known, sparsity_within(wide(), known, budget, cost)) for name, known in NAMES.items()
+        torch.manual_seed(0)
+        net = wide()
+        shares = {
+            name: shares_of(net, known, sparsity_within(net, known, budget, cost)) for name, known in NAMES.items()
         }
-        chosen["Spdy"] = Spdy(budget, str(path)), 0.9
-        steps = {"dense": step_of("uniform", 0.0)} | {name: step_of(*asked) for name, asked in chosen.items()}
-        times = dict(zip(steps, milliseconds([*steps.values()], readings), strict=True))
-        for name, asked in chosen.items():
-            torch.manual_seed(0)
-            share = cost(shares_of(wide(), *asked))
-            lines.append(
-                f"| {budget:g} | {name} | {share:.3f} | {times[name]:.2f} | {times[name] / times['dense']:.3f} |"
-            )
+        shares["Spdy"] = Spdy(budget, str(path)).shares(net, select(net))
+        steps = [step_of(dict.fromkeys(shares["Spdy"], 0.0)), *map(step_of, shares.values())]
+        dense, *times = milliseconds(steps, readings)
+        for (name, found), ms in zip(shares.items(), times, strict=True):
+            lines.append(f"| {budget:g} | {name} | {cost(found):.3f} | {ms:.2f} | {ms / dense:.3f} |")
     return "\n".join(lines)
 
 

@@ -101,6 +101,10 @@ def keep_largest_jointly(
     >>> keep_largest_jointly([torch.tensor([3.0, 2.0]), torch.tensor([0.1, 0.2])], 2, least=1)
     [tensor([ True, False]), tensor([False,  True])]
     """
+    if among is not None and len(among) != len(values):
+        raise ValueError(
+            f"among= has {len(among)} masks for {len(values)} tensors of values. Give one for each, or None."
+        )
     allowed: Sequence[Tensor | None] = [None] * len(values) if among is None else among
     masks = _jointly(values, count, allowed)
     fewest = [min(least, size_of(v) if a is None else count_of(a)) for v, a in zip(values, allowed, strict=True)]

@@ -17,7 +17,7 @@ from sparse_callbacks.core.distributions import (
     uniform,
     uniform_plus,
 )
-from sparse_callbacks.core.ops import zeros_for
+from sparse_callbacks.core.ops import keep_largest_jointly, zeros_for
 
 NETWORK = {name: torch.tensor(values, dtype=torch.float64).view(SHAPES[name]) for name, values in WEIGHTS.items()}
 
@@ -175,6 +175,22 @@ def test_scores_of_unusual_weights() -> None:
     huge = lamp_scores(torch.tensor([1e300, 1e300, math.inf], dtype=torch.float64))
     assert huge.isfinite().all()
     assert lamp({"a": torch.zeros(5), "b": torch.zeros(5)}, 0.8)["b"] == pytest.approx(0.8)
+
+
+def test_a_joint_selection_takes_what_is_allowed_alone() -> None:
+    values = [torch.tensor([9.0, 8.0, 0.0, 0.0]), torch.tensor([7.0, 6.0])]
+    among = [torch.tensor([False, True, True, False]), torch.tensor([True, False])]
+    assert [m.tolist() for m in keep_largest_jointly(values, 2, among=among)] == [
+        [False, True, False, False],
+        [True, False],
+    ]
+    assert [m.tolist() for m in keep_largest_jointly(values, 3, 1, among)] == [m.tolist() for m in among]
+    # a tensor keeps its least, or all that is allowed
+    one, three = torch.tensor([True, False]), torch.tensor([True, True, True])
+    found = keep_largest_jointly([torch.zeros(2), torch.ones(3)], 3, 2, [one, three])
+    assert [m.tolist() for m in found] == [[True, False], [True, True, False]]
+    with pytest.raises(ValueError, match=r"among= has 1 masks for 2 tensors of values. Give one for each"):
+        keep_largest_jointly(values, 2, among=among[:1])
 
 
 # ---------------------------------------------------------------------- by name

@@ -1,4 +1,4 @@
-"""Rules that share a target out by the shapes of layers: uniform, uniform+, Erdos-Renyi and its kernel form."""
+"""Rules that share a target out by the shapes of layers: uniform, uniform+, and Erdos-Renyi."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What every rule for sharing out a target refuses: sparsities out of range, empty layers, targets out of reach."""
+"""Checks of what every rule for sharing out a target is given."""
 
 import math
 from collections.abc import Mapping
