@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.core import distributed
+from sparse_callbacks.core.allocations.by_weight import LAMP, least_of
 from sparse_callbacks.core.allocations.sees_model import SeesData, SeesModel
 from sparse_callbacks.core.checkpoint import SavedRun
-from sparse_callbacks.core.distributions import checked_shares, reads_weights
+from sparse_callbacks.core.distributions import checked_shares, reads_weights, weight_rules
 from sparse_callbacks.core.host import Host
 from sparse_callbacks.core.joint_thresholds import are_joint
 from sparse_callbacks.core.live.live_masks import exchanged_layers
@@ -19,7 +20,7 @@ from sparse_callbacks.core.patterns import share_of
 from sparse_callbacks.core.selection import Entry, layer_shapes
 from sparse_callbacks.core.shards import layout_of
 from sparse_callbacks.core.state_layout import damaged, shown_short
-from sparse_callbacks.core.targets import layer_targets
+from sparse_callbacks.core.targets import for_layers, layer_targets
 
 if TYPE_CHECKING:
     from sparse_callbacks.core.method import Method
@@ -95,6 +96,28 @@ def shares_to_keep(method: "Method", entries: Iterable[Entry]) -> dict[str, Tens
         for e in entries
         if not e.reason and e.layers[0] in shares
     }
+
+
+def remarks_of_minimum(method: "Method", entries: Iterable[Entry], targets: Mapping[str, float]) -> dict[str, str]:
+    """What a plan says of parameters with a layer that keeps no more than its minimum under one threshold, by name.
+
+    Args:
+        method: the method that plans.
+        entries: all parameters.
+        targets: target sparsity by layer.
+    """
+    if not follow_from_model(method) or isinstance(method.distribution, SeesModel):
+        return {}
+    chosen = [e for e in entries if not e.reason]
+    rules = weight_rules(for_layers(method.distribution, chosen), [x for e in chosen for x in e.layers])
+    found: dict[str, str] = {}
+    for entry in chosen:
+        size = entry.size // entry.parts
+        for rule in (rules[x] for x in entry.layers if x in rules and rules[x].strip() != LAMP and x in targets):
+            least = least_of(rule)
+            if any(size - zeros_for(targets[x], size) == least for x in entry.layers):
+                found[entry.name] = f"no more than its minimum of {least} under one threshold"
+    return found
 
 
 def _new_shares(method: "Method", model: nn.Module, entries: Sequence[Entry], host: Host | None) -> dict[str, float]:

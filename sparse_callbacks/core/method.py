@@ -14,7 +14,7 @@ from sparse_callbacks.core.calendar import Calendar, RunLength, Time, check_time
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.constructors import argument_names, checks_arguments
 from sparse_callbacks.core.distributions import Distribution, check_rules, decides_total
-from sparse_callbacks.core.found_shares import find_shares, follow_from_model, found_targets
+from sparse_callbacks.core.found_shares import find_shares, follow_from_model, found_targets, remarks_of_minimum
 from sparse_callbacks.core.hooks import Hooks
 from sparse_callbacks.core.host import Host
 from sparse_callbacks.core.joint_thresholds import are_joint, planned_total, with_joint_rows, without_thresholds
@@ -328,7 +328,10 @@ class Method(Hooks):
         total = asked if isinstance(asked, str | Mapping) else checkpoint.shown(asked)
         target = total if decides_total(asked) else f"sparsity {self.target_sparsity:g}"
         zeros = self.parameter_zeros(entries, targets)
-        rows = plan_rows(entries, zeros, pattern_remarks(self, entries, zeros))
+        remarks = pattern_remarks(self, entries, zeros)
+        for name, text in remarks_of_minimum(self, entries, targets).items():
+            remarks[name] = "; ".join(filter(None, (remarks.get(name), text)))
+        rows = plan_rows(entries, zeros, remarks)
         made = Plan(f"{type(self).__name__}: {target}", rows, frozenset(zeros), remark=storage_remark(self))
         return with_joint_rows(self, made, entries, targets)
 

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 from oracles.allocations import ERK, KEPT, LAMP_SMALL, SCORES, SHAPES, WEIGHTS
+from support.simulated import Meeting, on_each, parts
 from torch import Tensor
 
-from sparse_callbacks.core.allocations.by_weight import lamp_scores
+from sparse_callbacks.core.allocations.by_weight import lamp_scores, largest_by, shares_by
 from sparse_callbacks.core.distributions import (
     erdos_renyi_kernel,
     global_magnitude,
@@ -191,6 +192,23 @@ def test_a_joint_selection_takes_what_is_allowed_alone() -> None:
     assert [m.tolist() for m in found] == [[True, False], [True, True, False]]
     with pytest.raises(ValueError, match=r"among= has 1 masks for 2 tensors of values. Give one for each"):
         keep_largest_jointly(values, 2, among=among[:1])
+
+
+@pytest.mark.parametrize("rule", ["global", "lamp"])
+def test_shares_of_weights_in_shards_are_those_of_the_whole(rule: str) -> None:
+    weights = {"a": drawn(40)["layer0"].view(10, 4), "b": drawn(30, seed=2)["layer0"].view(5, 6) * 3}
+    active = {"a": weights["a"] > -1.0, "b": weights["b"] > -2.0}
+    meeting = Meeting(3)
+    lengths = {"a": [4, 4, 2], "b": [2, 2, 1]}
+    shards = {n: parts(w, 0, lengths[n], meeting) for n, w in weights.items()}
+    allowed = {n: parts(m, 0, lengths[n], meeting) for n, m in active.items()}
+    by_process = [{n: found[rank] for n, found in shards.items()} for rank in range(3)]
+    among = [{n: found[rank] for n, found in allowed.items()} for rank in range(3)]
+    assert on_each(lambda mine: shares_by(rule, mine, 0.7), by_process) == [shares_by(rule, weights, 0.7)] * 3
+    expected = largest_by(rule, weights, 21, active)
+    masks = on_each(lambda mine, limits: largest_by(rule, mine, 21, limits), by_process, among)
+    for name, mask in expected.items():
+        assert torch.equal(torch.cat([found[name] for found in masks]), mask)
 
 
 # ---------------------------------------------------------------------- by name

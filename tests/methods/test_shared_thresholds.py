@@ -100,7 +100,11 @@ def test_a_threshold_without_a_minimum_may_empty_a_layer(rule: str, left: int) -
         times = {} if make is Static else {"every": 2}
         target: Any = "constant(0.7)" if make is GMP else 0.7
         method = make(target, distribution=rule, print_plan=False, **times)
-        assert method.plan(model).zeros == zeros_for(0.7, 848)
+        plan = method.plan(model)
+        assert plan.zeros == zeros_for(0.7, 848)
+        if make is not GMP:  # where each update takes a threshold, no layer has a count of its own
+            assert plan["3.weight"].remark == f"no more than its minimum of {left} under one threshold"
+            assert plan["0.weight"].remark == ""
         optimizer = sgd(model)
         run = begin(method, model, optimizer)
         train(run, model, optimizer, last=6, loader=data(2, 6, 6))

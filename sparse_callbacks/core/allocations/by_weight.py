@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_callbacks.core import distributed
 from sparse_callbacks.core.allocations.checks import check_reachable, fraction
 from sparse_callbacks.core.argument_types import checked_after
 from sparse_callbacks.core.ops import keep_largest, keep_largest_jointly, zeros_for
 from sparse_callbacks.core.patterns import share_of
-from sparse_callbacks.core.shards import WHOLE, count_of, layout_of, size_of
+from sparse_callbacks.core.shards import Shards, count_of, layout_of, size_of
 
 GLOBAL, LAMP = "global", "lamp"
 _LEAST = re.compile(r"global\(\s*(?:least\s*=\s*)?([0-9]+)\s*\)")
@@ -121,16 +120,21 @@ def largest_by(
 
 def _lamp_counts(weights: Sequence[Tensor], keep: int, among: Sequence[Tensor] | None) -> list[int]:
     """How many weights of each layer are among the ``keep`` with the largest scores."""
-    sharded = any(layout_of(w) is not WHOLE for w in weights)
-    wholes = [layout_of(w).collected(w.detach()) if sharded else w for w in weights]
-    limits = None if among is None else [layout_of(a).collected(a) if sharded else a for a in among]
-    counts: list[int] = []
+    shards = [layout for w in weights if isinstance(layout := layout_of(w), Shards)]
+    wholes = [layout_of(w).collected(w.detach()) if shards else w for w in weights]
+    limits = (
+        None
+        if among is None
+        else [layout_of(w).collected(a) if shards else a for w, a in zip(weights, among, strict=True)]
+    )
+    counts = [0] * len(weights)
     if not any(w is None for w in wholes):  # of sharded weights the first process has them whole
         scores = [lamp_scores(w) for w in wholes if w is not None]
         allowed = None if limits is None else [a.cpu() for a in limits if a is not None]
         counts = [int(m.count_nonzero()) for m in keep_largest_jointly(scores, keep, 1, allowed)]
-    found: list[int] = distributed.of_first_rank(counts) if sharded else counts
-    return found
+    if shards:  # all others add nothing
+        counts = shards[0].processes.sum(torch.tensor(counts)).tolist()
+    return counts
 
 
 def _shares(rule: str, weights: Mapping[str, Tensor], sparsity: float) -> dict[str, float]:
