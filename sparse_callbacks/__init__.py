@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from sparse_callbacks.methods.all_relu import AllReLU
     from sparse_callbacks.methods.drop_and_grow import DropAndGrow
     from sparse_callbacks.methods.gap.combination import combine
+    from sparse_callbacks.methods.spdy.spdy import Spdy
 
 __version__ = "0.1.0"
 __all__ = [
@@ -75,6 +76,7 @@ __all__ = [
     "SparseRun",
     "SparsityCallback",
     "SparsityReport",
+    "Spdy",
     "Static",
     "Step",
     "Time",
@@ -116,6 +118,7 @@ _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
     "SparseRun": "core.sparse_run",
     "SparsityCallback": "lightning.callback",
     "SparsityReport": "lightning.sparsity_report",
+    "Spdy": "methods.spdy.spdy",
     "Step": "core.step",
     "Time": "core.calendar",
     "Update": "core.topology",

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import sparse_callbacks
 from sparse_callbacks import RigL, Static, methods
 from sparse_callbacks.channels.latency import command
+from sparse_callbacks.methods.spdy import command as allocate_command
 from sparse_callbacks.reporting import comparison_command, report_command
 from sparse_callbacks.tasks import build
 from sparse_callbacks.testing.networks import Classifier
@@ -165,7 +166,7 @@ def test_callbacks_within_sentences_can_be_made(page: Path) -> None:
     for code in inline(page):
         if re.match(rf"({'|'.join(methods.__all__)})\(.*\)$", code):
             assert isinstance(
-                eval(code, {name: getattr(sparse_callbacks, name) for name in methods.__all__}),
+                eval(code, {name: getattr(sparse_callbacks, name) for name in (*methods.__all__, "Spdy")}),
                 sparse_callbacks.SparsityCallback,
             )
 
@@ -189,6 +190,10 @@ def test_commands_are_understood(page: Path) -> None:
                 understood_by_train(overrides)
             case ["python", "-m", "sparse_callbacks.latency", *arguments]:
                 given = command._parser().parse_args(arguments)
+                module, name = given.model.split(":")
+                assert callable(getattr(importlib.import_module(module), name))
+            case ["python", "-m", "sparse_callbacks.allocate", *arguments]:
+                given = allocate_command._parser().parse_args(arguments)
                 module, name = given.model.split(":")
                 assert callable(getattr(importlib.import_module(module), name))
             case ["python", "-m", "sparse_callbacks.report", *arguments]:

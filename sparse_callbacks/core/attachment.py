@@ -1,6 +1,7 @@
 """What a method is attached to: the model of its latest run and, during a run, the training loop."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import ref
@@ -40,6 +41,8 @@ class Attachment:
     def __init__(self) -> None:
         self.host: Host | None = None
         """The training loop; None outside of a run."""
+        self.beginning: Host | None = None
+        """The host of a run that is about to begin, and knows its data; see :meth:`begins`."""
         self.in_training = False
         """A run is going on: everything is restored and the masks are written."""
         self.choices: Mapping[str, Choice] = {}
@@ -59,6 +62,15 @@ class Attachment:
         """A run with ``model`` begins."""
         self.know(model)
         self.host = host
+
+    @contextmanager
+    def begins(self, host: Host | None) -> Iterator[None]:
+        """Within, a run of ``host`` begins: what follows from its data is found."""
+        self.beginning = host
+        try:
+            yield
+        finally:
+            self.beginning = None
 
     def know(self, model: nn.Module) -> None:
         """The latest run was one of ``model``."""
@@ -100,6 +112,7 @@ class Attachment:
     def __getstate__(self) -> dict[str, Any]:
         return {
             "host": None,
+            "beginning": None,
             "_model": _no_model,
             "in_training": False,
             "choices": self.choices,

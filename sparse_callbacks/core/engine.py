@@ -109,7 +109,8 @@ class Engine:
         self.skipped, self.restart_wanted = 0, False
         self._seen, self._lost_writes = set(), LostWrites(method)
         self.doctor.forget()
-        beginning = RunBeginning(method, model, entries, optimizers)
+        with method.attachment.begins(host):
+            beginning = RunBeginning(method, model, entries, optimizers)
         if beginning.is_new:
             self.forget()
         beginning.take_effect()

@@ -53,7 +53,7 @@ def example_inputs(model: nn.Module, batches: Generator[Any, None, None]) -> Any
 
     found = map_tensors(in_place, seen[0])
     if example is not None:
-        if problem := _why_not_taken(model, found):
+        if problem := why_not_taken(model, found):
             raise ValueError(
                 f"{type(model).__name__} is looked at with its example_input_array, which its forward does not take "
                 f"({problem}). Set example_input_array to what forward takes: a tensor, a tuple of positional or a mapping "
@@ -63,11 +63,11 @@ def example_inputs(model: nn.Module, batches: Generator[Any, None, None]) -> Any
     if len({t.shape[0] for t in tensors_in(found) if t.ndim}) != 1:  # no common size that would be that of the batch
         return found
     single = map_tensors(lambda t: t[:1] if t.ndim else t, found)
-    return found if _why_not_taken(model, single) else single
+    return found if why_not_taken(model, single) else single
 
 
-def _why_not_taken(model: nn.Module, inputs: Any) -> str:
-    """The error of a forward pass; empty where there is none."""
+def why_not_taken(model: nn.Module, inputs: Any) -> str:
+    """The error of a forward pass on ``inputs``; empty where there is none."""
     try:
         with quiet(model):
             run(model, inputs)

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core.allocations.by_weight import LAMP, least_of
-from sparse_callbacks.core.allocations.sees_model import SeesModel
+from sparse_callbacks.core.allocations.sees_model import SeesData, SeesModel
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.distributions import checked_shares, reads_weights, weight_rules
+from sparse_callbacks.core.host import Host
 from sparse_callbacks.core.joint_thresholds import are_joint
 from sparse_callbacks.core.live.live_masks import exchanged_layers
 from sparse_callbacks.core.local_parts import local_parameter
@@ -61,7 +62,7 @@ def find_shares(
     elif method.attachment.model is model:
         known = _kept(method.aux, chosen, None)
     if any(layer not in known for e in chosen for layer in e.layers):
-        found = _new_shares(method, model, entries)
+        found = _new_shares(method, model, entries, method.attachment.beginning if together else None)
         # in a loop ranks may still have weights of their own
         known = {**(distributed.of_first_rank(found) if together else found), **known}
     method.attachment.shares = known
@@ -119,10 +120,13 @@ def remarks_of_minimum(method: "Method", entries: Iterable[Entry], targets: Mapp
     return found
 
 
-def _new_shares(method: "Method", model: nn.Module, entries: Sequence[Entry]) -> dict[str, float]:
+def _new_shares(method: "Method", model: nn.Module, entries: Sequence[Entry], host: Host | None) -> dict[str, float]:
     distribution = method.distribution
     if isinstance(distribution, SeesModel):
-        result = distribution.shares(model, entries)
+        if host is not None and isinstance(distribution, SeesData):
+            result = distribution.shares_in_run(model, entries, host)
+        else:
+            result = distribution.shares(model, entries)
         given = checked_shares(result, layer_shapes(entries), f"{type(distribution).__name__}.shares")
     else:
         given = layer_targets(distribution, entries, method.target_sparsity, weights_of(model, entries))

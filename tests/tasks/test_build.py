@@ -234,3 +234,18 @@ def test_a_distribution_may_be_an_object(composed: Compose) -> None:
         build.build_method(
             composed("method=rigl", "sparsity=0.7", "method.distribution={_target_:support.shares.BySize,least:0.3}")
         )
+
+
+def test_spdy_from_the_command_line(composed: Compose, run: Run) -> None:
+    """FLOPs of the first batch of data, as the module of `train.py` has no example input."""
+    spdy = "method.distribution={_target_:sparse_callbacks.Spdy,budget:0.3}"
+    method = build.build_method(composed("method=gmp", spdy))
+    assert method is not None
+    assert method.arguments["distribution"] == "Spdy(budget=0.3, cost='flops', error='magnitude')"
+    sized = build.build_method(composed("method=gmp", spdy.replace("0.3", "0.3,input:[1,8,8]")))
+    assert "input=(1, 8, 8)" in sized.arguments["distribution"]  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="both say how many weights"):
+        build.build_method(composed("method=gmp", spdy, "sparsity=0.8"))
+    metrics = run("method=gmp", spdy)
+    # a network of linear layers alone, each weight of which is used once
+    assert 0.7 <= metrics["sparsity/total"] < 0.75

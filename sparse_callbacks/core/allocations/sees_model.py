@@ -5,6 +5,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
+from sparse_callbacks.core.host import Host
 from sparse_callbacks.core.selection import Entry
 
 
@@ -28,6 +29,20 @@ class SeesModel(Protocol):
 
         Returns:
             A sparsity for each layer of those parameters and for no other, by the layer's name.
+        """
+        ...
+
+
+@runtime_checkable
+class SeesData(SeesModel, Protocol):
+    """An object for ``distribution=`` that looks at the data of a run too, where there is one."""
+
+    def shares_in_run(self, model: nn.Module, entries: Sequence[Entry], host: Host) -> Mapping[str, float]:
+        """What :meth:`shares` gives, when a run begins; every rank asks.
+
+        Args:
+            model, entries: see there.
+            host: the training loop of the run, whose ``data_pass`` and ``calibration`` may be used.
         """
         ...
 
