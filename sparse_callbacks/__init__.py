@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sparse_callbacks.core.loop import sparsify
     from sparse_callbacks.core.method import Method, Options
     from sparse_callbacks.core.plan import Plan
+    from sparse_callbacks.core.running_statistics import recalibrate_batchnorm
     from sparse_callbacks.core.schedules import pruning_curve
     from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
     from sparse_callbacks.core.sparse_run import SparseRun
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         ParallelGaP,
         RigL,
         Static,
+        SupTickets,
     )
     from sparse_callbacks.lightning.optimizer_lives import horizon
     from sparse_callbacks.lightning.sparsity_report import SparsityReport
@@ -69,6 +71,7 @@ __all__ = [
     "SparsityReport",
     "Static",
     "Step",
+    "SupTickets",
     "Time",
     "Update",
     "channel_groups",
@@ -80,6 +83,7 @@ __all__ = [
     "load_compact",
     "ops",
     "pruning_curve",
+    "recalibrate_batchnorm",
     "save_compact",
     "schedules",
     "slim",
@@ -92,7 +96,7 @@ __all__ = [
 # `sparse_callbacks.methods` work where Lightning is not installed.
 _CALLBACKS = (
     *("CTRE", "DPF", "GMP", "SET", "SMCP", "SNFS", "ChannelPruning", "ConstrainedL0"),
-    *("GaP", "ParallelGaP", "RigL", "Static"),
+    *("GaP", "ParallelGaP", "RigL", "Static", "SupTickets"),
 )
 _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
     "CurvatureMonitor": "lightning.curvature_monitor",
@@ -116,6 +120,7 @@ _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
     "horizon": "lightning.optimizer_lives",
     "load_compact": "channels.compact",
     "pruning_curve": "core.schedules",
+    "recalibrate_batchnorm": "core.running_statistics",
     "save_compact": "channels.compact",
     "slim": "channels.slim",
     "sparsify": "core.loop",

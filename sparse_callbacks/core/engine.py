@@ -186,7 +186,7 @@ class Engine:
         self._release()
         self._care = GradientCare(method, method.params, gradients_read, two_pass, recorder)
         method.owners = owners
-        self._hold = OptimizerHold(owners, method.weights, self.after)
+        self._hold = OptimizerHold(owners, method.weights, self.after, method.sets_rates)
 
     def expect_gradients(self, epoch: int, steps: float = math.inf) -> None:
         """Training begins: warn of sparse parameters without a gradient when enough steps are over, or the first epoch.
@@ -270,7 +270,10 @@ class Engine:
         replaces the step."""
         method = self.method
         index = method.owners.index(optimizer)
-        if not self._steps[index].replaced:
+        step = self._steps[index]
+        # in a replaced step nothing moves, at whatever rate
+        self._hold.rates.want(index, None if step.replaced else step.rates)
+        if not step.replaced:
             method.weights.swap_in(method.owners.steps[index])
 
     @property
@@ -339,6 +342,7 @@ class Engine:
         if optimizer not in method.owners.optimizers:
             return  # a wrapper around one of them, such as Fabric's, fires its hooks too: the step within is to come
         index = method.owners.index(optimizer)
+        self._hold.rates.put_back(index)
         step = self._steps.get(index)
         if step is None and not method.host.announces_steps:
             raise RuntimeError(
@@ -432,6 +436,7 @@ class Engine:
                 self.skipped += 1
                 self._care.skipped(step)
         self._hold.begun.clear()
+        self._hold.rates.put_back()
         self.method.weights.swap_out(self.method.params)
         self._care.dense.free(self.method.owners.optimizers)
 

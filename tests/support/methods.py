@@ -23,7 +23,7 @@ def _settings(config: dict[str, Any]) -> Settings:
     name = config["_target_"].rpartition(".")[2]
     if name not in LIBRARY:
         raise LookupError(f"conf/method has {name}, and sparse_callbacks/testing/library.py has no settings for it.")
-    defaults = {key: value for key, value in config.items() if key != "_target_"}
+    defaults = {key: value for key, value in config.items() if key not in ("_target_", "defaults")}
     return replace(LIBRARY[name], arguments=defaults | dict(LIBRARY[name].arguments))
 
 
