@@ -63,8 +63,10 @@ class PassingRates:
         """
         for each in [*self._before] if index is None else [index]:
             self._within.discard(each)
-            for group, rate in zip(self._optimizers[each].param_groups, self._before.pop(each, ()), strict=False):
-                _give(group, rate)
+            before = self._before.pop(each, None)
+            if before is not None:
+                for group, rate in zip(self._optimizers[each].param_groups, before, strict=True):
+                    _give(group, rate)
 
 
 def why_no_rate(optimizer: Optimizer) -> str:

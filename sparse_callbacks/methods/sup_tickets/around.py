@@ -38,7 +38,7 @@ def class_around(outer: type, inner: type) -> type:
 def copy_around(outer: type, inner: type) -> Any:
     """An object of :func:`class_around` without any attributes, for pickle and deepcopy."""
     made = class_around(outer, inner)
-    return made.__new__(made)
+    return object.__new__(made)
 
 
 def check_base(base: object) -> None:
