@@ -48,7 +48,7 @@ def rates_by_movement(
             nn.functional.cross_entropy(module(x.double()), y).backward()
             before = [(b.detach().clone(), b.grad) for b in biases]
             optimizer.step()
-            ways = [((p - b.detach()) / g).mean() for b, (p, g) in zip(biases, before, strict=True)]
+            ways = [(p - b.detach()).norm() / g.norm() for b, (p, g) in zip(biases, before, strict=True)]
             used.append([float(way) for way in ways])
             step()
     return used
@@ -299,8 +299,8 @@ WAYS = [0.0, 0.4, 0.8, 0.8, 0.4, 0.0]
 def test_rates_are_set_for_the_step_and_the_schedule_goes_on(base: type[DropAndGrow]) -> None:
     module, method = net(), tickets(base)
     groups = [
-        {"params": module[0].parameters()},
-        {"params": [*module[1].parameters(), *module[3].parameters()], "lr": 0.05},
+        {"params": [*module[0].parameters(), *module[1].parameters()]},
+        {"params": module[3].parameters(), "lr": 0.05},
     ]
     optimizer = torch.optim.SGD(groups, lr=0.1)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)

@@ -1,4 +1,4 @@
-"""Sup-tickets: cycles at the end of training, each of which ends in a network, and their merged weights."""
+"""Sup-tickets: cycles at the end of training, and the merged weights of their networks."""
 
 from sparse_callbacks.methods.sup_tickets import saved as saved  # registers what a checkpoint of it may hold
 from sparse_callbacks.methods.sup_tickets.sup_tickets import SupTickets
