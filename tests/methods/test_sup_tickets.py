@@ -14,8 +14,11 @@ from support.loops import data
 from torch import Tensor, nn
 
 from sparse_callbacks import CTRE, GMP, SET, SNFS, DropAndGrow, RigL, Static, SupTickets, methods, sparsify
+from sparse_callbacks.core.passing_rates import why_no_rate
+from sparse_callbacks.methods.sup_tickets.around import refuse_optimizers
 from sparse_callbacks.methods.sup_tickets.cycles import lay_out, merge, rates_of_groups, triangle, within_budget
 from sparse_callbacks.testing.comparison import differences
+from sparse_callbacks.testing.data import Batches
 from sparse_callbacks.testing.networks import Classifier, conv_net
 from sparse_callbacks.testing.runs import Stops, fit, trainer_for
 
@@ -378,8 +381,6 @@ def test_the_last_validation_and_checkpoint_see_the_merged_ticket(tmp_path: Path
     )
     keep = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True)
     trainer = trainer_for([watch, keep, method], enable_checkpointing=True, num_sanity_val_steps=0)
-    from sparse_callbacks.testing.data import Batches
-
     trainer.fit(module, Batches(), Batches(batches=2, seed=1))
     assert [merged for merged, _ in seen] == [False, True]
     assert differences(seen[-1][1], dict(module.state_dict())) == []
@@ -491,12 +492,6 @@ def test_arguments_that_no_run_can_use(make: Callable[[], Any], words: str) -> N
         make()
 
 
-class NoRate(torch.optim.SGD):
-    def __init__(self, parameters: Any) -> None:
-        super().__init__(parameters, lr=0.1)
-        self.param_groups[0]["rate"] = self.param_groups[0].pop("lr")
-
-
 def refused(method: Any, words: str, *, optimizer: Any = None, steps: float = STEPS, **options: Any) -> None:
     module = net()
     before = copy.deepcopy(module.state_dict())
@@ -529,3 +524,26 @@ def test_an_update_after_the_first_part_is_warned_of() -> None:
     ):
         loop(method)
     assert method.is_merged
+
+
+def test_callbacks_that_average_weights_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match="StochasticWeightAveraging would write its average over the weights that SupTickets"
+    ):
+        fit(Classifier(), tickets(SET), pl.callbacks.StochasticWeightAveraging(swa_lrs=0.01), max_epochs=3)
+
+
+def test_an_optimizer_without_a_rate_is_refused() -> None:
+    assert why_no_rate(torch.optim.SGD(net().parameters(), lr=0.1)) == ""
+    with pytest.raises(
+        ValueError, match="Relative has no learning rate that a cycle could set: group 0 of its parameters has lr=None"
+    ):
+        refuse_optimizers("SupTickets", [Relative(net().parameters())])
+
+
+class Relative(torch.optim.SGD):
+    """Has rates of its own, as some optimizers that take none."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.1)
+        self.param_groups[0]["lr"] = None

@@ -4,8 +4,8 @@ import inspect
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
