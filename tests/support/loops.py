@@ -22,7 +22,6 @@ from sparse_callbacks import (
     SparseRun,
     SparsityCallback,
     Static,
-    SupTickets,
     sparsify,
 )
 
@@ -31,7 +30,6 @@ METHODS: dict[str, Callable[..., SparsityCallback]] = {
     "set": lambda **more: SET(0.8, every=4, print_plan=False, **more),
     "rigl": lambda **more: RigL(0.8, every=4, print_plan=False, **more),
     "snfs": lambda **more: SNFS(0.8, every=4, print_plan=False, **more),
-    "sup_tickets": lambda **more: SupTickets(SET(0.8, every=4, print_plan=False, **more), share=0.5, cycles=2),
     "gmp": lambda **more: GMP(0.8, every=4, print_plan=False, **more),
     "dpf": lambda **more: DPF(0.8, every=4, print_plan=False, **more),
     "smcp": lambda **more: SMCP(budget=0.5, every=4, print_plan=False, **more),
