@@ -33,7 +33,7 @@ from sparse_callbacks.core.record.recorder import RunRecorder
 from sparse_callbacks.core.run_beginning import RunBeginning
 from sparse_callbacks.core.selection import Entry, select
 from sparse_callbacks.core.sparse_layers.moved_places import Move
-from sparse_callbacks.core.step import ReplacesSteps, Step
+from sparse_callbacks.core.step import ReplacesSteps, SetsRates, Step
 from sparse_callbacks.core.thawed import have_moved, thawed_names
 from sparse_callbacks.core.topology import EverActive, Update
 from sparse_callbacks.core.weights import SparseWeights
@@ -186,7 +186,7 @@ class Engine:
         self._release()
         self._care = GradientCare(method, method.params, gradients_read, two_pass, recorder)
         method.owners = owners
-        self._hold = OptimizerHold(owners, method.weights, self.after, method.sets_rates)
+        self._hold = OptimizerHold(owners, method.weights, self.after, isinstance(method, SetsRates))
 
     def expect_gradients(self, epoch: int, steps: float = math.inf) -> None:
         """Training begins: warn of sparse parameters without a gradient when enough steps are over, or the first epoch.

@@ -58,8 +58,6 @@ class Hooks:
     """At the end there are as many zeros as planned; False: gates or a budget decide."""
     figure_prefix: ClassVar[str] = ""
     """What the method's own figures are logged under; by default the lower-case name of the class."""
-    sets_rates: ClassVar[bool] = False
-    """Some steps have learning rates that the method gives (:meth:`~sparse_callbacks.core.step.Step.use_rates`)."""
     explores: ClassVar[bool] = False
     """Connections come and go, so that the share of weights that were ever active is worth knowing."""
 

@@ -125,8 +125,7 @@ class Step:
     def use_rates(self, rates: Sequence[float]) -> None:
         """Let the optimizer take this step with other learning rates; afterwards it has its own again.
 
-        A method that calls it in ``before_step`` says so by ``sets_rates``
-        (:class:`~sparse_callbacks.core.hooks.Hooks`).
+        A method that calls it, in ``before_step``, says so with :class:`SetsRates`.
 
         Args:
             rates: a rate for each group of parameters.
@@ -204,6 +203,10 @@ class Step:
 
 class MeasuresSimilarity:
     """A method whose passes over the data compare each input of a layer with each of its outputs."""
+
+
+class SetsRates:
+    """A method that gives the learning rates of some steps (:meth:`Step.use_rates`)."""
 
 
 class ReplacesSteps:

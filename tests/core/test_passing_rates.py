@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from sparse_callbacks import SparsityCallback, Step, methods, sparsify
+from sparse_callbacks.core.step import SetsRates
 
 
-class Tenth(methods.Static):
+class Tenth(SetsRates, methods.Static):
     """Takes every second step at a tenth of the rate."""
 
-    sets_rates = True
     count = 0
 
     def before_step(self, step: Step) -> None:

@@ -70,7 +70,7 @@ def test_other_names_that_a_method_lacks_are_missing_as_usual() -> None:
 # what an author overrides or reads; docs/writing_a_method.md explains it
 INTERFACE = """
     schedulable published_every arrives_at_stop first_update keeps_dense reads_dense_gradients plans_counts
-    figure_prefix explores sets_rates weights_in_step
+    figure_prefix explores weights_in_step
 
     attach further_members initial_masks start_copies wants_dense_gradients before_step after_step new_masks new_weights
     after_update write rehearse begin_training window_start batch_start batch_end epoch_start validation_end epoch_end

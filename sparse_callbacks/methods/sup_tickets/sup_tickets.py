@@ -17,7 +17,7 @@ from sparse_callbacks.core.host import Forward
 from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.running_statistics import estimate_statistics, norms_with_statistics, share_statistics
-from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.step import SetsRates, Step
 from sparse_callbacks.core.storages.storage import why_no_exchange
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
@@ -35,7 +35,7 @@ from sparse_callbacks.methods.sup_tickets.tickets import MERGED, install, take_t
 OF_RUN = "phase/"
 
 
-class SupTickets(DropAndGrow):
+class SupTickets(SetsRates, DropAndGrow):
     """Sup-tickets: a drop-and-grow method, and at the end cycles whose networks are merged (Yin et al., 2022).
 
     The first part of the run, 1 - ``share`` of it, is that of the method ``base``, as it is without this one; the network at its
@@ -92,7 +92,6 @@ class SupTickets(DropAndGrow):
     Booster for Sparse Neural Network Training. UAI 2022, arXiv 2205.15322, algorithm 1.
     """
 
-    sets_rates: ClassVar[bool] = True
     outer: ClassVar[type]
     """The class without the kind of ``base``."""
 
