@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sparse_callbacks.core.loop import sparsify
     from sparse_callbacks.core.method import Method, Options
     from sparse_callbacks.core.plan import Plan
+    from sparse_callbacks.core.running_statistics import recalibrate_batchnorm
     from sparse_callbacks.core.schedules import pruning_curve
     from sparse_callbacks.core.score_options import Score
     from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         PruneAtStart,
         RigL,
         Static,
+        SupTickets,
     )
     from sparse_callbacks.lightning.optimizer_lives import horizon
     from sparse_callbacks.lightning.sparsity_report import SparsityReport
@@ -79,6 +81,7 @@ __all__ = [
     "Spdy",
     "Static",
     "Step",
+    "SupTickets",
     "Time",
     "Update",
     "channel_groups",
@@ -90,6 +93,7 @@ __all__ = [
     "load_compact",
     "ops",
     "pruning_curve",
+    "recalibrate_batchnorm",
     "save_compact",
     "schedules",
     "slim",
@@ -102,7 +106,7 @@ __all__ = [
 # `sparse_callbacks.methods` work where Lightning is not installed.
 _CALLBACKS = (
     *("CTRE", "DPF", "GMP", "SET", "SMCP", "SNFS", "ChannelPruning", "ConstrainedL0"),
-    *("EarlyCroP", "GaP", "ParallelGaP", "PruneAtStart", "RigL", "Static"),
+    *("EarlyCroP", "GaP", "ParallelGaP", "PruneAtStart", "RigL", "Static", "SupTickets"),
 )
 _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
     "AllReLU": "methods.all_relu",
@@ -129,6 +133,7 @@ _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
     "horizon": "lightning.optimizer_lives",
     "load_compact": "channels.compact",
     "pruning_curve": "core.schedules",
+    "recalibrate_batchnorm": "core.running_statistics",
     "save_compact": "channels.compact",
     "slim": "channels.slim",
     "sparsify": "core.loop",

@@ -34,7 +34,7 @@ from sparse_callbacks.core.run_beginning import RunBeginning
 from sparse_callbacks.core.scored_start import awaits_scores, renew_weights, take_scores
 from sparse_callbacks.core.selection import Entry, select
 from sparse_callbacks.core.sparse_layers.moved_places import Move
-from sparse_callbacks.core.step import ReplacesSteps, Step
+from sparse_callbacks.core.step import ReplacesSteps, SetsRates, Step
 from sparse_callbacks.core.thawed import have_moved, thawed_names
 from sparse_callbacks.core.topology import EverActive, Update
 from sparse_callbacks.core.weights import SparseWeights
@@ -189,7 +189,7 @@ class Engine:
         self._release()
         self._care = GradientCare(method, method.params, gradients_read, two_pass, recorder)
         method.owners = owners
-        self._hold = OptimizerHold(owners, method.weights, self.after)
+        self._hold = OptimizerHold(owners, method.weights, self.after, isinstance(method, SetsRates))
 
     def expect_gradients(self, epoch: int, steps: float = math.inf) -> None:
         """Training begins: warn of sparse parameters without a gradient when enough steps are over, or the first epoch.
@@ -273,7 +273,10 @@ class Engine:
         replaces the step."""
         method = self.method
         index = method.owners.index(optimizer)
-        if not self._steps[index].replaced:
+        step = self._steps[index]
+        # in a replaced step nothing moves, at whatever rate
+        self._hold.rates.want(index, None if step.replaced else step.rates)
+        if not step.replaced:
             method.weights.swap_in(method.owners.steps[index])
 
     @property
@@ -342,6 +345,7 @@ class Engine:
         if optimizer not in method.owners.optimizers:
             return  # a wrapper around one of them, such as Fabric's, fires its hooks too: the step within is to come
         index = method.owners.index(optimizer)
+        self._hold.rates.put_back(index)
         step = self._steps.get(index)
         if step is None and not method.host.announces_steps:
             raise RuntimeError(
@@ -435,6 +439,7 @@ class Engine:
                 self.skipped += 1
                 self._care.skipped(step)
         self._hold.begun.clear()
+        self._hold.rates.put_back()
         self.method.weights.swap_out(self.method.params)
         self._care.dense.free(self.method.owners.optimizers)
 

@@ -59,5 +59,9 @@ class Static(methods.Static, SparsityCallback):
     __doc__ = methods.Static.__doc__
 
 
+class SupTickets(methods.SupTickets, SparsityCallback):
+    __doc__ = methods.SupTickets.__doc__
+
+
 class ParallelGaP(methods.ParallelGaP, TurnTaking):
     __doc__ = methods.ParallelGaP.__doc__

@@ -13,6 +13,7 @@ from sparse_callbacks.methods.set import SET
 from sparse_callbacks.methods.smcp import SMCP
 from sparse_callbacks.methods.snfs import SNFS
 from sparse_callbacks.methods.static import Static
+from sparse_callbacks.methods.sup_tickets import SupTickets
 
 __all__ = [
     "CTRE",
@@ -29,4 +30,5 @@ __all__ = [
     "PruneAtStart",
     "RigL",
     "Static",
+    "SupTickets",
 ]

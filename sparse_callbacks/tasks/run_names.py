@@ -25,6 +25,7 @@ SPOKEN = {
     "EarlyCroP": "early_crop",
     "ParallelGaP": "gap_parallel",
     "PruneAtStart": "{score}",
+    "SupTickets": "sup_tickets",
 }
 """Classes whose name in conf/method is not the name of the class in small letters, but another one or that of an argument."""
 
@@ -78,11 +79,16 @@ def group_name(recorded: DictConfig, method: SparsityCallback | None) -> str:
     """
     kept = {key: value for key, value in settings(recorded).items() if key not in NOT_OF_THE_RUN}
     for part in ("method", "data"):
-        kept[part] = {key: value for key, value in (kept[part] or {}).items() if key != "seed"}
+        kept[part] = _without_seeds(kept[part] or {})
     # the bar on the terminal has no part in what comes out
     kept["trainer"] = {key: value for key, value in kept["trainer"].items() if key != "enable_progress_bar"}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:6]
     return f"{setting_name(recorded, method)}-{part_name(recorded.data)}-{digest}"
+
+
+def _without_seeds(part: Mapping[str, Any]) -> dict[str, Any]:
+    """A group of the configuration without its seed, and without those of the groups in it."""
+    return {k: _without_seeds(v) if isinstance(v, Mapping) else v for k, v in part.items() if k != "seed"}
 
 
 def tags(cfg: DictConfig, method: SparsityCallback | None) -> list[str]:

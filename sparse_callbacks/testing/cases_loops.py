@@ -86,7 +86,7 @@ def test_a_skipped_fp16_step_changes_nothing(self: Contract) -> None:
     assert (callback.updates > 2) == self.moves()
 
 
-@needs("one network")
+@needs("one network", "runs of a step")
 @pytest.mark.parametrize("bad", range(6))
 def test_a_gradient_that_is_not_finite_moves_no_mask(self: Contract, bad: int) -> None:
     """A step whose gradient holds inf or NaN moves no mask and no state of the method."""

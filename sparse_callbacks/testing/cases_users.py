@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparse_callbacks.core import schedules
+from sparse_callbacks.lightning import methods
 from sparse_callbacks.testing.comparison import assert_counts, assert_effective, differences, snapshot, structure
 from sparse_callbacks.testing.library import PARTNERS, partner_named
 from sparse_callbacks.testing.networks import Classifier, conv_net
@@ -142,7 +143,7 @@ def test_repr_shows_the_arguments(self: Contract) -> None:
     assert "include=('*.weight',)" in text
     assert "seed=3" in text
     assert "distribution" not in self.settings.arguments or "distribution={'*conv*': 0.5, '*': 'uniform'}" in text
-    names = vars(schedules) | {self.callback_class.__name__: self.callback_class}
+    names = vars(schedules) | vars(methods) | {self.callback_class.__name__: self.callback_class}
     names |= {value.__qualname__: value for value in self.settings.arguments.values() if inspect.isfunction(value)}
     for one in (
         callback,

@@ -5,7 +5,7 @@ from typing import Any
 
 from sparse_callbacks.lightning import methods
 from sparse_callbacks.testing.networks import loss_on
-from sparse_callbacks.testing.settings import Settings
+from sparse_callbacks.testing.settings import Inner, Settings
 from sparse_callbacks.testing.subject import Contract
 
 # several updates in 16 steps
@@ -105,6 +105,13 @@ LIBRARY: dict[str, Settings] = {
         },
     ),
     "SNFS": Settings(_MANY),
+    "SupTickets": Settings(
+        {"base": Inner(methods.RigL, _MANY), "share": 0.5, "cycles": 1, "low_lr": 0.01, "high_lr": 0.05},
+        promises_not_made={
+            "planned counts": "the merged ticket shares the planned total out otherwise",
+            "runs of a step": "a cycle has three steps at least, and a part of the run comes before",
+        },
+    ),
     "Static": Settings(
         {"sparsity": 0.8, "print_plan": False},
         promises_not_made={

@@ -18,7 +18,8 @@ _FOUND = {path.stem: OmegaConf.load(path) for path in sorted(Path(__file__).pare
 CONFIGS: dict[str, dict[str, Any]] = {
     name: OmegaConf.to_container(config) for name, config in _FOUND.items() if "_target_" in config
 }
-METHODS = list(CONFIGS)
+# a method around another one has that one's rules: it is under the contract, and has tests of its own
+METHODS = [name for name, config in CONFIGS.items() if "base" not in config]
 
 
 # SynFlow looks at no data, and a hundred rounds in every case would take long
@@ -29,7 +30,7 @@ def _settings(yaml: str, config: dict[str, Any]) -> Settings:
     name = config["_target_"].rpartition(".")[2]
     if name not in LIBRARY:
         raise LookupError(f"conf/method has {name}, and sparse_callbacks/testing/library.py has no settings for it.")
-    defaults = {key: value for key, value in config.items() if key != "_target_"}
+    defaults = {key: value for key, value in config.items() if key not in ("_target_", "defaults")}
     return replace(LIBRARY[name], arguments=defaults | dict(LIBRARY[name].arguments) | _BY_YAML.get(yaml, {}))
 
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
@@ -35,6 +36,10 @@ def test_the_yaml_spells_out_every_argument_with_its_default(name: str) -> None:
     # of methods without sparse storage too, which say so in words
     options = {"keep_dense": None, "print_plan": True, "fresh_start": False, "storage": "masked"}
     chosen = {"score": name} if "score" in defaults else {}  # one class, with a file for each score
+    if "base" in cfg:  # a method around another one, whose file spells out what concerns masks
+        assert [next(iter(entry), None) for entry in cfg.pop("defaults") if entry != "_self_"] == ["/method@base"]
+        del cfg["base"], defaults["base"]
+        options = {}
     assert OmegaConf.to_container(cfg) == options | defaults | chosen
 
 
@@ -45,6 +50,31 @@ def test_root_keys_reach_the_method(composed: Compose, name: str) -> None:
     assert method.target_sparsity == 0.7
     assert method.seed == 5
     assert build.build_method(composed(f"method={name}")).target_sparsity == 0.9  # type: ignore[union-attr]
+
+
+def test_a_method_around_another_one_gets_it_from_the_configuration(composed: Compose) -> None:
+    around: Any = build.build_method(
+        composed(
+            "method=sup_tickets",
+            "method@method.base=set",
+            "method.base.drop_fraction=0.2",
+            "method.cycles=2",
+            "sparsity=0.7",
+        )
+    )
+    assert isinstance(around, sparse_callbacks.SupTickets)
+    assert isinstance(around.base, sparse_callbacks.SET)
+    assert (around.base.drop_fraction, around.drop_fraction, around.cycles, around.sparsity) == (0.2, 0.5, 2, 0.7)
+    given = [("seed=4", 4), ("method.seed=5", 5), ("method.base.seed=6", 6)]
+    for override, seed in given:
+        assert build.build_method(composed("method=sup_tickets", override)).seed == seed  # type: ignore[union-attr]
+    curved: Any = build.build_method(composed("method=sup_tickets", "schedule=linear"))
+    assert str(curved.base.drop_fraction) == "linear(0.3, 0.0)"
+    assert curved.drop_fraction == 0.5
+    with pytest.raises(ValueError, match=r"method@method\.base=none, and SupTickets trains by the method in its base"):
+        build.build_method(composed("method=sup_tickets", "method@method.base=none"))
+    with pytest.raises(ValueError, match="base=GMP is not a method that drops weights"):
+        build.build_method(composed("method=sup_tickets", "method@method.base=gmp"))
 
 
 @pytest.mark.parametrize("name", GATED)
