@@ -34,7 +34,9 @@ def test_the_yaml_spells_out_every_argument_with_its_default(name: str) -> None:
     defaults = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
     # of methods without sparse storage too, which say so in words
     options = {"keep_dense": None, "print_plan": True, "fresh_start": False, "storage": "masked"}
-    chosen = {"score": name} if "score" in defaults and name != "early_crop" else {}  # one class, with a file for each score
+    chosen = (
+        {"score": name} if "score" in defaults and name != "early_crop" else {}
+    )  # one class, with a file for each score
     assert OmegaConf.to_container(cfg) == options | defaults | chosen
 
 
