@@ -222,7 +222,7 @@ class PruneAtStart(PrunesOnce, StartsSparse):
     def rehearse(self) -> None:
         if self.reinit_after:
             refuse_unresettable(self.model, self.params)
-        if self.is_dense and self._score is not None and self.params:
+        if self.is_dense and self.saved is None and self._score is not None and self.params:
             scores_of(self, self._score.of_one_batch())  # fails now where it would fail at the pruning
 
     def sparsity_after(self, sparsity: float, way: float) -> float:

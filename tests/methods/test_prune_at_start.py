@@ -79,6 +79,11 @@ def linear() -> nn.Linear:
 LINEAR_BATCH = [(torch.tensor(LINEAR["inputs"]), torch.tensor(LINEAR["targets"]))]
 
 
+def named(value: Any) -> str:
+    """The name of a case by its arguments, without addresses."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
+
+
 @pytest.mark.parametrize("score", ["snip", "grasp", "crop"])
 def test_masks_of_a_linear_layer(score: str) -> None:
     found = pruned(linear(), 0.5, score=score, batches=LINEAR_BATCH, loss=squares).masks["weight"]
@@ -460,7 +465,7 @@ def test_layers_without_a_score_keep_their_largest_weights() -> None:
         ({"score": "magnitude", "rounds": 2}, r"rounds=2: score='magnitude' is the same in every round"),
         ({"storage": "sparse"}, r"PruneAtStart scores every weight before it prunes"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_arguments_that_no_run_can_use_are_refused(options: dict[str, Any], why: str) -> None:
     with pytest.raises(ValueError, match=why):
@@ -484,7 +489,7 @@ def test_arguments_that_no_run_can_use_are_refused(options: dict[str, Any], why:
         ("crop", {"pattern": "fan_in/2"}, r"initial_mask='crop' ranks single weights"),
         ("snipp", {}, r"initial_mask='snipp' is not a file"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_starts_that_cannot_be_are_refused(start: Any, options: Any, why: str) -> None:
     with pytest.raises(ValueError, match=why):

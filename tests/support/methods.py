@@ -47,7 +47,9 @@ def method(name: str, **changes: Any) -> SparsityCallback:
 
 def same_batches(name: str, batches: Iterable[Any]) -> dict[str, Any]:
     """Arguments with which a method computes its scores on these batches, of however many processes; none for others."""
-    reads = CONFIGS[name]["_target_"].endswith(".PruneAtStart") and SCORES[CONFIGS[name]["score"]].of_loss
+    reads = (
+        CONFIGS[name]["_target_"].endswith((".PruneAtStart", ".EarlyCroP")) and SCORES[CONFIGS[name]["score"]].of_loss
+    )
     return {"batches": list(batches)} if reads else {}
 
 
