@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Refuse names that differ between processes; of a test marked ``combinations`` leave as many as it takes that every value of every argument occurs."""
+    """Of a test marked ``combinations`` leave as many as it takes that every value of every argument occurs."""
     if moving := [item.nodeid for item in items if " at 0x" in item.nodeid]:
         raise pytest.UsageError(
             f"names of tests hold addresses, so that two workers cannot agree on them: {moving}. Give ids=."
