@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     by_test: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
         if item.get_closest_marker("combinations") and hasattr(item, "callspec"):
-            by_test[item.nodeid.partition("[")[0]].append(item)
+            by_test[f"{item.path}::{item.originalname}"].append(item)  # type: ignore[attr-defined]
     left_out = {item for tests in by_test.values() for item in tests} - {
         i for t in by_test.values() for i in covering(t)
     }
@@ -44,10 +44,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def covering(items: Sequence[pytest.Item]) -> list[pytest.Item]:
-    """Some of ``items``, runs of one test, in which each value of each argument occurs, and about as often as the others."""
-    # by identity: a value is the same object in all runs, and need not be hashable
-    values = {item: {(n, id(v)) for n, v in item.callspec.params.items()} for item in items}  # type: ignore[attr-defined]
-    missing, times, kept = set().union(*values.values()), Counter[tuple[str, int]](), []
+    """Some of ``items``, runs of one test, in which each value of each argument occurs, and about as often as the others.
+
+    The class of a test is one of its arguments: the contract is a class for each method.
+    """
+    values = {
+        item: {("class", id(item.cls))} | {(name, known(value)) for name, value in item.callspec.params.items()}  # type: ignore[attr-defined]
+        for item in items
+    }
+    missing, times, kept = set().union(*values.values()), Counter[tuple[str, object]](), []
     while missing:
         # the first of equals, the same on every worker
         best = max(items, key=lambda item: (len(values[item] & missing), -sum(times[v] for v in values[item])))
@@ -55,6 +60,11 @@ def covering(items: Sequence[pytest.Item]) -> list[pytest.Item]:
         missing -= values[best]
         times.update(values[best])
     return kept
+
+
+def known(value: object) -> object:
+    """What equal values have in common: themselves, or the object where they may not be hashable."""
+    return (type(value), value) if isinstance(value, str | int | float | None) else id(value)
 
 
 @pytest.fixture(autouse=True)

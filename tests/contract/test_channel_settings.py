@@ -3,9 +3,13 @@
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from sparse_callbacks import SMCP, ChannelPruning
 from sparse_callbacks.testing import Settings, contract
 from sparse_callbacks.testing.library import LIBRARY
+
+pytestmark = pytest.mark.combinations
 
 
 def changed(method: str, **arguments: object) -> Settings:

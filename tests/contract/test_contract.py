@@ -1,8 +1,11 @@
 """The contract of every method that has a yaml in conf/method/."""
 
+import pytest
 from support.methods import CONTRACTS, METHODS, method
 
 import sparse_callbacks
+
+pytestmark = pytest.mark.combinations
 
 globals().update({f"Test_{name}": made for name, made in CONTRACTS.items()})
 

@@ -2,8 +2,12 @@
 
 from typing import Any
 
+import pytest
+
 from sparse_callbacks import SET
 from sparse_callbacks.testing import Settings, contract
+
+pytestmark = pytest.mark.combinations
 
 SHORT: dict[str, Any] = {"sparsity": 0.8, "every": 3, "stop": 14, "drop_fraction": 0.5, "print_plan": False}
 PUBLISHED: dict[str, Any] = {**SHORT, "drop": "signed", "new_weights": "uniform"}
