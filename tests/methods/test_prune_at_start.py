@@ -179,6 +179,41 @@ def test_layers_keep_at_least_so_many_weights_and_it_is_said(capsys: pytest.Capt
     )
 
 
+@pytest.mark.parametrize("score", ["snip", "magnitude"])
+def test_one_ranking_with_a_minimum_in_its_name_is_that_with_least(score: str) -> None:
+    """Scores decide over all layers, and not the shares that magnitudes have under one threshold."""
+    model, data = net(), {"batches": samples(), "loss": entropy} if score == "snip" else {}
+    with torch.no_grad():
+        model[4].weight.mul_(1e-4)
+    first = PruneAtStart(0.9, score=score, distribution="global(5)", print_plan=False, **data)
+    announced = first.plan(model)
+    assert announced.joint == math.floor(0.9 * 396)
+    named = masks_of(pruned(copy.deepcopy(model), 0.9, score=score, distribution="global(5)", **data))
+    least = masks_of(pruned(model, 0.9, score=score, least=5, **data))
+    assert differences(named, least) == []
+    assert min(int(m.sum()) for m in named.values()) >= 5
+
+
+@pytest.mark.filterwarnings("ignore:.*leaves no weight in", "ignore:doctor")
+@pytest.mark.parametrize("when", ["start", 2])
+def test_one_ranking_asks_no_magnitudes_for_shares(when: Any) -> None:
+    """It may leave layers without a weight, where a threshold over magnitudes keeps one in each; and a plan needs no values."""
+    model = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(20)))
+    method = methods.PruneAtStart(0.95, score="magnitude", when=when, print_plan=False)
+    assert method.plan(model).zeros == 171
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    run = sparsify(method, model, optimizer, 4)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+    assert sum(int((~m).sum()) for m in run.masks.values()) == 171
+    assert not [key for key in method.aux if key.startswith("allocated/")]
+    with torch.device("meta"):
+        bare = nn.Linear(30, 30)
+    assert PruneAtStart(0.9, when=when).plan(bare).zeros == 810
+
+
 def test_a_layer_without_any_weight_is_warned_of() -> None:
     model = net()
     with torch.no_grad():
@@ -453,6 +488,15 @@ def test_layers_without_a_score_keep_their_largest_weights() -> None:
             {"least": 3, "distribution": "uniform"},
             r"least=3 is of one ranking over all layers, and distribution='uniform'",
         ),
+        (
+            {"least": 3, "distribution": "global(2)"},
+            r"least=3 and distribution='global\(2\)' both say how many weights every layer keeps",
+        ),
+        (
+            {"distribution": {"0.*": 0.5, "*": "global(2)"}},
+            r"names 'global' in a mapping, and here 'global' is one ranking by score over all layers",
+        ),
+        ({"distribution": "global(x)"}, r"distribution='global\(x\)' is not known\. Give 'global\(2\)'"),
         ({"loss": 3}, r"loss=3 is not a function"),
         ({"reinit_after": "yes"}, r"reinit_after='yes' is neither True nor False"),
         ({"score": "synflow", "batches": 4}, r"batches= says nothing to score='synflow', which looks at no data"),
