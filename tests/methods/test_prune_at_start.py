@@ -236,6 +236,23 @@ def test_signed_numbers_rank_as_magnitudes() -> None:
 # ---------------------------------------------------------------------- runs
 
 
+@pytest.mark.parametrize("score", ["grasp", "crop"])
+def test_layers_of_different_precision_are_ranked_together(score: str) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(3)
+            self.a, self.b = nn.Linear(6, 8).double(), nn.Linear(8, 3)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.b(self.a(inputs.double()).tanh().to(self.b.weight.dtype))
+
+    mixed = masks_of(pruned(Mixed(), 0.5, score=score, batches=samples(), loss=entropy))
+    double = masks_of(pruned(Mixed().double(), 0.5, score=score, batches=samples(), loss=entropy))
+    assert differences(mixed, double) == []
+    assert all(bool(m.any()) for m in mixed.values())
+
+
 @pytest.mark.parametrize("score", NAMES)
 def test_a_trainer_and_a_loop_have_the_same_masks_and_masks_never_move(score: str) -> None:
     """The loop is given what the Trainer draws: all samples."""
