@@ -543,7 +543,7 @@ def test_arguments_that_no_run_can_use_are_refused(options: dict[str, Any], why:
             r"initial_mask='snip' ranks single weights when training starts.*initial_mask='magnitude'",
         ),
         ("crop", {"pattern": "fan_in/2"}, r"initial_mask='crop' ranks single weights"),
-        ("snipp", {}, r"initial_mask='snipp' is not a file"),
+        ("snipp", {}, r"initial_mask='snipp' is not a file\. .*or a score: 'snip', 'grasp'"),
     ],
     ids=str,
 )
