@@ -1,5 +1,6 @@
 """PruneAtStart: one mask by a score of the fresh network, held from the first step to the last."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Unpack
 
@@ -195,7 +196,10 @@ class PruneAtStart(PrunesOnce, StartsSparse):
     def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
         # one threshold decides how many of each layer go, and no layer has a target: uniform ones give the total
         if self._is_global:
-            return uniform(layer_shapes(entries), self.target_sparsity)
+            shapes = layer_shapes(entries)
+            sizes = [math.prod(shape) for shape in shapes.values()]
+            self._refuse_least(sum(sizes) - zeros_for(self.target_sparsity, sum(sizes)), sizes)
+            return uniform(shapes, self.target_sparsity)
         return super().share_out(entries)
 
     def plan(self, model: nn.Module | None = None) -> Plan:
@@ -262,7 +266,8 @@ class PruneAtStart(PrunesOnce, StartsSparse):
         sparsity = self.sparsity_after(self.target_sparsity, way)
         size = sum(m.numel() for m in masks.values())
         zeros = zeros_for(sparsity, size) if way < 1 else self._zeros_of_all() - self._zeros_beside(masks)
-        self._refuse_least(size - zeros, masks)
+        layers = (views[0] for n, m in masks.items() for _, views in self.weights.layers(n, m))
+        self._refuse_least(size - zeros, (layer.numel() for layer in layers))
         found = over_all_layers(self, scores, masks, zeros, self._least)
         if self._least and way == 1:
             self._tell_of_least(found, over_all_layers(self, scores, masks, zeros))
@@ -280,10 +285,8 @@ class PruneAtStart(PrunesOnce, StartsSparse):
             for layer, views in self.weights.layers(n, p)
         )
 
-    def _refuse_least(self, kept: int, masks: Mapping[str, Tensor]) -> None:
-        wanted = sum(
-            min(self._least, views[0].numel()) for n, m in masks.items() for _, views in self.weights.layers(n, m)
-        )
+    def _refuse_least(self, kept: int, sizes: Iterable[int]) -> None:
+        wanted = sum(min(self._least, size) for size in sizes)
         if wanted > kept:
             raise ValueError(
                 f"least={self._least} keeps {wanted:,} weights of all layers, and sparsity={self.sparsity!r} leaves {kept:,}. "

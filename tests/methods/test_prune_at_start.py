@@ -584,6 +584,8 @@ def test_scores_that_are_not_finite_are_refused() -> None:
 def test_more_than_is_left_cannot_be_kept_in_every_layer() -> None:
     with pytest.raises(ValueError, match=r"least=30 keeps 90 weights of all layers, and sparsity=0\.9 leaves 40"):
         pruned(net(), 0.9, score="magnitude", least=30)
+    with pytest.raises(ValueError, match=r"least=30 keeps 90 weights of all layers"):  # not where it would be pruned
+        methods.EarlyCroP(0.9, distribution="global(30)").plan(net())
 
 
 def test_modules_that_cannot_be_made_anew_are_refused_before_scoring() -> None:
