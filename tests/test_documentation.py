@@ -203,7 +203,7 @@ def test_commands_are_understood(page: Path) -> None:
                     comparison_command._parser().parse_args(arguments)
             case ["python", script, *arguments]:
                 saved = dict(SAVED.findall(page.read_text()))
-                source = saved[script] if script in saved else (ROOT / script).read_text()
+                source = saved[script] if script in saved else with_imported(ROOT / script)
                 assert [word for word in arguments if word.startswith("--") and f'"{word}"' not in source] == []
             case ["pip", "install", *what]:
                 extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -215,6 +215,13 @@ def test_commands_are_understood(page: Path) -> None:
                 assert options in (["-n", "2", "--dist", "loadscope"], ["-m", "slow"], *([name] for name in saved))
             case _:
                 pytest.fail(f"nothing checks the command {' '.join(words)}")
+
+
+def with_imported(script: Path) -> str:
+    """The text of a script and of those beside it that it imports, which may hold its options."""
+    text = script.read_text()
+    beside = [script.with_name(f"{name}.py") for name in re.findall(r"^from (\w+) import", text, re.MULTILINE)]
+    return "\n".join([text, *(path.read_text() for path in beside if path.is_file())])
 
 
 def understood_by_train(overrides: list[str]) -> None:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from sparse_callbacks.core.allocations.by_weight import largest_by, least_of
+from sparse_callbacks.core.allocations.checks import check_reachable
 from sparse_callbacks.core.distributions import Distribution, reads_weights, weight_rules
 from sparse_callbacks.core.ops import zeros_for
 from sparse_callbacks.core.plan import Plan
-from sparse_callbacks.core.selection import Entry
+from sparse_callbacks.core.selection import Entry, layer_shapes
 from sparse_callbacks.core.shards import count_of, size_of
 from sparse_callbacks.core.targets import for_layers
 
@@ -33,11 +34,26 @@ def are_joint(method: "Method") -> bool:
     return renews_thresholds(method) and reads_weights(method.distribution)
 
 
-def without_thresholds(distribution: Distribution) -> Distribution:
-    """``distribution`` with uniform targets for layers that share a threshold; they come to the same total."""
+def without_thresholds(distribution: Distribution, sparsity: float) -> Distribution:
+    """``distribution`` with ``sparsity`` for each layer that shares a threshold; they come to the same total."""
     if isinstance(distribution, Mapping):
-        return {glob: "uniform" if reads_weights(rule) else rule for glob, rule in distribution.items()}
-    return "uniform" if reads_weights(distribution) else distribution
+        return {glob: sparsity if reads_weights(rule) else rule for glob, rule in distribution.items()}
+    return {"*": sparsity} if reads_weights(distribution) else distribution
+
+
+def refuse_unreachable(method: "Method", entries: Sequence[Entry]) -> None:
+    """Refuse a target at which not all layers that share a threshold keep what its rule says.
+
+    Args:
+        method: the method that plans.
+        entries: all parameters of the model.
+
+    Raises:
+        ValueError: says which sparsity is the highest that can be reached.
+    """
+    shapes = layer_shapes(entries)
+    for rule, layers in joint_layers(method, entries).items():
+        check_reachable({layer: shapes[layer] for layer in layers}, method.target_sparsity, least_of(rule))
 
 
 def joint_layers(method: "Method", entries: Iterable[Entry]) -> dict[str, list[str]]:

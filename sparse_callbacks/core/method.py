@@ -17,7 +17,13 @@ from sparse_callbacks.core.distributions import Distribution, check_rules, decid
 from sparse_callbacks.core.found_shares import find_shares, follow_from_model, found_targets, remarks_of_minimum
 from sparse_callbacks.core.hooks import Hooks
 from sparse_callbacks.core.host import Host
-from sparse_callbacks.core.joint_thresholds import are_joint, planned_total, with_joint_rows, without_thresholds
+from sparse_callbacks.core.joint_thresholds import (
+    are_joint,
+    planned_total,
+    refuse_unreachable,
+    with_joint_rows,
+    without_thresholds,
+)
 from sparse_callbacks.core.live.live_runs import refuse_foreign_places
 from sparse_callbacks.core.ops import random_mask, zeros_for
 from sparse_callbacks.core.optimizers import Ownership
@@ -339,8 +345,10 @@ class Method(Hooks):
         """Target sparsity of every layer."""
         if follow_from_model(self):
             return found_targets(self, entries)
-        shared = without_thresholds(self.distribution) if are_joint(self) else self.distribution
-        return layer_targets(shared, entries, self.target_sparsity)
+        if not are_joint(self):
+            return layer_targets(self.distribution, entries, self.target_sparsity)
+        refuse_unreachable(self, entries)
+        return layer_targets(without_thresholds(self.distribution, self.target_sparsity), entries, self.target_sparsity)
 
     def parameter_zeros(self, entries: Sequence[Entry], targets: Mapping[str, float]) -> dict[str, int]:
         """Planned zeros of every sparse parameter."""

@@ -67,7 +67,7 @@ class Score:
         if self.rounds not in (None, 1) and not rule.again:
             raise ValueError(
                 f"rounds={self.rounds!r}: score={self.name!r} is the same in every round, as it looks at each weight alone. "
-                "Leave rounds= out."
+                "Give rounds=1."
             )
 
     @property

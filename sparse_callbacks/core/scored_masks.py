@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import reduce
 from typing import Any
 
 import torch
@@ -81,7 +82,11 @@ def scores_of(method: Method, score: Score, masks: Mapping[str, Tensor] | None =
                 f"score={score.name!r} of {name} is not finite: the loss or its derivatives overflow on these batches. Give "
                 "other batches=, weights that are not trained, or weights in float32."
             )
-    return {name: as_magnitudes(values) for name, values in found.items()} if score.rule.signed else found
+    if not score.rule.signed:
+        return found
+    # ranks of another type would not compare with these, where one ranking goes over all layers
+    common = reduce(torch.promote_types, {values.dtype for values in found.values()}, torch.float32)
+    return {name: as_magnitudes(values.to(common)) for name, values in found.items()}
 
 
 def _raw_scores(method: Method, score: Score, masks: Mapping[str, Tensor] | None) -> functions.Scores:

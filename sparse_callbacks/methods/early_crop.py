@@ -7,8 +7,11 @@ from sparse_callbacks.core.calendar import Time
 from sparse_callbacks.core.calibration import Loss
 from sparse_callbacks.core.distributions import Distribution
 from sparse_callbacks.core.method import Options
+from sparse_callbacks.core.score_rules import SCORES
 from sparse_callbacks.methods.prune_at_start import PruneAtStart
 from sparse_callbacks.methods.pruning_time import LATEST, When
+
+BATCHES = 5  # of the paper's code
 
 
 class EarlyCroP(PruneAtStart):
@@ -34,8 +37,8 @@ class EarlyCroP(PruneAtStart):
         stop: the latest time of the pruning, in optimizer steps (int) or as a fraction of the run (float); a warning says that
             the distance has not decided.
         batches: number of batches that scores are computed on, whose samples are drawn from the training data with ``seed``;
-            or a list or loader of the batches.
-        rounds: number of rounds.
+            or a list or loader of the batches. SynFlow, magnitude and random look at none.
+        rounds: number of rounds; magnitude and random, which are the same in every round, take 1.
         lr_after: ``"continue"``: optimizers and learning rates go on over the pruning. ``"restart"``: the module configures
             them anew after it; :func:`sparse_callbacks.horizon` tells it for how many steps.
         when, score, least, distribution, loss, include, exclude, seed, **options: see :class:`PruneAtStart`.
@@ -61,7 +64,7 @@ class EarlyCroP(PruneAtStart):
         when: When = "distance",
         stop: Time = LATEST,
         score: str = "crop",
-        batches: int | Iterable[Any] = 5,
+        batches: int | Iterable[Any] = BATCHES,
         rounds: int = 7,
         least: int = 0,
         lr_after: str = "continue",
@@ -72,10 +75,12 @@ class EarlyCroP(PruneAtStart):
         seed: int = 0,
         **options: Unpack[Options],
     ) -> None:
+        # a score that looks at no data has no use for the default
+        unread = isinstance(batches, int) and batches == BATCHES and score in SCORES and not SCORES[score].of_loss
         super().__init__(
             sparsity,
             score=score,
-            batches=batches,
+            batches=1 if unread else batches,
             rounds=rounds,
             least=least,
             distribution=distribution,
@@ -88,6 +93,7 @@ class EarlyCroP(PruneAtStart):
             seed=seed,
             **options,
         )
+        self.batches = batches
 
     def sparsity_after(self, sparsity: float, way: float) -> float:
         return early_sparsity(sparsity, round(way * (self.rounds or 1)) - 1, self.rounds or 1)

@@ -1,18 +1,21 @@
 """PruneAtStart: one mask by a score of the fresh network, held from the first step to the last."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
+from sparse_callbacks.core.allocations.by_weight import GLOBAL, LAMP, is_by_weight, least_of
 from sparse_callbacks.core.calendar import Time
 from sparse_callbacks.core.calibration import Loss
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.distance_trigger import PRUNED, expected_of_trigger
-from sparse_callbacks.core.distributions import Distribution, resolve
+from sparse_callbacks.core.distributions import Distribution, uniform
 from sparse_callbacks.core.hooks import Figures
 from sparse_callbacks.core.initial_masks import InitialMask, StartsSparse, joining_masks
+from sparse_callbacks.core.joint_thresholds import renews_thresholds
 from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.ops import zeros_for
 from sparse_callbacks.core.plan import Plan
@@ -33,8 +36,6 @@ from sparse_callbacks.core.storages.storage import why_no_exchange
 from sparse_callbacks.core.thawed import masks_by_magnitude
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.pruning_time import LATEST, PENDING, PrunesOnce, When
-
-_GLOBAL = "global"
 
 
 class PruneAtStart(PrunesOnce, StartsSparse):
@@ -71,7 +72,8 @@ class PruneAtStart(PrunesOnce, StartsSparse):
         reinit_after: after scoring, the model gets fresh initial weights by the ``reset_parameters()`` of its modules, with
             ``seed``, as in SNIP's reference.
         distribution: ``"global"``: one ranking over all selected weights, in which a layer may lose all of its weights, of
-            which a warning tells. Anything else, see :class:`~sparse_callbacks.core.method.Method`: a ranking in each layer.
+            which a warning tells; ``"global(3)"`` is the same with ``least=3``. Anything else, see
+            :class:`~sparse_callbacks.core.method.Method`: a ranking in each layer. Mappings cannot name ``"global"``.
         loss: a function of module and batch that gives the loss, a scalar; None: that of the training step. Manual optimization
             and loops of your own need it.
         when: ``"start"``: before the first batch. A time, in optimizer steps (int) or as a fraction of the run (float), or
@@ -108,7 +110,7 @@ class PruneAtStart(PrunesOnce, StartsSparse):
         rounds: int | None = None,
         least: int = 0,
         reinit_after: bool = False,
-        distribution: Distribution = _GLOBAL,
+        distribution: Distribution = GLOBAL,
         loss: Loss | None = None,
         when: When = "start",
         stop: Time = LATEST,
@@ -146,11 +148,7 @@ class PruneAtStart(PrunesOnce, StartsSparse):
         if when != "start":
             self.first_score = None  # the run begins dense
             self._refuse_of_start()
-        if least and not self._is_global:
-            raise ValueError(
-                f"least={least!r} is of one ranking over all layers, and distribution={distribution!r} plans how many weights "
-                "each layer keeps. Leave least= out, or give distribution='global'."
-            )
+        self._refuse_distribution()
 
     def _refuse_of_start(self) -> None:
         """Refuse what a trained network cannot have."""
@@ -161,20 +159,47 @@ class PruneAtStart(PrunesOnce, StartsSparse):
                     f"Leave {argument}= out, or give when='start'."
                 )
 
+    def _refuse_distribution(self) -> None:
+        """Refuse a distribution that does not go with ``least``, or under which some layers would share a ranking."""
+        given, joint = self.distribution, self._is_global
+        if self.least and not joint:
+            raise ValueError(
+                f"least={self.least!r} is of one ranking over all layers, and distribution={given!r} plans how many weights "
+                "each layer keeps. Leave least= out, or give distribution='global'."
+            )
+        if self.least and given.strip() != GLOBAL:  # type: ignore[union-attr]
+            raise ValueError(
+                f"least={self.least!r} and distribution={given!r} both say how many weights every layer keeps. Give one of them."
+            )
+        if isinstance(given, Mapping) and any(map(_ranks_jointly, given.values())):
+            raise ValueError(
+                f"distribution={given!r} names 'global' in a mapping, and here 'global' is one ranking by score over all layers. "
+                "Give distribution='global' and leave layers out with exclude=, or name another rule, such as 'lamp'."
+            )
+
     @staticmethod
     def score_of(initial_mask: InitialMask) -> Score | None:
         return initial_mask if isinstance(initial_mask, Score) else None
 
     @property
     def _is_global(self) -> bool:
-        return isinstance(self.distribution, str) and self.distribution == _GLOBAL
+        return _ranks_jointly(self.distribution)
+
+    @property
+    def _least(self) -> int:
+        """Active weights that every layer keeps under one ranking; 0 unless it was said, as in :attr:`least`."""
+        given = self.distribution
+        return least_of(given) if isinstance(given, str) and given.strip() != GLOBAL else self.least
 
     # ------------------------------------------------------------------ counts
 
     def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
         # one threshold decides how many of each layer go, and no layer has a target: uniform ones give the total
         if self._is_global:
-            return resolve("uniform", layer_shapes(entries), self.target_sparsity)
+            shapes = layer_shapes(entries)
+            sizes = [math.prod(shape) for shape in shapes.values()]
+            self._refuse_least(sum(sizes) - zeros_for(self.target_sparsity, sum(sizes)), sizes)
+            return uniform(shapes, self.target_sparsity)
         return super().share_out(entries)
 
     def plan(self, model: nn.Module | None = None) -> Plan:
@@ -184,7 +209,8 @@ class PruneAtStart(PrunesOnce, StartsSparse):
         scored = [] if model is not None else [r.size for r in plan if f"scored/{r.name}" in self.aux]
         later = [r for r in plan if scored and r.name in plan.selected and f"scored/{r.name}" not in self.aux]
         # layers that have joined the run since have counts of their own
-        zeros = zeros_for(self.target_sparsity, sum(scored) or plan.weights) + sum(r.zeros or 0 for r in later)
+        own = self.parameter_zeros(self.entries, self.targets) if later else {}
+        zeros = zeros_for(self.target_sparsity, sum(scored) or plan.weights) + sum(own[r.name] for r in later)
         return plan.joined(zeros)
 
     # ------------------------------------------------------------------ the pruning
@@ -240,9 +266,10 @@ class PruneAtStart(PrunesOnce, StartsSparse):
         sparsity = self.sparsity_after(self.target_sparsity, way)
         size = sum(m.numel() for m in masks.values())
         zeros = zeros_for(sparsity, size) if way < 1 else self._zeros_of_all() - self._zeros_beside(masks)
-        self._refuse_least(size - zeros, masks)
-        found = over_all_layers(self, scores, masks, zeros, self.least)
-        if self.least and way == 1:
+        layers = (views[0] for n, m in masks.items() for _, views in self.weights.layers(n, m))
+        self._refuse_least(size - zeros, (layer.numel() for layer in layers))
+        found = over_all_layers(self, scores, masks, zeros, self._least)
+        if self._least and way == 1:
             self._tell_of_least(found, over_all_layers(self, scores, masks, zeros))
         return found
 
@@ -258,13 +285,11 @@ class PruneAtStart(PrunesOnce, StartsSparse):
             for layer, views in self.weights.layers(n, p)
         )
 
-    def _refuse_least(self, kept: int, masks: Mapping[str, Tensor]) -> None:
-        wanted = sum(
-            min(self.least, views[0].numel()) for n, m in masks.items() for _, views in self.weights.layers(n, m)
-        )
+    def _refuse_least(self, kept: int, sizes: Iterable[int]) -> None:
+        wanted = sum(min(self._least, size) for size in sizes)
         if wanted > kept:
             raise ValueError(
-                f"least={self.least} keeps {wanted:,} weights of all layers, and sparsity={self.sparsity!r} leaves {kept:,}. "
+                f"least={self._least} keeps {wanted:,} weights of all layers, and sparsity={self.sparsity!r} leaves {kept:,}. "
                 "Give a smaller least= or sparsity=."
             )
 
@@ -277,7 +302,7 @@ class PruneAtStart(PrunesOnce, StartsSparse):
             if int(mask.sum()) > int(other.sum())
         ]
         if short:
-            self.host.inform(f"least={self.least} keeps more weights than one ranking would: {', '.join(short)}.")
+            self.host.inform(f"least={self._least} keeps more weights than one ranking would: {', '.join(short)}.")
 
     def scores_taken(self) -> None:
         if self._is_global:
@@ -294,6 +319,16 @@ class PruneAtStart(PrunesOnce, StartsSparse):
                 f"score={self.score!r} at sparsity {self.target_sparsity:g} leaves no weight in {', '.join(empty)}: nothing passes "
                 "through these layers. Give least=, more rounds=, a distribution= other than 'global', or a lower sparsity."
             )
+
+
+def _ranks_jointly(rule: object) -> bool:
+    """Whether a rule is one ranking over all layers, by its name."""
+    return isinstance(rule, str) and is_by_weight(rule) and rule.strip() != LAMP
+
+
+@renews_thresholds.register
+def _(method: PruneAtStart) -> bool:
+    return method._is_global  # scores decide, and shares by magnitude would not be read
 
 
 @possible_zeros.register

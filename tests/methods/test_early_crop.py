@@ -348,6 +348,14 @@ def test_arguments_that_no_run_can_use_are_refused(options: dict[str, Any], mess
         EarlyCroP(0.9, **options)
 
 
+@pytest.mark.parametrize(("score", "rounds"), [("synflow", 7), ("magnitude", 1), ("random", 1)])
+def test_scores_without_data_need_no_word_about_batches(score: str, rounds: int) -> None:
+    method = EarlyCroP(0.8, score=score, rounds=rounds)
+    assert method.arguments["batches"] == "5"  # as it stands in the signature
+    with pytest.raises(ValueError, match="batches= says nothing to score="):
+        EarlyCroP(0.8, score=score, rounds=rounds, batches=4)
+
+
 @pytest.mark.parametrize(("argument", "value"), [("reinit_after", True), ("rescale", "layer")])
 def test_what_fresh_weights_have_is_refused_of_trained_ones(argument: str, value: Any) -> None:
     with pytest.raises(

@@ -184,6 +184,41 @@ def test_layers_keep_at_least_so_many_weights_and_it_is_said(capsys: pytest.Capt
     )
 
 
+@pytest.mark.parametrize("score", ["snip", "magnitude"])
+def test_one_ranking_with_a_minimum_in_its_name_is_that_with_least(score: str) -> None:
+    """Scores decide over all layers, and not the shares that magnitudes have under one threshold."""
+    model, data = net(), {"batches": samples(), "loss": entropy} if score == "snip" else {}
+    with torch.no_grad():
+        model[4].weight.mul_(1e-4)
+    first = PruneAtStart(0.9, score=score, distribution="global(5)", print_plan=False, **data)
+    announced = first.plan(model)
+    assert announced.joint == math.floor(0.9 * 396)
+    named = masks_of(pruned(copy.deepcopy(model), 0.9, score=score, distribution="global(5)", **data))
+    least = masks_of(pruned(model, 0.9, score=score, least=5, **data))
+    assert differences(named, least) == []
+    assert min(int(m.sum()) for m in named.values()) >= 5
+
+
+@pytest.mark.filterwarnings("ignore:.*leaves no weight in", "ignore:doctor")
+@pytest.mark.parametrize("when", ["start", 2])
+def test_one_ranking_asks_no_magnitudes_for_shares(when: Any) -> None:
+    """It may leave layers without a weight, where a threshold over magnitudes keeps one in each; and a plan needs no values."""
+    model = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(20)))
+    method = methods.PruneAtStart(0.95, score="magnitude", when=when, print_plan=False)
+    assert method.plan(model).zeros == 171
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    run = sparsify(method, model, optimizer, 4)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+    assert sum(int((~m).sum()) for m in run.masks.values()) == 171
+    assert not [key for key in method.aux if key.startswith("allocated/")]
+    with torch.device("meta"):
+        bare = nn.Linear(30, 30)
+    assert PruneAtStart(0.9, when=when).plan(bare).zeros == 810
+
+
 def test_a_layer_without_any_weight_is_warned_of() -> None:
     model = net()
     with torch.no_grad():
@@ -204,6 +239,23 @@ def test_signed_numbers_rank_as_magnitudes() -> None:
 
 
 # ---------------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize("score", ["grasp", "crop"])
+def test_layers_of_different_precision_are_ranked_together(score: str) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(3)
+            self.a, self.b = nn.Linear(6, 8).double(), nn.Linear(8, 3)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.b(self.a(inputs.double()).tanh().to(self.b.weight.dtype))
+
+    mixed = masks_of(pruned(Mixed(), 0.5, score=score, batches=samples(), loss=entropy))
+    double = masks_of(pruned(Mixed().double(), 0.5, score=score, batches=samples(), loss=entropy))
+    assert differences(mixed, double) == []
+    assert all(bool(m.any()) for m in mixed.values())
 
 
 @pytest.mark.parametrize("score", NAMES)
@@ -458,6 +510,15 @@ def test_layers_without_a_score_keep_their_largest_weights() -> None:
             {"least": 3, "distribution": "uniform"},
             r"least=3 is of one ranking over all layers, and distribution='uniform'",
         ),
+        (
+            {"least": 3, "distribution": "global(2)"},
+            r"least=3 and distribution='global\(2\)' both say how many weights every layer keeps",
+        ),
+        (
+            {"distribution": {"0.*": 0.5, "*": "global(2)"}},
+            r"names 'global' in a mapping, and here 'global' is one ranking by score over all layers",
+        ),
+        ({"distribution": "global(x)"}, r"distribution='global\(x\)' is not known\. Give 'global\(2\)'"),
         ({"loss": 3}, r"loss=3 is not a function"),
         ({"reinit_after": "yes"}, r"reinit_after='yes' is neither True nor False"),
         ({"score": "synflow", "batches": 4}, r"batches= says nothing to score='synflow', which looks at no data"),
@@ -487,7 +548,7 @@ def test_arguments_that_no_run_can_use_are_refused(options: dict[str, Any], why:
             r"initial_mask='snip' ranks single weights when training starts.*initial_mask='magnitude'",
         ),
         ("crop", {"pattern": "fan_in/2"}, r"initial_mask='crop' ranks single weights"),
-        ("snipp", {}, r"initial_mask='snipp' is not a file"),
+        ("snipp", {}, r"initial_mask='snipp' is not a file\. .*or a score: 'snip', 'grasp'"),
     ],
     ids=named,
 )
@@ -528,6 +589,8 @@ def test_scores_that_are_not_finite_are_refused() -> None:
 def test_more_than_is_left_cannot_be_kept_in_every_layer() -> None:
     with pytest.raises(ValueError, match=r"least=30 keeps 90 weights of all layers, and sparsity=0\.9 leaves 40"):
         pruned(net(), 0.9, score="magnitude", least=30)
+    with pytest.raises(ValueError, match=r"least=30 keeps 90 weights of all layers"):  # not where it would be pruned
+        methods.EarlyCroP(0.9, distribution="global(30)").plan(net())
 
 
 def test_modules_that_cannot_be_made_anew_are_refused_before_scoring() -> None:

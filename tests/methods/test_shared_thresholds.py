@@ -115,6 +115,21 @@ def test_a_threshold_without_a_minimum_may_empty_a_layer(rule: str, left: int) -
 # ---------------------------------------------------------------------- renewed
 
 
+@pytest.mark.parametrize("make", [GMP, DPF])
+def test_a_minimum_that_the_target_leaves_no_room_for_is_refused_before_training(make: Any) -> None:
+    model = nn.Sequential(*(nn.Linear(5, 5, bias=False) for _ in range(8)))
+    for rule in ("global(5)", {"*": "global(5)"}):
+        with pytest.raises(ValueError, match=r"cannot be reached: each of the 8 layers keeps at least 5 of their 200"):
+            make(0.9, distribution=rule).plan(model)
+    for rule in ("global", "lamp"):
+        with pytest.raises(
+            ValueError, match=r"cannot be reached: each of the 8 layers keeps at least one of their 200"
+        ):
+            make(0.98, distribution=rule).plan(model)
+    assert make(0.98, distribution="global(0)").plan(model).zeros == 196
+    assert make(0.98, distribution={"*": "global(0)"}).plan(model).zeros == 196
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_gmp_takes_one_threshold_over_what_is_active_at_each_update(rule: str) -> None:
     model = net()
