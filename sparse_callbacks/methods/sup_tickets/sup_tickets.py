@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from sparse_callbacks.core.calendar import Calendar, RunLength
 from sparse_callbacks.core.checkpoint import shown
-from sparse_callbacks.core.constructors import argument_names
+from sparse_callbacks.core.constructors import argument_names, argument_values
 from sparse_callbacks.core.hooks import BatchEnd, Figures
 from sparse_callbacks.core.host import Forward
 from sparse_callbacks.core.method import Options
@@ -113,7 +113,7 @@ class SupTickets(SetsRates, DropAndGrow):
         check_arguments({**given, "drop_fraction": drop_fraction, "average": average})
         # of both kinds: whatever asks for the class of a method finds the rules of the base
         self.__class__ = class_around(type(self), type(base))
-        super().__init__(**{name: getattr(base, name) for name in argument_names(type(base), Options)})
+        super().__init__(**argument_values(base, Options))
         self.base, self.share, self.cycles, self.low_lr, self.high_lr = base, share, cycles, low_lr, high_lr
         self.drop_fraction, self.average = drop_fraction, average
         self._fraction_at_begin = float(drop_fraction)
