@@ -220,7 +220,8 @@ class SET(DropAndGrow):
         before, share = self.progress.done.get(step.index), self.neuron_importance
         if share is None or self._importance_times is None or name not in hidden_layers(self.entries):
             return None
-        if not self._importance_times.falls(before, step.number):
+        # an update after those of the calendar, such as the first one of a cycle of SupTickets, keeps all neurons
+        if step.number > step.calendar.last or not self._importance_times.falls(before, step.number):
             return None
         return unimportant_neurons(self.params[name], self.weights.masks[name], float(share))
 
