@@ -36,7 +36,9 @@ def around(name: str) -> SupTickets:
 
 def net() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(12, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 4))
+    return nn.Sequential(
+        nn.Linear(12, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 4)
+    )
 
 
 def trained(method: Any, saved: Any = None, saves: list[Any] | None = None) -> tuple[nn.Module, list[list[int]]]:
