@@ -1,4 +1,4 @@
-"""Where a run of Sup-tickets stands: its cycles, the steps so far and its tickets, kept in the method's ``aux``."""
+"""Phases of a run of Sup-tickets: its cycles, steps and tickets so far, in the ``aux`` of the method."""
 
 from collections.abc import Mapping, MutableMapping
 
