@@ -12,7 +12,7 @@ from sparse_callbacks.core.attachment import Attachment
 from sparse_callbacks.core.awaited import for_targets, with_awaited
 from sparse_callbacks.core.calendar import Calendar, RunLength, Time, check_times, resolve_times
 from sparse_callbacks.core.checkpoint import SavedRun
-from sparse_callbacks.core.constructors import argument_names, checks_arguments
+from sparse_callbacks.core.constructors import argument_values, checks_arguments
 from sparse_callbacks.core.distributions import Distribution, check_rules, decides_total
 from sparse_callbacks.core.found_shares import find_shares, follow_from_model, found_targets, remarks_of_minimum
 from sparse_callbacks.core.hooks import Hooks
@@ -357,7 +357,7 @@ class Method(Hooks):
     @property
     def arguments(self) -> dict[str, str]:
         """Constructor arguments as text; each is kept under its own name."""
-        return {name: checkpoint.shown(getattr(self, name)) for name in argument_names(type(self), Options)}
+        return {name: checkpoint.shown(value) for name, value in argument_values(self, Options).items()}
 
     def __repr__(self) -> str:
         asked = {name: checkpoint.shown(value) for name, value in storage_asked(self).items()}

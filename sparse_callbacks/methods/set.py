@@ -7,11 +7,11 @@ from typing import Any, Literal, Unpack
 
 from torch import Tensor, nn
 
-from sparse_callbacks.core import checkpoint
 from sparse_callbacks.core.arguments import refuse_unknown
 from sparse_callbacks.core.awaited import with_awaited
 from sparse_callbacks.core.calendar import Calendar, RunLength, Time
 from sparse_callbacks.core.checkpoint import SavedRun
+from sparse_callbacks.core.constructors import argument_values
 from sparse_callbacks.core.distributions import Distribution
 from sparse_callbacks.core.growth import fresh_values, uniform_numbers
 from sparse_callbacks.core.initial_masks import InitialMask
@@ -152,11 +152,6 @@ class SET(DropAndGrow):
             **options,
         )
 
-    @property
-    def arguments(self) -> dict[str, str]:
-        # under this name an object has the hook of born weights
-        return {**super().arguments, "new_weights": checkpoint.shown(self._starts_from)}
-
     def _refuse_shapes(self, pattern: Any, storage: Any) -> None:
         """Refuse masks that lie otherwise than weight by weight where an argument asks for that."""
         storages = list(storage.values()) if isinstance(storage, Mapping) else [storage]
@@ -225,7 +220,8 @@ class SET(DropAndGrow):
         before, share = self.progress.done.get(step.index), self.neuron_importance
         if share is None or self._importance_times is None or name not in hidden_layers(self.entries):
             return None
-        if not self._importance_times.falls(before, step.number):
+        # an update after those of the calendar, such as the first one of a cycle of SupTickets, keeps all neurons
+        if step.number > step.calendar.last or not self._importance_times.falls(before, step.number):
             return None
         return unimportant_neurons(self.params[name], self.weights.masks[name], float(share))
 
@@ -253,6 +249,12 @@ def _refuse_share(share: Any) -> None:
         f"neuron_importance={share!r} is not a share of the hidden neurons between 0 and 1. The published value is 0.2; None "
         "removes no neurons."
     )
+
+
+@argument_values.register
+def _(method: SET, shared: type) -> dict[str, Any]:
+    # under the name of this argument an object has the hook of born weights
+    return argument_values.dispatch(DropAndGrow)(method, shared) | {"new_weights": method._starts_from}
 
 
 @mask_before.register

@@ -6,7 +6,8 @@ from torch import nn
 
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.state_claims import Kept, Zeros, expected_aux, possible_zeros
-from sparse_callbacks.methods.sup_tickets.sup_tickets import OF_RUN, SupTickets
+from sparse_callbacks.methods.sup_tickets.phase import OF_RUN
+from sparse_callbacks.methods.sup_tickets.sup_tickets import SupTickets
 from sparse_callbacks.methods.sup_tickets.tickets import MERGED
 
 

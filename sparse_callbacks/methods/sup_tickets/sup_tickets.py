@@ -5,13 +5,11 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from sparse_callbacks.core.calendar import Calendar, RunLength
 from sparse_callbacks.core.checkpoint import shown
-from sparse_callbacks.core.constructors import argument_names
+from sparse_callbacks.core.constructors import argument_names, argument_values
 from sparse_callbacks.core.hooks import BatchEnd, Figures
 from sparse_callbacks.core.host import Forward
 from sparse_callbacks.core.method import Options
@@ -21,6 +19,7 @@ from sparse_callbacks.core.step import SetsRates, Step
 from sparse_callbacks.core.storages.storage import why_no_exchange
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
+from sparse_callbacks.methods.sup_tickets import phase
 from sparse_callbacks.methods.sup_tickets.around import (
     check_arguments,
     check_base,
@@ -29,10 +28,7 @@ from sparse_callbacks.methods.sup_tickets.around import (
     refuse_optimizers,
     refuse_synchronized,
 )
-from sparse_callbacks.methods.sup_tickets.cycles import has_room, lay_out, rates_of_groups
 from sparse_callbacks.methods.sup_tickets.tickets import MERGED, install, take_ticket
-
-OF_RUN = "phase/"
 
 
 class SupTickets(SetsRates, DropAndGrow):
@@ -52,14 +48,13 @@ class SupTickets(SetsRates, DropAndGrow):
     see that network. Biases and gains of norms are averaged too, buffers are not.
 
     Until the first merge ``plan()``, masks and figures are those of ``base``. From then on the number of zeros of the whole
-    network is planned, and it is exact; layers without zeros stay dense, and every layer keeps a weight. The times of ``base`` are
+    network is planned, and it is exact; layers without zeros stay dense, and every layer keeps a weight. The shares of the layers
+    change then, so that a budget of cost (:class:`~sparse_callbacks.Spdy`) holds for the first part alone. The times of ``base`` are
     those of the first part: fractions are fractions of it, and an update that would come after it does not come. The rates are
     those of the group of parameters with the largest rate when the cycles begin; other groups have theirs in proportion. They are
     set for each step alone: the schedule goes on, and monitors show its rates. A run that ends within a cycle keeps the tickets
     merged so far; one that a callback stops (``EarlyStopping``) keeps the network that it trains. The object is also one of the
-    class of ``base``.
-
-    Costs one copy of all weights and a pass over the training data.
+    class of ``base``. Costs one copy of all weights and a pass over the training data.
 
     Differs from the released code: an update grows by the rule of ``base``, where the code grows by gradients also for SET; times
     are in steps, not epochs; the last step of a cycle has the low rate, where the code's is a step of the triangle above it;
@@ -113,7 +108,7 @@ class SupTickets(SetsRates, DropAndGrow):
         check_arguments({**given, "drop_fraction": drop_fraction, "average": average})
         # of both kinds: whatever asks for the class of a method finds the rules of the base
         self.__class__ = class_around(type(self), type(base))
-        super().__init__(**{name: getattr(base, name) for name in argument_names(type(base), Options)})
+        super().__init__(**argument_values(base, Options))
         self.base, self.share, self.cycles, self.low_lr, self.high_lr = base, share, cycles, low_lr, high_lr
         self.drop_fraction, self.average = drop_fraction, average
         self._fraction_at_begin = float(drop_fraction)
@@ -128,36 +123,22 @@ class SupTickets(SetsRates, DropAndGrow):
     def bounds(self) -> list[int]:
         """The optimizer step of this run at which each cycle begins, and that at which the last one ends; empty before
         training, and where a trial run has no room for cycles."""
-        found = self.aux.get(f"{OF_RUN}bounds")
-        return [] if found is None else [int(step) for step in found.tolist()]
+        return phase.bounds_in(self.aux)
 
     @property
     def position(self) -> int:
         """Optimizer steps of this run, replaced and skipped ones included."""
-        return self._number("steps")
+        return phase.number_in(self.aux, "steps")
 
     @property
     def tickets(self) -> int:
         """Tickets found so far, that of the first part included."""
-        return self._number("tickets")
+        return phase.number_in(self.aux, "tickets")
 
     @property
     def is_merged(self) -> bool:
         """The merged ticket is the network."""
-        return bool(self._number("installed"))
-
-    def _number(self, name: str) -> int:
-        return int(self.aux.get(OF_RUN + name, 0))
-
-    def _note(self, **numbers: int) -> None:
-        self.aux |= {OF_RUN + name: torch.tensor(number) for name, number in numbers.items()}
-
-    def _cycle(self) -> int | None:
-        """The cycle that the coming step belongs to; None before the first one, and their number after the last."""
-        bounds, position = self.bounds, self.position
-        if not bounds or position < bounds[0]:
-            return None
-        return sum(bound <= position for bound in bounds) - 1
+        return bool(phase.number_in(self.aux, "installed"))
 
     # ------------------------------------------------------------------ a run begins
 
@@ -165,33 +146,17 @@ class SupTickets(SetsRates, DropAndGrow):
         super().attach(model)
         if self.saved is None or not self.saved.times:  # a run begins
             self._forget_tickets()
-            self.aux = {key: t for key, t in self.aux.items() if not key.startswith(OF_RUN)}
-            self._note(steps=0)
+            self.aux = {key: t for key, t in self.aux.items() if not key.startswith(phase.OF_RUN)}
+            phase.note(self.aux, steps=0)
 
     def make_calendar(self, run: RunLength) -> Calendar:
-        bounds, total = self.bounds, run.total()
-        if not bounds or self.position < bounds[0]:
-            bounds = (
-                []
-                if run.lenient and not has_room(total, self.share, self.cycles)
-                else lay_out(total, self.share, self.cycles)
-            )
-        elif bounds[-1] > total and not run.lenient:
-            raise ValueError(
-                f"the cycles of this run were laid out up to step {bounds[-1]}, and it ends at step {total:g}. Train longer, "
-                "or give fresh_start=True for new masks and cycles."
-            )
+        bounds = phase.keep_bounds(self.aux, run, self.share, self.cycles)
         if not bounds:
             return super().make_calendar(run)
-        self.aux[f"{OF_RUN}bounds"] = torch.tensor(bounds)
         calendar = super().make_calendar(replace(run, total=lambda: float(bounds[0])))
         late = isinstance(self.stop, int) and calendar.stop > self.step + bounds[0] - self.position
         if late and not self.tickets and not run.lenient:
-            self.host.warn(
-                f"stop={self.stop} lies behind the first part of the run, which ends with step {bounds[0]} of "
-                f"{bounds[-1]}: updates at their interval end there, and the cycles begin. Give stop= as a fraction of that "
-                "part, or a smaller share=."
-            )
+            self.host.warn(phase.of_late_updates(self.stop, bounds))
         return calendar
 
     def rehearse(self) -> None:
@@ -220,7 +185,7 @@ class SupTickets(SetsRates, DropAndGrow):
         cycle = self._direct(step)
         self._announced = step
         if cycle is not None and cycle < self.cycles:
-            step.use_rates(self._rates(step.optimizer, cycle))
+            step.use_rates(phase.rates_now(self.aux, step.optimizer, cycle, self.low_lr, self.high_lr))
         super().before_step(step)
 
     def after_step(self, step: Step) -> Update | None:
@@ -231,7 +196,7 @@ class SupTickets(SetsRates, DropAndGrow):
     def new_masks(self, step: Step) -> Update:
         update = super().new_masks(step)
         if self._explores_now:
-            self._note(explored=1 + (self._cycle() or 0))
+            phase.note(self.aux, explored=1 + (phase.cycle_in(self.aux) or 0))
         if step.replaced:
             self._count_step()
         return update
@@ -242,31 +207,22 @@ class SupTickets(SetsRates, DropAndGrow):
     def _direct(self, step: Step) -> int | None:
         """Let the first step of a cycle bring its update (the next one where it has no finite gradient), and no other step
         of the cycles any; gives the cycle."""
-        cycle = self._cycle()
-        self._explores_now = cycle is not None and cycle < self.cycles and self._number("explored") <= cycle
+        cycle = phase.cycle_in(self.aux)
+        self._explores_now = phase.awaits_update(self.aux, self.cycles)
         if cycle is not None:
             step.call_for_update(self._explores_now)
         return cycle
 
     def _count_step(self) -> None:
-        self._note(steps=self.position + 1)
+        phase.note(self.aux, steps=self.position + 1)
         self._announced = None
-
-    def _rates(self, optimizer: Optimizer, cycle: int) -> list[float]:
-        """The rates of the optimizer's groups in the coming step."""
-        found = self.aux.get(f"{OF_RUN}rates")
-        if found is None:
-            found = torch.tensor([float(group["lr"]) for group in optimizer.param_groups], dtype=torch.float64)
-            self.aux[f"{OF_RUN}rates"] = found
-        begin, end = self.bounds[cycle : cycle + 2]
-        return rates_of_groups(found.tolist(), (self.position - begin) / (end - 1 - begin), self.low_lr, self.high_lr)
 
     # ------------------------------------------------------------------ tickets
 
     def batch_end(self, end: BatchEnd) -> Figures:
         figures = super().batch_end(end)
         if (missed := end.skipped - self._skipped) > 0:
-            self._note(steps=self.position + missed)
+            phase.note(self.aux, steps=self.position + missed)
         elif self._announced is not None and self._announced.taken:
             self._count_step()  # another method on this optimizer has replaced the step
         self._skipped = end.skipped
@@ -283,26 +239,20 @@ class SupTickets(SetsRates, DropAndGrow):
             return
         complete = self.tickets == len(bounds)
         if run_over and not complete:
-            kept = (
-                "those merged so far are the network" if self.tickets > 1 else "the network is the one that was trained"
-            )
-            self.host.warn(
-                f"{type(self).__name__} ended after {self.position} of {bounds[-1]} optimizer steps, with {self.tickets} of "
-                f"{len(bounds)} tickets: {kept}. Train for as many steps as the run's length promises."
-            )
+            self.host.warn(phase.of_early_end(type(self).__name__, self.aux))
         if complete or (run_over and self.tickets > 1):
             self._install()
 
     def _take_ticket(self) -> None:
         count = self.tickets
         take_ticket(self.aux, self.model, self.weights, 0.5 if self.average == "moving" else 1 / (count + 1))
-        self._note(tickets=count + 1)
+        phase.note(self.aux, tickets=count + 1)
 
     def _install(self) -> None:
         """The merged ticket takes the place of the network, with statistics of its own."""
         install(self.aux, self.model, self.weights)
         self._forget_tickets()
-        self._note(installed=1)
+        phase.note(self.aux, installed=1)
         norms = [m for m in norms_with_statistics(self.model) if m.training]  # those in eval mode are frozen
         estimate_statistics(norms, self._pass)
         share_statistics(norms)
