@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sparse_callbacks import CTRE, GMP, SET, SNFS, DropAndGrow, RigL, Static, SupTickets, methods, sparsify
 from sparse_callbacks.core.passing_rates import why_no_rate
+from sparse_callbacks.methods.sup_tickets import phase
 from sparse_callbacks.methods.sup_tickets.around import refuse_optimizers
 from sparse_callbacks.methods.sup_tickets.cycles import lay_out, merge, rates_of_groups, triangle, within_budget
 from sparse_callbacks.testing.comparison import differences
@@ -125,12 +126,12 @@ def test_the_rate_of_a_cycle_is_a_triangle(way: float, rate: float) -> None:
 @pytest.mark.parametrize(
     ("given", "rates"),
     [
-        (([0.1, 0.05], 0.5, 0.001, 0.004), [0.004, 0.002]),
-        (([0.2, 0.1], 0.0, None, None), [0.2, 0.1]),
-        (([0.2, 0.1], 0.5, None, None), [1.0, 0.5]),
-        (([0.2], 0.0, None, 0.05), [0.05]),  # the low rate is never the higher one
-        (([0.2], 0.5, 0.01, None), [0.05]),
-        (([0.0, 0.0], 0.5, 0.01, 0.02), [0.02, 0.02]),
+        (([0.1, 0.05], 0.5, 0.001, 0.004, 0.1), [0.004, 0.002]),
+        (([0.2, 0.1], 0.0, None, None, 0.4), [0.004, 0.002]),
+        (([0.2, 0.1], 0.5, None, None, 0.4), [0.02, 0.01]),
+        (([0.2], 0.0, None, 0.001, 0.4), [0.001]),  # the low rate is never the higher one
+        (([0.2], 0.5, 0.01, None, 0.4), [0.05]),
+        (([0.0, 0.0], 0.5, 0.01, 0.02, 0.4), [0.02, 0.02]),
     ],
     ids=str,
 )
@@ -324,14 +325,32 @@ def test_rates_are_set_for_the_step_and_the_schedule_goes_on(base: type[DropAndG
         assert found == pytest.approx(wanted, rel=1e-9, abs=1e-15), number
 
 
-def test_without_rates_they_follow_the_present_one() -> None:
+def test_without_rates_they_follow_that_of_the_run() -> None:
     module, method = net(), tickets(SET, low_lr=None, high_lr=None)
     optimizer = torch.optim.SGD(module.parameters(), lr=torch.tensor(0.1))  # a schedule would write into it
     rate = optimizer.param_groups[0]["lr"]
     used = [rates[0] for rates in rates_by_movement(method, optimizer, module)]
     assert optimizer.param_groups[0]["lr"] is rate
     assert float(rate) == pytest.approx(0.1)
-    assert used[:-1] == pytest.approx(([0.1] * 12 + [0.1 + 0.4 * w for w in WAYS] * 2)[:-1], rel=1e-6)
+    assert used[:-1] == pytest.approx(([0.1] * 12 + [0.001 + 0.004 * w for w in WAYS] * 2)[:-1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rate"),
+    [
+        (lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.5), 0.1),
+        (lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.4, total_steps=30, cycle_momentum=False), 0.4),
+    ],
+    ids=["falls from 0.1", "peaks at 0.4"],
+)
+def test_the_rate_of_the_run_is_that_which_its_schedule_begins_or_peaks_with(schedule: Any, rate: float) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler = schedule(optimizer)
+    for _ in range(20):
+        optimizer.step()
+        scheduler.step()
+    aux = {"phase/steps": torch.tensor(10), "phase/bounds": torch.tensor([10, 15])}
+    assert phase.rates_now(aux, optimizer, 0, None, None) == pytest.approx([rate / 100])
 
 
 # ---------------------------------------------------------------------- resume

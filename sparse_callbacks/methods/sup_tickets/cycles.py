@@ -9,6 +9,7 @@ from sparse_callbacks.core.ops import keep_largest_jointly
 from sparse_callbacks.core.schedules import to_steps
 
 SHORTEST = 3  # steps of a cycle: at the low rate, at the high one and at the low one again
+LOW = 0.01  # of the published low rate, 0.001, to that of the run, 0.1
 RATIO = 5.0  # of the published high rate to the low one
 
 
@@ -64,21 +65,24 @@ def triangle(way: float, low: float, high: float) -> float:
     return (1.0 - up) * low + up * high
 
 
-def rates_of_groups(present: Sequence[float], way: float, low: float | None, high: float | None) -> list[float]:
+def rates_of_groups(
+    present: Sequence[float], way: float, low: float | None, high: float | None, of_run: float
+) -> list[float]:
     """Learning rates of groups of parameters in a cycle: :func:`triangle` for that with the largest, others in proportion.
 
     Args:
         present: the rates of the groups when the cycles begin; where all are 0 the groups have equal ones.
         way: the part of the cycle that is over, in [0, 1].
-        low: the low rate; None: the largest present one, or ``high`` if that is less.
+        low: the low rate; None: :data:`LOW` times that of the run, or ``high`` if that is less.
         high: the high rate; None: :data:`RATIO` times the low one.
+        of_run: the largest rate of the run.
 
-    >>> rates_of_groups([0.1, 0.05], 0.5, 0.001, 0.004)
+    >>> rates_of_groups([0.1, 0.05], 0.5, 0.001, 0.004, 0.1)
     [0.004, 0.002]
     """
     largest = max(present)
     if low is None:
-        low = largest if high is None else min(largest, high)
+        low = LOW * of_run if high is None else min(LOW * of_run, high)
     rate = triangle(way, low, RATIO * low if high is None else high)
     return [rate * (own / largest) if largest else rate for own in present]
 

@@ -1,6 +1,7 @@
 """Phases of a run of Sup-tickets: its cycles, steps and tickets so far, in the ``aux`` of the method."""
 
 from collections.abc import Mapping, MutableMapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +86,12 @@ def rates_now(
         aux[f"{OF_RUN}rates"] = own
     begin, end = bounds_in(aux)[cycle : cycle + 2]
     way = (number_in(aux, "steps") - begin) / (end - 1 - begin)
-    return rates_of_groups(own.tolist(), way, low, high)
+    return rates_of_groups(own.tolist(), way, low, high, max(map(_rate_of_run, optimizer.param_groups)))
+
+
+def _rate_of_run(group: Mapping[str, Any]) -> float:
+    """The rate that a schedule begins or peaks with; without one that of the group."""
+    return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
 
 
 def of_late_updates(stop: float, bounds: list[int]) -> str:
