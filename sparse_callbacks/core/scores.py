@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.core.calibration import BatchLoss, differentiable_kernels, requiring_grad
+from sparse_callbacks.core.error_text import with_class
 from sparse_callbacks.core.inspection import run, tensors_in
 from sparse_callbacks.core.largest import widened
 from sparse_callbacks.core.randomness import uniform_like
@@ -123,7 +124,7 @@ def synflow_scores(module: nn.Module, inputs: Any, names: Mapping[str, Any], mas
         masks: bool masks by name of the weights that are left; None: all.
 
     Raises:
-        ValueError: the outputs depend on none of the parameters.
+        ValueError: the outputs depend on none of the parameters, or the network does not compute in float64.
     """
     with (
         undisturbed(module),
@@ -133,13 +134,23 @@ def synflow_scores(module: nn.Module, inputs: Any, names: Mapping[str, Any], mas
         differentiable_kernels(module, 1),
     ):
         module.eval()
-        outputs = run(module, ones(inputs))
+        outputs = _outputs_in_double(module, ones(inputs))
         total = torch.stack([t.sum() for t in tensors_in(outputs) if t.is_floating_point()]).sum()
         mine = {name: params[name] for name in names}
         gradients = _gradients(total, mine) if total.requires_grad else {}
         scores = {name: (mine[name].detach() * g).abs() for name, g in gradients.items()}
     _refuse_none(scores, "sum of the outputs")
     return scores
+
+
+def _outputs_in_double(module: nn.Module, ones: Any) -> Any:
+    try:
+        return run(module, ones)
+    except (RuntimeError, TypeError, ValueError) as error:  # such as a kernel that there is for float32 alone
+        raise ValueError(
+            f"SynFlow passes ones through {type(module).__name__} in float64, which its forward does not take "
+            f"({with_class(error)}). Give another score, such as 'snip', which looks at batches in the network's own precision."
+        ) from error
 
 
 # ---------------------------------------------------------------------- derivatives of the mean loss

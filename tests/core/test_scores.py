@@ -230,6 +230,18 @@ def test_synflow_is_conserved_and_scores_masked_weights_zero() -> None:
     assert all(bool((found[name] == 0)[~mask].all()) for name, mask in masks.items())
 
 
+def test_synflow_says_where_a_network_does_not_compute_in_float64() -> None:
+    class Single(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.linear(x.float(), self.weight, self.bias)
+
+    module = nn.Sequential(nn.Linear(3, 4), Single(4, 2))
+    with pytest.raises(
+        ValueError, match=r"ones through Sequential in float64, which its forward does not take \(RuntimeError"
+    ):
+        scores.synflow_scores(module, torch.ones(1, 3), ["0.weight"])
+
+
 def test_synflow_does_not_overflow_where_float32_would() -> None:
     net = nn.Sequential(*[nn.Linear(4, 4, bias=False) for _ in range(12)])
     for layer in net:
