@@ -2,16 +2,15 @@
 
     python benchmarks/channel_criteria.py --root FOLDER --jobs 2 --runs KEPT
 
-The setting is that of channels.py: Fashion-MNIST, equal epochs for every row, and FOLDER holds torchvision's files. Each
-criterion has the ranking of its paper. With `--runs KEPT` finished runs are kept and not repeated. `--rows 'l1*'` runs some
-rows alone, and `--more trainer.max_epochs=1` changes all of them, to see that everything works. Then the slim network of every
-row is timed beside the dense one, which means something on an idle machine only. Writes
+The setting is that of channels.py with half as many steps: Fashion-MNIST, equal epochs for every row, and FOLDER holds
+torchvision's files. Each criterion has the ranking of its paper. With `--runs KEPT` finished runs are kept and not repeated.
+`--rows 'l1*'` runs some rows alone, and `--more trainer.max_epochs=1` changes all of them, to see that everything works.
+Then the slim network of every row is timed beside the dense one, which means something on an idle machine only. Writes
 benchmarks/results/channel_criteria.md.
 """
 
 import platform
 import tempfile
-from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -19,11 +18,12 @@ import onnxruntime
 import torch
 from channels import BUDGETS, READINGS, ROOT, SHAPE, SHARED, Rows, accuracy_table, latency_table, words
 from torch import nn
-from training_runs import Metrics, figures_of, folder_of, options_of_runs, results
+from training_runs import Metrics, Words, figures_of, folder_of, options_of_runs, results
 
 from sparse_callbacks import load_compact
 from sparse_callbacks.tasks.models import resnet20
 
+SETTING = (*(word for word in SHARED if "limit_train_batches" not in word), "trainer.limit_train_batches=0.25")
 PRUNING = ("method=channels", "method.round_to=4", "slim=true")
 # with the ranking of the paper, or what its scores are made for; bn_gain is bound to a penalty on gains
 CRITERIA = {
@@ -54,17 +54,17 @@ ROWS: Rows = {
 }
 
 
-def slim_networks(kept: Path, rows: Rows, more: tuple[str, ...]) -> dict[str, nn.Module]:
+def slim_networks(kept: Path, rows: Rows, shared: Words) -> dict[str, nn.Module]:
     """The dense network and those of the first seed's runs."""
     models: dict[str, nn.Module] = {"dense": resnet20(SHAPE, 10).eval()}
     for name in rows:
-        path = folder_of(words(name, 0, rows) + more, kept) / "slim.safetensors"
+        path = folder_of(words(name, 0, rows, shared), kept) / "slim.safetensors"
         if path.exists():
             models[name] = load_compact(resnet20(SHAPE, 10), path).eval()
     return models
 
 
-def text(accuracies: str, times: str, rows: Rows, more: tuple[str, ...]) -> str:
+def text(accuracies: str, times: str, rows: Rows, shared: Words) -> str:
     """The whole file."""
     return f"""# Criteria for channels of ResNet-20 under a budget
 
@@ -73,8 +73,8 @@ Written by `python benchmarks/channel_criteria.py --root FOLDER`. Python {platfo
 
 ## Accuracy on Fashion-MNIST
 
-`python train.py {" ".join((*SHARED, *more))}`
-with the overrides below and seeds from 0; the last network is tested. 55,000 training images, of which an epoch sees half; 5,000
+`python train.py {" ".join(shared)}`
+with the overrides below and seeds from 0; the last network is tested. 55,000 training images, of which an epoch sees a quarter; 5,000
 validate. Spread is the standard deviation over seeds, in points. Budgets are shares of the dense FLOPs, met by the masked network as
 solved; the slim network has the dead channels removed. All rows train for the same number of epochs, from the same start; channels go
 along a ramp, or at once where the row says so.
@@ -99,18 +99,15 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     rows = {name: overrides for name, overrides in ROWS.items() if name == "dense" or fnmatchcase(name, given.rows)}
-    more, figures, found = tuple(given.more), figures_of(given, given.out), dict[tuple[str, ...], Metrics]()
+    shared, figures, found = (*SETTING, *given.more), figures_of(given, given.out), dict[Words, Metrics]()
+    todo = [words(name, seed, rows, shared) for seed in range(given.seeds) for name in rows]
     with tempfile.TemporaryDirectory() as temporary:
         kept = (given.runs or Path(temporary)).absolute()
-        # by the words without the further ones, as the table looks them up
-        plain: Mapping[tuple[str, ...], tuple[str, ...]] = {
-            words(name, seed, rows) + more: words(name, seed, rows) for seed in range(given.seeds) for name in rows
-        }
-        for one, metrics in results(list(plain), str(Path(given.root).absolute()), kept, given.jobs, figures):
-            found[plain[one]] = metrics
-            print(f"{len(found)} of {len(plain)}: {100 * metrics['test/acc']:.2f} % {' '.join(one)}", flush=True)
-        times = latency_table(slim_networks(kept, rows, more), Path(temporary))
-    given.out.write_text(text(accuracy_table(found, given.seeds, rows), times, rows, more))
+        for one, metrics in results(todo, str(Path(given.root).absolute()), kept, given.jobs, figures):
+            found[one] = metrics
+            print(f"{len(found)} of {len(todo)}: {100 * metrics['test/acc']:.2f} % {' '.join(one)}", flush=True)
+        times = latency_table(slim_networks(kept, rows, shared), Path(temporary))
+    given.out.write_text(text(accuracy_table(found, given.seeds, rows, shared), times, rows, shared))
 
 
 if __name__ == "__main__":

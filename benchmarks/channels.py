@@ -24,7 +24,7 @@ import onnxruntime
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from training_runs import Metrics, figures_of, folder_of, options_of_runs, results
+from training_runs import Metrics, Words, figures_of, folder_of, options_of_runs, results
 
 from sparse_callbacks import SMCP, export_onnx, load_compact, slim
 from sparse_callbacks.channels.latency.measure import measure
@@ -53,18 +53,19 @@ Rows = Mapping[str, tuple[str, ...]]
 """Overrides of each row by its name."""
 
 
-def words(name: str, seed: int, rows: Rows = ROWS) -> tuple[str, ...]:
-    return (*rows[name], *SHARED, f"seed={seed}")
+def words(name: str, seed: int, rows: Rows = ROWS, shared: Words = SHARED) -> Words:
+    return (*rows[name], *shared, f"seed={seed}")
 
 
-def accuracy_table(found: Mapping[tuple[str, ...], Metrics], seeds: int, rows: Rows = ROWS) -> str:
+def accuracy_table(found: Mapping[Words, Metrics], seeds: int, rows: Rows = ROWS, shared: Words = SHARED) -> str:
     lines = [
         "| network | test accuracy, mean | spread | each seed | slim, mean | FLOPs left | parameters left | largest "
         "difference |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in rows:
-        runs = [found[words(name, s, rows)] for s in range(seeds) if words(name, s, rows) in found]
+        of_row = [words(name, seed, rows, shared) for seed in range(seeds)]
+        runs = [found[one] for one in of_row if one in found]
         if not runs:
             continue
         tested = [100 * m["test/acc"] for m in runs]
@@ -238,7 +239,7 @@ def main() -> None:
     parser = options_of_runs(__doc__, ROOT / "benchmarks" / "results" / "channels.md")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    figures, found = figures_of(given, given.out), dict[tuple[str, ...], Metrics]()
+    figures, found = figures_of(given, given.out), dict[Words, Metrics]()
     with tempfile.TemporaryDirectory() as temporary:
         kept = (given.runs or Path(temporary)).absolute()
         todo = [words(name, seed) for seed in range(given.seeds) for name in ROWS]
