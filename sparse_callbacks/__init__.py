@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from sparse_callbacks.core.loop import sparsify
     from sparse_callbacks.core.method import Method, Options
     from sparse_callbacks.core.plan import Plan
+    from sparse_callbacks.core.running_statistics import recalibrate_batchnorm
     from sparse_callbacks.core.schedules import pruning_curve
+    from sparse_callbacks.core.score_options import Score
     from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
     from sparse_callbacks.core.sparse_run import SparseRun
     from sparse_callbacks.core.step import Step
@@ -33,15 +35,20 @@ if TYPE_CHECKING:
         SNFS,
         ChannelPruning,
         ConstrainedL0,
+        EarlyCroP,
         GaP,
         ParallelGaP,
+        PruneAtStart,
         RigL,
         Static,
+        SupTickets,
     )
     from sparse_callbacks.lightning.optimizer_lives import horizon
     from sparse_callbacks.lightning.sparsity_report import SparsityReport
+    from sparse_callbacks.methods.all_relu import AllReLU
     from sparse_callbacks.methods.drop_and_grow import DropAndGrow
     from sparse_callbacks.methods.gap.combination import combine
+    from sparse_callbacks.methods.spdy.spdy import Spdy
 
 __version__ = "0.1.0"
 __all__ = [
@@ -51,24 +58,30 @@ __all__ = [
     "SET",
     "SMCP",
     "SNFS",
+    "AllReLU",
     "ChannelPruning",
     "ConstrainedL0",
     "CurvatureMonitor",
     "DoctorWarning",
     "DropAndGrow",
+    "EarlyCroP",
     "GaP",
     "Method",
     "Options",
     "ParallelGaP",
     "Plan",
+    "PruneAtStart",
     "RigL",
+    "Score",
     "SlimAttention",
     "SparseLinear",
     "SparseRun",
     "SparsityCallback",
     "SparsityReport",
+    "Spdy",
     "Static",
     "Step",
+    "SupTickets",
     "Time",
     "Update",
     "channel_groups",
@@ -80,6 +93,7 @@ __all__ = [
     "load_compact",
     "ops",
     "pruning_curve",
+    "recalibrate_batchnorm",
     "save_compact",
     "schedules",
     "slim",
@@ -92,20 +106,23 @@ __all__ = [
 # `sparse_callbacks.methods` work where Lightning is not installed.
 _CALLBACKS = (
     *("CTRE", "DPF", "GMP", "SET", "SMCP", "SNFS", "ChannelPruning", "ConstrainedL0"),
-    *("GaP", "ParallelGaP", "RigL", "Static"),
+    *("EarlyCroP", "GaP", "ParallelGaP", "PruneAtStart", "RigL", "Static", "SupTickets"),
 )
 _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
+    "AllReLU": "methods.all_relu",
     "CurvatureMonitor": "lightning.curvature_monitor",
     "DoctorWarning": "core.doctor.warning",
     "DropAndGrow": "methods.drop_and_grow",
     "Method": "core.method",
     "Options": "core.method",
     "Plan": "core.plan",
+    "Score": "core.score_options",
     "SlimAttention": "channels.slim_attention",
     "SparseLinear": "core.sparse_layers.sparse_linear",
     "SparseRun": "core.sparse_run",
     "SparsityCallback": "lightning.callback",
     "SparsityReport": "lightning.sparsity_report",
+    "Spdy": "methods.spdy.spdy",
     "Step": "core.step",
     "Time": "core.calendar",
     "Update": "core.topology",
@@ -116,6 +133,7 @@ _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
     "horizon": "lightning.optimizer_lives",
     "load_compact": "channels.compact",
     "pruning_curve": "core.schedules",
+    "recalibrate_batchnorm": "core.running_statistics",
     "save_compact": "channels.compact",
     "slim": "channels.slim",
     "sparsify": "core.loop",

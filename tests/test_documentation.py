@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import sparse_callbacks
 from sparse_callbacks import RigL, Static, methods
 from sparse_callbacks.channels.latency import command
+from sparse_callbacks.methods.spdy import command as allocate_command
 from sparse_callbacks.reporting import comparison_command, report_command
 from sparse_callbacks.tasks import build
 from sparse_callbacks.testing.networks import Classifier
@@ -165,7 +166,7 @@ def test_callbacks_within_sentences_can_be_made(page: Path) -> None:
     for code in inline(page):
         if re.match(rf"({'|'.join(methods.__all__)})\(.*\)$", code):
             assert isinstance(
-                eval(code, {name: getattr(sparse_callbacks, name) for name in methods.__all__}),
+                eval(code, {name: getattr(sparse_callbacks, name) for name in (*methods.__all__, "Spdy")}),
                 sparse_callbacks.SparsityCallback,
             )
 
@@ -179,13 +180,6 @@ def test_the_plan_that_is_shown_is_the_one_that_is_printed() -> None:
 # ---------------------------------------------------------------------- commands
 
 
-def with_imported(script: Path) -> str:
-    """The text of a script and of those beside it that it imports, which may hold its options."""
-    text = script.read_text()
-    beside = [script.with_name(f"{name}.py") for name in re.findall(r"^from (\w+) import", text, re.MULTILINE)]
-    return "\n".join([text, *(path.read_text() for path in beside if path.is_file())])
-
-
 @every_page
 def test_commands_are_understood(page: Path) -> None:
     for words in commands(page):
@@ -196,6 +190,10 @@ def test_commands_are_understood(page: Path) -> None:
                 understood_by_train(overrides)
             case ["python", "-m", "sparse_callbacks.latency", *arguments]:
                 given = command._parser().parse_args(arguments)
+                module, name = given.model.split(":")
+                assert callable(getattr(importlib.import_module(module), name))
+            case ["python", "-m", "sparse_callbacks.allocate", *arguments]:
+                given = allocate_command._parser().parse_args(arguments)
                 module, name = given.model.split(":")
                 assert callable(getattr(importlib.import_module(module), name))
             case ["python", "-m", "sparse_callbacks.report", *arguments]:
@@ -217,6 +215,13 @@ def test_commands_are_understood(page: Path) -> None:
                 assert options in (["-n", "2", "--dist", "loadscope"], ["-m", "slow"], *([name] for name in saved))
             case _:
                 pytest.fail(f"nothing checks the command {' '.join(words)}")
+
+
+def with_imported(script: Path) -> str:
+    """The text of a script and of those beside it that it imports, which may hold its options."""
+    text = script.read_text()
+    beside = [script.with_name(f"{name}.py") for name in re.findall(r"^from (\w+) import", text, re.MULTILINE)]
+    return "\n".join([text, *(path.read_text() for path in beside if path.is_file())])
 
 
 def understood_by_train(overrides: list[str]) -> None:

@@ -113,6 +113,7 @@ ORDER = ["core", "channels", "methods", "reporting", "lightning", "tasks", "test
 HOSTLESS = ("core", "channels", "methods")
 ROOT_MODULES = {
     "__init__.py",
+    "allocate.py",
     "latency.py",
     "compare.py",
     "report.py",  # the face, and the commands

@@ -1,6 +1,7 @@
 """What a method is attached to: the model of its latest run and, during a run, the training loop."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import ref
@@ -40,11 +41,16 @@ class Attachment:
     def __init__(self) -> None:
         self.host: Host | None = None
         """The training loop; None outside of a run."""
+        self.beginning: Host | None = None
+        """The host of a run that is about to begin, and knows its data; see :meth:`begins`."""
         self.in_training = False
         """A run is going on: everything is restored and the masks are written."""
         self.choices: Mapping[str, Choice] = {}
         """The storage of each parameter of the latest model, by name; empty where all are masked."""
+        self.shares: Mapping[str, float] = {}
+        """Sparsities by layer that a distribution which sees the model has found, for whoever is asked for targets next."""
         self._chosen_for: Callable[[], nn.Module | None] = _no_model
+        self._shared_for: Callable[[], nn.Module | None] = _no_model
         self._model: Callable[[], nn.Module | None] = _no_model
 
     @property
@@ -57,6 +63,15 @@ class Attachment:
         self.know(model)
         self.host = host
 
+    @contextmanager
+    def begins(self, host: Host | None) -> Iterator[None]:
+        """Within, a run of ``host`` begins: what follows from its data is found."""
+        self.beginning = host
+        try:
+            yield
+        finally:
+            self.beginning = None
+
     def know(self, model: nn.Module) -> None:
         """The latest run was one of ``model``."""
         self._model = ref(model)  # weakly: a method that is kept must not keep a large model alive
@@ -68,6 +83,18 @@ class Attachment:
     def choices_of(self, model: nn.Module) -> Mapping[str, Choice]:
         """The storages that were chosen for ``model``; empty where none were."""
         return self.choices if self._chosen_for() is model else {}
+
+    def share(self, model: nn.Module) -> None:
+        """:attr:`shares` are those with which the next run of ``model`` begins, whatever becomes of its weights before."""
+        self._shared_for = ref(model)
+
+    def shares_of(self, model: nn.Module) -> Mapping[str, float]:
+        """The shares with which the next run of ``model`` begins; empty where they are yet to be found."""
+        return self.shares if self._shared_for() is model else {}
+
+    def shares_are_taken(self) -> None:
+        """A run has begun with its shares, and keeps them itself."""
+        self._shared_for = _no_model
 
     @property
     def given_layers(self) -> set[str]:
@@ -85,10 +112,13 @@ class Attachment:
     def __getstate__(self) -> dict[str, Any]:
         return {
             "host": None,
+            "beginning": None,
             "_model": _no_model,
             "in_training": False,
             "choices": self.choices,
+            "shares": self.shares,
             "_chosen_for": _no_model,
+            "_shared_for": _no_model,
         }
 
 

@@ -5,9 +5,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparse_callbacks.core.initial_masks import StartsSparse
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.progress import Progress
 from sparse_callbacks.core.randomness import random_states, restore_random_states
+from sparse_callbacks.core.reinitialised import LayersBefore
 
 # What hosts keep on a method: the run that is refused goes on to need it until it is over.
 _OF_HOSTS = ("attachment", "engine", "fit_state")
@@ -26,12 +28,15 @@ class BeforeRun:
         self.values: dict[str, Tensor] = {}
         """Values of the sparse parameters before masks were written."""
         self._gradients: list[tuple[nn.Parameter, Tensor | None]] = []
+        self._layers: LayersBefore | None = None
         self._random: dict[str, Any] = {}
 
     def keep_weights(self, method: Method) -> None:
         """Masks are written next: keep the values of the sparse parameters, and which gradients there are."""
         self.values = {name: p.detach().clone() for name, p in method.params.items()}
         self._gradients = [(p, p.grad) for p in method.model.parameters()]
+        if isinstance(method, StartsSparse) and method.renews_weights:
+            self._layers = LayersBefore(method.model, method.params)
 
     def keep_random_states(self) -> None:
         """Random generators may be seeded next."""
@@ -40,6 +45,8 @@ class BeforeRun:
     def bring_back(self, method: Method) -> None:
         """The run was refused: give everything back."""
         method.weights.write_values(self.values)
+        if self._layers is not None:
+            self._layers.bring_back()
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
         if self._random:

@@ -77,6 +77,28 @@ class Calibration:
         self._module, self._draw, self._loss, self._size, self._seed = module, draw, loss, size, seed
         self._move, self._context, self._passed = move, context, passed
 
+    def held(self) -> "Calibration":
+        """The same with its batches kept in memory, for losses that are asked for many times."""
+        kept: list[Any] = []
+
+        def draw() -> Iterable[Any]:
+            if distributed.rank() > 0:
+                return self._draw()  # which nobody iterates over
+            if not kept:
+                kept.extend(islice(iter(self._draw()), self._size))
+            return kept
+
+        return Calibration(
+            self._module,
+            draw,
+            self._loss,
+            size=self._size,
+            seed=self._seed,
+            move=self._move,
+            context=self._context,
+            passed=self._passed,
+        )
+
     @contextmanager
     def losses(self, order: int = 1, limit: int | None = None) -> Iterator[Iterator[BatchLoss]]:
         """The losses of the batches, one after the other, within a ``with`` block in which gradients are on.

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
+from sparse_callbacks.core.allocations.sees_model import SeesModel, shown_object
 from sparse_callbacks.core.awaited import names_awaited
+from sparse_callbacks.core.inspection import tensors_in
 from sparse_callbacks.core.live.live_records import SavedRecords, saved_records
 from sparse_callbacks.core.live.saved_patterns import Pattern, live_in, pattern_of, storage_of
 from sparse_callbacks.core.schedules import Schedule
+from sparse_callbacks.core.score_rules import SCORES
 from sparse_callbacks.core.shards import collected, layout_of
 from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 from sparse_callbacks.core.state_layout import damaged, is_count, refuse_damaged, shown_short
@@ -27,7 +30,7 @@ _MAY_DIFFER = ("print_plan", "fresh_start", "statistics_dataloader", "rows")
 # Where the first masks lie, under the names that methods have for it; all of them are words, or a path or a state dict.
 _START = ("initial_mask", "from_checkpoint", "init")
 _RANDOM = "'random'"
-_WORDS_OF_START = (_RANDOM, "'magnitude'", "'nonzero'")
+_WORDS_OF_START = ("'nonzero'", *(f"'{name}'" for name in SCORES))
 # Arguments that version 0.1 lacked, with the text of their defaults. A run that uses none of them is saved as it was then.
 _LATER = {
     "initial_mask": _RANDOM,
@@ -38,6 +41,11 @@ _LATER = {
     "candidates": "None",
     "pattern": "None",
     "hysteresis": "0.25",
+    "drop": "'magnitude'",
+    "new_weights": "'zero'",
+    "neuron_importance": "None",
+    "importance_start": "0.4",
+    "importance_every": "0.02",
 }
 
 
@@ -140,15 +148,21 @@ def state_of(method: "Method") -> dict[str, Any]:
 
 
 def shown(value: object) -> str:
-    """An argument as text that is the same in every process: a function by its name, a state dict not in full."""
+    """An argument as text that is the same in every process: a function and a loader by their names, a state dict and batches
+    not in full."""
     if isinstance(value, Real) and not isinstance(value, bool):  # numpy's numbers, which show their type
         return repr(int(value) if isinstance(value, Integral) else float(value))
     # the repr of a function holds its address in memory, which is another one in the process that resumes
+    if isinstance(value, SeesModel):
+        return shown_object(value)
     if callable(value) and not isinstance(value, Schedule):
         return str(getattr(value, "__qualname__", type(value).__qualname__))
     if isinstance(value, Mapping) and any(isinstance(v, Tensor | Mapping) for v in value.values()):
         return f"<state dict of {len(value)}>"
-    return repr(value)
+    if isinstance(value, list | tuple) and tensors_in(value):
+        return f"<{len(value)} batches>"
+    # such as of a loader: the repr that every object has holds an address too
+    return type(value).__qualname__ if type(value).__repr__ is object.__repr__ else repr(value)
 
 
 def check_state(
@@ -213,7 +227,8 @@ def _comparable(arguments: Mapping[str, str]) -> dict[str, str]:
     starts = [arguments[k] for k in _START if arguments.get(k, "None") not in ("None", _RANDOM)]
     start = starts[0] if starts else _RANDOM
     # a file may have been moved, or be gone: its masks are in the checkpoint
-    return {**found, "initial_mask": start if start in _WORDS_OF_START else "a checkpoint"}
+    known = start in _WORDS_OF_START or start.startswith("Score(")
+    return {**found, "initial_mask": start if known else "a checkpoint"}
 
 
 def other_storage(there: str, here: str) -> ValueError:

@@ -29,6 +29,19 @@ def argument_names(cls: type, shared: type) -> list[str]:
     return [*names, *(name for name in shared.__annotations__ if name not in names)]
 
 
+@functools.singledispatch
+def argument_values(made: object, shared: type) -> dict[str, Any]:
+    """Values of the constructor arguments of an object by name, in their order: its attributes of these names.
+
+    A class that has something else under the name of an argument registers a function of its own.
+
+    Args:
+        made: the object.
+        shared: as in :func:`argument_names`.
+    """
+    return {name: getattr(made, name) for name in argument_names(type(made), shared)}
+
+
 def _is_unpacked(annotation: Any) -> bool:
     """``Unpack[Options]``, also as text, under ``from __future__ import annotations``."""
     return get_origin(annotation) is Unpack or (isinstance(annotation, str) and "Unpack[" in annotation)

@@ -14,7 +14,7 @@ from sparse_callbacks.core.agreement import refuse_unequal_weights
 from sparse_callbacks.core.checkpoint import SavedRun, state_of
 from sparse_callbacks.core.doctor.doctor import Doctor
 from sparse_callbacks.core.first_gradients import SilenceWarning
-from sparse_callbacks.core.fresh_weights import rescale_fresh, warnings_of_start
+from sparse_callbacks.core.fresh_weights import rescale_fresh, warn_of_start
 from sparse_callbacks.core.gradient_care import GradientCare
 from sparse_callbacks.core.gradients import DenseGradients
 from sparse_callbacks.core.host import Host
@@ -31,9 +31,10 @@ from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.progress import Progress
 from sparse_callbacks.core.record.recorder import RunRecorder
 from sparse_callbacks.core.run_beginning import RunBeginning
+from sparse_callbacks.core.scored_start import awaits_scores, renew_weights, take_scores
 from sparse_callbacks.core.selection import Entry, select
 from sparse_callbacks.core.sparse_layers.moved_places import Move
-from sparse_callbacks.core.step import ReplacesSteps, Step
+from sparse_callbacks.core.step import ReplacesSteps, SetsRates, Step
 from sparse_callbacks.core.thawed import have_moved, thawed_names
 from sparse_callbacks.core.topology import EverActive, Update
 from sparse_callbacks.core.weights import SparseWeights
@@ -68,6 +69,7 @@ class Engine:
         self._silence, self._lost_writes = SilenceWarning(self.method), LostWrites(self.method)
         self._seen: set[int] = set()  # optimizers of this run that have taken a step
         self._begins_anew = False  # the weights of a new run are not written yet
+        self._has_scored = False
         self._release()
 
     def _release(self) -> None:
@@ -107,14 +109,15 @@ class Engine:
         self.skipped, self.restart_wanted = 0, False
         self._seen, self._lost_writes = set(), LostWrites(method)
         self.doctor.forget()
-        beginning = RunBeginning(method, model, entries, optimizers)
+        with method.attachment.begins(host):
+            beginning = RunBeginning(method, model, entries, optimizers)
         if beginning.is_new:
             self.forget()
         beginning.take_effect()
         method.attachment.enter(model, host)
-        self._begins_anew = beginning.is_new
-        for warning in warnings_of_start(method, model) if beginning.is_new else ():
-            host.warn(warning)
+        self._begins_anew, self._has_scored = beginning.is_new, False
+        if beginning.is_new and not awaits_scores(method):
+            warn_of_start(method)
         self._take_hold(beginning.owners, gradients_read, two_pass)
         method.attach(model)
 
@@ -186,7 +189,7 @@ class Engine:
         self._release()
         self._care = GradientCare(method, method.params, gradients_read, two_pass, recorder)
         method.owners = owners
-        self._hold = OptimizerHold(owners, method.weights, self.after)
+        self._hold = OptimizerHold(owners, method.weights, self.after, isinstance(method, SetsRates))
 
     def expect_gradients(self, epoch: int, steps: float = math.inf) -> None:
         """Training begins: warn of sparse parameters without a gradient when enough steps are over, or the first epoch.
@@ -270,7 +273,10 @@ class Engine:
         replaces the step."""
         method = self.method
         index = method.owners.index(optimizer)
-        if not self._steps[index].replaced:
+        step = self._steps[index]
+        # in a replaced step nothing moves, at whatever rate
+        self._hold.rates.want(index, None if step.replaced else step.rates)
+        if not step.replaced:
             method.weights.swap_in(method.owners.steps[index])
 
     @property
@@ -339,6 +345,7 @@ class Engine:
         if optimizer not in method.owners.optimizers:
             return  # a wrapper around one of them, such as Fabric's, fires its hooks too: the step within is to come
         index = method.owners.index(optimizer)
+        self._hold.rates.put_back(index)
         step = self._steps.get(index)
         if step is None and not method.host.announces_steps:
             raise RuntimeError(
@@ -432,11 +439,23 @@ class Engine:
                 self.skipped += 1
                 self._care.skipped(step)
         self._hold.begun.clear()
+        self._hold.rates.put_back()
         self.method.weights.swap_out(self.method.params)
         self._care.dense.free(self.method.owners.optimizers)
 
+    def make_scores(self) -> None:
+        """Let a new run make its masks by a score where the method has one. No weight is written, so that several methods of
+        a model all score the weights that it came with."""
+        if self._begins_anew and not self._has_scored:
+            take_scores(self.method)
+        self._has_scored = True
+
     def begin_weights(self) -> None:
-        """Training begins: :meth:`write` the masks, and make the weights of a new run larger where the method rescales."""
+        """Training begins: a new run makes its masks by a score where the method has one. :meth:`write` the masks, and make
+        the weights of a new run larger where the method rescales."""
+        self.make_scores()
+        if self._begins_anew:
+            renew_weights(self.method)
         self.write()
         if self._begins_anew:
             rescale_fresh(self.method)
@@ -471,5 +490,5 @@ class Engine:
         vars(self).update(state)
         self.recorder, self.doctor = None, Doctor(self.method, self._warned)
         self._silence, self._lost_writes = SilenceWarning(self.method), LostWrites(self.method)
-        self._seen, self._begins_anew = set(), False
+        self._seen, self._begins_anew, self._has_scored = set(), False, False
         self._release()

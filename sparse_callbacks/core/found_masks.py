@@ -43,7 +43,7 @@ class MaskSource:
         return f"{self.argument}=" + ("" if isinstance(self.start, Mapping) else repr(str(self.start)))
 
 
-def one_of(initial_mask: Source, argument: str, value: Any) -> Source:
+def one_of(initial_mask: Any, argument: str, value: Any) -> Any:
     """``initial_mask``, which a method may also be given under an older name.
 
     Args:
@@ -60,8 +60,7 @@ def one_of(initial_mask: Source, argument: str, value: Any) -> Source:
         raise ValueError(
             f"initial_mask= and {argument}= are both given, and both decide the first masks. Give one of them."
         )
-    given: Source = value
-    return given
+    return value
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,13 @@ def refuse_rescaled_checkpoint(method: Method, path: object) -> None:
         )
 
 
-def warnings_of_start(method: Method, model: nn.Module) -> Iterator[str]:
-    """What the user should know of the masks and weights that a new run begins with, which are not written yet."""
+def warn_of_start(method: Method) -> None:
+    """Tell the user what is to be known of the masks and weights that a new run begins with, which are not written yet."""
+    for text in _warnings_of_start(method, method.model):
+        method.host.warn(text)
+
+
+def _warnings_of_start(method: Method, model: nn.Module) -> Iterator[str]:
     if not isinstance(method, StartsSparse):
         return
     name, start = type(method).__name__, start_of(method)

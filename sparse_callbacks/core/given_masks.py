@@ -12,6 +12,7 @@ from torch import Tensor
 from sparse_callbacks.core.checkpoint_file import is_safetensors, read_mapping, read_tensors
 from sparse_callbacks.core.live.live_layout import why_not_pattern
 from sparse_callbacks.core.live.saved_patterns import mask_of, matrix_of
+from sparse_callbacks.core.score_rules import MADE_OF_NETWORK
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.state_layout import damaged, is_count, shown_short, why_not_whole
 
@@ -110,8 +111,12 @@ def _content(source: Source, argument: str, shown: str, advice: str) -> Mapping[
         if is_safetensors(Path(source)):
             return read_tensors(Path(source), advice)
         return read_mapping(Path(source), advice, mapped=True)
-    words = "'random', 'magnitude', 'nonzero', " if argument == "initial_mask" else ""
-    raise ValueError(f"{shown} is not a file. Give {words}the path of a checkpoint or a state dict.")
+    if argument != "initial_mask":
+        raise ValueError(f"{shown} is not a file. Give the path of a checkpoint or a state dict.")
+    raise ValueError(
+        f"{shown} is not a file. Give 'random', 'magnitude', 'nonzero', the path of a checkpoint or a state dict, or a score: "
+        f"{', '.join(map(repr, MADE_OF_NETWORK))}."
+    )
 
 
 def _weights_in(found: Mapping[str, Any], entries: Sequence[Entry], shown: str, advice: str) -> Mapping[str, Any]:

@@ -1,16 +1,19 @@
 """One update of a layer's mask: small weights leave, and others come, from all or from candidates."""
 
 import math
+from collections.abc import Sequence
 from numbers import Real
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from sparse_callbacks.core.ops import drop_and_grow, drop_count, keep_largest
 from sparse_callbacks.core.patterns import as_mask, column_numbers, column_sums, group_of, largest_among
 from sparse_callbacks.core.randomness import uniform_like
 from sparse_callbacks.core.selection import Entry
-from sparse_callbacks.core.shards import count_of, size_of
+from sparse_callbacks.core.shards import count_of, layout_of, lying_as, size_of
+from sparse_callbacks.core.sparse_layers.drawn_places import numbers_of_live
 
 if TYPE_CHECKING:
     from sparse_callbacks.core.method import Method
@@ -79,6 +82,35 @@ def uniform_numbers(method: "Method", name: str, number: int) -> Tensor:
     return column_numbers(rows // group, inputs, source).to(parameter.device)
 
 
+def growth_bound(shape: Sequence[int]) -> float:
+    """b of U(-b, b) for new weights of a layer (out, in, *kernel): sqrt(6 / n_in), with n_in = in * kernel positions.
+
+    It is He's uniform initialisation of the dense layer (He et al. 2015), as the released codes of SET and CTRE draw.
+
+    >>> round(growth_bound((10, 600)), 6)
+    0.1
+    """
+    # all dimensions but the outputs: each offset of a kernel is an input neuron of its own
+    return math.sqrt(6 / math.prod(shape[1:]))
+
+
+def fresh_values(method: "Method", name: str, number: int) -> Tensor:
+    """Values for born weights of a parameter, in its shape: uniform in plus or minus :func:`growth_bound` of its layers.
+
+    They derive from (seed, number, name), and an exchanged layer draws the values that masked storage draws for its places
+    (in one of more than 2^26 units, others from the same distribution).
+
+    Args:
+        method: the method of the run.
+        name: the name of the parameter.
+        number: the number of the step.
+    """
+    # a purpose of its own: the numbers that choose positions would give weights that depend on where they are
+    source, layer = method.generator(f"{name}/new weights", number), method.weights.layers_stored.get(name)
+    drawn = uniform_like(method.params[name], source) if layer is None else numbers_of_live(layer.places, source)
+    return (2 * drawn - 1) * growth_bound(method.weights.entries[name].shape)
+
+
 def moved_mask(
     mask: Tensor,
     weight: Tensor,
@@ -111,6 +143,26 @@ def moved_mask(
     kept = keep_largest(weight, active - moved, among=mask)
     many = candidate_count(candidates, active, moved, size_of(weight) - active + moved)
     return kept | keep_largest(grow, moved, among=keep_largest(chances, many, among=~kept))
+
+
+def moved_by_sign(mask: Tensor, weight: Tensor, grow: Tensor, fraction: float) -> Tensor:
+    """The mask of a layer after an update in which the smallest positive and the largest negative weights leave, each sign
+    its own share (Mocanu et al. 2018, algorithm 1); as many come among all that were not kept.
+
+    Args:
+        mask: bool, the active positions; it has as many after the update.
+        weight: the weights, of the shape of ``mask``. An exact zero, and NaN, counts as positive.
+        grow: score to come, by magnitude.
+        fraction: the share of the active weights of each sign that leaves: int(fraction * count) of it.
+    """
+    layout = layout_of(weight)
+    negative = lying_as(mask & (weight < 0), layout)
+    kept, moved = torch.zeros_like(mask), 0
+    for sign in (negative, lying_as(mask & ~negative, layout)):
+        active = count_of(sign)
+        leaving = drop_count(active, fraction)
+        kept, moved = kept | keep_largest(weight, active - leaving, among=sign), moved + leaving
+    return kept | keep_largest(grow, moved, among=~kept)
 
 
 def _moved_columns(

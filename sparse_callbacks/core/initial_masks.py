@@ -1,4 +1,4 @@
-"""Where first masks come from: chance, magnitudes, the zeros of the model, or a checkpoint."""
+"""Where first masks come from: chance, magnitudes, a score, the zeros of the model, or a checkpoint."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from sparse_callbacks.core.arguments import refuse_unknown
 from sparse_callbacks.core.awaited import for_targets
-from sparse_callbacks.core.checkpoint import SavedRun
+from sparse_callbacks.core.checkpoint import SavedRun, shown
 from sparse_callbacks.core.constructors import argument_names
-from sparse_callbacks.core.distributions import is_epsilon
+from sparse_callbacks.core.distributions import decides_total
 from sparse_callbacks.core.found_masks import WAITING, FoundMasks, MaskSource, found_masks
+from sparse_callbacks.core.found_shares import find_shares
 from sparse_callbacks.core.given_masks import GivenMasks, Source
 from sparse_callbacks.core.method import DEFAULT_SPARSITY, Method, Options
 from sparse_callbacks.core.ops import keep_largest
@@ -27,10 +28,9 @@ from sparse_callbacks.core.patterns import (
     share_of,
 )
 from sparse_callbacks.core.plan import Plan
-from sparse_callbacks.core.rescaling import (
-    RESCALES,
-    Rescale,
-)
+from sparse_callbacks.core.rescaling import RESCALES, Rescale
+from sparse_callbacks.core.score_options import Score, score_in
+from sparse_callbacks.core.scored_masks import pruned_in_rounds, within_layers
 from sparse_callbacks.core.selection import Entry, select
 from sparse_callbacks.core.shards import layout_of
 from sparse_callbacks.core.state_layout import shown_short
@@ -38,8 +38,9 @@ from sparse_callbacks.core.storages.storage import Rows, StorageByLayer, check_s
 from sparse_callbacks.core.storages.storage_choice import planned_choices, refuse_choices
 from sparse_callbacks.core.thawed import masks_by_magnitude
 
-InitialMask = Source
-"""``"random"``, ``"magnitude"``, ``"nonzero"``, the path of a checkpoint, or a state dict."""
+InitialMask = Source | Score
+"""``"random"``, ``"magnitude"``, ``"nonzero"``, the name of a score or a :class:`Score`, the path of a checkpoint, or a state
+dict."""
 
 
 class StartsSparse(Method):
@@ -48,9 +49,11 @@ class StartsSparse(Method):
     Args:
         sparsity: target fraction of zeros, in [0, 1); None: 0.9, or what ``initial_mask`` holds.
         initial_mask: ``"random"``: random positions. ``"magnitude"``: the largest weights as they are when a run
-            begins. ``"nonzero"``: the weights that are not zero then. The path of a checkpoint, or a state dict: masks
-            that a run of this package has saved there, otherwise its non-zeros; only the masks are taken, and the
-            weights are those of the model. The last two bring their own counts, in place of those that ``sparsity``
+            begins. ``"snip"``, ``"grasp"``, ``"synflow"``, ``"crop"``, ``"fisher"``, or a
+            :class:`~sparse_callbacks.core.score_options.Score` with its options: the weights of each layer with the largest
+            scores, before the first batch. ``"nonzero"``: the weights that are not zero then. The path of a checkpoint, or a
+            state dict: masks that a run of this package has saved there, otherwise its non-zeros; only the masks are taken,
+            and the weights are those of the model. The last two bring their own counts, in place of those that ``sparsity``
             and ``distribution`` plan. A run that goes on keeps its masks, whatever is given.
         rescale: active weights of a new run are multiplied once, by sqrt(1 / density) of their ``"layer"``, or for each
             output unit by the root of its ``"fan_in"`` over the inputs that it keeps; None: they stay as they are.
@@ -89,25 +92,37 @@ class StartsSparse(Method):
         check_storage(self, storage, group, rows, pattern)
         self.storage = dict(storage) if isinstance(storage, Mapping) else storage
         self.group, self.rows = group, dict(rows) if isinstance(rows, Mapping) else rows
-        if not isinstance(initial_mask, str | Path | Mapping) or not initial_mask:
+        if not isinstance(initial_mask, str | Path | Mapping | Score) or not initial_mask:
             raise ValueError(
                 f"initial_mask={shown_short(initial_mask)} is not known. Give 'random', 'magnitude', 'nonzero', the path "
-                "of a checkpoint or a state dict."
+                "of a checkpoint, a state dict, or a score such as 'snip'."
             )
         refuse_unknown({"rescale": rescale}, {"rescale": (None, *RESCALES)})
         parsed(pattern)
         if pattern is not None and "pattern" not in argument_names(type(self), Options):
             raise ValueError(f"{type(self).__name__} takes no pattern=: Static, SET and RigL keep one. Leave it out.")
         self.initial_mask, self.rescale, self.pattern = initial_mask, rescale, pattern
+        self.first_score = self.score_of(initial_mask)
+        """The score that the first masks are made by; None where something else decides."""
+        self._scored: dict[str, Tensor] | None = None  # masks by that score, while a run takes them
+        if self.first_score is not None and (storage != "masked" or pattern is not None):
+            raise ValueError(
+                f"initial_mask={shown_short(initial_mask)} ranks single weights when training starts, and "
+                f"storage={shown_short(storage)}, pattern={pattern!r} choose before that or in groups. Leave storage= and "
+                "pattern= out, or give initial_mask='magnitude'."
+            )
         # a subclass that has another name for it keeps each argument as it was given
         argument = "from_checkpoint" if getattr(self, "from_checkpoint", None) is not None else "initial_mask"
-        self._source = MaskSource(initial_mask, argument)
+        # before there is data, and for layers that join later, magnitudes stand for a score
+        self._source = MaskSource(
+            "magnitude" if isinstance(initial_mask, Score) or self.first_score else initial_mask, argument
+        )
         self._found = FoundMasks({}, 0.0, None)
         if not self._source.brings_counts:
             return
-        if is_epsilon(self.distribution):
+        if decides_total(self.distribution):
             raise ValueError(
-                f"{self._source.shown} and distribution={self.distribution!r} both say how many weights there are. Give one "
+                f"{self._source.shown} and distribution={shown(self.distribution)} both say how many weights there are. Give one "
                 "of them."
             )
         if sparsity is None:
@@ -146,7 +161,40 @@ class StartsSparse(Method):
             self._find(self.attachment.model, entries, self.saved)
         return {layer: share_of(self._found.zeros[layer], e.size // e.parts) for e in chosen for layer in e.layers}
 
+    @staticmethod
+    def score_of(initial_mask: InitialMask) -> Score | None:
+        """The score that the argument asks for; None where it says something else."""
+        return score_in(initial_mask)
+
+    def masks_by_score(self, score: Score) -> dict[str, Tensor]:
+        """The first masks made anew by a score: data and loss are there now, and no weight is written yet."""
+        self._scored = pruned_in_rounds(self, score, self.ranked)
+        try:
+            return self.initial_masks()
+        finally:
+            self._scored = None
+
+    def ranked(self, scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], way: float) -> dict[str, Tensor]:
+        """The masks that a round of pruning by score leaves: by default each layer has its planned count at the end.
+
+        Args:
+            scores: scores by parameter name; none is negative.
+            masks: bool masks of the weights that are left.
+            way: the part of all rounds that is done, in (0, 1].
+        """
+        return within_layers(self, scores, masks, way)
+
+    @property
+    def renews_weights(self) -> bool:
+        """Whether the layers of a new run get fresh initial weights once its masks are made."""
+        return False
+
+    def scores_taken(self) -> None:
+        """The run has the masks that the score makes; no weight is written yet."""
+
     def initial_masks(self) -> dict[str, Tensor]:
+        if self._scored is not None:
+            return {n: self._scored[n] for n in self.params}
         if self._source.start == "random":
             return super().initial_masks()
         if self._source.start == "magnitude":
@@ -223,6 +271,19 @@ def find_masks(
     """
     if isinstance(method, StartsSparse) and method._source.brings_counts:
         method._find(model, entries, saved, together)
+
+
+def planned_targets(
+    method: Method, model: nn.Module, entries: Sequence[Entry], saved: SavedRun | None, together: bool = False
+) -> dict[str, float]:
+    """Target sparsity of every layer, after the method has looked for what its targets follow from; see
+    :func:`find_masks` and :func:`~sparse_callbacks.core.found_shares.find_shares`."""
+    find_masks(method, model, entries, saved, together)
+    if isinstance(method, StartsSparse) and method._source.brings_counts:
+        method.attachment.shares = {}  # the masks that were found have their own counts
+    else:
+        find_shares(method, model, entries, saved, together)
+    return method.share_out(entries)
 
 
 def given_mask(method: Method, name: str) -> Tensor | None:

@@ -44,7 +44,7 @@ def sparsify(
         clip: clips the gradients of a list of parameters in place, inside the step, when they are unscaled and
             masked: ``lambda parameters: clip_grad_norm_(parameters, 1.0)``.
         state: what :meth:`SparseRun.state_dict` gave, to go on from it; load the model and the optimizer first.
-        on_restart: called where GaP starts its optimizers anew; the loop makes its learning rate schedule again in it.
+        on_restart: called where GaP or EarlyCroP starts its optimizers anew; the loop makes its learning rate schedule again in it.
 
     Returns:
         The run: its masks, its figures, its state. It may be ignored.

@@ -49,11 +49,11 @@ def refuse_hostless(method: Method, on_restart: Any) -> None:
     name = type(method).__name__
     if isinstance(method, TrainsInTurns):
         raise ValueError(method.why_not_in_a_loop())
-    if restarts_optimizers(method) and on_restart is None:
+    if isinstance(method, RestartsOptimizers) and method.restarts and on_restart is None:
         raise ValueError(
-            f"{name}(restart=True) starts the optimizers anew with each phase, and the loop's learning rate schedule has "
+            f"{name}({method.with_restarts}) starts the optimizers anew within the run, and the loop's learning rate schedule has "
             "to start with them. Give sparsify(..., on_restart=), a function that makes the schedule again (lambda: "
-            "None where there is none), or restart=False."
+            f"None where there is none), or {method.without_restarts}."
         )
 
 

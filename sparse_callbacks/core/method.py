@@ -12,10 +12,18 @@ from sparse_callbacks.core.attachment import Attachment
 from sparse_callbacks.core.awaited import for_targets, with_awaited
 from sparse_callbacks.core.calendar import Calendar, RunLength, Time, check_times, resolve_times
 from sparse_callbacks.core.checkpoint import SavedRun
-from sparse_callbacks.core.constructors import argument_names, checks_arguments
-from sparse_callbacks.core.distributions import Distribution, check_rules, is_epsilon
+from sparse_callbacks.core.constructors import argument_values, checks_arguments
+from sparse_callbacks.core.distributions import Distribution, check_rules, decides_total
+from sparse_callbacks.core.found_shares import find_shares, follow_from_model, found_targets, remarks_of_minimum
 from sparse_callbacks.core.hooks import Hooks
 from sparse_callbacks.core.host import Host
+from sparse_callbacks.core.joint_thresholds import (
+    are_joint,
+    planned_total,
+    refuse_unreachable,
+    with_joint_rows,
+    without_thresholds,
+)
 from sparse_callbacks.core.live.live_runs import refuse_foreign_places
 from sparse_callbacks.core.ops import random_mask, zeros_for
 from sparse_callbacks.core.optimizers import Ownership
@@ -58,8 +66,12 @@ class Method(Hooks):
 
     Args:
         sparsity: target fraction of zeros over the selected weights, in [0, 1).
-        distribution: how layers share the target: ``"uniform"``, ``"erdos_renyi"``, ``"erdos_renyi_kernel"``, a mapping
-            ``{glob: sparsity or name}`` (first match wins), or a callable ``(shapes, sparsity) -> {layer: sparsity}``.
+        distribution: how layers share the target: ``"uniform"``, ``"uniform_plus"``, ``"erdos_renyi"``,
+            ``"erdos_renyi_kernel"``; ``"global"`` (each layer keeps a weight; ``"global(0)"``: or none) and ``"lamp"``, one
+            threshold over all magnitudes or scores, renewed at each selection by GMP and DPF and else found once, when a run
+            begins; ``"epsilon(1)"``, in place of a target; a mapping ``{glob: sparsity or name}`` (first match wins); a
+            callable ``(shapes, sparsity) -> {layer: sparsity}``; or an object that sees the model, in place of a target
+            (:class:`~sparse_callbacks.core.allocations.sees_model.SeesModel`).
         include: globs on parameter names; default: the weights of all supported layers except embeddings.
         exclude: globs on the names of parameters that stay dense.
         seed: of everything random here; draws derive from (seed, step, parameter name).
@@ -107,9 +119,9 @@ class Method(Hooks):
         fresh_start: bool = False,
     ) -> None:
         check_sparsity(sparsity)
-        if is_epsilon(distribution) and float(sparsity) != DEFAULT_SPARSITY:
+        if decides_total(distribution) and float(sparsity) != DEFAULT_SPARSITY:
             raise ValueError(
-                f"sparsity={sparsity} and distribution={distribution!r} both say how many weights there are. Leave "
+                f"sparsity={sparsity} and distribution={checkpoint.shown(distribution)} both say how many weights there are. Leave "
                 "sparsity= out, or choose a distribution that shares out a target."
             )
         if isinstance(distribution, Mapping):
@@ -255,7 +267,7 @@ class Method(Hooks):
         """False while the network is still on its way to the target sparsity."""
         if not self.arrives_at_stop:
             return True
-        planned = sum(self.parameter_zeros(self.entries, self.targets).values())
+        planned = planned_total(self, self.entries, self.targets)
         return bool(self.masks) and self.weights.size_of_all - sum(self.weights.active_counts.values()) >= planned
 
     def measured_sparsity(self) -> dict[str, float]:
@@ -310,18 +322,33 @@ class Method(Hooks):
         if model is not None:
             model = getattr(model, "_orig_mod", model)  # of torch.compile
             entries = with_awaited(self, select(model, self.include, self.exclude, self.keep_dense))
-            zeros = self.parameter_zeros(entries, self.share_out(for_targets(entries)))
+            known = self.attachment.shares
+            find_shares(self, model, for_targets(entries), self.saved)
+            targets = self.share_out(for_targets(entries))
+            self.attachment.shares = known
         elif self.entries:
-            entries, zeros = self.entries, self.parameter_zeros(self.entries, self.targets)
+            entries, targets = self.entries, self.targets
         else:
             raise ValueError("plan() knows no model yet. Give one, plan(model), or call it after fit has started.")
-        target = self.distribution if is_epsilon(self.distribution) else f"sparsity {self.target_sparsity:g}"
-        rows = plan_rows(entries, zeros, pattern_remarks(self, entries, zeros))
-        return Plan(f"{type(self).__name__}: {target}", rows, frozenset(zeros), remark=storage_remark(self))
+        asked = self.distribution
+        total = asked if isinstance(asked, str | Mapping) else checkpoint.shown(asked)
+        target = total if decides_total(asked) else f"sparsity {self.target_sparsity:g}"
+        zeros = self.parameter_zeros(entries, targets)
+        remarks = pattern_remarks(self, entries, zeros)
+        for name, text in remarks_of_minimum(self, entries, targets).items():
+            remarks[name] = "; ".join(filter(None, (remarks.get(name), text)))
+        rows = plan_rows(entries, zeros, remarks)
+        made = Plan(f"{type(self).__name__}: {target}", rows, frozenset(zeros), remark=storage_remark(self))
+        return with_joint_rows(self, made, entries, targets)
 
     def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
         """Target sparsity of every layer."""
-        return layer_targets(self.distribution, entries, self.target_sparsity)
+        if follow_from_model(self):
+            return found_targets(self, entries)
+        if not are_joint(self):
+            return layer_targets(self.distribution, entries, self.target_sparsity)
+        refuse_unreachable(self, entries)
+        return layer_targets(without_thresholds(self.distribution, self.target_sparsity), entries, self.target_sparsity)
 
     def parameter_zeros(self, entries: Sequence[Entry], targets: Mapping[str, float]) -> dict[str, int]:
         """Planned zeros of every sparse parameter."""
@@ -330,7 +357,7 @@ class Method(Hooks):
     @property
     def arguments(self) -> dict[str, str]:
         """Constructor arguments as text; each is kept under its own name."""
-        return {name: checkpoint.shown(getattr(self, name)) for name in argument_names(type(self), Options)}
+        return {name: checkpoint.shown(value) for name, value in argument_values(self, Options).items()}
 
     def __repr__(self) -> str:
         asked = {name: checkpoint.shown(value) for name, value in storage_asked(self).items()}

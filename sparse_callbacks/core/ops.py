@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparse_callbacks.core.argument_types import checked_after
 from sparse_callbacks.core.largest import Part, refuse_other_shape, select_largest, smallest_selected
-from sparse_callbacks.core.shards import WHOLE, count_of, layout_of, lying_as
+from sparse_callbacks.core.shards import WHOLE, count_of, layout_of, lying_as, size_of
 
 __all__ = [
     "drop_and_grow",
@@ -89,34 +89,55 @@ def _keep(part: Part, count: int) -> Tensor:
 
 
 @checked_after
-def keep_largest_jointly(values: Sequence[Tensor], count: int, least: int = 0) -> list[Tensor]:
+def keep_largest_jointly(
+    values: Sequence[Tensor], count: int, least: int = 0, among: Sequence[Tensor] | None = None
+) -> list[Tensor]:
     """Masks of together exactly `count` positions, under one threshold over all tensors and without joining them.
 
     Of equal magnitudes the earlier tensor, then the lower row-major index wins. Each tensor keeps its `least` largest
-    whatever the threshold. Errors as in `keep_largest`.
+    whatever the threshold, or all that it has. Errors as in `keep_largest`.
+
+    Args:
+        values: scores of any shape, strides and float type; their sign does not matter.
+        count: positions to keep in all of them together.
+        least: positions that each tensor keeps at least.
+        among: bool, one for each of `values` and of its shape; only their True positions can be kept. None: all.
 
     >>> keep_largest_jointly([torch.tensor([3.0, 2.0]), torch.tensor([0.1, 0.2])], 2, least=1)
     [tensor([ True, False]), tensor([False,  True])]
     """
-    masks = _jointly(values, count)
-    short = {i for i, mask in enumerate(masks) if least and count_of(mask) < least}
+    if among is not None and len(among) != len(values):
+        raise ValueError(f"among= has {len(among)} tensors, and values= has {len(values)}. Give one for each.")
+    allowed: Sequence[Tensor | None] = [None] * len(values) if among is None else among
+    masks = _jointly(values, count, allowed)
+    if not least:
+        return masks
+    floors = [min(least, size_of(v) if a is None else count_of(a)) for v, a in zip(values, allowed, strict=True)]
+    short = {i for i, mask in enumerate(masks) if count_of(mask) < floors[i]}
     if not short:
         return masks
     # These tensors get their least and leave the competition. The others then share fewer positions, which may leave
     # one of them short in turn, so all is repeated among them.
-    own = {i: keep_largest(values[i], least) for i in short}
+    own = {i: keep_largest(values[i], floors[i], allowed[i]) for i in short}
+    others = [i for i in range(len(values)) if i not in short]
+    left = count - sum(floors[i] for i in short)
     rest = iter(
-        keep_largest_jointly([v for i, v in enumerate(values) if i not in short], count - least * len(short), least)
+        keep_largest_jointly(
+            [values[i] for i in others], left, least, None if among is None else [among[i] for i in others]
+        )
     )
     return [own[i] if i in short else next(rest) for i in range(len(values))]
 
 
-def _jointly(values: Sequence[Tensor], count: int) -> list[Tensor]:
+def _jointly(values: Sequence[Tensor], count: int, allowed: Sequence[Tensor | None]) -> list[Tensor]:
     # bits compare only within one type; widening is exact. `reduce` needs a first type also where there are no tensors.
     common = reduce(
         torch.promote_types, (tensor.dtype for tensor in values), torch.float16 if not values else values[0].dtype
     )
-    parts = [Part.of(lying_as(tensor.to(common), layout_of(tensor)), None) for tensor in values]
+    parts = [
+        Part.of(lying_as(tensor.to(common), layout_of(tensor)), among)
+        for tensor, among in zip(values, allowed, strict=True)
+    ]
     return [
         lying_as(part.shaped(mask), part.layout) for part, mask in zip(parts, select_largest(parts, count), strict=True)
     ]

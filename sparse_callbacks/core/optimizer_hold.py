@@ -8,6 +8,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sparse_callbacks.core.optimizer_modes import DenseInSwitch, is_schedule_free
 from sparse_callbacks.core.optimizers import Ownership
+from sparse_callbacks.core.passing_rates import PassingRates
 from sparse_callbacks.core.weights import SparseWeights
 
 
@@ -18,14 +19,20 @@ class OptimizerHold:
         owners: the optimizers of the run; none where no run goes on.
         weights: masks and parameters of the run.
         after: called with an optimizer that has stepped.
+        sets_rates: whether the method gives learning rates of single steps.
     """
 
-    def __init__(self, owners: Ownership, weights: SparseWeights, after: Callable[..., None]) -> None:
+    def __init__(
+        self, owners: Ownership, weights: SparseWeights, after: Callable[..., None], sets_rates: bool = False
+    ) -> None:
         self.begun: set[int] = set()
         """Indices of the optimizers whose steps were announced by hooks since the last batch ended."""
         self._owners = owners
         self.handles: list[RemovableHandle] = [o.register_step_post_hook(after) for o in owners.optimizers]
         """The hooks that are planted; empty once they were taken away."""
+        self.rates = PassingRates(owners.optimizers if sets_rates else ())
+        """Learning rates of single steps."""
+        self.handles += self.rates.handles
         self._switches = [
             DenseInSwitch(o, weights, names)
             for o, names in zip(owners.optimizers, owners.steps, strict=True)
@@ -56,6 +63,7 @@ class OptimizerHold:
         self._unhook()
 
     def _unhook(self) -> None:
+        self.rates.put_back()
         for handle in self.handles:
             handle.remove()
         self.handles = []

@@ -1,5 +1,7 @@
 """Methods whose optimizers and learning rate schedules start anew within a run."""
 
+from typing import ClassVar
+
 from sparse_callbacks.core.calendar import RunLength
 
 
@@ -11,6 +13,10 @@ class RestartsOptimizers:
     how long they will live (:func:`sparse_callbacks.horizon`).
     """
 
+    with_restarts: ClassVar[str] = "restart=True"
+    """The argument that lets optimizers start anew, for errors."""
+    without_restarts: ClassVar[str] = "restart=False"
+    """The argument with which optimizers live as long as the run, for errors."""
     horizon_asked: bool = False
     """The user's code has asked how long its optimizers live, so its schedules are not of one fixed length."""
 

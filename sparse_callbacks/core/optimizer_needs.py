@@ -31,7 +31,7 @@ def grows(method: Method) -> bool:
         return True
     makes_masks = any(getattr(type(method), n) is not getattr(Hooks, n) for n in ("new_masks", "after_step"))
     # one that arrives at its target only prunes
-    return makes_masks and not method.keeps_dense and not method.arrives_at_stop
+    return makes_masks and not (method.keeps_dense or method.arrives_at_stop or method.only_prunes)
 
 
 def refuse_optimizers(method: Method, owners: Ownership) -> None:

@@ -1,6 +1,6 @@
 """Plan of a callback: the target sparsity of every parameter, as a table to read before training."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sparse_callbacks.core.attachment import Choice
@@ -38,7 +38,7 @@ class Plan:
     """Every parameter with its target. ``str(plan)`` is the table; iterate for the rows.
 
     ``total`` is the sparsity over the selected weights (those without a reason, or dense by the distribution's choice),
-    ``model`` over all parameters. ``joint`` is the number of zeros that all selected weights share under one threshold;
+    ``model`` over all parameters. ``joint`` is the number of zeros that all selected weights have where some share a threshold;
     None where each row has its own. ``decided_by`` names what else decides during training how many zeros there are,
     such as a budget; ``total`` and ``model`` are 0 then. ``remark`` is a sentence about all rows.
     """
@@ -101,14 +101,16 @@ class Plan:
             f"stays dense.{share}"
         )
 
-    def joined(self, zeros: int | None = None) -> "Plan":
-        """The plan of a method with one threshold over all selected weights, which decides during training how many of
-        each parameter's weights are zeros.
+    def joined(self, zeros: int | None = None, names: Collection[str] | None = None) -> "Plan":
+        """The plan of a method with one threshold over several layers, which decides during training how many of each
+        parameter's weights are zeros.
 
         Args:
-            zeros: the number of zeros that the selected weights share; default: as many as are planned here.
+            zeros: the number of zeros that all selected weights have; default: as many as are planned here.
+            names: the parameters that share a threshold; None: all that are selected.
         """
-        rows = tuple(replace(r, zeros=None) if r.name in self.selected else r for r in self.rows)
+        shared = self.selected if names is None else names
+        rows = tuple(replace(r, zeros=None) if r.name in shared else r for r in self.rows)
         return replace(self, rows=rows, joint=self.zeros if zeros is None else zeros)
 
     def with_storages(self, choices: Mapping[str, Choice]) -> "Plan":

@@ -10,7 +10,7 @@ from sparse_callbacks.core.attachment import Attachment, Choice
 from sparse_callbacks.core.awaited import with_awaited
 from sparse_callbacks.core.calendar import Calendar
 from sparse_callbacks.core.checkpoint import SavedRun, misfit, refuse_foreign_weights, refuse_other_model
-from sparse_callbacks.core.initial_masks import find_masks, forget_given, sharing_entries
+from sparse_callbacks.core.initial_masks import forget_given, planned_targets, sharing_entries
 from sparse_callbacks.core.live.ever_live import as_truths
 from sparse_callbacks.core.live.live_layout import units_in
 from sparse_callbacks.core.live.live_masks import exchanged_layers
@@ -201,8 +201,7 @@ def _entries_and_targets(method: Method, model: nn.Module, saved: SavedRun) -> t
     kept = {n: pattern for n, pattern in saved.patterns.items() if n in shapes}
     method.attachment = Attachment()
     method.attachment.choose(model, {n: choice_of(pattern, shapes[n]) for n, pattern in kept.items()})
-    find_masks(method, model, entries, saved)
-    targets = method.share_out(sharing_entries(method, entries))
+    targets = planned_targets(method, model, sharing_entries(method, entries), saved)
     forget_given(method)
     return list(method.further_members(model, entries)), targets
 

@@ -8,9 +8,10 @@ from torch.optim import Optimizer
 
 from sparse_callbacks.core.awaited import for_targets, names_awaited, with_awaited
 from sparse_callbacks.core.checkpoint import refuse_foreign_weights, refuse_other_model
+from sparse_callbacks.core.found_shares import shares_to_keep
 from sparse_callbacks.core.fresh_weights import refuse_rescaling
 from sparse_callbacks.core.gradient_mask import refuse_lost_gradients
-from sparse_callbacks.core.initial_masks import find_masks
+from sparse_callbacks.core.initial_masks import planned_targets
 from sparse_callbacks.core.live.live_runs import layers_of_run, refuse_foreign_places, same_places
 from sparse_callbacks.core.local_parts import local_parameter
 from sparse_callbacks.core.method import Method
@@ -70,8 +71,9 @@ class RunBeginning:
         if self._saved is not None:
             model_params = {n: parameters[n] for n in self._sparse if not admits or n in masked}
             refuse_other_model(self._saved, model_params, self._layers)
-        find_masks(method, model, for_targets(entries), self._saved, together=True)
-        self._targets = method.share_out(for_targets(entries))
+        sharing = for_targets(entries)
+        self._targets = planned_targets(method, model, sharing, self._saved, together=True)
+        self._allocated = shares_to_keep(method, sharing)
         if self._saved is not None:
             self._saved = planned_otherwise(self._saved, entries)
             if not admits:  # otherwise it is the run's own state
@@ -126,7 +128,8 @@ class RunBeginning:
         # initial masks are made from the parameters; exchanged layers have theirs
         method.weights = SparseWeights({n: p for n, p in params.items() if n not in self._layers}, self._sparse, {})
         masks = cut(self._begin_masks(earlier), params)
-        method.aux = cut(method.aux, params)
+        method.aux = cut({**method.aux, **aux_on_devices(self._allocated, params)}, params)
+        method.attachment.shares_are_taken()
         method.progress.begin(len(self.owners.optimizers))
         method.weights = SparseWeights(params, self._sparse, masks, self._layers)
         if method.keeps_dense:

@@ -107,9 +107,10 @@ class SparseRun(RecordedLoop):
         optimizers, goes_on = self._optimizers, state is not None and not self.method.fresh_start
         saved = self._read(state, "given as state=").run if state is not None and goes_on else None
         held = [*optimizers.given, *optimizers.steppers]
-        return exchange_for_loop(
-            self.method, self._model, held, saved, wrapper=self._wrapper, rows=self._host.rows_seen
-        )
+        with self.method.attachment.begins(self._host):
+            return exchange_for_loop(
+                self.method, self._model, held, saved, wrapper=self._wrapper, rows=self._host.rows_seen
+            )
 
     def _prepare(self, entries: Sequence[Entry], state: Mapping[str, Any] | None) -> None:
         """Everything that may be refused; no weight changes."""

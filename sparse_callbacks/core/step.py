@@ -33,6 +33,7 @@ class Step:
     """
 
     __slots__ = (
+        "_asked",
         "_calendar",
         "_gradients",
         "_gradients_are_read",
@@ -46,6 +47,7 @@ class Step:
         "masking",
         "names",
         "optimizer",
+        "rates",
         "replaced",
         "skipped",
         "taken",
@@ -83,6 +85,9 @@ class Step:
         """The optimizer has stepped."""
         self.skipped = False
         """The optimizer has not stepped: a GradScaler skipped it."""
+        self.rates: Sequence[float] | None = None
+        """Learning rates of the optimizer's groups in this step alone (:meth:`use_rates`); None: as the user set them."""
+        self._asked: bool | None = None
         self.masking = False
         """mask_gradients() was called: from then on p.grad may be dense, masked or clipped, by who else reads it."""
         self._owners, self._weights, self._progress = owners, weights, progress
@@ -104,12 +109,28 @@ class Step:
     @property
     def due(self) -> bool:
         """An update falls now, and the gradient is finite."""
+        if self._asked is not None:
+            return self._asked and self.finite
         return self._progress.due(self.index, self.calendar) and self.finite
 
     @property
     def may_be_due(self) -> bool:
         """False where no update can fall now, found without asking the device."""
-        return self._progress.may_be_due(self.index)
+        return self._progress.may_be_due(self.index) if self._asked is None else self._asked
+
+    def call_for_update(self, wanted: bool) -> None:
+        """Let an update fall in this step, or none, whatever the calendar says. Call it before anybody asks :attr:`due`."""
+        self._asked = wanted
+
+    def use_rates(self, rates: Sequence[float]) -> None:
+        """Let the optimizer take this step with other learning rates; afterwards it has its own again.
+
+        A method that calls it, in ``before_step``, says so with :class:`SetsRates`.
+
+        Args:
+            rates: a rate for each group of parameters.
+        """
+        self.rates = rates
 
     @property
     def finite(self) -> bool:
@@ -182,6 +203,10 @@ class Step:
 
 class MeasuresSimilarity:
     """A method whose passes over the data compare each input of a layer with each of its outputs."""
+
+
+class SetsRates:
+    """A method that gives the learning rates of some steps (:meth:`Step.use_rates`)."""
 
 
 class ReplacesSteps:

@@ -1,25 +1,38 @@
 """Target sparsity of each layer and planned zeros of each parameter."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+
+from torch import Tensor
 
 from sparse_callbacks.core.distributions import Distribution, resolve
 from sparse_callbacks.core.ops import zeros_for
 from sparse_callbacks.core.selection import Entry, layer_shapes
 
 
-def layer_targets(distribution: Distribution, entries: Sequence[Entry], sparsity: float) -> dict[str, float]:
+def layer_targets(
+    distribution: Distribution,
+    entries: Sequence[Entry],
+    sparsity: float,
+    weights: Mapping[str, Tensor] | None = None,
+) -> dict[str, float]:
     """Target sparsity of every layer in the selected parameters.
 
     Args:
         distribution: how the layers share the target.
         entries: all parameters of the model; those without a reason are selected.
         sparsity: the target over all of the selected weights.
+        weights: the weights by layer name, where the distribution reads them.
     """
-    if isinstance(distribution, Mapping):  # a glob on a parameter's name also means the layers stacked in it
-        selected = [e for e in entries if not e.reason]
-        distribution = {g: v for glob, v in distribution.items() for g in _layer_globs(glob, selected)}
-    return resolve(distribution, layer_shapes(entries), sparsity)
+    return resolve(for_layers(distribution, entries), layer_shapes(entries), sparsity, weights)
+
+
+def for_layers(distribution: Distribution, entries: Iterable[Entry]) -> Distribution:
+    """``distribution`` with globs on layers: a glob on a parameter's name also means the layers stacked in it."""
+    if not isinstance(distribution, Mapping):
+        return distribution
+    selected = [e for e in entries if not e.reason]
+    return {g: v for glob, v in distribution.items() for g in _layer_globs(glob, selected)}
 
 
 def on_the_way(target: float, now: float, final: float, way: float) -> float:

@@ -291,10 +291,17 @@ class SparseWeights:
         self.params[name].masked_scatter_(where, values[where].to(self.params[name]))
 
     @torch.no_grad()
-    def write_values(self, values: Mapping[str, Tensor]) -> None:
-        """Give parameters ``values`` by name as they are, whatever the masks: those of a run that is begun anew."""
+    def write_values(self, values: Mapping[str, Tensor], others: Mapping[str, nn.Parameter] | None = None) -> None:
+        """Give parameters ``values`` by name as they are, whatever the masks: those of a run that is begun anew, or of
+        another network.
+
+        Args:
+            values: the values by parameter name.
+            others: further parameters of the model by name, which are not sparse.
+        """
+        params = {**(others or {}), **self.params}
         for name, value in values.items():
-            self.params[name].copy_(value)
+            params[name].copy_(value)
 
     def mask_gradient(self, name: str) -> None:
         """Zero the gradient of a parameter's pruned weights, if it has one, whatever it is there."""

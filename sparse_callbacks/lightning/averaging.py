@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from sparse_callbacks import methods
 from sparse_callbacks.core.averages import HeldAverages
 from sparse_callbacks.core.host import TrainsInTurns
 from sparse_callbacks.core.method import Method
@@ -44,8 +45,13 @@ def refuse_averages(method: Method, trainer: Trainer) -> None:
         trainer: its Trainer.
 
     Raises:
-        ValueError: the method's networks train in turn, and somebody averages weights.
+        ValueError: the method's networks train in turn, or it merges them itself, and somebody averages weights.
     """
+    for callback in averaging_callbacks(trainer) if isinstance(method, methods.SupTickets) else ():
+        raise ValueError(
+            f"{type(callback).__name__} would write its average over the weights that {type(method).__name__} merges at the end of "
+            "the run. Remove it from callbacks=, or use the base method alone with it."
+        )
     for callback in averaging_callbacks(trainer) if isinstance(method, TrainsInTurns) else ():
         raise ValueError(
             f"{type(callback).__name__} averages the weights of one network, and {type(method).__name__} trains several in "

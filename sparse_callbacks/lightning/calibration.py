@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -17,7 +18,7 @@ from sparse_callbacks.core.calibration import (
     number_of_batches,
     sampling,
 )
-from sparse_callbacks.lightning.data_pass import as_in_training, unlogged, users_sampler
+from sparse_callbacks.lightning.data_pass import as_in_training, training_loader, unlogged, users_sampler
 from sparse_callbacks.lightning.namespaces import Trainer
 from sparse_callbacks.lightning.seen_rows import batch_index
 
@@ -54,12 +55,14 @@ def calibration(
         )
     size = number_of_batches(batches)
 
+    @cache  # a Trainer that has not begun makes a loader each time
+    def loader() -> Any:
+        return training_loader(trainer)
+
     def draw() -> Any:
         if size is None:
             return batches
-        return data_pass.in_order(
-            trainer.train_dataloader, 1, 0, True, users_sampler, shuffled=sampling(seed), advice=BATCHES_ADVICE
-        )
+        return data_pass.in_order(loader(), 1, 0, True, users_sampler, shuffled=sampling(seed), advice=BATCHES_ADVICE)
 
     @contextmanager
     def context() -> Iterator[None]:

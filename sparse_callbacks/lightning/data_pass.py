@@ -56,7 +56,7 @@ def outputs(
             # the Trainer's limits are about its own loaders; a loader that was given for this pass is taken as it is
             given = data_pass.EveryNthBatch(loader_given, world, rank)
             return given, data_pass.batch_count(given, fraction)
-        batches = data_pass.in_order(trainer.train_dataloader, world, rank, bool(train), users_sampler)
+        batches = data_pass.in_order(training_loader(trainer), world, rank, bool(train), users_sampler)
         _warn_if_random(trainer, batches, rank)
         return batches, data_pass.batch_count(batches, fraction, _limit(trainer))
 
@@ -74,6 +74,13 @@ def outputs(
         precision=context,
         passed=passed,
     )
+
+
+def training_loader(trainer: Any) -> Any:
+    """The training loader of the run; before the Trainer has made its own one of the same data. None where there is none."""
+    source = trainer.fit_loop._data_source
+    made = trainer.train_dataloader
+    return source.dataloader() if made is None and source.is_defined() else made
 
 
 @contextmanager

@@ -126,14 +126,17 @@ def exchange_layers_of(
         saved: the run that goes on, whose layers and places are taken before its weights are loaded; None for a new one.
         why_masked: why ``"auto"`` leaves all layers masked; empty where times decide.
     """
-    exchanged = exchange(
-        callback,
-        module,
-        rows=partial(seen_rows, trainer, module),
-        device=trainer.strategy.root_device,
-        saved=saved,
-        why_masked=why_masked or _why_masked(trainer) or _why_too_short(trainer),
-    )
+    device = trainer.strategy.root_device
+    # the module is not on another device yet, so that a pass of it over data would fail
+    with callback.attachment.begins(callback._host_of(trainer, module) if device.type == "cpu" else None):
+        exchanged = exchange(
+            callback,
+            module,
+            rows=partial(seen_rows, trainer, module),
+            device=device,
+            saved=saved,
+            why_masked=why_masked or _why_masked(trainer) or _why_too_short(trainer),
+        )
     if exchanged.report:
         rank_zero_info(exchanged.report)
     callback.fit_state.exchanged = exchanged

@@ -109,6 +109,9 @@ def begin_training(
     optimizer_lives.check_schedules(trainer, callback)
     fit.accumulates = accumulation.factor_in(trainer, trainer.current_epoch)
     fit.last_epoch, fit.logged_at, fit.cut_off = -1, -1, False
+    if peers[0] is callback:  # before any of them writes its masks
+        for peer in peers:
+            peer.engine.make_scores()
     callback.rehearse()
     if fit.before is not None:  # others may still refuse the fit
         fit.before.keep_weights(callback)

@@ -39,8 +39,16 @@ class ConstrainedL0(methods.ConstrainedL0, SparsityCallback):
     __doc__ = methods.ConstrainedL0.__doc__
 
 
+class EarlyCroP(methods.EarlyCroP, SparsityCallback):
+    __doc__ = methods.EarlyCroP.__doc__
+
+
 class GaP(methods.GaP, SparsityCallback):
     __doc__ = methods.GaP.__doc__
+
+
+class PruneAtStart(methods.PruneAtStart, SparsityCallback):
+    __doc__ = methods.PruneAtStart.__doc__
 
 
 class RigL(methods.RigL, SparsityCallback):
@@ -49,6 +57,10 @@ class RigL(methods.RigL, SparsityCallback):
 
 class Static(methods.Static, SparsityCallback):
     __doc__ = methods.Static.__doc__
+
+
+class SupTickets(methods.SupTickets, SparsityCallback):
+    __doc__ = methods.SupTickets.__doc__
 
 
 class ParallelGaP(methods.ParallelGaP, TurnTaking):

@@ -76,8 +76,10 @@ def restart(trainer: Trainer) -> None:
     Raises:
         ValueError: ``configure_optimizers`` now returns another number of optimizers, or leaves trained parameters out.
     """
+    instead = RestartsOptimizers.without_restarts
     for callback in trainer.callbacks:
-        if isinstance(callback, RestartsOptimizers):
+        if isinstance(callback, RestartsOptimizers) and callback.restarts:
+            instead = callback.without_restarts
             callback.begin_optimizer_life()  # first, because configure_optimizers may call horizon()
     before: list[Optimizer] = list(trainer.optimizers)
     trainer.strategy.setup_optimizers(trainer)
@@ -85,7 +87,7 @@ def restart(trainer: Trainer) -> None:
     if len(before) != len(after):
         raise ValueError(
             f"configure_optimizers gave {len(before)} optimizers at the start and {len(after)} at the restart of a "
-            "phase. Let it give the same ones at every call, or give restart=False."
+            f"phase. Let it give the same ones at every call, or give {instead}."
         )
     for new, old in zip(after, before, strict=True):
         take_over_mode(new, old)
@@ -96,7 +98,7 @@ def restart(trainer: Trainer) -> None:
         raise ValueError(
             f"{', '.join(sorted(lost))} were in an optimizer and are in none after configure_optimizers was called "
             "anew for a phase (a group added later, as by a finetuning callback, is lost). Let configure_optimizers "
-            "give all of them, or give restart=False."
+            f"give all of them, or give {instead}."
         )
 
 
@@ -118,7 +120,7 @@ def check_schedules(trainer: Trainer, method: Method) -> None:
     Raises:
         ValueError: before the first batch, a schedule that is longer than the phase.
     """
-    if not isinstance(method, RestartsOptimizers) or trainer.fast_dev_run:
+    if not isinstance(method, RestartsOptimizers) or not method.restarts or trainer.fast_dev_run:
         return
     in_training = method.attachment.in_training
     if not in_training:
@@ -127,7 +129,7 @@ def check_schedules(trainer: Trainer, method: Method) -> None:
     if life is None:
         return
     try:
-        check_horizons(trainer, life, shortest_epoch(trainer))
+        check_horizons(trainer, life, shortest_epoch(trainer), method.without_restarts)
     except ValueError as error:
         if not in_training:
             raise
@@ -141,18 +143,18 @@ def _refuse_restarts_among_averages(trainer: Trainer, method: Any) -> None:
         ValueError: a phase ends in an epoch in which it averages.
     """
     waits = method.step < method.times.stop or method.engine.restart_wanted
-    for callback in filter(averages_epochs, trainer.callbacks) if method.restarts and waits else ():
+    for callback in filter(averages_epochs, trainer.callbacks) if waits else ():
         begins = sum(islice(epochs_of(trainer), callback.swa_start))
         ends = trainer.global_step + method.times.stop - method.step
         if ends >= begins:
             raise ValueError(
                 f"{type(callback).__name__} sets a schedule of its own at step {begins:g}, and {type(method).__name__} "
                 f"configures optimizers and schedules anew until step {ends}, which ends it. Let it start later "
-                "(swa_epoch_start=), or give restart=False."
+                f"(swa_epoch_start=), or give {method.without_restarts}."
             )
 
 
-def check_horizons(trainer: Trainer, phase_steps: float, epoch_steps: float) -> None:
+def check_horizons(trainer: Trainer, phase_steps: float, epoch_steps: float, instead: str = "restart=False") -> None:
     """Refuse a learning rate schedule that would be cut off at the end of a phase, before its own end.
 
     Args:
@@ -161,6 +163,7 @@ def check_horizons(trainer: Trainer, phase_steps: float, epoch_steps: float) -> 
         epoch_steps: the number of optimizer steps in the shortest epoch, for schedules that step once an epoch. (In manual
             optimization Lightning does not know when the user steps a schedule. One step of the schedule for each
             optimizer step is assumed, so that no schedule that fits is refused.)
+        instead: the argument with which optimizers live as long as the run.
 
     Raises:
         ValueError: a schedule's known horizon, such as ``T_max`` or ``total_steps``, is longer than the phase.
@@ -177,7 +180,7 @@ def check_horizons(trainer: Trainer, phase_steps: float, epoch_steps: float) -> 
                     f"{shown}{means} is longer than the phase of {phase_steps:g} optimizer steps at whose end "
                     "optimizers and schedules are configured anew, so it would be cut off. In configure_optimizers "
                     "use sparse_callbacks.horizon(self.trainer), the optimizer steps of the phase (with 'interval': "
-                    "'step'), or keep one schedule for the run with restart=False."
+                    f"'step'), or keep one schedule for the run with {instead}."
                 )
 
 

@@ -17,7 +17,7 @@ from sparse_callbacks.core.checkpoint import SavedRun, check_state, misfit, othe
 from sparse_callbacks.core.checkpoint_file import refuse_broken
 from sparse_callbacks.core.cut_weights import count_cut
 from sparse_callbacks.core.error_text import first_line
-from sparse_callbacks.core.initial_masks import find_masks, forget_given, sharing_entries
+from sparse_callbacks.core.initial_masks import forget_given, planned_targets, sharing_entries
 from sparse_callbacks.core.live.live_masks import exchanged_layers
 from sparse_callbacks.core.live.saved_patterns import storage_of, units_of
 from sparse_callbacks.core.method import Method
@@ -226,8 +226,7 @@ def _refuse_other_state(method: Method, saved: SavedRun, module: LightningModule
     method.saved = saved  # some methods plan by the saved masks
     try:
         sharing = sharing_entries(method, entries)
-        find_masks(method, module, sharing, saved)
-        planned = method.parameter_zeros(entries, method.share_out(sharing))
+        planned = method.parameter_zeros(entries, planned_targets(method, module, sharing, saved))
         refuse_impossible(method, saved, module, planned, optimizers=0)
     finally:
         method.saved = None

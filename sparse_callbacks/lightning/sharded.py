@@ -71,10 +71,15 @@ def _why_not_exact(method: Method) -> str:
     others = [c for c in type(method).__mro__ if issubclass(c, Method) and c not in ours]
     if others or not isinstance(method, _EXACT):
         return f"it reads whole parameters, of which each process has a part. Exact on shards are {listed}"
-    if isinstance(method, StartsSparse) and (method.initial_mask in _BY_WEIGHTS or method.rescale is not None):
+    if isinstance(method, methods.SupTickets):
+        return "the merged ticket is made of whole parameters, of which each process has a part. Give the base method alone"
+    by_weights = isinstance(method, StartsSparse) and (method.first_score or method.initial_mask in _BY_WEIGHTS)
+    if by_weights or (isinstance(method, StartsSparse) and method.rescale is not None):
         return "its start reads whole layers, of which each process has a part. Leave initial_mask= and rescale= out, or give a file"
     if isinstance(method, StartsSparse) and method.pattern is not None:
         return f"pattern={method.pattern!r} is one of whole rows, of which each process may have a part. Leave it out"
+    if isinstance(method, methods.SET) and method.neuron_importance is not None:
+        return "neuron_importance= sums whole rows, of which each process may have a part. Leave it out"
     if isinstance(method, methods.DPF) and method.unit != "weight":
         return f"unit={method.unit!r} compares whole filters, of which each process may have a part. unit='weight' is exact"
     return ""

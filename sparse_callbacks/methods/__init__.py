@@ -3,14 +3,17 @@
 from sparse_callbacks.methods.channels import ChannelPruning
 from sparse_callbacks.methods.ctre import CTRE
 from sparse_callbacks.methods.dpf import DPF
+from sparse_callbacks.methods.early_crop import EarlyCroP
 from sparse_callbacks.methods.gap import GaP, ParallelGaP
 from sparse_callbacks.methods.gmp import GMP
 from sparse_callbacks.methods.l0 import ConstrainedL0
+from sparse_callbacks.methods.prune_at_start import PruneAtStart
 from sparse_callbacks.methods.rigl import RigL
 from sparse_callbacks.methods.set import SET
 from sparse_callbacks.methods.smcp import SMCP
 from sparse_callbacks.methods.snfs import SNFS
 from sparse_callbacks.methods.static import Static
+from sparse_callbacks.methods.sup_tickets import SupTickets
 
 __all__ = [
     "CTRE",
@@ -21,8 +24,11 @@ __all__ = [
     "SNFS",
     "ChannelPruning",
     "ConstrainedL0",
+    "EarlyCroP",
     "GaP",
     "ParallelGaP",
+    "PruneAtStart",
     "RigL",
     "Static",
+    "SupTickets",
 ]

@@ -1,7 +1,7 @@
 """What RigL, SET and SNFS share: at each update drop small weights, and grow as many elsewhere."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import partial, singledispatch
 from typing import ClassVar, Unpack
 
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 from sparse_callbacks.core.calendar import Time
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.distributions import Distribution
-from sparse_callbacks.core.growth import moved_mask, uniform_numbers
+from sparse_callbacks.core.growth import moved_by_sign, moved_mask, uniform_numbers
 from sparse_callbacks.core.initial_masks import InitialMask, StartsSparse
 from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.patterns import group_of
@@ -104,7 +104,7 @@ class DropAndGrow(StartsSparse):
         # only the parameters of the optimizer that has stepped: several optimizers take their steps at different times
         for name in step.names:
             if (layer := self.weights.layers_stored.get(name)) is not None:
-                moves[name] = partial(moved_units, self, step, name, layer, fraction)
+                moves[name] = partial(moved_units, self, step, name, layer, fraction, _leave_by_sign(self))
                 continue
             scores = self.grow_scores(step, name)
             if scores is not None:  # the parameter took part in this step
@@ -114,14 +114,35 @@ class DropAndGrow(StartsSparse):
     def _moved(self, step: Step, name: str, scores: Tensor, fraction: float) -> Tensor:
         """The mask of a parameter after an update."""
         group = group_of(self, self.weights.entries[name])
-        tensors = [self.weights.masks[name], self.params[name].detach(), scores]
+        tensors = [mask_before(self, step, name), self.params[name].detach(), scores]
+        by_sign = _leave_by_sign(self)
         if self.candidates is not None:
             tensors.append(uniform_numbers(self, name, step.number))
 
         def moved(_: str, mask: Tensor, weight: Tensor, grow: Tensor, chances: Tensor | None = None) -> Tensor:
+            if by_sign:
+                return moved_by_sign(mask, weight, grow, fraction)
             return moved_mask(mask, weight, grow, fraction, group, self.candidates, chances)
 
         return self.weights.by_layer(name, moved, *tensors)
+
+
+@singledispatch
+def mask_before(method: DropAndGrow, step: Step, name: str) -> Tensor:
+    """The mask of a parameter that an update begins with: the current one. A method whose counts fall registers a function
+    that gives a smaller one.
+
+    Args:
+        method: the method of the run.
+        step: the step that the update follows or replaces.
+        name: the name of the parameter.
+    """
+    return method.weights.masks[name]
+
+
+def _leave_by_sign(method: DropAndGrow) -> bool:
+    """Whether positive and negative weights leave separately; of methods without the argument the smallest magnitudes do."""
+    return getattr(method, "drop", "magnitude") == "signed"
 
 
 @why_no_exchange.register

@@ -8,6 +8,7 @@ from torch import Tensor
 from sparse_callbacks.core.calendar import Time
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.distributions import Distribution
+from sparse_callbacks.core.joint_thresholds import are_joint, joint_masks, may_empty, renews_thresholds
 from sparse_callbacks.core.method import Method, Options
 from sparse_callbacks.core.ops import keep_largest, zeros_for
 from sparse_callbacks.core.schedules import Schedule, pruning_curve
@@ -29,7 +30,8 @@ class GMP(Method):
         keep  the active weights with the largest |w|, all but floor(s_t * size)
 
     A pruned weight does not come back. With a distribution other than uniform each layer rises to its own target in the
-    same proportion. The mask for step t is made from the weights after step t - 1.
+    same proportion; with ``"global"`` and ``"lamp"`` every update takes one threshold over all layers (of each optimizer,
+    where there are several). The mask for step t is made from the weights after step t - 1.
 
     Differs from the paper: the default distribution leaves no layer dense by itself (``keep_dense="both"`` does);
     pruned weights hold zero at once and receive no update.
@@ -93,7 +95,9 @@ class GMP(Method):
         return self._curve(number, self.times.start, self.times.stop)
 
     def initial_masks(self) -> dict[str, Tensor]:
-        return self._pruned(self.weights.all_active(self.params), self._curve.initial, self._curve.way(0, 0, 1))
+        way = self._curve.way(0, 0, 1)
+        dense = [self.weights.all_active(names) for names in self.owners.owns if names]
+        return {n: mask for masks in dense for n, mask in self._pruned(masks, self._curve.initial, way).items()}
 
     def after_step(self, step: Step) -> Update | None:
         return self.new_masks(step) if step.due else None
@@ -107,10 +111,17 @@ class GMP(Method):
         return self.sparsity_at(number), self._curve.way(number, self.times.start, self.times.stop)
 
     def _pruned(self, masks: Mapping[str, Tensor], sparsity: float, way: float) -> dict[str, Tensor]:
-        """``masks`` with the smallest weights taken out, layer by layer, until each is as far on the way to its own target
-        as ``sparsity`` is on that of all weights."""
+        """``masks`` with the smallest weights taken out, under a threshold that layers share or layer by layer, until each is
+        as far on the way to its own target as ``sparsity`` is on that of all weights."""
+        joint: dict[str, Tensor] = {}
+        if are_joint(self):
+            both = {x: t for n in masks for x, t in self.weights.layers(n, self.params[n].detach(), masks[n])}
+            weights, active = {x: w for x, (w, _) in both.items()}, {x: m for x, (_, m) in both.items()}
+            joint = joint_masks(self, masks, weights, sparsity, active)
 
         def prune(layer: str, mask: Tensor, weight: Tensor) -> Tensor:
+            if layer in joint:
+                return joint[layer]
             zeros = zeros_for(on_the_way(self.targets[layer], sparsity, self.target_sparsity, way), size_of(weight))
             # a run that goes on longer steps back along its curve: the mask then has fewer than planned, and keeps them
             return keep_largest(weight, min(count_of(mask), size_of(weight) - zeros), among=mask)
@@ -120,7 +131,17 @@ class GMP(Method):
 
 @possible_zeros.register
 def _(method: GMP, saved: SavedRun, planned: Mapping[str, int]) -> list[Zeros]:
-    return rises_to(planned)
+    if not are_joint(method):
+        return rises_to(planned)
+    size = {n: saved.masks[n].numel() for n in planned}
+    each = [Zeros((n,), range(size[n] + may_empty(method))) for n in planned]
+    total = zeros_for(method.target_sparsity, sum(size.values()))
+    return [*each, Zeros(tuple(planned), range(total + 1))] if isinstance(method.distribution, str) else each
+
+
+@renews_thresholds.register
+def _(method: GMP) -> bool:
+    return True
 
 
 @masks_by_magnitude.register

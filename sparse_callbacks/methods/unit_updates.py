@@ -5,7 +5,7 @@ from functools import singledispatch
 from torch import Tensor
 
 from sparse_callbacks.core.ops import drop_count
-from sparse_callbacks.core.sparse_layers.moved_places import Move, merged, surviving_units
+from sparse_callbacks.core.sparse_layers.moved_places import Move, merged, surviving_by_sign, surviving_units
 from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 from sparse_callbacks.core.step import Step
 
@@ -51,7 +51,9 @@ def units_to_move(layer: SparseLinear, fraction: float) -> int:
     return drop_count(active_units(layer), fraction)
 
 
-def moved_units(method: object, step: Step, name: str, layer: SparseLinear, fraction: float) -> Move | None:
+def moved_units(
+    method: object, step: Step, name: str, layer: SparseLinear, fraction: float, by_sign: bool = False
+) -> Move | None:
     """The units that live after an update; None: leave the layer alone.
 
     Args:
@@ -60,8 +62,14 @@ def moved_units(method: object, step: Step, name: str, layer: SparseLinear, frac
         name: the name of the layer's weight.
         layer: the layer.
         fraction: the share of active weights that the update replaces.
+        by_sign: whether positive and negative weights leave separately, each sign its share; the layer is not grouped then.
     """
     count, keys = units_to_move(layer, fraction), layer.keys()
-    stay = surviving_units(layer.unit_magnitudes(), count, active_units(layer) if layer.storage == "grouped" else None)
+    if by_sign:
+        stay = surviving_by_sign(layer.places.sums(layer.values.detach()), fraction)
+        count = keys.numel() - stay.numel()
+    else:
+        per_block = active_units(layer) if layer.storage == "grouped" else None
+        stay = surviving_units(layer.unit_magnitudes(), count, per_block)
     new = grown_units(method, step, name, keys.index_select(0, stay), count)
     return None if new is None else merged(keys, stay, new)

@@ -153,6 +153,8 @@ def setting_values(run: ComparedRun) -> dict[str, Any]:
         found[key] = PurePath(value).name if parts[-1] in _FILES and isinstance(value, str) else value
     # the root key is the same as the method's own
     if found.get("sparsity") is not None and "method._target_" in found:
+        # in a method around another one that one has the argument
+        found.pop("method.base.sparsity", None)
         found["method.sparsity"] = found["sparsity"]
     found.pop("sparsity", None)
     return found

@@ -34,6 +34,8 @@ METHODS = {
     "DPF": (PALETTE[4], "P"),
     "CTRE": (PALETTE[5], "X"),
     "Static": (PALETTE[6], "d"),
+    "PruneAtStart": (PALETTE[6], "H"),
+    "EarlyCroP": (PALETTE[5], "D"),
     "SMCP": (MORE[0], "h"),
     "ChannelPruning": (MORE[0], "p"),
     "L0": (MORE[1], "*"),

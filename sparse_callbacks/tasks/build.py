@@ -141,15 +141,33 @@ def build_method(cfg: DictConfig) -> SparsityCallback | None:
                 "Choose a method, e.g. method=rigl, or leave schedule out."
             )
         return None
-    cls: Any = get_class(str(method["_target_"]))
+    return _method_of({str(key): value for key, value in method.items()}, cfg.sparsity, curve)
+
+
+def _method_of(group: Mapping[str, Any], sparsity: Any, curve: str | None) -> SparsityCallback:
+    """The callback of a group of arguments with its `_target_`; of a method around another one (`base`) the root keys go to
+    that one.
+    """
+    cls: Any = get_class(str(group["_target_"]))
+    if isinstance(base := group.get("base"), Mapping):
+        if "_target_" not in base:
+            raise ValueError(
+                f"method@method.base=none, and {cls.__name__} trains by the method in its base. Choose one, e.g. "
+                "method@method.base=rigl."
+            )
+        own = {key: value for key, value in group.items() if key not in ("_target_", "seed")}
+        callback: SparsityCallback = cls(**{**own, "base": _method_of(base, sparsity, curve)})
+        return callback
     parameters = inspect.signature(cls).parameters.values()
     # read from the signature, so that a method that is added later needs no entry here
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    group = {str(key): value for key, value in method.items()}
-    arguments = method_arguments(group, defaults, cls.schedulable, cfg.sparsity, curve)
+    arguments = method_arguments(group, defaults, cls.schedulable, sparsity, curve)
     del arguments["_target_"]
-    callback: SparsityCallback = cls(**arguments)
-    return callback
+    for name, value in arguments.items():  # an object, such as a distribution that sees the model
+        if isinstance(value, dict) and "_target_" in value:
+            arguments[name] = instantiate(value)
+    made: SparsityCallback = cls(**arguments)
+    return made
 
 
 def build_module(cfg: DictConfig, data: MemoryData) -> Classifier:

@@ -8,39 +8,66 @@ Every builder takes `input_shape` (channels, height, width) and `num_classes` an
 import difflib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sparse_callbacks.methods.all_relu import AllReLU
+
 Shape = Sequence[int]
 
 
-def mlp(input_shape: Shape, num_classes: int, hidden: Sequence[int] = (256, 256), init: str | None = None) -> nn.Module:
-    """Fully connected layers with ReLU between them.
+def mlp(
+    input_shape: Shape,
+    num_classes: int,
+    hidden: Sequence[int] = (256, 256),
+    activation: str = "relu",
+    dropout: float = 0.0,
+    init: str | None = None,
+) -> nn.Module:
+    """Fully connected layers with an activation, and dropout where there is any, after each hidden one.
 
     Args:
         input_shape: the shape of one sample, (channels, height, width) or (features,).
         num_classes: the number of outputs.
         hidden: the widths of the hidden layers.
-        init: "xavier_uniform" draws the weights as Glorot and Bengio (2010) did and sets the biases to zero; None
-            leaves torch's own initial values.
+        activation: "relu"; or "all_relu", `AllReLU` with its slope of 0.6.
+        dropout: the rate of dropout, in [0, 1).
+        init: "xavier_uniform" draws the weights as Glorot and Bengio (2010) did, "he_uniform" as He et al. (2015) did for
+            ReLU, both with biases of zero; None leaves torch's own initial values.
 
     Raises:
-        ValueError: an unknown init.
+        ValueError: an unknown activation or init, or a rate out of range.
     """
-    if init not in (None, "xavier_uniform"):
-        raise ValueError(f"model.init={init!r} is not known. Use model.init=xavier_uniform, or null for torch's own.")
+    _refuse_other_choices(activation, dropout, init)
     sizes = [math.prod(input_shape), *hidden]
     layers: list[nn.Module] = [nn.Flatten()]
-    for inputs, outputs in itertools.pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    for number, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU() if activation == "relu" else AllReLU(layer=number)]
+        # no module without dropout: names of weights hold its number
+        layers += [nn.Dropout(dropout)] if dropout else []
     model = nn.Sequential(*layers, nn.Linear(sizes[-1], num_classes))
     if init is not None:
-        _init_xavier(model)
+        he = partial(nn.init.kaiming_uniform_, nonlinearity="relu")
+        _init_linear(model, he if init == "he_uniform" else nn.init.xavier_uniform_)
     return model
+
+
+def _refuse_other_choices(activation: str, dropout: float, init: str | None) -> None:
+    if activation not in ("relu", "all_relu"):
+        raise ValueError(f"model.activation={activation!r} is not known. Use model.activation=relu, or all_relu.")
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
+        raise ValueError(
+            f"model.dropout={dropout!r} is not a rate from 0 to 1 (without 1). Use for example model.dropout=0.3."
+        )
+    if init not in (None, "xavier_uniform", "he_uniform"):
+        raise ValueError(
+            f"model.init={init!r} is not known. Use model.init=xavier_uniform, he_uniform, or null for torch's own."
+        )
 
 
 def lenet_300_100(input_shape: Shape, num_classes: int) -> nn.Module:
@@ -233,10 +260,10 @@ def _init_kaiming(model: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-def _init_xavier(model: nn.Module) -> None:
+def _init_linear(model: nn.Module, init: Callable[[Tensor], Tensor]) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
+            init(module.weight)
             nn.init.zeros_(module.bias)
 
 

@@ -11,7 +11,7 @@ from pytorch_lightning.callbacks import LambdaCallback
 from pytorch_lightning.utilities import rank_zero_only
 
 from sparse_callbacks.core.calendar import Calendar
-from sparse_callbacks.core.distributions import is_epsilon
+from sparse_callbacks.core.distributions import decides_total
 from sparse_callbacks.core.files import replacing
 from sparse_callbacks.lightning.callback import SparsityCallback
 from sparse_callbacks.tasks import loggers
@@ -34,7 +34,7 @@ def target_sparsity(method: SparsityCallback | None) -> float | None:
         return 0.0
     if isinstance(getattr(method, "density", None), Mapping) and not method.entries:
         return None  # one density for each layer, and no layer is known
-    if is_epsilon(method.distribution):
+    if decides_total(method.distribution):
         return round(method.plan().total, 6) if method.entries else None
     # a budget has no target and gives 0, as do masks of a file before anybody has looked at them
     if method.target_sparsity == 0 and not (method.plans_counts and method.sparsity == 0):
@@ -52,11 +52,19 @@ def as_run(cfg: DictConfig, method: SparsityCallback | None) -> DictConfig:
     recorded = cfg.copy()
     sparsity = target_sparsity(method)
     recorded.sparsity = sparsity
-    own = recorded.method.get("sparsity")
+    part = masking_part(recorded)
+    own = part.get("sparsity")
     # a curve such as "linear(0.5, 0.9)" says more than its end
-    if sparsity is not None and "sparsity" in recorded.method and not isinstance(own, str):
-        recorded.method.sparsity = sparsity
+    if sparsity is not None and "sparsity" in part and not isinstance(own, str):
+        part.sparsity = sparsity
     return recorded
+
+
+def masking_part(cfg: DictConfig) -> DictConfig:
+    """The arguments that concern masks: the group `method`, or in it `base` where one method is around another."""
+    method: DictConfig = cfg.method
+    base = method.get("base")
+    return base if isinstance(base, DictConfig) else method
 
 
 def settings(cfg: DictConfig) -> dict[str, Any]:
@@ -98,9 +106,9 @@ def correct_file(path: Path, recorded: DictConfig) -> None:
     """
     saved = OmegaConf.load(path)
     sparsity = recorded.sparsity
-    if sparsity is None or not isinstance(saved, DictConfig) or recorded.method.get("sparsity") != sparsity:
+    if sparsity is None or not isinstance(saved, DictConfig) or masking_part(recorded).get("sparsity") != sparsity:
         return
-    saved.sparsity = saved.method.sparsity = sparsity
+    saved.sparsity = masking_part(saved).sparsity = sparsity
     with replacing(path) as beside:
         OmegaConf.save(saved, beside)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from sparse_callbacks.core.distributions import is_epsilon
+from sparse_callbacks.core.distributions import decides_total
 from sparse_callbacks.lightning.callback import SparsityCallback
 from sparse_callbacks.tasks.recorded_config import settings, target_sparsity
 
@@ -19,8 +19,15 @@ NOT_OF_THE_RUN = (
 files, and what has no part in what comes out."""
 
 
-SPOKEN = {"ChannelPruning": "channels", "ConstrainedL0": "l0", "ParallelGaP": "gap_parallel"}
-"""Classes whose name in conf/method is not the name of the class in small letters."""
+SPOKEN = {
+    "ChannelPruning": "channels",
+    "ConstrainedL0": "l0",
+    "EarlyCroP": "early_crop",
+    "ParallelGaP": "gap_parallel",
+    "PruneAtStart": "{score}",
+    "SupTickets": "sup_tickets",
+}
+"""Classes whose name in conf/method is not the name of the class in small letters, but another one or that of an argument."""
 
 
 def method_name(method: SparsityCallback | None) -> str:
@@ -28,7 +35,7 @@ def method_name(method: SparsityCallback | None) -> str:
     if method is None:
         return "dense"
     name = type(method).__name__
-    return SPOKEN.get(name, name.lower())
+    return SPOKEN.get(name, name.lower()).format(**vars(method))
 
 
 def part_name(part: Mapping[str, Any]) -> str:
@@ -37,11 +44,14 @@ def part_name(part: Mapping[str, Any]) -> str:
 
 
 def target_text(method: SparsityCallback | None) -> str:
-    """The target as it was asked for: a sparsity, an epsilon or a budget; empty where a file decides or nothing does."""
+    """The target as it was asked for: a sparsity, a budget, or what decides the total, an epsilon or an object by its class;
+    empty where a file decides or nothing does."""
     if method is None:
         return ""
-    if is_epsilon(method.distribution):
-        return str(method.distribution) if isinstance(method.distribution, str) else "epsilon"
+    shared = method.distribution
+    if decides_total(shared):
+        named = "epsilon" if isinstance(shared, Mapping) else type(shared).__name__.lower()
+        return shared if isinstance(shared, str) else named
     sparsity = target_sparsity(method)
     asked = getattr(method, "budget", None) if sparsity is None else sparsity
     return "" if asked is None else f"{asked:g}"
@@ -69,11 +79,16 @@ def group_name(recorded: DictConfig, method: SparsityCallback | None) -> str:
     """
     kept = {key: value for key, value in settings(recorded).items() if key not in NOT_OF_THE_RUN}
     for part in ("method", "data"):
-        kept[part] = {key: value for key, value in (kept[part] or {}).items() if key != "seed"}
+        kept[part] = _without_seeds(kept[part] or {})
     # the bar on the terminal has no part in what comes out
     kept["trainer"] = {key: value for key, value in kept["trainer"].items() if key != "enable_progress_bar"}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:6]
     return f"{setting_name(recorded, method)}-{part_name(recorded.data)}-{digest}"
+
+
+def _without_seeds(part: Mapping[str, Any]) -> dict[str, Any]:
+    """A group of the configuration without its seed, and without those of the groups in it."""
+    return {k: _without_seeds(v) if isinstance(v, Mapping) else v for k, v in part.items() if k != "seed"}
 
 
 def tags(cfg: DictConfig, method: SparsityCallback | None) -> list[str]:

@@ -86,7 +86,7 @@ def test_a_skipped_fp16_step_changes_nothing(self: Contract) -> None:
     assert (callback.updates > 2) == self.moves()
 
 
-@needs("one network")
+@needs("one network", "runs of a step")
 @pytest.mark.parametrize("bad", range(6))
 def test_a_gradient_that_is_not_finite_moves_no_mask(self: Contract, bad: int) -> None:
     """A step whose gradient holds inf or NaN moves no mask and no state of the method."""
@@ -181,6 +181,8 @@ def test_manual_optimization_equals_automatic(self: Contract, window: int, clip:
     first, second = (lasting(snapshot(*run)) for run in ((one, usual, automatic), (other, by_hand, manual)))
     for found in (first, second):
         found["callbacks"], found["aux"] = [list(map(lasting, found[k])) for k in ("callbacks", "aux")]
+        if hasattr(automatic, "when"):  # a Trainer does not know how many steps by hand make an epoch
+            found["callbacks"] = [{k: v for k, v in state.items() if k != "times"} for state in found["callbacks"]]
     if clip is None:  # then nobody reads automatic gradients, and pruned weights keep a momentum that is never used
         first.pop("optimizers"), second.pop("optimizers")
     # the sign of a masked zero depends on when it was masked

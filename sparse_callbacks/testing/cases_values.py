@@ -133,6 +133,8 @@ DISTRIBUTIONS = [
     "uniform",
     "erdos_renyi",
     "erdos_renyi_kernel",
+    "uniform_plus",
+    "lamp",
     {"rnn.*": 0.37, "*.fc?.weight": "erdos_renyi", "*": "uniform"},
 ]
 

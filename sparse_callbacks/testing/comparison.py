@@ -33,7 +33,8 @@ def lasting(state: Any) -> Any:
     """A state without what belongs to one run: when its phases and epochs began."""
     if not isinstance(state, Mapping):
         return state
-    return {k: lasting(v) for k, v in state.items() if not str(k).startswith(("phase/", "workers/offset"))}
+    own = ("phase/", "workers/offset", "trigger/looked", "trigger/distances")
+    return {k: lasting(v) for k, v in state.items() if not str(k).startswith(own)}
 
 
 def differences(first: Any, second: Any, where: str = "", bitwise: bool = True) -> list[str]:

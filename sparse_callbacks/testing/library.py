@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparse_callbacks.lightning import methods
-from sparse_callbacks.testing.settings import Settings
+from sparse_callbacks.testing.networks import loss_on
+from sparse_callbacks.testing.settings import Inner, Settings
 from sparse_callbacks.testing.subject import Contract
 
 # several updates in 16 steps
@@ -35,6 +36,15 @@ LIBRARY: dict[str, Settings] = {
         promises_not_made={
             "growth": "pruned weights go on learning, so they come back by themselves",
             "pruned weights rest": "a dense copy takes the step",
+        },
+    ),
+    "EarlyCroP": Settings(
+        # at the end of the first of two epochs
+        {"sparsity": 0.8, "batches": 16, "rounds": 3, "loss": loss_on, "print_plan": False},
+        promises_not_made={
+            "several updates": "it prunes once",
+            "growth": "what is pruned stays pruned",
+            "updates at an interval": "it prunes once",
         },
     ),
     "GMP": Settings(_SHORT, promises_not_made={"growth": "what is pruned stays pruned"}),
@@ -74,6 +84,15 @@ LIBRARY: dict[str, Settings] = {
             "updates at an interval": "gates move at every step",
         },
     ),
+    "PruneAtStart": Settings(
+        # scores of all batches, which are the same however many processes there are
+        {"sparsity": 0.8, "batches": 16, "loss": loss_on, "print_plan": False},
+        promises_not_made={
+            "several updates": "its masks never move",
+            "growth": "its masks never move",
+            "updates at an interval": "its masks never move",
+        },
+    ),
     "RigL": Settings(_MANY),
     "SET": Settings(_MANY),
     "SMCP": Settings(
@@ -86,6 +105,13 @@ LIBRARY: dict[str, Settings] = {
         },
     ),
     "SNFS": Settings(_MANY),
+    "SupTickets": Settings(
+        {"base": Inner(methods.RigL, _MANY), "share": 0.5, "cycles": 1, "low_lr": 0.01, "high_lr": 0.05},
+        promises_not_made={
+            "planned counts": "the merged ticket shares the planned total out otherwise",
+            "runs of a step": "a cycle has three steps at least, and a part of the run comes before",
+        },
+    ),
     "Static": Settings(
         {"sparsity": 0.8, "print_plan": False},
         promises_not_made={

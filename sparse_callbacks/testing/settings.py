@@ -6,6 +6,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from sparse_callbacks.core.constructors import argument_names
+from sparse_callbacks.core.method import Method, Options
+
 PROMISES: Mapping[str, str] = {
     "one network": "one network trains from the first step to the last, the same in every process",
     "planned counts": "masks have as many zeros as plan() announces",
@@ -16,6 +19,7 @@ PROMISES: Mapping[str, str] = {
     "pruned weights rest": "a pruned weight has no value besides zero, and no step moves it",
     "gradients ready for a clip by hand": "in manual optimization gradients are what the optimizer sees before the user "
     "clips them",
+    "runs of a step": "a run of a single step trains as a longer one does",
     "any layer": "weights of every supported layer can be sparse",
 }
 """What a method promises unless its settings say why not: the name of each promise, and what it says.
@@ -25,6 +29,24 @@ after every batch, a resumed run is bitwise the same, a skipped step changes not
 """
 
 Gradients = Literal["masked", "free"] | Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class Inner:
+    """An argument that is itself a method, made anew for each case: what the case changes goes to it where it takes it.
+
+    Attributes:
+        method: its class.
+        arguments: its constructor arguments.
+    """
+
+    method: type[Method]
+    arguments: Mapping[str, Any]
+
+    def made(self, changes: Mapping[str, Any]) -> Method:
+        """The method with the ``changes`` that its constructor takes."""
+        known = argument_names(self.method, Options)
+        return self.method(**{**self.arguments, **{k: v for k, v in changes.items() if k in known}})
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from sparse_callbacks.core.constructors import argument_names
 from sparse_callbacks.core.method import Options
 from sparse_callbacks.lightning.callback import SparsityCallback
-from sparse_callbacks.testing.settings import PROMISES, Settings
+from sparse_callbacks.testing.settings import PROMISES, Inner, Settings
 
 STEPS = 16  # of a short run: two epochs of eight batches
 
@@ -34,8 +34,19 @@ class Contract:
 
     def method(self, **changes: Any) -> Any:
         """The callback for a short run; ``changes`` that its constructor does not take are left out."""
-        known = argument_names(self.callback_class, Options)
-        return self.callback_class(**{**self.settings.arguments, **{k: v for k, v in changes.items() if k in known}})
+        return self.callback_class(**self.arguments(**changes))
+
+    def arguments(self, **changes: Any) -> dict[str, Any]:
+        """Constructor arguments for a short run with ``changes``; what a method in it takes of them goes to that one."""
+        made = {k: v.made(changes) if isinstance(v, Inner) else v for k, v in self.settings.arguments.items()}
+        taken = [
+            n
+            for v in self.settings.arguments.values()
+            if isinstance(v, Inner)
+            for n in argument_names(v.method, Options)
+        ]
+        known = [n for n in argument_names(self.callback_class, Options) if n not in taken]
+        return {**made, **{k: v for k, v in changes.items() if k in known}}
 
     def promises(self, promise: str) -> bool:
         """Whether the method makes the promise; a failure then names it."""
@@ -48,6 +59,10 @@ class Contract:
     def moves(self) -> bool:
         """The method has several updates in a short run."""
         return self.promises("several updates")
+
+    def moves_at_all(self) -> bool:
+        """Masks move in a short run, be it once, on the way to a target."""
+        return self.moves() or bool(self.method().arrives_at_stop)
 
     def gradient(self, mask: Tensor, dense: Tensor, aux: Mapping[str, Tensor]) -> Tensor:
         """What the optimizer sees of a dense gradient."""

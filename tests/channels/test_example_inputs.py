@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparse_callbacks import SMCP
 from sparse_callbacks.channels.costs import layers, samples_in
-from sparse_callbacks.channels.prunable import example_inputs
+from sparse_callbacks.core.example_inputs import example_inputs
 from sparse_callbacks.testing.networks import Classifier
 from sparse_callbacks.testing.runs import fit
 

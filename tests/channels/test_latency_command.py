@@ -174,7 +174,7 @@ def test_the_place_of_the_file_is_looked_at_first(
             main(["nonets:small", "--input", "6", "--out", str(out)])
         assert f"--out {out}{':' if 'made' in said else ''} {said}" in " ".join(capsys.readouterr().err.split())
     monkeypatch.setattr(command.os, "access", lambda *_: False)  # what a folder of somebody else's gives
-    assert "cannot be written to" in command._why_not_written(tmp_path / "t.json")
+    assert "cannot be written to" in command.why_not_written(tmp_path / "t.json")
 
 
 def test_the_help_says_which_inputs_there_can_be(capsys: pytest.CaptureFixture[str]) -> None:

@@ -133,7 +133,8 @@ def test_resolve_by_name(name: str) -> None:
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
     for distribution in ("erk", {"*": "erk"}):
         with pytest.raises(
-            ValueError, match=r"'erk' is not known. Use uniform, erdos_renyi, erdos_renyi_kernel, a mapping"
+            ValueError,
+            match=r"'erk' is not known. Use uniform, uniform_plus, erdos_renyi, erdos_renyi_kernel, global, lamp, a mapping",
         ):
             resolve(distribution, SHAPES, 0.8)  # type: ignore[arg-type]
 

@@ -175,6 +175,33 @@ def test_jointly_equals_one_long_tensor(kind: str, dtype: torch.dtype) -> None:
         assert [mask.shape for mask in masks] == [v.shape for v in values]
 
 
+@pytest.mark.parametrize("kind", ["normal", "ties", "mostly zero"])
+def test_jointly_among_some_positions_equals_one_long_tensor(kind: str) -> None:
+    values = [values_of(kind, shape, torch.float32, seed) for seed, shape in enumerate([(7, 9), (40,), (3, 5)])]
+    draw = torch.Generator().manual_seed(8)
+    among = [torch.rand(v.shape, generator=draw) < 0.6 for v in values]
+    whole, allowed = torch.cat([v.flatten() for v in values]), torch.cat([a.flatten() for a in among])
+    for count in (0, 1, 30, int(allowed.sum())):
+        masks = ops.keep_largest_jointly(values, count, among=among)
+        assert torch.equal(torch.cat([m.flatten() for m in masks]), by_full_sort(whole, count, allowed))
+    with pytest.raises(ValueError, match="count"):
+        ops.keep_largest_jointly(values, int(allowed.sum()) + 1, among=among)
+    with pytest.raises(ValueError, match=r"among= has 2 tensors, and values= has 3"):
+        ops.keep_largest_jointly(values, 3, among=among[:2])
+
+
+def test_jointly_each_tensor_keeps_its_least_among_its_positions_or_all_that_it_has() -> None:
+    values = [torch.tensor([9.0, 8.0, 7.0, 6.0]), torch.tensor([0.1, 0.3, 0.2]), torch.tensor([0.05])]
+    among = [torch.tensor([True, True, False, True]), torch.tensor([True, False, True]), torch.tensor([True])]
+    masks = ops.keep_largest_jointly(values, 6, least=2, among=among)
+    assert [m.int().tolist() for m in masks] == [[1, 1, 0, 1], [1, 0, 1], [1]]
+    masks = ops.keep_largest_jointly(values, 5, least=2, among=among)
+    assert [m.int().tolist() for m in masks] == [[1, 1, 0, 0], [1, 0, 1], [1]]
+    # one threshold alone
+    masks = ops.keep_largest_jointly(values, 5, among=among)
+    assert [m.int().tolist() for m in masks] == [[1, 1, 0, 1], [1, 0, 1], [0]]
+
+
 def test_jointly_compares_types_by_value_and_the_earlier_tensor_wins() -> None:
     masks = ops.keep_largest_jointly([torch.tensor([1.0, 2.0]), torch.tensor([2.0, 3.0], dtype=torch.bfloat16)], 2)
     assert [mask.tolist() for mask in masks] == [[False, True], [False, True]]

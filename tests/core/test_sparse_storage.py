@@ -74,6 +74,18 @@ def test_growth_among_candidates_is_that_of_masked_storage(pattern: str | None) 
     same_history(RigL, "adam", some | {"pattern": pattern}, some | storage, 6)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_set_as_published_is_that_of_masked_storage(optimizer: str) -> None:
+    """Weights of each sign leave separately, and grown weights start at the same random values."""
+    published = {"drop": "signed", "new_weights": "uniform"}
+    same_history(SET, optimizer, published, published | {"storage": "sparse"}, UPDATES)
+
+
+def test_random_values_of_a_grouped_layer_are_those_of_its_pattern() -> None:
+    some = {"new_weights": "uniform"}
+    same_history(SET, "adam", some | {"pattern": "fan_in/4"}, some | {"storage": "grouped", "group": 4}, 6)
+
+
 @pytest.mark.parametrize("storage", ["sparse", "grouped"])
 @pytest.mark.parametrize("method", [SET, RigL])
 def test_batches_that_are_worked_off_in_pieces_train_the_same(method: type, storage: str) -> None:

@@ -26,6 +26,8 @@ KINDS = {
     "SMCP": "a gate for every channel",
     "ChannelPruning": "starts dense and removes whole channels",
     "CTRE": "similarity of its neurons",
+    "EarlyCroP": "scores every weight before it prunes",
+    "PruneAtStart": "scores every weight before it prunes",
 }
 
 

@@ -50,6 +50,7 @@ class Host:
 
     def __init__(self, loader: Any) -> None:
         self.train_dataloader = loader
+        self.fit_loop = SimpleNamespace(_data_source=SimpleNamespace(is_defined=lambda: False))
         self.num_training_batches = math.inf
         self.precision_plugin = Precision()
         self.strategy = SimpleNamespace(batch_to_device=lambda batch, dataloader_idx: batch)

@@ -37,7 +37,10 @@ class Sees:
 
 def seen(name: str, module: Any, watched_module: bool = True) -> tuple[dict[str, set[str]], bool]:
     """What was seen, and whether an update has replaced a step."""
-    callback = method(name, restart=False)
+    early = (
+        {"stop": 4} if name == "early_crop" else {}
+    )  # it prunes once, and by hand the run has fewer steps than batches
+    callback = method(name, restart=False, **early)
     sees = Sees(callback)
     for hook in ("on_after_backward", "on_before_optimizer_step") if watched_module else ():
         setattr(module, hook, sees.look(f"{hook} module"))

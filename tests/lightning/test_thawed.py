@@ -38,7 +38,7 @@ def test_a_thawed_backbone_ends_as_sparse_as_planned(name: str, thaws_first: boo
     assert [masks for masks, _ in count.seen] == [1] * EPOCH + [3] * (3 * EPOCH)
     assert callback.at_target
     whole = planned(JOINING[name](), module)
-    if name == "dpf":  # one threshold: the total
+    if name in ("dpf", "snip"):  # one threshold: the total
         assert sum(zeros(callback).values()) == int(0.8 * sum(SIZES.values()))
     else:
         assert zeros(callback) == whole
@@ -59,7 +59,7 @@ def test_what_waits_is_in_the_plan_and_in_no_sparsity(name: str, tmp_path: Path)
     assert callback.at_target
     assert all(bool(p.all()) for n, p in module.named_parameters() if n in BACKBONE)
     # its share is that of the whole network, so that it need not change when the others join
-    if name != "dpf":
+    if name not in ("dpf", "snip"):
         assert zeros(callback)[HEAD] == planned(JOINING[name](), module)[HEAD]
 
 

@@ -308,7 +308,10 @@ class Halves(Batches):
         ({"penalty": -1.0}, r"penalty=-1\.0 is out of range\. Give a number that is at least 0"),
         ({"batches": 0}, r"batches=0 is not a number of batches\. Give a whole number from 1 on"),
         ({"penalty": 0.1}, r"penalty=0\.1 says nothing to criterion='l1'.*or give criterion='bn_gain'\."),
-        ({"batches": 4}, r"batches=4 says nothing to criterion='l1'.*criterion='ispasp' or 'sosp' or 'taylor_2017'\."),
+        (
+            {"batches": 4},
+            r"batches=4 says nothing to criterion='l1'.*criterion='crop' or 'grasp' or 'ispasp' or 'sosp' or 'taylor_2017'\.",
+        ),
         ({"criterion": "bn_gain", "batches": [torch.ones(2)]}, r"says nothing to criterion='bn_gain'"),
         ({"loss": len}, r"loss=.* says nothing to criterion='l1'"),
         (

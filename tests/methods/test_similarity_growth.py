@@ -5,7 +5,8 @@ import torch
 from oracles.ctre import GROWTH_INIT, INITIAL_ZERO_SIMILARITY, UPDATE
 from torch import Tensor
 
-from sparse_callbacks.methods.ctre.growth import GrowthFigures, growth_bound, propose_growth, replace_regrown
+from sparse_callbacks.core.growth import growth_bound
+from sparse_callbacks.methods.ctre.growth import GrowthFigures, propose_growth, replace_regrown
 
 
 def table(values: list[float]) -> Tensor:

@@ -21,9 +21,13 @@ NOT_DRAWN = {
     "epochs": "drawn with the phases",
     "partitions": "drawn with the phases",
     "rounds": "drawn with the phases",
+    "score": "each has a file of its own",
+    "reinit_after": "some layers of the examples cannot be made anew",
     "start": "drawn with the times",
     "stop": "drawn with the times",
     "finetune": "drawn with the times",
+    "when": "the time of one pruning, which has tests of its own",
+    "lr_after": "new optimizers after one pruning, which have tests of their own",
     "mode": "drawn with monitor",
     "patience": "drawn with monitor",
 }
@@ -77,6 +81,11 @@ DRAWN: dict[str, Draw] = {
     "keep_dense": lambda w: st.sampled_from(["first", "last", "both"]) if len(w.sparse) > 3 else st.nothing(),
     "seed": lambda w: st.integers(0, 2**31),
     "drop_fraction": lambda w: _FRACTION,
+    "drop": lambda w: st.just("signed"),
+    "new_weights": lambda w: st.just("uniform"),
+    "neuron_importance": lambda w: st.sampled_from([0.05, 0.2, 0.6]),
+    "importance_start": lambda w: st.sampled_from([0, 2, 0.1]),
+    "importance_every": lambda w: st.sampled_from([1, 3, 0.2]),
     "smoothing": lambda w: st.sampled_from([0.0, 0.5, 0.99]),
     "unit": lambda w: st.nothing(),  # by method, below
     "variant": lambda w: st.sampled_from(["sim", "pure"]),
@@ -107,6 +116,7 @@ DRAWN: dict[str, Draw] = {
     "epsilon": lambda w: st.sampled_from([0.3, 1.0]),
     "from_checkpoint": lambda w: st.just({"zeros": 0.6}),  # replaced by the state of a network with as many zeros
     "initial_mask": lambda w: st.sampled_from(["random", "magnitude"]),
+    "least": lambda w: st.sampled_from([0, 1]),
     "rescale": lambda w: st.sampled_from(["layer", "fan_in"]),
     "pattern": lambda w: st.sampled_from(["fan_in/2", "fan_in/4"]),
     "candidates": lambda w: st.sampled_from([0.3, 2.0]),
@@ -121,6 +131,7 @@ _OWN: dict[tuple[str, str], Draw] = {
     ("DPF", "sparsity"): lambda w: st.one_of(_SHARE, st.sampled_from(["linear(0.2, 0.8)", "constant(0.7)"])),
     ("DPF", "distribution"): lambda w: st.one_of(st.just("global"), _NAMED, _mapping(w)),
     ("DPF", "unit"): lambda w: st.sampled_from(["weight", "filter"]),
+    ("PruneAtStart", "distribution"): lambda w: st.one_of(st.just("global"), _NAMED, _mapping(w)),
     ("ConstrainedL0", "unit"): lambda w: st.sampled_from(["weight", "channel"]),
     ("SMCP", "exclude"): lambda w: st.nothing(),  # small networks then have no channels left
     ("SMCP", "include"): lambda w: st.nothing(),
@@ -132,6 +143,8 @@ _TWO_WAYS_TO_SAY_IT = [
     ("from_checkpoint", ("sparsity", "distribution", "initial_mask", "rescale")),
     ("init", ("initial_mask",)),
     ("pattern", ("storage",)),
+    ("neuron_importance", ("pattern", "storage")),
+    ("least", ("distribution",)),
 ]
 
 
@@ -155,6 +168,8 @@ def arguments(draw: st.DrawFn, method: str, wanted: Wanted) -> dict[str, Any]:
     made = {k: v for k, v in (base | given).items() if v is not None}
     for name, others in _TWO_WAYS_TO_SAY_IT:
         made = {k: v for k, v in made.items() if name not in made or k not in others}
+    if made.get("drop") == "signed":  # the rows of a group have signs of their own
+        made = {k: v for k, v in made.items() if k != "pattern" and (k, v) != ("storage", "grouped")}
     return made
 
 
@@ -177,7 +192,7 @@ def _times(draw: st.DrawFn, cls: str, known: list[str], steps: int) -> dict[str,
     """Times of updates in steps or in fractions of the run, or those that the method has by itself."""
     if "partitions" in known:
         return draw(_phases(known, steps))
-    if "stop" not in known:
+    if not {"every", "stop"} <= set(known):
         return {}
     start, stop = draw(st.sampled_from([0, 0.1, 0.25])), draw(st.sampled_from([0.5, 0.75, 1.0]))
     every, finetune = draw(st.sampled_from([0.07, 0.13, 0.25])), draw(st.sampled_from([None, 0.9, 1.0]))

@@ -106,7 +106,7 @@ def subjects(*modules: Any) -> Iterator[tuple[str, Callable[..., Any]]]:
 # Bases that are not made by users, what the library itself makes, and what a decorator or a class takes.
 NOT_CALLED = (
     "Method", "DropAndGrow", "SparsityCallback", "SparseRun", "Plan", "Step", "Update", "Options", "Time",
-    "Distribution", "Shapes", "horizon", "contract", "Settings", "SparseLinear", "DoctorWarning",
+    "Distribution", "SeesModel", "Shapes", "horizon", "contract", "Settings", "SparseLinear", "DoctorWarning",
 )  # fmt: skip
 MADE_OTHERWISE = ("SparseLinear.from_dense", "SparseLinear.random")
 """Class methods that users call in place of a constructor."""
@@ -121,8 +121,12 @@ def good(name: str) -> dict[str, Any]:
         return {"linear": linear, "mask": linear.weight > 0} if own == "from_dense" else sizes
     if own == "Schedule":
         return {"curve": "linear", "initial": 0.5, "final": 0.0}
+    if own == "AllReLU":
+        return {"layer": 0}
     if own == "SlimAttention":
         return {"embed_dim": 8, "num_heads": 2}
+    if own == "Score":
+        return {"name": "snip"}
     if own[0].isupper():
         return {}  # every argument of a method has a default
     return _for_networks(own) if module == "sparse_callbacks" else _for_numbers(name)
@@ -177,6 +181,8 @@ def _for_numbers(name: str) -> dict[str, Any]:
         "distributions.resolve": {"distribution": "uniform", "shapes": shapes, "sparsity": 0.5},
         "distributions.epsilon_sparsity": {"shapes": shapes, "epsilon": 1.0},
         "distributions.is_epsilon": {"distribution": "uniform"},
+        "distributions.global_magnitude": {"weights": {"a": values}, "sparsity": 0.5},
+        "distributions.lamp": {"weights": {"a": values}, "sparsity": 0.5},
     }.get(name, {})
 
 

@@ -18,6 +18,7 @@ from sparse_callbacks import (
     ChannelPruning,
     ConstrainedL0,
     GaP,
+    PruneAtStart,
     RigL,
     SparseRun,
     SparsityCallback,
@@ -27,6 +28,9 @@ from sparse_callbacks import (
 
 METHODS: dict[str, Callable[..., SparsityCallback]] = {
     "static": lambda **more: Static(0.8, print_plan=False, **more),
+    "crop": lambda **more: PruneAtStart(
+        0.8, score="crop", batches=list(data(batches=2)), loss=loss_in_own_type, print_plan=False, **more
+    ),
     "set": lambda **more: SET(0.8, every=4, print_plan=False, **more),
     "rigl": lambda **more: RigL(0.8, every=4, print_plan=False, **more),
     "snfs": lambda **more: SNFS(0.8, every=4, print_plan=False, **more),
@@ -77,6 +81,11 @@ def batches(loader: DataLoader[Any], first: int, last: int) -> Iterator[Any]:
 
 def loss_of(model: nn.Module, batch: Any) -> Tensor:
     return nn.functional.cross_entropy(model(batch[0]).float(), batch[1])
+
+
+def loss_in_own_type(model: nn.Module, batch: Any) -> Tensor:
+    """The same on batches of another type than the model's."""
+    return loss_of(model, (batch[0].to(next(model.parameters()).dtype), batch[1]))
 
 
 def train(

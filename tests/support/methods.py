@@ -1,5 +1,6 @@
 """The methods of conf/method/*.yaml under the contract, for the suite and for tests over every method."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from sparse_callbacks import SparsityCallback
+from sparse_callbacks.core.score_rules import SCORES
 from sparse_callbacks.testing import Settings, contract
 from sparse_callbacks.testing.library import LIBRARY
 
@@ -16,19 +18,24 @@ _FOUND = {path.stem: OmegaConf.load(path) for path in sorted(Path(__file__).pare
 CONFIGS: dict[str, dict[str, Any]] = {
     name: OmegaConf.to_container(config) for name, config in _FOUND.items() if "_target_" in config
 }
-METHODS = list(CONFIGS)
+# a method around another one has that one's rules: it is under the contract, and has tests of its own
+METHODS = [name for name, config in CONFIGS.items() if "base" not in config]
 
 
-def _settings(config: dict[str, Any]) -> Settings:
+# SynFlow looks at no data, and a hundred rounds in every case would take long
+_BY_YAML: dict[str, dict[str, Any]] = {"synflow": {"batches": 1, "loss": None, "rounds": 3}}
+
+
+def _settings(yaml: str, config: dict[str, Any]) -> Settings:
     name = config["_target_"].rpartition(".")[2]
     if name not in LIBRARY:
         raise LookupError(f"conf/method has {name}, and sparse_callbacks/testing/library.py has no settings for it.")
-    defaults = {key: value for key, value in config.items() if key != "_target_"}
-    return replace(LIBRARY[name], arguments=defaults | dict(LIBRARY[name].arguments))
+    defaults = {key: value for key, value in config.items() if key not in ("_target_", "defaults")}
+    return replace(LIBRARY[name], arguments=defaults | dict(LIBRARY[name].arguments) | _BY_YAML.get(yaml, {}))
 
 
 CONTRACTS: dict[str, Any] = {
-    name: contract(get_class(config["_target_"]), _settings(config)) for name, config in CONFIGS.items()
+    name: contract(get_class(config["_target_"]), _settings(name, config)) for name, config in CONFIGS.items()
 }
 
 
@@ -36,6 +43,14 @@ def method(name: str, **changes: Any) -> SparsityCallback:
     """The callback of ``conf/method/<name>.yaml`` for a short run; ``changes`` that this method does not take are left
     out."""
     return CONTRACTS[name]().method(**changes)
+
+
+def same_batches(name: str, batches: Iterable[Any]) -> dict[str, Any]:
+    """Arguments with which a method computes its scores on these batches, of however many processes; none for others."""
+    reads = (
+        CONFIGS[name]["_target_"].endswith((".PruneAtStart", ".EarlyCroP")) and SCORES[CONFIGS[name]["score"]].of_loss
+    )
+    return {"batches": list(batches)} if reads else {}
 
 
 def promises(name: str, promise: str) -> bool:

@@ -21,7 +21,7 @@ from sparse_callbacks.testing.data import Batches
 from sparse_callbacks.testing.networks import ByHand, Classifier
 from sparse_callbacks.testing.runs import Stops, fit, watch
 from support.averaging import AVERAGING, average_of
-from support.methods import STEADY, method
+from support.methods import STEADY, method, same_batches
 from support.thawing import run_thawed
 
 
@@ -98,7 +98,8 @@ def train_replica(
     process's."""
     torch.manual_seed(rank)
     net = matrices(rank, dtype) if net is None else net
-    module, callback = Classifier(net), method(name, every=2, stop=8, **changes)
+    scored = same_batches(name, Batches())
+    module, callback = Classifier(net), method(name, every=2, stop=8, **scored, **changes)
     masks: list[dict[str, torch.Tensor]] = []
     see = watch(lambda *_: masks.append({n: m.clone() for n, m in callback.masks.items()}))
     trainer = fit(
@@ -124,7 +125,8 @@ def train_in_fabric(name: str, rank: int, world: int, set_up_first: bool) -> dic
     fabric = Fabric(accelerator="cpu", devices=world, strategy=strategy)
     fabric.launch()
     # float32, which Fabric rounds the outputs of a module to
-    module, callback = Classifier(matrices(rank, torch.float32)), method(name, every=2, stop=8, restart=False)
+    module = Classifier(matrices(rank, torch.float32))
+    callback = method(name, every=2, stop=8, restart=False, **same_batches(name, Batches()))
     loader = Batches(rank=rank, world=world)
     configured = module.configure_optimizers()
     optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]
@@ -197,7 +199,7 @@ def train_in_windows(
     name: str, rank: int, world: int, *more: pl.Callback, ckpt_path: Path | None = None
 ) -> dict[str, Any]:
     """Masks after every batch and all state at the end of a run in manual optimization."""
-    module, callback = InWindows(rank), method(name, every=1, stop=6)
+    module, callback = InWindows(rank), method(name, every=1, stop=6, **same_batches(name, Batches()))
     masks: list[dict[str, torch.Tensor]] = []
     see = watch(lambda *_: masks.append({n: m.clone() for n, m in callback.masks.items()}))
     trainer = fit(

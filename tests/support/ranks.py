@@ -21,7 +21,7 @@ from sparse_callbacks.testing.comparison import assert_effective
 from sparse_callbacks.testing.data import Batches
 from sparse_callbacks.testing.networks import Classifier, conv_net
 from sparse_callbacks.testing.runs import fit, watch
-from support.methods import STEADY, method
+from support.methods import STEADY, method, same_batches
 from support.processes import matrices
 
 LAST = 5
@@ -77,7 +77,8 @@ COUNTED = collectives() if __name__ == "__main__" else Counter()
 
 def train(name: str, rank: int, world: int) -> dict[str, Any]:
     """Masks after every batch, collective operations and updates in each, and the weights at the end."""
-    module, callback = Weighted(matrices(rank)), method(name, every=3, stop=8, restart=False)
+    module = Weighted(matrices(rank))
+    callback = method(name, every=3, stop=8, restart=False, **same_batches(name, Uneven(0, 1)))
     masks: list[dict[str, Tensor]] = []
     calls: list[tuple[int, int]] = []
     before = Counter(COUNTED)

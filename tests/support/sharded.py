@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
-from sparse_callbacks import DPF, Static, sparsify
+from sparse_callbacks import DPF, SET, Static, sparsify
 from sparse_callbacks.testing.data import Batches
 from sparse_callbacks.testing.networks import Classifier
 from sparse_callbacks.testing.runs import Stops, trainer_for
@@ -25,6 +25,7 @@ from support.methods import method
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "static": ("static", {}),
     "set": ("set", {"every": 2, "stop": 14}),
+    "set as published": ("set", {"every": 2, "stop": 14, "drop": "signed", "new_weights": "uniform"}),
     "rigl": ("rigl", {"every": 2, "stop": 14}),
     "rigl with candidates": ("rigl", {"every": 2, "stop": 14, "candidates": 0.5}),
     "gmp": ("gmp", {"every": 2, "stop": 12}),
@@ -185,6 +186,7 @@ def refusals() -> dict[str, str]:
         "two dimensions": refused(Static(0.5, **static), OverTwoDimensions()),
         "start": refused(Static(0.5, initial_mask="magnitude", **static)),
         "rescaled": refused(Static(0.5, rescale="layer", **static)),
+        "neurons": refused(SET(0.5, neuron_importance=0.2, print_plan=False)),
         "pattern": refused(Static(0.5, pattern="fan_in/2", **static)),
         "averages": refused(Static(0.5, **static), more=[WeightAveraging()]),
         "frozen": refused(Static(0.5, **static), Frozen()),

@@ -18,6 +18,7 @@ from sparse_callbacks import (
     SET,
     SNFS,
     GaP,
+    PruneAtStart,
     RigL,
     SparsityCallback,
     Static,
@@ -29,9 +30,17 @@ EPOCH = 4
 BACKBONE = ("backbone.1.weight", "backbone.4.weight")
 HEAD = "head.weight"
 SIZES = {BACKBONE[0]: 50 * 16, BACKBONE[1]: 16 * 10, HEAD: 10 * 4}
+
+
+def step_loss(module: Any, batch: Any) -> Tensor:
+    """The loss that a :class:`Transfer` trains with, for loops that show none."""
+    return module.training_step(batch, 0)
+
+
 # every method whose layers may join a run, in a run of four epochs of four steps
 JOINING: dict[str, Callable[..., SparsityCallback]] = {
     "static": lambda **more: Static(0.8, print_plan=False, **more),
+    "snip": lambda **more: PruneAtStart(0.8, loss=step_loss, print_plan=False, **more),
     "set": lambda **more: SET(0.8, every=2, stop=14, print_plan=False, **more),
     "rigl": lambda **more: RigL(0.8, every=2, stop=14, print_plan=False, **more),
     "snfs": lambda **more: SNFS(0.8, every=2, stop=14, print_plan=False, **more),

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
@@ -15,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import sparse_callbacks
 from sparse_callbacks import schedules
-from sparse_callbacks.tasks import build
+from sparse_callbacks.tasks import build, recorded_config, run_names
 from sparse_callbacks.tasks.classifier import Optim, gradient_norm
 
 Compose = Callable[..., DictConfig]
@@ -34,7 +35,13 @@ def test_the_yaml_spells_out_every_argument_with_its_default(name: str) -> None:
     defaults = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
     # of methods without sparse storage too, which say so in words
     options = {"keep_dense": None, "print_plan": True, "fresh_start": False, "storage": "masked"}
-    assert OmegaConf.to_container(cfg) == options | defaults
+    # one class, with a file for each score
+    chosen = {"score": name} if "score" in defaults and name != "early_crop" else {}
+    if "base" in cfg:  # a method around another one, whose file spells out what concerns masks
+        assert [next(iter(entry), None) for entry in cfg.pop("defaults") if entry != "_self_"] == ["/method@base"]
+        del cfg["base"], defaults["base"]
+        options = {}
+    assert OmegaConf.to_container(cfg) == options | defaults | chosen
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("none", *GATED)])
@@ -44,6 +51,31 @@ def test_root_keys_reach_the_method(composed: Compose, name: str) -> None:
     assert method.target_sparsity == 0.7
     assert method.seed == 5
     assert build.build_method(composed(f"method={name}")).target_sparsity == 0.9  # type: ignore[union-attr]
+
+
+def test_a_method_around_another_one_gets_it_from_the_configuration(composed: Compose) -> None:
+    around: Any = build.build_method(
+        composed(
+            "method=sup_tickets",
+            "method@method.base=set",
+            "method.base.drop_fraction=0.2",
+            "method.cycles=2",
+            "sparsity=0.7",
+        )
+    )
+    assert isinstance(around, sparse_callbacks.SupTickets)
+    assert isinstance(around.base, sparse_callbacks.SET)
+    assert (around.base.drop_fraction, around.drop_fraction, around.cycles, around.sparsity) == (0.2, 0.5, 2, 0.7)
+    given = [("seed=4", 4), ("method.seed=5", 5), ("method.base.seed=6", 6)]
+    for override, seed in given:
+        assert build.build_method(composed("method=sup_tickets", override)).seed == seed  # type: ignore[union-attr]
+    curved: Any = build.build_method(composed("method=sup_tickets", "schedule=linear"))
+    assert str(curved.base.drop_fraction) == "linear(0.3, 0.0)"
+    assert curved.drop_fraction == 0.5
+    with pytest.raises(ValueError, match=r"method@method\.base=none, and SupTickets trains by the method in its base"):
+        build.build_method(composed("method=sup_tickets", "method@method.base=none"))
+    with pytest.raises(ValueError, match="base=GMP is not a method that drops weights"):
+        build.build_method(composed("method=sup_tickets", "method@method.base=gmp"))
 
 
 @pytest.mark.parametrize("name", GATED)
@@ -163,7 +195,8 @@ def test_experiments_compose_and_their_method_fits_the_model(composed: Compose, 
     if method is None:
         assert name == "shrinkbench_dense"
         return
-    shapes = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32), "madelon": (500,)}
+    images = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+    shapes = {**images, "madelon": (500,)}
     shape = shapes[cfg.data.get("name") or cfg.data._target_.rpartition(".")[2]]
     module = build.build_module(cfg, SimpleNamespace(input_shape=shape, num_classes=10))  # type: ignore[arg-type]
     plan = method.plan(module)
@@ -217,3 +250,33 @@ def test_curvature_is_logged_where_the_root_key_says_how_often(run: Run, tmp_pat
     assert [int(row[step]) for row in rows if row[largest]] == [0, 5, 10, 15, 20, 25]
     with pytest.raises(ValueError, match="every=0: 0 is out of range"):
         run("curvature=0", folder="other")
+
+
+def test_a_distribution_may_be_an_object(composed: Compose) -> None:
+    cfg = composed("method=rigl", "method.distribution={_target_:support.shares.BySize,least:0.3}")
+    method = build.build_method(cfg)
+    assert method is not None
+    assert method.arguments["distribution"] == "BySize(0.3)"
+    assert run_names.target_text(method) == "bysize"
+    assert recorded_config.target_sparsity(method) is None  # no model is known
+    model = torch.nn.Linear(20, 10)
+    assert 0.3 < method.plan(model).total < 0.8
+    with pytest.raises(ValueError, match=r"sparsity=0.7 and distribution=BySize\(0.3\) both say"):
+        build.build_method(
+            composed("method=rigl", "sparsity=0.7", "method.distribution={_target_:support.shares.BySize,least:0.3}")
+        )
+
+
+def test_spdy_from_the_command_line(composed: Compose, run: Run) -> None:
+    """FLOPs of the first batch of data, as the module of `train.py` has no example input."""
+    spdy = "method.distribution={_target_:sparse_callbacks.Spdy,budget:0.3}"
+    method = build.build_method(composed("method=gmp", spdy))
+    assert method is not None
+    assert method.arguments["distribution"] == "Spdy(budget=0.3, cost='flops', error='magnitude')"
+    sized = build.build_method(composed("method=gmp", spdy.replace("0.3", "0.3,input:[1,8,8]")))
+    assert "input=(1, 8, 8)" in sized.arguments["distribution"]  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="both say how many weights"):
+        build.build_method(composed("method=gmp", spdy, "sparsity=0.8"))
+    metrics = run("method=gmp", spdy)
+    # a network of linear layers alone, each weight of which is used once
+    assert 0.7 <= metrics["sparsity/total"] < 0.75

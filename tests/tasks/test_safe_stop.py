@@ -27,7 +27,7 @@ BATCHES = 9
 def _noisy_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dropout draws from torch's generator, so that a run with a wrong random state ends elsewhere."""
 
-    def noisy(input_shape: Any, num_classes: int, hidden: Any, init: Any = None) -> nn.Module:
+    def noisy(input_shape: Any, num_classes: int, **options: Any) -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Dropout(0.3), nn.Linear(24, num_classes))
 
     monkeypatch.setattr(models, "mlp", noisy)

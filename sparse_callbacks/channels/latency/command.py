@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.threads is not None:
         torch.set_num_threads(given.threads)
     # before the model is made, which may take minutes
-    problem = _why_not_written(given.out) or _why_not_measured_on(given.device)
+    problem = why_not_written(given.out) or _why_not_measured_on(given.device)
     if problem:
         parser.error(problem)
     # the arguments are part of the name: tables of two widths of one class are two tables
@@ -75,30 +75,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("model", help="module:callable that gives the model, e.g. torchvision.models:resnet18")
-    add("--arguments", type=_named, default={}, help="of the callable, as JSON, e.g. '{\"num_classes\": 10}'")
-    add("--batch", type=_count, default=1, help="samples of a batch; as many as the model will be given")
+    add("--arguments", type=json_arguments, default={}, help="of the callable, as JSON, e.g. '{\"num_classes\": 10}'")
+    add("--batch", type=count_of, default=1, help="samples of a batch; as many as the model will be given")
     size = "size of one sample, a float tensor, e.g. 3 32 32"
-    add("--input", type=_count, nargs="+", required=True, help=size)
+    add("--input", type=count_of, nargs="+", required=True, help=size)
     out = "JSON, saved after each kind of layer; layers in it of the same settings are not measured again"
     add("--out", type=Path, required=True, help=out)
     add("--overwrite", action="store_true", help="measure everything anew, whatever --out holds")
     points = "numbers of channels on each side of a layer, beside the smallest"
-    add("--points", type=_count, default=4, help=points)
-    add("--repeats", type=_count, default=15, help="readings of which the median is taken")
+    add("--points", type=count_of, default=4, help=points)
+    add("--repeats", type=count_of, default=15, help="readings of which the median is taken")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    add("--threads", type=_count, help="of torch; by default as it starts with")
+    add("--threads", type=count_of, help="of torch; by default as it starts with")
     add("--channels-last", action="store_true", help="memory format of images and weights")
     return parser
 
 
-def _count(text: str) -> int:
+def count_of(text: str) -> int:
+    """A word of the command line as a whole number from 1 on."""
     # int() has an error of its own for letters, and takes "1_0"
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on; give one, such as 8")
     return int(text)
 
 
-def _named(text: str) -> dict[str, Any]:
+def json_arguments(text: str) -> dict[str, Any]:
+    """A word of the command line as named arguments, from JSON."""
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
@@ -109,7 +111,7 @@ def _named(text: str) -> dict[str, Any]:
     return found
 
 
-def _why_not_written(out: Path) -> str:
+def why_not_written(out: Path) -> str:
     """Why nothing can be saved as ``out``, whose folder is made if it is missing; empty where it can."""
     try:
         # now: a folder that cannot be made should not show after minutes of measuring

@@ -5,7 +5,7 @@ import json
 import math
 import platform
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,27 @@ def _chip(device: str) -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return next(iter(names), platform.processor() or platform.machine())
+
+
+def changed_place(about: Mapping[str, Any], name: str) -> list[str]:
+    """Sentences about a table that was measured on another machine, device, number of threads or version of torch than the
+    current ones.
+
+    Args:
+        about: what the table states of these; a key that it lacks raises no doubt.
+        name: the table, for the sentences.
+    """
+    device = str(about.get("device", "cpu")).partition(" ")[0]
+    current = environment(device)
+    phrases = {"machine": "on {}", "device": "on {}", "threads": "with {} threads", "torch": "with torch {}"}
+    if device.startswith("cuda"):
+        del phrases["threads"]  # which do not compute there
+    return [
+        f"{name} was measured {phrase.format(about[key])}, and here it is {current[key]}. Times may differ: measure where the "
+        "model is to be fast."
+        for key, phrase in phrases.items()
+        if about.get(key, current[key]) != current[key]
+    ]
 
 
 @dataclass(frozen=True)
@@ -222,15 +243,7 @@ class Table:
         if error > DOUBTFUL:
             most = f"{name} is off by up to {100 * error:.0f} % at the models that it was fitted to"
             doubts.append(f"{most}. Measure anew on a quiet machine: {COMMAND}.")
-        device = str(about.get("device", "cpu")).partition(" ")[0]
-        current = environment(device)
-        phrases = {"machine": "on {}", "device": "on {}", "threads": "with {} threads", "torch": "with torch {}"}
-        if device.startswith("cuda"):
-            del phrases["threads"]  # which do not compute there
-        for key, phrase in phrases.items():
-            if about.get(key, current[key]) != current[key]:
-                measured = f"{name} was measured {phrase.format(about[key])}, and here it is {current[key]}"
-                doubts.append(f"{measured}. Times may differ: measure where the model is to be fast.")
+        doubts += changed_place(about, name)
         return doubts
 
     def save(self, path: str | Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_callbacks.core.sparse_layers.moved_places import NEVER, largest_ranked, places_without
+from sparse_callbacks.core.sparse_layers.place_units import LivePlaces
 from sparse_callbacks.core.sparse_layers.quick_places import counts_below, largest_places, others_above, true_places
 
 LARGEST_SAME = 2**26  # units up to which the draw is that of masked storage
@@ -104,6 +105,31 @@ def random_numbers(size: int, source: torch.Generator) -> Iterator[Tensor]:
             yield numbers.random_(generator=source).bitwise_and_(2**BITS - 1)
         else:
             yield numbers.copy_(torch.rand(len(numbers), dtype=torch.float64, generator=source).mul_(2**BITS))
+
+
+def numbers_of_live(places: LivePlaces, source: torch.Generator) -> Tensor:
+    """A uniform number in [0, 1) for each live weight, float64, in the shape of the layer's values.
+
+    Up to `LARGEST_SAME` weights they are the numbers of ``torch.rand(outputs, inputs, dtype=torch.float64)`` at these places.
+
+    Args:
+        places: the live places of the layer.
+        source: the generator of the random numbers.
+    """
+    size, flat = places.outputs * places.inputs, places.keys().cpu()
+    if places.group > 1:  # every row of a block reads the same inputs
+        firsts = torch.arange(places.outputs).view(places.blocks, places.group, 1) * places.inputs
+        flat = (flat.view(places.blocks, 1, -1).remainder(places.inputs) + firsts).flatten()
+    if size > LARGEST_SAME:
+        drawn = torch.rand(flat.numel(), dtype=torch.float64, generator=source)
+    else:
+        ends = counts_below(flat, torch.arange(0, size + DRAWN_AT_ONCE, DRAWN_AT_ONCE)).tolist()
+        found = [
+            numbers.index_select(0, flat[ends[piece] : ends[piece + 1]] - piece * DRAWN_AT_ONCE)
+            for piece, numbers in enumerate(random_numbers(size, source))
+        ]
+        drawn = torch.cat([flat.new_empty(0), *found]).to(torch.float64).div_(2**BITS)
+    return drawn.view(places.values_shape).to(places.device)
 
 
 @functools.cache

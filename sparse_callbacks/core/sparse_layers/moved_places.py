@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparse_callbacks.core.ops import drop_count
 from sparse_callbacks.core.sparse_layers.quick_places import (
     counts_below,
     fresh,
@@ -72,6 +73,21 @@ def surviving_units(magnitudes: Tensor, count: int, per_block: int | None = None
         return largest_places(magnitudes, magnitudes.numel() - count)
     ranked = magnitudes.view(-1, per_block).nan_to_num(BELOW_ZERO, torch.inf)
     return true_places(largest_ranked(ranked, per_block - count))
+
+
+def surviving_by_sign(values: Tensor, fraction: float) -> Tensor:
+    """Ascending slots of the units that stay where each sign loses its own: int(fraction * count) of the smallest positive
+    and as large a share of the largest negative values. An exact zero, and NaN, counts as positive.
+
+    Args:
+        values: the value of each unit of one row, in the order of the keys.
+        fraction: the share of the units of each sign that leaves.
+    """
+    negative, kept = mask_below(values, 0), []
+    for sign in (true_places(negative), true_places(~negative)):
+        count = drop_count(sign.numel(), fraction)
+        kept.append(sign.index_select(0, surviving_units(values.index_select(0, sign).abs(), count)))
+    return merged_runs(torch.cat(kept))
 
 
 def largest_ranked(ranked: Tensor, count: int) -> Tensor:

@@ -11,7 +11,7 @@ from sparse_callbacks.core.attachment import Choice
 from sparse_callbacks.core.awaited import for_targets, with_awaited
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.cut_weights import count_cut
-from sparse_callbacks.core.initial_masks import find_masks, forget_given
+from sparse_callbacks.core.initial_masks import forget_given, planned_targets
 from sparse_callbacks.core.inspection import copied
 from sparse_callbacks.core.live.live_masks import exchanged_layers
 from sparse_callbacks.core.live.live_records import end_records
@@ -142,8 +142,8 @@ def _put_first(
     """Exchange layers for a run that is new, or goes on with the masks of the method's last one."""
     method.attachment.choose(model, choices)
     shared = for_targets(entries)
-    find_masks(method, model, shared, None, together=True)
-    targets = method.share_out(shared)
+    targets = planned_targets(method, model, shared, None, together=True)
+    method.attachment.share(model)  # of weights that exchanged layers have lost when the run begins
     zeros = method.parameter_zeros(shared, targets)
     refuse_choices(getattr(method, "storage", "masked"), choices, {name for name, n in zeros.items() if not n})
     layers = linear_layers(model)

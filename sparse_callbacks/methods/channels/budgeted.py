@@ -14,6 +14,7 @@ from sparse_callbacks.channels.groups import Group
 from sparse_callbacks.channels.normalized import normalized_outputs
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core.calendar import Time
+from sparse_callbacks.core.example_inputs import example_inputs
 from sparse_callbacks.core.method import Method, Options
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.step import Step
@@ -113,7 +114,7 @@ class BudgetedChannels(Method):
         model = self.model
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the data is augmented does not matter here
-            example = prunable.example_inputs(model, self.host.data_pass())
+            example = example_inputs(model, self.host.data_pass())
         stay = [*(self.exclude or ()), *(e.name for e in self.entries if e.reason.endswith("kept dense on request"))]
         layers = costs.layers(model, example)
         stem = None if self.prune_stem else costs.stem(layers)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Unpack
 
 import torch
 
+from sparse_callbacks.core import distance_trigger as trigger
 from sparse_callbacks.core.arguments import refuse_unknown
 from sparse_callbacks.core.calendar import Calendar, RunLength, Time, resolve_times
 from sparse_callbacks.core.calibration import Loss, number_of_batches
@@ -17,8 +18,10 @@ from sparse_callbacks.core.storages.storage import why_no_exchange
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.channels.arguments import refuse_negative
 from sparse_callbacks.methods.channels.budgeted import START, STOP, BudgetedChannels
+from sparse_callbacks.methods.channels.combinations import refuse_combinations, refuse_when
 from sparse_callbacks.methods.channels.criteria import CRITERIA, ScoredNetwork
 from sparse_callbacks.methods.channels.rankings import RANKINGS, Choice, Offer, equal_shares
+from sparse_callbacks.methods.pruning_time import When
 
 
 class ChannelPruning(BudgetedChannels):
@@ -51,6 +54,9 @@ class ChannelPruning(BudgetedChannels):
       its mean over the samples of ``batches``, divided by the group's L2 norm.
     - ``"sosp"``: \\|theta_s . g\\| + \\|theta_s . (H theta)_s\\| / 2 of a unit's weights theta_s, the filters of its producers and
       depthwise convolutions, where theta holds those of all units; one Hessian-vector product for each of ``batches``.
+    - ``"crop"``, ``"grasp"``: \\|dz/dgate\\|, or dz/dgate itself, of a gate of one in front of the layers that read the unit, where
+      dz/dgate is half the derivative of \\|\\|g\\|\\|^2 and g the gradient of the loss on ``batches`` by all weights: the sum of
+      weight * (H g) + g^2 over the weights that read the unit. ``"grasp"`` removes the units with the largest -dz/dgate.
     - ``"ispasp"``: the set of units that keeps the output of the next layer closest to what it was on ``batches``, the best
       one seen in 20 exchanges; with ``ranking="layer"`` and ``start == stop``. Groups that several layers make or read go by
       ``"l1"``.
@@ -79,6 +85,10 @@ class ChannelPruning(BudgetedChannels):
         every: optimizer steps (int) or fraction of the run (float) between prunings; None: 30 (Molchanov et al.), shortened,
             with a message, in short runs.
         start, stop: when the ramp begins and ends, in the same units.
+        when: None: the ramp. Otherwise all channels go at once: ``"start"``, before the first step; a time, in the same units;
+            or ``"distance"``, at the end of the first epoch t >= 2 whose weights have settled, \\|d_t - d_(t-1)\\| <
+            (budget - 0.1) * d_1 with d_t = \\|\\|theta_t - theta_0\\|\\| / \\|\\|theta_0\\|\\| over the selected weights, and at ``stop``
+            at the latest, with a warning (EarlyCroP; a budget above 0.1, and at most 0.99 of d_1).
         penalty: of ``"bn_gain"``.
         batches: for criteria that take passes of their own over the data: number of batches, whose samples are drawn from
             the training data with ``seed``, or a list or loader of the batches.
@@ -98,7 +108,7 @@ class ChannelPruning(BudgetedChannels):
 
     Reference: Li et al.: Pruning Filters for Efficient ConvNets. ICLR 2017. Molchanov et al.: Importance Estimation for
     Neural Network Pruning. CVPR 2019. Liu et al.: Learning Efficient Convolutional Networks through Network Slimming. ICCV
-    2017.
+    2017. Rachwan et al.: Winning the Lottery Ahead of Time: Efficient Early Network Pruning. ICML 2022.
     """
 
     published_every: ClassVar[int] = 30
@@ -118,6 +128,7 @@ class ChannelPruning(BudgetedChannels):
         every: Time | None = None,
         start: Time = START,
         stop: Time = STOP,
+        when: When | None = None,
         penalty: float = 1e-4,
         batches: int | Iterable[Any] = 8,
         loss: Loss | None = None,
@@ -127,6 +138,7 @@ class ChannelPruning(BudgetedChannels):
         seed: int = 0,
         **options: Unpack[Options],
     ) -> None:
+        self.when = when  # set_times reads it
         super().__init__(
             budget,
             cost=cost,
@@ -150,56 +162,28 @@ class ChannelPruning(BudgetedChannels):
         refuse_negative(penalty=penalty)
         number_of_batches(batches)
         self._rule = CRITERIA[criterion]()
-        self._refuse_combinations()
+        # the published tolerance, with the share of the cost that goes for the sparsity
+        self._tolerance = trigger.tolerance(1.0 - self.budget, structured=True) if when == "distance" else 0.0
+        signature = inspect.signature(ChannelPruning).parameters
+        refuse_combinations(self, self._rule, {n: signature[n].default for n in ("penalty", "batches", "loss")})
         self._figures: Figures = {}  # of a pruning before the first step, until training begins
-
-    def _refuse_combinations(self) -> None:
-        """Refuse times, a ranking and arguments that the criterion cannot have.
-
-        Raises:
-            ValueError: says which.
-        """
-        rule, name = self._rule, self.criterion
-        if self.ranking not in rule.rankings:
-            raise ValueError(
-                f"ranking={self.ranking!r} cannot be used with criterion={name!r}, whose scores say nothing across "
-                f"groups. Give ranking={' or '.join(map(repr, rule.rankings))}."
-            )
-        for argument in ("penalty", "batches", "loss"):
-            given, usual = getattr(self, argument), inspect.signature(ChannelPruning).parameters[argument].default
-            same = given is usual or (isinstance(given, int | float) and given == usual)
-            if argument not in rule.arguments and not same:
-                readers = " or ".join(
-                    repr(known) for known in sorted(CRITERIA) if argument in CRITERIA[known].arguments
-                )
-                raise ValueError(
-                    f"{argument}={given!r} says nothing to criterion={name!r}, which does not read it. Leave {argument}= "
-                    f"out, or give criterion={readers}."
-                )
-        if rule.one_shot and not self.is_one_shot:
-            raise ValueError(
-                f"criterion={name!r} prunes once, and start={self.start!r} and stop={self.stop!r} are a ramp. Give the "
-                "same start= and stop=, such as start=0, stop=0 for a network that is trained already."
-            )
-        if rule.needs_steps and self.is_before_training:
-            raise ValueError(
-                f"criterion={name!r} scores channels by the gradients of training steps, and with start=0, stop=0 there "
-                "are none before the pruning. Give a later start= and stop=, such as start=100, stop=100."
-            )
 
     # ------------------------------------------------------------------ times
 
     @property
     def is_one_shot(self) -> bool:
         """All channels go at once."""
-        return self.is_before_training or (type(self.start) is type(self.stop) and self.start == self.stop)
+        same = type(self.start) is type(self.stop) and self.start == self.stop
+        return self.when is not None or self.is_before_training or same
 
     @property
     def is_before_training(self) -> bool:
         """All channels go before the first step."""
-        return self.start == self.stop == 0
+        return self.when == "start" or (self.when is None and self.start == self.stop == 0)
 
     def set_times(self, every: Time | None, start: Time, stop: Time) -> None:
+        if self.when is not None:
+            refuse_when(self.when, every, start, stop)
         if every is not None and type(start) is type(stop) and start == stop:
             raise ValueError(
                 f"every={every!r} is an interval, and with start={start!r}, stop={stop!r} all channels go at once. Leave "
@@ -212,9 +196,16 @@ class ChannelPruning(BudgetedChannels):
             super().set_times(every, start, stop)
 
     def make_calendar(self, run: RunLength) -> Calendar:
+        if self.when == "distance":
+            return trigger.ending_with_pruning(self, trigger.distance_calendar(self.stop, run))
         if not self.is_one_shot or self.start is None:
             return super().make_calendar(run)
-        return resolve_times(None, self.start, self.stop, 1, run, final=True)  # without a word about an interval
+        start, stop = (self.start, self.stop) if self.when is None else (self._time, self._time)
+        return resolve_times(None, start, stop, 1, run, final=True)  # without a word about an interval
+
+    @property
+    def _time(self) -> Time:
+        return 0 if isinstance(self.when, str) or self.when is None else self.when
 
     # ------------------------------------------------------------------ the choice
 
@@ -232,6 +223,8 @@ class ChannelPruning(BudgetedChannels):
             self._figures = update.figures
 
     def begin_training(self, epoch: int) -> Figures:
+        if self.when == "distance":
+            trigger.keep_initial(self)
         figures, self._figures = self._figures, {}
         return figures
 
@@ -266,6 +259,11 @@ class ChannelPruning(BudgetedChannels):
             loss=self.loss,
         )
 
+    def figures(self) -> dict[str, float]:
+        """Those of :class:`BudgetedChannels`, and of the trigger with ``when="distance"``."""
+        waits = self.when == "distance"
+        return super().figures() | (self.own_figures(**trigger.trigger_figures(self, self._tolerance)) if waits else {})
+
     # ------------------------------------------------------------------ the step
 
     def before_step(self, step: Step) -> None:
@@ -274,6 +272,9 @@ class ChannelPruning(BudgetedChannels):
 
     def after_step(self, step: Step) -> Update | None:
         self._rule.after_step(self._scored(), step)
+        waits = self.when == "distance" and step.index in self.optimizer_of
+        if waits and not (step.due and trigger.falls_now(self, step, self._tolerance)):
+            return None
         return super().after_step(step)
 
     def after_update(self, step: Step) -> None:

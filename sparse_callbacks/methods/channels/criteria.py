@@ -69,6 +69,8 @@ class Criterion:
     """It prunes once: ``start`` and ``stop`` are the same."""
     rankings: ClassVar[Sequence[str]] = ("knapsack", "global", "layer")
     """The rankings that its scores are good for."""
+    why_rankings: ClassVar[str] = "whose scores say nothing across groups"
+    """Why they are not good for others, as the end of a sentence."""
     arguments: ClassVar[Sequence[str]] = ()
     """Those of ``penalty``, ``batches`` and ``loss`` that it reads; others are refused."""
     needs_counts: ClassVar[bool] = False

@@ -6,6 +6,7 @@ from torch import nn
 
 from sparse_callbacks.core.awaited import why_never
 from sparse_callbacks.core.checkpoint import SavedRun
+from sparse_callbacks.core.distance_trigger import expected_of_trigger
 from sparse_callbacks.core.state_claims import Kept, Zeros, expected_aux, possible_zeros
 from sparse_callbacks.methods.channels.budgeted import BudgetedChannels
 from sparse_callbacks.methods.channels.channel_pruning import ChannelPruning
@@ -29,7 +30,8 @@ def _(method: BudgetedChannels, saved: SavedRun, planned: Mapping[str, int]) -> 
 
 @expected_aux.register
 def _(method: ChannelPruning, saved: SavedRun, model: nn.Module) -> Mapping[str, Kept]:
-    return {
+    of_trigger = expected_of_trigger(saved) if method.when == "distance" else {}
+    return of_trigger | {
         "scores.*": Kept(None, low=0),
         "former.*": Kept(None, low=0),
         "steps.*": Kept(dtype="int", low=0),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sparse_callbacks.core.awaited import names_awaited
 from sparse_callbacks.core.calendar import Calendar, RunLength, Time, resolve_times
 from sparse_callbacks.core.distributions import Distribution, clipped, epsilon_sparsity, is_epsilon
+from sparse_callbacks.core.growth import fresh_values
 from sparse_callbacks.core.hooks import BatchEnd, Figures
 from sparse_callbacks.core.host import Forward
 from sparse_callbacks.core.initial_masks import InitialMask
@@ -23,7 +24,7 @@ from sparse_callbacks.core.step import MeasuresSimilarity, Step
 from sparse_callbacks.core.storages.storage import why_no_exchange
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.ctre.activations import measure_similarity
-from sparse_callbacks.methods.ctre.growth import GrowthFigures, growth_bound, propose_growth, replace_regrown
+from sparse_callbacks.methods.ctre.growth import GrowthFigures, propose_growth, replace_regrown
 from sparse_callbacks.methods.ctre.patience import Mode, Patience, check_patience
 from sparse_callbacks.methods.ctre.similarity import CosineSums, cosine_similarity, layers_of
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
@@ -255,13 +256,12 @@ class CTRE(MeasuresSimilarity, DropAndGrow):
         grown.drawn += int(drawn.count_nonzero())
         return kept | accepted | drawn
 
-    def _draw(self, step: Step, name: str, purpose: str = "") -> Tensor:
+    def _draw(self, step: Step, name: str) -> Tensor:
         """Uniform numbers in [0, 1) of the parameter's shape."""
-        return uniform_like(self.params[name], self.generator(name + purpose, step.number))
+        return uniform_like(self.params[name], self.generator(name, step.number))
 
     def new_weights(self, step: Step, name: str) -> Tensor:
-        # a purpose of its own: the draw for positions would give weights that depend on where they are
-        return (2 * self._draw(step, name, "/new weights") - 1) * growth_bound(self.weights.entries[name].shape)
+        return fresh_values(self, name, step.number)
 
     # ------------------------------------------------------------------ patience
 

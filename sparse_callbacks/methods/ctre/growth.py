@@ -1,7 +1,5 @@
 """Growth by similarity: the positions that an update of CTRE grows, and figures of them."""
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -69,13 +67,3 @@ class GrowthFigures:
         if self.similar:  # without any there is no mean, and a 0 in the log would look like one
             found["mean_similarity"] = self.similarity / self.similar
         return found
-
-
-def growth_bound(shape: Sequence[int]) -> float:
-    """b of U(-b, b) for new weights of a layer (out, in, *kernel): sqrt(6 / n_in), with n_in = in * kernel positions.
-
-    >>> round(growth_bound((10, 600)), 6)
-    0.1
-    """
-    # all dimensions but the outputs: each offset of a kernel is an input neuron of its own, as for similarity
-    return math.sqrt(6 / math.prod(shape[1:]))

@@ -2,18 +2,20 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from sparse_callbacks.core.allocations.by_weight import GLOBAL
 from sparse_callbacks.core.calendar import Calendar, RunLength, Time
-from sparse_callbacks.core.distributions import Distribution, resolve
+from sparse_callbacks.core.distributions import Distribution, reads_weights
+from sparse_callbacks.core.joint_thresholds import joint_masks, renews_thresholds
 from sparse_callbacks.core.method import Method, Options
-from sparse_callbacks.core.ops import keep_largest, keep_largest_jointly, zeros_for
-from sparse_callbacks.core.plan import Plan
+from sparse_callbacks.core.ops import keep_largest, zeros_for
 from sparse_callbacks.core.schedules import Schedule, pruning_curve, to_steps
-from sparse_callbacks.core.selection import Entry, layer_shapes
+from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.shards import layout_of, size_of
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.storages.storage import why_no_exchange
@@ -22,7 +24,6 @@ from sparse_callbacks.core.thawed import by_step, masks_by_magnitude
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.dpf import filters
 
-GLOBAL = "global"
 UNITS = ("weight", "filter")
 NEVER = 2**62  # later than any run ends, and a whole number, as calendars are saved
 
@@ -54,8 +55,9 @@ class DPF(Method):
         sparsity: a number is the target, reached along the cubic; a schedule or its text (``"linear(0, 0.9)"``) is
             taken as it is, and ``"constant(0.9)"`` prunes from the start.
         distribution: ``"global"``: one threshold over all selected weights (of each optimizer, where there are
-            several); otherwise one for each layer, which rises to its own target in the same proportion (name, ``{glob:
-            sparsity or name}`` or callable; see :class:`~sparse_callbacks.core.method.Method`).
+            several); ``"lamp"``: the same over scores; both are taken anew at each refresh. Otherwise one for each layer,
+            which rises to its own target in the same proportion (name, ``{glob: sparsity or name}``, callable or object;
+            see :class:`~sparse_callbacks.core.method.Method`).
         every: optimizer steps (int) or fraction of the run (float) between refreshes; None: 16, shortened, with a
             message, in short runs.
         start, stop: when the curve begins and ends, in the same units.
@@ -104,6 +106,12 @@ class DPF(Method):
         )
         if unit not in UNITS:
             raise ValueError(f"unit={unit!r} is not known. Give 'weight', or 'filter' to prune whole output channels.")
+        named = self.distribution.values() if isinstance(self.distribution, Mapping) else [self.distribution]
+        if unit == "filter" and (others := [r for r in named if reads_weights(r) and r != GLOBAL]):
+            raise ValueError(
+                f"distribution={others[0]!r} ranks single weights, and unit='filter' whole channels, of which each layer keeps "
+                "its strongest. Give distribution='global', or unit='weight'."
+            )
         self.sparsity, self.unit = sparsity, unit
         self.set_times(every, start, stop)
         if finetune is not None:
@@ -140,18 +148,6 @@ class DPF(Method):
 
     # ------------------------------------------------------------------ plan and calendar
 
-    def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
-        # one threshold decides how many of each layer go, and no layer has a target: uniform ones give the total
-        return (
-            resolve("uniform", layer_shapes(entries), self.target_sparsity)
-            if self._is_global
-            else super().share_out(entries)
-        )
-
-    @property
-    def _is_global(self) -> bool:
-        return isinstance(self.distribution, str) and self.distribution == GLOBAL
-
     def parameter_zeros(self, entries: Sequence[Entry], targets: Mapping[str, float]) -> dict[str, int]:
         if self.unit == "weight":
             return super().parameter_zeros(entries, targets)
@@ -160,17 +156,6 @@ class DPF(Method):
             e.name: sum(_filters_gone(targets[x], e) * (e.size // e.parts // e.shape[0]) for x in e.layers)
             for e in chosen
         }
-
-    def plan(self, model: nn.Module | None = None) -> Plan:
-        plan = super().plan(model)
-        if not self._is_global:
-            return plan
-        # one threshold for each optimizer: they step at different times, and each moves the masks of its own parameters.
-        # In a run each rounds its own count down; a plan without a run does not know the optimizers
-        size_of = {e.name: e.size for e in self.entries}
-        runs = [] if model is not None else self.owners.owns
-        sizes = [sum(size_of[n] for n in names) for names in runs] or [plan.weights]
-        return plan.joined(sum(zeros_for(self.target_sparsity, size) for size in sizes))
 
     def make_calendar(self, run: RunLength) -> Calendar:
         calendar = super().make_calendar(run)
@@ -236,12 +221,12 @@ class DPF(Method):
         ``sparsity`` and this part of its way is done."""
         layers = {x: t for n in names for x, (t,) in self.weights.layers(n, self.weights.dense_values(n))}
         entries = {x: self.weights.entries[n] for n in names for x in self.weights.entries[n].layers}
-        if self._is_global:
-            chosen = self._jointly(layers, entries, sparsity)
-        else:
-            final = self.target_sparsity
-            shares = {x: on_the_way(self.targets[x], sparsity, final, way) for x in layers}
-            chosen = {x: self._in_layer(t, entries[x], shares[x]) for x, t in layers.items()}
+        select = partial(self._filters_jointly, entries) if self.unit == "filter" else None
+        chosen = joint_masks(self, names, layers, sparsity, select=select)
+        final = self.target_sparsity
+        for x, t in layers.items():
+            if x not in chosen:
+                chosen[x] = self._in_layer(t, entries[x], on_the_way(self.targets[x], sparsity, final, way))
         return {
             n: self.weights.by_layer(n, lambda layer, _: chosen[layer], self.weights.dense_values(n)) for n in names
         }
@@ -254,13 +239,9 @@ class DPF(Method):
             keep_largest(scores, entry.shape[0] - _filters_gone(sparsity, entry)), weight, entry.transposed
         )
 
-    def _jointly(
-        self, layers: Mapping[str, Tensor], entries: Mapping[str, Entry], sparsity: float
+    def _filters_jointly(
+        self, entries: Mapping[str, Entry], rule: str, layers: Mapping[str, Tensor], zeros: int
     ) -> dict[str, Tensor]:
-        size = sum(map(size_of, layers.values()))
-        zeros = zeros_for(sparsity, size)
-        if self.unit == "weight":
-            return dict(zip(layers, keep_largest_jointly(list(layers.values()), size - zeros, least=1), strict=True))
         scores = [filters.norms(t, entries[x].shape[0], entries[x].transposed) for x, t in layers.items()]
         kept = filters.keep_filters_jointly(
             scores, [t.numel() // s.numel() for t, s in zip(layers.values(), scores, strict=True)], zeros
@@ -287,6 +268,11 @@ def _(method: DPF, names: Sequence[str]) -> dict[str, Tensor]:
     for number, mine in by_step(method, names):
         masks |= method._largest(mine, *method._at(number))
     return masks
+
+
+@renews_thresholds.register
+def _(method: DPF) -> bool:
+    return True
 
 
 @why_no_exchange.register

@@ -5,9 +5,10 @@ from collections.abc import Collection, Mapping
 from torch import nn
 
 from sparse_callbacks.core.checkpoint import SavedRun
+from sparse_callbacks.core.joint_thresholds import are_joint, may_empty
 from sparse_callbacks.core.schedules import pruning_curve
 from sparse_callbacks.core.state_claims import Kept, Zeros, copied_names, expected_aux, possible_zeros, rises_to
-from sparse_callbacks.methods.dpf.dpf import DPF, GLOBAL
+from sparse_callbacks.methods.dpf.dpf import DPF
 
 
 @possible_zeros.register
@@ -15,10 +16,10 @@ def _(method: DPF, saved: SavedRun, planned: Mapping[str, int]) -> list[Zeros]:
     curve = pruning_curve(method.sparsity)
     if method.unit == "filter":  # fewer weights than a filter has are due at first
         return [Zeros((name,), range(saved.masks[name].numel() + 1)) for name in planned]
-    if method.distribution != GLOBAL and curve.initial <= curve.final:
+    if not are_joint(method) and curve.initial <= curve.final:
         return rises_to(planned)
-    # one threshold for all layers leaves a weight of each
-    return [Zeros((name,), range(saved.masks[name].numel())) for name in planned]
+    # one threshold for all layers leaves a weight of each, unless it was told otherwise
+    return [Zeros((name,), range(saved.masks[name].numel() + may_empty(method))) for name in planned]
 
 
 @copied_names.register

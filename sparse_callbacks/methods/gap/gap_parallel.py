@@ -17,6 +17,7 @@ from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.randomness import seed_everything
 from sparse_callbacks.core.record.multiply_adds import WeightsInStep
 from sparse_callbacks.core.rescaling import Rescale
+from sparse_callbacks.core.running_statistics import estimate_statistics, norms_with_statistics
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.storages.storage import why_no_exchange
 from sparse_callbacks.core.topology import Update
@@ -24,7 +25,6 @@ from sparse_callbacks.methods.gap import worker_schedule
 from sparse_callbacks.methods.gap.gap import GaP, Init
 from sparse_callbacks.methods.gap.partitions import Partitions, number_of
 from sparse_callbacks.methods.gap.round_networks import RoundNetworks, load_tensors
-from sparse_callbacks.methods.gap.running_statistics import estimate_statistics, norms_with_statistics
 from sparse_callbacks.methods.gap.worker_schedule import WorkerSchedule
 
 
@@ -292,7 +292,8 @@ class ParallelGaP(TrainsInTurns, GaP):
         self._networks.load_combined(owners)
         # the statistics come last: those of the pruned network are wanted
         self.weights.set_masks(self.pruned(self.params))
-        estimate_statistics(self.model, self._pass)
+        # those in eval mode are frozen
+        estimate_statistics([m for m in norms_with_statistics(self.model) if m.training], self._pass)
         self._networks.keep_start(self.masks)
 
     # ------------------------------------------------------------------ checkpoints

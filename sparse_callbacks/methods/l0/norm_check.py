@@ -11,8 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from sparse_callbacks.channels.norms import norm_inputs
-from sparse_callbacks.channels.prunable import example_inputs
 from sparse_callbacks.core import distributed
+from sparse_callbacks.core.example_inputs import example_inputs
 from sparse_callbacks.core.inspection import map_tensors, quiet, run
 from sparse_callbacks.methods.l0.channel_members import ChannelMembers
 

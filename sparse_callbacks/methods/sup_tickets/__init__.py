@@ -1,0 +1,6 @@
+"""Sup-tickets: cycles at the end of training, and the merged weights of their networks."""
+
+from sparse_callbacks.methods.sup_tickets import saved as saved  # registers what a checkpoint of it may hold
+from sparse_callbacks.methods.sup_tickets.sup_tickets import SupTickets
+
+__all__ = ["SupTickets"]
