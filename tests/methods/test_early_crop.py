@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparse_callbacks import EarlyCroP, PruneAtStart, horizon, methods, sparsify
-from sparse_callbacks.methods.early_crop import early_sparsity
+from sparse_callbacks.methods.prune_at_start.early_crop import early_sparsity
 from sparse_callbacks.testing.comparison import assert_counts, assert_effective, differences, snapshot
 from sparse_callbacks.testing.data import Batches
 from sparse_callbacks.testing.networks import Classifier, conv_net, loss_on
@@ -69,14 +69,14 @@ def test_the_sparsities_of_the_table() -> None:
     found = [early_sparsity(ROUNDS["limit"], i, number) for i in range(number)]
     assert found == pytest.approx(ROUNDS["sparsities"], abs=1e-12)
     method = methods.EarlyCroP(ROUNDS["limit"], rounds=number)
-    assert [method.sparsity_after(ROUNDS["limit"], k / number) for k in range(1, number + 1)] == found
+    assert [method._sparsity_after(ROUNDS["limit"], k / number) for k in range(1, number + 1)] == found
     net = nn.Linear(59, 17, bias=False)  # of 1003 weights
     loss: Any = lambda module, batch: module(batch).square().mean()  # noqa: E731
     zeros: list[int] = []
-    ranked = methods.EarlyCroP.ranked
+    ranked = methods.EarlyCroP._ranked
 
     class Seen(methods.EarlyCroP):
-        def ranked(self, scores: Any, masks: Any, way: float) -> dict[str, Tensor]:
+        def _ranked(self, scores: Any, masks: Any, way: float) -> dict[str, Tensor]:
             made = ranked(self, scores, masks, way)
             zeros.append(int((~made["weight"]).sum()))
             return made

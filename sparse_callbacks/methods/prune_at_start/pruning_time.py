@@ -1,20 +1,20 @@
 """When a method that prunes once does so, and whether optimizers start anew after it."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from sparse_callbacks.core import distance_trigger as trigger
 from sparse_callbacks.core.arguments import refuse_unknown
-from sparse_callbacks.core.calendar import Calendar, RunLength, Time, check_times, resolve_times
+from sparse_callbacks.core.calendar import Calendar, RunLength, check_times, resolve_times
+from sparse_callbacks.core.distance_trigger import When
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
+from sparse_callbacks.core.optimizer_needs import grows
 from sparse_callbacks.core.step import Step
 
-When = Literal["start", "distance"] | Time
-"""Before the first step, where the distance from the initial weights settles, or at a time."""
 LATEST = 0.5  # published: EarlyCroP prunes in the first half of the run
 PENDING = "pending"
 _RUN, _LENGTH, _OPTIMIZERS = "trigger/run", "trigger/length", "trigger/optimizers"
@@ -28,15 +28,14 @@ class PrunesOnce(RestartsOptimizers, Method):
 
     with_restarts: ClassVar[str] = 'lr_after="restart"'
     without_restarts: ClassVar[str] = 'lr_after="continue"'
-    only_prunes: ClassVar[bool] = True
     when: When
     lr_after: str
 
-    def set_pruning_time(self, when: Any, stop: Any, lr_after: str) -> None:
+    def _set_pruning_time(self, when: Any, stop: Any, lr_after: str) -> None:
         """Keep the time arguments, once they were found possible.
 
         Args:
-            when: see :data:`When`.
+            when: see :data:`~sparse_callbacks.core.distance_trigger.When`.
             stop: the latest time, with ``when="distance"``; not read otherwise.
             lr_after: ``"continue"`` or ``"restart"``.
 
@@ -66,7 +65,7 @@ class PrunesOnce(RestartsOptimizers, Method):
     # ------------------------------------------------------------------ dense, and pruned
 
     @property
-    def is_dense(self) -> bool:
+    def _is_dense(self) -> bool:
         """The pruning is still to come."""
         return self.when != "start" and trigger.PRUNED not in self.aux
 
@@ -74,28 +73,28 @@ class PrunesOnce(RestartsOptimizers, Method):
     def at_target(self) -> bool:
         if self.when == "start":
             return True
-        return bool(self.masks) and not self.is_dense and not self._pending()
+        return bool(self.masks) and not self._is_dense and not self._pending()
 
     def _pending(self) -> list[str]:
         """Names of the parameters whose optimizer has yet to take a step with their new masks."""
         return [key.partition("/")[2] for key in self.aux if key.startswith(f"{PENDING}/")]
 
-    def pruned_now(self, step: Step) -> bool:
+    def _pruned_now(self, step: Step) -> bool:
         """The pruning falls at this step, which was taken."""
-        if not self.is_dense or not step.due:
+        if not self._is_dense or not step.due:
             return False
         if self.when == "distance":
             return trigger.falls_now(self, step, trigger.tolerance(self.target_sparsity))
         self.aux[trigger.PRUNED] = torch.tensor(step.number)
         return True
 
-    def own_part(self, step: Step, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _own_part(self, step: Step, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``masks`` of the parameters of the step's optimizer; the others take theirs with a step of their own."""
         mine = set(step.names)
         self.aux |= {f"{PENDING}/{name}": mask for name, mask in masks.items() if name not in mine}
         return {name: mask for name, mask in masks.items() if name in mine}
 
-    def waiting_part(self, step: Step) -> dict[str, Tensor]:
+    def _waiting_part(self, step: Step) -> dict[str, Tensor]:
         """Masks that an earlier step of another optimizer has made for those of this one."""
         waiting = [n for n in step.names if f"{PENDING}/{n}" in self.aux]
         return {n: self.aux.pop(f"{PENDING}/{n}") for n in waiting}
@@ -118,7 +117,7 @@ class PrunesOnce(RestartsOptimizers, Method):
 
     # ------------------------------------------------------------------ times
 
-    def begin_trigger(self) -> None:
+    def _begin_trigger(self) -> None:
         """Keep what the trigger and the lives of optimizers are measured from; nothing that a run has kept already."""
         if self.attachment.host is None:
             return
@@ -163,7 +162,7 @@ class PrunesOnce(RestartsOptimizers, Method):
             return self.horizon
         if self.saved is not None and self.saved.times:
             return self._life(self.saved.times[2], self.saved.aux)
-        begun = torch.tensor(self.step)  # what begin_trigger and make_calendar will write
+        begun = torch.tensor(self.step)  # what _begin_trigger and make_calendar will write
         length = {_RUN: begun, _OPTIMIZERS: begun, _LENGTH: torch.tensor(run.total(), dtype=torch.float64)}
         return self._life(trigger.ending_with_pruning(self, self._calendar(run)).stop, self.aux | length)
 
@@ -179,7 +178,7 @@ class PrunesOnce(RestartsOptimizers, Method):
         if not self.restarts:
             return None
         lives = [float(self.aux[_RUN]) + float(self.aux[_LENGTH]) - self.times.stop]
-        if self.is_dense:
+        if self._is_dense:
             lives.append(self.times.stop - int(self.aux[_OPTIMIZERS]))
         return min((life for life in lives if life > 0), default=None)
 
@@ -187,8 +186,13 @@ class PrunesOnce(RestartsOptimizers, Method):
         """The host is about to configure new optimizers."""
         self.aux[_OPTIMIZERS] = torch.tensor(self.step)
 
-    def restart_if_pruned(self) -> None:
+    def _restart_if_pruned(self) -> None:
         """The masks of an update were taken: ask for new optimizers where all of them were."""
         if self.restarts and self.at_target:
             # asked for, not done: the optimizer whose hook called this is still in its step
             self.host.request_restart()
+
+
+@grows.register
+def _(method: PrunesOnce) -> bool:
+    return False  # whenever it prunes

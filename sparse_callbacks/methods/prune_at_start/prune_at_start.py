@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from sparse_callbacks.core.allocations.by_weight import GLOBAL, LAMP, is_by_weight, least_of
 from sparse_callbacks.core.calendar import Time
 from sparse_callbacks.core.calibration import Loss
-from sparse_callbacks.core.checkpoint import SavedRun
-from sparse_callbacks.core.distance_trigger import PRUNED, expected_of_trigger
+from sparse_callbacks.core.distance_trigger import When
 from sparse_callbacks.core.distributions import Distribution, uniform
 from sparse_callbacks.core.hooks import Figures
 from sparse_callbacks.core.initial_masks import InitialMask, StartsSparse, joining_masks
@@ -23,19 +22,24 @@ from sparse_callbacks.core.reinitialised import refuse_unresettable
 from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.score_options import Score
 from sparse_callbacks.core.scored_masks import (
-    over_all_layers,
     pruned_in_rounds,
     scores_of,
     sparsity_after,
     within_layers,
 )
 from sparse_callbacks.core.selection import Entry, layer_shapes
-from sparse_callbacks.core.state_claims import Kept, Zeros, as_planned, expected_aux, possible_zeros
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.storages.storage import why_no_exchange
 from sparse_callbacks.core.thawed import masks_by_magnitude
 from sparse_callbacks.core.topology import Update
-from sparse_callbacks.methods.pruning_time import LATEST, PENDING, PrunesOnce, When
+from sparse_callbacks.methods.prune_at_start.one_ranking import (
+    SCORED,
+    in_one_ranking,
+    refuse_least,
+    warn_of_empty,
+    zeros_of_ranked,
+)
+from sparse_callbacks.methods.prune_at_start.pruning_time import LATEST, PrunesOnce
 
 
 class PruneAtStart(PrunesOnce, StartsSparse):
@@ -143,10 +147,10 @@ class PruneAtStart(PrunesOnce, StartsSparse):
         )
         self.score, self.batches, self.loss, self.rounds, self.least = score, batches, loss, rounds, least
         self.reinit_after = reinit_after
-        self._score = self.first_score
-        self.set_pruning_time(when, stop, lr_after)
+        self._score = self._first_score
+        self._set_pruning_time(when, stop, lr_after)
         if when != "start":
-            self.first_score = None  # the run begins dense
+            self._first_score = None  # the run begins dense
             self._refuse_of_start()
         self._refuse_distribution()
 
@@ -178,7 +182,7 @@ class PruneAtStart(PrunesOnce, StartsSparse):
             )
 
     @staticmethod
-    def score_of(initial_mask: InitialMask) -> Score | None:
+    def _score_of(initial_mask: InitialMask) -> Score | None:
         return initial_mask if isinstance(initial_mask, Score) else None
 
     @property
@@ -198,7 +202,7 @@ class PruneAtStart(PrunesOnce, StartsSparse):
         if self._is_global:
             shapes = layer_shapes(entries)
             sizes = [math.prod(shape) for shape in shapes.values()]
-            self._refuse_least(sum(sizes) - zeros_for(self.target_sparsity, sum(sizes)), sizes)
+            refuse_least(self, self._least, sum(sizes) - zeros_for(self.target_sparsity, sum(sizes)), sizes)
             return uniform(shapes, self.target_sparsity)
         return super().share_out(entries)
 
@@ -206,8 +210,8 @@ class PruneAtStart(PrunesOnce, StartsSparse):
         plan = super().plan(model)
         if not self._is_global:
             return plan
-        scored = [] if model is not None else [r.size for r in plan if f"scored/{r.name}" in self.aux]
-        later = [r for r in plan if scored and r.name in plan.selected and f"scored/{r.name}" not in self.aux]
+        scored = [] if model is not None else [r.size for r in plan if f"{SCORED}/{r.name}" in self.aux]
+        later = [r for r in plan if scored and r.name in plan.selected and f"{SCORED}/{r.name}" not in self.aux]
         # layers that have joined the run since have counts of their own
         own = self.parameter_zeros(self.entries, self.targets) if later else {}
         zeros = zeros_for(self.target_sparsity, sum(scored) or plan.weights) + sum(own[r.name] for r in later)
@@ -216,42 +220,42 @@ class PruneAtStart(PrunesOnce, StartsSparse):
     # ------------------------------------------------------------------ the pruning
 
     def attach(self, model: nn.Module) -> None:
-        self.begin_trigger()
+        self._begin_trigger()
 
     def begin_training(self, epoch: int) -> Figures:
-        self.begin_trigger()
+        self._begin_trigger()
         return {}
 
     def initial_masks(self) -> dict[str, Tensor]:
-        return self.weights.all_active(self.params) if self.is_dense else super().initial_masks()
+        return self.weights.all_active(self.params) if self._is_dense else super().initial_masks()
 
     def after_step(self, step: Step) -> Update | None:
-        if masks := self.waiting_part(step):
+        if masks := self._waiting_part(step):
             return Update(masks)
-        return self.new_masks(step) if self.pruned_now(step) else None
+        return self.new_masks(step) if self._pruned_now(step) else None
 
     def new_masks(self, step: Step) -> Update:
-        assert self._score is not None  # score_of gives the one of the arguments
-        return Update(self.own_part(step, pruned_in_rounds(self, self._score, self.ranked)))
+        assert self._score is not None  # _score_of gives the one of the arguments
+        return Update(self._own_part(step, pruned_in_rounds(self, self._score, self._ranked)))
 
     def after_update(self, step: Step) -> None:
         if self.at_target:
-            self.scores_taken()
-        self.restart_if_pruned()
+            self._scores_taken()
+        self._restart_if_pruned()
 
     # ------------------------------------------------------------------ the masks
 
     @property
-    def renews_weights(self) -> bool:
+    def _renews_weights(self) -> bool:
         return self.reinit_after
 
     def rehearse(self) -> None:
         if self.reinit_after:
             refuse_unresettable(self.model, self.params)
-        if self.is_dense and self.saved is None and self._score is not None and self.params:
+        if self._is_dense and self.saved is None and self._score is not None and self.params:
             scores_of(self, self._score.of_one_batch())  # fails now where it would fail at the pruning
 
-    def sparsity_after(self, sparsity: float, way: float) -> float:
+    def _sparsity_after(self, sparsity: float, way: float) -> float:
         """The sparsity that rounds have come to, of the network or of a layer.
 
         Args:
@@ -260,65 +264,19 @@ class PruneAtStart(PrunesOnce, StartsSparse):
         """
         return sparsity_after(sparsity, way)
 
-    def ranked(self, scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], way: float) -> dict[str, Tensor]:
+    def _ranked(self, scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], way: float) -> dict[str, Tensor]:
         if not self._is_global:
-            return within_layers(self, scores, masks, way, self.sparsity_after)
-        sparsity = self.sparsity_after(self.target_sparsity, way)
+            return within_layers(self, scores, masks, way, self._sparsity_after)
         size = sum(m.numel() for m in masks.values())
-        zeros = zeros_for(sparsity, size) if way < 1 else self._zeros_of_all() - self._zeros_beside(masks)
-        layers = (views[0] for n, m in masks.items() for _, views in self.weights.layers(n, m))
-        self._refuse_least(size - zeros, (layer.numel() for layer in layers))
-        found = over_all_layers(self, scores, masks, zeros, self._least)
-        if self._least and way == 1:
-            self._tell_of_least(found, over_all_layers(self, scores, masks, zeros))
-        return found
+        sparsity = self._sparsity_after(self.target_sparsity, way)
+        zeros = zeros_for(sparsity, size) if way < 1 else zeros_of_ranked(self, masks)
+        return in_one_ranking(self, scores, masks, zeros, self._least, tell=way == 1)
 
-    def _zeros_of_all(self) -> int:
-        return zeros_for(self.target_sparsity, sum(p.numel() for p in self.params.values()))
-
-    def _zeros_beside(self, scored: Mapping[str, Tensor]) -> int:
-        """Zeros of the parameters that have no score, and keep their largest weights."""
-        others = {n: p for n, p in self.params.items() if n not in scored}
-        return sum(
-            self.planned_zeros(layer, views[0].numel())
-            for n, p in others.items()
-            for layer, views in self.weights.layers(n, p)
-        )
-
-    def _refuse_least(self, kept: int, sizes: Iterable[int]) -> None:
-        wanted = sum(min(self._least, size) for size in sizes)
-        if wanted > kept:
-            raise ValueError(
-                f"least={self._least} keeps {wanted:,} weights of all layers, and sparsity={self.sparsity!r} leaves {kept:,}. "
-                "Give a smaller least= or sparsity=."
-            )
-
-    def _tell_of_least(self, found: Mapping[str, Tensor], otherwise: Mapping[str, Tensor]) -> None:
-        """Say what ``least`` has changed."""
-        short = [
-            f"{layer} {int(mask.sum())} instead of {int(other.sum())}"
-            for name in found
-            for layer, (mask, other) in self.weights.layers(name, found[name], otherwise[name])
-            if int(mask.sum()) > int(other.sum())
-        ]
-        if short:
-            self.host.inform(f"least={self._least} keeps more weights than one ranking would: {', '.join(short)}.")
-
-    def scores_taken(self) -> None:
+    def _scores_taken(self) -> None:
         if self._is_global:
             # layers that join later have counts of their own
-            self.aux |= {f"scored/{name}": torch.tensor(True) for name in self.params}
-        empty = [
-            layer
-            for name, mask in self.masks.items()
-            for layer, views in self.weights.layers(name, mask)
-            if not bool(views[0].any())
-        ]
-        if empty:
-            self.host.warn(
-                f"score={self.score!r} at sparsity {self.target_sparsity:g} leaves no weight in {', '.join(empty)}: nothing passes "
-                "through these layers. Give least=, more rounds=, a distribution= other than 'global', or a lower sparsity."
-            )
+            self.aux |= {f"{SCORED}/{name}": torch.tensor(True) for name in self.params}
+        warn_of_empty(self, self.score)
 
 
 def _ranks_jointly(rule: object) -> bool:
@@ -331,31 +289,10 @@ def _(method: PruneAtStart) -> bool:
     return method._is_global  # scores decide, and shares by magnitude would not be read
 
 
-@possible_zeros.register
-def _(method: PruneAtStart, saved: SavedRun, planned: Mapping[str, int]) -> list[Zeros]:
-    if method.when != "start" and PRUNED not in saved.aux:
-        return as_planned(dict.fromkeys(planned, 0))
-    if waiting := [n for n in saved.masks if f"{PENDING}/{n}" in saved.aux]:
-        return as_planned(dict.fromkeys(waiting, 0))
-    together = {n: m.numel() for n, m in saved.masks.items() if f"scored/{n}" in saved.aux}
-    claims = as_planned({n: zeros for n, zeros in planned.items() if n not in together})
-    if together:
-        zeros = zeros_for(method.target_sparsity, sum(together.values()))
-        claims.append(Zeros(tuple(together), (zeros,)))
-    return claims
-
-
-@expected_aux.register
-def _(method: PruneAtStart, saved: SavedRun, model: nn.Module) -> Mapping[str, Kept]:
-    of_trigger = expected_of_trigger(saved) if method.when == "distance" else {}
-    pending = {f"{PENDING}/{name}": Kept(tuple(mask.shape), "bool") for name, mask in saved.masks.items()}
-    return of_trigger | pending | {"scored/*": Kept(dtype="bool")}
-
-
 @masks_by_magnitude.register
 def _(method: PruneAtStart, names: Sequence[str]) -> dict[str, Tensor]:
     # before the pruning a layer that joins is dense, as the others are
-    return method.weights.all_active(names) if method.is_dense else joining_masks(method, names)
+    return method.weights.all_active(names) if method._is_dense else joining_masks(method, names)
 
 
 @why_no_exchange.register
