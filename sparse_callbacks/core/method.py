@@ -13,7 +13,7 @@ from sparse_callbacks.core.awaited import for_targets, with_awaited
 from sparse_callbacks.core.calendar import Calendar, RunLength, Time, check_times, resolve_times
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.constructors import argument_values, checks_arguments
-from sparse_callbacks.core.distributions import Distribution, check_rules, decides_total
+from sparse_callbacks.core.distributions import Distribution, check_distribution, decides_total
 from sparse_callbacks.core.found_shares import find_shares, follow_from_model, found_targets, remarks_of_minimum
 from sparse_callbacks.core.hooks import Hooks
 from sparse_callbacks.core.host import Host
@@ -119,13 +119,12 @@ class Method(Hooks):
         fresh_start: bool = False,
     ) -> None:
         check_sparsity(sparsity)
+        check_distribution(distribution)
         if decides_total(distribution) and float(sparsity) != DEFAULT_SPARSITY:
             raise ValueError(
                 f"sparsity={sparsity} and distribution={checkpoint.shown(distribution)} both say how many weights there are. Leave "
                 "sparsity= out, or choose a distribution that shares out a target."
             )
-        if isinstance(distribution, Mapping):
-            check_rules(distribution)
         if keep_dense not in (None, "first", "last", "both"):
             raise ValueError(f"keep_dense={keep_dense!r} is not known. Give 'first', 'last', 'both' or None.")
         check_seed(seed)
