@@ -27,8 +27,8 @@ from sparse_callbacks.core.patterns import (
 )
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.rescaling import RESCALES, Rescale
-from sparse_callbacks.core.score_options import Score
-from sparse_callbacks.core.scored_start import StartsByScore
+from sparse_callbacks.core.score_options import Score, score_in
+from sparse_callbacks.core.scored_start import first_score
 from sparse_callbacks.core.selection import Entry, select
 from sparse_callbacks.core.shards import layout_of
 from sparse_callbacks.core.state_layout import shown_short
@@ -41,7 +41,7 @@ InitialMask = Source | Score
 dict."""
 
 
-class StartsSparse(StartsByScore):
+class StartsSparse(Method):
     """A method whose network is sparse from the first step on, and who may be told where its first masks lie.
 
     Args:
@@ -100,8 +100,8 @@ class StartsSparse(StartsByScore):
         if pattern is not None and "pattern" not in argument_names(type(self), Options):
             raise ValueError(f"{type(self).__name__} takes no pattern=: Static, SET and RigL keep one. Leave it out.")
         self.initial_mask, self.rescale, self.pattern = initial_mask, rescale, pattern
-        self._first_score = self._score_of(initial_mask)
-        if self._first_score is not None and (storage != "masked" or pattern is not None):
+        self._score = score_in(initial_mask)
+        if self._score is not None and (storage != "masked" or pattern is not None):
             raise ValueError(
                 f"initial_mask={shown_short(initial_mask)} ranks single weights when training starts, and "
                 f"storage={shown_short(storage)}, pattern={pattern!r} choose before that or in groups. Leave storage= and "
@@ -111,7 +111,7 @@ class StartsSparse(StartsByScore):
         argument = "from_checkpoint" if getattr(self, "from_checkpoint", None) is not None else "initial_mask"
         # before there is data, and for layers that join later, magnitudes stand for a score
         self._source = MaskSource(
-            "magnitude" if isinstance(initial_mask, Score) or self._first_score else initial_mask, argument
+            "magnitude" if isinstance(initial_mask, Score) or self._score else initial_mask, argument
         )
         self._found = FoundMasks({}, 0.0, None)
         if not self._source.brings_counts:
@@ -158,8 +158,8 @@ class StartsSparse(StartsByScore):
         return {layer: share_of(self._found.zeros[layer], e.size // e.parts) for e in chosen for layer in e.layers}
 
     def initial_masks(self) -> dict[str, Tensor]:
-        if self._scored is not None:
-            return {n: self._scored[n] for n in self.params}
+        if (scored := self.attachment.scored) is not None:
+            return {n: scored[n] for n in self.params}
         if self._source.start == "random":
             return super().initial_masks()
         if self._source.start == "magnitude":
@@ -278,12 +278,6 @@ def start_of(method: StartsSparse) -> Start:
     return Start(source.shown, source.start == "random", source.brings_counts, method._found.given)
 
 
-def draws_at_random(method: Method) -> bool:
-    """Whether the first masks are drawn at random, and not by a rule of a subclass."""
-    ours = type(method).initial_masks is StartsSparse.initial_masks
-    return ours and isinstance(method, StartsSparse) and method._source.start == "random"
-
-
 def joining_masks(method: StartsSparse, names: Sequence[str]) -> dict[str, Tensor]:
     """Masks of layers that join a run which has begun: those that were found for them, otherwise by magnitude.
 
@@ -297,3 +291,8 @@ def joining_masks(method: StartsSparse, names: Sequence[str]) -> dict[str, Tenso
 
 
 masks_by_magnitude.register(StartsSparse, joining_masks)
+
+
+@first_score.register
+def _(method: StartsSparse) -> Score | None:
+    return method._score

@@ -1,66 +1,66 @@
-"""First masks that a score makes: a new run takes them when there is data, before any weight is written."""
+"""First masks by a score: a new run takes them when there is data, before any weight is written."""
 
 from collections.abc import Mapping
-from typing import Any
+from functools import singledispatch
 
 import torch
 from torch import Tensor
 
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.reinitialised import reset_weights
-from sparse_callbacks.core.score_options import Score, score_in
+from sparse_callbacks.core.score_options import Score
 from sparse_callbacks.core.scored_masks import pruned_in_rounds, within_layers
 from sparse_callbacks.core.topology import EverActive
 
-
-class StartsByScore(Method):
-    """A method whose first masks may be made by a score.
-
-    Until there is data, other masks stand in for them.
-    """
-
-    _first_score: Score | None = None  # of a new run's masks; None where something else decides
-    _scored: Mapping[str, Tensor] | None = None  # the masks by that score, while a run takes them
-
-    @property
-    def _starts_by(self) -> Score | None:
-        return self._first_score
-
-    @staticmethod
-    def _score_of(initial_mask: Any) -> Score | None:
-        """The score that ``initial_mask=`` asks for; None where it says something else."""
-        return score_in(initial_mask)
-
-    def _masks_by(self, score: Score) -> dict[str, Tensor]:
-        """The first masks made anew by a score: data and loss are there now, and no weight is written yet."""
-        self._scored = pruned_in_rounds(self, score, self._ranked)
-        try:
-            return self.initial_masks()
-        finally:
-            self._scored = None
-
-    def _ranked(self, scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], way: float) -> dict[str, Tensor]:
-        """The masks that a round of pruning by score leaves: by default each layer has its planned count at the end.
-
-        Args:
-            scores: scores by parameter name; none is negative.
-            masks: bool masks of the weights that are left.
-            way: the part of all rounds that is done, in (0, 1].
-        """
-        return within_layers(self, scores, masks, way)
-
-    def _scores_taken(self) -> None:
-        """The run has the masks that the score makes; no weight is written yet."""
-
-    @property
-    def _renews_weights(self) -> bool:
-        """Whether the layers of a new run get fresh initial weights once its masks are made."""
-        return False
+# ---------------------------------------------------------------------- what a kind of method registers functions for
 
 
+@singledispatch
 def first_score(method: Method) -> Score | None:
     """The score that makes the first masks of a new run of ``method``; None where something else decides."""
-    return method._starts_by if isinstance(method, StartsByScore) else None
+    return None
+
+
+@singledispatch
+def ranked_masks(
+    method: Method, scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], way: float
+) -> dict[str, Tensor]:
+    """The masks that a round of pruning by score leaves: by default each layer has its planned count at the end.
+
+    Args:
+        method: the method of the run.
+        scores: scores by parameter name; none is negative.
+        masks: bool masks of the weights that are left.
+        way: the part of all rounds that is done, in (0, 1].
+    """
+    return within_layers(method, scores, masks, way)
+
+
+@singledispatch
+def scores_taken(method: Method) -> None:
+    """The run of ``method`` has the masks that its score makes."""
+
+
+@singledispatch
+def renews_weights(method: Method) -> bool:
+    """Whether the layers of a new run of ``method`` get fresh initial weights once its masks are made."""
+    return False
+
+
+# ---------------------------------------------------------------------- what a run does
+
+
+def masks_by_score(method: Method, score: Score) -> dict[str, Tensor]:
+    """The masks of a run's sparse parameters by a score. No weight is written.
+
+    Args:
+        method: the method of the run, whose host is known.
+        score: the score.
+
+    Raises:
+        ValueError: there is no loss, no data or no input to compute scores from, or they are not finite.
+    """
+    return pruned_in_rounds(method, score, lambda scores, masks, way: ranked_masks(method, scores, masks, way))
 
 
 def take_scores(method: Method) -> bool:
@@ -73,25 +73,23 @@ def take_scores(method: Method) -> bool:
         Whether a score has made them.
 
     Raises:
-        ValueError: there is no loss, no data or no input to compute scores from, or they are not finite.
+        ValueError: see :func:`masks_by_score`.
     """
     score = first_score(method)
-    if not isinstance(method, StartsByScore) or score is None or not method.params:
+    if score is None or not method.params:
         return False
     weights = method.weights
-    for name, mask in weights.same_everywhere(method._masks_by(score)).items():
+    # a method may begin with other masks on some layers, so it is asked for its first ones
+    with method.attachment.scores(masks_by_score(method, score)):
+        masks = method.initial_masks()
+    for name, mask in weights.same_everywhere(masks).items():
         weights.set_mask(name, mask)
     if method.explores:  # the masks that stood in were never those of the network
         for name in method.params:
             method.aux.pop(f"ever_active/{name}", None)
         EverActive(method.aux, weights).add(method.params)
-    method._scores_taken()
+    scores_taken(method)
     return True
-
-
-def renews_weights(method: Method) -> bool:
-    """Whether the layers of a new run of ``method`` get fresh initial weights after scoring."""
-    return isinstance(method, StartsByScore) and method._renews_weights
 
 
 def renew_weights(method: Method) -> None:

@@ -4,12 +4,45 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from sparse_callbacks.core.allocations.by_weight import GLOBAL, LAMP, is_by_weight
+from sparse_callbacks.core.checkpoint import shown
+from sparse_callbacks.core.distributions import Distribution
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.ops import zeros_for
 from sparse_callbacks.core.scored_masks import over_all_layers
 
 SCORED = "scored"
 """In ``aux``, marks the parameters that took part in the ranking."""
+
+
+def ranks_jointly(rule: object) -> bool:
+    """Whether a rule is one ranking over all layers, by its name."""
+    return isinstance(rule, str) and is_by_weight(rule) and rule.strip() != LAMP
+
+
+def refuse_distribution(distribution: Distribution, least: int) -> None:
+    """Refuse a distribution that does not go with ``least``, or under which some layers would share a ranking.
+
+    Args:
+        distribution, least: the arguments of these names.
+
+    Raises:
+        ValueError: says what to give.
+    """
+    if least and not ranks_jointly(distribution):
+        raise ValueError(
+            f"least={least!r} is of one ranking over all layers, and distribution={shown(distribution)} plans how many weights "
+            "each layer keeps. Leave least= out, or give distribution='global'."
+        )
+    if least and isinstance(distribution, str) and distribution.strip() != GLOBAL:
+        raise ValueError(
+            f"least={least!r} and distribution={distribution!r} both say how many weights every layer keeps. Give one of them."
+        )
+    if isinstance(distribution, Mapping) and any(map(ranks_jointly, distribution.values())):
+        raise ValueError(
+            f"distribution={distribution!r} names 'global' in a mapping, and here 'global' is one ranking by score over all "
+            "layers. Give distribution='global' and leave layers out with exclude=, or name another rule, such as 'lamp'."
+        )
 
 
 def in_one_ranking(

@@ -2,18 +2,21 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial, singledispatch
 from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.core.allocations.by_weight import GLOBAL, LAMP, is_by_weight, least_of
+from sparse_callbacks.core.allocations.by_weight import GLOBAL, least_of
 from sparse_callbacks.core.calendar import Time
 from sparse_callbacks.core.calibration import Loss
 from sparse_callbacks.core.distance_trigger import When
 from sparse_callbacks.core.distributions import Distribution, uniform
+from sparse_callbacks.core.first_mask_arguments import why_no_first_mask
+from sparse_callbacks.core.found_shares import renew_shares
 from sparse_callbacks.core.hooks import Figures
-from sparse_callbacks.core.initial_masks import InitialMask, StartsSparse, joining_masks
+from sparse_callbacks.core.initial_masks import StartsSparse, joining_masks
 from sparse_callbacks.core.joint_thresholds import renews_thresholds
 from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.ops import zeros_for
@@ -22,11 +25,11 @@ from sparse_callbacks.core.reinitialised import refuse_unresettable
 from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.score_options import Score
 from sparse_callbacks.core.scored_masks import (
-    pruned_in_rounds,
     scores_of,
     sparsity_after,
     within_layers,
 )
+from sparse_callbacks.core.scored_start import first_score, masks_by_score, ranked_masks, renews_weights, scores_taken
 from sparse_callbacks.core.selection import Entry, layer_shapes
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.storages.storage import why_no_exchange
@@ -35,11 +38,23 @@ from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.prune_at_start.one_ranking import (
     SCORED,
     in_one_ranking,
+    ranks_jointly,
+    refuse_distribution,
     refuse_least,
     warn_of_empty,
     zeros_of_ranked,
 )
-from sparse_callbacks.methods.prune_at_start.pruning_time import LATEST, PrunesOnce
+from sparse_callbacks.methods.prune_at_start.pruning_time import (
+    LATEST,
+    PrunesOnce,
+    begin_trigger,
+    is_dense,
+    part_of_step,
+    pruned_now,
+    restart_if_pruned,
+    set_pruning_time,
+    waiting_for_step,
+)
 
 
 class PruneAtStart(PrunesOnce, StartsSparse):
@@ -77,7 +92,8 @@ class PruneAtStart(PrunesOnce, StartsSparse):
             ``seed``, as in SNIP's reference.
         distribution: ``"global"``: one ranking over all selected weights, in which a layer may lose all of its weights, of
             which a warning tells; ``"global(3)"`` is the same with ``least=3``. Anything else, see
-            :class:`~sparse_callbacks.core.method.Method`: a ranking in each layer. Mappings cannot name ``"global"``.
+            :class:`~sparse_callbacks.core.method.Method`: a ranking in each layer; ``"lamp"`` shares out by the magnitudes
+            that the pruning finds. Mappings cannot name ``"global"``.
         loss: a function of module and batch that gives the loss, a scalar; None: that of the training step. Manual optimization
             and loops of your own need it.
         when: ``"start"``: before the first batch. A time, in optimizer steps (int) or as a fraction of the run (float), or
@@ -125,11 +141,6 @@ class PruneAtStart(PrunesOnce, StartsSparse):
         seed: int = 0,
         **options: Unpack[Options],
     ) -> None:
-        if "initial_mask" in options:
-            raise ValueError(
-                f"initial_mask= is not an argument of {type(self).__name__}, whose first mask is made by score=. Give Static or "
-                "RigL initial_mask=."
-            )
         if not isinstance(reinit_after, bool):
             raise ValueError(
                 f"reinit_after={reinit_after!r} is neither True nor False: it says whether the model gets fresh initial weights "
@@ -137,7 +148,7 @@ class PruneAtStart(PrunesOnce, StartsSparse):
             )
         super().__init__(
             sparsity,
-            initial_mask=Score(score, batches, loss, rounds, least),
+            initial_mask="magnitude",  # stands in until there are scores, and for layers that join later
             rescale=rescale,
             distribution=distribution,
             include=include,
@@ -147,12 +158,11 @@ class PruneAtStart(PrunesOnce, StartsSparse):
         )
         self.score, self.batches, self.loss, self.rounds, self.least = score, batches, loss, rounds, least
         self.reinit_after = reinit_after
-        self._score = self._first_score
-        self._set_pruning_time(when, stop, lr_after)
+        self._scoring = Score(score, batches, loss, rounds, least)
+        set_pruning_time(self, when, stop, lr_after)
         if when != "start":
-            self._first_score = None  # the run begins dense
             self._refuse_of_start()
-        self._refuse_distribution()
+        refuse_distribution(distribution, least)
 
     def _refuse_of_start(self) -> None:
         """Refuse what a trained network cannot have."""
@@ -163,31 +173,9 @@ class PruneAtStart(PrunesOnce, StartsSparse):
                     f"Leave {argument}= out, or give when='start'."
                 )
 
-    def _refuse_distribution(self) -> None:
-        """Refuse a distribution that does not go with ``least``, or under which some layers would share a ranking."""
-        given, joint = self.distribution, self._is_global
-        if self.least and not joint:
-            raise ValueError(
-                f"least={self.least!r} is of one ranking over all layers, and distribution={given!r} plans how many weights "
-                "each layer keeps. Leave least= out, or give distribution='global'."
-            )
-        if self.least and given.strip() != GLOBAL:  # type: ignore[union-attr]
-            raise ValueError(
-                f"least={self.least!r} and distribution={given!r} both say how many weights every layer keeps. Give one of them."
-            )
-        if isinstance(given, Mapping) and any(map(_ranks_jointly, given.values())):
-            raise ValueError(
-                f"distribution={given!r} names 'global' in a mapping, and here 'global' is one ranking by score over all layers. "
-                "Give distribution='global' and leave layers out with exclude=, or name another rule, such as 'lamp'."
-            )
-
-    @staticmethod
-    def _score_of(initial_mask: InitialMask) -> Score | None:
-        return initial_mask if isinstance(initial_mask, Score) else None
-
     @property
     def _is_global(self) -> bool:
-        return _ranks_jointly(self.distribution)
+        return ranks_jointly(self.distribution)
 
     @property
     def _least(self) -> int:
@@ -220,68 +208,74 @@ class PruneAtStart(PrunesOnce, StartsSparse):
     # ------------------------------------------------------------------ the pruning
 
     def attach(self, model: nn.Module) -> None:
-        self._begin_trigger()
+        begin_trigger(self)
 
     def begin_training(self, epoch: int) -> Figures:
-        self._begin_trigger()
+        begin_trigger(self)
         return {}
 
     def initial_masks(self) -> dict[str, Tensor]:
-        return self.weights.all_active(self.params) if self._is_dense else super().initial_masks()
+        return self.weights.all_active(self.params) if is_dense(self) else super().initial_masks()
 
     def after_step(self, step: Step) -> Update | None:
-        if masks := self._waiting_part(step):
+        if masks := waiting_for_step(self, step):
             return Update(masks)
-        return self.new_masks(step) if self._pruned_now(step) else None
+        return self.new_masks(step) if pruned_now(self, step) else None
 
     def new_masks(self, step: Step) -> Update:
-        assert self._score is not None  # _score_of gives the one of the arguments
-        return Update(self._own_part(step, pruned_in_rounds(self, self._score, self._ranked)))
+        renew_shares(self)  # what reads weights reads those that are ranked
+        return Update(part_of_step(self, step, masks_by_score(self, self._scoring)))
 
     def after_update(self, step: Step) -> None:
         if self.at_target:
-            self._scores_taken()
-        self._restart_if_pruned()
-
-    # ------------------------------------------------------------------ the masks
-
-    @property
-    def _renews_weights(self) -> bool:
-        return self.reinit_after
+            scores_taken(self)
+        restart_if_pruned(self)
 
     def rehearse(self) -> None:
         if self.reinit_after:
             refuse_unresettable(self.model, self.params)
-        if self._is_dense and self.saved is None and self._score is not None and self.params:
-            scores_of(self, self._score.of_one_batch())  # fails now where it would fail at the pruning
-
-    def _sparsity_after(self, sparsity: float, way: float) -> float:
-        """The sparsity that rounds have come to, of the network or of a layer.
-
-        Args:
-            sparsity: its target.
-            way: the part of all rounds that is done, in (0, 1].
-        """
-        return sparsity_after(sparsity, way)
-
-    def _ranked(self, scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], way: float) -> dict[str, Tensor]:
-        if not self._is_global:
-            return within_layers(self, scores, masks, way, self._sparsity_after)
-        size = sum(m.numel() for m in masks.values())
-        sparsity = self._sparsity_after(self.target_sparsity, way)
-        zeros = zeros_for(sparsity, size) if way < 1 else zeros_of_ranked(self, masks)
-        return in_one_ranking(self, scores, masks, zeros, self._least, tell=way == 1)
-
-    def _scores_taken(self) -> None:
-        if self._is_global:
-            # layers that join later have counts of their own
-            self.aux |= {f"{SCORED}/{name}": torch.tensor(True) for name in self.params}
-        warn_of_empty(self, self.score)
+        if is_dense(self) and self.saved is None and self.params:
+            scores_of(self, self._scoring.of_one_batch())  # fails now where it would fail at the pruning
 
 
-def _ranks_jointly(rule: object) -> bool:
-    """Whether a rule is one ranking over all layers, by its name."""
-    return isinstance(rule, str) and is_by_weight(rule) and rule.strip() != LAMP
+@singledispatch
+def sparsity_in_rounds(method: PruneAtStart, sparsity: float, way: float) -> float:
+    """The sparsity that rounds of pruning have come to, of the network or of a layer.
+
+    Args:
+        method: the method.
+        sparsity: its target.
+        way: the part of all rounds that is done, in (0, 1].
+    """
+    return sparsity_after(sparsity, way)
+
+
+@first_score.register
+def _(method: PruneAtStart) -> Score | None:
+    return method._scoring if method.when == "start" else None
+
+
+@ranked_masks.register
+def _(method: PruneAtStart, scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], way: float) -> dict[str, Tensor]:
+    after = partial(sparsity_in_rounds, method)
+    if not method._is_global:
+        return within_layers(method, scores, masks, way, after)
+    size = sum(m.numel() for m in masks.values())
+    zeros = zeros_for(after(method.target_sparsity, way), size) if way < 1 else zeros_of_ranked(method, masks)
+    return in_one_ranking(method, scores, masks, zeros, method._least, tell=way == 1)
+
+
+@scores_taken.register
+def _(method: PruneAtStart) -> None:
+    if method._is_global:
+        # layers that join later have counts of their own
+        method.aux |= {f"{SCORED}/{name}": torch.tensor(True) for name in method.params}
+    warn_of_empty(method, method.score)
+
+
+@renews_weights.register
+def _(method: PruneAtStart) -> bool:
+    return method.reinit_after
 
 
 @renews_thresholds.register
@@ -292,9 +286,14 @@ def _(method: PruneAtStart) -> bool:
 @masks_by_magnitude.register
 def _(method: PruneAtStart, names: Sequence[str]) -> dict[str, Tensor]:
     # before the pruning a layer that joins is dense, as the others are
-    return method.weights.all_active(names) if method._is_dense else joining_masks(method, names)
+    return method.weights.all_active(names) if is_dense(method) else joining_masks(method, names)
 
 
 @why_no_exchange.register
 def _(method: PruneAtStart) -> str:
     return "scores every weight before it prunes, so its layers begin with all of them"
+
+
+@why_no_first_mask.register
+def _(method: PruneAtStart) -> str:
+    return "makes its masks by score="
