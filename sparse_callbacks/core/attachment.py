@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import ref
 
-from torch import nn
+from torch import Tensor, nn
 
 from sparse_callbacks.core.host import Host
 
@@ -49,6 +49,8 @@ class Attachment:
         """The storage of each parameter of the latest model, by name; empty where all are masked."""
         self.shares: Mapping[str, float] = {}
         """Sparsities by layer that a distribution which sees the model has found, for whoever is asked for targets next."""
+        self.scored: Mapping[str, Tensor] | None = None
+        """Masks that a score has made for the run that begins, until they are taken; see :meth:`scores`."""
         self._chosen_for: Callable[[], nn.Module | None] = _no_model
         self._shared_for: Callable[[], nn.Module | None] = _no_model
         self._model: Callable[[], nn.Module | None] = _no_model
@@ -71,6 +73,15 @@ class Attachment:
             yield
         finally:
             self.beginning = None
+
+    @contextmanager
+    def scores(self, masks: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within, first masks are those that a score has made."""
+        self.scored = masks
+        try:
+            yield
+        finally:
+            self.scored = None
 
     def know(self, model: nn.Module) -> None:
         """The latest run was one of ``model``."""
@@ -113,6 +124,7 @@ class Attachment:
         return {
             "host": None,
             "beginning": None,
+            "scored": None,
             "_model": _no_model,
             "in_training": False,
             "choices": self.choices,

@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparse_callbacks.core.initial_masks import StartsSparse
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.progress import Progress
 from sparse_callbacks.core.randomness import random_states, restore_random_states
 from sparse_callbacks.core.reinitialised import LayersBefore
+from sparse_callbacks.core.scored_start import renews_weights
 
 # What hosts keep on a method: the run that is refused goes on to need it until it is over.
 _OF_HOSTS = ("attachment", "engine", "fit_state")
@@ -35,7 +35,7 @@ class BeforeRun:
         """Masks are written next: keep the values of the sparse parameters, and which gradients there are."""
         self.values = {name: p.detach().clone() for name, p in method.params.items()}
         self._gradients = [(p, p.grad) for p in method.model.parameters()]
-        if isinstance(method, StartsSparse) and method.renews_weights:
+        if renews_weights(method):
             self._layers = LayersBefore(method.model, method.params)
 
     def keep_random_states(self) -> None:

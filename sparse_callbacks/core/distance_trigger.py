@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from sparse_callbacks.core.shards import layout_of
 from sparse_callbacks.core.state_claims import Kept
 from sparse_callbacks.core.step import Step
 
+When = Literal["start", "distance"] | Time
+"""When a method prunes: before the first step, where the distance from the initial weights settles, or at a time."""
 INITIAL = "initial"
 DISTANCES = "trigger/distances"
 LOOKED = "trigger/looked"

@@ -125,13 +125,24 @@ def _by_name(name: str, shapes: Shapes, sparsity: float, weights: Mapping[str, T
                 "method with this distribution."
             )
         return shares_by(name, {layer: weights[layer] for layer in shapes}, sparsity)
-    if name not in _BY_SHAPE:
+    _check_name(name)
+    check_reachable(shapes, sparsity)
+    return _BY_SHAPE[name](shapes, sparsity)
+
+
+def _check_name(name: str) -> None:
+    """Refuse the name of a rule that there is not.
+
+    Raises:
+        ValueError: says which there are.
+    """
+    if is_epsilon(name):
+        unclipped({}, epsilon_in(name))
+    elif not is_by_weight(name) and name not in _BY_SHAPE:
         raise ValueError(
             f"distribution={name!r} is not known. Use {', '.join(_NAMES)}, a mapping from globs to sparsities, "
             "epsilon(1), or a callable(shapes, sparsity)."
         )
-    check_reachable(shapes, sparsity)
-    return _BY_SHAPE[name](shapes, sparsity)
 
 
 def _by_glob(
@@ -182,12 +193,21 @@ def reads_weights(distribution: Any) -> bool:
     return any(map(is_by_weight, named))
 
 
-def check_rules(rules: Mapping[Any, Any]) -> None:
-    """Refuse a mapping that says nothing of any layer, or a sparsity in it that no layer may have.
+def check_distribution(distribution: Any) -> None:
+    """Refuse what no layers can make a distribution, before there are any: names that are not known, a mapping that says
+    nothing of any layer, or a sparsity in it that no layer may have.
 
     Args:
-        rules: a `distribution` argument that is a mapping; values that are not numbers are not looked at.
+        distribution: a `distribution` argument; what is neither a name nor a mapping is not looked at.
     """
+    if isinstance(distribution, Mapping):
+        _check_rules(distribution)
+    for name in distribution.values() if isinstance(distribution, Mapping) else [distribution]:
+        if isinstance(name, str):
+            _check_name(name)
+
+
+def _check_rules(rules: Mapping[Any, Any]) -> None:
     if not rules:
         raise ValueError(
             "distribution={} says nothing of any layer. Give globs and sparsities, such as {'*': 0.9}, or the name of "

@@ -31,7 +31,7 @@ from sparse_callbacks.core.optimizers import Ownership
 from sparse_callbacks.core.progress import Progress
 from sparse_callbacks.core.record.recorder import RunRecorder
 from sparse_callbacks.core.run_beginning import RunBeginning
-from sparse_callbacks.core.scored_start import awaits_scores, renew_weights, take_scores
+from sparse_callbacks.core.scored_start import first_score, renew_weights, take_scores
 from sparse_callbacks.core.selection import Entry, select
 from sparse_callbacks.core.sparse_layers.moved_places import Move
 from sparse_callbacks.core.step import ReplacesSteps, SetsRates, Step
@@ -116,7 +116,7 @@ class Engine:
         beginning.take_effect()
         method.attachment.enter(model, host)
         self._begins_anew, self._has_scored = beginning.is_new, False
-        if beginning.is_new and not awaits_scores(method):
+        if beginning.is_new and first_score(method) is None:
             warn_of_start(method)
         self._take_hold(beginning.owners, gradients_read, two_pass)
         method.attach(model)
@@ -446,8 +446,8 @@ class Engine:
     def make_scores(self) -> None:
         """Let a new run make its masks by a score where the method has one. No weight is written, so that several methods of
         a model all score the weights that it came with."""
-        if self._begins_anew and not self._has_scored:
-            take_scores(self.method)
+        if self._begins_anew and not self._has_scored and take_scores(self.method):
+            warn_of_start(self.method)
         self._has_scored = True
 
     def begin_weights(self) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core.allocations.by_weight import LAMP, least_of
 from sparse_callbacks.core.allocations.sees_model import SeesData, SeesModel
+from sparse_callbacks.core.awaited import for_targets
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.distributions import checked_shares, reads_weights, weight_rules
 from sparse_callbacks.core.host import Host
@@ -66,6 +67,25 @@ def find_shares(
         # in a loop ranks may still have weights of their own
         known = {**(distributed.of_first_rank(found) if together else found), **known}
     method.attachment.shares = known
+
+
+def renew_shares(method: "Method") -> None:
+    """Let a distribution that reads weights share the target out by the weights as they are now. The run keeps that.
+
+    Args:
+        method: the method of a run that is about to prune; on all ranks.
+
+    Raises:
+        ValueError: no mask comes to the target.
+    """
+    if not follow_from_model(method) or isinstance(method.distribution, SeesModel):
+        return
+    entries, params = for_targets(method.entries), method.params
+    # in a loop ranks may have weights of their own
+    method.attachment.shares = distributed.of_first_rank(_new_shares(method, method.model, entries, None))
+    kept = shares_to_keep(method, [e for e in entries if e.name in params])
+    method.aux |= {key: zeros.to(params[key.partition("/")[2]].device) for key, zeros in kept.items()}
+    method.targets = method.share_out(entries)
 
 
 def found_targets(method: "Method", entries: Sequence[Entry]) -> dict[str, float]:

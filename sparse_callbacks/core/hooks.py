@@ -58,8 +58,6 @@ class Hooks:
     """At the end there are as many zeros as planned; False: gates or a budget decide."""
     figure_prefix: ClassVar[str] = ""
     """What the method's own figures are logged under; by default the lower-case name of the class."""
-    only_prunes: ClassVar[bool] = False
-    """No update grows a connection, whatever its times."""
     explores: ClassVar[bool] = False
     """Connections come and go, so that the share of weights that were ever active is worth knowing."""
 

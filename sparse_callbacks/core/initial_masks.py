@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.core.arguments import refuse_unknown
-from sparse_callbacks.core.awaited import for_targets
 from sparse_callbacks.core.checkpoint import SavedRun, shown
 from sparse_callbacks.core.constructors import argument_names
 from sparse_callbacks.core.distributions import decides_total
 from sparse_callbacks.core.found_masks import WAITING, FoundMasks, MaskSource, found_masks
-from sparse_callbacks.core.found_shares import find_shares
 from sparse_callbacks.core.given_masks import GivenMasks, Source
 from sparse_callbacks.core.method import DEFAULT_SPARSITY, Method, Options
 from sparse_callbacks.core.ops import keep_largest
@@ -30,7 +28,7 @@ from sparse_callbacks.core.patterns import (
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.rescaling import RESCALES, Rescale
 from sparse_callbacks.core.score_options import Score, score_in
-from sparse_callbacks.core.scored_masks import pruned_in_rounds, within_layers
+from sparse_callbacks.core.scored_start import first_score
 from sparse_callbacks.core.selection import Entry, select
 from sparse_callbacks.core.shards import layout_of
 from sparse_callbacks.core.state_layout import shown_short
@@ -102,10 +100,8 @@ class StartsSparse(Method):
         if pattern is not None and "pattern" not in argument_names(type(self), Options):
             raise ValueError(f"{type(self).__name__} takes no pattern=: Static, SET and RigL keep one. Leave it out.")
         self.initial_mask, self.rescale, self.pattern = initial_mask, rescale, pattern
-        self.first_score = self.score_of(initial_mask)
-        """The score that the first masks are made by; None where something else decides."""
-        self._scored: dict[str, Tensor] | None = None  # masks by that score, while a run takes them
-        if self.first_score is not None and (storage != "masked" or pattern is not None):
+        self._score = score_in(initial_mask)
+        if self._score is not None and (storage != "masked" or pattern is not None):
             raise ValueError(
                 f"initial_mask={shown_short(initial_mask)} ranks single weights when training starts, and "
                 f"storage={shown_short(storage)}, pattern={pattern!r} choose before that or in groups. Leave storage= and "
@@ -115,7 +111,7 @@ class StartsSparse(Method):
         argument = "from_checkpoint" if getattr(self, "from_checkpoint", None) is not None else "initial_mask"
         # before there is data, and for layers that join later, magnitudes stand for a score
         self._source = MaskSource(
-            "magnitude" if isinstance(initial_mask, Score) or self.first_score else initial_mask, argument
+            "magnitude" if isinstance(initial_mask, Score) or self._score else initial_mask, argument
         )
         self._found = FoundMasks({}, 0.0, None)
         if not self._source.brings_counts:
@@ -161,40 +157,9 @@ class StartsSparse(Method):
             self._find(self.attachment.model, entries, self.saved)
         return {layer: share_of(self._found.zeros[layer], e.size // e.parts) for e in chosen for layer in e.layers}
 
-    @staticmethod
-    def score_of(initial_mask: InitialMask) -> Score | None:
-        """The score that the argument asks for; None where it says something else."""
-        return score_in(initial_mask)
-
-    def masks_by_score(self, score: Score) -> dict[str, Tensor]:
-        """The first masks made anew by a score: data and loss are there now, and no weight is written yet."""
-        self._scored = pruned_in_rounds(self, score, self.ranked)
-        try:
-            return self.initial_masks()
-        finally:
-            self._scored = None
-
-    def ranked(self, scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], way: float) -> dict[str, Tensor]:
-        """The masks that a round of pruning by score leaves: by default each layer has its planned count at the end.
-
-        Args:
-            scores: scores by parameter name; none is negative.
-            masks: bool masks of the weights that are left.
-            way: the part of all rounds that is done, in (0, 1].
-        """
-        return within_layers(self, scores, masks, way)
-
-    @property
-    def renews_weights(self) -> bool:
-        """Whether the layers of a new run get fresh initial weights once its masks are made."""
-        return False
-
-    def scores_taken(self) -> None:
-        """The run has the masks that the score makes; no weight is written yet."""
-
     def initial_masks(self) -> dict[str, Tensor]:
-        if self._scored is not None:
-            return {n: self._scored[n] for n in self.params}
+        if (scored := self.attachment.scored) is not None:
+            return {n: scored[n] for n in self.params}
         if self._source.start == "random":
             return super().initial_masks()
         if self._source.start == "magnitude":
@@ -269,21 +234,13 @@ def find_masks(
     Raises:
         ValueError: there is no mask, or it does not fit the model or the other arguments.
     """
-    if isinstance(method, StartsSparse) and method._source.brings_counts:
+    if isinstance(method, StartsSparse) and brings_counts(method):
         method._find(model, entries, saved, together)
 
 
-def planned_targets(
-    method: Method, model: nn.Module, entries: Sequence[Entry], saved: SavedRun | None, together: bool = False
-) -> dict[str, float]:
-    """Target sparsity of every layer, after the method has looked for what its targets follow from; see
-    :func:`find_masks` and :func:`~sparse_callbacks.core.found_shares.find_shares`."""
-    find_masks(method, model, entries, saved, together)
-    if isinstance(method, StartsSparse) and method._source.brings_counts:
-        method.attachment.shares = {}  # the masks that were found have their own counts
-    else:
-        find_shares(method, model, entries, saved, together)
-    return method.share_out(entries)
+def brings_counts(method: Method) -> bool:
+    """Whether the first masks of a method have counts of their own, in place of planned ones."""
+    return isinstance(method, StartsSparse) and method._source.brings_counts
 
 
 def given_mask(method: Method, name: str) -> Tensor | None:
@@ -321,20 +278,6 @@ def start_of(method: StartsSparse) -> Start:
     return Start(source.shown, source.start == "random", source.brings_counts, method._found.given)
 
 
-def draws_at_random(method: Method) -> bool:
-    """Whether the first masks are drawn at random, and not by a rule of a subclass."""
-    ours = type(method).initial_masks is StartsSparse.initial_masks
-    return ours and isinstance(method, StartsSparse) and method._source.start == "random"
-
-
-def sharing_entries(method: Method, entries: Sequence[Entry]) -> Sequence[Entry]:
-    """``entries`` as a distribution sees them, for a run that is only described: found masks need no share for a layer
-    that waits to be trained, and the file that holds its mask may be gone."""
-    if isinstance(method, StartsSparse) and method._source.brings_counts:
-        return entries
-    return for_targets(entries)
-
-
 def joining_masks(method: StartsSparse, names: Sequence[str]) -> dict[str, Tensor]:
     """Masks of layers that join a run which has begun: those that were found for them, otherwise by magnitude.
 
@@ -342,9 +285,14 @@ def joining_masks(method: StartsSparse, names: Sequence[str]) -> dict[str, Tenso
         method: the method of the run; its parameters are those with the new layers.
         names: names of the parameters that join.
     """
-    if method._source.brings_counts:
+    if brings_counts(method):
         return method._take_given(names)
     return {n: method.weights.by_layer(n, method._largest, method.params[n].detach()) for n in names}
 
 
 masks_by_magnitude.register(StartsSparse, joining_masks)
+
+
+@first_score.register
+def _(method: StartsSparse) -> Score | None:
+    return method._score

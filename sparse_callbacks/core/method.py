@@ -13,7 +13,8 @@ from sparse_callbacks.core.awaited import for_targets, with_awaited
 from sparse_callbacks.core.calendar import Calendar, RunLength, Time, check_times, resolve_times
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.constructors import argument_values, checks_arguments
-from sparse_callbacks.core.distributions import Distribution, check_rules, decides_total
+from sparse_callbacks.core.distributions import Distribution, check_distribution, decides_total
+from sparse_callbacks.core.first_mask_arguments import refusing_first_masks
 from sparse_callbacks.core.found_shares import find_shares, follow_from_model, found_targets, remarks_of_minimum
 from sparse_callbacks.core.hooks import Hooks
 from sparse_callbacks.core.host import Host
@@ -68,8 +69,8 @@ class Method(Hooks):
         sparsity: target fraction of zeros over the selected weights, in [0, 1).
         distribution: how layers share the target: ``"uniform"``, ``"uniform_plus"``, ``"erdos_renyi"``,
             ``"erdos_renyi_kernel"``; ``"global"`` (each layer keeps a weight; ``"global(0)"``: or none) and ``"lamp"``, one
-            threshold over all magnitudes or scores, renewed at each selection by GMP and DPF and else found once, when a run
-            begins; ``"epsilon(1)"``, in place of a target; a mapping ``{glob: sparsity or name}`` (first match wins); a
+            threshold over all magnitudes or scores, renewed at each selection by GMP, DPF and PruneAtStart and else found
+            once, when a run begins; ``"epsilon(1)"``, in place of a target; a mapping ``{glob: sparsity or name}`` (first match wins); a
             callable ``(shapes, sparsity) -> {layer: sparsity}``; or an object that sees the model, in place of a target
             (:class:`~sparse_callbacks.core.allocations.sees_model.SeesModel`).
         include: globs on parameter names; default: the weights of all supported layers except embeddings.
@@ -85,7 +86,8 @@ class Method(Hooks):
         super().__init_subclass__(**kwargs)
         refuse_old_hooks(cls)
         if "__init__" in vars(cls):
-            cls.__init__ = checks_arguments(refusing_storage(cls.__init__), Options)  # type: ignore[method-assign]
+            init = refusing_first_masks(refusing_storage(cls.__init__), Options)
+            cls.__init__ = checks_arguments(init, Options)  # type: ignore[method-assign]
 
     def __getattr__(self, name: str) -> Any:
         if name in ("setup", "teardown") or name.startswith("on_"):  # a Trainer looks for its hooks
@@ -119,13 +121,12 @@ class Method(Hooks):
         fresh_start: bool = False,
     ) -> None:
         check_sparsity(sparsity)
+        check_distribution(distribution)
         if decides_total(distribution) and float(sparsity) != DEFAULT_SPARSITY:
             raise ValueError(
                 f"sparsity={sparsity} and distribution={checkpoint.shown(distribution)} both say how many weights there are. Leave "
                 "sparsity= out, or choose a distribution that shares out a target."
             )
-        if isinstance(distribution, Mapping):
-            check_rules(distribution)
         if keep_dense not in (None, "first", "last", "both"):
             raise ValueError(f"keep_dense={keep_dense!r} is not known. Give 'first', 'last', 'both' or None.")
         check_seed(seed)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import singledispatch
 from typing import Any
 
 import torch
@@ -25,13 +26,15 @@ def keeps_optimizers(method: Method) -> bool:
     return not (isinstance(method, RestartsOptimizers) and method.restarts)
 
 
+@singledispatch
 def grows(method: Method) -> bool:
-    """Whether weights may be born in a run, without a dense copy that they come back from."""
+    """Whether weights may be born in a run, without a dense copy that they come back from. A method registers a function of
+    its own."""
     if method.explores:
         return True
     makes_masks = any(getattr(type(method), n) is not getattr(Hooks, n) for n in ("new_masks", "after_step"))
     # one that arrives at its target only prunes
-    return makes_masks and not (method.keeps_dense or method.arrives_at_stop or method.only_prunes)
+    return makes_masks and not (method.keeps_dense or method.arrives_at_stop)
 
 
 def refuse_optimizers(method: Method, owners: Ownership) -> None:

@@ -10,7 +10,7 @@ from sparse_callbacks.core.attachment import Attachment, Choice
 from sparse_callbacks.core.awaited import with_awaited
 from sparse_callbacks.core.calendar import Calendar
 from sparse_callbacks.core.checkpoint import SavedRun, misfit, refuse_foreign_weights, refuse_other_model
-from sparse_callbacks.core.initial_masks import forget_given, planned_targets, sharing_entries
+from sparse_callbacks.core.initial_masks import forget_given
 from sparse_callbacks.core.live.ever_live import as_truths
 from sparse_callbacks.core.live.live_layout import units_in
 from sparse_callbacks.core.live.live_masks import exchanged_layers
@@ -27,6 +27,7 @@ from sparse_callbacks.core.live.saved_patterns import (
 from sparse_callbacks.core.local_parts import local_parameter
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizers import Ownership
+from sparse_callbacks.core.planned_targets import planned_targets, sharing_entries
 from sparse_callbacks.core.progress import Progress
 from sparse_callbacks.core.selection import NOT_TRAINED, Entry, select
 from sparse_callbacks.core.shards import cut

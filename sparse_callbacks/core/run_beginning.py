@@ -11,12 +11,12 @@ from sparse_callbacks.core.checkpoint import refuse_foreign_weights, refuse_othe
 from sparse_callbacks.core.found_shares import shares_to_keep
 from sparse_callbacks.core.fresh_weights import refuse_rescaling
 from sparse_callbacks.core.gradient_mask import refuse_lost_gradients
-from sparse_callbacks.core.initial_masks import planned_targets
 from sparse_callbacks.core.live.live_runs import layers_of_run, refuse_foreign_places, same_places
 from sparse_callbacks.core.local_parts import local_parameter
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_needs import refuse_optimizers
 from sparse_callbacks.core.optimizers import Ownership
+from sparse_callbacks.core.planned_targets import planned_targets
 from sparse_callbacks.core.progress import Progress
 from sparse_callbacks.core.restored import aux_on_devices, refuse_other_places
 from sparse_callbacks.core.selection import Entry

@@ -17,10 +17,11 @@ from sparse_callbacks.core.checkpoint import SavedRun, check_state, misfit, othe
 from sparse_callbacks.core.checkpoint_file import refuse_broken
 from sparse_callbacks.core.cut_weights import count_cut
 from sparse_callbacks.core.error_text import first_line
-from sparse_callbacks.core.initial_masks import forget_given, planned_targets, sharing_entries
+from sparse_callbacks.core.initial_masks import forget_given
 from sparse_callbacks.core.live.live_masks import exchanged_layers
 from sparse_callbacks.core.live.saved_patterns import storage_of, units_of
 from sparse_callbacks.core.method import Method
+from sparse_callbacks.core.planned_targets import planned_targets, sharing_entries
 from sparse_callbacks.core.selection import NOT_TRAINED, select
 from sparse_callbacks.core.state_claims import planned_otherwise, refuse_impossible
 from sparse_callbacks.core.state_layout import damaged, inventory, is_count, shown_short, why_not_whole

@@ -13,6 +13,7 @@ from sparse_callbacks.core.initial_masks import StartsSparse
 from sparse_callbacks.core.local_parts import is_sharded, why_not_in_parts
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizers import is_elementwise
+from sparse_callbacks.core.scored_start import first_score
 from sparse_callbacks.core.selection import NOT_TRAINED, Entry
 from sparse_callbacks.lightning.averaging import averaging_callbacks
 from sparse_callbacks.lightning.refusals import has_class_named
@@ -73,7 +74,7 @@ def _why_not_exact(method: Method) -> str:
         return f"it reads whole parameters, of which each process has a part. Exact on shards are {listed}"
     if isinstance(method, methods.SupTickets):
         return "the merged ticket is made of whole parameters, of which each process has a part. Give the base method alone"
-    by_weights = isinstance(method, StartsSparse) and (method.first_score or method.initial_mask in _BY_WEIGHTS)
+    by_weights = isinstance(method, StartsSparse) and (first_score(method) or method.initial_mask in _BY_WEIGHTS)
     if by_weights or (isinstance(method, StartsSparse) and method.rescale is not None):
         return "its start reads whole layers, of which each process has a part. Leave initial_mask= and rescale= out, or give a file"
     if isinstance(method, StartsSparse) and method.pattern is not None:

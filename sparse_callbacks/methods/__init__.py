@@ -3,11 +3,10 @@
 from sparse_callbacks.methods.channels import ChannelPruning
 from sparse_callbacks.methods.ctre import CTRE
 from sparse_callbacks.methods.dpf import DPF
-from sparse_callbacks.methods.early_crop import EarlyCroP
 from sparse_callbacks.methods.gap import GaP, ParallelGaP
 from sparse_callbacks.methods.gmp import GMP
 from sparse_callbacks.methods.l0 import ConstrainedL0
-from sparse_callbacks.methods.prune_at_start import PruneAtStart
+from sparse_callbacks.methods.prune_at_start import EarlyCroP, PruneAtStart
 from sparse_callbacks.methods.rigl import RigL
 from sparse_callbacks.methods.set import SET
 from sparse_callbacks.methods.smcp import SMCP

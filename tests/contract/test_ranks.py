@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from support import ranks
-from support.methods import STEADY, every_steady_method, moves
+from support.methods import STEADY, every_steady_method, moves_at_all
 from support.processes import run_processes
 
 from sparse_callbacks.testing.comparison import differences
@@ -39,7 +39,7 @@ def test_masks_are_equal_where_shares_of_a_data_pass_are_not_equally_long(
 ) -> None:
     first = of_ranks[0][name]["passes"]["masks"]
     assert first
-    assert (len(differences(first[0], first[-1])) > 0) == moves(name)
+    assert (len(differences(first[0], first[-1])) > 0) == moves_at_all(name)
     for other in of_ranks[1:]:
         assert differences(first, other[name]["passes"]["masks"]) == []
 
@@ -52,7 +52,7 @@ def test_steps_without_an_update_ask_nothing_of_other_ranks(name: str, of_ranks:
     assert not any(asked for asked, updates in calls[0][2:] if not updates)
     assert sum(asked for asked, updates in calls[0][:2] if not updates) <= 1
     assert calls[0].count((0, 0)) >= 6
-    assert any(asked for asked, updates in calls[0] if updates) == moves(name)
+    assert any(asked for asked, updates in calls[0] if updates) == moves_at_all(name)
 
 
 @pytest.fixture(scope="module")

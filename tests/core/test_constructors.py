@@ -87,6 +87,30 @@ class HandsOn(RigL):
         self.extra = extra
 
 
+@pytest.mark.parametrize("argument", [{"initial_mask": "snip"}, {"rescale": "layer"}], ids=lambda a: next(iter(a)))
+@pytest.mark.parametrize("name", [name for name in methods.__all__ if name != "SupTickets"])
+def test_a_method_takes_first_masks_or_says_who_does(name: str, argument: dict[str, Any]) -> None:
+    cls = getattr(methods, name)
+    if argument.keys() <= set(argument_names(cls, Options)):
+        cls(**argument)
+        return
+    (told,) = argument
+    with pytest.raises(
+        ValueError, match=rf"{told}='.*': {name} .*\. Leave {told}= out; Static, SET, RigL, SNFS, CTRE and GaP"
+    ):
+        cls(**argument)
+
+
+class OfFirstMasks(methods.GMP):
+    def __init__(self, *, initial_mask: str = "random", **options: Any) -> None:
+        super().__init__(**options)
+        self.initial_mask = initial_mask
+
+
+def test_a_class_may_have_such_an_argument_of_its_own() -> None:
+    assert OfFirstMasks(initial_mask="mine").arguments["initial_mask"] == "'mine'"
+
+
 def test_arguments_that_are_handed_on_are_known() -> None:
     made = HandsOn(0.8, drop_fraction=0.1)
     assert made.arguments["sparsity"] == "0.8"

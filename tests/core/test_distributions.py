@@ -18,6 +18,7 @@ from sparse_callbacks.core.distributions import (
     uniform,
 )
 from sparse_callbacks.core.ops import zeros_for
+from sparse_callbacks.methods import GMP, EarlyCroP, PruneAtStart, Static
 
 SHAPES = {"body.0": (32, 16, 3, 3), "body.1": (64, 32, 3, 3), "head": (10, 64)}
 
@@ -137,6 +138,22 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
             match=r"'erk' is not known. Use uniform, uniform_plus, erdos_renyi, erdos_renyi_kernel, global, lamp, a mapping",
         ):
             resolve(distribution, SHAPES, 0.8)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", [Static, GMP, PruneAtStart, EarlyCroP], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    ("distribution", "message"),
+    [
+        ("erk", r"distribution='erk' is not known. Use uniform"),
+        ({"head": 0.5, "*": "erk"}, r"distribution='erk' is not known. Use uniform"),
+        ("global(x)", r"distribution='global\(x\)' is not known. Give 'global\(2\)'"),
+        ("epsilon(0)", r"epsilon=0.0 is not a positive number"),
+        ("epsilon", r"epsilon='epsilon' is not a positive number"),
+    ],
+)
+def test_a_method_refuses_names_before_there_is_a_model(method: Any, distribution: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        method(distribution=distribution)
 
 
 def test_resolve_by_glob_takes_the_first_match() -> None:

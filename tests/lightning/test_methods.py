@@ -101,6 +101,21 @@ def test_few_names_are_public() -> None:
     assert {n for n in vars(Hooks) if not n.startswith("_")} <= interface
 
 
+# rules of a base that these have another argument for, or whose arguments they do not take
+ELSEWHERE = "every start stop initial_mask rescale reinit_after storage pattern group rows"
+# what a loop asks of a method that starts optimizers anew
+LIVES = (
+    "begin_optimizer_life horizon horizon_asked optimizer_life restarts shortest_life with_restarts without_restarts"
+)
+
+
+@pytest.mark.parametrize("name", ["PruneAtStart", "EarlyCroP"])
+def test_methods_that_prune_once_have_no_public_names_of_their_own(name: str) -> None:
+    made = getattr(methods, name)()
+    public = {n for n in dir(made) if not n.startswith("_")} - set(argument_names(type(made), Options))
+    assert public <= {*INTERFACE.split(), *OTHERS.split(), *ELSEWHERE.split(), *LIVES.split()}
+
+
 def test_core_and_methods_work_where_lightning_cannot_be_imported() -> None:
     program = """
 import sys

@@ -116,7 +116,6 @@ def test_an_interval_longer_than_this_run(method: Any, tmp_path: Path) -> None:
         ),
         ({"exclude": "foo*"}, r"exclude=\['foo\*'\] matches no parameter"),
         ({"exclude": "*"}, r"no parameter is left to make sparse"),
-        ({"distribution": "erk"}, r"distribution='erk' is not known\. Use uniform, uniform_plus, erdos_renyi"),
         ({"distribution": {"foo*": 0.5}}, r"distribution: 'foo\*' matches no sparse layer"),
         ({"sparsity": 0.9999}, r"sparsity=0\.9999 cannot be reached.*The highest reachable sparsity is 0\.994444"),
     ],

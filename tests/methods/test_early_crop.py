@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparse_callbacks import EarlyCroP, PruneAtStart, horizon, methods, sparsify
-from sparse_callbacks.methods.early_crop import early_sparsity
+from sparse_callbacks.core.scored_start import ranked_masks
+from sparse_callbacks.methods.prune_at_start.early_crop import early_sparsity
+from sparse_callbacks.methods.prune_at_start.prune_at_start import sparsity_in_rounds
 from sparse_callbacks.testing.comparison import assert_counts, assert_effective, differences, snapshot
 from sparse_callbacks.testing.data import Batches
 from sparse_callbacks.testing.networks import Classifier, conv_net, loss_on
@@ -69,17 +71,19 @@ def test_the_sparsities_of_the_table() -> None:
     found = [early_sparsity(ROUNDS["limit"], i, number) for i in range(number)]
     assert found == pytest.approx(ROUNDS["sparsities"], abs=1e-12)
     method = methods.EarlyCroP(ROUNDS["limit"], rounds=number)
-    assert [method.sparsity_after(ROUNDS["limit"], k / number) for k in range(1, number + 1)] == found
+    assert [sparsity_in_rounds(method, ROUNDS["limit"], k / number) for k in range(1, number + 1)] == found
     net = nn.Linear(59, 17, bias=False)  # of 1003 weights
     loss: Any = lambda module, batch: module(batch).square().mean()  # noqa: E731
     zeros: list[int] = []
-    ranked = methods.EarlyCroP.ranked
 
     class Seen(methods.EarlyCroP):
-        def ranked(self, scores: Any, masks: Any, way: float) -> dict[str, Tensor]:
-            made = ranked(self, scores, masks, way)
-            zeros.append(int((~made["weight"]).sum()))
-            return made
+        pass
+
+    @ranked_masks.register
+    def _(method: Seen, scores: Any, masks: Any, way: float) -> dict[str, Tensor]:
+        made = ranked_masks.dispatch(methods.EarlyCroP)(method, scores, masks, way)
+        zeros.append(int((~made["weight"]).sum()))
+        return made
 
     torch.manual_seed(0)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
@@ -95,8 +99,8 @@ def test_no_round_prunes_more_than_the_target(sparsity: float) -> None:
     assert [early_sparsity(sparsity, i, 5) for i in range(5)] == [sparsity] * 5
 
 
-@pytest.mark.parametrize("distribution", ["global", "uniform"])
-def test_one_round_is_the_mask_of_prune_at_start_on_these_weights(distribution: str) -> None:
+@pytest.mark.parametrize("distribution", ["global", "uniform", "lamp", {"net.0*": 0.5, "*": "lamp"}], ids=str)
+def test_one_round_is_the_mask_of_prune_at_start_on_these_weights(distribution: Any) -> None:
     callback, module = early(when=5, rounds=1, distribution=distribution), Slowing()
     dense = Slowing()
     stops: list[dict[str, Tensor]] = []
@@ -111,6 +115,7 @@ def test_one_round_is_the_mask_of_prune_at_start_on_these_weights(distribution: 
     again.load_state_dict(stops[4])
     run(other, again)
     assert differences(dict(callback.masks), dict(other.masks)) == []
+    assert_counts(callback)
 
 
 def test_rounds_are_scored_anew() -> None:
@@ -193,11 +198,13 @@ def test_weights_that_are_all_zero_have_no_distance() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"lr_after": "restart"}, {"when": 8, "lr_after": "restart"}], ids=["on", "restart", "time"]
+    "options",
+    [{}, {"distribution": "lamp"}, {"lr_after": "restart"}, {"when": 8, "lr_after": "restart"}],
+    ids=["on", "lamp", "restart", "time"],
 )
 def test_a_resume_at_any_point_is_bitwise(options: dict[str, Any], tmp_path: Path) -> None:
     def module_of(seed: int) -> Slowing:
-        return Restarted(seed) if options else Slowing(seed)
+        return Restarted(seed) if "lr_after" in options else Slowing(seed)
 
     after = (2, 6, 8, 9, 10, 13)
     callback, module, stops = early(0.6, **options), module_of(0), Stops(tmp_path, after)

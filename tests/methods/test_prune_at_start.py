@@ -499,7 +499,7 @@ def test_layers_without_a_score_keep_their_largest_weights() -> None:
         ({"score": "taylor"}, r"score='taylor' is not known\. Give 'snip' or 'grasp'"),
         (
             {"initial_mask": "magnitude"},
-            r"initial_mask= is not an argument of PruneAtStart, whose first mask is made by score=",
+            r"initial_mask='magnitude': PruneAtStart makes its masks by score=\. Leave initial_mask= out; Static",
         ),
         ({"batches": 0}, r"batches=0 is not a number of batches"),
         ({"batches": iter([])}, r"batches=list_iterator can be iterated once"),

@@ -11,12 +11,13 @@ from sparse_callbacks.core.attachment import Choice
 from sparse_callbacks.core.awaited import for_targets, with_awaited
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.cut_weights import count_cut
-from sparse_callbacks.core.initial_masks import forget_given, planned_targets
+from sparse_callbacks.core.initial_masks import forget_given
 from sparse_callbacks.core.inspection import copied
 from sparse_callbacks.core.live.live_masks import exchanged_layers
 from sparse_callbacks.core.live.live_records import end_records
 from sparse_callbacks.core.live.saved_patterns import storage_of, units_of
 from sparse_callbacks.core.method import Method
+from sparse_callbacks.core.planned_targets import planned_targets
 from sparse_callbacks.core.selection import Entry, select
 from sparse_callbacks.core.sparse_layers.live_places import keys_of_mask
 from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.core import distributed
-from sparse_callbacks.core.initial_masks import draws_at_random, given_mask
+from sparse_callbacks.core.initial_masks import StartsSparse, given_mask, start_of
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.sparse_layers.drawn_places import LARGEST_SAME, rejected
@@ -66,7 +66,9 @@ def _first_keys(
 
 def is_drawn_by_rejection(method: Method, entry: Entry, weight: Tensor) -> bool:
     """Whether the first places of a layer are drawn without ever making its mask: it is too large, or has no memory."""
-    return (weight.is_meta or entry.size > LARGEST_SAME) and draws_at_random(method)
+    if not isinstance(method, StartsSparse) or type(method).initial_masks is not StartsSparse.initial_masks:
+        return False  # a rule of a subclass makes them
+    return (weight.is_meta or entry.size > LARGEST_SAME) and start_of(method).at_random
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from sparse_callbacks.core import distance_trigger as trigger
 from sparse_callbacks.core.arguments import refuse_unknown
 from sparse_callbacks.core.calendar import Calendar, RunLength, Time, resolve_times
 from sparse_callbacks.core.calibration import Loss, number_of_batches
+from sparse_callbacks.core.distance_trigger import When
 from sparse_callbacks.core.hooks import Figures
 from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.step import Step
@@ -21,7 +22,6 @@ from sparse_callbacks.methods.channels.budgeted import START, STOP, BudgetedChan
 from sparse_callbacks.methods.channels.combinations import refuse_combinations, refuse_when
 from sparse_callbacks.methods.channels.criteria import CRITERIA, ScoredNetwork
 from sparse_callbacks.methods.channels.rankings import RANKINGS, Choice, Offer, equal_shares
-from sparse_callbacks.methods.pruning_time import When
 
 
 class ChannelPruning(BudgetedChannels):

@@ -5,11 +5,12 @@ from typing import Any, ClassVar, Unpack
 
 from sparse_callbacks.core.calendar import Time
 from sparse_callbacks.core.calibration import Loss
+from sparse_callbacks.core.distance_trigger import When
 from sparse_callbacks.core.distributions import Distribution
 from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.score_rules import SCORES
-from sparse_callbacks.methods.prune_at_start import PruneAtStart
-from sparse_callbacks.methods.pruning_time import LATEST, When
+from sparse_callbacks.methods.prune_at_start.prune_at_start import PruneAtStart, sparsity_in_rounds
+from sparse_callbacks.methods.prune_at_start.pruning_time import LATEST
 
 BATCHES = 5  # of the paper's code
 
@@ -95,8 +96,11 @@ class EarlyCroP(PruneAtStart):
         )
         self.batches = batches
 
-    def sparsity_after(self, sparsity: float, way: float) -> float:
-        return early_sparsity(sparsity, round(way * (self.rounds or 1)) - 1, self.rounds or 1)
+
+@sparsity_in_rounds.register
+def _(method: EarlyCroP, sparsity: float, way: float) -> float:
+    rounds = method.rounds or 1
+    return early_sparsity(sparsity, round(way * rounds) - 1, rounds)
 
 
 def early_sparsity(limit: float, number: int, rounds: int) -> float:

@@ -2,19 +2,21 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial, singledispatch
 from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.core.allocations.by_weight import GLOBAL, LAMP, is_by_weight, least_of
+from sparse_callbacks.core.allocations.by_weight import GLOBAL, least_of
 from sparse_callbacks.core.calendar import Time
 from sparse_callbacks.core.calibration import Loss
-from sparse_callbacks.core.checkpoint import SavedRun
-from sparse_callbacks.core.distance_trigger import PRUNED, expected_of_trigger
+from sparse_callbacks.core.distance_trigger import When
 from sparse_callbacks.core.distributions import Distribution, uniform
+from sparse_callbacks.core.first_mask_arguments import why_no_first_mask
+from sparse_callbacks.core.found_shares import renew_shares
 from sparse_callbacks.core.hooks import Figures
-from sparse_callbacks.core.initial_masks import InitialMask, StartsSparse, joining_masks
+from sparse_callbacks.core.initial_masks import StartsSparse, joining_masks
 from sparse_callbacks.core.joint_thresholds import renews_thresholds
 from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.ops import zeros_for
@@ -23,19 +25,36 @@ from sparse_callbacks.core.reinitialised import refuse_unresettable
 from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.score_options import Score
 from sparse_callbacks.core.scored_masks import (
-    over_all_layers,
-    pruned_in_rounds,
     scores_of,
     sparsity_after,
     within_layers,
 )
+from sparse_callbacks.core.scored_start import first_score, masks_by_score, ranked_masks, renews_weights, scores_taken
 from sparse_callbacks.core.selection import Entry, layer_shapes
-from sparse_callbacks.core.state_claims import Kept, Zeros, as_planned, expected_aux, possible_zeros
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.storages.storage import why_no_exchange
 from sparse_callbacks.core.thawed import masks_by_magnitude
 from sparse_callbacks.core.topology import Update
-from sparse_callbacks.methods.pruning_time import LATEST, PENDING, PrunesOnce, When
+from sparse_callbacks.methods.prune_at_start.one_ranking import (
+    SCORED,
+    in_one_ranking,
+    ranks_jointly,
+    refuse_distribution,
+    refuse_least,
+    warn_of_empty,
+    zeros_of_ranked,
+)
+from sparse_callbacks.methods.prune_at_start.pruning_time import (
+    LATEST,
+    PrunesOnce,
+    begin_trigger,
+    is_dense,
+    part_of_step,
+    pruned_now,
+    restart_if_pruned,
+    set_pruning_time,
+    waiting_for_step,
+)
 
 
 class PruneAtStart(PrunesOnce, StartsSparse):
@@ -73,7 +92,8 @@ class PruneAtStart(PrunesOnce, StartsSparse):
             ``seed``, as in SNIP's reference.
         distribution: ``"global"``: one ranking over all selected weights, in which a layer may lose all of its weights, of
             which a warning tells; ``"global(3)"`` is the same with ``least=3``. Anything else, see
-            :class:`~sparse_callbacks.core.method.Method`: a ranking in each layer. Mappings cannot name ``"global"``.
+            :class:`~sparse_callbacks.core.method.Method`: a ranking in each layer; ``"lamp"`` shares out by the magnitudes
+            that the pruning finds. Mappings cannot name ``"global"``.
         loss: a function of module and batch that gives the loss, a scalar; None: that of the training step. Manual optimization
             and loops of your own need it.
         when: ``"start"``: before the first batch. A time, in optimizer steps (int) or as a fraction of the run (float), or
@@ -121,11 +141,6 @@ class PruneAtStart(PrunesOnce, StartsSparse):
         seed: int = 0,
         **options: Unpack[Options],
     ) -> None:
-        if "initial_mask" in options:
-            raise ValueError(
-                f"initial_mask= is not an argument of {type(self).__name__}, whose first mask is made by score=. Give Static or "
-                "RigL initial_mask=."
-            )
         if not isinstance(reinit_after, bool):
             raise ValueError(
                 f"reinit_after={reinit_after!r} is neither True nor False: it says whether the model gets fresh initial weights "
@@ -133,7 +148,7 @@ class PruneAtStart(PrunesOnce, StartsSparse):
             )
         super().__init__(
             sparsity,
-            initial_mask=Score(score, batches, loss, rounds, least),
+            initial_mask="magnitude",  # stands in until there are scores, and for layers that join later
             rescale=rescale,
             distribution=distribution,
             include=include,
@@ -143,12 +158,11 @@ class PruneAtStart(PrunesOnce, StartsSparse):
         )
         self.score, self.batches, self.loss, self.rounds, self.least = score, batches, loss, rounds, least
         self.reinit_after = reinit_after
-        self._score = self.first_score
-        self.set_pruning_time(when, stop, lr_after)
+        self._scoring = Score(score, batches, loss, rounds, least)
+        set_pruning_time(self, when, stop, lr_after)
         if when != "start":
-            self.first_score = None  # the run begins dense
             self._refuse_of_start()
-        self._refuse_distribution()
+        refuse_distribution(distribution, least)
 
     def _refuse_of_start(self) -> None:
         """Refuse what a trained network cannot have."""
@@ -159,31 +173,9 @@ class PruneAtStart(PrunesOnce, StartsSparse):
                     f"Leave {argument}= out, or give when='start'."
                 )
 
-    def _refuse_distribution(self) -> None:
-        """Refuse a distribution that does not go with ``least``, or under which some layers would share a ranking."""
-        given, joint = self.distribution, self._is_global
-        if self.least and not joint:
-            raise ValueError(
-                f"least={self.least!r} is of one ranking over all layers, and distribution={given!r} plans how many weights "
-                "each layer keeps. Leave least= out, or give distribution='global'."
-            )
-        if self.least and given.strip() != GLOBAL:  # type: ignore[union-attr]
-            raise ValueError(
-                f"least={self.least!r} and distribution={given!r} both say how many weights every layer keeps. Give one of them."
-            )
-        if isinstance(given, Mapping) and any(map(_ranks_jointly, given.values())):
-            raise ValueError(
-                f"distribution={given!r} names 'global' in a mapping, and here 'global' is one ranking by score over all layers. "
-                "Give distribution='global' and leave layers out with exclude=, or name another rule, such as 'lamp'."
-            )
-
-    @staticmethod
-    def score_of(initial_mask: InitialMask) -> Score | None:
-        return initial_mask if isinstance(initial_mask, Score) else None
-
     @property
     def _is_global(self) -> bool:
-        return _ranks_jointly(self.distribution)
+        return ranks_jointly(self.distribution)
 
     @property
     def _least(self) -> int:
@@ -198,7 +190,7 @@ class PruneAtStart(PrunesOnce, StartsSparse):
         if self._is_global:
             shapes = layer_shapes(entries)
             sizes = [math.prod(shape) for shape in shapes.values()]
-            self._refuse_least(sum(sizes) - zeros_for(self.target_sparsity, sum(sizes)), sizes)
+            refuse_least(self, self._least, sum(sizes) - zeros_for(self.target_sparsity, sum(sizes)), sizes)
             return uniform(shapes, self.target_sparsity)
         return super().share_out(entries)
 
@@ -206,8 +198,8 @@ class PruneAtStart(PrunesOnce, StartsSparse):
         plan = super().plan(model)
         if not self._is_global:
             return plan
-        scored = [] if model is not None else [r.size for r in plan if f"scored/{r.name}" in self.aux]
-        later = [r for r in plan if scored and r.name in plan.selected and f"scored/{r.name}" not in self.aux]
+        scored = [] if model is not None else [r.size for r in plan if f"{SCORED}/{r.name}" in self.aux]
+        later = [r for r in plan if scored and r.name in plan.selected and f"{SCORED}/{r.name}" not in self.aux]
         # layers that have joined the run since have counts of their own
         own = self.parameter_zeros(self.entries, self.targets) if later else {}
         zeros = zeros_for(self.target_sparsity, sum(scored) or plan.weights) + sum(own[r.name] for r in later)
@@ -216,114 +208,74 @@ class PruneAtStart(PrunesOnce, StartsSparse):
     # ------------------------------------------------------------------ the pruning
 
     def attach(self, model: nn.Module) -> None:
-        self.begin_trigger()
+        begin_trigger(self)
 
     def begin_training(self, epoch: int) -> Figures:
-        self.begin_trigger()
+        begin_trigger(self)
         return {}
 
     def initial_masks(self) -> dict[str, Tensor]:
-        return self.weights.all_active(self.params) if self.is_dense else super().initial_masks()
+        return self.weights.all_active(self.params) if is_dense(self) else super().initial_masks()
 
     def after_step(self, step: Step) -> Update | None:
-        if masks := self.waiting_part(step):
+        if masks := waiting_for_step(self, step):
             return Update(masks)
-        return self.new_masks(step) if self.pruned_now(step) else None
+        return self.new_masks(step) if pruned_now(self, step) else None
 
     def new_masks(self, step: Step) -> Update:
-        assert self._score is not None  # score_of gives the one of the arguments
-        return Update(self.own_part(step, pruned_in_rounds(self, self._score, self.ranked)))
+        renew_shares(self)  # what reads weights reads those that are ranked
+        return Update(part_of_step(self, step, masks_by_score(self, self._scoring)))
 
     def after_update(self, step: Step) -> None:
         if self.at_target:
-            self.scores_taken()
-        self.restart_if_pruned()
-
-    # ------------------------------------------------------------------ the masks
-
-    @property
-    def renews_weights(self) -> bool:
-        return self.reinit_after
+            scores_taken(self)
+        restart_if_pruned(self)
 
     def rehearse(self) -> None:
         if self.reinit_after:
             refuse_unresettable(self.model, self.params)
-        if self.is_dense and self.saved is None and self._score is not None and self.params:
-            scores_of(self, self._score.of_one_batch())  # fails now where it would fail at the pruning
-
-    def sparsity_after(self, sparsity: float, way: float) -> float:
-        """The sparsity that rounds have come to, of the network or of a layer.
-
-        Args:
-            sparsity: its target.
-            way: the part of all rounds that is done, in (0, 1].
-        """
-        return sparsity_after(sparsity, way)
-
-    def ranked(self, scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], way: float) -> dict[str, Tensor]:
-        if not self._is_global:
-            return within_layers(self, scores, masks, way, self.sparsity_after)
-        sparsity = self.sparsity_after(self.target_sparsity, way)
-        size = sum(m.numel() for m in masks.values())
-        zeros = zeros_for(sparsity, size) if way < 1 else self._zeros_of_all() - self._zeros_beside(masks)
-        layers = (views[0] for n, m in masks.items() for _, views in self.weights.layers(n, m))
-        self._refuse_least(size - zeros, (layer.numel() for layer in layers))
-        found = over_all_layers(self, scores, masks, zeros, self._least)
-        if self._least and way == 1:
-            self._tell_of_least(found, over_all_layers(self, scores, masks, zeros))
-        return found
-
-    def _zeros_of_all(self) -> int:
-        return zeros_for(self.target_sparsity, sum(p.numel() for p in self.params.values()))
-
-    def _zeros_beside(self, scored: Mapping[str, Tensor]) -> int:
-        """Zeros of the parameters that have no score, and keep their largest weights."""
-        others = {n: p for n, p in self.params.items() if n not in scored}
-        return sum(
-            self.planned_zeros(layer, views[0].numel())
-            for n, p in others.items()
-            for layer, views in self.weights.layers(n, p)
-        )
-
-    def _refuse_least(self, kept: int, sizes: Iterable[int]) -> None:
-        wanted = sum(min(self._least, size) for size in sizes)
-        if wanted > kept:
-            raise ValueError(
-                f"least={self._least} keeps {wanted:,} weights of all layers, and sparsity={self.sparsity!r} leaves {kept:,}. "
-                "Give a smaller least= or sparsity=."
-            )
-
-    def _tell_of_least(self, found: Mapping[str, Tensor], otherwise: Mapping[str, Tensor]) -> None:
-        """Say what ``least`` has changed."""
-        short = [
-            f"{layer} {int(mask.sum())} instead of {int(other.sum())}"
-            for name in found
-            for layer, (mask, other) in self.weights.layers(name, found[name], otherwise[name])
-            if int(mask.sum()) > int(other.sum())
-        ]
-        if short:
-            self.host.inform(f"least={self._least} keeps more weights than one ranking would: {', '.join(short)}.")
-
-    def scores_taken(self) -> None:
-        if self._is_global:
-            # layers that join later have counts of their own
-            self.aux |= {f"scored/{name}": torch.tensor(True) for name in self.params}
-        empty = [
-            layer
-            for name, mask in self.masks.items()
-            for layer, views in self.weights.layers(name, mask)
-            if not bool(views[0].any())
-        ]
-        if empty:
-            self.host.warn(
-                f"score={self.score!r} at sparsity {self.target_sparsity:g} leaves no weight in {', '.join(empty)}: nothing passes "
-                "through these layers. Give least=, more rounds=, a distribution= other than 'global', or a lower sparsity."
-            )
+        if is_dense(self) and self.saved is None and self.params:
+            scores_of(self, self._scoring.of_one_batch())  # fails now where it would fail at the pruning
 
 
-def _ranks_jointly(rule: object) -> bool:
-    """Whether a rule is one ranking over all layers, by its name."""
-    return isinstance(rule, str) and is_by_weight(rule) and rule.strip() != LAMP
+@singledispatch
+def sparsity_in_rounds(method: PruneAtStart, sparsity: float, way: float) -> float:
+    """The sparsity that rounds of pruning have come to, of the network or of a layer.
+
+    Args:
+        method: the method.
+        sparsity: its target.
+        way: the part of all rounds that is done, in (0, 1].
+    """
+    return sparsity_after(sparsity, way)
+
+
+@first_score.register
+def _(method: PruneAtStart) -> Score | None:
+    return method._scoring if method.when == "start" else None
+
+
+@ranked_masks.register
+def _(method: PruneAtStart, scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], way: float) -> dict[str, Tensor]:
+    after = partial(sparsity_in_rounds, method)
+    if not method._is_global:
+        return within_layers(method, scores, masks, way, after)
+    size = sum(m.numel() for m in masks.values())
+    zeros = zeros_for(after(method.target_sparsity, way), size) if way < 1 else zeros_of_ranked(method, masks)
+    return in_one_ranking(method, scores, masks, zeros, method._least, tell=way == 1)
+
+
+@scores_taken.register
+def _(method: PruneAtStart) -> None:
+    if method._is_global:
+        # layers that join later have counts of their own
+        method.aux |= {f"{SCORED}/{name}": torch.tensor(True) for name in method.params}
+    warn_of_empty(method, method.score)
+
+
+@renews_weights.register
+def _(method: PruneAtStart) -> bool:
+    return method.reinit_after
 
 
 @renews_thresholds.register
@@ -331,33 +283,17 @@ def _(method: PruneAtStart) -> bool:
     return method._is_global  # scores decide, and shares by magnitude would not be read
 
 
-@possible_zeros.register
-def _(method: PruneAtStart, saved: SavedRun, planned: Mapping[str, int]) -> list[Zeros]:
-    if method.when != "start" and PRUNED not in saved.aux:
-        return as_planned(dict.fromkeys(planned, 0))
-    if waiting := [n for n in saved.masks if f"{PENDING}/{n}" in saved.aux]:
-        return as_planned(dict.fromkeys(waiting, 0))
-    together = {n: m.numel() for n, m in saved.masks.items() if f"scored/{n}" in saved.aux}
-    claims = as_planned({n: zeros for n, zeros in planned.items() if n not in together})
-    if together:
-        zeros = zeros_for(method.target_sparsity, sum(together.values()))
-        claims.append(Zeros(tuple(together), (zeros,)))
-    return claims
-
-
-@expected_aux.register
-def _(method: PruneAtStart, saved: SavedRun, model: nn.Module) -> Mapping[str, Kept]:
-    of_trigger = expected_of_trigger(saved) if method.when == "distance" else {}
-    pending = {f"{PENDING}/{name}": Kept(tuple(mask.shape), "bool") for name, mask in saved.masks.items()}
-    return of_trigger | pending | {"scored/*": Kept(dtype="bool")}
-
-
 @masks_by_magnitude.register
 def _(method: PruneAtStart, names: Sequence[str]) -> dict[str, Tensor]:
     # before the pruning a layer that joins is dense, as the others are
-    return method.weights.all_active(names) if method.is_dense else joining_masks(method, names)
+    return method.weights.all_active(names) if is_dense(method) else joining_masks(method, names)
 
 
 @why_no_exchange.register
 def _(method: PruneAtStart) -> str:
     return "scores every weight before it prunes, so its layers begin with all of them"
+
+
+@why_no_first_mask.register
+def _(method: PruneAtStart) -> str:
+    return "makes its masks by score="

@@ -1,20 +1,20 @@
 """When a method that prunes once does so, and whether optimizers start anew after it."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from sparse_callbacks.core import distance_trigger as trigger
 from sparse_callbacks.core.arguments import refuse_unknown
-from sparse_callbacks.core.calendar import Calendar, RunLength, Time, check_times, resolve_times
+from sparse_callbacks.core.calendar import Calendar, RunLength, check_times, resolve_times
+from sparse_callbacks.core.distance_trigger import When
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
+from sparse_callbacks.core.optimizer_needs import grows
 from sparse_callbacks.core.step import Step
 
-When = Literal["start", "distance"] | Time
-"""Before the first step, where the distance from the initial weights settles, or at a time."""
 LATEST = 0.5  # published: EarlyCroP prunes in the first half of the run
 PENDING = "pending"
 _RUN, _LENGTH, _OPTIMIZERS = "trigger/run", "trigger/length", "trigger/optimizers"
@@ -28,77 +28,16 @@ class PrunesOnce(RestartsOptimizers, Method):
 
     with_restarts: ClassVar[str] = 'lr_after="restart"'
     without_restarts: ClassVar[str] = 'lr_after="continue"'
-    only_prunes: ClassVar[bool] = True
     when: When
     lr_after: str
 
-    def set_pruning_time(self, when: Any, stop: Any, lr_after: str) -> None:
-        """Keep the time arguments, once they were found possible.
-
-        Args:
-            when: see :data:`When`.
-            stop: the latest time, with ``when="distance"``; not read otherwise.
-            lr_after: ``"continue"`` or ``"restart"``.
-
-        Raises:
-            ValueError: an argument that is not known, or that says nothing beside the others.
-        """
-        if isinstance(when, str):
-            refuse_unknown(
-                {"when": when}, {"when": ("start", "distance", "a time in steps or as a fraction of the run")}
-            )
-        elif when == 0 and not isinstance(when, bool):
-            raise ValueError(f"when={when!r} is before the first step. Give when='start' for that, or a later time.")
-        else:
-            check_times(when, when, None)
-        check_times(0, stop, None)
-        refuse_unknown({"lr_after": lr_after}, {"lr_after": ("continue", "restart")})
-        if lr_after == "restart" and when == "start":
-            raise ValueError(
-                "lr_after='restart' starts optimizers anew after the pruning, and with when='start' they have not begun before. "
-                "Leave lr_after= out, or give a later when=."
-            )
-        self.when, self.lr_after, self.stop = when, lr_after, stop
-        if when != "start":
-            self.every, self.start = None, 0  # without a start there is no calendar
-            self.arrives_at_stop = True  # type: ignore[misc]  # as methods that begin dense do
-
     # ------------------------------------------------------------------ dense, and pruned
-
-    @property
-    def is_dense(self) -> bool:
-        """The pruning is still to come."""
-        return self.when != "start" and trigger.PRUNED not in self.aux
 
     @property
     def at_target(self) -> bool:
         if self.when == "start":
             return True
-        return bool(self.masks) and not self.is_dense and not self._pending()
-
-    def _pending(self) -> list[str]:
-        """Names of the parameters whose optimizer has yet to take a step with their new masks."""
-        return [key.partition("/")[2] for key in self.aux if key.startswith(f"{PENDING}/")]
-
-    def pruned_now(self, step: Step) -> bool:
-        """The pruning falls at this step, which was taken."""
-        if not self.is_dense or not step.due:
-            return False
-        if self.when == "distance":
-            return trigger.falls_now(self, step, trigger.tolerance(self.target_sparsity))
-        self.aux[trigger.PRUNED] = torch.tensor(step.number)
-        return True
-
-    def own_part(self, step: Step, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``masks`` of the parameters of the step's optimizer; the others take theirs with a step of their own."""
-        mine = set(step.names)
-        self.aux |= {f"{PENDING}/{name}": mask for name, mask in masks.items() if name not in mine}
-        return {name: mask for name, mask in masks.items() if name in mine}
-
-    def waiting_part(self, step: Step) -> dict[str, Tensor]:
-        """Masks that an earlier step of another optimizer has made for those of this one."""
-        waiting = [n for n in step.names if f"{PENDING}/{n}" in self.aux]
-        return {n: self.aux.pop(f"{PENDING}/{n}") for n in waiting}
+        return bool(self.masks) and not is_dense(self) and not _pending(self)
 
     def figures(self) -> dict[str, float]:
         """Whether the pruning has fallen, and with ``when="distance"`` the distance and the increment that is waited for."""
@@ -118,23 +57,13 @@ class PrunesOnce(RestartsOptimizers, Method):
 
     # ------------------------------------------------------------------ times
 
-    def begin_trigger(self) -> None:
-        """Keep what the trigger and the lives of optimizers are measured from; nothing that a run has kept already."""
-        if self.attachment.host is None:
-            return
-        goes_on = self.attachment.in_training or (self.saved is not None and self.saved.times)
-        if self.restarts and not goes_on:
-            self.aux[_RUN] = self.aux[_OPTIMIZERS] = torch.tensor(self.step)
-        if self.when == "distance" and self.attachment.in_training:
-            trigger.keep_initial(self)
-
     def make_calendar(self, run: RunLength) -> Calendar:
         calendar = trigger.ending_with_pruning(self, self._calendar(run))
         if self.restarts:
             self.aux[_LENGTH] = torch.tensor(run.total(), dtype=torch.float64)
             pruned = self.aux.get(trigger.PRUNED)
             # a run that was saved between the pruning and the next batch
-            if pruned is not None and not self._pending() and int(self.aux[_OPTIMIZERS]) < int(pruned):
+            if pruned is not None and not _pending(self) and int(self.aux[_OPTIMIZERS]) < int(pruned):
                 self.host.request_restart()
         return calendar
 
@@ -179,7 +108,7 @@ class PrunesOnce(RestartsOptimizers, Method):
         if not self.restarts:
             return None
         lives = [float(self.aux[_RUN]) + float(self.aux[_LENGTH]) - self.times.stop]
-        if self.is_dense:
+        if is_dense(self):
             lives.append(self.times.stop - int(self.aux[_OPTIMIZERS]))
         return min((life for life in lives if life > 0), default=None)
 
@@ -187,8 +116,92 @@ class PrunesOnce(RestartsOptimizers, Method):
         """The host is about to configure new optimizers."""
         self.aux[_OPTIMIZERS] = torch.tensor(self.step)
 
-    def restart_if_pruned(self) -> None:
-        """The masks of an update were taken: ask for new optimizers where all of them were."""
-        if self.restarts and self.at_target:
-            # asked for, not done: the optimizer whose hook called this is still in its step
-            self.host.request_restart()
+
+# ---------------------------------------------------------------------- what such a method does at which time
+
+
+def set_pruning_time(method: PrunesOnce, when: Any, stop: Any, lr_after: str) -> None:
+    """Keep the time arguments, once they were found possible.
+
+    Args:
+        method: the method that is made.
+        when: see :data:`~sparse_callbacks.core.distance_trigger.When`.
+        stop: the latest time, with ``when="distance"``; not read otherwise.
+        lr_after: ``"continue"`` or ``"restart"``.
+
+    Raises:
+        ValueError: an argument that is not known, or that says nothing beside the others.
+    """
+    if isinstance(when, str):
+        refuse_unknown({"when": when}, {"when": ("start", "distance", "a time in steps or as a fraction of the run")})
+    elif when == 0 and not isinstance(when, bool):
+        raise ValueError(f"when={when!r} is before the first step. Give when='start' for that, or a later time.")
+    else:
+        check_times(when, when, None)
+    check_times(0, stop, None)
+    refuse_unknown({"lr_after": lr_after}, {"lr_after": ("continue", "restart")})
+    if lr_after == "restart" and when == "start":
+        raise ValueError(
+            "lr_after='restart' starts optimizers anew after the pruning, and with when='start' they have not begun before. "
+            "Leave lr_after= out, or give a later when=."
+        )
+    method.when, method.lr_after, method.stop = when, lr_after, stop
+    if when != "start":
+        method.every, method.start = None, 0  # without a start there is no calendar
+        method.arrives_at_stop = True  # type: ignore[misc]  # as methods that begin dense do
+
+
+def is_dense(method: PrunesOnce) -> bool:
+    """The pruning is still to come."""
+    return method.when != "start" and trigger.PRUNED not in method.aux
+
+
+def pruned_now(method: PrunesOnce, step: Step) -> bool:
+    """The pruning falls at this step, which was taken."""
+    if not is_dense(method) or not step.due:
+        return False
+    if method.when == "distance":
+        return trigger.falls_now(method, step, trigger.tolerance(method.target_sparsity))
+    method.aux[trigger.PRUNED] = torch.tensor(step.number)
+    return True
+
+
+def part_of_step(method: PrunesOnce, step: Step, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``masks`` of the parameters of the step's optimizer; the others take theirs with a step of their own."""
+    mine = set(step.names)
+    method.aux |= {f"{PENDING}/{name}": mask for name, mask in masks.items() if name not in mine}
+    return {name: mask for name, mask in masks.items() if name in mine}
+
+
+def waiting_for_step(method: PrunesOnce, step: Step) -> dict[str, Tensor]:
+    """Masks that an earlier step of another optimizer has made for those of this one."""
+    waiting = [n for n in step.names if f"{PENDING}/{n}" in method.aux]
+    return {n: method.aux.pop(f"{PENDING}/{n}") for n in waiting}
+
+
+def _pending(method: PrunesOnce) -> list[str]:
+    """Names of the parameters whose optimizer has yet to take a step with their new masks."""
+    return [key.partition("/")[2] for key in method.aux if key.startswith(f"{PENDING}/")]
+
+
+def begin_trigger(method: PrunesOnce) -> None:
+    """Keep what the trigger and the lives of optimizers are measured from; nothing that a run has kept already."""
+    if method.attachment.host is None:
+        return
+    goes_on = method.attachment.in_training or (method.saved is not None and method.saved.times)
+    if method.restarts and not goes_on:
+        method.aux[_RUN] = method.aux[_OPTIMIZERS] = torch.tensor(method.step)
+    if method.when == "distance" and method.attachment.in_training:
+        trigger.keep_initial(method)
+
+
+def restart_if_pruned(method: PrunesOnce) -> None:
+    """The masks of an update were taken: ask for new optimizers where all of them were."""
+    if method.restarts and method.at_target:
+        # asked for, not done: the optimizer whose hook called this is still in its step
+        method.host.request_restart()
+
+
+@grows.register
+def _(method: PrunesOnce) -> bool:
+    return False  # whenever it prunes
