@@ -492,6 +492,7 @@ def trained() -> RigL:
     ("make", "words"),
     [
         (lambda: SupTickets(GMP(0.8)), "base=GMP is not a method that drops weights and grows as many elsewhere"),
+        (lambda: SupTickets(0.8), r"base=0\.8 is not a method that drops weights"),  # type: ignore[arg-type]
         (lambda: SupTickets(Static(0.8)), "base=Static is not a method that drops weights"),
         (lambda: SupTickets(SupTickets(SET(0.8))), "base=SupTickets is not a method that drops weights"),
         (lambda: SupTickets(CTRE(0.8)), "base=CTRE looks at the data"),
