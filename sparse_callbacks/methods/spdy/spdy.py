@@ -216,7 +216,9 @@ def _checked(given: Spdy) -> dict[str, Any]:
         raise ValueError(f"cost={given.cost!r} is not known. Give 'flops' or the path of a table of times (.json).")
     refuse_unknown({"error": given.error}, {"error": ERRORS})
     size = given.input
-    if isinstance(size, str | bytes) or (size is not None and (not isinstance(size, Sequence) or not all(map(_counts, size)))):
+    if isinstance(size, str | bytes) or (
+        size is not None and (not isinstance(size, Sequence) or not all(map(_counts, size)))
+    ):
         raise ValueError(
             f"input={size!r} is not the size of a sample. Give whole numbers from 1 on, such as (3, 32, 32)."
         )
