@@ -16,7 +16,6 @@ from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.running_statistics import estimate_statistics, norms_with_statistics, share_statistics
 from sparse_callbacks.core.step import SetsRates, Step
-from sparse_callbacks.core.storages.storage import why_no_exchange
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
 from sparse_callbacks.methods.sup_tickets import phase
@@ -290,8 +289,3 @@ class SupTickets(SetsRates, DropAndGrow):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return copy_around, (self.outer, type(self.base)), self.__getstate__()
-
-
-@why_no_exchange.register
-def _(method: SupTickets) -> str:
-    return "merges networks whose layers end with other counts of live weights than they have, so its layers are masked"
