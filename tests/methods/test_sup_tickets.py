@@ -336,6 +336,18 @@ def test_without_rates_they_follow_that_of_the_run() -> None:
     assert used[:-1] == pytest.approx(([0.1] * 12 + [0.001 + 0.004 * w for w in WAYS] * 2)[:-1], rel=1e-4)
 
 
+def test_rates_that_a_loop_sets_by_hand_do_not_fall_below_those_of_its_beginning() -> None:
+    module, method = net(), tickets(SET, low_lr=None, high_lr=None)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+
+    def step() -> None:
+        optimizer.param_groups[0]["lr"] *= 0.5
+
+    used = [rates[0] for rates in rates_by_movement(method, optimizer, module, step)]
+    assert used[12:-1] == pytest.approx(([0.001 + 0.004 * w for w in WAYS] * 2)[:-1], rel=1e-4)
+    assert float(method.aux["phase/peak"]) == 0.1
+
+
 @pytest.mark.parametrize(
     ("schedule", "rate"),
     [

@@ -28,6 +28,7 @@ def _(method: SupTickets, saved: SavedRun, model: nn.Module) -> Mapping[str, Kep
     found = {OF_RUN + name: count for name in ("tickets", "explored", "installed")}
     found |= {f"{OF_RUN}bounds": Kept((method.cycles + 1,), "int", low=1)}
     found |= {f"{OF_RUN}steps": Kept(dtype="int", low=0, required=True), f"{OF_RUN}rates": Kept(None)}
+    found |= {f"{OF_RUN}peak": Kept(low=0)}
     waits = tickets > 0 and not installed  # for its place in the network
     merged = {
         MERGED + name: Kept(tuple(p.shape), required=waits and p.requires_grad and p.is_floating_point(), finite=False)

@@ -66,8 +66,8 @@ class SupTickets(SetsRates, DropAndGrow):
             ``print_plan`` and all else that concerns masks; not CTRE, and without ``pattern`` and sparse storage.
         share: share of the run's optimizer steps, in (0, 1), that the cycles have together.
         cycles: their number, each of at least three steps.
-        low_lr: learning rate at the beginning and the end of a cycle; None: a hundredth of that which the run's schedule begins
-            or peaks with, as published (or ``high_lr``, if that is less).
+        low_lr: learning rate at the beginning and the end of a cycle; None: a hundredth of the largest that the run has had or
+            its schedule begins or peaks with, as published (or ``high_lr``, if that is less).
         high_lr: learning rate in the middle of a cycle; None: five times ``low_lr``, as published.
         drop_fraction: fraction of a layer's active weights that the update at the beginning of a cycle replaces.
         average: ``"cumulative"``, as above, or ``"moving"``: f = 0.5.
@@ -191,6 +191,8 @@ class SupTickets(SetsRates, DropAndGrow):
 
     def after_step(self, step: Step) -> Update | None:
         update = super().after_step(step)
+        if phase.cycle_in(self.aux) is None:
+            phase.note_peak(self.aux, step.optimizer)
         self._count_step()
         return update
 
