@@ -43,7 +43,8 @@ def refuse_unknown(given: Mapping[str, object], known: Mapping[str, Iterable[obj
         ValueError: a word is not known.
     """
     for name, words in known.items():
-        if given[name] not in words:
+        # of its type first: an array would compare itself with a word entry by entry
+        if not any(isinstance(given[name], type(word)) and given[name] == word for word in words):
             raise ValueError(f"{name}={given[name]!r} is not known. Give {' or '.join(map(repr, words))}.")
 
 

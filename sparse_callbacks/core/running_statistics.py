@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from sparse_callbacks.core import data_pass, distributed
+from sparse_callbacks.core.argument_types import checked_after
 from sparse_callbacks.core.host import Forward
 from sparse_callbacks.core.state_layout import shown_short
 
@@ -59,6 +60,7 @@ def share_statistics(norms: Sequence[_NormBase]) -> None:
             tensor.copy_(summed / seen.clamp(min=1))
 
 
+@checked_after  # where it fails the norms are as they were
 def recalibrate_batchnorm(module: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None) -> None:
     """Estimate the running statistics of all batch norms anew, as the mean over batches.
 

@@ -20,6 +20,7 @@ from sparse_callbacks.core.distributions import why_all_active
 from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.fresh_weights import refuse_rescaled_checkpoint
 from sparse_callbacks.core.host import Forward
+from sparse_callbacks.core.idle_run import why_idle
 from sparse_callbacks.core.loop_binding import LoopBinding, ValuesBeforeMasks
 from sparse_callbacks.core.loop_driver import NOT_COPIED, Clip, LoopDriver
 from sparse_callbacks.core.loop_host import LoopHost
@@ -31,7 +32,6 @@ from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.recorded_loop import RecordedLoop
 from sparse_callbacks.core.selection import Entry, layer_shapes
 from sparse_callbacks.core.state_claims import refuse_impossible
-from sparse_callbacks.core.step import ReplacesSteps
 from sparse_callbacks.core.storages.exchanged import Exchanged
 from sparse_callbacks.core.storages.loop_exchange import FirstBatchOfLoop, exchange_for_loop
 from sparse_callbacks.core.wrappers import plain_model, set_up_by
@@ -169,8 +169,7 @@ class SparseRun(RecordedLoop):
         if method.saved is not None:
             text = method.calendar.why_other_times(method.saved.times, name)
         else:
-            replaces = isinstance(method, ReplacesSteps)
-            text = method.progress.why_idle(method.calendar, self._length.total(), name, replaces=replaces)
+            text = why_idle(method, self._length.total())
         if text:
             self._host.warn(text)
         elif method.saved is None:

@@ -10,8 +10,8 @@ from sparse_callbacks.core.agreement import refuse_unequal_runs
 from sparse_callbacks.core.awaited import for_targets, why_never, with_awaited
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.distributions import why_all_active
+from sparse_callbacks.core.idle_run import why_idle
 from sparse_callbacks.core.selection import NOT_TRAINED, Entry, layer_shapes, select
-from sparse_callbacks.core.step import ReplacesSteps
 from sparse_callbacks.core.unseen_steps import StepWatch
 from sparse_callbacks.lightning import (
     accumulation,
@@ -140,8 +140,7 @@ def _begin_calendar(callback: "SparsityCallback", trainer: Trainer) -> None:
     new_run = trainer.global_step == 0 and not trainer.fast_dev_run
     if new_run:
         length = accumulation.run_length(trainer)
-        name, replaces = type(callback).__name__, isinstance(callback, ReplacesSteps)
-        if reason := callback.progress.why_idle(callback.times, length, name, replaces=replaces):
+        if reason := why_idle(callback, length):
             rank_zero_warn(reason)
         else:
             callback.engine.doctor.length_known(length)

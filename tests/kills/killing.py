@@ -82,11 +82,14 @@ HEADER = f"{'method':13}{'logger':7}{'seconds':>12}{'at step':>14}{'resumed from
 def random_kills(number: int, seed: int) -> Iterator[Kill]:
     """Kills spread over all methods, both loggers and the whole run; each fifth in a write, each seventh of two."""
     source, last = random.Random(seed), EPOCHS * EPOCH_STEPS
+    order: list[str] = []
     for index in range(number):
         # evenly over the run, each somewhere in its part
         first = max(1, math.ceil((index + source.random()) / number * last))
         steps = (first, min(last - 1, first + source.randint(3, 20))) if index % 7 == 6 else (first,)
-        method = METHODS[index * 5 % len(METHODS)]  # 5 has no divisor in common with their number
+        # every method has a turn before any has its next; by chance, or each fifth kill would be one of the same few
+        order = order or source.sample(METHODS, len(METHODS))
+        method = order.pop()
         logger = LOGGERS[index // len(METHODS) % 2]  # the other one when all methods have had a turn
         yield Kill(method, logger, steps, index % 5 == 4, source.random() * 0.01)
 

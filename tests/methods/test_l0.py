@@ -310,6 +310,7 @@ def test_a_run_that_ends_above_its_target_says_so() -> None:
     ("arguments", "error"),
     [
         ({"sparsity": 0.9}, r"sparsity= is not an argument of ConstrainedL0.*Give density="),
+        ({"distribution": "uniform"}, r"distribution= is not an argument of ConstrainedL0.*give density= a mapping"),
         (
             {"density": 0.0},
             r"density=0\.0: 0\.0 is out of range\. Give a number that is at least 0\.04713 and at most 1: log_alpha is",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparse_callbacks import Spdy
+from sparse_callbacks.core.ops import zeros_for
 from sparse_callbacks.core.selection import select
 from sparse_callbacks.methods.spdy.errors import index_errors, magnitude_errors
 from sparse_callbacks.methods.spdy.levels import LEVELS, LayerCosts, flop_costs, sparsity_grid
@@ -184,6 +185,27 @@ def test_the_removed_share_of_squares() -> None:
     assert errors == [0.0, 0.0, 0.25 / total, 1.25 / total, 5.25 / total]  # floor(s * n) zeros
     assert magnitude_errors(torch.zeros(3), (0.0, 0.5)) == [0.0, 0.0]
     assert index_errors(5) == [0.0, 0.0625, 0.25, 0.5625, 1.0]
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.randn(300, 70, generator=torch.manual_seed(0)),
+        torch.randn(300, 70).half(),
+        torch.randn(300, 70).double() * 1e-42,
+        torch.randn(300, 70) * (torch.rand(300, 70) > 0.9),
+        torch.randint(-3, 4, (300, 70)).float(),
+        torch.full((300, 70), -0.3),
+        torch.zeros(3, 3),
+        torch.tensor([[2.0]]),
+    ],
+    ids=["normal", "half", "below float32", "pruned", "ties", "one value", "zeros", "one weight"],
+)
+def test_it_is_that_of_sorted_squares(weight: torch.Tensor) -> None:
+    squares = weight.double().flatten().square().sort().values
+    total = float(squares.sum()) or 1.0
+    expected = [float(squares[: zeros_for(s, len(squares))].sum()) / total for s in LEVELS]
+    assert magnitude_errors(weight, LEVELS) == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_error_is_that_of_outputs_for_white_inputs() -> None:

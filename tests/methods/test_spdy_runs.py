@@ -191,9 +191,10 @@ def test_a_loop_gives_its_loss(monkeypatch: pytest.MonkeyPatch) -> None:
         found.append(method.targets)
     assert found[0] == found[1]
     method, model = method_of("static", Spdy(0.5, error="calibration")), conv_net()
-    with pytest.raises(
-        ValueError, match=r"computes scores from the loss, which a loop of your own does not show. Give loss="
-    ):
+    with pytest.raises(ValueError, match=r"^distribution=Spdy\(.*Give loss=.* loss= is an argument of Spdy"):
+        sparsify(method, model, sgd(model), 10, data=loops.data(*IMAGE))
+    method = method_of("static", Spdy(0.5, error="calibration", loss=lambda module, batch: module(batch[2])))
+    with pytest.raises(ValueError, match=r"cannot be computed on batch 0 .* loss= is an argument of Spdy"):
         sparsify(method, model, sgd(model), 10, data=loops.data(*IMAGE))
 
 

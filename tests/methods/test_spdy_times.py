@@ -118,6 +118,34 @@ def test_what_is_measured_of_each_layer() -> None:
     assert (table.about["model"], table.about["batch"], table.about["input"]) == ("mixed", 8, [1, 8, 8])
 
 
+class Idle(nn.Sequential):
+    """Of its layers only the first is called."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(6, 8), nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self[0](x)
+        return found
+
+
+def test_layers_that_no_pass_calls_have_no_time() -> None:
+    lines: list[str] = []
+    table = measured_times(Idle(), "idle", 2, (6,), measure=by_values, report=lines.append)
+    assert [*table.ms] == ["0.weight"]
+    assert lines[1] == "1.weight: not timed, as a forward pass in eval mode does not call its layer"
+    with pytest.raises(ValueError, match=r"has no layer for 1\.weight.*exclude="):
+        table.costs(select(Idle()))
+    assert [*table.costs(select(Idle(), None, ("1.*",))).costs] == ["0.weight"]
+
+    class Unused(Idle):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    with pytest.raises(ValueError, match="of Unused in eval mode calls none of the layers that could become sparse"):
+        measured_times(Unused(), "unused", 2, (6,), measure=by_values)
+
+
 def test_attention_and_recurrent_layers_have_their_dense_time() -> None:
     class Tokens(nn.Module):
         def __init__(self) -> None:
@@ -168,6 +196,20 @@ def test_the_command_prints_the_share_of_each_layer(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out.splitlines() == lines
 
 
+def test_the_command_leaves_layers_out(capsys: pytest.CaptureFixture[str]) -> None:
+    net = Mixed()
+    for words, dense in (
+        (["--exclude", "0.*", "4.*"], ["0.weight", "4.weight"]),
+        (["--keep-dense", "last"], ["4.weight"]),
+    ):
+        lines = run(capsys, "--budget", "0.6", *words)
+        shown = [line.split()[0] for line in lines]
+        assert [n for n in ("0.weight", "2.weight", "4.weight") if n not in shown] == dense
+        assert lines[-2].startswith("everything else")
+    shares = Spdy(0.6, input=(1, 8, 8)).shares(net, select(net, None, ("0.*", "4.*")))
+    assert [*shares] == ["2.weight"]
+
+
 def test_the_command_writes_the_table_that_cost_reads(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,11 +237,22 @@ def test_the_command_writes_the_table_that_cost_reads(
         (["--measure", "--out", "t.json", "--cost", "u.json"], "give one of them"),
         (["--budget", "2"], "budget=2.0 is out of range"),
         (["--budget", "0.0001"], "cannot be met"),
+        (["--exclude", "nothing*"], "matches no"),
         (["--cost", "none.json"], "is not a table of times"),
         (["--input", "1xa"], "'a' is not a whole number from 1 on"),
         (["--input", "3x8x8"], "the model fails with a float tensor of size [1, 3, 8, 8]"),
     ],
-    ids=["no out", "no measure", "two tables", "budget", "too little", "no table", "size", "another size"],
+    ids=[
+        "no out",
+        "no measure",
+        "two tables",
+        "budget",
+        "too little",
+        "no such layer",
+        "no table",
+        "size",
+        "another size",
+    ],
 )
 def test_words_that_cannot_work_together(
     words: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +336,18 @@ def test_without_rates_they_follow_that_of_the_run() -> None:
     assert used[:-1] == pytest.approx(([0.1] * 12 + [0.001 + 0.004 * w for w in WAYS] * 2)[:-1], rel=1e-4)
 
 
+def test_rates_that_a_loop_sets_by_hand_do_not_fall_below_those_of_its_beginning() -> None:
+    module, method = net(), tickets(SET, low_lr=None, high_lr=None)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+
+    def step() -> None:
+        optimizer.param_groups[0]["lr"] *= 0.5
+
+    used = [rates[0] for rates in rates_by_movement(method, optimizer, module, step)]
+    assert used[12:-1] == pytest.approx(([0.001 + 0.004 * w for w in WAYS] * 2)[:-1], rel=1e-4)
+    assert float(method.aux["phase/peak"]) == 0.1
+
+
 @pytest.mark.parametrize(
     ("schedule", "rate"),
     [
@@ -452,15 +465,17 @@ def test_a_run_that_ends_within_a_cycle_keeps_what_was_merged() -> None:
 
 def test_a_second_run_of_the_same_model_has_cycles_of_its_own() -> None:
     method, module = tickets(SET), net()
-    for _ in range(2):
-        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-        with sparsify(method, module, optimizer, STEPS, data=data()):
+    idle = pytest.warns(UserWarning, match="SupTickets, before its cycles, will not move a mask in this run: 24 steps")
+    for told in (nullcontext(), idle):
+        optimizer, before = torch.optim.SGD(module.parameters(), lr=0.1), method.updates
+        with told, sparsify(method, module, optimizer, STEPS, data=data()):
             assert (method.position, method.tickets, method.is_merged) == (0, 0, False)
             for x, y in list(data()) * 2:
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(module(x), y).backward()
                 optimizer.step()
         assert (method.position, method.tickets, method.is_merged) == (24, 3, True)
+        assert method.updates - before == (5 if not before else 2)
         assert not [key for key in method.aux if key.startswith("merged/")]
 
 
@@ -492,6 +507,7 @@ def trained() -> RigL:
     ("make", "words"),
     [
         (lambda: SupTickets(GMP(0.8)), "base=GMP is not a method that drops weights and grows as many elsewhere"),
+        (lambda: SupTickets(0.8), r"base=0\.8 is not a method that drops weights"),  # type: ignore[arg-type]
         (lambda: SupTickets(Static(0.8)), "base=Static is not a method that drops weights"),
         (lambda: SupTickets(SupTickets(SET(0.8))), "base=SupTickets is not a method that drops weights"),
         (lambda: SupTickets(CTRE(0.8)), "base=CTRE looks at the data"),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.loops import data
-from torch import nn
+from torch import Tensor, nn
 
 from sparse_callbacks import SET, SNFS, DropAndGrow, RigL, Score, Spdy, SupTickets, sparsify
 from sparse_callbacks.testing.comparison import differences
@@ -15,7 +15,7 @@ from sparse_callbacks.testing.comparison import differences
 STEPS, BOUNDS = 24, [12, 18, 24]
 
 
-def loss_of(module: nn.Module, batch: Any) -> torch.Tensor:
+def loss_of(module: nn.Module, batch: Any) -> Tensor:
     return nn.functional.cross_entropy(module(batch[0]), batch[1])
 
 
@@ -90,6 +90,19 @@ def test_the_merged_ticket_has_as_many_weights_as_the_first_part_ends_with(name:
     else:
         assert first == counts[0]
     assert sum(int(p.count_nonzero()) for p in module.parameters() if p.ndim == 2) == sum(first)
+
+
+def test_a_budget_of_cost_holds_for_the_merged_ticket() -> None:
+    method = around("set-spdy")
+    module, counts = trained(method)
+    assert counts == [counts[0]] * STEPS
+    assert method.plan().joint is None
+    dense, sparse = (sum(map(count, module.parameters())) for count in (Tensor.numel, lambda p: int(p.count_nonzero())))
+    others = sum(p.numel() for p in module.parameters() if p.ndim == 1)
+    assert sparse - others == sum(counts[0]) <= 0.5 * (dense - others)
+    # the same magnitudes under one threshold would share them out otherwise
+    _, joint = trained(around("rigl-lamp"))
+    assert joint[-1] != joint[0]
 
 
 @pytest.mark.parametrize("name", BASES)

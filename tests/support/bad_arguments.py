@@ -127,8 +127,10 @@ def good(name: str) -> dict[str, Any]:
         return {"embed_dim": 8, "num_heads": 2}
     if own == "Score":
         return {"name": "snip"}
+    if own == "SupTickets":
+        return {"base": sparse_callbacks.RigL(0.5, print_plan=False)}
     if own[0].isupper():
-        return {}  # every argument of a method has a default
+        return {}  # every argument of any other method has a default
     return _for_networks(own) if module == "sparse_callbacks" else _for_numbers(name)
 
 
@@ -154,6 +156,7 @@ def _for_networks(name: str) -> dict[str, Any]:
             "owner": dict.fromkeys(model.state_dict(), 0),
         },
         "pruning_curve": {"sparsity": 0.5},
+        "recalibrate_batchnorm": {"module": loops.conv_net(), "batches": [torch.ones(4, 2, 6, 6)]},
     }.get(name, {})
 
 

@@ -27,19 +27,24 @@ def plain(value: Densities) -> Densities:
 
 
 def refuse_sparsity(options: Mapping[str, object], method: str) -> None:
-    """Refuse the argument that other methods have and gates cannot keep exactly.
+    """Refuse the arguments that other methods have for a target, which gates cannot keep exactly.
 
     Args:
         options: the arguments that the method's constructor does not name.
         method: the name of the method's class.
 
     Raises:
-        ValueError: ``sparsity`` is among them.
+        ValueError: ``sparsity`` or ``distribution`` is among them.
     """
     if "sparsity" in options:
         raise ValueError(
             f"sparsity= is not an argument of {method}, whose gates meet a target in expectation. Give density=, the "
             "share of parameters that stay: 0.1 for 90 % zeros."
+        )
+    if "distribution" in options:
+        raise ValueError(
+            f"distribution= is not an argument of {method}, whose gates decide how many weights of each layer stay. Leave it "
+            "out, or give density= a mapping by glob and constraint='layer'."
         )
 
 

@@ -17,7 +17,7 @@ from sparse_callbacks.channels.latency.command import (
     refuse_size,
     why_not_written,
 )
-from sparse_callbacks.core.selection import Entry, select
+from sparse_callbacks.core.selection import Entry, patterns, select
 from sparse_callbacks.methods.spdy.spdy import LayerShares, Spdy
 from sparse_callbacks.methods.spdy.timing import measured_times
 
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             table = measured_times(model, name, given.batch, size, repeats=given.repeats, report=_print)
             table.save(given.out)
             _print(f"times of {len(table.ms)} layers in {given.out}")
-        entries = select(model)
+        entries = select(model, None, patterns(given.exclude, "exclude"), given.keep_dense)
         found = spdy.layer_shares(model, entries)
     except ValueError as error:
         parser.error(str(error))
@@ -95,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="size of one sample, a float tensor, e.g. 3x32x32 or 3 32 32",
     )
+    add("--exclude", nargs="+", metavar="GLOB", help="weights that stay dense, as in exclude= of a method")
+    add("--keep-dense", choices=("first", "last", "both"), help="layers that stay dense, as in keep_dense= of a method")
     add("--budget", type=float, default=0.5, help="cost of the sparse model as a share of the dense one's")
     add("--cost", default="flops", help="flops, or a table of times (.json) that --measure has written")
     add(

@@ -1,7 +1,8 @@
 """SPDY: the sparsity of each layer that spoils least of all that the network can afford."""
 
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, fields
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -154,20 +155,30 @@ class Spdy:
     ) -> dict[str, list[float]]:
         unweighted = {layer: index_errors(len(levels)) for layer, levels in costs.levels.items()}
         best_levels(costs, unweighted, self.budget)  # refuses a budget before the first pass
-        calibration = host.calibration(self.batches, loss=self.loss, seed=self.seed).held()
+        with self._names_its_arguments():
+            calibration = host.calibration(self.batches, loss=self.loss, seed=self.seed).held()
         network = Stitched(model, entries, costs.levels, calibration)
 
         def errors(coefficients: Sequence[float]) -> dict[str, list[float]]:
             pairs = zip(unweighted.items(), coefficients, strict=True)
             return {layer: [c * e for e in of_layer] for (layer, of_layer), c in pairs}
 
+        def judged(coefficients: Sequence[float]) -> float:
+            with self._names_its_arguments():
+                return network.loss(best_levels(costs, errors(coefficients), self.budget))
+
         with network.in_place():
-            best = searched(
-                len(unweighted),
-                lambda coefficients: network.loss(best_levels(costs, errors(coefficients), self.budget)),
-                generator(self.seed, 0, "spdy"),
-            )
+            best = searched(len(unweighted), judged, generator(self.seed, 0, "spdy"))
         return errors(best)
+
+    @contextmanager
+    def _names_its_arguments(self) -> Iterator[None]:
+        """Errors of the losses say whose arguments they speak of: the method has none of these names, or others."""
+        try:
+            yield
+        except ValueError as error:
+            mine = "Here loss= is an argument of Spdy, and batches= of it is their number."
+            raise ValueError(f"distribution={self!r}: {error} {mine}") from error
 
 
 def _errors_by_magnitude(model: nn.Module, entries: Sequence[Entry], costs: LayerCosts) -> dict[str, list[float]]:
@@ -216,7 +227,9 @@ def _checked(given: Spdy) -> dict[str, Any]:
         raise ValueError(f"cost={given.cost!r} is not known. Give 'flops' or the path of a table of times (.json).")
     refuse_unknown({"error": given.error}, {"error": ERRORS})
     size = given.input
-    if isinstance(size, str) or (size is not None and (not isinstance(size, Sequence) or not all(map(_counts, size)))):
+    if isinstance(size, str | bytes) or (
+        size is not None and (not isinstance(size, Sequence) or not all(map(_counts, size)))
+    ):
         raise ValueError(
             f"input={size!r} is not the size of a sample. Give whole numbers from 1 on, such as (3, 32, 32)."
         )

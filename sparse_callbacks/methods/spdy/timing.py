@@ -37,7 +37,8 @@ def measured_times(
 
     A layer that :class:`~sparse_callbacks.SparseLinear` can hold has the time of a training step with so many live weights
     (forward, gradients of weights, bias and input, SGD with momentum); dense, that of an ``nn.Linear`` under a mask. Every
-    other layer has one time at all levels, that of its dense step. What is between the layers is not measured.
+    other layer has one time at all levels, that of its dense step. Layers that a forward pass does not call have none, and what
+    is between the layers is not measured.
 
     Args:
         model: the model; a copy is measured on the CPU in float32.
@@ -49,7 +50,7 @@ def measured_times(
         report: takes a line for each layer.
 
     Raises:
-        ValueError: a forward pass does not use a layer.
+        ValueError: a forward pass calls none of the layers.
     """
     model = to_dense(copy.deepcopy(model)).float().cpu()
     calls: dict[nn.Module, list[LayerUse]] = {}
@@ -63,12 +64,18 @@ def measured_times(
     ms: dict[str, dict[float, float]] = {}
     for entry in entries:
         if entry.name not in used:
-            raise ValueError(f"a forward pass in eval mode does not call the layer of {entry.name}, so it has no time.")
+            report(f"{entry.name}: not timed, as a forward pass in eval mode does not call its layer")
+            continue
         if entry.name in held:
             ms |= _times_of_held(entry, sum(call.rows[entry.name] for call in used[entry.name]), timed)
         else:
             ms |= _times_of_dense(entry, used[entry.name], timed)
         report(_line(entry, [ms[layer] for layer in entry.layers], entry.name in held))
+    if not ms:
+        raise ValueError(
+            f"a forward pass of {type(model).__name__} in eval mode calls none of the layers that could become sparse, so there is "
+            "nothing to time. Give a model that computes with its layers."
+        )
     about = environment("cpu") | {"model": name, "batch": batch, "input": list(size), "repeats": repeats}
     return TimeTable(about, ms)
 

@@ -8,8 +8,10 @@ from torch.optim import Optimizer
 
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core.arguments import refuse_outside, refuse_unknown
+from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_modes import is_schedule_free
 from sparse_callbacks.core.passing_rates import why_no_rate
+from sparse_callbacks.core.state_layout import shown_short
 from sparse_callbacks.core.step import MeasuresSimilarity
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
 
@@ -47,7 +49,7 @@ def check_base(base: object) -> None:
     Raises:
         ValueError: says which, why, and what to give.
     """
-    name = type(base).__name__
+    name = type(base).__name__ if isinstance(base, Method) else shown_short(base)
     if not isinstance(base, DropAndGrow) or hasattr(base, "outer"):
         raise ValueError(
             f"base={name} is not a method that drops weights and grows as many elsewhere, as each cycle does once. Give SET, "

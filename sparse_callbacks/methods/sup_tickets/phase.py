@@ -69,6 +69,14 @@ def keep_bounds(aux: MutableMapping[str, Tensor], run: RunLength, share: float, 
     return bounds
 
 
+def note_peak(aux: MutableMapping[str, Tensor], optimizer: Optimizer) -> None:
+    """Keep the largest rate that a step before the cycles was taken with; rates on accelerators are not waited for."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    seen = max((float(r) for r in rates if not isinstance(r, Tensor) or r.device.type == "cpu"), default=0.0)
+    if seen > float(aux.get(f"{OF_RUN}peak", 0.0)):
+        aux[f"{OF_RUN}peak"] = torch.tensor(seen, dtype=torch.float64)
+
+
 def rates_now(
     aux: MutableMapping[str, Tensor], optimizer: Optimizer, cycle: int, low: float | None, high: float | None
 ) -> list[float]:
@@ -86,12 +94,14 @@ def rates_now(
         aux[f"{OF_RUN}rates"] = own
     begin, end = bounds_in(aux)[cycle : cycle + 2]
     way = (number_in(aux, "steps") - begin) / (end - 1 - begin)
-    return rates_of_groups(own.tolist(), way, low, high, max(map(_rate_of_run, optimizer.param_groups)))
+    # of a loop that sets rates by hand nobody but the steps knows the largest one
+    of_run = max(float(aux.get(f"{OF_RUN}peak", 0.0)), *own.tolist(), *map(_rate_of_schedule, optimizer.param_groups))
+    return rates_of_groups(own.tolist(), way, low, high, of_run)
 
 
-def _rate_of_run(group: Mapping[str, Any]) -> float:
-    """The rate that a schedule begins or peaks with; without one that of the group."""
-    return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
+def _rate_of_schedule(group: Mapping[str, Any]) -> float:
+    """The rate that a schedule begins or peaks with; 0 without one."""
+    return float(group.get("max_lr", group.get("initial_lr", 0.0)))
 
 
 def of_late_updates(stop: float, bounds: list[int]) -> str:

@@ -8,13 +8,13 @@ from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.state_claims import Kept, Zeros, expected_aux, possible_zeros
 from sparse_callbacks.methods.sup_tickets.phase import OF_RUN
 from sparse_callbacks.methods.sup_tickets.sup_tickets import SupTickets
-from sparse_callbacks.methods.sup_tickets.tickets import MERGED
+from sparse_callbacks.methods.sup_tickets.tickets import MERGED, keeps_shares
 
 
 @possible_zeros.register
 def _(method: SupTickets, saved: SavedRun, planned: Mapping[str, int]) -> list[Zeros]:
     claims = list(possible_zeros.dispatch(type(method.base))(method, saved, planned))
-    if _number(saved, "tickets") < 2 or not claims:
+    if _number(saved, "tickets") < 2 or not claims or keeps_shares(method):
         return claims
     # after the first merge the total is planned: the merged ticket shares it out otherwise
     least, most = (sum(pick(claim.allowed) for claim in claims) for pick in (min, max))
@@ -28,6 +28,7 @@ def _(method: SupTickets, saved: SavedRun, model: nn.Module) -> Mapping[str, Kep
     found = {OF_RUN + name: count for name in ("tickets", "explored", "installed")}
     found |= {f"{OF_RUN}bounds": Kept((method.cycles + 1,), "int", low=1)}
     found |= {f"{OF_RUN}steps": Kept(dtype="int", low=0, required=True), f"{OF_RUN}rates": Kept(None)}
+    found |= {f"{OF_RUN}peak": Kept(low=0)}
     waits = tickets > 0 and not installed  # for its place in the network
     merged = {
         MERGED + name: Kept(tuple(p.shape), required=waits and p.requires_grad and p.is_floating_point(), finite=False)

@@ -16,7 +16,6 @@ from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.running_statistics import estimate_statistics, norms_with_statistics, share_statistics
 from sparse_callbacks.core.step import SetsRates, Step
-from sparse_callbacks.core.storages.storage import why_no_exchange
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
 from sparse_callbacks.methods.sup_tickets import phase
@@ -28,7 +27,7 @@ from sparse_callbacks.methods.sup_tickets.around import (
     refuse_optimizers,
     refuse_synchronized,
 )
-from sparse_callbacks.methods.sup_tickets.tickets import MERGED, install, take_ticket
+from sparse_callbacks.methods.sup_tickets.tickets import MERGED, install, keeps_shares, take_ticket
 
 
 class SupTickets(SetsRates, DropAndGrow):
@@ -48,8 +47,9 @@ class SupTickets(SetsRates, DropAndGrow):
     see that network. Biases and gains of norms are averaged too, buffers are not.
 
     Until the first merge ``plan()``, masks and figures are those of ``base``. From then on the number of zeros of the whole
-    network is planned, and it is exact; layers without zeros stay dense, and every layer keeps a weight. The shares of the layers
-    change then, so that a budget of cost (:class:`~sparse_callbacks.Spdy`) holds for the first part alone. The times of ``base`` are
+    network is planned, and it is exact; layers without zeros stay dense, and every layer keeps a weight. Where a budget of cost
+    decides (:class:`~sparse_callbacks.Spdy`, or another distribution that looks at the model) m is pruned within each layer
+    instead, to the number of weights that the layer has, so that the budget and the plan hold to the end. The times of ``base`` are
     those of the first part: fractions are fractions of it, and an update that would come after it does not come. The rates are
     those of the group of parameters with the largest rate when the cycles begin; other groups have theirs in proportion. They are
     set for each step alone: the schedule goes on, and monitors show its rates. A run that ends within a cycle keeps the tickets
@@ -58,15 +58,16 @@ class SupTickets(SetsRates, DropAndGrow):
 
     Differs from the released code: an update grows by the rule of ``base``, where the code grows by gradients also for SET; times
     are in steps, not epochs; the last step of a cycle has the low rate, where the code's is a step of the triangle above it;
-    counters of batch norms are not averaged; merged weights are pruned among the layers that have zeros.
+    counters of batch norms are not averaged; merged weights are pruned among the layers that have zeros, and under a budget of
+    cost layer by layer.
 
     Args:
         base: a new SET, RigL, SNFS or other :class:`~sparse_callbacks.DropAndGrow`, with ``sparsity``, ``include``, ``seed``,
             ``print_plan`` and all else that concerns masks; not CTRE, and without ``pattern`` and sparse storage.
         share: share of the run's optimizer steps, in (0, 1), that the cycles have together.
         cycles: their number, each of at least three steps.
-        low_lr: learning rate at the beginning and the end of a cycle; None: a hundredth of that which the run's schedule begins
-            or peaks with, as published (or ``high_lr``, if that is less).
+        low_lr: learning rate at the beginning and the end of a cycle; None: a hundredth of the largest that the run has had or
+            its schedule begins or peaks with, as published (or ``high_lr``, if that is less).
         high_lr: learning rate in the middle of a cycle; None: five times ``low_lr``, as published.
         drop_fraction: fraction of a layer's active weights that the update at the beginning of a cycle replaces.
         average: ``"cumulative"``, as above, or ``"moving"``: f = 0.5.
@@ -190,6 +191,8 @@ class SupTickets(SetsRates, DropAndGrow):
 
     def after_step(self, step: Step) -> Update | None:
         update = super().after_step(step)
+        if phase.cycle_in(self.aux) is None:
+            phase.note_peak(self.aux, step.optimizer)
         self._count_step()
         return update
 
@@ -234,7 +237,8 @@ class SupTickets(SetsRates, DropAndGrow):
     def _look_for_tickets(self, run_over: bool) -> None:
         bounds = self.bounds
         while self.tickets < len(bounds) and self.position >= bounds[self.tickets]:
-            self._take_ticket()
+            take_ticket(self, 0.5 if self.average == "moving" else 1 / (self.tickets + 1))
+            phase.note(self.aux, tickets=self.tickets + 1)
         if self.is_merged or not bounds:
             return
         complete = self.tickets == len(bounds)
@@ -243,14 +247,9 @@ class SupTickets(SetsRates, DropAndGrow):
         if complete or (run_over and self.tickets > 1):
             self._install()
 
-    def _take_ticket(self) -> None:
-        count = self.tickets
-        take_ticket(self.aux, self.model, self.weights, 0.5 if self.average == "moving" else 1 / (count + 1))
-        phase.note(self.aux, tickets=count + 1)
-
     def _install(self) -> None:
         """The merged ticket takes the place of the network, with statistics of its own."""
-        install(self.aux, self.model, self.weights)
+        install(self)
         self._forget_tickets()
         phase.note(self.aux, installed=1)
         norms = [m for m in norms_with_statistics(self.model) if m.training]  # those in eval mode are frozen
@@ -267,7 +266,7 @@ class SupTickets(SetsRates, DropAndGrow):
 
     def plan(self, model: nn.Module | None = None) -> Plan:
         made = super().plan(model)
-        return made.joined() if model is None and self.tickets > 1 else made
+        return made.joined() if model is None and self.tickets > 1 and not keeps_shares(self) else made
 
     def figures(self) -> dict[str, float]:
         merged = {"tickets/merged": float(self.tickets)} if self.tickets > 1 else {}
@@ -292,8 +291,3 @@ class SupTickets(SetsRates, DropAndGrow):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return copy_around, (self.outer, type(self.base)), self.__getstate__()
-
-
-@why_no_exchange.register
-def _(method: SupTickets) -> str:
-    return "merges networks whose layers end with other counts of live weights than they have, so its layers are masked"

@@ -1,42 +1,48 @@
 """Tickets of a run: networks that are merged, and the merged weights until they are the network."""
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from sparse_callbacks.core.weights import SparseWeights
+from sparse_callbacks.core.allocations.sees_model import SeesModel
+from sparse_callbacks.core.method import Method
+from sparse_callbacks.core.ops import keep_largest
 from sparse_callbacks.methods.sup_tickets.cycles import merge, within_budget
 
 MERGED = "merged/"
 """In the method's ``aux``, where the merged value of each parameter lies until it is the network's."""
 
 
-def take_ticket(aux: MutableMapping[str, Tensor], model: nn.Module, weights: SparseWeights, factor: float) -> None:
+def take_ticket(method: Method, factor: float) -> None:
     """The network as it is now is a ticket: merge it, or keep it where it is the first one.
 
     Args:
-        aux: tensors of the method, in which the merged values lie.
-        model: the network.
-        weights: its masks and sparse parameters.
+        method: the method of the run, in whose ``aux`` the merged values lie.
         factor: the share of the ticket in the merged values.
     """
-    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad and p.is_floating_point()}
-    before = merged_values(aux, trained)
+    trained = {n: p.detach() for n, p in method.model.named_parameters() if p.requires_grad and p.is_floating_point()}
+    before = merged_values(method.aux, trained)
     if not before:
-        aux.update({MERGED + name: value.clone() for name, value in trained.items()})
+        method.aux.update({MERGED + name: value.clone() for name, value in trained.items()})
         return
     merged = {n: merge(value, trained[n], factor) for n, value in before.items()}
-    pruned = {n: merged[n].masked_fill(~mask, 0) for n, mask in merged_masks(weights, merged).items()}
-    aux.update({MERGED + name: value for name, value in {**merged, **pruned}.items()})
+    pruned = {n: merged[n].masked_fill(~mask, 0) for n, mask in merged_masks(method, merged).items()}
+    method.aux.update({MERGED + name: value for name, value in {**merged, **pruned}.items()})
 
 
-def install(aux: Mapping[str, Tensor], model: nn.Module, weights: SparseWeights) -> None:
+def install(method: Method) -> None:
     """The merged values take the place of the network's, with masks of their own."""
-    params = dict(model.named_parameters())
-    merged = merged_values(aux, params)
+    params = dict(method.model.named_parameters())
+    merged = merged_values(method.aux, params)
     # equal magnitudes, as of zeros, fall the same way once more
-    weights.set_masks(merged_masks(weights, merged))
-    weights.write_values(merged, params)
+    method.weights.set_masks(merged_masks(method, merged))
+    method.weights.write_values(merged, params)
+
+
+def keeps_shares(method: Method) -> bool:
+    """Whether layers keep their shares in the merged network: those of a distribution that looks at the model, as under a
+    budget of cost, which other shares of the same total may exceed."""
+    return isinstance(method.distribution, SeesModel)
 
 
 def merged_values(aux: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -44,16 +50,24 @@ def merged_values(aux: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict
     return {n: aux[MERGED + n].to(p.device) for n, p in like.items() if MERGED + n in aux}
 
 
-def merged_masks(weights: SparseWeights, merged: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Masks of the largest merged values, as many as are active in the network, over all layers that have zeros.
+def merged_masks(method: Method, merged: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Masks of the largest merged values, as many as are active in the network, over all layers that have zeros; or as many
+    as are active in each of them.
 
     Args:
-        weights: masks and sparse parameters of the network.
+        method: the method of the run.
         merged: merged values by parameter name.
     """
+    weights = method.weights
     counts = weights.active_counts
     sparse = [n for n in weights.params if n in merged and counts[n] < weights.size(n)]
+    if keeps_shares(method):
+        return {n: weights.by_layer(n, _largest, weights.masks[n], merged[n]) for n in sparse}
     layers = {x: t for n in sparse for x, (t,) in weights.layers(n, merged[n])}
     found = within_budget(list(layers.values()), sum(counts[n] for n in sparse)) if sparse else []
     masks = dict(zip(layers, found, strict=True))
     return {n: weights.by_layer(n, lambda layer, _: masks[layer], merged[n]) for n in sparse}
+
+
+def _largest(_: str, mask: Tensor, values: Tensor) -> Tensor:
+    return keep_largest(values, int(mask.count_nonzero()))
