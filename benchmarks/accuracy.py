@@ -283,10 +283,12 @@ def text(report: Report, found: Mapping[tuple[str, ...], Metrics], seeds: int) -
     return "\n\n".join([head, *(section(group, found, seeds) for group in report.groups)]) + "\n"
 
 
-def options_of_runs(description: str | None, out: Path | None = None) -> argparse.ArgumentParser:
+def options_of_runs(
+    description: str | None, out: Path | None = None, root: str = "folder of torchvision's files"
+) -> argparse.ArgumentParser:
     """A parser of the options that every script of such runs has; the data's folder is required beside ``out``."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", required=out is not None, help="folder of torchvision's files")
+    parser.add_argument("--root", required=out is not None, help=root)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="number of runs at a time, with one thread each")
     parser.add_argument("--runs", type=Path, help="folder that keeps the runs; finished runs in it are not repeated")
@@ -295,7 +297,8 @@ def options_of_runs(description: str | None, out: Path | None = None) -> argpars
 
 
 def main() -> None:
-    parser = options_of_runs(__doc__)
+    readers = " or ".join(name for name, report in REPORTS.items() if report.needs_root)
+    parser = options_of_runs(__doc__, root=f"folder of torchvision's files, for --table {readers}")
     parser.add_argument("--table", choices=list(REPORTS), default="digits")
     arguments = parser.parse_args()
     report = REPORTS[arguments.table]
