@@ -148,6 +148,7 @@ class GateTaylor(Criterion):
     """
 
     needs_steps = True
+    needs_norms = True
 
     def __init__(self) -> None:
         # by optimizer, since another one may be announced before this one steps: scores by window, not in aux yet
