@@ -281,8 +281,9 @@ def text(report: Report, found: Mapping[tuple[str, ...], Metrics], seeds: int) -
 
 
 def main() -> None:
-    parser = options_of_runs(__doc__)
-    parser.add_argument("--table", choices=list(REPORTS), default="digits", help="all but digits need --root")
+    readers = ", ".join(name for name, report in REPORTS.items() if report.needs_root)
+    parser = options_of_runs(__doc__, root=f"folder of torchvision's files, for --table {readers}")
+    parser.add_argument("--table", choices=list(REPORTS), default="digits")
     arguments = parser.parse_args()
     report = REPORTS[arguments.table]
     if report.needs_root and arguments.root is None:

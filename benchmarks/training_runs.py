@@ -129,10 +129,12 @@ def results(
             pool.shutdown(cancel_futures=True)
 
 
-def options_of_runs(description: str | None, out: Path | None = None) -> argparse.ArgumentParser:
+def options_of_runs(
+    description: str | None, out: Path | None = None, root: str = "folder of torchvision's files"
+) -> argparse.ArgumentParser:
     """A parser of the options that every script of such runs has; the data's folder is required beside ``out``."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", required=out is not None, help="folder of torchvision's files")
+    parser.add_argument("--root", required=out is not None, help=root)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="number of runs at a time, with one thread each")
     parser.add_argument("--runs", type=Path, help="folder that keeps the runs; finished runs in it are not repeated")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,11 +33,21 @@ class _Side:
         """Channels of one group when ``kept`` of its ``size`` units are left."""
         return self.channels * self.owned[group] * kept / size
 
-    def total(self, kept: Sequence[int], sizes: Sequence[int]) -> float:
-        """Channels of the whole side when ``kept[g]`` of the ``sizes[g]`` units of every group are left."""
-        # slices in no group always stay: the colours of an image, or channels of a group that has to stay
-        in_no_group = self.slices - sum(self.owned.values())
-        return self.channels * in_no_group + sum(self.of_group(g, kept[g], sizes[g]) for g in self.owned)
+    def total(self, kept: Sequence[int], sizes: Sequence[int], without: int | None = None) -> float:
+        """Channels of the whole side when ``kept[g]`` of the ``sizes[g]`` units of every group are left.
+
+        Args:
+            kept, sizes: for each group.
+            without: index of a group that counts nothing.
+        """
+        # a list, without calls: a search asks for this hundreds of thousands of times
+        of_groups = [self.channels * n * kept[g] / sizes[g] for g, n in self.owned.items() if g != without]
+        return self._in_no_group + sum(of_groups)
+
+    @cached_property
+    def _in_no_group(self) -> float:
+        """Channels that always stay: the colours of an image, or those of a group that has to stay."""
+        return self.channels * (self.slices - sum(self.owned.values()))
 
 
 class Network:
@@ -86,17 +97,20 @@ class Network:
             group: index of a group; only the layers that have channels of this group are computed. None: all layers.
         """
         names = self.layers if group is None else self._layers_of_group[group]
-        return {n: self._cost(n, self._inputs[n].total(kept, self.sizes), kept) for n in names}
+        return {n: self._cost(n, self._inputs[n].total(kept, self.sizes), self._outputs_of(n, kept)) for n in names}
 
     def total(self, costs: Mapping[str, float]) -> float:
         """Cost of the network whose layers have these ``costs``."""
         # fsum: the total must not depend on the order of the layers, as searches compare totals
         return self.constant + math.fsum(costs.values())
 
-    def _cost(self, name: str, inputs: float, kept: Sequence[int]) -> float:
-        """Cost of a layer with ``inputs`` inputs, and the outputs that its groups keep."""
+    def _outputs_of(self, name: str, kept: Sequence[int]) -> float:
+        """Outputs of a layer when ``kept[g]`` units of every group are left."""
+        return self._outputs[name].total(kept, self.sizes)
+
+    def _cost(self, name: str, inputs: float, outputs: float) -> float:
+        """Cost of a layer with so many inputs and outputs."""
         layer = self.layers[name]
-        outputs = self._outputs[name].total(kept, self.sizes)
         if layer.depthwise:  # its outputs go with its inputs, also where it makes several for each
             outputs = inputs * layer.outputs / layer.inputs
         # whole numbers, as a latency table is asked for; units with unequal numbers of channels make fractions
@@ -115,23 +129,24 @@ class Network:
             kept: number of units that each group keeps at present.
         """
         tables = [
-            torch.tensor([self._cost_of_group(g, int(count), kept) for count in counts], dtype=torch.float64)
+            torch.tensor(self._costs_of_group(g, counts.tolist(), kept), dtype=torch.float64)
             for g, counts in enumerate(options)
         ]
-        in_groups = math.fsum(self._cost_of_group(g, count, kept) for g, count in enumerate(kept))
+        in_groups = math.fsum(self._costs_of_group(g, [count], kept)[0] for g, count in enumerate(kept))
         # what no option changes: layers that read no group, and the shares of inputs that are in no group
         return tables, self.realised(kept) - in_groups
 
-    def _cost_of_group(self, group: int, count: int, kept: Sequence[int]) -> float:
-        """The group's share of the layers that read it, when it keeps ``count`` units."""
-        changed = [count if g == group else current for g, current in enumerate(kept)]
-        shares = []
+    def _costs_of_group(self, group: int, counts: Sequence[int], kept: Sequence[int]) -> list[float]:
+        """The group's share of the layers that read it, when it keeps each of these numbers of units."""
+        shares: list[list[float]] = [[] for _ in counts]
         for name in self._readers[group]:
             side = self._inputs[name]
-            inputs = side.total(changed, self.sizes)
-            cost = self._cost(name, inputs, kept)
-            shares.append(cost * side.of_group(group, count, self.sizes[group]) / inputs)
-        return math.fsum(shares)
+            of_others, outputs = side.total(kept, self.sizes, without=group), self._outputs_of(name, kept)
+            for count, own in zip(counts, shares, strict=True):
+                inputs_of_group = side.of_group(group, count, self.sizes[group])
+                inputs = of_others + inputs_of_group
+                own.append(self._cost(name, inputs, outputs) * inputs_of_group / inputs)
+        return [math.fsum(own) for own in shares]
 
 
 def _layer_of(member: Member, layers: Mapping[str, Layer]) -> str | None:

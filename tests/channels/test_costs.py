@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparse_callbacks.channels.costs import Layer, OtherCosts, cost_outside_layers, layers, multiply_adds, parameters
 from sparse_callbacks.channels.groups import Group
-from sparse_callbacks.channels.network_cost import Network
+from sparse_callbacks.channels.network_cost import Network, _Side
 
 # ---------------------------------------------------------------------- layers
 
@@ -170,6 +170,22 @@ def test_an_option_costs_its_share_of_what_reads_it_and_its_depthwise_layer() ->
     assert tables[0].tolist() == pytest.approx([1 * 2, 4 * 2])
     assert tables[1].tolist() == pytest.approx([2 * 2 + 2 * 9, 8 * 2 + 8 * 9])
     assert rest == pytest.approx(3 * 4 + 3 * 6)
+
+
+def test_what_no_option_changes_is_counted_once_for_all_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, groups = network(Block(), torch.zeros(1, 3, 4, 4))
+    counted: list[str] = []
+    usual = _Side.total
+    monkeypatch.setattr(_Side, "total", lambda side, *given, **more: counted.append("") or usual(side, *given, **more))
+
+    def sums(step: int) -> tuple[int, list[Tensor]]:
+        counted.clear()
+        tables, _ = found.tables([torch.arange(step, g.size + 1, step) for g in groups], found.sizes)
+        return len(counted), tables
+
+    (few, coarse), (many, fine) = sums(8), sums(1)
+    assert few == many
+    assert all(torch.equal(some, every[7::8]) for some, every in zip(coarse, fine, strict=True))
 
 
 def test_a_depthwise_convolution_goes_with_its_channels() -> None:

@@ -1,5 +1,7 @@
 """Criteria of ChannelPruning: what they score a channel by, against tables and gates that are really there."""
 
+import ast
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -124,10 +126,35 @@ def test_groups_without_a_norm_are_refused_by_name() -> None:
     )
     with pytest.raises(
         ValueError,
-        match=r"the outputs of net\.0 pass through none.*exclude=\['net\.0\.\*'\], or give another criterion",
+        match=r"the outputs of net\.0 pass through none.*exclude=\['net\.0\.weight'\], or give another criterion",
     ):
         fit(Classifier(net), at_once(criterion="bn_gain"))
-    fit(Classifier(net), at_once(0.9, criterion="bn_gain", exclude=["net.0.*"]), max_steps=1)
+    fit(Classifier(net), at_once(0.9, criterion="bn_gain", exclude=["net.0.weight"]), max_steps=1)
+
+
+class WithHeads(nn.Module):
+    """Two convolutions with norms, and a transformer layer without any that has a gain for each channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 6, 1)
+        )
+        self.encoder, self.last = Encoder(), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.encoder(self.convolutions(x).flatten(2).mT))
+
+
+def test_the_advice_beside_groups_without_a_norm_can_be_followed() -> None:
+    module = Classifier(WithHeads())
+    with pytest.raises(ValueError, match=r"net\.encoder\.layer\.self_attn\.in_proj_weight") as refused:
+        fit(module, at_once(criterion="bn_gain"))
+    advice = re.search(r"exclude=(\[.*?\])", str(refused.value))
+    assert advice
+    callback = at_once(0.99, criterion="bn_gain", exclude=ast.literal_eval(advice[1]))
+    fit(module, callback, max_steps=1)
+    assert [g.name for g in callback.groups] == ["net.convolutions.0"]
 
 
 Masks = list[dict[str, Tensor]]
@@ -280,7 +307,7 @@ def test_gates_that_are_not_there_have_the_gradient_of_gates_that_are(
     network = scored(net, IMAGE.double())
     x, y = torch.randn(5, 2, 5, 5, dtype=torch.float64), torch.randint(4, (5,))
     nn.functional.cross_entropy(net(x), y).backward()
-    found = gate_gradients(network.groups[0], net, network.norm_behind, ids(net))
+    found = gate_gradients(network.groups[:1], net, network.norm_behind, ids(net))[0]
     there = Gated(net[gated], 6)
     net[gated] = there
     net.zero_grad()
@@ -301,7 +328,7 @@ def test_gates_of_a_residual_sum_are_summed_over_its_producers() -> None:
     network = scored(net, IMAGE.double())
     x, y = torch.randn(5, 2, 5, 5, dtype=torch.float64), torch.randint(4, (5,))
     nn.functional.cross_entropy(net(x), y).backward()
-    found = gate_gradients(network.groups[0], net, network.norm_behind, ids(net))
+    found = gate_gradients(network.groups[:1], net, network.norm_behind, ids(net))[0]
     both = [Gated(net[1], 8), Gated(net[3].norms[1], 8)]
     net[1], net[3].norms[1] = both
     net.zero_grad()
@@ -329,7 +356,7 @@ def test_where_a_norm_has_no_gradient_the_gates_stand_before_the_consumers(
     network = scored(net, IMAGE.double())
     x, y = torch.randn(5, 2, 5, 5, dtype=torch.float64), torch.randint(4, (5,))
     nn.functional.cross_entropy(net(x), y).backward()
-    found = gate_gradients(network.groups[0], net, network.norm_behind, ids(net))
+    found = gate_gradients(network.groups[:1], net, network.norm_behind, ids(net))[0]
     net[2] = Gated(net[2], 6)
     net.zero_grad()
     nn.functional.cross_entropy(net(x), y).backward()
@@ -382,7 +409,7 @@ def test_where_a_norm_follows_later_the_gates_stand_before_the_consumers(make: C
     network = scored(net, IMAGE.double())
     x, y = torch.randn(5, 2, 5, 5, dtype=torch.float64), torch.randint(4, (5,))
     nn.functional.cross_entropy(net(x), y).backward()
-    found = gate_gradients(network.groups[0], net, network.norm_behind, ids(net))
+    found = gate_gradients(network.groups[:1], net, network.norm_behind, ids(net))[0]
     last = len(net) - 3  # what the layer that reads the channels takes
     net[last] = Gated(net[last], 6)
     net.zero_grad()
@@ -397,16 +424,53 @@ def test_the_gate_of_a_head_stands_on_its_output() -> None:
     network = scored(net, x)
     heads = next(g for g in network.groups if g.size == 6)
     (net(x) - 1).square().mean().backward()
-    found = gate_gradients(heads, net, network.norm_behind, ids(net))
+    found = gate_gradients([heads], net, network.norm_behind, ids(net))[0]
     out = net.layer.self_attn.out_proj
     expected = (out.weight * out.weight.grad).sum(0).view(6, 4).sum(1)
     assert torch.allclose(found, expected, rtol=1e-9)
 
 
+class Dense(nn.Module):
+    """Each layer reads the outputs of all layers before it, behind a norm of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 4, 1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4 * n) for n in range(1, 5))
+        self.layers = nn.ModuleList(nn.Conv2d(4 * n, 4, 1) for n in range(1, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [self.first(x)]
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            features.append(layer(norm(torch.cat(features, 1)).relu()))
+        return features[-1].flatten(1)
+
+
+def test_the_gates_of_a_layer_that_reads_many_groups_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Dense()
+    network, computed = scored(net, IMAGE), []
+
+    def counted(weight: Tensor, gradient: Tensor, dim: int = 0) -> Tensor:
+        computed.append(weight)
+        return gates_of_slices(weight, gradient, dim)
+
+    monkeypatch.setattr(gate_criteria, "gates_of_slices", counted)
+    net(torch.randn(3, 2, 5, 5)).square().sum().backward()
+    found = gate_gradients(network.groups, net, network.norm_behind, ids(net))
+    assert [g.size for g in network.groups] == [4] * 4
+    assert [len(g.consumers) for g in network.groups] == [4, 3, 2, 1]
+    assert len(computed) == 4
+    for place, (group, gates) in enumerate(zip(network.groups, found, strict=True)):
+        readers = net.layers[place:]
+        slices = slice(4 * place, 4 * place + 4)
+        expected = sum((r.weight * r.weight.grad).sum((0, 2, 3))[slices] for r in readers)
+        assert torch.allclose(gates, expected, rtol=1e-4, atol=1e-6), group.name
+
+
 def test_without_gradients_a_step_says_nothing() -> None:
     net = plain()
     network = scored(net, IMAGE)
-    assert gate_gradients(network.groups[0], net, {}, ids(net)) is None
+    assert gate_gradients(network.groups, net, {}, ids(net)) == [None]
 
 
 def test_two_prunings_with_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,7 +483,7 @@ def test_two_prunings_with_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
     network, rule = scored(model, groups=groups), GateTaylor()
     rule.begin(network)
     batch: dict[str, Tensor] = {}
-    monkeypatch.setattr(gate_criteria, "gate_gradients", lambda group, *_: batch[group.name])
+    monkeypatch.setattr(gate_criteria, "gate_gradients", lambda groups, *_: [batch[g.name] for g in groups])
 
     def train(gradients: Any) -> list[Tensor]:
         for one, two in zip(*gradients, strict=True):

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,17 @@ import pytorch_lightning as pl
 import torch
 from oracles.channels import REMOVAL
 from support.pruning import at_once, nested, pruning
-from support.smcp import Residual, conv_net, mlp, normed
+from support.smcp import Residual, conv_net, method, mlp, normed
 from torch import Tensor, nn
 
 from sparse_callbacks import ChannelPruning, SparsityCallback, sparsify
+from sparse_callbacks.channels import norms
 from sparse_callbacks.channels.groups import channel_groups
 from sparse_callbacks.channels.slim import slim
+from sparse_callbacks.methods.channels import channel_pruning
 from sparse_callbacks.methods.channels.budgeted import BudgetedChannels
 from sparse_callbacks.methods.channels.criteria import CRITERIA, Criterion
+from sparse_callbacks.methods.smcp import smcp
 from sparse_callbacks.testing.comparison import assert_effective, differences, snapshot
 from sparse_callbacks.testing.data import Batches
 from sparse_callbacks.testing.networks import Classifier
@@ -180,6 +184,33 @@ def test_a_loop_prunes_before_its_first_step_too() -> None:
             optimizer.step()
             optimizer.zero_grad()
         assert differences(start, dict(run.masks)) == []
+
+
+@pytest.mark.parametrize(
+    ("make", "passes"),
+    [
+        (lambda: pruning(criterion="l1"), []),
+        (lambda: pruning(criterion="taylor_fo"), ["norm behind"]),
+        (lambda: method(), ["normalized"]),
+        (lambda: method(importance="magnitude"), []),
+        (lambda: method(norm_scaling="kept"), ["norm behind", "normalized"]),
+    ],
+    ids=["l1", "taylor_fo", "smcp", "smcp by magnitude", "smcp with norm_scaling"],
+)
+def test_norms_are_looked_for_by_those_that_ask_for_them(
+    make: Callable[[], SparsityCallback], passes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def noted(module: Any, name: str, word: str) -> None:
+        usual = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given: seen.append(word) or usual(*given))
+
+    for module in (channel_pruning, norms):
+        noted(module, "norm_behind", "norm behind")
+    noted(smcp, "normalized_outputs", "normalized")
+    fit(Classifier(conv_net()), make(), max_steps=1)
+    assert seen == passes
 
 
 # ---------------------------------------------------------------------- runs that go on

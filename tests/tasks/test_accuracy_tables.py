@@ -147,6 +147,15 @@ def test_a_table_without_its_data_is_refused(
     assert says in capsys.readouterr().err
 
 
+def test_the_help_says_which_table_reads_files(
+    accuracy: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        accuracy.main()
+    assert "folder of torchvision's files, for --table lenet5" in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_file_is_written_after_each_run(
     accuracy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,14 +4,13 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, Unpack
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from sparse_callbacks.channels import costs, norms, prunable
+from sparse_callbacks.channels import costs, prunable
 from sparse_callbacks.channels.groups import Group
-from sparse_callbacks.channels.normalized import normalized_outputs
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core.calendar import Time
 from sparse_callbacks.core.example_inputs import example_inputs
@@ -32,7 +31,7 @@ class BudgetedChannels(Method):
 
     The channels of a group go together: the inputs of all its consumers are masked. Groups are found, and priced, before
     the first batch. A subclass overrides :meth:`choose`, and may read ``groups``, ``network``, ``live``, ``kept``,
-    ``chunks``, ``optimizer_of``, ``norm_behind`` and ``divided_by``.
+    ``chunks`` and ``optimizer_of``; what it has to know of the model besides it finds in :meth:`look_at`.
 
     Args:
         budget: cost of the pruned network as a share of the dense one's, in (0, 1).
@@ -88,10 +87,6 @@ class BudgetedChannels(Method):
         """For each group the number of neighbouring units that go together."""
         self.optimizer_of: list[int] = []
         """Index of the optimizer that steps the consumers of each group."""
-        self.norm_behind: dict[str, str] = {}
-        """The batch norm that takes the output of a layer unchanged, by the layer's name."""
-        self.divided_by: dict[str, tuple[tuple[str, ...], int]] = {}
-        """For each layer whose output a norm takes unchanged the norm, and the number of outputs that it divides together."""
         self._grouped: dict[str, torch.Size] = {}  # shapes of the parameters that the groups were found with
 
     # ------------------------------------------------------------------ what can go
@@ -120,8 +115,7 @@ class BudgetedChannels(Method):
         stem = None if self.prune_stem else costs.stem(layers)
         self.groups, self.left_out = prunable.prunable_groups(model, example, stay, self.owners.owns, stem)
         self._grouped = _shapes(self.params)
-        self.norm_behind = norms.norm_behind(model, example)
-        self.divided_by = normalized_outputs(model, example)
+        self.look_at(model, example)
         self.network = budget.priced_network(model, example, layers, self.groups, self.cost, self._warn)
         self.chunks = [allocation.in_units(self.chunk, g) for g in self.groups]
         rounding = [allocation.in_units(self.round_to, g) for g in self.groups]
@@ -142,6 +136,14 @@ class BudgetedChannels(Method):
             next(i for i, names in enumerate(self.owners.owns) if key_parameter(g) in names) for g in self.groups
         ]
         self.note_kept()
+
+    def look_at(self, model: nn.Module, example: Any) -> None:
+        """Find what a method has to know of the model beside its groups, before the first batch; nothing by default.
+
+        Args:
+            model: the model.
+            example: inputs of one sample, as the model's forward takes them.
+        """
 
     def attach(self, model: nn.Module) -> None:
         if self.attachment.host is None:  # in a run `rehearse` finds the groups

@@ -6,7 +6,9 @@ from dataclasses import replace
 from typing import Any, ClassVar, Unpack
 
 import torch
+from torch import nn
 
+from sparse_callbacks.channels.norms import norm_behind
 from sparse_callbacks.core import distance_trigger as trigger
 from sparse_callbacks.core.arguments import refuse_unknown
 from sparse_callbacks.core.calendar import Calendar, RunLength, Time, resolve_times
@@ -162,6 +164,8 @@ class ChannelPruning(BudgetedChannels):
         refuse_negative(penalty=penalty)
         number_of_batches(batches)
         self._rule = CRITERIA[criterion]()
+        # the batch norm that takes a layer's output, where the criterion asks for it
+        self._norm_behind: dict[str, str] = {}
         # the published tolerance, with the share of the cost that goes for the sparsity
         self._tolerance = trigger.tolerance(1.0 - self.budget, structured=True) if when == "distance" else 0.0
         signature = inspect.signature(ChannelPruning).parameters
@@ -209,6 +213,9 @@ class ChannelPruning(BudgetedChannels):
 
     # ------------------------------------------------------------------ the choice
 
+    def look_at(self, model: nn.Module, example: Any) -> None:
+        self._norm_behind = norm_behind(model, example) if self._rule.needs_norms else {}
+
     def rehearse(self) -> None:
         super().rehearse()
         self._rule.begin(self._scored())
@@ -247,7 +254,7 @@ class ChannelPruning(BudgetedChannels):
             model=self.model,
             groups=self.groups,
             live=self.live,
-            norm_behind=self.norm_behind,
+            norm_behind=self._norm_behind,
             optimizer_of=self.optimizer_of,
             owners=self.owners,
             host=self.host,

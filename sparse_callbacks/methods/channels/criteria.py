@@ -26,7 +26,8 @@ class ScoredNetwork:
         model: the model of the run.
         groups: the groups whose units are scored.
         live: the units that each group keeps, bool [size].
-        norm_behind: the batch norm that takes the output of a layer unchanged, by the layer's name.
+        norm_behind: the batch norm that takes the output of a layer unchanged, by the layer's name; empty for a criterion
+            that does not need it.
         optimizer_of: index of the optimizer that steps the consumers of each group.
         owners: the optimizers of the run.
         host: the training loop.
@@ -65,6 +66,8 @@ class Criterion:
 
     needs_steps: ClassVar[bool] = False
     """It scores by the gradients of training steps, so there are no scores before the first one."""
+    needs_norms: ClassVar[bool] = False
+    """It reads the network's ``norm_behind``, which costs a pass through the model."""
     one_shot: ClassVar[bool] = False
     """It prunes once: ``start`` and ``stop`` are the same."""
     rankings: ClassVar[Sequence[str]] = ("knapsack", "global", "layer")

@@ -1,6 +1,7 @@
 """Taylor importance of a gate of one on each unit, which need not exist."""
 
-from collections.abc import Callable, Mapping, Sequence, Set
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 
 import torch
 from torch import Tensor, nn
@@ -45,8 +46,10 @@ def with_momentum(former: Tensor, contribution: Tensor, momentum: float = MOMENT
 _Known = Callable[[str], tuple[Tensor, Tensor] | None]  # a parameter and its gradient, None where it has none
 
 
-def gate_gradients(group: Group, model: nn.Module, norm_behind: Mapping[str, str], ids: Set[int]) -> Tensor | None:
-    """Gradient of the loss at a gate of one on each unit of a group, [size]; None where no consumer has a gradient.
+def gate_gradients(
+    groups: Iterable[Group], model: nn.Module, norm_behind: Mapping[str, str], ids: Set[int]
+) -> list[Tensor | None]:
+    """Gradient of the loss at a gate of one on each unit of each group, [size] each; None where no consumer has a gradient.
 
     A gate stands behind the batch norm of each producer, or behind the producer where it has none, and gradients are
     summed over producers. The gates stand before the consumers, over which gradients are summed,
@@ -59,23 +62,32 @@ def gate_gradients(group: Group, model: nn.Module, norm_behind: Mapping[str, str
       model with one all gates stand before the consumers.
 
     Args:
-        group: the group.
+        groups: the groups.
         model: the model, with the gradients of a step.
         norm_behind: the batch norm that takes the output of a layer unchanged, by the layer's name.
         ids: ``id`` of every parameter whose gradients are those of the step.
     """
 
+    @functools.cache
     def known(name: str) -> tuple[Tensor, Tensor] | None:
         tensor = model.get_parameter(name)
         return (tensor, tensor.grad) if tensor.grad is not None and id(tensor) in ids else None
 
-    gates = _behind_producers(group, model, norm_behind, known) or _before_consumers(group, known)
-    found = [unit_scores(entries, member, group.size) for entries, member in gates]
-    return torch.stack([f.to(found[0]) for f in found]).sum(0) if found else None
+    # once for each layer, which may read many groups (those of a concatenation)
+    @functools.cache
+    def before(parameter: str, dim: int) -> Tensor | None:
+        pair = known(parameter)
+        return None if pair is None else gates_of_slices(*pair, dim)
 
+    hidden = any(hides_its_channels(module) for module in model.modules())
 
-def _before_consumers(group: Group, known: _Known) -> list[tuple[Tensor, Member]]:
-    return [(gates_of_slices(*pair, c.dim), c) for c in group.consumers if (pair := known(c.parameter)) is not None]
+    def of_units(group: Group) -> Tensor | None:
+        gates = [] if hidden else _behind_producers(group, model, norm_behind, known)
+        gates = gates or [(g, c) for c in group.consumers if (g := before(c.parameter, c.dim)) is not None]
+        found = [unit_scores(entries, member, group.size) for entries, member in gates]
+        return torch.stack([f.to(found[0]) for f in found]).sum(0) if found else None
+
+    return [of_units(group) for group in groups]
 
 
 def _behind_producers(
@@ -99,9 +111,7 @@ def _behind_producers(
 def _is_normalized_again(group: Group, model: nn.Module, norm_behind: Mapping[str, str]) -> bool:
     """Whether the loss may not depend on the scale of a unit as its producers give it, or the norms right behind them."""
     followers = {f.module for f in group.followers} - {norm_behind.get(p.module) for p in group.producers}
-    return any(normalizes(model.get_submodule(name)) for name in followers) or any(
-        hides_its_channels(module) for module in model.modules()
-    )
+    return any(normalizes(model.get_submodule(name)) for name in followers)
 
 
 def _behind_norm(group: Group, norm: str, model: nn.Module, known: _Known) -> tuple[Tensor, Member] | None:
@@ -138,6 +148,7 @@ class GateTaylor(Criterion):
     """
 
     needs_steps = True
+    needs_norms = True
 
     def __init__(self) -> None:
         # by optimizer, since another one may be announced before this one steps: scores by window, not in aux yet
@@ -159,11 +170,10 @@ class GateTaylor(Criterion):
         self._fresh[step.index] = {}
         if last:
             return
-        ids = parameter_ids(step.optimizer)
-        for name, group, optimizer in zip(_windows(network), network.groups, network.optimizer_of, strict=True):
-            gates = None if optimizer != step.index else gate_gradients(group, network.model, network.norm_behind, ids)
-            if gates is not None:
-                self._fresh[step.index][name] = gates.square()
+        own = [n for n, optimizer in enumerate(network.optimizer_of) if optimizer == step.index]
+        groups, names = [network.groups[n] for n in own], _windows(network)
+        found = gate_gradients(groups, network.model, network.norm_behind, parameter_ids(step.optimizer))
+        self._fresh[step.index] = {names[n]: g.square() for n, g in zip(own, found, strict=True) if g is not None}
 
     def after_step(self, network: ScoredNetwork, step: Step) -> None:
         for name, scores in self._fresh.pop(step.index, {}).items():

@@ -78,11 +78,12 @@ class NormGain(Criterion):
     arguments: ClassVar[Sequence[str]] = ("penalty",)
 
     def begin(self, network: ScoredNetwork) -> None:
-        if without := [g.name for g in network.groups if not _gains(network, g)]:
+        if without := [g for g in network.groups if not _gains(network, g)]:
+            left_out = list(dict.fromkeys(_name_for_exclude(network, g) for g in without))
             raise ValueError(
                 f"criterion='bn_gain' scores channels by the gains of their batch norms, and the outputs of "
-                f"{', '.join(without)} pass through none that has any. Leave these layers out, as with "
-                f"exclude=['{without[0]}.*'], or give another criterion, such as 'l1'."
+                f"{', '.join(g.name for g in without)} pass through none that has any. Leave these layers out with "
+                f"exclude={left_out}, or give another criterion, such as 'l1'."
             )
         idle = [n for n, names in enumerate(network.owners.owns) if not names]
         ids = parameter_ids(*(network.owners.optimizers[n] for n in idle))
@@ -108,6 +109,12 @@ class NormGain(Criterion):
 
     def scores(self, network: ScoredNetwork, number: int) -> list[Tensor]:
         return [_summed(network, g, _gains(network, g), _sizes) for g in network.groups]
+
+
+def _name_for_exclude(network: ScoredNetwork, group: Group) -> str:
+    """A parameter that ``exclude`` takes, with which the group's channels stay: of a producer, where one can be sparse."""
+    sparse = {name for names in network.owners.owns for name in names}
+    return next(m.parameter for m in (*group.producers, *group.consumers) if m.parameter in sparse)
 
 
 def _gains(network: ScoredNetwork, group: Group) -> list[Member]:

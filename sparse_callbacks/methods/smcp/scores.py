@@ -26,7 +26,7 @@ means (of a ReLU between layer and norm, and where a norm is RMS) make it inexac
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_callbacks.channels.groups import Group
 from sparse_callbacks.channels.prunable import kept_units
@@ -75,6 +75,19 @@ def deviation_left(weight: Tensor, dim: int, kept: Tensor, together: int = 1, gr
         every, left = (v.view(-1, together).sum(1).repeat_interleave(together) for v in (every, left))
     share = torch.where(every > 0, left / every, 1).sqrt()
     return share if by_group == 1 else share.view(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)
+
+
+def deviation_under_mask(layer: nn.Module, weight: Tensor, mask: Tensor, dim: int, together: int = 1) -> Tensor:
+    """:func:`deviation_left` of a layer whose whole inputs are masked.
+
+    Args:
+        layer: the layer.
+        weight, dim, together: see :func:`deviation_left`.
+        mask: the weight's mask.
+    """
+    # the first output's say which inputs are kept
+    kept = mask.select(1 - dim, 0).reshape(weight.shape[dim], -1)[:, 0]
+    return deviation_left(weight, dim, kept, together, getattr(layer, "groups", 1))
 
 
 def magnitude(weight: Tensor) -> Tensor:

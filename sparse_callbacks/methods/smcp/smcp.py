@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar, Unpack
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.channels import norms
+from sparse_callbacks.channels.normalized import normalized_outputs
 from sparse_callbacks.core.arguments import refuse_unknown
 from sparse_callbacks.core.calendar import Calendar, RunLength, Time, resolve_times
 from sparse_callbacks.core.method import Options
@@ -20,7 +21,7 @@ from sparse_callbacks.methods.channels.budgeted import START, STOP, BudgetedChan
 from sparse_callbacks.methods.channels.rankings import Choice, Offer, by_knapsack
 from sparse_callbacks.methods.smcp.scores import (
     active_outputs,
-    deviation_left,
+    deviation_under_mask,
     group_scores,
     kept_importance,
     reader_scores,
@@ -33,8 +34,7 @@ and go on by the rule that they began with."""
 
 
 class SMCP(BudgetedChannels):
-    """SMCP, soft masking for cost-constrained channel pruning (Humble et al., 2022): the network becomes really
-    smaller.
+    """SMCP, soft masking for cost-constrained channel pruning (Humble et al., 2022): the network becomes smaller.
 
     With dense weights w, a mask m over the input channels of each group, and optimizer step t::
 
@@ -151,10 +151,11 @@ class SMCP(BudgetedChannels):
         self.hysteresis = float(hysteresis)  # 1 is written as 1.0
         refuse_unknown({"importance": importance, "norm_scaling": norm_scaling}, WORDS)
         self._active: dict[str, Tensor] = {}  # which outputs of a consumer are kept
-        self._fresh: dict[
-            int, dict[str, Tensor]
-        ] = {}  # scores by window, of the step that each optimizer is about to take
+        # scores by window, of the step that each optimizer is about to take
+        self._fresh: dict[int, dict[str, Tensor]] = {}
         self._norms: dict[str, str] = {}  # the batch norm with a gain that takes each layer's output
+        # for each layer whose output only norms take these norms, and how many outputs they divide together
+        self._divided_by: dict[str, tuple[tuple[str, ...], int]] = {}
         self._scores: list[Tensor] = []  # of the latest solve
         self._inputs_of: dict[str, int] = {}  # the dimension of each consumer's weight along which its inputs lie
 
@@ -174,12 +175,16 @@ class SMCP(BudgetedChannels):
 
     # ------------------------------------------------------------------ what can go
 
+    def look_at(self, model: nn.Module, example: Any) -> None:
+        self._norms = norms.with_gains(model, norms.norm_behind(model, example)) if self.norm_scaling else {}
+        corrects = self.importance == "taylor" and CORRECTED in self.aux
+        self._divided_by = normalized_outputs(model, example) if corrects else {}
+
     def rehearse(self) -> None:
         super().rehearse()
-        self._norms = norms.with_gains(self.model, self.norm_behind) if self.norm_scaling else {}
         # only inputs of consumers are ever pruned: a dense copy of any other weight would be memory for nothing
-        consumers = {c.parameter for g in self.groups for c in g.consumers}
-        self.weights.end_copy([n for n in self.weights.copied if n not in consumers])
+        self._inputs_of = {c.parameter: c.dim for g in self.groups for c in g.consumers}
+        self.weights.end_copy([n for n in self.weights.copied if n not in self._inputs_of])
         if CORRECTED not in self.aux and self.saved is not None:
             self.host.inform(
                 f"{type(self).__name__} goes on from {self.saved.path} by the rule that it was saved under: scores without "
@@ -187,7 +192,6 @@ class SMCP(BudgetedChannels):
             )
         if self.importance != "taylor":
             return
-        self._inputs_of = {c.parameter: c.dim for g in self.groups for c in g.consumers}
         if self.saved is not None:
             sizes = dict(zip(self._windows(), (g.size for g in self.groups), strict=True))
             windows.refuse_lost_windows(self.saved, type(self).__name__, sizes)
@@ -258,17 +262,13 @@ class SMCP(BudgetedChannels):
         """
         factors = dict(self._active)
         for name, weight in dense.items() if CORRECTED in self.aux else ():
-            layer = name.rpartition(".")[0]
-            behind, together = self.divided_by.get(layer, ((), 0))
-            if not behind or self.weights.active_counts[name] == self.weights.size(name):
+            layer = self.model.get_submodule(name.rpartition(".")[0])
+            behind, together = self._divided_by.get(name.rpartition(".")[0], ((), 0))
+            own = all(norms.divides_by_own_statistics(self.model.get_submodule(norm)) for norm in behind)
+            if not behind or not own or self.weights.active_counts[name] == self.weights.size(name):
                 continue
-            if not all(norms.divides_by_own_statistics(self.model.get_submodule(norm)) for norm in behind):
-                continue
-            dim = self._inputs_of[name]
-            # whole inputs are masked, so the first output's say which
-            kept = self.weights.masks[name].select(1 - dim, 0).reshape(weight.shape[dim], -1)[:, 0]
-            parts = getattr(self.model.get_submodule(layer), "groups", 1)
-            undone = deviation_left(weight, dim, kept, together, parts) / self.aux.get(f"norm/{name}", 1.0)
+            left = deviation_under_mask(layer, weight, self.weights.masks[name], self._inputs_of[name], together)
+            undone = left / self.aux.get(f"norm/{name}", 1.0)
             factors[name] = undone * factors[name] if name in factors else undone
         return factors
 
