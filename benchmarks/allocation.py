@@ -10,7 +10,6 @@ channels.py. Of uniform and ERK the smallest sparsity is taken whose network is 
 on an idle machine only. Writes benchmarks/results/allocation.md.
 """
 
-import argparse
 import math
 import os
 import platform
@@ -20,9 +19,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from accuracy import Metrics, results
 from channels import SHAPE, SHARED, Rows, words
 from torch import Tensor, nn
+from training_runs import Metrics, figures_of, options_of_runs, results
 
 from sparse_callbacks import Spdy, Static, sparsify
 from sparse_callbacks.core.clock import milliseconds
@@ -36,7 +35,7 @@ from sparse_callbacks.tasks.models import mlp, resnet20
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOP_BUDGETS, TIME_BUDGETS = (0.3, 0.1), (0.5, 0.3)
-METHODS = ("gmp", "rigl")
+METHODS = ("gmp",)
 NAMES = {"uniform": "uniform", "ERK": "erdos_renyi_kernel"}
 HIDDEN, BATCH, READINGS = (1000, 1000, 1000), 100, 41
 MLP = (
@@ -207,14 +206,9 @@ Whole training steps of these networks, measured in turn:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", required=True, help="folder of torchvision's files")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--runs", type=Path, help="keeps the folders of the runs, and gives those that are finished")
+    parser = options_of_runs(__doc__, ROOT / "benchmarks" / "results" / "allocation.md")
     parser.add_argument("--readings", type=int, default=READINGS, help="of each time, of which the median is taken")
     parser.add_argument("--more", nargs="*", default=[], help="further overrides of every run, for a trial")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "allocation.md")
     given = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -236,8 +230,8 @@ def main() -> None:
             name: [(*row, *MLP, f"seed={s}", *given.more) for s in range(given.seeds)] for name, row in timed.items()
         }
         todo = [one for of_row in (*keys.values(), *timed_keys.values()) for one in of_row]
-        found: dict[tuple[str, ...], Metrics] = {}
-        for one, metrics in results(todo, str(Path(given.root).absolute()), kept, given.jobs):
+        figures, found = figures_of(given, given.out), dict[tuple[str, ...], Metrics]()
+        for one, metrics in results(todo, str(Path(given.root).absolute()), kept, given.jobs, figures):
             found[one] = metrics
             print(f"{len(found)} of {len(todo)}: {100 * metrics['test/acc']:.2f} % {' '.join(one)}", flush=True)
         written = text(

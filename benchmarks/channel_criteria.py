@@ -17,9 +17,9 @@ from pathlib import Path
 
 import onnxruntime
 import torch
-from accuracy import Metrics, folder_of, options_of_runs, results
 from channels import BUDGETS, READINGS, ROOT, SHAPE, SHARED, Rows, accuracy_table, latency_table, words
 from torch import nn
+from training_runs import Metrics, figures_of, folder_of, options_of_runs, results
 
 from sparse_callbacks import load_compact
 from sparse_callbacks.tasks.models import resnet20
@@ -99,14 +99,14 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     rows = {name: overrides for name, overrides in ROWS.items() if name == "dense" or fnmatchcase(name, given.rows)}
-    more, found = tuple(given.more), dict[tuple[str, ...], Metrics]()
+    more, figures, found = tuple(given.more), figures_of(given, given.out), dict[tuple[str, ...], Metrics]()
     with tempfile.TemporaryDirectory() as temporary:
         kept = (given.runs or Path(temporary)).absolute()
         # by the words without the further ones, as the table looks them up
         plain: Mapping[tuple[str, ...], tuple[str, ...]] = {
             words(name, seed, rows) + more: words(name, seed, rows) for seed in range(given.seeds) for name in rows
         }
-        for one, metrics in results(list(plain), str(Path(given.root).absolute()), kept, given.jobs):
+        for one, metrics in results(list(plain), str(Path(given.root).absolute()), kept, given.jobs, figures):
             found[plain[one]] = metrics
             print(f"{len(found)} of {len(plain)}: {100 * metrics['test/acc']:.2f} % {' '.join(one)}", flush=True)
         times = latency_table(slim_networks(kept, rows, more), Path(temporary))

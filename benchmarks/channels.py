@@ -12,7 +12,6 @@ benchmarks/results/channels.md.
 """
 
 import copy
-import os
 import platform
 import statistics
 import tempfile
@@ -24,8 +23,8 @@ from pathlib import Path
 import onnxruntime
 import pytorch_lightning as pl
 import torch
-from accuracy import Metrics, folder_of, options_of_runs, results
 from torch import Tensor, nn
+from training_runs import Metrics, figures_of, folder_of, options_of_runs, results
 
 from sparse_callbacks import SMCP, export_onnx, load_compact, slim
 from sparse_callbacks.channels.latency.measure import measure
@@ -238,15 +237,12 @@ The network is trained for ten steps on random images under a table that was mea
 def main() -> None:
     parser = options_of_runs(__doc__, ROOT / "benchmarks" / "results" / "channels.md")
     given = parser.parse_args()
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    )  # for hard_masks
     torch.set_num_threads(1)
-    found: dict[tuple[str, ...], Metrics] = {}
+    figures, found = figures_of(given, given.out), dict[tuple[str, ...], Metrics]()
     with tempfile.TemporaryDirectory() as temporary:
         kept = (given.runs or Path(temporary)).absolute()
         todo = [words(name, seed) for seed in range(given.seeds) for name in ROWS]
-        for one, metrics in results(todo, str(Path(given.root).absolute()), kept, given.jobs):
+        for one, metrics in results(todo, str(Path(given.root).absolute()), kept, given.jobs, figures):
             found[one] = metrics
             print(f"{len(found)} of {len(todo)}: {100 * metrics['test/acc']:.2f} % {' '.join(one)}", flush=True)
         folder = Path(temporary)

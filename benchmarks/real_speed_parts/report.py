@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 
 from real_speed_parts import accuracy, layers, memory, peers, steps, updates
+from sparse_callbacks.core.machine import processor
 
 RESULTS = Path(__file__).parents[1] / "results" / "real_speed.json"
 Figures = dict[str, dict[str, Any]]
@@ -48,14 +49,6 @@ KEYS = {
 }
 
 
-def machine() -> str:
-    """The processor's name and its cores."""
-    found = Path("/proc/cpuinfo")
-    lines = found.read_text().splitlines() if found.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {len(names) or '?'} cores, {platform.machine()}"
-
-
 def rounded(value: Any) -> Any:
     """Numbers with four digits, in lists too; more are not measured."""
     if isinstance(value, list):
@@ -70,7 +63,7 @@ def take(figures: Figures, part: str, rows: Rows) -> None:
     new = {tuple(row[key] for key in keys) for row in rows}
     kept = [row for row in old.get("rows", []) if tuple(row[key] for key in keys) not in new]
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, pytorch-lightning {pl.__version__}"
-    source = f"`{command(part, sys.argv[1:])}`; {machine()}; {versions}"
+    source = f"`{command(part, sys.argv[1:])}`; {processor()}, {platform.machine()}; {versions}"
     sources = [source, *(other for other in old.get("sources", []) if kept and other != source)]
     figures[part] = {"sources": sources, "rows": [*kept, *rows]}
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparse_callbacks.core.machine import processor
 from zoo_parts import tables
 from zoo_parts.tables import Row
 
@@ -76,15 +77,7 @@ def source(arguments: Sequence[str], script: str = "zoo.py", packages: Sequence[
     if "--out" in words:
         place = words.index("--out")
         del words[place : place + 2]
-    return f"Written by `{' '.join([f'python benchmarks/{script}', *words])}` on {machine()}; {versions(packages)}."
-
-
-def machine() -> str:
-    """The processor's name and its cores."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {len(names) or '?'} cores, {platform.machine()}"
+    return f"Written by `{' '.join([f'python benchmarks/{script}', *words])}` on {processor()}, {platform.machine()}; {versions(packages)}."
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> str:

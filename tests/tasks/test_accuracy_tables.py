@@ -19,16 +19,29 @@ def accuracy(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return accuracy
 
 
-@pytest.mark.parametrize("table", ["digits", "lenet5"])
+@pytest.fixture
+def training_runs(accuracy: ModuleType) -> ModuleType:
+    import training_runs
+
+    return training_runs
+
+
+@pytest.mark.parametrize("table", ["digits", "lenet5", "starts", "sup_tickets", "snip"])
 def test_every_run_composes_and_builds_its_method_at_the_sparsity_of_its_table(
     accuracy: ModuleType, table: str
 ) -> None:
+    rows = dict[tuple[str, ...], tuple[str, ...]]()
     for words in accuracy.runs(accuracy.REPORTS[table], 1):
+        # a row that differs in the sparsity alone composes as the first one
+        rows.setdefault(tuple(word for word in words if not word.startswith("sparsity=0")), words)
+    for words in rows.values():
         with initialize_config_dir(str(ROOT / "conf"), version_base=None):
             cfg = compose("train", list(words))
         build.check_choices(cfg)
         method = build.build_method(cfg)
         assert (method is None) == ("method=none" in words)
+        if table in ("starts", "sup_tickets", "snip"):
+            assert method is None or f"sparsity={getattr(method, 'base', method).sparsity}" in words
         if table == "lenet5":
             assert (cfg.trainer.max_epochs, cfg.optim.lr) == (12, 0.05)
             assert method is None or f"sparsity={method.sparsity}" in words
@@ -67,26 +80,53 @@ def test_a_search_lists_what_was_tried_best_validation_first(accuracy: ModuleTyp
     assert accuracy.section(group, found, 3) == "Tried, by validation accuracy: b 90.00 %; a 80.00 %."
 
 
-def test_a_finished_run_is_not_repeated_and_the_others_are_made(accuracy: ModuleType, tmp_path: Path) -> None:
+def test_a_finished_run_is_not_repeated_and_the_others_are_made(
+    accuracy: ModuleType, training_runs: ModuleType, tmp_path: Path
+) -> None:
     shared = "trainer.max_epochs=1 trainer.limit_train_batches=2 sparsity=0.5"
     old, new = (accuracy.overrides(shared, "method=static", seed) for seed in (0, 1))
     (tmp_path / ",".join(old)).mkdir()
     (tmp_path / ",".join(old) / "metrics.json").write_text('{"test/acc": 0.25}')
-    found = dict(accuracy.results([old, new], None, tmp_path, 1))
+    found = dict(training_runs.results([old, new], None, tmp_path, 1, training_runs.Figures(tmp_path / "t.json")))
     assert found[old] == {"test/acc": 0.25}
     assert found[new]["steps"] == 2
     assert found[new]["sparsity/total"] == pytest.approx(0.5, abs=1e-3)
     assert (tmp_path / ",".join(new) / "metrics.json").exists()
-    assert dict(accuracy.results([old, new], None, tmp_path, 1)).keys() == {old, new}
+    # the figures alone are enough, where the folders of the runs are gone
+    kept = training_runs.Figures(tmp_path / "t.json", go_on=True)
+    assert dict(training_runs.results([old, new], None, tmp_path / "empty", 1, kept)) == found
+    assert not (tmp_path / "empty").exists()
+    assert training_runs.Figures(tmp_path / "t.json").found == {}
 
 
-def test_a_path_with_any_character_reaches_the_run(accuracy: ModuleType, tmp_path: Path) -> None:
+def test_figures_hold_overrides_as_a_shell_takes_them(training_runs: ModuleType, tmp_path: Path) -> None:
+    words = ("method=gmp", "method.distribution={_target_:sparse_callbacks.Spdy,budget:0.3}", "data.root='it\\'s here'")
+    figures = training_runs.Figures(tmp_path / "t.json")
+    figures.add(words, {"test/acc": 0.123456789, "steps": 860})
+    figures.add(("seed=1",), {"test/acc": 0.5})
+    assert training_runs.Figures(tmp_path / "t.json", go_on=True).found == {
+        words: {"test/acc": 0.1234568, "steps": 860.0},
+        ("seed=1",): {"test/acc": 0.5},
+    }
+    assert len((tmp_path / "t.json").read_text().splitlines()) == 4  # a line for each run
+
+
+@pytest.mark.parametrize("text", ["{}", "not json", '{"runs": [1]}'], ids=["empty", "words", "list"])
+def test_a_file_without_figures_is_refused_in_words(training_runs: ModuleType, tmp_path: Path, text: str) -> None:
+    (tmp_path / "t.json").write_text(text)
+    with pytest.raises(ValueError, match="does not hold the figures of runs"):
+        training_runs.Figures(tmp_path / "t.json", go_on=True)
+
+
+def test_a_path_with_any_character_reaches_the_run(
+    accuracy: ModuleType, training_runs: ModuleType, tmp_path: Path
+) -> None:
     folder = tmp_path / "it's = a, folder"
     words = accuracy.overrides("data=fashion_mnist sparsity=0.5", "method=static", 0)
     with pytest.raises(
         RuntimeError, match=r"(?s)train\.py method=static .*failed.*cannot read the set from .*it's = a, folder/none,"
     ):
-        accuracy.run(words, str(folder / "none"), folder)
+        training_runs.run(words, str(folder / "none"), folder)
     assert (folder / ".hydra" / "config.yaml").exists()
 
 

@@ -15,6 +15,7 @@ import torch
 from sparse_callbacks.channels.costs import Layer, size_text
 from sparse_callbacks.channels.latency.table_layout import why_not_a_table
 from sparse_callbacks.core.files import replacing
+from sparse_callbacks.core.machine import processor_name
 
 # raised when the keys of the file change; files of other versions are refused
 TABLE_VERSION = 2
@@ -57,13 +58,7 @@ def _chip(device: str) -> str:
             return torch.cuda.get_device_name(device)
         except (RuntimeError, AssertionError):  # torch raises either where there is no such device
             return "that is not there"
-    try:
-        # platform.processor() is often empty on Linux
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return next(iter(names), platform.processor() or platform.machine())
+    return processor_name()
 
 
 def changed_place(about: Mapping[str, Any], name: str) -> list[str]:

@@ -1,7 +1,6 @@
 """What is said once of a recorded run: its methods, its layers, its libraries and its machine."""
 
 import math
-import os
 import platform
 import shlex
 import sys
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from sparse_callbacks.core import distributed
+from sparse_callbacks.core.machine import processor
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.record.first_batch import WeightUse
 from sparse_callbacks.core.record.record_file import LayerRecord, RunRecord
@@ -97,22 +97,12 @@ def machine(device: torch.device) -> dict[str, str]:
     """Processor, device, threads and processes of the run."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "device": name,
         "threads": str(torch.get_num_threads()),
         "processes": str(distributed.world_size()),
         "system": platform.system(),
     }
-
-
-def _processor() -> str:
-    """The processor's name as Linux knows it; elsewhere what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 def command() -> str:
