@@ -4,7 +4,6 @@ Every choice is an override: `python train.py --help` lists the groups. The fold
 metrics.json, the configuration, the checkpoints and the logs.
 """
 
-import os
 import sys
 import time
 from datetime import datetime
@@ -20,6 +19,7 @@ from sparse_callbacks.lightning.curves import step_number
 from sparse_callbacks.lightning.logged_network import log_end
 from sparse_callbacks.tasks import (
     build,
+    checks,
     loggers,
     multirun,
     objective,
@@ -31,7 +31,10 @@ from sparse_callbacks.tasks import (
 )
 from sparse_callbacks.tasks.at_target import BestAtTarget
 from sparse_callbacks.tasks.initial_weights import load_initial_weights
+from sparse_callbacks.tasks.plain_errors import end_refused, plain_errors, refusal, wants_frames
 from sparse_callbacks.tasks.safe_stop import RunStopped
+
+CONF = Path(__file__).parent.resolve() / "conf"
 
 
 def run_folder(cfg: DictConfig) -> Path:
@@ -70,10 +73,11 @@ def train(cfg: DictConfig, config_file: Path | None = None) -> dict[str, float]:
     cfg = cfg.copy()
     folder = run_folder(cfg)
     cfg.output_dir = str(folder)
-    build.set_threads(cfg)
-    pl.seed_everything(cfg.seed, workers=True, verbose=False)
     # everything cheap that can be refused comes first, before data is read and loggers are started
-    build.check_choices(cfg)
+    checks.check_choices(cfg)
+    checks.check_files(cfg)
+    checks.set_threads(cfg)
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
     method = build.build_method(cfg)
     if cfg.slim:
         slim.check(method)
@@ -82,18 +86,18 @@ def train(cfg: DictConfig, config_file: Path | None = None) -> dict[str, float]:
     recorded = recorded_config.as_run(cfg, method)
     if config_file is not None:
         recorded_config.correct_file(config_file, recorded)
-    data = hydra.utils.instantiate(cfg.data)
-    module = build.build_module(cfg, data)
-    if cfg.get("initial_weights") is not None and resumed is None:
-        load_initial_weights(module, Path(cfg.initial_weights))
     report = reports.build_report(cfg, folder, recorded_config.settings(recorded))
     logged = bool(cfg.get("logger"))
     callbacks = build.build_callbacks(cfg, method, folder / "checkpoints", logged, report)
     # not named `loggers`, which is the module that ends them
     used_loggers = build.build_loggers(recorded, method)
+    trainer = build.build_trainer(cfg, callbacks, used_loggers)
+    data = hydra.utils.instantiate(cfg.data)
+    module = build.build_module(cfg, data)
+    if cfg.get("initial_weights") is not None and resumed is None:
+        load_initial_weights(module, Path(cfg.initial_weights))
     failed = True
     try:
-        trainer = build.build_trainer(cfg, callbacks, used_loggers)
         loggers.log_settings(trainer.loggers, recorded_config.settings(recorded))
         metrics = _fit_and_test(trainer, module, data, method, cfg, resumed)
         if trainer.is_global_zero:
@@ -196,33 +200,38 @@ def _report(
     summary.show(metrics, method, places, resumed)
 
 
-@hydra.main(version_base=None, config_path=str(Path(__file__).parent.resolve() / "conf"), config_name="train")
+@plain_errors(CONF)
+@hydra.main(version_base=None, config_path=str(CONF), config_name="train")
 def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
     """Run `train`; a run that was stopped, by a signal or by a full disk, prints the command that resumes it.
 
     The exit status is that of the signal, or 1. A sweeper gets the metrics that `objective` names.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
-    # refused before the first batch
-    names = objective.objective_names(cfg)
     try:
+        # refused before the first batch
+        names = objective.objective_names(cfg)
         metrics = train(cfg, recorded_config.hydra_file())
+        return objective.objective_values(metrics, names, required=objective.is_read(HydraConfig.get()))
     except RunStopped as stopped:
         print(f"Run {stopped}.", file=sys.stderr)
         if stopped.checkpoint is not None:
             _print_resume_command(stopped.checkpoint, folder)
         sys.exit(stopped.exit_code)
-    except OSError as error:
-        # without a number it is a refusal of ours, in words of its own
-        if error.errno is None or os.environ.get("HYDRA_FULL_ERROR"):
+    except Exception as error:
+        if wants_frames():
             raise
-        checkpoint = Path(cfg.output_dir or folder) / "checkpoints" / "last.ckpt"
-        print(system_errors.why_ended(error, checkpoint), file=sys.stderr)
-        if system_errors.saved_step(checkpoint) is not None:
-            _print_resume_command(checkpoint, folder)
-        print("HYDRA_FULL_ERROR=1 shows where it happened.", file=sys.stderr)
-        sys.exit(1)
-    return objective.objective_values(metrics, names, required=objective.is_read(HydraConfig.get()))
+        # without a number it is a refusal of ours, in words of its own
+        if isinstance(error, OSError) and error.errno is not None:
+            checkpoint = Path(cfg.output_dir or folder) / "checkpoints" / "last.ckpt"
+            print(system_errors.why_ended(error, checkpoint), file=sys.stderr)
+            if system_errors.saved_step(checkpoint) is not None:
+                _print_resume_command(checkpoint, folder)
+            print("HYDRA_FULL_ERROR=1 shows where it happened.", file=sys.stderr)
+            sys.exit(1)
+        if (text := refusal(error, CONF, sys.argv[1:])) is not None:
+            end_refused(error, text, folder)
+        raise
 
 
 def _print_resume_command(checkpoint: Path, folder: Path) -> None:

@@ -6,6 +6,7 @@ Whatever is refused here is refused before the first batch.
 import inspect
 import logging
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from numbers import Real
@@ -13,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from hydra.utils import get_class, instantiate
+from lightning_utilities.core import rank_zero
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor
 from pytorch_lightning.loggers import Logger
 
 from sparse_callbacks import methods
 from sparse_callbacks.core.checkpoint_file import read_mapping
-from sparse_callbacks.core.method import DEFAULT_SPARSITY
+from sparse_callbacks.core.constructors import argument_names
+from sparse_callbacks.core.method import DEFAULT_SPARSITY, Options
 from sparse_callbacks.core.schedules import with_curve
 from sparse_callbacks.lightning.callback import SparsityCallback
 from sparse_callbacks.lightning.curvature_monitor import CurvatureMonitor
@@ -31,41 +33,10 @@ from sparse_callbacks.tasks import recorded_config, run_names
 from sparse_callbacks.tasks.at_target import BestAtTarget, EarlyStoppingAtTarget
 from sparse_callbacks.tasks.classifier import Classifier, Optim
 from sparse_callbacks.tasks.data.module import MemoryData
+from sparse_callbacks.tasks.given_arguments import group_values, refuse_unknown_arguments, refuse_wrong_arguments
 from sparse_callbacks.tasks.progress_bar import ShortProgressBar
 from sparse_callbacks.tasks.run_state import RunState
 from sparse_callbacks.tasks.safe_stop import SafeStop
-
-TESTED = ("last", "best")  # values of the root key `test`
-
-
-def check_choices(cfg: DictConfig) -> None:
-    """Refuse values of root keys that are not among the known ones.
-
-    Raises:
-        ValueError: `test` is neither last nor best.
-    """
-    if cfg.test not in TESTED:
-        raise ValueError(
-            f"test={cfg.test!r} does not name a network. "
-            "Use test=last, or test=best for the best epoch by validation accuracy."
-        )
-
-
-def set_threads(cfg: DictConfig) -> None:
-    """Let torch use the number of threads of the root key `threads`; null leaves it as it is.
-
-    Raises:
-        ValueError: it is not a whole number from 1 on.
-    """
-    # configurations of older versions lack the key
-    threads = cfg.get("threads")
-    if threads is None:
-        return
-    if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
-        raise ValueError(
-            f"threads={threads!r} is not a number of threads. Give 1 or more, or null for torch's own choice."
-        )
-    torch.set_num_threads(threads)
 
 
 def method_arguments(
@@ -166,16 +137,32 @@ def _method_of(group: Mapping[str, Any], sparsity: Any, curve: str | None) -> Sp
     for name, value in arguments.items():  # an object, such as a distribution that sees the model
         if isinstance(value, dict) and "_target_" in value:
             arguments[name] = instantiate(value)
-    made: SparsityCallback = cls(**arguments)
+    try:
+        made: SparsityCallback = cls(**arguments)
+    except TypeError as error:
+        if match := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
+            refuse_unknown_arguments("method", cls.__name__, [match[1]], argument_names(cls, Options))
+        raise
     return made
 
 
 def build_module(cfg: DictConfig, data: MemoryData) -> Classifier:
     """The network for the data's shape and classes, with its optimizer."""
     model = instantiate(cfg.model, input_shape=data.input_shape, num_classes=data.num_classes)
-    options = {str(key): value for key, value in dict(cfg.optim).items()}
-    options["milestones"] = tuple(options["milestones"])
-    return Classifier(model, data.num_classes, Optim(**options))
+    return Classifier(model, data.num_classes, optim_of(cfg))
+
+
+def optim_of(cfg: DictConfig) -> Optim:
+    """The settings of the optimizer in the group `optim`.
+
+    Raises:
+        TypeError, ValueError: settings that `Optim` does not have, or values that it refuses.
+    """
+    options = group_values(cfg, "optim")
+    refuse_wrong_arguments("optim", Optim, options)
+    if isinstance(options.get("milestones"), list):
+        options["milestones"] = tuple(options["milestones"])
+    return Optim(**options)
 
 
 def build_loggers(cfg: DictConfig, method: SparsityCallback | None) -> list[Logger]:
@@ -231,16 +218,7 @@ def build_callbacks(
 
 
 def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logger]) -> pl.Trainer:
-    """The Trainer of the group `trainer`.
-
-    Raises:
-        ValueError: a GPU is asked for and torch sees none.
-    """
-    if cfg.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"trainer.accelerator={cfg.trainer.accelerator}, but torch sees no GPU. "
-            "Use trainer=cpu, or install a torch build for your GPU."
-        )
+    """The Trainer of the group `trainer`."""
     hide_lightning_notices()
     # an empty list of loggers would make Lightning choose one itself
     trainer: pl.Trainer = instantiate(
@@ -250,14 +228,17 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
 
 
 def hide_lightning_notices() -> None:
-    """Keep Lightning's tips, and a warning of its own use of a deprecated torch function, out of the terminal."""
-    # filters of a logger are compared by identity, so the second run of a process adds nothing
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_not_a_tip)
+    """Keep Lightning's tips, its inventory of the machine, and a warning of its own use of a deprecated torch function, out of
+    the terminal.
+    """
+    # the one logger of all notices; filters are compared by identity, so the second run of a process adds nothing
+    rank_zero.log.addFilter(_is_news)
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
 
 
-def _is_not_a_tip(record: logging.LogRecord) -> bool:
-    return "Tip:" not in record.getMessage()
+def _is_news(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return "Tip:" not in text and not text.startswith(("GPU available: ", "TPU available: "))
 
 
 def checkpoint_to_resume(cfg: DictConfig) -> str | None:
@@ -281,18 +262,18 @@ def checkpoint_to_resume(cfg: DictConfig) -> str | None:
 
 
 def refuse_sparse_checkpoint(path: str | None, method: SparsityCallback | None) -> None:
-    """Refuse to go on from a sparse run with a dense one: without masks its zeros would train away unnoticed. (A method
-    looks at the checkpoint itself.)
+    """Refuse a file that is not a checkpoint, and to go on from a sparse run with a dense one: without masks its zeros would
+    train away unnoticed. (What a method needs of a checkpoint it looks at itself.)
 
     Raises:
-        ValueError: the checkpoint holds masks, and there is no method; or it is not a whole checkpoint.
+        ValueError: it is not a whole checkpoint; or it holds masks, and there is no method.
     """
-    if path is None or method is not None:
+    if path is None:
         return
     found = read_mapping(Path(path), "Give ckpt_path= another checkpoint of the run.")
     refuse_other_parts(found, path)
     sparse = [key for key, state in found["callbacks"].items() if isinstance(state, Mapping) and "masks" in state]
-    if sparse:
+    if sparse and method is None:
         raise ValueError(
             f"ckpt_path={path} is of a sparse run ({sparse[0]}), and method=none would train its zeros away. "
             "Give the method and the arguments of that run, or method=static method.initial_mask=FILE to hold its "

@@ -40,7 +40,7 @@ class Optim:
         warmup: the number of optimizer steps in which the rate first rises, linearly from 0.
 
     Raises:
-        ValueError: an unknown name or schedule, or a learning rate that is not positive.
+        ValueError: an unknown name or schedule, a learning rate that is not positive, or another number out of range.
     """
 
     name: str = "sgd"
@@ -63,6 +63,21 @@ class Optim:
             )
         if not self.lr > 0:
             raise ValueError(f"optim.lr={self.lr} is not positive, so nothing would train. Give e.g. optim.lr=0.1.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"optim.weight_decay={self.weight_decay} is below 0. Give 0 for none, or e.g. 1e-4.")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"optim.momentum={self.momentum} is not in [0, 1). Give 0 for none, or e.g. 0.9.")
+        if self.warmup < 0:
+            raise ValueError(f"optim.warmup={self.warmup} is not a number of optimizer steps. Give 0 for none.")
+        if not 0 < self.gamma <= 1:
+            raise ValueError(
+                f"optim.gamma={self.gamma} is not in (0, 1]: the rate is multiplied by it at each milestone. Give e.g. 0.1."
+            )
+        if any(when < 0 for when in self.milestones):
+            raise ValueError(
+                f"optim.milestones={list(self.milestones)} has a time before the run. Give optimizer steps (int) or shares "
+                "of the run (float), e.g. [0.5, 0.75]."
+            )
 
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """A new optimizer of the parameters, all in one group."""

@@ -9,6 +9,16 @@ from sparse_callbacks.core.checkpoint_file import read_mapping
 ADVICE = "Give initial_weights= the checkpoint of a run of the same model, such as checkpoints/last.ckpt in its folder."
 
 
+def refuse_missing(path: Path) -> None:
+    """Refuse a path where no file is.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"initial_weights={path} is not there (looked at {path.absolute()}). {ADVICE}")
+
+
 def load_initial_weights(module: pl.LightningModule, path: Path) -> None:
     """Load the weights of a checkpoint into a model that has not been trained: those of its dense run, to prune and fine-tune.
 
@@ -22,8 +32,7 @@ def load_initial_weights(module: pl.LightningModule, path: Path) -> None:
         FileNotFoundError: the file is not there.
         ValueError: it is not a checkpoint, or of another model.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"initial_weights={path} is not there (looked at {path.absolute()}). {ADVICE}")
+    refuse_missing(path)
     saved = read_mapping(path, ADVICE).get("state_dict", {})
     own = module.state_dict()
     odd = sorted(own.keys() ^ saved.keys())

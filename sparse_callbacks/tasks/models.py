@@ -5,7 +5,6 @@ Every builder takes `input_shape` (channels, height, width) and `num_classes` an
 [batch, d] where `input_shape` is (d,).
 """
 
-import difflib
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparse_callbacks.methods.all_relu import AllReLU
+from sparse_callbacks.tasks.model_checks import refuse_mlp, refuse_unknown_network
 
 Shape = Sequence[int]
 
@@ -41,9 +41,9 @@ def mlp(
             ReLU, both with biases of zero; None leaves torch's own initial values.
 
     Raises:
-        ValueError: an unknown activation or init, or a rate out of range.
+        ValueError: an unknown activation or init, a rate out of range, or a layer without neurons.
     """
-    _refuse_other_choices(activation, dropout, init)
+    refuse_mlp(hidden, activation, dropout, init)
     sizes = [math.prod(input_shape), *hidden]
     layers: list[nn.Module] = [nn.Flatten()]
     for number, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
@@ -55,19 +55,6 @@ def mlp(
         he = partial(nn.init.kaiming_uniform_, nonlinearity="relu")
         _init_linear(model, he if init == "he_uniform" else nn.init.xavier_uniform_)
     return model
-
-
-def _refuse_other_choices(activation: str, dropout: float, init: str | None) -> None:
-    if activation not in ("relu", "all_relu"):
-        raise ValueError(f"model.activation={activation!r} is not known. Use model.activation=relu, or all_relu.")
-    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
-        raise ValueError(
-            f"model.dropout={dropout!r} is not a rate from 0 to 1 (without 1). Use for example model.dropout=0.3."
-        )
-    if init not in (None, "xavier_uniform", "he_uniform"):
-        raise ValueError(
-            f"model.init={init!r} is not known. Use model.init=xavier_uniform, he_uniform, or null for torch's own."
-        )
 
 
 def lenet_300_100(input_shape: Shape, num_classes: int) -> nn.Module:
@@ -163,13 +150,7 @@ def torchvision_classifier(input_shape: Shape, num_classes: int, name: str = "re
     """
     from torchvision import models
 
-    known = models.list_models(module=models)
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=5, cutoff=0.4) or known[:5]
-        raise ValueError(
-            f"model.name={name!r} is not a torchvision classifier. Did you mean {', '.join(close)}? "
-            "torchvision.models.list_models(module=torchvision.models) lists all."
-        )
+    refuse_unknown_network(name)
     options: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):
         # with auxiliary heads these two return tuples in training, and the heads count as layers that nobody evaluates;

@@ -48,12 +48,17 @@ class MultirunComparison(Callback):
         try:
             _ = job_return.return_value
         except Exception as error:
-            # the first line: the others are Hydra's advice, or a traceback of another process
-            first = (str(error).strip().splitlines() or [""])[0]
-            (folder / FAILURE).write_text(f"{type(error).__name__}: {first}\n", encoding="utf-8")
+            note_failure(folder, error)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         _show_unfinished()
+
+
+def note_failure(folder: Path, error: Exception) -> None:
+    """Write into the folder of a run why it has failed, for the comparison of runs."""
+    # the first line: the others are Hydra's advice, or a traceback of another process
+    first = (str(error).strip().splitlines() or [""])[0]
+    (folder / FAILURE).write_text(f"{type(error).__name__}: {first}\n", encoding="utf-8")
 
 
 @contextmanager

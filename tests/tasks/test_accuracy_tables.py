@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
 
-from sparse_callbacks.tasks import build
+from sparse_callbacks.tasks import build, checks
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_every_run_composes_and_builds_its_method_at_the_sparsity_of_its_table(
     for words in rows.values():
         with initialize_config_dir(str(ROOT / "conf"), version_base=None):
             cfg = compose("train", list(words))
-        build.check_choices(cfg)
+        checks.check_choices(cfg)
         method = build.build_method(cfg)
         assert (method is None) == ("method=none" in words)
         if table in ("starts", "sup_tickets", "snip"):

@@ -248,7 +248,7 @@ def test_curvature_is_logged_where_the_root_key_says_how_often(run: Run, tmp_pat
     header, *rows = [line.split(",") for line in path.read_text().splitlines()]
     step, largest = header.index("step"), header.index("curvature/max")
     assert [int(row[step]) for row in rows if row[largest]] == [0, 5, 10, 15, 20, 25]
-    with pytest.raises(ValueError, match="every=0: 0 is out of range"):
+    with pytest.raises(ValueError, match="curvature=0 is not a number of optimizer steps between measurements"):
         run("curvature=0", folder="other")
 
 

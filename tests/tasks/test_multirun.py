@@ -18,7 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from sparse_callbacks.reporting.measures import share_to_keep
-from sparse_callbacks.tasks import build, models, multirun
+from sparse_callbacks.tasks import build, checks, models, multirun
 
 
 def needs(distribution: str) -> pytest.MarkDecorator:
@@ -180,9 +180,9 @@ def test_optuna_optimizes_the_objective(command: Callable[..., None], tmp_path: 
 def test_unknown_threads_are_refused(composed: Callable[..., DictConfig]) -> None:
     for threads in ("0", "two", "1.5", "true"):
         with pytest.raises(ValueError, match="is not a number of threads"):
-            build.set_threads(composed(f"threads={threads}"))
-    build.set_threads(composed("threads=1"))
-    build.set_threads(OmegaConf.create({}))
+            checks.set_threads(composed(f"threads={threads}"))
+    checks.set_threads(composed("threads=1"))
+    checks.set_threads(OmegaConf.create({}))
 
 
 # ---------------------------------------------------------------------- experiments

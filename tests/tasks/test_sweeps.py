@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from support import wandb_file
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
-from sparse_callbacks.tasks import build, slim
+from sparse_callbacks.tasks import build, checks, slim
 
 SWEEPS = sorted((ROOT / "conf" / "sweep").glob("*.yaml"))
 METRICS = ("val/acc", "test/acc")  # `check_logged` finds them in runs
@@ -66,7 +66,7 @@ def test_an_agent_can_run_every_value(path: Path, composed: Callable[..., DictCo
     assert path.name in path.read_text().splitlines()[0]
     for point in points(sweep):
         cfg = composed(*arguments(point))
-        build.check_choices(cfg)
+        checks.check_choices(cfg)
         method = build.build_method(cfg)
         assert method is not None
         for key, value in point.items():

@@ -18,6 +18,31 @@ SETS: dict[str, tuple[str, tuple[float, ...], tuple[float, ...]]] = {
 }
 
 
+def refuse_batch_size(batch_size: int) -> None:
+    """Refuse a batch size below 1.
+
+    Raises:
+        ValueError: it is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(
+            f"data.batch_size={batch_size} is not a number of samples. Give 1 or more, e.g. data.batch_size=100."
+        )
+
+
+def refuse_fractions(val_fraction: float, test_fraction: float) -> None:
+    """Refuse shares that leave nothing to train, validate or test.
+
+    Raises:
+        ValueError: a share is not above 0, or both together are not below 1.
+    """
+    if not (val_fraction > 0 and test_fraction > 0 and val_fraction + test_fraction < 1):
+        raise ValueError(
+            f"data.val_fraction={val_fraction} and data.test_fraction={test_fraction} leave one of the three parts "
+            "empty. Give shares above 0 with a sum below 1, e.g. 0.1 and 0.2."
+        )
+
+
 class MemoryData(pl.LightningDataModule):
     """Training, validation and test samples with their loaders.
 
@@ -50,10 +75,7 @@ class MemoryData(pl.LightningDataModule):
         shuffle: bool = True,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(
-                f"data.batch_size={batch_size} is not a number of samples. Give 1 or more, e.g. data.batch_size=100."
-            )
+        refuse_batch_size(batch_size)
         self.train, self.val, self.test = train, val, test
         self.num_classes, self.batch_size, self.seed, self.shuffle = num_classes, batch_size, seed, shuffle
         self.mean, self.std = torch.tensor(mean), torch.tensor(std)
@@ -109,7 +131,11 @@ def digits(batch_size: int = 32, seed: int = 0, val_fraction: float = 0.15, test
     Args:
         batch_size, seed: as in `MemoryData`.
         val_fraction, test_fraction: shares of all images that validate and test.
+
+    Raises:
+        ValueError: shares that leave a part empty.
     """
+    refuse_fractions(val_fraction, test_fraction)
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -151,10 +177,14 @@ def torchvision_set(
     """
     if name not in SETS:
         raise ValueError(f"data.name={name!r} is not known. Known sets: {', '.join(SETS)}.")
+    if val_count < 1:
+        raise ValueError(
+            f"data.val_count={val_count} does not leave both training and validation images. Give e.g. data.val_count=5000."
+        )
     _, mean, std = SETS[name]
     everything = _read(name, root, download, train=True)
     test = _read(name, root, download, train=False)
-    if not 0 < val_count < len(everything):
+    if val_count >= len(everything):
         raise ValueError(
             f"data.val_count={val_count} does not leave both training and validation images of {len(everything)}. "
             "Give e.g. data.val_count=5000."

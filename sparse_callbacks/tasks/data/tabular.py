@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from sparse_callbacks.tasks.data.loaders import Samples
-from sparse_callbacks.tasks.data.module import MemoryData
+from sparse_callbacks.tasks.data.module import MemoryData, refuse_fractions
 from sparse_callbacks.tasks.data.table_files import Array, first_row, read, read_uci
 
 SCALERS = ("standard", "minmax", "none")
@@ -88,11 +88,7 @@ def _checked_file(path: str | None, root: str, scaler: str, val_fraction: float,
         raise ValueError("data=tabular reads the file that you name. Give data.path=FILE (.mat, .npz or .csv).")
     if scaler not in SCALERS:
         raise ValueError(f"data.scaler={scaler!r} is not known. Choose one of {', '.join(SCALERS)}.")
-    if not (val_fraction > 0 and test_fraction > 0 and val_fraction + test_fraction < 1):
-        raise ValueError(
-            f"data.val_fraction={val_fraction} and data.test_fraction={test_fraction} leave one of the three parts "
-            "empty. Give shares above 0 with a sum below 1, e.g. 0.1 and 0.2."
-        )
+    refuse_fractions(val_fraction, test_fraction)
     file = Path(root) / path
     if not file.is_file():
         reason = "is a folder" if file.is_dir() else "is not there"

@@ -1,0 +1,152 @@
+"""What Hydra and OmegaConf refuse, in one sentence that says what to write instead."""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hydra.errors import InstantiationException, MissingConfigException, OverrideParseException
+from omegaconf.errors import OmegaConfBaseException
+
+from sparse_callbacks.core.error_text import first_line
+from sparse_callbacks.tasks.known_names import Names, known_names, meant, nearest_key
+
+
+def sentence(error: Exception, conf: Path, arguments: Sequence[str]) -> str:
+    """The sentence of an error of Hydra or OmegaConf.
+
+    Args:
+        error: the error, of composing the configuration or of making something that it describes.
+        conf: the folder of the configuration.
+        arguments: the arguments of the command line.
+    """
+    if isinstance(error, InstantiationException):
+        return _not_made(error)
+    if isinstance(error, OverrideParseException):
+        return unreadable(error.override, _reason(error))
+    if isinstance(error, MissingConfigException) and error.options:
+        return unknown_choice(str(error.missing_cfg_file), error.options, arguments)
+    text = str(error)
+    for pattern, words in _FORMS:
+        if match := pattern.search(text):
+            return words(match, known_names(conf, arguments), arguments)
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        return f"{error.full_key}: {first_line(error)}"
+    cause = error.__cause__
+    beside = f": {first_line(cause)}" if isinstance(cause, OmegaConfBaseException) else ""
+    return f"{text.strip().splitlines()[0] if text.strip() else 'The configuration cannot be composed'}{beside}"
+
+
+def unreadable(override: str, reason: str) -> str:
+    """The sentence about an argument that is not in Hydra's grammar.
+
+    Args:
+        override: the argument.
+        reason: what the grammar says.
+    """
+    key, equals, value = override.partition("=")
+    if not equals:
+        return f"{override} has no value. Write KEY=VALUE, such as sparsity=0.9."
+    if re.fullmatch(r"[a-z_]+\(.*\)", value):
+        return (
+            f"{override}: a value with parentheses needs quotes of its own inside those of the shell. "
+            f"Write \"{key}='{value}'\"."
+        )
+    opened = [pair for pair in ("[]", "{}", "()") if value.count(pair[0]) != value.count(pair[1])]
+    if opened:
+        return f"{override} cannot be read: a bracket of {opened[0]} is open or closed alone. Write both."
+    return (
+        f"{override} cannot be read ({reason}). A text with spaces, brackets, commas, colons or = in it needs quotes of "
+        f"its own inside those of the shell, such as \"{key or 'KEY'}='{value.strip()}'\"."
+    )
+
+
+def unknown_choice(path: str, options: Sequence[str], arguments: Sequence[str]) -> str:
+    """The sentence about a choice that its group does not have.
+
+    Args:
+        path: the path of the configuration that is not there, with its group.
+        options: the choices that there are.
+        arguments: the arguments of the command line.
+    """
+    group, _, choice = path.rpartition("/")
+    typed = [text for text in arguments if text.partition("=")[0].split("@")[0] == group and choice in text]
+    named = typed[0] if len(typed) == 1 and "," not in typed[0] else f"{group}={choice}"
+    return f"{named} is not known.{meant(choice, options)} Choices of {group}: {', '.join(options)}."
+
+
+def _reason(error: OverrideParseException) -> str:
+    lines = [line for line in str(error.message).splitlines() if line.strip() and "hydra.cc" not in line]
+    return lines[-1].strip() if lines else "it is not in Hydra's grammar"
+
+
+def _not_made(error: InstantiationException) -> str:
+    """The sentence of what a constructor has refused, behind the group that described it."""
+    lines = str(error).splitlines()
+    key = next((line.partition(": ")[2] for line in lines if line.startswith("full_key: ")), "")
+    cause: BaseException = error
+    while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    # without a cause it is a target that is not there
+    said = lines[0] if isinstance(cause, InstantiationException) else str(cause) or type(cause).__name__
+    own = type(cause).__module__ == "builtins" and key in said  # our sentences name the key themselves
+    return said if own or not key else f"{key}: {said}"
+
+
+def _unknown_key(match: re.Match[str], names: Names, arguments: Sequence[str]) -> str:
+    key = match[1]
+    typed = next((text for text in arguments if text.lstrip("+~").partition("=")[0] == key), key)
+    return unknown_key(key, typed.partition("=")[2], names)
+
+
+def unknown_key(key: str, value: str, names: Names) -> str:
+    """The sentence about a key that the configuration does not have.
+
+    Args:
+        key: the key, with dots.
+        value: the value that it was given, as it was typed; empty for a key that is to be deleted.
+        names: the known names.
+    """
+    if (found := nearest_key(key.partition("@")[0], names)) is not None:
+        return f"{key} is not a key. Did you mean {found}{f'={value}' if value else ''}?"
+    parent = key.rpartition(".")[0]
+    beside = [name for name in names.keys if name.rpartition(".")[0] == parent]
+    if parent and beside:
+        return f"{key} is not a key. Keys of {parent}: {', '.join(name.rpartition('.')[2] for name in beside)}."
+    return f"{key} is not a key. Keys: {', '.join(sorted({*beside, *names.groups}))}; python train.py --help says more."
+
+
+def _without_plus(match: re.Match[str], names: Names, arguments: Sequence[str]) -> str:
+    key = match[1]
+    typed = next((text.lstrip("+") for text in arguments if text.lstrip("+").partition("=")[0] == key), f"{key}=VALUE")
+    return f"{key} has a value already, so nothing is added. Write {typed}, without a sign before it."
+
+
+def _several(match: re.Match[str], names: Names, arguments: Sequence[str]) -> str:
+    key, _, values = match[1].partition("=")
+    return (
+        f"{match[1]} is several values, and one run takes one. Write python train.py -m {match[1]} for a run with each, or "
+        f"{key}=[{values}] for a list."
+    )
+
+
+def _no_choice(match: re.Match[str], names: Names, arguments: Sequence[str]) -> str:
+    typed = [text for text in arguments if text.partition("=")[0] in names.groups]
+    plain = [text for text in typed if re.fullmatch(r"\w+=(null|None|\d[\d.e-]*|true|false)", text, re.IGNORECASE)]
+    named = plain[0] if plain else ", ".join(typed)
+    group = named.partition("=")[0]
+    for_none = " For none write logger=[]." if group == "logger" else ""
+    return f"{named} does not choose anything.{for_none} Choices of {group}: {', '.join(names.groups.get(group, []))}."
+
+
+_FORMS: list[tuple[re.Pattern[str], Callable[[re.Match[str], Names, Sequence[str]], str]]] = [
+    (re.compile(r"Could not override '([^']*)'"), _unknown_key),
+    (re.compile(r"Override ([^= ]*)\S* looks like a config group override"), _unknown_key),
+    (re.compile(r"Could not delete from config\. '([^']*)' does not exist"), _unknown_key),
+    (re.compile(r"Could not delete '([^'=]*)\S*'\. No match"), _unknown_key),
+    (re.compile(r"An item is already at '([^']*)'"), _without_plus),
+    (re.compile(r"Multiple values for (\S*)\."), _without_plus),
+    (re.compile(r"(\S*) appears more than once in the final defaults list"), _without_plus),
+    (re.compile(r"Ambiguous value for argument '([^\n]*)'"), _several),
+    (re.compile(r"Sweep parameters '([^\n]*)' requires"), _several),
+    (re.compile(r"Config group override must be a string or a list"), _no_choice),
+]

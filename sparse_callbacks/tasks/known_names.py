@@ -1,0 +1,126 @@
+"""Names of the command line, its keys, groups and their choices, and the nearest of them to a name that is wrong."""
+
+import difflib
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+ELSEWHERE = {
+    "batch": "data.batch_size",
+    "dataset": "data",
+    "device": "trainer.devices",
+    "epochs": "trainer.max_epochs",
+    "gpus": "trainer.devices",
+    "learning_rate": "optim.lr",
+    "load_from": "ckpt_path",
+    "network": "model",
+    "optimizer": "optim",
+    "resume": "ckpt_path",
+    "steps": "trainer.max_steps",
+    "wd": "optim.weight_decay",
+}
+"""What other programs call a key, by the last part of its name."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a command line may name.
+
+    Args:
+        keys: the keys, with dots, that the chosen groups have.
+        groups: the choices of each group.
+    """
+
+    keys: Sequence[str]
+    groups: Mapping[str, Sequence[str]]
+
+
+@functools.cache
+def root_names(conf: Path) -> set[str]:
+    """Root keys and groups, of the files alone."""
+    keys = OmegaConf.load(conf / "train.yaml")
+    return {str(key) for key in keys} | {path.name for path in conf.iterdir() if path.is_dir()}
+
+
+def known_names(conf: Path, arguments: Sequence[str]) -> Names:
+    """The names that a command line may have, whose own choices of groups decide which keys there are.
+
+    Args:
+        conf: the folder of the configuration.
+        arguments: the arguments of the command line.
+    """
+    folders = [value for flag, value in itertools.pairwise(arguments) if flag in ("--config-dir", "-cd")]
+    folders += [value.partition("=")[2] for value in arguments if value.startswith("--config-dir=")]
+    groups, keys = _composed(conf, tuple(folders), tuple(text for text in arguments if "=" in text))
+    return Names(keys, groups)
+
+
+@functools.cache  # composing takes a while, and a process has one command line
+def _composed(
+    conf: Path, folders: tuple[str, ...], arguments: tuple[str, ...]
+) -> tuple[dict[str, list[str]], list[str]]:
+    """The choices of each group, and the keys with dots."""
+    search = [f"hydra.searchpath=[{','.join(f'file://{Path(folder).absolute()}' for folder in folders)}]"]
+    with initialize_config_dir(str(conf), version_base=None):
+        loader = GlobalHydra.instance().config_loader()
+        groups = {group: loader.get_group_options(group) for group in loader.list_groups("") if group != "hydra"}
+        chosen = [text for text in arguments if text.partition("=")[0] in groups]
+        # a choice may be the very name that is wrong
+        for overrides in ([*chosen, *search], search, []):
+            try:
+                cfg: Any = OmegaConf.to_container(compose("train", overrides=overrides), resolve=False)
+            except Exception:
+                continue
+            return groups, list(_dotted(cfg))
+    return groups, []
+
+
+def _dotted(cfg: Mapping[str, Any], before: str = "") -> Iterator[str]:
+    for key, value in cfg.items():
+        yield f"{before}{key}"
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{before}{key}.")
+
+
+def close(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The shortest name that begins or ends with another one; else the name that is most like it, where any is."""
+    known = list(known)
+    if longer := [other for other in known if other.startswith(f"{name}_") or other.endswith(f"_{name}")]:
+        return min(longer, key=len)
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=cutoff)), None)
+
+
+def nearest_key(key: str, names: Names) -> str | None:
+    """The key or group that somebody has meant by a key that is not there; None where none is like it.
+
+    Args:
+        key: the wrong key, with dots.
+        names: the known names.
+    """
+    parent, _, leaf = key.rpartition(".")
+    beside = [name.rpartition(".")[2] for name in names.keys if name.rpartition(".")[0] == parent and name != parent]
+    if not parent:
+        beside += list(names.groups)
+    if found := close(leaf, beside):
+        return f"{parent}.{found}" if parent else found
+    leaves: dict[str, str] = {}
+    for name in names.keys:
+        leaves.setdefault(name.rpartition(".")[2], name)
+    if found := leaves.get(leaf) or ELSEWHERE.get(leaf):
+        return found
+    if found := close(leaf, leaves, cutoff=0.75):
+        return leaves[found]
+    return close(key, names.keys, cutoff=0.75)
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """' Did you mean NAME?' where a known name is like it; else nothing."""
+    found = close(name, known)
+    return "" if found is None else f" Did you mean {found}?"
