@@ -1,4 +1,4 @@
-"""Names of the command line, its keys, groups and their choices, and the nearest of them to a name that is wrong."""
+"""Keys, groups and choices of the command line, and the nearest of them to a name that is wrong."""
 
 import difflib
 import functools

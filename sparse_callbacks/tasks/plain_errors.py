@@ -1,4 +1,4 @@
-"""How the command line ends with an error: by the sentence alone where a value is wrong, by the frames where the program is."""
+"""How the command line ends with an error: a sentence alone where a value is wrong, else the frames."""
 
 import dis
 import os
