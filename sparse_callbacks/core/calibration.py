@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core.error_text import with_class
+from sparse_callbacks.core.given_batches import iterated_apart
 from sparse_callbacks.core.inspection import attention_in_steps
 from sparse_callbacks.core.randomness import generator, seed_restorable
 from sparse_callbacks.core.record.samples import samples_in
@@ -85,7 +86,8 @@ class Calibration:
             if distributed.rank() > 0:
                 return self._draw()  # which nobody iterates over
             if not kept:
-                kept.extend(islice(iter(self._draw()), self._size))
+                with iterated_apart(self._draw()) as batches:
+                    kept.extend(islice(iter(batches), self._size))
             return kept
 
         return Calibration(
@@ -116,15 +118,18 @@ class Calibration:
             _gradients_aside(self._module),
             torch.inference_mode(False),
             torch.set_grad_enabled(order > 0),
+            ExitStack() as drawing,
         ):
             self._module.eval()
             _take_buffers_of_first_rank(self._module)
             seed_restorable(self._seed)
-            yield self._each(order, limit)
+            # on every rank, so that all of them refuse what cannot be drawn from
+            batches = drawing.enter_context(iterated_apart(self._draw()))
+            yield self._each(batches, order, limit)
 
-    def _each(self, order: int, limit: int | None) -> Iterator[BatchLoss]:
+    def _each(self, batches: Iterable[Any], order: int, limit: int | None) -> Iterator[BatchLoss]:
         number = -1
-        for number, drawn in enumerate(islice(self._batches(), limit)):
+        for number, drawn in enumerate(islice(self._of_first_rank(batches), limit)):
             batch = self._move(drawn)
             # again for each: the first rank has drawn its data in between
             seed_restorable(self._seed + 1 + number)
@@ -143,9 +148,8 @@ class Calibration:
         if number < 0:
             raise ValueError(f"scores are computed on batches of data, and there is none. {BATCHES_ADVICE}")
 
-    def _batches(self) -> Iterator[Any]:
+    def _of_first_rank(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The batches of rank 0, on every rank."""
-        batches = self._draw()  # on every rank, so that all of them refuse what cannot be drawn from
         drawn = islice(iter(batches), self._size) if distributed.rank() == 0 else iter(())
         while True:
             # in a list, which is empty behind the last one

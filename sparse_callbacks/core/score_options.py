@@ -1,8 +1,7 @@
 """What a user says of the score that masks are made by."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
-from itertools import islice
+from dataclasses import dataclass, fields
 from numbers import Integral
 from typing import Any
 
@@ -74,11 +73,6 @@ class Score:
     def rule(self) -> ScoreRule:
         """What the score needs."""
         return SCORES[self.name]
-
-    def of_one_batch(self) -> "Score":
-        """The same score of the first of its batches, to see whether it can be computed."""
-        batches: Any = self.batches
-        return replace(self, batches=1 if isinstance(batches, Integral) else [*islice(batches, 1)])
 
     @property
     def number_of_rounds(self) -> int:

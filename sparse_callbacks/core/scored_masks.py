@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import reduce
+from functools import cached_property, partial, reduce
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -35,9 +36,10 @@ def pruned_in_rounds(method: Method, score: Score, rank: Rank) -> dict[str, Tens
         ValueError: there is no loss, no data or no input to compute scores from, or they are not finite.
     """
     masks = method.weights.all_active(method.params)
+    scores = NetworkScores(method, score)
     rounds, unscored = score.number_of_rounds, list[str]()
     for number in range(1, rounds + 1):
-        found = scores_of(method, score, masks if number > 1 else None)
+        found = scores.under(masks if number > 1 else None)
         unscored = [name for name in method.params if name not in found]
         ranked = rank(found, {name: masks[name] for name in found}, number / rounds)
         # of rank 0: in a loop ranks may have weights of their own until they are made equal
@@ -58,69 +60,84 @@ def _largest(method: Method, names: Sequence[str]) -> dict[str, Tensor]:
     return within_layers(method, functions.magnitude_scores(params), method.weights.all_active(names), 1.0)
 
 
-def scores_of(method: Method, score: Score, masks: Mapping[str, Tensor] | None = None) -> functions.Scores:
-    """Scores of the sparse parameters of a run, of which the largest are kept; none is negative. Parameters that nothing
-    depends on are missing.
+class NetworkScores:
+    """Scores of the sparse parameters of a run, as often as they are asked for, of the same batches or inputs.
 
     Args:
         method: the method of the run, whose host is known.
         score: the score.
-        masks: bool masks by name under which the network is scored; None: with its weights as they are.
-
-    Raises:
-        ValueError: there is no loss, no data or no input to compute scores from, or they are not finite.
+        limit: the number of batches at most; None: all.
     """
-    if any(map(is_sharded, method.params.values())):
-        raise ValueError(
-            f"score={score.name!r} needs whole weights, and this run has shards of them on each process. Give "
-            "initial_mask='random', or train with strategy='ddp'."
-        )
-    found = _raw_scores(method, score, masks)
-    for name, values in found.items():
-        if not bool(values.isfinite().all()):
+
+    def __init__(self, method: Method, score: Score, limit: int | None = None) -> None:
+        self._method, self._score, self._limit = method, score, limit
+
+    def under(self, masks: Mapping[str, Tensor] | None = None) -> functions.Scores:
+        """Scores by parameter name, of which the largest are kept; none is negative. Parameters that nothing depends on are
+        missing.
+
+        Args:
+            masks: bool masks by name under which the network is scored; None: with its weights as they are.
+
+        Raises:
+            ValueError: there is no loss, no data or no input to compute scores from, or they are not finite.
+        """
+        score = self._score
+        if any(map(is_sharded, self._method.params.values())):
             raise ValueError(
-                f"score={score.name!r} of {name} is not finite: the loss or its derivatives overflow on these batches. Give "
-                "other batches=, weights that are not trained, or weights in float32."
+                f"score={score.name!r} needs whole weights, and this run has shards of them on each process. Give "
+                "initial_mask='random', or train with strategy='ddp'."
             )
-    if not score.rule.signed:
-        return found
-    # ranks of another type would not compare with these, where one ranking goes over all layers
-    common = reduce(torch.promote_types, {values.dtype for values in found.values()}, torch.float32)
-    return {name: as_magnitudes(values.to(common)) for name, values in found.items()}
+        found = self._raw(masks)
+        for name, values in found.items():
+            if not bool(values.isfinite().all()):
+                raise ValueError(
+                    f"score={score.name!r} of {name} is not finite: the loss or its derivatives overflow on these batches. Give "
+                    "other batches=, weights that are not trained, or weights in float32."
+                )
+        if not score.rule.signed:
+            return found
+        # ranks of another type would not compare with these, where one ranking goes over all layers
+        common = reduce(torch.promote_types, {values.dtype for values in found.values()}, torch.float32)
+        return {name: as_magnitudes(values.to(common)) for name, values in found.items()}
 
+    def _raw(self, masks: Mapping[str, Tensor] | None) -> functions.Scores:
+        method, name = self._method, self._score.name
+        if name == "synflow":
+            return functions.synflow_scores(method.model, self._inputs, method.params, masks)
+        scope: Any = nullcontext(method.params) if masks is None else masked(method.model, masks)
+        with scope as params:
+            if name == "magnitude":
+                return functions.magnitude_scores(params)
+            if name == "random":
+                return functions.random_scores(params, lambda of: method.generator(f"score/{of}", 0))
+            losses = partial(self._calibration.losses, limit=self._limit)
+            if name in ("grasp", "crop"):
+                return self._of_gradient_flow(losses, masks or {})
+            return (functions.fisher_scores if name == "fisher" else functions.snip_scores)(losses, params)
 
-def _raw_scores(method: Method, score: Score, masks: Mapping[str, Tensor] | None) -> functions.Scores:
-    if score.name == "synflow":
-        inputs = example_inputs(method.model, method.host.data_pass())
-        return functions.synflow_scores(method.model, inputs, method.params, masks)
-    scope: Any = nullcontext(method.params) if masks is None else masked(method.model, masks)
-    with scope as params:
-        if score.name == "magnitude":
-            return functions.magnitude_scores(params)
-        if score.name == "random":
-            return functions.random_scores(params, lambda name: method.generator(f"score/{name}", 0))
-        losses = calibration_of(method, score).losses
-        if score.name in ("grasp", "crop"):
-            return _of_gradient_flow(method, score, losses, masks or {})
-        return (functions.fisher_scores if score.name == "fisher" else functions.snip_scores)(losses, params)
+    def _of_gradient_flow(self, losses: functions.Losses, masks: Mapping[str, Tensor]) -> functions.Scores:
+        """GraSP or CroP. The gradient is that of every weight that could be sparse, whatever include= and exclude= say, so that
+        the scores of a layer do not depend on who prunes the others."""
+        model, params = self._method.model, self._method.params
+        parameters = dict(model.named_parameters())
+        flows = [e.name for e in all_entries(model) if not e.reason and parameters[e.name].requires_grad]
+        named = {name: parameters[name] for name in dict.fromkeys([*flows, *params])}
+        scores = functions.grasp_scores if self._score.name == "grasp" else functions.crop_scores
+        found = scores(losses, named, masks)
+        return {name: found[name] for name in params if name in found}
 
+    @cached_property
+    def _inputs(self) -> Any:
+        return example_inputs(self._method.model, self._method.host.data_pass())
 
-def _of_gradient_flow(
-    method: Method, score: Score, losses: functions.Losses, masks: Mapping[str, Tensor]
-) -> functions.Scores:
-    """GraSP or CroP. The gradient is that of every weight that could be sparse, whatever include= and exclude= say, so that the
-    scores of a layer do not depend on who prunes the others."""
-    parameters = dict(method.model.named_parameters())
-    flows = [e.name for e in all_entries(method.model) if not e.reason and parameters[e.name].requires_grad]
-    named = {name: parameters[name] for name in dict.fromkeys([*flows, *method.params])}
-    found = (functions.grasp_scores if score.name == "grasp" else functions.crop_scores)(losses, named, masks)
-    return {name: found[name] for name in method.params if name in found}
-
-
-def calibration_of(method: Method, score: Score) -> Calibration:
-    """The losses that a score is made of: the same batches in every round."""
-    seed = int(torch.randint(2**62, (), generator=method.generator("score", 0)))
-    return method.host.calibration(score.batches, loss=score.loss, seed=seed)
+    @cached_property
+    def _calibration(self) -> Calibration:
+        score, method = self._score, self._method
+        seed = int(torch.randint(2**62, (), generator=method.generator("score", 0)))
+        found = method.host.calibration(score.batches, loss=score.loss, seed=seed)
+        # so many batches of the training data are drawn once; those that were given are there, or may not fit into memory
+        return found.held() if isinstance(score.batches, Integral) and self._limit is None else found
 
 
 def as_magnitudes(signed: Tensor) -> Tensor:

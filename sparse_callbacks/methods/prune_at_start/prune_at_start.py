@@ -25,7 +25,7 @@ from sparse_callbacks.core.reinitialised import refuse_unresettable
 from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.score_options import Score
 from sparse_callbacks.core.scored_masks import (
-    scores_of,
+    NetworkScores,
     sparsity_after,
     within_layers,
 )
@@ -235,7 +235,7 @@ class PruneAtStart(PrunesOnce, StartsSparse):
         if self.reinit_after:
             refuse_unresettable(self.model, self.params)
         if is_dense(self) and self.saved is None and self.params:
-            scores_of(self, self._scoring.of_one_batch())  # fails now where it would fail at the pruning
+            NetworkScores(self, self._scoring, limit=1).under()  # fails now where it would fail at the pruning
 
 
 @singledispatch
