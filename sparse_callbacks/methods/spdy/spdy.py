@@ -177,8 +177,9 @@ class Spdy:
         try:
             yield
         except ValueError as error:
-            mine = "Here loss= is an argument of Spdy, and batches= of it is their number."
-            raise ValueError(f"distribution={self!r}: {error} {mine}") from error
+            raise ValueError(
+                f"distribution={self!r}: {error} Here loss= is an argument of Spdy, and batches= of it is their number."
+            ) from error
 
 
 def _errors_by_magnitude(model: nn.Module, entries: Sequence[Entry], costs: LayerCosts) -> dict[str, list[float]]:

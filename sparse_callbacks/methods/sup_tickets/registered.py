@@ -1,4 +1,4 @@
-"""What others ask of Sup-tickets: whether layers may hold their live weights alone, and why no mask would move."""
+"""What others ask of Sup-tickets: sparse storage, and runs in which no mask would move."""
 
 from sparse_callbacks.core.idle_run import why_idle
 from sparse_callbacks.core.step import ReplacesSteps
