@@ -33,11 +33,6 @@ def with_gains(model: nn.Module, norm_of: Mapping[str, str]) -> dict[str, str]:
     return {layer: norm for layer, norm in norm_of.items() if getattr(model.get_submodule(norm), "affine", False)}
 
 
-def normalizes(module: nn.Module) -> bool:
-    """Whether a module is one of :data:`NORMS`."""
-    return isinstance(module, NORMS)
-
-
 def hides_its_channels(module: nn.Module) -> bool:
     """Whether a norm may divide each channel by a number of its own and has no entry for any: nothing tells which ones."""
     if isinstance(module, _BatchNorm | _InstanceNorm):

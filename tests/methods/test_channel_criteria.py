@@ -1,6 +1,7 @@
 """Criteria of ChannelPruning: what they score a channel by, against tables and gates that are really there."""
 
 import ast
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -392,9 +393,31 @@ def norm_over_positions() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.LayerNorm([3, 3]), nn.Conv2d(6, 4, 3), nn.Flatten())
 
 
+class OwnNorm(nn.Module):
+    """A norm that is not of torch's classes: a function of torch, or written out."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.weight, self.bias = kind, nn.Parameter(torch.ones(6)), nn.Parameter(torch.rand(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "instance":
+            return nn.functional.instance_norm(x, weight=self.weight, bias=self.bias)
+        if self.kind == "batch":
+            return nn.functional.batch_norm(x, None, None, self.weight, self.bias, training=True)
+        centred = x - x.mean((0, 2, 3), keepdim=True)
+        normal = centred / (centred.square().mean((0, 2, 3), keepdim=True) + 1e-5).sqrt()
+        return normal * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+
+
+def own_norm(kind: str) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(2, 6, 3), OwnNorm(kind), nn.Tanh(), nn.Conv2d(6, 4, 3), nn.Flatten())
+
+
 @pytest.mark.parametrize(
     "make",
     [
+        *(functools.partial(own_norm, kind) for kind in ("instance", "batch", "written out")),
         behind_activation,
         behind_pooling,
         behind_depthwise,

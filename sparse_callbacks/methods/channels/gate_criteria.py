@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.channels.groups import Group, Member
-from sparse_callbacks.channels.norms import hides_its_channels, normalizes
+from sparse_callbacks.channels.module_sizes import is_layer
+from sparse_callbacks.channels.norms import hides_its_channels
 from sparse_callbacks.core.largest import widened
 from sparse_callbacks.core.optimizers import parameter_ids
 from sparse_callbacks.core.state_layout import damaged
@@ -57,7 +58,8 @@ def gate_gradients(
     - where a unit is several channels of a producer (a head of attention, the halves of a gated unit),
     - where the gradient at a producer's gate cannot be known: of a norm without a gain, or of frozen parameters,
     - where another norm follows before the consumers (behind an activation, pooling or a depthwise layer, or an instance
-      norm): it divides a gate out again, so the gradient at a gate in front of it is 0 up to rounding. Of a norm without
+      norm): it divides a gate out again, so the gradient at a gate in front of it is 0 up to rounding. Any module with
+      entries for channels may be one, such as a norm of somebody's own, except layers of torch. Of a norm without
       parameters and statistics, over single channels or positions, it is not known which channels it takes, and in a
       model with one all gates stand before the consumers.
 
@@ -96,7 +98,7 @@ def _behind_producers(
     """Gradients at the gates behind each producer, and the member whose slices they are of; none where one is not known."""
     if any(int((p.units >= 0).sum()) > group.size for p in group.producers):
         return []  # parts of a unit are multiplied with each other, and one gate on all of them is another thing
-    if _is_normalized_again(group, model, norm_behind):
+    if _may_be_normalized_again(group, model, norm_behind):
         return []
     found: dict[str, tuple[Tensor, Member] | None] = {}
     for producer in group.producers:
@@ -108,10 +110,12 @@ def _behind_producers(
     return [] if None in found.values() else [gates for gates in found.values() if gates is not None]
 
 
-def _is_normalized_again(group: Group, model: nn.Module, norm_behind: Mapping[str, str]) -> bool:
+def _may_be_normalized_again(group: Group, model: nn.Module, norm_behind: Mapping[str, str]) -> bool:
     """Whether the loss may not depend on the scale of a unit as its producers give it, or the norms right behind them."""
-    followers = {f.module for f in group.followers} - {norm_behind.get(p.module) for p in group.producers}
-    return any(normalizes(model.get_submodule(name)) for name in followers)
+    makers = {p.module for p in group.producers}  # whose biases are entries for channels too
+    others = {f.module for f in group.followers} - makers - {norm_behind.get(name) for name in makers}
+    # of a module with any other class nobody knows what it does with its entries
+    return not all(is_layer(model.get_submodule(name)) for name in others)
 
 
 def _behind_norm(group: Group, norm: str, model: nn.Module, known: _Known) -> tuple[Tensor, Member] | None:
