@@ -1,4 +1,4 @@
-"""What a configuration is refused for before data is read, loggers are started or anything is downloaded."""
+"""What a configuration is refused for before data is read or loggers are started."""
 
 import pydoc
 from collections.abc import Mapping
