@@ -18,7 +18,7 @@ PRESETS = [path.stem for path in sorted((CONF / "experiment").glob("*.yaml")) if
 SHAPES = {"cifar10": (3, 32, 32), "mnist": (1, 28, 28), "fashion_mnist": (1, 28, 28)}
 
 
-class Begun(Exception):
+class BegunError(Exception):
     """The first batch has come, so nothing was refused."""
 
 
@@ -47,8 +47,8 @@ def test_a_preset_with_ten_batches_an_epoch_begins(
     monkeypatch.setattr(train.hydra.utils, "instantiate", lambda group, **options: data)
 
     def begun(self: Classifier, batch: Any, batch_idx: int) -> None:
-        raise Begun
+        raise BegunError
 
     monkeypatch.setattr(Classifier, "training_step", begun)
-    with pytest.raises(Begun):
+    with pytest.raises(BegunError):
         train.train(cfg)
