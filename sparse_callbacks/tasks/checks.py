@@ -1,4 +1,4 @@
-"""What a configuration is refused for before data is read or downloaded, and loggers start."""
+"""What a configuration is refused for before data is read or loggers are started."""
 
 import pydoc
 from collections.abc import Mapping

@@ -9,7 +9,7 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 # what the bar writes for the logged keys
 SHORT_NAMES = {
     "train/loss": "loss",
-    "train/acc": "acc",
+    "train/acc": "train",
     "val/acc": "val",
     "test/acc": "test",
     "sparsity/total": "sparse",
@@ -40,8 +40,13 @@ class ShortProgressBar(TQDMProgressBar):
         if self._on_terminal or not trainer.is_global_zero:
             return
         figures = [
-            f"{SHORT_NAMES[key]} {float(value):.4f}"
+            f"{_name_in_line(key)} {float(value):.4f}"
             for key, value in trainer.callback_metrics.items()
             if key in SHORT_NAMES
         ]
         print(f"epoch {trainer.current_epoch}  " + "  ".join(figures), flush=True)
+
+
+def _name_in_line(key: str) -> str:
+    """A name in the line of an epoch, which has room to say that a number is an accuracy."""
+    return f"{SHORT_NAMES[key]} acc" if key.endswith("/acc") else SHORT_NAMES[key]

@@ -51,15 +51,12 @@ def relative(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def summary_table(
-    metrics: Mapping[str, float], method: SparsityCallback | None, places: Mapping[str, str], resumed: bool = False
-) -> Table:
-    """Accuracies, exact sparsity overall and of each layer, updates, and where the files lie.
+def summary_table(metrics: Mapping[str, float], method: SparsityCallback | None, resumed: bool = False) -> Table:
+    """Accuracies, exact sparsity overall and of each layer, and updates.
 
     Args:
         metrics: the figures of the run by their keys in metrics.json.
         method: the sparsity callback after training; None for a dense run.
-        places: what is to be found where, one row each.
         resumed: whether the run was resumed, so that its time counts only from then on.
     """
     out = Table(title="dense run" if method is None else type(method).__name__, title_justify="left", show_header=False)
@@ -74,9 +71,6 @@ def summary_table(
     if method is not None:
         out.add_section()
         _add_sparsity(out, metrics, method)
-    out.add_section()
-    for what, where in places.items():
-        out.add_row(what, escape(where))  # an extra's name in brackets is text, and no markup of rich
     return out
 
 
@@ -99,8 +93,20 @@ def _add_sparsity(out: Table, metrics: Mapping[str, float], method: SparsityCall
 def show(
     metrics: Mapping[str, float], method: SparsityCallback | None, places: Mapping[str, str], resumed: bool = False
 ) -> None:
-    """Print the table of `summary_table`; long paths are folded and never cut, also in a log file."""
-    Console().print(summary_table(metrics, method, places, resumed))
+    """Print the table of `summary_table`, as wide as the terminal at most, and below it what is to be found where.
+
+    Args:
+        metrics, method, resumed: as in `summary_table`.
+        places: what is to be found where; a line each, which is never broken, as it is there to be copied.
+    """
+    console = Console()
+    table = summary_table(metrics, method, resumed)
+    # a log file has no width that a line could exceed
+    width = None if console.is_terminal else Console(width=1000).measure(table).maximum
+    Console(width=width).print(table)
+    for what, where in places.items():
+        # an extra's name in brackets is text, and no markup of rich
+        console.print(f"{what}: {where}", soft_wrap=True, highlight=False, markup=False)
 
 
 def resume_command(script: str, overrides: Sequence[str], checkpoint: Path, folder: Path) -> str:

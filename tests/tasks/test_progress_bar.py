@@ -15,6 +15,8 @@ class Module(pl.LightningModule):
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
         loss = self.layer(batch).square().mean()
         self.log("train/loss", loss, prog_bar=True)
+        self.log("train/acc", 0.5, prog_bar=True)
+        self.log("val/acc", 0.25, prog_bar=True)
         self.log("sparsity/total", 0.9, prog_bar=True)
         return loss
 
@@ -39,10 +41,10 @@ def test_loss_and_sparsity_on_one_line(terminal: bool, tmp_path, capsys, monkeyp
     trainer.fit(Module(), torch.utils.data.DataLoader(torch.ones(4, 2), batch_size=2))
     out = capsys.readouterr()
     if terminal:
-        assert "sparse=0.900" in out.out + out.err
+        assert "train=0.500, val=0.250, sparse=0.900" in out.out + out.err
         assert "v_num" not in out.out + out.err
     else:
         lines = [line for line in out.out.splitlines() if line.startswith("epoch")]
         assert [line.split()[:3] for line in lines] == [["epoch", "0", "loss"], ["epoch", "1", "loss"]]
-        assert all(line.endswith("sparse 0.9000") for line in lines)
+        assert all(line.endswith("train acc 0.5000  val acc 0.2500  sparse 0.9000") for line in lines)
         assert "%|" not in out.out + out.err
