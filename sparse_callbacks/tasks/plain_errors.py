@@ -1,4 +1,4 @@
-"""How the command line ends with an error: by the sentence alone where a value is wrong, by the frames where the program is."""
+"""How the command line ends: by a sentence where a value is wrong, by frames where the program is."""
 
 import dis
 import os
