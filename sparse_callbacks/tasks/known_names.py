@@ -1,4 +1,4 @@
-"""Keys, groups and choices of the command line, and the nearest of them to a name that is wrong."""
+"""Names of keys, groups and choices of the command line, and the nearest one to a wrong name."""
 
 import difflib
 import functools

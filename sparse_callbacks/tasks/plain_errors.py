@@ -1,4 +1,4 @@
-"""How the command line ends with an error: a sentence alone where a value is wrong, else the frames."""
+"""How the command line ends: by a sentence where a value is wrong, by frames where the program is."""
 
 import dis
 import os

@@ -1,4 +1,4 @@
-"""Mistakes on the command line of `train.py`, each with the sentence, or its beginning, that answers it."""
+"""Mistakes on the command line of `train.py`, each with what its answer holds."""
 
 # names and keys that are not there
 NAMES = [
