@@ -140,7 +140,8 @@ class Calibration:
                     raise ValueError(
                         f"the loss of {type(self._module).__name__} cannot be computed on batch {number} of those that scores "
                         f"are computed on, a {type(drawn).__name__} ({with_class(error)}). Give batches= as the training "
-                        f"data has them. {LOSS_ADVICE}"
+                        "data has them; where it is the module that gives something else in eval mode, as detectors do, give "
+                        f"loss= that computes it all the same. {LOSS_ADVICE}"
                     ) from error
             _refuse_no_loss(loss, order)
             self._passed(batch, PASSES[order])

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import CombinedLoader
+from support.methods import CONTRACTS
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchvision.models.detection import RetinaNet
@@ -58,7 +59,7 @@ def scenes() -> DataLoader[Any]:
 
 @feature("models", "a detector (torchvision's RetinaNet)")
 def detector(name: str, folder: Path) -> None:
-    train(name, Detector(), loader=scenes())
+    train(name, Detector(), loader=scenes(), arguments={"loss": None})
 
 
 class Words(pl.LightningModule):
@@ -88,7 +89,7 @@ def transformer(name: str, folder: Path) -> None:
     tokens = torch.randint(0, 32, (48, 13), generator=torch.Generator().manual_seed(0))
     # of its channels only those between two linear layers can go
     loader = DataLoader(TensorDataset(tokens), batch_size=6)
-    train(name, Words(), loader=loader, arguments={"budget": 0.8})
+    train(name, Words(), loader=loader, arguments={"budget": 0.8, "loss": None})
 
 
 class Gan(pl.LightningModule):
@@ -130,7 +131,12 @@ class Gan(pl.LightningModule):
 
 @feature("models", "a GAN")
 def gan(name: str, folder: Path) -> None:
-    train(name, Gan())
+    def loss(gan: Gan, batch: Any) -> Tensor:
+        return gan(batch[0]).square().mean()  # of the discriminator on fakes, which both networks take part in
+
+    # manual optimization has no loss of its own for those scores that are made of one
+    of_loss = CONTRACTS[name]().settings.arguments.get("loss") is not None
+    train(name, Gan(), arguments={"loss": loss} if of_loss else None)
 
 
 class Rounded(torch.autograd.Function):

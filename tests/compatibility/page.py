@@ -46,9 +46,15 @@ TIMES = """Unequal numbers of training batches break DistributedDataParallel its
 unequal sizes of batches do not."""
 
 
-def column(name: str) -> str:
-    """The heading of a method's column."""
+def class_name(name: str) -> str:
+    """The class of a method."""
     return str(CONFIGS[name]["_target_"]).rpartition(".")[2]
+
+
+def column(name: str) -> str:
+    """The heading of a method's column: its class, with the method's own name where others have the same class."""
+    alone = [class_name(other) for other in METHODS].count(class_name(name)) == 1
+    return class_name(name) if alone else f"{class_name(name)}, {name}"
 
 
 def written(table: Table) -> str:
@@ -76,7 +82,7 @@ def _cell(outcome: Outcome, notes: dict[str, int]) -> str:
 
 def _generic(note: str) -> str:
     """A note without the method's name where it begins with it, so that all methods share it; long lists are cut."""
-    names = "|".join(sorted(map(column, METHODS), key=len, reverse=True))
+    names = "|".join(sorted({class_name(name) for name in METHODS}, key=len, reverse=True))
     text = re.sub(rf"^(?:{names}) (leaves|trains|counts)\b", r"It \1", note.replace("|", "\\|"))
     return text if len(text) <= 400 else text[:400].rpartition(" ")[0] + " ..."
 
