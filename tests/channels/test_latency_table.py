@@ -15,6 +15,7 @@ from sparse_callbacks.channels.costs import Layer, layers
 from sparse_callbacks.channels.latency import table
 from sparse_callbacks.channels.latency.measure import measure, settings
 from sparse_callbacks.channels.latency.table import Grid, Table, signature
+from sparse_callbacks.core import machine
 
 # ---------------------------------------------------------------------- lookup
 
@@ -155,10 +156,10 @@ def test_threads_do_not_matter_to_another_device(monkeypatch: pytest.MonkeyPatch
 
 def test_the_processor_has_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "info").write_text("vendor_id : A\nmodel name\t: Abacus 3000: fast\nmodel name\t: Other\n")
-    monkeypatch.setattr(table, "Path", lambda _: tmp_path / "info")
+    monkeypatch.setattr(machine, "Path", lambda _: tmp_path / "info")
     assert table.environment("cpu")["device"] == "cpu Abacus 3000: fast"
-    monkeypatch.setattr(table, "Path", lambda _: tmp_path / "none")
-    monkeypatch.setattr(table.platform, "processor", lambda: "arm")
+    monkeypatch.setattr(machine, "Path", lambda _: tmp_path / "none")
+    monkeypatch.setattr(machine.platform, "processor", lambda: "arm")
     assert table.environment("cpu")["device"] == "cpu arm"
 
 
