@@ -11,12 +11,11 @@ benchmarks/results/channel_criteria.md.
 
 import platform
 import tempfile
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import onnxruntime
 import torch
-from channels import BUDGETS, READINGS, ROOT, SHAPE, SHARED, Rows, accuracy_table, latency_table, words
+from channels import BUDGETS, READINGS, ROOT, SHAPE, SHARED, Rows, accuracy_table, chosen, latency_table, words
 from torch import nn
 from training_runs import Metrics, Words, figures_of, folder_of, options_of_runs, results
 
@@ -94,11 +93,11 @@ quartiles.
 
 def main() -> None:
     parser = options_of_runs(__doc__, ROOT / "benchmarks" / "results" / "channel_criteria.md")
-    parser.add_argument("--rows", default="*", help="a glob on the names of rows; 'dense' always runs")
+    parser.add_argument("--rows", nargs="+", default=["*"], help="globs on the names of rows; 'dense' always runs")
     parser.add_argument("--more", nargs="*", default=[], help="further overrides of every run")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    rows = {name: overrides for name, overrides in ROWS.items() if name == "dense" or fnmatchcase(name, given.rows)}
+    rows = chosen(ROWS, given.rows)
     shared, figures, found = (*SETTING, *given.more), figures_of(given, given.out), dict[Words, Metrics]()
     todo = [words(name, seed, rows, shared) for seed in range(given.seeds) for name in rows]
     with tempfile.TemporaryDirectory() as temporary:

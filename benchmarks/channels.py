@@ -16,7 +16,8 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
@@ -55,6 +56,11 @@ Rows = Mapping[str, tuple[str, ...]]
 
 def words(name: str, seed: int, rows: Rows = ROWS, shared: Words = SHARED) -> Words:
     return (*rows[name], *shared, f"seed={seed}")
+
+
+def chosen(rows: Rows, globs: Sequence[str]) -> Rows:
+    """The dense network, and the rows whose name one of the globs fits."""
+    return {n: own for n, own in rows.items() if n == "dense" or any(fnmatchcase(n, glob) for glob in globs)}
 
 
 def accuracy_table(found: Mapping[Words, Metrics], seeds: int, rows: Rows = ROWS, shared: Words = SHARED) -> str:
@@ -200,7 +206,7 @@ def slim_models(kept: Path) -> dict[str, nn.Module]:
     return models
 
 
-def text(accuracies: str, times: str, budgets: str) -> str:
+def text(accuracies: str, times: str, budgets: str, rows: Rows) -> str:
     """The whole file."""
     return f"""# Channels of ResNet-20 under a budget
 
@@ -218,7 +224,7 @@ weights kept and gradients masked it learns nothing, and may come back by the im
 
 {accuracies}
 
-{chr(10).join(f"- {name}: `{' '.join(row)}`" for name, row in ROWS.items())}
+{chr(10).join(f"- {name}: `{' '.join(row)}`" for name, row in rows.items())}
 
 ## Time of the slim networks
 
@@ -237,18 +243,20 @@ The network is trained for ten steps on random images under a table that was mea
 
 def main() -> None:
     parser = options_of_runs(__doc__, ROOT / "benchmarks" / "results" / "channels.md")
+    parser.add_argument("--rows", nargs="+", default=["*"], help="globs on the names of rows; 'dense' always runs")
     given = parser.parse_args()
+    rows = chosen(ROWS, given.rows)
     torch.set_num_threads(1)
     figures, found = figures_of(given, given.out), dict[Words, Metrics]()
     with tempfile.TemporaryDirectory() as temporary:
         kept = (given.runs or Path(temporary)).absolute()
-        todo = [words(name, seed) for seed in range(given.seeds) for name in ROWS]
+        todo = [words(name, seed) for seed in range(given.seeds) for name in rows]
         for one, metrics in results(todo, str(Path(given.root).absolute()), kept, given.jobs, figures):
             found[one] = metrics
             print(f"{len(found)} of {len(todo)}: {100 * metrics['test/acc']:.2f} % {' '.join(one)}", flush=True)
         folder = Path(temporary)
         times, budgets = latency_table(slim_models(kept), folder), budget_table(folder)
-    given.out.write_text(text(accuracy_table(found, given.seeds), times, budgets))
+    given.out.write_text(text(accuracy_table(found, given.seeds, rows), times, budgets, rows))
 
 
 if __name__ == "__main__":
