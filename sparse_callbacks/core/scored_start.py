@@ -1,14 +1,17 @@
 """First masks by a score: a new run takes them when there is data, before any weight is written."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import singledispatch
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparse_callbacks.core.error_text import naming
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.reinitialised import reset_weights
-from sparse_callbacks.core.score_options import Score
+from sparse_callbacks.core.score_options import Score, score_in
 from sparse_callbacks.core.scored_masks import pruned_in_rounds, within_layers
 from sparse_callbacks.core.topology import EverActive
 
@@ -60,7 +63,12 @@ def masks_by_score(method: Method, score: Score) -> dict[str, Tensor]:
     Raises:
         ValueError: there is no loss, no data or no input to compute scores from, or they are not finite.
     """
-    return pruned_in_rounds(method, score, lambda scores, masks, way: ranked_masks(method, scores, masks, way))
+    asked: Any = nullcontext()
+    if (given := score_in(getattr(method, "initial_mask", None))) is not None:
+        whose = f"Here loss= and batches= are arguments of Score: initial_mask=Score({given.name!r}, loss=...)."
+        asked = naming(f"initial_mask={given!r}", whose)
+    with asked:
+        return pruned_in_rounds(method, score, lambda scores, masks, way: ranked_masks(method, scores, masks, way))
 
 
 def take_scores(method: Method) -> bool:

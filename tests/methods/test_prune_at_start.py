@@ -571,6 +571,23 @@ def test_a_loop_gives_loss_and_data() -> None:
     assert differences(before, dict(model.state_dict())) == []
 
 
+def test_first_masks_by_a_score_name_the_arguments_of_the_score() -> None:
+    def begun(start: Any, data: Any = None) -> None:
+        model = net()
+        method = methods.Static(0.9, initial_mask=start, print_plan=False)
+        sparsify(method, model, torch.optim.SGD(model.parameters(), 0.1), 4, data=data)
+
+    with pytest.raises(
+        ValueError, match=r"^initial_mask=Score\(name='snip'\): .*Give loss=.*initial_mask=Score\('snip', loss=\.\.\.\)\.$"
+    ):
+        begun("snip")
+    with pytest.raises(
+        ValueError, match=r"^initial_mask=Score\(name='grasp', .*Give sparsify.* batches= are arguments of Score"
+    ):
+        begun(Score("grasp", loss=entropy))
+    begun(Score("snip", loss=entropy), data=samples())
+
+
 def test_manual_optimization_gives_the_loss() -> None:
     module = ByHand()
     with pytest.raises(ValueError, match=r"ByHand is in manual optimization.*Give loss="):

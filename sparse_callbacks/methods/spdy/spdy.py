@@ -1,8 +1,8 @@
 """SPDY: the sparsity of each layer that spoils least of all that the network can afford."""
 
 import warnings
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass, fields
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from sparse_callbacks.core import distributed
 from sparse_callbacks.core.arguments import check_seed, refuse_unknown
 from sparse_callbacks.core.calibration import Loss
 from sparse_callbacks.core.checkpoint import shown
+from sparse_callbacks.core.error_text import naming
 from sparse_callbacks.core.example_inputs import example_inputs, why_not_taken
 from sparse_callbacks.core.found_shares import weights_of
 from sparse_callbacks.core.host import Host
@@ -171,15 +172,10 @@ class Spdy:
             best = searched(len(unweighted), judged, generator(self.seed, 0, "spdy"))
         return errors(best)
 
-    @contextmanager
-    def _names_its_arguments(self) -> Iterator[None]:
+    def _names_its_arguments(self) -> AbstractContextManager[None]:
         """Errors of the losses say whose arguments they speak of: the method has none of these names, or others."""
-        try:
-            yield
-        except ValueError as error:
-            raise ValueError(
-                f"distribution={self!r}: {error} Here loss= is an argument of Spdy, and batches= of it is their number."
-            ) from error
+        whose = "Here loss= is an argument of Spdy, and batches= of it is their number."
+        return naming(f"distribution={self!r}", whose)
 
 
 def _errors_by_magnitude(model: nn.Module, entries: Sequence[Entry], costs: LayerCosts) -> dict[str, list[float]]:
