@@ -578,7 +578,8 @@ def test_first_masks_by_a_score_name_the_arguments_of_the_score() -> None:
         sparsify(method, model, torch.optim.SGD(model.parameters(), 0.1), 4, data=data)
 
     with pytest.raises(
-        ValueError, match=r"^initial_mask=Score\(name='snip'\): .*Give loss=.*initial_mask=Score\('snip', loss=\.\.\.\)\.$"
+        ValueError,
+        match=r"^initial_mask=Score\(name='snip'\): .*Give loss=.*initial_mask=Score\('snip', loss=\.\.\.\)\.$",
     ):
         begun("snip")
     with pytest.raises(
