@@ -29,4 +29,5 @@ def naming(given: str, whose: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{given}: {error} {whose}") from error
+        sentences = f"{given}: {error} {whose}"
+        raise ValueError(sentences) from error
