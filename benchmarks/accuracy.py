@@ -19,9 +19,8 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from training_runs import Metrics, figures_of, options_of_runs, results
+from training_runs import ROOT, Metrics, figures_of, options_of_runs, results
 
-ROOT = Path(__file__).resolve().parent.parent
 ERK = "method.distribution=erdos_renyi_kernel"
 LENET5 = "model=lenet5 data=fashion_mnist trainer.max_epochs=12"
 LENET_300_100 = "model=lenet_300_100 data=fashion_mnist trainer.max_epochs=12"

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from channels import SHAPE, SHARED, Rows, words
 from torch import Tensor, nn
-from training_runs import Metrics, figures_of, options_of_runs, results
+from training_runs import ROOT, Metrics, figures_of, options_of_runs, results
 
 from sparse_callbacks import Spdy, Static, sparsify
 from sparse_callbacks.core.clock import milliseconds
@@ -33,7 +33,6 @@ from sparse_callbacks.methods.spdy.time_table import TimeTable
 from sparse_callbacks.methods.spdy.timing import measured_times
 from sparse_callbacks.tasks.models import mlp, resnet20
 
-ROOT = Path(__file__).resolve().parent.parent
 FLOP_BUDGETS, TIME_BUDGETS = (0.3, 0.1), (0.5, 0.3)
 METHODS = ("gmp",)
 NAMES = {"uniform": "uniform", "ERK": "erdos_renyi_kernel"}

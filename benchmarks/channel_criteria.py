@@ -15,9 +15,9 @@ from pathlib import Path
 
 import onnxruntime
 import torch
-from channels import BUDGETS, READINGS, ROOT, SHAPE, SHARED, Rows, accuracy_table, chosen, latency_table, words
+from channels import BUDGETS, READINGS, SHAPE, SHARED, Rows, accuracy_table, chosen, latency_table, words
 from torch import nn
-from training_runs import Metrics, Words, figures_of, folder_of, options_of_runs, results
+from training_runs import ROOT, Metrics, Words, figures_of, folder_of, options_of_runs, results
 
 from sparse_callbacks import load_compact
 from sparse_callbacks.tasks.models import resnet20

@@ -25,13 +25,12 @@ import onnxruntime
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from training_runs import Metrics, Words, figures_of, folder_of, options_of_runs, results
+from training_runs import ROOT, Metrics, Words, figures_of, folder_of, options_of_runs, results
 
 from sparse_callbacks import SMCP, export_onnx, load_compact, slim
 from sparse_callbacks.channels.latency.measure import measure
 from sparse_callbacks.tasks.models import resnet20
 
-ROOT = Path(__file__).resolve().parent.parent
 SHAPE, BUDGETS = (1, 28, 28), (0.5, 0.3)
 SHARED = (
     "model=resnet20", "data=fashion_mnist", "data.batch_size=128", "optim.lr=0.1", "trainer.max_epochs=4", "trainer.limit_train_batches=0.5"
