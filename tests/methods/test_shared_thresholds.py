@@ -1,6 +1,7 @@
 """Thresholds over several layers: renewed at each selection where weights are scored, found once elsewhere."""
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -60,8 +61,9 @@ def test_a_mask_by_magnitude_is_that_of_one_threshold(rule: str) -> None:
     assert gone.numel() == zeros_for(0.8, SIZE)
 
 
-def test_a_resumed_run_keeps_the_shares_of_its_first_weights() -> None:
-    first, model = RigL(0.8, distribution="lamp", every=4, print_plan=False), net()
+def went_on(make: Callable[[], Any]) -> tuple[Any, Any]:
+    """The method of a run, and the targets with which one goes on from its ninth step; both end with the same weights."""
+    first, model = make(), net()
     optimizer = sgd(model)
     run = begin(first, model, optimizer)
     train(run, model, optimizer, last=9)
@@ -71,13 +73,19 @@ def test_a_resumed_run_keeps_the_shares_of_its_first_weights() -> None:
     file.seek(0)
     states = torch.load(file, weights_only=True)
     other = net(seed=1)
-    second, stepper = RigL(0.8, distribution="lamp", every=4, print_plan=False), sgd(other)
+    second, stepper = make(), sgd(other)
     other.load_state_dict(states[0])
     stepper.load_state_dict(states[1])
     resumed = begin(second, other, stepper, state=states[2])
-    assert second.targets == first.targets
+    targets = dict(second.targets)
     train(resumed, other, stepper, first=9)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+    return first, targets
+
+
+def test_a_resumed_run_keeps_the_shares_of_its_first_weights() -> None:
+    first, targets = went_on(lambda: RigL(0.8, distribution="lamp", every=4, print_plan=False))
+    assert targets == first.targets
 
 
 def test_stacked_layers_have_shares_of_their_own() -> None:
@@ -210,22 +218,7 @@ def test_every_optimizer_has_a_threshold_of_its_own(make: Any, rule: str) -> Non
 
 @pytest.mark.parametrize("rule", ["global", "lamp", "global(0)"])
 def test_gmp_resumes_bit_for_bit(rule: str) -> None:
-    first, model = GMP(0.8, distribution=rule, every=4, print_plan=False), net()
-    optimizer = sgd(model)
-    run = begin(first, model, optimizer)
-    train(run, model, optimizer, last=9)
-    file = io.BytesIO()
-    torch.save([model.state_dict(), optimizer.state_dict(), run.state_dict()], file)
-    train(run, model, optimizer, first=9)
-    file.seek(0)
-    states = torch.load(file, weights_only=True)
-    other = net(seed=1)
-    second, stepper = GMP(0.8, distribution=rule, every=4, print_plan=False), sgd(other)
-    other.load_state_dict(states[0])
-    stepper.load_state_dict(states[1])
-    resumed = begin(second, other, stepper, state=states[2])
-    train(resumed, other, stepper, first=9)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+    went_on(lambda: GMP(0.8, distribution=rule, every=4, print_plan=False))
 
 
 def test_an_active_zero_stays_before_a_weight_that_is_pruned() -> None:
