@@ -2,9 +2,10 @@
 
     python benchmarks/channel_criteria.py --root FOLDER --jobs 2 --runs KEPT
 
-The setting is that of channels.py with half as many steps: Fashion-MNIST, equal epochs for every row, and FOLDER holds
-torchvision's files. Each criterion has the ranking of its paper. With `--runs KEPT` finished runs are kept and not repeated.
-`--rows 'l1*'` runs some rows alone, and `--more trainer.max_epochs=1` changes all of them, to see that everything works.
+The setting is that of channels.py with images pooled to 14 x 14 and half as many steps: Fashion-MNIST, equal epochs for every
+row, and FOLDER holds torchvision's files. Each criterion has the ranking of its paper. With `--runs KEPT` finished runs are
+kept and not repeated. `--rows 'l1*'` runs some rows alone, and `--more trainer.max_epochs=1` changes all of them, to see that
+everything works.
 Then the slim network of every row is timed beside the dense one, which means something on an idle machine only. Writes
 benchmarks/results/channel_criteria.md.
 """
@@ -15,14 +16,19 @@ from pathlib import Path
 
 import onnxruntime
 import torch
-from channels import BUDGETS, READINGS, SHAPE, SHARED, Rows, accuracy_table, chosen, latency_table, words
+from channels import BUDGETS, READINGS, SHARED, Rows, accuracy_table, chosen, latency_table, words
 from torch import nn
 from training_runs import ROOT, Metrics, Words, figures_of, folder_of, options_of_runs, results
 
 from sparse_callbacks import load_compact
 from sparse_callbacks.tasks.models import resnet20
 
-SETTING = (*(word for word in SHARED if "limit_train_batches" not in word), "trainer.limit_train_batches=0.25")
+SHAPE = (1, 14, 14)
+SETTING = (
+    *(word for word in SHARED if "limit_train_batches" not in word),
+    "data._target_=pooled_images.halved",
+    "trainer.limit_train_batches=0.25",
+)
 PRUNING = ("method=channels", "method.round_to=4", "slim=true")
 # with the ranking of the paper, or what its scores are made for; bn_gain is bound to a penalty on gains
 CRITERIA = {
@@ -73,10 +79,10 @@ Written by `python benchmarks/channel_criteria.py --root FOLDER`. Python {platfo
 ## Accuracy on Fashion-MNIST
 
 `python train.py {" ".join(shared)}`
-with the overrides below and seeds from 0; the last network is tested. 55,000 training images, of which an epoch sees a quarter; 5,000
-validate. Spread is the standard deviation over seeds, in points. Budgets are shares of the dense FLOPs, met by the masked network as
-solved; the slim network has the dead channels removed. All rows train for the same number of epochs, from the same start; channels go
-along a ramp, or at once where the row says so.
+with the overrides below and seeds from 0; the last network is tested. Images are pooled to 14 x 14 (`benchmarks/pooled_images.py`).
+55,000 training images, of which an epoch sees a quarter; 5,000 validate. Spread is the standard deviation over seeds, in points.
+Budgets are shares of the dense FLOPs, met by the masked network as solved; the slim network has the dead channels removed. All rows
+train for the same number of epochs, from the same start; channels go along a ramp, or at once where the row says so.
 
 {accuracies}
 
@@ -84,8 +90,8 @@ along a ramp, or at once where the row says so.
 
 ## Time of the slim networks
 
-Seed 0. A forward pass, median of {READINGS} readings; ratios are taken reading by reading against the dense network in the same form, with
-quartiles.
+Seed 0. A forward pass of 14 x 14 images, median of {READINGS} readings; ratios are taken reading by reading against the dense
+network in the same form, with quartiles.
 
 {times}
 """
@@ -105,7 +111,7 @@ def main() -> None:
         for one, metrics in results(todo, str(Path(given.root).absolute()), kept, given.jobs, figures):
             found[one] = metrics
             print(f"{len(found)} of {len(todo)}: {100 * metrics['test/acc']:.2f} % {' '.join(one)}", flush=True)
-        times = latency_table(slim_networks(kept, rows, shared), Path(temporary))
+        times = latency_table(slim_networks(kept, rows, shared), Path(temporary), SHAPE)
     given.out.write_text(text(accuracy_table(found, given.seeds, rows, shared), times, rows, shared))
 
 

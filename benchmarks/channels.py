@@ -121,12 +121,12 @@ def forms(model: nn.Module, x: Tensor, folder: Path, name: str) -> dict[str, Cal
 
 
 @torch.inference_mode()
-def latency_table(models: Mapping[str, nn.Module], folder: Path) -> str:
-    """Times of dense and slim networks in three forms."""
+def latency_table(models: Mapping[str, nn.Module], folder: Path, shape: tuple[int, ...] = SHAPE) -> str:
+    """Times of dense and slim networks in three forms, for images of `shape`."""
     head = "| batch | network | eager, ms | of dense | channels_last, ms | of dense | onnxruntime, ms | of dense |"
     lines = [head, "| --- |" + " --- |" * 7]
     for batch in (1, 32):
-        x = torch.randn(batch, *SHAPE)
+        x = torch.randn(batch, *shape)
         each = {name: forms(model, x, folder, f"m{i}-{batch}") for i, (name, model) in enumerate(models.items())}
         cells: dict[str, list[str]] = {name: [] for name in models}
         for form in ("eager", "channels_last", "onnxruntime"):

@@ -104,7 +104,7 @@ def test_what_slimming_cannot_do_loses_nothing_of_the_run(
     assert written["test/acc"] > 0
     assert not any(key.startswith("slim/") for key in written)
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "slim failed: the search took too long" in shown
+    assert "slim: failed: the search took too long" in shown
     assert "test accuracy" in shown
 
 
