@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch.nn.functional import avg_pool2d
 
-from sparse_callbacks.tasks.data import ImageData, torchvision_set
+from sparse_callbacks.tasks.data import torchvision_set
 from sparse_callbacks.tasks.data.loaders import Samples
+from sparse_callbacks.tasks.data.module import ImageData
 
 
 def halved(name: str, **options: Any) -> ImageData:
