@@ -3,7 +3,6 @@
 import math
 import os
 import socket
-import subprocess
 import sys
 import warnings
 from contextlib import nullcontext
@@ -21,6 +20,7 @@ from sparse_callbacks.testing.data import Batches
 from sparse_callbacks.testing.networks import ByHand, Classifier
 from sparse_callbacks.testing.runs import Stops, fit, watch
 from support.averaging import AVERAGING, average_of
+from support.forked import run_together
 from support.methods import STEADY, method, same_batches
 from support.thawing import run_thawed
 
@@ -39,21 +39,8 @@ def run_processes(program: str, folder: Path, world: int = 2, script: str = __fi
         "NODE_RANK": "0",
         "WORLD_SIZE": str(world),
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
     }
-    command = [sys.executable, script, program, str(folder)]
-    processes = [
-        subprocess.Popen(
-            command, env=os.environ | shared | {"LOCAL_RANK": rank}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        for rank in map(str, range(world))
-    ]
-    try:
-        outputs = [p.communicate(timeout=240)[0].decode() for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    assert [p.returncode for p in processes] == [0] * world, "\n".join(outputs)[-4000:]
+    run_together(script, [program, str(folder)], [shared | {"LOCAL_RANK": str(rank)} for rank in range(world)], folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
