@@ -327,10 +327,26 @@ def test_a_class_too_small(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ("a,b\n1,x\n2,y,3\n", {}, r"a.csv, line 3: 3 values, and the first line has 2"),
-        ("a,b\n1,x\nred,y\n", {}, r"a.csv, line 3: a feature is not a number \(.*'red'\)"),
-        ("a,b\n1,x\n,y\n", {}, r"a.csv, line 3: a feature is not a number"),
-        ("a,b\n1,x\n", {"header": False}, r"a.csv, line 1: a feature is not a number \(.*'a'\).*data.header=true"),
+        (
+            "a,b\n1,x\n2,y,3\n",
+            {},
+            r"a.csv is no table: Expected 2 fields in line 3, saw 3. Give every line the same columns",
+        ),
+        ("a,b\n1,x\nred,y\n", {}, r"a.csv, row 2: a feature is not a number \('red'\)"),
+        ("a,b\n1,x\n,y\n", {}, r"a.csv, row 2: a feature is not a number \(''\)"),
+        ("a,b\n1,x\n\nnan,y\n", {}, r"a.csv, row 2: a feature is not a number \('nan'\)"),
+        ("a,b\n1_0,x\n2,y\n", {}, r"a.csv, row 1: a feature is not a number \('1_0'\)"),
+        ("a,b\n\uff11,x\n", {}, r"a.csv, row 1: a feature is not a number"),
+        ("a,b\n1,x\n-inf,y\n", {}, r"features that are not finite numbers .*row 2"),
+        ("a,b\n1,x\nTrue,y\n", {}, r"a.csv, row 2: a feature is not a number \('True'\)"),
+        (
+            "a,b,c\n1,2,x\n3,y\n",
+            {},
+            r"a.csv, row 2: a feature is not a number \('y'\).*give every line the same columns",
+        ),
+        ("a,b,c\n1,2,x\n3,4\n", {}, r"without a label|label"),
+        ('a,b\n1,"x\n2,y\n', {}, r"a.csv is no table: EOF inside string"),
+        ("a,b\n1,x\n", {"header": False}, r"a.csv, row 1: a feature is not a number \('a'\).*data.header=true"),
         ("1,2\n3,4\n", {}, r"the first line has numbers and no names of columns. Give data.header=false"),
         ("0.1,0.2,x\n0.3,0.4,y\n", {}, r"the first line has numbers and no names of columns. Give data.header=false"),
         (

@@ -1,8 +1,7 @@
 """Reads features and labels from .mat, .npz and .csv files, and from the UCI files of Madelon."""
 
-import csv
-from array import array
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+# what a cell of a .csv file must be, beside words for infinity, which are refused later
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?inf(inity)?", re.ASCII | re.IGNORECASE)
 
 
 def read(file: Path, features: str, labels: str | int | None, header: bool) -> tuple[Array, Array]:
@@ -151,66 +152,54 @@ def _npz_arrays(file: Path) -> dict[str, Array]:
 
 def _read_csv(file: Path, labels: str | int, header: bool) -> tuple[Array, Array]:
     """Features [n, d] (float64) and labels [n], which are float64 where all of them are numbers, else words."""
-    rows = _rows(file)
-    _, head = next(rows, (0, []))
-    if not head:
-        raise ValueError(f"{file} is empty. Give a file with a line for each sample.")
-    names = [name.strip() for name in head] if header else None
-    position = _label_position(labels, names, len(head), file)
-    if names is not None:
-        feature_names = names.copy()
-        feature_names.pop(position)
-        if _as_numbers(feature_names) is not None:
-            raise ValueError(
-                f"{file}: the first line has numbers and no names of columns. "
-                "Give data.header=false, or it would be lost."
-            )
-    else:
-        # the first line is a sample, so the file is read again from its beginning
-        rows = _rows(file)
-    # numbers go into one compact array line by line: the text of a large file takes many times its memory
-    numbers, words = array("d"), []
-    for line, row in rows:
-        words.append(row.pop(position))
+    import pandas
+
+    try:
+        head = pandas.read_csv(file, header=None, nrows=1, dtype=str, na_filter=False)
+        names = [name.strip() for name in head.iloc[0]] if header else None
+        position = _label_position(labels, names, head.shape[1], file)
+        if names is not None:
+            feature_names = names.copy()
+            feature_names.pop(position)
+            if _as_numbers(feature_names) is not None:
+                raise ValueError(
+                    f"{file}: the first line has numbers and no names of columns. "
+                    "Give data.header=false, or it would be lost."
+                )
+        columns = list(range(head.shape[1]))
+        types = dict.fromkeys(columns, np.float64) | {columns[position]: str}
+        # without na_filter an empty cell is no number, and no NaN
+        options = {"names": columns, "header": 0 if header else None, "index_col": False, "na_filter": False}
         try:
-            numbers.extend(map(float, row))
+            table = pandas.read_csv(file, dtype=types, **options)
         except ValueError as error:
-            raise ValueError(
-                f"{file}, line {line}: a feature is not a number ({error}). Encode it as a number; give "
-                "data.header=true where the first line has names, and the column of the labels in data.labels."
-            ) from None
-    table = np.array(numbers).reshape(len(words), len(head) - 1)
+            if isinstance(error, pandas.errors.ParserError | UnicodeDecodeError):
+                raise
+            words = pandas.read_csv(file, dtype=str, **options).drop(columns=columns[position])
+            raise ValueError(_no_number(words, file)) from None
+    except pandas.errors.EmptyDataError:
+        raise ValueError(f"{file} is empty. Give a file with a line for each sample.") from None
+    except pandas.errors.ParserError as error:
+        what = str(error).strip().removeprefix("Error tokenizing data. C error: ")
+        raise ValueError(f"{file} is no table: {what}. Give every line the same columns, with commas.") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text ({error}). Save it as UTF-8.") from None
+    words = table.pop(columns[position])
     column = _as_numbers(words)
-    if column is None:
-        column = np.array(words, dtype=np.str_)
-    return table, column
+    return table.to_numpy(), np.array(words, dtype=np.str_) if column is None else column
 
 
-def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
-    """The number and the values of each line that is not empty."""
-    # utf-8-sig also takes the mark that Excel writes at the beginning
-    with file.open(newline="", encoding="utf-8-sig") as lines:
-        reader = csv.reader(lines)
-        width = None
-        try:
-            for row in reader:
-                if not row:
-                    continue
-                if width is None:
-                    width = len(row)
-                if len(row) != width:
-                    raise ValueError(
-                        f"{file}, line {reader.line_num}: {len(row)} values, and the first line has {width}. "
-                        "Give every line the same columns."
-                    )
-                yield reader.line_num, row
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8 text ({error}). Save it as UTF-8.") from None
-        except csv.Error as error:
-            raise ValueError(f"{file}, line {reader.line_num}: {error}. Give lines of values with commas.") from None
+def _no_number(words: Any, file: Path) -> str:
+    """What is wrong with features of which one is no number; they are a pandas.DataFrame of words."""
+    found = ((row, cell) for row, cells in enumerate(words.itertuples(index=False), 1) for cell in cells)
+    row, cell = next(one for one in found if not NUMBER.fullmatch(one[1].strip()))
+    return (
+        f"{file}, row {row}: a feature is not a number ({cell!r}). Encode it as a number, and give every line the same columns; "
+        "give data.header=true where the first line has names, and the column of the labels in data.labels."
+    )
 
 
-def _as_numbers(words: list[str]) -> Array | None:
+def _as_numbers(words: Iterable[str]) -> Array | None:
     """The words as float64, or None where one is not a number."""
     try:
         return np.array([float(word) for word in words])
