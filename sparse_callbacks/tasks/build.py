@@ -29,8 +29,7 @@ from sparse_callbacks.lightning.callback import SparsityCallback
 from sparse_callbacks.lightning.curvature_monitor import CurvatureMonitor
 from sparse_callbacks.lightning.resumed_file import refuse_other_parts
 from sparse_callbacks.lightning.sparsity_report import SparsityReport
-from sparse_callbacks.tasks import recorded_config, run_names
-from sparse_callbacks.tasks.at_target import BestAtTarget, EarlyStoppingAtTarget
+from sparse_callbacks.tasks import recorded_config, resolvers, run_names
 from sparse_callbacks.tasks.classifier import Classifier, Optim
 from sparse_callbacks.tasks.data.module import MemoryData
 from sparse_callbacks.tasks.given_arguments import group_values, refuse_unknown_arguments, refuse_wrong_arguments
@@ -38,6 +37,8 @@ from sparse_callbacks.tasks.progress_bar import ShortProgressBar
 from sparse_callbacks.tasks.run_state import RunState
 from sparse_callbacks.tasks.safe_stop import SafeStop
 
+
+resolvers.register()  # whoever builds from a configuration has to read it
 
 def method_arguments(
     method: Mapping[str, Any], defaults: Mapping[str, Any], schedulable: str | None, sparsity: Any, curve: str | None
