@@ -22,6 +22,7 @@ from sparse_callbacks.tasks import (
     checks,
     loggers,
     multirun,
+    early_network,
     objective,
     recorded_config,
     reports,
@@ -73,6 +74,7 @@ def train(cfg: DictConfig, config_file: Path | None = None) -> dict[str, float]:
     cfg = cfg.copy()
     folder = run_folder(cfg)
     cfg.output_dir = str(folder)
+    checks.take_numbers_as_names(cfg)
     # everything cheap that can be refused comes first, before data is read and loggers are started
     checks.check_choices(cfg)
     checks.check_files(cfg)
@@ -81,6 +83,7 @@ def train(cfg: DictConfig, config_file: Path | None = None) -> dict[str, float]:
     method = build.build_method(cfg)
     if cfg.slim:
         slim.check(method)
+    early_network.refuse_unmatched_globs(cfg, method)
     resumed = build.checkpoint_to_resume(cfg)
     build.refuse_sparse_checkpoint(resumed, method)
     recorded = recorded_config.as_run(cfg, method)
@@ -223,7 +226,7 @@ def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
             raise
         # without a number it is a refusal of ours, in words of its own
         if isinstance(error, OSError) and error.errno is not None:
-            checkpoint = Path(cfg.output_dir or folder) / "checkpoints" / "last.ckpt"
+            checkpoint = Path(str(cfg.output_dir or folder)) / "checkpoints" / "last.ckpt"
             print(system_errors.why_ended(error, checkpoint), file=sys.stderr)
             if system_errors.saved_step(checkpoint) is not None:
                 _print_resume_command(checkpoint, folder)
