@@ -15,8 +15,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from sparse_callbacks.lightning.callback import SparsityCallback
+from sparse_callbacks.lightning.at_target import BestAtTarget
 from sparse_callbacks.lightning.curves import step_number
-from sparse_callbacks.lightning.logged_network import log_end
+from sparse_callbacks.lightning.logged_network import log_end, summarize
 from sparse_callbacks.tasks import (
     build,
     checks,
@@ -30,7 +31,6 @@ from sparse_callbacks.tasks import (
     summary,
     system_errors,
 )
-from sparse_callbacks.tasks.at_target import BestAtTarget
 from sparse_callbacks.tasks.initial_weights import load_initial_weights
 from sparse_callbacks.tasks.plain_errors import end_refused, plain_errors, refusal, wants_frames
 from sparse_callbacks.tasks.safe_stop import RunStopped
@@ -173,7 +173,7 @@ def _log_end(metrics: dict[str, float], trainer: pl.Trainer, method: SparsityCal
     """Tell the loggers what is known at the end only: the slim network, layers, figures, and what a budget came to."""
     step = step_number(trainer)
     loggers.log_results(trainer.loggers, {k: v for k, v in metrics.items() if k.startswith("slim/")}, step)
-    loggers.summarize(trainer.loggers, metrics)
+    summarize(trainer.loggers, metrics)
     if recorded_config.target_sparsity(method) is None:
         loggers.add_settings(trainer.loggers, {"sparsity": round(metrics["sparsity/total"], 4)})
     loggers.log_comparison(trainer.loggers, metrics, step)

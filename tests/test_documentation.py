@@ -17,6 +17,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
+from pytorch_lightning.callbacks import ModelCheckpoint
 from support.nets import mlp
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -67,14 +68,20 @@ def names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     """What stands in the examples for the reader's own: a small network for images, and three batches."""
     monkeypatch.chdir(tmp_path)
     trainer = pl.Trainer
-    short = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    monkeypatch.setattr(pl, "Trainer", lambda **options: trainer(**(options | short), accelerator="cpu"))
+    short = {"max_epochs": 1, "logger": False, "enable_progress_bar": False}
+
+    def shortened(**options: Any) -> pl.Trainer:
+        keeps = any(isinstance(callback, ModelCheckpoint) for callback in options.get("callbacks", []))
+        return trainer(**(options | short), accelerator="cpu", enable_checkpointing=keeps)
+
+    monkeypatch.setattr(pl, "Trainer", shortened)
     x, y = torch.randn(12, 3, 16, 16), torch.randint(0, 4, (12,))
     module, callback = Classifier(image_net()), Static(0.5)
     pl.Trainer(callbacks=[callback]).fit(module, DataLoader(TensorDataset(x, y), batch_size=4))
     return {
         "your_module": Classifier(image_net()),
         "your_data": DataLoader(TensorDataset(x, y), batch_size=4),
+        "your_validation_data": DataLoader(TensorDataset(x, y), batch_size=4),
         "example_input": x,
         "model": module,
         "callback": callback,

@@ -25,6 +25,7 @@ from sparse_callbacks.core.checkpoint_file import read_mapping
 from sparse_callbacks.core.constructors import argument_names
 from sparse_callbacks.core.method import DEFAULT_SPARSITY, Options
 from sparse_callbacks.core.schedules import with_curve
+from sparse_callbacks.lightning.at_target import BestAtTarget, EarlyStoppingAtTarget
 from sparse_callbacks.lightning.callback import SparsityCallback
 from sparse_callbacks.lightning.curvature_monitor import CurvatureMonitor
 from sparse_callbacks.lightning.resumed_file import refuse_other_parts
@@ -37,8 +38,8 @@ from sparse_callbacks.tasks.progress_bar import ShortProgressBar
 from sparse_callbacks.tasks.run_state import RunState
 from sparse_callbacks.tasks.safe_stop import SafeStop
 
-
 resolvers.register()  # whoever builds from a configuration has to read it
+
 
 def method_arguments(
     method: Mapping[str, Any], defaults: Mapping[str, Any], schedulable: str | None, sparsity: Any, curve: str | None
@@ -212,8 +213,8 @@ def build_callbacks(
     if logged:
         callbacks += [LearningRateMonitor(logging_interval="step"), recorded_config.fit_recorder(method)]
     if cfg.early_stopping is not None:
-        callbacks.append(EarlyStoppingAtTarget(cfg.early_stopping))
-    callbacks.append(BestAtTarget(str(folder)))
+        callbacks.append(EarlyStoppingAtTarget("val/acc", "max", cfg.early_stopping))
+    callbacks.append(BestAtTarget("val/acc", "max", folder))
     callbacks.append(SafeStop(folder / "last.ckpt", cfg.checkpoint_every))
     return callbacks
 
