@@ -13,23 +13,25 @@ import hydra
 import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+from rich.table import Table
 
-from sparse_callbacks.lightning.callback import SparsityCallback
 from sparse_callbacks.lightning.at_target import BestAtTarget
+from sparse_callbacks.lightning.callback import SparsityCallback
 from sparse_callbacks.lightning.curves import step_number
 from sparse_callbacks.lightning.logged_network import log_end, summarize
 from sparse_callbacks.tasks import (
     build,
     checks,
+    early_network,
     loggers,
     multirun,
-    early_network,
     objective,
     recorded_config,
     reports,
     slim,
     summary,
     system_errors,
+    units,
 )
 from sparse_callbacks.tasks.initial_weights import load_initial_weights
 from sparse_callbacks.tasks.plain_errors import end_refused, plain_errors, refusal, wants_frames
@@ -72,18 +74,18 @@ def train(cfg: DictConfig, config_file: Path | None = None) -> dict[str, float]:
     """
     # the caller's configuration stays as it was, since several runs of a process may share it
     cfg = cfg.copy()
+    checks.take_numbers_as_names(cfg)
     folder = run_folder(cfg)
     cfg.output_dir = str(folder)
-    checks.take_numbers_as_names(cfg)
     # everything cheap that can be refused comes first, before data is read and loggers are started
     checks.check_choices(cfg)
     checks.check_files(cfg)
     checks.set_threads(cfg)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     method = build.build_method(cfg)
+    early_network.refuse_unmatched_globs(cfg, method)
     if cfg.slim:
         slim.check(method)
-    early_network.refuse_unmatched_globs(cfg, method)
     resumed = build.checkpoint_to_resume(cfg)
     build.refuse_sparse_checkpoint(resumed, method)
     recorded = recorded_config.as_run(cfg, method)
@@ -118,7 +120,12 @@ def train(cfg: DictConfig, config_file: Path | None = None) -> dict[str, float]:
                 if report is None
                 else reports.finish_report(report, metrics, proof, with_page=cfg.get("report", True) is True)
             )
-            _report(metrics, method, trainer, folder, resumed is not None, slim_error, why_no_page)
+            left = units.left_of(method, module, data)
+            if left is not None and method is not None:
+                metrics |= method.own_figures(**left.shares)
+            tested = "best epoch" if cfg.test == "best" and best_checkpoint(trainer) else "last epoch"
+            table = summary.summary_table(metrics, method, resumed is not None, tested, left)
+            _report(metrics, table, trainer, folder, slim_error, why_no_page)
             _log_end(metrics, trainer, method, folder)
             if slim_error is not None:
                 raise slim_error
@@ -182,14 +189,13 @@ def _log_end(metrics: dict[str, float], trainer: pl.Trainer, method: SparsityCal
 
 def _report(
     metrics: dict[str, float],
-    method: SparsityCallback | None,
+    table: Table,
     trainer: pl.Trainer,
     folder: Path,
-    resumed: bool,
     slim_error: Exception | None,
     why_no_page: str,
 ) -> None:
-    """Write metrics.json and print the table, which also says why slimming failed, or why there is no report."""
+    """Write metrics.json and print the table, and below it why slimming failed, or why there is no report."""
     summary.write_metrics(folder / "metrics.json", metrics)
     possible = ["report.html", "checkpoints/last.ckpt", "checkpoints/best.ckpt", "metrics.json", slim.FILE]
     possible += ["record/rows.jsonl", ".hydra/config.yaml"]
@@ -200,7 +206,7 @@ def _report(
     if why_no_page:
         places["report"] = why_no_page
     places |= dict(loggers.place(logger) for logger in trainer.loggers)
-    summary.show(metrics, method, places, resumed)
+    summary.show(table, places)
 
 
 @plain_errors(CONF)

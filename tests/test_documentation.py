@@ -146,6 +146,18 @@ def test_a_method_from_outside_passes_the_contract_and_runs_on_the_command_line(
     assert "0.949" in done.stdout or "0.95" in done.stdout
 
 
+def test_a_choice_of_ones_own_has_the_values_of_the_choice_that_it_is_made_of(tmp_path: Path) -> None:
+    """By the page alone, in the folder that --config-dir names."""
+    save_files(ROOT / "README.md", tmp_path)
+    mine = composed(["method=mine", f"hydra.searchpath=[file://{tmp_path}]"]).method
+    assert (mine.distribution, mine.drop_fraction) == ("uniform", 0.1)
+    others = {key for key, value in composed(["method=rigl"]).method.items() if mine[key] != value}
+    assert others == {"distribution", "drop_fraction"}
+    asked = [str(ROOT / "train.py"), "--config-dir", str(tmp_path), "method=mine", "--cfg", "job"]
+    done = subprocess.run([sys.executable, *asked], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "drop_fraction: 0.1" in done.stdout, done.stderr[-2000:]
+
+
 def test_there_are_examples_and_commands() -> None:
     assert [page.stem for page in PAGES if fences(page, "python")] == [
         "README",
@@ -188,11 +200,14 @@ def test_the_plan_that_is_shown_is_the_one_that_is_printed() -> None:
 
 
 @every_page
-def test_commands_are_understood(page: Path) -> None:
+def test_commands_are_understood(page: Path, tmp_path: Path) -> None:
+    save_files(page, tmp_path)
     for words in commands(page):
         match words:
             case ["python", "train.py", "--help"]:
                 pass
+            case ["python", "train.py", "--config-dir", "FOLDER", *overrides]:
+                understood_by_train([f"hydra.searchpath=[file://{tmp_path}]", *overrides])
             case ["python", "train.py", *overrides]:
                 understood_by_train(overrides)
             case ["python", "-m", "sparse_callbacks.latency", *arguments]:
@@ -234,7 +249,7 @@ def with_imported(script: Path) -> str:
 def understood_by_train(overrides: list[str]) -> None:
     """Every run of the command has a configuration, whose method can be made."""
     # plugins of Hydra choose how jobs are launched and swept; a composition without them is the same job
-    swept = [o for o in overrides if not re.match(r"-m$|hydra[./]", o)] + ["hydra/launcher=basic"]
+    swept = [o for o in overrides if not re.match(r"-m$|hydra/|hydra[.](?!searchpath)", o)] + ["hydra/launcher=basic"]
     for choice in range(4 if "-m" in overrides else 1):
         config = composed([picked(o, choice) for o in swept])
         method = build.build_method(config)

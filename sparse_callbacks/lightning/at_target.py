@@ -11,7 +11,8 @@ from sparse_callbacks.lightning.namespaces import Trainer, classes_elsewhere
 from sparse_callbacks.lightning.safe_files import save_atomically
 
 if TYPE_CHECKING:
-    AnyModelCheckpoint, AnyEarlyStopping = ModelCheckpoint, EarlyStopping
+    from pytorch_lightning.callbacks import EarlyStopping as AnyEarlyStopping
+    from pytorch_lightning.callbacks import ModelCheckpoint as AnyModelCheckpoint
 else:
     # a Trainer of the other Lightning knows these by its own classes: a checkpoint is called behind all other callbacks
     AnyModelCheckpoint = type("AnyModelCheckpoint", (ModelCheckpoint, *classes_elsewhere("Checkpoint")), {})

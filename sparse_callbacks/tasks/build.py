@@ -229,9 +229,18 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
     return trainer
 
 
+UNASKED = (
+    "GPU available: ",
+    "TPU available: ",
+    "`Trainer.fit` stopped: `max_epochs=",
+    "`Trainer.fit` stopped: `max_steps=",
+)
+"""How notices of Lightning begin that a run goes without; the last two would stand behind the bar, in its line."""
+
+
 def hide_lightning_notices() -> None:
-    """Keep Lightning's tips, its inventory of the machine, and a warning of its own use of a deprecated torch function, out of
-    the terminal.
+    """Keep Lightning's tips, its inventory of the machine, the news that a run has ended as it was asked to, and a warning of its
+    own use of a deprecated torch function, out of the terminal.
     """
     # the one logger of all notices; filters are compared by identity, so the second run of a process adds nothing
     rank_zero.log.addFilter(_is_news)
@@ -240,7 +249,7 @@ def hide_lightning_notices() -> None:
 
 def _is_news(record: logging.LogRecord) -> bool:
     text = record.getMessage()
-    return "Tip:" not in text and not text.startswith(("GPU available: ", "TPU available: "))
+    return "Tip:" not in text and not text.startswith(UNASKED)
 
 
 def checkpoint_to_resume(cfg: DictConfig) -> str | None:
