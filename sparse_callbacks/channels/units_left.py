@@ -32,55 +32,61 @@ def flops_network(
     return Network(layers, groups, costs.flops, 2 * other.multiply_adds)
 
 
-def without_units(model: nn.Module, groups: Sequence[Group], live: Sequence[Tensor], flops: Network) -> UnitsLeft:
-    """What is left of ``model`` with the units in ``live`` alone.
+def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
+    """Shapes of all parameters by name."""
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def without_units(
+    shapes: Mapping[str, torch.Size], groups: Sequence[Group], live: Sequence[Tensor], flops: Network
+) -> UnitsLeft:
+    """What is left of a model with the units in ``live`` alone.
 
     Args:
-        model: the dense model.
+        shapes: :func:`shapes_of` the dense model.
         groups: the groups whose units can go.
         live: for each group the units that it keeps, bool [size].
         flops: :func:`flops_network` of the groups.
     """
     kept = [int(keep.sum()) for keep in live]
     return UnitsLeft(
-        parameters=parameters_left(model, groups, live),
-        dense_parameters=sum(p.numel() for p in model.parameters()),
+        parameters=parameters_left(shapes, groups, live),
+        dense_parameters=sum(shape.numel() for shape in shapes.values()),
         flops=flops.realised(kept),
         dense_flops=flops.dense,
         units={g.name: (count, g.size) for g, count in zip(groups, kept, strict=True)},
     )
 
 
-def parameters_left(model: nn.Module, groups: Sequence[Group], live: Sequence[Tensor]) -> int:
+def parameters_left(shapes: Mapping[str, torch.Size], groups: Sequence[Group], live: Sequence[Tensor]) -> int:
     """Number of parameters that stay, biases and norms with their units.
 
     Args:
-        model, groups, live: as for :func:`without_units`.
+        shapes, groups, live: as for :func:`without_units`.
     """
-    params = dict(model.named_parameters())
     # what stays of each dimension; one that reads several groups loses the units of all
     stays: dict[str, dict[int, Tensor]] = {}
     for group, keep in zip(groups, live, strict=True):
         keep = keep.cpu()
         for member in group.members:
-            for name, dim, slices in _slices(member, member.kept(keep), params):
+            for name, dim, slices in _slices(member, member.kept(keep), shapes):
                 of_parameter = stays.setdefault(name, {})
                 of_parameter[dim] = slices & of_parameter.get(dim, slices)
     total = 0
-    for name, parameter in params.items():
-        count = parameter.numel()
+    for name, shape in shapes.items():
+        count = shape.numel()
         for dim, slices in stays.get(name, {}).items():
-            count = count // parameter.shape[dim] * int(slices.sum())
+            count = count // shape[dim] * int(slices.sum())
         total += count
     return total
 
 
-def _slices(member: Member, kept: Tensor, params: Mapping[str, Tensor]) -> list[tuple[str, int, Tensor]]:
+def _slices(member: Member, kept: Tensor, shapes: Mapping[str, torch.Size]) -> list[tuple[str, int, Tensor]]:
     """What stays of a member: of its own parameter, and of the bias that goes with its outputs, by name and dimension."""
-    found = [(member.parameter, member.dim, kept)] if member.parameter in params else []
+    found = [(member.parameter, member.dim, kept)] if member.parameter in shapes else []
     bias = f"{member.module}.bias"
-    if member.side != "in" and bias in params and member.parameter == f"{member.module}.weight":
-        size = params[bias].numel()
+    if member.side != "in" and bias in shapes and member.parameter == f"{member.module}.weight":
+        size = shapes[bias].numel()
         # a transposed convolution in groups has the same slice for an output of each group
         if size % len(kept) == 0:
             found.append((bias, 0, kept.repeat(size // len(kept))))

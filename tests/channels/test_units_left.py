@@ -6,7 +6,7 @@ from torch import nn
 
 from sparse_callbacks import slim
 from sparse_callbacks.channels.groups import channel_groups
-from sparse_callbacks.channels.units_left import flops_network, live_units, parameters_left, without_units
+from sparse_callbacks.channels.units_left import flops_network, live_units, parameters_left, shapes_of, without_units
 from sparse_callbacks.core.units_left import UnitsLeft
 
 
@@ -47,7 +47,7 @@ def test_what_is_left_is_what_slim_leaves(name: str, lost: int) -> None:
             masks[parameter] = (masks.get(parameter, torch.tensor(True)) & mask).expand_as(
                 model.get_parameter(parameter)
             )
-    left = without_units(model, groups, live, flops_network(model, x, groups))
+    left = without_units(shapes_of(model), groups, live, flops_network(model, x, groups))
     _, proof = slim(model, masks, x)
     assert (left.dense_parameters, left.parameters) == (proof.before.parameters, proof.after.parameters)
     assert (left.dense_flops, left.flops) == (proof.before.flops, proof.after.flops)
@@ -66,7 +66,7 @@ def test_a_unit_that_nothing_makes_is_not_live() -> None:
     assert live_units(group, {"2.weight": columns}).tolist() == [True, True, False, True]
     assert live_units(group, {}).all()
     live = live_units(group, {"0.weight": rows, "2.weight": columns})
-    assert parameters_left(model, [group], [live]) == 2 * 3 + 2 + 2 * 2 + 2
+    assert parameters_left(shapes_of(model), [group], [live]) == 2 * 3 + 2 + 2 * 2 + 2
 
 
 def test_a_network_without_products_has_all_of_its_flops() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparse_callbacks.channels import costs, prunable
 from sparse_callbacks.channels.groups import Group
-from sparse_callbacks.channels.units_left import flops_network, without_units
+from sparse_callbacks.channels.units_left import flops_network, shapes_of, without_units
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core.calendar import Time
 from sparse_callbacks.core.example_inputs import example_inputs
@@ -87,6 +87,8 @@ class BudgetedChannels(Method):
         """The number of units that each group keeps."""
         self.chunks: list[int] = []
         """For each group the number of neighbouring units that go together."""
+        self.left: UnitsLeft | None = None
+        """Parameters, FLOPs and units of the network without pruned channels; None before training starts."""
         self.optimizer_of: list[int] = []
         """Index of the optimizer that steps the consumers of each group."""
         self._grouped: dict[str, torch.Size] = {}  # shapes of the parameters that the groups were found with
@@ -119,6 +121,7 @@ class BudgetedChannels(Method):
         self._grouped = _shapes(self.params)
         self.look_at(model, example)
         self.network = budget.priced_network(model, example, layers, self.groups, self.cost, self._warn)
+        self.dense_shapes = shapes_of(model)
         counted = self.cost == "flops"
         self.flops = self.network if counted else flops_network(model, example, self.groups, layers)
         self.chunks = [allocation.in_units(self.chunk, g) for g in self.groups]
@@ -160,6 +163,8 @@ class BudgetedChannels(Method):
         """Find the units that each group keeps from the masks."""
         self.live = [prunable.kept_units(g, self.weights.masks) for g in self.groups]
         self.kept = [int(keep.sum()) for keep in self.live]
+        if self.groups:
+            self.left = without_units(self.dense_shapes, self.groups, self.live, self.flops)
 
     # ------------------------------------------------------------------ the choice
 
@@ -240,11 +245,10 @@ class BudgetedChannels(Method):
 
     def figures(self) -> dict[str, float]:
         """Cost, parameters and FLOPs of the pruned network as shares of the dense one's, and the units that each group keeps."""
-        left = units_left(self)
-        if left is None:
+        if self.left is None or not self.groups:
             return {}
-        kept = {f"kept/{name}": float(count) for name, (count, _) in left.units.items()}
-        return self.own_figures(cost=self._share(), **left.shares, **kept)
+        kept = {f"kept/{name}": float(count) for name, (count, _) in self.left.units.items()}
+        return self.own_figures(cost=self._share(), **self.left.shares, **kept)
 
     def outcome(self) -> dict[str, str]:
         if not self.groups:  # of a checkpoint whose run was in another process
@@ -263,9 +267,7 @@ class BudgetedChannels(Method):
 
 @units_left.register
 def _(method: BudgetedChannels, example_input: Any = None) -> UnitsLeft | None:
-    if not method.groups:  # of a checkpoint whose run was in another process
-        return None
-    return without_units(method.model, method.groups, method.live, method.flops)
+    return method.left if method.groups else None  # of a checkpoint whose run was in another process nothing is known
 
 
 @bar_figures.register

@@ -3,7 +3,7 @@
 from typing import Any
 
 from sparse_callbacks.channels.slim import slimmable_groups
-from sparse_callbacks.channels.units_left import flops_network, live_units, without_units
+from sparse_callbacks.channels.units_left import flops_network, live_units, shapes_of, without_units
 from sparse_callbacks.core.units_left import UnitsLeft, bar_figures, units_left
 from sparse_callbacks.methods.l0.l0 import ConstrainedL0
 
@@ -16,7 +16,7 @@ def _(method: ConstrainedL0, example_input: Any = None) -> UnitsLeft | None:
     groups = [group for group in slimmable_groups(method.model, example_input) if not group.reason]
     masks = method.masks
     live = [live_units(group, masks) for group in groups]
-    left = without_units(method.model, groups, live, flops_network(method.model, example_input, groups))
+    left = without_units(shapes_of(method.model), groups, live, flops_network(method.model, example_input, groups))
     # inputs of the network have gates too, and stay when units are removed
     read = {member.parameter for group in groups for member in group.consumers}
     for name in method.gated.members:
