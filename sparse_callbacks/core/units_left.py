@@ -1,4 +1,7 @@
-"""What is left of a network that loses whole units, in whose masks fewer zeros stand than removing them takes away."""
+"""What is left of a network that loses whole units.
+
+Its masks have fewer zeros than removing the units takes weights away, so that its sparsity says little.
+"""
 
 from dataclasses import dataclass
 from functools import singledispatch

@@ -1,4 +1,4 @@
-"""The progress bar: loss, accuracies and what is left of the network on one line, as wide as the terminal."""
+"""The progress bar: loss, accuracies and what is left of the network, as far as the line has room."""
 
 import shutil
 import sys
