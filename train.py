@@ -13,13 +13,16 @@ import hydra
 import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+from rich.table import Table
 
+from sparse_callbacks.lightning.at_target import BestAtTarget
 from sparse_callbacks.lightning.callback import SparsityCallback
 from sparse_callbacks.lightning.curves import step_number
-from sparse_callbacks.lightning.logged_network import log_end
+from sparse_callbacks.lightning.logged_network import log_end, summarize
 from sparse_callbacks.tasks import (
     build,
     checks,
+    early_network,
     loggers,
     multirun,
     objective,
@@ -28,8 +31,8 @@ from sparse_callbacks.tasks import (
     slim,
     summary,
     system_errors,
+    units,
 )
-from sparse_callbacks.tasks.at_target import BestAtTarget
 from sparse_callbacks.tasks.initial_weights import load_initial_weights
 from sparse_callbacks.tasks.plain_errors import end_refused, plain_errors, refusal, wants_frames
 from sparse_callbacks.tasks.safe_stop import RunStopped
@@ -71,6 +74,7 @@ def train(cfg: DictConfig, config_file: Path | None = None) -> dict[str, float]:
     """
     # the caller's configuration stays as it was, since several runs of a process may share it
     cfg = cfg.copy()
+    checks.take_numbers_as_names(cfg)
     folder = run_folder(cfg)
     cfg.output_dir = str(folder)
     # everything cheap that can be refused comes first, before data is read and loggers are started
@@ -79,6 +83,7 @@ def train(cfg: DictConfig, config_file: Path | None = None) -> dict[str, float]:
     checks.set_threads(cfg)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     method = build.build_method(cfg)
+    early_network.refuse_unmatched_globs(cfg, method)
     if cfg.slim:
         slim.check(method)
     resumed = build.checkpoint_to_resume(cfg)
@@ -115,7 +120,12 @@ def train(cfg: DictConfig, config_file: Path | None = None) -> dict[str, float]:
                 if report is None
                 else reports.finish_report(report, metrics, proof, with_page=cfg.get("report", True) is True)
             )
-            _report(metrics, method, trainer, folder, resumed is not None, slim_error, why_no_page)
+            left = units.left_of(method, module, data)
+            if left is not None and method is not None:
+                metrics |= method.own_figures(**left.shares)
+            tested = "best epoch" if cfg.test == "best" and best_checkpoint(trainer) else "last epoch"
+            table = summary.summary_table(metrics, method, resumed is not None, tested, left)
+            _report(metrics, table, trainer, folder, slim_error, why_no_page)
             _log_end(metrics, trainer, method, folder)
             if slim_error is not None:
                 raise slim_error
@@ -170,7 +180,7 @@ def _log_end(metrics: dict[str, float], trainer: pl.Trainer, method: SparsityCal
     """Tell the loggers what is known at the end only: the slim network, layers, figures, and what a budget came to."""
     step = step_number(trainer)
     loggers.log_results(trainer.loggers, {k: v for k, v in metrics.items() if k.startswith("slim/")}, step)
-    loggers.summarize(trainer.loggers, metrics)
+    summarize(trainer.loggers, metrics)
     if recorded_config.target_sparsity(method) is None:
         loggers.add_settings(trainer.loggers, {"sparsity": round(metrics["sparsity/total"], 4)})
     loggers.log_comparison(trainer.loggers, metrics, step)
@@ -179,14 +189,13 @@ def _log_end(metrics: dict[str, float], trainer: pl.Trainer, method: SparsityCal
 
 def _report(
     metrics: dict[str, float],
-    method: SparsityCallback | None,
+    table: Table,
     trainer: pl.Trainer,
     folder: Path,
-    resumed: bool,
     slim_error: Exception | None,
     why_no_page: str,
 ) -> None:
-    """Write metrics.json and print the table, which also says why slimming failed, or why there is no report."""
+    """Write metrics.json and print the table, and below it why slimming failed, or why there is no report."""
     summary.write_metrics(folder / "metrics.json", metrics)
     possible = ["report.html", "checkpoints/last.ckpt", "checkpoints/best.ckpt", "metrics.json", slim.FILE]
     possible += ["record/rows.jsonl", ".hydra/config.yaml"]
@@ -197,7 +206,7 @@ def _report(
     if why_no_page:
         places["report"] = why_no_page
     places |= dict(loggers.place(logger) for logger in trainer.loggers)
-    summary.show(metrics, method, places, resumed)
+    summary.show(table, places)
 
 
 @plain_errors(CONF)
@@ -223,7 +232,7 @@ def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
             raise
         # without a number it is a refusal of ours, in words of its own
         if isinstance(error, OSError) and error.errno is not None:
-            checkpoint = Path(cfg.output_dir or folder) / "checkpoints" / "last.ckpt"
+            checkpoint = Path(str(cfg.output_dir or folder)) / "checkpoints" / "last.ckpt"
             print(system_errors.why_ended(error, checkpoint), file=sys.stderr)
             if system_errors.saved_step(checkpoint) is not None:
                 _print_resume_command(checkpoint, folder)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sparse_callbacks.core.step import Step
     from sparse_callbacks.core.storages.exchange import exchange_layers, to_dense
     from sparse_callbacks.core.topology import Update
+    from sparse_callbacks.lightning.at_target import BestAtTarget, EarlyStoppingAtTarget
     from sparse_callbacks.lightning.callback import SparsityCallback
     from sparse_callbacks.lightning.curvature_monitor import CurvatureMonitor
     from sparse_callbacks.lightning.methods import (
@@ -59,12 +60,14 @@ __all__ = [
     "SMCP",
     "SNFS",
     "AllReLU",
+    "BestAtTarget",
     "ChannelPruning",
     "ConstrainedL0",
     "CurvatureMonitor",
     "DoctorWarning",
     "DropAndGrow",
     "EarlyCroP",
+    "EarlyStoppingAtTarget",
     "GaP",
     "Method",
     "Options",
@@ -110,9 +113,11 @@ _CALLBACKS = (
 )
 _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
     "AllReLU": "methods.all_relu",
+    "BestAtTarget": "lightning.at_target",
     "CurvatureMonitor": "lightning.curvature_monitor",
     "DoctorWarning": "core.doctor.warning",
     "DropAndGrow": "methods.drop_and_grow",
+    "EarlyStoppingAtTarget": "lightning.at_target",
     "Method": "core.method",
     "Options": "core.method",
     "Plan": "core.plan",

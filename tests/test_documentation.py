@@ -17,6 +17,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
+from pytorch_lightning.callbacks import ModelCheckpoint
 from support.nets import mlp
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -67,14 +68,20 @@ def names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     """What stands in the examples for the reader's own: a small network for images, and three batches."""
     monkeypatch.chdir(tmp_path)
     trainer = pl.Trainer
-    short = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    monkeypatch.setattr(pl, "Trainer", lambda **options: trainer(**(options | short), accelerator="cpu"))
+    short = {"max_epochs": 1, "logger": False, "enable_progress_bar": False}
+
+    def shortened(**options: Any) -> pl.Trainer:
+        keeps = any(isinstance(callback, ModelCheckpoint) for callback in options.get("callbacks", []))
+        return trainer(**(options | short), accelerator="cpu", enable_checkpointing=keeps)
+
+    monkeypatch.setattr(pl, "Trainer", shortened)
     x, y = torch.randn(12, 3, 16, 16), torch.randint(0, 4, (12,))
     module, callback = Classifier(image_net()), Static(0.5)
     pl.Trainer(callbacks=[callback]).fit(module, DataLoader(TensorDataset(x, y), batch_size=4))
     return {
         "your_module": Classifier(image_net()),
         "your_data": DataLoader(TensorDataset(x, y), batch_size=4),
+        "your_validation_data": DataLoader(TensorDataset(x, y), batch_size=4),
         "example_input": x,
         "model": module,
         "callback": callback,
@@ -139,6 +146,18 @@ def test_a_method_from_outside_passes_the_contract_and_runs_on_the_command_line(
     assert "0.949" in done.stdout or "0.95" in done.stdout
 
 
+def test_a_choice_of_ones_own_has_the_values_of_the_choice_that_it_is_made_of(tmp_path: Path) -> None:
+    """By the page alone, in the folder that --config-dir names."""
+    save_files(ROOT / "README.md", tmp_path)
+    mine = composed(["method=mine", f"hydra.searchpath=[file://{tmp_path}]"]).method
+    assert (mine.distribution, mine.drop_fraction) == ("uniform", 0.1)
+    others = {key for key, value in composed(["method=rigl"]).method.items() if mine[key] != value}
+    assert others == {"distribution", "drop_fraction"}
+    asked = [str(ROOT / "train.py"), "--config-dir", str(tmp_path), "method=mine", "--cfg", "job"]
+    done = subprocess.run([sys.executable, *asked], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "drop_fraction: 0.1" in done.stdout, done.stderr[-2000:]
+
+
 def test_there_are_examples_and_commands() -> None:
     assert [page.stem for page in PAGES if fences(page, "python")] == [
         "README",
@@ -181,11 +200,14 @@ def test_the_plan_that_is_shown_is_the_one_that_is_printed() -> None:
 
 
 @every_page
-def test_commands_are_understood(page: Path) -> None:
+def test_commands_are_understood(page: Path, tmp_path: Path) -> None:
+    save_files(page, tmp_path)
     for words in commands(page):
         match words:
             case ["python", "train.py", "--help"]:
                 pass
+            case ["python", "train.py", "--config-dir", "FOLDER", *overrides]:
+                understood_by_train([f"hydra.searchpath=[file://{tmp_path}]", *overrides])
             case ["python", "train.py", *overrides]:
                 understood_by_train(overrides)
             case ["python", "-m", "sparse_callbacks.latency", *arguments]:
@@ -227,7 +249,7 @@ def with_imported(script: Path) -> str:
 def understood_by_train(overrides: list[str]) -> None:
     """Every run of the command has a configuration, whose method can be made."""
     # plugins of Hydra choose how jobs are launched and swept; a composition without them is the same job
-    swept = [o for o in overrides if not re.match(r"-m$|hydra[./]", o)] + ["hydra/launcher=basic"]
+    swept = [o for o in overrides if not re.match(r"-m$|hydra/|hydra[.](?!searchpath)", o)] + ["hydra/launcher=basic"]
     for choice in range(4 if "-m" in overrides else 1):
         config = composed([picked(o, choice) for o in swept])
         method = build.build_method(config)

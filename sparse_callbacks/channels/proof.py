@@ -113,14 +113,20 @@ class Proof:
                 f"{after.flops / samples:,.0f}",
                 after.flops / max(1, before.flops),
             ),
-            ("latency", f"{before.latency:.2f} ms", f"{after.latency:.2f} ms", after.latency / before.latency),
+            (
+                self._latency_label,
+                f"{before.latency:.2f} ms",
+                f"{after.latency:.2f} ms",
+                after.latency / before.latency,
+            ),
         ]
         precision = str(self.precision).removeprefix("torch.")
         # a model without convolutions and linear layers has no rows
         width = max((len(r.name) for r in self.rows), default=5) + 2
+        label = max(len(name) for name, *_ in costs) + 2
         lines = [
-            f"{'':12}{'before':>18}{'after':>18}{'ratio':>8}",
-            *[f"{name:12}{old:>18}{new:>18}{ratio:8.3f}" for name, old, new, ratio in costs],
+            f"{'':{label}}{'before':>14}{'after':>14}{'ratio':>8}",
+            *[f"{name:{label}}{old:>14}{new:>14}{ratio:8.3f}" for name, old, new, ratio in costs],
             self._input_note,
             f"outputs on given inputs:  {self.given}",
             f"outputs on random inputs: {self.random}",
@@ -139,10 +145,14 @@ class Proof:
         return "\n".join(lines)
 
     @property
+    def _latency_label(self) -> str:
+        return "latency" if self.samples is None else f"latency, batch of {self.samples}"
+
+    @property
     def _input_note(self) -> str:
         if self.samples is None:
             return "FLOPs and latency of a forward pass on the whole example input; a multiply-add is two FLOPs"
-        return f"FLOPs of a forward pass, per sample (a multiply-add is two); latency of {self.samples}"
+        return "FLOPs of a forward pass for one sample (a multiply-add is two); latency of one for the whole batch"
 
 
 class Compared(NamedTuple):

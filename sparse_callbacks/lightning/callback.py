@@ -211,8 +211,11 @@ class SparsityCallback(Method, AnyCallback):
         engine.events |= self.batch_end(end) or {}  # an override may give nothing
         peers = peers_of(trainer)
         leads = peers[0] is self  # one callback speaks for the whole network
-        if leads and (batch_idx == 0 or any(c.engine.events for c in peers) or fit.logged_at < 0):
-            pl_module.log("sparsity/total", curves.whole_network(peers)["sparsity/total"], prog_bar=True, logger=False)
+        if leads and (batch_idx == 0 or end.epoch_over or any(c.engine.events for c in peers) or fit.logged_at < 0):
+            shown = curves.shown_in_bar(peers)
+            for name, value in {**curves.whole_network(peers), **shown}.items():
+                if name != "sparsity/model":
+                    pl_module.log(name, value, prog_bar=name in shown, logger=False)
         step = curves.step_number(trainer)
         if engine.events or (step != fit.logged_at and curves.row_is_due(trainer)):
             self._log(trainer, step)

@@ -6,6 +6,7 @@ from typing import Any
 
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.sparsity import joint_sparsity, layer_sparsity
+from sparse_callbacks.core.units_left import bar_figures
 from sparse_callbacks.lightning.namespaces import Trainer
 
 RECORDED = ("flops/", "active/", "bytes/", "topology/")
@@ -28,6 +29,13 @@ def row(method: Method, events: dict[str, float], methods: Sequence[Method]) -> 
 def whole_network(methods: Sequence[Method]) -> dict[str, float]:
     """``sparsity/total`` and ``sparsity/model`` over the weights of all methods of one model."""
     return joint_sparsity([m.weights for m in methods], sum(e.size for e in methods[0].entries))
+
+
+def shown_in_bar(methods: Sequence[Method]) -> dict[str, float]:
+    """Figures that a progress bar shows of the network: those of a method whose sparsity would mislead, or the sparsity."""
+    # those of several methods are each of the whole network, and none of them is true of it
+    own = bar_figures(methods[0]) if len(methods) == 1 else {}
+    return own or {"sparsity/total": whole_network(methods)["sparsity/total"]}
 
 
 def logged_metrics(trainer: Trainer) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """What dashboards show of a network at the end of its run: a table of layers, histograms, figures."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,6 +172,20 @@ def log_pictures(loggers: Iterable[Logger], folder: Path, step: int) -> None:
             elif isinstance(logger, TensorBoardLogger):
                 picture = extra("matplotlib.image", "report").imread(path)  # [height, width, channels] in [0, 1]
                 logger.experiment.add_image(f"figures/{path.stem}", picture, step, dataformats="HWC")
+
+
+@rank_zero_only
+def summarize(loggers: Iterable[Logger], figures: Mapping[str, float]) -> None:
+    """Put figures into the summary of W&B runs, the columns of their table, where the latest value of every logged metric is
+    already. Other loggers are passed over.
+
+    Args:
+        loggers: the loggers of the run.
+        figures: numbers by the names of their columns.
+    """
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.summary.update(dict(figures))
 
 
 def log_end(loggers: Iterable[Logger], methods: Sequence[Method], folder: Path, step: int) -> None:

@@ -16,7 +16,16 @@ Trainer = Any
 
 def callback_classes() -> tuple[type[Any], ...]:
     """``pytorch_lightning.Callback``, and ``lightning.pytorch.Callback`` where that package is installed."""
-    found: list[type[Any]] = [Callback]
+    return (Callback, *classes_elsewhere("Callback"))
+
+
+def classes_elsewhere(name: str) -> tuple[type[Any], ...]:
+    """The class of this name in ``lightning.pytorch.callbacks``; empty where that package is not installed.
+
+    Args:
+        name: a class whose hooks are all empty, such as ``"Callback"`` or ``"Checkpoint"``, so that it may stand behind a class
+            of ``pytorch_lightning``.
+    """
     with suppress(ImportError):  # where it is not installed, nobody can run a Trainer of it
-        found.append(importlib.import_module(_OTHER).Callback)
-    return tuple(found)
+        return (getattr(importlib.import_module(f"{_OTHER}.callbacks"), name),)
+    return ()

@@ -82,8 +82,9 @@ def warnings_for(trainer: Any, dense_at_first: bool) -> Iterator[str]:
             if compares and not getattr(callback, "only_at_target", False):
                 yield (
                     f"{type(callback).__name__}(monitor={callback.monitor!r}) also counts epochs before the target "
-                    "sparsity is reached, and the best of them is usually a dense one. Save the last checkpoint, or "
-                    "monitor a metric that you log only while the sparsity callback's at_target is True."
+                    "sparsity is reached, and the best of them is usually a dense one. Use sparse_callbacks.BestAtTarget or "
+                    "EarlyStoppingAtTarget, which leave these epochs out, or monitor a metric that you log only while the "
+                    "sparsity callback's at_target is True."
                 )
 
 

@@ -154,7 +154,12 @@ def _other_gains(run: RecordedRun, dense: RecordedRun | None) -> list[Gain]:
     if before is not None and after is not None:
         change = readable.fewer(after, before, words=("faster", "slower"))
         found.append(
-            Gain("latency, slim beside masked", readable.milliseconds(after), readable.milliseconds(before), change)
+            Gain(
+                f"latency{_batch_of(run)}, slim beside masked",
+                readable.milliseconds(after),
+                readable.milliseconds(before),
+                change,
+            )
         )
     return found
 
@@ -200,4 +205,10 @@ def _latency_tile(run: RecordedRun) -> tuple[str, str, str]:
     if measured is None:
         return ("latency", "not measured", "slimming measures it (slim=true)")
     masked = f"masked: {readable.milliseconds(before['latency'])}" if "latency" in before else ""
-    return ("latency, slim network", readable.milliseconds(measured), masked)
+    return (f"latency{_batch_of(run)}, slim network", readable.milliseconds(measured), masked)
+
+
+def _batch_of(run: RecordedRun) -> str:
+    """How many samples a latency is of, as words that follow it; empty where it is not known."""
+    samples = number(run.run.channels, "samples")
+    return "" if samples is None else f" of {samples:,g} samples"

@@ -25,18 +25,20 @@ from sparse_callbacks.core.checkpoint_file import read_mapping
 from sparse_callbacks.core.constructors import argument_names
 from sparse_callbacks.core.method import DEFAULT_SPARSITY, Options
 from sparse_callbacks.core.schedules import with_curve
+from sparse_callbacks.lightning.at_target import BestAtTarget, EarlyStoppingAtTarget
 from sparse_callbacks.lightning.callback import SparsityCallback
 from sparse_callbacks.lightning.curvature_monitor import CurvatureMonitor
 from sparse_callbacks.lightning.resumed_file import refuse_other_parts
 from sparse_callbacks.lightning.sparsity_report import SparsityReport
-from sparse_callbacks.tasks import recorded_config, run_names
-from sparse_callbacks.tasks.at_target import BestAtTarget, EarlyStoppingAtTarget
+from sparse_callbacks.tasks import recorded_config, resolvers, run_names
 from sparse_callbacks.tasks.classifier import Classifier, Optim
 from sparse_callbacks.tasks.data.module import MemoryData
 from sparse_callbacks.tasks.given_arguments import group_values, refuse_unknown_arguments, refuse_wrong_arguments
 from sparse_callbacks.tasks.progress_bar import ShortProgressBar
 from sparse_callbacks.tasks.run_state import RunState
 from sparse_callbacks.tasks.safe_stop import SafeStop
+
+resolvers.register()  # whoever builds from a configuration has to read it
 
 
 def method_arguments(
@@ -211,8 +213,8 @@ def build_callbacks(
     if logged:
         callbacks += [LearningRateMonitor(logging_interval="step"), recorded_config.fit_recorder(method)]
     if cfg.early_stopping is not None:
-        callbacks.append(EarlyStoppingAtTarget(cfg.early_stopping))
-    callbacks.append(BestAtTarget(str(folder)))
+        callbacks.append(EarlyStoppingAtTarget("val/acc", "max", cfg.early_stopping))
+    callbacks.append(BestAtTarget("val/acc", "max", folder))
     callbacks.append(SafeStop(folder / "last.ckpt", cfg.checkpoint_every))
     return callbacks
 
@@ -227,9 +229,18 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
     return trainer
 
 
+UNASKED = (
+    "GPU available: ",
+    "TPU available: ",
+    "`Trainer.fit` stopped: `max_epochs=",
+    "`Trainer.fit` stopped: `max_steps=",
+)
+"""How notices of Lightning begin that a run goes without; the last two would stand behind the bar, in its line."""
+
+
 def hide_lightning_notices() -> None:
-    """Keep Lightning's tips, its inventory of the machine, and a warning of its own use of a deprecated torch function, out of
-    the terminal.
+    """Keep Lightning's tips, its inventory of the machine, the news that a run has ended as it was asked to, and a warning of its
+    own use of a deprecated torch function, out of the terminal.
     """
     # the one logger of all notices; filters are compared by identity, so the second run of a process adds nothing
     rank_zero.log.addFilter(_is_news)
@@ -238,7 +249,7 @@ def hide_lightning_notices() -> None:
 
 def _is_news(record: logging.LogRecord) -> bool:
     text = record.getMessage()
-    return "Tip:" not in text and not text.startswith(("GPU available: ", "TPU available: "))
+    return "Tip:" not in text and not text.startswith(UNASKED)
 
 
 def checkpoint_to_resume(cfg: DictConfig) -> str | None:

@@ -28,6 +28,18 @@ KEYS = (
 """Keys of the root that somebody reads."""
 
 
+PATHS = ("data.root", "data.path", "ckpt_path", "initial_weights", "output_dir", "dense_run")
+"""Keys of files and folders."""
+
+
+def take_numbers_as_names(cfg: DictConfig) -> None:
+    """Turn files and folders whose names are whole numbers, which Hydra reads as such (``data.root=2024``), into text."""
+    for key in PATHS:
+        value = OmegaConf.select(cfg, key)
+        if isinstance(value, int) and not isinstance(value, bool):
+            OmegaConf.update(cfg, key, str(value))
+
+
 def check_seeds(cfg: DictConfig) -> None:
     """Refuse seeds that no generator takes.
 

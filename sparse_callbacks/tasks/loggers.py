@@ -132,16 +132,6 @@ def log_results(loggers: Iterable[Logger], results: Mapping[str, float], step: i
 
 
 @rank_zero_only
-def summarize(loggers: Iterable[Logger], figures: Mapping[str, float]) -> None:
-    """Put figures into the summary of W&B runs, the columns of their table, where the latest value of every logged metric is
-    already.
-    """
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.summary.update(dict(figures))
-
-
-@rank_zero_only
 def log_comparison(loggers: Iterable[Logger], metrics: Mapping[str, float], step: int) -> None:
     """Make a run a row of TensorBoard's table of hyperparameters, which takes configuration and results at once.
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
 
-from sparse_callbacks.core.files import replacing
+from sparse_callbacks.lightning.safe_files import save_atomically
 from sparse_callbacks.tasks.run_state import inside_window
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -157,14 +157,3 @@ def validates_after(trainer: pl.Trainer, batch_idx: int) -> bool:
     # with check_val_every_n_epoch=None Lightning counts batches over all epochs
     last = batch_idx if epochs is not None else trainer.fit_loop.total_batch_idx
     return bool((last + 1) % batches == 0)
-
-
-def save_atomically(trainer: pl.Trainer, path: Path) -> None:
-    """Write a checkpoint beside `path`, then move it there in one operation; every process has to call this."""
-    if trainer.is_global_zero:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as beside:
-            trainer.save_checkpoint(beside, weights_only=False)
-    else:  # it takes part in collecting the state, and writes nothing
-        trainer.save_checkpoint(path, weights_only=False)
-    trainer.strategy.barrier("save_atomically")

@@ -59,7 +59,9 @@ def slimmed(
     images, _ = next(iter(data.test_dataloader()))
     sample = images[:BATCH].to(module.device)
     small, proof = slim(module.model, masks, sample)
-    proof = replace(proof, samples=len(sample))
+    # the names that the plan and the final table have
+    rows = tuple(replace(row, name=f"model.{row.name}") for row in proof.rows)
+    proof = replace(proof, samples=len(sample), rows=rows)
     save_compact(small, folder / FILE)
     metrics = {
         "slim/removed": float(proof.removed),

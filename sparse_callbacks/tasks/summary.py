@@ -4,14 +4,17 @@ import json
 import math
 import re
 import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from sparse_callbacks.core.files import replacing
+from sparse_callbacks.core.units_left import UnitsLeft
 from sparse_callbacks.lightning.callback import SparsityCallback
 
 
@@ -51,18 +54,35 @@ def relative(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def summary_table(metrics: Mapping[str, float], method: SparsityCallback | None, resumed: bool = False) -> Table:
-    """Accuracies, exact sparsity overall and of each layer, and updates.
+NARROW = 72
+"""Columns below which a table that does not fit goes without its frame."""
+
+
+def summary_table(
+    metrics: Mapping[str, float],
+    method: SparsityCallback | None,
+    resumed: bool = False,
+    tested: str = "last epoch",
+    left: UnitsLeft | None = None,
+) -> Table:
+    """Accuracies, what is left of the network, overall and in each layer, and updates.
 
     Args:
         metrics: the figures of the run by their keys in metrics.json.
         method: the sparsity callback after training; None for a dense run.
         resumed: whether the run was resumed, so that its time counts only from then on.
+        tested: which network was tested, in words.
+        left: parameters, FLOPs and units of a network that loses units, which stand in the place of the sparsity; None where
+            the sparsity says it.
     """
     out = Table(title="dense run" if method is None else type(method).__name__, title_justify="left", show_header=False)
-    out.add_column(style="bold")
+    out.add_column(style="bold", overflow="fold")
     out.add_column(overflow="fold")
-    labels = {"test/acc": "test accuracy", "slim/test/acc": "test accuracy, slim", "val/acc": "val accuracy"}
+    labels = {
+        "test/acc": f"test accuracy, {tested}",
+        "slim/test/acc": "the same, slim",
+        "val/acc": "val accuracy, last epoch",
+    }
     for key, label in labels.items():
         if key in metrics:
             out.add_row(label, f"{100 * metrics[key]:.2f} %")
@@ -70,40 +90,52 @@ def summary_table(metrics: Mapping[str, float], method: SparsityCallback | None,
     out.add_row("epochs, steps", f"{metrics['epochs']:g}, {metrics['steps']:g} in {metrics['seconds']:.1f} s{since}")
     if method is not None:
         out.add_section()
-        _add_sparsity(out, metrics, method)
+        if left is None:
+            _add_sparsity(out, metrics, method)
+        else:
+            _add_units(out, left)
+        out.add_row("topology updates", f"{metrics['updates']:g}")
+        for label, reached in method.outcome().items():
+            out.add_row(label, escape(reached))
+        if (warning := target_warning(method)) is not None:
+            out.add_row("target", escape(warning), style="yellow")
     return out
 
 
 def _add_sparsity(out: Table, metrics: Mapping[str, float], method: SparsityCallback) -> None:
-    """Add the rows of a sparse run."""
+    """Add zeros among the weights, of all and of each layer."""
     weights, active = method.weights, method.weights.active_counts  # masks of exchanged layers would be made for it
     left = f"{sum(active.values()):,} of {weights.size_of_all:,} weights left"
     out.add_row("sparsity", f"{metrics['sparsity/total']:.6f}  ({left})")
     out.add_row("sparsity of the whole model", f"{metrics['sparsity/model']:.6f}")
     for name in method.params:
-        out.add_row(f"  {name}", f"{metrics[f'sparsity/{name}']:.6f}  ({active[name]:,} of {weights.size(name):,})")
-    out.add_row("topology updates", f"{metrics['updates']:g}")
-    for label, reached in method.outcome().items():
-        out.add_row(label, reached)
-    warning = target_warning(method)
-    if warning is not None:
-        out.add_row("target", escape(warning), style="yellow")
+        out.add_row(
+            f"  {escape(name)}", f"{metrics[f'sparsity/{name}']:.6f}  ({active[name]:,} of {weights.size(name):,})"
+        )
 
 
-def show(
-    metrics: Mapping[str, float], method: SparsityCallback | None, places: Mapping[str, str], resumed: bool = False
-) -> None:
-    """Print the table of `summary_table`, as wide as the terminal at most, and below it what is to be found where.
+def _add_units(out: Table, left: UnitsLeft) -> None:
+    """Add parameters, FLOPs and units that are kept."""
+    shares = left.shares
+    out.add_row("parameters", f"{left.parameters:,} of {left.dense_parameters:,}  ({100 * shares['parameters']:.1f} %)")
+    out.add_row("FLOPs of one sample", f"{left.flops:,.0f} of {left.dense_flops:,.0f}  ({100 * shares['flops']:.1f} %)")
+    for name, (kept, size) in left.units.items():
+        out.add_row(f"  {escape(name)}", f"{kept:,} of {size:,} units")
+
+
+def show(table: Table, places: Mapping[str, str]) -> None:
+    """Print a table, as wide as the terminal at most, and below it what is to be found where.
 
     Args:
-        metrics, method, resumed: as in `summary_table`.
+        table: that of `summary_table`.
         places: what is to be found where; a line each, which is never broken, as it is there to be copied.
     """
-    console = Console()
-    table = summary_table(metrics, method, resumed)
     # a log file has no width that a line could exceed
-    width = None if console.is_terminal else Console(width=1000).measure(table).maximum
-    Console(width=width).print(table)
+    width = shutil.get_terminal_size().columns if Console().is_terminal else Console(width=1000).measure(table).maximum
+    if width < NARROW and width < Console(width=1000).measure(table).maximum:
+        table.box, table.pad_edge = box.SIMPLE, False
+    console = Console(width=width)
+    console.print(table, width=width)  # a console without cursor control does not look at its own
     for what, where in places.items():
         # an extra's name in brackets is text, and no markup of rich
         console.print(f"{what}: {where}", soft_wrap=True, highlight=False, markup=False)

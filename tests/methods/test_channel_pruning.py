@@ -68,7 +68,7 @@ def test_the_budget_of_every_time_is_met_and_what_is_pruned_stays_pruned(criteri
     assert nested(masks)
     assert kept[0] == [g.size for g in callback.groups]
     assert kept[-1] == callback.kept != kept[0]
-    assert callback.outcome()["flops"].endswith("(budget 0.4)")
+    assert callback.outcome()["budget"].endswith("(at most 0.4)")
     small, proof = slim(module.eval(), callback.masks, torch.zeros(1, 2, 5, 5))
     assert proof.removed == sum(g.size for g in callback.groups) - sum(callback.kept)
     x = torch.randn(3, 2, 5, 5)
@@ -397,7 +397,7 @@ def test_a_method_under_a_budget_says_how_it_chooses() -> None:
 
 def test_a_budget_that_no_network_meets_is_refused_with_the_smallest_one() -> None:
     with pytest.raises(
-        ValueError, match=r"budget=0\.01 of the flops cannot be met.*Give budget=0\.\d+ or more"
+        ValueError, match=r"budget=0\.01 of the FLOPs cannot be met.*Give budget=0\.\d+ or more"
     ) as error:
         fit(Classifier(conv_net()), pruning(0.01))
     feasible = float(re.search(r"Give budget=(\S+) ", str(error.value))[1])  # type: ignore[index]
@@ -429,7 +429,7 @@ def test_batches_that_the_loss_cannot_take_are_refused_in_words() -> None:
 def test_the_plan_names_the_budget_and_the_run_what_it_has_missed() -> None:
     assert str(pruning(0.4, cost="parameters").plan(conv_net())).startswith("ChannelPruning: 0.4 of the parameters")
     with pytest.warns(
-        UserWarning, match=r"ChannelPruning ended at 0\.\d+ of the dense flops, before the solve for its budget"
+        UserWarning, match=r"ChannelPruning ended at 0\.\d+ of the dense FLOPs, before the solve for its budget"
     ):
         fit(Classifier(conv_net()), pruning(0.4), max_epochs=1)
 

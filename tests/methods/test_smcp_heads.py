@@ -46,7 +46,7 @@ def test_heads_go_during_training_and_the_slim_network_costs_what_the_run_says()
     small, proof = slim(net.eval(), masks, EXAMPLE)
     assert proof.cut == 0
     left = sum(p.numel() for p in small.parameters() if p.ndim > 1)
-    assert left / WEIGHTS == pytest.approx(float(method.outcome()["parameters"].split()[0]), abs=1e-4)
+    assert left / WEIGHTS == pytest.approx(float(method.outcome()["budget"].split()[0]), abs=1e-4)
     assert left <= 0.4 * WEIGHTS
 
 

@@ -139,7 +139,7 @@ def test_compiled_modules_are_looked_at_too(compiled: str) -> None:
 def test_a_run_that_ends_before_its_last_solve_says_so() -> None:
     callback = method(0.4)
     with pytest.warns(
-        UserWarning, match=r"SMCP ended at 0\.\d+ of the dense flops, before the solve for its budget of 0\.4: 8 steps"
+        UserWarning, match=r"SMCP ended at 0\.\d+ of the dense FLOPs, before the solve for its budget of 0\.4: 8 steps"
     ):
         fit(Classifier(conv_net()), callback, max_epochs=1)
     assert not callback.at_target
@@ -188,7 +188,7 @@ def test_a_budget_that_no_network_meets_is_refused_with_the_smallest_one() -> No
     module = Classifier(conv_net())
     before = {n: t.clone() for n, t in module.state_dict().items()}
     with pytest.raises(
-        ValueError, match=r"budget=0\.01 of the flops cannot be met.*Give budget=0\.\d+ or more, or a small"
+        ValueError, match=r"budget=0\.01 of the FLOPs cannot be met.*Give budget=0\.\d+ or more, or a small"
     ) as error:
         fit(module, method(0.01))
     assert differences(before, dict(module.state_dict())) == []
@@ -214,7 +214,7 @@ def test_what_can_go_and_why_the_rest_stays_is_shown(capsys: pytest.CaptureFixtu
     shown = " ".join(capsys.readouterr().out.split())
     assert "net.3.one 16 4, 8, ... 16 net.6 24 4, 8, ... 24 net.10 stay these are outputs of the network" in shown
     assert "net.0 stay net.0 is the stem" in shown
-    assert re.search(r"With the fewest channels 0\.\d{4} of the flops are left\.", shown)
+    assert re.search(r"With the fewest channels 0\.\d{4} of the FLOPs are left\.", shown)
     assert "net.0.weight 16x2x3x3 288 budget" in shown
 
 

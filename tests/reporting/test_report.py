@@ -72,11 +72,11 @@ def test_a_page_says_what_was_gained_beside_the_dense_run(page: Page) -> None:
     assert "zeros 90 % of the sparse layers; whole model 90.2 %" in page.text
     assert "inference FLOPs 544 10 x fewer than dense; slim network: 272" in page.text
     assert "training FLOPs 20.9 M 10 x fewer than dense" in page.text
-    assert "latency, slim network 1 ms masked: 2 ms" in page.text
+    assert "latency of 8 samples, slim network 1 ms masked: 2 ms" in page.text
     assert "test/acc 87.20 % 89.00 % -1.80 points" in page.text
     assert "weights in the sparse layers 272 2,720 10 x fewer" in page.text
     assert "FLOPs of the training, beside the dense run 20.9 M 209 M 10 x fewer" in page.text
-    assert "latency, slim beside masked 1 ms 2 ms 2 x faster" in page.text
+    assert "latency of 8 samples, slim beside masked 1 ms 2 ms 2 x faster" in page.text
     # of one sample, as all FLOPs of the page: a record holds those of slimming so
     assert "FLOPs of one sample at inference 544 5,440 10 x fewer" in page.text
     assert "… of the slim network 272 5,440 20 x fewer" in page.text

@@ -147,6 +147,8 @@ def test_latency_is_that_of_slimming_or_not_measured() -> None:
     assert tiles(of_rows([], results={"slim/latency": 0.0713}), None)[-1][1] == "71.3 \N{MICRO SIGN}s"
     costs = {"before": {"latency": 4.0}, "after": {"latency": 2.0}}
     assert tiles(of_rows([], channels=costs), None)[-1] == ("latency, slim network", "2 ms", "masked: 4 ms")
+    named = tiles(of_rows([], channels={**costs, "samples": 8}), None)[-1][0]
+    assert named == "latency of 8 samples, slim network"
     [gain] = gains(of_rows([], channels=costs), None)["FLOPs, memory and time"]
     assert (gain.own, gain.dense) == ("2 ms", "4 ms")
 

@@ -82,6 +82,17 @@ VALUES = [
     ("sparsity=[0.9]", "sparsity=[0.9]"),
     ("method.drop_fraction=2", "drop_fraction"),
     ("method.every=0", "every=0"),
+    (
+        "method.include=[conv*]",
+        "include=['conv*'] matches no parameter that can be sparse. Candidates: model.1.weight, ",
+    ),
+    (("method=gmp", "method.exclude=[net.*]"), "exclude=['net.*'] matches no parameter"),
+    (("model=wrn_22_2", "data=cifar10", "method.include=[fc*]"), "include=['fc*'] matches no parameter"),
+    (
+        ("data=mnist", "data.root=2024"),
+        "/2024, because its files are not there. Say where it lies with data.root=FOLDER",
+    ),
+    (("data=mnist", "data.root=[a]"), "data.root=['a'] is not of a type that torchvision_set takes."),
     ("method.every=ten", "every='ten'"),
     (("method.start=0.8", "method.stop=0.2"), "stop"),
     (("method=none", "sparsity=0.9"), "sparsity=0.9, but method=none trains dense and has no sparsity."),

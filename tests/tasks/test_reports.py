@@ -71,7 +71,7 @@ def test_the_proof_of_slimming_is_in_the_record(run: Run, pages: Any, tmp_path: 
     assert channels["samples"] == 8
     first = next(line for line in channels["proof"].splitlines() if line.startswith("FLOPs "))
     assert float(first.split()[1].replace(",", "")) == channels["before"]["flops"]
-    assert "FLOPs of a forward pass, per sample (a multiply-add is two); latency of 8" in channels["proof"]
+    assert "latency, batch of 8 " in channels["proof"]
     assert sum(group["removed"] for group in channels["groups"]) == metrics["slim/removed"]
     assert "outputs on given inputs" in channels["proof"]
 

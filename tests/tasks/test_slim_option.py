@@ -39,8 +39,12 @@ def test_the_tested_network_is_made_smaller_tested_again_and_saved(
     assert json.loads((tmp_path / "run/metrics.json").read_text()) == pytest.approx(metrics)
     for words in (
         "before after ratio parameters 1,810 910",
-        "test accuracy, slim",
-        "flops 0.5000 of the dense network's (budget 0.5)",
+        "test accuracy, " + ("best epoch" if tested == "best" else "last epoch"),
+        "the same, slim",
+        "parameters 910 of 1,810 (50.3 %)",
+        "FLOPs of one sample 1,776 of 3,552 (50.0 %)",
+        "budget 0.5000 of the dense network's FLOPs (at most 0.5)",
+        "model.1 12 of 24 units",
     ):
         assert words in shown
     assert "slim.safetensors" in shown

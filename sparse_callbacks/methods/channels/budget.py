@@ -16,11 +16,12 @@ from sparse_callbacks.methods.channels import allocation
 
 TABLE_TOLERANCE = 0.01  # relative; larger differences between two sums of times are taken for two models
 COSTS: dict[str, costs.LayerCost] = {"parameters": costs.parameters, "flops": costs.flops}
+NAMES = {"parameters": "parameters", "flops": "FLOPs"}
 
 
 def cost_name(cost: str) -> str:
     """The cost that a budget is a share of, in words."""
-    return cost if cost in COSTS else f"latency in {cost}"
+    return NAMES.get(cost, f"latency in {cost}")
 
 
 def priced_network(

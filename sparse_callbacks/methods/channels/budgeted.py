@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparse_callbacks.channels import costs, prunable
 from sparse_callbacks.channels.groups import Group
+from sparse_callbacks.channels.units_left import flops_network, shapes_of, without_units
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core.calendar import Time
 from sparse_callbacks.core.example_inputs import example_inputs
@@ -18,6 +19,7 @@ from sparse_callbacks.core.method import Method, Options
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.topology import Update
+from sparse_callbacks.core.units_left import UnitsLeft, bar_figures, units_left
 from sparse_callbacks.methods.channels import allocation, budget
 from sparse_callbacks.methods.channels.arguments import refuse_budget_arguments, refuse_other_options
 from sparse_callbacks.methods.channels.rankings import Choice, Offer
@@ -85,6 +87,8 @@ class BudgetedChannels(Method):
         """The number of units that each group keeps."""
         self.chunks: list[int] = []
         """For each group the number of neighbouring units that go together."""
+        self.left: UnitsLeft | None = None
+        """Parameters, FLOPs and units of the network without pruned channels; None before training starts."""
         self.optimizer_of: list[int] = []
         """Index of the optimizer that steps the consumers of each group."""
         self._grouped: dict[str, torch.Size] = {}  # shapes of the parameters that the groups were found with
@@ -117,6 +121,9 @@ class BudgetedChannels(Method):
         self._grouped = _shapes(self.params)
         self.look_at(model, example)
         self.network = budget.priced_network(model, example, layers, self.groups, self.cost, self._warn)
+        self.dense_shapes = shapes_of(model)
+        counted = self.cost == "flops"
+        self.flops = self.network if counted else flops_network(model, example, self.groups, layers)
         self.chunks = [allocation.in_units(self.chunk, g) for g in self.groups]
         rounding = [allocation.in_units(self.round_to, g) for g in self.groups]
         self._options = [
@@ -156,6 +163,8 @@ class BudgetedChannels(Method):
         """Find the units that each group keeps from the masks."""
         self.live = [prunable.kept_units(g, self.weights.masks) for g in self.groups]
         self.kept = [int(keep.sum()) for keep in self.live]
+        if self.groups:
+            self.left = without_units(self.dense_shapes, self.groups, self.live, self.flops)
 
     # ------------------------------------------------------------------ the choice
 
@@ -235,16 +244,17 @@ class BudgetedChannels(Method):
         return bool(solved) and all(self.progress.done.get(o, -1) >= stop for o in solved)
 
     def figures(self) -> dict[str, float]:
-        """Cost of the pruned network as a share of the dense one's, and the units that each group keeps."""
-        if not self.groups:
+        """Cost, parameters and FLOPs of the pruned network as shares of the dense one's, and the units that each group keeps."""
+        if self.left is None or not self.groups:
             return {}
-        kept = {f"kept/{g.name}": float(k) for g, k in zip(self.groups, self.kept, strict=True)}
-        return self.own_figures(cost=self._share(), **kept)
+        kept = {f"kept/{name}": float(count) for name, (count, _) in self.left.units.items()}
+        return self.own_figures(cost=self._share(), **self.left.shares, **kept)
 
     def outcome(self) -> dict[str, str]:
         if not self.groups:  # of a checkpoint whose run was in another process
             return {}
-        return {budget.cost_name(self.cost): f"{self._share():.4f} of the dense network's (budget {self.budget:g})"}
+        cost = budget.cost_name(self.cost)
+        return {"budget": f"{self._share():.4f} of the dense network's {cost} (at most {self.budget:g})"}
 
     def shortfall(self) -> str:
         where = f"at {self._share():.4f} of the dense {budget.cost_name(self.cost)}, " if self.groups else ""
@@ -253,6 +263,17 @@ class BudgetedChannels(Method):
             f"the solve for its budget of {self.budget:g}: {self.step} steps were taken and that solve is due at step "
             f"{self.times.stop}. Train longer, or give an earlier stop=."
         )
+
+
+@units_left.register
+def _(method: BudgetedChannels, example_input: Any = None) -> UnitsLeft | None:
+    return method.left if method.groups else None  # of a checkpoint whose run was in another process nothing is known
+
+
+@bar_figures.register
+def _(method: BudgetedChannels) -> dict[str, float]:
+    left = units_left(method)
+    return {} if left is None else method.own_figures(parameters=left.shares["parameters"])
 
 
 def _shapes(params: Mapping[str, Tensor]) -> dict[str, torch.Size]:

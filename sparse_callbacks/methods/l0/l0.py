@@ -90,6 +90,7 @@ class ConstrainedL0(Method):
 
     keeps_dense: ClassVar[bool] = True
     plans_counts: ClassVar[bool] = False
+    figure_prefix: ClassVar[str] = "l0"
 
     def __init__(
         self,
