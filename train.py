@@ -25,6 +25,7 @@ from sparse_callbacks.tasks import (
     objective,
     recorded_config,
     reports,
+    run_data,
     slim,
     summary,
     system_errors,
@@ -92,7 +93,7 @@ def train(cfg: DictConfig, config_file: Path | None = None) -> dict[str, float]:
     # not named `loggers`, which is the module that ends them
     used_loggers = build.build_loggers(recorded, method)
     trainer = build.build_trainer(cfg, callbacks, used_loggers)
-    data = hydra.utils.instantiate(cfg.data)
+    data = run_data.build_data(cfg)
     module = build.build_module(cfg, data)
     if cfg.get("initial_weights") is not None and resumed is None:
         load_initial_weights(module, Path(cfg.initial_weights))

@@ -5,7 +5,6 @@ from itertools import islice
 from pathlib import Path
 
 import pytorch_lightning as pl
-import torch
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -15,7 +14,6 @@ from sparse_callbacks.channels.slim import slim
 from sparse_callbacks.core.inspection import extra, quiet
 from sparse_callbacks.lightning.callback import SparsityCallback
 from sparse_callbacks.tasks.classifier import Classifier
-from sparse_callbacks.tasks.data.module import MemoryData
 
 FILE = "slim.safetensors"
 # outputs are compared, and forward passes timed, on a batch of this size; the whole test set is compared by accuracy
@@ -37,7 +35,7 @@ def check(method: SparsityCallback | None) -> None:
 
 
 def slimmed(
-    trainer: pl.Trainer, module: Classifier, data: MemoryData, method: SparsityCallback, folder: Path
+    trainer: pl.Trainer, module: Classifier, data: pl.LightningDataModule, method: SparsityCallback, folder: Path
 ) -> tuple[dict[str, float], Proof]:
     """Slim the network that was tested, save it as slim.safetensors and slim.json, and test it again.
 
@@ -70,13 +68,14 @@ def slimmed(
         shown = after / len(sample) if cost == "flops" else after  # the proof counts those of the whole sample
         metrics |= {f"slim/{cost}": shown, f"slim/{cost}_share": after / before}
     if trainer.limit_test_batches != 0:
-        metrics["slim/test/acc"] = _test_accuracy(small, trainer, data, module.device)
+        metrics["slim/test/acc"] = _test_accuracy(small, trainer, data, module)
     return metrics, proof
 
 
-def _test_accuracy(small: nn.Module, trainer: pl.Trainer, data: MemoryData, device: torch.device) -> float:
+def _test_accuracy(small: nn.Module, trainer: pl.Trainer, data: pl.LightningDataModule, module: Classifier) -> float:
     """Accuracy of a network over as many test images as `trainer` has tested with all its processes together."""
-    accuracy = MulticlassAccuracy(data.num_classes, average="micro").to(device)
+    device = module.device
+    accuracy = MulticlassAccuracy(module.num_classes, average="micro").to(device)
     batches = int(sum(trainer.num_test_batches)) * trainer.world_size
     with quiet(small):
         for images, labels in islice(data.test_dataloader(), batches):

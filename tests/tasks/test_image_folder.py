@@ -324,7 +324,10 @@ def empty_files(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda folder: None, r"data.root=\S+pictures is not there \(looked at /.*\). Give data.root=FOLDER. Put the images"),
+        (
+            lambda folder: None,
+            r"data.root=\S+pictures is not there \(looked at /.*\). Give data.root=FOLDER. Put the images",
+        ),
         (a_file, r"data.root=\S+pictures is a file"),
         (nothing, r"pictures has no folders, and its folders are the classes. Put the images of each class"),
         (without_classes, r"pictures has no folders, and its folders are the classes"),
@@ -333,14 +336,17 @@ def empty_files(folder: Path) -> None:
         (without_images, r"pictures has 2 folders and no images in them. Images end in one of .jpg .jpeg .png"),
         (an_empty_class, r"cat of 4 classes has no images. .* Remove the folder, or put images into it."),
         (a_small_class, r"class red has 2 images, too few to train, validate and test with: 3 are needed."),
-        (few_images, r"9 images cannot be split by class with data.val_fraction=0.1: .*Change the fraction, or put images into"),
+        (
+            few_images,
+            r"9 images cannot be split by class with data.val_fraction=0.1: .*Change the fraction, or put images into",
+        ),
         (another_class_validates, r"val has the folder cat, which \S+/train has not"),
         (nothing_tests, r"test has no images. Remove the folder"),
         (nothing_trains, r"pictures has val and test, and no train with folders of classes in it."),
         (broken, r"^\S+/green/001.jpg cannot be opened as an image \(UnidentifiedImageError: .*Remove or replace"),
         (empty_files, r"^\S+/blue/\d+.png, \S+, \S+, \S+, \S+ and 5 more cannot be opened as images"),
     ],
-)  # fmt: skip
+)
 def test_a_folder_that_cannot_be_trained_on(make: Callable[[Path], None], sentence: str, tmp_path: Path) -> None:
     make(tmp_path / "pictures")
     with pytest.raises((ValueError, FileNotFoundError), match=sentence) as caught:

@@ -44,7 +44,7 @@ def test_a_preset_with_ten_batches_an_epoch_begins(
     data = stand_in(SHAPES.get(str(cfg.data.get("name")), (500,)), cfg.data.batch_size)
     if "digits" in cfg.data._target_:
         data = stand_in((1, 8, 8), cfg.data.batch_size)
-    monkeypatch.setattr(train.hydra.utils, "instantiate", lambda group, **options: data)
+    monkeypatch.setattr(train.run_data, "build_data", lambda cfg: data)
 
     def begun(self: Classifier, batch: Any, batch_idx: int) -> None:
         raise BegunError
