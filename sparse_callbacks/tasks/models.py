@@ -1,4 +1,4 @@
-"""Networks of the papers on sparse training, for images of any shape and any number of classes, and those of libraries.
+"""Networks of the papers on sparse training, and those of libraries, for images of any shape.
 
 Every builder takes `input_shape` (channels, height, width) and `num_classes` and returns a module from images
 [batch, channels, height, width] to logits [batch, num_classes]. The fully connected networks also take features
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparse_callbacks.methods.all_relu import AllReLU
-from sparse_callbacks.tasks.library_models import timm_classifier, torchvision_classifier
+from sparse_callbacks.tasks.library_models import Shape, timm_classifier, torchvision_classifier
 from sparse_callbacks.tasks.model_checks import refuse_mlp
 
 __all__ = [
@@ -28,8 +28,6 @@ __all__ = [
     "torchvision_classifier",
     "wrn_22_2",
 ]
-
-Shape = Sequence[int]
 
 
 def mlp(

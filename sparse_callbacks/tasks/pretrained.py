@@ -15,7 +15,7 @@ PREFIXES = ("", "model.", "module.", "_orig_mod.", "model._orig_mod.")
 """What wrappers put before the names of weights: LightningModules, DataParallel, torch.compile."""
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 """Beginnings of the names in heads that GoogLeNet and Inception have in training alone, and that are left out here."""
-SHOWN = 4
+_SHOWN = 4
 
 
 def refuse_missing_weights(weights: str | None) -> None:
@@ -81,9 +81,9 @@ def put_weights(
             other = other_classes().state_dict()
         classifier = {name for name, value in other.items() if name in own and value.shape != own[name].shape}
         if wrong := [name for name in odd if name not in classifier]:
-            more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+            more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
             raise ValueError(
-                f"{source} is of another model than {what}: {', '.join(wrong[:SHOWN])}{more} do not fit. Give the weights of this "
+                f"{source} is of another model than {what}: {', '.join(wrong[:_SHOWN])}{more} do not fit. Give the weights of this "
                 "model, or the name of theirs."
             )
     model.load_state_dict({name: value for name, value in given.items() if name not in odd}, strict=False)

@@ -166,6 +166,8 @@ VALUES = [
     ("trainer.gradient_clip_algorithm=mean", "trainer"),
     ("test=first", "test='first' does not name a network."),
     ("slim=perhaps", "slim='perhaps' is not known. Give slim=true or slim=false."),
+    (("slim=true", "onnx=file.onnx"), "onnx='file.onnx' is not known. Give onnx=true or onnx=false."),
+    ("onnx=true", "onnx=true exports the slim network, and slim=false makes none. Give slim=true beside it."),
     ("threads=0", "threads=0 is not a number of threads."),
     ("threads=all", "threads='all' is not a number of threads."),
     ("report=page", "report='page' is not known."),

@@ -1,4 +1,4 @@
-"""Files of images in folders of classes: which there are, which part of the data each of them belongs to, and what is refused."""
+"""Files of images in folders of classes, and the parts that train, validate and test."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ PARTS: Mapping[str, Sequence[str]] = {
     "test": ("test", "testing"),
 }
 """Names of the folder of each part, as data sets call them."""
-RANDOM_STATE = 0  # the seed of every split, whatever the seed of the run
+SPLIT_SEED = 0  # the seed of every split, whatever the seed of the run
 LEAST_IMAGES_OF_A_CLASS = 3  # one for each part
-SHOWN = 5  # files or classes that a sentence names
+_SHOWN = 5  # files or classes that a sentence names
 LAYOUT = "Put the images of each class into a folder of its own: FOLDER/cat/1.jpg, FOLDER/dog/2.jpg."
 
 Files = list[tuple[Path, int]]
@@ -135,7 +135,7 @@ def _refuse_empty_classes(folder: Path, classes: Sequence[str], images: Files) -
     counts = np.bincount([number for _, number in images], minlength=len(classes))
     if empty := [name for name, count in zip(classes, counts, strict=True) if count == 0]:
         raise ValueError(
-            f"{folder}: {', '.join(empty[:SHOWN])} of {len(classes)} classes {_has(empty)} no images. Images end in one of "
+            f"{folder}: {', '.join(empty[:_SHOWN])} of {len(classes)} classes {_has(empty)} no images. Images end in one of "
             f"{kinds}. Remove the {_folder(empty)}, or put images into {'it' if len(empty) == 1 else 'them'}."
         )
 
@@ -144,7 +144,7 @@ def _refuse_other_classes(folder: Path, classes: Sequence[str], train: Path) -> 
     other = [path.name for path in _subfolders(folder) if path.name not in classes]
     if other:
         raise ValueError(
-            f"{folder} has the {_folder(other)} {', '.join(other[:SHOWN])}, which {train} has not, so the network could not learn "
+            f"{folder} has the {_folder(other)} {', '.join(other[:_SHOWN])}, which {train} has not, so the network could not learn "
             "these classes. Give all parts folders of the same names."
         )
 
@@ -184,7 +184,7 @@ def _split(images: Files, shares: Mapping[str, float], classes: Sequence[str], f
         count = round(share * len(images))
         try:
             remaining, chosen = train_test_split(
-                remaining, test_size=count, stratify=labels[remaining], random_state=RANDOM_STATE
+                remaining, test_size=count, stratify=labels[remaining], random_state=SPLIT_SEED
             )
         except ValueError as error:
             raise ValueError(
@@ -209,9 +209,9 @@ def refuse_broken_images(files: ImageFiles) -> None:
         except Exception as error:  # every reader of a kind of image has errors of its own
             broken.append((path, error))
     if broken:
-        more = f" and {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
+        more = f" and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
         raise ValueError(
-            f"{', '.join(str(path) for path, _ in broken[:SHOWN])}{more} cannot be opened as "
+            f"{', '.join(str(path) for path, _ in broken[:_SHOWN])}{more} cannot be opened as "
             f"{'an image' if len(broken) == 1 else 'images'} ({_why(broken[0][1])}). Remove or replace what is broken."
         )
 

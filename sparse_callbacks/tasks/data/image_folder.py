@@ -1,5 +1,6 @@
-"""Images in folders of classes, resized and cropped as torchvision's reference does, in the order and with the random numbers of
-(seed, epoch, index).
+"""Images in folders of classes, resized and cropped as torchvision's reference does.
+
+Order and augmentation derive from (seed, epoch, index), so neither the number of workers nor going on within an epoch changes a batch.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Batches whose order and augmentation derive from (seed, epoch, index), and those of samples in memory.
+"""Loaders whose order and augmentation derive from (seed, epoch, index).
 
 Nothing else is needed to make a batch again, so a run resumes exactly in the middle of an epoch.
 """
