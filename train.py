@@ -28,6 +28,7 @@ from sparse_callbacks.tasks import (
     objective,
     recorded_config,
     reports,
+    run_data,
     slim,
     summary,
     system_errors,
@@ -85,7 +86,7 @@ def train(cfg: DictConfig, config_file: Path | None = None) -> dict[str, float]:
     method = build.build_method(cfg)
     early_network.refuse_unmatched_globs(cfg, method)
     if cfg.slim:
-        slim.check(method)
+        slim.check(method, bool(cfg.get("onnx")))
     resumed = build.checkpoint_to_resume(cfg)
     build.refuse_sparse_checkpoint(resumed, method)
     recorded = recorded_config.as_run(cfg, method)
@@ -97,7 +98,8 @@ def train(cfg: DictConfig, config_file: Path | None = None) -> dict[str, float]:
     # not named `loggers`, which is the module that ends them
     used_loggers = build.build_loggers(recorded, method)
     trainer = build.build_trainer(cfg, callbacks, used_loggers)
-    data = hydra.utils.instantiate(cfg.data)
+    data = run_data.build_data(cfg)
+    run_data.write_preprocessing(data, folder)
     module = build.build_module(cfg, data)
     if cfg.get("initial_weights") is not None and resumed is None:
         load_initial_weights(module, Path(cfg.initial_weights))
@@ -109,9 +111,11 @@ def train(cfg: DictConfig, config_file: Path | None = None) -> dict[str, float]:
             slim_error, proof = None, None
             if cfg.slim and method is not None:
                 try:
-                    slim_metrics, proof = slim.slimmed(trainer, module, data, method, folder)
+                    slim_metrics, proof, small = slim.slimmed(trainer, module, data, method, folder)
                     metrics |= slim_metrics
                     print(proof, flush=True)
+                    if cfg.get("onnx"):
+                        metrics |= slim.exported(small, data, folder)
                 except Exception as error:
                     # raised again below: a failure of slimming must not lose the results of the training
                     slim_error = error
@@ -129,7 +133,7 @@ def train(cfg: DictConfig, config_file: Path | None = None) -> dict[str, float]:
             _log_end(metrics, trainer, method, folder)
             if slim_error is not None:
                 raise slim_error
-            loggers.upload(trainer.loggers, [folder / name for name in ("report.html", slim.FILE)])
+            loggers.upload(trainer.loggers, [folder / name for name in ("report.html", slim.FILE, slim.ONNX_FILE)])
         failed = False
     finally:
         loggers.finish(used_loggers, failed)
@@ -198,7 +202,7 @@ def _report(
     """Write metrics.json and print the table, and below it why slimming failed, or why there is no report."""
     summary.write_metrics(folder / "metrics.json", metrics)
     possible = ["report.html", "checkpoints/last.ckpt", "checkpoints/best.ckpt", "metrics.json", slim.FILE]
-    possible += ["record/rows.jsonl", ".hydra/config.yaml"]
+    possible += [slim.ONNX_FILE, run_data.PREPROCESSING, "record/rows.jsonl", ".hydra/config.yaml"]
     written = [name for name in possible if (folder / name).exists()]
     places = {"folder": summary.relative(folder), "in it": ", ".join(written)}
     if slim_error is not None:

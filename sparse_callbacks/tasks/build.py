@@ -32,7 +32,7 @@ from sparse_callbacks.lightning.resumed_file import refuse_other_parts
 from sparse_callbacks.lightning.sparsity_report import SparsityReport
 from sparse_callbacks.tasks import recorded_config, resolvers, run_names
 from sparse_callbacks.tasks.classifier import Classifier, Optim
-from sparse_callbacks.tasks.data.module import MemoryData
+from sparse_callbacks.tasks.data.given_module import describe
 from sparse_callbacks.tasks.given_arguments import group_values, refuse_unknown_arguments, refuse_wrong_arguments
 from sparse_callbacks.tasks.progress_bar import ShortProgressBar
 from sparse_callbacks.tasks.run_state import RunState
@@ -148,10 +148,11 @@ def _method_of(group: Mapping[str, Any], sparsity: Any, curve: str | None) -> Sp
     return made
 
 
-def build_module(cfg: DictConfig, data: MemoryData) -> Classifier:
+def build_module(cfg: DictConfig, data: pl.LightningDataModule) -> Classifier:
     """The network for the data's shape and classes, with its optimizer."""
-    model = instantiate(cfg.model, input_shape=data.input_shape, num_classes=data.num_classes)
-    return Classifier(model, data.num_classes, optim_of(cfg))
+    input_shape, num_classes = describe(data, group_values(cfg, "data"))
+    model = instantiate(cfg.model, input_shape=input_shape, num_classes=num_classes)
+    return Classifier(model, num_classes, optim_of(cfg))
 
 
 def optim_of(cfg: DictConfig) -> Optim:

@@ -22,7 +22,7 @@ GROUPS = {"model": "model=mlp", "data": "data=digits", "optim": "optim=sgd", "tr
 LARGEST_SEED = 2**32 - 1
 KEYS = (
     *("seed", "sparsity", "ckpt_path", "initial_weights", "output_dir", "checkpoint_every", "curvature"),
-    *("early_stopping", "test", "slim", "objective", "threads", "report", "dense_run"),
+    *("early_stopping", "test", "slim", "onnx", "objective", "threads", "report", "dense_run"),
     *("method", "schedule", "model", "data", "optim", "trainer", "logger", "experiment", "shrinkbench", "hydra"),
 )
 """Keys of the root that somebody reads."""
@@ -138,8 +138,11 @@ def _refuse_wrong_counts(cfg: DictConfig) -> None:
         value = cfg.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{key}={value!r} is not a number of {counted}. Give 1 or more, or null for none.")
-    if not isinstance(cfg.get("slim", False), bool):
-        raise ValueError(f"slim={cfg.slim!r} is not known. Give slim=true or slim=false.")
+    for key in ("slim", "onnx"):  # configurations of older versions lack the second one
+        if not isinstance(cfg.get(key, False), bool):
+            raise ValueError(f"{key}={cfg[key]!r} is not known. Give {key}=true or {key}=false.")
+    if cfg.get("onnx") and not cfg.slim:
+        raise ValueError("onnx=true exports the slim network, and slim=false makes none. Give slim=true beside it.")
 
 
 def _refuse_wrong_group(cfg: DictConfig, group: str, supplied: Mapping[str, Any]) -> None:

@@ -153,7 +153,7 @@ class Classifier(pl.LightningModule):
 
     def __init__(self, model: nn.Module, num_classes: int, optim: Optim) -> None:
         super().__init__()
-        self.model, self.optim = model, optim
+        self.model, self.num_classes, self.optim = model, num_classes, optim
         # keys of a ModuleDict must not be names of module attributes, as "train" is; to check the labels of every
         # batch would make the host wait for a GPU
         self.accuracy = nn.ModuleDict(

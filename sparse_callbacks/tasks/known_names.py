@@ -108,12 +108,15 @@ def nearest_key(key: str, names: Names) -> str | None:
     beside = [name.rpartition(".")[2] for name in names.keys if name.rpartition(".")[0] == parent and name != parent]
     if not parent:
         beside += list(names.groups)
-    if found := close(leaf, beside):
-        return f"{parent}.{found}" if parent else found
     leaves: dict[str, str] = {}
     for name in names.keys:
         leaves.setdefault(name.rpartition(".")[2], name)
-    if found := leaves.get(leaf) or ELSEWHERE.get(leaf):
+    # the very name in another group is meant more likely than a name that is only like it
+    if found := leaves.get(leaf):
+        return found
+    if found := close(leaf, beside):
+        return f"{parent}.{found}" if parent else found
+    if found := ELSEWHERE.get(leaf):
         return found
     if found := close(leaf, leaves, cutoff=0.75):
         return leaves[found]

@@ -1,8 +1,9 @@
 """Settings of networks that are refused whatever the data is."""
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from sparse_callbacks.tasks.library_models import refuse_timm, refuse_torchvision
 
 
 def refuse_mlp(hidden: Sequence[int], activation: str, dropout: float, init: str | None) -> None:
@@ -27,25 +28,9 @@ def refuse_mlp(hidden: Sequence[int], activation: str, dropout: float, init: str
         )
 
 
-def refuse_unknown_network(name: str) -> None:
-    """Refuse a name that torchvision does not have a classifier of.
-
-    Raises:
-        ValueError: the name is not known.
-    """
-    from torchvision import models
-
-    known = models.list_models(module=models)
-    if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=5, cutoff=0.4) or known[:5]
-        raise ValueError(
-            f"model.name={name!r} is not a torchvision classifier. Did you mean {', '.join(nearest)}? "
-            "torchvision.models.list_models(module=torchvision.models) lists all."
-        )
-
-
 REFUSED_EARLY: Mapping[str, Callable[..., Any]] = {
     "sparse_callbacks.tasks.models.mlp": refuse_mlp,
-    "sparse_callbacks.tasks.models.torchvision_classifier": refuse_unknown_network,
+    "sparse_callbacks.tasks.models.timm_classifier": refuse_timm,
+    "sparse_callbacks.tasks.models.torchvision_classifier": refuse_torchvision,
 }
 """By the `_target_` of a model the function that refuses values of its group, each an argument of it."""

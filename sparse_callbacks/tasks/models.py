@@ -1,4 +1,4 @@
-"""Networks of the papers on sparse training, for images of any shape and any number of classes.
+"""Networks of the papers on sparse training, and those of libraries, for images of any shape.
 
 Every builder takes `input_shape` (channels, height, width) and `num_classes` and returns a module from images
 [batch, channels, height, width] to logits [batch, num_classes]. The fully connected networks also take features
@@ -9,16 +9,25 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from sparse_callbacks.methods.all_relu import AllReLU
-from sparse_callbacks.tasks.model_checks import refuse_mlp, refuse_unknown_network
+from sparse_callbacks.tasks.library_models import Shape, timm_classifier, torchvision_classifier
+from sparse_callbacks.tasks.model_checks import refuse_mlp
 
-Shape = Sequence[int]
+__all__ = [
+    "lenet5",
+    "lenet5_caffe",
+    "lenet_300_100",
+    "mlp",
+    "resnet20",
+    "timm_classifier",
+    "torchvision_classifier",
+    "wrn_22_2",
+]
 
 
 def mlp(
@@ -137,32 +146,6 @@ def wrn_22_2(input_shape: Shape, num_classes: int, dropout: float = 0.3) -> nn.M
     return model
 
 
-def torchvision_classifier(input_shape: Shape, num_classes: int, name: str = "resnet18") -> nn.Module:
-    """Any untrained classifier of torchvision, with a first convolution that takes the channels of the data.
-
-    Args:
-        input_shape: (channels, height, width) of the images.
-        num_classes: the number of outputs.
-        name: the name of the network in `torchvision.models`.
-
-    Raises:
-        ValueError: an unknown name, or images that the network cannot take.
-    """
-    from torchvision import models
-
-    refuse_unknown_network(name)
-    options: dict[str, Any] = {}
-    if name in ("googlenet", "inception_v3"):
-        # with auxiliary heads these two return tuples in training, and the heads count as layers that nobody evaluates;
-        # without `init_weights` they warn that its default will change
-        options = {"aux_logits": False, "init_weights": True}
-    model: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **options)
-    if input_shape[0] != 3:
-        _take_channels(model, input_shape[0])
-    _check_fits(model, name, input_shape)
-    return model
-
-
 class Enlarge(nn.Module):
     """Bilinear enlargement of small images; images of at least the given size pass unchanged.
 
@@ -246,34 +229,3 @@ def _init_linear(model: nn.Module, init: Callable[[Tensor], Tensor]) -> None:
         if isinstance(module, nn.Linear):
             init(module.weight)
             nn.init.zeros_(module.bias)
-
-
-def _take_channels(model: nn.Module, channels: int) -> None:
-    """Replace the first convolution by one that takes `channels` channels."""
-    # in every classifier of torchvision the convolution that is registered first is the one that takes the image
-    name, old = next((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
-    parent, _, leaf = name.rpartition(".")
-    new = nn.Conv2d(
-        channels,
-        old.out_channels,
-        old.kernel_size,  # type: ignore[arg-type]
-        old.stride,  # type: ignore[arg-type]
-        old.padding,  # type: ignore[arg-type]
-        bias=old.bias is not None,
-    )
-    setattr(model.get_submodule(parent), leaf, new)
-
-
-def _check_fits(model: nn.Module, name: str, input_shape: Shape) -> None:
-    """Run the network once, so that images that are too small for its strides are refused before training."""
-    try:
-        with torch.no_grad():
-            # in evaluation, since a batch norm in training refuses a single value for each channel
-            model.eval()(torch.zeros(1, *input_shape))
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"model.name={name} cannot take images of shape {tuple(input_shape)}: {error}. "
-            "Choose a network for small images (model=resnet20, model=wrn_22_2, model.name=resnet18) or other data."
-        ) from None
-    finally:
-        model.train()

@@ -85,20 +85,3 @@ def test_enlarge_leaves_large_images_alone() -> None:
     large = torch.randn(2, 1, 30, 28)
     assert models.Enlarge(28)(large) is large
     assert models.Enlarge(28)(torch.ones(2, 1, 8, 30)).shape == (2, 1, 28, 30)
-
-
-def test_torchvision_takes_one_channel_and_keeps_the_rest() -> None:
-    model = models.torchvision_classifier(MNIST, 10, name="resnet18")
-    assert model.conv1.weight.shape == (64, 1, 7, 7)
-    assert model.training
-    assert size(models.torchvision_classifier((3, 64, 64), 1000)) == 11_689_512
-
-
-def test_unknown_torchvision_name() -> None:
-    with pytest.raises(ValueError, match=r"model.name='resnet19' is not a torchvision classifier. Did you mean resnet"):
-        models.torchvision_classifier(CIFAR, 10, name="resnet19")
-
-
-def test_images_too_small_for_a_torchvision_network() -> None:
-    with pytest.raises(ValueError, match=r"model.name=alexnet cannot take images of shape \(3, 8, 8\)"):
-        models.torchvision_classifier((3, 8, 8), 10, name="alexnet")

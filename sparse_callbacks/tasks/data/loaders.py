@@ -1,11 +1,13 @@
-"""Batches of samples in memory, whose order and augmentation derive from (seed, epoch, index).
+"""Loaders whose order and augmentation derive from (seed, epoch, index).
 
 Nothing else is needed to make a batch again, so a run resumes exactly in the middle of an epoch.
 """
 
 import math
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,26 +89,20 @@ def crop_numbers(count: int, seed: int, epoch: int, padding: int = 4) -> Tensor:
     return torch.cat([offsets, flips], dim=1)
 
 
-class Loader:
-    """Batches (inputs float32 [batch, ...], labels [batch]) of samples in memory.
+class ResumableLoader(ABC):
+    """Batches (inputs [batch, ...], labels [batch]), of which a subclass makes each one from the indices of its samples.
 
     Lightning restores a loader that has `state_dict` and `load_state_dict`. Only the position is saved, since order and
     augmentation derive from (seed, epoch, index). Each rank takes every `world_size`-th sample.
 
     Args:
-        samples: the samples.
+        count: the number of samples.
         batch_size: the number of samples in a batch of one process.
-        mean, std: the values that normalise the inputs, one for each channel or feature, or one for all; in units of
-            images scaled to 0..1.
         seed: the seed of order and augmentation.
         shuffle: whether each epoch has a new order; else every epoch has the order of the samples.
         even: whether all ranks get the same number of samples, without which ranks that train together would wait for
             each other forever; up to world_size - 1 samples are left out for it.
-        augment: whether images are cropped and flipped at random.
         rank, world_size: the rank of this process and the number of processes.
-
-    Raises:
-        ValueError: augmentation of features.
     """
 
     # Lightning reads this attribute of every loader that has a sampler
@@ -114,58 +110,45 @@ class Loader:
 
     def __init__(
         self,
-        samples: Samples,
+        count: int,
         batch_size: int,
         *,
-        mean: Tensor,
-        std: Tensor,
         seed: int = 0,
         shuffle: bool = False,
         even: bool = False,
-        augment: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if augment and samples.inputs.dim() != 4:
-            raise ValueError(
-                f"data.augment=True crops and flips images, and inputs of shape {tuple(samples.inputs.shape[1:])} "
-                "are not images. Leave augment off."
-            )
-        self.samples, self.batch_size, self.seed = samples, batch_size, seed
-        self.shuffle, self.even, self.augment = shuffle, even, augment
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.shuffle, self.even = shuffle, even
         self.rank, self.world_size = rank, world_size
-        self.mean, self.std = mean, std
-        # bytes are normalised in one step, (x - 255 * mean) / (255 * std), without a pass that scales them to 0..1
-        scale = 255.0 if samples.inputs.dtype == torch.uint8 else 1.0
-        shape = (1, -1, *[1] * (samples.inputs.dim() - 2))
-        self._shift = (mean * scale).view(shape)
-        self._factor = (1.0 / (std * scale)).view(shape)
         self._epoch = self._next = 0
         self._resumed: tuple[int, int] | None = None
 
+    @abstractmethod
+    def in_order(self) -> "ResumableLoader":
+        """A new loader of the same samples, unshuffled and not augmented, with each sample on exactly one rank.
+
+        It is for a pass over the data between training steps: the position of this loader does not change.
+        """
+
+    @abstractmethod
+    def batches(self, chosen: Sequence[Tensor], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch, one at a time.
+
+        Args:
+            chosen: the indices [batch] of the samples of each batch.
+            epoch: the number of the epoch, which augmentation derives from.
+        """
+
     @property
-    def sampler(self) -> "Loader":
+    def sampler(self) -> "ResumableLoader":
         """The loader itself: Lightning calls `loader.sampler.set_epoch`."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order and the augmentation of the iterations that begin from now on."""
         self._epoch = epoch
-
-    def in_order(self) -> "Loader":
-        """A new loader of the same samples, unshuffled and not augmented, with each sample on exactly one rank.
-
-        It is for a pass over the data between training steps: the position of this loader does not change.
-        """
-        return Loader(
-            self.samples,
-            self.batch_size,
-            mean=self.mean,
-            std=self.std,
-            seed=self.seed,
-            rank=self.rank,
-            world_size=self.world_size,
-        )
 
     def state_dict(self) -> dict[str, int]:
         """The current epoch and the number of batches that were taken in it."""
@@ -177,9 +160,9 @@ class Loader:
         self._resumed = (state["epoch"], state["batch"])
 
     def __len__(self) -> int:
-        count = len(self.samples) // self.world_size
+        count = self.count // self.world_size
         # samples that are left over go to the first ranks
-        if not self.even and self.rank < len(self.samples) % self.world_size:
+        if not self.even and self.rank < self.count % self.world_size:
             count += 1
         return math.ceil(count / self.batch_size)
 
@@ -190,20 +173,75 @@ class Loader:
         if resumed is not None and resumed[0] == self._epoch:
             self._next = resumed[1]
         # else the position was the end of an earlier epoch, and this epoch begins at its first batch
-        indices = self._indices()
-        numbers = crop_numbers(len(self.samples), self.seed, self._epoch) if self.augment else None
-        while self._next < len(self):
-            chosen = indices[self._next * self.batch_size : (self._next + 1) * self.batch_size]
+        # up to its length, as nothing splits into one batch without samples
+        chosen = self._indices().split(self.batch_size)[self._next : len(self)]
+        for batch in self.batches(chosen, self._epoch):
             # before the batch is used: a checkpoint after its step must not repeat it
             self._next += 1
-            yield self._batch(chosen, numbers)
+            yield batch
 
     def _indices(self) -> Tensor:
-        count = len(self.samples)
+        count = self.count
         order = epoch_order(count, self.seed, self._epoch) if self.shuffle else torch.arange(count)
         if self.even:
             count -= count % self.world_size
         return order[self.rank : count : self.world_size]
+
+
+class Loader(ResumableLoader):
+    """Batches (inputs float32 [batch, ...], labels [batch]) of samples in memory.
+
+    Args:
+        samples: the samples.
+        batch_size: the number of samples in a batch of one process.
+        mean, std: the values that normalise the inputs, one for each channel or feature, or one for all; in units of
+            images scaled to 0..1.
+        augment: whether images are cropped and flipped at random.
+        options: further arguments of `ResumableLoader`.
+
+    Raises:
+        ValueError: augmentation of features.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        batch_size: int,
+        *,
+        mean: Tensor,
+        std: Tensor,
+        augment: bool = False,
+        **options: Any,
+    ) -> None:
+        if augment and samples.inputs.dim() != 4:
+            raise ValueError(
+                f"data.augment=True crops and flips images, and inputs of shape {tuple(samples.inputs.shape[1:])} "
+                "are not images. Leave augment off."
+            )
+        super().__init__(len(samples), batch_size, **options)
+        self.samples, self.augment = samples, augment
+        self.mean, self.std = mean, std
+        # bytes are normalised in one step, (x - 255 * mean) / (255 * std), without a pass that scales them to 0..1
+        scale = 255.0 if samples.inputs.dtype == torch.uint8 else 1.0
+        shape = (1, -1, *[1] * (samples.inputs.dim() - 2))
+        self._shift = (mean * scale).view(shape)
+        self._factor = (1.0 / (std * scale)).view(shape)
+
+    def in_order(self) -> "Loader":
+        return Loader(
+            self.samples,
+            self.batch_size,
+            mean=self.mean,
+            std=self.std,
+            seed=self.seed,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+
+    def batches(self, chosen: Sequence[Tensor], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        numbers = crop_numbers(self.count, self.seed, epoch) if self.augment else None
+        for indices in chosen:
+            yield self._batch(indices, numbers)
 
     def _batch(self, chosen: Tensor, numbers: Tensor | None) -> tuple[Tensor, Tensor]:
         inputs = self.samples.inputs[chosen]

@@ -100,10 +100,10 @@ class MemoryData(pl.LightningDataModule):
         return max(self.batch_size, 500)
 
     def _loader(self, samples: Samples, size: int, **options: Any) -> Loader:
-        return Loader(samples, size, mean=self.mean, std=self.std, seed=self.seed, **options, **_share(self.trainer))
+        return Loader(samples, size, mean=self.mean, std=self.std, seed=self.seed, **options, **share_of(self.trainer))
 
 
-def _share(trainer: Any) -> dict[str, Any]:
+def share_of(trainer: Any) -> dict[str, Any]:
     """The arguments `rank` and `world_size` of a loader; without a distributed sampler each process has all samples."""
     # Lightning keeps the Trainer's argument use_distributed_sampler nowhere else
     if trainer is None or not trainer._accelerator_connector.use_distributed_sampler:
