@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.model_helpers import is_overridden
@@ -97,7 +97,7 @@ def module_class(module: str | None) -> type[pl.LightningDataModule]:
     return cls
 
 
-def _is_data_module(value: Any) -> bool:
+def _is_data_module(value: Any) -> TypeGuard[type[pl.LightningDataModule]]:
     return inspect.isclass(value) and issubclass(value, pl.LightningDataModule)
 
 

@@ -174,7 +174,7 @@ class ResumableLoader(ABC):
             self._next = resumed[1]
         # else the position was the end of an earlier epoch, and this epoch begins at its first batch
         # up to its length, as nothing splits into one batch without samples
-        chosen = self._indices().split(self.batch_size)[self._next : len(self)]
+        chosen = torch.split(self._indices(), self.batch_size)[self._next : len(self)]
         for batch in self.batches(chosen, self._epoch):
             # before the batch is used: a checkpoint after its step must not repeat it
             self._next += 1
