@@ -7,19 +7,21 @@ All runs of a case are in one process, each Trainer in its own thread, and take 
 same number of steps, in an order that rotates from round to round. A ratio is the median over rounds of the run's time
 divided by its baseline's time in the same round. With one thread the clock is the CPU time of the process, so that
 other jobs on the machine disturb little; with several threads it is wall time. Steps with a topology update are timed
-separately and counted as one in a hundred, those of DPF as one in sixteen, those of SMCP as one in eighty. The table is
-printed and written to benchmarks/results/overhead.md, which says more.
+separately and counted as one in a hundred, those of DPF as one in sixteen, those of SMCP as one in eighty, those of CTRE
+as one in an epoch. Below each table stand the limit that the speed of a copy sets, what comes once in many steps, and
+peaks of memory. All is printed and written to benchmarks/results/overhead.md, which says more.
 """
 
 import argparse
 import logging
-import os
 import platform
 import statistics
 import tempfile
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ import pytorch_lightning as pl
 import torch
 from interleaved_runs import (
     SPARSITY,
+    Cycled,
     Net,
     PeerNet,
     Run,
@@ -38,12 +41,16 @@ from interleaved_runs import (
     pruned,
     raw_run,
 )
+from step_limits import COPY, PRODUCT, copies, limits, memory, products, rare_costs
 from torch import nn
 
-from sparse_callbacks import DPF, SMCP, ConstrainedL0, RigL, SparsityCallback, SparsityReport, Static
+from sparse_callbacks import CTRE, DPF, SMCP, ConstrainedL0, RigL, SparsityCallback, SparsityReport, Static, slim
+from sparse_callbacks.core.machine import processor
 from sparse_callbacks.tasks.models import mlp, resnet20
 
 EVERY = 100  # steps between two updates that "ms a step" stands for
+EPOCH = 600  # steps: 60,000 images in batches of 100
+RUN = 10 * EPOCH  # steps of a short run, at whose end the network is slimmed
 WARM_UP = 10  # steps before the first round, at a share of 1
 RESULTS = Path(__file__).parent / "results" / "overhead.md"
 
@@ -106,13 +113,26 @@ WORKLOADS = {
 
 
 BASE, RAW, RIGL, DPF_LABEL, SMCP_LABEL = "Lightning, no callback", "raw loop", "ours: RigL", "ours: DPF", "ours: SMCP"
-RECORDED = "ours: RigL + record"
+RECORDED, CTRE_LABEL = "ours: RigL + record", "ours: CTRE"
 # the published numbers of steps between two updates where they are not EVERY
 PUBLISHED_EVERY = {DPF_LABEL: 16, SMCP_LABEL: 80}
 
 
-def runs_of(workload: Workload, rounds: Sequence[int]) -> dict[str, tuple[str, Run]]:
-    """The runs of a table: the label of its baseline and the run itself, by the label of the run."""
+Slimmed = list[tuple[Net, SMCP]]
+"""The module and the callback of each run whose network is slimmed when it is over."""
+
+
+def runs_of(
+    workload: Workload, rounds: Sequence[int], slimmed: Slimmed, peers: bool = True
+) -> dict[str, tuple[str, Run]]:
+    """The runs of a table: the label of its baseline and the run itself, by the label of the run.
+
+    Args:
+        workload: what is trained.
+        rounds: the number of steps of each round.
+        slimmed: gets the runs whose networks can be slimmed.
+        peers: whether other packages take part.
+    """
     # a short run too has several updates to time
     every = max(2, min(EVERY, sum(rounds) // 5))
 
@@ -138,22 +158,35 @@ def runs_of(workload: Workload, rounds: Sequence[int]) -> dict[str, tuple[str, R
         units = ConstrainedL0(0.5, unit="channel", print_plan=False)
         weights = ConstrainedL0(0.5, unit="weight", print_plan=False)
         channels = SMCP(0.5, round_to=4, every=every, start=1, stop=sum(rounds), print_plan=False)
+        network = Net(workload)
+        slimmed.append((network, channels))
+        # the pass is over an epoch, which is shorter in a short run
+        batches = Cycled(workload.data(), epoch_of(rounds))
+        similar = CTRE(SPARSITY, every=every, start=1, stop=1.0, statistics_dataloader=batches, print_plan=False)
         found |= {
-            SMCP_LABEL: (BASE, lightning(channels)),
+            SMCP_LABEL: (BASE, lightning(channels, network)),
+            CTRE_LABEL: (BASE, lightning(similar)),
             "ours: ConstrainedL0, units": (BASE, lightning(units)),
             "ours: ConstrainedL0, weights": (BASE, lightning(weights)),
             "gates by autograd, units": (BASE, lightning(module=gated(Net(workload), units=True))),
             "gates by autograd, weights": (BASE, lightning(module=gated(Net(workload), units=False))),
         }
-    if workload.peers:
+    if workload.peers and peers:
         found |= {
             "torch.nn.utils.prune": (BASE, lightning(module=pruned(Net(workload)))),
             "parametrization w * mask": (BASE, lightning(module=parametrized(Net(workload)))),
             "rigl-torch 0.5.2 under Lightning": (BASE, lightning(module=PeerNet(workload, every))),
             RAW: (RAW, raw_run(workload, rounds)),
             "rigl-torch 0.5.2 in a raw loop": (RAW, raw_run(workload, rounds, every)),
+            COPY: (COPY, copies(workload, rounds)),
+            PRODUCT: (PRODUCT, products(workload, rounds)),
         }
     return found
+
+
+def epoch_of(rounds: Sequence[int]) -> int:
+    """Batches that a pass of CTRE goes over in a run of ``rounds``."""
+    return min(EPOCH, max(2, sum(rounds)))
 
 
 @dataclass
@@ -182,11 +215,12 @@ class Timing:
         return [(t * (self.every - 1) + statistics.median(self.updates)) / self.every for t in self.ordinary]
 
 
-def measure(workload: Workload, count: int, steps: int) -> dict[str, tuple[str, Timing]]:
-    """The label of its baseline and the times of each run, by label, over ``count`` rounds."""
-    length = max(1, round(steps * workload.share))
-    runs = runs_of(workload, [max(2, round(WARM_UP * workload.share)), *[length] * count])
-    timings = {label: (base, Timing(PUBLISHED_EVERY.get(label, EVERY))) for label, (base, _) in runs.items()}
+def measure(workload: Workload, count: int, steps: int, slimmed: Slimmed) -> dict[str, tuple[str, Timing]]:
+    """The label of its baseline and the times of each run, by label, over ``count`` rounds; ``slimmed`` as in :func:`runs_of`."""
+    rounds = rounds_of(workload, count, steps)
+    runs = runs_of(workload, rounds, slimmed)
+    published = {**PUBLISHED_EVERY, CTRE_LABEL: epoch_of(rounds)}
+    timings = {label: (base, Timing(published.get(label, EVERY))) for label, (base, _) in runs.items()}
     # the first round warms up and is not counted
     for _, run in runs.values():
         next(run)
@@ -195,6 +229,56 @@ def measure(workload: Workload, count: int, steps: int) -> dict[str, tuple[str, 
         for label in labels[turn % len(labels) :] + labels[: turn % len(labels)]:
             timings[label][1].add(next(runs[label][1]))
     return timings
+
+
+def rounds_of(workload: Workload, count: int, steps: int) -> list[int]:
+    """The number of steps of each round, the first of which warms up."""
+    return [max(2, round(WARM_UP * workload.share)), *[max(1, round(steps * workload.share))] * count]
+
+
+def limits_of(workload: Workload, timings: dict[str, tuple[str, Timing]]) -> str:
+    """What the runs add to a step, beside the limit that the speed of a copy sets."""
+    added = {
+        label: [a - b for a, b in zip(timing.ordinary, timings[base][1].ordinary, strict=True)]
+        for label, (base, timing) in timings.items()
+        if base == BASE
+    }
+    return "#### The limit\n\n" + limits(workload, added, timings[COPY][1].ordinary)
+
+
+def rare_costs_of(workload: Workload, timings: dict[str, tuple[str, Timing]], slimmed: Slimmed) -> str:
+    """What comes once in many steps: solves, refreshes, passes and slimming."""
+    names = {
+        RIGL: "RigL's update",
+        DPF_LABEL: "DPF's refresh of its masks",
+        SMCP_LABEL: "SMCP's solve",
+        CTRE_LABEL: "CTRE's pass over an epoch, and its update",
+    }
+    rows = []
+    for label, name in names.items():
+        timing = timings[label][1] if label in timings else Timing()
+        if timing.updates:
+            # on top of what an ordinary step takes
+            cost = statistics.median(timing.updates) - statistics.median(timing.ordinary)
+            rows.append((name, cost, timing.every))
+    for module, callback in slimmed:
+        masks = {name.removeprefix("net."): mask for name, mask in callback.masks.items()}
+        began = time.perf_counter()
+        slim(module.net, masks, workload.data()[0][0][:1])
+        rows.append((f"slim, once in a run of {RUN:,} steps", time.perf_counter() - began, RUN))
+    return "#### What comes seldom\n\n" + rare_costs(rows, statistics.median(timings[BASE][1].ordinary))
+
+
+def memory_of(workload: Workload) -> str:
+    """Peaks of memory of all runs with our callbacks and of the plain one, over some steps with updates."""
+    rounds = [10, 1]
+
+    def through(label: str) -> None:
+        for _ in runs_of(workload, rounds, [], peers=False)[label][1]:
+            pass
+
+    labels = [label for label, (base, _) in runs_of(workload, rounds, [], peers=False).items()]
+    return "#### Memory\n\n" + memory({label: partial(through, label) for label in labels}, BASE, workload)
 
 
 def ratios(timing: Timing, base: Timing) -> list[float]:
@@ -243,7 +327,7 @@ def preface(rounds: int, threads: int) -> str:
     return f"""# Time of a training step
 
 Sparsity {SPARSITY}, {measured}; {rounds} rounds, interleaved. Python {platform.python_version()},
-torch {torch.__version__}, pytorch-lightning {pl.__version__}, {platform.machine()}, {os.cpu_count()} cores.
+torch {torch.__version__}, pytorch-lightning {pl.__version__}; {processor()}, {platform.machine()}.
 The data is random and made before the clock starts. Written by `python benchmarks/overhead.py`.
 
 - A ratio is the median over rounds of the run's time divided by its baseline's time in the same round, with the quartiles
@@ -256,6 +340,14 @@ The data is random and made before the clock starts. Written by `python benchmar
 - The baseline of the recorded run is the same method without SparsityReport; each of its updates has a row.
 - The gates of ConstrainedL0 have no updates: every step samples them, and steps gates and multiplier. "Gates by autograd"
   is the parametrization w * z as it is usually written, without a constraint.
+- "{COPY}" and "{PRODUCT}" are of all matrices and kernels, once a step, with nothing else in it.
+- **The limit**: the bytes that a method's rule must read and write in a step without an update, at the speed of that copy;
+  masks count nothing, as they could be bits. What a step adds beyond it is masks of four bytes a weight, the look at
+  gradients for inf and NaN, and the callback's hooks.
+- **What comes seldom**: time on top of an ordinary step, and its share of a run without anything else. CTRE passes over an
+  epoch of {EPOCH} batches, or of as many as a shorter run has.
+- **Memory**: the largest resident memory of a process that makes 11 steps, with an update in every two, above that of one
+  without a callback.
 - Our masks are drawn by Erdos-Renyi-kernel over all layers; rigl-torch leaves the first layer dense, so it masks fewer
   weights.
 - rigl-torch's `step` takes no closure, so under Lightning it needs an override of `optimizer_step` that calls the closure
@@ -276,9 +368,15 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     parts = [preface(arguments.rounds, arguments.threads)]
+    # before anything has run here: each of these runs is forked from this process
+    peaks = {name: memory_of(WORKLOADS[name]) for name in arguments.cases if WORKLOADS[name].peers}
     for name in arguments.cases:
-        parts.append(table(WORKLOADS[name], measure(WORKLOADS[name], arguments.rounds, arguments.steps)))
-        print(parts[-1], flush=True)
+        workload, slimmed = WORKLOADS[name], Slimmed()
+        timings = measure(workload, arguments.rounds, arguments.steps, slimmed)
+        parts.append(table(workload, timings))
+        if workload.peers:
+            parts += [limits_of(workload, timings), rare_costs_of(workload, timings, slimmed), peaks[name]]
+        print(*parts[-4 if workload.peers else -1 :], sep="\n", flush=True)
     arguments.out.parent.mkdir(exist_ok=True)
     arguments.out.write_text("\n".join(parts))
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sparse_callbacks.core.method import Method, Options
     from sparse_callbacks.core.plan import Plan
     from sparse_callbacks.core.running_statistics import recalibrate_batchnorm
+    from sparse_callbacks.core.saved_masks import saved_masks
     from sparse_callbacks.core.schedules import pruning_curve
     from sparse_callbacks.core.score_options import Score
     from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
@@ -98,6 +99,7 @@ __all__ = [
     "pruning_curve",
     "recalibrate_batchnorm",
     "save_compact",
+    "saved_masks",
     "schedules",
     "slim",
     "sparsify",
@@ -140,6 +142,7 @@ _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
     "pruning_curve": "core.schedules",
     "recalibrate_batchnorm": "core.running_statistics",
     "save_compact": "channels.compact",
+    "saved_masks": "core.saved_masks",
     "slim": "channels.slim",
     "sparsify": "core.loop",
     "to_dense": "core.storages.exchange",

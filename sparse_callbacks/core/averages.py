@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.core.method import Method
+from sparse_callbacks.core.saved_bits import with_bits
 
 _TAKES = "update_parameters"
 """Name of the function that takes an average, of torch's AveragedModel and of Lightning's callbacks."""
@@ -164,8 +165,9 @@ class HeldAverages:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of them, also when the run is over; empty where nobody averages."""
-        kept = {key: {"born": {n: b.clone() for n, b in a.born.items()}} for key, a in self._kept.items()}
-        found = kept or {key: dict(one) for key, one in self._saved.items()}  # a run that was over already holds none
+        # of a run that was over already nothing is held, and what it was given goes on
+        born = {key: a.born for key, a in self._kept.items()} or {k: one["born"] for k, one in self._saved.items()}
+        found = {key: {"born": with_bits(truths)} for key, truths in born.items()}
         return {"averages": found} if found else {}
 
     def __reduce__(self) -> Any:

@@ -13,25 +13,25 @@ from sparse_callbacks.core.awaited import names_awaited
 from sparse_callbacks.core.inspection import tensors_in
 from sparse_callbacks.core.live.live_records import SavedRecords, saved_records
 from sparse_callbacks.core.live.saved_patterns import Pattern, live_in, pattern_of, storage_of
+from sparse_callbacks.core.saved_bits import why_damaged, with_bits, with_truths
 from sparse_callbacks.core.schedules import Schedule
 from sparse_callbacks.core.score_rules import SCORES
 from sparse_callbacks.core.shards import collected, layout_of
 from sparse_callbacks.core.sparse_layers.sparse_linear import SparseLinear
 from sparse_callbacks.core.state_layout import damaged, is_count, refuse_damaged, shown_short
-from sparse_callbacks.core.weights import whole
 
 if TYPE_CHECKING:
     from sparse_callbacks.core.method import Method
 
-# To be raised with a change that older versions of the package would misread.
-VERSION = 1
+# To be raised with a change that older versions of the package would misread. 2: truth values are bits.
+VERSION = 2
 # Arguments in which a resumed run may differ from the saved one: a loader's text holds its address in memory.
 _MAY_DIFFER = ("print_plan", "fresh_start", "statistics_dataloader", "rows")
 # Where the first masks lie, under the names that methods have for it; all of them are words, or a path or a state dict.
 _START = ("initial_mask", "from_checkpoint", "init")
 _RANDOM = "'random'"
 _WORDS_OF_START = ("'nonzero'", *(f"'{name}'" for name in SCORES))
-# Arguments that version 0.1 lacked, with the text of their defaults. A run that uses none of them is saved as it was then.
+# Arguments that version 0.1 lacked, with the text of their defaults. A run that uses none of them is saved without them.
 _LATER = {
     "initial_mask": _RANDOM,
     "rescale": "None",
@@ -109,6 +109,9 @@ class SavedRun:
         Raises:
             ValueError: the state is damaged.
         """
+        if why := why_damaged(state):
+            raise damaged(why, path)
+        state = with_truths(state)
         refuse_damaged(state, path)
         return cls(
             masks=state["masks"],
@@ -129,7 +132,8 @@ class SavedRun:
 
 
 def state_of(method: "Method") -> dict[str, Any]:
-    """Everything that a resume of a method's run needs: tensors, numbers and strings only.
+    """Everything that a resume of a method's run needs: tensors, numbers and strings only; masks and other truth values are
+    bits (:mod:`~sparse_callbacks.core.saved_bits`).
 
     Tensors of sharded parameters are collected on the first of their processes, so all of these must ask together.
     """
@@ -141,10 +145,18 @@ def state_of(method: "Method") -> dict[str, Any]:
         "arguments": {k: text for k, text in method.arguments.items() if _LATER.get(k) != text},
         "times": [] if method.calendar is None else method.calendar.times(),
         **method.progress.state(),
-        "masks": collected({n: whole(mask) for n, mask in weights.held_masks.items()}, method.params),
-        "aux": collected(method.aux, method.params),
+        "masks": _saved(weights.held_masks, method.params),
+        "aux": _saved(method.aux, method.params),
         "dense": collected({n: weights.dense_values(n) for n in weights.copied}, method.params),
     } | {key: value for key, value in later.items() if value}
+
+
+def _saved(tensors: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Copies of whole tensors as a state holds them, see :func:`~sparse_callbacks.core.shards.collected`."""
+    found: dict[str, Any] = {}
+    for key, tensor in tensors.items():  # one at a time: a mask takes eight times the memory of its bits
+        found |= with_bits(collected({key: tensor}, params))
+    return found
 
 
 def shown(value: object) -> str:

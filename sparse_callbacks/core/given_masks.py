@@ -12,6 +12,7 @@ from torch import Tensor
 from sparse_callbacks.core.checkpoint_file import is_safetensors, read_mapping, read_tensors
 from sparse_callbacks.core.live.live_layout import why_not_pattern
 from sparse_callbacks.core.live.saved_patterns import mask_of, matrix_of
+from sparse_callbacks.core.saved_bits import SavedBits, is_bits, truths_of, why_not_bits
 from sparse_callbacks.core.score_rules import MADE_OF_NETWORK
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.state_layout import damaged, is_count, shown_short, why_not_whole
@@ -130,7 +131,7 @@ def _weights_in(found: Mapping[str, Any], entries: Sequence[Entry], shown: str, 
     weights = next((w for w in plain if not _missing(w, entries)), weights)
     # checked before anything is computed with them: a damaged file may give a tensor any shape
     if missing := _missing(weights, entries):
-        if _is_run(found):
+        if is_run(found):
             raise ValueError(
                 f"{shown} is the state of a run alone, which has masks and no weights. Save the weights beside it, "
                 "torch.save({'model': model.state_dict(), 'run': run.state_dict()}, path), and give that, or go on with the "
@@ -207,12 +208,12 @@ def _is_mask(value: object, entry: Entry) -> TypeGuard[Tensor]:
     return _is_weight(value, entry) and value.dtype == torch.bool
 
 
-def _is_run(state: object) -> bool:
+def is_run(state: object) -> bool:
     """Whether ``state`` is what a loop's run has saved."""
     return isinstance(state, Mapping) and {"version", "arguments", "masks"} <= state.keys()
 
 
-def _states_in(found: Mapping[str, Any], shown: str, advice: str) -> Iterator[Mapping[str, Any]]:
+def states_in(found: Mapping[str, Any], shown: str, advice: str) -> Iterator[Mapping[str, Any]]:
     """The states that callbacks or loops of this package have saved."""
     states = found.get("callbacks", {})
     if not isinstance(states, Mapping):
@@ -221,7 +222,7 @@ def _states_in(found: Mapping[str, Any], shown: str, advice: str) -> Iterator[Ma
         if isinstance(state, Mapping) and "masks" in state:
             yield state
     for state in found.values():  # of run.state_dict(), which a loop saves beside its model
-        if _is_run(state):
+        if is_run(state):
             yield state
 
 
@@ -236,12 +237,12 @@ def _saved_masks(
     held: dict[str, Any] = {}
     # a compact state dict says itself where weights live, also those that are zero
     patterns = {e.name: parts for e in entries if (parts := compact_parts(found.get("state_dict", found), e.name))}
-    for state in _states_in(found, shown, advice):
+    for state in states_in(found, shown, advice):
         if not isinstance(state["masks"], Mapping):
             raise ValueError(f"{shown}: masks in it are {shown_short(state['masks'])}. {advice}")
         held |= state["masks"]
         patterns |= _patterns_in(state, shown, advice)
-    made = {
+    made = {n: partial(_of_bits, held[n], n, shown, advice) for e in entries if is_bits(held.get(n := e.name))} | {
         e.name: partial(_of_pattern, patterns[e.name], e, None, shown, advice) for e in entries if e.name in patterns
     }
     saved = _with_made(held, made)
@@ -258,6 +259,17 @@ def _saved_masks(
                 f"together. {advice}"
             )
     return TensorsOnDemand([e.name for e in entries if e.name in saved], saved.__getitem__)
+
+
+def _of_bits(bits: SavedBits, name: str, shown: str, advice: str) -> Tensor:
+    """The mask of a parameter that was saved as bits.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if why := why_not_bits(bits):
+        raise ValueError(f"{shown}: the mask of {name} {why}. {advice}")
+    return truths_of(bits)
 
 
 def _patterns_in(state: Mapping[str, Any], shown: str, advice: str) -> Mapping[str, Any]:

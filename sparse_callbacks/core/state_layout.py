@@ -1,4 +1,7 @@
-"""The layout of a saved run's state: of what type each part is, whatever the model."""
+"""The layout of a saved run's state: of what type each part is, whatever the model.
+
+Bits are truth values by then (:mod:`~sparse_callbacks.core.saved_bits`).
+"""
 
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
@@ -9,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparse_callbacks.core.live.live_layout import units_in, why_not_pattern, why_not_records
+from sparse_callbacks.core.saved_bits import count_of_false
 
 Check = Callable[[Any], str]
 """A function that says what is wrong with a value, as the end of a sentence; empty where nothing is."""
@@ -206,7 +210,7 @@ def inventory(state: Mapping[str, Any]) -> dict[str, Any]:
     """
     units = {name: units_in(pattern) for name, pattern in state.get("patterns", {}).items()}
     return {
-        "zeros": {name: int((~mask).sum()) for name, mask in state["masks"].items()},
+        "zeros": {name: count_of_false(mask) for name, mask in state["masks"].items()},
         "names": {part: sorted(state[part]) for part in _LISTED if part in state},
     } | ({"units": units} if units else {})
 

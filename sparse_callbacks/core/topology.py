@@ -129,8 +129,8 @@ class EverActive:
                 self._aux.setdefault(f"once_active/{name}", ever_live.none_yet(layer.values.device))
                 continue
             mask = self._weights.masks[name]
-            ever = self._aux.get(f"ever_active/{name}", mask).to(mask.device)
-            self._aux[f"ever_active/{name}"] = ever | mask
+            ever = self._aux.get(f"ever_active/{name}")
+            self._aux[f"ever_active/{name}"] = mask.clone() if ever is None else ever.to(mask.device).logical_or_(mask)
 
     def note(self, name: str, move: Move) -> None:
         """Count in what the move of an exchanged layer makes active."""

@@ -51,7 +51,8 @@ class SparseWeights:
         self.entries = dict(entries)
         self.layers_stored = dict(layers or {})
         """Exchanged layers by the name of their weight. They hold live values alone, so nothing is masked in them."""
-        self._held: dict[str, Tensor] = {}
+        self._held: dict[str, Tensor] = {}  # of parameters in _unmasked the latest mask that somebody has asked for
+        self._unmasked: set[str] = set()  # parameters whose gates have moved since: _settled() makes their masks
         self.left_records: dict[str, Records] = {}
         """What exchanged layers had recorded in the window that was open when the run ended, by name."""
         self.last_places: dict[str, int] = {}
@@ -60,7 +61,8 @@ class SparseWeights:
         self._uncounted: dict[str, Tensor] = {}
         self._factors: dict[str, Tensor] = {}  # gates, of those that set_factor was called for
         self._lasting: dict[str, Tensor] = {}  # the same without those that are taken for a while
-        self._bits: dict[str, Tensor] = {}  # of the others: all bits are ones where a weight is active, else zeros
+        # of the others, made when something is first masked: all bits are ones where a weight is active, else zeros
+        self._bits: dict[str, Tensor] = {}
         # by name the address of a parameter's values, and a view of them as integers, which would take as long to make
         # anew in every step as small weights take to be masked
         self._integers: dict[str, tuple[int, Tensor]] = {}
@@ -80,7 +82,7 @@ class SparseWeights:
             self.set_mask(name, mask)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_integers": {}, "watchers": []}
+        return {**vars(self), "_bits": {}, "_integers": {}, "watchers": []}
 
     # ------------------------------------------------------------------ parameters in shards
 
@@ -104,12 +106,23 @@ class SparseWeights:
     @property
     def masks(self) -> Mapping[str, Tensor]:
         """Bool masks by parameter name; those of exchanged layers are made when they are asked for."""
-        return MasksOnDemand(self.params, self._held, self.layers_stored) if self.layers_stored else self._held
+        held = self._settled()
+        return MasksOnDemand(self.params, held, self.layers_stored) if self.layers_stored else held
 
     @property
     def held_masks(self) -> Mapping[str, Tensor]:
         """The masks that exist: of all sparse parameters but those of exchanged layers."""
+        return self._settled()
+
+    def _settled(self) -> dict[str, Tensor]:
+        """The masks by name. Gates move in every step, and their masks are made when somebody asks."""
+        for name in self._unmasked:
+            self._held[name] = self._mask_of_gates(name)
+        self._unmasked = set()
         return self._held
+
+    def _mask_of_gates(self, name: str) -> Tensor:
+        return (self._lasting[name] != 0).expand(self.params[name].shape)
 
     @property
     def records(self) -> Mapping[str, Records]:
@@ -127,14 +140,27 @@ class SparseWeights:
         # and without the layout that the selection has noted on it, which a copy or a file would take along
         self._take(name, whole(mask).detach())
         self._counts[name] = self.count(name, mask)
-        if name not in self._bits:
-            p = self.params[name]
-            self._bits[name] = torch.empty_like(p, dtype=_BITS[p.element_size()], requires_grad=False)
-        self._bits[name].copy_(mask).neg_()  # -1 has all bits
+        if name in self._bits:
+            self._bits[name].copy_(mask).neg_()  # -1 has all bits
         self._factors.pop(name, None)
         self._lasting.pop(name, None)
 
+    def _bits_of(self, name: str) -> Tensor:
+        """The mask of a parameter as integers of its own size: four bytes a weight for float32, so that a model that is only
+        looked at has none of them."""
+        bits = self._bits.get(name)
+        if bits is None:
+            p = self.params[name]
+            bits = torch.empty_like(p, dtype=_BITS[p.element_size()], requires_grad=False)
+            self._bits[name] = bits.copy_(self._held[name]).neg_()  # -1 has all bits
+        return bits
+
+    def release_bits(self) -> None:
+        """A run is over: forget the integers that steps are masked with; they are made again when they are needed."""
+        self._bits, self._integers = {}, {}
+
     def _take(self, name: str, mask: Tensor) -> None:
+        self._unmasked.discard(name)
         before = self._held.get(name, mask)
         self._held[name] = mask
         self.changes += 1
@@ -144,9 +170,10 @@ class SparseWeights:
     def take_over_watchers(self, earlier: "SparseWeights") -> None:
         """Whoever watches the masks of ``earlier`` watches these; parameters that had none there were dense until now."""
         self.watchers = earlier.watchers
-        for name in self._held.keys() - earlier._held.keys():
+        masks = self._settled()
+        for name in masks.keys() - earlier._held.keys():
             for watcher in self.watchers:
-                watcher(name, torch.ones_like(self._held[name]), self._held[name])
+                watcher(name, torch.ones_like(masks[name]), masks[name])
 
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Take all of ``masks``, and bring them into the values."""
@@ -157,10 +184,13 @@ class SparseWeights:
     def set_factor(self, name: str, factor: Tensor) -> None:
         """Take a float ``factor`` that broadcasts against the parameter in place of a mask; active is where it is not
         zero."""
-        self._take(name, (factor != 0).expand(self.params[name].shape))
-        self._uncounted[name] = factor
-        self._factors[name] = self._lasting[name] = factor
+        self._factors[name] = self._lasting[name] = self._uncounted[name] = factor
         self._bits.pop(name, None)
+        if self.watchers or name not in self._held:
+            self._take(name, self._mask_of_gates(name))
+        else:
+            self._unmasked.add(name)
+            self.changes += 1
 
     def set_passing_factor(self, name: str, factor: Tensor) -> None:
         """Take another ``factor`` for a while, such as a sample of gates; what is active stays as :meth:`set_factor`
@@ -222,7 +252,7 @@ class SparseWeights:
 
     def mask_tensors(self) -> Iterator[Tensor]:
         """Every tensor that says which weights are active: masks, their bits, gates, and patterns of exchanged layers."""
-        for held in (self._held, self._bits, self._factors, self._lasting):
+        for held in (self._settled(), self._bits, self._factors, self._lasting):
             yield from held.values()
         for layer in self.layers_stored.values():
             yield from (tensor for _, tensor in layer.places.tensors())
@@ -246,22 +276,23 @@ class SparseWeights:
                 self._copy.swap_out([name])
                 self._write_from_copy(name, p.data, finite, self._factors.get(name))
                 self._copy.mark_written(name)
-            elif name in self._bits:
+            elif name in self._factors:
+                p.masked_fill_(~self.masks[name], 0)
+            elif name not in self.layers_stored:
+                bits = self._bits_of(name)
                 address, integers = self._integers.get(name, (-1, p))  # an empty part has the address 0
                 # the view keeps its memory, so that nothing else can have its address
                 if address != p.data_ptr():
-                    integers = p.view(self._bits[name].dtype)
+                    integers = p.view(bits.dtype)
                     self._integers[name] = p.data_ptr(), integers
-                integers.bitwise_and_(self._bits[name])
-            elif name not in self.layers_stored:
-                p.masked_fill_(~self._held[name], 0)
+                integers.bitwise_and_(bits)
 
     def _write_from_copy(self, name: str, into: Tensor, finite: bool, factor: Tensor | None) -> None:
         dense = self._copy.values(name)
-        if (bits := self._bits.get(name)) is not None:
+        if factor is None:
+            bits = self._bits_of(name)
             torch.bitwise_and(dense.view(bits.dtype), bits, out=into.view(bits.dtype))
             return
-        assert factor is not None  # a parameter has bits or a factor
         torch.mul(dense, factor, out=into)
         if self.may_hold_inf or not finite:
             into.masked_fill_(factor == 0, 0)
@@ -308,11 +339,12 @@ class SparseWeights:
         if (gradient := self.params[name].grad) is None:
             return
         gradient = gradient.detach()  # faster than torch.no_grad(), for a gradient that may have a graph of its own
-        bits = self._bits.get(name)
-        if bits is None or bits.element_size() != gradient.element_size():
-            if name not in self.layers_stored:
-                gradient.masked_fill_(~self._held[name], 0)
+        if name in self.layers_stored:
+            return
+        if name in self._factors or self.params[name].element_size() != gradient.element_size():
+            gradient.masked_fill_(~self.masks[name], 0)
         else:
+            bits = self._bits_of(name)
             gradient.view(bits.dtype).bitwise_and_(bits)
 
     @torch.no_grad()
@@ -334,15 +366,23 @@ class SparseWeights:
         elif (gradient := self.params[name].grad) is not None:
             gradient.masked_fill_(self._factors[name] == 0, 0)
 
-    def at_pruned(self, name: str, tensor: Tensor) -> Tensor:
+    def at_pruned(self, name: str, tensor: Tensor, out: Tensor | None = None) -> Tensor:
         """``tensor`` at pruned positions, zero at active ones, whatever it is there; under gates pruned is what their
-        sample has closed."""
+        sample has closed.
+
+        Args:
+            name: name of a sparse parameter.
+            tensor: of its shape.
+            out: memory for the result, of the shape and type of ``tensor``; None for fresh memory. Masks that are integers
+                use it, and others do not.
+        """
         if name in self._factors:
             return tensor.masked_fill(self._factors[name] != 0, 0)
-        bits = self._bits.get(name)
-        if bits is None or bits.element_size() != tensor.element_size():
+        if name in self.layers_stored or self.params[name].element_size() != tensor.element_size():
             return tensor.masked_fill(self.masks[name], 0)
-        return (tensor.view(bits.dtype) & ~bits).view(tensor.dtype)
+        bits = self._bits_of(name)
+        pruned = torch.bitwise_not(bits, out=None if out is None else out.view(bits.dtype))
+        return pruned.bitwise_and_(tensor.view(bits.dtype)).view(tensor.dtype)
 
     # ------------------------------------------------------------------ dense values of pruned weights that learn on
 

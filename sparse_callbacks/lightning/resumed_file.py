@@ -103,7 +103,7 @@ def look_before_loading(trainer: Any, module: LightningModule, methods: Sequence
 def add_inventory(key: str, checkpoint: dict[str, Any]) -> None:
     """Write down beside the state of a callback what it should hold.
 
-    Not in it: the layout of the state is that of version 0.1, which reads it too.
+    Not in it: the state is what the callback goes on from, whoever loads it.
 
     Args:
         key: the callback's key.

@@ -33,6 +33,9 @@ class GMP(Method):
     same proportion; with ``"global"`` and ``"lamp"`` every update takes one threshold over all layers (of each optimizer,
     where there are several). The mask for step t is made from the weights after step t - 1.
 
+    Passes over the weights in a step: 1 in place (the mask on the weights) and 1 that reads
+    (gradients, for inf and NaN).
+
     Differs from the paper: the default distribution leaves no layer dense by itself (``keep_dense="both"`` does);
     pruned weights hold zero at once and receive no update.
 

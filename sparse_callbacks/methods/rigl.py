@@ -36,6 +36,9 @@ class RigL(ReplacesSteps, DropAndGrow):
     start at zero with the optimizer state of a fresh weight; a weight dropped and grown again in one update keeps both.
     The gradient is taken after reduction over ranks and accumulation, and before clipping.
 
+    Passes over the weights in a step: 1 in place (the mask on the weights) and 1 that reads
+    (gradients, for inf and NaN).
+
     Differs from the paper: an update whose count is 0 in every layer (at the end of the cosine) is an ordinary gradient
     step. Differs from the released code: the cosine runs over (t - start) / (stop - start), where the code does not
     shift t; ties go to the lower index instead of to noise; and pruned weights hold zero, where the code hides their

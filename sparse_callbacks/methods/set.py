@@ -64,6 +64,9 @@ class SET(DropAndGrow):
     in the order of registration, which is taken for the output (of a model with several outputs leave the others out with
     exclude=); layers of other kinds, convolutions among them, lose none.
 
+    Passes over the weights in a step: 1 in place (the mask on the weights) and 1 that reads
+    (gradients, for inf and NaN).
+
     Differs from the paper: by default the smallest magnitudes are dropped and grown weights start at zero (see above for
     both as published); the drop fraction falls by a cosine, where the paper holds it constant
     (``drop_fraction="constant(0.3)"``); the interval is in steps and not epochs; a weight drawn again at once keeps its value

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Unpack
 
+import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.core.calendar import Time
@@ -30,7 +31,10 @@ class SNFS(DropAndGrow):
         keep  the active weights with the largest |w|, all but k = int(drop_fraction(t) * active)
         grow  the k positions with the largest |m| among all others, those just dropped included
 
-    Costs one dense copy of the sparse weights and two passes over it in every step.
+    Costs two dense copies of the sparse weights, one of them memory for the next mean.
+
+    Passes over the weights in a step: 3 in place (the mask, and two for the smoothed
+    gradient) and 1 that reads (gradients, for inf and NaN).
 
     Differs from the paper: a layer keeps its planned count, without the redistribution between layers by mean momentum;
     the smoothed gradient is kept here for every optimizer, where the paper uses the momentum buffer of SGD; the
@@ -91,6 +95,7 @@ class SNFS(DropAndGrow):
             )
         self.smoothing = smoothing
         self._smoothed: dict[str, Tensor] = {}
+        self._spare: dict[str, Tensor] = {}  # the memory of means that are no longer needed, for the next ones
 
     def wants_dense_gradients(self, step: Step) -> bool:
         return True  # every step is smoothed, not only those before an update
@@ -101,26 +106,43 @@ class SNFS(DropAndGrow):
     def before_step(self, step: Step) -> None:
         # not in aux yet: a GradScaler may still skip the step, and its gradients would stay in the mean for good
         for name in step.names:
-            self._smoothed.pop(name, None)
+            left = self._smoothed.pop(name, None)  # of a step that was skipped
             if (gradient := step.gradient(name)) is not None:
                 past = self.aux.get(f"smoothed/{name}")
-                # a new tensor: the gradient itself belongs to the optimizer, which has not stepped yet
-                share = gradient * (1 - self.smoothing)
+                # not in the gradient itself: it belongs to the optimizer, which has not stepped yet
+                spare = self._spare.pop(name, left)
+                fits = spare is not None and _is_like(spare, gradient)
+                share = torch.mul(gradient, 1 - self.smoothing, out=spare if fits else None)
                 self._smoothed[name] = share if past is None else share.add_(past, alpha=self.smoothing)
         # last, as it masks the gradients that were read above
         super().before_step(step)
 
     def after_step(self, step: Step) -> Update | None:
         # those of this optimizer: the step of another may have been announced before this one was taken
-        smoothed = {f"smoothed/{name}": self._smoothed.pop(name) for name in step.names if name in self._smoothed}
+        smoothed = {name: self._smoothed.pop(name) for name in step.names if name in self._smoothed}
         # without a GradScaler a step with an inf is taken, and would leave an inf in the mean
-        if step.finite:
-            self.aux |= smoothed  # because a resumed run must grow where this one would have
+        finite = step.finite
+        for name, mean in smoothed.items():
+            past = self.aux.get(f"smoothed/{name}")
+            if finite:
+                self.aux[f"smoothed/{name}"] = mean  # because a resumed run must grow where this one would have
+            if (unused := past if finite else mean) is not None:
+                self._spare[name] = unused
         # after the mean has moved: an update grows by the momentum with the current gradient in it
         return super().after_step(step)
 
     def grow_scores(self, step: Step, name: str) -> Tensor | None:
         return self.aux.get(f"smoothed/{name}")
+
+
+def _is_like(memory: Tensor, tensor: Tensor) -> bool:
+    """Whether ``memory`` is such as the product of ``tensor`` and a number would get."""
+    return (memory.dtype, memory.device, memory.shape, memory.stride()) == (
+        tensor.dtype,
+        tensor.device,
+        tensor.shape,
+        tensor.stride(),
+    )
 
 
 @expected_aux.register

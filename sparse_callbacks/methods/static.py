@@ -20,6 +20,9 @@ class Static(StartsSparse):
     The baseline of every sparse-to-sparse method; and, with ``initial_mask``, fine-tuning that keeps a pruned network
     pruned.
 
+    Passes over the weights in a step: 1 in place (the mask on the weights) and 1 that reads
+    (gradients, for inf and NaN).
+
     Args:
         sparsity: fraction of zeros over the selected weights, in [0, 1); None: 0.9, or what ``initial_mask`` holds.
         distribution: name, ``{glob: sparsity or name}`` or callable; see :class:`~sparse_callbacks.core.method.Method`.

@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from sparse_callbacks import SET, RigL, SparseRun, Static, sparsify
 from sparse_callbacks.core.averages import from_birth
+from sparse_callbacks.core.saved_bits import with_truths
 
 DECAY = 0.9
 VALUES = [[1.0, -0.5, 0.8, 0.0, 0.3, 0.0], [1.2, -0.4, 0.0, 0.5, 0.0, 0.0], [0.9, 0.0, 0.7, 0.6, -0.2, 0.0]]
@@ -241,6 +242,7 @@ def test_an_average_goes_on_when_a_state_is_loaded_into_the_run() -> None:
 def test_births_that_no_run_can_have_saved_are_refused() -> None:
     half, _, run = resumable(steps=range(8))
     run.close()
+    half["run"] = with_truths(half["run"])
     name, born = next((n, b) for n, b in half["run"]["averages"]["0"]["born"].items() if b.any())
     born[~half["run"]["masks"][name]] = True
     with pytest.raises(ValueError, match=r"born since an average are not among the active ones"):

@@ -7,6 +7,7 @@ from support import loops
 
 from sparse_callbacks import DPF, GMP, RigL, sparsify
 from sparse_callbacks.core.method import Method
+from sparse_callbacks.core.saved_bits import with_truths
 
 
 def begun(method: Method, steps: int, state: Any = None) -> Any:
@@ -25,7 +26,7 @@ def test_a_run_that_was_made_shorter_goes_on_before_its_next_update(make: Any) -
     optimizer = loops.sgd(model)
     run = sparsify(method(), model, optimizer, 10**6)
     loops.train(run, model, optimizer, last=3)
-    state = run.state_dict()
+    state = with_truths(run.state_dict())
     run.close()
     assert sum(int((~mask).sum()) for mask in state["masks"].values()) == 0
     shorter = begun(method(), 8, state)
@@ -36,7 +37,7 @@ def test_a_run_that_was_made_shorter_goes_on_before_its_next_update(make: Any) -
 
 def test_a_mask_that_was_changed_in_a_state_is_refused() -> None:
     run = begun(GMP(0.5, every=1, print_plan=False), 20)
-    state = run.state_dict()
+    state = with_truths(run.state_dict())
     run.close()
     name = next(iter(state["masks"]))
     state["masks"][name].view(-1)[0] = False
@@ -51,7 +52,7 @@ def test_a_state_of_version_0_1_may_have_other_counts_where_layers_have_changed(
         return RigL(0.5, distribution="erdos_renyi", every=2, print_plan=False)
 
     run = begun(method(), 20)
-    state = run.state_dict()
+    state = with_truths(run.state_dict())
     run.close()
     del state["method"], state["zeros"]
     mask = next(m for m in state["masks"].values() if not m.all())

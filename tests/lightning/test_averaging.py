@@ -14,6 +14,7 @@ from support.methods import every_steady_method, method
 from torch import Tensor, nn
 
 from sparse_callbacks import SET, Static
+from sparse_callbacks.core.saved_bits import with_truths
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.testing.comparison import differences
@@ -119,7 +120,7 @@ def test_between_two_averages_births_are_kept_in_the_state_and_nowhere_without_a
     callback, averager = SET(0.8, every=3, stop=20, drop_fraction=0.5, print_plan=False), AVERAGING["epochs"]()
     fit([callback, averager], tmp_path, stops=(6,))
     state = torch.load(tmp_path / "6.ckpt", weights_only=True)["callbacks"]
-    ours = state[callback.state_key]
+    ours = with_truths(state[callback.state_key])
     born = ours["averages"][averager.state_key]["born"]
     assert any(b.any() for b in born.values())
     assert all((b & ~ours["masks"][n]).sum() == 0 for n, b in born.items())

@@ -9,6 +9,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from support.averaging import AVERAGING, everything, fit
 from support.methods import method
 
+from sparse_callbacks.core.saved_bits import with_truths
 from sparse_callbacks.testing.comparison import differences
 from sparse_callbacks.testing.networks import Classifier
 
@@ -109,7 +110,7 @@ def test_a_file_whose_births_are_not_among_the_masks_is_refused(tmp_path: Path) 
     fit([callback, averager], tmp_path, Steady(), stops=(11,))
 
     def change(found: Any) -> None:
-        ours = found["callbacks"][callback.state_key]
+        ours = found["callbacks"][callback.state_key] = with_truths(found["callbacks"][callback.state_key])
         name, born = next(iter(ours["averages"][averager.state_key]["born"].items()))
         born[~ours["masks"][name]] = True
 

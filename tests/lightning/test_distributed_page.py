@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from sparse_callbacks import RigL
+from sparse_callbacks import RigL, saved_masks
 from sparse_callbacks.testing.comparison import assert_counts, assert_effective, differences
 from sparse_callbacks.testing.runs import fit
 
@@ -39,7 +39,7 @@ def test_the_torchrun_command_of_the_page_trains_and_its_checkpoint_resumes_with
     module, callback = names["Net"](), RigL(0.9, every=5, stop=0.75, print_plan=False)  # type: ignore[operator]
     x = torch.randn(256, 20)
     data = DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), batch_size=16)
-    saved = torch.load(path, weights_only=True)["callbacks"][callback.state_key]["masks"]
+    saved = saved_masks(path)
     fit(module, callback, loader=data, ckpt_path=path, max_epochs=6)
     assert callback.masks.keys() == saved.keys()
     assert_effective(module, callback)

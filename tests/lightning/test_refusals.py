@@ -18,7 +18,7 @@ from support.nets import Regression, sgd
 from support.rig import copied_masks, fit_steps
 from torch.utils.data import DataLoader, IterableDataset
 
-from sparse_callbacks import GMP, SET, SNFS, RigL, SparsityCallback, Static
+from sparse_callbacks import GMP, SET, SNFS, RigL, SparsityCallback, Static, saved_masks
 from sparse_callbacks.lightning.refusals import refuse_host
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
 from sparse_callbacks.testing.runs import trainer_for
@@ -393,11 +393,7 @@ def test_a_checkpoint_whose_masks_do_not_fit(tmp_path: Path) -> None:
 
 def test_a_layer_that_is_frozen_where_a_checkpoint_has_its_mask_keeps_it(tmp_path: Path) -> None:
     checkpoint = saved(tmp_path, rigl())
-    mask = next(
-        s["masks"]["net.2.weight"]
-        for s in torch.load(checkpoint, weights_only=True)["callbacks"].values()
-        if "masks" in s
-    )
+    mask = saved_masks(checkpoint)["net.2.weight"]
     module, callback = Regression(), rigl()
     module.net[2].weight.requires_grad_(False)
     module.configure = lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)

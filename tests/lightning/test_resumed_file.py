@@ -15,6 +15,7 @@ from support.data import loader
 from support.nets import Regression
 from torch import Tensor
 
+from sparse_callbacks import saved_masks
 from sparse_callbacks.testing.runs import fit
 
 STEPS = 8
@@ -44,7 +45,7 @@ def state_in(content: Mapping[str, Any]) -> Any:
 @pytest.mark.parametrize("method", ["static", "set", "rigl", "dpf"])
 def test_weights_that_the_masks_of_their_own_file_cut_are_refused(method: str, tmp_path: Path) -> None:
     path, content = saved_by(method, tmp_path)
-    name, mask = next((n, m) for n, m in state_in(content)["masks"].items() if not m.all())
+    name, mask = next((n, m) for n, m in saved_masks(content).items() if not m.all())
     content["state_dict"][name][~mask] = 0.25
     cut = int((~mask).sum())
     with pytest.raises(ValueError, match=rf"run\.ckpt holds weights of {name} that its own masks cut: {cut} of them"):
@@ -55,7 +56,7 @@ def test_a_file_that_was_written_within_an_optimizer_step_holds_dense_values(tmp
     path, content = saved_by("dpf", tmp_path)
     content["state_dict"] |= state_in(content)["dense"]
     resume("dpf", content, path)
-    name, mask = next((n, m) for n, m in state_in(content)["masks"].items() if not m.all())
+    name, mask = next((n, m) for n, m in saved_masks(content).items() if not m.all())
     content["state_dict"][name] = state_in(content)["dense"][name] * torch.where(mask, 1.0, 0.5)  # as gates would
     with pytest.raises(ValueError, match="that its own masks cut"):
         resume("dpf", content, path)
@@ -66,8 +67,9 @@ def without(part: str, name: str) -> Callable[[Any], object]:
 
 
 def a_weight_less(content: Any) -> None:
-    mask = next(iter(state_in(content)["masks"].values()))
-    mask.view(-1)[mask.view(-1).nonzero()[0]] = False
+    bits = next(iter(state_in(content)["masks"].values()))["bits"]
+    byte = bits.nonzero()[0]
+    bits[byte] &= bits[byte] - 1  # without its lowest bit
 
 
 def no_arguments(content: Any) -> None:

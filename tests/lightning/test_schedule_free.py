@@ -14,7 +14,7 @@ from support.schedule_free import EVERY, STAND_IN, schedule_free
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparse_callbacks import DPF, GMP, GaP, ParallelGaP, SparsityCallback
+from sparse_callbacks import DPF, GMP, GaP, ParallelGaP, SparsityCallback, saved_masks
 from sparse_callbacks.testing.runs import trainer_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -113,8 +113,7 @@ def test_a_checkpoint_in_eval_mode_resumes_exactly(method: str, tmp_path: Path) 
     state = torch.load(path, weights_only=True)
     assert not state["optimizer_states"][0]["param_groups"][0]["train_mode"]
     callback, after = METHODS[method](), Recorded()
-    masks = next(v["masks"] for v in state["callbacks"].values() if "masks" in v)
-    assert all(not state["state_dict"][n][~m].any() for n, m in masks.items())
+    assert all(not state["state_dict"][n][~m].any() for n, m in saved_masks(state).items())
     fit(Switches(watched=callback), callback, tmp_path, after, ckpt_path=path)
     assert all(torch.equal(t, after.weights[n]) for n, t in end.weights.items())
     assert all(torch.equal(m, callback.masks[n]) for n, m in whole.masks.items())

@@ -9,6 +9,7 @@ from support import sharded
 from support.processes import run_processes
 from support.sharded import OTHERS, RUNS, STOP, WINDOW, train
 
+from sparse_callbacks import saved_masks
 from sparse_callbacks.testing.comparison import differences
 from sparse_callbacks.testing.runs import Stops
 
@@ -80,7 +81,7 @@ def test_ranks_with_other_batches_hold_the_parts_of_one_mask(ranks: Ranks) -> No
     one, other = (r["split"] for r in ranks)
     assert differences(one["weights"], other["weights"]) == []
     counts = train("rigl", 1)["counts"]
-    for name, mask in one["state"]["masks"].items():
+    for name, mask in saved_masks(one["state"]).items():
         dim = 1 if name == "net.columns.weight" else 0
         assert torch.equal(torch.cat([one["masks"][name], other["masks"][name]], dim), mask), name
         assert int(mask.sum()) == counts[name] == one["counts"][name] == other["counts"][name]

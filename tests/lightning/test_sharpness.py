@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparse_callbacks import DPF, GaP, ParallelGaP, RigL, SparsityCallback, Static
+from sparse_callbacks.core.saved_bits import with_truths
 from sparse_callbacks.testing.runs import trainer_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -129,7 +130,7 @@ def fit(module: pl.LightningModule, callback: SparsityCallback, folder: Path, *o
 
 def assert_same_runs(mine: SparsityCallback, theirs: SparsityCallback) -> None:
     assert (mine.step, mine.updates) == (theirs.step, theirs.updates)
-    ours, others = mine.state_dict(), theirs.state_dict()
+    ours, others = with_truths(mine.state_dict()), with_truths(theirs.state_dict())
     for kind in ("masks", "dense", "aux"):
         for name, tensor in ours[kind].items():
             assert torch.equal(tensor, others[kind][name]), (kind, name)

@@ -13,7 +13,7 @@ from support.nets import Regression, mlp
 from support.rig import copied_masks, fit_steps, short_callback
 from torch import Tensor, nn
 
-from sparse_callbacks import GMP, SET, GaP, ParallelGaP, RigL, Static
+from sparse_callbacks import GMP, SET, GaP, ParallelGaP, RigL, Static, saved_masks
 from sparse_callbacks.tasks.build import build_method
 from sparse_callbacks.testing.runs import trainer_for
 
@@ -97,7 +97,7 @@ def test_a_resumed_fit_needs_the_file_no_more(make: Any, tmp_path: Path) -> None
     read = make(initial_mask=str(tmp_path / "gone.pt"), print_plan=False, **more)
     other.validation_step = other.test_step = lambda *_: None
     trainer_for(read, tmp_path).test(other, loader(2), ckpt_path=tmp_path / "4.ckpt", verbose=False)
-    assert same(read.masks, saved["masks"])
+    assert same(read.masks, saved_masks(tmp_path / "4.ckpt"))
 
 
 def test_workers_of_parallel_gap_begin_with_the_given_masks(tmp_path: Path) -> None:
@@ -120,10 +120,9 @@ def test_the_masks_of_gmp_at_any_time_are_those_of_the_next_run(tmp_path: Path) 
         on_train_batch_end=lambda trainer, *_: trainer.global_step == 5 and trainer.save_checkpoint(tmp_path / "5.ckpt")
     )
     fit_steps(tmp_path, [callback, stops], module, 9)
-    (state,) = torch.load(tmp_path / "5.ckpt", weights_only=True)["callbacks"].values()
     tuned = SET(initial_mask=tmp_path / "5.ckpt", every=100, stop=200, print_plan=False)
     fit_steps(tmp_path, tuned, Regression(configure=at_rest), 1)
-    kept = {n: int(m.sum()) for n, m in state["masks"].items()}
+    kept = {n: int(m.sum()) for n, m in saved_masks(tmp_path / "5.ckpt").items()}
     assert {n: int(m.sum()) for n, m in tuned.masks.items()} == kept
 
 

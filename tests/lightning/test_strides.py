@@ -8,6 +8,8 @@ from support import processes
 from support.methods import method
 from support.processes import STRIDED, run_processes
 
+from sparse_callbacks import saved_masks
+from sparse_callbacks.core.saved_bits import with_truths
 from sparse_callbacks.testing.comparison import assert_effective, differences
 from sparse_callbacks.testing.networks import Classifier
 from sparse_callbacks.testing.runs import fit
@@ -39,9 +41,9 @@ def test_no_two_elements_of_a_mask_share_their_memory(name: str) -> None:
     module, callback = Classifier(processes.strided(0)), method(base, every=2, stop=8, **changes)
     fit(module, callback, max_epochs=1)
     assert any(not mask.all() for mask in callback.masks.values()) or base in ("l0", "smcp")
-    for mask in (*callback.masks.values(), *callback.state_dict()["masks"].values()):
+    for mask in (*callback.masks.values(), *saved_masks(callback.state_dict()).values()):
         mask[...] = torch.rand(mask.shape) < 0.5  # torch refuses it where elements share memory
-    for tensor in callback.state_dict()["aux"].values():
+    for tensor in with_truths(callback.state_dict())["aux"].values():
         tensor[...] = 0
 
 

@@ -17,7 +17,7 @@ from support.rig import fit_steps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from sparse_callbacks import CTRE, distributions
+from sparse_callbacks import CTRE, distributions, saved_masks
 from sparse_callbacks.core.ops import keep_largest
 from sparse_callbacks.methods.ctre.patience import Patience, judged
 from sparse_callbacks.testing.runs import trainer_for
@@ -335,8 +335,7 @@ def test_the_best_epoch_is_kept_like_in_any_run(tmp_path: Path) -> None:
     callback = ctre(variant="seq", monitor="score", patience=2)
     run(tmp_path, callback, Net(script=[0.1, 0.5, 0.2]), more=[keep], enable_checkpointing=True)
     saved = torch.load(tmp_path / "best.ckpt", weights_only=True)
-    masks = saved["callbacks"][callback.state_key]["masks"]
-    for name, mask in masks.items():
+    for name, mask in saved_masks(saved).items():
         assert not saved["state_dict"][name][~mask].any()
 
 

@@ -16,6 +16,7 @@ from support.rig import copied_masks, fit_steps
 from torch import Tensor, nn
 
 from sparse_callbacks import SET, RigL, SparsityCallback, Static
+from sparse_callbacks.core.saved_bits import with_truths
 from sparse_callbacks.testing.cases_resume import resumed_differently
 from sparse_callbacks.testing.networks import Classifier
 from sparse_callbacks.testing.runs import fit
@@ -239,7 +240,7 @@ def test_a_saved_mask_that_is_not_of_the_pattern_is_refused(make: Any) -> None:
     optimizer = loops.sgd(model)
     run = loops.begin(method(make), model, optimizer)
     loops.train(run, model, optimizer, 0, 3)
-    state = run.state_dict()
+    state = with_truths(run.state_dict())
     run.close()
     mask = state["masks"]["0.weight"]
     mask[1] = mask[1].roll(1)  # as many zeros as before

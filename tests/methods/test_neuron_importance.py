@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparse_callbacks import SET, exchange_layers, sparsify
 from sparse_callbacks.core.calendar import Calendar, RunLength
+from sparse_callbacks.core.saved_bits import with_truths
 from sparse_callbacks.methods.neuron_importance import (
     ImportanceTimes,
     hidden_layers,
@@ -241,7 +242,7 @@ def test_a_state_may_have_more_zeros_than_planned_and_not_fewer() -> None:
         return sparsify(method, model, loops.sgd(model), loops.STEPS, state=state)
 
     run = begun(removing())
-    state = run.state_dict()
+    state = with_truths(run.state_dict())
     run.close()
     del state["zeros"]  # a state of a Trainer has no such checksum
     ever = {k: t | True for k, t in state["aux"].items()}

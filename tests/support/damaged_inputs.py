@@ -30,6 +30,7 @@ from torch import nn
 from sparse_callbacks import Static, load_compact, save_compact
 from sparse_callbacks.channels.latency.table import Table
 from sparse_callbacks.core.randomness import random_states, restore_random_states
+from sparse_callbacks.core.saved_bits import with_truths
 from sparse_callbacks.tasks.build import refuse_sparse_checkpoint
 from sparse_callbacks.tasks.data.tabular import tabular
 from sparse_callbacks.tasks.run_state import KEY, RunState, states_to_save
@@ -152,7 +153,7 @@ READ = ("times", "steps", "done", "updates", "masks", "aux", "dense", "epoch")
 
 def damaged_masks(method: str, state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """States with masks that have other counts than their run can have."""
-    masks = state["masks"]
+    masks = with_truths(state)["masks"]
     for name, value in (("all True", True), ("all False", False)):
         yield f"masks {name}", state | {"masks": {n: torch.full_like(m, value) for n, m in masks.items()}}
     first = next(iter(masks))
@@ -174,7 +175,7 @@ def tries_of_states(each: int, rng: random.Random) -> Iterator[tuple[Try, Any]]:
         single = [*damage.damaged_values(state, OTHERS_OWN)]
         for name, damaged in [*damaged_masks(method, state), *rng.sample(single, min(each, len(single)))]:
             yield Try(f"state= of {method}", name, "state=", partial(gone_on, method, damaged)), right
-        if not all(mask.all() for mask in state["masks"].values()):
+        if not all(mask.all() for mask in with_truths(state)["masks"].values()):
             foreign = partial(gone_on, method, state, loops.net(seed=5).state_dict())
             yield Try(f"state= of {method}", "weights of another run", "state=", foreign), right
         others = (("a list", [1]), ("empty", {}), ("of other keys", {"a": 1}), ("a text", "x"))
@@ -291,7 +292,7 @@ def of_two_runs(run: Mapping[str, Any]) -> dict[str, Any]:
     """Checkpoints whose parts do not belong together, made of an undamaged one."""
     key, state = next(iter(run["callbacks"].items()))
     other = {name: torch.full_like(value, 0.5) for name, value in run["state_dict"].items()}
-    moved = {name: mask.flip(0).flip(-1) for name, mask in state["masks"].items()}
+    moved = {name: mask.flip(0).flip(-1) for name, mask in with_truths(state)["masks"].items()}
     return {
         "weights of another run": {**run, "state_dict": other},
         "masks of another run": {**run, "callbacks": {key: {**state, "masks": moved}}},

@@ -70,6 +70,9 @@ class ChannelPruning(BudgetedChannels):
     budget goes to the groups that are furthest below the share. Scores of norms say little across layers: with ``"l1"`` and ``"l2"``
     ``ranking="layer"`` is the paper's.
 
+    Passes over the weights in a step: 1 in place (the mask on the weights) and 1 that reads
+    (gradients, for inf and NaN).
+
     Differs from the papers: budgets are exact, of the real network; Li et al. give a number of filters for each layer by
     hand, Molchanov et al. a number of units for each pruning, Liu et al. a share of the gains. No group loses all its
     channels. Scores of residual sums are not divided by numbers of layers. The released Taylor code inverts the condition

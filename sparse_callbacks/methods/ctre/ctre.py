@@ -55,6 +55,9 @@ class CTRE(MeasuresSimilarity, DropAndGrow):
     :class:`~sparse_callbacks.methods.ctre.activations.ActivationTracer`; of the last they are the softmax of the
     output.
 
+    Passes over the weights in a step: 1 in place (the mask on the weights) and 1 that reads
+    (gradients, for inf and NaN).
+
     Differs from the paper: convolutions count positions as samples (our extension). From the released code: ``"sim"``
     draws from what it has not grown already (the code can draw such a position again and loses one); no update after
     the very first step, when no similarity exists; ties go to the lower index, without noise; every layer that epsilon

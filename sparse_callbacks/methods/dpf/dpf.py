@@ -47,6 +47,9 @@ class DPF(Method):
     What you write into the weights between steps is kept if torch sees it (``with torch.no_grad(): p.clamp_(...)``); a
     write past autograd, ``p.data.clamp_(...)``, is undone by the next step.
 
+    Passes over the weights in a step: 1 in place (the mask on the dense weights, into the
+    other buffer) and 1 that reads (gradients, for inf and NaN).
+
     Differs from the paper: no code was published. Every default is a reading of the paper and of a third-party port;
     that port prunes one weight more than asked. Biases and norms are never pruned; each layer keeps at least one
     weight. Refreshes go on every 16 steps until fine-tuning starts, or to the end, where the port stops with the curve.

@@ -45,6 +45,9 @@ class GaP(RestartsOptimizers, StartsSparse):
     goes on longer. Steps that a GradScaler skips do not count, so they lengthen a phase: a schedule that refuses to go
     beyond its end (``OneCycleLR``) needs some steps to spare.
 
+    Passes over the weights in a step: 1 in place (the mask on the weights) and 1 that reads
+    (gradients, for inf and NaN).
+
     Differs from the paper and its code: exactly floor(s * size) weights of a layer are pruned, where the released
     percentile rule keeps too few among equal weights; gradients of pruned weights are masked, not only the weights
     after the step; masks are saved and not read from the zeros of a checkpoint; a layer of low sparsity is masked like

@@ -52,6 +52,9 @@ class ParallelGaP(TrainsInTurns, GaP):
     within a round holds what resume needs of every worker. Logged values and validations within a round are those of
     one worker (of rank 0), at its end of the combined network; norms in eval mode keep their running statistics.
 
+    Passes over the weights in a step: 1 in place (the mask on the weights) and 1 that reads
+    (gradients, for inf and NaN).
+
     Differs from the paper and its code: the released script copies hard-coded layers and leaves the rest as in the file
     that was loaded first; here every tensor has one owner (a tensor that no partition holds comes from worker 0; a
     module without sparse weights, such as a norm, belongs to the partition of the last sparse layer before it). Exactly

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparse_callbacks.core.kept_tensors import KeptTensors
 from sparse_callbacks.methods.l0 import gates
 
 State = dict[str, Tensor]
@@ -53,26 +54,33 @@ class Constraint:
         # made from a gate, so that it has the dtype and the device of the numbers that it is added to
         state.setdefault(self.key, torch.zeros_like(state[f"log_alpha/{self.names[0]}"].flatten()[0]))
 
-    def step(self, state: State, gradients: Mapping[str, Tensor], rates: Rates) -> None:
+    def step(
+        self, state: State, gradients: Mapping[str, Tensor], rates: Rates, kept: KeptTensors | None = None
+    ) -> None:
         """Take one step of gates and multiplier at the same time, each computed from the other's old value.
 
         Args:
-            state: gates, multiplier and moments; gets the new values.
+            state: gates, multiplier and moments; gets the new values, the gates in place.
             gradients: gradient of the loss by the log_alpha of each kernel.
             rates: learning rates of the step.
+            kept: memory to compute in; None for fresh memory.
         """
-        # both are read before anything is written: gates and multiplier step at the same time, and the density must be
-        # that of the gates that the loss was computed with
-        multiplier = state[self.key]
-        defect = self.density(state) - self.target
+        kept = KeptTensors() if kept is None else kept
+        # gates and multiplier step at the same time, so the multiplier is read before it is written, and the density is
+        # that of the gates that the loss was computed with: of each kernel before they move
+        multiplier, means = state[self.key], []
         for name, share in self.shares.items():
             log_alpha = state[f"log_alpha/{name}"]
+            opened = gates.p_open(log_alpha, kept.like("p_open", log_alpha))
+            means.append(opened.mean())
             # gradient of the Lagrangian: that of multiplier * density, where a gate counts with its part of the
             # kernel's share, plus that of the loss
-            gradient = gates.p_open_slope(log_alpha).mul_(multiplier * (share / log_alpha.numel()))
+            gradient = gates.slope_at(opened, kept.like("gradient", log_alpha))
+            gradient.mul_(multiplier * (share / log_alpha.numel()))
             gradient.add_(gradients[name])
-            direction = _adam_step(state, name, gradient) if rates.adam else gradient
-            state[f"log_alpha/{name}"] = direction.mul_(-rates.gates).add_(log_alpha).clamp_(-gates.LIMIT, gates.LIMIT)
+            direction = _adam_step(state, name, gradient, opened) if rates.adam else gradient
+            log_alpha.add_(direction.mul_(-rates.gates)).clamp_(-gates.LIMIT, gates.LIMIT)
+        defect = gates.joint_density(means, self.shares.values()) - self.target
         state[self.key] = gates.ascend(multiplier, defect, rates.multipliers)
 
 
@@ -94,15 +102,17 @@ def make_constraints(
     return [Constraint(shares_of({n: sizes[n] for n in names}), targets[names[0]]) for names in groups]
 
 
-def _adam_step(state: State, name: str, gradient: Tensor) -> Tensor:
-    """Adam's direction for the gates of a kernel; its moments in ``state`` are moved, or made at its first step."""
-    mean = state.setdefault(f"exp_avg/{name}", torch.zeros_like(gradient))
-    square = state.setdefault(f"exp_avg_sq/{name}", torch.zeros_like(gradient))
+def _adam_step(state: State, name: str, gradient: Tensor, root: Tensor) -> Tensor:
+    """Adam's direction for the gates of a kernel, in the memory of their gradient; its moments in ``state`` are moved, or made
+    at its first step. ``root`` is memory of the same shape."""
+    if f"exp_avg/{name}" not in state:
+        state[f"exp_avg/{name}"], state[f"exp_avg_sq/{name}"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
+    mean, square = state[f"exp_avg/{name}"], state[f"exp_avg_sq/{name}"]
     # a tensor in place of an int, so that it is saved and moved between devices with the moments
-    step = state.setdefault(f"gate_steps/{name}", torch.zeros_like(gradient.flatten()[0])).add_(1)
+    step = state.setdefault(f"gate_steps/{name}", torch.zeros_like(gradient.view(-1)[0])).add_(1)
     mean.lerp_(gradient, 1 - gates.BETAS[0])
     square.mul_(gates.BETAS[1]).addcmul_(gradient, gradient, value=1 - gates.BETAS[1])
-    return gates.adam_direction(mean, square, step)
+    return gates.adam_direction(mean, square, step, out=gradient, root=root)
 
 
 def shares_of(sizes: Mapping[str, int]) -> dict[str, float]:

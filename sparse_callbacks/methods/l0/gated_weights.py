@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.core.dense_copy import undone
+from sparse_callbacks.core.kept_tensors import KeptTensors
 from sparse_callbacks.core.weights import SparseWeights
 from sparse_callbacks.methods.l0 import gates
 from sparse_callbacks.methods.l0.channel_members import ChannelMembers
@@ -36,6 +37,8 @@ class GatedWeights:
         """Samples of the gates of each kernel for its next step; missing where the last one is used up."""
         self._not_at_median: set[str] = set()
         """Parameters that do not hold their median gates now."""
+        self.kept = KeptTensors()
+        """Memory that a step computes in."""
         self._statistics = NormStatistics()
 
     def parameters(self, kernels: Iterable[str]) -> list[str]:
@@ -56,7 +59,9 @@ class GatedWeights:
 
         :meth:`write_medians` writes them into the parameters.
         """
-        for name, factor in self.factors(kernel, gates.trained(log_alpha)).items():
+        # in the memory of the last ones: the store multiplies by them until it is given these
+        medians = gates.trained(log_alpha, self.kept.like(f"medians/{kernel}", log_alpha))
+        for name, factor in self.factors(kernel, medians).items():
             self.medians[name] = factor
             self._weights.set_factor(name, factor)
             self._not_at_median.add(name)
@@ -135,7 +140,7 @@ class GatedWeights:
                 gradient.masked_fill_(factor == 0, 0)
             if name not in affine:
                 # before the gradient is multiplied: this is the derivative by the product of gate and weight
-                pulls.append(gates.log_alpha_gradient(gradient, dense, z))
+                pulls.append(self._pull(kernel, name, gradient, dense, z))
             gradient.mul_(factor)
             if l2 and name not in affine:
                 # E[(z w)^2] counts w^2 with P(z != 0), as the method's expected L2 norm is defined
@@ -143,6 +148,16 @@ class GatedWeights:
         if not pulls:
             return torch.zeros_like(z)
         return pulls[0] if len(pulls) == 1 else torch.stack(pulls).sum(0)
+
+    def _pull(self, kernel: str, name: str, gradient: Tensor, dense: Tensor, z: Tensor) -> Tensor:
+        """The gradient by the log_alpha of a kernel that comes from one of its parameters."""
+        if gradient.shape != z.shape:  # the product is summed up at once
+            return gates.log_alpha_gradient(gradient, dense, z, self.kept.like("product", gradient, z.dtype))
+        # gates of single weights: of every kernel it waits for the optimizer's step
+        product = self.kept.like(f"pull/{kernel}/{name}", gradient, z.dtype)
+        return gates.log_alpha_gradient(
+            gradient, dense, z, product, (self.kept.like("p_open", z), self.kept.like("gradient", z))
+        )
 
     def after_step(self, names: Iterable[str]) -> None:
         """An optimizer has stepped ``names``: put their dense weights back into the store, and write nothing yet."""

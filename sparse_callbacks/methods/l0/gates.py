@@ -7,6 +7,9 @@ A gate z in [0, 1] has one learned number, log_alpha. With u uniform in (0, 1)::
 so it is exactly 0 with a probability of its own, and exactly 1 with another (Louizos, Welling, Kingma 2018). The gate
 of the trained network is its median (Gallego-Posada et al. 2022), which is 0 exactly where the gate is open at most
 half of the time.
+
+``out=`` and further tensors with a default of None are memory to compute in, as in torch: with a gate for every weight,
+each result is as large as the weights.
 """
 
 import math
@@ -25,38 +28,40 @@ LIMIT = math.log(100.0)
 BETAS = (0.9, 0.999)  # of Adam for gates: torch's defaults
 
 
-def sample(log_alpha: Tensor, u: Tensor) -> Tensor:
+def sample(log_alpha: Tensor, u: Tensor, out: Tensor | None = None) -> Tensor:
     """Gates for noise ``u`` in (0, 1) of the same shape: the u-quantile of each gate.
 
     >>> sample(torch.tensor([0.0, 0.0, 0.0]), torch.tensor([0.05, 0.5, 0.95]))
     tensor([0.0000, 0.5000, 1.0000])
     """
-    # one buffer is changed in place all the way: with a gate for every weight, a sample is as large as the weights
-    z = torch.logit(u, EPS).add_(log_alpha).mul_(1 / BETA)
+    # one buffer is changed in place all the way; it may be that of u
+    z = torch.logit(u, EPS, out=out).add_(log_alpha).mul_(1 / BETA)
     return z.sigmoid_().mul_(ZETA - GAMMA).add_(GAMMA).clamp_(0, 1)
 
 
-def slope(z: Tensor) -> Tensor:
+def slope(z: Tensor, out: Tensor | None = None, sign: Tensor | None = None) -> Tensor:
     """d z / d log_alpha of a sample ``z``, computed from ``z`` alone; 0 where the sample was clipped.
 
     With the sigmoid s = (z - GAMMA) / (ZETA - GAMMA), the slope is (ZETA - GAMMA) s (1 - s) / BETA, and the product
     (z - GAMMA) (ZETA - z) in it is z (1 - z) - GAMMA ZETA, as GAMMA + ZETA = 1.
     """
-    inside = torch.addcmul(z, z, z, value=-1)  # z * (1 - z) is 0 exactly at the clips, so its sign tells the two apart
+    inside = torch.addcmul(
+        z, z, z, value=-1, out=out
+    )  # z * (1 - z) is 0 exactly at the clips, so its sign tells the two apart
     # the sign in place of a bool mask: a comparison and torch.where would take three times as long
-    return inside.add_(inside.sign(), alpha=-GAMMA * ZETA).mul_(1 / (BETA * (ZETA - GAMMA)))
+    return inside.add_(torch.sign(inside, out=sign), alpha=-GAMMA * ZETA).mul_(1 / (BETA * (ZETA - GAMMA)))
 
 
-def median(log_alpha: Tensor) -> Tensor:
+def median(log_alpha: Tensor, out: Tensor | None = None) -> Tensor:
     """The u = 0.5 quantile of each gate.
 
     >>> median(torch.tensor([-1.6, 0.0, 1.6]))
     tensor([0.0000, 0.5000, 1.0000])
     """
-    return (log_alpha * (1 / BETA)).sigmoid_().mul_(ZETA - GAMMA).add_(GAMMA).clamp_(0, 1)
+    return torch.mul(log_alpha, 1 / BETA, out=out).sigmoid_().mul_(ZETA - GAMMA).add_(GAMMA).clamp_(0, 1)
 
 
-def trained(log_alpha: Tensor) -> Tensor:
+def trained(log_alpha: Tensor, out: Tensor | None = None) -> Tensor:
     """Gates of the trained network: the median of each, so that at least one gate of the layer is open.
 
     Where all medians of a layer are 0, the gate with the largest log_alpha (of equals the first) gets its P(z != 0) as
@@ -65,7 +70,7 @@ def trained(log_alpha: Tensor) -> Tensor:
     >>> trained(torch.tensor([-1.6, 0.0, 1.6])), trained(torch.tensor([-4.0, -2.0, -3.0]))
     (tensor([0.0000, 0.5000, 1.0000]), tensor([0.0000, 0.4010, 0.0000]))
     """
-    z, rows = median(log_alpha), log_alpha.view(log_alpha.shape[0], -1)
+    z, rows = median(log_alpha, out), log_alpha.view(log_alpha.shape[0], -1)
     # the largest row first, then the largest gate in it: argmax over all gates at once takes ten times as long
     row = rows.amax(1).argmax(0, keepdim=True)
     best = row * rows.shape[1] + rows.index_select(0, row).argmax(1)
@@ -75,15 +80,19 @@ def trained(log_alpha: Tensor) -> Tensor:
     return z
 
 
-def p_open(log_alpha: Tensor) -> Tensor:
+def p_open(log_alpha: Tensor, out: Tensor | None = None) -> Tensor:
     """P(z != 0) of each gate."""
-    return (log_alpha + SHIFT).sigmoid_()
+    return torch.add(log_alpha, SHIFT, out=out).sigmoid_()
 
 
 def p_open_slope(log_alpha: Tensor) -> Tensor:
     """d P(z != 0) / d log_alpha of each gate."""
-    p = p_open(log_alpha)
-    return torch.addcmul(p, p, p, value=-1)
+    return slope_at(p_open(log_alpha))
+
+
+def slope_at(p: Tensor, out: Tensor | None = None) -> Tensor:
+    """d P(z != 0) / d log_alpha of gates with P(z != 0) = p."""
+    return torch.addcmul(p, p, p, value=-1, out=out)
 
 
 def log_alpha_at(droprate: float) -> float:
@@ -105,7 +114,12 @@ def expected_density(log_alphas: Iterable[Tensor], shares: Iterable[float]) -> T
         log_alphas: the gates of each layer; within a layer every gate multiplies the same number of parameters.
         shares: the share of each layer in all parameters of the constraint; the shares sum to 1.
     """
-    return torch.stack([share * mean_open(a) for a, share in zip(log_alphas, shares, strict=True)]).sum()
+    return joint_density([mean_open(a) for a in log_alphas], shares)
+
+
+def joint_density(means: Iterable[Tensor], shares: Iterable[float]) -> Tensor:
+    """:func:`expected_density` of layers whose gates are open with the probabilities ``means``, 0-d each."""
+    return torch.stack([share * mean for mean, share in zip(means, shares, strict=True)]).sum()
 
 
 def ascend(multiplier: Tensor, defect: Tensor, rate: float, restarts: bool = True) -> Tensor:
@@ -122,7 +136,9 @@ def ascend(multiplier: Tensor, defect: Tensor, rate: float, restarts: bool = Tru
     return torch.where(defect < 0, torch.zeros_like(risen), risen) if restarts else risen
 
 
-def adam_direction(mean: Tensor, square: Tensor, step: Tensor) -> Tensor:
+def adam_direction(
+    mean: Tensor, square: Tensor, step: Tensor, out: Tensor | None = None, root: Tensor | None = None
+) -> Tensor:
     """The direction along which Adam takes a step (eps 1e-8).
 
     Args:
@@ -130,23 +146,32 @@ def adam_direction(mean: Tensor, square: Tensor, step: Tensor) -> Tensor:
             included.
         step: number of this step, counted from 1, 0-d.
     """
-    root = (square / (1 - BETAS[1] ** step)).sqrt_().add_(1e-8)
-    return (mean / (1 - BETAS[0] ** step)).div_(root)
+    root = torch.div(square, 1 - BETAS[1] ** step, out=root).sqrt_().add_(1e-8)
+    return torch.div(mean, 1 - BETAS[0] ** step, out=out).div_(root)
 
 
-def noise(like: Tensor, generator: torch.Generator) -> Tensor:
+def noise(like: Tensor, generator: torch.Generator, out: Tensor | None = None, bits: Tensor | None = None) -> Tensor:
     """Uniform numbers in (0, 1) of the shape, dtype and device of ``like``, in steps of 2^-16, symmetric about 0.5.
 
     With sixteen bits the probability of an open gate is wrong by less than 1e-5, in a third of the time that
     ``torch.rand`` takes. A generator of another device than that of ``like`` gives its seed only.
+
+    Args:
+        like: what the numbers resemble.
+        generator: where they come from.
+        out: memory for them, contiguous.
+        bits: memory for int64 numbers, [ceil(n / 4)] for n elements of ``like``.
     """
     if generator.device.type != like.device.type:
         # numbers for single weights would take longer to carry to the device than to draw there
         generator = torch.Generator(like.device).manual_seed(generator.initial_seed())
     # each random int64 is read as four int16; 2^15 makes them positive, and 0.5 keeps them away from 0 and 1
-    bits = torch.empty(math.ceil(like.numel() / 4), dtype=torch.int64, device=like.device)
+    if bits is None:
+        bits = torch.empty(math.ceil(like.numel() / 4), dtype=torch.int64, device=like.device)
     bits.random_(-(2**63), None, generator=generator)
-    return bits.view(torch.int16)[: like.numel()].to(like.dtype).add_(2**15 + 0.5).mul_(2**-16).view(like.shape)
+    drawn = bits.view(torch.int16)[: like.numel()]
+    found = drawn.to(like.dtype) if out is None else out.view(-1).copy_(drawn)
+    return found.add_(2**15 + 0.5).mul_(2**-16).view(like.shape)
 
 
 def channel_shape(shape: Sequence[int], transposed: bool = False) -> tuple[int, ...]:
@@ -166,17 +191,21 @@ def mean_open(log_alpha: Tensor) -> Tensor:
     return p_open(log_alpha).mean()
 
 
-def log_alpha_gradient(gradient: Tensor, dense: Tensor, z: Tensor) -> Tensor:
+def log_alpha_gradient(
+    gradient: Tensor, dense: Tensor, z: Tensor, out: Tensor | None = None, memory: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """d loss / d log_alpha of the gates of one parameter, in the shape of ``z``.
 
     Args:
         gradient: d loss / d (z * dense), in the parameter's shape.
         dense: the dense weights, in the parameter's shape; a vector is a bias of a convolution.
         z: the sample that multiplied the parameter; its gates repeat for a bias that is longer than ``z``.
+        out: memory in the parameter's shape, which holds the result where ``z`` has that shape too.
+        memory: two more in the shape of ``z``, used where it is the parameter's.
     """
-    product = gradient.to(z) * dense
+    product = torch.mul(gradient.to(z), dense, out=out)
     if product.shape == z.shape:
-        return product.mul_(slope(z))
+        return product.mul_(slope(z, *(memory or ())))
     if z.ndim == product.ndim:
         return product.sum_to_size(z.shape) * slope(z)
     # a bias beside a kernel: in a transposed convolution with groups it holds several rounds of the kernel's gates

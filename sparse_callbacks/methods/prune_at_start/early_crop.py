@@ -29,6 +29,9 @@ class EarlyCroP(PruneAtStart):
     All rounds fall one after the other at the end of that epoch. Costs one copy of the initial weights until then, and for each
     round one gradient and one Hessian-vector product of each of ``batches``.
 
+    Passes over the weights in a step: 1 in place (the mask on the weights) and 1 that reads
+    (gradients, for inf and NaN); a look at the distance takes more.
+
     Differs from the paper's code: it takes the weights after the first epoch for theta_0, biases and norms among them, and the
     paper the initial ones, as here; it computes its scores on test data, adds the epochs before the pruning to those of the
     run, removes one weight more, and takes 100 rounds, of which those behind the tenth change nothing any more.

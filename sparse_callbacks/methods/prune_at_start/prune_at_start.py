@@ -77,6 +77,9 @@ class PruneAtStart(PrunesOnce, StartsSparse):
     Scores are those of the weights as the model has them, in eval mode and without autocast. A run that goes on keeps its masks,
     and nothing is scored again. Layers that are trained later join with their largest weights, floor(sparsity * size) zeros each.
 
+    Passes over the weights in a step: 1 in place (the mask on the weights) and 1 that reads
+    (gradients, for inf and NaN).
+
     Differs from the papers: zeros are counted exactly, floor(sparsity * size). SNIP's reference scores biases too. GraSP's
     released code divides outputs by a temperature of 200. CroP's reference computes its scores on test data, and removes
     one weight more.

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from sparse_callbacks.channels.groups import Group
 from sparse_callbacks.channels.prunable import kept_units
+from sparse_callbacks.core.kept_tensors import KeptTensors
 from sparse_callbacks.core.largest import widened
 from sparse_callbacks.methods.channels.criteria import unit_scores
 
@@ -96,15 +97,19 @@ def magnitude(weight: Tensor) -> Tensor:
     return size if size.ndim == 2 else size.flatten(2).sum(2)
 
 
-def taylor(weight: Tensor, gradient: Tensor) -> Tensor:
+def taylor(weight: Tensor, gradient: Tensor, kept: KeptTensors | None = None) -> Tensor:
     """First-order change of the loss when a pair of input and output is removed, for each pair.
 
     It is the sum of -weight * gradient over the kernel. The result is a matrix of the weight's first two dimensions, in
     float32 at least.
+
+    Args:
+        weight, gradient: the weight and the gradient of the loss by it.
+        kept: memory for the result of a matrix, which the next call writes over; None for fresh memory.
     """
     wide, wide_gradient = weight.to(widened(weight.dtype)), gradient.to(widened(gradient.dtype))
     if weight.ndim == 2:
-        return -wide * wide_gradient
+        return torch.mul(wide, wide_gradient, out=None if kept is None else kept.like("taylor", wide)).neg_()
     # einsum makes no tensor of all products, which would be as large as the weight
     return -torch.einsum("abk,abk->ab", wide.flatten(2), wide_gradient.flatten(2))
 
@@ -155,6 +160,7 @@ def reader_scores(
     weights: Mapping[str, Tensor],
     gradients: Mapping[str, Tensor] | None,
     outputs: Mapping[str, Tensor],
+    kept: KeptTensors | None = None,
 ) -> dict[str, Tensor]:
     """Importance of each input of every consumer in ``weights``, by parameter name.
 
@@ -166,13 +172,16 @@ def reader_scores(
         gradients: gradients by parameter name, for Taylor importance; consumers without a gradient are left out. None:
             importance by magnitude.
         outputs: which outputs are kept, see :func:`active_outputs`, or the factor of each; by parameter name.
+        kept: memory to compute in; None for fresh memory.
     """
     # by parameter: one that several groups read (a concatenation) is scored once, and unit_scores picks from it
     dims = {c.parameter: c.dim for g in groups for c in g.consumers}
     if gradients is None:
         return {n: input_scores(magnitude(weights[n]), dim, outputs.get(n)) for n, dim in dims.items() if n in weights}
     with_gradient = {n: dim for n, dim in dims.items() if n in weights and n in gradients}
-    return {n: input_scores(taylor(weights[n], gradients[n]), dim, outputs.get(n)) for n, dim in with_gradient.items()}
+    return {
+        n: input_scores(taylor(weights[n], gradients[n], kept), dim, outputs.get(n)) for n, dim in with_gradient.items()
+    }
 
 
 def group_scores(group: Group, inputs: Mapping[str, Tensor]) -> Tensor | None:

@@ -61,6 +61,9 @@ class SupTickets(SetsRates, DropAndGrow):
     counters of batch norms are not averaged; merged weights are pruned among the layers that have zeros, and under a budget of
     cost layer by layer.
 
+    Passes over the weights in a step: 1 in place (the mask on the weights) and 1 that reads
+    (gradients, for inf and NaN), as in the method that it is around.
+
     Args:
         base: a new SET, RigL, SNFS or other :class:`~sparse_callbacks.DropAndGrow`, with ``sparsity``, ``include``, ``seed``,
             ``print_plan`` and all else that concerns masks; not CTRE, and without ``pattern`` and sparse storage.

@@ -1,0 +1,148 @@
+"""What a step of a sparse method must cost at least, what its rare work costs, and how much memory it takes.
+
+The parts of `overhead.py` beside the times of steps: copies and products of the weights, which run round by round with
+the training runs; the limit that follows from the copy; and peaks of memory, each in a process of its own.
+"""
+
+import multiprocessing
+import resource
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from interleaved_runs import Run, Workload, clock
+from torch import Tensor, nn
+
+# Bytes that the rule of a method moves for each float32 weight in a step without an update, masks as bits left out:
+# each number that it reads or writes counts once, whatever else the step does with it.
+RULE_BYTES = {
+    "ours: Static": (8, "the weights, read and written"),
+    "ours: RigL": (8, "the weights, read and written"),
+    "ours: CTRE": (8, "the weights, read and written"),
+    "ours: DPF": (8, "dense weights read, masked ones written"),
+    "ours: SMCP": (16, "as DPF; dense weights and gradients read for the scores"),
+    "ours: ConstrainedL0, units": (
+        28,
+        "samples and medians: dense weights read, gated ones written, twice; dense weights and gradients read, and "
+        "gradients written",
+    ),
+    "ours: ConstrainedL0, weights": (
+        80,
+        "as for units; samples written and read twice, medians written and read, gates, their two moments and the gradient by "
+        "them read and written",
+    ),
+}
+COPY, PRODUCT = "copy of the weights", "one product of the weights, in place"
+
+
+def matrices(net: nn.Module) -> list[nn.Parameter]:
+    """The parameters that methods prune by default."""
+    return [p for p in net.parameters() if p.ndim > 1]
+
+
+def copies(workload: Workload, rounds: Sequence[int]) -> Run:
+    """Copies all weights once a step: the limit of what memory gives."""
+    return _on_weights(workload, rounds, lambda into, weight: into.copy_(weight))
+
+
+def products(workload: Workload, rounds: Sequence[int]) -> Run:
+    """Multiplies all weights by ones, in place, once a step."""
+    return _on_weights(workload, rounds, lambda into, weight: into.mul_(weight))
+
+
+def _on_weights(workload: Workload, rounds: Sequence[int], operation: Callable[[Tensor, Tensor], object]) -> Run:
+    weights = [torch.ones_like(p.detach()) for p in matrices(workload.network())]
+    others = [torch.ones_like(w) for w in weights]
+    for length in rounds:
+        steps = []
+        for _ in range(length):
+            began = clock()
+            for into, weight in zip(others, weights, strict=True):
+                operation(into, weight)
+            steps.append((clock() - began, False))
+        yield steps
+
+
+def limits(workload: Workload, added: Mapping[str, Sequence[float]], copy: Sequence[float]) -> str:
+    """The limit of each run beside what it adds to a step, as Markdown.
+
+    Args:
+        workload: the network.
+        added: seconds that a run adds to a step without an update, in each round, by label.
+        copy: seconds of a copy of all weights, in each round.
+    """
+    count = sum(p.numel() for p in matrices(workload.network()))
+    speed = statistics.median(8 * count / seconds for seconds in copy)
+    lines = [
+        f"{count:,} weights; a copy moves 8 bytes of each, at {speed / 1e9:.1f} GB/s in this run.",
+        "",
+        "| run | bytes a weight | limit, ms | ms added without updates | of the limit | what moves |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for label, seconds in added.items():
+        if label not in RULE_BYTES:
+            continue
+        moved, what = RULE_BYTES[label]
+        limit, found = moved * count / speed, statistics.median(seconds)
+        lines.append(f"| {label} | {moved} | {1e3 * limit:.3g} | {1e3 * found:.3g} | {found / limit:.2f} | {what} |")
+    return "\n".join(lines) + "\n"
+
+
+def rare_costs(rows: Sequence[tuple[str, float, int]], step: float) -> str:
+    """What comes once in many steps, with its share of the run's time, as Markdown.
+
+    Args:
+        rows: what it is, the seconds that it takes, and once in how many steps it comes.
+        step: seconds of a step without a callback.
+    """
+    lines = ["| work | ms | once in steps | share of the run, % |", "| --- | --- | --- | --- |"]
+    for what, seconds, every in rows:
+        share = 100 * seconds / (every * step + seconds)
+        lines.append(f"| {what} | {1e3 * seconds:.3g} | {every:,} | {share:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def memory(runs: Mapping[str, Callable[[], Any]], base: str, workload: Workload) -> str:
+    """Peak memory of each run above that of the plain one, as Markdown.
+
+    Each run is in a process of its own, forked from this one: so all begin with the same memory. Call it before anything
+    else has run.
+
+    Args:
+        runs: what runs, by label.
+        base: the label of the plain run.
+        workload: the network.
+    """
+    peaks = {label: _peak_of(run) for label, run in runs.items()}
+    size = sum(p.numel() * p.element_size() for p in workload.network().parameters())
+    lines = [
+        f"Parameters take {size / 2**20:.1f} MiB; the plain run's peak is {peaks[base] / 2**20:.0f} MiB, all of the "
+        "process included.",
+        "",
+        "| run | MiB above the plain run | in copies of the parameters |",
+        "| --- | --- | --- |",
+    ]
+    for label, peak in peaks.items():
+        if label != base:
+            above = peak - peaks[base]
+            lines.append(f"| {label} | {above / 2**20:.1f} | {above / size:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _peak_of(run: Callable[[], Any]) -> int:
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def measured() -> None:
+        run()
+        # in KiB on Linux
+        sender.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+    process = context.Process(target=measured)
+    process.start()
+    sender.close()
+    try:
+        return int(receiver.recv())
+    finally:
+        process.join()
