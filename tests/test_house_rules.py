@@ -96,8 +96,11 @@ print("fine")
     assert done.stdout.strip() == "fine", done.stderr
 
 
-def test_the_version_is_the_one_of_the_distribution() -> None:
-    assert sparse_callbacks.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+def test_the_version_of_the_distribution_is_read_from_the_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["project"]["dynamic"] == ["version"]
+    assert ROOT / project["tool"]["hatch"]["version"]["path"] == PACKAGE / "__init__.py"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", sparse_callbacks.__version__)
     assert (PACKAGE / "py.typed").is_file()
 
 

@@ -4,7 +4,7 @@ from omegaconf import DictConfig, OmegaConf
 
 FEWEST = 3
 """Epochs that a calendar of epochs needs: one before the first update, one between updates, and one after the last."""
-PARTS = 4
+PARTS_OF_A_SHORT_RUN = 4
 """What a run of fewer epochs is divided into; one more than it needs, as shares are rounded to steps."""
 
 
@@ -28,7 +28,7 @@ def epochs_as_share(count: float, *, _root_: DictConfig) -> float:
             f"${{epochs:{count}}} is a share of trainer.max_epochs, which is {epochs}. Give the number of epochs, or in the "
             "place of ${epochs:...} optimizer steps (int) or a share of the run (float)."
         )
-    share = count / (epochs if epochs >= FEWEST else PARTS)
+    share = count / (epochs if epochs >= FEWEST else PARTS_OF_A_SHORT_RUN)
     return float(share if count >= 0 else 1 + share)
 
 
