@@ -411,7 +411,7 @@ def test_a_checkpoint_of_a_later_version(tmp_path: Path) -> None:
     refused(
         tmp_path,
         rigl(),
-        r"sparsity state of version 99, and this package reads up to 1\. Upgrade",
+        r"sparsity state of version 99, and this package reads up to 2\. Upgrade",
         ckpt_path=checkpoint,
     )
 
