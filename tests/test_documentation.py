@@ -129,14 +129,22 @@ def test_examples_run(
         exec(compile(code, page.name, "exec"), dict(names))
 
 
-def test_a_method_from_outside_passes_the_contract_and_runs_on_the_command_line(tmp_path: Path) -> None:
-    """By the page alone: its files, its pytest command, and train.py with the folder on both paths."""
+def test_a_method_from_outside_passes_the_contract_and_runs_on_the_command_line(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """By the page alone: its files, its pytest command, and train.py with the folder on both paths.
+
+    The whole contract takes a minute and runs with --all-combinations; tests/contract/test_outside.py has one from outside too.
+    """
+    some = (
+        [] if request.config.getoption("--all-combinations") else ["-k", "resume_is_bitwise or weights_are_effective"]
+    )
     method, yaml, _ = save_files(ROOT / "docs/writing_a_method.md", tmp_path)
     assert sum(bool(line.strip()) for line in f"{method}{yaml}".splitlines()) <= 40
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]), "OMP_NUM_THREADS": "1"}
     overrides = ["method=acdc", "sparsity=0.95", "logger=csv", "trainer.max_epochs=2", f"hydra.run.dir={tmp_path}/run"]
     for arguments in (
-        ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path / "test_acdc.py")],
+        ["-m", "pytest", "-q", "-p", "no:cacheprovider", *some, str(tmp_path / "test_acdc.py")],
         [str(ROOT / "train.py"), "--config-dir", str(tmp_path), *overrides],
     ):
         done = subprocess.run(

@@ -82,7 +82,7 @@ def test_a_preset_with_ten_batches_an_epoch_begins(
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "my_photos"])  # tests/tasks/test_my_photos.py
 def test_a_preset_runs_to_its_end_in_three_epochs_of_ten_batches(
     name: str, preset: Compose, monkeypatch: pytest.MonkeyPatch
 ) -> None:
