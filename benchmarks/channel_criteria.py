@@ -21,6 +21,7 @@ from torch import nn
 from training_runs import ROOT, Metrics, Words, figures_of, folder_of, options_of_runs, results
 
 from sparse_callbacks import load_compact
+from sparse_callbacks.core.machine import processor
 from sparse_callbacks.tasks.models import resnet20
 
 SHAPE = (1, 14, 14)
@@ -74,7 +75,7 @@ def text(accuracies: str, times: str, rows: Rows, shared: Words) -> str:
     return f"""# Criteria for channels of ResNet-20 under a budget
 
 Written by `python benchmarks/channel_criteria.py --root FOLDER`. Python {platform.python_version()}, torch {torch.__version__}, onnxruntime
-{onnxruntime.__version__}, {platform.machine()}, one thread.
+{onnxruntime.__version__}, {processor()}, one thread.
 
 ## Accuracy on Fashion-MNIST
 
