@@ -11,6 +11,7 @@ from support.methods import every_method, method
 from torch import Tensor, nn
 
 from sparse_callbacks.core import optimizers as torch_optimizers
+from sparse_callbacks.core.saved_bits import with_truths
 from sparse_callbacks.testing.comparison import assert_effective, per_element_state
 from sparse_callbacks.testing.networks import OPTIMIZERS, ByHand, Classifier, conv_net
 from sparse_callbacks.testing.runs import fit, watch
@@ -76,7 +77,7 @@ def assert_clean(trainer: pl.Trainer, module: Any, callback: Any) -> None:
     """No weight, dense value, saved tensor or optimizer state is inf or NaN, and pruned weights are zero."""
     assert_effective(module, callback)
     assert all(bool(p.isfinite().all()) for p in module.parameters())
-    state = callback.state_dict()
+    state = with_truths(callback.state_dict())
     for kind in ("aux", "dense"):
         for key, tensor in state[kind].items():
             assert bool(tensor.isfinite().all()), (kind, key)
