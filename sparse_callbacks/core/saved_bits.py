@@ -55,7 +55,10 @@ def truths_of(value: Tensor | SavedBits) -> Tensor:
     """
     if isinstance(value, Tensor):
         return value
-    return unpacked(value["bits"], math.prod(value["shape"])).view(value["shape"])
+    # a copy where the last byte is not full: no memory is left behind the elements
+    count = math.prod(value["shape"])
+    truths = unpacked(value["bits"], count)
+    return (truths.clone() if count % 8 else truths).view(value["shape"])
 
 
 def count_of_false(value: Tensor | SavedBits) -> int:
