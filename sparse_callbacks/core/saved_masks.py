@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sparse_callbacks.core.argument_types import checked
 from sparse_callbacks.core.checkpoint_file import read_mapping
 from sparse_callbacks.core.given_masks import Source, is_run, states_in
 from sparse_callbacks.core.live.live_layout import why_not_pattern
@@ -16,6 +17,7 @@ from sparse_callbacks.core.state_layout import shown_short
 _ADVICE = "Give a checkpoint of a run of this package, or what run.state_dict() or callback.state_dict() gave."
 
 
+@checked
 def saved_masks(source: Source) -> dict[str, Tensor]:
     """Masks by parameter name: bool, of the shape of the weight, True where a connection is active.
 
@@ -27,6 +29,7 @@ def saved_masks(source: Source) -> dict[str, Tensor]:
             ``callback.state_dict()`` gave. Files are read with ``weights_only=True``, on the CPU.
 
     Raises:
+        TypeError: ``source`` is neither a path nor a mapping.
         ValueError: there is no such file, it is damaged, or holds no masks of this package.
 
     Example:
@@ -39,10 +42,13 @@ def saved_masks(source: Source) -> dict[str, Tensor]:
         >>> saved_masks(state)["0.weight"].shape
         torch.Size([6, 4])
     """
-    shown = "the mapping" if isinstance(source, Mapping) else repr(str(source))
-    if not isinstance(source, Mapping) and not Path(source).exists():
+    shown = "source, the mapping," if isinstance(source, Mapping) else f"source={str(source)!r}"
+    if not isinstance(source, Mapping) and not Path(source).is_file():
         raise ValueError(f"{shown} is not a file, so no masks can be read from it. {_ADVICE}")
-    found = source if isinstance(source, Mapping) else read_mapping(Path(source), _ADVICE)
+    try:
+        found = source if isinstance(source, Mapping) else read_mapping(Path(source), _ADVICE)
+    except ValueError as error:
+        raise ValueError(f"{shown} cannot be read: {error}") from error
     states = [found] if is_run(found) else list(states_in(found, shown, _ADVICE))
     if not states:
         raise ValueError(f"{shown} holds no masks of this package. {_ADVICE}")

@@ -1,10 +1,12 @@
 """The best checkpoint and early stopping, which count only epochs at target sparsity."""
 
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 
+from sparse_callbacks.core.argument_types import checked
 from sparse_callbacks.lightning.callback import SparsityCallback
 from sparse_callbacks.lightning.logged_network import summarize
 from sparse_callbacks.lightning.namespaces import Trainer, classes_elsewhere
@@ -32,6 +34,15 @@ def _is_validated(trainer: Trainer) -> bool | None:
     return bool((trainer.current_epoch + 1) % every == 0)
 
 
+def _refuse_empty(name: str, value: str) -> None:
+    if not value:
+        raise ValueError(
+            f"{name}='' names nothing. Give for example {name}='best'."
+            if name == "filename"
+            else f"{name}='' names no metric. Give one that the module logs, such as {name}='val_loss'."
+        )
+
+
 class BestAtTarget(AnyModelCheckpoint):
     """Keeps the checkpoint of the best epoch at target sparsity.
 
@@ -50,8 +61,9 @@ class BestAtTarget(AnyModelCheckpoint):
         best_model_score: the value of ``monitor`` in that epoch, a scalar tensor; None where there is none.
 
     Raises:
-        MisconfigurationException: from Lightning: another ``mode``; or at the end of the first epoch that counts, where it was
-            validated and the module has not logged ``monitor``.
+        TypeError, ValueError: an argument of another type, another ``mode``, or an empty name.
+        MisconfigurationException: from Lightning, at the end of the first epoch that counts: it was validated and the module
+            has not logged ``monitor``.
 
     Example:
         >>> BestAtTarget("val_loss", dirpath="checkpoints").filename
@@ -61,9 +73,16 @@ class BestAtTarget(AnyModelCheckpoint):
     # by this attribute sparsity callbacks know that no early dense network can win here, so they do not warn
     only_at_target = True
 
+    @checked
     def __init__(
-        self, monitor: str, mode: str = "min", dirpath: str | Path | None = None, filename: str = "best"
+        self,
+        monitor: str,
+        mode: Literal["min", "max"] = "min",
+        dirpath: str | Path | None = None,
+        filename: str = "best",
     ) -> None:
+        _refuse_empty("monitor", monitor)
+        _refuse_empty("filename", filename)
         super().__init__(
             dirpath,
             filename=filename,
@@ -105,8 +124,8 @@ class EarlyStoppingAtTarget(AnyEarlyStopping):
         min_delta: by how much a value has to be better to count, 0 or more.
 
     Raises:
-        ValueError: ``patience`` is below 1 or not a whole number.
-        MisconfigurationException: from Lightning: another ``mode``.
+        TypeError, ValueError: an argument of another type, another ``mode``, ``patience`` below 1, ``min_delta`` below 0, or an
+            empty name.
         RuntimeError: from Lightning: the module has not logged ``monitor`` by the first epoch that counts.
 
     Example:
@@ -117,9 +136,15 @@ class EarlyStoppingAtTarget(AnyEarlyStopping):
     # as in `BestAtTarget`
     only_at_target = True
 
-    def __init__(self, monitor: str, mode: str = "min", patience: int = 3, min_delta: float = 0.0) -> None:
-        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
+    @checked
+    def __init__(
+        self, monitor: str, mode: Literal["min", "max"] = "min", patience: int = 3, min_delta: float = 0.0
+    ) -> None:
+        _refuse_empty("monitor", monitor)
+        if patience < 1:
             raise ValueError(f"patience={patience!r} is not a number of epochs to wait. Give 1 or more.")
+        if not 0 <= min_delta < math.inf:
+            raise ValueError(f"min_delta={min_delta!r} is not by how much a value has to be better. Give 0 or more.")
         super().__init__(monitor, min_delta=min_delta, patience=patience, mode=mode, check_on_train_epoch_end=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:

@@ -46,8 +46,7 @@ def same_run(one: SparseRun, other: SparseRun) -> None:
     assert all(torch.equal(other.masks[n], m) for n, m in one.masks.items())
     first, second = one.state_dict(), other.state_dict()
     for key in ("aux", "dense"):
-        assert first[key].keys() == second[key].keys()
-        assert all(torch.equal(second[key][n], t) for n, t in first[key].items())
+        assert differences(first[key], second[key]) == [], key
 
 
 @pytest.mark.combinations

@@ -141,7 +141,7 @@ def test_damaged_bits_are_refused_before_memory_is_taken_for_them(damage: str, p
             "missing.ckpt",
             r"'missing\.ckpt' is not a file, so no masks can be read from it\. Give a checkpoint of a run of this package",
         ),
-        ({"a": torch.ones(1)}, r"the mapping holds no masks of this package"),
+        ({"a": torch.ones(1)}, r"source, the mapping, holds no masks of this package"),
         ({"callbacks": {"GMP{}": {"masks": 3}}}, r"is damaged: masks in it are 3"),
         ({"callbacks": {"GMP{}": {"masks": {"a": 3}}}}, r"is damaged: the mask of a is 3"),
         (

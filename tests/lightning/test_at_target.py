@@ -1,6 +1,7 @@
 """The best checkpoint and early stopping of epochs at target sparsity, in Trainers of both Lightnings."""
 
 import importlib
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -124,7 +125,22 @@ def test_a_metric_that_nobody_logs_is_refused(lightning: Any, tmp_path: Path) ->
         trained(lightning, tmp_path, [1, 2], [pruning(4), BestAtTarget("loss", "min", tmp_path)])
 
 
-@pytest.mark.parametrize("patience", [0, -1, 1.5, True])
-def test_a_patience_that_is_not_a_number_of_epochs_is_refused(patience: Any) -> None:
-    with pytest.raises(ValueError, match=f"patience={patience} is not a number of epochs to wait. Give 1 or more."):
-        EarlyStoppingAtTarget("score", patience=patience)
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"patience": 0}, "patience=0 is not a number of epochs to wait. Give 1 or more."),
+        ({"patience": 1.5}, "patience=1.5 is not of a type that EarlyStoppingAtTarget takes. Give a whole number."),
+        ({"patience": True}, "patience=True is not of a type that EarlyStoppingAtTarget takes. Give a whole number."),
+        ({"min_delta": -0.1}, "min_delta=-0.1 is not by how much a value has to be better. Give 0 or more."),
+        ({"monitor": ""}, "monitor='' names no metric. Give one that the module logs, such as monitor='val_loss'."),
+        ({"mode": "least"}, "mode='least' is not of a type that EarlyStoppingAtTarget takes."),
+    ],
+)
+def test_what_early_stopping_cannot_wait_for_is_refused(wrong: dict[str, Any], words: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=re.escape(words)):
+        EarlyStoppingAtTarget(**{"monitor": "score", **wrong})
+
+
+def test_a_file_without_a_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="filename='' names nothing. Give for example filename='best'."):
+        BestAtTarget("score", filename="")

@@ -125,6 +125,8 @@ def good(name: str) -> dict[str, Any]:
         return {"layer": 0}
     if own == "SlimAttention":
         return {"embed_dim": 8, "num_heads": 2}
+    if own in ("BestAtTarget", "EarlyStoppingAtTarget"):
+        return {"monitor": "val_loss"}
     if own == "Score":
         return {"name": "snip"}
     if own == "SupTickets":
