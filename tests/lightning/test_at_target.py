@@ -142,5 +142,5 @@ def test_what_early_stopping_cannot_wait_for_is_refused(wrong: dict[str, Any], w
 
 
 def test_a_file_without_a_name_is_refused() -> None:
-    with pytest.raises(ValueError, match="filename='' names nothing. Give for example filename='best'."):
+    with pytest.raises(ValueError, match=r"filename='' names nothing\. Give for example filename='best'"):
         BestAtTarget("score", filename="")
