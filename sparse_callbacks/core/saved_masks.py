@@ -48,7 +48,7 @@ def saved_masks(source: Source) -> dict[str, Tensor]:
     try:
         found = source if isinstance(source, Mapping) else read_mapping(Path(source), _ADVICE)
     except ValueError as error:
-        raise ValueError(f"{shown} cannot be read: {error}") from error
+        raise ValueError(f"{shown} cannot be read, so it has no masks to give: {error}") from error
     states = [found] if is_run(found) else list(states_in(found, shown, _ADVICE))
     if not states:
         raise ValueError(f"{shown} holds no masks of this package. {_ADVICE}")
