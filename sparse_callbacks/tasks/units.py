@@ -5,6 +5,7 @@ import torch
 from sparse_callbacks.core.units_left import UnitsLeft, units_left
 from sparse_callbacks.lightning.callback import SparsityCallback
 from sparse_callbacks.tasks.classifier import Classifier
+from sparse_callbacks.tasks.data.given_module import describe
 from sparse_callbacks.tasks.data.module import MemoryData
 
 
@@ -18,7 +19,7 @@ def left_of(method: SparsityCallback | None, module: Classifier, data: MemoryDat
     """
     if method is None:
         return None
-    sample = torch.zeros(1, *data.input_shape, device=module.device)
+    sample = torch.zeros(1, *describe(data, {"num_classes": module.num_classes})[0], device=module.device)
     try:
         return units_left(method, sample)
     except (
