@@ -211,7 +211,10 @@ class SparsityCallback(Method, AnyCallback):
         engine.events |= self.batch_end(end) or {}  # an override may give nothing
         peers = peers_of(trainer)
         leads = peers[0] is self  # one callback speaks for the whole network
-        if leads and (batch_idx == 0 or end.epoch_over or any(c.engine.events for c in peers) or fit.logged_at < 0):
+        news = batch_idx == 0 or end.epoch_over or any(c.engine.events for c in peers)
+        # not after every batch: gates move in each, and their figures wait for the device
+        if leads and (news or not fit.in_bar):
+            fit.in_bar = True
             shown = curves.shown_in_bar(peers)
             for name, value in {**curves.whole_network(peers), **shown}.items():
                 if name != "sparsity/model":

@@ -108,7 +108,7 @@ def begin_training(
     refuse_unequal_runs(callback, lambda: accumulation.run_length(trainer))
     optimizer_lives.check_schedules(trainer, callback)
     fit.accumulates = accumulation.factor_in(trainer, trainer.current_epoch)
-    fit.last_epoch, fit.logged_at, fit.cut_off = -1, -1, False
+    fit.last_epoch, fit.logged_at, fit.in_bar, fit.cut_off = -1, -1, False, False
     if peers[0] is callback:  # before any of them writes its masks
         for peer in peers:
             peer.engine.make_scores()

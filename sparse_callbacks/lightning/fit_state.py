@@ -34,6 +34,8 @@ class FitState:
     """The optimizers of the Trainer at the latest look at who is trained."""
     logged_at: int = -1
     """The step number of the latest row of curves of this fit; -1 before the first."""
+    in_bar: bool = False
+    """Figures of the network stand in the progress bar, where they stay until they are next read."""
     accumulates: int = 1
     """How many batches make an optimizer step, as far as the run's length took account of it."""
     cut_off: bool = False

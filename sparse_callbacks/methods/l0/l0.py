@@ -311,12 +311,23 @@ class ConstrainedL0(Method):
         closed median are purged."""
         if not self.aux:  # before the first fit there are no gates
             return {}
-        expected = {n: float(gates.mean_open(self._log_alpha(n))) for n in self.gated.members}
+        expected = self.expected_open()
         purged = {n: self.weights.active_counts[n] / self.weights.size(n) for n in self.gated.members}
         labels = report.labels_of(self._constraints, self.constraint == "layer")
         multipliers = {label: self.aux[c.key] for label, c in zip(labels, self._constraints, strict=True)}
-        shares = shares_of(self.gated.sizes(self.gated.members))
-        return report.gate_figures(multipliers, expected, purged, shares)
+        return report.gate_figures(multipliers, expected, purged, self._shares())
+
+    def expected_open(self) -> dict[str, float]:
+        """The share of each kernel's parameters that is expected behind open gates: one wait for the device in all."""
+        means = [gates.mean_open(self._log_alpha(n)) for n in self.gated.members]
+        return dict(zip(self.gated.members, torch.stack([m.to(means[0].device) for m in means]).tolist(), strict=True))
+
+    def expected_left(self) -> float:
+        """The share of all parameters under gates that is expected behind open ones: one wait for the device."""
+        return report.total_of(self.expected_open(), self._shares())
+
+    def _shares(self) -> dict[str, float]:
+        return shares_of(self.gated.sizes(self.gated.members))
 
 
 @why_no_exchange.register

@@ -67,5 +67,10 @@ def gate_figures(
     found = {f"l0/multiplier/{label}": float(multiplier) for label, multiplier in multipliers.items()}
     for kind, values in (("expected", expected), ("purged", purged)):
         found |= {f"l0/{kind}/{kernel}": value for kernel, value in values.items()}
-        found[f"l0/{kind}/total"] = sum(value * shares[kernel] for kernel, value in values.items())
+        found[f"l0/{kind}/total"] = total_of(values, shares)
     return found
+
+
+def total_of(values: Mapping[str, float], shares: Mapping[str, float]) -> float:
+    """The value of all kernels together, of one by kernel and the share of each in the parameters of all."""
+    return sum(value * shares[kernel] for kernel, value in values.items())

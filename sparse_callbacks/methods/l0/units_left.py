@@ -27,6 +27,6 @@ def _(method: ConstrainedL0, example_input: Any = None) -> UnitsLeft | None:
 
 @bar_figures.register
 def _(method: ConstrainedL0) -> dict[str, float]:
-    # gates of single weights are the zeros that the sparsity counts
-    expected = method.figures().get("l0/expected/total") if method.unit == "channel" else None
-    return {} if expected is None else {"l0/expected/total": expected}
+    # gates of single weights are the zeros that the sparsity counts, and before the first fit there are none
+    shown = method.unit == "channel" and method.aux
+    return {"l0/expected/total": method.expected_left()} if shown else {}
