@@ -196,9 +196,7 @@ REPORTS = {
         "zeros and 97.6 % at 98 %, as errors of 1.6 and 2.4 %.",
         "python benchmarks/accuracy.py --table snip --root FOLDER",
         "snip_mnist.md",
-        tuple(
-            Group(f"{100 * s:g} % zeros", f"{SNIP_AS_PUBLISHED} sparsity={s:g}", SNIP_ROWS) for s in (0.95, 0.98)
-        ),
+        tuple(Group(f"{100 * s:g} % zeros", f"{SNIP_AS_PUBLISHED} sparsity={s:g}", SNIP_ROWS) for s in (0.95, 0.98)),
         needs_root=True,
     ),
 }
