@@ -70,8 +70,9 @@ def why_not_nm(shape: tuple[int, ...], pattern: NMPattern, axis: int = 1) -> str
 
 
 def in_groups(tensor: Tensor, m: int, axis: int = 1) -> Tensor:
-    """A weight's numbers with the M of a group in the last dimension; a view."""
-    return tensor.movedim(axis, -1).unflatten(-1, (-1, m))
+    """A weight's numbers with the M of a group in the last dimension."""
+    inputs_last = tensor.movedim(axis, -1)
+    return inputs_last.reshape(*inputs_last.shape[:-1], -1, m)
 
 
 def out_of_groups(groups: Tensor, axis: int = 1) -> Tensor:
