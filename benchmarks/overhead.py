@@ -232,8 +232,8 @@ def measure(workload: Workload, count: int, steps: int, slimmed: Slimmed) -> dic
 
 
 def rounds_of(workload: Workload, count: int, steps: int) -> list[int]:
-    """The number of steps of each round, the first of which warms up."""
-    return [max(2, round(WARM_UP * workload.share)), *[max(1, round(steps * workload.share))] * count]
+    """The number of steps of each round, the first of which warms up; of two steps in a row one has no update."""
+    return [max(2, round(WARM_UP * workload.share)), *[max(2, round(steps * workload.share))] * count]
 
 
 def limits_of(workload: Workload, timings: dict[str, tuple[str, Timing]]) -> str:

@@ -33,5 +33,14 @@ class KeptTensors:
         # channels_last, say: sums over it are then taken in the order that they have in fresh memory
         return flat[:size].as_strided(tensor.shape, torch.empty_like(tensor, device="meta").stride())
 
+    @property
+    def nbytes(self) -> int:
+        """How much memory that is."""
+        return sum(flat.nbytes for flat in self._flat.values())
+
+    def clear(self) -> None:
+        """Let go of all of it; who still has a tensor of it keeps that one."""
+        self._flat = {}
+
     def __reduce__(self) -> Any:
         return KeptTensors, ()

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support.passes import Passes, added_passes
+import torch
+from support.passes import WIDTHS, Passes, added_passes, network
 
 import sparse_callbacks
-from sparse_callbacks import methods
+from sparse_callbacks import methods, sparsify
 
 QUIET: dict[str, Any] = {"print_plan": False}
 LATE: dict[str, Any] = {**QUIET, "every": 100}
@@ -87,3 +88,19 @@ def test_gates_of_single_weights_compute_in_memory_that_is_there(optimizer: str)
 def test_every_method_is_in_the_list() -> None:
     assert METHODS.keys() | {"ParallelGaP"} == set(methods.__all__)
     assert sparse_callbacks.ParallelGaP.__doc__  # needs a Trainer; its steps are those of GaP
+
+
+@pytest.mark.filterwarnings("ignore:ConstrainedL0 ended at an expected density", "ignore:SMCP ended at")
+@pytest.mark.parametrize("name", ["ConstrainedL0", "SMCP"])
+def test_a_run_that_is_over_lets_go_of_the_memory_that_steps_computed_in(name: str) -> None:
+    method = METHODS[name]()
+    model, batch = network(), torch.rand(4, WIDTHS[0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with sparsify(method, model, optimizer, 20, data=[batch] * 20, forward=lambda m, x: m(x)) as run:
+        for _ in range(12):
+            with run.batch():
+                model(batch).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert method.scratch.nbytes > 0
+    assert method.scratch.nbytes == 0

@@ -27,9 +27,10 @@ class GatedWeights:
     Args:
         store: keeps the dense weights.
         members: what belongs to the output channels of each gated kernel, by the kernel's name.
+        scratch: memory that a step computes in.
     """
 
-    def __init__(self, store: SparseWeights, members: Mapping[str, ChannelMembers]) -> None:
+    def __init__(self, store: SparseWeights, members: Mapping[str, ChannelMembers], scratch: KeptTensors) -> None:
         self._weights, self.members = store, dict(members)
         self.medians: dict[str, Tensor] = {}
         """The factor of each parameter between batches."""
@@ -37,8 +38,7 @@ class GatedWeights:
         """Samples of the gates of each kernel for its next step; missing where the last one is used up."""
         self._not_at_median: set[str] = set()
         """Parameters that do not hold their median gates now."""
-        self.kept = KeptTensors()
-        """Memory that a step computes in."""
+        self.kept = scratch
         self._statistics = NormStatistics()
 
     def parameters(self, kernels: Iterable[str]) -> list[str]:

@@ -11,7 +11,6 @@ from sparse_callbacks.channels import norms
 from sparse_callbacks.channels.normalized import normalized_outputs
 from sparse_callbacks.core.arguments import refuse_unknown
 from sparse_callbacks.core.calendar import Calendar, RunLength, Time, resolve_times
-from sparse_callbacks.core.kept_tensors import KeptTensors
 from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.storages.storage import why_no_exchange
@@ -158,7 +157,6 @@ class SMCP(BudgetedChannels):
         self._active: dict[str, Tensor] = {}  # which outputs of a consumer are kept
         # scores by window, of the step that each optimizer is about to take
         self._fresh: dict[int, dict[str, Tensor]] = {}
-        self._kept = KeptTensors()
         self._norms: dict[str, str] = {}  # the batch norm with a gain that takes each layer's output
         # for each layer whose output only norms take these norms, and how many outputs they divide together
         self._divided_by: dict[str, tuple[tuple[str, ...], int]] = {}
@@ -221,7 +219,7 @@ class SMCP(BudgetedChannels):
             gradients = {n: g for n in copied if (g := step.gradient(n)) is not None}
             # dense weights times the gradient at the pruned ones: so pruned channels have scores too, and may come back
             dense = self._dense(gradients)
-            inputs = reader_scores(self.groups, dense, gradients, self._output_factors(dense), self._kept)
+            inputs = reader_scores(self.groups, dense, gradients, self._output_factors(dense), self.scratch)
             found = {w: group_scores(g, inputs) for w, g in zip(self._windows(), self.groups, strict=True)}
             self._fresh[step.index] = {window: scores for window, scores in found.items() if scores is not None}
         # after the scores are taken: decay is not part of the gradient of the loss
@@ -229,7 +227,7 @@ class SMCP(BudgetedChannels):
             gradient = self.params[name].grad
             if gradient is not None and self.weights.active_counts[name] < self.weights.size(name):
                 dense_values = self.weights.dense_values(name)
-                pruned = self.weights.at_pruned(name, dense_values, self._kept.like("taylor", dense_values))
+                pruned = self.weights.at_pruned(name, dense_values, self.scratch.like("taylor", dense_values))
                 gradient.add_(pruned, alpha=self.decay)
 
     def after_step(self, step: Step) -> Update | None:
