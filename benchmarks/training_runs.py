@@ -7,15 +7,24 @@ are not repeated, so that a table can be measured bit by bit; delete lines that 
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
+import runpy
 import shlex
-import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# with one thread sums have the same order on all machines of one kind
+os.environ["OMP_NUM_THREADS"] = "1"
+# a new process for each run takes a third of a short one to import torch and Lightning
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["train"])
+sys.path.append(str(ROOT))
 
 Words = tuple[str, ...]
 """The overrides of a run."""
@@ -72,25 +81,26 @@ def run(words: Sequence[str], root: str | None, folder: Path) -> Metrics:
         RuntimeError: the run failed.
     """
     places = [f"hydra.run.dir={quoted(str(folder))}"] + ([] if root is None else [f"data.root={quoted(root)}"])
-    command = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        *words,
-        "logger=[]",
-        "trainer.enable_progress_bar=false",
-        *places,
-    ]
-    # classes of the tables' own are found in this folder
-    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    # with one thread sums have the same order on all machines of one kind
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if ended.returncode != 0:
-        raise RuntimeError(
-            f"{shlex.join(command)} failed, so the table has a gap; run it by hand. "
-            f"Its error: {ended.stderr[-2000:].strip()}"
-        )
+    arguments = [str(ROOT / "train.py"), *words, "logger=[]", "trainer.enable_progress_bar=false", *places]
+    with tempfile.NamedTemporaryFile("r") as printed:
+        process = _SERVER.Process(target=_train, args=(arguments, printed.name))
+        process.start()
+        process.join()
+        if process.exitcode != 0:
+            raise RuntimeError(
+                f"{shlex.join([sys.executable, *arguments])} failed, so the table has a gap; run it by hand. "
+                f"Its error: {printed.read()[-2000:].strip()}"
+            )
     return json.loads((folder / "metrics.json").read_text())
+
+
+def _train(arguments: Sequence[str], printed: str) -> None:
+    """`train.py`, in a process of its own that has imported already what it imports."""
+    with open(printed, "w") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    sys.argv = list(arguments)
+    runpy.run_path(arguments[0], run_name="__main__")
 
 
 def folder_of(words: Sequence[str], kept: Path) -> Path:
