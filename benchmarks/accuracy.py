@@ -32,6 +32,13 @@ SNIP_AS_PUBLISHED = (
 )
 
 
+# that of channels.py, with images pooled to 14 x 14, as in channel_criteria.py
+RESNET20 = (
+    "model=resnet20 data=fashion_mnist data._target_=pooled_images.halved data.batch_size=128 optim.lr=0.1 "
+    "trainer.max_epochs=4 trainer.limit_train_batches=0.5"
+)
+
+
 @dataclass(frozen=True)
 class Group:
     """Runs under one heading.
@@ -104,6 +111,19 @@ STARTS_ROWS = {
     "EarlyCroP": "method=early_crop",
     "GMP": "method=gmp",
     "DPF": "method=dpf",
+}
+PATTERNS_ROWS = {
+    "dense": "method=none",
+    "Static 2:4": "method=static method.pattern='2:4'",
+    "magnitude 2:4, at once before the last step": "method=gmp method.pattern='2:4' method.every=1 method.start=1.0 method.stop=1.0",
+    "magnitude 2:4, at once, half of the steps after it": "method=gmp method.pattern='2:4' method.every=1 method.start=0.5 method.stop=0.5",
+    "GMP, on a ramp to 2:4": "method=gmp method.pattern='2:4'",
+    "NM 2:4": "method=nm",
+    "NM 1:4": "method=nm method.pattern='1:4'",
+    "NM 2:4, soft projection": "method=nm method.projection=soft",
+    "NM transposable 2:4": "method=nm method.pattern='transposable 2:4'",
+    "RigL 2:4": "method=rigl method.pattern='2:4'",
+    "RigL, 50 % unstructured": "method=rigl sparsity=0.5",
 }
 # their code draws the weights that are left anew
 SNIP_ROWS = {
@@ -187,6 +207,16 @@ REPORTS = {
                 (f"Three convolutions with batch norms, {100 * s:g} % zeros, 4 epochs", CONVOLUTIONS),
             )
         ),
+        needs_root=True,
+    ),
+    "patterns": Report(
+        "Patterns of N:M",
+        "ResNet-20 on Fashion-MNIST with images pooled to 14 x 14 (pooled_images.py), 55,000 training images of which an epoch sees "
+        "half. All rows have the same epochs, SGD from 0.1 with a cosine to 0; layers that do not divide into groups of four stay "
+        "dense: the first convolution.",
+        "python benchmarks/accuracy.py --table patterns --root FOLDER",
+        "patterns.md",
+        (Group("ResNet-20, four half epochs", RESNET20, PATTERNS_ROWS),),
         needs_root=True,
     ),
     "snip": Report(
