@@ -1,7 +1,7 @@
 """Layers of constant fan-in: how sparse they are, their first masks, what a plan says, and masks that are not of it."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -49,42 +49,44 @@ def fan_in_zeros(entries: Iterable[Entry], targets: Mapping[str, float]) -> dict
     }
 
 
-def first_rows(
-    entry: Entry, shape: torch.Size, planned: int, scores: Callable[[int, int], Tensor]
-) -> Tensor:
-    """The first mask of a layer: in each row as many of the largest scores.
+def first_rows(scores: Tensor, active: int, entry: Entry) -> Tensor:
+    """The first mask of a layer: in each row as many of the largest magnitudes.
 
     Args:
+        scores: of the shape of the layer, whose memory format the mask has.
+        active: active weights of the layer.
         entry: the parameter that holds the layer.
-        shape: the shape of the layer, as torch stores it.
-        planned: planned active weights of the layer.
-        scores: gives scores to stay, (outputs, inputs).
     """
-    rows = entry.shape[0]
-    return from_rows(largest_in_rows(scores(rows, inputs_of(entry)), planned // rows), shape, entry)
+    rows = largest_in_rows(as_rows(scores, entry), active // entry.shape[0])
+    return torch.empty_like(scores, dtype=torch.bool).copy_(from_rows(rows, scores.shape, entry))
 
 
-def fan_in_remarks(
-    method: object, entries: Iterable[Entry], zeros: Mapping[str, int], masks: Mapping[str, Tensor]
-) -> dict[str, str]:
-    """What a plan says of the fan-in of each sparse parameter, by its name.
+def fan_in_remarks(method: object, entries: Sequence[Entry], zeros: Mapping[str, int]) -> dict[str, str]:
+    """What a plan says of the fan-in of each sparse parameter, by its name, and of the units that its run has ablated.
 
     Args:
         method: the method that plans.
         entries: all parameters.
         zeros: planned zeros of the sparse parameters.
-        masks: bool masks by name of the run that is planned, as they are; empty before one.
     """
     found: dict[str, str] = {}
+    masks = _masks_of(method, entries)
     for entry in entries:
-        if not has_fan_in(method) or entry.reason or not zeros.get(entry.name):
+        if entry.reason or not zeros.get(entry.name):
             continue
         inputs = inputs_of(entry)
         active = inputs - zeros[entry.name] // (entry.shape[0] * entry.parts)
         found[entry.name] = f"fan_in: {active} of {inputs} inputs"
-        if ablation_of(method) is not None and entry.name in masks:
+        if entry.name in masks:
             found[entry.name] += f"; {_left(masks[entry.name], entry)}"
     return found
+
+
+def _masks_of(method: object, entries: Sequence[Entry]) -> Mapping[str, Tensor]:
+    """The masks of a method's run, where it ablates units and its own parameters are planned; empty otherwise."""
+    weights = getattr(method, "weights", None)
+    ours = weights is not None and entries is getattr(method, "entries", None) and ablation_of(method) is not None
+    return weights.masks if ours else {}
 
 
 def _left(mask: Tensor, entry: Entry) -> str:

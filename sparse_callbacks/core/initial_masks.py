@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sparse_callbacks.core.arguments import refuse_unknown
 from sparse_callbacks.core.checkpoint import SavedRun, shown
 from sparse_callbacks.core.distributions import decides_total
+from sparse_callbacks.core.fan_in_layers import first_rows, has_fan_in
 from sparse_callbacks.core.found_masks import WAITING, FoundMasks, MaskSource, found_masks
 from sparse_callbacks.core.given_masks import GivenMasks, Source
 from sparse_callbacks.core.method import DEFAULT_SPARSITY, Method
@@ -32,7 +33,7 @@ from sparse_callbacks.core.randomness import uniform_like
 from sparse_callbacks.core.rescaling import RESCALES, Rescale
 from sparse_callbacks.core.score_options import Score, score_in
 from sparse_callbacks.core.scored_start import first_score
-from sparse_callbacks.core.selection import Entry, select
+from sparse_callbacks.core.selection import Entry, entry_of, select
 from sparse_callbacks.core.shards import layout_of
 from sparse_callbacks.core.state_layout import shown_short
 from sparse_callbacks.core.storages.storage import Rows, StorageByLayer, check_storage
@@ -101,11 +102,6 @@ class StartsSparse(Method):
                 "of a checkpoint, a state dict, or a score such as 'snip'."
             )
         refuse_unknown({"rescale": rescale}, {"rescale": (None, *RESCALES)})
-        if pattern == "fan_in":
-            raise ValueError(
-                f"pattern='fan_in' is not a pattern of {type(self).__name__}. Give 'fan_in/1', in which every output row has as "
-                "many inputs of its own."
-            )
         self.initial_mask, self.rescale, self.pattern = initial_mask, rescale, pattern
         self._score = score_in(initial_mask)
         if self._score is not None and (storage != "masked" or isinstance(asked_pattern(self), FanIn)):
@@ -197,6 +193,8 @@ class StartsSparse(Method):
     def _random_mask(self, layer: str, weight: Tensor) -> Tensor:
         if asked_nm(self) is not None:
             return self._largest_in_groups(layer, uniform_like(weight, self.generator(layer, 0)))
+        if has_fan_in(self):
+            return self._largest_of_rows(layer, uniform_like(weight, self.generator(layer, 0)))
         if (group := self._group(layer)) is None:
             return super()._random_mask(layer, weight)
         rows, inputs = weight.shape
@@ -206,6 +204,8 @@ class StartsSparse(Method):
     def _largest(self, layer: str, weight: Tensor) -> Tensor:
         if asked_nm(self) is not None:
             return self._largest_in_groups(layer, weight.abs())
+        if has_fan_in(self):
+            return self._largest_of_rows(layer, weight)
         if (group := self._group(layer)) is not None:
             return largest_columns(weight, self._columns(layer, weight), group)
         size = layout_of(weight).whole_shape(weight).numel()
@@ -217,6 +217,11 @@ class StartsSparse(Method):
         pattern = nm_of(self, entry)
         assert pattern is not None  # a layer that cannot have it stays dense
         return chosen_in_groups(scores, pattern, inputs_axis(entry))
+
+    def _largest_of_rows(self, layer: str, scores: Tensor) -> Tensor:
+        """The mask of constant fan-in of a layer's largest scores."""
+        active = scores.numel() - self.planned_zeros(layer, scores.numel())
+        return first_rows(scores, active, entry_of(self.weights.entries, layer))
 
     def _group(self, layer: str) -> int | None:
         """The group of a layer's pattern; None where it has none."""

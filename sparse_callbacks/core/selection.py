@@ -69,6 +69,16 @@ class Entry:
         return (tensor,) if self.parts == 1 else tensor.chunk(self.parts)
 
 
+def entry_of(found: Mapping[str, Entry], layer: str) -> Entry:
+    """The parameter that holds a layer: of its name, or that in which it is stacked.
+
+    Args:
+        found: parameters by name.
+        layer: the name of a layer.
+    """
+    return found.get(layer) or found[layer.rpartition("[")[0]]
+
+
 def layer_shapes(entries: Iterable[Entry]) -> dict[str, tuple[int, ...]]:
     """Shape (outputs, inputs of one output, *kernel*) of every layer that becomes sparse, by the layer's name."""
     return {layer: e.shape for e in entries if not e.reason for layer in e.layers}

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sparse_callbacks.core.calendar import Time
 from sparse_callbacks.core.distributions import Distribution
+from sparse_callbacks.core.fan_in_layers import has_fan_in
 from sparse_callbacks.core.growth import candidate_count, checked_candidates, moved_count
 from sparse_callbacks.core.initial_masks import InitialMask
 from sparse_callbacks.core.method import Options
@@ -99,6 +100,7 @@ class RigL(ReplacesSteps, DropAndGrow):
         initial_mask: InitialMask = "random",
         rescale: Rescale | None = None,
         pattern: str | None = None,
+        ablation: float | None = None,
         storage: StorageByLayer = "masked",
         group: int = 64,
         rows: Rows | None = None,
@@ -118,6 +120,7 @@ class RigL(ReplacesSteps, DropAndGrow):
             initial_mask=initial_mask,
             rescale=rescale,
             pattern=pattern,
+            ablation=ablation,
             storage=storage,
             group=group,
             rows=rows,
@@ -127,6 +130,11 @@ class RigL(ReplacesSteps, DropAndGrow):
             **options,
         )
         self.candidates = checked_candidates(candidates)
+        if self.candidates is not None and has_fan_in(self):
+            raise ValueError(
+                f"candidates={candidates!r} with pattern={pattern!r}: its rows lose different numbers of weights, and salient ones "
+                "are sought among all. Leave candidates= out, or give pattern='fan_in/1'."
+            )
 
     def before_step(self, step: Step) -> None:
         # at the end of the cosine every count is 0: such an update would cost a gradient step and change nothing

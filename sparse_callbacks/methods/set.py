@@ -21,7 +21,7 @@ from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.schedules import Schedule
 from sparse_callbacks.core.selection import Entry, select
 from sparse_callbacks.core.sparse_layers.drawn_places import drawn_units
-from sparse_callbacks.core.state_claims import Zeros, as_planned, possible_zeros
+from sparse_callbacks.core.state_claims import Zeros, possible_zeros
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.storages.storage import Rows, StorageByLayer, why_no_exchange
 from sparse_callbacks.core.topology import Update
@@ -119,6 +119,7 @@ class SET(DropAndGrow):
         initial_mask: InitialMask = "random",
         rescale: Rescale | None = None,
         pattern: str | None = None,
+        ablation: float | None = None,
         storage: StorageByLayer = "masked",
         group: int = 64,
         rows: Rows | None = None,
@@ -146,6 +147,7 @@ class SET(DropAndGrow):
             initial_mask=initial_mask,
             rescale=rescale,
             pattern=pattern,
+            ablation=ablation,
             storage=storage,
             group=group,
             rows=rows,
@@ -283,7 +285,7 @@ def _(method: SET) -> str:
 @possible_zeros.register
 def _(method: SET, saved: SavedRun, planned: Mapping[str, int]) -> list[Zeros]:
     if method.neuron_importance is None:
-        return as_planned(planned)
+        return possible_zeros.dispatch(DropAndGrow)(method, saved, planned)
     # which matrices are of hidden layers is not known without the model; a removal leaves a live neuron in each
     matrices = {n: saved.masks[n].numel() for n in planned if saved.masks[n].ndim == 2}
     return [Zeros((n,), range(z, matrices[n]) if n in matrices else (z,)) for n, z in planned.items()]

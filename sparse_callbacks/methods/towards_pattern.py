@@ -16,6 +16,7 @@ from sparse_callbacks.core.ops import keep_largest, zeros_for
 from sparse_callbacks.core.pattern_arguments import sparsity_beside
 from sparse_callbacks.core.pattern_names import FanIn, asked_nm, parsed
 from sparse_callbacks.core.schedules import Schedule, pruning_curve
+from sparse_callbacks.core.selection import entry_of
 from sparse_callbacks.core.state_claims import Zeros, rises_to
 from sparse_callbacks.core.transposable import transposable_mask
 
@@ -57,7 +58,7 @@ def mask_towards(
     if (pattern := asked_nm(method)) is None:
         return None
     size = weight.numel()
-    entry = next(e for e in method.weights.entries.values() if layer in e.layers)
+    entry = entry_of(method.weights.entries, layer)
     kept, zeros = kept_by(pattern, weight, inputs_axis(entry), among), zeros_for(sparsity, size)
     # under a transposable pattern some room of a tile may be left, and then the layer ends with more zeros than planned
     return kept if zeros >= method.planned_zeros(layer, size) else with_others(kept, weight, zeros, among)
