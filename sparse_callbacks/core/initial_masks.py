@@ -213,7 +213,7 @@ class StartsSparse(Method):
 
     def _largest_in_groups(self, layer: str, scores: Tensor) -> Tensor:
         """The mask of N:M of a layer's largest scores."""
-        entry = self.weights.entries[layer.partition("[")[0]]
+        entry = entry_of(self.weights.entries, layer)
         pattern = nm_of(self, entry)
         assert pattern is not None  # a layer that cannot have it stays dense
         return chosen_in_groups(scores, pattern, inputs_axis(entry))

@@ -109,9 +109,9 @@ def _largest(ranked: Tensor, n: int | Tensor) -> Tensor:
     """Mask of the ``n`` largest of the last dimension; of equal ones the lower place wins."""
     m = ranked.shape[-1]
     if m > _FEW and isinstance(n, Tensor):
-        places = ranked.sort(dim=-1, descending=True, stable=True).indices
+        order = ranked.sort(dim=-1, descending=True, stable=True).indices
         first = torch.arange(m, device=ranked.device) < n.unsqueeze(-1)
-        return torch.zeros_like(first).scatter_(-1, places, first)
+        return torch.zeros_like(first).scatter_(-1, order, first)
     if m > _FEW:
         return largest_ranked(ranked.reshape(-1, m), int(n)).view(ranked.shape)
     # in rows this short counting who is ahead takes less time than a selection

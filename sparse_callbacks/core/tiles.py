@@ -15,7 +15,8 @@ def tiles_of(tensor: Tensor, m: int, axis: int = 1) -> Tensor:
         axis: the axis of the inputs.
     """
     last = tensor.movedim((1 - axis, axis), (-2, -1))
-    return last.unflatten(-1, (-1, m)).unflatten(-3, (-1, m)).transpose(-3, -2).reshape(-1, m, m)
+    *kernel, outputs, inputs = last.shape
+    return last.reshape(*kernel, outputs // m, m, inputs // m, m).transpose(-3, -2).reshape(-1, m, m)
 
 
 def out_of_tiles(tiles: Tensor, shape: torch.Size, axis: int = 1) -> Tensor:

@@ -40,13 +40,13 @@ def net() -> nn.Module:
     )
 
 
-def trained(chosen: Any, steps: int = 14) -> Iterator[tuple[int, Any]]:
+def trained(chosen: Any) -> Iterator[tuple[int, Any]]:
     """The run after each of its steps, and first before any."""
     model = net()
     optimizer = loops.sgd(model)
-    run = loops.begin(chosen, model, optimizer, steps=steps)
+    run = loops.begin(chosen, model, optimizer)
     yield 0, run
-    for step in range(steps):
+    for step in range(14):
         loops.train(run, model, optimizer, step, step + 1, loops.data(2, 6, 6))
         yield step + 1, run
     run.close()
