@@ -120,7 +120,11 @@ def test_one_update_of_the_tables_in_a_run(name: str, tmp_path: Path) -> None:
     assert torch.equal(trained.net.weight, table["effective_weights_after"])
     gone = table["ablated_rows"].tolist()
     remark = f"fan_in: {int(mask[0].sum())} of 8 inputs"
-    remark += "" if table["ablation"] is None else f"; {len(gone)} of 6 units ablated, and {table['fan_in']} of 8 inputs in others"
+    remark += (
+        ""
+        if table["ablation"] is None
+        else f"; {len(gone)} of 6 units ablated, and {table['fan_in']} of 8 inputs in others"
+    )
     assert callback.plan()["net.weight"].remark == remark
 
 
@@ -164,7 +168,7 @@ def test_every_row_that_is_left_has_the_same_fan_in_after_every_update(make: Any
     gone, moved, before = 0, 0, {n: m.clone() for n, m in run.masks.items()}
     for step in range(12):
         loops.train(run, model, optimizer, step, step + 1, loops.data(2, 6, 6))
-        for name, rows in rows_of(model, run.masks).items():
+        for rows in rows_of(model, run.masks).values():
             planned = len(rows) * fan_in_for(0.4, rows.shape[1])
             counts = [n for n in srigl.fan_ins(rows) if n]
             assert set(counts) == {min(rows.shape[1], planned // len(counts))}
@@ -236,7 +240,9 @@ def test_given_masks_of_constant_fan_in_go_on_and_others_are_refused(make: Any) 
     run.close()
     with torch.no_grad():
         model[8].weight[3, masks["8.weight"][3].nonzero()[0]] = 0.0
-    with pytest.raises(ValueError, match=r"not of pattern='fan_in': 8\.weight has output units of 5 to 6 active weights"):
+    with pytest.raises(
+        ValueError, match=r"not of pattern='fan_in': 8\.weight has output units of 5 to 6 active weights"
+    ):
         loops.begin(method(make, sparsity=None, initial_mask="nonzero"), model, loops.sgd(model))
 
 
@@ -268,7 +274,9 @@ def test_ablation_of_another_pattern_is_refused(make: Any) -> None:
 
 
 def test_candidates_have_no_constant_fan_in() -> None:
-    with pytest.raises(ValueError, match=r"candidates=2\.0 draws .* under pattern='fan_in' each group of inputs, or each row"):
+    with pytest.raises(
+        ValueError, match=r"candidates=2\.0 draws .* under pattern='fan_in' each group of inputs, or each row"
+    ):
         method(RigL, candidates=2.0)
 
 

@@ -36,7 +36,7 @@ def net() -> nn.Module:
         nn.Flatten(),
         nn.Linear(16, 12),
         nn.ReLU(),
-        nn.Linear(12, 3),  # of a transposable pattern its 3 outputs do not divide
+        nn.Linear(12, 5),  # of a transposable pattern its 5 outputs do not divide
     )
 
 
@@ -72,7 +72,8 @@ def test_zeros_on_the_way_are_exact_and_at_the_end_every_group_has_n(make: Any, 
             assert zeros == int(at * mask.numel()) or (kept.transposable and full and zeros > at * mask.numel())
             if chosen.progress.done.get(0, 0) >= 11:
                 most = groups_of(name, mask, 4).amax(), groups_of(name, mask, 4, outputs=True).amax()
-                assert most[0] <= kept.n and (not kept.transposable or most[1] <= kept.n)
+                assert most[0] <= kept.n
+                assert not kept.transposable or most[1] <= kept.n
                 assert kept.transposable or bool((groups_of(name, mask, 4) == kept.n).all())
         counts.append(sum(int((~m).sum()) for m in run.masks.values()))
     assert counts == sorted(counts)
@@ -178,7 +179,7 @@ def test_the_plan_shows_the_pattern_and_why_layers_stay_dense(make: Any) -> None
         "2.weight": 144,
         "4.weight": 144,
         "8.weight": 96,
-        "10.weight": 18,
+        "10.weight": 30,
     }
     assert plan.total == 0.5
 
