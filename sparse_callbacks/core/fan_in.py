@@ -143,7 +143,7 @@ class FanInUpdate:
 def moved_fan_in(
     mask: Tensor, weight: Tensor, grow: Tensor, planned: int, fraction: float, ablation: float | None = None
 ) -> FanInUpdate:
-    """The mask of a layer after an update that keeps its fan-in constant (SRigL, section 3.1).
+    """The mask of a layer after an update that keeps its fan-in constant (SRigL, Lasby et al. 2024, section 3).
 
     With K = int(fraction * planned)::
 

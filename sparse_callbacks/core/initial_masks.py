@@ -62,7 +62,8 @@ class StartsSparse(Method):
         pattern: ``"fan_in/64"``: in linear layers every 64 consecutive output rows read the same inputs, as many in each
             group of rows: max(1, round(density * inputs)), so that ``plan()`` may show a little more or less sparsity.
             (64 may be any whole number from 1.) Layers of other kinds, and those whose rows the number does not divide,
-            have masks without a pattern, as ``plan()`` says. None: no layer has one.
+            have masks without a pattern, as ``plan()`` says. ``"fan_in"``: each output unit of every layer, convolutions too,
+            has as many inputs of its own: max(1, floor(density * inputs)). None: no layer has one.
         storage: ``"masked"``: dense matrices under masks. ``"sparse"``: linear layers hold their live weights alone, in a
             `SparseLinear`, on the CPU. ``"grouped"``: the same, where every ``group`` consecutive output rows read the same
             inputs, max(1, round(density * inputs)) of them. ``"auto"``: masked or sparse, whichever is faster by their

@@ -53,6 +53,14 @@ class RigL(ReplacesSteps, DropAndGrow):
     released code draws from all positions, with repetition; layers of less than 50 % sparsity have candidates as well; and
     draws by activity (GraBo, GraEst) are not offered.
 
+    With ``pattern="fan_in"`` each row, the weights of one output unit, has as many active weights after every update: with k
+    counted in a layer's planned weights, all but the k smallest |w| of the layer stay, and each row grows its own largest
+    |dL/dw| up to the fan-in. With ``ablation=0.3`` a row goes as a whole where it has fewer than max(1, 0.3 * planned fan-in)
+    salient weights: those that stay, and the k largest |dL/dw| of the layer among all others. The rows left share out the
+    planned weights, floor(planned / rows left) each. This is SRigL (Lasby et al., ICLR 2024); see
+    :func:`~sparse_callbacks.core.fan_in.moved_fan_in`. Where that paper leaves it open: weights just dropped can grow, a row
+    that is gone may return, and the fan-in follows from the planned count at every update, so that nothing is lost for good.
+
     Args:
         sparsity: fraction of zeros over the selected weights, in [0, 1); None: 0.9, or what ``initial_mask`` holds.
         distribution: name, ``{glob: sparsity or name}`` or callable; see :class:`~sparse_callbacks.core.method.Method`.
@@ -67,8 +75,12 @@ class RigL(ReplacesSteps, DropAndGrow):
             the columns with the largest sum of |dL/dw| come. Under ``"2:4"`` the k smallest |w| of the layer leave, and each
             group grows as many as it has lost; under ``"transposable 2:4"`` each tile does, see
             :func:`~sparse_callbacks.core.tiles.moved_tiles`.
+        ablation: the share of the planned fan-in, in (0, 1], that an output unit must have in salient weights, or it loses
+            all of its weights; None: all units stay. Of ``pattern="fan_in"`` alone. The number of units without weights is
+            logged as ``update/ablated_units``, and ``plan()`` shows it in a run.
         candidates: candidates for each active weight (under ``"fan_in/64"`` for each active column), from which those with
-            the largest gradients grow; the paper finds 1 to 2 enough. None: all positions that were not kept. Not with N:M.
+            the largest gradients grow; the paper finds 1 to 2 enough. None: all positions that were not kept. Not with N:M or
+            ``"fan_in"``.
         include, exclude: globs on the names of parameters that become sparse or stay dense.
         seed: seed of the initial mask and everything random.
         **options: ``keep_dense`` ("first", "last" or "both"; default None), ``print_plan`` (default True) and
@@ -86,7 +98,8 @@ class RigL(ReplacesSteps, DropAndGrow):
 
     Reference: Evci, Gale, Menick, Castro, Elsen: Rigging the Lottery: Making All Tickets Winners. ICML 2020, algorithm
     1. For ``candidates``: Heddes, Srinivasa, Givargis, Nicolau: Always-Sparse Training by Growing Connections with Guided
-    Stochastic Exploration. arXiv 2401.06898, 2024, algorithm 1.
+    Stochastic Exploration. arXiv 2401.06898, 2024, algorithm 1. For ``pattern="fan_in"``: Lasby, Golubeva, Evci, Nica,
+    Ioannou: Dynamic Sparse Training with Structured Sparsity. ICLR 2024, section 3.
     """
 
     first_update: ClassVar[int] = 0  # the calendar is asked before a step, with the steps taken so far

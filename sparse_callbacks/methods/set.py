@@ -79,6 +79,7 @@ class SET(DropAndGrow):
     Args:
         sparsity, distribution, every, start, stop, drop_fraction, initial_mask, rescale, pattern, storage, group, rows, include, exclude,
             seed, **options: as in :class:`~sparse_callbacks.RigL`.
+        ablation: as in :class:`~sparse_callbacks.RigL`; salient are the weights that stay, and k positions drawn from the others.
         drop: ``"magnitude"`` or ``"signed"``. A group of rows has no sign, so ``"signed"`` has no ``pattern="fan_in/64"`` and
             no ``storage="grouped"``.
         new_weights: ``"zero"`` or ``"uniform"``, what grown weights start from.

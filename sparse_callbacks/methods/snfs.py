@@ -42,8 +42,8 @@ class SNFS(DropAndGrow):
 
     Args:
         smoothing: weight of the past in the smoothed gradient, in [0, 1).
-        sparsity, distribution, every, start, stop, drop_fraction, initial_mask, rescale, pattern, include, exclude,
-            seed, **options: as in :class:`~sparse_callbacks.RigL`.
+        sparsity, distribution, every, start, stop, drop_fraction, initial_mask, rescale, pattern, ablation, include, exclude,
+            seed, **options: as in :class:`~sparse_callbacks.RigL`, with |m| in the place of |dL/dw|.
 
     Raises:
         ValueError: arguments out of range, or a model, optimizer or checkpoint that does not fit; before the first
