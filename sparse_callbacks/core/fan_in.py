@@ -34,11 +34,11 @@ def fan_in_for(density: float, inputs: int) -> int:
     return min(inputs, max(1, math.floor(round(density * inputs, _DIGITS))))
 
 
-def checked_ablation(ablation: Any, pattern: Any) -> float | None:
+def checked_ablation(ablation: Any, pattern: Any, storage: Any = "masked") -> float | None:
     """``ablation``, where it is possible.
 
     Raises:
-        ValueError: it is not in (0, 1], or another pattern has it.
+        ValueError: it is not in (0, 1], or another pattern or storage has it.
     """
     if ablation is None:
         return None
@@ -51,6 +51,11 @@ def checked_ablation(ablation: Any, pattern: Any) -> float | None:
         raise ValueError(
             f"ablation={ablation!r} with pattern={pattern!r}: output units go where the others share out their weights, under "
             "pattern='fan_in'. Give that, or leave ablation= out."
+        )
+    if storage != "masked":
+        raise ValueError(
+            f"ablation={ablation!r} with storage={storage!r}: units lose all of their weights, and a layer of another storage has as many "
+            "in each. Give storage='masked', or leave ablation= out."
         )
     return float(ablation)
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from sparse_callbacks.core.fan_in_layers import has_fan_in
+from sparse_callbacks.core.fan_in_layers import ablation_of, has_fan_in
 from sparse_callbacks.core.nm_masks import NMPattern, in_groups, why_not_nm
 from sparse_callbacks.core.pattern_names import asked_nm, asked_pattern
 from sparse_callbacks.core.selection import NOT_TRAINED, Entry
@@ -48,7 +48,7 @@ def why_dense(method: object, entry: Entry) -> str:
     """
     asked = asked_nm(method)
     why = "" if asked is None else why_no_groups(entry, asked)
-    if has_fan_in(method) and entry.live_alone:
+    if has_fan_in(method) and entry.live_alone and (not entry.own_inputs or ablation_of(method) is not None):
         why = _LIVE_ALONE
     return f"not {asked_pattern(method)}: {why}" if why else ""
 

@@ -127,14 +127,14 @@ def reached_targets(method: object, targets: Mapping[str, float], entries: Seque
     if (asked := asked_nm(method)) is not None:
         sizes = {layer: e.size // e.parts for e in entries for layer in e.layers}
         return {layer: share_of(zeros, sizes[layer]) for layer, zeros in nm_targets(entries, asked).items()}
+    found, kept = dict(targets), live_zeros(method, entries)
     if has_fan_in(method):
         sizes = {layer: e.size // e.parts for e in entries for layer in e.layers}
-        return {layer: share_of(zeros, sizes[layer]) for layer, zeros in fan_in_zeros(entries, targets).items()}
-    found, kept = dict(targets), live_zeros(method, entries)
+        found |= {layer: share_of(zeros, sizes[layer]) for layer, zeros in fan_in_zeros(entries, targets).items()}
     for entry in entries:
         if entry.name in kept and not entry.reason:
             found[entry.name] = share_of(kept[entry.name][0], entry.size)
-        elif not entry.reason and group_of(method, entry) is not None:
+        elif not entry.reason and not has_fan_in(method) and group_of(method, entry) is not None:
             rows, inputs = entry.shape
             zeros = (inputs - columns_for(1 - targets[entry.name], inputs)) * rows
             found[entry.name] = share_of(zeros, entry.size)

@@ -46,6 +46,7 @@ class Entry:
         linear: True for the weight of a linear layer.
         groups: of a convolution, the groups in which its outputs read inputs of their own.
         live_alone: True for an exchanged layer, which holds its live weights alone.
+        own_inputs: True for an exchanged layer in which every output has as many inputs of its own.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Entry:
     linear: bool = False
     groups: int = 1
     live_alone: bool = False
+    own_inputs: bool = False
 
     @property
     def layers(self) -> list[str]:
@@ -192,6 +194,7 @@ def entries(model: nn.Module) -> list[Entry]:
                     linear=isinstance(module, nn.Linear | SparseLinear),
                     groups=module.groups if isinstance(module, _ConvNd) else 1,
                     live_alone=isinstance(module, SparseLinear),
+                    own_inputs=isinstance(module, SparseLinear) and (module.storage, module.group) == ("grouped", 1),
                 )
     found = []
     for name, p in model.named_parameters():

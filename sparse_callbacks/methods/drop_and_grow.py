@@ -74,7 +74,7 @@ class DropAndGrow(StartsSparse):
             seed=seed,
             **options,
         )
-        self.ablation = checked_ablation(ablation, self.pattern)
+        self.ablation = checked_ablation(ablation, self.pattern, self.storage)
         self.set_times(every, start, stop)
         self.drop_fraction = drop_fraction
         # a number falls along RigL's f_decay = alpha / 2 * (1 + cos(pi * t / T)), for all three methods

@@ -22,7 +22,7 @@ from sparse_callbacks.core.step import ReplacesSteps, Step
 from sparse_callbacks.core.storages.storage import Rows, StorageByLayer
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
-from sparse_callbacks.methods.unit_updates import active_units, free_units, grown_units, units_to_move
+from sparse_callbacks.methods.unit_updates import active_units, fills_rows, free_units, grown_units, units_to_move
 
 
 class RigL(ReplacesSteps, DropAndGrow):
@@ -204,7 +204,7 @@ class RigL(ReplacesSteps, DropAndGrow):
             if name in masks
             for layer, (part,) in self.weights.layers(name, masks[name])
         ]
-        return masked + [units_to_move(exchanged[name], fraction) for name in step.names if name in exchanged]
+        return masked + [units_to_move(self, exchanged[name], fraction) for name in step.names if name in exchanged]
 
 
 @grown_units.register
@@ -212,10 +212,10 @@ def _(method: RigL, step: Step, name: str, kept: Tensor, count: int) -> Tensor |
     gradient = step.gradient(name)
     if gradient is None:
         return None
+    layer = method.weights.layers_stored[name]
     if method.candidates is None:
-        new = step.largest_units(name, kept, count)
+        new = step.largest_units(name, kept, count, full=fills_rows(method, layer))
     else:
-        layer = method.weights.layers_stored[name]
         drawn = candidate_count(method.candidates, active_units(layer), count, free_units(layer, kept))
         new = step.largest_units(name, kept, count, drawn, method.generator(name, step.number))
     if new is None and bool(gradient.any()):

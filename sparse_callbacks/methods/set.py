@@ -35,7 +35,7 @@ from sparse_callbacks.methods.neuron_importance import (
     resolve_importance_times,
     unimportant_neurons,
 )
-from sparse_callbacks.methods.unit_updates import grown_units
+from sparse_callbacks.methods.unit_updates import fills_rows, grown_units
 
 Drop = Literal["magnitude", "signed"]
 NewWeights = Literal["zero", "uniform"]
@@ -275,7 +275,8 @@ def _(method: SET, step: Step, name: str) -> Tensor:
 def _(method: SET, step: Step, name: str, kept: Tensor, count: int) -> Tensor:
     layer = method.weights.layers_stored[name]
     shape, source = (layer.block_rows, layer.in_features), method.generator(name, step.number)
-    return drawn_units(shape, kept, count, source, per_block=layer.storage == "grouped")
+    full = fills_rows(method, layer)
+    return drawn_units(shape, kept, count, source, per_block=layer.storage == "grouped", full=full)
 
 
 @why_no_exchange.register

@@ -282,6 +282,12 @@ def test_candidates_have_no_constant_fan_in() -> None:
 
 @each_method
 def test_other_storage_is_refused(make: Any) -> None:
-    for storage in ("sparse", "grouped"):
-        with pytest.raises(ValueError, match=r"pattern='fan_in'|SNFS keeps a momentum"):
-            method(make, storage=storage)
+    for more in ({"storage": "sparse"}, {"storage": "grouped"}, {"storage": {"*": "grouped"}, "group": 4}):
+        with pytest.raises(ValueError, match=r"pattern='fan_in' is one of masked storage|SNFS keeps a momentum"):
+            method(make, **more)
+
+
+@pytest.mark.parametrize("make", [SET, RigL], ids=lambda m: m.__name__)
+def test_other_storage_has_no_ablation(make: Any) -> None:
+    with pytest.raises(ValueError, match=r"ablation=0\.3 with storage='grouped': units lose all of their weights"):
+        method(make, ablation=0.3, storage="grouped", group=1)
