@@ -89,7 +89,7 @@ class Kinds(nn.Module):
         self.conv, self.conv1d, self.up = (
             nn.Conv2d(12, 8, 3),
             nn.Conv1d(12, 8, 1),
-            nn.ConvTranspose2d(12, 8, 2, groups=2),
+            nn.ConvTranspose2d(12, 8, 2),
         )
         self.attention, self.lstm, self.cell = (
             nn.MultiheadAttention(12, 2),
