@@ -42,7 +42,7 @@ def checked_ablation(ablation: Any, pattern: Any, storage: Any = "masked") -> fl
     """
     if ablation is None:
         return None
-    if not isinstance(ablation, Real) or isinstance(ablation, bool) or not 0 < ablation <= 1:
+    if not isinstance(ablation, Real) or isinstance(ablation, bool) or not 0 < float(ablation) <= 1:
         raise ValueError(
             f"ablation={ablation!r} is not in (0, 1]: it is the share of its fan-in that an output unit must have in salient "
             "weights. Give for example 0.3, the published value, or None to keep all units."
@@ -114,7 +114,7 @@ def why_not_constant(rows: Tensor, ablated: bool) -> str:
         rows: the mask, bool (outputs, inputs).
         ablated: whether rows may be empty.
     """
-    counts = rows.sum(1).unique().tolist()
+    counts = sorted(set(rows.sum(1).tolist()))
     if ablated:
         counts = [n for n in counts if n] or [0]
     if len(counts) > 1:

@@ -85,8 +85,10 @@ def fan_in_remarks(method: object, entries: Sequence[Entry], zeros: Mapping[str,
 def _masks_of(method: object, entries: Sequence[Entry]) -> Mapping[str, Tensor]:
     """The masks of a method's run, where it ablates units and its own parameters are planned; empty otherwise."""
     weights = getattr(method, "weights", None)
-    ours = weights is not None and entries is getattr(method, "entries", None) and ablation_of(method) is not None
-    return weights.masks if ours else {}
+    if weights is None or entries is not getattr(method, "entries", None) or ablation_of(method) is None:
+        return {}
+    masks: Mapping[str, Tensor] = weights.masks
+    return masks
 
 
 def _left(mask: Tensor, entry: Entry) -> str:

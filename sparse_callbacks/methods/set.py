@@ -289,7 +289,7 @@ def _(method: SET) -> str:
 @possible_zeros.register
 def _(method: SET, saved: SavedRun, planned: Mapping[str, int]) -> list[Zeros]:
     if method.neuron_importance is None:
-        return possible_zeros.dispatch(DropAndGrow)(method, saved, planned)
+        return list(possible_zeros.dispatch(DropAndGrow)(method, saved, planned))
     # which matrices are of hidden layers is not known without the model; a removal leaves a live neuron in each
     matrices = {n: saved.masks[n].numel() for n in planned if saved.masks[n].ndim == 2}
     return [Zeros((n,), range(z, matrices[n]) if n in matrices else (z,)) for n, z in planned.items()]
