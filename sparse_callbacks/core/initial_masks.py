@@ -14,11 +14,11 @@ from sparse_callbacks.core.distributions import decides_total
 from sparse_callbacks.core.found_masks import WAITING, FoundMasks, MaskSource, found_masks
 from sparse_callbacks.core.given_masks import GivenMasks, Source
 from sparse_callbacks.core.method import DEFAULT_SPARSITY, Method
-from sparse_callbacks.core.nm_layers import fitting, inputs_axis, nm_of
-from sparse_callbacks.core.nm_selection import chosen_in_groups
+from sparse_callbacks.core.nm_layers import fitting
 from sparse_callbacks.core.ops import keep_largest
 from sparse_callbacks.core.pattern_arguments import kept_pattern, sparsity_beside
 from sparse_callbacks.core.pattern_names import FanIn, asked_nm, asked_pattern
+from sparse_callbacks.core.pattern_starts import largest_of_pattern, starts_by_pattern
 from sparse_callbacks.core.patterns import (
     as_mask,
     drawn_columns,
@@ -58,14 +58,15 @@ class StartsSparse(Method):
             and ``distribution`` plan. A run that goes on keeps its masks, whatever is given.
         rescale: active weights of a new run are multiplied once, by sqrt(1 / density) of their ``"layer"``, or for each
             output unit by the root of its ``"fan_in"`` over the inputs that it keeps; None: they stay as they are.
-        pattern: ``"2:4"``: of every 4 inputs of an output 2 are active (of a convolution: input channels at a position of the
-            kernel), first ones by chance, magnitude or score in each group; ``"transposable 2:4"``: 2 in each row and column of
-            every tile of 4 outputs by 4 inputs. (Other whole numbers too.) The sparsity is 1 - N/M, and layers that do not
-            divide stay dense, as ``plan()`` says. ``"fan_in/64"``: in linear layers every 64 consecutive output rows
-            read the same inputs, as many in each group of rows: max(1, round(density * inputs)), so that ``plan()`` may show
-            a little more or less sparsity.
-            (64 may be any whole number from 1.) Layers of other kinds, and those whose rows the number does not divide,
-            have masks without a pattern, as ``plan()`` says. None: no layer has one.
+        pattern: ``"2:4"``: of every 4 inputs of an output 2 are active (of a convolution: input channels at a position of
+            the kernel), first ones by chance, magnitude or score in each group; ``"transposable 2:4"``: 2 in each row and
+            column of every tile of 4 outputs by 4 inputs. (Other whole numbers too.) The sparsity is 1 - N/M, and layers
+            that do not divide stay dense, as ``plan()`` says. ``"fan_in/64"``: in linear layers every 64 consecutive output
+            rows read the same inputs, as many in each group of rows: max(1, round(density * inputs)), so that ``plan()``
+            may show a little more or less sparsity. (64 may be any whole number from 1.) Layers of other kinds, and those
+            whose rows the number does not divide, have masks without a pattern, as ``plan()`` says. ``"fan_in"``: each
+            output unit of every layer, convolutions too, has as many inputs of its own: max(1, floor(density * inputs)).
+            None: no layer has one.
         storage: ``"masked"``: dense matrices under masks. ``"sparse"``: linear layers hold their live weights alone, in a
             `SparseLinear`, on the CPU. ``"grouped"``: the same, where every ``group`` consecutive output rows read the same
             inputs, max(1, round(density * inputs)) of them. ``"auto"``: masked or sparse, whichever is faster by their
@@ -105,11 +106,6 @@ class StartsSparse(Method):
                 "of a checkpoint, a state dict, or a score such as 'snip'."
             )
         refuse_unknown({"rescale": rescale}, {"rescale": (None, *RESCALES)})
-        if pattern == "fan_in":
-            raise ValueError(
-                f"pattern='fan_in' is not a pattern of {type(self).__name__}. Give 'fan_in/1', in which every output row has as "
-                "many inputs of its own."
-            )
         self.initial_mask, self.rescale, self.pattern = initial_mask, rescale, pattern
         self._score = score_in(initial_mask)
         if self._score is not None and (storage != "masked" or isinstance(asked_pattern(self), FanIn)):
@@ -199,8 +195,8 @@ class StartsSparse(Method):
         return {n: masks[n] for n in taken}
 
     def _random_mask(self, layer: str, weight: Tensor) -> Tensor:
-        if asked_nm(self) is not None:
-            return self._largest_in_groups(layer, uniform_like(weight, self.generator(layer, 0)))
+        if starts_by_pattern(self):
+            return largest_of_pattern(self, layer, uniform_like(weight, self.generator(layer, 0)))
         if (group := self._group(layer)) is None:
             return super()._random_mask(layer, weight)
         rows, inputs = weight.shape
@@ -208,20 +204,12 @@ class StartsSparse(Method):
         return as_mask(columns, group).to(weight.device)
 
     def _largest(self, layer: str, weight: Tensor) -> Tensor:
-        if asked_nm(self) is not None:
-            return self._largest_in_groups(layer, weight.abs())
+        if starts_by_pattern(self):
+            return largest_of_pattern(self, layer, weight.abs())
         if (group := self._group(layer)) is not None:
             return largest_columns(weight, self._columns(layer, weight), group)
         size = layout_of(weight).whole_shape(weight).numel()
         return keep_largest(weight, size - self.planned_zeros(layer, size))
-
-    def _largest_in_groups(self, layer: str, scores: Tensor) -> Tensor:
-        """The mask of N:M of a layer's largest scores."""
-        entries = self.weights.entries
-        entry = entries.get(layer) or entries[layer.rpartition("[")[0]]  # of a layer that is stacked in it
-        pattern = nm_of(self, entry)
-        assert pattern is not None  # a layer that cannot have it stays dense
-        return chosen_in_groups(scores, pattern, inputs_axis(entry))
 
     def _group(self, layer: str) -> int | None:
         """The group of a layer's pattern; None where it has none."""

@@ -10,6 +10,7 @@ from sparse_callbacks.core.allocations.by_weight import largest_by, least_of
 from sparse_callbacks.core.allocations.checks import check_reachable
 from sparse_callbacks.core.distributions import Distribution, reads_weights, weight_rules
 from sparse_callbacks.core.ops import zeros_for
+from sparse_callbacks.core.pattern_names import asked_nm
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.selection import Entry, layer_shapes
 from sparse_callbacks.core.shards import count_of, size_of
@@ -31,7 +32,8 @@ def renews_thresholds(method: object) -> bool:
 
 def are_joint(method: "Method") -> bool:
     """Whether some layers of a method's run share a threshold, so that none of them has a target of its own."""
-    return renews_thresholds(method) and reads_weights(method.distribution)
+    # under N:M every layer has that of the pattern, whatever the default distribution is
+    return renews_thresholds(method) and reads_weights(method.distribution) and asked_nm(method) is None
 
 
 def without_thresholds(distribution: Distribution, sparsity: float) -> Distribution:

@@ -5,9 +5,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from sparse_callbacks.core.fan_in_layers import ablation_of, has_fan_in
 from sparse_callbacks.core.nm_masks import NMPattern, in_groups, why_not_nm
-from sparse_callbacks.core.pattern_names import asked_nm
+from sparse_callbacks.core.pattern_names import asked_nm, asked_pattern
 from sparse_callbacks.core.selection import NOT_TRAINED, Entry
+
+_LIVE_ALONE = "its layer holds live weights alone"
 
 
 def inputs_axis(entry: Entry) -> int:
@@ -31,12 +34,13 @@ def why_no_groups(entry: Entry, pattern: NMPattern) -> str:
     if len(entry.shape) < 2:
         return "it has no inputs"
     if entry.live_alone:
-        return "its layer holds live weights alone"
+        return _LIVE_ALONE
     return why_not_nm(entry.shape, pattern, groups=entry.groups)
 
 
 def why_dense(method: object, entry: Entry) -> str:
-    """The reason why a parameter that could be sparse stays dense under the N:M of a method; empty where it does not.
+    """The reason why a parameter that could be sparse stays dense under the N:M or the constant fan-in of a method; empty
+    where it does not.
 
     Args:
         method: the method of the run.
@@ -44,7 +48,9 @@ def why_dense(method: object, entry: Entry) -> str:
     """
     asked = asked_nm(method)
     why = "" if asked is None else why_no_groups(entry, asked)
-    return f"not {asked}: {why}" if why else ""
+    if has_fan_in(method) and entry.live_alone and (not entry.own_inputs or ablation_of(method) is not None):
+        why = _LIVE_ALONE
+    return f"not {asked_pattern(method)}: {why}" if why else ""
 
 
 def fitting(method: object, entries: Iterable[Entry]) -> list[Entry]:
@@ -68,7 +74,7 @@ def _refuse_no_layer(method: object, entries: Sequence[Entry]) -> None:
     if kept and all(kept.values()):
         reasons = ", ".join(f"{name} ({reason})" for name, reason in kept.items())
         raise ValueError(
-            f"pattern='{asked_nm(method)}' fits no layer, so nothing would be sparse: {reasons}. Give another pattern=, or "
+            f"pattern='{asked_pattern(method)}' fits no layer, so nothing would be sparse: {reasons}. Give another pattern=, or "
             "leave it out."
         )
 

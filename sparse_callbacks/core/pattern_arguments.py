@@ -71,7 +71,7 @@ def refusing_pattern(init: Callable[..., None], shared: type) -> Callable[..., N
             if given is not None and given != UNSTRUCTURED:
                 raise ValueError(
                     f"pattern={shown_short(given)}: {type(self).__name__} chooses weights by rules of its own, and takes no "
-                    "pattern=. Static, SET, RigL and SNFS keep one. Leave it out."
+                    "pattern=. Static, SET, RigL and SNFS keep one, GMP and DPF arrive at one. Leave it out."
                 )
         init(self, *args, **kwargs)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_callbacks.core.attachment import Choice
+from sparse_callbacks.core.fan_in_layers import fan_in_remarks, fan_in_zeros, has_fan_in, why_other_rows
 from sparse_callbacks.core.largest import widened
 from sparse_callbacks.core.nm_layers import nm_of, nm_remarks, nm_targets, why_other_groups
 from sparse_callbacks.core.pattern_names import FanIn, asked_nm, asked_pattern
@@ -86,6 +87,8 @@ def pattern_remarks(method: object, entries: Sequence[Entry], zeros: Mapping[str
         zeros: planned zeros of the sparse parameters.
     """
     asked, found = _asked_group(method), nm_remarks(method, entries, zeros)
+    if has_fan_in(method):
+        found = fan_in_remarks(method, entries, zeros)
     for entry in entries:
         if entry.reason or not zeros.get(entry.name):
             continue
@@ -125,10 +128,13 @@ def reached_targets(method: object, targets: Mapping[str, float], entries: Seque
         sizes = {layer: e.size // e.parts for e in entries for layer in e.layers}
         return {layer: share_of(zeros, sizes[layer]) for layer, zeros in nm_targets(entries, asked).items()}
     found, kept = dict(targets), live_zeros(method, entries)
+    if has_fan_in(method):
+        sizes = {layer: e.size // e.parts for e in entries for layer in e.layers}
+        found |= {layer: share_of(zeros, sizes[layer]) for layer, zeros in fan_in_zeros(entries, targets).items()}
     for entry in entries:
         if entry.name in kept and not entry.reason:
             found[entry.name] = share_of(kept[entry.name][0], entry.size)
-        elif not entry.reason and group_of(method, entry) is not None:
+        elif not entry.reason and not has_fan_in(method) and group_of(method, entry) is not None:
             rows, inputs = entry.shape
             zeros = (inputs - columns_for(1 - targets[entry.name], inputs)) * rows
             found[entry.name] = share_of(zeros, entry.size)
@@ -159,7 +165,10 @@ def why_other_pattern(method: object, masks: Mapping[str, Tensor], entries: Iter
 
 def _why_other(method: object, mask: Tensor, entry: Entry) -> str:
     if (pattern := nm_of(method, entry)) is not None:
-        return why_other_groups(mask, entry, pattern)
+        # a method that starts dense and arrives at the pattern has other masks on the way
+        return "" if getattr(method, "arrives_at_stop", False) else why_other_groups(mask, entry, pattern)
+    if has_fan_in(method):
+        return why_other_rows(method, mask, entry)
     group = group_of(method, entry)
     return "" if group is None else why_not_grouped(mask, group)
 

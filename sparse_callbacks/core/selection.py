@@ -46,6 +46,7 @@ class Entry:
         linear: True for the weight of a linear layer.
         groups: of a convolution, the groups in which its outputs read inputs of their own.
         live_alone: True for an exchanged layer, which holds its live weights alone.
+        own_inputs: True for an exchanged layer in which every output has as many inputs of its own.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Entry:
     linear: bool = False
     groups: int = 1
     live_alone: bool = False
+    own_inputs: bool = False
 
     @property
     def layers(self) -> list[str]:
@@ -67,6 +69,16 @@ class Entry:
     def split(self, tensor: Tensor) -> Sequence[Tensor]:
         """Views of ``tensor`` (of the parameter's shape), one for each layer."""
         return (tensor,) if self.parts == 1 else tensor.chunk(self.parts)
+
+
+def entry_of(found: Mapping[str, Entry], layer: str) -> Entry:
+    """The parameter that holds a layer: of its name, or that in which it is stacked.
+
+    Args:
+        found: parameters by name.
+        layer: the name of a layer.
+    """
+    return found.get(layer) or found[layer.rpartition("[")[0]]
 
 
 def layer_shapes(entries: Iterable[Entry]) -> dict[str, tuple[int, ...]]:
@@ -182,6 +194,7 @@ def entries(model: nn.Module) -> list[Entry]:
                     linear=isinstance(module, nn.Linear | SparseLinear),
                     groups=module.groups if isinstance(module, _ConvNd) else 1,
                     live_alone=isinstance(module, SparseLinear),
+                    own_inputs=isinstance(module, SparseLinear) and (module.storage, module.group) == ("grouped", 1),
                 )
     found = []
     for name, p in model.named_parameters():

@@ -159,6 +159,7 @@ class Step:
         count: int,
         candidates: int | None = None,
         source: torch.Generator | None = None,
+        full: bool = False,
     ) -> Tensor | None:
         """Keys of the units of an exchanged layer with the largest gradients over all ranks, ascending; None where the layer
         has no gradient, or one of which no pass is known that it comes from.
@@ -169,9 +170,10 @@ class Step:
             count: how many; of a grouped layer in each block of rows.
             candidates: among how many that are drawn at random, of a grouped layer in each block; None: among all.
             source: the generator of that draw; None without one.
+            full: whether each block gets as many as it lacks of ``count``, whatever it keeps; not among candidates.
         """
         gradient, layer = self.gradient(name), self._weights.layers_stored[name]
-        return None if gradient is None else largest_in_layer(layer, gradient, kept, count, candidates, source)
+        return None if gradient is None else largest_in_layer(layer, gradient, kept, count, candidates, source, full)
 
     def mask_gradients(self) -> None:
         """Zero the gradients of pruned weights, unless nobody reads them before the step: then masking the weights

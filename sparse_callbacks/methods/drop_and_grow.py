@@ -9,6 +9,8 @@ from torch import Tensor
 from sparse_callbacks.core.calendar import Time
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.distributions import Distribution
+from sparse_callbacks.core.fan_in import checked_ablation
+from sparse_callbacks.core.fan_in_layers import has_fan_in
 from sparse_callbacks.core.growth import moved_by_sign, moved_in_groups, moved_mask, uniform_numbers
 from sparse_callbacks.core.initial_masks import InitialMask, StartsSparse
 from sparse_callbacks.core.method import Options
@@ -21,6 +23,7 @@ from sparse_callbacks.core.state_claims import Zeros, as_planned, possible_zeros
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.storages.storage import Rows, StorageByLayer, why_no_exchange
 from sparse_callbacks.core.topology import Update
+from sparse_callbacks.methods.fan_in_updates import ablation_figures, moved_rows
 from sparse_callbacks.methods.unit_updates import grown_units, moved_units
 
 
@@ -48,6 +51,7 @@ class DropAndGrow(StartsSparse):
         initial_mask: InitialMask = "random",
         rescale: Rescale | None = None,
         pattern: str | None = None,
+        ablation: float | None = None,
         storage: StorageByLayer = "masked",
         group: int = 64,
         rows: Rows | None = None,
@@ -70,6 +74,7 @@ class DropAndGrow(StartsSparse):
             seed=seed,
             **options,
         )
+        self.ablation = checked_ablation(ablation, self.pattern, self.storage)
         self.set_times(every, start, stop)
         self.drop_fraction = drop_fraction
         # a number falls along RigL's f_decay = alpha / 2 * (1 + cos(pi * t / T)), for all three methods
@@ -110,10 +115,12 @@ class DropAndGrow(StartsSparse):
             scores = self.grow_scores(step, name)
             if scores is not None:  # the parameter took part in this step
                 new[name] = self._moved(step, name, scores, fraction)
-        return Update(new, {"update/drop_fraction": fraction}, moves)
+        return Update(new, {"update/drop_fraction": fraction, **ablation_figures(self, new)}, moves)
 
     def _moved(self, step: Step, name: str, scores: Tensor, fraction: float) -> Tensor:
         """The mask of a parameter after an update."""
+        if has_fan_in(self):
+            return moved_rows(self, name, mask_before(self, step, name), scores, fraction)
         entry = self.weights.entries[name]
         group, pattern = group_of(self, entry), nm_of(self, entry)
         tensors = [mask_before(self, step, name), self.params[name].detach(), scores]
@@ -159,4 +166,7 @@ def _(method: DropAndGrow) -> str:
 
 @possible_zeros.register
 def _(method: DropAndGrow, saved: SavedRun, planned: Mapping[str, int]) -> list[Zeros]:
-    return as_planned(planned)
+    if method.ablation is None:
+        return as_planned(planned)
+    # what the rows left cannot share out evenly is lost, and more where they read all inputs
+    return [Zeros((n,), range(zeros, saved.masks[n].numel())) for n, zeros in planned.items()]

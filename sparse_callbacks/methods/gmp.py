@@ -11,14 +11,19 @@ from sparse_callbacks.core.distributions import Distribution
 from sparse_callbacks.core.joint_thresholds import are_joint, joint_masks, may_empty, renews_thresholds
 from sparse_callbacks.core.method import Method, Options
 from sparse_callbacks.core.ops import keep_largest, zeros_for
-from sparse_callbacks.core.schedules import Schedule, pruning_curve
+from sparse_callbacks.core.pattern_arguments import kept_pattern
+from sparse_callbacks.core.pattern_names import asked_nm
+from sparse_callbacks.core.patterns import reached_targets
+from sparse_callbacks.core.schedules import Schedule
+from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.shards import count_of, size_of
-from sparse_callbacks.core.state_claims import Zeros, possible_zeros, rises_to
+from sparse_callbacks.core.state_claims import Zeros, possible_zeros
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.storages.storage import why_no_exchange
 from sparse_callbacks.core.targets import on_the_way
 from sparse_callbacks.core.thawed import by_step, masks_by_magnitude
 from sparse_callbacks.core.topology import Update
+from sparse_callbacks.methods.towards_pattern import curve_towards, mask_towards, possible_zeros_towards
 
 
 class GMP(Method):
@@ -33,6 +38,10 @@ class GMP(Method):
     same proportion; with ``"global"`` and ``"lamp"`` every update takes one threshold over all layers (of each optimizer,
     where there are several). The mask for step t is made from the weights after step t - 1.
 
+    With ``pattern="2:4"`` the network arrives at 2 of every 4 inputs: on the way the floor(s_t * size) smallest go among the
+    weights that are not among the 2 largest active ones of their group; with ``"transposable 2:4"`` among those that the
+    transposable mask of |w| leaves out, all of which go in the end, also where that are a few more than planned.
+
     Passes over the weights in a step: 1 in place (the mask on the weights) and 1 that reads
     (gradients, for inf and NaN).
 
@@ -41,10 +50,13 @@ class GMP(Method):
 
     Args:
         sparsity: a number is the target, reached along the cubic; a schedule or its text (``"linear(0, 0.9)"``) is
-            taken as it is, and only ``"constant(0.9)"`` prunes at once.
+            taken as it is, and only ``"constant(0.9)"`` prunes at once. None: 0.9, or what ``pattern`` fixes.
         every: optimizer steps (int) or fraction of the run (float) between updates; None: 100, shortened, with a
             message, in short runs.
         start, stop: when the curve begins and ends, in the same units.
+        pattern: ``"unstructured"``, or None; ``"N:M"``: of every M consecutive inputs (of a convolution, input channels at a
+            position of the kernel) N are kept; ``"transposable N:M"``: of every M outputs of an input too. The target is then
+            1 - N/M, in each layer that divides; the others stay dense. With it ``distribution`` has its default.
         distribution, include, exclude, seed, **options: see :class:`~sparse_callbacks.core.method.Method`.
 
     Raises:
@@ -65,18 +77,20 @@ class GMP(Method):
 
     def __init__(
         self,
-        sparsity: float | str | Schedule = 0.9,
+        sparsity: float | str | Schedule | None = None,
         *,
         distribution: Distribution = "uniform",
         every: Time | None = None,
         start: Time = 0,
         stop: Time = 0.75,
+        pattern: str | None = None,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         seed: int = 0,
         **options: Unpack[Options],
     ) -> None:
-        self._curve = pruning_curve(sparsity)
+        self.pattern = kept_pattern(pattern)
+        self._curve = curve_towards(self, sparsity, distribution)
         # the base plans for the end of the curve: its counts are what the last update leaves
         super().__init__(
             self._curve.final, distribution=distribution, include=include, exclude=exclude, seed=seed, **options
@@ -85,7 +99,8 @@ class GMP(Method):
             raise ValueError(
                 f"sparsity={sparsity!r} falls, and pruned weights do not come back. Give a curve that rises."
             )
-        self.sparsity = sparsity  # as given, since a resumed run compares it as an argument
+        # as given, since a resumed run compares it as an argument
+        self.sparsity = self._curve.final if sparsity is None else sparsity
         self.set_times(every, start, stop)
 
     @property
@@ -96,6 +111,9 @@ class GMP(Method):
         """s_t after ``number`` gradient steps, over all selected weights."""
         # equation 1, unless a schedule was given
         return self._curve(number, self.times.start, self.times.stop)
+
+    def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
+        return super().share_out(entries) if asked_nm(self) is None else reached_targets(self, {}, entries)
 
     def initial_masks(self) -> dict[str, Tensor]:
         way = self._curve.way(0, 0, 1)
@@ -125,7 +143,11 @@ class GMP(Method):
         def prune(layer: str, mask: Tensor, weight: Tensor) -> Tensor:
             if layer in joint:
                 return joint[layer]
-            zeros = zeros_for(on_the_way(self.targets[layer], sparsity, self.target_sparsity, way), size_of(weight))
+            share = on_the_way(self.targets[layer], sparsity, self.target_sparsity, way)
+            towards = mask_towards(self, layer, weight, share, mask)
+            if towards is not None:
+                return towards
+            zeros = zeros_for(share, size_of(weight))
             # a run that goes on longer steps back along its curve: the mask then has fewer than planned, and keeps them
             return keep_largest(weight, min(count_of(mask), size_of(weight) - zeros), among=mask)
 
@@ -135,7 +157,7 @@ class GMP(Method):
 @possible_zeros.register
 def _(method: GMP, saved: SavedRun, planned: Mapping[str, int]) -> list[Zeros]:
     if not are_joint(method):
-        return rises_to(planned)
+        return possible_zeros_towards(method, saved, planned)
     size = {n: saved.masks[n].numel() for n in planned}
     each = [Zeros((n,), range(size[n] + may_empty(method))) for n in planned]
     total = zeros_for(method.target_sparsity, sum(size.values()))

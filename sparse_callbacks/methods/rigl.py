@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sparse_callbacks.core.calendar import Time
 from sparse_callbacks.core.distributions import Distribution
+from sparse_callbacks.core.fan_in_layers import has_fan_in
 from sparse_callbacks.core.growth import candidate_count, checked_candidates, moved_count
 from sparse_callbacks.core.initial_masks import InitialMask
 from sparse_callbacks.core.method import Options
@@ -21,7 +22,7 @@ from sparse_callbacks.core.step import ReplacesSteps, Step
 from sparse_callbacks.core.storages.storage import Rows, StorageByLayer
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
-from sparse_callbacks.methods.unit_updates import active_units, free_units, grown_units, units_to_move
+from sparse_callbacks.methods.unit_updates import active_units, fills_rows, free_units, grown_units, units_to_move
 
 
 class RigL(ReplacesSteps, DropAndGrow):
@@ -52,6 +53,14 @@ class RigL(ReplacesSteps, DropAndGrow):
     released code draws from all positions, with repetition; layers of less than 50 % sparsity have candidates as well; and
     draws by activity (GraBo, GraEst) are not offered.
 
+    With ``pattern="fan_in"`` each row, the weights of one output unit, has as many active weights after every update: with k
+    counted in a layer's planned weights, all but the k smallest |w| of the layer stay, and each row grows its own largest
+    |dL/dw| up to the fan-in. With ``ablation=0.3`` a row goes as a whole where it has fewer than max(1, 0.3 * planned fan-in)
+    salient weights: those that stay, and the k largest |dL/dw| of the layer among all others. The rows left share out the
+    planned weights, floor(planned / rows left) each. This is SRigL (Lasby et al., ICLR 2024); see
+    :func:`~sparse_callbacks.core.fan_in.moved_fan_in`. Where that paper leaves it open: weights just dropped can grow, a row
+    that is gone may return, and the fan-in follows from the planned count at every update, so that nothing is lost for good.
+
     Args:
         sparsity: fraction of zeros over the selected weights, in [0, 1); None: 0.9, or what ``initial_mask`` holds.
         distribution: name, ``{glob: sparsity or name}`` or callable; see :class:`~sparse_callbacks.core.method.Method`.
@@ -66,8 +75,12 @@ class RigL(ReplacesSteps, DropAndGrow):
             the columns with the largest sum of |dL/dw| come. Under ``"2:4"`` the k smallest |w| of the layer leave, and each
             group grows as many as it has lost; under ``"transposable 2:4"`` each tile does, see
             :func:`~sparse_callbacks.core.tiles.moved_tiles`.
+        ablation: the share of the planned fan-in, in (0, 1], that an output unit must have in salient weights, or it loses
+            all of its weights; None: all units stay. Of ``pattern="fan_in"`` alone. The number of units without weights is
+            logged as ``update/ablated_units``, and ``plan()`` shows it in a run.
         candidates: candidates for each active weight (under ``"fan_in/64"`` for each active column), from which those with
-            the largest gradients grow; the paper finds 1 to 2 enough. None: all positions that were not kept. Not with N:M.
+            the largest gradients grow; the paper finds 1 to 2 enough. None: all positions that were not kept. Not with N:M or
+            ``"fan_in"``.
         include, exclude: globs on the names of parameters that become sparse or stay dense.
         seed: seed of the initial mask and everything random.
         **options: ``keep_dense`` ("first", "last" or "both"; default None), ``print_plan`` (default True) and
@@ -85,7 +98,8 @@ class RigL(ReplacesSteps, DropAndGrow):
 
     Reference: Evci, Gale, Menick, Castro, Elsen: Rigging the Lottery: Making All Tickets Winners. ICML 2020, algorithm
     1. For ``candidates``: Heddes, Srinivasa, Givargis, Nicolau: Always-Sparse Training by Growing Connections with Guided
-    Stochastic Exploration. arXiv 2401.06898, 2024, algorithm 1.
+    Stochastic Exploration. arXiv 2401.06898, 2024, algorithm 1. For ``pattern="fan_in"``: Lasby, Golubeva, Evci, Nica,
+    Ioannou: Dynamic Sparse Training with Structured Sparsity. ICLR 2024, section 3.
     """
 
     first_update: ClassVar[int] = 0  # the calendar is asked before a step, with the steps taken so far
@@ -102,6 +116,7 @@ class RigL(ReplacesSteps, DropAndGrow):
         initial_mask: InitialMask = "random",
         rescale: Rescale | None = None,
         pattern: str | None = None,
+        ablation: float | None = None,
         storage: StorageByLayer = "masked",
         group: int = 64,
         rows: Rows | None = None,
@@ -121,6 +136,7 @@ class RigL(ReplacesSteps, DropAndGrow):
             initial_mask=initial_mask,
             rescale=rescale,
             pattern=pattern,
+            ablation=ablation,
             storage=storage,
             group=group,
             rows=rows,
@@ -130,10 +146,10 @@ class RigL(ReplacesSteps, DropAndGrow):
             **options,
         )
         self.candidates = checked_candidates(candidates)
-        if self.candidates is not None and asked_nm(self) is not None:
+        if self.candidates is not None and (asked_nm(self) is not None or has_fan_in(self)):
             raise ValueError(
-                f"candidates={candidates!r} draws positions of a whole layer, and under pattern={pattern!r} each group grows its own "
-                "number. Leave candidates= or pattern= out."
+                f"candidates={candidates!r} draws positions of a whole layer, and under pattern={pattern!r} each group of inputs, or "
+                "each row, grows its own number. Leave candidates= or pattern= out."
             )
 
     def before_step(self, step: Step) -> None:
@@ -188,7 +204,7 @@ class RigL(ReplacesSteps, DropAndGrow):
             if name in masks
             for layer, (part,) in self.weights.layers(name, masks[name])
         ]
-        return masked + [units_to_move(exchanged[name], fraction) for name in step.names if name in exchanged]
+        return masked + [units_to_move(self, exchanged[name], fraction) for name in step.names if name in exchanged]
 
 
 @grown_units.register
@@ -196,10 +212,10 @@ def _(method: RigL, step: Step, name: str, kept: Tensor, count: int) -> Tensor |
     gradient = step.gradient(name)
     if gradient is None:
         return None
+    layer = method.weights.layers_stored[name]
     if method.candidates is None:
-        new = step.largest_units(name, kept, count)
+        new = step.largest_units(name, kept, count, full=fills_rows(method, layer))
     else:
-        layer = method.weights.layers_stored[name]
         drawn = candidate_count(method.candidates, active_units(layer), count, free_units(layer, kept))
         new = step.largest_units(name, kept, count, drawn, method.generator(name, step.number))
     if new is None and bool(gradient.any()):

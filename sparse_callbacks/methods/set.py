@@ -23,7 +23,7 @@ from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.schedules import Schedule
 from sparse_callbacks.core.selection import Entry, select
 from sparse_callbacks.core.sparse_layers.drawn_places import drawn_units
-from sparse_callbacks.core.state_claims import Zeros, as_planned, possible_zeros
+from sparse_callbacks.core.state_claims import Zeros, possible_zeros
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.storages.storage import Rows, StorageByLayer, why_no_exchange
 from sparse_callbacks.core.topology import Update
@@ -35,7 +35,7 @@ from sparse_callbacks.methods.neuron_importance import (
     resolve_importance_times,
     unimportant_neurons,
 )
-from sparse_callbacks.methods.unit_updates import grown_units
+from sparse_callbacks.methods.unit_updates import fills_rows, grown_units
 
 Drop = Literal["magnitude", "signed"]
 NewWeights = Literal["zero", "uniform"]
@@ -79,6 +79,7 @@ class SET(DropAndGrow):
     Args:
         sparsity, distribution, every, start, stop, drop_fraction, initial_mask, rescale, pattern, storage, group, rows, include, exclude,
             seed, **options: as in :class:`~sparse_callbacks.RigL`.
+        ablation: as in :class:`~sparse_callbacks.RigL`; salient are the weights that stay, and k positions drawn from the others.
         drop: ``"magnitude"`` or ``"signed"``. A group of rows has no sign, so ``"signed"`` has no ``pattern="fan_in/64"`` and
             no ``storage="grouped"``.
         new_weights: ``"zero"`` or ``"uniform"``, what grown weights start from.
@@ -121,6 +122,7 @@ class SET(DropAndGrow):
         initial_mask: InitialMask = "random",
         rescale: Rescale | None = None,
         pattern: str | None = None,
+        ablation: float | None = None,
         storage: StorageByLayer = "masked",
         group: int = 64,
         rows: Rows | None = None,
@@ -148,6 +150,7 @@ class SET(DropAndGrow):
             initial_mask=initial_mask,
             rescale=rescale,
             pattern=pattern,
+            ablation=ablation,
             storage=storage,
             group=group,
             rows=rows,
@@ -272,7 +275,8 @@ def _(method: SET, step: Step, name: str) -> Tensor:
 def _(method: SET, step: Step, name: str, kept: Tensor, count: int) -> Tensor:
     layer = method.weights.layers_stored[name]
     shape, source = (layer.block_rows, layer.in_features), method.generator(name, step.number)
-    return drawn_units(shape, kept, count, source, per_block=layer.storage == "grouped")
+    full = fills_rows(method, layer)
+    return drawn_units(shape, kept, count, source, per_block=layer.storage == "grouped", full=full)
 
 
 @why_no_exchange.register
@@ -285,7 +289,7 @@ def _(method: SET) -> str:
 @possible_zeros.register
 def _(method: SET, saved: SavedRun, planned: Mapping[str, int]) -> list[Zeros]:
     if method.neuron_importance is None:
-        return as_planned(planned)
+        return list(possible_zeros.dispatch(DropAndGrow)(method, saved, planned))
     # which matrices are of hidden layers is not known without the model; a removal leaves a live neuron in each
     matrices = {n: saved.masks[n].numel() for n in planned if saved.masks[n].ndim == 2}
     return [Zeros((n,), range(z, matrices[n]) if n in matrices else (z,)) for n, z in planned.items()]

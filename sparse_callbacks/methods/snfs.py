@@ -42,8 +42,8 @@ class SNFS(DropAndGrow):
 
     Args:
         smoothing: weight of the past in the smoothed gradient, in [0, 1).
-        sparsity, distribution, every, start, stop, drop_fraction, initial_mask, rescale, pattern, include, exclude,
-            seed, **options: as in :class:`~sparse_callbacks.RigL`.
+        sparsity, distribution, every, start, stop, drop_fraction, initial_mask, rescale, pattern, ablation, include, exclude,
+            seed, **options: as in :class:`~sparse_callbacks.RigL`, with |m| in the place of |dL/dw|.
 
     Raises:
         ValueError: arguments out of range, or a model, optimizer or checkpoint that does not fit; before the first
@@ -71,6 +71,7 @@ class SNFS(DropAndGrow):
         initial_mask: InitialMask = "random",
         rescale: Rescale | None = None,
         pattern: str | None = None,
+        ablation: float | None = None,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         seed: int = 0,
@@ -86,6 +87,7 @@ class SNFS(DropAndGrow):
             initial_mask=initial_mask,
             rescale=rescale,
             pattern=pattern,
+            ablation=ablation,
             include=include,
             exclude=exclude,
             seed=seed,

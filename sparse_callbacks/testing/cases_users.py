@@ -120,7 +120,9 @@ def test_two_callbacks_on_disjoint_layers(self: Contract, other: str, clip: floa
     assert set(pair[1].masks) == {"net.4.weight"}
     for callback, chosen in zip(pair, (self, partner), strict=True):
         least = 3 if chosen.promises("updates at an interval") else 1
-        assert (callback.updates >= least) == chosen.moves_at_all()
+        # the time of a single pruning, where the network decides it, may not come in so short a run
+        waits = not chosen.moves() and not callback.at_target
+        assert (callback.updates >= least) == (chosen.moves_at_all() and not waits)
         assert_counts(callback) if callback.at_target else None
     fresh, again = Classifier(conv_net(9)), make()
     assert (

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparse_callbacks import ops
 from sparse_callbacks.core.randomness import generator
-from sparse_callbacks.core.sparse_layers import grown_places, sparse_kernels
+from sparse_callbacks.core.sparse_layers import drawn_places, grown_places, sparse_kernels
 from sparse_callbacks.core.sparse_layers.best_units import Best
 from sparse_callbacks.core.sparse_layers.drawn_places import drawn_units
 from sparse_callbacks.core.sparse_layers.grown_places import candidate_units, largest_units
@@ -255,3 +255,30 @@ def test_a_gradient_of_single_units_is_a_part_of_the_dense_one(group: int, per_b
     if group == 1 or per_block:
         assert torch.equal(among(records, direct), among([(x, dy)], None))
         assert not torch.equal(among(records, None), among([(x, dy)], None))
+
+
+@pytest.mark.parametrize("fan_in", [1, 4, 9])
+def test_rows_that_keep_different_numbers_are_filled_up(fan_in: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where few rows are looked at together."""
+    if fan_in == 4:
+        monkeypatch.setattr(drawn_places, "BLOCKS", 20)
+        monkeypatch.setattr(grown_places, "LOOKED_AT", 20)
+    source = torch.Generator().manual_seed(fan_in)
+    x, dy = torch.randn(9, 30, generator=source), torch.randn(7, 30, generator=source)
+    wanted = [min(n, fan_in) for n in (0, 4, 2, 9, 1, 3, 0)]
+    kept = torch.cat([torch.randperm(9, generator=source)[:n].sort().values + 9 * row for row, n in enumerate(wanted)])
+    grown = largest_units([(x, dy)], (7, 9), 1, kept, fan_in, dtype=torch.float32, full=True)
+    expected = []
+    for row, gradient in enumerate((dy @ x.t()).abs().tolist()):
+        free = [c for c in range(9) if 9 * row + c not in kept.tolist()]
+        best = sorted(free, key=lambda c: (-gradient[c], c))[: fan_in - wanted[row]]
+        expected += sorted(9 * row + c for c in best)
+    assert grown.tolist() == expected
+    drawn = drawn_units((7, 9), kept, fan_in, generator(0, 3, ""), full=True)
+    numbers = torch.rand(7, 9, dtype=torch.float64, generator=generator(0, 3, "")).tolist()
+    expected = []
+    for row, own in enumerate(numbers):
+        free = [c for c in range(9) if 9 * row + c not in kept.tolist()]
+        best = sorted(free, key=lambda c: (-own[c], c))[: fan_in - wanted[row]]
+        expected += sorted(9 * row + c for c in best)
+    assert drawn.tolist() == expected

@@ -67,6 +67,15 @@ def test_a_grouped_layer_is_trained_as_a_masked_one_of_its_pattern(method: type,
     same_history(method, optimizer, {"pattern": "fan_in/4"}, {"storage": "grouped", "group": 4}, UPDATES)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("method", [SET, RigL])
+def test_a_layer_of_constant_fan_in_is_trained_as_a_masked_one(method: type, optimizer: str) -> None:
+    """Its smallest weights leave as a whole, so that rows lose different numbers, and each row is filled up again."""
+    same_history(
+        method, optimizer, {"pattern": "fan_in"}, {"pattern": "fan_in", "storage": "grouped", "group": 1}, UPDATES
+    )
+
+
 @pytest.mark.parametrize("pattern", [None, "fan_in/4"])
 def test_growth_among_candidates_is_that_of_masked_storage(pattern: str | None) -> None:
     storage = {"storage": "sparse"} if pattern is None else {"storage": "grouped", "group": 4}

@@ -118,7 +118,8 @@ DRAWN: dict[str, Draw] = {
     "initial_mask": lambda w: st.sampled_from(["random", "magnitude"]),
     "least": lambda w: st.sampled_from([0, 1]),
     "rescale": lambda w: st.sampled_from(["layer", "fan_in"]),
-    "pattern": lambda w: st.sampled_from(["fan_in/2", "fan_in/4"]),
+    "pattern": lambda w: st.sampled_from(["fan_in", "fan_in/2", "fan_in/4"]),
+    "ablation": lambda w: st.sampled_from([0.3, 0.95]),
     "candidates": lambda w: st.sampled_from([0.3, 2.0]),
     "storage": lambda w: st.sampled_from(["masked", "sparse", "grouped", "auto", {"*0*": "sparse", "*": "auto"}]),
     "group": lambda w: st.sampled_from([1, 2, 4]),
@@ -146,6 +147,7 @@ _TWO_WAYS_TO_SAY_IT = [
     ("neuron_importance", ("pattern", "storage")),
     ("least", ("distribution",)),
 ]
+_NOT_WITH_ABLATION = ("storage", "drop", "neuron_importance")
 
 
 def names_of(method: str) -> list[str]:
@@ -168,6 +170,10 @@ def arguments(draw: st.DrawFn, method: str, wanted: Wanted) -> dict[str, Any]:
     made = {k: v for k, v in (base | given).items() if v is not None}
     for name, others in _TWO_WAYS_TO_SAY_IT:
         made = {k: v for k, v in made.items() if name not in made or k not in others}
+    if "ablation" in made:  # of a constant fan-in alone
+        made = {k: v for k, v in made.items() if k not in _NOT_WITH_ABLATION} | {"pattern": "fan_in"}
+    if made.get("pattern") == "fan_in":
+        made.pop("candidates", None)
     if made.get("drop") == "signed":  # the rows of a group have signs of their own
         made = {k: v for k, v in made.items() if k != "pattern" and (k, v) != ("storage", "grouped")}
     return made

@@ -188,6 +188,7 @@ def refusals() -> dict[str, str]:
         "rescaled": refused(Static(0.5, rescale="layer", **static)),
         "neurons": refused(SET(0.5, neuron_importance=0.2, print_plan=False)),
         "pattern": refused(Static(0.5, pattern="fan_in/2", **static)),
+        "towards": refused(DPF(pattern="1:2", print_plan=False)),
         "averages": refused(Static(0.5, **static), more=[WeightAveraging()]),
         "frozen": refused(Static(0.5, **static), Frozen()),
         "loop": in_a_loop(),

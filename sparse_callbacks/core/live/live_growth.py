@@ -21,13 +21,14 @@ def largest_in_layer(
     count: int,
     candidates: int | None,
     source: torch.Generator | None,
+    full: bool = False,
 ) -> Tensor | None:
     """See :meth:`~sparse_callbacks.core.step.Step.largest_units`; of the passes that the layer has recorded.
 
     Args:
         layer: the layer.
         gradient: the gradient of its values.
-        kept, count, candidates, source: as there.
+        kept, count, candidates, source, full: as there.
     """
     if isinstance(layer.records, WindowRecords):
         layer.records.find_pass_of(gradient)
@@ -39,7 +40,7 @@ def largest_in_layer(
     shape, per_block = (layer.out_features, layer.in_features), layer.storage == "grouped"
     more: Any = {"dtype": layer.values.dtype, "per_block": per_block, "reduce": _over_ranks(), "direct": direct}
     if candidates is None:
-        return largest_units(records, shape, layer.group, kept, count, **more)
+        return largest_units(records, shape, layer.group, kept, count, full=full, **more)
     assert source is not None  # candidates are drawn
     return candidate_units(records, shape, layer.group, kept, count, candidates, source, **more)
 

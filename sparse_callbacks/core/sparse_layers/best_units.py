@@ -65,17 +65,20 @@ class BestOfBlocks:
 
     Args:
         count: the number of units of each block.
+        full: whether ``count`` are those that each block has in the end, with what it keeps.
     """
 
-    def __init__(self, count: int) -> None:
-        self.count, self.enough = count, True
+    def __init__(self, count: int, full: bool = False) -> None:
+        self.count, self.full, self.enough = count, full, True
         self.found: list[Tensor] = []
 
     def add(self, scores: Tensor, kept: Tensor, first: int) -> None:
         """Look at whole blocks; as in `Best`."""
-        ranked = scores.nan_to_num_(BELOW_ZERO, torch.inf)
-        ranked.view(-1).index_fill_(0, kept, NEVER)
-        self.found.append(true_places(largest_ranked(ranked, self.count)).add_(first))
+        # what is kept comes before any score, or is none to choose
+        ranked = scores.nan_to_num_(BELOW_ZERO, torch.finfo(scores.dtype).max if self.full else torch.inf)
+        ranked.view(-1).index_fill_(0, kept, torch.inf if self.full else NEVER)
+        taken = largest_ranked(ranked, self.count)
+        self.found.append(true_places(taken.view(-1).index_fill_(0, kept, False)).add_(first))
 
     def keys(self) -> Tensor:
         """Their ascending keys."""

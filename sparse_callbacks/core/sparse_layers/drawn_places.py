@@ -19,7 +19,12 @@ BLOCKS = 2**22  # numbers that are drawn at a time for blocks that choose by the
 
 
 def drawn_units(
-    shape: tuple[int, int], kept: Tensor, count: int, source: torch.Generator, per_block: bool = False
+    shape: tuple[int, int],
+    kept: Tensor,
+    count: int,
+    source: torch.Generator,
+    per_block: bool = False,
+    full: bool = False,
 ) -> Tensor:
     """Ascending keys of `count` uniformly drawn units outside of those that are kept.
 
@@ -31,10 +36,15 @@ def drawn_units(
         count: the number of units; of each block with ``per_block``.
         source: the generator of the random numbers.
         per_block: whether each block gets its own `count` units.
+        full: whether each block gets as many units as it lacks of `count`, whatever it keeps. The places are those of
+            masked storage then in a layer of any size.
 
     Raises:
         ValueError: `count` is negative or exceeds the units that are free.
     """
+    if full:
+        refuse_more_than_free(count, shape[1])
+        return largest_up_to(*shape, kept.cpu(), count, source).to(kept.device)
     size = math.prod(shape)
     blocks, inputs = shape if per_block else (1, size)
     refuse_more_than_free(count, inputs - kept.numel() // max(1, blocks))
@@ -149,6 +159,27 @@ def largest_of_blocks(blocks: int, inputs: int, kept: Tensor, count: int, source
         numbers = torch.rand(min(step, blocks - start), inputs, dtype=torch.float64, generator=source)
         numbers.scatter_(1, columns[start : start + step], NEVER)
         drawn.append(true_places(largest_ranked(numbers, count)).add_(start * inputs))
+    return torch.cat(drawn)
+
+
+def largest_up_to(blocks: int, inputs: int, kept: Tensor, count: int, source: torch.Generator) -> Tensor:
+    """Ascending keys: of each block the places of its largest random numbers, as many as it lacks of `count` units.
+
+    Args:
+        blocks: the number of blocks.
+        inputs: the number of units of a block.
+        kept: ascending keys of the units that stay, at most `count` of each block.
+        count: the number of units that each block has in the end.
+        source: the generator of the random numbers.
+    """
+    step, drawn = max(1, BLOCKS // inputs), [kept.new_empty(0)]
+    ends = counts_below(kept, torch.arange(0, blocks + step, step) * inputs).tolist()
+    for piece, start in enumerate(range(0, blocks, step)):
+        numbers = torch.rand(min(step, blocks - start), inputs, dtype=torch.float64, generator=source)
+        own = kept[ends[piece] : ends[piece + 1]] - start * inputs
+        numbers.view(-1).index_fill_(0, own, 1.0)  # above all that are drawn
+        taken = largest_ranked(numbers, count)
+        drawn.append(true_places(taken.view(-1).index_fill_(0, own, False)).add_(start * inputs))
     return torch.cat(drawn)
 
 

@@ -33,6 +33,7 @@ def largest_units(
     *,
     dtype: torch.dtype,
     per_block: bool = False,
+    full: bool = False,
     reduce: Reduce | None = None,
     direct: UnitGradients | None = None,
 ) -> Tensor:
@@ -48,6 +49,7 @@ def largest_units(
         count: the number of units; of each block with ``per_block``.
         dtype: the type of the gradient.
         per_block: whether each block gets its own `count` units.
+        full: whether each block gets as many units as it lacks of `count`, whatever it keeps.
         reduce: sums a row block of the gradient over processes, and is called as often in each; None for one process.
         direct: what this process adds to the gradient of single units; None where it adds nothing.
 
@@ -55,13 +57,12 @@ def largest_units(
         ValueError: `count` is negative or exceeds the units that are free.
     """
     blocks, inputs = shape[0] // group, shape[1]
-    refuse_more_than_free(
-        count, inputs - kept.numel() // max(1, blocks) if per_block else blocks * inputs - kept.numel()
-    )
+    free = inputs - kept.numel() // max(1, blocks) if per_block else blocks * inputs - kept.numel()
+    refuse_more_than_free(count, inputs if full else free)
     if not count:
         return kept.new_empty(0)
-    if per_block:
-        best: Best | BestOfBlocks = BestOfBlocks(count)
+    if per_block or full:
+        best: Best | BestOfBlocks = BestOfBlocks(count, full)
     else:
         best = Best(count, probable_bound(records, shape, count, dtype, reduce, kept.device))
     look_at_all(best, records, shape, group, kept, dtype, reduce, direct)

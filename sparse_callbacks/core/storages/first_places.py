@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core.initial_masks import StartsSparse, given_mask, start_of
 from sparse_callbacks.core.method import Method
+from sparse_callbacks.core.patterns import group_of
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.sparse_layers.drawn_places import LARGEST_SAME, rejected
 from sparse_callbacks.core.sparse_layers.live_places import Storage, keys_of_mask, places_of
@@ -44,7 +45,8 @@ def _first_keys(
         with _planned(method, entry, weight, targets):
             active = entry.size - method.planned_zeros(entry.name, entry.size)
         rows, inputs = entry.full_shape
-        blocks, units, count = (rows // group, inputs, active // rows) if group > 1 else (1, rows * inputs, active)
+        by_block = group > 1 or group_of(method, entry) is not None
+        blocks, units, count = (rows // group, inputs, active // rows) if by_block else (1, rows * inputs, active)
         none_kept = torch.empty(0, dtype=torch.int64, device="cpu")
         return rejected(blocks, units, none_kept, count, method.generator(entry.name, 0))
     if weight.is_meta:

@@ -91,9 +91,12 @@ def check_storage(method: object, storage: Any, group: Any, rows: Any, pattern: 
             f"group={group!r} is not a number of output rows that read the same inputs. Give for example 64."
         )
     refuse_rows(rows)
-    fitting = {"masked", "grouped"} if pattern == f"fan_in/{group}" else {"masked"}
+    same = (f"fan_in/{group}", *(["fan_in"] if group == 1 else []))  # as group= says
+    fitting = {"masked", "grouped"} if pattern in same else {"masked"}
     if pattern is not None and not fitting.issuperset(names):
-        advice = "For the same pattern without the pruned weights give storage='grouped' and its group=."
+        advice = (
+            "For the same pattern without the pruned weights give storage='grouped' and its group= (of 'fan_in' 1)."
+        )
         if not pattern.startswith("fan_in"):
             advice = "Leave storage= out, or pattern=."
         raise ValueError(

@@ -14,7 +14,10 @@ from sparse_callbacks.core.distributions import Distribution, reads_weights
 from sparse_callbacks.core.joint_thresholds import joint_masks, renews_thresholds
 from sparse_callbacks.core.method import Method, Options
 from sparse_callbacks.core.ops import keep_largest, zeros_for
-from sparse_callbacks.core.schedules import Schedule, pruning_curve, to_steps
+from sparse_callbacks.core.pattern_arguments import kept_pattern
+from sparse_callbacks.core.pattern_names import asked_nm
+from sparse_callbacks.core.patterns import reached_targets
+from sparse_callbacks.core.schedules import Schedule, to_steps
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.shards import layout_of, size_of
 from sparse_callbacks.core.step import Step
@@ -23,6 +26,7 @@ from sparse_callbacks.core.targets import on_the_way
 from sparse_callbacks.core.thawed import by_step, masks_by_magnitude
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.dpf import filters
+from sparse_callbacks.methods.towards_pattern import curve_towards, mask_towards
 
 UNITS = ("weight", "filter")
 NEVER = 2**62  # later than any run ends, and a whole number, as calendars are saved
@@ -44,6 +48,10 @@ class DPF(Method):
     that time, the dense weights are dropped, and gradients are masked from then on, also where a longer run would have
     it start later.
 
+    With ``pattern="2:4"`` the network arrives at 2 of every 4 inputs: on the way the floor(s_t * size) smallest dense weights
+    are pruned among those that are not among the 2 largest of their group; with ``"transposable 2:4"`` among those that the
+    transposable mask of |w| leaves out, all of which are in the end, also where that are a few more than planned.
+
     What you write into the weights between steps is kept if torch sees it (``with torch.no_grad(): p.clamp_(...)``); a
     write past autograd, ``p.data.clamp_(...)``, is undone by the next step.
 
@@ -56,7 +64,7 @@ class DPF(Method):
 
     Args:
         sparsity: a number is the target, reached along the cubic; a schedule or its text (``"linear(0, 0.9)"``) is
-            taken as it is, and ``"constant(0.9)"`` prunes from the start.
+            taken as it is, and ``"constant(0.9)"`` prunes from the start. None: 0.9, or what ``pattern`` fixes.
         distribution: ``"global"``: one threshold over all selected weights (of each optimizer, where there are
             several); ``"lamp"``: the same over scores; both are taken anew at each refresh. Otherwise one for each layer,
             which rises to its own target in the same proportion (name, ``{glob: sparsity or name}``, callable or object;
@@ -67,7 +75,9 @@ class DPF(Method):
         finetune: when the masks freeze, in the same units, at ``stop`` or later; None: never.
         unit: ``"weight"``, or ``"filter"``: output channels are pruned as a whole, those with the smallest L2 norm
             first, as many as fit the target (floor(s * filters) of a layer; with ``"global"`` no more than floor(s *
-            size) weights). The network's outputs are channels too: leave them alone with ``keep_dense="last"``.
+            size) weights). The network's outputs are channels too: leave them alone with ``keep_dense="last"``. A pattern
+            keeps single weights, so ``"filter"`` has none.
+        pattern: as in :class:`~sparse_callbacks.GMP`.
         include, exclude, seed, **options: see :class:`~sparse_callbacks.core.method.Method`. Nothing here is random.
 
     Raises:
@@ -90,7 +100,7 @@ class DPF(Method):
 
     def __init__(
         self,
-        sparsity: float | str | Schedule = 0.9,
+        sparsity: float | str | Schedule | None = None,
         *,
         distribution: Distribution = GLOBAL,
         every: Time | None = None,
@@ -98,12 +108,14 @@ class DPF(Method):
         stop: Time = 0.75,
         finetune: Time | None = None,
         unit: str = "weight",
+        pattern: str | None = None,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         seed: int = 0,
         **options: Unpack[Options],
     ) -> None:
-        self._curve = pruning_curve(sparsity)
+        self.pattern = kept_pattern(pattern)
+        self._curve = curve_towards(self, sparsity, distribution)
         super().__init__(
             self._curve.final, distribution=distribution, include=include, exclude=exclude, seed=seed, **options
         )
@@ -115,7 +127,13 @@ class DPF(Method):
                 f"distribution={others[0]!r} ranks single weights, and unit='filter' whole channels, of which each layer keeps "
                 "its strongest. Give distribution='global', or unit='weight'."
             )
-        self.sparsity, self.unit = sparsity, unit
+        if unit == "filter" and self.pattern is not None:
+            raise ValueError(
+                f"unit='filter' with pattern={pattern!r}: whole output channels go, or single weights of each group of inputs. Give "
+                "one of the two."
+            )
+        # as given, since a resumed run compares it as an argument
+        self.sparsity, self.unit = self._curve.final if sparsity is None else sparsity, unit
         self.set_times(every, start, stop)
         if finetune is not None:
             to_steps(finetune, 1, "finetune")  # refuses what is not a time; the run's length is not known yet
@@ -150,6 +168,9 @@ class DPF(Method):
         return self.sparsity_at(number), self._curve.way(number, self.times.start, self.times.stop)
 
     # ------------------------------------------------------------------ plan and calendar
+
+    def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
+        return super().share_out(entries) if asked_nm(self) is None else reached_targets(self, {}, entries)
 
     def parameter_zeros(self, entries: Sequence[Entry], targets: Mapping[str, float]) -> dict[str, int]:
         if self.unit == "weight":
@@ -229,7 +250,9 @@ class DPF(Method):
         final = self.target_sparsity
         for x, t in layers.items():
             if x not in chosen:
-                chosen[x] = self._in_layer(t, entries[x], on_the_way(self.targets[x], sparsity, final, way))
+                share = on_the_way(self.targets[x], sparsity, final, way)
+                towards = mask_towards(self, x, t, share)
+                chosen[x] = self._in_layer(t, entries[x], share) if towards is None else towards
         return {
             n: self.weights.by_layer(n, lambda layer, _: chosen[layer], self.weights.dense_values(n)) for n in names
         }

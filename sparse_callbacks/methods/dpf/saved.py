@@ -7,8 +7,9 @@ from torch import nn
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.joint_thresholds import are_joint, may_empty
 from sparse_callbacks.core.schedules import pruning_curve
-from sparse_callbacks.core.state_claims import Kept, Zeros, copied_names, expected_aux, possible_zeros, rises_to
+from sparse_callbacks.core.state_claims import Kept, Zeros, copied_names, expected_aux, possible_zeros
 from sparse_callbacks.methods.dpf.dpf import DPF
+from sparse_callbacks.methods.towards_pattern import possible_zeros_towards
 
 
 @possible_zeros.register
@@ -17,7 +18,7 @@ def _(method: DPF, saved: SavedRun, planned: Mapping[str, int]) -> list[Zeros]:
     if method.unit == "filter":  # fewer weights than a filter has are due at first
         return [Zeros((name,), range(saved.masks[name].numel() + 1)) for name in planned]
     if not are_joint(method) and curve.initial <= curve.final:
-        return rises_to(planned)
+        return possible_zeros_towards(method, saved, planned)
     # one threshold for all layers leaves a weight of each, unless it was told otherwise
     return [Zeros((name,), range(saved.masks[name].numel() + may_empty(method))) for name in planned]
 

@@ -1,0 +1,24 @@
+"""RigL with a constant fan-in of each row, and of sixteen rows together, under the contract."""
+
+from typing import Any
+
+import pytest
+
+from sparse_callbacks import RigL
+from sparse_callbacks.testing import Settings, contract
+
+pytestmark = pytest.mark.combinations
+
+SHORT: dict[str, Any] = {"sparsity": 0.8, "every": 3, "stop": 14, "drop_fraction": 0.5, "print_plan": False}
+
+TestFanInRigL = contract(RigL, Settings({**SHORT, "pattern": "fan_in"}))
+
+TestSharedFanInRigL = contract(RigL, Settings({**SHORT, "pattern": "fan_in/16"}))
+
+TestAblatingRigL = contract(
+    RigL,
+    Settings(
+        {**SHORT, "pattern": "fan_in", "ablation": 0.95},
+        promises_not_made={"planned counts": "the rows that are left cannot always share out all weights evenly"},
+    ),
+)
