@@ -159,7 +159,8 @@ def why_other_pattern(method: object, masks: Mapping[str, Tensor], entries: Iter
 
 def _why_other(method: object, mask: Tensor, entry: Entry) -> str:
     if (pattern := nm_of(method, entry)) is not None:
-        return why_other_groups(mask, entry, pattern)
+        # a method that starts dense and arrives at the pattern has other masks on the way
+        return "" if getattr(method, "arrives_at_stop", False) else why_other_groups(mask, entry, pattern)
     group = group_of(method, entry)
     return "" if group is None else why_not_grouped(mask, group)
 
