@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         CTRE,
         DPF,
         GMP,
+        NM,
         SET,
         SMCP,
         SNFS,
@@ -57,6 +58,7 @@ __all__ = [
     "CTRE",
     "DPF",
     "GMP",
+    "NM",
     "SET",
     "SMCP",
     "SNFS",
@@ -110,7 +112,7 @@ __all__ = [
 # Where each name lives; it is imported when it is first asked for (PEP 562), so that `sparse_callbacks.core` and
 # `sparse_callbacks.methods` work where Lightning is not installed.
 _CALLBACKS = (
-    *("CTRE", "DPF", "GMP", "SET", "SMCP", "SNFS", "ChannelPruning", "ConstrainedL0"),
+    *("CTRE", "DPF", "GMP", "NM", "SET", "SMCP", "SNFS", "ChannelPruning", "ConstrainedL0"),
     *("EarlyCroP", "GaP", "ParallelGaP", "PruneAtStart", "RigL", "Static", "SupTickets"),
 )
 _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {

@@ -3,7 +3,7 @@
 from collections import Counter
 from functools import cache
 from itertools import combinations
-from math import comb
+from math import comb, prod
 
 
 def masks_of_tile(n: int, m: int, size: int, transposable: bool = False) -> int:
@@ -27,8 +27,8 @@ def masks_of_tile(n: int, m: int, size: int, transposable: bool = False) -> int:
         )
     groups = size // m
     if transposable:
-        return _matrices(m, (n,) * m, n) ** (groups * groups)
-    return comb(m, n) ** (size * groups)
+        return prod([_matrices(m, (n,) * m, n)] * (groups * groups))
+    return prod([comb(m, n)] * (size * groups))
 
 
 @cache

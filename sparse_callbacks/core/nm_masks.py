@@ -98,7 +98,7 @@ def nm_mask(scores: Tensor, n: int | Tensor, m: int, axis: int = 1, among: Tenso
     tensor([[0, 1, 1, 0, 1, 1, 0, 0]], dtype=torch.int32)
     """
     groups = in_groups(scores, m, axis)
-    ranked = torch.where(groups.isnan(), BELOW_ZERO, groups)
+    ranked = groups.nan_to_num(BELOW_ZERO, torch.inf, -torch.inf)
     if among is not None:
         ranked = ranked.masked_fill(~in_groups(among, m, axis), NEVER)
     taken = out_of_groups(_largest(ranked, n), axis)
@@ -114,13 +114,13 @@ def _largest(ranked: Tensor, n: int | Tensor) -> Tensor:
         return torch.zeros_like(first).scatter_(-1, order, first)
     if m > _FEW:
         return largest_ranked(ranked.reshape(-1, m), int(n)).view(ranked.shape)
-    # in rows this short counting who is ahead takes less time than a selection
+    # in rows this short counting who is ahead takes less time than a selection; one comparison says it of both of a pair
     places = [place.contiguous() for place in ranked.unbind(-1)]
-    taken = torch.empty(ranked.shape, dtype=torch.bool, device=ranked.device)
+    ahead = [torch.zeros(place.shape, dtype=torch.int8, device=place.device) for place in places]
     for i, own in enumerate(places):
-        ahead = torch.zeros(own.shape, dtype=torch.uint8, device=own.device)
-        for j, other in enumerate(places):
-            if j != i:
-                ahead += (other >= own) if j < i else (other > own)
-        torch.lt(ahead, n, out=taken[..., i])
-    return taken
+        for j, other in enumerate(places[:i]):
+            wins = (other >= own).view(torch.int8)
+            ahead[i] += wins
+            ahead[j] -= wins
+    # ahead[i] lacks one for each of the m - 1 - i later places
+    return torch.stack([lead < n - (m - 1 - i) for i, lead in enumerate(ahead)], dim=-1)

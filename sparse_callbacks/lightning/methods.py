@@ -19,6 +19,10 @@ class GMP(methods.GMP, SparsityCallback):
     __doc__ = methods.GMP.__doc__
 
 
+class NM(methods.NM, SparsityCallback):
+    __doc__ = methods.NM.__doc__
+
+
 class SET(methods.SET, SparsityCallback):
     __doc__ = methods.SET.__doc__
 

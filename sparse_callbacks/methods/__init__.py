@@ -6,6 +6,7 @@ from sparse_callbacks.methods.dpf import DPF
 from sparse_callbacks.methods.gap import GaP, ParallelGaP
 from sparse_callbacks.methods.gmp import GMP
 from sparse_callbacks.methods.l0 import ConstrainedL0
+from sparse_callbacks.methods.nm import NM
 from sparse_callbacks.methods.prune_at_start import EarlyCroP, PruneAtStart
 from sparse_callbacks.methods.rigl import RigL
 from sparse_callbacks.methods.set import SET
@@ -18,6 +19,7 @@ __all__ = [
     "CTRE",
     "DPF",
     "GMP",
+    "NM",
     "SET",
     "SMCP",
     "SNFS",

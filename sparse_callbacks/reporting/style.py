@@ -32,6 +32,7 @@ METHODS = {
     "SNFS": (PALETTE[2], "D"),
     "SET": (PALETTE[3], "v"),
     "DPF": (PALETTE[4], "P"),
+    "NM": (PALETTE[4], "*"),
     "CTRE": (PALETTE[5], "X"),
     "Static": (PALETTE[6], "d"),
     "PruneAtStart": (PALETTE[6], "H"),

@@ -55,6 +55,15 @@ LIBRARY: dict[str, Settings] = {
             "updates at an interval": "they end with its phases, of which there are as many as partitions in all rounds"
         },
     ),
+    "NM": Settings(
+        # without decay, so that the optimizer sees the gradient of the loss
+        {"pattern": "2:4", "every": 3, "decay": 0.0, "print_plan": False},
+        gradients="free",
+        promises_not_made={
+            "growth": "pruned weights go on learning, so they come back by themselves",
+            "pruned weights rest": "a dense copy takes the step",
+        },
+    ),
     "ParallelGaP": Settings(
         # one round of two workers: its phases are whole epochs, and a short run has two
         {"sparsity": 0.8, "partitions": 2, "rounds": 1, "print_plan": False},

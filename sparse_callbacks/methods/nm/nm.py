@@ -1,0 +1,281 @@
+"""NM: N:M sparsity of dense weights that learn on."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar, Unpack
+
+import torch
+from torch import Tensor
+
+from sparse_callbacks.core.arguments import refuse_unknown
+from sparse_callbacks.core.calendar import Calendar, RunLength, Time, check_times, resolve_times
+from sparse_callbacks.core.dense_copy import undone
+from sparse_callbacks.core.kept_tensors import KeptTensors
+from sparse_callbacks.core.method import Method, Options
+from sparse_callbacks.core.nm_layers import inputs_axis
+from sparse_callbacks.core.nm_masks import in_groups, nm_mask
+from sparse_callbacks.core.patterns import reached_targets
+from sparse_callbacks.core.schedules import to_steps
+from sparse_callbacks.core.selection import Entry
+from sparse_callbacks.core.step import Step
+from sparse_callbacks.core.storages.storage import why_no_exchange
+from sparse_callbacks.core.thawed import by_step, masks_by_magnitude
+from sparse_callbacks.core.topology import Update
+from sparse_callbacks.core.transposable import transposable_mask
+from sparse_callbacks.methods.nm.nm_arguments import asked_of_nm, refuse_beside_soft, refuse_decay, refuse_ramp
+from sparse_callbacks.methods.nm.soft_projection import scale_of, soft_factors
+
+DECAY = 2e-4
+NEVER = 2**62  # later than any run ends, and a whole number, as calendars are saved
+PROJECTIONS = ("hard", "soft")
+SCALE = "scale"
+"""Key in ``aux``, before the name of a parameter, of its beta."""
+
+
+class NM(Method):
+    """N:M sparsity: the masked network computes the gradient, the dense one takes the step (SR-STE, Zhou et al., 2021).
+
+    With dense weights w, mask m and optimizer step t::
+
+        every ``every``  m = the N largest |w| of every M consecutive inputs
+        every step       w = w - optimizer(gradient of the loss at m * w, + decay * (1 - m) * w)
+
+    The gradient is not masked (straight-through), and the decay of pruned weights is part of it, so momentum sees both. The
+    mask of a step is that of the dense weights before its forward pass: refreshes fall before steps 0, ``every``, 2 *
+    ``every``. Between optimizer steps the model holds ``m * w``: validation, checkpoints and export see the N:M network.
+    The dense weights live in this callback: one copy, beside a bool and a float mask. Groups of a convolution run along its input
+    channels at a fixed position of the kernel. Layers whose inputs (of a transposable pattern: outputs too) M does not
+    divide stay dense, and the plan says so.
+
+    ``projection="soft"`` (S-STE): w goes into the forward pass as beta * sign(w) * max(|w| - t, 0), where t is the
+    (M - N)-th smallest |w| of the group, so that no weight jumps; beta = <w, S> / ||S||^2 of each tensor, with S the
+    projection without beta, is fixed before the first step. The gradient is passed straight through and nothing decays.
+
+    Passes over the weights in a step: 2 in place (the mask on the dense weights, into the other buffer; the decay of
+    pruned weights) and 1 that reads (gradients, for inf and NaN), and a refresh, or the soft projection, whose passes grow with M.
+
+    Differs from the paper: none of SR-STE. A transposable mask (Hubara et al., 2021) has at most N in each row
+    and column of a tile, found exactly up to M = 4 and greedily above, where the paper has exactly N by a min-cost
+    flow; it keeps SR-STE's decay. Of S-STE its scaling of gradients in half precision is left to the Trainer.
+
+    Args:
+        pattern: ``"2:4"``, other whole numbers N:M with N below M, or ``"transposable 2:4"``, which is N:M along the outputs too.
+            It fixes the sparsity, 1 - N/M.
+        every: optimizer steps (int) or fraction of the run (float) between masks; None: 1, of a transposable pattern
+            40, shortened, with a message, in short runs. The soft projection moves in every step.
+        decay: of pruned weights: decay * w is added to their gradients; None: 2e-4, the published one of SR-STE, and
+            0 of the soft projection, which has none.
+        ramp: when N is reached, in the units of ``every``: N falls from M by one at equal intervals until then, each
+            fall with the next refresh. None: N from the first step on.
+        projection: ``"hard"``, a mask; or ``"soft"``.
+        include, exclude, seed, **options: see :class:`~sparse_callbacks.core.method.Method`. Nothing here is random.
+
+    Raises:
+        ValueError: arguments out of range, a model of which no layer fits, or an optimizer or checkpoint that does not fit;
+            before the first batch.
+
+    Example:
+        >>> from sparse_callbacks import NM
+        >>> NM("1:4", ramp=0.5).target_sparsity
+        0.75
+
+    Reference: Zhou, Ma, Zhu, Liu, Zhang, Yuan, Sun, Li: Learning N:M Fine-grained Structured Sparse Neural Networks From
+    Scratch. ICLR 2021. Hubara, Chmiel, Island, Banner, Naor, Soudry: Accelerated Sparse Neural Training: A Provable and
+    Efficient Method to Find N:M Transposable Masks. NeurIPS 2021. Hu, Zhu, Chen: S-STE: Continuous Pruning Function for
+    Efficient 2:4 Sparse Pre-training. NeurIPS 2024.
+    """
+
+    published_every: ClassVar[int] = 1
+    published_transposable: ClassVar[int] = 40
+    arrives_at_stop: ClassVar[bool] = True
+    first_update: ClassVar[int] = 0  # the refresh of step 0 is the initial mask
+    keeps_dense: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        pattern: str = "2:4",
+        *,
+        every: Time | None = None,
+        decay: float | None = None,
+        ramp: Time | None = None,
+        projection: str = "hard",
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        seed: int = 0,
+        **options: Unpack[Options],
+    ) -> None:
+        self._asked = asked_of_nm(pattern)
+        super().__init__(self._asked.sparsity, include=include, exclude=exclude, seed=seed, **options)
+        refuse_unknown({"projection": projection}, {"projection": PROJECTIONS})
+        check_times(0, 1.0, every)  # whether it fits the run shows when that begins
+        refuse_ramp(ramp)
+        refuse_decay(decay)
+        if projection == "soft":
+            refuse_beside_soft(self._asked, every, decay, ramp)
+        self.pattern, self.decay, self.ramp, self.projection = pattern, decay, ramp, projection
+        self.every, self.start, self.stop = every, 0, 0 if ramp is None else ramp
+        self._kept = KeptTensors()
+        # groups that changed in the latest refresh or step, by parameter name: only for the curves
+        self._changed: dict[str, Tensor] = {}
+
+    # ------------------------------------------------------------------ what a user reads
+
+    @property
+    def has_full_groups(self) -> bool:
+        """Whether every group has N active weights at the end: a tile may have fewer, and so may a soft group."""
+        return self.projection == "hard" and not self._asked.transposable
+
+    @property
+    def at_target(self) -> bool:
+        if not self.masks or self.calendar is None:
+            return False
+        # between runs no optimizer owns anything: then those that the steps were counted for
+        owners = [i for i, names in enumerate(self.owners.owns) if names] or list(self.progress.counts)
+        return all(self.progress.done.get(i, 0) >= self.calendar.stop for i in owners)
+
+    def shortfall(self) -> str:
+        return (
+            f"{type(self).__name__} ended with {self.active_at(self.step)}:{self._asked.m} active weights in groups, before its pattern "
+            f"{self.pattern!r}: {self.step} steps were taken and the ramp ends at step {self.times.stop}. Train longer, or "
+            "give an earlier ramp=."
+        )
+
+    def active_at(self, number: int) -> int:
+        """The most active weights of a group after ``number`` gradient steps: N, and more on the ramp."""
+        n, m = self._asked.n, self._asked.m
+        if self.ramp is None:
+            return n
+        # the first masks are made before the calendar
+        return m if not number else max(n, m - number * (m - n) // max(1, self.times.stop))
+
+    def figures(self) -> dict[str, float]:
+        names = [n for n in self.weights.copied if n in self._changed]
+        found = {"n": float(self.active_at(self.step))} if self.calendar is not None else {}
+        if names:
+            groups = sum(self.weights.size(n) for n in names) // self._asked.m
+            changed = torch.stack([self._changed[n].cpu() for n in names]).sum()
+            found["groups_changed"] = float(changed) / groups
+        if self.weights.copied:
+            found["pruned_dense_norm"] = self._norm_of_pruned()
+        return self.own_figures(**found)
+
+    # ------------------------------------------------------------------ plan and calendar
+
+    def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
+        return reached_targets(self, {}, entries)
+
+    def make_calendar(self, run: RunLength) -> Calendar:
+        end = (
+            0
+            if self.ramp is None
+            else self.ramp
+            if isinstance(self.ramp, int)
+            else to_steps(self.ramp, run.total(), "ramp")
+        )
+        if not run.lenient and end > run.total():
+            raise ValueError(
+                f"ramp={self.ramp!r} ends behind the run's {run.total():g} steps, so the pattern {self.pattern!r} would never be "
+                "reached. Give an earlier time, or ramp=None."
+            )
+        return Calendar(self._interval(run), 0, end, final=True, until=NEVER)
+
+    def _interval(self, run: RunLength) -> int:
+        """Optimizer steps between masks."""
+        if isinstance(self.every, int):
+            return self.every
+        if self.every is None and not self._asked.transposable:
+            return self.published_every
+        if self.every is not None:
+            return max(1, to_steps(self.every, run.total(), "every"))
+        if run.total() == float("inf"):
+            return self.published_transposable
+        whole = RunLength(run.total, run.epoch, lenient=True)
+        return resolve_times(None, 0, 1.0, self.published_transposable, whole, inform=self.host.inform).every
+
+    # ------------------------------------------------------------------ the method
+
+    def initial_masks(self) -> dict[str, Tensor]:
+        return {name: self._mask(name, p.detach(), 0) for name, p in self.params.items()}
+
+    def start_copies(self, dense: Mapping[str, Tensor], new: Iterable[str]) -> None:
+        new = list(new)
+        super().start_copies(dense, new)
+        for name in self.weights.copied if self.projection == "soft" else ():
+            values = self.weights.dense_values(name)
+            if name in new:
+                self.aux[f"{SCALE}/{name}"] = scale_of(values, self._asked.n, self._asked.m, self._axis(name))
+            elif name in dense:
+                # the base takes active weights from the parameter, which has shrunk ones, and may have been written to
+                held = dense[name].to(values)
+                values.copy_(undone(self.params[name].detach(), self._factors(name, held), held))
+
+    def before_step(self, step: Step) -> None:
+        super().before_step(step)  # masks no gradients: every parameter has a dense copy
+        decay = DECAY if self.decay is None else self.decay
+        if self.projection == "soft" or not decay:
+            return
+        self.weights.absorb_if_written(step.names)
+        for name in step.names:
+            gradient = self.params[name].grad
+            if gradient is not None and self.weights.active_counts[name] < self.weights.size(name):
+                dense = self.weights.dense_values(name)
+                pruned = self.weights.at_pruned(name, dense, self._kept.like("pruned", dense))
+                gradient.add_(pruned, alpha=decay)
+
+    def after_step(self, step: Step) -> Update | None:
+        return self.new_masks(step) if self.projection == "hard" and step.due else None
+
+    def new_masks(self, step: Step) -> Update:
+        masks = {n: self._mask(n, self.weights.dense_values(n), step.number) for n in step.names}
+        for name, mask in masks.items():
+            self._note_changed(name, mask != self.weights.masks[name])
+        return Update(masks)
+
+    def write(self, names: Sequence[str] | None, finite: bool) -> None:
+        if self.projection == "soft":
+            copied = [n for n in (self.params if names is None else names) if self.weights.has_copy(n)]
+            self.weights.swap_out(copied)
+            for name in copied:
+                before, factor = self.weights.masks[name], self._factors(name, self.weights.dense_values(name))
+                self._note_changed(name, before != (factor != 0))
+                self.weights.set_factor(name, factor)
+        super().write(names, finite)
+
+    def _mask(self, name: str, weight: Tensor, number: int) -> Tensor:
+        """The mask of a parameter after ``number`` gradient steps, by its dense values."""
+        asked, axis, magnitudes = self._asked, self._axis(name), weight.abs()
+        if self.projection == "soft":
+            return soft_factors(weight, torch.ones(()), asked.n, asked.m, axis) != 0
+        choose = transposable_mask if asked.transposable else nm_mask
+        # in the memory order of the weight: what reads mask and weight together is then fast
+        found = choose(magnitudes, self.active_at(number), asked.m, axis)
+        return torch.empty_like(weight, dtype=torch.bool).copy_(found)
+
+    def _factors(self, name: str, dense: Tensor) -> Tensor:
+        return soft_factors(dense, self.aux[f"{SCALE}/{name}"], self._asked.n, self._asked.m, self._axis(name))
+
+    def _axis(self, name: str) -> int:
+        return inputs_axis(self.weights.entries[name])
+
+    def _note_changed(self, name: str, where: Tensor) -> None:
+        self._changed[name] = in_groups(where, self._asked.m, self._axis(name)).any(-1).sum()
+
+    def _norm_of_pruned(self) -> float:
+        """L2 norm of the dense values of all pruned weights."""
+        weights = self.weights
+        norms = [
+            torch.linalg.vector_norm(weights.at_pruned(n, weights.dense_values(n)).float()) for n in weights.copied
+        ]
+        return float(torch.linalg.vector_norm(torch.stack([norm.cpu() for norm in norms])))
+
+
+@masks_by_magnitude.register
+def _(method: NM, names: Sequence[str]) -> dict[str, Tensor]:
+    masks: dict[str, Tensor] = {}
+    for number, mine in by_step(method, names):
+        masks |= {n: method._mask(n, method.params[n].detach(), number) for n in mine}
+    return masks
+
+
+@why_no_exchange.register
+def _(method: NM) -> str:
+    return "trains the pruned weights on, in a dense copy, so sparse storage has nothing to save"
