@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from sparse_callbacks.channels.slim import slim
     from sparse_callbacks.channels.slim_attention import SlimAttention
     from sparse_callbacks.core.calendar import Time
+    from sparse_callbacks.core.conversion.convert import convert
     from sparse_callbacks.core.doctor.warning import DoctorWarning
     from sparse_callbacks.core.inference import to_inference
     from sparse_callbacks.core.loop import sparsify
@@ -90,6 +91,7 @@ __all__ = [
     "Update",
     "channel_groups",
     "combine",
+    "convert",
     "distributions",
     "exchange_layers",
     "export_onnx",
@@ -135,6 +137,7 @@ _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
     "Update": "core.topology",
     "channel_groups": "channels.groups",
     "combine": "methods.gap.combination",
+    "convert": "core.conversion.convert",
     "exchange_layers": "core.storages.exchange",
     "export_onnx": "channels.onnx",
     "horizon": "lightning.optimizer_lives",

@@ -1,0 +1,56 @@
+"""Weights of a layer under a new mask before they are fitted, and how often a mask of N:M changes nothing."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparse_callbacks.core.nm_masks import in_groups, out_of_groups
+
+
+def absorb_mean(weight: Tensor, mask: Tensor, m: int, axis: int = 1) -> Tensor:
+    """The masked weights, each with its share of what its group has lost, so that the sum of a group stays.
+
+    For a kept weight of a group with K kept ones::
+
+        w_i + (sum of the group's removed weights) / K
+
+    That is what a layer needs whose inputs have one common value; with centred inputs it may be worse than the masked weights.
+
+    Args:
+        weight: the weights, (outputs, inputs, *kernel*).
+        mask: bool, of the same shape, True where a weight is kept.
+        m: weights of a group; it divides the inputs.
+        axis: the axis of the inputs.
+
+    References:
+        Hubara et al. 2021, "Accelerated Sparse Neural Training: A Provable and Efficient Method to Find N:M Transposable Masks",
+        section 5 (AdaPrune).
+
+    >>> absorb_mean(torch.tensor([[1.0, -0.2, 0.6, 0.1]]), torch.tensor([[True, False, True, False]]), 4)
+    tensor([[0.9500, 0.0000, 0.5500, 0.0000]])
+    """
+    groups, kept = in_groups(weight, m, axis), in_groups(mask, m, axis)
+    removed = groups.masked_fill(kept, 0).sum(-1, keepdim=True)
+    share = removed / kept.sum(-1, keepdim=True).clamp_min(1)
+    return out_of_groups(torch.where(kept, groups + share, torch.zeros_like(groups)), axis)
+
+
+def chance_that_group_fits(sparsity: float, n: int, m: int) -> float:
+    """The probability that a group of M weights has at most N that are not zero, if zeros fall independently.
+
+    The sum over z = M - N ... M of ``binomial(M, z) * sparsity^z * (1 - sparsity)^(M - z)``: the higher it is, the less a mask of
+    N:M takes from an unstructured network.
+
+    Args:
+        sparsity: the fraction of zeros, in [0, 1].
+        n: weights of a group that may be other than zero.
+        m: weights of a group.
+
+    References:
+        Hubara et al. 2021, "Accelerated Sparse Neural Training", section 5.
+
+    >>> round(chance_that_group_fits(0.7, 2, 4), 4)
+    0.9163
+    """
+    return sum(math.comb(m, z) * sparsity**z * (1 - sparsity) ** (m - z) for z in range(m - n, m + 1))
