@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import singledispatch
 
+from sparse_callbacks.core.nm_layers import fitting
 from sparse_callbacks.core.selection import NOT_TRAINED, Entry
 
 _UNTIL = "dense until it is trained: "
@@ -37,7 +38,8 @@ def with_awaited(
     awaited: Collection[str] = (),
     admits: bool = False,
 ) -> list[Entry]:
-    """``entries`` of :func:`~sparse_callbacks.core.selection.select`, with what follows from who is trained when.
+    """``entries`` of :func:`~sparse_callbacks.core.selection.select`, with what follows from who is trained when, and from
+    a pattern that not every layer can have.
 
     Args:
         method: the method of the run.
@@ -45,6 +47,9 @@ def with_awaited(
         masked: names of the parameters that have a mask from the run that goes on; those that are frozen again keep it.
         awaited: names of the parameters that the run which goes on has awaited.
         admits: what was awaited and is trained now becomes sparse; otherwise it waits for the first batch.
+
+    Raises:
+        ValueError: no layer can have the pattern.
     """
     never = why_never(method)
 
@@ -56,7 +61,7 @@ def with_awaited(
         late = not entry.reason and entry.name in awaited and entry.name not in masked
         return _FROM_FIRST_BATCH if late and not admits else entry.reason
 
-    return [replace(e, reason=reason(e)) for e in entries]
+    return [replace(e, reason=reason(e)) for e in fitting(method, entries)]
 
 
 def for_targets(entries: Sequence[Entry]) -> list[Entry]:

@@ -29,6 +29,14 @@ def argument_names(cls: type, shared: type) -> list[str]:
     return [*names, *(name for name in shared.__annotations__ if name not in names)]
 
 
+def default_of(cls: type, name: str) -> Any:
+    """The default of a constructor argument, by the class that is nearest to ``cls`` and has the argument; None without one."""
+    for init in (vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base)):
+        if (found := inspect.signature(init).parameters.get(name)) is not None:
+            return None if found.default is inspect.Parameter.empty else found.default
+    return None
+
+
 @functools.singledispatch
 def argument_values(made: object, shared: type) -> dict[str, Any]:
     """Values of the constructor arguments of an object by name, in their order: its attributes of these names.

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sparse_callbacks.core.nm_masks import NMPattern
+from sparse_callbacks.core.nm_selection import regrown_in_groups
 from sparse_callbacks.core.ops import drop_and_grow, drop_count, keep_largest
 from sparse_callbacks.core.patterns import as_mask, column_numbers, column_sums, group_of, largest_among
 from sparse_callbacks.core.randomness import uniform_like
@@ -155,6 +157,12 @@ def moved_by_sign(mask: Tensor, weight: Tensor, grow: Tensor, fraction: float) -
         grow: score to come, by magnitude.
         fraction: the share of the active weights of each sign that leaves: int(fraction * count) of it.
     """
+    kept, moved = _kept_by_sign(mask, weight, fraction)
+    return kept | keep_largest(grow, moved, among=~kept)
+
+
+def _kept_by_sign(mask: Tensor, weight: Tensor, fraction: float) -> tuple[Tensor, int]:
+    """The weights that stay where each sign loses its share, and how many leave."""
     layout = layout_of(weight)
     negative = lying_as(mask & (weight < 0), layout)
     kept, moved = torch.zeros_like(mask), 0
@@ -162,7 +170,36 @@ def moved_by_sign(mask: Tensor, weight: Tensor, grow: Tensor, fraction: float) -
         active = count_of(sign)
         leaving = drop_count(active, fraction)
         kept, moved = kept | keep_largest(weight, active - leaving, among=sign), moved + leaving
-    return kept | keep_largest(grow, moved, among=~kept)
+    return kept, moved
+
+
+def moved_in_groups(
+    mask: Tensor,
+    weight: Tensor,
+    grow: Tensor,
+    fraction: float,
+    pattern: NMPattern,
+    axis: int = 1,
+    by_sign: bool = False,
+) -> Tensor:
+    """The mask of a layer under N:M after an update: the smallest weights of the layer leave, and each group grows as many as it
+    has lost; see :func:`~sparse_callbacks.core.nm_selection.regrown_in_groups`.
+
+    Args:
+        mask: bool, the active positions; each group, or tile, has as many after the update.
+        weight: the weights, of the shape of ``mask``.
+        grow: score to come, by magnitude.
+        fraction: the share of the active weights of the layer that leaves.
+        pattern: the pattern of the mask.
+        axis: the axis of the inputs.
+        by_sign: whether each sign loses its own share, as in :func:`moved_by_sign`.
+    """
+    if by_sign:
+        kept, _ = _kept_by_sign(mask, weight, fraction)
+    else:
+        active = count_of(mask)
+        kept = keep_largest(weight, active - drop_count(active, fraction), among=mask)
+    return regrown_in_groups(mask, kept, grow, pattern, axis)
 
 
 def _moved_columns(

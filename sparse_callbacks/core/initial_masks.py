@@ -10,22 +10,25 @@ from torch import Tensor, nn
 
 from sparse_callbacks.core.arguments import refuse_unknown
 from sparse_callbacks.core.checkpoint import SavedRun, shown
-from sparse_callbacks.core.constructors import argument_names
 from sparse_callbacks.core.distributions import decides_total
 from sparse_callbacks.core.found_masks import WAITING, FoundMasks, MaskSource, found_masks
 from sparse_callbacks.core.given_masks import GivenMasks, Source
-from sparse_callbacks.core.method import DEFAULT_SPARSITY, Method, Options
+from sparse_callbacks.core.method import DEFAULT_SPARSITY, Method
+from sparse_callbacks.core.nm_layers import fitting, inputs_axis, nm_of
+from sparse_callbacks.core.nm_selection import chosen_in_groups
 from sparse_callbacks.core.ops import keep_largest
+from sparse_callbacks.core.pattern_arguments import kept_pattern, sparsity_beside
+from sparse_callbacks.core.pattern_names import FanIn, asked_nm, asked_pattern
 from sparse_callbacks.core.patterns import (
     as_mask,
     drawn_columns,
     group_of,
     largest_columns,
-    parsed,
     reached_targets,
     share_of,
 )
 from sparse_callbacks.core.plan import Plan
+from sparse_callbacks.core.randomness import uniform_like
 from sparse_callbacks.core.rescaling import RESCALES, Rescale
 from sparse_callbacks.core.score_options import Score, score_in
 from sparse_callbacks.core.scored_start import first_score
@@ -86,7 +89,9 @@ class StartsSparse(Method):
         rows: Rows | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(DEFAULT_SPARSITY if sparsity is None else sparsity, **options)
+        pattern = kept_pattern(pattern)
+        target = sparsity_beside(self, pattern, sparsity, options.get("distribution"))
+        super().__init__(DEFAULT_SPARSITY if target is None else target, **options)
         check_storage(self, storage, group, rows, pattern)
         self.storage = dict(storage) if isinstance(storage, Mapping) else storage
         self.group, self.rows = group, dict(rows) if isinstance(rows, Mapping) else rows
@@ -96,12 +101,14 @@ class StartsSparse(Method):
                 "of a checkpoint, a state dict, or a score such as 'snip'."
             )
         refuse_unknown({"rescale": rescale}, {"rescale": (None, *RESCALES)})
-        parsed(pattern)
-        if pattern is not None and "pattern" not in argument_names(type(self), Options):
-            raise ValueError(f"{type(self).__name__} takes no pattern=: Static, SET and RigL keep one. Leave it out.")
+        if pattern == "fan_in":
+            raise ValueError(
+                f"pattern='fan_in' is not a pattern of {type(self).__name__}. Give 'fan_in/1', in which every output row has as "
+                "many inputs of its own."
+            )
         self.initial_mask, self.rescale, self.pattern = initial_mask, rescale, pattern
         self._score = score_in(initial_mask)
-        if self._score is not None and (storage != "masked" or pattern is not None):
+        if self._score is not None and (storage != "masked" or isinstance(asked_pattern(self), FanIn)):
             raise ValueError(
                 f"initial_mask={shown_short(initial_mask)} ranks single weights when training starts, and "
                 f"storage={shown_short(storage)}, pattern={pattern!r} choose before that or in groups. Leave storage= and "
@@ -132,13 +139,15 @@ class StartsSparse(Method):
                 size = sum(e.size for e in self.entries if e.name in planned)
                 self._found = replace(self._found, sparsity=sum(planned.values()) / size)
             return self._found.sparsity
+        if (asked := asked_nm(self)) is not None:
+            return asked.sparsity
         return DEFAULT_SPARSITY if self.sparsity is None else float(self.sparsity)
 
     def plan(self, model: nn.Module | None = None) -> Plan:
         known = self.attachment.choices
         if isinstance(model, nn.Module):
             plain = getattr(model, "_orig_mod", model)  # of torch.compile
-            entries = select(plain, self.include, self.exclude, self.keep_dense)
+            entries = fitting(self, select(plain, self.include, self.exclude, self.keep_dense))
             self.attachment.choices = planned_choices(self, plain, entries)
             find_masks(self, plain, entries, self.saved)
             self._forget_given()  # a run looks again
@@ -186,6 +195,8 @@ class StartsSparse(Method):
         return {n: masks[n] for n in taken}
 
     def _random_mask(self, layer: str, weight: Tensor) -> Tensor:
+        if asked_nm(self) is not None:
+            return self._largest_in_groups(layer, uniform_like(weight, self.generator(layer, 0)))
         if (group := self._group(layer)) is None:
             return super()._random_mask(layer, weight)
         rows, inputs = weight.shape
@@ -193,10 +204,20 @@ class StartsSparse(Method):
         return as_mask(columns, group).to(weight.device)
 
     def _largest(self, layer: str, weight: Tensor) -> Tensor:
+        if asked_nm(self) is not None:
+            return self._largest_in_groups(layer, weight.abs())
         if (group := self._group(layer)) is not None:
             return largest_columns(weight, self._columns(layer, weight), group)
         size = layout_of(weight).whole_shape(weight).numel()
         return keep_largest(weight, size - self.planned_zeros(layer, size))
+
+    def _largest_in_groups(self, layer: str, scores: Tensor) -> Tensor:
+        """The mask of N:M of a layer's largest scores."""
+        entries = self.weights.entries
+        entry = entries.get(layer) or entries[layer.rpartition("[")[0]]  # of a layer that is stacked in it
+        pattern = nm_of(self, entry)
+        assert pattern is not None  # a layer that cannot have it stays dense
+        return chosen_in_groups(scores, pattern, inputs_axis(entry))
 
     def _group(self, layer: str) -> int | None:
         """The group of a layer's pattern; None where it has none."""

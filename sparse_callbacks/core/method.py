@@ -28,6 +28,7 @@ from sparse_callbacks.core.joint_thresholds import (
 from sparse_callbacks.core.live.live_runs import refuse_foreign_places
 from sparse_callbacks.core.ops import random_mask, zeros_for
 from sparse_callbacks.core.optimizers import Ownership
+from sparse_callbacks.core.pattern_arguments import refusing_pattern
 from sparse_callbacks.core.patterns import pattern_remarks
 from sparse_callbacks.core.plan import Plan, plan_rows
 from sparse_callbacks.core.progress import Progress
@@ -86,7 +87,7 @@ class Method(Hooks):
         super().__init_subclass__(**kwargs)
         refuse_old_hooks(cls)
         if "__init__" in vars(cls):
-            init = refusing_first_masks(refusing_storage(cls.__init__), Options)
+            init = refusing_pattern(refusing_first_masks(refusing_storage(cls.__init__), Options), Options)
             cls.__init__ = checks_arguments(init, Options)  # type: ignore[method-assign]
 
     def __getattr__(self, name: str) -> Any:

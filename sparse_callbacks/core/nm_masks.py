@@ -51,21 +51,23 @@ def nm_pattern(text: object) -> NMPattern | None:
     return NMPattern(int(found[2]), int(found[3]), found[1] is not None)
 
 
-def why_not_nm(shape: tuple[int, ...], pattern: NMPattern, axis: int = 1) -> str:
+def why_not_nm(shape: tuple[int, ...], pattern: NMPattern, axis: int = 1, groups: int = 1) -> str:
     """Why a weight cannot have the pattern, as a clause; empty where it can.
 
     Args:
         shape: the shape of the weight: (outputs, inputs, *kernel), of a grouped convolution the inputs of one group.
         pattern: the pattern.
         axis: the axis of the inputs: 0 of a transposed convolution.
+        groups: of a convolution, the groups that its outputs are in; no tile may lie in two of them.
 
     >>> why_not_nm((8, 6), NMPattern(2, 4))
     '6 inputs do not divide into groups of 4'
     """
-    if shape[axis] % pattern.m:
-        return f"{shape[axis]} inputs do not divide into groups of {pattern.m}"
-    if pattern.transposable and shape[1 - axis] % pattern.m:
-        return f"{shape[1 - axis]} outputs do not divide into groups of {pattern.m}"
+    counts = {"input": shape[axis]} | ({"output": shape[1 - axis] // groups} if pattern.transposable else {})
+    for what, count in counts.items():
+        if count % pattern.m:
+            does = f"{what} does" if count == 1 else f"{what}s do"
+            return f"{count} {does} not divide into groups of {pattern.m}"
     return ""
 
 
@@ -80,12 +82,12 @@ def out_of_groups(groups: Tensor, axis: int = 1) -> Tensor:
     return groups.flatten(-2).movedim(-1, axis)
 
 
-def nm_mask(scores: Tensor, n: int, m: int, axis: int = 1, among: Tensor | None = None) -> Tensor:
+def nm_mask(scores: Tensor, n: int | Tensor, m: int, axis: int = 1, among: Tensor | None = None) -> Tensor:
     """Bool mask of the N largest scores of each group; of equal ones the lower input wins, and NaN ranks last.
 
     Args:
         scores: numbers that are not negative, of the shape of the weight: (outputs, inputs, *kernel).
-        n: active weights of each group, at most ``m``.
+        n: active weights of each group, at most ``m``: a number, or one for each group of :func:`in_groups`.
         m: weights of a group; it divides the inputs.
         axis: the axis of the inputs.
         among: bool, of the shape of ``scores``; only its True positions are taken, where a group has fewer than ``n`` all of
@@ -103,11 +105,15 @@ def nm_mask(scores: Tensor, n: int, m: int, axis: int = 1, among: Tensor | None 
     return taken if among is None else taken & among
 
 
-def _largest(ranked: Tensor, n: int) -> Tensor:
+def _largest(ranked: Tensor, n: int | Tensor) -> Tensor:
     """Mask of the ``n`` largest of the last dimension; of equal ones the lower place wins."""
     m = ranked.shape[-1]
+    if m > _FEW and isinstance(n, Tensor):
+        order = ranked.sort(dim=-1, descending=True, stable=True).indices
+        first = torch.arange(m, device=ranked.device) < n.unsqueeze(-1)
+        return torch.zeros_like(first).scatter_(-1, order, first)
     if m > _FEW:
-        return largest_ranked(ranked.reshape(-1, m), n).view(ranked.shape)
+        return largest_ranked(ranked.reshape(-1, m), int(n)).view(ranked.shape)
     # in rows this short counting who is ahead takes less time than a selection
     places = [place.contiguous() for place in ranked.unbind(-1)]
     taken = torch.empty(ranked.shape, dtype=torch.bool, device=ranked.device)

@@ -1,11 +1,11 @@
-"""Patterns of masks: in ``fan_in/G`` every G consecutive rows of a linear layer read the same inputs.
+"""Patterns of masks, and that of ``fan_in/G``: every G consecutive rows of a linear layer read the same inputs.
 
 Here G is the *group*, G consecutive rows are a *block*, and a *column* is one input of one block: all G weights of it are
-active, or none is. Every block of a layer has as many active columns.
+active, or none is. Every block of a layer has as many active columns. Layers under N:M are in
+:mod:`~sparse_callbacks.core.nm_layers`.
 """
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 
@@ -14,31 +14,11 @@ from torch import Tensor
 
 from sparse_callbacks.core.attachment import Choice
 from sparse_callbacks.core.largest import widened
+from sparse_callbacks.core.nm_layers import nm_of, nm_remarks, nm_targets, why_other_groups
+from sparse_callbacks.core.pattern_names import FanIn, asked_nm, asked_pattern
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.sparse_layers.live_places import why_not_grouped
 from sparse_callbacks.core.sparse_layers.moved_places import BELOW_ZERO, NEVER, largest_ranked
-
-_FAN_IN = re.compile(r"fan_in/([1-9][0-9]*)")
-
-
-def parsed(pattern: str | None) -> int | None:
-    """The group of a pattern; None without one.
-
-    Raises:
-        ValueError: no such pattern is known.
-
-    >>> parsed("fan_in/64")
-    64
-    """
-    if pattern is None:
-        return None
-    found = _FAN_IN.fullmatch(pattern) if isinstance(pattern, str) else None
-    if found is None:
-        raise ValueError(
-            f"pattern={pattern!r} is not known. Give 'fan_in/64', in which every 64 consecutive output rows of a linear "
-            "layer read the same inputs (or another whole number from 1), or None for masks without a pattern."
-        )
-    return int(found.group(1))
 
 
 def columns_for(density: float, inputs: int) -> int:
@@ -62,8 +42,14 @@ def group_of(method: object, entry: Entry) -> int | None:
     """
     if (choice := _choices(method).get(entry.name)) is not None and choice.storage == "grouped":
         return choice.group
-    group = parsed(getattr(method, "pattern", None))
+    group = _asked_group(method)
     return None if group is None or why_unstructured(entry, group) else group
+
+
+def _asked_group(method: object) -> int | None:
+    """The group of ``fan_in/G`` that a method was asked for; None for another pattern, or none."""
+    asked = asked_pattern(method)
+    return asked.group if isinstance(asked, FanIn) else None
 
 
 def _choices(method: object) -> Mapping[str, Choice]:
@@ -91,7 +77,7 @@ def why_unstructured(entry: Entry, group: int) -> str:
     return f"{rows} rows do not divide into groups of {group}" if rows % group else ""
 
 
-def pattern_remarks(method: object, entries: Iterable[Entry], zeros: Mapping[str, int]) -> dict[str, str]:
+def pattern_remarks(method: object, entries: Sequence[Entry], zeros: Mapping[str, int]) -> dict[str, str]:
     """What a plan says of the pattern of each sparse parameter, by its name.
 
     Args:
@@ -99,8 +85,7 @@ def pattern_remarks(method: object, entries: Iterable[Entry], zeros: Mapping[str
         entries: all parameters.
         zeros: planned zeros of the sparse parameters.
     """
-    asked = parsed(getattr(method, "pattern", None))
-    found: dict[str, str] = {}
+    asked, found = _asked_group(method), nm_remarks(method, entries, zeros)
     for entry in entries:
         if entry.reason or not zeros.get(entry.name):
             continue
@@ -120,7 +105,7 @@ def warning_of_no_pattern(method: object, entries: Iterable[Entry]) -> str:
         method: the method of the run.
         entries: the sparse parameters.
     """
-    group, listed = parsed(getattr(method, "pattern", None)), list(entries)
+    group, listed = _asked_group(method), list(entries)
     if group is None or any(group_of(method, e) is not None for e in listed):
         return ""
     reasons = ", ".join(f"{e.name} ({why_unstructured(e, group)})" for e in listed)
@@ -129,13 +114,16 @@ def warning_of_no_pattern(method: object, entries: Iterable[Entry]) -> str:
 
 def reached_targets(method: object, targets: Mapping[str, float], entries: Sequence[Entry]) -> dict[str, float]:
     """``targets`` by layer, with the sparsity that whole columns reach in the layers that have the pattern, and that exchanged
-    layers have.
+    layers have. Under N:M every layer has that of the pattern.
 
     Args:
         method: the method that plans.
         targets: target sparsity by layer.
         entries: all parameters; those without a reason have a target.
     """
+    if (asked := asked_nm(method)) is not None:
+        sizes = {layer: e.size // e.parts for e in entries for layer in e.layers}
+        return {layer: share_of(zeros, sizes[layer]) for layer, zeros in nm_targets(entries, asked).items()}
     found, kept = dict(targets), live_zeros(method, entries)
     for entry in entries:
         if entry.name in kept and not entry.reason:
@@ -164,10 +152,16 @@ def why_other_pattern(method: object, masks: Mapping[str, Tensor], entries: Iter
         entries: the parameters.
     """
     for entry in entries:
-        group = group_of(method, entry)
-        if group is not None and entry.name in masks and (why := why_not_grouped(masks[entry.name], group)):
+        if entry.name in masks and (why := _why_other(method, masks[entry.name], entry)):
             return f"{entry.name} {why}"
     return ""
+
+
+def _why_other(method: object, mask: Tensor, entry: Entry) -> str:
+    if (pattern := nm_of(method, entry)) is not None:
+        return why_other_groups(mask, entry, pattern)
+    group = group_of(method, entry)
+    return "" if group is None else why_not_grouped(mask, group)
 
 
 # ---------------------------------------------------------------------- columns

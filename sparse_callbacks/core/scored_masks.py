@@ -14,9 +14,12 @@ from sparse_callbacks.core.calibration import Calibration
 from sparse_callbacks.core.example_inputs import example_inputs
 from sparse_callbacks.core.local_parts import is_sharded
 from sparse_callbacks.core.method import Method
+from sparse_callbacks.core.nm_layers import inputs_axis, nm_of
+from sparse_callbacks.core.nm_selection import chosen_on_the_way
 from sparse_callbacks.core.ops import keep_largest, keep_largest_jointly, zeros_for
 from sparse_callbacks.core.replaced_parameters import masked
 from sparse_callbacks.core.score_options import Score
+from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.selection import entries as all_entries
 from sparse_callbacks.core.shards import size_of
 
@@ -174,7 +177,8 @@ def within_layers(
     way: float,
     after: Callable[[float, float], float] = sparsity_after,
 ) -> dict[str, Tensor]:
-    """Masks that keep in each layer the active weights with the largest scores, at last as many as planned.
+    """Masks that keep in each layer the active weights with the largest scores, at last as many as planned, and under N:M
+    as many in each group.
 
     Args:
         method: the method of the run.
@@ -184,11 +188,14 @@ def within_layers(
         after: gives a layer's sparsity after that part, of its target.
     """
 
-    def rank(layer: str, values: Tensor, mask: Tensor) -> Tensor:
+    def rank(entry: Entry, layer: str, values: Tensor, mask: Tensor) -> Tensor:
         zeros = zeros_for(after(method.targets[layer], way), size_of(values))
+        if (pattern := nm_of(method, entry)) is not None:
+            return chosen_on_the_way(values, zeros, pattern, inputs_axis(entry), mask)
         return keep_largest(values, size_of(values) - zeros, mask)
 
-    return {name: method.weights.by_layer(name, rank, s, masks[name]) for name, s in scores.items()}
+    entries = method.weights.entries
+    return {n: method.weights.by_layer(n, partial(rank, entries[n]), s, masks[n]) for n, s in scores.items()}
 
 
 def over_all_layers(

@@ -44,6 +44,8 @@ class Entry:
         reason: why the parameter stays dense; empty where it becomes sparse.
         transposed: True for the weight of a transposed convolution, which torch stores with the inputs first.
         linear: True for the weight of a linear layer.
+        groups: of a convolution, the groups in which its outputs read inputs of their own.
+        live_alone: True for an exchanged layer, which holds its live weights alone.
     """
 
     name: str
@@ -54,6 +56,8 @@ class Entry:
     reason: str = ""
     transposed: bool = False
     linear: bool = False
+    groups: int = 1
+    live_alone: bool = False
 
     @property
     def layers(self) -> list[str]:
@@ -176,6 +180,8 @@ def entries(model: nn.Module) -> list[Entry]:
                     reason=why_not_ranked(p),
                     transposed=isinstance(module, _ConvTransposeNd),
                     linear=isinstance(module, nn.Linear | SparseLinear),
+                    groups=module.groups if isinstance(module, _ConvNd) else 1,
+                    live_alone=isinstance(module, SparseLinear),
                 )
     found = []
     for name, p in model.named_parameters():

@@ -78,7 +78,7 @@ def _why_not_exact(method: Method) -> str:
     if by_weights or (isinstance(method, StartsSparse) and method.rescale is not None):
         return "its start reads whole layers, of which each process has a part. Leave initial_mask= and rescale= out, or give a file"
     if isinstance(method, StartsSparse) and method.pattern is not None:
-        return f"pattern={method.pattern!r} is one of whole rows, of which each process may have a part. Leave it out"
+        return f"pattern={method.pattern!r} is one of groups of weights, of which each process may have a part. Leave it out"
     if isinstance(method, methods.SET) and method.neuron_importance is not None:
         return "neuron_importance= sums whole rows, of which each process may have a part. Leave it out"
     if isinstance(method, methods.DPF) and method.unit != "weight":

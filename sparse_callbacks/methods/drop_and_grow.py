@@ -9,9 +9,10 @@ from torch import Tensor
 from sparse_callbacks.core.calendar import Time
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.distributions import Distribution
-from sparse_callbacks.core.growth import moved_by_sign, moved_mask, uniform_numbers
+from sparse_callbacks.core.growth import moved_by_sign, moved_in_groups, moved_mask, uniform_numbers
 from sparse_callbacks.core.initial_masks import InitialMask, StartsSparse
 from sparse_callbacks.core.method import Options
+from sparse_callbacks.core.nm_layers import inputs_axis, nm_of
 from sparse_callbacks.core.patterns import group_of
 from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.schedules import Schedule, as_schedule
@@ -113,13 +114,16 @@ class DropAndGrow(StartsSparse):
 
     def _moved(self, step: Step, name: str, scores: Tensor, fraction: float) -> Tensor:
         """The mask of a parameter after an update."""
-        group = group_of(self, self.weights.entries[name])
+        entry = self.weights.entries[name]
+        group, pattern = group_of(self, entry), nm_of(self, entry)
         tensors = [mask_before(self, step, name), self.params[name].detach(), scores]
         by_sign = _leave_by_sign(self)
         if self.candidates is not None:
             tensors.append(uniform_numbers(self, name, step.number))
 
         def moved(_: str, mask: Tensor, weight: Tensor, grow: Tensor, chances: Tensor | None = None) -> Tensor:
+            if pattern is not None:
+                return moved_in_groups(mask, weight, grow, fraction, pattern, inputs_axis(entry), by_sign)
             if by_sign:
                 return moved_by_sign(mask, weight, grow, fraction)
             return moved_mask(mask, weight, grow, fraction, group, self.candidates, chances)

@@ -11,6 +11,7 @@ from sparse_callbacks.core.distributions import Distribution
 from sparse_callbacks.core.growth import candidate_count, checked_candidates, moved_count
 from sparse_callbacks.core.initial_masks import InitialMask
 from sparse_callbacks.core.method import Options
+from sparse_callbacks.core.pattern_names import asked_nm
 from sparse_callbacks.core.patterns import group_of
 from sparse_callbacks.core.record.multiply_adds import WeightsInStep
 from sparse_callbacks.core.rescaling import Rescale
@@ -60,11 +61,13 @@ class RigL(ReplacesSteps, DropAndGrow):
         drop_fraction: fraction of a layer's active weights that an update replaces; a number falls by a cosine to 0 at
             ``stop``; a schedule or its text (``"constant(0.3)"``) is taken as it is.
         initial_mask, rescale, pattern, storage, group, rows: see
-            :class:`~sparse_callbacks.core.initial_masks.StartsSparse`. Under a pattern k is
+            :class:`~sparse_callbacks.core.initial_masks.StartsSparse`. Under ``"fan_in/64"`` k is
             counted in each block of rows, as the columns that leave it: those with the smallest sum of |w| over its rows;
-            the columns with the largest sum of |dL/dw| come.
-        candidates: candidates for each active weight (under a pattern for each active column), from which those with the
-            largest gradients grow; the paper finds 1 to 2 enough. None: all positions that were not kept.
+            the columns with the largest sum of |dL/dw| come. Under ``"2:4"`` the k smallest |w| of the layer leave, and each
+            group grows as many as it has lost; under ``"transposable 2:4"`` each tile does, see
+            :func:`~sparse_callbacks.core.tiles.moved_tiles`.
+        candidates: candidates for each active weight (under ``"fan_in/64"`` for each active column), from which those with
+            the largest gradients grow; the paper finds 1 to 2 enough. None: all positions that were not kept. Not with N:M.
         include, exclude: globs on the names of parameters that become sparse or stay dense.
         seed: seed of the initial mask and everything random.
         **options: ``keep_dense`` ("first", "last" or "both"; default None), ``print_plan`` (default True) and
@@ -127,6 +130,11 @@ class RigL(ReplacesSteps, DropAndGrow):
             **options,
         )
         self.candidates = checked_candidates(candidates)
+        if self.candidates is not None and asked_nm(self) is not None:
+            raise ValueError(
+                f"candidates={candidates!r} draws positions of a whole layer, and under pattern={pattern!r} each group grows its own "
+                "number. Leave candidates= or pattern= out."
+            )
 
     def before_step(self, step: Step) -> None:
         # at the end of the cosine every count is 0: such an update would cost a gradient step and change nothing

@@ -16,6 +16,8 @@ from sparse_callbacks.core.distributions import Distribution
 from sparse_callbacks.core.growth import fresh_values, uniform_numbers
 from sparse_callbacks.core.initial_masks import InitialMask
 from sparse_callbacks.core.method import Options
+from sparse_callbacks.core.nm_masks import NMPattern
+from sparse_callbacks.core.pattern_names import parsed
 from sparse_callbacks.core.plan import Plan
 from sparse_callbacks.core.rescaling import Rescale
 from sparse_callbacks.core.schedules import Schedule
@@ -77,8 +79,8 @@ class SET(DropAndGrow):
     Args:
         sparsity, distribution, every, start, stop, drop_fraction, initial_mask, rescale, pattern, storage, group, rows, include, exclude,
             seed, **options: as in :class:`~sparse_callbacks.RigL`.
-        drop: ``"magnitude"`` or ``"signed"``. A group of rows has no sign, so ``"signed"`` has no ``pattern`` and no
-            ``storage="grouped"``.
+        drop: ``"magnitude"`` or ``"signed"``. A group of rows has no sign, so ``"signed"`` has no ``pattern="fan_in/64"`` and
+            no ``storage="grouped"``.
         new_weights: ``"zero"`` or ``"uniform"``, what grown weights start from.
         neuron_importance: the share of the live hidden neurons of a layer that a removal takes, in (0, 1); None: none. With it
             layers are masked, without a ``pattern``, as counts fall.
@@ -158,10 +160,10 @@ class SET(DropAndGrow):
     def _refuse_shapes(self, pattern: Any, storage: Any) -> None:
         """Refuse masks that lie otherwise than weight by weight where an argument asks for that."""
         storages = list(storage.values()) if isinstance(storage, Mapping) else [storage]
-        grouped = (
-            f"pattern={pattern!r}" if pattern is not None else "storage='grouped'" if "grouped" in storages else ""
-        )
-        if self.drop == "signed" and grouped:
+        asked = parsed(pattern)
+        grouped = f"pattern={pattern!r}" if asked else "storage='grouped'" if "grouped" in storages else ""
+        # under N:M single weights leave, which have a sign
+        if self.drop == "signed" and grouped and not isinstance(asked, NMPattern):
             raise ValueError(
                 f"drop='signed' with {grouped}: the rows of a group move together, and their weights have signs of their own. "
                 "Give drop='magnitude', or leave the other out."

@@ -42,8 +42,8 @@ class SNFS(DropAndGrow):
 
     Args:
         smoothing: weight of the past in the smoothed gradient, in [0, 1).
-        sparsity, distribution, every, start, stop, drop_fraction, initial_mask, rescale, include, exclude, seed,
-            **options: as in :class:`~sparse_callbacks.RigL`.
+        sparsity, distribution, every, start, stop, drop_fraction, initial_mask, rescale, pattern, include, exclude,
+            seed, **options: as in :class:`~sparse_callbacks.RigL`.
 
     Raises:
         ValueError: arguments out of range, or a model, optimizer or checkpoint that does not fit; before the first
@@ -70,6 +70,7 @@ class SNFS(DropAndGrow):
         smoothing: float = 0.9,
         initial_mask: InitialMask = "random",
         rescale: Rescale | None = None,
+        pattern: str | None = None,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         seed: int = 0,
@@ -84,6 +85,7 @@ class SNFS(DropAndGrow):
             drop_fraction=drop_fraction,
             initial_mask=initial_mask,
             rescale=rescale,
+            pattern=pattern,
             include=include,
             exclude=exclude,
             seed=seed,

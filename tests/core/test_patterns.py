@@ -7,16 +7,17 @@ import torch
 from oracles import fan_in
 from torch import Tensor, nn
 
-from sparse_callbacks import GMP, SET, SNFS, GaP, RigL, Static
+from sparse_callbacks import CTRE, GMP, SET, SMCP, SNFS, ConstrainedL0, GaP, RigL, Static
 from sparse_callbacks.core.growth import moved_mask
+from sparse_callbacks.core.nm_masks import NMPattern
 from sparse_callbacks.core.ops import zeros_for
+from sparse_callbacks.core.pattern_names import FanIn, asked_pattern, parsed
 from sparse_callbacks.core.patterns import (
     as_mask,
     block_sums,
     columns_for,
     drawn_columns,
     largest_among,
-    parsed,
     share_of,
     why_other_pattern,
 )
@@ -25,19 +26,24 @@ from sparse_callbacks.core.selection import Entry
 
 @pytest.mark.parametrize(
     "pattern",
-    ["fan_in", "fan_in/", "fan_in/0", "fan_in/-4", "fan_in/6.4", "fan_in/064", "fan-in/64", "2:4", "", 64, True],
+    [
+        *("fan_in/", "fan_in/0", "fan_in/-4", "fan_in/6.4", "fan_in/064", "fan-in/64", "", 64, True),
+        *("4:2", "4:4", "0:4", "2:4:8", "2/4", "02:4", "transposable", "transposable2:4", "transposable fan_in"),
+    ],
 )
-@pytest.mark.parametrize("make", [Static, SET, RigL])
+@pytest.mark.parametrize("make", [Static, SET, RigL, SNFS])
 def test_other_words_than_those_of_a_pattern_are_refused(make: Any, pattern: Any) -> None:
-    with pytest.raises(ValueError, match=r"pattern=.* is not known\. Give 'fan_in/64', in which every 64"):
+    with pytest.raises(ValueError, match=r"pattern=.* is not known\. Give '2:4', in which 2 of every 4 inputs"):
         make(0.5, pattern=pattern)
 
 
-@pytest.mark.parametrize("make", [SNFS, GaP])
-def test_a_method_without_patterns_refuses_one_in_words(make: Any) -> None:
-    with pytest.raises(ValueError, match=rf"{make.__name__} takes no pattern=: Static, SET and RigL keep one"):
-        make(0.5, pattern="fan_in/4")
-    make(0.5, pattern=None)
+@pytest.mark.parametrize("make", [CTRE, GaP, ConstrainedL0, SMCP])
+@pytest.mark.parametrize("pattern", ["2:4", "transposable 2:4", "fan_in/4", "no such word", 4])
+def test_a_method_without_patterns_refuses_one_in_words(make: Any, pattern: Any) -> None:
+    with pytest.raises(ValueError, match=rf"pattern={pattern!r}: {make.__name__} chooses .* and takes no pattern="):
+        make(pattern=pattern)
+    make(pattern=None)
+    make(pattern="unstructured")
 
 
 @pytest.mark.parametrize("make", [Static, SET, RigL])
@@ -55,8 +61,12 @@ def test_a_pattern_beside_a_storage_without_it_is_refused_in_words(make: Any) ->
 
 
 def test_a_pattern_is_read_and_none_is_the_default() -> None:
-    assert (parsed(None), parsed("fan_in/1"), parsed("fan_in/128")) == (None, 1, 128)
-    assert [Static().pattern, SET().pattern, RigL().pattern] == [None] * 3
+    assert (parsed(None), parsed("unstructured")) == (None, None)
+    assert [parsed(f"fan_in{x}") for x in ("", "/1", "/128")] == [FanIn(), FanIn(1), FanIn(128)]
+    assert [parsed("2:4"), parsed("transposable 12:16")] == [NMPattern(2, 4), NMPattern(12, 16, transposable=True)]
+    assert all(str(parsed(x)) == x for x in ("2:4", "transposable 2:4", "fan_in", "fan_in/64"))
+    methods = [make(pattern=given) for make in (Static, SET, RigL, SNFS) for given in (None, "unstructured")]
+    assert [asked_pattern(m) for m in [*methods, GMP()]] == [m.pattern for m in methods] + [None] == [None] * 9
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def test_ranks_with_other_batches_hold_the_parts_of_one_mask(ranks: Ranks) -> No
         ("two dimensions", "a mesh of 2 dimensions"),
         ("start", "its start reads whole layers"),
         ("rescaled", "its start reads whole layers"),
-        ("pattern", "pattern='fan_in/2' is one of whole rows"),
+        ("pattern", "pattern='fan_in/2' is one of groups of weights"),
         ("neurons", "neuron_importance= sums whole rows"),
         ("averages", "WeightAveraging under ModelParallelStrategy"),
         ("frozen", "net.first.weight frozen or in no optimizer"),

@@ -93,9 +93,12 @@ def check_storage(method: object, storage: Any, group: Any, rows: Any, pattern: 
     refuse_rows(rows)
     fitting = {"masked", "grouped"} if pattern == f"fan_in/{group}" else {"masked"}
     if pattern is not None and not fitting.issuperset(names):
+        advice = "For the same pattern without the pruned weights give storage='grouped' and its group=."
+        if not pattern.startswith("fan_in"):
+            advice = "Leave storage= out, or pattern=."
         raise ValueError(
             f"pattern={pattern!r} is one of masked storage, and storage={shown_short(storage)} with group={group!r} has another. "
-            "For the same pattern without the pruned weights give storage='grouped' and its group=."
+            f"{advice}"
         )
 
 

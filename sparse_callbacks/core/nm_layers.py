@@ -1,0 +1,115 @@
+"""Layers under N:M: which have the pattern, why others stay dense, how sparse they are, and masks that are not of it."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from sparse_callbacks.core.nm_masks import NMPattern, in_groups, why_not_nm
+from sparse_callbacks.core.pattern_names import asked_nm
+from sparse_callbacks.core.selection import NOT_TRAINED, Entry
+
+
+def inputs_axis(entry: Entry) -> int:
+    """The axis of a stored parameter along which inputs lie: torch stores those of a transposed convolution first."""
+    return 0 if entry.transposed else 1
+
+
+def nm_of(method: object, entry: Entry) -> NMPattern | None:
+    """The N:M in which the masks of a parameter are; None where the method keeps none, or the parameter cannot have it.
+
+    Args:
+        method: the method of the run.
+        entry: the parameter.
+    """
+    asked = asked_nm(method)
+    return None if asked is None or why_no_groups(entry, asked) else asked
+
+
+def why_no_groups(entry: Entry, pattern: NMPattern) -> str:
+    """Why a parameter cannot have the pattern, as a clause; empty where it can."""
+    if entry.live_alone:
+        return "its layer holds live weights alone"
+    return why_not_nm(entry.shape, pattern, groups=entry.groups)
+
+
+def why_dense(method: object, entry: Entry) -> str:
+    """The reason why a parameter that could be sparse stays dense under the N:M of a method; empty where it does not.
+
+    Args:
+        method: the method of the run.
+        entry: the parameter; what else keeps it dense does not matter.
+    """
+    asked = asked_nm(method)
+    why = "" if asked is None else why_no_groups(entry, asked)
+    return f"not {asked}: {why}" if why else ""
+
+
+def fitting(method: object, entries: Iterable[Entry]) -> list[Entry]:
+    """``entries`` with the reason of those that stay dense because they cannot have the N:M of a method.
+
+    Args:
+        method: the method of the run.
+        entries: all parameters; those without a reason could be sparse without the pattern.
+
+    Raises:
+        ValueError: none of them can have it.
+    """
+    listed = list(entries)
+    _refuse_no_layer(method, listed)
+    could = ("", *NOT_TRAINED)
+    return [replace(e, reason=why_dense(method, e) or e.reason) if e.reason in could else e for e in listed]
+
+
+def _refuse_no_layer(method: object, entries: Sequence[Entry]) -> None:
+    kept = {e.name: why_dense(method, e) for e in entries if not e.reason}
+    if kept and all(kept.values()):
+        reasons = ", ".join(f"{name} ({reason})" for name, reason in kept.items())
+        raise ValueError(
+            f"pattern='{asked_nm(method)}' fits no layer, so nothing would be sparse: {reasons}. Give another pattern=, or "
+            "leave it out."
+        )
+
+
+def nm_targets(entries: Iterable[Entry], pattern: NMPattern) -> dict[str, int]:
+    """Zeros of each layer in the parameters without a reason: M - N in every group.
+
+    Args:
+        entries: all parameters; those without a reason can have the pattern.
+        pattern: the pattern.
+    """
+    per_group = pattern.m - pattern.n
+    return {layer: e.size // e.parts // pattern.m * per_group for e in entries if not e.reason for layer in e.layers}
+
+
+def why_other_groups(mask: Tensor, entry: Entry, pattern: NMPattern) -> str:
+    """Why a mask is not of the pattern, as a clause that follows its name; empty where it is. A group may have fewer than N
+    active weights.
+
+    Args:
+        mask: bool, of the shape of the parameter.
+        entry: the parameter, which can have the pattern.
+        pattern: the pattern.
+    """
+    axis = inputs_axis(entry)
+    for what, along in (("inputs", axis), ("outputs", 1 - axis))[: 1 + pattern.transposable]:
+        counts = in_groups(mask, pattern.m, along).sum(-1)
+        if (most := int(counts.amax())) > pattern.n:
+            return f"has {most} active weights in a group of {pattern.m} {what}, and {pattern} allows {pattern.n}"
+    return ""
+
+
+def nm_remarks(method: object, entries: Iterable[Entry], zeros: Mapping[str, int]) -> dict[str, str]:
+    """What a plan says of the N:M of each sparse parameter, by its name.
+
+    Args:
+        method: the method that plans.
+        entries: all parameters.
+        zeros: planned zeros of the sparse parameters.
+    """
+    found = {}
+    for entry in entries:
+        if not entry.reason and zeros.get(entry.name) and (pattern := nm_of(method, entry)) is not None:
+            of = "inputs and outputs" if pattern.transposable else "inputs"
+            found[entry.name] = f"{pattern}: {pattern.n} of every {pattern.m} {of}"
+    return found
