@@ -536,6 +536,15 @@ def test_a_forward_of_ones_own_and_a_list_without_labels() -> None:
     assert set(made.state_dict()) == set(model.state_dict())
 
 
+def test_transposable_masks_have_two_of_four_in_both_directions() -> None:
+    _, report = convert(net(), "transposable 2:4", data=LOADER)
+    assert set(report.masks) == {"body.weight", "hidden.weight"}
+    assert report.left_dense["odd.weight"] == "6 outputs do not divide into groups of 4"
+    for mask in report.masks.values():
+        assert all((in_groups(mask, 4, axis).sum(-1) == 2).all() for axis in (0, 1))
+    assert report["hidden.weight"].after < report["hidden.weight"].before  # type: ignore[operator]
+
+
 # ---------------------------------------------------------------------- training goes on
 
 
@@ -550,7 +559,7 @@ def trained_on(method: Static, model: nn.Module, steps: int = 3) -> dict[str, Te
         return {name: mask.clone() for name, mask in run.masks.items()}
 
 
-@pytest.mark.parametrize("way", ["mapping", "file", "nonzero"])
+@pytest.mark.parametrize("way", ["mapping", "file", "nonzero", "pattern"])
 def test_static_trains_on_under_the_masks(way: str, tmp_path: Path) -> None:
     model, report = convert(net(), "2:4", data=LOADER)
     saved = report.checkpoint(model)
@@ -559,6 +568,7 @@ def test_static_trains_on_under_the_masks(way: str, tmp_path: Path) -> None:
         "mapping": {"from_checkpoint": saved},
         "file": {"initial_mask": tmp_path / "converted.pt"},
         "nonzero": {"initial_mask": "nonzero"},
+        "pattern": {"from_checkpoint": saved, "pattern": "2:4"},
     }[way]
     before = model.body.weight.detach().clone()
     masks = trained_on(Static(**given, include=list(report.masks), print_plan=False), model)

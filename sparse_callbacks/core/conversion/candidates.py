@@ -76,6 +76,4 @@ def _why_dense(entry: Entry, held: Sequence[tuple[str, nn.Module]], pattern: NMP
         return "an exchanged layer: to_dense(model) makes it an nn.Linear"
     if type(module).forward not in _FORWARDS:
         return f"the inputs of its product are not seen ({type(module).__name__})"
-    outputs, *others = entry.shape
-    # in a grouped convolution a tile of outputs must not reach into the next group, whose inputs are others
-    return why_not_nm((outputs // int(getattr(module, "groups", 1)), *others), pattern)
+    return why_not_nm(entry.shape, pattern, groups=entry.groups)

@@ -15,7 +15,8 @@ from sparse_callbacks.core.conversion.report import Conversion, ConvertedLayer
 from sparse_callbacks.core.given_batches import iterated_apart
 from sparse_callbacks.core.host import Forward
 from sparse_callbacks.core.inspection import copied
-from sparse_callbacks.core.nm_masks import NMPattern, nm_mask, nm_pattern
+from sparse_callbacks.core.nm_masks import NMPattern, nm_pattern
+from sparse_callbacks.core.nm_selection import chosen_in_groups
 from sparse_callbacks.core.running_statistics import norms_with_statistics, recalibrate_batchnorm
 from sparse_callbacks.core.selection import Entry, KeepDense, patterns
 from sparse_callbacks.core.state_layout import shown_short
@@ -52,7 +53,7 @@ def convert(
     Args:
         model: the network, in eval mode; it stays as it is, also where this fails.
         pattern: ``"N:M"``, groups of M consecutive inputs (input channels at one kernel position) of which N stay; or
-            ``"transposable N:M"``, where M consecutive outputs of an input have at most N active weights too.
+            ``"transposable N:M"``, where N of M consecutive outputs of an input stay too.
         data: batches that the network runs on, without labels or with: a loader, or a list. It is iterated several times. A few
             hundred samples do for convolutions; a linear layer needs more rows than an output has weights.
         fit: ``"adaprune"``; or for comparison ``"masked"``, the masked weights as they are, or ``"absorbed"``, absorbed means.
@@ -143,7 +144,7 @@ def _refuse_no_calls(fits: Mapping[str, LayerFit], layers: Mapping[str, nn.Modul
 
 
 def _mask_of(name: str, layer: nn.Module, pattern: NMPattern) -> Tensor:
-    """The mask of the largest magnitudes.
+    """The mask of the largest magnitudes, with N in each group; if transposable, with N in each row and column of a tile.
 
     Raises:
         ValueError: a weight is inf or NaN.
@@ -154,7 +155,7 @@ def _mask_of(name: str, layer: nn.Module, pattern: NMPattern) -> Tensor:
             f"{name} holds inf or NaN, so nobody knows which of its weights are the largest. Give a network that was trained without."
         )
     axis = 0 if isinstance(layer, _ConvTransposeNd) else 1
-    return nm_mask(weight.abs(), pattern.n, pattern.m, axis)
+    return chosen_in_groups(weight.abs(), pattern, axis)
 
 
 def _row(entry: Entry, mask: Tensor | None, fit: LayerFit | None) -> ConvertedLayer:
