@@ -1,4 +1,4 @@
-"""The command ``python -m sparse_callbacks.convert``: a trained network under masks of N:M, its weights refitted."""
+"""The command ``python -m sparse_callbacks.convert``: a trained network becomes one of N:M."""
 
 import sys
 

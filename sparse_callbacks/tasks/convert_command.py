@@ -1,4 +1,4 @@
-"""The command ``python -m sparse_callbacks.convert``: its arguments, what it reads, and what it writes.
+"""The command ``python -m sparse_callbacks.convert``: its arguments, and what it reads and writes.
 
 python -m sparse_callbacks.convert outputs/2026-11-29/10-00-00 --pattern 2:4
 """

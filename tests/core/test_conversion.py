@@ -16,7 +16,8 @@ from sparse_callbacks.core.conversion.adam_fit import KeptInputs, fit_by_adam
 from sparse_callbacks.core.conversion.candidates import chosen_weights
 from sparse_callbacks.core.conversion.layer_fits import fitted, mean_squared_error, recorder_for
 from sparse_callbacks.core.conversion.least_squares import Moments, refit
-from sparse_callbacks.core.conversion.starts import absorb_mean, chance_that_group_fits
+from sparse_callbacks.core.conversion.starts import absorb_mean
+from sparse_callbacks.core.nm_counts import chance_of_nm
 from sparse_callbacks.core.nm_masks import NMPattern, in_groups, nm_mask
 from sparse_callbacks.methods import Static
 
@@ -109,9 +110,9 @@ def test_absorbed_means_leave_a_group_without_any_active_weight_at_zero() -> Non
 
 
 def test_the_chance_that_a_random_group_fits_as_in_the_table() -> None:
-    assert chance_that_group_fits(0.7, 2, 4) == pytest.approx(0.9163, abs=1e-8)
-    assert chance_that_group_fits(0.7, 4, 8) == pytest.approx(0.94203235, abs=1e-8)
-    assert [chance_that_group_fits(s, 2, 4) for s in (0.0, 1.0)] == [0.0, 1.0]
+    assert chance_of_nm(0.7, 2, 4) == pytest.approx(0.9163, abs=1e-8)
+    assert chance_of_nm(0.7, 4, 8) == pytest.approx(0.94203235, abs=1e-8)
+    assert [chance_of_nm(s, 2, 4) for s in (0.0, 1.0)] == [0.0, 1.0]
 
 
 def test_the_layer_of_the_table_is_fitted() -> None:
@@ -444,7 +445,7 @@ def test_an_unstructured_network_keeps_its_output_where_groups_fit() -> None:
     torch.testing.assert_close(made(x), model(x), rtol=1e-5, atol=1e-6)
     assert report.sparsity_given == 0.75
     assert report.sparsity == 0.5
-    assert report.chances["2:4"] == pytest.approx(chance_that_group_fits(0.75, 2, 4))
+    assert report.chances["2:4"] == pytest.approx(chance_of_nm(0.75, 2, 4))
 
 
 def test_the_table_says_what_became_of_each_layer() -> None:

@@ -145,7 +145,7 @@ def test_layers_inside_of_a_block_that_torch_computes_at_once_stay() -> None:
 
 
 def test_no_rows_are_refused() -> None:
-    with pytest.raises(ValueError, match="rows=0 is no batch that could be timed. Give the rows"):
+    with pytest.raises(ValueError, match=r"rows=0 is no batch that could be timed. Give the rows"):
         to_semi_structured(nn.Linear(4, 4), rows=0)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import DictConfig, OmegaConf
 from support.nets import mlp
 from torch import Tensor, nn
 
@@ -101,13 +102,13 @@ def test_words_that_cannot_work(words: list[str], said: str, capsys: pytest.Capt
 
 
 def test_a_run_is_converted_and_trains_on_under_the_masks(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run, composed: Callable[..., DictConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ("model.hidden=[24,24]", "trainer.max_epochs=1")
     run("method=none", *options, folder="dense")
-    # what Hydra leaves in the folder of a run that the command line has started
-    from train import CONF  # noqa: F401
-
+    # as Hydra writes it beside a run that the command line has started
+    (tmp_path / "dense/.hydra").mkdir()
+    OmegaConf.save(composed("method=none", *options, "data.batch_size=128"), tmp_path / "dense/.hydra/config.yaml")
     capsys.readouterr()
     convert_main([str(tmp_path / "dense"), "--batches", "4"])
     out = capsys.readouterr().out

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sparse_callbacks.core.conversion.layer_products import output_of, samples_of
 
-STEPS = 1000
+ADAM_STEPS = 1000
 BATCH = 50
 WEIGHT_RATE, BIAS_RATE = 1e-3, 1e-2
 
@@ -48,7 +48,7 @@ def fit_by_adam(
     dense: tuple[Tensor, Tensor | None],
     start: tuple[Tensor, Tensor | None],
     mask: Tensor,
-    steps: int = STEPS,
+    steps: int = ADAM_STEPS,
 ) -> tuple[Tensor, Tensor | None]:
     """Weights on a mask's support whose outputs are close to those of the dense weights, in the mean square.
 

@@ -44,12 +44,12 @@ def chosen_weights(
     """
     flags = [(p, p.requires_grad) for p in model.parameters() if p.is_floating_point()]
     for p, _ in flags:
-        p.requires_grad_(True)
+        p.requires_grad = True
     try:
         entries = [e for e in select(model, include, exclude, keep_dense) if e.shape]
     finally:
         for p, flag in flags:
-            p.requires_grad_(flag)
+            p.requires_grad = flag
     parameters, holders = dict(model.named_parameters()), holders_of_weights(model)
     found: list[Entry] = []
     layers: dict[str, nn.Module] = {}

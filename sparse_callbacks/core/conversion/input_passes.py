@@ -1,4 +1,4 @@
-"""Passes over data in which the inputs of layers are recorded, as many at once as memory is meant to hold."""
+"""Passes over data that record the inputs of layers, as many at once as memory is meant to hold."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.core import data_pass
-from sparse_callbacks.core.conversion.layer_fits import Recorder, bytes_of, recorder_for
+from sparse_callbacks.core.conversion.layer_fits import InputRecorder, bytes_of, recorder_for
 from sparse_callbacks.core.conversion.least_squares import Moments
 from sparse_callbacks.core.given_batches import iterated_apart
 from sparse_callbacks.core.host import Forward
@@ -21,7 +21,7 @@ AT_ONCE = 2**30
 
 def recorded_inputs(
     model: nn.Module, layers: Mapping[str, nn.Module], data: Iterable[Any], forward: Forward | None
-) -> Iterator[tuple[dict[str, Recorder], int]]:
+) -> Iterator[tuple[dict[str, InputRecorder], int]]:
     """What the layers of each pass over the data have read, by name, and the number of batches of the pass.
 
     Args:
@@ -68,14 +68,14 @@ def _passes(layers: Mapping[str, nn.Module]) -> Iterator[list[str]]:
         yield together
 
 
-def _hook_of(recorder: Recorder) -> Callable[[nn.Module, Any, Mapping[str, Any]], None]:
+def _hook_of(recorder: InputRecorder) -> Callable[[nn.Module, Any, Mapping[str, Any]], None]:
     def hook(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         recorder.add(tensors_in([*args, *kwargs.values()])[0].detach())
 
     return hook
 
 
-def _refuse_non_finite(name: str, recorder: Recorder) -> None:
+def _refuse_non_finite(name: str, recorder: InputRecorder) -> None:
     kept: list[Tensor] = [] if not recorder.rows else recorder.kept
     if not all(bool(torch.isfinite(tensor).all()) for tensor in kept):
         raise ValueError(

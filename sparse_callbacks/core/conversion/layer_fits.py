@@ -15,7 +15,7 @@ from sparse_callbacks.core.nm_masks import NMPattern
 WIDEST = 4096
 """Inputs of an output up to which its normal equations are solved."""
 FitName = Literal["adaprune", "absorbed", "masked"]
-Recorder = Moments | KeptInputs
+InputRecorder = Moments | KeptInputs
 Parameters = tuple[Tensor, Tensor | None]
 
 
@@ -48,7 +48,7 @@ def inputs_of_output(layer: nn.Module) -> int:
     return weight.numel() // weight.shape[1 if isinstance(layer, _ConvTransposeNd) else 0]
 
 
-def recorder_for(layer: nn.Module) -> Recorder:
+def recorder_for(layer: nn.Module) -> InputRecorder:
     """What keeps of a layer's inputs what its fit needs: sums of products, or the inputs themselves of wide layers."""
     # outputs of a transposed convolution read different inputs at different positions
     exact = inputs_of_output(layer) <= WIDEST and not isinstance(layer, _ConvTransposeNd)
@@ -61,7 +61,7 @@ def bytes_of(layer: nn.Module) -> int:
     return 8 * int(getattr(layer, "groups", 1)) * size**2
 
 
-def fitted(layer: nn.Module, recorder: Recorder, mask: Tensor, pattern: NMPattern, fit: FitName) -> LayerFit:
+def fitted(layer: nn.Module, recorder: InputRecorder, mask: Tensor, pattern: NMPattern, fit: FitName) -> LayerFit:
     """A layer's parameters under a mask.
 
     Args:
@@ -99,7 +99,7 @@ def _parameters_of(layer: nn.Module) -> Parameters:
     return weight.detach(), None if bias is None else bias.detach()
 
 
-def mean_squared_error(recorder: Recorder, dense: Parameters, other: Parameters) -> float:
+def mean_squared_error(recorder: InputRecorder, dense: Parameters, other: Parameters) -> float:
     """The mean over rows and outputs of the squared difference of two layers' outputs.
 
     Args:
@@ -120,7 +120,7 @@ def _as_rows(moments: Moments, parameters: Parameters) -> Tensor:
     return torch.cat(columns, 1).to(moments.matrix.device).double()
 
 
-def _optimum(recorder: Recorder, dense: Parameters, start: Parameters, mask: Tensor) -> tuple[str, Parameters]:
+def _optimum(recorder: InputRecorder, dense: Parameters, start: Parameters, mask: Tensor) -> tuple[str, Parameters]:
     """How a layer was fitted, and the parameters, in the type that was computed in."""
     if isinstance(recorder, KeptInputs):
         return "Adam", fit_by_adam(recorder, dense, start, mask)

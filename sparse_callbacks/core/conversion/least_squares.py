@@ -1,4 +1,4 @@
-"""Least squares on the mask's support: second moments of a layer's inputs, and each output solved by normal equations."""
+"""Least squares on a mask's support: a layer's inputs as second moments, and the normal equations."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from sparse_callbacks.core.conversion.layer_products import input_rows, samples_
 
 RIDGE = 1e-8
 """What is added to the diagonal of normal equations that are scaled to a diagonal of ones."""
-PASSES = 3
+REFINEMENTS = 3
 """Solutions that are added up, each of the equations' rest: the ridge would else bend directions that are well known."""
 SOLVED = 2**25
 """Entries of the matrices that are solved at once: 256 MB in float64."""
@@ -110,6 +110,6 @@ def _smallest_solution(moments: Tensor, sought: Tensor) -> Tensor:
     moments, sought = moments * scale[:, :, None] * scale[:, None, :], (sought * scale)[..., None]
     factor = torch.linalg.cholesky(moments + RIDGE * torch.eye(moments.shape[1], dtype=moments.dtype).to(moments))
     x = torch.zeros_like(sought)
-    for _ in range(PASSES):
+    for _ in range(REFINEMENTS):
         x = x + torch.cholesky_solve(sought - moments @ x, factor)
     return x[..., 0] * scale

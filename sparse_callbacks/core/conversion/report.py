@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparse_callbacks.core.checkpoint import VERSION
-from sparse_callbacks.core.conversion.starts import chance_that_group_fits
+from sparse_callbacks.core.nm_counts import chance_of_nm
 from sparse_callbacks.core.plan import aligned
 from sparse_callbacks.core.saved_bits import with_bits
 
@@ -100,7 +100,7 @@ class Conversion:
     @property
     def chances(self) -> dict[str, float]:
         """For 2:4, 4:8 and 8:16 the probability that a group of random zeros fits already, at the sparsity that was given."""
-        return {f"{n}:{m}": chance_that_group_fits(self.sparsity_given, n, m) for n, m in SHOWN_PATTERNS}
+        return {f"{n}:{m}": chance_of_nm(self.sparsity_given, n, m) for n, m in SHOWN_PATTERNS}
 
     def checkpoint(self, model: nn.Module) -> dict[str, Any]:
         """What ``torch.save`` writes and ``Static(from_checkpoint=)`` reads: the weights, and the masks as bits.

@@ -1,4 +1,4 @@
-"""Linear layers of 2:4 multiplied by the sparse tensor cores of a GPU, where a timing says that it pays."""
+"""Linear layers of 2:4 on the sparse tensor cores of a GPU, where a timing says that it pays."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -131,7 +131,6 @@ def to_semi_structured(module: nn.Module, rows: int = 1024) -> tuple[nn.Module, 
 
 def _why_uncompressed(layer: nn.Module, holders: int, parent: nn.Module | None) -> str:
     """Why a layer stays dense without a try; empty where one is made."""
-    weight = layer.get_parameter("weight")
     if isinstance(layer, _ConvNd):
         return "a convolution, for which torch has no 2:4 product"
     if type(layer) is not nn.Linear:
@@ -140,6 +139,7 @@ def _why_uncompressed(layer: nn.Module, holders: int, parent: nn.Module | None) 
         return "tied: several modules have this weight"
     if isinstance(parent, _READ_BY_TORCH):
         return f"inside of a {type(parent).__name__}, whose kernel reads the dense weight"
+    weight = layer.get_parameter("weight")
     if why := why_not_on(weight.device):
         return why
     if weight.dtype not in _TYPES:

@@ -1,6 +1,4 @@
-"""Weights of a layer under a new mask before they are fitted, and how often a mask of N:M changes nothing."""
-
-import math
+"""Absorbed means: the weights of a layer under a new mask, before they are fitted."""
 
 import torch
 from torch import Tensor
@@ -34,23 +32,3 @@ def absorb_mean(weight: Tensor, mask: Tensor, m: int, axis: int = 1) -> Tensor:
     removed = groups.masked_fill(kept, 0).sum(-1, keepdim=True)
     share = removed / kept.sum(-1, keepdim=True).clamp_min(1)
     return out_of_groups(torch.where(kept, groups + share, torch.zeros_like(groups)), axis)
-
-
-def chance_that_group_fits(sparsity: float, n: int, m: int) -> float:
-    """The probability that a group of M weights has at most N that are not zero, if zeros fall independently.
-
-    The sum over z = M - N ... M of ``binomial(M, z) * sparsity^z * (1 - sparsity)^(M - z)``: the higher it is, the less a mask of
-    N:M takes from an unstructured network.
-
-    Args:
-        sparsity: the fraction of zeros, in [0, 1].
-        n: weights of a group that may be other than zero.
-        m: weights of a group.
-
-    References:
-        Hubara et al. 2021, "Accelerated Sparse Neural Training", section 5.
-
-    >>> round(chance_that_group_fits(0.7, 2, 4), 4)
-    0.9163
-    """
-    return sum(math.comb(m, z) * sparsity**z * (1 - sparsity) ** (m - z) for z in range(m - n, m + 1))
