@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from sparse_callbacks.channels.slim import slim
     from sparse_callbacks.channels.slim_attention import SlimAttention
     from sparse_callbacks.core.calendar import Time
+    from sparse_callbacks.core.conversion.convert import convert
+    from sparse_callbacks.core.conversion.semi_structured import to_semi_structured
     from sparse_callbacks.core.doctor.warning import DoctorWarning
     from sparse_callbacks.core.inference import to_inference
     from sparse_callbacks.core.loop import sparsify
@@ -92,6 +94,7 @@ __all__ = [
     "Update",
     "channel_groups",
     "combine",
+    "convert",
     "distributions",
     "exchange_layers",
     "export_onnx",
@@ -107,6 +110,7 @@ __all__ = [
     "sparsify",
     "to_dense",
     "to_inference",
+    "to_semi_structured",
 ]
 
 # Where each name lives; it is imported when it is first asked for (PEP 562), so that `sparse_callbacks.core` and
@@ -137,6 +141,7 @@ _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
     "Update": "core.topology",
     "channel_groups": "channels.groups",
     "combine": "methods.gap.combination",
+    "convert": "core.conversion.convert",
     "exchange_layers": "core.storages.exchange",
     "export_onnx": "channels.onnx",
     "horizon": "lightning.optimizer_lives",
@@ -149,6 +154,7 @@ _MODULE_OF = dict.fromkeys(_CALLBACKS, "lightning.methods") | {
     "sparsify": "core.loop",
     "to_dense": "core.storages.exchange",
     "to_inference": "core.inference",
+    "to_semi_structured": "core.conversion.semi_structured",
 }
 _MODULES = ("distributions", "ops", "schedules")
 

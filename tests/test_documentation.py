@@ -27,7 +27,7 @@ from sparse_callbacks import RigL, Static, methods
 from sparse_callbacks.channels.latency import command
 from sparse_callbacks.methods.spdy import command as allocate_command
 from sparse_callbacks.reporting import comparison_command, report_command
-from sparse_callbacks.tasks import build
+from sparse_callbacks.tasks import build, convert_command
 from sparse_callbacks.testing.networks import Classifier
 
 ROOT = Path(__file__).parents[1]
@@ -226,6 +226,8 @@ def test_commands_are_understood(page: Path, tmp_path: Path) -> None:
                 given = allocate_command._parser().parse_args(arguments)
                 module, name = given.model.split(":")
                 assert callable(getattr(importlib.import_module(module), name))
+            case ["python", "-m", "sparse_callbacks.convert", *arguments]:
+                assert convert_command._parser().parse_args(arguments).network
             case ["python", "-m", "sparse_callbacks.report", *arguments]:
                 assert report_command._parser().parse_args(arguments).runs
             case ["python", "-m", "sparse_callbacks.compare", *arguments]:

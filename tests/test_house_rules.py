@@ -29,7 +29,10 @@ from sparse_callbacks.latency import main, measure
 
 PACKAGE = Path(sparse_callbacks.__file__).parent
 ROOT = Path(__file__).parent.parent
-CORE = sorted(p for p in PACKAGE.rglob("*.py") if not {"tasks", "testing"} & set(p.relative_to(PACKAGE).parts))
+# the command converts runs of train.py, so it is one of tasks
+CORE = sorted(
+    p for p in PACKAGE.rglob("*.py") if not {"tasks", "testing", "convert.py"} & set(p.relative_to(PACKAGE).parts[:1])
+)
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -117,6 +120,7 @@ HOSTLESS = ("core", "channels", "methods")
 ROOT_MODULES = {
     "__init__.py",
     "allocate.py",
+    "convert.py",
     "latency.py",
     "compare.py",
     "report.py",  # the face, and the commands

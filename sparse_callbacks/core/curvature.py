@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 Product = Callable[[Tensor], Tensor]
 """A matrix, or one for each group, as its product with vectors ``[groups, size]``."""
 
-_CONVOLUTIONS: dict[tuple[bool, int], Callable[..., Tensor]] = {
+CONVOLUTIONS: dict[tuple[bool, int], Callable[..., Tensor]] = {
     (False, 1): functional.conv1d,
     (False, 2): functional.conv2d,
     (False, 3): functional.conv3d,
@@ -196,12 +196,12 @@ def _responses(call: WatchedCall, inputs: Tensor, filters: Tensor) -> Tensor:
         shape = zip(call.gradients.shape[-spatial:], inputs.shape[2:], strict=True)
         per_axis = zip(shape, layer.stride, layer.padding, layer.dilation, layer.kernel_size, strict=True)
         more = [out - ((size - 1) * s - 2 * p + d * (k - 1) + 1) for (out, size), s, p, d, k in per_axis]
-        made = _CONVOLUTIONS[True, spatial](inputs, kernels, padding=layer.padding, output_padding=more, **common)
+        made = CONVOLUTIONS[True, spatial](inputs, kernels, padding=layer.padding, output_padding=more, **common)
     else:
         padding = layer.padding
         if layer.padding_mode != "zeros":
             inputs, padding = functional.pad(inputs, layer._reversed_padding_repeated_twice, layer.padding_mode), 0
-        made = _CONVOLUTIONS[False, spatial](inputs, kernels.flatten(0, 1), padding=padding, **common)
+        made = CONVOLUTIONS[False, spatial](inputs, kernels.flatten(0, 1), padding=padding, **common)
     return made.reshape(made.shape[0], groups, number, -1)
 
 

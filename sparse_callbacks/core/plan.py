@@ -149,7 +149,7 @@ class Plan:
             ("sparsity/model", "", f"{sum(r.size for r in self.rows):,}", model, ""),
         ]
         foot = [(*row, *[""] * (len(head) - len(row))) for row in foot]
-        table = _aligned([head, *body, *foot], rules=(1, 1 + len(body)))
+        table = aligned([head, *body, *foot], rules=(1, 1 + len(body)))
         return "\n".join([self.title, *table, *filter(None, [self.remark, self.note])])
 
 
@@ -160,10 +160,15 @@ def _stored(row: Row, choice: Choice) -> Row:
     return replace(row, storage="decided at fit" if choice.storage == "auto" else choice.storage, remark=note)
 
 
-def _aligned(rows: Sequence[tuple[str, ...]], rules: tuple[int, ...]) -> list[str]:
-    """Text columns: numbers to the right, words to the left, a rule before each row index in ``rules``."""
+def aligned(rows: Sequence[tuple[str, ...]], rules: tuple[int, ...], right: Collection[int] = (2, 3, 4)) -> list[str]:
+    """Text columns: numbers to the right, words to the left, a rule before each row index in ``rules``.
+
+    Args:
+        rows: the cells of each row, as many in each.
+        rules: indices of rows that have a rule above them.
+        right: indices of the columns with numbers; by default weights, sparsity and zeros.
+    """
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    right = {2, 3, 4}  # weights, sparsity, zeros
     lines = []
     for index, row in enumerate(rows):
         if index in rules:

@@ -9,7 +9,7 @@ import torch
 from support.nets import mlp
 from torch import Tensor, nn
 
-from sparse_callbacks import SparseLinear, export_onnx, to_inference
+from sparse_callbacks import SparseLinear, convert, export_onnx, to_inference
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -92,3 +92,30 @@ def test_networks_for_inference_are_written(storage: str, tmp_path: Path, monkey
 def test_dense_networks_are_not_copied(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("sparse_callbacks.channels.onnx.copied", lambda model: pytest.fail("a copy is made"))
     export_onnx(mlp(4, 5, 3), tmp_path / "net.onnx", torch.randn(2, 4))
+
+
+def test_a_file_of_a_converted_network_has_its_zeros(tmp_path: Path) -> None:
+    """Also where the exporter folds a norm into the convolution in front of it, which scales whole filters."""
+    torch.manual_seed(0)
+    convolutions = [
+        nn.Conv2d(3, 8, 3, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 3),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+    ]
+    network = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    x = torch.randn(64, 3, 6, 6)
+    small, report = convert(network, "2:4", data=[x])
+    assert export_onnx(small, tmp_path / "net.onnx", x[:4]).relative < 1e-5
+    written = [
+        torch.from_numpy(onnx.numpy_helper.to_array(t).copy())
+        for t in onnx.load(str(tmp_path / "net.onnx")).graph.initializer
+    ]
+    assert len(report.masks) == 2
+    for mask in report.masks.values():
+        same = [t for t in written if t.shape == mask.shape] + [
+            t.T for t in written if t.ndim == 2 and t.T.shape == mask.shape
+        ]
+        assert any(torch.equal(t != 0, mask) for t in same)

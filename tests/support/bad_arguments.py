@@ -158,6 +158,8 @@ def _for_networks(name: str) -> dict[str, Any]:
             "owner": dict.fromkeys(model.state_dict(), 0),
         },
         "pruning_curve": {"sparsity": 0.5},
+        "convert": {"model": loops.net().eval(), "data": [torch.ones(4, 12)]},
+        "to_semi_structured": {"module": model},
         "recalibrate_batchnorm": {"module": loops.conv_net(), "batches": [torch.ones(4, 2, 6, 6)]},
     }.get(name, {})
 
