@@ -114,7 +114,7 @@ def memory(runs: Mapping[str, Callable[[], Any]], base: str, workload: Workload)
         base: the label of the plain run.
         workload: the network.
     """
-    peaks = {label: _peak_of(run) for label, run in runs.items()}
+    peaks = {label: peak_of(run) for label, run in runs.items()}
     size = sum(p.numel() * p.element_size() for p in workload.network().parameters())
     lines = [
         f"Parameters take {size / 2**20:.1f} MiB; the plain run's peak is {peaks[base] / 2**20:.0f} MiB, all of the "
@@ -130,7 +130,8 @@ def memory(runs: Mapping[str, Callable[[], Any]], base: str, workload: Workload)
     return "\n".join(lines) + "\n"
 
 
-def _peak_of(run: Callable[[], Any]) -> int:
+def peak_of(run: Callable[[], Any]) -> int:
+    """Peak resident memory in bytes of a process, forked from this one, that does nothing else than ``run``."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
