@@ -164,9 +164,10 @@ def why_other_pattern(method: object, masks: Mapping[str, Tensor], entries: Iter
 
 
 def _why_other(method: object, mask: Tensor, entry: Entry) -> str:
+    if getattr(method, "arrives_at_stop", False):
+        return ""  # a method that starts dense and arrives at a pattern has other masks on the way
     if (pattern := nm_of(method, entry)) is not None:
-        # a method that starts dense and arrives at the pattern has other masks on the way
-        return "" if getattr(method, "arrives_at_stop", False) else why_other_groups(mask, entry, pattern)
+        return why_other_groups(mask, entry, pattern)
     if has_fan_in(method):
         return why_other_rows(method, mask, entry)
     group = group_of(method, entry)

@@ -40,7 +40,8 @@ class GMP(Method):
 
     With ``pattern="2:4"`` the network arrives at 2 of every 4 inputs: on the way the floor(s_t * size) smallest go among the
     weights that are not among the 2 largest active ones of their group; with ``"transposable 2:4"`` among those that the
-    transposable mask of |w| leaves out, all of which go in the end, also where that are a few more than planned.
+    transposable mask of |w| leaves out, all of which go in the end, also where that are a few more than planned. With
+    ``pattern="fan_in"`` they are those that are not among the k largest of their row, the weights of one output unit.
 
     Passes over the weights in a step: 1 in place (the mask on the weights) and 1 that reads
     (gradients, for inf and NaN).
@@ -56,7 +57,8 @@ class GMP(Method):
         start, stop: when the curve begins and ends, in the same units.
         pattern: ``"unstructured"``, or None; ``"N:M"``: of every M consecutive inputs (of a convolution, input channels at a
             position of the kernel) N are kept; ``"transposable N:M"``: of every M outputs of an input too. The target is then
-            1 - N/M, in each layer that divides; the others stay dense. With it ``distribution`` has its default.
+            1 - N/M, in each layer that divides; the others stay dense. With it ``distribution`` has its default. ``"fan_in"``:
+            each output unit of a layer has as many inputs, k = floor(density * inputs), at least 1.
         distribution, include, exclude, seed, **options: see :class:`~sparse_callbacks.core.method.Method`.
 
     Raises:
@@ -113,7 +115,10 @@ class GMP(Method):
         return self._curve(number, self.times.start, self.times.stop)
 
     def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
-        return super().share_out(entries) if asked_nm(self) is None else reached_targets(self, {}, entries)
+        if self.pattern is None:
+            return super().share_out(entries)
+        # under N:M every layer has that share, and nothing is shared out
+        return reached_targets(self, {} if asked_nm(self) is not None else super().share_out(entries), entries)
 
     def initial_masks(self) -> dict[str, Tensor]:
         way = self._curve.way(0, 0, 1)

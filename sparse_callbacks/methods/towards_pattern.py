@@ -1,22 +1,24 @@
 """Masks on the way to a pattern: what the pattern keeps, and the largest of the other weights.
 
-GMP and DPF prune towards N:M in this way, so that the network arrives at it exactly when its curve ends.
+GMP and DPF prune in this way, so that the network arrives at the pattern exactly when its curve ends.
 """
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
-from sparse_callbacks.core.checkpoint import SavedRun
-from sparse_callbacks.core.distributions import Distribution
+from sparse_callbacks.core.checkpoint import SavedRun, shown
+from sparse_callbacks.core.distributions import Distribution, reads_weights
+from sparse_callbacks.core.fan_in import as_rows, from_rows, largest_in_rows
 from sparse_callbacks.core.method import DEFAULT_SPARSITY, Method
 from sparse_callbacks.core.nm_layers import inputs_axis
 from sparse_callbacks.core.nm_masks import NMPattern, nm_mask
 from sparse_callbacks.core.ops import keep_largest, zeros_for
 from sparse_callbacks.core.pattern_arguments import sparsity_beside
-from sparse_callbacks.core.pattern_names import FanIn, asked_nm, parsed
+from sparse_callbacks.core.pattern_names import FanIn, asked_nm, asked_pattern, parsed
 from sparse_callbacks.core.schedules import Schedule, pruning_curve
-from sparse_callbacks.core.selection import entry_of
+from sparse_callbacks.core.selection import Entry, entry_of
 from sparse_callbacks.core.state_claims import Zeros, rises_to
 from sparse_callbacks.core.transposable import transposable_mask
 
@@ -30,13 +32,19 @@ def curve_towards(method: Method, sparsity: float | str | Schedule | None, distr
         distribution: as it was given.
 
     Raises:
-        ValueError: the pattern is not N:M, or an argument contradicts it.
+        ValueError: the pattern is one of shared inputs, or an argument contradicts it.
     """
     pattern = getattr(method, "pattern", None)
-    if isinstance(parsed(pattern), FanIn):
+    asked = parsed(pattern)
+    if isinstance(asked, FanIn) and asked.group is not None:
         raise ValueError(
-            f"pattern={pattern!r} is not one that {type(method).__name__} prunes towards: it arrives at '2:4' or 'transposable 2:4'. "
-            "Give one of them, or leave pattern= out."
+            f"pattern={pattern!r}: {type(method).__name__} prunes weight by weight, and in groups of rows inputs go for all of them. Give "
+            "'fan_in', '2:4' or 'transposable 2:4', or leave pattern= out."
+        )
+    if isinstance(asked, FanIn) and reads_weights(distribution):
+        raise ValueError(
+            f"pattern={pattern!r} with distribution={shown(distribution)}: under one threshold over all layers no layer has a fan-in of "
+            "its own. Give distribution='uniform' or another that shares out the target, or leave pattern= out."
         )
     given = None if sparsity is None else pruning_curve(sparsity)
     final = sparsity_beside(method, pattern, None if given is None else given.final, distribution)
@@ -46,7 +54,7 @@ def curve_towards(method: Method, sparsity: float | str | Schedule | None, distr
 def mask_towards(
     method: Method, layer: str, weight: Tensor, sparsity: float, among: Tensor | None = None
 ) -> Tensor | None:
-    """The mask of a layer on its way to the pattern of a method; None where the layer has none.
+    """The mask of a layer on its way to the pattern of a method; None without a pattern.
 
     Args:
         method: the method of the run.
@@ -55,13 +63,17 @@ def mask_towards(
         sparsity: the sparsity that the layer has come to.
         among: bool, of the shape of ``weight``, the weights that may stay; None: all.
     """
-    if (pattern := asked_nm(method)) is None:
+    if asked_pattern(method) is None:
         return None
-    size = weight.numel()
-    entry = entry_of(method.weights.entries, layer)
-    kept, zeros = kept_by(pattern, weight, inputs_axis(entry), among), zeros_for(sparsity, size)
+    size, entry = weight.numel(), entry_of(method.weights.entries, layer)
+    planned = method.planned_zeros(layer, size)
+    if (pattern := asked_nm(method)) is not None:
+        kept = kept_by(pattern, weight, inputs_axis(entry), among)
+    else:
+        kept = kept_in_rows(entry, weight, size - planned, among)
+    zeros = zeros_for(sparsity, size)
     # under a transposable pattern some room of a tile may be left, and then the layer ends with more zeros than planned
-    return kept if zeros >= method.planned_zeros(layer, size) else with_others(kept, weight, zeros, among)
+    return kept if zeros >= planned else with_others(kept, weight, zeros, among)
 
 
 def possible_zeros_towards(method: Method, saved: SavedRun, planned: Mapping[str, int]) -> list[Zeros]:
@@ -93,6 +105,20 @@ def kept_by(pattern: NMPattern, weight: Tensor, axis: int = 1, among: Tensor | N
     if among is None:
         return transposable_mask(magnitudes, pattern.n, pattern.m, axis)
     return transposable_mask(magnitudes * among, pattern.n, pattern.m, axis) & among
+
+
+def kept_in_rows(entry: Entry, weight: Tensor, active: int, among: Tensor | None = None) -> Tensor:
+    """Mask of the weights that a constant fan-in keeps by their magnitude.
+
+    Args:
+        entry: the parameter that holds the layer.
+        weight: the weights of the layer.
+        active: its active weights, as many in each row.
+        among: bool, of the shape of ``weight``, the weights that may stay; None: all.
+    """
+    allowed = None if among is None else as_rows(among, entry)
+    kept = largest_in_rows(as_rows(weight, entry), active // entry.shape[0], allowed)
+    return torch.empty_like(weight, dtype=torch.bool).copy_(from_rows(kept, weight.shape, entry))
 
 
 def with_others(kept: Tensor, weight: Tensor, zeros: int, among: Tensor | None = None) -> Tensor:

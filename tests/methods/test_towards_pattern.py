@@ -10,6 +10,7 @@ from support import loops
 from torch import Tensor, nn
 
 from sparse_callbacks import DPF, GMP
+from sparse_callbacks.core.fan_in import as_rows
 from sparse_callbacks.core.nm_masks import NMPattern, in_groups, nm_mask
 from sparse_callbacks.methods.towards_pattern import kept_by, with_others
 from sparse_callbacks.testing.cases_resume import resumed_differently
@@ -80,6 +81,27 @@ def test_zeros_on_the_way_are_exact_and_at_the_end_every_group_has_n(make: Any, 
     assert len(set(counts)) >= 5
     assert chosen.at_target
     assert kept.transposable or chosen.plan().zeros == counts[-1]
+
+
+@each_method
+@pytest.mark.parametrize("sparsity", [0.6, "linear(0.2, 0.75)"])
+def test_zeros_on_the_way_to_a_fan_in_are_exact_and_at_the_end_rows_have_it(make: Any, sparsity: Any) -> None:
+    chosen, counts = method(make, "fan_in", sparsity=sparsity, distribution="erdos_renyi"), []
+    for step, run in trained(chosen):
+        plan = run.plan()
+        part = chosen.sparsity_at(0 if not step else chosen.progress.done.get(0, 0)) / chosen.target_sparsity
+        for entry in (e for e in chosen.entries if not e.reason):
+            rows = as_rows(run.masks[entry.name], entry)
+            assert int((~rows).sum()) == int(part * (plan[entry.name].zeros / rows.numel()) * rows.numel() + 1e-9)
+            least = rows.shape[1] - plan[entry.name].zeros // len(rows)
+            assert int(rows.sum(1).amin()) >= least
+            if chosen.progress.done.get(0, 0) >= 11:
+                assert bool((rows.sum(1) == least).all())
+        counts.append(sum(int((~m).sum()) for m in run.masks.values()))
+    assert counts == sorted(counts)
+    assert len(set(counts)) >= 5
+    assert chosen.at_target
+    assert plan.zeros == counts[-1]
 
 
 @each_method
@@ -156,10 +178,16 @@ def test_a_distribution_beside_the_pattern_is_refused(make: Any) -> None:
 
 
 @each_method
-@pytest.mark.parametrize("pattern", ["fan_in", "fan_in/4"])
-def test_a_fan_in_is_not_pruned_towards(make: Any, pattern: str) -> None:
-    with pytest.raises(ValueError, match=rf"pattern='{pattern}' is not one that {make.__name__} prunes towards"):
-        make(0.5, pattern=pattern)
+def test_inputs_that_rows_share_are_not_pruned_towards(make: Any) -> None:
+    with pytest.raises(ValueError, match=rf"pattern='fan_in/4': {make.__name__} prunes weight by weight"):
+        make(0.5, pattern="fan_in/4")
+
+
+@each_method
+def test_a_fan_in_needs_a_target_for_each_layer(make: Any) -> None:
+    for distribution in ("global", "lamp", {"0.*": "lamp", "*": "uniform"}):
+        with pytest.raises(ValueError, match=r"pattern='fan_in' with distribution=.*: under one threshold over all"):
+            make(0.5, pattern="fan_in", distribution=distribution)
 
 
 def test_whole_filters_have_no_pattern() -> None:
@@ -186,7 +214,9 @@ def test_the_plan_shows_the_pattern_and_why_layers_stay_dense(make: Any) -> None
 
 
 @each_method
-@pytest.mark.parametrize("pattern", ["2:4", "transposable 2:4"])
+@pytest.mark.parametrize("pattern", ["2:4", "transposable 2:4", "fan_in"])
 def test_a_resumed_fit_is_bitwise_the_uninterrupted_one(make: Any, pattern: str, tmp_path: Path) -> None:
     after = (1, 4, 12)
-    assert resumed_differently(lambda: [method(make, pattern)], tmp_path, after, "adamw") == {b: [] for b in after}
+    more = {"distribution": "uniform"} if pattern == "fan_in" else {}
+    found = resumed_differently(lambda: [method(make, pattern, **more)], tmp_path, after, "adamw")
+    assert found == {b: [] for b in after}

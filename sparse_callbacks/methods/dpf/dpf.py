@@ -50,7 +50,8 @@ class DPF(Method):
 
     With ``pattern="2:4"`` the network arrives at 2 of every 4 inputs: on the way the floor(s_t * size) smallest dense weights
     are pruned among those that are not among the 2 largest of their group; with ``"transposable 2:4"`` among those that the
-    transposable mask of |w| leaves out, all of which are in the end, also where that are a few more than planned.
+    transposable mask of |w| leaves out, all of which are in the end, also where that are a few more than planned. With
+    ``pattern="fan_in"`` they are those that are not among the k largest of their row, the weights of one output unit.
 
     What you write into the weights between steps is kept if torch sees it (``with torch.no_grad(): p.clamp_(...)``); a
     write past autograd, ``p.data.clamp_(...)``, is undone by the next step.
@@ -77,7 +78,7 @@ class DPF(Method):
             first, as many as fit the target (floor(s * filters) of a layer; with ``"global"`` no more than floor(s *
             size) weights). The network's outputs are channels too: leave them alone with ``keep_dense="last"``. A pattern
             keeps single weights, so ``"filter"`` has none.
-        pattern: as in :class:`~sparse_callbacks.GMP`.
+        pattern: as in :class:`~sparse_callbacks.GMP`; ``"fan_in"`` needs a ``distribution`` by layer, such as ``"uniform"``.
         include, exclude, seed, **options: see :class:`~sparse_callbacks.core.method.Method`. Nothing here is random.
 
     Raises:
@@ -170,7 +171,10 @@ class DPF(Method):
     # ------------------------------------------------------------------ plan and calendar
 
     def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
-        return super().share_out(entries) if asked_nm(self) is None else reached_targets(self, {}, entries)
+        if self.pattern is None:
+            return super().share_out(entries)
+        # under N:M every layer has that share, and nothing is shared out
+        return reached_targets(self, {} if asked_nm(self) is not None else super().share_out(entries), entries)
 
     def parameter_zeros(self, entries: Sequence[Entry], targets: Mapping[str, float]) -> dict[str, int]:
         if self.unit == "weight":
