@@ -116,6 +116,9 @@ class NM(Method):
         self._kept = KeptTensors()
         # groups that changed in the latest refresh or step, by parameter name: only for the curves
         self._changed: dict[str, Tensor] = {}
+        # by parameter name, of the soft projection: its factors, and whether the step that is being taken has finite gradients
+        self._soft: dict[str, Tensor] = {}
+        self._finite: dict[str, Tensor | bool] = {}
 
     # ------------------------------------------------------------------ what a user reads
 
@@ -164,19 +167,9 @@ class NM(Method):
         return reached_targets(self, {}, entries)
 
     def make_calendar(self, run: RunLength) -> Calendar:
-        end = (
-            0
-            if self.ramp is None
-            else self.ramp
-            if isinstance(self.ramp, int)
-            else to_steps(self.ramp, run.total(), "ramp")
-        )
-        if not run.lenient and end > run.total():
-            raise ValueError(
-                f"ramp={self.ramp!r} ends behind the run's {run.total():g} steps, so the pattern {self.pattern!r} would never be "
-                "reached. Give an earlier time, or ramp=None."
-            )
-        return Calendar(self._interval(run), 0, end, final=True, until=NEVER)
+        end = 0 if self.ramp is None else self.ramp
+        last = end if isinstance(end, int) else to_steps(end, run.total(), "ramp")
+        return Calendar(self._interval(run), 0, last, final=True, until=NEVER)
 
     def _interval(self, run: RunLength) -> int:
         """Optimizer steps between masks."""
@@ -199,6 +192,7 @@ class NM(Method):
     def start_copies(self, dense: Mapping[str, Tensor], new: Iterable[str]) -> None:
         new = list(new)
         super().start_copies(dense, new)
+        self._soft, self._finite = {}, {}
         for name in self.weights.copied if self.projection == "soft" else ():
             values = self.weights.dense_values(name)
             if name in new:
@@ -210,9 +204,14 @@ class NM(Method):
 
     def before_step(self, step: Step) -> None:
         super().before_step(step)  # masks no gradients: every parameter has a dense copy
-        decay = DECAY if self.decay is None else self.decay
-        if self.projection == "soft" or not decay:
-            return
+        if self.projection == "soft":
+            # used up by write(), which follows the step: one that is not finite moves no mask
+            self._finite.update(dict.fromkeys(step.names, step.finite_flag))
+        elif decay := DECAY if self.decay is None else self.decay:
+            self._decay_pruned(step, decay)
+
+    def _decay_pruned(self, step: Step, decay: float) -> None:
+        """Add ``decay`` times the dense values to the gradients of pruned weights."""
         self.weights.absorb_if_written(step.names)
         for name in step.names:
             gradient = self.params[name].grad
@@ -235,10 +234,21 @@ class NM(Method):
             copied = [n for n in (self.params if names is None else names) if self.weights.has_copy(n)]
             self.weights.swap_out(copied)
             for name in copied:
-                before, factor = self.weights.masks[name], self._factors(name, self.weights.dense_values(name))
-                self._note_changed(name, before != (factor != 0))
-                self.weights.set_factor(name, factor)
+                self._project(name)
         super().write(names, finite)
+
+    def _project(self, name: str) -> None:
+        """Take the factors of the soft projection from the dense values of a parameter."""
+        before, finite = self._soft.get(name), self._finite.pop(name, True)
+        if before is not None and finite is False:
+            return
+        factors = self._factors(name, self.weights.dense_values(name))
+        if before is not None:
+            if isinstance(finite, Tensor):  # nobody has waited for it yet
+                factors = torch.where(finite, factors, before)
+            self._note_changed(name, (before != 0) != (factors != 0))
+        self._soft[name] = factors
+        self.weights.set_factor(name, factors)
 
     def _mask(self, name: str, weight: Tensor, number: int) -> Tensor:
         """The mask of a parameter after ``number`` gradient steps, by its dense values."""
