@@ -26,7 +26,7 @@ TestTransposableNM = contract(
 )
 
 TestRampingNM = contract(
-    NM, Settings({"pattern": "1:2", "ramp": 0.75, **SHORT}, gradients="free", promises_not_made=LEARNS_ON)
+    NM, Settings({"pattern": "1:2", "ramp": 6, **SHORT}, gradients="free", promises_not_made=LEARNS_ON)
 )
 
 
