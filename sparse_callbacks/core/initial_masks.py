@@ -58,8 +58,12 @@ class StartsSparse(Method):
             and ``distribution`` plan. A run that goes on keeps its masks, whatever is given.
         rescale: active weights of a new run are multiplied once, by sqrt(1 / density) of their ``"layer"``, or for each
             output unit by the root of its ``"fan_in"`` over the inputs that it keeps; None: they stay as they are.
-        pattern: ``"fan_in/64"``: in linear layers every 64 consecutive output rows read the same inputs, as many in each
-            group of rows: max(1, round(density * inputs)), so that ``plan()`` may show a little more or less sparsity.
+        pattern: ``"2:4"``: of every 4 inputs of an output 2 are active (of a convolution: input channels at a position of the
+            kernel), first ones by chance, magnitude or score in each group; ``"transposable 2:4"``: 2 in each row and column of
+            every tile of 4 outputs by 4 inputs. (Other whole numbers too.) The sparsity is 1 - N/M, and layers that do not
+            divide stay dense, as ``plan()`` says. ``"fan_in/64"``: in linear layers every 64 consecutive output rows
+            read the same inputs, as many in each group of rows: max(1, round(density * inputs)), so that ``plan()`` may show
+            a little more or less sparsity.
             (64 may be any whole number from 1.) Layers of other kinds, and those whose rows the number does not divide,
             have masks without a pattern, as ``plan()`` says. None: no layer has one.
         storage: ``"masked"``: dense matrices under masks. ``"sparse"``: linear layers hold their live weights alone, in a

@@ -28,6 +28,8 @@ def nm_of(method: object, entry: Entry) -> NMPattern | None:
 
 def why_no_groups(entry: Entry, pattern: NMPattern) -> str:
     """Why a parameter cannot have the pattern, as a clause; empty where it can."""
+    if len(entry.shape) < 2:
+        return "it has no inputs"
     if entry.live_alone:
         return "its layer holds live weights alone"
     return why_not_nm(entry.shape, pattern, groups=entry.groups)

@@ -43,10 +43,12 @@ def parsed(pattern: str | None) -> Pattern | None:
         return kept
     found = _FAN_IN.fullmatch(pattern) if isinstance(pattern, str) else None
     if found is None:
+        # YAML 1.1 reads 2:4 as a number of base 60
+        quotes = " In a YAML file write it in quotes: pattern: '2:4'." if isinstance(pattern, int) else ""
         raise ValueError(
             f"pattern={shown_short(pattern)} is not known. Give '2:4', in which 2 of every 4 inputs are kept (or other whole "
             "numbers, the first below the second), 'transposable 2:4', 'fan_in/64', in which every 64 consecutive output "
-            "rows of a linear layer read the same inputs, 'fan_in', or 'unstructured' for masks without a pattern."
+            f"rows of a linear layer read the same inputs, 'fan_in', or 'unstructured' for masks without a pattern.{quotes}"
         )
     return FanIn(None if found[1] is None else int(found[1]))
 

@@ -1,56 +1,40 @@
-"""Tiles of M outputs by M inputs, of which every row and column keeps N: full ones, and moves that keep their count."""
+"""Tiles of a transposable pattern in training: full ones, with N in every row and column, and moves that keep a count."""
 
 import torch
 from torch import Tensor
 
 from sparse_callbacks.core.nm_masks import NMPattern
-
-
-def tiles_of(tensor: Tensor, m: int, axis: int = 1) -> Tensor:
-    """The tiles of a weight, (tiles, M outputs, M inputs).
-
-    Args:
-        tensor: of the shape of a weight, (outputs, inputs, *kernel); with ``axis=0`` its inputs come first.
-        m: the side of a tile, which divides outputs and inputs.
-        axis: the axis of the inputs.
-    """
-    last = tensor.movedim((1 - axis, axis), (-2, -1))
-    *kernel, outputs, inputs = last.shape
-    return last.reshape(*kernel, outputs // m, m, inputs // m, m).transpose(-3, -2).reshape(-1, m, m)
-
-
-def out_of_tiles(tiles: Tensor, shape: torch.Size, axis: int = 1) -> Tensor:
-    """The inverse of :func:`tiles_of`, of the shape of the weight."""
-    m, kernel = tiles.shape[-1], shape[2:]
-    rows, columns = shape[1 - axis] // m, shape[axis] // m
-    last = tiles.reshape(*kernel, rows, columns, m, m).transpose(-3, -2).flatten(-2).flatten(-3, -2)
-    return last.movedim((-2, -1), (1 - axis, axis))
+from sparse_callbacks.core.transposable import in_tiles, out_of_tiles, transposable_mask
 
 
 def full_tiles(scores: Tensor, pattern: NMPattern, axis: int = 1) -> Tensor:
-    """Mask with exactly N in each row and column of every tile, and a large sum of scores.
+    """Mask with exactly N in each row and column of every tile, and a large sum of scores: a layer that begins with it has the
+    sparsity of the pattern.
 
-    Positions are taken in the order of their scores where row and column have room, and exchanged where that ends before
-    the tile is full.
+    It is :func:`~sparse_callbacks.core.transposable.transposable_mask`, whose tiles may have fewer; those are filled by the
+    exchanges of :func:`moved_tiles`.
 
     Args:
         scores: numbers that are not negative, of the shape of a weight.
         pattern: a transposable pattern.
         axis: the axis of the inputs.
     """
-    tiles = _finite(tiles_of(scores, pattern.m, axis))
-    lines = torch.arange(pattern.m, device=tiles.device)
-    ring = (lines[None] - lines[:, None]) % pattern.m < pattern.n  # a full tile, for those that stay short
-    before = ring.expand(tiles.shape)
-    return out_of_tiles(_moved(before, torch.zeros_like(before), tiles, pattern.n), scores.shape, axis)
+    found = in_tiles(transposable_mask(scores, pattern.n, pattern.m, axis), pattern.m, axis)
+    lines = torch.arange(pattern.m, device=found.device)
+    ring = (lines[None] - lines[:, None]) % pattern.m < pattern.n  # a full tile, for those that no exchange fills
+    full, none = ring.expand(found.shape), torch.zeros_like(found)
+    return out_of_tiles(
+        _filled(found, full, none, _finite(in_tiles(scores, pattern.m, axis)), pattern.n), scores.shape, axis
+    )
 
 
 def moved_tiles(mask: Tensor, kept: Tensor, scores: Tensor, pattern: NMPattern, axis: int = 1) -> Tensor:
     """The mask after a move in which every tile grows as many as it has lost, and no row or column of it exceeds N.
 
     Of all positions that were not kept the one with the largest score comes where its row and column have room, and so on.
-    Where that ends before the tile has its count, a grown position (a, b) makes way for (a, c) and (d, b), if (d, c) alone has
-    room: the exchange with the largest sum of scores. A tile that is short then stays as it was.
+    Where that ends before the tile has its count, row d and column c have room and (d, c) is taken; then a grown position (a, b)
+    makes way for (a, c) and (d, b), in the exchange with the largest sum of scores. A tile that is short then stays as it was.
+    A tile that loses a single weight therefore gets it back, as its row and its column alone have room.
 
     Args:
         mask: bool, the active weights before, which is of the pattern.
@@ -59,10 +43,11 @@ def moved_tiles(mask: Tensor, kept: Tensor, scores: Tensor, pattern: NMPattern, 
         pattern: a transposable pattern.
         axis: the axis of the inputs.
     """
-    before, stay = tiles_of(mask, pattern.m, axis), tiles_of(kept, pattern.m, axis)
+    before, stay = in_tiles(mask, pattern.m, axis), in_tiles(kept, pattern.m, axis)
     found, moved = before.clone(), (before != stay).any(-1).any(-1)
-    tiles = _finite(tiles_of(scores, pattern.m, axis)[moved])
-    found[moved] = _moved(before[moved], stay[moved], tiles, pattern.n)
+    tiles = _finite(in_tiles(scores, pattern.m, axis)[moved])
+    grown = _grown(stay[moved], tiles, before[moved].sum((1, 2)), pattern.n)
+    found[moved] = _filled(grown, before[moved], stay[moved], tiles, pattern.n)
     return out_of_tiles(found, mask.shape, axis)
 
 
@@ -72,16 +57,12 @@ def _finite(scores: Tensor) -> Tensor:
     return wide.nan_to_num(-1.0, torch.finfo(wide.dtype).max / 4)
 
 
-def _moved(before: Tensor, kept: Tensor, scores: Tensor, n: int) -> Tensor:
-    """Tiles that have as many as ``before``, with all that is ``kept``."""
-    count = before.sum((1, 2))
-    found = _grown(kept, scores, count, n)
-    short = found.sum((1, 2)) < count
-    while bool(short.any()):
+def _filled(found: Tensor, before: Tensor, kept: Tensor, scores: Tensor, n: int) -> Tensor:
+    """Tiles that have as many as ``before``, by exchanges of what is not ``kept``; without one they are as before."""
+    count, found = before.sum((1, 2)), found.clone()
+    while bool((short := found.sum((1, 2)) < count).any()):
         better, done = _exchanged(found[short], kept[short], scores[short], n)
-        better[~done] = before[short][~done]
-        found[short] = better
-        short = found.sum((1, 2)) < count
+        found[short] = torch.where(done[:, None, None], better, before[short])
     return found
 
 

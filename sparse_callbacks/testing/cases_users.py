@@ -60,7 +60,7 @@ def test_one_compiled_graph_equal_to_eager(self: Contract, optimizer: str) -> No
     assert (other.updates > 2) == self.moves()
 
 
-@needs("one network", "planned counts")
+@needs("one network", "planned counts", "any share")
 def test_two_callbacks_equal_one_over_both_layers(self: Contract, tmp_path: Path) -> None:
     """Also where updates of both are due at the same step, and one of them takes its gradients away."""
     common: dict[str, Any] = {"distribution": "uniform", "partitions": 1, "rounds": 1}
@@ -90,7 +90,7 @@ def test_two_callbacks_equal_one_over_both_layers(self: Contract, tmp_path: Path
     assert differences(expected, snapshot(resumed, module, *again)) == []
 
 
-@needs("one network", "planned counts")
+@needs("one network", "planned counts", "any share")
 @pytest.mark.parametrize("other", PARTNERS)
 @pytest.mark.parametrize("clip", [None, 0.5])
 def test_two_callbacks_on_disjoint_layers(self: Contract, other: str, clip: float | None, tmp_path: Path) -> None:

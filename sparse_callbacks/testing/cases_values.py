@@ -139,7 +139,7 @@ DISTRIBUTIONS = [
 ]
 
 
-@needs("one network", "planned counts")
+@needs("one network", "planned counts", "any share")
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=str)
 @pytest.mark.parametrize("keep_dense", [None, "first"])
 def test_counts_are_exactly_the_planned_ones(self: Contract, distribution: Any, keep_dense: str | None) -> None:

@@ -60,6 +60,7 @@ LIBRARY: dict[str, Settings] = {
         {"pattern": "1:2", "every": 3, "decay": 0.0, "print_plan": False},
         gradients="free",
         promises_not_made={
+            "any share": "N of M is one share for all layers",
             "growth": "pruned weights go on learning, so they come back by themselves",
             "pruned weights rest": "a dense copy takes the step",
         },

@@ -21,6 +21,7 @@ PROMISES: Mapping[str, str] = {
     "clips them",
     "runs of a step": "a run of a single step trains as a longer one does",
     "any layer": "weights of every supported layer can be sparse",
+    "any share": "every layer, whatever its shape, may have the share of its weights that a distribution gives it",
 }
 """What a method promises unless its settings say why not: the name of each promise, and what it says.
 
@@ -57,7 +58,7 @@ class Settings:
         arguments: constructor arguments with which a run of 16 optimizer steps has several updates, such as
             ``{"sparsity": 0.8, "every": 3, "stop": 14, "print_plan": False}``. The cases change single arguments where
             the constructor takes them: ``every``, ``start``, ``stop``, ``include``, ``exclude``, ``sparsity``,
-            ``distribution``, ``keep_dense``, ``seed``.
+            ``distribution`` (these two not without the promise ``"any share"``), ``keep_dense``, ``seed``.
         gradients: what the optimizer sees of the dense gradient. ``"masked"``: gradients of pruned weights are zero;
             ``"free"``: they are as the loss made them, and a dense copy takes the step; or a function ``(mask, dense
             gradient, aux) -> gradient`` of one parameter, for a method with a mask of its own. ``aux`` holds the

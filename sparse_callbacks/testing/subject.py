@@ -45,6 +45,8 @@ class Contract:
             if isinstance(v, Inner)
             for n in argument_names(v.method, Options)
         ]
+        if "any share" in self.settings.promises_not_made:
+            taken += ["sparsity", "distribution"]
         known = [n for n in argument_names(self.callback_class, Options) if n not in taken]
         return {**made, **{k: v for k, v in changes.items() if k in known}}
 

@@ -1,60 +1,34 @@
-"""NM with transposable masks, on a ramp, and with the soft projection under the contract."""
+"""Methods that keep N:M under the contract: each of them with 2:4, and one with tiles."""
 
-from collections.abc import Sequence
-from typing import Any, Unpack
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
-from sparse_callbacks import NM, Options
+from sparse_callbacks import SET, SNFS, RigL, Static
 from sparse_callbacks.testing import Settings, contract
+from sparse_callbacks.testing.library import LIBRARY
 
 pytestmark = pytest.mark.combinations
 
-LEARNS_ON = {
-    "growth": "pruned weights go on learning, so they come back by themselves",
-    "pruned weights rest": "a dense copy takes the step",
-}
-SHORT: dict[str, Any] = {"every": 3, "decay": 0.0, "print_plan": False}
-
-TestTransposableNM = contract(
-    NM,
-    Settings(
-        {"pattern": "transposable 1:2", **SHORT},
-        gradients="free",
-        promises_not_made={**LEARNS_ON, "planned counts": "a tile may have room that no weight fills"},
-    ),
-)
-
-TestRampingNM = contract(
-    NM, Settings({"pattern": "1:2", "ramp": 6, **SHORT}, gradients="free", promises_not_made=LEARNS_ON)
-)
+FIXED = {"any share": "N of M is one share for all layers, and those whose inputs do not divide stay dense"}
 
 
-class SoftNM(NM):
-    """NM without the arguments that the soft projection does not have, which the cases would change."""
-
-    def __init__(
-        self,
-        pattern: str = "1:2",
-        *,
-        include: str | Sequence[str] | None = None,
-        exclude: str | Sequence[str] | None = None,
-        seed: int = 0,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(pattern, projection="soft", include=include, exclude=exclude, seed=seed, **options)
+def settings(name: str, pattern: str, **more: Any) -> Settings:
+    """Those of the library with a pattern, which says how sparse layers are."""
+    given: Mapping[str, Any] = LIBRARY[name].arguments
+    arguments = {key: value for key, value in given.items() if key != "sparsity"}
+    return Settings(
+        {**arguments, "pattern": pattern, **more}, promises_not_made={**LIBRARY[name].promises_not_made, **FIXED}
+    )
 
 
-TestSoftNM = contract(
-    SoftNM,
-    Settings(
-        {"print_plan": False},
-        gradients="free",
-        promises_not_made={
-            **LEARNS_ON,
-            "planned counts": "equal magnitudes all lie at the threshold",
-            "several updates": "it moves in every step",
-            "updates at an interval": "it moves in every step",
-        },
-    ),
-)
+TestTwoOfFourStatic = contract(Static, settings("Static", "2:4"))
+
+TestTwoOfFourSET = contract(SET, settings("SET", "2:4"))
+
+TestTwoOfFourRigL = contract(RigL, settings("RigL", "2:4"))
+
+TestTwoOfFourSNFS = contract(SNFS, settings("SNFS", "2:4"))
+
+TestTilesOfRigL = contract(RigL, settings("RigL", "transposable 2:4"))

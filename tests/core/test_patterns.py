@@ -37,6 +37,13 @@ def test_other_words_than_those_of_a_pattern_are_refused(make: Any, pattern: Any
         make(0.5, pattern=pattern)
 
 
+def test_what_yaml_makes_of_a_pattern_without_quotes_is_explained() -> None:
+    with pytest.raises(
+        ValueError, match=r"pattern=124 is not known\..* In a YAML file write it in quotes: pattern: '2:4'\."
+    ):
+        RigL(pattern=124)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("make", [CTRE, GaP, ConstrainedL0, SMCP])
 @pytest.mark.parametrize("pattern", ["2:4", "transposable 2:4", "fan_in/4", "no such word", 4])
 def test_a_method_without_patterns_refuses_one_in_words(make: Any, pattern: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from oracles.nm import LEARNING_RATE, MOMENTUM, SR_STE
+from oracles.sr_ste import LEARNING_RATE, MOMENTUM, SR_STE
 from support.inside import dense_values
 from torch import Tensor, nn
 from torch.utils.data import DataLoader

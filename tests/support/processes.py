@@ -164,6 +164,20 @@ def run_replicas(folder: Path) -> None:
     torch.save(results, folder / f"{rank}.pt")
 
 
+PATTERNED = [(name, p) for name in ("static", "set", "rigl", "snfs") for p in ("2:4", "transposable 2:4")]
+
+
+def train_patterned(name: str, pattern: str, rank: int, world: int, **options: Any) -> dict[str, Any]:
+    """What :func:`train_replica` trains, with masks of N:M."""
+    return train_replica(name, rank, world, pattern=pattern, sparsity=None, **options)
+
+
+def run_patterns(folder: Path) -> None:
+    rank = int(os.environ["LOCAL_RANK"])
+    found = {(name, p): train_patterned(name, p, rank, 2, noise=1e-14 * rank) for name, p in PATTERNED}
+    torch.save(found, folder / f"{rank}.pt")
+
+
 # ---------------------------------------------------------------------- windows of manual optimization
 
 OPEN_STOP = 5  # the second batch of the second window
@@ -364,6 +378,7 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     programs = {
         "replicas": run_replicas,
+        "patterns": run_patterns,
         "workers": run_workers,
         "windows": run_windows,
         "strided": run_strided,
