@@ -50,8 +50,9 @@ class NM(Method):
     (M - N)-th smallest |w| of the group, so that no weight jumps; beta = <w, S> / ||S||^2 of each tensor, with S the
     projection without beta, is fixed before the first step. The gradient is passed straight through and nothing decays.
 
-    Passes over the weights in a step: 2 in place (the mask on the dense weights, into the other buffer; the decay of
-    pruned weights) and 1 that reads (gradients, for inf and NaN), and a refresh, or the soft projection, whose passes grow with M.
+    Passes over the weights in a step: 4 in place (the mask on the dense weights, into the other buffer; the decay of
+    pruned weights, of three) and 1 that reads (gradients, for inf and NaN). A refresh, or the soft projection, comes on top: its
+    passes grow with M.
 
     Differs from the paper: none of SR-STE. A transposable mask (Hubara et al., 2021) has at most N in each row
     and column of a tile, found exactly up to M = 4 and greedily above, where the paper has exactly N by a min-cost
