@@ -1,5 +1,6 @@
 """NM: N:M sparsity of dense weights that learn on."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, Unpack
 
@@ -21,14 +22,14 @@ from sparse_callbacks.core.storages.storage import why_no_exchange
 from sparse_callbacks.core.thawed import by_step, masks_by_magnitude
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.core.transposable import transposable_mask
-from sparse_callbacks.methods.nm.nm_arguments import asked_of_nm, refuse_beside_soft, refuse_decay, refuse_ramp
+from sparse_callbacks.methods.dpf.dpf import NEVER
+from sparse_callbacks.methods.nm.nm_arguments import asked_of_nm, refuse_beside_soft, refuse_pruned_decay, refuse_ramp
 from sparse_callbacks.methods.nm.soft_projection import scale_of, soft_factors
 
 DECAY = 2e-4
-NEVER = 2**62  # later than any run ends, and a whole number, as calendars are saved
 PROJECTIONS = ("hard", "soft")
-SCALE = "scale"
-"""Key in ``aux``, before the name of a parameter, of its beta."""
+SCALE, CHANGED = "scale", "changed"
+"""Keys in ``aux``, before the name of a parameter, of its beta, and of how many groups the latest refresh or soft step changed."""
 
 
 class NM(Method):
@@ -109,14 +110,12 @@ class NM(Method):
         refuse_unknown({"projection": projection}, {"projection": PROJECTIONS})
         check_times(0, 1.0, every)  # whether it fits the run shows when that begins
         refuse_ramp(ramp)
-        refuse_decay(decay)
+        refuse_pruned_decay(decay)
         if projection == "soft":
             refuse_beside_soft(self._asked, every, decay, ramp)
         self.pattern, self.decay, self.ramp, self.projection = pattern, decay, ramp, projection
         self.every, self.start, self.stop = every, 0, 0 if ramp is None else ramp
         self._kept = KeptTensors()
-        # groups that changed in the latest refresh or step, by parameter name: only for the curves
-        self._changed: dict[str, Tensor] = {}
         # by parameter name, of the soft projection: its factors, and whether the step that is being taken has finite gradients
         self._soft: dict[str, Tensor] = {}
         self._finite: dict[str, Tensor | bool] = {}
@@ -152,12 +151,11 @@ class NM(Method):
         return m if not number else max(n, m - number * (m - n) // max(1, self.times.stop))
 
     def figures(self) -> dict[str, float]:
-        names = [n for n in self.weights.copied if n in self._changed]
+        counts = {n: t for n in self.weights.copied if (t := self.aux.get(f"{CHANGED}/{n}")) is not None}
         found = {"n": float(self.active_at(self.step))} if self.calendar is not None else {}
-        if names:
-            groups = sum(self.weights.size(n) for n in names) // self._asked.m
-            changed = torch.stack([self._changed[n].cpu() for n in names]).sum()
-            found["groups_changed"] = float(changed) / groups
+        if counts:
+            groups = sum(self.weights.size(n) for n in counts) // self._asked.m
+            found["groups_changed"] = float(torch.stack([t.cpu() for t in counts.values()]).sum()) / groups
         if self.weights.copied:
             found["pruned_dense_norm"] = self._norm_of_pruned()
         return self.own_figures(**found)
@@ -180,9 +178,9 @@ class NM(Method):
             return self.published_every
         if self.every is not None:
             return max(1, to_steps(self.every, run.total(), "every"))
-        if run.total() == float("inf"):
+        if run.total() == math.inf:
             return self.published_transposable
-        whole = RunLength(run.total, run.epoch, lenient=True)
+        whole = RunLength(run.total, run.epoch, lenient=True)  # the shortest run has a mask in each step
         return resolve_times(None, 0, 1.0, self.published_transposable, whole, inform=self.host.inform).every
 
     # ------------------------------------------------------------------ the method
@@ -259,7 +257,8 @@ class NM(Method):
         choose = transposable_mask if asked.transposable else nm_mask
         # in the memory order of the weight: what reads mask and weight together is then fast
         found = choose(magnitudes, self.active_at(number), asked.m, axis)
-        return torch.empty_like(weight, dtype=torch.bool).copy_(found)
+        mask = torch.empty_like(weight, dtype=torch.bool)
+        return mask.copy_(found)
 
     def _factors(self, name: str, dense: Tensor) -> Tensor:
         return soft_factors(dense, self.aux[f"{SCALE}/{name}"], self._asked.n, self._asked.m, self._axis(name))
@@ -268,7 +267,8 @@ class NM(Method):
         return inputs_axis(self.weights.entries[name])
 
     def _note_changed(self, name: str, where: Tensor) -> None:
-        self._changed[name] = in_groups(where, self._asked.m, self._axis(name)).any(-1).sum()
+        # in aux: a callback that describes the network of a checkpoint has the figures of its run
+        self.aux[f"{CHANGED}/{name}"] = in_groups(where, self._asked.m, self._axis(name)).any(-1).sum()
 
     def _norm_of_pruned(self) -> float:
         """L2 norm of the dense values of all pruned weights."""
