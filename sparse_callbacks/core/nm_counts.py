@@ -1,4 +1,4 @@
-"""Counts of N:M: how many masks a tile can have, and how often a group of a pruned weight fits already."""
+"""Counts of N:M: how many masks a tile can have, and how often a pruned group fits already."""
 
 from collections import Counter
 from functools import cache

@@ -1,4 +1,4 @@
-"""Transposable masks: of every M x M tile of a weight, each row and each column has at most N active weights.
+"""Transposable masks: each row and column of every M x M tile has at most N active weights.
 
 Such a mask is N:M along the inputs and along the outputs, so the products of the forward and of the backward pass both run on
 hardware for N:M (Hubara et al., 2021). A convolution is tiled at each position of its kernel.

@@ -56,10 +56,11 @@ LIBRARY: dict[str, Settings] = {
         },
     ),
     "NM": Settings(
-        # without decay, so that the optimizer sees the gradient of the loss
-        {"pattern": "2:4", "every": 3, "decay": 0.0, "print_plan": False},
+        # the networks of the contract have a layer of two inputs; without decay the optimizer sees the gradient of the loss
+        {"pattern": "1:2", "every": 3, "decay": 0.0, "print_plan": False},
         gradients="free",
         promises_not_made={
+            "any share": "N of M is one share for all layers",
             "growth": "pruned weights go on learning, so they come back by themselves",
             "pruned weights rest": "a dense copy takes the step",
         },

@@ -25,6 +25,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "GMP": lambda: methods.GMP(0.8, start=0, stop=900, **LATE),
     "GaP": lambda: methods.GaP(0.8, partitions=3, every=300, restart=False, **QUIET),
     "DPF": lambda: methods.DPF(0.8, stop=900, **LATE),
+    "NM": lambda: methods.NM("2:4", **LATE),
     "SMCP": lambda: methods.SMCP(0.5, start=10, stop=900, every=20, **QUIET),
     "ChannelPruning": lambda: methods.ChannelPruning(0.5, start=60, stop=900, **LATE),
     "ConstrainedL0": lambda: methods.ConstrainedL0(0.5, **QUIET),
@@ -40,6 +41,7 @@ LISTS: dict[str, Passes] = {
         ("mul", "in place"): 1,
         ("sum", "reads"): 1,
     },
+    "NM": {("add", "in place"): 1, ("bitwise_and", "in place"): 2, ("bitwise_not", "in place"): 1, ("sum", "reads"): 1},
     "SMCP": {},
     "ConstrainedL0": {("mul", "in place"): 4, ("sum", "reads"): 2},
 }

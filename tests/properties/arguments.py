@@ -30,6 +30,7 @@ NOT_DRAWN = {
     "lr_after": "new optimizers after one pruning, which have tests of their own",
     "mode": "drawn with monitor",
     "patience": "drawn with monitor",
+    "projection": "the soft one takes fewer arguments, and has a contract of its own",
 }
 
 
@@ -120,6 +121,7 @@ DRAWN: dict[str, Draw] = {
     "rescale": lambda w: st.sampled_from(["layer", "fan_in"]),
     "pattern": lambda w: st.sampled_from(["fan_in", "fan_in/2", "fan_in/4"]),
     "ablation": lambda w: st.sampled_from([0.3, 0.95]),
+    "ramp": lambda w: st.sampled_from([5, 0.5]),
     "candidates": lambda w: st.sampled_from([0.3, 2.0]),
     "storage": lambda w: st.sampled_from(["masked", "sparse", "grouped", "auto", {"*0*": "sparse", "*": "auto"}]),
     "group": lambda w: st.sampled_from([1, 2, 4]),
@@ -132,6 +134,7 @@ _OWN: dict[tuple[str, str], Draw] = {
     ("DPF", "sparsity"): lambda w: st.one_of(_SHARE, st.sampled_from(["linear(0.2, 0.8)", "constant(0.7)"])),
     ("DPF", "distribution"): lambda w: st.one_of(st.just("global"), _NAMED, _mapping(w)),
     ("DPF", "unit"): lambda w: st.sampled_from(["weight", "filter"]),
+    ("NM", "pattern"): lambda w: st.sampled_from(["1:2", "transposable 1:2"]),
     ("PruneAtStart", "distribution"): lambda w: st.one_of(st.just("global"), _NAMED, _mapping(w)),
     ("ConstrainedL0", "unit"): lambda w: st.sampled_from(["weight", "channel"]),
     ("SMCP", "exclude"): lambda w: st.nothing(),  # small networks then have no channels left

@@ -15,6 +15,7 @@ from sparse_callbacks import (
     CTRE,
     DPF,
     GMP,
+    NM,
     SET,
     SNFS,
     GaP,
@@ -48,6 +49,8 @@ JOINING: dict[str, Callable[..., SparsityCallback]] = {
     "gmp": lambda **more: GMP(0.8, every=2, stop=12, print_plan=False, **more),
     "dpf": lambda **more: DPF(0.8, every=2, stop=12, print_plan=False, **more),
     "dpf by layer": lambda **more: DPF(0.8, every=2, stop=12, distribution="uniform", print_plan=False, **more),
+    "nm": lambda **more: NM("1:2", every=2, ramp=12, print_plan=False, **more),
+    "nm soft": lambda **more: NM("1:2", projection="soft", print_plan=False, **more),
     "gap": lambda **more: GaP(0.8, partitions=2, every=3, restart=False, print_plan=False, **more),
 }
 

@@ -1,5 +1,6 @@
 """NM: N:M sparsity of dense weights that learn on."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, Unpack
 
@@ -21,14 +22,14 @@ from sparse_callbacks.core.storages.storage import why_no_exchange
 from sparse_callbacks.core.thawed import by_step, masks_by_magnitude
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.core.transposable import transposable_mask
-from sparse_callbacks.methods.nm.nm_arguments import asked_of_nm, refuse_beside_soft, refuse_decay, refuse_ramp
+from sparse_callbacks.methods.dpf.dpf import NEVER
+from sparse_callbacks.methods.nm.nm_arguments import asked_of_nm, refuse_beside_soft, refuse_pruned_decay, refuse_ramp
 from sparse_callbacks.methods.nm.soft_projection import scale_of, soft_factors
 
 DECAY = 2e-4
-NEVER = 2**62  # later than any run ends, and a whole number, as calendars are saved
 PROJECTIONS = ("hard", "soft")
-SCALE = "scale"
-"""Key in ``aux``, before the name of a parameter, of its beta."""
+SCALE, CHANGED = "scale", "changed"
+"""Keys in ``aux``, before the name of a parameter, of its beta, and of how many groups the latest refresh or soft step changed."""
 
 
 class NM(Method):
@@ -50,8 +51,9 @@ class NM(Method):
     (M - N)-th smallest |w| of the group, so that no weight jumps; beta = <w, S> / ||S||^2 of each tensor, with S the
     projection without beta, is fixed before the first step. The gradient is passed straight through and nothing decays.
 
-    Passes over the weights in a step: 2 in place (the mask on the dense weights, into the other buffer; the decay of
-    pruned weights) and 1 that reads (gradients, for inf and NaN), and a refresh, or the soft projection, whose passes grow with M.
+    Passes over the weights in a step: 4 in place (the mask on the dense weights, into the other buffer; the decay of
+    pruned weights, of three) and 1 that reads (gradients, for inf and NaN). A refresh, or the soft projection, comes on top: its
+    passes grow with M.
 
     Differs from the paper: none of SR-STE. A transposable mask (Hubara et al., 2021) has at most N in each row
     and column of a tile, found exactly up to M = 4 and greedily above, where the paper has exactly N by a min-cost
@@ -108,14 +110,15 @@ class NM(Method):
         refuse_unknown({"projection": projection}, {"projection": PROJECTIONS})
         check_times(0, 1.0, every)  # whether it fits the run shows when that begins
         refuse_ramp(ramp)
-        refuse_decay(decay)
+        refuse_pruned_decay(decay)
         if projection == "soft":
             refuse_beside_soft(self._asked, every, decay, ramp)
         self.pattern, self.decay, self.ramp, self.projection = pattern, decay, ramp, projection
         self.every, self.start, self.stop = every, 0, 0 if ramp is None else ramp
         self._kept = KeptTensors()
-        # groups that changed in the latest refresh or step, by parameter name: only for the curves
-        self._changed: dict[str, Tensor] = {}
+        # by parameter name, of the soft projection: its factors, and whether the step that is being taken has finite gradients
+        self._soft: dict[str, Tensor] = {}
+        self._finite: dict[str, Tensor | bool] = {}
 
     # ------------------------------------------------------------------ what a user reads
 
@@ -148,12 +151,11 @@ class NM(Method):
         return m if not number else max(n, m - number * (m - n) // max(1, self.times.stop))
 
     def figures(self) -> dict[str, float]:
-        names = [n for n in self.weights.copied if n in self._changed]
+        counts = {n: t for n in self.weights.copied if (t := self.aux.get(f"{CHANGED}/{n}")) is not None}
         found = {"n": float(self.active_at(self.step))} if self.calendar is not None else {}
-        if names:
-            groups = sum(self.weights.size(n) for n in names) // self._asked.m
-            changed = torch.stack([self._changed[n].cpu() for n in names]).sum()
-            found["groups_changed"] = float(changed) / groups
+        if counts:
+            groups = sum(self.weights.size(n) for n in counts) // self._asked.m
+            found["groups_changed"] = float(torch.stack([t.cpu() for t in counts.values()]).sum()) / groups
         if self.weights.copied:
             found["pruned_dense_norm"] = self._norm_of_pruned()
         return self.own_figures(**found)
@@ -164,19 +166,9 @@ class NM(Method):
         return reached_targets(self, {}, entries)
 
     def make_calendar(self, run: RunLength) -> Calendar:
-        end = (
-            0
-            if self.ramp is None
-            else self.ramp
-            if isinstance(self.ramp, int)
-            else to_steps(self.ramp, run.total(), "ramp")
-        )
-        if not run.lenient and end > run.total():
-            raise ValueError(
-                f"ramp={self.ramp!r} ends behind the run's {run.total():g} steps, so the pattern {self.pattern!r} would never be "
-                "reached. Give an earlier time, or ramp=None."
-            )
-        return Calendar(self._interval(run), 0, end, final=True, until=NEVER)
+        end = 0 if self.ramp is None else self.ramp
+        last = end if isinstance(end, int) else to_steps(end, run.total(), "ramp")
+        return Calendar(self._interval(run), 0, last, final=True, until=NEVER)
 
     def _interval(self, run: RunLength) -> int:
         """Optimizer steps between masks."""
@@ -186,9 +178,9 @@ class NM(Method):
             return self.published_every
         if self.every is not None:
             return max(1, to_steps(self.every, run.total(), "every"))
-        if run.total() == float("inf"):
+        if run.total() == math.inf:
             return self.published_transposable
-        whole = RunLength(run.total, run.epoch, lenient=True)
+        whole = RunLength(run.total, run.epoch, lenient=True)  # the shortest run has a mask in each step
         return resolve_times(None, 0, 1.0, self.published_transposable, whole, inform=self.host.inform).every
 
     # ------------------------------------------------------------------ the method
@@ -199,6 +191,7 @@ class NM(Method):
     def start_copies(self, dense: Mapping[str, Tensor], new: Iterable[str]) -> None:
         new = list(new)
         super().start_copies(dense, new)
+        self._soft, self._finite = {}, {}
         for name in self.weights.copied if self.projection == "soft" else ():
             values = self.weights.dense_values(name)
             if name in new:
@@ -210,9 +203,14 @@ class NM(Method):
 
     def before_step(self, step: Step) -> None:
         super().before_step(step)  # masks no gradients: every parameter has a dense copy
-        decay = DECAY if self.decay is None else self.decay
-        if self.projection == "soft" or not decay:
-            return
+        if self.projection == "soft":
+            # used up by write(), which follows the step: one that is not finite moves no mask
+            self._finite.update(dict.fromkeys(step.names, step.finite_flag))
+        elif decay := DECAY if self.decay is None else self.decay:
+            self._decay_pruned(step, decay)
+
+    def _decay_pruned(self, step: Step, decay: float) -> None:
+        """Add ``decay`` times the dense values to the gradients of pruned weights."""
         self.weights.absorb_if_written(step.names)
         for name in step.names:
             gradient = self.params[name].grad
@@ -235,10 +233,21 @@ class NM(Method):
             copied = [n for n in (self.params if names is None else names) if self.weights.has_copy(n)]
             self.weights.swap_out(copied)
             for name in copied:
-                before, factor = self.weights.masks[name], self._factors(name, self.weights.dense_values(name))
-                self._note_changed(name, before != (factor != 0))
-                self.weights.set_factor(name, factor)
+                self._project(name)
         super().write(names, finite)
+
+    def _project(self, name: str) -> None:
+        """Take the factors of the soft projection from the dense values of a parameter."""
+        before, finite = self._soft.get(name), self._finite.pop(name, True)
+        if before is not None and finite is False:
+            return
+        factors = self._factors(name, self.weights.dense_values(name))
+        if before is not None:
+            if isinstance(finite, Tensor):  # nobody has waited for it yet
+                factors = torch.where(finite, factors, before)
+            self._note_changed(name, (before != 0) != (factors != 0))
+        self._soft[name] = factors
+        self.weights.set_factor(name, factors)
 
     def _mask(self, name: str, weight: Tensor, number: int) -> Tensor:
         """The mask of a parameter after ``number`` gradient steps, by its dense values."""
@@ -248,7 +257,8 @@ class NM(Method):
         choose = transposable_mask if asked.transposable else nm_mask
         # in the memory order of the weight: what reads mask and weight together is then fast
         found = choose(magnitudes, self.active_at(number), asked.m, axis)
-        return torch.empty_like(weight, dtype=torch.bool).copy_(found)
+        mask = torch.empty_like(weight, dtype=torch.bool)
+        return mask.copy_(found)
 
     def _factors(self, name: str, dense: Tensor) -> Tensor:
         return soft_factors(dense, self.aux[f"{SCALE}/{name}"], self._asked.n, self._asked.m, self._axis(name))
@@ -257,7 +267,8 @@ class NM(Method):
         return inputs_axis(self.weights.entries[name])
 
     def _note_changed(self, name: str, where: Tensor) -> None:
-        self._changed[name] = in_groups(where, self._asked.m, self._axis(name)).any(-1).sum()
+        # in aux: a callback that describes the network of a checkpoint has the figures of its run
+        self.aux[f"{CHANGED}/{name}"] = in_groups(where, self._asked.m, self._axis(name)).any(-1).sum()
 
     def _norm_of_pruned(self) -> float:
         """L2 norm of the dense values of all pruned weights."""

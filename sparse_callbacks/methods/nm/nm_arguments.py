@@ -40,7 +40,7 @@ def refuse_ramp(ramp: Time | None) -> None:
         )
 
 
-def refuse_decay(decay: float | None) -> None:
+def refuse_pruned_decay(decay: float | None) -> None:
     """Refuse a decay that is not a number from 0 on.
 
     Args:

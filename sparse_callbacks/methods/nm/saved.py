@@ -14,7 +14,7 @@ from sparse_callbacks.core.state_claims import (
     possible_zeros,
     rises_to,
 )
-from sparse_callbacks.methods.nm.nm import NM, SCALE
+from sparse_callbacks.methods.nm.nm import CHANGED, NM, SCALE
 
 
 @possible_zeros.register
@@ -33,6 +33,7 @@ def _(method: NM, saved: SavedRun) -> Collection[str]:
 
 @expected_aux.register
 def _(method: NM, saved: SavedRun, model: nn.Module) -> Mapping[str, Kept]:
+    changed = {f"{CHANGED}/*": Kept(dtype="int", low=0)}
     if method.projection == "hard":
-        return {}
-    return {f"{SCALE}/{name}": Kept(required=True, low=0) for name in saved.masks}
+        return changed
+    return changed | {f"{SCALE}/{name}": Kept(required=True, low=0) for name in saved.masks}

@@ -1,4 +1,4 @@
-"""The soft projection onto N:M of S-STE (Hu et al., 2024): what is below a group's threshold goes, and the others shrink by it."""
+"""The soft projection onto N:M (S-STE, Hu et al., 2024): weights shrink by their group's threshold."""
 
 import torch
 from torch import Tensor
@@ -49,7 +49,8 @@ def soft_factors(weight: Tensor, scale: Tensor, n: int, m: int, axis: int = 1) -
     threshold = _thresholds(magnitudes, n)
     # the quotient is NaN only where |w| and t are zero, which is not above it
     open_to = (scale.to(weight) * (1 - threshold / magnitudes)).masked_fill_(~(magnitudes > threshold), 0)
-    return torch.empty_like(weight).copy_(out_of_groups(open_to, axis))
+    factors = torch.empty_like(weight)  # in the memory order of the weight
+    return factors.copy_(out_of_groups(open_to, axis))
 
 
 def _thresholds(groups: Tensor, n: int) -> Tensor:
