@@ -150,6 +150,7 @@ def test_adam_comes_within_a_hundredth_of_the_optimum_of_the_table(bias: bool) -
     weight, shifted = fit_by_adam(inputs, dense, (W * MASK, dense[1]), MASK, steps=4000 if bias else 1000)
     assert optimum <= mean_squared_error(inputs, dense, (weight, shifted)) <= 1.01 * optimum
     assert not weight[~MASK].any()
+    assert not fit_by_adam(inputs, dense, dense, MASK, steps=2)[0][~MASK].any()  # wherever it begins
     fit = fitted(layer, inputs, MASK, TWO_OF_FOUR, "adaprune")
     assert fit.how == "Adam"
     assert optimum <= fit.after < fit.before
@@ -514,11 +515,15 @@ def test_groups_of_a_grouped_convolution_do_not_reach_into_each_other() -> None:
     assert list(layers) == ["1.weight"]
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
 def test_layers_inside_of_transformer_blocks_are_called() -> None:
-    """In eval mode torch computes a whole block by a kernel of its own, which calls no layer."""
-    block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
-    _, report = convert(nn.Sequential(block).eval(), data=[torch.randn(8, 6, 8)], keep_dense=None)
-    assert set(report.masks) == {"0.linear1.weight", "0.linear2.weight"}
+    """In eval mode torch gives its blocks padded sequences as nested tensors, and computes a whole block at once."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1).eval()
+    batch = torch.randn(8, 6, 8), torch.arange(6) >= torch.arange(1, 9).clamp_max(6)[:, None]
+    options: dict[str, Any] = {"keep_dense": None, "forward": lambda m, b: m(b[0], src_key_padding_mask=b[1])}
+    _, report = convert(encoder, data=[batch], **options)
+    assert set(report.masks) == {"layers.0.linear1.weight", "layers.0.linear2.weight"}
+    assert report["layers.0.linear1.weight"].rows == 48
 
 
 def test_half_precision_is_computed_in_float64_and_stored_as_it_was() -> None:
