@@ -56,6 +56,7 @@ def convert(
             ``"transposable N:M"``, where N of M consecutive outputs of an input stay too.
         data: batches that the network runs on, without labels or with: a loader, or a list. It is iterated several times. A few
             hundred samples do for convolutions; a linear layer needs more rows than an output has weights.
+            Kept in memory are sums of products, up to 1 GiB at a time, and all inputs of one layer that takes steps.
         fit: ``"adaprune"``; or for comparison ``"masked"``, the masked weights as they are, or ``"absorbed"``, absorbed means.
         norms: whether batch norms are estimated anew.
         include, exclude: globs over names of weights; see :class:`~sparse_callbacks.core.method.Method`.
