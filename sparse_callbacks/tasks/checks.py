@@ -14,7 +14,7 @@ from sparse_callbacks.tasks.data.module import refuse_batch_size
 from sparse_callbacks.tasks.given_arguments import group_values, refuse_wrong_arguments
 from sparse_callbacks.tasks.initial_weights import refuse_missing
 from sparse_callbacks.tasks.known_names import close
-from sparse_callbacks.tasks.model_checks import REFUSED_EARLY
+from sparse_callbacks.tasks.model_checks import REFUSED_EARLY, of_resumed
 
 TESTED = ("last", "best")  # values of the root key `test`
 GROUPS = {"model": "model=mlp", "data": "data=digits", "optim": "optim=sgd", "trainer": "trainer=cpu"}
@@ -90,9 +90,10 @@ def check_choices(cfg: DictConfig) -> None:
     check_seeds(cfg)
     _refuse_wrong_counts(cfg)
     build.optim_of(cfg)
-    _refuse_wrong_group(cfg, "model", {"input_shape": (1,), "num_classes": 2})
+    read = of_resumed(cfg)
+    _refuse_wrong_group(cfg, "model", {"input_shape": (1,), "num_classes": 2, **read})
     if (refuse := REFUSED_EARLY.get(str(cfg.model.get("_target_")))) is not None:
-        refuse(**group_values(cfg, "model"))
+        refuse(**group_values(cfg, "model"), **read)
     _refuse_wrong_group(cfg, "data", {})
     refuse_batch_size(cfg.data.get("batch_size", 1))
     refuse_wrong_arguments("trainer", pl.Trainer, group_values(cfg, "trainer"))

@@ -19,7 +19,12 @@ WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 
 
 def torchvision_classifier(
-    input_shape: Shape, num_classes: int, name: str = "resnet18", pretrained: bool = False, weights: str | None = None
+    input_shape: Shape,
+    num_classes: int,
+    name: str = "resnet18",
+    pretrained: bool = False,
+    weights: str | None = None,
+    read: bool = True,
 ) -> nn.Module:
     """Any classifier of torchvision, with a first convolution that takes the channels of the data.
 
@@ -30,6 +35,7 @@ def torchvision_classifier(
         pretrained: whether it begins with torchvision's best weights, which are downloaded; its classifier begins anew where
             these are for another number of classes.
         weights: a file of weights to begin with in place of a download.
+        read: whether the weights are downloaded or read; False where a checkpoint brings them.
 
     Raises:
         FileNotFoundError: the file of weights is not there.
@@ -37,13 +43,12 @@ def torchvision_classifier(
             cannot take.
     """
     refuse_unknown_torchvision(name)
-    refuse_missing_weights(weights)
     trained = pretrained or weights is not None
     make = partial(_torchvision, name, input_shape, trained)
     model = make(num_classes)
-    if weights is not None:
+    if read and weights is not None:
         _begin_with_file(model, weights, partial(make, num_classes + 1), name)
-    elif pretrained:
+    elif read and pretrained:
         put_weights(
             model, _downloaded(name), partial(make, num_classes + 1), "model.pretrained=true", f"model.name={name}"
         )
@@ -58,6 +63,7 @@ def timm_classifier(
     pretrained: bool = False,
     weights: str | None = None,
     options: Mapping[str, Any] | None = None,
+    read: bool = True,
 ) -> nn.Module:
     """Any classifier of timm.
 
@@ -69,6 +75,7 @@ def timm_classifier(
             another number of classes.
         weights: a file of weights, with timm's names, to begin with in place of a download.
         options: further arguments of `timm.create_model`, such as drop_path_rate.
+        read: whether the weights are downloaded or read; False where a checkpoint brings them.
 
     Raises:
         FileNotFoundError: the file of weights is not there.
@@ -76,13 +83,12 @@ def timm_classifier(
         ValueError: an unknown name, options that the network does not have, weights of another network or that cannot be
             downloaded, or images that the network cannot take.
     """
-    refuse_unknown_timm(name, pretrained and weights is None)
-    refuse_missing_weights(weights)
+    refuse_unknown_timm(name, read and pretrained and weights is None)
     make = partial(_timm, name, input_shape[0], options or {})
-    if weights is not None:
+    if read and weights is not None:
         model = make(num_classes)
         _begin_with_file(model, weights, partial(make, num_classes + 1), name)
-    elif pretrained:
+    elif read and pretrained:
         # timm knows the weights of other origins that it has to rename
         model = with_download(name, partial(make, num_classes, pretrained=True))
     else:
@@ -126,6 +132,7 @@ def _timm(
 
 
 def _begin_with_file(model: nn.Module, weights: str, other_classes: Callable[[], nn.Module], name: str) -> None:
+    refuse_missing_weights(weights)
     source = f"model.weights={weights}"
     new = put_weights(model, read_weights(Path(weights)), other_classes, source, f"model.name={name}")
     if new:
@@ -158,7 +165,9 @@ def _downloaded(name: str) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def refuse_torchvision(name: str = "resnet18", pretrained: bool = False, weights: str | None = None) -> None:
+def refuse_torchvision(
+    name: str = "resnet18", pretrained: bool = False, weights: str | None = None, read: bool = True
+) -> None:
     """Refuse what `torchvision_classifier` refuses whatever the data is.
 
     Raises:
@@ -166,6 +175,8 @@ def refuse_torchvision(name: str = "resnet18", pretrained: bool = False, weights
         ValueError: an unknown name, or weights of another network.
     """
     refuse_unknown_torchvision(name)
+    if not read:
+        return
     refuse_missing_weights(weights)
     # a vision transformer has weights for each place in images of the data's size
     if weights is not None and not name.startswith("vit_"):
@@ -177,6 +188,7 @@ def refuse_timm(
     pretrained: bool = False,
     weights: str | None = None,
     options: Mapping[str, Any] | None = None,
+    read: bool = True,
 ) -> None:
     """Refuse what `timm_classifier` refuses whatever the data is.
 
@@ -185,10 +197,10 @@ def refuse_timm(
         ImportError: timm (extra ``timm``) is missing.
         ValueError: an unknown name, options that the network does not have, or weights of another network.
     """
-    refuse_unknown_timm(name, pretrained and weights is None)
-    refuse_missing_weights(weights)
+    refuse_unknown_timm(name, read and pretrained and weights is None)
     make = partial(_timm, name, 3, options or {})
-    if weights is not None:
+    if read and weights is not None:
+        refuse_missing_weights(weights)
         _refuse_other_weights(weights, make, name)
     elif options:
         with torch.random.fork_rng(devices=[]):
