@@ -1,6 +1,8 @@
 """Files of images in folders of classes, and the parts that train, validate and test."""
 
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -196,24 +198,33 @@ def _split(images: Files, shares: Mapping[str, float], classes: Sequence[str], f
 
 
 def refuse_broken_images(files: ImageFiles) -> None:
-    """Open every image as far as its kind and size, which finds files that are empty or no images.
+    """Read every image to its end, which finds files that are empty, cut off or no images.
+
+    It takes less than half as long as an epoch does, as images of JPEG are decoded at an eighth of their size, by all CPUs.
 
     Raises:
-        ValueError: files that cannot be opened, by their paths.
+        ValueError: files that cannot be read, by their paths.
     """
-    broken = []
-    for path, _ in (*files.train, *files.val, *files.test):
-        try:
-            with Image.open(path):
-                pass
-        except Exception as error:  # every reader of a kind of image has errors of its own
-            broken.append((path, error))
+    paths = [path for path, _ in (*files.train, *files.val, *files.test)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without the lock of Python
+        broken = [(path, why) for path, why in zip(paths, pool.map(_why_broken, paths), strict=True) if why]
     if broken:
         more = f" and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
         raise ValueError(
-            f"{', '.join(str(path) for path, _ in broken[:_SHOWN])}{more} cannot be opened as "
-            f"{'an image' if len(broken) == 1 else 'images'} ({_why(broken[0][1])}). Remove or replace what is broken."
+            f"{', '.join(str(path) for path, _ in broken[:_SHOWN])}{more} cannot be read as "
+            f"{'an image' if len(broken) == 1 else 'images'} ({broken[0][1]}). Remove or replace what is broken."
         )
+
+
+def _why_broken(path: Path) -> str:
+    """The error of reading an image; empty where there is none."""
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (1, 1))
+            image.load()
+    except Exception as error:  # every reader of a kind of image has errors of its own
+        return _why(error, path)
+    return ""
 
 
 def read_image(path: Path) -> Image.Image:
@@ -227,8 +238,9 @@ def read_image(path: Path) -> Image.Image:
             # photos of phones are stored as the sensor lay, with a note of how to turn them
             return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # every reader of a kind of image has errors of its own
-        raise ValueError(f"{path} cannot be read as an image ({_why(error)}). Remove or replace it.") from error
+        raise ValueError(f"{path} cannot be read as an image ({_why(error, path)}). Remove or replace it.") from error
 
 
-def _why(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"
+def _why(error: Exception, path: Path) -> str:
+    # the sentence around it has said which file it is
+    return f"{type(error).__name__}: {first_line(error).removesuffix(f' {str(path)!r}')}"

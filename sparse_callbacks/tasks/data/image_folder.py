@@ -205,7 +205,7 @@ def image_folder(
         crop_scale: the least and the largest share of an image's area that a random crop has.
         flip: the probability that a training image is mirrored.
         val_fraction, test_fraction: the shares of the images that validate and test where these have no folder.
-        check: whether every file is opened before training, to find broken ones.
+        check: whether every file is read before training, to find broken ones.
         batch_size: the number of images in a micro-batch of one process.
         workers: the number of processes that read images; 0 reads them in that of the run.
         seed: the seed of order and augmentation; the split into parts does not depend on it.
@@ -239,6 +239,7 @@ def image_folder(
         seed=seed,
         preprocessing={
             "classes": files.classes,
+            "orientation": "upright, as EXIF says",
             "color": "RGB",
             "resize_shorter_side": shorter,
             "center_crop": size,
