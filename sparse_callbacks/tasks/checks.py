@@ -28,16 +28,20 @@ KEYS = (
 """Keys of the root that somebody reads."""
 
 
-PATHS = ("data.root", "data.path", "ckpt_path", "initial_weights", "output_dir", "dense_run")
+PATHS = ("data.root", "data.path", "model.weights", "ckpt_path", "initial_weights", "output_dir", "dense_run")
 """Keys of files and folders."""
 
 
-def take_numbers_as_names(cfg: DictConfig) -> None:
-    """Turn files and folders whose names are whole numbers, which Hydra reads as such (``data.root=2024``), into text."""
+def take_paths_as_typed(cfg: DictConfig) -> None:
+    """Turn files and folders whose names are whole numbers, which Hydra reads as such (``data.root=2024``), into text, and ~ into
+    the folder that it stands for, which shells leave as it is behind "=".
+    """
     for key in PATHS:
         value = OmegaConf.select(cfg, key)
         if isinstance(value, int) and not isinstance(value, bool):
             OmegaConf.update(cfg, key, str(value))
+        elif isinstance(value, str) and value.startswith("~"):
+            OmegaConf.update(cfg, key, str(Path(value).expanduser()))
 
 
 def check_seeds(cfg: DictConfig) -> None:
@@ -97,6 +101,9 @@ def check_choices(cfg: DictConfig) -> None:
     _refuse_wrong_group(cfg, "data", {})
     refuse_batch_size(cfg.data.get("batch_size", 1))
     refuse_wrong_arguments("trainer", pl.Trainer, group_values(cfg, "trainer"))
+    for key, whole in (("max_epochs", "epochs"), ("max_steps", "optimizer steps")):
+        if cfg.trainer.get(key) == 0:
+            raise ValueError(f"trainer.{key}=0 trains nothing. Give a number of {whole} of 1 or more, e.g. trainer.{key}=30.")
     if cfg.trainer.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ValueError(
             f"trainer.accelerator={cfg.trainer.accelerator}, but torch sees no GPU. "

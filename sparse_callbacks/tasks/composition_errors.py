@@ -9,6 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sparse_callbacks.core.error_text import first_line
 from sparse_callbacks.tasks.known_names import Names, known_names, meant, nearest_key
+from sparse_callbacks.tasks.library_names import libraries_of
 
 
 def sentence(error: Exception, conf: Path, arguments: Sequence[str]) -> str:
@@ -22,7 +23,7 @@ def sentence(error: Exception, conf: Path, arguments: Sequence[str]) -> str:
     if isinstance(error, InstantiationException):
         return _not_made(error)
     if isinstance(error, OverrideParseException):
-        return unreadable(error.override, _reason(error))
+        return written_apart(error.override, arguments) or unreadable(error.override, _reason(error))
     if isinstance(error, MissingConfigException) and error.options:
         return unknown_choice(str(error.missing_cfg_file), error.options, arguments)
     text = str(error)
@@ -36,6 +37,26 @@ def sentence(error: Exception, conf: Path, arguments: Sequence[str]) -> str:
     return f"{text.strip().splitlines()[0] if text.strip() else 'The configuration cannot be composed'}{beside}"
 
 
+def written_apart(override: str, arguments: Sequence[str]) -> str:
+    """The sentence about `method rigl`, `method = rigl` and `method= rigl`; empty for an argument that stands otherwise.
+
+    Args:
+        override: an argument without a value.
+        arguments: the arguments of the command line.
+    """
+    if override not in arguments:
+        return ""
+    place = list(arguments).index(override)
+    before, after = ("".join(arguments[at : at + 1]) if at >= 0 else "" for at in (place - 1, place + 1))
+    if "=" not in override and before.endswith("=") and before != "=":
+        return f"{before} {override} has a space behind the =. Write {before}{override}."
+    value = "".join(arguments[place + 2 : place + 3]) if after == "=" else after
+    if "=" in override or not value or "=" in value.strip("=") or value.startswith("-"):
+        return ""
+    written = f"{override}={value.lstrip('=')}"
+    return f"{override} {after}{f' {value}' if after == '=' else ''} has spaces in the place of one =. Write {written}."
+
+
 def unreadable(override: str, reason: str) -> str:
     """The sentence about an argument that is not in Hydra's grammar.
 
@@ -46,6 +67,8 @@ def unreadable(override: str, reason: str) -> str:
     key, equals, value = override.partition("=")
     if not equals:
         return f"{override} has no value. Write KEY=VALUE, such as sparsity=0.9."
+    if value.startswith("~"):
+        return f"{override} cannot be read: behind = the shell does not replace ~. Write {key}=$HOME{value[1:]}."
     if re.fullmatch(r"[a-z_]+\(.*\)", value):
         return (
             f"{override}: a value with parentheses needs quotes of its own inside those of the shell. "
@@ -69,9 +92,32 @@ def unknown_choice(path: str, options: Sequence[str], arguments: Sequence[str]) 
         arguments: the arguments of the command line.
     """
     group, _, choice = path.rpartition("/")
-    typed = [text for text in arguments if text.partition("=")[0].split("@")[0] == group and choice in text]
-    named = typed[0] if len(typed) == 1 and "," not in typed[0] else f"{group}={choice}"
-    return f"{named} is not known.{meant(choice, options)} Choices of {group}: {', '.join(options)}."
+    named = f"{group}={choice}"
+    # a choice may be a path itself, of which Hydra takes the folders for the group
+    if typed := [text for text in arguments if _asked_for(text) == path]:
+        named = typed[0]
+        key, _, choice = named.partition("=")
+        group = key.partition("@")[0]
+    return f"{named} is not known.{_meant_choice(group, choice, options)} Choices of {group}: {', '.join(options)}."
+
+
+def _asked_for(text: str) -> str:
+    """The path of the configuration that an argument chooses, with its group."""
+    key, _, choice = text.partition("=")
+    return f"{key.partition('@')[0]}/{choice}"
+
+
+def _meant_choice(group: str, choice: str, options: Sequence[str]) -> str:
+    """What somebody has meant by a choice: a network of a library, images or a table of their own, or a choice like it."""
+    if group == "data" and Path(choice).exists():
+        own = "image_folder data.root" if Path(choice).is_dir() else "tabular data.path"
+        return f" Did you mean data={own}={choice}?"
+    if group == "model" and (libraries := libraries_of(choice)):
+        written = " or ".join(f"model={library} model.name={choice}" for library in libraries)
+        return f" Did you mean {written}?"
+    if group == "logger" and choice in ("none", "off", "no"):
+        return " For none write logger=[]."
+    return meant(choice, options)
 
 
 def _reason(error: OverrideParseException) -> str:
@@ -106,6 +152,14 @@ def unknown_key(key: str, value: str, names: Names) -> str:
         value: the value that it was given, as it was typed; empty for a key that is to be deleted.
         names: the known names.
     """
+    name = key.partition("@")[0]
+    group = name.partition(".")[0]
+    if choices := names.elsewhere.get(name):
+        there = ", ".join(f"{group}={choice}" for choice in choices)
+        return f"{key} is not a key of the {group} that the run has. It is one of {there}: choose one of these, or leave it out."
+    if name.rpartition(".")[0] in names.empty:
+        parent, _, leaf = name.rpartition(".")
+        return f"{key} is not a key, as {parent} has no value yet. Write '{parent}={{{leaf}: {value or 'VALUE'}}}'."
     if (found := nearest_key(key.partition("@")[0], names)) is not None:
         return f"{key} is not a key. Did you mean {found}{f'={value}' if value else ''}?"
     parent = key.rpartition(".")[0]
@@ -123,9 +177,16 @@ def _without_plus(match: re.Match[str], names: Names, arguments: Sequence[str]) 
 
 def _several(match: re.Match[str], names: Names, arguments: Sequence[str]) -> str:
     key, _, values = match[1].partition("=")
+    said = f"{match[1]} is several values, and one run takes one."
+    if re.search(r"[\\/ ]", values):
+        return (
+            f"{said} For one text with a comma in it write \"{key}='{values}'\", with both kinds of quotes; for a run with each, "
+            f"python train.py -m and the texts in quotes of their own."
+        )
+    number = "" if key.endswith("seed") or not re.fullmatch(r"-?\d+,\d+", values) else values.replace(",", ".")
+    decimal = f" If it is one number, write {key}={number}." if number else ""
     return (
-        f"{match[1]} is several values, and one run takes one. Write python train.py -m {match[1]} for a run with each, or "
-        f"{key}=[{values}] for a list."
+        f"{said}{decimal} Write python train.py -m {match[1]} for a run with each, or {key}=[{values}] for a list."
     )
 
 

@@ -1,6 +1,5 @@
 """Classifiers of torchvision and timm, untrained, or with the weights of their library or of a file."""
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from sparse_callbacks.core.error_text import first_line
 from sparse_callbacks.core.inspection import extra
+from sparse_callbacks.tasks.library_names import refuse_unknown_timm, refuse_unknown_torchvision
 from sparse_callbacks.tasks.pretrained import put_weights, read_weights, refuse_missing_weights
 
 Shape = Sequence[int]
@@ -212,54 +212,6 @@ def _refuse_other_weights(weights: str, make: Callable[[int], nn.Module], name: 
     with torch.random.fork_rng(devices=[]):
         model = make(2)
     put_weights(model, read_weights(Path(weights)), partial(make, 3), f"model.weights={weights}", f"model.name={name}")
-
-
-def refuse_unknown_torchvision(name: str) -> None:
-    """Refuse a name that torchvision does not have a classifier of.
-
-    Raises:
-        ValueError: the name is not known.
-    """
-    from torchvision import models
-
-    known = models.list_models(module=models)
-    if name not in known:
-        raise ValueError(
-            f"model.name={name!r} is not a torchvision classifier. Did you mean {_nearest(name, known)}? "
-            "torchvision.models.list_models(module=torchvision.models) lists all."
-        )
-
-
-def refuse_unknown_timm(name: str, pretrained: bool) -> None:
-    """Refuse a name that timm does not have a classifier or, with `pretrained`, weights of.
-
-    Raises:
-        ImportError: timm (extra ``timm``) is missing.
-        ValueError: the name or its tag is not known, or there are no weights.
-    """
-    timm = extra("timm", "timm")
-    architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        raise ValueError(
-            f"model.name={name!r} is not a timm model. Did you mean {_nearest(architecture, timm.list_models())}? "
-            "timm.list_models() lists all."
-        )
-    tagged = timm.list_pretrained(f"{architecture}.*")
-    tags = ", ".join(known.partition(".")[2] for known in tagged) or "none"
-    if tag and name not in tagged:
-        raise ValueError(
-            f"model.name={name!r}: {tag} does not name weights of {architecture}. Known: {tags}. Write {architecture} alone for the "
-            "first of them."
-        )
-    if pretrained and not timm.models.is_model_pretrained(name):
-        raise ValueError(
-            f"model.pretrained=true: timm has no weights of {name}. Leave pretrained out, give model.weights=FILE, or choose a model "
-            "of timm.list_pretrained()."
-        )
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    return ", ".join(difflib.get_close_matches(name, known, n=5, cutoff=0.4) or known[:5])
 
 
 def _take_channels(model: nn.Module, channels: int) -> None:

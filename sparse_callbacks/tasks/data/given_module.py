@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -67,6 +68,8 @@ def module_class(module: str | None) -> type[pl.LightningDataModule]:
     """
     if module is None:
         raise ValueError(f"data=module takes a LightningDataModule of yours. Give its class, such as {EXAMPLE}.")
+    if (written := _dotted(module)) != module:
+        raise ValueError(f"data.module={module} is not the dotted path of a class. Did you mean data.module={written}?")
     package, _, name = module.rpartition(".")
     if not package:
         raise ValueError(
@@ -95,6 +98,12 @@ def module_class(module: str | None) -> type[pl.LightningDataModule]:
             "a test_dataloader may return self.val_dataloader()."
         )
     return cls
+
+
+def _dotted(module: str) -> str:
+    """The path with dots of what may be that of a file: my_data.py:Photos, my_data/photos.py."""
+    named = re.sub(r"\.py$", ".MyDataModule", re.sub(r"\.py[:.]", ".", module))
+    return re.sub(r"[/\\:]+", ".", named).strip(".")
 
 
 def _is_data_module(value: Any) -> TypeGuard[type[pl.LightningDataModule]]:
