@@ -4,7 +4,7 @@ Order and augmentation derive from (seed, epoch, index), so neither the number o
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytorch_lightning as pl
@@ -82,7 +82,6 @@ class ImageLoader(ResumableLoader):
     Args:
         samples: the images.
         batch_size: the number of images in a batch of one process.
-        augment: whether images are changed at random.
         workers: the number of processes that read images; 0 reads them in that of the run.
         pinned: whether batches are put into memory that a GPU copies from while the run goes on.
         options: further arguments of `ResumableLoader`.
@@ -93,26 +92,20 @@ class ImageLoader(ResumableLoader):
         samples: ImageSamples,
         batch_size: int,
         *,
-        augment: bool = False,
         workers: int = 0,
         pinned: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(len(samples), batch_size, **options)
-        self.samples, self.augment, self.workers, self.pinned = samples, augment, workers, pinned
+        self.samples, self.workers, self.pinned = samples, workers, pinned
         self._asked: list[list[Sample]] = []
         self._reader: DataLoader[Any] | None = None
 
-    def in_order(self) -> "ImageLoader":
-        return ImageLoader(
-            self.samples,
-            self.batch_size,
-            workers=self.workers,
-            pinned=self.pinned,
-            seed=self.seed,
-            rank=self.rank,
-            world_size=self.world_size,
-        )
+    def in_order(self) -> Self:
+        plain = super().in_order()
+        # a reader of its own, as that of this loader may be within an epoch
+        plain._asked, plain._reader = [], None
+        return plain
 
     def batches(self, chosen: Sequence[Tensor], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         number = epoch if self.augment else None
