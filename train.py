@@ -52,6 +52,7 @@ def run_folder(cfg: DictConfig) -> Path:
         folder = Path(HydraConfig.get().runtime.output_dir)
     else:
         folder = Path("outputs") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S-%f")
+    checks.refuse_file_as_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder.absolute()
 

@@ -243,11 +243,12 @@ UNASKED = (
 
 
 def hide_lightning_notices() -> None:
-    """Keep Lightning's tips, its inventory of the machine, the news that a run has ended as it was asked to, and a warning of its
-    own use of a deprecated torch function, out of the terminal.
+    """Keep out of the terminal Lightning's tips, its inventory of the machine, the news that a run has ended as it was asked to,
+    a warning of its own use of a deprecated torch function, and one of small data, whose steps have their rows all the same.
     """
     # the one logger of all notices; filters are compared by identity, so the second run of a process adds nothing
     rank_zero.log.addFilter(_is_news)
+    warnings.filterwarnings("ignore", message=r"The number of training batches .* is smaller than the logging interval")
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
 
 

@@ -44,6 +44,16 @@ def take_paths_as_typed(cfg: DictConfig) -> None:
             OmegaConf.update(cfg, key, str(Path(value).expanduser()))
 
 
+def refuse_file_as_folder(folder: Path) -> None:
+    """Refuse a folder of the run that is a file.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if folder.is_file():
+        raise ValueError(f"output_dir={folder} is a file. Give a folder, which is made where it is not there.")
+
+
 def check_seeds(cfg: DictConfig) -> None:
     """Refuse seeds that no generator takes.
 
@@ -103,7 +113,9 @@ def check_choices(cfg: DictConfig) -> None:
     refuse_wrong_arguments("trainer", pl.Trainer, group_values(cfg, "trainer"))
     for key, whole in (("max_epochs", "epochs"), ("max_steps", "optimizer steps")):
         if cfg.trainer.get(key) == 0:
-            raise ValueError(f"trainer.{key}=0 trains nothing. Give a number of {whole} of 1 or more, e.g. trainer.{key}=30.")
+            raise ValueError(
+                f"trainer.{key}=0 trains nothing. Give a number of {whole} of 1 or more, e.g. trainer.{key}=30."
+            )
     if cfg.trainer.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ValueError(
             f"trainer.accelerator={cfg.trainer.accelerator}, but torch sees no GPU. "

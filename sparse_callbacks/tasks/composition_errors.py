@@ -8,7 +8,7 @@ from hydra.errors import InstantiationException, MissingConfigException, Overrid
 from omegaconf.errors import OmegaConfBaseException
 
 from sparse_callbacks.core.error_text import first_line
-from sparse_callbacks.tasks.known_names import Names, known_names, meant, nearest_key
+from sparse_callbacks.tasks.known_names import Names, close, known_names, meant, nearest_key
 from sparse_callbacks.tasks.library_names import libraries_of
 
 
@@ -23,7 +23,13 @@ def sentence(error: Exception, conf: Path, arguments: Sequence[str]) -> str:
     if isinstance(error, InstantiationException):
         return _not_made(error)
     if isinstance(error, OverrideParseException):
-        return written_apart(error.override, arguments) or unreadable(error.override, _reason(error))
+        names = known_names(conf, arguments)
+        if "=" not in error.override:
+            return without_value(error.override, arguments, names)
+        following = list(arguments)[list(arguments).index(error.override) + 1 :] if error.override in arguments else []
+        if error.override.endswith(",") and following and "=" not in following[0]:
+            return without_value(following[0], arguments, names)
+        return unreadable(error.override, _reason(error))
     if isinstance(error, MissingConfigException) and error.options:
         return unknown_choice(str(error.missing_cfg_file), error.options, arguments)
     text = str(error)
@@ -37,24 +43,35 @@ def sentence(error: Exception, conf: Path, arguments: Sequence[str]) -> str:
     return f"{text.strip().splitlines()[0] if text.strip() else 'The configuration cannot be composed'}{beside}"
 
 
-def written_apart(override: str, arguments: Sequence[str]) -> str:
-    """The sentence about `method rigl`, `method = rigl` and `method= rigl`; empty for an argument that stands otherwise.
+def without_value(word: str, arguments: Sequence[str], names: Names) -> str:
+    """The sentence about an argument without a value, such as those of `method rigl`, `method = rigl` and `method= rigl`.
 
     Args:
-        override: an argument without a value.
+        word: the argument.
         arguments: the arguments of the command line.
+        names: the known names.
     """
-    if override not in arguments:
-        return ""
-    place = list(arguments).index(override)
-    before, after = ("".join(arguments[at : at + 1]) if at >= 0 else "" for at in (place - 1, place + 1))
-    if "=" not in override and before.endswith("=") and before != "=":
-        return f"{before} {override} has a space behind the =. Write {before}{override}."
-    value = "".join(arguments[place + 2 : place + 3]) if after == "=" else after
-    if "=" in override or not value or "=" in value.strip("=") or value.startswith("-"):
-        return ""
-    written = f"{override}={value.lstrip('=')}"
-    return f"{override} {after}{f' {value}' if after == '=' else ''} has spaces in the place of one =. Write {written}."
+    place = list(arguments).index(word) if word in arguments else len(arguments)
+    before = arguments[place - 1] if 0 < place < len(arguments) else ""
+    after = [*arguments[place + 1 : place + 3], "", ""]
+    if before.endswith("=") and before != "=":
+        return f"{before} {word} has a space behind the =. Write {before}{word}."
+    parts = [word, *after[: 2 if after[0] == "=" else 1]]
+    value = parts[-1].removeprefix("=")
+    # what follows may be an argument of its own
+    if (word in names.keys or word in names.groups) and value and "=" not in value and not value.startswith("-"):
+        return f"{' '.join(parts)} has spaces in the place of one =. Write {word}={value}."
+    key, equals, begun = before.partition("=")
+    if equals and re.search(r"[\\/]|,$", begun):
+        return f"{word} has no value. If it belongs to the text before it, write \"{key}='{begun} {word}'\", with both kinds of quotes."
+    key, _, value = word.partition(":")
+    if value and (key in names.keys or key in names.groups):
+        return f"{word} has no =. Write {key}={value.strip()}."
+    groups = [
+        group for group, choices in names.groups.items() if word in choices and group not in ("sweep", "shrinkbench")
+    ]
+    meant_by = f" Did you mean {groups[0]}={word}?" if groups else " Write KEY=VALUE, such as sparsity=0.9."
+    return f"{word} has no value.{meant_by} python train.py --help lists what there is."
 
 
 def unreadable(override: str, reason: str) -> str:
@@ -64,11 +81,14 @@ def unreadable(override: str, reason: str) -> str:
         override: the argument.
         reason: what the grammar says.
     """
-    key, equals, value = override.partition("=")
-    if not equals:
-        return f"{override} has no value. Write KEY=VALUE, such as sparsity=0.9."
+    key, _, value = override.partition("=")
     if value.startswith("~"):
         return f"{override} cannot be read: behind = the shell does not replace ~. Write {key}=$HOME{value[1:]}."
+    if re.fullmatch(r"\([\d., ]*\)", value):
+        return f"{override}: a list has square brackets. Write {key}=[{value[1:-1].replace(' ', '')}]."
+    if joined := re.split(r"[,;] ?(?=[\w.@/]+=)", override)[1:]:
+        apart = " ".join([override[: override.index(joined[0])].rstrip(",; "), *joined])
+        return f"{override} is several choices in one. Write {apart}, with a space between them."
     if re.fullmatch(r"[a-z_]+\(.*\)", value):
         return (
             f"{override}: a value with parentheses needs quotes of its own inside those of the shell. "
@@ -122,7 +142,8 @@ def _meant_choice(group: str, choice: str, options: Sequence[str]) -> str:
 
 def _reason(error: OverrideParseException) -> str:
     lines = [line for line in str(error.message).splitlines() if line.strip() and "hydra.cc" not in line]
-    return lines[-1].strip() if lines else "it is not in Hydra's grammar"
+    # without the names of the grammar's own symbols
+    return lines[-1].strip().partition(" expecting ")[0] if lines else "it is not in Hydra's grammar"
 
 
 def _not_made(error: InstantiationException) -> str:
@@ -153,20 +174,20 @@ def unknown_key(key: str, value: str, names: Names) -> str:
         names: the known names.
     """
     name = key.partition("@")[0]
-    group = name.partition(".")[0]
-    if choices := names.elsewhere.get(name):
-        there = ", ".join(f"{group}={choice}" for choice in choices)
-        return f"{key} is not a key of the {group} that the run has. It is one of {there}: choose one of these, or leave it out."
-    if name.rpartition(".")[0] in names.empty:
-        parent, _, leaf = name.rpartition(".")
+    parent, _, leaf = name.rpartition(".")
+    beside = [other for other in names.keys if parent and other.rpartition(".")[0] == parent]
+    choices = names.elsewhere.get(name, ())
+    if choices and close(leaf, [other.rpartition(".")[2] for other in beside]) is None:
+        there = ", ".join(f"{parent}={choice}" for choice in choices)
+        return f"{key} is not a key of the {parent} that the run has. It is one of {there}: choose one of these, or leave it out."
+    if parent in names.empty:
         return f"{key} is not a key, as {parent} has no value yet. Write '{parent}={{{leaf}: {value or 'VALUE'}}}'."
-    if (found := nearest_key(key.partition("@")[0], names)) is not None:
+    if (found := nearest_key(name, names)) is not None:
         return f"{key} is not a key. Did you mean {found}{f'={value}' if value else ''}?"
-    parent = key.rpartition(".")[0]
-    beside = [name for name in names.keys if name.rpartition(".")[0] == parent]
-    if parent and beside:
-        return f"{key} is not a key. Keys of {parent}: {', '.join(name.rpartition('.')[2] for name in beside)}."
-    return f"{key} is not a key. Keys: {', '.join(sorted({*beside, *names.groups}))}; python train.py --help says more."
+    if beside:
+        return f"{key} is not a key. Keys of {parent}: {', '.join(other.rpartition('.')[2] for other in beside)}."
+    roots = [other for other in names.keys if not parent and "." not in other]
+    return f"{key} is not a key. Keys: {', '.join(sorted({*roots, *names.groups}))}; python train.py --help says more."
 
 
 def _without_plus(match: re.Match[str], names: Names, arguments: Sequence[str]) -> str:
@@ -185,9 +206,7 @@ def _several(match: re.Match[str], names: Names, arguments: Sequence[str]) -> st
         )
     number = "" if key.endswith("seed") or not re.fullmatch(r"-?\d+,\d+", values) else values.replace(",", ".")
     decimal = f" If it is one number, write {key}={number}." if number else ""
-    return (
-        f"{said}{decimal} Write python train.py -m {match[1]} for a run with each, or {key}=[{values}] for a list."
-    )
+    return f"{said}{decimal} Write python train.py -m {match[1]} for a run with each, or {key}=[{values}] for a list."
 
 
 def _no_choice(match: re.Match[str], names: Names, arguments: Sequence[str]) -> str:

@@ -14,9 +14,11 @@ from omegaconf import OmegaConf
 
 ELSEWHERE = {
     "batch": "data.batch_size",
+    "cuda": "trainer.accelerator",
     "dataset": "data",
     "device": "trainer.devices",
     "epochs": "trainer.max_epochs",
+    "gpu": "trainer.accelerator",
     "gpus": "trainer.devices",
     "learning_rate": "optim.lr",
     "load_from": "ckpt_path",
@@ -95,7 +97,7 @@ def _keys_of_choices(conf: Path) -> dict[str, list[str]]:
         group = path.parent.name
         # files of these groups have keys of the root and of other groups
         if group not in ("experiment", "sweep", "shrinkbench"):
-            for key in OmegaConf.load(path):
+            for key in map(str, OmegaConf.load(path)):
                 found.setdefault(f"{group}.{key}", []).append(path.stem)
     return found
 
@@ -129,10 +131,13 @@ def nearest_key(key: str, names: Names) -> str | None:
     leaves: dict[str, str] = {}
     for name in names.keys:
         leaves.setdefault(name.rpartition(".")[2], name)
-    if not parent and (other := next((name for name in names.elsewhere if name.rpartition(".")[2] == leaf), None)):
-        leaves.setdefault(leaf, other)
+    if (small := key.lower()) != key and (small in names.keys or small in names.groups):
+        return small
     # the very name in another group is meant more likely than a name that is only like it
     if found := leaves.get(leaf):
+        return found
+    other = (name for name in names.elsewhere if name.rpartition(".")[2] == leaf)
+    if not parent and (found := ELSEWHERE.get(leaf) or next(other, None)):
         return found
     if found := close(leaf, beside):
         return f"{parent}.{found}" if parent else found

@@ -36,7 +36,10 @@ REFUSED_EARLY: Mapping[str, Callable[..., Any]] = {
     "sparse_callbacks.tasks.models.torchvision_classifier": refuse_torchvision,
 }
 """By the `_target_` of a model the function that refuses values of its group, each an argument of it."""
-LIBRARY_MODELS = ("sparse_callbacks.tasks.models.timm_classifier", "sparse_callbacks.tasks.models.torchvision_classifier")
+LIBRARY_MODELS = (
+    "sparse_callbacks.tasks.models.timm_classifier",
+    "sparse_callbacks.tasks.models.torchvision_classifier",
+)
 """The `_target_` of models that may begin with trained weights."""
 
 

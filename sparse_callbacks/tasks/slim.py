@@ -1,5 +1,6 @@
 """The option `slim=true`, which makes the trained network smaller, and `onnx=true`, which exports it."""
 
+import logging
 from collections import OrderedDict
 from dataclasses import replace
 from itertools import islice
@@ -94,6 +95,8 @@ def exported(small: nn.Module, data: pl.LightningDataModule, folder: Path) -> di
     Returns:
         slim/onnx_difference, the largest difference of the outputs, relative.
     """
+    for library in ("onnx_ir", "onnxscript"):  # they would tell of every step of theirs
+        logging.getLogger(library).setLevel(logging.WARNING)
     images, _ = next(iter(data.test_dataloader()))
     found = export_onnx(copied(small).cpu(), folder / ONNX_FILE, images[:BATCH].cpu())
     return {"slim/onnx_difference": found.relative}

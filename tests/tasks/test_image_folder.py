@@ -357,7 +357,10 @@ def without_a_range(folder: Path) -> None:
         (broken, r"^\S+/green/001.jpg cannot be read as an image \(UnidentifiedImageError: .*Remove or replace"),
         (empty_files, r"^\S+/blue/\d+.png, \S+, \S+, \S+, \S+ and 5 more cannot be read as images"),
         (cut_off, r"red/002.png, \S+/red/003.jpg cannot be read as images \(\w+: .*Remove or replace what is broken"),
-        (without_a_range, r"red/100.tiff cannot be read as an image \(ValueError: its pixels are of mode F, 32 bits without"),
+        (
+            without_a_range,
+            r"red/100.tiff cannot be read as an image \(ValueError: its pixels are of mode F, 32 bits without",
+        ),
     ],
 )
 def test_a_folder_that_cannot_be_trained_on(make: Callable[[Path], None], sentence: str, tmp_path: Path) -> None:

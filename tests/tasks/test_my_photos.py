@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 from conftest import ROOT
+from PIL import Image
 from support.pictures import COLORS, draw
 
 from sparse_callbacks.tasks.data.image_files import read_image

@@ -57,7 +57,7 @@ def test_a_file_that_is_gone_and_a_download_are_not_asked_for(
         assert metrics.pop("epochs") == 2
         del metrics["seconds"]
     assert found[0] == found[1]
-    with pytest.raises(FileNotFoundError, match="weights.pth is not there"):
+    with pytest.raises(FileNotFoundError, match=r"weights\.pth is not there"):
         train(composed(*command, weights, f"output_dir={tmp_path / 'new'}"))
 
 

@@ -136,7 +136,9 @@ def _images(folder: Path, classes: Sequence[str]) -> Files:
         others.update(path.suffix for path in files if not has_file_allowed_extension(path.name, KINDS))
     if found and others:
         kinds = ", ".join(f"{count} {kind or 'without an ending'}" for kind, count in others.most_common(_SHOWN))
-        rank_zero_info(f"{folder}: files that do not end as images do are left out: {kinds}. Convert those that are photos.")
+        rank_zero_info(
+            f"{folder}: files that do not end as images do are left out: {kinds}. Convert those that are photos."
+        )
     return found
 
 
@@ -191,7 +193,13 @@ def _split(images: Files, shares: Mapping[str, float], classes: Sequence[str], f
         )
     for part, share in shares.items():
         remaining, chosen = drawn_part(
-            remaining, labels, share, f"data.{part}_fraction", str(folder), SPLIT_SEED, f"put images into a folder {folder / part}"
+            remaining,
+            labels,
+            share,
+            f"data.{part}_fraction",
+            str(folder),
+            SPLIT_SEED,
+            f"put images into a folder {folder / part}",
         )
         parts[part] = [images[index] for index in np.sort(chosen)]
     return {"train": [images[index] for index in np.sort(remaining)], **parts}
