@@ -2,6 +2,7 @@
 
 import dis
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -87,6 +88,11 @@ def refusal(error: Exception, conf: Path, arguments: Sequence[str]) -> str | Non
         return composition_errors.sentence(error, conf, arguments)
     if isinstance(error, YAMLError):
         return f"A file of the configuration cannot be read: {error}"
+    if several := re.match(r"You provided multiple `(\w+?)_dataloader`", str(error)):
+        return (
+            f"The data module has several {several[1]} loaders, and a run has one {several[1]}/acc. Return one loader, such as that of a "
+            "torch.utils.data.ConcatDataset."
+        )
     if isinstance(error, REFUSALS.get(module.partition(".")[0], ())):
         return str(error)
     return None

@@ -162,6 +162,11 @@ def describe(data: Any, given: Mapping[str, Any]) -> tuple[tuple[int, ...], int]
 
 def _first_shape(data: Any) -> tuple[int, ...]:
     batch = next(iter(data.train_dataloader()), None)
+    if batch is None:
+        raise ValueError(
+            f"{type(data).__name__} has no training batch: its train_dataloader gives nothing. Look at its data set, its sampler and "
+            "drop_last."
+        )
     if not (isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
         raise ValueError(
             f"A training batch of {type(data).__name__} is a {type(batch).__name__} and not (inputs, labels), two tensors, as the "
