@@ -176,6 +176,11 @@ def unknown_key(key: str, value: str, names: Names) -> str:
     name = key.partition("@")[0]
     parent, _, leaf = name.rpartition(".")
     beside = [other for other in names.keys if parent and other.rpartition(".")[0] == parent]
+    # of a data module of somebody's own, or of timm's networks, whose arguments no file lists
+    options = f"{parent}.options"
+    if options in names.keys and close(leaf, [other.rpartition(".")[2] for other in beside]) is None:
+        written = f"'{options}={{{leaf}: {value or 'VALUE'}}}'"
+        return f"{key} is not a key. If it is an argument of what the {parent} is made of, write {written}."
     choices = names.elsewhere.get(name, ())
     if choices and close(leaf, [other.rpartition(".")[2] for other in beside]) is None:
         there = ", ".join(f"{parent}={choice}" for choice in choices)
