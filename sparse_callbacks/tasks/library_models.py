@@ -1,5 +1,6 @@
 """Classifiers of torchvision and timm, untrained, or with the weights of their library or of a file."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -90,7 +91,7 @@ def timm_classifier(
         _begin_with_file(model, weights, partial(make, num_classes + 1), name)
     elif read and pretrained:
         # timm knows the weights of other origins that it has to rename
-        model = with_download(name, partial(make, num_classes, pretrained=True))
+        model = with_download(name, partial(make, num_classes, pretrained=True), _timms_place(name))
     else:
         model = make(num_classes)
     check_fits(model, name, input_shape)
@@ -139,12 +140,19 @@ def _begin_with_file(model: nn.Module, weights: str, other_classes: Callable[[],
         rank_zero_info(f"{source}: {', '.join(new)} begin anew, as the trained classifier is for other classes.")
 
 
-def with_download(name: str, make: Callable[[], Any]) -> Any:
+def with_download(name: str, make: Callable[[], Any], place: str) -> Any:
     """What a function makes that may download weights.
+
+    Args:
+        name: the name of the network.
+        make: the function.
+        place: the address of the weights.
 
     Raises:
         ValueError: it has failed, most likely without a connection.
     """
+    # it would tell of ten tries
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         return make()
     except ValueError:
@@ -152,8 +160,14 @@ def with_download(name: str, make: Callable[[], Any]) -> Any:
     except Exception as error:  # libraries of the web raise errors of many kinds
         raise ValueError(
             f"model.pretrained=true: the weights of {name} cannot be downloaded ({type(error).__name__}: {first_line(error)}). "
-            "Give model.weights=FILE where you have them, or try again with a connection."
+            f"Fetch them from {place} where there is a connection, and give model.weights=FILE."
         ) from error
+
+
+def _timms_place(name: str) -> str:
+    """The address of timm's weights."""
+    described = extra("timm", "timm").models.get_pretrained_cfg(name)
+    return f"https://huggingface.co/{described.hf_hub_id}" if described.hf_hub_id else str(described.url)
 
 
 def _downloaded(name: str) -> dict[str, Tensor]:
@@ -161,7 +175,9 @@ def _downloaded(name: str) -> dict[str, Tensor]:
     from torchvision import models
 
     options = {"aux_logits": False} if name in WITH_AUXILIARY_HEADS else {}
-    model: nn.Module = with_download(name, partial(models.get_model, name, weights="DEFAULT", **options))
+    model: nn.Module = with_download(
+        name, partial(models.get_model, name, weights="DEFAULT", **options), models.get_model_weights(name).DEFAULT.url
+    )
     return model.state_dict()
 
 
