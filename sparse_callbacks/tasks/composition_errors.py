@@ -162,7 +162,16 @@ def _not_made(error: InstantiationException) -> str:
 def _unknown_key(match: re.Match[str], names: Names, arguments: Sequence[str]) -> str:
     key = match[1]
     typed = next((text for text in arguments if text.lstrip("+~").partition("=")[0] == key), key)
-    return unknown_key(key, typed.partition("=")[2], names)
+    value = typed.partition("=")[2]
+    swept = [
+        text for text in arguments if text.partition("=")[0] in (key.partition(".")[0], "experiment") and "," in text
+    ]
+    if key in names.elsewhere and swept and {"-m", "--multirun"} & set(arguments):
+        # Hydra first composes the configuration without what is swept
+        return (
+            f"{key} is a key of some choices alone. For a multirun over {swept[0]} write \"{key}=choice('{value}')\"."
+        )
+    return unknown_key(key, value, names)
 
 
 def unknown_key(key: str, value: str, names: Names) -> str:

@@ -256,21 +256,20 @@ def test_presets_run_beside_each_other(tmp_path: Path) -> None:
     """Shares of epochs in their configurations are read in the processes of joblib's too."""
     count = 400
     source = np.random.default_rng(0)
-    for folder in ("MNIST", "FashionMNIST"):
-        raw = tmp_path / folder / "raw"
-        raw.mkdir(parents=True)
-        for stem in ("train", "t10k"):
-            images, labels = source.integers(0, 256, (count, 28, 28), dtype=np.uint8), np.arange(count) % 10
-            for kind, magic, values in (("images-idx3", 0x803, images), ("labels-idx1", 0x801, labels)):
-                head = b"".join(number.to_bytes(4, "big") for number in (magic, *values.shape))
-                (raw / f"{stem}-{kind}-ubyte").write_bytes(head + values.astype(np.uint8).tobytes())
-    presets = ["l0_mlp_mnist", "rigl_lenet_300_100_mnist", "set_mlp_fashion_mnist"]
+    raw = tmp_path / "MNIST/raw"
+    raw.mkdir(parents=True)
+    for stem in ("train", "t10k"):
+        images, labels = source.integers(0, 256, (count, 28, 28), dtype=np.uint8), np.arange(count) % 10
+        for kind, magic, values in (("images-idx3", 0x803, images), ("labels-idx1", 0x801, labels)):
+            head = b"".join(number.to_bytes(4, "big") for number in (magic, *values.shape))
+            (raw / f"{stem}-{kind}-ubyte").write_bytes(head + values.astype(np.uint8).tobytes())
+    presets = ["l0_mlp_mnist", "rigl_lenet_300_100_mnist"]
     assert all("epochs:" in (ROOT / f"conf/experiment/{name}.yaml").read_text() for name in presets)
     overrides = [
         f"experiment={','.join(presets)}",
         "hydra/launcher=two_jobs",
-        f"data.root={tmp_path}",
-        "data.val_count=100",
+        f"data.root=choice('{tmp_path}')",
+        "data.val_count=choice(100)",
     ]
     short = [
         "trainer.max_epochs=3",
@@ -284,4 +283,4 @@ def test_presets_run_beside_each_other(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     metrics = [json.loads(path.read_text()) for path in sorted((tmp_path / "sweep").glob("*/metrics.json"))]
-    assert [found["steps"] for found in metrics] == [6, 6, 6]
+    assert [found["steps"] for found in metrics] == [6, 6]

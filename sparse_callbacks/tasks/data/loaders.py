@@ -1,6 +1,9 @@
 """Loaders whose order and augmentation derive from (seed, epoch, index).
 
 Nothing else is needed to make a batch again, so a run resumes exactly in the middle of an epoch.
+
+StatefulDataLoader of torchdata (0.11) is not used: it restores the order of the samples, but not the random numbers of an
+augmentation that torchvision draws, neither with workers nor without, and it refuses a state of another kind of workers.
 """
 
 import copy
