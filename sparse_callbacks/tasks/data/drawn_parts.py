@@ -1,12 +1,10 @@
 """Random parts of samples, in which every class has its share."""
 
 import math
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from sparse_callbacks.tasks.data.table_files import Array
 
 
 def drawn_part(
