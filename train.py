@@ -52,6 +52,7 @@ def run_folder(cfg: DictConfig) -> Path:
         folder = Path(HydraConfig.get().runtime.output_dir)
     else:
         folder = Path("outputs") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S-%f")
+    checks.refuse_file_as_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder.absolute()
 
@@ -75,7 +76,7 @@ def train(cfg: DictConfig, config_file: Path | None = None) -> dict[str, float]:
     """
     # the caller's configuration stays as it was, since several runs of a process may share it
     cfg = cfg.copy()
-    checks.take_numbers_as_names(cfg)
+    checks.take_paths_as_typed(cfg)
     folder = run_folder(cfg)
     cfg.output_dir = str(folder)
     # everything cheap that can be refused comes first, before data is read and loggers are started

@@ -184,6 +184,7 @@ def test_there_are_examples_and_commands() -> None:
         "slimming",
         "wandb",
         "writing_a_method",
+        "your_data",
     ]
     assert {page.stem for page in PAGES if commands(page)} >= {"README", "channels", "results"}
 

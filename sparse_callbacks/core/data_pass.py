@@ -21,6 +21,10 @@ RANDOM_DATA = (
 )
 
 
+class NoPassError(ValueError):
+    """There is no way to pass over the training data; an error of the data itself is not one."""
+
+
 def outputs(
     module: nn.Module,
     choose: Callable[[], tuple[Iterable[Any], int | None]],
@@ -97,13 +101,13 @@ def call(module: nn.Module, batch: Any) -> Any:
         if isinstance(batch, Sequence) and not isinstance(batch, str) and batch:
             return module(batch[0])  # by convention the inputs come first and the labels after them
     except Exception as error:  # whatever a forward pass raises on inputs that it is not made for
-        raise ValueError(
+        raise NoPassError(
             f"{type(module).__name__}.forward failed on a batch of the training data ({with_class(error)}"
             "). A pass over the data calls module(batch), module(batch[0]) or module(**batch), by the batch's "
             "type. Give forward=, a function of module and batch that returns the network's output, e.g. "
             "forward=lambda module, batch: module.net(batch[0])."
         ) from error
-    raise ValueError(
+    raise NoPassError(
         f"a batch of the training data is a {type(batch).__name__}, and there is no general way to put it through a "
         "network. Give forward=, a function of module and batch that returns the network's output."
     )
@@ -142,13 +146,13 @@ def in_order(
         return own()
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         kind = f"{type(loader).__name__}{' over an IterableDataset' if isinstance(loader, DataLoader) else ''}"
-        raise ValueError(
+        raise NoPassError(
             "a pass over the training data needs a torch DataLoader over a data set with indices, and this is a "
             f"{kind}. {advice}"
         )
     size = batch_size(loader)
     if loader.batch_sampler is not None and size is None:
-        raise ValueError(
+        raise NoPassError(
             f"{type(loader.batch_sampler).__name__} makes the batches and has no batch_size, so they cannot be made in "
             f"order. {advice}"
         )

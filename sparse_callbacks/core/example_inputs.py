@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparse_callbacks.core.data_pass import NoPassError
 from sparse_callbacks.core.error_text import with_class
 from sparse_callbacks.core.inspection import map_tensors, quiet, run, tensors_in
 
@@ -21,7 +22,8 @@ def example_inputs(model: nn.Module, batches: Generator[Any, None, None]) -> Any
         batches: passes over data that call the model, one batch at a time; closed at the end.
 
     Raises:
-        ValueError: neither gives any, or the forward does not take the ``example_input_array``.
+        ValueError: neither gives any, or the forward does not take the ``example_input_array``. What the data itself raises
+            goes through as it is.
     """
     example = getattr(model, "example_input_array", None)
     seen: list[Any] = [] if example is None else [example]
@@ -35,8 +37,8 @@ def example_inputs(model: nn.Module, batches: Generator[Any, None, None]) -> Any
         if not seen:
             # one batch is enough: the hook sees the inputs before the forward pass begins
             next(batches)
-    # raised by the data pass, such as where there is no train loader; its advice is for other callers and is left out
-    except ValueError as error:
+    # such as where there is no train loader; its advice is for other callers and is left out
+    except NoPassError as error:
         raise ValueError(
             "the model is looked at with one sample, and there is none: the module has no example_input_array, and "
             f"{str(error).partition('. ')[0]}. Set example_input_array to what its forward takes of one sample (or, in a "

@@ -54,7 +54,7 @@ class LoopHost:
         data_pass.check_fraction(fraction)
         given = self._data if loader is None else loader
         if given is None:
-            raise ValueError(
+            raise data_pass.NoPassError(
                 f"{self._name} runs the network on training data. Give sparsify(..., data=loader), the loader of the "
                 "training data."
             )

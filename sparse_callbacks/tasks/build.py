@@ -30,7 +30,7 @@ from sparse_callbacks.lightning.callback import SparsityCallback
 from sparse_callbacks.lightning.curvature_monitor import CurvatureMonitor
 from sparse_callbacks.lightning.resumed_file import refuse_other_parts
 from sparse_callbacks.lightning.sparsity_report import SparsityReport
-from sparse_callbacks.tasks import recorded_config, resolvers, run_names
+from sparse_callbacks.tasks import model_checks, recorded_config, resolvers, run_names
 from sparse_callbacks.tasks.classifier import Classifier, Optim
 from sparse_callbacks.tasks.data.given_module import describe
 from sparse_callbacks.tasks.given_arguments import group_values, refuse_unknown_arguments, refuse_wrong_arguments
@@ -149,9 +149,12 @@ def _method_of(group: Mapping[str, Any], sparsity: Any, curve: str | None) -> Sp
 
 
 def build_module(cfg: DictConfig, data: pl.LightningDataModule) -> Classifier:
-    """The network for the data's shape and classes, with its optimizer."""
+    """The network for the data's shape and classes, with its optimizer.
+
+    The checkpoint of a run that goes on holds its weights, so those that it began with are not read again.
+    """
     input_shape, num_classes = describe(data, group_values(cfg, "data"))
-    model = instantiate(cfg.model, input_shape=input_shape, num_classes=num_classes)
+    model = instantiate(cfg.model, input_shape=input_shape, num_classes=num_classes, **model_checks.of_resumed(cfg))
     return Classifier(model, num_classes, optim_of(cfg))
 
 
@@ -240,11 +243,12 @@ UNASKED = (
 
 
 def hide_lightning_notices() -> None:
-    """Keep Lightning's tips, its inventory of the machine, the news that a run has ended as it was asked to, and a warning of its
-    own use of a deprecated torch function, out of the terminal.
+    """Keep out of the terminal Lightning's tips, its inventory of the machine, the news that a run has ended as it was asked to,
+    a warning of its own use of a deprecated torch function, and one of small data, whose steps have their rows all the same.
     """
     # the one logger of all notices; filters are compared by identity, so the second run of a process adds nothing
     rank_zero.log.addFilter(_is_news)
+    warnings.filterwarnings("ignore", message=r"The number of training batches .* is smaller than the logging interval")
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
 
 

@@ -14,7 +14,7 @@ from sparse_callbacks.tasks.data.module import refuse_batch_size
 from sparse_callbacks.tasks.given_arguments import group_values, refuse_wrong_arguments
 from sparse_callbacks.tasks.initial_weights import refuse_missing
 from sparse_callbacks.tasks.known_names import close
-from sparse_callbacks.tasks.model_checks import REFUSED_EARLY
+from sparse_callbacks.tasks.model_checks import REFUSED_EARLY, of_resumed
 
 TESTED = ("last", "best")  # values of the root key `test`
 GROUPS = {"model": "model=mlp", "data": "data=digits", "optim": "optim=sgd", "trainer": "trainer=cpu"}
@@ -28,16 +28,30 @@ KEYS = (
 """Keys of the root that somebody reads."""
 
 
-PATHS = ("data.root", "data.path", "ckpt_path", "initial_weights", "output_dir", "dense_run")
+PATHS = ("data.root", "data.path", "model.weights", "ckpt_path", "initial_weights", "output_dir", "dense_run")
 """Keys of files and folders."""
 
 
-def take_numbers_as_names(cfg: DictConfig) -> None:
-    """Turn files and folders whose names are whole numbers, which Hydra reads as such (``data.root=2024``), into text."""
+def take_paths_as_typed(cfg: DictConfig) -> None:
+    """Turn files and folders whose names are whole numbers, which Hydra reads as such (``data.root=2024``), into text, and ~ into
+    the folder that it stands for, which shells leave as it is behind "=".
+    """
     for key in PATHS:
         value = OmegaConf.select(cfg, key)
         if isinstance(value, int) and not isinstance(value, bool):
             OmegaConf.update(cfg, key, str(value))
+        elif isinstance(value, str) and value.startswith("~"):
+            OmegaConf.update(cfg, key, str(Path(value).expanduser()))
+
+
+def refuse_file_as_folder(folder: Path) -> None:
+    """Refuse a folder of the run that is a file.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if folder.is_file():
+        raise ValueError(f"output_dir={folder} is a file. Give a folder, which is made where it is not there.")
 
 
 def check_seeds(cfg: DictConfig) -> None:
@@ -90,12 +104,18 @@ def check_choices(cfg: DictConfig) -> None:
     check_seeds(cfg)
     _refuse_wrong_counts(cfg)
     build.optim_of(cfg)
-    _refuse_wrong_group(cfg, "model", {"input_shape": (1,), "num_classes": 2})
+    read = of_resumed(cfg)
+    _refuse_wrong_group(cfg, "model", {"input_shape": (1,), "num_classes": 2, **read})
     if (refuse := REFUSED_EARLY.get(str(cfg.model.get("_target_")))) is not None:
-        refuse(**group_values(cfg, "model"))
+        refuse(**group_values(cfg, "model"), **read)
     _refuse_wrong_group(cfg, "data", {})
     refuse_batch_size(cfg.data.get("batch_size", 1))
     refuse_wrong_arguments("trainer", pl.Trainer, group_values(cfg, "trainer"))
+    for key, whole in (("max_epochs", "epochs"), ("max_steps", "optimizer steps")):
+        if cfg.trainer.get(key) == 0:
+            raise ValueError(
+                f"trainer.{key}=0 trains nothing. Give a number of {whole} of 1 or more, e.g. trainer.{key}=30."
+            )
     if cfg.trainer.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ValueError(
             f"trainer.accelerator={cfg.trainer.accelerator}, but torch sees no GPU. "

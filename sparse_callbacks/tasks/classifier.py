@@ -138,6 +138,46 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor | None:
     return torch.nn.utils.get_total_norm(gradients)
 
 
+def cross_entropy(logits: Tensor, labels: Tensor, first: bool) -> Tensor:
+    """The mean cross-entropy of a batch, a scalar.
+
+    Args:
+        logits: outputs of the network [batch, classes].
+        labels: numbers of the classes [batch].
+        first: whether the labels are looked at before they are used, as in the first batch of an epoch; in every one the host
+            would wait for a GPU. On a CPU the labels of later batches are looked at where torch fails on them.
+
+    Raises:
+        ValueError: labels that are not such numbers.
+    """
+    if first:
+        refuse_other_labels(labels, logits.shape[-1])
+    try:
+        return functional.cross_entropy(logits, labels)
+    except (IndexError, RuntimeError):
+        refuse_other_labels(labels, logits.shape[-1])
+        raise
+
+
+def refuse_other_labels(labels: Tensor, classes: int) -> None:
+    """Refuse labels that are not numbers of classes [batch].
+
+    Raises:
+        ValueError: another shape or type, or a number that is no class.
+    """
+    if labels.dim() != 1 or labels.dtype not in (torch.int64, torch.uint8):
+        raise ValueError(
+            f"The labels of a batch have shape {tuple(labels.shape)} and type {str(labels.dtype).removeprefix('torch.')}, and the "
+            f"classifier takes numbers of classes [batch] of type int64, from 0 to {classes - 1}. Convert them in the data module."
+        )
+    least, largest = labels.min().item(), labels.max().item()
+    if least < 0 or largest >= classes:
+        raise ValueError(
+            f"The labels of a batch go from {least:g} to {largest:g}, and {classes} classes have the numbers 0 to {classes - 1}. Number "
+            "them from 0, or give data.num_classes= how many there are."
+        )
+
+
 class Classifier(pl.LightningModule):
     """Trains a classifier by cross-entropy.
 
@@ -178,7 +218,7 @@ class Classifier(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         logits = self(images)
-        loss = functional.cross_entropy(logits, labels)
+        loss = cross_entropy(logits, labels, first=batch_idx == 0)
         metric = self._metric("train")
         metric.update(logits, labels)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(labels))
@@ -186,17 +226,17 @@ class Classifier(pl.LightningModule):
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate("val", batch)
+        self._evaluate("val", batch, batch_idx)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate("test", batch)
+        self._evaluate("test", batch, batch_idx)
 
-    def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
+    def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
         logits = self(images)
+        loss = cross_entropy(logits, labels, first=batch_idx == 0)
         metric = self._metric(stage)
         metric.update(logits, labels)
-        loss = functional.cross_entropy(logits, labels)
         self.log(f"{stage}/loss", loss, batch_size=len(labels), sync_dist=True)
         self.log(f"{stage}/acc", metric, prog_bar=True, batch_size=len(labels))
         if self.top_accuracy:

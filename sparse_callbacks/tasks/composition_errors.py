@@ -8,7 +8,8 @@ from hydra.errors import InstantiationException, MissingConfigException, Overrid
 from omegaconf.errors import OmegaConfBaseException
 
 from sparse_callbacks.core.error_text import first_line
-from sparse_callbacks.tasks.known_names import Names, known_names, meant, nearest_key
+from sparse_callbacks.tasks.known_names import Names, close, known_names, meant, nearest_key
+from sparse_callbacks.tasks.library_names import libraries_of
 
 
 def sentence(error: Exception, conf: Path, arguments: Sequence[str]) -> str:
@@ -22,6 +23,12 @@ def sentence(error: Exception, conf: Path, arguments: Sequence[str]) -> str:
     if isinstance(error, InstantiationException):
         return _not_made(error)
     if isinstance(error, OverrideParseException):
+        names = known_names(conf, arguments)
+        if "=" not in error.override:
+            return without_value(error.override, arguments, names)
+        following = list(arguments)[list(arguments).index(error.override) + 1 :] if error.override in arguments else []
+        if error.override.endswith(",") and following and "=" not in following[0]:
+            return without_value(following[0], arguments, names)
         return unreadable(error.override, _reason(error))
     if isinstance(error, MissingConfigException) and error.options:
         return unknown_choice(str(error.missing_cfg_file), error.options, arguments)
@@ -36,6 +43,37 @@ def sentence(error: Exception, conf: Path, arguments: Sequence[str]) -> str:
     return f"{text.strip().splitlines()[0] if text.strip() else 'The configuration cannot be composed'}{beside}"
 
 
+def without_value(word: str, arguments: Sequence[str], names: Names) -> str:
+    """The sentence about an argument without a value, such as those of `method rigl`, `method = rigl` and `method= rigl`.
+
+    Args:
+        word: the argument.
+        arguments: the arguments of the command line.
+        names: the known names.
+    """
+    place = list(arguments).index(word) if word in arguments else len(arguments)
+    before = arguments[place - 1] if 0 < place < len(arguments) else ""
+    after = [*arguments[place + 1 : place + 3], "", ""]
+    if before.endswith("=") and before != "=":
+        return f"{before} {word} has a space behind the =. Write {before}{word}."
+    parts = [word, *after[: 2 if after[0] == "=" else 1]]
+    value = parts[-1].removeprefix("=")
+    # what follows may be an argument of its own
+    if (word in names.keys or word in names.groups) and value and "=" not in value and not value.startswith("-"):
+        return f"{' '.join(parts)} has spaces in the place of one =. Write {word}={value}."
+    key, equals, begun = before.partition("=")
+    if equals and re.search(r"[\\/]|,$", begun):
+        return f"{word} has no value. If it belongs to the text before it, write \"{key}='{begun} {word}'\", with both kinds of quotes."
+    key, _, value = word.partition(":")
+    if value and (key in names.keys or key in names.groups):
+        return f"{word} has no =. Write {key}={value.strip()}."
+    groups = [
+        group for group, choices in names.groups.items() if word in choices and group not in ("sweep", "shrinkbench")
+    ]
+    meant_by = f" Did you mean {groups[0]}={word}?" if groups else " Write KEY=VALUE, such as sparsity=0.9."
+    return f"{word} has no value.{meant_by} python train.py --help lists what there is."
+
+
 def unreadable(override: str, reason: str) -> str:
     """The sentence about an argument that is not in Hydra's grammar.
 
@@ -43,9 +81,14 @@ def unreadable(override: str, reason: str) -> str:
         override: the argument.
         reason: what the grammar says.
     """
-    key, equals, value = override.partition("=")
-    if not equals:
-        return f"{override} has no value. Write KEY=VALUE, such as sparsity=0.9."
+    key, _, value = override.partition("=")
+    if value.startswith("~"):
+        return f"{override} cannot be read: behind = the shell does not replace ~. Write {key}=$HOME{value[1:]}."
+    if re.fullmatch(r"\([\d., ]*\)", value):
+        return f"{override}: a list has square brackets. Write {key}=[{value[1:-1].replace(' ', '')}]."
+    if joined := re.split(r"[,;] ?(?=[\w.@/]+=)", override)[1:]:
+        apart = " ".join([override[: override.index(joined[0])].rstrip(",; "), *joined])
+        return f"{override} is several choices in one. Write {apart}, with a space between them."
     if re.fullmatch(r"[a-z_]+\(.*\)", value):
         return (
             f"{override}: a value with parentheses needs quotes of its own inside those of the shell. "
@@ -69,14 +112,38 @@ def unknown_choice(path: str, options: Sequence[str], arguments: Sequence[str]) 
         arguments: the arguments of the command line.
     """
     group, _, choice = path.rpartition("/")
-    typed = [text for text in arguments if text.partition("=")[0].split("@")[0] == group and choice in text]
-    named = typed[0] if len(typed) == 1 and "," not in typed[0] else f"{group}={choice}"
-    return f"{named} is not known.{meant(choice, options)} Choices of {group}: {', '.join(options)}."
+    named = f"{group}={choice}"
+    # a choice may be a path itself, of which Hydra takes the folders for the group
+    if typed := [text for text in arguments if _asked_for(text) == path]:
+        named = typed[0]
+        key, _, choice = named.partition("=")
+        group = key.partition("@")[0]
+    return f"{named} is not known.{_meant_choice(group, choice, options)} Choices of {group}: {', '.join(options)}."
+
+
+def _asked_for(text: str) -> str:
+    """The path of the configuration that an argument chooses, with its group."""
+    key, _, choice = text.partition("=")
+    return f"{key.partition('@')[0]}/{choice}"
+
+
+def _meant_choice(group: str, choice: str, options: Sequence[str]) -> str:
+    """What somebody has meant by a choice: a network of a library, images or a table of their own, or a choice like it."""
+    if group == "data" and Path(choice).exists():
+        own = "image_folder data.root" if Path(choice).is_dir() else "tabular data.path"
+        return f" Did you mean data={own}={choice}?"
+    if group == "model" and (libraries := libraries_of(choice)):
+        written = " or ".join(f"model={library} model.name={choice}" for library in libraries)
+        return f" Did you mean {written}?"
+    if group == "logger" and choice in ("none", "off", "no"):
+        return " For none write logger=[]."
+    return meant(choice, options)
 
 
 def _reason(error: OverrideParseException) -> str:
     lines = [line for line in str(error.message).splitlines() if line.strip() and "hydra.cc" not in line]
-    return lines[-1].strip() if lines else "it is not in Hydra's grammar"
+    # without the names of the grammar's own symbols
+    return lines[-1].strip().partition(" expecting ")[0] if lines else "it is not in Hydra's grammar"
 
 
 def _not_made(error: InstantiationException) -> str:
@@ -95,7 +162,16 @@ def _not_made(error: InstantiationException) -> str:
 def _unknown_key(match: re.Match[str], names: Names, arguments: Sequence[str]) -> str:
     key = match[1]
     typed = next((text for text in arguments if text.lstrip("+~").partition("=")[0] == key), key)
-    return unknown_key(key, typed.partition("=")[2], names)
+    value = typed.partition("=")[2]
+    swept = [
+        text for text in arguments if text.partition("=")[0] in (key.partition(".")[0], "experiment") and "," in text
+    ]
+    if key in names.elsewhere and swept and {"-m", "--multirun"} & set(arguments):
+        # Hydra first composes the configuration without what is swept
+        return (
+            f"{key} is a key of some choices alone. For a multirun over {swept[0]} write \"{key}=choice('{value}')\"."
+        )
+    return unknown_key(key, value, names)
 
 
 def unknown_key(key: str, value: str, names: Names) -> str:
@@ -106,13 +182,26 @@ def unknown_key(key: str, value: str, names: Names) -> str:
         value: the value that it was given, as it was typed; empty for a key that is to be deleted.
         names: the known names.
     """
-    if (found := nearest_key(key.partition("@")[0], names)) is not None:
+    name = key.partition("@")[0]
+    parent, _, leaf = name.rpartition(".")
+    beside = [other for other in names.keys if parent and other.rpartition(".")[0] == parent]
+    # of a data module of somebody's own, or of timm's networks, whose arguments no file lists
+    options = f"{parent}.options"
+    if options in names.keys and close(leaf, [other.rpartition(".")[2] for other in beside]) is None:
+        written = f"'{options}={{{leaf}: {value or 'VALUE'}}}'"
+        return f"{key} is not a key. If it is an argument of what the {parent} is made of, write {written}."
+    choices = names.elsewhere.get(name, ())
+    if choices and close(leaf, [other.rpartition(".")[2] for other in beside]) is None:
+        there = ", ".join(f"{parent}={choice}" for choice in choices)
+        return f"{key} is not a key of the {parent} that the run has. It is one of {there}: choose one of these, or leave it out."
+    if parent in names.empty:
+        return f"{key} is not a key, as {parent} has no value yet. Write '{parent}={{{leaf}: {value or 'VALUE'}}}'."
+    if (found := nearest_key(name, names)) is not None:
         return f"{key} is not a key. Did you mean {found}{f'={value}' if value else ''}?"
-    parent = key.rpartition(".")[0]
-    beside = [name for name in names.keys if name.rpartition(".")[0] == parent]
-    if parent and beside:
-        return f"{key} is not a key. Keys of {parent}: {', '.join(name.rpartition('.')[2] for name in beside)}."
-    return f"{key} is not a key. Keys: {', '.join(sorted({*beside, *names.groups}))}; python train.py --help says more."
+    if beside:
+        return f"{key} is not a key. Keys of {parent}: {', '.join(other.rpartition('.')[2] for other in beside)}."
+    roots = [other for other in names.keys if not parent and "." not in other]
+    return f"{key} is not a key. Keys: {', '.join(sorted({*roots, *names.groups}))}; python train.py --help says more."
 
 
 def _without_plus(match: re.Match[str], names: Names, arguments: Sequence[str]) -> str:
@@ -123,10 +212,15 @@ def _without_plus(match: re.Match[str], names: Names, arguments: Sequence[str]) 
 
 def _several(match: re.Match[str], names: Names, arguments: Sequence[str]) -> str:
     key, _, values = match[1].partition("=")
-    return (
-        f"{match[1]} is several values, and one run takes one. Write python train.py -m {match[1]} for a run with each, or "
-        f"{key}=[{values}] for a list."
-    )
+    said = f"{match[1]} is several values, and one run takes one."
+    if re.search(r"[\\/ ]", values):
+        return (
+            f"{said} For one text with a comma in it write \"{key}='{values}'\", with both kinds of quotes; for a run with each, "
+            f"python train.py -m and the texts in quotes of their own."
+        )
+    number = "" if key.endswith("seed") or not re.fullmatch(r"-?\d+,\d+", values) else values.replace(",", ".")
+    decimal = f" If it is one number, write {key}={number}." if number else ""
+    return f"{said}{decimal} Write python train.py -m {match[1]} for a run with each, or {key}=[{values}] for a list."
 
 
 def _no_choice(match: re.Match[str], names: Names, arguments: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ from torch import nn
 
 from sparse_callbacks.core.selection import select
 from sparse_callbacks.lightning.callback import SparsityCallback
+from sparse_callbacks.tasks.model_checks import without_weights
 
 IMAGES = {"mnist": (1, 28, 28), "fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32), None: (1, 8, 8)}
 """Shape of a sample by `data.name`; the digits have no such key."""
@@ -41,7 +42,7 @@ def _network_on_meta(cfg: DictConfig) -> nn.Module | None:
     shape = FEATURES if ".tabular." in targets[1] else IMAGES.get(cfg.data.get("name"))
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            network = instantiate(cfg.model, input_shape=shape, num_classes=10)
+            network = instantiate(cfg.model, input_shape=shape, num_classes=10, **without_weights(cfg))
     except Exception:  # it does not fit the data, which is refused in the words of the data
         return None
     # as the module of the run holds it

@@ -1,6 +1,7 @@
 """Values of the configuration compared with the arguments of what they are for, before it is called."""
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -65,4 +66,7 @@ def refuse_wrong_arguments(
     try:
         refuse_other_types(init, first, {**plain, **supplied})
     except TypeError as error:
-        raise TypeError(f"{group}.{error}".replace("or None.", "or null.")) from None
+        # as the command line writes it
+        said = f"{group}.{error}".replace("or None.", "or null.").replace("True or False", "true or false")
+        whole = re.match(r"\S+=(-?\d+)\.0 .*Give a whole number", said)
+        raise TypeError(f"{said} Write {whole[1]}." if whole else said) from None

@@ -4,7 +4,7 @@ import difflib
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from omegaconf import OmegaConf
 
 ELSEWHERE = {
     "batch": "data.batch_size",
+    "cuda": "trainer.accelerator",
     "dataset": "data",
     "device": "trainer.devices",
     "epochs": "trainer.max_epochs",
+    "gpu": "trainer.accelerator",
     "gpus": "trainer.devices",
     "learning_rate": "optim.lr",
     "load_from": "ckpt_path",
@@ -36,10 +38,14 @@ class Names:
     Args:
         keys: the keys, with dots, that the chosen groups have.
         groups: the choices of each group.
+        empty: those of the keys whose value is null.
+        elsewhere: by key, with dots, the choices of its group that have it.
     """
 
     keys: Sequence[str]
     groups: Mapping[str, Sequence[str]]
+    empty: Sequence[str] = ()
+    elsewhere: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 @functools.cache
@@ -58,15 +64,16 @@ def known_names(conf: Path, arguments: Sequence[str]) -> Names:
     """
     folders = [value for flag, value in itertools.pairwise(arguments) if flag in ("--config-dir", "-cd")]
     folders += [value.partition("=")[2] for value in arguments if value.startswith("--config-dir=")]
-    groups, keys = _composed(conf, tuple(folders), tuple(text for text in arguments if "=" in text))
-    return Names(keys, groups)
+    groups, values = _composed(conf, tuple(folders), tuple(text for text in arguments if "=" in text))
+    empty = [key for key, value in values.items() if value is None]
+    return Names(list(values), groups, empty, _keys_of_choices(conf))
 
 
 @functools.cache  # composing takes a while, and a process has one command line
 def _composed(
     conf: Path, folders: tuple[str, ...], arguments: tuple[str, ...]
-) -> tuple[dict[str, list[str]], list[str]]:
-    """The choices of each group, and the keys with dots."""
+) -> tuple[dict[str, list[str]], dict[str, Any]]:
+    """The choices of each group, and the values by their keys with dots."""
     search = [f"hydra.searchpath=[{','.join(f'file://{Path(folder).absolute()}' for folder in folders)}]"]
     with initialize_config_dir(str(conf), version_base=None):
         loader = GlobalHydra.instance().config_loader()
@@ -78,13 +85,26 @@ def _composed(
                 cfg: Any = OmegaConf.to_container(compose("train", overrides=overrides), resolve=False)
             except Exception:
                 continue
-            return groups, list(_dotted(cfg))
-    return groups, []
+            return groups, dict(_dotted(cfg))
+    return groups, {}
 
 
-def _dotted(cfg: Mapping[str, Any], before: str = "") -> Iterator[str]:
+@functools.cache
+def _keys_of_choices(conf: Path) -> dict[str, list[str]]:
+    """By key, with dots, the choices of its group whose files have it."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(conf.glob("*/*.yaml")):
+        group = path.parent.name
+        # files of these groups have keys of the root and of other groups
+        if group not in ("experiment", "sweep", "shrinkbench"):
+            for key in map(str, OmegaConf.load(path)):
+                found.setdefault(f"{group}.{key}", []).append(path.stem)
+    return found
+
+
+def _dotted(cfg: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in cfg.items():
-        yield f"{before}{key}"
+        yield f"{before}{key}", value
         if isinstance(value, Mapping):
             yield from _dotted(value, f"{before}{key}.")
 
@@ -111,8 +131,13 @@ def nearest_key(key: str, names: Names) -> str | None:
     leaves: dict[str, str] = {}
     for name in names.keys:
         leaves.setdefault(name.rpartition(".")[2], name)
+    if (small := key.lower()) != key and (small in names.keys or small in names.groups):
+        return small
     # the very name in another group is meant more likely than a name that is only like it
     if found := leaves.get(leaf):
+        return found
+    other = (name for name in names.elsewhere if name.rpartition(".")[2] == leaf)
+    if not parent and (found := ELSEWHERE.get(leaf) or next(other, None)):
         return found
     if found := close(leaf, beside):
         return f"{parent}.{found}" if parent else found

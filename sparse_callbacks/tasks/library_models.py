@@ -1,6 +1,6 @@
 """Classifiers of torchvision and timm, untrained, or with the weights of their library or of a file."""
 
-import difflib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparse_callbacks.core.error_text import first_line
 from sparse_callbacks.core.inspection import extra
+from sparse_callbacks.tasks.library_names import refuse_unknown_timm, refuse_unknown_torchvision
 from sparse_callbacks.tasks.pretrained import put_weights, read_weights, refuse_missing_weights
 
 Shape = Sequence[int]
@@ -19,7 +20,12 @@ WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 
 
 def torchvision_classifier(
-    input_shape: Shape, num_classes: int, name: str = "resnet18", pretrained: bool = False, weights: str | None = None
+    input_shape: Shape,
+    num_classes: int,
+    name: str = "resnet18",
+    pretrained: bool = False,
+    weights: str | None = None,
+    read: bool = True,
 ) -> nn.Module:
     """Any classifier of torchvision, with a first convolution that takes the channels of the data.
 
@@ -30,6 +36,7 @@ def torchvision_classifier(
         pretrained: whether it begins with torchvision's best weights, which are downloaded; its classifier begins anew where
             these are for another number of classes.
         weights: a file of weights to begin with in place of a download.
+        read: whether the weights are downloaded or read; False where a checkpoint brings them.
 
     Raises:
         FileNotFoundError: the file of weights is not there.
@@ -37,13 +44,12 @@ def torchvision_classifier(
             cannot take.
     """
     refuse_unknown_torchvision(name)
-    refuse_missing_weights(weights)
     trained = pretrained or weights is not None
     make = partial(_torchvision, name, input_shape, trained)
     model = make(num_classes)
-    if weights is not None:
+    if read and weights is not None:
         _begin_with_file(model, weights, partial(make, num_classes + 1), name)
-    elif pretrained:
+    elif read and pretrained:
         put_weights(
             model, _downloaded(name), partial(make, num_classes + 1), "model.pretrained=true", f"model.name={name}"
         )
@@ -58,6 +64,7 @@ def timm_classifier(
     pretrained: bool = False,
     weights: str | None = None,
     options: Mapping[str, Any] | None = None,
+    read: bool = True,
 ) -> nn.Module:
     """Any classifier of timm.
 
@@ -69,6 +76,7 @@ def timm_classifier(
             another number of classes.
         weights: a file of weights, with timm's names, to begin with in place of a download.
         options: further arguments of `timm.create_model`, such as drop_path_rate.
+        read: whether the weights are downloaded or read; False where a checkpoint brings them.
 
     Raises:
         FileNotFoundError: the file of weights is not there.
@@ -76,15 +84,14 @@ def timm_classifier(
         ValueError: an unknown name, options that the network does not have, weights of another network or that cannot be
             downloaded, or images that the network cannot take.
     """
-    refuse_unknown_timm(name, pretrained and weights is None)
-    refuse_missing_weights(weights)
+    refuse_unknown_timm(name, read and pretrained and weights is None)
     make = partial(_timm, name, input_shape[0], options or {})
-    if weights is not None:
+    if read and weights is not None:
         model = make(num_classes)
         _begin_with_file(model, weights, partial(make, num_classes + 1), name)
-    elif pretrained:
+    elif read and pretrained:
         # timm knows the weights of other origins that it has to rename
-        model = with_download(name, partial(make, num_classes, pretrained=True))
+        model = with_download(name, partial(make, num_classes, pretrained=True), _timms_place(name))
     else:
         model = make(num_classes)
     check_fits(model, name, input_shape)
@@ -126,18 +133,26 @@ def _timm(
 
 
 def _begin_with_file(model: nn.Module, weights: str, other_classes: Callable[[], nn.Module], name: str) -> None:
+    refuse_missing_weights(weights)
     source = f"model.weights={weights}"
     new = put_weights(model, read_weights(Path(weights)), other_classes, source, f"model.name={name}")
     if new:
         rank_zero_info(f"{source}: {', '.join(new)} begin anew, as the trained classifier is for other classes.")
 
 
-def with_download(name: str, make: Callable[[], Any]) -> Any:
+def with_download(name: str, make: Callable[[], Any], place: str) -> Any:
     """What a function makes that may download weights.
+
+    Args:
+        name: the name of the network.
+        make: the function.
+        place: the address of the weights.
 
     Raises:
         ValueError: it has failed, most likely without a connection.
     """
+    # it would tell of ten tries
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         return make()
     except ValueError:
@@ -145,8 +160,14 @@ def with_download(name: str, make: Callable[[], Any]) -> Any:
     except Exception as error:  # libraries of the web raise errors of many kinds
         raise ValueError(
             f"model.pretrained=true: the weights of {name} cannot be downloaded ({type(error).__name__}: {first_line(error)}). "
-            "Give model.weights=FILE where you have them, or try again with a connection."
+            f"Fetch them from {place} where there is a connection, and give model.weights=FILE."
         ) from error
+
+
+def _timms_place(name: str) -> str:
+    """The address of timm's weights."""
+    described = extra("timm", "timm").models.get_pretrained_cfg(name)
+    return f"https://huggingface.co/{described.hf_hub_id}" if described.hf_hub_id else str(described.url)
 
 
 def _downloaded(name: str) -> dict[str, Tensor]:
@@ -154,11 +175,15 @@ def _downloaded(name: str) -> dict[str, Tensor]:
     from torchvision import models
 
     options = {"aux_logits": False} if name in WITH_AUXILIARY_HEADS else {}
-    model: nn.Module = with_download(name, partial(models.get_model, name, weights="DEFAULT", **options))
+    model: nn.Module = with_download(
+        name, partial(models.get_model, name, weights="DEFAULT", **options), models.get_model_weights(name).DEFAULT.url
+    )
     return model.state_dict()
 
 
-def refuse_torchvision(name: str = "resnet18", pretrained: bool = False, weights: str | None = None) -> None:
+def refuse_torchvision(
+    name: str = "resnet18", pretrained: bool = False, weights: str | None = None, read: bool = True
+) -> None:
     """Refuse what `torchvision_classifier` refuses whatever the data is.
 
     Raises:
@@ -166,6 +191,8 @@ def refuse_torchvision(name: str = "resnet18", pretrained: bool = False, weights
         ValueError: an unknown name, or weights of another network.
     """
     refuse_unknown_torchvision(name)
+    if not read:
+        return
     refuse_missing_weights(weights)
     # a vision transformer has weights for each place in images of the data's size
     if weights is not None and not name.startswith("vit_"):
@@ -177,6 +204,7 @@ def refuse_timm(
     pretrained: bool = False,
     weights: str | None = None,
     options: Mapping[str, Any] | None = None,
+    read: bool = True,
 ) -> None:
     """Refuse what `timm_classifier` refuses whatever the data is.
 
@@ -185,10 +213,10 @@ def refuse_timm(
         ImportError: timm (extra ``timm``) is missing.
         ValueError: an unknown name, options that the network does not have, or weights of another network.
     """
-    refuse_unknown_timm(name, pretrained and weights is None)
-    refuse_missing_weights(weights)
+    refuse_unknown_timm(name, read and pretrained and weights is None)
     make = partial(_timm, name, 3, options or {})
-    if weights is not None:
+    if read and weights is not None:
+        refuse_missing_weights(weights)
         _refuse_other_weights(weights, make, name)
     elif options:
         with torch.random.fork_rng(devices=[]):
@@ -200,54 +228,6 @@ def _refuse_other_weights(weights: str, make: Callable[[int], nn.Module], name: 
     with torch.random.fork_rng(devices=[]):
         model = make(2)
     put_weights(model, read_weights(Path(weights)), partial(make, 3), f"model.weights={weights}", f"model.name={name}")
-
-
-def refuse_unknown_torchvision(name: str) -> None:
-    """Refuse a name that torchvision does not have a classifier of.
-
-    Raises:
-        ValueError: the name is not known.
-    """
-    from torchvision import models
-
-    known = models.list_models(module=models)
-    if name not in known:
-        raise ValueError(
-            f"model.name={name!r} is not a torchvision classifier. Did you mean {_nearest(name, known)}? "
-            "torchvision.models.list_models(module=torchvision.models) lists all."
-        )
-
-
-def refuse_unknown_timm(name: str, pretrained: bool) -> None:
-    """Refuse a name that timm does not have a classifier or, with `pretrained`, weights of.
-
-    Raises:
-        ImportError: timm (extra ``timm``) is missing.
-        ValueError: the name or its tag is not known, or there are no weights.
-    """
-    timm = extra("timm", "timm")
-    architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        raise ValueError(
-            f"model.name={name!r} is not a timm model. Did you mean {_nearest(architecture, timm.list_models())}? "
-            "timm.list_models() lists all."
-        )
-    tagged = timm.list_pretrained(f"{architecture}.*")
-    tags = ", ".join(known.partition(".")[2] for known in tagged) or "none"
-    if tag and name not in tagged:
-        raise ValueError(
-            f"model.name={name!r}: {tag} does not name weights of {architecture}. Known: {tags}. Write {architecture} alone for the "
-            "first of them."
-        )
-    if pretrained and not timm.models.is_model_pretrained(name):
-        raise ValueError(
-            f"model.pretrained=true: timm has no weights of {name}. Leave pretrained out, give model.weights=FILE, or choose a model "
-            "of timm.list_pretrained()."
-        )
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    return ", ".join(difflib.get_close_matches(name, known, n=5, cutoff=0.4) or known[:5])
 
 
 def _take_channels(model: nn.Module, channels: int) -> None:

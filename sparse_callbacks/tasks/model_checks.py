@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from omegaconf import DictConfig
+
 from sparse_callbacks.tasks.library_models import refuse_timm, refuse_torchvision
 
 
@@ -34,3 +36,18 @@ REFUSED_EARLY: Mapping[str, Callable[..., Any]] = {
     "sparse_callbacks.tasks.models.torchvision_classifier": refuse_torchvision,
 }
 """By the `_target_` of a model the function that refuses values of its group, each an argument of it."""
+LIBRARY_MODELS = (
+    "sparse_callbacks.tasks.models.timm_classifier",
+    "sparse_callbacks.tasks.models.torchvision_classifier",
+)
+"""The `_target_` of models that may begin with trained weights."""
+
+
+def without_weights(cfg: DictConfig) -> dict[str, Any]:
+    """The argument that keeps the network of a configuration from reading trained weights; nothing where it cannot have any."""
+    return {"read": False} if str(cfg.model.get("_target_")) in LIBRARY_MODELS else {}
+
+
+def of_resumed(cfg: DictConfig) -> dict[str, Any]:
+    """`without_weights` for a run that goes on, as its checkpoint holds the weights; nothing for a run that begins."""
+    return {} if cfg.ckpt_path is None else without_weights(cfg)

@@ -2,12 +2,15 @@
 
 import dis
 import os
+import re
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -16,11 +19,13 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from sparse_callbacks.tasks import composition_errors, multirun
-from sparse_callbacks.tasks.known_names import root_names
+from sparse_callbacks.tasks.known_names import known_names, root_names
 
 FRAMES = "HYDRA_FULL_ERROR"
 PLAIN = "SPARSE_CALLBACKS_PLAIN_ERRORS"
 """Set beside FRAMES where the frames are wanted by `plain_errors`, and not by a person; child processes inherit both."""
+ONE_CHOICE = ("method", "schedule", "model", "data", "optim", "trainer")
+"""Groups of which a run has one choice; it may have several loggers."""
 SAID = "_sentence_of_the_refusal"
 _ARGUMENT_ERRORS = (ValueError, TypeError, ImportError, MisconfigurationException)
 REFUSALS: dict[str, tuple[type[Exception], ...]] = {
@@ -51,6 +56,8 @@ def plain_errors(conf: Path) -> Iterator[None]:
     os.environ.update({FRAMES: "1", PLAIN: "1"})
     try:
         _refuse_hyphens(arguments, conf)
+        _refuse_lists(arguments)
+        _refuse_flags_between(arguments)
         yield
     except Exception as error:
         text = refusal(error, conf, arguments)
@@ -81,6 +88,11 @@ def refusal(error: Exception, conf: Path, arguments: Sequence[str]) -> str | Non
         return composition_errors.sentence(error, conf, arguments)
     if isinstance(error, YAMLError):
         return f"A file of the configuration cannot be read: {error}"
+    if several := re.match(r"You provided multiple `(\w+?)_dataloader`", str(error)):
+        return (
+            f"The data module has several {several[1]} loaders, and a run has one {several[1]}/acc. Return one loader, such as that of a "
+            "torch.utils.data.ConcatDataset."
+        )
     if isinstance(error, REFUSALS.get(module.partition(".")[0], ())):
         return str(error)
     return None
@@ -118,11 +130,51 @@ def _raised_in(error: BaseException) -> str:
 
 
 def _refuse_hyphens(arguments: Sequence[str], conf: Path) -> None:
-    """Refuse `--sparsity=0.9` before the parser of the arguments prints its usage."""
+    """Refuse `--sparsity=0.9` and `--epochs 3` before the parser of the arguments prints its usage."""
     known = root_names(conf)
+    flags = get_args_parser()._option_string_actions  # argparse lists them nowhere else
     for place, argument in enumerate(arguments):
         name, equals, value = argument.lstrip("-").partition("=")
-        if argument.startswith("-") and name.partition(".")[0].partition("@")[0] in known:
-            # `--sparsity 0.9` has the value in the next argument
-            value = value if equals else "".join(arguments[place + 1 : place + 2]) or "VALUE"
-            raise ValueError(f"{argument} begins with hyphens, and choices have none. Write {name}={value}.")
+        is_key = name.partition(".")[0].partition("@")[0] in known
+        # a flag may be cut short
+        if not argument.startswith("-") or (
+            not is_key and any(flag.startswith(argument.partition("=")[0]) for flag in flags)
+        ):
+            continue
+        # `--sparsity 0.9` has the value in the next argument
+        value = value if equals else "".join(text for text in arguments[place + 1 : place + 2] if "=" not in text)
+        if is_key:
+            raise ValueError(f"{argument} begins with hyphens, and choices have none. Write {name}={value or 'VALUE'}.")
+        key = name.replace("-", "_")
+        found = composition_errors.unknown_key(key, value, known_names(conf, arguments))
+        raise ValueError(f"{argument} is not an option, and choices have no hyphens: {found}")
+
+
+def _refuse_lists(arguments: Sequence[str]) -> None:
+    """Refuse `method=[rigl,set]`, whose keys Hydra would mix."""
+    for argument in arguments:
+        group, _, value = argument.partition("=")
+        if group in ONE_CHOICE and value.startswith("[") and "," in value:
+            raise ValueError(
+                f"{argument} is several choices, and a run has one. Write python train.py -m {group}={value.strip('[]')} for a run "
+                "with each."
+            )
+
+
+def _refuse_flags_between(arguments: Sequence[str]) -> None:
+    """Refuse `seed=0 -m method=set,rigl`: the parser of the arguments wants all choices in one row, and would print its usage."""
+    flags = get_args_parser()._option_string_actions
+    places = [place for place, text in enumerate(arguments) if text.startswith("-") and text.partition("=")[0] in flags]
+    takes = {
+        place + 1
+        for place in places
+        if flags[arguments[place].partition("=")[0]].nargs != 0 and "=" not in arguments[place]
+    }
+    choices = [place for place in range(len(arguments)) if place not in places and place not in takes]
+    between = [place for place in places if choices and choices[0] < place < choices[-1]]
+    if between:
+        moved = [place for place in range(len(arguments)) if place in places or place in takes]
+        written = " ".join(map(shlex.quote, (arguments[place] for place in [*moved, *choices])))
+        raise ValueError(
+            f"{arguments[between[0]]} stands between choices. Write it before them: python train.py {written}"
+        )

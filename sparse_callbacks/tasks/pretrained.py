@@ -24,11 +24,13 @@ def refuse_missing_weights(weights: str | None) -> None:
     Raises:
         FileNotFoundError: the file is not there.
     """
-    if weights is not None and not Path(weights).is_file():
-        raise FileNotFoundError(
-            f"model.weights={weights} is not there (looked at {Path(weights).absolute()}). Give a file of weights of the model, "
-            ".safetensors, .pth, or a checkpoint of a run."
-        )
+    if weights is None or Path(weights).is_file():
+        return
+    reason = "is a folder" if Path(weights).is_dir() else f"is not there (looked at {Path(weights).absolute()})"
+    raise FileNotFoundError(
+        f"model.weights={weights} {reason}. Give a file of weights of the model, .safetensors, .pth, or a checkpoint of a run; "
+        "model.pretrained=true takes those of the library."
+    )
 
 
 def read_weights(path: Path) -> dict[str, Any]:

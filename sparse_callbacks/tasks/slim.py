@@ -1,5 +1,7 @@
 """The option `slim=true`, which makes the trained network smaller, and `onnx=true`, which exports it."""
 
+import logging
+from collections import OrderedDict
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -60,14 +62,14 @@ def slimmed(
         (slim/parameters_share, ...), slim/removed (channels), slim/difference (of the outputs, relative) and
         slim/test/acc.
     """
-    # after `test=best` they are those of that checkpoint, as the weights are
-    masks = {name.removeprefix("model."): mask for name, mask in method.masks.items()}
     images, _ = next(iter(data.test_dataloader()))
     sample = images[:BATCH].to(module.device)
-    small, proof = slim(module.model, masks, sample)
-    # the names that the plan and the final table have
-    rows = tuple(replace(row, name=f"model.{row.name}") for row in proof.rows)
-    proof = replace(proof, samples=len(sample), rows=rows)
+    # layers have the names of the plan and the final table, in the reasons too, where the network is `model` of something
+    named = nn.Sequential(OrderedDict(model=module.model))
+    # after `test=best` the masks are those of that checkpoint, as the weights are
+    slim_named, proof = slim(named, method.masks, sample)
+    small = slim_named.get_submodule("model")
+    proof = replace(proof, samples=len(sample))
     save_compact(small, folder / FILE)
     metrics = {
         "slim/removed": float(proof.removed),
@@ -93,6 +95,8 @@ def exported(small: nn.Module, data: pl.LightningDataModule, folder: Path) -> di
     Returns:
         slim/onnx_difference, the largest difference of the outputs, relative.
     """
+    for library in ("onnx_ir", "onnxscript"):  # they would tell of every step of theirs
+        logging.getLogger(library).setLevel(logging.WARNING)
     images, _ = next(iter(data.test_dataloader()))
     found = export_onnx(copied(small).cpu(), folder / ONNX_FILE, images[:BATCH].cpu())
     return {"slim/onnx_difference": found.relative}

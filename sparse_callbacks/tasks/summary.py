@@ -75,7 +75,9 @@ def summary_table(
         left: parameters, FLOPs and units of a network that loses units, which stand in the place of the sparsity; None where
             the sparsity says it.
     """
-    out = Table(title="dense run" if method is None else type(method).__name__, title_justify="left", show_header=False)
+    name = "dense run" if method is None else type(method).__name__
+    # the usual frame has a head of its own, which the first row would get
+    out = Table(title=name, title_justify="left", show_header=False, box=box.SQUARE)
     out.add_column(style="bold", overflow="fold")
     out.add_column(overflow="fold")
     labels = {

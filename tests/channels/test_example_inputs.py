@@ -80,6 +80,15 @@ def test_an_example_input_array_that_the_forward_does_not_take_is_named() -> Non
         example_inputs(model, batches(model, WARM))
 
 
+def test_an_error_of_the_data_is_that_of_the_data() -> None:
+    def broken() -> Generator[Any, None, None]:
+        raise ValueError("photo.jpg cannot be read as an image.")
+        yield
+
+    with pytest.raises(ValueError, match=r"^photo\.jpg cannot be read as an image\.$"):
+        example_inputs(Warm(), broken())
+
+
 @pytest.mark.parametrize(("network", "example"), [(Graph, GRAPH), (Warm, WARM)])
 def test_smcp_prunes_by_such_examples(network: type[nn.Module], example: Any) -> None:
     class Module(Classifier):

@@ -43,6 +43,26 @@ class WithoutTest(pl.LightningDataModule):
     def train_dataloader(self):
         return []
 
+class Labelled(Named):
+    # of another kind from the batch `late` on
+    def __init__(self, kind, late=0):
+        super().__init__()
+        self.kind, self.late = kind, late
+
+    def train_dataloader(self):
+        convert = {"from one": lambda y: y + 1, "numbers": lambda y: y.double(), "short": lambda y: y.int(),
+                   "one hot": lambda y: torch.nn.functional.one_hot(y, 6)}[self.kind]
+        batches = [(x, y if n < self.late else convert(y)) for n, (x, y) in enumerate(super().train_dataloader())]
+        return DataLoader(batches, batch_size=None)
+
+class Several(Named):
+    def val_dataloader(self):
+        return [super().val_dataloader(), super().val_dataloader()]
+
+class Empty(Named):
+    def train_dataloader(self):
+        return []
+
 class Words(Named):
     def train_dataloader(self):
         return [{"text": "a"}]
@@ -94,7 +114,7 @@ def test_shape_and_classes_are_found_without_a_trace() -> None:
         ),
         (
             {"module": "my_photos.Foto"},
-            r"my_photos has no class Foto. Data modules there: Photos, Named, WithoutTest, Words.",
+            r"my_photos has no class Foto. Data modules there: Photos, Named, WithoutTest, Labelled, Several, Empty, Words.",
         ),
         ({"module": "my_photos.torch"}, r"my_photos has no class torch."),
         ({"module": "torch.nn.Linear"}, r"torch.nn.Linear is not a pytorch_lightning.LightningDataModule. Derive it"),
@@ -131,6 +151,49 @@ def test_what_does_not_say_enough() -> None:
         ValueError, match=r"A training batch of Words is a dict and not \(inputs, labels\), two tensors"
     ):
         describe(given_module("my_photos.Words"), {})
+    with pytest.raises(ValueError, match=r"Empty has no training batch: its train_dataloader gives nothing"):
+        describe(given_module("my_photos.Empty"), {})
+
+
+@pytest.mark.parametrize("late", [0, 3])
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ("from one", "The labels of a batch go from"),
+        (
+            "numbers",
+            "The labels of a batch have shape (4,) and type float64, and the classifier takes numbers of classes",
+        ),
+        ("short", "The labels of a batch have shape (4,) and type int32, and the classifier takes"),
+        ("one hot", "The labels of a batch have shape (4, 6) and type int64, and the classifier takes"),
+    ],
+)
+def test_labels_of_another_kind_are_answered_by_a_sentence(
+    kind: str, late: int, sentence: str, composed: Callable[..., Any], tmp_path: Path
+) -> None:
+    printed = failed_run(
+        composed, tmp_path, "data.module=my_photos.Labelled", f"data.options={{kind: {kind}, late: {late}}}"
+    )
+    assert sentence in printed
+    if kind == "from one":
+        assert "to 6, and 6 classes have the numbers 0 to 5. Number them from 0, or give data.num_classes=" in printed
+
+
+def test_several_loaders_are_answered_by_a_sentence(composed: Callable[..., Any], tmp_path: Path) -> None:
+    printed = failed_run(composed, tmp_path, "data.module=my_photos.Several")
+    assert printed.startswith("The data module has several val loaders, and a run has one val/acc. Return one loader")
+
+
+def failed_run(composed: Callable[..., Any], folder: Path, *given: str) -> str:
+    """The sentence of a run that cannot go on."""
+    from train import train
+
+    quiet = ("logger=[]", "report=false", "trainer.enable_progress_bar=false", "method=none", "model.hidden=[4]")
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        train(composed("data=module", *given, *quiet, f"output_dir={folder / 'run'}"))
+    printed = plain_errors.refusal(caught.value, folder, [])
+    assert printed is not None
+    return printed
 
 
 def test_a_whole_run_that_is_slimmed(composed: Callable[..., Any], tmp_path: Path) -> None:

@@ -321,6 +321,17 @@ def empty_files(folder: Path) -> None:
             (folder / f"{color}/{number:03}.png").write_bytes(b"")
 
 
+def cut_off(folder: Path) -> None:
+    draw(folder, COUNTS)
+    for name in ("red/003.jpg", "red/002.png"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:-60])
+
+
+def without_a_range(folder: Path) -> None:
+    draw(folder, COUNTS)
+    Image.new("F", (4, 4)).save(folder / "red/100.tiff")
+
+
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
@@ -338,13 +349,18 @@ def empty_files(folder: Path) -> None:
         (a_small_class, r"class red has 2 images, too few to train, validate and test with: 3 are needed."),
         (
             few_images,
-            r"9 images cannot be split by class with data.val_fraction=0.1: .*Change the fraction, or put images into",
+            r"data.val_fraction=0.1 of 9 samples is 1, fewer than the 3 classes, .* Give data.val_fraction=0.34 or more, or put images",
         ),
         (another_class_validates, r"val has the folder cat, which \S+/train has not"),
         (nothing_tests, r"test has no images. Remove the folder"),
         (nothing_trains, r"pictures has val and test, and no train with folders of classes in it."),
-        (broken, r"^\S+/green/001.jpg cannot be opened as an image \(UnidentifiedImageError: .*Remove or replace"),
-        (empty_files, r"^\S+/blue/\d+.png, \S+, \S+, \S+, \S+ and 5 more cannot be opened as images"),
+        (broken, r"^\S+/green/001.jpg cannot be read as an image \(UnidentifiedImageError: .*Remove or replace"),
+        (empty_files, r"^\S+/blue/\d+.png, \S+, \S+, \S+, \S+ and 5 more cannot be read as images"),
+        (cut_off, r"red/002.png, \S+/red/003.jpg cannot be read as images \(\w+: .*Remove or replace what is broken"),
+        (
+            without_a_range,
+            r"red/100.tiff cannot be read as an image \(ValueError: its pixels are of mode F, 32 bits without",
+        ),
     ],
 )
 def test_a_folder_that_cannot_be_trained_on(make: Callable[[Path], None], sentence: str, tmp_path: Path) -> None:
@@ -352,6 +368,30 @@ def test_a_folder_that_cannot_be_trained_on(make: Callable[[Path], None], senten
     with pytest.raises((ValueError, FileNotFoundError), match=sentence) as caught:
         image_folder(str(tmp_path / "pictures"))
     assert "\n" not in str(caught.value)
+
+
+def test_the_smallest_share_that_a_sentence_names_is_enough(tmp_path: Path) -> None:
+    few_images(tmp_path)
+    assert len(image_folder(str(tmp_path), val_fraction=0.34, test_fraction=0.34).train) == 3
+
+
+def test_what_is_left_out_is_spoken_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    draw(tmp_path, COUNTS)
+    for name in ("1.heic", "2.heic", "3.txt", ".4.txt"):
+        (tmp_path / "red" / name).write_text("")
+    Image.new("RGB", (4, 4)).save(tmp_path / "red/5.gif")
+    with caplog.at_level("INFO"):
+        found = image_folder(str(tmp_path))
+    assert sum(map(len, (found.train, found.val, found.test))) == sum(COUNTS.values()) + 1
+    assert f"{tmp_path}: files that do not end as images do are left out: 2 .heic, 1 .txt." in caplog.text
+
+
+def test_sixteen_bits_keep_their_shades(tmp_path: Path) -> None:
+    shades = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(shades).save(tmp_path / "1.png")
+    Image.fromarray(shades).save(tmp_path / "2.tiff")
+    for name in ("1.png", "2.tiff"):
+        assert np.array_equal(np.asarray(read_image(tmp_path / name))[..., 0].ravel(), np.arange(256))
 
 
 @pytest.mark.parametrize(
@@ -388,6 +428,6 @@ def test_an_image_that_was_cut_off_is_named_by_its_path(workers: int, tmp_path: 
     with pytest.raises(
         ValueError, match=rf"^{path} cannot be read as an image \(OSError: .*truncated.*Remove or replace it.$"
     ) as caught:
-        run(f"data.root={tmp_path / 'pictures'}", f"data.workers={workers}", "method=none")
+        run(f"data.root={tmp_path / 'pictures'}", f"data.workers={workers}", "method=none", "data.check=false")
     # from our own `raise`, without the frames that a worker adds, so the command line prints the sentence alone
     assert plain_errors.refusal(caught.value, tmp_path, []) == str(caught.value)

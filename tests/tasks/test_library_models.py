@@ -226,11 +226,19 @@ def test_timm_gets_its_weights_itself(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("make", "library", "function"),
-    [(models.timm_classifier, timm, "create_model"), (models.torchvision_classifier, torchvision.models, "get_model")],
+    ("make", "library", "function", "place"),
+    [
+        (models.timm_classifier, timm, "create_model", "https://huggingface.co/timm/resnet18.a1_in1k"),
+        (
+            models.torchvision_classifier,
+            torchvision.models,
+            "get_model",
+            "https://download.pytorch.org/models/resnet18-",
+        ),
+    ],
 )
 def test_weights_that_cannot_be_downloaded(
-    make: Callable[..., nn.Module], library: Any, function: str, monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., nn.Module], library: Any, function: str, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = getattr(library, function)
 
@@ -243,7 +251,7 @@ def test_weights_that_cannot_be_downloaded(
     monkeypatch.setattr(library, function, fail)
     with pytest.raises(
         ValueError,
-        match=r"the weights of resnet18 cannot be downloaded \(ConnectionError: no route.*model.weights=FILE",
+        match=rf"the weights of resnet18 cannot be downloaded \(ConnectionError: no route.*{place}.*model.weights=FILE",
     ):
         make(CIFAR, 3, "resnet18", pretrained=True)
 

@@ -28,7 +28,9 @@ def never_mind(*args: object, **kwargs: object) -> None:
 
 @pytest.fixture
 def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """What `python train.py ...` prints as it ends with 1, in a folder with two files that are not checkpoints and one of weights."""
+    """What `python train.py ...` prints as it ends with 1, in a folder with two files that are not checkpoints, one of weights, and a
+    folder of pictures.
+    """
     import train
 
     def never(*args: object, **kwargs: object) -> None:
@@ -40,6 +42,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.setattr("sklearn.datasets.load_digits", never)
     Path("text.ckpt").write_text("words")
     torch.save(torch.zeros(3), "tensor.ckpt")
+    Path("pictures").mkdir()
     torch.save({"layer.weight": torch.zeros(3)}, "other.pth")
 
     def go(*arguments: str) -> str:

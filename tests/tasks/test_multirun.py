@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, SHORT
@@ -247,3 +248,39 @@ def test_jobs_beside_each_other_end_with_one_page(tmp_path: Path) -> None:
     assert done.stdout.count("best sparse setting") == 1
     assert "failed: ValueError: optim.lr=-1 is not positive" in " ".join(done.stdout.split())
     assert (tmp_path / "compare.html").is_file()
+
+
+@pytest.mark.slow
+@needs("hydra-joblib-launcher")
+def test_presets_run_beside_each_other(tmp_path: Path) -> None:
+    """Shares of epochs in their configurations are read in the processes of joblib's too."""
+    count = 400
+    source = np.random.default_rng(0)
+    raw = tmp_path / "MNIST/raw"
+    raw.mkdir(parents=True)
+    for stem in ("train", "t10k"):
+        images, labels = source.integers(0, 256, (count, 28, 28), dtype=np.uint8), np.arange(count) % 10
+        for kind, magic, values in (("images-idx3", 0x803, images), ("labels-idx1", 0x801, labels)):
+            head = b"".join(number.to_bytes(4, "big") for number in (magic, *values.shape))
+            (raw / f"{stem}-{kind}-ubyte").write_bytes(head + values.astype(np.uint8).tobytes())
+    presets = ["l0_mlp_mnist", "rigl_lenet_300_100_mnist"]
+    assert all("epochs:" in (ROOT / f"conf/experiment/{name}.yaml").read_text() for name in presets)
+    overrides = [
+        f"experiment={','.join(presets)}",
+        "hydra/launcher=two_jobs",
+        f"data.root=choice('{tmp_path}')",
+        "data.val_count=choice(100)",
+    ]
+    short = [
+        "trainer.max_epochs=3",
+        "trainer.limit_train_batches=2",
+        "threads=1",
+        f"hydra.sweep.dir={tmp_path / 'sweep'}",
+    ]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "-m", *overrides, *short, *SHORT[:3]],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    metrics = [json.loads(path.read_text()) for path in sorted((tmp_path / "sweep").glob("*/metrics.json"))]
+    assert [found["steps"] for found in metrics] == [6, 6]

@@ -1,22 +1,31 @@
 """experiment=my_photos: a folder of pictures becomes an ONNX file of half the FLOPs, by one command."""
 
-import json
+import re
+import runpy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import timm
 import torch
+from conftest import ROOT
 from PIL import Image
 from support.pictures import COLORS, draw
+
+from sparse_callbacks.tasks.data.image_files import read_image
+from sparse_callbacks.tasks.data.image_folder import image_folder
+
+PAGE = ROOT / "docs/your_data.md"
 
 QUIET = ("logger=[]", "report=false", "trainer.enable_progress_bar=false")
 
 
-def test_one_command_from_pictures_to_onnx(composed: Callable[..., Any], tmp_path: Path) -> None:
+def test_one_command_from_pictures_to_onnx(
+    composed: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from train import train
 
     draw(tmp_path / "pictures", dict.fromkeys(COLORS, 20))
@@ -34,26 +43,43 @@ def test_one_command_from_pictures_to_onnx(composed: Callable[..., Any], tmp_pat
     assert metrics["slim/onnx_difference"] < 1e-4
     assert metrics["slim/test/acc"] == metrics["test/acc"] > 0.8  # by chance 0.33
 
-    # a program that has nothing but the two files
-    said = json.loads((tmp_path / "run/preprocessing.json").read_text())
-    session = onnxruntime.InferenceSession(str(tmp_path / "run/slim.onnx"))
-    for color in said["classes"]:
-        found = [classify(session, said, tmp_path / f"pictures/{color}/{number:03}.png") for number in range(0, 20, 2)]
-        assert found.count(color) >= 8
+    # the program of the page, which has nothing but the two files
+    program = page_program(tmp_path)
+    photos = sorted((tmp_path / "pictures").rglob("*.*"))
+    upright = Image.new("RGB", (60, 40), "red")
+    upright.getexif()[0x0112] = 6
+    photos.append(tmp_path / "turned.jpg")
+    upright.save(photos[-1], exif=upright.getexif())
+    capsys.readouterr()
+    program.main(tmp_path / "run", *photos)
+    said = [line.rsplit(": ", 1) for line in capsys.readouterr().out.splitlines()]
+    assert [photo for photo, _ in said] == [str(photo) for photo in photos]
+    assert sum(Path(photo).parent.name == found for photo, found in said) >= 48  # of 60
 
 
-def classify(session: onnxruntime.InferenceSession, said: dict[str, Any], path: Path) -> str:
-    size, shorter = said["center_crop"], said["resize_shorter_side"]
-    with Image.open(path) as image:
-        scale = shorter / min(image.size)
-        image = image.convert(said["color"]).resize(
-            [round(side * scale) for side in image.size], Image.Resampling.BILINEAR
-        )
-        left, top = ((side - size) // 2 for side in image.size)
-        pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
-    pixels = (pixels - np.float32(said["mean"])) / np.float32(said["std"])
-    (logits,) = session.run(None, {session.get_inputs()[0].name: pixels.transpose(2, 0, 1)[None]})
-    return str(said["classes"][int(logits[0].argmax())])
+@pytest.mark.parametrize("size", [(60, 41), (33, 79), (50, 50)])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_the_program_of_the_page_makes_the_very_inputs_of_the_run(
+    size: tuple[int, int], interpolation: str, tmp_path: Path
+) -> None:
+    draw(tmp_path / "pictures", dict.fromkeys(COLORS, 10))
+    pixels = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
+    photo = Image.fromarray(pixels)
+    photo.getexif()[0x0112] = 6  # lies on its side
+    path = tmp_path / "pictures/blue/000.jpg"
+    photo.save(path, exif=photo.getexif(), quality=95)
+    path.with_suffix(".png").unlink()
+    data = image_folder(str(tmp_path / "pictures"), image_size=31, resize=37, interpolation=interpolation)
+    found = data.train.plain(read_image(path)).numpy()
+    made = page_program(tmp_path).prepared(path, data.preprocessing)[0]
+    np.testing.assert_allclose(made, found, rtol=0, atol=2e-6)  # torch scales by another order of operations
+
+
+def page_program(folder: Path) -> Any:
+    """The program that docs/your_data.md asks the reader to save, as a module."""
+    (text,) = re.findall(r"^```python file=classify.py\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    (folder / "classify.py").write_text(text)
+    return SimpleNamespace(**runpy.run_path(str(folder / "classify.py")))
 
 
 def test_what_the_command_cannot_do_without_is_refused_first(

@@ -83,6 +83,24 @@ def test_a_method_of_single_weights_loses_what_is_dead(run: Run, tmp_path: Path)
     assert slim_model(tmp_path / "run")[1].out_features == 24 - metrics["slim/removed"]
 
 
+def test_layers_have_the_names_of_the_plan_in_reasons_too(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = models.mlp
+
+    def tied(*given: Any, **options: Any) -> torch.nn.Module:
+        network: Any = real(*given, **options)
+        network[5].weight = network[3].weight
+        return network
+
+    monkeypatch.setattr(models, "mlp", tied)
+    how = ("method=gmp", "method.stop=0.5", "method.every=1", "sparsity=0.5", "trainer.max_epochs=1")
+    run(*how, "slim=true", "model.hidden=[16,16,16]")
+    shown = capsys.readouterr().out
+    assert "model.5.weight and model.3.weight are one parameter" in shown
+    assert " 3.weight" not in shown
+
+
 def test_a_run_tells_of_gates_and_of_targets_in_their_own_words(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = run("method=l0", "method.density=0.3", "method.constraint=layer")
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())

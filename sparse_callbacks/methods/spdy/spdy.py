@@ -14,6 +14,7 @@ from sparse_callbacks.core import distributed
 from sparse_callbacks.core.arguments import check_seed, refuse_unknown
 from sparse_callbacks.core.calibration import Loss
 from sparse_callbacks.core.checkpoint import shown
+from sparse_callbacks.core.data_pass import NoPassError
 from sparse_callbacks.core.error_text import naming
 from sparse_callbacks.core.example_inputs import example_inputs, why_not_taken
 from sparse_callbacks.core.found_shares import weights_of
@@ -207,7 +208,7 @@ def _example_of(model: nn.Module, size: Sequence[int] | None, host: Host | None)
 
 
 def _no_data() -> Generator[Any, None, None]:
-    raise ValueError("there is no training data outside of a run. ")
+    raise NoPassError("there is no training data outside of a run. ")
     yield
 
 

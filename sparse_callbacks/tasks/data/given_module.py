@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -67,6 +68,8 @@ def module_class(module: str | None) -> type[pl.LightningDataModule]:
     """
     if module is None:
         raise ValueError(f"data=module takes a LightningDataModule of yours. Give its class, such as {EXAMPLE}.")
+    if (written := _dotted(module)) != module:
+        raise ValueError(f"data.module={module} is not the dotted path of a class. Did you mean data.module={written}?")
     package, _, name = module.rpartition(".")
     if not package:
         raise ValueError(
@@ -95,6 +98,12 @@ def module_class(module: str | None) -> type[pl.LightningDataModule]:
             "a test_dataloader may return self.val_dataloader()."
         )
     return cls
+
+
+def _dotted(module: str) -> str:
+    """The path with dots of what may be that of a file: my_data.py:Photos, my_data/photos.py."""
+    named = re.sub(r"\.py$", ".MyDataModule", re.sub(r"\.py[:.]", ".", module))
+    return re.sub(r"[/\\:]+", ".", named).strip(".")
 
 
 def _is_data_module(value: Any) -> TypeGuard[type[pl.LightningDataModule]]:
@@ -153,6 +162,11 @@ def describe(data: Any, given: Mapping[str, Any]) -> tuple[tuple[int, ...], int]
 
 def _first_shape(data: Any) -> tuple[int, ...]:
     batch = next(iter(data.train_dataloader()), None)
+    if batch is None:
+        raise ValueError(
+            f"{type(data).__name__} has no training batch: its train_dataloader gives nothing. Look at its data set, its sampler and "
+            "drop_last."
+        )
     if not (isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
         raise ValueError(
             f"A training batch of {type(data).__name__} is a {type(batch).__name__} and not (inputs, labels), two tensors, as the "

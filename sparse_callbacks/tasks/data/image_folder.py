@@ -3,8 +3,9 @@
 Order and augmentation derive from (seed, epoch, index), so neither the number of workers nor going on within an epoch changes a batch.
 """
 
+import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytorch_lightning as pl
@@ -21,6 +22,7 @@ from sparse_callbacks.tasks.data.module import refuse_batch_size, share_of
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_SIZE = 224
 CROP_SHARE = 0.875  # of the shorter side of an image, in torchvision's reference and in most of timm
+MOST_WORKERS = 4  # more of them rarely read images faster than a network of such a size takes them
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 Sample = tuple[int, int | None]
@@ -82,7 +84,6 @@ class ImageLoader(ResumableLoader):
     Args:
         samples: the images.
         batch_size: the number of images in a batch of one process.
-        augment: whether images are changed at random.
         workers: the number of processes that read images; 0 reads them in that of the run.
         pinned: whether batches are put into memory that a GPU copies from while the run goes on.
         options: further arguments of `ResumableLoader`.
@@ -93,26 +94,20 @@ class ImageLoader(ResumableLoader):
         samples: ImageSamples,
         batch_size: int,
         *,
-        augment: bool = False,
         workers: int = 0,
         pinned: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(len(samples), batch_size, **options)
-        self.samples, self.augment, self.workers, self.pinned = samples, augment, workers, pinned
+        self.samples, self.workers, self.pinned = samples, workers, pinned
         self._asked: list[list[Sample]] = []
         self._reader: DataLoader[Any] | None = None
 
-    def in_order(self) -> "ImageLoader":
-        return ImageLoader(
-            self.samples,
-            self.batch_size,
-            workers=self.workers,
-            pinned=self.pinned,
-            seed=self.seed,
-            rank=self.rank,
-            world_size=self.world_size,
-        )
+    def in_order(self) -> Self:
+        plain = super().in_order()
+        # a reader of its own, as that of this loader may be within an epoch
+        plain._asked, plain._reader = [], None
+        return plain
 
     def batches(self, chosen: Sequence[Tensor], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         number = epoch if self.augment else None
@@ -187,7 +182,7 @@ def image_folder(
     test_fraction: float = 0.1,
     check: bool = True,
     batch_size: int = 32,
-    workers: int = 0,
+    workers: int | None = 0,
     seed: int = 0,
 ) -> FolderData:
     """Images of any size in folders of classes, as `find_images` finds them.
@@ -205,9 +200,10 @@ def image_folder(
         crop_scale: the least and the largest share of an image's area that a random crop has.
         flip: the probability that a training image is mirrored.
         val_fraction, test_fraction: the shares of the images that validate and test where these have no folder.
-        check: whether every file is opened before training, to find broken ones.
+        check: whether every file is read before training, to find broken ones.
         batch_size: the number of images in a micro-batch of one process.
-        workers: the number of processes that read images; 0 reads them in that of the run.
+        workers: the number of processes that read images; 0 reads them in that of the run, and None takes one for each CPU that
+            the run may use, at most four.
         seed: the seed of order and augmentation; the split into parts does not depend on it.
 
     Raises:
@@ -215,6 +211,10 @@ def image_folder(
         ValueError: whatever `find_images` refuses, broken images, or a value out of range.
     """
     refuse_batch_size(batch_size)
+    if workers is None:
+        workers = min(
+            MOST_WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        )
     size = IMAGE_SIZE if image_size is None else image_size
     shorter = round(size / CROP_SHARE) if resize is None else resize
     channel_mean, channel_std = mean or IMAGENET_MEAN, std or IMAGENET_STD
@@ -239,6 +239,7 @@ def image_folder(
         seed=seed,
         preprocessing={
             "classes": files.classes,
+            "orientation": "upright, as EXIF says",
             "color": "RGB",
             "resize_shorter_side": shorter,
             "center_crop": size,

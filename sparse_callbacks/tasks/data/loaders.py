@@ -1,13 +1,17 @@
 """Loaders whose order and augmentation derive from (seed, epoch, index).
 
 Nothing else is needed to make a batch again, so a run resumes exactly in the middle of an epoch.
+
+StatefulDataLoader of torchdata (0.11) is not used: it restores the order of the samples, but not the random numbers of an
+augmentation that torchvision draws, neither with workers nor without, and it refuses a state of another kind of workers.
 """
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -102,6 +106,7 @@ class ResumableLoader(ABC):
         shuffle: whether each epoch has a new order; else every epoch has the order of the samples.
         even: whether all ranks get the same number of samples, without which ranks that train together would wait for
             each other forever; up to world_size - 1 samples are left out for it.
+        augment: whether samples are changed at random.
         rank, world_size: the rank of this process and the number of processes.
     """
 
@@ -116,21 +121,26 @@ class ResumableLoader(ABC):
         seed: int = 0,
         shuffle: bool = False,
         even: bool = False,
+        augment: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self.count, self.batch_size, self.seed = count, batch_size, seed
-        self.shuffle, self.even = shuffle, even
+        self.shuffle, self.even, self.augment = shuffle, even, augment
         self.rank, self.world_size = rank, world_size
         self._epoch = self._next = 0
         self._resumed: tuple[int, int] | None = None
 
-    @abstractmethod
-    def in_order(self) -> "ResumableLoader":
+    def in_order(self) -> Self:
         """A new loader of the same samples, unshuffled and not augmented, with each sample on exactly one rank.
 
         It is for a pass over the data between training steps: the position of this loader does not change.
         """
+        plain = copy.copy(self)
+        plain.shuffle = plain.even = plain.augment = False
+        plain._epoch = plain._next = 0
+        plain._resumed = None
+        return plain
 
     @abstractmethod
     def batches(self, chosen: Sequence[Tensor], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -218,25 +228,14 @@ class Loader(ResumableLoader):
                 f"data.augment=True crops and flips images, and inputs of shape {tuple(samples.inputs.shape[1:])} "
                 "are not images. Leave augment off."
             )
-        super().__init__(len(samples), batch_size, **options)
-        self.samples, self.augment = samples, augment
+        super().__init__(len(samples), batch_size, augment=augment, **options)
+        self.samples = samples
         self.mean, self.std = mean, std
         # bytes are normalised in one step, (x - 255 * mean) / (255 * std), without a pass that scales them to 0..1
         scale = 255.0 if samples.inputs.dtype == torch.uint8 else 1.0
         shape = (1, -1, *[1] * (samples.inputs.dim() - 2))
         self._shift = (mean * scale).view(shape)
         self._factor = (1.0 / (std * scale)).view(shape)
-
-    def in_order(self) -> "Loader":
-        return Loader(
-            self.samples,
-            self.batch_size,
-            mean=self.mean,
-            std=self.std,
-            seed=self.seed,
-            rank=self.rank,
-            world_size=self.world_size,
-        )
 
     def batches(self, chosen: Sequence[Tensor], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         numbers = crop_numbers(self.count, self.seed, epoch) if self.augment else None

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sparse_callbacks.tasks.data.drawn_parts import drawn_part
 from sparse_callbacks.tasks.data.loaders import Samples
 from sparse_callbacks.tasks.data.module import MemoryData, refuse_fractions
 from sparse_callbacks.tasks.data.table_files import Array, first_row, read, read_uci
@@ -166,21 +167,8 @@ def stratified(labels: Array, val_fraction: float, test_fraction: float, file: P
     Raises:
         ValueError: a part smaller than the number of classes.
     """
-    from sklearn.model_selection import train_test_split
-
-    # counts and not fractions: scikit-learn rounds up, so a fraction that is off by one bit would move a sample
-    val_count = round(val_fraction * len(labels))
-    test_count = round(test_fraction * len(labels))
-    try:
-        remaining, test = train_test_split(
-            np.arange(len(labels)), test_size=test_count, stratify=labels, random_state=RANDOM_STATE
-        )
-        train, val = train_test_split(
-            remaining, test_size=val_count, stratify=labels[remaining], random_state=RANDOM_STATE
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"{file}: {len(labels)} samples cannot be split by class with data.val_fraction={val_fraction} and "
-            f"data.test_fraction={test_fraction}: {error}. Change the fractions."
-        ) from None
+    remaining, test = drawn_part(
+        np.arange(len(labels)), labels, test_fraction, "data.test_fraction", str(file), RANDOM_STATE
+    )
+    train, val = drawn_part(remaining, labels, val_fraction, "data.val_fraction", str(file), RANDOM_STATE)
     return train, val, test
