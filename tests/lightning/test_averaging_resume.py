@@ -32,6 +32,7 @@ def what_trains(found: list[str]) -> list[str]:
     return [f for f in found if not f.startswith(("/averager", "/rates", "/callbacks/0/times")) and "/lr:" not in f]
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("ours_first", [True, False])
 @pytest.mark.parametrize("kind", ["ema", "third", "epochs", "swa"])
 @pytest.mark.parametrize("name", ["set", "dpf", "l0", "smcp", "channels", "gap"])
