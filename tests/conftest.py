@@ -1,6 +1,7 @@
 """Puts this folder on the import path, so that tests in subfolders find the helper modules; one thread for
 everything; no test may leave compiled code switched off."""
 
+import functools
 import gc
 import os
 from collections import Counter, defaultdict
@@ -9,11 +10,14 @@ from collections.abc import Iterator, Sequence
 # the networks are tiny: two threads gain nothing, and on a busy machine they wait for each other most of the time
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import lightning_fabric.utilities.registry as callbacks_of_others
 import pytest
 import torch
 from support.stance import stance
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+# every Trainer reads the descriptions of all installed distributions, which takes as long as several short fits
+callbacks_of_others.entry_points = functools.cache(callbacks_of_others.entry_points)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,15 +36,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         )
     if config.getoption("--all-combinations"):
         return
+    left_out = other_variants(items)
     by_test: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
-        if item.get_closest_marker("combinations") and hasattr(item, "callspec"):
+        if item.get_closest_marker("combinations") and hasattr(item, "callspec") and item not in left_out:
             by_test[f"{item.path}::{item.originalname}"].append(item)  # type: ignore[attr-defined]
-    left_out = {item for tests in by_test.values() for item in tests} - {
-        i for t in by_test.values() for i in covering(t)
-    }
+    for tests in by_test.values():
+        left_out |= {*tests} - {*covering(tests)}
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
+
+
+def other_variants(items: Sequence[pytest.Item]) -> set[pytest.Item]:
+    """Of each test in classes whose marker ``variants`` has the same word all runs but one, which comes from each class in turn."""
+    runs: dict[tuple[str, str], list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if marker := item.get_closest_marker("variants"):
+            runs[marker.args[0], item.name].append(item)
+    return {
+        item
+        for number, alike in enumerate(runs.values())
+        for place, item in enumerate(alike)
+        if place != number % len(alike)
+    }
 
 
 def covering(items: Sequence[pytest.Item]) -> list[pytest.Item]:

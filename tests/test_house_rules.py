@@ -1,6 +1,7 @@
 """Rules that keep the package readable, found in its source."""
 
 import ast
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -40,10 +41,35 @@ def shown(path: Path) -> str:
     return str(path.relative_to(PACKAGE))
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    """The syntax tree of a file, which nobody changes."""
+    return ast.parse(path.read_text())
+
+
+@functools.cache
+def syntax_of(cls: type) -> ast.Module:
+    """The same of a class.
+
+    Raises:
+        OSError: it was made by type(), without a body.
+    """
+    return ast.parse(textwrap.dedent(inspect.getsource(cls)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _trees_are_forgotten() -> Iterator[None]:
+    """Millions of small objects, among which every garbage collection of later tests would search."""
+    yield
+    for cached in (parsed, syntax_of):
+        cached.cache_clear()
+
+
+@functools.cache
 def imported(path: Path) -> set[str]:
     """Every module that a file imports, wherever in it."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module == "sparse_callbacks":
@@ -154,7 +180,7 @@ def test_the_root_holds_the_face_the_command_and_old_import_paths() -> None:
     assert {p.name for p in PACKAGE.glob("*.py")} == ROOT_MODULES
     assert {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name != "__pycache__"} == set(ORDER)
     for path in [PACKAGE / name for name in [*ROOT_MODULES, *OLD_PATHS_IN_TASKS]]:
-        tree = ast.parse(path.read_text())
+        tree = parsed(path)
         assert {*defined_names(tree.body)} <= NAMES_IN_THE_ROOT, f"{shown(path)} is for names alone"
 
 
@@ -196,7 +222,7 @@ def is_private(name: str) -> bool:
 @pytest.mark.parametrize("path", [p for p in FILES if p.relative_to(PACKAGE).parts[0] in HOSTLESS], ids=shown)
 def test_private_names_of_others_are_used_in_lightning_and_tasks_alone(path: Path) -> None:
     """So nothing of Lightning's is: its Trainer, loops and strategies have few public names for what callbacks need."""
-    tree = ast.parse(path.read_text())
+    tree = parsed(path)
     own = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
     own |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "self"}
     for node in ast.walk(tree):
@@ -222,10 +248,11 @@ def classes_of(package: ModuleType) -> Iterator[type]:
                 yield found
 
 
+@functools.cache
 def private_names(cls: type) -> set[str]:
     """Private attributes that a class defines or sets on ``self``."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+        tree = syntax_of(cls)
     except OSError:  # made by type(), without a body
         return set()
     set_on_self = {
@@ -243,7 +270,7 @@ METHOD_CLASSES = sorted({c for c in classes_of(methods) if issubclass(c, Method)
 def test_no_method_uses_a_private_name_of_a_base(cls: type) -> None:
     bases = [c for c in cls.__mro__[1:] if c.__module__.startswith("sparse_callbacks.")]
     theirs = {name for c in [*bases, Engine] for name in private_names(c)} - private_names(cls)
-    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(cls)))):
+    for node in ast.walk(syntax_of(cls)):
         if isinstance(node, ast.Attribute) and node.attr in theirs:
             raise AssertionError(f"{cls.__name__} uses {ast.unparse(node)}, which is private to a base")
     overridden = {name for name in vars(cls) for c in bases if is_private(name) and callable(vars(c).get(name))}
@@ -268,7 +295,7 @@ def defined_names(statements: Sequence[ast.stmt]) -> Iterator[str]:
 def test_no_public_name_is_defined_twice_in_a_package(package: str) -> None:
     where: dict[str, list[str]] = {}
     for path in sorted((PACKAGE / package).rglob("*.py")):
-        for name in defined_names(ast.parse(path.read_text()).body):
+        for name in defined_names(parsed(path).body):
             if not name.startswith("_"):
                 where.setdefault(name, []).append(shown(path))
     assert {name: paths for name, paths in where.items() if len(paths) > 1} == {}
@@ -276,7 +303,7 @@ def test_no_public_name_is_defined_twice_in_a_package(package: str) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=shown)
 def test_a_module_begins_with_a_plain_sentence(path: Path) -> None:
-    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    text = ast.get_docstring(parsed(path)) or ""
     first = text.splitlines()[0]
     assert first.endswith("."), first
     assert len(first) <= 100, first
@@ -314,7 +341,7 @@ def parameter_names(function: ast.AST) -> set[str]:
 def writes(path: Path) -> Iterator[tuple[str, str]]:
     """(function, receiver) of everything in a file that changes a tensor in place: ``x.mul_()``, ``x.data``, ``x[...] =
     y``, ``x += y`` and ``out=x``."""
-    for function in (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)):
+    for function in (n for n in ast.walk(parsed(path)) if isinstance(n, ast.FunctionDef)):
         bound = parameter_names(function)
         for node in ast.walk(function):
             receivers: list[ast.expr] = []
@@ -387,7 +414,7 @@ def test_nobody_else_writes_to_a_parameter_in_training(
 def test_every_error_says_more_than_its_kind() -> None:
     """What, why and what to do take more than a few words."""
     for path in CORE:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
                 text = ast.unparse(node.exc.args[0])
                 assert len(text) > 40 or "(" in text or text.isidentifier(), f"{shown(path)}:{node.lineno}: {text}"
@@ -395,7 +422,7 @@ def test_every_error_says_more_than_its_kind() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=shown)
 def test_everything_public_has_a_docstring(path: Path) -> None:
-    tree = ast.parse(path.read_text())
+    tree = parsed(path)
     assert ast.get_docstring(tree), "the module"
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):

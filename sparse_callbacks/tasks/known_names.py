@@ -64,29 +64,34 @@ def known_names(conf: Path, arguments: Sequence[str]) -> Names:
     """
     folders = [value for flag, value in itertools.pairwise(arguments) if flag in ("--config-dir", "-cd")]
     folders += [value.partition("=")[2] for value in arguments if value.startswith("--config-dir=")]
-    groups, values = _composed(conf, tuple(folders), tuple(text for text in arguments if "=" in text))
+    groups = _groups(conf)
+    chosen = tuple(text for text in arguments if "=" in text and text.partition("=")[0] in groups)
+    values = _values(conf, tuple(folders), chosen)
     empty = [key for key, value in values.items() if value is None]
     return Names(list(values), groups, empty, _keys_of_choices(conf))
 
 
-@functools.cache  # composing takes a while, and a process has one command line
-def _composed(
-    conf: Path, folders: tuple[str, ...], arguments: tuple[str, ...]
-) -> tuple[dict[str, list[str]], dict[str, Any]]:
-    """The choices of each group, and the values by their keys with dots."""
-    search = [f"hydra.searchpath=[{','.join(f'file://{Path(folder).absolute()}' for folder in folders)}]"]
+@functools.cache  # reads every file of the configuration
+def _groups(conf: Path) -> dict[str, list[str]]:
+    """The choices of each group."""
     with initialize_config_dir(str(conf), version_base=None):
         loader = GlobalHydra.instance().config_loader()
-        groups = {group: loader.get_group_options(group) for group in loader.list_groups("") if group != "hydra"}
-        chosen = [text for text in arguments if text.partition("=")[0] in groups]
+        return {group: loader.get_group_options(group) for group in loader.list_groups("") if group != "hydra"}
+
+
+@functools.cache  # composing takes a while
+def _values(conf: Path, folders: tuple[str, ...], chosen: tuple[str, ...]) -> dict[str, Any]:
+    """The values under these choices of groups, by their keys with dots."""
+    search = [f"hydra.searchpath=[{','.join(f'file://{Path(folder).absolute()}' for folder in folders)}]"]
+    with initialize_config_dir(str(conf), version_base=None):
         # a choice may be the very name that is wrong
         for overrides in ([*chosen, *search], search, []):
             try:
                 cfg: Any = OmegaConf.to_container(compose("train", overrides=overrides), resolve=False)
             except Exception:
                 continue
-            return groups, dict(_dotted(cfg))
-    return groups, {}
+            return dict(_dotted(cfg))
+    return {}
 
 
 @functools.cache

@@ -31,6 +31,7 @@ def begun(method: str, state: Any, weights: Any, when: str) -> tuple[nn.Module, 
     return model, optimizer, run
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("when", ["model first", "model last", "never"])
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_of_another_run_are_refused_before_the_first_step(method: str, when: str) -> None:
@@ -46,6 +47,7 @@ def test_weights_of_another_run_are_refused_before_the_first_step(method: str, w
         assert torch.equal(value, before[name])
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("when", ["model first", "model last"])
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_of_the_run_go_on_whenever_they_are_loaded(method: str, when: str) -> None:

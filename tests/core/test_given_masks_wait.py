@@ -46,6 +46,7 @@ def masks_and_weights(run: SparseRun, model: nn.Module) -> dict[str, torch.Tenso
     return {**run.masks, **{f"w {n}": p.detach().clone() for n, p in model.named_parameters()}}
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("given", ["nonzero", "a file"])
 def test_a_run_from_before_the_thaw_goes_on_without_what_the_masks_came_from(

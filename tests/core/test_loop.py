@@ -34,6 +34,7 @@ from sparse_callbacks import CTRE, GMP, SET, SMCP, ConstrainedL0, GaP, ParallelG
 from sparse_callbacks.core.loop import sparsify
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("make", [sgd, adamw])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_says_what_it_has_come_to(method: str, make: Any) -> None:

@@ -21,6 +21,7 @@ def unseen(method: Any, name: str) -> Tensor:
     return ~mask if factor is None else (factor == 0).expand(mask.shape)
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("options", [{}, {"clip": clip}], ids=["plain", "clipped"])
 @pytest.mark.parametrize("make", [sgd, adamw])
 @pytest.mark.parametrize("name", METHODS)

@@ -131,6 +131,7 @@ def test_dpf_steps_dense_weights_by_gradients_at_perturbed_active_ones(form: str
             torch.testing.assert_close(dense, oracle.get_parameter(n).detach(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("make", [RigL, SNFS], ids=["rigl", "snfs"])
 def test_growing_looks_at_the_dense_gradient_of_the_second_pass_alone(make: Any, form: str) -> None:

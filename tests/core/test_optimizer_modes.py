@@ -43,6 +43,7 @@ def masked_points(optimizer: Optimizer, model: nn.Module, run: SparseRun) -> Non
             assert not state.get(point, torch.zeros_like(mask))[~mask].any(), (name, point)
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", EVERY)
 def test_pruned_weights_are_zero_in_both_modes_in_and_after_the_run(name: str, method: str) -> None:
@@ -125,6 +126,7 @@ def saved(run: SparseRun, model: nn.Module, optimizer: Optimizer) -> Any:
     return copy.deepcopy((run.state_dict(), model.state_dict(), optimizer.state_dict()))
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("closed", [False, True], ids=["in_the_run", "after_it"])
 @pytest.mark.parametrize("method", ["rigl", "gmp", "dpf", "smcp", "channels", "l0"])
 def test_a_run_saved_in_eval_mode_resumes_exactly(method: str, closed: bool) -> None:

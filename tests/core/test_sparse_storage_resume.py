@@ -72,6 +72,7 @@ def assert_same(one: nn.Module, other: nn.Module, first: Any, second: Any) -> No
     torch.testing.assert_close(first.state_dict()["state"], second.state_dict()["state"], rtol=0, atol=0)
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("micro", [0, 1])
 @pytest.mark.parametrize("optimizer", ["momentum", "amsgrad"])
 @pytest.mark.parametrize("storage", ["sparse", "grouped"])

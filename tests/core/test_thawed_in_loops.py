@@ -48,6 +48,7 @@ def train(run: SparseRun, module: Any, optimizer: torch.optim.Optimizer, first: 
         assert_masked(module, run)
 
 
+@pytest.mark.combinations
 @every_joining_method
 @pytest.mark.parametrize("block", [True, False])
 def test_a_loop_ends_as_sparse_as_planned_everywhere(name: str, block: bool) -> None:
@@ -67,6 +68,7 @@ def test_a_loop_ends_as_sparse_as_planned_everywhere(name: str, block: bool) -> 
         assert zeros(run) == planned(JOINING[name](), module)
 
 
+@pytest.mark.combinations
 @every_joining_method
 @pytest.mark.parametrize("stop", [3, 9])
 def test_a_loop_resumes_bitwise_from_before_and_after(name: str, stop: int) -> None:

@@ -56,6 +56,7 @@ RUNS: dict[str, tuple[int, list[Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("first", [True, False], ids=["before the schedule", "behind the schedule"])
 @pytest.mark.parametrize("case", RUNS)
 @pytest.mark.filterwarnings("ignore")

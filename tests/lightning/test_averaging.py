@@ -155,6 +155,7 @@ def test_several_methods_and_optimizers_in_manual_optimization(kind: str) -> Non
         assert callback.step > 0
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize(
     "options", [{"accumulate_grad_batches": 3}, {"precision": "bf16-mixed"}, {"precision": "64-true"}]
 )

@@ -32,6 +32,7 @@ def what_trains(found: list[str]) -> list[str]:
     return [f for f in found if not f.startswith(("/averager", "/rates", "/callbacks/0/times")) and "/lr:" not in f]
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("ours_first", [True, False])
 @pytest.mark.parametrize("kind", ["ema", "third", "epochs", "swa"])
 @pytest.mark.parametrize("name", ["set", "dpf", "l0", "smcp", "channels", "gap"])
@@ -49,6 +50,7 @@ def test_within_an_epoch_and_behind_its_last_batch(name: str, kind: str, ours_fi
         assert not (what_trains(found) if stop >= 24 else found), stop
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("trigger", [{"save_on_train_epoch_end": True}, {}])
 @pytest.mark.parametrize("kind", ["ema", "epochs", "swa"])
 def test_at_the_ends_of_epochs_and_of_validations(kind: str, trigger: dict[str, Any], tmp_path: Path) -> None:

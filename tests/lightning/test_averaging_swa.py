@@ -71,6 +71,7 @@ def test_nor_in_the_horizon_of_a_schedule() -> None:
     assert module.horizons[:4] == [24] * 4  # where optimizers are configured, and in the epochs of training
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("ours_first", [True, False])
 @pytest.mark.parametrize("kind", ["plain", "fp16", "by hand"])
 @pytest.mark.parametrize("name", ["set", "dpf", "l0"])

@@ -43,6 +43,7 @@ class MadeInSetup(Classifier):
             self.net = matrices(0)
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("storage", ["sparse", "grouped"])
 @pytest.mark.parametrize("make", [mlp, MadeInConfigureModel, MadeInSetup])
 def test_layers_are_exchanged_before_optimizers_are_made_wherever_they_are_made(make: Any, storage: str) -> None:
@@ -140,6 +141,7 @@ def hooks_before_the_first_batch() -> list[str]:
     return list(dict.fromkeys(seen[: seen.index("on_train_batch_start")]))
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("storage", ["sparse", "grouped"])
 @pytest.mark.parametrize("hook", hooks_before_the_first_batch())
 def test_a_fit_that_is_refused_leaves_the_dense_layers_that_were_there(

@@ -38,6 +38,7 @@ def evaluate(function: str, callback: Any, module: Any, path: Any, trainer: Any 
     getattr(trainer, function)(module, Batches(), ckpt_path=path, **quiet)
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("storage", ["sparse", "grouped"])
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_an_earlier_pattern_is_taken_with_the_weights(function: str, storage: str, tmp_path: Path) -> None:
@@ -71,6 +72,7 @@ def test_the_best_of_several_checkpoints_is_evaluated(function: str, tmp_path: P
     assert torch.allclose(module(Batches().x), outputs_of(Path(keeps.best_model_path)), rtol=1e-12)
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("storage", ["sparse", "grouped"])
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_a_dense_module_is_evaluated_as_it_is(function: str, storage: str, tmp_path: Path) -> None:
@@ -182,6 +184,7 @@ TUNERS: dict[str, Any] = {
 }
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("storage", ["sparse", "grouped"])
 @pytest.mark.parametrize("what", list(TUNERS))
 def test_a_fit_after_a_tuner_is_the_one_without_it(what: str, storage: str, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ def resumed_as_never_stopped(
     assert_counts(callback)
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("storage", ["sparse", "grouped"])
 @pytest.mark.parametrize("name", ["static", "set", "rigl"])
@@ -64,6 +65,7 @@ def test_layers_made_in_configure_model_resume_exactly(tmp_path: Path) -> None:
     resumed_as_never_stopped("rigl", "sparse", MadeInConfigureModel, tmp_path)
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("stop", [3, 5, 9])
 @pytest.mark.parametrize(("name", "storage"), [("set", "sparse"), ("rigl", "sparse"), ("rigl", "grouped")])
 def test_resume_is_exact_within_an_accumulation_window(name: str, storage: str, stop: int, tmp_path: Path) -> None:

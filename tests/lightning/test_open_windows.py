@@ -86,6 +86,7 @@ class Uneven(Rivals):
         self.step_with(1, critic, self.critic, nn.functional.cross_entropy(self.critic(self.maker(x).detach()), y))
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("scaled", [False, True])
 @every_steady_method
 def test_the_window_of_one_optimizer_is_saved_where_another_has_stepped_in_it(

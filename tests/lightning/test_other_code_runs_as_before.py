@@ -60,6 +60,7 @@ def test_a_hook_that_raises_at_an_update_leaves_nothing_in_the_module(tmp_path: 
     assert not planted_hooks(callback)
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("make", METHODS, ids=lambda m: m.__name__)
 def test_an_inf_at_a_pruned_weight_harms_nobody(make: Any, clip: float | None, tmp_path: Path) -> None:

@@ -174,6 +174,7 @@ def test_a_fit_that_the_method_itself_refuses_changes_nothing(name: str) -> None
         assert callback.masks == {}
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("hook", ["configure_optimizers", "on_fit_start", "on_train_start", "train_dataloader"])
 def test_a_fit_that_the_module_refuses_changes_nothing(name: str, hook: str) -> None:

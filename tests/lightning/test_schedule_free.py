@@ -68,6 +68,7 @@ def fit(module: Switches, callback: SparsityCallback, folder: Path, *others: Any
     return trainer
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("method", METHODS)
 def test_pruned_weights_are_zero_in_both_modes(method: str, way: str, tmp_path: Path) -> None:

@@ -363,6 +363,7 @@ UNSEEN = [Unseen, PastTheTrainer, WithoutAnOptimizer]
 CASES = [(method, module) for method in ("rigl", "static", "dpf", "l0") for module in UNSEEN[method == "rigl" :]]
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize(("method", "module"), CASES, ids=lambda v: v if isinstance(v, str) else v.__name__)
 @pytest.mark.parametrize("epoch", [8, 130])
 def test_weights_that_change_without_a_step_are_an_error_soon(

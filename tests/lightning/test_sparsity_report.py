@@ -285,6 +285,7 @@ def test_only_training_is_counted(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- resume and errors
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("stop", [3, 11, 17])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_resumed_record_is_that_of_a_fit_without_a_stop(

@@ -93,6 +93,7 @@ def after_batch(at: int) -> pl.Callback:
     return Hooked("on_train_batch_end", hook)
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("storage", ["masked", "sparse", "grouped"])
 @pytest.mark.parametrize("make", [mlp, lambda: ByHand(matrices(0), window=2, clip=0.1)], ids=["automatic", "manual"])
 def test_a_fit_that_an_error_has_ended_within_a_window_resumes_bitwise(storage: str, make: Any, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ class Adds(Thaws):
             trainer.strategy.optimizers = [*trainer.strategy.optimizers, added]
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize(
     "make",
     [

@@ -43,6 +43,7 @@ def assert_same(one: Any, other: Any) -> None:
         assert one == other
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("name", JOINING)
 @pytest.mark.parametrize("thaws_first", [True, False])
 def test_a_run_with_a_thawed_backbone_resumes_bitwise(name: str, thaws_first: bool, tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def net_for(criterion: str, seed: int = 0) -> nn.Module:
 # ---------------------------------------------------------------------- budgets and masks
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("ranking", RANKINGS)
 @pytest.mark.parametrize("criterion", ALL)
 def test_the_budget_of_every_time_is_met_and_what_is_pruned_stays_pruned(criterion: str, ranking: str) -> None:
@@ -281,6 +282,7 @@ class Two(Classifier):
         return [torch.optim.SGD(p, lr=0.05) for p in parts]
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("ranking", RANKINGS)
 @pytest.mark.parametrize("criterion", ["l1", "taylor_fo"])
 def test_several_optimizers_share_one_budget(criterion: str, ranking: str, tmp_path: Path) -> None:

@@ -121,12 +121,14 @@ def stop_and_resume(run: Run, tmp_path: Path, hook: str, call: int, signum: int,
     return caught.value
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("method", ["none", "rigl", "snfs"])
 @pytest.mark.parametrize(("hook", "call"), [("training_step", 5), ("training_step", BATCHES), ("validation_step", 1)])
 def test_sigterm_then_resume_is_bitwise(run: Run, tmp_path: Path, method: str, hook: str, call: int) -> None:
     stop_and_resume(run, tmp_path, hook, call, signal.SIGTERM, f"method={method}", "early_stopping=50")
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("method", ["none", "rigl"])
 @pytest.mark.parametrize("call", [2, 8, BATCHES + 3])
 def test_ctrl_c_inside_an_accumulation_window(run: Run, tmp_path: Path, method: str, call: int) -> None:

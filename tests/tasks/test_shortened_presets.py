@@ -62,6 +62,7 @@ def use_stand_in(monkeypatch: pytest.MonkeyPatch, cfg: DictConfig) -> None:
     monkeypatch.setattr(train.run_data, "build_data", lambda cfg: data)
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("epochs", [None, 1, 2])
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_with_ten_batches_an_epoch_begins(
@@ -102,6 +103,7 @@ def test_a_preset_runs_to_its_end_in_three_epochs_of_ten_batches(
         assert metrics["sparsity/total"] > 0.8  # at its target, although the run was short
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("epochs", ["its own", 10])
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_shortened_preset_is_a_small_copy_of_the_whole_one(name: str, epochs: Any, preset: Compose) -> None:

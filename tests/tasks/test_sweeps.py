@@ -13,7 +13,6 @@ import yaml
 from conftest import ROOT
 from omegaconf import DictConfig
 from support import wandb_file
-from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from sparse_callbacks.tasks import build, checks, slim
 
@@ -37,6 +36,9 @@ def values_of(choice: Mapping[str, Any]) -> list[Any]:
 
 def arguments(point: Mapping[str, Any]) -> list[str]:
     """What an agent puts in the place of ${args_no_hyphens} for a point of the sweep."""
+    # here, as its import takes seconds of every process that collects tests
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+
     made = create_sweep_command_args({"args": {key: {"value": value} for key, value in point.items()}})
     return list(made["args_no_hyphens"])
 
