@@ -66,7 +66,7 @@ def _of_run(folder: Path, given: argparse.Namespace) -> tuple[nn.Module, list[An
         )
     cfg = OmegaConf.load(folder / CONFIGURATION)
     assert isinstance(cfg, DictConfig)
-    checks.take_numbers_as_names(cfg)
+    checks.take_paths_as_typed(cfg)
     pl.seed_everything(cfg.seed, verbose=False)
     data = run_data.build_data(cfg)
     # the weights are those of the checkpoint, so none are fetched

@@ -10,7 +10,6 @@ from torch import Tensor
 from sparse_callbacks.core.arguments import refuse_unknown
 from sparse_callbacks.core.calendar import Calendar, RunLength, Time, check_times, resolve_times
 from sparse_callbacks.core.dense_copy import undone
-from sparse_callbacks.core.kept_tensors import KeptTensors
 from sparse_callbacks.core.method import Method, Options
 from sparse_callbacks.core.nm_layers import inputs_axis
 from sparse_callbacks.core.nm_masks import in_groups, nm_mask
@@ -115,7 +114,6 @@ class NM(Method):
             refuse_beside_soft(self._asked, every, decay, ramp)
         self.pattern, self.decay, self.ramp, self.projection = pattern, decay, ramp, projection
         self.every, self.start, self.stop = every, 0, 0 if ramp is None else ramp
-        self._kept = KeptTensors()
         # by parameter name, of the soft projection: its factors, and whether the step that is being taken has finite gradients
         self._soft: dict[str, Tensor] = {}
         self._finite: dict[str, Tensor | bool] = {}
@@ -216,7 +214,7 @@ class NM(Method):
             gradient = self.params[name].grad
             if gradient is not None and self.weights.active_counts[name] < self.weights.size(name):
                 dense = self.weights.dense_values(name)
-                pruned = self.weights.at_pruned(name, dense, self._kept.like("pruned", dense))
+                pruned = self.weights.at_pruned(name, dense, self.scratch.like("pruned", dense))
                 gradient.add_(pruned, alpha=decay)
 
     def after_step(self, step: Step) -> Update | None:
