@@ -68,5 +68,6 @@ def test_every_group_has_exactly_n_after_every_update(run: tuple[Any, nn.Module,
             layer(x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert method.updates > 0
+    # RigL takes a gradient step where no weight would move
+    assert method.updates > 0 or method.fraction * (layer.get_parameter("weight").numel() - planned) < 1
     sparse.close()
