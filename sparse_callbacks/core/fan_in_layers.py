@@ -1,4 +1,4 @@
-"""Layers of constant fan-in: how sparse they are, their first masks, what a plan says, and masks that are not of it."""
+"""Layers of constant fan-in: their zeros and masks, what a plan says, and masks that are not of it."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -49,15 +49,17 @@ def fan_in_zeros(entries: Iterable[Entry], targets: Mapping[str, float]) -> dict
     }
 
 
-def first_rows(scores: Tensor, active: int, entry: Entry) -> Tensor:
-    """The first mask of a layer: in each row as many of the largest magnitudes.
+def rows_of_largest(scores: Tensor, active: int, entry: Entry, among: Tensor | None = None) -> Tensor:
+    """Mask of a layer with as many of the largest magnitudes in each row.
 
     Args:
         scores: of the shape of the layer, whose memory format the mask has.
         active: active weights of the layer.
         entry: the parameter that holds the layer.
+        among: bool, of the shape of ``scores``; only its True positions are taken. None: all.
     """
-    rows = largest_in_rows(as_rows(scores, entry), active // entry.shape[0])
+    allowed = None if among is None else as_rows(among, entry)
+    rows = largest_in_rows(as_rows(scores, entry), active // entry.shape[0], allowed)
     return torch.empty_like(scores, dtype=torch.bool).copy_(from_rows(rows, scores.shape, entry))
 
 

@@ -1,4 +1,4 @@
-"""Layers under N:M: which have the pattern, why others stay dense, how sparse they are, and masks that are not of it."""
+"""Layers under N:M: which have it, why others stay dense, how sparse they are, and foreign masks."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace

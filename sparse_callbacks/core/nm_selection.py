@@ -1,4 +1,4 @@
-"""Masks of N:M chosen by numbers: first ones, those of a round of pruning, and moves that keep the count of each group."""
+"""Masks of N:M chosen by scores: first ones, those of a round of pruning, and moves within groups."""
 
 import torch
 from torch import Tensor

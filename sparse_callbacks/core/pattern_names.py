@@ -25,10 +25,7 @@ class FanIn:
         return "fan_in" if self.group is None else f"fan_in/{self.group}"
 
 
-Pattern = NMPattern | FanIn
-
-
-def parsed(pattern: str | None) -> Pattern | None:
+def parsed(pattern: str | None) -> NMPattern | FanIn | None:
     """The pattern of a name; None for ``"unstructured"`` and None, which are masks without one.
 
     Raises:
@@ -53,7 +50,7 @@ def parsed(pattern: str | None) -> Pattern | None:
     return FanIn(None if found[1] is None else int(found[1]))
 
 
-def asked_pattern(method: object) -> Pattern | None:
+def asked_pattern(method: object) -> NMPattern | FanIn | None:
     """The pattern that a method was asked for; None without one, and for a method that has no such argument."""
     return parsed(getattr(method, "pattern", None))
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from sparse_callbacks.core.fan_in_layers import first_rows, has_fan_in
+from sparse_callbacks.core.fan_in_layers import has_fan_in, rows_of_largest
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.nm_layers import inputs_axis, nm_of
 from sparse_callbacks.core.nm_selection import chosen_in_groups
@@ -26,4 +26,4 @@ def largest_of_pattern(method: Method, layer: str, scores: Tensor) -> Tensor:
     entry = entry_of(method.weights.entries, layer)
     if (pattern := nm_of(method, entry)) is not None:
         return chosen_in_groups(scores, pattern, inputs_axis(entry))
-    return first_rows(scores, scores.numel() - method.planned_zeros(layer, scores.numel()), entry)
+    return rows_of_largest(scores, scores.numel() - method.planned_zeros(layer, scores.numel()), entry)

@@ -1,4 +1,4 @@
-"""Patterns of masks, and that of ``fan_in/G``: every G consecutive rows of a linear layer read the same inputs.
+"""Patterns of masks; in ``fan_in/G`` every G consecutive rows of a layer read the same inputs.
 
 Here G is the *group*, G consecutive rows are a *block*, and a *column* is one input of one block: all G weights of it are
 active, or none is. Every block of a layer has as many active columns. Layers under N:M are in

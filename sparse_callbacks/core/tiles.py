@@ -1,4 +1,4 @@
-"""Tiles of a transposable pattern in training: full ones, with N in every row and column, and moves that keep a count."""
+"""Tiles of a transposable pattern in training: full ones, and moves that keep their counts."""
 
 import torch
 from torch import Tensor

@@ -5,12 +5,11 @@ GMP and DPF prune in this way, so that the network arrives at the pattern exactl
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from sparse_callbacks.core.checkpoint import SavedRun, shown
 from sparse_callbacks.core.distributions import Distribution, reads_weights
-from sparse_callbacks.core.fan_in import as_rows, from_rows, largest_in_rows
+from sparse_callbacks.core.fan_in_layers import rows_of_largest
 from sparse_callbacks.core.method import DEFAULT_SPARSITY, Method
 from sparse_callbacks.core.nm_layers import inputs_axis
 from sparse_callbacks.core.nm_masks import NMPattern, nm_mask
@@ -18,7 +17,7 @@ from sparse_callbacks.core.ops import keep_largest, zeros_for
 from sparse_callbacks.core.pattern_arguments import sparsity_beside
 from sparse_callbacks.core.pattern_names import FanIn, asked_nm, asked_pattern, parsed
 from sparse_callbacks.core.schedules import Schedule, pruning_curve
-from sparse_callbacks.core.selection import Entry, entry_of
+from sparse_callbacks.core.selection import entry_of
 from sparse_callbacks.core.state_claims import Zeros, rises_to
 from sparse_callbacks.core.transposable import transposable_mask
 
@@ -70,7 +69,7 @@ def mask_towards(
     if (pattern := asked_nm(method)) is not None:
         kept = kept_by(pattern, weight, inputs_axis(entry), among)
     else:
-        kept = kept_in_rows(entry, weight, size - planned, among)
+        kept = rows_of_largest(weight, size - planned, entry, among)
     zeros = zeros_for(sparsity, size)
     # under a transposable pattern some room of a tile may be left, and then the layer ends with more zeros than planned
     return kept if zeros >= planned else with_others(kept, weight, zeros, among)
@@ -105,20 +104,6 @@ def kept_by(pattern: NMPattern, weight: Tensor, axis: int = 1, among: Tensor | N
     if among is None:
         return transposable_mask(magnitudes, pattern.n, pattern.m, axis)
     return transposable_mask(magnitudes * among, pattern.n, pattern.m, axis) & among
-
-
-def kept_in_rows(entry: Entry, weight: Tensor, active: int, among: Tensor | None = None) -> Tensor:
-    """Mask of the weights that a constant fan-in keeps by their magnitude.
-
-    Args:
-        entry: the parameter that holds the layer.
-        weight: the weights of the layer.
-        active: its active weights, as many in each row.
-        among: bool, of the shape of ``weight``, the weights that may stay; None: all.
-    """
-    allowed = None if among is None else as_rows(among, entry)
-    kept = largest_in_rows(as_rows(weight, entry), active // entry.shape[0], allowed)
-    return torch.empty_like(weight, dtype=torch.bool).copy_(from_rows(kept, weight.shape, entry))
 
 
 def with_others(kept: Tensor, weight: Tensor, zeros: int, among: Tensor | None = None) -> Tensor:

@@ -38,7 +38,12 @@ def convert_main(arguments: Sequence[str] | None = None) -> None:
     folder = Path(given.network)
     out = given.out or (folder / "checkpoints" if folder.is_dir() else Path()) / CONVERTED
     keep_dense = None if given.keep_dense == "none" else given.keep_dense
-    options: dict[str, Any] = {"fit": given.fit, "exclude": given.exclude, "keep_dense": keep_dense}
+    options: dict[str, Any] = {
+        "fit": given.fit,
+        "damping": given.damping,
+        "exclude": given.exclude,
+        "keep_dense": keep_dense,
+    }
     try:
         model, batches = _of_run(folder, given) if folder.is_dir() else _of_factory(given)
         if problem := why_not_written(out):
@@ -178,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batches", type=count_of, default=16, help="batches of the data that are taken")
     add("--pattern", default="2:4", help='N:M, or "transposable N:M"')
     add("--fit", choices=("adaprune", "absorbed", "masked"), default="adaprune", help="how weights are fitted")
+    add("--damping", type=float, default=0.01, help="how strongly normal equations hold weights back; 0 for none")
     add("--keep-dense", choices=("first", "last", "both", "none"), default="both", help="layers that stay dense")
     add("--exclude", nargs="+", metavar="GLOB", help="weights that stay dense, as in exclude= of a method")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")

@@ -18,6 +18,8 @@ from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods import GMP
 from sparse_callbacks.testing import PROMISES, Settings, contract
 
+pytestmark = pytest.mark.combinations
+
 
 class TopKAST(MasksGradients, Method):
     """Top-KAST: forward with the largest D of each layer, gradients on the largest D + M (Jayakumar et al., 2020)."""

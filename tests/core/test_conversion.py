@@ -304,6 +304,34 @@ def test_what_the_data_leaves_open_stays_close_to_the_weights(case: str) -> None
         torch.testing.assert_close(x @ found.T, x @ w.T, rtol=1e-6, atol=1e-6)
 
 
+def test_damping_helps_on_other_data_where_there_are_as_many_rows_as_weights() -> None:
+    torch.manual_seed(0)
+    mixing = torch.randn(8, 64, dtype=torch.float64)
+    x, other = (
+        torch.randn(n, 8, dtype=torch.float64) @ mixing + 0.3 * torch.randn(n, 64, dtype=torch.float64)
+        for n in (32, 500)
+    )
+    w = torch.randn(16, 64, dtype=torch.float64)
+    mask = nm_mask(w.abs(), 2, 4)
+    errors = {
+        damping: float((other @ (refit((x.T @ x)[None], w, mask, damping) - w).T).square().mean())
+        for damping in (0.0, 0.01)
+    }
+    masked = float((other @ (w * mask - w).T).square().mean())
+    assert 10 * errors[0.01] < masked < errors[0.0]
+
+
+def test_damping_is_a_share_of_each_inputs_second_moment() -> None:
+    """By the normal equations of the damped problem, as a dense solution of one row."""
+    torch.manual_seed(0)
+    x, w = torch.randn(40, 8, dtype=torch.float64) * torch.arange(1, 9), torch.randn(1, 8, dtype=torch.float64)
+    mask = nm_mask(w.abs(), 2, 4)
+    h, s = x.T @ x, mask[0]
+    damped = h[s][:, s] + 0.3 * torch.diag(h.diagonal()[s])
+    change = torch.linalg.solve(damped, h[s][:, ~s] @ w[0, ~s])
+    torch.testing.assert_close(refit(h[None], w, mask, 0.3)[0, s], w[0, s] + change)
+
+
 def test_outputs_with_different_numbers_of_active_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """As transposable masks may have; rows that are solved one after the other come to the same."""
     from sparse_callbacks.core.conversion import least_squares as module
@@ -411,6 +439,13 @@ def test_the_fit_is_to_the_inputs_of_the_dense_network_and_helps_the_outputs() -
             assert row.after == pytest.approx(float((own(x) - layer(x)).square().mean()), rel=1e-4)
             assert row.power == pytest.approx(float(layer(x).square().mean()), rel=1e-4)
     assert errors["adaprune"] < 0.7 * errors["masked"]
+
+
+def test_more_damping_leaves_more_of_the_error() -> None:
+    errors = [convert(net(), data=LOADER, damping=damping)[1]["hidden.weight"].after for damping in (0.0, 0.01, 1.0)]
+    usual = convert(net(), data=LOADER)[1]["hidden.weight"].after
+    assert errors == sorted(errors)  # type: ignore[type-var]
+    assert errors[0] < errors[1] == usual < errors[2]  # type: ignore[operator]
 
 
 def test_norms_are_those_of_the_converted_network() -> None:
@@ -618,6 +653,7 @@ def test_a_kept_weight_that_is_zero_is_in_the_masks_of_the_checkpoint(tmp_path: 
             {"pattern": "2:5"},
             r"pattern='2:5' fits no layer that could be sparse: stem.weight \(first layer.*keep_dense=None",
         ),
+        ({"damping": -0.1}, r"damping=-0.1 is not a number from 0 on"),
         ({"include": "fc"}, r"include=\['fc'\] matches no parameter that can be sparse"),
         ({"include": "unused*"}, r"data= calls none of the layers that fit the pattern: unused.weight. Give batches"),
     ],

@@ -100,6 +100,7 @@ def test_asking_for_the_plan_of_another_model_leaves_the_callback_as_it_was(tmp_
 KERNELS = {"net.0.weight", "net.2.weight", "net.4.weight"}
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("make", [RigL, SET, SNFS, Static, GMP], ids=lambda m: m.__name__)
 @pytest.mark.parametrize(
     "distribution", ["uniform", "erdos_renyi", "erdos_renyi_kernel", {"net.0*": 0.9, "*": 0.3}], ids=str

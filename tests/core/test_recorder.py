@@ -366,6 +366,7 @@ def halves(folder: Path, stop: int | None, state: Any = None, weights: Any = Non
     return torch.load(file, weights_only=True), (model.state_dict(), optimizer.state_dict(), stop)
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("stop", [5, 9, 13])
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_a_resumed_record_is_that_of_a_run_without_a_stop(tmp_path: Path, stop: int, elsewhere: bool) -> None:

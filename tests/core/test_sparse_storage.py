@@ -55,12 +55,14 @@ def same_history(method: type, optimizer: str, masked: Any, exchanged: Any, upda
     assert one.step == other.step
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("method", [SET, RigL])
 def test_masks_after_each_update_and_weights_are_those_of_masked_storage(method: type, optimizer: str) -> None:
     same_history(method, optimizer, {}, {"storage": "sparse"}, UPDATES)
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("method", [SET, RigL])
 def test_a_grouped_layer_is_trained_as_a_masked_one_of_its_pattern(method: type, optimizer: str) -> None:

@@ -42,6 +42,7 @@ def trained(kind: type[Any], fullgraph: bool | None, steps: int = 12) -> tuple[n
     return model, counter.frame_count, run
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("fullgraph", [True, False])
 @pytest.mark.parametrize("kind", [SET, RigL])
 def test_the_graph_is_made_once_and_windows_of_updates_break_none(kind: type[Any], fullgraph: bool) -> None:
@@ -56,6 +57,7 @@ def test_the_graph_is_made_once_and_windows_of_updates_break_none(kind: type[Any
     assert is_compiled()
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("end", ["closed", "dropped", "failed"])
 @pytest.mark.parametrize("steps", [0, 3])  # before the first batch; in the window of an update
 def test_compiled_code_runs_again_when_a_run_ends_in_whatever_way(steps: int, end: str) -> None:

@@ -51,6 +51,7 @@ def looped(loss: Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor], steps: in
     return loop
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("kind", ["sparse", "grouped", "candidates", "both"])
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_a_penalty_on_parameters_counts_among_what_was_just_dropped(penalty: str, kind: str) -> None:

@@ -149,7 +149,7 @@ def test_magnitude_keeps_the_largest_of_each_group(make: Any) -> None:
             assert torch.allclose(model.get_parameter(name), weights[name] * mask * 2**0.5)
 
 
-def test_first_masks_are_the_documented_draw_whatever_the_sparsity_was_called() -> None:
+def test_first_masks_are_the_documented_draw_of_each_group() -> None:
     model = loops.net()
     run = loops.begin(method(Static, seed=5), model, loops.sgd(model))
     for name, mask in run.masks.items():

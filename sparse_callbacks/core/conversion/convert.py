@@ -1,5 +1,6 @@
 """A trained network, dense or unstructured, becomes one of N:M (AdaPrune)."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ def convert(
     *,
     data: Iterable[Any],
     fit: FitName = "adaprune",
+    damping: float = 0.01,
     norms: bool = True,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
@@ -42,13 +44,14 @@ def convert(
 
         ||X V^T + c - (X W^T + b)||^2
 
+    plus ``damping`` times the squared changes of kept weights, each in units of its input's mean square.
     Up to 4,096 inputs of an output (those of all kernel positions) the normal equations are solved, for each output on its own
     support; wider layers and transposed convolutions take 1,000 steps of Adam, from the masked weights or from those with absorbed
     means, whichever have the smaller error. A layer keeps the masked weights if nothing has a smaller error than they. At the end batch
     norms are estimated anew.
 
-    Differs from the paper: it takes Adam's steps in all layers, and starts from absorbed means always. Positions that were zero
-    before may become active where a group had more zeros than it needs.
+    Differs from the paper: it takes Adam's steps in all layers, without damping, and starts from absorbed means always. Positions that
+    were zero before may become active where a group had more zeros than it needs.
 
     Args:
         model: the network, in eval mode; it stays as it is, also where this fails.
@@ -58,6 +61,8 @@ def convert(
             hundred samples do for convolutions; a linear layer needs more rows than an output has weights.
             Kept in memory are sums of products, up to 1 GiB at a time, and all inputs of one layer that takes steps.
         fit: ``"adaprune"``; or for comparison ``"masked"``, the masked weights as they are, or ``"absorbed"``, absorbed means.
+        damping: how strongly normal equations hold weights back, from 0; without it a layer with about as many rows of data as an output
+            has weights is fitted to the rows and to nothing else. Adam does without.
         norms: whether batch norms are estimated anew.
         include, exclude: globs over names of weights; see :class:`~sparse_callbacks.core.method.Method`.
         keep_dense: ``"both"``, the first and the last layer stay dense; ``"first"``, ``"last"`` or None.
@@ -90,6 +95,10 @@ def convert(
             f"pattern={pattern!r} names no pattern that a network is converted to. Give 'N:M' with N below M, such as '2:4', or "
             "'transposable N:M'."
         )
+    if not 0 <= damping < math.inf:
+        raise ValueError(
+            f"damping={damping!r} is not a number from 0 on, so weights would not be held back. Give 0.01, or 0 for none."
+        )
     _refuse_train_mode(model)
     _refuse_no_collection(data)
     globs = patterns(include, "include"), patterns(exclude, "exclude")
@@ -104,7 +113,7 @@ def convert(
         for recorders, count in recorded_inputs(model, given, data, forward):
             batches = count
             called = {name: recorder for name, recorder in recorders.items() if recorder.rows}
-            fits |= {n: fitted(layers[n], recorder, masks[n], wanted, fit) for n, recorder in called.items()}
+            fits |= {n: fitted(layers[n], recorder, masks[n], wanted, fit, damping) for n, recorder in called.items()}
         _refuse_no_calls(fits, layers)
         for name, found in fits.items():
             new = {"weight": found.weight} | ({} if found.bias is None else {"bias": found.bias})

@@ -61,7 +61,9 @@ def bytes_of(layer: nn.Module) -> int:
     return 8 * int(getattr(layer, "groups", 1)) * size**2
 
 
-def fitted(layer: nn.Module, recorder: InputRecorder, mask: Tensor, pattern: NMPattern, fit: FitName) -> LayerFit:
+def fitted(
+    layer: nn.Module, recorder: InputRecorder, mask: Tensor, pattern: NMPattern, fit: FitName, damping: float = 0.0
+) -> LayerFit:
     """A layer's parameters under a mask.
 
     Args:
@@ -71,6 +73,7 @@ def fitted(layer: nn.Module, recorder: InputRecorder, mask: Tensor, pattern: NMP
         pattern: the pattern that the mask has.
         fit: ``"masked"`` and ``"absorbed"`` take these weights as they are; ``"adaprune"`` whichever has the smallest error:
             one of them, or what is fitted.
+        damping: see :func:`~sparse_callbacks.core.conversion.least_squares.refit`.
     """
     dense = _parameters_of(layer)
     weight, bias = dense
@@ -83,7 +86,7 @@ def fitted(layer: nn.Module, recorder: InputRecorder, mask: Tensor, pattern: NMP
     best = "absorbed means" if fit == "absorbed" else "as masked"
     if fit == "adaprune":
         best = min(errors, key=errors.__getitem__)
-        how, (new, shifted) = _optimum(recorder, dense, found[best], mask)
+        how, (new, shifted) = _optimum(recorder, dense, found[best], mask, damping)
         # the error of the stored numbers counts: rounding to them is part of it
         found[how] = new.to(weight), None if bias is None or shifted is None else shifted.to(bias)
         errors[how] = mean_squared_error(recorder, dense, found[how])
@@ -120,7 +123,9 @@ def _as_rows(moments: Moments, parameters: Parameters) -> Tensor:
     return torch.cat(columns, 1).to(moments.matrix.device).double()
 
 
-def _optimum(recorder: InputRecorder, dense: Parameters, start: Parameters, mask: Tensor) -> tuple[str, Parameters]:
+def _optimum(
+    recorder: InputRecorder, dense: Parameters, start: Parameters, mask: Tensor, damping: float
+) -> tuple[str, Parameters]:
     """How a layer was fitted, and the parameters, in the type that was computed in."""
     if isinstance(recorder, KeptInputs):
         return "Adam", fit_by_adam(recorder, dense, start, mask)
@@ -129,5 +134,5 @@ def _optimum(recorder: InputRecorder, dense: Parameters, start: Parameters, mask
     active = mask.flatten(1).to(rows.device)
     if biased:
         active = torch.cat([active, torch.ones_like(active[:, :1])], 1)
-    new = refit(recorder.matrix, rows, active)
+    new = refit(recorder.matrix, rows, active, damping)
     return "least squares", (new[:, : new.shape[1] - biased].reshape(mask.shape), new[:, -1] if biased else None)

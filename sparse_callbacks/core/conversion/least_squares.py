@@ -60,20 +60,23 @@ class Moments:
         return float(((by_group @ self.matrix) * by_group).sum()) / (self.rows * len(weight))
 
 
-def refit(matrix: Tensor, weight: Tensor, active: Tensor) -> Tensor:
+def refit(matrix: Tensor, weight: Tensor, active: Tensor, damping: float = 0.0) -> Tensor:
     """Weights on a mask's support whose outputs are closest to those of the dense weights, in the mean square.
 
     For each output with support S, removed inputs R and second moments H of the inputs::
 
-        v_S = w_S + d,    H_SS d = H_SR w_R
+        v_S = w_S + d,    (H_SS + damping diag(H_SS)) d = H_SR w_R
 
-    Where these equations leave d open (inputs that are always zero, or depend on each other; fewer rows than weights), it is the
-    smallest one, each input being measured by its root mean square: what the data does not say stays as it was.
+    Damping keeps weights close to what they were along directions that the rows hardly show: without it outputs on other data are far
+    off where there are about as many rows as weights. Where the equations leave d open (inputs that are always zero, or depend on each
+    other; fewer rows than weights) it is the smallest one, each input being measured by its root mean square: what the data does not
+    say stays as it was.
 
     Args:
         matrix: second moments, float64, ``[groups, size, size]``, positive semidefinite.
         weight: dense weights, float64, ``[outputs, size]``; the outputs of a group follow each other.
         active: bool, of the shape of ``weight``, True on the support.
+        damping: a share of each input's own second moment; 0 is the optimum on these rows.
 
     Returns:
         The weights, ``[outputs, size]``, zero off the support.
@@ -93,22 +96,24 @@ def refit(matrix: Tensor, weight: Tensor, active: Tensor) -> Tensor:
     known, sought = active.gather(1, support), sought.gather(1, support)
     at_once = max(1, SOLVED // most**2)
     parts = zip(*(torch.split(t, at_once) for t in (group, support, known, sought)), strict=True)
-    change = torch.cat([_changes(matrix, *part) for part in parts])
+    change = torch.cat([_changes(matrix, damping, *part) for part in parts])
     return weight.masked_fill(~active, 0).scatter_add(1, support, change)
 
 
-def _changes(matrix: Tensor, group: Tensor, support: Tensor, known: Tensor, sought: Tensor) -> Tensor:
+def _changes(matrix: Tensor, damping: float, group: Tensor, support: Tensor, known: Tensor, sought: Tensor) -> Tensor:
     """The changes of the weights at ``support``, zero where it is not ``known`` to be active."""
     moments = matrix[group[:, None, None], support[:, :, None], support[:, None, :]]
-    return _smallest_solution(moments * (known[:, :, None] & known[:, None, :]), sought * known)
+    return _smallest_solution(moments * (known[:, :, None] & known[:, None, :]), sought * known, damping)
 
 
-def _smallest_solution(moments: Tensor, sought: Tensor) -> Tensor:
-    """The smallest x in scaled units with ``moments x = sought``: ``[batch, k, k]`` and ``[batch, k]`` to ``[batch, k]``."""
+def _smallest_solution(moments: Tensor, sought: Tensor, damping: float) -> Tensor:
+    """The smallest x in scaled units with damped ``moments x = sought``: ``[batch, k, k]``, ``[batch, k]`` to ``[batch, k]``."""
     scale = moments.diagonal(dim1=1, dim2=2)
     scale = torch.where(scale > 0, scale, 1).rsqrt()
     moments, sought = moments * scale[:, :, None] * scale[:, None, :], (sought * scale)[..., None]
-    factor = torch.linalg.cholesky(moments + RIDGE * torch.eye(moments.shape[1], dtype=moments.dtype).to(moments))
+    unit = torch.eye(moments.shape[1]).to(moments)
+    moments = moments + damping * unit
+    factor = torch.linalg.cholesky(moments + RIDGE * unit)
     x = torch.zeros_like(sought)
     for _ in range(REFINEMENTS):
         x = x + torch.cholesky_solve(sought - moments @ x, factor)
