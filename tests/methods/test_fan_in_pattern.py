@@ -1,4 +1,4 @@
-"""Shared fan-in under masks: Static, SET and RigL with ``pattern="fan_in/G"``, in a Trainer and in loops."""
+"""Shared fan-in under masks: Static, SET, RigL and SNFS with ``pattern="fan_in/G"``, in a Trainer and in loops."""
 
 import copy
 import warnings
@@ -15,14 +15,14 @@ from support.nets import FixedGradient, Regression, mlp, sgd
 from support.rig import copied_masks, fit_steps
 from torch import Tensor, nn
 
-from sparse_callbacks import SET, RigL, SparsityCallback, Static
+from sparse_callbacks import SET, SNFS, RigL, SparsityCallback, Static
 from sparse_callbacks.core.saved_bits import with_truths
 from sparse_callbacks.testing.cases_resume import resumed_differently
 from sparse_callbacks.testing.networks import Classifier
 from sparse_callbacks.testing.runs import fit
 
 GROUP, NAMES = 2, ["net.0.weight", "net.2.weight"]
-METHODS = [Static, SET, RigL]
+METHODS = [Static, SET, RigL, SNFS]
 each_method = pytest.mark.parametrize("make", METHODS, ids=lambda m: m.__name__)
 
 
