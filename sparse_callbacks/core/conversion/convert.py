@@ -113,7 +113,9 @@ def convert(
         for recorders, count in recorded_inputs(model, given, data, forward):
             batches = count
             called = {name: recorder for name, recorder in recorders.items() if recorder.rows}
-            fits |= {n: fitted(layers[n], recorder, masks[n], wanted, fit, damping) for n, recorder in called.items()}
+            fits |= {
+                n: fitted(layers[n], recorder, masks[n], wanted, fit, float(damping)) for n, recorder in called.items()
+            }
         _refuse_no_calls(fits, layers)
         for name, found in fits.items():
             new = {"weight": found.weight} | ({} if found.bias is None else {"bias": found.bias})
