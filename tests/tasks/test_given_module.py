@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sparse_callbacks.tasks import plain_errors
+from sparse_callbacks.tasks.classifier import cross_entropy
 from sparse_callbacks.tasks.data.given_module import describe, given_module
 
 PHOTOS = """
@@ -177,6 +178,11 @@ def test_labels_of_another_kind_are_answered_by_a_sentence(
     assert sentence in printed
     if kind == "from one":
         assert "to 6, and 6 classes have the numbers 0 to 5. Number them from 0, or give data.num_classes=" in printed
+
+
+def test_labels_that_torch_takes_for_shares_of_classes_are_refused_at_once() -> None:
+    with pytest.raises(ValueError, match=r"The labels of a batch have shape \(4, 6\) and type float32"):
+        cross_entropy(torch.zeros(4, 6), torch.full((4, 6), 1 / 6), first=True)
 
 
 def test_several_loaders_are_answered_by_a_sentence(composed: Callable[..., Any], tmp_path: Path) -> None:

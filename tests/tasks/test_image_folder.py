@@ -171,6 +171,17 @@ def test_workers_do_not_change_a_batch_and_stay_for_the_next_epoch(pictures: Pat
     assert torch.equal(torch.cat([labels for _, labels in plain]), torch.tensor([0, 1, 2]).repeat_interleave(6))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_pass_in_order_within_an_epoch_leaves_it_alone(workers: int, pictures: Path) -> None:
+    loader = data_of(pictures, workers=workers).train_dataloader()
+    whole = epoch(data_of(pictures).train_dataloader(), 0)
+    batches = iter(loader)
+    loader.set_epoch(0)
+    first = next(batches)
+    assert len(list(loader.in_order())) == 4
+    assert equal([first, *batches], whole)
+
+
 def test_the_batch_size_and_the_processes_do_not_change_an_image(pictures: Path) -> None:
     def seen(loader: ImageLoader) -> list[bytes]:
         return sorted(image.numpy().tobytes() for images, _ in epoch(loader, 2) for image in images)
