@@ -48,7 +48,8 @@ def soft_factors(weight: Tensor, scale: Tensor, n: int, m: int, axis: int = 1) -
     magnitudes = in_groups(weight.abs(), m, axis)
     threshold = _thresholds(magnitudes, n)
     # the quotient is NaN only where |w| and t are zero, which is not above it
-    open_to = (scale.to(weight) * (1 - threshold / magnitudes)).masked_fill_(~(magnitudes > threshold), 0)
+    share = scale.to(weight) * (1 - threshold / magnitudes)
+    open_to = torch.where(magnitudes > threshold, share, 0)
     factors = torch.empty_like(weight)  # in the memory order of the weight
     return factors.copy_(out_of_groups(open_to, axis))
 
