@@ -40,6 +40,7 @@ _LATER = {
     "rows": "None",
     "candidates": "None",
     "pattern": "None",
+    "ablation": "None",
     "hysteresis": "0.25",
     "drop": "'magnitude'",
     "new_weights": "'zero'",

@@ -105,6 +105,7 @@ class NM(Method):
         **options: Unpack[Options],
     ) -> None:
         self._asked = asked_of_nm(pattern)
+        refuse_other_targets(options, self._asked, type(self).__name__)
         super().__init__(self._asked.sparsity, include=include, exclude=exclude, seed=seed, **options)
         refuse_unknown({"projection": projection}, {"projection": PROJECTIONS})
         check_times(0, 1.0, every)  # whether it fits the run shows when that begins

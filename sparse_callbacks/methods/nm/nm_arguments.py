@@ -1,6 +1,7 @@
 """Arguments of NM: what each may be, and what does not go together."""
 
 import math
+from collections.abc import Mapping
 
 from sparse_callbacks.core.calendar import Time
 from sparse_callbacks.core.nm_masks import NMPattern, nm_pattern
@@ -23,6 +24,25 @@ def asked_of_nm(pattern: str) -> NMPattern:
             "the first below the second), or 'transposable 2:4'."
         )
     return found
+
+
+def refuse_other_targets(options: Mapping[str, object], asked: NMPattern, method: str) -> None:
+    """Refuse the arguments that other methods have for a target, which N:M fixes.
+
+    Args:
+        options: the arguments that the method's constructor does not name.
+        asked: the pattern.
+        method: the name of the method's class.
+
+    Raises:
+        ValueError: ``sparsity`` or ``distribution`` is among them.
+    """
+    for name in ("sparsity", "distribution"):
+        if name in options:
+            raise ValueError(
+                f"{name}= is not an argument of {method}, whose pattern {asked} is a sparsity of {asked.sparsity:.4g} in every layer that "
+                "fits. Leave it out, or give another pattern=: '1:4' for 75 % zeros."
+            )
 
 
 def refuse_ramp(ramp: Time | None) -> None:
