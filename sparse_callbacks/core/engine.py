@@ -219,8 +219,7 @@ class Engine:
         self._release()
         self._care.dense = dense  # a checkpoint of a run that was broken off within a window holds them
         note_places(method.weights)
-        method.weights.release_bits()
-        method.scratch.clear()
+        method.weights.release_memory()
         method.attachment.leave()
         method.owners = Ownership.between_runs(method.owners.owns, method.params, len(method.owners.owns))
 

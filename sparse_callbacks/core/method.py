@@ -25,7 +25,6 @@ from sparse_callbacks.core.joint_thresholds import (
     with_joint_rows,
     without_thresholds,
 )
-from sparse_callbacks.core.kept_tensors import KeptTensors
 from sparse_callbacks.core.live.live_runs import refuse_foreign_places
 from sparse_callbacks.core.ops import random_mask, zeros_for
 from sparse_callbacks.core.optimizers import Ownership
@@ -143,8 +142,6 @@ class Method(Hooks):
         self.aux: dict[str, Tensor] = {}
         """Tensors of the method that must survive a resume. A key ends in the name of a parameter on whose device it
         lies."""
-        self.scratch = KeptTensors()
-        """Memory that steps compute in; a run that is over lets go of it."""
         self.weights = SparseWeights({}, {}, {})
         """Masks and parameters."""
         self.owners = Ownership([], {})

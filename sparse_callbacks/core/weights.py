@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sparse_callbacks.core import distributed
 from sparse_callbacks.core.dense_copy import DenseCopy, undone
+from sparse_callbacks.core.kept_tensors import KeptTensors
 from sparse_callbacks.core.live.live_masks import MasksOnDemand
 from sparse_callbacks.core.local_parts import LocalPart, follow
 from sparse_callbacks.core.selection import Entry
@@ -66,6 +67,8 @@ class SparseWeights:
         # by name the address of a parameter's values, and a view of them as integers, which would take as long to make
         # anew in every step as small weights take to be masked
         self._integers: dict[str, tuple[int, Tensor]] = {}
+        self.scratch = KeptTensors()
+        """Memory that steps compute in; a run that is over lets go of it."""
         self._copy = DenseCopy(self.params)
         self._parts = [p for p in self.params.values() if isinstance(p, LocalPart)]
         self.watchers: list[Callable[[str, Tensor, Tensor], None]] = []
@@ -155,9 +158,11 @@ class SparseWeights:
             self._bits[name] = bits.copy_(self._held[name]).neg_()  # -1 has all bits
         return bits
 
-    def release_bits(self) -> None:
-        """A run is over: forget the integers that steps are masked with; they are made again when they are needed."""
+    def release_memory(self) -> None:
+        """A run is over: forget the integers that steps are masked with, and what they computed in; both are made again
+        when they are needed."""
         self._bits, self._integers = {}, {}
+        self.scratch.clear()
 
     def _take(self, name: str, mask: Tensor) -> None:
         self._unmasked.discard(name)

@@ -24,6 +24,7 @@ from sparse_callbacks import methods
 from sparse_callbacks.core.checkpoint_file import read_mapping
 from sparse_callbacks.core.constructors import argument_names
 from sparse_callbacks.core.method import DEFAULT_SPARSITY, Options
+from sparse_callbacks.core.nm_masks import nm_pattern
 from sparse_callbacks.core.schedules import with_curve
 from sparse_callbacks.lightning.at_target import BestAtTarget, EarlyStoppingAtTarget
 from sparse_callbacks.lightning.callback import SparsityCallback
@@ -78,6 +79,9 @@ def method_arguments(
         number = arguments.get(schedulable)
         if number is None:
             number = defaults.get(schedulable)
+        if number is None and schedulable == "sparsity":  # that of a pattern, or of all methods
+            asked = nm_pattern(arguments.get("pattern"))
+            number = DEFAULT_SPARSITY if asked is None else asked.sparsity
         # a bool is a Real for Python, and a schedule written out ("cosine(0.2)") has chosen its curve already
         if isinstance(number, bool) or not isinstance(number, Real):
             raise ValueError(

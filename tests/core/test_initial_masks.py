@@ -277,7 +277,7 @@ def test_a_run_is_not_resumed_from_another_kind_of_start() -> None:
 
 
 def test_every_method_of_the_loops_is_known_here() -> None:
-    dense_at_first = {"gmp", "dpf", "smcp", "channels", "l0"}
+    dense_at_first = {"gmp", "dpf", "nm", "nm soft", "smcp", "channels", "l0"}
     by_a_score_of_its_own = {"crop"}
     assert {
         m.__name__.lower() for m in STARTING_SPARSE

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from sparse_callbacks.core.dense_copy import undone
-from sparse_callbacks.core.kept_tensors import KeptTensors
 from sparse_callbacks.core.weights import SparseWeights
 from sparse_callbacks.methods.l0 import gates
 from sparse_callbacks.methods.l0.channel_members import ChannelMembers
@@ -27,10 +26,9 @@ class GatedWeights:
     Args:
         store: keeps the dense weights.
         members: what belongs to the output channels of each gated kernel, by the kernel's name.
-        scratch: memory that a step computes in.
     """
 
-    def __init__(self, store: SparseWeights, members: Mapping[str, ChannelMembers], scratch: KeptTensors) -> None:
+    def __init__(self, store: SparseWeights, members: Mapping[str, ChannelMembers]) -> None:
         self._weights, self.members = store, dict(members)
         self.medians: dict[str, Tensor] = {}
         """The factor of each parameter between batches."""
@@ -38,7 +36,7 @@ class GatedWeights:
         """Samples of the gates of each kernel for its next step; missing where the last one is used up."""
         self._not_at_median: set[str] = set()
         """Parameters that do not hold their median gates now."""
-        self.kept = scratch
+        self.kept = store.scratch
         self._statistics = NormStatistics()
 
     def parameters(self, kernels: Iterable[str]) -> list[str]:

@@ -121,7 +121,7 @@ class ConstrainedL0(Method):
         self.gate_lr, self.dual_lr, self.l2 = gate_lr, dual_lr, l2
         choices = {"constraint": constraint, "unit": unit, "gate_optimizer": gate_optimizer}
         refuse_gate_arguments(self.density, self.droprate, choices, {"gate_lr": gate_lr, "dual_lr": dual_lr, "l2": l2})
-        self.gated = GatedWeights(self.weights, {}, self.scratch)
+        self.gated = GatedWeights(self.weights, {})
         self._together: dict[str, ChannelMembers] = {}  # what has the gates of each kernel, until attach makes them
         self._held: dict[str, Tensor] = {}  # dense values of the last run, from start_copies to attach
         self._constraints: list[Constraint] = []
@@ -178,7 +178,7 @@ class ConstrainedL0(Method):
         # without gains and shifts of norms: they are not in the expected L2 norm, so the optimizer may decay them
         decaying = {*together, *(n for t in together.values() for n in t.biases)}
         refuse_decay(self.owners.optimizers, {id(p): n for n, p in model.named_parameters() if n in decaying}, self.l2)
-        self.gated, self._in_batch = GatedWeights(self.weights, together, self.scratch), False
+        self.gated, self._in_batch = GatedWeights(self.weights, together), False
         # members beside a kernel have its gates, so only kernels have constraints
         owned = [[n for n in names if n in together] for names in self.owners.owns]
         self._constraints = make_constraints(owned, self.gated.sizes(kernels), targets_of, self.constraint == "layer")

@@ -22,7 +22,13 @@ from sparse_callbacks.core.thawed import by_step, masks_by_magnitude
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.core.transposable import transposable_mask
 from sparse_callbacks.methods.dpf.dpf import NEVER
-from sparse_callbacks.methods.nm.nm_arguments import asked_of_nm, refuse_beside_soft, refuse_pruned_decay, refuse_ramp
+from sparse_callbacks.methods.nm.nm_arguments import (
+    asked_of_nm,
+    refuse_beside_soft,
+    refuse_other_targets,
+    refuse_pruned_decay,
+    refuse_ramp,
+)
 from sparse_callbacks.methods.nm.soft_projection import scale_of, soft_factors
 
 DECAY = 2e-4
@@ -215,7 +221,7 @@ class NM(Method):
             gradient = self.params[name].grad
             if gradient is not None and self.weights.active_counts[name] < self.weights.size(name):
                 dense = self.weights.dense_values(name)
-                pruned = self.weights.at_pruned(name, dense, self.scratch.like("pruned", dense))
+                pruned = self.weights.at_pruned(name, dense, self.weights.scratch.like("pruned", dense))
                 gradient.add_(pruned, alpha=decay)
 
     def after_step(self, step: Step) -> Update | None:

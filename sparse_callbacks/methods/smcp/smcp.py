@@ -219,7 +219,7 @@ class SMCP(BudgetedChannels):
             gradients = {n: g for n in copied if (g := step.gradient(n)) is not None}
             # dense weights times the gradient at the pruned ones: so pruned channels have scores too, and may come back
             dense = self._dense(gradients)
-            inputs = reader_scores(self.groups, dense, gradients, self._output_factors(dense), self.scratch)
+            inputs = reader_scores(self.groups, dense, gradients, self._output_factors(dense), self.weights.scratch)
             found = {w: group_scores(g, inputs) for w, g in zip(self._windows(), self.groups, strict=True)}
             self._fresh[step.index] = {window: scores for window, scores in found.items() if scores is not None}
         # after the scores are taken: decay is not part of the gradient of the loss
@@ -227,7 +227,7 @@ class SMCP(BudgetedChannels):
             gradient = self.params[name].grad
             if gradient is not None and self.weights.active_counts[name] < self.weights.size(name):
                 dense_values = self.weights.dense_values(name)
-                pruned = self.weights.at_pruned(name, dense_values, self.scratch.like("taylor", dense_values))
+                pruned = self.weights.at_pruned(name, dense_values, self.weights.scratch.like("taylor", dense_values))
                 gradient.add_(pruned, alpha=self.decay)
 
     def after_step(self, step: Step) -> Update | None:
