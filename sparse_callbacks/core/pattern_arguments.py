@@ -13,6 +13,12 @@ from sparse_callbacks.core.pattern_names import UNSTRUCTURED, parsed
 from sparse_callbacks.core.state_layout import shown_short
 
 _AS_SHOWN = 5e-5  # a plan shows four decimals
+# what a method does that has no such argument, and which methods have it
+_ELSEWHERE = {
+    "pattern": "chooses weights by rules of its own, and takes no pattern=. Static, SET, RigL and SNFS keep one, GMP and DPF arrive "
+    "at one.",
+    "ablation": "takes no units away when it updates. SET, RigL and SNFS do, with pattern='fan_in'.",
+}
 
 
 def kept_pattern(pattern: str | None) -> str | None:
@@ -54,25 +60,27 @@ def sparsity_beside(method: object, pattern: str | None, sparsity: Any, distribu
 
 
 def refusing_pattern(init: Callable[..., None], shared: type) -> Callable[..., None]:
-    """``init``, the constructor of a method, which refuses ``pattern=`` in words where the method has no such argument.
+    """``init``, the constructor of a method, which refuses ``pattern=`` and ``ablation=`` in words where the method has no
+    such argument.
 
     Args:
         init: the ``__init__`` of a class.
         shared: a TypedDict with the arguments that the class takes as ``**options`` and hands on.
     """
-    if "pattern" in signature(init).parameters:
+    absent = [name for name in _ELSEWHERE if name not in signature(init).parameters]
+    if not absent:
         return init
 
     @wraps(init)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        # a class with such a parameter may be the base of one that has none, and gives it a value
-        if "pattern" in kwargs and "pattern" not in argument_names(type(self), shared):
-            given = kwargs.pop("pattern")
-            if given is not None and given != UNSTRUCTURED:
-                raise ValueError(
-                    f"pattern={shown_short(given)}: {type(self).__name__} chooses weights by rules of its own, and takes no "
-                    "pattern=. Static, SET, RigL and SNFS keep one, GMP and DPF arrive at one. Leave it out."
-                )
+        for name in absent:
+            # a class with such a parameter may be the base of one that has none, and gives it a value
+            if name in kwargs and name not in argument_names(type(self), shared):
+                given = kwargs.pop(name)
+                if given is not None and given != UNSTRUCTURED:
+                    raise ValueError(
+                        f"{name}={shown_short(given)}: {type(self).__name__} {_ELSEWHERE[name]} Leave it out."
+                    )
         init(self, *args, **kwargs)
 
     return checked

@@ -51,7 +51,7 @@ def convert_main(arguments: Sequence[str] | None = None) -> None:
         made, report = convert(model.to(given.device).eval(), given.pattern, data=batches, **options)
         saved = report.checkpoint(made.cpu())
     # RuntimeError: torch, of a device that it lacks
-    except (ValueError, ImportError, RuntimeError) as error:
+    except (TypeError, ValueError, ImportError, RuntimeError) as error:
         parser.error(str(error))
     print(report)
     with replacing(out) as beside:

@@ -1,10 +1,10 @@
-"""RigL with a constant fan-in of each row, and of sixteen rows together, under the contract."""
+"""Methods with a constant fan-in of each row, and of sixteen rows together, under the contract."""
 
 from typing import Any
 
 import pytest
 
-from sparse_callbacks import RigL
+from sparse_callbacks import SET, SNFS, RigL, Static
 from sparse_callbacks.testing import Settings, contract
 
 pytestmark = pytest.mark.combinations
@@ -14,6 +14,12 @@ SHORT: dict[str, Any] = {"sparsity": 0.8, "every": 3, "stop": 14, "drop_fraction
 TestFanInRigL = contract(RigL, Settings({**SHORT, "pattern": "fan_in"}))
 
 TestSharedFanInRigL = contract(RigL, Settings({**SHORT, "pattern": "fan_in/16"}))
+
+TestSharedFanInSET = contract(SET, Settings({**SHORT, "pattern": "fan_in/16"}))
+
+TestSharedFanInSNFS = contract(SNFS, Settings({**SHORT, "pattern": "fan_in/16"}))
+
+TestSharedFanInStatic = contract(Static, Settings({"sparsity": 0.8, "print_plan": False, "pattern": "fan_in/16"}))
 
 TestAblatingRigL = contract(
     RigL,

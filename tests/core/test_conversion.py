@@ -623,6 +623,25 @@ def test_static_trains_on_under_the_masks(way: str, tmp_path: Path) -> None:
     assert not torch.equal(model.body.weight, before)
 
 
+ENDS = ("stem", "head")
+
+
+def test_zeros_of_layers_that_stay_dense_train_on_under_masks_too() -> None:
+    given = net()
+    with torch.no_grad():
+        for name in ("body", *ENDS):
+            weight = given.get_submodule(name).weight
+            weight.mul_(torch.rand_like(weight) > 0.5)
+    model, report = convert(given, "2:4", data=LOADER)
+    assert not {f"{name}.weight" for name in ENDS} & report.masks.keys()
+    zeros = {name: p.detach() == 0 for name, p in model.named_parameters() if p.dim() > 1}
+    masks = trained_on(Static(from_checkpoint=report.checkpoint(model), print_plan=False), model)
+    assert {f"{name}.weight" for name in ENDS} < masks.keys()
+    for name, mask in masks.items():
+        assert not model.get_parameter(name)[~mask].any()
+        assert torch.equal(~mask, zeros[name])
+
+
 def test_a_kept_weight_that_is_zero_is_in_the_masks_of_the_checkpoint(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(8, 4, bias=False)).eval()
     with torch.no_grad():

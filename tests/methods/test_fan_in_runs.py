@@ -14,7 +14,7 @@ from support.nets import FixedGradient, Regression, mlp, sgd
 from support.rig import copied_masks, fit_steps
 from torch import Tensor, nn
 
-from sparse_callbacks import SET, SNFS, RigL, SparsityCallback, Static
+from sparse_callbacks import DPF, GMP, SET, SNFS, GaP, RigL, SparsityCallback, Static
 from sparse_callbacks.core.fan_in import as_rows, fan_in_for
 from sparse_callbacks.core.saved_bits import with_truths
 from sparse_callbacks.core.selection import entries
@@ -271,6 +271,13 @@ def test_ablation_of_another_pattern_is_refused(make: Any) -> None:
             method(make, pattern=pattern, ablation=0.3)
     with pytest.raises(ValueError, match=r"ablation=2 is not in \(0, 1\]"):
         method(make, ablation=2)
+
+
+@pytest.mark.parametrize("make", [Static, GMP, DPF, GaP])
+def test_methods_that_take_no_units_away_refuse_ablation_in_words(make: Any) -> None:
+    with pytest.raises(ValueError, match=rf"ablation=0\.3: {make.__name__} takes no units away .* Leave it out"):
+        make(0.8, ablation=0.3)
+    make(0.8, ablation=None)
 
 
 def test_candidates_have_no_constant_fan_in() -> None:

@@ -150,6 +150,16 @@ def test_factors_times_weights_are_the_soft_projection(axis: int) -> None:
     assert float(scale_of(torch.zeros(4, 4), 2, 4)) == 1.0
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.01), (torch.float16, 0.002), (torch.float32, 1e-6)])
+def test_factors_near_the_threshold_keep_their_digits(dtype: torch.dtype, error: float) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(64, 64).to(dtype)
+    expected = shrunk(weight.double(), 2, 4) * scale_of(weight.double(), 2, 4)
+    found = (soft_factors(weight, scale_of(weight, 2, 4), 2, 4).double() * weight.double())[expected != 0]
+    expected = expected[expected != 0]
+    assert ((found - expected).abs() / expected.abs()).max() < error
+
+
 def test_what_a_user_writes_into_soft_weights_is_kept() -> None:
     callback = NM(projection="soft", print_plan=False)
     module = Given(SOFT, SOFT_GRADIENTS, rate=1.0)
@@ -187,6 +197,27 @@ def test_n_falls_from_m_by_one_at_equal_intervals() -> None:
     assert [n for n, _, _ in rows] == [4, 4, 3, 3, 3, 2, 2, 2, 1, 1, 1]
     assert all(most == n for n, most, _ in rows)
     assert [there for _, _, there in rows] == [False] * 8 + [True] * 3
+
+
+def test_the_curve_of_n_is_that_of_the_masks_between_refreshes() -> None:
+    callback = NM("1:4", ramp=9, every=4, print_plan=False)
+    rows: list[tuple[int, int]] = []
+
+    def note(*_: Any) -> None:
+        most = max(int(in_groups(m, 4).sum(-1).max()) for m in callback.masks.values())
+        rows.append((int(callback.figures()["nm/n"]), most))
+
+    fit(Classifier(), callback, watch(note), max_steps=11)
+    assert [most for _, most in rows] == [4] * 3 + [3] * 4 + [2] + [1] * 3
+    assert all(n == most for n, most in rows)
+
+
+def test_masks_that_are_never_renewed_are_spoken_of(caplog: pytest.LogCaptureFixture) -> None:
+    fit(Classifier(), NM("2:4", every=9, print_plan=False), max_steps=8)
+    assert "every=9 is longer than the run (8 steps), so the first masks stay" in caplog.text
+    caplog.clear()
+    fit(Classifier(), NM("2:4", every=8, print_plan=False), max_steps=8)
+    assert "longer than the run" not in caplog.text
 
 
 def test_n_is_reached_at_the_end_of_the_ramp_whatever_the_interval() -> None:

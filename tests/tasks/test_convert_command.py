@@ -88,6 +88,7 @@ def test_its_options(trained: nn.Module, tmp_path: Path, capsys: pytest.CaptureF
         ([*FACTORY, "weights.txt"], "gives no batches"),
         ([*FACTORY, "text.pt"], "--data text.pt cannot be read"),
         ([*FACTORY, "batches.pt", "--pattern", "4:2"], "pattern='4:2' names no pattern"),
+        ([*FACTORY, "batches.pt", "--damping", "nan"], "damping"),
         ([*FACTORY, "batches.pt", "--batches", "0"], "'0' is not a whole number from 1 on"),
         ([*FACTORY, "batches.pt", "--out", "."], "--out . is a folder"),
     ],

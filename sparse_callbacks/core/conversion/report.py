@@ -116,8 +116,12 @@ class Conversion:
             >>> sorted(saved_masks(report.checkpoint(smaller)))
             ['0.weight', '2.weight']
         """
-        state = {"version": VERSION, "arguments": {"pattern": repr(self.pattern)}, "masks": with_bits(self.masks)}
-        return {"state_dict": model.state_dict(), "conversion": state}
+        weights = model.state_dict()
+        # zeros of an unstructured network in layers that stay dense: Static would not train such weights without a mask
+        active = {name: weights[name] != 0 for name in self.left_dense if name in weights}
+        masks = {**self.masks} | {name: mask for name, mask in active.items() if mask.any() and not mask.all()}
+        state = {"version": VERSION, "arguments": {"pattern": repr(self.pattern)}, "masks": with_bits(masks)}
+        return {"state_dict": weights, "conversion": state}
 
     def __str__(self) -> str:
         head = ("parameter", "shape", "weights", "kept", "error masked", "error now", "how, or why dense")

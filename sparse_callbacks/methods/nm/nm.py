@@ -47,9 +47,9 @@ class NM(Method):
 
     The gradient is not masked (straight-through), and the decay of pruned weights is part of it, so momentum sees both. The
     mask of a step is that of the dense weights before its forward pass: refreshes fall before steps 0, ``every``, 2 *
-    ``every``. Between optimizer steps the model holds ``m * w``: validation, checkpoints and export see the N:M network.
-    The dense weights live in this callback: one copy, beside a bool and a float mask. Groups of a convolution run along its input
-    channels at a fixed position of the kernel. Layers whose inputs (of a transposable pattern: outputs too) M does not
+    ``every``, and where a ramp ends. Between optimizer steps the model holds ``m * w``: validation, checkpoints and export see the
+    N:M network. The dense weights live in this callback: one copy, beside a bool and a float mask. Groups of a convolution run
+    along its input channels at a fixed position of the kernel. Layers whose inputs (of a transposable pattern: outputs too) M does not
     divide stay dense, and the plan says so.
 
     ``projection="soft"`` (S-STE): w goes into the forward pass as beta * sign(w) * max(|w| - t, 0), where t is the
@@ -148,12 +148,16 @@ class NM(Method):
         )
 
     def active_at(self, number: int) -> int:
-        """The most active weights of a group after ``number`` gradient steps: N, and more on the ramp."""
+        """The most active weights of a group under the masks after ``number`` gradient steps: N, and more on the ramp."""
         n, m = self._asked.n, self._asked.m
         if self.ramp is None:
             return n
-        # the first masks are made before the calendar
-        return m if not number else max(n, m - number * (m - n) // max(1, self.times.stop))
+        if not number:  # the first masks are made before the calendar
+            return m
+        if number >= self.times.stop:
+            return n
+        refreshed = number - number % self.times.every
+        return max(n, m - refreshed * (m - n) // max(1, self.times.stop))
 
     def figures(self) -> dict[str, float]:
         counts = {n: t for n in self.weights.copied if (t := self.aux.get(f"{CHANGED}/{n}")) is not None}
@@ -173,7 +177,13 @@ class NM(Method):
     def make_calendar(self, run: RunLength) -> Calendar:
         end = 0 if self.ramp is None else self.ramp
         last = end if isinstance(end, int) else to_steps(end, run.total(), "ramp")
-        return Calendar(self._interval(run), 0, last, final=True, until=NEVER)
+        every = self._interval(run)
+        if self.projection == "hard" and every > run.total():
+            self.host.inform(
+                f"every={every} is longer than the run ({run.total():g} steps), so the first masks stay. Give a smaller every= for masks "
+                "that follow the dense weights."
+            )
+        return Calendar(every, 0, last, final=True, until=NEVER)
 
     def _interval(self, run: RunLength) -> int:
         """Optimizer steps between masks."""

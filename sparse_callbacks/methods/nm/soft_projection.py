@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from sparse_callbacks.core.largest import widened
 from sparse_callbacks.core.nm_masks import in_groups, out_of_groups
 
 
@@ -35,20 +36,20 @@ def scale_of(weight: Tensor, n: int, m: int, axis: int = 1) -> Tensor:
     # in double precision: a sum of many squares, taken once in a run
     soft, dense = shrunk(weight, n, m, axis).double(), weight.double()
     norm = soft.square().sum()
-    return torch.where(norm > 0, (dense * soft).sum() / norm, 1.0).float()
+    return torch.where(norm > 0, (dense * soft).sum() / norm, 1.0).to(widened(weight.dtype))
 
 
 def soft_factors(weight: Tensor, scale: Tensor, n: int, m: int, axis: int = 1) -> Tensor:
-    """What multiplies each weight in the soft projection: scale * (1 - t / \\|w\\|), 0 where \\|w\\| is at most t.
+    """What multiplies each weight in the soft projection: scale * (\\|w\\| - t) / \\|w\\|, 0 where \\|w\\| is at most t.
 
     Args:
         weight, n, m, axis: as in :func:`shrunk`.
         scale: beta, a tensor of one number.
     """
-    magnitudes = in_groups(weight.abs(), m, axis)
+    magnitudes = in_groups(weight.abs(), m, axis).to(widened(weight.dtype))
     threshold = _thresholds(magnitudes, n)
-    # the quotient is NaN only where |w| and t are zero, which is not above it
-    share = scale.to(weight) * (1 - threshold / magnitudes)
+    # the difference is exact near the threshold, where 1 - t / |w| has lost its digits; NaN where |w| is 0, which is not above it
+    share = (magnitudes - threshold).div_(magnitudes).mul_(scale.to(magnitudes))
     open_to = torch.where(magnitudes > threshold, share, 0)
     factors = torch.empty_like(weight)  # in the memory order of the weight
     return factors.copy_(out_of_groups(open_to, axis))
