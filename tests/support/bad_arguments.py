@@ -29,6 +29,7 @@ import torch
 import sparse_callbacks
 from sparse_callbacks import testing
 from sparse_callbacks.core import distributions, ops, schedules
+from sparse_callbacks.core.data_pass import NoPassError
 from sparse_callbacks.core.method import Method, Options
 from support import loops
 
@@ -268,7 +269,8 @@ def outcome(argument: str, value: Any, call: Callable[[], Any], of_type: bool) -
         # not what Python says of a call that fails inside
         # a sentence that shows the value behind a name, of the argument or of what it becomes
         about = argument in str(error) or re.search(r"\w=", str(error)) is not None or _shows(error, value)
-        named = about and type(error) in (ValueError, TypeError, FileNotFoundError) and len(str(error)) > 20
+        of_a_kind = type(error) in (ValueError, TypeError, FileNotFoundError, NoPassError)
+        named = about and of_a_kind and len(str(error)) > 20
         return (REFUSED if named else BARE), text
     except Exception as error:
         return BARE, f"{type(error).__name__}: {error}"
