@@ -6,6 +6,7 @@ import pytest
 
 from sparse_callbacks import SET, SNFS, RigL, Static
 from sparse_callbacks.testing import Settings, contract
+from sparse_callbacks.testing.library import LIBRARY
 
 pytestmark = pytest.mark.combinations
 
@@ -19,7 +20,13 @@ TestSharedFanInSET = contract(SET, Settings({**SHORT, "pattern": "fan_in/16"}))
 
 TestSharedFanInSNFS = contract(SNFS, Settings({**SHORT, "pattern": "fan_in/16"}))
 
-TestSharedFanInStatic = contract(Static, Settings({"sparsity": 0.8, "print_plan": False, "pattern": "fan_in/16"}))
+TestSharedFanInStatic = contract(
+    Static,
+    Settings(
+        {"sparsity": 0.8, "print_plan": False, "pattern": "fan_in/16"},
+        promises_not_made=LIBRARY["Static"].promises_not_made,
+    ),
+)
 
 TestAblatingRigL = contract(
     RigL,
