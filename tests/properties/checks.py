@@ -69,7 +69,7 @@ class Watch:
 
     def _counts(self) -> None:
         method = self.method
-        if getattr(method, "neuron_importance", None) is not None:
+        if getattr(method, "neuron_importance", None) is not None or getattr(method, "ablation", None) is not None:
             assert sum(int((~m).sum()) for m in method.masks.values()) >= method.plan().zeros
             return
         if method.at_target and self._in_whole_filters():
