@@ -11,6 +11,7 @@ FEWEST_UPDATES = 10
 # It is not shortened below this many steps: a weight that was grown needs time to become large enough to stay.
 SHORTEST_INTERVAL = 10
 
+NO_END = 2**62  # steps: later than any run ends, and a whole number, as calendars are saved
 Time = int | float
 """Optimizer steps (int) or a fraction of the run (float)."""
 

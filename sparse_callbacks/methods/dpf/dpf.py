@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_callbacks.core.allocations.by_weight import GLOBAL
-from sparse_callbacks.core.calendar import Calendar, RunLength, Time
+from sparse_callbacks.core.calendar import NO_END, Calendar, RunLength, Time
 from sparse_callbacks.core.distributions import Distribution, reads_weights
 from sparse_callbacks.core.joint_thresholds import joint_masks, renews_thresholds
 from sparse_callbacks.core.method import Method, Options
@@ -29,7 +29,6 @@ from sparse_callbacks.methods.dpf import filters
 from sparse_callbacks.methods.towards_pattern import curve_towards, mask_towards
 
 UNITS = ("weight", "filter")
-NEVER = 2**62  # later than any run ends, and a whole number, as calendars are saved
 
 
 class DPF(Method):
@@ -189,7 +188,7 @@ class DPF(Method):
         calendar = super().make_calendar(run)
         if self.finetune is None:
             # the curve ends at stop, the refreshes do not: magnitudes go on to change, and masks follow them
-            return replace(calendar, until=NEVER)
+            return replace(calendar, until=NO_END)
         begin = self.finetune if isinstance(self.finetune, int) else to_steps(self.finetune, run.total(), "finetune")
         if not run.lenient and begin < calendar.stop:
             raise ValueError(_too_early(self.finetune, self.stop, f" ({begin} steps against {calendar.stop})"))

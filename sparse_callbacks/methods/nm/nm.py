@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_callbacks.core.arguments import refuse_unknown
-from sparse_callbacks.core.calendar import Calendar, RunLength, Time, check_times, resolve_times
+from sparse_callbacks.core.calendar import NO_END, Calendar, RunLength, Time, check_times, resolve_times
 from sparse_callbacks.core.dense_copy import undone
 from sparse_callbacks.core.method import Method, Options
 from sparse_callbacks.core.nm_layers import inputs_axis
@@ -21,7 +21,6 @@ from sparse_callbacks.core.storages.storage import why_no_exchange
 from sparse_callbacks.core.thawed import by_step, masks_by_magnitude
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.core.transposable import transposable_mask
-from sparse_callbacks.methods.dpf.dpf import NEVER
 from sparse_callbacks.methods.nm.nm_arguments import (
     asked_of_nm,
     refuse_beside_soft,
@@ -183,7 +182,7 @@ class NM(Method):
                 f"every={every} is longer than the run ({run.total():g} steps), so the first masks stay. Give a smaller every= for masks "
                 "that follow the dense weights."
             )
-        return Calendar(every, 0, last, final=True, until=NEVER)
+        return Calendar(every, 0, last, final=True, until=NO_END)
 
     def _interval(self, run: RunLength) -> int:
         """Optimizer steps between masks."""
