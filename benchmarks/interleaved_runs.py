@@ -225,28 +225,44 @@ def lightning_run(
         yield turns.steps
 
 
+class RawLoop:
+    """The same training as a hand-written loop, step by step.
+
+    Args:
+        workload: the network, its data and its optimizer.
+        count: the number of steps that there are data for.
+    """
+
+    def __init__(self, workload: Workload, count: int) -> None:
+        self.net = workload.network()
+        self.optimizer = workload.optimizer(self.net.parameters())
+        self._batches = iter(Cycled(workload.data(), count))
+
+    def backward(self) -> None:
+        """Leave the gradients of the next batch on the parameters."""
+        images, labels = next(self._batches)
+        self.optimizer.zero_grad()
+        nn.functional.cross_entropy(self.net(images), labels).backward()
+
+
 def raw_run(workload: Workload, rounds: Sequence[int], peer_every: int | None = None) -> Run:
-    """The same training as a hand-written loop.
+    """Times the steps of a hand-written loop.
 
     Args:
         workload: the network, its data and its optimizer.
         rounds: the number of steps of each round.
         peer_every: the number of steps between updates of rigl-torch; None for dense training.
     """
-    net = workload.network()
-    optimizer = workload.optimizer(net.parameters())
-    scheduler = None if peer_every is None else rigl_torch_scheduler(net, optimizer, peer_every)
-    batches = iter(Cycled(workload.data(), sum(rounds)))
+    loop = RawLoop(workload, sum(rounds))
+    scheduler = None if peer_every is None else rigl_torch_scheduler(loop.net, loop.optimizer, peer_every)
     for length in rounds:
         steps = []
         for _ in range(length):
             began = clock()
-            images, labels = next(batches)
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(net(images), labels).backward()
+            loop.backward()
             took_step = scheduler is None or scheduler()
             if took_step:
-                optimizer.step()
+                loop.optimizer.step()
             # an update of rigl-torch replaces the step
             steps.append((clock() - began, not took_step))
         yield steps

@@ -246,6 +246,35 @@ def limits_of(workload: Workload, timings: dict[str, tuple[str, Timing]]) -> str
     return "#### The limit\n\n" + limits(workload, added, timings[COPY][1].ordinary)
 
 
+def comparison_of(timings: dict[str, tuple[str, Timing]]) -> str:
+    """What the runs take beside each other and beside peers, as Markdown; updates are left out."""
+    plain = {label: timing.ordinary for label, (_, timing) in timings.items()}
+    added = {
+        label: statistics.median(a - b for a, b in zip(plain[label], plain[BASE], strict=True))
+        for label, (base, _) in timings.items()
+        if base == BASE
+    }
+    static, units, weights = "ours: Static", "ours: ConstrainedL0, units", "ours: ConstrainedL0, weights"
+    surpluses = {
+        "what Static adds, of what torch.nn.utils.prune adds": added["torch.nn.utils.prune"],
+        f"what Static adds, of {PRODUCT}": statistics.median(plain[PRODUCT]),
+    }
+    lines = ["#### Beside each other", "", "| without updates | ratio (quartiles) |", "| --- | --- |"]
+    for what, of in surpluses.items():
+        known = min(added[static], of) > 0
+        lines.append(f"| {what} | {f'{added[static] / of:.2f}' if known else 'below the noise'} |")
+    for label, of_label in (
+        (RIGL, static),
+        (DPF_LABEL, static),
+        (SMCP_LABEL, static),
+        (units, "gates by autograd, units"),
+        (weights, "gates by autograd, weights"),
+    ):
+        found = [a / b for a, b in zip(plain[label], plain[of_label], strict=True)]
+        lines.append(f"| {label}, of {of_label} | {spread(found, 3)} |")
+    return "\n".join(lines) + "\n"
+
+
 def rare_costs_of(workload: Workload, timings: dict[str, tuple[str, Timing]], slimmed: Slimmed) -> str:
     """What comes once in many steps: solves, refreshes, passes and slimming."""
     names = {
@@ -340,7 +369,7 @@ The data is random and made before the clock starts. Written by `python benchmar
 - The baseline of the recorded run is the same method without SparsityReport; each of its updates has a row.
 - The gates of ConstrainedL0 have no updates: every step samples them, and steps gates and multiplier. "Gates by autograd"
   is the parametrization w * z as it is usually written, without a constraint.
-- "{COPY}" and "{PRODUCT}" are of all matrices and kernels, once a step, with nothing else in it.
+- "{COPY}" and "{PRODUCT}" are of all matrices and kernels, timed alone after each step of the raw loop.
 - **The limit**: the bytes that a method's rule must read and write in a step without an update, at the speed of that copy;
   masks count nothing, as they could be bits. What a step adds beyond it is masks of four bytes a weight, the look at
   gradients for inf and NaN, and the callback's hooks.
@@ -375,8 +404,9 @@ def main() -> None:
         timings = measure(workload, arguments.rounds, arguments.steps, slimmed)
         parts.append(table(workload, timings))
         if workload.peers:
-            parts += [limits_of(workload, timings), rare_costs_of(workload, timings, slimmed), peaks[name]]
-        print(*parts[-4 if workload.peers else -1 :], sep="\n", flush=True)
+            parts += [comparison_of(timings), limits_of(workload, timings)]
+            parts += [rare_costs_of(workload, timings, slimmed), peaks[name]]
+        print(*parts[-5 if workload.peers else -1 :], sep="\n", flush=True)
     arguments.out.parent.mkdir(exist_ok=True)
     arguments.out.write_text("\n".join(parts))
 

@@ -24,6 +24,25 @@ def has_fan_in(method: object) -> bool:
     return isinstance(asked, FanIn) and asked.group is None
 
 
+def shared_group(method: object) -> int | None:
+    """How many consecutive rows share their inputs in the ``fan_in/G`` of a method; None for another pattern, or none."""
+    asked = asked_pattern(method)
+    return asked.group if isinstance(asked, FanIn) else None
+
+
+def why_no_shared_rows(entry: Entry, group: int) -> str:
+    """Why the rows of a parameter cannot share their inputs, as a clause; empty where they can.
+
+    Args:
+        entry: the parameter.
+        group: consecutive rows that would share their inputs.
+    """
+    if not entry.linear:
+        return "a convolution" if len(entry.shape) > 2 else "not the weight of a linear layer"
+    rows = entry.shape[0]
+    return f"{rows} rows do not divide into groups of {group}" if rows % group else ""
+
+
 def ablation_of(method: object) -> float | None:
     """The share of its fan-in that an output unit needs in salient weights; None where all units stay."""
     return getattr(method, "ablation", None)

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from sparse_callbacks.core.given_masks import GivenMasks
 from sparse_callbacks.core.initial_masks import StartsSparse, start_of
 from sparse_callbacks.core.method import Method
-from sparse_callbacks.core.patterns import warning_of_no_pattern
 from sparse_callbacks.core.rescaling import counted_norm, rescale_weights, starved_layers, why_not_fresh, zeros_among
 
 
@@ -73,8 +72,6 @@ def _warnings_of_start(method: Method, model: nn.Module) -> Iterator[str]:
     name, start = type(method).__name__, start_of(method)
     if dead := [n for n, count in method.weights.active_counts.items() if not count and start.brings_counts]:
         yield f"{', '.join(dead)} has no active weight in {start.shown}, and so never trains. exclude= leaves it dense."
-    if unused := warning_of_no_pattern(method, method.weights.entries.values()):
-        yield unused
     if start.brings_counts:
         return
     if start.at_random and (share := zeros_among(model, method.params)):

@@ -64,12 +64,12 @@ class StartsSparse(Method):
             that do not divide stay dense, as ``plan()`` says. ``"fan_in/64"``: in linear layers every 64 consecutive output
             rows read the same inputs, as many in each group of rows: max(1, round(density * inputs)), so that ``plan()``
             may show a little more or less sparsity. (64 may be any whole number from 1.) Layers of other kinds, and those
-            whose rows the number does not divide, have masks without a pattern, as ``plan()`` says. ``"fan_in"``: each
-            output unit of every layer, convolutions too, has as many inputs of its own: max(1, floor(density * inputs)).
-            None: no layer has one.
+            whose rows the number does not divide, stay dense, as ``plan()`` says. ``"fan_in"``: each output unit of every
+            layer, convolutions too, has as many inputs of its own: max(1, floor(density * inputs)). None: no layer has one.
         storage: ``"masked"``: dense matrices under masks. ``"sparse"``: linear layers hold their live weights alone, in a
             `SparseLinear`, on the CPU. ``"grouped"``: the same, where every ``group`` consecutive output rows read the same
-            inputs, max(1, round(density * inputs)) of them. ``"auto"``: masked or sparse, whichever is faster by their
+            inputs, max(1, round(density * inputs)) of them, as under ``pattern="fan_in/64"``; layers that cannot are under masks
+            without a pattern, and with that pattern beside it dense. ``"auto"``: masked or sparse, whichever is faster by their
             times. Or a mapping of globs on parameter names to these, of which the first that matches counts. ``plan()`` says
             which layer has which, and why one stays masked.
         group: output rows that read the same inputs under ``"grouped"``; where it does not divide the rows of a layer, that

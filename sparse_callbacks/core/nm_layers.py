@@ -1,11 +1,11 @@
-"""Layers under N:M: which have it, why others stay dense, how sparse they are, and foreign masks."""
+"""Layers that a pattern leaves dense; layers under N:M: which have it, how sparse they are, and foreign masks."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
-from sparse_callbacks.core.fan_in_layers import ablation_of, has_fan_in
+from sparse_callbacks.core.fan_in_layers import ablation_of, has_fan_in, shared_group, why_no_shared_rows
 from sparse_callbacks.core.nm_masks import NMPattern, in_groups, why_not_nm
 from sparse_callbacks.core.pattern_names import asked_nm, asked_pattern
 from sparse_callbacks.core.selection import NOT_TRAINED, Entry
@@ -39,22 +39,23 @@ def why_no_groups(entry: Entry, pattern: NMPattern) -> str:
 
 
 def why_dense(method: object, entry: Entry) -> str:
-    """The reason why a parameter that could be sparse stays dense under the N:M or the constant fan-in of a method; empty
-    where it does not.
+    """The reason why a parameter that could be sparse stays dense under the pattern of a method; empty where it does not.
 
     Args:
         method: the method of the run.
         entry: the parameter; what else keeps it dense does not matter.
     """
-    asked = asked_nm(method)
+    asked, group = asked_nm(method), shared_group(method)
     why = "" if asked is None else why_no_groups(entry, asked)
+    if group is not None:
+        why = why_no_shared_rows(entry, group)
     if has_fan_in(method) and entry.live_alone and (not entry.own_inputs or ablation_of(method) is not None):
         why = _LIVE_ALONE
     return f"not {asked_pattern(method)}: {why}" if why else ""
 
 
 def fitting(method: object, entries: Iterable[Entry]) -> list[Entry]:
-    """``entries`` with the reason of those that stay dense because they cannot have the N:M of a method.
+    """``entries`` with the reason of those that stay dense because they cannot have the pattern of a method.
 
     Args:
         method: the method of the run.

@@ -13,10 +13,17 @@ import torch
 from torch import Tensor
 
 from sparse_callbacks.core.attachment import Choice
-from sparse_callbacks.core.fan_in_layers import fan_in_remarks, fan_in_zeros, has_fan_in, why_other_rows
+from sparse_callbacks.core.fan_in_layers import (
+    fan_in_remarks,
+    fan_in_zeros,
+    has_fan_in,
+    shared_group,
+    why_no_shared_rows,
+    why_other_rows,
+)
 from sparse_callbacks.core.largest import widened
 from sparse_callbacks.core.nm_layers import nm_of, nm_remarks, nm_targets, why_other_groups
-from sparse_callbacks.core.pattern_names import FanIn, asked_nm, asked_pattern
+from sparse_callbacks.core.pattern_names import asked_nm
 from sparse_callbacks.core.selection import Entry
 from sparse_callbacks.core.sparse_layers.live_places import why_not_grouped
 from sparse_callbacks.core.sparse_layers.moved_places import BELOW_ZERO, NEVER, largest_ranked
@@ -43,14 +50,8 @@ def group_of(method: object, entry: Entry) -> int | None:
     """
     if (choice := _choices(method).get(entry.name)) is not None and choice.storage == "grouped":
         return choice.group
-    group = _asked_group(method)
-    return None if group is None or why_unstructured(entry, group) else group
-
-
-def _asked_group(method: object) -> int | None:
-    """The group of ``fan_in/G`` that a method was asked for; None for another pattern, or none."""
-    asked = asked_pattern(method)
-    return asked.group if isinstance(asked, FanIn) else None
+    group = shared_group(method)
+    return None if group is None or why_no_shared_rows(entry, group) else group
 
 
 def _choices(method: object) -> Mapping[str, Choice]:
@@ -70,14 +71,6 @@ def live_zeros(method: object, entries: Iterable[Entry]) -> dict[str, list[int]]
     return {e.name: [e.size - kept[e.name]] for e in entries if e.name in kept}
 
 
-def why_unstructured(entry: Entry, group: int) -> str:
-    """The reason why a parameter has masks without a pattern where others have one; empty where it has it."""
-    if not entry.linear:
-        return "a convolution" if len(entry.shape) > 2 else "not the weight of a linear layer"
-    rows = entry.shape[0]
-    return f"{rows} rows do not divide into groups of {group}" if rows % group else ""
-
-
 def pattern_remarks(method: object, entries: Sequence[Entry], zeros: Mapping[str, int]) -> dict[str, str]:
     """What a plan says of the pattern of each sparse parameter, by its name.
 
@@ -86,7 +79,7 @@ def pattern_remarks(method: object, entries: Sequence[Entry], zeros: Mapping[str
         entries: all parameters.
         zeros: planned zeros of the sparse parameters.
     """
-    asked, found = _asked_group(method), nm_remarks(method, entries, zeros)
+    found = nm_remarks(method, entries, zeros)
     if has_fan_in(method):
         found = fan_in_remarks(method, entries, zeros)
     for entry in entries:
@@ -96,23 +89,7 @@ def pattern_remarks(method: object, entries: Sequence[Entry], zeros: Mapping[str
             rows, inputs = entry.shape
             active = inputs - zeros[entry.name] // rows
             found[entry.name] = f"fan_in/{group}: {active} of {inputs} inputs"
-        elif asked is not None:
-            found[entry.name] = f"unstructured: {why_unstructured(entry, asked)}"
     return found
-
-
-def warning_of_no_pattern(method: object, entries: Iterable[Entry]) -> str:
-    """What the user should know where a pattern is asked for and no mask has it; empty otherwise.
-
-    Args:
-        method: the method of the run.
-        entries: the sparse parameters.
-    """
-    group, listed = _asked_group(method), list(entries)
-    if group is None or any(group_of(method, e) is not None for e in listed):
-        return ""
-    reasons = ", ".join(f"{e.name} ({why_unstructured(e, group)})" for e in listed)
-    return f"no layer has masks of pattern='fan_in/{group}': {reasons}. Give a number that divides the rows of linear layers."
 
 
 def reached_targets(method: object, targets: Mapping[str, float], entries: Sequence[Entry]) -> dict[str, float]:

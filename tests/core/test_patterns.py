@@ -98,7 +98,7 @@ def test_a_share_gives_back_its_zeros() -> None:
         assert [zeros_for(share_of(zeros, size), size) for zeros in range(size)] == list(range(size))
 
 
-def test_layers_of_other_kinds_stay_unstructured_and_the_plan_says_why() -> None:
+def test_layers_of_other_kinds_stay_dense_and_the_plan_says_why() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -109,30 +109,32 @@ def test_layers_of_other_kinds_stay_unstructured_and_the_plan_says_why() -> None
 
     include = ["*", "embedding.weight"]
     plan = Static(0.5, distribution="uniform", include=include, pattern="fan_in/8").plan(Net())
-    remarks = {row.name: row.remark for row in plan if row.remark}
-    assert remarks.pop("good.weight") == remarks.pop("attention.out_proj.weight") == "fan_in/8: 8 of 16 inputs"
-    assert remarks.pop("odd.weight") == "unstructured: 10 rows do not divide into groups of 8"
-    for name in ("conv.weight", "conv1d.weight", "up.weight"):
-        assert remarks.pop(name) == "unstructured: a convolution"
-    stacked = ["attention.in_proj_weight", "lstm.weight_ih_l0", "lstm.weight_hh_l0", "lstm.weight_hr_l0"]
-    assert remarks == dict.fromkeys(
-        [*stacked, "embedding.weight", "cell.weight_ih", "cell.weight_hh"],
-        "unstructured: not the weight of a linear layer",
+    assert {row.name: row.remark for row in plan if row.remark} == dict.fromkeys(
+        ["good.weight", "attention.out_proj.weight"], "fan_in/8: 8 of 16 inputs"
     )
-    unstructured = Static(0.5, distribution="uniform", include=include).plan(Net())
-    assert {n: plan[n].zeros for n in remarks} == {n: unstructured[n].zeros for n in remarks}
+    why = {row.name: row.reason for row in plan if row.reason.startswith("not fan_in/8: ")}
+    assert why.pop("odd.weight") == "not fan_in/8: 10 rows do not divide into groups of 8"
+    for name in ("conv.weight", "conv1d.weight", "up.weight"):
+        assert why.pop(name) == "not fan_in/8: a convolution"
+    stacked = ["attention.in_proj_weight", "lstm.weight_ih_l0", "lstm.weight_hh_l0", "lstm.weight_hr_l0"]
+    assert why == dict.fromkeys(
+        [*stacked, "embedding.weight", "cell.weight_ih", "cell.weight_hh"],
+        "not fan_in/8: not the weight of a linear layer",
+    )
+    assert plan.total == 0.5  # of those two
     assert "fan_in/8: 8 of 16 inputs" in str(plan)
+    unstructured = Static(0.5, distribution="uniform", include=include).plan(Net())
     assert not any(row.remark for row in unstructured)
     assert not any(row.remark for row in GMP(0.5).plan(Net()))
 
 
-def test_a_linear_layer_that_shares_its_weight_with_an_embedding_stays_unstructured() -> None:
+def test_a_linear_layer_that_shares_its_weight_with_an_embedding_stays_dense() -> None:
     for first in (True, False):
         linear, embedding = nn.Linear(8, 8, bias=False), nn.Embedding(8, 8)
         linear.weight = embedding.weight
-        model = nn.Sequential(*((linear, embedding) if first else (embedding, linear)))
-        (row,) = Static(0.5, include=["0.weight"], pattern="fan_in/4").plan(model)
-        assert row.remark == "unstructured: not the weight of a linear layer"
+        model = nn.Sequential(*((linear, embedding) if first else (embedding, linear)), nn.Linear(8, 8))
+        plan = Static(0.5, include=["*.weight"], pattern="fan_in/4").plan(model)
+        assert plan["0.weight"].reason == "not fan_in/4: not the weight of a linear layer"
 
 
 # ---------------------------------------------------------------------- columns

@@ -1,7 +1,6 @@
 """Shared fan-in under masks: Static, SET, RigL and SNFS with ``pattern="fan_in/G"``, in a Trainer and in loops."""
 
 import copy
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -135,17 +134,27 @@ def test_a_layer_that_joins_a_run_keeps_its_columns_of_the_largest_sums() -> Non
     assert run.plan()["2.weight"].zeros == 24 * 14
 
 
-def test_a_pattern_that_no_layer_has_is_warned_of_and_one_that_some_layer_has_is_not() -> None:
-    for group, warned in ((5, True), (24, False)):
-        model = loops.net()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            loops.begin(method(Static, pattern=f"fan_in/{group}", rescale="layer"), model, loops.sgd(model)).close()
-        texts = [str(w.message) for w in caught]
-        expected = (
-            r"no layer has masks of pattern='fan_in/5': 0.weight (24 rows do not divide into groups of 5), 2.weight"
-        )
-        assert any(text.startswith(expected) for text in texts) == warned
+@each_method
+def test_a_pattern_that_no_layer_can_have_is_refused_and_one_that_some_layer_can_have_is_not(make: Any) -> None:
+    model = loops.net()
+    with pytest.raises(
+        ValueError,
+        match=r"pattern='fan_in/5' fits no layer, so nothing would be sparse: 0\.weight \(not fan_in/5: 24 rows do not divide into "
+        r"groups of 5\), 2\.weight",
+    ):
+        loops.begin(method(make, pattern="fan_in/5"), model, loops.sgd(model))
+    loops.begin(method(make, pattern="fan_in/24"), model, loops.sgd(model)).close()
+
+
+@each_method
+def test_a_layer_that_does_not_divide_trains_dense(make: Any) -> None:
+    model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 6))
+    optimizer = loops.sgd(model)
+    run = loops.begin(method(make, pattern="fan_in/4"), model, optimizer)
+    loops.train(run, model, optimizer)
+    assert set(run.masks) == {"0.weight"}
+    assert (model[2].weight != 0).all()
+    assert run.plan()["2.weight"].reason == "not fan_in/4: 6 rows do not divide into groups of 4"
 
 
 # ---------------------------------------------------------------------- updates
