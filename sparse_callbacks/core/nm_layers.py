@@ -1,4 +1,4 @@
-"""Layers that a pattern leaves dense; layers under N:M: which have it, how sparse they are, and foreign masks."""
+"""Layers under N:M and their masks, and why a pattern leaves some layers dense."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace

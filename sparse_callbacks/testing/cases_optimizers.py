@@ -85,8 +85,8 @@ def test_frozen_unused_and_tied_parameters(self: Contract, optimizer: str) -> No
     class Odd(Classifier):
         def __init__(self) -> None:
             super().__init__(conv_net(), optimizer)
-            self.frozen, self.unused = nn.Linear(4, 12).requires_grad_(False), nn.Linear(12, 12)
-            self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 12)
+            self.frozen, self.unused = nn.Linear(4, 16).requires_grad_(False), nn.Linear(16, 16)
+            self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
             self.second.weight = self.first.weight
 
         def loss(self, batch: Any) -> Tensor:
@@ -99,7 +99,7 @@ def test_frozen_unused_and_tied_parameters(self: Contract, optimizer: str) -> No
     callback, module = self.method(), Odd()
     frozen, unused = module.frozen.weight.clone(), module.unused.weight.detach().clone()
     seen: list[Tensor] = []
-    always = torch.ones(12, 12, dtype=torch.bool)
+    always = torch.ones(16, 16, dtype=torch.bool)
 
     def check(trainer: pl.Trainer, module: Odd, index: int) -> None:
         assert_effective(module, callback)

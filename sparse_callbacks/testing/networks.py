@@ -21,10 +21,10 @@ OPTIMIZERS: dict[str, Configure] = {
 }
 
 
-def double_mlp(seed: int = 0) -> nn.Module:
+def double_mlp(seed: int = 0, hidden: int = 24) -> nn.Module:
     """Two matrices in float64 and no batch statistics, for the same inputs."""
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Flatten(), nn.Linear(50, 24), nn.Tanh(), nn.Linear(24, 4)).double()
+    return nn.Sequential(nn.Flatten(), nn.Linear(50, hidden), nn.Tanh(), nn.Linear(hidden, 4)).double()
 
 
 class Layers(nn.Sequential):
@@ -120,7 +120,7 @@ class Rivals(pl.LightningModule):
         self.automatic_optimization = False
         torch.manual_seed(0)
         self.maker = nn.Sequential(nn.Flatten(), nn.Linear(50, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh())
-        self.critic = nn.Sequential(nn.Linear(16, 20), nn.Tanh(), nn.Linear(20, 4))
+        self.critic = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
         self.before_clip: Callable[[int], None] = lambda index: None
         self.after_step: Callable[[int], None] = lambda index: None
 
