@@ -372,9 +372,13 @@ The data is random and made before the clock starts. Written by `python benchmar
 - "{COPY}" and "{PRODUCT}" are of all matrices and kernels, timed alone after each step of the raw loop.
 - **The limit**: the bytes that a method's rule must read and write in a step without an update, at the speed of that copy;
   masks count nothing, as they could be bits. What a step adds beyond it is masks of four bytes a weight, the look at
-  gradients for inf and NaN, and the callback's hooks.
+  gradients for inf and NaN (a sum, which reads them once), and the callback's hooks.
+- **Beside each other**: what a run adds is its time less that of its baseline, round by round, of which the median counts.
 - **What comes seldom**: time on top of an ordinary step, and its share of a run without anything else. CTRE passes over an
   epoch of {EPOCH} batches, or of as many as a shorter run has.
+  DPF's refresh ranks all dense weights under one threshold, and comes as often as published. SMCP's solve scores all
+  channels and fills a knapsack of their groups. CTRE's pass is a forward pass over the epoch with, for each batch, a product
+  of the activations of neighbouring layers, which has as many operations again; as published it comes once an epoch.
 - **Memory**: the largest resident memory of a process that makes 11 steps, with an update in every two, above that of one
   without a callback.
 - Our masks are drawn by Erdos-Renyi-kernel over all layers; rigl-torch leaves the first layer dense, so it masks fewer
