@@ -10,6 +10,7 @@ of all figures beside it: with `--go-on` the runs in it are not repeated (see tr
 
 import os
 import platform
+import shlex
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -45,7 +46,7 @@ class Group:
 
     Args:
         title: the heading.
-        shared: the overrides of `train.py` that all rows have, separated by blanks.
+        shared: the overrides of `train.py` that all rows have, as one writes them in a shell.
         rows: the overrides of each row by its name. An override `sparsity=...` in `shared` is left out for
             `method=none`.
         search: whether the group shows how the settings of a row were chosen: a line of validation accuracies of the
@@ -112,17 +113,18 @@ STARTS_ROWS = {
     "GMP": "method=gmp",
     "DPF": "method=dpf",
 }
+AT_ONCE = "method=gmp \"method.pattern='2:4'\" method.every=1"  # of 860 steps
 PATTERNS_ROWS = {
     "dense": "method=none",
-    "Static 2:4": "method=static method.pattern='2:4'",
-    "magnitude 2:4, at once before the last step": "method=gmp method.pattern='2:4' method.every=1 method.start=1.0 method.stop=1.0",
-    "magnitude 2:4, at once, half of the steps after it": "method=gmp method.pattern='2:4' method.every=1 method.start=0.5 method.stop=0.5",
-    "GMP, on a ramp to 2:4": "method=gmp method.pattern='2:4'",
+    "Static 2:4": "method=static \"method.pattern='2:4'\"",
+    "magnitude 2:4, at once in the last step": f"{AT_ONCE} method.start=858 method.stop=859",
+    "magnitude 2:4, at once, half of the steps after it": f"{AT_ONCE} method.start=430 method.stop=431",
+    "GMP, on a ramp to 2:4": "method=gmp \"method.pattern='2:4'\"",
     "NM 2:4": "method=nm",
-    "NM 1:4": "method=nm method.pattern='1:4'",
+    "NM 1:4": "method=nm \"method.pattern='1:4'\"",
     "NM 2:4, soft projection": "method=nm method.projection=soft",
-    "NM transposable 2:4": "method=nm method.pattern='transposable 2:4'",
-    "RigL 2:4": "method=rigl method.pattern='2:4'",
+    "NM transposable 2:4": "method=nm \"method.pattern='transposable 2:4'\"",
+    "RigL 2:4": "method=rigl \"method.pattern='2:4'\"",
     "RigL, 50 % unstructured": "method=rigl sparsity=0.5",
 }
 # their code draws the weights that are left anew
@@ -239,7 +241,7 @@ def overrides(shared: str, row: str, seed: int) -> tuple[str, ...]:
 
     Dense runs of two sparsities have the same overrides, so that they are made only once.
     """
-    words = [*row.split(), *shared.split()]
+    words = [*shlex.split(row), *shlex.split(shared)]
     if "method=none" in words:
         words = [word for word in words if not word.startswith("sparsity=")]
         if any(word.startswith("experiment=") for word in words):

@@ -120,6 +120,9 @@ def results(
         kept: the folder of the folders of the runs.
         jobs: the number of runs at a time.
         figures: the figures of finished runs, to which those of each run are added.
+
+    Raises:
+        RuntimeError: runs have failed; the others were made before.
     """
     folders = {words: folder_of(words, kept) for words in todo}
     for words, folder in folders.items():
@@ -130,13 +133,19 @@ def results(
     with ThreadPoolExecutor(jobs) as pool:
         left = [words for words in folders if words not in figures.found]
         futures = {pool.submit(run, words, root, folders[words]): words for words in left}
+        failed = list[str]()
         try:
             for future in as_completed(futures):
+                if (error := future.exception()) is not None:
+                    failed.append(str(error))
+                    continue
                 figures.add(futures[future], future.result())
                 yield futures[future], figures.found[futures[future]]
         finally:
-            # after a failure or Ctrl-C no further run starts
+            # after Ctrl-C no further run starts
             pool.shutdown(cancel_futures=True)
+    if failed:
+        raise RuntimeError("\n\n".join([f"{len(failed)} of {len(left)} runs failed.", *failed]))
 
 
 def options_of_runs(

@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
 
+from sparse_callbacks.core.calendar import RunLength
 from sparse_callbacks.tasks import build, checks
 
 
@@ -26,7 +27,14 @@ def training_runs(accuracy: ModuleType) -> ModuleType:
     return training_runs
 
 
-@pytest.mark.parametrize("table", ["digits", "lenet5", "starts", "sup_tickets", "snip"])
+TABLES = ["digits", "lenet5", "starts", "sup_tickets", "snip", "patterns"]
+
+
+def test_all_tables_are_tested(accuracy: ModuleType) -> None:
+    assert set(TABLES) == set(accuracy.REPORTS)
+
+
+@pytest.mark.parametrize("table", TABLES)
 def test_every_run_composes_and_builds_its_method_at_the_sparsity_of_its_table(
     accuracy: ModuleType, table: str
 ) -> None:
@@ -42,6 +50,8 @@ def test_every_run_composes_and_builds_its_method_at_the_sparsity_of_its_table(
         assert (method is None) == ("method=none" in words)
         if table in ("starts", "sup_tickets", "snip"):
             assert method is None or f"sparsity={getattr(method, 'base', method).sparsity}" in words
+        if table == "patterns" and getattr(method, "start", None) is not None:  # its times are steps of so long a run
+            method.make_calendar(RunLength(lambda: 860, lambda: 215))
         if table == "lenet5":
             assert (cfg.trainer.max_epochs, cfg.optim.lr) == (12, 0.05)
             assert method is None or f"sparsity={method.sparsity}" in words
@@ -97,6 +107,22 @@ def test_a_finished_run_is_not_repeated_and_the_others_are_made(
     assert dict(training_runs.results([old, new], None, tmp_path / "empty", 1, kept)) == found
     assert not (tmp_path / "empty").exists()
     assert training_runs.Figures(tmp_path / "t.json").found == {}
+
+
+def test_a_failed_run_leaves_the_others_to_be_made_and_is_named_at_the_end(
+    training_runs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(words: tuple[str, ...], *_: object) -> dict[str, float]:
+        if words == ("b",):
+            raise RuntimeError("b is not there")
+        return {"test/acc": 0.5}
+
+    monkeypatch.setattr(training_runs, "run", made)
+    figures = training_runs.Figures(tmp_path / "t.json")
+    made_one_by_one = training_runs.results([("a",), ("b",), ("c",)], None, tmp_path, 1, figures)
+    with pytest.raises(RuntimeError, match=r"^1 of 3 runs failed\.\n\nb is not there$"):
+        list(made_one_by_one)
+    assert list(figures.found) == [("a",), ("c",)]
 
 
 def test_figures_hold_overrides_as_a_shell_takes_them(training_runs: ModuleType, tmp_path: Path) -> None:
