@@ -171,6 +171,11 @@ def as_float(number: str) -> float:
     return float(number.rstrip(",").replace(",", "").replace("_", ""))
 
 
+@functools.cache
+def numbers_of_files(paths: tuple[Path, ...]) -> list[float]:
+    return [value for path in paths for value in numbers_in(path)]
+
+
 @dataclass
 class Sources:
     """What a text names: files that hold its numbers, and what else makes them."""
@@ -183,7 +188,7 @@ class Sources:
         return bool(self.files or self.missing or self.others)
 
     def values(self) -> list[float]:
-        return [value for path in self.files for value in numbers_in(path)]
+        return numbers_of_files(tuple(self.files))
 
 
 def sources_of(text: str, page: Path) -> Sources:

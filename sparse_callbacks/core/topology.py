@@ -23,6 +23,9 @@ class Update:
         masks: new bool masks by parameter name, each of its parameter's shape. Parameters that are missing keep theirs.
         figures: figures of the update for the log, by their full names (``"update/drop_fraction"``).
         moves: of exchanged layers, in place of masks, functions that find which units live from now on, by parameter name.
+
+    Raises:
+        TypeError: ``masks`` are not tensors by name, or ``figures`` not numbers by name.
     """
 
     masks: Mapping[str, Tensor]

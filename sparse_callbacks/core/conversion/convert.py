@@ -64,7 +64,8 @@ def convert(
         damping: how strongly normal equations hold weights back, from 0; without it a layer with about as many rows of data as an output
             has weights is fitted to the rows and to nothing else. Adam does without.
         norms: whether batch norms are estimated anew.
-        include, exclude: globs over names of weights; see :class:`~sparse_callbacks.core.method.Method`.
+        include: globs over names of weights that are converted; None: those of all supported layers except embeddings.
+        exclude: globs over names of weights that stay dense.
         keep_dense: ``"both"``, the first and the last layer stay dense; ``"first"``, ``"last"`` or None.
         forward: a function of the network and a batch that runs it. None: it is called with the tensor, the first part of a
             tuple or list, or the entries of a mapping by name.
