@@ -80,9 +80,12 @@ def public() -> dict[str, Any]:
 def functions() -> dict[str, Any]:
     """Public functions and methods that explain themselves; others are explained by what they override, or refer to it."""
     found = {name: f for name, f in public().items() if inspect.isfunction(f) and f.__doc__}
-    return {
-        n: f for n, f in found.items() if "Args:" in f.__doc__ or not (overrides(n) or f.__doc__.startswith("See "))
-    }
+    return {n: f for n, f in found.items() if "Args:" in str(f.__doc__) or not (overrides(n) or refers(f))}
+
+
+def refers(found: Any) -> bool:
+    """Whether a docstring is a reference to another one."""
+    return str(found.__doc__).startswith("See ")
 
 
 def overrides(name: str) -> bool:
