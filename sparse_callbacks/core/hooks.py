@@ -32,7 +32,7 @@ class BatchEnd(NamedTuple):
 
 
 class Hooks:
-    """What a method is asked, and when. The engine calls every hook; a method overrides those that it needs.
+    """The hooks of a method: the engine calls each of them at its time, and a method overrides those that it needs.
 
     What concerns one optimizer step arrives as a :class:`~sparse_callbacks.core.step.Step`.
     """
@@ -64,7 +64,7 @@ class Hooks:
     # ------------------------------------------------------------------ what a method overrides
 
     def attach(self, model: nn.Module) -> None:
-        """Look at the model once, when masks exist and before the first batch.
+        """Look at the model, once, when the masks are made and before the first batch.
 
         Args:
             model: the model of the run, without wrappers.
@@ -114,7 +114,7 @@ class Hooks:
         step.mask_gradients()
 
     def after_step(self, step: Step) -> Update | None:
-        """The step was really taken and counted. Whatever has memory moves here.
+        """Called when the optimizer has stepped; what a method remembers from step to step is changed here.
 
         Args:
             step: the step that was taken.
@@ -142,7 +142,7 @@ class Hooks:
         return None
 
     def after_update(self, step: Step) -> None:
-        """The engine has taken the masks of this step's update.
+        """Called when the masks of this step's update are in place.
 
         Args:
             step: the step of the update.
@@ -169,13 +169,13 @@ class Hooks:
         self.weights.start_copy(values)
 
     def rehearse(self) -> None:
-        """Fail now where the run would fail later: nothing was written yet."""
+        """Refuse now what would fail later in the run; no weight was changed yet."""
 
     def begin_training(self, epoch: int) -> Figures:
-        """Everything is restored and the masks are written; an epoch of the fit begins, or goes on.
+        """Called when everything is restored and the masks are written, before the first batch.
 
         Args:
-            epoch: number of the epoch, from 0.
+            epoch: number of the epoch that begins, or goes on, from 0.
 
         Returns:
             Figures for the next row of the log, such as ``self.own_figures(phase=0)``.
@@ -183,21 +183,21 @@ class Hooks:
         return {}
 
     def window_start(self, batch: int) -> None:
-        """A batch begins, and opens an accumulation window: the weights are those of the coming step.
+        """Called before the first batch of each optimizer step: until that step the weights stay as they are.
 
         Args:
             batch: number of the batch in its epoch, from 0.
         """
 
     def batch_start(self, batch: int) -> None:
-        """Any batch begins, also inside an accumulation window; after :meth:`window_start` where there is one.
+        """Called before each batch, also while gradients are accumulated; after :meth:`window_start` where there is one.
 
         Args:
             batch: number of the batch in its epoch, from 0.
         """
 
     def batch_end(self, end: BatchEnd) -> Figures:
-        """A batch is over, and with it the update that it may have brought.
+        """Called when a batch is over, and with it the update that it may have brought.
 
         Args:
             end: how things stand then.
@@ -208,14 +208,14 @@ class Hooks:
         return {}
 
     def epoch_start(self, epoch: int) -> None:
-        """An epoch of the fit begins, before its first batch is drawn.
+        """Called when an epoch begins, before its first batch is drawn.
 
         Args:
             epoch: number of the epoch, from 0.
         """
 
     def validation_end(self, metrics: Mapping[str, float], epoch: int | None) -> None:
-        """A validation is over; checkpoints may be written next.
+        """Called when a validation is over, before checkpoints are written.
 
         Args:
             metrics: everything that was logged, by name.
@@ -224,7 +224,7 @@ class Hooks:
         """
 
     def epoch_end(self, metrics: Mapping[str, float], epoch: int) -> None:
-        """An epoch is over, its validation included.
+        """Called when an epoch is over, its validation included.
 
         Args:
             metrics: the latest values of everything that was logged, by name.

@@ -190,8 +190,9 @@ def drop_and_grow(mask: Tensor, drop: Tensor, grow: Tensor, count: int) -> Tenso
 
     Args:
         mask: bool, the active positions.
-        drop: score to stay, of the shape of `mask`, e.g. the weight. The result has its memory format.
-        grow: score to come, of the shape of `mask`, e.g. the dense gradient.
+        drop: scores by which active positions are kept, such as the weights, of the shape of `mask`. The result has their memory
+            format.
+        grow: scores by which positions are grown, such as the dense gradient, of the shape of `mask`.
         count: positions to move, at most the active ones.
 
     Raises:

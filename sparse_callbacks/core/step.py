@@ -15,7 +15,7 @@ from sparse_callbacks.core.weights import SparseWeights
 
 
 class Step:
-    """One optimizer step: what a method may know of it, and do to it.
+    """One optimizer step, as the hooks of a method see it: gradients, counters, and whether an update falls now.
 
     The engine makes one when gradients are ready and keeps it until the optimizer has stepped (or a GradScaler has
     skipped the step). Every hook that has to do with a step gets it as an argument, so nobody can ask for a step
@@ -29,7 +29,7 @@ class Step:
         progress: steps counted and updates done.
         calendar: when updates fall; None for a method that has none.
         gradients: dense gradients of the current step.
-        gradients_are_read: whether anybody reads gradients between backward and the optimizer's step.
+        gradients_are_read: whether something, such as clipping, reads gradients between backward and the optimizer's step.
     """
 
     __slots__ = (

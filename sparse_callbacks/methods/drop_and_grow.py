@@ -28,10 +28,10 @@ from sparse_callbacks.methods.unit_updates import grown_units, moved_units
 
 
 class DropAndGrow(StartsSparse):
-    """Sparse from the first step to the last; the number of active weights in a layer never changes.
+    """Base of the methods that drop weights and grow as many others, from the first step to the last.
 
-    A subclass says what to grow (:meth:`grow_scores`). The update comes after a gradient step unless the subclass
-    replaces one (:class:`~sparse_callbacks.RigL`).
+    The number of active weights in a layer never changes. A subclass says what to grow (:meth:`grow_scores`). The update comes
+    after a gradient step unless the subclass replaces one (:class:`~sparse_callbacks.RigL`).
 
     Args:
         sparsity: fraction of zeros over the selected weights, in [0, 1); None: 0.9, or what ``initial_mask`` holds.

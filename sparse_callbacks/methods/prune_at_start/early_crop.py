@@ -43,7 +43,7 @@ class EarlyCroP(PruneAtStart):
             the distance has not decided.
         score: the name of the score, see :class:`PruneAtStart`.
         batches: number of batches that scores are computed on, whose samples are drawn from the training data with ``seed``;
-            or a list or loader of the batches. SynFlow, magnitude and random look at none.
+            or a list or loader of the batches. SynFlow, magnitude and random need no data.
         rounds: number of rounds; magnitude and random, which are the same in every round, take 1.
         least: active weights that every layer keeps at least, with ``distribution="global"``.
         lr_after: ``"continue"``: optimizers and learning rates go on over the pruning. ``"restart"``: the module configures
