@@ -422,7 +422,8 @@ def faults_of_cells(block: Block, numbers: list[Published], sources: Sources) ->
         chosen = best(there, label | head, lambda row: row.words) if any(head & row.words for row in there) else there
         alone = len(DECIMAL.findall(cells[number.row][number.column])) == 1 or "±" in cells[number.row][number.column]
         if not any(is_in(number.shown, number.unit, row.firsts if alone else row.numbers) for row in chosen):
-            yield f"{number}: is not in the row of {' '.join(sorted(label | head))} of {names(sources)}"
+            there_are = "; ".join(", ".join(f"{first:g}" for first in row.firsts) for row in chosen[:3])
+            yield f"{number}: is not in the row of {' '.join(sorted(label | head))} of {names(sources)}: {there_are}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
