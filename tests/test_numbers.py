@@ -17,6 +17,9 @@ Everything else needs a source. In its block, for a table in the one before, or 
 
 In its sentence or row: author and year, or a link to another site. Directly behind it: `<!-- 0.31 / 0.69 -->`, how it is
 computed; decimal fractions in that are found in the sources.
+
+Not looked at: pages that a benchmark writes whole (by the same table), and what one has written between `<!-- figures: NAME -->`
+and `<!-- end -->`, which its own test compares.
 """
 
 import ast
