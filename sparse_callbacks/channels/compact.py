@@ -36,6 +36,13 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
         FileNotFoundError: the folder of ``path`` is missing.
         ImportError: safetensors (extra ``channels``) is missing.
         ValueError: the state dict holds something that is not a tensor, or ``path`` ends in ``.json``.
+
+    Example:
+        >>> import torch
+        >>> from sparse_callbacks import load_compact, save_compact
+        >>> save_compact(torch.nn.Linear(4, 2), "small.safetensors")
+        >>> load_compact(torch.nn.Linear(8, 6), "small.safetensors")
+        Linear(in_features=4, out_features=2, bias=True)
     """
     path = Path(path)
     # a bad name is refused before anything is written
@@ -91,6 +98,13 @@ def load_compact(model: nn.Module, path: str | Path) -> nn.Module:
         ValueError: the files are not a compact checkpoint, or one of another version or another model. Compared are the
             model's class, the classes of its modules, kernels, strides, paddings, dilations, names and shapes of
             tensors.
+
+    Example:
+        >>> import torch
+        >>> from sparse_callbacks import load_compact, save_compact
+        >>> save_compact(torch.nn.Linear(4, 2), "small.safetensors")
+        >>> load_compact(torch.nn.Linear(8, 6), "small.safetensors").weight.shape
+        torch.Size([2, 4])
     """
     path = Path(path)
     tensors, parts, description = read(path)

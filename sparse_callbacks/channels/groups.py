@@ -55,7 +55,7 @@ class Member:
         return self.parameter, self.dim
 
     def kept(self, keep: Tensor) -> Tensor:
-        """Bool [slices]: what stays of the member when the units in ``keep`` (bool [units]) stay.
+        """Bool [slices]: what stays of the member when some units stay.
 
         Slices of other groups all stay.
         """
@@ -96,7 +96,12 @@ class Group:
         return self.producers + self.consumers + self.followers
 
     def masks(self, model: nn.Module, keep: Tensor) -> dict[str, Tensor]:
-        """Input masks of the consumers for the units in ``keep`` (bool [size]), by parameter name."""
+        """Input masks of the consumers, by parameter name.
+
+        Args:
+            model: the network that the group is of.
+            keep: bool [size], the units that stay.
+        """
         found: dict[str, Tensor] = {}
         for member in self.consumers:  # a bilinear layer may read the same channels along two dimensions
             mask = member.mask(keep, model.get_parameter(member.parameter).ndim)
@@ -125,7 +130,10 @@ def channel_groups(
         example_input: a tensor, a tuple of positional arguments or a mapping of named arguments: one sample of any size
             that the model takes.
         exclude: globs of module or parameter names; the groups of these layers' inputs and outputs stay.
-        seconds: time limit.
+        seconds: time limit of the search.
+
+    Returns:
+        The groups; one that cannot lose channels has a ``reason``.
 
     Raises:
         TimeoutError: the time limit is exceeded.
@@ -133,6 +141,9 @@ def channel_groups(
             ``seconds`` is not positive.
 
     Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from sparse_callbacks import channel_groups
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
         >>> [(g.name, g.size, g.reason) for g in channel_groups(net, torch.zeros(1, 3, 8, 8))]
         [('0', 8, ''), ('3', 4, 'these are outputs of the network')]

@@ -50,6 +50,14 @@ def export_onnx(
         ImportError: onnx, onnxscript or onnxruntime (extra ``onnx``) is missing.
         ValueError: onnxruntime computes something else, or cannot run the file, for example as it has no convolutions
             of the model's type, or the model cannot be exported at all.
+
+    Example:
+        >>> import torch
+        >>> from sparse_callbacks import export_onnx
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> difference = export_onnx(net, "net.onnx", torch.randn(3, 4))
+        >>> difference.relative < 1e-4
+        True
     """
     # asked for before the export, which takes far longer
     for module in ("onnx", "onnxscript", "onnxruntime"):

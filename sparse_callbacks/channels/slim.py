@@ -96,6 +96,9 @@ def slim(
             are others in the precision of the model whatever is put back.
 
     Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from sparse_callbacks import slim
         >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
         >>> mask = torch.tensor([1, 0, 1, 0, 0, 1]).bool()
         >>> small, proof = slim(net, {"2.weight": mask}, torch.zeros(1, 4))
@@ -153,7 +156,20 @@ def slimmable_groups(
     tried at a time where that would show what each of them alone does, see
     :mod:`sparse_callbacks.channels.joint_trials`. The model is left as it is.
 
-    Args: see :func:`~sparse_callbacks.channels.groups.channel_groups`, and for ``replace_modules`` :func:`slim`.
+    Args:
+        model: the model; it is left as it is.
+        example_input: a tensor, a tuple of positional arguments or a mapping of named arguments, on the model's device.
+        exclude: globs of module or parameter names whose channels stay.
+        seconds: time limit for the search for groups.
+        replace_modules: whether an ``nn.MultiheadAttention`` that loses heads may become a
+            :class:`~sparse_callbacks.channels.slim_attention.SlimAttention`; otherwise its heads stay.
+
+    Returns:
+        The groups, in the order of the network; one that cannot lose channels has a ``reason``.
+
+    Raises:
+        TimeoutError: the search takes too long.
+        ValueError: the model cannot be copied or traced, or its outputs cannot be looked at.
     """
     refuse_uncuttable(model)
     refuse_without_values(model)

@@ -33,9 +33,11 @@ class SlimAttention(nn.MultiheadAttention):
         bias: whether the projections have biases.
         add_bias_kv: whether a learnt key and value are appended to the sequence.
         add_zero_attn: whether a key and value of zeros are appended.
-        kdim, vdim: channels of keys and values; those of queries where they are None.
+        kdim: channels of keys; None: those of queries.
+        vdim: channels of values; None: those of queries.
         batch_first: whether inputs are [N, L, channels] and not [L, N, channels].
-        device, dtype: of the parameters.
+        device: where the parameters lie; None: torch's default device.
+        dtype: type of the parameters; None: torch's default type.
         head_dim: channels of each head; ``embed_dim // num_heads`` where it is None.
 
     Shapes: those of ``nn.MultiheadAttention``.
@@ -44,6 +46,8 @@ class SlimAttention(nn.MultiheadAttention):
         ValueError: a size is not positive, ``dropout`` is not between 0 and 1, or torch cannot make the weights.
 
     Example:
+        >>> import torch
+        >>> from sparse_callbacks import SlimAttention
         >>> attention = SlimAttention(8, num_heads=3, head_dim=4)
         >>> attention.in_proj_weight.shape, attention.out_proj.weight.shape
         (torch.Size([36, 8]), torch.Size([8, 12]))
@@ -121,6 +125,9 @@ class SlimAttention(nn.MultiheadAttention):
         """A `SlimAttention` that computes the same as ``attention`` and has the very same Parameters.
 
         Hooks stay with ``attention``.
+
+        Args:
+            attention: the module, of which nothing is changed.
 
         Raises:
             ValueError: ``attention`` is of a subclass, whose forward may compute something else.

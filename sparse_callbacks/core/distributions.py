@@ -40,7 +40,15 @@ Distribution = (
 
 @checked_after
 def clipped(distribution: Distribution, shapes: Shapes) -> list[str]:
-    """Layers of `shapes` that an epsilon distribution would make denser than dense, so that they are dense."""
+    """Layers to which an epsilon distribution gives more weights than they have, so that they are dense.
+
+    Args:
+        distribution: what a `distribution` argument may be; of other kinds than epsilon there are no such layers.
+        shapes: (out, in, *kernel) by layer name.
+
+    Returns:
+        The names of these layers.
+    """
     if isinstance(distribution, Mapping):
         followed = {n: next((v for g, v in distribution.items() if _matches(n, g)), 0.0) for n in shapes}
         # each layer by itself: an epsilon has no budget that layers would share

@@ -32,7 +32,7 @@ class BatchEnd(NamedTuple):
 
 
 class Hooks:
-    """What a method is asked, and when. The engine calls every hook; a method overrides those that it needs.
+    """The hooks of a method: the engine calls each of them at its time, and a method overrides those that it needs.
 
     What concerns one optimizer step arrives as a :class:`~sparse_callbacks.core.step.Step`.
     """
@@ -64,20 +64,30 @@ class Hooks:
     # ------------------------------------------------------------------ what a method overrides
 
     def attach(self, model: nn.Module) -> None:
-        """Look at the model once, when masks exist and before the first batch.
+        """Look at the model, once, when the masks are made and before the first batch.
+
+        Args:
+            model: the model of the run, without wrappers.
 
         It is also called outside of a run, where no host is there, when the state of a checkpoint whose weights were
         loaded is taken; see :func:`~sparse_callbacks.core.restored.take_saved`.
         """
 
     def further_members(self, model: nn.Module, entries: Sequence[Entry]) -> Sequence[Entry]:
-        """``entries`` with further parameters that this method masks (an empty ``reason``), such as biases of gated
-        channels."""
+        """``entries`` with further parameters that this method masks (an empty ``reason``), such as biases of gated channels.
+
+        Args:
+            model: the model of the run, without wrappers.
+            entries: every parameter of it, with the reason why it stays dense.
+        """
         return entries
 
     def wants_dense_gradients(self, step: Step) -> bool:
-        """The coming ``step`` needs gradients of pruned weights (asked in manual optimization, where they are masked
-        early)."""
+        """Whether the coming step needs gradients of pruned weights; asked in manual optimization, where they are masked early.
+
+        Args:
+            step: the coming step.
+        """
         return False
 
     def weights_in_step(self, step: Step) -> WeightsInStep:
@@ -85,39 +95,64 @@ class Hooks:
 
         By default the active ones; and the gradient of all weights of a parameter with a dense copy, and of every parameter
         where an update replaces the step. Asked once for each kind of step after masks have moved, not at every step.
+
+        Args:
+            step: a step of the kind that is asked about.
         """
         weights = self.weights
         learning = step.names if step.replaced else [n for n in step.names if weights.has_copy(n)]
         return WeightsInStep(weights.active_counts, {n: weights.size(n) for n in learning})
 
     def before_step(self, step: Step) -> None:
-        """Gradients are dense, reduced over ranks and unscaled, and not yet clipped. Edit or replace them; keep no
-        memory here."""
+        """Edit or replace gradients, which are dense, reduced over ranks and unscaled, and not yet clipped.
+
+        Keep no memory here: a step may still be skipped.
+
+        Args:
+            step: the step that is about to be taken.
+        """
         step.mask_gradients()
 
     def after_step(self, step: Step) -> Update | None:
-        """The step was really taken and counted. Whatever has memory moves here; gives the update that falls now, or
-        None."""
+        """Called when the optimizer has stepped; what a method remembers from step to step is changed here.
+
+        Args:
+            step: the step that was taken.
+
+        Returns:
+            The update that falls now, or None.
+        """
         return None
 
     def new_masks(self, step: Step) -> Update:
-        """The update that takes the place of a step (:meth:`~sparse_callbacks.core.step.Step.replace`), or follows
-        one."""
+        """The update that takes the place of a step (:meth:`~sparse_callbacks.core.step.Step.replace`), or follows one.
+
+        Args:
+            step: the step that it replaces or follows.
+        """
         return Update({name: mask for name, mask in self.weights.held_masks.items() if name in step.names})
 
     def new_weights(self, step: Step, name: str) -> Tensor | None:
-        """Values for the born weights of a parameter, of its shape; None: they start from zero."""
+        """Values for the born weights of a parameter, of its shape; None: they start from zero.
+
+        Args:
+            step: the step whose update has grown them.
+            name: name of the parameter.
+        """
         return None
 
     def after_update(self, step: Step) -> None:
-        """The engine has taken the masks of this step's update."""
-
-    def write(self, names: Sequence[str] | None, finite: bool) -> None:
-        """Restore the invariant in ``names``, whose optimizer has just stepped, or, with None, in all sparse
-        parameters.
+        """Called when the masks of this step's update are in place.
 
         Args:
-            names: names of sparse parameters, or None.
+            step: the step of the update.
+        """
+
+    def write(self, names: Sequence[str] | None, finite: bool) -> None:
+        """Restore the invariant: weights are what their masks leave of them.
+
+        Args:
+            names: names of sparse parameters whose optimizer has just stepped; None: all of them.
             finite: whether all values are known to be finite.
         """
         self.weights.write_masked(self.weights.params if names is None else names, finite)
@@ -134,10 +169,13 @@ class Hooks:
         self.weights.start_copy(values)
 
     def rehearse(self) -> None:
-        """Fail now where the run would fail later: nothing was written yet."""
+        """Refuse now what would fail later in the run; no weight was changed yet."""
 
     def begin_training(self, epoch: int) -> Figures:
-        """Everything is restored and the masks are written; ``epoch`` (from 0) of the fit begins, or goes on.
+        """Called when everything is restored and the masks are written, before the first batch.
+
+        Args:
+            epoch: number of the epoch that begins, or goes on, from 0.
 
         Returns:
             Figures for the next row of the log, such as ``self.own_figures(phase=0)``.
@@ -145,14 +183,24 @@ class Hooks:
         return {}
 
     def window_start(self, batch: int) -> None:
-        """The batch with this number in its epoch begins, and opens an accumulation window: the weights are those of
-        the coming step."""
+        """Called before the first batch of each optimizer step: until that step the weights stay as they are.
+
+        Args:
+            batch: number of the batch in its epoch, from 0.
+        """
 
     def batch_start(self, batch: int) -> None:
-        """Any batch begins, also inside an accumulation window; after :meth:`window_start` where there is one."""
+        """Called before each batch, also while gradients are accumulated; after :meth:`window_start` where there is one.
+
+        Args:
+            batch: number of the batch in its epoch, from 0.
+        """
 
     def batch_end(self, end: BatchEnd) -> Figures:
-        """A batch is over, and with it the update that it may have brought.
+        """Called when a batch is over, and with it the update that it may have brought.
+
+        Args:
+            end: how things stand then.
 
         Returns:
             Figures for the next row of the log, such as ``self.own_figures(phase=1)``.
@@ -160,11 +208,25 @@ class Hooks:
         return {}
 
     def epoch_start(self, epoch: int) -> None:
-        """Epoch ``epoch`` (from 0) of the fit begins, before its first batch is drawn."""
+        """Called when an epoch begins, before its first batch is drawn.
+
+        Args:
+            epoch: number of the epoch, from 0.
+        """
 
     def validation_end(self, metrics: Mapping[str, float], epoch: int | None) -> None:
-        """A validation in ``epoch`` is over; checkpoints may be written next. ``epoch`` is None where the host has only
-        tried its validation before training."""
+        """Called when a validation is over, before checkpoints are written.
+
+        Args:
+            metrics: everything that was logged, by name.
+            epoch: number of the epoch that it belongs to, from 0; None where the host has only tried its validation before
+                training.
+        """
 
     def epoch_end(self, metrics: Mapping[str, float], epoch: int) -> None:
-        """``epoch`` is over, its validation included; ``metrics`` are the latest of everything logged."""
+        """Called when an epoch is over, its validation included.
+
+        Args:
+            metrics: the latest values of everything that was logged, by name.
+            epoch: number of the epoch, from 0.
+        """

@@ -43,7 +43,7 @@ def sparsify(
             batch's type, ``model(batch)``, ``model(batch[0])`` or ``model(**batch)``.
         clip: clips the gradients of a list of parameters in place, inside the step, when they are unscaled and
             masked: ``lambda parameters: clip_grad_norm_(parameters, 1.0)``.
-        state: what :meth:`SparseRun.state_dict` gave, to go on from it; load the model and the optimizer first.
+        state: what ``run.state_dict()`` gave, to go on from it; load the model and the optimizer first.
         on_restart: called where GaP or EarlyCroP starts its optimizers anew; the loop makes its learning rate schedule again in it.
 
     Returns:

@@ -47,9 +47,11 @@ DEFAULT_SPARSITY = 0.9
 class Options(TypedDict, total=False):
     """Arguments that every method takes besides its own.
 
-    ``keep_dense``: ``"first"``, ``"last"`` or ``"both"`` weights stay dense. ``print_plan``: print the plan at the
-    start of fit (rank 0). ``fresh_start``: ignore the sparsity state of a resumed checkpoint, or its absence, and make
-    new masks.
+    Attributes:
+        keep_dense: ``"first"``, ``"last"`` or ``"both"``: the first, the last, or both of the selected weights, in the order of
+            the model, stay dense; None: all become sparse.
+        print_plan: whether the plan is printed when a run begins, on rank 0.
+        fresh_start: whether the sparsity state of a resumed checkpoint, or its absence, is ignored, and new masks are made.
     """
 
     keep_dense: KeepDense | None
@@ -74,10 +76,13 @@ class Method(Hooks):
             once, when a run begins; ``"epsilon(1)"``, in place of a target; a mapping ``{glob: sparsity or name}`` (first match wins); a
             callable ``(shapes, sparsity) -> {layer: sparsity}``; or an object that sees the model, in place of a target
             (:class:`~sparse_callbacks.core.allocations.sees_model.SeesModel`).
-        include: globs on parameter names; default: the weights of all supported layers except embeddings.
-        exclude: globs on the names of parameters that stay dense.
-        seed: of everything random here; draws derive from (seed, step, parameter name).
-        keep_dense, print_plan, fresh_start: see :class:`Options`.
+        include: glob, or globs, on the names of parameters that become sparse; None: the weights of all supported layers except
+            embeddings.
+        exclude: glob, or globs, on the names of parameters that stay dense.
+        seed: whole number from which everything random derives, together with the step and the parameter's name.
+        keep_dense: ``"first"``, ``"last"`` or ``"both"``: the first, the last, or both of the selected weights stay dense.
+        print_plan: whether the plan is printed when a run begins, on rank 0.
+        fresh_start: whether the sparsity state of a resumed checkpoint, or its absence, is ignored, and new masks are made.
 
     Raises:
         ValueError: an argument that no run can use.
@@ -168,6 +173,9 @@ class Method(Hooks):
     def make_calendar(self, run: RunLength) -> Calendar:
         """The calendar of the run that begins.
 
+        Args:
+            run: the length of the run.
+
         Raises:
             ValueError: times that the run cannot have.
         """
@@ -211,14 +219,22 @@ class Method(Hooks):
 
     @property
     def times(self) -> Calendar:
-        """The calendar of this run, in optimizer steps."""
+        """The calendar of this run, in optimizer steps.
+
+        Raises:
+            RuntimeError: before a run, or for a method without times.
+        """
         if self.calendar is None:
             raise RuntimeError(f"{type(self).__name__} has no calendar: it is made when fit starts.")
         return self.calendar
 
     @property
     def host(self) -> Host:
-        """The training loop, as far as a method may use it; only during a run."""
+        """The training loop, as far as a method may use it; only during a run.
+
+        Raises:
+            RuntimeError: the method is not in a run.
+        """
         if self.attachment.host is None:
             raise RuntimeError(
                 f"{type(self).__name__} is not in a run: data and optimizers are there in training only."
@@ -227,26 +243,51 @@ class Method(Hooks):
 
     @property
     def model(self) -> nn.Module:
-        """The model of the latest run."""
+        """The model of the latest run.
+
+        Raises:
+            RuntimeError: there was no run yet.
+        """
         if self.attachment.model is None:
             raise RuntimeError(f"{type(self).__name__} knows no model: it takes hold of one when fit starts.")
         return self.attachment.model
 
     def generator(self, name: str, number: int) -> torch.Generator:
-        """A random generator that derives from (seed, number, name): the same on every rank, device and resume."""
+        """A random generator that derives from (seed, number, name): the same on every rank, device and resume.
+
+        Args:
+            name: what is drawn, usually the name of a parameter.
+            number: when it is drawn, usually the number of the step.
+        """
         return randomness.generator(self.seed, number, name)
 
     def planned_zeros(self, layer: str, size: int) -> int:
-        """Zeros of a layer of ``size`` weights at the target."""
+        """Zeros of a layer at the target.
+
+        Args:
+            layer: name of the layer.
+            size: number of its weights.
+        """
         return zeros_for(self.targets[layer], size)
 
     def own_figures(self, **figures: float) -> dict[str, float]:
-        """Figures of the method by their full names, ``<prefix>/<figure>``."""
+        """Figures of the method by their full names, ``<prefix>/<figure>``.
+
+        Args:
+            **figures: numbers by their short names.
+        """
         prefix = self.figure_prefix or type(self).__name__.lower()
         return {f"{prefix}/{name}": value for name, value in figures.items()}
 
     def set_times(self, every: Time | None, start: Time, stop: Time) -> None:
-        """Keep the time arguments, once they were found possible."""
+        """Keep the time arguments, once they were found possible.
+
+        Args:
+            every: interval between updates, in optimizer steps (int) or as a fraction of the run (float); None:
+                ``published_every``, shortened in short runs.
+            start: first time of an update, in the same units.
+            stop: last time of an update, in the same units.
+        """
         check_times(start, stop, every)
         self.every, self.start, self.stop = every, start, stop
 
@@ -273,9 +314,10 @@ class Method(Hooks):
         return bool(self.masks) and self.weights.size_of_all - sum(self.weights.active_counts.values()) >= planned
 
     def measured_sparsity(self) -> dict[str, float]:
-        """Fraction of zeros by the masks: ``sparsity/total`` over the selected weights, ``sparsity/model`` over all
-        parameters and ``sparsity/<parameter>`` for each. (Counting zeros would miss grown weights, which are exactly
-        zero at first.)
+        """Fractions of zeros, counted in the masks.
+
+        ``sparsity/total`` is over the selected weights, ``sparsity/model`` over all parameters, and ``sparsity/<parameter>`` of each
+        sparse one. Zeros of the weights themselves would be more: a weight that has just grown is zero at first.
 
         Raises:
             RuntimeError: before the first ``fit``, when there are no masks yet.
@@ -316,6 +358,7 @@ class Method(Hooks):
 
         Raises:
             ValueError: no model is known yet, or the arguments do not fit it.
+            TypeError: ``model`` is not a module.
         """
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(
@@ -344,7 +387,11 @@ class Method(Hooks):
         return with_joint_rows(self, made, entries, targets)
 
     def share_out(self, entries: Sequence[Entry]) -> dict[str, float]:
-        """Target sparsity of every layer."""
+        """Target sparsity of every layer.
+
+        Args:
+            entries: every parameter of the model; those without a reason are sparse.
+        """
         if follow_from_model(self):
             return found_targets(self, entries)
         if not are_joint(self):
@@ -353,7 +400,12 @@ class Method(Hooks):
         return layer_targets(without_thresholds(self.distribution, self.target_sparsity), entries, self.target_sparsity)
 
     def parameter_zeros(self, entries: Sequence[Entry], targets: Mapping[str, float]) -> dict[str, int]:
-        """Planned zeros of every sparse parameter."""
+        """Planned zeros of every sparse parameter.
+
+        Args:
+            entries: every parameter of the model.
+            targets: sparsity of every sparse layer, as :meth:`share_out` gives it.
+        """
         return zeros_by_parameter(entries, targets)
 
     @property

@@ -33,6 +33,13 @@ _INDICES = 2**20  # positions that are written together
 def zeros_for(sparsity: float, size: int) -> int:
     """Zeros in a tensor of `size` weights at `sparsity`: floor(sparsity * size) in double arithmetic.
 
+    Args:
+        sparsity: fraction of zeros, in [0, 1].
+        size: number of weights.
+
+    Raises:
+        ValueError: the product is not a finite number.
+
     >>> zeros_for(0.9, 10), zeros_for(1 - 0.9, 10)
     (9, 0)
     """
@@ -51,6 +58,13 @@ def _as_float32(value: float) -> float:
 @checked_after
 def drop_count(active: int, fraction: float) -> int:
     """Connections to drop out of `active`: the product in float32, truncated (RigL's reference code).
+
+    Args:
+        active: number of active connections.
+        fraction: fraction of them that is dropped, in [0, 1].
+
+    Raises:
+        ValueError: the product is infinite, or above what float32 holds.
 
     >>> drop_count(100, 0.29)  # 28 in double arithmetic
     29
@@ -103,6 +117,14 @@ def keep_largest_jointly(
         least: positions that each tensor keeps at least.
         among: bool, one for each of `values` and of its shape; only their True positions can be kept. None: all.
 
+    Returns:
+        A mask for each of `values`, in their order.
+
+    Raises:
+        ValueError: `count` is negative, exceeds the positions available or leaves a tensor without its `least`, or `among` has
+            another number of tensors or other shapes than `values`.
+        TypeError: `values` are not floats.
+
     >>> keep_largest_jointly([torch.tensor([3.0, 2.0]), torch.tensor([0.1, 0.2])], 2, least=1)
     [tensor([ True, False]), tensor([False,  True])]
     """
@@ -147,6 +169,10 @@ def _jointly(values: Sequence[Tensor], count: int, allowed: Sequence[Tensor | No
 def kth_largest(values: Tensor, count: int) -> Tensor:
     """The `count`-th largest magnitude (from 1), exact, 0-d; NaN where only NaN is left at that rank.
 
+    Args:
+        values: numbers of any shape, strides and float type; their sign does not matter.
+        count: the rank, 1 for the largest.
+
     Raises:
         ValueError: `count` is not between 1 and the size of `values`.
     """
@@ -164,8 +190,9 @@ def drop_and_grow(mask: Tensor, drop: Tensor, grow: Tensor, count: int) -> Tenso
 
     Args:
         mask: bool, the active positions.
-        drop: score to stay, of the shape of `mask`, e.g. the weight. The result has its memory format.
-        grow: score to come, of the shape of `mask`, e.g. the dense gradient.
+        drop: scores by which active positions are kept, such as the weights, of the shape of `mask`. The result has their memory
+            format.
+        grow: scores by which positions are grown, such as the dense gradient, of the shape of `mask`.
         count: positions to move, at most the active ones.
 
     Raises:
@@ -188,6 +215,11 @@ def drop_and_grow(mask: Tensor, drop: Tensor, grow: Tensor, count: int) -> Tenso
 @checked_after
 def random_mask(shape: Sequence[int], count: int, generator: torch.Generator | None = None) -> Tensor:
     """Mask of `shape` with exactly `count` True, every choice equally likely; on the generator's device.
+
+    Args:
+        shape: shape of the mask.
+        count: number of positions that are True.
+        generator: source of the random numbers; None: torch's own on the CPU.
 
     Raises:
         ValueError: `count` is negative or exceeds the size.

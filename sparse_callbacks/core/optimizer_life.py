@@ -32,12 +32,18 @@ class RestartsOptimizers:
 
     @property
     def shortest_life(self) -> float | None:
-        """Optimizer steps of the shortest :attr:`horizon` of the run; None where optimizers are never configured
-        anew."""
+        """Optimizer steps of the shortest :attr:`horizon` of the run.
+
+        None where optimizers are never configured anew.
+        """
         raise NotImplementedError
 
     def optimizer_life(self, run: RunLength) -> float | None:
-        """:attr:`horizon`, also before the run has begun."""
+        """:attr:`horizon`, also before the run has begun.
+
+        Args:
+            run: the length of the run.
+        """
         raise NotImplementedError
 
     def begin_optimizer_life(self) -> None:

@@ -12,11 +12,16 @@ _MASKED = Choice("masked")
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter: ``zeros`` of its ``size`` weights will be pruned at the target; ``reason`` says why it stays
-    dense, and ``remark`` what else there is to say of a sparse one, such as the pattern of its mask. ``storage`` is
-    ``"masked"`` (of dense ones too), ``"sparse"``, ``"grouped"``, or ``"decided at fit"``.
+    """One parameter of the model, as the plan has it.
 
-    ``zeros`` and ``sparsity`` are None where one threshold over all layers decides during training.
+    Attributes:
+        name: name of the parameter.
+        shape: its shape.
+        size: number of its weights.
+        zeros: number of weights that are pruned at the target; None where one threshold over all layers decides in training.
+        reason: why it stays dense; empty where it becomes sparse.
+        remark: what else there is to say of a sparse one, such as the pattern of its mask.
+        storage: ``"masked"`` (of dense ones too), ``"sparse"``, ``"grouped"``, or ``"decided at fit"``.
     """
 
     name: str
@@ -29,7 +34,7 @@ class Row:
 
     @property
     def sparsity(self) -> float | None:
-        """Target fraction of zeros, after rounding down to whole weights."""
+        """Target fraction of zeros, after rounding down to whole weights; None where ``zeros`` is."""
         return None if self.zeros is None else self.zeros / self.size if self.size else 0.0
 
 
@@ -38,9 +43,24 @@ class Plan:
     """Every parameter with its target. ``str(plan)`` is the table; iterate for the rows.
 
     ``total`` is the sparsity over the selected weights (those without a reason, or dense by the distribution's choice),
-    ``model`` over all parameters. ``joint`` is the number of zeros that all selected weights have where some share a threshold;
-    None where each row has its own. ``decided_by`` names what else decides during training how many zeros there are,
-    such as a budget; ``total`` and ``model`` are 0 then. ``remark`` is a sentence about all rows.
+    ``model`` over all parameters.
+
+    Attributes:
+        title: first line of the table.
+        rows: every parameter of the model, in its order.
+        selected: names of the parameters that are sparse, or dense by the distribution's choice.
+        joint: number of zeros that all selected weights have together where some share a threshold; None where each row has
+            its own.
+        decided_by: what else decides during training how many zeros there are, such as a budget; ``total`` and ``model`` are 0
+            then.
+        remark: a sentence about all rows.
+
+    Example:
+        >>> import torch
+        >>> from sparse_callbacks import RigL
+        >>> plan = RigL(0.9, distribution="uniform").plan(torch.nn.Sequential(torch.nn.Linear(20, 10)))
+        >>> plan.total, plan.zeros, plan["0.bias"].reason
+        (0.9, 180, 'bias')
     """
 
     title: str
@@ -102,8 +122,9 @@ class Plan:
         )
 
     def joined(self, zeros: int | None = None, names: Collection[str] | None = None) -> "Plan":
-        """The plan of a method with one threshold over several layers, which decides during training how many of each
-        parameter's weights are zeros.
+        """The plan of a method with one threshold over several layers.
+
+        The threshold decides during training how many weights of each parameter are zeros.
 
         Args:
             zeros: the number of zeros that all selected weights have; default: as many as are planned here.

@@ -37,7 +37,7 @@ def saved_masks(source: Source) -> dict[str, Tensor]:
         >>> from sparse_callbacks import saved_masks, sparsify
         >>> from sparse_callbacks.methods import Static
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 2))
-        >>> with sparsify(Static(0.5), model, torch.optim.SGD(model.parameters(), lr=0.1), steps=1) as run:
+        >>> with sparsify(Static(0.5, print_plan=False), model, torch.optim.SGD(model.parameters(), lr=0.1), steps=1) as run:
         ...     state = run.state_dict()
         >>> saved_masks(state)["0.weight"].shape
         torch.Size([6, 4])

@@ -39,6 +39,15 @@ class Schedule:
 
     Build it with the functions `constant`, `cosine`, `linear`, `exponential`, `cubic`, `polynomial`.
 
+    Args:
+        curve: name of the curve, one of `CURVES`.
+        initial: the number up to `start`.
+        final: the number from `stop` on.
+        power: exponent of exponential and polynomial, above 0.
+
+    Raises:
+        ValueError: an unknown curve, a number that is not finite, or a power that is not positive.
+
     >>> cosine(0.3)(step=50, start=0, stop=100)
     0.15
     """
@@ -63,7 +72,16 @@ class Schedule:
             )
 
     def __call__(self, step: float, start: float, stop: float) -> float:
-        """Value at `step`, all three in optimizer steps."""
+        """Value at `step`.
+
+        Args:
+            step: optimizer step that the value is asked for.
+            start: optimizer step at which the curve begins.
+            stop: optimizer step at which the curve ends.
+
+        Raises:
+            ValueError: `stop` lies before `start`.
+        """
         if self.curve == "constant":
             return self.initial
         left = 1.0 - _elapsed(step, start, stop)
@@ -72,8 +90,12 @@ class Schedule:
         return self.initial * left + self.final * (1.0 - left)
 
     def way(self, step: float, start: float, stop: float) -> float:
-        """Part of the way from `initial` to `final` that is done at `step`, in [0, 1], also where they are equal; of a
-        constant, which is there from the beginning, 1.
+        """Part of the way from `initial` to `final` that is done at `step`, in [0, 1]; 1 for a constant.
+
+        Args:
+            step: optimizer step that is asked for.
+            start: optimizer step at which the curve begins.
+            stop: optimizer step at which the curve ends.
 
         >>> cubic(0.0, 0.0).way(step=50, start=0, stop=100)
         0.875
@@ -100,32 +122,63 @@ def _elapsed(step: float, start: float, stop: float) -> float:
 
 @checked_after
 def constant(value: float) -> Schedule:
-    """`value` at every step, before `start` and after `stop` as well."""
+    """`value` at every step, before `start` and after `stop` as well.
+
+    Args:
+        value: the number.
+    """
     return Schedule("constant", value, value)
 
 
 def cosine(initial: float, final: float = 0.0) -> Schedule:
-    """Half a cosine wave from `initial` to `final` (RigL's published decay)."""
+    """Half a cosine wave from `initial` to `final` (RigL's published decay).
+
+    Args:
+        initial: the number up to `start`.
+        final: the number from `stop` on.
+    """
     return Schedule("cosine", initial, final)
 
 
 def linear(initial: float, final: float = 0.0) -> Schedule:
-    """A straight line from `initial` to `final`."""
+    """A straight line from `initial` to `final`.
+
+    Args:
+        initial: the number up to `start`.
+        final: the number from `stop` on.
+    """
     return Schedule("linear", initial, final)
 
 
 def exponential(initial: float, final: float = 0.0, power: float = 3) -> Schedule:
-    """final + (initial - final) (1 - x)^power; RigL's reference code calls this power law exponential."""
+    """final + (initial - final) (1 - x)^power; RigL's reference code calls this power law exponential.
+
+    Args:
+        initial: the number up to `start`.
+        final: the number from `stop` on.
+        power: the exponent, above 0.
+    """
     return Schedule("exponential", initial, final, power)
 
 
 def cubic(initial: float, final: float = 0.0) -> Schedule:
-    """final + (initial - final) (1 - x)^3 (Zhu and Gupta 2017, eq. 1: gradual pruning is `cubic(0, sparsity)`)."""
+    """final + (initial - final) (1 - x)^3 (Zhu and Gupta 2017, eq. 1: gradual pruning is `cubic(0, sparsity)`).
+
+    Args:
+        initial: the number up to `start`.
+        final: the number from `stop` on.
+    """
     return Schedule("cubic", initial, final, 3)
 
 
 def polynomial(initial: float, final: float, power: float) -> Schedule:
-    """final + (initial - final) (1 - x)^power."""
+    """final + (initial - final) (1 - x)^power.
+
+    Args:
+        initial: the number up to `start`.
+        final: the number from `stop` on.
+        power: the exponent, above 0.
+    """
     return Schedule("polynomial", initial, final, power)
 
 
@@ -174,6 +227,9 @@ def _example(name: str) -> str:
 def parse(text: str) -> Schedule:
     """Schedule written as text, e.g. `linear(0.3)`, `cosine(0.3, 0.05)`, `exponential(0.3, power=2)`.
 
+    Args:
+        text: name of a curve, and its numbers in parentheses.
+
     Raises:
         ValueError: not of this form, an unknown curve, or numbers that the curve does not take.
 
@@ -186,6 +242,11 @@ def parse(text: str) -> Schedule:
 @checked_after
 def with_curve(curve_name: str, number: float, rising: bool = False) -> Schedule:
     """`number` on the curve of that name: falling from it to 0, or `rising` from 0 up to it; `constant` holds it.
+
+    Args:
+        curve_name: name of the curve, one of `CURVES`.
+        number: the end of the curve that is not 0.
+        rising: whether the curve rises.
 
     Raises:
         ValueError: an unknown curve, or one that one number does not determine (polynomial).
@@ -203,7 +264,12 @@ def as_schedule(value: float | str | Schedule, default_curve: str, rising: bool 
 
     A number keeps the method's own curve (`default_curve`), a `Schedule` is taken as it is, and so is a text, except
     that a text with a single number follows `rising` like a bare number does: `"linear(0.9)"` rises from 0 to 0.9.
-    `name` is that of the argument, for the errors.
+
+    Args:
+        value: a number, a schedule, or its text.
+        default_curve: name of the curve that a number takes.
+        rising: whether that curve rises from 0 to the number, in place of falling from it to 0.
+        name: name of the argument, for the errors.
 
     Raises:
         ValueError: neither a number nor a schedule, or a text that `parse` refuses.
@@ -226,10 +292,19 @@ def as_schedule(value: float | str | Schedule, default_curve: str, rising: bool 
 
 
 def pruning_curve(sparsity: float | str | Schedule) -> Schedule:
-    """A number as a cubic up to it, a schedule or its text as it is.
+    """The curve of a gradual pruning: a number becomes a cubic from 0 up to it, a schedule or its text stays as it is.
+
+    Args:
+        sparsity: target fraction of zeros, a schedule of fractions, or its text, such as ``"linear(0.5, 0.9)"``.
 
     Raises:
-        ValueError: it does not run through fractions of zeros.
+        ValueError: it begins or ends outside of [0, 1), or the text is not a schedule.
+
+    Example:
+        >>> from sparse_callbacks import pruning_curve
+        >>> curve = pruning_curve(0.8)
+        >>> curve, curve(step=100, start=0, stop=100)
+        (cubic(0.0, 0.8), 0.8)
     """
     if not isinstance(sparsity, str | Schedule):
         check_sparsity(sparsity)

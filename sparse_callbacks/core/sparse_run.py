@@ -38,7 +38,7 @@ from sparse_callbacks.core.wrappers import plain_model, set_up_by
 
 
 class SparseRun(RecordedLoop):
-    """A run of one method in a hand-written loop; :func:`sparsify` begins it.
+    """A run of one method in a hand-written loop; :func:`~sparse_callbacks.sparsify` begins it.
 
     Use it as a context manager, or call :meth:`close` after the loop.
     """
@@ -180,7 +180,11 @@ class SparseRun(RecordedLoop):
     def before_clipping(self, optimizer: Any) -> None:
         """Mask the gradients of ``optimizer`` now, for a loop that clips them itself.
 
-        Call it between ``scaler.unscale_(optimizer)`` and clipping. ``clip=`` of :func:`sparsify` needs no such call.
+        Call it between ``scaler.unscale_(optimizer)`` and clipping. ``clip=`` of :func:`~sparse_callbacks.sparsify` needs no such
+        call.
+
+        Args:
+            optimizer: an optimizer of the run.
 
         Raises:
             ValueError: the optimizer is not one of this run.
@@ -318,8 +322,10 @@ class SparseRun(RecordedLoop):
     # ------------------------------------------------------------------ its state
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resume needs beside the model's and the optimizer's own states: tensors, numbers and strings,
-        which ``torch.load(weights_only=True)`` reads."""
+        """Everything that a resume needs beside the model's and the optimizer's own states.
+
+        Tensors, numbers and strings, which ``torch.load(weights_only=True)`` reads.
+        """
         state = saved_state(self._engine, self._epoch, self._optimizers.first_groups)
         return state | self._averages.state() | self._record_state()
 
@@ -334,6 +340,9 @@ class SparseRun(RecordedLoop):
 
         With ``storage="sparse"`` or ``"grouped"`` load it after: the layers that this run has exchanged have no pruned weights
         left. ``sparsify(..., state=)`` takes a model that was loaded before.
+
+        Args:
+            state: the saved state.
 
         Raises:
             RuntimeError: a step was taken already.

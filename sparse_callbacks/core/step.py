@@ -15,7 +15,7 @@ from sparse_callbacks.core.weights import SparseWeights
 
 
 class Step:
-    """One optimizer step: what a method may know of it, and do to it.
+    """One optimizer step, as the hooks of a method see it: gradients, counters, and whether an update falls now.
 
     The engine makes one when gradients are ready and keeps it until the optimizer has stepped (or a GradScaler has
     skipped the step). Every hook that has to do with a step gets it as an argument, so nobody can ask for a step
@@ -29,7 +29,7 @@ class Step:
         progress: steps counted and updates done.
         calendar: when updates fall; None for a method that has none.
         gradients: dense gradients of the current step.
-        gradients_are_read: whether anybody reads gradients between backward and the optimizer's step.
+        gradients_are_read: whether something, such as clipping, reads gradients between backward and the optimizer's step.
     """
 
     __slots__ = (
@@ -95,13 +95,19 @@ class Step:
 
     @property
     def number(self) -> int:
-        """Gradient steps that this optimizer has taken, this one included once it was taken. Replaced steps do not
-        count."""
+        """Gradient steps that this optimizer has taken, this one included once it was taken.
+
+        Steps that an update replaced do not count.
+        """
         return self._progress.counts[self.index].read()
 
     @property
     def calendar(self) -> Calendar:
-        """When updates fall, in optimizer steps."""
+        """When updates fall, in optimizer steps.
+
+        Raises:
+            RuntimeError: the method keeps no time arguments.
+        """
         if self._calendar is None:
             raise RuntimeError("this method has no calendar: it keeps no time arguments (see Method.set_times).")
         return self._calendar
@@ -119,7 +125,11 @@ class Step:
         return self._progress.may_be_due(self.index) if self._asked is None else self._asked
 
     def call_for_update(self, wanted: bool) -> None:
-        """Let an update fall in this step, or none, whatever the calendar says. Call it before anybody asks :attr:`due`."""
+        """Let an update fall in this step, or none, whatever the calendar says. Call it before anybody asks :attr:`due`.
+
+        Args:
+            wanted: whether an update falls in this step.
+        """
         self._asked = wanted
 
     def use_rates(self, rates: Sequence[float]) -> None:
@@ -138,8 +148,10 @@ class Step:
         return bool(self.finite_flag)
 
     def gradient(self, name: str) -> Tensor | None:
-        """Dense gradient of a sparse parameter, also where an update has taken it away from the optimizer; None if it
-        has none.
+        """Dense gradient of a sparse parameter, also where an update has taken it from the optimizer; None without one.
+
+        Args:
+            name: name of the parameter.
 
         Raises:
             RuntimeError: the gradients of this step were masked already, so the dense one is gone.
@@ -161,8 +173,9 @@ class Step:
         source: torch.Generator | None = None,
         full: bool = False,
     ) -> Tensor | None:
-        """Keys of the units of an exchanged layer with the largest gradients over all ranks, ascending; None where the layer
-        has no gradient, or one of which no pass is known that it comes from.
+        """Keys of the units of an exchanged layer with the largest gradients over all ranks, ascending.
+
+        None where the layer has no gradient, or one that came from no backward pass that was seen.
 
         Args:
             name: the name of the layer's weight.
@@ -176,8 +189,7 @@ class Step:
         return None if gradient is None else largest_in_layer(layer, gradient, kept, count, candidates, source, full)
 
     def mask_gradients(self) -> None:
-        """Zero the gradients of pruned weights, unless nobody reads them before the step: then masking the weights
-        suffices.
+        """Zero the gradients of pruned weights, unless nobody reads them before the step: masking the weights is enough then.
 
         Parameters with a dense copy keep theirs.
         """
@@ -190,8 +202,7 @@ class Step:
                     self._weights.mask_gradient(name)
 
     def replace(self) -> None:
-        """Let an update of the masks take the place of this step: no parameter of the optimizer moves, nor does its
-        state.
+        """Let an update of the masks take the place of this step: no parameter of the optimizer moves, nor does its state.
 
         The host takes the gradients away as late as it can, so that others who read them before the step still find
         them. A method that calls it says so with :class:`ReplacesSteps`.
@@ -199,7 +210,12 @@ class Step:
         self.replaced = True
 
     def clear_state(self, name: str, where: Tensor) -> None:
-        """Give a parameter the optimizer state of fresh weights (momentum 0, say) at ``where`` (bool, of its shape)."""
+        """Give a parameter the optimizer state of fresh weights at some positions: momentum 0, for example.
+
+        Args:
+            name: name of the parameter.
+            where: bool, of the parameter's shape: the positions.
+        """
         self._owners.clear(name, where)
 
 

@@ -17,12 +17,17 @@ from sparse_callbacks.core.weights import SparseWeights
 
 @dataclass(frozen=True)
 class Update:
-    """What a method wants of a topology update.
+    """The new masks of a topology update, as a method asks for them.
 
     Attributes:
-        masks: new bool masks by parameter name, each of its parameter's shape. Parameters that are missing keep theirs.
-        figures: figures of the update for the log, by their full names (``"update/drop_fraction"``).
-        moves: of exchanged layers, in place of masks, functions that find which units live from now on, by parameter name.
+        masks: new bool masks by parameter name, each of its parameter's shape, True where a weight is active. Parameters that
+            are missing keep theirs.
+        figures: numbers of the update for the log, by their full names, such as ``"update/drop_fraction"``.
+        moves: for layers with sparse storage, which have no masks: functions by parameter name, each of which finds the units
+            that are active from now on.
+
+    Raises:
+        TypeError: ``masks`` are not tensors by name, or ``figures`` not numbers by name.
     """
 
     masks: Mapping[str, Tensor]

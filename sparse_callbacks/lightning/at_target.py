@@ -66,6 +66,7 @@ class BestAtTarget(AnyModelCheckpoint):
             has not logged ``monitor``.
 
     Example:
+        >>> from sparse_callbacks import BestAtTarget
         >>> BestAtTarget("val_loss", dirpath="checkpoints").filename
         'best'
     """
@@ -129,6 +130,7 @@ class EarlyStoppingAtTarget(AnyEarlyStopping):
         RuntimeError: from Lightning: the module has not logged ``monitor`` by the first epoch that counts.
 
     Example:
+        >>> from sparse_callbacks import EarlyStoppingAtTarget
         >>> EarlyStoppingAtTarget("val_loss", patience=5).patience
         5
     """

@@ -51,7 +51,7 @@ else:
 
 
 class SparsityCallback(Method, AnyCallback):
-    """Trains an ordinary LightningModule sparse.
+    """Base of the callbacks, each of which trains an ordinary LightningModule sparse by one method.
 
     Between optimizer steps every sparse parameter holds ``mask * dense``. Nothing is added to the model: masks, step
     count and method state live here, and in the checkpoint under this callback's key (loadable with

@@ -44,8 +44,24 @@ def horizon(trainer: Trainer) -> float:
     function, with step 0, which is too early; at later steps the function may ask: ``lambda step: 1.0 if step == 0 else
     1 - step / horizon(self.trainer)``.
 
+    Args:
+        trainer: the Trainer that fits, ``self.trainer`` of the LightningModule.
+
+    Returns:
+        Optimizer steps, an int; ``inf`` where no end is known.
+
     Raises:
         RuntimeError: the trainer is not running a fit, so there is no phase yet.
+
+    Example:
+        >>> import torch
+        >>> from pytorch_lightning import LightningModule
+        >>> from sparse_callbacks import horizon
+        >>> class Mine(LightningModule):
+        ...     def configure_optimizers(self):
+        ...         optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        ...         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, horizon(self.trainer))
+        ...         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
     """
     if getattr(trainer, "lightning_module", None) is None:
         raise RuntimeError(

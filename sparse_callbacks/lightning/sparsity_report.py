@@ -238,8 +238,11 @@ class SparsityReport(AnyCallback):
     # ------------------------------------------------------------------ what a run says
 
     def add(self, **further: Any) -> None:
-        """Add to what is said once of the run, such as ``results`` of a test; see
-        :class:`~sparse_callbacks.core.record.record_file.RunRecord`."""
+        """Add to what the record says once of the run, such as the ``results`` of a test.
+
+        Args:
+            **further: parts of :class:`~sparse_callbacks.core.record.record_file.RunRecord` by their names.
+        """
         if self._recorder is not None and self.is_recorded:
             self._recorder.say(**further)
 

@@ -46,7 +46,11 @@ class AllReLU(nn.Module):
         return self.alpha if self.layer % 2 else -self.alpha
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` with its negative entries times :attr:`slope`."""
+        """``x`` with its negative entries times :attr:`slope`.
+
+        Args:
+            x: a tensor of any shape.
+        """
         return functional.leaky_relu(x, self.slope)
 
     def extra_repr(self) -> str:

@@ -28,10 +28,43 @@ from sparse_callbacks.methods.unit_updates import grown_units, moved_units
 
 
 class DropAndGrow(StartsSparse):
-    """Sparse from the first step to the last; the number of active weights in a layer never changes.
+    """Base of the methods that drop weights and grow as many others, from the first step to the last.
 
-    A subclass says what to grow (:meth:`grow_scores`). The update comes after a gradient step unless the subclass
-    replaces one (:class:`~sparse_callbacks.RigL`).
+    The number of active weights in a layer never changes. A subclass says what to grow (:meth:`grow_scores`). The update comes
+    after a gradient step unless the subclass replaces one (:class:`~sparse_callbacks.RigL`).
+
+    Args:
+        sparsity: fraction of zeros over the selected weights, in [0, 1); None: 0.9, or what ``initial_mask`` holds.
+        distribution: how layers share the sparsity: a name such as ``"uniform"``, a mapping ``{glob: sparsity or name}``, a callable
+            or an object; see :class:`~sparse_callbacks.core.method.Method`.
+        every: optimizer steps (int) or fraction of the run (float) between updates; None: the published 100, shortened, with a
+            message, in runs that would see fewer than ten updates.
+        start: first time of an update, in optimizer steps (int) or as a fraction of the run (float).
+        stop: last time of an update, in the same units.
+        drop_fraction: fraction of a layer's active weights that an update replaces, in [0, 1]; a number falls by a cosine to 0 at
+            ``stop``; a schedule or its text (``"constant(0.3)"``) is taken as it is.
+        initial_mask: where the first masks lie: ``"random"``, ``"magnitude"``, a score such as ``"snip"``, ``"nonzero"``, the path of a
+            checkpoint, or a state dict; see :class:`~sparse_callbacks.core.initial_masks.StartsSparse`.
+        rescale: ``"layer"`` or ``"fan_in"``: active weights of a new run are made larger once, to make up for the inputs that are
+            gone; None: they stay as they are.
+        pattern: where active weights may lie: ``"2:4"``, ``"transposable 2:4"``, ``"fan_in"`` or ``"fan_in/64"``; None: anywhere. See
+            :class:`~sparse_callbacks.core.initial_masks.StartsSparse`.
+        ablation: with ``pattern="fan_in"``, the share of the planned fan-in, in (0, 1], that an output unit must have in salient
+            weights, or it loses all of its weights; None: all units stay. Salient are the weights that stay, and the k positions with
+            the largest scores.
+        storage: ``"masked"``, ``"sparse"``, ``"grouped"``, ``"auto"`` or a mapping of globs to these: whether linear layers hold dense
+            matrices under masks, or their live weights alone; see :class:`~sparse_callbacks.core.initial_masks.StartsSparse`.
+        group: number of output rows that read the same inputs under ``storage="grouped"``.
+        rows: rows of input that each layer sees in a step (batch size times sequence length), or such numbers by glob, for
+            ``storage="auto"``; None: found with a batch.
+        include: glob, or globs, on the names of parameters that become sparse; None: the weights of all supported layers except
+            embeddings.
+        exclude: glob, or globs, on the names of parameters that stay dense.
+        seed: whole number from which everything random derives, together with the step and the parameter's name.
+        **options: ``keep_dense``, ``print_plan`` and ``fresh_start``; see :class:`~sparse_callbacks.core.method.Options`.
+
+    Raises:
+        ValueError: arguments out of range, or a model, optimizer or checkpoint that does not fit; before the first batch.
     """
 
     schedulable: ClassVar[str] = "drop_fraction"
@@ -87,7 +120,11 @@ class DropAndGrow(StartsSparse):
                 )
 
     def fraction_at(self, number: int) -> float:
-        """The share of active weights that an update replaces after ``number`` gradient steps."""
+        """The share of a layer's active weights that an update replaces.
+
+        Args:
+            number: gradient steps that were taken.
+        """
         return self._curve(number, self.times.start, self.times.stop)
 
     @property
@@ -99,8 +136,17 @@ class DropAndGrow(StartsSparse):
         return self.new_masks(step) if step.due else None
 
     def grow_scores(self, step: Step, name: str) -> Tensor | None:
-        """Score of every position of a parameter, by magnitude, or under a pattern of every column of each block; None:
-        leave its mask alone in this update."""
+        """Score of every position of a parameter, or under a pattern of rows of every column of each block.
+
+        The positions with the largest magnitudes grow.
+
+        Args:
+            step: the step of the update.
+            name: name of the parameter.
+
+        Returns:
+            Scores of the parameter's shape; None where the update leaves its mask as it is.
+        """
         raise NotImplementedError
 
     def new_masks(self, step: Step) -> Update:

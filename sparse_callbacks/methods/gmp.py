@@ -52,14 +52,21 @@ class GMP(Method):
     Args:
         sparsity: a number is the target, reached along the cubic; a schedule or its text (``"linear(0, 0.9)"``) is
             taken as it is, and only ``"constant(0.9)"`` prunes at once. None: 0.9, or what ``pattern`` fixes.
+        distribution: how layers share the sparsity: a name such as ``"uniform"``, a mapping ``{glob: sparsity or name}``, a callable
+            or an object; see :class:`~sparse_callbacks.core.method.Method`.
         every: optimizer steps (int) or fraction of the run (float) between updates; None: 100, shortened, with a
             message, in short runs.
-        start, stop: when the curve begins and ends, in the same units.
+        start: when the curve begins, in optimizer steps (int) or as a fraction of the run (float).
+        stop: when the curve ends, in the same units.
         pattern: ``"unstructured"``, or None; ``"N:M"``: of every M consecutive inputs (of a convolution, input channels at a
             position of the kernel) N are kept; ``"transposable N:M"``: of every M outputs of an input too. The target is then
             1 - N/M, in each layer that divides; the others stay dense. With it ``distribution`` has its default. ``"fan_in"``:
             each output unit of a layer has as many inputs, k = floor(density * inputs), at least 1.
-        distribution, include, exclude, seed, **options: see :class:`~sparse_callbacks.core.method.Method`.
+        include: glob, or globs, on the names of parameters that become sparse; None: the weights of all supported layers except
+            embeddings.
+        exclude: glob, or globs, on the names of parameters that stay dense.
+        seed: whole number from which everything random derives, together with the step and the parameter's name.
+        **options: ``keep_dense``, ``print_plan`` and ``fresh_start``; see :class:`~sparse_callbacks.core.method.Options`.
 
     Raises:
         ValueError: arguments out of range, or a model, optimizer or checkpoint that does not fit; before the first
@@ -110,7 +117,11 @@ class GMP(Method):
         return self._curve.final
 
     def sparsity_at(self, number: int) -> float:
-        """s_t after ``number`` gradient steps, over all selected weights."""
+        """The sparsity s_t that the curve asks for, over all selected weights.
+
+        Args:
+            number: gradient steps that were taken.
+        """
         # equation 1, unless a schedule was given
         return self._curve(number, self.times.start, self.times.stop)
 

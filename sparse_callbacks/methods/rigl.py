@@ -63,26 +63,38 @@ class RigL(ReplacesSteps, DropAndGrow):
 
     Args:
         sparsity: fraction of zeros over the selected weights, in [0, 1); None: 0.9, or what ``initial_mask`` holds.
-        distribution: name, ``{glob: sparsity or name}`` or callable; see :class:`~sparse_callbacks.core.method.Method`.
+        distribution: how layers share the sparsity: a name such as ``"uniform"``, a mapping ``{glob: sparsity or name}``, a callable
+            or an object; see :class:`~sparse_callbacks.core.method.Method`.
         every: optimizer steps (int) or fraction of the run (float) between updates; None: the published 100, shortened,
             with a message, down to 10 in runs that would see fewer than ten updates.
-        start, stop: first and last time of an update, in the same units.
-        drop_fraction: fraction of a layer's active weights that an update replaces; a number falls by a cosine to 0 at
+        start: first time of an update, in optimizer steps (int) or as a fraction of the run (float).
+        stop: last time of an update, in the same units.
+        drop_fraction: fraction of a layer's active weights that an update replaces, in [0, 1]; a number falls by a cosine to 0 at
             ``stop``; a schedule or its text (``"constant(0.3)"``) is taken as it is.
-        initial_mask, rescale, pattern, storage, group, rows: see
-            :class:`~sparse_callbacks.core.initial_masks.StartsSparse`. Under ``"fan_in/64"`` k is
-            counted in each block of rows, as the columns that leave it: those with the smallest sum of |w| over its rows;
-            the columns with the largest sum of |dL/dw| come. Under ``"2:4"`` the k smallest |w| of the layer leave, and each
-            group grows as many as it has lost; under ``"transposable 2:4"`` each tile does, see
-            :func:`~sparse_callbacks.core.tiles.moved_tiles`.
+        initial_mask: where the first masks lie: ``"random"``, ``"magnitude"``, a score such as ``"snip"``, ``"nonzero"``, the path of a
+            checkpoint, or a state dict; see :class:`~sparse_callbacks.core.initial_masks.StartsSparse`.
+        rescale: ``"layer"`` or ``"fan_in"``: active weights of a new run are made larger once, to make up for the inputs that are
+            gone; None: they stay as they are.
+        pattern: where active weights may lie: ``"2:4"``, ``"transposable 2:4"``, ``"fan_in"`` or ``"fan_in/64"``; None: anywhere. See
+            :class:`~sparse_callbacks.core.initial_masks.StartsSparse`. Under ``"fan_in/64"`` k is counted in each block
+            of rows, as the columns that leave it: those with the smallest sum of |w| over its rows; the columns with the largest sum
+            of |dL/dw| come. Under ``"2:4"`` the k smallest |w| of the layer leave, and each group grows as many as it has lost; under
+            ``"transposable 2:4"`` each tile does, see :func:`~sparse_callbacks.core.tiles.moved_tiles`.
         ablation: the share of the planned fan-in, in (0, 1], that an output unit must have in salient weights, or it loses
             all of its weights; None: all units stay. Of ``pattern="fan_in"`` alone. The number of units without weights is
             logged as ``update/ablated_units``, and ``plan()`` shows it in a run.
         candidates: candidates for each active weight (under ``"fan_in/64"`` for each active column), from which those with
             the largest gradients grow; the paper finds 1 to 2 enough. None: all positions that were not kept. Not with N:M or
             ``"fan_in"``.
-        include, exclude: globs on the names of parameters that become sparse or stay dense.
-        seed: seed of the initial mask and everything random.
+        storage: ``"masked"``, ``"sparse"``, ``"grouped"``, ``"auto"`` or a mapping of globs to these: whether linear layers hold dense
+            matrices under masks, or their live weights alone; see :class:`~sparse_callbacks.core.initial_masks.StartsSparse`.
+        group: number of output rows that read the same inputs under ``storage="grouped"``.
+        rows: rows of input that each layer sees in a step (batch size times sequence length), or such numbers by glob, for
+            ``storage="auto"``; None: found with a batch.
+        include: glob, or globs, on the names of parameters that become sparse; None: the weights of all supported layers except
+            embeddings.
+        exclude: glob, or globs, on the names of parameters that stay dense.
+        seed: whole number from which everything random derives, together with the step and the parameter's name.
         **options: ``keep_dense`` ("first", "last" or "both"; default None), ``print_plan`` (default True) and
             ``fresh_start`` (default False: a resumed checkpoint must hold the masks of a callback with the same
             arguments).

@@ -77,17 +77,42 @@ class SET(DropAndGrow):
     more neurons go; where a removal would take every live neuron of a layer it takes none.
 
     Args:
-        sparsity, distribution, every, start, stop, drop_fraction, initial_mask, rescale, pattern, storage, group, rows, include, exclude,
-            seed, **options: as in :class:`~sparse_callbacks.RigL`.
-        ablation: as in :class:`~sparse_callbacks.RigL`; salient are the weights that stay, and k positions drawn from the others.
+        sparsity: fraction of zeros over the selected weights, in [0, 1); None: 0.9, or what ``initial_mask`` holds.
+        distribution: how layers share the sparsity: a name such as ``"uniform"``, a mapping ``{glob: sparsity or name}``, a callable
+            or an object; see :class:`~sparse_callbacks.core.method.Method`.
+        every: optimizer steps (int) or fraction of the run (float) between updates; None: the published 100, shortened, with a
+            message, in runs that would see fewer than ten updates.
+        start: first time of an update, in optimizer steps (int) or as a fraction of the run (float).
+        stop: last time of an update, in the same units.
         drop: ``"magnitude"`` or ``"signed"``. A group of rows has no sign, so ``"signed"`` has no ``pattern="fan_in/64"`` and
             no ``storage="grouped"``.
+        drop_fraction: fraction of a layer's active weights that an update replaces, in [0, 1]; a number falls by a cosine to 0 at
+            ``stop``; a schedule or its text (``"constant(0.3)"``) is taken as it is.
         new_weights: ``"zero"`` or ``"uniform"``, what grown weights start from.
         neuron_importance: the share of the live hidden neurons of a layer that a removal takes, in (0, 1); None: none. With it
             layers are masked, without a ``pattern``, as counts fall.
         importance_start: the first time that neurons are removed, in optimizer steps (int) or as a fraction of the run
             (float); published is epoch 200 of 500.
         importance_every: the interval, in the same units; published are 10 epochs of 500.
+        initial_mask: where the first masks lie: ``"random"``, ``"magnitude"``, a score such as ``"snip"``, ``"nonzero"``, the path of a
+            checkpoint, or a state dict; see :class:`~sparse_callbacks.core.initial_masks.StartsSparse`.
+        rescale: ``"layer"`` or ``"fan_in"``: active weights of a new run are made larger once, to make up for the inputs that are
+            gone; None: they stay as they are.
+        pattern: where active weights may lie: ``"2:4"``, ``"transposable 2:4"``, ``"fan_in"`` or ``"fan_in/64"``; None: anywhere. See
+            :class:`~sparse_callbacks.core.initial_masks.StartsSparse`.
+        ablation: with ``pattern="fan_in"``, the share of the planned fan-in, in (0, 1], that an output unit must have in salient
+            weights, or it loses all of its weights; None: all units stay. Salient are the weights that stay, and k positions drawn
+            from the others.
+        storage: ``"masked"``, ``"sparse"``, ``"grouped"``, ``"auto"`` or a mapping of globs to these: whether linear layers hold dense
+            matrices under masks, or their live weights alone; see :class:`~sparse_callbacks.core.initial_masks.StartsSparse`.
+        group: number of output rows that read the same inputs under ``storage="grouped"``.
+        rows: rows of input that each layer sees in a step (batch size times sequence length), or such numbers by glob, for
+            ``storage="auto"``; None: found with a batch.
+        include: glob, or globs, on the names of parameters that become sparse; None: the weights of all supported layers except
+            embeddings.
+        exclude: glob, or globs, on the names of parameters that stay dense.
+        seed: whole number from which everything random derives, together with the step and the parameter's name.
+        **options: ``keep_dense``, ``print_plan`` and ``fresh_start``; see :class:`~sparse_callbacks.core.method.Options`.
 
     Raises:
         ValueError: arguments out of range, or a model, optimizer or checkpoint that does not fit; before the first

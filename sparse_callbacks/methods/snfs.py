@@ -22,8 +22,7 @@ from sparse_callbacks.methods.drop_and_grow import DropAndGrow
 
 
 class SNFS(DropAndGrow):
-    """SNFS, sparse networks from scratch: grow where the smoothed dense gradient is large (Dettmers and Zettlemoyer,
-    2019).
+    """SNFS: grow where the smoothed dense gradient is large (Dettmers and Zettlemoyer, 2019).
 
     Every step smooths the dense gradient; every ``every`` steps an update follows the gradient step, layer by layer::
 
@@ -41,9 +40,30 @@ class SNFS(DropAndGrow):
     fraction falls by a cosine, as in RigL's comparison.
 
     Args:
+        sparsity: fraction of zeros over the selected weights, in [0, 1); None: 0.9, or what ``initial_mask`` holds.
+        distribution: how layers share the sparsity: a name such as ``"uniform"``, a mapping ``{glob: sparsity or name}``, a callable
+            or an object; see :class:`~sparse_callbacks.core.method.Method`.
+        every: optimizer steps (int) or fraction of the run (float) between updates; None: the published 100, shortened, with a
+            message, in runs that would see fewer than ten updates.
+        start: first time of an update, in optimizer steps (int) or as a fraction of the run (float).
+        stop: last time of an update, in the same units.
+        drop_fraction: fraction of a layer's active weights that an update replaces, in [0, 1]; a number falls by a cosine to 0 at
+            ``stop``; a schedule or its text (``"constant(0.3)"``) is taken as it is.
         smoothing: weight of the past in the smoothed gradient, in [0, 1).
-        sparsity, distribution, every, start, stop, drop_fraction, initial_mask, rescale, pattern, ablation, include, exclude,
-            seed, **options: as in :class:`~sparse_callbacks.RigL`, with |m| in the place of |dL/dw|.
+        initial_mask: where the first masks lie: ``"random"``, ``"magnitude"``, a score such as ``"snip"``, ``"nonzero"``, the path of a
+            checkpoint, or a state dict; see :class:`~sparse_callbacks.core.initial_masks.StartsSparse`.
+        rescale: ``"layer"`` or ``"fan_in"``: active weights of a new run are made larger once, to make up for the inputs that are
+            gone; None: they stay as they are.
+        pattern: where active weights may lie: ``"2:4"``, ``"transposable 2:4"``, ``"fan_in"`` or ``"fan_in/64"``; None: anywhere. See
+            :class:`~sparse_callbacks.core.initial_masks.StartsSparse`. Weights, columns and groups move as in
+            :class:`~sparse_callbacks.RigL`, by |m| in the place of |dL/dw|.
+        ablation: with ``pattern="fan_in"``, the share of the planned fan-in, in (0, 1], that an output unit must have in salient
+            weights, or it loses all of its weights; None: all units stay. Salient are the weights that stay, and the k largest |m|.
+        include: glob, or globs, on the names of parameters that become sparse; None: the weights of all supported layers except
+            embeddings.
+        exclude: glob, or globs, on the names of parameters that stay dense.
+        seed: whole number from which everything random derives, together with the step and the parameter's name.
+        **options: ``keep_dense``, ``print_plan`` and ``fresh_start``; see :class:`~sparse_callbacks.core.method.Options`.
 
     Raises:
         ValueError: arguments out of range, or a model, optimizer or checkpoint that does not fit; before the first

@@ -25,11 +25,26 @@ class Static(StartsSparse):
 
     Args:
         sparsity: fraction of zeros over the selected weights, in [0, 1); None: 0.9, or what ``initial_mask`` holds.
-        distribution: name, ``{glob: sparsity or name}`` or callable; see :class:`~sparse_callbacks.core.method.Method`.
+        distribution: how layers share the sparsity: a name such as ``"uniform"``, a mapping ``{glob: sparsity or name}``, a callable
+            or an object; see :class:`~sparse_callbacks.core.method.Method`.
         from_checkpoint: path of a checkpoint, or a state dict, whose zeros are the mask; another name of
             ``initial_mask``.
-        initial_mask, rescale, pattern, storage, group, rows: see :class:`~sparse_callbacks.core.initial_masks.StartsSparse`.
-        include, exclude, seed, **options: see :class:`~sparse_callbacks.core.method.Method`.
+        initial_mask: where the first masks lie: ``"random"``, ``"magnitude"``, a score such as ``"snip"``, ``"nonzero"``, the path of a
+            checkpoint, or a state dict; see :class:`~sparse_callbacks.core.initial_masks.StartsSparse`.
+        rescale: ``"layer"`` or ``"fan_in"``: active weights of a new run are made larger once, to make up for the inputs that are
+            gone; None: they stay as they are.
+        pattern: where active weights may lie: ``"2:4"``, ``"transposable 2:4"``, ``"fan_in"`` or ``"fan_in/64"``; None: anywhere. See
+            :class:`~sparse_callbacks.core.initial_masks.StartsSparse`.
+        storage: ``"masked"``, ``"sparse"``, ``"grouped"``, ``"auto"`` or a mapping of globs to these: whether linear layers hold dense
+            matrices under masks, or their live weights alone; see :class:`~sparse_callbacks.core.initial_masks.StartsSparse`.
+        group: number of output rows that read the same inputs under ``storage="grouped"``.
+        rows: rows of input that each layer sees in a step (batch size times sequence length), or such numbers by glob, for
+            ``storage="auto"``; None: found with a batch.
+        include: glob, or globs, on the names of parameters that become sparse; None: the weights of all supported layers except
+            embeddings.
+        exclude: glob, or globs, on the names of parameters that stay dense.
+        seed: whole number from which everything random derives, together with the step and the parameter's name.
+        **options: ``keep_dense``, ``print_plan`` and ``fresh_start``; see :class:`~sparse_callbacks.core.method.Options`.
 
     Raises:
         ValueError: arguments out of range; ``sparsity`` beside ``from_checkpoint``; a checkpoint without zeros or of

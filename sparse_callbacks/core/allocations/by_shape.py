@@ -14,6 +14,11 @@ LAST_AT_LEAST = 0.2  # uniform+: the share of its weights that the last layer ke
 def uniform(shapes: Shapes, sparsity: float, custom: Mapping[str, float] | None = None) -> dict[str, float]:
     """The same sparsity in every layer, except those in `custom`.
 
+    Args:
+        shapes: (out, in, *kernel) by layer name.
+        sparsity: fraction of zeros, in [0, 1).
+        custom: sparsity of layers that leave the budget.
+
     Raises:
         ValueError: a sparsity outside [0, 1), or a name in `custom` that is not a layer.
 
@@ -77,7 +82,14 @@ def _nothing_left(sparsity: float, dense: str | None, last: str | None, keep: in
 def erdos_renyi(
     shapes: Shapes, sparsity: float, custom: Mapping[str, float] | None = None, power: float = 1.0
 ) -> dict[str, float]:
-    """Density in proportion to (in + out) / (in * out) (Mocanu et al. 2018); otherwise as `erdos_renyi_kernel`."""
+    """Density in proportion to (in + out) / (in * out) (Mocanu et al. 2018); otherwise as `erdos_renyi_kernel`.
+
+    Args:
+        shapes: (out, in, *kernel) by layer name.
+        sparsity: target over the layers that are not in `custom`, in [0, 1).
+        custom: sparsity of layers that leave the budget.
+        power: exponent of the proportion; 0 makes it uniform.
+    """
     # the first two dimensions: the rule counts neurons or channels, whatever the kernel between them
     return _in_proportion({name: tuple(shape[:2]) for name, shape in shapes.items()}, shapes, sparsity, custom, power)
 

@@ -17,6 +17,10 @@ def epsilon_sparsity(shapes: Shapes, epsilon: float | str) -> dict[str, float]:
     No layer asks for a target: epsilon says it all. A layer that would be denser than dense is dense (see `clipped`).
     For kernels n_in counts inputs times kernel positions (our extension; the papers have matrices only).
 
+    Args:
+        shapes: (out, in, *kernel) by layer name.
+        epsilon: factor on the density (n_in + n_out) / (n_in n_out) of each layer, above 0.
+
     Raises:
         ValueError: epsilon is not a positive number, or leaves a layer less than one connection.
 
@@ -28,8 +32,12 @@ def epsilon_sparsity(shapes: Shapes, epsilon: float | str) -> dict[str, float]:
 
 
 def is_epsilon(distribution: Any) -> bool:
-    """Whether an epsilon decides, so that a target sparsity has nothing to say: "epsilon(1)", or a mapping that sends
-    all layers without a sparsity of their own ("*" included) to one."""
+    """Whether an epsilon decides how many weights there are, so that no target sparsity is needed.
+
+    Args:
+        distribution: what a `distribution` argument may be. An epsilon decides in "epsilon(1)", and in a mapping that sends all
+            layers without a sparsity of their own ("*" included) to one.
+    """
     if isinstance(distribution, Mapping):
         # layers without a match are uniform and need a target; "*" makes sure that there are none
         named = [v for v in distribution.values() if isinstance(v, str)]

@@ -60,11 +60,13 @@ def convert(
         data: batches that the network runs on, without labels or with: a loader, or a list. It is iterated several times. A few
             hundred samples do for convolutions; a linear layer needs more rows than an output has weights.
             Kept in memory are sums of products, up to 1 GiB at a time, and all inputs of one layer that takes steps.
-        fit: ``"adaprune"``; or for comparison ``"masked"``, the masked weights as they are, or ``"absorbed"``, absorbed means.
+        fit: ``"adaprune"``, as above; or for comparison ``"masked"``, the masked weights as they are, or ``"absorbed"``, where each
+            kept weight takes its share of what its group has lost.
         damping: how strongly normal equations hold weights back, from 0; without it a layer with about as many rows of data as an output
-            has weights is fitted to the rows and to nothing else. Adam does without.
-        norms: whether batch norms are estimated anew.
-        include, exclude: globs over names of weights; see :class:`~sparse_callbacks.core.method.Method`.
+            has weights is fitted to the rows and to nothing else. Layers that are fitted by steps of Adam do not use it.
+        norms: whether the running statistics of batch norms are estimated anew at the end.
+        include: globs over names of weights that are converted; None: those of all supported layers except embeddings.
+        exclude: globs over names of weights that stay dense.
         keep_dense: ``"both"``, the first and the last layer stay dense; ``"first"``, ``"last"`` or None.
         forward: a function of the network and a batch that runs it. None: it is called with the tensor, the first part of a
             tuple or list, or the entries of a mapping by name.
@@ -74,8 +76,8 @@ def convert(
         table. Its ``checkpoint(copy)`` holds the masks too, and ``Static(from_checkpoint=...)`` trains on under them.
 
     Raises:
-        ValueError: a pattern or glob that says nothing; a network in train mode or that cannot be copied; no data, or an iterator,
-            which ends after one pass; data that the network does not take; inputs that are not finite; no layer that fits. Single
+        ValueError: an unknown pattern, or a glob without a match; a network in train mode or that cannot be copied; no data, or an
+            iterator, which ends after one pass; data that the network does not take; inputs that are not finite; no layer that fits. Single
             layers that do not fit stay dense, and the table says why.
 
     Example:

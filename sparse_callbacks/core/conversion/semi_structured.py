@@ -79,14 +79,14 @@ class SemiStructured:
 
 @checked
 def to_semi_structured(module: nn.Module, rows: int = 1024) -> tuple[nn.Module, SemiStructured]:
-    """A copy of ``module`` in eval mode whose linear layers of 2:4 run on a GPU's sparse tensor cores, and what became of each.
+    """A copy whose linear layers of 2:4 run on a GPU's sparse tensor cores, and what became of each.
 
     The weight of such an `nn.Linear`, in float16 or bfloat16, is compressed by torch's ``to_sparse_semi_structured``: half of the
     values, and two bits for each. A layer stays dense where its compressed product is not faster by a tenth at least with
     ``rows`` rows, and where torch or the device has none; the table says why. Convolutions stay: torch has no such product for
     them. On a CPU all layers stay.
 
-    Call it on the GPU on which the model will run. The copy gives no gradients.
+    Call it on the GPU on which the model will run. The copy is in eval mode and gives no gradients.
 
     Args:
         module: the network, such as :func:`~sparse_callbacks.core.conversion.convert.convert` gives; it stays as it is.

@@ -45,7 +45,11 @@ class LiveWeight(nn.Module):
 
     @property
     def values(self) -> nn.Parameter:
-        """The live values: ``[1, live]`` for "sparse", ``[blocks, group, k]`` for "grouped"."""
+        """The live values: ``[1, live]`` for "sparse", ``[blocks, group, k]`` for "grouped".
+
+        Raises:
+            RuntimeError: The Parameter was taken away, as ``torch.nn.utils.weight_norm`` does.
+        """
         values = self._parameters.get("weight")
         if values is None:
             raise RuntimeError(
@@ -55,7 +59,11 @@ class LiveWeight(nn.Module):
         return values
 
     def register_values(self, values: nn.Parameter) -> None:
-        """Hold another Parameter of live values, in the shape that the pattern asks for."""
+        """Hold another Parameter of live values.
+
+        Args:
+            values: The Parameter, in the shape that the pattern asks for.
+        """
         refuse_device(self.storage, values.device)
         self._parameters["weight"] = values
         self.let_pattern_follow()
@@ -71,7 +79,14 @@ class LiveWeight(nn.Module):
         return self.out_features * self.in_features > LARGEST_DENSE
 
     def refuse_dense(self, what: str) -> None:
-        """Refuse what needs the dense matrix of a layer that is too large for one."""
+        """Refuse what needs the dense matrix of a layer that is too large for one.
+
+        Args:
+            what: What needs it, for the error.
+
+        Raises:
+            ValueError: The layer has more than 2^31 entries.
+        """
         if self.is_too_large:
             raise ValueError(
                 f"{self.called} has {self.out_features} x {self.in_features} entries, too many for a dense "
@@ -80,7 +95,12 @@ class LiveWeight(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense matrix ``[out_features, in_features]``, a copy; differentiable by the live values."""
+        """The dense matrix ``[out_features, in_features]``, a copy; differentiable by the live values.
+
+        Raises:
+            AttributeError: The live values are not registered yet.
+            ValueError: The layer has too many entries for a dense matrix.
+        """
         if "weight" not in self.__dict__.get("_parameters", {}):
             # register_parameter asks whether there is an attribute of that name already
             raise AttributeError("a SparseLinear has no weight before its live values are registered")

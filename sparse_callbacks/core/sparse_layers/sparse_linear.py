@@ -29,7 +29,8 @@ class SparseLinear(LiveWeight):
     ``state_dict`` holds it too, so that an `nn.Linear` loads it.
 
     Attributes:
-        in_features, out_features: The shape of the matrix.
+        in_features: Number of inputs, the columns of the matrix.
+        out_features: Number of outputs, the rows of the matrix.
         storage: "sparse", where any weights live, or "grouped", where every ``group`` rows read the same inputs.
         group: The number of rows that read the same inputs; 1 for "sparse".
         feature_major: Whether outputs are views of ``[features, batch]`` memory, which the next layer reads without a copy.
@@ -41,6 +42,13 @@ class SparseLinear(LiveWeight):
         pattern_follows: Whether a dense matrix is loaded though it has weights outside of the live places.
         weight_was_read: Whether somebody has asked for the dense `weight`.
         handed_out: Watches the dense copies, into which somebody may write.
+
+    Example:
+        >>> import torch
+        >>> from sparse_callbacks import SparseLinear
+        >>> layer = SparseLinear.random(64, 128, fan_in=8)
+        >>> layer.live, layer(torch.zeros(3, 64)).shape
+        (1024, torch.Size([3, 128]))
     """
 
     bias: nn.Parameter | None
@@ -80,6 +88,13 @@ class SparseLinear(LiveWeight):
 
         Raises:
             ValueError: The mask has another shape, or is not of the pattern of the storage.
+
+        Example:
+            >>> import torch
+            >>> from sparse_callbacks import SparseLinear
+            >>> dense = torch.nn.Linear(6, 4)
+            >>> SparseLinear.from_dense(dense, dense.weight > 0).to_dense().weight.shape
+            torch.Size([4, 6])
         """
         weight = linear.weight
         if mask.shape != weight.shape:
@@ -158,18 +173,33 @@ class SparseLinear(LiveWeight):
                 tensor.copy_(drawn.uniform_(-bound, bound, generator=generator))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x W' + b`` for ``x [..., in_features]``."""
+        """``x W' + b``, of shape ``[..., out_features]``.
+
+        Args:
+            x: The batch, ``[..., in_features]``, in the type of the values.
+
+        Raises:
+            ValueError: The last dimension of ``x`` is not ``in_features``.
+        """
         if x.shape[-1] != self.in_features:
             raise ValueError(f"{self.called} has {self.in_features} inputs and was given {tuple(x.shape)}")
         return self.product(x) if self.records is None else self.uncompiled_product(x)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def uncompiled_product(self, x: Tensor) -> Tensor:
-        """The product outside of compiled graphs: lists that grow are not for them."""
+        """The product outside of compiled graphs, which cannot hold lists that grow.
+
+        Args:
+            x: The batch, ``[..., in_features]``.
+        """
         return self.product(x)
 
     def product(self, x: Tensor) -> Tensor:
-        """What `forward` returns."""
+        """What `forward` returns.
+
+        Args:
+            x: The batch, ``[..., in_features]``.
+        """
         values: Tensor = self.values
         bias: Tensor | None = self.bias
         rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), self.in_features)
@@ -190,6 +220,9 @@ class SparseLinear(LiveWeight):
     def as_values(self, x: Tensor) -> Tensor:
         """A batch in the type of the values, which autocast alone may change.
 
+        Args:
+            x: The batch.
+
         Raises:
             RuntimeError: It is of another type, as in `nn.Linear`.
         """
@@ -204,7 +237,13 @@ class SparseLinear(LiveWeight):
         return x.to(dtype)
 
     def autocast(self, values: Tensor, rows: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Values, batch and bias in the type of autocast, where that is on: bmm within a Function is not its business."""
+        """Values, batch and bias in the type of autocast, where that is on: it does not reach a bmm within a Function.
+
+        Args:
+            values: The live values.
+            rows: The batch, ``[rows, in_features]``.
+            bias: The bias, or None.
+        """
         if not is_cast(rows, values):
             return values, self.as_values(rows), bias
         dtype = torch.get_autocast_dtype(rows.device.type)

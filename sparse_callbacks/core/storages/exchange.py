@@ -64,7 +64,7 @@ def exchange_layers(method: Method, model: nn.Module, rows: Rows | None = None) 
         >>> from sparse_callbacks import exchange_layers
         >>> from sparse_callbacks.methods import RigL
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
-        >>> layers = exchange_layers(RigL(0.75, storage="sparse"), model)
+        >>> layers = exchange_layers(RigL(0.75, distribution="uniform", storage="sparse"), model)
         >>> list(layers), model[0].density
         (['0.weight', '2.weight'], 0.25)
     """

@@ -42,9 +42,14 @@ class BudgetedChannels(Method):
         chunk: number of neighbouring channels that are kept or pruned together.
         curve: shape of the ramp: ``"exp"``, ``"linear"`` or ``"exp2"``.
         every: optimizer steps (int) or fraction of the run (float) between choices; None: ``published_every``.
-        start, stop: when the ramp begins and ends, in the same units.
-        prune_stem: the outputs of a convolution that comes first may go too.
-        include, exclude, seed, **options: see :class:`~sparse_callbacks.core.method.Method`.
+        start: when the ramp begins, in optimizer steps (int) or as a fraction of the run (float).
+        stop: when the ramp ends, in the same units; masks stay from then on.
+        prune_stem: whether the outputs of a convolution that comes first may go too.
+        include: glob, or globs, on the names of parameters that become sparse; None: the weights of all supported layers except
+            embeddings.
+        exclude: glob, or globs, on the names of parameters that stay dense.
+        seed: whole number from which everything random derives, together with the step and the parameter's name.
+        **options: ``keep_dense``, ``print_plan`` and ``fresh_start``; see :class:`~sparse_callbacks.core.method.Options`.
 
     Raises:
         ValueError: arguments that no model can make right.
@@ -169,7 +174,11 @@ class BudgetedChannels(Method):
     # ------------------------------------------------------------------ the choice
 
     def share_at(self, number: int) -> float:
-        """The share of the dense cost that the network may have at a choice after ``number`` gradient steps."""
+        """The share of the dense cost that the network may have at a choice.
+
+        Args:
+            number: gradient steps that were taken.
+        """
         times = self.times
         # one interval is added to both, so that the first choice saves something already and the last saves all
         progress = (number - times.start + times.every) / (times.stop - times.start + times.every)
@@ -220,7 +229,11 @@ class BudgetedChannels(Method):
         return options
 
     def groups_of(self, optimizer: int) -> list[int]:
-        """Indices of the groups whose consumers the optimizer with this index steps."""
+        """Indices of the groups whose consumers an optimizer steps.
+
+        Args:
+            optimizer: index of the optimizer in the run.
+        """
         return [group for group, owner in enumerate(self.optimizer_of) if owner == optimizer]
 
     def after_step(self, step: Step) -> Update | None:

@@ -82,25 +82,30 @@ class ChannelPruning(BudgetedChannels):
     Args:
         budget: cost of the pruned network as a share of the dense one's, in (0, 1).
         cost: ``"parameters"``, ``"flops"`` (a multiply-add is two) or the path of a latency table (``.json``); see SMCP.
-        criterion: the criterion's name.
+        criterion: name of the score of a channel, one of those above.
         ranking: ``"knapsack"``, ``"global"`` or ``"layer"``.
         round_to: number of channels of which a group keeps a multiple, where its own number is one.
         chunk: number of neighbouring channels that are kept or pruned together.
         curve: shape of the ramp: ``"exp"``, ``"linear"`` or ``"exp2"``.
         every: optimizer steps (int) or fraction of the run (float) between prunings; None: 30 (Molchanov et al.), shortened,
             with a message, in short runs.
-        start, stop: when the ramp begins and ends, in the same units.
+        start: when the ramp begins, in optimizer steps (int) or as a fraction of the run (float).
+        stop: when the ramp ends, in the same units; masks stay from then on.
         when: None: the ramp. Otherwise all channels go at once: ``"start"``, before the first step; a time, in the same units;
             or ``"distance"``, at the end of the first epoch t >= 2 whose weights have settled, \\|d_t - d_(t-1)\\| <
             (budget - 0.1) * d_1 with d_t = \\|\\|theta_t - theta_0\\|\\| / \\|\\|theta_0\\|\\| over the selected weights, and at ``stop``
             at the latest, with a warning (EarlyCroP; a budget above 0.1, and at most 0.99 of d_1).
-        penalty: of ``"bn_gain"``.
+        penalty: with ``criterion="bn_gain"``, what is added to the gradient of a gain, times its sign.
         batches: for criteria that take passes of their own over the data: number of batches, whose samples are drawn from
             the training data with ``seed``, or a list or loader of the batches.
         loss: a function of module and batch that gives the loss, for such criteria; None: the module's training step.
-        prune_stem: the stem's outputs may go too.
-        include, exclude, seed, **options: see :class:`~sparse_callbacks.core.method.Method`; inputs and outputs of layers
-            that ``exclude`` or ``keep_dense`` name stay.
+        prune_stem: whether the stem's outputs may go too.
+        include: glob, or globs, on the names of parameters that become sparse; None: the weights of all supported layers except
+            embeddings.
+        exclude: glob, or globs, on the names of parameters that stay dense; inputs and outputs of these layers stay, as those of
+            ``keep_dense``.
+        seed: whole number from which everything random derives, together with the step and the parameter's name.
+        **options: ``keep_dense``, ``print_plan`` and ``fresh_start``; see :class:`~sparse_callbacks.core.method.Options`.
 
     Raises:
         ValueError: arguments out of range, a model without channels to remove, a budget that cannot be met, groups that the

@@ -68,20 +68,29 @@ class CTRE(MeasuresSimilarity, DropAndGrow):
             ``epsilon``.
         epsilon: density epsilon (n_in + n_out) / (n_in n_out) of each layer, as published; same as
             ``distribution="epsilon(1)"``.
-        distribution, include, exclude, seed, **options: see :class:`~sparse_callbacks.core.method.Method`.
+        distribution: how layers share the sparsity: a name such as ``"uniform"``, a mapping ``{glob: sparsity or name}``, a callable
+            or an object; see :class:`~sparse_callbacks.core.method.Method`.
         variant: ``"sim"``, ``"seq"`` or ``"pure"`` (similarity only).
         every: optimizer steps (int) or fraction of the run (float) between updates; None: an epoch.
-        start, stop: the first update is at ``start`` (or one interval after step 1, if that is later); none comes after
-            ``stop``.
+        start: time of the first update, in the same units, or one interval after step 1, if that is later.
+        stop: time after which no update comes, in the same units.
         drop_fraction: share of active weights that an update replaces; constant, or a curve such as ``"cosine(0.3)"``.
-        monitor, mode, patience: read by ``"seq"`` only, and ``monitor`` required there: a metric logged in validation,
-            which way it improves (``"max"`` or ``"min"``), and validated epochs without strict improvement after which
-            growth is random.
+        monitor: name of a metric logged in validation, which ``"seq"`` requires and the other variants do not read.
+        mode: which way ``monitor`` improves, ``"max"`` or ``"min"``.
+        patience: validated epochs without strict improvement of ``monitor`` after which ``"seq"`` grows at random.
         data_fraction: share of the batches that the pass looks at, from the first on, in (0, 1].
         forward: function of module and batch that gives the network's output; default: by the
             batch's type, ``module(batch)``, ``module(batch[0])`` or ``module(**batch)``.
         statistics_dataloader: the data of the pass; default: the training data, not shuffled.
-        initial_mask, rescale: see :class:`~sparse_callbacks.core.initial_masks.StartsSparse`.
+        initial_mask: where the first masks lie: ``"random"``, ``"magnitude"``, a score such as ``"snip"``, ``"nonzero"``, the path of a
+            checkpoint, or a state dict; see :class:`~sparse_callbacks.core.initial_masks.StartsSparse`.
+        rescale: ``"layer"`` or ``"fan_in"``: active weights of a new run are made larger once, to make up for the inputs that are
+            gone; None: they stay as they are.
+        include: glob, or globs, on the names of parameters that become sparse; None: the weights of all supported layers except
+            embeddings.
+        exclude: glob, or globs, on the names of parameters that stay dense.
+        seed: whole number from which everything random derives, together with the step and the parameter's name.
+        **options: ``keep_dense``, ``print_plan`` and ``fresh_start``; see :class:`~sparse_callbacks.core.method.Options`.
 
     Raises:
         ValueError: arguments out of range, or a model, optimizer, data or checkpoint that does not fit; before the

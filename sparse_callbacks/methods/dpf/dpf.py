@@ -32,10 +32,9 @@ UNITS = ("weight", "filter")
 
 
 class DPF(Method):
-    """DPF, dynamic pruning with feedback: the pruned network computes the gradient, the dense one takes the step (Lin
-    et al., 2020).
+    """DPF, dynamic pruning with feedback: pruned weights learn on and may come back (Lin et al., 2020).
 
-    With dense weights w, mask m and optimizer step t::
+    The pruned network computes the gradient, and the dense one takes the step. With dense weights w, mask m and optimizer step t::
 
         every 16 steps   s_t = s_f + (s_0 - s_f) * (1 - (t - start) / (stop - start))^3
                          m   = the weights with the largest |w|, all but floor(s_t * size), jointly over all layers
@@ -71,14 +70,19 @@ class DPF(Method):
             see :class:`~sparse_callbacks.core.method.Method`).
         every: optimizer steps (int) or fraction of the run (float) between refreshes; None: 16, shortened, with a
             message, in short runs.
-        start, stop: when the curve begins and ends, in the same units.
+        start: when the curve begins, in optimizer steps (int) or as a fraction of the run (float).
+        stop: when the curve ends, in the same units.
         finetune: when the masks freeze, in the same units, at ``stop`` or later; None: never.
         unit: ``"weight"``, or ``"filter"``: output channels are pruned as a whole, those with the smallest L2 norm
             first, as many as fit the target (floor(s * filters) of a layer; with ``"global"`` no more than floor(s *
             size) weights). The network's outputs are channels too: leave them alone with ``keep_dense="last"``. A pattern
             keeps single weights, so ``"filter"`` has none.
         pattern: as in :class:`~sparse_callbacks.GMP`; ``"fan_in"`` needs a ``distribution`` by layer, such as ``"uniform"``.
-        include, exclude, seed, **options: see :class:`~sparse_callbacks.core.method.Method`. Nothing here is random.
+        include: glob, or globs, on the names of parameters that become sparse; None: the weights of all supported layers except
+            embeddings.
+        exclude: glob, or globs, on the names of parameters that stay dense.
+        seed: whole number; nothing here is random.
+        **options: ``keep_dense``, ``print_plan`` and ``fresh_start``; see :class:`~sparse_callbacks.core.method.Options`.
 
     Raises:
         ValueError: arguments out of range, or a model, optimizer or checkpoint that does not fit; before the first
@@ -159,7 +163,11 @@ class DPF(Method):
         return arrived or self._curve.curve == "constant" or not (self._curve.initial or any(self.targets.values()))
 
     def sparsity_at(self, number: int) -> float:
-        """s_t after ``number`` gradient steps, over all selected weights."""
+        """The sparsity s_t that the curve asks for, over all selected weights.
+
+        Args:
+            number: gradient steps that were taken.
+        """
         # the cubic of Zhu and Gupta (2017), which the paper takes over, unless a schedule was given
         return self._curve(number, self.times.start, self.times.stop)
 

@@ -85,11 +85,13 @@ def combine(workers: Sequence[Mapping[str, Any]], owner: Mapping[str, int]) -> d
     Raises:
         ValueError: no workers, keys that a worker or ``owner`` lacks or has beyond the others, or an owner that is not a worker.
 
-    >>> import torch
-    >>> first = {"a": torch.tensor(1), "b": torch.tensor(2)}
-    >>> second = {"a": torch.tensor(3), "b": torch.tensor(4)}
-    >>> combine([first, second], {"a": 0, "b": 1})
-    {'a': tensor(1), 'b': tensor(4)}
+    Example:
+        >>> import torch
+        >>> from sparse_callbacks import combine
+        >>> first = {"a": torch.tensor(1), "b": torch.tensor(2)}
+        >>> second = {"a": torch.tensor(3), "b": torch.tensor(4)}
+        >>> combine([first, second], {"a": 0, "b": 1})
+        {'a': tensor(1), 'b': tensor(4)}
     """
     if not workers:
         raise ValueError(

@@ -68,13 +68,22 @@ class GaP(RestartsOptimizers, StartsSparse):
             share the time before ``finetune`` equally, rounded down to whole steps.
         finetune: when fine-tuning begins, in optimizer steps or as a fraction of the run; None: at 0.75 of the run, or
             with ``epochs`` or ``every`` after the last phase.
+        distribution: how layers share the sparsity: a name such as ``"uniform"``, a mapping ``{glob: sparsity or name}``, a callable
+            or an object; see :class:`~sparse_callbacks.core.method.Method`.
         init: masks of the sparse partitions at the start, ``"random"`` or ``"magnitude"``; another name of
             ``initial_mask``.
-        initial_mask, rescale: see :class:`~sparse_callbacks.core.initial_masks.StartsSparse`. The partition that is
-            dense at first has every weight, whatever is given.
+        initial_mask: where the first masks lie: ``"random"``, ``"magnitude"``, a score such as ``"snip"``, ``"nonzero"``, the path of a
+            checkpoint, or a state dict; see :class:`~sparse_callbacks.core.initial_masks.StartsSparse`. The partition
+            that is dense at first has every weight, whatever is given.
+        rescale: ``"layer"`` or ``"fan_in"``: active weights of a new run are made larger once, to make up for the inputs that are
+            gone; None: they stay as they are.
         restart: optimizers and schedules start anew with each phase; False keeps them (the state of grown weights is
             cleared).
-        distribution, include, exclude, seed, **options: see :class:`~sparse_callbacks.core.method.Method`.
+        include: glob, or globs, on the names of parameters that become sparse; None: the weights of all supported layers except
+            embeddings.
+        exclude: glob, or globs, on the names of parameters that stay dense.
+        seed: whole number from which everything random derives, together with the step and the parameter's name.
+        **options: ``keep_dense``, ``print_plan`` and ``fresh_start``; see :class:`~sparse_callbacks.core.method.Options`.
 
     Raises:
         ValueError: arguments out of range, fewer layers than partitions, phases longer than the run, a schedule longer
@@ -144,13 +153,22 @@ class GaP(RestartsOptimizers, StartsSparse):
         return self.rounds * number_of(self.partitions)
 
     def blocks(self, sizes: Mapping[str, int] | None = None) -> list[list[str]]:
-        """Names of the parameters in each partition, by default of the model of the run; those that wait to be trained
-        have their places too, as the partitions of the others would change with them."""
+        """Names of the parameters in each partition.
+
+        Those that wait to be trained have their places too, as the partitions of the others would change with them.
+
+        Args:
+            sizes: number of weights by parameter name, in the order of the model; None: of the model of the run.
+        """
         sizes = {e.name: e.size for e in for_targets(self.entries) if not e.reason} if sizes is None else sizes
         return split_layers(self.partitions, sizes, self.generator("partitions", 0))
 
     def pruned(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Masks of ``names`` that keep the largest weights, exactly the planned number in each layer."""
+        """Masks that keep the largest weights, exactly the planned number in each layer.
+
+        Args:
+            names: names of the parameters.
+        """
 
         def prune(layer: str, weight: Tensor) -> Tensor:
             return keep_largest(weight, weight.numel() - self.planned_zeros(layer, weight.numel()))
@@ -195,13 +213,22 @@ class GaP(RestartsOptimizers, StartsSparse):
             self.host.request_restart()
 
     def phase_figures(self, phase: int) -> dict[str, float]:
+        """Figures for the log when a phase begins.
+
+        Args:
+            phase: number of the phase, from 0.
+        """
         turn, partition = divmod(phase, number_of(self.partitions))
         return self.own_figures(phase=phase, round=turn, dense_partition=partition if phase < self.phases else -1)
 
     # ------------------------------------------------------------------ phases
 
     def phase_at(self, number: int) -> int:
-        """Phase after ``number`` optimizer steps, from 0; ``phases`` while fine-tuning."""
+        """The phase of the run, from 0; ``phases`` while fine-tuning.
+
+        Args:
+            number: optimizer steps that were taken.
+        """
         return min(number // self.times.every, self.phases)
 
     @property
@@ -261,8 +288,7 @@ class GaP(RestartsOptimizers, StartsSparse):
 
     @property
     def horizon(self) -> float | None:
-        """Optimizer steps that the current optimizers live, from their phase's begin to its end; None with
-        ``restart=False``."""
+        """Optimizer steps that the current optimizers live, those of their phase; None with ``restart=False``."""
         return self.life(self.times, self.aux) if self.restart else None
 
     def optimizer_life(self, run: RunLength) -> float | None:
@@ -288,8 +314,10 @@ class GaP(RestartsOptimizers, StartsSparse):
 
     @property
     def shortest_life(self) -> float | None:
-        """Optimizer steps of a phase or of fine-tuning, whichever is shorter: what a schedule of fixed length must
-        fit."""
+        """Optimizer steps of a phase or of fine-tuning, whichever is shorter.
+
+        A schedule of fixed length must fit it.
+        """
         if not self.restart:
             return None
         lives: list[float] = []
@@ -301,6 +329,12 @@ class GaP(RestartsOptimizers, StartsSparse):
         return min(lives, default=None)
 
     def life(self, times: Calendar, aux: Mapping[str, Tensor]) -> float:
+        """Optimizer steps that optimizers live.
+
+        Args:
+            times: the calendar of the run.
+            aux: tensors of the method, which say when the optimizers were configured.
+        """
         begun = int(aux["phase/optimizers"])
         if begun < times.stop:
             # from where they were configured, which may be within a phase: where a second fit began

@@ -29,8 +29,7 @@ from sparse_callbacks.methods.gap.worker_schedule import WorkerSchedule
 
 
 class ParallelGaP(TrainsInTurns, GaP):
-    """P-GaP, parallel grow-and-prune: a worker for each partition trains it dense, and the best of all is put together
-    (Ma et al., 2022).
+    """P-GaP: a worker for each partition trains it dense, and their parts are put together (Ma et al., 2022).
 
     The layers form ``kappa`` partitions. In each round ``kappa`` workers start from the same sparse network; in worker
     i partition i is dense, its pruned weights growing from zero, and the others keep their masks. After ``epochs``
@@ -61,13 +60,26 @@ class ParallelGaP(TrainsInTurns, GaP):
     floor(s * size) weights are pruned.
 
     Args:
-        sparsity, partitions, rounds, init, initial_mask, rescale, distribution, include, exclude, seed, **options: as
-            in :class:`~sparse_callbacks.GaP`.
+        sparsity: fraction of zeros over the selected weights at the end, in [0, 1); None: 0.9, or what ``initial_mask`` holds.
+        partitions: their number, which is that of the workers, or how layers are divided, as in :class:`~sparse_callbacks.GaP`.
+        rounds: how often each partition becomes dense.
         epochs: whole epochs that each worker trains in a round.
+        distribution: how layers share the sparsity: a name such as ``"uniform"``, a mapping ``{glob: sparsity or name}``, a callable
+            or an object; see :class:`~sparse_callbacks.core.method.Method`.
+        init: masks of the sparse partitions at the start, ``"random"`` or ``"magnitude"``; another name of ``initial_mask``.
+        initial_mask: where the first masks lie: ``"random"``, ``"magnitude"``, a score such as ``"snip"``, ``"nonzero"``, the path of a
+            checkpoint, or a state dict; see :class:`~sparse_callbacks.core.initial_masks.StartsSparse`.
+        rescale: ``"layer"`` or ``"fan_in"``: active weights of a new run are made larger once, to make up for the inputs that are
+            gone; None: they stay as they are.
         forward: function of the module and a batch for the pass over the data; None: ``module(batch)``,
             ``module(batch[0])`` or ``module(**batch)`` by the batch's type. Not asked for in a model without running
             statistics.
         statistics_dataloader: batches for that pass; None: the training data in order.
+        include: glob, or globs, on the names of parameters that become sparse; None: the weights of all supported layers except
+            embeddings.
+        exclude: glob, or globs, on the names of parameters that stay dense.
+        seed: whole number from which everything random derives, together with the step and the parameter's name.
+        **options: ``keep_dense``, ``print_plan`` and ``fresh_start``; see :class:`~sparse_callbacks.core.method.Options`.
 
     Raises:
         ValueError: as in :class:`~sparse_callbacks.GaP`; more processes than one that are not one for each partition,
@@ -128,6 +140,7 @@ class ParallelGaP(TrainsInTurns, GaP):
 
     @property
     def workers(self) -> int:
+        """Number of workers, one for each partition."""
         return number_of(self.partitions)
 
     @property
@@ -182,6 +195,11 @@ class ParallelGaP(TrainsInTurns, GaP):
         return self.generator(f"data/{turn}/{worker}", within).initial_seed()
 
     def data_epoch(self, epoch: int) -> int:
+        """Number that the order of the data derives from: for the sampler's ``set_epoch``.
+
+        Args:
+            epoch: number of the epoch in the run, from 0.
+        """
         return self._seed(epoch) % 2**31
 
     def epoch_start(self, epoch: int) -> None:
@@ -303,9 +321,15 @@ class ParallelGaP(TrainsInTurns, GaP):
 
     @property
     def trains_apart(self) -> bool:
+        """Whether each process trains a worker of its own now, with gradients that are not averaged."""
         return self.together and "workers/epochs" in self.aux and self.phase < self.phases
 
     def own_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The part of a saved state that this process goes on from.
+
+        Args:
+            state: the saved state, which holds those of all workers.
+        """
         worker_schedule.refuse_other_ranks(state["aux"], self._schedule)
         if "workers" not in state:
             return state

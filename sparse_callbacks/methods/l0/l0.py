@@ -29,8 +29,9 @@ TOLERANCE = 0.03  # expected densities hover about their targets: restarts of th
 
 
 class ConstrainedL0(Method):
-    """Constrained L0: hard-concrete gates close under a Lagrangian until E[L0] meets its target (Gallego-Posada et al.,
-    2022).
+    """Constrained L0: gates close until their expected density meets the target (Gallego-Posada et al., 2022).
+
+    The gates are hard-concrete ones, and the constraint has a Lagrange multiplier.
 
     With dense weights w, a sample z of the gates (see :mod:`~sparse_callbacks.methods.l0.gates`) and multipliers m >=
     0, in each optimizer step::
@@ -75,11 +76,16 @@ class ConstrainedL0(Method):
             ``"weight"``.
         droprate: dropout rate of new gates, in [0.01, 0.99], or ``{glob: droprate}``: their mean is about 1 - droprate,
             and weights grow by 1 / (1 - droprate) to make up for it.
-        gate_lr, dual_lr: learning rates of gates and multipliers; they are not scheduled.
+        gate_lr: learning rate of the gates, which is not scheduled.
+        dual_lr: learning rate of the multipliers, which is not scheduled.
         gate_optimizer: ``"sgd"`` or ``"adam"``.
         l2: coefficient of the expected squared norm over 2; the optimizer's own weight decay of gated parameters must
             be 0 then.
-        include, exclude, seed, **options: see :class:`~sparse_callbacks.core.method.Method`.
+        include: glob, or globs, on the names of parameters that become sparse; None: the weights of all supported layers except
+            embeddings.
+        exclude: glob, or globs, on the names of parameters that stay dense.
+        seed: whole number from which everything random derives, together with the step and the parameter's name.
+        **options: ``keep_dense``, ``print_plan`` and ``fresh_start``; see :class:`~sparse_callbacks.core.method.Options`.
 
     Raises:
         ValueError: arguments out of range, or a model, optimizer or checkpoint that does not fit; before the first
@@ -232,8 +238,11 @@ class ConstrainedL0(Method):
             self.gated.after_step(names)
 
     def noise(self, kernel: str) -> Tensor:
-        """Uniform numbers in (0, 1) for the gates of the coming step: the same through a window, on every rank and
-        after a resume."""
+        """Uniform numbers in (0, 1) for the gates of the coming step: the same through a window, on every rank and after a resume.
+
+        Args:
+            kernel: name of the gated parameter.
+        """
         return gates.noise(self._log_alpha(kernel), self._source(kernel))
 
     def _source(self, kernel: str) -> torch.Generator:
@@ -306,9 +315,12 @@ class ConstrainedL0(Method):
         return {"expected density": report.densities_in_words(found, self.constraint == "layer")} if found else {}
 
     def figures(self) -> dict[str, float]:
-        """Multipliers (of the model: ``total``, with an index for each further optimizer), and for each layer and in
-        all the share of parameters that is expected behind open gates, and the share that is left when those with a
-        closed median are purged."""
+        """Multipliers of the constraints, and of each layer and of all what gates leave.
+
+        ``l0/multiplier/...`` are the multipliers (of the model: ``total``, with an index for each further optimizer),
+        ``l0/expected/...`` the shares of parameters that are expected behind open gates, and ``l0/purged/...`` the shares that are
+        left when those whose median gate is closed are removed.
+        """
         if not self.aux:  # before the first fit there are no gates
             return {}
         expected = self.expected_open()

@@ -73,7 +73,11 @@ class NM(Method):
         ramp: when N is reached, in the units of ``every``: N falls from M by one at equal intervals until then, each
             fall with the next refresh. None: N from the first step on.
         projection: ``"hard"``, a mask; or ``"soft"``.
-        include, exclude, seed, **options: see :class:`~sparse_callbacks.core.method.Method`. Nothing here is random.
+        include: glob, or globs, on the names of parameters that become sparse; None: the weights of all supported layers except
+            embeddings.
+        exclude: glob, or globs, on the names of parameters that stay dense.
+        seed: whole number; nothing here is random.
+        **options: ``keep_dense``, ``print_plan`` and ``fresh_start``; see :class:`~sparse_callbacks.core.method.Options`.
 
     Raises:
         ValueError: arguments out of range, a model of which no layer fits, or an optimizer or checkpoint that does not fit;
@@ -147,7 +151,11 @@ class NM(Method):
         )
 
     def active_at(self, number: int) -> int:
-        """The most active weights of a group under the masks after ``number`` gradient steps: N, and more on the ramp."""
+        """The most active weights that a group may have: N, and more on the ramp.
+
+        Args:
+            number: gradient steps that were taken.
+        """
         n, m = self._asked.n, self._asked.m
         if self.ramp is None:
             return n

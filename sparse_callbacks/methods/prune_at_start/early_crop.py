@@ -16,8 +16,7 @@ BATCHES = 5  # of the paper's code
 
 
 class EarlyCroP(PruneAtStart):
-    """EarlyCroP: dense training until weights have settled, then pruning by CroP in rounds, then static masks (Rachwan et
-    al., 2022).
+    """EarlyCroP: train dense until weights have settled, then prune once (Rachwan et al., 2022).
 
     It is :class:`PruneAtStart` with ``when="distance"`` and ``score="crop"``. With theta the selected weights::
 
@@ -38,14 +37,25 @@ class EarlyCroP(PruneAtStart):
 
     Args:
         sparsity: fraction of zeros over the selected weights, in [0, 1); up to 0.5 one round does it.
+        when: ``"distance"``, as above; a time, in optimizer steps (int) or as a fraction of the run (float); or ``"start"``: before
+            the first batch.
         stop: the latest time of the pruning, in optimizer steps (int) or as a fraction of the run (float); a warning says that
             the distance has not decided.
+        score: the name of the score, see :class:`PruneAtStart`.
         batches: number of batches that scores are computed on, whose samples are drawn from the training data with ``seed``;
-            or a list or loader of the batches. SynFlow, magnitude and random look at none.
+            or a list or loader of the batches. SynFlow, magnitude and random need no data.
         rounds: number of rounds; magnitude and random, which are the same in every round, take 1.
+        least: active weights that every layer keeps at least, with ``distribution="global"``.
         lr_after: ``"continue"``: optimizers and learning rates go on over the pruning. ``"restart"``: the module configures
             them anew after it; :func:`sparse_callbacks.horizon` tells it for how many steps.
-        when, score, least, distribution, loss, include, exclude, seed, **options: see :class:`PruneAtStart`.
+        distribution: ``"global"``: one ranking over all selected weights; otherwise one in each layer, see :class:`PruneAtStart`.
+        loss: a function of module and batch that gives the loss, a scalar; None: that of the training step. Manual optimization and
+            loops of your own need it.
+        include: glob, or globs, on the names of parameters that become sparse; None: the weights of all supported layers except
+            embeddings.
+        exclude: glob, or globs, on the names of parameters that stay dense.
+        seed: whole number from which everything random derives, together with the step and the parameter's name.
+        **options: ``keep_dense``, ``print_plan`` and ``fresh_start``; see :class:`~sparse_callbacks.core.method.Options`.
 
     Raises:
         ValueError: arguments out of range, no loss or data for the score, a loader without a length; before the first batch.

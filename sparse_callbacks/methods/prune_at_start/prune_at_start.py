@@ -86,7 +86,7 @@ class PruneAtStart(PrunesOnce, StartsSparse):
 
     Args:
         sparsity: fraction of zeros over the selected weights, in [0, 1).
-        score: the name of the score.
+        score: the name of the score, one of those above.
         batches: number of batches, whose samples are drawn from the training data with ``seed``; or a list or loader of the
             batches.
         rounds: how often scores are computed and weights pruned; None: 100 for ``"synflow"``, otherwise 1.
@@ -104,8 +104,13 @@ class PruneAtStart(PrunesOnce, StartsSparse):
             dense, and all rounds fall one after the other.
         stop: the latest time with ``when="distance"``, at which the pruning comes with a warning; not read otherwise.
         lr_after: ``"continue"``: optimizers and schedules go on over a later pruning; ``"restart"``: they are configured anew.
-        rescale: see :class:`~sparse_callbacks.core.initial_masks.StartsSparse`; scores see the weights before that.
-        include, exclude, seed, **options: see :class:`~sparse_callbacks.core.method.Method`.
+        rescale: ``"layer"`` or ``"fan_in"``: active weights of a new run are made larger once, to make up for the inputs that are
+            gone; None: they stay as they are. Scores see the weights before that.
+        include: glob, or globs, on the names of parameters that become sparse; None: the weights of all supported layers except
+            embeddings.
+        exclude: glob, or globs, on the names of parameters that stay dense.
+        seed: whole number from which everything random derives, together with the step and the parameter's name.
+        **options: ``keep_dense``, ``print_plan`` and ``fresh_start``; see :class:`~sparse_callbacks.core.method.Options`.
 
     Raises:
         ValueError: arguments out of range, no loss or data for the score, a loss that does not depend on a layer; before the

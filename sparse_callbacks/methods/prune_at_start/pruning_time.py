@@ -81,12 +81,18 @@ class PrunesOnce(RestartsOptimizers, Method):
 
     @property
     def horizon(self) -> float | None:
-        """Optimizer steps that the current optimizers live: to the pruning at the latest, or from there to the run's end;
-        None with ``lr_after="continue"``."""
+        """Optimizer steps that the current optimizers live.
+
+        To the pruning at the latest, or from there to the run's end; None with ``lr_after="continue"``.
+        """
         return self._life(self.times.stop, self.aux) if self.restarts else None
 
     def optimizer_life(self, run: RunLength) -> float | None:
-        """:attr:`horizon`, also before the run has begun; see :func:`sparse_callbacks.horizon`."""
+        """:attr:`horizon`, also before the run has begun; see :func:`sparse_callbacks.horizon`.
+
+        Args:
+            run: the length of the run.
+        """
         self.horizon_asked = True
         if self.attachment.in_training or not self.restarts:
             return self.horizon

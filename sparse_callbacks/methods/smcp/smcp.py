@@ -84,16 +84,20 @@ class SMCP(BudgetedChannels):
         every: optimizer steps (int) or fraction of the run (float) between solves; None: as many as see
             20,480 training images over all ranks and accumulated batches, as the authors count (80 steps of 256 images), or
             80 where the batch size is unknown; shortened, with a message, in short runs.
-        start, stop: when the ramp begins and ends, in the same units.
+        start: when the ramp begins, in optimizer steps (int) or as a fraction of the run (float).
+        stop: when the ramp ends, in the same units; masks stay from then on.
         hysteresis: factor on the scores of pruned channels at a solve, in (0, 1]: below 1 a channel comes back only if it
             is clearly more important than those that are kept.
-        decay: added to the gradient of a pruned weight, times the weight.
+        decay: coefficient of pruned weights: decay * weight is added to their gradients.
         norm_scaling: the gain of a batch norm that takes the output of a pruned layer shrinks with the inputs of that
-            layer: to the share ``"kept"``, or to their share in ``"importance"``; None (the released default): it does
-                not.
-        prune_stem: the stem's outputs may go too.
-        include, exclude, seed, **options: see :class:`~sparse_callbacks.core.method.Method`; inputs and outputs of layers that ``exclude``
-            or ``keep_dense`` name stay. Nothing here is random.
+            layer: to the share ``"kept"``, or to their share in ``"importance"``; None (the released default): it does not.
+        prune_stem: whether the stem's outputs may go too.
+        include: glob, or globs, on the names of parameters that become sparse; None: the weights of all supported layers except
+            embeddings.
+        exclude: glob, or globs, on the names of parameters that stay dense; inputs and outputs of these layers stay, as those of
+            ``keep_dense``.
+        seed: whole number; nothing here is random.
+        **options: ``keep_dense``, ``print_plan`` and ``fresh_start``; see :class:`~sparse_callbacks.core.method.Options`.
 
     Raises:
         ValueError: arguments out of range, a model without channels to remove, a budget that cannot be met; before the
@@ -283,8 +287,10 @@ class SMCP(BudgetedChannels):
         return [windows.window_of(index, group) for index, group in enumerate(self.groups)]
 
     def scores(self) -> list[Tensor]:
-        """Score of each unit of each group: the mean over the steps since the last solve; with magnitudes, as they are
-        now."""
+        """Score of each unit of each group, the mean over the steps since the last solve.
+
+        With ``importance="magnitude"`` it is that of the weights as they are now.
+        """
         if self.importance == "taylor":
             return [windows.mean_of_window(self.aux, window) for window in self._windows()]
         inputs = reader_scores(self.groups, self._dense(self.params), None, self._active)

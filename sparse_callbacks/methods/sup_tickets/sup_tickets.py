@@ -125,8 +125,10 @@ class SupTickets(SetsRates, DropAndGrow):
 
     @property
     def bounds(self) -> list[int]:
-        """The optimizer step of this run at which each cycle begins, and that at which the last one ends; empty before
-        training, and where a trial run has no room for cycles."""
+        """Optimizer steps of this run: at which each cycle begins, and at which the last one ends.
+
+        Empty before training, and where a trial run has no room for cycles.
+        """
         return phase.bounds_in(self.aux)
 
     @property
@@ -281,8 +283,10 @@ class SupTickets(SetsRates, DropAndGrow):
 
     @property
     def arguments(self) -> dict[str, str]:
-        """Constructor arguments of the base as text, and over them those of the cycles; the base's own ``drop_fraction`` is
-        ``base.drop_fraction``."""
+        """Constructor arguments of the base as text, and over them those of the cycles.
+
+        The base's own ``drop_fraction`` is ``base.drop_fraction``.
+        """
         inner = {k: v for k, v in self.base.arguments.items() if k != "drop_fraction"}
         mine = {name: shown(getattr(self, name)) for name in argument_names(SupTickets, Options) if name != "base"}
         kept = {"base": type(self.base).__name__, "base.drop_fraction": shown(self.base.drop_fraction)}
