@@ -1,4 +1,4 @@
-"""docs/trainer.md shows messages of the package, and a plan: they are those that a user gets."""
+"""The first pages of docs show plans, messages and choices of the command line: they are those that a user gets."""
 
 import re
 import warnings
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -16,8 +17,16 @@ from torch.utils.data import DataLoader, TensorDataset
 from sparse_callbacks import GMP, RigL, methods
 from sparse_callbacks.testing.networks import Classifier
 
-PAGE = (Path(__file__).parents[1] / "docs/trainer.md").read_text()
-SHOWN = re.findall(r"^\| `([^`]+)`", PAGE[PAGE.index("## Common mistakes") :], re.MULTILINE)
+ROOT = Path(__file__).parents[1]
+TRAINER, START, COMMAND_LINE = ((ROOT / f"docs/{name}.md").read_text() for name in ("trainer", "start", "command_line"))
+
+
+def section(page: str, heading: str) -> str:
+    """The text of a page between a heading and the next one of its level."""
+    return page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+SHOWN = re.findall(r"^\| `([^`]+)`", section(TRAINER, "Common mistakes"), re.MULTILINE)
 
 
 class Monitored(Classifier):
@@ -133,7 +142,40 @@ def test_a_mistake_gets_the_message_that_the_page_shows(
     assert any(re.search(wanted, text, re.DOTALL) for text in texts), texts
 
 
-def test_the_plan_that_is_shown_is_the_one_that_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    block, shown = re.search(r"```python\n(from torch import nn.*?)```\n\n```\n(.*?)```", PAGE, re.DOTALL).groups()  # type: ignore[union-attr]
+def test_the_plan_that_is_explained_is_the_one_that_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    block, shown = re.search(r"```python\n(from torch import nn.*?)```\n\n```\n(.*?)```", TRAINER, re.DOTALL).groups()  # type: ignore[union-attr]
     exec(compile(block, "trainer.md", "exec"), {})
     assert capsys.readouterr().out.splitlines() == shown.splitlines()
+
+
+def test_the_first_run_shows_its_plan_and_what_it_explains() -> None:
+    layers = [nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)]
+    output = re.findall(r"```\n(.*?)```", section(START, "Install it, train a network"), re.DOTALL)[1]
+    assert str(RigL(0.9).plan(nn.ModuleDict({"model": nn.Sequential(*layers)}))) in output
+    explained = re.findall(
+        r"`([^`]+)`", " ".join(re.findall(r"^\| (.*?) \|", section(START, "What the lines mean"), re.M))
+    )
+    assert len(explained) > 8
+    assert [words for words in explained if words.removesuffix(" ...").removesuffix("...").strip() not in output] == []
+
+
+def first_cells(text: str) -> list[str]:
+    """Everything in code in the first cell of each row."""
+    return [
+        name for cell in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE) for name in re.findall(r"`([^`]+)`", cell)
+    ]
+
+
+@pytest.mark.parametrize("group", ["method", "schedule", "model", "data", "optim", "trainer", "logger"])
+def test_a_group_is_shown_with_all_of_its_choices(group: str) -> None:
+    row = re.search(rf"^\| `{group}` \|.*\| ([^|]*) \|$", COMMAND_LINE, re.MULTILINE)
+    assert row is not None
+    assert set(re.findall(r"`(\w+)`", row[1])) == {file.stem for file in (ROOT / "conf" / group).glob("*.yaml")}
+
+
+def test_every_preset_and_every_key_of_the_root_is_shown() -> None:
+    presets = first_cells(section(COMMAND_LINE, "Presets"))
+    assert sorted(presets) == sorted(file.stem for file in (ROOT / "conf/experiment").glob("*.yaml"))
+    keys = [name.partition("=")[0] for name in first_cells(section(COMMAND_LINE, "Keys of the root"))]
+    root = OmegaConf.load(ROOT / "conf/train.yaml")
+    assert sorted(keys) == sorted(str(key) for key in {*root} - {"defaults", "method", "data", "hydra"})
