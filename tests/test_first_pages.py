@@ -179,3 +179,7 @@ def test_every_preset_and_every_key_of_the_root_is_shown() -> None:
     keys = [name.partition("=")[0] for name in first_cells(section(COMMAND_LINE, "Keys of the root"))]
     root = OmegaConf.load(ROOT / "conf/train.yaml")
     assert sorted(keys) == sorted(str(key) for key in {*root} - {"defaults", "method", "data", "hydra"})
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= 1200
