@@ -156,7 +156,7 @@ def test_a_method_from_outside_passes_the_contract_and_runs_on_the_command_line(
 
 def test_a_choice_of_ones_own_has_the_values_of_the_choice_that_it_is_made_of(tmp_path: Path) -> None:
     """By the page alone, in the folder that --config-dir names."""
-    save_files(ROOT / "README.md", tmp_path)
+    save_files(ROOT / "docs/command_line.md", tmp_path)
     mine = composed(["method=mine", f"hydra.searchpath=[file://{tmp_path}]"]).method
     assert (mine.distribution, mine.drop_fraction) == ("uniform", 0.1)
     others = {key for key, value in composed(["method=rigl"]).method.items() if mine[key] != value}
@@ -182,6 +182,8 @@ def test_there_are_examples_and_commands() -> None:
         "report",
         "sharpness",
         "slimming",
+        "start",
+        "trainer",
         "wandb",
         "writing_a_method",
         "your_data",
