@@ -46,7 +46,7 @@ class Block:
         language: the word behind the fence; empty where there is none.
         options: what else is there: ``file=`` of a block that the reader saves, ``title=``.
         text: the code, without the indentation of its fence.
-        follows: the block right before it, with nothing between; None where there is other text.
+        follows: the block before it under the same heading; None where it is the first one there.
     """
 
     page: Path
@@ -67,9 +67,9 @@ def blocks(page: Path) -> list[Block]:
         language, _, rest = match["info"].strip().partition(" ")
         options = dict(word.partition("=")[::2] for word in shlex.split(rest) if "=" in word)
         code = SNIPPET.sub(lambda m: (ROOT / m[1]).read_text(), textwrap.dedent(match["text"]))
-        before = found[-1] if found and not text[end : match.start()].strip() else None
+        same = found and not re.search(r"^#+ ", text[end : match.start()], re.MULTILINE)
         line = text.count("\n", 0, match.start()) + 1
-        found.append(Block(page, line, language, options, code, before))
+        found.append(Block(page, line, language, options, code, found[-1] if same else None))
         end = match.end()
     return found
 
