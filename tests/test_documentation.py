@@ -20,11 +20,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
-from packaging.requirements import Requirement
+from omegaconf import OmegaConf
 from support import documents
 from support.documents import (
     FOR_DEVELOPERS,
@@ -42,14 +38,12 @@ from support.documents import (
     words_of,
 )
 from support.nets import mlp
+from support.shell_commands import assert_alike, composed, run_here, to_run, understood, why_not_run
 from torch import nn
 
 import sparse_callbacks
 from sparse_callbacks import RigL, methods
-from sparse_callbacks.channels.latency import command
-from sparse_callbacks.methods.spdy import command as allocate_command
-from sparse_callbacks.reporting import comparison_command, report_command
-from sparse_callbacks.tasks import build, convert_command
+from sparse_callbacks.tasks import build
 
 TEXTS = [*PAGES, *FOR_DEVELOPERS, ROOT / "CHANGELOG.md"]
 CODE = [*PAGES, *FOR_DEVELOPERS]
@@ -172,17 +166,6 @@ def saved_by(block: Block) -> Block | None:
     return next((b for b in blocks(block.page) if b.options.get("file") in scripts), None)
 
 
-def assert_alike(shown: Block, said: str) -> None:
-    """What is shown is among the lines that were printed, but for numbers: a training here is shorter than the reader's."""
-    lines = {without_numbers(line) for line in said.splitlines()}
-    missing = [line for line in shown.text.splitlines() if without_numbers(line) not in lines | {""}]
-    assert missing == [], f"{shown} is not what is printed"
-
-
-def without_numbers(text: str) -> str:
-    return re.sub(r"\s+", " ", re.sub(r"-*[\d.,:]+|-{3,}", "0", text)).strip()
-
-
 def test_a_method_from_outside_passes_the_contract_and_runs_on_the_command_line(
     tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -255,226 +238,7 @@ def test_every_command_is_understood(page: Path, tmp_path: Path, request: pytest
         understood(words, page, tmp_path, request.config)
 
 
-def understood(words: list[str], page: Path, folder: Path, config: pytest.Config) -> None:
-    """Let the program that a command is for read its words."""
-    match words:
-        case ["python", "train.py", "--help"]:
-            pass
-        case ["python", "train.py", "--config-dir", "FOLDER", *overrides]:
-            understood_by_train([f"hydra.searchpath=[file://{folder}]", *overrides])
-        case ["python", "train.py", *overrides]:
-            understood_by_train(overrides)
-        case ["python", "-m", module]:  # what it takes is not shown
-            assert is_module(module), module
-        case ["python", "-m", "sparse_callbacks.latency", *arguments]:
-            given = command._parser().parse_args(arguments)
-            assert callable(named(given.model))
-        case ["python", "-m", "sparse_callbacks.allocate", *arguments]:
-            given = allocate_command._parser().parse_args(arguments)
-            assert callable(named(given.model))
-        case ["python", "-m", "sparse_callbacks.convert", *arguments]:
-            assert convert_command._parser().parse_args(arguments).network
-        case ["python", "-m", "sparse_callbacks.report", *arguments]:
-            assert report_command._parser().parse_args(arguments).runs
-        case ["python", "-m", "sparse_callbacks.compare", *arguments]:
-            if "RUNS" not in arguments:
-                comparison_command._parser().parse_args(arguments)
-        case ["pytest", *options] | ["python", "-m", "pytest", *options]:
-            given = config._parser.parse(options)  # with the options of this suite and of its plugins
-            files = [name.partition("::")[0] for name in given.file_or_dir]
-            assert [name for name in files if name not in saved_files(page) and not (ROOT / name).exists()] == []
-        case ["python", "-m", module, *arguments]:
-            options_known([sys.executable, "-m", module], arguments)
-        case ["python", script, *arguments]:
-            saved = saved_files(page)
-            source = saved[script] if script in saved else with_imported(ROOT / script)
-            assert [word for word in arguments if word.startswith("--") and f'"{word}"' not in source] == []
-        case [interpreter, *arguments] if interpreter.endswith(
-            "/bin/python"
-        ):  # of an environment that the page has made
-            understood(["python", *arguments], page, folder, config)
-        case ["torchrun", *arguments]:
-            launcher = importlib.import_module("torch.distributed.run").get_args_parser()
-            given = launcher.parse_args(arguments)
-            understood(["python", given.training_script, *given.training_script_args], page, folder, config)
-        case ["srun", *rest]:
-            understood(rest, page, folder, config)
-        case ["pip", "install", *what] | ["uv", "pip", "install", *what]:
-            requirements_known(what)
-        case ["uv", "venv", _]:
-            pass
-        case ["wandb", "sweep", file]:
-            assert (ROOT / file).is_file()
-        case ["wandb", subcommand, *_]:
-            assert subcommand in importlib.import_module("wandb.cli.cli").cli.commands
-        case ["cd", _]:
-            pass
-        case ["git", subcommand, *arguments]:
-            known = subprocess.run(["git", subcommand, "-h"], capture_output=True, text=True, check=False).stdout
-            assert known
-            options = re.findall(r"(?<!\S)--?[\w-]+", known.replace("--[no-]", "--").replace(",", " "))
-            assert [word for word in arguments if word.startswith("-") and word not in options] == [], known
-        case ["twine" | "ruff" | "mypy" | "jupytext" | "mkdocs", *arguments]:
-            options_known([sys.executable, "-m", words[0]], arguments)
-        case [script, *_] if script.startswith(".ci/"):
-            assert (ROOT / script).stat().st_mode & 0o100
-        case _:
-            pytest.fail(f"nothing checks the command {' '.join(words)}")
-
-
-def named(text: str) -> Any:
-    module, _, name = text.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
-def requirements_known(words: list[str]) -> None:
-    """What is to be installed are requirements, and extras of this package exist."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    what = [
-        word
-        for option, word in zip(["", *words], words, strict=False)
-        if option not in ("--index-url", "--extra-index-url", "--python")
-    ]
-    for text in (word for word in what if not word.startswith("-")):
-        local = text.startswith(".")
-        requirement = Requirement(f"sparse-callbacks{text[1:]}" if local else text)
-        if requirement.name == "sparse-callbacks":
-            assert requirement.extras <= extras.keys(), text
-
-
-@functools.cache
-def help_of(*words: str) -> str:
-    done = subprocess.run(
-        [*words, "--help"],
-        cwd=ROOT,
-        env=documents.environment(ROOT / "tests"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout + done.stderr
-
-
-def options_known(program: list[str], arguments: list[str]) -> None:
-    """The options of a command stand in the help of its program, or in that of its subcommand."""
-    assert is_module(program[-1]), program
-    if asked := [word for word in arguments if word.startswith("-")]:
-        subcommand = arguments[:1] if not arguments[0].startswith("-") else []
-        known = help_of(*program, *subcommand)
-        assert [word for word in asked if word not in known] == [], known[-500:]
-
-
-def is_module(name: str) -> bool:
-    """Whether Python finds a module, also with the folder of the tests on its path."""
-    file = ROOT / "tests" / Path(*name.split("."))
-    return file.with_suffix(".py").is_file() or importlib.util.find_spec(name) is not None
-
-
-def with_imported(script: Path) -> str:
-    """The text of a script and of those beside it that it imports, which may hold its options."""
-    text = script.read_text()
-    beside = [script.with_name(f"{name}.py") for name in re.findall(r"^from (\w+) import", text, re.MULTILINE)]
-    return "\n".join([text, *(path.read_text() for path in beside if path.is_file())])
-
-
-def understood_by_train(overrides: list[str]) -> None:
-    if [o for o in overrides if o.startswith("hydra.searchpath")]:
-        read_by_train.__wrapped__(*overrides)  # of the folder of one test
-    else:
-        read_by_train(*overrides)
-
-
-@functools.cache
-def read_by_train(*overrides: str) -> None:
-    """Every run of the command has a configuration, whose method can be made."""
-    # plugins of Hydra choose how jobs are launched and swept; a composition without them is the same job
-    swept = [o for o in overrides if not re.match(r"-m$|hydra/|hydra[.](?!searchpath)", o)] + ["hydra/launcher=basic"]
-    for choice in range(4 if "-m" in overrides else 1):
-        config = composed([picked(o, choice) for o in swept])
-        method = build.build_method(config)
-        assert isinstance(method, sparse_callbacks.SparsityCallback) or "_target_" not in config.method
-
-
-def picked(override: str, choice: int) -> str:
-    """One of an override's values in a sweep; the only one where there is no sweep."""
-    parsed = OverridesParser.create().parse_override(override)
-    if not parsed.is_sweep_override():
-        return override
-    if parsed.is_interval_sweep():
-        return f"{parsed.key_or_group}={parsed.value().start}"
-    values = list(parsed.sweep_string_iterator())
-    return f"{parsed.key_or_group}={values[choice % len(values)]}"
-
-
-def composed(overrides: list[str]) -> DictConfig:
-    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        return compose("train", overrides)
-
-
 # ---------------------------------------------------------------------- commands that run
-
-
-def why_not_run(words: list[str]) -> str:
-    """Why a command is read and not run here; empty for one that runs: it needs what the repository has, and seconds."""
-    if words[:2] != ["python", "train.py"] and words[:2] != ["python", "-m"]:
-        return "it installs, publishes, starts other processes, or is a script that has tests of its own"
-    arguments = words[2:]
-    if any(re.search(r"(?<![A-Za-z_.])[A-Z]{3,}(?![A-Za-z_])", word) for word in arguments):
-        return "it names what the reader has"
-    if words[1] == "train.py":
-        if "-m" in arguments:
-            return "it is several runs"
-        if any(
-            word.startswith(("trainer=", "data.", "initial_weights=", "ckpt_path=")) or "pretrained" in word
-            for word in arguments
-        ):
-            return "it needs another machine, other data or other weights"
-        if arguments == ["--help"]:
-            return "it trains nothing"
-        return (
-            "" if str(composed(without_hydra(arguments)).data._target_).endswith(".digits") else "it needs other data"
-        )
-    module, *arguments = arguments
-    if not arguments:
-        return "what it takes is not shown"
-    if module == "sparse_callbacks.allocate" and "--measure" not in arguments:
-        return ""
-    if module == "sparse_callbacks.report":
-        return ""
-    return "it measures times, or reads what a longer run has left"
-
-
-def without_hydra(overrides: list[str]) -> list[str]:
-    return [o for o in overrides if not o.startswith("hydra.")]
-
-
-def run_here(words: list[str]) -> None:
-    """Run a command in this process, in the folder that it is in. A training is one of three epochs, and its page is written by
-    the command that does nothing else."""
-    if words[1] == "train.py":
-        train = importlib.import_module("train")
-        given = {word.partition("=")[0] for word in words}
-        short = {
-            "trainer.max_epochs": "3",
-            "logger": "[]",
-            "trainer.enable_progress_bar": "false",
-            "report": "record",
-            "threads": "1",
-        }
-        sys.argv = [
-            str(ROOT / "train.py"),
-            *words[2:],
-            *(f"{key}={value}" for key, value in short.items() if key not in given),
-        ]
-        GlobalHydra.instance().clear()
-        train.main()
-        GlobalHydra.instance().clear()
-        return
-    importlib.import_module(words[2]).main(words[3:])
-
-
-def to_run(page: Path) -> list[list[str]]:
-    return [words for words in commands(page) if not why_not_run(words)]
 
 
 @pytest.mark.parametrize(
@@ -490,16 +254,19 @@ def test_commands_run(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))  # no login of this machine reaches W&B
+    shown = {b: source for b in blocks(page) if kind_of(b) == "output" and (source := source_of(b)) is not None}
+    shown = {b: source for b, source in shown.items() if kind_of(source) == "commands" and saved_by(source) is None}
     printed: dict[str, str] = {}
     for words in to_run(page):
-        run_here(words)
-        said = capsys.readouterr()
-        printed[" ".join(words)] = said.out + said.err
+        warned = run_here(words, as_shown=any(words in map(words_of, lines_of(s.text)) for s in shown.values()))
+        streams = capsys.readouterr()
+        printed[" ".join(words)] = "\n".join([warned, streams.out, streams.err])
     assert len(list(tmp_path.rglob("metrics.json"))) == sum(text.startswith("python train.py") for text in printed)
-    for block in blocks(page):
-        source = source_of(block) if kind_of(block) == "output" else None
-        if source is not None and kind_of(source) == "commands" and saved_by(source) is None:
-            assert_alike(block, "".join(printed.get(" ".join(words_of(line)), "") for line in lines_of(source.text)))
+    for block, source in shown.items():
+        said = "".join(printed.get(" ".join(words_of(line)), "") for line in lines_of(source.text))
+        if said:  # of commands that do not run here the reason is in `why_not_run`
+            assert_alike(block, said)
 
 
 def test_commands_that_do_not_run_have_a_reason() -> None:

@@ -36,7 +36,7 @@ def shown(page: Path) -> str:
     return str(page.relative_to(ROOT) if page.is_relative_to(ROOT) else page.name)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Block:
     """A block of code between fences.
 
