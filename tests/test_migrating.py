@@ -368,7 +368,6 @@ def test_the_rule_of_asp_is_ours() -> None:
             assert torch.equal(run.masks["0.weight"], best)
 
 
-@pytest.mark.third_party
 def test_fake_sparsity_of_torchao_is_two_of_four() -> None:
     api = pytest.importorskip(
         "torchao.sparsity.sparse_api", reason="torchao is not installed, or has no sparsity any more"
