@@ -1,132 +1,169 @@
 """What README and the pages of docs say is true: their code runs, their commands are understood, their links lead
 somewhere."""
 
+import doctest
+import functools
 import importlib
-import os
+import importlib.util
+import inspect
+import io
+import json
+import pkgutil
 import re
-import shlex
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
-from pytorch_lightning.callbacks import ModelCheckpoint
+import yaml
+from omegaconf import OmegaConf
+from support import documents
+from support.documents import (
+    FOR_DEVELOPERS,
+    PAGES,
+    ROOT,
+    Block,
+    blocks,
+    commands,
+    inline,
+    is_of_commands,
+    lines_of,
+    save_files,
+    saved_files,
+    without_blocks,
+    words_of,
+)
 from support.nets import mlp
+from support.shell_commands import assert_alike, composed, run_here, to_run, understood, why_not_run
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 import sparse_callbacks
-from sparse_callbacks import RigL, Static, methods
-from sparse_callbacks.channels.latency import command
-from sparse_callbacks.methods.spdy import command as allocate_command
-from sparse_callbacks.reporting import comparison_command, report_command
-from sparse_callbacks.tasks import build, convert_command
-from sparse_callbacks.testing.networks import Classifier
+from sparse_callbacks import RigL, methods
+from sparse_callbacks.tasks import build
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TEXTS = [
-    *PAGES,
-    *(ROOT / f"{name}.md" for name in ("ARCHITECTURE", "CONTRIBUTING", "CHANGELOG")),
-    ROOT / "benchmarks/README.md",
-]
-FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-# a block that the reader saves as a file
-SAVED = re.compile(r"^```\w+ file=(\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
-every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+TEXTS = [*PAGES, *FOR_DEVELOPERS, ROOT / "CHANGELOG.md"]
+CODE = [*PAGES, *FOR_DEVELOPERS]
+every_page = pytest.mark.parametrize("page", CODE, ids=documents.shown)
 
 
-def fences(page: Path, language: str) -> list[str]:
-    return [code for kind, code in FENCE.findall(page.read_text()) if kind == language]
+# ---------------------------------------------------------------------- every block has a check
 
 
-def inline(page: Path) -> list[str]:
-    return INLINE.findall(FENCE.sub("", page.read_text()))
+def kind_of(block: Block) -> str:
+    """What a block is, which decides how it is checked; empty where nobody knows."""
+    is_text = block.language in ("", "text", "console")
+    if block.language in ("python", "yaml", "json", "toml"):
+        return block.language
+    if is_of_commands(block):
+        return "commands"
+    if is_text and source_of(block) is not None:
+        return "output"
+    if is_text and block.text.startswith("RigL: sparsity 0.9\n"):
+        return "plan"
+    if (is_text or block.language == "mermaid") and re.search(r"--[a-z]*-*>", block.text):
+        return "drawing"
+    return ""
 
 
-def commands(page: Path) -> list[list[str]]:
-    """Every command of a page as words: the lines of its blocks, and those within sentences."""
-    lines = [line for block in fences(page, "") for line in block.splitlines()]
-    lines = [part for line in [*lines, *inline(page)] for part in line.split(" && ")]
-    starts = ("python ", "pip ", "pytest", "wandb sweep ")
-    return [shlex.split(line, comments=True) for line in lines if line.startswith(starts) and " ... " not in line]
+def source_of(block: Block) -> Block | None:
+    """The code or the commands before a block, under the same heading; None where there are none."""
+    before = block.follows
+    while before is not None and kind_of(before) not in ("python", "commands"):
+        before = before.follows
+    return before
+
+
+@every_page
+def test_every_block_of_code_has_a_check(page: Path) -> None:
+    assert re.findall(r"^ *(?:```|~~~).*", without_blocks(page), re.M) == [], "a fence that does not close"
+    checks = {"python", "yaml", "json", "toml", "commands", "output", "plan", "drawing"}
+    unknown = [f"{b}: language {b.language!r} of {b.text[:60]!r}" for b in blocks(page) if kind_of(b) not in checks]
+    assert unknown == [], "nothing checks these blocks"
+
+
+def test_a_block_that_nothing_checks_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    for text in (
+        "```rust\nfn main() {}\n```\n",
+        "```\nsomething else\n```\n",
+        "```python\n1\n```\n# Next\n```text\n0.9\n```\n",
+    ):
+        page.write_text(text)
+        assert kind_of(blocks(page)[-1]) == "", text
+    page.write_text('1. words\n\n   ```python title="x"\n   print(1)\n   ```\n\n```text\n1\n```\n')
+    assert [(kind_of(b), b.line, b.text) for b in blocks(page)] == [
+        ("python", 3, "print(1)\n"),
+        ("output", 7, "1\n"),
+    ]
+    assert blocks(page)[0].options == {"title": "x"}
 
 
 # ---------------------------------------------------------------------- code
 
 
 @pytest.fixture
-def names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
-    """What stands in the examples for the reader's own: a small network for images, and three batches."""
+def _short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Trainers are short, and files are written into a folder of the test."""
     monkeypatch.chdir(tmp_path)
-    trainer = pl.Trainer
-    short = {"max_epochs": 1, "logger": False, "enable_progress_bar": False}
+    monkeypatch.syspath_prepend(tmp_path)
+    documents.shorten_trainers(monkeypatch)
 
-    def shortened(**options: Any) -> pl.Trainer:
-        keeps = any(isinstance(callback, ModelCheckpoint) for callback in options.get("callbacks", []))
-        return trainer(**(options | short), accelerator="cpu", enable_checkpointing=keeps)
 
-    monkeypatch.setattr(pl, "Trainer", shortened)
-    x, y = torch.randn(12, 3, 16, 16), torch.randint(0, 4, (12,))
-    module, callback = Classifier(image_net()), Static(0.5)
-    pl.Trainer(callbacks=[callback]).fit(module, DataLoader(TensorDataset(x, y), batch_size=4))
+def packages_of(code: str) -> set[str]:
+    """Packages that code imports."""
+    return set(re.findall(r"^ *(?:from|import) (\w+)", code, re.M))
+
+
+def required() -> set[str]:
+    """Packages of every extra that the tests need, by the names that they are imported by."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     return {
-        "your_module": Classifier(image_net()),
-        "your_data": DataLoader(TensorDataset(x, y), batch_size=4),
-        "your_validation_data": DataLoader(TensorDataset(x, y), batch_size=4),
-        "example_input": x,
-        "model": module,
-        "callback": callback,
-        "optimizer": torch.optim.SGD(module.parameters(), lr=0.01),
-        "torch": torch,
+        re.split(r"[^\w-]", line)[0].replace("-", "_")
+        for name in ("train", "channels", "onnx", "dev")
+        for line in extras[name]
     }
 
 
-def image_net() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3, 2),
-        nn.ReLU(),
-        nn.Conv2d(4, 16, 3),
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
-        nn.Conv2d(16, 16, 3),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(64, 4),
-    )
+def lacking(block: Block) -> list[str]:
+    """Packages that a block imports, that are not installed, and that the tests do not need. Such code is compiled alone."""
+    own = {Path(name).stem for name in saved_files(block.page)}
+    return [name for name in packages_of(block.text) - required() - own if importlib.util.find_spec(name) is None]
 
 
-def save_files(page: Path, folder: Path) -> list[str]:
-    """Save what the reader is asked to save; gives the text of each file."""
-    found = SAVED.findall(page.read_text())
-    for name, text in found:
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(text)
-    return [text for _, text in found]
-
-
-@every_page
+@pytest.mark.parametrize(
+    "page", [p for p in CODE if any(b.language == "python" for b in blocks(p))], ids=documents.shown
+)
 @pytest.mark.filterwarnings("ignore")
-def test_examples_run(
-    page: Path,
-    names: dict[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.usefixtures("_short")
+def test_examples_run_and_print_what_the_page_shows(
+    page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_files(page, tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    for code in fences(page, "python"):
-        exec(compile(code, page.name, "exec"), dict(names))
+    printed: dict[int, str] = {}
+    for block in blocks(page):
+        if block.language == "python":
+            code = compile(block.text, str(block), "exec")
+            if not lacking(block):
+                exec(code, documents.names_for(block.text))
+            printed[block.line] = capsys.readouterr().out
+        elif kind_of(block) == "output":
+            source = source_of(block)
+            assert source is not None
+            if source.language == "python" and not lacking(source):
+                said = printed[source.line].strip()
+                assert f"\n{block.text.strip()}\n" in f"\n{said}\n", f"{block} is not what is printed: {said}"
+            elif saved := saved_by(source):
+                assert_alike(block, printed[saved.line])
+
+
+def saved_by(block: Block) -> Block | None:
+    """The block that is the script which a block of commands runs; None where it is another."""
+    scripts = [words[1] for words in map(words_of, lines_of(block.text)) if words[0] == "python" and len(words) > 1]
+    return next((b for b in blocks(block.page) if b.options.get("file") in scripts), None)
 
 
 def test_a_method_from_outside_passes_the_contract_and_runs_on_the_command_line(
@@ -139,9 +176,9 @@ def test_a_method_from_outside_passes_the_contract_and_runs_on_the_command_line(
     some = (
         [] if request.config.getoption("--all-combinations") else ["-k", "resume_is_bitwise or weights_are_effective"]
     )
-    method, yaml, _ = save_files(ROOT / "docs/writing_a_method.md", tmp_path)
-    assert sum(bool(line.strip()) for line in f"{method}{yaml}".splitlines()) <= 40
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]), "OMP_NUM_THREADS": "1"}
+    method, settings, _ = save_files(ROOT / "docs/writing_a_method.md", tmp_path)
+    assert sum(bool(line.strip()) for line in f"{method}{settings}".splitlines()) <= 40
+    environment = documents.environment(tmp_path)
     overrides = ["method=acdc", "sparsity=0.95", "logger=csv", "trainer.max_epochs=2", f"hydra.run.dir={tmp_path}/run"]
     for arguments in (
         ["-m", "pytest", "-q", "-p", "no:cacheprovider", *some, str(tmp_path / "test_acdc.py")],
@@ -156,7 +193,7 @@ def test_a_method_from_outside_passes_the_contract_and_runs_on_the_command_line(
 
 def test_a_choice_of_ones_own_has_the_values_of_the_choice_that_it_is_made_of(tmp_path: Path) -> None:
     """By the page alone, in the folder that --config-dir names."""
-    save_files(ROOT / "docs/command_line.md", tmp_path)
+    save_files(next(page for page in PAGES if "method/mine.yaml" in saved_files(page)), tmp_path)
     mine = composed(["method=mine", f"hydra.searchpath=[file://{tmp_path}]"]).method
     assert (mine.distribution, mine.drop_fraction) == ("uniform", 0.1)
     others = {key for key, value in composed(["method=rigl"]).method.items() if mine[key] != value}
@@ -166,35 +203,10 @@ def test_a_choice_of_ones_own_has_the_values_of_the_choice_that_it_is_made_of(tm
     assert "drop_fraction: 0.1" in done.stdout, done.stderr[-2000:]
 
 
-def test_there_are_examples_and_commands() -> None:
-    assert [page.stem for page in PAGES if fences(page, "python")] == [
-        "README",
-        "averaging",
-        "channels",
-        "comparing",
-        "distributed",
-        "doctor",
-        "guarantees",
-        "loops",
-        "methods",
-        "real_speed",
-        "recording",
-        "report",
-        "sharpness",
-        "slimming",
-        "start",
-        "trainer",
-        "wandb",
-        "writing_a_method",
-        "your_data",
-    ]
-    assert {page.stem for page in PAGES if commands(page)} >= {"README", "channels", "results"}
-
-
-@every_page
+@pytest.mark.parametrize("page", PAGES, ids=documents.shown)
 def test_callbacks_within_sentences_can_be_made(page: Path) -> None:
     for code in inline(page):
-        if re.match(rf"({'|'.join(methods.__all__)})\(.*\)$", code):
+        if re.match(rf"({'|'.join(methods.__all__)})\(.*\)$", code) and "..." not in code:
             assert isinstance(
                 eval(code, {name: getattr(sparse_callbacks, name) for name in (*methods.__all__, "Spdy")}),
                 sparse_callbacks.SparsityCallback,
@@ -202,87 +214,243 @@ def test_callbacks_within_sentences_can_be_made(page: Path) -> None:
 
 
 def test_the_plan_that_is_shown_is_the_one_that_is_printed() -> None:
-    (shown,) = (text for text in fences(ROOT / "docs/methods.md", "") if text.startswith("RigL: "))
+    shown = [b for page in PAGES for b in blocks(page) if kind_of(b) == "plan"]
+    assert shown
     net = nn.ModuleDict({"net": mlp(64, 256, 128, 10)})
-    assert str(RigL(0.9).plan(net)).splitlines() == shown.splitlines()
+    for block in shown:
+        assert str(RigL(0.9).plan(net)).splitlines() == block.text.splitlines(), block
+
+
+def test_there_are_examples_and_commands() -> None:
+    assert {"README", "loops", "methods", "torch_prune"} <= {
+        p.stem for p in PAGES if any(b.language == "python" for b in blocks(p))
+    }
+    assert {page.stem for page in PAGES if commands(page)} >= {"README", "channels", "results"}
 
 
 # ---------------------------------------------------------------------- commands
 
 
-@every_page
-def test_commands_are_understood(page: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", CODE, ids=documents.shown)
+def test_every_command_is_understood(page: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     save_files(page, tmp_path)
     for words in commands(page):
-        match words:
-            case ["python", "train.py", "--help"]:
-                pass
-            case ["python", "train.py", "--config-dir", "FOLDER", *overrides]:
-                understood_by_train([f"hydra.searchpath=[file://{tmp_path}]", *overrides])
-            case ["python", "train.py", *overrides]:
-                understood_by_train(overrides)
-            case ["python", "-m", "sparse_callbacks.latency", *arguments]:
-                given = command._parser().parse_args(arguments)
-                module, name = given.model.split(":")
-                assert callable(getattr(importlib.import_module(module), name))
-            case ["python", "-m", "sparse_callbacks.allocate", *arguments]:
-                given = allocate_command._parser().parse_args(arguments)
-                module, name = given.model.split(":")
-                assert callable(getattr(importlib.import_module(module), name))
-            case ["python", "-m", "sparse_callbacks.convert", *arguments]:
-                assert convert_command._parser().parse_args(arguments).network
-            case ["python", "-m", "sparse_callbacks.report", *arguments]:
-                assert report_command._parser().parse_args(arguments).runs
-            case ["python", "-m", "sparse_callbacks.compare", *arguments]:
-                if "RUNS" not in arguments:
-                    comparison_command._parser().parse_args(arguments)
-            case ["python", script, *arguments]:
-                saved = dict(SAVED.findall(page.read_text()))
-                source = saved[script] if script in saved else with_imported(ROOT / script)
-                assert [word for word in arguments if word.startswith("--") and f'"{word}"' not in source] == []
-            case ["pip", "install", *what]:
-                extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-                assert set(re.findall(r"\[(.*)\]", what[-1])[0].split(",")) <= extras.keys()
-            case ["wandb", "sweep", file]:
-                assert (ROOT / file).is_file()
-            case ["pytest", *options]:
-                saved = [name for name, _ in SAVED.findall(page.read_text())]
-                assert options in (["-n", "2", "--dist", "loadscope"], ["-m", "slow"], *([name] for name in saved))
-            case _:
-                pytest.fail(f"nothing checks the command {' '.join(words)}")
+        understood(words, page, tmp_path, request.config)
 
 
-def with_imported(script: Path) -> str:
-    """The text of a script and of those beside it that it imports, which may hold its options."""
-    text = script.read_text()
-    beside = [script.with_name(f"{name}.py") for name in re.findall(r"^from (\w+) import", text, re.MULTILINE)]
-    return "\n".join([text, *(path.read_text() for path in beside if path.is_file())])
+# ---------------------------------------------------------------------- commands that run
 
 
-def understood_by_train(overrides: list[str]) -> None:
-    """Every run of the command has a configuration, whose method can be made."""
-    # plugins of Hydra choose how jobs are launched and swept; a composition without them is the same job
-    swept = [o for o in overrides if not re.match(r"-m$|hydra/|hydra[.](?!searchpath)", o)] + ["hydra/launcher=basic"]
-    for choice in range(4 if "-m" in overrides else 1):
-        config = composed([picked(o, choice) for o in swept])
-        method = build.build_method(config)
-        assert isinstance(method, sparse_callbacks.SparsityCallback) or "_target_" not in config.method
+@pytest.mark.parametrize(
+    "page",
+    [p for p in CODE if any("train.py" in " ".join(c) or "allocate" in " ".join(c) for c in commands(p))],
+    ids=documents.shown,
+)
+@pytest.mark.filterwarnings("ignore")
+def test_commands_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In an empty folder, one after the other: what a command writes is there for those that follow."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))  # no login of this machine reaches W&B
+    shown = {b: source for b in blocks(page) if kind_of(b) == "output" and (source := source_of(b)) is not None}
+    shown = {b: source for b, source in shown.items() if kind_of(source) == "commands" and saved_by(source) is None}
+    printed: dict[str, str] = {}
+    for words in to_run(page):
+        warned = run_here(words, as_shown=any(words in map(words_of, lines_of(s.text)) for s in shown.values()))
+        streams = capsys.readouterr()
+        printed[" ".join(words)] = "\n".join([warned, streams.out, streams.err])
+    assert len(list(tmp_path.rglob("metrics.json"))) == sum(text.startswith("python train.py") for text in printed)
+    for block, source in shown.items():
+        said = "".join(printed.get(" ".join(words_of(line)), "") for line in lines_of(source.text))
+        if said:  # of commands that do not run here the reason is in `why_not_run`
+            assert_alike(block, said)
 
 
-def picked(override: str, choice: int) -> str:
-    """One of an override's values in a sweep; the only one where there is no sweep."""
-    parsed = OverridesParser.create().parse_override(override)
-    if not parsed.is_sweep_override():
-        return override
-    if parsed.is_interval_sweep():
-        return f"{parsed.key_or_group}={parsed.value().start}"
-    values = list(parsed.sweep_string_iterator())
-    return f"{parsed.key_or_group}={values[choice % len(values)]}"
+def test_commands_that_do_not_run_have_a_reason() -> None:
+    reasons = {" ".join(words): why_not_run(words) for page in CODE for words in commands(page)}
+    ran = [text for text, reason in reasons.items() if not reason]
+    assert len(ran) >= 8, ran
+    assert reasons["python train.py method=rigl"] == ""
+    assert reasons["python train.py experiment=ctre_madelon data.root=PATH"] == "it names what the reader has"
 
 
-def composed(overrides: list[str]) -> DictConfig:
-    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        return compose("train", overrides)
+# ---------------------------------------------------------------------- settings
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in settings.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{key}.")
+
+
+class Recipe(yaml.SafeLoader):
+    """Reads tags that it does not know, such as the modifiers of SparseML, as mappings with their name."""
+
+
+Recipe.add_multi_constructor("!", lambda loader, tag, node: {"!": tag, **loader.construct_mapping(node, deep=True)})
+
+
+def modifiers_in(value: Any) -> Iterator[dict[str, Any]]:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for part in inner:
+        yield from modifiers_in(part)
+    if isinstance(value, dict) and "!" in value:
+        yield value
+
+
+def check_yaml(block: Block, folder: Path) -> None:
+    """Settings compose, or have keys that somebody reads."""
+    settings = yaml.load(block.text, Recipe)
+    if modifiers := list(modifiers_in(settings)):
+        text = without_blocks(block.page)
+        for modifier in modifiers:
+            for key in (modifier["!"], *modifier.keys() - {"!"}):
+                assert re.search(rf"`{key}[`=:]", text), f"{block}: the page says nothing of {key}"
+        return
+    assert isinstance(settings, dict), f"{block} has no keys"
+    if "file" in block.options:
+        group, _, name = block.options["file"].partition("/")
+        config = composed([f"hydra.searchpath=[file://{folder}]", f"{group}={Path(name).stem}"])
+        if group == "method":
+            assert isinstance(build.build_method(config), sparse_callbacks.SparsityCallback)
+        return
+    if "program" in settings:  # a sweep of W&B
+        known = {key for file in (ROOT / "conf/sweep").glob("*.yaml") for key in yaml.safe_load(file.read_text())}
+        assert settings.keys() <= known
+        for key, choices in settings["parameters"].items():
+            values = choices.get("values", [choices[k] for k in ("value", "min") if k in choices])
+            composed([f"{key}={values[0]}"])
+        return
+    if "_target_" in settings:
+        method = OmegaConf.create({k: v for k, v in settings.items() if v is None or "${" not in str(v)})
+        target = functools.reduce(getattr, method.pop("_target_").split(".")[1:], sparse_callbacks)
+        assert (
+            not settings.keys()
+            - {"_target_"}
+            - inspect.signature(target).parameters.keys()
+            - sparse_callbacks.Options.__annotations__.keys()
+        )
+        return
+    choices = [
+        f"{group}={name}"
+        for group, name in settings.items()
+        if isinstance(name, str) and (ROOT / "conf" / group).is_dir()
+    ]
+    known = set(flat(OmegaConf.to_container(composed(choices), resolve=False)))  # type: ignore[arg-type]
+    assert [key for key in flat(settings) if key not in known] == [], f"{block} has keys that train.py does not know"
+
+
+READ: dict[str, Callable[[str], Any]] = {"json": json.loads, "toml": tomllib.loads}
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in CODE if any(kind_of(b) in ("yaml", *READ) for b in blocks(p))], ids=documents.shown
+)
+def test_settings_are_read(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    save_files(page, tmp_path)
+    for block in blocks(page):
+        if block.language == "yaml":
+            check_yaml(block, tmp_path)
+        elif block.language in READ:
+            READ[block.language](block.text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "methods: rigl\n",
+        "- 1\n",
+        "_target_: sparse_callbacks.RigL\ndropfraction: 0.1\n",
+        "- !GMPruningModifier\n  sparsities: 1\n",
+    ],
+)
+def test_settings_that_nobody_reads_are_found(text: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"```yaml\n{text}```\n")
+    with pytest.raises(AssertionError):
+        check_yaml(blocks(page)[0], tmp_path)
+
+
+# ---------------------------------------------------------------------- drawings
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in CODE if any(kind_of(b) == "drawing" for b in blocks(p))], ids=documents.shown
+)
+def test_what_is_drawn_is_in_the_package(page: Path) -> None:
+    source = "\n".join(path.read_text() for path in (ROOT / "sparse_callbacks").rglob("*.py"))
+    for block in blocks(page):
+        if kind_of(block) == "drawing":
+            names = re.findall(r"(?<![\w.])[A-Z][a-z]+(?:[A-Z]\w*)+|(?<=\s)\.[a-z_]+", block.text)
+            assert names
+            unknown = [
+                n for n in names if not re.search(rf"\bclass {n}\b" if n[0] != "." else rf"\bself\{n}\b", source)
+            ]
+            assert unknown == [], block
+
+
+# ---------------------------------------------------------------------- docstrings
+
+
+def modules_with_examples() -> list[str]:
+    package = Path(sparse_callbacks.__file__).parent
+    found = []
+    for module in pkgutil.walk_packages([str(package)], "sparse_callbacks."):
+        file = package.joinpath(*module.name.split(".")[1:])
+        text = (file / "__init__.py" if module.ispkg else file.with_suffix(".py")).read_text()
+        if re.search(r"^ *>>> ", text, re.M):
+            found.append(module.name)
+    return found
+
+
+class Alike(doctest.OutputChecker):
+    """Numbers are equal but for their last places, which depend on the processor."""
+
+    def check_output(self, want: str, got: str, optionflags: int) -> bool:
+        return super().check_output(rounded(want), rounded(got), optionflags)
+
+
+def rounded(text: str) -> str:
+    return re.sub(r"\d+\.\d{9,}", lambda number: f"{float(number[0]):.8g}", text)
+
+
+@pytest.mark.parametrize("module", modules_with_examples())
+@pytest.mark.filterwarnings("ignore")
+def test_examples_in_docstrings_run(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    found = importlib.import_module(module)
+    runner, said = doctest.DocTestRunner(Alike(), optionflags=doctest.ELLIPSIS), io.StringIO()
+    for test in doctest.DocTestFinder().find(found, extraglobs={"torch": torch}):
+        runner.run(test, out=said.write)
+    assert runner.tries
+    assert runner.failures == 0, said.getvalue()
+
+
+def public_docstrings() -> Iterator[tuple[str, str]]:
+    """Every public name, and the public methods of its class, with their docstrings."""
+    for name in sparse_callbacks.__all__:
+        found = getattr(sparse_callbacks, name)
+        yield name, inspect.getdoc(found) or ""
+        if inspect.isclass(found):
+            for part, value in vars(found).items():
+                if not part.startswith("_") and callable(value):
+                    yield f"{name}.{part}", inspect.getdoc(value) or ""
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), list(public_docstrings()), ids=lambda value: value if len(value) < 60 else ""
+)
+def test_code_in_docstrings_is_of_the_kind_that_runs(name: str, text: str) -> None:
+    """An example begins with >>>, so that the test above runs it."""
+    assert "```" not in text, "nothing runs a block between fences in a docstring"
+    for example in re.findall(r"^Examples?:\n(.*?)(?=^\S|\Z)", text, re.M | re.S):
+        assert example.strip().startswith(">>> "), example
 
 
 # ---------------------------------------------------------------------- links
@@ -290,24 +458,33 @@ def composed(overrides: list[str]) -> DictConfig:
 
 def anchors(text: str) -> set[str]:
     """Anchors that GitHub gives to the headings of a page."""
-    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", documents.FENCE.sub("", text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
 
 
-@pytest.mark.parametrize("page", TEXTS, ids=lambda p: str(p.relative_to(ROOT)))
+def links_of(page: Path) -> list[tuple[str, Path, str]]:
+    """The links of a page to files of the repository: as they are written, the file, and the anchor in it."""
+    found = [link for link in re.findall(r"\]\(([^)\s]+)\)", without_blocks(page)) if not link.startswith("http")]
+    parts = [(link, *link.partition("#")[::2]) for link in found]
+    return [(link, (page.parent / file).resolve() if file else page, anchor) for link, file, anchor in parts]
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=documents.shown)
 def test_links_lead_somewhere(page: Path) -> None:
-    for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text())):
-        if link.startswith("http"):
-            continue
-        file, _, anchor = link.partition("#")
-        target = page.parent / file if file else page
+    for link, target, anchor in links_of(page):
         assert target.exists(), link
-        assert not anchor or anchor in anchors(target.read_text()), link
+        if anchor and target.suffix == ".md":  # of a picture it is for the style of the site
+            assert anchor in anchors(target.read_text()), link
 
 
 def test_the_readme_leads_to_every_page() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert [page.name for page in PAGES[1:] if f"(docs/{page.name}" not in readme] == []
+    """By links of its own, and of the pages that it leads to."""
+    reached, waiting = {ROOT / "docs/index.md"}, [ROOT / "README.md"]  # the site begins there
+    while waiting:
+        page = waiting.pop()
+        reached.add(page)
+        waiting += [target for _, target, _ in links_of(page) if target in PAGES and target not in reached]
+    assert [documents.shown(page) for page in PAGES if page not in reached] == []
 
 
 def test_the_readme_has_a_row_for_every_method() -> None:
