@@ -131,7 +131,7 @@ def test_all_links_and_pictures_lead_to_something_in_the_site(site: Site) -> Non
 
 
 def test_programs_of_the_docs_are_not_pages(site: Site) -> None:
-    assert [path for path in site.folder.rglob("*.py")] == []
+    assert list(site.folder.rglob("*.py")) == []
 
 
 def test_colours_follow_the_system_and_can_be_chosen(site: Site) -> None:
@@ -174,7 +174,8 @@ def test_what_the_page_of_a_method_says_runs(
     page = hooks("site_methods").method_pages()[f"methods/{name.lower()}.md"]
     monkeypatch.chdir(tmp_path)
     trainer = pl.Trainer
-    quick = {"max_epochs": 1, "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    quick = {"limit_train_batches": 1, "logger": False, "enable_checkpointing": False}
+    quick |= {"enable_model_summary": False, "enable_progress_bar": False}
     monkeypatch.setattr(pl, "Trainer", lambda **given: trainer(**(given | quick), accelerator="cpu"))
     blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     assert len(blocks) == 1 + (name != "ParallelGaP")
@@ -190,16 +191,16 @@ def test_what_the_page_of_a_method_says_runs(
 
 def image_net() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, 2),
+        nn.Conv2d(3, 16, 3, 2),
         nn.ReLU(),
-        nn.Conv2d(8, 16, 3),
-        nn.BatchNorm2d(16),
+        nn.Conv2d(16, 32, 3),
+        nn.BatchNorm2d(32),
         nn.ReLU(),
-        nn.Conv2d(16, 16, 3),
+        nn.Conv2d(32, 32, 3),
         nn.ReLU(),
         nn.AdaptiveAvgPool2d(2),
         nn.Flatten(),
-        nn.Linear(64, 4),
+        nn.Linear(128, 4),
     )
 
 
@@ -312,7 +313,7 @@ With :class:`~p.C` and :func:`f`::
 
     x = 1
 
-Differs from the paper: here. Differs from the released code: there.
+Differs from the paper: it is. Differs from the released code: there.
 
 Args:
     start, stop: when
@@ -337,7 +338,7 @@ x = 1
 
 !!! note "Differs from the paper"
 
-    here.
+    It is.
 
     **Differs from the released code:** there.
 

@@ -183,7 +183,7 @@ def api_pages() -> dict[str, str]:
     """The pages of the reference, by their places in the site."""
     found = public_names()
     titles = {page: group.title for page, group in TOP.items()} | {"reporting": "Records and reports"}
-    titles |= {module: f"{PACKAGE}.{module}" for module in MODULES}
+    titles |= {module: module.capitalize() for module in MODULES} | {"ops": "Functions of masks"}
     words = {page: group.words for page, group in TOP.items()} | {page: said for page, (_, said) in MODULES.items()}
     words["reporting"] = (
         "Records of runs, and pages made of them: [recording](../../recording.md) and [report](../../report.md)."
@@ -204,8 +204,8 @@ def _entries(names: list[Public]) -> Iterator[str]:
         yield ""
     for public in names:
         if public not in shown_elsewhere:
-            shown = public.name.rpartition(".")[2]
-            yield f"## `{shown}` {{ #{public.name} }}\n\n<small>`{public.name}`</small>\n\n::: {public.home}\n"
+            # an anchor for the name that users import, above the heading that mkdocstrings makes
+            yield f"[](){{ #{public.name} }}\n\n::: {public.home}\n    options:\n      show_root_heading: true\n"
 
 
 def _overview(found: Mapping[str, list[Public]], titles: Mapping[str, str]) -> str:

@@ -85,9 +85,15 @@ def configuration_pages() -> dict[str, str]:
     return pages
 
 
+def default_choices() -> dict[str, str]:
+    """The choice of each group where nobody chooses, from the list of defaults; ``null`` for none."""
+    text = (CONF / "train.yaml").read_text(encoding="utf-8")
+    return dict(re.findall(r"^  - (\w+): \[?([\w, ]+)\]?$", text, re.MULTILINE))
+
+
 def _root_page() -> str:
     text = (CONF / "train.yaml").read_text(encoding="utf-8")
-    defaults = dict(re.findall(r"^  - (?:override )?/?(\w+): \[?([\w, ]+)\]?$", text, re.MULTILINE))
+    defaults = default_choices()
     chosen = "\n".join(
         f"| [`{group}`]({page_of(group).rpartition('/')[2]}) | {_default(defaults.get(group))} | "
         f"{', '.join(f'`{path.stem}`' for path in files)} |"
@@ -135,7 +141,8 @@ def _cell(text: str) -> str:
 
 
 def _group_page(group: str, files: list[Path]) -> str:
-    parts = [f"# {group}\n\n{_how(group, files[0].stem)}\n"]
+    default = default_choices().get(group, "null")
+    parts = [f"# {group}\n\n{_how(group, files[0].stem if default == 'null' else default)}\n"]
     for path in files:
         said = first_comment(path)
         text = path.read_text(encoding="utf-8").rstrip()

@@ -105,6 +105,8 @@ def _prose(text: str, anchor: Link) -> str:
 
 def _admonition(kind: str, title: str, text: str) -> str:
     text = _ALSO.sub(r"\n\n**\g<lead>:**", text.strip("\n"))
+    if re.match(r"[a-z]{2,}\b", text):  # a word, and not the letter of a formula or a name in code
+        text = text[0].upper() + text[1:]
     inner = "\n".join(f"    {line}".rstrip() for line in text.split("\n"))
     return f'!!! {kind} "{title}"\n\n{inner}\n'
 

@@ -1,5 +1,6 @@
 """Hooks of MkDocs: pages that are made of the code, and what pages link to beside the folder of pages."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,12 @@ from mkdocs.structure.pages import Page
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]  # the other modules here, and the package
 
-from site_api import api_pages
-from site_configuration import configuration_pages
-from site_markdown import for_python_markdown, heading_anchor
-from site_methods import method_pages
-from site_notebooks import notebook_pages
-from site_repository import ROOT, Brought, brought, with_links_of_site
+from site_api import api_pages  # noqa: E402
+from site_configuration import configuration_pages  # noqa: E402
+from site_markdown import for_python_markdown, heading_anchor  # noqa: E402
+from site_methods import method_pages  # noqa: E402
+from site_notebooks import notebook_pages  # noqa: E402
+from site_repository import ROOT, Brought, brought, with_links_of_site  # noqa: E402
 
 WANTED = (
     "README.md",
@@ -27,6 +28,8 @@ WANTED = (
     *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "benchmarks/results").glob("*.md"))),
 )
 """Files of the repository that the site has whether or not a page links to them."""
+
+_SHORT_CELL = re.compile(r"(<t[dh](?: [^>]*)?>)([^<>]{1,16})(</t[dh]>)")
 
 _sources: dict[str, str] = {}  # of each page that is not in docs, its path in the repository
 _generated: dict[str, str] = {}
@@ -45,7 +48,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     _brought[:] = brought(WANTED)
     _sources.clear()
     _sources.update({found.uri: found.path for found in _brought if found.text is not None})
-    config.nav = _expanded(config.nav, sorted([*_generated, *_sources]))
+    config.nav = _expanded(config.nav, [*_generated, *_sources])
     # as code hosts make anchors, so that links between pages hold there and here
     config.mdx_configs.setdefault("toc", {})["slugify"] = heading_anchor
     return config
@@ -102,3 +105,8 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         return markdown
     source = _sources.get(uri, f"docs/{uri}")
     return for_python_markdown(with_links_of_site(markdown, source, uri))
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Short cells of tables, such as "97.9 %", stay in one line."""
+    return _SHORT_CELL.sub(lambda found: found[1] + found[2].replace(" ", "&nbsp;") + found[3], html)

@@ -19,7 +19,7 @@ NAMES = sorted(methods.__all__, key=str.lower)
 
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 # what a reader of one page wants to see is a section on a method, or on a few; one on all of them says little of each
-_FEW = 5
+_FEW = 7
 
 
 class Mention(NamedTuple):
@@ -49,23 +49,35 @@ def card(name: str) -> str:
 def sentence(name: str) -> str:
     """What a method does, in one sentence: the first of its card, without its name and source."""
     first = " ".join(card(name).split("\n\n")[0].split())
-    first = re.sub(r"\s*\([^()]*\d{4}[^()]*\)(?=\.?$)", "", first)
+    first = re.sub(r"\s*\([^()]*\d{4}[^()]*\)", "", first)
     first = re.sub(rf"^(?:{name}|[\w\- ]+):\s+", "", first)
     return f"{first[:1].upper()}{first[1:].rstrip('.')}."
 
 
 def call(name: str) -> str:
-    """A call of the method with the arguments of its card's example, such as ``RigL(sparsity=0.9)``."""
-    found = re.search(rf"^\s*>>> (?:\w+ = )?(?P<call>{name}\()", card(name), re.MULTILINE)
-    if found is None:
-        return f"{name}()"
-    text = card(name)[found.start("call") :]
+    """A call that makes the method: the one in the list of docs/methods.md, or with a sparsity, or that of its card's example."""
+    listed = (
+        (ROOT / "docs/methods.md")
+        .read_text(encoding="utf-8")
+        .partition("\n## What each needs\n")[2]
+        .partition("\n## ")[0]
+    )
+    if found := re.search(rf"`({name}\([^`]*\))`", listed):
+        return found[1]
+    if "sparsity" in inspect.signature(getattr(methods, name)).parameters:
+        return f"{name}(sparsity=0.9)"
+    return _first_call(card(name).partition("\nExample:\n")[2], name)
+
+
+def _first_call(text: str, name: str) -> str:
+    """The first call of a name in a text, up to the parenthesis that closes it."""
+    start = text.index(f"{name}(")
     depth = 0
-    for end, letter in enumerate(text):
-        depth += (letter == "(") - (letter == ")")
-        if letter == ")" and not depth:
-            return text[: end + 1]
-    return f"{name}()"
+    for end in range(start, len(text)):
+        depth += (text[end] == "(") - (text[end] == ")")
+        if text[end] == ")" and not depth:
+            return text[start : end + 1]
+    raise ValueError(f"the example of {name} has a call without an end: {text[start:]!r}.")
 
 
 def choices(name: str) -> list[Path]:
@@ -109,6 +121,7 @@ def _gallery() -> str:
     )
     return f"""---
 title: All methods
+hide: [toc]
 ---
 
 # All methods
@@ -178,24 +191,7 @@ trainer.fit(your_module, your_data)
     if name in only_in_a_trainer():
         loop = "A loop of your own cannot host it, because it trains several networks in turn.\n"
     else:
-        takes_loss = "loss" in inspect.signature(getattr(methods, name)).parameters and 'score="synflow"' not in made
-        made_in_loop = made
-        before = ""
-        if takes_loss and name != "ChannelPruning":
-            before = (
-                "\n\ndef loss_of(module, batch):\n    inputs, labels = batch\n"
-                "    return torch.nn.functional.cross_entropy(module(inputs), labels)\n\n"
-            )
-            made_in_loop = f"{made[:-1]}, loss=loss_of)"
-        loop = f"""In a loop of your own, or in Fabric's ([more](../loops.md)):
-
-```python
-{"import torch" + chr(10) + chr(10) if before else ""}from sparse_callbacks import sparsify
-from sparse_callbacks.methods import {imported}
-{before}
-run = sparsify({made_in_loop}, model, optimizer, steps=1000, data=your_data)
-```
-"""
+        loop = f"In a loop of your own, or in Fabric's ([more](../loops.md)):\n\n{_loop(name, imported)}"
     files = choices(name)
     words = {path: first_comment(path) for path in files}
     width = max((len(path.stem) for path in files), default=0)
@@ -205,6 +201,31 @@ run = sparsify({made_in_loop}, model, optimizer, steps=1000, data=your_data)
         for path in files
     )
     return f"{trainer}\n{loop}\nOn the [command line](../command_line.md):\n\n```\n{lines}\n```\n"
+
+
+def _loop(name: str, imported: str) -> str:
+    """A block of code for a loop, with what the method asks of it."""
+    takes = inspect.signature(getattr(methods, name)).parameters
+    head, made, last = [], call(name), ""
+    if "loss" in takes and "score" in takes:
+        head = [
+            "import torch\n",
+            f"from sparse_callbacks import sparsify\nfrom sparse_callbacks.methods import {imported}\n\n",
+            "def loss_of(module, batch):  # which the scores are made of",
+            "    inputs, labels = batch",
+            "    return torch.nn.functional.cross_entropy(module(inputs), labels)\n\n",
+        ]
+        made = f"{made[:-1]}, loss=loss_of)"
+    else:
+        head = [f"from sparse_callbacks import sparsify\nfrom sparse_callbacks.methods import {imported}\n"]
+    if "restart" in takes and takes["restart"].default:
+        head.append(
+            "\ndef restart():  # optimizers start anew with each phase; make your learning rate schedule again here"
+        )
+        head.append("    pass\n\n")
+        last = ", on_restart=restart"
+    lines = [*head, f"run = sparsify({made}, model, optimizer, steps=1000, data=your_data{last})"]
+    return "```python\n" + "\n".join(lines) + "\n```\n"
 
 
 def _configuration(name: str) -> str:
