@@ -181,7 +181,7 @@ def test_what_the_page_of_a_method_says_runs(
     assert len(blocks) == 1 + (name != "ParallelGaP")
     for block in blocks:
         model = Classifier(image_net())
-        data = DataLoader(TensorDataset(torch.randn(48, 3, 16, 16), torch.randint(0, 4, (48,))), batch_size=4)
+        data = DataLoader(TensorDataset(torch.randn(24, 3, 16, 16), torch.randint(0, 4, (24,))), batch_size=4)
         given = {"your_module": model, "your_data": data, "model": model.net if hasattr(model, "net") else model}
         exec(
             compile(block, page[:40], "exec"),
