@@ -119,6 +119,7 @@ def _gallery() -> str:
         f"-   {_picture(name, f'{name.lower()}.md')}\n\n    **[{name}]({name.lower()}.md)**{_among_choices(name)}\n\n    {sentence(name)}"
         for name in NAMES
     )
+    excepted = " and ".join(f"`{name}`" for name in sorted(only_in_a_trainer()))
     return f"""---
 title: All methods
 hide: [toc]
@@ -126,9 +127,9 @@ hide: [toc]
 
 # All methods
 
-Each method is a callback of a Trainer, a method for `sparsify` in a loop of your own, and a choice of `python train.py method=`.
-What they share, and what each needs, is in [arguments of methods](../methods.md); what has been measured is in
-[results](../results.md).
+Each method is a callback of a Trainer and a choice of `python train.py method=`; all but {excepted} also train in
+[a loop of your own](../loops.md). What they share, and what each needs, is in [arguments of methods](../methods.md); what has
+been measured is in [results](../results.md).
 
 <div class="methods" markdown>
 
