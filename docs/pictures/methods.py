@@ -162,7 +162,9 @@ def draw_changes(frame: Any, run: Recorded, scheme: Scheme) -> None:
     frame.set(title="Weights changed in each epoch (%)", xlabel="epoch", xlim=(0, run.epochs))
     reach = 100 * max(*grown, *dropped)
     if reach:
-        frame.set_ylim(-1.1 * 100 * max(dropped) - 0.05 * reach, 1.1 * 100 * max(grown) + 0.05 * reach)
+        # bars that fill the frame leave no room for the legend
+        room = 0.6 * reach if sum(grown) > 0.8 * len(grown) * max(grown) > 0 else 0.0
+        frame.set_ylim(-1.1 * 100 * max(dropped) - 0.05 * reach, 1.1 * 100 * max(grown) + 0.05 * reach + room)
         frame.legend(loc="best", handlelength=1)
     else:
         frame.set_ylim(-1, 1)
