@@ -75,22 +75,26 @@ def test_the_script_draws_the_picture_of_a_method(
 @pytest.mark.filterwarnings("ignore")
 def test_words_and_kind_of_a_picture_follow_from_the_masks(scripts: Any) -> None:
     torch = pytest.importorskip("torch")
-    full, none = torch.ones(8, 64).bool(), torch.zeros(8, 64).bool()
-    half_of_units = torch.cat([full[:4], none[:4]])
+    full, read = (
+        torch.ones(8, 64).bool(),
+        torch.ones(64, 8).bool(),
+    )  # of eight units: what they read, and what reads them
+    half_read = torch.cat([read[:, :4], ~read[:, :4]], dim=1)
     two_of_four = torch.tensor([1, 1, 0, 0]).bool().repeat(8, 16)
 
     def run(*masks: Any) -> Any:
-        return scripts.recorded_digits.Recorded("RigL", [{"net.0.weight": mask} for mask in masks])
+        named = [{"net.0.weight": first, "net.2.weight": second} for first, second in masks]
+        return scripts.recorded_digits.Recorded("RigL", named)
 
-    assert scripts.methods.kind_of(run(full, half_of_units)) == "units"
-    assert scripts.methods.kind_of(run(two_of_four, two_of_four)) == "groups"
-    assert scripts.methods.kind_of(run(full, full)) == "pixels"
-    pruned = run(full, half_of_units, half_of_units)
-    assert pruned.changes() == ([0, 0], [0.5, 0])
-    assert pruned.sparsity() == [0, 0.5, 0.5]
-    assert "4 are active at the end" in scripts.methods.alt_text(pruned)
-    assert "up to 50 % of the weights" in scripts.methods.alt_text(pruned)
-    assert "no connection ever changes" in scripts.methods.alt_text(run(two_of_four, two_of_four))
+    pruned = run((full, read), (full, half_read), (full, half_read))
+    assert scripts.methods.kind_of(pruned) == "units"
+    assert scripts.methods.kind_of(run((two_of_four, read))) == "groups"
+    assert scripts.methods.kind_of(run((full, read))) == "pixels"
+    assert pruned.changes() == ([0, 0], [0.25, 0])
+    assert pruned.sparsity() == [0, 0.25, 0.25]
+    assert "of 8 units of the first hidden layer 4 are active at the end" in scripts.methods.alt_text(pruned)
+    assert "up to 25 % of the weights" in scripts.methods.alt_text(pruned)
+    assert "no connection ever changes" in scripts.methods.alt_text(run(*2 * [(two_of_four, read)]))
 
 
 @pytest.mark.filterwarnings("ignore")
