@@ -32,8 +32,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sparse_callbacks import RigL, Static
+from sparse_callbacks.reporting.style import colour
 
-logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+for name in ("pytorch_lightning", "lightning.pytorch"):
+    logging.getLogger(name).setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="pytorch_lightning|torch")
 
 # %% [markdown]
@@ -131,8 +133,12 @@ for name, accuracy in (("dense", dense), ("static 95 %", static), ("RigL 95 %", 
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-for name, accuracy in (("dense", dense), ("static 95 %", static), ("RigL 95 %", rigl)):
-    left.plot(range(1, len(accuracy) + 1), [100 * a for a in accuracy], label=name)
+for name, accuracy, method in (
+    ("dense", dense, "dense"),
+    ("static 95 %", static, "Static"),
+    ("RigL 95 %", rigl, "RigL"),
+):
+    left.plot(range(1, len(accuracy) + 1), [100 * a for a in accuracy], color=colour(method), label=name)
 left.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, 100), title="Accuracy")
 left.legend(loc="lower right")
 explored, ever = [], torch.zeros_like(masks.masks[0])
@@ -140,7 +146,7 @@ for mask in masks.masks:
     ever = ever | mask
     explored.append(100 * ever.float().mean().item())
 right.plot([100 - 100 * masks.sparsity[0]["sparsity/net.0.weight"]] * len(explored), "k--", label="active at any time")
-right.plot(explored, label="ever active so far")
+right.plot(explored, color=colour("RigL"), label="ever active so far")
 right.set(
     xlabel="epoch",
     ylabel="weights of the first layer (%)",
