@@ -259,7 +259,10 @@ def other_storage(there: str, here: str) -> ValueError:
 
 
 def refuse_other_model(
-    saved: SavedRun, params: Mapping[str, Tensor], layers: Mapping[str, SparseLinear] | None = None
+    saved: SavedRun,
+    params: Mapping[str, Tensor],
+    layers: Mapping[str, SparseLinear] | None = None,
+    dense: Mapping[str, str] | None = None,
 ) -> None:
     """Refuse a saved run whose masks do not fit the sparse parameters of a model.
 
@@ -267,6 +270,7 @@ def refuse_other_model(
         saved: the saved run.
         params: the sparse parameters by name.
         layers: those of exchanged layers among them, by the same names.
+        dense: why other parameters of the model stay dense, by name.
 
     Raises:
         ValueError: a name, a shape or the storage of a layer differs.
@@ -285,18 +289,20 @@ def refuse_other_model(
         if name in saved.masks and saved.masks[name].shape != params[name].shape:
             wrong.append(name)
     if wrong:
-        raise misfit(wrong, saved.path)
+        raise misfit(wrong, saved.path, {n: why for n, why in (dense or {}).items() if n in saved.names})
 
 
-def misfit(names: Iterable[str], path: object) -> ValueError:
+def misfit(names: Iterable[str], path: object, dense: Mapping[str, str] | None = None) -> ValueError:
     """The error for masks of other names or shapes than the model's sparse parameters.
 
     Args:
         names: names of the parameters that differ.
         path: the checkpoint's path.
+        dense: why those that have a mask there stay dense in the model, by name.
     """
+    here = "".join(f" {name} has a mask there, and stays dense here ({why})." for name, why in (dense or {}).items())
     return ValueError(
-        f"the checkpoint's masks do not fit the model: {', '.join(names)} differ in name or shape. Resume with the model "
+        f"the checkpoint's masks do not fit the model: {', '.join(names)} differ in name or shape.{here} Resume with the model "
         "and the include=, exclude=, keep_dense= of the interrupted run, or give fresh_start=True to make new masks. The "
         f"checkpoint is {path}."
     )

@@ -163,8 +163,8 @@ def _counted(
             kept = getattr(method, "pattern", None)
             pattern = "storage='grouped'" if kept is None else f"pattern={kept!r}"
             raise ValueError(
-                f"{source.shown} holds masks that are not of {pattern}: {why}. Give masks of that pattern, or leave "
-                f"{pattern.partition('=')[0]}= out."
+                f"{source.shown} holds masks that are not of {pattern}: {why}. Give masks of that pattern, leave the layer dense with "
+                f"exclude=[{entry.name!r}], or leave {pattern.partition('=')[0]}= out."
             )
         counts[entry.name] = [zeros_in(part) for part in entry.split(mask)]
     return counts

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from sparse_callbacks.core.given_masks import GivenMasks
 from sparse_callbacks.core.initial_masks import StartsSparse, start_of
 from sparse_callbacks.core.method import Method
+from sparse_callbacks.core.pattern_names import asked_pattern
 from sparse_callbacks.core.rescaling import counted_norm, rescale_weights, starved_layers, why_not_fresh, zeros_among
 
 
@@ -72,6 +73,12 @@ def _warnings_of_start(method: Method, model: nn.Module) -> Iterator[str]:
     name, start = type(method).__name__, start_of(method)
     if dead := [n for n, count in method.weights.active_counts.items() if not count and start.brings_counts]:
         yield f"{', '.join(dead)} has no active weight in {start.shown}, and so never trains. exclude= leaves it dense."
+    if filling := _zeros_left_dense(method, model):
+        listed = ", ".join(f"{layer} ({share:.0%} zeros; {why})" for layer, (share, why) in filling.items())
+        yield (
+            f"layers that pattern= leaves dense have zeros, which training fills: {listed}. Where they are to stay, hold them by "
+            "another Static(initial_mask='nonzero', include=[...]) beside this one."
+        )
     if start.brings_counts:
         return
     if start.at_random and (share := zeros_among(model, method.params)):
@@ -90,6 +97,14 @@ def _warnings_of_start(method: Method, model: nn.Module) -> Iterator[str]:
             f"few inputs are left for each output of {listed}, with no norm in between: the signal fades from layer to "
             f"layer, and the network may not learn. {name}(rescale='fan_in') makes fresh weights larger for it."
         )
+
+
+def _zeros_left_dense(method: Method, model: nn.Module) -> dict[str, tuple[float, str]]:
+    """The share of zeros in each layer that a pattern leaves dense and that was pruned before, with the reason."""
+    start, params = f"not {asked_pattern(method)}: ", dict(model.named_parameters())
+    left = {e.name: e.reason for e in method.entries if e.reason.startswith(start)}
+    shares = {name: zeros_among(model, {name: params[name]}) for name in left if name in params}
+    return {name: (share, left[name]) for name, share in shares.items() if share}
 
 
 def layers_of_few_inputs(method: Method, model: nn.Module) -> dict[str, float]:

@@ -49,7 +49,9 @@ def why_dense(method: object, entry: Entry) -> str:
     why = "" if asked is None else why_no_groups(entry, asked)
     if group is not None:
         why = why_no_shared_rows(entry, group)
-    if has_fan_in(method) and entry.live_alone and (not entry.own_inputs or ablation_of(method) is not None):
+        if not why and entry.live_alone and (not entry.rows_together or entry.rows_together % group):
+            why = _LIVE_ALONE
+    if has_fan_in(method) and entry.live_alone and (entry.rows_together != 1 or ablation_of(method) is not None):
         why = _LIVE_ALONE
     return f"not {asked_pattern(method)}: {why}" if why else ""
 
@@ -62,7 +64,7 @@ def fitting(method: object, entries: Iterable[Entry]) -> list[Entry]:
         entries: all parameters; those without a reason could be sparse without the pattern.
 
     Raises:
-        ValueError: none of them can have it.
+        ValueError: none of them can have it, nor one that is not trained yet.
     """
     listed = list(entries)
     _refuse_no_layer(method, listed)
@@ -72,7 +74,8 @@ def fitting(method: object, entries: Iterable[Entry]) -> list[Entry]:
 
 def _refuse_no_layer(method: object, entries: Sequence[Entry]) -> None:
     kept = {e.name: why_dense(method, e) for e in entries if not e.reason}
-    if kept and all(kept.values()):
+    later = any(not why_dense(method, e) for e in entries if e.reason in NOT_TRAINED)
+    if kept and all(kept.values()) and not later:
         reasons = ", ".join(f"{name} ({reason})" for name, reason in kept.items())
         raise ValueError(
             f"pattern='{asked_pattern(method)}' fits no layer, so nothing would be sparse: {reasons}. Give another pattern=, or "

@@ -85,7 +85,7 @@ def pattern_remarks(method: object, entries: Sequence[Entry], zeros: Mapping[str
     for entry in entries:
         if entry.reason or not zeros.get(entry.name):
             continue
-        if (group := group_of(method, entry)) is not None:
+        if not has_fan_in(method) and (group := group_of(method, entry)) is not None:
             rows, inputs = entry.shape
             active = inputs - zeros[entry.name] // rows
             found[entry.name] = f"fan_in/{group}: {active} of {inputs} inputs"

@@ -70,7 +70,8 @@ class RunBeginning:
         self._kept_layers = self._layers_of_last_run(model)
         if self._saved is not None:
             model_params = {n: parameters[n] for n in self._sparse if not admits or n in masked}
-            refuse_other_model(self._saved, model_params, self._layers)
+            dense = {e.name: e.reason for e in self._entries if e.reason}
+            refuse_other_model(self._saved, model_params, self._layers, dense)
         sharing = for_targets(entries)
         self._targets = planned_targets(method, model, sharing, self._saved, together=True)
         self._allocated = shares_to_keep(method, sharing)

@@ -46,7 +46,8 @@ class Entry:
         linear: True for the weight of a linear layer.
         groups: of a convolution, the groups in which its outputs read inputs of their own.
         live_alone: True for an exchanged layer, which holds its live weights alone.
-        own_inputs: True for an exchanged layer in which every output has as many inputs of its own.
+        rows_together: consecutive rows of an exchanged layer that read the same inputs, as many in each group of rows; 0 for
+            a layer in which there are none, and for others.
     """
 
     name: str
@@ -59,7 +60,7 @@ class Entry:
     linear: bool = False
     groups: int = 1
     live_alone: bool = False
-    own_inputs: bool = False
+    rows_together: int = 0
 
     @property
     def layers(self) -> list[str]:
@@ -194,7 +195,9 @@ def entries(model: nn.Module) -> list[Entry]:
                     linear=isinstance(module, nn.Linear | SparseLinear),
                     groups=module.groups if isinstance(module, _ConvNd) else 1,
                     live_alone=isinstance(module, SparseLinear),
-                    own_inputs=isinstance(module, SparseLinear) and (module.storage, module.group) == ("grouped", 1),
+                    rows_together=module.group
+                    if isinstance(module, SparseLinear) and module.storage == "grouped"
+                    else 0,
                 )
     found = []
     for name, p in model.named_parameters():

@@ -356,7 +356,8 @@ class SparseRun(RecordedLoop):
                 "sparsify(..., state=)."
             )
         saved = self._read(state, "given to load_state_dict()").run
-        refuse_other_model(saved, method.params, method.weights.layers_stored)
+        dense = {e.name: e.reason for e in method.entries if e.reason}
+        refuse_other_model(saved, method.params, method.weights.layers_stored, dense)
         planned = method.parameter_zeros(method.entries, method.targets)
         refuse_impossible(method, saved, self._model, planned, len(self._optimizers.steppers))
         self._release()

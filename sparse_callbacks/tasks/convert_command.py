@@ -150,20 +150,22 @@ def _batches_of(words: str, count: int) -> list[Any]:
             raise ValueError(
                 f"--data {words} cannot be read ({with_class(error)}). Give a file of torch.save."
             ) from error
+    elif ":" not in words:
+        raise ValueError(f"--data {words} is not there. Give a file of torch.save, or MODULE:CALLABLE.")
     else:
         module, _, name = words.partition(":")
         try:
             found = getattr(importlib.import_module(module), name)()
-        except (ImportError, AttributeError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever the callable raises
             raise ValueError(
                 f"--data {words} gives no batches ({with_class(error)}). Give MODULE:CALLABLE, which is called without arguments "
                 "and gives a loader or a list of batches, or a file of torch.save."
             ) from error
     if isinstance(found, Tensor):
         found = [found]
-    if not isinstance(found, Iterable):
+    if not isinstance(found, Iterable) or isinstance(found, Mapping | str):
         raise ValueError(
-            f"--data {words} gives a {type(found).__name__} and no batches. Give a loader, or a list of batches."
+            f"--data {words} gives no batches, but this: {type(found).__name__}. Give a loader, or a list of batches."
         )
     return list(islice(iter(found), count))
 

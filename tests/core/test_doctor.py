@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from sparse_callbacks import (
     DPF,
     GMP,
+    NM,
     SET,
     SNFS,
     ConstrainedL0,
@@ -433,6 +434,7 @@ def owning(method: Any, *groups: dict[str, Any]) -> Any:
         ("collapse", Static(0.5), Static(0.5, distribution="uniform"), "distribution="),
         ("collapse", Static(0.5, distribution="erdos_renyi"), GMP(0.5), "distribution="),
         ("short_run", GMP(0.5, stop=0.75), GMP(0.5, stop=500), "as a share of the run"),
+        ("short_run", NM("1:4", ramp=0.5), NM("1:4", ramp=100), "ramp=, best as a share of the run, such as ramp=0.5."),
         ("slow_optimizer", owning(GMP(0.5), {"fused": True}, {}), owning(GMP(0.5), {}, {}), "Give it fused=True"),
     ],
 )

@@ -137,6 +137,13 @@ def test_a_linear_layer_that_shares_its_weight_with_an_embedding_stays_dense() -
         assert plan["0.weight"].reason == "not fan_in/4: not the weight of a linear layer"
 
 
+def test_a_fan_in_that_is_stored_compactly_is_called_as_it_was_asked_for() -> None:
+    row = RigL(0.8, distribution="uniform", pattern="fan_in", storage="grouped", group=1).plan(
+        nn.Sequential(nn.Linear(64, 8))
+    )["0.weight"]
+    assert (row.storage, row.remark.split(";")[0]) == ("grouped", "fan_in: 12 of 64 inputs")
+
+
 # ---------------------------------------------------------------------- columns
 
 

@@ -1,6 +1,7 @@
 """Shared fan-in under masks: Static, SET, RigL and SNFS with ``pattern="fan_in/G"``, in a Trainer and in loops."""
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from support.nets import FixedGradient, Regression, mlp, sgd
 from support.rig import copied_masks, fit_steps
 from torch import Tensor, nn
 
-from sparse_callbacks import SET, SNFS, RigL, SparsityCallback, Static
+from sparse_callbacks import SET, SNFS, RigL, SparseLinear, SparsityCallback, Static
 from sparse_callbacks.core.saved_bits import with_truths
 from sparse_callbacks.testing.cases_resume import resumed_differently
 from sparse_callbacks.testing.networks import Classifier
@@ -155,6 +156,66 @@ def test_a_layer_that_does_not_divide_trains_dense(make: Any) -> None:
     assert set(run.masks) == {"0.weight"}
     assert (model[2].weight != 0).all()
     assert run.plan()["2.weight"].reason == "not fan_in/4: 6 rows do not divide into groups of 4"
+
+
+def test_a_layer_that_is_not_trained_yet_counts_among_those_that_fit() -> None:
+    """As in transfer learning: the head alone, which does not fit, is trained at first."""
+    model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 6))
+    model[0].requires_grad_(False)
+    optimizer = loops.sgd([p for p in model.parameters() if p.requires_grad])
+    run = loops.begin(method(Static, pattern="fan_in/4"), model, optimizer)
+    assert not run.masks
+    for number, batch in enumerate(loops.batches(loops.data(), 0, 4)):
+        if number == 2:
+            model[0].requires_grad_(True)
+            optimizer.add_param_group({"params": model[0].parameters()})
+        loops.loss_of(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert set(run.masks) == {"0.weight"}
+
+
+def test_a_state_with_a_mask_for_a_layer_that_stays_dense_here_is_refused_with_the_reason() -> None:
+    model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 6))
+    run = loops.begin(method(Static), model, loops.sgd(model))
+    state = run.state_dict()
+    run.close()
+    state["arguments"]["pattern"] = repr("fan_in/4")
+    with pytest.raises(
+        ValueError,
+        match=r"2\.weight differ in name or shape\. 2\.weight has a mask there, and stays dense here \(not fan_in/4: 6 rows do not "
+        r"divide into groups of 4\)\. Resume",
+    ):
+        loops.begin(method(Static, pattern="fan_in/4"), model, loops.sgd(model), state=state)
+
+
+@pytest.mark.parametrize(("pattern", "why"), [("fan_in/4", "6 rows do not"), ("2:4", "9 inputs")])
+def test_zeros_of_a_layer_that_the_pattern_leaves_dense_are_warned_of(pattern: str, why: str) -> None:
+    model = nn.Sequential(nn.Linear(12, 9 if ":" in pattern else 8), nn.ReLU())
+    model.append(nn.Linear(model[0].out_features, 6))
+    make = Static(pattern=pattern, print_plan=False) if ":" in pattern else method(Static, pattern=pattern)
+    for zeros in (False, True):
+        with torch.no_grad():
+            model[2].weight[:, 3:] *= not zeros
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            held = copy.deepcopy(model)
+            loops.begin(copy.deepcopy(make), held, loops.sgd(held)).close()
+        texts = [str(w.message) for w in caught if "leaves dense have zeros" in str(w.message)]
+        assert bool(texts) == zeros
+        assert all(why in text and "2.weight" in text for text in texts)
+
+
+def test_a_layer_given_as_live_weights_alone_has_the_pattern_only_if_its_rows_share_inputs() -> None:
+    for layer, fits in (
+        (SparseLinear.random(12, 8, fan_in=5), False),
+        (SparseLinear.random(12, 8, fan_in=5, storage="grouped", group=2), False),
+        (SparseLinear.random(12, 8, fan_in=5, storage="grouped", group=4), True),
+        (SparseLinear.random(12, 8, fan_in=5, storage="grouped", group=8), True),
+    ):
+        plan = method(RigL, pattern="fan_in/4").plan(nn.Sequential(layer, nn.ReLU(), nn.Linear(8, 4)))
+        reasons = [row.reason for row in plan if row.name.startswith("0.") and row.shape and len(row.shape) > 1]
+        assert [not reason for reason in reasons] == [fits], (layer, reasons)
 
 
 # ---------------------------------------------------------------------- updates

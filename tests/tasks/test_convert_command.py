@@ -31,6 +31,14 @@ def nothing() -> int:
     return 3
 
 
+def named() -> dict[str, Tensor]:
+    return {"images": torch.zeros(2, 16)}
+
+
+def broken() -> list[Tensor]:
+    raise KeyError("disk is gone")
+
+
 FACTORY = ["test_convert_command:network", "--checkpoint", "weights.pt", "--data"]
 
 
@@ -83,9 +91,11 @@ def test_its_options(trained: nn.Module, tmp_path: Path, capsys: pytest.CaptureF
         (["test_convert_command:network"], "needs --checkpoint FILE, its trained weights, and --data"),
         (["test_convert_command:network", "--checkpoint", "gone.pt", "--data", "batches.pt"], "gone.pt is not there"),
         ([*FACTORY, "batches.pt", "--arguments", '{"width": 8}'], "weights.pt is of another model: 0.weight"),
-        ([*FACTORY, "test_convert_command:nothing"], "gives a int and no batches. Give a loader"),
+        ([*FACTORY, "test_convert_command:nothing"], "gives no batches, but this: int. Give a loader"),
         ([*FACTORY, "test_convert_command:gone"], "gives no batches (AttributeError"),
-        ([*FACTORY, "weights.txt"], "gives no batches"),
+        ([*FACTORY, "weights.txt"], "--data weights.txt is not there. Give a file"),
+        ([*FACTORY, "test_convert_command:named"], "gives no batches, but this: dict. Give a loader"),
+        ([*FACTORY, "test_convert_command:broken"], "gives no batches (KeyError"),
         ([*FACTORY, "text.pt"], "--data text.pt cannot be read"),
         ([*FACTORY, "batches.pt", "--pattern", "4:2"], "pattern='4:2' names no pattern"),
         ([*FACTORY, "batches.pt", "--damping", "nan"], "damping"),

@@ -119,7 +119,7 @@ def why_not_written(out: Path) -> str:
     except OSError as error:
         return f"--out {out}: its folder cannot be made ({error}). Give a file in a folder that exists."
     if out.is_dir() or not os.access(out.parent, os.W_OK):
-        return f"--out {out} is a folder, or in one that cannot be written to. Give a file, such as latency.json."
+        return f"--out {out} is a folder, or in one that cannot be written to. Give the name of a file."
     return ""
 
 

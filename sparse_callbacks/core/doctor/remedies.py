@@ -38,10 +38,12 @@ def _of_faded_signals(method: Method) -> str:
 
 
 def _of_short_run(method: Method) -> str:
-    share = isinstance(getattr(method, "stop", None), float)
-    return (
-        f"Train longer, or give an earlier stop={'' if share else ', best as a share of the run, such as stop=0.75'}."
-    )
+    ramp = getattr(method, "ramp", None)
+    name, how, example, value = ("stop", "an earlier", 0.75, getattr(method, "stop", None))
+    if ramp is not None:
+        name, how, example, value = ("ramp", "a shorter", 0.5, ramp)
+    best = "" if isinstance(value, float) else f", best as a share of the run, such as {name}={example}"
+    return f"Train longer, or give {how} {name}={best}."
 
 
 def _of_slow_optimizer(method: Method) -> str:
