@@ -41,7 +41,7 @@ class NM(Method):
 
     With dense weights w, mask m and optimizer step t::
 
-        every ``every``  m = the N largest |w| of every M consecutive inputs
+        every k steps    m = the N largest |w| of every M consecutive inputs, with k = every
         every step       w = w - optimizer(gradient of the loss at m * w, + decay * (1 - m) * w)
 
     The gradient is not masked (straight-through), and the decay of pruned weights is part of it, so momentum sees both. The
