@@ -1,6 +1,7 @@
 """The site of the docs: built without a warning, nothing in it comes from elsewhere, and it has every method, choice and public name."""
 
 import importlib
+import inspect
 import os
 import re
 import subprocess
@@ -357,3 +358,45 @@ Examples:
     Somebody. 2020.
 """
     )
+
+
+def docstrings() -> Iterator[tuple[str, str]]:
+    """Docstrings of public names and of their public members, with their places."""
+    for path in public_names():
+        module, _, name = path.rpartition(".")
+        public = getattr(importlib.import_module(module), name)
+        yield path, inspect.getdoc(public) or ""
+        for member, value in vars(public).items() if inspect.isclass(public) else ():
+            if not member.startswith("_") and (inspect.isroutine(value) or isinstance(value, property)):
+                yield f"{path}.{member}", inspect.getdoc(value) or ""
+
+
+def faults_of(markdown: str) -> list[str]:
+    """What a browser would take for HTML outside of code, and marks of reStructuredText within blocks of code."""
+    blocks = re.findall(r"^ *```.*?^ *```$", markdown, re.MULTILINE | re.DOTALL)
+    words = re.sub(r"^ *```.*?^ *```$|^ *(?:>>>|\.\.\.) .*$", "", markdown, flags=re.MULTILINE | re.DOTALL)
+    words = re.sub(r"(`+)[^`].*?\1", "", words, flags=re.DOTALL)
+    return [
+        *re.findall(r"<[A-Za-z/!].*", words),
+        *(line for block in blocks for line in block.splitlines()[1:-1] if "``" in line),
+    ]
+
+
+def test_no_docstring_loses_words_to_html_or_shows_marks_of_another_language(hooks: Any) -> None:
+    pytest.importorskip("griffe")
+    as_markdown = hooks("site_docstrings").as_markdown
+    assert faults_of("beta = <w, S> and `<w>`:\n\n```text\nat ``stop``\n```\n") == [
+        "<w, S> and :",
+        "at ``stop``",
+    ]
+    found = {place: faults_of(as_markdown(text, lambda target: None)) for place, text in docstrings()}
+    assert len(found) > 150
+    assert {place: faults for place, faults in found.items() if faults} == {}
+
+
+def test_the_gallery_has_every_method_in_one_group(hooks: Any) -> None:
+    groups = hooks("site_methods").groups()
+    assert sorted(name for names in groups.values() for name in names) == sorted(methods.__all__)
+    assert groups["Whole channels"] == ["ChannelPruning", "ConstrainedL0", "SMCP"]
+    assert {"RigL", "Static"} <= set(groups["Sparse from the start"])
+    assert {"GMP", "GaP"} <= set(groups["Dense at first, or in part"])

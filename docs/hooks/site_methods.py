@@ -13,6 +13,7 @@ from site_repository import METHODS as INDEX
 from site_repository import ROOT
 
 from sparse_callbacks import methods
+from sparse_callbacks.core.hooks import Hooks
 
 NAMES = sorted(methods.__all__, key=str.lower)
 """Classes of the public methods."""
@@ -115,9 +116,9 @@ def _picture(name: str, link: str = "") -> str:
 
 
 def _gallery() -> str:
-    cards = "\n\n".join(
-        f"-   {_picture(name, f'{name.lower()}.md')}\n\n    **[{name}]({name.lower()}.md)**{_among_choices(name)}\n\n    {sentence(name)}"
-        for name in NAMES
+    shown = {title: "\n\n".join(map(_in_gallery, names)) for title, names in groups().items()}
+    parts = "\n\n".join(
+        f'## {title}\n\n<div class="methods" markdown>\n\n{cards}\n\n</div>' for title, cards in shown.items()
     )
     excepted = " and ".join(f"`{name}`" for name in sorted(only_in_a_trainer()))
     return f"""---
@@ -131,12 +132,26 @@ Each method is a callback of a Trainer and a choice of `python train.py method=`
 [a loop of your own](../loops.md). What they share, and what each needs, is in [arguments of methods](../methods.md); what has
 been measured is in [results](../results.md).
 
-<div class="methods" markdown>
-
-{cards}
-
-</div>
+{parts}
 """
+
+
+def groups() -> dict[str, list[str]]:
+    """Methods by what they start with, as the table of the README says it, and those that its words below call methods of channels."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    starts = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", readme, re.MULTILINE))
+    (listed,) = re.findall(r"^(.*) decide about whole channels", readme, re.MULTILINE)
+    channels = re.findall(r"`(\w+)`", listed)
+    found: dict[str, list[str]] = {"Sparse from the start": [], "Dense at first, or in part": [], "Whole channels": []}
+    sparse, dense, whole = found.values()
+    for name in NAMES:
+        (whole if name in channels else sparse if starts[name] == "sparse" else dense).append(name)
+    return found
+
+
+def _in_gallery(name: str) -> str:
+    linked = f"**[{name}]({name.lower()}.md)**{_among_choices(name)}"
+    return f"-   {_picture(name, f'{name.lower()}.md')}\n\n    {linked}\n\n    {sentence(name)}"
 
 
 def _among_choices(name: str) -> str:
@@ -145,6 +160,10 @@ def _among_choices(name: str) -> str:
 
 def _page(name: str, found: list[Mention]) -> str:
     picture = _picture(name)
+    if picture:
+        picture += (
+            f"\n\nA run on scikit-learn's handwritten digits; `python docs/pictures/methods.py --only {name}` draws it."
+        )
     return f"""---
 title: {name}
 description: {sentence(name).replace(": ", ", ")}
@@ -152,17 +171,21 @@ description: {sentence(name).replace(": ", ", ")}
 
 # {name} {{ #sparse_callbacks.{name} }}
 
+{sentence(name)}
+
 {picture}
+
+## How to use it
+
+{_uses(name)}
+
+## What it does
 
 ::: sparse_callbacks.methods.{name}
     options:
       show_root_heading: false
       show_root_toc_entry: false
       members: false
-
-## How to use it
-
-{_uses(name)}
 
 ## Its configuration
 
@@ -226,6 +249,15 @@ def _loop(name: str, imported: str) -> str:
         head.append("    pass\n\n")
         last = ", on_restart=restart"
     lines = [*head, f"run = sparsify({made}, model, optimizer, steps=1000, data=your_data{last})"]
+    if getattr(methods, name).batch_start is not Hooks.batch_start:  # what LoopBatches asks
+        lines.insert(0, "import torch\n")
+        lines += [
+            "for inputs, labels in your_data:",
+            "    with run.batch():  # inside, the weights hold sampled gates",
+            "        torch.nn.functional.cross_entropy(model(inputs), labels).backward()",
+            "    optimizer.step()",
+            "    optimizer.zero_grad()",
+        ]
     return "```python\n" + "\n".join(lines) + "\n```\n"
 
 

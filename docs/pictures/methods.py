@@ -164,8 +164,9 @@ def draw_changes(frame: Any, run: Recorded, scheme: Scheme) -> None:
     if reach:
         # bars that fill the frame leave no room for the legend
         room = 0.6 * reach if sum(grown) > 0.8 * len(grown) * max(grown) > 0 else 0.0
+        place = {"loc": "upper left", "ncols": 2} if room else {"loc": "best"}
         frame.set_ylim(-1.1 * 100 * max(dropped) - 0.05 * reach, 1.1 * 100 * max(grown) + 0.05 * reach + room)
-        frame.legend(loc="best", handlelength=1)
+        frame.legend(**place, handlelength=1)
     else:
         frame.set_ylim(-1, 1)
         frame.text(run.epochs / 2, 0.12, "no connection ever changes", ha="center", va="bottom")

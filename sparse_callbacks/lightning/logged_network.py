@@ -98,9 +98,9 @@ def log_network(loggers: Iterable[Logger], methods: Sequence[Method], step: int)
         step: the step number of the rows.
 
     Example:
-        After ``trainer.fit(module)``, with a callback ``method`` and a `WandbLogger`::
-
-            log_network(trainer.loggers, [method], trainer.global_step)
+        trainer = pl.Trainer(callbacks=[method], logger=WandbLogger())
+        trainer.fit(module)
+        log_network(trainer.loggers, [method], trainer.global_step)
     """
     able = [logger for logger in loggers if isinstance(logger, WandbLogger | TensorBoardLogger)]
     if not able or not methods:

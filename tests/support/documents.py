@@ -200,7 +200,6 @@ def names_for(code: str) -> dict[str, Any]:
         "your_data": DataLoader(TensorDataset(x, y), batch_size=4),
         "your_validation_data": DataLoader(TensorDataset(x, y), batch_size=4),
         "example_input": x,
-        "torch": torch,
     }
     if re.search(r"\b(model|callback|optimizer)\b", code):
         module, callback = Classifier(image_net()), Static(0.5, print_plan=False)

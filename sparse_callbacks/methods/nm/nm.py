@@ -41,7 +41,7 @@ class NM(Method):
 
     With dense weights w, mask m and optimizer step t::
 
-        every ``every``  m = the N largest |w| of every M consecutive inputs
+        every k steps    m = the N largest |w| of every M consecutive inputs, with k = every
         every step       w = w - optimizer(gradient of the loss at m * w, + decay * (1 - m) * w)
 
     The gradient is not masked (straight-through), and the decay of pruned weights is part of it, so momentum sees both. The
@@ -52,7 +52,7 @@ class NM(Method):
     divide stay dense, and the plan says so.
 
     ``projection="soft"`` (S-STE): w goes into the forward pass as beta * sign(w) * max(|w| - t, 0), where t is the
-    (M - N)-th smallest |w| of the group, so that no weight jumps; beta = <w, S> / ||S||^2 of each tensor, with S the
+    (M - N)-th smallest |w| of the group, so that no weight jumps; ``beta = <w, S> / ||S||^2`` of each tensor, with S the
     projection without beta, is fixed before the first step. The gradient is passed straight through and nothing decays.
 
     Passes over the weights in a step: 4 in place (the mask on the dense weights, into the other buffer; the decay of

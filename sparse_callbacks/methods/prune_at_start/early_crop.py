@@ -21,7 +21,7 @@ class EarlyCroP(PruneAtStart):
     It is :class:`PruneAtStart` with ``when="distance"`` and ``score="crop"``. With theta the selected weights::
 
         every epoch t   d_t = ||theta_t - theta_0|| / ||theta_0||
-        prune at        the first t >= 2 with |d_t - d_(t-1)| < (1 - sparsity) * d_1, and at ``stop`` at the latest
+        prune at        the first t >= 2 with |d_t - d_(t-1)| < (1 - sparsity) * d_1, and at stop at the latest
         in rounds i     to sparsity - (sparsity - 0.5) / 2^i for i = 0 .. rounds - 2, and then to sparsity,
                         by scores |w * (H g)| that are made anew in each, of the network as it is pruned so far
 

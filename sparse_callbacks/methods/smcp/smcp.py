@@ -42,9 +42,9 @@ class SMCP(BudgetedChannels):
                             over the group's layers, active outputs and kernel;
                             u = ||m * w|| / ||w|| of the output's weights where only norms take it, else 1
                         w = w - optimizer(that gradient, not masked, + decay * (1 - m) * w)
-        every ``every`` r = (1 - budget) * (1 - e^(-2.8 x)) / (1 - e^-2.8)
-                            with x = (t - start + every) / (stop - start + every)
-                        m = the channels with the largest mean score, times ``hysteresis`` where they are pruned;
+        every k steps   r = (1 - budget) * (1 - e^(-2.8 x)) / (1 - e^-2.8)
+                            with k = every and x = (t - start + every) / (stop - start + every)
+                        m = the channels with the largest mean score, times hysteresis where they are pruned;
                             how many of each group a knapsack decides:
                             the largest total score whose network costs at most (1 - r) * the dense cost
 

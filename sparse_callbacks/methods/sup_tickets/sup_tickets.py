@@ -36,7 +36,7 @@ class SupTickets(SetsRates, DropAndGrow):
     The first part of the run, 1 - ``share`` of it, is that of the method ``base``, as it is without this one; the network at its
     end is the first ticket. ``cycles`` cycles of equal length follow::
 
-        begin   one update by the rule of ``base`` drops ``drop_fraction`` of each layer's active weights and grows as many;
+        begin   one update by the rule of base drops drop_fraction of each layer's active weights and grows as many;
                 until the cycle ends the masks stay
         rate    low_lr -> high_lr -> low_lr, linearly
         end     the network is ticket n + 1, and m = (1 - f) * m + f * ticket with f = 1 / (n + 1); then m is pruned to the
