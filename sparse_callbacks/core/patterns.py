@@ -209,6 +209,15 @@ def as_mask(columns: Tensor, group: int) -> Tensor:
     return columns.repeat_interleave(group, 0)
 
 
-def largest_columns(weight: Tensor, count: int, group: int) -> Tensor:
-    """The mask of the ``count`` columns of each block with the largest sums of magnitudes."""
-    return as_mask(largest_among(column_sums(weight, group), count), group)
+def largest_columns(weight: Tensor, count: int, group: int, among: Tensor | None = None) -> Tensor:
+    """The mask of the ``count`` columns of each block with the largest sums of magnitudes.
+
+    Args:
+        weight: outputs by inputs.
+        count: columns of each block.
+        group: rows of a block.
+        among: bool, of the shape of ``weight``; only columns are taken all of whose weights are True there, and each block
+            has that many. None: all.
+    """
+    whole = None if among is None else in_blocks(among, group).all(1)
+    return as_mask(largest_among(column_sums(weight, group), count, whole), group)

@@ -41,7 +41,8 @@ class GMP(Method):
     With ``pattern="2:4"`` the network arrives at 2 of every 4 inputs: on the way the floor(s_t * size) smallest go among the
     weights that are not among the 2 largest active ones of their group; with ``"transposable 2:4"`` among those that the
     transposable mask of |w| leaves out, all of which go in the end, also where that are a few more than planned. With
-    ``pattern="fan_in"`` they are those that are not among the k largest of their row, the weights of one output unit.
+    ``pattern="fan_in"`` they are those that are not among the k largest of their row, the weights of one output unit; with
+    ``pattern="fan_in/64"`` those outside the k inputs of every 64 rows with the largest sums of magnitudes.
 
     Passes over the weights in a step: 1 in place (the mask on the weights) and 1 that reads
     (gradients, for inf and NaN).
@@ -61,7 +62,8 @@ class GMP(Method):
         pattern: ``"unstructured"``, or None; ``"N:M"``: of every M consecutive inputs (of a convolution, input channels at a
             position of the kernel) N are kept; ``"transposable N:M"``: of every M outputs of an input too. The target is then
             1 - N/M, in each layer that divides; the others stay dense. With it ``distribution`` has its default. ``"fan_in"``:
-            each output unit of a layer has as many inputs, k = floor(density * inputs), at least 1.
+            each output unit of a layer has as many inputs, k = floor(density * inputs), at least 1. ``"fan_in/64"``: in linear
+            layers every 64 consecutive rows read the same inputs, k = round(density * inputs), at least 1.
         include: glob, or globs, on the names of parameters that become sparse; None: the weights of all supported layers except
             embeddings.
         exclude: glob, or globs, on the names of parameters that stay dense.

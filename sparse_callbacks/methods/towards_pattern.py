@@ -9,13 +9,14 @@ from torch import Tensor
 
 from sparse_callbacks.core.checkpoint import SavedRun, shown
 from sparse_callbacks.core.distributions import Distribution, reads_weights
-from sparse_callbacks.core.fan_in_layers import rows_of_largest
+from sparse_callbacks.core.fan_in_layers import rows_of_largest, shared_group
 from sparse_callbacks.core.method import DEFAULT_SPARSITY, Method
 from sparse_callbacks.core.nm_layers import inputs_axis
 from sparse_callbacks.core.nm_masks import NMPattern, nm_mask
 from sparse_callbacks.core.ops import keep_largest, zeros_for
 from sparse_callbacks.core.pattern_arguments import sparsity_beside
 from sparse_callbacks.core.pattern_names import FanIn, asked_nm, asked_pattern, parsed
+from sparse_callbacks.core.patterns import largest_columns
 from sparse_callbacks.core.schedules import Schedule, pruning_curve
 from sparse_callbacks.core.selection import entry_of
 from sparse_callbacks.core.state_claims import Zeros, rises_to
@@ -31,15 +32,10 @@ def curve_towards(method: Method, sparsity: float | str | Schedule | None, distr
         distribution: as it was given.
 
     Raises:
-        ValueError: the pattern is one of shared inputs, or an argument contradicts it.
+        ValueError: an argument contradicts the pattern.
     """
     pattern = getattr(method, "pattern", None)
     asked = parsed(pattern)
-    if isinstance(asked, FanIn) and asked.group is not None:
-        raise ValueError(
-            f"pattern={pattern!r}: {type(method).__name__} prunes weight by weight, and in groups of rows inputs go for all of them. Give "
-            "'fan_in', '2:4' or 'transposable 2:4', or leave pattern= out."
-        )
     if isinstance(asked, FanIn) and reads_weights(distribution):
         raise ValueError(
             f"pattern={pattern!r} with distribution={shown(distribution)}: under one threshold over all layers no layer has a fan-in of "
@@ -68,6 +64,9 @@ def mask_towards(
     planned = method.planned_zeros(layer, size)
     if (pattern := asked_nm(method)) is not None:
         kept = kept_by(pattern, weight, inputs_axis(entry), among)
+    elif (group := shared_group(method)) is not None:
+        # a column that was kept so far is whole, so each block has enough of them
+        kept = largest_columns(weight, (size - planned) // len(weight), group, among)
     else:
         kept = rows_of_largest(weight, size - planned, entry, among)
     zeros = zeros_for(sparsity, size)

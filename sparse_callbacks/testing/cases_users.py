@@ -144,7 +144,8 @@ def test_repr_shows_the_arguments(self: Contract) -> None:
     assert all(f"{key}=" in text for key in self.settings.arguments if key != "_target_")
     assert "include=('*.weight',)" in text
     assert "seed=3" in text
-    assert "distribution" not in self.settings.arguments or "distribution={'*conv*': 0.5, '*': 'uniform'}" in text
+    if "distribution" in self.settings.arguments and "any share" not in self.settings.promises_not_made:
+        assert "distribution={'*conv*': 0.5, '*': 'uniform'}" in text
     names = vars(schedules) | vars(methods) | {self.callback_class.__name__: self.callback_class}
     names |= {value.__qualname__: value for value in self.settings.arguments.values() if inspect.isfunction(value)}
     for one in (

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from sparse_callbacks import SET, SNFS, RigL, Static
+from sparse_callbacks import DPF, GMP, SET, SNFS, RigL, Static
 from sparse_callbacks.testing import Settings, contract
 from sparse_callbacks.testing.library import LIBRARY
 
@@ -17,6 +17,14 @@ SIXTEEN = {
 }
 # so few columns move only if there are some, and the last update moves its share of them too
 MOVING = {**SHORT, "sparsity": 0.6, "drop_fraction": "constant(0.5)"}
+
+
+def towards(name: str) -> Settings:
+    """Settings of the library for a method that arrives at shared inputs."""
+    known = LIBRARY[name]
+    arguments = {**known.arguments, "pattern": "fan_in/16", "distribution": "uniform"}
+    return Settings(arguments, known.gradients, {**known.promises_not_made, **SIXTEEN})
+
 
 TestFanInRigL = contract(RigL, Settings({**SHORT, "pattern": "fan_in"}))
 
@@ -33,6 +41,10 @@ TestSharedFanInStatic = contract(
         promises_not_made={**LIBRARY["Static"].promises_not_made, **SIXTEEN},
     ),
 )
+
+TestGMPTowardsSharedFanIn = contract(GMP, towards("GMP"))
+
+TestDPFTowardsSharedFanIn = contract(DPF, towards("DPF"))
 
 TestAblatingRigL = contract(
     RigL,

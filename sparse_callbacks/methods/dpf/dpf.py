@@ -49,7 +49,8 @@ class DPF(Method):
     With ``pattern="2:4"`` the network arrives at 2 of every 4 inputs: on the way the floor(s_t * size) smallest dense weights
     are pruned among those that are not among the 2 largest of their group; with ``"transposable 2:4"`` among those that the
     transposable mask of |w| leaves out, all of which are in the end, also where that are a few more than planned. With
-    ``pattern="fan_in"`` they are those that are not among the k largest of their row, the weights of one output unit.
+    ``pattern="fan_in"`` they are those that are not among the k largest of their row, the weights of one output unit; with
+    ``pattern="fan_in/64"`` those outside the k inputs of every 64 rows with the largest sums of magnitudes.
 
     What you write into the weights between steps is kept if torch sees it (``with torch.no_grad(): p.clamp_(...)``); a
     write past autograd, ``p.data.clamp_(...)``, is undone by the next step.
@@ -77,7 +78,8 @@ class DPF(Method):
             first, as many as fit the target (floor(s * filters) of a layer; with ``"global"`` no more than floor(s *
             size) weights). The network's outputs are channels too: leave them alone with ``keep_dense="last"``. A pattern
             keeps single weights, so ``"filter"`` has none.
-        pattern: as in :class:`~sparse_callbacks.GMP`; ``"fan_in"`` needs a ``distribution`` by layer, such as ``"uniform"``.
+        pattern: as in :class:`~sparse_callbacks.GMP`; ``"fan_in"`` and ``"fan_in/64"`` need a ``distribution`` by layer,
+            such as ``"uniform"``.
         include: glob, or globs, on the names of parameters that become sparse; None: the weights of all supported layers except
             embeddings.
         exclude: glob, or globs, on the names of parameters that stay dense.
