@@ -41,7 +41,7 @@ from interleaved_runs import (
     pruned,
     raw_run,
 )
-from step_limits import COPY, PRODUCT, copies, limits, memory, products, rare_costs
+from step_limits import COPY, PRODUCT, copies, known, limits, memory, products, rare_costs
 from torch import nn
 
 from sparse_callbacks import CTRE, DPF, SMCP, ConstrainedL0, RigL, SparsityCallback, SparsityReport, Static, slim
@@ -238,19 +238,23 @@ def rounds_of(workload: Workload, count: int, steps: int) -> list[int]:
 
 def limits_of(workload: Workload, timings: dict[str, tuple[str, Timing]]) -> str:
     """What the runs add to a step, beside the limit that the speed of a copy sets."""
-    added = {
+    return "#### The limit\n\n" + limits(workload, added_by(timings), timings[COPY][1].ordinary)
+
+
+def added_by(timings: dict[str, tuple[str, Timing]]) -> dict[str, list[float]]:
+    """The seconds that each run under Lightning adds to a plain step in each round, by label; updates are left out."""
+    return {
         label: [a - b for a, b in zip(timing.ordinary, timings[base][1].ordinary, strict=True)]
         for label, (base, timing) in timings.items()
         if base == BASE
     }
-    return "#### The limit\n\n" + limits(workload, added, timings[COPY][1].ordinary)
 
 
 def comparison_of(timings: dict[str, tuple[str, Timing]]) -> str:
     """What the runs take beside each other and beside peers, as Markdown; updates are left out."""
     plain = {label: timing.ordinary for label, (_, timing) in timings.items()}
     prune = "torch.nn.utils.prune"
-    added = {label: known_surplus(plain[label], plain[BASE]) for label in ("ours: Static", prune)}
+    added = {label: known(seconds) for label, seconds in added_by(timings).items()}
     static, units, weights = "ours: Static", "ours: ConstrainedL0, units", "ours: ConstrainedL0, weights"
     surpluses = {
         f"what Static adds, of what {prune} adds": added[prune],
@@ -269,13 +273,6 @@ def comparison_of(timings: dict[str, tuple[str, Timing]]) -> str:
         found = [a / b for a, b in zip(plain[label], plain[of_label], strict=True)]
         lines.append(f"| {label}, of {of_label} | {spread(found, 3)} |")
     return "\n".join(lines) + "\n"
-
-
-def known_surplus(own: Sequence[float], base: Sequence[float]) -> float:
-    """The median of what a run adds in each round; 0 where that is no larger than its spread."""
-    added = [a - b for a, b in zip(own, base, strict=True)]
-    low, middle, high = statistics.quantiles(added, n=4, method="inclusive")
-    return middle if middle > high - low else 0.0
 
 
 def rare_costs_of(workload: Workload, timings: dict[str, tuple[str, Timing]], slimmed: Slimmed) -> str:

@@ -69,6 +69,12 @@ def _after_steps(workload: Workload, rounds: Sequence[int], operation: Callable[
         yield times
 
 
+def known(added: Sequence[float]) -> float:
+    """The median of what a run adds in each round; 0 where that is no larger than its spread (the quartiles' distance)."""
+    low, middle, high = statistics.quantiles(added, n=4, method="inclusive")
+    return middle if middle > high - low else 0.0
+
+
 def limits(workload: Workload, added: Mapping[str, Sequence[float]], copy: Sequence[float]) -> str:
     """The limit of each run beside what it adds to a step, as Markdown.
 
@@ -89,10 +95,8 @@ def limits(workload: Workload, added: Mapping[str, Sequence[float]], copy: Seque
         if label not in RULE_BYTES:
             continue
         moved, what = RULE_BYTES[label]
-        limit, found = moved * count / speed, statistics.median(seconds)
-        low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
-        # what is smaller than its spread over the rounds is not known
-        cells = f"{1e3 * found:.3g} | {found / limit:.2f}" if found > high - low else "below the noise |"
+        limit, found = moved * count / speed, known(seconds)
+        cells = f"{1e3 * found:.3g} | {found / limit:.2f}" if found else "below the noise |"
         lines.append(f"| {label} | {moved} | {1e3 * limit:.3g} | {cells} | {what} |")
     return "\n".join(lines) + "\n"
 

@@ -15,8 +15,8 @@ from urllib.parse import unquote
 import pytest
 import pytorch_lightning as pl
 import torch
+from support.documents import image_net
 from support.methods import CONFIGS
-from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import sparse_callbacks
@@ -181,28 +181,13 @@ def test_what_the_page_of_a_method_says_runs(
     blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     assert len(blocks) == 1 + (name != "ParallelGaP")
     for block in blocks:
-        model = Classifier(image_net())
+        model = Classifier(image_net(16, 32))
         data = DataLoader(TensorDataset(torch.randn(24, 3, 16, 16), torch.randint(0, 4, (24,))), batch_size=4)
         given = {"your_module": model, "your_data": data, "model": model.net if hasattr(model, "net") else model}
         exec(
             compile(block, page[:40], "exec"),
             given | {"optimizer": torch.optim.SGD(given["model"].parameters(), lr=0.01)},
         )
-
-
-def image_net() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, 2),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 3),
-        nn.BatchNorm2d(32),
-        nn.ReLU(),
-        nn.Conv2d(32, 32, 3),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(128, 4),
-    )
 
 
 # ---------------------------------------------------------------------- configuration and API

@@ -154,18 +154,19 @@ def commands(page: Path) -> list[list[str]]:
 # ---------------------------------------------------------------------- what the reader has
 
 
-def image_net() -> nn.Module:
+def image_net(first: int = 4, others: int = 16) -> nn.Module:
+    """A network for images of three channels and 4 classes, with as many channels in its first convolution and in the others."""
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3, 2),
+        nn.Conv2d(3, first, 3, 2),
         nn.ReLU(),
-        nn.Conv2d(4, 16, 3),
-        nn.BatchNorm2d(16),
+        nn.Conv2d(first, others, 3),
+        nn.BatchNorm2d(others),
         nn.ReLU(),
-        nn.Conv2d(16, 16, 3),
+        nn.Conv2d(others, others, 3),
         nn.ReLU(),
         nn.AdaptiveAvgPool2d(2),
         nn.Flatten(),
-        nn.Linear(64, 4),
+        nn.Linear(4 * others, 4),
     )
 
 
