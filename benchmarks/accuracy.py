@@ -93,9 +93,11 @@ LENET5_ROWS = {
     "dense": "method=none",
     "GMP": f"method=gmp {ERK}",
     "RigL": f"method=rigl {ERK}",
+    "RigL, rescaled": f"method=rigl {ERK} method.rescale=layer",
     "DPF, global": "method=dpf",
     "DPF, by layer": f"method=dpf {ERK}",
     "GaP": f"method=gap {ERK} method.partitions=2 method.rounds=2 method.init=random",
+    "GaP, rescaled": f"method=gap {ERK} method.partitions=2 method.rounds=2 method.init=random method.rescale=layer",
 }
 STARTS_ROWS = {
     "dense": "method=none",
@@ -157,7 +159,7 @@ REPORTS = {
         "tuned (partitions, "
         "rounds, first masks; of two that tie, the one with the default masks); the others have the defaults of "
         "conf/method and the "
-        "distribution in their row. A tried setting near 10 % ended with a dead network: its loss is ln 10.",
+        "distribution in their row. Rescaled: `rescale=layer`. A tried setting near 10 % ended with a dead network: its loss is ln 10.",
         "python benchmarks/accuracy.py --table lenet5 --root FOLDER",
         "lenet5_fashion_mnist.md",
         (

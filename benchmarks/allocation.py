@@ -6,8 +6,8 @@ The data is Fashion-MNIST.
 
 FOLDER holds torchvision's files. Each run is `python train.py` with the overrides of its row; with `--runs KEPT` finished
 runs are kept and not repeated, and so is the table of times that was measured first. ResNet-20 is trained in the setting of
-channels.py. Of uniform and ERK the smallest sparsity is taken whose network is within the budget. The times mean something
-on an idle machine only. Writes benchmarks/results/allocation.md.
+channels.py with images pooled to 14 x 14. Of uniform and ERK the smallest sparsity is taken whose network is within the budget.
+The times mean something on an idle machine only. Writes benchmarks/results/allocation.md.
 """
 
 import math
@@ -36,6 +36,8 @@ from sparse_callbacks.tasks.models import mlp, resnet20
 FLOP_BUDGETS, TIME_BUDGETS = (0.3, 0.1), (0.5, 0.3)
 METHODS = ("gmp",)
 NAMES = {"uniform": "uniform", "ERK": "erdos_renyi_kernel"}
+POOLED = (1, 14, 14)
+RESNET20 = (*SHARED, "data._target_=pooled_images.halved")
 HIDDEN, BATCH, READINGS = (1000, 1000, 1000), 100, 41
 MLP = (
     "model=mlp", f"model.hidden=[{','.join(map(str, HIDDEN))}]", "data=fashion_mnist", f"data.batch_size={BATCH}", "optim.lr=0.05",
@@ -54,7 +56,7 @@ def wide() -> nn.Module:
 
 
 def flops_of(net: nn.Module) -> Cost:
-    costs = flop_costs(net, torch.zeros(1, *SHAPE), select(net))
+    costs = flop_costs(net, torch.zeros(1, *POOLED), select(net))
 
     def share(sparsities: Mapping[str, float]) -> float:
         left = sum(flops[0] * (1 - sparsities[layer]) for layer, flops in costs.costs.items())
@@ -182,7 +184,8 @@ the budget is taken.
 
 ## ResNet-20 at equal FLOPs
 
-`python train.py {" ".join(SHARED)}` with the overrides below. Cost is the share of the dense FLOPs of a forward pass.
+`python train.py {" ".join(RESNET20)}` with the overrides below: the setting of
+channels.py, with images pooled to 14 x 14 (pooled_images.py). Cost is the share of the dense FLOPs of a forward pass.
 
 {flops}
 
@@ -218,11 +221,11 @@ def main() -> None:
         if not path.exists():
             table = measured_times(wide(), "784-1000x3-10", BATCH, SHAPE, repeats=given.readings, report=said.append)
             table.save(path)
-        flops, times = flops_of(resnet20(SHAPE, 10)), time_of(TimeTable.load(path))
-        convolutional = {"dense": ("method=none",)} | {**rows_of(resnet20(SHAPE, 10), FLOP_BUDGETS, flops, METHODS)}
+        flops, times = flops_of(resnet20(POOLED, 10)), time_of(TimeTable.load(path))
+        convolutional = {"dense": ("method=none",)} | {**rows_of(resnet20(POOLED, 10), FLOP_BUDGETS, flops, METHODS)}
         timed = rows_of(wide(), TIME_BUDGETS, times, ("rigl",), f",cost:'{path}'")
         keys = {
-            name: [(*words(name, seed, convolutional), *given.more) for seed in range(given.seeds)]
+            name: [(*words(name, seed, convolutional, RESNET20), *given.more) for seed in range(given.seeds)]
             for name in convolutional
         }
         timed_keys = {
@@ -234,7 +237,7 @@ def main() -> None:
             found[one] = metrics
             print(f"{len(found)} of {len(todo)}: {100 * metrics['test/acc']:.2f} % {' '.join(one)}", flush=True)
         written = text(
-            accuracy_rows(found, keys, flops, resnet20(SHAPE, 10)),
+            accuracy_rows(found, keys, flops, resnet20(POOLED, 10)),
             step_table(TIME_BUDGETS, times, path, given.readings),
             accuracy_rows(found, timed_keys, times, wide()),
             {**convolutional, **timed},

@@ -1,9 +1,11 @@
 """Puts this folder on the import path, so that tests in subfolders find the helper modules; one thread for
-everything; no test may leave compiled code switched off."""
+everything; no test may leave compiled code or Lightning's log switched off."""
 
 import functools
 import gc
+import logging
 import os
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
@@ -13,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import lightning_fabric.utilities.registry as callbacks_of_others
 import pytest
 import torch
+from lightning_utilities.core import rank_zero
 from support.stance import stance
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -94,3 +97,24 @@ def _compiled_code_stays_compiled() -> Iterator[None]:
     if (left := stance()) != "default":
         torch.compiler.set_stance("default")
         pytest.fail(f"the test has left torch.compiler's stance at {left!r}")
+
+
+@pytest.fixture(autouse=True)
+def _lightning_goes_on_telling() -> Iterator[None]:
+    """A log that a test leaves switched off would be empty in every later test of the process that reads it."""
+    imported = "pytorch_lightning" in sys.modules  # which sets up its log
+    before = log_of_notices()
+    yield
+    if imported and (left := log_of_notices()) != before:
+        pytest.fail(f"the test has left the log of Lightning with {left}, where it had {before}")
+
+
+def log_of_notices() -> dict[str, object]:
+    """Whatever decides that a notice of Lightning is told: its own log, what its log passes on to, and the switch of all logs."""
+    log = rank_zero.log
+    return {
+        "level": log.getEffectiveLevel(),
+        "disabled": log.disabled or bool(log.parent and log.parent.disabled),
+        "propagate": log.propagate,
+        "off below": logging.root.manager.disable,
+    }

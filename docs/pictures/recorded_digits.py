@@ -3,7 +3,8 @@
 import inspect
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,19 +130,29 @@ def recorded_run(name: str, epochs: int = EPOCHS) -> Recorded:
     data = TensorDataset(torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels))
     loader = DataLoader(torch.utils.data.Subset(data, range(64 * STEPS)), batch_size=64, shuffle=True)
     method = method_named(name)
-    for logger in (
-        "pytorch_lightning",
-        "lightning.pytorch",
-    ):  # the import of the methods has given them levels of their own
-        logging.getLogger(logger).setLevel(logging.ERROR)
     recorder = _MaskRecorder(method)
     module = Digits()
     module.example_input_array = torch.zeros(1, 64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet():
         trainer = pl.Trainer(
             max_epochs=epochs, callbacks=[method, recorder], accelerator="cpu", logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
         trainer.fit(module, loader)
     return Recorded(name, recorder.masks)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Lightning tells nothing, and nobody warns."""
+    logs = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.pytorch")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)

@@ -1,6 +1,5 @@
 """Trains a random run, and once more where it says so."""
 
-import logging
 import tempfile
 import warnings
 from dataclasses import dataclass, replace
@@ -32,8 +31,6 @@ def run(case: Case) -> Outcome:
     """
     if words := why_not_in_torch(case):
         return Outcome("not in torch", words)
-    # what devices there are, and that a run is over
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
         train = train_under_a_trainer if case.host == "trainer" else train_in_a_loop
