@@ -391,6 +391,20 @@ class SparseWeights:
 
     # ------------------------------------------------------------------ dense values of pruned weights that learn on
 
+    def dense_at_pruned(self, name: str, out: Tensor | None = None) -> Tensor:
+        """Dense values of a parameter at pruned positions, zero at active ones.
+
+        Args:
+            name: name of a sparse parameter with a dense copy.
+            out: memory for the result, of the shape and type of the parameter; None for fresh memory.
+        """
+        self.absorb_if_written([name])  # so that active weights are the same in both buffers
+        dense = self._copy.waiting(name)
+        if dense is None or name in self._factors:
+            return self.at_pruned(name, self.dense_values(name), out)
+        # where the masked values are at hand, one pass in place of the two that the mask takes
+        return torch.sub(dense, self.params[name].detach(), out=out)
+
     @property
     def copied(self) -> list[str]:
         """Names of the parameters with a dense copy."""

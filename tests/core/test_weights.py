@@ -52,6 +52,25 @@ def test_pruned_weights_are_zero_whatever_a_step_has_left_there(dtype: torch.dty
         assert not pruned[mask].any()
 
 
+@pytest.mark.parametrize("when", ["between steps", "in a step", "after a write"])
+def test_dense_values_of_pruned_weights(when: str) -> None:
+    p = nn.Parameter(torch.tensor([[1.5, -2.0, 3.0, -0.0], [0.1, 1e-30, -7.0, 4.0]]))
+    mask = torch.tensor([[1, 0, 0, 1], [0, 0, 1, 1]]).bool()
+    store = SparseWeights({"p": p}, {}, {"p": mask})
+    store.start_copy({"p": p.detach()})
+    store.write_masked(["p"])
+    if when == "in a step":
+        store.swap_in(["p"])
+    elif when == "after a write":
+        with torch.no_grad():
+            p.clamp_(-1, 1)
+    expected = [[0, -2.0, 3.0, 0], [0.1, 1e-30, 0, 0]]
+    assert torch.equal(store.dense_at_pruned("p"), torch.tensor(expected))
+    memory = torch.full_like(p, torch.nan, requires_grad=False)
+    assert store.dense_at_pruned("p", memory).data_ptr() == memory.data_ptr()
+    assert torch.equal(memory, torch.tensor(expected))
+
+
 def test_weights_behind_closed_gates_are_zero_whatever_the_dense_ones_are() -> None:
     p = nn.Parameter(torch.tensor([[1.0, torch.inf, torch.nan]]))
     store = SparseWeights({"p": p}, {}, {"p": torch.ones(1, 3, dtype=torch.bool)})

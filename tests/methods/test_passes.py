@@ -41,7 +41,7 @@ LISTS: dict[str, Passes] = {
         ("mul", "in place"): 1,
         ("sum", "reads"): 1,
     },
-    "NM": {("add", "in place"): 1, ("bitwise_and", "in place"): 2, ("bitwise_not", "in place"): 1, ("sum", "reads"): 1},
+    "NM": {("add", "in place"): 1, ("bitwise_and", "in place"): 1, ("sub", "in place"): 1, ("sum", "reads"): 1},
     "SMCP": {},
     "ConstrainedL0": {("mul", "in place"): 4, ("sum", "reads"): 2},
 }

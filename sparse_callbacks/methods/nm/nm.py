@@ -55,8 +55,8 @@ class NM(Method):
     (M - N)-th smallest |w| of the group, so that no weight jumps; ``beta = <w, S> / ||S||^2`` of each tensor, with S the
     projection without beta, is fixed before the first step. The gradient is passed straight through and nothing decays.
 
-    Passes over the weights in a step: 4 in place (the mask on the dense weights, into the other buffer; the decay of
-    pruned weights, of three) and 1 that reads (gradients, for inf and NaN). A refresh, or the soft projection, comes on top: its
+    Passes over the weights in a step: 3 in place (the mask on the dense weights, into the other buffer; the decay of
+    pruned weights, of two) and 1 that reads (gradients, for inf and NaN). A refresh, or the soft projection, comes on top: its
     passes grow with M.
 
     Differs from the paper: none of SR-STE. A transposable mask (Hubara et al., 2021) has at most N in each row
@@ -237,9 +237,8 @@ class NM(Method):
         for name in step.names:
             gradient = self.params[name].grad
             if gradient is not None and self.weights.active_counts[name] < self.weights.size(name):
-                dense = self.weights.dense_values(name)
-                pruned = self.weights.at_pruned(name, dense, self.weights.scratch.like("pruned", dense))
-                gradient.add_(pruned, alpha=decay)
+                memory = self.weights.scratch.like("pruned", self.weights.dense_values(name))
+                gradient.add_(self.weights.dense_at_pruned(name, memory), alpha=decay)
 
     def after_step(self, step: Step) -> Update | None:
         return self.new_masks(step) if self.projection == "hard" and step.due else None
@@ -295,9 +294,7 @@ class NM(Method):
     def _norm_of_pruned(self) -> float:
         """L2 norm of the dense values of all pruned weights."""
         weights = self.weights
-        norms = [
-            torch.linalg.vector_norm(weights.at_pruned(n, weights.dense_values(n)).float()) for n in weights.copied
-        ]
+        norms = [torch.linalg.vector_norm(weights.dense_at_pruned(n).float()) for n in weights.copied]
         return float(torch.linalg.vector_norm(torch.stack([norm.cpu() for norm in norms])))
 
 

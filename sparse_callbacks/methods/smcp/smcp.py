@@ -230,9 +230,8 @@ class SMCP(BudgetedChannels):
         for name in copied if self.decay else ():
             gradient = self.params[name].grad
             if gradient is not None and self.weights.active_counts[name] < self.weights.size(name):
-                dense_values = self.weights.dense_values(name)
-                pruned = self.weights.at_pruned(name, dense_values, self.weights.scratch.like("taylor", dense_values))
-                gradient.add_(pruned, alpha=self.decay)
+                memory = self.weights.scratch.like("taylor", self.weights.dense_values(name))
+                gradient.add_(self.weights.dense_at_pruned(name, memory), alpha=self.decay)
 
     def after_step(self, step: Step) -> Update | None:
         for window, scores in self._fresh.pop(step.index).items():
