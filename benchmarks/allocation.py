@@ -5,7 +5,8 @@ The data is Fashion-MNIST.
     python benchmarks/allocation.py --root FOLDER --jobs 2 --runs KEPT
 
 FOLDER holds torchvision's files. Each run is `python train.py` with the overrides of its row; with `--runs KEPT` finished
-runs are kept and not repeated, and so is the table of times that was measured first. ResNet-20 is trained in the setting of
+runs are kept and not repeated. The table of times that is measured first is written to benchmarks/results/allocation_times.json,
+and kept with `--go-on`. ResNet-20 is trained in the setting of
 channels.py with images pooled to 14 x 14. Of uniform and ERK the smallest sparsity is taken whose network is within the budget.
 The times mean something on an idle machine only. Writes benchmarks/results/allocation.md.
 """
@@ -37,6 +38,7 @@ FLOP_BUDGETS, TIME_BUDGETS = (0.3, 0.1), (0.5, 0.3)
 METHODS = ("gmp",)
 NAMES = {"uniform": "uniform", "ERK": "erdos_renyi_kernel"}
 POOLED = (1, 14, 14)
+TIMES = Path("benchmarks/results/allocation_times.json")  # as train.py is given it, in the root of the project
 RESNET20 = (*SHARED, "data._target_=pooled_images.halved")
 HIDDEN, BATCH, READINGS = (1000, 1000, 1000), 100, 41
 MLP = (
@@ -156,7 +158,7 @@ def step_of(shares: Mapping[str, float]) -> Callable[[], None]:
     return step
 
 
-def step_table(budgets: Sequence[float], cost: Cost, path: Path, readings: int) -> str:
+def step_table(budgets: Sequence[float], cost: Cost, readings: int) -> str:
     """Measured times of whole training steps beside those of the table."""
     lines = ["| budget | allocation | by the table | a step, ms | of dense |", "| --- " * 5 + "|"]
     for budget in budgets:
@@ -165,7 +167,7 @@ def step_table(budgets: Sequence[float], cost: Cost, path: Path, readings: int) 
         shares = {
             name: shares_of(net, known, sparsity_within(net, known, budget, cost)) for name, known in NAMES.items()
         }
-        shares["Spdy"] = Spdy(budget, str(path)).shares(net, select(net))
+        shares["Spdy"] = Spdy(budget, str(TIMES)).shares(net, select(net))
         steps = [step_of(dict.fromkeys(shares["Spdy"], 0.0)), *map(step_of, shares.values())]
         dense, *times = milliseconds(steps, readings)
         for (name, found), ms in zip(shares.items(), times, strict=True):
@@ -214,16 +216,17 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+    out, runs, root = (None if each is None else Path(each).absolute() for each in (given.out, given.runs, given.root))
+    assert out is not None
+    os.chdir(ROOT)
     with tempfile.TemporaryDirectory() as temporary:
-        kept = (given.runs or Path(temporary)).absolute()
-        kept.mkdir(parents=True, exist_ok=True)
-        path, said = kept / "times.json", list[str]()
-        if not path.exists():
+        kept, said = runs or Path(temporary), list[str]()
+        if not (given.go_on and TIMES.exists()):
             table = measured_times(wide(), "784-1000x3-10", BATCH, SHAPE, repeats=given.readings, report=said.append)
-            table.save(path)
-        flops, times = flops_of(resnet20(POOLED, 10)), time_of(TimeTable.load(path))
+            table.save(TIMES)
+        flops, times = flops_of(resnet20(POOLED, 10)), time_of(TimeTable.load(TIMES))
         convolutional = {"dense": ("method=none",)} | {**rows_of(resnet20(POOLED, 10), FLOP_BUDGETS, flops, METHODS)}
-        timed = rows_of(wide(), TIME_BUDGETS, times, ("rigl",), f",cost:'{path}'")
+        timed = rows_of(wide(), TIME_BUDGETS, times, ("rigl",), f",cost:'{TIMES}'")
         keys = {
             name: [(*words(name, seed, convolutional, RESNET20), *given.more) for seed in range(given.seeds)]
             for name in convolutional
@@ -232,18 +235,18 @@ def main() -> None:
             name: [(*row, *MLP, f"seed={s}", *given.more) for s in range(given.seeds)] for name, row in timed.items()
         }
         todo = [one for of_row in (*keys.values(), *timed_keys.values()) for one in of_row]
-        figures, found = figures_of(given, given.out), dict[tuple[str, ...], Metrics]()
-        for one, metrics in results(todo, str(Path(given.root).absolute()), kept, given.jobs, figures):
+        figures, found = figures_of(given, out), dict[tuple[str, ...], Metrics]()
+        for one, metrics in results(todo, str(root), kept, given.jobs, figures):
             found[one] = metrics
             print(f"{len(found)} of {len(todo)}: {100 * metrics['test/acc']:.2f} % {' '.join(one)}", flush=True)
         written = text(
             accuracy_rows(found, keys, flops, resnet20(POOLED, 10)),
-            step_table(TIME_BUDGETS, times, path, given.readings),
+            step_table(TIME_BUDGETS, times, given.readings),
             accuracy_rows(found, timed_keys, times, wide()),
             {**convolutional, **timed},
             "\n".join(f"- {line}" for line in said) or "(measured by an earlier call)",
         )
-    given.out.write_text(written)
+    out.write_text(written)
 
 
 if __name__ == "__main__":

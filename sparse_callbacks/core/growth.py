@@ -168,7 +168,7 @@ def _kept_by_sign(mask: Tensor, weight: Tensor, fraction: float) -> tuple[Tensor
     kept, moved = torch.zeros_like(mask), 0
     for sign in (negative, lying_as(mask & ~negative, layout)):
         active = count_of(sign)
-        leaving = drop_count(active, fraction)
+        leaving = int(fraction * active)  # as published, where drop_count() takes RigL's product in float32
         kept, moved = kept | keep_largest(weight, active - leaving, among=sign), moved + leaving
     return kept, moved
 

@@ -103,6 +103,18 @@ def test_an_update_is_that_of_plain_python(fraction: float, dtype: torch.dtype) 
         assert int(found.sum()) == int(mask.sum())
 
 
+@pytest.mark.parametrize(
+    ("fraction", "count", "leaving"), [(0.7, 90, 62), (0.35, 180, 62), (0.29, 100, 28), (0.3, 10, 3)]
+)
+def test_shares_are_truncated_as_plain_python_does(fraction: float, count: int, leaving: int) -> None:
+    """0.7 * 90 is 62.99 in double arithmetic, and 63 in float32, by which RigL counts."""
+    weight = torch.cat([torch.arange(1.0, count + 1), -torch.arange(1.0, count + 1), torch.zeros(1000)])
+    mask = weight != 0
+    found = moved_by_sign(mask, weight, torch.where(mask, 0.0, 1.0), fraction)
+    assert int((mask & ~found).sum()) == 2 * leaving
+    assert len(surviving_by_sign(weight[mask], fraction)) == 2 * (count - leaving)
+
+
 def test_kernels_in_any_memory_format_lose_the_same() -> None:
     mask, weight, grow = (t[:8, :8].reshape(4, 4, 2, 2) for t in drawn(3))
     plain = moved_by_sign(mask, weight, grow, 0.5)

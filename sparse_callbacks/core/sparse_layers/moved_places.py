@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_callbacks.core.ops import drop_count
 from sparse_callbacks.core.sparse_layers.quick_places import (
     counts_below,
     fresh,
@@ -85,7 +84,7 @@ def surviving_by_sign(values: Tensor, fraction: float) -> Tensor:
     """
     negative, kept = mask_below(values, 0), []
     for sign in (true_places(negative), true_places(~negative)):
-        count = drop_count(sign.numel(), fraction)
+        count = int(fraction * sign.numel())  # not RigL's product in float32
         kept.append(sign.index_select(0, surviving_units(values.index_select(0, sign).abs(), count)))
     return merged_runs(torch.cat(kept))
 
