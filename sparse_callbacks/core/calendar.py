@@ -118,6 +118,37 @@ def check_times(start: Time, stop: Time, every: Time | None) -> None:
         raise ValueError(_too_long(every, start, stop))
 
 
+def check_time_of_one_update(when: Time, name: str) -> None:
+    """Refuse a time of an only update that is wrong whatever the length of the run, when a method is constructed.
+
+    Args:
+        when: the time.
+        name: the name of the argument.
+
+    Raises:
+        ValueError: a value that is not a time, or the beginning of the run.
+    """
+    to_steps(when, 1, name)
+    if when == 0:
+        raise ValueError(f"{name}={when!r} is before the first step. Give when='start' for that, or a later time.")
+
+
+def calendar_of_one_update(when: Time, name: str, run: RunLength) -> Calendar:
+    """The calendar of a run with an only update, at ``when``.
+
+    Args:
+        when: the time of the update.
+        name: the name of the argument, for the errors.
+        run: the length of the run.
+
+    Raises:
+        ValueError: a fraction of an endless run.
+    """
+    # the length is asked for only where it is needed, as in `resolve_times`
+    step = when if isinstance(when, int) else max(1, to_steps(when, run.total(), name))  # no step would be before it
+    return Calendar(1, step, step, final=True)
+
+
 def resolve_times(
     every: Time | None,
     start: Time,
@@ -149,6 +180,8 @@ def resolve_times(
         return value if isinstance(value, int) else to_steps(value, run.total(), name)
 
     first, last = steps(start, "start"), steps(stop, "stop")
+    if final and last == 0 and stop > 0:
+        last = 1  # a small fraction of a short run rounds to 0, and before the first step no update would come
     if last < first:
         if not run.lenient:
             raise ValueError(

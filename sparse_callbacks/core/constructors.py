@@ -9,6 +9,8 @@ from sparse_callbacks.core.argument_types import in_words, refuse_other_types
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _DEPTH = "_constructors_running"
+# a method without one of these takes the value that changes nothing, and answers every other one in words
+_ANSWERED = ("storage", "pattern", "ablation")
 
 
 def argument_names(cls: type, shared: type) -> list[str]:
@@ -65,8 +67,9 @@ def checks_arguments(init: Callable[..., None], shared: type) -> Callable[..., N
         shared: a TypedDict with the arguments that the class takes as ``**options`` and hands on.
 
     Raises:
-        TypeError: an argument that is no attribute of the object, or in a class of this package one of another type than
-            it is annotated with; raised by the function that is returned.
+        TypeError: an argument that is no attribute of the object, one that the class does not name and that a base class has
+            taken, or in a class of this package one of another type than it is annotated with; raised by the function that
+            is returned.
     """
 
     # None in code that was executed as text
@@ -89,7 +92,9 @@ def checks_arguments(init: Callable[..., None], shared: type) -> Callable[..., N
         if ours:  # an annotation of somebody else's may be there for the reader alone
             refuse_other_types(init, (self, *args), kwargs, shared)
         if outermost:
-            refuse_lost_arguments(self, argument_names(type(self), shared))
+            names = argument_names(type(self), shared)
+            refuse_lost_arguments(self, names)
+            refuse_unnamed_arguments(self, [name for name in kwargs if name not in names], names)
 
     return checked
 
@@ -106,4 +111,24 @@ def refuse_lost_arguments(made: object, names: list[str]) -> None:
         raise TypeError(
             f"{type(made).__name__}.__init__ takes {', '.join(f'{n}=' for n in lost)} and does not keep it under its own "
             f"name. repr(), checkpoints and resume read every argument there: write {writes} in __init__."
+        )
+
+
+def refuse_unnamed_arguments(made: object, unnamed: list[str], names: list[str]) -> None:
+    """Refuse arguments that went through ``**options`` to a base class, where the class itself has none of these names.
+
+    They would do nothing, or what nobody can read in the object: repr() and checkpoints know the named ones alone.
+
+    Args:
+        made: the object.
+        unnamed: arguments that were given by name, and that its class does not name.
+        names: the constructor arguments of the class.
+
+    Raises:
+        TypeError: there are such arguments.
+    """
+    if unknown := [name for name in unnamed if name not in _ANSWERED]:
+        raise TypeError(
+            f"{type(made).__name__} has no argument {', '.join(f'{n}=' for n in unknown)}: a class that it is made of has. "
+            f"Leave it out; {type(made).__name__} has {', '.join(f'{n}=' for n in names)}."
         )

@@ -203,11 +203,14 @@ def reads_weights(distribution: Any) -> bool:
 
 def check_distribution(distribution: Any) -> None:
     """Refuse what no layers can make a distribution, before there are any: names that are not known, a mapping that says
-    nothing of any layer, or a sparsity in it that no layer may have.
+    nothing of any layer, or a sparsity in it that no layer may have, and the class of an object that looks at models.
 
     Args:
         distribution: a `distribution` argument; what is neither a name nor a mapping is not looked at.
     """
+    if isinstance(distribution, type) and isinstance(distribution, SeesModel):  # a class has the methods of its objects
+        name = distribution.__name__
+        raise ValueError(f"distribution={name} is a class, and it is an object that looks at the model. Give {name}().")
     if isinstance(distribution, Mapping):
         _check_rules(distribution)
     for name in distribution.values() if isinstance(distribution, Mapping) else [distribution]:

@@ -137,6 +137,12 @@ def test_a_window_of_no_steps_is_refused_unless_the_method_arrives_there() -> No
     assert resolve_times(None, 7, 7, 100, RunLength(lambda: 40, lambda: 40, lenient=True)).stop == 7
 
 
+def test_an_arrival_at_a_small_share_of_a_short_run_comes_after_its_first_step() -> None:
+    run = RunLength(lambda: 20, lambda: 20)
+    assert resolve_times(None, 0, 0.01, 100, run, final=True) == Calendar(1, 0, 1, True)
+    assert resolve_times(None, 0, 0, 100, run, final=True).stop == 0  # as it was given
+
+
 def test_the_shortened_interval_leaves_at_least_ten_updates_where_there_are_a_hundred_steps() -> None:
     for stop in range(100, 1200):
         calendar, _ = made(None, 0, stop)

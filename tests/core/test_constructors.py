@@ -111,6 +111,34 @@ def test_a_class_may_have_such_an_argument_of_its_own() -> None:
     assert OfFirstMasks(initial_mask="mine").arguments["initial_mask"] == "'mine'"
 
 
+class Closed(methods.EarlyCroP):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "argument"),
+    [
+        (lambda: methods.EarlyCroP(when="start", reinit_after=True), "reinit_after"),
+        (lambda: Closed(when="start", reinit_after=True), "reinit_after"),
+        (lambda: methods.PruneAtStart(group=32), "group"),
+        (lambda: methods.CTRE(rows=32), "rows"),
+        (lambda: methods.ParallelGaP(restart=False), "restart"),
+    ],
+    ids=["of a parent", "handed on", "of a grandparent", "of storage", "of GaP"],
+)
+def test_an_argument_that_a_class_does_not_name_is_refused(make: Any, argument: str) -> None:
+    with pytest.raises(
+        TypeError, match=rf"has no argument {argument}=: .*\. Leave it out; \w+ has sparsity=.*fresh_start=\."
+    ):
+        make()
+
+
+@pytest.mark.parametrize("argument", [{"storage": "masked"}, {"pattern": None}, {"ablation": None}], ids=str)
+def test_what_changes_nothing_in_any_method_is_taken(argument: dict[str, Any]) -> None:
+    assert methods.PruneAtStart(**argument).target_sparsity == 0.9
+
+
 def test_arguments_that_are_handed_on_are_known() -> None:
     made = HandsOn(0.8, drop_fraction=0.1)
     assert made.arguments["sparsity"] == "0.8"

@@ -32,6 +32,12 @@ class Fixed:
         return self.result
 
 
+def test_a_class_in_place_of_its_object_is_refused_when_the_method_is_made() -> None:
+    assert callable(Fixed)  # a class can be called, and has the function of its objects
+    with pytest.raises(ValueError, match=r"distribution=Fixed is a class, .*\. Give Fixed\(\)\."):
+        RigL(distribution=Fixed)  # type: ignore[arg-type]
+
+
 def method_named(name: str, distribution: Any) -> Any:
     # made with 0.8, which would be refused beside an object that decides the total
     kind = type(METHODS[name]())

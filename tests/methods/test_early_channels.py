@@ -157,8 +157,13 @@ def test_a_loop_prunes_at_the_same_step_as_a_trainer() -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
     ("when", "alias"),
-    [("start", {"start": 0, "stop": 0}), (5, {"start": 5, "stop": 5}), (0.25, {"start": 0.25, "stop": 0.25})],
-    ids=["start", "steps", "fraction"],
+    [
+        ("start", {"start": 0, "stop": 0}),
+        (5, {"start": 5, "stop": 5}),
+        (0.25, {"start": 0.25, "stop": 0.25}),
+        (0.001, {"start": 1, "stop": 1}),  # rounds to no step, and there is none before the first one
+    ],
+    ids=["start", "steps", "fraction", "less than a step"],
 )
 def test_one_word_for_the_times_of_one_pruning(when: Any, alias: dict[str, Any]) -> None:
     usual: dict[str, Any] = {"criterion": "l1", "round_to": 1, "prune_stem": True, "print_plan": False}
@@ -177,8 +182,8 @@ def test_one_word_for_the_times_of_one_pruning(when: Any, alias: dict[str, Any])
     [
         ({"when": "later"}, r"when='later' is not known\. Give 'start', 'distance', a time"),
         ({"when": 0}, r"when=0 is before the first step\. Give when='start'"),
-        ({"when": True}, r"start=True is not a time"),
-        ({"when": 1.5}, r"outside \[0, 1\]"),
+        ({"when": True}, r"when=True is not a time"),
+        ({"when": 1.5}, r"when=1\.5 is outside \[0, 1\]"),
         ({"when": 5, "stop": 9}, r"stop= beside when=5, which says already when channels go\. Leave it out"),
         ({"when": "distance", "every": 3, "start": 2}, r"every= and start= beside when='distance'"),
         (

@@ -342,17 +342,44 @@ def test_a_loop_starts_its_optimizers_anew() -> None:
     [
         ({"when": "soon"}, r"when='soon'"),
         ({"when": 0}, r"when=0 is before the first step\. Give when='start'"),
-        ({"when": 1.5}, r"outside \[0, 1\]"),
+        ({"when": 1.5}, r"when=1\.5 is outside \[0, 1\]"),
+        ({"when": True}, r"when=True is not a time"),
+        ({"when": -1}, r"when=-1 lies before the run"),
         ({"when": "start", "lr_after": "restart"}, r"lr_after='restart' starts optimizers anew after the pruning"),
         ({"lr_after": "again"}, r"lr_after='again'"),
-        ({"stop": 2.0}, r"outside \[0, 1\]"),
+        ({"stop": 2.0}, r"stop=2\.0 is outside \[0, 1\]"),
+        ({"stop": 0}, r"stop=0 is before the first step\. Give when='start'"),
         ({"score": "magnitude", "batches": 1}, r"rounds=7: score='magnitude' is the same in every round"),
     ],
-    ids=["word", "zero", "fraction", "restart", "after", "late", "rounds"],
+    ids=["word", "zero", "fraction", "bool", "negative", "restart", "after", "late", "no stop", "rounds"],
 )
 def test_arguments_that_no_run_can_use_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EarlyCroP(0.9, **options)
+
+
+@pytest.mark.parametrize("method", [PruneAtStart, EarlyCroP], ids=lambda m: m.__name__)
+def test_a_share_of_a_short_run_is_a_step_of_it(method: Any) -> None:
+    net = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    callback = method(0.5, when=0.01, score="magnitude", rounds=1, print_plan=False)
+    with sparsify(callback, net, optimizer, 10) as pruned:  # a hundredth of ten steps rounds to none
+        net(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+        assert int((~pruned.masks["weight"]).sum()) == 8
+
+
+def test_an_endless_run_asks_for_a_time_in_steps_by_its_own_name() -> None:
+    net = nn.Linear(4, 4)
+    with pytest.raises(
+        ValueError, match=r"when=0\.5 is a fraction of a run whose length is not known.* e\.g\. when=1000"
+    ):
+        sparsify(
+            methods.PruneAtStart(0.5, when=0.5, score="magnitude"),
+            net,
+            torch.optim.SGD(net.parameters(), 0.1),
+            math.inf,
+        )
 
 
 @pytest.mark.parametrize(("score", "rounds"), [("synflow", 7), ("magnitude", 1), ("random", 1)])

@@ -513,6 +513,10 @@ def trained() -> RigL:
         (lambda: SupTickets(CTRE(0.8)), "base=CTRE looks at the data"),
         (lambda: SupTickets(SET(0.8, pattern="fan_in/4")), r"base=SET\(pattern='fan_in/4'\) keeps masks of a pattern"),
         (lambda: SupTickets(SET(0.8, storage="sparse")), "storage='sparse': SupTickets merges networks whose layers"),
+        (
+            lambda: SupTickets(SET(0.8), initial_mask="snip"),
+            r"begins with the masks of base=, as in SupTickets\(RigL\(",
+        ),  # type: ignore[call-arg]
         (lambda: SupTickets(trained()), "base=RigL has trained a model already"),
         (lambda: SupTickets(SET(0.8), share=1.0), "share=1.0 is not a share of the run"),
         (lambda: SupTickets(SET(0.8), cycles=0), "cycles=0 is not a number of cycles"),

@@ -11,7 +11,7 @@ from torch import nn
 from sparse_callbacks.channels.norms import norm_behind
 from sparse_callbacks.core import distance_trigger as trigger
 from sparse_callbacks.core.arguments import refuse_unknown
-from sparse_callbacks.core.calendar import Calendar, RunLength, Time, resolve_times
+from sparse_callbacks.core.calendar import Calendar, RunLength, Time, calendar_of_one_update, resolve_times
 from sparse_callbacks.core.calibration import Loss, number_of_batches
 from sparse_callbacks.core.distance_trigger import When
 from sparse_callbacks.core.hooks import Figures
@@ -212,12 +212,9 @@ class ChannelPruning(BudgetedChannels):
             return trigger.ending_with_pruning(self, trigger.distance_calendar(self.stop, run))
         if not self.is_one_shot or self.start is None:
             return super().make_calendar(run)
-        start, stop = (self.start, self.stop) if self.when is None else (self._time, self._time)
-        return resolve_times(None, start, stop, 1, run, final=True)  # without a word about an interval
-
-    @property
-    def _time(self) -> Time:
-        return 0 if isinstance(self.when, str) or self.when is None else self.when
+        if self.when is None:
+            return resolve_times(None, self.start, self.stop, 1, run, final=True)  # without a word about an interval
+        return calendar_of_one_update(0 if isinstance(self.when, str) else self.when, "when", run)
 
     # ------------------------------------------------------------------ the choice
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from sparse_callbacks.core.calendar import Time, check_times
+from sparse_callbacks.core.calendar import Time, check_time_of_one_update
 from sparse_callbacks.methods.channels.budgeted import START, STOP
 from sparse_callbacks.methods.channels.criteria import CRITERIA, Criterion
 
@@ -61,9 +61,7 @@ def refuse_when(when: object, every: Time | None, start: Time, stop: Time) -> No
             "run (float), or None for a ramp from start= to stop=."
         )
     if not isinstance(when, str):
-        if when == 0 and not isinstance(when, bool):
-            raise ValueError(f"when={when!r} is before the first step. Give when='start' for that, or a later time.")
-        check_times(when, when, None)  # type: ignore[arg-type]  # refuses what is not a time
+        check_time_of_one_update(when, "when")  # type: ignore[arg-type]  # refuses what is not a time
     given = {"every": every is not None, "start": start != START, "stop": stop != STOP and when != "distance"}
     if wrong := [f"{name}=" for name, is_given in given.items() if is_given]:
         raise ValueError(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparse_callbacks.core import distance_trigger as trigger
 from sparse_callbacks.core.arguments import refuse_unknown
-from sparse_callbacks.core.calendar import Calendar, RunLength, check_times, resolve_times
+from sparse_callbacks.core.calendar import Calendar, RunLength, calendar_of_one_update, check_time_of_one_update
 from sparse_callbacks.core.distance_trigger import When
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
@@ -70,7 +70,7 @@ class PrunesOnce(RestartsOptimizers, Method):
     def _calendar(self, run: RunLength) -> Calendar:
         if isinstance(self.when, str):
             return trigger.distance_calendar(self.stop, run)
-        return resolve_times(None, self.when, self.when, 1, run, final=True)
+        return calendar_of_one_update(self.when, "when", run)
 
     # ------------------------------------------------------------------ optimizers
 
@@ -140,11 +140,9 @@ def set_pruning_time(method: PrunesOnce, when: Any, stop: Any, lr_after: str) ->
     """
     if isinstance(when, str):
         refuse_unknown({"when": when}, {"when": ("start", "distance", "a time in steps or as a fraction of the run")})
-    elif when == 0 and not isinstance(when, bool):
-        raise ValueError(f"when={when!r} is before the first step. Give when='start' for that, or a later time.")
     else:
-        check_times(when, when, None)
-    check_times(0, stop, None)
+        check_time_of_one_update(when, "when")
+    check_time_of_one_update(stop, "stop")
     refuse_unknown({"lr_after": lr_after}, {"lr_after": ("continue", "restart")})
     if lr_after == "restart" and when == "start":
         raise ValueError(

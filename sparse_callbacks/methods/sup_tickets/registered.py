@@ -1,5 +1,6 @@
 """What others ask of Sup-tickets: sparse storage, and runs in which no mask would move."""
 
+from sparse_callbacks.core.first_mask_arguments import why_no_first_mask
 from sparse_callbacks.core.idle_run import why_idle
 from sparse_callbacks.core.step import ReplacesSteps
 from sparse_callbacks.core.storages.storage import why_no_exchange
@@ -10,6 +11,11 @@ from sparse_callbacks.methods.sup_tickets.sup_tickets import SupTickets
 @why_no_exchange.register
 def _(method: SupTickets) -> str:
     return "merges networks whose layers end with other counts of live weights than they have, so its layers are masked"
+
+
+@why_no_first_mask.register
+def _(method: SupTickets) -> str:
+    return "begins with the masks of base=, as in SupTickets(RigL(0.9, initial_mask='snip'))"
 
 
 @why_idle.register
