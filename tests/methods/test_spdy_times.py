@@ -224,6 +224,9 @@ def test_the_command_writes_the_table_that_cost_reads(
     assert lines[-1].startswith("milliseconds of the table: ")
     assert f"of {total:.6g}, a share of 0." in lines[-1]
     assert run(capsys, "--budget", "0.5", "--cost", str(out)) == lines[4:]
+    monkeypatch.chdir(tmp_path)
+    assert "times of 3 layers in Mixed_times.json" in run(capsys, "--budget", "0.5", "--measure", "--batch", "4")
+    assert TimeTable.load("Mixed_times.json").ms == TimeTable.load(out).ms
     net = Mixed()
     shares = Spdy(0.5, str(out)).shares(nn.ModuleDict({"net": net}), select(nn.ModuleDict({"net": net})))
     assert shares["net.0.weight"] == 0.0  # it would save nothing
@@ -232,8 +235,7 @@ def test_the_command_writes_the_table_that_cost_reads(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--measure"], "--measure and --out go together"),
-        (["--out", "t.json"], "--measure and --out go together"),
+        (["--out", "t.json"], "--out takes the times that --measure finds: give both"),
         (["--measure", "--out", "t.json", "--cost", "u.json"], "give one of them"),
         (["--budget", "2"], "budget=2.0 is out of range"),
         (["--budget", "0.0001"], "cannot be met"),
@@ -243,7 +245,6 @@ def test_the_command_writes_the_table_that_cost_reads(
         (["--input", "3x8x8"], "the model fails with a float tensor of size [1, 3, 8, 8]"),
     ],
     ids=[
-        "no out",
         "no measure",
         "two tables",
         "budget",

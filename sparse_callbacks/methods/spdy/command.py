@@ -33,24 +33,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     size = [n for sizes in given.input for n in sizes]
     if given.threads is not None:
         torch.set_num_threads(given.threads)
-    if given.measure != (given.out is not None):
-        parser.error("--measure and --out go together: give --measure --out FILE to time the layers, or neither.")
+    if given.out is not None and not given.measure:
+        parser.error("--out takes the times that --measure finds: give both, or leave --out out.")
+    out: Path = given.out or Path(Path(f"{given.model.rpartition(':')[2]}_times.json").name)  # in the current folder
     if given.measure and given.cost != "flops":
-        parser.error("--cost reads a table of times and --measure writes one to --out: give one of them.")
-    if problem := why_not_written(given.out) if given.measure else "":
+        parser.error("--cost reads a table of times and --measure writes one: give one of them.")
+    if problem := why_not_written(out) if given.measure else "":
         parser.error(problem)
     # the arguments are part of the name: tables of two widths of one class are two tables
     name = given.model + (f" {json.dumps(given.arguments, sort_keys=True)}" if given.arguments else "")
     try:
-        spdy = Spdy(given.budget, str(given.out) if given.measure else given.cost, input=size)  # before minutes of work
+        spdy = Spdy(given.budget, str(out) if given.measure else given.cost, input=size)  # before minutes of work
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(given.seed)
             model = built(given.model, given.arguments)
         refuse_size(model, size)
         if given.measure:
             table = measured_times(model, name, given.batch, size, repeats=given.repeats, report=_print)
-            table.save(given.out)
-            _print(f"times of {len(table.ms)} layers in {given.out}")
+            table.save(out)
+            _print(f"times of {len(table.ms)} layers in {out}")
         entries = select(model, None, patterns(given.exclude, "exclude"), given.keep_dense)
         found = spdy.layer_shares(model, entries)
     except ValueError as error:
@@ -102,9 +103,13 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--measure",
         action="store_true",
-        help="time the layers that SparseLinear can hold at each sparsity; needs --out",
+        help="time the layers that SparseLinear can hold at each sparsity, and write the times to --out",
     )
-    add("--out", type=Path, help="JSON for the times of --measure, which Spdy(cost=FILE) reads")
+    add(
+        "--out",
+        type=Path,
+        help="JSON for the times of --measure, which Spdy(cost=FILE) reads; by default resnet18_times.json, by the model",
+    )
     add("--batch", type=count_of, default=1, help="samples of a batch that is timed; as many as in a training step")
     add("--repeats", type=count_of, default=5, help="readings of which the median is taken")
     add("--threads", type=count_of, help="of torch; by default as it starts with")
