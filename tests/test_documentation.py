@@ -12,7 +12,6 @@ import pkgutil
 import re
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -260,7 +259,6 @@ def test_commands_run(
     shown = {b: source for b, source in shown.items() if kind_of(source) == "commands" and saved_by(source) is None}
     printed: dict[str, str] = {}
     for words in to_run(page):
-        time.sleep(1 - time.time() % 1)  # folders of runs are called by the second in which they begin
         warned = run_here(words, as_shown=any(words in map(words_of, lines_of(s.text)) for s in shown.values()))
         streams = capsys.readouterr()
         printed[" ".join(words)] = "\n".join([warned, streams.out, streams.err])
