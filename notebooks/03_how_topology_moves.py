@@ -19,8 +19,11 @@
 # pixels the first layer reads, how much moves at a time, and what remains of the first mask.
 #
 # Needs the extra `train` (scikit-learn brings the data, matplotlib the pictures). Runs in well under a minute.
+#
+# The first cell has the network, a training that keeps the masks of every epoch, and the drawing of the animation. Programs that can fold
+# code show it folded: nothing in it is about the methods.
 
-# %%
+# %% jupyter={"source_hidden": true}
 import base64
 import logging
 import warnings
@@ -45,10 +48,6 @@ for name in ("pytorch_lightning", "lightning.pytorch"):
     logging.getLogger(name).setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="pytorch_lightning|torch")
 
-# %% [markdown]
-# ## The same network three times
-
-# %%
 EPOCHS, SPARSITY = 30, 0.95
 images, labels = load_digits(return_X_y=True)
 split = train_test_split(
@@ -102,14 +101,49 @@ def train(method) -> Recorder:
     return recorder
 
 
+def connections(run: Recorder, epoch: int) -> torch.Tensor:
+    """How many units of the first layer read each pixel: [8, 8]."""
+    return run.masks[epoch]["net.0.weight"].sum(0).view(8, 8)
+
+
+def animated(runs: dict[str, Recorder]) -> HTML:
+    """The connections of each pixel over the epochs, beside the mean digit."""
+    figure, axes = plt.subplots(1, 4, figsize=(9.6, 2.9), layout="constrained", width_ratios=(1, 1, 1, 1))
+    top = max(int(connections(run, EPOCHS).max()) for run in runs.values())
+    shown = {}
+    for axis, (name, run) in zip(axes, runs.items(), strict=False):
+        shown[name] = axis.imshow(connections(run, 0), cmap="viridis", vmin=0, vmax=top)
+        axis.set(title=name, xticks=[], yticks=[])
+    figure.colorbar(shown["CTRE"], ax=axes[:3], shrink=0.8, pad=0.01, label="connections")
+    axes[3].imshow(train_x.mean(0).view(8, 8), cmap="gray_r")
+    axes[3].set(title="mean digit", xticks=[], yticks=[])
+    time = figure.suptitle("epoch 0")
+
+    def draw(epoch: int) -> list:
+        epoch = min(epoch, EPOCHS)  # the last picture stays for a while
+        for name, run in runs.items():
+            shown[name].set_data(connections(run, epoch))
+        time.set_text(f"epoch {epoch}")
+        return [*shown.values(), time]
+
+    file = Path(mkdtemp()) / "topology.gif"
+    FuncAnimation(figure, draw, frames=EPOCHS + 12).save(file, writer=PillowWriter(fps=6), dpi=75)
+    plt.close(figure)
+    alt = "Heat maps of 8 x 8 pixels over 30 epochs: connections of each pixel under RigL, SET and CTRE, and the mean digit"
+    return HTML(f'<img alt="{alt}" src="data:image/gif;base64,{base64.b64encode(file.read_bytes()).decode()}">')
+
+
 # %% [markdown]
-# One update in each epoch of 22 steps, until three quarters of the run are over. An update replaces a fraction of the active weights that
-# falls from 0.3 to 0 along a cosine, under all three. `rescale` makes the first weights larger, as each unit has few of them.
+# ## Connections of each input pixel, epoch by epoch
+#
+# All three begin with the same random mask. One update falls in each epoch of 22 steps, until three quarters of the run are over; it
+# replaces a fraction of the active weights that falls from 0.3 to 0 along a cosine. `rescale` makes the first weights larger, as each unit
+# has few of them. Digits have no ink in the first and the last column, and hardly any in the corners.
 
 # %%
 options = {
-    "sparsity": SPARSITY, "distribution": "erdos_renyi", "drop_fraction": "cosine(0.3)", "stop": 0.75, "rescale": "fan_in",
-    "print_plan": False,
+    "sparsity": SPARSITY, "distribution": "erdos_renyi", "drop_fraction": "cosine(0.3)",
+    "stop": 0.75, "rescale": "fan_in", "print_plan": False,
 }  # fmt: skip
 methods = {
     "RigL": RigL(every=21, **options),  # an update of RigL takes the place of a step
@@ -117,55 +151,18 @@ methods = {
     "CTRE": CTRE(every=22, **options),
 }
 runs = {name: train(method) for name, method in methods.items()}
-for name, run in runs.items():
-    print(f"{name:5} {methods[name].updates} updates, test accuracy {100 * run.accuracy[-1]:.1f} %")
-
-# %% [markdown]
-# ## Connections of each input pixel, epoch by epoch
-#
-# All three begin with the same random mask. Digits have no ink in the first and the last column, and hardly any in the corners.
-
+animated(runs)
 
 # %%
-def connections(run: Recorder, epoch: int) -> torch.Tensor:
-    """How many units of the first layer read each pixel: [8, 8]."""
-    return run.masks[epoch]["net.0.weight"].sum(0).view(8, 8)
-
-
-figure, axes = plt.subplots(1, 4, figsize=(9.6, 2.9), layout="constrained", width_ratios=(1, 1, 1, 1))
-top = max(int(connections(run, EPOCHS).max()) for run in runs.values())
-shown = {}
-for axis, (name, run) in zip(axes, runs.items(), strict=False):
-    shown[name] = axis.imshow(connections(run, 0), cmap="viridis", vmin=0, vmax=top)
-    axis.set(title=name, xticks=[], yticks=[])
-figure.colorbar(shown["CTRE"], ax=axes[:3], shrink=0.8, pad=0.01, label="connections")
-axes[3].imshow(train_x.mean(0).view(8, 8), cmap="gray_r")
-axes[3].set(title="mean digit", xticks=[], yticks=[])
-time = figure.suptitle("epoch 0")
-
-
-def draw(epoch: int) -> list:
-    """The picture at the end of an epoch; the last one stays for a while."""
-    epoch = min(epoch, EPOCHS)
-    for name, run in runs.items():
-        shown[name].set_data(connections(run, epoch))
-    time.set_text(f"epoch {epoch}")
-    return [*shown.values(), time]
-
-
-file = Path(mkdtemp()) / "topology.gif"
-FuncAnimation(figure, draw, frames=EPOCHS + 12).save(file, writer=PillowWriter(fps=6), dpi=75)
-plt.close(figure)
-HTML(
-    '<img alt="Three heat maps of 8 x 8 pixels over 30 epochs: connections of each pixel under RigL, SET and CTRE, beside the mean digit" '
-    f'src="data:image/gif;base64,{base64.b64encode(file.read_bytes()).decode()}">'
-)
+for name, run in runs.items():
+    print(f"{name:5} {methods[name].updates} updates, test accuracy {100 * run.accuracy[-1]:.1f} %")
 
 # %% [markdown]
 # The picture at the end, beside the start, for those who read this on paper:
 
 # %%
 figure, axes = plt.subplots(1, 4, figsize=(9.6, 2.7), layout="constrained")
+top = max(int(connections(run, EPOCHS).max()) for run in runs.values())
 pictures = {"start, all three": connections(runs["RigL"], 0)} | {
     f"{n}, end": connections(r, EPOCHS) for n, r in runs.items()
 }

@@ -385,3 +385,21 @@ def test_the_gallery_has_every_method_in_one_group(hooks: Any) -> None:
     assert groups["Whole channels"] == ["ChannelPruning", "ConstrainedL0", "SMCP"]
     assert {"RigL", "Static"} <= set(groups["Sparse from the start"])
     assert {"GMP", "GaP"} <= set(groups["Dense at first, or in part"])
+
+
+def test_cells_of_notebooks_that_are_folded_are_folded_in_the_site(hooks: Any) -> None:
+    pages, pictures = hooks("site_notebooks").notebook_pages()
+    page = pages["notebooks/03_how_topology_moves.md"]
+    before_the_picture = page[: page.index("data:image/gif")]
+    shown = [line for line in before_the_picture.splitlines() if not line.startswith("    ")]
+    # the picture is in sight after a screen of words and a short cell
+    assert '??? quote "The code of this cell"' in shown
+    assert before_the_picture.count("    class Recorder(pl.Callback):") == 1
+    assert len(shown) < 45
+    assert pages["notebooks/01_first_sparse_network.md"].count("???") == 0
+    assert pictures
+
+
+def test_pictures_of_notebooks_can_be_told_from_others_by_their_style(hooks: Any) -> None:
+    page = hooks("site_notebooks").notebook_pages()[0]["notebooks/03_how_topology_moves.md"]
+    assert len(re.findall(r"\.png\)\{ \.drawn \}", page)) == 2

@@ -5,6 +5,7 @@ import json
 import posixpath
 import re
 from collections.abc import Iterator, Mapping
+from textwrap import indent
 from typing import Any
 
 from site_markdown import for_python_markdown
@@ -57,7 +58,9 @@ def _cell(cell: Mapping[str, Any], stem: str, number: int, pictures: dict[str, b
         return
     if cell["cell_type"] != "code" or not source:
         return
-    yield f"```python\n{source}\n```"
+    code = f"```python\n{source}\n```"
+    folded = cell["metadata"].get("jupyter", {}).get("source_hidden", False)
+    yield f'??? quote "The code of this cell"\n\n{indent(code, "    ")}' if folded else code
     for count, output in enumerate(cell["outputs"]):
         if output["output_type"] == "stream":
             yield _text("".join(output["text"]))
@@ -73,7 +76,7 @@ def _shown(data: Mapping[str, Any], name: str, pictures: dict[str, bytes]) -> It
             uri = f"notebooks/{name}.{ending}"
             pictures[uri] = raw.encode() if ending == "svg" else base64.b64decode(raw)
             said = "".join(data.get("text/plain", "")).replace("[", "").replace("]", "")
-            yield f"![{said if said and not said.startswith('<') else 'What the cell above draws'}]({posixpath.basename(uri)})"
+            yield f"![{said if said and not said.startswith('<') else 'What the cell above draws'}]({posixpath.basename(uri)}){{ .drawn }}"
             return
     if "text/html" in data:
         html = re.sub(r"\n\s*\n", "\n", _FETCHED.sub("", "".join(data["text/html"])))
