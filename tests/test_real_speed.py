@@ -252,6 +252,11 @@ def test_the_page_shows_the_figures(parts: Any) -> None:
     assert parts.page.with_blocks(page, figures) == page
 
 
+def test_the_page_names_a_machine_once(parts: Any) -> None:
+    figures = {"steps": {"sources": ["`a`; AMD; torch 2", "`b`; Intel; torch 2", "`c`; AMD; torch 2"], "rows": []}}
+    assert parts.page.source(figures, "steps") == "`a`, `c`; AMD; torch 2; `b`; Intel; torch 2."
+
+
 def test_a_picture_has_a_line_for_each_storage(parts: Any, tmp_path: Path) -> None:
     kinds = ("dense", "masked", "sparse", "grouped")
     rows = [

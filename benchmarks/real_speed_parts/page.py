@@ -7,7 +7,7 @@ from typing import Any
 
 from real_speed_parts import accuracy, layers, memory, steps, updates
 from real_speed_parts.networks import NETWORKS
-from real_speed_parts.report import Figures, source
+from real_speed_parts.report import Figures
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE, PICTURE = DOCS / "real_speed.md", DOCS / "real_speed.svg"
@@ -62,12 +62,23 @@ def picture(rows: list[Row], file: Path) -> None:
 # ---------------------------------------------------------------------- blocks of the page
 
 
+def source(figures: Figures, part: str) -> str:
+    """The commands of a part's figures, and behind those of one machine that machine and the versions, once."""
+    by_machine: dict[str, list[str]] = {}
+    for each in figures[part]["sources"]:
+        command, _, machine = each.partition("; ")
+        by_machine.setdefault(machine, []).append(command)
+    return "; ".join(f"{', '.join(commands)}; {machine}" for machine, commands in by_machine.items()) + "."
+
+
 def steps_block(figures: Figures) -> str:
     """The mean over optimizers of each network, sparsity and storage, over dense."""
     cells = steps.keyed(figures["steps"]["rows"])
     storages = [s for s in ("masked", "sparse", "grouped", "auto") if any(s in by for by in cells.values())]
     lines = [f"| a whole step, over dense | sparsity | {' | '.join(storages)} |", "|" + " --- |" * (2 + len(storages))]
-    for network, sparsity in dict.fromkeys((n, s) for n, _, s in cells):
+    networks = list(dict.fromkeys(n for n, _, _ in cells))
+    # figures that were measured later stand last in the file
+    for network, sparsity in sorted({(n, s) for n, _, s in cells}, key=lambda cell: (networks.index(cell[0]), cell[1])):
         of = [by for (n, _, s), by in cells.items() if (n, s) == (network, sparsity)]
         found = [f"{sum(by[storage]['ratio'][1] for by in of) / len(of):.2f}" for storage in storages]
         lines.append(f"| {NETWORKS[network].title} | {sparsity:g} | {' | '.join(found)} |")
