@@ -477,6 +477,21 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(target.read_text()), link
 
 
+@pytest.mark.parametrize("page", TEXTS, ids=documents.shown)
+def test_rows_of_tables_have_as_many_cells_as_their_head(page: Path) -> None:
+    """A bar within a cell, as of |w|, ends the cell, and what stands behind the last column is not shown."""
+    wide, wrong = None, []
+    for line in without_blocks(page).splitlines():
+        if not line.startswith("|"):
+            wide = None
+            continue
+        cells = len(re.split(r"(?<!\\)\|", line.strip().removeprefix("|").removesuffix("|")))
+        wide = wide or cells
+        if cells != wide:
+            wrong.append(line)
+    assert wrong == []
+
+
 def test_the_readme_leads_to_every_page() -> None:
     """By links of its own, and of the pages that it leads to."""
     reached, waiting = {ROOT / "docs/index.md"}, [ROOT / "README.md"]  # the site begins there
@@ -490,3 +505,9 @@ def test_the_readme_leads_to_every_page() -> None:
 def test_the_readme_has_a_row_for_every_method() -> None:
     rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert sorted(rows) == sorted(methods.__all__)
+
+
+def test_the_page_of_wandb_names_every_sweep() -> None:
+    page = (ROOT / "docs/wandb.md").read_text()
+    sweeps = [path.stem for path in (ROOT / "conf/sweep").glob("*.yaml")]
+    assert [name for name in sweeps if f"`{name}`" not in page and f"conf/sweep/{name}.yaml" not in page] == []
