@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import singledispatch
 
-from sparse_callbacks.core.nm_layers import fitting
+from sparse_callbacks.core.pattern_layers import fitting
 from sparse_callbacks.core.selection import NOT_TRAINED, Entry
 
 _UNTIL = "dense until it is trained: "

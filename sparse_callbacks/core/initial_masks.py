@@ -14,9 +14,9 @@ from sparse_callbacks.core.distributions import decides_total
 from sparse_callbacks.core.found_masks import WAITING, FoundMasks, MaskSource, found_masks
 from sparse_callbacks.core.given_masks import GivenMasks, Source
 from sparse_callbacks.core.method import DEFAULT_SPARSITY, Method
-from sparse_callbacks.core.nm_layers import fitting
 from sparse_callbacks.core.ops import keep_largest
 from sparse_callbacks.core.pattern_arguments import kept_pattern, sparsity_beside
+from sparse_callbacks.core.pattern_layers import fitting
 from sparse_callbacks.core.pattern_names import FanIn, asked_nm, asked_pattern
 from sparse_callbacks.core.pattern_starts import largest_of_pattern, starts_by_pattern
 from sparse_callbacks.core.patterns import (

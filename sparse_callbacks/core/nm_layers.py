@@ -1,16 +1,15 @@
-"""Layers under N:M and their masks, and why a pattern leaves some layers dense."""
+"""Layers under N:M: which can have it, their zeros and masks, and what a plan says."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from sparse_callbacks.core.fan_in_layers import ablation_of, has_fan_in, shared_group, why_no_shared_rows
 from sparse_callbacks.core.nm_masks import NMPattern, in_groups, why_not_nm
-from sparse_callbacks.core.pattern_names import asked_nm, asked_pattern
-from sparse_callbacks.core.selection import NOT_TRAINED, Entry
+from sparse_callbacks.core.pattern_names import asked_nm
+from sparse_callbacks.core.selection import Entry
 
-_LIVE_ALONE = "its layer holds live weights alone"
+LIVE_ALONE = "its layer holds live weights alone"
+"""Why a layer that is exchanged already cannot have a pattern of masks."""
 
 
 def inputs_axis(entry: Entry) -> int:
@@ -34,53 +33,8 @@ def why_no_groups(entry: Entry, pattern: NMPattern) -> str:
     if len(entry.shape) < 2:
         return "it has no inputs"
     if entry.live_alone:
-        return _LIVE_ALONE
+        return LIVE_ALONE
     return why_not_nm(entry.shape, pattern, groups=entry.groups)
-
-
-def why_dense(method: object, entry: Entry) -> str:
-    """The reason why a parameter that could be sparse stays dense under the pattern of a method; empty where it does not.
-
-    Args:
-        method: the method of the run.
-        entry: the parameter; what else keeps it dense does not matter.
-    """
-    asked, group = asked_nm(method), shared_group(method)
-    why = "" if asked is None else why_no_groups(entry, asked)
-    if group is not None:
-        why = why_no_shared_rows(entry, group)
-        if not why and entry.live_alone and (not entry.rows_together or entry.rows_together % group):
-            why = _LIVE_ALONE
-    if has_fan_in(method) and entry.live_alone and (entry.rows_together != 1 or ablation_of(method) is not None):
-        why = _LIVE_ALONE
-    return f"not {asked_pattern(method)}: {why}" if why else ""
-
-
-def fitting(method: object, entries: Iterable[Entry]) -> list[Entry]:
-    """``entries`` with the reason of those that stay dense because they cannot have the pattern of a method.
-
-    Args:
-        method: the method of the run.
-        entries: all parameters; those without a reason could be sparse without the pattern.
-
-    Raises:
-        ValueError: none of them can have it, nor one that is not trained yet.
-    """
-    listed = list(entries)
-    _refuse_no_layer(method, listed)
-    could = ("", *NOT_TRAINED)
-    return [replace(e, reason=why_dense(method, e) or e.reason) if e.reason in could else e for e in listed]
-
-
-def _refuse_no_layer(method: object, entries: Sequence[Entry]) -> None:
-    kept = {e.name: why_dense(method, e) for e in entries if not e.reason}
-    later = any(not why_dense(method, e) for e in entries if e.reason in NOT_TRAINED)
-    if kept and all(kept.values()) and not later:
-        reasons = ", ".join(f"{name} ({reason})" for name, reason in kept.items())
-        raise ValueError(
-            f"pattern='{asked_pattern(method)}' fits no layer, so nothing would be sparse: {reasons}. Give another pattern=, or "
-            "leave it out."
-        )
 
 
 def nm_targets(entries: Iterable[Entry], pattern: NMPattern) -> dict[str, int]:
