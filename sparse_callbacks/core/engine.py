@@ -24,6 +24,7 @@ from sparse_callbacks.core.live.lost_writes import LostWrites
 from sparse_callbacks.core.live.uncompiled import leave_abandoned_runs
 from sparse_callbacks.core.loop_steps import next_tick
 from sparse_callbacks.core.method import Method
+from sparse_callbacks.core.nm_layers import changed_groups
 from sparse_callbacks.core.optimizer_hold import OptimizerHold
 from sparse_callbacks.core.optimizer_modes import mask_averages
 from sparse_callbacks.core.optimizer_needs import keeps_optimizers, refuse_optimizers, refuse_replaced_steps
@@ -404,6 +405,7 @@ class Engine:
         changed = topology.take(method.weights, owners, update.masks, new_weights, update.moves, note)
         method.progress.mark_done(step.index)
         self.events |= {**update.figures, "update/changed": changed}
+        self.events |= changed_groups(method, method.weights.entries, before, method.weights.held_masks)
         if method.explores:
             ever_active.add(update.masks)
             self.events["update/ever_active"] = ever_active.share()

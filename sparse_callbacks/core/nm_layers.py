@@ -8,6 +8,9 @@ from sparse_callbacks.core.nm_masks import NMPattern, in_groups, why_not_nm
 from sparse_callbacks.core.pattern_names import asked_nm
 from sparse_callbacks.core.selection import Entry
 
+GROUPS_CHANGED = "update/groups_changed"
+"""The key of the share of groups whose masks an update changed."""
+
 LIVE_ALONE = "its layer holds live weights alone"
 """Why a layer that is exchanged already cannot have a pattern of masks."""
 
@@ -63,6 +66,24 @@ def why_other_groups(mask: Tensor, entry: Entry, pattern: NMPattern) -> str:
         if (most := int(counts.amax())) > pattern.n:
             return f"has {most} active weights in a group of {pattern.m} {what}, and {pattern} allows {pattern.n}"
     return ""
+
+
+def changed_groups(
+    method: object, entries: Mapping[str, Entry], before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """The share of groups in which an update changed the mask, by the key of its curve; empty of a method without N:M.
+
+    Args:
+        method: the method of the run.
+        entries: the sparse parameters by name.
+        before: bool masks of the updated parameters, before the update.
+        after: masks of these, and perhaps of others.
+    """
+    if (pattern := asked_nm(method)) is None or not before:
+        return {}
+    changed = [in_groups(mask != after[n], pattern.m, inputs_axis(entries[n])).any(-1) for n, mask in before.items()]
+    # counted where they lie: layers may be on several devices
+    return {GROUPS_CHANGED: sum(int(c.sum()) for c in changed) / sum(c.numel() for c in changed)}
 
 
 def nm_remarks(method: object, entries: Iterable[Entry], zeros: Mapping[str, int]) -> dict[str, str]:

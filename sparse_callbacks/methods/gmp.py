@@ -23,7 +23,12 @@ from sparse_callbacks.core.storages.storage import why_no_exchange
 from sparse_callbacks.core.targets import on_the_way
 from sparse_callbacks.core.thawed import by_step, masks_by_magnitude
 from sparse_callbacks.core.topology import Update
-from sparse_callbacks.methods.towards_pattern import curve_towards, mask_towards, possible_zeros_towards
+from sparse_callbacks.methods.towards_pattern import (
+    curve_towards,
+    figures_towards,
+    mask_towards,
+    possible_zeros_towards,
+)
 
 
 class GMP(Method):
@@ -143,7 +148,8 @@ class GMP(Method):
 
     def new_masks(self, step: Step) -> Update:
         current = {name: self.weights.masks[name] for name in step.names}
-        return Update(self._pruned(current, *self._at(step.number)))
+        masks = self._pruned(current, *self._at(step.number))
+        return Update(masks, figures_towards(self, masks))
 
     def _at(self, number: int) -> tuple[float, float]:
         """s_t after ``number`` gradient steps, and the part of the curve's way that is done."""

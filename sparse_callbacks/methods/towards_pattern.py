@@ -12,7 +12,7 @@ from sparse_callbacks.core.distributions import Distribution, reads_weights
 from sparse_callbacks.core.fan_in_layers import rows_of_largest, shared_group
 from sparse_callbacks.core.method import DEFAULT_SPARSITY, Method
 from sparse_callbacks.core.nm_layers import inputs_axis
-from sparse_callbacks.core.nm_masks import NMPattern, nm_mask
+from sparse_callbacks.core.nm_masks import NMPattern, in_groups, nm_mask
 from sparse_callbacks.core.ops import keep_largest, zeros_for
 from sparse_callbacks.core.pattern_arguments import sparsity_beside
 from sparse_callbacks.core.pattern_names import FanIn, asked_nm, asked_pattern, parsed
@@ -72,6 +72,20 @@ def mask_towards(
     zeros = zeros_for(sparsity, size)
     # under a transposable pattern some room of a tile may be left, and then the layer ends with more zeros than planned
     return kept if zeros >= planned else with_others(kept, weight, zeros, among)
+
+
+def figures_towards(method: Method, masks: Mapping[str, Tensor]) -> dict[str, float]:
+    """N over time: the most active weights that a group of inputs has after an update; empty of a method without N:M.
+
+    Args:
+        method: the method of the run.
+        masks: the masks of the update by parameter name.
+    """
+    if (pattern := asked_nm(method)) is None:
+        return {}
+    entries, held = method.weights.entries, {**method.weights.held_masks, **masks}
+    counts = (in_groups(mask, pattern.m, inputs_axis(entries[n])).sum(-1) for n, mask in held.items())
+    return method.own_figures(n=float(max(int(c.amax()) for c in counts)))
 
 
 def possible_zeros_towards(method: Method, saved: SavedRun, planned: Mapping[str, int]) -> list[Zeros]:

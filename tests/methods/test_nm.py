@@ -42,18 +42,23 @@ class Given(pl.LightningModule):
 
 
 def steps_of(callback: NM, module: Given, steps: int) -> list[tuple[Any, Tensor, Tensor, dict[str, float]]]:
-    """Mask and effective weights before each step, dense weights and figures after it."""
+    """Mask and effective weights before each step, dense weights and figures after it, those of its update too."""
     found: list[tuple[Any, Tensor, Tensor, dict[str, float]]] = []
     seen: list[tuple[Any, Tensor]] = []
+    events: list[dict[str, float]] = []
+    # before the callback's own turn, in which they are logged and forgotten
+    updated = watch(lambda *_: events.append(dict(callback.engine.events)))
     begin = pl.callbacks.LambdaCallback(
         on_train_batch_start=lambda *_: seen.append(
             (callback.masks["layer.weight"].int().tolist(), module.layer.weight.detach().clone())
         )
     )
     after = watch(
-        lambda *_: found.append((*seen[-1], dense_values(callback, "layer.weight").clone(), dict(callback.figures())))
+        lambda *_: found.append(
+            (*seen[-1], dense_values(callback, "layer.weight").clone(), callback.figures() | events[-1])
+        )
     )
-    fit(module, callback, begin, after, loader=DataLoader(torch.zeros(steps)), max_steps=steps)
+    fit(module, updated, callback, begin, after, loader=DataLoader(torch.zeros(steps)), max_steps=steps)
     return found
 
 
@@ -92,7 +97,7 @@ def test_the_curves_are_those_of_the_table() -> None:
     masks = [torch.tensor(step[0]) for step in table["steps"][2e-4, 1]]
     for step, figures in enumerate(row[3] for row in found[:2]):
         changed = in_groups(masks[step] != masks[step + 1], 4).any(-1)
-        assert figures["nm/groups_changed"] == float(changed.sum()) / 4
+        assert figures["update/groups_changed"] == float(changed.sum()) / 4
         pruned = torch.tensor(table["steps"][2e-4, 1][step][2])[masks[step + 1] == 0]
         assert figures["nm/pruned_dense_norm"] == pytest.approx(float(pruned.norm()), rel=1e-5)  # taken in float32
         assert figures["nm/n"] == 2
@@ -123,7 +128,7 @@ def test_the_soft_projection_moves_as_worked_by_hand() -> None:
         assert_close(effective, expected)
         assert_close(dense, after)
         assert mask == (torch.tensor(expected) != 0).int().tolist()
-    assert [row[3]["nm/groups_changed"] for row in found] == [1.0, 1.0, 0.0]
+    assert [row[3]["update/groups_changed"] for row in found] == [1.0, 1.0, 0.0]
     assert float(callback.aux["scale/layer.weight"]) == 1.5
 
 

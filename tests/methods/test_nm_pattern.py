@@ -87,6 +87,35 @@ def test_every_group_of_every_kind_of_layer_keeps_its_count(make: Any, pattern: 
     assert (run.updates == 0) if make is Static else (run.updates >= 3)
 
 
+@each_method
+@pytest.mark.parametrize("pattern", [*PATTERNS, "fan_in"])
+def test_a_curve_says_how_many_groups_an_update_changed(make: Any, pattern: str) -> None:
+    model = Kinds()
+    optimizer = loops.adamw(model)
+    run = loops.begin(method(make, pattern=pattern), model, optimizer)
+    shares: set[float] = set()
+    for step in range(9):
+        before, updates = {n: m.clone() for n, m in run.masks.items()}, run.updates
+        loops.train(run, model, optimizer, step, step + 1, loops.data(8))
+        if run.updates == updates:
+            continue
+        changed = groups = 0
+        for name, mask in run.masks.items():
+            moved = (mask != before[name]).numpy()
+            # groups of four inputs, counted one by one
+            places = moved.swapaxes(0, 1) if name == "up.weight" else moved
+            for output in places:
+                kernel = output.reshape(output.shape[0], -1).T
+                for position in kernel:
+                    groups += len(position) // 4
+                    changed += sum(bool(position[i : i + 4].any()) for i in range(0, len(position), 4))
+        figure = run.figures().get("update/groups_changed")
+        shares.add(changed / groups)
+        assert figure == (None if pattern == "fan_in" else pytest.approx(changed / groups))
+    assert bool(shares) == (make is not Static)
+    assert make is not Static or "update/groups_changed" not in run.figures()
+
+
 @pytest.mark.parametrize("make", [SET, RigL, SNFS], ids=lambda m: m.__name__)
 def test_every_update_of_a_run_is_that_of_plain_python(make: Any, tmp_path: Path) -> None:
     callback, trained = method(make), Classifier()

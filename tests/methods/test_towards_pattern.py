@@ -54,6 +54,39 @@ def trained(chosen: Any) -> Iterator[tuple[int, Any]]:
     run.close()
 
 
+def inputs_last(name: str, mask: Tensor) -> Tensor:
+    """A mask as rows of groups of four inputs, written apart from the package: (groups, 4)."""
+    matrix = mask.transpose(0, 1) if name == "4.weight" else mask
+    return torch.stack([matrix[:, i : i + 4].transpose(1, -1).reshape(-1, 4) for i in range(0, matrix.shape[1], 4)])
+
+
+@each_method
+@each_pattern
+def test_curves_say_how_many_groups_changed_and_the_most_that_one_has(make: Any, pattern: str) -> None:
+    before: dict[str, Tensor] = {}
+    found: list[float] = []
+    for _, run in trained(method(make, pattern)):
+        masks = {name: inputs_last(name, mask.clone()) for name, mask in run.masks.items()}
+        figures = run.figures()
+        if any(bool((masks[n] != before.get(n, masks[n])).any()) for n in masks):
+            changed = [(masks[n] != before[n]).any(-1).flatten() for n in masks]
+            assert figures["update/groups_changed"] == pytest.approx(float(torch.cat(changed).float().mean()))
+            most = max(int(mask.sum(-1).amax()) for mask in masks.values())
+            found.append(figures[f"{make.__name__.lower()}/n"])
+            assert found[-1] == most
+        assert ("update/groups_changed" in figures) == (run.updates > 0)
+        before = masks
+    assert found[0] == 4
+    assert found[-1] == int(pattern[-3])
+
+
+@each_method
+def test_without_a_pattern_no_curve_speaks_of_groups(make: Any) -> None:
+    *_, (_, run) = trained(method(make, "unstructured"))
+    assert run.updates
+    assert not {"update/groups_changed", f"{make.__name__.lower()}/n"} & set(run.figures())
+
+
 def groups_of(name: str, mask: Tensor, m: int, outputs: bool = False) -> Tensor:
     """The active weights of each group of inputs, or of outputs."""
     axis = (0 if name == "4.weight" else 1) ^ outputs

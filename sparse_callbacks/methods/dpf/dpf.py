@@ -26,7 +26,7 @@ from sparse_callbacks.core.targets import on_the_way
 from sparse_callbacks.core.thawed import by_step, masks_by_magnitude
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.dpf import filters
-from sparse_callbacks.methods.towards_pattern import curve_towards, mask_towards
+from sparse_callbacks.methods.towards_pattern import curve_towards, figures_towards, mask_towards
 
 UNITS = ("weight", "filter")
 
@@ -236,7 +236,8 @@ class DPF(Method):
         total = self.aux.setdefault("reactivated/total", torch.zeros((), dtype=torch.int64))
         total += back
         norm = self._norm_of_pruned({**self.weights.masks, **masks})
-        return Update(masks, self.own_figures(reactivated=back, reactivated_total=int(total), pruned_dense_norm=norm))
+        figures = self.own_figures(reactivated=back, reactivated_total=int(total), pruned_dense_norm=norm)
+        return Update(masks, {**figures, **figures_towards(self, masks)})
 
     def after_update(self, step: Step) -> None:
         if step.number >= step.calendar.last:  # fine-tuning begins: pruned weights learn no more

@@ -11,7 +11,7 @@ from sparse_callbacks.core.arguments import refuse_unknown
 from sparse_callbacks.core.calendar import NO_END, Calendar, RunLength, Time, check_times, resolve_times
 from sparse_callbacks.core.dense_copy import undone
 from sparse_callbacks.core.method import Method, Options
-from sparse_callbacks.core.nm_layers import inputs_axis
+from sparse_callbacks.core.nm_layers import GROUPS_CHANGED, inputs_axis
 from sparse_callbacks.core.nm_masks import in_groups, nm_mask
 from sparse_callbacks.core.patterns import reached_targets
 from sparse_callbacks.core.schedules import to_steps
@@ -33,7 +33,7 @@ from sparse_callbacks.methods.nm.soft_projection import scale_of, soft_factors
 DECAY = 2e-4
 PROJECTIONS = ("hard", "soft")
 SCALE, CHANGED = "scale", "changed"
-"""Keys in ``aux``, before the name of a parameter, of its beta, and of how many groups the latest refresh or soft step changed."""
+"""Keys in ``aux``, before the name of a parameter: of its beta, and of how many groups the latest step of the soft projection changed."""
 
 
 class NM(Method):
@@ -167,14 +167,17 @@ class NM(Method):
         return max(n, m - refreshed * (m - n) // max(1, self.times.stop))
 
     def figures(self) -> dict[str, float]:
-        counts = {n: t for n in self.weights.copied if (t := self.aux.get(f"{CHANGED}/{n}")) is not None}
         found = {"n": float(self.active_at(self.step))} if self.calendar is not None else {}
-        if counts:
-            groups = sum(self.weights.size(n) for n in counts) // self._asked.m
-            found["groups_changed"] = float(torch.stack([t.cpu() for t in counts.values()]).sum()) / groups
         if self.weights.copied:
             found["pruned_dense_norm"] = self._norm_of_pruned()
-        return self.own_figures(**found)
+        return self.own_figures(**found) | self._changed_softly()
+
+    def _changed_softly(self) -> dict[str, float]:
+        """The share of groups that the latest step of the soft projection changed, which moves without updates."""
+        counts = {n: t for n in self.weights.copied if (t := self.aux.get(f"{CHANGED}/{n}")) is not None}
+        groups = sum(self.weights.size(n) for n in counts) // self._asked.m
+        changed = sum(float(t) for t in counts.values())
+        return {GROUPS_CHANGED: changed / groups} if self.projection == "soft" and counts else {}
 
     # ------------------------------------------------------------------ plan and calendar
 
@@ -244,10 +247,7 @@ class NM(Method):
         return self.new_masks(step) if self.projection == "hard" and step.due else None
 
     def new_masks(self, step: Step) -> Update:
-        masks = {n: self._mask(n, self.weights.dense_values(n), step.number) for n in step.names}
-        for name, mask in masks.items():
-            self._note_changed(name, mask != self.weights.masks[name])
-        return Update(masks)
+        return Update({n: self._mask(n, self.weights.dense_values(n), step.number) for n in step.names})
 
     def write(self, names: Sequence[str] | None, finite: bool) -> None:
         if self.projection == "soft":
@@ -266,7 +266,9 @@ class NM(Method):
         if before is not None:
             if isinstance(finite, Tensor):  # nobody has waited for it yet
                 factors = torch.where(finite, factors, before)
-            self._note_changed(name, (before != 0) != (factors != 0))
+            moved = in_groups((before != 0) != (factors != 0), self._asked.m, self._axis(name))
+            # in aux: a callback that describes the network of a checkpoint has the figures of its run
+            self.aux[f"{CHANGED}/{name}"] = moved.any(-1).sum()
         self._soft[name] = factors
         self.weights.set_factor(name, factors)
 
@@ -286,10 +288,6 @@ class NM(Method):
 
     def _axis(self, name: str) -> int:
         return inputs_axis(self.weights.entries[name])
-
-    def _note_changed(self, name: str, where: Tensor) -> None:
-        # in aux: a callback that describes the network of a checkpoint has the figures of its run
-        self.aux[f"{CHANGED}/{name}"] = in_groups(where, self._asked.m, self._axis(name)).any(-1).sum()
 
     def _norm_of_pruned(self) -> float:
         """L2 norm of the dense values of all pruned weights."""

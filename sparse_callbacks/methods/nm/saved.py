@@ -33,7 +33,8 @@ def _(method: NM, saved: SavedRun) -> Collection[str]:
 
 @expected_aux.register
 def _(method: NM, saved: SavedRun, model: nn.Module) -> Mapping[str, Kept]:
-    changed = {f"{CHANGED}/*": Kept(dtype="int", low=0)}
     if method.projection == "hard":
-        return changed
-    return changed | {f"{SCALE}/{name}": Kept(required=True, low=0) for name in saved.masks}
+        return {}
+    return {f"{CHANGED}/*": Kept(dtype="int", low=0)} | {
+        f"{SCALE}/{name}": Kept(required=True, low=0) for name in saved.masks
+    }
