@@ -13,12 +13,12 @@ from sparse_callbacks.core.pattern_names import UNSTRUCTURED, parsed
 from sparse_callbacks.core.state_layout import shown_short
 
 _AS_SHOWN = 5e-5  # a plan shows four decimals
-# what a method does that has no such argument, and which methods have it
-_ELSEWHERE = {
+ELSEWHERE = {
     "pattern": "chooses weights by rules of its own, and takes no pattern=. Static, SET, RigL and SNFS keep one, GMP and DPF arrive "
-    "at one.",
+    "at one, and NM trains under N:M.",
     "ablation": "takes no units away when it updates. SET, RigL and SNFS do, with pattern='fan_in'.",
 }
+"""By argument, what a method does that has no such argument, and which methods have it."""
 
 
 def kept_pattern(pattern: str | None) -> str | None:
@@ -67,7 +67,7 @@ def refusing_pattern(init: Callable[..., None], shared: type) -> Callable[..., N
         init: the ``__init__`` of a class.
         shared: a TypedDict with the arguments that the class takes as ``**options`` and hands on.
     """
-    absent = [name for name in _ELSEWHERE if name not in signature(init).parameters]
+    absent = [name for name in ELSEWHERE if name not in signature(init).parameters]
     if not absent:
         return init
 
@@ -79,7 +79,7 @@ def refusing_pattern(init: Callable[..., None], shared: type) -> Callable[..., N
                 given = kwargs.pop(name)
                 if given is not None and given != UNSTRUCTURED:
                     raise ValueError(
-                        f"{name}={shown_short(given)}: {type(self).__name__} {_ELSEWHERE[name]} Leave it out."
+                        f"{name}={shown_short(given)}: {type(self).__name__} {ELSEWHERE[name]} Leave it out."
                     )
         init(self, *args, **kwargs)
 

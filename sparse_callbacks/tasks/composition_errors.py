@@ -8,6 +8,7 @@ from hydra.errors import InstantiationException, MissingConfigException, Overrid
 from omegaconf.errors import OmegaConfBaseException
 
 from sparse_callbacks.core.error_text import first_line
+from sparse_callbacks.core.pattern_arguments import ELSEWHERE
 from sparse_callbacks.tasks.known_names import Names, close, known_names, meant, nearest_key
 from sparse_callbacks.tasks.library_names import libraries_of
 
@@ -191,6 +192,11 @@ def unknown_key(key: str, value: str, names: Names) -> str:
         written = f"'{options}={{{leaf}: {value or 'VALUE'}}}'"
         return f"{key} is not a key. If it is an argument of what the {parent} is made of, write {written}."
     choices = names.elsewhere.get(name, ())
+    if parent == "method" and "method._target_" in names.keys and leaf in ELSEWHERE:
+        # of a method around another one it is a key of that
+        if within := [other for other in names.keys if other.startswith(f"{parent}.") and other.endswith(f".{leaf}")]:
+            return f"{key} is not a key. Did you mean {within[0]}={value or 'VALUE'}?"
+        return f"{key} is not a key of the method that the run has, which {ELSEWHERE[leaf]} Leave it out, or choose one of these."
     if choices and close(leaf, [other.rpartition(".")[2] for other in beside]) is None:
         there = ", ".join(f"{parent}={choice}" for choice in choices)
         return f"{key} is not a key of the {parent} that the run has. It is one of {there}: choose one of these, or leave it out."

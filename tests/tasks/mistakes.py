@@ -40,6 +40,17 @@ NAMES = [
     ("root=photos", "root is not a key. Did you mean data.root=photos?"),
     ("model.name=resnet18", "It is one of model=timm, model=torchvision: choose one of these, or leave it out."),
     ("method.budget=0.5", "It is one of method=channels, method=smcp: choose one of these, or leave it out."),
+    # patience= of CTRE is a name like it
+    (
+        ("method=ctre", "method.pattern=2:4"),
+        "which chooses weights by rules of its own, and takes no pattern=. Static, SET, RigL",
+    ),
+    (("method=channels", "method.pattern=2:4"), "GMP and DPF arrive at one, and NM trains under N:M. Leave it out, or"),
+    (("method=gmp", "method.ablation=0.3"), "which takes no units away when it updates. SET, RigL and SNFS do, with"),
+    (
+        ("method=sup_tickets", "method.pattern=2:4"),
+        "method.pattern is not a key. Did you mean method.base.pattern=2:4?",
+    ),
     (
         ("data=module", "data.module=my_data.Photos", "data.options.root=photos"),
         "data.options.root is not a key, as data.options has no value yet. Write 'data.options={root: photos}'.",
