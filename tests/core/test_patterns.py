@@ -57,7 +57,8 @@ def test_a_method_without_patterns_refuses_one_in_words(make: Any, pattern: Any)
 def test_a_pattern_beside_a_storage_without_it_is_refused_in_words(make: Any) -> None:
     for storage in ("sparse", "auto", {"head.*": "sparse"}, {"a.*": "grouped", "*": "auto"}):
         with pytest.raises(
-            ValueError, match=r"pattern='fan_in/4' is one of masked storage, and storage=.* has another"
+            ValueError,
+            match=r"pattern='fan_in/4' is one of masked storage, and storage=.* has another\. .* give storage='grouped', group=4\.",
         ):
             make(0.5, pattern="fan_in/4", storage=storage, group=4)
         make(0.5, storage=storage, group=4)

@@ -94,9 +94,8 @@ def check_storage(method: object, storage: Any, group: Any, rows: Any, pattern: 
     same = (f"fan_in/{group}", *(["fan_in"] if group == 1 else []))  # as group= says
     fitting = {"masked", "grouped"} if pattern in same else {"masked"}
     if pattern is not None and not fitting.issuperset(names):
-        advice = (
-            "For the same pattern without the pruned weights give storage='grouped' and its group= (of 'fan_in' 1)."
-        )
+        rows_together = pattern.partition("/")[2] or "1"
+        advice = f"For the same pattern without the pruned weights give storage='grouped', group={rows_together}."
         if not pattern.startswith("fan_in"):
             advice = "Leave storage= out, or pattern=."
         raise ValueError(
