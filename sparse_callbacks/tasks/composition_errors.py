@@ -193,9 +193,6 @@ def unknown_key(key: str, value: str, names: Names) -> str:
         return f"{key} is not a key. If it is an argument of what the {parent} is made of, write {written}."
     choices = names.elsewhere.get(name, ())
     if parent == "method" and "method._target_" in names.keys and leaf in ELSEWHERE:
-        # of a method around another one it is a key of that
-        if within := [other for other in names.keys if other.startswith(f"{parent}.") and other.endswith(f".{leaf}")]:
-            return f"{key} is not a key. Did you mean {within[0]}={value or 'VALUE'}?"
         return f"{key} is not a key of the method that the run has, which {ELSEWHERE[leaf]} Leave it out, or choose one of these."
     if choices and close(leaf, [other.rpartition(".")[2] for other in beside]) is None:
         there = ", ".join(f"{parent}={choice}" for choice in choices)

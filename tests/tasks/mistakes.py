@@ -49,7 +49,7 @@ NAMES = [
     (("method=gmp", "method.ablation=0.3"), "which takes no units away when it updates. SET, RigL and SNFS do, with"),
     (
         ("method=sup_tickets", "method.pattern=2:4"),
-        "method.pattern is not a key. Did you mean method.base.pattern=2:4?",
+        "which chooses weights by rules of its own, and takes no pattern=",
     ),
     (
         ("data=module", "data.module=my_data.Photos", "data.options.root=photos"),
