@@ -62,7 +62,9 @@ def test_a_pattern_beside_a_storage_without_it_is_refused_in_words(make: Any) ->
         ):
             make(0.5, pattern="fan_in/4", storage=storage, group=4)
         make(0.5, storage=storage, group=4)
-    with pytest.raises(ValueError, match=r"pattern='fan_in/4' .*, and storage='grouped' with group=64 has another"):
+    with pytest.raises(
+        ValueError, match=r"pattern='fan_in/4' .*, and storage='grouped' with group=64 has another.* group=4\."
+    ):
         make(0.5, pattern="fan_in/4", storage="grouped")
     make(0.5, pattern="fan_in/4", storage={"a.*": "grouped"}, group=4)
     make(0.5, pattern="fan_in/4", group=64)
