@@ -244,9 +244,19 @@ def test_a_distribution_beside_the_pattern_is_refused(make: Any) -> None:
 
 @each_method
 def test_a_fan_in_needs_a_target_for_each_layer(make: Any) -> None:
-    for distribution in ("global", "lamp", {"0.*": "lamp", "*": "uniform"}):
+    for distribution in (*(["global"] if make is GMP else []), "lamp", {"0.*": "lamp", "*": "uniform"}):
         with pytest.raises(ValueError, match=r"pattern='fan_in' with distribution=.*: under one threshold over all"):
             make(0.5, pattern="fan_in", distribution=distribution)
+
+
+@pytest.mark.parametrize("pattern", ["fan_in", "fan_in/2"])
+def test_the_threshold_over_all_layers_gives_way_to_a_share_of_each(pattern: str) -> None:
+    made = DPF(0.5, pattern=pattern)
+    assert made.distribution == "uniform"
+    assert f"pattern={pattern!r}" in repr(made)
+    zeros = [row.zeros for row in made.plan(net()).rows]
+    assert zeros == [row.zeros for row in GMP(0.5, pattern=pattern).plan(net()).rows]
+    assert (DPF(0.5).distribution, DPF(pattern="2:4").distribution) == ("global", "global")
 
 
 def test_whole_filters_have_no_pattern() -> None:

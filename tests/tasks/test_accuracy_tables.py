@@ -28,7 +28,7 @@ def training_runs(accuracy: ModuleType) -> ModuleType:
     return training_runs
 
 
-TABLES = ["digits", "lenet5", "starts", "sup_tickets", "snip", "patterns"]
+TABLES = ["digits", "lenet5", "lenet5_rescaled", "starts", "sup_tickets", "snip", "patterns"]
 
 
 def test_all_tables_are_tested(accuracy: ModuleType) -> None:

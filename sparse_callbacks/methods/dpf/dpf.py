@@ -15,7 +15,7 @@ from sparse_callbacks.core.joint_thresholds import joint_masks, renews_threshold
 from sparse_callbacks.core.method import Method, Options
 from sparse_callbacks.core.ops import keep_largest, zeros_for
 from sparse_callbacks.core.pattern_arguments import kept_pattern
-from sparse_callbacks.core.pattern_names import asked_nm
+from sparse_callbacks.core.pattern_names import FanIn, asked_nm, asked_pattern
 from sparse_callbacks.core.patterns import reached_targets
 from sparse_callbacks.core.schedules import Schedule, to_steps
 from sparse_callbacks.core.selection import Entry
@@ -78,8 +78,8 @@ class DPF(Method):
             first, as many as fit the target (floor(s * filters) of a layer; with ``"global"`` no more than floor(s *
             size) weights). The network's outputs are channels too: leave them alone with ``keep_dense="last"``. A pattern
             keeps single weights, so ``"filter"`` has none.
-        pattern: as in :class:`~sparse_callbacks.GMP`; ``"fan_in"`` and ``"fan_in/64"`` need a ``distribution`` by layer,
-            such as ``"uniform"``.
+        pattern: as in :class:`~sparse_callbacks.GMP`. ``"fan_in"`` and ``"fan_in/64"`` have a share of each layer, so beside them
+            the default ``distribution="global"`` is ``"uniform"``; ``"lamp"`` is refused.
         include: glob, or globs, on the names of parameters that become sparse; None: the weights of all supported layers except
             embeddings.
         exclude: glob, or globs, on the names of parameters that stay dense.
@@ -121,6 +121,8 @@ class DPF(Method):
         **options: Unpack[Options],
     ) -> None:
         self.pattern = kept_pattern(pattern)
+        if distribution == GLOBAL and isinstance(asked_pattern(self), FanIn):
+            distribution = "uniform"  # under one threshold over all layers none would have a fan-in of its own
         self._curve = curve_towards(self, sparsity, distribution)
         super().__init__(
             self._curve.final, distribution=distribution, include=include, exclude=exclude, seed=seed, **options
