@@ -28,7 +28,7 @@ from sparse_callbacks import Static
 from sparse_callbacks.core.machine import processor
 
 RESULTS = Path(__file__).parent / "results" / "masking_parts.md"
-CASES = ("mlp-sgd", "mlp-sgd-fused", "mlp-adamw-fused")
+CASES = ("mlp-sgd", "mlp-sgd-fused")
 WARM_UP = 40
 PLAIN, WHOLE, PRUNE, PRODUCT = "plain", "Static", "torch.nn.utils.prune", "one product of the weights, in place"
 PARTS = {
