@@ -216,11 +216,10 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
-    out, runs, root = (None if each is None else Path(each).absolute() for each in (given.out, given.runs, given.root))
-    assert out is not None
-    os.chdir(ROOT)
+    out, root = given.out.absolute(), Path(given.root).absolute()
     with tempfile.TemporaryDirectory() as temporary:
-        kept, said = runs or Path(temporary), list[str]()
+        kept, said = (given.runs or Path(temporary)).absolute(), list[str]()
+        os.chdir(ROOT)
         if not (given.go_on and TIMES.exists()):
             table = measured_times(wide(), "784-1000x3-10", BATCH, SHAPE, repeats=given.readings, report=said.append)
             table.save(TIMES)

@@ -6,7 +6,7 @@ generator; each item holds the times of the steps of one round.
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,22 @@ def clock() -> float:
     CPU time does not depend on other jobs, but threads of torch that wait for each other consume it too.
     """
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def in_turns(runs: Mapping[str, Run], count: int) -> Iterator[tuple[str, list[StepTime]]]:
+    """The rounds of runs that take turns, each with the label of its run; another one begins each time.
+
+    Args:
+        runs: runs by label; the first round of each warms up, and is left out.
+        count: the number of rounds of each run after it.
+    """
+    for run in runs.values():
+        next(run)
+    labels = list(runs)
+    for turn in range(count):
+        first = turn % len(labels)
+        for label in labels[first:] + labels[:first]:
+            yield label, next(runs[label])
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from interleaved_runs import SPARSITY, Net, Run, Workload, lightning_run, pruned
-from overhead import WORKLOADS
-from step_limits import products
+from interleaved_runs import SPARSITY, Net, Run, Workload, in_turns, lightning_run, pruned
+from overhead import WORKLOADS, spread
+from step_limits import PRODUCT, products
 
 from sparse_callbacks import Static
 from sparse_callbacks.core.machine import processor
@@ -30,7 +30,7 @@ from sparse_callbacks.core.machine import processor
 RESULTS = Path(__file__).parent / "results" / "masking_parts.md"
 CASES = ("mlp-sgd", "mlp-sgd-fused")
 WARM_UP = 40
-PLAIN, WHOLE, PRUNE, PRODUCT = "plain", "Static", "torch.nn.utils.prune", "one product of the weights, in place"
+PLAIN, WHOLE, PRUNE = "plain", "Static", "torch.nn.utils.prune"
 PARTS = {
     "the look at gradients for inf and NaN": "Static without its look at gradients",
     "the masks on the weights": "Static without its masks on the weights",
@@ -80,19 +80,9 @@ def times_of(workload: Workload, count: int, steps: int) -> dict[str, list[float
     """Mean milliseconds of a step in each round, by label."""
     runs = runs_of(workload, [WARM_UP, *[steps] * count])
     found: dict[str, list[float]] = {label: [] for label in runs}
-    for run in runs.values():
-        next(run)  # warms up
-    labels = list(runs)
-    for turn in range(count):
-        for label in labels[turn % len(labels) :] + labels[: turn % len(labels)]:
-            found[label].append(1e3 * statistics.mean(seconds for seconds, _ in next(runs[label])))
+    for label, steps_of_round in in_turns(runs, count):
+        found[label].append(1e3 * statistics.mean(seconds for seconds, _ in steps_of_round))
     return found
-
-
-def spread(values: Sequence[float]) -> str:
-    """Median and quartiles."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def table(times: Mapping[str, Sequence[float]]) -> str:
@@ -119,7 +109,7 @@ def table(times: Mapping[str, Sequence[float]]) -> str:
             if name in (PLAIN, PRODUCT)
             else " | ".join(f"{statistics.median(values) / of:.2f}" for of in (product, pruning)) + " |"
         )
-        lines.append(f"| {name} | {spread(values)} | {ratios}")
+        lines.append(f"| {name} | {spread(values, 2)} | {ratios}")
     return "\n".join(lines)
 
 

@@ -36,6 +36,7 @@ from interleaved_runs import (
     StepTime,
     Workload,
     gated,
+    in_turns,
     lightning_run,
     parametrized,
     pruned,
@@ -221,13 +222,8 @@ def measure(workload: Workload, count: int, steps: int, slimmed: Slimmed) -> dic
     runs = runs_of(workload, rounds, slimmed)
     published = {**PUBLISHED_EVERY, CTRE_LABEL: epoch_of(rounds)}
     timings = {label: (base, Timing(published.get(label, EVERY))) for label, (base, _) in runs.items()}
-    # the first round warms up and is not counted
-    for _, run in runs.values():
-        next(run)
-    labels = list(runs)
-    for turn in range(count):
-        for label in labels[turn % len(labels) :] + labels[: turn % len(labels)]:
-            timings[label][1].add(next(runs[label][1]))
+    for label, steps_of_round in in_turns({label: run for label, (_, run) in runs.items()}, count):
+        timings[label][1].add(steps_of_round)
     return timings
 
 

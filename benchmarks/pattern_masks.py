@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from interleaved_runs import Net, Run, Workload, lightning_run
+from interleaved_runs import Net, Run, Workload, in_turns, lightning_run
 from overhead import WORKLOADS
 from step_limits import peak_of
 from torch import Tensor
@@ -106,13 +106,9 @@ def step_times(workload: Workload, rounds: int, steps: int) -> dict[str, list[fl
     lengths = [4, *[steps] * rounds]
     runs: dict[str, Run] = {PLAIN: lightning_run(workload, lengths, Net(workload))}
     runs |= {name: lightning_run(workload, lengths, Net(workload), make()) for name, make in METHODS.items()}
-    for run in runs.values():
-        next(run)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds):
-        names = list(runs)[turn % len(runs) :] + list(runs)[: turn % len(runs)]
-        for name in names:
-            seconds[name].append(statistics.mean(t for t, _ in next(runs[name])))
+    for name, steps_of_round in in_turns(runs, rounds):
+        seconds[name].append(statistics.mean(t for t, _ in steps_of_round))
     return seconds
 
 

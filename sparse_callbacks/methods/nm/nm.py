@@ -236,7 +236,6 @@ class NM(Method):
 
     def _decay_pruned(self, step: Step, decay: float) -> None:
         """Add ``decay`` times the dense values to the gradients of pruned weights."""
-        self.weights.absorb_if_written(step.names)
         for name in step.names:
             gradient = self.params[name].grad
             if gradient is not None and self.weights.active_counts[name] < self.weights.size(name):
@@ -292,7 +291,9 @@ class NM(Method):
     def _norm_of_pruned(self) -> float:
         """L2 norm of the dense values of all pruned weights."""
         weights = self.weights
-        norms = [torch.linalg.vector_norm(weights.dense_at_pruned(n).float()) for n in weights.copied]
+        norms = [
+            torch.linalg.vector_norm(weights.at_pruned(n, weights.dense_values(n)).float()) for n in weights.copied
+        ]
         return float(torch.linalg.vector_norm(torch.stack([norm.cpu() for norm in norms])))
 
 
