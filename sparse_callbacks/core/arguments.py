@@ -26,9 +26,10 @@ def refuse_outside(given: Any, argument: str, low: float, high: float, too_low: 
             continue
         at_most = f" and at most {high:g}" if math.isfinite(high) else ""
         reason = f": {too_low}" if too_low and number and 0 <= float(value) < low else ""
+        # of several numbers, which one it is
+        which = f": {value!r}" if isinstance(given, Mapping) else ""
         raise ValueError(
-            f"{argument}={given!r}: {value!r} is out of range. Give a number that is at least "
-            f"{low:.4g}{at_most}{reason}."
+            f"{argument}={given!r}{which} is out of range. Give a number that is at least {low:.4g}{at_most}{reason}."
         )
 
 

@@ -2,10 +2,11 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Unpack, get_origin
 
 from sparse_callbacks.core.argument_types import in_words, refuse_other_types
+from sparse_callbacks.core.similar_names import meant
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _DEPTH = "_constructors_running"
@@ -67,8 +68,8 @@ def checks_arguments(init: Callable[..., None], shared: type) -> Callable[..., N
         shared: a TypedDict with the arguments that the class takes as ``**options`` and hands on.
 
     Raises:
-        TypeError: an argument that is no attribute of the object, one that the class does not name and that a base class has
-            taken, or in a class of this package one of another type than it is annotated with; raised by the function that
+        TypeError: an argument that the class does not have, or that only a base class names, one that is no attribute of the
+            object, or in a class of this package one of another type than it is annotated with; raised by the function that
             is returned.
     """
 
@@ -82,6 +83,8 @@ def checks_arguments(init: Callable[..., None], shared: type) -> Callable[..., N
         try:
             init(self, *args, **kwargs)
         except Exception as error:
+            if outermost and isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
+                refuse_unknown_arguments(self, list(kwargs), _taken_by_name(init, type(self), shared))
             # a sentence about the value says more than one about its type
             if ours and not in_words(error, inspect.signature(init).parameters):
                 refuse_other_types(init, (self, *args), kwargs, shared)
@@ -112,6 +115,39 @@ def refuse_lost_arguments(made: object, names: list[str]) -> None:
             f"{type(made).__name__}.__init__ takes {', '.join(f'{n}=' for n in lost)} and does not keep it under its own "
             f"name. repr(), checkpoints and resume read every argument there: write {writes} in __init__."
         )
+
+
+@functools.singledispatch
+def where_argument_belongs(made: object, argument: str) -> str:
+    """' A sentence' that says which object takes an argument that ``made`` does not have; empty where nobody knows."""
+    return ""
+
+
+def refuse_unknown_arguments(made: object, given: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse arguments that a class does not have.
+
+    Args:
+        made: the object, whose constructor was called.
+        given: names of its arguments.
+        names: the constructor arguments of the class.
+
+    Raises:
+        TypeError: names the first of such arguments, and what was meant by it if a name is like it.
+    """
+    for argument in given:
+        if argument not in names and argument not in _ANSWERED:
+            whose = where_argument_belongs(made, argument) or meant(argument, names)
+            raise TypeError(
+                f"{type(made).__name__} has no argument {argument}=.{whose} {type(made).__name__} has "
+                f"{', '.join(f'{n}=' for n in names)}."
+            )
+
+
+def _taken_by_name(init: Callable[..., None], cls: type, shared: type) -> list[str]:
+    """The arguments that an ``__init__`` of ``cls`` takes by name, those that it hands on included."""
+    parameters = list(inspect.signature(init).parameters.values())[1:]  # without self
+    handed_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    return argument_names(cls, shared) if handed_on else [p.name for p in parameters]
 
 
 def refuse_unnamed_arguments(made: object, unnamed: list[str], names: list[str]) -> None:

@@ -146,7 +146,7 @@ def _method_of(group: Mapping[str, Any], sparsity: Any, curve: str | None) -> Sp
     try:
         made: SparsityCallback = cls(**arguments)
     except TypeError as error:
-        if match := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
+        if match := re.search(r"has no argument (\w+)=", str(error)):
             refuse_unknown_arguments("method", cls.__name__, [match[1]], argument_names(cls, Options))
         raise
     return made

@@ -9,11 +9,11 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from sparse_callbacks.core.similar_names import close
 from sparse_callbacks.tasks import build
 from sparse_callbacks.tasks.data.module import refuse_batch_size
 from sparse_callbacks.tasks.given_arguments import group_values, refuse_wrong_arguments
 from sparse_callbacks.tasks.initial_weights import refuse_missing
-from sparse_callbacks.tasks.known_names import close
 from sparse_callbacks.tasks.model_checks import REFUSED_EARLY, of_resumed
 
 TESTED = ("last", "best")  # values of the root key `test`

@@ -9,7 +9,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sparse_callbacks.core.error_text import first_line
 from sparse_callbacks.core.pattern_arguments import ELSEWHERE
-from sparse_callbacks.tasks.known_names import Names, close, known_names, meant, nearest_key
+from sparse_callbacks.core.similar_names import close, meant
+from sparse_callbacks.tasks.known_names import Names, known_names, nearest_key
 from sparse_callbacks.tasks.library_names import libraries_of
 
 
@@ -194,6 +195,11 @@ def unknown_key(key: str, value: str, names: Names) -> str:
     choices = names.elsewhere.get(name, ())
     if parent == "method" and "method._target_" in names.keys and leaf in ELSEWHERE:
         return f"{key} is not a key of the method that the run has, which {ELSEWHERE[leaf]} Leave it out, or choose one of these."
+    if f"{parent}.base.{leaf}" in names.keys:
+        written = f"{parent}.base.{leaf}" + (f"={value}" if value else "")
+        return (
+            f"{key} is not a key of the {parent} that the run has, and its base has one of this name. Write {written}."
+        )
     if choices and close(leaf, [other.rpartition(".")[2] for other in beside]) is None:
         there = ", ".join(f"{parent}={choice}" for choice in choices)
         return f"{key} is not a key of the {parent} that the run has. It is one of {there}: choose one of these, or leave it out."

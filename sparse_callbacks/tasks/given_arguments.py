@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sparse_callbacks.core.argument_types import refuse_other_types
-from sparse_callbacks.tasks.known_names import meant
+from sparse_callbacks.core.similar_names import meant
 
 
 def group_values(cfg: DictConfig, group: str) -> dict[str, Any]:

@@ -1,9 +1,8 @@
 """Names of keys, groups and choices of the command line, and the nearest one to a wrong name."""
 
-import difflib
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
+
+from sparse_callbacks.core.similar_names import close
 
 ELSEWHERE = {
     "batch": "data.batch_size",
@@ -114,14 +115,6 @@ def _dotted(cfg: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any
             yield from _dotted(value, f"{before}{key}.")
 
 
-def close(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The shortest name that begins or ends with another one; else the name that is most like it, where any is."""
-    known = list(known)
-    if longer := [other for other in known if other.startswith(f"{name}_") or other.endswith(f"_{name}")]:
-        return min(longer, key=len)
-    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=cutoff)), None)
-
-
 def nearest_key(key: str, names: Names) -> str | None:
     """The key or group that somebody has meant by a key that is not there; None where none is like it.
 
@@ -151,9 +144,3 @@ def nearest_key(key: str, names: Names) -> str | None:
     if found := close(leaf, leaves, cutoff=0.75):
         return leaves[found]
     return close(key, names.keys, cutoff=0.75)
-
-
-def meant(name: str, known: Iterable[str]) -> str:
-    """' Did you mean NAME?' where a known name is like it; else nothing."""
-    found = close(name, known)
-    return "" if found is None else f" Did you mean {found}?"

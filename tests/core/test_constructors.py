@@ -2,6 +2,7 @@
 
 import inspect
 import pickle
+import re
 from abc import ABC
 from typing import Any, Unpack
 
@@ -131,6 +132,47 @@ def test_an_argument_that_a_class_does_not_name_is_refused(make: Any, argument: 
     with pytest.raises(
         TypeError, match=rf"has no argument {argument}=: .*\. Leave it out; \w+ has sparsity=.*fresh_start=\."
     ):
+        make()
+
+
+class Fixed(methods.RigL):
+    def __init__(self, sparsity: float = 0.5) -> None:
+        super().__init__(sparsity)
+
+
+class MakesAnother(methods.RigL):
+    def __init__(self, share: float) -> None:
+        Fixed(share=share)  # type: ignore[call-arg]
+        super().__init__(share)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (
+            lambda: methods.RigL(sparsty=0.8),
+            "RigL has no argument sparsty=. Did you mean sparsity? RigL has sparsity=,",
+        ),
+        (lambda: methods.CTRE(0.8, drop=0.1), "CTRE has no argument drop=. Did you mean drop_fraction? CTRE has"),
+        (lambda: methods.RigL(0.8, zzz=0.1), "RigL has no argument zzz=. RigL has sparsity=,"),
+        (
+            lambda: HandsOn(0.8, sed=0.1),
+            "HandsOn has no argument sed=. Did you mean seed? HandsOn has extra=, sparsity=,",
+        ),
+        (lambda: Fixed(seed=3), "Fixed has no argument seed=. Fixed has sparsity=."),
+        (lambda: MakesAnother(share=0.9), "Fixed has no argument share=. Fixed has sparsity=."),
+        (
+            lambda: methods.SupTickets(methods.SET(), sparsity=0.8),
+            "SupTickets has no argument sparsity=. It is one of the method in base=, as in SupTickets(RigL(sparsity=...)).",
+        ),
+        (
+            lambda: methods.SupTickets(methods.SET(), keep_dense="first"),
+            "It is one of the method in base=, as in SupTickets(RigL(keep_dense=...)). SupTickets has base=, share=,",
+        ),
+    ],
+)
+def test_an_unknown_argument_is_refused_by_the_class_that_was_called(make: Any, sentence: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(sentence)):
         make()
 
 

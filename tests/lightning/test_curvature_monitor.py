@@ -388,9 +388,9 @@ def test_a_record_finds_the_same_chain(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"every": 0}, "every=0: 0 is out of range"),
-        ({"iterations": 0}, "iterations=0: 0 is out of range"),
-        ({"tolerance": 2.0}, "tolerance=2.0: 2.0 is out of range"),
+        ({"every": 0}, "every=0 is out of range"),
+        ({"iterations": 0}, "iterations=0 is out of range"),
+        ({"tolerance": 2.0}, "tolerance=2.0 is out of range"),
         ({"include": []}, r"include=\[\] is neither a glob nor a list of globs"),
     ],
 )

@@ -66,13 +66,9 @@ def run(callback: pl.Callback, module: pl.LightningModule, *others: pl.Callback,
 # ---------------------------------------------------------------------- rounds
 
 
-def test_the_sparsities_of_the_table() -> None:
-    number = ROUNDS["rounds"]
-    found = [early_sparsity(ROUNDS["limit"], i, number) for i in range(number)]
-    assert found == pytest.approx(ROUNDS["sparsities"], abs=1e-12)
-    method = methods.EarlyCroP(ROUNDS["limit"], rounds=number)
-    assert [sparsity_in_rounds(method, ROUNDS["limit"], k / number) for k in range(1, number + 1)] == found
-    net = nn.Linear(59, 17, bias=False)  # of 1003 weights
+def zeros_of_rounds(sparsity: float, **options: Any) -> list[int]:
+    """The zeros that each round of a pruning leaves, of 1,003 weights."""
+    net = nn.Linear(59, 17, bias=False)
     loss: Any = lambda module, batch: module(batch).square().mean()  # noqa: E731
     zeros: list[int] = []
 
@@ -87,11 +83,28 @@ def test_the_sparsities_of_the_table() -> None:
 
     torch.manual_seed(0)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-    seen = Seen(0.9, when=1, batches=[torch.randn(4, 59)], loss=loss, print_plan=False)
+    seen = Seen(sparsity, when=1, batches=[torch.randn(4, 59)], loss=loss, print_plan=False, **options)
     with sparsify(seen, net, optimizer, 2):
         loss(net, torch.randn(4, 59)).backward()
         optimizer.step()
-    assert zeros == ROUNDS["zeros"]
+    return zeros
+
+
+def test_the_sparsities_of_the_table() -> None:
+    number = ROUNDS["rounds"]
+    found = [early_sparsity(ROUNDS["limit"], i, number) for i in range(number)]
+    assert found == pytest.approx(ROUNDS["sparsities"], abs=1e-12)
+    method = methods.EarlyCroP(ROUNDS["limit"], rounds=number)
+    assert [sparsity_in_rounds(method, ROUNDS["limit"], k / number) for k in range(1, number + 1)] == found
+    assert zeros_of_rounds(0.9) == ROUNDS["zeros"]
+
+
+@pytest.mark.parametrize("sparsity", [0.2, 0.5])
+def test_up_to_a_half_one_round_prunes_all_that_there_is_to_prune(sparsity: float) -> None:
+    assert zeros_of_rounds(sparsity, rounds=4) == [int(sparsity * 1003)]
+    assert methods.EarlyCroP(sparsity, rounds=4).rounds == 4
+    # shares of layers may be above the half
+    assert len(zeros_of_rounds(sparsity, rounds=4, distribution={"*": 0.6})) == 4
 
 
 @pytest.mark.parametrize("sparsity", [0.2, 0.5])

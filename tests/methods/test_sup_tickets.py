@@ -19,6 +19,7 @@ from sparse_callbacks.core.passing_rates import why_no_rate
 from sparse_callbacks.methods.sup_tickets import phase
 from sparse_callbacks.methods.sup_tickets.around import refuse_optimizers
 from sparse_callbacks.methods.sup_tickets.cycles import lay_out, merge, rates_of_groups, triangle, within_budget
+from sparse_callbacks.methods.sup_tickets.tickets import merged_masks, take_ticket
 from sparse_callbacks.testing.comparison import differences
 from sparse_callbacks.testing.data import Batches
 from sparse_callbacks.testing.networks import Classifier, conv_net
@@ -446,6 +447,37 @@ def test_layers_without_zeros_stay_dense() -> None:
     assert int((~method.masks["0.weight"]).sum()) == int(0.8 * 288)
 
 
+@pytest.mark.parametrize(("rule", "least"), [("global(7)", 7), ("global(0)", 0), ("global", 1), ("uniform", 1)])
+def test_the_merged_network_keeps_the_minimum_of_the_distribution(rule: str, least: int) -> None:
+    method, module = SET(0.8, distribution=rule, print_plan=False), net()
+    with sparsify(method, module, torch.optim.SGD(module.parameters(), lr=0.1), 4):
+        merged = {"0.weight": torch.ones(24, 12), "3.weight": torch.full((4, 24), 0.001)}
+        kept = {name: int(mask.sum()) for name, mask in merged_masks(method, merged).items()}
+    active = 24 * 12 + 4 * 24 - int(0.8 * 24 * 12) - int(0.8 * 4 * 24) if rule == "uniform" else 384 - int(0.8 * 384)
+    assert kept == {"0.weight": active - least, "3.weight": least}
+
+
+def test_layers_are_emptied_where_the_minimum_is_more_than_the_budget() -> None:
+    layers = [torch.tensor([3.0, 2.0]), torch.tensor([1.0, 0.5])]
+    assert [int(m.sum()) for m in within_budget(layers, 2, least=1)] == [1, 1]
+    assert [int(m.sum()) for m in within_budget(layers, 2, least=2)] == [2, 0]
+    assert [int(m.sum()) for m in within_budget([*layers, torch.tensor([0.1])], 5, least=2)] == [2, 2, 1]
+
+
+def test_networks_of_half_precision_are_merged_in_float32() -> None:
+    method = SET(0.5, print_plan=False)
+    module = net().bfloat16()
+    name, tickets_of_bias = "3.bias", [1.0, 1.0078125, 1.0078125]  # the second is the next number after 1
+    with sparsify(method, module, torch.optim.SGD(module.parameters(), lr=0.1), 4):
+        for number, value in enumerate(tickets_of_bias, 1):
+            with torch.no_grad():
+                module[3].bias.fill_(value)
+            take_ticket(method, 1 / number)
+    merged = method.aux[f"merged/{name}"]
+    assert merged.dtype == torch.float32
+    assert merged.tolist() == pytest.approx([sum(tickets_of_bias) / 3] * 4, rel=1e-6)
+
+
 def test_a_run_that_ends_within_a_cycle_keeps_what_was_merged() -> None:
     method, state = tickets(SET), {}
     with pytest.warns(
@@ -521,7 +553,7 @@ def trained() -> RigL:
         (lambda: SupTickets(SET(0.8), share=1.0), "share=1.0 is not a share of the run"),
         (lambda: SupTickets(SET(0.8), cycles=0), "cycles=0 is not a number of cycles"),
         (lambda: SupTickets(SET(0.8), drop_fraction=1.5), "drop_fraction=1.5 leaves"),
-        (lambda: SupTickets(SET(0.8), low_lr=-1.0), "low_lr=-1.0: -1.0 is out of range"),
+        (lambda: SupTickets(SET(0.8), low_lr=-1.0), "low_lr=-1.0 is out of range"),
         (lambda: SupTickets(SET(0.8), low_lr=0.2, high_lr=0.1), "low_lr=0.2 is above high_lr=0.1"),
         (lambda: SupTickets(SET(0.8), average="mean"), "average='mean' is not known. Give 'cumulative' or 'moving'"),
     ],

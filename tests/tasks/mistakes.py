@@ -52,6 +52,10 @@ NAMES = [
         "which chooses weights by rules of its own, and takes no pattern=",
     ),
     (
+        ("method=sup_tickets", "method.sparsity=0.8"),
+        "and its base has one of this name. Write method.base.sparsity=0.8.",
+    ),
+    (
         ("data=module", "data.module=my_data.Photos", "data.options.root=photos"),
         "data.options.root is not a key, as data.options has no value yet. Write 'data.options={root: photos}'.",
     ),

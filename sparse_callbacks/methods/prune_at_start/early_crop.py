@@ -1,6 +1,7 @@
 """EarlyCroP: pruning by gradient flow in rounds, early in training, where weights have settled."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Unpack
 
 from sparse_callbacks.core.calendar import Time
@@ -9,10 +10,12 @@ from sparse_callbacks.core.distance_trigger import When
 from sparse_callbacks.core.distributions import Distribution
 from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.score_rules import SCORES
+from sparse_callbacks.methods.prune_at_start.one_ranking import ranks_jointly
 from sparse_callbacks.methods.prune_at_start.prune_at_start import PruneAtStart, sparsity_in_rounds
 from sparse_callbacks.methods.prune_at_start.pruning_time import LATEST
 
 BATCHES = 5  # of the paper's code
+FIRST = 0.5  # sparsity of the first round
 
 
 class EarlyCroP(PruneAtStart):
@@ -108,6 +111,9 @@ class EarlyCroP(PruneAtStart):
             **options,
         )
         self.batches = batches
+        if sparsity <= FIRST and ranks_jointly(distribution):
+            # all would prune to the same sparsity, and of the same scores
+            self._scoring = replace(self._scoring, rounds=1)
 
 
 @sparsity_in_rounds.register
@@ -124,4 +130,4 @@ def early_sparsity(limit: float, number: int, rounds: int) -> float:
         [0.5, 0.7, 0.8, 0.9]
     """
     # up to a half the formula would come down to the limit, and pruned weights do not come back
-    return limit if number == rounds - 1 else min(limit, limit - (limit - 0.5) * 0.5**number)
+    return limit if number == rounds - 1 else min(limit, limit - (limit - FIRST) * 0.5**number)

@@ -96,10 +96,17 @@ def merge(merged: Tensor, ticket: Tensor, factor: float) -> Tensor:
     return (1.0 - factor) * merged + factor * ticket
 
 
-def within_budget(layers: Sequence[Tensor], active: int) -> list[Tensor]:
-    """Masks of the ``active`` largest magnitudes over all ``layers``; each keeps at least one, where there are as many.
+def within_budget(layers: Sequence[Tensor], active: int, least: int = 1) -> list[Tensor]:
+    """Masks of the ``active`` largest magnitudes over all ``layers``.
+
+    Args:
+        layers: values of the layers.
+        active: how many stay.
+        least: how many each layer keeps at least; all, where it has fewer. Where they are together more than ``active``,
+            layers may be emptied.
 
     >>> within_budget([torch.tensor([0.9, 0.35, 0.2]), torch.tensor([-1.5, 0.0, 0.15])], 3)
     [tensor([ True,  True, False]), tensor([ True, False, False])]
     """
-    return keep_largest_jointly(list(layers), active, least=int(active >= len(layers)))
+    possible = sum(min(least, layer.numel()) for layer in layers) <= active
+    return keep_largest_jointly(list(layers), active, least=least if possible else 0)

@@ -1,7 +1,9 @@
 """What others ask of Sup-tickets: sparse storage, and runs in which no mask would move."""
 
+from sparse_callbacks.core.constructors import argument_names, where_argument_belongs
 from sparse_callbacks.core.first_mask_arguments import why_no_first_mask
 from sparse_callbacks.core.idle_run import why_idle
+from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.step import ReplacesSteps
 from sparse_callbacks.core.storages.storage import why_no_exchange
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
@@ -16,6 +18,12 @@ def _(method: SupTickets) -> str:
 @why_no_first_mask.register
 def _(method: SupTickets) -> str:
     return "begins with the masks of base=, as in SupTickets(RigL(0.9, initial_mask='snip'))"
+
+
+@where_argument_belongs.register
+def _(method: SupTickets, argument: str) -> str:
+    of_base = argument in argument_names(DropAndGrow, Options)
+    return f" It is one of the method in base=, as in SupTickets(RigL({argument}=...))." if of_base else ""
 
 
 @why_idle.register

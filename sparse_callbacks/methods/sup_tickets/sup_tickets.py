@@ -46,15 +46,16 @@ class SupTickets(SetsRates, DropAndGrow):
     statistics of batch norms are estimated anew in a pass over the training data; the last validation and the last checkpoint
     see that network. Biases and gains of norms are averaged too, buffers are not.
 
-    Until the first merge ``plan()``, masks and figures are those of ``base``. From then on the number of zeros of the whole
-    network is planned, and it is exact; layers without zeros stay dense, and every layer keeps a weight. Where a budget of cost
-    decides (:class:`~sparse_callbacks.Spdy`, or another distribution that looks at the model) m is pruned within each layer
-    instead, to the number of weights that the layer has, so that the budget and the plan hold to the end. The times of ``base`` are
-    those of the first part: fractions are fractions of it, and an update that would come after it does not come. The rates are
-    those of the group of parameters with the largest rate when the cycles begin; other groups have theirs in proportion. They are
-    set for each step alone: the schedule goes on, and monitors show its rates. A run that ends within a cycle keeps the tickets
-    merged so far; one that a callback stops (``EarlyStopping``) keeps the network that it trains. The object is also one of the
-    class of ``base``. Costs one copy of all weights and a pass over the training data.
+    Until the first merge ``plan()``, masks and figures are those of ``base``. From then on the number of zeros of the whole network
+    is planned, and it is exact; layers without zeros stay dense, and every layer keeps a weight (three under
+    ``distribution="global(3)"``). Where a budget of cost decides (:class:`~sparse_callbacks.Spdy`, or another distribution that
+    looks at the model) m is pruned within each layer instead, to the number of weights that the layer has, so that the budget and
+    the plan hold to the end. The times of ``base`` are those of the first part: fractions are fractions of it, and an update that
+    would come after it does not come. The rates are those of the group of parameters with the largest rate when the cycles begin;
+    other groups have theirs in proportion. They are set for each step alone: the schedule goes on, and monitors show its rates. A
+    run that ends within a cycle keeps the tickets merged so far; one that a callback stops (``EarlyStopping``) keeps the network
+    that it trains. The object is also one of the class of ``base``. Costs one copy of all weights and a pass over the training
+    data.
 
     Differs from the released code: an update grows by the rule of ``base``, where the code grows by gradients also for SET; times
     are in steps, not epochs; the last step of a cycle has the low rate, where the code's is a step of the triangle above it;

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
+from sparse_callbacks.core.allocations.by_weight import is_by_weight, least_of
 from sparse_callbacks.core.allocations.sees_model import SeesModel
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.ops import keep_largest
@@ -23,7 +25,9 @@ def take_ticket(method: Method, factor: float) -> None:
     trained = {n: p.detach() for n, p in method.model.named_parameters() if p.requires_grad and p.is_floating_point()}
     before = merged_values(method.aux, trained)
     if not before:
-        method.aux.update({MERGED + name: value.clone() for name, value in trained.items()})
+        # sums of halves would lose what a ticket among several adds
+        wide = {n: value.to(torch.promote_types(value.dtype, torch.float32), copy=True) for n, value in trained.items()}
+        method.aux.update({MERGED + name: value for name, value in wide.items()})
         return
     merged = {n: merge(value, trained[n], factor) for n, value in before.items()}
     pruned = {n: merged[n].masked_fill(~mask, 0) for n, mask in merged_masks(method, merged).items()}
@@ -64,7 +68,9 @@ def merged_masks(method: Method, merged: Mapping[str, Tensor]) -> dict[str, Tens
     if keeps_shares(method):
         return {n: weights.by_layer(n, _largest, weights.masks[n], merged[n]) for n in sparse}
     layers = {x: t for n in sparse for x, (t,) in weights.layers(n, merged[n])}
-    found = within_budget(list(layers.values()), sum(counts[n] for n in sparse)) if sparse else []
+    rule = method.distribution
+    least = least_of(rule) if isinstance(rule, str) and is_by_weight(rule) else 1
+    found = within_budget(list(layers.values()), sum(counts[n] for n in sparse), least) if sparse else []
     masks = dict(zip(layers, found, strict=True))
     return {n: weights.by_layer(n, lambda layer, _: masks[layer], merged[n]) for n in sparse}
 
