@@ -117,7 +117,9 @@ STARTS_ROWS = {
     "SynFlow": "method=synflow",
     "EarlyCroP": "method=early_crop",
     "GMP": "method=gmp",
+    "GMP, by layer": f"method=gmp {ERK}",
     "DPF": "method=dpf",
+    "DPF, by layer": f"method=dpf {ERK}",
 }
 AT_ONCE = "method=gmp \"method.pattern='2:4'\" method.every=1"  # of 860 steps
 PATTERNS_ROWS = {

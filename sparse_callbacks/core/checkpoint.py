@@ -211,7 +211,7 @@ def check_state(
         )
     if (writer := state.get("method", name)) != name:  # a callback's state has no name: it lies under its key
         raise ValueError(
-            f"the checkpoint {path} was written by a {writer}, and this is a {name}. Go on with the method of the "
+            f"the checkpoint {path} was written by {writer}, and this is {name}. Go on with the method of the "
             "interrupted run, or give fresh_start=True to make new masks."
         )
     if state["version"] > VERSION:
@@ -228,7 +228,7 @@ def check_state(
     if differ:
         changes = ", ".join(f"{k}={there[k]} there and {k}={here[k]} here" for k in differ)
         raise ValueError(
-            f"the checkpoint {path} was written by a {name} with other arguments: {changes}. Give the same, "
+            f"the checkpoint {path} was written by {name} with other arguments: {changes}. Give the same, "
             "or fresh_start=True to make new masks."
         )
     return state

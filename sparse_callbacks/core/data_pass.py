@@ -1,5 +1,6 @@
 """One forward pass over data that leaves no trace, for methods that look at activations."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
@@ -25,6 +26,10 @@ class NoPassError(ValueError):
     """There is no way to pass over the training data; an error of the data itself is not one."""
 
 
+class OneValueError(NoPassError):
+    """A norm in training mode has one value a channel in a batch, which has no variance."""
+
+
 def outputs(
     module: nn.Module,
     choose: Callable[[], tuple[Iterable[Any], int | None]],
@@ -47,7 +52,7 @@ def outputs(
             leaves no trace either.
         forward: a function of ``module`` and a batch that returns the output. None: the function :func:`call`.
         train: the modules that stay in train mode and keep what the pass makes of them, such as norms whose running
-            statistics are collected.
+            statistics are collected. Batches of one sample, in which such norms find no variance, are left out with a warning.
         move: gives a batch as the training step would receive it. None: with its tensors on the module's device.
         precision: makes the context in which training runs its forward passes.
         passed: called with each batch that has passed through the network. None: nobody counts them.
@@ -55,6 +60,7 @@ def outputs(
     Raises:
         ValueError: the network does not accept the batches.
     """
+    left_out = 0
     with undisturbed(module, train):
         batches, count = choose()
         module.eval()
@@ -63,10 +69,25 @@ def outputs(
         for batch in islice(iter(batches), count):
             with torch.no_grad(), precision(), torch.compiler.set_stance("force_eager"):
                 moved = to_device(module, batch) if move is None else move(batch)
-                found = call(module, moved) if forward is None else forward(module, moved)
+                before = _buffers_of(train)
+                try:
+                    found = call(module, moved) if forward is None else forward(module, moved)
+                except ValueError as error:
+                    # as the last batch of a loader that somebody has given
+                    if not train or not (isinstance(error, OneValueError) or _is_of_one_value(error)):
+                        raise
+                    for buffer, value in before:  # a norm counts a batch before it refuses it
+                        buffer.copy_(value)
+                    left_out += 1
+                    continue
             if passed is not None:
                 passed(moved)
             yield found  # outside of the contexts, so that the caller's code between two batches runs in its own mode
+        if left_out:
+            warnings.warn(
+                f"batches of one sample were left out of the statistics, as a norm finds no variance in one ({left_out} of them).",
+                stacklevel=2,
+            )
 
 
 def to_device(module: nn.Module, batch: Any) -> Any:
@@ -101,6 +122,11 @@ def call(module: nn.Module, batch: Any) -> Any:
         if isinstance(batch, Sequence) and not isinstance(batch, str) and batch:
             return module(batch[0])  # by convention the inputs come first and the labels after them
     except Exception as error:  # whatever a forward pass raises on inputs that it is not made for
+        if _is_of_one_value(error):
+            raise OneValueError(
+                f"a batch has one sample, in which a norm finds no variance ({with_class(error)}). Give batches of two samples or "
+                "more, such as those of DataLoader(..., drop_last=True)."
+            ) from error
         raise NoPassError(
             f"{type(module).__name__}.forward failed on a batch of the training data ({with_class(error)}"
             "). A pass over the data calls module(batch), module(batch[0]) or module(**batch), by the batch's "
@@ -110,6 +136,18 @@ def call(module: nn.Module, batch: Any) -> Any:
     raise NoPassError(
         f"a batch of the training data is a {type(batch).__name__}, and there is no general way to put it through a "
         "network. Give forward=, a function of module and batch that returns the network's output."
+    )
+
+
+def _buffers_of(modules: Iterable[nn.Module]) -> list[tuple[Tensor, Tensor]]:
+    """The buffers of modules, and what is in them."""
+    return [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+
+
+def _is_of_one_value(error: Exception) -> bool:
+    """Whether torch has refused to normalise a batch with one value a channel."""
+    return isinstance(error, ValueError) and str(error).startswith(
+        "Expected more than 1 value per channel when training"
     )
 
 

@@ -109,10 +109,11 @@ class StartsSparse(Method):
         self.initial_mask, self.rescale, self.pattern = initial_mask, rescale, pattern
         self._score = score_in(initial_mask)
         if self._score is not None and (storage != "masked" or isinstance(asked_pattern(self), FanIn)):
+            stands = f"storage={shown_short(storage)}" if storage != "masked" else f"pattern={pattern!r}"
+            chooses = "decides before that which weights there are" if storage != "masked" else "keeps them by rows"
             raise ValueError(
-                f"initial_mask={shown_short(initial_mask)} ranks single weights when training starts, and "
-                f"storage={shown_short(storage)}, pattern={pattern!r} choose before that or in groups. Leave storage= and "
-                "pattern= out, or give initial_mask='magnitude'."
+                f"initial_mask={shown_short(initial_mask)} ranks single weights when training starts, and {stands} {chooses}. "
+                f"Leave {stands.partition('=')[0]}= out, or give initial_mask='magnitude'."
             )
         # a subclass that has another name for it keeps each argument as it was given
         argument = "from_checkpoint" if getattr(self, "from_checkpoint", None) is not None else "initial_mask"

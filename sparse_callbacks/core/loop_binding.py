@@ -13,6 +13,7 @@ from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.engine import Engine
 from sparse_callbacks.core.host import Host
 from sparse_callbacks.core.loop_optimizers import LoopOptimizers
+from sparse_callbacks.core.neighbours import refuse_neighbours
 from sparse_callbacks.core.selection import Entry, select
 
 # Every run that goes on, by model: two methods may not claim the same parameter.
@@ -42,21 +43,23 @@ class LoopBinding:
         return select(self.model, method.include, method.exclude, method.keep_dense, self.optimizers.trained)
 
     def refuse_shared(self, names: Iterable[str]) -> None:
-        """Refuse parameters that another run of the model claims.
+        """Refuse parameters that another run of the model claims, and a run that cannot be beside another one.
 
         Args:
             names: the names of the parameters that become sparse.
 
         Raises:
-            ValueError: another run that is not closed has one of them.
+            ValueError: another run that is not closed has one of them, or excludes this one.
         """
         mine, method = set(names), self.engine.method
-        for other in (b.engine.method for b in _bindings_of.get(self.model, ()) if b is not self):
+        others = [b.engine.method for b in _bindings_of.get(self.model, ()) if b is not self]
+        for other in others:
             if both := sorted(mine & other.params.keys()):
                 raise ValueError(
                     f"{type(other).__name__} and {type(method).__name__} both claim {', '.join(both)}. Give "
                     "each its own layers with include= or exclude=, or close() the run that is over."
                 )
+        refuse_neighbours(method, others)
 
     def bind(self, entries: Sequence[Entry]) -> None:
         """Let the engine take hold of the parameters; no weight changes."""

@@ -73,7 +73,8 @@ def recalibrate_batchnorm(module: nn.Module, batches: Iterable[Any], *, forward:
         module: the network; its batch norms (of one to three dimensions, and instance norms that keep statistics) are
             changed in place.
         batches: the batches, such as a loader: of each the network gets the tensor, the first part of a tuple or list,
-            or the entries of a mapping by name.
+            or the entries of a mapping by name. A batch of one sample in which a norm finds no variance is left out, with a
+            warning.
         forward: a function of the module and a batch that runs the network on it; None: the module is called as above.
 
     Raises:
@@ -107,8 +108,8 @@ def recalibrate_batchnorm(module: nn.Module, batches: Iterable[Any], *, forward:
         seen = estimate_statistics(norms, passes)
         if not seen:
             raise ValueError(
-                f"batches={shown_short(batches)} holds no batch, so nothing is known of the statistics. Give at least one "
-                "batch of training data; an iterator can be used only once."
+                f"batches={shown_short(batches)} holds no batch of two samples or more, so nothing is known of the statistics. Give "
+                "at least one batch of training data; an iterator can be used only once."
             )
     except BaseException:
         with torch.no_grad():

@@ -19,6 +19,7 @@ from sparse_callbacks.core.hooks import BatchEnd
 from sparse_callbacks.core.live.live_masks import exchanged_layers
 from sparse_callbacks.core.local_parts import is_sharded, whole_tensors
 from sparse_callbacks.core.method import Method
+from sparse_callbacks.core.neighbours import refuse_neighbours
 from sparse_callbacks.core.restored import calendar_of
 from sparse_callbacks.lightning import (
     accumulation,
@@ -305,7 +306,9 @@ class SparsityCallback(Method, AnyCallback):
 
     def _refuse_neighbours(self, trainer: Trainer, names: Sequence[str]) -> None:
         """Refuse callbacks of ours that claim the same parameters."""
-        refuse_shared(self, names, [c for c in peers_of(trainer) if c is not self and c.engine.is_bound])
+        others = [c for c in peers_of(trainer) if c is not self and c.engine.is_bound]
+        refuse_shared(self, names, others)
+        refuse_neighbours(self, others)
 
     def _state_to_resume(self, trainer: Trainer, module: LightningModule) -> Mapping[str, Any] | None:
         """The state that this fit goes on from; None for a start with new masks."""

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_callbacks.core.awaited import waits
 from sparse_callbacks.core.calendar import Calendar, RunLength, Time
@@ -63,6 +64,41 @@ def hidden_layers(entries: Sequence[Entry]) -> list[str]:
     """
     linear = [e for e in entries if e.linear]
     return [e.name for e in linear[:-1] if not e.reason or waits(e)]
+
+
+class OutputWatch:
+    """Finds out which linear layer is called last in a forward pass, as the output is. It is open from its beginning on.
+
+    Args:
+        model: the network.
+        entries: all parameters of it.
+    """
+
+    def __init__(self, model: nn.Module, entries: Sequence[Entry]) -> None:
+        self._names, self._hidden = [e.name for e in entries if e.linear], hidden_layers(entries)
+        self._last: str | None = None
+        modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in self._names}
+        self._handles = [
+            module.register_forward_hook(partial(self._note, name))
+            for name, module in modules.items()
+            if isinstance(module, nn.Linear)  # others hold a matrix of weights that they do not call
+        ]
+
+    def _note(self, name: str, *_: object) -> None:
+        self._last = name
+
+    def close(self) -> str:
+        """Take the hooks away; a warning where a layer that loses neurons was called last, and empty otherwise."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._last not in self._hidden:
+            return ""
+        return (
+            f"neuron_importance= takes the linear layer that is registered last, {self._names[-1]}, for the output, and {self._last} "
+            f"is called last: if that is the output, classes lose all of their weights. Give exclude={self._last!r}, or register it "
+            "last."
+        )
 
 
 def check_importance_times(start: Time, every: Time) -> None:

@@ -467,7 +467,7 @@ def test_a_state_of_another_method_or_of_something_else_is_refused() -> None:
     model = net()
     saved = begin("rigl", model, sgd(model)).state_dict()
     for state, words in (
-        (saved, "was written by a RigL, and this is a SET"),
+        (saved, "was written by RigL, and this is SET"),
         ({"a": 1}, "is not a state of SET: it has the keys a"),
         (model.state_dict(), "is not a state of SET: it has the keys 0.weight"),
     ):

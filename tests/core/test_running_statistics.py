@@ -1,6 +1,7 @@
 """Running statistics of batch norms, estimated anew."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -63,14 +64,28 @@ def test_a_function_may_run_the_network() -> None:
     assert differences(dict(one.state_dict()), dict(other.state_dict())) == []
 
 
+@pytest.mark.parametrize("forward", [None, lambda module, batch: module(batch)], ids=["called", "by a function"])
+def test_batches_of_one_sample_have_no_variance_and_are_left_out(forward: Any) -> None:
+    one, other, data = net(), net(), [x for x, _ in batches()]
+    recalibrate_batchnorm(one, data)
+    with pytest.warns(UserWarning, match=r"batches of one sample were left out of the statistics.* \(2 of them\)"):
+        recalibrate_batchnorm(other, [data[0], torch.ones(1, 4), *data[1:], torch.ones(1, 4)], forward=forward)
+    assert differences(dict(one.state_dict()), dict(other.state_dict())) == []
+    # images of more than one pixel have a variance
+    image = nn.BatchNorm2d(1)
+    recalibrate_batchnorm(image, [torch.arange(4.0).view(1, 1, 2, 2)])
+    assert float(image.running_mean) == 1.5
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ([], r"batches=.* holds no batch, so nothing is known of the statistics"),
+        ([], r"batches=.* holds no batch of two samples or more, so nothing is known of the statistics"),
         (torch.zeros(3, 4), r"is not a collection of batches. Give a loader, or a list: \[batch\]"),
         ([torch.zeros(2, 4), torch.zeros(2, 5)], "forward failed on a batch"),
+        ([torch.zeros(1, 4)], r"batches=.* holds no batch of two samples or more"),
     ],
-    ids=["none", "a tensor", "one of another shape"],
+    ids=["none", "a tensor", "one of another shape", "one sample"],
 )
 def test_what_is_refused_leaves_the_norms_as_they_were(data: object, words: str) -> None:
     module = net()

@@ -101,7 +101,7 @@ def test_two_callbacks_take_their_own_masks(tmp_path: Path) -> None:
 
 
 UNFIT = {
-    "other arguments": r"RigL does not take the masks of the checkpoint.*written by a RigL with other arguments",
+    "other arguments": r"RigL does not take the masks of the checkpoint.*written by RigL with other arguments",
     "no state": "",
     "weights alone": "",
     "a later version": r"RigL does not take the masks of the checkpoint.*has sparsity state of version 99",

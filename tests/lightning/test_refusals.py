@@ -347,7 +347,7 @@ def test_a_checkpoint_of_other_arguments(change: Any, words: str, tmp_path: Path
     refused(
         tmp_path,
         rigl(**change),
-        rf"was written by a RigL with other arguments: {words}\. Give the same, or fresh_start=True",
+        rf"was written by RigL with other arguments: {words}\. Give the same, or fresh_start=True",
         ckpt_path=checkpoint,
     )
     callback = rigl(**change, fresh_start=True)

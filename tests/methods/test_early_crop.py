@@ -178,6 +178,26 @@ def test_it_is_dense_until_weights_settle_and_static_from_then_on(sparsity: floa
     assert not [key for key in callback.aux if key.startswith("initial/")]
 
 
+class SixTenths:
+    """A distribution that sees the model."""
+
+    def shares(self, model: nn.Module, entries: Any) -> dict[str, float]:
+        return {layer: 0.6 for entry in entries if not entry.reason for layer in entry.layers}
+
+
+@pytest.mark.parametrize(
+    "distribution",
+    [{"*": 0.6}, lambda shapes, _: dict.fromkeys(shapes, 0.6), SixTenths()],
+    ids=["by layer", "function", "of the model"],
+)
+def test_the_distance_goes_by_what_the_distribution_plans(distribution: Any) -> None:
+    # sparsity= is at its default of 0.9, which nobody reads
+    callback, module = EarlyCroP(distribution=distribution, stop=1.0, print_plan=False), Slowing()
+    assert callback.plan(module).total == pytest.approx(0.6, abs=0.01)
+    run(callback, module)
+    assert int(callback.aux["trigger/pruned"]) == 3 * EPOCH == EPOCH * (expected_epoch(Slowing(), 0.6) or 0)
+
+
 def test_a_distance_that_never_settles_prunes_at_stop_with_a_warning() -> None:
     callback, module = early(0.8, stop=10), Slowing(factor=3.0, rate=0.003)
     with pytest.warns(
@@ -353,7 +373,7 @@ def test_a_loop_starts_its_optimizers_anew() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"when": "soon"}, r"when='soon'"),
+        ({"when": "soon"}, r"when='soon' is not known\. Give 'start' or 'distance', or a time in optimizer steps"),
         ({"when": 0}, r"when=0 is before the first step\. Give when='start'"),
         ({"when": 1.5}, r"when=1\.5 is outside \[0, 1\]"),
         ({"when": True}, r"when=True is not a time"),

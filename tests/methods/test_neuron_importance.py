@@ -1,5 +1,6 @@
 """Neurons that lose their incoming weights: which, when, and what the rest of the run makes of it."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,50 @@ def _entries(model: nn.Module, **options: Any) -> Any:
 
     exclude = patterns(options.get("exclude"), "exclude")
     return select(model, None, exclude, options.get("keep_dense"))
+
+
+class HeadFirst(nn.Module):
+    """Whose output layer is registered first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.first, self.second = nn.Linear(8, 3), nn.Linear(12, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.second(torch.relu(self.first(x)))))
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "warns"),
+    [
+        (HeadFirst, {}, True),
+        (HeadFirst, {"exclude": "head*"}, False),
+        (HeadFirst, {"neuron_importance": None}, False),
+        (loops.net, {}, False),
+    ],
+    ids=["registered first", "excluded", "not asked for", "registered last"],
+)
+def test_an_output_that_is_taken_for_hidden_is_warned_of_at_the_first_step(
+    model: Any, options: Any, warns: bool
+) -> None:
+    made = model()
+    optimizer = loops.sgd(made, 0.05)
+    run = loops.begin(removing(**options), made, optimizer)
+    linear = [m for m in made.modules() if isinstance(m, nn.Linear)]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for x, y in list(loops.data())[:2]:
+            nn.functional.cross_entropy(made(x), y % 3).backward()
+            optimizer.step()
+    run.close()
+    found = [
+        str(w.message) for w in said if "taken for the output" in str(w.message) or "for the output" in str(w.message)
+    ]
+    assert len(found) == warns
+    assert not any(m._forward_hooks for m in linear)
+    if warns:
+        assert "registered last, second.weight, for the output, and head.weight is called last" in found[0]
+        assert "Give exclude='head.weight'" in found[0]
 
 
 # ---------------------------------------------------------------------- when

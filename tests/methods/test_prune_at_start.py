@@ -545,9 +545,9 @@ def test_arguments_that_no_run_can_use_are_refused(options: dict[str, Any], why:
         (
             "snip",
             {"storage": "sparse"},
-            r"initial_mask='snip' ranks single weights when training starts.*initial_mask='magnitude'",
+            r"ranks single weights when training starts, and storage='sparse' decides before .* Leave storage= out, or give",
         ),
-        ("crop", {"pattern": "fan_in/2"}, r"initial_mask='crop' ranks single weights"),
+        ("crop", {"pattern": "fan_in/2"}, r"and pattern='fan_in/2' keeps them by rows\. Leave pattern= out"),
         ("snipp", {}, r"initial_mask='snipp' is not a file\. .*or a score: 'snip', 'grasp'"),
     ],
     ids=named,

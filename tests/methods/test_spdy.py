@@ -282,6 +282,8 @@ def test_arguments_are_kept_printed_and_compared() -> None:
         ({"input": (1, 0)}, r"input=\(1, 0\) is not the size of a sample"),
         ({"batches": 0}, r"batches=0 is not a number of batches"),
         ({"loss": "mse"}, r"loss='mse' is not a function"),
+        ({"batches": 3}, r"batches= says nothing to error='magnitude', which looks at no data. Leave batches= out"),
+        ({"loss": print}, r"loss= says nothing to error='magnitude'"),
         ({"seed": 0.5}, r"seed=0.5 is not a whole number"),
     ],
     ids=lambda value: next(iter(value)) + repr(next(iter(value.values()))) if isinstance(value, dict) else "",

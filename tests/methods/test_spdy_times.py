@@ -81,6 +81,8 @@ BAD = {
     "twice": ('{"ms": {"a": {"0": 1, "0.0": 1}}}', r"the sparsities of a are 0, 0\.0"),
     "all zeros": ('{"ms": {"a": {"0": 1, "1": 1}}}', r"the sparsities of a are 0, 1"),
     "a negative time": ('{"ms": {"a": {"0": -1}}}', "a time of a is -1 and not a number of milliseconds"),
+    "no time at all": ('{"ms": {"a": {"0": 0}, "b": {"0": 0}}}', "its dense layers take 0 milliseconds together"),
+    "an endless time": ('{"ms": {"a": {"0": 1e308}, "b": {"0": 1e308}}}', "its dense layers take inf milliseconds"),
     "about": ('{"about": [], "ms": {"a": {"0": 1}}}', r"about in it is \[\]"),
 }
 

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,7 +15,19 @@ import torch
 from support.loops import data
 from torch import Tensor, nn
 
-from sparse_callbacks import CTRE, GMP, SET, SNFS, DropAndGrow, RigL, Static, SupTickets, methods, sparsify
+from sparse_callbacks import (
+    CTRE,
+    GMP,
+    SET,
+    SNFS,
+    DropAndGrow,
+    PruneAtStart,
+    RigL,
+    Static,
+    SupTickets,
+    methods,
+    sparsify,
+)
 from sparse_callbacks.core.passing_rates import why_no_rate
 from sparse_callbacks.methods.sup_tickets import phase
 from sparse_callbacks.methods.sup_tickets.around import refuse_optimizers
@@ -554,6 +567,7 @@ def trained() -> RigL:
         (lambda: SupTickets(SET(0.8), cycles=0), "cycles=0 is not a number of cycles"),
         (lambda: SupTickets(SET(0.8), drop_fraction=1.5), "drop_fraction=1.5 leaves"),
         (lambda: SupTickets(SET(0.8), low_lr=-1.0), "low_lr=-1.0 is out of range"),
+        (lambda: SupTickets(SET(0.8), high_lr=0.0), "high_lr=0.0 trains nothing in the cycles"),
         (lambda: SupTickets(SET(0.8), low_lr=0.2, high_lr=0.1), "low_lr=0.2 is above high_lr=0.1"),
         (lambda: SupTickets(SET(0.8), average="mean"), "average='mean' is not known. Give 'cumulative' or 'moving'"),
     ],
@@ -581,6 +595,161 @@ def test_runs_that_cannot_have_cycles_are_refused_before_they_begin() -> None:
         optimizer=lambda p: [torch.optim.SGD(p[:2], lr=0.1), torch.optim.SGD(p[2:], lr=0.1)],
     )
     refused(tickets(), "SupTickets runs the network on training data", data=None)
+
+
+def of_others() -> list[Any]:
+    """Methods for other layers, and those among them whose masks stay."""
+    layers: dict[str, Any] = {"include": "3.*", "print_plan": False}
+    early = methods.EarlyCroP(0.7, when=5, score="magnitude", rounds=1, **layers)
+    return [
+        methods.GMP(0.7, **layers),
+        SET(0.7, **layers),
+        methods.DPF(0.7, **layers),
+        early,
+        tickets_of(SET(0.7, **layers)),
+    ]
+
+
+def tickets_of(base: DropAndGrow) -> SupTickets:
+    return SupTickets(base, share=0.5, cycles=2)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("other", of_others(), ids=lambda other: type(other).__name__)
+def test_other_methods_whose_masks_move_are_refused_beside_it(other: Any, order: str) -> None:
+    mine, other, module = tickets_of(SET(0.8, include="0.*", print_plan=False)), copy.deepcopy(other), net()
+    weights = copy.deepcopy(module.state_dict())
+    first, second = (other, mine) if order == "before" else (mine, other)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    settings: Any = {"data": data(), "forward": lambda module, batch: module(batch[0])}
+    with sparsify(first, module, optimizer, STEPS, **settings):
+        begun = copy.deepcopy(module.state_dict())
+        with pytest.raises(
+            ValueError, match=r"SupTickets merges the weights of the whole model .* has masks that move"
+        ):
+            sparsify(second, module, optimizer, STEPS, **settings)
+        assert differences(begun, dict(module.state_dict())) == []
+    assert set(weights) == set(begun)
+
+
+def test_a_trainer_refuses_other_methods_beside_it_and_takes_masks_that_stay() -> None:
+    def both(other: Any) -> tuple[Any, Any]:
+        module, mine = Classifier(), SupTickets(SET(0.8, include="net.0*", print_plan=False), share=0.5, cycles=2)
+        fit(module, mine, other, max_epochs=2, loader=Batches(batches=12))
+        return module, other
+
+    layers: dict[str, Any] = {"exclude": "net.0*", "print_plan": False}
+    with pytest.raises(ValueError, match=r"and GMP has masks that move"):
+        both(GMP(0.7, **layers))
+    with pytest.raises(ValueError, match=r"and Static has layers that hold their active weights alone"):
+        both(Static(0.7, storage="sparse", **layers))
+    for stays in (Static(0.7, **layers), PruneAtStart(0.7, score="magnitude", **layers)):
+        module, other = both(stays)
+        assert all(not module.get_parameter(n)[~m].any() for n, m in other.masks.items())
+        assert other.measured_sparsity()["sparsity/total"] == pytest.approx(0.7, abs=0.01)
+
+
+class Thaws(pl.Callback):
+    """Lets a parameter be trained at the begin of an epoch, in a group of its own where the optimizer does not have it."""
+
+    def __init__(self, name: str, epoch: int) -> None:
+        self.name, self.epoch = name, epoch
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch == self.epoch:
+            parameter = pl_module.get_parameter(self.name).requires_grad_()
+            (optimizer,) = trainer.optimizers
+            if not any(parameter is p for group in optimizer.param_groups for p in group["params"]):
+                optimizer.add_param_group({"params": [parameter], "lr": optimizer.param_groups[0]["lr"] / 10})
+
+
+class Frozen(Classifier):
+    """Of which one parameter is not trained at first; it is in the optimizer, or not."""
+
+    def __init__(self, name: str, held: bool) -> None:
+        super().__init__()
+        self.held = held
+        self.get_parameter(name).requires_grad_(False)
+
+    def configure_optimizers(self) -> Any:
+        given = [p for p in self.parameters() if self.held or p.requires_grad]
+        return torch.optim.SGD(given, lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["in a group", "in a new group"])
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+def test_what_is_trained_from_a_cycle_on_is_merged_from_its_next_ticket(kind: str, held: bool, tmp_path: Path) -> None:
+    name = next(n for n, _ in Classifier().named_parameters() if n.endswith(kind))
+
+    def run(*others: Any, **options: Any) -> tuple[Any, Any]:
+        module, method = Frozen(name, held), tickets(SET, cycles=2)
+        if "ckpt_path" in options:
+            module.get_parameter(name).requires_grad_(True)  # modes of training are not saved
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fit(module, method, Thaws(name, 4), *others, max_epochs=6, loader=Batches(batches=4), **options)
+        return module, method
+
+    stops = Stops(tmp_path, [17, 21])
+    module, method = run(stops)
+    assert method.bounds == BOUNDS
+    assert method.is_merged
+    assert not torch.equal(module.get_parameter(name), Classifier().get_parameter(name))
+    for batch in (17, 21) if held else ():  # torch takes no state of more groups
+        again, resumed = run(ckpt_path=stops.path(batch))
+        assert differences(dict(module.state_dict()), dict(again.state_dict())) == [], batch
+        assert differences(method.state_dict(), resumed.state_dict()) == [], batch
+
+
+def test_a_last_batch_of_one_sample_does_not_end_the_run() -> None:
+    x, y = next(iter(data()))
+    samples = torch.utils.data.TensorDataset(x.repeat(9, 1)[:33], y.repeat(9)[:33])
+    loader = torch.utils.data.DataLoader(samples, batch_size=8, drop_last=True)
+    of_norms = torch.utils.data.DataLoader(samples, batch_size=8)  # used as it is
+    module, method = Classifier(net()), tickets(SET, share=0.6, statistics_dataloader=of_norms)
+    with pytest.warns(UserWarning, match=r"batches of one sample were left out of the statistics"):
+        fit(module, method, loader=loader, max_epochs=4)
+    assert method.is_merged
+    norm = next(m for m in module.modules() if isinstance(m, nn.BatchNorm1d))
+    assert int(norm.num_batches_tracked) == 4
+
+
+def test_a_new_group_has_its_rate_in_proportion() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    aux = {"phase/bounds": torch.tensor([10, 15, 20]), "phase/steps": torch.tensor(10)}
+    assert phase.rates_now(aux, optimizer, 0, 0.02, 0.08) == [0.02]
+    optimizer.param_groups[0]["lr"] = 0.05  # by the schedule; the group that comes has a fifth of that
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))], "lr": 0.01})
+    aux["phase/steps"] = torch.tensor(12)
+    for _ in range(2):
+        assert phase.rates_now(aux, optimizer, 0, 0.02, 0.08) == pytest.approx([0.08, 0.016])
+
+
+def test_a_run_that_goes_on_for_longer_than_its_cycles_is_warned_of() -> None:
+    states: dict[int, dict[str, Any]] = {}
+    loop(tickets(SET), save=lambda number, found: states.update({number: found}))
+    words = r"the cycles of this run were laid out up to step 24, and it goes on to step 30: after step 24 the merged"
+    for number in (15, 24):
+        with pytest.warns(UserWarning, match=words):
+            loop(tickets(SET), 30, state=states[number], until=number)
+
+
+def test_after_a_merge_the_plan_counts_the_neurons_that_are_gone() -> None:
+    base = SET(
+        0.7,
+        every=2,
+        distribution="uniform",
+        neuron_importance=0.2,
+        importance_start=2,
+        importance_every=2,
+        print_plan=False,
+    )
+    method = SupTickets(base, share=0.5, cycles=2)
+    module, _ = loop(method)
+    zeros = sum(int((module.get_parameter(n) == 0).sum()) for n in method.masks)
+    planned = int(0.7 * 288) + int(0.7 * 96)
+    assert method.plan().zeros == zeros > planned
 
 
 def test_an_endless_run_is_refused() -> None:

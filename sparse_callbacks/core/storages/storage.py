@@ -67,6 +67,11 @@ def storage_asked(method: object) -> dict[str, Any]:
     return {"storage": vars(method)[_ASKED]} if _ASKED in vars(method) else {}
 
 
+def storages_of(method: object) -> set[Any]:
+    """The storages that the layers of a method were asked to have."""
+    return _names_of(getattr(method, "storage", "masked"))
+
+
 def _names_of(storage: Any) -> set[Any]:
     """The storages in an argument, whatever it is."""
     names = list(storage.values()) if isinstance(storage, Mapping) else [storage]

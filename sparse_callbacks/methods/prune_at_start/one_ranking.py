@@ -137,7 +137,8 @@ def warn_of_empty(method: Method, score: str) -> None:
         if not bool(views[0].any())
     ]
     if empty:
+        reached = method.measured_sparsity()["sparsity/total"]
         method.host.warn(
-            f"score={score!r} at sparsity {method.target_sparsity:g} leaves no weight in {', '.join(empty)}: nothing passes "
-            "through these layers. Give least=, more rounds=, a distribution= other than 'global', or a lower sparsity."
+            f"score={score!r} at sparsity {reached:.4g} leaves no weight in {', '.join(empty)}: nothing passes through these "
+            "layers. Give least=, more rounds=, a distribution= other than 'global', or a lower sparsity."
         )

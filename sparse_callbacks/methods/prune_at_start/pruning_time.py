@@ -10,6 +10,7 @@ from sparse_callbacks.core import distance_trigger as trigger
 from sparse_callbacks.core.arguments import refuse_unknown
 from sparse_callbacks.core.calendar import Calendar, RunLength, calendar_of_one_update, check_time_of_one_update
 from sparse_callbacks.core.distance_trigger import When
+from sparse_callbacks.core.distributions import decides_total
 from sparse_callbacks.core.method import Method
 from sparse_callbacks.core.optimizer_life import RestartsOptimizers
 from sparse_callbacks.core.optimizer_needs import grows
@@ -43,7 +44,7 @@ class PrunesOnce(RestartsOptimizers, Method):
         """Whether the pruning has fallen, and with ``when="distance"`` the distance and the increment that is waited for."""
         if self.when == "start":
             return super().figures()
-        share = trigger.tolerance(self.target_sparsity)
+        share = trigger.tolerance(planned_sparsity(self))
         return super().figures() | self.own_figures(**trigger.trigger_figures(self, share))
 
     def shortfall(self) -> str:
@@ -139,7 +140,11 @@ def set_pruning_time(method: PrunesOnce, when: Any, stop: Any, lr_after: str) ->
         ValueError: an argument that is not known, or that says nothing beside the others.
     """
     if isinstance(when, str):
-        refuse_unknown({"when": when}, {"when": ("start", "distance", "a time in steps or as a fraction of the run")})
+        if when not in ("start", "distance"):
+            raise ValueError(
+                f"when={when!r} is not known. Give 'start' or 'distance', or a time in optimizer steps (int) or as a fraction of the "
+                "run (float)."
+            )
     else:
         check_time_of_one_update(when, "when")
     check_time_of_one_update(stop, "stop")
@@ -155,6 +160,14 @@ def set_pruning_time(method: PrunesOnce, when: Any, stop: Any, lr_after: str) ->
         method.arrives_at_stop = True  # type: ignore[misc]  # as methods that begin dense do
 
 
+def planned_sparsity(method: PrunesOnce) -> float:
+    """The sparsity that the pruning comes to: the target, or what a distribution plans that need not keep to it."""
+    given = method.distribution
+    if isinstance(given, str) and not decides_total(given):
+        return method.target_sparsity
+    return method.plan().total
+
+
 def is_dense(method: PrunesOnce) -> bool:
     """The pruning is still to come."""
     return method.when != "start" and trigger.PRUNED not in method.aux
@@ -165,7 +178,7 @@ def pruned_now(method: PrunesOnce, step: Step) -> bool:
     if not is_dense(method) or not step.due:
         return False
     if method.when == "distance":
-        return trigger.falls_now(method, step, trigger.tolerance(method.target_sparsity))
+        return trigger.falls_now(method, step, trigger.tolerance(planned_sparsity(method)))
     method.aux[trigger.PRUNED] = torch.tensor(step.number)
     return True
 

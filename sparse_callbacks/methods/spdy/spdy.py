@@ -236,6 +236,12 @@ def _checked(given: Spdy) -> dict[str, Any]:
     if given.loss is not None and not callable(given.loss):
         raise ValueError(f"loss={given.loss!r} is not a function. Give one of module and batch that returns the loss.")
     check_seed(given.seed)
+    for argument, usual in (("batches", given.batches == Spdy.batches), ("loss", given.loss is None)):
+        if not usual and given.error == "magnitude":
+            raise ValueError(
+                f"{argument}= says nothing to error='magnitude', which looks at no data. Leave {argument}= out, or give "
+                "error='calibration'."
+            )
     kept = None if size is None else tuple(int(n) for n in size)
     return {
         "budget": float(given.budget),

@@ -107,7 +107,10 @@ def _why_not_times(content: Any) -> str:
     about = content.get("about", {})
     if not isinstance(about, Mapping) or not all(isinstance(about.get(k, ""), str) for k in ("device", "torch")):
         return f"about in it is {shown_short(about)}"
-    return next((why for layer, ms in content["ms"].items() if (why := _why_no_times(layer, ms))), "")
+    if why := next((why for layer, ms in content["ms"].items() if (why := _why_no_times(layer, ms))), ""):
+        return why
+    dense = sum(float(ms[key]) for ms in content["ms"].values() for key in ms if float(key) == 0)
+    return "" if 0 < dense < math.inf else f"its dense layers take {dense:g} milliseconds together"
 
 
 def _why_no_times(layer: str, ms: Any) -> str:

@@ -97,6 +97,11 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     for name in ("low_lr", "high_lr"):
         if given[name] is not None:
             refuse_outside(given[name], name, 0.0, float("inf"))
+    if high is not None and not high:
+        raise ValueError(
+            f"high_lr={high!r} trains nothing in the cycles, whose tickets would be one network. Give a rate above 0, or None for "
+            "five times low_lr."
+        )
     if low is not None and high is not None and high < low:
         raise ValueError(
             f"low_lr={low!r} is above high_lr={high!r}: a cycle rises from the low rate to the high one and falls back, and "

@@ -1,6 +1,6 @@
 """Phases of a run of Sup-tickets: its cycles, steps and tickets so far, in the ``aux`` of the method."""
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -91,12 +91,27 @@ def rates_now(
     own = aux.get(f"{OF_RUN}rates")
     if own is None:
         own = torch.tensor([float(group["lr"]) for group in optimizer.param_groups], dtype=torch.float64)
-        aux[f"{OF_RUN}rates"] = own
+    if len(own) < len(optimizer.param_groups):
+        own = _with_new_groups(own, [float(group["lr"]) for group in optimizer.param_groups])
+    aux[f"{OF_RUN}rates"] = own
     begin, end = bounds_in(aux)[cycle : cycle + 2]
     way = (number_in(aux, "steps") - begin) / (end - 1 - begin)
     # of a loop that sets rates by hand nobody but the steps knows the largest one
     of_run = max(float(aux.get(f"{OF_RUN}peak", 0.0)), *own.tolist(), *map(_rate_of_schedule, optimizer.param_groups))
     return rates_of_groups(own.tolist(), way, low, high, of_run)
+
+
+def _with_new_groups(own: Tensor, present: Sequence[float]) -> Tensor:
+    """The rates that groups had when the cycles began, and such rates of groups that have come since: in the proportion to the
+    others that theirs have now.
+
+    Args:
+        own: rates of the groups that were there, float64.
+        present: the rates of all groups now, those of the older ones first.
+    """
+    before, now = float(own.max()), max(present[: len(own)])
+    scale = before / now if now else 1.0
+    return torch.cat([own, torch.tensor([rate * scale for rate in present[len(own) :]], dtype=own.dtype)])
 
 
 def _rate_of_schedule(group: Mapping[str, Any]) -> float:
@@ -109,6 +124,15 @@ def of_late_updates(stop: float, bounds: list[int]) -> str:
     return (
         f"stop={stop} lies behind the first part of the run, which ends with step {bounds[0]} of {bounds[-1]}: updates at their "
         "interval end there, and the cycles begin. Give stop= as a fraction of that part, or a smaller share=."
+    )
+
+
+def of_longer_run(end: int, total: float) -> str:
+    """A warning of a run that goes on for longer than it was to last when its cycles began."""
+    return (
+        f"the cycles of this run were laid out up to step {end}, and it goes on to step {total:g}: after step {end} the merged "
+        "network is trained on by the schedule of the run, with masks that stay. Give fresh_start=True for new masks and cycles, "
+        "or train for no longer than before."
     )
 
 

@@ -30,8 +30,10 @@ def _(method: SupTickets, saved: SavedRun, model: nn.Module) -> Mapping[str, Kep
     found |= {f"{OF_RUN}steps": Kept(dtype="int", low=0, required=True), f"{OF_RUN}rates": Kept(None)}
     found |= {f"{OF_RUN}peak": Kept(low=0)}
     waits = tickets > 0 and not installed  # for its place in the network
+    # a layer may be trained since the last ticket alone, but not all of them
+    waits = waits and not any(key.startswith(MERGED) for key in saved.aux)
     merged = {
-        MERGED + name: Kept(tuple(p.shape), required=waits and p.requires_grad and p.is_floating_point(), finite=False)
+        MERGED + name: Kept(tuple(p.shape), required=waits and name in saved.masks, finite=False)
         for name, p in model.named_parameters()
     }
     return {**expected_aux.dispatch(type(method.base))(method, saved, model), **found, **merged}

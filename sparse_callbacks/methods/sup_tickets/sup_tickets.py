@@ -160,6 +160,8 @@ class SupTickets(SetsRates, DropAndGrow):
         bounds = phase.keep_bounds(self.aux, run, self.share, self.cycles)
         if not bounds:
             return super().make_calendar(run)
+        if bounds[-1] < run.total() and not run.lenient:
+            self.host.warn(phase.of_longer_run(bounds[-1], run.total()))
         calendar = super().make_calendar(replace(run, total=lambda: float(bounds[0])))
         late = isinstance(self.stop, int) and calendar.stop > self.step + bounds[0] - self.position
         if late and not self.tickets and not run.lenient:
@@ -272,7 +274,11 @@ class SupTickets(SetsRates, DropAndGrow):
 
     def plan(self, model: nn.Module | None = None) -> Plan:
         made = super().plan(model)
-        return made.joined() if model is None and self.tickets > 1 and not keeps_shares(self) else made
+        if model is not None or self.tickets < 2 or keeps_shares(self):
+            return made
+        # as many as the network has, which are more than the base has planned where units lose all of their weights
+        zeros = {name: int((~mask).sum()) for name, mask in self.masks.items()}
+        return made.joined(sum(zeros.get(row.name, row.zeros or 0) for row in made if row.name in made.selected))
 
     def figures(self) -> dict[str, float]:
         merged = {"tickets/merged": float(self.tickets)} if self.tickets > 1 else {}

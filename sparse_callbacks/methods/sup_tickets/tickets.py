@@ -22,14 +22,16 @@ def take_ticket(method: Method, factor: float) -> None:
         method: the method of the run, in whose ``aux`` the merged values lie.
         factor: the share of the ticket in the merged values.
     """
-    trained = {n: p.detach() for n, p in method.model.named_parameters() if p.requires_grad and p.is_floating_point()}
-    before = merged_values(method.aux, trained)
+    params = dict(method.model.named_parameters())
+    before = merged_values(method.aux, params)
+    # a layer that is trained since a later ticket begins with that one
+    new = {n: p.detach() for n, p in params.items() if p.requires_grad and p.is_floating_point() and n not in before}
+    # sums of halves would lose what a ticket among several adds
+    wide = {n: value.to(torch.promote_types(value.dtype, torch.float32), copy=True) for n, value in new.items()}
+    method.aux.update({MERGED + name: value for name, value in wide.items()})
     if not before:
-        # sums of halves would lose what a ticket among several adds
-        wide = {n: value.to(torch.promote_types(value.dtype, torch.float32), copy=True) for n, value in trained.items()}
-        method.aux.update({MERGED + name: value for name, value in wide.items()})
         return
-    merged = {n: merge(value, trained[n], factor) for n, value in before.items()}
+    merged = wide | {n: merge(value, params[n].detach(), factor) for n, value in before.items()}
     pruned = {n: merged[n].masked_fill(~mask, 0) for n, mask in merged_masks(method, merged).items()}
     method.aux.update({MERGED + name: value for name, value in {**merged, **pruned}.items()})
 
