@@ -1,8 +1,7 @@
 """Hidden neurons of little importance: those whose incoming weights are small."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -66,39 +65,33 @@ def hidden_layers(entries: Sequence[Entry]) -> list[str]:
     return [e.name for e in linear[:-1] if not e.reason or waits(e)]
 
 
-class OutputWatch:
-    """Finds out which linear layer is called last in a forward pass, as the output is. It is open from its beginning on.
+def why_hidden_output(model: nn.Module, entries: Sequence[Entry], outputs: Iterator[object]) -> str:
+    """A warning where a layer that loses neurons is the linear layer that a network calls last, as its output is; else empty.
 
     Args:
         model: the network.
         entries: all parameters of it.
+        outputs: runs the network, eagerly, as its first element is taken.
     """
-
-    def __init__(self, model: nn.Module, entries: Sequence[Entry]) -> None:
-        self._names, self._hidden = [e.name for e in entries if e.linear], hidden_layers(entries)
-        self._last: str | None = None
-        modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in self._names}
-        self._handles = [
-            module.register_forward_hook(partial(self._note, name))
-            for name, module in modules.items()
-            if isinstance(module, nn.Linear)  # others hold a matrix of weights that they do not call
-        ]
-
-    def _note(self, name: str, *_: object) -> None:
-        self._last = name
-
-    def close(self) -> str:
-        """Take the hooks away; a warning where a layer that loses neurons was called last, and empty otherwise."""
-        for handle in self._handles:
+    linear = [e.name for e in entries if e.linear]
+    called: list[str] = []
+    handles = [
+        # other modules hold a matrix of weights that they do not call
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+        for name in linear
+        if isinstance(module := model.get_submodule(name.rpartition(".")[0]), nn.Linear)
+    ]
+    try:
+        next(outputs, None)
+    finally:
+        for handle in handles:
             handle.remove()
-        self._handles = []
-        if self._last not in self._hidden:
-            return ""
-        return (
-            f"neuron_importance= takes the linear layer that is registered last, {self._names[-1]}, for the output, and {self._last} "
-            f"is called last: if that is the output, classes lose all of their weights. Give exclude={self._last!r}, or register it "
-            "last."
-        )
+    if not called or called[-1] not in hidden_layers(entries):
+        return ""
+    return (
+        f"neuron_importance= takes the linear layer that is registered last, {linear[-1]}, for the output, and {called[-1]} is called "
+        f"last: if that is the output, classes lose all of their weights. Give exclude={called[-1]!r}, or register it last."
+    )
 
 
 def check_importance_times(start: Time, every: Time) -> None:

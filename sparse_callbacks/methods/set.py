@@ -1,6 +1,7 @@
 """SET: drop small weights, grow at random."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from numbers import Real
 from typing import Any, Literal, Unpack
@@ -12,9 +13,9 @@ from sparse_callbacks.core.awaited import with_awaited
 from sparse_callbacks.core.calendar import Calendar, RunLength, Time
 from sparse_callbacks.core.checkpoint import SavedRun
 from sparse_callbacks.core.constructors import argument_values
+from sparse_callbacks.core.data_pass import NoPassError
 from sparse_callbacks.core.distributions import Distribution
 from sparse_callbacks.core.growth import fresh_values, uniform_numbers
-from sparse_callbacks.core.hooks import Figures
 from sparse_callbacks.core.initial_masks import InitialMask
 from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.nm_masks import NMPattern
@@ -31,11 +32,11 @@ from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow, mask_before
 from sparse_callbacks.methods.neuron_importance import (
     ImportanceTimes,
-    OutputWatch,
     check_importance_times,
     hidden_layers,
     resolve_importance_times,
     unimportant_neurons,
+    why_hidden_output,
 )
 from sparse_callbacks.methods.unit_updates import fills_rows, grown_units
 
@@ -166,7 +167,6 @@ class SET(DropAndGrow):
         self.importance_start, self.importance_every = importance_start, importance_every
         self._starts_from = new_weights
         self._importance_times: ImportanceTimes | None = None  # made with the calendar of each run
-        self._watch: OutputWatch | None = None  # of the first step of a fit
         self._refuse_shapes(pattern, storage)
         super().__init__(
             sparsity,
@@ -242,19 +242,16 @@ class SET(DropAndGrow):
             self._refuse_shapes(None, "grouped")
         if self.neuron_importance is not None:
             self._refuse_without_hidden(self.entries)
+            self._warn_of_hidden_output()
 
-    def begin_training(self, epoch: int) -> Figures:
-        if self._watch is not None:
-            self._watch.close()
-        self._watch = None if self.neuron_importance is None else OutputWatch(self.model, self.entries)
-        return super().begin_training(epoch)
-
-    def before_step(self, step: Step) -> None:
-        if self._watch is not None:
-            if warning := self._watch.close():
-                self.host.warn(warning)
-            self._watch = None
-        super().before_step(step)
+    def _warn_of_hidden_output(self) -> None:
+        """Warn where classes would lose their weights as neurons do, if there is data to run the network on."""
+        try:
+            with closing(self.host.data_pass()) as outputs:
+                if why := why_hidden_output(self.model, self.entries, outputs):
+                    self.host.warn(why)
+        except NoPassError:
+            pass  # nothing but this warning depends on it
 
     def _refuse_without_hidden(self, entries: Sequence[Entry]) -> None:
         if not hidden_layers(entries):

@@ -123,34 +123,29 @@ class HeadFirst(nn.Module):
         return self.head(torch.relu(self.second(torch.relu(self.first(x)))))
 
 
+def first_input(module: nn.Module, batch: Any) -> Any:
+    return module(batch[0])
+
+
 @pytest.mark.parametrize(
-    ("model", "options", "warns"),
+    ("model", "options", "settings", "warns"),
     [
-        (HeadFirst, {}, True),
-        (HeadFirst, {"exclude": "head*"}, False),
-        (HeadFirst, {"neuron_importance": None}, False),
-        (loops.net, {}, False),
+        (HeadFirst, {}, {"data": loops.data(), "forward": first_input}, True),
+        (HeadFirst, {"exclude": "head*"}, {"data": loops.data(), "forward": first_input}, False),
+        (HeadFirst, {"neuron_importance": None}, {"data": loops.data(), "forward": first_input}, False),
+        (HeadFirst, {}, {}, False),
+        (loops.net, {}, {"data": loops.data(), "forward": first_input}, False),
     ],
-    ids=["registered first", "excluded", "not asked for", "registered last"],
+    ids=["registered first", "excluded", "not asked for", "no data", "registered last"],
 )
-def test_an_output_that_is_taken_for_hidden_is_warned_of_at_the_first_step(
-    model: Any, options: Any, warns: bool
-) -> None:
+def test_an_output_that_is_taken_for_hidden_is_warned_of(model: Any, options: Any, settings: Any, warns: bool) -> None:
     made = model()
-    optimizer = loops.sgd(made, 0.05)
-    run = loops.begin(removing(**options), made, optimizer)
-    linear = [m for m in made.modules() if isinstance(m, nn.Linear)]
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        for x, y in list(loops.data())[:2]:
-            nn.functional.cross_entropy(made(x), y % 3).backward()
-            optimizer.step()
-    run.close()
-    found = [
-        str(w.message) for w in said if "taken for the output" in str(w.message) or "for the output" in str(w.message)
-    ]
+        sparsify(removing(**options), made, loops.sgd(made, 0.05), 20, **settings)
+    found = [str(w.message) for w in said if "for the output" in str(w.message)]
     assert len(found) == warns
-    assert not any(m._forward_hooks for m in linear)
+    assert not any(m._forward_hooks for m in made.modules() if isinstance(m, nn.Linear))
     if warns:
         assert "registered last, second.weight, for the output, and head.weight is called last" in found[0]
         assert "Give exclude='head.weight'" in found[0]
