@@ -64,6 +64,12 @@ def other_variants(items: Sequence[pytest.Item]) -> set[pytest.Item]:
     }
 
 
+def pytest_collection_finish() -> None:
+    """Thousands of tests and whatever they import stay to the end: Python need not look through them for garbage each time."""
+    gc.collect()
+    gc.freeze()
+
+
 def covering(items: Sequence[pytest.Item]) -> list[pytest.Item]:
     """Some of ``items``, runs of one test, in which each value of each argument occurs, and about as often as the others.
 
